@@ -1,0 +1,152 @@
+"""The types every other file speaks.
+
+A learning algorithm for few examples is four pure functions, a `Learner`; a source of
+few-example problems is one pure function, a `TaskDistribution`:
+
+    tasks.sample(key)                     -> Task(support, query)
+    learner.adapt(params, support, key)   -> adapted
+    learner.predict(params, adapted, x)   -> outputs
+    learner.loss(params, task, key, step) -> (scalar, metrics)
+
+The plain gradient of `loss` IS the meta-gradient, so one training step serves them all.
+This file imports nothing of ours.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+PyTree = Any
+Params = PyTree
+Adapted = PyTree
+Key = PRNGKeyArray
+Metrics = dict[str, tuple[Array, Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Examples of one task; a batch of tasks adds one leading axis to every leaf.
+
+    Attributes:
+      x: inputs, `(n, *shape)`.
+      y: class slots `(n,)` int32 in `[0, ways)`, or regression targets `(n, d)` float.
+      mask: `(n,)` bool, or None where every example is real. False marks padding, which
+        changes no result; it is how ragged ways and shots keep one shape.
+      ways: number of class slots, static. None for regression, and for a batch made by hand,
+        where it is read from a concrete `y` (see `ways_of`).
+    """
+
+    x: Array
+    y: Int[Array, "*n"] | Float[Array, "*n d"]
+    mask: Bool[Array, "*n"] | None = None
+    ways: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+
+class Task(NamedTuple):
+    """One few-example problem: learn from `support`, be judged on `query`.
+
+    Zero-shot tasks carry one metadata vector per class as `support.x`, and
+    `support.y = arange(ways)`.
+    """
+
+    support: Batch
+    query: Batch
+
+
+class Learner(NamedTuple):
+    """A learning algorithm for few examples, as pure functions.
+
+    Attributes:
+      init: `(key, task) -> params`; reads shapes from `task`, never its values.
+      adapt: `(params, support, key) -> adapted`; what is learned from the support set.
+      predict: `(params, adapted, x, mask=None) -> outputs`; argmax is the class, softmax its
+        distribution; regression values where the targets are float.
+      loss: `(params, task, key, step=None) -> (scalar, metrics)` of one task. `step` is the
+        global meta-step (never vmapped); None puts every schedule at its end.
+      statistics: `(params, task, key) -> (sum, count)` of the batch statistics that
+        `jm.calibrate` averages over tasks; None where the learner has none to fill.
+    """
+
+    init: Callable[[Key, Task], Params]
+    adapt: Callable[[Params, Batch, Key], Adapted]
+    predict: Callable[..., Array]
+    loss: Callable[..., tuple[Array, Metrics]]
+    statistics: Callable[[Params, Task, Key], PyTree] | None = None
+
+
+class Model(NamedTuple):
+    """A network as pure functions; `jm.nn.as_model` makes one from a Flax Linen module.
+
+    Attributes:
+      init: `(key, x) -> params`.
+      apply: `(params, x) -> outputs`, normalised by the statistics of `x` itself.
+      apply_norm: `(params, x, *, stats=None, mask=None) -> (outputs, stats)`. With
+        `stats=None` normalises by the (masked) statistics of `x` and returns them; otherwise by
+        `stats`. None where the model has no batch statistics.
+    """
+
+    init: Callable[[Key, Array], Params]
+    apply: Callable[[Params, Array], Array]
+    apply_norm: Callable[..., tuple[Array, PyTree]] | None = None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class ProtocolCard:
+    """What a published row must state about its tasks. Static and hashable.
+
+    Attributes:
+      tasks: name of the source, e.g. "omniglot".
+      split: "train", "validation" or "test".
+      kind: "classification" or "regression".
+      ways, shots, queries: classes, support and query examples per class; for regression
+        `ways` is None. A pair is an inclusive range (ragged tasks).
+      classes: number of classes the tasks are drawn from; None where there are none.
+      split_hash: SHA-256 (hex) over the class names of all parts of the split, so that two
+        rows with one hash have seen the same classes.
+      rotations: how rotations enter ("none", "classes", "random").
+      protocol: one sentence that names the published protocol followed.
+    """
+
+    tasks: str
+    split: str
+    kind: str = "classification"
+    ways: int | tuple[int, int] | None = None
+    shots: int | tuple[int, int] = 1
+    queries: int = 1
+    classes: int | None = None
+    split_hash: str | None = None
+    rotations: str = "none"
+    protocol: str = ""
+
+
+class TaskDistribution(NamedTuple):
+    """A source of tasks: `sample(key) -> Task`, pure, usable under `jit` and `vmap`.
+
+    `sample` is a `jax.tree_util.Partial(draw, data)`: a pytree, so that the data travel as an
+    argument of the compiled step and are never baked into it as a constant.
+    """
+
+    sample: Callable[[Key], Task]
+    card: ProtocolCard
+
+
+def ways_of(batch: Batch) -> int:
+    """Number of class slots of `batch`: its static `ways`, or one more than the largest label.
+
+    Raises:
+      ValueError: `ways` is None and `y` is traced, so that its values cannot be read.
+    """
+    if batch.ways is not None:
+        return batch.ways
+    if isinstance(batch.y, jax.core.Tracer):
+        raise ValueError(
+            "batch.ways is None and batch.y is traced, so the number of classes cannot be read "
+            "from it; pass Batch(..., ways=N)"
+        )
+    return int(np.max(np.asarray(batch.y))) + 1

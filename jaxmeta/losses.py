@@ -1,0 +1,46 @@
+"""Losses of one batch. Every reduction is a mean over the unmasked examples.
+
+The reduction is part of the method: a published inner learning rate means something only
+together with it. Several official codes sum where we average; the presets store the learning
+rate that makes our mean equal to their sum.
+"""
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def masked_mean(values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None) -> Float[Array, ""]:
+    """Mean of `values` where `mask` is True (everywhere if None); 0 where nothing is."""
+    total, count = masked_sum(values, mask)
+    return total / jnp.maximum(count, 1)
+
+
+def masked_sum(
+    values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum of `values` where `mask` is True, and how many there are: the form of a metric."""
+    if mask is None:
+        return values.sum(), jnp.asarray(values.size, values.dtype)
+    # `where` and not a product: padding may hold NaN, and 0 * NaN is NaN.
+    return jnp.where(mask, values, 0).sum(), mask.sum().astype(values.dtype)
+
+
+def cross_entropy(
+    logits: Float[Array, "n ways"], labels: Int[Array, " n"], mask: Bool[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Mean softmax cross-entropy, in nats, of integer class slots.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(f"{cross_entropy(jnp.zeros((3, 5)), jnp.array([0, 1, 2])):.4f}")  # ln 5
+      1.6094
+    """
+    return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
+
+
+def mse(
+    outputs: Float[Array, "n d"], targets: Float[Array, "n d"], mask: Bool[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Mean squared error over examples and output dimensions."""
+    return masked_mean(jnp.square(outputs - targets).mean(-1), mask)
