@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmeta.core import Batch, Metrics
+
 
 def masked_mean(values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None) -> Float[Array, ""]:
     """Mean of `values` where `mask` is True (everywhere if None); 0 where nothing is."""
@@ -42,5 +44,19 @@ def cross_entropy(
 def mse(
     outputs: Float[Array, "n d"], targets: Float[Array, "n d"], mask: Bool[Array, " n"] | None = None
 ) -> Float[Array, ""]:
-    """Mean squared error over examples and output dimensions."""
+    """Mean squared error over examples and output dimensions.
+
+    Raises:
+      ValueError: outputs and targets differ in shape (they would broadcast to a wrong mean).
+    """
+    if outputs.shape != targets.shape:
+        raise ValueError(f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}")
     return masked_mean(jnp.square(outputs - targets).mean(-1), mask)
+
+
+def score(outputs: Float[Array, "n d"], batch: Batch) -> Metrics:
+    """What is reported of predictions: "accuracy" of integer labels, "mse" of float targets."""
+    if jnp.issubdtype(batch.y.dtype, jnp.integer):
+        correct = (outputs.argmax(-1) == batch.y).astype(outputs.dtype)
+        return {"accuracy": masked_sum(correct, batch.mask)}
+    return {"mse": masked_sum(jnp.square(outputs - batch.y).mean(-1), batch.mask)}

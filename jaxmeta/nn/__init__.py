@@ -1,0 +1,18 @@
+"""Networks and layers; the only part of the package that imports Flax."""
+
+from jaxmeta.nn.adapters import as_model
+from jaxmeta.nn.conv import Conv, conv, conv_general_dilated
+from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
+from jaxmeta.nn.norm import BatchNorm
+
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "Conv",
+    "Conv4",
+    "StridedConv4",
+    "as_model",
+    "conv",
+    "conv_general_dilated",
+    "max_pool_2x2",
+]

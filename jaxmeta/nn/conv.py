@@ -1,0 +1,412 @@
+"""Task-batched convolution: fast where every task has kernels of its own.
+
+Meta-learning asks three things of a convolution that frameworks are not built for.
+
+1. Kernels differ from task to task. Under `vmap` `lax.conv_general_dilated` becomes a grouped
+   convolution, whose gradients XLA's CPU backend runs some hundred times slower than a matrix
+   product, and which is slow on GPUs too.
+2. Second derivatives. A convolution is trilinear, T(x, w, y) = Σ y · conv(x, w), so its three
+   partial maps
+
+       forward(x, w) -> y      input_grad(y, w) -> x      kernel_grad(x, y) -> w
+
+   are each other's derivatives, to any order. What autodiff makes of `lax.conv`'s gradients is
+   a correct but slow member of this family.
+3. Forward mode over reverse mode, for memory-saving Hessian-vector products, which rules out
+   `jax.custom_vjp`.
+
+So the three maps are three JAX primitives with bilinear differentiation rules. Each map has one
+implementation per platform, chosen by measurement, and a `vmap` over tasks becomes a leading
+task axis, or, where only one operand is batched, more images or more channels of one product.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+# A core's second-level cache is about a megabyte; patches that overflow it cost more to write
+# and read back than the product they feed.
+CPU_PATCH_BYTES = 1 << 20
+# Below this many input channels XLA's CPU convolution runs at a small part of its rate.
+CPU_LAX_CHANNELS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The static part of a 2-D convolution: what is left once the arrays are taken away."""
+
+    image: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    precision: str | lax.Precision | tuple | None = None
+
+    @property
+    def out(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return tuple(
+            (size + lo + hi - k) // stride + 1
+            for size, k, stride, (lo, hi) in zip(
+                self.image, self.kernel, self.strides, self.padding, strict=True
+            )
+        )
+
+    @property
+    def transposed(self) -> "Geometry":
+        """The stride-1 convolution, with flipped kernel, that computes the input gradient."""
+        padding = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(self.kernel, self.padding, strict=True))
+        return dataclasses.replace(self, image=self.out, padding=padding)
+
+
+# --- How one convolution is computed: x (n, h, w, c), kernel (kh, kw, c, o) ----------------------
+
+
+def _lax_form(x, w, geometry):
+    return lax.conv_general_dilated(
+        x, w, geometry.strides, geometry.padding, dimension_numbers=NHWC, precision=geometry.precision
+    )
+
+
+def _patches(x, geometry):
+    """(n, h, w, c) -> (n, h', w', kh·kw·c) by shifted slices, which cost a copy and no arithmetic."""
+    (kh, kw), (sh, sw), (ho, wo) = geometry.kernel, geometry.strides, geometry.out
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((lo, hi, 0) for lo, hi in geometry.padding), (0, 0, 0)))
+    slices = [
+        lax.slice(
+            x,
+            (0, i, j, 0),
+            (x.shape[0], i + (ho - 1) * sh + 1, j + (wo - 1) * sw + 1, x.shape[3]),
+            (1, sh, sw, 1),
+        )
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return lax.concatenate(slices, 3)
+
+
+def _patch_form(x, w, geometry):
+    patches = _patches(x, geometry)
+    return lax.dot_general(
+        patches, w.reshape(-1, w.shape[-1]), (((3,), (0,)), ((), ())), precision=geometry.precision
+    )
+
+
+def _transpose_of_x(form, y, w, geometry):
+    x = jax.ShapeDtypeStruct((y.shape[0], *geometry.image, w.shape[2]), y.dtype)
+    return jax.linear_transpose(lambda x: form(x, w, geometry), x)(y)[0]
+
+
+def _transpose_of_w(form, x, y, geometry):
+    w = jax.ShapeDtypeStruct((*geometry.kernel, x.shape[3], y.shape[3]), x.dtype)
+    return jax.linear_transpose(lambda w: form(x, w, geometry), w)(y)[0]
+
+
+def _patch_kernel_grad(x, y, geometry):
+    """yᵀ · patches, in this order: XLA's CPU backend would copy `y` to multiply it from the right."""
+    contract = (((0, 1, 2), (0, 1, 2)), ((), ()))
+    w = lax.dot_general(y, _patches(x, geometry), contract, precision=geometry.precision)
+    return w.T.reshape(*geometry.kernel, x.shape[3], y.shape[3])
+
+
+def _flip(w):
+    return w[::-1, ::-1].swapaxes(2, 3)
+
+
+def _image_chunks(x, geometry, channels):
+    """Images per chunk: the most that keep the patches in a core's cache, and divide n."""
+    patch_bytes = x.dtype.itemsize * math.prod(geometry.out) * math.prod(geometry.kernel) * channels
+    most = max(1, CPU_PATCH_BYTES // patch_bytes)
+    n = x.shape[0]
+    return next(chunk for chunk in range(min(most, n), 0, -1) if n % chunk == 0)
+
+
+def _images(array, index, chunk):
+    return lax.dynamic_slice_in_dim(array, index * chunk, chunk)
+
+
+# --- The three maps on the CPU ------------------------------------------------------------------
+
+
+def _cpu_forward(x, w, geometry):
+    if x.shape[3] >= CPU_LAX_CHANNELS:
+        return _lax_form(x, w, geometry)
+    n, chunk = x.shape[0], _image_chunks(x, geometry, x.shape[3])
+    if chunk == n:
+        return _patch_form(x, w, geometry)
+
+    def fill(index, out):
+        part = _patch_form(_images(x, index, chunk), w, geometry)
+        return lax.dynamic_update_slice_in_dim(out, part, index * chunk, 0)
+
+    return lax.fori_loop(0, n // chunk, fill, jnp.zeros((n, *geometry.out, w.shape[3]), x.dtype))
+
+
+def _cpu_input_grad(y, w, geometry):
+    if geometry.strides == (1, 1):
+        return _cpu_forward(y, _flip(w), geometry.transposed)
+    return _transpose_of_x(_patch_form, y, w, geometry)
+
+
+def _cpu_kernel_grad(x, y, geometry):
+    n, chunk = x.shape[0], _image_chunks(x, geometry, x.shape[3])
+    if chunk == n:
+        return _patch_kernel_grad(x, y, geometry)
+
+    def accumulate(index, total):
+        return total + _patch_kernel_grad(_images(x, index, chunk), _images(y, index, chunk), geometry)
+
+    zero = jnp.zeros((*geometry.kernel, x.shape[3], y.shape[3]), x.dtype)
+    return lax.fori_loop(0, n // chunk, accumulate, zero)
+
+
+def _over_tasks_one_by_one(one):
+    def run(a, b, *, geometry):
+        if a.shape[0] == 1:
+            return one(a[0], b[0], geometry)[None]
+        return lax.map(lambda ab: one(*ab, geometry), (a, b))
+
+    return run
+
+
+# --- The three maps on GPU and TPU ---------------------------------------------------------------
+
+
+def _patch_input_grad(y, w, geometry):
+    if geometry.strides == (1, 1):
+        return _patch_form(y, _flip(w), geometry.transposed)
+    return _transpose_of_x(_patch_form, y, w, geometry)
+
+
+def _over_tasks_as_product(one, batched):
+    """The backend's own convolution for one kernel, batched matrix products for several."""
+
+    def run(a, b, *, geometry):
+        if a.shape[0] == 1:
+            return one(a[0], b[0], geometry)[None]
+        return jax.vmap(lambda a, b: batched(a, b, geometry))(a, b)
+
+    return run
+
+
+# --- Primitives ----------------------------------------------------------------------------------
+
+
+def _primitive(name, out_shape, cpu, default):
+    primitive = Primitive(name)
+
+    @primitive.def_abstract_eval
+    def _(a, b, *, geometry):
+        if a.dtype != b.dtype:
+            raise TypeError(f"convolution operands must have one dtype, got {a.dtype} and {b.dtype}")
+        return a.update(shape=(*a.shape[:1], *out_shape(a, b, geometry)), weak_type=False)
+
+    @functools.partial(jax.jit, static_argnames="geometry")
+    def eager(a, b, *, geometry):
+        return primitive.bind(a, b, geometry=geometry)
+
+    primitive.def_impl(eager)
+    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+    return primitive
+
+
+# Operands carry a leading task axis t: x (t, n, h, w, c), w (t, kh, kw, c, o), y (t, n, h', w', o).
+_forward_p = _primitive(
+    "task_conv",
+    lambda x, w, geometry: (x.shape[1], *geometry.out, w.shape[4]),
+    _over_tasks_one_by_one(_cpu_forward),
+    _over_tasks_as_product(_lax_form, _patch_form),
+)
+_input_grad_p = _primitive(
+    "task_conv_input_grad",
+    lambda y, w, geometry: (y.shape[1], *geometry.image, w.shape[3]),
+    _over_tasks_one_by_one(_cpu_input_grad),
+    _over_tasks_as_product(functools.partial(_transpose_of_x, _lax_form), _patch_input_grad),
+)
+_kernel_grad_p = _primitive(
+    "task_conv_kernel_grad",
+    lambda x, y, geometry: (*geometry.kernel, x.shape[4], y.shape[4]),
+    _over_tasks_one_by_one(_cpu_kernel_grad),
+    _over_tasks_as_product(
+        functools.partial(_transpose_of_w, _lax_form), _patch_kernel_grad
+    ),
+)
+
+
+def _forward(x, w, geometry):
+    return _forward_p.bind(x, w, geometry=geometry)
+
+
+def _input_grad(y, w, geometry):
+    return _input_grad_p.bind(y, w, geometry=geometry)
+
+
+def _kernel_grad(x, y, geometry):
+    return _kernel_grad_p.bind(x, y, geometry=geometry)
+
+
+ad.defbilinear(
+    _forward_p,
+    lambda y, x, w, *, geometry: _input_grad(y, w, geometry),
+    lambda y, x, w, *, geometry: _kernel_grad(x, y, geometry),
+)
+ad.defbilinear(
+    _input_grad_p,
+    lambda x, y, w, *, geometry: _forward(x, w, geometry),
+    lambda x, y, w, *, geometry: _kernel_grad(x, y, geometry),
+)
+ad.defbilinear(
+    _kernel_grad_p,
+    lambda w, x, y, *, geometry: _input_grad(y, w, geometry),
+    lambda w, x, y, *, geometry: _forward(x, w, geometry),
+)
+
+
+def _batch_rule(primitive, a_free, a_out, b_free, b_out):
+    """`vmap` of a bilinear map.
+
+    Both operands batched: the new axis joins the task axis. One batched: it joins that operand's
+    free axis (`a_free`, `b_free`), which reappears in the output at (`a_out`, `b_out`), so that a
+    kernel shared by all tasks stays one kernel and one large product.
+    """
+
+    def fold(operand, dim, axis):
+        operand = jnp.moveaxis(operand, dim, axis)
+        return operand.reshape(*operand.shape[:axis], -1, *operand.shape[axis + 2 :])
+
+    def unfold(out, size, axis):
+        return out.reshape(*out.shape[:axis], size, -1, *out.shape[axis + 1 :])
+
+    def rule(args, dims, *, geometry):
+        (a, b), (a_dim, b_dim) = args, dims
+        if a_dim is not None and b_dim is not None:
+            size, axis = a.shape[a_dim], 0
+            out = primitive.bind(fold(a, a_dim, 0), fold(b, b_dim, 0), geometry=geometry)
+        elif b_dim is None:
+            size, axis = a.shape[a_dim], a_out
+            out = primitive.bind(fold(a, a_dim, a_free), b, geometry=geometry)
+        else:
+            size, axis = b.shape[b_dim], b_out
+            out = primitive.bind(a, fold(b, b_dim, b_free), geometry=geometry)
+        return unfold(out, size, axis), axis
+
+    batching.primitive_batchers[primitive] = rule
+
+
+_batch_rule(_forward_p, a_free=1, a_out=1, b_free=4, b_out=4)  # images; output channels
+_batch_rule(_input_grad_p, a_free=1, a_out=1, b_free=3, b_out=4)  # images; input channels
+_batch_rule(_kernel_grad_p, a_free=4, a_out=3, b_free=4, b_out=4)  # input channels; output channels
+
+
+# --- Public ------------------------------------------------------------------------------------
+
+
+def _explicit_padding(padding, image, kernel, strides):
+    if isinstance(padding, str):
+        return tuple(lax.padtype_to_pads(image, kernel, strides, padding))
+    return tuple((int(lo), int(hi)) for lo, hi in padding)
+
+
+def conv(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "kh kw c o"],
+    strides: tuple[int, int] = (1, 1),
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME",
+    *,
+    precision: str | lax.Precision | None = None,
+) -> Float[Array, "n h2 w2 o"]:
+    """2-D convolution (cross-correlation), fast under `vmap` over tasks and to any derivative.
+
+    Args:
+      x: images.
+      kernel: filters. Under `vmap` they may differ from task to task.
+      strides: step of the window along height and width.
+      padding: "SAME", "VALID", or (low, high) zeros along height and width.
+      precision: of the matrix products; None takes `jax.default_matmul_precision`.
+
+    Returns:
+      The same values as `jax.lax.conv_general_dilated`, to rounding.
+
+    Raises:
+      ValueError: the shapes do not fit, or a kernel is larger than the padded image.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"conv takes x (n, h, w, c) and kernel (kh, kw, c, o), got {x.shape} and {kernel.shape}"
+        )
+    image, window = x.shape[1:3], kernel.shape[:2]
+    geometry = Geometry(
+        image=image,
+        kernel=window,
+        strides=tuple(strides),
+        padding=_explicit_padding(padding, image, window, strides),
+        # Read here and not when the primitive is lowered: by then its context is gone.
+        precision=precision if precision is not None else jax.config.jax_default_matmul_precision,
+    )
+    if min(geometry.out) < 1:
+        raise ValueError(f"padding={padding!r} leaves no room for a {window} kernel in a {image} image")
+    return _forward(x[None], kernel[None], geometry)[0]
+
+
+def conv_general_dilated(
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count=1,
+    batch_group_count=1,
+    precision=None,
+    preferred_element_type=None,
+    **kwargs,
+):
+    """`jax.lax.conv_general_dilated`, by `conv` wherever that can serve.
+
+    Dilated, grouped, and other than two-dimensional NHWC convolutions go to `jax.lax` unchanged.
+    """
+    dims = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    undilated = all(d in (None, 1) for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    served = (
+        dims == lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), NHWC)
+        and undilated
+        and feature_group_count == batch_group_count == 1
+        and lhs.dtype == rhs.dtype
+        and preferred_element_type in (None, lhs.dtype)
+        and not kwargs
+    )
+    if served:
+        return conv(lhs, rhs, tuple(window_strides), padding, precision=precision)
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        **kwargs,
+    )
+
+
+class Conv(linen.Conv):
+    """Drop-in for `flax.linen.Conv`, fast where every task has kernels of its own.
+
+    Same arguments, parameters and results; only how a convolution is computed differs.
+    """
+
+    conv_general_dilated: object = conv_general_dilated

@@ -1,0 +1,151 @@
+"""The networks of the literature, in the exact shapes whose numbers were published."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from jaxtyping import Array, Bool, Float
+
+from jaxmeta.nn.conv import Conv
+from jaxmeta.nn.norm import BatchNorm
+
+
+@jax.custom_jvp
+def max_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """2×2 maximum with stride 2; an odd last row or column is dropped.
+
+    Of equal maxima the first takes the gradient.
+    """
+    return _windows(x).max((2, 4))
+
+
+@max_pool_2x2.defjvp
+def _max_pool_2x2_jvp(primals, tangents):
+    # Selecting by the winner's index makes the gradient a masked broadcast. That of strided slices
+    # is a padding with holes, and that of a window reduction a scatter: many times slower on CPUs.
+    (x,), (dx,) = primals, tangents
+    out, windows = max_pool_2x2(x), _windows(x)
+    winner = jnp.where(windows[:, :, 1, :, 0] == out, 2, 3)
+    winner = jnp.where(windows[:, :, 0, :, 1] == out, 1, winner)
+    winner = jnp.where(windows[:, :, 0, :, 0] == out, 0, winner)
+    place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
+    return out, jnp.where(winner[:, :, None, :, None] == place, _windows(dx), 0).sum((2, 4))
+
+
+def _windows(x):
+    n, h, w, c = x.shape
+    return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+
+
+class ConvNorm(linen.Module):
+    """3×3 convolution with bias, then batch normalisation.
+
+    Attributes:
+      filters: output channels.
+      strides: of the convolution.
+      padding: of the convolution.
+      use_scale: whether the normalisation has a scale.
+      epsilon: of the normalisation.
+    """
+
+    filters: int
+    strides: int = 1
+    padding: str | tuple = "SAME"
+    use_scale: bool = True
+    epsilon: float = 1e-3
+
+    @linen.compact
+    def __call__(self, x, mask=None):
+        x = Conv(self.filters, (3, 3), strides=self.strides, padding=self.padding, use_bias=False, name="conv")(x)
+        bias = self.param("bias", linen.initializers.zeros, (self.filters,))
+        return BatchNorm(self.epsilon, use_scale=self.use_scale, name="norm")(x, mask, bias)
+
+
+class Conv4(linen.Module):
+    """Four blocks of 3×3 convolution, batch normalisation, ReLU and 2×2 max-pooling.
+
+    28×28×1 images give 64 features with 64 filters (111,936 parameters without a head); 84×84×3
+    images give 800 with 32 filters (32,901 with a 5-way head).
+
+    Attributes:
+      ways: width of the linear head; None for an embedding without one.
+      filters: channels of every block.
+      epsilon: of the batch normalisation.
+
+    References:
+      Vinyals et al., Matching Networks, 2016; Snell et al., Prototypical Networks, 2017 (64
+      filters); Ravi & Larochelle, 2017; Finn et al., MAML, 2017 (32 filters on mini-ImageNet).
+    """
+
+    ways: int | None = None
+    filters: int = 64
+    epsilon: float = 1e-3
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None) -> Float[Array, "n d"]:
+        for _ in range(4):
+            x = ConvNorm(self.filters, epsilon=self.epsilon)(x, mask)
+            # The two commute, and pooling first leaves a quarter of the pixels.
+            x = jax.nn.relu(max_pool_2x2(x))
+        x = x.reshape(x.shape[0], -1)
+        return x if self.ways is None else linen.Dense(self.ways, name="head")(x)
+
+
+class StridedConv4(linen.Module):
+    """Four blocks of 3×3 stride-2 convolution, batch normalisation and ReLU; MAML's Omniglot net.
+
+    28×28 images shrink to 14, 7, 4 and 2; the 2×2 map is averaged (the paper's "last hidden layer
+    is 64-dimensional") or flattened (Reptile, iMAML). 112,261 parameters for 5 ways; the official
+    code has no scale in its normalisation, 112,005.
+
+    Attributes:
+      ways: width of the linear head; None for an embedding without one.
+      filters: channels of every block.
+      flatten: keep the last map's pixels apart instead of averaging them.
+      use_scale: whether the batch normalisation has a scale.
+      epsilon: of the batch normalisation.
+
+    References:
+      Finn et al., Model-Agnostic Meta-Learning, 2017, section 5.2.
+    """
+
+    ways: int | None = None
+    filters: int = 64
+    flatten: bool = False
+    use_scale: bool = True
+    epsilon: float = 1e-3
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None) -> Float[Array, "n d"]:
+        for _ in range(4):
+            x = ConvNorm(self.filters, strides=2, use_scale=self.use_scale, epsilon=self.epsilon)(x, mask)
+            x = jax.nn.relu(x)
+        x = x.reshape(x.shape[0], -1) if self.flatten else x.mean((1, 2))
+        return x if self.ways is None else linen.Dense(self.ways, name="head")(x)
+
+
+class MLP(linen.Module):
+    """Fully connected ReLU network.
+
+    Attributes:
+      out: width of the output layer (named "head").
+      hidden: widths of the hidden layers. (40, 40) is MAML's sinusoid network, 1,761 parameters;
+        (256, 128, 64, 64) with `norm` its Omniglot network without convolutions.
+      norm: batch normalisation before every ReLU.
+      kernel_init: of every layer. MAML's official code draws from a truncated normal
+        distribution of standard deviation 0.01.
+    """
+
+    out: int
+    hidden: Sequence[int] = (40, 40)
+    norm: bool = False
+    kernel_init: Callable = linen.initializers.truncated_normal(0.01)
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "n *shape"], mask: Bool[Array, " n"] | None = None) -> Float[Array, "n out"]:
+        x = x.reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = linen.Dense(width, kernel_init=self.kernel_init)(x)
+            x = jax.nn.relu(BatchNorm()(x, mask) if self.norm else x)
+        return linen.Dense(self.out, kernel_init=self.kernel_init, name="head")(x)

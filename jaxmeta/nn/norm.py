@@ -1,0 +1,103 @@
+"""Batch normalisation with its statistics as values, not as hidden state.
+
+Which statistics normalise a batch is a choice that changes published numbers by points, so it is
+made outside the network, by the learner (`norm="batch" | "support" | "population"`): the module
+uses the statistics it is handed, and otherwise those of the very batch it is given, which it
+reports.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+STATISTICS = "batch_stats"
+
+
+def moments(
+    x: Float[Array, "n *spatial c"], mask: Bool[Array, " n"] | None = None
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and (biased) variance of each channel over examples where `mask` holds and over space."""
+    axes = tuple(range(x.ndim - 1))
+    if mask is None:
+        count = math.prod(x.shape[:-1])
+    else:
+        x = jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
+        count = jnp.maximum(mask.sum(), 1).astype(x.dtype) * math.prod(x.shape[1:-1])
+    # E[x²] − E[x]² reads x once, where centring first would read it twice and write it once.
+    mean = x.sum(axes) / count
+    return mean, jnp.maximum(jnp.square(x).sum(axes) / count - jnp.square(mean), 0)
+
+
+def to_moments(stats):
+    """Statistics as first and second moments, which, unlike variances, may be averaged over batches."""
+    return jax.tree.map(
+        lambda s: {"mean": s["mean"], "mean_of_squares": s["var"] + jnp.square(s["mean"])},
+        stats,
+        is_leaf=_is_statistics,
+    )
+
+
+def from_moments(moments):
+    """Inverse of `to_moments`."""
+    return jax.tree.map(
+        lambda m: {"mean": m["mean"], "var": m["mean_of_squares"] - jnp.square(m["mean"])},
+        moments,
+        is_leaf=_is_statistics,
+    )
+
+
+def _is_statistics(node):
+    return isinstance(node, Mapping) and "mean" in node and not isinstance(node["mean"], Mapping)
+
+
+class BatchNorm(linen.Module):
+    """Normalises each channel to zero mean and unit variance, then scales and shifts it.
+
+    y = scale · (x − mean) / sqrt(var + epsilon) + bias, with mean and var from the collection
+    `batch_stats` where the caller hands one in, otherwise of `x` over examples and space; the
+    latter are written to that collection where it is mutable. There is no running average:
+    population statistics are filled once, after training, by `jm.calibrate`.
+
+    Attributes:
+      epsilon: added to the variance. 1e-3 is MAML's official code, 1e-5 torch's default.
+      use_scale, use_bias: whether γ and β are learned (MAML's official code has no γ).
+
+    References:
+      Ioffe & Szegedy, Batch Normalization, 2015.
+    """
+
+    epsilon: float = 1e-3
+    use_scale: bool = True
+    use_bias: bool = True
+
+    @linen.compact
+    def __call__(
+        self,
+        x: Float[Array, "n *spatial c"],
+        mask: Bool[Array, " n"] | None = None,
+        offset: Float[Array, " c"] | float = 0.0,
+    ) -> Float[Array, "n *spatial c"]:
+        """Normalises `x + offset`. A per-channel offset moves the mean alone, so it costs no pass over x."""
+        channels = x.shape[-1]
+        if self.has_variable(STATISTICS, "mean"):
+            mean = self.get_variable(STATISTICS, "mean")
+            var = self.get_variable(STATISTICS, "var")
+        else:
+            mean, var = moments(x, mask)
+            mean = mean + offset
+            if self.is_mutable_collection(STATISTICS) and not self.is_initializing():
+                self.put_variable(STATISTICS, "mean", mean)
+                self.put_variable(STATISTICS, "var", var)
+        gain = lax.rsqrt(var + self.epsilon)
+        if self.use_scale:
+            gain = gain * self.param("scale", linen.initializers.ones, (channels,))
+        shift = (offset - mean) * gain
+        if self.use_bias:
+            shift = shift + self.param("bias", linen.initializers.zeros, (channels,))
+        per_channel = (1,) * (x.ndim - 1) + (-1,)
+        return x * gain.reshape(per_channel) + shift.reshape(per_channel)
