@@ -1,0 +1,150 @@
+"""Drawn characters of classes without end: few-shot classification that needs no data."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
+from jaxmeta.tasks.episodes import ordered_subset
+from jaxmeta.tasks.sinusoid import check_count
+from jaxmeta.tasks.splits import ClassSplit, check_part
+from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
+
+# Class integers of each part of the split: disjoint, so that test characters are new.
+CLASSES = {"train": range(0, 4096), "validation": range(4096, 5120), "test": range(5120, 6144)}
+
+
+def glyphs(
+    split: str = "train", *, ways: int = 5, shots: int = 1, queries: int = 1, size: int = 28
+) -> TaskDistribution:
+    """Tasks of telling procedurally drawn characters apart.
+
+    A class is an integer that seeds two or three smooth strokes; an example is those strokes with a
+    drawer's wobble, rotation, slant, proportions, place, size and pen, drawn on the device inside the
+    compiled step. `ways` classes are drawn without replacement and in random order, so a label slot
+    says nothing about the class; examples of a class are independent, so support and query share none.
+
+    With `shots=0` the support set holds, in place of images, one `glyph_metadata` vector per class
+    (zero-shot), and `support.y = arange(ways)`.
+
+    Args:
+      split: "train" (4,096 classes), "validation" or "test" (1,024 each); no class is in two.
+      ways: classes per task.
+      shots: support images per class, or 0.
+      queries: query images per class.
+      size: height and width of the images, in pixels.
+
+    Returns:
+      Tasks with images `(ways * n, size, size, 1)`, float32 in [0, 1] with ink 1, ordered by slot.
+
+    Raises:
+      ValueError: an unknown split; fewer than one way or query, fewer than zero shots; more ways than
+        the split has classes; a size under 8 pixels, in which no stroke can be made out.
+
+    Examples:
+      >>> import jax
+      >>> task = glyphs("test", ways=5, shots=1, queries=3).sample(jax.random.key(0))
+      >>> task.support.x.shape, task.query.y.tolist()
+      ((5, 28, 28, 1), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4])
+
+    References:
+      Lake et al., Human-level concept learning through probabilistic program induction, 2015, for
+      characters as programs of strokes. The characters and their distribution are ours.
+    """
+    check_part(split)
+    check_count("ways", ways, 1)
+    check_count("shots", shots, 0)
+    check_count("queries", queries, 1)
+    check_count("size", size, 8)
+    classes = CLASSES[split]
+    if ways > len(classes):
+        raise ValueError(f"ways must be at most {len(classes)}, the classes of split {split!r}, got {ways}")
+    card = ProtocolCard(
+        "glyphs",
+        split,
+        "classification",
+        ways,
+        shots,
+        queries,
+        classes=len(classes),
+        split_hash=_split().hash,
+        protocol=f"procedural characters, {size} x {size} pixels",
+    )
+    shape = GlyphShape(ways, shots, queries, size)
+    data = jnp.int32(classes.start), jnp.int32(len(classes))
+    return TaskDistribution(jax.tree_util.Partial(draw_glyphs, shape, *data), card)
+
+
+def glyph_metadata(class_id: Int[Array | np.ndarray, "*batch"] | int) -> Float[Array, "*batch metadata"]:
+    """What is known of a class without seeing a drawing: its strokes, as vectors of about unit scale.
+
+    Args:
+      class_id: one class, or an array of them.
+
+    Returns:
+      Control points of the strokes before any drawer's hand, absent strokes 0, and ±1 for whether the
+      last stroke is there; float32, `(25,)` for one class.
+
+    Raises:
+      ValueError: a class that is not in 0 … 6,143. Traced classes are not checked.
+
+    Examples:
+      >>> glyph_metadata(7).shape
+      (25,)
+    """
+    if not isinstance(class_id, jax.core.Tracer):
+        given, end = np.asarray(class_id), max(classes.stop for classes in CLASSES.values())
+        if not np.issubdtype(given.dtype, np.integer) or ((given < 0) | (given >= end)).any():
+            raise ValueError(f"class_id must be integers from 0 to {end - 1}, got {class_id}")
+    ids = jnp.asarray(class_id, jnp.int32)
+    return _metadata(ids.reshape(-1)).reshape(*ids.shape, -1)
+
+
+@jax.jit
+def _metadata(class_ids: Int[Array, " n"]) -> Float[Array, "n metadata"]:
+    return jax.vmap(lambda class_id: metadata_of(*class_strokes(class_id)))(class_ids)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class GlyphShape:
+    """What is static about a task of characters."""
+
+    ways: int
+    shots: int
+    queries: int
+    size: int
+
+
+def draw_glyphs(shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key) -> Task:
+    """One task from the `count` classes that start at `first`."""
+    ways, each = shape.ways, shape.shots + shape.queries
+    # One call of the generator: each costs compile time.
+    bits = jax.random.bits(key, (ways + ways * each * HAND,), jnp.uint32)
+    drawn = ordered_subset(bits[:ways], count)
+    hands = hands_of(bits[ways:]).reshape(ways, each, HAND)
+    points, present = jax.vmap(class_strokes)(first + drawn)
+
+    def of_class(hands, points, present):
+        return jax.vmap(lambda hand: draw_example(hand, points, present, shape.size))(hands)
+
+    images = jax.vmap(of_class)(hands, points, present)
+    slots = jnp.arange(ways, dtype=jnp.int32)
+
+    def batch(images: Float[Array, "ways n size size 1"]) -> Batch:
+        x = images.reshape(-1, *images.shape[2:])
+        return Batch(x, jnp.repeat(slots, images.shape[1]), ways=ways)
+
+    support = batch(images[:, : shape.shots])
+    if not shape.shots:
+        support = Batch(jax.vmap(metadata_of)(points, present), slots, ways=ways)
+    return Task(support, batch(images[:, shape.shots :]))
+
+
+@functools.cache
+def _split() -> ClassSplit:
+    return ClassSplit(**{part: tuple(f"glyph{i}" for i in classes) for part, classes in CLASSES.items()})

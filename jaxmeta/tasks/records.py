@@ -1,0 +1,109 @@
+"""Omniglot as a tensorflow-datasets data set of PNG bytes, in ArrayRecord files, without TensorFlow."""
+
+import contextlib
+import functools
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxmeta.tasks.cache import cache_folder, make_room
+
+PARTS = ("background", "evaluation")
+SIDE = 105
+SOURCE = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/images_{}.zip"
+DATA_SET = "jaxmeta_omniglot"
+
+Examples = dict[str, dict[str, bytes]]  # part -> "Alphabet/characterNN/DD" -> PNG file
+
+
+def download(md5: Mapping[str, str], source: str = SOURCE) -> dict[str, Path]:
+    """The official archives, downloaded once by tensorflow-datasets' download manager, MD5 verified.
+
+    Raises:
+      OSError: no connection, or a file that is not the official one (which is then removed).
+    """
+    tfds = _tfds()
+    folder = cache_folder() / "downloads"
+    make_room(folder, 20_000_000, "Omniglot's archives (15 MB)")
+    manager = tfds.download.DownloadManager(download_dir=folder, dataset_name=DATA_SET)
+    urls = {part: source.format(part) for part in PARTS}
+    try:
+        paths = {part: Path(path) for part, path in manager.download(urls).items()}
+    except Exception as error:
+        raise OSError(
+            f"cannot download Omniglot from {urls['background']} ({type(error).__name__}); get "
+            "images_background.zip and images_evaluation.zip by other means and name their folder with data"
+        ) from error
+    for part, path in paths.items():
+        found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        if found != md5[part]:
+            for file in (path, path.with_name(path.name + ".INFO")):
+                file.unlink(missing_ok=True)
+            raise OSError(
+                f"{urls[part]}: MD5 {found}, the official archive has {md5[part]}; the download was "
+                "removed, try again"
+            )
+    return paths
+
+
+def _tfds():
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            "preparing Omniglot needs tensorflow-datasets (pip install tensorflow-datasets "
+            f"importlib_resources): {error}; without it, give another machine's prepared array file as data"
+        ) from error
+    return tfds
+
+
+@functools.cache
+def _builder():
+    tfds = _tfds()
+
+    class JaxmetaOmniglot(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        """Omniglot as PNG bytes: the stock builder decodes with TensorFlow, this one needs none."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def __init__(self, *, examples: Examples | None = None, **kwargs):
+            self._examples = examples or {}
+            super().__init__(**kwargs)
+
+        def _info(self):
+            image = tfds.features.Image(shape=(SIDE, SIDE, 1), encoding_format="png")
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text()}),
+                homepage="https://github.com/brendenlake/omniglot",
+            )
+
+        def _split_generators(self, dl_manager):
+            return {part: self._generate_examples(images) for part, images in self._examples.items()}
+
+        def _generate_examples(self, images):
+            for name, png in images.items():
+                yield name, {"image": io.BytesIO(png), "name": name}
+
+    return JaxmetaOmniglot
+
+
+def write_records(folder: Path, examples: Examples) -> None:
+    """Stores the drawings under `folder` as the tensorflow-datasets data set `jaxmeta_omniglot`."""
+    builder = _builder()(examples=examples, data_dir=folder, file_format="array_record")
+    # A second's work: its progress bars and prints would only disturb the caller's own.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        builder.download_and_prepare()
+
+
+def read_records(folder: Path) -> Examples:
+    """The drawings that `write_records` stored."""
+    skip = _tfds().decode.SkipDecoding()
+    builder = _builder()(data_dir=folder, file_format="array_record")
+    examples: Examples = {}
+    for part in PARTS:
+        source = builder.as_data_source(part, decoders={"image": skip})
+        rows = source.__getitems__(list(range(len(source))))
+        examples[part] = {row["name"].decode(): row["image"] for row in rows}
+    return examples

@@ -1,0 +1,167 @@
+"""Class splits: which classes are for training, which for validation, which for testing."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+SplitName = Literal["train", "validation", "test"]
+PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+def check_part(split: str) -> SplitName:
+    """`split` itself, or a ValueError if it is not "train", "validation" or "test"."""
+    if split not in PARTS:
+        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
+    return split
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassSplit:
+    """Three disjoint sets of class names.
+
+    Few-shot generalisation is measured on classes never trained on, so the parts may not meet:
+    neither within one split nor, see `assert_disjoint`, between the split a model was trained
+    with and the one it is judged on.
+
+    Args:
+      train, validation, test: class names; a part may be empty.
+
+    Raises:
+      ValueError: a class is named twice, in one part or in two.
+
+    Examples:
+      >>> split = ClassSplit(train=("cat", "dog"), validation=("fox",), test=("owl",))
+      >>> split.part("test")
+      ('owl',)
+      >>> split.sizes
+      (2, 1, 1)
+      >>> ClassSplit(train=("cat",), validation=(), test=("cat",))
+      Traceback (most recent call last):
+        ...
+      ValueError: the class split overlaps: 'cat' in both train and test
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for part in PARTS:
+            given = getattr(self, part)
+            if isinstance(given, str):
+                raise ValueError(f"{part} must be a sequence of class names, got the string {given!r}")
+            names = tuple(str(name) for name in given)
+            object.__setattr__(self, part, names)
+            if len(set(names)) < len(names):
+                twice = {name for name in names if names.count(name) > 1}
+                raise ValueError(f"the class split repeats classes within {part}: {_some(twice)}")
+        for i, first in enumerate(PARTS):
+            for second in PARTS[i + 1 :]:
+                both = set(getattr(self, first)) & set(getattr(self, second))
+                if both:
+                    raise ValueError(f"the class split overlaps: {_some(both)} in both {first} and {second}")
+
+    @classmethod
+    def from_fractions(
+        cls, names: Iterable[str], fractions: Sequence[float] = (0.64, 0.16, 0.2), seed: int = 0
+    ) -> "ClassSplit":
+        """Random split of `names`: a permutation, cut at the rounded cumulative fractions.
+
+        The result depends on the set of names and on `seed` only, not on the order of `names`.
+
+        Args:
+          names: class names, each once.
+          fractions: of train, validation and test; non-negative, summing to 1.
+          seed: of the permutation.
+
+        Raises:
+          ValueError: fractions that are not three, negative, or do not sum to 1.
+
+        Examples:
+          >>> ClassSplit.from_fractions([f"c{i}" for i in range(100)]).sizes
+          (64, 16, 20)
+        """
+        if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+            raise ValueError(
+                "fractions must be three non-negative numbers (train, validation, test) that sum "
+                f"to 1, got {tuple(fractions)}"
+            )
+        names = [str(name) for name in names]
+        first = round(fractions[0] * len(names))
+        second = round((fractions[0] + fractions[1]) * len(names))
+        return cls.from_counts(names, (first, second - first, len(names) - second), seed)
+
+    @classmethod
+    def from_counts(cls, names: Iterable[str], counts: Sequence[int], seed: int = 0) -> "ClassSplit":
+        """Random split of `names` into parts of exactly `counts` classes.
+
+        Raises:
+          ValueError: `counts` are not three, negative, or do not sum to the number of names.
+        """
+        names = sorted(str(name) for name in names)
+        if len(counts) != 3 or min(counts) < 0 or sum(counts) != len(names):
+            raise ValueError(
+                "counts must be three non-negative numbers (train, validation, test) that sum to the "
+                f"{len(names)} classes, got {tuple(counts)}"
+            )
+        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(names))
+        shuffled = [names[i] for i in order]
+        cut = counts[0] + counts[1]
+        return cls(tuple(shuffled[: counts[0]]), tuple(shuffled[counts[0] : cut]), tuple(shuffled[cut:]))
+
+    def part(self, split: str) -> tuple[str, ...]:
+        """The class names of one part.
+
+        Raises:
+          ValueError: `split` is another word, or the part has no classes.
+        """
+        names = getattr(self, check_part(split))
+        if not names:
+            there = ", ".join(f"{part} ({len(getattr(self, part))})" for part in PARTS if getattr(self, part))
+            raise ValueError(f"split={split!r} has no classes in this class split; it has {there or 'none'}")
+        return names
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Number of classes of train, validation and test."""
+        return len(self.train), len(self.validation), len(self.test)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 (hex) over the sorted names of each part: two rows with one hash saw the same classes.
+
+        Every part and every name is preceded by its length, so that no two splits encode alike.
+        """
+        digest = hashlib.sha256()
+        for part in PARTS:
+            names = sorted(getattr(self, part))
+            digest.update(f"{part}:{len(names)};".encode())
+            for name in names:
+                raw = name.encode()
+                digest.update(f"{len(raw)}:".encode() + raw)
+        return digest.hexdigest()
+
+    def assert_disjoint(self, other: "ClassSplit") -> None:
+        """Checks that a model trained with this split may be judged on `other`'s test classes.
+
+        Validation classes choose the checkpoint, so they count as seen.
+
+        Raises:
+          ValueError: classes of `other.test` were seen; the message names some.
+        """
+        seen = set(self.train) | set(self.validation)
+        leaked = seen & set(other.test)
+        if leaked:
+            raise ValueError(
+                f"the model has seen {len(leaked)} of the {len(other.test)} test classes in training or "
+                f"validation: {_some(leaked)}; train it on a split that keeps them out"
+            )

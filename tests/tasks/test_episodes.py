@@ -1,0 +1,292 @@
+"""The laws of an episode: disjoint, balanced, uniform, shuffled, pure, masked, and in the right rotation."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from jaxmeta.tasks.episodes import from_arrays, ordered_subset
+from jaxmeta.tasks.splits import ClassSplit
+
+
+def numbered(sizes, seed=0):
+    """Examples that tell their class and index: x = (class, index), shuffled as a file may be."""
+    x = np.array([(c, i) for c, n in enumerate(sizes) for i in range(n)], np.float32)
+    order = np.random.default_rng(seed).permutation(len(x))
+    return x[order], x[order, 0].astype(int)
+
+
+def sampled(tasks, count, seed=0):
+    """A batch of `count` tasks, drawn as a compiled step draws them."""
+    draw = jax.jit(lambda sample, keys: jax.vmap(sample)(keys))
+    return jax.device_get(draw(tasks.sample, jax.random.split(jax.random.key(seed), count)))
+
+
+@given(
+    sizes=st.lists(st.integers(4, 9), min_size=4, max_size=12),
+    ways=st.integers(1, 4),
+    shots=st.integers(1, 2),
+    queries=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=12, deadline=None)
+def test_each_class_gives_shots_and_queries_disjoint(sizes, ways, shots, queries, seed):
+    x, y = numbered(sizes)
+    tasks = from_arrays(x, y, ways=ways, shots=shots, queries=queries)
+    support, query = jax.jit(lambda sample, key: sample(key))(tasks.sample, jax.random.key(seed))
+    assert support.ways == query.ways == ways
+    assert support.mask is None
+    assert query.mask is None
+    np.testing.assert_array_equal(np.asarray(support.y), np.repeat(np.arange(ways), shots))
+    np.testing.assert_array_equal(np.asarray(query.y), np.repeat(np.arange(ways), queries))
+    rows = [tuple(row) for row in np.concatenate([support.x, query.x]).astype(int).tolist()]
+    assert len(set(rows)) == ways * (shots + queries)  # distinct, so support and query are disjoint
+    assert all(0 <= i < sizes[c] for c, i in rows)
+    classes = np.concatenate([support.x, query.x])[:, 0]
+    slots = np.concatenate([support.y, query.y])
+    assert len(set(zip(classes, slots, strict=True))) == ways  # one class a slot, one slot a class
+
+
+SUBSET = jax.jit(ordered_subset)
+
+
+@given(m=st.sampled_from([1, 2, 5, 9]), extra=st.integers(0, 5), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_ordered_subset_is_fisher_yates(m, extra, seed):
+    bound = m + extra
+    bits = jax.random.bits(jax.random.key(seed), (m,), jnp.uint32)
+    places = list(range(bound))
+    for i, b in enumerate(np.asarray(bits)):
+        j = i + int(b) % (bound - i)
+        places[i], places[j] = places[j], places[i]
+    assert SUBSET(bits, jnp.int32(bound)).tolist() == places[:m]
+
+
+def test_every_ordered_selection_is_equally_likely():
+    bits = jax.random.bits(jax.random.key(0), (24_000, 3), jnp.uint32)
+    drawn = jax.jit(jax.vmap(lambda b: ordered_subset(b, jnp.int32(4))))(bits)
+    counts = {p: 0 for p in itertools.permutations(range(4), 3)}
+    for row in map(tuple, np.asarray(drawn).tolist()):
+        counts[row] += 1
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_classes_uniform_and_slots_independent_of_class():
+    x, y = numbered([3, 4, 5, 6, 7, 8])
+    support, _ = sampled(from_arrays(x, y, ways=3, shots=1), 12_000)
+    table = np.zeros((6, 3), int)
+    np.add.at(table, (support.x[..., 0].astype(int), support.y), 1)
+    assert stats.chisquare(table.sum(1)).pvalue > 1e-3
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_examples_uniform_in_classes_of_unequal_size():
+    x, y = numbered([3, 7])
+    support, query = sampled(from_arrays(x, y, ways=2, shots=1, queries=2), 9_000)
+    for batch in (support, query):
+        rows = batch.x.reshape(-1, 2).astype(int)
+        for c, size in ((0, 3), (1, 7)):
+            counts = np.bincount(rows[rows[:, 0] == c, 1], minlength=size)
+            assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_same_key_same_episode_other_key_other_episode():
+    x, y = numbered([5] * 20)
+    tasks = from_arrays(x, y, ways=5, shots=1, queries=2)
+    one, same, other = (tasks.sample(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.support.x, same.support.x)
+    assert not np.array_equal(one.support.x, other.support.x)
+
+
+@pytest.mark.parametrize("rotations", ["classes", "random"])
+def test_jit_and_vmap_equal_one_by_one(rotations):
+    x = np.random.default_rng(0).integers(0, 256, (40, 3, 3, 1), dtype=np.uint8)
+    tasks = from_arrays(
+        x, np.repeat(np.arange(8), 5), ways=(2, 4), shots=(1, 2), queries=2, rotations=rotations
+    )
+    batch = sampled(tasks, 6)
+    for i, key in enumerate(jax.random.split(jax.random.key(0), 6)):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, tasks.sample(key))
+
+
+def test_uint8_stays_on_the_device_and_comes_out_in_unit_range():
+    x = np.array([0, 51, 255] * 4, np.uint8)[:, None]
+    tasks = from_arrays(x, [0] * 6 + [1] * 6, ways=2, shots=3, queries=3)
+    assert tasks.sample.args[1].x.dtype == jnp.uint8
+    support, query = tasks.sample(jax.random.key(0))
+    assert support.x.dtype == jnp.float32
+    np.testing.assert_allclose(
+        np.sort(np.concatenate([support.x, query.x])[:, 0])[::4], [0, 0.2, 1], atol=1e-6
+    )
+
+
+def test_data_are_an_argument_of_the_compiled_function_and_never_a_constant():
+    x, y = numbered([50] * 40)
+    tasks = from_arrays(x, y, ways=3, shots=1)
+    closed = jax.make_jaxpr(lambda sample, key: sample(key))(tasks.sample, jax.random.key(0))
+    assert sum(np.size(constant) for constant in closed.consts) < 10
+    assert any(v.aval.shape == (2000, 2) for v in closed.jaxpr.invars)
+
+
+def test_equal_settings_share_one_compilation():
+    x, y = numbered([4] * 6)
+    traces = []
+
+    @jax.jit
+    def draw(sample, key):
+        traces.append(None)
+        return sample(key)
+
+    for _ in range(2):
+        draw(from_arrays(x, y, ways=3, shots=1).sample, jax.random.key(0))
+    assert len(traces) == 1
+
+
+def test_ragged_tasks_are_full_tasks_with_padding_masked():
+    x, y = numbered([8] * 9)
+    tasks = from_arrays(x + 1, y, ways=(2, 4), shots=(1, 3), queries=2)
+    support, query = sampled(tasks, 3_000)
+    real = support.mask.reshape(-1, 4, 3)
+    present = real.any(2)
+    ways, shots = present.sum(1), real.sum(2).max(1)
+    for drawn, low, high in ((ways, 2, 4), (shots, 1, 3)):
+        counts = np.bincount(drawn, minlength=high + 1)
+        assert counts[:low].sum() == 0
+        assert stats.chisquare(counts[low:]).pvalue > 1e-3
+    # The first slots are the classes there are, each with the task's number of shots and all its queries.
+    np.testing.assert_array_equal(present, np.arange(4)[None] < ways[:, None])
+    expected = present[:, :, None] & (np.arange(3)[None, None] < shots[:, None, None])
+    np.testing.assert_array_equal(real, expected)
+    np.testing.assert_array_equal(query.mask.reshape(-1, 4, 2), np.repeat(present[:, :, None], 2, 2))
+    for batch in (support, query):
+        assert (batch.x[~batch.mask] == 0).all()
+        assert (batch.x[batch.mask] > 0).all()
+    assert tasks.card.ways == (2, 4)
+    assert tasks.card.shots == (1, 3)
+
+
+def test_ragged_shots_alone_leave_the_query_unmasked():
+    x, y = numbered([8] * 5)
+    support, query = from_arrays(x, y, ways=3, shots=(1, 3), queries=2).sample(jax.random.key(0))
+    assert support.mask is not None
+    assert query.mask is None
+
+
+def images(classes=5, each=4, side=3):
+    """Square images, no two alike in any rotation; pixel values name class and example."""
+    x = np.random.default_rng(0).random((classes * each, side, side, 2), dtype=np.float32)
+    return x, np.repeat(np.arange(classes), each)
+
+
+def identify(x, image):
+    """(row, quarter turns) of the stored image that `image` is."""
+    for turns in range(4):
+        hit = np.flatnonzero((np.rot90(x, turns, axes=(1, 2)) == image).all((1, 2, 3)))
+        if len(hit):
+            return hit[0], turns
+    raise AssertionError("not a stored image in any rotation")
+
+
+@pytest.mark.parametrize("rotations", ["classes", "random"])
+def test_a_class_is_turned_as_a_whole_and_by_every_angle(rotations):
+    x, y = images()
+    tasks = from_arrays(x, y, ways=4, shots=1, queries=2, rotations=rotations)
+    assert tasks.card.classes == (20 if rotations == "classes" else 5)
+    assert tasks.card.rotations == rotations
+    support, query = sampled(tasks, 150)
+    seen, met = np.zeros((5, 4), int), False
+    for t in range(150):
+        found = []
+        for slot in range(4):
+            members = [support.x[t, slot], *query.x[t, 2 * slot : 2 * slot + 2]]
+            hits = [identify(x, image) for image in members]
+            assert len({(y[row], turns) for row, turns in hits}) == 1
+            assert len({row for row, _ in hits}) == 3
+            found.append((y[hits[0][0]], hits[0][1]))
+            seen[found[-1]] += 1
+        assert len(set(found)) == 4
+        met |= len({c for c, _ in found}) < 4
+    assert stats.chisquare(seen.ravel()).pvalue > 1e-3
+    assert met == (rotations == "classes")  # two rotations of one class meet only as classes of their own
+
+
+def test_more_ways_than_classes_are_possible_with_rotated_classes():
+    x, y = images(classes=3)
+    support, _ = from_arrays(x, y, ways=12, shots=1, rotations="classes").sample(jax.random.key(0))
+    assert (
+        len({identify(x, image)[1] * 3 + y[identify(x, image)[0]] for image in np.asarray(support.x)}) == 12
+    )
+
+
+def test_split_keeps_the_other_parts_off_the_device():
+    x, y = numbered([4] * 6)
+    names = np.array(list("abcdef"))[y]
+    classes = ClassSplit(train=("a", "b", "c"), test=("d", "f", "e"))
+    tasks = from_arrays(
+        x, names, ways=3, shots=1, split="test", classes=classes, name="letters", protocol="p"
+    )
+    assert tasks.sample.args[1].x.shape == (12, 2)
+    support, _ = sampled(tasks, 50)
+    assert set(support.x[..., 0].ravel().tolist()) == {3, 4, 5}
+    card = tasks.card
+    assert (card.tasks, card.split, card.kind, card.ways, card.shots, card.queries, card.classes) == (
+        "letters", "test", "classification", 3, 1, 1, 3,
+    )  # fmt: skip
+    assert (card.split_hash, card.rotations, card.protocol) == (classes.hash, "none", "p")
+
+
+def test_random_split_by_fractions_is_one_split_for_all_parts():
+    x, y = numbered([3] * 20)
+    parts = [
+        from_arrays(x, y, ways=2, shots=1, split=part, classes=(0.6, 0.2, 0.2), seed=7)
+        for part in ("train", "validation", "test")
+    ]
+    assert [tasks.card.classes for tasks in parts] == [12, 4, 4]
+    assert len({tasks.card.split_hash for tasks in parts}) == 1
+    members = [set(np.asarray(tasks.sample.args[1].x[:, 0]).tolist()) for tasks in parts]
+    assert set.union(*members) == set(range(20))
+    assert sum(map(len, members)) == 20
+    assert "seed 7" in parts[0].card.protocol
+
+
+X, Y = numbered([4, 4, 2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ways": 4, "shots": 1}, "ways=4 asks for more classes than split='train' has: 3"),
+        ({"shots": 2}, r"shots \+ queries = 2 \+ 1 = 3 .* too few in 1 of 3: 2 \(2\)"),
+        ({"shots": (1, 9)}, r"= 10 examples .* 0 \(4\), 1 \(4\), 2 \(2\)"),
+        ({"y": Y[:-1]}, r"one label per example, got \(10, 2\) and \(9,\)"),
+        ({"x": X[:0], "y": Y[:0]}, "x has no examples"),
+        ({"x": X.astype(np.int32)}, "x must be uint8 .* got int32"),
+        ({"y": Y.astype(float)}, "integer or string class labels, got float64"),
+        ({"ways": 0}, "ways must be a positive integer or a pair"),
+        ({"shots": (3, 2)}, r"shots must be .* got \(3, 2\)"),
+        ({"shots": 0}, "shots must be a positive integer"),
+        ({"queries": 0}, "queries must be a positive integer, got 0"),
+        ({"split": "val"}, "split must be"),
+        ({"rotations": "all"}, "rotations must be"),
+        ({"rotations": "random"}, r"square images .* shape \(10, 2\)"),
+        ({"classes": ClassSplit(train=("0", "1", "9"))}, r"no example of 1 classes .* \['9'\]"),
+        ({"classes": ClassSplit(test=("0", "1"))}, "split='train' has no classes"),
+        ({"classes": (0.5, 0.6, 0.0)}, "fractions must be"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        from_arrays(**({"x": X, "y": Y, "ways": 2, "shots": 1} | changes))
+
+
+def test_a_constant_predictor_is_at_chance_and_an_oracle_perfect():
+    x, y = numbered([3] * 10)
+    support, query = sampled(from_arrays(x, y, ways=5, shots=1, queries=2), 200)
+    assert (query.y == 0).mean() == pytest.approx(1 / 5)
+    nearest = np.abs(query.x[:, :, None, 0] - support.x[:, None, :, 0]).argmin(2)
+    assert (np.take_along_axis(support.y, nearest, 1) == query.y).all()

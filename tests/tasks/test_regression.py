@@ -1,0 +1,166 @@
+"""Sinusoid and harmonic tasks are the published ones, and obey the laws of samplers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmeta.losses import mse
+from jaxmeta.tasks.harmonic import harmonic
+from jaxmeta.tasks.sinusoid import sinusoid
+
+SOURCES = [sinusoid, harmonic]
+
+
+def many(tasks, count, seed=0):
+    return jax.jit(jax.vmap(tasks.sample))(jax.random.split(jax.random.key(seed), count))
+
+
+def residual(features, y):
+    """Of the least-squares fit of `y` by `features`, relative to `y`; one number a task."""
+    fits = (np.linalg.lstsq(f, t, rcond=None)[0] for f, t in zip(features, y, strict=True))
+    return np.array(
+        [np.linalg.norm(f @ c - t) / np.linalg.norm(t) for f, c, t in zip(features, fits, y, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_shapes_types_and_card(source):
+    tasks = source("test", shots=5, queries=20)
+    task = tasks.sample(jax.random.key(0))
+    for batch, count in ((task.support, 5), (task.query, 20)):
+        assert batch.x.shape == batch.y.shape == (count, 1)
+        assert batch.x.dtype == batch.y.dtype == jnp.float32
+        assert batch.mask is None
+        assert batch.ways is None
+    card = tasks.card
+    assert (card.tasks, card.split, card.kind) == (source.__name__, "test", "regression")
+    assert (card.ways, card.shots, card.queries, card.classes) == (None, 5, 20, None)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_pure_under_jit_and_vmap(source):
+    tasks = source(shots=3, queries=4, noise=0.1)
+    keys = jax.random.split(jax.random.key(1), 6)
+    batched = jax.jit(jax.vmap(tasks.sample))(keys)
+    for i, key in enumerate(keys):
+        alone = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), tasks.sample(key), alone)
+    again = jax.jit(jax.vmap(source(shots=3, queries=4, noise=0.1).sample))(keys)
+    jax.tree.map(np.testing.assert_array_equal, batched, again)
+    assert len(np.unique(np.asarray(batched.support.x))) == 6 * 3
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_split_has_its_own_tasks(source):
+    key = jax.random.key(0)
+    first = [source(split).sample(key).support.y for split in ("train", "validation", "test")]
+    assert all(jnp.abs(a - b).min() > 0 for i, a in enumerate(first) for b in first[:i])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_equal_sources_share_one_compiled_step(source):
+    traces = []
+
+    @jax.jit
+    def draw(sample, key):
+        traces.append(1)
+        return sample(key)
+
+    for split in ("train", "train", "test"):
+        draw(source(split, shots=2, queries=2, noise=0.5).sample, jax.random.key(0))
+    assert len(traces) == 1
+
+
+def test_sinusoid_anchors():
+    """E[A²]/2 for the zero predictor; 3.00567 for the best one that ignores the support set."""
+    tasks = many(sinusoid(shots=5, queries=20), 40_000)
+    x, y = tasks.query.x.reshape(-1, 1), tasks.query.y.reshape(-1, 1)
+    assert mse(jnp.zeros_like(y), y) == pytest.approx(4.25167, abs=0.09)
+    best = -2 * 2.55 / np.pi
+    assert best == pytest.approx(-1.62338, abs=1e-5)
+    assert mse(best * jnp.cos(x), y) == pytest.approx(3.00567, abs=0.07)
+    # No multiple of cos x does better: the regression of y on cos x finds the same coefficient.
+    assert (y * jnp.cos(x)).sum() / jnp.square(jnp.cos(x)).sum() == pytest.approx(best, abs=0.05)
+
+
+def test_sinusoid_tasks_are_single_sinusoids_in_range():
+    tasks = many(sinusoid(shots=10, queries=40), 2000)
+    x = np.concatenate([tasks.support.x, tasks.query.x], 1)[..., 0].astype(np.float64)
+    y = np.concatenate([tasks.support.y, tasks.query.y], 1)[..., 0].astype(np.float64)
+    waves = np.stack([np.sin(x), np.cos(x)], -1)
+    assert residual(waves, y).max() < 1e-5  # support and query follow one curve, without noise
+    sine, cosine = np.array([np.linalg.lstsq(w, t, rcond=None)[0] for w, t in zip(waves, y, strict=True)]).T
+    amplitude, phase = np.hypot(sine, cosine), np.arctan2(-cosine, sine)
+    assert amplitude.min() > 0.1 - 1e-4
+    assert amplitude.max() < 5 + 1e-4
+    assert phase.min() > -1e-4
+    assert phase.max() < np.pi + 1e-4
+    for values, low, high in ((amplitude, 0.1, 5), (phase, 0, np.pi), (x, -5, 5)):
+        assert values.mean() == pytest.approx((low + high) / 2, abs=0.04 * (high - low))
+        assert values.std() == pytest.approx((high - low) / 12**0.5, rel=0.06)
+
+
+def test_sinusoid_full_circle_of_phases():
+    tasks = many(sinusoid(shots=5, queries=5, phase=(0.0, 2 * np.pi)), 20_000)
+    x, y = tasks.query.x, tasks.query.y
+    # Nothing is left for a fixed predictor: the mean curve is 0 everywhere.
+    assert (y * jnp.cos(x)).mean() == pytest.approx(0, abs=0.05)
+    assert jnp.square(y).mean() == pytest.approx(4.25167, abs=0.13)
+
+
+def test_sinusoid_ranges_and_noise_are_used():
+    settings = {"amplitude": (2.0, 2.001), "phase": (0.0, 0.001), "inputs": (1.0, 3.0)}
+    tasks = many(sinusoid(noise=0.3, **settings), 500)
+    for batch in tasks:
+        assert 1 <= batch.x.min() < batch.x.max() < 3
+        assert (batch.y - 2 * jnp.sin(batch.x)).std() == pytest.approx(0.3, rel=0.06)
+
+
+def test_harmonic_tasks_are_two_sines_at_frequency_ratio_two():
+    tasks = many(harmonic(shots=20, queries=60), 12)
+    x = np.concatenate([tasks.support.x, tasks.query.x], 1)[..., 0].astype(np.float64)
+    y = np.concatenate([tasks.support.y, tasks.query.y], 1)[..., 0].astype(np.float64)
+    frequencies = np.arange(4.5, 7.5, 0.002)
+    for xs, ys in zip(x, y, strict=True):
+        angle = frequencies[:, None] * xs[None]
+        waves = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], -1)
+        fits = residual(waves, np.broadcast_to(ys, angle.shape))
+        assert fits.min() < 0.01
+        assert 5 - 0.01 < frequencies[fits.argmin()] < 7 + 0.01
+        # One sine alone is not enough.
+        assert residual(waves[..., :2], np.broadcast_to(ys, angle.shape)).min() > 0.02
+
+
+def test_harmonic_moments():
+    tasks = many(harmonic(shots=10, queries=10, noise=0.5), 20_000)
+    x, y = np.asarray(tasks.query.x[..., 0]), np.asarray(tasks.query.y[..., 0])
+    assert np.square(y).mean() == pytest.approx(1 + 0.25, rel=0.04)
+    assert y.mean() == pytest.approx(0, abs=0.03)
+    assert x.std(1, ddof=1).mean() == pytest.approx(0.9727, abs=0.01)  # E[s] of 10 standard normals
+    assert x.mean() == pytest.approx(0, abs=0.1)
+    assert x.var() == pytest.approx(8**2 / 12 + 1, rel=0.03)
+    # One draw of the line's place serves support and query.
+    assert np.abs(x.mean(1) - np.asarray(tasks.support.x[..., 0]).mean(1)).mean() < 0.5
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "dev"}, "split"),
+        ({"shots": 0}, "shots"),
+        ({"queries": 0}, "queries"),
+        ({"noise": -1.0}, "noise"),
+        ({"noise": float("nan")}, "noise"),
+    ],
+)
+def test_bad_input(source, settings, message):
+    with pytest.raises(ValueError, match=f"{message} .*got"):
+        source(**settings)
+
+
+@pytest.mark.parametrize("name", ["amplitude", "phase", "inputs"])
+def test_empty_ranges(name):
+    with pytest.raises(ValueError, match=f"{name} must be .* got"):
+        sinusoid(**{name: (2.0, 1.0)})
