@@ -1,0 +1,52 @@
+"""Learning from few examples, in JAX.
+
+    import jaxmeta as jm
+
+    tasks = jm.tasks.glyphs(ways=5, shots=1, queries=3)              # sample(key) -> Task(support, query)
+    learner = jm.maml(jm.nn.StridedConv4(ways=5))                    # init, adapt, predict, loss
+    state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, key=jax.random.key(0))
+    jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
+"""
+
+from jaxmeta import losses, nn, tasks
+from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution
+from jaxmeta.optimization_based import fomaml, inner_loop, maml
+from jaxmeta.training import (
+    Evaluation,
+    TrainState,
+    calibrate,
+    evaluate,
+    evaluate_episodes,
+    init_state,
+    load,
+    meta_step,
+    save,
+    train,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "Learner",
+    "Model",
+    "ProtocolCard",
+    "Task",
+    "TaskDistribution",
+    "TrainState",
+    "calibrate",
+    "evaluate",
+    "evaluate_episodes",
+    "fomaml",
+    "init_state",
+    "inner_loop",
+    "load",
+    "losses",
+    "maml",
+    "meta_step",
+    "nn",
+    "save",
+    "tasks",
+    "train",
+]

@@ -1,0 +1,26 @@
+"""From a learner and its tasks to trained parameters and a number with a confidence interval."""
+
+from jaxmeta.training.checkpoint import load, load_params, save
+from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes
+from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
+from jaxmeta.training.step import TrainState, init_state, meta_step
+
+__all__ = [
+    "Evaluation",
+    "NonFiniteLoss",
+    "Progress",
+    "Resumed",
+    "Saved",
+    "Stopped",
+    "TrainState",
+    "Validated",
+    "calibrate",
+    "evaluate",
+    "evaluate_episodes",
+    "init_state",
+    "load",
+    "load_params",
+    "meta_step",
+    "save",
+    "train",
+]

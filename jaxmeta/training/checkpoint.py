@@ -1,0 +1,326 @@
+"""Files of arrays: a run's checkpoints, and `jm.save` / `jm.load` of any pytree.
+
+Orbax writes the arrays, into a folder beside the final one that is then renamed: what has its
+final name is whole. A manifest in JSON holds the tree, each leaf's path, shape and type, and a
+checkpoint's configuration. Nothing is pickled.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmeta.core import Params, PyTree
+from jaxmeta.training.evaluate import Evaluation
+from jaxmeta.training.step import TrainState
+
+_KEPT = 2
+_STEP = re.compile(r"step-(\d+)")
+
+
+class Best(NamedTuple):
+    """The best validation of a run so far, and the parameters it was of."""
+
+    step: int
+    evaluation: Evaluation
+    params: Params
+
+
+def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False) -> None:
+    """Writes a pytree of arrays and Python scalars, such as parameters or an adapted state.
+
+    Args:
+      path: the folder to make.
+      tree: dicts, lists, tuples and None come back from `load` as they were; other nodes
+        (a NamedTuple, a dataclass) need its `like`.
+      overwrite: replace what is at `path`.
+
+    Raises:
+      FileExistsError: `path` exists and `overwrite` is False.
+      OSError: not enough room on the disk; what was at `path` stays.
+      ValueError: a leaf that is neither array nor scalar.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
+    _write(path, tree, {})
+
+
+def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
+    """Reads what `save` wrote, as jax arrays.
+
+    Args:
+      path: the folder `save` made.
+      like: a tree of the same structure, as arrays or `jax.eval_shape` of them; only needed
+        where it has other nodes than dicts, lists and tuples.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`.
+      ValueError: it is damaged or no tree of ours, it needs a `like`, or `like` differs
+        (naming the first leaf that does).
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileNotFoundError(f"path: there is nothing at {path}")
+    try:
+        leaves, manifest = _read(path)
+    except Exception as error:
+        raise ValueError(f"path: {path} is damaged, or not written by jm.save: {_line(error)}") from error
+    if like is not None:
+        return _fill(like, leaves, f"path: {path} differs from like")
+    return _decode(manifest["tree"], leaves, path)
+
+
+def save_checkpoint(
+    run_dir: str | os.PathLike, state: TrainState, *, best: Best | None = None, config: dict | None = None
+) -> Path:
+    """Writes `run_dir/checkpoints/step-N`, and removes all but the last two.
+
+    A checkpoint is whole in itself: it holds the best parameters so far beside the last ones.
+    """
+    folder = _folder(run_dir)
+    tree = {"state": state, "params": state.params, "best": best.params if best else None}
+    # The last parameters once, under a name that `load_params` finds without a template.
+    tree["state"] = state._replace(params=None)
+    step = int(state.step)
+    extra = {
+        "step": step,
+        "config": _plain(config),
+        "best": {"step": best.step, "evaluation": list(best.evaluation)} if best else None,
+    }
+    path = folder / f"step-{step:08d}"
+    _write(path, tree, extra)
+    for old in checkpoint_steps(run_dir)[:-_KEPT]:
+        shutil.rmtree(folder / f"step-{old:08d}")
+    return path
+
+
+def save_best(run_dir: str | os.PathLike, best: Best) -> Path:
+    """Writes the best parameters to `run_dir/checkpoints/best`, for `jm.load`."""
+    path = _folder(run_dir) / "best"
+    save(path, best.params, overwrite=True)
+    return path
+
+
+def restore_checkpoint(
+    run_dir: str | os.PathLike, like: TrainState, *, config: dict | None = None
+) -> tuple[TrainState, Best | None]:
+    """The newest checkpoint of `run_dir` that can be read, all of it or nothing.
+
+    Args:
+      run_dir: the run's folder.
+      like: a freshly initialised state of the run to be continued.
+      config: must equal the one the checkpoint was saved with, as JSON; None is not compared.
+
+    Raises:
+      ValueError: no checkpoint can be read, or it is of another configuration; then the
+        message names the first key, or the first leaf's path and shape, that differs.
+    """
+    path, leaves, manifest = _newest(run_dir)
+    if config is not None:
+        _same_config(manifest["config"], _plain(config), path)
+    saved = manifest["best"]
+    template = {
+        "state": like._replace(params=None),
+        "params": like.params,
+        "best": like.params if saved else None,
+    }
+    tree = _fill(template, leaves, f"{path} is a checkpoint of another configuration")
+    state = tree["state"]._replace(params=tree["params"])
+    best = Best(saved["step"], Evaluation(*saved["evaluation"]), tree["best"]) if saved else None
+    return state, best
+
+
+def load_params(run_dir: str | os.PathLike) -> Params:
+    """The parameters a run ended with: the best validated ones, else those of its last checkpoint.
+
+    Raises:
+      ValueError: `run_dir` has no checkpoint that can be read, or needs a template: parameters
+        that are not dicts, lists and tuples.
+    """
+    path, leaves, manifest = _newest(run_dir)
+    return _decode(manifest["tree"]["dict"], leaves, path, "best" if manifest["best"] else "params")
+
+
+def checkpoint_steps(run_dir: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in `run_dir`, ascending; empty where there is none."""
+    folder = _folder(run_dir)
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for entry in folder.iterdir() if (match := _STEP.fullmatch(entry.name)))
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises the OSError of a full disk if `needed` bytes do not fit where `folder` is or will be."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"too little disk: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; nothing was replaced",
+            str(folder),
+        )
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of disk that `save` of `tree` takes, generously."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes")) * 11 // 10 + 2**20
+
+
+def _folder(run_dir: str | os.PathLike) -> Path:
+    return Path(run_dir).absolute() / "checkpoints"
+
+
+def _newest(run_dir: str | os.PathLike) -> tuple[Path, dict[str, Any], dict]:
+    steps, problems = checkpoint_steps(run_dir), []
+    for step in reversed(steps):
+        path = _folder(run_dir) / f"step-{step:08d}"
+        try:
+            return (path, *_read(path))
+        except Exception as error:
+            problems.append(f"{path.name}: {_line(error)}")
+    found = "; ".join(problems) if problems else "there is none"
+    raise ValueError(f"run_dir: no checkpoint can be read in {_folder(run_dir)} ({found})")
+
+
+def _write(path: Path, tree: PyTree, extra: dict) -> None:
+    import orbax.checkpoint as ocp
+
+    require_space(path.parent, nbytes(tree))
+    leaves, arrays = [], {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        entry: dict[str, Any] = {"path": jax.tree_util.keystr(keys)}
+        if isinstance(leaf, bool | int | float | str):
+            entry["value"] = leaf
+        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            entry |= _signature(leaf)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                entry["key"] = str(jax.random.key_impl(leaf))
+                leaf = jax.random.key_data(leaf)
+            # Orbax refuses empty arrays, and their shape says everything.
+            if leaf.size:
+                arrays[str(len(leaves))] = np.asarray(leaf)
+        else:
+            raise ValueError(f"tree{entry['path']}: got {type(leaf).__name__}; it must be an array or scalar")
+        leaves.append(entry)
+    items = {"manifest": ocp.args.JsonSave({"leaves": leaves, "tree": _encode(tree, ()), **extra})}
+    if arrays:
+        items["arrays"] = ocp.args.StandardSave(arrays)
+    unfinished, replaced = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "replaced"))
+    for leftover in (unfinished, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(unfinished, args=ocp.args.Composite(**items))
+    if path.exists():
+        os.rename(path, replaced)
+    os.rename(unfinished, path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict]:
+    """Leaves by path, and the manifest."""
+    import orbax.checkpoint as ocp
+
+    if not (path / "manifest").is_dir():
+        raise ValueError("it has no manifest")
+    items = {"manifest": ocp.args.JsonRestore()}
+    if (path / "arrays").is_dir():
+        items["arrays"] = ocp.args.StandardRestore()
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.restore(path, args=ocp.args.Composite(**items))
+    manifest = stored["manifest"]
+    leaves = {}
+    for index, entry in enumerate(manifest["leaves"]):
+        if "value" in entry:
+            leaves[entry["path"]] = entry["value"]
+        elif 0 in entry["shape"]:
+            leaves[entry["path"]] = jnp.zeros(entry["shape"], entry["dtype"])
+        else:
+            array = jnp.asarray(stored["arrays"][str(index)])
+            if "key" in entry:
+                array = jax.random.wrap_key_data(array, impl=entry["key"])
+            leaves[entry["path"]] = array
+    return leaves, manifest
+
+
+def _encode(node: PyTree, keys: tuple) -> Any:
+    """The structure of a tree in JSON, leaves as their paths."""
+    if node is None:
+        return None
+    if type(node) is dict and all(isinstance(key, str) for key in node):
+        return {
+            "dict": {key: _encode(child, (*keys, jax.tree_util.DictKey(key))) for key, child in node.items()}
+        }
+    if type(node) in (list, tuple):
+        children = [_encode(child, (*keys, jax.tree_util.SequenceKey(i))) for i, child in enumerate(node)]
+        return {type(node).__name__: children}
+    if jax.tree_util.all_leaves([node]):
+        return {"leaf": jax.tree_util.keystr(keys)}
+    return {"other": type(node).__name__}
+
+
+def _decode(node: Any, leaves: dict[str, Any], path: Path, entry: str | None = None) -> PyTree:
+    """The tree that `_encode` encoded; `entry`: of a dict's children, that one only."""
+    if entry is not None:
+        node = node[entry]
+    if node is None:
+        return None
+    ((kind, content),) = node.items()
+    if kind == "leaf":
+        return leaves[content]
+    if kind == "dict":
+        return {key: _decode(child, leaves, path) for key, child in content.items()}
+    if kind == "other":
+        raise ValueError(f"like: the tree in {path} holds a {content}; pass a tree of its structure as like")
+    children = [_decode(child, leaves, path) for child in content]
+    return tuple(children) if kind == "tuple" else children
+
+
+def _signature(leaf: Any) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _fill(template: PyTree, leaves: dict[str, Any], problem: str) -> PyTree:
+    """`template` with the stored leaves in place of its own, if all fit."""
+    wanted = {
+        jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(template)
+    }
+    for path in [*wanted, *leaves]:
+        if path not in leaves or path not in wanted:
+            raise ValueError(f"{problem}: {path} is only in the {'new' if path in wanted else 'stored'} one")
+        here, there = wanted[path], leaves[path]
+        if hasattr(here, "shape") != hasattr(there, "shape"):
+            raise ValueError(f"{problem}: {path} is an array in only one of them")
+        if hasattr(here, "shape") and _signature(here) != _signature(there):
+            raise ValueError(
+                f"{problem}: {path} is {there.dtype}{list(there.shape)} in the stored one, "
+                f"{here.dtype}{list(here.shape)} in the new one"
+            )
+    return jax.tree.unflatten(jax.tree.structure(template), [leaves[path] for path in wanted])
+
+
+def _plain(config: dict | None) -> dict:
+    return json.loads(json.dumps(config or {}))
+
+
+def _same_config(stored: Any, given: Any, path: Path, name: str = "config") -> None:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in [*given, *stored]:
+            _same_config(stored.get(key), given.get(key), path, f"{name}[{key!r}]")
+    elif stored != given:
+        raise ValueError(
+            f"{path} is a checkpoint of another configuration: {name} is {stored!r} in the stored one, "
+            f"{given!r} in the new one"
+        )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,206 @@
+"""What a learner has learned: mean and 95 % confidence interval over fixed episodes."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution
+from jaxmeta.losses import masked_mean
+from jaxmeta.training import sharding
+
+# Episodes at once on an accelerator: enough to fill it, few enough for its memory.
+_VMAPPED = 100
+
+
+class Evaluation(NamedTuple):
+    """Mean over episodes of the accuracy, in [0, 1], or of the mean squared error.
+
+    Attributes:
+      mean: over episodes.
+      ci95: half-width of its 95 % confidence interval, 1.96·s/√E with s of ddof 1.
+      episodes: E.
+    """
+
+    mean: float
+    ci95: float
+    episodes: int
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, " episodes"]) -> "Evaluation":
+        """Of one value per episode.
+
+        Examples:
+          >>> result = Evaluation.of(np.array([0.6, 0.7, 0.8, 0.5, 0.9]))
+          >>> print(f"{result.mean:.1f} ± {result.ci95:.6f} over {result.episodes}")
+          0.7 ± 0.138593 over 5
+        """
+        values = np.asarray(values, np.float64)
+        return cls(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(values.size)), values.size)
+
+
+def evaluate(
+    learner: Learner,
+    params: Params,
+    tasks: TaskDistribution,
+    *,
+    episodes: int = 600,
+    key: Key,
+    batch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Evaluation:
+    """Adapts to the support set of fixed episodes and scores their queries.
+
+    Accuracy where the targets are integers, mean squared error where they are float; masked
+    queries do not count. Whether the number is transductive is the learner's `norm`.
+
+    Args:
+      learner: gives `adapt` and `predict`.
+      params: meta-parameters.
+      tasks: episode i is drawn with `fold_in(key, i)`, whatever `batch` and `devices` are.
+      episodes: E, at least 2.
+      key: of the whole evaluation.
+      batch: most episodes in one call of the compiled function; None for all of them on CPUs
+        and 100 on accelerators.
+      devices: that share the episodes; None for all local ones.
+
+    Raises:
+      ValueError: too few `episodes`, `batch` below 1, or outputs of a wrong shape.
+    """
+    if episodes < 2:
+        raise ValueError(f"episodes: got {episodes}; a confidence interval needs at least 2")
+    return Evaluation.of(
+        evaluate_episodes(learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices)
+    )
+
+
+def evaluate_episodes(
+    learner: Learner,
+    params: Params,
+    tasks: TaskDistribution,
+    *,
+    episodes: int = 600,
+    key: Key,
+    batch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Float[np.ndarray, " episodes"]:
+    """Accuracy or mean squared error of each episode, as averaged by `evaluate`.
+
+    With one key two learners see the same episodes, so that their values can be paired.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: got {batch}; it must be at least 1")
+    devices = tuple((devices or jax.local_devices())[:episodes])
+    on_cpu = devices[0].platform == "cpu"
+    most = batch or (episodes if on_cpu else _VMAPPED)
+    calls = -(-episodes // most)
+    own = -(-episodes // (calls * len(devices)))
+    params, sample, key = sharding.replicate((params, sharding.as_argument(tasks.sample), key), devices)
+    values = [
+        _episodes(learner, own, not on_cpu, devices, params, sample, key, call * own * len(devices))
+        for call in range(calls)
+    ]
+    return np.concatenate([np.asarray(value) for value in values])[:episodes]
+
+
+def metric_name(tasks: TaskDistribution) -> str:
+    """What `evaluate` measures on `tasks`: "accuracy" or "mse"."""
+    targets = jax.eval_shape(tasks.sample, jax.random.key(0)).query.y
+    return "accuracy" if jnp.issubdtype(targets.dtype, jnp.integer) else "mse"
+
+
+def calibrate(
+    learner: Learner, params: Params, tasks: TaskDistribution, key: Key, *, episodes: int = 200
+) -> Params:
+    """Fills the population batch statistics: their mean over training tasks, weights fixed.
+
+    Args:
+      learner: its `statistics(params, task, key) -> (sum, count)` gives a pytree summed over
+        the examples of one task, and their number.
+      params: meta-parameters, a dict.
+      tasks: the tasks the statistics are of, usually the training tasks.
+      key: episode i is drawn with `fold_in(key, i)`.
+      episodes: number of tasks.
+
+    Returns:
+      `params` with `params["population"]` = Σ sum / Σ count, all other entries as they were.
+
+    Raises:
+      ValueError: the learner has no statistics to fill, or `episodes` is below 1.
+    """
+    if learner.statistics is None:
+        raise ValueError(
+            "learner: got one without batch statistics (learner.statistics is None); nothing to fill"
+        )
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    population = _population(learner, episodes, params, sharding.as_argument(tasks.sample), key)
+    return {**params, "population": population}
+
+
+# Learner and device lists are static and the data are arguments: validation calls these every
+# thousand steps and must find what it compiled the first time.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _episodes(
+    learner: Learner,
+    own: int,
+    vmapped: bool,
+    devices: sharding.Devices,
+    params: Params,
+    sample: Callable[[Key], Task],
+    key: Key,
+    start: int,
+) -> Float[Array, " episodes"]:
+    def each(params: Params, sample: Callable[[Key], Task], key: Key, start: Array) -> Array:
+        indices = start + sharding.device_index(devices) * own + jnp.arange(own)
+
+        def one(index: Array) -> Array:
+            task_key, adapt_key = jax.random.split(jax.random.fold_in(key, index))
+            task = sample(task_key)
+            adapted = learner.adapt(params, task.support, adapt_key)
+            return _score(learner.predict(params, adapted, task.query.x, task.query.mask), task)
+
+        return jax.vmap(one)(indices) if vmapped else jax.lax.map(one, indices)
+
+    return sharding.over_tasks(each, devices, out=PartitionSpec(sharding.AXIS))(params, sample, key, start)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _population(
+    learner: Learner, episodes: int, params: Params, sample: Callable[[Key], Task], key: Key
+) -> Params:
+    def one(index: Array) -> Params:
+        task_key, learner_key = jax.random.split(jax.random.fold_in(key, index))
+        return learner.statistics(params, sample(task_key), learner_key)
+
+    def accumulate(total: Params, index: Array) -> tuple[Params, None]:
+        return jax.tree.map(jnp.add, total, one(index)), None
+
+    (total, count), _ = jax.lax.scan(accumulate, one(jnp.zeros((), jnp.int32)), jnp.arange(1, episodes))
+    return jax.tree.map(lambda leaf: leaf / count, total)
+
+
+def _score(outputs: Array, task: Task) -> Float[Array, ""]:
+    targets, mask = task.query.y, task.query.mask
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        if outputs.ndim != 2 or outputs.shape[0] != targets.shape[0]:
+            raise ValueError(
+                f"learner.predict: got outputs of shape {outputs.shape} for {targets.shape[0]} queries; "
+                "it must be (queries, ways)"
+            )
+        # The argmax of a row with NaN is the NaN's place: a diverged learner is wrong, not lucky.
+        right = (outputs.argmax(-1) == targets) & ~jnp.isnan(outputs).any(-1)
+        return masked_mean(right.astype(jnp.float32), mask)
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"learner.predict: got outputs of shape {outputs.shape} for targets of shape {targets.shape}"
+        )
+    errors = jnp.square(outputs - targets)
+    return masked_mean(errors.reshape(errors.shape[0], -1).mean(-1), mask)

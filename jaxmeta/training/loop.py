@@ -1,0 +1,313 @@
+"""The training loop: one compiled chunk of meta-steps; the host only reports between chunks."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxmeta.core import Key, Learner, PyTree, Task, TaskDistribution
+from jaxmeta.training import checkpoint, sharding
+from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
+from jaxmeta.training.step import Strategy, TrainState, init_state, meta_step, validation_key
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Reported at every `log_every` steps: means over the steps since the last report.
+
+    `compile_s` is the time the compiled chunk took to build, the same in every report;
+    `steps_per_second` has neither it nor validation and saving in it.
+    """
+
+    step: int
+    steps: int
+    metrics: dict[str, float]
+    steps_per_second: float
+    compile_s: float
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Reported after each validation; `metric` is "accuracy" or "mse", `best` if none was better."""
+
+    step: int
+    metric: str
+    evaluation: Evaluation
+    best: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Reported after each checkpoint."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Reported once, before anything else, by a run that continues: rows after `step` are void."""
+
+    step: int
+
+
+Event = Progress | Validated | Saved | Resumed
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss, or a parameter, became NaN or infinite in meta-step `step` (the first is 1)."""
+
+    def __init__(self, step: int, checkpoint: Path | None):
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+        super().__init__(
+            f"the loss or a parameter became non-finite in meta-step {step}; {kept}. A smaller learning "
+            "rate (inner or outer) or gradient clipping usually helps"
+        )
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class Stopped(Exception):
+    """`should_stop` said so after meta-step `step`; `checkpoint` is where the state was saved."""
+
+    def __init__(self, step: int, checkpoint: Path | None):
+        saved = f"saved in {checkpoint}" if checkpoint else "nothing saved (no run_dir)"
+        super().__init__(f"stopped after meta-step {step}; {saved}")
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+def train(
+    learner: Learner,
+    tasks: TaskDistribution,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    key: Key,
+    meta_batch: int = 32,
+    strategy: Strategy = "auto",
+    devices: Sequence[jax.Device] | None = None,
+    validation: TaskDistribution | None = None,
+    validation_episodes: int = 200,
+    validate_every: int = 1000,
+    run_dir: str | PathLike | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    report: Callable[[Event], None] | None = None,
+    log_every: int = 50,
+    config: dict | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainState:
+    """Meta-trains a learner.
+
+    Every episode is a pure function of `(key, step, index)`, so a run that was stopped and
+    resumed ends in the same bits as one that was not, given the same devices and versions.
+
+    Args:
+      learner: what is trained.
+      tasks: training tasks; their data are an argument of the compiled step.
+      optimizer: any optax optimizer of the meta-parameters, clipped, scheduled or chained.
+      steps: meta-steps in all, those before a resumption included.
+      key: of the whole run.
+      meta_batch, strategy, devices: see `meta_step`.
+      validation: tasks to choose the best parameters by; None to keep the last.
+      validation_episodes: fixed episodes in a validation, at least 2.
+      validate_every: meta-steps between validations; there is one more at the end.
+      run_dir: folder of the run; its `checkpoints/` gets the last two states, and the best
+        parameters as `best` (for `jm.load`). None: nothing is written.
+      checkpoint_every: meta-steps between checkpoints; None for `validate_every`. There is one
+        more at the end and when stopped.
+      resume: continue from the newest readable checkpoint of `run_dir`.
+      report: is called with each event: `Resumed`, `Progress`, `Validated`, `Saved`.
+      log_every: meta-steps between `Progress` events; the host looks at the loss, and at
+        `should_stop`, this often.
+      config: JSON-like dict stored in each checkpoint; a resumption with another one is refused.
+      should_stop: asked between chunks; True saves and raises `Stopped`.
+
+    Returns:
+      The last state; with `validation`, its `params` are the best ones instead of the last.
+
+    Raises:
+      ValueError: a setting out of range, tasks the learner cannot work on, a `run_dir` that
+        holds a run already, or a checkpoint that is absent or of another configuration.
+      NonFiniteLoss: the loss or a parameter is no longer finite. No bad state is ever saved.
+      Stopped: `should_stop` returned True.
+      OSError: too little disk; earlier checkpoints stay.
+    """
+    checkpoint_every = validate_every if checkpoint_every is None else checkpoint_every
+    _check_settings(steps, validate_every, checkpoint_every, log_every, validation_episodes, run_dir, resume)
+    devices = sharding.task_devices(meta_batch, devices)
+    step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=devices))
+    emit = report or (lambda event: None)
+
+    state, best = init_state(learner, optimizer, tasks, key), None
+    episodes_key = validation_key(key)
+    if run_dir is not None:
+        # The last two states, one being written, the best parameters likewise.
+        checkpoint.require_space(Path(run_dir).absolute(), 3 * checkpoint.nbytes((state, state.params)))
+    if resume:
+        state, best = checkpoint.restore_checkpoint(run_dir, state, config=config)
+        emit(Resumed(int(state.step)))
+    done, saved_at = int(state.step), _last_checkpoint(run_dir)
+    if done > steps:
+        raise ValueError(f"steps: got {steps}, but the checkpoint to resume from is of step {done} already")
+
+    # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
+    state = sharding.replicate(jax.tree.map(jnp.copy, state), devices)
+    sample = sharding.replicate(sharding.as_argument(tasks.sample), devices)
+    if validation is not None:
+        metric = metric_name(validation)
+        validation = validation._replace(
+            sample=sharding.replicate(sharding.as_argument(validation.sample), devices)
+        )
+    started = time.perf_counter()
+    chunk = jax.jit(_chunk(step), donate_argnums=0).lower(state, sample, jnp.int32(0)).compile()
+    compile_s = time.perf_counter() - started
+
+    def read(start: int, until: int, out: dict[str, PyTree]) -> None:
+        """Waits for a chunk, and reports it."""
+        nonlocal clock
+        out = jax.device_get(out)
+        count = int(out["count"])
+        if not out["finite"]:
+            raise NonFiniteLoss(start + count, saved_at)
+        now = time.perf_counter()
+        metrics = {name: float(total) / count for name, total in out["metrics"].items()}
+        emit(Progress(until, steps, metrics, count / (now - clock), compile_s))
+        clock = now
+
+    def save() -> Path | None:
+        nonlocal saved_at
+        if run_dir is not None:
+            saved_at = checkpoint.save_checkpoint(run_dir, state, best=best, config=config)
+            emit(Saved(done, saved_at))
+        return saved_at
+
+    clock = time.perf_counter()
+    pending: tuple[int, int, dict] | None = None
+    while done < steps:
+        if should_stop is not None and should_stop():
+            if pending:
+                read(*pending)
+            raise Stopped(done, save())
+        start, done = (
+            done,
+            min(steps, *(_next(done, every) for every in (log_every, validate_every, checkpoint_every))),
+        )
+        state, out = chunk(state, sample, jnp.int32(done))
+        # The device has its next chunk before the host reads the last one: it never waits.
+        if pending:
+            read(*pending)
+        pending = start, done, out
+        validate_now = validation is not None and (done % validate_every == 0 or done == steps)
+        save_now = run_dir is not None and (done % checkpoint_every == 0 or done == steps)
+        if not (validate_now or save_now or done == steps):
+            continue
+        read(*pending)
+        pending = None
+        if validate_now:
+            result = evaluate(
+                learner,
+                state.params,
+                validation,
+                episodes=validation_episodes,
+                key=episodes_key,
+                devices=devices,
+            )
+            better = best is None or _better(metric, result.mean, best.evaluation.mean)
+            if better:
+                best = checkpoint.Best(done, result, jax.tree.map(jnp.copy, state.params))
+                if run_dir is not None:
+                    checkpoint.save_best(run_dir, best)
+            emit(Validated(done, metric, result, better))
+        if save_now:
+            save()
+        clock = time.perf_counter()
+    return state if best is None else state._replace(params=best.params)
+
+
+def _chunk(step: Callable) -> Callable:
+    """Meta-steps until a given one, or until one that is not finite, as one compiled loop.
+
+    The end is an argument and not a shape, so that chunks of every length are one program:
+    nothing is compiled twice, and a resumed run, whose chunks may be cut elsewhere, computes
+    the same bits.
+    """
+
+    def chunk(
+        state: TrainState, sample: Callable[[Key], Task], until: Array
+    ) -> tuple[TrainState, dict[str, PyTree]]:
+        start = state.step
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, sample)[1]
+        )
+
+        def going(carry: tuple) -> Array:
+            state, _, finite = carry
+            return (state.step < until) & finite
+
+        def body(carry: tuple) -> tuple:
+            state, totals, _ = carry
+            state, metrics = step(state, sample)
+            return state, jax.tree.map(jnp.add, totals, metrics), _all_finite((metrics["loss"], state.params))
+
+        state, totals, finite = jax.lax.while_loop(going, body, (state, zeros, jnp.bool_(True)))
+        return state, {"metrics": totals, "finite": finite, "count": state.step - start}
+
+    return chunk
+
+
+def _all_finite(tree: PyTree) -> Array:
+    finite = [
+        jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    return jnp.stack(finite).all()
+
+
+def _better(metric: str, new: float, old: float) -> bool:
+    # With a NaN in place of a number to beat, any number is better.
+    if old != old:
+        return new == new
+    return new > old if metric == "accuracy" else new < old
+
+
+def _next(step: int, every: int) -> int:
+    return (step // every + 1) * every
+
+
+def _last_checkpoint(run_dir: str | PathLike | None) -> Path | None:
+    steps = checkpoint.checkpoint_steps(run_dir) if run_dir is not None else []
+    return Path(run_dir).absolute() / "checkpoints" / f"step-{steps[-1]:08d}" if steps else None
+
+
+def _check_settings(
+    steps: int,
+    validate_every: int,
+    checkpoint_every: int,
+    log_every: int,
+    validation_episodes: int,
+    run_dir: str | PathLike | None,
+    resume: bool,
+) -> None:
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("validate_every", validate_every, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("log_every", log_every, 1),
+        ("validation_episodes", validation_episodes, 2),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: got {value}; it must be at least {least}")
+    if resume and run_dir is None:
+        raise ValueError("run_dir: got None; resume=True needs the folder of the run to continue")
+    if run_dir is not None and not resume and (held := checkpoint.checkpoint_steps(run_dir)):
+        raise ValueError(
+            f"run_dir: {run_dir} holds a run already, with a checkpoint of step {held[-1]}; "
+            "continue it with resume=True, or choose another folder"
+        )

@@ -1,0 +1,299 @@
+"""What a run shows while it runs, and the folder it leaves behind.
+
+`metrics.jsonl` grows while the run goes on; every other file is written beside its place and
+renamed, so that what is there is whole.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmeta.training.evaluate import Evaluation
+from jaxmeta.training.loop import Event, Progress, Resumed, Saved, Validated
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content`, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text`, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; a last line that was cut off is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows
+
+
+class RunLog:
+    """The `report=` of `jm.train`: appends to `metrics.jsonl`, and shows how far the run is.
+
+    A progress bar on a terminal, elsewhere a line every ten seconds and one at each validation.
+
+    Args:
+      path: of `metrics.jsonl`.
+      steps: meta-steps in all.
+      metric: "accuracy" or "mse".
+    """
+
+    def __init__(self, path: Path, steps: int, metric: str):
+        self.path, self.steps, self.metric = path, steps, metric
+        self.compile_s: float | None = None
+        self.steps_per_second: float | None = None
+        self.best: Validated | None = None
+        self._started = time.perf_counter()
+        self._spent_before = 0.0
+        self._steps_here, self._stepping_s, self._last_step = 0, 0.0, 0
+        self._shown_at = -float("inf")
+        self._show, self._say = _nothing, print
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds the run took so far, those before a resumption included."""
+        return self._spent_before + time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator["RunLog"]:
+        """Shows progress while inside."""
+        self._started = time.perf_counter()
+        with open(self.path, "a", encoding="utf-8") as self._file:
+            if not sys.stdout.isatty():
+                self._show = self._plain
+                yield self
+                return
+            with _bar(self.steps) as (show, self._say):
+                self._show = show
+                yield self
+        self._show, self._say = _nothing, print
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Resumed(step):
+                self._rewind(step)
+                self._say(f"continuing after meta-step {step}")
+            case Progress():
+                self.compile_s = event.compile_s
+                taken = event.step - self._last_step
+                self._steps_here += taken
+                self._stepping_s += taken / event.steps_per_second
+                self.steps_per_second = self._steps_here / self._stepping_s
+                self._last_step = event.step
+                row = {**event.metrics, "steps_per_second": event.steps_per_second}
+                self._write({"step": event.step, **row})
+                self._show(event)
+            case Validated():
+                if event.best:
+                    self.best = event
+                mean, ci95 = event.evaluation.mean, event.evaluation.ci95
+                name = f"validation_{event.metric}"
+                self._write({"step": event.step, name: mean, f"{name}_ci95": ci95, "best": event.best})
+                marker = "  (best so far)" if event.best else ""
+                self._say(f"step {event.step:>6}  validation {event.metric} {_pm(event.evaluation)}{marker}")
+            case Saved():
+                pass
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps({**row, "elapsed_s": round(self.elapsed_s, 3)}) + "\n")
+        self._file.flush()
+
+    def _rewind(self, step: int) -> None:
+        """Drops the rows that the run is about to write again."""
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self._file.close()
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `showing`
+        self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0
+        self._last_step = step
+        for row in rows:
+            if row.get("best"):
+                evaluation = Evaluation(
+                    row[f"validation_{self.metric}"], row[f"validation_{self.metric}_ci95"], 0
+                )
+                self.best = Validated(row["step"], self.metric, evaluation, True)
+
+    def _plain(self, event: Progress) -> None:
+        now = time.perf_counter()
+        if event.step < event.steps and now - self._shown_at < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown_at = now
+        left = (event.steps - event.step) / event.steps_per_second
+        print(
+            f"step {event.step:>6}/{event.steps}  {_values(event)}  {event.steps_per_second:.1f} steps/s  "
+            f"{_duration(left)} left",
+            flush=True,
+        )
+
+
+def _nothing(event: Progress) -> None:
+    del event
+
+
+@contextlib.contextmanager
+def _bar(steps: int) -> Iterator[tuple]:
+    from rich import progress
+
+    with progress.Progress(
+        progress.TextColumn("meta-training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[values]}"),
+        progress.TextColumn("{task.fields[rate]} steps/s"),
+        progress.TextColumn("{task.fields[left]} left"),
+    ) as bar:
+        task = bar.add_task("meta-training", total=steps, values="compiling…", rate="–", left="–")
+
+        def show(event: Progress) -> None:
+            left = (event.steps - event.step) / event.steps_per_second
+            bar.update(
+                task,
+                completed=event.step,
+                values=_values(event),
+                rate=f"{event.steps_per_second:.1f}",
+                left=_duration(left),
+            )
+
+        yield show, lambda line: bar.console.print(line, highlight=False)
+
+
+def _values(event: Progress) -> str:
+    shown = [f"loss {event.metrics['loss']:.4f}"]
+    if "accuracy" in event.metrics:
+        shown.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
+    if "mse" in event.metrics:
+        shown.append(f"mse {event.metrics['mse']:.4f}")
+    return "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def _pm(evaluation: Evaluation) -> str:
+    return f"{evaluation.mean:.4f} ± {evaluation.ci95:.4f}"
+
+
+def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: str) -> None:
+    """Draws training loss, training metric and validation metric against meta-steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    validation = f"validation_{metric}"
+    trained = [row for row in rows if "loss" in row]
+    validated = [row for row in rows if validation in row]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in trained]
+    _curve(left, steps, [row["loss"] for row in trained], "C0", "training")
+    left.set(xlabel="meta-step", ylabel="query loss")
+    scale = 100 if metric == "accuracy" else 1
+    if trained and metric in trained[0]:
+        _curve(right, steps, [scale * row[metric] for row in trained], "C0", "training")
+    if validated:
+        right.errorbar(
+            [row["step"] for row in validated],
+            [scale * row[validation] for row in validated],
+            [scale * row[f"{validation}_ci95"] for row in validated],
+            color="C1",
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label="validation, 95 % CI",
+        )
+    name = "query accuracy, %" if metric == "accuracy" else "query mean squared error"
+    right.set(xlabel="meta-step", ylabel=name)
+    for axes in (left, right):
+        if metric == "mse":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, dpi=120, format="png")
+    os.replace(unfinished, path)
+
+
+def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
+    """The values faintly, and their running mean over a twentieth of the run."""
+    window = max(1, len(values) // 20)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+    axes.plot(steps, means, color=color, label=label)
+
+
+def report_markdown(report: dict[str, Any]) -> str:
+    """`report.json`, for people."""
+    card, config = report["card"], report["config"]
+    lines = [f"# {report['learner']} on {report['tasks']}", "", f"{card['protocol'] or card['tasks']}.", ""]
+    if "accuracy" in report:
+        lines += ["| test accuracy | 95 % CI | batch normalisation |", "| --- | --- | --- |"]
+        for name, row in report["accuracy"].items():
+            what = {
+                "batch": "statistics of the query batch",
+                "support": "statistics of the support set",
+            }
+            lines.append(
+                f"| **{100 * row['mean']:.2f} %** | ± {100 * row['ci95']:.2f} | "
+                f"{name}: {what.get(row['norm'], row['norm'])} |"
+            )
+    else:
+        lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
+        rows = report.get("mse_by_step") or {str(config["eval_steps"]): report["mse"]}
+        lines += [f"| {steps} | **{row['mean']:.4f}** | ± {row['ci95']:.4f} |" for steps, row in rows.items()]
+    unit = "a class" if card["ways"] else "a task"
+    table = {
+        "test episodes": report["episodes"],
+        "test tasks": f"{_ways(card['ways'])}{card['shots']} shots, {card['queries']} queries {unit}",
+        "training tasks": f"{_ways(config['train_ways'])}{config['train_shots']} shots, "
+        f"{config['train_queries']} queries {unit}",
+        "split": f"{card['split']}, {card['classes']} classes" if card["classes"] else card["split"],
+        "split hash": card["split_hash"],
+        "rotations": card["rotations"] if card["classes"] else None,
+        "inner steps": _inner(config),
+        "α (inner learning rate, of the mean loss)": config["inner_lr"],
+        "order": config["order"],
+        "outer learning rate": f"{config['outer_lr']} (Adam, {config['schedule']})",
+        "meta-batch": f"{config['meta_batch']} tasks",
+        "meta-steps": report["steps"],
+        "parameters of meta-step": report["best_step"],
+        "network": f"{config['network']}, {report['parameters']:,} parameters",
+        "seed": report["seed"],
+        "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
+        "time": f"{report['wall_s']:.1f} s, of which compiling the meta-step {report['compile_s'] or 0:.1f} s",
+        "device": f"{report['devices']} × {report['device']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+    }
+    lines += ["", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _ways(ways: int | None) -> str:
+    return "" if ways is None else f"{ways} ways, "
+
+
+def _inner(config: dict[str, Any]) -> str | None:
+    if config["inner_steps"] is None:
+        return None
+    return f"{config['inner_steps']} in training, {config['eval_steps']} at test"

@@ -1,0 +1,144 @@
+"""Evaluation: fixed episodes whatever the batch, closed forms, masks, calibration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from jaxmeta.core import Learner
+from jaxmeta.training import Evaluation, calibrate, evaluate, evaluate_episodes
+from jaxmeta.training.evaluate import _episodes, metric_name
+
+KEY = jax.random.key(5)
+
+
+def prepared(learner, tasks):
+    return learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+
+
+def test_the_confidence_interval_has_ddof_1():
+    result = Evaluation.of(np.array([0.6, 0.7, 0.8, 0.5, 0.9]))
+    assert result.mean == pytest.approx(0.7, abs=1e-12)
+    assert result.ci95 == pytest.approx(0.138593, abs=1e-6)
+    assert result.episodes == 5
+
+
+@pytest.mark.parametrize("make", ["classification", "regression"])
+def test_each_episode_is_that_of_its_index(make):
+    learner, tasks = (
+        (toys.nearest_mean(), toys.clusters()) if make == "classification" else (toys.maml(), toys.sinusoid())
+    )
+    params = prepared(learner, tasks)
+    values = evaluate_episodes(learner, params, tasks, episodes=5, key=KEY)
+    for index, value in enumerate(values):
+        task_key, adapt_key = jax.random.split(jax.random.fold_in(KEY, index))
+        task = tasks.sample(task_key)
+        adapted = learner.adapt(params, task.support, adapt_key)
+        outputs = np.asarray(learner.predict(params, adapted, task.query.x, task.query.mask))
+        if make == "classification":
+            real = np.asarray(task.query.mask)
+            expected = (outputs.argmax(-1) == np.asarray(task.query.y))[real].mean()
+        else:
+            expected = np.square(outputs - np.asarray(task.query.y)).mean()
+        assert value == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(1, 1), (3, 1), (100, 1), (2, 2), (3, 2), (None, 2)])
+def test_episodes_do_not_depend_on_batch_and_devices(batch, devices):
+    if len(jax.devices()) < devices:
+        pytest.skip("needs 2 devices (jax_num_cpu_devices)")
+    learner, tasks = toys.maml(), toys.sinusoid()
+    params = prepared(learner, tasks)
+    reference = evaluate_episodes(learner, params, tasks, episodes=7, key=KEY, devices=jax.devices()[:1])
+    values = evaluate_episodes(
+        learner, params, tasks, episodes=7, key=KEY, batch=batch, devices=jax.devices()[:devices]
+    )
+    assert values.shape == (7,)
+    assert len(set(values.tolist())) == 7
+    np.testing.assert_allclose(values, reference, rtol=1e-5)
+
+
+def test_more_episodes_begin_with_the_fewer():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = prepared(learner, tasks)
+    few = evaluate_episodes(learner, params, tasks, episodes=4, key=KEY)
+    many = evaluate_episodes(learner, params, tasks, episodes=9, key=KEY)
+    np.testing.assert_array_equal(many[:4], few)
+
+
+def test_evaluate_is_the_mean_over_its_episodes():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = prepared(learner, tasks)
+    result = evaluate(learner, params, tasks, episodes=40, key=KEY)
+    assert result == Evaluation.of(evaluate_episodes(learner, params, tasks, episodes=40, key=KEY))
+    assert 0.6 < result.mean < 1.0
+    assert result.ci95 > 0
+
+
+def test_the_compiled_evaluation_is_found_again():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = prepared(learner, tasks)
+    evaluate(learner, params, tasks, episodes=6, key=KEY)
+    before = _episodes._cache_size()
+    other = tasks._replace(sample=jax.tree_util.Partial(tasks.sample.func, jnp.float32(0.9)))
+    result = evaluate(learner, jax.tree.map(lambda leaf: 2 * leaf, params), other, episodes=6, key=KEY)
+    assert _episodes._cache_size() == before
+    assert result != evaluate(learner, params, tasks, episodes=6, key=KEY)
+
+
+def test_a_diverged_learner_is_wrong_and_not_lucky():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = {"scale": jnp.full(4, jnp.nan)}
+    assert evaluate(learner, params, tasks, episodes=4, key=KEY).mean == 0.0
+
+
+def test_metric_name():
+    assert metric_name(toys.clusters()) == "accuracy"
+    assert metric_name(toys.sinusoid()) == "mse"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"episodes": 1}, "episodes: got 1"), ({"batch": 0}, "batch: got 0")],
+)
+def test_bad_settings_are_named(settings, named):
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    with pytest.raises(ValueError, match=named):
+        evaluate(learner, prepared(learner, tasks), tasks, key=KEY, **settings)
+
+
+def test_outputs_of_a_wrong_shape_are_named():
+    learner, tasks = toys.maml(), toys.sinusoid()
+    wrong = learner._replace(predict=lambda params, adapted, x, mask=None: x[:, 0])
+    with pytest.raises(ValueError, match=r"outputs of shape \(7,\) for targets of shape \(7, 1\)"):
+        evaluate(wrong, prepared(learner, tasks), tasks, key=KEY, episodes=2)
+
+
+def with_moments() -> Learner:
+    def statistics(params, task, key):
+        x = task.support.x
+        return {"layer": {"mean": x.sum(0), "square": jnp.square(x).sum(0)}}, jnp.float32(x.shape[0])
+
+    return toys.nearest_mean()._replace(statistics=statistics)
+
+
+def test_calibrate_averages_over_the_examples_of_all_tasks():
+    learner, tasks = with_moments(), toys.clusters()
+    params = prepared(learner, tasks)
+    filled = calibrate(learner, params, tasks, KEY, episodes=5)
+    x = np.concatenate(
+        [tasks.sample(jax.random.split(jax.random.fold_in(KEY, index))[0]).support.x for index in range(5)]
+    )
+    assert set(filled) == {"scale", "population"}
+    assert filled["scale"] is params["scale"]
+    np.testing.assert_allclose(filled["population"]["layer"]["mean"], x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(filled["population"]["layer"]["square"], np.square(x).mean(0), rtol=1e-5)
+
+
+def test_calibrate_needs_statistics_and_episodes():
+    tasks = toys.clusters()
+    with pytest.raises(ValueError, match="statistics is None"):
+        calibrate(toys.nearest_mean(), {"scale": jnp.ones(4)}, tasks, KEY)
+    with pytest.raises(ValueError, match="episodes: got 0"):
+        calibrate(with_moments(), {"scale": jnp.ones(4)}, tasks, KEY, episodes=0)

@@ -1,0 +1,283 @@
+"""The training loop: resumption, best parameters, failures, stops, and how often it traces."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from jaxmeta.training import (
+    NonFiniteLoss,
+    Progress,
+    Resumed,
+    Saved,
+    Stopped,
+    Validated,
+    init_state,
+    load,
+    load_params,
+    meta_step,
+    train,
+)
+from jaxmeta.training.checkpoint import checkpoint_steps
+
+KEY = jax.random.key(0)
+
+
+def run(learner=None, tasks=None, optimizer=None, **settings):
+    events = []
+    settings = {"steps": 12, "key": KEY, "meta_batch": 4, "log_every": 4, "validation_episodes": 8} | settings
+    state = train(
+        learner or toys.maml(),
+        tasks or toys.sinusoid(),
+        optimizer or toys.adam(),
+        report=events.append,
+        **settings,
+    )
+    return state, events
+
+
+def of(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_training_is_the_bare_step_repeated():
+    learner, tasks, optimizer = toys.maml(), toys.sinusoid(), toys.adam()
+    state, events = run(learner, tasks, optimizer, steps=7, log_every=3)
+    expected = init_state(learner, optimizer, tasks, KEY)
+    step, losses = jax.jit(meta_step(learner, optimizer, 4)), []
+    for _ in range(7):
+        expected, metrics = step(expected, tasks.sample)
+        losses.append(float(metrics["loss"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, expected.params
+    )
+    assert int(state.step) == 7
+    assert [event.step for event in events] == [3, 6, 7]
+    for event, chunk in zip(events, (losses[:3], losses[3:6], losses[6:]), strict=True):
+        assert isinstance(event.metrics["loss"], float)
+        assert event.metrics["loss"] == pytest.approx(np.mean(chunk), rel=1e-5)
+        assert event.metrics["mse"] == pytest.approx(np.mean(chunk), rel=1e-5)
+        assert event.steps == 7
+        assert event.steps_per_second > 0
+        assert event.compile_s > 0
+
+
+def test_training_learns():
+    _, events = run(steps=200, log_every=20, meta_batch=8)
+    losses = [event.metrics["loss"] for event in of(events, Progress)]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
+def test_the_callers_key_survives(key):
+    run(key=key, steps=2)
+    assert jax.random.key_data(jax.random.fold_in(key, 0)).shape == (2,)
+
+
+def test_the_loss_is_traced_once_in_the_whole_run(tmp_path):
+    traces = []
+    learner = toys.maml(on_trace=lambda: traces.append(None))
+    run(
+        learner,
+        steps=11,
+        log_every=2,
+        validation=toys.sinusoid(split="validation"),
+        validate_every=5,
+        run_dir=tmp_path,
+        checkpoint_every=3,
+    )
+    # Once to check that it is a scalar, before anything is compiled, and once to compile it.
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, devices):
+    if len(jax.devices()) < devices:
+        pytest.skip("needs 2 devices (jax_num_cpu_devices)")
+    settings = {
+        "learner": toys.maml(),
+        "tasks": toys.sinusoid(),
+        "validation": toys.sinusoid(split="validation"),
+        "validate_every": 4,
+        "checkpoint_every": 2,
+        "log_every": 4,
+        "devices": jax.devices()[:devices],
+        "config": {"ways": 5},
+    }
+    whole, whole_events = run(steps=16, run_dir=tmp_path / "whole", **settings)
+    run(steps=8, run_dir=tmp_path / "halves", **settings)
+    halves, events = run(steps=16, run_dir=tmp_path / "halves", resume=True, **settings)
+    assert_equal(halves.params, whole.params)
+    assert_equal(halves.opt_state, whole.opt_state)
+    assert isinstance(events[0], Resumed)
+    assert events[0].step == 8
+    for kind, fields in ((Progress, ("step", "metrics")), (Validated, ("step", "evaluation", "best"))):
+        rest = [event for event in of(whole_events, kind) if event.step > 8]
+        assert [[getattr(e, f) for f in fields] for e in of(events, kind)] == [
+            [getattr(e, f) for f in fields] for e in rest
+        ]
+    assert_equal(load(tmp_path / "halves/checkpoints/best"), load(tmp_path / "whole/checkpoints/best"))
+
+
+def test_resuming_from_the_middle_of_a_chunk_is_exact(tmp_path):
+    learner, tasks = toys.maml(), toys.sinusoid()
+    whole, _ = run(learner, tasks, steps=10, log_every=4)
+    run(learner, tasks, steps=3, log_every=4, run_dir=tmp_path)
+    rest, events = run(learner, tasks, steps=10, log_every=4, run_dir=tmp_path, resume=True)
+    assert_equal(rest.params, whole.params)
+    assert [event.step for event in of(events, Progress)] == [4, 8, 10]
+
+
+def test_resuming_a_finished_run_returns_it(tmp_path):
+    learner, tasks = toys.maml(), toys.sinusoid()
+    done, _ = run(learner, tasks, steps=4, run_dir=tmp_path)
+    again, events = run(learner, tasks, steps=4, run_dir=tmp_path, resume=True)
+    assert_equal(again.params, done.params)
+    assert events == [Resumed(4)]
+    with pytest.raises(ValueError, match=r"steps: got 3, but the checkpoint .* step 4"):
+        run(learner, tasks, steps=3, run_dir=tmp_path, resume=True)
+
+
+def test_the_best_parameters_are_returned_and_saved(tmp_path):
+    learner, tasks = toys.worsening(), toys.clusters()
+    # scale goes 1, 0.9, …: accuracy stays what it was until the sum's sign turns after step 10.
+    state, events = run(
+        learner,
+        tasks,
+        optax.sgd(0.1),
+        steps=16,
+        validation=tasks,
+        validate_every=4,
+        run_dir=tmp_path,
+    )
+    validated = of(events, Validated)
+    assert [event.step for event in validated] == [4, 8, 12, 16]
+    assert [event.best for event in validated] == [True, False, False, False]
+    assert validated[0].metric == "accuracy"
+    assert validated[0].evaluation == validated[1].evaluation
+    assert validated[2].evaluation.mean < validated[0].evaluation.mean
+    np.testing.assert_allclose(state.params["scale"], 0.6, rtol=1e-5)
+    assert_equal(load(tmp_path / "checkpoints/best"), state.params)
+    assert_equal(load_params(tmp_path), state.params)
+    last, _ = run(learner, tasks, optax.sgd(0.1), steps=16)
+    np.testing.assert_allclose(last.params["scale"], -0.6, rtol=1e-5)
+
+
+def test_a_lower_mse_is_better():
+    validation = toys.sinusoid(split="validation")
+    _, events = run(steps=60, meta_batch=8, validation=validation, validate_every=10, validation_episodes=50)
+    validated = of(events, Validated)
+    best = np.inf
+    for event in validated:
+        assert event.metric == "mse"
+        assert event.best == (event.evaluation.mean < best)
+        best = min(best, event.evaluation.mean)
+    assert sum(event.best for event in validated) > 1
+
+
+def test_validation_at_the_end_and_checkpoints_where_asked(tmp_path):
+    _, events = run(
+        steps=9, validation=toys.sinusoid(), validate_every=4, run_dir=tmp_path, checkpoint_every=3
+    )
+    assert [event.step for event in of(events, Validated)] == [4, 8, 9]
+    saved = of(events, Saved)
+    assert [event.step for event in saved] == [3, 6, 9]
+    assert checkpoint_steps(tmp_path) == [6, 9]
+    assert Path(saved[-1].path).is_dir()
+    assert [event.step for event in of(events, Progress)] == [3, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize(("first_bad", "value"), [(1, jnp.nan), (6, jnp.inf), (8, jnp.nan), (9, jnp.nan)])
+def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
+    learner = toys.maml(poison=lambda step: jnp.where(step == first_bad - 1, value, 0.0))
+    events = []
+    with pytest.raises(NonFiniteLoss, match=f"meta-step {first_bad};") as error:
+        train(
+            learner,
+            toys.sinusoid(),
+            toys.adam(),
+            steps=100,
+            key=KEY,
+            meta_batch=2,
+            log_every=4,
+            checkpoint_every=4,
+            run_dir=tmp_path,
+            report=events.append,
+        )
+    assert error.value.step == first_bad
+    good = [step for step in (4, 8) if step < first_bad][-2:]
+    assert checkpoint_steps(tmp_path) == good
+    assert all(np.isfinite(event.metrics["loss"]) for event in of(events, Progress))
+    if good:
+        assert str(error.value.checkpoint) in str(error.value)
+        assert error.value.checkpoint.name == f"step-{good[-1]:08d}"
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_params(tmp_path)))
+    else:
+        assert "there is no checkpoint" in str(error.value)
+
+
+def test_a_non_finite_parameter_stops_too():
+    optimizer = optax.sgd(lambda step: jnp.where(step == 4, jnp.inf, 1e-3))
+    with pytest.raises(NonFiniteLoss) as error:
+        run(optimizer=optimizer)
+    assert error.value.step == 5
+
+
+def test_should_stop_saves_and_the_run_goes_on(tmp_path):
+    learner, tasks = toys.maml(), toys.sinusoid()
+    calls = []
+
+    def should_stop():
+        calls.append(None)
+        return len(calls) == 3
+
+    with pytest.raises(Stopped, match="stopped after meta-step 8; saved in") as stop:
+        run(learner, tasks, steps=20, run_dir=tmp_path, should_stop=should_stop)
+    assert stop.value.step == 8
+    assert checkpoint_steps(tmp_path) == [8]
+    rest, _ = run(learner, tasks, steps=20, run_dir=tmp_path, resume=True)
+    whole, _ = run(learner, tasks, steps=20)
+    assert_equal(rest.params, whole.params)
+    with pytest.raises(Stopped, match="nothing saved"):
+        run(should_stop=lambda: True)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    run(steps=4, run_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds a run already, with a checkpoint of step 4"):
+        run(steps=4, run_dir=tmp_path)
+
+
+def test_a_resumption_of_another_configuration_is_refused(tmp_path):
+    run(steps=4, run_dir=tmp_path, config={"shots": 1})
+    with pytest.raises(ValueError, match=r"config\['shots'\] is 1 in the stored one, 5 in the new one"):
+        run(steps=8, run_dir=tmp_path, config={"shots": 5}, resume=True)
+    with pytest.raises(ValueError, match="another configuration"):
+        run(toys.maml(width=9), steps=8, run_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="there is none"):
+        run(run_dir=tmp_path / "elsewhere", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"meta_batch": 0}, "meta_batch: got 0"),
+        ({"log_every": 0}, "log_every: got 0"),
+        ({"validate_every": 0}, "validate_every: got 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every: got -1"),
+        ({"validation_episodes": 1}, "validation_episodes: got 1"),
+        ({"resume": True}, "run_dir: got None"),
+    ],
+)
+def test_bad_settings_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        run(**settings)

@@ -1,0 +1,124 @@
+"""Small hand-written learners and tasks, so that these tests need no learner of the library.
+
+Cached, since a learner made anew is another program to the compiler.
+"""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmeta.core import Batch, Learner, ProtocolCard, Task, TaskDistribution
+from jaxmeta.losses import cross_entropy, masked_sum, mse
+
+WAYS = 3
+
+
+@cache
+def sinusoid(shots=5, queries=7, split="train"):
+    """y = amplitude · sin(x + phase)."""
+
+    def draw(ranges, key):
+        x_key, amplitude_key, phase_key = jax.random.split(key, 3)
+        x = jax.random.uniform(x_key, (shots + queries, 1), minval=-5.0, maxval=5.0)
+        amplitude = jax.random.uniform(amplitude_key, minval=ranges[0], maxval=ranges[1])
+        y = amplitude * jnp.sin(x + jax.random.uniform(phase_key, maxval=jnp.pi))
+        return Task(Batch(x[:shots], y[:shots]), Batch(x[shots:], y[shots:]))
+
+    sample = jax.tree_util.Partial(draw, jnp.array([0.1, 5.0]))
+    return TaskDistribution(sample, ProtocolCard("toy sinusoid", split, kind="regression"))
+
+
+@cache
+def clusters(dim=4, queries=2, noise=0.5):
+    """Classes are random points; the last query of a task is padding, with NaN for its input."""
+
+    def draw(scale, key):
+        means_key, noise_key = jax.random.split(key)
+        means = jax.random.normal(means_key, (WAYS, 1, dim))
+        x = means + scale * jax.random.normal(noise_key, (WAYS, 1 + queries, dim))
+        y = jnp.arange(WAYS)
+        query_x = x[:, 1:].reshape(-1, dim).at[-1].set(jnp.nan)
+        query = Batch(query_x, jnp.repeat(y, queries), jnp.arange(WAYS * queries) < WAYS * queries - 1, WAYS)
+        return Task(Batch(x[:, 0], y, ways=WAYS), query)
+
+    return TaskDistribution(
+        jax.tree_util.Partial(draw, jnp.float32(noise)), ProtocolCard("clusters", "train")
+    )
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["hidden"] + params["bias"][None, :]) @ params["out"]
+
+
+@cache
+def maml(width=8, step_size=0.05, poison=None, on_trace=None):
+    """One-step second-order MAML of a small network; `poison(step)` is added to the loss."""
+
+    def init(key, task):
+        hidden_key, out_key = jax.random.split(key)
+        return {
+            "hidden": jax.random.normal(hidden_key, (task.support.x.shape[-1], width)),
+            "bias": jnp.zeros(width),
+            "out": 0.1 * jax.random.normal(out_key, (width, task.support.y.shape[-1])),
+        }
+
+    def adapt(params, support, key):
+        grads = jax.grad(lambda p: mse(network(p, support.x), support.y))(params)
+        return jax.tree.map(lambda p, g: p - step_size * g, params, grads)
+
+    def predict(params, adapted, x, mask=None):
+        return network(adapted, x)
+
+    def loss(params, task, key, step=None):
+        if on_trace is not None:
+            on_trace()
+        outputs = network(adapt(params, task.support, key), task.query.x)
+        errors = jnp.square(outputs - task.query.y).mean(-1)
+        bad = 0.0 if poison is None else poison(step)
+        return mse(outputs, task.query.y) + bad, {"mse": masked_sum(errors)}
+
+    return Learner(init, adapt, predict, loss)
+
+
+@cache
+def nearest_mean():
+    """Classifies by the nearest scaled support example of each class."""
+
+    def init(key, task):
+        return {"scale": jnp.ones(task.support.x.shape[-1])}
+
+    def adapt(params, support, key):
+        return params["scale"][None, :] * support.x
+
+    def predict(params, adapted, x, mask=None):
+        x = params["scale"][None, :] * (x if mask is None else jnp.where(mask[:, None], x, 0.0))
+        return -jnp.square(x[:, None, :] - adapted[None, :, :]).sum(-1)
+
+    def loss(params, task, key, step=None):
+        logits = predict(params, adapt(params, task.support, key), task.query.x, task.query.mask)
+        right = (logits.argmax(-1) == task.query.y).astype(jnp.float32)
+        return cross_entropy(logits, task.query.y, task.query.mask), {
+            "accuracy": masked_sum(right, task.query.mask)
+        }
+
+    return Learner(init, adapt, predict, loss)
+
+
+@cache
+def worsening():
+    """A nearest-mean classifier whose accuracy training can only ruin: its loss is `scale`'s sum."""
+    learner = nearest_mean()
+
+    def predict(params, adapted, x, mask=None):
+        # Below a scale of 0 the sign of the distance turns: the farthest class is chosen.
+        return jnp.sign(params["scale"].sum()) * learner.predict(params, adapted, x, mask)
+
+    def loss(params, task, key, step=None):
+        return params["scale"].sum(), {}
+
+    return learner._replace(predict=predict, loss=loss)
+
+
+adam = partial(optax.adam, 1e-2)
