@@ -1,11 +1,11 @@
 """Learning from few examples, in JAX.
 
-    import jaxmeta as jm
+import jaxmeta as jm
 
-    tasks = jm.tasks.glyphs(ways=5, shots=1, queries=3)              # sample(key) -> Task(support, query)
-    learner = jm.maml(jm.nn.StridedConv4(ways=5))                    # init, adapt, predict, loss
-    state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, key=jax.random.key(0))
-    jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
+tasks = jm.tasks.glyphs(ways=5, shots=1, queries=3)              # sample(key) -> Task(support, query)
+learner = jm.maml(jm.nn.StridedConv4(ways=5))                    # init, adapt, predict, loss
+state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, key=jax.random.key(0))
+jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
 """
 
 from jaxmeta import losses, nn, tasks

@@ -1,8 +1,9 @@
 """Networks and layers; the only part of the package that imports Flax."""
 
 from jaxmeta.nn.adapters import as_model
-from jaxmeta.nn.conv import Conv, conv, conv_general_dilated
+from jaxmeta.nn.conv import conv
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
+from jaxmeta.nn.layers import Conv, conv_general_dilated
 from jaxmeta.nn.norm import BatchNorm
 
 __all__ = [

@@ -29,7 +29,9 @@ def as_model(network: Model | linen.Module) -> Model:
     if isinstance(network, Model):
         return network
     if not isinstance(network, linen.Module):
-        raise ValueError(f"network must be a jaxmeta Model or a flax.linen.Module, got {type(network).__name__}")
+        raise ValueError(
+            f"network must be a jaxmeta Model or a flax.linen.Module, got {type(network).__name__}"
+        )
     takes_mask = "mask" in inspect.signature(type(network).__call__).parameters
 
     def inputs(x, mask):

@@ -26,7 +26,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import linen
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -44,14 +43,14 @@ CPU_LAX_CHANNELS = 16
 class Geometry:
     """The static part of a 2-D convolution: what is left once the arrays are taken away."""
 
-    image: tuple[int, int]
-    kernel: tuple[int, int]
-    strides: tuple[int, int]
-    padding: tuple[tuple[int, int], tuple[int, int]]
+    image: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
     precision: str | lax.Precision | tuple | None = None
 
     @property
-    def out(self) -> tuple[int, int]:
+    def out(self) -> tuple[int, ...]:
         """Height and width of the output."""
         return tuple(
             (size + lo + hi - k) // stride + 1
@@ -63,7 +62,9 @@ class Geometry:
     @property
     def transposed(self) -> "Geometry":
         """The stride-1 convolution, with flipped kernel, that computes the input gradient."""
-        padding = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(self.kernel, self.padding, strict=True))
+        padding = tuple(
+            (k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(self.kernel, self.padding, strict=True)
+        )
         return dataclasses.replace(self, image=self.out, padding=padding)
 
 
@@ -79,7 +80,9 @@ def _lax_form(x, w, geometry):
 def _patches(x, geometry):
     """(n, h, w, c) -> (n, h', w', kh·kw·c) by shifted slices, which cost a copy and no arithmetic."""
     (kh, kw), (sh, sw), (ho, wo) = geometry.kernel, geometry.strides, geometry.out
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((lo, hi, 0) for lo, hi in geometry.padding), (0, 0, 0)))
+    x = lax.pad(
+        x, jnp.zeros((), x.dtype), ((0, 0, 0), *((lo, hi, 0) for lo, hi in geometry.padding), (0, 0, 0))
+    )
     slices = [
         lax.slice(
             x,
@@ -236,9 +239,7 @@ _kernel_grad_p = _primitive(
     "task_conv_kernel_grad",
     lambda x, y, geometry: (*geometry.kernel, x.shape[4], y.shape[4]),
     _over_tasks_one_by_one(_cpu_kernel_grad),
-    _over_tasks_as_product(
-        functools.partial(_transpose_of_w, _lax_form), _patch_kernel_grad
-    ),
+    _over_tasks_as_product(functools.partial(_transpose_of_w, _lax_form), _patch_kernel_grad),
 )
 
 
@@ -350,63 +351,8 @@ def conv(
         strides=tuple(strides),
         padding=_explicit_padding(padding, image, window, strides),
         # Read here and not when the primitive is lowered: by then its context is gone.
-        precision=precision if precision is not None else jax.config.jax_default_matmul_precision,
+        precision=jax.config.jax_default_matmul_precision if precision is None else precision,  # type: ignore[attr-defined]
     )
     if min(geometry.out) < 1:
         raise ValueError(f"padding={padding!r} leaves no room for a {window} kernel in a {image} image")
     return _forward(x[None], kernel[None], geometry)[0]
-
-
-def conv_general_dilated(
-    lhs,
-    rhs,
-    window_strides,
-    padding,
-    lhs_dilation=None,
-    rhs_dilation=None,
-    dimension_numbers=None,
-    feature_group_count=1,
-    batch_group_count=1,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
-):
-    """`jax.lax.conv_general_dilated`, by `conv` wherever that can serve.
-
-    Dilated, grouped, and other than two-dimensional NHWC convolutions go to `jax.lax` unchanged.
-    """
-    dims = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    undilated = all(d in (None, 1) for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    served = (
-        dims == lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), NHWC)
-        and undilated
-        and feature_group_count == batch_group_count == 1
-        and lhs.dtype == rhs.dtype
-        and preferred_element_type in (None, lhs.dtype)
-        and not kwargs
-    )
-    if served:
-        return conv(lhs, rhs, tuple(window_strides), padding, precision=precision)
-    return lax.conv_general_dilated(
-        lhs,
-        rhs,
-        window_strides,
-        padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        batch_group_count=batch_group_count,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        **kwargs,
-    )
-
-
-class Conv(linen.Conv):
-    """Drop-in for `flax.linen.Conv`, fast where every task has kernels of its own.
-
-    Same arguments, parameters and results; only how a convolution is computed differs.
-    """
-
-    conv_general_dilated: object = conv_general_dilated

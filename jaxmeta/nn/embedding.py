@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Bool, Float
 
-from jaxmeta.nn.conv import Conv
+from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
 
 
@@ -57,7 +57,9 @@ class ConvNorm(linen.Module):
 
     @linen.compact
     def __call__(self, x, mask=None):
-        x = Conv(self.filters, (3, 3), strides=self.strides, padding=self.padding, use_bias=False, name="conv")(x)
+        x = Conv(
+            self.filters, (3, 3), strides=self.strides, padding=self.padding, use_bias=False, name="conv"
+        )(x)
         bias = self.param("bias", linen.initializers.zeros, (self.filters,))
         return BatchNorm(self.epsilon, use_scale=self.use_scale, name="norm")(x, mask, bias)
 
@@ -83,7 +85,9 @@ class Conv4(linen.Module):
     epsilon: float = 1e-3
 
     @linen.compact
-    def __call__(self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
+    ) -> Float[Array, "n d"]:
         for _ in range(4):
             x = ConvNorm(self.filters, epsilon=self.epsilon)(x, mask)
             # The two commute, and pooling first leaves a quarter of the pixels.
@@ -117,7 +121,9 @@ class StridedConv4(linen.Module):
     epsilon: float = 1e-3
 
     @linen.compact
-    def __call__(self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None) -> Float[Array, "n d"]:
+    def __call__(
+        self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
+    ) -> Float[Array, "n d"]:
         for _ in range(4):
             x = ConvNorm(self.filters, strides=2, use_scale=self.use_scale, epsilon=self.epsilon)(x, mask)
             x = jax.nn.relu(x)
@@ -143,7 +149,9 @@ class MLP(linen.Module):
     kernel_init: Callable = linen.initializers.truncated_normal(0.01)
 
     @linen.compact
-    def __call__(self, x: Float[Array, "n *shape"], mask: Bool[Array, " n"] | None = None) -> Float[Array, "n out"]:
+    def __call__(
+        self, x: Float[Array, " n *shape"], mask: Bool[Array, " n"] | None = None
+    ) -> Float[Array, "n out"]:
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
             x = linen.Dense(width, kernel_init=self.kernel_init)(x)

@@ -24,7 +24,7 @@ def moments(
     """Mean and (biased) variance of each channel over examples where `mask` holds and over space."""
     axes = tuple(range(x.ndim - 1))
     if mask is None:
-        count = math.prod(x.shape[:-1])
+        count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
     else:
         x = jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
         count = jnp.maximum(mask.sum(), 1).astype(x.dtype) * math.prod(x.shape[1:-1])
@@ -85,8 +85,8 @@ class BatchNorm(linen.Module):
         """Normalises `x + offset`. A per-channel offset moves the mean alone, so it costs no pass over x."""
         channels = x.shape[-1]
         if self.has_variable(STATISTICS, "mean"):
-            mean = self.get_variable(STATISTICS, "mean")
-            var = self.get_variable(STATISTICS, "var")
+            mean: jax.Array = self.get_variable(STATISTICS, "mean")
+            var: jax.Array = self.get_variable(STATISTICS, "var")
         else:
             mean, var = moments(x, mask)
             mean = mean + offset

@@ -96,7 +96,9 @@ def inner_loop(
     value_and_grad = _value_and_grad(loss, order, memory)
 
     def adapt(params, batch, *, hyper=None, **extra):
-        transformation = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hyper)
+        transformation = (
+            optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hyper)
+        )
 
         def step(carry, index):
             theta, opt_state = carry
@@ -144,14 +146,15 @@ def _forward_over_reverse(loss):
     """
 
     def split(tree):
-        leaves, structure = jax.tree.flatten(tree)
+        leaves = jax.tree.leaves(tree)
+        structure = jax.tree.structure(tree)
         is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
         floats = [leaf for leaf, keep in zip(leaves, is_float, strict=True) if keep]
         others = [leaf for leaf, keep in zip(leaves, is_float, strict=True) if not keep]
 
         def join(floats, others):
             floats, others = iter(floats), iter(others)
-            return structure.unflatten([next(floats if keep else others) for keep in is_float])
+            return jax.tree.unflatten(structure, [next(floats if keep else others) for keep in is_float])
 
         return floats, others, join
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmeta import losses
-from jaxmeta.core import Batch, Learner, Model, Params, PyTree, Task
+from jaxmeta.core import Learner, Model, Params, PyTree
 from jaxmeta.nn import as_model
 from jaxmeta.nn.norm import from_moments, to_moments
 from jaxmeta.optimization_based.inner_loop import inner_loop
@@ -89,16 +89,18 @@ def maml(
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
     model = as_model(model)
 
-    def forward(params, batch, stats=None):
+    def forward(params, x, mask, stats=None):
         if model.apply_norm is None:
-            outputs, stats = model.apply(params, batch.x), None
-        else:
-            outputs, stats = model.apply_norm(params, batch.x, stats=stats, mask=batch.mask)
-        _check_width(outputs, batch)
-        return outputs, stats
+            return model.apply(params, x), None
+        return model.apply_norm(params, x, stats=stats, mask=mask)
 
     def support_loss(fast, batch, *, frozen, stats):
-        return loss(forward(_merge(fast, frozen), batch, stats)[0], batch.y, batch.mask)
+        outputs, _ = forward(_merge(fast, frozen), batch.x, batch.mask, stats)
+        _check_width(outputs, batch)
+        return loss(outputs, batch.y, batch.mask)
+
+    def statistics_of(params, batch):
+        return forward(params, batch.x, batch.mask)[1]
 
     loops = {
         n: inner_loop(support_loss, inner_optimizer, n, order=order, memory=memory)
@@ -107,7 +109,9 @@ def maml(
 
     def population(params):
         if "population" not in params:
-            raise ValueError('norm="population" needs filled statistics: call jm.calibrate on these params first')
+            raise ValueError(
+                'norm="population" needs filled statistics: call jm.calibrate on these params first'
+            )
         return from_moments(params["population"])
 
     def adapt_with(loop, params, support, fixed_stats):
@@ -118,30 +122,30 @@ def maml(
     def init(key, task):
         params = model.init(key, task.support.x)
         _partition(params, adapts)
-        jax.eval_shape(forward, params, task.support)
+        jax.eval_shape(lambda p, s: _check_width(forward(p, s.x, s.mask)[0], s), params, task.support)
         return {"model": params}
 
     def adapt(params, support, key):
         del key
         fixed = population(params) if norm == "population" else None
         fast = adapt_with(loops[steps if eval_steps is None else eval_steps], params, support, fixed)
-        return Adapted(fast, forward(fast, support)[1] if norm == "support" else fixed)
+        return Adapted(fast, statistics_of(fast, support) if norm == "support" else fixed)
 
     def predict(params, adapted, x, mask=None):
         del params
-        return forward(adapted.model, Batch(x, None, mask), adapted.stats)[0]
+        return forward(adapted.model, x, mask, adapted.stats)[0]
 
     def task_loss(params, task, key, step=None):
         del key, step
         fast = adapt_with(loops[steps], params, task.support, None)
-        stats = forward(fast, task.support)[1] if norm == "support" else None
-        outputs, _ = forward(fast, task.query, stats)
+        stats = statistics_of(fast, task.support) if norm == "support" else None
+        outputs, _ = forward(fast, task.query.x, task.query.mask, stats)
         value = loss(outputs, task.query.y, task.query.mask)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, task.query)}
 
     def statistics(params, task, key):
         del key
-        stats = [to_moments(forward(params["model"], part)[1]) for part in task]
+        stats = [to_moments(statistics_of(params["model"], part)) for part in task]
         return jax.tree.map(lambda *s: sum(s), *stats), jnp.asarray(2.0)
 
     return Learner(init, adapt, predict, task_loss, statistics if model.apply_norm is not None else None)
@@ -161,7 +165,10 @@ def fomaml(model: Model, **settings) -> Learner:
 def _partition(params, adapts):
     """`params` as two trees of its own structure, each with None where the other has a leaf."""
     picks = jax.tree_util.tree_map_with_path(
-        lambda path, _: adapts is None or bool(adapts(jax.tree_util.keystr(path, simple=True, separator="/"))), params
+        lambda path, _: (
+            adapts is None or bool(adapts(jax.tree_util.keystr(path, simple=True, separator="/")))
+        ),
+        params,
     )
     if not any(jax.tree.leaves(picks)):
         paths = [

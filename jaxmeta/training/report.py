@@ -56,10 +56,10 @@ class RunLog:
         self.path, self.steps, self.metric = path, steps, metric
         self.compile_s: float | None = None
         self.steps_per_second: float | None = None
-        self.best: Validated | None = None
+        self.best_step = steps
         self._started = time.perf_counter()
         self._spent_before = 0.0
-        self._steps_here, self._stepping_s, self._last_step = 0, 0.0, 0
+        self._stepping_s, self._last_step = 0.0, 0
         self._shown_at = -float("inf")
         self._show, self._say = _nothing, print
 
@@ -72,15 +72,17 @@ class RunLog:
     def showing(self) -> Iterator["RunLog"]:
         """Shows progress while inside."""
         self._started = time.perf_counter()
-        with open(self.path, "a", encoding="utf-8") as self._file:
-            if not sys.stdout.isatty():
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - reopened by `_rewind`
+        try:
+            if sys.stdout.isatty():
+                with _bar(self.steps) as (self._show, self._say):
+                    yield self
+            else:
                 self._show = self._plain
                 yield self
-                return
-            with _bar(self.steps) as (show, self._say):
-                self._show = show
-                yield self
-        self._show, self._say = _nothing, print
+        finally:
+            self._file.close()
+            self._show, self._say = _nothing, print
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -88,18 +90,18 @@ class RunLog:
                 self._rewind(step)
                 self._say(f"continuing after meta-step {step}")
             case Progress():
-                self.compile_s = event.compile_s
-                taken = event.step - self._last_step
-                self._steps_here += taken
-                self._stepping_s += taken / event.steps_per_second
-                self.steps_per_second = self._steps_here / self._stepping_s
-                self._last_step = event.step
-                row = {**event.metrics, "steps_per_second": event.steps_per_second}
-                self._write({"step": event.step, **row})
+                row = {
+                    "step": event.step,
+                    **event.metrics,
+                    "steps_per_second": event.steps_per_second,
+                    "compile_s": event.compile_s,
+                }
+                self._count(row)
+                self._write(row)
                 self._show(event)
             case Validated():
                 if event.best:
-                    self.best = event
+                    self.best_step = event.step
                 mean, ci95 = event.evaluation.mean, event.evaluation.ci95
                 name = f"validation_{event.metric}"
                 self._write({"step": event.step, name: mean, f"{name}_ci95": ci95, "best": event.best})
@@ -107,6 +109,13 @@ class RunLog:
                 self._say(f"step {event.step:>6}  validation {event.metric} {_pm(event.evaluation)}{marker}")
             case Saved():
                 pass
+
+    def _count(self, row: dict[str, Any]) -> None:
+        taken = row["step"] - self._last_step
+        self._last_step = row["step"]
+        self._stepping_s += taken / row["steps_per_second"]
+        self.steps_per_second = self._last_step / self._stepping_s
+        self.compile_s = row["compile_s"]
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps({**row, "elapsed_s": round(self.elapsed_s, 3)}) + "\n")
@@ -117,15 +126,13 @@ class RunLog:
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         self._file.close()
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by `showing`
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0
-        self._last_step = step
         for row in rows:
-            if row.get("best"):
-                evaluation = Evaluation(
-                    row[f"validation_{self.metric}"], row[f"validation_{self.metric}_ci95"], 0
-                )
-                self.best = Validated(row["step"], self.metric, evaluation, True)
+            if "loss" in row:
+                self._count(row)
+            elif row["best"]:
+                self.best_step = row["step"]
 
     def _plain(self, event: Progress) -> None:
         now = time.perf_counter()
@@ -223,6 +230,8 @@ def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: s
     for axes in (left, right):
         if metric == "mse":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
@@ -280,7 +289,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         "network": f"{config['network']}, {report['parameters']:,} parameters",
         "seed": report["seed"],
         "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
-        "time": f"{report['wall_s']:.1f} s, of which compiling the meta-step {report['compile_s'] or 0:.1f} s",
+        "time": f"{report['wall_s']:.1f} s, compiling the meta-step {report['compile_s'] or 0:.1f} s of it",
         "device": f"{report['devices']} × {report['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }

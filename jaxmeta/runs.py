@@ -1,0 +1,378 @@
+"""A run: what `jaxmeta train` and `jaxmeta evaluate` do, and the folder that stays."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import signal
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmeta import presets
+from jaxmeta.core import Learner, Params, ProtocolCard, TaskDistribution
+from jaxmeta.presets import Preset
+from jaxmeta.training import Stopped, evaluate, load_params, meta_step, train
+from jaxmeta.training.checkpoint import checkpoint_steps
+from jaxmeta.training.evaluate import metric_name
+from jaxmeta.training.report import RunLog, plot_curve, read_metrics, report_markdown, write_json, write_text
+
+# What a resumed run may do differently: it changes no parameter, or only the order of float32 sums.
+_MAY_CHANGE = ("data", "devices", "strategy", "episodes", "report_steps", "description", "jaxmeta")
+_TEST = np.uint32(0xFFFFFFFD)
+
+
+class Signalled(KeyboardInterrupt):
+    """The run was told to stop, and how it can go on."""
+
+
+class _Signals:
+    """SIGTERM and SIGINT: noted while training saves what there is, raised anywhere else."""
+
+    def __init__(self, hint: str):
+        self.hint, self.training, self.asked = hint, False, False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        del frame
+        if not self.training or self.asked:
+            raise Signalled(f"by {signal.Signals(number).name}; {self.hint}")
+        self.asked = True
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator["_Signals"]:
+        try:
+            before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread, which alone may handle signals
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool = False) -> Path:
+    """Trains, evaluates and reports.
+
+    Args:
+      flags: those given of the command line's, by name.
+      learner: a name in the registry, or None for the preset's.
+      resume: continue the run in `flags["out"]`, which `flags` must not contradict.
+
+    Returns:
+      The run's folder.
+    """
+    config, settings, out = _resumed(flags, learner) if resume else _fresh(flags, learner)
+    devices = _devices(config["devices"], settings.meta_batch)
+    tasks = presets.tasks_of(settings, "train", config["data"])
+    validation = presets.validation_tasks_of(settings, config["data"])
+    test = presets.tasks_of(settings, "test", config["data"])
+    method, optimizer = presets.learner_of(settings), presets.optimizer_of(settings)
+    # Built for what it raises: all that can be refused is, before there is a folder.
+    meta_step(method, optimizer, settings.meta_batch, settings.strategy, devices=devices)
+    parameters = _parameters(method, tasks)
+    _announce(config, settings, tasks, test, validation, parameters, devices, out)
+
+    signals = _Signals(f"continue with: jaxmeta train --resume --out {out}")
+    with signals.handled():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", config)
+        log = RunLog(out / "metrics.jsonl", settings.steps, metric_name(test))
+        key = jax.random.key(config["seed"])
+        with log.showing():
+            signals.training = True
+            try:
+                state = train(
+                    method,
+                    tasks,
+                    optimizer,
+                    steps=settings.steps,
+                    key=key,
+                    meta_batch=settings.meta_batch,
+                    strategy=settings.strategy,
+                    devices=devices,
+                    validation=validation,
+                    validate_every=settings.validate_every,
+                    run_dir=out,
+                    resume=bool(checkpoint_steps(out)),
+                    report=log,
+                    log_every=min(settings.log_every, max(1, settings.steps // 20)),
+                    config={name: value for name, value in config.items() if name not in _MAY_CHANGE},
+                    should_stop=lambda: signals.asked,
+                )
+            except Stopped as stopped:
+                raise Signalled(f"after meta-step {stopped.step}, saved; {signals.hint}") from None
+            signals.training = False
+        if signals.asked:
+            raise Signalled(f"after the last meta-step, saved; {signals.hint}")
+        training_s = log.elapsed_s
+        rows = read_metrics(out / "metrics.jsonl")
+        plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {settings.tasks}")
+        print(f"evaluating on {settings.episodes} test tasks …", flush=True)
+        results = _results(settings, state.params, test, config["seed"], devices)
+        report = {
+            "learner": settings.learner,
+            "tasks": settings.tasks,
+            "preset": config["preset"],
+            "ways": settings.ways,
+            "shots": settings.shots,
+            "queries": settings.queries,
+            "seed": config["seed"],
+            "steps": settings.steps,
+            "best_step": log.best_step,
+            "steps_per_second": log.steps_per_second,
+            "wall_s": round(log.elapsed_s, 3),
+            "training_s": round(training_s, 3),
+            "compile_s": log.compile_s,
+            "episodes": settings.episodes,
+            "parameters": parameters,
+            "card": _card(test.card),
+            **results,
+            **_machine(devices),
+            "config": config,
+        }
+        write_text(out / "report.md", report_markdown(report))
+        write_json(out / "report.json", report)
+    _print_results(results, settings)
+    speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
+    print(f"{log.elapsed_s:.0f} s in all, training {training_s:.0f} s{speed}")
+    print(f"run folder: {out}  (report.md, curve.png)")
+    return out
+
+
+def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluates the parameters of a run on test tasks that `flags` may change, and prints the result."""
+    folder = Path(run)
+    config, settings = _stored(folder)
+    settings = presets.revised(settings, flags)
+    seed, data = flags.get("seed", config["seed"]), _data(flags, config)
+    target = Path(flags["json"]) if "json" in flags else None
+    if target is not None and not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json: the folder {target.absolute().parent} does not exist")
+    devices = _devices(flags.get("devices"), None)
+    test = presets.tasks_of(settings, "test", data)
+    params = load_params(folder)
+    result = {
+        "run": str(folder),
+        "learner": settings.learner,
+        "tasks": settings.tasks,
+        "ways": settings.ways,
+        "shots": settings.shots,
+        "queries": settings.queries,
+        "eval_steps": settings.eval_steps,
+        "seed": seed,
+        "episodes": settings.episodes,
+        "card": _card(test.card),
+        **_results(settings, params, test, seed, devices),
+        **_machine(devices),
+    }
+    print(f"{settings.learner}, {_sentence(test.card)}; {settings.episodes} tasks, seed {seed}")
+    _print_results(result, settings)
+    if target is not None:
+        write_json(target, result)
+    return result
+
+
+def _fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
+    flags = _typed(flags)
+    preset, settings = presets.settings_of(flags, learner=learner, preset=flags.get("preset"))
+    moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    out = Path(flags.get("out", f"runs/{settings.learner}-{settings.tasks}-{moment}")).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"--out: {out} exists and is not empty; choose another, or continue its run with --resume"
+        )
+    return (
+        _config(preset, settings, flags.get("seed", 0), _data(flags, {}), flags.get("devices")),
+        settings,
+        out,
+    )
+
+
+def _config(
+    preset: str, settings: Preset, seed: int, data: str | None, devices: int | None
+) -> dict[str, Any]:
+    config = {
+        "jaxmeta": version("jaxmeta"),
+        "preset": preset,
+        "seed": seed,
+        "data": data,
+        "devices": devices,
+        **dataclasses.asdict(settings),
+    }
+    return json.loads(json.dumps(config))
+
+
+def _resumed(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
+    if "out" not in flags:
+        raise ValueError("--resume: needs the run's folder; add --out DIR")
+    flags, out = _typed(flags), Path(flags["out"]).expanduser()
+    config, settings = _stored(out)
+    given = {"LEARNER": ("learner", learner)} if learner else {}
+    given |= {
+        presets.flag_of(name): (name, value)
+        for name, value in flags.items()
+        if name != "out" and name not in _MAY_CHANGE
+    }
+    for flag, (name, value) in given.items():
+        if config[name] != value:
+            raise ValueError(f"{flag}: got {value}, but the run in {out} has {config[name]}; leave it out")
+    settings = presets.revised(settings, {name: flags[name] for name in flags if name in _MAY_CHANGE})
+    devices = flags.get("devices", config["devices"])
+    return _config(config["preset"], settings, config["seed"], _data(flags, config), devices), settings, out
+
+
+def _stored(folder: Path) -> tuple[dict, Preset]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no run: there is no {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        fields = {field.name: config[field.name] for field in dataclasses.fields(Preset)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
+    settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
+    presets.lookup("learner", settings.learner, presets.LEARNERS)
+    presets.lookup("tasks", settings.tasks, presets.TASKS)
+    return config, settings
+
+
+def _typed(flags: Mapping[str, Any]) -> dict[str, Any]:
+    strategy = flags.get("strategy")
+    return {**flags, "strategy": int(strategy)} if strategy and strategy.isdigit() else dict(flags)
+
+
+def _data(flags: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    if "data" not in flags:
+        return config.get("data")
+    data = Path(flags["data"]).expanduser()
+    if not data.exists():
+        raise FileNotFoundError(f"--data: {flags['data']} does not exist")
+    return str(data.resolve())
+
+
+def _devices(wanted: int | None, meta_batch: int | None) -> tuple[jax.Device, ...]:
+    """The devices to use: those asked for, else as many as share the tasks evenly.
+
+    On CPUs the cores serve as devices, if JAX has not started yet and nobody set their number.
+    """
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"--devices: got {wanted}; it must be at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", wanted or _sharing(meta_batch, cores))
+    local = jax.local_devices()
+    if wanted is not None and wanted > len(local):
+        raise ValueError(f"--devices: got {wanted}, and there are {len(local)} ({local[0].platform})")
+    return tuple(local[: wanted or _sharing(meta_batch, len(local))])
+
+
+def _sharing(meta_batch: int | None, most: int) -> int:
+    return most if meta_batch is None else max(n for n in range(1, most + 1) if meta_batch % n == 0)
+
+
+def _parameters(learner: Learner, tasks: TaskDistribution) -> int:
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, tasks.sample)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _results(
+    settings: Preset, params: Params, test: TaskDistribution, seed: int, devices: tuple[jax.Device, ...]
+) -> dict[str, Any]:
+    """Accuracy by normalisation, or mean squared error by number of inner steps."""
+
+    def result(settings: Preset, norm: str) -> dict[str, float]:
+        found = evaluate(
+            presets.learner_of(settings, norm),
+            params,
+            test,
+            episodes=settings.episodes,
+            key=jax.random.fold_in(jax.random.key(seed), _TEST),
+            devices=devices,
+        )
+        return {"mean": found.mean, "ci95": found.ci95}
+
+    if metric_name(test) == "accuracy":
+        norms = presets.LEARNERS[settings.learner].norms
+        return {"accuracy": {name: {**result(settings, norm), "norm": norm} for name, norm in norms.items()}}
+    by_step = {
+        str(steps): result(dataclasses.replace(settings, eval_steps=steps), "batch")
+        for steps in settings.report_steps
+    }
+    own = by_step.get(str(settings.eval_steps)) or result(settings, "batch")
+    return {"mse": own, **({"mse_by_step": by_step} if by_step else {})}
+
+
+def _card(card: ProtocolCard) -> dict[str, Any]:
+    return dataclasses.asdict(card)
+
+
+def _machine(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
+    return {
+        "devices": len(devices),
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "versions": {
+            "jaxmeta": version("jaxmeta"),
+            "jax": version("jax"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _announce(
+    config: dict,
+    settings: Preset,
+    tasks: TaskDistribution,
+    test: TaskDistribution,
+    validation: TaskDistribution | None,
+    parameters: int,
+    devices: tuple[jax.Device, ...],
+    out: Path,
+) -> None:
+    inner = (
+        ""
+        if settings.inner_steps is None
+        else (
+            f", α = {settings.inner_lr:g}, inner steps {settings.inner_steps} (at test {settings.eval_steps})"
+        )
+    )
+    order = "" if settings.order is None else f", {settings.order} order"
+    print(f"learner   {settings.learner}{order}{inner}")
+    print(f"network   {settings.network}, {parameters:,} parameters")
+    print(f"training  {_sentence(tasks.card)}; {settings.steps:,} meta-steps of {settings.meta_batch} tasks")
+    print(
+        f"test      {_sentence(test.card)}; {settings.episodes:,} tasks"
+        + ("" if validation else "; no validation classes in this split, the last parameters are kept")
+    )
+    print(f"devices   {len(devices)} x {devices[0].device_kind}")
+    print(f"preset    {config['preset']}, seed {config['seed']}")
+    print(f"folder    {out}", flush=True)
+
+
+def _sentence(card: ProtocolCard) -> str:
+    shape = f"{card.shots}-shot" if card.ways is None else f"{card.ways}-way {card.shots}-shot"
+    classes = f", {card.classes:,} classes" if card.classes else ""
+    split = f" {card.split_hash[:8]}" if card.split_hash else ""
+    rotations = f", rotations {card.rotations}" if card.classes and card.rotations != "none" else ""
+    return f"{card.tasks} {card.split}{split}, {shape}, {card.queries} queries{classes}{rotations}"
+
+
+def _print_results(results: Mapping[str, Any], settings: Preset) -> None:
+    if "accuracy" in results:
+        for name, row in results["accuracy"].items():
+            print(
+                f"test accuracy  {100 * row['mean']:.2f} ± {100 * row['ci95']:.2f} %  "
+                f"{name} (batch normalisation by the {'queries' if row['norm'] == 'batch' else row['norm']})"
+            )
+        return
+    for steps, row in (results.get("mse_by_step") or {str(settings.eval_steps): results["mse"]}).items():
+        print(f"test mse  {row['mean']:.4f} ± {row['ci95']:.4f}  after {steps} inner steps")

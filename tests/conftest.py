@@ -1,0 +1,50 @@
+"""Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices."""
+
+import os
+import pathlib
+import tempfile
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers of pytest-xdist compile the same programs; a shared cache lets one do it for all.
+    cache = pathlib.Path(tempfile.gettempdir()) / "jaxmeta-test-compilation-cache"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+# Left out: `core`, whose dataclass JAX rebuilds with leaves that are no arrays (axes, structures),
+# and `nn.layers`, which subclasses Flax's Conv, whose annotations cannot be checked at run time.
+install_import_hook(
+    [
+        "jaxmeta.losses",
+        "jaxmeta.nn.adapters",
+        "jaxmeta.nn.conv",
+        "jaxmeta.nn.embedding",
+        "jaxmeta.nn.norm",
+        "jaxmeta.optimization_based",
+        "jaxmeta.tasks",
+        "jaxmeta.training",
+    ],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture
+def x64():
+    """Float64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """The folder of real data sets; the test is skipped where it is absent."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    folder = pathlib.Path(os.environ.get("JAXMETA_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set JAXMETA_DATA")
+    return folder

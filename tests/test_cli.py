@@ -1,0 +1,240 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import jaxmeta as jm
+from jaxmeta import presets, runs
+from jaxmeta.cli import EvaluateFlags, TrainFlags, main
+from jaxmeta.training import load_params
+
+SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
+LISTED = ("learner", "tasks", "ways", "shots", "queries", "seed", "steps", "steps_per_second")
+LISTED += ("wall_s", "compile_s", "episodes", "card")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "sinusoid"
+    assert main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_run_s_folder(run):
+    report = read(run / "report.json")
+    assert set(LISTED) <= set(report)
+    assert (report["learner"], report["tasks"], report["steps"]) == ("maml", "sinusoid", 20)
+    assert set(report["mse_by_step"]) == {"1", "5", "10"}
+    assert report["mse"] == report["mse_by_step"]["1"]
+    assert report["mse"]["mean"] > 0
+    assert report["mse"]["ci95"] > 0
+    assert report["card"]["split"] == "test"
+    assert (report["card"]["shots"], report["config"]["train_shots"]) == (5, 10)
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "mean squared error" in (run / "report.md").read_text()
+    assert read(run / "config.json")["tasks"] == "sinusoid"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
+    assert all({"loss", "mse", "steps_per_second"} <= set(row) for row in rows if "loss" in row)
+    assert [row["step"] for row in rows if "validation_mse" in row] == [10, 20]
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_classification_reports_transductive_and_inductive_accuracy(tmp_path, monkeypatch):
+    # A small network that normalises, since convolutions take a minute to compile.
+    def small(ways):
+        return jm.nn.MLP(out=ways, hidden=(8,), norm=True)
+
+    monkeypatch.setitem(presets.NETWORKS, "strided-conv4", small)
+    out = tmp_path / "glyphs"
+    flags = ["--ways", "2", "--queries", "1", "--steps", "2", "--meta-batch", "2", "--episodes", "4"]
+    assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0
+    report = read(out / "report.json")
+    assert set(LISTED) <= set(report)
+    assert (report["learner"], report["ways"], report["queries"]) == ("fomaml", 2, 1)
+    assert report["card"]["split_hash"]
+    for name, norm in (("transductive", "batch"), ("inductive", "support")):
+        assert 0 <= report["accuracy"][name]["mean"] <= 1
+        assert report["accuracy"][name]["norm"] == norm
+        assert name in (out / "report.md").read_text()
+    assert report["config"]["order"] is None
+    assert main(["evaluate", str(out), "--ways", "3"]) == 2
+
+
+def test_evaluate_with_the_run_s_own_protocol_repeats_its_report(run, tmp_path, capsys):
+    assert main(["evaluate", str(run), "--json", str(tmp_path / "result.json")]) == 0
+    assert read(tmp_path / "result.json")["mse"] == pytest.approx(read(run / "report.json")["mse"])
+    assert "test mse" in capsys.readouterr().out
+    assert main(["evaluate", str(run), "--shots", "10", "--json", str(tmp_path / "other.json")]) == 0
+    assert read(tmp_path / "other.json")["mse"] != read(tmp_path / "result.json")["mse"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch, capsys, number):
+    out = tmp_path / "stopped"
+    write = runs.RunLog._write
+
+    def stop_at_seven(self, row):
+        write(self, row)
+        if row["step"] == 7:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(runs.RunLog, "_write", stop_at_seven)
+    before = signal.getsignal(number)
+    assert main([*SMALL, "--out", str(out)]) == 75
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    assert f"--resume --out {out}" in said
+    assert len(said.splitlines()) == 1
+    assert not (out / "report.json").exists()
+    monkeypatch.undo()
+
+    assert main(["train", "--resume", "--out", str(out), "--steps", "21"]) == 2
+    assert "--steps: got 21" in capsys.readouterr().err
+    assert main(["train", "fomaml", "--resume", "--out", str(out)]) == 2
+    assert "LEARNER: got fomaml" in capsys.readouterr().err
+
+    assert main(["train", "--resume", "--out", str(out), "--tasks", "sinusoid"]) == 0
+    same(load_params(out), load_params(run))
+    losses = [
+        [
+            row["loss"]
+            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
+        for folder in (out, run)
+    ]
+    assert losses[0] == losses[1]
+    assert read(out / "report.json")["mse"] == read(run / "report.json")["mse"]
+
+
+def test_resuming_a_run_stopped_before_its_first_checkpoint_starts_it(run, tmp_path):
+    out = tmp_path / "early"
+    out.mkdir()
+    (out / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    same(load_params(out), load_params(run))
+
+
+def test_nothing_is_overwritten(run, tmp_path, capsys):
+    before = contents(run)
+    assert main([*SMALL, "--out", str(run)]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert contents(run) == before
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert main([*SMALL, "--out", str(file)]) == 2
+    assert file.read_text() == "mine"
+
+
+def test_a_loss_that_diverges_ends_with_status_1_and_names_the_step(tmp_path, capsys):
+    assert main([*SMALL, "--inner-lr", "1e30", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "meta-step" in said
+    assert "checkpoint" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "train"),
+        (["trian"], "known are train"),
+        (["train", "mamml"], "known are maml"),
+        (["train", "--tasks", "glyph"], "known are glyphs"),
+        (["train", "--preset", "sinusoids"], "known are sinusoid"),
+        (["train", "--ways", "many"], "--ways"),
+        (["train", "--way", "5"], "--way"),
+        (["train", "--order", "third"], "--order"),
+        (["train", "--shots", "0"], "--shots"),
+        (["train", "--devices", "0"], "--devices"),
+        (["train", "--devices", "4096", "--meta-batch", "4096"], "--devices"),
+        (["train", "--strategy", "sideways"], "strategy"),
+        (["train", "--resume"], "--out"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere"),
+        (["train", "--tasks", "omniglot", "--data", "nowhere"], "nowhere"),
+        (["train", "--tasks", "omniglot", "--protocol", "other", "--data", "."], "protocol"),
+        (["train", "--ways", "5000"], "ways"),
+        (["evaluate"], "RUN"),
+        (["evaluate", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("jaxmeta: error: ")
+    assert len(said.splitlines()) == 1
+    assert says in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"learner": "maml"')
+    assert main(["evaluate", str(broken)]) == 2
+    (broken / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert main(["evaluate", str(broken)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", [*TrainFlags.__annotations__, "resume"]),
+        ("evaluate", EvaluateFlags.__annotations__),
+        ("presets", ()),
+        ("tasks", ()),
+        ("learners", ()),
+    ],
+)
+def test_help_mentions_every_flag(command, flags, capsys):
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    for name in flags:
+        assert "--" + name.replace("_", "-") in said
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("presets", "sinusoid"), ("tasks", "glyphs"), ("learners", "maml")]
+)
+def test_lists(command, name, capsys):
+    assert main([command]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_sigterm_leaves_a_folder_that_resumes(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "jaxmeta.cli", "train", "--tasks", "sinusoid", "--out", str(out)]
+    command += ["--steps", "1000000", "--episodes", "20", "--validate-every", "1000000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert "--resume" in said
+    assert main(["evaluate", str(out)]) == 0

@@ -1,0 +1,113 @@
+import dataclasses
+
+import jax
+import pytest
+
+from jaxmeta import presets
+
+NO_DATA = [name for name, preset in presets.PRESETS.items() if preset.tasks != "omniglot"]
+
+
+def test_every_preset_names_what_exists():
+    for preset in presets.PRESETS.values():
+        assert preset.learner in presets.LEARNERS
+        assert preset.tasks in presets.TASKS
+        assert preset.network in presets.NETWORKS
+    for source in presets.TASKS.values():
+        assert source.preset in presets.PRESETS
+
+
+def test_every_task_source_has_a_preset_of_its_own():
+    for name, source in presets.TASKS.items():
+        assert presets.PRESETS[source.preset].tasks == name
+
+
+@pytest.mark.parametrize("name", NO_DATA)
+@pytest.mark.parametrize("learner", presets.LEARNERS)
+def test_every_learner_builds_on_every_preset(name, learner):
+    _, settings = presets.settings_of({}, learner=learner, preset=name)
+    tasks = presets.tasks_of(settings, "train")
+    method = presets.learner_of(settings)
+
+    def loss(key, sample):
+        task = sample(key)
+        return method.loss(method.init(key, task), task, key)[0]
+
+    assert jax.eval_shape(loss, jax.random.key(0), tasks.sample).shape == ()
+    assert presets.optimizer_of(settings).init({}) is not None
+
+
+@pytest.mark.parametrize(
+    ("ways", "shots", "step_size", "steps"),
+    [(5, 1, 2.0, 1), (5, 5, 2.0, 1), (20, 1, 2.0, 5), (20, 5, 2.0, 5)],
+)
+def test_official_omniglot_presets_carry_the_factor_of_ways(ways, shots, step_size, steps):
+    preset = presets.PRESETS[f"maml-omniglot-{ways}way-{shots}shot"]
+    assert preset.inner_lr == pytest.approx(step_size)
+    assert (preset.inner_steps, preset.steps) == (steps, 60_000)
+    assert preset.queries == preset.train_queries == preset.shots == preset.train_shots == shots
+    assert preset.ways == preset.train_ways == ways
+    assert preset.protocol == "maml"
+
+
+def test_test_protocol_goes_for_training_unless_told_otherwise():
+    _, settings = presets.settings_of({"ways": 7, "shots": 2, "queries": 4, "train_shots": 3})
+    assert (settings.ways, settings.shots, settings.queries) == (7, 2, 4)
+    assert (settings.train_ways, settings.train_shots, settings.train_queries) == (7, 3, 4)
+
+
+def test_a_preset_keeps_its_training_protocol_where_nothing_is_told():
+    _, settings = presets.settings_of({}, preset="sinusoid")
+    assert (settings.shots, settings.train_shots) == (5, 10)
+
+
+def test_tasks_follow_the_protocol_of_their_part():
+    _, settings = presets.settings_of({"tasks": "glyphs", "queries": 4, "train_queries": 2})
+    assert presets.tasks_of(settings, "train").card.queries == 2
+    assert presets.tasks_of(settings, "test").card.queries == 4
+    assert presets.validation_tasks_of(settings).card.queries == 4
+
+
+@pytest.mark.parametrize(("protocol", "validates"), [("vinyals", True), ("maml", True), ("reptile", False)])
+def test_a_split_without_validation_classes_has_no_validation_tasks(protocol, validates):
+    settings = dataclasses.replace(presets.PRESETS["omniglot"], protocol=protocol)
+    assert presets.TASKS["omniglot"].has_validation(settings) is validates
+
+
+def test_cosine_schedule_ends_at_zero_and_constant_does_not():
+    for schedule, last in (("cosine", 0.0), ("constant", 1e-3)):
+        settings = dataclasses.replace(presets.PRESETS["glyphs"], schedule=schedule, steps=2)
+        optimizer = presets.optimizer_of(settings)
+        state, update = optimizer.init(1.0), None
+        for _ in range(3):
+            update, state = optimizer.update(1.0, state, 1.0)
+        assert abs(float(update)) == pytest.approx(last, abs=1e-6)
+
+
+def test_clip_bounds_every_entry_before_adam():
+    settings = dataclasses.replace(presets.PRESETS["glyphs"], clip=0.5)
+    state = presets.optimizer_of(settings).init(1.0)
+    _, state = presets.optimizer_of(settings).update(100.0, state, 1.0)
+    assert float(state[1][0].mu) == pytest.approx(0.1 * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "choice", "says"),
+    [
+        ({}, {"learner": "mamll"}, "known are maml, fomaml"),
+        ({"tasks": "omniglott"}, {}, "known are omniglot"),
+        ({}, {"preset": "sinus"}, "known are sinusoid"),
+        ({"tasks": "glyphs"}, {"preset": "sinusoid"}, "--tasks: got glyphs"),
+        ({"order": "first"}, {"learner": "fomaml"}, "--order: fomaml has no such setting"),
+        ({"tasks": "sinusoid", "ways": 5}, {}, "--ways: sinusoid has no such setting"),
+        ({"rotations": "none"}, {}, "--rotations: glyphs has no such setting"),
+        ({"data": "somewhere"}, {}, "--data: glyphs has no such setting"),
+        ({"ways": 5, "train_ways": 7}, {}, "--ways: got 5"),
+        ({"shots": 0}, {}, "--shots: got 0"),
+        ({"steps": 0}, {}, "--steps: got 0"),
+        ({"inner_lr": float("nan")}, {}, "--inner-lr: got nan"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_flag_s_name(flags, choice, says):
+    with pytest.raises(ValueError, match=says):
+        presets.settings_of(flags, **choice)
