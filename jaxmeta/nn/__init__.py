@@ -1,6 +1,6 @@
 """Networks and layers; the only part of the package that imports Flax."""
 
-from jaxmeta.nn.adapters import as_model
+from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
 from jaxmeta.nn.layers import Conv, conv_general_dilated
@@ -11,6 +11,7 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "Conv4",
+    "Network",
     "StridedConv4",
     "as_model",
     "conv",

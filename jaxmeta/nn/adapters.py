@@ -7,8 +7,10 @@ from flax import linen
 from jaxmeta.core import Model
 from jaxmeta.nn.norm import STATISTICS
 
+Network = Model | linen.Module
 
-def as_model(network: Model | linen.Module) -> Model:
+
+def as_model(network: Network) -> Model:
     """`network` as a `Model`; a `Model` passes through unchanged.
 
     A Linen module takes `(x)` or `(x, mask)`. Its parameters are the plain nested dict of the

@@ -23,6 +23,7 @@ task axis, or, where only one operand is batched, more images or more channels o
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -321,7 +322,7 @@ def conv(
     x: Float[Array, "n h w c"],
     kernel: Float[Array, "kh kw c o"],
     strides: tuple[int, int] = (1, 1),
-    padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME",
+    padding: str | Sequence[tuple[int, int]] = "SAME",
     *,
     precision: str | lax.Precision | None = None,
 ) -> Float[Array, "n h2 w2 o"]:

@@ -1,5 +1,6 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps suffice."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxmeta import losses
-from jaxmeta.core import Learner, Model, Params, PyTree
-from jaxmeta.nn import as_model
+from jaxmeta.core import Learner, Params, PyTree, Task
+from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.norm import from_moments, to_moments
 from jaxmeta.optimization_based.inner_loop import inner_loop
 
@@ -24,7 +25,7 @@ class Adapted(NamedTuple):
 
 
 def maml(
-    model: Model,
+    model: Network,
     *,
     inner_optimizer: optax.GradientTransformation = optax.sgd(0.4),  # noqa: B008 - immutable
     steps: int = 1,
@@ -127,6 +128,7 @@ def maml(
 
     def adapt(params, support, key):
         del key
+        support = _blank_padding(support)
         fixed = population(params) if norm == "population" else None
         fast = adapt_with(loops[steps if eval_steps is None else eval_steps], params, support, fixed)
         return Adapted(fast, statistics_of(fast, support) if norm == "support" else fixed)
@@ -137,6 +139,7 @@ def maml(
 
     def task_loss(params, task, key, step=None):
         del key, step
+        task = Task(*map(_blank_padding, task))
         fast = adapt_with(loops[steps], params, task.support, None)
         stats = statistics_of(fast, task.support) if norm == "support" else None
         outputs, _ = forward(fast, task.query.x, task.query.mask, stats)
@@ -151,7 +154,7 @@ def maml(
     return Learner(init, adapt, predict, task_loss, statistics if model.apply_norm is not None else None)
 
 
-def fomaml(model: Model, **settings) -> Learner:
+def fomaml(model: Network, **settings) -> Learner:
     """First-order MAML: `maml(model, order="first", **settings)`.
 
     g_FOMAML = ∇L^Q(θ_n): the inner gradients are constants, so no second derivative is computed.
@@ -183,6 +186,17 @@ def _partition(params, adapts):
 
 def _merge(fast, frozen):
     return jax.tree.map(lambda a, b: b if a is None else a, fast, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def _blank_padding(batch):
+    """Zeros for padding, which may hold NaN: masking a loss keeps no 0 · NaN out of its gradient."""
+    if batch.mask is None:
+        return batch
+
+    def blank(leaf):
+        return jnp.where(batch.mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
+
+    return dataclasses.replace(batch, x=blank(batch.x), y=blank(batch.y))
 
 
 def _check_width(outputs, batch):

@@ -194,14 +194,15 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
     import orbax.checkpoint as ocp
 
     require_space(path.parent, nbytes(tree))
-    leaves, arrays = [], {}
+    leaves: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         entry: dict[str, Any] = {"path": jax.tree_util.keystr(keys)}
         if isinstance(leaf, bool | int | float | str):
             entry["value"] = leaf
         elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
             entry |= _signature(leaf)
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 entry["key"] = str(jax.random.key_impl(leaf))
                 leaf = jax.random.key_data(leaf)
             # Orbax refuses empty arrays, and their shape says everything.

@@ -141,7 +141,7 @@ def calibrate(
         )
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}; it must be at least 1")
-    population = _population(learner, episodes, params, sharding.as_argument(tasks.sample), key)
+    population = _population(learner.statistics, episodes, params, sharding.as_argument(tasks.sample), key)
     return {**params, "population": population}
 
 
@@ -174,11 +174,11 @@ def _episodes(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _population(
-    learner: Learner, episodes: int, params: Params, sample: Callable[[Key], Task], key: Key
+    statistics: Callable, episodes: int, params: Params, sample: Callable[[Key], Task], key: Key
 ) -> Params:
     def one(index: Array) -> Params:
         task_key, learner_key = jax.random.split(jax.random.fold_in(key, index))
-        return learner.statistics(params, sample(task_key), learner_key)
+        return statistics(params, sample(task_key), learner_key)
 
     def accumulate(total: Params, index: Array) -> tuple[Params, None]:
         return jax.tree.map(jnp.add, total, one(index)), None

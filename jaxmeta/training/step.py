@@ -138,8 +138,8 @@ def meta_step(
             first + jnp.arange(own)
         )
         # All tasks are drawn before the scan over them: drawn inside it, many tiny operations
-        # per task made the sinusoid's meta-step twice as long, and images' 2 % longer. What
-        # grows with the number of tasks is then their examples only, not their activations.
+        # per task made the sinusoid's meta-step twice as long. What grows with the number of
+        # tasks is then their examples only, not their activations.
         tasks = jax.vmap(sample)(keys[:, 0])
         if at_once == own:
             sums = gradient(state.params, state.step, tasks, keys[:, 1])

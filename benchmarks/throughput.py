@@ -1,0 +1,419 @@
+"""Times our second-order MAML meta-step beside PyTorch's, on the same shapes, in one run.
+
+    python benchmarks/throughput.py [--rows omniglot mini-imagenet] [--no-peers] [--loop] [--json FILE]
+
+What is compared: one meta-step = inner loop, meta-gradient averaged over the tasks, Adam update; same
+network, same number of weights, same batch statistics, same number format. Before anything is timed,
+each peer's meta-gradient is compared with ours at the same weights.
+
+How: every contender does its steps in turn, round after round, so that what else the machine does
+falls on all alike. A ratio is the median over rounds of peer's time / our time in the same round.
+Ours is `jm.meta_step` in one compiled loop over steps, as `jm.train` runs it, task sampling included;
+the peers get their tasks ready-made. Where PyTorch is absent ours is timed alone.
+
+Operations are counted by `operations` below, of one multiplication and one addition each. Their share of
+the machine's limit is against the best float32 matrix product found in the same run, timed in the
+same rounds.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+# Leaves room on a GPU for the peers.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from machine import MatrixProduct, cores, describe_machine
+
+import jaxmeta as jm
+from jaxmeta.training import sharding
+
+TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Shapes of one comparison; `features` is the width of what the linear head sees."""
+
+    image: tuple[int, int, int]
+    filters: int
+    strided: bool
+    features: int
+    queries: int
+    inner_steps: int
+    inner_lr: float
+    meta_batch: int
+    ways: int = 5
+    shots: int = 1
+    outer_lr: float = 1e-3
+
+    def network(self):
+        kind = jm.nn.StridedConv4 if self.strided else jm.nn.Conv4
+        return kind(ways=self.ways, filters=self.filters)
+
+
+ROWS = {
+    # Finn et al. 2017: 5-way 1-shot, the strided network with a spatial mean, one inner step.
+    "omniglot": Row((28, 28, 1), 64, True, 64, queries=1, inner_steps=1, inner_lr=0.4, meta_batch=32),
+    # The same paper's mini-ImageNet setting: max-pooled network, five inner steps.
+    "mini-imagenet": Row((84, 84, 3), 32, False, 800, queries=15, inner_steps=5, inner_lr=0.01, meta_batch=4),
+}
+
+
+def operations(row: Row, order: str) -> int:
+    """Floating-point operations of one meta-step: 2 × multiply-adds of convolutions and head.
+
+    A linear layer is y = A(x, w). Per image and layer, in units of one forward pass (M multiply-adds):
+
+        pass                                             first layer   other layers
+        y = A(x, w)                                           1             1
+        its gradient: w̄ = ȳ·x, x̄ = ȳ·w                        1             2
+        the gradient's gradient: of w̄ to ȳ and x, of x̄
+        to ȳ and w, of y to x and w                           2             6
+
+    The first layer's input is data: x̄ and every term that starts from it or leads to it are absent.
+    Of the third line it keeps w̄ to ȳ and y to w. Forward-over-reverse has as many: each of the three
+    bilinear maps has two tangents.
+
+    Support images take part in every inner step: 1 + 1 + 2 units there (first layer) or 1 + 2 + 6
+    (others) in second order, 1 + 1 or 1 + 2 in first. Query images take part once, in the outer
+    gradient: 1 + 1 or 1 + 2. M of a convolution is out_h · out_w · 9 · c_in · c_out, the border's
+    products with zeros included, as is usual. Not counted: normalisation, ReLU, pooling, losses,
+    updates, and whatever an implementation computes twice to save memory.
+    """
+    (height, width, channels), layers = row.image, []
+    for _ in range(4):
+        if row.strided:
+            height, width = -(-height // 2), -(-width // 2)
+        layers.append(height * width * 9 * channels * row.filters)
+        if not row.strided:
+            height, width = height // 2, width // 2
+        channels = row.filters
+    layers.append(row.features * row.ways)
+
+    support = row.ways * row.shots * row.inner_steps
+    query = row.ways * row.queries
+    first, other = (4, 9) if order == "second" else (2, 3)
+    macs = layers[0] * (support * first + query * 2) + sum(layers[1:]) * (support * other + query * 3)
+    return 2 * macs * row.meta_batch
+
+
+def make_tasks(row: Row, count: int, seed: int) -> jm.Task:
+    """`count` fixed tasks of random images, one class apart from the next by its own mean image."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(count, row.ways, 1, *row.image))
+
+    def batch(shots):
+        noise = rng.normal(size=(count, row.ways, shots, *row.image))
+        x = (means + noise).reshape(count, row.ways * shots, *row.image).astype(np.float32)
+        y = np.tile(np.repeat(np.arange(row.ways, dtype=np.int32), shots), (count, 1))
+        return jm.Batch(x, y, ways=row.ways)
+
+    return jm.Task(batch(row.shots), batch(row.queries))
+
+
+def draw(pool, key):
+    index = jax.random.randint(key, (), 0, pool.support.y.shape[0])
+    return jax.tree.map(lambda leaf: leaf[index], pool)
+
+
+def as_distribution(pool: jm.Task) -> jm.TaskDistribution:
+    """Draws from the fixed tasks; they are an argument of the compiled step, as real data are."""
+    sample = jax.tree_util.Partial(draw, jax.tree.map(jnp.asarray, pool))
+    return jm.TaskDistribution(sample, jm.ProtocolCard(tasks="fixed random images", split="train"))
+
+
+class Ours:
+    """`jm.meta_step` in a compiled loop whose length is an argument, as `jm.train` runs it."""
+
+    def __init__(self, row, pool, order, strategy):
+        self.row, self.strategy = row, strategy
+        self.learner = jm.maml(
+            row.network(), inner_optimizer=optax.sgd(row.inner_lr), steps=row.inner_steps, order=order
+        )
+        self.tasks = as_distribution(pool)
+        self.optimizer = optax.adam(row.outer_lr)
+        step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, strategy)
+        devices = sharding.task_devices(row.meta_batch)
+        state = jm.init_state(self.learner, self.optimizer, self.tasks, jax.random.key(0))
+        self.params = jax.device_get(state.params["model"])
+        self.state = sharding.replicate(state, devices)
+        self.sample = sharding.replicate(self.tasks.sample, devices)
+
+        def loop(state, sample, count):
+            return jax.lax.fori_loop(0, count, lambda _, state: step(state, sample)[0], state)
+
+        started = time.perf_counter()
+        lowered = jax.jit(loop, donate_argnums=0).lower(self.state, self.sample, jnp.int32(0))
+        self.compiled = lowered.compile()
+        self.compile_s = time.perf_counter() - started
+
+    def gradient(self, params, pool):
+        """Mean meta-gradient over the tasks of `pool` at `params`, through the meta-step itself."""
+        # An outer optimizer that keeps the gradient, in a batch of as many copies of one task.
+        keep = optax.trace(decay=0.0)
+        step = jax.jit(jm.meta_step(self.learner, keep, self.row.meta_batch, self.strategy))
+        count, total = len(pool.support.y), None
+        for i in range(count):
+            one = as_distribution(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], pool))
+            params_now = {"model": jax.tree.map(jnp.asarray, params)}
+            state = jm.TrainState(jnp.int32(0), params_now, keep.init(params_now), jax.random.key(i))
+            found = jax.device_get(step(state, one.sample)[0].opt_state.trace["model"])
+            total = found if total is None else jax.tree.map(np.add, total, found)
+        return jax.tree.map(lambda leaf: leaf / count, total)
+
+    def steps(self, count):
+        self.state = jax.block_until_ready(self.compiled(self.state, self.sample, jnp.int32(count)))
+
+    def finite(self):
+        return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(self.state.params)))
+
+
+def largest_error(ours: dict, theirs: dict) -> float:
+    """Largest difference of any entry, relative to the largest entry of its array.
+
+    An array of nothing but rounding (the convolution's bias, which the normalisation removes) is
+    held against a thousandth of the whole gradient's largest entry.
+    """
+    floor = 1e-3 * max(np.abs(leaf).max() for leaf in ours.values())
+    return max(
+        float(np.abs(leaf - theirs[name]).max() / max(np.abs(leaf).max(), floor))
+        for name, leaf in ours.items()
+    )
+
+
+def make_peers(row, ours, order, pool, device, names):
+    """The peers that can be imported, checked against our gradient, each in its faster memory format."""
+    import torch_peers
+
+    rng = np.random.default_rng(1)
+    # Away from the initial zeros and ones, so that no term of the gradient is missing by accident.
+    params = jax.tree.map(
+        lambda leaf: leaf + rng.normal(scale=0.1, size=leaf.shape).astype(np.float32) * max(leaf.std(), 0.5),
+        ours.params,
+    )
+    few = jax.tree.map(lambda leaf: leaf[:2], pool)
+    expected = torch_peers.from_ours(ours.gradient(params, few), row)
+    flat = [(t.support.x, t.support.y, t.query.x, t.query.y) for t in (few, pool)]
+    peers = {}
+    for name in names:
+        candidates = []
+        for channels_last in (False, True) if name in torch_peers.LOOPS else (False,):
+            peer = torch_peers.Peer(name, row, params, device, order, channels_last)
+            error = largest_error(expected, peer.gradient(flat[0]))
+            if not error < TOLERANCE:
+                raise AssertionError(f"{name}: its meta-gradient differs from ours by {error:.1e}")
+            peer.load(ours.params)
+            tensors = peer.tensors(flat[1])
+            peer.steps(1, tensors)
+            started = time.perf_counter()
+            peer.steps(1, tensors)
+            candidates.append((time.perf_counter() - started, channels_last, error, peer, tensors))
+        _, channels_last, error, peer, tensors = min(candidates, key=lambda c: c[0])
+        peers[name] = {
+            "steps": lambda count, peer=peer, tensors=tensors: peer.steps(count, tensors),
+            "gradient_error": error,
+            "channels_last": channels_last,
+        }
+    return peers
+
+
+def time_rounds(contenders: dict, rate, repeats: int, seconds: float) -> tuple[dict, list[float]]:
+    """Seconds a step of each contender in each round, and the matrix-product rate of each round."""
+    counts = {}
+    for name, steps in contenders.items():
+        steps(1)
+        started = time.perf_counter()
+        steps(1)
+        counts[name] = max(1, round(seconds / (time.perf_counter() - started)))
+    times, rates = {name: [] for name in contenders}, []
+    for _ in range(repeats):
+        for name, steps in contenders.items():
+            started = time.perf_counter()
+            steps(counts[name])
+            times[name].append((time.perf_counter() - started) / counts[name])
+        rates.append(rate())
+    return times, rates
+
+
+def time_loop(row, ours, strategy, repeats, steps):
+    """Rate of `jm.train` relative to the bare compiled step: the median over rounds, each both ways."""
+    ratios = []
+    for repeat in range(repeats):
+        seen = []
+        jm.train(
+            ours.learner,
+            ours.tasks,
+            ours.optimizer,
+            steps=steps,
+            key=jax.random.key(repeat),
+            meta_batch=row.meta_batch,
+            strategy=strategy,
+            report=seen.append,
+        )
+        in_loop = steps / sum(
+            (event.step - before) / event.steps_per_second
+            for before, event in zip([0, *(e.step for e in seen)], seen, strict=False)
+        )
+        started = time.perf_counter()
+        ours.steps(steps)
+        ratios.append(in_loop * (time.perf_counter() - started) / steps)
+    return ratios
+
+
+def torch_setting(platform_name, precision):
+    """`(device, description)` of the peers, or `(None, why not)`."""
+    if importlib.util.find_spec("torch") is None:
+        return None, "PyTorch is not installed: ours alone"
+    import torch
+    import torch_peers
+
+    device = {"cpu": "cpu", "gpu": "cuda" if torch.cuda.is_available() else None}.get(platform_name)
+    if device is None:
+        return None, f"PyTorch cannot use this {platform_name}: ours alone"
+    return device, torch_peers.configure(cores(), precision in ("highest", "float32"))
+
+
+def run_row(name, args, torch_device, matrix) -> dict:
+    """Times one row and prints its table."""
+    row = ROWS[name]
+    pool = make_tasks(row, row.meta_batch, seed=0)
+    ours = Ours(row, pool, args.order, args.strategy)
+    peers = {}
+    if torch_device is not None:
+        peers = make_peers(row, ours, args.order, pool, torch_device, args.peer_names)
+    contenders = {"jaxmeta": ours.steps, **{peer: found["steps"] for peer, found in peers.items()}}
+    times, rates = time_rounds(contenders, matrix.run, args.repeats, args.seconds)
+    if not ours.finite():
+        raise AssertionError(f"{name}: our parameters became non-finite")
+
+    count = operations(row, args.order)
+    shares = [count / seconds / rate for seconds, rate in zip(times["jaxmeta"], rates, strict=True)]
+    result = {
+        "row": name,
+        "setting": dataclasses.asdict(row),
+        "operations": count,
+        "matrix_product_flops": statistics.median(rates),
+        "share_of_matrix_product": statistics.median(shares),
+        "limit_s": count / statistics.median(rates),
+        "compile_s": ours.compile_s,
+        "contenders": {},
+    }
+    for contender, seconds in times.items():
+        ratios = [s / own for s, own in zip(seconds, times["jaxmeta"], strict=True)]
+        found = peers.get(contender, {})
+        result["contenders"][contender] = {
+            "median_s": statistics.median(seconds),
+            "min_s": min(seconds),
+            "tasks_per_s": row.meta_batch / statistics.median(seconds),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+            **{key: found[key] for key in ("gradient_error", "channels_last") if key in found},
+            "seconds": seconds,
+        }
+    print_row(result)
+    if args.loop:
+        ratios = time_loop(row, ours, args.strategy, args.loop_rounds, args.loop_steps)
+        result["loop"] = {"ratio": statistics.median(ratios), "ratios": ratios, "steps": args.loop_steps}
+        print(
+            f"  jm.train's own loop runs at {statistics.median(ratios):.1%} of the bare compiled step's rate"
+        )
+    return result
+
+
+def print_row(result: dict) -> None:
+    setting = Row(**result["setting"])
+    print(
+        f"\n{result['row']}: {setting.ways}-way {setting.shots}-shot, queries a class {setting.queries}, "
+        f"{'strided ' if setting.strided else ''}Conv4-{setting.filters} on {setting.image}, "
+        f"inner steps {setting.inner_steps}, tasks {setting.meta_batch}"
+    )
+    print(f"  {'':15}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}  gradient against ours")
+    for name, found in result["contenders"].items():
+        note = ""
+        if "gradient_error" in found:
+            layout = ", channels last" if found["channels_last"] else ""
+            note = f"  differs by {found['gradient_error']:.0e}{layout}"
+        print(
+            f"  {name:15}{1e3 * found['median_s']:10.1f}{1e3 * found['min_s']:9.1f}"
+            f"{found['tasks_per_s']:9.1f}{found['ratio']:8.2f}{note}"
+        )
+    print(
+        f"  {result['operations'] / 1e9:.2f} G operations would take {1e3 * result['limit_s']:.1f} ms at the "
+        f"{result['matrix_product_flops'] / 1e9:.0f} G/s of this machine's matrix product: "
+        f"ours is at {result['share_of_matrix_product']:.0%} of the limit; compiled in "
+        f"{result['compile_s']:.1f} s",
+        flush=True,
+    )
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="shapes to time")
+    add("--repeats", type=int, default=9, help="rounds; a number is the median over them")
+    add("--seconds", type=float, default=0.5, help="about how long each contender runs in a round")
+    add("--order", choices=("second", "first"), default="second", help="of the meta-gradient")
+    add("--strategy", default="auto", help="auto, scan, vmap, or a number of tasks at a time")
+    add("--precision", default="highest", help="of JAX's matrix products; highest is float32")
+    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
+    add("--loop", action=argparse.BooleanOptionalAction, default=False, help="time jm.train's loop too")
+    add("--loop-steps", type=int, default=100, help="meta-steps of each jm.train")
+    add("--loop-rounds", type=int, default=3, help="runs of jm.train")
+    add("--devices", type=int, default=cores(), help="on a CPU, how many devices the cores serve as")
+    add("--json", type=Path, help="file to write the results to")
+    args = parser.parse_args(argv)
+    if args.strategy.isdigit():
+        args.strategy = int(args.strategy)
+    return args
+
+
+def main(argv=None) -> None:
+    args = parse_arguments(argv)
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    jax.config.update("jax_default_matmul_precision", args.precision)
+    # Compile times would otherwise be those of reading a file.
+    jax.config.update("jax_enable_compilation_cache", False)
+    devices = jax.local_devices()
+    machine = describe_machine(devices)
+    torch_device, torch_note = (
+        torch_setting(devices[0].platform, args.precision) if args.peers else (None, "peers not asked for")
+    )
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"MAML, {args.order} order; matrix products in {args.precision!r} precision; {torch_note}")
+    if torch_device is not None:
+        import torch_peers
+
+        absent = [peer for peer in torch_peers.PEERS if importlib.util.find_spec(peer.split(".")[0]) is None]
+        args.peer_names = [peer for peer in torch_peers.PEERS if peer not in absent]
+        for peer in absent:
+            print(f"{peer} cannot be imported: not timed")
+    matrix = MatrixProduct(devices)
+    rows = [run_row(name, args, torch_device, matrix) for name in args.rows]
+    if args.json:
+        report = {
+            "machine": machine,
+            "peers": torch_note,
+            "settings": {
+                key: getattr(args, key) for key in ("order", "strategy", "precision", "repeats", "seconds")
+            },
+            "matrix_product": {"size": matrix.size, "devices": matrix.devices},
+            "jaxmeta": jm.__version__,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

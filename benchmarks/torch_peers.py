@@ -1,0 +1,231 @@
+"""MAML's meta-step in PyTorch, four ways, as a careful user of each library writes it.
+
+Every peer is a function `backward(net, tasks)` that adds the mean meta-gradient over `tasks` to the
+`.grad` of `net`'s parameters. They share one network, which holds the same numbers as ours (see
+`from_ours`, `to_ours`), the same batch statistics in its normalisation, and a fused Adam.
+"""
+
+import importlib
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Loops over tasks may hold images channels-last; under vmap the format has no meaning.
+LOOPS = ("torch.autograd", "higher", "learn2learn")
+
+
+class SpelledBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation as tensor operations.
+
+    The second derivative of `F.batch_norm` under `torch.func.vmap` is wrong (torch 2.13: the gradient
+    with respect to its input, in float64 too; without vmap it is right), so torch.func needs this.
+    """
+
+    def forward(self, x):
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        gain = self.weight * torch.rsqrt(var + self.eps)
+        return x * gain[:, None, None] + (self.bias - mean * gain)[:, None, None]
+
+
+class Block(nn.Module):
+    """3×3 convolution with bias, batch normalisation by the batch's own statistics, pooling, ReLU."""
+
+    def __init__(self, channels, filters, strided, norm):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, filters, 3, stride=2 if strided else 1, padding=1)
+        self.norm = norm(filters, eps=1e-3, track_running_stats=False)
+        self.strided = strided
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        # Before the ReLU, as ours does: the two commute, and a quarter of the pixels are left.
+        return F.relu(x if self.strided else F.max_pool2d(x, 2))
+
+
+class Net(nn.Module):
+    """`StridedConv4` (spatial mean) or `Conv4` (max-pooled, flattened) with a linear head."""
+
+    def __init__(self, row, norm=nn.BatchNorm2d):
+        super().__init__()
+        channels = [row.image[2]] + 4 * [row.filters]
+        self.blocks = nn.Sequential(
+            *(Block(c, o, row.strided, norm) for c, o in itertools.pairwise(channels))
+        )
+        self.strided = row.strided
+        self.head = nn.Linear(row.features, row.ways)
+
+    def forward(self, x):
+        x = self.blocks(x)
+        return self.head(x.mean((2, 3)) if self.strided else x.flatten(1))
+
+
+def from_ours(params, row):
+    """Our parameters as a dict of numpy arrays under torch's names.
+
+    With stride 2, SAME padding sits at an image's end, and torch's `padding=1` at its start. Torch's
+    network sees images and kernels mirrored, and so computes the same function with no padding pass.
+    """
+    out = {}
+    for i in range(4):
+        block = params[f"ConvNorm_{i}"]
+        kernel = block["conv"]["kernel"]
+        out[f"blocks.{i}.conv.weight"] = (kernel[::-1, ::-1] if row.strided else kernel).transpose(3, 2, 0, 1)
+        out[f"blocks.{i}.conv.bias"] = block["bias"]
+        out[f"blocks.{i}.norm.weight"] = block["norm"]["scale"]
+        out[f"blocks.{i}.norm.bias"] = block["norm"]["bias"]
+    head = params["head"]["kernel"]
+    if not row.strided:
+        side = round((row.features // row.filters) ** 0.5)
+        head = head.reshape(side, side, row.filters, -1).transpose(2, 0, 1, 3).reshape(row.features, -1)
+    return {**out, "head.weight": head.T, "head.bias": params["head"]["bias"]}
+
+
+def to_torch(tasks, row, device, channels_last):
+    """`(xs, ys, xq, yq)` numpy arrays with a leading task axis, as tensors of torch's layout."""
+
+    def images(x):
+        x = (x[:, :, ::-1, ::-1] if row.strided else x).transpose(0, 1, 4, 2, 3)
+        x = torch.tensor(np.ascontiguousarray(x), device=device)
+        if channels_last:
+            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+        return x
+
+    xs, ys, xq, yq = tasks
+    labels = [torch.tensor(y, dtype=torch.long, device=device) for y in (ys, yq)]
+    return images(xs), labels[0], images(xq), labels[1]
+
+
+def with_func(row, order):
+    """torch.func: `vmap` over tasks of `grad` through `functional_call`."""
+
+    def backward(net, tasks):
+        def loss(params, x, y):
+            return F.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
+
+        def task_loss(params, xs, ys, xq, yq):
+            for _ in range(row.inner_steps):
+                grads = torch.func.grad(loss)(params, xs, ys)
+                if order == "first":
+                    grads = {name: g.detach() for name, g in grads.items()}
+                params = {name: p - row.inner_lr * grads[name] for name, p in params.items()}
+            return loss(params, xq, yq)
+
+        def meta_loss(params):
+            return torch.func.vmap(task_loss, (None, 0, 0, 0, 0))(params, *tasks).mean()
+
+        params = {name: p.detach() for name, p in net.named_parameters()}
+        grads = torch.func.grad(meta_loss)(params)
+        for name, p in net.named_parameters():
+            p.grad = grads[name]
+
+    return backward
+
+
+def with_autograd(row, order):
+    """Plain autograd: a loop over tasks, `create_graph=True`, nothing between user and engine."""
+
+    def backward(net, tasks):
+        initial = dict(net.named_parameters())
+        for xs, ys, xq, yq in zip(*tasks, strict=True):
+            params = initial
+            for _ in range(row.inner_steps):
+                value = F.cross_entropy(torch.func.functional_call(net, params, (xs,)), ys)
+                grads = torch.autograd.grad(value, list(params.values()), create_graph=order == "second")
+                params = {
+                    name: p - row.inner_lr * g for (name, p), g in zip(params.items(), grads, strict=True)
+                }
+            value = F.cross_entropy(torch.func.functional_call(net, params, (xq,)), yq)
+            (value / len(tasks[0])).backward()
+
+    return backward
+
+
+def with_higher(row, order):
+    """higher: a loop over tasks, with the initial weights not copied so that they receive gradients."""
+    higher = importlib.import_module("higher")
+
+    def constants(grads):
+        return [g.detach() for g in grads]
+
+    def backward(net, tasks):
+        sgd = torch.optim.SGD(net.parameters(), lr=row.inner_lr)
+        for xs, ys, xq, yq in zip(*tasks, strict=True):
+            with higher.innerloop_ctx(net, sgd, copy_initial_weights=False, track_higher_grads=True) as (
+                fast,
+                optimizer,
+            ):
+                for _ in range(row.inner_steps):
+                    value = F.cross_entropy(fast(xs), ys)
+                    optimizer.step(value, grad_callback=constants if order == "first" else None)
+                (F.cross_entropy(fast(xq), yq) / len(tasks[0])).backward()
+
+    return backward
+
+
+def with_learn2learn(row, order):
+    """learn2learn: a loop over tasks of clone, adapt and backward."""
+    learn2learn = importlib.import_module("learn2learn")
+
+    def backward(net, tasks):
+        maml = learn2learn.algorithms.MAML(net, lr=row.inner_lr, first_order=order == "first")
+        for xs, ys, xq, yq in zip(*tasks, strict=True):
+            learner = maml.clone()
+            for _ in range(row.inner_steps):
+                learner.adapt(F.cross_entropy(learner(xs), ys))
+            (F.cross_entropy(learner(xq), yq) / len(tasks[0])).backward()
+
+    return backward
+
+
+PEERS = {
+    "torch.func": with_func,
+    "torch.autograd": with_autograd,
+    "higher": with_higher,
+    "learn2learn": with_learn2learn,
+}
+
+
+class Peer:
+    """One way of computing the meta-step, on one device, in one memory format."""
+
+    def __init__(self, name, row, params, device, order, channels_last):
+        self.backward = PEERS[name](row, order)
+        self.row, self.device, self.channels_last = row, device, channels_last
+        self.net = Net(row, SpelledBatchNorm if name == "torch.func" else nn.BatchNorm2d).to(device)
+        self.load(params)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=row.outer_lr, fused=True)
+
+    def load(self, params):
+        state = {k: torch.tensor(np.ascontiguousarray(v)) for k, v in from_ours(params, self.row).items()}
+        self.net.load_state_dict(state)
+        self.net.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
+    def tensors(self, tasks):
+        return to_torch(tasks, self.row, self.device, self.channels_last)
+
+    def gradient(self, tasks):
+        """Mean meta-gradient over `tasks` (numpy), as numpy arrays under torch's names."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward(self.net, self.tensors(tasks))
+        return {name: p.grad.cpu().numpy() for name, p in self.net.named_parameters()}
+
+    def steps(self, count, tensors):
+        """`count` meta-steps, finished when it returns."""
+        for _ in range(count):
+            self.optimizer.zero_grad(set_to_none=True)
+            self.backward(self.net, tensors)
+            self.optimizer.step()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def configure(threads, full_precision):
+    """Sets threads and matrix-product precision; returns what is used, in words."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest" if full_precision else "high")
+    torch.backends.cudnn.allow_tf32 = not full_precision
+    torch.backends.cudnn.benchmark = True
+    return f"torch {torch.__version__} with {threads} CPU threads"

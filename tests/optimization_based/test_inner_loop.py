@@ -1,0 +1,363 @@
+"""`jm.inner_loop` against closed forms and finite differences, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxmeta as jm
+
+MODES = ("store", "recompute", "forward_over_reverse", "auto")
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+# --- Closed forms ----------------------------------------------------------------------------------
+
+# L^S = ½·2·(θ − 1)², L^Q = ½(θ − 3)², α = 0.1, θ = 0: steps, θ_n, g_FO, g_MAML, L^Q(θ_n).
+QUADRATIC = [
+    (0, 0.0, -3.0, -3.0, 4.5),
+    (1, 0.2, -2.8, -2.24, 3.92),
+    (2, 0.36, -2.64, -1.6896, 3.4848),
+    (3, 0.488, -2.512, -1.286144, 3.155072),
+    (5, 0.67232, -2.32768, -0.7627341824, 2.7090470912),
+]
+
+
+def quadratic(theta, batch):
+    return 0.5 * batch["a"] * (theta - batch["s"]) ** 2
+
+
+SUPPORT = {"a": 2.0, "s": 1.0}
+
+
+def quadratic_query(theta):
+    return 0.5 * (theta - 3.0) ** 2
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize(("steps", "theta", "first", "second", "query"), QUADRATIC)
+def test_quadratic(steps, theta, first, second, query, memory):
+    def meta(start, order):
+        adapt = jm.inner_loop(quadratic, optax.sgd(0.1), steps, order=order, memory=memory)
+        return quadratic_query(adapt(start, SUPPORT)[0])
+
+    adapted, trace = jm.inner_loop(quadratic, optax.sgd(0.1), steps, memory=memory)(0.0, SUPPORT)
+    np.testing.assert_allclose(adapted, theta, rtol=1e-12)
+    np.testing.assert_allclose(0.0 - adapted, -theta, rtol=1e-12)  # Reptile's direction
+    # The loss BEFORE each update: θ_j − s = −0.8^j.
+    np.testing.assert_allclose(trace.loss, 0.64 ** np.arange(steps), rtol=1e-12)
+    np.testing.assert_allclose(meta(0.0, "second"), query, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(meta)(0.0, "first"), first, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(meta)(0.0, "second"), second, rtol=1e-12)
+
+
+CUBIC = [(1, 0.9, 0.9, 0.72), (2, 0.819, 0.819, 0.537264), (3, 0.7519239, 0.7519239, 0.41246574995808)]
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize(("steps", "theta", "first", "second"), CUBIC)
+def test_hessian_that_changes_on_the_way(steps, theta, first, second, memory):
+    def adapt(start, order):
+        loop = jm.inner_loop(lambda t, _: t**3 / 3, optax.sgd(0.1), steps, order=order, memory=memory)
+        return loop(start, None)[0]
+
+    def meta(start, order):
+        return 0.5 * adapt(start, order) ** 2
+
+    np.testing.assert_allclose(adapt(1.0, "second"), theta, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(meta)(1.0, "first"), first, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(meta)(1.0, "second"), second, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(adapt)(1.0, "second"), second / theta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_first_step_stands_leftmost_in_the_product(memory):
+    def meta(theta, order):
+        loop = jm.inner_loop(lambda t, _: t["x"] ** 2 * t["y"], optax.sgd(0.1), 2, order=order, memory=memory)
+        adapted, _ = loop(theta, None)
+        return adapted["x"] + 2 * adapted["y"], adapted
+
+    theta = {"x": 1.0, "y": 2.0}
+    grads, adapted = jax.grad(meta, has_aux=True)(theta, "second")
+    np.testing.assert_allclose((adapted["x"], adapted["y"]), (0.372, 1.864), rtol=1e-12)
+    np.testing.assert_allclose((grads["x"], grads["y"]), (-0.148, 1.804), rtol=1e-12)
+    grads, _ = jax.grad(meta, has_aux=True)(theta, "first")
+    np.testing.assert_allclose((grads["x"], grads["y"]), (1, 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize(("step_size", "steps"), [(0.0, 3), (0.1, 0)])
+def test_no_step_at_all_leaves_the_query_gradient(step_size, steps, memory):
+    for order in ("first", "second"):
+        adapt = jm.inner_loop(quadratic, optax.sgd(step_size), steps, order=order, memory=memory)
+        gradient = jax.grad(lambda t: quadratic_query(adapt(t, SUPPORT)[0]))(0.0)  # noqa: B023
+        np.testing.assert_allclose(gradient, -3.0, rtol=1e-12)
+
+
+def test_no_curvature_no_second_order():
+    def meta(theta, order):
+        adapt = jm.inner_loop(lambda t, b: jnp.vdot(t, b), optax.sgd(0.3), 3, order=order)
+        return jnp.cos(adapt(theta, jnp.arange(3.0))[0]).sum()
+
+    theta = jnp.array([0.3, -1.0, 2.0])
+    np.testing.assert_allclose(jax.grad(meta)(theta, "first"), jax.grad(meta)(theta, "second"), rtol=1e-14)
+
+
+def test_one_plain_step_is_the_gradient():
+    theta = jnp.asarray(-0.7)
+    adapted, _ = jm.inner_loop(quadratic, optax.sgd(0.1), 1)(theta, SUPPORT)
+    np.testing.assert_allclose((theta - adapted) / 0.1, jax.grad(quadratic)(theta, SUPPORT), rtol=1e-12)
+
+
+def test_start_is_left_as_it_was_and_tasks_do_not_meet():
+    starts = jnp.array([0.0, 2.0])
+    batches = {"a": jnp.array([2.0, 1.0]), "s": jnp.array([1.0, -1.0])}
+    for memory in MODES:
+        adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 3, memory=memory)
+        together, _ = jax.vmap(adapt)(starts, batches)
+        alone = [adapt(starts[i], jax.tree.map(lambda leaf: leaf[i], batches))[0] for i in range(2)]  # noqa: B023
+        np.testing.assert_allclose(together, alone, rtol=1e-12)
+    np.testing.assert_array_equal(starts, [0.0, 2.0])
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_learned_step_size(memory):
+    """∂L^Q/∂α = −∇L^S(θ)·∇L^Q(θ_1) = −(−2)(−2.8)."""
+    for order in ("first", "second"):
+        adapt = jm.inner_loop(quadratic, optax.sgd, 1, order=order, memory=memory)
+        gradient = jax.grad(lambda rate: quadratic_query(adapt(0.0, SUPPORT, hyper=rate)[0]))(0.1)  # noqa: B023
+        np.testing.assert_allclose(gradient, -5.6, rtol=1e-12)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_proximal_term(memory):
+    """L^S + (λ/2)(θ − θ_0)² has its minimum at (a·s + λθ_0)/(a + λ), with slope λ/(a + λ) in θ_0."""
+    adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 200, memory=memory, proximal=2.0)
+
+    def meta(start):
+        return quadratic_query(adapt(start, SUPPORT)[0])
+
+    adapted, trace = adapt(0.0, SUPPORT)
+    np.testing.assert_allclose(adapted, 0.5, rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(meta)(0.0), -1.25, rtol=1e-10)
+    np.testing.assert_allclose(trace.loss[-1], quadratic(0.5, SUPPORT), rtol=1e-10)
+    # Two steps by hand: θ_1 = 0.2; θ_2 = 0.2 − 0.1(2(0.2 − 1) + 2·0.2) = 0.32.
+    two, _ = jm.inner_loop(quadratic, optax.sgd(0.1), 2, memory=memory, proximal=2.0)(0.0, SUPPORT)
+    np.testing.assert_allclose(two, 0.32, rtol=1e-12)
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_batch_at_picks_the_mini_batch_of_each_step(memory):
+    """(θ − s_j)² with s = 1, −1: θ_1 = θ + 0.2(1 − θ), θ_2 = θ_1 + 0.2(−1 − θ_1) = 0.64θ − 0.04."""
+    adapt = jm.inner_loop(
+        lambda theta, s: (theta - s) ** 2,
+        optax.sgd(0.1),
+        2,
+        memory=memory,
+        batch_at=lambda batch, step: batch[step],
+    )
+    targets = jnp.array([1.0, -1.0])
+    adapted, trace = adapt(0.5, targets)
+    np.testing.assert_allclose(adapted, 0.28, rtol=1e-12)
+    np.testing.assert_allclose(trace.loss, [0.25, 1.6**2], rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(lambda t: adapt(t, targets)[0])(0.5), 0.64, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(lambda s: adapt(0.5, s)[0])(targets), [0.16, 0.2], rtol=1e-12)
+    one = jm.inner_loop(
+        lambda theta, s: (theta - s) ** 2,
+        optax.sgd(0.1),
+        1,
+        memory=memory,
+        batch_at=lambda batch, step: batch[step + 1],
+    )
+    np.testing.assert_allclose(one(0.5, targets)[0], 0.5 + 0.2 * -1.5, rtol=1e-12)
+
+
+# --- Finite differences ----------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda hyper: optax.sgd(hyper["rate"]),
+    "momentum": lambda hyper: optax.sgd(hyper["rate"], momentum=hyper["decay"], nesterov=True),
+    # eps_root: Adam's square root has no derivative at zero.
+    "adam": lambda hyper: optax.adam(hyper["rate"], b1=hyper["decay"], eps_root=1e-4),
+    "weight decay": lambda hyper: optax.chain(
+        optax.clip_by_global_norm(0.5), optax.add_decayed_weights(hyper["decay"]), optax.sgd(hyper["rate"])
+    ),
+}
+STEPS = 3
+
+
+def problem():
+    """A head to adapt on a shared body, from a batch of integer images, labels, a mask and weights."""
+    rng = np.random.default_rng(0)
+    batches = [
+        {
+            "images": jnp.asarray(rng.integers(0, 256, (5, 4)), jnp.uint8),
+            "labels": jnp.asarray(rng.integers(0, 3, 5), jnp.int32),
+            "mask": jnp.array([True, True, True, True, False]),
+            "weights": jnp.asarray(rng.uniform(0.5, 1.5, 5)),
+        }
+        for _ in range(2)
+    ]
+    arguments = {
+        "params": {"kernel": jnp.asarray(rng.normal(size=(3, 3))), "bias": jnp.asarray(rng.normal(size=3))},
+        "hyper": {"rate": jnp.asarray(0.3), "decay": jnp.asarray(0.8)},
+        "body": [jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.normal(size=3))],
+        "regularizer": jnp.asarray(0.1),
+        "weights": batches[0].pop("weights"),
+    }
+    return arguments, *batches
+
+
+def head_loss(params, batch, *, body, regularizer, key):
+    features = jnp.tanh((batch["images"].astype(jnp.float64) / 255) @ body[0] + body[1][None])
+    noise = 1 + 0.1 * jax.random.normal(key, features.shape)
+    logits = (features * noise) @ params["kernel"] + params["bias"][None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    fit = jnp.where(batch["mask"], losses * batch["weights"], 0).mean()
+    return fit + 0.5 * regularizer * sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params))
+
+
+def meta_loss(adapt, arguments, support, query):
+    key = jax.random.key(0)
+    extra = {"body": arguments["body"], "regularizer": arguments["regularizer"], "key": key}
+    adapted, _ = adapt(
+        arguments["params"],
+        {**support, "weights": arguments["weights"]},
+        hyper=arguments["hyper"],
+        **extra,
+    )
+    return head_loss(adapted, query, **extra)
+
+
+def finite_differences(function, arguments, step=1e-6):
+    flat, restore = ravel_pytree(arguments)
+    values = jax.jit(jax.vmap(lambda v: function(restore(v))))
+    moves = step * jnp.eye(flat.size)
+    return (values(flat[None] + moves) - values(flat[None] - moves)) / (2 * step)
+
+
+@pytest.mark.parametrize("proximal", [None, 0.5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_meta_gradient_is_that_of_finite_differences_in_every_memory_mode(name, proximal):
+    arguments, support, query = problem()
+
+    def meta(arguments, memory):
+        adapt = jm.inner_loop(head_loss, OPTIMIZERS[name], STEPS, memory=memory, proximal=proximal)
+        return meta_loss(adapt, arguments, support, query)
+
+    gradients = {
+        memory: ravel_pytree(jax.jit(jax.grad(lambda a: meta(a, memory)))(arguments))[0]  # noqa: B023
+        for memory in MODES
+    }
+    expected = finite_differences(lambda a: meta(a, "store"), arguments)
+    assert np.abs(expected).min() > 1e-7 or name == "sgd"  # every argument matters
+    for gradient in gradients.values():
+        np.testing.assert_allclose(gradient, expected, atol=3e-8)
+        np.testing.assert_allclose(gradient, gradients["store"], atol=1e-10)
+
+
+@pytest.mark.parametrize("proximal", [None, 0.5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_first_order_is_that_of_finite_differences_with_frozen_inner_gradients(name, proximal):
+    arguments, support, query = problem()
+
+    def loop(gradient_at, arguments):
+        """The inner loop in plain Python, with `gradient_at(step, theta)` for the loss's gradient."""
+
+        def adapt(params, batch, *, hyper, **extra):
+            optimizer = OPTIMIZERS[name](hyper)
+            theta, state = params, optimizer.init(params)
+            for step in range(STEPS):
+                grads = gradient_at(step, theta, batch, extra)
+                if proximal is not None:
+                    grads = jax.tree.map(lambda g, t, s: g + proximal * (t - s), grads, theta, params)
+                updates, state = optimizer.update(grads, state, theta)
+                theta = optax.apply_updates(theta, updates)
+            return theta, None
+
+        return meta_loss(adapt, arguments, support, query)
+
+    recorded = []
+
+    def record(step, theta, batch, extra):
+        recorded.append(jax.grad(head_loss)(theta, batch, **extra))
+        return recorded[-1]
+
+    value = loop(record, arguments)
+    expected = finite_differences(lambda a: loop(lambda step, *_: recorded[step], a), arguments)
+
+    def meta(arguments, memory, order="first"):
+        adapt = jm.inner_loop(
+            head_loss, OPTIMIZERS[name], STEPS, order=order, memory=memory, proximal=proximal
+        )
+        return meta_loss(adapt, arguments, support, query)
+
+    for memory in ("auto", "store"):
+        found, gradient = jax.jit(jax.value_and_grad(lambda a: meta(a, memory)))(arguments)  # noqa: B023
+        np.testing.assert_allclose(found, value, rtol=1e-12)
+        np.testing.assert_allclose(ravel_pytree(gradient)[0], expected, atol=3e-8)
+    # The frozen weights of the support loss reach the query loss through the inner gradients only.
+    np.testing.assert_array_equal(gradient["weights"], 0)
+    second = jax.jit(jax.grad(lambda a: meta(a, "auto", "second")))(arguments)
+    assert np.abs(ravel_pytree(second)[0] - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_meta_gradient_under_vmap_over_tasks(memory):
+    arguments, support, query = problem()
+    adapt = jm.inner_loop(head_loss, OPTIMIZERS["sgd"], 2, memory=memory)
+    gradient = jax.grad(lambda a, s, q: meta_loss(adapt, a, s, q))
+    supports, queries = (
+        jax.tree.map(lambda leaf: jnp.stack([leaf, jnp.roll(leaf, 1, 0)]), part) for part in (support, query)
+    )
+    together = jax.jit(jax.vmap(gradient, (None, 0, 0)))(arguments, supports, queries)
+    loop = [
+        ravel_pytree(gradient(arguments, *jax.tree.map(lambda leaf: leaf[i], (supports, queries))))[0]  # noqa: B023
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(jax.vmap(lambda tree: ravel_pytree(tree)[0])(together), loop, atol=1e-12)
+
+
+def test_gradient_flows_into_the_trace_of_losses():
+    """L_1 = ½·2·(θ_1 − 1)² with θ_1 = θ + 0.2(1 − θ): dL_1/dθ = 2(θ_1 − 1)·0.8."""
+    for memory in MODES:
+        adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, memory=memory)
+        gradient = jax.grad(lambda theta: adapt(theta, SUPPORT)[1].loss[1])(0.0)  # noqa: B023
+        np.testing.assert_allclose(gradient, 2 * (0.2 - 1) * 0.8, rtol=1e-12)
+
+
+def test_recomputing_modes_keep_less():
+    """What grows with the steps: the activations of each, or only its parameters."""
+
+    def loss(theta, x):
+        for _ in range(5):
+            x = jnp.tanh(x @ theta)
+        return jnp.square(x).mean()
+
+    def residuals(memory):
+        adapt = jm.inner_loop(loss, optax.sgd(0.1), 10, memory=memory)
+        x = jax.ShapeDtypeStruct((500, 4), jnp.float64)
+        theta = jax.ShapeDtypeStruct((4, 4), jnp.float64)
+        compiled = jax.jit(jax.grad(lambda t, x: adapt(t, x)[0].sum())).lower(theta, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    activations = 10 * 5 * 500 * 4 * 8
+    assert residuals("store") > activations
+    assert residuals("recompute") < activations
+    assert residuals("forward_over_reverse") < activations
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"order": "third"}, "order must be one of .* got 'third'"),
+        ({"memory": "none"}, "memory must be one of .* got 'none'"),
+        ({"steps": -1}, "steps must be at least 0, got -1"),
+    ],
+)
+def test_bad_settings_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.inner_loop(quadratic, optax.sgd(0.1), **{"steps": 1, **settings})

@@ -1,0 +1,343 @@
+"""Laws that every learner of the registry keeps, in both rows of its report and on both kinds of tasks.
+
+A new learner joins by its line in `presets.LEARNERS`. Where it breaks a law for a good reason, it
+says so in `EXEMPT`; where it needs another network than the small default, in `NETWORKS`.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+import jaxmeta as jm
+from jaxmeta import presets
+from jaxmeta.nn.embedding import ConvNorm
+
+WAYS, SHOTS, QUERIES = 3, 2, 2
+IMAGE = (6, 6, 1)
+# Support and query both end with examples that are padding.
+PADDING = 2
+
+# (law, learner) -> why it does not hold.
+EXEMPT: dict[tuple[str, str], str] = {}
+
+# Leaves whose gradient is zero by mathematics, not by mistake.
+ZERO_GRADIENT = {
+    r"ConvNorm_\d+/bias$": "the bias of a convolution is taken away again by the batch normalisation "
+    "that follows, whose statistics are of a batch with the same bias",
+}
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class TinyConv(linen.Module):
+    """Two blocks of the published kind."""
+
+    ways: int | None
+
+    @linen.compact
+    def __call__(self, x, mask=None):
+        for _ in range(2):
+            x = jax.nn.relu(ConvNorm(4, strides=2)(x, mask))
+        x = x.reshape(x.shape[0], -1)
+        return x if self.ways is None else linen.Dense(self.ways, name="head")(x)
+
+
+def tiny_mlp(out):
+    return jm.nn.MLP(out=out, hidden=(5,), kernel_init=linen.initializers.lecun_normal())
+
+
+# learner -> (settings, spec) -> network, where the default does not serve.
+NETWORKS: dict[str, Any] = {}
+
+
+def default_network(settings, spec):
+    if settings.ways is None:
+        return tiny_mlp(1)
+    return TinyConv(settings.ways if spec.fixed_ways else None)
+
+
+class Case(NamedTuple):
+    name: str
+    row: str  # of the report: "transductive" or "inductive"
+    kind: str
+
+    def __str__(self):
+        return f"{self.name}-{self.row}-{self.kind}"
+
+
+CASES = [
+    Case(name, row, kind)
+    for name, spec in presets.LEARNERS.items()
+    for row in spec.norms
+    for kind in ("classification", "regression")
+    # Without batch statistics the rows of a report are one and the same.
+    if kind == "classification" or row == "inductive"
+    if (kind, name) not in EXEMPT
+]
+CLASSIFICATION = [case for case in CASES if case.kind == "classification"]
+
+
+def law(cases=CASES):
+    """Runs a test named `test_LAW` for each case that is not exempt of LAW."""
+
+    def mark(test):
+        name = test.__name__.removeprefix("test_")
+        kept = [case for case in cases if (name, case.name) not in EXEMPT]
+        return pytest.mark.parametrize("case", kept, ids=str)(test)
+
+    return mark
+
+
+@functools.cache
+def learner_of(case):
+    spec = presets.LEARNERS[case.name]
+    _, settings = presets.settings_of(
+        {}, learner=case.name, preset="glyphs" if case.kind == "classification" else "sinusoid"
+    )
+    small = {"inner_steps": 2, "eval_steps": 2, "inner_lr": 0.3 if case.kind == "classification" else 0.02}
+    changes = {field: value for field, value in small.items() if field in spec.takes}
+    if case.kind == "classification":
+        changes |= {"ways": WAYS, "train_ways": WAYS}
+    settings = presets.revised(settings, changes)
+    network = NETWORKS.get(case.name, default_network)(settings, spec)
+    return spec.build(jm.nn.as_model(network), settings, spec.norms[case.row])
+
+
+def task_of(case, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def part(each):
+        if case.kind == "regression":
+            x = rng.uniform(-2, 2, size=(WAYS * each + PADDING, 1))
+            y, ways = jnp.asarray(np.sin(x + seed)), None
+        else:
+            labels = np.arange(WAYS * each + PADDING) % WAYS
+            x = rng.normal(size=(labels.size, *IMAGE)) + 0.5 * labels.reshape(-1, 1, 1, 1)
+            y, ways = jnp.asarray(labels, jnp.int32), WAYS
+        return jm.Batch(jnp.asarray(x), y, jnp.arange(len(x)) < WAYS * each, ways)
+
+    return jm.Task(part(SHOTS), part(QUERIES))
+
+
+@functools.cache
+def params_of(case):
+    params = jax.jit(learner_of(case).init)(jax.random.key(0), task_of(case))
+    # Away from symmetric starts (zero biases, unit scales), where laws could hold by accident.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten(
+        leaf.astype(jnp.float64) + 0.1 * jax.random.normal(key, leaf.shape, jnp.float64)
+        for leaf, key in zip(leaves, keys, strict=True)
+    )
+
+
+class Run(NamedTuple):
+    """All that a learner says of one task; entries of padding are zeroed."""
+
+    loss: Any
+    metrics: Any
+    gradient: Any
+    adapted: Any
+    outputs: Any
+
+
+def results(learner, params, task, key, step=None):
+    def loss(params):
+        return learner.loss(params, task, key, step=step)
+
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    adapted = learner.adapt(params, task.support, key)
+    outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
+    if task.query.mask is not None:
+        outputs = jnp.where(task.query.mask[:, None], outputs, 0)
+    return Run(value, metrics, gradient, adapted, outputs)
+
+
+@functools.cache
+def compiled(case):
+    return jax.jit(functools.partial(results, learner_of(case)))
+
+
+KEY = jax.random.key(2)
+
+
+def run(case, task=None, params=None):
+    return compiled(case)(
+        params_of(case) if params is None else params, task_of(case) if task is None else task, KEY
+    )
+
+
+def assert_equal(a, b, tolerance=1e-9):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+@law()
+def test_purity(case):
+    params, task = params_of(case), task_of(case)
+    before = jax.tree.map(np.array, (params, task))
+    first = run(case)
+    run(case, task_of(case, seed=1))
+    assert_equal(run(case), first, 0)
+    assert_equal((params, task), before, 0)
+
+
+@law()
+def test_compiled_is_eager(case):
+    learner, params, task = learner_of(case), params_of(case), task_of(case)
+    compiled_run = run(case)
+    adapted = learner.adapt(params, task.support, KEY)
+    assert_equal(adapted, compiled_run.adapted)
+    assert_equal(learner.loss(params, task, KEY), (compiled_run.loss, compiled_run.metrics))
+
+
+@law()
+def test_vmap_is_a_loop(case):
+    tasks = [task_of(case, seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    together = jax.jit(jax.vmap(functools.partial(results, learner_of(case)), (None, 0, None)))(
+        params_of(case), stacked, KEY
+    )
+    for i, task in enumerate(tasks):
+        assert_equal(jax.tree.map(lambda leaf: leaf[i], together), run(case, task))  # noqa: B023
+
+
+@law()
+def test_padding_changes_nothing(case):
+    expected = run(case)
+    for garbage in (jnp.nan, jnp.inf, 1e30):
+
+        def spoil(part, garbage=garbage):
+            def fill(leaf, value):
+                real = part.mask.reshape(-1, *(1,) * (leaf.ndim - 1))
+                return jnp.where(real, leaf, jnp.asarray(value, leaf.dtype))
+
+            return jm.Batch(
+                fill(part.x, garbage), fill(part.y, garbage if part.ways is None else 0), part.mask, part.ways
+            )
+
+        assert_equal(run(case, jm.Task(*map(spoil, task_of(case)))), expected)
+    kept = jm.Task(*(jm.Batch(p.x[:-PADDING], p.y[:-PADDING], None, p.ways) for p in task_of(case)))
+    bare = run(case, kept)
+    assert_equal(bare._replace(outputs=expected.outputs), expected)
+    assert_equal(bare.outputs, expected.outputs[:-PADDING])
+
+
+@law(CLASSIFICATION)
+def test_slots_are_only_names(case):
+    """Slots renamed c -> σ(c), and the head's columns along: so are outputs; all else stays."""
+    sigma = jnp.array([2, 0, 1])
+    moved = jnp.argsort(sigma)  # where column σ(c) = old column c comes from
+
+    def rename(tree):
+        """Slots are the last axis of what is under a head."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf[..., moved] if "head" in jax.tree_util.keystr(path) else leaf, tree
+        )
+
+    expected = run(case)
+    task = jm.Task(*(jm.Batch(p.x, sigma[p.y].astype(jnp.int32), p.mask, p.ways) for p in task_of(case)))
+    found = run(case, task, rename(params_of(case)))
+    assert_equal(found.outputs, expected.outputs[:, moved])
+    assert np.ptp(expected.outputs[:-PADDING], axis=1).min() > 1e-3
+    assert_equal(found.gradient, rename(expected.gradient))
+    assert_equal((found.loss, found.metrics), (expected.loss, expected.metrics))
+
+
+@law()
+def test_order_of_examples_is_only_an_order(case):
+    expected, task = run(case), task_of(case)
+    for which in ("query", "support"):
+        order = jnp.roll(jnp.arange(getattr(task, which).y.shape[0])[::-1], 2)
+        part = jax.tree.map(lambda leaf: leaf[order], getattr(task, which))  # noqa: B023
+        found = run(case, task._replace(**{which: part}))
+        outputs = expected.outputs[order] if which == "query" else expected.outputs
+        assert_equal(found._replace(adapted=expected.adapted), expected._replace(outputs=outputs))
+
+
+@law()
+def test_one_query_at_a_time_tells_inductive_from_transductive(case):
+    learner, params, query = learner_of(case), params_of(case), task_of(case).query
+    joint = run(case)
+    alone = jax.jit(jax.vmap(lambda x: learner.predict(params, joint.adapted, x[None])[0]))(query.x)
+    real = np.asarray(query.mask)
+    if case.row == "inductive":
+        assert_equal(joint.outputs[real], alone[real])
+    else:
+        assert np.abs(joint.outputs[real] - alone[real]).max() > 1e-3
+
+
+@law()
+def test_traced_once(case):
+    learner, params = learner_of(case), params_of(case)
+    chex.clear_trace_counter()  # it counts by the function's name
+
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def everything(params, task, key, step):
+        return results(learner, params, task, key, step)
+
+    for seed in range(2):
+        everything(params, task_of(case, seed), jax.random.key(seed), jnp.asarray(seed, jnp.int32))
+        params = jax.tree.map(lambda leaf: leaf * 1.1, params)
+
+
+@law()
+def test_saved_and_loaded_predicts_the_same(case, tmp_path):
+    expected, learner, params = run(case), learner_of(case), params_of(case)
+    tree = {"params": params, "adapted": expected.adapted}
+    jm.save(tmp_path / "saved", tree)
+    loaded = jm.load(tmp_path / "saved", like=jax.eval_shape(lambda: tree))
+    assert_equal(loaded, tree, 0)
+    query = task_of(case).query
+    outputs = learner.predict(loaded["params"], loaded["adapted"], query.x, query.mask)
+    assert_equal(outputs[:-PADDING], expected.outputs[:-PADDING])
+
+
+@law()
+def test_every_leaf_learns(case):
+    gradient = run(case).gradient
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert np.isfinite(leaf).all(), name
+        if any(re.search(pattern, name) for pattern in ZERO_GRADIENT):
+            np.testing.assert_allclose(leaf, 0, atol=1e-12, err_msg=name)
+        else:
+            assert np.abs(leaf).max() > 1e-6, name
+
+
+@law()
+def test_loss_reports_what_predict_predicts(case):
+    found, query = run(case), task_of(case).query
+    name = "mse" if case.kind == "regression" else "accuracy"
+    expected = jm.losses.score(found.outputs, query)
+    assert_equal(found.metrics[name], expected[name])
+    assert found.metrics[name][1] == WAYS * QUERIES
+    assert all(np.shape(part) == () for metric in found.metrics.values() for part in metric)
+
+
+@law()
+def test_meta_gradient_descends(case):
+    """The one law that is not an identity: a few plain gradient steps on the meta-loss lower it."""
+    params, losses = params_of(case), []
+    for _ in range(4):
+        found = run(case, params=params)
+        losses.append(float(found.loss))
+        params = jax.tree.map(lambda p, g: p - 0.02 * g, params, found.gradient)
+    assert losses[-1] < losses[0]
+
+
+def test_exemptions_name_what_exists():
+    laws = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    kinds = {"classification", "regression"}
+    for (law_name, learner), reason in EXEMPT.items():
+        assert law_name in laws | kinds
+        assert learner in presets.LEARNERS
+        assert reason

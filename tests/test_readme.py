@@ -1,0 +1,63 @@
+"""What README.md says is run: its Python, its commands' flags, and the names it mentions."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jaxmeta as jm
+from jaxmeta import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+CHECKS = """
+assert outputs.shape == (100, 1)
+assert result.mean < 1.5, result  # half of 3.00567, the best without looking at the support set
+assert tasks.card.classes == 12, tasks.card
+"""
+
+
+def test_the_python_examples_run(tmp_path):
+    # In a process of its own, as a reader would run them: none of the settings of these tests.
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join([*blocks("python"), CHECKS]), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "test MSE" in done.stdout
+    assert sorted(tmp_path.iterdir()) == [script]
+
+
+def test_the_commands_are_ones():
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
+    shell = [
+        part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")
+    ]
+    commands = [
+        line.split()[1:] for line in shell + re.findall("`([^`]+)`", prose) if line.startswith("jaxmeta ")
+    ]
+    assert ["train"] in commands
+    assert len(commands) > 3
+    for command in commands:
+        assert cli._parse(command) is not None, command
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`jm\.([\w.]+)", README))))
+def test_the_names_exist(name):
+    value = jm
+    for part in name.split("."):
+        value = getattr(value, part)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|\.ci)/[\w./]+)", README)))
+)
+def test_the_files_exist(path):
+    assert (ROOT / path).exists()
