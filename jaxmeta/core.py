@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -134,6 +135,21 @@ class TaskDistribution(NamedTuple):
 
     sample: Callable[[Key], Task]
     card: ProtocolCard
+
+
+def blank_padding(batch: Batch) -> Batch:
+    """`batch` with zeros for its padded examples; itself where it has no mask.
+
+    Padding may hold anything, NaN included, and masking a loss keeps no 0 · NaN out of its
+    gradient: a learner blanks what it is given before it computes with it.
+    """
+    if batch.mask is None:
+        return batch
+
+    def blank(values: Array) -> Array:
+        return jnp.where(batch.mask.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
+
+    return dataclasses.replace(batch, x=blank(batch.x), y=blank(batch.y))
 
 
 def ways_of(batch: Batch) -> int:

@@ -97,11 +97,17 @@ def _patches(x, geometry):
     return lax.concatenate(slices, 3)
 
 
+def _matrix(x):
+    """All axes but the last as one.
+
+    Products are of matrices: a contraction over several axes is first transposed, in a copy.
+    """
+    return x.reshape(-1, x.shape[-1])
+
+
 def _patch_form(x, w, geometry):
-    patches = _patches(x, geometry)
-    return lax.dot_general(
-        patches, w.reshape(-1, w.shape[-1]), (((3,), (0,)), ((), ())), precision=geometry.precision
-    )
+    out = jnp.matmul(_matrix(_patches(x, geometry)), _matrix(w), precision=geometry.precision)
+    return out.reshape(x.shape[0], *geometry.out, w.shape[-1])
 
 
 def _transpose_of_x(form, y, w, geometry):
@@ -115,10 +121,8 @@ def _transpose_of_w(form, x, y, geometry):
 
 
 def _patch_kernel_grad(x, y, geometry):
-    """yᵀ · patches, in this order: XLA's CPU backend would copy `y` to multiply it from the right."""
-    contract = (((0, 1, 2), (0, 1, 2)), ((), ()))
-    w = lax.dot_general(y, _patches(x, geometry), contract, precision=geometry.precision)
-    return w.T.reshape(*geometry.kernel, x.shape[3], y.shape[3])
+    w = jnp.matmul(_matrix(_patches(x, geometry)).T, _matrix(y), precision=geometry.precision)
+    return w.reshape(*geometry.kernel, x.shape[3], y.shape[3])
 
 
 def _flip(w):

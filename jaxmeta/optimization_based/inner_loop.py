@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 PyTree = Any
 
 ORDERS = ("second", "first")
+# The longest unroll among the published training protocols of MAML.
+AUTO_STORES_STEPS = 5
 MEMORY_MODES = ("auto", "store", "recompute", "forward_over_reverse")
 
 
@@ -57,10 +59,10 @@ def inner_loop(
         "store" keeps all intermediate values: memory grows with steps times activations.
         "recompute" keeps the parameters of each step and runs the step's gradient again.
         "forward_over_reverse" keeps the same, and replaces the backward pass through the
-        gradient by the forward-mode derivative of the gradient (the Hessian is symmetric), which
-        is cheaper in time too, but needs a `loss` that supports forward mode (no
-        `jax.custom_vjp` without a JVP rule).
-        "auto" is "store" for a single step and "forward_over_reverse" for more.
+        gradient by the forward-mode derivative of the gradient (the Hessian is symmetric); it
+        needs a `loss` that supports forward mode (no `jax.custom_vjp` without a JVP rule).
+        "auto" is "store" for up to 5 steps, where it is the fastest, and
+        "forward_over_reverse" for more, whose values may not fit.
       batch_at: `(batch, step) -> batch` picks each step's mini-batch; None is the full batch.
       proximal: λ above; None leaves the term out.
 
@@ -91,7 +93,7 @@ def inner_loop(
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if memory == "auto":
-        memory = "store" if steps <= 1 else "forward_over_reverse"
+        memory = "store" if steps <= AUTO_STORES_STEPS else "forward_over_reverse"
 
     value_and_grad = _value_and_grad(loss, order, memory)
 

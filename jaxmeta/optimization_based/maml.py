@@ -1,6 +1,5 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps suffice."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmeta import losses
-from jaxmeta.core import Learner, Params, PyTree, Task
+from jaxmeta.core import Learner, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.norm import from_moments, to_moments
 from jaxmeta.optimization_based.inner_loop import inner_loop
@@ -128,7 +127,7 @@ def maml(
 
     def adapt(params, support, key):
         del key
-        support = _blank_padding(support)
+        support = blank_padding(support)
         fixed = population(params) if norm == "population" else None
         fast = adapt_with(loops[steps if eval_steps is None else eval_steps], params, support, fixed)
         return Adapted(fast, statistics_of(fast, support) if norm == "support" else fixed)
@@ -139,7 +138,7 @@ def maml(
 
     def task_loss(params, task, key, step=None):
         del key, step
-        task = Task(*map(_blank_padding, task))
+        task = Task(*map(blank_padding, task))
         fast = adapt_with(loops[steps], params, task.support, None)
         stats = statistics_of(fast, task.support) if norm == "support" else None
         outputs, _ = forward(fast, task.query.x, task.query.mask, stats)
@@ -186,17 +185,6 @@ def _partition(params, adapts):
 
 def _merge(fast, frozen):
     return jax.tree.map(lambda a, b: b if a is None else a, fast, frozen, is_leaf=lambda leaf: leaf is None)
-
-
-def _blank_padding(batch):
-    """Zeros for padding, which may hold NaN: masking a loss keeps no 0 · NaN out of its gradient."""
-    if batch.mask is None:
-        return batch
-
-    def blank(leaf):
-        return jnp.where(batch.mask.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
-
-    return dataclasses.replace(batch, x=blank(batch.x), y=blank(batch.y))
 
 
 def _check_width(outputs, batch):

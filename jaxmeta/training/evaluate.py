@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution
-from jaxmeta.losses import masked_mean
+from jaxmeta.losses import score
 from jaxmeta.training import sharding
 
 # Episodes at once on an accelerator: enough to fill it, few enough for its memory.
@@ -165,7 +165,9 @@ def _episodes(
             task_key, adapt_key = jax.random.split(jax.random.fold_in(key, index))
             task = sample(task_key)
             adapted = learner.adapt(params, task.support, adapt_key)
-            return _score(learner.predict(params, adapted, task.query.x, task.query.mask), task)
+            outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
+            ((total, count),) = score(outputs, task.query).values()
+            return total / jnp.maximum(count, 1)
 
         return jax.vmap(one)(indices) if vmapped else jax.lax.map(one, indices)
 
@@ -185,22 +187,3 @@ def _population(
 
     (total, count), _ = jax.lax.scan(accumulate, one(jnp.zeros((), jnp.int32)), jnp.arange(1, episodes))
     return jax.tree.map(lambda leaf: leaf / count, total)
-
-
-def _score(outputs: Array, task: Task) -> Float[Array, ""]:
-    targets, mask = task.query.y, task.query.mask
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        if outputs.ndim != 2 or outputs.shape[0] != targets.shape[0]:
-            raise ValueError(
-                f"learner.predict: got outputs of shape {outputs.shape} for {targets.shape[0]} queries; "
-                "it must be (queries, ways)"
-            )
-        # The argmax of a row with NaN is the NaN's place: a diverged learner is wrong, not lucky.
-        right = (outputs.argmax(-1) == targets) & ~jnp.isnan(outputs).any(-1)
-        return masked_mean(right.astype(jnp.float32), mask)
-    if outputs.shape != targets.shape:
-        raise ValueError(
-            f"learner.predict: got outputs of shape {outputs.shape} for targets of shape {targets.shape}"
-        )
-    errors = jnp.square(outputs - targets)
-    return masked_mean(errors.reshape(errors.shape[0], -1).mean(-1), mask)
