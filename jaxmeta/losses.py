@@ -54,7 +54,7 @@ def mse(
     return masked_mean(jnp.square(outputs - targets).mean(-1), mask)
 
 
-def score(outputs: Float[Array, "n d"], batch: Batch) -> Metrics:
+def score(outputs: Array, batch: Batch) -> Metrics:
     """What is reported of predictions: "accuracy" of integer labels, "mse" of float targets.
 
     Raises:

@@ -76,7 +76,7 @@ def test_a_split_without_validation_classes_has_no_validation_tasks(protocol, va
 
 def test_cosine_schedule_ends_at_zero_and_constant_does_not():
     for schedule, last in (("cosine", 0.0), ("constant", 1e-3)):
-        settings = dataclasses.replace(presets.PRESETS["glyphs"], schedule=schedule, steps=2)
+        settings = dataclasses.replace(presets.PRESETS["glyphs"], schedule=schedule, outer_lr=1e-3, steps=2)
         optimizer = presets.optimizer_of(settings)
         state, update = optimizer.init(1.0), None
         for _ in range(3):

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 PyTree = Any
 
 ORDERS = ("second", "first")
+MEMORY_MODES = ("auto", "store", "recompute", "forward_over_reverse")
 # The longest unroll among the published training protocols of MAML.
 AUTO_STORES_STEPS = 5
-MEMORY_MODES = ("auto", "store", "recompute", "forward_over_reverse")
 
 
 class Trace(NamedTuple):

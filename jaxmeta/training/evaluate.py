@@ -156,7 +156,7 @@ def _episodes(
     params: Params,
     sample: Callable[[Key], Task],
     key: Key,
-    start: int,
+    start: Array | int,
 ) -> Float[Array, " episodes"]:
     def each(params: Params, sample: Callable[[Key], Task], key: Key, start: Array) -> Array:
         indices = start + sharding.device_index(devices) * own + jnp.arange(own)

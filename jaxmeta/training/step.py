@@ -113,7 +113,7 @@ def meta_step(
     own = meta_batch // len(devices)
     at_once = _tasks_at_once(strategy, own, devices[0].platform)
 
-    def gradient(params: Params, step: Array, tasks: Task, keys: Key) -> tuple[Params, Any]:
+    def gradient(params: Params, step: Array, tasks: Task, keys: Array) -> tuple[Params, Any]:
         """Sums over `at_once` tasks: their gradients; their losses and metrics."""
 
         def total(params: Params) -> tuple[Array, Any]:
@@ -145,7 +145,7 @@ def meta_step(
             sums = gradient(state.params, state.step, tasks, keys[:, 1])
         else:
 
-            def accumulate(grads: Params, chunk: tuple[Task, Key]) -> tuple[Params, Any]:
+            def accumulate(grads: Params, chunk: tuple[Task, Array]) -> tuple[Params, Any]:
                 new, values = gradient(state.params, state.step, *chunk)
                 return jax.tree.map(jnp.add, grads, new), values
 
