@@ -63,13 +63,13 @@ def score(outputs: Array, batch: Batch) -> Metrics:
     if jnp.issubdtype(batch.y.dtype, jnp.integer):
         if outputs.ndim != 2 or outputs.shape[0] != batch.y.shape[0]:
             raise ValueError(
-                f"outputs: got shape {outputs.shape} for {batch.y.shape[0]} labels; "
-                "it must be (examples, ways)"
+                f"got outputs of shape {outputs.shape} for {batch.y.shape[0]} labels; "
+                "they must be (examples, ways)"
             )
         # The argmax of a row with NaN is the NaN's place: a diverged learner is wrong, not lucky.
         right = (outputs.argmax(-1) == batch.y) & ~jnp.isnan(outputs).any(-1)
         return {"accuracy": masked_sum(right.astype(outputs.dtype), batch.mask)}
     if outputs.shape != batch.y.shape:
-        raise ValueError(f"outputs: got shape {outputs.shape} for targets of shape {batch.y.shape}")
+        raise ValueError(f"got outputs of shape {outputs.shape} for targets of shape {batch.y.shape}")
     errors = jnp.square(outputs - batch.y)
     return {"mse": masked_sum(errors.reshape(errors.shape[0], -1).mean(-1), batch.mask)}
