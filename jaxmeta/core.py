@@ -143,11 +143,12 @@ def blank_padding(batch: Batch) -> Batch:
     Padding may hold anything, NaN included, and masking a loss keeps no 0 · NaN out of its
     gradient: a learner blanks what it is given before it computes with it.
     """
-    if batch.mask is None:
+    mask = batch.mask
+    if mask is None:
         return batch
 
     def blank(values: Array) -> Array:
-        return jnp.where(batch.mask.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
+        return jnp.where(mask.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
 
     return dataclasses.replace(batch, x=blank(batch.x), y=blank(batch.y))
 
