@@ -88,6 +88,7 @@ def maml(
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
     model = as_model(model)
+    eval_steps = steps if eval_steps is None else eval_steps
 
     def forward(params, x, mask, stats=None):
         if model.apply_norm is None:
@@ -104,7 +105,7 @@ def maml(
 
     loops = {
         n: inner_loop(support_loss, inner_optimizer, n, order=order, memory=memory)
-        for n in (steps, steps if eval_steps is None else eval_steps)
+        for n in (steps, eval_steps)
     }
 
     def population(params):
@@ -129,7 +130,7 @@ def maml(
         del key
         support = blank_padding(support)
         fixed = population(params) if norm == "population" else None
-        fast = adapt_with(loops[steps if eval_steps is None else eval_steps], params, support, fixed)
+        fast = adapt_with(loops[eval_steps], params, support, fixed)
         return Adapted(fast, statistics_of(fast, support) if norm == "support" else fixed)
 
     def predict(params, adapted, x, mask=None):
