@@ -81,7 +81,7 @@ class Learner(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A network as pure functions; `jm.nn.as_model` makes one from a Flax Linen module.
+    """A network as pure functions; `jm.nn.as_model` makes one from a module of Flax or Equinox.
 
     Attributes:
       init: `(key, x) -> params`.
@@ -89,11 +89,14 @@ class Model(NamedTuple):
       apply_norm: `(params, x, *, stats=None, mask=None) -> (outputs, stats)`. With
         `stats=None` normalises by the (masked) statistics of `x` and returns them; otherwise by
         `stats`. None where the model has no batch statistics.
+      stochastic: whether `apply` and `apply_norm` also take a keyword `key`, the source of
+        their randomness (dropout, say); with `key=None` they are deterministic.
     """
 
     init: Callable[[Key, Array], Params]
-    apply: Callable[[Params, Array], Array]
+    apply: Callable[..., Array]
     apply_norm: Callable[..., tuple[Array, PyTree]] | None = None
+    stochastic: bool = False
 
 
 @jax.tree_util.register_static

@@ -25,6 +25,7 @@ install_import_hook(
         "jaxmeta.nn.conv",
         "jaxmeta.nn.embedding",
         "jaxmeta.nn.norm",
+        "jaxmeta.nn.resnet",
         "jaxmeta.optimization_based",
         "jaxmeta.tasks",
         "jaxmeta.training",

@@ -1,25 +1,46 @@
-"""From a framework's network to a `Model` of pure functions."""
+"""From a framework's network to a `Model` of pure functions.
+
+Whatever the framework, parameters are a plain nested dict with strings as keys, so that paths
+pick them, optimizers update them and checkpoints hold them; batch statistics are values handed in
+and out; randomness comes from an explicit key, and without one there is none.
+"""
 
 import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
-from flax import linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, traverse_util
+from flax.errors import InvalidRngError
 
-from jaxmeta.core import Model
+from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn.norm import STATISTICS
 
-Network = Model | linen.Module
+# The modules of NNX and Equinox are callables: neither is imported before its user does.
+Network = Model | linen.Module | Callable | tuple[Callable, Callable]
+SWITCHES = ("deterministic", "train")
 
 
 def as_model(network: Network) -> Model:
     """`network` as a `Model`; a `Model` passes through unchanged.
 
-    A Linen module takes `(x)` or `(x, mask)`. Its parameters are the plain nested dict of the
-    collection "params"; batch statistics come from `jm.nn.BatchNorm` and are values, never
-    state.
+    Args:
+      network: one of
+
+        - a `flax.linen.Module` of `(x)`, and of `mask`, `deterministic` or `train` where its
+          `__call__` names them. One that names either of the last two is stochastic: it may call
+          `make_rng` where it is not deterministic. Batch statistics come from `jm.nn.BatchNorm`.
+        - a `flax.nnx.Module` (see `from_nnx`) or an `equinox.Module` (see `from_equinox`), whose own
+          parameters are the initialisation, whatever the key.
+        - a pair of functions `init(key, x) -> params` and `apply(params, x) -> outputs`.
 
     Raises:
-      ValueError: `network` is neither; or, at `init`, the module keeps mutable state of its own
-        (such as `flax.linen.BatchNorm`'s running averages, which mean nothing across tasks).
+      ValueError: `network` is none of these, or its `__call__` requires another argument; or, at
+        `init`, it keeps mutable state of its own (such as `flax.linen.BatchNorm`'s running averages,
+        which mean nothing across tasks), or draws random numbers where it should be deterministic.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -30,38 +51,328 @@ def as_model(network: Network) -> Model:
     """
     if isinstance(network, Model):
         return network
-    if not isinstance(network, linen.Module):
-        raise ValueError(
-            f"network must be a jaxmeta Model or a flax.linen.Module, got {type(network).__name__}"
-        )
-    takes_mask = "mask" in inspect.signature(type(network).__call__).parameters
+    if isinstance(network, linen.Module):
+        return _from_linen(network)
+    if _is_module_of(network, "flax.nnx"):
+        return from_nnx(network)
+    if _is_module_of(network, "equinox"):
+        return from_equinox(network)
+    if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
+        return Model(*network)
+    raise ValueError(
+        "network must be a jaxmeta Model, a module of flax.linen, flax.nnx or equinox, or a pair of "
+        f"functions (init, apply), got {type(network).__name__}"
+    )
 
-    def inputs(x, mask):
-        return (x, mask) if takes_mask else (x,)
+
+def forward(
+    model: Model,
+    params: Params,
+    x: jax.Array | np.ndarray,
+    *,
+    mask: jax.Array | np.ndarray | None = None,
+    stats: PyTree | None = None,
+    key: Key | None = None,
+) -> tuple[Any, PyTree | None]:
+    """Outputs and batch statistics of any model, which is handed only what it takes.
+
+    Args:
+      model: statistics are None where it has none, and `key` is unused where it is deterministic.
+      params: of `model`.
+      x: examples.
+      mask: False marks padding.
+      stats: what normalises; None for the statistics of `x`, which are returned.
+      key: of dropout and the like, which None turns off.
+    """
+    randomness = {"key": key} if model.stochastic else {}
+    if model.apply_norm is None:
+        return model.apply(params, x, **randomness), None
+    return model.apply_norm(params, x, stats=stats, mask=mask, **randomness)
+
+
+def _from_linen(network):
+    name = type(network).__name__
+    taken = _arguments(network, "mask", *SWITCHES)
+
+    def call(variables, x, mask=None, key=None, **settings):
+        # A stream of any other name falls back on "params".
+        rngs = {} if key is None else {"params": key}
+        return network.apply(variables, x, rngs=rngs, **_chosen(taken, mask, key), **settings)
 
     def init(key, x):
-        variables = network.init(key, *inputs(x, None))
+        variables = network.init(key, x, **_chosen(taken, None, None))
         state = sorted(set(variables) - {"params"})
         if state:
             raise ValueError(
-                f"{type(network).__name__} keeps mutable state in {state}; use jaxmeta.nn.BatchNorm for "
+                f"{name} keeps mutable state in {state}; use jaxmeta.nn.BatchNorm for "
                 "batch normalisation, whose statistics are values, and no other state"
             )
-        return variables["params"]
-
-    def apply(params, x):
-        return network.apply({"params": params}, *inputs(x, None))
-
-    def apply_norm(params, x, *, stats=None, mask=None):
-        if stats is not None:
-            return network.apply({"params": params, STATISTICS: stats}, *inputs(x, mask)), stats
-        outputs, state = network.apply({"params": params}, *inputs(x, mask), mutable=[STATISTICS])
-        stats = state.get(STATISTICS, {})
-        if stats and mask is not None and not takes_mask:
+        params = variables.get("params", {})
+        try:
+            jax.eval_shape(apply, params, x)
+        except InvalidRngError:
             raise ValueError(
-                f"{type(network).__name__} normalises by batch statistics, and this batch is padded: its "
-                "__call__ must take `mask` and hand it to jaxmeta.nn.BatchNorm"
-            )
+                f"{name} draws random numbers where it should be deterministic; its __call__ must take "
+                "`deterministic` or `train`, and obey it (flax.linen.Dropout(rate)(x, deterministic))"
+            ) from None
+        return params
+
+    def apply(params, x, *, key=None):
+        return call({"params": params}, x, key=key)
+
+    def apply_norm(params, x, *, stats=None, mask=None, key=None):
+        if stats is not None:
+            return call({"params": params, STATISTICS: stats}, x, mask, key), stats
+        outputs, state = call({"params": params}, x, mask, key, mutable=[STATISTICS])
+        stats = state.get(STATISTICS, {})
+        if stats:
+            _require_mask(name, taken, mask, "jaxmeta.nn.BatchNorm")
         return outputs, stats
 
-    return Model(init, apply, apply_norm)
+    return Model(init, apply, apply_norm, stochastic=not taken.isdisjoint(SWITCHES))
+
+
+def from_nnx(network: Callable) -> Model:
+    """A `Model` of a Flax NNX module.
+
+    Its parameters are its `nnx.Param`. `nnx.BatchNorm` normalises by the batch it is given or by
+    the statistics it is handed, whatever its call says of running averages, which are not used.
+    Random streams (of `nnx.Dropout`) start anew from the explicit key in each call.
+
+    Args:
+      network: a function `nnx.Rngs -> flax.nnx.Module`, called for each initialisation; or a module,
+        which is never changed, and whose own parameters are every initialisation. The module is
+        called with `x`, and with `mask`, `deterministic` and `train` where its `__call__` takes
+        them.
+
+    Raises:
+      ValueError: `network` makes no NNX module; `__call__` requires another argument; an `nnx.Dropout`
+        has no `rngs`; or a call changes state other than `nnx.BatchNorm`'s.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> from flax import nnx
+      >>> model = jm.nn.from_nnx(lambda rngs: nnx.Linear(4, 5, rngs=rngs))
+      >>> params = model.init(jax.random.key(0), jnp.zeros((2, 4)))
+      >>> jax.tree.map(jnp.shape, params)
+      {'bias': (5,), 'kernel': (4, 5)}
+      >>> model.apply(params, jnp.zeros((2, 4))).shape
+      (2, 5)
+    """
+    from flax import nnx
+
+    given = isinstance(network, nnx.Module)
+    template = nnx.clone(network) if given else network(nnx.Rngs(0))
+    name = type(template).__name__
+    if not isinstance(template, nnx.Module):
+        raise ValueError(f"network must be a flax.nnx.Module or make one, got one that makes {name}")
+    taken = _arguments(template, "mask", *SWITCHES)
+    norms = set()
+    for path, module in nnx.iter_modules(template):
+        if isinstance(module, nnx.BatchNorm):
+            norms.add(path)
+            module.__class__ = _with_explicit_statistics(type(module))
+        if isinstance(module, nnx.Dropout) and module.rngs is None:
+            raise ValueError(f"{name} has an nnx.Dropout without a random stream; build it with rngs=rngs")
+
+    def state(module):
+        """Parameters, statistics, random streams, and the rest."""
+        parts = nnx.split(module, nnx.Param, nnx.BatchStat, nnx.RngState, ...)[1:]
+        return [nnx.to_pure_dict(part) for part in parts]
+
+    definition = nnx.graphdef(template)
+    own, averages, streams, rest = state(template)
+    others = [path for path in traverse_util.flatten_dict(averages) if path[:-1] not in norms]
+    if others:
+        raise ValueError(f"{name} keeps statistics in {others}, which are not of an nnx.BatchNorm")
+
+    def run(params, x, *, stats=None, mask=None, key=None):
+        module = nnx.merge(
+            definition,
+            _from_dict(params, own),
+            averages if stats is None else _from_dict(stats, averages),
+            streams if key is None else _restarted(streams, key),
+            rest,
+        )
+        module.set_attributes(
+            deterministic=key is None, use_running_average=stats is not None, raise_if_not_found=False
+        )
+        before = state(module)
+        outputs = module(x, **_chosen(taken, mask, key))
+        after = state(module)
+        changed = [path for i in (0, 3) for path in _changed(before[i], after[i])]
+        if changed:
+            raise ValueError(
+                f"{name} changes {changed} when it is called; besides the statistics of nnx.BatchNorm and "
+                "random streams it must keep no state"
+            )
+        if stats is not None:
+            return outputs, stats
+        if averages:
+            _require_mask(name, taken, mask, "nnx.BatchNorm")
+        return outputs, _to_dict(after[1])
+
+    def init(key, x):
+        params = _to_dict(own if given else state(network(nnx.Rngs(key)))[0])
+        jax.eval_shape(run, params, x)
+        # A training loop that donates its parameters must not delete the module's.
+        return jax.tree.map(jnp.copy, params)
+
+    def apply(params, x, *, key=None):
+        return run(params, x, key=key)[0]
+
+    return Model(init, apply, run if averages else None, stochastic=bool(streams))
+
+
+def from_equinox(network: Callable, *, batched: bool = False) -> Model:
+    """A `Model` of an Equinox module.
+
+    Its parameters are its inexact arrays. It is stochastic where its `__call__` takes `key`: each
+    example then gets a key of its own, and without one `key` is None and the module is in
+    `equinox.nn.inference_mode`.
+
+    Images come as `(h, w, c)`, and Equinox's convolutions want `(c, h, w)`: transpose in `__call__`.
+    For batch normalisation use a network of Flax: Equinox keeps its statistics as state.
+
+    Args:
+      network: a function `key -> equinox.Module`, called for each initialisation; or a module,
+        whose own parameters are every initialisation.
+      batched: whether the module takes all examples at once; otherwise it is called for each, by
+        `jax.vmap`.
+
+    Raises:
+      ValueError: `network` makes no Equinox module; `__call__` requires another argument; or a layer is
+        stateful (`equinox.nn.BatchNorm`).
+
+    Examples:
+      >>> import equinox as eqx, jax, jax.numpy as jnp, jaxmeta as jm
+      >>> model = jm.nn.from_equinox(lambda key: eqx.nn.Linear(4, 5, key=key))
+      >>> params = model.init(jax.random.key(0), jnp.zeros((2, 4)))
+      >>> jax.tree.map(jnp.shape, params)
+      {'bias': (5,), 'weight': (5, 4)}
+      >>> model.apply(params, jnp.zeros((2, 4))).shape
+      (2, 5)
+    """
+    import equinox as eqx
+
+    given = isinstance(network, eqx.Module)
+    template = network if given else network(jax.random.key(0))
+    name = type(template).__name__
+    if not isinstance(template, eqx.Module):
+        raise ValueError(f"network must be an equinox.Module or make one, got one that makes {name}")
+
+    def is_state(node):
+        return isinstance(node, eqx.nn.StateIndex)
+
+    if any(map(is_state, jax.tree.leaves(template, is_leaf=is_state))):
+        raise ValueError(
+            f"{name} keeps mutable state (equinox.nn.StateIndex); for batch normalisation use a network of "
+            "flax.linen with jaxmeta.nn.BatchNorm, or of flax.nnx"
+        )
+    stochastic = "key" in _arguments(template, "key")
+    own, rest = eqx.partition(template, eqx.is_inexact_array)
+
+    def init(key, x):
+        del x
+        params = own if given else eqx.filter(network(key), eqx.is_inexact_array)
+        # A training loop that donates its parameters must not delete the module's.
+        return jax.tree.map(jnp.copy, _to_dict(params))
+
+    def apply(params, x, *, key=None):
+        module = eqx.combine(_from_dict(params, own), rest)
+        if not stochastic:
+            return module(x) if batched else jax.vmap(module)(x)
+        module = eqx.nn.inference_mode(module, value=key is None)
+        if batched:
+            return module(x, key=key)
+        keys = None if key is None else jax.random.split(key, x.shape[0])
+        return jax.vmap(lambda x, key: module(x, key=key))(x, keys)
+
+    return Model(init, apply, stochastic=stochastic)
+
+
+def _is_module_of(network: Network, package: str) -> TypeGuard[Callable]:
+    """Whether `network` is a module of a framework that its user, but not this file, has imported."""
+    framework = sys.modules.get(package)
+    return framework is not None and isinstance(network, framework.Module)
+
+
+def _arguments(network, *offered):
+    """Which arguments on offer the network's `__call__` takes beside the examples."""
+    rest = list(inspect.signature(network.__call__).parameters.values())[1:]
+    required = [
+        p.name for p in rest if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    unknown = sorted(set(required) - set(offered))
+    if unknown:
+        raise ValueError(
+            f"{type(network).__name__}.__call__ requires {unknown}; beside the examples it may take {offered}"
+        )
+    return {p.name for p in rest if p.name in offered}
+
+
+def _chosen(taken, mask, key):
+    values = {"mask": mask, "deterministic": key is None, "train": key is not None}
+    return {name: value for name, value in values.items() if name in taken}
+
+
+def _require_mask(name, taken, mask, layer):
+    if mask is not None and "mask" not in taken:
+        raise ValueError(
+            f"{name} normalises by batch statistics, and this batch is padded: its "
+            f"__call__ must take `mask` and hand it to {layer}"
+        )
+
+
+def _strings(path):
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def _to_dict(tree):
+    """The leaves of any tree in a plain nested dict whose keys are strings."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return traverse_util.unflatten_dict({_strings(path): leaf for path, leaf in leaves})
+
+
+def _from_dict(values, tree):
+    """`tree` with its leaves replaced by those of `values`: the inverse of `_to_dict`."""
+    flat = traverse_util.flatten_dict(values)
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[_strings(path)], tree)
+
+
+def _with_explicit_statistics(batch_norm):
+    """A class of `nnx.BatchNorm` that is told only by its attribute which statistics to use.
+
+    It records those of the batch as they are: the running averages of NNX carry no gradient, and
+    those of a support set must.
+    """
+
+    class BatchNorm(batch_norm):  # type: ignore[misc, valid-type]
+        def __call__(self, x, use_running_average=None, *, mask=None):
+            if not self.use_running_average:
+                axes = tuple(axis for axis in range(x.ndim) if axis != self.axis % x.ndim)
+                values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+                self.mean.set_value(values.mean(axes, where=mask))
+                self.var.set_value(values.var(axes, where=mask))
+            return super().__call__(x, use_running_average=True)
+
+    return BatchNorm
+
+
+def _restarted(streams, key):
+    """NNX's random streams at their start, each with a key of its own."""
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(streams))))
+
+    def restarted(leaf):
+        own = next(keys)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(own, leaf.shape)
+        return jnp.zeros_like(leaf)
+
+    return jax.tree.map(restarted, streams)
+
+
+def _changed(before, after):
+    """Where two nested dicts do not hold the very same arrays."""
+    before, after = map(traverse_util.flatten_dict, (before, after))
+    return {path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)}

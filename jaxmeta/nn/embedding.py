@@ -46,6 +46,17 @@ def _windows(x):
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
 
 
+def require_size(x: Float[Array, "n h w c"], least: int) -> None:
+    """Refuses images that poolings would shrink to nothing, whose features would be constant."""
+    if min(x.shape[1:3]) < least:
+        raise ValueError(f"x: got images of {x.shape[1]}×{x.shape[2]}; they must be at least {least}×{least}")
+
+
+def linear_head(x: Float[Array, "n d"], ways: int | None) -> Float[Array, "n out"]:
+    """The linear layer "head" of the module it is called in; `x` itself where `ways` is None."""
+    return x if ways is None else linen.Dense(ways, name="head")(x)
+
+
 class ConvNorm(linen.Module):
     """3×3 convolution with bias, batch normalisation, and, if asked, 2×2 max-pooling.
 
@@ -90,6 +101,9 @@ class Conv4(linen.Module):
       filters: channels of every block.
       epsilon: of the batch normalisation.
 
+    Raises:
+      ValueError: images smaller than 16×16.
+
     References:
       Vinyals et al., Matching Networks, 2016; Snell et al., Prototypical Networks, 2017 (64
       filters); Ravi & Larochelle, 2017; Finn et al., MAML, 2017 (32 filters on mini-ImageNet).
@@ -103,11 +117,12 @@ class Conv4(linen.Module):
     def __call__(
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n d"]:
+        require_size(x, 16)
         for _ in range(4):
             # ReLU and pooling commute, and pooling first leaves a quarter of the pixels.
             x = jax.nn.relu(ConvNorm(self.filters, pool=True, epsilon=self.epsilon)(x, mask))
         x = x.reshape(x.shape[0], -1)
-        return x if self.ways is None else linen.Dense(self.ways, name="head")(x)
+        return linear_head(x, self.ways)
 
 
 class StridedConv4(linen.Module):
@@ -142,7 +157,7 @@ class StridedConv4(linen.Module):
             x = ConvNorm(self.filters, strides=2, use_scale=self.use_scale, epsilon=self.epsilon)(x, mask)
             x = jax.nn.relu(x)
         x = x.reshape(x.shape[0], -1) if self.flatten else x.mean((1, 2))
-        return x if self.ways is None else linen.Dense(self.ways, name="head")(x)
+        return linear_head(x, self.ways)
 
 
 class MLP(linen.Module):

@@ -1,26 +1,18 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps suffice."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxmeta import losses
-from jaxmeta.core import Learner, Params, PyTree, Task, blank_padding
-from jaxmeta.nn.adapters import Network, as_model
+from jaxmeta.core import Learner, Task, blank_padding
+from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import from_moments, to_moments
 from jaxmeta.optimization_based.inner_loop import inner_loop
 
 NORMS = ("batch", "support", "population")
-
-
-class Adapted(NamedTuple):
-    """Fast weights of one task, and the statistics that normalise its queries (None: their own)."""
-
-    model: Params
-    stats: PyTree | None
 
 
 def maml(
@@ -45,9 +37,15 @@ def maml(
     second-order optimizer: only the meta-gradient contains second derivatives.
 
     Params: `{"model": the network's parameters}`, and "population" once `jm.calibrate` filled it.
+    Adapted: `{"model": fast weights, "stats": what normalises the queries}`, the latter None where
+    it is their own statistics.
+
+    A stochastic network (dropout) draws anew in each inner step, of training and of `adapt`, and
+    in the query loss; `predict` and batch statistics are deterministic.
 
     Args:
-      model: a `Model` or Flax Linen module; its output width is the number of ways.
+      model: a network of any kind that `jm.nn.as_model` takes; its output width is the number of
+        ways.
       inner_optimizer: of the inner loop. Where the paper's code sums its loss over N·K support
         examples after dividing by K, its step size is N times ours: α = 0.4 there is 2.0 with our
         mean at 5 ways.
@@ -69,7 +67,7 @@ def maml(
 
     Raises:
       ValueError: an unknown `norm`, `order` or `memory`; negative steps; `adapts` picks no leaf; the
-        output width is not `ways`; "population" asked of params that were not calibrated.
+        outputs are not `(n, ways)`; "population" asked of params that were not calibrated.
 
     Examples:
       >>> import jax, optax, jaxmeta as jm
@@ -90,21 +88,31 @@ def maml(
     model = as_model(model)
     eval_steps = steps if eval_steps is None else eval_steps
 
-    def forward(params, x, mask, stats=None):
-        if model.apply_norm is None:
-            return model.apply(params, x), None
-        return model.apply_norm(params, x, stats=stats, mask=mask)
-
-    def support_loss(fast, batch, *, frozen, stats):
-        outputs, _ = forward(_merge(fast, frozen), batch.x, batch.mask, stats)
-        _check_width(outputs, batch)
-        return loss(outputs, batch.y, batch.mask)
+    def outputs_of(params, batch, stats=None, key=None):
+        outputs, _ = forward(model, params, batch.x, mask=batch.mask, stats=stats, key=key)
+        _check_outputs(outputs, batch)
+        return outputs
 
     def statistics_of(params, batch):
-        return forward(params, batch.x, batch.mask)[1]
+        return forward(model, params, batch.x, mask=batch.mask)[1]
+
+    def key_at(key, step):
+        return jax.random.fold_in(key, step) if model.stochastic else None
+
+    def support_loss(fast, batch, *, frozen, stats):
+        support, key = batch
+        outputs = outputs_of(_merge(fast, frozen), support, stats, key)
+        return loss(outputs, support.y, support.mask)
 
     loops = {
-        n: inner_loop(support_loss, inner_optimizer, n, order=order, memory=memory)
+        n: inner_loop(
+            support_loss,
+            inner_optimizer,
+            n,
+            order=order,
+            memory=memory,
+            batch_at=lambda batch, step: (batch[0], key_at(batch[1], step)),
+        )
         for n in (steps, eval_steps)
     }
 
@@ -115,34 +123,33 @@ def maml(
             )
         return from_moments(params["population"])
 
-    def adapt_with(loop, params, support, fixed_stats):
+    def adapt_with(loop, params, support, key, fixed_stats):
         fast, frozen = _partition(params["model"], adapts)
-        fast, _ = loop(fast, support, frozen=frozen, stats=fixed_stats)
+        fast, _ = loop(fast, (support, key), frozen=frozen, stats=fixed_stats)
         return _merge(fast, frozen)
 
     def init(key, task):
         params = model.init(key, task.support.x)
         _partition(params, adapts)
-        jax.eval_shape(lambda p, s: _check_width(forward(p, s.x, s.mask)[0], s), params, task.support)
+        jax.eval_shape(outputs_of, params, task.support)
         return {"model": params}
 
     def adapt(params, support, key):
-        del key
         support = blank_padding(support)
         fixed = population(params) if norm == "population" else None
-        fast = adapt_with(loops[eval_steps], params, support, fixed)
-        return Adapted(fast, statistics_of(fast, support) if norm == "support" else fixed)
+        fast = adapt_with(loops[eval_steps], params, support, key, fixed)
+        return {"model": fast, "stats": statistics_of(fast, support) if norm == "support" else fixed}
 
     def predict(params, adapted, x, mask=None):
         del params
-        return forward(adapted.model, x, mask, adapted.stats)[0]
+        return forward(model, adapted["model"], x, mask=mask, stats=adapted["stats"])[0]
 
     def task_loss(params, task, key, step=None):
-        del key, step
+        del step
         task = Task(*map(blank_padding, task))
-        fast = adapt_with(loops[steps], params, task.support, None)
+        fast = adapt_with(loops[steps], params, task.support, key, None)
         stats = statistics_of(fast, task.support) if norm == "support" else None
-        outputs, _ = forward(fast, task.query.x, task.query.mask, stats)
+        outputs = outputs_of(fast, task.query, stats, key_at(key, steps))
         value = loss(outputs, task.query.y, task.query.mask)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, task.query)}
 
@@ -188,9 +195,17 @@ def _merge(fast, frozen):
     return jax.tree.map(lambda a, b: b if a is None else a, fast, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def _check_width(outputs, batch):
-    if batch.ways is not None and outputs.shape[-1] != batch.ways:
+def _check_outputs(outputs, batch):
+    examples, ways = batch.y.shape[0], batch.ways
+    if not isinstance(outputs, jax.Array):
+        raise ValueError(f"the model returns {type(outputs).__name__}; it must return one array of outputs")
+    if outputs.ndim != 2 or outputs.shape[0] != examples:
+        right = f"({examples}, {'outputs' if ways is None else ways})"
         raise ValueError(
-            f"the model has {outputs.shape[-1]} outputs and the tasks have {batch.ways} ways; "
-            f"build it with an output width of {batch.ways}"
+            f"the model returns shape {outputs.shape} for {examples} examples; it must be {right}"
+        )
+    if ways is not None and outputs.shape[1] != ways:
+        raise ValueError(
+            f"the model has {outputs.shape[1]} outputs and the tasks have {ways} ways; "
+            f"build it with an output width of {ways}"
         )

@@ -1,6 +1,4 @@
-"""The published networks, batch normalisation, pooling, and the adapter to `Model`."""
-
-import inspect
+"""The published networks, batch normalisation and pooling."""
 
 import jax
 import jax.numpy as jnp
@@ -174,52 +172,3 @@ def test_of_equal_maxima_the_first_takes_the_gradient():
     x = jnp.array([[1.0, 1.0], [1.0, 1.0]])[None, :, :, None]
     gradient = jax.grad(lambda x: jm.nn.max_pool_2x2(x).sum())(x)
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0], [0, 0]])
-
-
-# --- The adapter -----------------------------------------------------------------------------------
-
-
-class Stateful(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        return linen.BatchNorm(use_running_average=False)(x)
-
-
-class Unmasked(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        return jm.nn.BatchNorm()(x)
-
-
-def test_a_model_passes_through():
-    model = jm.Model(lambda key, x: {}, lambda params, x: x)
-    assert jm.nn.as_model(model) is model
-
-
-def test_what_is_no_network_is_refused():
-    # Without the run-time type checks, which users do not have.
-    with pytest.raises(ValueError, match="got function"):
-        inspect.unwrap(jm.nn.as_model)(lambda x: x)
-
-
-def test_running_averages_are_refused():
-    with pytest.raises(ValueError, match=r"Stateful keeps mutable state in \['batch_stats'\]"):
-        jm.nn.as_model(Stateful()).init(jax.random.key(0), jnp.zeros((2, 3)))
-
-
-def test_padding_that_a_normalising_network_cannot_see_is_refused():
-    model, x = jm.nn.as_model(Unmasked()), jnp.ones((2, 3))
-    params = model.init(jax.random.key(0), x)
-    outputs, stats = model.apply_norm(params, x)
-    assert outputs.shape == (2, 3)
-    assert set(stats) == {"BatchNorm_0"}
-    with pytest.raises(ValueError, match="must take `mask`"):
-        model.apply_norm(params, x, mask=jnp.array([True, False]))
-
-
-def test_a_network_without_statistics_reports_none():
-    model, x = jm.nn.as_model(jm.nn.MLP(out=2)), jnp.ones((3, 1))
-    params = model.init(jax.random.key(0), x)
-    outputs, stats = model.apply_norm(params, x, mask=jnp.array([True, False, True]))
-    assert stats == {}
-    np.testing.assert_array_equal(outputs, model.apply(params, x))

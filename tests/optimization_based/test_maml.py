@@ -76,7 +76,7 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
 
     adapted = learner.adapt(params, of.support, KEY)
     found = gradient(learner, params, of)
-    assert_trees_close(found, {"model": jax.grad(query_loss)(adapted.model)}, atol=1e-12)
+    assert_trees_close(found, {"model": jax.grad(query_loss)(adapted["model"])}, atol=1e-12)
     assert differ(found, gradient(make(), params, of)) > 1e-3
     same = jm.fomaml(network(), inner_optimizer=optax.sgd(0.5), steps=2, norm=norm)
     assert_trees_close(found, gradient(same, params, of), rtol=0)
@@ -91,7 +91,7 @@ def test_adaptation_is_gradient_descent_on_the_support_loss():
     for _ in range(2):
         grads = jax.grad(lambda t: jm.losses.cross_entropy(model.apply(t, of.support.x), of.support.y))(theta)
         theta = jax.tree.map(lambda t, g: t - 0.5 * g, theta, grads)
-    assert_trees_close(learner.adapt(params, of.support, KEY).model, theta, atol=1e-12)
+    assert_trees_close(learner.adapt(params, of.support, KEY)["model"], theta, atol=1e-12)
     assert_trees_close(params, before, rtol=0)
 
 
@@ -105,7 +105,7 @@ def test_only_the_picked_leaves_adapt_and_the_others_still_learn(order):
         adapts=lambda path: path.startswith("head/"),
     )
     params, of = init(learner), task()
-    adapted = learner.adapt(params, of.support, KEY).model
+    adapted = learner.adapt(params, of.support, KEY)["model"]
     for name, leaves in params["model"].items():
         if name == "head":
             assert all(differ(adapted[name][leaf], leaves[leaf]) > 1e-3 for leaf in leaves)
@@ -156,8 +156,8 @@ def test_support_mode_normalises_by_the_adapted_support():
     learner, of = jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm="support"), task()
     params = init(learner)
     adapted = learner.adapt(params, of.support, KEY)
-    hidden = of.support.x @ adapted.model["Dense_0"]["kernel"] + adapted.model["Dense_0"]["bias"][None]
-    stats = adapted.stats["BatchNorm_0"]
+    hidden = of.support.x @ adapted["model"]["Dense_0"]["kernel"] + adapted["model"]["Dense_0"]["bias"][None]
+    stats = adapted["stats"]["BatchNorm_0"]
     np.testing.assert_allclose(stats["mean"], hidden.mean(0), atol=1e-12)
     np.testing.assert_allclose(stats["var"], hidden.var(0), atol=1e-12)
 
@@ -180,11 +180,11 @@ def test_population_mode_needs_calibration_and_then_is_inductive():
     mean = np.mean([h.mean(0) for h in hidden], 0)
     var = np.mean([np.square(h).mean(0) for h in hidden], 0) - np.square(mean)
     adapted = learner.adapt(filled, of.support, KEY)
-    np.testing.assert_allclose(adapted.stats["BatchNorm_0"]["mean"], mean, atol=1e-12)
-    np.testing.assert_allclose(adapted.stats["BatchNorm_0"]["var"], var, atol=1e-12)
+    np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["mean"], mean, atol=1e-12)
+    np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], var, atol=1e-12)
     # The inner loop is normalised by them too, so no parameter of the net hides behind a batch.
     trained = jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm="batch")
-    assert differ(adapted.model, trained.adapt(filled, of.support, KEY).model) > 1e-3
+    assert differ(adapted["model"], trained.adapt(filled, of.support, KEY)["model"]) > 1e-3
 
 
 @pytest.mark.parametrize(("norm", "leaks"), [("batch", True), ("support", False), ("population", False)])
@@ -244,7 +244,7 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
     learner = jm.maml(model, norm="support")
     assert learner.statistics is None
     params = init(learner)
-    assert learner.adapt(params, task().support, KEY).stats is None
+    assert learner.adapt(params, task().support, KEY)["stats"] is None
 
 
 @pytest.mark.parametrize(
@@ -270,3 +270,47 @@ def test_a_head_of_another_width_is_refused_at_init():
 def test_adapting_nothing_is_refused_at_init():
     with pytest.raises(ValueError, match=r"picks no leaf.*head/kernel"):
         jm.maml(network(), adapts=lambda path: "haed" in path).init(KEY, task())
+
+
+@pytest.mark.parametrize(
+    ("apply", "says"),
+    [
+        (lambda params, x: (x @ params["w"], None), "returns tuple"),
+        (lambda params, x: (x @ params["w"])[None], r"returns shape \(1, 6, 3\) for 6 examples"),
+        (lambda params, x: (x @ params["w"])[:, 0], r"returns shape \(6,\) .* must be \(6, 3\)"),
+        (lambda params, x: (x @ params["w"])[:2], r"returns shape \(2, 3\)"),
+    ],
+)
+def test_outputs_of_a_wrong_shape_are_refused_at_init(apply, says):
+    with pytest.raises(ValueError, match=says):
+        jm.maml((lambda key, x: {"w": jnp.ones((DIM, WAYS))}, apply)).init(KEY, task())
+
+
+def test_each_inner_step_and_the_query_draw_with_keys_of_their_own():
+    def apply(params, x, key=None):
+        return (x if key is None else x * jax.random.normal(key, x.shape)) @ params["w"]
+
+    model = jm.Model(lambda key, x: {"w": jnp.ones((DIM, WAYS))}, apply, stochastic=True)
+    learner, of = jm.maml(model, inner_optimizer=optax.sgd(0.5), steps=2), task()
+    params = init(learner)
+    fast = params["model"]
+    for step in range(2):
+        key = jax.random.fold_in(KEY, step)
+        grads = jax.grad(lambda p: jm.losses.cross_entropy(apply(p, of.support.x, key), of.support.y))(fast)  # noqa: B023
+        fast = {"w": fast["w"] - 0.5 * grads["w"]}
+    adapted = learner.adapt(params, of.support, KEY)
+    assert_trees_close(adapted, {"model": fast, "stats": None}, atol=1e-12)
+    outputs = apply(fast, of.query.x, jax.random.fold_in(KEY, 2))
+    expected = jm.losses.cross_entropy(outputs, of.query.y)
+    np.testing.assert_allclose(learner.loss(params, of, KEY)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        learner.predict(params, adapted, of.query.x), apply(fast, of.query.x), rtol=1e-12
+    )
+
+
+def test_adapted_state_is_saved_and_loaded_without_a_template(tmp_path):
+    learner, of = jm.maml(network(), norm="support"), task()
+    params = init(learner)
+    adapted = learner.adapt(params, of.support, KEY)
+    jm.save(tmp_path / "adapted", adapted)
+    assert_trees_close(jm.load(tmp_path / "adapted"), adapted, rtol=0)

@@ -1,0 +1,477 @@
+"""One small network in every form that `as_model` takes: each learns by MAML as the others do."""
+
+import itertools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import jaxmeta as jm
+
+WAYS, DIM, HIDDEN = 3, 4, 5
+KEY = jax.random.key(0)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+# --- The network: two layers, with batch normalisation or without, and dropout --------------------
+
+
+class LinenNet(linen.Module):
+    norm: bool = False
+    rate: float = 0.0
+    out: int = WAYS
+
+    @linen.compact
+    def __call__(self, x, mask=None, deterministic=True):
+        x = linen.Dense(HIDDEN, name="first")(x)
+        if self.norm:
+            x = jm.nn.BatchNorm(epsilon=1e-5, name="norm")(x, mask)
+        x = linen.Dropout(self.rate)(jax.nn.relu(x), deterministic)
+        return linen.Dense(self.out, name="head")(x)
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, norm=False, rate=0.0, out=WAYS, *, rngs):
+        self.layers = nnx.List([nnx.Linear(DIM, HIDDEN, rngs=rngs), nnx.Linear(HIDDEN, out, rngs=rngs)])
+        self.norm = nnx.BatchNorm(HIDDEN, rngs=rngs) if norm else None
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, x, mask=None):
+        first, head = self.layers
+        x = first(x)
+        if self.norm is not None:
+            x = self.norm(x, mask=None if mask is None else mask[:, None])
+        return head(self.dropout(jax.nn.relu(x)))
+
+
+def equinox_net(rate=0.0, batched=False):
+    eqx = pytest.importorskip("equinox")
+
+    class EquinoxNet(eqx.Module):
+        layers: tuple
+        dropout: eqx.nn.Dropout
+
+        def __init__(self, key):
+            sizes = (DIM, HIDDEN, WAYS)
+            self.layers = tuple(
+                eqx.nn.Linear(*pair, key=jax.random.fold_in(key, pair[0]))
+                for pair in itertools.pairwise(sizes)
+            )
+            self.dropout = eqx.nn.Dropout(rate)
+
+        def __call__(self, x, *, key):
+            first, head = (jax.vmap(layer) if batched else layer for layer in self.layers)
+            return head(self.dropout(jax.nn.relu(first(x)), key=key))
+
+    return EquinoxNet
+
+
+def plain_apply(params, x):
+    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+    return hidden @ params["head"]["kernel"] + params["head"]["bias"][None]
+
+
+def plain_init(key, x):
+    return LinenNet().init(key, x)["params"]
+
+
+def transposed(layer):
+    weight = "kernel" if "weight" in layer else "weight"
+    return {"bias": layer["bias"], weight: layer["kernel" if weight == "weight" else "weight"].T}
+
+
+def from_layers(layers, turn):
+    return {"layers": {"0": turn(layers["first"]), "1": turn(layers["head"])}}
+
+
+def to_layers(params, turn):
+    return {"first": turn(params["layers"]["0"]), "head": turn(params["layers"]["1"])}
+
+
+def same(layer):
+    return layer
+
+
+def with_norm(change):
+    return lambda a, b: change(a, b) | ({"norm": a["norm"]} if "norm" in a else {})
+
+
+# form -> ((norm, rate) -> network, LinenNet's parameters -> its own, and back).
+FORMS = {
+    "linen": (lambda norm, rate: LinenNet(norm, rate), same, same),
+    "nnx": (
+        lambda norm, rate: NNXNet(norm, rate, rngs=nnx.Rngs(0)),
+        lambda params: with_norm(from_layers)(params, same),
+        lambda params: with_norm(to_layers)(params, same),
+    ),
+    "equinox": (
+        lambda norm, rate: equinox_net(rate)(jax.random.key(0)),
+        lambda params: from_layers(params, transposed),
+        lambda params: to_layers(params, transposed),
+    ),
+    "functions": (lambda norm, rate: (plain_init, plain_apply), same, same),
+}
+
+
+def task(seed=0, masked=False):
+    rng = np.random.default_rng(seed)
+
+    def part(examples):
+        labels = jnp.tile(jnp.arange(WAYS, dtype=jnp.int32), examples)
+        x = jnp.asarray(rng.normal(size=(labels.size, DIM)))
+        return jm.Batch(x, labels, jnp.arange(labels.size) % 4 != 1 if masked else None, WAYS)
+
+    return jm.Task(part(2), part(3))
+
+
+def reference_params(norm=False):
+    params = jax.jit(LinenNet(norm).init)(KEY, jnp.zeros((2, DIM)))["params"]
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64) + 0.1 * rng.normal(size=leaf.shape), params)
+
+
+def make_learner(network, **settings):
+    return jm.maml(network, inner_optimizer=optax.sgd(0.5), steps=2, **settings)
+
+
+def loss_and_gradient(learner, params, of=None, key=KEY):
+    return jax.jit(jax.value_and_grad(lambda params: learner.loss(params, of or task(), key)[0]))(
+        {"model": params}
+    )
+
+
+def assert_trees_close(a, b, **tolerance):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def differ(a, b):
+    return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("form", "norm", "masked"),
+    [
+        ("nnx", None, False),
+        ("nnx", "batch", False),
+        ("nnx", "support", True),
+        ("equinox", None, True),
+        ("functions", None, True),
+    ],
+)
+def test_meta_gradient_is_that_of_the_same_network_in_linen(form, norm, masked):
+    make, into, back = FORMS[form]
+    params, of = reference_params(norm is not None), task(masked=masked)
+    settings = {"norm": norm or "batch"}
+    value, gradient = loss_and_gradient(make_learner(LinenNet(norm is not None), **settings), params, of)
+    found, theirs = loss_and_gradient(make_learner(make(norm is not None, 0.0), **settings), into(params), of)
+    np.testing.assert_allclose(found, value, rtol=1e-9)
+    assert_trees_close(back(theirs["model"]), gradient["model"], atol=1e-9)
+    assert differ(gradient, jax.tree.map(jnp.zeros_like, gradient)) > 0.01
+
+
+@pytest.mark.parametrize("form", ["linen", "nnx", "equinox"])
+def test_dropout_follows_the_key_and_only_the_key(form):
+    make, into, _ = FORMS[form]
+    params, x = into(reference_params()), task().query.x
+    model = jm.nn.as_model(make(False, 0.5))
+    assert model.stochastic
+    apply = jax.jit(model.apply)
+    one, again, other = (apply(params, x, key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert differ(one, other) > 0.1
+    np.testing.assert_allclose(apply(params, x), plain_apply(reference_params(), x), atol=1e-12)
+    # Half of the hidden units are dropped and the others doubled, independently for each example.
+    many = jnp.tile(x[:1], (4000, 1))
+    mean = apply(params, many, key=KEY).mean(0)
+    np.testing.assert_allclose(mean, apply(params, x[:1])[0], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("form", "modes"),
+    [
+        ("linen", ("store", "recompute", "forward_over_reverse")),
+        ("nnx", ("store", "forward_over_reverse")),
+        ("equinox", ("store", "forward_over_reverse")),
+    ],
+)
+def test_dropout_in_both_loops_in_every_memory_mode(form, modes):
+    make, into, _ = FORMS[form]
+    params, of = {"model": into(reference_params())}, task()
+    results = []
+    for memory in modes:
+        learner = make_learner(make(False, 0.5), memory=memory)
+
+        def run(key, learner=learner):
+            value, gradient = jax.value_and_grad(lambda params: learner.loss(params, of, key)[0])(params)
+            adapted = learner.adapt(params, of.support, key)
+            return value, gradient, adapted, learner.predict(params, adapted, of.query.x)
+
+        keys = jnp.stack([jax.random.key(seed) for seed in (1, 2, 1)])
+        results.append(jax.jit(jax.vmap(run))(keys))
+    for other in results[1:]:
+        assert_trees_close(other, results[0], atol=1e-12)
+    one, other, again = (jax.tree.map(lambda leaf: leaf[i], results[0]) for i in range(3))  # noqa: B023
+    assert_trees_close(one, again, rtol=0)
+    for a, b in zip(one, other, strict=True):
+        assert differ(a, b) > 1e-3
+    *_, adapted, outputs = one
+    still = make_learner(make(False, 0.0))
+    np.testing.assert_allclose(still.predict(params, adapted, of.query.x), outputs, atol=1e-12)
+
+
+def test_a_model_passes_through():
+    model = jm.Model(lambda key, x: {}, lambda params, x: x)
+    assert jm.nn.as_model(model) is model
+
+
+def test_a_network_without_statistics_reports_none():
+    model, x = jm.nn.as_model(jm.nn.MLP(out=2)), jnp.ones((3, 1))
+    params = model.init(jax.random.key(0), x)
+    outputs, stats = model.apply_norm(params, x, mask=jnp.array([True, False, True]))
+    assert stats == {}
+    np.testing.assert_array_equal(outputs, model.apply(params, x))
+
+
+# --- Batch statistics of NNX -----------------------------------------------------------------------
+
+
+def test_queries_one_at_a_time_tell_the_modes_of_nnx_batch_norm_apart():
+    of, params = task(), {"model": FORMS["nnx"][1](reference_params(norm=True))}
+    for norm, leaks in (("batch", True), ("support", False)):
+        learner = make_learner(NNXNet(norm=True, rate=0.5, rngs=nnx.Rngs(0)), norm=norm)
+        adapted = jax.jit(learner.adapt)(params, of.support, KEY)
+        joint = learner.predict(params, adapted, of.query.x)
+        alone = jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0])(of.query.x)  # noqa: B023
+        assert (differ(joint, alone) > 1e-2) == leaks
+        if not leaks:
+            np.testing.assert_allclose(joint, alone, atol=1e-12)
+
+
+def test_calibration_of_nnx_batch_norm_is_that_of_linen():
+    tasks = jm.TaskDistribution(
+        jax.tree_util.Partial(
+            lambda x, key: jm.Task(*(jm.Batch(x + k, x[:, :WAYS]) for k in jax.random.normal(key, (2,)))),
+            task().query.x,
+        ),
+        jm.ProtocolCard("shifted", "train"),
+    )
+    params = reference_params(norm=True)
+    networks = {"linen": LinenNet(norm=True), "nnx": NNXNet(norm=True, rngs=nnx.Rngs(0))}
+    outputs = []
+    for form, network in networks.items():
+        learner = make_learner(network, norm="population", loss=jm.losses.mse)
+        filled = jm.calibrate(learner, {"model": FORMS[form][1](params)}, tasks, KEY, episodes=3)
+        adapted = learner.adapt(filled, tasks.sample(KEY).support, KEY)
+        outputs.append((filled["population"], learner.predict(filled, adapted, task().query.x)))
+    assert_trees_close(outputs[1], outputs[0], atol=1e-9)
+
+
+def test_nnx_running_averages_are_never_used():
+    class Averaging(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(DIM, axis=1, rngs=nnx.Rngs(0))
+
+        def __call__(self, x, train):
+            return self.norm(x, use_running_average=not train)
+
+    model, x = jm.nn.as_model(Averaging()), jax.random.normal(KEY, (6, DIM, 2))
+    params = model.init(KEY, x)
+    outputs, stats = model.apply_norm(params, x)
+    mean, var = x.mean((0, 2)), x.var((0, 2))
+    assert_trees_close(stats, {"norm": {"mean": mean, "var": var}}, atol=1e-12)
+    expected = (x - mean[None, :, None]) / jnp.sqrt(var + 1e-5)[None, :, None]
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
+    np.testing.assert_array_equal(outputs, model.apply(params, x))
+    shifted = {"norm": {"mean": mean + 1, "var": 4 * var}}
+    expected = (x - mean[None, :, None] - 1) / jnp.sqrt(4 * var + 1e-5)[None, :, None]
+    np.testing.assert_allclose(model.apply_norm(params, x, stats=shifted)[0], expected, atol=1e-6)
+
+
+# --- Parameters ------------------------------------------------------------------------------------
+
+
+def framework_params(form, key):
+    if form == "nnx":
+        params = nnx.to_pure_dict(nnx.state(NNXNet(rngs=nnx.Rngs(key)), nnx.Param))
+        return {"layers": {str(i): layer for i, layer in params["layers"].items()}}
+    layers = equinox_net()(key).layers
+    return {
+        "layers": {str(i): {"weight": layer.weight, "bias": layer.bias} for i, layer in enumerate(layers)}
+    }
+
+
+@pytest.mark.parametrize("form", ["nnx", "equinox"])
+def test_a_factory_starts_anew_and_a_module_as_it_is(form):
+    of = task()
+    if form == "nnx":
+        factory = jm.nn.from_nnx(lambda rngs: NNXNet(rngs=rngs))
+        module = NNXNet(rngs=nnx.Rngs(7))
+    else:
+        factory = jm.nn.from_equinox(equinox_net())
+        module = equinox_net()(jax.random.key(7))
+    for seed in (1, 2):
+        key = jax.random.key(seed)
+        for network, expected in ((factory, key), (module, jax.random.key(7))):
+            learner = make_learner(network)
+            params = jax.jit(learner.init)(key, of)
+            assert_trees_close(params, {"model": framework_params(form, expected)}, rtol=1e-6)
+            shapes = jax.eval_shape(learner.init, key, of)
+            assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    # Donated parameters are copies: the module outlives them.
+    jax.tree.map(lambda leaf: leaf.delete(), jm.nn.as_model(module).init(KEY, of.support.x))
+    assert_trees_close(jm.nn.as_model(module).init(KEY, of.support.x), params["model"], rtol=0)
+
+
+@pytest.mark.parametrize("form", ["nnx", "equinox"])
+def test_paths_pick_leaves_and_checkpoints_hold_them(form, tmp_path):
+    norm = form == "nnx"
+    make, into, _ = FORMS[form]
+    learner = make_learner(make(norm, 0.0), norm="support", adapts=lambda path: path.startswith("layers/1/"))
+    of, params = task(), {"model": into(reference_params(norm))}
+    adapted = learner.adapt(params, of.support, KEY)
+    assert differ(adapted["model"]["layers"]["0"], params["model"]["layers"]["0"]) == 0
+    assert differ(adapted["model"]["layers"]["1"], params["model"]["layers"]["1"]) > 1e-3
+    jm.save(tmp_path / "adapted", adapted)
+    loaded = jm.load(tmp_path / "adapted")
+    assert_trees_close(loaded, adapted, rtol=0)
+    np.testing.assert_array_equal(
+        learner.predict(params, loaded, of.query.x), learner.predict(params, adapted, of.query.x)
+    )
+
+
+def test_the_user_s_nnx_module_is_left_as_it_was():
+    module = NNXNet(norm=True, rate=0.5, rngs=nnx.Rngs(0))
+    before = nnx.to_pure_dict(nnx.state(module))
+    learner = make_learner(module)
+    jax.eval_shape(lambda key: learner.loss(learner.init(key, task()), task(), key), KEY)
+    assert module.norm.momentum == 0.99
+    assert (module.norm.use_running_average, module.dropout.deterministic) == (False, False)
+    after = nnx.to_pure_dict(nnx.state(module))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(str, (a, b))), after, before)
+
+
+def test_an_equinox_module_may_take_all_examples_at_once():
+    params, x = FORMS["equinox"][1](reference_params()), task().query.x
+    model = jm.nn.from_equinox(equinox_net(rate=0.5, batched=True), batched=True)
+    np.testing.assert_allclose(model.apply(params, x), plain_apply(reference_params(), x), atol=1e-12)
+    assert differ(model.apply(params, x, key=KEY), model.apply(params, x)) > 0.1
+
+
+def test_linen_networks_may_say_train():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            return linen.Dropout(0.5)(x, deterministic=not train)
+
+    model, x = jm.nn.as_model(Net()), jnp.ones((8, 8))
+    assert model.init(KEY, x) == {}
+    np.testing.assert_array_equal(model.apply({}, x), x)
+    assert set(np.unique(model.apply({}, x, key=KEY))) == {0.0, 2.0}
+
+
+# --- What is refused -------------------------------------------------------------------------------
+
+
+class Stateful(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.BatchNorm(use_running_average=False)(x)
+
+
+class Unmasked(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return jm.nn.BatchNorm()(x)
+
+
+class Restless(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dropout(0.5, deterministic=False)(x)
+
+
+class Asking(linen.Module):
+    @linen.compact
+    def __call__(self, x, context):
+        return x + context
+
+
+class Counting(nnx.Module):
+    def __init__(self):
+        self.calls = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return x
+
+
+class Whitening(nnx.Module):
+    def __init__(self):
+        self.covariance = nnx.BatchStat(jnp.eye(DIM))
+
+    def __call__(self, x):
+        return x @ self.covariance[...]
+
+
+class Stochastic(nnx.Module):
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, x):
+        return self.dropout(x)
+
+
+def stateful_equinox():
+    eqx = pytest.importorskip("equinox")
+    return eqx.nn.Sequential([eqx.nn.BatchNorm(DIM, "batch", mode="batch")])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: lambda x: x, "got function"),
+        (Stateful, r"Stateful keeps mutable state in \['batch_stats'\]"),
+        (Restless, "Restless draws random numbers where it should be deterministic"),
+        (Asking, r"Asking.__call__ requires \['context'\]"),
+        (Counting, r"Counting changes \[\('calls',\)\]"),
+        (Whitening, r"Whitening keeps statistics in \[\('covariance',\)\]"),
+        (Stochastic, "nnx.Dropout without a random stream"),
+        (stateful_equinox, "Sequential keeps mutable state"),
+        (lambda: jm.nn.from_nnx(lambda rngs: LinenNet()), "one that makes LinenNet"),
+        (lambda: jm.nn.from_equinox(lambda key: key), "one that makes"),
+    ],
+)  # fmt: skip
+def test_networks_that_cannot_serve_are_refused_at_init(make, says):
+    with pytest.raises(ValueError, match=says):
+        jm.nn.as_model(make()).init(KEY, jnp.zeros((2, DIM)))
+
+
+def test_padding_that_a_normalising_network_cannot_see_is_refused():
+    model, x = jm.nn.as_model(Unmasked()), jnp.ones((2, 3))
+    params = model.init(jax.random.key(0), x)
+    outputs, stats = model.apply_norm(params, x)
+    assert outputs.shape == (2, 3)
+    assert set(stats) == {"BatchNorm_0"}
+    with pytest.raises(ValueError, match="must take `mask`"):
+        model.apply_norm(params, x, mask=jnp.array([True, False]))
+
+
+def test_padding_that_nnx_batch_norm_cannot_see_is_refused():
+    module = nnx.BatchNorm(DIM, rngs=nnx.Rngs(0))
+    network = nnx.Sequential(module)
+    model, x = jm.nn.as_model(network), jnp.ones((2, DIM))
+    with pytest.raises(ValueError, match=r"must take `mask` and hand it to nnx\.BatchNorm"):
+        model.apply_norm(model.init(KEY, x), x, mask=jnp.array([True, False]))
+
+
+def test_frameworks_are_imported_by_their_users_only():
+    code = "import sys, jaxmeta; sys.exit(str({'equinox', 'flax.nnx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
