@@ -9,7 +9,7 @@ jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
 """
 
 from jaxmeta import losses, nn, tasks
-from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution
+from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution, TaskStream
 from jaxmeta.optimization_based import fomaml, inner_loop, maml
 from jaxmeta.training import (
     Evaluation,
@@ -19,6 +19,7 @@ from jaxmeta.training import (
     evaluate_episodes,
     init_state,
     load,
+    load_params,
     meta_step,
     save,
     train,
@@ -34,6 +35,7 @@ __all__ = [
     "ProtocolCard",
     "Task",
     "TaskDistribution",
+    "TaskStream",
     "TrainState",
     "calibrate",
     "evaluate",
@@ -42,6 +44,7 @@ __all__ = [
     "init_state",
     "inner_loop",
     "load",
+    "load_params",
     "losses",
     "maml",
     "meta_step",

@@ -13,7 +13,7 @@ This file imports nothing of ours.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -138,6 +138,32 @@ class TaskDistribution(NamedTuple):
 
     sample: Callable[[Key], Task]
     card: ProtocolCard
+
+
+class TaskStream(NamedTuple):
+    """A source of tasks too large for the device: one batch of tasks for each meta-step.
+
+    Attributes:
+      at: `(step) -> tasks`, one `Task` whose leaves have a leading axis of tasks: in training those
+        of meta-step `step`, in an evaluation the `step`-th batch of episodes. A pure function, so
+        that a run can go on at any step.
+      card: as of a `TaskDistribution`.
+      batches: `(start) -> iterator` over `at(start), at(start + 1), …`, read ahead; None: `at` is
+        called step by step.
+    """
+
+    at: Callable[[int], Task]
+    card: ProtocolCard
+    batches: Callable[[int], Iterator[Task]] | None = None
+
+
+def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
+    """For each index `(n, 2)` keys: of the task, and of what the learner does with it.
+
+    The one rule by which episodes are numbered: episode `index` of meta-step `step` is that of
+    `fold_in(key, step)`, and of an evaluation that of its key.
+    """
+    return jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(indices)
 
 
 def blank_padding(batch: Batch) -> Batch:

@@ -1,19 +1,44 @@
 """Where tasks come from: pure samplers with a protocol card."""
 
 from jaxmeta.tasks.episodes import from_arrays
+from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
 from jaxmeta.tasks.harmonic import harmonic
+from jaxmeta.tasks.official import (
+    cifar_fs,
+    cifar_fs_split,
+    cub,
+    cub_split,
+    mini_imagenet,
+    mini_imagenet_split,
+)
 from jaxmeta.tasks.omniglot import omniglot, omniglot_split
+from jaxmeta.tasks.prepared import Prepared, from_prepared
 from jaxmeta.tasks.sinusoid import sinusoid
 from jaxmeta.tasks.splits import ClassSplit
+from jaxmeta.tasks.stream import stream
+from jaxmeta.tasks.tfds import from_tfds, prepare_tfds
 
 __all__ = [
     "ClassSplit",
+    "Prepared",
+    "cifar_fs",
+    "cifar_fs_split",
+    "cub",
+    "cub_split",
     "from_arrays",
+    "from_folder",
+    "from_prepared",
+    "from_tfds",
     "glyph_metadata",
     "glyphs",
     "harmonic",
+    "mini_imagenet",
+    "mini_imagenet_split",
     "omniglot",
     "omniglot_split",
+    "prepare_folder",
+    "prepare_tfds",
     "sinusoid",
+    "stream",
 ]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped, UInt32
 
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
-from jaxmeta.tasks.splits import ClassSplit, check_part
+from jaxmeta.tasks.splits import ClassSplit, split_classes
 
 _ROTATIONS = ("none", "classes", "random")
 
@@ -45,6 +45,67 @@ class EpisodeShape:
     queries: int
     rotations: str
     example: tuple[int, ...]
+
+    @classmethod
+    def checked(
+        cls,
+        ways: int | tuple[int, int],
+        shots: int | tuple[int, int],
+        queries: int,
+        rotations: str,
+        example: tuple[int, ...],
+    ) -> "EpisodeShape":
+        """From the arguments of `from_arrays`, or a ValueError."""
+        ways, shots = _range("ways", ways), _range("shots", shots)
+        if not isinstance(queries, int | np.integer) or queries < 1:
+            raise ValueError(f"queries must be a positive integer, got {queries!r}")
+        if rotations not in _ROTATIONS:
+            raise ValueError(f'rotations must be "none", "classes" or "random", got {rotations!r}')
+        if rotations != "none" and (len(example) < 2 or example[0] != example[1]):
+            raise ValueError(
+                f"rotations={rotations!r} needs square images (side, side, ...), got examples of "
+                f"shape {tuple(example)}"
+            )
+        return cls(ways, shots, int(queries), rotations, tuple(example))
+
+    def card_for(
+        self,
+        names: Sequence[str],
+        sizes: Int[np.ndarray, " classes"] | Sequence[int],
+        split: str,
+        split_hash: str,
+        source: str,
+        protocol: str,
+    ) -> ProtocolCard:
+        """The protocol card of such episodes from these classes.
+
+        Raises:
+          ValueError: there are too few of them, or one has too few examples.
+        """
+        classes = len(names) * (4 if self.rotations == "classes" else 1)
+        if classes < self.ways[1]:
+            raise ValueError(
+                f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}"
+            )
+        needed = self.shots[1] + self.queries
+        small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
+        if small:
+            raise ValueError(
+                f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed of every "
+                f"class, too few in {len(small)} of {len(names)}: {', '.join(small[:5])}"
+                + (", …" if len(small) > 5 else "")
+            )
+        return ProtocolCard(
+            tasks=source,
+            split=split,
+            ways=_compact(self.ways),
+            shots=_compact(self.shots),
+            queries=self.queries,
+            classes=classes,
+            split_hash=split_hash,
+            rotations=self.rotations,
+            protocol=protocol,
+        )
 
 
 def from_arrays(
@@ -103,71 +164,42 @@ def from_arrays(
       >>> support.x.shape, query.x.shape, support.y.tolist()
       ((5, 2), (10, 2), [0, 1, 2, 3, 4])
     """
-    ways_range, shots_range = _range("ways", ways), _range("shots", shots)
-    if not isinstance(queries, int | np.integer) or queries < 1:
-        raise ValueError(f"queries must be a positive integer, got {queries!r}")
-    if rotations not in _ROTATIONS:
-        raise ValueError(f'rotations must be "none", "classes" or "random", got {rotations!r}')
-    check_part(split)
+    shape = EpisodeShape.checked(ways, shots, queries, rotations, np.shape(x)[1:])
     x, labels = _checked_examples(x, y)
-    if rotations != "none" and (x.ndim < 3 or x.shape[1] != x.shape[2]):
-        raise ValueError(
-            f"rotations={rotations!r} needs square images (n, side, side, ...), got x of shape {x.shape}"
-        )
-
     present = np.unique(labels).tolist()
-    if classes is None:
-        chosen = tuple(present)
-        split_hash = ClassSplit(**{split: chosen}).hash
-    else:
-        if not isinstance(classes, ClassSplit):
-            protocol = protocol or f"random class split {tuple(classes)}, seed {seed}"
-            classes = ClassSplit.from_fractions(present, classes, seed)
-        chosen = classes.part(split)
-        split_hash = classes.hash
-        missing = sorted(set(chosen) - set(present))
-        if missing:
-            raise ValueError(
-                f"y has no example of {len(missing)} classes of split={split!r}, such as {missing[:5]}"
-            )
-
+    parts, protocol = split_classes(present, classes, seed, split, protocol)
     order = np.argsort(labels, kind="stable")
-    order = order[np.isin(labels[order], chosen)]
+    order = order[np.isin(labels[order], parts.part(split))]
     names, offsets, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    turns = 4 if rotations == "classes" else 1
-    if len(names) * turns < ways_range[1]:
-        raise ValueError(f"ways={ways} asks for more classes than split={split!r} has: {len(names) * turns}")
-    needed = shots_range[1] + queries
-    if sizes.min() < needed:
-        small = [f"{names[i]} ({sizes[i]})" for i in np.flatnonzero(sizes < needed)]
-        raise ValueError(
-            f"shots + queries = {shots_range[1]} + {queries} = {needed} examples are needed of every "
-            f"class, too few in {len(small)} of {len(names)}: {', '.join(small[:5])}"
-            + (", …" if len(small) > 5 else "")
-        )
-
     data = EpisodeData(
         jnp.asarray(x[order].reshape(len(order), -1)),
         jnp.asarray(offsets, jnp.int32),
         jnp.asarray(sizes, jnp.int32),
     )
-    shape = EpisodeShape(ways_range, shots_range, int(queries), rotations, x.shape[1:])
-    card = ProtocolCard(
-        tasks=name,
-        split=split,
-        ways=_compact(ways_range),
-        shots=_compact(shots_range),
-        queries=int(queries),
-        classes=len(names) * turns,
-        split_hash=split_hash,
-        rotations=rotations,
-        protocol=protocol,
-    )
+    card = shape.card_for(names.tolist(), sizes, split, parts.hash, name, protocol)
     return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card)
 
 
-def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
-    """One episode; all its random bits come from a single call of the generator."""
+class Drawn(NamedTuple):
+    """Which examples an episode is made of.
+
+    Attributes:
+      rows: of the examples, the support set first, then the queries.
+      turns: quarter turns of the examples of each slot.
+      real: whether a support example is none of the padding; None where there is no padding.
+      asked: the same of the queries.
+    """
+
+    rows: Int[Array, "*b ways count"]
+    turns: Int[Array, "*b ways"]
+    real: Bool[Array, "*b ways shots"] | None
+    asked: Bool[Array, "*b ways queries"] | None
+
+
+def draw_rows(
+    shape: EpisodeShape, offsets: Int[Array, " classes"], sizes: Int[Array, " classes"], key: Key
+) -> Drawn:
+    """The random part of an episode; all its random bits come from a single call of the generator."""
     ways, shots, queries = shape.ways[1], shape.shots[1], shape.queries
     each = shots + queries
     bits = jax.random.bits(key, (ways * (each + 2) + 2,), jnp.uint32)
@@ -176,11 +208,11 @@ def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     )
 
     turned = shape.rotations == "classes"
-    total = data.sizes.shape[0]
+    total = sizes.shape[0]
     drawn = ordered_subset(class_bits, jnp.asarray(total * (4 if turned else 1), jnp.int32))
     class_of_slot = drawn % total
-    within = jax.vmap(ordered_subset)(example_bits.reshape(ways, each), data.sizes[class_of_slot])
-    rows = data.offsets[class_of_slot][:, None] + within
+    within = jax.vmap(ordered_subset)(example_bits.reshape(ways, each), sizes[class_of_slot])
+    rows = offsets[class_of_slot][:, None] + within
     turns = drawn // total if turned else (turn_bits >> 30).astype(jnp.int32)
 
     real = asked = None
@@ -189,21 +221,39 @@ def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
         real = present & (jnp.arange(shots) < _uniform(size_bits[1], shape.shots))[None, :]
         if shape.ways[0] < ways:
             asked = jnp.broadcast_to(present, (ways, queries))
+    return Drawn(rows, turns, real, asked)
 
-    def batch(rows: Int[Array, "ways count"], mask: Bool[Array, "ways count"] | None) -> Batch:
-        x = data.x[rows]
+
+def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
+    """One episode from examples on the device."""
+    drawn = draw_rows(shape, data.offsets, data.sizes, key)
+    shots = shape.shots[1]
+    return make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
+
+
+def make_task(
+    shape: EpisodeShape,
+    drawn: Drawn,
+    support: Shaped[Array, "ways shots size"],
+    query: Shaped[Array, "ways queries size"],
+) -> Task:
+    """The episode `drawn`, from its examples as stored."""
+    ways = shape.ways[1]
+
+    def batch(x: Shaped[Array, "ways count size"], mask: Bool[Array, "ways count"] | None) -> Batch:
+        count = x.shape[1]
         if shape.rotations != "none":
-            x = _rotate(x, turns, shape.example)
+            x = _rotate(x, drawn.turns, shape.example)
         if x.dtype == jnp.uint8:
             x = x.astype(jnp.float32) / 255
-        y = jnp.repeat(jnp.arange(ways, dtype=jnp.int32), rows.shape[1])
+        y = jnp.repeat(jnp.arange(ways, dtype=jnp.int32), count)
         if mask is None:
-            return Batch(x.reshape(rows.size, *shape.example), y, None, ways)
+            return Batch(x.reshape(ways * count, *shape.example), y, None, ways)
         # Padding is cleared, so that a learner that forgets the mask cannot gain from it.
         x = jnp.where(mask[:, :, None], x, 0)
-        return Batch(x.reshape(rows.size, *shape.example), y, mask.reshape(-1), ways)
+        return Batch(x.reshape(ways * count, *shape.example), y, mask.reshape(-1), ways)
 
-    return Task(batch(rows[:, :shots], real), batch(rows[:, shots:], asked))
+    return Task(batch(support, drawn.real), batch(query, drawn.asked))
 
 
 def ordered_subset(bits: UInt32[Array, " m"], bound: Int[Array, ""]) -> Int[Array, " m"]:

@@ -165,3 +165,37 @@ class ClassSplit:
                 f"the model has seen {len(leaked)} of the {len(other.test)} test classes in training or "
                 f"validation: {_some(leaked)}; train it on a split that keeps them out"
             )
+
+
+def split_classes(
+    present: Sequence[str],
+    classes: "ClassSplit | Sequence[float] | None",
+    seed: int,
+    split: str,
+    protocol: str,
+) -> tuple["ClassSplit", str]:
+    """The class split that `classes` stands for, and the protocol card's sentence.
+
+    Args:
+      present: names of the classes that there are.
+      classes: a split by name; three fractions for a random one by `seed`; None to draw from every
+        class, whatever `split` says.
+      seed: of the random split.
+      split: the part to draw from.
+      protocol: the sentence so far.
+
+    Raises:
+      ValueError: the part is empty, or names classes that there are not.
+    """
+    check_part(split)
+    if classes is None:
+        return ClassSplit(**{split: tuple(present)}), protocol
+    if not isinstance(classes, ClassSplit):
+        protocol = protocol or f"random class split {tuple(classes)}, seed {seed}"
+        classes = ClassSplit.from_fractions(present, classes, seed)
+    missing = sorted(set(classes.part(split)) - set(present))
+    if missing:
+        raise ValueError(
+            f"classes: there is no example of {len(missing)} classes of split={split!r}: {_some(missing)}"
+        )
+    return classes, protocol

@@ -1,6 +1,6 @@
 """What a learner has learned: mean and 95 % confidence interval over fixed episodes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution
+from jaxmeta.core import Key, Learner, Params, PyTree, Task, TaskDistribution, TaskStream, episode_keys
 from jaxmeta.losses import score
 from jaxmeta.training import sharding
+from jaxmeta.training.step import sample_of, stream_batches
 
 # Episodes at once on an accelerator: enough to fill it, few enough for its memory.
 _VMAPPED = 100
@@ -47,7 +48,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     learner: Learner,
     params: Params,
-    tasks: TaskDistribution,
+    tasks: TaskDistribution | TaskStream,
     *,
     episodes: int = 600,
     key: Key,
@@ -62,11 +63,12 @@ def evaluate(
     Args:
       learner: gives `adapt` and `predict`.
       params: meta-parameters.
-      tasks: episode i is drawn with `fold_in(key, i)`, whatever `batch` and `devices` are.
+      tasks: episode i is drawn with `fold_in(key, i)`, whatever `batch` and `devices` are; those of
+        a stream are its first, in its order.
       episodes: E, at least 2.
       key: of the whole evaluation.
       batch: most episodes in one call of the compiled function; None for all of them on CPUs
-        and 100 on accelerators.
+        and 100 on accelerators; a stream has its own.
       devices: that share the episodes; None for all local ones.
 
     Raises:
@@ -82,7 +84,7 @@ def evaluate(
 def evaluate_episodes(
     learner: Learner,
     params: Params,
-    tasks: TaskDistribution,
+    tasks: TaskDistribution | TaskStream,
     *,
     episodes: int = 600,
     key: Key,
@@ -99,25 +101,46 @@ def evaluate_episodes(
         raise ValueError(f"batch: got {batch}; it must be at least 1")
     devices = tuple((devices or jax.local_devices())[:episodes])
     on_cpu = devices[0].platform == "cpu"
+    if isinstance(tasks, TaskStream):
+        values = []
+        for start, given in _numbered(tasks, episodes):
+            count = given.query.y.shape[0]
+            sharers = devices[: max(n for n in range(1, len(devices) + 1) if count % n == 0)]
+            arguments = sharding.replicate((params, key), sharers)
+            shared = sharding.share(given, sharers)
+            own = count // len(sharers)
+            values.append(_episodes(learner, own, not on_cpu, sharers, arguments, shared, start))
+        return np.concatenate([np.asarray(value) for value in values])[:episodes]
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
     own = -(-episodes // (calls * len(devices)))
-    params, sample, key = sharding.replicate((params, sharding.as_argument(tasks.sample), key), devices)
+    arguments = sharding.replicate((params, key), devices)
+    sample = sharding.replicate(sharding.as_argument(tasks.sample), devices)
     values = [
-        _episodes(learner, own, not on_cpu, devices, params, sample, key, call * own * len(devices))
+        _episodes(learner, own, not on_cpu, devices, arguments, sample, call * own * len(devices))
         for call in range(calls)
     ]
     return np.concatenate([np.asarray(value) for value in values])[:episodes]
 
 
-def metric_name(tasks: TaskDistribution) -> str:
+def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
+    """Batches of the stream with the number of their first episode, until there are enough."""
+    start = 0
+    for tasks in stream_batches(stream, 0):
+        yield start, tasks
+        start += tasks.query.y.shape[0]
+        if start >= episodes:
+            return
+
+
+def metric_name(tasks: TaskDistribution | TaskStream) -> str:
     """What `evaluate` measures on `tasks`: "accuracy" or "mse"."""
-    targets = jax.eval_shape(tasks.sample, jax.random.key(0)).query.y
+    targets = jax.eval_shape(sample_of(tasks), jax.random.key(0)).query.y
     return "accuracy" if jnp.issubdtype(targets.dtype, jnp.integer) else "mse"
 
 
 def calibrate(
-    learner: Learner, params: Params, tasks: TaskDistribution, key: Key, *, episodes: int = 200
+    learner: Learner, params: Params, tasks: TaskDistribution | TaskStream, key: Key, *, episodes: int = 200
 ) -> Params:
     """Fills the population batch statistics: their mean over training tasks, weights fixed.
 
@@ -126,7 +149,7 @@ def calibrate(
         the examples of one task, and their number.
       params: meta-parameters, a dict.
       tasks: the tasks the statistics are of, usually the training tasks.
-      key: episode i is drawn with `fold_in(key, i)`.
+      key: episode i is drawn with `fold_in(key, i)`; a stream gives its first tasks, whole batches.
       episodes: number of tasks.
 
     Returns:
@@ -141,8 +164,15 @@ def calibrate(
         )
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}; it must be at least 1")
-    population = _population(learner.statistics, episodes, params, sharding.as_argument(tasks.sample), key)
-    return {**params, "population": population}
+    if isinstance(tasks, TaskStream):
+        sums = [
+            _sums(learner.statistics, given.query.y.shape[0], params, given, key, start)
+            for start, given in _numbered(tasks, episodes)
+        ]
+    else:
+        sums = [_sums(learner.statistics, episodes, params, sharding.as_argument(tasks.sample), key, 0)]
+    total, count = jax.tree.map(lambda *parts: sum(parts), *sums)
+    return {**params, "population": jax.tree.map(lambda leaf: leaf / count, total)}
 
 
 # Learner and device lists are static and the data are arguments: validation calls these every
@@ -153,37 +183,60 @@ def _episodes(
     own: int,
     vmapped: bool,
     devices: sharding.Devices,
-    params: Params,
-    sample: Callable[[Key], Task],
-    key: Key,
+    arguments: tuple[Params, Key],
+    source: Callable[[Key], Task] | Task,
     start: Array | int,
 ) -> Float[Array, " episodes"]:
-    def each(params: Params, sample: Callable[[Key], Task], key: Key, start: Array) -> Array:
+    def each(arguments: tuple[Params, Key], source: Callable[[Key], Task] | Task, start: Array) -> Array:
+        params, key = arguments
         indices = start + sharding.device_index(devices) * own + jnp.arange(own)
 
-        def one(index: Array) -> Array:
-            task_key, adapt_key = jax.random.split(jax.random.fold_in(key, index))
-            task = sample(task_key)
+        def one(numbered: tuple[Array, Task | None]) -> Array:
+            task, adapt_key = _episode(source, key, *numbered)
             adapted = learner.adapt(params, task.support, adapt_key)
             outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
             ((total, count),) = score(outputs, task.query).values()
             return total / jnp.maximum(count, 1)
 
-        return jax.vmap(one)(indices) if vmapped else jax.lax.map(one, indices)
+        numbered = indices, source if isinstance(source, Task) else None
+        return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
 
-    return sharding.over_tasks(each, devices, out=PartitionSpec(sharding.AXIS))(params, sample, key, start)
+    return sharding.over_tasks(each, devices, out=PartitionSpec(sharding.AXIS))(arguments, source, start)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _population(
-    statistics: Callable, episodes: int, params: Params, sample: Callable[[Key], Task], key: Key
-) -> Params:
-    def one(index: Array) -> Params:
-        task_key, learner_key = jax.random.split(jax.random.fold_in(key, index))
-        return statistics(params, sample(task_key), learner_key)
+def _sums(
+    statistics: Callable,
+    episodes: int,
+    params: Params,
+    source: Callable[[Key], Task] | Task,
+    key: Key,
+    start: Array | int,
+) -> tuple[Params, Array]:
+    """The statistics of `episodes` tasks, added up."""
 
-    def accumulate(total: Params, index: Array) -> tuple[Params, None]:
-        return jax.tree.map(jnp.add, total, one(index)), None
+    def one(numbered: tuple[Array, Task | None]) -> tuple[Params, Array]:
+        task, learner_key = _episode(source, key, *numbered)
+        return statistics(params, task, learner_key)
 
-    (total, count), _ = jax.lax.scan(accumulate, one(jnp.zeros((), jnp.int32)), jnp.arange(1, episodes))
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    numbered = start + jnp.arange(episodes), source if isinstance(source, Task) else None
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], numbered)),
+    )
+
+    def accumulate(total: PyTree, numbered: tuple[Array, Task | None]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, one(numbered)), None
+
+    return jax.lax.scan(accumulate, zeros, numbered)[0]
+
+
+def _episode(
+    source: Callable[[Key], Task] | Task, key: Key, index: Array, given: Task | None
+) -> tuple[Task, Key]:
+    """Episode `index`, drawn or as given, and the learner's key for it."""
+    ((task_key, learner_key),) = episode_keys(key, index[None])
+    if not isinstance(source, Task):
+        return source(task_key), learner_key
+    assert given is not None
+    return given, learner_key

@@ -1,7 +1,7 @@
 """The training loop: one compiled chunk of meta-steps; the host only reports between chunks."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,10 +11,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.core import Key, Learner, PyTree, Task, TaskDistribution
+from jaxmeta.core import Key, Learner, PyTree, Task, TaskDistribution, TaskStream
 from jaxmeta.training import checkpoint, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
-from jaxmeta.training.step import Strategy, TrainState, init_state, meta_step, validation_key
+from jaxmeta.training.step import (
+    Strategy,
+    TrainState,
+    init_state,
+    meta_step,
+    stream_batches,
+    validation_key,
+)
+
+Source = Callable[[Key], Task] | Task
+
+# Calls of the compiled chunk that may wait on the device: each holds a batch of a stream there.
+_QUEUED = 2
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Stopped(Exception):
 
 def train(
     learner: Learner,
-    tasks: TaskDistribution,
+    tasks: TaskDistribution | TaskStream,
     optimizer: optax.GradientTransformation,
     *,
     steps: int,
@@ -93,7 +105,7 @@ def train(
     meta_batch: int = 32,
     strategy: Strategy = "auto",
     devices: Sequence[jax.Device] | None = None,
-    validation: TaskDistribution | None = None,
+    validation: TaskDistribution | TaskStream | None = None,
     validation_episodes: int = 200,
     validate_every: int = 1000,
     run_dir: str | PathLike | None = None,
@@ -111,7 +123,8 @@ def train(
 
     Args:
       learner: what is trained.
-      tasks: training tasks; their data are an argument of the compiled step.
+      tasks: training tasks; their data are an argument of the compiled step. A stream has a key of
+        its own for the episodes, and the batch size must be `meta_batch`.
       optimizer: any optax optimizer of the meta-parameters, clipped, scheduled or chained.
       steps: meta-steps in all, those before a resumption included.
       key: of the whole run.
@@ -162,27 +175,31 @@ def train(
 
     # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
     state = sharding.replicate(jax.tree.map(jnp.copy, state), devices)
-    sample = sharding.replicate(sharding.as_argument(tasks.sample), devices)
     if validation is not None:
         metric = metric_name(validation)
-        validation = validation._replace(
-            sample=sharding.replicate(sharding.as_argument(validation.sample), devices)
-        )
+        if isinstance(validation, TaskDistribution):
+            validation = validation._replace(
+                sample=sharding.replicate(sharding.as_argument(validation.sample), devices)
+            )
+    source = _first_source(tasks, devices)
     started = time.perf_counter()
-    chunk = jax.jit(_chunk(step), donate_argnums=0).lower(state, sample, jnp.int32(0)).compile()
+    chunk = jax.jit(_chunk(step), donate_argnums=0).lower(state, source, jnp.int32(0)).compile()
     compile_s = time.perf_counter() - started
+    calls = _calls(tasks, source, devices, done)
 
     clock = time.perf_counter()
 
-    def read(start: int, until: int, out: dict[str, PyTree]) -> None:
+    def read(start: int, until: int, outs: list[dict[str, PyTree]]) -> None:
         """Waits for a chunk, and reports it."""
         nonlocal clock
-        out = jax.device_get(out)
-        count = int(out["count"])
-        if not out["finite"]:
-            raise NonFiniteLoss(start + count, saved_at)
+        outs, count = jax.device_get(outs), 0
+        for out in outs:
+            count += int(out["count"])
+            if not out["finite"]:
+                raise NonFiniteLoss(start + count, saved_at)
         now = time.perf_counter()
-        metrics = {name: float(total) / count for name, total in out["metrics"].items()}
+        totals = jax.tree.map(lambda *parts: float(sum(parts)), *(out["metrics"] for out in outs))
+        metrics = {name: total / count for name, total in totals.items()}
         emit(Progress(until, steps, metrics, count / (now - clock), compile_s))
         clock = now
 
@@ -193,7 +210,7 @@ def train(
             emit(Saved(done, saved_at))
         return saved_at
 
-    pending: tuple[int, int, dict] | None = None
+    pending: tuple[int, int, list[dict]] | None = None
     while done < steps:
         if should_stop is not None and should_stop():
             if pending:
@@ -203,11 +220,16 @@ def train(
             done,
             min(steps, *(_next(done, every) for every in (log_every, validate_every, checkpoint_every))),
         )
-        state, out = chunk(state, sample, jnp.int32(done))
+        outs: list[dict] = []
+        for source, until in calls(start, done):
+            state, out = chunk(state, source, jnp.int32(until))
+            outs.append(out)
+            if len(outs) > _QUEUED:
+                jax.block_until_ready(outs[-1 - _QUEUED])
         # The device has its next chunk before the host reads the last one: it never waits.
         if pending:
             read(*pending)
-        pending = start, done, out
+        pending = start, done, outs
         validate_now = validation is not None and (done % validate_every == 0 or done == steps)
         save_now = folder is not None and (done % checkpoint_every == 0 or done == steps)
         if not (validate_now or save_now or done == steps):
@@ -235,6 +257,28 @@ def train(
     return state if best is None else state._replace(params=best.params)
 
 
+def _first_source(tasks: TaskDistribution | TaskStream, devices: sharding.Devices) -> Source:
+    """What the compiled chunk draws from: a sampler, or the tasks of one meta-step."""
+    if isinstance(tasks, TaskStream):
+        return sharding.share(tasks.at(0), devices)
+    return sharding.replicate(sharding.as_argument(tasks.sample), devices)
+
+
+def _calls(
+    tasks: TaskDistribution | TaskStream, source: Source, devices: sharding.Devices, done: int
+) -> Callable[[int, int], Iterable[tuple[Source, int]]]:
+    """`(start, until) -> (source, until) of each call of the chunk`, for a run that starts at `done`.
+
+    From memory one call, whose meta-steps draw for themselves; from a stream one a meta-step.
+    """
+    if isinstance(tasks, TaskDistribution):
+        return lambda start, until: [(source, until)]
+    batches = stream_batches(tasks, done)
+    return lambda start, until: (
+        (sharding.share(next(batches), devices), step + 1) for step in range(start, until)
+    )
+
+
 def _chunk(step: Callable) -> Callable:
     """Meta-steps until a given one, or until one that is not finite, as one compiled loop.
 
@@ -243,12 +287,10 @@ def _chunk(step: Callable) -> Callable:
     the same bits.
     """
 
-    def chunk(
-        state: TrainState, sample: Callable[[Key], Task], until: Array
-    ) -> tuple[TrainState, dict[str, PyTree]]:
+    def chunk(state: TrainState, source: Source, until: Array) -> tuple[TrainState, dict[str, PyTree]]:
         start = state.step
         zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, sample)[1]
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, source)[1]
         )
 
         def going(carry: tuple) -> Array:
@@ -257,7 +299,7 @@ def _chunk(step: Callable) -> Callable:
 
         def body(carry: tuple) -> tuple:
             state, totals, _ = carry
-            state, metrics = step(state, sample)
+            state, metrics = step(state, source)
             return state, jax.tree.map(jnp.add, totals, metrics), _all_finite((metrics["loss"], state.params))
 
         state, totals, finite = jax.lax.while_loop(going, body, (state, zeros, jnp.bool_(True)))

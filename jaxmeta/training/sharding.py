@@ -1,7 +1,7 @@
 """Which devices share the tasks of a meta-batch, and how.
 
 Tasks are the only axis that is split: parameters, optimizer state and task data are
-replicated, and each device draws its own tasks from its own keys.
+replicated, and each device draws its own tasks from its own keys, or is handed its share.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmeta.core import PyTree
+from jaxmeta.core import PyTree, Task
 
 AXIS = "tasks"
 
@@ -40,21 +40,23 @@ def task_devices(tasks: int, devices: Sequence[jax.Device] | None = None) -> Dev
 
 
 def over_tasks(function: Callable, devices: Devices, *, out: PartitionSpec) -> Callable:
-    """`function` run by every device on its replica of the arguments; itself for one device.
+    """`function` run by every device on its share of a batch of tasks and its replica of the rest.
 
-    Inside, `device_index` tells the devices apart.
+    Itself for one device. An argument that is a `Task` is a batch of tasks. Inside, `device_index`
+    tells the devices apart.
     """
     if len(devices) == 1:
         return function
-    # check_vma=False: with it, a learner's own scan would have to mark its carries as varying
-    # over devices, and grad would insert a psum per task where one per meta-step is enough.
-    return jax.shard_map(
-        function,
-        mesh=_mesh(devices),
-        in_specs=PartitionSpec(),
-        out_specs=out,
-        check_vma=False,
-    )
+
+    def shared(*arguments):
+        specs = tuple(PartitionSpec(AXIS) if isinstance(a, Task) else PartitionSpec() for a in arguments)
+        # check_vma=False: with it, a learner's own scan would have to mark its carries as varying
+        # over devices, and grad would insert a psum per task where one per meta-step is enough.
+        return jax.shard_map(function, mesh=_mesh(devices), in_specs=specs, out_specs=out, check_vma=False)(
+            *arguments
+        )
+
+    return shared
 
 
 def device_index(devices: Devices) -> jax.Array | int:
@@ -77,6 +79,13 @@ def replicate(tree: PyTree, devices: Devices) -> PyTree:
     if len(devices) == 1:
         return jax.device_put(tree, devices[0])
     return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec()))
+
+
+def share(tasks: Task, devices: Devices) -> Task:
+    """A batch of tasks with each device's share on it."""
+    if len(devices) == 1:
+        return jax.device_put(tasks, devices[0])
+    return jax.device_put(tasks, NamedSharding(_mesh(devices), PartitionSpec(AXIS)))
 
 
 def as_argument(sample: Callable) -> Callable:

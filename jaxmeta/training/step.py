@@ -1,6 +1,7 @@
 """One meta-step: draw tasks, average the gradient of `learner.loss` over them, update."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.core import Key, Learner, Params, PyTree, Task, TaskDistribution
+from jaxmeta.core import Key, Learner, Params, PyTree, Task, TaskDistribution, TaskStream, episode_keys
 from jaxmeta.training import sharding
 
 Strategy = str | int
@@ -38,7 +39,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    learner: Learner, optimizer: optax.GradientTransformation, tasks: TaskDistribution, key: Key
+    learner: Learner, optimizer: optax.GradientTransformation, tasks: TaskDistribution | TaskStream, key: Key
 ) -> TrainState:
     """State before the first meta-step.
 
@@ -61,7 +62,7 @@ def init_state(
     def loss(params: Params, sample: Callable[[Key], Task], key: Key) -> tuple[Array, Any]:
         return learner.loss(params, sample(key), key, step=jnp.zeros((), jnp.int32))
 
-    sample = sharding.as_argument(tasks.sample)
+    sample = sample_of(tasks)
     params, _ = jax.eval_shape(init, sample, key)
     value, _ = jax.eval_shape(loss, params, sample, key)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -74,6 +75,18 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
 
 
+def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:
+    """The sampler of `tasks` as a pytree; for a stream one that gives its very first task."""
+    if isinstance(tasks, TaskStream):
+        return jax.tree_util.Partial(lambda task, key: task, jax.tree.map(lambda leaf: leaf[0], tasks.at(0)))
+    return sharding.as_argument(tasks.sample)
+
+
+def stream_batches(stream: TaskStream, start: int) -> Iterator[Task]:
+    """The batches of a stream from `start` on, read ahead where it can."""
+    return map(stream.at, itertools.count(start)) if stream.batches is None else stream.batches(start)
+
+
 def meta_step(
     learner: Learner,
     optimizer: optax.GradientTransformation,
@@ -81,7 +94,7 @@ def meta_step(
     strategy: Strategy = "auto",
     *,
     devices: Sequence[jax.Device] | None = None,
-) -> Callable[[TrainState, Callable[[Key], Task]], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+) -> Callable[[TrainState, Callable[[Key], Task] | Task], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One meta-step as a pure function, to be compiled by the caller.
 
     φ ← update(φ, 1/B Σ_i ∇_φ loss(φ, task_i)), with task_i drawn on the device from the key
@@ -99,7 +112,8 @@ def meta_step(
       devices: that share the tasks; None for as many local ones as divide `meta_batch`.
 
     Returns:
-      `step(state, tasks.sample) -> (state, metrics)`. `metrics` has "loss", the mean of the
+      `step(state, tasks.sample) -> (state, metrics)`, or `step(state, stream.at(i))` with a batch of
+      `meta_batch` tasks. `metrics` has "loss", the mean of the
       learner's loss, and the mean of each of the learner's own metrics over all tasks (which
       replaces "loss" where the learner reports one by that name).
 
@@ -130,17 +144,16 @@ def meta_step(
         return jax.grad(total, has_aux=True)(params)
 
     def step(
-        state: TrainState, sample: Callable[[Key], Task]
+        state: TrainState, source: Callable[[Key], Task] | Task
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        step_key = jax.random.fold_in(state.key, state.step)
         first = sharding.device_index(devices) * own
-        keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(step_key, index)))(
-            first + jnp.arange(own)
-        )
+        keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(own))
         # All tasks are drawn before the scan over them: drawn inside it, many tiny operations
         # per task made the sinusoid's meta-step twice as long. What grows with the number of
         # tasks is then their examples only, not their activations.
-        tasks = jax.vmap(sample)(keys[:, 0])
+        tasks = source if isinstance(source, Task) else jax.vmap(source)(keys[:, 0])
+        if (given := tasks.query.y.shape[0]) != own:
+            raise ValueError(f"tasks: got a batch of {given * len(devices)}, and meta_batch is {meta_batch}")
         if at_once == own:
             sums = gradient(state.params, state.step, tasks, keys[:, 1])
         else:

@@ -1,0 +1,107 @@
+"""Times training from a stream of records on disk beside training from the device's memory.
+
+    python benchmarks/streaming.py [--images N] [--steps N] [--rounds R] [--workers W] [--json FILE]
+
+Both are `jm.train` on the same prepared images, mini-ImageNet's shapes: second-order MAML, 5-way 1-shot,
+15 queries, Conv4-32, 5 inner steps, 4 tasks of 84×84×3. They take turns, round after round; the rate is
+that of the steps without compilation (`Progress.steps_per_second`), the ratio the median over rounds. The
+time to read one batch, by itself, tells how far the stream is from being what bounds the training.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from machine import cores, describe_machine
+
+import jaxmeta as jm
+from jaxmeta.tasks.prepared import prepare
+
+CLASSES, SHAPE = 64, (84, 84, 3)
+PROTOCOL = {"ways": 5, "shots": 1, "queries": 15}
+META_BATCH = 4
+
+
+def make_images(count: int) -> jm.tasks.Prepared:
+    """As many classes as mini-ImageNet's training part, of `count` images of noise each."""
+    rng = np.random.default_rng(0)
+    images = (
+        (f"class{i:02d}", rng.integers(0, 256, SHAPE, np.uint8)) for i in range(CLASSES) for _ in range(count)
+    )
+    return prepare("noise", str(count), SHAPE, images, expected=CLASSES * count)
+
+
+def rate_of(tasks, steps: int, key) -> float:
+    """Meta-steps per second of `jm.train`, its last `steps` steps alone."""
+    rates = []
+    learner = jm.maml(jm.nn.Conv4(ways=5, filters=32), inner_optimizer=optax.sgd(0.05), steps=5)
+    jm.train(
+        learner,
+        tasks,
+        optax.adam(1e-3),
+        steps=steps + 2,
+        meta_batch=META_BATCH,
+        key=key,
+        log_every=2,
+        report=lambda event: rates.append(event.steps_per_second),
+    )
+    # The first report has the first, cold steps in it.
+    return statistics.harmonic_mean(rates[1:])
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images", type=int, default=100, help="of each of the 64 classes (mini-ImageNet: 600)"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="meta-steps in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: threads")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_num_cpu_devices", min(cores(), META_BATCH))
+
+    key = jax.random.key(0)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["JAXMETA_CACHE"] = cache
+        images = make_images(args.images)
+        memory = jm.tasks.from_prepared(images, **PROTOCOL)
+        stream = jm.tasks.stream(images, key=key, meta_batch=META_BATCH, workers=args.workers, **PROTOCOL)
+        rounds = []
+        for _ in range(args.rounds):
+            rates = {"memory": rate_of(memory, args.steps, key), "stream": rate_of(stream, args.steps, key)}
+            rounds.append(rates)
+            print("  ".join(f"{name} {rate:.3f} steps/s" for name, rate in rates.items()), flush=True)
+        started = time.perf_counter()
+        count = 50
+        for tasks in islice(stream.batches(0), count):
+            jax.block_until_ready(tasks)
+        batch_s = (time.perf_counter() - started) / count
+
+    ratio = statistics.median(r["stream"] / r["memory"] for r in rounds)
+    result = {
+        "machine": describe_machine(jax.local_devices()),
+        "images": CLASSES * args.images,
+        "workers": args.workers,
+        "steps": args.steps,
+        "rounds": rounds,
+        "stream / memory": ratio,
+        "batch_ms": 1e3 * batch_s,
+    }
+    print(f"stream / memory: {ratio:.3f}; reading alone takes {1e3 * batch_s:.1f} ms a batch")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

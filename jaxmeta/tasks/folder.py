@@ -1,0 +1,205 @@
+"""One's own images: a folder with one subfolder a class."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxmeta.core import TaskDistribution
+from jaxmeta.tasks.cache import cache_folder, written_whole
+from jaxmeta.tasks.images import UnreadableImage, class_files, decode, header
+from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
+from jaxmeta.tasks.splits import ClassSplit
+
+_LARGEST_DEFAULT = 84
+_NAMED = 5
+
+
+def prepare_folder(
+    path: str | os.PathLike,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    skip_unreadable: bool = False,
+) -> Prepared:
+    """The images of a folder with one subfolder a class, decoded once and kept in the cache.
+
+    Files are taken and decoded by the rules of `class_files` and `decode`: what is hidden, is no image by
+    its name, or does not lie directly in a class's folder is not taken; images are squeezed to squares.
+    They are prepared anew when a file is added, removed or changed (by its size and time).
+
+    Args:
+      path: the folder.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
+      skip_unreadable: leave out, with a warning, what cannot be decoded.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
+      ValueError: no classes, a class without images, images that cannot be decoded, a size or number of
+        channels that cannot be.
+    """
+    folder = Path(path).expanduser().resolve()
+    files = class_files(folder)
+    return prepare_files(
+        f"folder:{folder.name}", folder, files, size=size, channels=channels, skip_unreadable=skip_unreadable
+    )
+
+
+def prepare_files(
+    name: str,
+    folder: Path,
+    files: Mapping[str, Sequence[Path]],
+    *,
+    size: int | None,
+    channels: int | None,
+    skip_unreadable: bool = False,
+    argument: str = "path",
+) -> Prepared:
+    """The named images of a folder, decoded once and kept in the cache; `prepare_folder` names all.
+
+    Args:
+      name: of the source, for the protocol card.
+      folder: that the files are of.
+      files: by class, sorted; no class is without.
+      size, channels, skip_unreadable: see `prepare_folder`.
+      argument: that named the folder, for the messages.
+    """
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
+        raise ValueError(f"size must be a positive integer or None, got {size!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+    named = {f"{of}/{file.name}": file for of, some in files.items() for file in some}
+    digest = hashlib.sha256(f"{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape"))
+    for file_name, file in named.items():
+        stat = file.stat()
+        line = f"\n{file_name}\n{stat.st_size},{stat.st_mtime_ns}"
+        digest.update(line.encode(errors="surrogateescape"))
+    fingerprint = digest.hexdigest()
+    where = (argument, folder)
+
+    # What the headers said and what was left out, so that a second call opens no image at all.
+    findings = cache_folder() / "prepared" / f"folder-{fingerprint[:32]}.json"
+    unreadable: list[str] = []
+    if findings.is_file():
+        found = json.loads(findings.read_text(encoding="utf-8"))
+        shape, unreadable = tuple(found["shape"]), found["unreadable"]
+    else:
+        shape = _shape(where, named, size, channels, skip_unreadable)
+
+    def images() -> Iterator[tuple[str, np.ndarray]]:
+        unreadable.clear()
+        for class_name, some in files.items():
+            left = len(some)
+            for file in some:
+                try:
+                    image = decode(file, f"{class_name}/{file.name}", channels=shape[2], size=shape[0])
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+                    left -= 1
+                else:
+                    yield class_name, image
+            if skip_unreadable and not left:
+                raise ValueError(
+                    f"{argument}: of the class {class_name!r} in {folder} no image can be read, such as "
+                    f"{unreadable[-1]}"
+                )
+        if not skip_unreadable:
+            _refuse(unreadable, where, len(named))
+        with written_whole(findings) as temporary:
+            temporary.write_text(json.dumps({"shape": shape, "unreadable": unreadable}), encoding="utf-8")
+
+    prepared = prepare(name, fingerprint, shape, images(), expected=len(named))
+    if unreadable:
+        warnings.warn(
+            f"{prepared.name}: {len(unreadable)} of {len(named)} images are left out: {_some(unreadable)}",
+            stacklevel=3,
+        )
+    return prepared
+
+
+def from_folder(
+    path: str | os.PathLike,
+    split: str = "train",
+    *,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 1,
+    queries: int = 1,
+    size: int | None = None,
+    channels: int | None = None,
+    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
+    seed: int = 0,
+    rotations: str = "none",
+    skip_unreadable: bool = False,
+) -> TaskDistribution:
+    """Few-shot tasks from a folder of one's own images, one subfolder a class.
+
+    Images are `(size, size, channels)` float32 in [0, 1]; those of the chosen part are held on the device.
+
+    Args:
+      path, size, channels, skip_unreadable: see `prepare_folder`.
+      split: "train", "validation" or "test".
+      ways, shots, queries, rotations: see `from_arrays`.
+      classes: the class split by the subfolders' names; or the fractions of train, validation and test
+        for a random split by `seed`; or None to draw from every class, whatever `split` says.
+      seed: of the random class split; episodes depend on the key given to `sample` alone.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
+      ValueError: images that cannot be used, see `prepare_folder`; too few classes, or a class with too
+        few images, for the episodes.
+
+    Examples:
+      >>> tasks = from_folder("birds", "test", ways=5, shots=1, size=84)  # doctest: +SKIP
+      >>> tasks.sample(jax.random.key(0)).support.x.shape  # doctest: +SKIP
+      (5, 84, 84, 3)
+    """
+    return from_prepared(
+        prepare_folder(path, size=size, channels=channels, skip_unreadable=skip_unreadable),
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        split=split,
+        classes=classes,
+        seed=seed,
+        rotations=rotations,
+    )
+
+
+def _shape(
+    where: tuple[str, Path],
+    named: dict[str, Path],
+    size: int | None,
+    channels: int | None,
+    skip_unreadable: bool,
+) -> tuple[int, int, int]:
+    """The shape all images are to get, by their headers."""
+    headers, unreadable = [], []
+    for name, file in named.items():
+        try:
+            headers.append(header(file, name))
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+    if not skip_unreadable:
+        _refuse(unreadable, where, len(named))
+    side = size or min([_LARGEST_DEFAULT, *(one.shorter_side for one in headers)])
+    colour = channels or (3 if any(one.in_colour for one in headers) else 1)
+    return int(side), int(side), int(colour)
+
+
+def _refuse(unreadable: list[str], where: tuple[str, Path], total: int) -> None:
+    if unreadable:
+        argument, folder = where
+        raise ValueError(
+            f"{argument}: {len(unreadable)} of {total} images in {folder} cannot be used: "
+            f"{_some(unreadable)}; mend or remove them"
+            + (", or leave them out with skip_unreadable=True" * (argument == "path"))
+        )
+
+
+def _some(messages: list[str]) -> str:
+    return "; ".join(messages[:_NAMED]) + ("; …" if len(messages) > _NAMED else "")

@@ -1,0 +1,350 @@
+"""The published class splits of CIFAR-FS, mini-ImageNet and CUB, and tasks from one's own copies of them."""
+
+import csv
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxmeta.core import TaskDistribution
+from jaxmeta.tasks.folder import prepare_files
+from jaxmeta.tasks.images import class_files, image_files
+from jaxmeta.tasks.prepared import SplitImages, from_prepared
+from jaxmeta.tasks.splits import ClassSplit, check_part
+from jaxmeta.tasks.tfds import prepare_tfds
+
+_EACH = 600  # images of every class of mini-ImageNet
+_LISTS = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}
+
+_CIFAR_FS = {
+    "train": """
+        apple aquarium_fish bear bee bottle bowl boy bridge bus can castle caterpillar chair clock cloud
+        cockroach couch cup dinosaur dolphin elephant forest girl hamster house kangaroo keyboard
+        lawn_mower lion lizard lobster mountain mouse mushroom oak_tree orange orchid palm_tree pear
+        pine_tree plate porcupine possum rabbit raccoon ray road seal shrew skunk skyscraper snake spider
+        squirrel streetcar sunflower tank tiger train trout tulip turtle willow_tree wolf
+    """,
+    "validation": """
+        beaver otter flatfish shark lamp television beetle butterfly sea camel cattle crab crocodile
+        maple_tree motorcycle tractor
+    """,
+    "test": """
+        whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain chimpanzee fox snail worm
+        baby man woman bicycle pickup_truck rocket
+    """,
+}
+
+_MINI_IMAGENET = {
+    "train": """
+        n01532829 n01558993 n01704323 n01749939 n01770081 n01843383 n01910747 n02074367 n02089867
+        n02091831 n02101006 n02105505 n02108089 n02108551 n02108915 n02111277 n02113712 n02120079
+        n02165456 n02457408 n02606052 n02687172 n02747177 n02795169 n02823428 n02966193 n03017168
+        n03047690 n03062245 n03207743 n03220513 n03337140 n03347037 n03400231 n03476684 n03527444
+        n03676483 n03838899 n03854065 n03888605 n03908618 n03924679 n03998194 n04067472 n04243546
+        n04251144 n04258138 n04275548 n04296562 n04389033 n04435653 n04443257 n04509417 n04515003
+        n04596742 n04604644 n04612504 n06794110 n07584110 n07697537 n07747607 n09246464 n13054560
+        n13133613
+    """,
+    "validation": """
+        n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370
+        n03417042 n03535780 n03584254 n03770439 n03773504 n03980874 n09256479
+    """,
+    "test": """
+        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484
+        n02871525 n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357
+        n04522168 n07613480
+    """,
+}
+
+
+def cifar_fs_split() -> ClassSplit:
+    """CIFAR-FS: 64, 16 and 20 of CIFAR-100's fine classes.
+
+    Examples:
+      >>> cifar_fs_split().sizes
+      (64, 16, 20)
+
+    References:
+      Bertinetto, Henriques, Torr, Vedaldi 2019, arXiv 1805.08136.
+    """
+    return ClassSplit(**{part: tuple(names.split()) for part, names in _CIFAR_FS.items()})
+
+
+def mini_imagenet_split() -> ClassSplit:
+    """mini-ImageNet: 64, 16 and 20 classes of ILSVRC-2012 by their WordNet ids.
+
+    The lists of Ravi and Larochelle, which all later work uses; Vinyals' own were others.
+
+    Examples:
+      >>> mini_imagenet_split().sizes
+      (64, 16, 20)
+
+    References:
+      Ravi, Larochelle 2017, https://openreview.net/forum?id=rJY0-Kcll.
+    """
+    return ClassSplit(**{part: tuple(names.split()) for part, names in _MINI_IMAGENET.items()})
+
+
+def cub_split(folders: Iterable[str]) -> ClassSplit:
+    """CUB-200-2011: of the class folders in order, every second for training, the others in turn.
+
+    Args:
+      folders: names of the 200 class folders, "001.Black_footed_Albatross" and so on, in any order.
+
+    Raises:
+      ValueError: they are not the 200.
+
+    Examples:
+      >>> split = cub_split(f"{number:03d}.Bird" for number in range(1, 201))
+      >>> split.sizes, split.train[:2], split.validation[:2], split.test[:1]
+      ((100, 50, 50), ('001.Bird', '003.Bird'), ('002.Bird', '006.Bird'), ('004.Bird',))
+
+    References:
+      Chen, Liu, Kira, Wang, Huang 2019, arXiv 1904.04232 (their write_CUB_filelist.py).
+    """
+    names = sorted(folders)
+    numbers = [f"{number:03d}" for number in range(1, 201)]
+    found = [name.partition(".")[0] for name in names]
+    if found != numbers:
+        missing = sorted(set(numbers) - set(found))
+        raise ValueError(
+            "folders must be CUB-200-2011's 200 class folders, '001.Black_footed_Albatross' to "
+            f"'200.Common_Yellowthroat', got {len(names)}"
+            + (f"; missing are the numbers {_some(missing)}" if missing else "")
+        )
+    return ClassSplit(tuple(names[0::2]), tuple(names[1::4]), tuple(names[3::4]))
+
+
+def cifar_fs(
+    split: str = "train",
+    *,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 1,
+    queries: int = 15,
+    data: str | os.PathLike | None = None,
+) -> TaskDistribution:
+    """CIFAR-FS tasks: CIFAR-100, its 600 images of every class, by the published class split.
+
+    Images are `(32, 32, 3)` float32 in [0, 1].
+
+    Args:
+      split: "train", "validation" or "test".
+      ways, shots, queries: see `from_arrays`.
+      data: folder where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
+
+    Raises:
+      ValueError, OSError: see `prepare_tfds`. To prepare CIFAR-100, it needs TensorFlow.
+
+    Examples:
+      >>> tasks = cifar_fs("test", ways=5, shots=5)  # doctest: +SKIP
+      >>> tasks.card.classes  # doctest: +SKIP
+      20
+
+    References:
+      Bertinetto, Henriques, Torr, Vedaldi 2019, arXiv 1805.08136.
+    """
+    check_part(split)
+    prepared, classes, protocol = cifar_fs_images(data)
+    return from_prepared(
+        prepared,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        split=split,
+        classes=classes,
+        protocol=protocol,
+    )
+
+
+def mini_imagenet(
+    split: str = "train",
+    *,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 1,
+    queries: int = 15,
+    data: str | os.PathLike,
+    size: int = 84,
+) -> TaskDistribution:
+    """mini-ImageNet tasks from one's own copy, by the class split of Ravi and Larochelle.
+
+    Images are `(size, size, 3)` float32 in [0, 1]. Only the 100 classes are read. Of an ImageNet copy
+    the first 600 images of each by name are taken, and the card's protocol says so: which images were
+    published only the csv lists tell.
+
+    Args:
+      split: "train", "validation" or "test".
+      ways, shots, queries: see `from_arrays`.
+      data: a folder with images/ and train.csv, val.csv, test.csv (columns filename, label); or one with
+        class folders named by WordNet id: the 100, or ImageNet's in it, in its folder train or in
+        ILSVRC/Data/CLS-LOC/train.
+      size: side of the images in pixels.
+
+    Raises:
+      FileNotFoundError: `data` is no folder, or has a folder images without the three lists.
+      ValueError: classes or images are missing, or cannot be decoded.
+
+    Examples:
+      >>> tasks = mini_imagenet("test", ways=5, shots=5, data="imagenet")  # doctest: +SKIP
+      >>> tasks.card.classes  # doctest: +SKIP
+      20
+
+    References:
+      Ravi, Larochelle 2017, https://openreview.net/forum?id=rJY0-Kcll.
+    """
+    check_part(split)
+    prepared, classes, protocol = mini_imagenet_images(data, size)
+    return from_prepared(
+        prepared,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        split=split,
+        classes=classes,
+        protocol=protocol,
+    )
+
+
+def cub(
+    split: str = "train",
+    *,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 1,
+    queries: int = 15,
+    data: str | os.PathLike,
+    size: int = 84,
+) -> TaskDistribution:
+    """CUB-200-2011 tasks from one's own copy, by the class split of `cub_split`.
+
+    Images are `(size, size, 3)` float32 in [0, 1], whole, without the bounding boxes.
+
+    Args:
+      split: "train", "validation" or "test".
+      ways, shots, queries: see `from_arrays`.
+      data: the folder CUB_200_2011, or its folder images.
+      size: side of the images in pixels.
+
+    Raises:
+      FileNotFoundError: `data` is no folder.
+      ValueError: classes are missing, or images cannot be decoded.
+
+    Examples:
+      >>> tasks = cub("test", ways=5, shots=5, data="CUB_200_2011")  # doctest: +SKIP
+      >>> tasks.card.classes  # doctest: +SKIP
+      50
+
+    References:
+      Wah, Branson, Welinder, Perona, Belongie 2011, Caltech CNS-TR-2011-001; Chen, Liu, Kira, Wang,
+      Huang 2019, arXiv 1904.04232.
+    """
+    check_part(split)
+    prepared, classes, protocol = cub_images(data, size)
+    return from_prepared(
+        prepared,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        split=split,
+        classes=classes,
+        protocol=protocol,
+    )
+
+
+def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
+    """What `cifar_fs` draws from."""
+    prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data_dir=data)
+    return SplitImages(
+        dataclasses.replace(prepared, name="cifar_fs"),
+        cifar_fs_split(),
+        "CIFAR-FS (Bertinetto et al. 2019): CIFAR-100's training and test images, 64/16/20 classes",
+    )
+
+
+def mini_imagenet_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
+    """What `mini_imagenet` draws from."""
+    folder = _folder(data)
+    files = _listed_files(folder) if (folder / "images").is_dir() else _imagenet_files(folder)
+    protocol = "mini-ImageNet, class split of Ravi & Larochelle 2017"
+    if any(len(some) > _EACH for some in files.values()):
+        files = {name: some[:_EACH] for name, some in files.items()}
+        protocol += (
+            f"; the first {_EACH} images of each class by name: not the published choice of images, which "
+            "only the csv lists tell"
+        )
+    prepared = prepare_files("mini_imagenet", folder, files, size=size, channels=3, argument="data")
+    return SplitImages(prepared, mini_imagenet_split(), protocol)
+
+
+def cub_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
+    """What `cub` draws from."""
+    folder = _folder(data)
+    if (folder / "images").is_dir():
+        folder = folder / "images"
+    files = class_files(folder, "data")
+    try:
+        classes = cub_split(files)
+    except ValueError as error:
+        raise ValueError(f"data: {folder}: {error}") from error
+    return SplitImages(
+        prepare_files("cub", folder, files, size=size, channels=3, argument="data"),
+        classes,
+        "CUB-200-2011, class split of Chen et al. 2019 (A Closer Look at Few-shot Classification)",
+    )
+
+
+def _folder(data: str | os.PathLike) -> Path:
+    folder = Path(data).expanduser().resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: {folder} is no folder")
+    return folder
+
+
+def _imagenet_files(data: Path) -> dict[str, list[Path]]:
+    """The images of mini-ImageNet's classes by class folders."""
+    split = mini_imagenet_split()
+    names = sorted(split.train + split.validation + split.test)
+    roots = (data, data / "train", data / "ILSVRC" / "Data" / "CLS-LOC" / "train")
+    root = max(roots, key=lambda root: sum((root / name).is_dir() for name in names))
+    missing = [name for name in names if not (root / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"data: {data} holds no images with train.csv, val.csv and test.csv, and of mini-ImageNet's 100 "
+            f"class folders it lacks {len(missing)} (in it, in train, in ILSVRC/Data/CLS-LOC/train): "
+            f"{_some(missing)}"
+        )
+    files = {name: image_files(root / name) for name in names}
+    empty = [name for name in names if not files[name]]
+    if empty:
+        raise ValueError(f"data: {len(empty)} class folders in {root} hold no images: {_some(empty)}")
+    return files
+
+
+def _listed_files(data: Path) -> dict[str, list[Path]]:
+    """The images of mini-ImageNet's classes by the three csv lists."""
+    split = mini_imagenet_split()
+    there = {path.name for path in (data / "images").iterdir()}
+    files: dict[str, list[Path]] = {}
+    for part, name in _LISTS.items():
+        path = data / name
+        if not path.is_file():
+            raise FileNotFoundError(f"data: {data} has a folder images, but no {name} that lists its images")
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not {"filename", "label"} <= rows[0].keys():
+            raise ValueError(f"data: {path} must have rows with the columns filename and label")
+        if wrong := {row["label"] for row in rows} ^ set(split.part(part)):
+            raise ValueError(
+                f"data: {path} does not list the {part} classes of Ravi & Larochelle; too many or missing "
+                f"are {_some(wrong)}"
+            )
+        if len({row["filename"] for row in rows}) < len(rows):
+            raise ValueError(f"data: {path} lists images twice")
+        if absent := {row["filename"] for row in rows} - there:
+            raise ValueError(f"data: {len(absent)} images of {path} are not in images: {_some(absent)}")
+        for row in rows:
+            files.setdefault(row["label"], []).append(data / "images" / row["filename"])
+    return {name: sorted(files[name]) for name in sorted(files)}
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

@@ -1,0 +1,168 @@
+"""Episodes from data larger than the device: planned by their keys, read ahead by Grain."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from jaxmeta.core import Key, Task, TaskStream, episode_keys
+from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task
+from jaxmeta.tasks.prepared import Prepared
+from jaxmeta.tasks.splits import ClassSplit, split_classes
+
+# Steps are int32 keys of episodes, so that a stream has an end that nobody reaches.
+_END = 2**31 - 1
+
+
+def stream(
+    prepared: Prepared,
+    *,
+    key: Key,
+    meta_batch: int,
+    ways: int | tuple[int, int],
+    shots: int | tuple[int, int],
+    queries: int = 1,
+    split: str = "train",
+    classes: ClassSplit | Sequence[float] | None = None,
+    seed: int = 0,
+    rotations: str = "none",
+    protocol: str = "",
+    for_evaluation: bool = False,
+    workers: int = 0,
+    ahead: int = 4,
+    process: tuple[int, int] | None = None,
+) -> TaskStream:
+    """Few-shot tasks drawn from records on disk, for data that do not fit on the device.
+
+    The episodes are those that `from_prepared` draws from memory: `jm.train` with the same `key`
+    sees the same tasks from both. The keys tell which images a step needs; they are read and
+    assembled while the device computes earlier steps.
+
+    Args:
+      prepared: the images, from `prepare_folder` or `prepare_tfds`.
+      key: of the run (the `key` of `jm.train`).
+      meta_batch: tasks per meta-step, of all processes together.
+      ways, shots, queries, split, classes, seed, rotations, protocol: see `from_arrays`.
+      for_evaluation: number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
+      workers: processes that read; 0 reads in threads, which is enough for records of this form.
+        Processes are started anew, so that a script needs `if __name__ == "__main__":`.
+      ahead: batches to have ready, per worker.
+      process: (index, count) of this process among those that share every batch; None for JAX's.
+
+    Raises:
+      ValueError: see `from_arrays`; a `meta_batch` that the processes cannot share evenly.
+
+    Examples:
+      >>> images = jm.tasks.prepare_folder("photos", size=84)  # doctest: +SKIP
+      >>> tasks = jm.tasks.stream(images, key=key, meta_batch=4, ways=5, shots=1)  # doctest: +SKIP
+      >>> state = jm.train(learner, tasks, optimizer, steps=1000, key=key, meta_batch=4)  # doctest: +SKIP
+    """
+    shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
+    parts, protocol = split_classes(prepared.classes, classes, seed, split, protocol)
+    part = set(parts.part(split))
+    chosen = [index for index, name in enumerate(prepared.classes) if name in part]
+    sizes = np.array(prepared.sizes)[chosen]
+    card = shape.card_for(
+        [prepared.classes[index] for index in chosen], sizes, split, parts.hash, prepared.name, protocol
+    )
+    index, count = (jax.process_index(), jax.process_count()) if process is None else process
+    if meta_batch < 1 or meta_batch % count or not 0 <= index < count:
+        raise ValueError(
+            f"meta_batch: got {meta_batch} tasks for process {index} of {count}; it must be at least 1 and "
+            "a multiple of the number of processes"
+        )
+    for name, value, least in (("workers", workers, 0), ("ahead", ahead, 1)):
+        if value < least:
+            raise ValueError(f"{name}: got {value}; it must be at least {least}")
+    own = meta_batch // count
+    reader = _Reader(
+        prepared, shape, prepared.offsets[chosen], sizes, key, meta_batch, index * own, own, for_evaluation
+    )
+
+    def assembled(read: tuple[Drawn, np.ndarray]) -> Task:
+        return _assemble(shape, *read)
+
+    def at(step: int) -> Task:
+        return assembled(reader(step))
+
+    def batches(start: int) -> Iterator[Task]:
+        import grain
+
+        options = grain.ReadOptions(num_threads=min(ahead, 4), prefetch_buffer_size=ahead)
+        data = grain.MapDataset.range(start, _END).map(reader).to_iter_dataset(options)
+        if workers:
+            _parse_flags()
+            data = data.mp_prefetch(
+                grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead), worker_init_fn=_on_cpu
+            )
+        return map(assembled, data)
+
+    return TaskStream(at, card, batches)
+
+
+class _Reader:
+    """`(step) -> which examples, and the examples as stored`; pickles, for worker processes."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        shape: EpisodeShape,
+        offsets: Int[np.ndarray, " classes"],
+        sizes: Int[np.ndarray, " classes"],
+        key: Key,
+        meta_batch: int,
+        first: int,
+        own: int,
+        for_evaluation: bool,
+    ):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        self.prepared, self.shape, self.for_evaluation = prepared, shape, for_evaluation
+        self.offsets, self.sizes = offsets.astype(np.int32), sizes.astype(np.int32)
+        self.key_impl = str(jax.random.key_impl(key)) if typed else None
+        self.key_data = np.asarray(jax.random.key_data(key) if typed else key)
+        self.meta_batch, self.first, self.own = meta_batch, first, own
+
+    def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
+        first = self.first + (step * self.meta_batch if self.for_evaluation else 0)
+        # The keys' arithmetic is the CPU's wherever training is: the host needs the result now.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            key = jnp.asarray(self.key_data)
+            if self.key_impl is not None:
+                key = jax.random.wrap_key_data(key, impl=self.key_impl)
+            fold = None if self.for_evaluation else jnp.uint32(step)
+            indices = first + jnp.arange(self.own)
+            drawn = jax.device_get(_plan(self.shape, self.offsets, self.sizes, key, fold, indices))
+        images = self.prepared.read(drawn.rows.reshape(-1))
+        return drawn, images.reshape(*drawn.rows.shape, -1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _plan(
+    shape: EpisodeShape, offsets: Array, sizes: Array, key: Key, fold: Array | None, indices: Array
+) -> Drawn:
+    keys = episode_keys(key if fold is None else jax.random.fold_in(key, fold), indices)[:, 0]
+    return jax.vmap(partial(draw_rows, shape, offsets, sizes))(keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _assemble(shape: EpisodeShape, drawn: Drawn, images: Array) -> Task:
+    shots = shape.shots[1]
+    return jax.vmap(lambda drawn, x: make_task(shape, drawn, x[:, :shots], x[:, shots:]))(drawn, images)
+
+
+def _on_cpu(worker: int, workers: int) -> Any:
+    """Before a worker's first use of JAX: accelerators belong to the process that trains."""
+    del worker, workers
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _parse_flags() -> None:
+    """Grain's worker processes read absl's flags, which only an absl program has parsed."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["jaxmeta"])

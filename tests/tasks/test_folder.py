@@ -1,0 +1,312 @@
+"""A folder of images: the episodes against PIL by hand, the cache, races, and what can be wrong."""
+
+import os
+import shutil
+import threading
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from jaxmeta.tasks import folder as module
+from jaxmeta.tasks.episodes import from_arrays
+from jaxmeta.tasks.folder import from_folder, prepare_folder
+from jaxmeta.tasks.prepared import from_prepared, prepare
+from jaxmeta.tasks.splits import ClassSplit
+
+CLASSES = ("ant", "bee", "cow", "doe", "elk", "fox")
+EACH = 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "prepared"
+
+
+def picture(number, width, height):
+    """Smooth, so that filters agree, and unlike any other number's."""
+    across, down = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
+    planes = [128 + 100 * np.sin(across + number), 128 + 100 * np.cos(down * number), 14 * number + 20 * down]
+    return Image.fromarray(np.dstack(planes).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six classes of three: PNG and JPEG, grey and colour, of several sizes; the smallest side is 9."""
+    for i, name in enumerate(CLASSES):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for j in range(EACH):
+            image = picture(EACH * i + j, 12 + 3 * i, 9 + 4 * j)
+            if j == 1:
+                image = image.convert("L")
+            image.save(tmp_path / "photos" / name / (f"{j}.JPG" if j == 2 else f"{j}.png"))
+    return tmp_path / "photos"
+
+
+def by_hand(photos, mode, size):
+    paths = sorted(path for path in photos.glob("*/*"))
+    images = [
+        np.asarray(Image.open(path).convert(mode).resize((size, size), Image.Resampling.LANCZOS)).reshape(
+            size, size, -1
+        )
+        for path in paths
+    ]
+    return np.stack(images), [path.parent.name for path in paths]
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def redraw(path, later):
+    """Another image of the same length, `later` nanoseconds younger."""
+    before = path.stat()
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path, "BMP")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + later))
+    assert path.stat().st_size == before.st_size
+
+
+def entries(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+# --- episodes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "mode", "size"), [(None, "RGB", None), (1, "L", 7)])
+def test_episodes_are_those_of_the_images_decoded_by_hand(photos, channels, mode, size):
+    protocol = {"ways": 2, "shots": 1, "queries": 2, "classes": (0.5, 0.25, 0.25), "seed": 3}
+    tasks = from_folder(photos, "train", size=size, channels=channels, **protocol)
+    expected = from_arrays(*by_hand(photos, mode, size or 9), **protocol, name="folder:photos")
+    assert tasks.card == expected.card
+    assert tasks.card.protocol == "random class split (0.5, 0.25, 0.25), seed 3"
+    found, wanted = (source.sample(jax.random.key(1)) for source in (tasks, expected))
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(mine.y, theirs.y)
+        # Pillow's own filter rounds between its passes.
+        np.testing.assert_allclose(mine.x, theirs.x, atol=1.01 / 255)
+
+
+def test_the_parts_of_a_named_split_are_kept_apart(photos):
+    split = ClassSplit(train=("ant", "cow", "fox"), validation=("bee",), test=("doe", "elk"))
+    images = prepare_folder(photos)
+    assert (images.name, images.classes, images.sizes, images.shape) == (
+        "folder:photos", CLASSES, (EACH,) * 6, (9, 9, 3)
+    )  # fmt: skip
+    tasks = from_folder(photos, "test", ways=2, queries=2, classes=split)
+    assert (tasks.card.classes, tasks.card.split_hash) == (2, split.hash)
+    support, query = tasks.sample(jax.random.key(0))
+    drawn = np.concatenate([support.x, query.x]).reshape(6, -1)
+    there = images.read(images.rows_of(split.test)).reshape(6, -1) / np.float32(255)
+    np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], there[np.lexsort(there.T)], atol=1e-6)
+    assert from_folder(photos, "validation", ways=6, classes=None).card.classes == 6
+
+
+@given(
+    sizes=st.lists(st.integers(3, 5), min_size=3, max_size=3),
+    ways=st.sampled_from([2, 3]),
+    shots=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=8, deadline=None)
+def test_prepared_images_give_the_episodes_of_arrays(sizes, ways, shots, seed):
+    """Each image tells its class and its place in it."""
+    names = ["a", "b", "c"]
+    told = [(c, i) for c, size in enumerate(sizes) for i in range(size)]
+    x = np.array(told, np.uint8).reshape(-1, 2, 1, 1)
+    y = [names[c] for c, _ in told]
+    images = prepare("told", f"{sizes}", (2, 1, 1), zip(y, x, strict=True), expected=len(y))
+    order = np.random.default_rng(seed).permutation(len(x))
+    np.testing.assert_array_equal(images.read(order), x[order])
+    assert [told[row][0] for row in images.rows_of(["c", "a"])] == [2] * sizes[2] + [0] * sizes[0]
+
+    protocol = {"ways": ways, "shots": shots, "queries": 1, "classes": None}
+    found = from_prepared(images, **protocol).sample(jax.random.key(seed))
+    expected = from_arrays(x, y, **protocol).sample(jax.random.key(seed))
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine.x, theirs.x)
+        np.testing.assert_array_equal(mine.y, theirs.y)
+    drawn = np.rint(np.concatenate([found.support.x, found.query.x])[:, :, 0, 0] * 255).astype(int)
+    assert len({tuple(row) for row in drawn.tolist()}) == ways * (shots + 1)
+    slots = np.concatenate([found.support.y, found.query.y])
+    assert len({(slot, c) for slot, c in zip(slots.tolist(), drawn[:, 0].tolist(), strict=True)}) == ways
+
+
+# --- the cache ------------------------------------------------------------------------------------------
+
+
+def test_the_second_call_opens_no_image(photos, monkeypatch):
+    damage(photos / "ant" / "0.png")
+    with pytest.warns(UserWarning, match="1 of 18 images are left out: ant/0.png"):
+        first = prepare_folder(photos, skip_unreadable=True)
+
+    def refuse(*_, **__):
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.warns(UserWarning, match="1 of 18 images are left out: ant/0.png"):
+        assert prepare_folder(photos, skip_unreadable=True) == first
+    with pytest.raises(ValueError, match=r"18 of 18 .*an image was opened"):
+        prepare_folder(photos)
+
+
+@pytest.mark.parametrize("change", ["content", "added", "removed", "settings", "elsewhere"])
+def test_what_has_changed_is_prepared_anew(photos, change):
+    file, settings = photos / "bee" / "1.png", {}
+    Image.open(file).save(file, "BMP")  # of the same length whatever it shows
+    first = prepare_folder(photos)
+    if change == "content":
+        redraw(file, 1)
+    elif change == "added":
+        shutil.copy(file, photos / "bee" / "3.png")
+    elif change == "removed":
+        file.unlink()
+    elif change == "settings":
+        settings = {"channels": 1}
+    else:
+        photos = shutil.copytree(photos, photos.parent / "others" / "photos")
+        redraw(photos / "bee" / "1.png", 0)
+    second = prepare_folder(photos, **settings)
+    assert second.folder != first.folder
+    with pytest.raises(AssertionError):
+        np.testing.assert_array_equal(second.read(range(len(second))), first.read(range(len(first))))
+
+
+def test_two_at_once(photos, cache, monkeypatch):
+    both = threading.Barrier(2, timeout=60)
+    waiting = threading.local()
+    decode = module.decode
+
+    def in_step(*arguments, **settings):
+        if not hasattr(waiting, "done"):
+            both.wait()
+            waiting.done = True
+        return decode(*arguments, **settings)
+
+    monkeypatch.setattr(module, "decode", in_step)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(prepare_folder(photos))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert len(results[0].read(range(18))) == 18
+    assert len(entries(cache)) == 2  # the images and what was found out about them; no half of anything
+
+
+def test_an_interruption_leaves_nothing(photos, cache, monkeypatch):
+    decode = module.decode
+
+    def interrupted(file, name, **settings):
+        if name == "cow/1.png":
+            raise KeyboardInterrupt
+        return decode(file, name, **settings)
+
+    monkeypatch.setattr(module, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(photos)
+    assert entries(cache) == []
+    monkeypatch.setattr(module, "decode", decode)
+    assert len(prepare_folder(photos)) == 18
+
+
+def test_damaged_records_are_noticed(photos):
+    images = prepare_folder(photos)
+    [records] = images.folder.glob("*.array_record")
+    whole = bytearray(records.read_bytes())
+    whole[1000] ^= 255
+    records.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"cannot be read .*remove its folder to prepare the images anew"):
+        images.read(range(18))
+
+
+def test_prepare_refuses_what_it_cannot_store(cache):
+    image = np.zeros((2, 2, 1), np.uint8)
+    for images, message in (
+        ([], "told: there are no images in it"),
+        ([("b", image), ("a", image)], "sorted by class, got 'a' after 'b'"),
+        ([("a", image), ("b", image[:1])], r"must be uint8 \(2, 2, 1\), got uint8 \(1, 2, 1\) in 'b'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare("told", "x", (2, 2, 1), images, expected=2)
+    assert entries(cache) == []
+
+
+# --- what can be wrong ----------------------------------------------------------------------------------
+
+
+def test_names_that_differ_in_case_only(photos):
+    try:
+        (photos / "Bee").mkdir()
+    except FileExistsError:
+        pytest.skip("the file system does not tell Bee from bee")
+    picture(40, 12, 12).save(photos / "Bee" / "0.png")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="'Bee' and 'bee' differ only in case; they are two classes"):
+            images = prepare_folder(photos)
+    assert images.classes == ("Bee", *CLASSES)
+    assert images.sizes == (1, *(EACH,) * 6)
+
+
+def test_unreadable_images(photos):
+    (photos / "ant" / "1.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"1 of 18 .*ant/1\.png: .*unknown format.*skip_unreadable=True"):
+        prepare_folder(photos)
+    (photos / "ant" / "1.png").unlink()
+    for name in CLASSES:  # whole headers, half the pixels
+        damage_at = photos / name / "2.JPG"
+        damage_at.write_bytes(damage_at.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=r"6 of 17 .*ant/2\.JPG: .*truncated.*elk/2\.JPG.*; …; mend"):
+        prepare_folder(photos)
+    with pytest.warns(UserWarning, match=r"folder:photos: 6 of 17 images are left out: ant/2\.JPG.*; …$"):
+        images = prepare_folder(photos, skip_unreadable=True)
+    assert images.sizes == (1, 2, 2, 2, 2, 2)
+    damage(photos / "ant" / "0.png")
+    with pytest.raises(ValueError, match=r"of the class 'ant' in .* no image can be read"):
+        prepare_folder(photos, skip_unreadable=True)
+
+
+def test_nothing_readable_at_all(photos):
+    for file in photos.glob("*/*"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image can be read"):
+        prepare_folder(photos, skip_unreadable=True)
+
+
+def test_too_few_images_or_classes(photos):
+    (photos / "doe" / "0.png").unlink()
+    (photos / "doe" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"1 \+ 1 = 2 examples are needed .*1 of 6: doe \(1\)"):
+        from_folder(photos, classes=None)
+    with pytest.raises(ValueError, match="ways=7 asks for more classes than split='test' has: 6"):
+        from_folder(photos, "test", ways=7, classes=None)
+    with pytest.raises(ValueError, match="no example of 1 classes of split='test': 'yak'"):
+        from_folder(photos, "test", ways=2, classes=ClassSplit(test=("yak", "ant")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "size must be a positive integer or None, got 0"),
+        ({"size": True}, "size must be .* got True"),
+        ({"channels": 2}, "channels must be 1, 3 or None, got 2"),
+    ],
+)
+def test_settings_that_cannot_be(photos, settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_folder(photos, **settings)
+
+
+def test_folders_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path: .*nowhere does not exist"):
+        from_folder(tmp_path / "nowhere")
+    (tmp_path / "loose").mkdir()
+    picture(1, 9, 9).save(tmp_path / "loose" / "1.png")
+    with pytest.raises(ValueError, match="no subfolders"):
+        from_folder(str(tmp_path / "loose"))

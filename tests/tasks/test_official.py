@@ -1,0 +1,231 @@
+"""The published splits against other tellings of them, and tasks from copies laid out as users have them."""
+
+import csv
+import io
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxmeta.tasks import official
+from jaxmeta.tasks.official import (
+    cifar_fs,
+    cifar_fs_split,
+    cub,
+    cub_split,
+    mini_imagenet,
+    mini_imagenet_split,
+)
+from jaxmeta.tasks.splits import PARTS
+
+# CIFAR-100's 20 superclasses of five, as its own page lists them (Krizhevsky 2009).
+TABLE = """
+    beaver dolphin otter seal whale                     aquarium_fish flatfish ray shark trout
+    orchid poppy rose sunflower tulip                   bottle bowl can cup plate
+    apple mushroom orange pear sweet_pepper             clock keyboard lamp telephone television
+    bed chair couch table wardrobe                      bee beetle butterfly caterpillar cockroach
+    bear leopard lion tiger wolf                        bridge castle house road skyscraper
+    cloud forest mountain plain sea                     camel cattle chimpanzee elephant kangaroo
+    fox porcupine possum raccoon skunk                  crab lobster snail spider worm
+    baby boy girl man woman                             crocodile dinosaur lizard snake turtle
+    hamster mouse rabbit shrew squirrel                 maple_tree oak_tree palm_tree pine_tree willow_tree
+    bicycle bus motorcycle pickup_truck train           lawn_mower rocket streetcar tank tractor
+"""
+SUPERCLASSES = TABLE.split()
+
+MINI = sorted(name for part in PARTS for name in mini_imagenet_split().part(part))
+CUB = [f"{number:03d}.Bird_{number % 7}" for number in range(1, 201)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
+
+
+def colour(number, image):
+    return number, 40 * image, 7
+
+
+def png(number, image, side=4):
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), colour(number, image)).save(file, "PNG")
+    return file.getvalue()
+
+
+def fill(root, names, each):
+    """Class folders under `root`: of class i, image j is of one colour that tells i and j."""
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for image in range(each):
+            (root / name / f"{name}_{image}.JPEG").write_bytes(png(number, image))
+
+
+def colours(tasks, key=0):
+    """The colours of an episode's images, each once."""
+    task = tasks.sample(jax.random.key(key))
+    x = np.concatenate([task.support.x, task.query.x])
+    assert (x == x[:, :1, :1]).all()
+    return {tuple(np.rint(255 * pixel).astype(int).tolist()) for pixel in x[:, 0, 0]}
+
+
+def every(names, chosen, images):
+    return {colour(names.index(name), image) for name in chosen for image in images}
+
+
+# --- the splits -------------------------------------------------------------------------------------------
+
+
+def test_cifar_fs_is_all_of_cifar_100():
+    split = cifar_fs_split()
+    assert split.sizes == (64, 16, 20)
+    assert len(set(SUPERCLASSES)) == 100
+    assert {*split.train, *split.validation, *split.test} == set(SUPERCLASSES)
+    assert split.hash == "d80bd0a31abe220ab8d63eb801f9e1f795475df9195418359bf57cf0a7068187"
+
+
+def test_mini_imagenet():
+    split = mini_imagenet_split()
+    assert split.sizes == (64, 16, 20)
+    assert len(set(MINI)) == 100
+    assert all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in MINI)
+    assert split.hash == "a3efbbc0132b502049ad8fc2a7146236d24f91ab10bf207e15559657927bb107"
+
+
+def test_cub_follows_the_index_of_the_sorted_folders():
+    split = cub_split(reversed(CUB))
+    for index, name in enumerate(sorted(CUB)):
+        part = "train" if index % 2 == 0 else "validation" if index % 4 == 1 else "test"
+        assert name in split.part(part)
+    assert split.sizes == (100, 50, 50)
+    with pytest.raises(ValueError, match=r"200 class folders, .*, got 199; missing are the numbers 003$"):
+        cub_split(CUB[:2] + CUB[3:])
+
+
+# --- mini-ImageNet ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["", "train", "ILSVRC/Data/CLS-LOC/train"])
+def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
+    root = tmp_path / "data" / inner
+    fill(root, MINI, each=3 if inner else 2)
+    monkeypatch.setattr(official, "_EACH", 2)
+    if inner:
+        (root / "n00000001").mkdir()
+        (root / "n00000001" / "n00000001_1.JPEG").write_bytes(b"never opened")
+    tasks = mini_imagenet("test", ways=20, shots=1, queries=1, data=tmp_path / "data", size=4)
+    assert colours(tasks) == every(MINI, mini_imagenet_split().test, (0, 1))
+    assert tasks.card.split_hash == mini_imagenet_split().hash
+    assert (tasks.card.tasks, tasks.card.classes) == ("mini_imagenet", 20)
+    assert tasks.card.protocol.startswith("mini-ImageNet, class split of Ravi & Larochelle 2017")
+    assert ("not the published choice of images" in tasks.card.protocol) == bool(inner)
+
+
+def write_lists(data, each=2):
+    """The common layout: all images in one folder, three lists."""
+    (data / "images").mkdir(parents=True)
+    for part, name in (("train", "train.csv"), ("validation", "val.csv"), ("test", "test.csv")):
+        rows = [
+            (f"{label}0000{i}.jpg", label) for label in mini_imagenet_split().part(part) for i in range(each)
+        ]
+        with (data / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("filename", "label"), *rows])
+        for i, (filename, label) in enumerate(rows):
+            (data / "images" / filename).write_bytes(png(MINI.index(label), i % each))
+
+
+def test_mini_imagenet_from_lists(tmp_path):
+    write_lists(tmp_path / "data")
+    (tmp_path / "data" / "images" / "not_listed.jpg").write_bytes(b"never opened")
+    tasks = mini_imagenet("validation", ways=16, shots=1, queries=1, data=tmp_path / "data", size=4)
+    assert colours(tasks) == every(MINI, mini_imagenet_split().validation, (0, 1))
+    assert "not the published" not in tasks.card.protocol
+
+    lists = tmp_path / "data" / "val.csv"
+    content = lists.read_text()
+    some = mini_imagenet_split().validation[0]
+    for spoilt, message in [
+        (content.replace(some, "n00000001"), rf"does not list the validation classes .* n00000001, {some}"),
+        (
+            content.replace("00001.jpg", "00007.jpg"),
+            r"16 images of .*val.csv are not in images: .*00007.jpg, …",
+        ),
+        (content + content.splitlines()[1] + "\n", r"val.csv lists images twice"),
+        (content.replace("filename", "file"), r"must have rows with the columns filename and label"),
+    ]:
+        lists.write_text(spoilt)
+        with pytest.raises(ValueError, match=message):
+            mini_imagenet("test", data=tmp_path / "data")
+    lists.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has a folder images, but no val.csv"):
+        mini_imagenet("test", data=tmp_path / "data")
+
+
+def test_mini_imagenet_that_is_not_whole(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is no folder"):
+        mini_imagenet("test", data=tmp_path / "nowhere")
+    fill(tmp_path / "data", MINI, each=1)
+    (tmp_path / "data" / MINI[7] / f"{MINI[7]}_0.JPEG").unlink()
+    with pytest.raises(ValueError, match=rf"data: 1 class folders in .* hold no images: {MINI[7]}"):
+        mini_imagenet("test", data=tmp_path / "data")
+    (tmp_path / "data" / MINI[7]).rmdir()
+    with pytest.raises(ValueError, match=rf"100 class folders it lacks 1 .*: {MINI[7]}$"):
+        mini_imagenet("test", data=tmp_path / "data")
+    (tmp_path / "data" / MINI[7]).mkdir()
+    (tmp_path / "data" / MINI[7] / "a.jpg").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"data: 1 of 100 images .*{MINI[7]}/a.jpg.*; mend or remove them$"):
+        mini_imagenet("test", data=tmp_path / "data")
+
+
+# --- CUB and CIFAR-FS ---------------------------------------------------------------------------------------
+
+
+def test_cub(tmp_path):
+    fill(tmp_path / "CUB_200_2011" / "images", CUB, each=2)
+    (tmp_path / "CUB_200_2011" / "attributes").mkdir()
+    for data in (tmp_path / "CUB_200_2011", tmp_path / "CUB_200_2011" / "images"):
+        tasks = cub("test", ways=50, shots=1, queries=1, data=data, size=4)
+        assert colours(tasks) == every(CUB, CUB[3::4], (0, 1))
+    assert (tasks.card.tasks, tasks.card.split_hash) == ("cub", cub_split(CUB).hash)
+    assert "Chen et al. 2019" in tasks.card.protocol
+    with pytest.raises(ValueError, match=r"data: .*CUB_200_2011/attributes has no subfolders"):
+        cub("test", data=tmp_path / "CUB_200_2011" / "attributes")
+    (tmp_path / "CUB_200_2011" / "images" / CUB[0]).rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"data: .*images: folders must be .* got 199; .* 001$"):
+        cub("test", data=tmp_path / "CUB_200_2011")
+
+
+def test_cifar_fs(tmp_path):
+    names = sorted(SUPERCLASSES)
+
+    class Cifar100(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """A stand-in with one training and one test image of every class."""
+
+        VERSION = tfds.core.Version("3.0.2")
+
+        def _info(self):
+            features = {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(names=names),
+                "coarse_label": tfds.features.ClassLabel(num_classes=20),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(0), "test": self._generate_examples(1)}
+
+        def _generate_examples(self, image):
+            for number, name in enumerate(names):
+                picture = png(number, image, side=32)
+                yield number, {"id": f"{number}", "image": picture, "label": name, "coarse_label": 0}
+
+    Cifar100(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path / "tfds")
+    assert colours(tasks) == every(names, cifar_fs_split().test, (0, 1))
+    assert tasks.sample(jax.random.key(0)).query.x.shape == (20, 32, 32, 3)
+    assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", cifar_fs_split().hash)
+    assert "Bertinetto et al. 2019" in tasks.card.protocol
+    with pytest.raises(ValueError, match="split must be"):
+        cifar_fs("val", data=tmp_path / "tfds")
