@@ -1,11 +1,12 @@
-"""The command line: `jaxmeta train`, `evaluate`, `presets`, `tasks`, `learners`. Nothing imports it."""
+"""The command line: `jaxmeta train`, `evaluate`, `compare`, `plot`, …; nothing imports it."""
 
 import contextlib
 import dataclasses
 import io
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypedDict
 
 import tyro
@@ -26,7 +27,7 @@ class TrainFlags(TypedDict, total=False):
     ]
     data: Annotated[
         str,
-        _flag("folder with the data set's official archives", "DIR", "(default: the cache, or a download)"),
+        _flag("folder with the data set's files", "DIR", "(default: the cache, or a download)"),
     ]
     ways: Annotated[int, _flag("classes per task, at test and in training", "N")]
     shots: Annotated[int, _flag("support examples per class (per task in regression)", "K")]
@@ -38,9 +39,35 @@ class TrainFlags(TypedDict, total=False):
     rotations: Annotated[
         Literal["none", "classes", "random"],
         _flag(
-            "omniglot: rotations as extra classes, or one per drawn class",
-            default="(default: the protocol's)",
+            "images turned by 90° as extra classes, or one rotation per drawn class",
+            default="(default: the protocol's, or none)",
         ),
+    ]
+    image_size: Annotated[
+        int,
+        _flag(
+            "side of one's own images in pixels",
+            "N",
+            "(default: the smallest image's shorter side, at most 84)",
+        ),
+    ]
+    classes: Annotated[
+        str,
+        _flag(
+            "class split of one's own images: fractions of train, validation and test, or a JSON file "
+            "with lists of names under these keys",
+            "A,B,C|FILE",
+            "(default: 0.64,0.16,0.2)",
+        ),
+    ]
+    split_seed: Annotated[int, _flag("of a class split by fractions", "S", "(default: 0)")]
+    workers: Annotated[int, _flag("processes that read a stream", "N", "(default: 0, threads)")]
+    network: Annotated[
+        str, _flag("strided-conv4, conv4, conv4-32, resnet12, mlp, …", "NAME", "(default: the preset's)")
+    ]
+    norm: Annotated[
+        Literal["batch", "support"],
+        _flag("whose statistics normalise the queries in training: support for `jaxmeta predict`"),
     ]
     order: Annotated[
         Literal["second", "first"],
@@ -71,7 +98,7 @@ class Train:
     """Meta-trains a learner and evaluates it on test tasks.
 
     With nothing else, trains MAML on drawn characters. The run's folder gets config.json,
-    metrics.jsonl, checkpoints/, curve.png, report.json and report.md.
+    metrics.jsonl, checkpoints/, curve.png, report.json, report.md and episodes.json.
     """
 
     flags: Annotated[TrainFlags, tyro.conf.arg(name="")]
@@ -79,6 +106,10 @@ class Train:
         tyro.conf.Positional[str | None],
         _flag("the method; see `jaxmeta learners`", "[LEARNER]", "(default: maml)"),
     ] = None
+    stream: Annotated[
+        bool, _flag("read images from disk step by step: for data larger than the device", default="")
+    ] = False
+    skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
     resume: Annotated[bool, _flag("continue the run in --out from its last checkpoint", default="")] = False
 
 
@@ -110,6 +141,72 @@ class Evaluate:
     run: Annotated[tyro.conf.Positional[str], _flag("the run's folder", "RUN", "(required)")]
 
 
+class CompareFlags(TrainFlags, total=False):
+    """`train`'s flags, for every learner that has such a setting."""
+
+    out: Annotated[  # type: ignore[misc]  # the same flag, of another folder
+        str,
+        _flag("the comparison's folder", "DIR", "(default: runs/compare-<learners>-<tasks>-<date and time>)"),
+    ]
+
+
+@dataclasses.dataclass
+class Compare:
+    """Trains learners on the same tasks at the same budget, and compares them on the same test tasks.
+
+    One process a learner, one after the other. The comparison's folder gets a run's folder for
+    each, comparison.md, comparison.png and comparison.json. A flag that only some of the learners
+    have a setting for goes to those.
+    """
+
+    flags: Annotated[CompareFlags, tyro.conf.arg(name="")]
+    learners: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        _flag("two or more; the others are compared to the first", "LEARNER LEARNER …", "(required)"),
+    ] = ()
+    stream: Annotated[
+        bool, _flag("read images from disk step by step: for data larger than the device", default="")
+    ] = False
+    skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
+    resume: Annotated[bool, _flag("continue the comparison in --out", default="")] = False
+
+
+@dataclasses.dataclass
+class Plot:
+    """Draws the learning curves of runs, finished or not, as one PNG."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], _flag("their folders", "RUN [RUN …]", "(required)")
+    ] = ()
+    out: Annotated[str, _flag("the figure, where there is no file yet", "FILE", "(default: curves.png)")] = (
+        "curves.png"
+    )
+    x: Annotated[Literal["steps", "seconds"], _flag("against what", default="(default: steps)")] = "steps"
+
+
+@dataclasses.dataclass
+class Predict:
+    """Learns classes from folders of images, and names other images by them.
+
+    Each image is judged by itself: the answer does not depend on which others are asked.
+    """
+
+    run: Annotated[tyro.conf.Positional[str], _flag("the folder of a run on images", "RUN", "(required)")]
+    support: Annotated[
+        str, _flag("images to learn from, one subfolder a class, named as it", "DIR", "(required)")
+    ]
+    query: Annotated[str, _flag("images to name, or a single one", "DIR", "(required)")]
+    json: Annotated[str | None, _flag("also write the answers here", "FILE", "(default: only print)")] = None
+    invert: Annotated[
+        bool,
+        _flag(
+            "turn dark to light in all images",
+            default="(default: where the run's images are strokes and --support has them the other way)",
+        ),
+    ] = False
+    skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
+
+
 @dataclasses.dataclass
 class Presets:
     """Lists the presets: whole trainings by name."""
@@ -128,6 +225,9 @@ class Learners:
 _COMMANDS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
+    "compare": Compare,
+    "plot": Plot,
+    "predict": Predict,
     "presets": Presets,
     "tasks": Tasks,
     "learners": Learners,
@@ -143,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _parse(sys.argv[1:] if argv is None else argv)
         if command is not None:
-            _run(command)
+            with _warnings_in_one_line():
+                _run(command)
         return 0
     except KeyboardInterrupt as stop:
         return _say(f"stopped: {stop or 'interrupted'}", EXIT_STOPPED)
@@ -189,19 +290,39 @@ def _one_line(box: str) -> str:
     return " ".join(words)
 
 
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Our warnings are for the user of the command, who has no use for a line of our code."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        del category, where, more
+        _say(f"warning: {message}", 0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", module="jaxmeta")
+        warnings.showwarning = show
+        yield
+
+
 def _say(message: str, status: int) -> int:
     print("jaxmeta:", " ".join(message.split()), file=sys.stderr)
     return status
 
 
 def _run(command: Any) -> None:
-    from jaxmeta import presets, runs
+    from jaxmeta import comparison, prediction, presets, runs
 
     match command:
         case Train():
-            runs.train_run(dict(command.flags), command.learner, command.resume)
+            runs.train_run(_given(command), command.learner, command.resume)
         case Evaluate():
             runs.evaluate_run(command.run, dict(command.flags))
+        case Compare():
+            comparison.compare_runs(command.learners, _given(command), command.resume)
+        case Plot():
+            comparison.plot_runs(command.runs, command.out, command.x)
+        case Predict():
+            prediction.predict_run(**dataclasses.asdict(command))
         case Presets():
             _print_table(
                 (name, f"{preset.learner} on {preset.tasks}", preset.description)
@@ -211,6 +332,12 @@ def _run(command: Any) -> None:
             _print_table((name, source.description) for name, source in presets.TASKS.items())
         case Learners():
             _print_table((name, spec.family, spec.description) for name, spec in presets.LEARNERS.items())
+
+
+def _given(command: Train | Compare) -> dict[str, Any]:
+    """The flags that were given; a switch that is off was not."""
+    switches = {name: True for name in ("stream", "skip_unreadable") if getattr(command, name)}
+    return {**command.flags, **switches}
 
 
 def _print_table(rows: Iterable[tuple[str, ...]]) -> None:

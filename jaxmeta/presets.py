@@ -1,211 +1,17 @@
-"""The registry: methods by name, task sources by name, and whole published protocols by name.
-
-A new learner joins by one entry of `LEARNERS`; every command and every law then runs it.
-"""
+"""Presets: whole trainings by name, and what the command line's flags make of them."""
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import optax
 
-from jaxmeta import losses, nn, tasks
-from jaxmeta.core import Learner, Model, TaskDistribution
-from jaxmeta.optimization_based import fomaml, maml
-from jaxmeta.tasks.omniglot import omniglot_split
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A training and its evaluation, fully spelled. None: does not apply.
-
-    Attributes:
-      description: one line.
-      tasks: a name in `TASKS`.
-      learner: a name in `LEARNERS`.
-      ways, shots, queries: of test and validation tasks; examples per class (per task in regression).
-      train_ways, train_shots, train_queries: the same of training tasks.
-      protocol: class split of Omniglot; see `jaxmeta.tasks.omniglot`.
-      rotations: "none", "classes" or "random"; None is the protocol's own.
-      network: a name in `NETWORKS`.
-      inner_lr: step size α of the inner SGD, for the MEAN loss over the support set.
-      inner_steps: inner steps in training.
-      eval_steps: inner steps at validation and test.
-      report_steps: numbers of inner steps to report beside `eval_steps`.
-      order: "second" or "first".
-      outer_lr: step size of the outer Adam.
-      schedule: of `outer_lr` over the run: "constant", or "cosine" (to zero).
-      clip: bound on every entry of the meta-gradient; None leaves it as it is.
-      steps: meta-steps.
-      meta_batch: tasks per meta-step.
-      strategy: over the tasks of a meta-step; see `jm.meta_step`.
-      episodes: test episodes.
-      validate_every: meta-steps between validations, which choose the parameters kept.
-      log_every: meta-steps between looks at the loss.
-    """
-
-    description: str
-    tasks: str
-    learner: str = "maml"
-    ways: int | None = 5
-    shots: int = 1
-    queries: int = 1
-    train_ways: int | None = 5
-    train_shots: int = 1
-    train_queries: int = 1
-    protocol: str | None = None
-    rotations: str | None = None
-    network: str = "strided-conv4"
-    inner_lr: float | None = 0.4
-    inner_steps: int | None = 1
-    eval_steps: int | None = 3
-    report_steps: tuple[int, ...] = ()
-    order: str | None = "second"
-    outer_lr: float = 1e-3
-    schedule: str = "constant"
-    clip: float | None = None
-    steps: int = 60_000
-    meta_batch: int = 32
-    strategy: str | int = "auto"
-    episodes: int = 1000
-    validate_every: int = 1000
-    log_every: int = 50
-
-
-def _adam(settings: Preset) -> optax.GradientTransformation:
-    rate = settings.outer_lr
-    if settings.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(settings.outer_lr, settings.steps)
-    adam = optax.adam(rate)
-    return adam if settings.clip is None else optax.chain(optax.clip(settings.clip), adam)
-
-
-def _network(settings: Preset) -> Model:
-    return nn.as_model(NETWORKS[settings.network](1 if settings.train_ways is None else settings.train_ways))
-
-
-NETWORKS: dict[str, Callable[[int], Any]] = {
-    "strided-conv4": lambda out: nn.StridedConv4(ways=out),
-    "strided-conv4-without-scale": lambda out: nn.StridedConv4(ways=out, use_scale=False),
-    "conv4": lambda out: nn.Conv4(ways=out),
-    "mlp": lambda out: nn.MLP(out=out),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnerSpec:
-    """How the command line and the laws build a method.
-
-    Attributes:
-      factory: the public factory, such as `jm.maml`.
-      family: of the method.
-      description: one line.
-      build: `(network, settings, norm) -> Learner`.
-      takes: the fields of `Preset` that only some methods have and this one does.
-      norms: `norm=` of each row that a report gives.
-      fixed_ways: whether the network's output width is the number of ways.
-      zero_shot: whether it can learn from class metadata alone.
-      network: default network, from the settings.
-      optimizer: default outer optimizer.
-    """
-
-    factory: Callable[..., Learner]
-    family: str
-    description: str
-    build: Callable[[Model, Preset, str], Learner]
-    takes: tuple[str, ...] = ()
-    norms: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: {"transductive": "batch", "inductive": "support"}
-    )
-    fixed_ways: bool = True
-    zero_shot: bool = False
-    network: Callable[[Preset], Model] = _network
-    optimizer: Callable[[Preset], optax.GradientTransformation] = _adam
-
-
-def _gradient_based(factory: Callable[..., Learner]) -> Callable[[Model, Preset, str], Learner]:
-    def build(network: Model, settings: Preset, norm: str) -> Learner:
-        return factory(
-            network,
-            inner_optimizer=optax.sgd(settings.inner_lr),
-            steps=settings.inner_steps,
-            eval_steps=settings.eval_steps,
-            norm=norm,
-            loss=losses.mse if settings.ways is None else losses.cross_entropy,
-            **({} if settings.order is None else {"order": settings.order}),
-        )
-
-    return build
-
-
-_INNER_LOOP = ("inner_lr", "inner_steps", "eval_steps", "report_steps")
-
-LEARNERS: dict[str, LearnerSpec] = {
-    "maml": LearnerSpec(
-        maml,
-        "optimization-based",
-        "an initialisation from which a few gradient steps suffice (Finn et al. 2017)",
-        _gradient_based(maml),
-        takes=(*_INNER_LOOP, "order"),
-    ),
-    "fomaml": LearnerSpec(
-        fomaml,
-        "optimization-based",
-        "MAML without second derivatives (Finn et al. 2017)",
-        _gradient_based(fomaml),
-        takes=_INNER_LOOP,
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskSpec:
-    """How the command line builds a source of tasks.
-
-    Attributes:
-      description: one line.
-      preset: what `train --tasks NAME` runs.
-      build: `(split, settings, shape, data) -> tasks`, with `shape` the ways, shots and queries.
-      takes: the fields of `Preset` that only some sources have and this one does.
-      has_validation: whether these settings leave classes to validate with.
-    """
-
-    description: str
-    preset: str
-    build: Callable[[str, Preset, dict[str, Any], str | None], TaskDistribution]
-    takes: tuple[str, ...] = ("ways", "train_ways")
-    has_validation: Callable[[Preset], bool] = lambda settings: True
-
-
-TASKS: dict[str, TaskSpec] = {
-    "glyphs": TaskSpec(
-        "procedurally drawn characters, 28x28; needs no data",
-        "glyphs",
-        lambda split, settings, shape, data: tasks.glyphs(split, **shape),
-    ),
-    "omniglot": TaskSpec(
-        "handwritten characters of 50 alphabets, 28x28; --data DIR with the official archives, or a download",
-        "omniglot",
-        lambda split, settings, shape, data: tasks.omniglot(
-            split, **shape, data=data, protocol=str(settings.protocol), rotations=settings.rotations
-        ),
-        takes=("ways", "train_ways", "protocol", "rotations", "data"),
-        has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
-    ),
-    "sinusoid": TaskSpec(
-        "regression of sine waves of random amplitude and phase; needs no data",
-        "sinusoid",
-        lambda split, settings, shape, data: tasks.sinusoid(split, **shape),
-        takes=(),
-    ),
-    "harmonic": TaskSpec(
-        "regression of sums of two sine waves; needs no data",
-        "harmonic",
-        lambda split, settings, shape, data: tasks.harmonic(split, **shape),
-        takes=(),
-    ),
-}
+from jaxmeta import tasks
+from jaxmeta.core import Key, Learner, TaskDistribution, TaskStream
+from jaxmeta.registry import LEARNERS, NETWORKS, TASKS, LearnerSpec, Preset, TaskSpec
+from jaxmeta.tasks.prepared import SplitImages
 
 
 def _official_omniglot(ways: int, shots: int, learner: str = "maml") -> Preset:
@@ -252,6 +58,36 @@ _REGRESSION: dict[str, Any] = {
     "log_every": 500,
 }
 
+_FINN_MINI_IMAGENET: dict[str, Any] = {
+    "queries": 1,
+    "train_queries": 15,
+    "network": "conv4-32",
+    "inner_lr": 5 * 0.01,
+    "inner_steps": 5,
+    "eval_steps": 10,
+    "clip": 10.0,
+    "meta_batch": 4,
+    "episodes": 600,
+}
+
+# For one's own images: trained as `jaxmeta predict` will use it, each query by the support set alone.
+_OWN_IMAGES: dict[str, Any] = {
+    "queries": 5,
+    "train_queries": 5,
+    "classes": "0.64,0.16,0.2",
+    "network": "conv4-32",
+    "norm": "support",
+    "inner_lr": 0.1,
+    "inner_steps": 3,
+    "eval_steps": 5,
+    "schedule": "cosine",
+    "steps": 2000,
+    "meta_batch": 4,
+    "episodes": 600,
+    "validate_every": 500,
+    "log_every": 25,
+}
+
 PRESETS: dict[str, Preset] = {
     "glyphs": Preset(
         "MAML on drawn characters in minutes on a laptop; what `jaxmeta train` runs",
@@ -277,6 +113,21 @@ PRESETS: dict[str, Preset] = {
         steps=6000,
         meta_batch=16,
     ),
+    "omniglot-alphabet": Preset(
+        "MAML on Omniglot's background set, 20-way 1-shot, to name the letters of an alphabet by `predict`",
+        "omniglot",
+        ways=20,
+        train_ways=20,
+        protocol="lake",
+        norm="support",
+        inner_lr=2.0,
+        inner_steps=2,
+        eval_steps=4,
+        outer_lr=3e-3,
+        schedule="cosine",
+        steps=8000,
+        meta_batch=8,
+    ),
     "maml-omniglot-5way-1shot": _official_omniglot(5, 1),
     "maml-omniglot-5way-5shot": _official_omniglot(5, 5),
     "maml-omniglot-20way-1shot": _official_omniglot(20, 1),
@@ -293,11 +144,42 @@ PRESETS: dict[str, Preset] = {
         "harmonic",
         **(_REGRESSION | {"shots": 10}),
     ),
+    "folder": Preset("MAML on a folder of one's own images, 5-way 1-shot", "folder:PATH", **_OWN_IMAGES),
+    "tfds": Preset("MAML on a set of tensorflow-datasets, 5-way 1-shot", "tfds:NAME", **_OWN_IMAGES),
+    "mini-imagenet": Preset(
+        "Finn et al. 2017: mini-ImageNet, 5-way 1-shot, 60,000 meta-steps",
+        "mini_imagenet",
+        **_FINN_MINI_IMAGENET,
+    ),
+    "cifar-fs": Preset(
+        "MAML's mini-ImageNet settings on CIFAR-FS, 5-way 1-shot, 60,000 meta-steps",
+        "cifar_fs",
+        **_FINN_MINI_IMAGENET,
+    ),
+    "cub": Preset(
+        "MAML's mini-ImageNet settings on CUB-200-2011, 5-way 1-shot, 60,000 meta-steps",
+        "cub",
+        **_FINN_MINI_IMAGENET,
+    ),
 }
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "description")
 _METHOD_FIELDS = ("inner_lr", "inner_steps", "eval_steps", "report_steps", "order")
-_SOURCE_FIELDS = ("ways", "train_ways", "protocol", "rotations", "data")
+_SOURCE_FIELDS = (
+    "ways",
+    "train_ways",
+    "protocol",
+    "rotations",
+    "data",
+    "image_size",
+    "classes",
+    "split_seed",
+    "stream",
+    "workers",
+    "skip_unreadable",
+)
+# Episodes at once in an evaluation from a stream.
+_STREAMED = 20
 
 
 def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
@@ -305,6 +187,17 @@ def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     if name in table:
         return table[name]
     raise ValueError(f"{kind}: there is no {name!r}; {known(name, table)}")
+
+
+def source_of(name: str) -> TaskSpec:
+    """The source that `name` means: what stands after a colon is its own, "folder:PATH".
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    kind, colon, _ = name.partition(":")
+    entries = {entry.partition(":")[0] + ":" * (":" in entry): entry for entry in TASKS}
+    return TASKS[entries[kind + colon]] if kind + colon in entries else lookup("--tasks", name, TASKS)
 
 
 def known(name: str, names: Iterable[str]) -> str:
@@ -326,9 +219,9 @@ def settings_of(
         they cannot work with.
     """
     if preset is None:
-        preset = lookup("--tasks", flags.get("tasks", "glyphs"), TASKS).preset
+        preset = source_of(flags.get("tasks", "glyphs")).preset
     base = lookup("--preset", preset, PRESETS)
-    if flags.get("tasks", base.tasks) != base.tasks:
+    if source_of(flags.get("tasks", base.tasks)) is not source_of(base.tasks):
         raise ValueError(
             f"--tasks: got {flags['tasks']}, but preset {preset} is for {base.tasks}; leave one out"
         )
@@ -347,7 +240,7 @@ def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
     Raises:
       ValueError: a flag that the learner or the tasks have no use for, or a value they cannot work with.
     """
-    spec, source = LEARNERS[settings.learner], TASKS[settings.tasks]
+    spec, source = LEARNERS[settings.learner], source_of(settings.tasks)
     for fields, owner, takes in (
         (_METHOD_FIELDS, settings.learner, spec.takes),
         (_SOURCE_FIELDS, settings.tasks, source.takes),
@@ -371,11 +264,20 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         ("inner_lr", 0),
         ("outer_lr", 0),
         ("clip", 0),
+        ("image_size", 1),
+        ("workers", 0),
     ):
         value = getattr(settings, field)
         # Written so that NaN fails.
         if value is not None and not value >= least:
             raise ValueError(f"{flag_of(field)}: got {value}; it must be at least {least}")
+    lookup("--network", settings.network, NETWORKS)
+    if settings.norm not in spec.norms.values():
+        raise ValueError(
+            f"--norm: got {settings.norm}; {settings.learner} has {', '.join(spec.norms.values())}"
+        )
+    if settings.tasks in TASKS and ":" in settings.tasks:
+        raise ValueError(f"--tasks: got {settings.tasks}; put your own after the colon")
     for field in ("shots", "train_shots"):
         if getattr(settings, field) == 0 and not spec.zero_shot:
             raise ValueError(
@@ -388,24 +290,57 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         )
 
 
-def tasks_of(settings: Preset, split: str, data: str | None = None) -> TaskDistribution:
-    """The tasks of a part: the training protocol for "train", else the test protocol."""
+def tasks_of(
+    settings: Preset, split: str, data: str | None = None, key: Key | None = None
+) -> TaskDistribution | TaskStream:
+    """The tasks of a part: the training protocol for "train", else the test protocol.
+
+    Args:
+      settings: of the run.
+      split: "train", "validation" or "test".
+      data: the folder of --data.
+      key: that a stream's episodes are drawn with: of the run for "train", else of the evaluation.
+    """
     prefix = "train_" if split == "train" else ""
     shape = {field: getattr(settings, prefix + field) for field in ("ways", "shots", "queries")}
     if shape["ways"] is None:
         del shape["ways"]
-    return TASKS[settings.tasks].build(split, settings, shape, data)
+    source = source_of(settings.tasks).build(split, settings, shape, data)
+    if not isinstance(source, SplitImages):
+        return source
+    protocol: dict[str, Any] = {
+        "split": split,
+        "classes": source.classes,
+        "seed": settings.split_seed,
+        "rotations": settings.rotations or "none",
+        "protocol": source.protocol,
+        **shape,
+    }
+    if not settings.stream:
+        return tasks.from_prepared(source.prepared, **protocol)
+    return tasks.stream(
+        source.prepared,
+        key=jax.random.key(0) if key is None else key,
+        meta_batch=settings.meta_batch if split == "train" else _STREAMED,
+        for_evaluation=split != "train",
+        workers=settings.workers,
+        **protocol,
+    )
 
 
-def validation_tasks_of(settings: Preset, data: str | None = None) -> TaskDistribution | None:
+def validation_tasks_of(
+    settings: Preset, data: str | None = None, key: Key | None = None
+) -> TaskDistribution | TaskStream | None:
     """Tasks to choose parameters by; None where the class split has no validation part."""
-    return tasks_of(settings, "validation", data) if TASKS[settings.tasks].has_validation(settings) else None
+    if not source_of(settings.tasks).has_validation(settings):
+        return None
+    return tasks_of(settings, "validation", data, key)
 
 
-def learner_of(settings: Preset, norm: str = "batch") -> Learner:
-    """The learner with its default network; every `norm` shares one set of parameters."""
+def learner_of(settings: Preset, norm: str | None = None) -> Learner:
+    """The learner with its network, `norm` in place of training's; all share one set of parameters."""
     spec = LEARNERS[settings.learner]
-    return spec.build(spec.network(settings), settings, norm)
+    return spec.build(spec.network(settings), settings, norm or settings.norm)
 
 
 def optimizer_of(settings: Preset) -> optax.GradientTransformation:

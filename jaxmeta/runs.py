@@ -6,8 +6,8 @@ import json
 import os
 import platform
 import signal
+import sys
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import jax
 import numpy as np
 
 from jaxmeta import presets
-from jaxmeta.core import Learner, Params, ProtocolCard, TaskDistribution
+from jaxmeta.config import MAY_CHANGE, data_of, fresh, resumed, stored
+from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
 from jaxmeta.presets import Preset
-from jaxmeta.training import Stopped, evaluate, load_params, meta_step, train
+from jaxmeta.training import Evaluation, Stopped, evaluate_episodes, load_params, meta_step, train
 from jaxmeta.training.checkpoint import checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
-from jaxmeta.training.report import RunLog, plot_curve, read_metrics, report_markdown, write_json, write_text
+from jaxmeta.training.figures import plot_curve
+from jaxmeta.training.report import RunLog, read_metrics, report_markdown, write_json, write_text
+from jaxmeta.training.step import sample_of, validation_key
 
-# What a resumed run may do differently: it changes no parameter, or only the order of float32 sums.
-_MAY_CHANGE = ("data", "devices", "strategy", "episodes", "report_steps", "description", "jaxmeta")
 _TEST = np.uint32(0xFFFFFFFD)
 
 
@@ -68,11 +69,13 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
     Returns:
       The run's folder.
     """
-    config, settings, out = _resumed(flags, learner) if resume else _fresh(flags, learner)
+    config, settings, out = resumed(flags, learner) if resume else fresh(flags, learner)
     devices = _devices(config["devices"], settings.meta_batch)
-    tasks = presets.tasks_of(settings, "train", config["data"])
-    validation = presets.validation_tasks_of(settings, config["data"])
-    test = presets.tasks_of(settings, "test", config["data"])
+    key = jax.random.key(config["seed"])
+    tasks = presets.tasks_of(settings, "train", config["data"], key)
+    validation = presets.validation_tasks_of(settings, config["data"], validation_key(key))
+    test = presets.tasks_of(settings, "test", config["data"], _test_key(config["seed"]))
+    config["images"] = _images(settings, tasks)
     method, optimizer = presets.learner_of(settings), presets.optimizer_of(settings)
     # Built for what it raises: all that can be refused is, before there is a folder.
     meta_step(method, optimizer, settings.meta_batch, settings.strategy, devices=devices)
@@ -83,8 +86,10 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
     with signals.handled():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", config)
+        if not checkpoint_steps(out):
+            # Rows of a run that ended before it could save: this one starts again.
+            (out / "metrics.jsonl").unlink(missing_ok=True)
         log = RunLog(out / "metrics.jsonl", settings.steps, metric_name(test))
-        key = jax.random.key(config["seed"])
         with log.showing():
             signals.training = True
             try:
@@ -103,7 +108,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
                     resume=bool(checkpoint_steps(out)),
                     report=log,
                     log_every=min(settings.log_every, max(1, settings.steps // 20)),
-                    config={name: value for name, value in config.items() if name not in _MAY_CHANGE},
+                    config={name: value for name, value in config.items() if name not in MAY_CHANGE},
                     should_stop=lambda: signals.asked,
                 )
             except Stopped as stopped:
@@ -115,7 +120,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
         rows = read_metrics(out / "metrics.jsonl")
         plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {settings.tasks}")
         print(f"evaluating on {settings.episodes} test tasks …", flush=True)
-        results = _results(settings, state.params, test, config["seed"], devices)
+        results, episodes = _results(settings, state.params, test, config["seed"], devices)
         report = {
             "learner": settings.learner,
             "tasks": settings.tasks,
@@ -135,8 +140,10 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
             "card": _card(test.card),
             **results,
             **_machine(devices),
+            **_peak_memory(devices),
             "config": config,
         }
+        write_text(out / "episodes.json", json.dumps(episodes) + "\n")
         write_text(out / "report.md", report_markdown(report))
         write_json(out / "report.json", report)
     _print_results(results, settings)
@@ -149,14 +156,14 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
 def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluates the parameters of a run on test tasks that `flags` may change, and prints the result."""
     folder = Path(run)
-    config, settings = _stored(folder)
+    config, settings = stored(folder)
     settings = presets.revised(settings, flags)
-    seed, data = flags.get("seed", config["seed"]), _data(flags, config)
+    seed, data = flags.get("seed", config["seed"]), data_of(flags, config)
     target = Path(flags["json"]) if "json" in flags else None
     if target is not None and not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json: the folder {target.absolute().parent} does not exist")
     devices = _devices(flags.get("devices"), None)
-    test = presets.tasks_of(settings, "test", data)
+    test = presets.tasks_of(settings, "test", data, _test_key(seed))
     params = load_params(folder)
     result = {
         "run": str(folder),
@@ -169,7 +176,7 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "episodes": settings.episodes,
         "card": _card(test.card),
-        **_results(settings, params, test, seed, devices),
+        **_results(settings, params, test, seed, devices)[0],
         **_machine(devices),
     }
     print(f"{settings.learner}, {_sentence(test.card)}; {settings.episodes} tasks, seed {seed}")
@@ -177,84 +184,6 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     if target is not None:
         write_json(target, result)
     return result
-
-
-def _fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
-    flags = _typed(flags)
-    preset, settings = presets.settings_of(flags, learner=learner, preset=flags.get("preset"))
-    moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    out = Path(flags.get("out", f"runs/{settings.learner}-{settings.tasks}-{moment}")).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"--out: {out} exists and is not empty; choose another, or continue its run with --resume"
-        )
-    return (
-        _config(preset, settings, flags.get("seed", 0), _data(flags, {}), flags.get("devices")),
-        settings,
-        out,
-    )
-
-
-def _config(
-    preset: str, settings: Preset, seed: int, data: str | None, devices: int | None
-) -> dict[str, Any]:
-    config = {
-        "jaxmeta": version("jaxmeta"),
-        "preset": preset,
-        "seed": seed,
-        "data": data,
-        "devices": devices,
-        **dataclasses.asdict(settings),
-    }
-    return json.loads(json.dumps(config))
-
-
-def _resumed(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
-    if "out" not in flags:
-        raise ValueError("--resume: needs the run's folder; add --out DIR")
-    flags, out = _typed(flags), Path(flags["out"]).expanduser()
-    config, settings = _stored(out)
-    given = {"LEARNER": ("learner", learner)} if learner else {}
-    given |= {
-        presets.flag_of(name): (name, value)
-        for name, value in flags.items()
-        if name != "out" and name not in _MAY_CHANGE
-    }
-    for flag, (name, value) in given.items():
-        if config[name] != value:
-            raise ValueError(f"{flag}: got {value}, but the run in {out} has {config[name]}; leave it out")
-    settings = presets.revised(settings, {name: flags[name] for name in flags if name in _MAY_CHANGE})
-    devices = flags.get("devices", config["devices"])
-    return _config(config["preset"], settings, config["seed"], _data(flags, config), devices), settings, out
-
-
-def _stored(folder: Path) -> tuple[dict, Preset]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no run: there is no {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        fields = {field.name: config[field.name] for field in dataclasses.fields(Preset)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
-    settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
-    presets.lookup("learner", settings.learner, presets.LEARNERS)
-    presets.lookup("tasks", settings.tasks, presets.TASKS)
-    return config, settings
-
-
-def _typed(flags: Mapping[str, Any]) -> dict[str, Any]:
-    strategy = flags.get("strategy")
-    return {**flags, "strategy": int(strategy)} if strategy and strategy.isdigit() else dict(flags)
-
-
-def _data(flags: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    if "data" not in flags:
-        return config.get("data")
-    data = Path(flags["data"]).expanduser()
-    if not data.exists():
-        raise FileNotFoundError(f"--data: {flags['data']} does not exist")
-    return str(data.resolve())
 
 
 def _devices(wanted: int | None, meta_batch: int | None) -> tuple[jax.Device, ...]:
@@ -278,37 +207,67 @@ def _sharing(meta_batch: int | None, most: int) -> int:
     return most if meta_batch is None else max(n for n in range(1, most + 1) if meta_batch % n == 0)
 
 
-def _parameters(learner: Learner, tasks: TaskDistribution) -> int:
+def _test_key(seed: int) -> Key:
+    """Of the test episodes of a run with `seed`."""
+    return jax.random.fold_in(jax.random.key(seed), _TEST)
+
+
+def _images(settings: Preset, tasks: TaskDistribution | TaskStream) -> dict[str, Any] | None:
+    """What `jaxmeta predict` must know of the training images; None where they are no images."""
+    draw = jax.jit(lambda sample, key: sample(key).support.x)
+    sample = sample_of(tasks)
+    shape = jax.eval_shape(draw, sample, jax.random.key(0)).shape
+    if len(shape) != 4 or shape[-1] not in (1, 3):
+        return None
+    mean = np.mean([draw(sample, jax.random.key(i)).mean() for i in range(16)])
+    ink = presets.source_of(settings.tasks).ink
+    return {"size": shape[1], "channels": shape[-1], "mean": round(float(mean), 4), "ink": ink}
+
+
+def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, tasks.sample)
+    params = jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, sample_of(tasks))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _results(
-    settings: Preset, params: Params, test: TaskDistribution, seed: int, devices: tuple[jax.Device, ...]
-) -> dict[str, Any]:
-    """Accuracy by normalisation, or mean squared error by number of inner steps."""
+    settings: Preset,
+    params: Params,
+    test: TaskDistribution | TaskStream,
+    seed: int,
+    devices: tuple[jax.Device, ...],
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Accuracy by normalisation, or mean squared error by number of inner steps; and of each episode."""
 
-    def result(settings: Preset, norm: str) -> dict[str, float]:
-        found = evaluate(
+    def values(settings: Preset, norm: str) -> np.ndarray:
+        return evaluate_episodes(
             presets.learner_of(settings, norm),
             params,
             test,
             episodes=settings.episodes,
-            key=jax.random.fold_in(jax.random.key(seed), _TEST),
+            key=_test_key(seed),
             devices=devices,
         )
+
+    def row(values: np.ndarray) -> dict[str, float]:
+        found = Evaluation.of(values)
         return {"mean": found.mean, "ci95": found.ci95}
 
+    results: dict[str, Any] = {}
     if metric_name(test) == "accuracy":
         norms = presets.LEARNERS[settings.learner].norms
-        return {"accuracy": {name: {**result(settings, norm), "norm": norm} for name, norm in norms.items()}}
-    by_step = {
-        str(steps): result(dataclasses.replace(settings, eval_steps=steps), "batch")
-        for steps in settings.report_steps
-    }
-    own = by_step.get(str(settings.eval_steps)) or result(settings, "batch")
-    return {"mse": own, **({"mse_by_step": by_step} if by_step else {})}
+        episodes = {name: values(settings, norm) for name, norm in norms.items()}
+        results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in norms.items()}
+    else:
+        by_step = {
+            steps: values(dataclasses.replace(settings, eval_steps=steps), "batch")
+            for steps in settings.report_steps
+        }
+        own = by_step[settings.eval_steps] if settings.eval_steps in by_step else values(settings, "batch")
+        episodes, results["mse"] = {"mse": own}, row(own)
+        if by_step:
+            results["mse_by_step"] = {str(steps): row(found) for steps, found in by_step.items()}
+    return results, {name: found.tolist() for name, found in episodes.items()}
 
 
 def _card(card: ProtocolCard) -> dict[str, Any]:
@@ -328,12 +287,26 @@ def _machine(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
     }
 
 
+def _peak_memory(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
+    """The most memory in use so far: of the fullest accelerator, or of this process on CPUs."""
+    if devices[0].platform != "cpu":
+        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
+        return {"peak_memory_bytes": max(peaks) or None, "peak_memory": "device"}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {"peak_memory_bytes": None, "peak_memory": "process"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_bytes": peak, "peak_memory": "process"}
+
+
 def _announce(
     config: dict,
     settings: Preset,
-    tasks: TaskDistribution,
-    test: TaskDistribution,
-    validation: TaskDistribution | None,
+    tasks: TaskDistribution | TaskStream,
+    test: TaskDistribution | TaskStream,
+    validation: TaskDistribution | TaskStream | None,
     parameters: int,
     devices: tuple[jax.Device, ...],
     out: Path,

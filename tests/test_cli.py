@@ -130,8 +130,10 @@ def test_resuming_a_run_stopped_before_its_first_checkpoint_starts_it(run, tmp_p
     out = tmp_path / "early"
     out.mkdir()
     (out / "config.json").write_bytes((run / "config.json").read_bytes())
+    (out / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(True)[:5]))
     assert main(["train", "--resume", "--out", str(out)]) == 0
     same(load_params(out), load_params(run))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 22
 
 
 def test_nothing_is_overwritten(run, tmp_path, capsys):
@@ -175,6 +177,17 @@ def test_a_loss_that_diverges_ends_with_status_1_and_names_the_step(tmp_path, ca
         (["train", "--ways", "5000"], "ways"),
         (["evaluate"], "RUN"),
         (["evaluate", "nowhere"], "nowhere"),
+        (["compare"], "at least two"),
+        (["compare", "maml"], "at least two"),
+        (["compare", "maml", "fomaml", "maml"], "maml twice"),
+        (["compare", "maml", "mamml"], "known are maml"),
+        (["compare", "maml", "fomaml", "--steps", "0"], "--steps"),
+        (["compare", "maml", "fomaml", "--resume"], "--out"),
+        (["compare", "maml", "fomaml", "--resume", "--out", "nowhere"], "nowhere"),
+        (["plot"], "RUN"),
+        (["plot", "nowhere"], "nowhere"),
+        (["plot", "nowhere", "--out", "curves.pdf"], ".png"),
+        (["plot", "nowhere", "--x", "epochs"], "--x"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(argv, says, tmp_path, monkeypatch, capsys):
@@ -202,6 +215,8 @@ def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
     [
         ("train", [*TrainFlags.__annotations__, "resume"]),
         ("evaluate", EvaluateFlags.__annotations__),
+        ("compare", [*TrainFlags.__annotations__, "resume"]),
+        ("plot", ["out", "x"]),
         ("presets", ()),
         ("tasks", ()),
         ("learners", ()),

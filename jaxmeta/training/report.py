@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,59 +196,10 @@ def _pm(evaluation: Evaluation) -> str:
     return f"{evaluation.mean:.4f} ± {evaluation.ci95:.4f}"
 
 
-def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: str) -> None:
-    """Draws training loss, training metric and validation metric against meta-steps, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    validation = f"validation_{metric}"
-    trained = [row for row in rows if "loss" in row]
-    validated = [row for row in rows if validation in row]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    steps = [row["step"] for row in trained]
-    _curve(left, steps, [row["loss"] for row in trained], "C0", "training")
-    left.set(xlabel="meta-step", ylabel="query loss")
-    scale = 100 if metric == "accuracy" else 1
-    if trained and metric in trained[0]:
-        _curve(right, steps, [scale * row[metric] for row in trained], "C0", "training")
-    if validated:
-        right.errorbar(
-            [row["step"] for row in validated],
-            [scale * row[validation] for row in validated],
-            [scale * row[f"{validation}_ci95"] for row in validated],
-            color="C1",
-            marker="o",
-            markersize=4,
-            capsize=3,
-            label="validation, 95 % CI",
-        )
-    name = "query accuracy, %" if metric == "accuracy" else "query mean squared error"
-    right.set(xlabel="meta-step", ylabel=name)
-    for axes in (left, right):
-        if metric == "mse":
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, dpi=120, format="png")
-    os.replace(unfinished, path)
-
-
-def _curve(axes: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
-    """The values faintly, and their running mean over a twentieth of the run."""
-    window = max(1, len(values) // 20)
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
-    axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    axes.plot(steps, means, color=color, label=label)
+def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
+    """Mean ± half-width of the confidence interval, accuracy in %."""
+    digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
+    return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"
 
 
 def report_markdown(report: dict[str, Any]) -> str:
@@ -290,6 +241,8 @@ def report_markdown(report: dict[str, Any]) -> str:
         "seed": report["seed"],
         "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
         "time": f"{report['wall_s']:.1f} s, compiling the meta-step {report['compile_s'] or 0:.1f} s of it",
+        "peak memory": report["peak_memory_bytes"]
+        and f"{report['peak_memory_bytes'] / 1e6:,.0f} MB of the {report['peak_memory']}",
         "device": f"{report['devices']} × {report['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }

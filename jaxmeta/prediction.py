@@ -1,0 +1,250 @@
+"""What `jaxmeta predict` does: learn classes from folders of images, name other images by them."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxmeta import presets
+from jaxmeta.config import stored
+from jaxmeta.core import Batch, Learner, Params
+from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files
+from jaxmeta.training import load_params
+from jaxmeta.training.report import write_json
+
+# Grey levels by which an image's channels must differ for it to count as colour.
+_COLOUR = 8
+_NAMED = 5
+
+
+class Form(NamedTuple):
+    """What images a run was trained on.
+
+    Attributes:
+      size: side in pixels.
+      channels: 1 or 3.
+      mean: of all pixels, in [0, 1].
+      ink: whether they are strokes, light on dark.
+    """
+
+    size: int
+    channels: int
+    mean: float
+    ink: bool
+
+
+def predict_run(
+    run: str,
+    support: str,
+    query: str,
+    *,
+    json: str | None = None,
+    invert: bool = False,
+    skip_unreadable: bool = False,
+) -> list[dict[str, Any]]:
+    """Adapts a run's learner to the images of `support`, and names the class of each image of `query`.
+
+    The answer for an image depends on the support set and on itself, never on what else is asked.
+
+    Args:
+      run: the run's folder.
+      support: a folder with one subfolder a class, of one image or more.
+      query: a folder of images, in subfolders or not; or one image.
+      json: also write the answers here.
+      invert: turn dark to light in all images. Without it images of strokes are turned where the
+        support set says so, since training images have light ink on dark.
+      skip_unreadable: leave out images that cannot be read.
+
+    Returns:
+      `{file, class, probabilities: {class: p}}` for each image, `file` relative to `query`.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: a folder that is not there.
+      ValueError: a run that was not trained on images; classes or images that cannot be used; more
+        classes than the learner can tell apart.
+    """
+    config, settings = stored(Path(run))
+    if not config.get("images"):
+        raise ValueError(
+            f"RUN: {run} was trained on {settings.tasks}, which are no images; nothing to predict"
+        )
+    target = None if json is None else Path(json)
+    if target is not None and not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json: the folder {target.absolute().parent} does not exist")
+    form = Form(**config["images"])
+    classes = class_files(Path(support).expanduser(), "--support")
+    spec = presets.LEARNERS[settings.learner]
+    ways = settings.train_ways if spec.fixed_ways else len(classes)
+    if len(classes) < 2 or ways is None or len(classes) > ways:
+        raise ValueError(
+            f"--support: got {len(classes)} classes; {settings.learner}"
+            + (
+                f" was trained with {ways} ways and tells 2 to {ways} apart"
+                if spec.fixed_ways
+                else " needs 2"
+            )
+        )
+    asked, root = _query_files(Path(query).expanduser())
+
+    read = partial(_read, form=form, skip=skip_unreadable)
+    shown, kept = read([file for files in classes.values() for file in files], what="--support")
+    slots = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])[
+        kept
+    ]
+    names = list(classes)
+    if empty := sorted(set(range(len(names))) - set(slots.tolist())):
+        raise ValueError(f"--support: of the class {names[empty[0]]!r} no image can be read")
+    questions, readable = read(asked, what="--query")
+    files = [asked[index] for index in readable]
+
+    invert = _inverted(form, shown, invert)
+    if invert:
+        shown, questions = 1 - shown, 1 - questions
+    _warn_of_misfits(form, questions, [file.name for file in files])
+
+    learner = presets.learner_of(settings, spec.norms["inductive"])
+    batch = Batch(jnp.asarray(shown), jnp.asarray(slots), None, ways)
+    outputs = _answer(learner, len(names), load_params(run), batch, jnp.asarray(questions))
+    answers: list[dict[str, Any]] = [
+        {
+            "file": file.relative_to(root).as_posix(),
+            "class": names[int(np.argmax(row))],
+            "probabilities": dict(zip(names, map(float, row), strict=True)),
+        }
+        for file, row in zip(files, np.asarray(outputs), strict=True)
+    ]
+    _print(answers)
+    if target is not None:
+        write_json(target, answers)
+    return answers
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _answer(
+    learner: Learner, classes: int, params: Params, support: Batch, questions: Float[Array, "n h w c"]
+) -> Float[Array, "n classes"]:
+    """Probabilities of the first `classes` slots."""
+    adapted = learner.adapt(params, support, jax.random.key(0))
+
+    def one(x: Float[Array, "h w c"]) -> Float[Array, " classes"]:
+        return jax.nn.softmax(learner.predict(params, adapted, x[None])[0, :classes])
+
+    # One image at a time: in a batch the order of float32 sums, and with it the last digit of an
+    # answer, could depend on what else is asked.
+    return jax.lax.map(one, questions)
+
+
+def _query_files(query: Path) -> tuple[list[Path], Path]:
+    """The images to name, and the folder their names are relative to."""
+    if query.is_file():
+        return [query], query.parent
+    if not query.exists():
+        raise FileNotFoundError(f"--query: there is no {query}")
+    folders = [query, *sorted(folder for folder in query.rglob("*") if folder.is_dir())]
+    visible = [
+        folder
+        for folder in folders
+        if not any(part.startswith(".") for part in folder.relative_to(query).parts)
+    ]
+    files = [file for folder in visible for file in image_files(folder)]
+    if not files:
+        raise ValueError(f"--query: there is no image in {query}")
+    return files, query
+
+
+def _read(
+    files: Sequence[Path], *, form: Form, skip: bool, what: str
+) -> tuple[Float[np.ndarray, "n h w c"], list[int]]:
+    """The images in [0, 1] as the network wants them, and which of the files they are."""
+    images, kept, problems, coloured = [], [], [], []
+    for index, file in enumerate(files):
+        try:
+            colours = decode(file, str(file), channels=3, size=form.size)
+            images.append(
+                colours if form.channels == 3 else decode(file, str(file), channels=1, size=form.size)
+            )
+        except UnreadableImage as error:
+            problems.append(str(error))
+            continue
+        kept.append(index)
+        if np.ptp(colours.astype(np.int32), axis=-1).max() > _COLOUR:
+            coloured.append(file.name)
+    if problems and (not skip or not kept):
+        raise ValueError(f"{what}: {_some(problems)}; --skip-unreadable leaves such images out")
+    if problems:
+        warnings.warn(f"{what}: left out {_some(problems)}", stacklevel=3)
+    if coloured and form.channels == 1:
+        warnings.warn(
+            f"{what}: {_some(coloured)} in colour, and the training images are grey; turned to grey",
+            stacklevel=3,
+        )
+    if form.channels == 3 and not coloured:
+        warnings.warn(f"{what}: the images are grey, and the training images are in colour", stacklevel=3)
+    return np.stack(images).astype(np.float32) / 255, kept
+
+
+def _seems_inverted(form: Form, mean: Any) -> bool:
+    return bool(abs(1 - mean - form.mean) < abs(mean - form.mean))
+
+
+def _inverted(form: Form, shown: Float[np.ndarray, "n h w c"], asked_for: bool) -> bool:
+    """Whether to turn dark to light: as asked, else as the support set of an ink run says."""
+    mean = float(shown.mean())
+    if asked_for:
+        if form.ink and not _seems_inverted(form, mean):
+            warnings.warn(
+                f"--invert: the images of --support (mean {mean:.2f}) look like the training images (mean "
+                f"{form.mean:.2f}) as they are, and are turned to their opposite",
+                stacklevel=3,
+            )
+        return True
+    if form.ink:
+        if _seems_inverted(form, mean):
+            print("ink       dark on light in --support, light on dark in training: all images are inverted")
+            return True
+        return False
+    if abs(mean - form.mean) - abs(1 - mean - form.mean) > 0.25:
+        warnings.warn(
+            f"--support: the images (mean {mean:.2f}) look like the opposite of the training images (mean "
+            f"{form.mean:.2f}); --invert turns dark to light",
+            stacklevel=3,
+        )
+    return False
+
+
+def _warn_of_misfits(form: Form, questions: Float[np.ndarray, "n h w c"], names: Sequence[str]) -> None:
+    if form.ink:
+        misfits = [
+            name
+            for name, mean in zip(names, questions.mean((1, 2, 3)), strict=True)
+            if _seems_inverted(form, mean)
+        ]
+        if misfits:
+            warnings.warn(
+                f"--query: {_some(misfits)}: dark and light seem exchanged, compared to --support",
+                stacklevel=3,
+            )
+
+
+def _print(answers: Sequence[Mapping[str, Any]]) -> None:
+    width = max(len(answer["file"]) for answer in answers)
+    for answer in answers:
+        share = answer["probabilities"][answer["class"]]
+        print(f"{answer['file']:<{width}}  {answer['class']}  {100 * share:.1f} %")
+    # Where the queries lie in folders named as the classes, the truth is known.
+    folders = [answer["file"].rpartition("/")[0].rpartition("/")[2] for answer in answers]
+    if all(folder in answer["probabilities"] for folder, answer in zip(folders, answers, strict=True)):
+        right = sum(folder == answer["class"] for folder, answer in zip(folders, answers, strict=True))
+        share = 100 * right / len(answers)
+        print(f"{right} of {len(answers)} lie in the folder of the class they are named as ({share:.1f} %)")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

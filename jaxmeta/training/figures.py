@@ -1,0 +1,145 @@
+"""Learning curves of runs, drawn as PNG."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxmeta.training.report import shown
+
+METRIC_NAMES = {"accuracy": "query accuracy, %", "mse": "query mean squared error"}
+_SCALE = {"accuracy": 100}
+_X = {"steps": ("step", "meta-step"), "seconds": ("elapsed_s", "seconds, compiling included")}
+
+
+class Curve(NamedTuple):
+    """A run, as it is drawn.
+
+    Attributes:
+      name: in the legend.
+      rows: of its `metrics.jsonl`.
+      metric: "accuracy" or "mse".
+      test: mean and ci95 of that metric on test tasks, once there.
+    """
+
+    name: str
+    rows: Sequence[dict[str, Any]]
+    metric: str
+    test: dict[str, Any] | None = None
+
+
+def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: str) -> None:
+    """Draws training loss, training metric and validation metric against meta-steps, as a PNG."""
+    plot_curves(path, [Curve(title, rows, metric)])
+
+
+def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
+    """Draws runs as a PNG: left their training loss, right their metric; see `draw_metric`.
+
+    Args:
+      path: of the PNG.
+      curves: all of one metric.
+      x: "steps" or "seconds".
+    """
+    single = len(curves) == 1
+    with drawing(path, 10.0, 4 + 0.25 * -(-len(curves) // 2)) as figure:
+        left, right = figure.subplots(1, 2)
+        for i, curve in enumerate(curves):
+            _draw_training(left, curve, "loss", x, look(i), _with_test(curve))
+        finish_axes(left, curves[0].metric, _X[x][1], "query loss")
+        draw_metric(right, curves, x)
+        handles, labels = (right if single else left).get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
+        if single:
+            figure.suptitle(curves[0].name)
+
+
+def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
+    """Draws the metric on validation tasks and, as a diamond, on test tasks, with 95 % intervals.
+
+    Of a single run, and of one with fewer than two validations, draws that on training tasks, too.
+    """
+    single, drawn = len(curves) == 1, set()
+    test = "transductive test" if curves[0].metric == "accuracy" else "test"
+    bars: dict[str, Any] = {"markersize": 4, "capsize": 3}
+    for i, curve in enumerate(curves):
+        scale, name = _SCALE.get(curve.metric, 1), f"validation_{curve.metric}"
+        validated = [row for row in curve.rows if name in row]
+        if single or len(validated) < 2:
+            _draw_training(axes, curve, curve.metric, x, look(i), "training")
+            drawn.add("lines: training")
+        if validated:
+            at = [row[_X[x][0]] for row in validated]
+            means = [scale * row[name] for row in validated]
+            ci95 = [scale * row[f"{name}_ci95"] for row in validated]
+            style = look(i + single)
+            axes.errorbar(at, means, ci95, **style, **bars, marker="o", label="validation, 95 % CI")
+            drawn.add("●: validation")
+        if curve.test is not None:
+            # Beyond the curve's end, and clear of the other runs' diamonds.
+            beyond = max(row[_X[x][0]] for row in curve.rows) * (1.03 + i * min(0.03, 0.15 / len(curves)))
+            mean, half = scale * curve.test["mean"], scale * curve.test["ci95"]
+            style = {**look(i + 2 * single), "linestyle": ""}
+            axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")
+            drawn.add(f"◆: {test}")
+    finish_axes(axes, curves[0].metric, _X[x][1], METRIC_NAMES[curves[0].metric])
+    if not single:
+        axes.set_title("   ".join([*sorted(drawn, reverse=True), "bars: 95 % CI"]), fontsize="medium")
+
+
+def _draw_training(axes: Any, curve: Curve, name: str, x: str, style: dict[str, Any], label: str) -> None:
+    """A metric of training faintly, and its running mean over a twentieth of the run."""
+    rows = [row for row in curve.rows if name in row]
+    if not rows:
+        return
+    values = [_SCALE.get(name, 1) * row[name] for row in rows]
+    at = [row[_X[x][0]] for row in rows]
+    window = max(1, len(values) // 20)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
+    axes.plot(at, values, **style, alpha=0.25, linewidth=1)
+    axes.plot(at, means, **style, label=label)
+
+
+def _with_test(curve: Curve) -> str:
+    if curve.test is None:
+        return curve.name
+    return f"{curve.name}: test {shown(curve.test, curve.metric)}{' %' if curve.metric == 'accuracy' else ''}"
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and dashes of run i: Okabe and Ito's palette, whose colours the colour-blind tell apart."""
+    colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+    return {"color": colors[i % len(colors)], "linestyle": ("-", "--", "-.", ":")[i // len(colors) % 4]}
+
+
+@contextlib.contextmanager
+def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of that many inches, written to `path` as a PNG on leaving, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, dpi=120, format="png")
+    os.replace(unfinished, path)
+
+
+def finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:
+    """Labels and grid, and a logarithmic scale for squared errors; once all is drawn."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if metric == "mse":
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_minor_locator(LogLocator(subs=range(2, 10) if high < 5 * low else (2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3, which="minor")

@@ -1,0 +1,262 @@
+import json
+import shlex
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from jaxmeta import comparison, presets
+from jaxmeta.cli import main
+from jaxmeta.training.figures import Curve, draw_metric
+
+FLAGS = ["--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
+FLAGS += ["--meta-batch", "4", "--inner-lr", "0.02", "--order", "second"]
+COMPARE = ["compare", "maml", "fomaml", *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "compared"
+    assert main([*COMPARE, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(compared, tmp_path):
+    return shutil.copytree(compared, tmp_path / "copy")
+
+
+@pytest.fixture
+def children(compared, monkeypatch):
+    """Stands in for the trainings: what would be run, and how each is to end."""
+
+    class Child:
+        commands, signals, wait_for = [], [], staticmethod(lambda: 0)
+
+        def __init__(self, command, start_new_session):
+            assert start_new_session
+            Child.commands.append(command[3:])
+
+        def send_signal(self, number):
+            Child.signals.append(number)
+
+        def wait(self):
+            status = Child.wait_for()
+            if status == 0:
+                command = Child.commands[-1]
+                out = command[command.index("--out") + 1]
+                shutil.copytree(compared / command[1], out, dirs_exist_ok=True)
+            return status
+
+    monkeypatch.setattr(comparison.subprocess, "Popen", Child)
+    return Child
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def losses(run):
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_the_difference_is_that_of_each_test_task(compared):
+    result = read(compared / "comparison.json")
+    values = {name: np.array(read(compared / name / "episodes.json")["mse"]) for name in ("maml", "fomaml")}
+    for name, own in values.items():
+        assert own.shape == (20,)
+        assert result["learners"][name]["mse"]["mean"] == pytest.approx(own.mean())
+    apart = values["fomaml"] - values["maml"]
+    assert np.abs(apart).max() > 0
+    found = result["learners"]["fomaml"]["difference"]["mse"]
+    assert found["mean"] == pytest.approx(apart.mean())
+    assert found["ci95"] == pytest.approx(1.96 * apart.std(ddof=1) / np.sqrt(20))
+    # Amplitudes range over a factor of 50: only errors on the same waves go together like this.
+    assert np.corrcoef(*values.values())[0, 1] > 0.95
+    # The same parameters on the same training tasks, before the two gradients lead apart.
+    maml, fomaml = losses(compared / "maml"), losses(compared / "fomaml")
+    assert maml[0] == pytest.approx(fomaml[0], rel=1e-6)
+    assert maml != fomaml
+
+
+def test_a_comparison_s_folder(compared):
+    assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    text = (compared / "comparison.md").read_text()
+    assert "Left out for fomaml, which has no such setting: --order." in text
+    orders = [read(compared / name / "config.json")["order"] for name in ("maml", "fomaml")]
+    assert orders == ["second", None]
+    found = read(compared / "comparison.json")["learners"]["fomaml"]
+    for row, sign in ((found["mse"], ""), (found["difference"]["mse"], "+z")):
+        assert f"{row['mean']:{sign}.4f} ± {row['ci95']:.4f}" in text
+    for name in ("maml", "fomaml"):
+        report = read(compared / name / "report.json")
+        assert report["peak_memory"] == "process"
+        assert 5e7 < report["peak_memory_bytes"] < 1e11
+        assert f"{report['peak_memory_bytes'] / 1e6:,.0f} MB" in (compared / name / "report.md").read_text()
+    assert not [path.name for path in compared.iterdir() if path.name.startswith(".")]
+
+
+def test_transductive_and_inductive_accuracy_are_rows_and_paired_apart():
+    card = {"ways": 5, "shots": 1, "queries": 1}
+    config = {"meta_batch": 4}
+    shared = {"tasks": "glyphs", "preset": "glyphs", "seed": 0, "steps": 2, "episodes": 9, "card": card}
+    accuracy = {name: {"mean": 0.5, "ci95": 0.01} for name in ("transductive", "inductive")}
+    costs = {"training_s": 1.0, "steps_per_second": None, "peak_memory_bytes": None, "peak_memory": "process"}
+    row = {"accuracy": accuracy, "difference": {}, "left_out": [], **costs}
+    worse = {**row, "difference": {"inductive": {"mean": -0.02, "ci95": 0.005}}}
+    rows = {"maml": row, "other": worse}
+    text = comparison._markdown(
+        {"metric": "accuracy", "compared_to": "maml", **config, **shared, "learners": rows}
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| other")]
+    assert [line.split()[3] for line in lines] == ["transductive", "inductive"]
+    assert "-2.00 ± 0.50" in lines[1]
+    assert "±" not in lines[0].replace("50.00 ± 1.00", "")
+
+
+def test_resuming_skips_resumes_and_starts(copy, children, capsys):
+    again = [*COMPARE, "--resume", "--out", str(copy)]
+    before = read(copy / "comparison.json")
+    assert main(again) == 0
+    assert not children.commands
+    assert read(copy / "comparison.json") == before
+    assert (copy / "comparison.md").read_text() in capsys.readouterr().out
+
+    (copy / "fomaml" / "report.json").unlink()
+    assert main(again) == 0
+    (command,) = children.commands
+    assert command[:2] == ["train", "fomaml"]
+    assert command[-3:] == ["--resume", "--out", str(copy / "fomaml")]
+    assert "--order" not in command
+
+    shutil.rmtree(copy / "maml")
+    assert main(again) == 0
+    command = children.commands[-1]
+    assert sorted(command) == sorted(["train", "maml", *FLAGS, "--out", str(copy / "maml")])
+
+
+def test_runs_of_other_settings_are_refused(copy, children, capsys):
+    assert main([*COMPARE, "--resume", "--out", str(copy), "--steps", "30"]) == 2
+    assert "--steps: got 30" in capsys.readouterr().err
+    report = read(copy / "fomaml" / "report.json")
+    report["card"]["shots"] = 7
+    (copy / "fomaml" / "report.json").write_text(json.dumps(report))
+    assert main([*COMPARE, "--resume", "--out", str(copy)]) == 2
+    assert "card" in capsys.readouterr().err
+    assert not children.commands
+
+
+def test_nothing_is_overwritten(copy, children, capsys):
+    assert main([*COMPARE, "--out", str(copy)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert not children.commands
+
+
+@pytest.mark.parametrize(("status", "ends"), [(1, 1), (2, 2), (-9, 1), (75, 75)])
+def test_a_training_that_fails_ends_the_comparison(status, ends, children, tmp_path, capsys):
+    children.wait_for = staticmethod(lambda: 0 if len(children.commands) == 1 else status)
+    assert main([*COMPARE, "--out", str(tmp_path / "out")]) == ends
+    said = capsys.readouterr().err
+    assert "fomaml" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out" / "comparison.json").exists()
+
+
+def test_a_first_training_that_is_refused_leaves_nothing(children, tmp_path):
+    children.wait_for = staticmethod(lambda: 2)
+    assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_and_the_comparison_can_go_on(number, children, tmp_path, capsys):
+    def stopped():
+        signal.raise_signal(number)
+        return 75
+
+    children.wait_for = staticmethod(stopped)
+    before = signal.getsignal(number)
+    out = tmp_path / "out put"
+    assert main([*COMPARE, "--out", str(out)]) == 75
+    assert children.signals == [number]
+    assert signal.getsignal(number) is before
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+
+    children.wait_for = staticmethod(lambda: 0)
+    assert main(shlex.split(said.split("continue with: ")[1])[1:]) == 0
+    assert (out / "comparison.json").exists()
+
+
+def test_a_flag_that_none_of_the_learners_takes_is_refused(children, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(presets.LEARNERS, "other", presets.LEARNERS["fomaml"])
+    assert main(["compare", "fomaml", "other", "--tasks", "sinusoid", "--order", "first"]) == 2
+    assert "--order" in capsys.readouterr().err
+    assert not children.commands
+    assert not list(tmp_path.iterdir())
+
+
+def test_plot(compared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    maml, fomaml = str(compared / "maml"), str(compared / "fomaml")
+    assert main(["plot", maml, fomaml]) == 0
+    drawn = (tmp_path / "curves.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert main(["plot", maml, fomaml]) == 2
+    assert "curves.png exists" in capsys.readouterr().err
+    assert (tmp_path / "curves.png").read_bytes() == drawn
+    assert main(["plot", maml, fomaml, "--out", "seconds.png", "--x", "seconds"]) == 0
+    assert (tmp_path / "seconds.png").read_bytes() != drawn
+    assert main(["plot", maml, "--out", "one.png"]) == 0
+    assert main(["plot", maml, maml, "--out", "twice.png"]) == 2
+
+    running = tmp_path / "running"
+    running.mkdir()
+    shutil.copy(compared / "maml" / "config.json", running)
+    assert main(["plot", str(running), "--out", "running.png"]) == 2
+    assert "no meta-step yet" in capsys.readouterr().err
+    rows = (compared / "maml" / "metrics.jsonl").read_text().splitlines()
+    (running / "metrics.jsonl").write_text("\n".join([*rows[:3], rows[3][:20]]))
+    assert main(["plot", str(running), maml, "--out", "running.png"]) == 0
+
+    config = read(running / "config.json")
+    (running / "config.json").write_text(json.dumps({**config, "ways": 5}))
+    assert main(["plot", str(running), maml, "--out", "mixed.png"]) == 2
+    assert "accuracy" in capsys.readouterr().err
+    assert not (tmp_path / "mixed.png").exists()
+
+
+def test_curves_are_drawn_where_the_rows_say():
+    from matplotlib.figure import Figure
+
+    trained = [{"step": i, "loss": 1.0, "accuracy": i / 10, "elapsed_s": 7 * i} for i in (1, 2, 3)]
+    validated = [
+        {"step": i, "validation_accuracy": 0.3 * i, "validation_accuracy_ci95": 0.05, "elapsed_s": 9 * i}
+        for i in (1, 2)
+    ]
+    test = {"mean": 0.9, "ci95": 0.02}
+    curves = [Curve("a", [*trained, *validated], "accuracy", test), Curve("b", trained, "accuracy")]
+    axes = Figure().subplots()
+    draw_metric(axes, curves, "seconds")
+    points = [
+        (list(line.get_xdata()), [round(float(y), 6) for y in line.get_ydata()]) for line in axes.get_lines()
+    ]
+    assert ([9, 18], [30, 60]) in points
+    assert ([7, 14, 21], [10, 20, 30]) in points
+    assert any(y == [90] and x[0] > 21 for x, y in points)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/maml-sinusoid-1", "runs/fomaml-sinusoid-2"], ["maml-1", "fomaml-2"]),
+        (["a/maml", "b/maml"], ["a/maml", "b/maml"]),
+        (["maml", "maml-2"], ["maml", "maml-2"]),
+        (["runs/maml-1"], ["maml-1"]),
+    ],
+)
+def test_names_of_runs_are_what_tells_them_apart(folders, names):
+    assert comparison._names([comparison.Path(folder) for folder in folders]) == names

@@ -1,0 +1,274 @@
+"""`jaxmeta predict`, and training on a folder of one's own images before it."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxmeta as jm
+from jaxmeta import presets
+from jaxmeta.cli import main
+from jaxmeta.config import stored
+
+SIDE, WAYS = 8, 3
+
+
+def draw(path, number, seed, ink=0, paper=255):
+    """A bar whose place is the class, and noise that is the image's own."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((SIDE, SIDE), paper, np.uint8)
+    pixels[number % SIDE] = ink
+    pixels[rng.integers(SIDE), rng.integers(SIDE)] = ink
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def small(ways):
+    return jm.nn.MLP(out=ways, hidden=(16,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Images of eight classes, and a run trained on some of them."""
+    place = tmp_path_factory.mktemp("prediction")
+    for number in range(8):
+        for seed in range(5):
+            draw(place / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXMETA_CACHE", str(place / "cache"))
+        patch.setitem(presets.NETWORKS, "conv4-32", small)
+        command = [
+            *("train", "--tasks", f"folder:{place / 'images'}", "--ways", str(WAYS), "--queries", "2"),
+            *("--classes", "0.5,0,0.5", "--steps", "60", "--episodes", "20"),
+        ]
+        assert main([*command, "--out", str(place / "run")]) == 0
+        assert main([*command, "--stream", "--out", str(place / "streamed")]) == 0
+        yield place
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def ask(place, folder, *more):
+    target = place / "answers.json"
+    flags = ["--support", str(folder / "support"), "--query", str(folder / "query"), "--json", str(target)]
+    assert main(["predict", str(place / "run"), *flags, *more]) == 0
+    return read(target)
+
+
+@pytest.fixture
+def question(place, tmp_path):
+    """Three new classes, one, two and three examples of them, and six images to name."""
+    for slot, number in enumerate((1, 4, 6)):
+        for seed in range(slot + 1):
+            draw(tmp_path / "support" / f"kind {number}" / f"{seed}.png", number, 100 + seed)
+        for seed in range(2):
+            draw(tmp_path / "query" / f"{number}-{seed}.png", number, 200 + 10 * number + seed)
+    return tmp_path
+
+
+def test_a_stream_of_the_folder_gives_the_same_report(place):
+    kept, streamed = (read(place / name / "report.json") for name in ("run", "streamed"))
+    assert kept["card"] == streamed["card"]
+    assert kept["card"]["classes"] == 4
+    for name, row in kept["accuracy"].items():
+        assert streamed["accuracy"][name]["mean"] == pytest.approx(row["mean"], abs=0.02)
+    assert read(place / "run" / "config.json")["images"]["size"] == SIDE
+
+
+def test_new_classes_are_learned_from_unequal_shots(place, question, capsys):
+    answers = ask(place, question)
+    assert [answer["file"] for answer in answers] == [f"{n}-{i}.png" for n in (1, 4, 6) for i in (0, 1)]
+    for answer in answers:
+        shares = answer["probabilities"]
+        assert set(shares) == {"kind 1", "kind 4", "kind 6"}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-5)
+        assert answer["class"] == max(shares, key=shares.get)
+    right = sum(answer["class"] == f"kind {answer['file'][0]}" for answer in answers)
+    assert right >= 5
+    assert "4-1.png" in capsys.readouterr().out
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
+    together = {answer["file"]: answer for answer in ask(place, question)}
+    for file in sorted((question / "query").iterdir())[::3]:
+        alone = question / f"alone-{file.name}"
+        alone.mkdir()
+        shutil.copytree(question / "support", alone / "support")
+        (alone / "query").mkdir()
+        shutil.copy(file, alone / "query")
+        assert ask(place, alone) == [together[file.name]]  # every digit
+    target = place / "one.json"
+    flags = ["--support", str(question / "support"), "--query", str(file), "--json", str(target)]
+    assert main(["predict", str(place / "run"), *flags]) == 0
+    assert read(target) == [together[file.name]]
+
+
+def test_fewer_classes_than_the_network_has_outputs(place, question, capsys):
+    shutil.rmtree(question / "support" / "kind 1")
+    answers = ask(place, question)
+    assert set(answers[0]["probabilities"]) == {"kind 4", "kind 6"}
+    assert [a["class"] for a in answers if a["file"][0] != "1"] == ["kind 4"] * 2 + ["kind 6"] * 2
+    for number in (2, 3):
+        draw(question / "support" / f"kind {number}" / "0.png", number, 0)
+    capsys.readouterr()
+    flags = ["--support", str(question / "support"), "--query", str(question / "query")]
+    assert main(["predict", str(place / "run"), *flags]) == 2
+    assert "got 4 classes; maml was trained with 3 ways" in capsys.readouterr().err
+
+
+def test_queries_in_folders_named_as_classes_are_counted(place, question, capsys):
+    for file in list((question / "query").iterdir()):
+        folder = question / "query" / f"kind {file.name[0]}"
+        folder.mkdir(exist_ok=True)
+        file.rename(folder / file.name)
+    answers = ask(place, question)
+    right = sum(answer["file"].startswith(answer["class"] + "/") for answer in answers)
+    assert f"{right} of 6 lie in the folder of the class they are named as" in capsys.readouterr().out
+
+
+def test_the_same_by_the_functions(place, question):
+    """Adapt once, save, load, predict later."""
+    _, settings = stored(place / "run")
+    learner = presets.learner_of(settings, "support")
+    params = jm.load_params(place / "run")
+    files = sorted((question / "support").rglob("*.png"))
+    x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
+    support = jm.Batch(jnp.asarray(x), jnp.asarray([0, 1, 1, 2, 2, 2]), ways=WAYS)
+    jm.save(question / "adapted", learner.adapt(params, support, jax.random.key(0)))
+
+    adapted = jm.load(question / "adapted")
+    expected = ask(place, question)[0]
+    x = np.asarray(Image.open(question / "query" / expected["file"]), np.float32)[None, ..., None] / 255
+    shares = jax.nn.softmax(learner.predict(params, adapted, jnp.asarray(x))[0])
+    np.testing.assert_allclose(shares, list(expected["probabilities"].values()), rtol=1e-4, atol=1e-6)
+
+
+def ink_run(place, folder):
+    """The run as if its training images had been light strokes on dark."""
+    shutil.copytree(place / "run", folder / "run")
+    config = read(folder / "run" / "config.json")
+    config["images"] |= {"ink": True, "mean": 1 - config["images"]["mean"]}
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_ink_is_turned_to_that_of_the_training_images(place, question, capsys):
+    folder = ink_run(place, question)
+    dark_on_light = ask(folder, question)
+    assert "all images are inverted" in capsys.readouterr().out
+    for file in question.rglob("*.png"):
+        if file.parent != folder / "run":
+            Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    light_on_dark = ask(folder, question)
+    assert "inverted" not in capsys.readouterr().out
+    assert light_on_dark == dark_on_light
+    assert ask(folder, question, "--invert") != dark_on_light
+    assert "--invert" in capsys.readouterr().err
+
+    odd = question / "query" / "4-0.png"
+    Image.fromarray(255 - np.asarray(Image.open(odd))).save(odd)
+    ask(folder, question)
+    assert "--query: 4-0.png: dark and light seem exchanged" in capsys.readouterr().err
+
+
+def test_a_warning_where_one_s_own_images_seem_inverted(place, question, capsys):
+    for file in (question / "support").rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    ask(place, question)
+    assert "--invert turns dark to light" in capsys.readouterr().err
+
+
+def test_colour_is_turned_to_grey_with_a_warning(place, question, capsys):
+    grey = ask(place, question)
+    capsys.readouterr()
+    for file in question.rglob("*.png"):
+        Image.open(file).convert("RGB").save(file)
+    assert ask(place, question) == grey
+    assert "colour" not in capsys.readouterr().err  # an RGB file of greys is none
+    Image.new("RGB", (SIDE, SIDE), (255, 0, 0)).save(question / "query" / "4-0.png")
+    ask(place, question)
+    assert "--query: 4-0.png in colour" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_named_and_left_out_on_request_only(place, question, capsys):
+    (question / "query" / "4-0.png").write_bytes(b"no image")
+    flags = ["--support", str(question / "support"), "--query", str(question / "query")]
+    assert main(["predict", str(place / "run"), *flags]) == 2
+    assert "4-0.png: cannot be read as an image" in capsys.readouterr().err
+    assert len(ask(place, question, "--skip-unreadable")) == 5
+    assert "left out" in capsys.readouterr().err
+    (question / "support" / "kind 1" / "0.png").write_bytes(b"")
+    assert main(["predict", str(place / "run"), *flags, "--skip-unreadable"]) == 2
+    assert "of the class 'kind 1' no image can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"--support": "nowhere"}, "--support: "),
+        ({"--query": "nowhere"}, "--query: "),
+        ({"--support": "query"}, "has no subfolders, one a class; sort the 6 images"),
+        ({"--query": "empty"}, "there is no image in"),
+        ({"--support": "one"}, "got 1 classes; maml was trained with 3 ways and tells 2 to 3 apart"),
+        ({"--json": "nowhere/answers.json"}, "--json: the folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(place, question, changes, says, capsys):
+    (question / "empty").mkdir()
+    draw(question / "one" / "only" / "0.png", 1, 1)
+    flags = {"--support": "support", "--query": "query"} | changes
+    argv = [part for flag, path in flags.items() for part in (flag, str(question / path))]
+    assert main(["predict", str(place / "run"), *argv]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert says in said
+
+
+def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run")
+    config = read(tmp_path / "run" / "config.json") | {"tasks": "sinusoid", "images": None}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = ["--support", str(question / "support"), "--query", str(question / "query")]
+    assert main(["predict", str(tmp_path / "run"), *flags]) == 2
+    assert "trained on sinusoid, which are no images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--classes", "0.5,0.5"], "fractions must be three"),
+        (["--classes", "nowhere.json"], "--classes: got nowhere.json"),
+        (["--ways", "6"], "ways=6 asks for more classes than split='train' has: 5"),
+        (["--shots", "3"], "too few"),
+        (["--image-size", "0"], "--image-size: got 0"),
+        (["--protocol", "lake"], "--protocol"),
+        (["--data", "."], "--data"),
+        (["--network", "resnet"], "known are resnet12"),
+    ],
+)
+def test_bad_settings_of_a_folder(place, flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "2", *flags]
+    assert main(command) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_split_in_a_file(place, tmp_path, capsys):
+    file = tmp_path / "split.json"
+    names = {"train": ("bar0", "bar1", "bar2"), "test": ("bar5", "bar6", "bar7")}
+    file.write_text(json.dumps(names))
+    command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "3", "--steps", "1"]
+    command += ["--queries", "1", "--episodes", "2", "--classes", str(file), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert report["card"]["split_hash"] == jm.tasks.ClassSplit(**names).hash
+    file.write_text(json.dumps({**names, "test": ["bar0"]}))
+    assert main([*command, "--out", str(tmp_path / "other")]) == 2
+    assert "overlaps" in capsys.readouterr().err
