@@ -252,7 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"error: {error}", EXIT_USER)
     except (FloatingPointError, OSError) as error:
         return _say(f"error: {error}", EXIT_OTHER)
-    except Exception:
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            advice = "try fewer tasks at once (--strategy scan), or images from disk (--stream)"
+            return _say(f"error: out of memory on the device; {advice}: {error}", EXIT_OTHER)
         traceback.print_exc()
         return EXIT_OTHER
 
@@ -293,10 +296,13 @@ def _one_line(box: str) -> str:
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
     """Our warnings are for the user of the command, who has no use for a line of our code."""
+    said = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         del category, where, more
-        _say(f"warning: {message}", 0)
+        if str(message) not in said:
+            said.add(str(message))
+            _say(f"warning: {message}", 0)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", module="jaxmeta")

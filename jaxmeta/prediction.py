@@ -15,6 +15,7 @@ from jaxmeta import presets
 from jaxmeta.config import stored
 from jaxmeta.core import Batch, Learner, Params
 from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files
+from jaxmeta.tasks.splits import warn_of_case
 from jaxmeta.training import load_params
 from jaxmeta.training.report import write_json
 
@@ -79,6 +80,7 @@ def predict_run(
         raise FileNotFoundError(f"--json: the folder {target.absolute().parent} does not exist")
     form = Form(**config["images"])
     classes = class_files(Path(support).expanduser(), "--support")
+    warn_of_case("--support", classes)
     spec = presets.LEARNERS[settings.learner]
     ways = settings.train_ways if spec.fixed_ways else len(classes)
     if len(classes) < 2 or ways is None or len(classes) > ways:

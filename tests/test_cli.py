@@ -155,6 +155,18 @@ def test_a_loss_that_diverges_ends_with_status_1_and_names_the_step(tmp_path, ca
     assert "checkpoint" in said
 
 
+def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore.")
+
+    monkeypatch.setattr(runs, "train_run", full)
+    assert main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "--stream" in said
+    assert "99 bytes" in said
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

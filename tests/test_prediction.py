@@ -208,6 +208,14 @@ def test_unreadable_images_are_named_and_left_out_on_request_only(place, questio
     assert "of the class 'kind 1' no image can be read" in capsys.readouterr().err
 
 
+def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question, capsys):
+    (question / "support" / "kind 4").rename(question / "support" / "KIND 1")
+    if not (question / "support" / "kind 1").is_dir() or len(list((question / "support").iterdir())) < 3:
+        pytest.skip("the file system knows no case")
+    assert "KIND 1" in ask(place, question)[0]["probabilities"]
+    assert "'KIND 1' and 'kind 1' differ only in case; they are two" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from jaxtyping import Int, UInt8
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.episodes import from_arrays
-from jaxmeta.tasks.splits import ClassSplit, split_classes
+from jaxmeta.tasks.splits import ClassSplit, split_classes, warn_of_case
 
 _RECORDS, _INDEX, _FORMAT = "images.array_record", "index.json", 1
 
@@ -142,7 +141,7 @@ def prepare(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     prepared = _open(folder)
-    _warn_of_case(prepared)
+    warn_of_case(prepared.name, prepared.classes)
     return prepared
 
 
@@ -206,15 +205,3 @@ def _open(folder: Path) -> Prepared:
     return Prepared(
         folder, index["name"], tuple(index["classes"]), tuple(index["sizes"]), tuple(index["shape"])
     )
-
-
-def _warn_of_case(prepared: Prepared) -> None:
-    seen: dict[str, str] = {}
-    for name in prepared.classes:
-        other = seen.setdefault(name.casefold(), name)
-        if other != name:
-            warnings.warn(
-                f"{prepared.name}: the class names {other!r} and {name!r} differ only in case; "
-                "they are two classes",
-                stacklevel=3,
-            )

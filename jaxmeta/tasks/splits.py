@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -199,3 +200,15 @@ def split_classes(
             f"classes: there is no example of {len(missing)} classes of split={split!r}: {_some(missing)}"
         )
     return classes, protocol
+
+
+def warn_of_case(source: str, classes: Iterable[str]) -> None:
+    """Warns where two class names differ in nothing but case: they are two classes, perhaps by mistake."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            warnings.warn(
+                f"{source}: the class names {other!r} and {name!r} differ only in case; they are two classes",
+                stacklevel=3,
+            )
