@@ -310,7 +310,7 @@ TASKS: dict[str, TaskSpec] = {
         takes=(*_IMAGES, "data"),
     ),
     "cifar_fs": TaskSpec(
-        "CIFAR-100, 32x32, by Bertinetto's split; --data DIR is tensorflow-datasets' data_dir",
+        "CIFAR-100, 32x32, by Bertinetto's split; --data DIR with its archive, or tensorflow-datasets'",
         "cifar-fs",
         lambda split, settings, shape, data: cifar_fs_images(data),
         takes=(*_IMAGES, "data"),

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from jaxmeta.cli import main
+from jaxmeta.tasks.archives import read_archive
+from jaxmeta.tasks.omniglot import EDITION
 
 pytestmark = pytest.mark.slow
 
@@ -30,3 +32,23 @@ def test_glyphs_are_learned(tmp_path):
     # Nearest neighbours on pixels reach about half.
     report = report_of(tmp_path / "run")
     assert report["accuracy"]["transductive"]["mean"] >= 0.85
+
+
+def test_letters_of_an_unknown_alphabet_are_named_from_one_example_each(tmp_path, data_folder):
+    report_of(tmp_path / "run", "--preset", "omniglot-alphabet", "--data", str(data_folder))
+    images = read_archive(
+        data_folder / "omniglot" / "images_evaluation.zip", "evaluation", EDITION.characters["evaluation"]
+    )
+    for name, png in images.items():
+        alphabet, letter, drawer = name.split("/")
+        if alphabet == "Angelic":
+            file = tmp_path / ("support" if drawer == "01" else "query") / letter / f"{drawer}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png)
+    folders = ["--support", str(tmp_path / "support"), "--query", str(tmp_path / "query")]
+    target = tmp_path / "answers.json"
+    assert main(["predict", str(tmp_path / "run"), *folders, "--json", str(target)]) == 0
+    answers = json.loads(target.read_text())
+    right = sum(answer["file"].startswith(answer["class"] + "/") for answer in answers)
+    assert len(answers) == 20 * 19
+    assert right / len(answers) >= 0.7

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, written_whole
-from jaxmeta.tasks.images import UnreadableImage, class_files, decode, header
+from jaxmeta.tasks.images import UnreadableImage, check_form, class_files, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit
 
@@ -69,10 +69,7 @@ def prepare_files(
       size, channels, skip_unreadable: see `prepare_folder`.
       argument: that named the folder, for the messages.
     """
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-        raise ValueError(f"size must be a positive integer or None, got {size!r}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+    check_form(size, channels)
     named = {f"{of}/{file.name}": file for of, some in files.items() for file in some}
     digest = hashlib.sha256(f"{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape"))
     for file_name, file in named.items():

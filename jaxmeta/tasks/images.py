@@ -29,6 +29,14 @@ class Header(NamedTuple):
     shorter_side: int
 
 
+def check_form(size: int | None, channels: int | None) -> None:
+    """Refuses a size or a number of channels that images cannot have; None is to be found out."""
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
+        raise ValueError(f"size must be a positive integer or None, got {size!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+
+
 def image_files(folder: Path) -> list[Path]:
     """The images directly in `folder`, sorted by name.
 

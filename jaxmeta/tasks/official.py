@@ -2,17 +2,25 @@
 
 import csv
 import dataclasses
+import hashlib
 import os
+import tarfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.folder import prepare_files
 from jaxmeta.tasks.images import class_files, image_files
-from jaxmeta.tasks.prepared import SplitImages, from_prepared
-from jaxmeta.tasks.splits import ClassSplit, check_part
+from jaxmeta.tasks.prepared import SplitImages, from_prepared, prepare
+from jaxmeta.tasks.splits import PARTS, ClassSplit, check_part
 from jaxmeta.tasks.tfds import prepare_tfds
 
+_CIFAR_IMAGES = 60_000
 _EACH = 600  # images of every class of mini-ImageNet
 _LISTS = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}
 
@@ -130,10 +138,13 @@ def cifar_fs(
     Args:
       split: "train", "validation" or "test".
       ways, shots, queries: see `from_arrays`.
-      data: folder where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
+      data: a folder with CIFAR-100's official archive cifar-100-binary.tar.gz, or with what is in it; or
+        where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
 
     Raises:
-      ValueError, OSError: see `prepare_tfds`. To prepare CIFAR-100, it needs TensorFlow.
+      ValueError: the archive does not hold CIFAR-100; or see `prepare_tfds`, which needs TensorFlow to
+        prepare it.
+      OSError: see `prepare_tfds`.
 
     Examples:
       >>> tasks = cifar_fs("test", ways=5, shots=5)  # doctest: +SKIP
@@ -144,16 +155,7 @@ def cifar_fs(
       Bertinetto, Henriques, Torr, Vedaldi 2019, arXiv 1805.08136.
     """
     check_part(split)
-    prepared, classes, protocol = cifar_fs_images(data)
-    return from_prepared(
-        prepared,
-        ways=ways,
-        shots=shots,
-        queries=queries,
-        split=split,
-        classes=classes,
-        protocol=protocol,
-    )
+    return _tasks(cifar_fs_images(data), split, ways=ways, shots=shots, queries=queries)
 
 
 def mini_imagenet(
@@ -192,16 +194,7 @@ def mini_imagenet(
       Ravi, Larochelle 2017, https://openreview.net/forum?id=rJY0-Kcll.
     """
     check_part(split)
-    prepared, classes, protocol = mini_imagenet_images(data, size)
-    return from_prepared(
-        prepared,
-        ways=ways,
-        shots=shots,
-        queries=queries,
-        split=split,
-        classes=classes,
-        protocol=protocol,
-    )
+    return _tasks(mini_imagenet_images(data, size), split, ways=ways, shots=shots, queries=queries)
 
 
 def cub(
@@ -237,21 +230,29 @@ def cub(
       Huang 2019, arXiv 1904.04232.
     """
     check_part(split)
-    prepared, classes, protocol = cub_images(data, size)
-    return from_prepared(
-        prepared,
-        ways=ways,
-        shots=shots,
-        queries=queries,
-        split=split,
-        classes=classes,
-        protocol=protocol,
-    )
+    return _tasks(cub_images(data, size), split, ways=ways, shots=shots, queries=queries)
+
+
+def _tasks(images: SplitImages, split: str, **shape: Any) -> TaskDistribution:
+    prepared, classes, protocol = images
+    return from_prepared(prepared, split=split, classes=classes, protocol=protocol, **shape)
 
 
 def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
     """What `cifar_fs` draws from."""
-    prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data_dir=data)
+    rows = None if data is None else _cifar_rows(Path(data).expanduser())
+    if rows is None:
+        prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data_dir=data)
+    else:
+        # The label of a class is its place in the alphabet.
+        names = sorted(name for part in PARTS for name in cifar_fs_split().part(part))
+        order = np.argsort(rows[:, 1], kind="stable")
+        images = (
+            (names[row[1]], np.ascontiguousarray(row[2:].reshape(3, 32, 32).transpose(1, 2, 0)))
+            for row in (rows[index] for index in order)
+        )
+        digest = hashlib.sha256(rows.tobytes()).hexdigest()
+        prepared = prepare("cifar_fs", digest, (32, 32, 3), images, expected=len(rows))
     return SplitImages(
         dataclasses.replace(prepared, name="cifar_fs"),
         cifar_fs_split(),
@@ -289,6 +290,34 @@ def cub_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
         classes,
         "CUB-200-2011, class split of Chen et al. 2019 (A Closer Look at Few-shot Classification)",
     )
+
+
+def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
+    """CIFAR-100's images, those for training first: superclass, class, then red, green and blue.
+
+    None where `data` holds none of its official files.
+    """
+    members = ("train.bin", "test.bin")
+    archive = data if data.is_file() else data / "cifar-100-binary.tar.gz"
+    folder = next((path for path in (data, data / "cifar-100-binary") if (path / members[0]).is_file()), None)
+    if folder is not None:
+        content = b"".join((folder / name).read_bytes() for name in members if (folder / name).is_file())
+    elif archive.is_file():
+        try:
+            with tarfile.open(archive) as files:
+                found = (files.extractfile(f"cifar-100-binary/{name}") for name in members)
+                content = b"".join(file.read() for file in found if file is not None)
+        except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
+            raise ValueError(f"data: {archive} is no whole cifar-100-binary.tar.gz ({error})") from error
+    else:
+        return None
+    expected = _CIFAR_IMAGES * 3074
+    if len(content) != expected:
+        raise ValueError(
+            f"data: {' and '.join(members)} of {folder or archive} hold {len(content)} bytes; CIFAR-100's "
+            f"have {expected}"
+        )
+    return np.frombuffer(content, np.uint8).reshape(-1, 3074)
 
 
 def _folder(data: str | os.PathLike) -> Path:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, make_room, written_whole
-from jaxmeta.tasks.images import Header, decode, header
+from jaxmeta.tasks.images import Header, check_form, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
@@ -51,10 +51,7 @@ def prepare_tfds(
         decoded; a data set that only TensorFlow can prepare, or is prepared in another format.
       OSError: it can be neither found nor downloaded, or too little disk.
     """
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-        raise ValueError(f"size must be a positive integer or None, got {size!r}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+    check_form(size, channels)
     builder = _builder(name, data_dir)
     title = builder.info.full_name
     image, label = _image_key(builder, image), _label_key(builder, label)

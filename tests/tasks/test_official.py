@@ -2,6 +2,8 @@
 
 import csv
 import io
+import shutil
+import tarfile
 
 import jax
 import numpy as np
@@ -229,3 +231,36 @@ def test_cifar_fs(tmp_path):
     assert "Bertinetto et al. 2019" in tasks.card.protocol
     with pytest.raises(ValueError, match="split must be"):
         cifar_fs("val", data=tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("layout", ["folder", "inner folder", "archive"])
+def test_cifar_fs_from_the_official_binary_files(tmp_path, monkeypatch, layout):
+    """Two images a class, one of each file: a record is two labels, then the planes of red, green, blue."""
+    monkeypatch.setattr(official, "_CIFAR_IMAGES", 200)
+    names = sorted(SUPERCLASSES)
+    root = (
+        tmp_path / {"folder": ".", "inner folder": "cifar-100-binary", "archive": "cifar-100-binary"}[layout]
+    )
+    root.mkdir(exist_ok=True)
+    for image, file in enumerate(("train.bin", "test.bin")):
+        records = [
+            bytes([0, number]) + b"".join(bytes([value]) * 1024 for value in colour(number, image))
+            for number in range(100)
+        ]
+        (root / file).write_bytes(b"".join(records))
+    if layout == "archive":
+        with tarfile.open(tmp_path / "cifar-100-binary.tar.gz", "w:gz") as archive:
+            archive.add(root, "cifar-100-binary")
+        shutil.rmtree(root)
+    tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path)
+    assert colours(tasks) == every(names, cifar_fs_split().test, (0, 1))
+    assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", cifar_fs_split().hash)
+
+
+def test_cifar_files_that_are_cut_short_are_refused(tmp_path):
+    (tmp_path / "train.bin").write_bytes(bytes(3074))
+    with pytest.raises(ValueError, match=r"hold 3074 bytes; CIFAR-100's have 184440000"):
+        cifar_fs(data=tmp_path)
+    (tmp_path / "train.bin").rename(tmp_path / "cifar-100-binary.tar.gz")
+    with pytest.raises(ValueError, match=r"is no whole cifar-100-binary\.tar\.gz"):
+        cifar_fs(data=tmp_path)
