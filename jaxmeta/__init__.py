@@ -9,6 +9,7 @@ jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
 """
 
 from jaxmeta import losses, nn, tasks
+from jaxmeta.config import load_run
 from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution, TaskStream
 from jaxmeta.optimization_based import fomaml, inner_loop, maml
 from jaxmeta.training import (
@@ -45,6 +46,7 @@ __all__ = [
     "inner_loop",
     "load",
     "load_params",
+    "load_run",
     "losses",
     "maml",
     "meta_step",

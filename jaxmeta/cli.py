@@ -32,9 +32,11 @@ class TrainFlags(TypedDict, total=False):
     ways: Annotated[int, _flag("classes per task, at test and in training", "N")]
     shots: Annotated[int, _flag("support examples per class (per task in regression)", "K")]
     queries: Annotated[int, _flag("query examples per class (per task in regression)", "Q")]
-    train_ways: Annotated[int, _flag("--ways in training only", "N", "(default: --ways)")]
-    train_shots: Annotated[int, _flag("--shots in training only", "K", "(default: --shots)")]
-    train_queries: Annotated[int, _flag("--queries in training only", "Q", "(default: --queries)")]
+    train_ways: Annotated[int, _flag("--ways in training only", "N", "(default: --ways, or the preset's)")]
+    train_shots: Annotated[int, _flag("--shots in training only", "K", "(default: --shots, or the preset's)")]
+    train_queries: Annotated[
+        int, _flag("--queries in training only", "Q", "(default: --queries, or the preset's)")
+    ]
     protocol: Annotated[str, _flag("class split of omniglot: vinyals, maml, reptile, lake, …", "NAME")]
     rotations: Annotated[
         Literal["none", "classes", "random"],
@@ -51,6 +53,14 @@ class TrainFlags(TypedDict, total=False):
             "(default: the smallest image's shorter side, at most 84)",
         ),
     ]
+    channels: Annotated[
+        Literal[1, 3],
+        _flag("1: one's own images as grey ones, 3: in colour", default="(default: as the files are)"),
+    ]
+    label: Annotated[
+        str, _flag("tfds: feature that names the class", "NAME", "(default: the label of the data set)")
+    ]
+    tfds_splits: Annotated[str, _flag("tfds: splits of the data set to pool", "A,B,…", "(default: all)")]
     classes: Annotated[
         str,
         _flag(
@@ -63,7 +73,7 @@ class TrainFlags(TypedDict, total=False):
     split_seed: Annotated[int, _flag("of a class split by fractions", "S", "(default: 0)")]
     workers: Annotated[int, _flag("processes that read a stream", "N", "(default: 0, threads)")]
     network: Annotated[
-        str, _flag("strided-conv4, conv4, conv4-32, resnet12, mlp, …", "NAME", "(default: the preset's)")
+        str, _flag("strided-conv4, conv4, conv4-32, resnet12, mlp", "NAME", "(default: the preset's)")
     ]
     norm: Annotated[
         Literal["batch", "support"],
@@ -128,7 +138,7 @@ class EvaluateFlags(TypedDict, total=False):
     seed: Annotated[
         int, _flag("of the test episodes", "S", "(default: the run's, the episodes of its report)")
     ]
-    data: Annotated[str, _flag("folder with the data set's archives", "DIR", "(default: the run's)")]
+    data: Annotated[str, _flag("folder with the data set's files", "DIR", "(default: the run's)")]
     devices: Annotated[int, _flag("devices that share the episodes; on CPUs, cores", "N", "(default: all)")]
     json: Annotated[str, _flag("also write the result here", "FILE", "(default: only print)")]
 
@@ -168,7 +178,9 @@ class Compare:
         bool, _flag("read images from disk step by step: for data larger than the device", default="")
     ] = False
     skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
-    resume: Annotated[bool, _flag("continue the comparison in --out", default="")] = False
+    resume: Annotated[
+        bool, _flag("continue the comparison in --out; give its learners and flags again", default="")
+    ] = False
 
 
 @dataclasses.dataclass
@@ -248,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as stop:
         return _say(f"stopped: {stop or 'interrupted'}", EXIT_STOPPED)
+    except SystemExit as ended:  # a process of ours, which has said why
+        return int(ended.code or 0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return _say(f"error: {error}", EXIT_USER)
     except (FloatingPointError, OSError) as error:

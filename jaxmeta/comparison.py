@@ -23,11 +23,12 @@ from jaxmeta.config import file_name, settled, stored
 from jaxmeta.presets import Preset
 from jaxmeta.runs import Signalled
 from jaxmeta.training import Evaluation
-from jaxmeta.training.figures import METRIC_NAMES, Curve, draw_metric, drawing, look, plot_curves
-from jaxmeta.training.report import read_metrics, shown, write_json, write_text
+from jaxmeta.training.figures import Curve, plot_curves
+from jaxmeta.training.report import read_metrics, write_json, write_text
+from jaxmeta.training.side_by_side import comparison_markdown, draw_comparison, tests_of
 
 # What a resumed comparison may do differently: it changes no parameter, or only the order of float32 sums.
-_MAY_DIFFER = ("description", "strategy", "report_steps", "workers")
+_MAY_DIFFER = ("description", "strategy", "report_steps", "workers", "image_size", "channels")
 
 
 class _Trainings:
@@ -71,9 +72,10 @@ class _Trainings:
         self.process = None
         if status == 75 or (self.signal is not None and status not in (1, 2)):
             raise Signalled(f"while {learner} was trained; continue with: {self.hint}")
+        if status in (1, 2):
+            raise SystemExit(status)
         if status:
-            kind = ValueError if status == 2 else ChildProcessError
-            raise kind(f"{learner}: its training ended with status {status}, as said above")
+            raise ChildProcessError(f"{learner}: its training ended with status {status}")
 
 
 def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool = False) -> Path:
@@ -91,7 +93,8 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
     Raises:
       ValueError: learners or settings that cannot be, or a run in the folder that has others.
       Signalled: a signal stopped the run that was on.
-      ChildProcessError: a run failed.
+      SystemExit: a run failed with that status, and has said why.
+      ChildProcessError: a run failed without a word.
     """
     if len(learners) < 2:
         raise ValueError(f"LEARNER: got {' '.join(learners) or 'none'}; a comparison needs at least two")
@@ -109,6 +112,7 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
     for learner in learners:
         _check_stored(out / learner, settings[learner], flags.get("seed", 0))
 
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     again = shlex.join(["jaxmeta", "compare", *learners, *_argv(flags), "--resume", "--out", str(out)])
     with _Trainings(again).handled() as trainings:
@@ -121,17 +125,19 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
             resumed = ["--resume"] if (folder / "config.json").exists() else []
             try:
                 trainings.run(learner, [*_argv(own_flags[learner]), *resumed, "--out", str(folder)])
-            except ValueError:
+            except SystemExit:
+                # Where the first training was refused, nothing is in the folders made for it.
                 with contextlib.suppress(OSError):
-                    out.rmdir()  # where the first training was refused, nothing is in it
+                    for made in new_folders:
+                        made.rmdir()
                 raise
         left_out = {
             learner: [presets.flag_of(name) for name in flags if name not in own_flags[learner]]
             for learner in learners
         }
         result = _compared(out, learners, left_out)
-        text = _markdown(result)
-        _draw(out / "comparison.png", out, result)
+        text = comparison_markdown(result)
+        draw_comparison(out / "comparison.png", out, result)
         write_text(out / "comparison.md", text)
         write_json(out / "comparison.json", result)
     print(f"\n{text}\nfolder: {out}  (comparison.md, comparison.png, comparison.json)")
@@ -285,110 +291,14 @@ def _difference(values: np.ndarray, to: np.ndarray) -> dict[str, float]:
     return {"mean": found.mean, "ci95": found.ci95}
 
 
-def _tests(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
-    """The results of a learner by the name that they have among the episodes."""
-    return row[metric] if metric == "accuracy" else {metric: row[metric]}
-
-
-def _markdown(result: Mapping[str, Any]) -> str:
-    metric, first, card = result["metric"], result["compared_to"], result["card"]
-    accuracy = metric == "accuracy"
-    head = ["learner", "test", "accuracy, %"] if accuracy else ["learner", "mse"]
-    head += [f"minus {first}", "training, s", "steps/s", "memory, MB"]
-    table = []
-    for learner, row in result["learners"].items():
-        for name, test in _tests(row, metric).items():
-            difference = row["difference"].get(name)
-            table.append(
-                [
-                    learner,
-                    *([name] if accuracy else []),
-                    shown(test, metric),
-                    "" if difference is None else shown(difference, metric, "+"),
-                    f"{row['training_s']:,.1f}",
-                    "" if row["steps_per_second"] is None else f"{row['steps_per_second']:,.1f}",
-                    "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:,.0f}",
-                ]
-            )
-    ways = "" if card["ways"] is None else f"{card['ways']}-way "
-    of = {row["peak_memory"] for row in result["learners"].values()}
-    lines = [
-        f"# {', '.join(result['learners'])} on {result['tasks']}",
-        "",
-        *_table(head, table, 2 if accuracy else 1),
-        "",
-        f"{ways}{card['shots']}-shot, {card['queries']} queries; {result['episodes']:,} test tasks; "
-        f"{result['steps']:,} meta-steps of {result['meta_batch']} tasks; "
-        f"seed {result['seed']}; preset {result['preset']}.",
-        f"± is the half-width of a 95 % confidence interval over test tasks; minus {first} is the difference "
-        f"within each test task{', in percentage points' if accuracy else ''}.",
-        "Training includes compiling and validation; memory is the peak of the "
-        f"{' or '.join(sorted(of))}, evaluation included.",
-    ]
-    for learner, row in result["learners"].items():
-        if row["left_out"]:
-            lines.append(f"Left out for {learner}, which has no such setting: {', '.join(row['left_out'])}.")
-    return "\n".join(lines) + "\n"
-
-
-def _table(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
-    """A Markdown table that is readable as it is, of columns of text and then of numbers."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        pairs = enumerate(zip(cells, widths, strict=True))
-        return f"| {' | '.join(c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in pairs)} |"
-
-    rule = [("-" * width if i < texts else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
-    return [line(head), line(rule), *map(line, rows)]
-
-
-def _draw(path: Path, out: Path, result: Mapping[str, Any]) -> None:
-    """Left the metric over the meta-steps, then that on test tasks, right the differences."""
-    from matplotlib.lines import Line2D
-
-    metric, rows = result["metric"], result["learners"]
-    scale = 100 if metric == "accuracy" else 1
-    with drawing(path, 13.0, 3.4 + 0.35 * len(rows)) as figure:
-        curves, tests, differences = figure.subplots(1, 3, width_ratios=(4, 3, 3))
-        draw_metric(
-            curves, [Curve(name, read_metrics(out / name / "metrics.jsonl"), metric) for name in rows]
-        )
-        for i, row in enumerate(rows.values()):
-            found = _tests(row, metric)
-            for j, (name, test) in enumerate(found.items()):
-                y = i + 0.3 * (j - (len(found) - 1) / 2)
-                filled = {"markerfacecolor": "white"} if name == "inductive" else {}
-                bar = {"color": look(i)["color"], "marker": "D", "capsize": 3, **filled}
-                tests.errorbar(scale * test["mean"], y, xerr=scale * test["ci95"], **bar)
-                if name in row["difference"]:
-                    mean, ci95 = (scale * row["difference"][name][key] for key in ("mean", "ci95"))
-                    differences.errorbar(mean, y, xerr=ci95, **bar)
-        differences.axvline(0, color="0.4", linewidth=1)
-        tests.set(xlabel=f"test {METRIC_NAMES[metric]}")
-        if metric == "accuracy":
-            tests.set_title("◆: transductive   ◇: inductive", fontsize="medium")
-        unit = " (percentage points)" if metric == "accuracy" else ""
-        differences.set(xlabel=f"minus {result['compared_to']}{unit}")
-        differences.set_title("within each test task, 95 % CI", fontsize="medium")
-        for axes in (tests, differences):
-            axes.set_yticks(range(len(rows)), rows)
-            axes.set_ylim(len(rows) - 0.5, -0.5)
-            axes.locator_params(axis="x", nbins=5)
-            axes.grid(alpha=0.3, axis="x")
-        lines = [Line2D([], [], **look(i), label=name) for i, name in enumerate(rows)]
-        figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(rows)))
-        figure.suptitle(f"{result['tasks']}, {result['steps']:,} meta-steps")
-
-
 def _curve(folder: Path, name: str) -> Curve:
-    config = _read(folder / "config.json")
+    _, settings = stored(folder)
     rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
         raise ValueError(f"RUN: {folder} has no meta-step yet")
-    metric = "mse" if config["ways"] is None else "accuracy"
+    metric = "mse" if settings.ways is None else "accuracy"
     report = _read(folder / "report.json") if (folder / "report.json").exists() else None
-    return Curve(name, rows, metric, report and next(iter(_tests(report, metric).values())))
+    return Curve(name, rows, metric, report and next(iter(tests_of(report, metric).values())))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -9,8 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxmeta import presets
+from jaxmeta.core import Learner, Params, TaskDistribution, TaskStream
 from jaxmeta.presets import Preset
+from jaxmeta.training import load_params
+from jaxmeta.training.step import sample_of
 
 # What a resumed run may do differently: it changes no parameter, or only the order of float32 sums.
 MAY_CHANGE = (
@@ -21,7 +27,6 @@ MAY_CHANGE = (
     "report_steps",
     "workers",
     "description",
-    "images",
     "jaxmeta",
 )
 
@@ -72,7 +77,91 @@ def resumed(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset
             raise ValueError(f"{flag}: got {value}, but the run in {out} has {config[name]}; leave it out")
     settings = presets.revised(settings, {name: flags[name] for name in flags if name in MAY_CHANGE})
     devices = flags.get("devices", config["devices"])
-    return _config(config["preset"], settings, config["seed"], data_of(flags, config), devices), settings, out
+    new = _config(config["preset"], settings, config["seed"], data_of(flags, config), devices)
+    return {**new, "split_hash": config["split_hash"], "images": config["images"]}, settings, out
+
+
+def data_form(tasks: TaskDistribution | TaskStream, ink: bool) -> dict[str, Any]:
+    """What a run keeps of its data, to know them again and, of images, to read others alike.
+
+    Returns:
+      "split_hash", and "images": None where there are none, else their size, number of channels, mean
+      in [0, 1], and whether they are strokes, light on dark.
+    """
+    images = None
+    sample = sample_of(tasks)
+    shape = jax.eval_shape(sample, jax.random.key(0)).support.x.shape
+    if len(shape) == 4 and shape[-1] in (1, 3):
+        if isinstance(tasks, TaskStream):
+            mean = tasks.at(0).support.x.mean()
+        else:
+            mean = jax.jit(jax.vmap(lambda key: sample(key).support.x.mean()))(
+                jax.random.split(jax.random.key(0), 16)
+            ).mean()
+        images = {"size": shape[1], "channels": shape[-1], "mean": round(float(mean), 4), "ink": ink}
+    return {"split_hash": tasks.card.split_hash, "images": images}
+
+
+def check_data(config: Mapping[str, Any], tasks: TaskDistribution | TaskStream, folder: Path) -> None:
+    """Refuses data that are no longer those the run in `folder` was trained on.
+
+    Raises:
+      ValueError: the classes are shared out otherwise, so that a class to test on may be one that was
+        trained on; or the images have another shape.
+    """
+    if config["split_hash"] != tasks.card.split_hash:
+        raise ValueError(
+            f"--tasks: the classes of {config['tasks']}, or how they are split, are no longer those that the "
+            f"run in {folder} was trained on (split {str(config['split_hash'])[:8]} then, "
+            f"{str(tasks.card.split_hash)[:8]} now)"
+        )
+    if config["images"] is not None:
+        shape = jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape[1:]
+        size, channels = config["images"]["size"], config["images"]["channels"]
+        if shape != (size, size, channels):
+            raise ValueError(
+                f"--tasks: the images of {config['tasks']} have shape {shape}, and those that the run in "
+                f"{folder} was trained on {(size, size, channels)}"
+            )
+
+
+def load_run(run: str | os.PathLike, row: str = "inductive") -> tuple[Learner, Params]:
+    """The learner of a run of `jaxmeta train`, and its parameters.
+
+    Args:
+      run: the run's folder.
+      row: of its report: "inductive", whose answers depend on no other query, or "transductive".
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: its files cannot be read, or another `row`.
+
+    Examples:
+      >>> learner, params = jm.load_run("runs/alphabet")  # doctest: +SKIP
+      >>> adapted = learner.adapt(params, support, jax.random.key(0))  # doctest: +SKIP
+      >>> outputs = learner.predict(params, adapted, images)  # doctest: +SKIP
+    """
+    folder = Path(run).expanduser()
+    _, settings = stored(folder)
+    norm = presets.lookup("row", row, presets.LEARNERS[settings.learner].norms)
+    return presets.learner_of(settings, norm), load_params(folder)
+
+
+def json_target(path: str | None) -> Path | None:
+    """Where --json writes to.
+
+    Raises:
+      FileNotFoundError: its folder does not exist.
+      ValueError: it is a folder itself.
+    """
+    if path is None:
+        return None
+    target = Path(path).expanduser().absolute()
+    if target.is_dir():
+        raise ValueError(f"--json: {path} is a folder; name a file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"--json: the folder {target.parent} does not exist")
+    return target
 
 
 def stored(folder: Path) -> tuple[dict, Preset]:
@@ -87,6 +176,7 @@ def stored(folder: Path) -> tuple[dict, Preset]:
         raise FileNotFoundError(f"{folder} is no run: there is no {path}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        config["split_hash"], config["images"]
         fields = {field.name: config[field.name] for field in dataclasses.fields(Preset)}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
@@ -104,8 +194,8 @@ def settled(flags: Mapping[str, Any]) -> dict[str, Any]:
     kind, colon, path = str(flags.get("tasks", "")).partition(":")
     if kind == "folder" and path:
         typed["tasks"] = kind + colon + str(Path(path).expanduser().resolve())
-    if Path(flags.get("classes", "")).is_file():
-        typed["classes"] = str(Path(flags["classes"]).resolve())
+    if "classes" in flags and (file := Path(flags["classes"]).expanduser()).is_file():
+        typed["classes"] = str(file.resolve())
     return typed
 
 

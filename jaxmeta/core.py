@@ -148,13 +148,22 @@ class TaskStream(NamedTuple):
         of meta-step `step`, in an evaluation the `step`-th batch of episodes. A pure function, so
         that a run can go on at any step.
       card: as of a `TaskDistribution`.
-      batches: `(start) -> iterator` over `at(start), at(start + 1), …`, read ahead; None: `at` is
-        called step by step.
+      batches: `(start) -> iterator` over `at(start), at(start + 1), …`, read ahead, which is closed
+        where it has a `close`; None: `at` is called step by step.
+      key: that the episodes are numbered from by `episode_keys`, where they are: what trains or
+        evaluates with another refuses the stream.
+      for_evaluation: whether they are numbered as an evaluation does.
     """
 
     at: Callable[[int], Task]
     card: ProtocolCard
     batches: Callable[[int], Iterator[Task]] | None = None
+    key: Key | None = None
+    for_evaluation: bool = False
+
+
+# What a compiled step draws from: a sampler, or the tasks of one batch.
+Source = Callable[[Key], Task] | Task
 
 
 def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
@@ -162,7 +171,17 @@ def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
 
     The one rule by which episodes are numbered: episode `index` of meta-step `step` is that of
     `fold_in(key, step)`, and of an evaluation that of its key.
+
+    Raises:
+      ValueError: the key is of another generator than Threefry, whose numbers would depend on how
+        many are drawn together: on devices, strategy and shares.
     """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if (str(jax.random.key_impl(key)) != "threefry2x32") if typed else (key.shape != (2,)):
+        raise ValueError(
+            f"key: got {str(jax.random.key_impl(key)) if typed else f'raw bits of shape {key.shape}'}; "
+            'episodes are numbered with Threefry keys: jax.random.key(seed, impl="threefry2x32")'
+        )
     return jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(indices)
 
 

@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmeta import presets
-from jaxmeta.config import stored
+from jaxmeta.config import json_target, load_run, stored
 from jaxmeta.core import Batch, Learner, Params
-from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files
+from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files, in_colour
 from jaxmeta.tasks.splits import warn_of_case
-from jaxmeta.training import load_params
 from jaxmeta.training.report import write_json
 
 # Grey levels by which an image's channels must differ for it to count as colour.
@@ -70,14 +69,13 @@ def predict_run(
       ValueError: a run that was not trained on images; classes or images that cannot be used; more
         classes than the learner can tell apart.
     """
-    config, settings = stored(Path(run))
+    folder = Path(run).expanduser()
+    config, settings = stored(folder)
     if not config.get("images"):
         raise ValueError(
             f"RUN: {run} was trained on {settings.tasks}, which are no images; nothing to predict"
         )
-    target = None if json is None else Path(json)
-    if target is not None and not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: the folder {target.absolute().parent} does not exist")
+    target = json_target(json)
     form = Form(**config["images"])
     classes = class_files(Path(support).expanduser(), "--support")
     warn_of_case("--support", classes)
@@ -95,7 +93,8 @@ def predict_run(
     asked, root = _query_files(Path(query).expanduser())
 
     read = partial(_read, form=form, skip=skip_unreadable)
-    shown, kept = read([file for files in classes.values() for file in files], what="--support")
+    examples = [file for files in classes.values() for file in files]
+    shown, kept = read(examples, what="--support")
     slots = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])[
         kept
     ]
@@ -108,11 +107,12 @@ def predict_run(
     invert = _inverted(form, shown, invert)
     if invert:
         shown, questions = 1 - shown, 1 - questions
-    _warn_of_misfits(form, questions, [file.name for file in files])
+    _warn_of_misfits("--support", form, shown, [str(examples[index]) for index in kept])
+    _warn_of_misfits("--query", form, questions, [str(file) for file in files])
 
-    learner = presets.learner_of(settings, spec.norms["inductive"])
+    learner, params = load_run(folder)
     batch = Batch(jnp.asarray(shown), jnp.asarray(slots), None, ways)
-    outputs = _answer(learner, len(names), load_params(run), batch, jnp.asarray(questions))
+    outputs = _answer(learner, len(names), params, batch, jnp.asarray(questions))
     answers: list[dict[str, Any]] = [
         {
             "file": file.relative_to(root).as_posix(),
@@ -167,16 +167,16 @@ def _read(
     images, kept, problems, coloured = [], [], [], []
     for index, file in enumerate(files):
         try:
-            colours = decode(file, str(file), channels=3, size=form.size)
-            images.append(
-                colours if form.channels == 3 else decode(file, str(file), channels=1, size=form.size)
-            )
+            images.append(decode(file, str(file), channels=form.channels, size=form.size))
+            # Files of greys are often stored in colour.
+            if in_colour(file):
+                colours = decode(file, str(file), channels=3, size=None).astype(np.int32)
+                if np.ptp(colours, axis=-1).max() > _COLOUR:
+                    coloured.append(file.name)
         except UnreadableImage as error:
             problems.append(str(error))
-            continue
-        kept.append(index)
-        if np.ptp(colours.astype(np.int32), axis=-1).max() > _COLOUR:
-            coloured.append(file.name)
+        else:
+            kept.append(index)
     if problems and (not skip or not kept):
         raise ValueError(f"{what}: {_some(problems)}; --skip-unreadable leaves such images out")
     if problems:
@@ -191,47 +191,35 @@ def _read(
     return np.stack(images).astype(np.float32) / 255, kept
 
 
-def _seems_inverted(form: Form, mean: Any) -> bool:
-    return bool(abs(1 - mean - form.mean) < abs(mean - form.mean))
+def _misfits(form: Form, mean: float) -> bool:
+    """Whether images of this mean look more like the opposite of the training images."""
+    # Of strokes the paper decides; other images must differ clearly, since bright ones are no negatives.
+    margin = 0.0 if form.ink else 0.25
+    return abs(mean - form.mean) - abs(1 - mean - form.mean) > margin
 
 
 def _inverted(form: Form, shown: Float[np.ndarray, "n h w c"], asked_for: bool) -> bool:
     """Whether to turn dark to light: as asked, else as the support set of an ink run says."""
-    mean = float(shown.mean())
     if asked_for:
-        if form.ink and not _seems_inverted(form, mean):
-            warnings.warn(
-                f"--invert: the images of --support (mean {mean:.2f}) look like the training images (mean "
-                f"{form.mean:.2f}) as they are, and are turned to their opposite",
-                stacklevel=3,
-            )
         return True
-    if form.ink:
-        if _seems_inverted(form, mean):
-            print("ink       dark on light in --support, light on dark in training: all images are inverted")
-            return True
-        return False
-    if abs(mean - form.mean) - abs(1 - mean - form.mean) > 0.25:
-        warnings.warn(
-            f"--support: the images (mean {mean:.2f}) look like the opposite of the training images (mean "
-            f"{form.mean:.2f}); --invert turns dark to light",
-            stacklevel=3,
-        )
+    if form.ink and _misfits(form, float(shown.mean())):
+        print("ink       dark on light in --support, light on dark in training: all images are inverted")
+        return True
     return False
 
 
-def _warn_of_misfits(form: Form, questions: Float[np.ndarray, "n h w c"], names: Sequence[str]) -> None:
-    if form.ink:
-        misfits = [
-            name
-            for name, mean in zip(names, questions.mean((1, 2, 3)), strict=True)
-            if _seems_inverted(form, mean)
-        ]
-        if misfits:
-            warnings.warn(
-                f"--query: {_some(misfits)}: dark and light seem exchanged, compared to --support",
-                stacklevel=3,
-            )
+def _warn_of_misfits(
+    what: str, form: Form, images: Float[np.ndarray, "n h w c"], names: Sequence[str]
+) -> None:
+    misfits = [
+        name for name, mean in zip(names, images.mean((1, 2, 3)), strict=True) if _misfits(form, float(mean))
+    ]
+    if misfits:
+        warnings.warn(
+            f"{what}: dark and light seem exchanged, compared to the training images (mean {form.mean:.2f}), "
+            f"in {_some(misfits)}; --invert turns them in all images",
+            stacklevel=3,
+        )
 
 
 def _print(answers: Sequence[Mapping[str, Any]]) -> None:

@@ -44,7 +44,7 @@ _REGRESSION: dict[str, Any] = {
     "train_ways": None,
     "train_shots": 10,
     "train_queries": 10,
-    "network": "mlp",
+    "network": "mlp-40",
     "inner_lr": 0.002,
     "eval_steps": 1,
     "report_steps": (1, 5, 10),
@@ -172,6 +172,9 @@ _SOURCE_FIELDS = (
     "rotations",
     "data",
     "image_size",
+    "channels",
+    "label",
+    "tfds_splits",
     "classes",
     "split_seed",
     "stream",
@@ -266,6 +269,7 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         ("clip", 0),
         ("image_size", 1),
         ("workers", 0),
+        ("split_seed", 0),
     ):
         value = getattr(settings, field)
         # Written so that NaN fails.
@@ -276,8 +280,12 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         raise ValueError(
             f"--norm: got {settings.norm}; {settings.learner} has {', '.join(spec.norms.values())}"
         )
-    if settings.tasks in TASKS and ":" in settings.tasks:
+    if settings.norm != "batch" and settings.ways is None:
+        raise ValueError(f"--norm: got {settings.norm}; networks of regression normalise nothing")
+    if ":" in settings.tasks and (settings.tasks in TASKS or settings.tasks.endswith(":")):
         raise ValueError(f"--tasks: got {settings.tasks}; put your own after the colon")
+    if settings.workers and not settings.stream:
+        raise ValueError("--workers: processes read a stream; add --stream")
     for field in ("shots", "train_shots"):
         if getattr(settings, field) == 0 and not spec.zero_shot:
             raise ValueError(
@@ -323,7 +331,8 @@ def tasks_of(
         key=jax.random.key(0) if key is None else key,
         meta_batch=settings.meta_batch if split == "train" else _STREAMED,
         for_evaluation=split != "train",
-        workers=settings.workers,
+        # Evaluations are short: to start processes for each would take longer than reading does.
+        workers=settings.workers if split == "train" else 0,
         **protocol,
     )
 
@@ -335,6 +344,16 @@ def validation_tasks_of(
     if not source_of(settings.tasks).has_validation(settings):
         return None
     return tasks_of(settings, "validation", data, key)
+
+
+def with_form(settings: Preset, images: Mapping[str, Any] | None) -> Preset:
+    """`settings` with the size and channels that one's own images turned out to have.
+
+    Kept with the run, they hold when images of another kind join the folder.
+    """
+    if images is None or "image_size" not in source_of(settings.tasks).takes:
+        return settings
+    return dataclasses.replace(settings, image_size=images["size"], channels=images["channels"])
 
 
 def learner_of(settings: Preset, norm: str | None = None) -> Learner:

@@ -33,6 +33,9 @@ class Preset:
       protocol: class split of Omniglot; see `jaxmeta.tasks.omniglot`.
       rotations: "none", "classes" or "random"; None is the protocol's own.
       image_size: side of one's own images in pixels; None is the source's default.
+      channels: 1 or 3; None is by the files.
+      label: feature of a tensorflow-datasets set that names the class; None for the obvious one.
+      tfds_splits: of such a set, to pool, with commas between; None for all.
       classes: class split of one's own images: "0.64,0.16,0.2", or the path of a JSON file.
       split_seed: of a class split by fractions.
       stream: whether examples come from disk, step by step, in place of the device's memory.
@@ -68,6 +71,9 @@ class Preset:
     protocol: str | None = None
     rotations: str | None = None
     image_size: int | None = None
+    channels: int | None = None
+    label: str | None = None
+    tfds_splits: str | None = None
     classes: str | None = None
     split_seed: int = 0
     stream: bool = False
@@ -109,7 +115,8 @@ NETWORKS: dict[str, Callable[[int], Any]] = {
     "conv4": lambda out: nn.Conv4(ways=out),
     "conv4-32": lambda out: nn.Conv4(ways=out, filters=32),
     "resnet12": lambda out: nn.ResNet12(ways=out),
-    "mlp": lambda out: nn.MLP(out=out),
+    "mlp": lambda out: nn.MLP(out=out, hidden=(256, 128, 64, 64), norm=True),
+    "mlp-40": lambda out: nn.MLP(out=out),
 }
 
 
@@ -202,7 +209,7 @@ class TaskSpec:
 
 
 _IMAGES = ("ways", "train_ways", "stream", "workers")
-_OWN_IMAGES = (*_IMAGES, "rotations", "image_size", "classes", "split_seed")
+_OWN_IMAGES = (*_IMAGES, "rotations", "image_size", "channels", "classes", "split_seed")
 
 
 def _classes(settings: Preset) -> ClassSplit | tuple[float, ...]:
@@ -213,8 +220,13 @@ def _classes(settings: Preset) -> ClassSplit | tuple[float, ...]:
     except ValueError:
         pass
     else:
-        ClassSplit.from_fractions((), fractions)  # for what it raises
+        try:
+            ClassSplit.from_fractions((), fractions)
+        except ValueError as error:
+            raise ValueError(f"--classes: {error}") from None
         return fractions
+    if settings.split_seed:
+        raise ValueError("--split-seed: a class split by names needs none; leave it out")
     path = Path(given)
     if not path.is_file():
         raise ValueError(
@@ -223,7 +235,10 @@ def _classes(settings: Preset) -> ClassSplit | tuple[float, ...]:
         )
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
-        return ClassSplit(**{part: tuple(names) for part, names in parts.items()})
+        split: dict[str, Any] = {
+            part: names if isinstance(names, str) else tuple(names) for part, names in parts.items()
+        }
+        return ClassSplit(**split)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--classes: {path} is no class split in JSON: {error}") from None
 
@@ -236,14 +251,24 @@ def _has_validation(settings: Preset) -> bool:
 def _folder(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> SplitImages:
     del split, shape, data
     path = settings.tasks.partition(":")[2]
-    prepared = tasks.prepare_folder(path, size=settings.image_size, skip_unreadable=settings.skip_unreadable)
+    prepared = tasks.prepare_folder(
+        path, size=settings.image_size, channels=settings.channels, skip_unreadable=settings.skip_unreadable
+    )
     return SplitImages(prepared, _classes(settings))
 
 
 def _tfds(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> SplitImages:
     del split, shape
     name = settings.tasks.partition(":")[2]
-    return SplitImages(tasks.prepare_tfds(name, size=settings.image_size, data_dir=data), _classes(settings))
+    prepared = tasks.prepare_tfds(
+        name,
+        size=settings.image_size,
+        channels=settings.channels,
+        label=settings.label,
+        tfds_splits=settings.tfds_splits and settings.tfds_splits.split(","),
+        data_dir=data,
+    )
+    return SplitImages(prepared, _classes(settings))
 
 
 def _copied(
@@ -300,7 +325,7 @@ TASKS: dict[str, TaskSpec] = {
         "an image classification set of tensorflow-datasets; --data DIR is its data_dir",
         "tfds",
         _tfds,
-        takes=(*_OWN_IMAGES, "data"),
+        takes=(*_OWN_IMAGES, "data", "label", "tfds_splits"),
         has_validation=_has_validation,
     ),
     "mini_imagenet": TaskSpec(

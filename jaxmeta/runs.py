@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxmeta import presets
-from jaxmeta.config import MAY_CHANGE, data_of, fresh, resumed, stored
+from jaxmeta.config import MAY_CHANGE, check_data, data_form, data_of, fresh, json_target, resumed, stored
 from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
 from jaxmeta.presets import Preset
 from jaxmeta.training import Evaluation, Stopped, evaluate_episodes, load_params, meta_step, train
@@ -75,7 +75,12 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
     tasks = presets.tasks_of(settings, "train", config["data"], key)
     validation = presets.validation_tasks_of(settings, config["data"], validation_key(key))
     test = presets.tasks_of(settings, "test", config["data"], _test_key(config["seed"]))
-    config["images"] = _images(settings, tasks)
+    if resume:
+        check_data(config, tasks, out)
+    else:
+        config |= data_form(tasks, presets.source_of(settings.tasks).ink)
+        settings = presets.with_form(settings, config["images"])
+        config |= {"image_size": settings.image_size, "channels": settings.channels}
     method, optimizer = presets.learner_of(settings), presets.optimizer_of(settings)
     # Built for what it raises: all that can be refused is, before there is a folder.
     meta_step(method, optimizer, settings.meta_batch, settings.strategy, devices=devices)
@@ -155,15 +160,14 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
 
 def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluates the parameters of a run on test tasks that `flags` may change, and prints the result."""
-    folder = Path(run)
+    folder = Path(run).expanduser()
     config, settings = stored(folder)
     settings = presets.revised(settings, flags)
     seed, data = flags.get("seed", config["seed"]), data_of(flags, config)
-    target = Path(flags["json"]) if "json" in flags else None
-    if target is not None and not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: the folder {target.absolute().parent} does not exist")
+    target = json_target(flags.get("json"))
     devices = _devices(flags.get("devices"), None)
     test = presets.tasks_of(settings, "test", data, _test_key(seed))
+    check_data(config, test, folder)
     params = load_params(folder)
     result = {
         "run": str(folder),
@@ -210,18 +214,6 @@ def _sharing(meta_batch: int | None, most: int) -> int:
 def _test_key(seed: int) -> Key:
     """Of the test episodes of a run with `seed`."""
     return jax.random.fold_in(jax.random.key(seed), _TEST)
-
-
-def _images(settings: Preset, tasks: TaskDistribution | TaskStream) -> dict[str, Any] | None:
-    """What `jaxmeta predict` must know of the training images; None where they are no images."""
-    draw = jax.jit(lambda sample, key: sample(key).support.x)
-    sample = sample_of(tasks)
-    shape = jax.eval_shape(draw, sample, jax.random.key(0)).shape
-    if len(shape) != 4 or shape[-1] not in (1, 3):
-        return None
-    mean = np.mean([draw(sample, jax.random.key(i)).mean() for i in range(16)])
-    ink = presets.source_of(settings.tasks).ink
-    return {"size": shape[1], "channels": shape[-1], "mean": round(float(mean), 4), "ink": ink}
 
 
 def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:

@@ -225,7 +225,8 @@ def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("train", [*TrainFlags.__annotations__, "resume"]),
+        ("train", [*TrainFlags.__annotations__, "resume", "stream", "skip_unreadable"]),
+        ("predict", ("support", "query", "json", "invert", "skip_unreadable")),
         ("evaluate", EvaluateFlags.__annotations__),
         ("compare", [*TrainFlags.__annotations__, "resume"]),
         ("plot", ["out", "x"]),

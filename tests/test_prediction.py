@@ -12,7 +12,9 @@ from PIL import Image
 import jaxmeta as jm
 from jaxmeta import presets
 from jaxmeta.cli import main
-from jaxmeta.config import stored
+from jaxmeta.config import data_form
+from jaxmeta.tasks.archives import shrink
+from jaxmeta.tasks.images import decode
 
 SIDE, WAYS = 8, 3
 
@@ -76,9 +78,56 @@ def test_a_stream_of_the_folder_gives_the_same_report(place):
     kept, streamed = (read(place / name / "report.json") for name in ("run", "streamed"))
     assert kept["card"] == streamed["card"]
     assert kept["card"]["classes"] == 4
-    for name, row in kept["accuracy"].items():
-        assert streamed["accuracy"][name]["mean"] == pytest.approx(row["mean"], abs=0.02)
-    assert read(place / "run" / "config.json")["images"]["size"] == SIDE
+    losses = [
+        [row["loss"] for row in map(json.loads, (place / name / "metrics.jsonl").read_text().splitlines())]
+        for name in ("run", "streamed")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    config = read(place / "run" / "config.json")
+    assert config["images"].items() >= {"size": SIDE, "channels": 1, "ink": False}.items()
+    assert (config["image_size"], config["channels"]) == (SIDE, 1)
+
+
+def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path, capsys):
+    shutil.copytree(place / "images", tmp_path / "images")
+    split = tmp_path / "split.json"
+    names = {"train": [f"bar{i}" for i in range(4)], "test": [f"bar{i}" for i in range(4, 8)]}
+    split.write_text(json.dumps(names))
+    command = ["train", "--tasks", f"folder:{tmp_path / 'images'}", "--ways", "2", "--queries", "1"]
+    command += ["--steps", "2", "--episodes", "4", "--stream"]
+    for name, classes in (("by-name", str(split)), ("by-fractions", "0.5,0,0.5")):
+        assert main([*command, "--classes", classes, "--out", str(tmp_path / name)]) == 0
+    for number in (0, 7):  # a smaller image and one in colour: neither changes what the run was trained on
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "images" / f"bar{number}" / "new.png")
+    assert main(["evaluate", str(tmp_path / "by-name")]) == 0
+    assert main(["train", "--resume", "--out", str(tmp_path / "by-name")]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+
+    split.write_text(json.dumps({"train": names["test"], "test": names["train"]}))
+    shutil.copytree(tmp_path / "images" / "bar0", tmp_path / "images" / "another")
+    for name in ("by-name", "by-fractions"):
+        for again in (
+            ["evaluate", str(tmp_path / name)],
+            ["train", "--resume", "--out", str(tmp_path / name)],
+        ):
+            capsys.readouterr()
+            assert main(again) == 2
+            assert "are no longer those that the run in" in capsys.readouterr().err
+    changed = {path for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {split}
+
+
+def test_omniglot_s_drawings_are_read_as_in_training(tmp_path):
+    """Ink is 0 in the files and 1 in training; both resize to one grey level."""
+    ink = np.random.default_rng(0).random((2, 105, 105)) < 0.2
+    trained = shrink(ink, 28)
+    for number, drawing in enumerate(ink):
+        Image.fromarray(~drawing).save(tmp_path / f"{number}.png")
+        asked = decode(tmp_path / f"{number}.png", "", channels=1, size=28)[..., 0]
+        assert np.abs(255 - asked.astype(int) - trained[number]).max() <= 1
+    glyphs = data_form(jm.tasks.glyphs(), presets.source_of("glyphs").ink)["images"]
+    assert glyphs.items() >= {"size": 28, "channels": 1, "ink": True}.items()
+    assert 0 < glyphs["mean"] < 0.3
 
 
 def test_new_classes_are_learned_from_unequal_shots(place, question, capsys):
@@ -134,9 +183,7 @@ def test_queries_in_folders_named_as_classes_are_counted(place, question, capsys
 
 def test_the_same_by_the_functions(place, question):
     """Adapt once, save, load, predict later."""
-    _, settings = stored(place / "run")
-    learner = presets.learner_of(settings, "support")
-    params = jm.load_params(place / "run")
+    learner, params = jm.load_run(place / "run")
     files = sorted((question / "support").rglob("*.png"))
     x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
     support = jm.Batch(jnp.asarray(x), jnp.asarray([0, 1, 1, 2, 2, 2]), ways=WAYS)
@@ -169,19 +216,25 @@ def test_ink_is_turned_to_that_of_the_training_images(place, question, capsys):
     assert "inverted" not in capsys.readouterr().out
     assert light_on_dark == dark_on_light
     assert ask(folder, question, "--invert") != dark_on_light
-    assert "--invert" in capsys.readouterr().err
+    assert "--support: dark and light seem exchanged" in capsys.readouterr().err
 
     odd = question / "query" / "4-0.png"
     Image.fromarray(255 - np.asarray(Image.open(odd))).save(odd)
     ask(folder, question)
-    assert "--query: 4-0.png: dark and light seem exchanged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--query: dark and light seem exchanged" in said
+    assert "4-0.png; --invert" in said
+    assert "4-1.png" not in said
 
 
 def test_a_warning_where_one_s_own_images_seem_inverted(place, question, capsys):
     for file in (question / "support").rglob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
     ask(place, question)
-    assert "--invert turns dark to light" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--support: dark and light seem exchanged" in said
+    assert "--invert turns them" in said
+    assert "--query" not in said
 
 
 def test_colour_is_turned_to_grey_with_a_warning(place, question, capsys):
@@ -225,6 +278,7 @@ def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question
         ({"--query": "empty"}, "there is no image in"),
         ({"--support": "one"}, "got 1 classes; maml was trained with 3 ways and tells 2 to 3 apart"),
         ({"--json": "nowhere/answers.json"}, "--json: the folder"),
+        ({"--json": "empty"}, "is a folder; name a file"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(place, question, changes, says, capsys):
@@ -250,7 +304,12 @@ def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--classes", "0.5,0.5"], "fractions must be three"),
+        (["--classes", "0.5,0.5"], "--classes: fractions must be three"),
+        (["--classes", "nan,0.5,0.5"], "--classes: fractions must be three"),
+        (["--workers", "2"], "--workers: processes read a stream; add --stream"),
+        (["--split-seed", "-1"], "--split-seed: got -1"),
+        (["--label", "kind"], "--label"),
+        (["--tasks", "folder:"], "put your own after the colon"),
         (["--classes", "nowhere.json"], "--classes: got nowhere.json"),
         (["--ways", "6"], "ways=6 asks for more classes than split='train' has: 5"),
         (["--shots", "3"], "too few"),
@@ -280,3 +339,8 @@ def test_a_class_split_in_a_file(place, tmp_path, capsys):
     file.write_text(json.dumps({**names, "test": ["bar0"]}))
     assert main([*command, "--out", str(tmp_path / "other")]) == 2
     assert "overlaps" in capsys.readouterr().err
+    file.write_text(json.dumps({"train": "bar", "test": ["bar0"]}))
+    assert main([*command, "--out", str(tmp_path / "other")]) == 2
+    assert "is no class split in JSON" in capsys.readouterr().err
+    assert main([*command, "--split-seed", "3", "--out", str(tmp_path / "other")]) == 2
+    assert "--split-seed: a class split by names needs none" in capsys.readouterr().err

@@ -61,7 +61,8 @@ def as_model(network: Network) -> Model:
         return Model(*network)
     raise ValueError(
         "network must be a jaxmeta Model, a module of flax.linen, flax.nnx or equinox, or a pair of "
-        f"functions (init, apply), got {type(network).__name__}"
+        f"functions (init, apply), got {type(network).__name__}; jm.nn.from_nnx and jm.nn.from_equinox take "
+        "functions that make modules"
     )
 
 
@@ -205,6 +206,11 @@ def from_nnx(network: Callable) -> Model:
             raise ValueError(
                 f"{name} changes {changed} when it is called; besides the statistics of nnx.BatchNorm and "
                 "random streams it must keep no state"
+            )
+        if key is None and _changed(before[2], after[2]):
+            raise ValueError(
+                f"{name} draws random numbers where it should be deterministic; leave `deterministic` of its "
+                "layers to their attribute"
             )
         if stats is not None:
             return outputs, stats
@@ -351,6 +357,8 @@ def _with_explicit_statistics(batch_norm):
         def __call__(self, x, use_running_average=None, *, mask=None):
             if not self.use_running_average:
                 axes = tuple(axis for axis in range(x.ndim) if axis != self.axis % x.ndim)
+                if mask is not None and mask.ndim == 1:  # of examples, as everywhere here
+                    mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
                 values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
                 self.mean.set_value(values.mean(axes, where=mask))
                 self.var.set_value(values.var(axes, where=mask))

@@ -85,7 +85,8 @@ class EpisodeShape:
         classes = len(names) * (4 if self.rotations == "classes" else 1)
         if classes < self.ways[1]:
             raise ValueError(
-                f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}"
+                f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}; "
+                "fewer ways, or a class split (classes) that gives it more"
             )
         needed = self.shots[1] + self.queries
         small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
@@ -171,8 +172,10 @@ def from_arrays(
     order = np.argsort(labels, kind="stable")
     order = order[np.isin(labels[order], parts.part(split))]
     names, offsets, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    if not np.array_equal(order, np.arange(len(x))):  # a copy of what may fill half of the memory
+        x = x[order]
     data = EpisodeData(
-        jnp.asarray(x[order].reshape(len(order), -1)),
+        jnp.asarray(x.reshape(len(x), -1)),
         jnp.asarray(offsets, jnp.int32),
         jnp.asarray(sizes, jnp.int32),
     )

@@ -13,7 +13,7 @@ from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, written_whole
 from jaxmeta.tasks.images import UnreadableImage, check_form, class_files, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
-from jaxmeta.tasks.splits import ClassSplit
+from jaxmeta.tasks.splits import ClassSplit, check_part
 
 _LARGEST_DEFAULT = 84
 _NAMED = 5
@@ -73,8 +73,9 @@ def prepare_files(
     named = {f"{of}/{file.name}": file for of, some in files.items() for file in some}
     digest = hashlib.sha256(f"{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape"))
     for file_name, file in named.items():
-        stat = file.stat()
-        line = f"\n{file_name}\n{stat.st_size},{stat.st_mtime_ns}"
+        # A broken link is an image that cannot be read, which is for later.
+        stat = file.stat() if file.exists() else None
+        line = f"\n{file_name}\n{stat and f'{stat.st_size},{stat.st_mtime_ns}'}"
         digest.update(line.encode(errors="surrogateescape"))
     fingerprint = digest.hexdigest()
     where = (argument, folder)
@@ -155,6 +156,7 @@ def from_folder(
       >>> tasks.sample(jax.random.key(0)).support.x.shape  # doctest: +SKIP
       (5, 84, 84, 3)
     """
+    check_part(split)
     return from_prepared(
         prepare_folder(path, size=size, channels=channels, skip_unreadable=skip_unreadable),
         ways=ways,

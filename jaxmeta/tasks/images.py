@@ -1,6 +1,7 @@
 """Image files as tasks want them: uint8 arrays of one size, grey or in colour."""
 
 import contextlib
+import errno
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,9 +117,9 @@ def in_colour(source: Path | bytes) -> bool:
 def decode(source: Path | bytes, name: str, *, channels: int, size: int | None) -> UInt8[np.ndarray, "h w c"]:
     """The pixels of an image file, or of its bytes: upright, opaque, 8 bits a channel, of one size.
 
-    Turned as its EXIF orientation says; transparency is laid over white; of 16 bits the upper 8 are
-    kept, rounded; of an animation the first frame. An image that is not square is squeezed into one, as
-    in MAML's and Ravi's scripts for mini-ImageNet: its aspect ratio is lost, nothing is cut off.
+    Turned as its EXIF orientation says; transparency is laid over white; of 16 bits of grey the upper 8
+    are kept, rounded; of an animation the first frame. An image that is not square is squeezed into
+    one, as in MAML's and Ravi's scripts for mini-ImageNet: its aspect ratio is lost, nothing is cut off.
 
     Args:
       source: path, or the bytes of the file.
@@ -188,7 +189,11 @@ def _opened(source: Path | bytes, name: str) -> Iterator:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, …
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise  # the disk or the rights are at fault, and not the image
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # its own words hold the address of an object
             reason = "unknown format"

@@ -4,6 +4,7 @@ Every source of one's own images ends here. What is on disk is decoded and resiz
 then drawn from memory (`from_prepared`) or, where the data set is larger, from the records.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,10 +21,11 @@ from jaxtyping import Int, UInt8
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, make_room
-from jaxmeta.tasks.episodes import from_arrays
+from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
 from jaxmeta.tasks.splits import ClassSplit, split_classes, warn_of_case
 
 _RECORDS, _INDEX, _FORMAT = "images.array_record", "index.json", 1
+_AT_ONCE = 4096  # images read together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,23 +67,31 @@ class Prepared:
         """The images of these rows, in any order and with repetitions.
 
         Raises:
-          ValueError: the records are damaged; each is verified by its checksum.
+          ValueError: a row that is not there; or the records are damaged: each is verified by its
+            checksum.
         """
-        from array_record.python import array_record_module
-
+        rows = np.asarray(rows, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise ValueError(f"rows must be in [0, {len(self)}), got {rows.min()} to {rows.max()}")
+        images = np.empty((rows.size, *self.shape), np.uint8)
         try:
             # A reader an access: it holds an open file, which neither pickles nor survives a fork.
-            reader = array_record_module.ArrayRecordReader(
-                str(self.folder / _RECORDS), options="readahead_buffer_size:0"
-            )
-            records = reader.read([int(row) for row in rows]) if len(rows) else []
-            reader.close()
+            with contextlib.closing(
+                _array_record().ArrayRecordReader(
+                    str(self.folder / _RECORDS), options="readahead_buffer_size:0"
+                )
+            ) as reader:
+                # In blocks, so that the images of a large part are held once and not twice.
+                for start in range(0, rows.size, _AT_ONCE):
+                    records = reader.read(rows[start : start + _AT_ONCE].tolist())
+                    block = np.frombuffer(b"".join(records), np.uint8)
+                    images[start : start + _AT_ONCE] = block.reshape(len(records), *self.shape)
         except RuntimeError as error:
             raise ValueError(
                 f"{self.folder / _RECORDS}: cannot be read ({str(error).partition(';')[0]}); remove its "
                 "folder to prepare the images anew"
             ) from error
-        return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), *self.shape)
+        return images
 
 
 class SplitImages(NamedTuple):
@@ -132,6 +142,10 @@ def prepare(
                 raise ValueError(f"{name}: there are no images in it")
             index = {"name": name, "classes": list(sizes), "sizes": list(sizes.values()), "shape": shape}
             (unfinished / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+            # A temporary folder is its maker's alone; a cache may be shared.
+            unfinished.chmod(parent.stat().st_mode)
+            if folder.exists() and not (folder / _INDEX).is_file():
+                shutil.rmtree(folder)  # somebody removed half of it
             try:
                 os.replace(unfinished, folder)
             except OSError:
@@ -152,7 +166,7 @@ def from_prepared(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | Sequence[float] | None = None,
+    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
     seed: int = 0,
     rotations: str = "none",
     protocol: str = "",
@@ -162,12 +176,17 @@ def from_prepared(
     Arguments, errors and episodes are those of `from_arrays`; `jm.tasks.stream` draws the same
     episodes from the disk.
     """
+    shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
     classes, protocol = split_classes(prepared.classes, classes, seed, split, protocol)
-    part = [name for name in prepared.classes if name in set(classes.part(split))]
-    sizes = dict(zip(prepared.classes, prepared.sizes, strict=True))
+    chosen = set(classes.part(split))
+    sizes = {
+        name: size for name, size in zip(prepared.classes, prepared.sizes, strict=True) if name in chosen
+    }
+    # For what it raises, before images are read.
+    shape.card_for(list(sizes), list(sizes.values()), split, classes.hash, prepared.name, protocol)
     return from_arrays(
-        prepared.read(prepared.rows_of(part)),
-        np.repeat(np.array(part), [sizes[name] for name in part]),
+        prepared.read(prepared.rows_of(list(sizes))),
+        np.repeat(np.array(list(sizes)), list(sizes.values())),
         ways=ways,
         shots=shots,
         queries=queries,
@@ -180,24 +199,36 @@ def from_prepared(
 
 
 def _write(path: Path, shape: tuple[int, int, int], images: Iterable) -> dict[str, int]:
-    from array_record.python import array_record_module
-
     # One record a group: episodes read single images, far apart.
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    writer = _array_record().ArrayRecordWriter(str(path), "group_size:1")
     sizes: dict[str, int] = {}
     last = None
     try:
-        for name, image in images:
-            if image.shape != shape or image.dtype != np.uint8:
-                raise ValueError(f"images must be uint8 {shape}, got {image.dtype} {image.shape} in {name!r}")
-            if last is not None and name < last:
-                raise ValueError(f"images must be sorted by class, got {name!r} after {last!r}")
-            sizes[name] = sizes.get(name, 0) + 1
-            last = name
-            writer.write(image.tobytes())
-    finally:
-        writer.close()
+        with contextlib.closing(writer):
+            for name, image in images:
+                if image.shape != shape or image.dtype != np.uint8:
+                    raise ValueError(
+                        f"images must be uint8 {shape}, got {image.dtype} {image.shape} in {name!r}"
+                    )
+                if last is not None and name < last:
+                    raise ValueError(f"images must be sorted by class, got {name!r} after {last!r}")
+                sizes[name] = sizes.get(name, 0) + 1
+                last = name
+                writer.write(image.tobytes())
+    except RuntimeError as error:
+        raise OSError(f"cannot write {path} ({str(error).partition(';')[0]}); is the disk full?") from error
     return sizes
+
+
+def _array_record():
+    try:
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise ImportError(
+            f"images of one's own are kept as records, which needs array-record (pip install array-record; "
+            f"not on Windows): {error}"
+        ) from error
+    return array_record_module
 
 
 def _open(folder: Path) -> Prepared:

@@ -91,7 +91,7 @@ class ClassSplit:
           >>> ClassSplit.from_fractions([f"c{i}" for i in range(100)]).sizes
           (64, 16, 20)
         """
-        if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        if len(fractions) != 3 or not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6):
             raise ValueError(
                 "fractions must be three non-negative numbers (train, validation, test) that sum "
                 f"to 1, got {tuple(fractions)}"
@@ -147,7 +147,7 @@ class ClassSplit:
             names = sorted(getattr(self, part))
             digest.update(f"{part}:{len(names)};".encode())
             for name in names:
-                raw = name.encode()
+                raw = name.encode(errors="surrogateescape")
                 digest.update(f"{len(raw)}:".encode() + raw)
         return digest.hexdigest()
 

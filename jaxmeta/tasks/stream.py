@@ -1,8 +1,8 @@
 """Episodes from data larger than the device: planned by their keys, read ahead by Grain."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,14 @@ def stream(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | Sequence[float] | None = None,
+    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
     seed: int = 0,
     rotations: str = "none",
     protocol: str = "",
     for_evaluation: bool = False,
     workers: int = 0,
     ahead: int = 4,
-    process: tuple[int, int] | None = None,
+    process: tuple[int, int] = (0, 1),
 ) -> TaskStream:
     """Few-shot tasks drawn from records on disk, for data that do not fit on the device.
 
@@ -44,14 +44,16 @@ def stream(
 
     Args:
       prepared: the images, from `prepare_folder` or `prepare_tfds`.
-      key: of the run (the `key` of `jm.train`).
+      key: of the run (the `key` of `jm.train`), or of the evaluation.
       meta_batch: tasks per meta-step, of all processes together.
       ways, shots, queries, split, classes, seed, rotations, protocol: see `from_arrays`.
       for_evaluation: number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
       workers: processes that read; 0 reads in threads, which is enough for records of this form.
         Processes are started anew, so that a script needs `if __name__ == "__main__":`.
-      ahead: batches to have ready, per worker.
-      process: (index, count) of this process among those that share every batch; None for JAX's.
+      ahead: batches to read ahead; each worker process keeps as many again for handing over.
+      process: (index, count) of this process among those of a program of your own that share every
+        batch, such as `(jax.process_index(), jax.process_count())`: the stream then gives its share.
+        `jm.train` takes whole batches.
 
     Raises:
       ValueError: see `from_arrays`; a `meta_batch` that the processes cannot share evenly.
@@ -69,8 +71,8 @@ def stream(
     card = shape.card_for(
         [prepared.classes[index] for index in chosen], sizes, split, parts.hash, prepared.name, protocol
     )
-    index, count = (jax.process_index(), jax.process_count()) if process is None else process
-    if meta_batch < 1 or meta_batch % count or not 0 <= index < count:
+    index, count = process
+    if not 0 <= index < count or meta_batch < 1 or meta_batch % count:
         raise ValueError(
             f"meta_batch: got {meta_batch} tasks for process {index} of {count}; it must be at least 1 and "
             "a multiple of the number of processes"
@@ -96,12 +98,18 @@ def stream(
         data = grain.MapDataset.range(start, _END).map(reader).to_iter_dataset(options)
         if workers:
             _parse_flags()
+            partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
             data = data.mp_prefetch(
-                grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead), worker_init_fn=_on_cpu
+                grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead),
+                worker_init_fn=partial(_set_up_worker, partitionable),
             )
-        return map(assembled, data)
+        iterator = iter(data)
+        try:
+            yield from map(assembled, iterator)
+        finally:
+            iterator.close()
 
-    return TaskStream(at, card, batches)
+    return TaskStream(at, card, batches, key, for_evaluation)
 
 
 class _Reader:
@@ -128,8 +136,7 @@ class _Reader:
 
     def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
         first = self.first + (step * self.meta_batch if self.for_evaluation else 0)
-        # The keys' arithmetic is the CPU's wherever training is: the host needs the result now.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with _on_host():
             key = jnp.asarray(self.key_data)
             if self.key_impl is not None:
                 key = jax.random.wrap_key_data(key, impl=self.key_impl)
@@ -154,10 +161,20 @@ def _assemble(shape: EpisodeShape, drawn: Drawn, images: Array) -> Task:
     return jax.vmap(lambda drawn, x: make_task(shape, drawn, x[:, :shots], x[:, shots:]))(drawn, images)
 
 
-def _on_cpu(worker: int, workers: int) -> Any:
+def _on_host() -> contextlib.AbstractContextManager:
+    """The keys' arithmetic is the CPU's wherever training is: the host needs the result now."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return contextlib.nullcontext()
+
+
+def _set_up_worker(partitionable: bool, worker: int, workers: int) -> None:
     """Before a worker's first use of JAX: accelerators belong to the process that trains."""
     del worker, workers
     jax.config.update("jax_platforms", "cpu")
+    # The setting that changes what a key stands for.
+    jax.config.update("jax_threefry_partitionable", partitionable)
 
 
 def _parse_flags() -> None:

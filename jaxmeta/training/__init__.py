@@ -3,7 +3,7 @@
 from jaxmeta.training.checkpoint import load, load_params, save
 from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes
 from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
-from jaxmeta.training.step import TrainState, init_state, meta_step
+from jaxmeta.training.step import TrainState, init_state, meta_step, validation_key
 
 __all__ = [
     "Evaluation",
@@ -23,4 +23,5 @@ __all__ = [
     "meta_step",
     "save",
     "train",
+    "validation_key",
 ]

@@ -10,10 +10,20 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmeta.core import Key, Learner, Params, PyTree, Task, TaskDistribution, TaskStream, episode_keys
+from jaxmeta.core import (
+    Key,
+    Learner,
+    Params,
+    PyTree,
+    Source,
+    Task,
+    TaskDistribution,
+    TaskStream,
+    episode_keys,
+)
 from jaxmeta.losses import score
 from jaxmeta.training import sharding
-from jaxmeta.training.step import sample_of, stream_batches
+from jaxmeta.training.step import check_stream, sample_of, stream_batches
 
 # Episodes at once on an accelerator: enough to fill it, few enough for its memory.
 _VMAPPED = 100
@@ -102,15 +112,19 @@ def evaluate_episodes(
     devices = tuple((devices or jax.local_devices())[:episodes])
     on_cpu = devices[0].platform == "cpu"
     if isinstance(tasks, TaskStream):
-        values = []
+        check_stream(tasks, key, for_evaluation=True, name="tasks")
+        waiting: Array | None = None
+        found: list[np.ndarray] = []
         for start, given in _numbered(tasks, episodes):
             count = given.query.y.shape[0]
             sharers = devices[: max(n for n in range(1, len(devices) + 1) if count % n == 0)]
             arguments = sharding.replicate((params, key), sharers)
             shared = sharding.share(given, sharers)
-            own = count // len(sharers)
-            values.append(_episodes(learner, own, not on_cpu, sharers, arguments, shared, start))
-        return np.concatenate([np.asarray(value) for value in values])[:episodes]
+            value = _episodes(learner, count // len(sharers), not on_cpu, sharers, arguments, shared, start)
+            # One batch behind: the device is never idle, and holds no more than two.
+            found += [] if waiting is None else [np.asarray(waiting)]
+            waiting = value
+        return np.concatenate([*found, np.asarray(waiting)])[:episodes]
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
     own = -(-episodes // (calls * len(devices)))
@@ -126,11 +140,13 @@ def evaluate_episodes(
 def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
     """Batches of the stream with the number of their first episode, until there are enough."""
     start = 0
-    for tasks in stream_batches(stream, 0):
-        yield start, tasks
-        start += tasks.query.y.shape[0]
-        if start >= episodes:
-            return
+    with stream_batches(stream, 0) as batches:
+        while start < episodes:
+            tasks = next(batches, None)
+            if tasks is None:
+                raise ValueError(f"tasks: the stream ended after {start} of {episodes} episodes")
+            yield start, tasks
+            start += tasks.query.y.shape[0]
 
 
 def metric_name(tasks: TaskDistribution | TaskStream) -> str:
@@ -165,8 +181,11 @@ def calibrate(
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}; it must be at least 1")
     if isinstance(tasks, TaskStream):
+        check_stream(tasks, key, for_evaluation=True, name="tasks")
         sums = [
-            _sums(learner.statistics, given.query.y.shape[0], params, given, key, start)
+            jax.block_until_ready(
+                _sums(learner.statistics, given.query.y.shape[0], params, given, key, start)
+            )
             for start, given in _numbered(tasks, episodes)
         ]
     else:
@@ -184,10 +203,10 @@ def _episodes(
     vmapped: bool,
     devices: sharding.Devices,
     arguments: tuple[Params, Key],
-    source: Callable[[Key], Task] | Task,
+    source: Source,
     start: Array | int,
 ) -> Float[Array, " episodes"]:
-    def each(arguments: tuple[Params, Key], source: Callable[[Key], Task] | Task, start: Array) -> Array:
+    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> Array:
         params, key = arguments
         indices = start + sharding.device_index(devices) * own + jnp.arange(own)
 
@@ -209,7 +228,7 @@ def _sums(
     statistics: Callable,
     episodes: int,
     params: Params,
-    source: Callable[[Key], Task] | Task,
+    source: Source,
     key: Key,
     start: Array | int,
 ) -> tuple[Params, Array]:
@@ -231,9 +250,7 @@ def _sums(
     return jax.lax.scan(accumulate, zeros, numbered)[0]
 
 
-def _episode(
-    source: Callable[[Key], Task] | Task, key: Key, index: Array, given: Task | None
-) -> tuple[Task, Key]:
+def _episode(source: Source, key: Key, index: Array, given: Task | None) -> tuple[Task, Key]:
     """Episode `index`, drawn or as given, and the learner's key for it."""
     ((task_key, learner_key),) = episode_keys(key, index[None])
     if not isinstance(source, Task):

@@ -78,7 +78,9 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
             drawn.add("●: validation")
         if curve.test is not None:
             # Beyond the curve's end, and clear of the other runs' diamonds.
-            beyond = max(row[_X[x][0]] for row in curve.rows) * (1.03 + i * min(0.03, 0.15 / len(curves)))
+            beyond = max((row[_X[x][0]] for row in curve.rows), default=0) * (
+                1.03 + i * min(0.03, 0.15 / len(curves))
+            )
             mean, half = scale * curve.test["mean"], scale * curve.test["ci95"]
             style = {**look(i + 2 * single), "linestyle": ""}
             axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")

@@ -1,7 +1,9 @@
 """The training loop: one compiled chunk of meta-steps; the host only reports between chunks."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,19 +13,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.core import Key, Learner, PyTree, Task, TaskDistribution, TaskStream
+from jaxmeta.core import Key, Learner, PyTree, Source, Task, TaskDistribution, TaskStream
 from jaxmeta.training import checkpoint, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
 from jaxmeta.training.step import (
     Strategy,
     TrainState,
+    check_stream,
     init_state,
     meta_step,
     stream_batches,
     validation_key,
 )
-
-Source = Callable[[Key], Task] | Task
 
 # Calls of the compiled chunk that may wait on the device: each holds a batch of a stream there.
 _QUEUED = 2
@@ -123,14 +124,15 @@ def train(
 
     Args:
       learner: what is trained.
-      tasks: training tasks; their data are an argument of the compiled step. A stream has a key of
-        its own for the episodes, and the batch size must be `meta_batch`.
+      tasks: training tasks; their data are an argument of the compiled step. A stream must be built
+        with the same `key` and `meta_batch`.
       optimizer: any optax optimizer of the meta-parameters, clipped, scheduled or chained.
       steps: meta-steps in all, those before a resumption included.
       key: of the whole run.
       meta_batch, strategy, devices: see `meta_step`. Small dense networks are fastest with
         strategy="vmap", on CPUs too; "auto" is made for convolutions.
-      validation: tasks to choose the best parameters by; None to keep the last.
+      validation: tasks to choose the best parameters by; None to keep the last. A stream must be
+        built with `jm.training.validation_key(key)` and `for_evaluation=True`.
       validation_episodes: fixed episodes in a validation, at least 2.
       validate_every: meta-steps between validations; there is one more at the end.
       run_dir: folder of the run; its `checkpoints/` gets the last two states, and the best
@@ -161,8 +163,12 @@ def train(
     step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=devices))
     emit = report or (lambda event: None)
 
-    state, best = init_state(learner, optimizer, tasks, key), None
     episodes_key = validation_key(key)
+    check_stream(tasks, key, for_evaluation=False, name="tasks")
+    if validation is not None:
+        check_stream(validation, episodes_key, for_evaluation=True, name="validation")
+    source = _first_source(tasks, meta_batch, devices)
+    state, best = init_state(learner, optimizer, tasks, key), None
     if folder is not None:
         # The last two states, one being written, the best parameters likewise.
         checkpoint.require_space(folder, 3 * checkpoint.nbytes((state, state.params)))
@@ -181,11 +187,9 @@ def train(
             validation = validation._replace(
                 sample=sharding.replicate(sharding.as_argument(validation.sample), devices)
             )
-    source = _first_source(tasks, devices)
     started = time.perf_counter()
     chunk = jax.jit(_chunk(step), donate_argnums=0).lower(state, source, jnp.int32(0)).compile()
     compile_s = time.perf_counter() - started
-    calls = _calls(tasks, source, devices, done)
 
     clock = time.perf_counter()
 
@@ -211,72 +215,90 @@ def train(
         return saved_at
 
     pending: tuple[int, int, list[dict]] | None = None
-    while done < steps:
-        if should_stop is not None and should_stop():
+    queue: deque[Array] = deque()
+    with _calls(tasks, source, devices, done) as calls:
+        while done < steps:
+            if should_stop is not None and should_stop():
+                if pending:
+                    read(*pending)
+                raise Stopped(done, save())
+            start, done = (
+                done,
+                min(steps, *(_next(done, every) for every in (log_every, validate_every, checkpoint_every))),
+            )
+            outs: list[dict] = []
+            for source, until in calls(start, done):
+                state, out = chunk(state, source, jnp.int32(until))
+                outs.append(out)
+                queue.append(out["count"])
+                if len(queue) > _QUEUED:
+                    jax.block_until_ready(queue.popleft())
+            # The device has its next chunk before the host reads the last one: it never waits.
             if pending:
                 read(*pending)
-            raise Stopped(done, save())
-        start, done = (
-            done,
-            min(steps, *(_next(done, every) for every in (log_every, validate_every, checkpoint_every))),
-        )
-        outs: list[dict] = []
-        for source, until in calls(start, done):
-            state, out = chunk(state, source, jnp.int32(until))
-            outs.append(out)
-            if len(outs) > _QUEUED:
-                jax.block_until_ready(outs[-1 - _QUEUED])
-        # The device has its next chunk before the host reads the last one: it never waits.
-        if pending:
+            pending = start, done, outs
+            validate_now = validation is not None and (done % validate_every == 0 or done == steps)
+            save_now = folder is not None and (done % checkpoint_every == 0 or done == steps)
+            if not (validate_now or save_now or done == steps):
+                continue
             read(*pending)
-        pending = start, done, outs
-        validate_now = validation is not None and (done % validate_every == 0 or done == steps)
-        save_now = folder is not None and (done % checkpoint_every == 0 or done == steps)
-        if not (validate_now or save_now or done == steps):
-            continue
-        read(*pending)
-        pending = None
-        if validation is not None and validate_now:
-            result = evaluate(
-                learner,
-                state.params,
-                validation,
-                episodes=validation_episodes,
-                key=episodes_key,
-                devices=devices,
-            )
-            better = best is None or _better(metric, result.mean, best.evaluation.mean)
-            if better:
-                best = checkpoint.Best(done, result, jax.tree.map(jnp.copy, state.params))
-                if folder is not None:
-                    checkpoint.save_best(folder, best)
-            emit(Validated(done, metric, result, better))
-        if save_now:
-            save()
-        clock = time.perf_counter()
+            pending = None
+            if validation is not None and validate_now:
+                result = evaluate(
+                    learner,
+                    state.params,
+                    validation,
+                    episodes=validation_episodes,
+                    key=episodes_key,
+                    devices=devices,
+                )
+                better = best is None or _better(metric, result.mean, best.evaluation.mean)
+                if better:
+                    best = checkpoint.Best(done, result, jax.tree.map(jnp.copy, state.params))
+                    if folder is not None:
+                        checkpoint.save_best(folder, best)
+                emit(Validated(done, metric, result, better))
+            if save_now:
+                save()
+            clock = time.perf_counter()
     return state if best is None else state._replace(params=best.params)
 
 
-def _first_source(tasks: TaskDistribution | TaskStream, devices: sharding.Devices) -> Source:
+def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, devices: sharding.Devices) -> Source:
     """What the compiled chunk draws from: a sampler, or the tasks of one meta-step."""
-    if isinstance(tasks, TaskStream):
-        return sharding.share(tasks.at(0), devices)
-    return sharding.replicate(sharding.as_argument(tasks.sample), devices)
+    if isinstance(tasks, TaskDistribution):
+        return sharding.replicate(sharding.as_argument(tasks.sample), devices)
+    batch = tasks.at(0)
+    if not isinstance(batch, Task) or batch.query.y.shape[0] != meta_batch:
+        found = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
+        raise ValueError(
+            f"tasks: the stream gives {found} a step; it must be a Task whose leaves have a leading axis of "
+            f"meta_batch = {meta_batch} tasks"
+        )
+    return sharding.share(batch, devices)
 
 
+@contextlib.contextmanager
 def _calls(
     tasks: TaskDistribution | TaskStream, source: Source, devices: sharding.Devices, done: int
-) -> Callable[[int, int], Iterable[tuple[Source, int]]]:
+) -> Iterator[Callable[[int, int], Iterable[tuple[Source, int]]]]:
     """`(start, until) -> (source, until) of each call of the chunk`, for a run that starts at `done`.
 
     From memory one call, whose meta-steps draw for themselves; from a stream one a meta-step.
     """
     if isinstance(tasks, TaskDistribution):
-        return lambda start, until: [(source, until)]
-    batches = stream_batches(tasks, done)
-    return lambda start, until: (
-        (sharding.share(next(batches), devices), step + 1) for step in range(start, until)
-    )
+        yield lambda start, until: [(source, until)]
+        return
+    with stream_batches(tasks, done) as batches:
+
+        def each(start: int, until: int) -> Iterator[tuple[Source, int]]:
+            for step in range(start, until):
+                batch = next(batches, None)
+                if batch is None:
+                    raise ValueError(f"tasks: the stream ended before meta-step {step + 1}")
+                yield sharding.share(batch, devices), step + 1
+
+        yield each
 
 
 def _chunk(step: Callable) -> Callable:

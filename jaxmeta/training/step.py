@@ -1,5 +1,6 @@
 """One meta-step: draw tasks, average the gradient of `learner.loss` over them, update."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,17 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.core import Key, Learner, Params, PyTree, Task, TaskDistribution, TaskStream, episode_keys
+from jaxmeta.core import (
+    Key,
+    Learner,
+    Params,
+    PyTree,
+    Source,
+    Task,
+    TaskDistribution,
+    TaskStream,
+    episode_keys,
+)
 from jaxmeta.training import sharding
 
 Strategy = str | int
@@ -82,9 +93,30 @@ def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:
     return sharding.as_argument(tasks.sample)
 
 
-def stream_batches(stream: TaskStream, start: int) -> Iterator[Task]:
-    """The batches of a stream from `start` on, read ahead where it can."""
-    return map(stream.at, itertools.count(start)) if stream.batches is None else stream.batches(start)
+@contextlib.contextmanager
+def stream_batches(stream: TaskStream, start: int) -> Iterator[Iterator[Task]]:
+    """The batches of a stream from `start` on, read ahead where it can, until the block ends."""
+    batches = map(stream.at, itertools.count(start)) if stream.batches is None else stream.batches(start)
+    try:
+        yield batches
+    finally:
+        if hasattr(batches, "close"):
+            batches.close()
+
+
+def check_stream(tasks: TaskDistribution | TaskStream, key: Key, *, for_evaluation: bool, name: str) -> None:
+    """Refuses a stream whose episodes are known to be others than those that `key` stands for."""
+    if not isinstance(tasks, TaskStream) or tasks.key is None:
+        return
+    own, given = (
+        np.asarray(jax.random.key_data(k) if jnp.issubdtype(k.dtype, jax.dtypes.prng_key) else k)
+        for k in (tasks.key, key)
+    )
+    if tasks.for_evaluation != for_evaluation or not np.array_equal(own, given):
+        raise ValueError(
+            f"{name}: got a stream whose episodes are of another key, or numbered otherwise; build "
+            f"it with the key used here ({given.tolist()} as data) and for_evaluation={for_evaluation}"
+        )
 
 
 def meta_step(
@@ -94,7 +126,7 @@ def meta_step(
     strategy: Strategy = "auto",
     *,
     devices: Sequence[jax.Device] | None = None,
-) -> Callable[[TrainState, Callable[[Key], Task] | Task], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+) -> Callable[[TrainState, Source], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One meta-step as a pure function, to be compiled by the caller.
 
     φ ← update(φ, 1/B Σ_i ∇_φ loss(φ, task_i)), with task_i drawn on the device from the key
@@ -143,9 +175,7 @@ def meta_step(
 
         return jax.grad(total, has_aux=True)(params)
 
-    def step(
-        state: TrainState, source: Callable[[Key], Task] | Task
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def step(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         first = sharding.device_index(devices) * own
         keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(own))
         # All tasks are drawn before the scan over them: drawn inside it, many tiny operations

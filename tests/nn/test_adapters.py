@@ -46,7 +46,7 @@ class NNXNet(nnx.Module):
         first, head = self.layers
         x = first(x)
         if self.norm is not None:
-            x = self.norm(x, mask=None if mask is None else mask[:, None])
+            x = self.norm(x, mask=mask)
         return head(self.dropout(jax.nn.relu(x)))
 
 

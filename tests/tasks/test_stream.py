@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import multiprocessing
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxmeta.tasks.prepared import prepare
 
 SIZES = {"ant": 5, "bee": 7, "cat": 6, "dog": 9, "eel": 5}
 KEY = jax.random.key(3)
-SHAPE = {"ways": 3, "shots": 2, "queries": 2}
+SHAPE = {"ways": 3, "shots": 2, "queries": 2, "classes": None}
 
 
 @pytest.fixture
@@ -65,12 +66,17 @@ def test_read_ahead_from_any_step(images):
 
 
 def test_worker_processes_read_the_same(images):
+    before = set(multiprocessing.active_children())
     stream = jm.tasks.stream(images, key=KEY, meta_batch=2, workers=2, ahead=1, **SHAPE)
     batches = stream.batches(3)
     for step in range(3, 8):
         same(next(batches), stream.at(step))
-    del batches
-    assert len(multiprocessing.active_children()) <= 3  # two workers and their resource tracker, stopping
+    assert set(multiprocessing.active_children()) - before
+    batches.close()
+    deadline = time.monotonic() + 30
+    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(multiprocessing.active_children()) - before
 
 
 def test_each_process_has_its_share(images):
@@ -160,8 +166,37 @@ def test_a_loader_of_one_s_own_is_a_stream(images):
     state = jm.train(learner(), jm.TaskStream(at, own.card), optax.adam(1e-2), steps=3, meta_batch=4, key=KEY)
     assert calls[-3:] == [0, 1, 2]
     assert int(state.step) == 3
-    with pytest.raises(ValueError, match="batch of 4, and meta_batch is 2"):
+    with pytest.raises(ValueError, match=r"gives 4 tasks a step; .* meta_batch = 2 tasks"):
         jm.train(learner(), own, optax.adam(1e-2), steps=1, meta_batch=2, key=KEY)
+    with pytest.raises(ValueError, match="gives tuple a step"):
+        jm.train(
+            learner(), own._replace(at=lambda step: ()), optax.adam(1e-2), steps=1, meta_batch=4, key=KEY
+        )
+
+
+def test_a_stream_of_other_episodes_is_refused(images):
+    method, sgd = learner(), optax.sgd(0.1)
+    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    other = jm.tasks.stream(images, key=jax.random.key(4), meta_batch=4, **SHAPE)
+    fixed = jm.tasks.stream(images, key=KEY, meta_batch=4, for_evaluation=True, **SHAPE)
+    for tasks in (other, fixed):
+        with pytest.raises(ValueError, match=r"tasks: got a stream .* and for_evaluation=False"):
+            jm.train(method, tasks, sgd, steps=1, meta_batch=4, key=KEY)
+    with pytest.raises(ValueError, match="validation: got a stream"):
+        jm.train(method, own, sgd, steps=1, meta_batch=4, key=KEY, validation=fixed)
+    params = method.init(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
+    with pytest.raises(ValueError, match=r"tasks: got a stream .* and for_evaluation=True"):
+        jm.evaluate(method, params, own, episodes=4, key=KEY)
+
+
+def test_a_stream_that_ends_is_told(images):
+    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    ending = jm.TaskStream(own.at, own.card, lambda start: map(own.at, range(start, 2)))
+    params = learner().init(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
+    with pytest.raises(ValueError, match="ended after 8 of 9 episodes"):
+        jm.evaluate(learner(), params, ending, episodes=9, key=KEY)
+    with pytest.raises(ValueError, match="ended before meta-step 3"):
+        jm.train(learner(), ending, optax.sgd(0.1), steps=3, meta_batch=4, key=KEY)
 
 
 def test_a_stream_that_diverges_names_the_step(images):
@@ -184,13 +219,15 @@ def test_a_stream_that_diverges_names_the_step(images):
         ({"workers": -1}, "workers: got -1"),
         ({"ahead": 0}, "ahead: got 0"),
         ({"ways": 6}, "ways=6 asks for more classes"),
+        ({"process": (0, 0)}, "process 0 of 0"),
+        ({"key": jax.random.key(0, impl="rbg")}, "got rbg; episodes are numbered with Threefry keys"),
         ({"shots": 4}, r"too few in 2 of 5: ant \(5\), eel \(5\)"),
         ({"split": "tset"}, "split must be"),
     ],
 )
 def test_bad_input(images, changes, message):
     with pytest.raises(ValueError, match=message):
-        jm.tasks.stream(images, **{"key": KEY, "meta_batch": 4, **SHAPE, **changes})
+        jm.tasks.stream(images, **{"key": KEY, "meta_batch": 4, **SHAPE, **changes}).at(0)
 
 
 def test_batches_are_endless(images):

@@ -1,0 +1,104 @@
+"""A comparison of learners for people: a table and a figure."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxmeta.training.figures import METRIC_NAMES, Curve, draw_metric, drawing, look
+from jaxmeta.training.report import read_metrics, shown
+
+
+def tests_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
+    """The results of a learner by the name that they have among the episodes."""
+    return row[metric] if metric == "accuracy" else {metric: row[metric]}
+
+
+def comparison_markdown(result: Mapping[str, Any]) -> str:
+    metric, first, card = result["metric"], result["compared_to"], result["card"]
+    accuracy = metric == "accuracy"
+    head = ["learner", "test", "accuracy, %"] if accuracy else ["learner", "mse"]
+    head += [f"minus {first}", "training, s", "steps/s", "memory, MB"]
+    table = []
+    for learner, row in result["learners"].items():
+        for name, test in tests_of(row, metric).items():
+            difference = row["difference"].get(name)
+            table.append(
+                [
+                    learner,
+                    *([name] if accuracy else []),
+                    shown(test, metric),
+                    "" if difference is None else shown(difference, metric, "+"),
+                    f"{row['training_s']:,.1f}",
+                    "" if row["steps_per_second"] is None else f"{row['steps_per_second']:,.1f}",
+                    "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:,.0f}",
+                ]
+            )
+    ways = "" if card["ways"] is None else f"{card['ways']}-way "
+    of = {row["peak_memory"] for row in result["learners"].values()}
+    lines = [
+        f"# {', '.join(result['learners'])} on {result['tasks']}",
+        "",
+        *_table(head, table, 2 if accuracy else 1),
+        "",
+        f"{ways}{card['shots']}-shot, {card['queries']} queries; {result['episodes']:,} test tasks; "
+        f"{result['steps']:,} meta-steps of {result['meta_batch']} tasks; "
+        f"seed {result['seed']}; preset {result['preset']}.",
+        f"± is the half-width of a 95 % confidence interval over test tasks; minus {first} is the difference "
+        f"within each test task{', in percentage points' if accuracy else ''}.",
+        "Training includes compiling and validation; memory is the peak of the "
+        f"{' or '.join(sorted(of))}, evaluation included.",
+    ]
+    for learner, row in result["learners"].items():
+        if row["left_out"]:
+            lines.append(f"Left out for {learner}, which has no such setting: {', '.join(row['left_out'])}.")
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
+    """A Markdown table that is readable as it is, of columns of text and then of numbers."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        pairs = enumerate(zip(cells, widths, strict=True))
+        return f"| {' | '.join(c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in pairs)} |"
+
+    rule = [("-" * width if i < texts else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
+    return [line(head), line(rule), *map(line, rows)]
+
+
+def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
+    """Left the metric over the meta-steps, then that on test tasks, right the differences."""
+    from matplotlib.lines import Line2D
+
+    metric, rows = result["metric"], result["learners"]
+    scale = 100 if metric == "accuracy" else 1
+    with drawing(path, 13.0, 3.4 + 0.35 * len(rows)) as figure:
+        curves, tests, differences = figure.subplots(1, 3, width_ratios=(4, 3, 3))
+        draw_metric(
+            curves, [Curve(name, read_metrics(out / name / "metrics.jsonl"), metric) for name in rows]
+        )
+        for i, row in enumerate(rows.values()):
+            found = tests_of(row, metric)
+            for j, (name, test) in enumerate(found.items()):
+                y = i + 0.3 * (j - (len(found) - 1) / 2)
+                filled = {"markerfacecolor": "white"} if name == "inductive" else {}
+                bar = {"color": look(i)["color"], "marker": "D", "capsize": 3, **filled}
+                tests.errorbar(scale * test["mean"], y, xerr=scale * test["ci95"], **bar)
+                if name in row["difference"]:
+                    mean, ci95 = (scale * row["difference"][name][key] for key in ("mean", "ci95"))
+                    differences.errorbar(mean, y, xerr=ci95, **bar)
+        differences.axvline(0, color="0.4", linewidth=1)
+        tests.set(xlabel=f"test {METRIC_NAMES[metric]}")
+        if metric == "accuracy":
+            tests.set_title("◆: transductive   ◇: inductive", fontsize="medium")
+        unit = " (percentage points)" if metric == "accuracy" else ""
+        differences.set(xlabel=f"minus {result['compared_to']}{unit}")
+        differences.set_title("within each test task, 95 % CI", fontsize="medium")
+        for axes in (tests, differences):
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.locator_params(axis="x", nbins=5)
+            axes.grid(alpha=0.3, axis="x")
+        lines = [Line2D([], [], **look(i), label=name) for i, name in enumerate(rows)]
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(rows)))
+        figure.suptitle(f"{result['tasks']}, {result['steps']:,} meta-steps")
