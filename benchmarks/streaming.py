@@ -26,6 +26,7 @@ import jaxmeta as jm
 from jaxmeta.tasks.prepared import prepare
 
 CLASSES, SHAPE = 64, (84, 84, 3)
+WARM_UP = 8  # steps before those that are timed, and between reports
 PROTOCOL = {"ways": 5, "shots": 1, "queries": 15}
 META_BATCH = 4
 
@@ -47,10 +48,10 @@ def rate_of(tasks, steps: int, key) -> float:
         learner,
         tasks,
         optax.adam(1e-3),
-        steps=steps + 2,
+        steps=steps + WARM_UP,
         meta_batch=META_BATCH,
         key=key,
-        log_every=2,
+        log_every=WARM_UP,
         report=lambda event: rates.append(event.steps_per_second),
     )
     # The first report has the first, cold steps in it.
@@ -64,7 +65,7 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--images", type=int, default=100, help="of each of the 64 classes (mini-ImageNet: 600)"
     )
-    parser.add_argument("--steps", type=int, default=12, help="meta-steps in a round")
+    parser.add_argument("--steps", type=int, default=16, help="meta-steps in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: threads")
     parser.add_argument("--json", type=Path, help="also write the result here")

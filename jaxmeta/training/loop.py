@@ -1,12 +1,14 @@
 """The training loop: one compiled chunk of meta-steps; the host only reports between chunks."""
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +28,11 @@ from jaxmeta.training.step import (
     validation_key,
 )
 
-# Calls of the compiled chunk that may wait on the device: each holds a batch of a stream there.
+# Calls of the compiled chunk that may wait on the device: each holds batches of a stream there.
 _QUEUED = 2
+# Meta-steps of a stream in one call, as long as their tasks are no larger: every call allocates its
+# temporary arrays anew, which took a tenth of the time of calls of a single step on a CPU.
+_STEPS_AT_ONCE, _BYTES_AT_ONCE = 8, 2**28
 
 
 @dataclass(frozen=True)
@@ -264,8 +269,10 @@ def train(
     return state if best is None else state._replace(params=best.params)
 
 
-def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, devices: sharding.Devices) -> Source:
-    """What the compiled chunk draws from: a sampler, or the tasks of one meta-step."""
+def _first_source(
+    tasks: TaskDistribution | TaskStream, meta_batch: int, devices: sharding.Devices
+) -> Source | list[Task]:
+    """What the compiled chunk draws from: a sampler, or the tasks of some meta-steps."""
     if isinstance(tasks, TaskDistribution):
         return sharding.replicate(sharding.as_argument(tasks.sample), devices)
     batch = tasks.at(0)
@@ -275,28 +282,35 @@ def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, devices
             f"tasks: the stream gives {found} a step; it must be a Task whose leaves have a leading axis of "
             f"meta_batch = {meta_batch} tasks"
         )
-    return sharding.share(batch, devices)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
+    return [sharding.share(batch, devices)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
 
 
 @contextlib.contextmanager
 def _calls(
-    tasks: TaskDistribution | TaskStream, source: Source, devices: sharding.Devices, done: int
-) -> Iterator[Callable[[int, int], Iterable[tuple[Source, int]]]]:
+    tasks: TaskDistribution | TaskStream, first: Source | list[Task], devices: sharding.Devices, done: int
+) -> Iterator[Callable[[int, int], Iterable[tuple[Source | list[Task], int]]]]:
     """`(start, until) -> (source, until) of each call of the chunk`, for a run that starts at `done`.
 
-    From memory one call, whose meta-steps draw for themselves; from a stream one a meta-step.
+    From memory one call, whose meta-steps draw for themselves; from a stream one for every few.
     """
-    if isinstance(tasks, TaskDistribution):
-        yield lambda start, until: [(source, until)]
+    if not isinstance(first, list):
+        yield lambda start, until: [(first, until)]
         return
+    assert isinstance(tasks, TaskStream)
     with stream_batches(tasks, done) as batches:
 
-        def each(start: int, until: int) -> Iterator[tuple[Source, int]]:
-            for step in range(start, until):
-                batch = next(batches, None)
-                if batch is None:
-                    raise ValueError(f"tasks: the stream ended before meta-step {step + 1}")
-                yield sharding.share(batch, devices), step + 1
+        def each(start: int, until: int) -> Iterator[tuple[list[Task], int]]:
+            while start < until:
+                given = [
+                    sharding.share(batch, devices)
+                    for batch in itertools.islice(batches, min(len(first), until - start))
+                ]
+                if not given:
+                    raise ValueError(f"tasks: the stream ended before meta-step {start + 1}")
+                start += len(given)
+                # Of a call of fewer steps the last tasks fill the places that it does not come to.
+                yield given + given[-1:] * (len(first) - len(given)), start
 
         yield each
 
@@ -306,13 +320,20 @@ def _chunk(step: Callable) -> Callable:
 
     The end is an argument and not a shape, so that chunks of every length are one program:
     nothing is compiled twice, and a resumed run, whose chunks may be cut elsewhere, computes
-    the same bits.
+    the same bits. `source` is a sampler, or a list of the tasks of one meta-step after another.
     """
 
-    def chunk(state: TrainState, source: Source, until: Array) -> tuple[TrainState, dict[str, PyTree]]:
+    def chunk(
+        state: TrainState, source: Source | list[Task], until: Array
+    ) -> tuple[TrainState, dict[str, PyTree]]:
         start = state.step
+        given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *source) if isinstance(source, list) else None
+
+        def source_at(step: Array) -> Any:
+            return source if given is None else jax.tree.map(lambda leaf: leaf[step - start], given)
+
         zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, source)[1]
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, source_at(start))[1]
         )
 
         def going(carry: tuple) -> Array:
@@ -321,7 +342,7 @@ def _chunk(step: Callable) -> Callable:
 
         def body(carry: tuple) -> tuple:
             state, totals, _ = carry
-            state, metrics = step(state, source)
+            state, metrics = step(state, source_at(state.step))
             return state, jax.tree.map(jnp.add, totals, metrics), _all_finite((metrics["loss"], state.params))
 
         state, totals, finite = jax.lax.while_loop(going, body, (state, zeros, jnp.bool_(True)))
