@@ -68,6 +68,7 @@ def predict_run(
       FileNotFoundError, NotADirectoryError: a folder that is not there.
       ValueError: a run that was not trained on images; classes or images that cannot be used; more
         classes than the learner can tell apart.
+      FloatingPointError: learning from the support set diverged.
     """
     folder = Path(run).expanduser()
     config, settings = stored(folder)
@@ -112,14 +113,16 @@ def predict_run(
 
     learner, params = load_run(folder)
     batch = Batch(jnp.asarray(shown), jnp.asarray(slots), None, ways)
-    outputs = _answer(learner, len(names), params, batch, jnp.asarray(questions))
+    outputs = np.asarray(_answer(learner, len(names), params, batch, jnp.asarray(questions)))
+    if not np.isfinite(outputs).all():
+        raise FloatingPointError(f"learning from {support} diverged: the answers are not finite")
     answers: list[dict[str, Any]] = [
         {
             "file": file.relative_to(root).as_posix(),
             "class": names[int(np.argmax(row))],
             "probabilities": dict(zip(names, map(float, row), strict=True)),
         }
-        for file, row in zip(files, np.asarray(outputs), strict=True)
+        for file, row in zip(files, outputs, strict=True)
     ]
     _print(answers)
     if target is not None:

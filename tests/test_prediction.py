@@ -269,6 +269,15 @@ def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question
     assert "'KIND 1' and 'kind 1' differ only in case; they are two" in capsys.readouterr().err
 
 
+def test_an_adaptation_that_diverges_gives_no_answer(place, question, tmp_path, capsys):
+    shutil.copytree(place / "run", tmp_path / "run")
+    config = read(tmp_path / "run" / "config.json") | {"inner_lr": 1e38, "eval_steps": 5}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = ["--support", str(question / "support"), "--query", str(question / "query")]
+    assert main(["predict", str(tmp_path / "run"), *flags]) == 1
+    assert "diverged: the answers are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
