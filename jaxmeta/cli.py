@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import tyro
 
@@ -145,7 +146,7 @@ class EvaluateFlags(TypedDict, total=False):
 
 @dataclasses.dataclass
 class Evaluate:
-    """Evaluates a run's parameters on fresh test tasks."""
+    """Evaluates a run's parameters on test tasks: those of its report, or others by `--seed`."""
 
     flags: Annotated[EvaluateFlags, tyro.conf.arg(name="")]
     run: Annotated[tyro.conf.Positional[str], _flag("the run's folder", "RUN", "(required)")]
@@ -280,6 +281,8 @@ def _parse(argv: Sequence[str]) -> Any:
         from jaxmeta.presets import known
 
         raise ValueError(f"there is no command {argv[0]!r}; {known(argv[0], _COMMANDS)}")
+    if argv and not argv[0].startswith("-"):
+        _check_flags(argv[0], argv[1:])
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -294,6 +297,21 @@ def _parse(argv: Sequence[str]) -> Any:
         if not exit.code:
             return None
         raise ValueError(_one_line(complaint.getvalue())) from None
+
+
+def _check_flags(command: str, argv: Sequence[str]) -> None:
+    """Refuses a flag that the command does not have, and names those like it."""
+    fields = {field.name: field.type for field in dataclasses.fields(_COMMANDS[command])}
+    names = set(fields) - {"flags", "learner", "learners", "run", "runs"}
+    if "flags" in fields:
+        names |= set(get_args(fields["flags"])[0].__annotations__)
+    flags = {"--help", *("--" + name.replace("_", "-") for name in names)}
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in flags:
+            close = difflib.get_close_matches(flag, sorted(flags), n=3)
+            meant = f"did you mean {' or '.join(close)}? See" if close else "see"
+            raise ValueError(f"{command} has no {flag}; {meant} `jaxmeta {command} --help`")
 
 
 def _one_line(box: str) -> str:

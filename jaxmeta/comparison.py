@@ -148,7 +148,7 @@ def plot_runs(runs: Sequence[str], out: str = "curves.png", x: str = "steps") ->
     """Draws the learning curves of runs, finished or not, as one PNG.
 
     Args:
-      runs: their folders.
+      runs: their folders; that of a comparison stands for its runs.
       out: where there is no file yet.
       x: "steps" or "seconds".
 
@@ -160,11 +160,9 @@ def plot_runs(runs: Sequence[str], out: str = "curves.png", x: str = "steps") ->
     path = Path(out).expanduser()
     if path.suffix.lower() != ".png":
         raise ValueError(f"--out: got {out}; it must end in .png")
-    if path.exists():
-        raise FileExistsError(f"--out: {path} exists; choose another")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out: the folder {path.absolute().parent} does not exist")
-    folders = [Path(run).expanduser() for run in runs]
+    folders = [folder for run in runs for folder in _runs_in(Path(run).expanduser())]
     curves = [_curve(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     for folder, curve in zip(folders, curves, strict=True):
         if curve.metric != curves[0].metric:
@@ -172,9 +170,18 @@ def plot_runs(runs: Sequence[str], out: str = "curves.png", x: str = "steps") ->
                 f"RUN: {folders[0]} measures {curves[0].metric} and {folder} {curve.metric}; "
                 "they do not fit in one figure"
             )
+    if path.exists():
+        raise FileExistsError(f"--out: {path} exists; choose another")
     plot_curves(path, curves, x)
     print(path)
     return path
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or of a comparison its runs."""
+    if not (folder / "comparison.json").is_file():
+        return [folder]
+    return [folder / row["run"] for row in _read(folder / "comparison.json")["learners"].values()]
 
 
 def _own(flags: Mapping[str, Any], learner: str, learners: Sequence[str]) -> dict[str, Any]:

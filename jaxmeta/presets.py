@@ -1,8 +1,9 @@
 """Presets: whole trainings by name, and what the command line's flags make of them."""
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -313,6 +314,33 @@ def tasks_of(
     shape = {field: getattr(settings, prefix + field) for field in ("ways", "shots", "queries")}
     if shape["ways"] is None:
         del shape["ways"]
+    with _in_words_of_flags():
+        return _tasks_of(settings, split, data, key, shape)
+
+
+@contextlib.contextmanager
+def _in_words_of_flags() -> Iterator[None]:
+    """What the library says of its arguments, for those who gave flags."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        said = str(error)
+        for argument, flag in (
+            ("path: ", "--tasks: "),
+            ("data: ", "--data: "),
+            ("skip_unreadable=True", "--skip-unreadable"),
+            ("(classes)", "(--classes)"),
+            ("with label", "with --label"),
+            ("with tfds_splits", "with --tfds-splits"),
+            ("with data_dir", "with --data"),
+        ):
+            said = said.replace(argument, flag)
+        raise type(error)(said) from error
+
+
+def _tasks_of(
+    settings: Preset, split: str, data: str | None, key: Key | None, shape: dict[str, Any]
+) -> TaskDistribution | TaskStream:
     source = source_of(settings.tasks).build(split, settings, shape, data)
     if not isinstance(source, SplitImages):
         return source

@@ -123,7 +123,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
             raise Signalled(f"after the last meta-step, saved; {signals.hint}")
         training_s = log.elapsed_s
         rows = read_metrics(out / "metrics.jsonl")
-        plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {settings.tasks}")
+        plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {test.card.tasks}")
         print(f"evaluating on {settings.episodes} test tasks …", flush=True)
         results, episodes = _results(settings, state.params, test, config["seed"], devices)
         report = {
@@ -318,6 +318,9 @@ def _announce(
         f"test      {_sentence(test.card)}; {settings.episodes:,} tasks"
         + ("" if validation else "; no validation classes in this split, the last parameters are kept")
     )
+    if (images := config["images"]) is not None:
+        kind = "grey" if images["channels"] == 1 else "colour"
+        print(f"images    {images['size']} x {images['size']}, {kind}")
     print(f"devices   {len(devices)} x {devices[0].device_kind}")
     print(f"preset    {config['preset']}, seed {config['seed']}")
     print(f"folder    {out}", flush=True)

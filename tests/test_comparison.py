@@ -99,7 +99,7 @@ def test_a_comparison_s_folder(compared):
 
 
 def test_transductive_and_inductive_accuracy_are_rows_and_paired_apart():
-    card = {"ways": 5, "shots": 1, "queries": 1}
+    card = {"tasks": "glyphs", "ways": 5, "shots": 1, "queries": 1}
     config = {"meta_batch": 4}
     shared = {"tasks": "glyphs", "preset": "glyphs", "seed": 0, "steps": 2, "episodes": 9, "card": card}
     accuracy = {name: {"mean": 0.5, "ci95": 0.01} for name in ("transductive", "inductive")}

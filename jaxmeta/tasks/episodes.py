@@ -86,7 +86,7 @@ class EpisodeShape:
         if classes < self.ways[1]:
             raise ValueError(
                 f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}; "
-                "fewer ways, or a class split (classes) that gives it more"
+                "a class split (classes) that gives it more would do, or fewer ways"
             )
         needed = self.shots[1] + self.queries
         small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]

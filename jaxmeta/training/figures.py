@@ -68,7 +68,7 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
         validated = [row for row in curve.rows if name in row]
         if single or len(validated) < 2:
             _draw_training(axes, curve, curve.metric, x, look(i), "training")
-            drawn.add("lines: training")
+            drawn.add("plain line: training")
         if validated:
             at = [row[_X[x][0]] for row in validated]
             means = [scale * row[name] for row in validated]
@@ -84,10 +84,12 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
             mean, half = scale * curve.test["mean"], scale * curve.test["ci95"]
             style = {**look(i + 2 * single), "linestyle": ""}
             axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")
-            drawn.add(f"◆: {test}")
+            drawn.add(f"◆: {test} (beyond the last step)")
     finish_axes(axes, curves[0].metric, _X[x][1], METRIC_NAMES[curves[0].metric])
     if not single:
-        axes.set_title("   ".join([*sorted(drawn, reverse=True), "bars: 95 % CI"]), fontsize="medium")
+        said = [*sorted(drawn, reverse=True), "bars: 95 % CI"]
+        rows = [said[:-2], said[-2:]] if len(said) > 2 else [said]
+        axes.set_title("\n".join("   ".join(row) for row in rows), fontsize="small")
 
 
 def _draw_training(axes: Any, curve: Curve, name: str, x: str, style: dict[str, Any], label: str) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxmeta.training.evaluate import Evaluation
 from jaxmeta.training.loop import Event, Progress, Resumed, Saved, Validated
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -106,7 +105,9 @@ class RunLog:
                 name = f"validation_{event.metric}"
                 self._write({"step": event.step, name: mean, f"{name}_ci95": ci95, "best": event.best})
                 marker = "  (best so far)" if event.best else ""
-                self._say(f"step {event.step:>6}  validation {event.metric} {_pm(event.evaluation)}{marker}")
+                result = shown(event.evaluation._asdict(), event.metric)
+                unit = " %" if event.metric == "accuracy" else ""
+                self._say(f"step {event.step:>6}  validation {event.metric} {result}{unit}{marker}")
             case Saved():
                 pass
 
@@ -192,10 +193,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def _pm(evaluation: Evaluation) -> str:
-    return f"{evaluation.mean:.4f} ± {evaluation.ci95:.4f}"
-
-
 def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
     """Mean ± half-width of the confidence interval, accuracy in %."""
     digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
@@ -205,7 +202,7 @@ def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
 def report_markdown(report: dict[str, Any]) -> str:
     """`report.json`, for people."""
     card, config = report["card"], report["config"]
-    lines = [f"# {report['learner']} on {report['tasks']}", "", f"{card['protocol'] or card['tasks']}.", ""]
+    lines = [f"# {report['learner']} on {card['tasks']}", "", f"{card['protocol'] or card['tasks']}.", ""]
     if "accuracy" in report:
         lines += ["| test accuracy | 95 % CI | batch normalisation |", "| --- | --- | --- |"]
         for name, row in report["accuracy"].items():
@@ -230,13 +227,15 @@ def report_markdown(report: dict[str, Any]) -> str:
         "split": f"{card['split']}, {card['classes']} classes" if card["classes"] else card["split"],
         "split hash": card["split_hash"],
         "rotations": card["rotations"] if card["classes"] else None,
+        "images": _images(config),
+        "normalised in training by": "the query batch" if config["norm"] == "batch" else "the support set",
         "inner steps": _inner(config),
         "α (inner learning rate, of the mean loss)": config["inner_lr"],
         "order": config["order"],
         "outer learning rate": f"{config['outer_lr']} (Adam, {config['schedule']})",
         "meta-batch": f"{config['meta_batch']} tasks",
         "meta-steps": report["steps"],
-        "parameters of meta-step": report["best_step"],
+        "parameters tested": f"those after meta-step {report['best_step']}",
         "network": f"{config['network']}, {report['parameters']:,} parameters",
         "seed": report["seed"],
         "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
@@ -253,6 +252,14 @@ def report_markdown(report: dict[str, Any]) -> str:
 
 def _ways(ways: int | None) -> str:
     return "" if ways is None else f"{ways} ways, "
+
+
+def _images(config: dict[str, Any]) -> str | None:
+    images = config["images"]
+    if images is None:
+        return None
+    shape = f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}"
+    return shape + (", streamed from disk" if config["stream"] else "")
 
 
 def _inner(config: dict[str, Any]) -> str | None:

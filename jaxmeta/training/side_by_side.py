@@ -36,7 +36,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     ways = "" if card["ways"] is None else f"{card['ways']}-way "
     of = {row["peak_memory"] for row in result["learners"].values()}
     lines = [
-        f"# {', '.join(result['learners'])} on {result['tasks']}",
+        f"# {', '.join(result['learners'])} on {card['tasks']}",
         "",
         *_table(head, table, 2 if accuracy else 1),
         "",
@@ -101,4 +101,4 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
             axes.grid(alpha=0.3, axis="x")
         lines = [Line2D([], [], **look(i), label=name) for i, name in enumerate(rows)]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(rows)))
-        figure.suptitle(f"{result['tasks']}, {result['steps']:,} meta-steps")
+        figure.suptitle(f"{result['card']['tasks']}, {result['steps']:,} meta-steps")
