@@ -12,20 +12,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxmeta import presets
-from jaxmeta.config import file_name, settled, stored
+from jaxmeta.config import new_folder, settled, stored
 from jaxmeta.presets import Preset
 from jaxmeta.runs import Signalled
 from jaxmeta.training import Evaluation
 from jaxmeta.training.figures import Curve, plot_curves
 from jaxmeta.training.report import read_metrics, write_json, write_text
-from jaxmeta.training.side_by_side import comparison_markdown, draw_comparison, tests_of
+from jaxmeta.training.side_by_side import comparison_markdown, draw_comparison, results_of
 
 # What a resumed comparison may do differently: it changes no parameter, or only the order of float32 sums.
 _MAY_DIFFER = ("description", "strategy", "report_steps", "workers", "image_size", "channels")
@@ -208,14 +207,7 @@ def _folder(out: str | None, learners: Sequence[str], tasks: str, resume: bool) 
         if not Path(out).expanduser().is_dir():
             raise FileNotFoundError(f"--out: {out} does not exist, so that there is nothing to resume")
         return Path(out).expanduser()
-    moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    folder = Path(out or f"runs/compare-{'-'.join(learners)}-{file_name(tasks)}-{moment}").expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"--out: {folder} exists and is not empty; "
-            "choose another, or continue its comparison with --resume"
-        )
-    return folder
+    return new_folder(out, f"compare-{'-'.join(learners)}", tasks, "comparison")
 
 
 def _check_stored(folder: Path, settings: Preset, seed: int) -> None:
@@ -305,7 +297,7 @@ def _curve(folder: Path, name: str) -> Curve:
         raise ValueError(f"RUN: {folder} has no meta-step yet")
     metric = "mse" if settings.ways is None else "accuracy"
     report = _read(folder / "report.json") if (folder / "report.json").exists() else None
-    return Curve(name, rows, metric, report and next(iter(tests_of(report, metric).values())))
+    return Curve(name, rows, metric, report and next(iter(results_of(report, metric).values())))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -4,16 +4,17 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import Array
 
 from jaxmeta import presets
-from jaxmeta.core import Learner, Params, TaskDistribution, TaskStream
+from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution, TaskStream
 from jaxmeta.presets import Preset
 from jaxmeta.training import load_params
 from jaxmeta.training.step import sample_of
@@ -34,17 +35,27 @@ MAY_CHANGE = (
 def fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
     flags = settled(flags)
     preset, settings = presets.settings_of(flags, learner=learner, preset=flags.get("preset"))
-    moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    out = Path(flags.get("out", f"runs/{settings.learner}-{file_name(settings.tasks)}-{moment}")).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(
-            f"--out: {out} exists and is not empty; choose another, or continue its run with --resume"
-        )
+    out = new_folder(flags.get("out"), settings.learner, settings.tasks, "run")
     return (
         _config(preset, settings, flags.get("seed", 0), data_of(flags, {}), flags.get("devices")),
         settings,
         out,
     )
+
+
+def new_folder(given: str | None, what: str, tasks: str, kind: str) -> Path:
+    """The folder of a new run or comparison: `given`, or one in runs/ named by `what`, tasks and time.
+
+    Raises:
+      FileExistsError: it is not empty.
+    """
+    moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    folder = Path(f"runs/{what}-{file_name(tasks)}-{moment}" if given is None else given).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"--out: {folder} exists and is not empty; choose another, or continue its {kind} with --resume"
+        )
+    return folder
 
 
 def _config(
@@ -89,17 +100,25 @@ def data_form(tasks: TaskDistribution | TaskStream, ink: bool) -> dict[str, Any]
       in [0, 1], and whether they are strokes, light on dark.
     """
     images = None
-    sample = sample_of(tasks)
-    shape = jax.eval_shape(sample, jax.random.key(0)).support.x.shape
+    shape = _shape(tasks)
     if len(shape) == 4 and shape[-1] in (1, 3):
         if isinstance(tasks, TaskStream):
             mean = tasks.at(0).support.x.mean()
         else:
-            mean = jax.jit(jax.vmap(lambda key: sample(key).support.x.mean()))(
-                jax.random.split(jax.random.key(0), 16)
-            ).mean()
+            mean = _mean(sample_of(tasks), jax.random.split(jax.random.key(0), 16))
         images = {"size": shape[1], "channels": shape[-1], "mean": round(float(mean), 4), "ink": ink}
     return {"split_hash": tasks.card.split_hash, "images": images}
+
+
+def _shape(tasks: TaskDistribution | TaskStream) -> tuple[int, ...]:
+    """Of the support examples of one task."""
+    return jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape
+
+
+# The sampler, and with it the data, is an argument: closed over, it would be compiled in as a constant.
+@jax.jit
+def _mean(sample: Callable[[Key], Task], keys: Array) -> Array:
+    return jax.vmap(lambda key: sample(key).support.x.mean())(keys).mean()
 
 
 def check_data(config: Mapping[str, Any], tasks: TaskDistribution | TaskStream, folder: Path) -> None:
@@ -116,7 +135,7 @@ def check_data(config: Mapping[str, Any], tasks: TaskDistribution | TaskStream, 
             f"{str(tasks.card.split_hash)[:8]} now)"
         )
     if config["images"] is not None:
-        shape = jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape[1:]
+        shape = _shape(tasks)[1:]
         size, channels = config["images"]["size"], config["images"]["channels"]
         if shape != (size, size, channels):
             raise ValueError(
@@ -176,10 +195,12 @@ def stored(folder: Path) -> tuple[dict, Preset]:
         raise FileNotFoundError(f"{folder} is no run: there is no {path}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["split_hash"], config["images"]
-        fields = {field.name: config[field.name] for field in dataclasses.fields(Preset)}
+        names = [field.name for field in dataclasses.fields(Preset)]
+        # The last two are no settings, but runs of an earlier version lack them.
+        kept = {name: config[name] for name in (*names, "split_hash", "images")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
+    fields = {name: kept[name] for name in names}
     settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
     presets.lookup("learner", settings.learner, presets.LEARNERS)
     presets.source_of(settings.tasks)

@@ -24,6 +24,7 @@ from jaxmeta.training.checkpoint import checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
 from jaxmeta.training.figures import plot_curve
 from jaxmeta.training.report import RunLog, read_metrics, report_markdown, write_json, write_text
+from jaxmeta.training.sharding import sharers
 from jaxmeta.training.step import sample_of, validation_key
 
 _TEST = np.uint32(0xFFFFFFFD)
@@ -208,7 +209,7 @@ def _devices(wanted: int | None, meta_batch: int | None) -> tuple[jax.Device, ..
 
 
 def _sharing(meta_batch: int | None, most: int) -> int:
-    return most if meta_batch is None else max(n for n in range(1, most + 1) if meta_batch % n == 0)
+    return most if meta_batch is None else sharers(meta_batch, most)
 
 
 def _test_key(seed: int) -> Key:

@@ -11,11 +11,10 @@ import numpy as np
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, written_whole
-from jaxmeta.tasks.images import UnreadableImage, check_form, class_files, decode, header
+from jaxmeta.tasks.images import LARGEST_DEFAULT, UnreadableImage, check_form, class_files, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
-_LARGEST_DEFAULT = 84
 _NAMED = 5
 
 
@@ -185,7 +184,7 @@ def _shape(
             unreadable.append(str(error))
     if not skip_unreadable:
         _refuse(unreadable, where, len(named))
-    side = size or min([_LARGEST_DEFAULT, *(one.shorter_side for one in headers)])
+    side = size or min([LARGEST_DEFAULT, *(one.shorter_side for one in headers)])
     colour = channels or (3 if any(one.in_colour for one in headers) else 1)
     return int(side), int(side), int(colour)
 

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+# Side of images where none is asked for and theirs is larger: that of mini-ImageNet.
+LARGEST_DEFAULT = 84
 _GREY_MODES = ("1", "L", "LA", "La", "F")
 
 

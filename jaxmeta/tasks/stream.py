@@ -127,19 +127,16 @@ class _Reader:
         own: int,
         for_evaluation: bool,
     ):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         self.prepared, self.shape, self.for_evaluation = prepared, shape, for_evaluation
         self.offsets, self.sizes = offsets.astype(np.int32), sizes.astype(np.int32)
-        self.key_impl = str(jax.random.key_impl(key)) if typed else None
-        self.key_data = np.asarray(jax.random.key_data(key) if typed else key)
+        # As numbers, which a worker process takes without a device.
+        self.key_impl, self.key_data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
         self.meta_batch, self.first, self.own = meta_batch, first, own
 
     def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
         first = self.first + (step * self.meta_batch if self.for_evaluation else 0)
         with _on_host():
-            key = jnp.asarray(self.key_data)
-            if self.key_impl is not None:
-                key = jax.random.wrap_key_data(key, impl=self.key_impl)
+            key = jax.random.wrap_key_data(jnp.asarray(self.key_data), impl=self.key_impl)
             fold = None if self.for_evaluation else jnp.uint32(step)
             indices = first + jnp.arange(self.own)
             drawn = jax.device_get(_plan(self.shape, self.offsets, self.sizes, key, fold, indices))

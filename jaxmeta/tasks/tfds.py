@@ -11,11 +11,10 @@ from jaxtyping import Int
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, make_room, written_whole
-from jaxmeta.tasks.images import Header, check_form, decode, header
+from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
-_LARGEST_DEFAULT = 84
 _AT_ONCE = 64  # images read together
 _AS_ARRAY_RECORD = 'tfds.builder({!r}).download_and_prepare(file_format="array_record")'
 
@@ -321,7 +320,7 @@ def _shape(
 ) -> tuple[int, int, int]:
     """The shape all images are to get: by the feature; where it does not say, by the images' headers."""
     height, width, depth = builder.info.features[image].shape
-    side = size or (min(height, width, _LARGEST_DEFAULT) if height and width else None)
+    side = size or (min(height, width, LARGEST_DEFAULT) if height and width else None)
     colour = channels or ({1: 1, 2: 1, 3: 3, 4: 3}.get(depth) if depth else None)
     if not (side and colour):
         # Kept, so that a second call does not read every image again.
@@ -331,7 +330,7 @@ def _shape(
             make_room(folder, 0, "the prepared images")
             headers = _headers(builder, pool, image)
             smallest = min(one.shorter_side for one in headers)
-            found = {"side": min(smallest, _LARGEST_DEFAULT), "colour": any(one.in_colour for one in headers)}
+            found = {"side": min(smallest, LARGEST_DEFAULT), "colour": any(one.in_colour for one in headers)}
             with written_whole(findings) as temporary:
                 temporary.write_text(json.dumps(found), encoding="utf-8")
         found = json.loads(findings.read_text(encoding="utf-8"))

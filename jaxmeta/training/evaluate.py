@@ -117,10 +117,10 @@ def evaluate_episodes(
         found: list[np.ndarray] = []
         for start, given in _numbered(tasks, episodes):
             count = given.query.y.shape[0]
-            sharers = devices[: max(n for n in range(1, len(devices) + 1) if count % n == 0)]
-            arguments = sharding.replicate((params, key), sharers)
-            shared = sharding.share(given, sharers)
-            value = _episodes(learner, count // len(sharers), not on_cpu, sharers, arguments, shared, start)
+            used = devices[: sharding.sharers(count, len(devices))]
+            arguments = sharding.replicate((params, key), used)
+            shared = sharding.share(given, used)
+            value = _episodes(learner, count // len(used), not on_cpu, used, arguments, shared, start)
             # One batch behind: the device is never idle, and holds no more than two.
             found += [] if waiting is None else [np.asarray(waiting)]
             waiting = value

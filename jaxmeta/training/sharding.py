@@ -18,6 +18,11 @@ AXIS = "tasks"
 Devices = tuple[jax.Device, ...]
 
 
+def sharers(tasks: int, most: int) -> int:
+    """The largest number of devices, at most `most`, that share `tasks` tasks evenly."""
+    return max(n for n in range(1, most + 1) if tasks % n == 0)
+
+
 def task_devices(tasks: int, devices: Sequence[jax.Device] | None = None) -> Devices:
     """The devices that share `tasks` tasks evenly.
 
@@ -30,8 +35,7 @@ def task_devices(tasks: int, devices: Sequence[jax.Device] | None = None) -> Dev
     """
     if devices is None:
         local = jax.local_devices()
-        count = max(n for n in range(1, len(local) + 1) if tasks % n == 0)
-        return tuple(local[:count])
+        return tuple(local[: sharers(tasks, len(local))])
     if not len(devices) or tasks % len(devices):
         raise ValueError(
             f"devices: got {len(devices)} of them, which must divide the {tasks} tasks of a meta-batch"

@@ -8,7 +8,7 @@ from jaxmeta.training.figures import METRIC_NAMES, Curve, draw_metric, drawing, 
 from jaxmeta.training.report import read_metrics, shown
 
 
-def tests_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
+def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
     """The results of a learner by the name that they have among the episodes."""
     return row[metric] if metric == "accuracy" else {metric: row[metric]}
 
@@ -20,7 +20,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     head += [f"minus {first}", "training, s", "steps/s", "memory, MB"]
     table = []
     for learner, row in result["learners"].items():
-        for name, test in tests_of(row, metric).items():
+        for name, test in results_of(row, metric).items():
             difference = row["difference"].get(name)
             table.append(
                 [
@@ -78,7 +78,7 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
             curves, [Curve(name, read_metrics(out / name / "metrics.jsonl"), metric) for name in rows]
         )
         for i, row in enumerate(rows.values()):
-            found = tests_of(row, metric)
+            found = results_of(row, metric)
             for j, (name, test) in enumerate(found.items()):
                 y = i + 0.3 * (j - (len(found) - 1) / 2)
                 filled = {"markerfacecolor": "white"} if name == "inductive" else {}

@@ -108,10 +108,7 @@ def check_stream(tasks: TaskDistribution | TaskStream, key: Key, *, for_evaluati
     """Refuses a stream whose episodes are known to be others than those that `key` stands for."""
     if not isinstance(tasks, TaskStream) or tasks.key is None:
         return
-    own, given = (
-        np.asarray(jax.random.key_data(k) if jnp.issubdtype(k.dtype, jax.dtypes.prng_key) else k)
-        for k in (tasks.key, key)
-    )
+    own, given = (np.asarray(jax.random.key_data(each)) for each in (tasks.key, key))
     if tasks.for_evaluation != for_evaluation or not np.array_equal(own, given):
         raise ValueError(
             f"{name}: got a stream whose episodes are of another key, or numbered otherwise; build "
