@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from problems import finite_differences
 
 import jaxmeta as jm
 
@@ -232,13 +233,6 @@ def meta_loss(adapt, arguments, support, query):
     return head_loss(adapted, query, **extra)
 
 
-def finite_differences(function, arguments, step=1e-6):
-    flat, restore = ravel_pytree(arguments)
-    values = jax.jit(jax.vmap(lambda v: function(restore(v))))
-    moves = step * jnp.eye(flat.size)
-    return (values(flat[None] + moves) - values(flat[None] - moves)) / (2 * step)
-
-
 @pytest.mark.parametrize("proximal", [None, 0.5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_meta_gradient_is_that_of_finite_differences_in_every_memory_mode(name, proximal):
@@ -362,3 +356,332 @@ def test_recomputing_modes_keep_less():
 def test_bad_settings_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         jm.inner_loop(quadratic, optax.sgd(0.1), **{"steps": 1, **settings})
+
+
+# --- Implicit gradients ----------------------------------------------------------------------------
+
+
+def test_implicit_gradient_of_a_quadratic():
+    """φ* = (as + λθ)/(a + λ), with slope λ/(a + λ) in θ; as λ grows, MAML without a step."""
+    for proximal, minimum, expected in ((2.0, 0.5, -1.25), (1e9, 0.0, -3.0)):
+        rate = 0.3 / (1 + proximal)
+        adapt = jm.inner_loop(quadratic, optax.sgd(rate), 200, order="implicit", proximal=proximal)
+        adapted, trace = adapt(0.0, SUPPORT)
+        np.testing.assert_allclose(adapted, minimum, atol=1e-7)
+        found = jax.grad(lambda start: quadratic_query(adapt(start, SUPPORT)[0]))(0.0)  # noqa: B023
+        np.testing.assert_allclose(found, expected, rtol=1e-7)
+        assert trace.loss.shape == (200,)
+        # The way there is not differentiated.
+        assert jax.grad(lambda start: adapt(start, SUPPORT)[1].loss.sum())(0.0) == 0  # noqa: B023
+
+
+def test_damping_adds_to_the_identity():
+    """(1 + damping + a/λ) u = ∇L^Q(φ*)."""
+    adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 200, order="implicit", proximal=2.0, damping=0.5)
+    found = jax.grad(lambda start: quadratic_query(adapt(start, SUPPORT)[0]))(0.0)
+    np.testing.assert_allclose(found, -2.5 / (1 + 0.5 + 1), rtol=1e-8)
+
+
+def curved(dim=6):
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(dim, dim))
+    return (
+        jnp.asarray(root @ root.T / dim),
+        jnp.asarray(rng.normal(size=dim)),
+        jnp.asarray(rng.normal(size=dim)),
+    )
+
+
+def curved_loss(theta, centre, *, matrix):
+    return 0.5 * (theta - centre) @ matrix @ (theta - centre)
+
+
+def test_as_many_conjugate_gradient_steps_as_parameters_are_exact_on_a_quadratic():
+    matrix, centre, start = curved()
+    proximal, dim = 0.5, start.size
+
+    def meta(start, centre, matrix, cg_steps=dim):
+        adapt = jm.inner_loop(
+            curved_loss, optax.sgd(0.2), 2000, order="implicit", proximal=proximal, cg_steps=cg_steps
+        )
+        return jnp.sin(adapt(start, centre, matrix=matrix)[0]).sum()
+
+    system = np.asarray(matrix) + proximal * np.eye(dim)
+    minimum = np.linalg.solve(system, matrix @ centre + proximal * start)
+    pulled = np.linalg.solve(system, np.cos(minimum))
+    found = jax.jit(jax.grad(meta, (0, 1, 2)))(start, centre, matrix)
+    np.testing.assert_allclose(found[0], proximal * pulled, rtol=1e-8)
+    # The loss's other arguments move the minimum, too: ∂φ*/∂c = (A + λI)⁻¹ A, and so on.
+    np.testing.assert_allclose(found[1], matrix @ pulled, rtol=1e-8)
+    # ∇L = ½(A + Aᵀ)(φ − c)
+    outer = np.outer(pulled, minimum - centre)
+    np.testing.assert_allclose(found[2], -(outer + outer.T) / 2, rtol=1e-7)
+    fewer = jax.grad(lambda start: meta(start, centre, matrix, cg_steps=2))(start)
+    assert np.abs(fewer - found[0]).max() > 1e-4
+
+
+def test_implicit_is_the_limit_of_second_order_and_of_finite_differences():
+    arguments, support, query = problem()
+    hyper = arguments.pop("hyper")
+
+    def meta(arguments, order, steps=3000):
+        adapt = jm.inner_loop(
+            head_loss, optax.sgd(hyper["rate"]), steps, order=order, proximal=0.5, cg_steps=12
+        )
+        return meta_loss(
+            lambda *given, hyper, **extra: adapt(*given, **extra),
+            {**arguments, "hyper": None},
+            support,
+            query,
+        )
+
+    expected = finite_differences(lambda arguments: meta(arguments, "second"), arguments)
+    found = ravel_pytree(jax.jit(jax.grad(lambda arguments: meta(arguments, "implicit")))(arguments))[0]
+    np.testing.assert_allclose(found, expected, atol=2e-8)
+    unrolled = ravel_pytree(jax.jit(jax.grad(lambda arguments: meta(arguments, "second")))(arguments))[0]
+    np.testing.assert_allclose(found, unrolled, atol=1e-10)
+
+
+def test_implicit_gradient_under_vmap_over_tasks():
+    matrix, _, _ = curved()
+    rng = np.random.default_rng(1)
+    starts, centres = (jnp.asarray(rng.normal(size=(3, 6))) for _ in range(2))
+    adapt = jm.inner_loop(curved_loss, optax.sgd(0.2), 300, order="implicit", proximal=0.5, cg_steps=6)
+    gradient = jax.grad(lambda start, centre: jnp.cos(adapt(start, centre, matrix=matrix)[0]).sum())
+    loop = [gradient(start, centre) for start, centre in zip(starts, centres, strict=True)]
+    np.testing.assert_allclose(jax.jit(jax.vmap(gradient))(starts, centres), loop, atol=1e-9)
+
+
+def test_implicit_needs_no_derivative_of_the_optimizer():
+    """Adam without `eps_root`, which the other orders refuse or cannot go through, finds the same minimum."""
+    adapt = jm.inner_loop(
+        quadratic, optax.adam(optax.cosine_decay_schedule(0.1, 500)), 500, order="implicit", proximal=2.0
+    )
+    np.testing.assert_allclose(adapt(0.0, SUPPORT)[0], 0.5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(lambda t: quadratic_query(adapt(t, SUPPORT)[0]))(0.0), -1.25, rtol=1e-4
+    )
+
+
+# --- Truncation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_truncation_keeps_the_factors_of_the_last_steps(memory):
+    """(1 − αa)^K ∇L^Q(θ_n): from first order (K = 0) to second (K = n)."""
+    for steps in (5, 6):
+        second, _, first = (1 - 0.2) ** steps, None, 3.0 - (1 - 0.8**steps)
+        for truncation in (1, 2, 4, steps, steps + 3):
+            adapt = jm.inner_loop(quadratic, optax.sgd(0.1), steps, memory=memory, truncation=truncation)
+            found = jax.grad(lambda start: quadratic_query(adapt(start, SUPPORT)[0]))(0.0)  # noqa: B023
+            factor = second if truncation >= steps else 0.8**truncation
+            np.testing.assert_allclose(found, -factor * first, rtol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute", "forward_over_reverse"])
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_truncation_is_that_of_finite_differences_with_what_it_cuts_held_fixed(name, memory):
+    """A loss of the whole way, in five steps and segments of two: cuts before steps 1 and 3."""
+    arguments, support, query = problem()
+    key = jax.random.key(0)
+
+    def meta(arguments, cut):
+        """Plain Python; `cut(step, carry)` is what a segment begins with."""
+        extra = {"body": arguments["body"], "regularizer": arguments["regularizer"], "key": key}
+        batch = {**support, "weights": arguments["weights"]}
+        optimizer = OPTIMIZERS[name](arguments["hyper"])
+        theta, state, total = arguments["params"], optimizer.init(arguments["params"]), 0.0
+        for step in range(5):
+            if step in (1, 3):
+                theta, state = cut(step, (theta, state), arguments["params"])
+            value, grads = jax.value_and_grad(head_loss)(theta, batch, **extra)
+            total += value
+            updates, state = optimizer.update(grads, state, theta)
+            theta = optax.apply_updates(theta, updates)
+        return total + head_loss(theta, query, **extra)
+
+    recorded = {}
+
+    def record(step, carry, start):
+        recorded[step] = carry, start
+        return carry
+
+    value = meta(arguments, record)
+
+    def held(step, carry, start):
+        (theta, state), start_then = recorded[step]
+        return jax.tree.map(lambda t, now, then: t + now - then, theta, start, start_then), state
+
+    expected = finite_differences(lambda arguments: meta(arguments, held), arguments)
+
+    def truncated(arguments):
+        extra = {"body": arguments["body"], "regularizer": arguments["regularizer"], "key": key}
+        adapt = jm.inner_loop(head_loss, OPTIMIZERS[name], 5, memory=memory, truncation=2)
+        adapted, trace = adapt(
+            arguments["params"],
+            {**support, "weights": arguments["weights"]},
+            hyper=arguments["hyper"],
+            **extra,
+        )
+        return trace.loss.sum() + head_loss(adapted, query, **extra)
+
+    found, gradient = jax.jit(jax.value_and_grad(truncated))(arguments)
+    np.testing.assert_allclose(found, value, rtol=1e-12)
+    np.testing.assert_allclose(ravel_pytree(gradient)[0], expected, atol=5e-8)
+
+
+# --- What the trace holds, and what the optimizer is handed ----------------------------------------
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_path_holds_the_parameters_after_each_update(memory):
+    adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 3, memory=memory, keep_path=True)
+    np.testing.assert_allclose(adapt(0.0, SUPPORT)[1].path, [0.2, 0.36, 0.488], rtol=1e-12)
+    # d/dθ Σ_j θ_j = 0.8 + 0.64 + 0.512
+    gradient = jax.grad(lambda theta: adapt(theta, SUPPORT)[1].path.sum())(0.0)
+    np.testing.assert_allclose(gradient, 0.8 + 0.64 + 0.512, rtol=1e-12)
+    plain = jm.inner_loop(quadratic, optax.sgd(0.1), 3, memory=memory)
+    assert plain(0.0, SUPPORT)[1].path is None
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_a_loop_goes_on_from_the_optimizer_s_state(memory):
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    whole, _ = jm.inner_loop(quadratic, optimizer, 5, memory=memory)(0.0, SUPPORT)
+    first, trace = jm.inner_loop(quadratic, optimizer, 2, memory=memory)(0.0, SUPPORT)
+    rest = jm.inner_loop(quadratic, optimizer, 3, memory=memory)
+    np.testing.assert_allclose(rest(first, SUPPORT, state=trace.state)[0], whole, rtol=1e-12)
+    assert abs(rest(first, SUPPORT)[0] - whole) > 1e-3
+
+
+@pytest.mark.parametrize("memory", MODES)
+def test_under_first_order_losses_move_with_the_parameters_on_the_way(memory):
+    """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the second loss does not see the first's curvature."""
+    adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, order="first", memory=memory)
+    for step, slope in ((0, -2.0), (1, -1.6)):
+        found = jax.grad(lambda theta: adapt(theta, SUPPORT)[1].loss[step])(0.0)  # noqa: B023
+        np.testing.assert_allclose(found, slope, rtol=1e-12)
+
+
+@pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_an_optimizer_with_extra_arguments_is_handed_the_loss(order, memory):
+    """u = −α·L·∇L, so that θ_1 = θ − α·L·L', and dθ_1/dθ = 1 − α(L'² + L·L'') in second order."""
+    by_loss = optax.GradientTransformationExtraArgs(
+        lambda params: (),
+        lambda grads, state, params, *, value, **extra: (
+            jax.tree.map(lambda g: -0.1 * value * g, grads),
+            state,
+        ),
+    )
+    adapt = jm.inner_loop(quadratic, by_loss, 2, order=order, memory=memory)
+
+    def by_hand(theta):
+        slopes = []
+        for _ in range(2):
+            loss, slope = (theta - 1) ** 2, 2 * (theta - 1)
+            slopes.append(1 - 0.1 * (slope**2 + 2 * loss) if order == "second" else 1.0)
+            theta = theta - 0.1 * loss * slope
+        return theta, np.prod(slopes)
+
+    theta, slope = by_hand(0.3)
+    np.testing.assert_allclose(adapt(0.3, SUPPORT)[0], theta, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(lambda t: adapt(t, SUPPORT)[0])(0.3), slope, rtol=1e-12)
+
+
+# --- Which memory mode "auto" is -------------------------------------------------------------------
+
+
+def wide_loss(theta, x):
+    for _ in range(5):
+        x = jnp.tanh(x @ theta)
+    return jnp.square(x).mean()
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps", "backend", "mode"),
+    [
+        (5000, 10, "cpu", "recompute"),
+        (5000, 10, "gpu", "store"),
+        (500000, 10, "gpu", "recompute"),
+        (5000, 1, "cpu", "store"),
+        (10, 10, "cpu", "store"),
+    ],
+)
+def test_auto_goes_by_steps_model_and_backend(examples, steps, backend, mode, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def program(memory):
+        adapt = jm.inner_loop(wide_loss, optax.sgd(0.1), steps, memory=memory)
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float64) for shape in ((4, 4), (examples, 4))]
+        return jax.jit(jax.grad(lambda theta, x: adapt(theta, x)[0].sum())).lower(*shapes).as_text()
+
+    assert program("auto") == program(mode)
+    if steps > 1:
+        assert program("store") != program("recompute")
+
+
+def test_memory_of_implicit_gradients_does_not_grow_with_steps():
+    def temporaries(steps):
+        adapt = jm.inner_loop(wide_loss, optax.sgd(0.1), steps, order="implicit", proximal=1.0)
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float64) for shape in ((4, 4), (500, 4))]
+        compiled = jax.jit(jax.grad(lambda theta, x: adapt(theta, x)[0].sum())).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # One number a step: its loss.
+    assert temporaries(100) - temporaries(2) <= 2 * 98 * 8
+
+
+# --- Bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"order": "third"}, "order must be one of .* got 'third'"),
+        ({"memory": "none"}, "memory must be one of"),
+        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"truncation": 0}, "truncation must be at least 1, got 0"),
+        ({"proximal": -1.0}, r"proximal must be at least 0, got -1\.0"),
+        ({"order": "implicit"}, 'proximal: got None; order="implicit" needs a positive weight'),
+        ({"order": "implicit", "proximal": 0.0}, r"proximal: got 0\.0; order=\"implicit\" needs"),
+        ({"order": "implicit", "proximal": 1.0, "steps": 0}, "steps must be at least 1, got 0"),
+        ({"order": "implicit", "proximal": 1.0, "cg_steps": 0}, "cg_steps must be at least 1, got 0"),
+        ({"order": "implicit", "proximal": 1.0, "damping": -1.0}, "damping must be at least 0"),
+        ({"order": "implicit", "proximal": 1.0, "truncation": 2}, "truncation: .* leave it out"),
+        ({"order": "implicit", "proximal": 1.0, "keep_path": True}, "keep_path: .* leave it out"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.inner_loop(quadratic, **{"optimizer": optax.sgd(0.1), "steps": 2, **settings})
+
+
+def test_an_optimizer_with_an_infinite_derivative_is_refused_where_it_matters():
+    with pytest.raises(ValueError, match=r"not finite where a gradient is zero.*eps_root=1e-8"):
+        jm.inner_loop(quadratic, optax.adam(0.1), 2)
+    with pytest.raises(ValueError, match="eps_root"):
+        jm.inner_loop(quadratic, optax.chain(optax.clip(1.0), optax.adamw(0.1)), 2)
+    for optimizer, order in ((optax.adam(0.1, eps_root=1e-8), "second"), (optax.adam(0.1), "first")):
+        adapt = jm.inner_loop(lambda t, _: (t[0] - 1) ** 2, optimizer, 2, order=order)
+        gradient = jax.grad(lambda t: adapt(t, None)[0].sum())(jnp.zeros(2))  # noqa: B023
+        assert np.isfinite(gradient).all()
+
+
+def test_an_optimizer_without_a_reverse_mode_derivative_is_refused():
+    def update(grads, state, params=None):
+        halved = jax.lax.while_loop(lambda g: jnp.abs(g) > 1, lambda g: g / 2, grads)
+        return jax.tree.map(jnp.negative, halved), state
+
+    halving = optax.GradientTransformation(lambda params: (), update)
+    adapt = jm.inner_loop(quadratic, halving, 2)
+    with pytest.raises(ValueError, match="optimizer: its update cannot be differentiated in reverse mode"):
+        adapt(0.0, SUPPORT)
+    implicit = jm.inner_loop(quadratic, halving, 1, order="implicit", proximal=1.0)
+    assert np.isfinite(implicit(0.0, SUPPORT)[0])
+
+
+def test_hyperparameters_under_implicit_are_refused():
+    adapt = jm.inner_loop(quadratic, optax.sgd, 2, order="implicit", proximal=1.0)
+    with pytest.raises(ValueError, match="hyper: got hyperparameters under"):
+        adapt(0.0, SUPPORT, hyper=0.1)

@@ -7,46 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen
 from jax.flatten_util import ravel_pytree
+from problems import (
+    DIM,
+    KEY,
+    WAYS,
+    assert_trees_close,
+    differ,
+    finite_differences,
+    gradient,
+    init,
+    network,
+    task,
+)
 
 import jaxmeta as jm
 
-WAYS, DIM = 3, 4
-KEY = jax.random.key(0)
-
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def network(out=WAYS, norm=True):
-    return jm.nn.MLP(out=out, hidden=(5,), norm=norm, kernel_init=linen.initializers.lecun_normal())
-
-
-def task(seed=0, shots=2, queries=3):
-    rng = np.random.default_rng(seed)
-
-    def part(examples):
-        labels = jnp.tile(jnp.arange(WAYS, dtype=jnp.int32), examples)
-        return jm.Batch(jnp.asarray(rng.normal(size=(labels.size, DIM))), labels, ways=WAYS)
-
-    return jm.Task(part(shots), part(queries))
-
-
-def init(learner, of=None, key=KEY):
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), jax.jit(learner.init)(key, of or task()))
-
-
-def gradient(learner, params, of):
-    return jax.jit(jax.grad(lambda params: learner.loss(params, of, KEY)[0]))(params)
-
-
-def assert_trees_close(a, b, **tolerance):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
-
-def differ(a, b):
-    return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 @pytest.mark.parametrize(("norm", "masked"), [("batch", False), ("batch", True), ("support", True)])
@@ -55,10 +32,7 @@ def test_meta_gradient_is_that_of_finite_differences(norm, masked):
     params, of = init(learner), task()
     if masked:
         of = jm.Task(*(jm.Batch(p.x, p.y, jnp.arange(p.y.size) % 4 != 1, WAYS) for p in of))
-    flat, restore = ravel_pytree(params)
-    loss = jax.jit(jax.vmap(lambda v: learner.loss(restore(v), of, KEY)[0]))
-    moves = 1e-6 * jnp.eye(flat.size)
-    expected = (loss(flat[None] + moves) - loss(flat[None] - moves)) / 2e-6
+    expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
     np.testing.assert_allclose(ravel_pytree(gradient(learner, params, of))[0], expected, atol=1e-8)
     assert np.abs(expected).max() > 0.01
 

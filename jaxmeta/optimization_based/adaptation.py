@@ -1,0 +1,342 @@
+"""What all methods share that adapt a network by gradient steps on its support set.
+
+A method's file makes a `Learner` of the pieces: MAML of all of them as they are, the others with what
+differs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.norm import from_moments, to_moments
+from jaxmeta.optimization_based.inner_loop import Trace, inner_loop, require_finite_derivative
+from jaxmeta.optimization_based.trees import merge, partition, paths, picked_by_path
+
+NORMS = ("batch", "support", "population", "episode")
+# Weight of the newest statistics in the running average of norm="episode" (Ravi & Larochelle's 1-shot code).
+EPISODE_MOMENTUM = 0.9
+# Inner steps fold their number into the key: this is beyond every step.
+_SHUFFLE = np.uint32(0xFFFFFFFF)
+
+
+class Adaptation(NamedTuple):
+    """A network that adapts to support sets, as pure functions.
+
+    Attributes:
+      init: `(key, task) -> params`, with the network's initialisation under "model", and what else is
+        meta-learned: "hyper", "per_step".
+      fit: `(params, support, key, *, steps, order, keep_path, stats, state, begin) -> (weights, trace)`: the
+        inner loop, as in training where the rest is left out; `stats` normalise the support set, `state`
+        is the optimizer's and `begin` the number of its steps so far, to go on from.
+      judge: `(weights, batch, key, stats=None) -> (loss, metrics)` of adapted weights on a batch.
+      query_statistics: `(params, weights, support, trace) -> stats` that normalise the queries in training;
+        the trace is read where `norm` is "episode".
+      weights_at: `(params, fast, step) -> weights`: a state of the adapted leaves on the inner loop's path
+        as weights of the whole network, with those of step `step` of what every step has its own of.
+      adapt, predict, statistics: of the `Learner`.
+    """
+
+    init: Callable[[Key, Task], Params]
+    fit: Callable[..., tuple[Params, Trace]]
+    judge: Callable[..., tuple[jax.Array, Metrics]]
+    query_statistics: Callable[..., PyTree]
+    weights_at: Callable[[Params, PyTree, Any], Params]
+    adapt: Callable[[Params, Batch, Key], PyTree]
+    predict: Callable[..., jax.Array]
+    statistics: Callable[[Params, Task, Key], PyTree] | None
+
+
+def adaptation(
+    model: Network,
+    *,
+    inner_optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
+    hyper: PyTree | Callable[[Key, PyTree], PyTree] = None,
+    steps: int = 1,
+    eval_steps: int | None = None,
+    batch_size: int | None = None,
+    norm: str = "batch",
+    adapts: Callable[[str], bool] | None = None,
+    per_step: bool = False,
+    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    order: str = "second",
+    **engine: Any,
+) -> Adaptation:
+    """Builds the pieces; the arguments are those of `jm.maml`, and of `jm.inner_loop` (`engine`).
+
+    Args:
+      per_step: whether every inner step has normalisation layers of its own: scale, bias and population
+        statistics. They are not adapted. The queries are normalised by those of the last step.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_hyper(inner_optimizer, hyper, order)
+    model = as_model(model)
+    eval_steps = steps if eval_steps is None else eval_steps
+    if norm == "episode" and min(steps, eval_steps) < 1:
+        raise ValueError(
+            'norm: "episode" is an average over inner steps; steps and eval_steps must be at least 1'
+        )
+
+    def outputs_of(weights: Params, batch: Batch, stats: PyTree = None, key: Key | None = None) -> jax.Array:
+        outputs, _ = forward(model, weights, batch.x, mask=batch.mask, stats=stats, key=key)
+        _check_outputs(outputs, batch)
+        return outputs
+
+    def statistics_of(weights: Params, batch: Batch) -> PyTree:
+        return forward(model, weights, batch.x, mask=batch.mask)[1]
+
+    def key_at(key: Key, step: Any) -> Key | None:
+        return jax.random.fold_in(key, step) if model.stochastic else None
+
+    def at(tree: PyTree, step: Any) -> PyTree:
+        """Of what every step has its own of, that of one step."""
+        return jax.tree.map(lambda leaf: leaf[step], tree) if per_step else tree
+
+    def batch_at(batch: tuple, step: Any) -> tuple:
+        support, key, begin = batch
+        step = begin + step
+        return minibatch(support, step, batch_size), key_at(key, step), step
+
+    def support_loss(fast: PyTree, batch: tuple, *, frozen: PyTree, own: PyTree, stats: PyTree) -> jax.Array:
+        support, key, step = batch
+        outputs = outputs_of(merge(fast, frozen, at(own, step)), support, at(stats, step), key)
+        return loss(outputs, support.y, support.mask)
+
+    @functools.cache
+    def loop(steps: int, order: str, keep_path: bool) -> Callable:
+        return inner_loop(
+            support_loss,
+            inner_optimizer,
+            steps,
+            order=order,
+            batch_at=batch_at,
+            keep_path=keep_path,
+            **engine,
+        )
+
+    for n in (steps, eval_steps):
+        loop(n, order, norm == "episode")
+
+    def parts_of(params: Params) -> tuple[PyTree, PyTree, PyTree]:
+        """What the inner loop changes, what it leaves, and what every step has its own of."""
+        slow = params["model"]
+        own = params.get("per_step", jax.tree.map(lambda _: None, slow))
+        if adapts is None:
+            return slow, jax.tree.map(lambda _: None, slow), own
+        return *partition(slow, picked_by_path(slow, adapts)), own
+
+    def weights_at(params: Params, fast: PyTree, step: Any) -> Params:
+        _, frozen, own = parts_of(params)
+        return merge(fast, frozen, at(own, step))
+
+    def last(step: int) -> int:
+        return max(step - 1, 0)
+
+    def fit(
+        params: Params,
+        support: Batch,
+        key: Key,
+        *,
+        steps: int = steps,
+        order: str = order,
+        keep_path: bool = norm == "episode",
+        stats: PyTree = None,
+        state: PyTree = None,
+        begin: Any = 0,
+    ) -> tuple[Params, Trace]:
+        fast, frozen, own = parts_of(params)
+        if batch_size is not None:
+            support = shuffled(support, key)
+        fast, trace = loop(steps, order, keep_path)(
+            fast,
+            (support, key, begin),
+            hyper=params.get("hyper"),
+            state=state,
+            frozen=frozen,
+            own=own,
+            stats=stats,
+        )
+        return weights_at(params, fast, last(steps)), trace
+
+    def judge(weights: Params, batch: Batch, key: Key, stats: PyTree = None) -> tuple[jax.Array, Metrics]:
+        outputs = outputs_of(weights, batch, stats, key_at(key, steps))
+        value = loss(outputs, batch.y, batch.mask)
+        return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, batch)}
+
+    def query_statistics(params: Params, weights: Params, support: Batch, trace: Trace | None) -> PyTree:
+        if norm == "support":
+            return statistics_of(weights, support)
+        if norm != "episode":
+            return None
+        assert trace is not None
+        return running(params, support, trace)
+
+    def running(params: Params, support: Batch, trace: Trace) -> PyTree:
+        """The running average over the inner loop's own passes, from zero mean and unit variance."""
+        start = parts_of(params)[0]
+        before = jax.tree.map(lambda s, path: jnp.concatenate([s[None], path[:-1]]), start, trace.path)
+        count = trace.loss.shape[0]
+
+        def one(numbered: tuple[PyTree, jax.Array]) -> PyTree:
+            fast, step = numbered
+            return statistics_of(weights_at(params, fast, step), support)
+
+        stats = lax.map(one, (before, jnp.arange(count)))
+        decay = 1 - EPISODE_MOMENTUM
+        weights = EPISODE_MOMENTUM * decay ** jnp.arange(count - 1, -1, -1.0)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                jnp.tensordot(weights.astype(leaf.dtype), leaf, 1)
+                + decay**count * (jax.tree_util.keystr(path[-1:], simple=True) == "var")
+            ),
+            stats,
+        )
+
+    def init(key: Key, task: Task) -> Params:
+        slow = model.init(key, task.support.x)
+        jax.eval_shape(outputs_of, slow, task.support)
+        params: Params = {"model": slow}
+        if per_step:
+            layers = picked_by_path(slow, _in_layers_of(jax.eval_shape(statistics_of, slow, task.support)))
+            own, params["model"] = partition(slow, layers)
+            params["per_step"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), own)
+        fast, _, _ = parts_of(params)
+        if not jax.tree.leaves(fast):
+            raise ValueError(f"adapts picks no leaf to adapt; the leaves are {paths(params['model'])}")
+        if hyper is not None:
+            params["hyper"] = (
+                hyper(jax.random.fold_in(key, 1), fast)
+                if callable(hyper)
+                else jax.tree.map(jnp.asarray, hyper)
+            )
+        return params
+
+    def population(params: Params) -> PyTree:
+        if "population" not in params:
+            raise ValueError(
+                'norm="population" needs filled statistics: call jm.calibrate on these params first'
+            )
+        return from_moments(params["population"])
+
+    def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        support = blank_padding(support)
+        fixed = population(params) if norm == "population" else None
+        weights, trace = fit(params, support, key, steps=eval_steps, stats=fixed)
+        if norm == "population":
+            return {"model": weights, "stats": at(fixed, last(eval_steps))}
+        return {"model": weights, "stats": query_statistics(params, weights, support, trace)}
+
+    def predict(params: Params, adapted: PyTree, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        del params
+        return forward(model, adapted["model"], x, mask=mask, stats=adapted["stats"])[0]
+
+    def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, jax.Array]:
+        if not per_step:
+            found = [to_moments(statistics_of(params["model"], part)) for part in task]
+        else:
+            # Each step sees the support set before its update, and its result is judged after it.
+            fast = parts_of(params)[0]
+            _, trace = fit(params, task.support, key, keep_path=True)
+            before = jax.tree.map(lambda s, path: jnp.concatenate([s[None], path[:-1]]), fast, trace.path)
+            found = [
+                lax.map(
+                    lambda numbered: to_moments(statistics_of(weights_at(params, *numbered), part)),  # noqa: B023
+                    (states, jnp.arange(steps)),
+                )
+                for states, part in ((before, task.support), (trace.path, task.query))
+            ]
+        return jax.tree.map(lambda *s: sum(s), *found), jnp.asarray(2.0)
+
+    return Adaptation(
+        init,
+        fit,
+        judge,
+        query_statistics,
+        weights_at,
+        adapt,
+        predict,
+        statistics if model.apply_norm is not None else None,
+    )
+
+
+def shuffled(batch: Batch, key: Key) -> Batch:
+    """`batch` in random order, padding last; the same order of its examples whatever the padding."""
+    key, count = jax.random.fold_in(key, _SHUFFLE), batch.y.shape[0]
+    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.arange(count))
+    order = jnp.argsort(draws if batch.mask is None else jnp.where(batch.mask, draws, 2.0))
+    return jax.tree.map(lambda leaf: leaf[order], batch)
+
+
+def minibatch(batch: Batch, step: Any, size: int | None) -> Batch:
+    """The mini-batch of step `step`: the next `size` examples, round and round; all if there are no more.
+
+    Args:
+      batch: padding, if any, comes last.
+      step: of the inner loop, from 0.
+      size: None for all examples.
+    """
+    if size is None or size >= batch.y.shape[0]:
+        return batch
+    places = jnp.arange(size)
+    if batch.mask is None:
+        return jax.tree.map(lambda leaf: leaf[(step * size + places) % leaf.shape[0]], batch)
+    count = jnp.maximum(batch.mask.sum(), 1)
+    part = jax.tree.map(lambda leaf: leaf[(step * size + places) % count], batch)
+    return dataclasses.replace(part, mask=part.mask & (places < count))
+
+
+def _in_layers_of(stats: PyTree) -> Callable[[str], bool]:
+    """Whether a parameter's path leads into one of the layers that have statistics."""
+    layers = {path.rpartition("/")[0] for path in paths(stats)}
+    return lambda path: path.rpartition("/")[0] in layers
+
+
+def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
+    fixed = isinstance(inner_optimizer, optax.GradientTransformation)
+    if fixed and hyper is not None:
+        raise ValueError(
+            "hyper: got hyperparameters to learn, but inner_optimizer is a fixed transformation; pass a "
+            "function of them, such as optax.sgd"
+        )
+    if not fixed and hyper is None:
+        raise ValueError(
+            f"inner_optimizer: got {inner_optimizer!r}, which is no optax transformation; a function of "
+            "hyperparameters needs their initial values: hyper=0.4"
+        )
+    if hyper is None:
+        return
+    if order == "implicit":
+        raise ValueError(
+            'hyper: got hyperparameters to learn under order="implicit", which gives them no gradient: where '
+            'the minimum lies does not depend on the way there; take order="second"'
+        )
+    if order == "second" and not callable(hyper):
+        require_finite_derivative(inner_optimizer(jax.tree.map(jnp.asarray, hyper)))
+
+
+def _check_outputs(outputs: Any, batch: Batch) -> None:
+    examples, ways = batch.y.shape[0], batch.ways
+    if not isinstance(outputs, jax.Array):
+        raise ValueError(f"the model returns {type(outputs).__name__}; it must return one array of outputs")
+    if outputs.ndim != 2 or outputs.shape[0] != examples:
+        right = f"({examples}, {'outputs' if ways is None else ways})"
+        raise ValueError(
+            f"the model returns shape {outputs.shape} for {examples} examples; it must be {right}"
+        )
+    if ways is not None and outputs.shape[1] != ways:
+        raise ValueError(
+            f"the model has {outputs.shape[1]} outputs and the tasks have {ways} ways; "
+            f"build it with an output width of {ways}"
+        )
