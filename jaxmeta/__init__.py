@@ -11,7 +11,20 @@ jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
 from jaxmeta import losses, nn, tasks
 from jaxmeta.config import load_run
 from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution, TaskStream
-from jaxmeta.optimization_based import fomaml, inner_loop, maml
+from jaxmeta.optimization_based import (
+    LearnedOptimizer,
+    anil,
+    boil,
+    fomaml,
+    imaml,
+    inner_loop,
+    learned_optimizer,
+    lstm_meta_learner,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    reptile,
+)
 from jaxmeta.training import (
     Evaluation,
     TrainState,
@@ -31,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Batch",
     "Evaluation",
+    "LearnedOptimizer",
     "Learner",
     "Model",
     "ProtocolCard",
@@ -38,19 +52,27 @@ __all__ = [
     "TaskDistribution",
     "TaskStream",
     "TrainState",
+    "anil",
+    "boil",
     "calibrate",
     "evaluate",
     "evaluate_episodes",
     "fomaml",
+    "imaml",
     "init_state",
     "inner_loop",
+    "learned_optimizer",
     "load",
     "load_params",
     "load_run",
     "losses",
+    "lstm_meta_learner",
     "maml",
+    "maml_plus_plus",
+    "meta_sgd",
     "meta_step",
     "nn",
+    "reptile",
     "save",
     "tasks",
     "train",

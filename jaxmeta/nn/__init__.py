@@ -2,6 +2,7 @@
 
 from jaxmeta.nn.adapters import Network, as_model, from_equinox, from_nnx
 from jaxmeta.nn.conv import conv
+from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedUpdate, log_and_sign
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
 from jaxmeta.nn.layers import Conv, conv_general_dilated
 from jaxmeta.nn.norm import BatchNorm
@@ -12,7 +13,10 @@ __all__ = [
     "BatchNorm",
     "Conv",
     "Conv4",
+    "CoordinatewiseLSTM",
+    "GatedUpdate",
     "Network",
+    "ProposedUpdate",
     "ResNet12",
     "StridedConv4",
     "as_model",
@@ -20,5 +24,6 @@ __all__ = [
     "conv_general_dilated",
     "from_equinox",
     "from_nnx",
+    "log_and_sign",
     "max_pool_2x2",
 ]

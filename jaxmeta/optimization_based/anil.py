@@ -1,0 +1,62 @@
+"""ANIL: the inner loop adapts the head alone, and the body is shared by all tasks."""
+
+from collections.abc import Callable
+
+from jaxmeta.core import Key, Learner, Params, Task
+from jaxmeta.nn.adapters import Network
+from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.trees import paths
+
+Head = str | Callable[[str], bool]
+
+
+def anil(model: Network, *, head: Head = "head", **settings) -> Learner:
+    r"""ANIL ("almost no inner loop"): MAML whose inner loop changes nothing but the head.
+
+    θ = (body ψ, head w):  w_j = w_{j−1} − α ∇_w L^S(ψ, w_{j−1}),  meta-loss L^Q(ψ, w_n)
+
+    Both ψ and w are meta-learned; the gradient in ψ passes through the head's inner updates.
+
+    Args:
+      model: as of `jm.maml`.
+      head: of `model`: the name of a module in its parameters ("head", or "decoder/out" for one inside
+        another), or a predicate on a leaf's path such as "head/kernel".
+      **settings: of `jm.maml`, without `adapts`.
+
+    Raises:
+      ValueError: `head` names no parameter; and what `jm.maml` raises.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid(shots=10, queries=10)
+      >>> learner = jm.anil(jm.nn.MLP(out=1), loss=jm.losses.mse)
+      >>> task = tasks.sample(jax.random.key(0))
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> fast = learner.adapt(params, task.support, jax.random.key(2))["model"]
+      >>> bool((fast["Dense_0"]["kernel"] == params["model"]["Dense_0"]["kernel"]).all())
+      True
+
+    References:
+      Raghu et al., Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML, 2020.
+    """
+    return with_head(maml(model, adapts=in_head(head), **settings), head)
+
+
+def in_head(head: Head) -> Callable[[str], bool]:
+    """Whether a leaf's path lies in the head."""
+    if not isinstance(head, str):
+        return head
+    return lambda path: f"/{head}/" in f"/{path}/"
+
+
+def with_head(learner: Learner, head: Head) -> Learner:
+    """`learner`, whose `init` refuses a network without the head."""
+
+    def init(key: Key, task: Task) -> Params:
+        params = learner.init(key, task)
+        leaves = paths(params["model"])
+        if not any(map(in_head(head), leaves)):
+            raise ValueError(f"head: got {head!r}, which picks none of the network's leaves {leaves}")
+        return params
+
+    return learner._replace(init=init)

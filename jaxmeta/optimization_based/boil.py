@@ -1,0 +1,38 @@
+"""BOIL: the inner loop adapts the body alone, and the head is shared by all tasks."""
+
+from jaxmeta.core import Learner
+from jaxmeta.nn.adapters import Network
+from jaxmeta.optimization_based.anil import Head, in_head, with_head
+from jaxmeta.optimization_based.maml import maml
+
+
+def boil(model: Network, *, head: Head = "head", **settings) -> Learner:
+    r"""BOIL ("body only update in inner loop"): ANIL the other way round.
+
+    θ = (body ψ, head w):  ψ_j = ψ_{j−1} − α ∇_ψ L^S(ψ_{j−1}, w),  meta-loss L^Q(ψ_n, w)
+
+    A head that no task changes makes the body move the features to where the head wants them.
+
+    Args:
+      model: as of `jm.maml`.
+      head: of `model`: the name of a module in its parameters, or a predicate on a leaf's path.
+      **settings: of `jm.maml`, without `adapts`.
+
+    Raises:
+      ValueError: `head` names no parameter, or all; and what `jm.maml` raises.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid(shots=10, queries=10)
+      >>> learner = jm.boil(jm.nn.MLP(out=1), loss=jm.losses.mse)
+      >>> task = tasks.sample(jax.random.key(0))
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> fast = learner.adapt(params, task.support, jax.random.key(2))["model"]
+      >>> bool((fast["head"]["kernel"] == params["model"]["head"]["kernel"]).all())
+      True
+
+    References:
+      Oh et al., BOIL: Towards Representation Change for Few-Shot Learning, 2021.
+    """
+    inside = in_head(head)
+    return with_head(maml(model, adapts=lambda path: not inside(path), **settings), head)

@@ -1,0 +1,589 @@
+"""ANIL, BOIL, Meta-SGD, Reptile, implicit MAML and MAML++: closed forms, limits, finite differences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from problems import (
+    DIM,
+    KEY,
+    NUMBER,
+    WAYS,
+    assert_trees_close,
+    differ,
+    finite_differences,
+    gradient,
+    half_square,
+    init,
+    network,
+    number_task,
+    task,
+)
+
+import jaxmeta as jm
+from jaxmeta.optimization_based.maml_plus_plus import descend_by_step, multi_step_weights
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SGD = optax.sgd(0.5)
+
+
+def query_loss(weights, of, norm="batch"):
+    """The query loss at given weights, by a MAML that takes no step."""
+    return jm.maml(network(), steps=0, norm=norm).loss({"model": weights}, of, KEY)[0]
+
+
+def differs_by_finite_differences(learner, params, of, step=None, atol=1e-8):
+    found = ravel_pytree(gradient(learner, params, of, step))[0]
+    expected = finite_differences(lambda params: learner.loss(params, of, KEY, step)[0], params)
+    np.testing.assert_allclose(found, expected, atol=atol)
+    assert np.abs(expected).max() > 0.01
+
+
+# --- ANIL and BOIL ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("factory", "adapts_head"), [(jm.anil, True), (jm.boil, False)])
+def test_one_part_adapts_and_the_other_is_left_to_the_bit(factory, adapts_head):
+    learner, of = factory(network(norm=False), inner_optimizer=SGD, steps=2), task()
+    params = init(learner)
+    adapted = learner.adapt(params, of.support, KEY)["model"]
+    for layer, leaves in params["model"].items():
+        if (layer == "head") == adapts_head:
+            assert all(differ(adapted[layer][name], leaves[name]) > 1e-4 for name in leaves), layer
+        else:
+            assert_trees_close(adapted[layer], leaves, rtol=0)
+    meta_gradient = gradient(learner, params, of)["model"]
+    assert differ(meta_gradient, jax.tree.map(jnp.zeros_like, meta_gradient)) > 1e-3
+    differs_by_finite_differences(learner, params, of)
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_anil_without_a_body_is_maml(order):
+    model = jm.Model(
+        lambda key, x: {"head": {"w": jnp.ones((DIM, WAYS))}},
+        lambda params, x: jnp.tanh(x @ params["head"]["w"]),
+    )
+    of = task()
+    anil, maml = (make(model, inner_optimizer=SGD, steps=3, order=order) for make in (jm.anil, jm.maml))
+    params = init(anil)
+    assert_trees_close(anil.adapt(params, of.support, KEY), maml.adapt(params, of.support, KEY), rtol=0)
+    assert_trees_close(gradient(anil, params, of), gradient(maml, params, of), rtol=0)
+    with pytest.raises(ValueError, match="adapts picks no leaf"):
+        init(jm.boil(model))
+
+
+def test_anil_whose_head_does_not_move_does_not_adapt():
+    learner, of = jm.anil(network(), inner_optimizer=optax.sgd(0.0), steps=3), task()
+    params = init(learner)
+    assert_trees_close(learner.adapt(params, of.support, KEY)["model"], params["model"], rtol=0)
+    found = gradient(learner, params, of)["model"]
+    assert_trees_close(found, jax.grad(query_loss)(params["model"], of), atol=1e-12)
+
+
+def test_anil_and_boil_share_out_maml():
+    """Of one first-order step, each leaf's update is that of one of the two."""
+    of = task()
+    make = [
+        functools.partial(factory, network(), inner_optimizer=SGD) for factory in (jm.anil, jm.boil, jm.maml)
+    ]
+    params = init(make[2]())
+    head, body, both = (each().adapt(params, of.support, KEY)["model"] for each in make)
+    assert_trees_close({**body, "head": head["head"]}, both, rtol=1e-12)
+
+
+def test_the_head_may_be_a_module_inside_another_or_a_predicate():
+    def init_params(key, x):
+        layer = {"w": jnp.ones((x.shape[1], WAYS))}
+        return {"net": {"out": dict(layer), "about": dict(layer)}}
+
+    def apply(params, x):
+        return x @ params["net"]["out"]["w"] + x @ params["net"]["about"]["w"]
+
+    of = task()
+    for head in ("net/out", "out", lambda path: path.endswith("/out/w")):
+        learner = jm.anil((init_params, apply), head=head)
+        params = init(learner)
+        adapted = learner.adapt(params, of.support, KEY)["model"]["net"]
+        assert differ(adapted["out"], params["model"]["net"]["out"]) > 1e-3
+        assert_trees_close(adapted["about"], params["model"]["net"]["about"], rtol=0)
+    # "out" is no part of a name.
+    with pytest.raises(ValueError, match=r"head: got 'ou', .* \['net/about/w', 'net/out/w'\]"):
+        init(jm.boil((init_params, apply), head="ou"))
+
+
+# --- Meta-SGD --------------------------------------------------------------------------------------
+
+
+def test_meta_sgd_on_a_line():
+    """θ_1 = αa·s, ∂L^Q/∂θ = (1 − αa)(θ_1 − q) and ∂L^Q/∂α = −∇L^S·∇L^Q = −(−2)(−2.8)."""
+    learner, of = jm.meta_sgd(NUMBER, rates=0.1, loss=half_square), number_task()
+    params = init(learner, of)
+    np.testing.assert_allclose(learner.adapt(params, of.support, KEY)["model"]["theta"], 0.2, rtol=1e-7)
+    params["hyper"]["theta"] = jnp.asarray(0.1)
+    found = gradient(learner, params, of)
+    np.testing.assert_allclose(found["model"]["theta"], -2.24, rtol=1e-12)
+    np.testing.assert_allclose(found["hyper"]["theta"], -5.6, rtol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["second", "first"])
+def test_meta_sgd_with_equal_rates_is_maml(order):
+    of = task()
+    learner = jm.meta_sgd(network(), rates=0.5, steps=3, order=order)
+    maml = jm.maml(network(), inner_optimizer=SGD, steps=3, order=order)
+    params = init(learner)
+    assert_trees_close(
+        learner.adapt(params, of.support, KEY), maml.adapt(params, of.support, KEY), atol=1e-14
+    )
+    found, expected = gradient(learner, params, of), gradient(maml, {"model": params["model"]}, of)
+    assert_trees_close(found["model"], expected["model"], atol=1e-13)
+    np.testing.assert_allclose(learner.loss(params, of, KEY)[0], maml.loss(params, of, KEY)[0], rtol=1e-13)
+
+
+def test_meta_sgd_learns_every_rate():
+    learner, of = jm.meta_sgd(network(), rates=(0.2, 0.6), steps=2), task()
+    params = init(learner)
+    rates = ravel_pytree(params["hyper"])[0]
+    assert rates.size == ravel_pytree(params["model"])[0].size
+    assert 0.2 <= rates.min() < 0.3 < 0.5 < rates.max() <= 0.6
+    differs_by_finite_differences(learner, params, of)
+    # After one step: ∂L^Q/∂α = −∇L^S(θ) ⊙ ∇L^Q(θ').
+    single = jm.meta_sgd(network(), rates=(0.2, 0.6))
+    support = jm.losses.cross_entropy
+    model = jm.nn.as_model(network())
+    inner = jax.grad(lambda w: support(model.apply(w, of.support.x), of.support.y))(params["model"])
+    adapted = single.adapt(params, of.support, KEY)["model"]
+    expected = jax.tree.map(lambda s, q: -s * q, inner, jax.grad(query_loss)(adapted, of))
+    assert_trees_close(gradient(single, params, of)["hyper"], expected, atol=1e-12)
+
+
+def test_meta_sgd_of_some_leaves_has_rates_of_those():
+    learner = jm.meta_sgd(network(), adapts=lambda path: path.startswith("head/"))
+    params = init(learner)
+    assert [leaf.shape for leaf in jax.tree.leaves(params["hyper"])] == [(WAYS,), (5, WAYS)]
+    learner.adapt(params, task().support, KEY)
+
+
+def test_an_empty_range_of_rates_is_refused():
+    with pytest.raises(ValueError, match=r"rates: got the range \(0\.1, 0\.05\)"):
+        jm.meta_sgd(network(), rates=(0.1, 0.05))
+
+
+# --- Implicit MAML ---------------------------------------------------------------------------------
+
+
+def test_imaml_on_a_line():
+    learner = jm.imaml(NUMBER, proximal=2.0, steps=200, loss=half_square)
+    of = number_task()
+    params = init(learner, of)
+    np.testing.assert_allclose(learner.adapt(params, of.support, KEY)["model"]["theta"], 0.5, rtol=1e-9)
+    np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], -1.25, rtol=1e-9)
+    far = jm.imaml(NUMBER, proximal=1e9, inner_optimizer=optax.sgd(3e-10), steps=99, loss=half_square)
+    np.testing.assert_allclose(gradient(far, params, of)["model"]["theta"], -3.0, rtol=1e-7)
+
+
+def test_imaml_at_its_minimum_is_unrolled_maml_of_the_proximal_loss():
+    smooth = jm.Model(
+        lambda key, x: {"w": jnp.ones((DIM, WAYS)), "b": jnp.zeros(WAYS)},
+        lambda params, x: jnp.tanh(x @ params["w"] + params["b"][None]),
+    )
+    of, settings = task(), {"inner_optimizer": SGD, "proximal": 0.5, "steps": 500}
+    learner = jm.imaml(smooth, cg_steps=DIM * WAYS + WAYS, **settings)
+    params = init(learner)
+    found = gradient(learner, params, of)
+    assert_trees_close(found, gradient(jm.maml(smooth, **settings), params, of), atol=1e-9)
+    differs_by_finite_differences(learner, params, of)
+
+
+def test_imaml_has_the_paper_s_settings_and_takes_maml_s():
+    learner, of = jm.imaml(network(), norm="support", adapts=lambda path: "head" in path), task()
+    params = init(learner)
+    fast = params["model"]
+    for _ in range(16):
+        grads = jax.grad(
+            lambda w: jm.losses.cross_entropy(jm.nn.as_model(network()).apply(w, of.support.x), of.support.y)
+        )(fast)
+        fast = {
+            **fast,
+            "head": jax.tree.map(
+                lambda w, g, s: w - 0.1 * (g + 2.0 * (w - s)),
+                fast["head"],
+                grads["head"],
+                params["model"]["head"],
+            ),
+        }
+    assert_trees_close(learner.adapt(params, of.support, KEY)["model"], fast, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"proximal": 0.0}, "proximal"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_imaml_refuses(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.imaml(network(), **settings)
+
+
+# --- Reptile ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "direction"), [(1, -0.2), (2, -0.36), (3, -0.488), (5, -0.67232)])
+def test_reptile_on_a_line(steps, direction):
+    learner, of = (
+        jm.reptile(NUMBER, inner_optimizer=optax.sgd(0.1), steps=steps, loss=half_square),
+        number_task(),
+    )
+    params = init(learner, of)
+    value, metrics = learner.loss(params, of, KEY)
+    np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], direction, rtol=1e-12)
+    np.testing.assert_allclose(value, direction**2 / 2, rtol=1e-12)
+    np.testing.assert_allclose(metrics["loss"][0], (-direction - 3) ** 2 / 2, rtol=1e-12)
+
+
+def test_one_step_of_reptile_is_joint_training():
+    learner, of = jm.reptile(network(), inner_optimizer=SGD, steps=1, batch_size=None), task()
+    params = init(learner)
+    joint = jax.grad(lambda weights: query_loss(weights, jm.Task(of.support, of.support)))(params["model"])
+    found = jax.tree.map(lambda g: g / 0.5, gradient(learner, params, of)["model"])
+    assert_trees_close(found, joint, atol=1e-12)
+
+
+def test_reptile_s_gradient_points_from_where_its_own_descent_ends():
+    learner, of = jm.reptile(network(), steps=4, eval_steps=4, batch_size=4), task()
+    params = init(learner)
+    adapted = learner.adapt(params, of.support, KEY)["model"]
+    expected = jax.tree.map(jnp.subtract, params["model"], adapted)
+    assert_trees_close(gradient(learner, params, of)["model"], expected, atol=1e-14)
+    # And is the finite difference of the loss with that end held fixed.
+    held = finite_differences(
+        lambda weights: (
+            sum(
+                jnp.square(a - b).sum()
+                for a, b in zip(*map(jax.tree.leaves, (weights, adapted)), strict=True)
+            )
+            / 2
+        ),
+        params["model"],
+    )
+    np.testing.assert_allclose(ravel_pytree(expected)[0], held, atol=1e-8)
+
+
+def test_reptile_moves_to_where_tasks_are_learned_quickly():
+    """Tasks with one rule in common: the loss after adaptation falls on one that was not trained on."""
+
+    def ruled(seed):
+        rng = np.random.default_rng(seed)
+        labels = jnp.tile(jnp.arange(WAYS, dtype=jnp.int32), 4)
+        x = 2 * jnp.eye(WAYS, DIM)[labels] + rng.normal(size=(labels.size, DIM))
+        return jm.Task(*(jm.Batch(x[part], labels[part], ways=WAYS) for part in (slice(0, 6), slice(6, 12))))
+
+    learner = jm.reptile(network(), inner_optimizer=optax.sgd(0.1), steps=3, eval_steps=3, batch_size=4)
+    params, tasks = init(learner), [ruled(seed) for seed in range(4)]
+    unseen, losses = ruled(9), []
+    after = jax.jit(lambda params: learner.loss(params, unseen, KEY)[1]["loss"][0])
+    move = jax.jit(jax.grad(lambda params, of: learner.loss(params, of, KEY)[0]))
+    for _ in range(60):
+        losses.append(after(params))
+        params = jax.tree.map(lambda p, *g: p - sum(g) / 4, params, *(move(params, of) for of in tasks))
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_reptile_without_a_step_is_refused():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        jm.reptile(network(), steps=0)
+
+
+# --- Mini-batches ----------------------------------------------------------------------------------
+
+
+def seen_by(batch_size, steps, of, key=KEY):
+    """The support examples of each inner step: the loss's gradient in a network of one weight per example."""
+    count = of.support.y.shape[0]
+    model = jm.Model(
+        lambda key, x: jnp.zeros(count), lambda params, x: (x * params[None]).sum(1, keepdims=True)
+    )
+    support = jm.Batch(jnp.eye(count), jnp.zeros((count, 1)), of.support.mask)
+    learner = jm.maml(
+        model,
+        inner_optimizer=optax.sgd(1.0),
+        steps=steps,
+        batch_size=batch_size,
+        loss=lambda outputs, y, mask: jm.losses.masked_mean(outputs[:, 0], mask),
+    )
+    return -learner.adapt({"model": jnp.zeros(count)}, support, key)["model"]
+
+
+def test_mini_batches_go_through_all_examples_in_turn():
+    of = task()  # 6 support examples
+    once = seen_by(2, 1, of)
+    assert sorted(np.unique(once)) == [0, 0.5]
+    np.testing.assert_allclose(seen_by(2, 3, of), 0.5)
+    np.testing.assert_allclose(np.sort(seen_by(4, 2, of)), [0.25, 0.25, 0.25, 0.25, 0.5, 0.5])
+    np.testing.assert_allclose(seen_by(10, 2, of), 2 / 6)
+    assert differ(once, seen_by(2, 1, of, jax.random.key(1))) > 0
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_padding_takes_no_place_in_a_mini_batch(batch_size):
+    of = task()
+    support = jm.Batch(jnp.full((9, DIM), jnp.nan), jnp.zeros(9, jnp.int32), ways=WAYS)
+    places = jnp.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
+    support = jm.Batch(
+        support.x.at[places].set(of.support.x),
+        support.y.at[places].set(of.support.y),
+        jnp.zeros(9, bool).at[places].set(True),
+        WAYS,
+    )
+    seen = np.asarray(seen_by(batch_size, 1, jm.Task(support, of.query)))
+    size = min(batch_size, 6)
+    assert sorted(seen[np.asarray(places)].round(9)) == sorted(
+        [0.0] * (6 - size) + [round(1 / size, 9)] * size
+    )
+    assert np.delete(seen, places).sum() == 0
+    learner = jm.reptile(network(), batch_size=batch_size, steps=3)
+    params = init(learner)
+    assert all(
+        np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(gradient(learner, params, jm.Task(support, of.query)))
+    )
+
+
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        jm.maml(network(), batch_size=0)
+
+
+# --- MAML++ ----------------------------------------------------------------------------------------
+
+
+def plain(**settings):
+    """MAML++ without what differs from MAML, save what `settings` say."""
+    off = {"rate": 0.5, "steps": 3, "anneal_steps": 0, "per_step_norm": False}
+    return jm.maml_plus_plus(network(), **{**off, **settings})
+
+
+def as_maml(params):
+    return {"model": params["model"]}
+
+
+def test_multi_step_weights_are_those_of_the_code():
+    for progress, expected in (
+        (0.0, [0.2] * 5),
+        (1 / 3, [0.4 / 3] * 4 + [1.4 / 3]),
+        (1.0, [0.006] * 4 + [0.976]),
+    ):
+        found = multi_step_weights(5, progress)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+    for steps in (1, 2, 5):
+        for progress in np.linspace(0, 1, 7):
+            np.testing.assert_allclose(multi_step_weights(steps, progress).sum(), 1, rtol=1e-12)
+    np.testing.assert_allclose(multi_step_weights(5, 1 / 3)[:4], 0.133333, atol=1e-6)
+
+
+def test_maml_plus_plus_with_all_rates_alike_is_maml():
+    of, learner = task(), plain()
+    params = init(learner)
+    maml = jm.maml(network(), inner_optimizer=SGD, steps=3)
+    assert jax.tree.leaves(params["hyper"])[0].shape == (3,)
+    assert_trees_close(
+        learner.adapt(params, of.support, KEY), maml.adapt(params, of.support, KEY), atol=1e-14
+    )
+    found = gradient(learner, params, of)
+    assert_trees_close(found["model"], gradient(maml, as_maml(params), of)["model"], atol=1e-13)
+
+
+def test_derivative_order_annealing_is_first_order_and_then_second():
+    of, learner = task(), plain(first_order_steps=10)
+    params = init(learner)
+    first, second = (
+        gradient(jm.maml(network(), inner_optimizer=SGD, steps=3, order=order), as_maml(params), of)["model"]
+        for order in ("first", "second")
+    )
+    assert differ(first, second) > 1e-3
+    for step, expected in ((0, first), (9, first), (10, second), (None, second)):
+        step = None if step is None else jnp.asarray(step, jnp.int32)
+        assert_trees_close(gradient(learner, params, of, step)["model"], expected, atol=1e-13)
+
+
+def test_the_multi_step_loss_weighs_the_query_loss_after_each_step():
+    of, learner = task(), plain(anneal_steps=12)
+    params = init(learner)
+    after = [
+        query_loss(
+            jm.maml(network(), inner_optimizer=SGD, steps=n).adapt(as_maml(params), of.support, KEY)["model"],
+            of,
+        )
+        for n in (1, 2, 3)
+    ]
+    for step in (0, 4, 11, 12):
+        value, metrics = learner.loss(params, of, KEY, step=jnp.asarray(step, jnp.int32))
+        weights = multi_step_weights(3, step / 12) if step < 12 else np.array([0, 0, 1.0])
+        np.testing.assert_allclose(value, weights @ jnp.stack(after), rtol=1e-7)
+        np.testing.assert_allclose(metrics["loss"][0], after[-1], rtol=1e-12)
+    np.testing.assert_allclose(learner.loss(params, of, KEY)[0], after[-1], rtol=1e-12)
+
+
+def test_each_step_has_rates_of_its_own():
+    rates = {"w": jnp.array([0.1, 0.2])}
+    optimizer = descend_by_step(rates)
+    state = optimizer.init({"w": jnp.zeros(3)})
+    for step in range(2):
+        updates, state = optimizer.update({"w": jnp.arange(3.0)}, state)
+        np.testing.assert_allclose(updates["w"], -rates["w"][step] * jnp.arange(3.0))
+
+
+def stirred(params, scale=0.1):
+    """Parameters whose every step differs from the others."""
+    flat, restore = ravel_pytree(params)
+    return restore(flat + scale * np.random.default_rng(5).normal(size=flat.size))
+
+
+@pytest.mark.parametrize(("norm", "step"), [("batch", None), ("batch", 3), ("support", 3)])
+def test_maml_plus_plus_is_that_of_finite_differences(norm, step):
+    of = task()
+    learner = jm.maml_plus_plus(network(), rate=0.5, steps=3, anneal_steps=12, norm=norm)
+    params = stirred(init(learner))
+    step = None if step is None else jnp.asarray(step, jnp.int32)
+    differs_by_finite_differences(learner, params, of, step)
+    # Every step's own layers and rates count.
+    found = gradient(learner, params, of, step)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((found["per_step"], found["hyper"])):
+        assert np.abs(leaf).reshape(3, -1).max(1).min() > 0, path
+
+
+def test_each_step_normalises_by_layers_of_its_own():
+    of = task()
+    learner = jm.maml_plus_plus(network(), rate=0.5, steps=2, anneal_steps=0)
+    params = stirred(init(learner))
+    assert set(params["model"]["Dense_0"]) == {"kernel", "bias"}
+    assert jax.tree.leaves(params["model"]["BatchNorm_0"]) == []
+    assert [leaf.shape for leaf in jax.tree.leaves(params["per_step"])] == [(2, 5), (2, 5)]
+    model = jm.nn.as_model(network())
+    fast = {name: leaves for name, leaves in params["model"].items() if name != "BatchNorm_0"}
+    for step in range(2):
+        own = jax.tree.map(lambda leaf: leaf[step], params["per_step"]["BatchNorm_0"])  # noqa: B023
+
+        def support_loss(fast, own=own):
+            return jm.losses.cross_entropy(
+                model.apply({**fast, "BatchNorm_0": own}, of.support.x), of.support.y
+            )
+
+        grads = jax.grad(support_loss)(fast)
+        rates = {name: params["hyper"][name] for name in fast}
+        fast = jax.tree.map(lambda w, g, r: w - r[step] * g, fast, grads, rates)  # noqa: B023
+    adapted = learner.adapt(params, of.support, KEY)["model"]
+    assert_trees_close(adapted, {**fast, "BatchNorm_0": own}, atol=1e-12)
+    # Fewer steps at test end with that step's layers.
+    fewer = jm.maml_plus_plus(network(), rate=0.5, steps=2, eval_steps=1)
+    own = jax.tree.map(lambda leaf: leaf[0], params["per_step"]["BatchNorm_0"])
+    assert_trees_close(fewer.adapt(params, of.support, KEY)["model"]["BatchNorm_0"], own, rtol=0)
+
+
+def test_each_step_has_population_statistics_of_its_own():
+    of = [task(seed) for seed in range(2)]
+    make = functools.partial(jm.maml_plus_plus, network(), rate=0.5, steps=2, anneal_steps=0)
+    learner, population = make(), make(norm="population")
+    params = stirred(init(learner))
+    sums = [learner.statistics(params, each, KEY) for each in of]
+    filled = {
+        **params,
+        "population": jax.tree.map(
+            lambda *s: sum(s) / sum(count for _, count in sums), *(s for s, _ in sums)
+        ),
+    }
+    stats = filled["population"]["BatchNorm_0"]
+    assert stats["mean"].shape == (2, 5)
+
+    def hidden(weights, x):
+        return x @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"][None]
+
+    # The first set: the support set before the first update, and the queries after it.
+    after_one = make(eval_steps=1)
+    seen = [
+        hidden(params["model"], each.support.x).mean(0)
+        + hidden(after_one.adapt(params, each.support, KEY)["model"], each.query.x).mean(0)
+        for each in of
+    ]
+    np.testing.assert_allclose(stats["mean"][0], sum(seen) / 4, atol=1e-12)
+    adapted = population.adapt(filled, of[0].support, KEY)
+    np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["mean"], stats["mean"][1], rtol=0)
+    joint = population.predict(filled, adapted, of[0].query.x)
+    alone = jax.vmap(lambda x: population.predict(filled, adapted, x[None])[0])(of[0].query.x)
+    np.testing.assert_allclose(joint, alone, atol=1e-12)
+
+
+def test_a_network_without_normalisation_has_nothing_for_each_step():
+    learner = jm.maml_plus_plus(network(norm=False), steps=2)
+    params = init(learner)
+    assert jax.tree.leaves(params["per_step"]) == []
+    assert gradient(learner, params, task(), jnp.asarray(0, jnp.int32))["hyper"]["head"]["bias"].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"eval_steps": 6}, "eval_steps: got 6; there are learned step sizes for 1 to 5 steps"),
+        ({"eval_steps": 0}, "eval_steps: got 0"),
+        ({"anneal_steps": -1}, "anneal_steps must be at least 0"),
+        ({"first_order_steps": -1}, "first_order_steps must be at least 0"),
+        ({"norm": "episode"}, 'norm must be "batch", "support" or "population"'),
+    ],
+)
+def test_maml_plus_plus_refuses(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.maml_plus_plus(network(), **settings)
+
+
+# --- Meta-learned hyperparameters of any inner optimizer --------------------------------------------
+
+
+def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
+    learner = jm.maml(
+        network(),
+        inner_optimizer=lambda hyper: optax.adam(hyper["rate"], b1=hyper["decay"], eps_root=1e-4),
+        hyper={"rate": 0.1, "decay": 0.5},
+        steps=3,
+    )
+    params, of = init(learner), task()
+    assert params["hyper"] == {"rate": 0.1, "decay": 0.5}
+    differs_by_finite_differences(learner, params, of, atol=5e-8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"hyper": 0.1}, "hyper: got hyperparameters to learn, but inner_optimizer is a fixed"),
+        ({"inner_optimizer": optax.sgd}, "inner_optimizer: .* needs their initial values"),
+        ({"inner_optimizer": optax.adam, "hyper": 0.1}, "eps_root"),
+        (
+            {"inner_optimizer": optax.sgd, "hyper": 0.1, "order": "implicit", "proximal": 1.0},
+            "hyper: got hyperparameters to learn under",
+        ),
+        ({"norm": "episode", "steps": 0}, 'norm: "episode" is an average over inner steps'),
+    ],
+)
+def test_hyperparameters_and_their_optimizer_must_fit(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.maml(network(), **settings)
+
+
+def test_episode_statistics_are_a_running_average_over_the_inner_steps():
+    learner = jm.maml(network(), inner_optimizer=SGD, steps=3, norm="episode")
+    params, of = init(learner), task()
+    mean, var = np.zeros(5), np.ones(5)
+    for n in range(3):
+        weights = jm.maml(network(), inner_optimizer=SGD, steps=n).adapt(params, of.support, KEY)["model"]
+        hidden = of.support.x @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"][None]
+        mean, var = 0.1 * mean + 0.9 * hidden.mean(0), 0.1 * var + 0.9 * hidden.var(0)
+    found = learner.adapt(params, of.support, KEY)["stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], mean, atol=1e-12)
+    np.testing.assert_allclose(found["var"], var, atol=1e-12)
+    differs_by_finite_differences(learner, params, of)
