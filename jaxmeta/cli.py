@@ -81,14 +81,33 @@ class TrainFlags(TypedDict, total=False):
         _flag("whose statistics normalise the queries in training: support for `jaxmeta predict`"),
     ]
     order: Annotated[
-        Literal["second", "first"],
-        _flag("whether the meta-gradient goes through the inner gradients"),
+        Literal["second", "first", "implicit"],
+        _flag(
+            "whether the meta-gradient goes through the inner gradients, takes them for constants, or is "
+            "that of the minimum (needs --proximal)"
+        ),
     ]
+    memory: Annotated[
+        Literal["auto", "store", "recompute", "forward_over_reverse"],
+        _flag("what the meta-gradient keeps of each inner step: all, or what it takes to run the step again"),
+    ]
+    truncation: Annotated[int, _flag("inner steps between cuts of the meta-gradient", "K")]
     inner_steps: Annotated[int, _flag("gradient steps on the support set in training", "T")]
     eval_steps: Annotated[int, _flag("gradient steps on the support set at validation and test", "T")]
-    inner_lr: Annotated[float, _flag("step size of those steps, for the mean loss", "α")]
-    outer_lr: Annotated[float, _flag("step size of the meta-optimizer (Adam)", "β")]
-    schedule: Annotated[Literal["constant", "cosine"], _flag("of --outer-lr over the run")]
+    inner_lr: Annotated[
+        float, _flag("step size of those steps, for the mean loss; the first one where it is learned", "α")
+    ]
+    inner_batch: Annotated[int, _flag("support examples in each of those steps", "N")]
+    proximal: Annotated[float, _flag("weight of ½‖φ − θ‖² in the inner loss", "λ")]
+    cg_steps: Annotated[int, _flag("steps of conjugate gradients, with --order implicit or imaml", "N")]
+    damping: Annotated[float, _flag("added to the identity that they invert", "D")]
+    anneal: Annotated[
+        float,
+        _flag("maml_plus_plus: part of the meta-steps until the last inner step's loss alone counts", "P"),
+    ]
+    first_order: Annotated[float, _flag("maml_plus_plus: part of the meta-steps in first order", "P")]
+    outer_lr: Annotated[float, _flag("step size of the meta-optimizer (Adam, of reptile SGD)", "β")]
+    schedule: Annotated[Literal["constant", "cosine", "linear"], _flag("of --outer-lr over the run")]
     clip: Annotated[float, _flag("largest absolute value of an entry of the meta-gradient", "C")]
     steps: Annotated[int, _flag("meta-steps", "N")]
     meta_batch: Annotated[int, _flag("tasks per meta-step", "B")]
@@ -278,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> Any:
     """A command, or None where its help was printed."""
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
-        from jaxmeta.presets import known
+        from jaxmeta.registry import known
 
         raise ValueError(f"there is no command {argv[0]!r}; {known(argv[0], _COMMANDS)}")
     if argv and not argv[0].startswith("-"):
@@ -348,7 +367,7 @@ def _say(message: str, status: int) -> int:
 
 
 def _run(command: Any) -> None:
-    from jaxmeta import comparison, prediction, presets, runs
+    from jaxmeta import comparison, prediction, presets, registry, runs, sources
 
     match command:
         case Train():
@@ -367,9 +386,9 @@ def _run(command: Any) -> None:
                 for name, preset in presets.PRESETS.items()
             )
         case Tasks():
-            _print_table((name, source.description) for name, source in presets.TASKS.items())
+            _print_table((name, source.description) for name, source in sources.TASKS.items())
         case Learners():
-            _print_table((name, spec.family, spec.description) for name, spec in presets.LEARNERS.items())
+            _print_table((name, spec.family, spec.description) for name, spec in registry.LEARNERS.items())
 
 
 def _given(command: Train | Compare) -> dict[str, Any]:

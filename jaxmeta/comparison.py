@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmeta import presets
+from jaxmeta import presets, registry
 from jaxmeta.config import new_folder, settled, stored
-from jaxmeta.presets import Preset
+from jaxmeta.registry import Preset
 from jaxmeta.runs import Signalled
 from jaxmeta.training import Evaluation
 from jaxmeta.training.figures import Curve, plot_curves
@@ -131,7 +131,7 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
                         made.rmdir()
                 raise
         left_out = {
-            learner: [presets.flag_of(name) for name in flags if name not in own_flags[learner]]
+            learner: [registry.flag_of(name) for name in flags if name not in own_flags[learner]]
             for learner in learners
         }
         result = _compared(out, learners, left_out)
@@ -185,7 +185,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def _own(flags: Mapping[str, Any], learner: str, learners: Sequence[str]) -> dict[str, Any]:
     """`flags` without those that another of the learners takes and this one does not."""
-    takes = {name: presets.lookup("LEARNER", name, presets.LEARNERS).takes for name in learners}
+    takes = {name: registry.lookup("LEARNER", name, registry.LEARNERS).takes for name in learners}
     return {
         flag: value
         for flag, value in flags.items()
@@ -196,7 +196,7 @@ def _own(flags: Mapping[str, Any], learner: str, learners: Sequence[str]) -> dic
 def _argv(flags: Mapping[str, Any]) -> list[str]:
     argv = []
     for name, value in flags.items():
-        argv += [presets.flag_of(name), *([] if value is True else [str(value)])]
+        argv += [registry.flag_of(name), *([] if value is True else [str(value)])]
     return argv
 
 
@@ -221,7 +221,7 @@ def _check_stored(folder: Path, settings: Preset, seed: int) -> None:
     for name, (value, had) in wanted.items():
         if name not in _MAY_DIFFER and value != had:
             raise ValueError(
-                f"{presets.flag_of(name)}: got {value}, but the run in {folder} has {had}; "
+                f"{registry.flag_of(name)}: got {value}, but the run in {folder} has {had}; "
                 "give the flags that the comparison was started with"
             )
 

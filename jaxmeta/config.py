@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from jaxmeta import presets
+from jaxmeta import presets, registry, sources
 from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution, TaskStream
-from jaxmeta.presets import Preset
+from jaxmeta.registry import Preset
 from jaxmeta.training import load_params
 from jaxmeta.training.step import sample_of
 
@@ -79,7 +79,7 @@ def resumed(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset
     config, settings = stored(out)
     given = {"LEARNER": ("learner", learner)} if learner else {}
     given |= {
-        presets.flag_of(name): (name, value)
+        registry.flag_of(name): (name, value)
         for name, value in flags.items()
         if name != "out" and name not in MAY_CHANGE
     }
@@ -162,7 +162,7 @@ def load_run(run: str | os.PathLike, row: str = "inductive") -> tuple[Learner, P
     """
     folder = Path(run).expanduser()
     _, settings = stored(folder)
-    norm = presets.lookup("row", row, presets.LEARNERS[settings.learner].norms)
+    norm = registry.lookup("row", row, registry.LEARNERS[settings.learner].norms)
     return presets.learner_of(settings, norm), load_params(folder)
 
 
@@ -202,8 +202,8 @@ def stored(folder: Path) -> tuple[dict, Preset]:
         raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
     fields = {name: kept[name] for name in names}
     settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
-    presets.lookup("learner", settings.learner, presets.LEARNERS)
-    presets.source_of(settings.tasks)
+    registry.lookup("learner", settings.learner, registry.LEARNERS)
+    sources.source_of(settings.tasks)
     return config, settings
 
 

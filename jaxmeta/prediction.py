@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmeta import presets
+from jaxmeta import registry
 from jaxmeta.config import json_target, load_run, stored
 from jaxmeta.core import Batch, Learner, Params
 from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files, in_colour
@@ -80,7 +80,7 @@ def predict_run(
     form = Form(**config["images"])
     classes = class_files(Path(support).expanduser(), "--support")
     warn_of_case("--support", classes)
-    spec = presets.LEARNERS[settings.learner]
+    spec = registry.LEARNERS[settings.learner]
     ways = settings.train_ways if spec.fixed_ways else len(classes)
     if len(classes) < 2 or ways is None or len(classes) > ways:
         raise ValueError(

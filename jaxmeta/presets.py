@@ -1,18 +1,14 @@
 """Presets: whole trainings by name, and what the command line's flags make of them."""
 
-import contextlib
 import dataclasses
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import optax
 
-from jaxmeta import tasks
-from jaxmeta.core import Key, Learner, TaskDistribution, TaskStream
-from jaxmeta.registry import LEARNERS, NETWORKS, TASKS, LearnerSpec, Preset, TaskSpec
-from jaxmeta.tasks.prepared import SplitImages
+from jaxmeta.core import Learner
+from jaxmeta.registry import LEARNERS, NETWORKS, OUTER_OPTIMIZERS, LearnerSpec, Preset, flag_of, lookup
+from jaxmeta.sources import TASKS, source_of
 
 
 def _official_omniglot(ways: int, shots: int, learner: str = "maml") -> Preset:
@@ -163,9 +159,22 @@ PRESETS: dict[str, Preset] = {
         **_FINN_MINI_IMAGENET,
     ),
 }
-
 _FIELDS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "description")
-_METHOD_FIELDS = ("inner_lr", "inner_steps", "eval_steps", "report_steps", "order")
+_METHOD_FIELDS = (
+    "inner_lr",
+    "inner_steps",
+    "eval_steps",
+    "report_steps",
+    "inner_batch",
+    "order",
+    "memory",
+    "truncation",
+    "proximal",
+    "cg_steps",
+    "damping",
+    "anneal",
+    "first_order",
+)
 _SOURCE_FIELDS = (
     "ways",
     "train_ways",
@@ -182,33 +191,27 @@ _SOURCE_FIELDS = (
     "workers",
     "skip_unreadable",
 )
-# Episodes at once in an evaluation from a stream.
-_STREAMED = 20
 
 
-def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """`table[name]`, or a ValueError that lists what there is, the closest first."""
-    if name in table:
-        return table[name]
-    raise ValueError(f"{kind}: there is no {name!r}; {known(name, table)}")
+def of_learner(preset: Preset, name: str) -> Preset:
+    """`preset` with another learner: without the settings it has no use for, and with those of its own."""
+    spec = lookup("LEARNER", name, LEARNERS)
+    if name == preset.learner:
+        return preset
+    unused = {
+        field: () if field == "report_steps" else None for field in _METHOD_FIELDS if field not in spec.takes
+    }
+    return dataclasses.replace(preset, **{**unused, **spec.defaults(preset)}, learner=name)
 
 
-def source_of(name: str) -> TaskSpec:
-    """The source that `name` means: what stands after a colon is its own, "folder:PATH".
-
-    Raises:
-      ValueError: there is none of that name.
-    """
-    kind, colon, _ = name.partition(":")
-    entries = {entry.partition(":")[0] + ":" * (":" in entry): entry for entry in TASKS}
-    return TASKS[entries[kind + colon]] if kind + colon in entries else lookup("--tasks", name, TASKS)
-
-
-def known(name: str, names: Iterable[str]) -> str:
-    """ "known are …", those most like `name` first."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return "known are " + ", ".join([*close, *(other for other in names if other not in close)])
+# Each method as `train METHOD --tasks omniglot` has it.
+PRESETS |= {
+    f"omniglot-{name.replace('_', '-')}": dataclasses.replace(
+        of_learner(PRESETS["omniglot"], name), description=f"Omniglot, 5-way 1-shot: {spec.description}"
+    )
+    for name, spec in LEARNERS.items()
+    if name != PRESETS["omniglot"].learner
+}
 
 
 def settings_of(
@@ -229,13 +232,8 @@ def settings_of(
         raise ValueError(
             f"--tasks: got {flags['tasks']}, but preset {preset} is for {base.tasks}; leave one out"
         )
-    name = learner or base.learner
-    spec = lookup("LEARNER", name, LEARNERS)
-    unused = {
-        field: () if field == "report_steps" else None for field in _METHOD_FIELDS if field not in spec.takes
-    }
     training = {f"train_{field}": flags[field] for field in ("ways", "shots", "queries") if field in flags}
-    return preset, revised(dataclasses.replace(base, **unused, learner=name), {**training, **flags})
+    return preset, revised(of_learner(base, learner or base.learner), {**training, **flags})
 
 
 def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
@@ -266,6 +264,9 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         ("inner_steps", 0),
         ("eval_steps", 0),
         ("inner_lr", 0),
+        ("inner_batch", 1),
+        ("anneal", 0),
+        ("first_order", 0),
         ("outer_lr", 0),
         ("clip", 0),
         ("image_size", 1),
@@ -299,91 +300,6 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         )
 
 
-def tasks_of(
-    settings: Preset, split: str, data: str | None = None, key: Key | None = None
-) -> TaskDistribution | TaskStream:
-    """The tasks of a part: the training protocol for "train", else the test protocol.
-
-    Args:
-      settings: of the run.
-      split: "train", "validation" or "test".
-      data: the folder of --data.
-      key: that a stream's episodes are drawn with: of the run for "train", else of the evaluation.
-    """
-    prefix = "train_" if split == "train" else ""
-    shape = {field: getattr(settings, prefix + field) for field in ("ways", "shots", "queries")}
-    if shape["ways"] is None:
-        del shape["ways"]
-    with _in_words_of_flags():
-        return _tasks_of(settings, split, data, key, shape)
-
-
-@contextlib.contextmanager
-def _in_words_of_flags() -> Iterator[None]:
-    """What the library says of its arguments, for those who gave flags."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        said = str(error)
-        for argument, flag in (
-            ("path: ", "--tasks: "),
-            ("data: ", "--data: "),
-            ("skip_unreadable=True", "--skip-unreadable"),
-            ("(classes)", "(--classes)"),
-            ("with label", "with --label"),
-            ("with tfds_splits", "with --tfds-splits"),
-            ("with data_dir", "with --data"),
-        ):
-            said = said.replace(argument, flag)
-        raise type(error)(said) from error
-
-
-def _tasks_of(
-    settings: Preset, split: str, data: str | None, key: Key | None, shape: dict[str, Any]
-) -> TaskDistribution | TaskStream:
-    source = source_of(settings.tasks).build(split, settings, shape, data)
-    if not isinstance(source, SplitImages):
-        return source
-    protocol: dict[str, Any] = {
-        "split": split,
-        "classes": source.classes,
-        "seed": settings.split_seed,
-        "rotations": settings.rotations or "none",
-        "protocol": source.protocol,
-        **shape,
-    }
-    if not settings.stream:
-        return tasks.from_prepared(source.prepared, **protocol)
-    return tasks.stream(
-        source.prepared,
-        key=jax.random.key(0) if key is None else key,
-        meta_batch=settings.meta_batch if split == "train" else _STREAMED,
-        for_evaluation=split != "train",
-        # Evaluations are short: to start processes for each would take longer than reading does.
-        workers=settings.workers if split == "train" else 0,
-        **protocol,
-    )
-
-
-def validation_tasks_of(
-    settings: Preset, data: str | None = None, key: Key | None = None
-) -> TaskDistribution | TaskStream | None:
-    """Tasks to choose parameters by; None where the class split has no validation part."""
-    if not source_of(settings.tasks).has_validation(settings):
-        return None
-    return tasks_of(settings, "validation", data, key)
-
-
-def with_form(settings: Preset, images: Mapping[str, Any] | None) -> Preset:
-    """`settings` with the size and channels that one's own images turned out to have.
-
-    Kept with the run, they hold when images of another kind join the folder.
-    """
-    if images is None or "image_size" not in source_of(settings.tasks).takes:
-        return settings
-    return dataclasses.replace(settings, image_size=images["size"], channels=images["channels"])
-
-
 def learner_of(settings: Preset, norm: str | None = None) -> Learner:
     """The learner with its network, `norm` in place of training's; all share one set of parameters."""
     spec = LEARNERS[settings.learner]
@@ -391,10 +307,11 @@ def learner_of(settings: Preset, norm: str | None = None) -> Learner:
 
 
 def optimizer_of(settings: Preset) -> optax.GradientTransformation:
-    """The outer optimizer."""
-    return LEARNERS[settings.learner].optimizer(settings)
-
-
-def flag_of(field: str) -> str:
-    """What the command line calls a setting."""
-    return "--" + field.replace("_", "-")
+    """The outer optimizer, with its schedule and clipping."""
+    rate: float | optax.Schedule = settings.outer_lr
+    if settings.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(settings.outer_lr, settings.steps)
+    if settings.schedule == "linear":
+        rate = optax.linear_schedule(settings.outer_lr, 0.0, settings.steps)
+    descend = OUTER_OPTIMIZERS[LEARNERS[settings.learner].outer](rate)
+    return descend if settings.clip is None else optax.chain(optax.clip(settings.clip), descend)

@@ -1,23 +1,29 @@
-"""The registry: methods, networks and task sources by name.
+"""The registry: methods and networks by name; `sources.py` has the task sources.
 
 A new learner joins by one entry of `LEARNERS`; every command and every law then runs it.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optax
 
-from jaxmeta import losses, nn, tasks
-from jaxmeta.core import Learner, Model, TaskDistribution
-from jaxmeta.optimization_based import fomaml, maml
-from jaxmeta.tasks import ClassSplit
-from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
-from jaxmeta.tasks.omniglot import omniglot_split
-from jaxmeta.tasks.prepared import SplitImages
+from jaxmeta import losses, nn
+from jaxmeta.core import Learner, Model
+from jaxmeta.optimization_based import (
+    anil,
+    boil,
+    fomaml,
+    imaml,
+    learned_optimizer,
+    lstm_meta_learner,
+    maml,
+    maml_plus_plus,
+    meta_sgd,
+    reptile,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +49,22 @@ class Preset:
       skip_unreadable: leave out images that cannot be read.
       network: a name in `NETWORKS`.
       norm: whose statistics normalise the queries in training; see `jm.maml`.
-      inner_lr: step size α of the inner SGD, for the MEAN loss over the support set.
+      inner_lr: step size α of the inner optimizer, for the MEAN loss over the support set; the initial one
+        where it is learned.
       inner_steps: inner steps in training.
       eval_steps: inner steps at validation and test.
       report_steps: numbers of inner steps to report beside `eval_steps`.
-      order: "second" or "first".
-      outer_lr: step size of the outer Adam.
-      schedule: of `outer_lr` over the run: "constant", or "cosine" (to zero).
+      inner_batch: support examples in each inner step; None for all.
+      order: "second", "first" or "implicit".
+      memory: of the meta-gradient; see `jm.inner_loop`.
+      truncation: inner steps between cuts of the meta-gradient.
+      proximal: weight λ of the proximal term.
+      cg_steps: of conjugate gradients, under "implicit".
+      damping: of the same.
+      anneal: part of the meta-steps in which MAML++'s loss moves to the last inner step.
+      first_order: part of the meta-steps in which MAML++ is of first order.
+      outer_lr: step size of the outer optimizer.
+      schedule: of `outer_lr` over the run: "constant", "cosine" or "linear" (to zero).
       clip: bound on every entry of the meta-gradient; None leaves it as it is.
       steps: meta-steps.
       meta_batch: tasks per meta-step.
@@ -85,7 +100,15 @@ class Preset:
     inner_steps: int | None = 1
     eval_steps: int | None = 3
     report_steps: tuple[int, ...] = ()
+    inner_batch: int | None = None
     order: str | None = "second"
+    memory: str | None = "auto"
+    truncation: int | None = None
+    proximal: float | None = None
+    cg_steps: int | None = None
+    damping: float | None = None
+    anneal: float | None = None
+    first_order: float | None = None
     outer_lr: float = 1e-3
     schedule: str = "constant"
     clip: float | None = None
@@ -97,17 +120,14 @@ class Preset:
     log_every: int = 50
 
 
-def _adam(settings: Preset) -> optax.GradientTransformation:
-    rate = settings.outer_lr
-    if settings.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(settings.outer_lr, settings.steps)
-    adam = optax.adam(rate)
-    return adam if settings.clip is None else optax.chain(optax.clip(settings.clip), adam)
-
-
 def _network(settings: Preset) -> Model:
     return nn.as_model(NETWORKS[settings.network](1 if settings.train_ways is None else settings.train_ways))
 
+
+OUTER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "Adam": optax.adam,
+    "SGD": optax.sgd,
+}
 
 NETWORKS: dict[str, Callable[[int], Any]] = {
     "strided-conv4": lambda out: nn.StridedConv4(ways=out),
@@ -134,7 +154,8 @@ class LearnerSpec:
       fixed_ways: whether the network's output width is the number of ways.
       zero_shot: whether it can learn from class metadata alone.
       network: default network, from the settings.
-      optimizer: default outer optimizer.
+      outer: outer optimizer, a name in `OUTER_OPTIMIZERS`.
+      defaults: settings that this learner has in place of those of a preset made for another.
     """
 
     factory: Callable[..., Learner]
@@ -148,202 +169,189 @@ class LearnerSpec:
     fixed_ways: bool = True
     zero_shot: bool = False
     network: Callable[[Preset], Model] = _network
-    optimizer: Callable[[Preset], optax.GradientTransformation] = _adam
+    outer: str = "Adam"
+    defaults: Callable[[Preset], Mapping[str, Any]] = lambda preset: {}
 
 
-def _gradient_based(factory: Callable[..., Learner]) -> Callable[[Model, Preset, str], Learner]:
+# A factory's arguments by the settings that they come from.
+_ARGUMENTS = {
+    "inner_steps": "steps",
+    "eval_steps": "eval_steps",
+    "inner_batch": "batch_size",
+    "order": "order",
+    "memory": "memory",
+    "truncation": "truncation",
+    "proximal": "proximal",
+    "cg_steps": "cg_steps",
+    "damping": "damping",
+}
+
+
+def _build(
+    factory: Callable[..., Learner], own: Callable[[Preset], Mapping[str, Any]] = lambda settings: {}
+) -> Callable[[Model, Preset, str], Learner]:
+    """Builds a method by its factory from what is set, and `own` arguments made of settings."""
+
     def build(network: Model, settings: Preset, norm: str) -> Learner:
+        given = {name: getattr(settings, field) for field, name in _ARGUMENTS.items()}
         return factory(
             network,
-            inner_optimizer=optax.sgd(settings.inner_lr),
-            steps=settings.inner_steps,
-            eval_steps=settings.eval_steps,
             norm=norm,
             loss=losses.mse if settings.ways is None else losses.cross_entropy,
-            **({} if settings.order is None else {"order": settings.order}),
+            **{name: value for name, value in given.items() if value is not None},
+            **own(settings),
         )
 
     return build
 
 
-_INNER_LOOP = ("inner_lr", "inner_steps", "eval_steps", "report_steps")
+def _sgd(settings: Preset) -> dict[str, Any]:
+    return {"inner_optimizer": optax.sgd(settings.inner_lr)}
+
+
+def _reptile(settings: Preset) -> dict[str, Any]:
+    # As in the official code: Adam without momentum.
+    return {"inner_optimizer": optax.adam(settings.inner_lr, b1=0.0)}
+
+
+def _maml_plus_plus(settings: Preset) -> dict[str, Any]:
+    parts = {"anneal_steps": settings.anneal, "first_order_steps": settings.first_order}
+    steps = {name: round(part * settings.steps) for name, part in parts.items() if part is not None}
+    return {"rate": settings.inner_lr, **steps}
+
+
+_STEPS = ("inner_steps", "eval_steps", "report_steps")
+_DESCENT = (*_STEPS, "inner_lr", "inner_batch")
+_UNROLLED = (*_DESCENT, "memory", "truncation")
+_IMPLICIT = ("proximal", "cg_steps", "damping")
 
 LEARNERS: dict[str, LearnerSpec] = {
     "maml": LearnerSpec(
         maml,
         "optimization-based",
         "an initialisation from which a few gradient steps suffice (Finn et al. 2017)",
-        _gradient_based(maml),
-        takes=(*_INNER_LOOP, "order"),
+        _build(maml, _sgd),
+        takes=(*_UNROLLED, "order", *_IMPLICIT),
     ),
     "fomaml": LearnerSpec(
         fomaml,
         "optimization-based",
         "MAML without second derivatives (Finn et al. 2017)",
-        _gradient_based(fomaml),
-        takes=_INNER_LOOP,
+        _build(fomaml, _sgd),
+        takes=_DESCENT,
+    ),
+    "anil": LearnerSpec(
+        anil,
+        "optimization-based",
+        "MAML that adapts the head alone (Raghu et al. 2020)",
+        _build(anil, _sgd),
+        takes=(*_UNROLLED, "order"),
+    ),
+    "boil": LearnerSpec(
+        boil,
+        "optimization-based",
+        "MAML that adapts the body alone (Oh et al. 2021)",
+        _build(boil, _sgd),
+        takes=(*_UNROLLED, "order"),
+    ),
+    "meta_sgd": LearnerSpec(
+        meta_sgd,
+        "optimization-based",
+        "MAML with a learned step size for every parameter (Li et al. 2017)",
+        _build(meta_sgd, lambda settings: {"rates": settings.inner_lr}),
+        takes=(*_UNROLLED, "order"),
+    ),
+    "imaml": LearnerSpec(
+        imaml,
+        "optimization-based",
+        "MAML with implicit gradients (Rajeswaran et al. 2019)",
+        _build(imaml, _sgd),
+        takes=(*_DESCENT, *_IMPLICIT),
+        defaults=lambda preset: {
+            "inner_steps": 16,
+            "eval_steps": 16,
+            "report_steps": (),
+            "proximal": 2.0,
+            "cg_steps": 5,
+            "damping": 0.0,
+        },
+    ),
+    "maml_plus_plus": LearnerSpec(
+        maml_plus_plus,
+        "optimization-based",
+        "MAML with a multi-step loss, learned step sizes and layers for each step (Antoniou et al. 2019)",
+        _build(maml_plus_plus, _maml_plus_plus),
+        takes=(*_STEPS, "inner_lr", "memory", "anneal", "first_order"),
+        defaults=lambda preset: {
+            "inner_steps": 5,
+            "eval_steps": 5,
+            "report_steps": (),
+            "anneal": 0.1,
+            "first_order": 0.0,
+        },
+    ),
+    "reptile": LearnerSpec(
+        reptile,
+        "optimization-based",
+        "moves the initialisation towards each task's solution (Nichol et al. 2018)",
+        _build(reptile, _reptile),
+        takes=_DESCENT,
+        outer="SGD",
+        defaults=lambda preset: {
+            "inner_lr": 1e-3,
+            "inner_steps": 5,
+            "eval_steps": 50,
+            "inner_batch": 10,
+            "train_shots": 10 * preset.train_shots,
+            "outer_lr": 1.0,
+            "schedule": "linear",
+        },
+    ),
+    "lstm_meta_learner": LearnerSpec(
+        lstm_meta_learner,
+        "optimization-based",
+        "an LSTM as the optimizer, and the start that suits it (Ravi & Larochelle 2017)",
+        _build(lstm_meta_learner),
+        takes=(*_STEPS, "inner_batch", "order", "memory", "truncation"),
+        norms={"transductive": "batch", "inductive": "episode"},
+        defaults=lambda preset: {
+            "inner_steps": 12,
+            "eval_steps": 12,
+            "report_steps": (),
+            "order": "first",
+        },
+    ),
+    "learned_optimizer": LearnerSpec(
+        learned_optimizer,
+        "optimization-based",
+        "gradient descent learned by gradient descent, for training from scratch (Andrychowicz et al. 2016)",
+        _build(learned_optimizer),
+        takes=(*_STEPS, "inner_batch", "order", "memory", "truncation"),
+        defaults=lambda preset: {
+            "inner_steps": 100,
+            "eval_steps": 100,
+            "report_steps": (),
+            "truncation": 20,
+            "order": "first",
+        },
     ),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskSpec:
-    """How the command line builds a source of tasks.
-
-    Attributes:
-      description: one line.
-      preset: what `train --tasks NAME` runs.
-      build: `(split, settings, shape, data) -> tasks`, with `shape` the ways, shots and queries; or
-        the `SplitImages` to draw them from.
-      takes: the fields of `Preset` that only some sources have and this one does.
-      has_validation: whether these settings leave classes to validate with.
-      ink: whether its images are strokes, light on dark.
-    """
-
-    description: str
-    preset: str
-    build: Callable[[str, Preset, dict[str, Any], str | None], TaskDistribution | SplitImages]
-    takes: tuple[str, ...] = ("ways", "train_ways")
-    has_validation: Callable[[Preset], bool] = lambda settings: True
-    ink: bool = False
+def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """`table[name]`, or a ValueError that lists what there is, the closest first."""
+    if name in table:
+        return table[name]
+    raise ValueError(f"{kind}: there is no {name!r}; {known(name, table)}")
 
 
-_IMAGES = ("ways", "train_ways", "stream", "workers")
-_OWN_IMAGES = (*_IMAGES, "rotations", "image_size", "channels", "classes", "split_seed")
+def known(name: str, names: Iterable[str]) -> str:
+    """ "known are …", those most like `name` first."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return "known are " + ", ".join([*close, *(other for other in names if other not in close)])
 
 
-def _classes(settings: Preset) -> ClassSplit | tuple[float, ...]:
-    """The class split that --classes stands for: three fractions, or a JSON file of names."""
-    given = str(settings.classes)
-    try:
-        fractions = tuple(float(part) for part in given.split(","))
-    except ValueError:
-        pass
-    else:
-        try:
-            ClassSplit.from_fractions((), fractions)
-        except ValueError as error:
-            raise ValueError(f"--classes: {error}") from None
-        return fractions
-    if settings.split_seed:
-        raise ValueError("--split-seed: a class split by names needs none; leave it out")
-    path = Path(given)
-    if not path.is_file():
-        raise ValueError(
-            f"--classes: got {given}; it must be three fractions such as 0.64,0.16,0.2, or a JSON file "
-            '{"train": [names], "validation": [names], "test": [names]}'
-        )
-    try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-        split: dict[str, Any] = {
-            part: names if isinstance(names, str) else tuple(names) for part, names in parts.items()
-        }
-        return ClassSplit(**split)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--classes: {path} is no class split in JSON: {error}") from None
-
-
-def _has_validation(settings: Preset) -> bool:
-    classes = _classes(settings)
-    return bool(classes.validation) if isinstance(classes, ClassSplit) else classes[1] > 0
-
-
-def _folder(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> SplitImages:
-    del split, shape, data
-    path = settings.tasks.partition(":")[2]
-    prepared = tasks.prepare_folder(
-        path, size=settings.image_size, channels=settings.channels, skip_unreadable=settings.skip_unreadable
-    )
-    return SplitImages(prepared, _classes(settings))
-
-
-def _tfds(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> SplitImages:
-    del split, shape
-    name = settings.tasks.partition(":")[2]
-    prepared = tasks.prepare_tfds(
-        name,
-        size=settings.image_size,
-        channels=settings.channels,
-        label=settings.label,
-        tfds_splits=settings.tfds_splits and settings.tfds_splits.split(","),
-        data_dir=data,
-    )
-    return SplitImages(prepared, _classes(settings))
-
-
-def _copied(
-    images: Callable[[str], SplitImages],
-) -> Callable[[str, Preset, dict[str, Any], str | None], SplitImages]:
-    """A set that nobody may pass on: from the user's own copy."""
-
-    def build(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> SplitImages:
-        del split, shape
-        if data is None:
-            raise ValueError(f"--data: {settings.tasks} is read from your own copy; add --data DIR")
-        return images(data)
-
-    return build
-
-
-TASKS: dict[str, TaskSpec] = {
-    "glyphs": TaskSpec(
-        "procedurally drawn characters, 28x28; needs no data",
-        "glyphs",
-        lambda split, settings, shape, data: tasks.glyphs(split, **shape),
-        ink=True,
-    ),
-    "omniglot": TaskSpec(
-        "handwritten characters of 50 alphabets, 28x28; --data DIR with the official archives, or a download",
-        "omniglot",
-        lambda split, settings, shape, data: tasks.omniglot(
-            split, **shape, data=data, protocol=str(settings.protocol), rotations=settings.rotations
-        ),
-        takes=("ways", "train_ways", "protocol", "rotations", "data"),
-        has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
-        ink=True,
-    ),
-    "sinusoid": TaskSpec(
-        "regression of sine waves of random amplitude and phase; needs no data",
-        "sinusoid",
-        lambda split, settings, shape, data: tasks.sinusoid(split, **shape),
-        takes=(),
-    ),
-    "harmonic": TaskSpec(
-        "regression of sums of two sine waves; needs no data",
-        "harmonic",
-        lambda split, settings, shape, data: tasks.harmonic(split, **shape),
-        takes=(),
-    ),
-    "folder:PATH": TaskSpec(
-        "a folder of one's own images, one subfolder a class",
-        "folder",
-        _folder,
-        takes=(*_OWN_IMAGES, "skip_unreadable"),
-        has_validation=_has_validation,
-    ),
-    "tfds:NAME": TaskSpec(
-        "an image classification set of tensorflow-datasets; --data DIR is its data_dir",
-        "tfds",
-        _tfds,
-        takes=(*_OWN_IMAGES, "data", "label", "tfds_splits"),
-        has_validation=_has_validation,
-    ),
-    "mini_imagenet": TaskSpec(
-        "100 classes of ImageNet, 84x84, by Ravi and Larochelle's split; --data DIR with your copy",
-        "mini-imagenet",
-        _copied(mini_imagenet_images),
-        takes=(*_IMAGES, "data"),
-    ),
-    "cifar_fs": TaskSpec(
-        "CIFAR-100, 32x32, by Bertinetto's split; --data DIR with its archive, or tensorflow-datasets'",
-        "cifar-fs",
-        lambda split, settings, shape, data: cifar_fs_images(data),
-        takes=(*_IMAGES, "data"),
-    ),
-    "cub": TaskSpec(
-        "200 kinds of birds, 84x84, by Chen's split; --data DIR with CUB_200_2011",
-        "cub",
-        _copied(cub_images),
-        takes=(*_IMAGES, "data"),
-    ),
-}
+def flag_of(field: str) -> str:
+    """What the command line calls a setting."""
+    return "--" + field.replace("_", "-")

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmeta import presets
+from jaxmeta import presets, registry, sources
 from jaxmeta.config import MAY_CHANGE, check_data, data_form, data_of, fresh, json_target, resumed, stored
 from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
-from jaxmeta.presets import Preset
+from jaxmeta.registry import Preset
 from jaxmeta.training import Evaluation, Stopped, evaluate_episodes, load_params, meta_step, train
 from jaxmeta.training.checkpoint import checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
@@ -73,14 +73,14 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
     config, settings, out = resumed(flags, learner) if resume else fresh(flags, learner)
     devices = _devices(config["devices"], settings.meta_batch)
     key = jax.random.key(config["seed"])
-    tasks = presets.tasks_of(settings, "train", config["data"], key)
-    validation = presets.validation_tasks_of(settings, config["data"], validation_key(key))
-    test = presets.tasks_of(settings, "test", config["data"], _test_key(config["seed"]))
+    tasks = sources.tasks_of(settings, "train", config["data"], key)
+    validation = sources.validation_tasks_of(settings, config["data"], validation_key(key))
+    test = sources.tasks_of(settings, "test", config["data"], _test_key(config["seed"]))
     if resume:
         check_data(config, tasks, out)
     else:
-        config |= data_form(tasks, presets.source_of(settings.tasks).ink)
-        settings = presets.with_form(settings, config["images"])
+        config |= data_form(tasks, sources.source_of(settings.tasks).ink)
+        settings = sources.with_form(settings, config["images"])
         config |= {"image_size": settings.image_size, "channels": settings.channels}
     method, optimizer = presets.learner_of(settings), presets.optimizer_of(settings)
     # Built for what it raises: all that can be refused is, before there is a folder.
@@ -143,6 +143,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
             "compile_s": log.compile_s,
             "episodes": settings.episodes,
             "parameters": parameters,
+            "outer_optimizer": registry.LEARNERS[settings.learner].outer,
             "card": _card(test.card),
             **results,
             **_machine(devices),
@@ -167,7 +168,7 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     seed, data = flags.get("seed", config["seed"]), data_of(flags, config)
     target = json_target(flags.get("json"))
     devices = _devices(flags.get("devices"), None)
-    test = presets.tasks_of(settings, "test", data, _test_key(seed))
+    test = sources.tasks_of(settings, "test", data, _test_key(seed))
     check_data(config, test, folder)
     params = load_params(folder)
     result = {
@@ -248,7 +249,7 @@ def _results(
 
     results: dict[str, Any] = {}
     if metric_name(test) == "accuracy":
-        norms = presets.LEARNERS[settings.learner].norms
+        norms = registry.LEARNERS[settings.learner].norms
         episodes = {name: values(settings, norm) for name, norm in norms.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in norms.items()}
     else:
@@ -304,12 +305,11 @@ def _announce(
     devices: tuple[jax.Device, ...],
     out: Path,
 ) -> None:
+    rate = "" if settings.inner_lr is None else f", α = {settings.inner_lr:g}"
     inner = (
         ""
         if settings.inner_steps is None
-        else (
-            f", α = {settings.inner_lr:g}, inner steps {settings.inner_steps} (at test {settings.eval_steps})"
-        )
+        else f"{rate}, inner steps {settings.inner_steps} (at test {settings.eval_steps})"
     )
     order = "" if settings.order is None else f", {settings.order} order"
     print(f"learner   {settings.learner}{order}{inner}")

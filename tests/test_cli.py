@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxmeta as jm
-from jaxmeta import presets, runs
+from jaxmeta import registry, runs
 from jaxmeta.cli import EvaluateFlags, TrainFlags, main
 from jaxmeta.training import load_params
 
@@ -63,7 +63,7 @@ def test_classification_reports_transductive_and_inductive_accuracy(tmp_path, mo
     def small(ways):
         return jm.nn.MLP(out=ways, hidden=(8,), norm=True)
 
-    monkeypatch.setitem(presets.NETWORKS, "strided-conv4", small)
+    monkeypatch.setitem(registry.NETWORKS, "strided-conv4", small)
     out = tmp_path / "glyphs"
     flags = ["--ways", "2", "--queries", "1", "--steps", "2", "--meta-batch", "2", "--episodes", "4"]
     assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from jaxmeta import comparison, presets
+from jaxmeta import comparison, registry
 from jaxmeta.cli import main
 from jaxmeta.training.figures import Curve, draw_metric
 
@@ -193,7 +193,7 @@ def test_a_signal_is_passed_on_and_the_comparison_can_go_on(number, children, tm
 
 def test_a_flag_that_none_of_the_learners_takes_is_refused(children, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(presets.LEARNERS, "other", presets.LEARNERS["fomaml"])
+    monkeypatch.setitem(registry.LEARNERS, "other", registry.LEARNERS["fomaml"])
     assert main(["compare", "fomaml", "other", "--tasks", "sinusoid", "--order", "first"]) == 2
     assert "--order" in capsys.readouterr().err
     assert not children.commands

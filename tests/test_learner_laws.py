@@ -1,6 +1,6 @@
 """Laws that every learner of the registry keeps, in both rows of its report and on both kinds of tasks.
 
-A new learner joins by its line in `presets.LEARNERS`. Where it breaks a law for a good reason, it
+A new learner joins by its line in `registry.LEARNERS`. Where it breaks a law for a good reason, it
 says so in `EXEMPT`; where it needs another network than the small default, in `NETWORKS`.
 """
 
@@ -12,11 +12,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen
 
 import jaxmeta as jm
-from jaxmeta import presets
+from jaxmeta import presets, registry
 from jaxmeta.nn.embedding import ConvNorm
 
 WAYS, SHOTS, QUERIES = 3, 2, 2
@@ -25,7 +26,20 @@ IMAGE = (6, 6, 1)
 PADDING = 2
 
 # (law, learner) -> why it does not hold.
-EXEMPT: dict[tuple[str, str], str] = {}
+EXEMPT: dict[tuple[str, str], str] = {
+    (
+        "slots_are_only_names",
+        "learned_optimizer",
+    ): "it begins with a fresh random network, not with parameters that could be renamed along",
+    ("meta_gradient_descends", "reptile"): "its loss is the distance to where descent ends, and its gradient "
+    "holds that end fixed; tests/optimization_based/test_reptile.py has what falls instead",
+}
+
+# learner -> settings in place of the small ones below.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "reptile": {"inner_lr": 0.01, "inner_batch": None},
+    "learned_optimizer": {"inner_steps": 4, "eval_steps": 4, "truncation": 2},
+}
 
 # Leaves whose gradient is zero by mathematics, not by mistake.
 ZERO_GRADIENT = {
@@ -53,14 +67,23 @@ def tiny_mlp(out):
     return jm.nn.MLP(out=out, hidden=(5,), kernel_init=linen.initializers.lecun_normal())
 
 
-# learner -> (settings, spec) -> network, where the default does not serve.
-NETWORKS: dict[str, Any] = {}
-
-
 def default_network(settings, spec):
     if settings.ways is None:
         return tiny_mlp(1)
     return TinyConv(settings.ways if spec.fixed_ways else None)
+
+
+def starting_in_float64(settings, spec):
+    model = jm.nn.as_model(default_network(settings, spec))
+
+    def init(key, x):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(key, x))
+
+    return model._replace(init=init)
+
+
+# learner -> (settings, spec) -> network, where the default does not serve.
+NETWORKS: dict[str, Any] = {"learned_optimizer": starting_in_float64}
 
 
 class Case(NamedTuple):
@@ -74,7 +97,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case(name, row, kind)
-    for name, spec in presets.LEARNERS.items()
+    for name, spec in registry.LEARNERS.items()
     for row in spec.norms
     for kind in ("classification", "regression")
     # Without batch statistics the rows of a report are one and the same.
@@ -97,12 +120,13 @@ def law(cases=CASES):
 
 @functools.cache
 def learner_of(case):
-    spec = presets.LEARNERS[case.name]
+    spec = registry.LEARNERS[case.name]
     _, settings = presets.settings_of(
         {}, learner=case.name, preset="glyphs" if case.kind == "classification" else "sinusoid"
     )
     small = {"inner_steps": 2, "eval_steps": 2, "inner_lr": 0.3 if case.kind == "classification" else 0.02}
     changes = {field: value for field, value in small.items() if field in spec.takes}
+    changes |= SETTINGS.get(case.name, {})
     if case.kind == "classification":
         changes |= {"ways": WAYS, "train_ways": WAYS}
     settings = presets.revised(settings, changes)
@@ -237,10 +261,13 @@ def test_slots_are_only_names(case):
     moved = jnp.argsort(sigma)  # where column σ(c) = old column c comes from
 
     def rename(tree):
-        """Slots are the last axis of what is under a head."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf[..., moved] if "head" in jax.tree_util.keystr(path) else leaf, tree
-        )
+        """Slots are the last axis of what is under a head, if it has as many entries."""
+
+        def columns(path, leaf):
+            has = "head" in jax.tree_util.keystr(path) and leaf.shape[-1:] == (WAYS,)
+            return leaf[..., moved] if has else leaf
+
+        return jax.tree_util.tree_map_with_path(columns, tree)
 
     expected = run(case)
     task = jm.Task(*(jm.Batch(p.x, sigma[p.y].astype(jnp.int32), p.mask, p.ways) for p in task_of(case)))
@@ -308,7 +335,9 @@ def test_every_leaf_learns(case):
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert np.isfinite(leaf).all(), name
-        if any(re.search(pattern, name) for pattern in ZERO_GRADIENT):
+        # Averages over inner steps are of other biases than the ones in use.
+        averaged = registry.LEARNERS[case.name].norms[case.row] == "episode"
+        if not averaged and any(re.search(pattern, name) for pattern in ZERO_GRADIENT):
             np.testing.assert_allclose(leaf, 0, atol=1e-12, err_msg=name)
         else:
             assert np.abs(leaf).max() > 1e-6, name
@@ -326,12 +355,13 @@ def test_loss_reports_what_predict_predicts(case):
 
 @law()
 def test_meta_gradient_descends(case):
-    """The one law that is not an identity: a few plain gradient steps on the meta-loss lower it."""
+    """The one law that is not an identity: a few short gradient steps on the meta-loss lower it."""
     params, losses = params_of(case), []
     for _ in range(4):
         found = run(case, params=params)
         losses.append(float(found.loss))
-        params = jax.tree.map(lambda p, g: p - 0.02 * g, params, found.gradient)
+        step = 0.02 / jnp.maximum(1, optax.tree.norm(found.gradient))
+        params = jax.tree.map(lambda p, g: p - step * g, params, found.gradient)  # noqa: B023
     assert losses[-1] < losses[0]
 
 
@@ -340,5 +370,5 @@ def test_exemptions_name_what_exists():
     kinds = {"classification", "regression"}
     for (law_name, learner), reason in EXEMPT.items():
         assert law_name in laws | kinds
-        assert learner in presets.LEARNERS
+        assert learner in registry.LEARNERS
         assert reason

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import jaxmeta as jm
-from jaxmeta import presets
+from jaxmeta import registry, sources
 from jaxmeta.cli import main
 from jaxmeta.config import data_form
 from jaxmeta.tasks.archives import shrink
@@ -42,7 +42,7 @@ def place(tmp_path_factory):
             draw(place / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
-        patch.setitem(presets.NETWORKS, "conv4-32", small)
+        patch.setitem(registry.NETWORKS, "conv4-32", small)
         command = [
             *("train", "--tasks", f"folder:{place / 'images'}", "--ways", str(WAYS), "--queries", "2"),
             *("--classes", "0.5,0,0.5", "--steps", "60", "--episodes", "20"),
@@ -125,7 +125,7 @@ def test_omniglot_s_drawings_are_read_as_in_training(tmp_path):
         Image.fromarray(~drawing).save(tmp_path / f"{number}.png")
         asked = decode(tmp_path / f"{number}.png", "", channels=1, size=28)[..., 0]
         assert np.abs(255 - asked.astype(int) - trained[number]).max() <= 1
-    glyphs = data_form(jm.tasks.glyphs(), presets.source_of("glyphs").ink)["images"]
+    glyphs = data_form(jm.tasks.glyphs(), sources.source_of("glyphs").ink)["images"]
     assert glyphs.items() >= {"size": 28, "channels": 1, "ink": True}.items()
     assert 0 < glyphs["mean"] < 0.3
 

@@ -1,9 +1,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxmeta import presets
+from jaxmeta import presets, registry, sources
 
 NO_DATA = [
     name for name, preset in presets.PRESETS.items() if preset.tasks in ("glyphs", "sinusoid", "harmonic")
@@ -12,23 +13,23 @@ NO_DATA = [
 
 def test_every_preset_names_what_exists():
     for preset in presets.PRESETS.values():
-        assert preset.learner in presets.LEARNERS
-        assert preset.tasks in presets.TASKS
-        assert preset.network in presets.NETWORKS
-    for source in presets.TASKS.values():
+        assert preset.learner in registry.LEARNERS
+        assert preset.tasks in sources.TASKS
+        assert preset.network in registry.NETWORKS
+    for source in sources.TASKS.values():
         assert source.preset in presets.PRESETS
 
 
 def test_every_task_source_has_a_preset_of_its_own():
-    for name, source in presets.TASKS.items():
+    for name, source in sources.TASKS.items():
         assert presets.PRESETS[source.preset].tasks == name
 
 
 @pytest.mark.parametrize("name", NO_DATA)
-@pytest.mark.parametrize("learner", presets.LEARNERS)
+@pytest.mark.parametrize("learner", registry.LEARNERS)
 def test_every_learner_builds_on_every_preset(name, learner):
     _, settings = presets.settings_of({}, learner=learner, preset=name)
-    tasks = presets.tasks_of(settings, "train")
+    tasks = sources.tasks_of(settings, "train")
     method = presets.learner_of(settings)
 
     def loss(key, sample):
@@ -37,6 +38,28 @@ def test_every_learner_builds_on_every_preset(name, learner):
 
     assert jax.eval_shape(loss, jax.random.key(0), tasks.sample).shape == ()
     assert presets.optimizer_of(settings).init({}) is not None
+
+
+@pytest.mark.parametrize("name", [name for name in registry.LEARNERS if name != "maml"])
+def test_every_method_has_its_preset_on_omniglot(name):
+    preset = f"omniglot-{name.replace('_', '-')}"
+    _, by_preset = presets.settings_of({}, preset=preset)
+    _, by_learner = presets.settings_of({}, learner=name, preset="omniglot")
+    assert dataclasses.replace(by_preset, description="") == dataclasses.replace(by_learner, description="")
+    # The same tasks and the same budget, so that methods can be compared.
+    maml = presets.PRESETS["omniglot"]
+    for field in ("ways", "shots", "queries", "protocol", "steps", "meta_batch", "episodes"):
+        assert getattr(by_preset, field) == getattr(maml, field), field
+
+
+def test_a_learner_keeps_its_settings_on_another_s_preset_unless_told_otherwise():
+    _, settings = presets.settings_of({}, learner="imaml", preset="glyphs")
+    assert (settings.proximal, settings.inner_steps, settings.order) == (2.0, 16, None)
+    _, settings = presets.settings_of({"inner_steps": 7}, learner="imaml", preset="glyphs")
+    assert (settings.proximal, settings.inner_steps) == (2.0, 7)
+    # MAML's own leave nothing behind.
+    _, settings = presets.settings_of({}, learner="maml", preset="glyphs")
+    assert settings == presets.PRESETS["glyphs"]
 
 
 @pytest.mark.parametrize(
@@ -65,25 +88,35 @@ def test_a_preset_keeps_its_training_protocol_where_nothing_is_told():
 
 def test_tasks_follow_the_protocol_of_their_part():
     _, settings = presets.settings_of({"tasks": "glyphs", "queries": 4, "train_queries": 2})
-    assert presets.tasks_of(settings, "train").card.queries == 2
-    assert presets.tasks_of(settings, "test").card.queries == 4
-    assert presets.validation_tasks_of(settings).card.queries == 4
+    assert sources.tasks_of(settings, "train").card.queries == 2
+    assert sources.tasks_of(settings, "test").card.queries == 4
+    assert sources.validation_tasks_of(settings).card.queries == 4
 
 
 @pytest.mark.parametrize(("protocol", "validates"), [("vinyals", True), ("maml", True), ("reptile", False)])
 def test_a_split_without_validation_classes_has_no_validation_tasks(protocol, validates):
     settings = dataclasses.replace(presets.PRESETS["omniglot"], protocol=protocol)
-    assert presets.TASKS["omniglot"].has_validation(settings) is validates
+    assert sources.TASKS["omniglot"].has_validation(settings) is validates
 
 
-def test_cosine_schedule_ends_at_zero_and_constant_does_not():
-    for schedule, last in (("cosine", 0.0), ("constant", 1e-3)):
+def test_schedules_end_at_zero_and_constant_does_not():
+    for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1e-3)):
         settings = dataclasses.replace(presets.PRESETS["glyphs"], schedule=schedule, outer_lr=1e-3, steps=2)
         optimizer = presets.optimizer_of(settings)
         state, update = optimizer.init(1.0), None
         for _ in range(3):
             update, state = optimizer.update(1.0, state, 1.0)
         assert abs(float(update)) == pytest.approx(last, abs=1e-6)
+
+
+def test_reptile_s_outer_optimizer_is_sgd_whose_rate_falls_linearly():
+    _, settings = presets.settings_of({"steps": 4}, learner="reptile", preset="omniglot")
+    optimizer = presets.optimizer_of(settings)
+    state, updates = optimizer.init(jnp.ones(())), []
+    for _ in range(5):
+        update, state = optimizer.update(jnp.ones(()), state)
+        updates.append(float(update))
+    assert updates == [-1.0, -0.75, -0.5, -0.25, 0.0]
 
 
 def test_clip_bounds_every_entry_before_adam():
@@ -96,11 +129,19 @@ def test_clip_bounds_every_entry_before_adam():
 @pytest.mark.parametrize(
     ("flags", "choice", "says"),
     [
-        ({}, {"learner": "mamll"}, "known are maml, fomaml"),
+        ({}, {"learner": "mamll"}, "known are maml, imaml, fomaml"),
         ({"tasks": "omniglott"}, {}, "known are omniglot"),
         ({}, {"preset": "sinus"}, "known are sinusoid"),
         ({"tasks": "glyphs"}, {"preset": "sinusoid"}, "--tasks: got glyphs"),
         ({"order": "first"}, {"learner": "fomaml"}, "--order: fomaml has no such setting"),
+        ({"proximal": 1.0}, {"learner": "anil"}, "--proximal: anil has no such setting"),
+        (
+            {"inner_lr": 0.1},
+            {"learner": "lstm_meta_learner"},
+            "--inner-lr: lstm_meta_learner has no such setting",
+        ),
+        ({"inner_batch": 0}, {"learner": "reptile"}, "--inner-batch: got 0"),
+        ({"anneal": -0.1}, {"learner": "maml_plus_plus"}, "--anneal: got -0.1"),
         ({"tasks": "sinusoid", "ways": 5}, {}, "--ways: sinusoid has no such setting"),
         ({"rotations": "none"}, {}, "--rotations: glyphs has no such setting"),
         ({"data": "somewhere"}, {}, "--data: glyphs has no such setting"),

@@ -152,7 +152,7 @@ class GatedUpdate(linen.Module):
         small = _uniform(-0.01, 0.01)
         losses = jnp.broadcast_to(log_and_sign(loss, self.preprocess)[:, None], (2, gradient.shape[0]))
         x = jnp.concatenate([losses, log_and_sign(gradient, self.preprocess)])
-        after = {}
+        after: dict[str, PyTree] = {}
         if self.hidden is not None:
             lstm = CoordinatewiseLSTM(
                 self.hidden, forget_bias=0.0, kernel_init=small, bias_init=small, name="lstm"

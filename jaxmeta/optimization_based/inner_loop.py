@@ -6,7 +6,7 @@ What is differentiated (a loss, an optimizer, a number of steps) is apart from h
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxmeta.optimization_based.trees import inexact, merge, partition
 from jaxmeta.optimization_based.unroll import Step, unroll, value_and_gradient
 
 PyTree = Any
-Optimizer = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
 
 ORDERS = ("second", "first", "implicit")
 MEMORY_MODES = ("auto", "store", "recompute", "forward_over_reverse")
@@ -173,14 +173,14 @@ def inner_loop(
 
         return Step(measure, move, constant=order != "second")
 
-    def cut(step: Step) -> Step:
+    def cut(step: Step, every: int) -> Step:
         """`step`, which begins a segment by letting go of where its carry came from."""
 
         def release(carry: PyTree, index: Array, given: _Given) -> PyTree:
             theta, state = carry
             constant = lax.stop_gradient
             moved = jax.tree.map(lambda t, s: constant(t) + (s - constant(s)), theta, given.start)
-            begins = (index > 0) & ((steps - index) % truncation == 0)
+            begins = (index > 0) & ((steps - index) % every == 0)
             released = moved, constant(state)
             return jax.tree.map(lambda new, old: jnp.where(begins, new, old), released, carry)
 
@@ -207,7 +207,7 @@ def inner_loop(
         else:
             # Apart from the last segment, so that where nothing else is differentiated the backward
             # pass ends with it.
-            step, parts = cut(step), [(0, steps - truncation), (steps - truncation, truncation)]
+            step, parts = cut(step, truncation), [(0, steps - truncation), (steps - truncation, truncation)]
         seen = []
         for first, count in parts:
             carry, part = unroll(step, carry, given, first, count, replays=mode != "store")

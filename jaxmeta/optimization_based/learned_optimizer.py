@@ -1,7 +1,7 @@
 """Learning to learn by gradient descent by gradient descent: an optimizer that is a small LSTM."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,7 @@ def learned_optimizer(
         def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
             del params
             flat, restore = ravel_pytree(grads)
+            change: Any
             state, change = proposal.apply({"params": weights}, state, flat.astype(dtype))
             return restore(change.astype(flat.dtype)), state
 

@@ -1,5 +1,7 @@
 """The LSTM meta-learner: an optimizer that is itself learned, and the start that suits it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -83,6 +85,7 @@ def lstm_meta_learner(
             del extra
             gradient, restore = ravel_pytree(grads)
             seen = (gradient_scale * gradient, value, ravel_pytree(params)[0])
+            change: Any
             state, change = cell.apply({"params": weights}, state, *(each.astype(dtype) for each in seen))
             return restore(change.astype(gradient.dtype)), state
 

@@ -43,10 +43,10 @@ def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1
     def initial(key: Key, fast: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(fast)
         keys = jax.random.split(key, len(leaves))
-        return structure.unflatten(
-            low + (high - low) * jax.random.uniform(own, leaf.shape, leaf.dtype)
-            for own, leaf in zip(keys, leaves, strict=True)
-        )
+        drawn = [
+            jax.random.uniform(own, leaf.shape, leaf.dtype) for own, leaf in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.map(lambda u: low + (high - low) * u, jax.tree.unflatten(structure, drawn))
 
     def descend(rates: PyTree) -> optax.GradientTransformation:
         return optax.stateless(lambda grads, params: jax.tree.map(lambda a, g: -a * g, rates, grads))

@@ -84,7 +84,7 @@ def reptile(
         constant = lax.stop_gradient(params)
         weights, trace = network.fit(constant, support, key)
         moves = jax.tree.map(lambda start, end: jnp.square(start - end).sum(), params["model"], weights)
-        distance = sum(jax.tree.leaves(moves)) / 2
+        distance = jnp.asarray(sum(jax.tree.leaves(moves))) / 2
         _, metrics = network.judge(
             weights, query, key, network.query_statistics(constant, weights, support, trace)
         )

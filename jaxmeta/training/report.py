@@ -209,6 +209,7 @@ def report_markdown(report: dict[str, Any]) -> str:
             what = {
                 "batch": "statistics of the query batch",
                 "support": "statistics of the support set",
+                "episode": "running average over the inner steps on the support set",
             }
             lines.append(
                 f"| **{100 * row['mean']:.2f} %** | ± {100 * row['ci95']:.2f} | "
@@ -231,8 +232,14 @@ def report_markdown(report: dict[str, Any]) -> str:
         "normalised in training by": "the query batch" if config["norm"] == "batch" else "the support set",
         "inner steps": _inner(config),
         "α (inner learning rate, of the mean loss)": config["inner_lr"],
+        "support examples in an inner step": config["inner_batch"],
         "order": config["order"],
-        "outer learning rate": f"{config['outer_lr']} (Adam, {config['schedule']})",
+        "weight of the proximal term": config["proximal"],
+        "steps of conjugate gradients": config["cg_steps"],
+        "meta-gradient cut every": config["truncation"] and f"{config['truncation']} inner steps",
+        "multi-step loss for": config["anneal"] and f"{100 * config['anneal']:g} % of the meta-steps",
+        "first order for": config["first_order"] and f"{100 * config['first_order']:g} % of the meta-steps",
+        "outer learning rate": f"{config['outer_lr']} ({report['outer_optimizer']}, {config['schedule']})",
         "meta-batch": f"{config['meta_batch']} tasks",
         "meta-steps": report["steps"],
         "parameters tested": f"those after meta-step {report['best_step']}",
