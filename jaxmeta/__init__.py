@@ -26,6 +26,7 @@ from jaxmeta.optimization_based import (
     reptile,
 )
 from jaxmeta.training import (
+    Alignment,
     Evaluation,
     TrainState,
     calibrate,
@@ -34,6 +35,7 @@ from jaxmeta.training import (
     init_state,
     load,
     load_params,
+    meta_gradient_alignment,
     meta_step,
     save,
     train,
@@ -42,6 +44,7 @@ from jaxmeta.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alignment",
     "Batch",
     "Evaluation",
     "LearnedOptimizer",
@@ -69,6 +72,7 @@ __all__ = [
     "lstm_meta_learner",
     "maml",
     "maml_plus_plus",
+    "meta_gradient_alignment",
     "meta_sgd",
     "meta_step",
     "nn",

@@ -140,6 +140,12 @@ class Train:
         bool, _flag("read images from disk step by step: for data larger than the device", default="")
     ] = False
     skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
+    diagnose: Annotated[
+        bool,
+        _flag(
+            "report cosine and ratio of norms between the meta-gradient and the first-order one", default=""
+        ),
+    ] = False
     resume: Annotated[bool, _flag("continue the run in --out from its last checkpoint", default="")] = False
 
 
@@ -393,7 +399,8 @@ def _run(command: Any) -> None:
 
 def _given(command: Train | Compare) -> dict[str, Any]:
     """The flags that were given; a switch that is off was not."""
-    switches = {name: True for name in ("stream", "skip_unreadable") if getattr(command, name)}
+    names = ("stream", "skip_unreadable", "diagnose")
+    switches = {name: True for name in names if getattr(command, name, False)}
     return {**command.flags, **switches}
 
 

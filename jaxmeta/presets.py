@@ -174,6 +174,7 @@ _METHOD_FIELDS = (
     "damping",
     "anneal",
     "first_order",
+    "diagnose",
 )
 _SOURCE_FIELDS = (
     "ways",
@@ -282,6 +283,8 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         raise ValueError(
             f"--norm: got {settings.norm}; {settings.learner} has {', '.join(spec.norms.values())}"
         )
+    if settings.diagnose and settings.order == "first":
+        raise ValueError("--diagnose: compares with first order, and --order is first; take another order")
     if settings.norm != "batch" and settings.ways is None:
         raise ValueError(f"--norm: got {settings.norm}; networks of regression normalise nothing")
     if ":" in settings.tasks and (settings.tasks in TASKS or settings.tasks.endswith(":")):
@@ -304,6 +307,11 @@ def learner_of(settings: Preset, norm: str | None = None) -> Learner:
     """The learner with its network, `norm` in place of training's; all share one set of parameters."""
     spec = LEARNERS[settings.learner]
     return spec.build(spec.network(settings), settings, norm or settings.norm)
+
+
+def compared_to(settings: Preset) -> Learner | None:
+    """The first-order version of the learner, where meta-gradients are to be compared with its own."""
+    return learner_of(dataclasses.replace(settings, order="first")) if settings.diagnose else None
 
 
 def optimizer_of(settings: Preset) -> optax.GradientTransformation:

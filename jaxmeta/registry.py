@@ -63,6 +63,7 @@ class Preset:
       damping: of the same.
       anneal: part of the meta-steps in which MAML++'s loss moves to the last inner step.
       first_order: part of the meta-steps in which MAML++ is of first order.
+      diagnose: whether to report cosine and ratio of norms between the meta-gradient and the first-order one.
       outer_lr: step size of the outer optimizer.
       schedule: of `outer_lr` over the run: "constant", "cosine" or "linear" (to zero).
       clip: bound on every entry of the meta-gradient; None leaves it as it is.
@@ -109,6 +110,7 @@ class Preset:
     damping: float | None = None
     anneal: float | None = None
     first_order: float | None = None
+    diagnose: bool | None = False
     outer_lr: float = 1e-3
     schedule: str = "constant"
     clip: float | None = None
@@ -223,6 +225,7 @@ def _maml_plus_plus(settings: Preset) -> dict[str, Any]:
 _STEPS = ("inner_steps", "eval_steps", "report_steps")
 _DESCENT = (*_STEPS, "inner_lr", "inner_batch")
 _UNROLLED = (*_DESCENT, "memory", "truncation")
+_ORDER = ("order", "diagnose")
 _IMPLICIT = ("proximal", "cg_steps", "damping")
 
 LEARNERS: dict[str, LearnerSpec] = {
@@ -231,7 +234,7 @@ LEARNERS: dict[str, LearnerSpec] = {
         "optimization-based",
         "an initialisation from which a few gradient steps suffice (Finn et al. 2017)",
         _build(maml, _sgd),
-        takes=(*_UNROLLED, "order", *_IMPLICIT),
+        takes=(*_UNROLLED, *_ORDER, *_IMPLICIT),
     ),
     "fomaml": LearnerSpec(
         fomaml,
@@ -245,21 +248,21 @@ LEARNERS: dict[str, LearnerSpec] = {
         "optimization-based",
         "MAML that adapts the head alone (Raghu et al. 2020)",
         _build(anil, _sgd),
-        takes=(*_UNROLLED, "order"),
+        takes=(*_UNROLLED, *_ORDER),
     ),
     "boil": LearnerSpec(
         boil,
         "optimization-based",
         "MAML that adapts the body alone (Oh et al. 2021)",
         _build(boil, _sgd),
-        takes=(*_UNROLLED, "order"),
+        takes=(*_UNROLLED, *_ORDER),
     ),
     "meta_sgd": LearnerSpec(
         meta_sgd,
         "optimization-based",
         "MAML with a learned step size for every parameter (Li et al. 2017)",
         _build(meta_sgd, lambda settings: {"rates": settings.inner_lr}),
-        takes=(*_UNROLLED, "order"),
+        takes=(*_UNROLLED, *_ORDER),
     ),
     "imaml": LearnerSpec(
         imaml,
@@ -312,7 +315,7 @@ LEARNERS: dict[str, LearnerSpec] = {
         "optimization-based",
         "an LSTM as the optimizer, and the start that suits it (Ravi & Larochelle 2017)",
         _build(lstm_meta_learner),
-        takes=(*_STEPS, "inner_batch", "order", "memory", "truncation"),
+        takes=(*_STEPS, *_ORDER, "inner_batch", "memory", "truncation"),
         norms={"transductive": "batch", "inductive": "episode"},
         defaults=lambda preset: {
             "inner_steps": 12,
@@ -326,7 +329,7 @@ LEARNERS: dict[str, LearnerSpec] = {
         "optimization-based",
         "gradient descent learned by gradient descent, for training from scratch (Andrychowicz et al. 2016)",
         _build(learned_optimizer),
-        takes=(*_STEPS, "inner_batch", "order", "memory", "truncation"),
+        takes=(*_STEPS, *_ORDER, "inner_batch", "memory", "truncation"),
         defaults=lambda preset: {
             "inner_steps": 100,
             "eval_steps": 100,

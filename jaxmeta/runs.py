@@ -84,6 +84,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
         config |= {"image_size": settings.image_size, "channels": settings.channels}
     method, optimizer = presets.learner_of(settings), presets.optimizer_of(settings)
     # Built for what it raises: all that can be refused is, before there is a folder.
+    compared_to = presets.compared_to(settings)
     meta_step(method, optimizer, settings.meta_batch, settings.strategy, devices=devices)
     parameters = _parameters(method, tasks)
     _announce(config, settings, tasks, test, validation, parameters, devices, out)
@@ -108,6 +109,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
                     meta_batch=settings.meta_batch,
                     strategy=settings.strategy,
                     devices=devices,
+                    compared_to=compared_to,
                     validation=validation,
                     validate_every=settings.validate_every,
                     run_dir=out,

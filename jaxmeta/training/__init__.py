@@ -1,11 +1,13 @@
 """From a learner and its tasks to trained parameters and a number with a confidence interval."""
 
 from jaxmeta.training.checkpoint import load, load_params, save
+from jaxmeta.training.diagnostics import Alignment, meta_gradient_alignment
 from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes
 from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
 from jaxmeta.training.step import TrainState, init_state, meta_step, validation_key
 
 __all__ = [
+    "Alignment",
     "Evaluation",
     "NonFiniteLoss",
     "Progress",
@@ -20,6 +22,7 @@ __all__ = [
     "init_state",
     "load",
     "load_params",
+    "meta_gradient_alignment",
     "meta_step",
     "save",
     "train",

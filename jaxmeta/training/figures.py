@@ -10,6 +10,10 @@ from jaxmeta.training.report import shown
 
 METRIC_NAMES = {"accuracy": "query accuracy, %", "mse": "query mean squared error"}
 _SCALE = {"accuracy": 100}
+_COMPARED = {
+    "cosine": "cosine: true, first-order",
+    "norm_ratio": "‖true‖ / ‖first-order‖",
+}
 _X = {"steps": ("step", "meta-step"), "seconds": ("elapsed_s", "seconds, compiling included")}
 
 
@@ -35,7 +39,9 @@ def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: s
 
 
 def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
-    """Draws runs as a PNG: left their training loss, right their metric; see `draw_metric`.
+    """Draws runs as a PNG: left their training loss, then their metric; see `draw_metric`.
+
+    Where runs have compared meta-gradients, cosine and ratio of norms stand to the right.
 
     Args:
       path: of the PNG.
@@ -43,12 +49,17 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
       x: "steps" or "seconds".
     """
     single = len(curves) == 1
-    with drawing(path, 10.0, 4 + 0.25 * -(-len(curves) // 2)) as figure:
-        left, right = figure.subplots(1, 2)
+    compared = [name for name in _COMPARED if any(name in row for curve in curves for row in curve.rows)]
+    with drawing(path, 5.0 * (2 + len(compared)), 4 + 0.25 * -(-len(curves) // 2)) as figure:
+        left, right, *more = figure.subplots(1, 2 + len(compared))
         for i, curve in enumerate(curves):
             _draw_training(left, curve, "loss", x, look(i), _with_test(curve))
         finish_axes(left, curves[0].metric, _X[x][1], "query loss")
         draw_metric(right, curves, x)
+        for axes, name in zip(more, compared, strict=True):
+            for i, curve in enumerate(curves):
+                _draw_training(axes, curve, name, x, look(i), _with_test(curve))
+            finish_axes(axes, name, _X[x][1], _COMPARED[name])
         handles, labels = (right if single else left).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
         if single:

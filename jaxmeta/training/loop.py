@@ -111,6 +111,7 @@ def train(
     meta_batch: int = 32,
     strategy: Strategy = "auto",
     devices: Sequence[jax.Device] | None = None,
+    compared_to: Learner | None = None,
     validation: TaskDistribution | TaskStream | None = None,
     validation_episodes: int = 200,
     validate_every: int = 1000,
@@ -134,7 +135,7 @@ def train(
       optimizer: any optax optimizer of the meta-parameters, clipped, scheduled or chained.
       steps: meta-steps in all, those before a resumption included.
       key: of the whole run.
-      meta_batch, strategy, devices: see `meta_step`. Small dense networks are fastest with
+      meta_batch, strategy, devices, compared_to: see `meta_step`. Small dense networks are fastest with
         strategy="vmap", on CPUs too; "auto" is made for convolutions.
       validation: tasks to choose the best parameters by; None to keep the last. A stream must be
         built with `jm.training.validation_key(key)` and `for_evaluation=True`.
@@ -165,7 +166,9 @@ def train(
     folder = None if run_dir is None else Path(run_dir).absolute()
     _check_settings(steps, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume)
     devices = sharding.task_devices(meta_batch, devices)
-    step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=devices))
+    step = jax.jit(
+        meta_step(learner, optimizer, meta_batch, strategy, devices=devices, compared_to=compared_to)
+    )
     emit = report or (lambda event: None)
 
     episodes_key = validation_key(key)

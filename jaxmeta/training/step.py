@@ -24,6 +24,7 @@ from jaxmeta.core import (
     episode_keys,
 )
 from jaxmeta.training import sharding
+from jaxmeta.training.diagnostics import alignment
 
 Strategy = str | int
 
@@ -123,6 +124,7 @@ def meta_step(
     strategy: Strategy = "auto",
     *,
     devices: Sequence[jax.Device] | None = None,
+    compared_to: Learner | None = None,
 ) -> Callable[[TrainState, Source], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One meta-step as a pure function, to be compiled by the caller.
 
@@ -139,6 +141,9 @@ def meta_step(
         that many at a time. "auto": "scan" on CPUs, whose grouped convolutions are slow,
         "vmap" on accelerators.
       devices: that share the tasks; None for as many local ones as divide `meta_batch`.
+      compared_to: a learner of the same parameters, such as the first-order version of `learner`, whose
+        meta-gradient on the same tasks is computed besides, and not used: the metrics get "cosine" and
+        "norm_ratio" between the two (see `jm.meta_gradient_alignment`).
 
     Returns:
       `step(state, tasks.sample) -> (state, metrics)`, or `step(state, stream.at(i))` with a batch of
@@ -156,7 +161,9 @@ def meta_step(
     own = meta_batch // len(devices)
     at_once = _tasks_at_once(strategy, own, devices[0].platform)
 
-    def gradient(params: Params, step: Array, tasks: Task, keys: Array) -> tuple[Params, Any]:
+    def gradient(
+        learner: Learner, params: Params, step: Array, tasks: Task, keys: Array
+    ) -> tuple[Params, tuple[Array, Any]]:
         """Sums over `at_once` tasks: their gradients; their losses and metrics."""
 
         def total(params: Params) -> tuple[Array, Any]:
@@ -172,6 +179,11 @@ def meta_step(
 
         return jax.grad(total, has_aux=True)(params)
 
+    def gradients(*given: Any) -> tuple[list[Params], tuple[Array, Any]]:
+        """Those of all learners; the losses and metrics of the one that is trained."""
+        found = [gradient(each, *given) for each in (learner, compared_to) if each is not None]
+        return [grads for grads, _ in found], found[0][1]
+
     def step(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         first = sharding.device_index(devices) * own
         keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(own))
@@ -182,22 +194,25 @@ def meta_step(
         if (given := tasks.query.y.shape[0]) != own:
             raise ValueError(f"tasks: got a batch of {given * len(devices)}, and meta_batch is {meta_batch}")
         if at_once == own:
-            sums = gradient(state.params, state.step, tasks, keys[:, 1])
+            sums = gradients(state.params, state.step, tasks, keys[:, 1])
         else:
 
-            def accumulate(grads: Params, chunk: tuple[Task, Array]) -> tuple[Params, Any]:
-                new, values = gradient(state.params, state.step, *chunk)
+            def accumulate(grads: list[Params], chunk: tuple[Task, Array]) -> tuple[list[Params], Any]:
+                new, values = gradients(state.params, state.step, *chunk)
                 return jax.tree.map(jnp.add, grads, new), values
 
             chunks = jax.tree.map(
                 lambda leaf: leaf.reshape(own // at_once, at_once, *leaf.shape[1:]), (tasks, keys[:, 1])
             )
-            grads, values = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), chunks)
+            zeros = [jax.tree.map(jnp.zeros_like, state.params)] * (1 if compared_to is None else 2)
+            grads, values = jax.lax.scan(accumulate, zeros, chunks)
             sums = grads, jax.tree.map(lambda leaf: leaf.sum(0), values)
-        grads, (loss, metrics) = sharding.sum_over_devices(sums, devices)
-        grads = jax.tree.map(lambda leaf: leaf / meta_batch, grads)
+        (total, *others), (loss, metrics) = sharding.sum_over_devices(sums, devices)
+        grads = jax.tree.map(lambda leaf: leaf / meta_batch, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        means = {name: total / jnp.maximum(count, 1) for name, (total, count) in metrics.items()}
+        means = {name: value / jnp.maximum(count, 1) for name, (value, count) in metrics.items()}
+        if others:
+            means |= alignment(total, others[0])._asdict()
         return (
             TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key),
             {"loss": loss / meta_batch, **means},

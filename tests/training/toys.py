@@ -53,8 +53,8 @@ def network(params, x):
 
 
 @cache
-def maml(width=8, step_size=0.05, poison=None, on_trace=None):
-    """One-step second-order MAML of a small network; `poison(step)` is added to the loss."""
+def maml(width=8, step_size=0.05, poison=None, on_trace=None, order="second"):
+    """One-step MAML of a small network; `poison(step)` is added to the loss."""
 
     def init(key, task):
         hidden_key, out_key = jax.random.split(key)
@@ -66,6 +66,8 @@ def maml(width=8, step_size=0.05, poison=None, on_trace=None):
 
     def adapt(params, support, key):
         grads = jax.grad(lambda p: mse(network(p, support.x), support.y))(params)
+        if order == "first":
+            grads = jax.lax.stop_gradient(grads)
         return jax.tree.map(lambda p, g: p - step_size * g, params, grads)
 
     def predict(params, adapted, x, mask=None):

@@ -1,0 +1,101 @@
+"""How far two meta-gradients of the same parameters are apart: the true one and the first-order one, say."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxmeta.core import Key, Learner, Params, PyTree, Source, TaskDistribution, episode_keys
+from jaxmeta.training import sharding
+
+
+class Alignment(NamedTuple):
+    """Of two meta-gradients.
+
+    Attributes:
+      cosine: of the angle between them: 1 where they point the same way, 0 where either is zero.
+      norm_ratio: ‖the first‖ / ‖the second‖.
+    """
+
+    cosine: Float[Array, ""] | float
+    norm_ratio: Float[Array, ""] | float
+
+
+def alignment(first: PyTree, second: PyTree) -> Alignment:
+    """Cosine and ratio of norms of two trees of one structure."""
+
+    def unit(tree: PyTree) -> tuple[PyTree, Array, Array]:
+        # The largest entry comes out first: the square of 1e-20 is zero in float32.
+        largest = jnp.maximum(optax.tree.norm(tree, ord="inf"), jnp.finfo(dtype).tiny)
+        scaled = optax.tree.scale(1 / largest, tree)
+        return scaled, largest, jnp.maximum(optax.tree.norm(scaled), jnp.finfo(dtype).tiny)
+
+    dtype = jnp.result_type(*jax.tree.leaves(first))
+    (a, large_a, norm_a), (b, large_b, norm_b) = unit(first), unit(second)
+    return Alignment(optax.tree.vdot(a, b) / (norm_a * norm_b), large_a / large_b * (norm_a / norm_b))
+
+
+def meta_gradient_alignment(
+    learner: Learner,
+    compared_to: Learner,
+    params: Params,
+    tasks: TaskDistribution,
+    *,
+    episodes: int = 200,
+    key: Key,
+) -> Alignment:
+    r"""Compares the mean meta-gradients of two learners over the same episodes.
+
+    With MAML and its first-order version, cos(g_MAML, g_FOMAML) tells how far first order is off course,
+    and ‖g_MAML‖ / ‖g_FOMAML‖ how much the factors ∏(I − αH_j) shrink or stretch: a ratio that grows
+    without bound is that of an inner step size too large.
+
+    Args:
+      learner: of which `loss` gives the first meta-gradient.
+      compared_to: another one of the same parameters.
+      params: where both are taken.
+      tasks: episode i is drawn with `fold_in(key, i)`.
+      episodes: over which both are averaged.
+      key: of the whole comparison.
+
+    Returns:
+      An `Alignment` of two numbers. To follow them in training, give `compared_to` to `jm.train`.
+
+    Raises:
+      ValueError: `episodes` below 1, or gradients that are not of one structure.
+
+    Examples:
+      >>> import optax
+      >>> import jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid(shots=10, queries=10)
+      >>> network = jm.nn.MLP(out=1)
+      >>> maml, fomaml = (make(network, loss=jm.losses.mse) for make in (jm.maml, jm.fomaml))
+      >>> params = maml.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> found = meta_gradient_alignment(maml, fomaml, params, tasks, episodes=20, key=jax.random.key(2))
+      >>> -1 <= found.cosine <= 1
+      True
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    found = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
+    return Alignment(*map(float, found))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _alignment(
+    learner: Learner, compared_to: Learner, episodes: int, params: Params, sample: Source, key: Key
+) -> Alignment:
+    def accumulate(sums: PyTree, keys: Array) -> tuple[PyTree, None]:
+        task = sample(keys[0])  # type: ignore[operator]
+        grads = [
+            jax.grad(lambda params: each.loss(params, task, keys[1])[0])(params)  # noqa: B023
+            for each in (learner, compared_to)
+        ]
+        return jax.tree.map(jnp.add, sums, grads), None
+
+    zeros = [jax.tree.map(jnp.zeros_like, params)] * 2
+    sums, _ = jax.lax.scan(accumulate, zeros, episode_keys(key, jnp.arange(episodes)))
+    return alignment(*sums)

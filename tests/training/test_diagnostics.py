@@ -1,0 +1,129 @@
+"""Cosine and ratio of norms between two meta-gradients: closed forms, and as a training metric."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+import jaxmeta as jm
+from jaxmeta.training.diagnostics import alignment
+from jaxmeta.training.sharding import replicate
+
+KEY = jax.random.key(0)
+
+
+def from_support_loss(support_loss, query_loss, params, steps, rate, order):
+    """A learner of fixed losses, whatever the task."""
+    adapt = jm.inner_loop(lambda theta, _: support_loss(theta), optax.sgd(rate), steps, order=order)
+
+    def loss(params, task, key, step=None):
+        value = query_loss(adapt(params, None)[0])
+        return value, {"mse": (value, jnp.ones_like(value))}
+
+    return jm.Learner(lambda key, task: params, lambda *_: None, lambda *_: None, loss)
+
+
+def both(*arguments):
+    return [from_support_loss(*arguments, order) for order in ("second", "first")]
+
+
+def test_on_a_line_the_ratio_is_the_product_of_the_factors():
+    """g_MAML = (1 − αa)^n g_FOMAML: a cosine of ±1."""
+    for rate, steps, cosine, ratio in (
+        (0.1, 1, 1, 0.8),
+        (0.1, 3, 1, 0.512),
+        (0.7, 1, -1, 0.4),
+        (0.7, 2, 1, 0.16),
+    ):
+        learners = both(lambda t: (t - 1) ** 2, lambda t: 0.5 * (t - 3) ** 2, jnp.zeros(()), steps, rate)
+        found = jm.meta_gradient_alignment(*learners, jnp.zeros(()), toys.sinusoid(), episodes=3, key=KEY)
+        np.testing.assert_allclose(found, (cosine, ratio), rtol=1e-5)
+
+
+def test_in_the_plane():
+    """g_MAML = (−0.148, 1.804) and g_FOMAML = (1, 2)."""
+    start = jnp.array([1.0, 2.0])
+    learners = both(lambda t: t[0] ** 2 * t[1], lambda t: t[0] + 2 * t[1], start, 2, 0.1)
+    found = jm.meta_gradient_alignment(*learners, start, toys.sinusoid(), episodes=2, key=KEY)
+    true, first = np.array([-0.148, 1.804]), np.array([1.0, 2.0])
+    norms = np.linalg.norm(true), np.linalg.norm(first)
+    np.testing.assert_allclose(found, (true @ first / (norms[0] * norms[1]), norms[0] / norms[1]), rtol=1e-5)
+
+
+def test_it_is_of_the_mean_gradients_over_the_episodes():
+    maml, fomaml = toys.maml(), toys.maml(order="first")
+    tasks = toys.sinusoid()
+    params = maml.init(KEY, tasks.sample(KEY))
+    found = jm.meta_gradient_alignment(maml, fomaml, params, tasks, episodes=5, key=KEY)
+    means = []
+    for learner in (maml, fomaml):
+        grads = []
+        for index in range(5):
+            task_key, learner_key = jax.random.split(jax.random.fold_in(KEY, index))
+            task = tasks.sample(task_key)
+            grads.append(jax.grad(lambda p: learner.loss(p, task, learner_key)[0])(params))  # noqa: B023
+        means.append(
+            np.concatenate(
+                [np.ravel(sum(leaves)) for leaves in zip(*map(jax.tree.leaves, grads), strict=True)]
+            )
+        )
+    norms = [np.linalg.norm(mean) for mean in means]
+    np.testing.assert_allclose(found.cosine, means[0] @ means[1] / np.prod(norms), rtol=1e-4)
+    np.testing.assert_allclose(found.norm_ratio, norms[0] / norms[1], rtol=1e-4)
+    assert found.cosine < 0.999
+    same = jm.meta_gradient_alignment(maml, maml, params, tasks, episodes=5, key=KEY)
+    np.testing.assert_allclose(same, (1, 1), rtol=1e-5)
+
+
+def test_sizes_that_have_no_square_in_float32():
+    for size in (1e-30, 1.0, 1e30):
+        a, b = {"w": size * jnp.array([1.0, 1.0])}, {"w": size * jnp.array([2.0, 0.0])}
+        np.testing.assert_allclose(alignment(a, b), (0.5**0.5, 0.5**0.5), rtol=1e-5)
+    zero = alignment({"w": jnp.zeros(2)}, {"w": jnp.ones(2)})
+    assert (zero.cosine, zero.norm_ratio) == (0, 0)
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("vmap", 1), ("scan", 1), (3, 2)])
+def test_as_a_training_metric_it_costs_a_gradient_and_changes_nothing(strategy, devices):
+    if len(jax.devices()) < devices:
+        pytest.skip("needs 2 devices (jax_num_cpu_devices)")
+    tasks, optimizer = toys.sinusoid(), optax.sgd(0.1)
+    maml, fomaml = toys.maml(), toys.maml(order="first")
+    used = tuple(jax.devices()[:devices])
+
+    def one_step(**settings):
+        state = replicate(jm.init_state(maml, optimizer, tasks, KEY), used)
+        step = jax.jit(jm.meta_step(maml, optimizer, 6, strategy, devices=used, **settings))
+        return jax.device_get(step(state, tasks.sample))
+
+    plain, metrics = one_step()
+    diagnosed, more = one_step(compared_to=fomaml)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), diagnosed.params, plain.params)
+    assert set(more) == {*metrics, "cosine", "norm_ratio"}
+    # The meta-gradients of SGD's updates.
+    moved = {}
+    for name, learner in (("second", maml), ("first", fomaml)):
+        state = jm.init_state(maml, optimizer, tasks, KEY)
+        after, _ = jax.jit(jm.meta_step(learner, optimizer, 6, "vmap", devices=jax.devices()[:1]))(
+            state, tasks.sample
+        )
+        moved[name] = jax.tree.map(jnp.subtract, state.params, after.params)
+    np.testing.assert_allclose(
+        (more["cosine"], more["norm_ratio"]), alignment(moved["second"], moved["first"]), rtol=1e-3
+    )
+
+
+def test_train_reports_it():
+    seen = []
+    jm.train(
+        toys.maml(), toys.sinusoid(), optax.sgd(0.1), steps=2, meta_batch=2, key=KEY, log_every=1,
+        compared_to=toys.maml(order="first"), report=seen.append,
+    )  # fmt: skip
+    assert all(0 < event.metrics["cosine"] <= 1.0001 and event.metrics["norm_ratio"] > 0 for event in seen)
+
+
+def test_no_episodes_are_refused():
+    with pytest.raises(ValueError, match="episodes: got 0"):
+        jm.meta_gradient_alignment(toys.maml(), toys.maml(), {}, toys.sinusoid(), episodes=0, key=KEY)
