@@ -31,6 +31,24 @@ MAY_CHANGE = (
     "jaxmeta",
 )
 
+# Settings that the first runs did not have yet, and what they mean for those.
+_LATER = {
+    field.name: field.default
+    for field in dataclasses.fields(Preset)
+    if field.name
+    in (
+        "inner_batch",
+        "memory",
+        "truncation",
+        "proximal",
+        "cg_steps",
+        "damping",
+        "anneal",
+        "first_order",
+        "diagnose",
+    )
+}
+
 
 def fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
     flags = settled(flags)
@@ -194,7 +212,7 @@ def stored(folder: Path) -> tuple[dict, Preset]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run: there is no {path}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = {**_LATER, **json.loads(path.read_text(encoding="utf-8"))}
         names = [field.name for field in dataclasses.fields(Preset)]
         # The last two are no settings, but runs of an earlier version lack them.
         kept = {name: config[name] for name in (*names, "split_hash", "images")}

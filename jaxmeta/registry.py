@@ -139,6 +139,7 @@ NETWORKS: dict[str, Callable[[int], Any]] = {
     "resnet12": lambda out: nn.ResNet12(ways=out),
     "mlp": lambda out: nn.MLP(out=out, hidden=(256, 128, 64, 64), norm=True),
     "mlp-40": lambda out: nn.MLP(out=out),
+    "linear": lambda out: nn.MLP(out=out, hidden=(), use_bias=False),
 }
 
 

@@ -146,6 +146,12 @@ TASKS: dict[str, TaskSpec] = {
         lambda split, settings, shape, data: tasks.harmonic(split, **shape),
         takes=(),
     ),
+    "quadratics": TaskSpec(
+        "quadratic functions of 10 variables, to be minimised by learned optimizers; needs no data",
+        "quadratics",
+        lambda split, settings, shape, data: tasks.quadratics(split, dim=shape["shots"]),
+        takes=(),
+    ),
     "folder:PATH": TaskSpec(
         "a folder of one's own images, one subfolder a class",
         "folder",

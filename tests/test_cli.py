@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxmeta as jm
-from jaxmeta import registry, runs
+from jaxmeta import config, registry, runs
 from jaxmeta.cli import EvaluateFlags, TrainFlags, main
 from jaxmeta.training import load_params
 
@@ -224,10 +224,23 @@ def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
+def test_a_run_from_before_a_setting_was_there_is_read(run, tmp_path):
+    older = json.loads((run / "config.json").read_text())
+    for name in ("proximal", "memory", "diagnose"):
+        del older[name]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    _, settings = config.stored(tmp_path)
+    assert settings == config.stored(run)[1]
+    del older["learner"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"damaged, or of another version .*learner"):
+        config.stored(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("train", [*TrainFlags.__annotations__, "resume", "stream", "skip_unreadable"]),
+        ("train", [*TrainFlags.__annotations__, "resume", "stream", "skip_unreadable", "diagnose"]),
         ("predict", ("support", "query", "json", "invert", "skip_unreadable")),
         ("evaluate", EvaluateFlags.__annotations__),
         ("compare", [*TrainFlags.__annotations__, "resume"]),

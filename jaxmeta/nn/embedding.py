@@ -161,13 +161,15 @@ class StridedConv4(linen.Module):
 
 
 class MLP(linen.Module):
-    """Fully connected ReLU network.
+    """Fully connected network.
 
     Attributes:
       out: width of the output layer (named "head").
       hidden: widths of the hidden layers. (40, 40) is MAML's sinusoid network, 1,761 parameters;
         (256, 128, 64, 64) with `norm` its Omniglot network without convolutions.
-      norm: batch normalisation before every ReLU.
+      norm: batch normalisation before every activation.
+      activation: after every hidden layer.
+      use_bias: whether layers have biases.
       kernel_init: of every layer. The default is that of MAML's official code, a truncated normal
         distribution of standard deviation 0.01, from which the first thousand meta-steps on
         sinusoids show little progress.
@@ -176,6 +178,8 @@ class MLP(linen.Module):
     out: int
     hidden: Sequence[int] = (40, 40)
     norm: bool = False
+    activation: Callable = jax.nn.relu
+    use_bias: bool = True
     kernel_init: Callable = linen.initializers.truncated_normal(0.01)
 
     @linen.compact
@@ -184,6 +188,6 @@ class MLP(linen.Module):
     ) -> Float[Array, "n out"]:
         x = x.reshape(x.shape[0], -1)
         for width in self.hidden:
-            x = linen.Dense(width, kernel_init=self.kernel_init)(x)
-            x = jax.nn.relu(BatchNorm()(x, mask) if self.norm else x)
-        return linen.Dense(self.out, kernel_init=self.kernel_init, name="head")(x)
+            x = linen.Dense(width, self.use_bias, kernel_init=self.kernel_init)(x)
+            x = self.activation(BatchNorm()(x, mask) if self.norm else x)
+        return linen.Dense(self.out, self.use_bias, kernel_init=self.kernel_init, name="head")(x)

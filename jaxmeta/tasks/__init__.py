@@ -14,6 +14,7 @@ from jaxmeta.tasks.official import (
 )
 from jaxmeta.tasks.omniglot import omniglot, omniglot_split
 from jaxmeta.tasks.prepared import Prepared, from_prepared
+from jaxmeta.tasks.quadratics import quadratics
 from jaxmeta.tasks.sinusoid import sinusoid
 from jaxmeta.tasks.splits import ClassSplit
 from jaxmeta.tasks.stream import stream
@@ -39,6 +40,7 @@ __all__ = [
     "omniglot_split",
     "prepare_folder",
     "prepare_tfds",
+    "quadratics",
     "sinusoid",
     "stream",
 ]

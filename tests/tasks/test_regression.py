@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmeta as jm
 from jaxmeta.losses import mse
 from jaxmeta.tasks.harmonic import harmonic
+from jaxmeta.tasks.quadratics import quadratics
 from jaxmeta.tasks.sinusoid import sinusoid
 
 SOURCES = [sinusoid, harmonic]
@@ -164,3 +166,30 @@ def test_bad_input(source, settings, message):
 def test_empty_ranges(name):
     with pytest.raises(ValueError, match=f"{name} must be .* got"):
         sinusoid(**{name: (2.0, 1.0)})
+
+
+def test_quadratics_are_those_of_the_official_code():
+    tasks = quadratics("test")
+    assert (tasks.card.tasks, tasks.card.kind, tasks.card.shots) == ("quadratics", "regression", 10)
+    drawn = many(tasks, 500)
+    for values in (drawn.support.x, drawn.support.y):
+        assert values.dtype == jnp.float32
+        assert 0 <= values.min() < 0.01
+        assert 0.99 < values.max() < 1
+        np.testing.assert_allclose((values.mean(), values.var()), (1 / 2, 1 / 12), atol=0.01)
+    jax.tree.map(np.testing.assert_array_equal, drawn.support, drawn.query)
+    # ‖Wθ − y‖², as the loss of a linear network.
+    task = jax.tree.map(lambda leaf: leaf[0], drawn)
+    theta = np.random.default_rng(0).normal(size=10)
+    outputs = jm.nn.as_model(jm.nn.MLP(out=1, hidden=(), use_bias=False)).apply(
+        {"head": {"kernel": jnp.asarray(theta, jnp.float32)[:, None]}}, task.support.x
+    )
+    expected = np.square(np.asarray(task.support.x) @ theta - np.asarray(task.support.y)[:, 0]).sum()
+    np.testing.assert_allclose(10 * mse(outputs, task.support.y), expected, rtol=1e-5)
+    assert quadratics(dim=3).sample(jax.random.key(0)).support.x.shape == (3, 3)
+    first = [
+        quadratics(split).sample(jax.random.key(0)).support.y for split in ("train", "validation", "test")
+    ]
+    assert all(jnp.abs(a - b).min() > 0 for i, a in enumerate(first) for b in first[:i])
+    with pytest.raises(ValueError, match="dim must be a whole number of at least 1, got 0"):
+        quadratics(dim=0)

@@ -1,0 +1,53 @@
+"""Random quadratic functions: what learned optimizers are first tried on."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxmeta.core import Batch, Key, Task, TaskDistribution
+from jaxmeta.tasks.sinusoid import PointCounts, check_count, regression_card, split_stream
+
+
+def quadratics(split: str = "train", *, dim: int = 10) -> TaskDistribution:
+    """Functions `f(θ) = ‖Wθ − y‖²` of `dim` variables, with entries of `W` and `y` ~ U[0, 1).
+
+    As a regression task the rows of `W` are its examples and `θ` a linear network without bias,
+    `jm.nn.MLP(out=1, hidden=(), use_bias=False)`: `jm.losses.mse` is then `f/dim`. A function has nothing
+    to be judged on but itself: the query set is the support set.
+
+    Args:
+      split: "train", "validation" or "test". Nothing is held out but the random stream: one key
+        gives other functions in each.
+      dim: number of variables and of rows; 10 in the paper.
+
+    Returns:
+      Tasks with `x` = W `(dim, dim)` and `y` `(dim, 1)`, float32.
+
+    Raises:
+      ValueError: an unknown split, or `dim` below 1.
+
+    Examples:
+      >>> import jax
+      >>> task = quadratics("test").sample(jax.random.key(0))
+      >>> task.support.x.shape, task.support.y.shape
+      ((10, 10), (10, 1))
+
+    References:
+      Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016, section 3.1; the
+      distribution is the official code's (the paper has Gaussian entries).
+    """
+    check_count("dim", dim, 1)
+    card = regression_card(
+        "quadratics", split, dim, dim, "Andrychowicz et al. 2016, section 3.1, as in its code"
+    )
+    return TaskDistribution(
+        jax.tree_util.Partial(draw_quadratic, PointCounts(dim, dim), split_stream(split)), card
+    )
+
+
+def draw_quadratic(counts: PointCounts, stream: Int[Array, ""], key: Key) -> Task:
+    """One function."""
+    dim = counts.shots
+    values = jax.random.uniform(jax.random.fold_in(key, stream), (dim, dim + 1), jnp.float32)
+    batch = Batch(values[:, :dim], values[:, dim:])
+    return Task(batch, batch)
