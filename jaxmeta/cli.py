@@ -74,11 +74,19 @@ class TrainFlags(TypedDict, total=False):
     split_seed: Annotated[int, _flag("of a class split by fractions", "S", "(default: 0)")]
     workers: Annotated[int, _flag("processes that read a stream", "N", "(default: 0, threads)")]
     network: Annotated[
-        str, _flag("strided-conv4, conv4, conv4-32, resnet12, mlp", "NAME", "(default: the preset's)")
+        str,
+        _flag(
+            "strided-conv4, strided-conv4-flat, conv4, conv4-32, resnet12, mlp",
+            "NAME",
+            "(default: the preset's)",
+        ),
     ]
     norm: Annotated[
-        Literal["batch", "support"],
-        _flag("whose statistics normalise the queries in training: support for `jaxmeta predict`"),
+        Literal["batch", "support", "episode"],
+        _flag(
+            "whose statistics normalise the queries in training: support for `jaxmeta predict` (of "
+            "lstm_meta_learner: episode)"
+        ),
     ]
     order: Annotated[
         Literal["second", "first", "implicit"],

@@ -5,6 +5,7 @@ A new learner joins by one entry of `LEARNERS`; every command and every law then
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -133,6 +134,7 @@ OUTER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 NETWORKS: dict[str, Callable[[int], Any]] = {
     "strided-conv4": lambda out: nn.StridedConv4(ways=out),
+    "strided-conv4-flat": lambda out: nn.StridedConv4(ways=out, flatten=True),
     "strided-conv4-without-scale": lambda out: nn.StridedConv4(ways=out, use_scale=False),
     "conv4": lambda out: nn.Conv4(ways=out),
     "conv4-32": lambda out: nn.Conv4(ways=out, filters=32),
@@ -193,17 +195,25 @@ _ARGUMENTS = {
 def _build(
     factory: Callable[..., Learner], own: Callable[[Preset], Mapping[str, Any]] = lambda settings: {}
 ) -> Callable[[Model, Preset, str], Learner]:
-    """Builds a method by its factory from what is set, and `own` arguments made of settings."""
+    """Builds a method by its factory from what is set, and `own` arguments made of settings.
+
+    What the factory says of an argument it then says of the flag.
+    """
 
     def build(network: Model, settings: Preset, norm: str) -> Learner:
         given = {name: getattr(settings, field) for field, name in _ARGUMENTS.items()}
-        return factory(
-            network,
-            norm=norm,
-            loss=losses.mse if settings.ways is None else losses.cross_entropy,
-            **{name: value for name, value in given.items() if value is not None},
-            **own(settings),
-        )
+        try:
+            return factory(
+                network,
+                norm=norm,
+                loss=losses.mse if settings.ways is None else losses.cross_entropy,
+                **{name: value for name, value in given.items() if value is not None},
+                **own(settings),
+            )
+        except ValueError as error:
+            argument, said = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            flags = {name: flag_of(field) for field, name in _ARGUMENTS.items()}
+            raise ValueError(flags.get(argument, argument) + said) from error
 
     return build
 

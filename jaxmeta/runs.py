@@ -75,7 +75,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
     key = jax.random.key(config["seed"])
     tasks = sources.tasks_of(settings, "train", config["data"], key)
     validation = sources.validation_tasks_of(settings, config["data"], validation_key(key))
-    test = sources.tasks_of(settings, "test", config["data"], _test_key(config["seed"]))
+    test = sources.tasks_of(settings, "test", config["data"], test_key(config["seed"]))
     if resume:
         check_data(config, tasks, out)
     else:
@@ -170,7 +170,7 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     seed, data = flags.get("seed", config["seed"]), data_of(flags, config)
     target = json_target(flags.get("json"))
     devices = _devices(flags.get("devices"), None)
-    test = sources.tasks_of(settings, "test", data, _test_key(seed))
+    test = sources.tasks_of(settings, "test", data, test_key(seed))
     check_data(config, test, folder)
     params = load_params(folder)
     result = {
@@ -215,7 +215,7 @@ def _sharing(meta_batch: int | None, most: int) -> int:
     return most if meta_batch is None else sharers(meta_batch, most)
 
 
-def _test_key(seed: int) -> Key:
+def test_key(seed: int) -> Key:
     """Of the test episodes of a run with `seed`."""
     return jax.random.fold_in(jax.random.key(seed), _TEST)
 
@@ -241,7 +241,7 @@ def _results(
             params,
             test,
             episodes=settings.episodes,
-            key=_test_key(seed),
+            key=test_key(seed),
             devices=devices,
         )
 

@@ -28,7 +28,7 @@ MEMORY_MODES = ("auto", "store", "recompute", "forward_over_reverse")
 # Beyond these bytes of intermediate values, for all steps of one task, "auto" no longer stores them. On a
 # CPU they would be written to memory and read back, which takes longer than to compute them again. An
 # accelerator has them in reach as long as they fit, and a meta-step holds dozens of tasks at once.
-CPU_STORES = 1 << 20
+CPU_STORES = 1 << 23
 ACCELERATOR_STORES = 1 << 28
 
 
@@ -95,7 +95,7 @@ def inner_loop(
         the gradient by the forward-mode derivative of the gradient (the Hessian is symmetric); it
         needs a `loss` that supports forward mode (no `jax.custom_vjp` without a JVP rule). Both have
         reverse-mode rules of their own: only "store" can itself be differentiated in forward mode.
-        "auto" is "store" where what it keeps is small: for a single step, and up to 1 MB on CPUs,
+        "auto" is "store" where what it keeps is small: for a single step, and up to 8 MB on CPUs,
         256 MB on accelerators; else "recompute". `benchmarks/memory.py` measures all modes.
       truncation: K, the number of steps between cuts, counted from the last step: no gradient flows from
         one segment of K steps into the one before, through parameters or the optimizer's state, except

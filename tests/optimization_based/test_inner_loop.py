@@ -601,8 +601,8 @@ def wide_loss(theta, x):
 @pytest.mark.parametrize(
     ("examples", "steps", "backend", "mode"),
     [
-        (5000, 10, "cpu", "recompute"),
-        (5000, 10, "gpu", "store"),
+        (20000, 10, "cpu", "recompute"),
+        (20000, 10, "gpu", "store"),
         (500000, 10, "gpu", "recompute"),
         (5000, 1, "cpu", "store"),
         (10, 10, "cpu", "store"),

@@ -1,0 +1,178 @@
+"""Trains every method by its preset and writes its numbers down beside the published ones.
+
+    python benchmarks/reproduce.py [--rows maml anil …] [--data DIR] [--out DIR] [--seed S] [--json FILE]
+
+Each row is `jaxmeta train --preset …` in a process of its own: Omniglot, 5-way 1-shot, class split
+`vinyals`, 1,000 test tasks. With one seed all rows are tested on the same tasks, so that "minus maml" is the
+mean over tasks of the difference within each, with its 95 % confidence interval. A run that is there
+already, in --out, is not trained again, one that was stopped goes on.
+
+The LSTM meta-learner also has its control, "fine-tuning": as many steps of plain SGD on the same tasks,
+from the random initialisation that its own training began with, with the best of 9 rates on validation
+tasks.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from machine import cores, describe_machine
+
+import jaxmeta as jm
+from jaxmeta import presets, runs, sources
+from jaxmeta.config import stored
+from jaxmeta.registry import LEARNERS
+
+# method -> (preset, what was published of 5-way 1-shot, its budget)
+ROWS = {
+    "maml": ("omniglot", "98.7 ± 0.4 transductive", "60,000 meta-steps of 32 tasks"),
+    "fomaml": ("omniglot-fomaml", "98.3 ± 0.5 transductive", "60,000 meta-steps of 32 tasks"),
+    "anil": ("omniglot-anil", "none at 5 ways", ""),
+    "boil": ("omniglot-boil", "none found", ""),
+    "meta_sgd": ("omniglot-meta-sgd", "99.53 ± 0.26 transductive", "60,000 meta-steps"),
+    "maml_plus_plus": ("omniglot-maml-plus-plus", "99.47 transductive", "50,000 meta-steps of 8 tasks"),
+    "reptile": (
+        "omniglot-reptile",
+        "97.68 ± 0.04 transductive, 95.39 ± 0.09 inductive",
+        "100,000 meta-steps of 5 tasks",
+    ),
+    "imaml": ("omniglot-imaml", "99.16 ± 0.35 transductive", "20,000 meta-steps of 32 tasks"),
+    "lstm_meta_learner": ("omniglot-lstm-meta-learner", "none on Omniglot", ""),
+}
+CONTROL_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+def train(method: str, args) -> Path:
+    folder = args.out / method
+    if (folder / "report.json").exists():
+        return folder
+    command = [sys.executable, "-m", "jaxmeta.cli", "train"]
+    if (folder / "config.json").exists():
+        command += ["--resume"]
+    else:
+        command += ["--preset", ROWS[method][0], "--seed", str(args.seed)]
+    data = [] if args.data is None else ["--data", str(args.data)]
+    print(f"== {method}", flush=True)
+    subprocess.run([*command, *data, "--out", str(folder)], check=True)
+    return folder
+
+
+def row_of(method: str, folder: Path) -> dict:
+    report = json.loads((folder / "report.json").read_text())
+    config = report["config"]
+    return {
+        "preset": ROWS[method][0],
+        "published": ROWS[method][1],
+        "published_budget": ROWS[method][2],
+        "accuracy": report["accuracy"],
+        **{
+            name: report[name]
+            for name in ("training_s", "steps", "best_step", "parameters", "device", "devices")
+        },
+        **{
+            name: config[name]
+            for name in ("meta_batch", "network", "inner_lr", "inner_steps", "eval_steps", "outer_lr", "seed")
+        },
+    }
+
+
+def differences(row: dict, folder: Path, to: Path) -> None:
+    """Adds to a row of results their difference to another run's, within each test task."""
+    own, others = (json.loads((each / "episodes.json").read_text()) for each in (folder, to))
+    cards = [json.loads((each / "report.json").read_text())["card"] for each in (folder, to)]
+    if cards[0] != cards[1]:
+        raise ValueError(f"{folder} and {to} were tested on other tasks")
+    row["minus_maml"] = {
+        name: jm.Evaluation.of(np.asarray(values) - np.asarray(others[name]))._asdict()
+        for name, values in own.items()
+    }
+
+
+def control(folder: Path, devices) -> dict:
+    """Plain fine-tuning from where the LSTM meta-learner began: accuracy by row, and the rate."""
+    config, settings = stored(folder)
+    key = jax.random.key(config["seed"])
+    tasks = sources.tasks_of(settings, "train", config["data"])
+    learner = presets.learner_of(settings)
+    params = jm.init_state(learner, optax.sgd(0.0), tasks, key).params
+    params = {"model": params["model"]}
+    network = LEARNERS["maml"].network(settings)
+
+    def accuracy(rate, norm, split, episodes, key):
+        tuned = jm.maml(network, inner_optimizer=optax.sgd(rate), steps=settings.eval_steps, norm=norm)
+        of = sources.tasks_of(settings, split, config["data"])
+        return jm.evaluate(tuned, params, of, episodes=episodes, key=key, devices=devices)
+
+    validation = jm.training.validation_key(key)
+    rate = max(CONTROL_RATES, key=lambda rate: accuracy(rate, "batch", "validation", 200, validation).mean)
+    test = runs.test_key(config["seed"])
+    rows = {"transductive": "batch", "inductive": "support"}
+    return {
+        "rate": rate,
+        "steps": settings.eval_steps,
+        "accuracy": {
+            name: accuracy(rate, norm, "test", settings.episodes, test)._asdict()
+            for name, norm in rows.items()
+        },
+    }
+
+
+def percent(row: dict) -> str:
+    return f"{100 * row['mean']:.2f} ± {100 * row['ci95']:.2f}"
+
+
+def table(rows: dict) -> str:
+    lines = [
+        "| method | transductive, % | inductive, % | minus maml (transductive) | published, % | budget |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for method, row in rows.items():
+        difference = row.get("minus_maml", {}).get("transductive")
+        signed = (
+            "" if difference is None else f"{100 * difference['mean']:+.2f} ± {100 * difference['ci95']:.2f}"
+        )
+        budget = (
+            f"{row['steps']:,} meta-steps of {row['meta_batch']} tasks, {row['training_s'] / 60:.0f} minutes"
+            if "meta_batch" in row
+            else f"no training; rate {row['rate']}, {row['steps']} steps"
+        )
+        found = [percent(row["accuracy"][name]) for name in ("transductive", "inductive")]
+        cells = [f"`{method}`", *found, signed, row.get("published", ""), budget]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    add("--data", type=Path, help="folder with Omniglot's archives (default: the cache, or a download)")
+    add("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write the results here")
+    args = parser.parse_args(argv)
+    folders = {method: train(method, args) for method in args.rows}
+    jax.config.update("jax_num_cpu_devices", cores())
+    rows = {}
+    for method, folder in folders.items():
+        rows[method] = row_of(method, folder)
+        if method != "maml" and "maml" in folders:
+            differences(rows[method], folder, folders["maml"])
+    if "lstm_meta_learner" in folders:
+        rows["fine-tuning"] = control(folders["lstm_meta_learner"], jax.local_devices())
+    print(table(rows))
+    if args.json:
+        machine = describe_machine(jax.local_devices())
+        report = {"machine": machine, "jaxmeta": jm.__version__, "seed": args.seed, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
