@@ -23,6 +23,7 @@ install_import_hook(
         "jaxmeta.losses",
         "jaxmeta.nn.adapters",
         "jaxmeta.nn.conv",
+        "jaxmeta.nn.coordinatewise",
         "jaxmeta.nn.embedding",
         "jaxmeta.nn.norm",
         "jaxmeta.nn.resnet",
@@ -32,6 +33,13 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """Compiled programs are memory maps, of which a process may have 65,530; a whole run makes more."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
