@@ -181,7 +181,7 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["predict", "nowhere", "--suport", "x"], "predict has no --suport; did you mean --support"),
         (["train", "--order", "third"], "--order"),
         (["train", "--order", "implicit"], '--proximal: got None; order="implicit" needs'),
-        (["train", "lstm_meta_learner", "--inner-steps", "0"], "--inner-steps must be at least 1, got 0"),
+        (["train", "--inner-steps", "0"], "--inner-steps: got 0; it must be at least 1"),
         (
             ["train", "maml_plus_plus", "--eval-steps", "9"],
             "--eval-steps: got 9; there are learned step sizes",

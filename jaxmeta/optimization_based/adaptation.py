@@ -79,15 +79,17 @@ def adaptation(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if eval_steps is not None and eval_steps < 0:
+        raise ValueError(f"eval_steps must be at least 0, got {eval_steps}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     _check_hyper(inner_optimizer, hyper, order)
     model = as_model(model)
     eval_steps = steps if eval_steps is None else eval_steps
-    if norm == "episode" and min(steps, eval_steps) < 1:
-        raise ValueError(
-            'norm: "episode" is an average over inner steps; steps and eval_steps must be at least 1'
-        )
+    if norm == "episode" and eval_steps < 1:
+        raise ValueError('norm: "episode" is an average over inner steps; eval_steps must be at least 1')
 
     def outputs_of(weights: Params, batch: Batch, stats: PyTree = None, key: Key | None = None) -> jax.Array:
         outputs, _ = forward(model, weights, batch.x, mask=batch.mask, stats=stats, key=key)

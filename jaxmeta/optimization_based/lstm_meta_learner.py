@@ -49,7 +49,7 @@ def lstm_meta_learner(
         normalises the queries by their own, which is the default.
 
     Raises:
-      ValueError: `steps` or `hidden` below 1, an unknown `feedback`; and what `jm.maml` raises.
+      ValueError: `hidden` below 1, an unknown `feedback`; and what `jm.maml` raises.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -62,8 +62,6 @@ def lstm_meta_learner(
     References:
       Ravi & Larochelle, Optimization as a Model for Few-Shot Learning, 2017, equations 2 to 5, algorithm 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
     if hidden is not None and hidden < 1:
         raise ValueError(f"hidden must be at least 1, or None for the one-layer form, got {hidden}")
     if feedback not in FEEDBACKS:

@@ -56,8 +56,8 @@ def maml(
       hyper: initial values of the inner optimizer's meta-learned hyperparameters, any tree, or a function
         `(key, adapted leaves) -> tree`; None where there are none. For a learned step size,
         `inner_optimizer=optax.sgd, hyper=0.4`.
-      steps: n in training, at least 0.
-      eval_steps: n in `adapt`; the same as `steps` if None.
+      steps: n in training, at least 1.
+      eval_steps: n in `adapt`, at least 0; the same as `steps` if None.
       batch_size: support examples in each inner step, taken in turns from a random order; all if None.
       order: "second", "first" or "implicit" (see `jm.inner_loop`).
       memory, truncation, proximal, cg_steps, damping: of the inner loop and its derivative (see
@@ -76,9 +76,9 @@ def maml(
       A `Learner`.
 
     Raises:
-      ValueError: an unknown `norm`; `hyper` without a function that takes it, or the other way round, or
-        under "implicit"; `adapts` picks no leaf; the outputs are not `(n, ways)`; "population" asked of
-        params that were not calibrated; and what `jm.inner_loop` raises.
+      ValueError: an unknown `norm`; `steps` below 1 or `eval_steps` below 0; `hyper` without a function that
+        takes it, or the other way round, or under "implicit"; `adapts` picks no leaf; the outputs are not
+        `(n, ways)`; "population" asked of params that were not calibrated; and what `jm.inner_loop` raises.
 
     Examples:
       >>> import jax, optax, jaxmeta as jm

@@ -44,8 +44,8 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
     params = init(learner)
 
     def query_loss(fast):
-        # No inner step: what remains is the query loss at `fast`.
-        still = jm.maml(network(), steps=0, norm=norm)
+        # A step of size 0: what remains is the query loss at `fast`.
+        still = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
         return still.loss({"model": fast}, of, KEY)[0]
 
     adapted = learner.adapt(params, of.support, KEY)
@@ -227,8 +227,8 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
         ({"norm": "layer"}, "norm must be one of .* got 'layer'"),
         ({"order": "third"}, "order must be one of"),
         ({"memory": "none"}, "memory must be one of"),
-        ({"steps": -1}, "steps must be at least 0, got -1"),
-        ({"eval_steps": -2}, "steps must be at least 0, got -2"),
+        ({"steps": -1}, "steps must be at least 1, got -1"),
+        ({"eval_steps": -2}, "eval_steps must be at least 0, got -2"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings, says):

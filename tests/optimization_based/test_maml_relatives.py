@@ -33,8 +33,9 @@ SGD = optax.sgd(0.5)
 
 
 def query_loss(weights, of, norm="batch"):
-    """The query loss at given weights, by a MAML that takes no step."""
-    return jm.maml(network(), steps=0, norm=norm).loss({"model": weights}, of, KEY)[0]
+    """The query loss at given weights, by a MAML whose step has size 0."""
+    still = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
+    return still.loss({"model": weights}, of, KEY)[0]
 
 
 def differs_by_finite_differences(learner, params, of, step=None, atol=1e-8):
@@ -295,9 +296,24 @@ def test_reptile_moves_to_where_tasks_are_learned_quickly():
     assert losses[-1] < 0.6 * losses[0], losses
 
 
-def test_reptile_without_a_step_is_refused():
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        jm.reptile(network(), steps=0)
+@pytest.mark.parametrize(
+    "make",
+    [
+        jm.maml,
+        jm.fomaml,
+        jm.anil,
+        jm.boil,
+        jm.meta_sgd,
+        jm.imaml,
+        jm.maml_plus_plus,
+        jm.reptile,
+        jm.lstm_meta_learner,
+    ],
+)
+def test_a_training_without_a_step_is_refused(make):
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
+            make(network(), steps=steps)
 
 
 # --- Mini-batches ----------------------------------------------------------------------------------
@@ -567,7 +583,7 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
             {"inner_optimizer": optax.sgd, "hyper": 0.1, "order": "implicit", "proximal": 1.0},
             "hyper: got hyperparameters to learn under",
         ),
-        ({"norm": "episode", "steps": 0}, 'norm: "episode" is an average over inner steps'),
+        ({"norm": "episode", "eval_steps": 0}, 'norm: "episode" is an average over inner steps'),
     ],
 )
 def test_hyperparameters_and_their_optimizer_must_fit(settings, says):
@@ -580,7 +596,8 @@ def test_episode_statistics_are_a_running_average_over_the_inner_steps():
     params, of = init(learner), task()
     mean, var = np.zeros(5), np.ones(5)
     for n in range(3):
-        weights = jm.maml(network(), inner_optimizer=SGD, steps=n).adapt(params, of.support, KEY)["model"]
+        shorter = jm.maml(network(), inner_optimizer=SGD, eval_steps=n)
+        weights = shorter.adapt(params, of.support, KEY)["model"]
         hidden = of.support.x @ weights["Dense_0"]["kernel"] + weights["Dense_0"]["bias"][None]
         mean, var = 0.1 * mean + 0.9 * hidden.mean(0), 0.1 * var + 0.9 * hidden.var(0)
     found = learner.adapt(params, of.support, KEY)["stats"]["BatchNorm_0"]
