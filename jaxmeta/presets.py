@@ -286,7 +286,7 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         ("meta_batch", 1),
         ("episodes", 2),
         ("validate_every", 1),
-        ("inner_steps", 0),
+        ("inner_steps", 1),
         ("eval_steps", 0),
         ("inner_lr", 0),
         ("inner_batch", 1),
