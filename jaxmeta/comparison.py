@@ -102,6 +102,10 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
             raise ValueError(f"LEARNER: got {learner} twice; name each learner once")
     flags = settled(flags)
     given_out = flags.pop("out", None)
+    # The budget of the preset goes for all, what some have of their own notwithstanding.
+    chosen = {name: flags[name] for name in ("tasks",) if name in flags}
+    _, base = presets.settings_of(chosen, preset=flags.get("preset"))
+    flags = {"steps": base.steps, "meta_batch": base.meta_batch, **flags}
     own_flags = {learner: _own(flags, learner, learners) for learner in learners}
     settings = {
         learner: presets.settings_of(own_flags[learner], learner=learner, preset=flags.get("preset"))[1]

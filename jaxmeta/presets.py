@@ -203,6 +203,8 @@ _METHOD_FIELDS = (
 _SOURCE_FIELDS = (
     "ways",
     "train_ways",
+    "queries",
+    "train_queries",
     "protocol",
     "rotations",
     "data",
@@ -226,16 +228,20 @@ def of_learner(preset: Preset, name: str) -> Preset:
     unused = {
         field: () if field == "report_steps" else None for field in _METHOD_FIELDS if field not in spec.takes
     }
-    return dataclasses.replace(preset, **{**unused, **spec.defaults(preset)}, learner=name)
+    shots = preset.train_shots * spec.train_shots // LEARNERS[preset.learner].train_shots
+    return dataclasses.replace(
+        preset, **{**unused, "train_shots": shots, **spec.defaults(preset)}, learner=name
+    )
 
 
-# Each method as `train METHOD --tasks omniglot` has it.
+# Each method as `train METHOD --tasks omniglot` has it; a network of this size is too large to learn
+# an optimizer on in hours.
 PRESETS |= {
     f"omniglot-{name.replace('_', '-')}": dataclasses.replace(
         of_learner(PRESETS["omniglot"], name), description=f"Omniglot, 5-way 1-shot: {spec.description}"
     )
     for name, spec in LEARNERS.items()
-    if name != PRESETS["omniglot"].learner
+    if name not in (PRESETS["omniglot"].learner, "learned_optimizer")
 }
 
 
@@ -244,7 +250,8 @@ def settings_of(
 ) -> tuple[str, Preset]:
     """A preset's name and its settings with `flags` (fields of `Preset`, and "data") in their place.
 
-    `ways`, `shots` and `queries` go for training too unless `train_…` is given.
+    `ways`, `shots` (times what the learner trains with) and `queries` go for training too unless `train_…`
+    is given.
 
     Raises:
       ValueError: an unknown name; a flag that the learner or the tasks have no use for, or a value
@@ -257,8 +264,11 @@ def settings_of(
         raise ValueError(
             f"--tasks: got {flags['tasks']}, but preset {preset} is for {base.tasks}; leave one out"
         )
+    settings = of_learner(base, learner or base.learner)
     training = {f"train_{field}": flags[field] for field in ("ways", "shots", "queries") if field in flags}
-    return preset, revised(of_learner(base, learner or base.learner), {**training, **flags})
+    if "train_shots" in training:
+        training["train_shots"] *= LEARNERS[settings.learner].train_shots
+    return preset, revised(settings, {**training, **flags})
 
 
 def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
@@ -303,6 +313,13 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         if value is not None and not value >= least:
             raise ValueError(f"{flag_of(field)}: got {value}; it must be at least {least}")
     lookup("--network", settings.network, NETWORKS)
+    if settings.inner_lr is None and "inner_lr" in spec.takes:
+        raise ValueError(
+            f"--inner-lr: the preset, made for another method, has none for {settings.learner}; give one"
+        )
+    for field in ("cg_steps", "damping"):
+        if getattr(settings, field) is not None and settings.order not in (None, "implicit"):
+            raise ValueError(f"{flag_of(field)}: is of --order implicit, and the order is {settings.order}")
     if settings.norm not in spec.norms.values():
         raise ValueError(
             f"--norm: got {settings.norm}; {settings.learner} has {', '.join(spec.norms.values())}"

@@ -160,6 +160,7 @@ class LearnerSpec:
       zero_shot: whether it can learn from class metadata alone.
       network: default network, from the settings.
       outer: outer optimizer, a name in `OUTER_OPTIMIZERS`.
+      train_shots: support examples in training for each one of the protocol.
       defaults: settings that this learner has in place of those of a preset made for another.
     """
 
@@ -175,6 +176,7 @@ class LearnerSpec:
     zero_shot: bool = False
     network: Callable[[Preset], Model] = _network
     outer: str = "Adam"
+    train_shots: int = 1
     defaults: Callable[[Preset], Mapping[str, Any]] = lambda preset: {}
 
 
@@ -254,7 +256,6 @@ def _reptile_defaults(preset: Preset) -> dict[str, Any]:
         "inner_steps": 5,
         "eval_steps": 20,
         "inner_batch": 10,
-        "train_shots": 10 * preset.train_shots,
         "outer_lr": 1.0,
         "schedule": "linear",
     }
@@ -298,14 +299,14 @@ LEARNERS: dict[str, LearnerSpec] = {
         "optimization-based",
         "MAML that adapts the head alone (Raghu et al. 2020)",
         _build(anil, _sgd),
-        takes=(*_UNROLLED, *_ORDER),
+        takes=(*_UNROLLED, *_ORDER, *_IMPLICIT),
     ),
     "boil": LearnerSpec(
         boil,
         "optimization-based",
         "MAML that adapts the body alone (Oh et al. 2021)",
         _build(boil, _sgd),
-        takes=(*_UNROLLED, *_ORDER),
+        takes=(*_UNROLLED, *_ORDER, *_IMPLICIT),
     ),
     "meta_sgd": LearnerSpec(
         meta_sgd,
@@ -319,7 +320,7 @@ LEARNERS: dict[str, LearnerSpec] = {
         "optimization-based",
         "MAML with implicit gradients (Rajeswaran et al. 2019)",
         _build(imaml, _sgd),
-        takes=(*_DESCENT, *_IMPLICIT),
+        takes=(*_STEPS, "inner_lr", *_IMPLICIT),
         defaults=_imaml_defaults,
     ),
     "maml_plus_plus": LearnerSpec(
@@ -343,6 +344,7 @@ LEARNERS: dict[str, LearnerSpec] = {
         _build(reptile, _sgd),
         takes=_DESCENT,
         outer="SGD",
+        train_shots=10,
         defaults=_reptile_defaults,
     ),
     "lstm_meta_learner": LearnerSpec(
@@ -358,7 +360,8 @@ LEARNERS: dict[str, LearnerSpec] = {
         learned_optimizer,
         "optimization-based",
         "gradient descent learned by gradient descent, for training from scratch (Andrychowicz et al. 2016)",
-        _build(learned_optimizer),
+        # As in the paper; the official code has a tenth of it.
+        _build(learned_optimizer, lambda settings: {"scale": 0.1}),
         takes=(*_STEPS, *_ORDER, "inner_batch", "memory", "truncation"),
         defaults=lambda preset: {
             "inner_steps": 100,

@@ -35,12 +35,13 @@ class TaskSpec:
     description: str
     preset: str
     build: Callable[[str, Preset, dict[str, Any], str | None], TaskDistribution | SplitImages]
-    takes: tuple[str, ...] = ("ways", "train_ways")
+    takes: tuple[str, ...] = ("ways", "train_ways", "queries", "train_queries")
     has_validation: Callable[[Preset], bool] = lambda settings: True
     ink: bool = False
 
 
-_IMAGES = ("ways", "train_ways", "stream", "workers")
+_QUERIES = ("queries", "train_queries")
+_IMAGES = ("ways", "train_ways", *_QUERIES, "stream", "workers")
 _OWN_IMAGES = (*_IMAGES, "rotations", "image_size", "channels", "classes", "split_seed")
 
 
@@ -130,7 +131,7 @@ TASKS: dict[str, TaskSpec] = {
         lambda split, settings, shape, data: tasks.omniglot(
             split, **shape, data=data, protocol=str(settings.protocol), rotations=settings.rotations
         ),
-        takes=("ways", "train_ways", "protocol", "rotations", "data"),
+        takes=("ways", "train_ways", *_QUERIES, "protocol", "rotations", "data"),
         has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
         ink=True,
     ),
@@ -138,18 +139,18 @@ TASKS: dict[str, TaskSpec] = {
         "regression of sine waves of random amplitude and phase; needs no data",
         "sinusoid",
         lambda split, settings, shape, data: tasks.sinusoid(split, **shape),
-        takes=(),
+        takes=_QUERIES,
     ),
     "harmonic": TaskSpec(
         "regression of sums of two sine waves; needs no data",
         "harmonic",
         lambda split, settings, shape, data: tasks.harmonic(split, **shape),
-        takes=(),
+        takes=_QUERIES,
     ),
     "quadratics": TaskSpec(
         "quadratic functions of 10 variables, to be minimised by learned optimizers; needs no data",
         "quadratics",
-        lambda split, settings, shape, data: tasks.quadratics(split, dim=shape["shots"]),
+        lambda split, settings, shape, data: tasks.quadratics(split, dim=settings.shots),
         takes=(),
     ),
     "folder:PATH": TaskSpec(

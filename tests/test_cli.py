@@ -188,6 +188,8 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         ),
         (["train", "learned_optimizer", "--inner-steps", "7"], "--inner-steps must be a multiple of"),
         (["train", "--truncation", "0"], "--truncation must be at least 1"),
+        (["train", "meta_sgd", "--order", "implicit"], '--order: got "implicit"'),
+        (["train", "imaml", "--eval-steps", "0"], "--eval-steps must be at least 1"),
         (["train", "fomaml", "--diagnose"], "--diagnose: fomaml has no such setting"),
         (["train", "--order", "first", "--diagnose"], "--diagnose: compares with first order"),
         (["train", "boil", "--norm", "episode"], "--norm: got episode; boil has batch, support"),

@@ -261,3 +261,18 @@ def test_curves_are_drawn_where_the_rows_say():
 )
 def test_names_of_runs_are_what_tells_them_apart(folders, names):
     assert comparison._names([comparison.Path(folder) for folder in folders]) == names
+
+
+@pytest.mark.parametrize(("flags", "budget"), [([], (2000, 8)), (["--steps", "7"], (7, 8))])
+def test_the_budget_is_the_same_for_learners_that_have_their_own(monkeypatch, tmp_path, flags, budget):
+    seen = {}
+
+    def run(self, learner, argv):
+        seen[learner] = int(argv[argv.index("--steps") + 1]), int(argv[argv.index("--meta-batch") + 1])
+        if learner == "lstm_meta_learner":
+            raise ChildProcessError("that is enough")
+
+    monkeypatch.setattr(comparison._Trainings, "run", run)
+    out = str(tmp_path / "out")
+    assert main(["compare", "maml", "lstm_meta_learner", *flags, "--out", out]) != 0
+    assert seen == {"maml": budget, "lstm_meta_learner": budget}

@@ -7,7 +7,9 @@ import pytest
 from jaxmeta import presets, registry, sources
 
 NO_DATA = [
-    name for name, preset in presets.PRESETS.items() if preset.tasks in ("glyphs", "sinusoid", "harmonic")
+    name
+    for name, preset in presets.PRESETS.items()
+    if preset.tasks in ("glyphs", "sinusoid", "harmonic", "quadratics")
 ]
 
 
@@ -28,7 +30,10 @@ def test_every_task_source_has_a_preset_of_its_own():
 @pytest.mark.parametrize("name", NO_DATA)
 @pytest.mark.parametrize("learner", registry.LEARNERS)
 def test_every_learner_builds_on_every_preset(name, learner):
-    _, settings = presets.settings_of({}, learner=learner, preset=name)
+    # What minimises functions has no step size to hand on.
+    needs = name == "quadratics" and "inner_lr" in registry.LEARNERS[learner].takes
+    flags = {"inner_lr": 0.01, "network": "mlp-40"} if needs else {}
+    _, settings = presets.settings_of(flags, learner=learner, preset=name)
     tasks = sources.tasks_of(settings, "train")
     method = presets.learner_of(settings)
 
@@ -40,7 +45,9 @@ def test_every_learner_builds_on_every_preset(name, learner):
     assert presets.optimizer_of(settings).init({}) is not None
 
 
-@pytest.mark.parametrize("name", [name for name in registry.LEARNERS if name != "maml"])
+@pytest.mark.parametrize(
+    "name", [name for name in registry.LEARNERS if name not in ("maml", "learned_optimizer")]
+)
 def test_every_method_has_its_preset_on_omniglot(name):
     preset = f"omniglot-{name.replace('_', '-')}"
     _, by_preset = presets.settings_of({}, preset=preset)
@@ -61,6 +68,21 @@ def test_a_learner_keeps_its_settings_on_another_s_preset_unless_told_otherwise(
     # MAML's own leave nothing behind.
     _, settings = presets.settings_of({}, learner="maml", preset="glyphs")
     assert settings == presets.PRESETS["glyphs"]
+
+
+@pytest.mark.parametrize("choice", [{"learner": "reptile"}, {"preset": "omniglot-reptile"}])
+def test_reptile_trains_with_ten_shots_for_each(choice):
+    choice = {"preset": "omniglot", **choice}
+    for flags, shots, train_shots in (
+        ({}, 1, 10),
+        ({"shots": 1}, 1, 10),
+        ({"shots": 5}, 5, 50),
+        ({"shots": 5, "train_shots": 7}, 5, 7),
+    ):
+        _, settings = presets.settings_of(flags, **choice)
+        assert (settings.shots, settings.train_shots) == (shots, train_shots)
+    back = presets.of_learner(presets.PRESETS["omniglot-reptile"], "maml")
+    assert back.train_shots == 1
 
 
 @pytest.mark.parametrize(
@@ -135,7 +157,11 @@ def test_clip_bounds_every_entry_before_adam():
         ({}, {"preset": "sinus"}, "known are sinusoid"),
         ({"tasks": "glyphs"}, {"preset": "sinusoid"}, "--tasks: got glyphs"),
         ({"order": "first"}, {"learner": "fomaml"}, "--order: fomaml has no such setting"),
-        ({"proximal": 1.0}, {"learner": "anil"}, "--proximal: anil has no such setting"),
+        ({"proximal": 1.0}, {"learner": "meta_sgd"}, "--proximal: meta_sgd has no such setting"),
+        ({"inner_batch": 4}, {"learner": "imaml"}, "--inner-batch: imaml has no such setting"),
+        ({"damping": 1.0}, {}, "--damping: is of --order implicit, and the order is second"),
+        ({}, {"learner": "anil", "preset": "quadratics"}, "--inner-lr: the preset"),
+        ({"queries": 5}, {"preset": "quadratics"}, "--queries: quadratics has no such setting"),
         (
             {"inner_lr": 0.1},
             {"learner": "lstm_meta_learner"},

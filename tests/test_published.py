@@ -21,6 +21,22 @@ def test_maml_on_omniglot(tmp_path, data_folder):
     assert report["accuracy"]["transductive"]["mean"] >= 0.965
 
 
+@pytest.mark.parametrize(
+    ("method", "at_least"),
+    [
+        ("meta-sgd", 0.97),
+        ("maml-plus-plus", 0.97),
+        ("anil", 0.96),
+        ("imaml", 0.96),
+        ("reptile", 0.94),
+        ("lstm-meta-learner", 0.9),
+    ],
+)
+def test_its_relatives_on_omniglot(tmp_path, data_folder, method, at_least):
+    report = report_of(tmp_path / "run", "--preset", f"omniglot-{method}", "--data", str(data_folder))
+    assert report["accuracy"]["transductive"]["mean"] >= at_least
+
+
 def test_sinusoid(tmp_path):
     mse = report_of(tmp_path / "run", "--tasks", "sinusoid")["mse_by_step"]
     # Finn et al. 2017, figure 2: 5 points, after 1, 5 and 10 steps.

@@ -51,6 +51,8 @@ with tempfile.TemporaryDirectory() as place:
     alone = predict_later(run, place / "adapted", task.query.x[:1])
     assert together.shape == (25, 5)
     np.testing.assert_allclose(together[:1], alone, rtol=1e-4)
+assert 0 < apart.cosine < 1, apart
+assert value < 1, value  # of the learned optimizer; at θ = 0 it is 3.3 on average
 assert outputs.shape == (100, 1)
 assert result.mean < 1.5, result  # half of 3.00567, the best without looking at the support set
 assert tasks.card.classes == 12, tasks.card

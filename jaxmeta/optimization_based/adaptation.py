@@ -38,7 +38,8 @@ class Adaptation(NamedTuple):
       fit: `(params, support, key, *, steps, order, keep_path, stats, state, begin) -> (weights, trace)`: the
         inner loop, as in training where the rest is left out; `stats` normalise the support set, `state`
         is the optimizer's and `begin` the number of its steps so far, to go on from.
-      judge: `(weights, batch, key, stats=None) -> (loss, metrics)` of adapted weights on a batch.
+      judge: `(weights, batch, key, stats=None, step=steps) -> (loss, metrics)` of adapted weights on a batch,
+        after that many steps.
       query_statistics: `(params, weights, support, trace) -> stats` that normalise the queries in training;
         the trace is read where `norm` is "episode".
       weights_at: `(params, fast, step) -> weights`: a state of the adapted leaves on the inner loop's path
@@ -86,6 +87,8 @@ def adaptation(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     _check_hyper(inner_optimizer, hyper, order)
+    if order == "implicit":
+        _check_implicit(eval_steps, batch_size, norm)
     model = as_model(model)
     eval_steps = steps if eval_steps is None else eval_steps
     if norm == "episode" and eval_steps < 1:
@@ -172,8 +175,10 @@ def adaptation(
         )
         return weights_at(params, fast, last(steps)), trace
 
-    def judge(weights: Params, batch: Batch, key: Key, stats: PyTree = None) -> tuple[jax.Array, Metrics]:
-        outputs = outputs_of(weights, batch, stats, key_at(key, steps))
+    def judge(
+        weights: Params, batch: Batch, key: Key, stats: PyTree = None, step: Any = steps
+    ) -> tuple[jax.Array, Metrics]:
+        outputs = outputs_of(weights, batch, stats, key_at(key, step))
         value = loss(outputs, batch.y, batch.mask)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, batch)}
 
@@ -185,17 +190,20 @@ def adaptation(
         assert trace is not None
         return running(params, support, trace)
 
+    def before_each_step(params: Params, trace: Trace) -> PyTree:
+        """The adapted leaves that each inner step begins with."""
+        start = parts_of(params)[0]
+        return jax.tree.map(lambda s, path: jnp.concatenate([s[None], path[:-1]]), start, trace.path)
+
     def running(params: Params, support: Batch, trace: Trace) -> PyTree:
         """The running average over the inner loop's own passes, from zero mean and unit variance."""
-        start = parts_of(params)[0]
-        before = jax.tree.map(lambda s, path: jnp.concatenate([s[None], path[:-1]]), start, trace.path)
         count = trace.loss.shape[0]
 
         def one(numbered: tuple[PyTree, jax.Array]) -> PyTree:
             fast, step = numbered
             return statistics_of(weights_at(params, fast, step), support)
 
-        stats = lax.map(one, (before, jnp.arange(count)))
+        stats = lax.map(one, (before_each_step(params, trace), jnp.arange(count)))
         decay = 1 - EPISODE_MOMENTUM
         weights = EPISODE_MOMENTUM * decay ** jnp.arange(count - 1, -1, -1.0)
         return jax.tree_util.tree_map_with_path(
@@ -245,13 +253,13 @@ def adaptation(
         return forward(model, adapted["model"], x, mask=mask, stats=adapted["stats"])[0]
 
     def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, jax.Array]:
+        task = Task(*map(blank_padding, task))
         if not per_step:
             found = [to_moments(statistics_of(params["model"], part)) for part in task]
         else:
             # Each step sees the support set before its update, and its result is judged after it.
-            fast = parts_of(params)[0]
             _, trace = fit(params, task.support, key, keep_path=True)
-            before = jax.tree.map(lambda s, path: jnp.concatenate([s[None], path[:-1]]), fast, trace.path)
+            before = before_each_step(params, trace)
             found = [
                 lax.map(
                     lambda numbered: to_moments(statistics_of(weights_at(params, *numbered), part)),  # noqa: B023
@@ -321,11 +329,25 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
         return
     if order == "implicit":
         raise ValueError(
-            'hyper: got hyperparameters to learn under order="implicit", which gives them no gradient: where '
-            'the minimum lies does not depend on the way there; take order="second"'
+            'order: got "implicit", which gives hyperparameters that are to be learned (hyper) no gradient: '
+            'where the minimum lies does not depend on the way there; take "second" or "first"'
         )
     if order == "second" and not callable(hyper):
         require_finite_derivative(inner_optimizer(jax.tree.map(jnp.asarray, hyper)))
+
+
+def _check_implicit(eval_steps: int | None, batch_size: int | None, norm: str) -> None:
+    if eval_steps is not None and eval_steps < 1:
+        raise ValueError(f'eval_steps must be at least 1 under order="implicit", got {eval_steps}')
+    if batch_size is not None:
+        raise ValueError(
+            f'batch_size: got {batch_size}; order="implicit" is about the minimum of the loss of all support '
+            "examples; leave it out"
+        )
+    if norm == "episode":
+        raise ValueError(
+            'norm: got "episode", an average over inner steps, of which order="implicit" has none'
+        )
 
 
 def _check_outputs(outputs: Any, batch: Batch) -> None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import jax
+
 from jaxmeta.core import Key, Learner, Params, Task
-from jaxmeta.nn.adapters import Network
+from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.optimization_based.maml import maml
 from jaxmeta.optimization_based.trees import paths
 
@@ -39,7 +41,7 @@ def anil(model: Network, *, head: Head = "head", **settings) -> Learner:
     References:
       Raghu et al., Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML, 2020.
     """
-    return with_head(maml(model, adapts=in_head(head), **settings), head)
+    return with_head(model, head, maml(model, adapts=in_head(head), **settings))
 
 
 def in_head(head: Head) -> Callable[[str], bool]:
@@ -49,14 +51,15 @@ def in_head(head: Head) -> Callable[[str], bool]:
     return lambda path: f"/{head}/" in f"/{path}/"
 
 
-def with_head(learner: Learner, head: Head) -> Learner:
-    """`learner`, whose `init` refuses a network without the head."""
+def with_head(model: Network, head: Head, learner: Learner, *, body: bool = False) -> Learner:
+    """`learner`, whose `init` refuses a network without the head and, if asked, one without a body."""
 
     def init(key: Key, task: Task) -> Params:
-        params = learner.init(key, task)
-        leaves = paths(params["model"])
-        if not any(map(in_head(head), leaves)):
-            raise ValueError(f"head: got {head!r}, which picks none of the network's leaves {leaves}")
-        return params
+        leaves = paths(jax.eval_shape(as_model(model).init, key, task.support.x))
+        inside = [in_head(head)(leaf) for leaf in leaves]
+        if not any(inside) or (body and all(inside)):
+            picks = "all" if any(inside) else "none"
+            raise ValueError(f"head: got {head!r}, which picks {picks} of the network's leaves {leaves}")
+        return learner.init(key, task)
 
     return learner._replace(init=init)

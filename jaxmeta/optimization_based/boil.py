@@ -35,4 +35,4 @@ def boil(model: Network, *, head: Head = "head", **settings) -> Learner:
       Oh et al., BOIL: Towards Representation Change for Few-Shot Learning, 2021.
     """
     inside = in_head(head)
-    return with_head(maml(model, adapts=lambda path: not inside(path), **settings), head)
+    return with_head(model, head, maml(model, adapts=lambda path: not inside(path), **settings), body=True)

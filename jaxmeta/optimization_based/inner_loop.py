@@ -102,7 +102,8 @@ def inner_loop(
         that the start of each segment still moves with `params` as in first order. So the
         meta-gradient in `params` is that of second order through the last K steps, of first order
         through the others. None cuts nothing.
-      batch_at: `(batch, step) -> batch` picks each step's mini-batch; None is the full batch.
+      batch_at: `(batch, step) -> batch` picks each step's mini-batch; None is the full batch. "implicit"
+        takes L to be the loss of what it picks for step `steps`, which should be the full batch.
       proximal: λ above; None leaves the term out.
       cg_steps: of "implicit": most steps of conjugate gradients, which solve for
         (I + H/λ)⁻¹ ∇L^Q. As many as there are parameters are exact on a quadratic.
@@ -118,7 +119,8 @@ def inner_loop(
         `truncation` or `cg_steps` below 1; negative `damping`; "implicit" without a positive `proximal`, or
         with `truncation` or `keep_path`; an optimizer that cannot be differentiated: its update has no
         reverse-mode derivative, or one that is not finite where a gradient is zero, such as that of
-        `optax.adam` without `eps_root` ("second" only). And by `adapt`: `hyper` where "implicit".
+        `optax.adam` without `eps_root` ("second" only). And by `adapt`: no `hyper` for an optimizer that is
+        a function of it, `hyper` for one that is none, or where "implicit".
 
     Examples:
       One step on ½·2·(θ − 1)², of step size 0.1, from 0; the meta-gradient of ½(θ' − 3)² is
@@ -150,6 +152,20 @@ def inner_loop(
     def transformation(hyper: PyTree) -> optax.GradientTransformationExtraArgs:
         built = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hyper)
         return optax.with_extra_args_support(built)
+
+    def check_hyper(hyper: PyTree) -> None:
+        fixed = isinstance(optimizer, optax.GradientTransformation)
+        if fixed and hyper is not None:
+            raise ValueError(
+                "hyper: got hyperparameters, but the optimizer is a transformation and takes none"
+            )
+        if not fixed and hyper is None:
+            raise ValueError("hyper: got None, but the optimizer is a function of hyperparameters")
+        if not fixed and order == "second":
+            leaves, structure = jax.tree.flatten(hyper)
+            require_finite_derivative(
+                optimizer, structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+            )
 
     def step_of(mode: str) -> Step:
         gradient = value_and_gradient(loss, order, mode)
@@ -193,6 +209,12 @@ def inner_loop(
         )
 
     def adapt(params, batch, *, hyper=None, state=None, **extra):
+        if order == "implicit" and hyper is not None:
+            raise ValueError(
+                'hyper: got hyperparameters under order="implicit", which gives them no gradient: where the '
+                "minimum lies does not depend on the way there; build the optimizer with fixed ones"
+            )
+        check_hyper(hyper)
         params, batch, hyper, extra = jax.tree.map(_strongly_typed, (params, batch, hyper, extra))
         state = transformation(hyper).init(params) if state is None else state
         given = _Given(batch, extra, hyper, params)
@@ -216,15 +238,8 @@ def inner_loop(
         return carry[0], Trace(losses, path, carry[1])
 
     def implicit(given: _Given, state: PyTree) -> tuple[PyTree, Trace]:
-        if given.hyper is not None:
-            raise ValueError(
-                'hyper: got hyperparameters under order="implicit", which gives them no gradient: where the '
-                "minimum lies does not depend on the way there; build the optimizer with fixed ones"
-            )
-
         def optimality(phi: PyTree, given: _Given) -> PyTree:
             """∇[L/λ + ½‖φ − θ‖²], which is zero at the minimum; its derivative in φ is I + H/λ."""
-            # Of the batch that a step after the last would see: the full one, unless there are mini-batches.
             batch = given.batch if batch_at is None else batch_at(given.batch, jnp.asarray(steps))
             grads = jax.grad(loss)(phi, batch, **given.extra)
             return jax.tree.map(lambda g, p, t: g / proximal + (p - t), grads, phi, given.start)
@@ -271,6 +286,10 @@ def _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_p
         raise ValueError(f"truncation must be at least 1, got {truncation}")
     if proximal is not None and not proximal >= 0:
         raise ValueError(f"proximal must be at least 0, got {proximal}")
+    if cg_steps < 1:
+        raise ValueError(f"cg_steps must be at least 1, got {cg_steps}")
+    if not damping >= 0:
+        raise ValueError(f"damping must be at least 0, got {damping}")
     if order != "implicit":
         return
     if not proximal:
@@ -278,10 +297,6 @@ def _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_p
             f'proximal: got {proximal}; order="implicit" needs a positive weight of the proximal term, '
             "without which the minimum does not depend on where the loop starts"
         )
-    if cg_steps < 1:
-        raise ValueError(f"cg_steps must be at least 1, got {cg_steps}")
-    if not damping >= 0:
-        raise ValueError(f"damping must be at least 0, got {damping}")
     if truncation is not None or keep_path:
         name = "truncation" if truncation is not None else "keep_path"
         raise ValueError(f'{name}: order="implicit" differentiates no step; leave it out')
@@ -330,17 +345,21 @@ def _require_differentiable(optimizer, carry):
         ) from error
 
 
-def require_finite_derivative(optimizer: optax.GradientTransformation) -> None:
+def require_finite_derivative(optimizer: Optimizer, *hyper: Any) -> None:
     """Refuses an optimizer whose update has no finite derivative where one coordinate's gradient is zero.
 
     Gradients that are exactly zero are nothing rare: those of a ReLU that is off, or of padding. An
     optimizer that takes no tree of one vector, or has traced settings, is let pass.
 
+    Args:
+      optimizer: a transformation, or a function of hyperparameters.
+      hyper: of such a function, structure and `((shape, dtype), …)` of what it takes.
+
     Raises:
       ValueError: the derivative is NaN or infinite.
     """
     try:
-        finite = _has_finite_derivative(optimizer)
+        finite = _has_finite_derivative(optimizer, *hyper)
     except Exception:
         return
     if not finite:
@@ -351,9 +370,13 @@ def require_finite_derivative(optimizer: optax.GradientTransformation) -> None:
 
 
 @functools.lru_cache(maxsize=128)
-def _has_finite_derivative(optimizer: optax.GradientTransformation) -> bool:
-    optimizer = optax.with_extra_args_support(optimizer)
+def _has_finite_derivative(optimizer: Optimizer, structure: Any = None, leaves: tuple = ()) -> bool:
     with jax.ensure_compile_time_eval():
+        if not isinstance(optimizer, optax.GradientTransformation):
+            optimizer = optimizer(
+                jax.tree.unflatten(structure, [jnp.full(shape, 0.1, dtype) for shape, dtype in leaves])
+            )
+        optimizer = optax.with_extra_args_support(optimizer)
         params, grads = {"w": jnp.zeros(2)}, {"w": jnp.array([0.0, 1.0])}
         state = optimizer.init(params)
 

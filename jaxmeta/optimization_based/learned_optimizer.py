@@ -119,7 +119,7 @@ def learned_optimizer(
 
     References:
       Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016; defaults of
-      the official code.
+      the official code, but for its p of 5.
     """
     if truncation < 1:
         raise ValueError(f"truncation must be at least 1, got {truncation}")
@@ -196,7 +196,7 @@ def learned_optimizer(
             if batch_size is None
             else minibatch(shuffled(support, key), step + truncation, batch_size)
         )
-        end, _ = network.judge(fitted, last, key)
+        end, _ = network.judge(fitted, last, key, step=step + truncation)
         return trace.loss.sum() + end, Carry(fitted, trace.state, step + truncation)
 
     def run_loss(
@@ -212,7 +212,7 @@ def learned_optimizer(
         carry, values = lax.scan(more, carry, None, length=steps // truncation - 1)
         support, query = map(blank_padding, task)
         stats = network.query_statistics({"model": carry.weights}, carry.weights, support, None)
-        _, metrics = network.judge(carry.weights, query, key, stats)
+        _, metrics = network.judge(carry.weights, query, key, stats, carry.step)
         total = value + values.sum()
         return total, {**metrics, "run": (total, jnp.ones_like(total))}
 

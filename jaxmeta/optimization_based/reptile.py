@@ -39,8 +39,8 @@ def reptile(
 
     Args:
       model: as of `jm.maml`.
-      inner_optimizer: of the inner loop; it need not be differentiable. The official one is Adam with
-        β_1 = 0 and a rate of 1e-3 for Omniglot at 5 ways.
+      inner_optimizer: of the inner loop: any optax transformation. The official one is Adam with β_1 = 0
+        and a rate of 1e-3 for Omniglot at 5 ways.
       steps: n in training, at least 1.
       eval_steps: n in `adapt`; the same as `steps` if None.
       batch_size: support examples in each inner step, taken in turns from a random order; all if None.

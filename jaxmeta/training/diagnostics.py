@@ -17,7 +17,8 @@ class Alignment(NamedTuple):
 
     Attributes:
       cosine: of the angle between them: 1 where they point the same way, 0 where either is zero.
-      norm_ratio: ‖the first‖ / ‖the second‖.
+      norm_ratio: ‖the first‖ / ‖the second‖: beyond all bounds where the second alone is zero, 1 where
+        both are.
     """
 
     cosine: Float[Array, ""] | float
@@ -35,7 +36,7 @@ def alignment(first: PyTree, second: PyTree) -> Alignment:
 
     dtype = jnp.result_type(*jax.tree.leaves(first))
     (a, large_a, norm_a), (b, large_b, norm_b) = unit(first), unit(second)
-    return Alignment(optax.tree.vdot(a, b) / (norm_a * norm_b), large_a / large_b * (norm_a / norm_b))
+    return Alignment(optax.tree.vdot(a, b) / norm_a / norm_b, large_a / large_b * (norm_a / norm_b))
 
 
 def meta_gradient_alignment(
@@ -65,7 +66,7 @@ def meta_gradient_alignment(
       An `Alignment` of two numbers. To follow them in training, give `compared_to` to `jm.train`.
 
     Raises:
-      ValueError: `episodes` below 1, or gradients that are not of one structure.
+      ValueError: `episodes` below 1.
 
     Examples:
       >>> import optax

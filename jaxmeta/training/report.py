@@ -229,13 +229,16 @@ def report_markdown(report: dict[str, Any]) -> str:
         "split hash": card["split_hash"],
         "rotations": card["rotations"] if card["classes"] else None,
         "images": _images(config),
-        "normalised in training by": "the query batch" if config["norm"] == "batch" else "the support set",
+        "normalised in training by": {"batch": "the query batch", "support": "the support set"}.get(
+            config["norm"], f"the {config['norm']}"
+        ),
         "inner steps": _inner(config),
         "α (inner learning rate, of the mean loss)": config["inner_lr"],
         "support examples in an inner step": config["inner_batch"],
         "order": config["order"],
         "weight of the proximal term": config["proximal"],
         "steps of conjugate gradients": config["cg_steps"],
+        "their damping": config["damping"],
         "meta-gradient cut every": config["truncation"] and f"{config['truncation']} inner steps",
         "multi-step loss for": config["anneal"] and f"{100 * config['anneal']:g} % of the meta-steps",
         "first order for": config["first_order"] and f"{100 * config['first_order']:g} % of the meta-steps",

@@ -681,6 +681,23 @@ def test_an_optimizer_without_a_reverse_mode_derivative_is_refused():
     assert np.isfinite(implicit(0.0, SUPPORT)[0])
 
 
+def test_hyperparameters_come_with_an_optimizer_that_takes_them_and_only_then():
+    with pytest.raises(ValueError, match="hyper: got None"):
+        jm.inner_loop(quadratic, optax.sgd, 2)(0.0, SUPPORT)
+    with pytest.raises(ValueError, match="hyper: got hyperparameters, but"):
+        jm.inner_loop(quadratic, optax.sgd(0.1), 2)(0.0, SUPPORT, hyper=0.1)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_infinite_derivative_is_found_behind_hyperparameters(traced):
+    adapt = jm.inner_loop(quadratic, lambda rate: optax.adam(jnp.exp(rate)), 2)
+    run = jax.jit(lambda rate: adapt(0.0, SUPPORT, hyper=rate)[0]) if traced else None
+    with pytest.raises(ValueError, match="eps_root"):
+        run(0.1) if traced else adapt(0.0, SUPPORT, hyper=0.1)
+    adapt = jm.inner_loop(quadratic, lambda rate: optax.adam(jnp.exp(rate), eps_root=1e-8), 2)
+    assert np.isfinite(jax.grad(lambda rate: adapt(0.0, SUPPORT, hyper=rate)[0])(0.1))
+
+
 def test_hyperparameters_under_implicit_are_refused():
     adapt = jm.inner_loop(quadratic, optax.sgd, 2, order="implicit", proximal=1.0)
     with pytest.raises(ValueError, match="hyper: got hyperparameters under"):

@@ -162,7 +162,7 @@ def test_a_gradient_scale_divides_what_the_cell_sees():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"hidden": 0}, "hidden must be at least 1, or None"),
         ({"feedback": "both"}, "feedback must be one of .* got 'both'"),
-        ({"order": "implicit", "proximal": 1.0}, "hyper: got hyperparameters to learn under"),
+        ({"order": "implicit", "proximal": 1.0}, 'order: got "implicit"'),
     ],
 )
 def test_lstm_refuses(settings, says):
@@ -328,6 +328,24 @@ def test_no_gradient_comes_from_before_an_unroll():
     assert_trees_close(before, jax.tree.map(jnp.zeros_like, before), rtol=0)
     alone = jax.grad(lambda params: learner.unroll(params, of, carry, KEY)[0])(params)
     assert_trees_close(own, alone, atol=1e-14)
+
+
+def test_an_unroll_ends_with_the_randomness_that_the_next_begins_with():
+    """Without updates f differs from step to step by its key alone."""
+
+    def apply(params, x, *, key=None):
+        noise = 0.0 if key is None else jax.random.normal(key)
+        return jnp.zeros((x.shape[0], 1)) + noise + 0 * params["w"]
+
+    model = jm.Model(lambda key, x: {"w": jnp.zeros(())}, apply, stochastic=True)
+    learner = jm.learned_optimizer(model, steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
+    of = jm.Task(*(jm.Batch(jnp.zeros((3, 2)), jnp.zeros((3, 1))) for _ in range(2)))
+    params = learner.init(KEY, of)
+    points = [jnp.square(jax.random.normal(jax.random.fold_in(KEY, step))) for step in range(5)]
+    carry = None
+    for first in (0, 2):
+        value, carry = learner.unroll(params, of, carry, KEY)
+        np.testing.assert_allclose(value, sum(points[first : first + 3]), rtol=1e-6)
 
 
 def test_the_loss_is_the_sum_of_its_unrolls():

@@ -74,7 +74,7 @@ def test_anil_without_a_body_is_maml(order):
     params = init(anil)
     assert_trees_close(anil.adapt(params, of.support, KEY), maml.adapt(params, of.support, KEY), rtol=0)
     assert_trees_close(gradient(anil, params, of), gradient(maml, params, of), rtol=0)
-    with pytest.raises(ValueError, match="adapts picks no leaf"):
+    with pytest.raises(ValueError, match="head: got 'head', which picks all of the network's leaves"):
         init(jm.boil(model))
 
 
@@ -113,8 +113,11 @@ def test_the_head_may_be_a_module_inside_another_or_a_predicate():
         assert differ(adapted["out"], params["model"]["net"]["out"]) > 1e-3
         assert_trees_close(adapted["about"], params["model"]["net"]["about"], rtol=0)
     # "out" is no part of a name.
-    with pytest.raises(ValueError, match=r"head: got 'ou', .* \['net/about/w', 'net/out/w'\]"):
-        init(jm.boil((init_params, apply), head="ou"))
+    for make in (jm.anil, jm.boil):
+        with pytest.raises(
+            ValueError, match=r"head: got 'ou', which picks none .* \['net/about/w', 'net/out/w'\]"
+        ):
+            init(make((init_params, apply), head="ou"))
 
 
 # --- Meta-SGD --------------------------------------------------------------------------------------
@@ -581,14 +584,37 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
         ({"inner_optimizer": optax.adam, "hyper": 0.1}, "eps_root"),
         (
             {"inner_optimizer": optax.sgd, "hyper": 0.1, "order": "implicit", "proximal": 1.0},
-            "hyper: got hyperparameters to learn under",
+            'order: got "implicit"',
         ),
+        ({"order": "implicit", "proximal": 1.0, "batch_size": 2}, "batch_size: got 2"),
+        ({"order": "implicit", "proximal": 1.0, "eval_steps": 0}, "eval_steps must be at least 1"),
+        ({"order": "implicit", "proximal": 1.0, "norm": "episode"}, 'norm: got "episode"'),
         ({"norm": "episode", "eval_steps": 0}, 'norm: "episode" is an average over inner steps'),
     ],
 )
 def test_hyperparameters_and_their_optimizer_must_fit(settings, says):
     with pytest.raises(ValueError, match=says):
         jm.maml(network(), **settings)
+
+
+def test_the_derivative_of_an_optimizer_made_of_drawn_hyperparameters_is_looked_at_too():
+    learner = jm.maml(network(), inner_optimizer=optax.adam, hyper=lambda key, fast: jnp.asarray(0.1))
+    with pytest.raises(ValueError, match="eps_root"):
+        learner.adapt(init(learner), task().support, KEY)
+
+
+def test_statistics_of_every_step_do_not_see_padding():
+    learner, of = jm.maml_plus_plus(network(), steps=2, anneal_steps=0), task()
+    params = init(learner)
+
+    def padded(part):
+        x = jnp.concatenate([part.x, jnp.full((2, DIM), jnp.nan)])
+        mask = jnp.arange(len(x)) < len(part.x)
+        return jm.Batch(x, jnp.concatenate([part.y, jnp.zeros(2, jnp.int32)]), mask, WAYS)
+
+    expected, _ = learner.statistics(params, of, KEY)
+    found, _ = learner.statistics(params, jm.Task(*map(padded, of)), KEY)
+    assert_trees_close(found, expected, atol=1e-12)
 
 
 def test_episode_statistics_are_a_running_average_over_the_inner_steps():

@@ -83,6 +83,8 @@ def test_sizes_that_have_no_square_in_float32():
         np.testing.assert_allclose(alignment(a, b), (0.5**0.5, 0.5**0.5), rtol=1e-5)
     zero = alignment({"w": jnp.zeros(2)}, {"w": jnp.ones(2)})
     assert (zero.cosine, zero.norm_ratio) == (0, 0)
+    both_zero = alignment({"w": jnp.zeros(2)}, {"w": jnp.zeros(2)})
+    assert (both_zero.cosine, both_zero.norm_ratio) == (0, 1)
 
 
 @pytest.mark.parametrize(("strategy", "devices"), [("vmap", 1), ("scan", 1), (3, 2)])
