@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmeta.core import PyTree
@@ -37,7 +38,7 @@ def log_and_sign(x: Float[Array, " *shape"], p: float = 10.0) -> Float[Array, "2
 
 
 def _uniform(low: float, high: float) -> Callable:
-    def init(key: Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, low, high)
 
     return init
@@ -77,7 +78,7 @@ class CoordinatewiseLSTM(linen.Module):
         return (h, c), h
 
 
-def _before_first(features: int, n: int, dtype: jnp.dtype) -> tuple[Float[Array, "f n"], Float[Array, "f n"]]:
+def _before_first(features: int, n: int, dtype: DTypeLike) -> tuple[Float[Array, "f n"], Float[Array, "f n"]]:
     """The state (h, c) of an LSTM that has seen nothing."""
     return jnp.zeros((features, n), dtype), jnp.zeros((features, n), dtype)
 
@@ -113,7 +114,7 @@ class ProposedUpdate(linen.Module):
         bias = self.param("bias", linen.initializers.zeros, (1,))
         return tuple(after), self.scale * (jnp.tensordot(kernel[:, 0], x, 1) + bias)
 
-    def initial(self, n: int, dtype: jnp.dtype) -> PyTree:
+    def initial(self, n: int, dtype: DTypeLike) -> PyTree:
         """The state before the first step."""
         return tuple(_before_first(features, n, dtype) for features in self.layers)
 
@@ -171,7 +172,7 @@ class GatedUpdate(linen.Module):
         # The change and not the new value, which adding it to θ would round once more.
         return after, (gates["forget"] - 1) * params - gates["input"] * gradient
 
-    def initial(self, n: int, dtype: jnp.dtype) -> dict[str, PyTree]:
+    def initial(self, n: int, dtype: DTypeLike) -> dict[str, PyTree]:
         """The state before the first step."""
         state: dict[str, PyTree] = {"forget": jnp.zeros(n, dtype), "input": jnp.zeros(n, dtype)}
         if self.hidden is not None:
