@@ -38,6 +38,8 @@ EXEMPT: dict[tuple[str, str], str] = {
 # learner -> settings in place of the small ones below.
 SETTINGS: dict[str, dict[str, Any]] = {
     "reptile": {"inner_lr": 0.01, "inner_batch": None},
+    # Two steps come near the minimum, which the gradient is about, where the proximal term is strong.
+    "imaml": {"proximal": 2.0, "damping": 0.0},
     "learned_optimizer": {"inner_steps": 4, "eval_steps": 4, "truncation": 2},
 }
 
