@@ -311,9 +311,11 @@ def plot(path: Path, tried: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = 4
+    columns = min(len(tried), 4)
     rows = -(-len(tried) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(4 * columns, 3.4 * rows), layout="constrained")
+    figure, panels = plt.subplots(
+        rows, columns, squeeze=False, figsize=(4 * columns, 3.6 * rows + 0.4), layout="constrained"
+    )
     for axes, (case, found) in zip(panels.flat, tried.items(), strict=False):
         for name, row in found["rows"].items():
             style = {"color": "k", "linewidth": 2} if name == "learned" else {"linewidth": 1.2}
@@ -323,7 +325,7 @@ def plot(path: Path, tried: dict) -> None:
         axes.grid(alpha=0.3)
     for axes in list(panels.flat)[len(tried) :]:
         axes.axis("off")
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
