@@ -17,6 +17,9 @@ from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_im
 from jaxmeta.tasks.omniglot import omniglot_split
 from jaxmeta.tasks.prepared import SplitImages
 
+_QUERIES = ("queries", "train_queries")
+_EPISODES = ("ways", "train_ways", *_QUERIES)
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
@@ -35,13 +38,12 @@ class TaskSpec:
     description: str
     preset: str
     build: Callable[[str, Preset, dict[str, Any], str | None], TaskDistribution | SplitImages]
-    takes: tuple[str, ...] = ("ways", "train_ways", "queries", "train_queries")
+    takes: tuple[str, ...] = _EPISODES
     has_validation: Callable[[Preset], bool] = lambda settings: True
     ink: bool = False
 
 
-_QUERIES = ("queries", "train_queries")
-_IMAGES = ("ways", "train_ways", *_QUERIES, "stream", "workers")
+_IMAGES = (*_EPISODES, "stream", "workers")
 _OWN_IMAGES = (*_IMAGES, "rotations", "image_size", "channels", "classes", "split_seed")
 
 
@@ -131,7 +133,7 @@ TASKS: dict[str, TaskSpec] = {
         lambda split, settings, shape, data: tasks.omniglot(
             split, **shape, data=data, protocol=str(settings.protocol), rotations=settings.rotations
         ),
-        takes=("ways", "train_ways", *_QUERIES, "protocol", "rotations", "data"),
+        takes=(*_EPISODES, "protocol", "rotations", "data"),
         has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
         ink=True,
     ),

@@ -199,6 +199,14 @@ def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
     return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"
 
 
+# Whose statistics, by `norm` of the learner.
+_NORMALISED_BY = {
+    "batch": "the query batch",
+    "support": "the support set",
+    "episode": "the support set, a running average over the inner steps",
+}
+
+
 def report_markdown(report: dict[str, Any]) -> str:
     """`report.json`, for people."""
     card, config = report["card"], report["config"]
@@ -206,14 +214,9 @@ def report_markdown(report: dict[str, Any]) -> str:
     if "accuracy" in report:
         lines += ["| test accuracy | 95 % CI | batch normalisation |", "| --- | --- | --- |"]
         for name, row in report["accuracy"].items():
-            what = {
-                "batch": "statistics of the query batch",
-                "support": "statistics of the support set",
-                "episode": "running average over the inner steps on the support set",
-            }
             lines.append(
                 f"| **{100 * row['mean']:.2f} %** | ± {100 * row['ci95']:.2f} | "
-                f"{name}: {what.get(row['norm'], row['norm'])} |"
+                f"{name}: statistics of {_NORMALISED_BY[row['norm']]} |"
             )
     else:
         lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
@@ -229,9 +232,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         "split hash": card["split_hash"],
         "rotations": card["rotations"] if card["classes"] else None,
         "images": _images(config),
-        "normalised in training by": {"batch": "the query batch", "support": "the support set"}.get(
-            config["norm"], f"the {config['norm']}"
-        ),
+        "normalised in training by": _NORMALISED_BY[config["norm"]],
         "inner steps": _inner(config),
         "α (inner learning rate, of the mean loss)": config["inner_lr"],
         "support examples in an inner step": config["inner_batch"],
