@@ -91,7 +91,7 @@ def test_the_names_exist(name):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|\.ci)/[\w./]+)", README)))
+    "path", sorted(set(re.findall(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|\.ci)/[\w./-]+)", README)))
 )
 def test_the_files_exist(path):
     assert (ROOT / path).exists()
