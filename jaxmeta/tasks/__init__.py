@@ -1,5 +1,6 @@
 """Where tasks come from: pure samplers with a protocol card."""
 
+from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
@@ -18,6 +19,7 @@ from jaxmeta.tasks.quadratics import quadratics
 from jaxmeta.tasks.sinusoid import sinusoid
 from jaxmeta.tasks.splits import ClassSplit
 from jaxmeta.tasks.stream import stream
+from jaxmeta.tasks.supervised import supervised
 from jaxmeta.tasks.tfds import from_tfds, prepare_tfds
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "cifar_fs",
     "cifar_fs_split",
     "cub",
+    "cub_attributes",
     "cub_split",
     "from_arrays",
     "from_folder",
@@ -43,4 +46,5 @@ __all__ = [
     "quadratics",
     "sinusoid",
     "stream",
+    "supervised",
 ]

@@ -6,16 +6,18 @@ order: with a fixed order a model could learn which slot a class sits in.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped, UInt32
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
+from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import ClassSplit, split_classes
+from jaxmeta.tasks.subset import ordered_subset
 
 _ROTATIONS = ("none", "classes", "random")
 
@@ -28,23 +30,32 @@ class EpisodeData(NamedTuple):
         than small images.
       offsets: `(classes,)` where each class starts in `x`.
       sizes: `(classes,)` number of examples of each class.
+      groups: `(groups, 2)` first class and number of classes of each group; None where the classes of
+        an episode may be any.
+      metadata: `(classes, d)` what zero-shot tasks are told of each class; None for other tasks.
     """
 
     x: Array
     offsets: Int[Array, " classes"]
     sizes: Int[Array, " classes"]
+    groups: Int[Array, "groups 2"] | None = None
+    metadata: Float[Array, "classes d"] | None = None
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class EpisodeShape:
-    """What is static about an episode; a pair is an inclusive range, `example` the shape of one."""
+    """What is static about an episode; a pair is an inclusive range, `example` the shape of one.
+
+    `paired` is whether the examples of all classes have the same places within their classes.
+    """
 
     ways: tuple[int, int]
     shots: tuple[int, int]
     queries: int
     rotations: str
     example: tuple[int, ...]
+    paired: bool = False
 
     @classmethod
     def checked(
@@ -54,9 +65,30 @@ class EpisodeShape:
         queries: int,
         rotations: str,
         example: tuple[int, ...],
+        paired: bool = False,
+        zero_shot: bool = False,
     ) -> "EpisodeShape":
-        """From the arguments of `from_arrays`, or a ValueError."""
-        ways, shots = _range("ways", ways), _range("shots", shots)
+        """From the arguments of `from_arrays`, or a ValueError; `zero_shot` is whether there is metadata."""
+        ways = _range("ways", ways)
+        if zero_shot:
+            for name, got, right in (
+                ("shots", shots, 0),
+                ("ways", _compact(ways), ways[1]),
+                ("rotations", rotations, "none"),
+            ):
+                if got != right:
+                    raise ValueError(
+                        "metadata takes the place of the support set of zero-shot tasks, which have "
+                        f'shots=0, one number of ways and rotations="none"; got {name}={got!r}'
+                    )
+            shots = 0, 0
+        elif shots == 0:
+            raise ValueError(
+                "shots must be a positive integer, got 0: zero-shot tasks need one vector of every class, "
+                "from_arrays(shots=0, metadata=...)"
+            )
+        else:
+            shots = _range("shots", shots)
         if not isinstance(queries, int | np.integer) or queries < 1:
             raise ValueError(f"queries must be a positive integer, got {queries!r}")
         if rotations not in _ROTATIONS:
@@ -66,7 +98,7 @@ class EpisodeShape:
                 f"rotations={rotations!r} needs square images (side, side, ...), got examples of "
                 f"shape {tuple(example)}"
             )
-        return cls(ways, shots, int(queries), rotations, tuple(example))
+        return cls(ways, shots, int(queries), rotations, tuple(example), paired)
 
     def card_for(
         self,
@@ -80,7 +112,8 @@ class EpisodeShape:
         """The protocol card of such episodes from these classes.
 
         Raises:
-          ValueError: there are too few of them, or one has too few examples.
+          ValueError: there are too few of them, one has too few examples, or not all have as many where
+            that is needed.
         """
         classes = len(names) * (4 if self.rotations == "classes" else 1)
         if classes < self.ways[1]:
@@ -95,6 +128,12 @@ class EpisodeShape:
                 f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed of every "
                 f"class, too few in {len(small)} of {len(names)}: {', '.join(small[:5])}"
                 + (", …" if len(small) > 5 else "")
+            )
+        if self.paired and len(set(sizes)) > 1:
+            fewest, most = int(np.argmin(sizes)), int(np.argmax(sizes))
+            raise ValueError(
+                "paired=True needs classes with the same number of examples, got "
+                f"{names[fewest]} ({sizes[fewest]}) and {names[most]} ({sizes[most]})"
             )
         return ProtocolCard(
             tasks=source,
@@ -122,6 +161,9 @@ def from_arrays(
     rotations: str = "none",
     name: str = "arrays",
     protocol: str = "",
+    groups: Mapping[str, str] | None = None,
+    paired: bool = False,
+    metadata: Mapping[str, Vector] | None = None,
 ) -> TaskDistribution:
     """Few-shot classification tasks from any array of examples with class labels.
 
@@ -133,11 +175,14 @@ def from_arrays(
     With a range of ways (shots), one number per task is drawn uniformly from it; arrays keep the
     size of the largest, and what is missing is zero and masked.
 
+    With `shots=0` and `metadata` the tasks are zero-shot: the support set is one metadata vector per
+    class, `support.x` `(N, d)` and `support.y = arange(N)`.
+
     Args:
       x: `(n, *shape)` uint8 or float, in any order.
       y: `(n,)` integer or string class labels; a label's class name is `str(label)`.
       ways: N, or an inclusive range.
-      shots: K, examples per class to learn from, or an inclusive range.
+      shots: K, examples per class to learn from, or an inclusive range; 0 with `metadata`.
       queries: Q, examples per class to be judged on.
       split: "train", "validation" or "test".
       classes: the class split by name; or the fractions of train, validation and test for a random
@@ -148,14 +193,24 @@ def from_arrays(
         two rotations of one class never meet (Finn et al. 2017). The first two axes of an example
         are turned counter-clockwise and must be equal.
       name: of the source, for the protocol card.
-      protocol: one sentence for the protocol card.
+      protocol: one sentence for the protocol card; where it is empty, the card says how classes are
+        split and grouped.
+      groups: name of the group of each class, such as the alphabet of a character: the classes of an
+        episode are then of one group, drawn uniformly from those with at least `ways` classes (the
+        others are left out). With rotations="classes" a group turned as a whole is a group of its own.
+      paired: whether the examples of all classes of an episode have the same places within their
+        classes, in the order of `x`: where a place is a drawer, some draw the support set and others
+        the queries, of every class.
+      metadata: for zero-shot tasks, a vector of each class; all of one length. Needs one number of ways
+        and no rotations.
 
     Returns:
       TaskDistribution whose `sample` is a pytree: pass it to a compiled function as an argument.
 
     Raises:
-      ValueError: too few classes for `ways`, a class with fewer than shots + queries examples,
-        lengths or types that do not fit, an unknown split or rotation.
+      ValueError: too few classes for `ways`, or no group with as many; a class with fewer than shots +
+        queries examples, or paired classes of unequal size; a class without group or metadata; metadata
+        with shots or shots=0 without; lengths or types that do not fit, an unknown split or rotation.
 
     Examples:
       >>> import jax, numpy as np
@@ -165,21 +220,36 @@ def from_arrays(
       >>> support.x.shape, query.x.shape, support.y.tolist()
       ((5, 2), (10, 2), [0, 1, 2, 3, 4])
     """
-    shape = EpisodeShape.checked(ways, shots, queries, rotations, np.shape(x)[1:])
+    shape = EpisodeShape.checked(
+        ways, shots, queries, rotations, np.shape(x)[1:], paired, metadata is not None
+    )
     x, labels = _checked_examples(x, y)
-    present = np.unique(labels).tolist()
-    parts, protocol = split_classes(present, classes, seed, split, protocol)
-    order = np.argsort(labels, kind="stable")
-    order = order[np.isin(labels[order], parts.part(split))]
-    names, offsets, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    present, label = np.unique(labels, return_inverse=True)
+    said = protocol
+    parts, protocol = split_classes(present.tolist(), classes, seed, split, protocol)
+    names, spans = sorted(parts.part(split)), None
+    if groups is not None:
+        names, spans = grouped(names, groups, shape.ways[1], split)
+    if not said:
+        within = "classes within one group" if groups is not None else ""
+        places = "the same places in every class" if paired else ""
+        protocol = ", ".join(filter(None, (protocol, within, places)))
+
+    place_of = np.full(len(present), -1)
+    place_of[np.searchsorted(present, names)] = np.arange(len(names))
+    place = place_of[label]
+    order = np.argsort(place, kind="stable")[np.sum(place < 0) :]
+    sizes = np.bincount(place[order])
+    card = shape.card_for(names, sizes.tolist(), split, parts.hash, name, protocol)
     if not np.array_equal(order, np.arange(len(x))):  # a copy of what may fill half of the memory
         x = x[order]
     data = EpisodeData(
         jnp.asarray(x.reshape(len(x), -1)),
-        jnp.asarray(offsets, jnp.int32),
+        jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         jnp.asarray(sizes, jnp.int32),
+        None if spans is None else jnp.asarray(spans, jnp.int32),
+        None if metadata is None else jnp.asarray(vectors_of(metadata, names, split)),
     )
-    card = shape.card_for(names.tolist(), sizes, split, parts.hash, name, protocol)
     return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card)
 
 
@@ -187,12 +257,14 @@ class Drawn(NamedTuple):
     """Which examples an episode is made of.
 
     Attributes:
+      classes: of each slot.
       rows: of the examples, the support set first, then the queries.
       turns: quarter turns of the examples of each slot.
       real: whether a support example is none of the padding; None where there is no padding.
       asked: the same of the queries.
     """
 
+    classes: Int[Array, "*b ways"]
     rows: Int[Array, "*b ways count"]
     turns: Int[Array, "*b ways"]
     real: Bool[Array, "*b ways shots"] | None
@@ -200,38 +272,59 @@ class Drawn(NamedTuple):
 
 
 def draw_rows(
-    shape: EpisodeShape, offsets: Int[Array, " classes"], sizes: Int[Array, " classes"], key: Key
+    shape: EpisodeShape,
+    offsets: Int[Array, " classes"],
+    sizes: Int[Array, " classes"],
+    key: Key,
+    groups: Int[Array, "groups 2"] | None = None,
 ) -> Drawn:
     """The random part of an episode; all its random bits come from a single call of the generator."""
     ways, shots, queries = shape.ways[1], shape.shots[1], shape.queries
     each = shots + queries
-    bits = jax.random.bits(key, (ways * (each + 2) + 2,), jnp.uint32)
-    class_bits, turn_bits, example_bits, size_bits = jnp.split(
+    # One number more only where it is used: how many are drawn decides what they are.
+    bits = jax.random.bits(key, (ways * (each + 2) + (2 if groups is None else 3),), jnp.uint32)
+    class_bits, turn_bits, example_bits, other_bits = jnp.split(
         bits, (ways, 2 * ways, ways * (each + 2)), axis=0
     )
 
-    turned = shape.rotations == "classes"
-    total = sizes.shape[0]
-    drawn = ordered_subset(class_bits, jnp.asarray(total * (4 if turned else 1), jnp.int32))
-    class_of_slot = drawn % total
-    within = jax.vmap(ordered_subset)(example_bits.reshape(ways, each), sizes[class_of_slot])
-    rows = offsets[class_of_slot][:, None] + within
-    turns = drawn // total if turned else (turn_bits >> 30).astype(jnp.int32)
+    angles = 4 if shape.rotations == "classes" else 1
+    if groups is None:
+        total = sizes.shape[0]
+        drawn = ordered_subset(class_bits, jnp.asarray(total * angles, jnp.int32))
+        classes, turns = drawn % total, drawn // total
+    else:
+        total = groups.shape[0]
+        group = _uniform(other_bits[2], (0, total * angles - 1))
+        first, count = groups[group % total]
+        classes = first + ordered_subset(class_bits, count)
+        turns = jnp.broadcast_to(group // total, (ways,))
+    if shape.rotations == "random":
+        turns = (turn_bits >> 30).astype(jnp.int32)
+
+    example_bits = example_bits.reshape(ways, each)
+    if shape.paired:
+        example_bits = jnp.broadcast_to(example_bits[:1], (ways, each))
+    rows = offsets[classes][:, None] + jax.vmap(ordered_subset)(example_bits, sizes[classes])
 
     real = asked = None
     if shape.ways[0] < ways or shape.shots[0] < shots:
-        present = (jnp.arange(ways) < _uniform(size_bits[0], shape.ways))[:, None]
-        real = present & (jnp.arange(shots) < _uniform(size_bits[1], shape.shots))[None, :]
+        present = (jnp.arange(ways) < _uniform(other_bits[0], shape.ways))[:, None]
+        real = present & (jnp.arange(shots) < _uniform(other_bits[1], shape.shots))[None, :]
         if shape.ways[0] < ways:
             asked = jnp.broadcast_to(present, (ways, queries))
-    return Drawn(rows, turns, real, asked)
+    return Drawn(classes, rows, turns, real, asked)
 
 
 def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     """One episode from examples on the device."""
-    drawn = draw_rows(shape, data.offsets, data.sizes, key)
-    shots = shape.shots[1]
-    return make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
+    drawn = draw_rows(shape, data.offsets, data.sizes, key, data.groups)
+    shots, ways = shape.shots[1], shape.ways[1]
+    task = make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
+    if data.metadata is None:
+        return task
+    return task._replace(
+        support=Batch(data.metadata[drawn.classes], jnp.arange(ways, dtype=jnp.int32), None, ways)
+    )
 
 
 def make_task(
@@ -245,10 +338,7 @@ def make_task(
 
     def batch(x: Shaped[Array, "ways count size"], mask: Bool[Array, "ways count"] | None) -> Batch:
         count = x.shape[1]
-        if shape.rotations != "none":
-            x = _rotate(x, drawn.turns, shape.example)
-        if x.dtype == jnp.uint8:
-            x = x.astype(jnp.float32) / 255
+        x = turned_floats(shape, x, drawn.turns)
         y = jnp.repeat(jnp.arange(ways, dtype=jnp.int32), count)
         if mask is None:
             return Batch(x.reshape(ways * count, *shape.example), y, None, ways)
@@ -259,47 +349,22 @@ def make_task(
     return Task(batch(support, drawn.real), batch(query, drawn.asked))
 
 
-def ordered_subset(bits: UInt32[Array, " m"], bound: Int[Array, ""]) -> Int[Array, " m"]:
-    """m distinct integers of [0, bound) in uniformly random order, without touching all of them.
-
-    The first m steps of the Fisher–Yates shuffle (step i swaps places i and j_i, j_i uniform in
-    [i, bound)), with the array of `bound` places never written down: what step i takes from place
-    j_i is found by following the earlier swaps backwards. O(m²) and independent of `bound`, which
-    may be traced, where a permutation would cost O(bound log bound). Reducing 32 bits modulo the
-    bound favours no value by more than a factor 1 + bound/2³².
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> bits = jax.random.bits(jax.random.key(0), (4,), jnp.uint32)
-      >>> sorted(ordered_subset(bits, jnp.int32(4)).tolist())
-      [0, 1, 2, 3]
-    """
-    step = jnp.arange(bits.shape[0], dtype=jnp.int32)
-    swapped = step + (bits % (bound - step).astype(jnp.uint32)).astype(jnp.int32)
-
-    def before(back: Int[Array, ""], place: Int[Array, " m"]) -> Int[Array, " m"]:
-        earlier = bits.shape[0] - 2 - back
-        return jnp.where((step > earlier) & (place == swapped[earlier]), earlier, place)
-
-    # A loop and not an unrolled chain: XLA would fuse the chain into the gather that uses the result and
-    # compute it anew for every pixel.
-    return jax.lax.fori_loop(0, bits.shape[0] - 1, before, swapped)
+def turned_floats(
+    shape: EpisodeShape, x: Shaped[Array, "ways count size"], turns: Int[Array, " ways"]
+) -> Float[Array, "ways count size"]:
+    """Stored examples as tasks have them, those of slot i turned by 90° · turns[i] counter-clockwise."""
+    if shape.rotations != "none":
+        images = x.reshape(*x.shape[:2], *shape.example)
+        which = turns.reshape((-1,) + (1,) * (images.ndim - 1))
+        # A quarter turn and a half turn: two selects in place of four.
+        images = jnp.where(which % 2 == 1, jnp.rot90(images, axes=(2, 3)), images)
+        x = jnp.where(which >= 2, jnp.flip(images, axis=(2, 3)), images).reshape(x.shape)
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
 def _uniform(bits: UInt32[Array, ""], inclusive: tuple[int, int]) -> Int[Array, ""]:
     low, high = inclusive
     return low + (bits % (high - low + 1)).astype(jnp.int32)
-
-
-def _rotate(
-    x: Shaped[Array, "ways count size"], turns: Int[Array, " ways"], example: tuple[int, ...]
-) -> Shaped[Array, "ways count size"]:
-    """Turns the examples of slot i by 90° · turns[i] counter-clockwise."""
-    images = x.reshape(*x.shape[:2], *example)
-    which = turns.reshape((-1,) + (1,) * (images.ndim - 1))
-    # A quarter turn and a half turn: two selects in place of four.
-    images = jnp.where(which % 2 == 1, jnp.rot90(images, axes=(2, 3)), images)
-    return jnp.where(which >= 2, jnp.flip(images, axis=(2, 3)), images).reshape(x.shape)
 
 
 def _range(argument: str, value: int | tuple[int, int]) -> tuple[int, int]:

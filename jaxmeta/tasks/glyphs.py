@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
-from jaxmeta.tasks.episodes import ordered_subset
 from jaxmeta.tasks.sinusoid import check_count
 from jaxmeta.tasks.splits import ClassSplit, check_part
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
+from jaxmeta.tasks.subset import ordered_subset
 
 # Class integers of each part of the split: disjoint, so that test characters are new.
 CLASSES = {"train": range(0, 4096), "validation": range(4096, 5120), "test": range(5120, 6144)}

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxmeta.core import TaskDistribution
+from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.folder import prepare_files
 from jaxmeta.tasks.images import class_files, image_files
 from jaxmeta.tasks.prepared import SplitImages, from_prepared, prepare
@@ -210,6 +211,11 @@ def cub(
 
     Images are `(size, size, 3)` float32 in [0, 1], whole, without the bounding boxes.
 
+    With `shots=0` the tasks are zero-shot: the support set holds `cub_attributes`, one vector per class.
+    The split is the same, whereas published zero-shot results use another of 100/50/50 classes, whose
+    list is not here; with one of your own, give features or images, `cub_attributes` and a `ClassSplit`
+    to `from_arrays`.
+
     Args:
       split: "train", "validation" or "test".
       ways, shots, queries: see `from_arrays`.
@@ -217,8 +223,8 @@ def cub(
       size: side of the images in pixels.
 
     Raises:
-      FileNotFoundError: `data` is no folder.
-      ValueError: classes are missing, or images cannot be decoded.
+      FileNotFoundError: `data` is no folder, or has no attributes where `shots=0`.
+      ValueError: classes are missing, or images cannot be decoded; see `cub_attributes`.
 
     Examples:
       >>> tasks = cub("test", ways=5, shots=5, data="CUB_200_2011")  # doctest: +SKIP
@@ -230,7 +236,8 @@ def cub(
       Huang 2019, arXiv 1904.04232.
     """
     check_part(split)
-    return _tasks(cub_images(data, size), split, ways=ways, shots=shots, queries=queries)
+    metadata = cub_attributes(data) if shots == 0 else None
+    return _tasks(cub_images(data, size), split, ways=ways, shots=shots, queries=queries, metadata=metadata)
 
 
 def _tasks(images: SplitImages, split: str, **shape: Any) -> TaskDistribution:

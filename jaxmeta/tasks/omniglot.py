@@ -158,6 +158,7 @@ def omniglot(
     size: int = 28,
     seed: int = 0,
     trained_on: ClassSplit | ProtocolCard | None = None,
+    within_alphabet: bool = False,
 ) -> TaskDistribution:
     """Few-shot tasks of handwritten characters, by one of the published protocols.
 
@@ -169,6 +170,11 @@ def omniglot(
     rotation per drawn class in every part; reptile and lake, extra classes in training, none at
     validation and test.
 
+    With `within_alphabet` an episode has characters of one alphabet only, drawn uniformly from those
+    with enough, and its queries are by other drawers than its support set, the same of every character,
+    as in Lake's 20-way runs. That is harder: letters of one alphabet look alike, and the hand does not
+    give the answer away. Turned alphabets are alphabets of their own where turned characters are classes.
+
     Args:
       split: "train", "validation" or "test".
       ways, shots, queries: see `from_arrays`; Snell et al. ask five queries per class.
@@ -179,10 +185,12 @@ def omniglot(
       size: side of the images in pixels.
       seed: of the random splits "maml" and "reptile"; episodes depend on the key alone.
       trained_on: split, or training card, of the model to be judged on these tasks.
+      within_alphabet: whether the characters of an episode are of one alphabet, and support and queries
+        by different drawers.
 
     Raises:
       ValueError: an unknown protocol, a part that the protocol does not have, corrupted data, a model
-        that has seen classes it is to be judged on.
+        that has seen classes it is to be judged on; no alphabet with enough characters.
       OSError: a path that does not exist, too little disk, no connection.
 
     Examples:
@@ -212,7 +220,12 @@ def omniglot(
         classes=parts,
         rotations=by_part[which] if rotations is None else rotations,
         name="omniglot",
-        protocol=sentence + (f", seed {seed}" if protocol in ("maml", "reptile") else ""),
+        protocol=sentence
+        + (f", seed {seed}" if protocol in ("maml", "reptile") else "")
+        + (", within one alphabet, different drawers for support and query" if within_alphabet else ""),
+        groups={name: name.split("/")[0] for name in EDITION.names} if within_alphabet else None,
+        # The drawings of a character are stored by drawer.
+        paired=within_alphabet,
     )
 
 

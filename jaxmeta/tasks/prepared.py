@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxmeta.core import TaskDistribution
+from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
 from jaxmeta.tasks.splits import ClassSplit, split_classes, warn_of_case
@@ -170,13 +171,16 @@ def from_prepared(
     seed: int = 0,
     rotations: str = "none",
     protocol: str = "",
+    metadata: Mapping[str, Vector] | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks from prepared images, those of one part of the split in memory.
 
     Arguments, errors and episodes are those of `from_arrays`; `jm.tasks.stream` draws the same
     episodes from the disk.
     """
-    shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
+    shape = EpisodeShape.checked(
+        ways, shots, queries, rotations, prepared.shape, zero_shot=metadata is not None
+    )
     classes, protocol = split_classes(prepared.classes, classes, seed, split, protocol)
     chosen = set(classes.part(split))
     sizes = {
@@ -195,6 +199,7 @@ def from_prepared(
         rotations=rotations,
         name=prepared.name,
         protocol=protocol,
+        metadata=metadata,
     )
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxmeta.tasks.episodes import from_arrays, ordered_subset
+from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.splits import ClassSplit
+from jaxmeta.tasks.subset import ordered_subset
 
 
 def numbered(sizes, seed=0):
@@ -255,6 +256,7 @@ def test_random_split_by_fractions_is_one_split_for_all_parts():
 
 
 X, Y = numbered([4, 4, 2])
+TOLD = {name: [float(name), 1.0] for name in "012"}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +279,26 @@ X, Y = numbered([4, 4, 2])
         ({"classes": ClassSplit(train=("0", "1", "9"))}, "no example of 1 classes .* '9'"),
         ({"classes": ClassSplit(test=("0", "1"))}, "split='train' has no classes"),
         ({"classes": (0.5, 0.6, 0.0)}, "fractions must be"),
+        ({"groups": {"0": "a", "1": "a"}}, r"groups must name every class .* lacks 1 of 3: '2'"),
+        (
+            {"groups": {"0": "a", "1": "b", "2": "c"}},
+            r"ways=2 asks for more classes than any group \(groups\) .* the largest, 'a', has 1",
+        ),
+        ({"groups": {"0": "a", "1": "b", "2": "b"}, "shots": 2}, r"too few in 1 of 2: 2 \(2\)"),
+        ({"paired": True}, r"paired=True needs classes with the same number .* got 2 \(2\) and 0 \(4\)"),
+        ({"shots": 0}, r"got 0: zero-shot tasks need one vector of every class"),
+        ({"metadata": TOLD}, "zero-shot tasks, which have shots=0.*; got shots=1"),
+        ({"metadata": TOLD, "shots": (0, 1)}, r"got shots=\(0, 1\)"),
+        ({"metadata": TOLD, "shots": 0, "ways": (1, 2)}, r"one number of ways.*; got ways=\(1, 2\)"),
+        ({"metadata": TOLD, "shots": 0, "rotations": "random"}, "got rotations='random'"),
+        ({"metadata": {"0": [1.0]}, "shots": 0}, "metadata must name every class .* lacks 2 of 3: '1', '2'"),
+        ({"metadata": TOLD | {"1": [0.0]}, "shots": 0}, "one vector of numbers a class, all of one length"),
+        ({"metadata": TOLD | {"1": ["a", "b"]}, "shots": 0}, "one vector of numbers a class"),
+        ({"metadata": TOLD | {"1": [0.0, np.nan]}, "shots": 0}, "finite, it is not for '1'"),
+        (
+            {"metadata": dict.fromkeys("012", np.ones((1, 2))), "shots": 0},
+            r"one vector a class, got arrays of shape \(1, 2\)",
+        ),
     ],
 )
 def test_bad_input(changes, message):
@@ -290,3 +312,178 @@ def test_a_constant_predictor_is_at_chance_and_an_oracle_perfect():
     assert (query.y == 0).mean() == pytest.approx(1 / 5)
     nearest = np.abs(query.x[:, :, None, 0] - support.x[:, None, :, 0]).argmin(2)
     assert (np.take_along_axis(support.y, nearest, 1) == query.y).all()
+
+
+def shuffled(bits, bound):
+    """The first places of the Fisher–Yates shuffle of [0, bound) by these numbers."""
+    places = list(range(bound))
+    for i, b in enumerate(bits):
+        j = i + int(b) % (bound - i)
+        places[i], places[j] = places[j], places[i]
+    return places[: len(bits)]
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes", "random"])
+def test_episodes_of_a_key_are_those_of_every_version(rotations):
+    """The rule written anew: what a published row drew, a later version draws as well."""
+    sizes, ways, shots, queries = [5, 6, 7, 5, 8], 3, 1, 2
+    x = np.arange(sum(sizes) * 4, dtype=np.float32).reshape(-1, 2, 2, 1)
+    tasks = from_arrays(
+        x, np.repeat(np.arange(5), sizes), ways=ways, shots=shots, queries=queries, rotations=rotations
+    )
+    for seed in range(4):
+        bits = np.asarray(
+            jax.random.bits(jax.random.key(seed), (ways * (shots + queries + 2) + 2,), jnp.uint32)
+        )
+        slots = shuffled(bits[:ways], 5 * (4 if rotations == "classes" else 1))
+        support, query = [], []
+        for slot, number in enumerate(slots):
+            turns = {"none": 0, "classes": number // 5, "random": int(bits[ways + slot]) >> 30}[rotations]
+            within = shuffled(bits[2 * ways + 3 * slot :][:3], sizes[number % 5])
+            images = np.rot90(x[np.array(within) + sum(sizes[: number % 5])], turns, axes=(1, 2))
+            support.append(images[:shots])
+            query.append(images[shots:])
+        task = tasks.sample(jax.random.key(seed))
+        np.testing.assert_array_equal(task.support.x, np.concatenate(support))
+        np.testing.assert_array_equal(task.query.x, np.concatenate(query))
+
+
+# --- groups, and examples paired by their places ------------------------------------------------------------
+
+# Vowels and consonants lie mixed among the classes 0 … 8, which have eight examples each.
+GROUPS = {str(c): {0: "u", 4: "u", 1: "v", 3: "v", 8: "v"}.get(c, "w") for c in range(9)}
+
+
+def drawn_classes(tasks, count):
+    """Classes, places of the support examples and places of the queries, by episode and slot."""
+    support, query = sampled(tasks, count)
+    ways = support.ways
+    rows = [batch.x.reshape(count, ways, -1, 2).astype(int) for batch in (support, query)]
+    classes = np.concatenate(rows, 2)[..., 0]
+    assert (classes == classes[:, :, :1]).all()
+    return classes[:, :, 0], rows[0][..., 1], rows[1][..., 1]
+
+
+def test_classes_of_an_episode_are_of_one_group():
+    x, y = numbered([8] * 9)
+    tasks = from_arrays(x, y, ways=3, shots=1, queries=2, groups=GROUPS)
+    assert (tasks.card.classes, tasks.card.protocol) == (7, "classes within one group")  # "u" has but two
+    assert tasks.sample.args[1].x.shape == (56, 2)
+    classes, _, _ = drawn_classes(tasks, 6000)
+    which = np.vectorize(lambda c: GROUPS[str(c)])(classes)
+    assert (which == which[:, :1]).all()
+    assert all(len(set(row)) == 3 for row in classes.tolist())
+    groups, counts = np.unique(which[:, 0], return_counts=True)
+    assert groups.tolist() == ["v", "w"]
+    assert stats.chisquare(counts).pvalue > 1e-3
+    for group, size in (("v", 3), ("w", 4)):
+        orders, counts = np.unique(classes[which[:, 0] == group], axis=0, return_counts=True)
+        assert len(orders) == {3: 6, 4: 24}[size]  # every ordered selection of three
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_groups_of_a_part_of_the_split_alone():
+    x, y = numbered([4] * 9)
+    split = ClassSplit(train=tuple("0124"), test=tuple("35678"))
+    tasks = from_arrays(x, y, ways=3, shots=1, groups=GROUPS, split="test", classes=split, protocol="mine")
+    classes, _, _ = drawn_classes(tasks, 50)
+    assert set(classes.ravel().tolist()) == {5, 6, 7}
+    assert (tasks.card.classes, tasks.card.split_hash, tasks.card.protocol) == (3, split.hash, "mine")
+
+
+def test_one_group_of_all_classes_is_no_restriction():
+    x, y = numbered([4] * 6)
+    tasks = from_arrays(x, y, ways=2, shots=1, groups=dict.fromkeys("012345", "all"))
+    classes, _, _ = drawn_classes(tasks, 6000)
+    pairs, counts = np.unique(classes, axis=0, return_counts=True)
+    assert len(pairs) == 30
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("rotations", ["classes", "random"])
+def test_a_group_is_turned_as_a_whole_where_turned_classes_are_classes(rotations):
+    x, y = images()
+    groups = {"0": "a", "3": "a", "1": "b", "2": "b", "4": "c"}
+    tasks = from_arrays(x, y, ways=2, shots=1, queries=1, rotations=rotations, groups=groups)
+    assert tasks.card.classes == (16 if rotations == "classes" else 4)
+    support, query = sampled(tasks, 240)
+    seen, one_turn = {}, []
+    for t in range(240):
+        hits = [identify(x, image) for image in (*support.x[t], *query.x[t])]
+        found = [(groups[str(y[row])], turns) for row, turns in hits]
+        assert len({group for group, _ in found}) == 1
+        assert found[:2] == found[2:]
+        one_turn.append(len(set(found)) == 1)
+        seen[found[0]] = seen.get(found[0], 0) + 1
+    assert len(seen) == 8
+    assert stats.chisquare(list(seen.values())).pvalue > 1e-3
+    assert np.mean(one_turn) == 1 if rotations == "classes" else 0.1 < np.mean(one_turn) < 0.4
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_paired_examples_have_the_same_places_in_every_class(groups):
+    x, y = numbered([6] * 9)
+    order = np.lexsort((x[:, 1], y))  # so that an example's number is its place
+    tasks = from_arrays(x[order], y[order], ways=3, shots=2, queries=2, groups=groups, paired=True)
+    assert tasks.card.protocol.endswith("the same places in every class")
+    classes, support, query = drawn_classes(tasks, 6000)
+    places = np.concatenate([support, query], 2)
+    assert (places == places[:, :1]).all()
+    assert all(len(set(row)) == 4 for row in places[:, 0].tolist())
+    for example in range(4):
+        assert stats.chisquare(np.bincount(places[:, 0, example], minlength=6)).pvalue > 1e-3
+    pairs, counts = np.unique(places[:, 0, [0, 2]], axis=0, return_counts=True)
+    assert len(pairs) == 30
+    assert stats.chisquare(counts).pvalue > 1e-3
+    if groups is None:
+        assert stats.chisquare(np.bincount(classes.ravel(), minlength=9)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"groups": GROUPS, "paired": True}, {"groups": GROUPS, "ways": (2, 3)}])
+def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
+    x, y = numbered([6] * 9)
+    tasks = from_arrays(x, y, **{"ways": 3, "shots": 1, "queries": 2} | options)
+    batch = sampled(tasks, 4)
+    for i, key in enumerate(jax.random.split(jax.random.key(0), 4)):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, tasks.sample(key))
+    assert len(np.unique(batch.query.x, axis=0)) == 4
+
+
+# --- zero-shot ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": GROUPS, "paired": True}])
+def test_zero_shot_support_is_the_metadata_of_the_drawn_classes(options):
+    x, y = numbered([4] * 9)
+    told = {str(c): np.array([c, c**2, 0.5]) for c in range(9)}
+    tasks = from_arrays(x, y, ways=3, shots=0, queries=2, metadata=told, **options)
+    assert (tasks.card.ways, tasks.card.shots, tasks.card.queries) == (3, 0, 2)
+    support, query = sampled(tasks, 500)
+    assert (support.x.shape, support.x.dtype, support.y.dtype) == ((500, 3, 3), np.float32, np.int32)
+    assert support.mask is None
+    assert support.ways == query.ways == 3
+    np.testing.assert_array_equal(support.y, np.tile(np.arange(3), (500, 1)))
+    classes = query.x.reshape(500, 3, 2, 2)[..., 0]
+    for column, of_class in enumerate((classes, classes**2, 0 * classes + 0.5)):
+        np.testing.assert_array_equal(support.x[..., column, None].repeat(2, 2), of_class)
+    assert set(classes.ravel().tolist()) == (set(range(9)) - {0, 4} if options else set(range(9)))
+    one = tasks.sample(jax.random.split(jax.random.key(0), 500)[7])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a[7], b),
+        jax.tree.map(np.asarray, (support, query)),
+        tuple(one),
+    )
+
+
+def test_zero_shot_needs_no_more_examples_than_queries_and_metadata_of_its_part_alone():
+    x = np.random.default_rng(0).random((8, 1024), dtype=np.float32)
+    y = np.repeat(list("abcd"), 2)
+    split = ClassSplit(train=("a", "c"), test=("b", "d"))
+    told = {"d": np.ones(5), "b": np.zeros(5), "elsewhere": np.ones(7)}
+    tasks = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=told, split="test", classes=split)
+    support, query = tasks.sample(jax.random.key(0))
+    assert query.x.shape == (4, 1024)
+    slot = int(support.x[1, 0])  # where "d" is
+    np.testing.assert_array_equal(np.sort(query.x[2 * slot : 2 * slot + 2], 0), np.sort(x[6:], 0))
+    with pytest.raises(ValueError, match=r"shots \+ queries = 0 \+ 3 = 3"):
+        from_arrays(x, y, ways=2, shots=0, queries=3, metadata=told, split="test", classes=split)

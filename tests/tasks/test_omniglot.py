@@ -452,6 +452,28 @@ def test_rotations_and_cards_of_the_protocols(protocol, split, rotations, classe
     assert omniglot(split, protocol=protocol, size=4, rotations="none").card.rotations == "none"
 
 
+@pytest.mark.parametrize(
+    ("protocol", "split", "classes"),
+    [
+        ("lake-validation", "validation", 172),
+        ("lake-validation", "test", 659),
+        ("lake", "train", 4 * (964 - 14 - 14 - 16 - 17)),  # four alphabets have fewer than 20 characters
+        ("vinyals", "test", 4 * (423 - 4)),  # nor has what is left of Gurmukhi
+    ],
+)
+def test_classes_of_alphabets_that_are_large_enough(protocol, split, classes, monkeypatch):
+    monkeypatch.setattr(MODULE, "prepare", fake_images)
+    options = {"protocol": protocol, "size": 4, "ways": 20}
+    card = omniglot(split, within_alphabet=True, **options).card
+    elsewhere = omniglot(split, **options).card
+    assert (card.classes, card.split_hash) == (classes, elsewhere.split_hash)
+    said = ", within one alphabet, different drawers for support and query"
+    assert card.protocol == elsewhere.protocol + said
+    assert card.rotations == elsewhere.rotations
+    with pytest.raises(ValueError, match=r"ways=60 .* any group .* the largest, '.*', has"):
+        omniglot(split, within_alphabet=True, **options | {"ways": 60})
+
+
 # --- the real data ---------------------------------------------------------------------------------------
 
 
@@ -498,3 +520,37 @@ def test_nearest_neighbour_on_pixels_is_near_the_published_number(ways, publishe
     keys = jax.random.split(jax.random.key(0), 1000)
     accuracy = jax.jit(lambda s, ks: jax.lax.map(lambda key: correct(s, key), ks))(tasks.sample, keys)
     assert 100 * float(accuracy.mean()) == pytest.approx(published, abs=tolerance)
+
+
+@needs_data
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_real_episodes_within_an_alphabet_have_drawers_of_their_own(split, real):
+    tasks = omniglot(
+        split, ways=20, shots=1, queries=2, protocol="lake-validation", data=DATA, within_alphabet=True
+    )
+    parts = omniglot_split("lake-validation").part(split)
+    place = {image.tobytes(): (name, drawer) for name, row in zip(EDITION.names, real, strict=True)
+             for drawer, image in enumerate(row)}  # fmt: skip
+    draw = jax.jit(jax.vmap(tasks.sample))
+    support, query = jax.device_get(draw(jax.random.split(jax.random.key(0), 20)))
+    seen = set()
+    for t in range(20):
+        images = np.concatenate([support.x[t].reshape(20, 1, 28, 28), query.x[t].reshape(20, 2, 28, 28)], 1)
+        images = np.rint(255 * images).astype(np.uint8)
+        # Turned back by the one turn there is for all of the episode.
+        turned = (np.rot90(images, -turns, axes=(2, 3)) for turns in range(4 if split == "train" else 1))
+        found = [
+            [[place.get(np.ascontiguousarray(image).tobytes()) for image in row] for row in candidate]
+            for candidate in turned
+        ]
+        found = next(rows for rows in found if all(hit for row in rows for hit in row))
+        names = [row[0][0] for row in found]
+        assert len(set(names)) == 20
+        assert set(names) <= set(parts)
+        assert all(name == row[0][0] for row in found for name, _ in row)
+        assert len({name.split("/")[0] for name in names}) == 1
+        drawers = {tuple(drawer for _, drawer in row) for row in found}
+        assert len(drawers) == 1  # the same for every character
+        assert len(set(*drawers)) == 3  # support and queries by different ones
+        seen.add(names[0].split("/")[0])
+    assert len(seen) > 3

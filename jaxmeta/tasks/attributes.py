@@ -1,0 +1,82 @@
+"""CUB-200-2011's class attributes: what zero-shot tasks are told of a bird they have not seen."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+_CLASSES, _ATTRIBUTES = 200, 312
+
+
+def cub_attributes(data: str | os.PathLike) -> dict[str, Float[np.ndarray, "312"]]:
+    """The 312 continuous attributes of each of CUB-200-2011's classes, float32 in [0, 1].
+
+    An attribute is the share of people who, asked about images of the class, said that a bird has it:
+    the official percentages, divided by 100.
+
+    Args:
+      data: the folder CUB_200_2011 as in the official archive, or its folder images. It must have
+        classes.txt and attributes/class_attribute_labels_continuous.txt. The list attributes.txt, in it
+        or beside it, is checked where it is there.
+
+    Returns:
+      Class name, such as "001.Black_footed_Albatross", to its attributes.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ValueError: a file does not hold what it should.
+
+    Examples:
+      >>> attributes = cub_attributes("CUB_200_2011")  # doctest: +SKIP
+      >>> attributes["001.Black_footed_Albatross"].shape  # doctest: +SKIP
+      (312,)
+
+    References:
+      Wah, Branson, Welinder, Perona, Belongie 2011, Caltech CNS-TR-2011-001.
+    """
+    folder = Path(data).expanduser().resolve()
+    if folder.name == "images" and not (folder / "classes.txt").is_file():
+        folder = folder.parent
+    names = _listed(folder / "classes.txt", _CLASSES)
+    for beside in (folder, folder.parent):
+        if (beside / "attributes.txt").is_file():
+            _listed(beside / "attributes.txt", _ATTRIBUTES)
+    table = _percentages(folder / "attributes" / "class_attribute_labels_continuous.txt")
+    return dict(zip(names, table / np.float32(100), strict=True))
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data: there is no {path}; the attributes are those of the official archive CUB_200_2011, with "
+            "classes.txt and attributes/class_attribute_labels_continuous.txt"
+        )
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _listed(path: Path, expected: int) -> list[str]:
+    """The names of a file with lines "id name", ids from 1 to `expected` in order."""
+    pairs = [line.split(maxsplit=1) for line in _lines(path)]
+    if [pair[0] for pair in pairs] != [f"{number}" for number in range(1, expected + 1)]:
+        raise ValueError(f"data: {path} must have {expected} lines, 1 to {expected}, got {len(pairs)}")
+    names = {pair[1].strip() for pair in pairs if len(pair) == 2}
+    if len(names) != expected:
+        raise ValueError(f"data: {path} must name {expected} different things, got {len(names)}")
+    return [pair[1].strip() for pair in pairs]
+
+
+def _percentages(path: Path) -> Float[np.ndarray, "classes attributes"]:
+    rows = [line.split() for line in _lines(path)]
+    if len(rows) != _CLASSES:
+        raise ValueError(f"data: {path} must have {_CLASSES} lines, one a class, got {len(rows)}")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != _ATTRIBUTES:
+            raise ValueError(f"data: line {number} of {path} must have {_ATTRIBUTES} numbers, got {len(row)}")
+    try:
+        table = np.array([[float(value) for value in row] for row in rows], np.float32)
+    except ValueError as error:
+        raise ValueError(f"data: {path} must hold numbers only ({error})") from error
+    if not ((table >= 0) & (table <= 100)).all():
+        raise ValueError(f"data: {path} must hold percentages, 0 to 100, got {table.min()} to {table.max()}")
+    return table

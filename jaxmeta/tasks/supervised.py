@@ -1,0 +1,121 @@
+"""Ordinary classification over all classes of few-shot tasks: what transfer baselines pretrain on."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmeta.core import Batch, Key, Task, TaskDistribution, TaskStream
+from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
+from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
+from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
+
+
+def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDistribution:
+    """One ordinary classification task over all classes that few-shot `tasks` are drawn from.
+
+    Every sample is a mini-batch of it: for each example a class uniformly, then an example of that
+    class uniformly, all independently; the first half is the support set, the second the queries.
+    Labels are the classes' own, the same in every sample: 0..C−1 in the order of the class names (group
+    after group, where there are groups). With rotations="classes" each turn of a class is one of the C,
+    C/4 apart; with "random" every example is turned at random.
+
+    Args:
+      tasks: of `from_arrays`, of what builds on it (`omniglot`, `from_folder`, `from_tfds`, `cub`, …), or
+        of `glyphs`. Their ways, shots and queries play no part.
+      batch: B, examples of a sample; even.
+
+    Returns:
+      Tasks with `ways` = C, whose card is that of `tasks` otherwise. A class has no fixed number of
+      examples in a sample: the card's shots and queries say 1, its protocol the size of the mini-batch.
+
+    Raises:
+      ValueError: tasks of another source, whose classes or examples are not at hand; an odd or too small
+        `batch`.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from jaxmeta.tasks import from_arrays
+      >>> x = np.arange(60, dtype=np.float32).reshape(30, 2)   # 10 classes, 3 examples each
+      >>> base = supervised(from_arrays(x, np.repeat(np.arange(10), 3), ways=5, shots=1), batch=8)
+      >>> support, query = base.sample(jax.random.key(0))
+      >>> support.x.shape, query.y.shape, query.ways, base.card.protocol
+      ((4, 2), (4,), 10, 'all 10 classes at once, mini-batches of 8')
+
+    References:
+      Chen, Liu, Kira, Wang, Huang, A Closer Look at Few-shot Classification, 2019, arXiv 1904.04232.
+    """
+    if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 2 or batch % 2:
+        raise ValueError(f"batch must be an even integer of at least 2, got {batch!r}")
+    sample, classes = getattr(tasks, "sample", None), tasks.card.classes
+    draw = None
+    if isinstance(sample, jax.tree_util.Partial):
+        draw = next((ours for theirs, ours in _DRAWS if theirs is sample.func), None)
+    if sample is None or draw is None or classes is None:
+        kind = "a stream" if isinstance(tasks, TaskStream) else f"{tasks.card.kind} tasks"
+        raise ValueError(
+            f"tasks: got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
+            "be tasks of from_arrays, of a source that holds its examples in memory (omniglot, from_folder, "
+            "from_tfds, from_prepared, …) or of glyphs"
+        )
+    said = f"all {classes:,} classes at once, mini-batches of {batch}"
+    card = dataclasses.replace(
+        tasks.card,
+        ways=classes,
+        shots=1,
+        queries=1,
+        # How episodes are drawn, which that sentence may tell, is true of the classes alone.
+        protocol=f"{said}, of: {tasks.card.protocol}" if tasks.card.protocol else said,
+    )
+    return TaskDistribution(jax.tree_util.Partial(draw, MiniBatch(classes, int(batch)), *sample.args), card)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class MiniBatch:
+    """What is static about a sample: number of classes, and of examples."""
+
+    classes: int
+    size: int
+
+    def halves(self, x: Float[Array, "n ..."], y: Int[Array, " n"]) -> Task:
+        """The first half of the examples to learn from, the second to be judged on."""
+        half = self.size // 2
+        return Task(
+            *(Batch(x[part], y[part], None, self.classes) for part in (slice(half), slice(half, None)))
+        )
+
+
+def draw_array_batch(batch: MiniBatch, shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
+    """A mini-batch from examples on the device."""
+    label_bits, example_bits, turn_bits = jax.random.bits(key, (3, batch.size), jnp.uint32)
+    labels = (label_bits % batch.classes).astype(jnp.int32)
+    stored = data.sizes.shape[0]
+    classes = labels % stored
+    turns = (turn_bits >> 30).astype(jnp.int32) if shape.rotations == "random" else labels // stored
+    within = (example_bits % data.sizes[classes].astype(jnp.uint32)).astype(jnp.int32)
+    x = turned_floats(shape, data.x[data.offsets[classes] + within][:, None], turns)
+    return batch.halves(x.reshape(batch.size, *shape.example), labels)
+
+
+def draw_glyph_batch(
+    batch: MiniBatch, shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key
+) -> Task:
+    """A mini-batch of characters."""
+    bits = jax.random.bits(key, (batch.size, 1 + HAND), jnp.uint32)
+    labels = (bits[:, 0] % count.astype(jnp.uint32)).astype(jnp.int32)
+
+    def drawn(hand: Float[Array, " hand"], class_id: Int[Array, ""]) -> Float[Array, "size size 1"]:
+        return draw_example(hand, *class_strokes(class_id), shape.size)
+
+    return batch.halves(jax.vmap(drawn)(hands_of(bits[:, 1:]), first + labels), labels)
+
+
+# How episodes are drawn, and how to draw examples of all their classes from the same data.
+_DRAWS: tuple[tuple[Callable[..., Task], Callable[..., Task]], ...] = (
+    (draw_episode, draw_array_batch),
+    (draw_glyphs, draw_glyph_batch),
+)

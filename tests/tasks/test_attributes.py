@@ -1,0 +1,140 @@
+"""CUB's attributes from a small copy of the official layout, and zero-shot tasks of them."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxmeta as jm
+from jaxmeta.tasks import cub, cub_attributes, cub_split, from_arrays
+
+NAMES = [f"{number:03d}.Bird_{number % 7}" for number in range(1, 201)]
+# As in the official file: percentages of people, with many digits.
+PERCENT = np.random.default_rng(0).integers(0, 10_001, (200, 312)) / 100
+TABLE = "attributes/class_attribute_labels_continuous.txt"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """CUB_200_2011 with two images a class, each of one colour that tells class and image."""
+    root = tmp_path / "CUB_200_2011"
+    (root / "attributes").mkdir(parents=True)
+    images, labels = [], []
+    for number, name in enumerate(NAMES):
+        (root / "images" / name).mkdir(parents=True)
+        for image in range(2):
+            file = io.BytesIO()
+            Image.new("RGB", (4, 4), (number, 40 * image, 7)).save(file, "PNG")
+            path = f"{name}/Bird_{image:04d}_{number}.png"
+            (root / "images" / path).write_bytes(file.getvalue())
+            images.append(path)
+            labels.append(number + 1)
+    lists = {
+        "classes.txt": [f"{i} {name}" for i, name in enumerate(NAMES, 1)],
+        "images.txt": [f"{i} {path}" for i, path in enumerate(images, 1)],
+        "image_class_labels.txt": [f"{i} {label}" for i, label in enumerate(labels, 1)],
+        "../attributes.txt": [f"{i} has_part::kind_{i}_(or_so)" for i in range(1, 313)],
+        TABLE: [" ".join(f"{value:.6f}" for value in row) for row in PERCENT],
+    }
+    for name, lines in lists.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_attributes_by_class(data, tmp_path):
+    attributes = cub_attributes(data)
+    assert list(attributes) == NAMES
+    for name, percent in zip(NAMES, PERCENT, strict=True):
+        assert (attributes[name].shape, attributes[name].dtype) == ((312,), np.float32)
+        np.testing.assert_allclose(attributes[name], percent / 100, atol=1e-6)
+    (tmp_path / "attributes.txt").rename(data / "attributes.txt")
+    assert list(cub_attributes(str(data / "images"))) == NAMES
+    (data / "attributes.txt").unlink()
+    assert list(cub_attributes(data)) == NAMES
+
+
+def test_zero_shot_birds(data):
+    tasks = cub("test", ways=50, shots=0, queries=2, data=data, size=4)
+    assert (tasks.card.tasks, tasks.card.ways, tasks.card.shots, tasks.card.classes) == ("cub", 50, 0, 50)
+    assert tasks.card.split_hash == cub_split(NAMES).hash
+    support, query = tasks.sample(jax.random.key(0))
+    assert support.x.shape == (50, 312)
+    numbers = np.rint(255 * np.asarray(query.x[:, 0, 0, 0])).astype(int)
+    assert {NAMES[number] for number in numbers} == set(cub_split(NAMES).test)
+    np.testing.assert_allclose(np.asarray(support.x)[np.asarray(query.y)], PERCENT[numbers] / 100, atol=1e-6)
+    assert cub("test", ways=50, shots=1, queries=1, data=data, size=4).sample(
+        jax.random.key(0)
+    ).support.x.shape == (50, 4, 4, 3)
+
+
+def test_zero_shot_tasks_of_features_with_a_split_of_ones_own(data):
+    """Image features in place of images, as the published zero-shot results use them."""
+    features = np.random.default_rng(1).normal(size=(600, 1024)).astype(np.float32)
+    labels = np.repeat(NAMES, 3)
+    split = jm.tasks.ClassSplit(tuple(NAMES[:100]), tuple(NAMES[100:150]), tuple(NAMES[150:]))
+    tasks = from_arrays(
+        features,
+        labels,
+        ways=50,
+        shots=0,
+        queries=2,
+        split="test",
+        classes=split,
+        metadata=cub_attributes(data),
+    )
+    support, query = tasks.sample(jax.random.key(0))
+    assert (support.x.shape, query.x.shape) == ((50, 312), (100, 1024))
+    known = {row.tobytes(): number // 3 for number, row in enumerate(features)}
+    numbers = [known[row.tobytes()] for row in np.asarray(query.x)]
+    assert set(numbers) == set(range(150, 200))
+    np.testing.assert_allclose(np.asarray(support.x)[np.asarray(query.y)], PERCENT[numbers] / 100, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["classes.txt", TABLE])
+def test_a_file_that_is_not_there(name, data):
+    (data / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"data: there is no .*{name}; the attributes are"):
+        cub_attributes(data)
+    with pytest.raises(FileNotFoundError, match="data: there is no"):
+        cub("test", shots=0, data=data, size=4)
+    cub("test", ways=2, shots=1, queries=1, data=data, size=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        (TABLE, lambda lines: lines[:-1], r"must have 200 lines, one a class, got 199"),
+        (
+            TABLE,
+            lambda lines: [*lines[:4], lines[4] + " 1", *lines[5:]],
+            r"line 5 of .* 312 numbers, got 313",
+        ),
+        (TABLE, lambda lines: ["x" + lines[0], *lines[1:]], r"must hold numbers only \(could not convert"),
+        (TABLE, lambda lines: ["nan" + lines[0][lines[0].index(" ") :], *lines[1:]], "must hold percentages"),
+        (
+            TABLE,
+            lambda lines: ["-1" + lines[0][lines[0].index(" ") :], *lines[1:]],
+            r"0 to 100, got -1\.0 to",
+        ),
+        ("classes.txt", lambda lines: lines[1:], r"classes.txt must have 200 lines, 1 to 200, got 199"),
+        ("classes.txt", lambda lines: [*lines[:-1], "200"], r"must name 200 different things, got 199"),
+        ("classes.txt", lambda lines: [*lines[:-1], f"200 {NAMES[0]}"], r"200 different things, got 199"),
+        (
+            "../attributes.txt",
+            lambda lines: lines[:-1],
+            r"attributes.txt must have 312 lines, 1 to 312, got 311",
+        ),
+    ],
+)
+def test_spoilt_files(name, spoil, message, data):
+    path = data / name
+    path.write_text("\n".join(spoil(path.read_text().splitlines())))
+    with pytest.raises(ValueError, match=r"data: .*" + message):
+        cub_attributes(data)
