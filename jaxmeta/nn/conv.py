@@ -125,6 +125,12 @@ def _patch_kernel_grad(x, y, geometry):
     return w.reshape(*geometry.kernel, x.shape[3], y.shape[3])
 
 
+def _transposed_kernel_grad(x, y, geometry):
+    """The same with output channels first."""
+    w = jnp.matmul(_matrix(y).T, _matrix(_patches(x, geometry)), precision=geometry.precision)
+    return w.reshape(y.shape[3], *geometry.kernel, x.shape[3])
+
+
 def _flip(w):
     return w[::-1, ::-1].swapaxes(2, 3)
 
@@ -166,14 +172,21 @@ def _cpu_input_grad(y, w, geometry):
 
 def _cpu_kernel_grad(x, y, geometry):
     n, chunk = x.shape[0], _image_chunks(x, geometry, x.shape[3])
-    if chunk == n:
-        return _patch_kernel_grad(x, y, geometry)
+    if math.prod(geometry.kernel) * x.shape[3] <= y.shape[3]:
+        part, shape = _patch_kernel_grad, (*geometry.kernel, x.shape[3], y.shape[3])
+    else:
+        # The product is a third faster where the narrower of its operands is the one read by columns.
+        part, shape = _transposed_kernel_grad, (y.shape[3], *geometry.kernel, x.shape[3])
 
     def accumulate(index, total):
-        return total + _patch_kernel_grad(_images(x, index, chunk), _images(y, index, chunk), geometry)
+        return total + part(_images(x, index, chunk), _images(y, index, chunk), geometry)
 
-    zero = jnp.zeros((*geometry.kernel, x.shape[3], y.shape[3]), x.dtype)
-    return lax.fori_loop(0, n // chunk, accumulate, zero)
+    if chunk == n:
+        # The barrier keeps the compiler from exchanging the operands of product and transposition again.
+        total = lax.optimization_barrier(part(x, y, geometry))
+    else:
+        total = lax.fori_loop(0, n // chunk, accumulate, jnp.zeros(shape, x.dtype))
+    return total if part is _patch_kernel_grad else jnp.moveaxis(total, 0, -1)
 
 
 def _over_tasks_one_by_one(one):
