@@ -49,9 +49,9 @@ class TrainFlags(TypedDict, total=False):
     image_size: Annotated[
         int,
         _flag(
-            "side of one's own images in pixels",
+            "side of omniglot's images, or of one's own, in pixels",
             "N",
-            "(default: the smallest image's shorter side, at most 84)",
+            "(default: 28; the smallest image's shorter side, at most 84)",
         ),
     ]
     channels: Annotated[
@@ -76,7 +76,7 @@ class TrainFlags(TypedDict, total=False):
     network: Annotated[
         str,
         _flag(
-            "strided-conv4, strided-conv4-flat, conv4, conv4-32, resnet12, mlp",
+            "strided-conv4, strided-conv4-flat, conv4, conv4-32, resnet12, mlp, koch (105x105), relation",
             "NAME",
             "(default: the preset's)",
         ),
@@ -85,7 +85,7 @@ class TrainFlags(TypedDict, total=False):
         Literal["batch", "support", "episode"],
         _flag(
             "whose statistics normalise the queries in training: support for `jaxmeta predict` (of "
-            "lstm_meta_learner: episode)"
+            "lstm_meta_learner: episode; metric-based methods need none)"
         ),
     ]
     order: Annotated[
@@ -114,6 +114,21 @@ class TrainFlags(TypedDict, total=False):
         _flag("maml_plus_plus: part of the meta-steps until the last inner step's loss alone counts", "P"),
     ]
     first_order: Annotated[float, _flag("maml_plus_plus: part of the meta-steps in first order", "P")]
+    divergence: Annotated[
+        Literal["euclidean", "kl", "cosine"], _flag("prototypical: of embeddings from prototypes")
+    ]
+    similarity: Annotated[
+        Literal["cosine", "dot", "euclidean", "learned"], _flag("kernel_classifier: of two embeddings")
+    ]
+    reduce: Annotated[
+        Literal["sum", "mean", "nearest", "prototype"],
+        _flag("kernel_classifier: what a class has of its examples' kernels"),
+    ]
+    head: Annotated[Literal["linear", "cosine"], _flag("fine_tuned_head: Baseline, or Baseline++")]
+    scale: Annotated[float, _flag("of cosines, before the softmax", "S")]
+    context_steps: Annotated[
+        int, _flag("matching: full context embeddings, by that many attention steps", "K", "(default: none)")
+    ]
     outer_lr: Annotated[float, _flag("step size of the meta-optimizer (Adam, of reptile SGD)", "β")]
     schedule: Annotated[Literal["constant", "cosine", "linear"], _flag("of --outer-lr over the run")]
     clip: Annotated[float, _flag("largest absolute value of an entry of the meta-gradient", "C")]
@@ -153,6 +168,12 @@ class Train:
         _flag(
             "report cosine and ratio of norms between the meta-gradient and the first-order one", default=""
         ),
+    ] = False
+    distort: Annotated[
+        bool, _flag("metric-based: turn, shear, scale and shift training images at random", default="")
+    ] = False
+    within_alphabet: Annotated[
+        bool, _flag("omniglot: tasks of one alphabet, queries drawn by other hands", default="")
     ] = False
     resume: Annotated[bool, _flag("continue the run in --out from its last checkpoint", default="")] = False
 
@@ -212,6 +233,12 @@ class Compare:
         bool, _flag("read images from disk step by step: for data larger than the device", default="")
     ] = False
     skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
+    distort: Annotated[
+        bool, _flag("metric-based: turn, shear, scale and shift training images at random", default="")
+    ] = False
+    within_alphabet: Annotated[
+        bool, _flag("omniglot: tasks of one alphabet, queries drawn by other hands", default="")
+    ] = False
     resume: Annotated[
         bool, _flag("continue the comparison in --out; give its learners and flags again", default="")
     ] = False
@@ -311,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> Any:
     """A command, or None where its help was printed."""
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
-        from jaxmeta.registry import known
+        from jaxmeta.settings import known
 
         raise ValueError(f"there is no command {argv[0]!r}; {known(argv[0], _COMMANDS)}")
     if argv and not argv[0].startswith("-"):
@@ -407,7 +434,7 @@ def _run(command: Any) -> None:
 
 def _given(command: Train | Compare) -> dict[str, Any]:
     """The flags that were given; a switch that is off was not."""
-    names = ("stream", "skip_unreadable", "diagnose")
+    names = ("stream", "skip_unreadable", "diagnose", "distort", "within_alphabet")
     switches = {name: True for name in names if getattr(command, name, False)}
     return {**command.flags, **switches}
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from jaxmeta import presets, registry
 from jaxmeta.config import new_folder, settled, stored
-from jaxmeta.registry import Preset
 from jaxmeta.runs import Signalled
+from jaxmeta.settings import Preset, flag_of, lookup
 from jaxmeta.training import Evaluation
 from jaxmeta.training.figures import Curve, plot_curves
 from jaxmeta.training.report import read_metrics, write_json, write_text
@@ -135,7 +135,7 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
                         made.rmdir()
                 raise
         left_out = {
-            learner: [registry.flag_of(name) for name in flags if name not in own_flags[learner]]
+            learner: [flag_of(name) for name in flags if name not in own_flags[learner]]
             for learner in learners
         }
         result = _compared(out, learners, left_out)
@@ -189,7 +189,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 def _own(flags: Mapping[str, Any], learner: str, learners: Sequence[str]) -> dict[str, Any]:
     """`flags` without those that another of the learners takes and this one does not."""
-    takes = {name: registry.lookup("LEARNER", name, registry.LEARNERS).takes for name in learners}
+    takes = {name: lookup("LEARNER", name, registry.LEARNERS).takes for name in learners}
     return {
         flag: value
         for flag, value in flags.items()
@@ -200,7 +200,7 @@ def _own(flags: Mapping[str, Any], learner: str, learners: Sequence[str]) -> dic
 def _argv(flags: Mapping[str, Any]) -> list[str]:
     argv = []
     for name, value in flags.items():
-        argv += [registry.flag_of(name), *([] if value is True else [str(value)])]
+        argv += [flag_of(name), *([] if value is True else [str(value)])]
     return argv
 
 
@@ -225,7 +225,7 @@ def _check_stored(folder: Path, settings: Preset, seed: int) -> None:
     for name, (value, had) in wanted.items():
         if name not in _MAY_DIFFER and value != had:
             raise ValueError(
-                f"{registry.flag_of(name)}: got {value}, but the run in {folder} has {had}; "
+                f"{flag_of(name)}: got {value}, but the run in {folder} has {had}; "
                 "give the flags that the comparison was started with"
             )
 

@@ -15,8 +15,8 @@ from jaxtyping import Array
 
 from jaxmeta import presets, registry, sources
 from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution, TaskStream
-from jaxmeta.registry import Preset
-from jaxmeta.training import load_params
+from jaxmeta.settings import Preset, flag_of, lookup
+from jaxmeta.training import load, load_params
 from jaxmeta.training.step import sample_of
 
 # What a resumed run may do differently: it changes no parameter, or only the order of float32 sums.
@@ -35,19 +35,11 @@ MAY_CHANGE = (
 _LATER = {
     field.name: field.default
     for field in dataclasses.fields(Preset)
-    if field.name
-    in (
-        "inner_batch",
-        "memory",
-        "truncation",
-        "proximal",
-        "cg_steps",
-        "damping",
-        "anneal",
-        "first_order",
-        "diagnose",
-    )
+    if field.name in presets.METHOD_FIELDS or field.name == "within_alphabet"
 }
+
+# Where a run keeps the population statistics of its learner.
+POPULATION = "population"
 
 
 def fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
@@ -97,7 +89,7 @@ def resumed(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset
     config, settings = stored(out)
     given = {"LEARNER": ("learner", learner)} if learner else {}
     given |= {
-        registry.flag_of(name): (name, value)
+        flag_of(name): (name, value)
         for name, value in flags.items()
         if name != "out" and name not in MAY_CHANGE
     }
@@ -180,8 +172,25 @@ def load_run(run: str | os.PathLike, row: str = "inductive") -> tuple[Learner, P
     """
     folder = Path(run).expanduser()
     _, settings = stored(folder)
-    norm = registry.lookup("row", row, registry.LEARNERS[settings.learner].norms)
-    return presets.learner_of(settings, norm), load_params(folder)
+    norm = lookup("row", row, registry.LEARNERS[settings.learner].norms)
+    return presets.learner_of(settings, norm), params_of(folder, settings)
+
+
+def params_of(folder: Path, settings: Preset) -> Params:
+    """The parameters of the run in `folder`, with population statistics where its learner has such a row.
+
+    Raises:
+      ValueError: they cannot be read, or the run, whose last act is to fill these statistics, has not ended.
+    """
+    params = load_params(folder)
+    if "population" not in registry.LEARNERS[settings.learner].norms.values():
+        return params
+    if not (folder / POPULATION).exists():
+        raise ValueError(
+            f"{folder}: the run has not ended, and {settings.learner} is used with statistics that are taken "
+            f"at its end; continue it with: jaxmeta train --resume --out {folder}"
+        )
+    return {**params, **load(folder / POPULATION)}
 
 
 def json_target(path: str | None) -> Path | None:
@@ -220,7 +229,7 @@ def stored(folder: Path) -> tuple[dict, Preset]:
         raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
     fields = {name: kept[name] for name in names}
     settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
-    registry.lookup("learner", settings.learner, registry.LEARNERS)
+    lookup("learner", settings.learner, registry.LEARNERS)
     sources.source_of(settings.tasks)
     return config, settings
 

@@ -7,7 +7,8 @@ from typing import Any
 import optax
 
 from jaxmeta.core import Learner
-from jaxmeta.registry import LEARNERS, NETWORKS, OUTER_OPTIMIZERS, LearnerSpec, Preset, flag_of, lookup
+from jaxmeta.registry import LEARNERS, NETWORKS, OUTER_OPTIMIZERS, LearnerSpec
+from jaxmeta.settings import Preset, flag_of, lookup
 from jaxmeta.sources import TASKS, source_of
 
 
@@ -184,22 +185,8 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 _FIELDS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "description")
-_METHOD_FIELDS = (
-    "inner_lr",
-    "inner_steps",
-    "eval_steps",
-    "report_steps",
-    "inner_batch",
-    "order",
-    "memory",
-    "truncation",
-    "proximal",
-    "cg_steps",
-    "damping",
-    "anneal",
-    "first_order",
-    "diagnose",
-)
+# What only some methods have.
+METHOD_FIELDS = tuple(dict.fromkeys(field for spec in LEARNERS.values() for field in spec.takes))
 _SOURCE_FIELDS = (
     "ways",
     "train_ways",
@@ -207,6 +194,7 @@ _SOURCE_FIELDS = (
     "train_queries",
     "protocol",
     "rotations",
+    "within_alphabet",
     "data",
     "image_size",
     "channels",
@@ -225,14 +213,43 @@ def of_learner(preset: Preset, name: str) -> Preset:
     spec = lookup("LEARNER", name, LEARNERS)
     if name == preset.learner:
         return preset
+    kind = "regression" if preset.ways is None else "classification"
+    if kind not in spec.kinds:
+        raise ValueError(f"LEARNER: {name} learns {spec.kinds[0]} only, and {preset.tasks} tasks are {kind}")
     unused = {
-        field: () if field == "report_steps" else None for field in _METHOD_FIELDS if field not in spec.takes
+        field: () if field == "report_steps" else None for field in METHOD_FIELDS if field not in spec.takes
     }
     shots = preset.train_shots * spec.train_shots // LEARNERS[preset.learner].train_shots
     return dataclasses.replace(
         preset, **{**unused, "train_shots": shots, **spec.defaults(preset)}, learner=name
     )
 
+
+PRESETS["glyphs-zero-shot"] = dataclasses.replace(
+    of_learner(PRESETS["glyphs"], "prototypical"),
+    description="drawn characters by their strokes alone, 20-way zero-shot, with prototypical networks",
+    ways=20,
+    shots=0,
+    train_shots=0,
+)
+PRESETS["omniglot-within-alphabet"] = dataclasses.replace(
+    of_learner(PRESETS["omniglot"], "prototypical"),
+    description="Omniglot's classical test: 20 letters of one new alphabet, queries by another hand",
+    ways=20,
+    train_ways=20,
+    protocol="lake-validation",
+    within_alphabet=True,
+    distort=True,
+)
+
+PRESETS["omniglot-koch"] = dataclasses.replace(
+    of_learner(PRESETS["omniglot-within-alphabet"], "siamese"),
+    description="Koch et al. 2015: their Siamese network for 105x105 on the same test; for a GPU",
+    network="koch",
+    image_size=105,
+    outer_lr=1e-4,
+    steps=20_000,
+)
 
 # Each method as `train METHOD --tasks omniglot` has it; a network of this size is too large to learn
 # an optimizer on in hours.
@@ -279,7 +296,7 @@ def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
     """
     spec, source = LEARNERS[settings.learner], source_of(settings.tasks)
     for fields, owner, takes in (
-        (_METHOD_FIELDS, settings.learner, spec.takes),
+        (METHOD_FIELDS, settings.learner, spec.takes),
         (_SOURCE_FIELDS, settings.tasks, source.takes),
     ):
         for field in fields:
@@ -313,6 +330,10 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         if value is not None and not value >= least:
             raise ValueError(f"{flag_of(field)}: got {value}; it must be at least {least}")
     lookup("--network", settings.network, NETWORKS)
+    if spec.networks is not None and settings.network not in spec.networks:
+        raise ValueError(
+            f"--network: got {settings.network}; {settings.learner} works with {', '.join(spec.networks)}"
+        )
     if settings.inner_lr is None and "inner_lr" in spec.takes:
         raise ValueError(
             f"--inner-lr: the preset, made for another method, has none for {settings.learner}; give one"

@@ -4,15 +4,27 @@ A new learner joins by one entry of `LEARNERS`; every command and every law then
 """
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
+from jax.nn.initializers import lecun_normal
 
 from jaxmeta import losses, nn
 from jaxmeta.core import Learner, Model
+from jaxmeta.metric_based import (
+    fine_tuned_head,
+    kernel_classifier,
+    matching,
+    prototypical,
+    relation,
+    ridge,
+    siamese,
+    simple_shot,
+)
+from jaxmeta.metric_based.pretrained import released_sgd
 from jaxmeta.optimization_based import (
     anil,
     boil,
@@ -25,102 +37,8 @@ from jaxmeta.optimization_based import (
     meta_sgd,
     reptile,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A training and its evaluation, fully spelled. None: does not apply.
-
-    Attributes:
-      description: one line.
-      tasks: a name in `TASKS`; a folder's path or a data set's name stands after its colon.
-      learner: a name in `LEARNERS`.
-      ways, shots, queries: of test and validation tasks; examples per class (per task in regression).
-      train_ways, train_shots, train_queries: the same of training tasks.
-      protocol: class split of Omniglot; see `jaxmeta.tasks.omniglot`.
-      rotations: "none", "classes" or "random"; None is the protocol's own.
-      image_size: side of one's own images in pixels; None is the source's default.
-      channels: 1 or 3; None is by the files.
-      label: feature of a tensorflow-datasets set that names the class; None for the obvious one.
-      tfds_splits: of such a set, to pool, with commas between; None for all.
-      classes: class split of one's own images: "0.64,0.16,0.2", or the path of a JSON file.
-      split_seed: of a class split by fractions.
-      stream: whether examples come from disk, step by step, in place of the device's memory.
-      workers: processes that read a stream; 0 reads in threads.
-      skip_unreadable: leave out images that cannot be read.
-      network: a name in `NETWORKS`.
-      norm: whose statistics normalise the queries in training; see `jm.maml`.
-      inner_lr: step size α of the inner optimizer, for the MEAN loss over the support set; the initial one
-        where it is learned.
-      inner_steps: inner steps in training.
-      eval_steps: inner steps at validation and test.
-      report_steps: numbers of inner steps to report beside `eval_steps`.
-      inner_batch: support examples in each inner step; None for all.
-      order: "second", "first" or "implicit".
-      memory: of the meta-gradient; see `jm.inner_loop`.
-      truncation: inner steps between cuts of the meta-gradient.
-      proximal: weight λ of the proximal term.
-      cg_steps: of conjugate gradients, under "implicit".
-      damping: of the same.
-      anneal: part of the meta-steps in which MAML++'s loss moves to the last inner step.
-      first_order: part of the meta-steps in which MAML++ is of first order.
-      diagnose: whether to report cosine and ratio of norms between the meta-gradient and the first-order one.
-      outer_lr: step size of the outer optimizer.
-      schedule: of `outer_lr` over the run: "constant", "cosine" or "linear" (to zero).
-      clip: bound on every entry of the meta-gradient; None leaves it as it is.
-      steps: meta-steps.
-      meta_batch: tasks per meta-step.
-      strategy: over the tasks of a meta-step; see `jm.meta_step`.
-      episodes: test episodes.
-      validate_every: meta-steps between validations, which choose the parameters kept.
-      log_every: meta-steps between looks at the loss.
-    """
-
-    description: str
-    tasks: str
-    learner: str = "maml"
-    ways: int | None = 5
-    shots: int = 1
-    queries: int = 1
-    train_ways: int | None = 5
-    train_shots: int = 1
-    train_queries: int = 1
-    protocol: str | None = None
-    rotations: str | None = None
-    image_size: int | None = None
-    channels: int | None = None
-    label: str | None = None
-    tfds_splits: str | None = None
-    classes: str | None = None
-    split_seed: int = 0
-    stream: bool = False
-    workers: int = 0
-    skip_unreadable: bool = False
-    network: str = "strided-conv4"
-    norm: str = "batch"
-    inner_lr: float | None = 0.4
-    inner_steps: int | None = 1
-    eval_steps: int | None = 3
-    report_steps: tuple[int, ...] = ()
-    inner_batch: int | None = None
-    order: str | None = "second"
-    memory: str | None = "auto"
-    truncation: int | None = None
-    proximal: float | None = None
-    cg_steps: int | None = None
-    damping: float | None = None
-    anneal: float | None = None
-    first_order: float | None = None
-    diagnose: bool | None = False
-    outer_lr: float = 1e-3
-    schedule: str = "constant"
-    clip: float | None = None
-    steps: int = 60_000
-    meta_batch: int = 32
-    strategy: str | int = "auto"
-    episodes: int = 1000
-    validate_every: int = 1000
-    log_every: int = 50
+from jaxmeta.settings import Preset, flag_of
+from jaxmeta.tasks.distortions import distort
 
 
 def _network(settings: Preset) -> Model:
@@ -132,7 +50,7 @@ OUTER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "SGD": optax.sgd,
 }
 
-NETWORKS: dict[str, Callable[[int], Any]] = {
+NETWORKS: dict[str, Callable[[int | None], Any]] = {
     "strided-conv4": lambda out: nn.StridedConv4(ways=out),
     "strided-conv4-flat": lambda out: nn.StridedConv4(ways=out, flatten=True),
     "strided-conv4-without-scale": lambda out: nn.StridedConv4(ways=out, use_scale=False),
@@ -142,6 +60,8 @@ NETWORKS: dict[str, Callable[[int], Any]] = {
     "mlp": lambda out: nn.MLP(out=out, hidden=(256, 128, 64, 64), norm=True),
     "mlp-40": lambda out: nn.MLP(out=out),
     "linear": lambda out: nn.MLP(out=out, hidden=(), use_bias=False),
+    "relation": lambda out: nn.RelationEmbedding(),
+    "koch": lambda out: nn.Koch(),
 }
 
 
@@ -158,6 +78,9 @@ class LearnerSpec:
       norms: `norm=` of each row that a report gives.
       fixed_ways: whether the network's output width is the number of ways.
       zero_shot: whether it can learn from class metadata alone.
+      kinds: of tasks that it can learn: "classification", "regression".
+      supervised: whether it trains on all training classes at once, in mini-batches, and not on episodes.
+      networks: those it can work with; None for all.
       network: default network, from the settings.
       outer: outer optimizer, a name in `OUTER_OPTIMIZERS`.
       train_shots: support examples in training for each one of the protocol.
@@ -174,6 +97,9 @@ class LearnerSpec:
     )
     fixed_ways: bool = True
     zero_shot: bool = False
+    kinds: tuple[str, ...] = ("classification", "regression")
+    supervised: bool = False
+    networks: tuple[str, ...] | None = None
     network: Callable[[Preset], Model] = _network
     outer: str = "Adam"
     train_shots: int = 1
@@ -271,6 +197,97 @@ def _lstm_defaults(preset: Preset) -> dict[str, Any]:
             "steps": max(preset.steps // 2, 1),
         }
     return found
+
+
+# Queries of each class in training where its tasks have more ways than those of the test.
+_MANY_WAYS = {"omniglot": 5, "glyphs": 5, "mini_imagenet": 15, "cifar_fs": 15}
+# Width of both embeddings of zero-shot learning.
+_ZERO_SHOT_DIM = 128
+
+
+def _embedding(settings: Preset) -> Model:
+    return nn.as_model(NETWORKS[settings.network](None if settings.shots else _ZERO_SHOT_DIM))
+
+
+def _metric(
+    factory: Callable[..., Learner], own: Callable[[Preset], Mapping[str, Any]] = lambda settings: {}
+) -> Callable[[Model, Preset, str], Learner]:
+    """Builds a method that compares embeddings, by its factory."""
+
+    def build(network: Model, settings: Preset, norm: str) -> Learner:
+        augment = distort if settings.distort else None
+        try:
+            return factory(network, norm=norm, augment=augment, **own(settings))
+        except ValueError as error:
+            argument, said = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            known = {"steps": "eval_steps"}.get(argument, argument)
+            is_setting = known in {field.name for field in dataclasses.fields(Preset)}
+            raise ValueError((flag_of(known) if is_setting else argument) + said) from error
+
+    return build
+
+
+def _given(*fields: str) -> Callable[[Preset], dict[str, Any]]:
+    """The settings of these names that there are, as arguments of the same names."""
+    return lambda settings: {
+        field: getattr(settings, field) for field in fields if getattr(settings, field) is not None
+    }
+
+
+def _prototypical(settings: Preset) -> dict[str, Any]:
+    own = _given("divergence")(settings)
+    if not settings.shots:
+        own["metadata"] = nn.MLP(out=_ZERO_SHOT_DIM, hidden=(256, 256), kernel_init=lecun_normal())
+    return own
+
+
+def _fine_tuned(settings: Preset) -> dict[str, Any]:
+    optimizer = None if settings.inner_lr is None else released_sgd(settings.inner_lr)
+    return {**_given("head", "scale")(settings), "steps": settings.eval_steps, "optimizer": optimizer}
+
+
+def _metric_spec(
+    factory: Callable[..., Learner],
+    description: str,
+    own: Callable[[Preset], Mapping[str, Any]] = lambda settings: {},
+    takes: tuple[str, ...] = (),
+    *,
+    train_ways: int | None = None,
+    distorts: bool = False,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+    **spec: Any,
+) -> LearnerSpec:
+    def of(preset: Preset) -> Mapping[str, Any]:
+        # Of strokes alone is what comes in from outside the image known.
+        distort = distorts and preset.tasks in ("omniglot", "glyphs")
+        found: dict[str, Any] = {"norm": "batch", "distort": distort, **defaults}
+        if preset.network.startswith("strided-conv4"):
+            found.setdefault("network", "conv4")
+        by_gradients = LEARNERS[preset.learner].family != "metric-based"
+        if by_gradients and preset.tasks in _MANY_WAYS and train_ways is not None:
+            # Ways are dear: a task of 60 has as many images as twelve of five.
+            fewer = 3 if train_ways >= 60 else 1
+            found |= {
+                "train_ways": max(train_ways, preset.ways or 0),
+                "train_queries": _MANY_WAYS[preset.tasks],
+                "meta_batch": 2,
+                "steps": max(preset.steps // fewer, 1),
+            }
+        return found
+
+    return LearnerSpec(
+        factory,
+        "metric-based",
+        description,
+        _metric(factory, own),
+        takes=(*takes, "distort"),
+        norms={"transductive": "batch", "inductive": "population"},
+        fixed_ways=False,
+        kinds=("classification",),
+        network=_embedding,
+        defaults=of,
+        **spec,
+    )
 
 
 _STEPS = ("inner_steps", "eval_steps", "report_steps")
@@ -371,23 +388,60 @@ LEARNERS: dict[str, LearnerSpec] = {
             "order": "first",
         },
     ),
+    "prototypical": _metric_spec(
+        prototypical,
+        "a class is the mean of its embedded examples (Snell et al. 2017)",
+        _prototypical,
+        ("divergence",),
+        train_ways=60,
+        defaults={"divergence": "euclidean"},
+        zero_shot=True,
+    ),
+    "matching": _metric_spec(
+        matching,
+        "attention over the support set, by cosines (Vinyals et al. 2016)",
+        _given("scale", "context_steps"),
+        ("scale", "context_steps"),
+        train_ways=20,
+        defaults={"scale": 10.0},
+    ),
+    "siamese": _metric_spec(
+        siamese,
+        "do two images show one class? The best partner names the query (Koch et al. 2015)",
+        train_ways=20,
+        distorts=True,
+    ),
+    "relation": _metric_spec(
+        relation,
+        "a network judges how alike a query and a class are (Sung et al. 2018)",
+        defaults={"network": "relation", "train_queries": 10, "meta_batch": 2},
+        networks=("relation",),
+    ),
+    "kernel_classifier": _metric_spec(
+        kernel_classifier,
+        "a query's label is the mean of the support's, weighted by a kernel",
+        _given("similarity", "reduce", "scale"),
+        ("similarity", "reduce", "scale"),
+        train_ways=20,
+        defaults={"similarity": "euclidean", "reduce": "sum", "scale": 1.0},
+    ),
+    "ridge": _metric_spec(
+        ridge,
+        "R2-D2: ridge regression in closed form on a learned embedding (Bertinetto et al. 2019)",
+        train_ways=20,
+    ),
+    "simple_shot": _metric_spec(
+        simple_shot,
+        "baseline: nearest centroid on the features of an ordinary classifier (Wang et al. 2019)",
+        defaults={"meta_batch": 2},
+        supervised=True,
+    ),
+    "fine_tuned_head": _metric_spec(
+        fine_tuned_head,
+        "baseline: a new head trained on the features of an ordinary classifier (Chen et al. 2019)",
+        _fine_tuned,
+        ("head", "scale", "eval_steps", "inner_lr"),
+        defaults={"head": "linear", "scale": 2.0, "eval_steps": 100, "inner_lr": 0.01, "meta_batch": 2},
+        supervised=True,
+    ),
 }
-
-
-def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """`table[name]`, or a ValueError that lists what there is, the closest first."""
-    if name in table:
-        return table[name]
-    raise ValueError(f"{kind}: there is no {name!r}; {known(name, table)}")
-
-
-def known(name: str, names: Iterable[str]) -> str:
-    """ "known are …", those most like `name` first."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return "known are " + ", ".join([*close, *(other for other in names if other not in close)])
-
-
-def flag_of(field: str) -> str:
-    """What the command line calls a setting."""
-    return "--" + field.replace("_", "-")

@@ -16,18 +16,37 @@ import jax
 import numpy as np
 
 from jaxmeta import presets, registry, sources
-from jaxmeta.config import MAY_CHANGE, check_data, data_form, data_of, fresh, json_target, resumed, stored
+from jaxmeta.config import (
+    MAY_CHANGE,
+    POPULATION,
+    check_data,
+    data_form,
+    data_of,
+    fresh,
+    json_target,
+    params_of,
+    resumed,
+    stored,
+)
 from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
-from jaxmeta.registry import Preset
-from jaxmeta.training import Evaluation, Stopped, evaluate_episodes, load_params, meta_step, train
+from jaxmeta.settings import Preset
+from jaxmeta.training import Evaluation, Stopped, calibrate, evaluate_episodes, meta_step, save, train
 from jaxmeta.training.checkpoint import checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
 from jaxmeta.training.figures import plot_curve
-from jaxmeta.training.report import RunLog, read_metrics, report_markdown, write_json, write_text
+from jaxmeta.training.report import (
+    NORMALISED_BY,
+    RunLog,
+    read_metrics,
+    report_markdown,
+    write_json,
+    write_text,
+)
 from jaxmeta.training.sharding import sharers
 from jaxmeta.training.step import sample_of, validation_key
 
 _TEST = np.uint32(0xFFFFFFFD)
+_POPULATION = np.uint32(0xFFFFFFFC)
 
 
 class Signalled(KeyboardInterrupt):
@@ -128,7 +147,8 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
         rows = read_metrics(out / "metrics.jsonl")
         plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {test.card.tasks}")
         print(f"evaluating on {settings.episodes} test tasks …", flush=True)
-        results, episodes = _results(settings, state.params, test, config["seed"], devices)
+        params = _with_population(method, settings, state.params, config, key, out)
+        results, episodes = _results(settings, params, test, config["seed"], devices)
         report = {
             "learner": settings.learner,
             "tasks": settings.tasks,
@@ -172,7 +192,7 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     devices = _devices(flags.get("devices"), None)
     test = sources.tasks_of(settings, "test", data, test_key(seed))
     check_data(config, test, folder)
-    params = load_params(folder)
+    params = params_of(folder, settings)
     result = {
         "run": str(folder),
         "learner": settings.learner,
@@ -224,6 +244,21 @@ def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:
     key = jax.random.key(0)
     params = jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, sample_of(tasks))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _with_population(
+    learner: Learner, settings: Preset, params: Params, config: Mapping[str, Any], key: Key, out: Path
+) -> Params:
+    """The parameters with the population statistics of the training tasks, which the run's folder keeps."""
+    if "population" not in registry.LEARNERS[settings.learner].norms.values():
+        return params
+    filled: Params = {"population": {}}
+    if learner.statistics is not None:
+        key = jax.random.fold_in(key, _POPULATION)
+        tasks = sources.tasks_of(settings, "train", config["data"], key, for_evaluation=True)
+        filled = {"population": calibrate(learner, params, tasks, key)["population"]}
+    save(out / POPULATION, filled, overwrite=True)
+    return {**params, **filled}
 
 
 def _results(
@@ -342,7 +377,7 @@ def _print_results(results: Mapping[str, Any], settings: Preset) -> None:
         for name, row in results["accuracy"].items():
             print(
                 f"test accuracy  {100 * row['mean']:.2f} ± {100 * row['ci95']:.2f} %  "
-                f"{name} (batch normalisation by the {'queries' if row['norm'] == 'batch' else row['norm']})"
+                f"{name} (batch normalisation by {NORMALISED_BY[row['norm']]})"
             )
         return
     for steps, row in (results.get("mse_by_step") or {str(settings.eval_steps): results["mse"]}).items():

@@ -11,7 +11,8 @@ import jax
 
 from jaxmeta import tasks
 from jaxmeta.core import Key, TaskDistribution, TaskStream
-from jaxmeta.registry import Preset, lookup
+from jaxmeta.registry import LEARNERS
+from jaxmeta.settings import Preset, lookup
 from jaxmeta.tasks import ClassSplit
 from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
 from jaxmeta.tasks.omniglot import omniglot_split
@@ -33,6 +34,7 @@ class TaskSpec:
       takes: the fields of `Preset` that only some sources have and this one does.
       has_validation: whether these settings leave classes to validate with.
       ink: whether its images are strokes, light on dark.
+      metadata: `(data) -> {class: vector}` of images that zero-shot tasks can be made of.
     """
 
     description: str
@@ -41,6 +43,7 @@ class TaskSpec:
     takes: tuple[str, ...] = _EPISODES
     has_validation: Callable[[Preset], bool] = lambda settings: True
     ink: bool = False
+    metadata: Callable[[str | None], Mapping[str, Any]] | None = None
 
 
 _IMAGES = (*_EPISODES, "stream", "workers")
@@ -128,12 +131,18 @@ TASKS: dict[str, TaskSpec] = {
         ink=True,
     ),
     "omniglot": TaskSpec(
-        "handwritten characters of 50 alphabets, 28x28; --data DIR with the official archives, or a download",
+        "handwritten characters of 50 alphabets, 28x28 or --image-size N; --data DIR with the official archives, or a download",
         "omniglot",
         lambda split, settings, shape, data: tasks.omniglot(
-            split, **shape, data=data, protocol=str(settings.protocol), rotations=settings.rotations
+            split,
+            **shape,
+            data=data,
+            protocol=str(settings.protocol),
+            rotations=settings.rotations,
+            within_alphabet=settings.within_alphabet,
+            size=settings.image_size or 28,
         ),
-        takes=(*_EPISODES, "protocol", "rotations", "data"),
+        takes=(*_EPISODES, "protocol", "rotations", "within_alphabet", "image_size", "data"),
         has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
         ink=True,
     ),
@@ -186,11 +195,14 @@ TASKS: dict[str, TaskSpec] = {
         "cub",
         _copied(cub_images),
         takes=(*_IMAGES, "data"),
+        metadata=lambda data: tasks.cub_attributes(str(data)),
     ),
 }
 
 # Episodes at once in an evaluation from a stream.
 _STREAMED = 20
+# Images of a mini-batch, of which each device has its own.
+_SUPERVISED_BATCH = 64
 
 
 def source_of(name: str) -> TaskSpec:
@@ -205,7 +217,11 @@ def source_of(name: str) -> TaskSpec:
 
 
 def tasks_of(
-    settings: Preset, split: str, data: str | None = None, key: Key | None = None
+    settings: Preset,
+    split: str,
+    data: str | None = None,
+    key: Key | None = None,
+    for_evaluation: bool | None = None,
 ) -> TaskDistribution | TaskStream:
     """The tasks of a part: the training protocol for "train", else the test protocol.
 
@@ -214,13 +230,25 @@ def tasks_of(
       split: "train", "validation" or "test".
       data: the folder of --data.
       key: that a stream's episodes are drawn with: of the run for "train", else of the evaluation.
+      for_evaluation: whether a stream numbers its episodes as an evaluation does; None: all but "train".
     """
     prefix = "train_" if split == "train" else ""
     shape = {field: getattr(settings, prefix + field) for field in ("ways", "shots", "queries")}
     if shape["ways"] is None:
         del shape["ways"]
+    if for_evaluation is None:
+        for_evaluation = split != "train"
+    supervised = split == "train" and LEARNERS[settings.learner].supervised
+    if supervised and settings.stream:
+        raise ValueError(
+            f"--stream: {settings.learner} trains on mini-batches of all classes, which must be in memory"
+        )
     with _in_words_of_flags():
-        return _tasks_of(settings, split, data, key, shape)
+        found = _tasks_of(settings, split, data, key, for_evaluation, shape)
+        if not supervised:
+            return found
+        assert isinstance(found, TaskDistribution)
+        return tasks.supervised(found, batch=_SUPERVISED_BATCH)
 
 
 @contextlib.contextmanager
@@ -244,7 +272,12 @@ def _in_words_of_flags() -> Iterator[None]:
 
 
 def _tasks_of(
-    settings: Preset, split: str, data: str | None, key: Key | None, shape: dict[str, Any]
+    settings: Preset,
+    split: str,
+    data: str | None,
+    key: Key | None,
+    for_evaluation: bool,
+    shape: dict[str, Any],
 ) -> TaskDistribution | TaskStream:
     source = source_of(settings.tasks).build(split, settings, shape, data)
     if not isinstance(source, SplitImages):
@@ -257,15 +290,20 @@ def _tasks_of(
         "protocol": source.protocol,
         **shape,
     }
+    about = source_of(settings.tasks).metadata
+    if not settings.shots and about is not None:
+        protocol["metadata"] = about(data)
     if not settings.stream:
         return tasks.from_prepared(source.prepared, **protocol)
+    if not settings.shots:
+        raise ValueError("--stream: zero-shot tasks are drawn from memory only; leave it out")
     return tasks.stream(
         source.prepared,
         key=jax.random.key(0) if key is None else key,
-        meta_batch=settings.meta_batch if split == "train" else _STREAMED,
-        for_evaluation=split != "train",
+        meta_batch=_STREAMED if for_evaluation else settings.meta_batch,
+        for_evaluation=for_evaluation,
         # Evaluations are short: to start processes for each would take longer than reading does.
-        workers=settings.workers if split == "train" else 0,
+        workers=0 if for_evaluation else settings.workers,
         **protocol,
     )
 

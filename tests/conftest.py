@@ -22,11 +22,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 install_import_hook(
     [
         "jaxmeta.losses",
+        "jaxmeta.metric_based",
         "jaxmeta.nn.adapters",
         "jaxmeta.nn.conv",
         "jaxmeta.nn.coordinatewise",
         "jaxmeta.nn.embedding",
+        "jaxmeta.nn.full_context",
+        "jaxmeta.nn.koch",
         "jaxmeta.nn.norm",
+        "jaxmeta.nn.relation",
         "jaxmeta.nn.resnet",
         "jaxmeta.optimization_based",
         "jaxmeta.tasks",

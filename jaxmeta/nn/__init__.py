@@ -4,8 +4,10 @@ from jaxmeta.nn.adapters import Network, as_model, from_equinox, from_nnx
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedUpdate, log_and_sign
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
+from jaxmeta.nn.koch import Koch
 from jaxmeta.nn.layers import Conv, conv_general_dilated
 from jaxmeta.nn.norm import BatchNorm
+from jaxmeta.nn.relation import RelationEmbedding, RelationModule
 from jaxmeta.nn.resnet import ResNet12
 
 __all__ = [
@@ -15,8 +17,11 @@ __all__ = [
     "Conv4",
     "CoordinatewiseLSTM",
     "GatedUpdate",
+    "Koch",
     "Network",
     "ProposedUpdate",
+    "RelationEmbedding",
+    "RelationModule",
     "ResNet12",
     "StridedConv4",
     "as_model",

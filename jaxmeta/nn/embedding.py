@@ -66,6 +66,7 @@ class ConvNorm(linen.Module):
       pool: whether to pool.
       use_scale: whether the normalisation has a scale.
       epsilon: of the normalisation.
+      padding: of the convolution.
     """
 
     filters: int
@@ -73,12 +74,16 @@ class ConvNorm(linen.Module):
     pool: bool = False
     use_scale: bool = True
     epsilon: float = 1e-3
+    padding: str = "SAME"
 
     @linen.compact
     def __call__(
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n h2 w2 filters"]:
-        x = Conv(self.filters, (3, 3), strides=self.strides, use_bias=False, name="conv")(x)
+        conv = Conv(
+            self.filters, (3, 3), strides=self.strides, padding=self.padding, use_bias=False, name="conv"
+        )
+        x = conv(x)
         bias = self.param("bias", linen.initializers.zeros, (self.filters,))
         norm = BatchNorm(self.epsilon, use_scale=self.use_scale, name="norm")
         if not self.pool:
@@ -164,7 +169,7 @@ class MLP(linen.Module):
     """Fully connected network.
 
     Attributes:
-      out: width of the output layer (named "head").
+      out: width of the output layer (named "head"); None for an embedding without one.
       hidden: widths of the hidden layers. (40, 40) is MAML's sinusoid network, 1,761 parameters;
         (256, 128, 64, 64) with `norm` its Omniglot network without convolutions.
       norm: batch normalisation before every activation.
@@ -175,7 +180,7 @@ class MLP(linen.Module):
         sinusoids show little progress.
     """
 
-    out: int
+    out: int | None
     hidden: Sequence[int] = (40, 40)
     norm: bool = False
     activation: Callable = jax.nn.relu
@@ -190,4 +195,6 @@ class MLP(linen.Module):
         for width in self.hidden:
             x = linen.Dense(width, self.use_bias, kernel_init=self.kernel_init)(x)
             x = self.activation(BatchNorm()(x, mask) if self.norm else x)
+        if self.out is None:
+            return x
         return linen.Dense(self.out, self.use_bias, kernel_init=self.kernel_init, name="head")(x)

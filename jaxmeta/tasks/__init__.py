@@ -1,6 +1,7 @@
 """Where tasks come from: pure samplers with a protocol card."""
 
 from jaxmeta.tasks.attributes import cub_attributes
+from jaxmeta.tasks.distortions import distort
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
@@ -30,6 +31,7 @@ __all__ = [
     "cub",
     "cub_attributes",
     "cub_split",
+    "distort",
     "from_arrays",
     "from_folder",
     "from_prepared",

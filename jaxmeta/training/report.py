@@ -200,8 +200,9 @@ def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
 
 
 # Whose statistics, by `norm` of the learner.
-_NORMALISED_BY = {
-    "batch": "the query batch",
+NORMALISED_BY = {
+    "batch": "the batch that is judged",
+    "population": "the training tasks",
     "support": "the support set",
     "episode": "the support set, a running average over the inner steps",
 }
@@ -216,7 +217,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         for name, row in report["accuracy"].items():
             lines.append(
                 f"| **{100 * row['mean']:.2f} %** | ± {100 * row['ci95']:.2f} | "
-                f"{name}: statistics of {_NORMALISED_BY[row['norm']]} |"
+                f"{name}: statistics of {NORMALISED_BY[row['norm']]} |"
             )
     else:
         lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
@@ -232,10 +233,17 @@ def report_markdown(report: dict[str, Any]) -> str:
         "split hash": card["split_hash"],
         "rotations": card["rotations"] if card["classes"] else None,
         "images": _images(config),
-        "normalised in training by": _NORMALISED_BY[config["norm"]],
+        "normalised in training by": NORMALISED_BY[config["norm"]],
         "inner steps": _inner(config),
         "α (inner learning rate, of the mean loss)": config["inner_lr"],
         "support examples in an inner step": config["inner_batch"],
+        "divergence": config["divergence"],
+        "similarity": config["similarity"],
+        "reduced to classes by": config["reduce"],
+        "head": config["head"],
+        "scale": config["scale"],
+        "attention steps of full context embeddings": config["context_steps"],
+        "training images distorted": config["distort"] or None,
         "order": config["order"],
         "weight of the proximal term": config["proximal"],
         "steps of conjugate gradients": config["cg_steps"],

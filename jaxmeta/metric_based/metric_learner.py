@@ -1,0 +1,210 @@
+"""What all methods share that compare embeddings: who embeds what, and by whose statistics.
+
+A method's file says how it learns from embedded support examples (`fit`) and how it judges embedded
+queries (`judge`); this file makes a `Learner` of the two.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.norm import from_moments, to_moments
+
+NORMS = ("batch", "support", "population")
+Augment = Callable[[Key, Array], Array]
+
+
+def metric_learner(
+    model: Network,
+    *,
+    fit: Callable[..., PyTree],
+    judge: Callable[[Params, PyTree, Array], Array],
+    init: Callable[[Key, int, int], Params] | None = None,
+    objective: Callable[..., tuple[Array, Array]] | None = None,
+    norm: str = "batch",
+    augment: Augment | None = None,
+) -> Learner:
+    """A learner of embeddings.
+
+    In training support and queries are embedded as one batch, save under norm="support".
+
+    Args:
+      model: the embedding, `(n, *shape) -> (n, dim)`.
+      fit: `(own, z, labels, key) -> fitted` of embedded support examples and their one-hot labels, whose
+        rows are zero for padding; `own` are the method's own parameters, and `key` is None outside
+        training.
+      judge: `(own, fitted, z) -> outputs (m, ways)` of embedded queries.
+      init: `(key, dim, ways) -> own`; None where the method has no parameters.
+      objective: `(own, z_support, labels, z_query, query, key) -> (loss, outputs)` in place of the
+        cross-entropy of what `fit` and `judge` make of the queries.
+      norm: "batch", the statistics of support and queries together (transductive); "support", those of the
+        support set (inductive); "population", those filled by `jm.calibrate` (inductive; trains like
+        "batch").
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: an unknown `norm`.
+    """
+    check_norm(norm)
+    model = as_model(model)
+    if model.apply_norm is None:
+        norm = "support"  # nothing to normalise, and nothing of the support set to keep
+
+    def embed(
+        params: Params, x: Array, mask: Array | None = None, stats: PyTree = None, key: Key | None = None
+    ) -> tuple[Array, PyTree]:
+        z, stats = forward(model, params["model"], x, mask=mask, stats=stats, key=key)
+        if not isinstance(z, jax.Array) or z.ndim != 2 or z.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"the model returns {getattr(z, 'shape', type(z).__name__)} for {x.shape[0]} examples; an "
+                "embedding must be (examples, dim)"
+            )
+        return z, stats
+
+    def own_of(params: Params) -> Params:
+        return params.get("head", {})
+
+    def initial(key: Key, task: Task) -> Params:
+        labels = jax.eval_shape(one_hot, task.support)
+        params: Params = {"model": model.init(key, task.support.x)}
+        z, _ = jax.eval_shape(embed, params, task.support.x)
+        if init is not None:
+            params["head"] = init(jax.random.fold_in(key, 1), z.shape[1], labels.shape[1])
+        return params
+
+    def embed_task(params: Params, task: Task, key: Key) -> tuple[Array, Array]:
+        dropout = key if model.stochastic else None
+        support, query = task
+        if norm == "support":
+            z, stats = embed(params, support.x, support.mask, key=dropout)
+            return z, embed(params, query.x, query.mask, stats, dropout)[0]
+        z, _ = embed(params, *joined(support.x, support.mask, query.x, query.mask), key=dropout)
+        return z[: support.x.shape[0]], z[support.x.shape[0] :]
+
+    def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
+        del step
+        support, query = map(blank_padding, task)
+        draw, shuffle = jax.random.split(key)
+        support, query = augmented(augment, draw, support, query)
+        own, labels = own_of(params), one_hot(support)
+        z, z_query = embed_task(params, Task(support, query), draw)
+        if objective is None:
+            outputs = judge(own, fit(own, z, labels, shuffle), z_query)
+            value = losses.cross_entropy(outputs, query.y, query.mask)
+        else:
+            value, outputs = objective(own, z, labels, z_query, query, shuffle)
+        return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
+
+    def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        del key
+        support = blank_padding(support)
+        labels = one_hot(support)
+        if norm == "batch":
+            # Its statistics will be those of the queries too, which are yet to come.
+            return {"x": support.x, "labels": labels, "mask": support.mask}
+        fixed = population(params) if norm == "population" else None
+        z, stats = embed(params, support.x, support.mask, fixed)
+        return {"fitted": fit(own_of(params), z, labels, None), "stats": stats}
+
+    def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
+        own = own_of(params)
+        if norm != "batch":
+            return judge(own, adapted["fitted"], embed(params, x, mask, adapted["stats"])[0])
+        z, _ = embed(params, *joined(adapted["x"], adapted["mask"], x, mask))
+        count = adapted["x"].shape[0]
+        return judge(own, fit(own, z[:count], adapted["labels"], None), z[count:])
+
+    def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
+        del key
+        support, query = map(blank_padding, task)
+        _, stats = embed(params, *joined(support.x, support.mask, query.x, query.mask))
+        return to_moments(stats), jnp.asarray(1.0)
+
+    return Learner(initial, adapt, predict, task_loss, None if model.apply_norm is None else statistics)
+
+
+def check_norm(norm: str, norms: tuple[str, ...] = NORMS) -> None:
+    """A ValueError if `norm` is none of `norms`."""
+    if norm not in norms:
+        raise ValueError(f"norm must be one of {norms}, got {norm!r}")
+
+
+def one_hot(batch: Batch) -> Float[Array, "n ways"]:
+    """Labels as rows; padding has rows of zeros.
+
+    Raises:
+      ValueError: the targets are no class slots.
+    """
+    if not jnp.issubdtype(batch.y.dtype, jnp.integer):
+        raise ValueError(
+            f"tasks: got targets of type {batch.y.dtype}; methods that compare with examples of classes need "
+            "integer class slots"
+        )
+    labels = jax.nn.one_hot(batch.y, ways_of(batch), dtype=batch.x.dtype)
+    return labels if batch.mask is None else jnp.where(batch.mask[:, None], labels, 0)
+
+
+def population(params: Params) -> PyTree:
+    """The statistics that `jm.calibrate` filled.
+
+    Raises:
+      ValueError: it was not called.
+    """
+    if "population" not in params:
+        raise ValueError('norm="population" needs filled statistics: call jm.calibrate on these params first')
+    return from_moments(params["population"])
+
+
+def joined(x: Array, mask: Array | None, more: Array, more_mask: Array | None) -> tuple[Array, Array | None]:
+    """Two sets of examples as one, and its mask."""
+    if mask is None and more_mask is None:
+        return jnp.concatenate([x, more]), None
+    masks = [
+        jnp.ones(each.shape[0], bool) if given is None else given
+        for each, given in ((x, mask), (more, more_mask))
+    ]
+    return jnp.concatenate([x, more]), jnp.concatenate(masks)
+
+
+def augmented(augment: Augment | None, key: Key, support: Batch, query: Batch) -> tuple[Batch, Batch]:
+    """Both sets with `augment` applied, each to its own draws."""
+    if augment is None:
+        return support, query
+    own, other = jax.random.split(key)
+    return (
+        dataclasses.replace(support, x=augment(own, support.x)),
+        dataclasses.replace(query, x=augment(other, query.x)),
+    )
+
+
+def unit(z: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
+    """Vectors of length one; the zero vector stays, with a finite gradient."""
+    return z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-12))
+
+
+def squared_distances(a: Float[Array, "m dim"], b: Float[Array, "n dim"]) -> Float[Array, "m n"]:
+    """‖a_i − b_j‖², by one matrix product."""
+    squares = jnp.square(a).sum(-1)[:, None] + jnp.square(b).sum(-1)[None, :]
+    return jnp.maximum(squares - 2 * a @ b.T, 0)
+
+
+def class_means(
+    z: Float[Array, "n dim"], labels: Float[Array, "n ways"]
+) -> tuple[Float[Array, "ways dim"], Bool[Array, " ways"]]:
+    """The mean embedding of each class, divided by its own number of examples, and whether it has any.
+
+    The paper's pseudo-code divides by the number of classes, which is a slip.
+    """
+    counts = labels.sum(0)
+    return labels.T @ z / jnp.maximum(counts, 1)[:, None], counts > 0
+
+
+def only_present(outputs: Float[Array, "m ways"], present: Bool[Array, " ways"]) -> Float[Array, "m ways"]:
+    """−∞, probability zero, for class slots without a support example."""
+    return jnp.where(present[None, :], outputs, -jnp.inf)

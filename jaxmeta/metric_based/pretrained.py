@@ -1,0 +1,224 @@
+"""Baselines that every method must beat: features of an ordinary classifier, and a simple head on them.
+
+Both are trained on the training classes all at once (`jm.tasks.supervised`), never on episodes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Learner, Model, Params, PyTree
+from jaxmeta.metric_based.metric_learner import (
+    Augment,
+    class_means,
+    metric_learner,
+    only_present,
+    squared_distances,
+    unit,
+)
+from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.norm import moments
+from jaxmeta.optimization_based.inner_loop import inner_loop
+
+TRANSFORMS = ("un", "l2n", "cl2n")
+HEADS = ("linear", "cosine")
+
+
+def simple_shot(
+    model: Network, *, transform: str = "cl2n", norm: str = "batch", augment: Augment | None = None
+) -> Learner:
+    """SimpleShot: nearest centroid on the features of a classifier of all training classes.
+
+    Outputs are −‖t(f(x)) − v_c‖², v_c the mean of t(f) over class c. Trained by the cross-entropy of a linear
+    layer on f over all classes of the training tasks: give it `jm.tasks.supervised(tasks)` to train on.
+
+    Params: the features' under "model", the classifier's under "head". Adapted: the centroids.
+
+    Args:
+      model: the features f.
+      transform: t: "un", none; "l2n", to length one; "cl2n", to length one after the mean feature, of the
+        same examples as the batch statistics, is taken away.
+      norm: "batch", "support" or "population"; see `jm.prototypical`. The paper's are "population".
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: an unknown name; float targets.
+
+    References:
+      Wang et al., SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning, 2019.
+    """
+    if transform not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {TRANSFORMS}, got {transform!r}")
+
+    def transformed(z: Array) -> Array:
+        return z if transform == "un" else unit(z)
+
+    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del own, key
+        means, present = class_means(transformed(z), labels)
+        return {"centroids": means, "present": present}
+
+    def judge(own: Params, fitted: Params, z: Array) -> Array:
+        del own
+        return only_present(-squared_distances(transformed(z), fitted["centroids"]), fitted["present"])
+
+    return metric_learner(
+        _centred(as_model(model)) if transform == "cl2n" else model,
+        fit=fit,
+        judge=judge,
+        init=_initial_head("linear"),
+        objective=_classification("linear", 1.0),
+        norm=norm,
+        augment=augment,
+    )
+
+
+def fine_tuned_head(
+    model: Network,
+    *,
+    head: str = "linear",
+    scale: float = 2.0,
+    optimizer: optax.GradientTransformation | None = None,
+    steps: int = 100,
+    norm: str = "batch",
+    augment: Augment | None = None,
+) -> Learner:
+    r"""Baseline and Baseline++: a new head, trained by gradient descent on frozen features.
+
+    The features are those of a classifier of all training classes, with a head of the same kind: give it
+    `jm.tasks.supervised(tasks)` to train on. "linear": W f(x) + b, from zeros. "cosine": scale · g_c ·
+    cos(f(x), w_c), with w_c from the class mean and g_c from 1.
+
+    The released code starts from random weights, and goes through the support set in mini-batches of 4, 100
+    times; here each step has all of it. Its SGD has rate 0.01, weight decay 0.001, and momentum 0.9 with
+    dampening 0.9, which does not make steps longer.
+
+    Params: the features' under "model", the classifier's under "head". Adapted: the new head.
+
+    Args:
+      model: the features f.
+      head: "linear" (Baseline) or "cosine" (Baseline++).
+      scale: of the cosines; the released code has 10 where there are more than 200 classes.
+      optimizer: of the head; None for the released code's.
+      steps: gradient steps, at least 1.
+      norm: "batch", "support" or "population"; see `jm.prototypical`. The published numbers' are
+        "population".
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: an unknown name; `steps` below 1; float targets.
+
+    References:
+      Chen et al., A Closer Look at Few-shot Classification, 2019, section 3.2.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {HEADS}, got {head!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    descend = released_sgd() if optimizer is None else optimizer
+
+    def head_loss(weights: Params, batch: tuple) -> Array:
+        z, labels = batch
+        # Absent classes are no answer, and padding no question.
+        outputs = only_present(_outputs(head, scale, weights, z), (labels > 0).any(0))
+        each = -jnp.where(labels > 0, jax.nn.log_softmax(outputs), 0).sum(1)
+        return each.sum() / jnp.maximum((labels > 0).sum(), 1)
+
+    descent = inner_loop(head_loss, descend, steps, order="first")
+
+    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del own, key
+        means, present = class_means(z, labels)
+        if head == "linear":
+            start = {"kernel": jnp.zeros_like(means.T), "bias": jnp.zeros_like(means[:, 0])}
+        else:
+            start = {"kernel": unit(means).T, "norm": jnp.ones_like(means[:, 0])}
+        found, _ = descent(start, (z, labels))
+        return {"head": found, "present": present}
+
+    def judge(own: Params, fitted: Params, z: Array) -> Array:
+        del own
+        return only_present(_outputs(head, scale, fitted["head"], z), fitted["present"])
+
+    return metric_learner(
+        model,
+        fit=fit,
+        judge=judge,
+        init=_initial_head(head),
+        objective=_classification(head, scale),
+        norm=norm,
+        augment=augment,
+    )
+
+
+def released_sgd(rate: float = 0.01) -> optax.GradientTransformation:
+    """SGD with weight decay 0.001 and momentum 0.9 with dampening 0.9."""
+    return optax.chain(optax.add_decayed_weights(1e-3), optax.ema(0.9, debias=False), optax.sgd(rate))
+
+
+def _initial_head(head: str) -> Callable[[Key, int, int], Params]:
+    def init(key: Key, dim: int, ways: int) -> Params:
+        own = {"kernel": jax.random.normal(key, (dim, ways)) / jnp.sqrt(dim)}
+        if head == "linear":
+            return {**own, "bias": jnp.zeros(ways)}
+        return {**own, "norm": jnp.ones(ways)}
+
+    return init
+
+
+def _outputs(head: str, scale: float, weights: Params, z: Array) -> Array:
+    if head == "linear":
+        return z @ weights["kernel"] + weights["bias"][None]
+    return scale * weights["norm"][None] * (unit(z) @ unit(weights["kernel"].T).T)
+
+
+def _classification(head: str, scale: float) -> Callable[..., tuple[Array, Array]]:
+    """Cross-entropy of a head over all classes; each example counts, of whichever set."""
+
+    def objective(
+        own: Params, z: Array, labels: Array, z_query: Array, query: Batch, key: Key
+    ) -> tuple[Array, Array]:
+        del key
+        support, outputs = (_outputs(head, scale, own, each) for each in (z, z_query))
+        cost = -jnp.where(labels > 0, jax.nn.log_softmax(support), 0).sum(1)
+        count = (labels > 0).sum()
+        asked = losses.masked_sum(
+            optax.softmax_cross_entropy_with_integer_labels(outputs, query.y), query.mask
+        )
+        return (cost.sum() + asked[0]) / jnp.maximum(count + asked[1], 1), outputs
+
+    return objective
+
+
+def _centred(model: Model) -> Model:
+    """`model` less the mean of its outputs, which is one more batch statistic."""
+
+    def apply_norm(
+        params: Params,
+        x: Array,
+        *,
+        stats: PyTree = None,
+        mask: Array | None = None,
+        key: Key | None = None,
+    ) -> tuple[Array, PyTree]:
+        own = None if stats is None else stats["model"]
+        z, own = forward(model, params, x, mask=mask, stats=own, key=key)
+        if stats is None:
+            mean, var = moments(z, mask)
+            stats = {"model": {} if own is None else own, "features": {"mean": mean, "var": var}}
+        return z - stats["features"]["mean"][None], stats
+
+    def apply(params: Params, x: Array, *, key: Key | None = None) -> Array:
+        return apply_norm(params, x, key=key)[0]
+
+    if model.stochastic:
+        return Model(model.init, apply, apply_norm, stochastic=True)
+    return Model(
+        model.init,
+        lambda params, x: apply(params, x),
+        lambda params, x, *, stats=None, mask=None: apply_norm(params, x, stats=stats, mask=mask),
+    )

@@ -1,0 +1,241 @@
+"""Prototypical networks: a class is the mean of its embedded examples, or an embedded vector of metadata."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.metric_based.metric_learner import (
+    Augment,
+    augmented,
+    check_norm,
+    class_means,
+    metric_learner,
+    one_hot,
+    only_present,
+    population,
+    squared_distances,
+    unit,
+)
+from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.norm import to_moments
+
+Generator = Callable[[Array], Array]
+
+
+def prototypical(
+    model: Network,
+    *,
+    divergence: str | Generator = "euclidean",
+    metadata: Network | None = None,
+    norm: str = "batch",
+    augment: Augment | None = None,
+) -> Learner:
+    r"""Prototypical networks: P(y = c | x) = softmax_c(−d(f(x), v_c)), v_c the mean of f over class c.
+
+    d is the squared Euclidean distance, or any Bregman divergence: for a strictly convex φ,
+
+    d_φ(z, v) = φ(z) − φ(v) − (z − v)·∇φ(v),
+
+    of which in every case the mean is the point nearest to a set of points. With the squared Euclidean
+    distance this is a linear classifier of f(x), with weights 2 v_c and biases −‖v_c‖².
+
+    Zero-shot, with `metadata`: v_c = g(m_c) / ‖g(m_c)‖ is embedded from one vector for each class, and f(x)
+    is not normalised.
+
+    Train with more ways than you test with, and with as many shots (Snell et al.: 60 ways on Omniglot).
+
+    Params: `{"model": …}`, with "metadata" in zero-shot learning and "population" once `jm.calibrate`
+    filled it. Adapted: `{"fitted": {"prototypes": (ways, dim), "present": (ways,)}, "stats"}`; under
+    norm="batch" the support set itself.
+
+    Args:
+      model: the embedding f, `(n, *shape) -> (n, dim)`.
+      divergence: "euclidean" (squared); "kl", of softmax(f(x)), φ = Σ z ln z; "cosine", 1 − cos, which
+        is no Bregman divergence and which the paper found worse; or a convex function φ of one vector.
+      metadata: the embedding g of class metadata, `(ways, d) -> (ways, dim)`; None for few-shot learning.
+      norm: whose statistics normalise, where the model has any. "batch": those of support and queries
+        together (transductive). "support": those of the support set (inductive). "population": those filled
+        by `jm.calibrate` (inductive; the published numbers; trains like "batch"). It changes no parameter,
+        so that one trained `params` serves a learner of each.
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: an unknown name; norm="support" in zero-shot learning, whose support set has no images;
+        float targets; embeddings of two widths; "population" asked of params that were not calibrated.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> tasks = jm.tasks.glyphs(ways=5, shots=1, queries=3)
+      >>> learner = jm.prototypical(jm.nn.Conv4(filters=8))
+      >>> task = tasks.sample(jax.random.key(0))
+      >>> params = jm.calibrate(learner, learner.init(jax.random.key(1), task), tasks, jax.random.key(2))
+      >>> learner = jm.prototypical(jm.nn.Conv4(filters=8), norm="population")
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(3))
+      >>> learner.predict(params, adapted, task.query.x).shape
+      (15, 5)
+
+    References:
+      Snell, Swersky & Zemel, Prototypical Networks for Few-shot Learning, 2017.
+    """
+    embedded, distances = _divergence(divergence)
+
+    def judge(own: Params, fitted: Params, z: Array) -> Array:
+        del own
+        return only_present(-distances(embedded(z), fitted["prototypes"]), fitted["present"])
+
+    if metadata is not None:
+        return _zero_shot(model, metadata, judge, norm, augment)
+
+    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del own, key
+        means, present = class_means(embedded(z), labels)
+        return {"prototypes": means, "present": present}
+
+    return metric_learner(model, fit=fit, judge=judge, norm=norm, augment=augment)
+
+
+def add_class(
+    model: Network,
+    params: Params,
+    adapted: PyTree,
+    x: Array,
+    *,
+    divergence: str | Generator = "euclidean",
+) -> PyTree:
+    """An adapted state of `prototypical` that knows one class more, without the old support set.
+
+    The new class gets the next slot. What is known of the others does not change.
+
+    Args:
+      model, params, divergence: of the learner.
+      adapted: by a learner of norm "support" or "population".
+      x: examples of the new class, `(k, *shape)`; they are normalised by the statistics in `adapted`.
+
+    Raises:
+      ValueError: `adapted` has no prototypes, or `x` no examples.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> model = jm.nn.Conv4(filters=8)
+      >>> learner = jm.prototypical(model, norm="support")
+      >>> task = jm.tasks.glyphs(ways=5, shots=2, queries=3).sample(jax.random.key(0))
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
+      >>> adapted = jm.add_class(model, params, adapted, task.query.x[:3])
+      >>> learner.predict(params, adapted, task.query.x).shape
+      (15, 6)
+    """
+    if "fitted" not in adapted or "prototypes" not in adapted["fitted"]:
+        raise ValueError(
+            'adapted: got a state without prototypes; take one by jm.prototypical(…, norm="population") or '
+            '"support"'
+        )
+    if x.shape[0] < 1:
+        raise ValueError(f"x: got shape {x.shape}; it must hold at least one example of the new class")
+    embedded, _ = _divergence(divergence)
+    z, _ = forward(as_model(model), params["model"], x, stats=adapted["stats"])
+    fitted = adapted["fitted"]
+    return {
+        **adapted,
+        "fitted": {
+            "prototypes": jnp.concatenate([fitted["prototypes"], embedded(z).mean(0, keepdims=True)]),
+            "present": jnp.concatenate([fitted["present"], jnp.ones(1, bool)]),
+        },
+    }
+
+
+def bregman(generator: Generator, z: Float[Array, "m dim"], v: Float[Array, "n dim"]) -> Float[Array, "m n"]:
+    """d_φ(z_i, v_j) = φ(z_i) − φ(v_j) − (z_i − v_j)·∇φ(v_j).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> z, v = jnp.array([[0.5, 0.0]]), jnp.array([[0.0, 0.0], [2.0, 0.0]])
+      >>> bregman(lambda u: (u**2).sum(), z, v).tolist()
+      [[0.25, 2.25]]
+    """
+    slopes = jax.vmap(jax.grad(generator))(v)
+    at_v = jax.vmap(generator)(v) - (v * slopes).sum(-1)
+    return jax.vmap(generator)(z)[:, None] - at_v[None, :] - z @ slopes.T
+
+
+def _negative_entropy(z: Array) -> Array:
+    return (z * jnp.log(jnp.maximum(z, jnp.finfo(z.dtype).tiny))).sum()
+
+
+def _divergence(given: str | Generator) -> tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]:
+    """What is done to an embedding first, and the distances of points to prototypes."""
+    known: dict[str, tuple] = {
+        "euclidean": (lambda z: z, squared_distances),
+        "kl": (jax.nn.softmax, lambda z, v: bregman(_negative_entropy, z, v)),
+        "cosine": (lambda z: z, lambda z, v: 1 - unit(z) @ unit(v).T),
+    }
+    if isinstance(given, str):
+        if given not in known:
+            raise ValueError(f"divergence must be a convex function or one of {tuple(known)}, got {given!r}")
+        return known[given]
+    return lambda z: z, lambda z, v: bregman(given, z, v)
+
+
+def _zero_shot(
+    model: Network,
+    metadata: Network,
+    judge: Callable[[Params, PyTree, Array], Array],
+    norm: str,
+    augment: Augment | None,
+) -> Learner:
+    check_norm(norm, ("batch", "population"))
+    model, metadata = as_model(model), as_model(metadata)
+
+    def prototypes(params: Params, support: Batch) -> Params:
+        means, present = class_means(
+            forward(metadata, params["metadata"], support.x, mask=support.mask)[0], one_hot(support)
+        )
+        return {"prototypes": unit(means), "present": present}
+
+    def init(key: Key, task: Task) -> Params:
+        params = {
+            "model": model.init(key, task.query.x),
+            "metadata": metadata.init(jax.random.fold_in(key, 1), task.support.x),
+        }
+        widths = [
+            jax.eval_shape(lambda p, x, m=part: forward(m, p, x)[0], params[name], x).shape[1:]
+            for part, name, x in ((model, "model", task.query.x), (metadata, "metadata", task.support.x))
+        ]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"metadata: gives embeddings of shape {widths[1]}, and model of {widths[0]}; both must agree"
+            )
+        return params
+
+    def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
+        del step
+        support, query = map(blank_padding, task)
+        if augment is not None:
+            _, query = augmented(augment, key, query, query)
+        z, _ = forward(
+            model, params["model"], query.x, mask=query.mask, key=key if model.stochastic else None
+        )
+        outputs = judge({}, prototypes(params, support), z)
+        value = losses.cross_entropy(outputs, query.y, query.mask)
+        return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
+
+    def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        del key
+        ways_of(support)
+        fixed = population(params) if norm == "population" and model.apply_norm is not None else None
+        return {"fitted": prototypes(params, blank_padding(support)), "stats": fixed}
+
+    def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
+        z, _ = forward(model, params["model"], x, mask=mask, stats=adapted["stats"])
+        return judge({}, adapted["fitted"], z)
+
+    def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
+        del key
+        query = blank_padding(task.query)
+        return to_moments(forward(model, params["model"], query.x, mask=query.mask)[1]), jnp.asarray(1.0)
+
+    return Learner(init, adapt, predict, task_loss, None if model.apply_norm is None else statistics)

@@ -1,0 +1,169 @@
+"""Relation networks: how alike a query and a class are is itself learned, by a network."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.metric_based.metric_learner import (
+    Augment,
+    augmented,
+    check_norm,
+    joined,
+    one_hot,
+    only_present,
+    population,
+)
+from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.norm import to_moments
+from jaxmeta.nn.relation import RelationModule
+
+
+def relation(
+    model: Network,
+    comparison: Network | None = None,
+    *,
+    norm: str = "batch",
+    augment: Augment | None = None,
+) -> Learner:
+    r"""Relation network: r(x, c) = σ(g([Σ_{x_i ∈ c} f(x_i), f(x)])), the score of class c for x.
+
+    f gives feature maps, which are put one behind the other, channel by channel. The loss is the mean
+    squared error between the scores and 1 for the true class, 0 for the others. Outputs are the
+    scores before σ: `jax.nn.sigmoid(outputs)` lie in (0, 1) and need not sum to 1.
+
+    The class has the sum of its examples' maps, as in the paper and its code; others average them, which is
+    the same for one shot.
+
+    Params: `{"model", "relation"}`, with "population" once `jm.calibrate` filled it. Adapted: the class maps
+    and the statistics; under norm="batch" the support set.
+
+    Args:
+      model: f, `(n, *shape) -> (n, h, w, c)`; `jm.nn.RelationEmbedding` is the published one.
+      comparison: g, `(pairs, h, w, 2c) -> (pairs, 1)`; `jm.nn.RelationModule()` if None.
+      norm: whose statistics normalise. "batch": in f those of support and queries together, in g those of
+        all pairs (transductive; the published numbers). "population": those filled by `jm.calibrate`
+        (inductive; trains like "batch").
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: another `norm` (of a support set alone there are no pairs to have statistics of); networks
+        of other outputs; float targets.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> task = jm.tasks.glyphs(ways=5, shots=1, queries=3).sample(jax.random.key(0))
+      >>> learner = jm.relation(jm.nn.RelationEmbedding(filters=8), jm.nn.RelationModule(filters=8))
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
+      >>> learner.predict(params, adapted, task.query.x).shape
+      (15, 5)
+
+    References:
+      Sung et al., Learning to Compare: Relation Network for Few-Shot Learning, 2018.
+    """
+    check_norm(norm, ("batch", "population"))
+    model, comparison = as_model(model), as_model(RelationModule() if comparison is None else comparison)
+
+    def embed(
+        params: Params, x: Array, mask: Array | None = None, stats: PyTree = None, key: Key | None = None
+    ) -> tuple[Array, PyTree]:
+        z, stats = forward(
+            model, params["model"], x, mask=mask, stats=stats, key=key if model.stochastic else None
+        )
+        if not isinstance(z, jax.Array) or z.ndim != 4:
+            raise ValueError(
+                f"the model returns {getattr(z, 'shape', type(z).__name__)} for {x.shape[0]} examples; a "
+                "relation network compares feature maps, (examples, height, width, channels)"
+            )
+        return z, stats
+
+    def class_maps(z: Array, labels: Array) -> Params:
+        return {"maps": jnp.einsum("n...,nc->c...", z, labels), "present": (labels > 0).any(0)}
+
+    def compare(
+        params: Params,
+        fitted: Params,
+        z: Array,
+        mask: Array | None,
+        stats: PyTree = None,
+        key: Key | None = None,
+    ) -> tuple[Array, PyTree]:
+        maps, present = fitted["maps"], fitted["present"]
+        shape = z.shape[0], *maps.shape
+        pair = jnp.concatenate(
+            [jnp.broadcast_to(maps[None], shape), jnp.broadcast_to(z[:, None], shape)], axis=-1
+        )
+        real = jnp.broadcast_to(present[None], shape[:2])
+        if mask is not None:
+            real = real & mask[:, None]
+        scores, stats = forward(
+            comparison,
+            params["relation"],
+            pair.reshape(-1, *pair.shape[2:]),
+            mask=real.reshape(-1),
+            stats=stats,
+            key=key if comparison.stochastic else None,
+        )
+        pairs = shape[0] * shape[1]
+        if scores.shape != (pairs, 1):
+            raise ValueError(
+                f"comparison: gives shape {scores.shape} for {pairs} pairs; it must be (pairs, 1)"
+            )
+        return only_present(scores.reshape(shape[:2]), present), stats
+
+    def whole(
+        params: Params, support: tuple, query: tuple, labels: Array, key: Key | None = None
+    ) -> tuple[Array, PyTree]:
+        """Outputs by the statistics of all that is there, and these."""
+        z, own = embed(params, *joined(*support, *query), key=key)
+        count = support[0].shape[0]
+        outputs, pairs = compare(params, class_maps(z[:count], labels), z[count:], query[1], key=key)
+        return outputs, {"model": own, "relation": pairs}
+
+    def init(key: Key, task: Task) -> Params:
+        params = {"model": model.init(key, task.support.x)}
+        z, _ = jax.eval_shape(embed, params, task.support.x)
+        pair = jnp.zeros((2, *z.shape[1:-1], 2 * z.shape[-1]), z.dtype)
+        params["relation"] = comparison.init(jax.random.fold_in(key, 1), pair)
+        return params
+
+    def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
+        del step
+        support, query = map(blank_padding, task)
+        draw, dropout = jax.random.split(key)
+        support, query = augmented(augment, draw, support, query)
+        labels = one_hot(support)
+        outputs, _ = whole(params, (support.x, support.mask), (query.x, query.mask), labels, dropout)
+        present = (labels > 0).any(0)
+        errors = jnp.square(jax.nn.sigmoid(outputs) - one_hot(query))
+        value = losses.masked_mean(
+            jnp.where(present[None], errors, 0).sum(1) / jnp.maximum(present.sum(), 1), query.mask
+        )
+        return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
+
+    def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        del key
+        support = blank_padding(support)
+        labels = one_hot(support)
+        if norm == "batch":
+            return {"x": support.x, "labels": labels, "mask": support.mask}
+        stats = population(params)
+        z, _ = embed(params, support.x, support.mask, stats["model"])
+        return {"fitted": class_maps(z, labels), "stats": stats}
+
+    def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
+        if norm == "batch":
+            return whole(params, (adapted["x"], adapted["mask"]), (x, mask), adapted["labels"])[0]
+        stats = adapted["stats"]
+        z, _ = embed(params, x, mask, stats["model"])
+        return compare(params, adapted["fitted"], z, mask, stats["relation"])[0]
+
+    def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
+        del key
+        support, query = map(blank_padding, task)
+        _, stats = whole(params, (support.x, support.mask), (query.x, query.mask), one_hot(support))
+        return to_moments(stats), jnp.asarray(1.0)
+
+    return Learner(init, adapt, predict, task_loss, statistics)

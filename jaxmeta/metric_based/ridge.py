@@ -1,0 +1,69 @@
+"""Ridge regression in closed form on a learned embedding (R2-D2)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxmeta.core import Key, Learner, Params
+from jaxmeta.metric_based.metric_learner import Augment, metric_learner, only_present
+from jaxmeta.nn.adapters import Network
+
+
+def ridge(
+    model: Network,
+    *,
+    regularisation: float = 1.0,
+    scale: float = 10.0,
+    norm: str = "batch",
+    augment: Augment | None = None,
+) -> Learner:
+    r"""R2-D2: a linear classifier of the embedding, by ridge regression onto one-hot labels.
+
+    W = Zᵀ (Z Zᵀ + λ I)⁻¹ Y,  outputs = scale · f(x) W,
+
+    with Z (n, dim) the embedded support set and Y its one-hot labels: an n × n system, small however wide
+    the embedding. λ and scale are learned with the embedding, through the solution; the paper's additive
+    constant is left out, for it is the same for all classes and drops out of the softmax.
+
+    Params: the embedding's under "model"; under "head" `{"log_regularisation", "scale"}`. Adapted: W.
+
+    Args:
+      model: the embedding f.
+      regularisation: the initial λ, above 0; learned as its logarithm.
+      scale: the initial scale.
+      norm: "batch", "support" or "population"; see `jm.prototypical`.
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: a `regularisation` that is not positive; an unknown `norm`; float targets.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> task = jm.tasks.glyphs(ways=5, shots=1, queries=3).sample(jax.random.key(0))
+      >>> learner = jm.ridge(jm.nn.Conv4(filters=8), norm="support")
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
+      >>> adapted["fitted"]["weights"].shape
+      (8, 5)
+
+    References:
+      Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, 2019, section 3.
+    """
+    if not regularisation > 0:
+        raise ValueError(f"regularisation must be positive, got {regularisation}")
+
+    def init(key: Key, dim: int, ways: int) -> Params:
+        del key, dim, ways
+        return {"log_regularisation": jnp.log(regularisation), "scale": jnp.asarray(scale)}
+
+    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del key
+        z = jnp.where((labels > 0).any(1, keepdims=True), z, 0)
+        gram = z @ z.T + jnp.exp(own["log_regularisation"]) * jnp.eye(z.shape[0], dtype=z.dtype)
+        dual = jax.scipy.linalg.solve(gram, labels, assume_a="pos")
+        return {"weights": z.T @ dual, "present": (labels > 0).any(0)}
+
+    def judge(own: Params, fitted: Params, z: Array) -> Array:
+        return only_present(own["scale"] * (z @ fitted["weights"]), fitted["present"])
+
+    return metric_learner(model, fit=fit, judge=judge, init=init, norm=norm, augment=augment)

@@ -1,0 +1,44 @@
+"""The twin of the published Siamese network."""
+
+import jax
+from flax import linen
+from jaxtyping import Array, Float
+
+from jaxmeta.nn.embedding import max_pool_2x2
+from jaxmeta.nn.layers import Conv
+
+SIDE = 105
+
+
+class Koch(linen.Module):
+    """The twin, for images of 105×105: 38,947,648 parameters, and 4,097 of `jm.siamese`.
+
+    Convolutions without padding, with ReLU: 10×10 to 64 channels (96×96, pooled to 48), 7×7 to 128 (42,
+    pooled to 21), 4×4 to 128 (18, pooled to 9), 4×4 to 256 (6×6); then a linear layer of 4,096 sigmoids.
+
+    Initialised as published: convolutions from N(0, 0.01²), of the linear layer from N(0, 0.2²),
+    with which its 9,216 inputs can saturate the sigmoids; biases from N(0.5, 0.01²).
+
+    Raises:
+      ValueError: images of another size.
+
+    References:
+      Koch, Zemel & Salakhutdinov, Siamese Neural Networks for One-shot Image Recognition, 2015, section 3.
+    """
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 4096"]:
+        if x.shape[1:3] != (SIDE, SIDE):
+            raise ValueError(
+                f"x: got images of {x.shape[1]}×{x.shape[2]}; the published network is for {SIDE}×{SIDE}"
+            )
+        normal = linen.initializers.normal
+
+        def around_half(key, shape, dtype=jax.numpy.float32):
+            return 0.5 + normal(0.01)(key, shape, dtype)
+
+        for width, side, pool in ((64, 10, True), (128, 7, True), (128, 4, True), (256, 4, False)):
+            x = Conv(width, (side, side), padding="VALID", kernel_init=normal(0.01), bias_init=around_half)(x)
+            x = jax.nn.relu(max_pool_2x2(x) if pool else x)
+        x = x.reshape(x.shape[0], -1)
+        return jax.nn.sigmoid(linen.Dense(4096, kernel_init=normal(0.2), bias_init=around_half)(x))

@@ -1,0 +1,63 @@
+"""The two networks of relation networks."""
+
+import jax
+from flax import linen
+from jaxtyping import Array, Bool, Float
+
+from jaxmeta.nn.embedding import ConvNorm, require_size
+
+
+class RelationEmbedding(linen.Module):
+    """Four blocks of 3×3 convolution, batch normalisation and ReLU, of which the first two shrink the image.
+
+    These have no padding and are pooled: 28×28×1 gives maps of 5×5×64, 84×84×3 of 19×19×64.
+
+    Attributes:
+      filters: channels of every block.
+
+    Raises:
+      ValueError: images smaller than 10×10.
+
+    References:
+      Sung et al., Relation Network, 2018, figure 2 and the official code.
+    """
+
+    filters: int = 64
+
+    @linen.compact
+    def __call__(
+        self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
+    ) -> Float[Array, "n h2 w2 filters"]:
+        require_size(x, 10)
+        for i in range(4):
+            x = ConvNorm(self.filters, pool=i < 2, padding="VALID" if i < 2 else "SAME")(x, mask)
+            x = jax.nn.relu(x)
+        return x
+
+
+class RelationModule(linen.Module):
+    """Two pooled blocks of convolution, and two linear layers, of widths 8 and 1; before the sigmoid.
+
+    Attributes:
+      filters: channels of both blocks.
+      padding: of their convolutions: "SAME" in the published Omniglot network, "VALID" in the one for 84×84.
+
+    References:
+      Sung et al., Relation Network, 2018, figure 2; initialisation of the linear layers as in its code.
+    """
+
+    filters: int = 64
+    padding: str = "SAME"
+
+    @linen.compact
+    def __call__(
+        self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
+    ) -> Float[Array, "n 1"]:
+        for _ in range(2):
+            x = jax.nn.relu(ConvNorm(self.filters, pool=True, padding=self.padding)(x, mask))
+        x = x.reshape(x.shape[0], -1)
+        for width in (8, 1):
+            x = linen.Dense(
+                width, kernel_init=linen.initializers.normal(0.01), bias_init=linen.initializers.ones
+            )(x if width == 8 else jax.nn.relu(x))
+        return x

@@ -1,0 +1,158 @@
+"""Runs of methods that compare embeddings: their statistics are filled at the end, and stay with the run."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import jaxmeta as jm
+from jaxmeta import registry
+from jaxmeta.cli import main
+from jaxmeta.training import load_params
+
+
+def small(out):
+    return jm.nn.MLP(out=out, hidden=(16,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Images of eight classes, bars whose place is the class, and runs trained on some of them."""
+    place = tmp_path_factory.mktemp("metric-runs")
+    for number in range(8):
+        for seed in range(5):
+            pixels = np.full((8, 8), 255, np.uint8)
+            pixels[number] = 0
+            pixels[tuple(np.random.default_rng(10 * number + seed).integers(8, size=2))] = 0
+            path = place / "images" / f"bar{number}" / f"{seed}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXMETA_CACHE", str(place / "cache"))
+        patch.setitem(registry.NETWORKS, "conv4-32", small)
+        yield place
+
+
+def train(place, learner, name, *more):
+    arguments = [
+        "--ways",
+        "3",
+        "--queries",
+        "2",
+        "--classes",
+        "0.5,0,0.5",
+        "--steps",
+        "60",
+        "--episodes",
+        "20",
+    ]
+    tasks = f"folder:{place / 'images'}"
+    return main(["train", learner, "--tasks", tasks, *arguments, *more, "--out", str(place / name)])
+
+
+@pytest.fixture(scope="module")
+def prototypical(place):
+    assert train(place, "prototypical", "prototypical") == 0
+    return place / "prototypical"
+
+
+def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
+    report = read(prototypical / "report.json")
+    assert {row: found["norm"] for row, found in report["accuracy"].items()} == {
+        "transductive": "batch",
+        "inductive": "population",
+    }
+    assert report["accuracy"]["inductive"]["mean"] > 0.8
+    assert "inductive: statistics of the training tasks" in (prototypical / "report.md").read_text()
+
+
+def test_the_statistics_stay_with_the_run(prototypical, tmp_path):
+    target = tmp_path / "again.json"
+    assert main(["evaluate", str(prototypical), "--json", str(target)]) == 0
+    assert read(target)["accuracy"] == read(prototypical / "report.json")["accuracy"]
+    learner, params = jm.load_run(prototypical)
+    assert "population" in params
+    assert "population" not in load_params(prototypical)
+    support = jm.Batch(jnp.zeros((2, 8, 8, 1)), jnp.arange(2), ways=2)
+    adapted = learner.adapt(params, support, jax.random.key(0))
+    assert learner.predict(params, adapted, jnp.zeros((1, 8, 8, 1))).shape == (1, 2)
+
+
+def test_more_classes_than_it_was_trained_with_are_named(prototypical, place, tmp_path, capsys):
+    for number in range(5):
+        for part, seed in (("support", 0), ("query", 1)):
+            folder = tmp_path / part / f"bar{number}"
+            folder.mkdir(parents=True)
+            (folder / "image.png").write_bytes(
+                (place / "images" / f"bar{number}" / f"{seed}.png").read_bytes()
+            )
+    command = ["predict", str(prototypical), "--support", str(tmp_path / "support")]
+    target = tmp_path / "answers.json"
+    assert main([*command, "--query", str(tmp_path / "query"), "--json", str(target)]) == 0
+    answers = read(target)
+    assert len(answers) == 5
+    assert len(answers[0]["probabilities"]) == 5
+    assert sum(answer["file"].startswith(answer["class"] + "/") for answer in answers) >= 4
+
+
+def test_a_run_that_has_not_ended_says_how_to_end_it(prototypical, tmp_path, capsys):
+    shutil.copytree(prototypical, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "population")
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "the run has not ended" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        read(tmp_path / "run" / "report.json")["accuracy"] == read(prototypical / "report.json")["accuracy"]
+    )
+
+
+def test_a_stream_fills_the_statistics_too(place):
+    assert train(place, "prototypical", "streamed", "--stream") == 0
+    accuracy = read(place / "streamed" / "report.json")["accuracy"]
+    assert accuracy["inductive"]["mean"] > 0.8
+
+
+@pytest.mark.parametrize("learner", ["simple_shot", "fine_tuned_head"])
+def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
+    assert train(place, learner, learner) == 0
+    assert "4-way" in capsys.readouterr().out.split("training")[1].split("\n")[0]
+    report = read(place / learner / "report.json")
+    assert report["ways"] == report["card"]["ways"] == 3
+    assert report["accuracy"]["inductive"]["mean"] > 0.6
+    assert train(place, learner, f"{learner}-streamed", "--stream") == 2
+    assert f"--stream: {learner} trains on mini-batches of all classes" in capsys.readouterr().err
+
+
+def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
+    flags = ["--steps", "3", "--ways", "3", "--queries", "2", "--episodes", "4", "--network", "strided-conv4"]
+    assert main(["train", "--preset", "glyphs-zero-shot", *flags, "--out", str(tmp_path / "run")]) == 0
+    report = read(tmp_path / "run" / "report.json")
+    assert (report["ways"], report["shots"]) == (3, 0)
+    assert set(report["accuracy"]) == {"transductive", "inductive"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "prototypical", "--tasks", "sinusoid"], "prototypical learns classification only"),
+        (["train", "matching", "--scale", "0"], "--scale"),
+        (["train", "matching", "--context-steps", "0"], "--context-steps"),
+        (["train", "relation", "--network", "conv4"], "--network: got conv4; relation works with relation"),
+        (["train", "matching", "--shots", "0"], "--shots: got 0"),
+        (["train", "matching", "--divergence", "kl"], "--divergence: matching has no such setting"),
+        (["train", "maml", "--within-alphabet"], "--within-alphabet: glyphs has no such setting"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_flag_s_name(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
