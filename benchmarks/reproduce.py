@@ -43,6 +43,14 @@ ROWS = {
     ),
     "imaml": ("omniglot-imaml", "99.16 ± 0.35 transductive", "20,000 meta-steps of 32 tasks"),
     "lstm_meta_learner": ("omniglot-lstm-meta-learner", "none on Omniglot", ""),
+    "prototypical": ("omniglot-prototypical", "98.8 inductive", "60-way training"),
+    "matching": ("omniglot-matching", "98.1 inductive", ""),
+    "siamese": ("omniglot-siamese", "96.7 inductive", "as re-run by Vinyals et al."),
+    "relation": ("omniglot-relation", "99.6 ± 0.2 transductive", ""),
+    "kernel_classifier": ("omniglot-kernel-classifier", "none", ""),
+    "ridge": ("omniglot-ridge", "none on Omniglot", ""),
+    "simple_shot": ("omniglot-simple-shot", "none on Omniglot", ""),
+    "fine_tuned_head": ("omniglot-fine-tuned-head", "86.0, as run by Vinyals et al.", ""),
 }
 CONTROL_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 

@@ -1,8 +1,9 @@
-"""Times our second-order MAML meta-step beside PyTorch's, on the same shapes, in one run.
+"""Times our meta-steps beside PyTorch's, on the same shapes, in one run: second-order MAML's, and that of
+prototypical networks.
 
-    python benchmarks/throughput.py [--rows omniglot mini-imagenet] [--no-peers] [--loop] [--json FILE]
+    python benchmarks/throughput.py [--rows omniglot …] [--no-peers] [--loop] [--json FILE]
 
-What is compared: one meta-step = inner loop, meta-gradient averaged over the tasks, Adam update; same
+What is compared: one meta-step = the tasks' loss, its meta-gradient averaged over them, Adam update; same
 network, same number of weights, same batch statistics, same number format. Before anything is timed,
 each peer's meta-gradient is compared with ours at the same weights.
 
@@ -42,7 +43,10 @@ TOLERANCE = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Shapes of one comparison; `features` is the width of what the linear head sees."""
+    """Shapes of one comparison; `features` is the width of what the linear head sees.
+
+    Without inner steps, the method is prototypical networks, and there is no head.
+    """
 
     image: tuple[int, int, int]
     filters: int
@@ -58,7 +62,14 @@ class Row:
 
     def network(self):
         kind = jm.nn.StridedConv4 if self.strided else jm.nn.Conv4
-        return kind(ways=self.ways, filters=self.filters)
+        return kind(ways=self.ways if self.inner_steps else None, filters=self.filters)
+
+    def learner(self, order: str) -> jm.Learner:
+        if not self.inner_steps:
+            return jm.prototypical(self.network())
+        return jm.maml(
+            self.network(), inner_optimizer=optax.sgd(self.inner_lr), steps=self.inner_steps, order=order
+        )
 
 
 ROWS = {
@@ -66,6 +77,10 @@ ROWS = {
     "omniglot": Row((28, 28, 1), 64, True, 64, queries=1, inner_steps=1, inner_lr=0.4, meta_batch=32),
     # The same paper's mini-ImageNet setting: max-pooled network, five inner steps.
     "mini-imagenet": Row((84, 84, 3), 32, False, 800, queries=15, inner_steps=5, inner_lr=0.01, meta_batch=4),
+    # Snell et al. 2017: 60-way 1-shot training on Omniglot, one task a step.
+    "prototypical": Row(
+        (28, 28, 1), 64, False, 64, queries=5, inner_steps=0, inner_lr=0.0, meta_batch=1, ways=60
+    ),
 }
 
 
@@ -87,7 +102,8 @@ def operations(row: Row, order: str) -> int:
     Support images take part in every inner step: 1 + 1 + 2 units there (first layer) or 1 + 2 + 6
     (others) in second order, 1 + 1 or 1 + 2 in first. Query images take part once, in the outer
     gradient: 1 + 1 or 1 + 2. M of a convolution is out_h · out_w · 9 · c_in · c_out, the border's
-    products with zeros included, as is usual. Not counted: normalisation, ReLU, pooling, losses,
+    products with zeros included, as is usual. Prototypical networks have one pass over all images and its
+    gradient, 1 + 1 or 1 + 2, and the distances. Not counted: normalisation, ReLU, pooling, losses,
     updates, and whatever an implementation computes twice to save memory.
     """
     (height, width, channels), layers = row.image, []
@@ -98,6 +114,10 @@ def operations(row: Row, order: str) -> int:
         if not row.strided:
             height, width = height // 2, width // 2
         channels = row.filters
+    if not row.inner_steps:
+        images = row.ways * (row.shots + row.queries)
+        distances = 3 * row.ways * row.ways * row.queries * row.features
+        return 2 * row.meta_batch * (images * (2 * layers[0] + 3 * sum(layers[1:])) + distances)
     layers.append(row.features * row.ways)
 
     support = row.ways * row.shots * row.inner_steps
@@ -137,9 +157,7 @@ class Ours:
 
     def __init__(self, row, pool, order, strategy):
         self.row, self.strategy = row, strategy
-        self.learner = jm.maml(
-            row.network(), inner_optimizer=optax.sgd(row.inner_lr), steps=row.inner_steps, order=order
-        )
+        self.learner = row.learner(order)
         self.tasks = as_distribution(pool)
         self.optimizer = optax.adam(row.outer_lr)
         step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, strategy)
@@ -288,7 +306,8 @@ def run_row(name, args, torch_device, matrix) -> dict:
     ours = Ours(row, pool, args.order, args.strategy)
     peers = {}
     if torch_device is not None:
-        peers = make_peers(row, ours, args.order, pool, torch_device, args.peer_names)
+        names = [peer for peer in args.peer_names if row.inner_steps or peer == "torch.autograd"]
+        peers = make_peers(row, ours, args.order, pool, torch_device, names)
     contenders = {"jaxmeta": ours.steps, **{peer: found["steps"] for peer, found in peers.items()}}
     times, rates = time_rounds(contenders, matrix.run, args.repeats, args.seconds)
     if not ours.finite():
@@ -333,7 +352,8 @@ def print_row(result: dict) -> None:
     print(
         f"\n{result['row']}: {setting.ways}-way {setting.shots}-shot, queries a class {setting.queries}, "
         f"{'strided ' if setting.strided else ''}Conv4-{setting.filters} on {setting.image}, "
-        f"inner steps {setting.inner_steps}, tasks {setting.meta_batch}"
+        + (f"inner steps {setting.inner_steps}" if setting.inner_steps else "prototypical networks")
+        + f", tasks {setting.meta_batch}"
     )
     print(f"  {'':15}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}  gradient against ours")
     for name, found in result["contenders"].items():
@@ -389,7 +409,7 @@ def main(argv=None) -> None:
         torch_setting(devices[0].platform, args.precision) if args.peers else (None, "peers not asked for")
     )
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"MAML, {args.order} order; matrix products in {args.precision!r} precision; {torch_note}")
+    print(f"MAML in {args.order} order; matrix products in {args.precision!r} precision; {torch_note}")
     if torch_device is not None:
         import torch_peers
 

@@ -1,4 +1,4 @@
-"""MAML's meta-step in PyTorch, four ways, as a careful user of each library writes it.
+"""Meta-steps in PyTorch, MAML's in four ways, as a careful user of each library writes them.
 
 Every peer is a function `backward(net, tasks)` that adds the mean meta-gradient over `tasks` to the
 `.grad` of `net`'s parameters. They share one network, which holds the same numbers as ours (see
@@ -55,7 +55,7 @@ class Net(nn.Module):
             *(Block(c, o, row.strided, norm) for c, o in itertools.pairwise(channels))
         )
         self.strided = row.strided
-        self.head = nn.Linear(row.features, row.ways)
+        self.head = nn.Linear(row.features, row.ways) if row.inner_steps else nn.Identity()
 
     def forward(self, x):
         x = self.blocks(x)
@@ -76,6 +76,8 @@ def from_ours(params, row):
         out[f"blocks.{i}.conv.bias"] = block["bias"]
         out[f"blocks.{i}.norm.weight"] = block["norm"]["scale"]
         out[f"blocks.{i}.norm.bias"] = block["norm"]["bias"]
+    if not row.inner_steps:
+        return out
     head = params["head"]["kernel"]
     if not row.strided:
         side = round((row.features // row.filters) ** 0.5)
@@ -126,6 +128,8 @@ def with_func(row, order):
 
 def with_autograd(row, order):
     """Plain autograd: a loop over tasks, `create_graph=True`, nothing between user and engine."""
+    if not row.inner_steps:
+        return prototypical(row)
 
     def backward(net, tasks):
         initial = dict(net.named_parameters())
@@ -139,6 +143,20 @@ def with_autograd(row, order):
                 }
             value = F.cross_entropy(torch.func.functional_call(net, params, (xq,)), yq)
             (value / len(tasks[0])).backward()
+
+    return backward
+
+
+def prototypical(row):
+    """Prototypical networks: support and queries in one batch, distances by one matrix product."""
+
+    def backward(net, tasks):
+        for xs, _, xq, yq in zip(*tasks, strict=True):
+            z = net(torch.cat([xs, xq]))
+            means, queries = z[: len(xs)].unflatten(0, (row.ways, row.shots)).mean(1), z[len(xs) :]
+            # ‖query‖² is the same for all classes, and drops out of the softmax.
+            logits = 2 * queries @ means.T - means.square().sum(1)
+            (F.cross_entropy(logits, yq) / len(tasks[0])).backward()
 
     return backward
 
