@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmeta import presets, registry
+from jaxmeta import presets, registry, sources
 from jaxmeta.config import new_folder, settled, stored
 from jaxmeta.runs import Signalled
 from jaxmeta.settings import Preset, flag_of, lookup
@@ -102,10 +102,12 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
             raise ValueError(f"LEARNER: got {learner} twice; name each learner once")
     flags = settled(flags)
     given_out = flags.pop("out", None)
-    # The budget of the preset goes for all, what some have of their own notwithstanding.
-    chosen = {name: flags[name] for name in ("tasks",) if name in flags}
+    # Budget and episodes of the preset go for all, what some have of their own notwithstanding.
+    chosen = {name: flags[name] for name in ("tasks", "ways", "queries") if name in flags}
     _, base = presets.settings_of(chosen, preset=flags.get("preset"))
-    flags = {"steps": base.steps, "meta_batch": base.meta_batch, **flags}
+    takes = ("steps", "meta_batch", *sources.source_of(base.tasks).takes)
+    fields = ("steps", "meta_batch", "train_ways", "train_queries")
+    flags = {name: getattr(base, name) for name in fields if name in takes} | flags
     own_flags = {learner: _own(flags, learner, learners) for learner in learners}
     settings = {
         learner: presets.settings_of(own_flags[learner], learner=learner, preset=flags.get("preset"))[1]

@@ -131,7 +131,7 @@ TASKS: dict[str, TaskSpec] = {
         ink=True,
     ),
     "omniglot": TaskSpec(
-        "handwritten characters of 50 alphabets, 28x28 or --image-size N; --data DIR with the official archives, or a download",
+        "handwritten characters of 50 alphabets, 28x28; --data DIR with the official archives, or a download",
         "omniglot",
         lambda split, settings, shape, data: tasks.omniglot(
             split,

@@ -134,7 +134,9 @@ def test_resuming_skips_resumes_and_starts(copy, children, capsys):
     shutil.rmtree(copy / "maml")
     assert main(again) == 0
     command = children.commands[-1]
-    assert sorted(command) == sorted(["train", "maml", *FLAGS, "--out", str(copy / "maml")])
+    # The episodes of the preset go for every learner, though it have its own.
+    episodes = ["--train-queries", "10"]
+    assert sorted(command) == sorted(["train", "maml", *FLAGS, *episodes, "--out", str(copy / "maml")])
 
 
 def test_runs_of_other_settings_are_refused(copy, children, capsys):

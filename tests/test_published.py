@@ -37,6 +37,27 @@ def test_its_relatives_on_omniglot(tmp_path, data_folder, method, at_least):
     assert report["accuracy"]["transductive"]["mean"] >= at_least
 
 
+@pytest.mark.parametrize(
+    ("preset", "row", "at_least"),
+    [
+        ("omniglot-prototypical", "inductive", 0.98),
+        ("omniglot-matching", "inductive", 0.975),
+        ("omniglot-siamese", "inductive", 0.96),
+        ("omniglot-relation", "transductive", 0.98),
+        ("omniglot-within-alphabet", "inductive", 0.88),
+    ],
+)
+def test_methods_that_compare_on_omniglot(tmp_path, data_folder, preset, row, at_least):
+    report = report_of(tmp_path / "run", "--preset", preset, "--data", str(data_folder))
+    assert report["accuracy"][row]["mean"] >= at_least
+
+
+def test_characters_are_known_by_their_strokes_alone(tmp_path):
+    # Chance is 0.05; a linear map to pixels reaches ZERO_BASELINE.
+    report = report_of(tmp_path / "run", "--preset", "glyphs-zero-shot")
+    assert report["accuracy"]["inductive"]["mean"] >= 0.5
+
+
 def test_sinusoid(tmp_path):
     mse = report_of(tmp_path / "run", "--tasks", "sinusoid")["mse_by_step"]
     # Finn et al. 2017, figure 2: 5 points, after 1, 5 and 10 steps.

@@ -71,7 +71,8 @@ def kernel_classifier(
     | the classes' shares of the support set | constant | sum |
 
     "prototype" is of the form above from one example per class only: the mean of embeddings is not the mean
-    of kernels.
+    of kernels. A class slot without a support example has probability 0, log P = −∞; the zero vector has
+    cosine 0 with all others.
 
     Params: the embedding's under "model", and under "head" what is learned of similarity and scale.
     Adapted: the embedded support set and its one-hot labels.

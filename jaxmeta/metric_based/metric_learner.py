@@ -71,11 +71,11 @@ def metric_learner(
         return params.get("head", {})
 
     def initial(key: Key, task: Task) -> Params:
-        labels = jax.eval_shape(one_hot, task.support)
+        check_labels(task.support)
         params: Params = {"model": model.init(key, task.support.x)}
         z, _ = jax.eval_shape(embed, params, task.support.x)
         if init is not None:
-            params["head"] = init(jax.random.fold_in(key, 1), z.shape[1], labels.shape[1])
+            params["head"] = init(jax.random.fold_in(key, 1), z.shape[1], ways_of(task.support))
         return params
 
     def embed_task(params: Params, task: Task, key: Key) -> tuple[Array, Array]:
@@ -135,17 +135,26 @@ def check_norm(norm: str, norms: tuple[str, ...] = NORMS) -> None:
         raise ValueError(f"norm must be one of {norms}, got {norm!r}")
 
 
-def one_hot(batch: Batch) -> Float[Array, "n ways"]:
-    """Labels as rows; padding has rows of zeros.
-
-    Raises:
-      ValueError: the targets are no class slots.
-    """
+def check_labels(batch: Batch) -> None:
+    """A ValueError if the targets are no class slots, or not as many as there are examples."""
+    if batch.x.shape[0] != batch.y.shape[0]:
+        raise ValueError(
+            f"tasks: got {batch.x.shape[0]} examples or metadata vectors for {batch.y.shape[0]} class slots"
+        )
     if not jnp.issubdtype(batch.y.dtype, jnp.integer):
         raise ValueError(
             f"tasks: got targets of type {batch.y.dtype}; methods that compare with examples of classes need "
             "integer class slots"
         )
+
+
+def one_hot(batch: Batch) -> Float[Array, "n ways"]:
+    """Labels as rows; padding has rows of zeros.
+
+    Raises:
+      ValueError: as `check_labels`.
+    """
+    check_labels(batch)
     labels = jax.nn.one_hot(batch.y, ways_of(batch), dtype=batch.x.dtype)
     return labels if batch.mask is None else jnp.where(batch.mask[:, None], labels, 0)
 
