@@ -103,7 +103,7 @@ def compare_runs(learners: Sequence[str], flags: Mapping[str, Any], resume: bool
     flags = settled(flags)
     given_out = flags.pop("out", None)
     # Budget and episodes of the preset go for all, what some have of their own notwithstanding.
-    chosen = {name: flags[name] for name in ("tasks", "ways", "queries") if name in flags}
+    chosen: dict[str, Any] = {name: flags[name] for name in ("tasks", "ways", "queries") if name in flags}
     _, base = presets.settings_of(chosen, preset=flags.get("preset"))
     takes = ("steps", "meta_batch", *sources.source_of(base.tasks).takes)
     fields = ("steps", "meta_batch", "train_ways", "train_queries")
