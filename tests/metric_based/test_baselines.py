@@ -1,0 +1,239 @@
+"""Closed-form and fine-tuned heads, and the classifiers whose features they take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.linear_model import Ridge
+from vectors import (
+    DIM,
+    IDENTITY,
+    KEY,
+    WAYS,
+    batch,
+    directional_error,
+    distances,
+    of_float64,
+    padded,
+    predict,
+    softmax,
+    unequal,
+)
+
+import jaxmeta as jm
+
+SUPPORT, QUERY = unequal()
+
+
+# Ridge regression.
+
+
+@pytest.mark.parametrize("regularisation", [0.1, 1.0, 50.0])
+def test_ridge_is_scikit_learns_on_one_hot_labels_and_the_primal_solution(regularisation, x64):
+    support, query = (batch(part.x, part.y) for part in unequal())
+    head = jm.ridge(IDENTITY, regularisation=regularisation, scale=3.0).init(KEY, jm.Task(support, query))[
+        "head"
+    ]
+    outputs = predict(jm.ridge(IDENTITY), support, query.x, head=head)
+    x, labels = np.asarray(support.x), np.eye(WAYS)[support.y]
+    known = Ridge(alpha=regularisation, fit_intercept=False).fit(x, labels)
+    np.testing.assert_allclose(outputs, 3 * known.predict(np.asarray(query.x)), rtol=1e-6)
+    primal = np.linalg.solve(x.T @ x + regularisation * np.eye(DIM), x.T @ labels)
+    np.testing.assert_allclose(outputs, 3 * np.asarray(query.x) @ primal, rtol=1e-6)
+
+
+def test_the_gradient_through_ridge_is_that_of_finite_differences(x64):
+    module = jm.nn.as_model(jm.nn.MLP(out=6, hidden=(5,), activation=jnp.tanh))
+    learner = jm.ridge((module.init, module.apply))
+    task = unequal()
+    params = of_float64(learner.init(KEY, task), 0)
+    assert directional_error(lambda params: learner.loss(params, task, KEY)[0], params) < 1e-6
+    grads = jax.jit(jax.grad(lambda params: learner.loss(params, task, KEY)[0]))(params)
+    assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(grads))
+
+
+def test_ridge_forgets_padding_and_classes_without_examples(x64):
+    support, query = (batch(part.x, part.y) for part in unequal())
+    learner = jm.ridge(IDENTITY)
+    head = learner.init(KEY, jm.Task(support, query))["head"]
+    outputs = predict(learner, support, query.x, head=head)
+    holes = padded(batch(support.x, support.y, ways=5), [0, 2, 6])
+    found = predict(learner, holes, query.x, head=head)
+    np.testing.assert_allclose(found[:, :WAYS], outputs, rtol=1e-9)
+    assert (np.asarray(found)[:, WAYS:] == -np.inf).all()
+
+
+def test_a_ridge_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="regularisation must be positive, got 0"):
+        jm.ridge(IDENTITY, regularisation=0.0)
+
+
+# SimpleShot.
+
+
+def unit(z):
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support", "population"])
+@pytest.mark.parametrize("transform", ["un", "l2n", "cl2n"])
+def test_simple_shot_is_the_nearest_centroid_of_transformed_features(transform, norm, x64):
+    (support, query), rng = unequal(), np.random.default_rng(5)
+    x, q = np.asarray(support.x) + 1, np.asarray(query.x) + 1
+    mean = {
+        "batch": np.concatenate([x, q]).mean(0),
+        "support": x.mean(0),
+        "population": rng.normal(size=DIM),
+    }[norm]
+    params = {}
+    if transform == "cl2n":
+        moments = {"mean": jnp.asarray(mean), "mean_of_squares": jnp.square(mean) + 1}
+        params["population"] = {"model": {}, "features": moments}
+    outputs = predict(
+        jm.simple_shot(IDENTITY, transform=transform, norm=norm), batch(x, support.y), q, **params
+    )
+    features = {"un": lambda z: z, "l2n": unit, "cl2n": lambda z: unit(z - mean)}[transform]
+    y = np.asarray(support.y)
+    centroids = np.stack([features(x)[y == c].mean(0) for c in range(WAYS)])
+    np.testing.assert_allclose(outputs, -distances(features(q), centroids), rtol=1e-9)
+
+
+def test_the_mean_feature_is_of_all_real_examples_and_comes_from_calibration_too(x64):
+    learner = jm.simple_shot(IDENTITY)
+    task = jm.Task(padded(SUPPORT, [1]), padded(QUERY, [0, 3]))
+    total, count = learner.statistics({"model": {}}, task, KEY)
+    everything = np.concatenate([SUPPORT.x, QUERY.x])
+    np.testing.assert_allclose(total["features"]["mean"] / count, everything.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(
+        predict(learner, task.support, QUERY.x), predict(learner, SUPPORT, QUERY.x), rtol=1e-6
+    )
+
+
+# A head by gradient descent.
+
+
+def test_a_fine_tuned_linear_head_is_the_released_codes_sgd(x64):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    support, query = (batch(part.x, part.y) for part in unequal())
+    outputs = predict(jm.fine_tuned_head(IDENTITY, steps=7), support, query.x)
+    head = torch.nn.Linear(DIM, WAYS).double()
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    sgd = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, dampening=0.9, weight_decay=0.001)
+    x, y = torch.tensor(np.array(support.x)), torch.tensor(np.array(support.y), dtype=torch.long)
+    for _ in range(7):
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(head(x), y).backward()
+        sgd.step()
+    expected = head(torch.tensor(np.array(query.x))).detach().numpy()
+    np.testing.assert_allclose(outputs, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_a_fine_tuned_head_descends_its_cross_entropy_by_the_given_optimizer(head, x64):
+    support, query = (batch(part.x, part.y) for part in unequal())
+    learner = jm.fine_tuned_head(IDENTITY, head=head, optimizer=optax.sgd(0.5), steps=3)
+    x, q, y = support.x, query.x, support.y
+
+    def normed(z):
+        return z / jnp.linalg.norm(z, axis=1, keepdims=True)
+
+    def forward(weights, z):
+        if head == "linear":
+            return z @ weights["w"].T + weights["b"][None]
+        return 2.0 * weights["g"][None] * (normed(z) @ normed(weights["w"]).T)
+
+    means = jnp.stack([x[y == c].mean(0) for c in range(WAYS)])
+    if head == "linear":
+        weights = {"w": jnp.zeros((WAYS, DIM)), "b": jnp.zeros(WAYS)}
+    else:
+        weights = {"w": normed(means), "g": jnp.ones(WAYS)}
+    slope = jax.jit(jax.grad(lambda weights: jm.losses.cross_entropy(forward(weights, x), y)))
+    for _ in range(3):
+        weights = jax.tree.map(lambda w, g: w - 0.5 * g, weights, slope(weights))
+    np.testing.assert_allclose(predict(learner, support, q), forward(weights, q), rtol=1e-9)
+
+
+def test_a_cosine_head_starts_at_the_class_means_with_norms_of_one():
+    learner = jm.fine_tuned_head(IDENTITY, head="cosine", optimizer=optax.sgd(0.0), steps=1, scale=10.0)
+    fitted = learner.adapt({"model": {}}, SUPPORT, KEY)["fitted"]["head"]
+    y = np.asarray(SUPPORT.y)
+    means = unit(np.stack([np.asarray(SUPPORT.x)[y == c].mean(0) for c in range(WAYS)]))
+    np.testing.assert_allclose(fitted["kernel"], means.T, rtol=1e-5)
+    np.testing.assert_array_equal(fitted["norm"], 1)
+    outputs = predict(learner, SUPPORT, QUERY.x)
+    np.testing.assert_allclose(outputs, 10 * unit(np.asarray(QUERY.x)) @ means.T, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_padding_and_absent_classes_do_not_move_a_fine_tuned_head(head, x64):
+    support, query = (batch(part.x, part.y) for part in unequal())
+    learner = jm.fine_tuned_head(IDENTITY, head=head, steps=4)
+    outputs = predict(learner, support, query.x)
+    found = predict(learner, padded(batch(support.x, support.y, ways=5), [0, 2, 6]), query.x)
+    np.testing.assert_allclose(found[:, :WAYS], outputs, rtol=1e-9)
+    assert (np.asarray(found)[:, WAYS:] == -np.inf).all()
+
+
+# Their training, on all classes at once.
+
+
+def pretrained(name, **settings):
+    make = {
+        "simple_shot": lambda: jm.simple_shot(IDENTITY, transform="l2n", **settings),
+        "linear": lambda: jm.fine_tuned_head(IDENTITY, **settings),
+        "cosine": lambda: jm.fine_tuned_head(IDENTITY, head="cosine", scale=3.0, **settings),
+    }
+    return make[name]()
+
+
+@pytest.mark.parametrize("name", ["simple_shot", "linear", "cosine"])
+def test_pretraining_is_the_cross_entropy_over_all_classes_of_every_example(name, x64):
+    rng = np.random.default_rng(0)
+    classes = 7
+    support, query = (
+        batch(rng.normal(size=(n, DIM)), rng.integers(classes, size=n), ways=classes) for n in (4, 5)
+    )
+    task = jm.Task(support, query)
+    learner = pretrained(name)
+    params = of_float64(learner.init(KEY, task), 0)
+    own = jax.tree.map(np.asarray, params["head"])
+    x = np.concatenate([support.x, query.x])
+    y = np.concatenate([support.y, query.y])
+    assert own["kernel"].shape == (DIM, classes)
+    if name == "cosine":
+        logits = 3 * own["norm"] * (unit(x) @ unit(own["kernel"].T).T)
+    else:
+        logits = x @ own["kernel"] + own["bias"]
+    expected = -np.log(softmax(logits)[np.arange(9), y]).mean()
+    value, metrics = learner.loss(params, task, KEY)
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
+    assert metrics["accuracy"] == ((logits[4:].argmax(1) == y[4:]).sum(), 5)
+    ragged = jm.Task(padded(support, [0, 2]), padded(query, [5]))
+    np.testing.assert_allclose(learner.loss(params, ragged, KEY)[0], expected, rtol=1e-9)
+    assert jax.jit(learner.loss)(params, ragged, KEY)[1]["accuracy"] == metrics["accuracy"]
+
+
+def test_features_are_trained_alike_whatever_is_done_to_them_afterwards(x64):
+    task = jm.Task(*(batch(part.x + 1, part.y) for part in unequal()))
+    params = of_float64(pretrained("simple_shot").init(KEY, task), 0)
+    values = [
+        float(jm.simple_shot(IDENTITY, transform=transform).loss(params, task, KEY)[0])
+        for transform in ("un", "l2n", "cl2n")
+    ]
+    np.testing.assert_allclose(values, values[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: jm.simple_shot(IDENTITY, transform="l1"), "transform must be one of .* got 'l1'"),
+        (lambda: jm.fine_tuned_head(IDENTITY, head="mlp"), "head must be one of .* got 'mlp'"),
+        (lambda: jm.fine_tuned_head(IDENTITY, steps=0), "steps must be at least 1, got 0"),
+        (lambda: jm.fine_tuned_head(IDENTITY, norm="layer"), "norm must be one of"),
+    ],
+)
+def test_bad_settings_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()

@@ -1,0 +1,172 @@
+"""Matching networks with full context embeddings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vectors import DIM, IDENTITY, KEY, WAYS, batch, of_float64, padded, predict, unequal
+
+import jaxmeta as jm
+from jaxmeta.nn.full_context import full_context
+
+STEPS = 2
+TASK = unequal()
+
+
+def learner(**settings):
+    return jm.matching(IDENTITY, context_steps=STEPS, **settings)
+
+
+@jax.jit
+def outputs_of(own, support, x):
+    return predict(learner(), support, x, head=own)
+
+
+def head(seed=0):
+    return of_float64(full_context(DIM, STEPS).init(KEY), seed)
+
+
+def test_lstms_of_zeros_leave_the_simple_network():
+    zeros = jax.tree.map(jnp.zeros_like, learner().init(KEY, TASK))
+    for scale in (1.0, 10.0):
+        outputs = learner(scale=scale).predict(
+            zeros, learner(scale=scale).adapt(zeros, TASK.support, KEY), TASK.query.x
+        )
+        expected = predict(jm.matching(IDENTITY, scale=scale), TASK.support, TASK.query.x)
+        np.testing.assert_array_equal(outputs, expected)
+
+
+def as_torch(cell):
+    """(weight_ih, weight_hh, bias_ih, bias_hh) of a cell of Flax, whose biases are the hidden part's."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+
+    def stacked(parts, side, leaf):
+        return torch.cat([torch.tensor(np.array(parts[f"{side}{gate}"][leaf])).T for gate in "ifgo"])
+
+    return (
+        stacked(cell, "i", "kernel"),
+        stacked(cell, "h", "kernel"),
+        torch.zeros(4 * DIM, dtype=torch.float64),
+        torch.cat([torch.tensor(np.array(cell[f"h{gate}"]["bias"])) for gate in "ifgo"]),
+    )
+
+
+def filled(module, *cells):
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    suffixes = ("",) if len(cells) == 1 else ("_l0", "_l0_reverse")
+    values = {
+        name + suffix: value
+        for cell, suffix in zip(cells, suffixes, strict=True)
+        for name, value in zip(names, as_torch(cell), strict=True)
+    }
+    module.double().load_state_dict(values)
+    return module
+
+
+def test_the_context_of_the_support_is_torchs_bidirectional_lstm(x64):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    params = head()["support"]
+    lstm = filled(torch.nn.LSTM(DIM, DIM, bidirectional=True), params["forward"], params["backward"])
+    z = np.random.default_rng(0).normal(size=(6, DIM))
+    found = full_context(DIM, STEPS).support({"support": params}, jnp.asarray(z), jnp.ones(6, bool))
+    with torch.no_grad():
+        both = lstm(torch.tensor(z)[:, None])[0][:, 0].numpy()
+    np.testing.assert_allclose(found, both[:, :DIM] + both[:, DIM:] + z, atol=1e-10)
+
+
+def test_the_context_of_a_query_is_torchs_attention_lstm(x64):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    params = head()["query"]
+    cell = filled(torch.nn.LSTMCell(2 * DIM, DIM), params["attention"])
+    rng = np.random.default_rng(0)
+    z, g = rng.normal(size=(5, DIM)), rng.normal(size=(6, DIM))
+    found = full_context(DIM, STEPS).query({"query": params}, *map(jnp.asarray, (z, g)), jnp.ones(6, bool))
+    with torch.no_grad():
+        f, support = torch.tensor(z), torch.tensor(g)
+        h, c = f, torch.zeros_like(f)
+        for _ in range(STEPS):
+            r = torch.softmax(h @ support.T, 1) @ support
+            h, c = cell(torch.cat([f, r], 1), (h, c))
+            h = h + f
+    np.testing.assert_allclose(found, h.numpy(), atol=1e-10)
+
+
+def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
+    own = head()
+    context, real = full_context(DIM, STEPS), jnp.ones(6, bool)
+    x, y = (jnp.asarray(np.asarray(part.x, float)) for part in TASK)
+    g = context.support(own, x, real)
+    f = context.query(own, y, g, real)
+    g, f = (np.asarray(each) / np.linalg.norm(each, axis=1, keepdims=True) for each in (g, f))
+    attention = np.exp(2 * f @ g.T)
+    expected = attention / attention.sum(1, keepdims=True) @ np.eye(WAYS)[TASK.support.y]
+    outputs = predict(learner(scale=2.0), batch(x, TASK.support.y), y, head=own)
+    np.testing.assert_allclose(jnp.exp(outputs), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("places", [[0], [2, 4], [6, 6], [0, 1, 3, 6]])
+@pytest.mark.parametrize("value", [np.nan, 100.0])
+def test_padding_anywhere_in_the_support_changes_nothing(places, value):
+    own = head()
+    expected = outputs_of(own, TASK.support, TASK.query.x)
+    found = outputs_of(own, padded(TASK.support, places, value), TASK.query.x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_order_of_the_support_matters_and_that_of_queries_does_not():
+    own = head()
+    support, query = TASK
+    outputs = outputs_of(own, support, query.x)
+    turned = outputs_of(own, batch(support.x[::-1], support.y[::-1]), query.x)
+    assert np.abs(turned - outputs).max() > 1e-3
+    np.testing.assert_allclose(outputs_of(own, support, query.x[::-1]), outputs[::-1], atol=1e-6)
+    np.testing.assert_allclose(outputs_of(own, support, query.x[:1]), outputs[:1], atol=1e-6)
+
+
+def test_the_order_is_drawn_in_training_alone():
+    params = {"model": {}, "head": head()}
+    loss = jax.jit(lambda key: learner().loss(params, TASK, key)[0])
+    values = [float(loss(key)) for key in jax.random.split(KEY, 4)]
+    assert len(set(values)) > 1
+    assert float(loss(KEY)) == float(loss(KEY))
+    outputs = [
+        learner().predict(params, learner().adapt(params, TASK.support, key), TASK.query.x)
+        for key in jax.random.split(KEY)
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_names_of_classes_are_only_names():
+    own, names = head(), jnp.array([2, 0, 1])
+    outputs = outputs_of(own, TASK.support, TASK.query.x)
+    renamed = outputs_of(own, batch(TASK.support.x, names[TASK.support.y]), TASK.query.x)
+    np.testing.assert_allclose(renamed[:, names], outputs, atol=1e-6)
+
+
+def test_every_parameter_of_both_contexts_learns():
+    params = {"model": {}, "head": head()}
+    grads = jax.jit(jax.grad(lambda params: learner().loss(params, TASK, KEY)[0]))(params)
+    assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(grads))
+
+
+def test_a_learned_scale_starts_at_the_given_one():
+    params = learner(scale=5.0, learn_scale=True).init(KEY, TASK)
+    assert params["head"]["scale"] == 5
+    expected = predict(learner(scale=5.0), TASK.support, TASK.query.x, **params)
+    np.testing.assert_array_equal(
+        predict(learner(scale=1.0, learn_scale=True), TASK.support, TASK.query.x, **params), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"context_steps": 0}, "context_steps must be at least 1, or None, got 0"),
+        ({"context_steps": 2, "scale": -1.0}, "scale must be positive, got -1"),
+        ({"scale": 0.0}, "scale must be positive, got 0"),
+        ({"context_steps": 2, "norm": "layer"}, "norm must be one of"),
+    ],
+)
+def test_bad_settings_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.matching(IDENTITY, **settings)

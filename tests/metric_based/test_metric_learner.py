@@ -1,0 +1,297 @@
+"""What all methods that compare embeddings share: who is embedded with whom, by whose statistics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from vectors import DIM, IDENTITY, KEY, WAYS, batch, directional_error, of_float64, padded, unequal
+
+import jaxmeta as jm
+from jaxmeta.core import episode_keys
+
+METHODS = {
+    "prototypical": jm.prototypical,
+    "kernel": functools.partial(
+        jm.kernel_classifier, similarity="learned", reduce="mean", learn_scale=True, scale=2.0
+    ),
+    "matching": functools.partial(jm.matching, scale=3.0, learn_scale=True),
+    "context": functools.partial(jm.matching, context_steps=2),
+    "siamese": jm.siamese,
+    "ridge": jm.ridge,
+    "simple_shot": jm.simple_shot,
+    "fine_tuned_head": functools.partial(jm.fine_tuned_head, steps=3),
+}
+FEW = ["prototypical", "matching", "simple_shot"]
+methods = pytest.mark.parametrize("method", METHODS)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def network():
+    return jm.nn.MLP(
+        out=3, hidden=(5,), norm=True, activation=jnp.tanh, kernel_init=linen.initializers.lecun_normal()
+    )
+
+
+MODEL = jm.nn.as_model(network())
+
+
+def initialised(method, task):
+    return of_float64(jax.jit(METHODS[method](network()).init)(KEY, task), 0)
+
+
+def outputs(learner, params, support, x):
+    run = jax.jit(lambda params, support, x: learner.predict(params, learner.adapt(params, support, KEY), x))
+    return np.asarray(run(params, support, x))
+
+
+def of_embedded(method, params, z, z_query, y):
+    """What the method makes of vectors that are embedded already."""
+    return outputs(METHODS[method](IDENTITY, norm="batch"), {**params, "model": {}}, batch(z, y), z_query)
+
+
+def hidden(params, x):
+    return x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+
+
+@methods
+def test_by_batch_support_and_queries_are_embedded_as_one(method):
+    support, query = task = unequal()
+    params = initialised(method, task)
+    found = outputs(METHODS[method](network()), params, support, query.x)
+    z = MODEL.apply(params["model"], jnp.concatenate([support.x, query.x]))
+    np.testing.assert_allclose(
+        found, of_embedded(method, params, z[:6], z[6:], support.y), rtol=1e-8, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_by_support_queries_are_normalised_as_the_support_is(method):
+    support, query = task = unequal()
+    params = initialised(method, task)
+    learner = METHODS[method](network(), norm="support")
+    z, stats = MODEL.apply_norm(params["model"], support.x)
+    np.testing.assert_allclose(
+        stats["BatchNorm_0"]["mean"], hidden(params["model"], support.x).mean(0), atol=1e-12
+    )
+    z_query, _ = MODEL.apply_norm(params["model"], query.x, stats=stats)
+    found = outputs(learner, params, support, query.x)
+    if method == "simple_shot":  # whose mean feature is one of the statistics
+        z, z_query = z - z.mean(0)[None], z_query - z.mean(0)[None]
+        expected = outputs(
+            jm.simple_shot(IDENTITY, transform="l2n"), {**params, "model": {}}, batch(z, support.y), z_query
+        )
+    else:
+        expected = of_embedded(method, params, z, z_query, support.y)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    np.testing.assert_allclose(outputs(learner, params, support, query.x[2:3]), found[2:3], rtol=1e-8)
+    if method != "simple_shot":
+        value, _ = learner.loss(params, task, KEY)
+        np.testing.assert_allclose(value, jm.losses.cross_entropy(jnp.asarray(found), query.y), rtol=1e-8)
+
+
+def source():
+    """Tasks that differ in mean and in size."""
+
+    def draw(scale, key):
+        centre, own = jax.random.split(key)
+        x = scale * (1 + jax.random.normal(centre, (1, DIM))) * jax.random.normal(own, (9, DIM)) + 1
+        y = jnp.arange(9, dtype=jnp.int32) % WAYS
+        return jm.Task(jm.Batch(x[:3], y[:3], ways=WAYS), jm.Batch(x[3:], y[3:], ways=WAYS))
+
+    return jm.TaskDistribution(jax.tree_util.Partial(draw, jnp.asarray(2.0)), jm.ProtocolCard("toy", "train"))
+
+
+def test_by_population_statistics_are_the_means_over_tasks_of_both_moments():
+    params, tasks, count = initialised("prototypical", unequal()), source(), 5
+    filled = jm.calibrate(jm.prototypical(network()), params, tasks, KEY, episodes=count)
+    moments = []
+    for key in episode_keys(KEY, jnp.arange(count))[:, 0]:
+        task = tasks.sample(key)
+        h = hidden(params["model"], jnp.concatenate([task.support.x, task.query.x]))
+        moments.append((h.mean(0), jnp.square(h).mean(0)))
+    first, second = (np.mean(parts, axis=0) for parts in zip(*moments, strict=True))
+    population = filled["population"]["BatchNorm_0"]
+    np.testing.assert_allclose(population["mean"], first, rtol=1e-8)
+    np.testing.assert_allclose(population["mean_of_squares"], second, rtol=1e-8)
+
+    adapted = jm.prototypical(network(), norm="population").adapt(filled, unequal().support, KEY)
+    np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], second - first**2, rtol=1e-8)
+
+
+@methods
+def test_by_population_queries_do_not_see_each_other_and_training_is_by_batch(method):
+    support, query = task = unequal()
+    params = initialised(method, task)
+    learner, trained = METHODS[method](network(), norm="population"), METHODS[method](network())
+    with pytest.raises(ValueError, match=r'norm="population" needs .* jm\.calibrate'):
+        learner.adapt(params, support, KEY)
+    filled = jm.calibrate(learner, params, source(), KEY, episodes=2)
+    joint = outputs(learner, filled, support, query.x)
+    np.testing.assert_allclose(outputs(learner, filled, support, query.x[1:2]), joint[1:2], rtol=1e-7)
+    assert np.abs(outputs(trained, filled, support, query.x) - joint).max() > 1e-4
+    np.testing.assert_allclose(
+        jax.jit(learner.loss)(filled, task, KEY)[0], jax.jit(trained.loss)(params, task, KEY)[0], rtol=1e-12
+    )
+
+
+@methods
+def test_the_gradient_of_the_loss_is_that_of_finite_differences_whatever_is_padded(method):
+    task = unequal()
+    learner, params = METHODS[method](network()), initialised(method, task)
+    ragged = jm.Task(padded(task.support, [0, 4]), padded(task.query, [2]))
+    if method == "context":  # where the order of the examples is drawn, and padding takes part in it
+        ragged = jm.Task(task.support, ragged.query)
+
+    def value(params):
+        return learner.loss(params, ragged, KEY)[0]
+
+    assert directional_error(value, params) < 1e-6
+    np.testing.assert_allclose(value(params), learner.loss(params, task, KEY)[0], rtol=1e-9)
+
+
+def test_the_gradient_of_relation_networks_is_that_of_finite_differences():
+    class Maps(linen.Module):
+        @linen.compact
+        def __call__(self, x, mask=None):
+            x = jm.nn.Conv(2, (3, 3))(x.reshape(-1, 2, 2, 1))
+            return jnp.tanh(jm.nn.BatchNorm()(x, mask))
+
+    class Scores(linen.Module):
+        @linen.compact
+        def __call__(self, x, mask=None):
+            x = jnp.tanh(jm.nn.BatchNorm()(jm.nn.Conv(3, (3, 3))(x), mask))
+            return linen.Dense(1)(x.reshape(x.shape[0], -1))
+
+    task, learner = unequal(), jm.relation(Maps(), Scores())
+    params = of_float64(learner.init(KEY, task), 0)
+    ragged = jm.Task(padded(task.support, [0, 4]), padded(task.query, [2]))
+    assert directional_error(lambda params: learner.loss(params, ragged, KEY)[0], params) < 1e-6
+
+
+@methods
+def test_float_targets_are_refused_clearly(method):
+    part = jm.Batch(jnp.ones((3, DIM)), jnp.ones((3, 1)))
+    learner = METHODS[method](network())
+    says = "got targets of type float64; methods that compare .* integer class slots"
+    with pytest.raises(ValueError, match=says):
+        learner.init(KEY, jm.Task(part, part))
+    params = initialised(method, unequal())
+    with pytest.raises(ValueError, match=says):
+        learner.loss(params, jm.Task(part, part), KEY)
+    with pytest.raises(ValueError, match=says):
+        learner.adapt(params, part, KEY)
+
+
+@pytest.mark.parametrize(
+    ("apply", "says"),
+    [
+        (lambda params, x: (x, None), r"the model returns tuple for 6 examples"),
+        (lambda params, x: x[:, :, None, None], r"the model returns \(6, 4, 1, 1\) for 6 examples"),
+        (lambda params, x: x[:, 0], r"the model returns \(6,\) for 6 examples"),
+        (lambda params, x: x[:2], r"the model returns \(2, 4\) .* must be \(examples, dim\)"),
+    ],
+)
+def test_what_is_no_embedding_is_refused_at_init(apply, says):
+    for method in FEW:
+        with pytest.raises(ValueError, match=says):
+            METHODS[method]((IDENTITY[0], apply)).init(KEY, unequal())
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_a_batch_made_by_hand_needs_no_number_of_ways(method):
+    task = unequal()
+    by_hand = jm.Task(*(jm.Batch(part.x, part.y) for part in task))
+    learner = METHODS[method](network())
+    params = learner.init(KEY, by_hand)
+    assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(learner.init, KEY, task))
+    loss = jax.jit(learner.loss)(params, task, KEY)[0]
+    np.testing.assert_allclose(learner.loss(params, by_hand, KEY)[0], loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "support"])
+def test_every_draw_in_training_has_a_key_of_its_own(norm):
+    seen = []
+
+    def apply(params, x, *, key=None):
+        seen.append(key)
+        return x
+
+    def augment(key, x):
+        seen.append(key)
+        return x
+
+    def apply_norm(params, x, *, stats=None, mask=None, key=None):
+        return apply(params, x, key=key), {}
+
+    for more in ((), (apply_norm,)):
+        seen.clear()
+        model = jm.Model(IDENTITY[0], apply, *(more or (None,)), stochastic=True)
+        learner = jm.prototypical(model, norm=norm, augment=augment)
+        learner.loss({"model": {}}, unequal(), KEY)
+        used = {
+            jax.random.key_data(key).tobytes() for key in map(jax.device_get, map(jax.random.key_data, seen))
+        }
+        assert len(used) == len(seen) >= 3
+        seen.clear()
+        learner.predict(
+            {"model": {}}, learner.adapt({"model": {}}, unequal().support, KEY), unequal().query.x
+        )
+        assert set(seen) == {None}
+
+
+def test_images_are_augmented_in_training_alone():
+    task = unequal()
+    learner = jm.prototypical(IDENTITY, augment=lambda key, x: 2 * x)
+    doubled = jm.Task(*(batch(2 * part.x, part.y) for part in task))
+    plain = jm.prototypical(IDENTITY)
+    np.testing.assert_allclose(
+        learner.loss({"model": {}}, task, KEY)[0], plain.loss({"model": {}}, doubled, KEY)[0], rtol=1e-12
+    )
+    params = {"model": {}}
+    np.testing.assert_array_equal(
+        outputs(learner, params, task.support, task.query.x),
+        outputs(plain, params, task.support, task.query.x),
+    )
+
+
+@pytest.mark.parametrize("method", ["prototypical", "matching"])
+def test_logits_are_those_of_torch_on_the_same_weights(method):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    F = torch.nn.functional
+    rng = np.random.default_rng(0)
+    task = jm.Task(*(batch(rng.normal(size=(n, 17, 16, 2)), np.arange(n) % WAYS) for n in (6, 4)))
+    learner = {
+        "prototypical": jm.prototypical,
+        "matching": functools.partial(jm.matching, scale=10.0),
+    }[method](jm.nn.Conv4(filters=5))
+    params = of_float64(jax.jit(learner.init)(KEY, task), 0)
+    x = torch.tensor(np.concatenate([part.x for part in task])).permute(0, 3, 1, 2)
+    for i in range(4):
+        own = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf)), params["model"][f"ConvNorm_{i}"])
+        x = F.conv2d(x, own["conv"]["kernel"].permute(3, 2, 0, 1), own["bias"], padding=1)
+        norm = own["norm"]
+        x = F.relu(F.batch_norm(x, None, None, norm["scale"], norm["bias"], training=True, eps=1e-3))
+        x = F.max_pool2d(x, 2)
+    z = x.permute(0, 2, 3, 1).flatten(1)
+    y = torch.tensor(np.array(task.support.y), dtype=torch.long)
+    if method == "prototypical":
+        means = torch.stack([z[:6][y == c].mean(0) for c in range(WAYS)])
+        expected = -(torch.cdist(z[6:], means) ** 2)
+    else:
+        attention = torch.softmax(10 * F.cosine_similarity(z[6:, None], z[None, :6], dim=2), 1)
+        expected = torch.log(attention @ F.one_hot(y).double())
+    found = outputs(learner, params, task.support, task.query.x)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-8)
+    value = jax.jit(learner.loss)(params, task, KEY)[0]
+    asked = torch.tensor(np.array(task.query.y), dtype=torch.long)
+    np.testing.assert_allclose(value, F.cross_entropy(expected, asked).item(), rtol=1e-8)
+
+
+@methods
+def test_unknown_statistics_are_refused(method):
+    with pytest.raises(ValueError, match=r"norm must be one of .* got 'layer'"):
+        METHODS[method](network(), norm="layer")

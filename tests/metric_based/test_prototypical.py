@@ -1,0 +1,308 @@
+"""Prototypical networks and their Bregman divergences, on vectors that embed themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import entropy
+from vectors import DIM, IDENTITY, KEY, WAYS, batch, distances, of_float64, padded, predict, softmax, unequal
+
+import jaxmeta as jm
+from jaxmeta.metric_based.prototypical import bregman
+
+MATRIX = np.array([[2.0, 0.5, 0, 0], [0.5, 1, 0, 0], [0, 0, 3, 1], [0, 0, 1, 1]])
+
+
+def square(u):
+    return (u**2).sum()
+
+
+def mahalanobis(u):
+    return u @ jnp.asarray(MATRIX, u.dtype) @ u
+
+
+def embedding():
+    return jm.nn.MLP(out=3, hidden=(5,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
+
+
+def filled(params, task, model=None):
+    """Params with the statistics of one task for the population's."""
+    learner = jm.prototypical(model or embedding())
+    total, count = learner.statistics(params, task, KEY)
+    return {**params, "population": jax.tree.map(lambda leaf: leaf / count, total)}
+
+
+def total_divergence(divergence, points, candidates):
+    """Σ_i d(z_i, v) of every candidate v, each a class of its own."""
+    support = batch(candidates, range(len(candidates)), ways=len(candidates))
+    return -np.asarray(predict(jm.prototypical(IDENTITY, divergence=divergence), support, points)).sum(0)
+
+
+@pytest.mark.parametrize("divergence", ["euclidean", square, mahalanobis], ids=["euclidean", "φ", "A"])
+def test_the_mean_is_nearest_to_points_by_bregman_divergences(divergence, x64):
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(7, DIM))
+    others = points.mean(0) + rng.normal(size=(100, DIM)) * np.logspace(-3, 0, 100)[:, None]
+    totals = total_divergence(divergence, points, np.concatenate([points.mean(0, keepdims=True), others]))
+    assert (totals[1:] > totals[0]).all()
+
+
+def test_the_mean_is_nearest_to_distributions_by_their_relative_entropy(x64):
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(7, DIM))
+    mean = softmax(points).mean(0)
+    share = np.logspace(-3, -0.1, 100)[:, None]
+    others = (1 - share) * mean + share * softmax(rng.normal(size=(100, DIM)))
+    totals = total_divergence("kl", points, np.log(np.concatenate([mean[None], others])))
+    assert (totals[1:] > totals[0]).all()
+
+
+def test_the_mean_is_not_nearest_by_cosines(x64):
+    points = np.array([[10.0, 0], [0, 1]])
+    totals = total_divergence("cosine", points, np.stack([points.mean(0), [1.0, 1.0]]))
+    assert totals[1] < totals[0] - 0.1
+
+
+def test_the_slope_of_a_divergence_vanishes_at_the_mean_and_the_divergence_at_the_point_itself(x64):
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(5, DIM)))
+    slope = jax.jit(jax.grad(lambda v: bregman(mahalanobis, z, v[None]).sum()))
+    np.testing.assert_allclose(slope(z.mean(0)), 0, atol=1e-12)
+    assert np.abs(slope(z[0])).max() > 0.1
+    found = bregman(mahalanobis, z, z)
+    np.testing.assert_allclose(jnp.diagonal(found), 0, atol=1e-12)
+    assert (found >= -1e-12).all()
+
+
+def test_divergences_are_the_known_ones(x64):
+    support, query = unequal()
+    known = {
+        name: predict(jm.prototypical(IDENTITY, divergence=divergence), support, query.x)
+        for name, divergence in {
+            "euclidean": "euclidean", "φ": square, "A": mahalanobis, "kl": "kl", "cosine": "cosine"
+        }.items()
+    }  # fmt: skip
+    x, y = np.asarray(query.x), np.asarray(support.y)
+    means = np.stack([np.asarray(support.x)[y == c].mean(0) for c in range(WAYS)])
+    np.testing.assert_allclose(known["euclidean"], -distances(x, means), rtol=1e-10)
+    np.testing.assert_allclose(known["φ"], known["euclidean"], rtol=1e-10)
+    differences = x[:, None] - means[None]
+    np.testing.assert_allclose(
+        known["A"], -np.einsum("mci,ij,mcj->mc", differences, MATRIX, differences), rtol=1e-10
+    )
+    p, v = softmax(x), np.stack([softmax(np.asarray(support.x))[y == c].mean(0) for c in range(WAYS)])
+    np.testing.assert_allclose(known["kl"], [[-entropy(a, b) for b in v] for a in p], rtol=1e-10)
+    cosines = x @ means.T / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(means, axis=1)[None]
+    np.testing.assert_allclose(known["cosine"], cosines - 1, atol=1e-12)
+
+
+def test_relative_entropy_and_its_gradient_are_finite_where_probabilities_vanish():
+    support, query = unequal()
+
+    def loss(scale):
+        task = jm.Task(batch(scale * support.x, support.y), batch(scale * query.x, query.y))
+        return jm.prototypical(IDENTITY, divergence="kl").loss({"model": {}}, task, KEY)[0]
+
+    value, slope = jax.jit(jax.value_and_grad(loss))(1000.0)
+    assert np.isfinite(value)
+    assert np.isfinite(slope)
+
+
+def test_prototypes_are_a_linear_classifier(x64):
+    support, query = unequal()
+    learner = jm.prototypical(IDENTITY)
+    v = learner.adapt({"model": {}}, support, KEY)["fitted"]["prototypes"]
+    linear = query.x @ (2 * v).T - jnp.square(v).sum(1)[None]
+    outputs = predict(learner, support, query.x)
+    np.testing.assert_allclose(jax.nn.log_softmax(outputs), jax.nn.log_softmax(linear), atol=1e-12)
+
+
+def test_each_class_is_divided_by_its_own_number_of_examples_whatever_is_padded(x64):
+    support, query = unequal()
+    expected = np.stack([np.asarray(support.x)[np.asarray(support.y) == c].mean(0) for c in range(WAYS)])
+    # Three examples a class by shape, of which some are padding.
+    x, y, mask = np.full((3, WAYS, DIM), np.nan), np.tile(np.arange(WAYS), (3, 1)), np.zeros((3, WAYS), bool)
+    for c in range(WAYS):
+        own = np.asarray(support.x)[np.asarray(support.y) == c]
+        x[: len(own), c], mask[: len(own), c] = own, True
+    ragged = batch(x.reshape(-1, DIM), y.reshape(-1), mask.reshape(-1))
+    learner = jm.prototypical(IDENTITY)
+    for given in (support, ragged):
+        fitted = learner.adapt({"model": {}}, given, KEY)["fitted"]
+        np.testing.assert_allclose(fitted["prototypes"], expected, atol=1e-12)
+        assert fitted["present"].all()
+        np.testing.assert_allclose(
+            predict(learner, given, query.x), -distances(query.x, expected), rtol=1e-10
+        )
+
+
+@pytest.mark.parametrize("divergence", ["euclidean", "kl"])
+@pytest.mark.parametrize("norm", ["population", "support"])
+def test_an_added_class_is_one_known_from_the_start(norm, divergence, x64):
+    rng = np.random.default_rng(3)
+    support, query = unequal()
+    more = jnp.asarray(rng.normal(size=(4, DIM)))
+    learner = jm.prototypical(embedding(), norm=norm, divergence=divergence)
+    params = filled(of_float64(learner.init(KEY, unequal()), 0), jm.Task(support, query))
+    adapted = learner.adapt(params, support, KEY)
+    larger = jm.add_class(embedding(), params, adapted, more, divergence=divergence)
+    before = learner.predict(params, adapted, query.x)
+    after = learner.predict(params, larger, query.x)
+    assert after.shape == (5, WAYS + 1)
+    np.testing.assert_allclose(after[:, :WAYS], before, rtol=1e-12)
+    if norm == "population":
+        whole = batch(jnp.concatenate([support.x, more]), [*support.y.tolist(), *[3] * 4], ways=4)
+        expected = learner.adapt(params, whole, KEY)["fitted"]
+    else:
+        model = jm.nn.as_model(embedding())
+        z, _ = model.apply_norm(params["model"], more, stats=adapted["stats"])
+        own = {"euclidean": lambda z: z, "kl": jax.nn.softmax}[divergence](z).mean(0, keepdims=True)
+        expected = {"prototypes": jnp.concatenate([adapted["fitted"]["prototypes"], own])}
+    np.testing.assert_allclose(larger["fitted"]["prototypes"], expected["prototypes"], rtol=1e-10)
+    assert larger["fitted"]["present"].tolist() == [True] * 4
+    assert adapted["fitted"]["prototypes"].shape[0] == WAYS
+
+
+def test_a_class_is_added_only_to_prototypes_and_only_with_examples():
+    support, query = unequal()
+    params = jm.prototypical(embedding()).init(KEY, jm.Task(support, query))
+    adapted = jm.prototypical(embedding()).adapt(params, support, KEY)
+    with pytest.raises(ValueError, match=r"state without prototypes; .*population.* or .*support"):
+        jm.add_class(embedding(), params, adapted, query.x)
+    learner = jm.prototypical(embedding(), norm="support")
+    adapted = learner.adapt(params, support, KEY)
+    with pytest.raises(ValueError, match=r"x: got shape \(0, 4\)"):
+        jm.add_class(embedding(), params, adapted, query.x[:0])
+    other = jm.matching(IDENTITY)
+    with pytest.raises(ValueError, match="state without prototypes"):
+        jm.add_class(IDENTITY, {"model": {}}, other.adapt({"model": {}}, support, KEY), query.x)
+
+
+# Zero-shot: one vector of metadata for each class.
+
+
+def zero_shot(**settings):
+    return jm.prototypical(IDENTITY, metadata=IDENTITY, **settings)
+
+
+def described(ways=WAYS, seed=0):
+    rng = np.random.default_rng(seed)
+    return jm.Task(
+        batch(rng.normal(size=(ways, DIM)), range(ways), ways=ways),
+        batch(rng.normal(size=(6, DIM)), rng.integers(ways, size=6), ways=ways),
+    )
+
+
+def test_prototypes_of_metadata_have_length_one_and_queries_any():
+    support, query = described()
+    learner, params = zero_shot(), {"model": {}, "metadata": {}}
+    adapted = learner.adapt(params, support, KEY)
+    v = adapted["fitted"]["prototypes"]
+    np.testing.assert_allclose(jnp.linalg.norm(v, axis=1), 1, rtol=1e-6)
+    outputs = learner.predict(params, adapted, 3 * query.x)
+    np.testing.assert_allclose(outputs, -distances(3 * np.asarray(query.x), v), rtol=1e-4)
+    np.testing.assert_allclose(
+        predict(learner, batch(5 * support.x, support.y), 3 * query.x, metadata={}), outputs, rtol=1e-5
+    )
+    loss, _ = learner.loss(params, jm.Task(support, query), KEY)
+    expected = jm.losses.cross_entropy(learner.predict(params, adapted, query.x), query.y)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_metadata_that_are_the_class_means_give_the_few_shot_logits(x64):
+    rng = np.random.default_rng(0)
+    known, query = described()
+    means = np.asarray(known.x / jnp.linalg.norm(known.x, axis=1, keepdims=True))
+    away = rng.normal(size=(2, WAYS, DIM))
+    x = np.concatenate([means[None] + away, means[None] - away]).reshape(-1, DIM)
+    few = predict(jm.prototypical(IDENTITY), batch(x, np.tile(np.arange(WAYS), 4)), query.x)
+    zero = predict(zero_shot(), batch(7 * means, range(WAYS)), query.x, metadata={})
+    np.testing.assert_allclose(zero, few, rtol=1e-10)
+
+
+def test_metadata_of_too_few_classes_leave_slots_that_no_query_gets():
+    support, query = described(4)
+    few = batch(support.x[jnp.array([0, 3])], [0, 3], ways=4)
+    outputs = predict(zero_shot(), few, query.x, metadata={})
+    assert (np.asarray(outputs)[:, [1, 2]] == -np.inf).all()
+    np.testing.assert_allclose(jax.nn.softmax(outputs).sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        outputs[:, jnp.array([0, 3])],
+        predict(zero_shot(), support, query.x, metadata={})[:, jnp.array([0, 3])],
+        rtol=1e-6,
+    )
+    holes = padded(support, [1, 4])
+    np.testing.assert_allclose(
+        predict(zero_shot(), holes, query.x, metadata={}),
+        predict(zero_shot(), support, query.x, metadata={}),
+        rtol=1e-6,
+    )
+
+
+def test_zero_shot_learning_by_the_populations_statistics_is_inductive(x64):
+    support, query = described()
+    learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=(4,)), norm="population")
+    params = of_float64(learner.init(KEY, jm.Task(support, query)), 0)
+    with pytest.raises(ValueError, match=r"jm\.calibrate"):
+        learner.adapt(params, support, KEY)
+    total, count = learner.statistics(params, jm.Task(support, query), KEY)
+    params["population"] = jax.tree.map(lambda leaf: leaf / count, total)
+    adapted = learner.adapt(params, support, KEY)
+    joint = learner.predict(params, adapted, query.x)
+    np.testing.assert_allclose(learner.predict(params, adapted, query.x[:1]), joint[:1], rtol=1e-10)
+    # The statistics of one task are its queries' own.
+    transductive = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=(4,)))
+    same = transductive.predict(params, transductive.adapt(params, support, KEY), query.x)
+    np.testing.assert_allclose(same, joint, rtol=1e-8)
+
+
+def test_both_networks_of_zero_shot_learning_learn():
+    task = described()
+    learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=()))
+    params = learner.init(KEY, task)
+    assert set(params) == {"model", "metadata"}
+    grads = jax.jit(jax.grad(lambda params: learner.loss(params, task, KEY)[0]))(params)
+    for part in grads.values():
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(part)) > 1e-4
+
+
+def test_widths_of_the_two_networks_must_agree():
+    learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=4, hidden=()))
+    with pytest.raises(ValueError, match=r"metadata: gives embeddings of shape \(4,\), and model of \(3,\)"):
+        learner.init(KEY, described())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"divergence": "manhattan"}, "divergence must be a convex function or one of .* got 'manhattan'"),
+        ({"norm": "layer"}, "norm must be one of .* got 'layer'"),
+        ({"norm": "support", "metadata": IDENTITY}, r"norm must be one of \('batch', 'population'\)"),
+    ],
+)
+def test_bad_settings_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.prototypical(IDENTITY, **settings)
+
+
+@pytest.mark.parametrize("learner", [jm.prototypical(IDENTITY), zero_shot()], ids=["few-shot", "zero-shot"])
+def test_float_targets_are_refused(learner):
+    part = jm.Batch(jnp.ones((3, DIM)), jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match="integer class slots"):
+        learner.loss({"model": {}, "metadata": {}}, jm.Task(part, part), KEY)
+    with pytest.raises(ValueError, match=r"integer class slots|number of classes"):
+        learner.adapt({"model": {}, "metadata": {}}, part, KEY)
+
+
+def test_what_is_trained_on_many_ways_predicts_few():
+    def task(ways, seed):
+        x = np.random.default_rng(seed).normal(size=(2 * ways, DIM))
+        return jm.Task(*(batch(part, np.arange(ways), ways=ways) for part in np.split(x, 2)))
+
+    learner = jm.prototypical(embedding())
+    many, few = task(7, 0), task(3, 1)
+    params = learner.init(KEY, many)
+    grads = jax.jit(jax.grad(lambda params: learner.loss(params, many, KEY)[0]))(params)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    outputs = learner.predict(params, learner.adapt(params, few.support, KEY), few.query.x)
+    assert outputs.shape == (3, 3)
+    assert np.isfinite(outputs).all()

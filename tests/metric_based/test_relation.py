@@ -1,0 +1,265 @@
+"""Relation networks, against PyTorch and by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from vectors import KEY, batch, of_float64, predict
+
+import jaxmeta as jm
+
+WAYS = 3
+SHAPE = (2, 2, 2)
+
+# A comparison of maps by one hidden layer, without statistics.
+COMPARISON = (
+    lambda key, pair: {
+        "w": jax.random.normal(key, (pair[0].size, 5)) / 4,
+        "v": jax.random.normal(jax.random.fold_in(key, 1), (5, 1)),
+    },
+    lambda params, pair: jnp.tanh(pair.reshape(pair.shape[0], -1) @ params["w"]) @ params["v"],
+)
+IDENTITY = (lambda key, x: {}, lambda params, x: x)
+
+
+def maps_task(seed=0, shape=SHAPE):
+    rng = np.random.default_rng(seed)
+    return jm.Task(
+        batch(rng.normal(size=(6, *shape)), [2, 0, 1, 2, 0, 2]),
+        batch(rng.normal(size=(5, *shape)), [0, 1, 2, 2, 0]),
+    )
+
+
+def simple():
+    return jm.relation(IDENTITY, COMPARISON)
+
+
+def head():
+    return COMPARISON[0](KEY, jnp.zeros((1, *SHAPE[:2], 2 * SHAPE[2])))
+
+
+def scores(support, query, relation):
+    """Of every query and class, one pair at a time: the class's map first, then the query's."""
+    x, y = np.asarray(support.x), np.asarray(support.y)
+    return np.array(
+        [
+            [
+                COMPARISON[1](relation, jnp.asarray(np.concatenate([x[y == c].sum(0), q], -1)[None]))[0, 0]
+                for c in range(WAYS)
+            ]
+            for q in np.asarray(query.x)
+        ]
+    )
+
+
+def test_scores_compare_the_summed_maps_of_a_class_with_the_query(x64):
+    support, query = maps_task()
+    relation = of_float64(head())
+    outputs = predict(simple(), support, query.x, relation=relation)
+    np.testing.assert_allclose(outputs, scores(support, query, relation), rtol=1e-9)
+    chances = np.asarray(jax.nn.sigmoid(outputs))
+    assert ((chances > 0) & (chances < 1)).all()
+    assert np.abs(chances.sum(1) - 1).max() > 0.1
+
+
+def test_the_loss_is_the_squared_error_to_one_and_to_zero(x64):
+    support, query = maps_task()
+    relation = of_float64(head())
+    value, metrics = simple().loss({"model": {}, "relation": relation}, maps_task(), KEY)
+    errors = np.asarray(jax.nn.sigmoid(scores(support, query, relation))) - np.eye(WAYS)[query.y]
+    np.testing.assert_allclose(value, np.square(errors).mean(), rtol=1e-9)
+    right = scores(support, query, relation).argmax(1) == np.asarray(query.y)
+    assert metrics["accuracy"] == (right.sum(), 5)
+
+
+def test_swapping_two_classes_swaps_two_columns():
+    support, query = maps_task()
+    outputs = predict(simple(), support, query.x, relation=head())
+    names = jnp.array([2, 1, 0])
+    swapped = predict(simple(), batch(support.x, names[support.y]), query.x, relation=head())
+    np.testing.assert_allclose(swapped, outputs[:, names], atol=1e-5)
+
+
+class Maps(linen.Module):
+    """Maps with batch statistics."""
+
+    @linen.compact
+    def __call__(self, x, mask=None):
+        return jnp.tanh(jm.nn.BatchNorm()(linen.Dense(2)(x), mask))
+
+
+class Scores(linen.Module):
+    @linen.compact
+    def __call__(self, x, mask=None):
+        x = jnp.tanh(jm.nn.BatchNorm()(linen.Dense(4)(x), mask))
+        return linen.Dense(1)(x.reshape(x.shape[0], -1))
+
+
+def small(norm="batch"):
+    return jm.relation(Maps(), Scores(), norm=norm)
+
+
+def test_examples_of_a_class_are_as_good_as_their_summed_map_by_the_populations_statistics(x64):
+    support, query = maps_task()
+    params = of_float64(small().init(KEY, maps_task()), 0)
+    total, count = small().statistics(params, maps_task(), KEY)
+    params["population"] = jax.tree.map(lambda leaf: leaf / count, total)
+    learner = small("population")
+    outputs = learner.predict(params, learner.adapt(params, support, KEY), query.x)
+
+    stats = jm.nn.norm.from_moments(params["population"])
+    embedded = jm.nn.as_model(Maps())._replace(
+        apply_norm=None, apply=lambda p, x: jm.nn.as_model(Maps()).apply_norm(p, x, stats=stats["model"])[0]
+    )
+    z = embedded.apply(params["model"], support.x)
+    summed = jnp.stack([z[support.y == c].sum(0) for c in range(WAYS)])
+    after = jm.relation(IDENTITY, Scores(), norm="population")
+    known = {
+        "model": {},
+        "relation": params["relation"],
+        "population": {**params["population"], "model": None},
+    }
+    adapted = after.adapt(known, batch(summed, range(WAYS)), KEY)
+    found = after.predict(known, adapted, embedded.apply(params["model"], query.x))
+    np.testing.assert_allclose(found, outputs, rtol=1e-9)
+    alone = learner.predict(params, learner.adapt(params, support, KEY), query.x[2:3])
+    np.testing.assert_allclose(alone, outputs[2:3], rtol=1e-9)
+
+
+def test_statistics_are_of_all_images_in_one_network_and_of_all_pairs_in_the_other(x64):
+    support, query = maps_task()
+    params = of_float64(small().init(KEY, maps_task()), 0)
+    total, count = small().statistics(params, maps_task(), KEY)
+    assert count == 1
+    own = params["model"]["Dense_0"]
+    hidden = jnp.concatenate([support.x, query.x]) @ own["kernel"] + own["bias"][None, None, None]
+    found = total["model"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
+    np.testing.assert_allclose(found["mean_of_squares"], jnp.square(hidden).mean((0, 1, 2)), atol=1e-10)
+    z = jm.nn.as_model(Maps()).apply(params["model"], jnp.concatenate([support.x, query.x]))
+    classes = jnp.stack([z[:6][support.y == c].sum(0) for c in range(WAYS)])
+    pairs = [jnp.concatenate([v, q], -1) for q in z[6:] for v in classes]
+    own = params["relation"]["Dense_0"]
+    hidden = jnp.stack(pairs) @ own["kernel"] + own["bias"][None, None, None]
+    found = total["relation"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
+    np.testing.assert_allclose(found["mean_of_squares"], jnp.square(hidden).mean((0, 1, 2)), atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["batch", "population"])
+def test_padding_and_absent_classes_change_nothing(norm, x64):
+    support, query = maps_task()
+    learner = small(norm)
+    params = of_float64(small().init(KEY, maps_task()), 0)
+    total, count = small().statistics(params, maps_task(), KEY)
+    params["population"] = jax.tree.map(lambda leaf: leaf / count, total)
+
+    def holes(part, at):
+        x = np.insert(np.asarray(part.x), at, np.nan, axis=0)
+        mask = np.insert(np.ones(part.y.size, bool), at, False)
+        return batch(x, np.insert(np.asarray(part.y), at, 3), mask, WAYS + 2)
+
+    ragged = jm.Task(holes(support, [0, 4]), holes(query, [2, 5]))
+    outputs = learner.predict(params, learner.adapt(params, support, KEY), query.x)
+    adapted = learner.adapt(params, ragged.support, KEY)
+    found = learner.predict(params, adapted, ragged.query.x, ragged.query.mask)
+    real = np.asarray(ragged.query.mask)
+    np.testing.assert_allclose(found[real][:, :WAYS], outputs, rtol=1e-8)
+    assert (np.asarray(found)[real][:, WAYS:] == -np.inf).all()
+    value = jax.jit(jax.value_and_grad(lambda params, task: learner.loss(params, task, KEY)[0]))
+    trained = {name: params[name] for name in ("model", "relation")}
+    (loss, grads), (expected, known) = value(trained, ragged), value(trained, maps_task())
+    np.testing.assert_allclose(loss, expected, rtol=1e-9)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(known), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "channels", "maps"), [(28, 1, 5), (84, 3, 19)])
+def test_the_published_embedding_has_its_shapes(size, channels, maps):
+    x = jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)
+    z, _ = jax.eval_shape(jm.nn.RelationEmbedding().init_with_output, KEY, x)
+    assert z.shape == (2, maps, maps, 64)
+    pair = jax.ShapeDtypeStruct((2, maps, maps, 128), jnp.float32)
+    module = jm.nn.RelationModule(padding="SAME" if size == 28 else "VALID")
+    scores, params = jax.eval_shape(module.init_with_output, KEY, pair)
+    assert scores.shape == (2, 1)
+    assert params["params"]["Dense_0"]["kernel"].shape == ({28: 64, 84: 3 * 3 * 64}[size], 8)
+
+
+@pytest.mark.parametrize(("padding", "side"), [("SAME", 3), ("VALID", 9)])
+def test_maps_that_poolings_would_shrink_to_nothing_are_refused(padding, side):
+    module = jm.nn.RelationModule(filters=2, padding=padding)
+    with pytest.raises(ValueError, match=f"at least {side + 1}×{side + 1}"):
+        jax.eval_shape(module.init, KEY, jnp.zeros((1, side, side + 2, 4)))
+    jax.eval_shape(module.init, KEY, jnp.zeros((1, side + 1, side + 1, 4)))
+
+
+def test_the_linear_layers_of_the_published_module_start_at_biases_of_one():
+    params = jax.jit(jm.nn.RelationModule(filters=2).init)(KEY, jnp.zeros((1, 5, 5, 4)))["params"]
+    for name in ("Dense_0", "Dense_1"):
+        assert (params[name]["bias"] == 1).all()
+        assert 0 < np.abs(params[name]["kernel"]).max() < 0.05
+
+
+def test_outputs_are_those_of_torch_on_the_same_weights(x64):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    F = torch.nn.functional
+    task = maps_task(shape=(22, 23, 1))
+    learner = jm.relation(jm.nn.RelationEmbedding(filters=3), jm.nn.RelationModule(filters=4))
+    params = of_float64(jax.jit(learner.init)(KEY, task), 0)
+    weights = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf)), params)
+
+    def block(own, x, padding, pool):
+        x = F.conv2d(x, own["conv"]["kernel"].permute(3, 2, 0, 1), own["bias"], padding=padding)
+        norm = own["norm"]
+        x = F.relu(F.batch_norm(x, None, None, norm["scale"], norm["bias"], training=True, eps=1e-3))
+        return F.max_pool2d(x, 2) if pool else x
+
+    # As published: pooled after the activation. All images are one batch, and all pairs another.
+    x = torch.tensor(np.concatenate([part.x for part in task])).permute(0, 3, 1, 2)
+    for i in range(4):
+        x = block(weights["model"][f"ConvNorm_{i}"], x, 0 if i < 2 else 1, i < 2)
+    y = torch.tensor(np.array(task.support.y))
+    classes = torch.stack([x[:6][y == c].sum(0) for c in range(WAYS)])
+    pairs = torch.cat([classes.repeat(5, 1, 1, 1), x[6:].repeat_interleave(WAYS, 0)], 1)
+    for i in range(2):
+        pairs = block(weights["relation"][f"ConvNorm_{i}"], pairs, 1, True)
+    flat = pairs.permute(0, 2, 3, 1).flatten(1)
+    first, last = (weights["relation"][f"Dense_{i}"] for i in range(2))
+    expected = F.relu(flat @ first["kernel"] + first["bias"]) @ last["kernel"] + last["bias"]
+
+    found = jax.jit(lambda params: predict(learner, task.support, task.query.x, **params))(params)
+    np.testing.assert_allclose(found, expected.numpy().reshape(5, WAYS), atol=1e-8)
+    assert np.ptp(np.asarray(found)) > 1e-3
+    value = jax.jit(lambda params: learner.loss(params, task, KEY)[0])(params)
+    one_hot = F.one_hot(torch.tensor(np.array(task.query.y), dtype=torch.long)).double()
+    np.testing.assert_allclose(
+        value, F.mse_loss(torch.sigmoid(expected.reshape(5, WAYS)), one_hot).item(), rtol=1e-8
+    )
+
+
+def test_networks_of_other_outputs_are_refused_at_init():
+    flat = (IDENTITY[0], lambda params, x: x.reshape(x.shape[0], -1))
+    with pytest.raises(ValueError, match=r"the model returns \(6, 8\) for 6 examples; .*feature maps"):
+        jm.relation(flat, COMPARISON).init(KEY, maps_task())
+
+
+def test_a_comparison_of_another_width_is_refused():
+    wide = (COMPARISON[0], lambda params, pair: jnp.zeros((pair.shape[0], 2)))
+    with pytest.raises(ValueError, match=r"comparison: gives shape \(15, 2\) for 15 pairs"):
+        jm.relation(IDENTITY, wide).loss({"model": {}, "relation": head()}, maps_task(), KEY)
+
+
+def test_statistics_of_the_support_alone_and_float_targets_are_refused():
+    with pytest.raises(ValueError, match=r"norm must be one of \('batch', 'population'\), got 'support'"):
+        jm.relation(IDENTITY, norm="support")
+    part = jm.Batch(jnp.ones((3, *SHAPE)), jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match="integer class slots"):
+        simple().loss({"model": {}, "relation": head()}, jm.Task(part, part), KEY)
+
+
+def test_statistics_of_the_population_need_calibration():
+    params = small().init(KEY, maps_task())
+    with pytest.raises(ValueError, match=r"jm\.calibrate"):
+        small("population").adapt(params, maps_task().support, KEY)

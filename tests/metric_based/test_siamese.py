@@ -1,0 +1,368 @@
+"""Siamese networks: the pairs, the head, the published twin, and the distortions of its images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.ndimage import affine_transform
+from scipy.stats import chisquare
+from vectors import DIM, IDENTITY, KEY, WAYS, batch, of_float64, predict, unequal
+
+import jaxmeta as jm
+from jaxmeta.metric_based.siamese import pair_kinds, sample_pairs
+
+TASK = unequal()
+WEIGHTS = jnp.array([0.5, -1.0, 0.3, -0.7])
+HEAD = {"weights": WEIGHTS, "bias": jnp.asarray(0.4)}
+
+
+def sigmoid(values):
+    return 1 / (1 + np.exp(-np.asarray(values)))
+
+
+def scores(a, b, head=HEAD):
+    """Before σ, by hand."""
+    differences = np.abs(np.asarray(a)[:, None] - np.asarray(b)[None])
+    return differences @ np.asarray(head["weights"]) + float(head.get("bias", 0.0))
+
+
+def verification_loss(support, query, **own):
+    learner = jm.siamese(IDENTITY, use_bias="bias" in own)
+    return float(learner.loss({"model": {}, "head": own}, jm.Task(support, query), KEY)[0])
+
+
+def log_odds(a, b, **own):
+    """Of p(a, b), from the loss of the only pair, which is of one class."""
+    half = verification_loss(batch(a, [0], ways=1), batch(b, [0], ways=1), **own)
+    return -np.log(np.expm1(2 * half))
+
+
+def test_a_pair_has_one_probability_in_either_order(x64):
+    a, b = [[1.0, -2, 0.5, 3]], [[0.0, 1, 2, -1]]
+    np.testing.assert_allclose(log_odds(a, b, **HEAD), scores(a, b)[0, 0], rtol=1e-9)
+    np.testing.assert_allclose(log_odds(b, a, **HEAD), log_odds(a, b, **HEAD), rtol=1e-12)
+
+
+def test_two_equal_images_score_the_bias_and_without_it_one_half():
+    a = [[1.0, -2, 0.5, 3]]
+    np.testing.assert_allclose(log_odds(a, a, **HEAD), 0.4, rtol=1e-5)
+    np.testing.assert_allclose(
+        verification_loss(*[batch(a, [0], ways=1)] * 2, weights=WEIGHTS), np.log(2) / 2
+    )
+
+
+def test_without_a_bias_there_is_none_to_learn():
+    assert set(jm.siamese(IDENTITY, use_bias=False).init(KEY, TASK)["head"]) == {"weights"}
+    own = jm.siamese(IDENTITY).init(KEY, TASK)["head"]
+    assert own["weights"].shape == (DIM,)
+    assert own["bias"] == 0
+
+
+def test_a_query_has_the_class_of_its_best_partner():
+    outputs = predict(jm.siamese(IDENTITY), TASK.support, TASK.query.x, head=HEAD)
+    found = scores(TASK.query.x, TASK.support.x)
+    np.testing.assert_array_equal(outputs.argmax(1), np.asarray(TASK.support.y)[found.argmax(1)])
+    best = np.stack([found[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
+    np.testing.assert_allclose(jax.nn.softmax(outputs), jax.nn.softmax(best), rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(outputs).sum(1), 1, rtol=1e-5)
+
+
+def test_the_loss_is_balanced_between_pairs_of_one_class_and_of_two():
+    p = sigmoid(scores(TASK.query.x, TASK.support.x))
+    same = np.asarray(TASK.query.y)[:, None] == np.asarray(TASK.support.y)[None]
+    each = [
+        (-np.log(row[kind]).mean() - np.log(1 - row[~kind]).mean()) / 2
+        for row, kind in zip(p, same, strict=True)
+    ]
+    np.testing.assert_allclose(verification_loss(*TASK, **HEAD), np.mean(each), rtol=1e-5)
+
+
+def test_the_loss_of_two_pairs_is_that_computed_by_hand():
+    # |Δ| = 1 to the partner of one class, 2 to the other: p = σ(1 − 1) = ½ and σ(1 − 2) = 1/(1 + e).
+    support, query = batch([[1.0], [2.0]], [0, 1], ways=2), batch([[0.0]], [0], ways=2)
+    head = {"weights": -jnp.ones(1), "bias": jnp.asarray(1.0)}
+    expected = (np.log(2) - np.log(1 - 1 / (1 + np.e))) / 2
+    np.testing.assert_allclose(verification_loss(support, query, **head), expected, rtol=1e-6)
+
+
+def test_the_gradient_of_a_twin_is_the_sum_over_its_branches(x64):
+    module = jm.nn.as_model(jm.nn.MLP(out=DIM, hidden=(5,), activation=jnp.tanh))
+    learner = jm.siamese((module.init, module.apply))
+    task = jm.Task(*(batch(part.x, part.y) for part in TASK))
+    params = of_float64(learner.init(KEY, task), 0)
+    same = task.query.y[:, None] == task.support.y[None]
+
+    def two_branches(left, right):
+        a, b = module.apply(left, task.query.x), module.apply(right, task.support.x)
+        own = params["head"]
+        log_p = jnp.abs(a[:, None] - b[None]) @ own["weights"] + own["bias"]
+        cost = jnp.where(same, jax.nn.softplus(-log_p), jax.nn.softplus(log_p))
+        halves = [jnp.where(kind, cost, 0).sum(1) / kind.sum(1) for kind in (same, ~same)]
+        return sum(halves).mean() / 2
+
+    left, right = jax.jit(jax.grad(two_branches, (0, 1)))(params["model"], params["model"])
+    found = jax.jit(jax.grad(lambda params: learner.loss(params, task, KEY)[0]))(params)["model"]
+    for whole, one, other in zip(*map(jax.tree.leaves, (found, left, right)), strict=True):
+        np.testing.assert_allclose(whole, one + other, atol=1e-12)
+        assert np.abs(whole - one).max() > 1e-6
+
+
+# Pairs that are drawn.
+
+
+def kinds():
+    """Of queries 0, 1, 2, padding and supports 0, padding, 1, 1."""
+    support, query = np.eye(3)[[0, 0, 1, 1]], np.eye(3)[[0, 1, 2, 2]]
+    support[1] = query[3] = 0
+    return pair_kinds(jnp.asarray(support), jnp.asarray(query))
+
+
+def test_padding_is_of_neither_kind():
+    same, different = kinds()
+    np.testing.assert_array_equal(same, [[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(different, [[0, 0, 1, 1], [1, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
+
+
+def test_half_of_the_pairs_are_of_each_kind_each_drawn_uniformly():
+    same, different = kinds()
+    count = 6000
+    drawn = sample_pairs(KEY, same, different, count)
+    assert drawn.query.shape == (count,)
+    assert drawn.valid.all()
+    np.testing.assert_array_equal(drawn.same, np.arange(count) < count // 2)
+    for half, kind in ((drawn.same, same), (~drawn.same, different)):
+        counts = np.zeros(kind.shape)
+        np.add.at(counts, (np.asarray(drawn.query)[half], np.asarray(drawn.support)[half]), 1)
+        assert (counts[~np.asarray(kind)] == 0).all()
+        assert chisquare(counts[np.asarray(kind)]).pvalue > 1e-3
+
+
+def test_pairs_are_a_pure_function_of_the_key():
+    draw = jax.jit(lambda key: sample_pairs(key, *kinds(), 20))
+    for one, same in zip(draw(KEY), sample_pairs(KEY, *kinds(), 20), strict=True):
+        np.testing.assert_array_equal(one, same)
+    assert (draw(KEY).query != draw(jax.random.key(1)).query).any()
+
+
+def test_a_kind_that_does_not_exist_gives_no_valid_pair():
+    same, different = kinds()
+    nothing = jnp.zeros_like(same)
+    np.testing.assert_array_equal(sample_pairs(KEY, same, nothing, 6).valid, [True] * 3 + [False] * 3)
+    np.testing.assert_array_equal(sample_pairs(KEY, nothing, different, 6).valid, [False] * 3 + [True] * 3)
+    assert not sample_pairs(KEY, nothing, nothing, 2).valid.any()
+
+
+def test_many_drawn_pairs_have_the_balanced_loss_of_all():
+    # With as many partners for every query, the mean over pairs is the mean over queries.
+    even = jm.Task(batch(TASK.support.x, [0, 0, 1, 1, 2, 2]), batch(TASK.query.x, TASK.query.y))
+    params = {"model": {}, "head": HEAD}
+    expected, _ = jm.siamese(IDENTITY).loss(params, even, KEY)
+    value, _ = jm.siamese(IDENTITY, pairs=20_000).loss(params, even, KEY)
+    np.testing.assert_allclose(value, expected, rtol=0.03)
+    few = [float(jm.siamese(IDENTITY, pairs=2).loss(params, even, key)[0]) for key in jax.random.split(KEY)]
+    assert few[0] != few[1]
+
+
+def test_pairs_of_one_class_alone_have_their_loss_alone():
+    one = batch(TASK.support.x, [0] * 6, ways=1)
+    asked = batch(TASK.query.x, [0] * 5, ways=1)
+    params = {"model": {}, "head": HEAD}
+    value, _ = jm.siamese(IDENTITY, pairs=2000).loss(params, jm.Task(one, asked), KEY)
+    expected = -np.log(sigmoid(scores(TASK.query.x, TASK.support.x))).mean()
+    np.testing.assert_allclose(value, expected, rtol=0.1)
+
+
+# Heads.
+
+
+def test_a_network_in_place_of_the_weighted_sum_sees_differences():
+    head = jm.nn.MLP(out=1, hidden=(5,), kernel_init=jax.nn.initializers.lecun_normal())
+    learner = jm.siamese(IDENTITY, head=head)
+    params = learner.init(KEY, TASK)
+    outputs = predict(learner, TASK.support, TASK.query.x, **params)
+    differences = jnp.abs(TASK.query.x[:, None] - TASK.support.x[None])
+    found = jm.nn.as_model(head).apply(params["head"], differences.reshape(-1, DIM)).reshape(5, 6)
+    best = jnp.stack([found[:, TASK.support.y == c].max(1) for c in range(WAYS)], 1)
+    np.testing.assert_allclose(outputs, jax.nn.log_softmax(best), atol=1e-5)
+    grads = jax.jit(jax.grad(lambda params: learner.loss(params, TASK, KEY)[0]))(params)
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"pairs": 3}, "pairs must be an even number of at least 2, .* got 3"),
+        ({"pairs": 0}, "pairs must be an even number of at least 2, .* got 0"),
+        ({"norm": "layer"}, "norm must be one of"),
+    ],
+)
+def test_bad_settings_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        jm.siamese(IDENTITY, **settings)
+
+
+def test_a_head_of_another_width_is_refused_at_init():
+    with pytest.raises(ValueError, match=r"head: gives shape \(2, 3\) for 2 pairs; it must be \(2, 1\)"):
+        jm.siamese(IDENTITY, head=jm.nn.MLP(out=3, hidden=(5,))).init(KEY, TASK)
+
+
+def test_a_head_that_normalises_by_its_batch_is_refused():
+    with pytest.raises(ValueError, match="head"):
+        jm.siamese(IDENTITY, head=jm.nn.MLP(out=1, hidden=(5,), norm=True)).init(KEY, TASK)
+
+
+# The published network.
+
+
+def test_the_published_twin_has_its_shapes_and_its_number_of_parameters():
+    images = jax.ShapeDtypeStruct((2, 105, 105, 1), jnp.float32)
+    module = jm.nn.Koch()
+
+    def run(key, x):
+        variables = module.init(key, x)
+        return module.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+
+    z, state = jax.eval_shape(run, KEY, images)
+    assert z.shape == (2, 4096)
+    seen = {
+        name: part["__call__"][0].shape[1:]
+        for name, part in state["intermediates"].items()
+        if not name.startswith("__")
+    }
+    assert seen == {
+        "Conv_0": (96, 96, 64),
+        "Conv_1": (42, 42, 128),
+        "Conv_2": (18, 18, 128),
+        "Conv_3": (6, 6, 256),
+        "Dense_0": (4096,),
+    }
+    part = jm.Batch(images, jax.ShapeDtypeStruct((2,), jnp.int32), ways=2)
+    params = jax.eval_shape(jm.siamese(module).init, KEY, jm.Task(part, part))
+    sizes = jax.tree.map(lambda leaf: leaf.size, params)
+    assert sum(jax.tree.leaves(sizes["head"])) == 4097
+    assert [sum(jax.tree.leaves(sizes["model"][name])) for name in sorted(seen)] == [
+        6464, 401_536, 262_272, 524_544, 37_752_832
+    ]  # fmt: skip
+    assert sum(jax.tree.leaves(sizes)) == 38_951_745
+
+
+def test_the_published_twin_takes_its_own_size_of_images_alone():
+    with pytest.raises(ValueError, match="got images of 28×28; the published network is for 105×105"):
+        jax.eval_shape(jm.nn.Koch().init, KEY, jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
+
+
+# Distortions.
+
+NOTHING = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0, "probability": 1.0}
+HEIGHT, WIDTH = 11, 13
+
+
+def images(count=4):
+    return jnp.asarray(np.random.default_rng(0).uniform(size=(count, HEIGHT, WIDTH, 1)), jnp.float32)
+
+
+def tracked(x, **settings):
+    """Distorted images, and of each the affine map from its pixels to where they come from."""
+    rows, columns = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
+    places = np.broadcast_to(np.stack([rows, columns], -1), (len(x), HEIGHT, WIDTH, 2))
+    carried = jnp.concatenate([x, jnp.asarray(places, jnp.float32), jnp.ones_like(x)], -1)
+    found = np.asarray(jm.tasks.distort(KEY, carried, **{**NOTHING, **settings}), np.float64)
+    maps = []
+    for image in found:
+        inside = image[..., 3] > 0.9999
+        grid = np.stack([rows[inside], columns[inside], np.ones(inside.sum())], 1)
+        assert len(grid) > 20
+        solution, _, _, _ = np.linalg.lstsq(grid, image[inside][:, 1:3], rcond=None)
+        np.testing.assert_allclose(grid @ solution, image[inside][:, 1:3], atol=1e-4)
+        maps.append((solution[:2].T, solution[2]))
+    return found[..., :1], maps
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rotation": 40.0},
+        {"shift": 0.3},
+        {"shear": 0.3},
+        {"scale": 0.2},
+        {"rotation": 10.0, "shear": 0.3, "scale": 0.2},
+    ],
+)
+def test_distortions_are_affine_maps_with_bilinear_interpolation_on_zeros(settings):
+    x = images()
+    found, maps = tracked(x, **settings)
+    for image, result, (matrix, offset) in zip(np.asarray(x), found, maps, strict=True):
+        expected = affine_transform(
+            image[..., 0].astype(np.float64), matrix, offset, order=1, mode="grid-constant"
+        )
+        np.testing.assert_allclose(result[..., 0], expected, atol=1e-4)
+        assert np.abs(result - image).max() > 0.05
+
+
+CENTRE = np.array([(HEIGHT - 1) / 2, (WIDTH - 1) / 2])
+
+
+def test_components_do_what_they_are_called_within_their_ranges():
+    x = images(30)
+    for matrix, offset in tracked(x, rotation=10.0)[1]:
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), atol=1e-4)
+        assert 0 < abs(np.arctan2(matrix[1, 0], matrix[0, 0])) <= np.deg2rad(10) + 1e-4
+        np.testing.assert_allclose(matrix @ CENTRE + offset, CENTRE, atol=1e-3)
+    for matrix, offset in tracked(x, shift=0.2)[1]:
+        np.testing.assert_allclose(matrix, np.eye(2), atol=1e-4)
+        assert (np.abs(offset) <= 0.2 * np.array([HEIGHT, WIDTH]) + 1e-3).all()
+    for matrix, offset in tracked(x, scale=0.2)[1]:
+        np.testing.assert_allclose(matrix, np.diag(np.diagonal(matrix)), atol=1e-4)
+        assert (np.abs(1 / np.diagonal(matrix) - 1) <= 0.2 + 1e-4).all()
+        np.testing.assert_allclose(matrix @ CENTRE + offset, CENTRE, atol=1e-3)
+    for matrix, _ in tracked(x, shear=0.3)[1]:
+        np.testing.assert_allclose(np.diagonal(matrix), 1, atol=1e-4)
+        assert (np.abs(matrix - np.eye(2)) <= 0.3 + 1e-4).all()
+        assert (np.abs(matrix[[0, 1], [1, 0]]) > 1e-4).all()
+
+
+def test_distortions_of_probability_zero_change_nothing():
+    x = images()
+    np.testing.assert_array_equal(jm.tasks.distort(KEY, x, probability=0.0), x)
+
+
+def test_each_component_is_there_in_half_of_the_images():
+    x = jnp.broadcast_to(images(1), (1000, HEIGHT, WIDTH, 1))
+    changed = np.asarray(jm.tasks.distort(KEY, x, **{**NOTHING, "rotation": 30.0, "probability": 0.5}) != x)
+    assert 0.4 < changed.any((1, 2, 3)).mean() < 0.6
+
+
+def test_distorted_images_stay_in_range_and_keep_their_type():
+    found = jm.tasks.distort(KEY, images(50), rotation=180.0, shear=1.0, scale=0.5, shift=0.5)
+    assert found.shape == (50, HEIGHT, WIDTH, 1)
+    assert found.dtype == jnp.float32
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1 + 1e-6
+
+
+def test_each_image_has_a_draw_of_its_own_and_each_key():
+    x = jnp.broadcast_to(images(1), (6, HEIGHT, WIDTH, 1))
+    found = np.asarray(jm.tasks.distort(KEY, x, probability=1.0)).reshape(6, -1)
+    assert len(np.unique(found, axis=0)) == 6
+    other = np.asarray(jm.tasks.distort(jax.random.key(1), x, probability=1.0)).reshape(6, -1)
+    assert len(np.unique(np.concatenate([found, other]), axis=0)) == 12
+
+
+def test_distortions_are_pure_and_may_be_compiled_and_mapped():
+    x, keys = images(), jax.random.split(KEY, 2)
+    expected = jnp.stack([jm.tasks.distort(key, x) for key in keys])
+    np.testing.assert_allclose(
+        jax.jit(jax.vmap(lambda key: jm.tasks.distort(key, x)))(keys), expected, atol=1e-5
+    )
+
+
+def test_the_twins_of_a_pair_are_distorted_apart():
+    same = batch(np.zeros((1, DIM)), [0], ways=1)
+
+    def jitter(key, x):
+        return x + jax.random.normal(key, x.shape)
+
+    learner = jm.siamese(IDENTITY, augment=jitter)
+    params = {"model": {}, "head": {"weights": -jnp.ones(DIM), "bias": jnp.zeros(())}}
+    assert learner.loss(params, jm.Task(same, same), KEY)[0] > np.log(2) / 2 + 0.1
+    np.testing.assert_allclose(predict(learner, same, same.x, **params), 0, atol=1e-6)
