@@ -124,7 +124,7 @@ def main(argv=None) -> None:
         for test, found in rows[settings.learner].items():
             print(f"{settings.learner}, {test}: {in_words(found)}", flush=True)
     if digits is not None:
-        rows["pixels"] = {"mnist 10-way 1-shot": {"inductive": evaluated(pixels(), {}, digits, 0)}}
+        rows["pixels"] = {"mnist 10-way 1-shot": {"inductive": evaluated(pixels(), {"model": {}}, digits, 0)}}
         print(f"nearest pixels, mnist 10-way 1-shot: {in_words(rows['pixels']['mnist 10-way 1-shot'])}")
     if args.zero_shot is not None:
         config, settings = stored(args.zero_shot)

@@ -43,8 +43,8 @@ def test_its_relatives_on_omniglot(tmp_path, data_folder, method, at_least):
         ("omniglot-prototypical", "inductive", 0.98),
         ("omniglot-matching", "inductive", 0.975),
         ("omniglot-siamese", "inductive", 0.96),
-        ("omniglot-relation", "transductive", 0.98),
-        ("omniglot-within-alphabet", "inductive", 0.88),
+        ("omniglot-relation", "transductive", 0.975),
+        ("omniglot-within-alphabet", "inductive", 0.79),
     ],
 )
 def test_methods_that_compare_on_omniglot(tmp_path, data_folder, preset, row, at_least):
@@ -53,9 +53,9 @@ def test_methods_that_compare_on_omniglot(tmp_path, data_folder, preset, row, at
 
 
 def test_characters_are_known_by_their_strokes_alone(tmp_path):
-    # Chance is 0.05; a linear map to pixels reaches ZERO_BASELINE.
+    # Chance is 0.05; a linear map to pixels reaches 0.23.
     report = report_of(tmp_path / "run", "--preset", "glyphs-zero-shot")
-    assert report["accuracy"]["inductive"]["mean"] >= 0.5
+    assert report["accuracy"]["inductive"]["mean"] >= 0.9
 
 
 def test_sinusoid(tmp_path):

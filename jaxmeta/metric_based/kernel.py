@@ -119,7 +119,7 @@ def kernel_classifier(
         if similarity.init is not None:
             own["similarity"] = similarity.init(key, dim)
         if learn_scale:
-            own["scale"] = jnp.asarray(scale)
+            own["scale"] = jnp.asarray(float(scale))
         return own
 
     def log_kernel(own: Params, a: Array, b: Array) -> Array:

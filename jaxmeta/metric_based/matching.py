@@ -73,7 +73,7 @@ def matching(
     def init(key: Key, dim: int, ways: int) -> Params:
         del ways
         own = context(dim).init(key)
-        return {**own, "scale": jnp.asarray(scale)} if learn_scale else own
+        return {**own, "scale": jnp.asarray(float(scale))} if learn_scale else own
 
     def context(dim: int):
         return full_context(dim, context_steps)

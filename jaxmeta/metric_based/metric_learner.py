@@ -6,6 +6,7 @@ queries (`judge`); this file makes a `Learner` of the two.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,7 @@ def metric_learner(
         params: Params, x: Array, mask: Array | None = None, stats: PyTree = None, key: Key | None = None
     ) -> tuple[Array, PyTree]:
         z, stats = forward(model, params["model"], x, mask=mask, stats=stats, key=key)
-        if not isinstance(z, jax.Array) or z.ndim != 2 or z.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"the model returns {getattr(z, 'shape', type(z).__name__)} for {x.shape[0]} examples; an "
-                "embedding must be (examples, dim)"
-            )
-        return z, stats
+        return checked_embedding(z, x), stats
 
     def own_of(params: Params) -> Params:
         return params.get("head", {})
@@ -79,21 +75,21 @@ def metric_learner(
         return params
 
     def embed_task(params: Params, task: Task, key: Key) -> tuple[Array, Array]:
-        dropout = key if model.stochastic else None
+        first, second = jax.random.split(key) if model.stochastic else (None, None)
         support, query = task
         if norm == "support":
-            z, stats = embed(params, support.x, support.mask, key=dropout)
-            return z, embed(params, query.x, query.mask, stats, dropout)[0]
-        z, _ = embed(params, *joined(support.x, support.mask, query.x, query.mask), key=dropout)
+            z, stats = embed(params, support.x, support.mask, key=first)
+            return z, embed(params, query.x, query.mask, stats, second)[0]
+        z, _ = embed(params, *joined(support.x, support.mask, query.x, query.mask), key=first)
         return z[: support.x.shape[0]], z[support.x.shape[0] :]
 
     def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
         del step
         support, query = map(blank_padding, task)
-        draw, shuffle = jax.random.split(key)
+        draw, dropout, shuffle = jax.random.split(key, 3)
         support, query = augmented(augment, draw, support, query)
         own, labels = own_of(params), one_hot(support)
-        z, z_query = embed_task(params, Task(support, query), draw)
+        z, z_query = embed_task(params, Task(support, query), dropout)
         if objective is None:
             outputs = judge(own, fit(own, z, labels, shuffle), z_query)
             value = losses.cross_entropy(outputs, query.y, query.mask)
@@ -127,6 +123,16 @@ def metric_learner(
         return to_moments(stats), jnp.asarray(1.0)
 
     return Learner(initial, adapt, predict, task_loss, None if model.apply_norm is None else statistics)
+
+
+def checked_embedding(z: Any, x: Array) -> Array:
+    """`z` if it is an embedding of `x`, or a ValueError."""
+    if not isinstance(z, jax.Array) or z.ndim != 2 or z.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"the model returns {getattr(z, 'shape', type(z).__name__)} for {x.shape[0]} examples; an "
+            "embedding must be (examples, dim)"
+        )
+    return z
 
 
 def check_norm(norm: str, norms: tuple[str, ...] = NORMS) -> None:

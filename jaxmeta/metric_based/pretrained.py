@@ -14,6 +14,7 @@ from jaxmeta import losses
 from jaxmeta.core import Batch, Key, Learner, Model, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
     Augment,
+    checked_embedding,
     class_means,
     metric_learner,
     only_present,
@@ -66,15 +67,19 @@ def simple_shot(
         del own
         return only_present(-squared_distances(transformed(z), fitted["centroids"]), fitted["present"])
 
-    return metric_learner(
-        _centred(as_model(model)) if transform == "cl2n" else model,
-        fit=fit,
-        judge=judge,
-        init=_initial_head("linear"),
-        objective=_classification("linear", 1.0),
-        norm=norm,
-        augment=augment,
-    )
+    def learner(model: Network) -> Learner:
+        return metric_learner(
+            model,
+            fit=fit,
+            judge=judge,
+            init=_initial_head("linear"),
+            objective=_classification("linear", 1.0),
+            norm=norm,
+            augment=augment,
+        )
+
+    plain = learner(model)
+    return learner(_centred(as_model(model)))._replace(loss=plain.loss) if transform == "cl2n" else plain
 
 
 def fine_tuned_head(
@@ -157,7 +162,23 @@ def fine_tuned_head(
 
 def released_sgd(rate: float = 0.01) -> optax.GradientTransformation:
     """SGD with weight decay 0.001 and momentum 0.9 with dampening 0.9."""
-    return optax.chain(optax.add_decayed_weights(1e-3), optax.ema(0.9, debias=False), optax.sgd(rate))
+    return optax.chain(optax.add_decayed_weights(1e-3), _dampened(0.9), optax.sgd(rate))
+
+
+def _dampened(decay):
+    """Momentum with as much dampening, from the first gradient on, as in torch."""
+
+    def init(params):
+        return {"mean": jax.tree.map(jnp.zeros_like, params), "first": jnp.asarray(True)}
+
+    def update(updates, state, params=None):
+        del params
+        mean = jax.tree.map(
+            lambda g, m: jnp.where(state["first"], g, decay * m + (1 - decay) * g), updates, state["mean"]
+        )
+        return mean, {"mean": mean, "first": jnp.asarray(False)}
+
+    return optax.GradientTransformation(init, update)
 
 
 def _initial_head(head: str) -> Callable[[Key, int, int], Params]:
@@ -207,6 +228,7 @@ def _centred(model: Model) -> Model:
     ) -> tuple[Array, PyTree]:
         own = None if stats is None else stats["model"]
         z, own = forward(model, params, x, mask=mask, stats=own, key=key)
+        checked_embedding(z, x)
         if stats is None:
             mean, var = moments(z, mask)
             stats = {"model": {} if own is None else own, "features": {"mean": mean, "var": var}}

@@ -166,11 +166,17 @@ def _negative_entropy(z: Array) -> Array:
     return (z * jnp.log(jnp.maximum(z, jnp.finfo(z.dtype).tiny))).sum()
 
 
+def _relative_entropy(z, v):
+    """KL of distributions: without the second derivatives of `bregman`, which overflow near 0."""
+    tiny = jnp.finfo(z.dtype).tiny
+    return jax.vmap(_negative_entropy)(z)[:, None] - z @ jnp.log(jnp.maximum(v, tiny)).T
+
+
 def _divergence(given: str | Generator) -> tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]:
     """What is done to an embedding first, and the distances of points to prototypes."""
     known: dict[str, tuple] = {
         "euclidean": (lambda z: z, squared_distances),
-        "kl": (jax.nn.softmax, lambda z, v: bregman(_negative_entropy, z, v)),
+        "kl": (jax.nn.softmax, _relative_entropy),
         "cosine": (lambda z: z, lambda z, v: 1 - unit(z) @ unit(v).T),
     }
     if isinstance(given, str):

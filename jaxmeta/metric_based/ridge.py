@@ -54,7 +54,7 @@ def ridge(
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del key, dim, ways
-        return {"log_regularisation": jnp.log(regularisation), "scale": jnp.asarray(scale)}
+        return {"log_regularisation": jnp.log(regularisation), "scale": jnp.asarray(float(scale))}
 
     def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
         del key

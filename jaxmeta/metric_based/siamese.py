@@ -77,6 +77,10 @@ def siamese(
             own = {"weights": jax.random.normal(key, (dim,)) / jnp.sqrt(dim)}
             return {**own, "bias": jnp.zeros(())} if use_bias else own
         own = network.init(key, jnp.zeros((2, dim)))
+        if jax.eval_shape(lambda: forward(network, own, jnp.zeros((2, dim)))[1]):
+            raise ValueError(
+                "head: got one with batch statistics; scores of pairs must not depend on each other"
+            )
         shape = jax.eval_shape(lambda: forward(network, own, jnp.zeros((2, dim)))[0]).shape
         if shape != (2, 1):
             raise ValueError(f"head: gives shape {shape} for 2 pairs; it must be (2, 1)")

@@ -53,6 +53,7 @@ class RelationModule(linen.Module):
     def __call__(
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n 1"]:
+        require_size(x, 4 if self.padding == "SAME" else 10)
         for _ in range(2):
             x = jax.nn.relu(ConvNorm(self.filters, pool=True, padding=self.padding)(x, mask))
         x = x.reshape(x.shape[0], -1)
