@@ -3,10 +3,11 @@
 A new learner joins by one entry of `LEARNERS`; every command and every law then runs it.
 """
 
+import contextlib
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optax
@@ -120,6 +121,16 @@ _ARGUMENTS = {
 }
 
 
+@contextlib.contextmanager
+def _said_of_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """What a factory says of an argument, said of the flag it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        argument, said = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise ValueError(flags.get(argument, argument) + said) from error
+
+
 def _build(
     factory: Callable[..., Learner], own: Callable[[Preset], Mapping[str, Any]] = lambda settings: {}
 ) -> Callable[[Model, Preset, str], Learner]:
@@ -130,7 +141,7 @@ def _build(
 
     def build(network: Model, settings: Preset, norm: str) -> Learner:
         given = {name: getattr(settings, field) for field, name in _ARGUMENTS.items()}
-        try:
+        with _said_of_flags({name: flag_of(field) for field, name in _ARGUMENTS.items()}):
             return factory(
                 network,
                 norm=norm,
@@ -138,10 +149,6 @@ def _build(
                 **{name: value for name, value in given.items() if value is not None},
                 **own(settings),
             )
-        except ValueError as error:
-            argument, said = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-            flags = {name: flag_of(field) for field, name in _ARGUMENTS.items()}
-            raise ValueError(flags.get(argument, argument) + said) from error
 
     return build
 
@@ -216,13 +223,9 @@ def _metric(
 
     def build(network: Model, settings: Preset, norm: str) -> Learner:
         augment = distort if settings.distort else None
-        try:
+        flags = {field.name: flag_of(field.name) for field in dataclasses.fields(Preset)}
+        with _said_of_flags(flags | {"steps": flag_of("eval_steps")}):
             return factory(network, norm=norm, augment=augment, **own(settings))
-        except ValueError as error:
-            argument, said = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-            known = {"steps": "eval_steps"}.get(argument, argument)
-            is_setting = known in {field.name for field in dataclasses.fields(Preset)}
-            raise ValueError((flag_of(known) if is_setting else argument) + said) from error
 
     return build
 

@@ -6,6 +6,7 @@ queries (`judge`); this file makes a `Learner` of the two.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmeta import losses
 from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
 from jaxmeta.nn.adapters import Network, as_model, forward
-from jaxmeta.nn.norm import from_moments, to_moments
+from jaxmeta.nn.norm import population_of, to_moments
 
 NORMS = ("batch", "support", "population")
 Augment = Callable[[Key, Array], Array]
@@ -87,7 +88,7 @@ def metric_learner(
         del step
         support, query = map(blank_padding, task)
         draw, dropout, shuffle = jax.random.split(key, 3)
-        support, query = augmented(augment, draw, support, query)
+        support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
         own, labels = own_of(params), one_hot(support)
         z, z_query = embed_task(params, Task(support, query), dropout)
         if objective is None:
@@ -104,7 +105,7 @@ def metric_learner(
         if norm == "batch":
             # Its statistics will be those of the queries too, which are yet to come.
             return {"x": support.x, "labels": labels, "mask": support.mask}
-        fixed = population(params) if norm == "population" else None
+        fixed = population_of(params) if norm == "population" else None
         z, stats = embed(params, support.x, support.mask, fixed)
         return {"fitted": fit(own_of(params), z, labels, None), "stats": stats}
 
@@ -165,17 +166,6 @@ def one_hot(batch: Batch) -> Float[Array, "n ways"]:
     return labels if batch.mask is None else jnp.where(batch.mask[:, None], labels, 0)
 
 
-def population(params: Params) -> PyTree:
-    """The statistics that `jm.calibrate` filled.
-
-    Raises:
-      ValueError: it was not called.
-    """
-    if "population" not in params:
-        raise ValueError('norm="population" needs filled statistics: call jm.calibrate on these params first')
-    return from_moments(params["population"])
-
-
 def joined(x: Array, mask: Array | None, more: Array, more_mask: Array | None) -> tuple[Array, Array | None]:
     """Two sets of examples as one, and its mask."""
     if mask is None and more_mask is None:
@@ -187,15 +177,9 @@ def joined(x: Array, mask: Array | None, more: Array, more_mask: Array | None) -
     return jnp.concatenate([x, more]), jnp.concatenate(masks)
 
 
-def augmented(augment: Augment | None, key: Key, support: Batch, query: Batch) -> tuple[Batch, Batch]:
-    """Both sets with `augment` applied, each to its own draws."""
-    if augment is None:
-        return support, query
-    own, other = jax.random.split(key)
-    return (
-        dataclasses.replace(support, x=augment(own, support.x)),
-        dataclasses.replace(query, x=augment(other, query.x)),
-    )
+def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
+    """`batch` with `augment` applied to its images."""
+    return batch if augment is None else dataclasses.replace(batch, x=augment(key, batch.x))
 
 
 def unit(z: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:

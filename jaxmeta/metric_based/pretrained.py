@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta import losses
 from jaxmeta.core import Batch, Key, Learner, Model, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
     Augment,
     checked_embedding,
     class_means,
     metric_learner,
+    one_hot,
     only_present,
     squared_distances,
     unit,
@@ -129,9 +129,7 @@ def fine_tuned_head(
     def head_loss(weights: Params, batch: tuple) -> Array:
         z, labels = batch
         # Absent classes are no answer, and padding no question.
-        outputs = only_present(_outputs(head, scale, weights, z), (labels > 0).any(0))
-        each = -jnp.where(labels > 0, jax.nn.log_softmax(outputs), 0).sum(1)
-        return each.sum() / jnp.maximum((labels > 0).sum(), 1)
+        return _cross_entropy(only_present(_outputs(head, scale, weights, z), (labels > 0).any(0)), labels)
 
     descent = inner_loop(head_loss, descend, steps, order="first")
 
@@ -204,15 +202,17 @@ def _classification(head: str, scale: float) -> Callable[..., tuple[Array, Array
         own: Params, z: Array, labels: Array, z_query: Array, query: Batch, key: Key
     ) -> tuple[Array, Array]:
         del key
-        support, outputs = (_outputs(head, scale, own, each) for each in (z, z_query))
-        cost = -jnp.where(labels > 0, jax.nn.log_softmax(support), 0).sum(1)
-        count = (labels > 0).sum()
-        asked = losses.masked_sum(
-            optax.softmax_cross_entropy_with_integer_labels(outputs, query.y), query.mask
-        )
-        return (cost.sum() + asked[0]) / jnp.maximum(count + asked[1], 1), outputs
+        outputs = _outputs(head, scale, own, jnp.concatenate([z, z_query]))
+        value = _cross_entropy(outputs, jnp.concatenate([labels, one_hot(query)]))
+        return value, outputs[z.shape[0] :]
 
     return objective
+
+
+def _cross_entropy(outputs: Array, labels: Array) -> Array:
+    """Mean over the examples whose one-hot label is no row of zeros, which is padding."""
+    each = jnp.where(labels > 0, jax.nn.log_softmax(outputs), 0)
+    return -each.sum() / jnp.maximum((labels > 0).sum(), 1)
 
 
 def _centred(model: Model) -> Model:

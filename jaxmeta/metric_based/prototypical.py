@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmeta import losses
-from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.metric_based.metric_learner import (
     Augment,
     augmented,
@@ -16,12 +16,11 @@ from jaxmeta.metric_based.metric_learner import (
     metric_learner,
     one_hot,
     only_present,
-    population,
     squared_distances,
     unit,
 )
 from jaxmeta.nn.adapters import Network, as_model, forward
-from jaxmeta.nn.norm import to_moments
+from jaxmeta.nn.norm import population_of, to_moments
 
 Generator = Callable[[Array], Array]
 
@@ -220,8 +219,7 @@ def _zero_shot(
     def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
         del step
         support, query = map(blank_padding, task)
-        if augment is not None:
-            _, query = augmented(augment, key, query, query)
+        query = augmented(augment, jax.random.split(key)[1], query)
         z, _ = forward(
             model, params["model"], query.x, mask=query.mask, key=key if model.stochastic else None
         )
@@ -231,8 +229,7 @@ def _zero_shot(
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
         del key
-        ways_of(support)
-        fixed = population(params) if norm == "population" and model.apply_norm is not None else None
+        fixed = population_of(params) if norm == "population" and model.apply_norm is not None else None
         return {"fitted": prototypes(params, blank_padding(support)), "stats": fixed}
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:

@@ -1,5 +1,7 @@
 """Relation networks: how alike a query and a class are is itself learned, by a network."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -13,10 +15,9 @@ from jaxmeta.metric_based.metric_learner import (
     joined,
     one_hot,
     only_present,
-    population,
 )
 from jaxmeta.nn.adapters import Network, as_model, forward
-from jaxmeta.nn.norm import to_moments
+from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.nn.relation import RelationModule
 
 
@@ -133,7 +134,7 @@ def relation(
         del step
         support, query = map(blank_padding, task)
         draw, dropout = jax.random.split(key)
-        support, query = augmented(augment, draw, support, query)
+        support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
         labels = one_hot(support)
         outputs, _ = whole(params, (support.x, support.mask), (query.x, query.mask), labels, dropout)
         present = (labels > 0).any(0)
@@ -149,7 +150,7 @@ def relation(
         labels = one_hot(support)
         if norm == "batch":
             return {"x": support.x, "labels": labels, "mask": support.mask}
-        stats = population(params)
+        stats = population_of(params)
         z, _ = embed(params, support.x, support.mask, stats["model"])
         return {"fitted": class_maps(z, labels), "stats": stats}
 

@@ -51,6 +51,17 @@ def from_moments(moments):
     )
 
 
+def population_of(params):
+    """The statistics that `jm.calibrate` filled in a learner's `params`.
+
+    Raises:
+      ValueError: it was not called.
+    """
+    if "population" not in params:
+        raise ValueError('norm="population" needs filled statistics: call jm.calibrate on these params first')
+    return from_moments(params["population"])
+
+
 def _is_statistics(node):
     return isinstance(node, Mapping) and "mean" in node and not isinstance(node["mean"], Mapping)
 

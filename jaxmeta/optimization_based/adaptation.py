@@ -18,7 +18,7 @@ from jax import lax
 from jaxmeta import losses
 from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
-from jaxmeta.nn.norm import from_moments, to_moments
+from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.optimization_based.inner_loop import Trace, inner_loop, require_finite_derivative
 from jaxmeta.optimization_based.trees import merge, partition, paths, picked_by_path
 
@@ -233,16 +233,9 @@ def adaptation(
             )
         return params
 
-    def population(params: Params) -> PyTree:
-        if "population" not in params:
-            raise ValueError(
-                'norm="population" needs filled statistics: call jm.calibrate on these params first'
-            )
-        return from_moments(params["population"])
-
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
         support = blank_padding(support)
-        fixed = population(params) if norm == "population" else None
+        fixed = population_of(params) if norm == "population" else None
         weights, trace = fit(params, support, key, steps=eval_steps, stats=fixed)
         if norm == "population":
             return {"model": weights, "stats": at(fixed, last(eval_steps))}
