@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Vector = Array | np.ndarray | Sequence[float]
+Vector = Array | np.ndarray | Sequence[float | int]
 
 
 def grouped(
