@@ -160,12 +160,14 @@ class Ours:
         self.learner = row.learner(order)
         self.tasks = as_distribution(pool)
         self.optimizer = optax.adam(row.outer_lr)
-        step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, strategy)
-        devices = sharding.task_devices(row.meta_batch)
+        local = jax.local_devices()
+        devices = local if self.learner.divisible else local[: sharding.sharers(row.meta_batch, len(local))]
+        mesh = sharding.task_mesh(row.meta_batch, devices, divisible=self.learner.divisible)
+        step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, strategy, devices=devices)
         state = jm.init_state(self.learner, self.optimizer, self.tasks, jax.random.key(0))
         self.params = jax.device_get(state.params["model"])
-        self.state = sharding.replicate(state, devices)
-        self.sample = sharding.replicate(self.tasks.sample, devices)
+        self.state = sharding.replicate(state, mesh)
+        self.sample = sharding.replicate(self.tasks.sample, mesh)
 
         def loop(state, sample, count):
             return jax.lax.fori_loop(0, count, lambda _, state: step(state, sample)[0], state)

@@ -71,6 +71,8 @@ class Learner(NamedTuple):
         global meta-step (never vmapped); None puts every schedule at its end.
       statistics: `(params, task, key) -> (sum, count)` of the batch statistics that
         `jm.calibrate` averages over tasks; None where the learner has none to fill.
+      divisible: whether `loss` embeds the examples by a model that is divisible, and differentiates
+        nothing itself, so that several devices may share a task.
     """
 
     init: Callable[[Key, Task], Params]
@@ -78,6 +80,7 @@ class Learner(NamedTuple):
     predict: Callable[..., Array]
     loss: Callable[..., tuple[Array, Metrics]]
     statistics: Callable[[Params, Task, Key], PyTree] | None = None
+    divisible: bool = False
 
 
 class Model(NamedTuple):
@@ -91,12 +94,16 @@ class Model(NamedTuple):
         `stats`. None where the model has no batch statistics.
       stochastic: whether `apply` and `apply_norm` also take a keyword `key`, the source of
         their randomness (dropout, say); with `key=None` they are deterministic.
+      divisible: whether the outputs of an example depend on the others through the moments of
+        `jm.nn.BatchNorm` only, so that several devices may share a batch. A module of flax.linen says
+        so by a class attribute `divisible = True`, and takes `mask` if it normalises.
     """
 
     init: Callable[[Key, Array], Params]
     apply: Callable[..., Array]
     apply_norm: Callable[..., tuple[Array, PyTree]] | None = None
     stochastic: bool = False
+    divisible: bool = False
 
 
 @jax.tree_util.register_static

@@ -123,7 +123,8 @@ def metric_learner(
         _, stats = embed(params, *joined(support.x, support.mask, query.x, query.mask))
         return to_moments(stats), jnp.asarray(1.0)
 
-    return Learner(initial, adapt, predict, task_loss, None if model.apply_norm is None else statistics)
+    filled = None if model.apply_norm is None else statistics
+    return Learner(initial, adapt, predict, task_loss, filled, model.divisible)
 
 
 def checked_embedding(z: Any, x: Array) -> Array:

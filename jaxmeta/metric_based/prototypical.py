@@ -241,4 +241,5 @@ def _zero_shot(
         query = blank_padding(task.query)
         return to_moments(forward(model, params["model"], query.x, mask=query.mask)[1]), jnp.asarray(1.0)
 
-    return Learner(init, adapt, predict, task_loss, None if model.apply_norm is None else statistics)
+    filled = None if model.apply_norm is None else statistics
+    return Learner(init, adapt, predict, task_loss, filled, model.divisible)

@@ -167,4 +167,4 @@ def relation(
         _, stats = whole(params, (support.x, support.mask), (query.x, query.mask), one_hot(support))
         return to_moments(stats), jnp.asarray(1.0)
 
-    return Learner(init, adapt, predict, task_loss, statistics)
+    return Learner(init, adapt, predict, task_loss, statistics, model.divisible)

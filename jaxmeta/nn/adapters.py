@@ -17,6 +17,7 @@ from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
 from jaxmeta.core import Key, Model, Params, PyTree
+from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS
 
 # The modules of NNX and Equinox are callables: neither is imported before its user does.
@@ -84,11 +85,18 @@ def forward(
       mask: False marks padding.
       stats: what normalises; None for the statistics of `x`, which are returned.
       key: of dropout and the like, which None turns off.
+
+    Where several devices share the examples of a task, each computes its share, if the model is divisible.
     """
+    n, split = x.shape[0], model.divisible and shared.sharers() > 1
+    if split:
+        x, mask = shared.own_share(jnp.asarray(x), None if mask is None else jnp.asarray(mask))
     randomness = {"key": key} if model.stochastic else {}
     if model.apply_norm is None:
-        return model.apply(params, x, **randomness), None
-    return model.apply_norm(params, x, stats=stats, mask=mask, **randomness)
+        outputs = model.apply(params, x, **randomness)
+    else:
+        outputs, stats = model.apply_norm(params, x, stats=stats, mask=mask, **randomness)
+    return shared.joined_shares(outputs, n) if split else outputs, stats
 
 
 def _from_linen(network):
@@ -130,7 +138,10 @@ def _from_linen(network):
             _require_mask(name, taken, mask, "jaxmeta.nn.BatchNorm")
         return outputs, stats
 
-    return Model(init, apply, apply_norm, stochastic=not taken.isdisjoint(SWITCHES))
+    stochastic = not taken.isdisjoint(SWITCHES)
+    # One key for all examples would give every device's share the same dropout.
+    divisible = getattr(network, "divisible", False) and not stochastic
+    return Model(init, apply, apply_norm, stochastic, divisible)
 
 
 def from_nnx(network: Callable) -> Model:

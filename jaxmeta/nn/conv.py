@@ -36,8 +36,6 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # A core's second-level cache is about a megabyte; patches that overflow it cost more to write
 # and read back than the product they feed.
 CPU_PATCH_BYTES = 1 << 20
-# Below this many input channels XLA's CPU convolution runs at a small part of its rate.
-CPU_LAX_CHANNELS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,23 +148,9 @@ def _images(array, index, chunk):
 # --- The three maps on the CPU ------------------------------------------------------------------
 
 
-def _cpu_forward(x, w, geometry):
-    if x.shape[3] >= CPU_LAX_CHANNELS:
-        return _lax_form(x, w, geometry)
-    n, chunk = x.shape[0], _image_chunks(x, geometry, x.shape[3])
-    if chunk == n:
-        return _patch_form(x, w, geometry)
-
-    def fill(index, out):
-        part = _patch_form(_images(x, index, chunk), w, geometry)
-        return lax.dynamic_update_slice_in_dim(out, part, index * chunk, 0)
-
-    return lax.fori_loop(0, n // chunk, fill, jnp.zeros((n, *geometry.out, w.shape[3]), x.dtype))
-
-
 def _cpu_input_grad(y, w, geometry):
     if geometry.strides == (1, 1):
-        return _cpu_forward(y, _flip(w), geometry.transposed)
+        return _lax_form(y, _flip(w), geometry.transposed)
     return _transpose_of_x(_patch_form, y, w, geometry)
 
 
@@ -244,7 +228,7 @@ def _primitive(name, out_shape, cpu, default):
 _forward_p = _primitive(
     "task_conv",
     lambda x, w, geometry: (x.shape[1], *geometry.out, w.shape[4]),
-    _over_tasks_one_by_one(_cpu_forward),
+    _over_tasks_one_by_one(_lax_form),
     _over_tasks_as_product(_lax_form, _patch_form),
 )
 _input_grad_p = _primitive(

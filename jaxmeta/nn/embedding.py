@@ -21,7 +21,10 @@ def max_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
 
 @jax.custom_jvp
 def _window_max(windows):
-    return windows.max((2, 4))
+    # Not as a reduction, which the CPU's compiler keeps apart from what goes before: it would write
+    # all of its operand.
+    (a, b), (c, d) = _corners(windows)
+    return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
 
 
 @_window_max.defjvp
@@ -31,13 +34,17 @@ def _window_max_jvp(primals, tangents):
     # The winner comes from the four values and never from comparing them with the maximum: the
     # compiler may compute a value twice and round it differently, and then none would equal it.
     (windows,), (tangent,) = primals, tangents
-    (a, b), (c, d) = ((windows[:, :, i, :, 0], windows[:, :, i, :, 1]) for i in (0, 1))
+    (a, b), (c, d) = _corners(windows)
     winner = jnp.where(
         jnp.maximum(a, b) >= jnp.maximum(c, d), jnp.where(a >= b, 0, 1), jnp.where(c >= d, 2, 3)
     )
     place = jnp.arange(4).reshape(1, 1, 2, 1, 2, 1)
     chosen = jnp.where(winner[:, :, None, :, None] == place, tangent, 0)
     return _window_max(windows), chosen.sum((2, 4))
+
+
+def _corners(windows):
+    return ((windows[:, :, i, :, 0], windows[:, :, i, :, 1]) for i in (0, 1))
 
 
 def _windows(x):
@@ -89,10 +96,10 @@ class ConvNorm(linen.Module):
         if not self.pool:
             return norm(x, mask, bias)
         if x.shape[1] % 2 or x.shape[2] % 2:
-            return max_pool_2x2(norm(x, mask, bias))
-        # Normalised in the shape that pooling wants: a reshape between the two would cost every
-        # element of their fused gradient a division of its index.
-        return _window_max(norm(_windows(x), mask, bias))
+            return norm(x, mask, bias, max_pool_2x2)
+        # In the shape that pooling wants from the start: a reshape within the fused gradient would
+        # cost every element a division of its index.
+        return norm(_windows(x), mask, bias, _window_max)
 
 
 class Conv4(linen.Module):
@@ -113,6 +120,8 @@ class Conv4(linen.Module):
       Vinyals et al., Matching Networks, 2016; Snell et al., Prototypical Networks, 2017 (64
       filters); Ravi & Larochelle, 2017; Finn et al., MAML, 2017 (32 filters on mini-ImageNet).
     """
+
+    divisible = True
 
     ways: int | None = None
     filters: int = 64
@@ -148,6 +157,8 @@ class StridedConv4(linen.Module):
       Finn et al., Model-Agnostic Meta-Learning, 2017, section 5.2.
     """
 
+    divisible = True
+
     ways: int | None = None
     filters: int = 64
     flatten: bool = False
@@ -179,6 +190,8 @@ class MLP(linen.Module):
         distribution of standard deviation 0.01, from which the first thousand meta-steps on
         sinusoids show little progress.
     """
+
+    divisible = True
 
     out: int | None
     hidden: Sequence[int] = (40, 40)

@@ -26,6 +26,8 @@ class Koch(linen.Module):
       Koch, Zemel & Salakhutdinov, Siamese Neural Networks for One-shot Image Recognition, 2015, section 3.
     """
 
+    divisible = True
+
     @linen.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 4096"]:
         if x.shape[1:3] != (SIDE, SIDE):

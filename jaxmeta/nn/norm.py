@@ -7,7 +7,7 @@ reports.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +15,29 @@ from flax import linen
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxmeta.nn import shared
+
 STATISTICS = "batch_stats"
 
 
 def moments(
     x: Float[Array, "n *spatial c"], mask: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and (biased) variance of each channel over examples where `mask` holds and over space."""
+    """Mean and (biased) variance of each channel over examples where `mask` holds and over space.
+
+    Over those of all devices, where several share a batch.
+    """
     axes = tuple(range(x.ndim - 1))
-    if mask is None:
-        count = jnp.asarray(math.prod(x.shape[:-1]), x.dtype)
-    else:
+    examples = jnp.asarray(x.shape[0], x.dtype)
+    if mask is not None:
         x = jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
-        count = jnp.maximum(mask.sum(), 1).astype(x.dtype) * math.prod(x.shape[1:-1])
+        examples = mask.sum().astype(x.dtype)
     # E[x²] − E[x]² reads x once, where centring first would read it twice and write it once.
-    mean = x.sum(axes) / count
-    return mean, jnp.maximum(jnp.square(x).sum(axes) / count - jnp.square(mean), 0)
+    sums = x.sum(axes), jnp.square(x).sum(axes), examples
+    of_x, of_squares, examples = sums if shared.sharers() == 1 else shared.total(sums)
+    count = jnp.maximum(examples, 1) * math.prod(x.shape[1:-1])
+    mean = of_x / count
+    return mean, jnp.maximum(of_squares / count - jnp.square(mean), 0)
 
 
 def to_moments(stats):
@@ -92,8 +99,17 @@ class BatchNorm(linen.Module):
         x: Float[Array, "n *spatial c"],
         mask: Bool[Array, " n"] | None = None,
         offset: Float[Array, " c"] | float = 0.0,
-    ) -> Float[Array, "n *spatial c"]:
-        """Normalises `x + offset`. A per-channel offset moves the mean alone, so it costs no pass over x."""
+        pool: Callable[[Array], Array] | None = None,
+    ) -> Float[Array, "n *pooled c"]:
+        """Normalises `x + offset`, then pools.
+
+        Args:
+          x: examples.
+          mask: which of them are none of the padding.
+          offset: of each channel. It moves the mean alone, so it costs no pass over `x`.
+          pool: a maximum over places, such as max-pooling. Normalising keeps the order of numbers, or
+            reverses it, so that the maximum is taken first and only its result is normalised.
+        """
         channels = x.shape[-1]
         if self.has_variable(STATISTICS, "mean"):
             mean: jax.Array = self.get_variable(STATISTICS, "mean")
@@ -110,5 +126,9 @@ class BatchNorm(linen.Module):
         shift = (offset - mean) * gain
         if self.use_bias:
             shift = shift + self.param("bias", linen.initializers.zeros, (channels,))
+        if pool is not None:
+            # Of a channel with a negative gain the smallest number becomes the largest.
+            sign = jnp.where(gain < 0, -1, 1).astype(x.dtype)
+            x, gain = pool(x * sign.reshape((1,) * (x.ndim - 1) + (-1,))), gain * sign
         per_channel = (1,) * (x.ndim - 1) + (-1,)
         return x * gain.reshape(per_channel) + shift.reshape(per_channel)

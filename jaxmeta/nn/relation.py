@@ -22,6 +22,8 @@ class RelationEmbedding(linen.Module):
       Sung et al., Relation Network, 2018, figure 2 and the official code.
     """
 
+    divisible = True
+
     filters: int = 64
 
     @linen.compact
@@ -45,6 +47,8 @@ class RelationModule(linen.Module):
     References:
       Sung et al., Relation Network, 2018, figure 2; initialisation of the linear layers as in its code.
     """
+
+    divisible = True
 
     filters: int = 64
     padding: str = "SAME"

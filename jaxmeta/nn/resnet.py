@@ -92,6 +92,8 @@ class ResNet12(linen.Module):
       et al., TADAM, 2018.
     """
 
+    divisible = True
+
     ways: int | None = None
     channels: Sequence[int] = (64, 160, 320, 640)
     drop_rate: float = 0.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmeta.core import (
@@ -117,10 +117,10 @@ def evaluate_episodes(
         found: list[np.ndarray] = []
         for start, given in _numbered(tasks, episodes):
             count = given.query.y.shape[0]
-            used = devices[: sharding.sharers(count, len(devices))]
-            arguments = sharding.replicate((params, key), used)
-            shared = sharding.share(given, used)
-            value = _episodes(learner, count // len(used), not on_cpu, used, arguments, shared, start)
+            mesh = sharding.task_mesh(count, devices[: sharding.sharers(count, len(devices))])
+            arguments = sharding.replicate((params, key), mesh)
+            shared = sharding.share(given, mesh)
+            value = _episodes(learner, count // mesh.size, not on_cpu, mesh, arguments, shared, start)
             # One batch behind: the device is never idle, and holds no more than two.
             found += [] if waiting is None else [np.asarray(waiting)]
             waiting = value
@@ -128,10 +128,11 @@ def evaluate_episodes(
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
     own = -(-episodes // (calls * len(devices)))
-    arguments = sharding.replicate((params, key), devices)
-    sample = sharding.replicate(sharding.as_argument(tasks.sample), devices)
+    mesh = sharding.task_mesh(own * len(devices), devices)
+    arguments = sharding.replicate((params, key), mesh)
+    sample = sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     values = [
-        _episodes(learner, own, not on_cpu, devices, arguments, sample, call * own * len(devices))
+        _episodes(learner, own, not on_cpu, mesh, arguments, sample, call * own * len(devices))
         for call in range(calls)
     ]
     return np.concatenate([np.asarray(value) for value in values])[:episodes]
@@ -194,21 +195,21 @@ def calibrate(
     return {**params, "population": jax.tree.map(lambda leaf: leaf / count, total)}
 
 
-# Learner and device lists are static and the data are arguments: validation calls these every
+# Learner and mesh are static and the data are arguments: validation calls these every
 # thousand steps and must find what it compiled the first time.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _episodes(
     learner: Learner,
     own: int,
     vmapped: bool,
-    devices: sharding.Devices,
+    mesh: Mesh,
     arguments: tuple[Params, Key],
     source: Source,
     start: Array | int,
 ) -> Float[Array, " episodes"]:
     def each(arguments: tuple[Params, Key], source: Source, start: Array) -> Array:
         params, key = arguments
-        indices = start + sharding.device_index(devices) * own + jnp.arange(own)
+        indices = start + sharding.first_task(mesh, own) + jnp.arange(own)
 
         def one(numbered: tuple[Array, Task | None]) -> Array:
             task, adapt_key = _episode(source, key, *numbered)
@@ -220,7 +221,7 @@ def _episodes(
         numbered = indices, source if isinstance(source, Task) else None
         return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
 
-    return sharding.over_tasks(each, devices, out=PartitionSpec(sharding.AXIS))(arguments, source, start)
+    return sharding.over_tasks(each, mesh, out=PartitionSpec(sharding.TASKS))(arguments, source, start)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxmeta.core import Key, Learner, PyTree, Source, Task, TaskDistribution, TaskStream
@@ -165,7 +166,8 @@ def train(
     checkpoint_every = validate_every if checkpoint_every is None else checkpoint_every
     folder = None if run_dir is None else Path(run_dir).absolute()
     _check_settings(steps, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume)
-    devices = sharding.task_devices(meta_batch, devices)
+    mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
+    devices = tuple(mesh.devices.flat)
     step = jax.jit(
         meta_step(learner, optimizer, meta_batch, strategy, devices=devices, compared_to=compared_to)
     )
@@ -175,7 +177,7 @@ def train(
     check_stream(tasks, key, for_evaluation=False, name="tasks")
     if validation is not None:
         check_stream(validation, episodes_key, for_evaluation=True, name="validation")
-    source = _first_source(tasks, meta_batch, devices)
+    source = _first_source(tasks, meta_batch, mesh)
     state, best = init_state(learner, optimizer, tasks, key), None
     if folder is not None:
         # The last two states, one being written, the best parameters likewise.
@@ -188,12 +190,12 @@ def train(
         raise ValueError(f"steps: got {steps}, but the checkpoint to resume from is of step {done} already")
 
     # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
-    state = sharding.replicate(jax.tree.map(jnp.copy, state), devices)
+    state = sharding.replicate(jax.tree.map(jnp.copy, state), mesh)
     if validation is not None:
         metric = metric_name(validation)
         if isinstance(validation, TaskDistribution):
             validation = validation._replace(
-                sample=sharding.replicate(sharding.as_argument(validation.sample), devices)
+                sample=sharding.replicate(sharding.as_argument(validation.sample), mesh)
             )
     started = time.perf_counter()
     chunk = jax.jit(_chunk(step), donate_argnums=0).lower(state, source, jnp.int32(0)).compile()
@@ -224,7 +226,7 @@ def train(
 
     pending: tuple[int, int, list[dict]] | None = None
     queue: deque[Array] = deque()
-    with _calls(tasks, source, devices, done) as calls:
+    with _calls(tasks, source, mesh, done) as calls:
         while done < steps:
             if should_stop is not None and should_stop():
                 if pending:
@@ -272,12 +274,10 @@ def train(
     return state if best is None else state._replace(params=best.params)
 
 
-def _first_source(
-    tasks: TaskDistribution | TaskStream, meta_batch: int, devices: sharding.Devices
-) -> Source | list[Task]:
+def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: Mesh) -> Source | list[Task]:
     """What the compiled chunk draws from: a sampler, or the tasks of some meta-steps."""
     if isinstance(tasks, TaskDistribution):
-        return sharding.replicate(sharding.as_argument(tasks.sample), devices)
+        return sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     batch = tasks.at(0)
     if not isinstance(batch, Task) or batch.query.y.shape[0] != meta_batch:
         found = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
@@ -286,12 +286,12 @@ def _first_source(
             f"meta_batch = {meta_batch} tasks"
         )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
-    return [sharding.share(batch, devices)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
+    return [sharding.share(batch, mesh)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
 
 
 @contextlib.contextmanager
 def _calls(
-    tasks: TaskDistribution | TaskStream, first: Source | list[Task], devices: sharding.Devices, done: int
+    tasks: TaskDistribution | TaskStream, first: Source | list[Task], mesh: Mesh, done: int
 ) -> Iterator[Callable[[int, int], Iterable[tuple[Source | list[Task], int]]]]:
     """`(start, until) -> (source, until) of each call of the chunk`, for a run that starts at `done`.
 
@@ -306,7 +306,7 @@ def _calls(
         def each(start: int, until: int) -> Iterator[tuple[list[Task], int]]:
             while start < until:
                 given = [
-                    sharding.share(batch, devices)
+                    sharding.share(batch, mesh)
                     for batch in itertools.islice(batches, min(len(first), until - start))
                 ]
                 if not given:

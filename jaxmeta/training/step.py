@@ -140,7 +140,8 @@ def meta_step(
         time, gradients accumulated, so that memory does not grow with their number. An int:
         that many at a time. "auto": "scan" on CPUs, whose grouped convolutions are slow,
         "vmap" on accelerators.
-      devices: that share the tasks; None for as many local ones as divide `meta_batch`.
+      devices: that share the tasks; None for as many local ones as divide `meta_batch`. Of a learner
+        that is `divisible` there may be more of them than tasks: they share the examples of each.
       compared_to: a learner of the same parameters, such as the first-order version of `learner`, whose
         meta-gradient on the same tasks is computed besides, and not used: the metrics get "cosine" and
         "norm_ratio" between the two (see `jm.meta_gradient_alignment`).
@@ -157,9 +158,9 @@ def meta_step(
     """
     if meta_batch < 1:
         raise ValueError(f"meta_batch: got {meta_batch}; it must be at least 1")
-    devices = sharding.task_devices(meta_batch, devices)
-    own = meta_batch // len(devices)
-    at_once = _tasks_at_once(strategy, own, devices[0].platform)
+    mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
+    own = meta_batch // mesh.shape[sharding.TASKS]
+    at_once = _tasks_at_once(strategy, own, mesh.devices.flat[0].platform)
 
     def gradient(
         learner: Learner, params: Params, step: Array, tasks: Task, keys: Array
@@ -185,14 +186,16 @@ def meta_step(
         return [grads for grads, _ in found], found[0][1]
 
     def step(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        first = sharding.device_index(devices) * own
+        first = sharding.first_task(mesh, own)
         keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(own))
         # All tasks are drawn before the scan over them: drawn inside it, many tiny operations
         # per task made the sinusoid's meta-step twice as long. What grows with the number of
         # tasks is then their examples only, not their activations.
         tasks = source if isinstance(source, Task) else jax.vmap(source)(keys[:, 0])
         if (given := tasks.query.y.shape[0]) != own:
-            raise ValueError(f"tasks: got a batch of {given * len(devices)}, and meta_batch is {meta_batch}")
+            raise ValueError(
+                f"tasks: got a batch of {given * meta_batch // own}, and meta_batch is {meta_batch}"
+            )
         if at_once == own:
             sums = gradients(state.params, state.step, tasks, keys[:, 1])
         else:
@@ -207,7 +210,7 @@ def meta_step(
             zeros = [jax.tree.map(jnp.zeros_like, state.params)] * (1 if compared_to is None else 2)
             grads, values = jax.lax.scan(accumulate, zeros, chunks)
             sums = grads, jax.tree.map(lambda leaf: leaf.sum(0), values)
-        (total, *others), (loss, metrics) = sharding.sum_over_devices(sums, devices)
+        (total, *others), (loss, metrics) = sharding.sum_over_tasks(sums, mesh)
         grads = jax.tree.map(lambda leaf: leaf / meta_batch, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         means = {name: value / jnp.maximum(count, 1) for name, (value, count) in metrics.items()}
@@ -218,7 +221,7 @@ def meta_step(
             {"loss": loss / meta_batch, **means},
         )
 
-    return sharding.over_tasks(step, devices, out=PartitionSpec())
+    return sharding.over_tasks(step, mesh, out=PartitionSpec())
 
 
 def validation_key(key: Key) -> Key:

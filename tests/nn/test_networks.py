@@ -103,6 +103,34 @@ def test_batch_norm_is_the_formula(spatial, masked, offset, x64):
     )
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 6, 3), (5, 5, 7, 3)])
+def test_pooling_within_normalisation_is_pooling_after_it(shape, x64):
+    """To the second derivative; a channel may be turned around by its scale, or be all one number."""
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=s)) for s in (shape, (5, shape[1] // 2, shape[2] // 2, 3)))
+    layer = jm.nn.BatchNorm()
+    params = {"scale": jnp.array([1.5, -0.7, 0.0]), "bias": jnp.array([0.1, -0.2, 0.3])}
+
+    def within(params, x):
+        return layer.apply({"params": params}, x, pool=jm.nn.max_pool_2x2)
+
+    def after(params, x):
+        return jm.nn.max_pool_2x2(layer.apply({"params": params}, x))
+
+    def slopes(function, params, x):
+        gradient = jax.grad(lambda p, x: jnp.sin(function(p, x) * weights).sum(), (0, 1))
+        return gradient(params, x), jax.jvp(gradient, (params, x), (params, jnp.cos(x)))[1]
+
+    np.testing.assert_allclose(within(params, x), after(params, x), atol=1e-12)
+    # Where the scale is 0 all places are equal, and which one takes the gradient is anybody's choice.
+    params = params | {"scale": params["scale"].at[2].set(1e-3)}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
+        slopes(within, params, x),
+        slopes(after, params, x),
+    )
+
+
 def test_batch_norm_without_scale_or_bias():
     x = jnp.arange(8.0).reshape(4, 2)
     assert set(jm.nn.BatchNorm(use_scale=False).init(jax.random.key(0), x)["params"]) == {"bias"}

@@ -9,7 +9,7 @@ import toys
 
 import jaxmeta as jm
 from jaxmeta.training.diagnostics import alignment
-from jaxmeta.training.sharding import replicate
+from jaxmeta.training.sharding import replicate, task_mesh
 
 KEY = jax.random.key(0)
 
@@ -96,7 +96,7 @@ def test_as_a_training_metric_it_costs_a_gradient_and_changes_nothing(strategy, 
     used = tuple(jax.devices()[:devices])
 
     def one_step(**settings):
-        state = replicate(jm.init_state(maml, optimizer, tasks, KEY), used)
+        state = replicate(jm.init_state(maml, optimizer, tasks, KEY), task_mesh(6, used))
         step = jax.jit(jm.meta_step(maml, optimizer, 6, strategy, devices=used, **settings))
         return jax.device_get(step(state, tasks.sample))
 

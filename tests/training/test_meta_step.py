@@ -10,7 +10,7 @@ import pytest
 import toys
 
 from jaxmeta.training import init_state, meta_step
-from jaxmeta.training.sharding import replicate
+from jaxmeta.training.sharding import replicate, task_mesh
 
 TASKS = 6
 
@@ -22,7 +22,7 @@ def run(strategy, devices=1, learner=None, tasks=None, key=None, steps=3, optimi
     state = init_state(learner, optimizer, tasks, jax.random.key(0) if key is None else key)
     devices = jax.devices()[:devices]
     step = jax.jit(meta_step(learner, optimizer, TASKS, strategy, devices=devices))
-    state = replicate(state, tuple(devices))
+    state = replicate(state, task_mesh(TASKS, devices))
     for _ in range(steps):
         state, metrics = step(state, tasks.sample)
     return jax.device_get((state.params, metrics)), state
