@@ -264,7 +264,7 @@ def _metric_spec(
     def of(preset: Preset) -> Mapping[str, Any]:
         # Of strokes alone is what comes in from outside the image known.
         distort = distorts and preset.tasks in ("omniglot", "glyphs")
-        found: dict[str, Any] = {"norm": "batch", "distort": distort, **defaults}
+        found: dict[str, Any] = {"norm": "batch", "distort": distort or preset.distort, **defaults}
         if preset.network.startswith("strided-conv4"):
             found.setdefault("network", "conv4")
         by_gradients = LEARNERS[preset.learner].family != "metric-based"
