@@ -23,6 +23,7 @@ from jaxmeta.metric_based import (
     siamese,
     simple_shot,
 )
+from jaxmeta.model_based import mann
 from jaxmeta.optimization_based import (
     LearnedOptimizer,
     anil,
@@ -44,6 +45,7 @@ from jaxmeta.training import (
     calibrate,
     evaluate,
     evaluate_episodes,
+    evaluate_metrics,
     init_state,
     load,
     load_params,
@@ -74,6 +76,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "evaluate_episodes",
+    "evaluate_metrics",
     "fine_tuned_head",
     "fomaml",
     "imaml",
@@ -88,6 +91,7 @@ __all__ = [
     "lstm_meta_learner",
     "maml",
     "maml_plus_plus",
+    "mann",
     "matching",
     "meta_gradient_alignment",
     "meta_sgd",

@@ -76,7 +76,8 @@ class TrainFlags(TypedDict, total=False):
     network: Annotated[
         str,
         _flag(
-            "strided-conv4, strided-conv4-flat, conv4, conv4-32, resnet12, mlp, koch (105x105), relation",
+            "strided-conv4, strided-conv4-flat, conv4, conv4-32, resnet12, mlp, koch (105x105), relation; of "
+            "mann: lrua, lrua-feed-forward, ntm, lstm, feed-forward",
             "NAME",
             "(default: the preset's)",
         ),
@@ -128,6 +129,13 @@ class TrainFlags(TypedDict, total=False):
     scale: Annotated[float, _flag("of cosines, before the softmax", "S")]
     context_steps: Annotated[
         int, _flag("matching: full context embeddings, by that many attention steps", "K", "(default: none)")
+    ]
+    sequence: Annotated[
+        int,
+        _flag("mann: the support set is a sequence of that many steps, labels one step late", "T", ""),
+    ]
+    strings: Annotated[
+        str, _flag("mann: labels are strings, of so many letters and characters", "L,C", "(default: classes)")
     ]
     outer_lr: Annotated[float, _flag("step size of the meta-optimizer (Adam, of reptile SGD)", "β")]
     schedule: Annotated[Literal["constant", "cosine", "linear"], _flag("of --outer-lr over the run")]

@@ -242,6 +242,31 @@ PRESETS["omniglot-within-alphabet"] = dataclasses.replace(
     distort=True,
 )
 
+_MANN = dataclasses.replace(
+    of_learner(PRESETS["omniglot"], "mann"),
+    protocol="maml",
+    image_size=20,
+    shots=18,
+    train_shots=18,
+    train_queries=1,
+    distort=True,
+    clip=10.0,
+    steps=30_000,
+)
+PRESETS["mann-omniglot"] = dataclasses.replace(
+    _MANN,
+    description="Santoro et al. 2016: sequences of 50 images of 5 classes, labels one step late",
+    sequence=50,
+)
+PRESETS["mann-omniglot-strings"] = dataclasses.replace(
+    _MANN,
+    description="Santoro et al. 2016: 15 classes in 150 images, labels of five characters",
+    ways=15,
+    train_ways=15,
+    sequence=150,
+    strings="5,5",
+)
+
 PRESETS["omniglot-koch"] = dataclasses.replace(
     of_learner(PRESETS["omniglot-within-alphabet"], "siamese"),
     description="Koch et al. 2015: their Siamese network for 105x105 on the same test; for a GPU",

@@ -5,9 +5,11 @@ A new learner joins by one entry of `LEARNERS`; every command and every law then
 
 import contextlib
 import dataclasses
+import math
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import optax
@@ -26,6 +28,7 @@ from jaxmeta.metric_based import (
     simple_shot,
 )
 from jaxmeta.metric_based.pretrained import released_sgd
+from jaxmeta.model_based import mann
 from jaxmeta.optimization_based import (
     anil,
     boil,
@@ -51,7 +54,7 @@ OUTER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "SGD": optax.sgd,
 }
 
-NETWORKS: dict[str, Callable[[int | None], Any]] = {
+NETWORKS: dict[str, Callable[[Any], Any]] = {
     "strided-conv4": lambda out: nn.StridedConv4(ways=out),
     "strided-conv4-flat": lambda out: nn.StridedConv4(ways=out, flatten=True),
     "strided-conv4-without-scale": lambda out: nn.StridedConv4(ways=out, use_scale=False),
@@ -63,6 +66,11 @@ NETWORKS: dict[str, Callable[[int | None], Any]] = {
     "linear": lambda out: nn.MLP(out=out, hidden=(), use_bias=False),
     "relation": lambda out: nn.RelationEmbedding(),
     "koch": lambda out: nn.Koch(),
+    "lrua": lambda out: nn.MemoryNetwork(out),
+    "lrua-feed-forward": lambda out: nn.MemoryNetwork(out, controller="feed_forward"),
+    "ntm": lambda out: nn.MemoryNetwork(out, nn.NTM()),
+    "lstm": lambda out: nn.MemoryNetwork(out, None),
+    "feed-forward": lambda out: nn.MemoryNetwork(out, None, controller="feed_forward"),
 }
 
 
@@ -91,7 +99,7 @@ class LearnerSpec:
     factory: Callable[..., Learner]
     family: str
     description: str
-    build: Callable[[Model, Preset, str], Learner]
+    build: Callable[[Any, Preset, str], Learner]
     takes: tuple[str, ...] = ()
     norms: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"transductive": "batch", "inductive": "support"}
@@ -101,7 +109,7 @@ class LearnerSpec:
     kinds: tuple[str, ...] = ("classification", "regression")
     supervised: bool = False
     networks: tuple[str, ...] | None = None
-    network: Callable[[Preset], Model] = _network
+    network: Callable[[Preset], Any] = _network
     outer: str = "Adam"
     train_shots: int = 1
     defaults: Callable[[Preset], Mapping[str, Any]] = lambda preset: {}
@@ -292,6 +300,22 @@ def _metric_spec(
     )
 
 
+def _memory_network(settings: Preset) -> nn.MemoryNetwork:
+    strings = settings.label_strings
+    return NETWORKS[settings.network](settings.train_ways if strings is None else math.prod(strings))
+
+
+def _mann(network: nn.MemoryNetwork, settings: Preset, norm: str) -> Learner:
+    del norm
+    # Up to 10 of 105 pixels and π/16, as in the paper.
+    moved = partial(distort, rotation=11.25, shear=0.0, scale=0.0, shift=10 / 105, probability=1.0)
+    return mann(
+        network,
+        strings=settings.label_strings,
+        augment=moved if settings.distort else None,
+    )
+
+
 _STEPS = ("inner_steps", "eval_steps", "report_steps")
 _DESCENT = (*_STEPS, "inner_lr", "inner_batch")
 _UNROLLED = (*_DESCENT, "memory", "truncation")
@@ -449,5 +473,25 @@ LEARNERS: dict[str, LearnerSpec] = {
         ("head", "scale", "eval_steps", "inner_lr"),
         defaults={"head": "linear", "scale": 2.0, "eval_steps": 100, "inner_lr": 0.01, "meta_batch": 2},
         supervised=True,
+    ),
+    "mann": LearnerSpec(
+        mann,
+        "model-based",
+        "a recurrent network writes what it is shown to a memory (Santoro et al. 2016)",
+        _mann,
+        takes=("sequence", "strings", "distort"),
+        norms={"inductive": "none"},
+        kinds=("classification",),
+        networks=("lrua", "lrua-feed-forward", "ntm", "lstm", "feed-forward"),
+        network=_memory_network,
+        defaults=lambda preset: {
+            "network": "lrua",
+            "norm": "none",
+            "outer_lr": 1e-3,
+            "schedule": "constant",
+            "meta_batch": 16,
+            # Time is what goes one by one: all sequences of a device take each step together.
+            "strategy": "vmap",
+        },
     ),
 }

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import signal
@@ -30,12 +31,21 @@ from jaxmeta.config import (
 )
 from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
 from jaxmeta.settings import Preset
-from jaxmeta.training import Evaluation, Stopped, calibrate, evaluate_episodes, meta_step, save, train
+from jaxmeta.training import (
+    Evaluation,
+    Stopped,
+    calibrate,
+    evaluate_episodes,
+    evaluate_metrics,
+    meta_step,
+    save,
+    train,
+)
 from jaxmeta.training.checkpoint import checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
 from jaxmeta.training.figures import plot_curve
 from jaxmeta.training.report import (
-    NORMALISED_BY,
+    NORMALISED,
     RunLog,
     read_metrics,
     report_markdown,
@@ -289,6 +299,17 @@ def _results(
         norms = registry.LEARNERS[settings.learner].norms
         episodes = {name: values(settings, norm) for name, norm in norms.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in norms.items()}
+        if settings.sequence is not None:
+            assert isinstance(test, TaskDistribution)
+            found = evaluate_metrics(
+                presets.learner_of(settings), params, test, episodes=settings.episodes, key=test_key(seed)
+            )
+            results["accuracy_by_instance"] = {
+                str(number): found[f"instance_{number}"]
+                for number in range(1, len(found))
+                # Those that never came up are NaN.
+                if found.get(f"instance_{number}", math.nan) >= 0
+            }
     else:
         by_step = {
             steps: values(dataclasses.replace(settings, eval_steps=steps), "batch")
@@ -376,9 +397,11 @@ def _print_results(results: Mapping[str, Any], settings: Preset) -> None:
     if "accuracy" in results:
         for name, row in results["accuracy"].items():
             print(
-                f"test accuracy  {100 * row['mean']:.2f} ± {100 * row['ci95']:.2f} %  "
-                f"{name} (batch normalisation by {NORMALISED_BY[row['norm']]})"
+                f"test accuracy  {100 * row['mean']:.2f} ± {100 * row['ci95']:.2f} %  {name} "
+                f"({NORMALISED[row['norm']]})"
             )
+        for instance, value in results.get("accuracy_by_instance", {}).items():
+            print(f"instance {instance:>2}    {100 * value:.2f} %")
         return
     for steps, row in (results.get("mse_by_step") or {str(settings.eval_steps): results["mse"]}).items():
         print(f"test mse  {row['mean']:.4f} ± {row['ci95']:.4f}  after {steps} inner steps")

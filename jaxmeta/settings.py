@@ -51,6 +51,8 @@ class Preset:
       head: of a baseline: "linear" or "cosine".
       context_steps: attention steps of full context embeddings; None for none.
       distort: whether training images are turned, sheared, scaled and shifted at random.
+      sequence: steps of a sequence that the support set is, labels one step late; None for an ordinary one.
+      strings: "letters,characters" where labels are strings of characters; None for class slots.
       within_alphabet: whether the classes of a task are letters of one alphabet, and other hands drew the
         queries.
       outer_lr: step size of the outer optimizer.
@@ -107,6 +109,8 @@ class Preset:
     head: str | None = None
     context_steps: int | None = None
     distort: bool | None = None
+    sequence: int | None = None
+    strings: str | None = None
     within_alphabet: bool = False
     outer_lr: float = 1e-3
     schedule: str = "constant"
@@ -117,6 +121,23 @@ class Preset:
     episodes: int = 1000
     validate_every: int = 1000
     log_every: int = 50
+
+    @property
+    def label_strings(self) -> tuple[int, int] | None:
+        """Letters and characters of labels that are strings.
+
+        Raises:
+          ValueError: `strings` says something else.
+        """
+        if self.strings is None:
+            return None
+        try:
+            letters, characters = map(int, self.strings.split(","))
+        except ValueError:
+            letters = characters = 0
+        if letters < 2 or characters < 1:
+            raise ValueError(f"--strings: got {self.strings}; it must be letters,characters such as 5,5")
+        return letters, characters
 
 
 def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:

@@ -245,6 +245,10 @@ def tasks_of(
         )
     with _in_words_of_flags():
         found = _tasks_of(settings, split, data, key, for_evaluation, shape)
+        if settings.sequence is not None:
+            if not isinstance(found, TaskDistribution):
+                raise ValueError("--stream: sequences are drawn from memory only; leave it out")
+            return tasks.sequences(found, length=settings.sequence, strings=settings.label_strings)
         if not supervised:
             return found
         assert isinstance(found, TaskDistribution)

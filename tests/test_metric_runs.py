@@ -71,7 +71,7 @@ def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
         "inductive": "population",
     }
     assert report["accuracy"]["inductive"]["mean"] > 0.8
-    assert "inductive: statistics of the training tasks" in (prototypical / "report.md").read_text()
+    assert "inductive: batch normalisation by the training tasks" in (prototypical / "report.md").read_text()
 
 
 def test_the_statistics_stay_with_the_run(prototypical, tmp_path):

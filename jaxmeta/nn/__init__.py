@@ -6,18 +6,22 @@ from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedU
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
 from jaxmeta.nn.koch import Koch
 from jaxmeta.nn.layers import Conv, conv_general_dilated
+from jaxmeta.nn.memory import LRUA, NTM, MemoryNetwork
 from jaxmeta.nn.norm import BatchNorm
 from jaxmeta.nn.relation import RelationEmbedding, RelationModule
 from jaxmeta.nn.resnet import ResNet12
 
 __all__ = [
+    "LRUA",
     "MLP",
+    "NTM",
     "BatchNorm",
     "Conv",
     "Conv4",
     "CoordinatewiseLSTM",
     "GatedUpdate",
     "Koch",
+    "MemoryNetwork",
     "Network",
     "ProposedUpdate",
     "RelationEmbedding",

@@ -17,6 +17,7 @@ from jaxmeta.tasks.official import (
 from jaxmeta.tasks.omniglot import omniglot, omniglot_split
 from jaxmeta.tasks.prepared import Prepared, from_prepared
 from jaxmeta.tasks.quadratics import quadratics
+from jaxmeta.tasks.sequences import sequences, with_ways
 from jaxmeta.tasks.sinusoid import sinusoid
 from jaxmeta.tasks.splits import ClassSplit
 from jaxmeta.tasks.stream import stream
@@ -46,7 +47,9 @@ __all__ = [
     "prepare_folder",
     "prepare_tfds",
     "quadratics",
+    "sequences",
     "sinusoid",
     "stream",
     "supervised",
+    "with_ways",
 ]

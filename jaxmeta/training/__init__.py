@@ -2,7 +2,7 @@
 
 from jaxmeta.training.checkpoint import load, load_params, save
 from jaxmeta.training.diagnostics import Alignment, meta_gradient_alignment
-from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes
+from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
 from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
 from jaxmeta.training.step import TrainState, init_state, meta_step, validation_key
 
@@ -19,6 +19,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "evaluate_episodes",
+    "evaluate_metrics",
     "init_state",
     "load",
     "load_params",

@@ -1,7 +1,7 @@
 """What a learner has learned: mean and 95 % confidence interval over fixed episodes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -154,6 +154,35 @@ def metric_name(tasks: TaskDistribution | TaskStream) -> str:
     """What `evaluate` measures on `tasks`: "accuracy" or "mse"."""
     targets = jax.eval_shape(sample_of(tasks), jax.random.key(0)).query.y
     return "accuracy" if jnp.issubdtype(targets.dtype, jnp.integer) else "mse"
+
+
+def evaluate_metrics(
+    learner: Learner,
+    params: Params,
+    tasks: TaskDistribution,
+    *,
+    episodes: int = 600,
+    key: Key,
+) -> dict[str, float]:
+    """The metrics of `learner.loss` on test episodes, those of `evaluate` with the same key.
+
+    Args:
+      learner: its metrics are sums and counts; a metric is Σ sum / Σ count over all episodes, and NaN where
+        nothing counted.
+      params: meta-parameters.
+      tasks: the test tasks.
+      episodes: their number, at least 1.
+      key: episode i is drawn with `fold_in(key, i)`.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    sums = _sums(_metrics_of(learner), episodes, params, sharding.as_argument(tasks.sample), key, 0)
+    return {name: float(np.float64(total) / count) for name, (total, count) in jax.device_get(sums).items()}
+
+
+@lru_cache
+def _metrics_of(learner: Learner) -> Callable:
+    return lambda params, task, key: learner.loss(params, task, key)[1]
 
 
 def calibrate(

@@ -200,11 +200,12 @@ def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
 
 
 # Whose statistics, by `norm` of the learner.
-NORMALISED_BY = {
-    "batch": "the batch that is judged",
-    "population": "the training tasks",
-    "support": "the support set",
-    "episode": "the support set, a running average over the inner steps",
+NORMALISED = {
+    "none": "no batch normalisation",
+    "batch": "batch normalisation by the batch that is judged",
+    "population": "batch normalisation by the training tasks",
+    "support": "batch normalisation by the support set",
+    "episode": "batch normalisation by the support set, a running average over the inner steps",
 }
 
 
@@ -213,12 +214,17 @@ def report_markdown(report: dict[str, Any]) -> str:
     card, config = report["card"], report["config"]
     lines = [f"# {report['learner']} on {card['tasks']}", "", f"{card['protocol'] or card['tasks']}.", ""]
     if "accuracy" in report:
-        lines += ["| test accuracy | 95 % CI | batch normalisation |", "| --- | --- | --- |"]
+        lines += ["| test accuracy | 95 % CI | queries |", "| --- | --- | --- |"]
         for name, row in report["accuracy"].items():
             lines.append(
                 f"| **{100 * row['mean']:.2f} %** | ± {100 * row['ci95']:.2f} | "
-                f"{name}: statistics of {NORMALISED_BY[row['norm']]} |"
+                f"{name}: {NORMALISED[row['norm']]} |"
             )
+        by_instance = report.get("accuracy_by_instance", {})
+        if by_instance:
+            lines += ["", "Accuracy by presentation of a class, in the sequence itself:", ""]
+            lines += ["| " + " | ".join(by_instance) + " |", "|" + " --- |" * len(by_instance)]
+            lines += ["| " + " | ".join(f"{100 * value:.1f} %" for value in by_instance.values()) + " |"]
     else:
         lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
         rows = report.get("mse_by_step") or {str(config["eval_steps"]): report["mse"]}
@@ -233,7 +239,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         "split hash": card["split_hash"],
         "rotations": card["rotations"] if card["classes"] else None,
         "images": _images(config),
-        "normalised in training by": NORMALISED_BY[config["norm"]],
+        "in training": NORMALISED[config["norm"]],
         "inner steps": _inner(config),
         "α (inner learning rate, of the mean loss)": config["inner_lr"],
         "support examples in an inner step": config["inner_batch"],

@@ -1,0 +1,204 @@
+"""Memory-augmented networks: an episode is a sequence, and each label comes one step late."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.nn.memory import MemoryNetwork
+
+
+def mann(
+    network: MemoryNetwork,
+    *,
+    strings: tuple[int, int] | None = None,
+    shuffle: bool = True,
+    augment: Callable[[Key, Array], Array] | None = None,
+    instances: int = 10,
+) -> Learner:
+    """Memory-augmented network, which binds examples to labels in its memory while it sees them.
+
+    The support set is a sequence: at step t the network gets (x_t, y_{t−1}) and is asked for y_t. Queries
+    are each the step after the last one, from the same memory, which they do not change. The loss is the
+    sum of the cross-entropies of all steps and all queries, those included that can only be guessed.
+
+    Args:
+      network: its `out` is the number of ways, or letters · characters.
+      strings: `(letters, characters)` where labels are strings (see `jm.tasks.sequences`): the network has
+        one softmax for each character, and outputs are joint logits of all letters^characters strings.
+      shuffle: whether the support set is put in random order first, as few-shot tasks need, whose support
+        is ordered by class. False for `jm.tasks.sequences`.
+      augment: `(key, x) -> x`, of all images in training.
+      instances: of how many presentations of a class the accuracy is a metric of its own,
+        "instance_1", …; what cannot come up counts nothing.
+
+    Raises:
+      ValueError: from `init`, a network whose output is not as wide as labels are.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> tasks = jm.tasks.sequences(jm.tasks.glyphs("train", ways=5, shots=10, queries=1))
+      >>> learner = jm.mann(jm.nn.MemoryNetwork(out=5), shuffle=False)
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> support, query = tasks.sample(jax.random.key(2))
+      >>> learner.predict(params, learner.adapt(params, support, jax.random.key(3)), query.x).shape
+      (5, 5)
+
+    References:
+      Santoro, Bartunov, Botvinick, Wierstra & Lillicrap, Meta-Learning with Memory-Augmented Neural
+      Networks, 2016.
+    """
+    codes = _Labels(strings)
+
+    def call(params: Params, method: str, *arguments: Any) -> Any:
+        return network.apply({"params": params["network"]}, *arguments, method=method)
+
+    def init(key: Key, task: Task) -> Params:
+        support = task.support
+        width = codes.width(ways_of(support))
+        if network.out != width:
+            raise ValueError(f"network: got one of out={network.out}, and labels of these tasks need {width}")
+        step = jnp.zeros(support.x[0].size + width, support.x.dtype)
+        return {"network": network.init(key, step)["params"]}
+
+    def present(params: Params, support: Batch, key: Key) -> tuple[PyTree, Batch, Array]:
+        """What is left after the sequence, the sequence, and the outputs at its steps."""
+        if shuffle:
+            support = _shuffled(support, key)
+        labels = codes.encoded(support.y, ways_of(support)).astype(support.x.dtype)
+        before, last = _label_before(labels, support.mask)
+        inputs = jnp.concatenate([support.x.reshape(support.x.shape[0], -1), before], 1)
+
+        def step(state: PyTree, now: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
+            projected, real = now
+            after, features = call(params, "step", state, projected)
+            if real is not None:
+                after = jax.tree.map(partial(jnp.where, real), after, state)
+            return after, features
+
+        start = jax.tree.map(lambda leaf: leaf.astype(support.x.dtype), network.initial())
+        state, features = lax.scan(step, start, (call(params, "project", inputs), support.mask))
+        return {"state": state, "last": last}, support, call(params, "outputs", features)
+
+    def ask(params: Params, left: PyTree, x: Array) -> Array:
+        last = jnp.broadcast_to(left["last"], (x.shape[0], left["last"].shape[0]))
+        projected = call(params, "project", jnp.concatenate([x.reshape(x.shape[0], -1), last], 1))
+        features = jax.vmap(lambda now: call(params, "step", left["state"], now)[1])(projected)
+        return call(params, "outputs", features)
+
+    def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
+        del step
+        support, query = map(blank_padding, task)
+        draw, order = jax.random.split(key)
+        if augment is not None:
+            support, query = (
+                Batch(augment(k, part.x), part.y, part.mask, part.ways)
+                for k, part in zip(jax.random.split(draw), (support, query), strict=True)
+            )
+        left, sequence, outputs = present(params, support, order)
+        asked = ask(params, left, query.x)
+        value = codes.loss(outputs, sequence) + codes.loss(asked, query)
+        metrics = _by_instance(codes.right(outputs, sequence.y), sequence, instances)
+        joint = losses.score(codes.joint(asked), query)
+        return value, {"loss": (value, jnp.ones_like(value)), **joint, **metrics}
+
+    def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        # The order is that of training with the same key.
+        return present(params, blank_padding(support), jax.random.split(key)[1])[0]
+
+    def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
+        del mask
+        return codes.joint(ask(params, adapted, x))
+
+    return Learner(init, adapt, predict, task_loss)
+
+
+class _Labels:
+    """How labels go in and come out: class slots, or strings of characters."""
+
+    def __init__(self, strings: tuple[int, int] | None):
+        self.strings = strings
+
+    def width(self, ways: int) -> int:
+        if self.strings is None:
+            return ways
+        letters, characters = self.strings
+        if letters**characters != ways:
+            raise ValueError(
+                f"strings: got {self.strings}, {letters**characters} strings, and the tasks have {ways} "
+                "labels; give jm.tasks.sequences the same strings"
+            )
+        return letters * characters
+
+    def digits(self, y: Int[Array, " n"]) -> Int[Array, "n characters"]:
+        if self.strings is None:
+            return y[:, None]
+        letters, characters = self.strings
+        return y[:, None] // jnp.asarray([letters**i for i in range(characters)])[None] % letters
+
+    def encoded(self, y: Int[Array, " n"], ways: int) -> Float[Array, "n width"]:
+        letters = ways if self.strings is None else self.strings[0]
+        return jax.nn.one_hot(self.digits(y), letters).reshape(y.shape[0], -1)
+
+    def _apart(self, outputs: Float[Array, "n width"]) -> Float[Array, "n characters letters"]:
+        return outputs.reshape(
+            outputs.shape[0], -1, outputs.shape[1] if self.strings is None else self.strings[0]
+        )
+
+    def loss(self, outputs: Float[Array, "n width"], batch: Batch) -> Float[Array, ""]:
+        """Sum over examples and characters."""
+        each = optax.softmax_cross_entropy_with_integer_labels(self._apart(outputs), self.digits(batch.y))
+        return losses.masked_sum(each.sum(1), batch.mask)[0]
+
+    def right(self, outputs: Float[Array, "n width"], y: Int[Array, " n"]) -> Bool[Array, " n"]:
+        found = (self._apart(outputs).argmax(-1) == self.digits(y)).all(1)
+        return found & ~jnp.isnan(outputs).any(1)
+
+    def joint(self, outputs: Float[Array, "n width"]) -> Float[Array, "n ways"]:
+        if self.strings is None:
+            return outputs
+        # The first character is the fastest digit: it goes last.
+        apart = self._apart(outputs)
+        total = apart[:, 0]
+        for i in range(1, apart.shape[1]):
+            total = (apart[:, i, :, None] + total[:, None, :]).reshape(outputs.shape[0], -1)
+        return total
+
+
+def _shuffled(batch: Batch, key: Key) -> Batch:
+    """In random order, padding last: that of what is real does not depend on how much padding there is."""
+    keys = jax.random.uniform(key, batch.y.shape)
+    order = jnp.argsort(keys if batch.mask is None else jnp.where(batch.mask, keys, 2.0))
+    mask = None if batch.mask is None else batch.mask[order]
+    return Batch(batch.x[order], batch.y[order], mask, batch.ways)
+
+
+def _label_before(
+    labels: Float[Array, "n width"], mask: Bool[Array, " n"] | None
+) -> tuple[Float[Array, "n width"], Float[Array, " width"]]:
+    """The label of the real step before each, zeros before the first; and that of the last."""
+    steps = jnp.arange(labels.shape[0])
+    latest = steps if mask is None else lax.cummax(jnp.where(mask, steps, -1))
+    known = jnp.where(latest[:, None] >= 0, labels[jnp.maximum(latest, 0)], 0)
+    return jnp.concatenate([jnp.zeros_like(labels[:1]), known[:-1]]), known[-1]
+
+
+def _by_instance(right: Bool[Array, " n"], sequence: Batch, instances: int) -> Metrics:
+    real = jnp.ones(right.shape, bool) if sequence.mask is None else sequence.mask
+    same = (sequence.y[:, None] == sequence.y[None, :]) & real[None, :]
+    before = jnp.tril(same, -1).sum(1)
+    found = {}
+    for i in range(instances):
+        there = real & (before == i)
+        found[f"instance_{i + 1}"] = (
+            jnp.where(there, right, 0).sum().astype(jnp.float32),
+            there.sum().astype(jnp.float32),
+        )
+    return found
