@@ -115,7 +115,8 @@ def add_class(
       x: examples of the new class, `(k, *shape)`; they are normalised by the statistics in `adapted`.
 
     Raises:
-      ValueError: `adapted` has no prototypes, or `x` no examples.
+      ValueError: `adapted` has no prototypes, or no statistics of a model that normalises; or `x` has no
+        examples.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -136,7 +137,12 @@ def add_class(
     if x.shape[0] < 1:
         raise ValueError(f"x: got shape {x.shape}; it must hold at least one example of the new class")
     embedded, _ = _divergence(divergence)
-    z, _ = forward(as_model(model), params["model"], x, stats=adapted["stats"])
+    z, stats = forward(as_model(model), params["model"], x, stats=adapted["stats"])
+    if adapted["stats"] is None and jax.tree.leaves(stats):
+        raise ValueError(
+            "adapted: got a state without batch statistics, of a model that has some: its learner normalises "
+            'each batch by itself; take one by jm.prototypical(…, norm="population")'
+        )
     fitted = adapted["fitted"]
     return {
         **adapted,
@@ -219,9 +225,10 @@ def _zero_shot(
     def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
         del step
         support, query = map(blank_padding, task)
-        query = augmented(augment, jax.random.split(key)[1], query)
+        draw, dropout = jax.random.split(key)
+        query = augmented(augment, draw, query)
         z, _ = forward(
-            model, params["model"], query.x, mask=query.mask, key=key if model.stochastic else None
+            model, params["model"], query.x, mask=query.mask, key=dropout if model.stochastic else None
         )
         outputs = judge({}, prototypes(params, support), z)
         value = losses.cross_entropy(outputs, query.y, query.mask)

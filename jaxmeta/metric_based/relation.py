@@ -118,9 +118,10 @@ def relation(
         params: Params, support: tuple, query: tuple, labels: Array, key: Key | None = None
     ) -> tuple[Array, PyTree]:
         """Outputs by the statistics of all that is there, and these."""
-        z, own = embed(params, *joined(*support, *query), key=key)
+        first, second = (None, None) if key is None else jax.random.split(key)
+        z, own = embed(params, *joined(*support, *query), key=first)
         count = support[0].shape[0]
-        outputs, pairs = compare(params, class_maps(z[:count], labels), z[count:], query[1], key=key)
+        outputs, pairs = compare(params, class_maps(z[:count], labels), z[count:], query[1], key=second)
         return outputs, {"model": own, "relation": pairs}
 
     def init(key: Key, task: Task) -> Params:

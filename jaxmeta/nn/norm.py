@@ -52,7 +52,11 @@ def to_moments(stats):
 def from_moments(moments):
     """Inverse of `to_moments`."""
     return jax.tree.map(
-        lambda m: {"mean": m["mean"], "var": m["mean_of_squares"] - jnp.square(m["mean"])},
+        # Not below zero, where the rounding of a constant channel may take it.
+        lambda m: {
+            "mean": m["mean"],
+            "var": jnp.maximum(m["mean_of_squares"] - jnp.square(m["mean"]), 0),
+        },
         moments,
         is_leaf=_is_statistics,
     )

@@ -255,6 +255,20 @@ def test_zero_shot_learning_by_the_populations_statistics_is_inductive(x64):
     np.testing.assert_allclose(same, joint, rtol=1e-8)
 
 
+def test_no_class_is_added_without_the_statistics_it_would_be_normalised_by():
+    support, query = described()
+    learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=()))
+    params = learner.init(KEY, jm.Task(support, query))
+    with pytest.raises(ValueError, match=r"without batch statistics.*norm=.population."):
+        jm.add_class(embedding(), params, learner.adapt(params, support, KEY), query.x)
+    bare = jm.nn.MLP(None, (3,))
+    learner = jm.prototypical(bare, metadata=jm.nn.MLP(out=3, hidden=()))
+    params = learner.init(KEY, jm.Task(support, query))
+    adapted = learner.adapt(params, support, KEY)
+    larger = jm.add_class(bare, params, adapted, query.x[:2])
+    assert larger["fitted"]["prototypes"].shape[0] == adapted["fitted"]["prototypes"].shape[0] + 1
+
+
 def test_both_networks_of_zero_shot_learning_learn():
     task = described()
     learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=()))
