@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
 from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.memory import MemoryNetwork
 
 
@@ -173,9 +174,7 @@ class _Labels:
 
 
 def _shuffled(batch: Batch, key: Key) -> Batch:
-    """In random order, padding last: that of what is real does not depend on how much padding there is."""
-    keys = jax.random.uniform(key, batch.y.shape)
-    order = jnp.argsort(keys if batch.mask is None else jnp.where(batch.mask, keys, 2.0))
+    order = random_order(key, jnp.ones(batch.y.shape, bool) if batch.mask is None else batch.mask)
     mask = None if batch.mask is None else batch.mask[order]
     return Batch(batch.x[order], batch.y[order], mask, batch.ways)
 

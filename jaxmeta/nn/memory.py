@@ -29,13 +29,14 @@ def content_weights(
     References:
       Graves et al., Neural Turing Machines, 2014, equations 5 and 6; Santoro et al., 2016, equations 2 and 3.
     """
-    similarity = _unit(keys) @ _unit(memory).T
+    # Lengths divide the products, few numbers, and not the memory, many.
+    similarity = keys @ memory.T * _per_length(keys)[:, None] * _per_length(memory)[None, :]
     return jax.nn.softmax(similarity if strengths is None else strengths[:, None] * similarity)
 
 
-def _unit(rows):
+def _per_length(rows):
     # Within the root: the derivative of a norm at a row of zeros, as every memory has, would be infinite.
-    return rows * lax.rsqrt(jnp.square(rows).sum(-1, keepdims=True) + 1e-12)
+    return lax.rsqrt(jnp.square(rows).sum(-1) + 1e-12)
 
 
 def least_used(usage: Float[Array, " rows"], count: int) -> Float[Array, "count rows"]:

@@ -50,10 +50,10 @@ def sequences(
     """
     card = tasks.card
     most, shots = card.ways, card.shots
-    if not isinstance(most, int) or not isinstance(shots, int):
+    if not isinstance(most, int) or not isinstance(shots, int) or shots < 1:
         raise ValueError(
             f"tasks: got ways={most}, shots={shots}; sequences are made of classification tasks with one "
-            "number of each"
+            "number of each, and examples to show"
         )
     length = most * shots if length is None else length
     if length < most:
