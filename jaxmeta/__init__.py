@@ -23,7 +23,7 @@ from jaxmeta.metric_based import (
     siamese,
     simple_shot,
 )
-from jaxmeta.model_based import mann
+from jaxmeta.model_based import mann, metanet
 from jaxmeta.optimization_based import (
     LearnedOptimizer,
     anil,
@@ -96,6 +96,7 @@ __all__ = [
     "meta_gradient_alignment",
     "meta_sgd",
     "meta_step",
+    "metanet",
     "nn",
     "prototypical",
     "relation",

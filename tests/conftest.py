@@ -25,6 +25,7 @@ install_import_hook(
         "jaxmeta.metric_based",
         "jaxmeta.model_based",
         "jaxmeta.nn.adapters",
+        "jaxmeta.nn.augmented",
         "jaxmeta.nn.conv",
         "jaxmeta.nn.coordinatewise",
         "jaxmeta.nn.embedding",

@@ -1,6 +1,7 @@
 """Networks and layers; the only part of the package that imports Flax."""
 
 from jaxmeta.nn.adapters import Network, as_model, from_equinox, from_nnx
+from jaxmeta.nn.augmented import AugmentedCNN, AugmentedConv, AugmentedDense
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedUpdate, log_and_sign
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
@@ -15,6 +16,9 @@ __all__ = [
     "LRUA",
     "MLP",
     "NTM",
+    "AugmentedCNN",
+    "AugmentedConv",
+    "AugmentedDense",
     "BatchNorm",
     "Conv",
     "Conv4",

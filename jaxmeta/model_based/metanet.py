@@ -1,0 +1,427 @@
+"""Meta Networks: weights of three time scales, trained, of a task, and of an example."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmeta import losses
+from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.model_based.order import random_order
+from jaxmeta.nn.augmented import ExampleGenerator, TaskGenerator, as_augmented, published_init
+
+EMBEDDING_LOSSES = ("verification", "contrastive", "xent")
+# What the official code draws of every support set.
+SAMPLES = 5
+# Weights that a generator makes at once.
+BLOCK = 1 << 14
+
+
+def metanet(
+    embedding: Any,
+    base: Any,
+    *,
+    embedding_loss: str = "verification",
+    task_weights: bool = True,
+    base_task_weights: bool = False,
+    samples: int | None = None,
+    hidden: int = 20,
+    margin: float = 1.0,
+    fast_layers: Sequence[str] | None = None,
+    queries_at_once: int | None = None,
+    augment: Callable[[Key, Array], Array] | None = None,
+) -> Learner:
+    r"""Meta Networks: gradients of the support set become fast weights, which queries read by attention.
+
+    With the embedding u of slow weights Q, the base learner b of W, and generators d of G and m of Z,
+
+        Q*   = d(G; ∇_Q L_1, …, ∇_Q L_T)              of T samples of the support set, in order
+        W*_i = m(Z; ∇_W CE(b(W, x_i), y_i)),          r_i = u(Q, Q*, x_i)
+        W*   = Σ_i softmax_i(cos(r_i, r)) W*_i,       r = u(Q, Q*, x)
+        p(y | x) = softmax b(W, W*, x),
+
+    where a layer of both weights sums their activations (see `jm.nn.AugmentedDense`). The loss is the mean
+    cross-entropy of the queries; the official code sums, and clips the norm of that gradient at 10. The
+    gradients that d and m are fed are constants: there are no second derivatives. Weights of convolutions and
+    others have generators of their own, as in the official code.
+
+    Params: "embedding" Q, "base" W, "example_generator" Z; with `task_weights` "task_generator" G and, save
+    for "contrastive", "embedding_head", the last layer of the embedding loss. No gradient of the task's loss
+    reaches that one, in the official code as here: it stays as it began. With `base_task_weights` also
+    "base_task_generator".
+
+    Adapted: "keys" r_i, "values" W*_i and "mask" of the support set, and the task's fast weights, "embedding"
+    and "base", where they are used.
+
+    Args:
+      embedding: u, `(x, fast=None) -> (n, dim)`; `jm.nn.AugmentedCNN()` is the published one.
+      base: b, `(x, fast=None) -> (n, ways)`; `jm.nn.AugmentedCNN(ways=…)`.
+      embedding_loss: L of u by slow weights alone. "xent": the cross-entropy of a linear layer on ReLU(r), of
+        chunks of the shuffled support set (the official code); "contrastive": d² of a pair of one class and
+        max(0, margin − d)² of two; "verification": the binary cross-entropy of σ(Σ_k α_k |r_i − r_j|_k + β).
+        Pairs are drawn uniformly of two different examples.
+      task_weights: whether there is Q*; without, it is the paper's MetaNet−.
+      base_task_weights: whether the base learner has fast weights of the task too, whose activations are
+        added as a third (MetaNet+). They come from an LSTM like Q*, over the base gradients of the shuffled
+        support set, averaged in T chunks.
+      samples: T; None for 5, or as many as there are support examples where they are fewer.
+      hidden: features of the generators.
+      margin: of "contrastive".
+      fast_layers: names of the layers that have fast weights, in either network; None for all.
+      queries_at_once: how many queries' fast weights, each as large as the base learner, are held at once,
+        in training too; None for all.
+      augment: `(key, x) -> x`, of all images in training.
+
+    Raises:
+      ValueError: an unknown `embedding_loss`; sizes below 1; `fast_layers` that neither network has; networks
+        that take no fast weights or do not give the outputs above; float targets; `samples` beyond the size
+        of a support set; a support set of one, where pairs are compared.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> task = jm.tasks.glyphs(ways=5, shots=1, queries=3).sample(jax.random.key(0))
+      >>> learner = jm.metanet(jm.nn.AugmentedCNN(filters=4), jm.nn.AugmentedCNN(ways=5, filters=4))
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
+      >>> learner.predict(params, adapted, task.query.x).shape
+      (15, 5)
+
+    References:
+      Munkhdalai & Yu, Meta Networks, 2017.
+    """
+    if embedding_loss not in EMBEDDING_LOSSES:
+        raise ValueError(f"embedding_loss must be one of {EMBEDDING_LOSSES}, got {embedding_loss!r}")
+    for name, size in (("samples", samples), ("hidden", hidden), ("queries_at_once", queries_at_once)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if margin <= 0:
+        raise ValueError(f"margin must be positive, got {margin}")
+    u, b = as_augmented(embedding, "embedding"), as_augmented(base, "base")
+    of_task, of_example = TaskGenerator(hidden), ExampleGenerator(hidden)
+    pairs = task_weights and embedding_loss != "xent"
+
+    def with_fast(slow: Params) -> Params:
+        """The layers that have fast weights."""
+        return {name: slow[name] for name in slow if fast_layers is None or name in fast_layers}
+
+    def init(key: Key, task: Task) -> Params:
+        support = task.support
+        _check_support(support, pairs, samples)
+        keys = iter(jax.random.split(key, 6))
+        params: Params = {"embedding": u.init(next(keys), support.x), "base": b.init(next(keys), support.x)}
+        r, outputs = (
+            jax.eval_shape(net.apply, params[name], support.x)
+            for net, name in ((u, "embedding"), (b, "base"))
+        )
+        n, ways = support.x.shape[0], ways_of(support)
+        if r.ndim != 2 or r.shape[0] != n:
+            raise ValueError(f"embedding: gives shape {r.shape} for {n} examples; it must be ({n}, dim)")
+        if outputs.shape != (n, ways):
+            raise ValueError(
+                f"base: gives shape {outputs.shape} for {n} examples of {ways} ways; it must be {(n, ways)}"
+            )
+        _check_fast_layers(fast_layers, {**params["embedding"], **params["base"]})
+        for_base = _groups_of(with_fast(params["base"]))
+        params["example_generator"] = _generators(of_example, next(keys), for_base, 1)
+        if task_weights:
+            for_embedding = _groups_of(with_fast(params["embedding"]))
+            params["task_generator"] = _generators(of_task, next(keys), for_embedding, 2)
+            if embedding_loss == "xent":
+                params["embedding_head"] = {"kernel": published_init(next(keys), (r.shape[1], ways))}
+            elif embedding_loss == "verification":
+                # No gradient will turn their signs: they begin as those of a similarity.
+                params["embedding_head"] = {"weights": -jnp.ones(r.shape[1]), "bias": jnp.ones(())}
+        if base_task_weights:
+            params["base_task_generator"] = _generators(of_task, next(keys), for_base, 2)
+        return params
+
+    def embedding_losses(
+        params: Params, support: Batch, mask: Array, key: Key, count: int
+    ) -> tuple[Callable, PyTree, Array]:
+        """`(loss(Q, sample), samples, valid)`: what is differentiated, of what, and which of them count."""
+        head = params.get("embedding_head")
+        if embedding_loss == "xent":
+            chosen, valid = chunks(key, mask, count)
+
+            def of_chunk(slow: Params, sample: tuple[Array, Array]) -> Array:
+                which, real = sample
+                # The official code has this ReLU here, and none where the same layer makes the keys.
+                outputs = jax.nn.relu(u.apply(slow, support.x[which])) @ head["kernel"]
+                return losses.cross_entropy(outputs, support.y[which], real)
+
+            return of_chunk, (chosen, valid), valid.any(1)
+
+        chosen, valid = random_pairs(key, mask, count)
+
+        def of_pair(slow: Params, which: Int[Array, " 2"]) -> Array:
+            r = u.apply(slow, support.x[which])
+            same = support.y[which[0]] == support.y[which[1]]
+            return pair_loss(embedding_loss, head, r[0], r[1], same, margin)
+
+        return of_pair, chosen, valid
+
+    def task_level(generators: Params, gradients: PyTree, slow: Params, valid: Array) -> Params:
+        def generated(kind: str, steps: Array) -> Array:
+            return _by_blocks(lambda own: of_task.apply({"params": generators[kind]}, own, valid), steps)
+
+        groups = _grouped(gradients, slow)
+        return _ungrouped({kind: generated(kind, steps) for kind, steps in groups.items()}, slow)
+
+    def example_level(generators: Params, gradients: PyTree, slow: Params) -> Params:
+        def generated(kind: str, each: Array) -> Array:
+            row = each.reshape(1, -1)
+            return _by_blocks(
+                lambda own: of_example.apply({"params": generators[kind]}, own[0]), row
+            ).reshape(each.shape)
+
+        groups = _grouped(gradients, slow)
+        return _ungrouped({kind: generated(kind, each) for kind, each in groups.items()}, slow)
+
+    def learn(params: Params, support: Batch, key: Key) -> PyTree:
+        """What is learned of a blanked support set."""
+        count = _check_support(support, pairs, samples)
+        mask = jnp.ones(support.y.shape, bool) if support.mask is None else support.mask
+        for_embedding, for_base = jax.random.split(key)
+        # Meta-information is constant.
+        frozen: Params = lax.stop_gradient(params)
+        slow = {name: with_fast(frozen[name]) for name in ("embedding", "base")}
+
+        def example_loss(own: Params, x: Array, y: Array) -> Array:
+            outputs = b.apply({**frozen["base"], **own}, x[None])[0]
+            return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
+
+        each = jax.vmap(jax.grad(example_loss), (None, 0, 0))(slow["base"], support.x, support.y)
+        adapted: dict[str, PyTree] = {
+            "mask": mask,
+            "values": example_level(params["example_generator"], each, slow["base"]),
+        }
+        if task_weights:
+            loss, drawn, valid = embedding_losses(frozen, support, mask, for_embedding, count)
+            gradients = jax.vmap(
+                jax.grad(lambda own, sample: loss({**frozen["embedding"], **own}, sample)), (None, 0)
+            )(slow["embedding"], drawn)
+            adapted["embedding"] = task_level(params["task_generator"], gradients, slow["embedding"], valid)
+        if base_task_weights:
+            which, real = chunks(for_base, mask, count)
+            averages = jax.tree.map(lambda leaf: _chunk_means(leaf, which, real), each)
+            adapted["base"] = task_level(params["base_task_generator"], averages, slow["base"], real.any(1))
+        adapted["keys"] = u.apply(params["embedding"], support.x, adapted.get("embedding"))
+        return adapted
+
+    def answer(params: Params, adapted: PyTree, x: Array) -> Array:
+        r = u.apply(params["embedding"], x, adapted.get("embedding"))
+        attention = attend(adapted["keys"], adapted["mask"], r)
+
+        def of_query(query: tuple[Array, Array]) -> Array:
+            x, weights = query
+            fast: Any = jax.tree.map(lambda values: jnp.tensordot(weights, values, 1), adapted["values"])
+            if base_task_weights:
+                fast = (adapted["base"], fast)
+            return b.apply(params["base"], x[None], fast)[0]
+
+        if queries_at_once is None or queries_at_once >= x.shape[0]:
+            return jax.vmap(of_query)((x, attention))
+        return lax.map(jax.checkpoint(of_query), (x, attention), batch_size=queries_at_once)
+
+    def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
+        del step
+        support, query = map(blank_padding, task)
+        draw, order = jax.random.split(key)
+        if augment is not None:
+            support, query = (
+                dataclasses.replace(part, x=augment(own, part.x))
+                for own, part in zip(jax.random.split(draw), (support, query), strict=True)
+            )
+        outputs = answer(params, learn(params, support, order), query.x)
+        value = losses.cross_entropy(outputs, query.y, query.mask)
+        return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
+
+    def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        # Order and pairs are those of training with the same key.
+        return learn(params, blank_padding(support), jax.random.split(key)[1])
+
+    def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
+        del mask
+        return answer(params, adapted, x)
+
+    return Learner(init, adapt, predict, task_loss)
+
+
+def attend(
+    keys: Float[Array, "n dim"], mask: Bool[Array, " n"], r: Float[Array, "m dim"]
+) -> Float[Array, "m n"]:
+    """Softmax of cosines over the unmasked keys; without a temperature: none of n weighs over e²/(n−1+e²).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> keys, mask = jnp.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), jnp.array([True, True, False])
+      >>> attend(keys, mask, jnp.array([[3.0, 1.0]])).tolist()
+      [[0.5, 0.5, 0.0]]
+    """
+    # Cosines need no maximum taken away first.
+    scores = jnp.where(mask[None, :], jnp.exp(_unit(r) @ _unit(keys).T), 0)
+    return scores / jnp.maximum(scores.sum(-1, keepdims=True), jnp.exp(-2.0))
+
+
+def _unit(rows: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
+    # Bounded within the root: the derivative of a norm at a row of zeros, as of padding, would be infinite.
+    return rows * lax.rsqrt(jnp.maximum(jnp.square(rows).sum(-1, keepdims=True), 1e-12))
+
+
+def pair_loss(
+    kind: str,
+    head: Params | None,
+    a: Float[Array, " dim"],
+    b: Float[Array, " dim"],
+    same: Bool[Array, ""],
+    margin: float = 1.0,
+) -> Float[Array, ""]:
+    """Of one pair of embeddings.
+
+    Args:
+      kind: "contrastive" or "verification".
+      head: {"weights", "bias"} of "verification".
+      a, b: the embeddings.
+      same: whether they are of one class.
+      margin: of "contrastive".
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> a, b = jnp.array([3.0, 0.0]), jnp.array([0.0, 4.0])
+      >>> [float(pair_loss("contrastive", None, a, b, jnp.asarray(same), 6.0)) for same in (True, False)]
+      [25.0, 1.0]
+    """
+    if kind == "verification":
+        assert head is not None
+        score = jnp.abs(a - b) @ head["weights"] + head["bias"]
+        return optax.sigmoid_binary_cross_entropy(score, same.astype(score.dtype))
+    square = jnp.square(a - b).sum()
+    distance = jnp.sqrt(jnp.maximum(square, 1e-24))
+    return jnp.where(same, square, jnp.square(jnp.maximum(0, margin - distance)))
+
+
+def chunks(
+    key: Key, mask: Bool[Array, " n"], count: int
+) -> tuple[Int[Array, "count width"], Bool[Array, "count width"]]:
+    """The unmasked examples in random order, cut in `count` chunks whose sizes differ by one at most.
+
+    Returns:
+      Indices, and whether there is an example at all: where there are fewer than chunks, some are empty.
+    """
+    n = mask.shape[0]
+    order = random_order(key, mask)
+    edges = (jnp.arange(count + 1) * mask.sum() + count - 1) // count
+    place = edges[:-1, None] + jnp.arange(-(-n // count))[None, :]
+    return order[jnp.minimum(place, n - 1)], place < edges[1:, None]
+
+
+def random_pairs(
+    key: Key, mask: Bool[Array, " n"], count: int
+) -> tuple[Int[Array, "count 2"], Bool[Array, " count"]]:
+    """`count` pairs, each of two different unmasked examples.
+
+    What is drawn depends on the examples that there are, not on how much padding is among them.
+
+    Returns:
+      Indices, and which pairs count: as many as there are examples, at most, and none of less than two.
+    """
+    real = mask.sum()
+    there = jnp.argsort(~mask, stable=True)
+
+    def draw(index: Int[Array, ""]) -> Int[Array, " 2"]:
+        first, second = jax.random.split(jax.random.fold_in(key, index))
+        i = jax.random.randint(first, (), 0, real)
+        j = jax.random.randint(second, (), 0, real - 1)
+        return there[jnp.stack([i, jnp.minimum(j + (j >= i), mask.shape[0] - 1)])]
+
+    indices = jnp.arange(count)
+    return jax.vmap(draw)(indices), (indices < real) & (real > 1)
+
+
+def _by_blocks(make: Callable[[Array], Any], rows: Float[Array, "k n"]) -> Float[Array, " n"]:
+    """`make` of a block of columns after the other, `(k, block) -> (block,)`, recomputed in the gradient.
+
+    Generators have tens of features for every weight of a network: together they would be hundreds of
+    megabytes, and on a CPU an LSTM's gradient takes two and a half times as long as by blocks.
+    """
+    k, n = rows.shape
+    count = -(-n // BLOCK)
+    width = -(-n // count)
+    blocks = jnp.pad(rows, ((0, 0), (0, count * width - n))).reshape(k, count, width)
+    return lax.map(jax.checkpoint(make), blocks.swapaxes(0, 1)).reshape(-1)[:n]
+
+
+def _chunk_means(
+    values: Float[Array, " n *shape"], which: Int[Array, "count width"], real: Bool[Array, "count width"]
+) -> Float[Array, " count *shape"]:
+    weights = real / jnp.maximum(real.sum(1, keepdims=True), 1)
+    return jax.vmap(lambda own, indices: jnp.tensordot(own.astype(values.dtype), values[indices], 1))(
+        weights, which
+    )
+
+
+def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
+    """How many samples are drawn of `support`, or a ValueError."""
+    n = support.x.shape[0]
+    if support.y.shape[0] != n:
+        raise ValueError(f"tasks: got {n} support examples and {support.y.shape[0]} class slots")
+    if not jnp.issubdtype(support.y.dtype, jnp.integer):
+        raise ValueError(f"tasks: got targets of type {support.y.dtype}; metanet needs integer class slots")
+    if samples is not None and samples > n:
+        raise ValueError(f"samples: got {samples} for {n} support examples; it must be at most that")
+    if pairs and n < 2:
+        raise ValueError(
+            f'tasks: got {n} support example; embedding_loss must be "xent" there, or task_weights False: '
+            "the others compare two"
+        )
+    return min(SAMPLES, n) if samples is None else samples
+
+
+def _check_fast_layers(fast_layers: Sequence[str] | None, known: Params) -> None:
+    unknown = [name for name in fast_layers or () if name not in known]
+    if unknown:
+        raise ValueError(f"fast_layers: got {unknown}, and the networks' layers are {tuple(known)}")
+
+
+def _kind(slow: Array) -> str:
+    return "conv" if slow.ndim > 2 else "dense"
+
+
+def _groups_of(slow: Params) -> list[str]:
+    return sorted({_kind(leaf) for leaf in jax.tree.leaves(slow)})
+
+
+def _grouped(tree: PyTree, slow: Params) -> dict[str, Float[Array, "k n"]]:
+    """All weights of a kind in one row, for each entry of the first axis."""
+    parts: dict[str, list[Array]] = {kind: [] for kind in _groups_of(slow)}
+    for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(slow), strict=True):
+        parts[_kind(own)].append(leaf.reshape(leaf.shape[0], -1))
+    return {kind: jnp.concatenate(rows, 1) for kind, rows in parts.items()}
+
+
+def _ungrouped(groups: dict[str, Float[Array, "*k n"]], slow: Params) -> Params:
+    """A tree like `slow`, of rows of weights."""
+    used = dict.fromkeys(groups, 0)
+    found = []
+    for own in jax.tree.leaves(slow):
+        kind = _kind(own)
+        row = groups[kind][..., used[kind] : used[kind] + own.size]
+        found.append(row.reshape(*row.shape[:-1], *own.shape))
+        used[kind] += own.size
+    return jax.tree.unflatten(jax.tree.structure(slow), found)
+
+
+def _generators(
+    generator: TaskGenerator | ExampleGenerator, key: Key, kinds: Sequence[str], axes: int
+) -> Params:
+    """Weights of one generator for each kind of a network's weights."""
+    keys = jax.random.split(key, len(kinds))
+    return {
+        kind: generator.init(own, jnp.zeros((1,) * axes))["params"]
+        for kind, own in zip(kinds, keys, strict=True)
+    }

@@ -1,0 +1,331 @@
+"""Layers with two time scales: slow weights that are trained, and fast weights that are handed in.
+
+A layer is called with `(x, fast=None)`. Each set of fast weights has an activation of its own, which is
+added to that of the slow ones,
+
+    z = a(W h) + a(W* h),
+
+a sum of activations and not of weights. Without fast weights, or with fast weights of zero, a layer is its
+slow self. Two modules that make fast weights from gradients, one coordinate at a time, are here too.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from jaxmeta.core import Key, Model, Params
+from jaxmeta.nn.conv import conv
+from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, log_and_sign
+from jaxmeta.nn.embedding import max_pool_2x2
+
+# None; a tree like the slow weights, from which layers may be missing; or a tuple of such trees.
+Fast = Mapping[str, Any] | tuple[Any, ...] | None
+Activation = Callable[[Array], Array]
+PREPROCESS = 7.0
+
+
+def published_init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
+    """U[−0.1, 0.1), which all slow weights of the published networks begin from."""
+    return jax.random.uniform(key, shape, dtype, -0.1, 0.1)
+
+
+def fast_of_layer(fast: Fast, name: str) -> Any:
+    """The part of a network's fast weights that is of its layer `name`; None where there is none.
+
+    Examples:
+      >>> fast_of_layer({"fc": {"kernel": 1}}, "fc"), fast_of_layer({"fc": {"kernel": 1}}, "head")
+      ({'kernel': 1}, None)
+      >>> fast_of_layer(({"fc": 1}, {"fc": 2}), "fc")
+      (1, 2)
+    """
+    if isinstance(fast, tuple):
+        return tuple(fast_of_layer(each, name) for each in fast)
+    return None if fast is None else fast.get(name)
+
+
+def _kernels(slow: Array, fast: Fast) -> list[Array]:
+    """The slow kernel, and those of all fast weights."""
+    sets = fast if isinstance(fast, tuple) else (fast,)
+    given = [each["kernel"] for each in sets if each is not None]
+    for kernel in given:
+        if kernel.shape != slow.shape:
+            raise ValueError(
+                f"fast: got a kernel of shape {kernel.shape} for a layer whose own is {slow.shape}; they "
+                "must agree; jax.vmap over examples gives each fast weights of its own"
+            )
+    return [slow, *given]
+
+
+def _sum_of_activations(
+    product: Callable[[Array, Array], Array],
+    x: Array,
+    kernels: Sequence[Array],
+    activation: Activation | None,
+) -> Array:
+    x, *kernels = promote_dtype(x, *kernels, dtype=None)
+    terms = [product(x, kernel) for kernel in kernels]
+    first, *others = terms if activation is None else map(activation, terms)
+    return sum(others, start=first)
+
+
+class AugmentedDense(linen.Module):
+    """A linear layer without bias, a(W h) + a(W* h).
+
+    Attributes:
+      features: of the output.
+      activation: a; None for W h + W* h.
+      kernel_init: of the slow weights.
+
+    Raises:
+      ValueError: fast weights of another shape than the slow ones.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> layer, h = AugmentedDense(1), jnp.ones((1, 1))
+      >>> plus, minus = {"kernel": jnp.ones((1, 1))}, {"kernel": -jnp.ones((1, 1))}
+      >>> float(layer.apply({"params": plus}, h, minus)[0, 0])  # the weights add up to 0
+      1.0
+
+    References:
+      Munkhdalai & Yu, Meta Networks, 2017, section 3.3.
+    """
+
+    features: int
+    activation: Activation | None = jax.nn.relu
+    kernel_init: Callable = published_init
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "n d"], fast: Fast = None) -> Float[Array, "n features"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        return _sum_of_activations(jnp.matmul, x, _kernels(kernel, fast), self.activation)
+
+
+class AugmentedConv(linen.Module):
+    """A convolution without bias, a(W ∗ h) + a(W* ∗ h).
+
+    Under `jax.vmap` over examples that have fast weights of their own the slow kernel stays one.
+
+    Attributes:
+      features: output channels.
+      kernel_size, strides, padding: as of `jm.nn.conv`.
+      activation: a; None for a sum of convolutions.
+      kernel_init: of the slow weights.
+
+    Raises:
+      ValueError: fast weights of another shape than the slow ones.
+
+    References:
+      Munkhdalai & Yu, Meta Networks, 2017, section 3.3.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "SAME"
+    activation: Activation | None = jax.nn.relu
+    kernel_init: Callable = published_init
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "n h w c"], fast: Fast = None) -> Float[Array, "n h2 w2 features"]:
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
+
+        def convolved(x: Array, own: Array) -> Array:
+            return conv(x, own, self.strides, self.padding)
+
+        return _sum_of_activations(convolved, x, _kernels(kernel, fast), self.activation)
+
+
+def max_pool_2x2_ceil(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """2×2 maximum with stride 2; an odd last row or column is a window of its own.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> max_pool_2x2_ceil(-jnp.ones((1, 3, 5, 1))).shape
+      (1, 2, 3, 1)
+    """
+    edges = ((0, 0, 0), *((0, size % 2, 0) for size in x.shape[1:3]), (0, 0, 0))
+    return max_pool_2x2(jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), edges))
+
+
+class AugmentedCNN(linen.Module):
+    """Meta Networks' network for Omniglot: 3×3 convolutions with ReLU and 2×2 max-pooling, and linear layers.
+
+    No biases, no normalisation. 28×28 images shrink to 14, 7, 4, 2 and 1. With `ways`, a base learner: "fc"
+    has a ReLU and "head" is linear; 148,032 weights of convolutions and 4,416 others for 5 ways, 152,448.
+    Without, an embedding, whose last layer "fc" is linear.
+
+    Attributes:
+      ways: width of "head"; None for an embedding.
+      filters: channels of every convolution, "conv_0", …
+      blocks: how many convolutions; with none, a network of linear layers, for inputs of any shape.
+      features: width of "fc".
+      kernel_init: of the slow weights.
+
+    Raises:
+      ValueError: fast weights of another shape than the slow ones.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> network, x = AugmentedCNN(ways=5), jnp.ones((3, 28, 28, 1))
+      >>> slow = network.init(jax.random.key(0), x)["params"]
+      >>> sum(leaf.size for leaf in jax.tree.leaves(slow))
+      152448
+      >>> fast = jax.tree.map(jnp.zeros_like, slow)
+      >>> bool((network.apply({"params": slow}, x, fast) == network.apply({"params": slow}, x)).all())
+      True
+
+    References:
+      Munkhdalai & Yu, Meta Networks, 2017, section 4.1.1, and the official code, whose pooling does not drop
+      an odd last row.
+    """
+
+    ways: int | None = None
+    filters: int = 64
+    blocks: int = 5
+    features: int = 64
+    kernel_init: Callable = published_init
+
+    @linen.compact
+    def __call__(self, x: Float[Array, " n *shape"], fast: Fast = None) -> Float[Array, "n out"]:
+        for i in range(self.blocks):
+            name = f"conv_{i}"
+            layer = AugmentedConv(self.filters, kernel_init=self.kernel_init, name=name)
+            x = max_pool_2x2_ceil(layer(x, fast_of_layer(fast, name)))
+        x = x.reshape(x.shape[0], -1)
+        activation = None if self.ways is None else jax.nn.relu
+        fc = AugmentedDense(self.features, activation, self.kernel_init, name="fc")
+        x = fc(x, fast_of_layer(fast, "fc"))
+        if self.ways is None:
+            return x
+        head = AugmentedDense(self.ways, None, self.kernel_init, name="head")
+        return head(x, fast_of_layer(fast, "head"))
+
+
+class Augmented(NamedTuple):
+    """A network of slow and fast weights as pure functions.
+
+    Attributes:
+      init: `(key, x) -> slow`.
+      apply: `(slow, x, fast=None) -> outputs`.
+    """
+
+    init: Callable[[Key, Array], Params]
+    apply: Callable[..., Array]
+
+
+def as_augmented(network: linen.Module | Augmented | Model, argument: str = "network") -> Augmented:
+    """`network` as an `Augmented`, which passes through unchanged.
+
+    Args:
+      network: a module of flax.linen that is called with `(x, fast=None)`, made of `AugmentedConv` and
+        `AugmentedDense`; or pure functions that take `fast` likewise.
+      argument: what errors name.
+
+    Raises:
+      ValueError: `network` takes no `fast`; or, at `init`, keeps state besides its weights.
+    """
+    call = type(network).__call__ if isinstance(network, linen.Module) else getattr(network, "apply", None)
+    if call is None or "fast" not in inspect.signature(call).parameters:
+        raise ValueError(
+            f"{argument}: got a {type(network).__name__} whose call takes no `fast`; it must be called with "
+            "(x, fast=None), as jm.nn.AugmentedCNN is, and modules of jm.nn.AugmentedConv and AugmentedDense"
+        )
+    if not isinstance(network, linen.Module):
+        return Augmented(network.init, network.apply)
+
+    def init(key: Key, x: Array) -> Params:
+        variables = network.init(key, x)
+        if set(variables) != {"params"}:
+            raise ValueError(
+                f"{argument}: got a {type(network).__name__} that keeps {sorted(variables)}; it must have "
+                "weights only"
+            )
+        return variables["params"]
+
+    def apply(params: Params, x: Array, fast: Fast = None) -> Any:
+        return network.apply({"params": params}, x, fast=fast)
+
+    return Augmented(init, apply)
+
+
+class TaskGenerator(linen.Module):
+    """Fast weights of a task, from the gradients of a few samples: an LSTM over them, then a linear layer.
+
+    Every coordinate has a state of its own and all share the weights. Only the last output counts.
+
+    Attributes:
+      hidden: features of the LSTM.
+      preprocess: p of `log_and_sign`.
+      kernel_init: of both layers.
+
+    References:
+      Munkhdalai & Yu, Meta Networks, 2017, section 3.1, where it is d of weights G.
+    """
+
+    hidden: int = 20
+    preprocess: float = PREPROCESS
+    kernel_init: Callable = published_init
+
+    @linen.compact
+    def __call__(
+        self, gradients: Float[Array, "steps n"], valid: Bool[Array, " steps"] | None = None
+    ) -> Float[Array, " n"]:
+        """`valid` is False for steps that are left out."""
+        steps, n = gradients.shape
+        if valid is None:
+            valid = jnp.ones(steps, bool)
+
+        cell = CoordinatewiseLSTM(self.hidden, kernel_init=self.kernel_init, name="lstm")
+        if self.is_initializing():
+            zeros = jnp.zeros((self.hidden, n), gradients.dtype)
+            cell((zeros, zeros), log_and_sign(gradients[0], self.preprocess))
+        lstm, weights = cell.unbind()
+        zeros = jnp.zeros((self.hidden, n), jnp.result_type(gradients, *jax.tree.leaves(weights)))
+
+        # Recomputed in the gradient: an LSTM's gates are five times its state, for each weight of a network.
+        @jax.checkpoint
+        def step(state: Any, now: tuple[Array, Array]) -> tuple[Any, None]:
+            gradient, counts = now
+            after, _ = lstm.apply(weights, state, log_and_sign(gradient, self.preprocess))
+            return jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, state), None
+
+        (h, _), _ = jax.lax.scan(step, (zeros, zeros), (gradients, valid))
+        return _linear(self, "output", h, 1)[0]
+
+
+class ExampleGenerator(linen.Module):
+    """Fast weights of examples, from the gradient of each: an MLP on every coordinate.
+
+    Attributes:
+      hidden: features of both hidden layers.
+      preprocess: p of `log_and_sign`.
+      kernel_init: of all layers.
+
+    References:
+      Munkhdalai & Yu, Meta Networks, 2017, section 3.2, where it is m of weights Z.
+    """
+
+    hidden: int = 20
+    preprocess: float = PREPROCESS
+    kernel_init: Callable = published_init
+
+    @linen.compact
+    def __call__(self, gradients: Float[Array, " n"]) -> Float[Array, " n"]:
+        x = log_and_sign(gradients, self.preprocess)
+        for i in range(2):
+            x = jax.nn.relu(_linear(self, f"hidden_{i}", x, self.hidden))
+        return _linear(self, "output", x, 1)[0]
+
+
+def _linear(module: Any, name: str, x: Float[Array, "d n"], features: int) -> Float[Array, "features n"]:
+    """A linear layer with bias over coordinates, which are last."""
+    kernel = module.param(f"{name}_kernel", module.kernel_init, (x.shape[0], features))
+    bias = module.param(f"{name}_bias", linen.initializers.zeros, (features,))
+    return jnp.tensordot(kernel, x, (0, 0)) + bias[:, None]

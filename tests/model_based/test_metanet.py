@@ -1,0 +1,686 @@
+"""Meta Networks: the algorithm against torch, its memory, its constants, its draws, and that it learns."""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import jaxmeta as jm
+from jaxmeta.model_based.metanet import attend, chunks, metanet, pair_loss, random_pairs
+from jaxmeta.nn.augmented import AugmentedCNN, ExampleGenerator, TaskGenerator
+
+WAYS, SHOTS, QUERIES, HIDDEN = 3, 2, 2, 4
+KEY = jax.random.key(5)
+LOSSES = ("verification", "contrastive", "xent")
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def nets(dense=False, ways=WAYS):
+    blocks = 0 if dense else 2
+    return (
+        AugmentedCNN(filters=3, blocks=blocks, features=4),
+        AugmentedCNN(ways=ways, filters=2, blocks=blocks, features=5),
+    )
+
+
+@functools.cache
+def make(dense=False, ways=WAYS, **settings):
+    """Compiled: operation by operation everything takes ten times as long."""
+    learner = metanet(*nets(dense, ways), hidden=HIDDEN, **settings)
+    return learner._replace(
+        adapt=jax.jit(learner.adapt), predict=jax.jit(learner.predict), loss=jax.jit(learner.loss)
+    )
+
+
+def task_of(seed=0, dense=False, shots=SHOTS, ways=WAYS):
+    rng = np.random.default_rng(seed)
+
+    def part(each):
+        labels = np.repeat(np.arange(ways), each)
+        x = rng.normal(size=(labels.size, *((6,) if dense else (5, 5, 1)))) + 0.5 * labels.reshape(
+            -1, *(1,) * (1 if dense else 3)
+        )
+        return jm.Batch(jnp.asarray(x), jnp.asarray(labels, jnp.int32), None, ways)
+
+    return jm.Task(part(shots), part(QUERIES))
+
+
+def params_of(learner, task, seed=1):
+    params = jax.jit(learner.init)(jax.random.key(0), task)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [
+            leaf.astype(jnp.float64) + 0.3 * jax.random.normal(key, leaf.shape, jnp.float64)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+
+
+def assert_equal(a, b, tolerance=1e-10):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+def results(learner, params, task, key=KEY):
+    (value, metrics), gradient = jax.value_and_grad(learner.loss, has_aux=True)(params, task, key)
+    adapted = learner.adapt(params, task.support, key)
+    return value, metrics, gradient, learner.predict(params, adapted, task.query.x)
+
+
+# --- Against torch -----------------------------------------------------------------------------------
+
+
+class Torch:
+    """The paper's algorithm with loops over samples, support items and queries, and autograd's gradients."""
+
+    def __init__(self, torch, params, draws, embedding_loss="xent", base_task_weights=False):
+        self.torch, self.draws = torch, draws
+        self.embedding_loss, self.base_task_weights = embedding_loss, base_task_weights
+        self.params = jax.tree.map(
+            lambda leaf: torch.tensor(np.asarray(leaf), dtype=torch.float64, requires_grad=True), params
+        )
+
+    def net(self, slow, fasts, x, last):
+        """`last` is the layer without an activation; x is (n, h, w, c)."""
+        torch, h = self.torch, x.permute(0, 3, 1, 2)
+        for name in sorted(slow):
+            if name == "fc":
+                h = h.permute(0, 2, 3, 1).reshape(h.shape[0], -1)
+            parts = []
+            for weights in (slow, *fasts):
+                w = weights[name]["kernel"]
+                conv = name.startswith("conv")
+                z = torch.nn.functional.conv2d(h, w.permute(3, 2, 0, 1), padding=1) if conv else h @ w
+                parts.append(z if name == last else torch.relu(z))
+            h = sum(parts)
+            if name.startswith("conv"):
+                h = torch.nn.functional.max_pool2d(h, 2, ceil_mode=True)
+        return h
+
+    def embed(self, x, fasts=()):
+        return self.net(self.params["embedding"], fasts, x, "fc")
+
+    def base(self, x, fasts=()):
+        return self.net(self.params["base"], fasts, x, "head")
+
+    def pre(self, g):
+        torch = self.torch
+        eps = 1e-300
+        log = torch.clamp(torch.log(g.abs() + eps) / 7, min=-1)
+        return torch.stack([log, torch.clamp(g * np.exp(7), -1, 1)], -1)
+
+    def gradient(self, loss, slow):
+        names = list(slow)
+        found = self.torch.autograd.grad(loss, [slow[name]["kernel"] for name in names])
+        return {name: g.detach() for name, g in zip(names, found, strict=True)}
+
+    def task_fast(self, generators, gradients):
+        torch, out = self.torch, {}
+        for name in gradients[0]:
+            own = generators["conv" if name.startswith("conv") else "dense"]
+            h = c = torch.zeros(gradients[0][name].numel(), HIDDEN, dtype=torch.float64)
+            for g in gradients:
+                z = (
+                    torch.cat([self.pre(g[name].reshape(-1)), h], 1) @ own["lstm"]["kernel"]
+                    + own["lstm"]["bias"]
+                )
+                enter, candidate, forget, leave = z.chunk(4, 1)
+                c = torch.sigmoid(forget + 1) * c + torch.sigmoid(enter) * torch.tanh(candidate)
+                h = torch.sigmoid(leave) * torch.tanh(c)
+            out[name] = {
+                "kernel": (h @ own["output_kernel"] + own["output_bias"]).reshape(gradients[0][name].shape)
+            }
+        return out
+
+    def example_fast(self, gradient):
+        torch, out = self.torch, {}
+        for name, g in gradient.items():
+            own = self.params["example_generator"]["conv" if name.startswith("conv") else "dense"]
+            h = self.pre(g.reshape(-1))
+            for i in range(2):
+                h = torch.relu(h @ own[f"hidden_{i}_kernel"] + own[f"hidden_{i}_bias"])
+            out[name] = {"kernel": (h @ own["output_kernel"] + own["output_bias"]).reshape(g.shape)}
+        return out
+
+    def sample_loss(self, sample, x, y):
+        torch, functional = self.torch, self.torch.nn.functional
+        r = self.embed(x[sample])
+        head = self.params.get("embedding_head")
+        if self.embedding_loss == "xent":
+            return functional.cross_entropy(torch.relu(r) @ head["kernel"], y[sample])
+        same = float(y[sample[0]] == y[sample[1]])
+        if self.embedding_loss == "verification":
+            p = torch.sigmoid(((r[0] - r[1]).abs() * head["weights"]).sum() + head["bias"])
+            return -(same * torch.log(p) + (1 - same) * torch.log(1 - p))
+        d = torch.linalg.vector_norm(r[0] - r[1])
+        return same * d**2 + (1 - same) * torch.clamp(1.0 - d, min=0) ** 2
+
+    def loss(self, task):
+        torch, functional = self.torch, self.torch.nn.functional
+        xs, xq = (torch.tensor(np.array(part.x)) for part in task)
+        ys, yq = (torch.tensor(np.array(part.y), dtype=torch.int64) for part in task)
+        slow = self.params["embedding"], self.params["base"]
+        samples = [self.gradient(self.sample_loss(s, xs, ys), slow[0]) for s in self.draws["samples"]]
+        fast = self.task_fast(self.params["task_generator"], samples)
+        each = [
+            self.gradient(functional.cross_entropy(self.base(xs[i : i + 1]), ys[i : i + 1]), slow[1])
+            for i in range(len(ys))
+        ]
+        extra = []
+        if self.base_task_weights:
+            means = [
+                {name: sum(each[i][name] for i in chunk) / len(chunk) for name in each[0]}
+                for chunk in self.draws["chunks"]
+            ]
+            extra = [self.task_fast(self.params["base_task_generator"], means)]
+        values = [self.example_fast(g) for g in each]
+        keys = self.embed(xs, [fast])
+        total = 0.0
+        for i in range(len(yq)):
+            r = self.embed(xq[i : i + 1], [fast])
+            attention = torch.softmax(functional.cosine_similarity(keys, r, dim=1), 0)
+            read = {
+                name: {"kernel": sum(a * v[name]["kernel"] for a, v in zip(attention, values, strict=True))}
+                for name in values[0]
+            }
+            total = total + functional.cross_entropy(self.base(xq[i : i + 1], [*extra, read]), yq[i : i + 1])
+        return total / len(yq)
+
+
+@pytest.mark.parametrize(
+    ("embedding_loss", "base_task_weights"),
+    [("xent", False), ("verification", False), ("contrastive", False), ("xent", True)],
+)
+def test_loss_and_meta_gradient_are_those_of_the_algorithm_in_torch(embedding_loss, base_task_weights):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    task = task_of(1)
+    learner = make(embedding_loss=embedding_loss, base_task_weights=base_task_weights, samples=4)
+    params = params_of(learner, task)
+    mask = jnp.ones(WAYS * SHOTS, bool)
+
+    def both_kinds(key):
+        pairs = np.array(random_pairs(jax.random.split(jax.random.split(key)[1])[0], mask, 4)[0])
+        labels = np.asarray(task.support.y)[pairs]
+        return np.unique(labels[:, 0] == labels[:, 1]).size == 2
+
+    # Of pairs of one class and of two, or half of a loss of pairs is not looked at.
+    key = next(filter(both_kinds, jax.random.split(KEY, 50)))
+    for_embedding, for_base = jax.random.split(jax.random.split(key)[1])
+
+    def lists(key):
+        which, real = chunks(key, mask, 4)
+        return [[int(i) for i in w[r]] for w, r in zip(np.array(which), np.array(real), strict=True)]
+
+    draws = {"samples": lists(for_embedding), "chunks": lists(for_base)}
+    if embedding_loss != "xent":
+        draws["samples"] = np.array(random_pairs(for_embedding, mask, 4)[0]).tolist()
+    reference = Torch(torch, params, draws, embedding_loss, base_task_weights)
+    expected = reference.loss(task)
+    expected.backward()
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, task, key)[0]))(params)
+    np.testing.assert_allclose(float(value), expected.item(), rtol=1e-11)
+    expected = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy(), reference.params
+    )
+    assert_equal(gradient, expected, 1e-10)
+    for name, own in gradient.items():
+        if name != "embedding_head":
+            assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(own)) > 1e-6, name
+
+
+# --- What the paper says of it ------------------------------------------------------------------------
+
+
+def without_output(generators):
+    """Generators whose last layer is zero."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.zeros_like(leaf) if "output" in jax.tree_util.keystr(path) else leaf,
+        generators,
+    )
+
+
+def test_generators_of_zero_leave_the_slow_networks_exactly():
+    task = task_of()
+    learner = make(base_task_weights=True)
+    params = params_of(learner, task)
+    params |= {name: without_output(params[name]) for name in params if name.endswith("generator")}
+    adapted = learner.adapt(params, task.support, KEY)
+    embedding, base = nets()
+    np.testing.assert_array_equal(
+        adapted["keys"], embedding.apply({"params": params["embedding"]}, task.support.x)
+    )
+    np.testing.assert_array_equal(
+        learner.predict(params, adapted, task.query.x),
+        jax.vmap(lambda x: base.apply({"params": params["base"]}, x[None])[0])(task.query.x),
+    )
+
+
+def test_equal_keys_are_read_as_the_mean_of_all_values():
+    task = task_of()
+    same = dataclasses.replace(task.support, x=jnp.broadcast_to(task.support.x[:1], task.support.x.shape))
+    learner = make(embedding_loss="xent")
+    params = params_of(learner, task)
+    adapted = learner.adapt(params, same, KEY)
+    np.testing.assert_allclose(attend(adapted["keys"], adapted["mask"], adapted["keys"]), 1 / 6, rtol=1e-12)
+    # Labels differ, and so do gradients.
+    assert np.ptp(adapted["values"]["head"]["kernel"], axis=0).max() > 1e-3
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), adapted["values"])
+    expected = nets()[1].apply({"params": params["base"]}, task.query.x, mean)
+    np.testing.assert_allclose(learner.predict(params, adapted, task.query.x), expected, atol=1e-12)
+
+
+def test_a_support_set_of_one_is_read_whatever_the_key():
+    task = task_of(shots=1, ways=1)
+    learner = make(ways=1, embedding_loss="xent")
+    params = params_of(learner, task)
+    adapted = learner.adapt(params, task.support, KEY)
+    alone = jax.tree.map(lambda leaf: leaf[0], adapted["values"])
+    expected = nets(ways=1)[1].apply({"params": params["base"]}, task.query.x, alone)
+    for keys in (adapted["keys"], -adapted["keys"], jnp.zeros_like(adapted["keys"])):
+        found = learner.predict(params, adapted | {"keys": keys}, task.query.x)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_order_of_the_support_matters_to_the_weights_of_the_task_alone():
+    task = task_of()
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    moved = jax.tree.map(lambda leaf: leaf[order], task.support)
+    minus = make(task_weights=False)
+    params = params_of(minus, task)
+    assert_equal(results(minus, params, task._replace(support=moved)), results(minus, params, task), 1e-10)
+
+    learner = make(embedding_loss="xent")
+    params = params_of(learner, task)
+    adapted = learner.adapt(params, task.support, KEY)
+    memory = {name: adapted[name] for name in ("keys", "values", "mask")}
+    permuted = adapted | jax.tree.map(lambda leaf: leaf[order], memory)
+    assert_equal(
+        learner.predict(params, permuted, task.query.x), learner.predict(params, adapted, task.query.x)
+    )
+    other = learner.adapt(params, moved, KEY)
+    assert np.abs(other["embedding"]["fc"]["kernel"] - adapted["embedding"]["fc"]["kernel"]).max() > 1e-6
+    assert_equal(other["values"], jax.tree.map(lambda leaf: leaf[order], adapted["values"]))
+
+
+def test_gradients_that_make_fast_weights_are_constants():
+    """∂loss is that of the same computation from numbers, in which no gradient was ever taken."""
+    task = task_of(dense=True)
+    learner = make(dense=True, embedding_loss="contrastive", samples=3)
+    params = params_of(learner, task)
+    embedding, base = nets(dense=True)
+    support, query = task
+    pairs, _ = random_pairs(jax.random.split(jax.random.split(KEY)[1])[0], jnp.ones(6, bool), 3)
+
+    def pair(slow, which):
+        r = embedding.apply({"params": slow}, support.x[which])
+        return pair_loss("contrastive", None, r[0], r[1], support.y[which[0]] == support.y[which[1]])
+
+    def one(slow, x, y):
+        logits = base.apply({"params": slow}, x[None])[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    of_pairs, of_examples = (
+        jax.tree.map(np.array, jax.vmap(jax.grad(loss), in_axes)(params[name], *inputs))
+        for loss, in_axes, name, inputs in (
+            (pair, (None, 0), "embedding", (pairs,)),
+            (one, (None, 0, 0), "base", (support.x, support.y)),
+        )
+    )
+
+    def from_constants(params):
+        def task_fast(g):
+            flat = g.reshape(g.shape[0], -1)
+            generator = {"params": params["task_generator"]["dense"]}
+            return TaskGenerator(HIDDEN).apply(generator, jnp.asarray(flat)).reshape(g.shape[1:])
+
+        def example_fast(g):
+            generator = {"params": params["example_generator"]["dense"]}
+            return ExampleGenerator(HIDDEN).apply(generator, jnp.asarray(g.reshape(-1))).reshape(g.shape)
+
+        fast = jax.tree.map(task_fast, of_pairs)
+        values = jax.tree.map(example_fast, of_examples)
+        keys, r = (embedding.apply({"params": params["embedding"]}, part.x, fast) for part in task)
+        attention = attend(keys, jnp.ones(6, bool), r)
+        outputs = [
+            base.apply(
+                {"params": params["base"]},
+                query.x[i : i + 1],
+                jax.tree.map(lambda v, i=i: jnp.tensordot(attention[i], v, 1), values),
+            )
+            for i in range(6)
+        ]
+        return jm.losses.cross_entropy(jnp.concatenate(outputs), query.y)
+
+    found = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, task, KEY)[0]))(params)
+    assert_equal(found, jax.jit(jax.value_and_grad(from_constants))(params), 1e-10)
+
+
+def test_variants_have_the_parameters_they_use():
+    task = task_of()
+    always = {"embedding", "base", "example_generator"}
+    for settings, more in (
+        ({}, {"task_generator", "embedding_head"}),
+        ({"embedding_loss": "xent"}, {"task_generator", "embedding_head"}),
+        ({"embedding_loss": "contrastive"}, {"task_generator"}),
+        ({"task_weights": False}, set()),
+        ({"base_task_weights": True}, {"task_generator", "embedding_head", "base_task_generator"}),
+    ):
+        learner = make(**settings)
+        params = learner.init(jax.random.key(0), task)
+        assert set(params) == always | more
+        assert set(params["example_generator"]) == {"conv", "dense"}
+        adapted = jax.eval_shape(learner.adapt, params, task.support, KEY)
+        assert ("embedding" in adapted, "base" in adapted) == (
+            settings.get("task_weights", True),
+            settings.get("base_task_weights", False),
+        )
+    dense = make(dense=True).init(jax.random.key(0), task_of(dense=True))
+    assert set(dense["example_generator"]) == set(dense["task_generator"]) == {"dense"}
+
+
+def test_memory_of_the_published_network_holds_its_size():
+    learner = metanet(AugmentedCNN(), AugmentedCNN(ways=5), embedding_loss="xent")
+    part = jm.Batch(jnp.zeros((5, 28, 28, 1)), jnp.arange(5, dtype=jnp.int32), ways=5)
+    params = jax.eval_shape(learner.init, jax.random.key(0), jm.Task(part, part))
+    adapted = jax.eval_shape(learner.adapt, params, part, KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(adapted["values"])) == 5 * 152_448
+    assert adapted["keys"].shape == (5, 64)
+    assert jax.eval_shape(learner.predict, params, adapted, part.x).shape == (5, 5)
+
+
+def test_only_chosen_layers_have_fast_weights():
+    task = task_of()
+    learner = make(fast_layers=("conv_1", "fc", "head"))
+    params = params_of(learner, task)
+    adapted = learner.adapt(params, task.support, KEY)
+    assert set(adapted["values"]) == {"conv_1", "fc", "head"}
+    assert set(adapted["embedding"]) == {"conv_1", "fc"}
+    # Coordinates are made one by one: those of other layers change nothing.
+    full = make().adapt(params, task.support, KEY)
+    assert_equal(adapted["values"], {name: full["values"][name] for name in adapted["values"]})
+    assert np.isfinite(learner.predict(params, adapted, task.query.x)).all()
+
+
+# --- As every learner ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(embedding_loss):
+    return jax.jit(functools.partial(results, make(embedding_loss=embedding_loss, base_task_weights=True)))
+
+
+@pytest.mark.parametrize("embedding_loss", LOSSES)
+def test_padding_changes_nothing_wherever_it_is(embedding_loss):
+    task = task_of()
+    params = params_of(make(embedding_loss=embedding_loss, base_task_weights=True), task)
+    value, metrics, gradient, outputs = compiled(embedding_loss)(params, task)
+    places = np.array([1, 2, 4, 5, 6, 8])  # of ten
+
+    def padded(part, garbage):
+        mask = np.zeros(10, bool)
+        mask[places] = True
+        x = np.full((10, *part.x.shape[1:]), garbage)
+        x[places] = part.x
+        y = np.full(10, 1, np.int32)
+        y[places] = part.y
+        return jm.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), part.ways)
+
+    for garbage in (np.nan, np.inf, 1e30):
+        found = compiled(embedding_loss)(params, jm.Task(*(padded(part, garbage) for part in task)))
+        assert_equal(found[:3], (value, metrics, gradient), 1e-9)
+        assert_equal(found[3][places], outputs, 1e-9)
+
+
+def test_fewer_examples_than_samples_are_as_without_padding():
+    task = task_of(shots=1)
+    spread = np.array([0, 3, 4])
+    x = np.full((6, 5, 5, 1), np.nan)
+    x[spread] = task.support.x
+    support = jm.Batch(
+        jnp.asarray(x),
+        jnp.zeros(6, jnp.int32).at[spread].set(task.support.y),
+        jnp.zeros(6, bool).at[spread].set(True),
+        WAYS,
+    )
+    for embedding_loss in LOSSES:
+        learner = make(embedding_loss=embedding_loss)
+        params = params_of(learner, task)
+        assert_equal(
+            learner.loss(params, task._replace(support=support), KEY), learner.loss(params, task, KEY)
+        )
+
+
+def test_nothing_but_padding_is_the_slow_base_learner():
+    task = task_of()
+    learner = make()
+    params = params_of(learner, task)
+    adapted = learner.adapt(params, dataclasses.replace(task.support, mask=jnp.zeros(6, bool)), KEY)
+    np.testing.assert_allclose(
+        learner.predict(params, adapted, task.query.x),
+        nets()[1].apply({"params": params["base"]}, task.query.x),
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("embedding_loss", LOSSES)
+def test_vmap_over_tasks_is_a_loop(embedding_loss):
+    tasks = [task_of(seed) for seed in range(2)]
+    learner = make(embedding_loss=embedding_loss, base_task_weights=True)
+    params = params_of(learner, tasks[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    keys = jax.random.split(KEY, 2)
+    together = jax.jit(jax.vmap(functools.partial(results, learner), (None, 0, 0)))(params, stacked, keys)
+    for i, task in enumerate(tasks):
+        found = jax.tree.map(lambda leaf: leaf[i], together)  # noqa: B023
+        assert_equal(found, compiled(embedding_loss)(params, task, keys[i]))
+
+
+def test_loss_is_of_what_adapt_and_predict_give_with_the_same_key():
+    task = task_of()
+    learner = make()
+    params = params_of(learner, task)
+    value, metrics, gradient, outputs = compiled("verification")(
+        params_of(make(base_task_weights=True), task), task
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(value, jm.losses.cross_entropy(outputs, task.query.y), rtol=1e-12)
+    assert_equal(metrics, {"loss": (value, jnp.ones(())), **jm.losses.score(outputs, task.query)})
+    first, again, other = (
+        learner.adapt(params, task.support, key)["embedding"] for key in (KEY, KEY, jax.random.key(6))
+    )
+    assert_equal(first, again, 0)
+    assert np.abs(first["fc"]["kernel"] - other["fc"]["kernel"]).max() > 1e-6
+
+
+def test_queries_in_parts_are_queries_at_once():
+    task = task_of()
+    params = params_of(make(), task)
+    expected = jax.jit(functools.partial(results, make()))(params, task)
+    for some in (1, 4, 100):
+        assert_equal(jax.jit(functools.partial(results, make(queries_at_once=some)))(params, task), expected)
+
+
+def test_networks_wider_than_a_block_are_made_in_blocks(monkeypatch):
+    task = task_of()
+    params = params_of(make(), task)
+    expected = jax.jit(functools.partial(results, make()))(params, task)
+    # Not by its name, which the package gives to the function.
+    monkeypatch.setattr(sys.modules[metanet.__module__], "BLOCK", 7)
+    blocked = metanet(*nets(), hidden=HIDDEN)
+    assert_equal(jax.jit(functools.partial(results, blocked))(params, task), expected)
+
+
+def test_augmentation_is_of_images_in_training_alone():
+    task = task_of()
+    doubled = make(augment=lambda key, x: 2 * x)
+    params = params_of(doubled, task)
+    twice = jm.Task(*(dataclasses.replace(part, x=2 * part.x) for part in task))
+    assert_equal(doubled.loss(params, task, KEY), make().loss(params, twice, KEY))
+    assert_equal(doubled.adapt(params, task.support, KEY), make().adapt(params, task.support, KEY))
+
+
+# --- Draws, memory, losses of pairs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("real", "count"), [(6, 3), (7, 3), (5, 5), (9, 4), (2, 3), (1, 2)])
+def test_chunks_are_a_partition_of_sizes_that_differ_by_one(real, count):
+    mask = jnp.zeros(9, bool).at[jnp.arange(9)[:: 1 if real > 4 else 2][:real]].set(True)
+    which, there = chunks(KEY, mask, count)
+    assert which.shape == there.shape == (count, -(-9 // count))
+    assert sorted(np.array(which)[np.array(there)]) == list(np.flatnonzero(mask))
+    assert np.ptp(there.sum(1)) <= 1
+
+
+def test_chunks_are_in_random_order():
+    firsts = {int(chunks(jax.random.key(seed), jnp.ones(5, bool), 5)[0][0, 0]) for seed in range(40)}
+    assert firsts == set(range(5))
+
+
+def test_pairs_are_uniform_of_two_different_examples():
+    mask = jnp.array([False, True, True, False, True])
+    _, valid = random_pairs(KEY, mask, 3)
+    assert valid.all()
+    drawn = jax.vmap(lambda key: random_pairs(key, mask, 3)[0])(jax.random.split(KEY, 1000)).reshape(-1, 2)
+    kinds, counts = np.unique(np.array(drawn), axis=0, return_counts=True)
+    assert kinds.tolist() == [[1, 2], [1, 4], [2, 1], [2, 4], [4, 1], [4, 2]]
+    assert np.abs(counts - 500).max() < 5 * np.sqrt(500)
+    # No more than there are examples, and none of one.
+    assert random_pairs(KEY, mask, 5)[1].tolist() == [True, True, True, False, False]
+    assert not random_pairs(KEY, jnp.array([True, False]), 2)[1].any()
+
+
+def test_attention_is_the_softmax_of_cosines():
+    rng = np.random.default_rng(0)
+    keys, r = rng.normal(size=(4, 3)), rng.normal(size=(2, 3))
+    cosines = (r @ keys.T) / np.linalg.norm(r, axis=1)[:, None] / np.linalg.norm(keys, axis=1)[None]
+    found = attend(jnp.asarray(keys), jnp.ones(4, bool), jnp.asarray(r))
+    np.testing.assert_allclose(found, jax.nn.softmax(cosines), rtol=1e-10)
+    mask = jnp.array([True, False, True, True])
+    found = attend(jnp.asarray(keys), mask, jnp.asarray(r))
+    np.testing.assert_array_equal(found[:, 1], 0)
+    np.testing.assert_allclose(found[:, [0, 2, 3]], jax.nn.softmax(cosines[:, [0, 2, 3]]), rtol=1e-10)
+    gradient = jax.grad(lambda keys: attend(keys, mask, jnp.asarray(r))[0, 0])(jnp.zeros((4, 3)))
+    assert np.isfinite(gradient).all()
+
+
+def test_losses_of_pairs():
+    a, b = jnp.array([1.0, 2.0]), jnp.array([2.0, 0.0])
+    head = {"weights": jnp.array([-1.0, 0.5]), "bias": jnp.asarray(0.25)}
+    p = 1 / (1 + np.exp(-(0.25 - 1 + 1)))
+    for same, expected in ((True, -np.log(p)), (False, -np.log(1 - p))):
+        found = pair_loss("verification", head, a, b, jnp.asarray(same))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    for same, margin, expected in ((True, 1.0, 5.0), (False, 1.0, 0.0), (False, 3.0, (3 - np.sqrt(5)) ** 2)):
+        found = pair_loss("contrastive", None, a, b, jnp.asarray(same), margin)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    for kind in ("verification", "contrastive"):
+        gradient = jax.grad(lambda a, kind=kind: pair_loss(kind, head, a, a * 1.0, jnp.asarray(False)))(a)
+        assert np.isfinite(gradient).all()
+
+
+# --- Bad input ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"embedding_loss": "triplet"}, "embedding_loss must be one of .*, got 'triplet'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"queries_at_once": 0}, "queries_at_once must be at least 1, got 0"),
+        ({"margin": 0.0}, r"margin must be positive, got 0\.0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        metanet(*nets(), **settings)
+
+
+def test_networks_that_do_not_fit_are_refused():
+    embedding, base = nets()
+    task = task_of()
+    with pytest.raises(ValueError, match="embedding: got a MLP whose call takes no `fast`"):
+        metanet(jm.nn.MLP(out=4), base)
+    with pytest.raises(ValueError, match="base: got a MLP whose call takes no `fast`"):
+        metanet(embedding, jm.nn.MLP(out=4))
+    with pytest.raises(
+        ValueError, match=r"base: gives shape \(6, 5\) for 6 examples of 3 ways; it must be \(6, 3\)"
+    ):
+        make(ways=5).init(KEY, task)
+    with pytest.raises(
+        ValueError, match=r"fast_layers: got \['fd'\], and the networks' layers are \('conv_0'"
+    ):
+        make(fast_layers=("fc", "fd")).init(KEY, task)
+
+    class Maps(AugmentedCNN):
+        def __call__(self, x, fast=None):
+            return x
+
+    with pytest.raises(ValueError, match=r"embedding: gives shape \(6, 5, 5, 1\) for 6 examples"):
+        metanet(jm.nn.augmented.Augmented(lambda key, x: {}, lambda p, x, fast=None: x), base).init(KEY, task)
+
+
+def test_support_sets_that_do_not_fit_are_refused():
+    task = task_of()
+    learner = make(samples=7)
+    with pytest.raises(ValueError, match="samples: got 7 for 6 support examples; it must be at most that"):
+        learner.init(KEY, task)
+    params = make().init(KEY, task)
+    with pytest.raises(ValueError, match="samples: got 7"):
+        learner.adapt(params, task.support, KEY)
+    single = jm.Batch(task.support.x[:1], task.support.y[:1], ways=WAYS)
+    with pytest.raises(ValueError, match='tasks: got 1 support example; embedding_loss must be "xent"'):
+        make().adapt(params, single, KEY)
+    make(task_weights=False).adapt(params, single, KEY)
+    floats = dataclasses.replace(task.support, y=task.support.x[:, 0, 0])
+    with pytest.raises(
+        ValueError, match="tasks: got targets of type float64; metanet needs integer class slots"
+    ):
+        make().init(KEY, task._replace(support=floats))
+    with pytest.raises(ValueError, match="tasks: got 6 support examples and 2 class slots"):
+        make().adapt(params, dataclasses.replace(task.support, y=task.support.y[:2]), KEY)
+    with pytest.raises(ValueError, match=r"ways is None and batch\.y is traced"):
+        jax.jit(make().init)(KEY, task._replace(support=dataclasses.replace(task.support, ways=None)))
+
+
+# --- It learns ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("embedding_loss", LOSSES)
+def test_training_binds_labels_that_only_the_support_set_tells(embedding_loss):
+    """Three points of six, with the slots of their classes drawn anew for each task."""
+    learner = metanet(*nets(dense=True), hidden=8, embedding_loss=embedding_loss)
+
+    def draw(key):
+        places, noise = jax.random.split(key)
+        centres = 3 * jnp.eye(6)[jax.random.permutation(places, 6)[:WAYS]]
+        y = jnp.tile(jnp.arange(WAYS), 3)
+        x = centres[y] + 0.3 * jax.random.normal(noise, (9, 6))
+        return jm.Task(jm.Batch(x[:3], y[:3], ways=WAYS), jm.Batch(x[3:], y[3:], ways=WAYS))
+
+    optimizer = optax.adam(1e-2)
+    params = learner.init(jax.random.key(0), draw(KEY))
+
+    def mean_loss(params, key):
+        keys = jax.random.split(key, 8)
+        return jax.vmap(lambda own: learner.loss(params, draw(own), own)[0])(keys).mean()
+
+    def step(carry, key):
+        params, state = carry
+        value, gradient = jax.value_and_grad(mean_loss)(params, key)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(lambda carry, keys: lax.scan(step, carry, keys))
+    _, values = run((params, optimizer.init(params)), jax.random.split(jax.random.key(1), 400))
+    np.testing.assert_allclose(values[0], np.log(3), rtol=0.1)
+    assert values[-20:].mean() < 0.7 * np.log(3)

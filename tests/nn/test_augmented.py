@@ -1,0 +1,255 @@
+"""Layers of slow and fast weights, and the two generators of fast weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+
+import jaxmeta as jm
+from jaxmeta.nn.augmented import (
+    Augmented,
+    AugmentedCNN,
+    AugmentedConv,
+    AugmentedDense,
+    ExampleGenerator,
+    TaskGenerator,
+    as_augmented,
+    max_pool_2x2_ceil,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape) + 1).normal(size=shape))
+
+
+def drawn_like(tree, seed=1, scale=0.3):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        structure,
+        [scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)],
+    )
+
+
+def small_network(ways=3):
+    return AugmentedCNN(ways=ways, filters=4, blocks=2, features=5)
+
+
+def slow_of(network, x):
+    return drawn_like(network.init(jax.random.key(0), x)["params"], seed=2)
+
+
+def test_augmentation_is_a_sum_of_activations_and_not_of_weights():
+    def layer(slow, fast, activation=jax.nn.relu):
+        dense = AugmentedDense(1, activation)
+        return float(
+            dense.apply(
+                {"params": {"kernel": jnp.full((1, 1), slow)}},
+                jnp.ones((1, 1)),
+                {"kernel": jnp.full((1, 1), fast)},
+            )[0, 0]
+        )
+
+    assert layer(1.0, -1.0) == 1.0
+    assert layer(1.0, 1.0) == 2.0
+    assert layer(1.0, -1.0, None) == 0.0
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.relu])
+def test_layers_are_their_formula(activation):
+    a = (lambda h: h) if activation is None else activation
+    x, w, v, t = normal(2, 5, 5, 3), normal(3, 3, 3, 4), normal(3, 3, 3, 4) ** 2 - 1, normal(3, 3, 3, 4)[::-1]
+    layer = AugmentedConv(4, activation=activation)
+
+    def plain(kernel):
+        return a(
+            jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+
+    found = layer.apply({"params": {"kernel": w}}, x, {"kernel": v})
+    np.testing.assert_allclose(found, plain(w) + plain(v), atol=1e-12)
+    both = layer.apply({"params": {"kernel": w}}, x, ({"kernel": t}, {"kernel": v}))
+    np.testing.assert_allclose(both, plain(w) + plain(t) + plain(v), atol=1e-12)
+
+    h, w, v = normal(2, 3), normal(3, 4), normal(4, 3).T
+    found = AugmentedDense(4, activation).apply({"params": {"kernel": w}}, h, {"kernel": v})
+    np.testing.assert_allclose(found, a(h @ w) + a(h @ v), atol=1e-12)
+
+
+def test_the_omniglot_network_has_as_many_weights_as_the_paper():
+    x = jnp.ones((2, 28, 28, 1))
+    shapes = jax.eval_shape(AugmentedCNN(ways=5).init, jax.random.key(0), x)["params"]
+    sizes = {name: int(np.prod(layer["kernel"].shape)) for name, layer in shapes.items()}
+    assert list(shapes) == ["conv_0", "conv_1", "conv_2", "conv_3", "conv_4", "fc", "head"]
+    assert sum(size for name, size in sizes.items() if name.startswith("conv")) == 148_032
+    assert sizes["fc"] + sizes["head"] == 4_416
+    assert sum(sizes.values()) == 152_448
+    assert all(set(layer) == {"kernel"} for layer in shapes.values())
+    embedding = jax.eval_shape(AugmentedCNN().init_with_output, jax.random.key(0), x)
+    assert embedding[0].shape == (2, 64)
+    assert list(embedding[1]["params"]) == [name for name in shapes if name != "head"]
+
+
+def test_weights_begin_in_the_published_range():
+    x = jnp.ones((2, 8, 8, 1))
+    weights = np.concatenate(
+        [leaf.ravel() for leaf in jax.tree.leaves(AugmentedCNN(ways=5).init(jax.random.key(0), x)["params"])]
+    )
+    assert weights.min() >= -0.1
+    assert weights.max() < 0.1
+    np.testing.assert_allclose(weights.std(), 0.2 / np.sqrt(12), rtol=0.01)
+
+
+@pytest.mark.parametrize("ways", [None, 3])
+def test_zero_fast_weights_leave_the_slow_network_exactly(ways):
+    network, x = small_network(ways), normal(3, 9, 9, 1)
+    slow = slow_of(network, x)
+    expected = network.apply({"params": slow}, x)
+    zero = jax.tree.map(jnp.zeros_like, slow)
+    np.testing.assert_array_equal(network.apply({"params": slow}, x, zero), expected)
+    np.testing.assert_array_equal(network.apply({"params": slow}, x, (zero, zero)), expected)
+    assert np.abs(expected).max() > 0
+
+
+def test_the_last_layer_is_linear_and_the_one_before_a_head_is_not():
+    x = jnp.ones((1, 2))
+    params = {"fc": {"kernel": -jnp.ones((2, 5))}, "head": {"kernel": jnp.ones((5, 3))}}
+    network = AugmentedCNN(ways=3, blocks=0, features=5)
+    np.testing.assert_array_equal(network.apply({"params": params}, x), 0)
+    linear = {**params, "fc": {"kernel": jnp.ones((2, 5))}, "head": {"kernel": -jnp.ones((5, 3))}}
+    np.testing.assert_array_equal(network.apply({"params": linear}, x), -10)
+    embedding = AugmentedCNN(blocks=0, features=5)
+    np.testing.assert_array_equal(embedding.apply({"params": {"fc": params["fc"]}}, x), -2)
+
+
+def test_layers_without_fast_weights_are_slow():
+    network, x = small_network(), normal(2, 8, 8, 1)
+    slow = slow_of(network, x)
+    fast = drawn_like(slow)
+    some = {"fc": fast["fc"]}
+    filled = {name: fast[name] if name == "fc" else jax.tree.map(jnp.zeros_like, slow[name]) for name in slow}
+    np.testing.assert_array_equal(
+        network.apply({"params": slow}, x, some), network.apply({"params": slow}, x, filled)
+    )
+
+
+def test_fast_weights_of_each_example_are_a_loop_and_so_are_gradients():
+    network, x = small_network(), normal(4, 9, 9, 1)
+    slow = slow_of(network, x)
+    fasts = [drawn_like(slow, seed) for seed in range(4)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fasts)
+
+    def together(slow, stacked):
+        return jax.vmap(lambda x, fast: network.apply({"params": slow}, x[None], fast)[0])(x, stacked)
+
+    def loop(slow, stacked):
+        own = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(4)]  # noqa: B023
+        return jnp.concatenate([network.apply({"params": slow}, x[i : i + 1], own[i]) for i in range(4)])
+
+    np.testing.assert_allclose(together(slow, stacked), loop(slow, stacked), atol=1e-12)
+    found, expected = (
+        jax.grad(lambda *weights, run=run: jnp.square(run(*weights)).sum(), (0, 1))(slow, stacked)
+        for run in (together, loop)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+
+
+def test_pooling_keeps_the_last_odd_row_and_has_finite_gradients():
+    x = normal(2, 5, 7, 3) - 10
+    padded = np.full((2, 6, 8, 3), -np.inf)
+    padded[:, :5, :7] = x
+    expected = padded.reshape(2, 3, 2, 4, 2, 3).max((2, 4))
+    np.testing.assert_array_equal(max_pool_2x2_ceil(x), expected)
+    gradient = jax.grad(lambda x: max_pool_2x2_ceil(x).sum())(x)
+    assert set(np.unique(gradient)) == {0.0, 1.0}
+    assert gradient.sum() == expected.size
+    even = normal(1, 4, 4, 2)
+    np.testing.assert_array_equal(max_pool_2x2_ceil(even), jm.nn.max_pool_2x2(even))
+
+
+def generators():
+    g = 10.0 ** jnp.asarray(RNG.uniform(-8, 1, size=(3, 12))) * jnp.asarray(RNG.choice([-1, 1], size=(3, 12)))
+    return [(TaskGenerator(4), g), (ExampleGenerator(4), g[0])]
+
+
+def test_preprocessing_of_gradients_at_the_values_of_the_paper():
+    found = jm.nn.log_and_sign(jnp.array([0, 1, -0.01, 1e-6]), TaskGenerator().preprocess)
+    np.testing.assert_allclose(found, [[-1, 0, -0.657881, -1], [0, 1, -1, 0.00109663]], atol=1e-6)
+    assert ExampleGenerator().preprocess == TaskGenerator().preprocess == 7.0
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["task", "example"])
+def test_generators_see_one_coordinate_at_a_time(which):
+    generator, g = generators()[which]
+    params = drawn_like(generator.init(jax.random.key(0), g))
+    out = generator.apply(params, g)
+    assert out.shape == (12,)
+    order = np.random.default_rng(3).permutation(12)
+    np.testing.assert_allclose(generator.apply(params, g[..., order]), out[order], atol=1e-14)
+    jacobian = jax.jacobian(lambda g: generator.apply(params, g))(g)
+    crossed = jacobian if which else jacobian.sum(1)
+    np.testing.assert_array_equal(crossed * (1 - np.eye(12)), 0)
+    sizes = [
+        jax.tree.map(jnp.shape, generator.init(jax.random.key(0), jnp.ones((*g.shape[:-1], n))))
+        for n in (1, 50)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_generators_have_the_published_sizes():
+    task, example = (
+        jax.tree.map(lambda leaf: leaf.size, generator.init(jax.random.key(0), x)["params"])
+        for generator, x in ((TaskGenerator(), jnp.ones((1, 1))), (ExampleGenerator(), jnp.ones(1)))
+    )
+    assert task == {"lstm": {"kernel": 22 * 80, "bias": 80}, "output_kernel": 20, "output_bias": 1}
+    assert sum(example.values()) == (2 * 20 + 20) + (20 * 20 + 20) + (20 + 1)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["task", "example"])
+def test_generators_whose_last_layer_is_zero_make_nothing(which):
+    generator, g = generators()[which]
+    params = drawn_like(generator.init(jax.random.key(0), g)["params"])
+    params = params | {"output_kernel": jnp.zeros((4, 1)), "output_bias": jnp.zeros(1)}
+    np.testing.assert_array_equal(generator.apply({"params": params}, g), 0)
+
+
+def test_steps_left_out_are_as_if_they_were_not_there():
+    generator, g = generators()[0]
+    params = drawn_like(generator.init(jax.random.key(0), g))
+    found = generator.apply(params, g, jnp.array([True, False, True]))
+    np.testing.assert_allclose(found, generator.apply(params, g[::2]), atol=1e-14)
+    assert np.abs(generator.apply(params, g) - generator.apply(params, g[::-1])).max() > 1e-3
+
+
+def test_fast_weights_of_another_shape_are_refused():
+    x = jnp.ones((2, 3))
+    layer = AugmentedDense(4)
+    with pytest.raises(ValueError, match=r"fast: got a kernel of shape \(2, 3, 4\) .* own is \(3, 4\)"):
+        layer.apply(layer.init(jax.random.key(0), x), x, {"kernel": jnp.ones((2, 3, 4))})
+
+
+class Counting(linen.Module):
+    @linen.compact
+    def __call__(self, x, fast=None):
+        self.variable("counts", "calls", lambda: jnp.zeros(()))
+        return AugmentedDense(2)(x)
+
+
+def test_networks_that_take_no_fast_weights_are_refused():
+    with pytest.raises(ValueError, match=r"base: got a MLP whose call takes no `fast`"):
+        as_augmented(jm.nn.MLP(out=3), "base")
+    with pytest.raises(ValueError, match=r"network: got a Model whose call takes no `fast`"):
+        as_augmented(jm.nn.as_model(jm.nn.MLP(out=3)))
+    with pytest.raises(ValueError, match=r"network: got a int"):
+        as_augmented(3)
+    with pytest.raises(ValueError, match=r"embedding: got a Counting that keeps \['counts', 'params'\]"):
+        as_augmented(Counting(), "embedding").init(jax.random.key(0), jnp.ones((1, 3)))
+    functions = Augmented(lambda key, x: {}, lambda params, x, fast=None: x)
+    assert as_augmented(functions) == functions
