@@ -341,6 +341,7 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         ("meta_batch", 1),
         ("episodes", 2),
         ("validate_every", 1),
+        ("sequence", 1),
         ("inner_steps", 1),
         ("eval_steps", 0),
         ("inner_lr", 0),
@@ -369,6 +370,8 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
     for field in ("cg_steps", "damping"):
         if getattr(settings, field) is not None and settings.order not in (None, "implicit"):
             raise ValueError(f"{flag_of(field)}: is of --order implicit, and the order is {settings.order}")
+    if settings.label_strings is not None and settings.sequence is None:
+        raise ValueError("--strings: are labels of sequences; add --sequence T")
     if settings.norm not in spec.norms.values():
         raise ValueError(
             f"--norm: got {settings.norm}; {settings.learner} has {', '.join(spec.norms.values())}"

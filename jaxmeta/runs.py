@@ -301,9 +301,9 @@ def _results(
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in norms.items()}
         if settings.sequence is not None:
             assert isinstance(test, TaskDistribution)
-            found = evaluate_metrics(
-                presets.learner_of(settings), params, test, episodes=settings.episodes, key=test_key(seed)
-            )
+            # Its loss, which counts presentations, distorts where training does.
+            learner = presets.learner_of(dataclasses.replace(settings, distort=None))
+            found = evaluate_metrics(learner, params, test, episodes=settings.episodes, key=test_key(seed))
             results["accuracy_by_instance"] = {
                 str(number): found[f"instance_{number}"]
                 for number in range(1, len(found))

@@ -265,6 +265,8 @@ def _in_words_of_flags() -> Iterator[None]:
         for argument, flag in (
             ("path: ", "--tasks: "),
             ("data: ", "--data: "),
+            ("length: ", "--sequence: "),
+            ("strings: ", "--strings: "),
             ("skip_unreadable=True", "--skip-unreadable"),
             ("(classes)", "(--classes)"),
             ("with label", "with --label"),

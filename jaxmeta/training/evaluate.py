@@ -1,5 +1,6 @@
 """What a learner has learned: mean and 95 % confidence interval over fixed episodes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -177,7 +178,10 @@ def evaluate_metrics(
     if episodes < 1:
         raise ValueError(f"episodes: got {episodes}; it must be at least 1")
     sums = _sums(_metrics_of(learner), episodes, params, sharding.as_argument(tasks.sample), key, 0)
-    return {name: float(np.float64(total) / count) for name, (total, count) in jax.device_get(sums).items()}
+    return {
+        name: float(total) / float(count) if count else math.nan
+        for name, (total, count) in jax.device_get(sums).items()
+    }
 
 
 @lru_cache
@@ -261,10 +265,10 @@ def _sums(
     source: Source,
     key: Key,
     start: Array | int,
-) -> tuple[Params, Array]:
+) -> PyTree:
     """The statistics of `episodes` tasks, added up."""
 
-    def one(numbered: tuple[Array, Task | None]) -> tuple[Params, Array]:
+    def one(numbered: tuple[Array, Task | None]) -> PyTree:
         task, learner_key = _episode(source, key, *numbered)
         return statistics(params, task, learner_key)
 

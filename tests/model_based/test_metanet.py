@@ -22,8 +22,7 @@ LOSSES = ("verification", "contrastive", "xent")
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def nets(dense=False, ways=WAYS):
-    blocks = 0 if dense else 2
+def nets(blocks=1, ways=WAYS):
     return (
         AugmentedCNN(filters=3, blocks=blocks, features=4),
         AugmentedCNN(ways=ways, filters=2, blocks=blocks, features=5),
@@ -31,9 +30,9 @@ def nets(dense=False, ways=WAYS):
 
 
 @functools.cache
-def make(dense=False, ways=WAYS, **settings):
+def make(blocks=1, ways=WAYS, **settings):
     """Compiled: operation by operation everything takes ten times as long."""
-    learner = metanet(*nets(dense, ways), hidden=HIDDEN, **settings)
+    learner = metanet(*nets(blocks, ways), hidden=HIDDEN, **settings)
     return learner._replace(
         adapt=jax.jit(learner.adapt), predict=jax.jit(learner.predict), loss=jax.jit(learner.loss)
     )
@@ -203,7 +202,7 @@ class Torch:
 def test_loss_and_meta_gradient_are_those_of_the_algorithm_in_torch(embedding_loss, base_task_weights):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     task = task_of(1)
-    learner = make(embedding_loss=embedding_loss, base_task_weights=base_task_weights, samples=4)
+    learner = make(blocks=2, embedding_loss=embedding_loss, base_task_weights=base_task_weights, samples=4)
     params = params_of(learner, task)
     mask = jnp.ones(WAYS * SHOTS, bool)
 
@@ -314,9 +313,9 @@ def test_order_of_the_support_matters_to_the_weights_of_the_task_alone():
 def test_gradients_that_make_fast_weights_are_constants():
     """∂loss is that of the same computation from numbers, in which no gradient was ever taken."""
     task = task_of(dense=True)
-    learner = make(dense=True, embedding_loss="contrastive", samples=3)
+    learner = make(blocks=0, embedding_loss="contrastive", samples=3)
     params = params_of(learner, task)
-    embedding, base = nets(dense=True)
+    embedding, base = nets(blocks=0)
     support, query = task
     pairs, _ = random_pairs(jax.random.split(jax.random.split(KEY)[1])[0], jnp.ones(6, bool), 3)
 
@@ -383,7 +382,7 @@ def test_variants_have_the_parameters_they_use():
             settings.get("task_weights", True),
             settings.get("base_task_weights", False),
         )
-    dense = make(dense=True).init(jax.random.key(0), task_of(dense=True))
+    dense = make(blocks=0).init(jax.random.key(0), task_of(dense=True))
     assert set(dense["example_generator"]) == set(dense["task_generator"]) == {"dense"}
 
 
@@ -399,13 +398,13 @@ def test_memory_of_the_published_network_holds_its_size():
 
 def test_only_chosen_layers_have_fast_weights():
     task = task_of()
-    learner = make(fast_layers=("conv_1", "fc", "head"))
+    learner = make(blocks=2, fast_layers=("conv_1", "fc", "head"))
     params = params_of(learner, task)
     adapted = learner.adapt(params, task.support, KEY)
     assert set(adapted["values"]) == {"conv_1", "fc", "head"}
     assert set(adapted["embedding"]) == {"conv_1", "fc"}
     # Coordinates are made one by one: those of other layers change nothing.
-    full = make().adapt(params, task.support, KEY)
+    full = make(blocks=2).adapt(params, task.support, KEY)
     assert_equal(adapted["values"], {name: full["values"][name] for name in adapted["values"]})
     assert np.isfinite(learner.predict(params, adapted, task.query.x)).all()
 
@@ -658,7 +657,7 @@ def test_support_sets_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("embedding_loss", LOSSES)
 def test_training_binds_labels_that_only_the_support_set_tells(embedding_loss):
     """Three points of six, with the slots of their classes drawn anew for each task."""
-    learner = metanet(*nets(dense=True), hidden=8, embedding_loss=embedding_loss)
+    learner = metanet(*nets(blocks=0), hidden=8, embedding_loss=embedding_loss)
 
     def draw(key):
         places, noise = jax.random.split(key)
