@@ -7,7 +7,7 @@ import pytest
 import toys
 
 from jaxmeta.core import Learner
-from jaxmeta.training import Evaluation, calibrate, evaluate, evaluate_episodes
+from jaxmeta.training import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
 from jaxmeta.training.evaluate import _episodes, metric_name
 
 KEY = jax.random.key(5)
@@ -42,6 +42,25 @@ def test_each_episode_is_that_of_its_index(make):
         else:
             expected = np.square(outputs - np.asarray(task.query.y)).mean()
         assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_are_sums_over_all_episodes_by_counts_over_all():
+    tasks = toys.clusters()
+    keys = [jax.random.split(jax.random.fold_in(KEY, index))[0] for index in range(8)]
+    sums = np.array([jnp.nansum(tasks.sample(key).query.x) for key in keys])
+    limit = float(np.median(sums))
+
+    def loss(params, task, key, step=None):
+        value = jnp.nansum(task.query.x)
+        counted = jnp.where(value > limit, 1.0, 0.0)
+        return jnp.zeros(()), {"sum": (counted * value, counted), "never": (counted * 0, counted * 0)}
+
+    learner = toys.nearest_mean()._replace(loss=loss)
+    found = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=8, key=KEY)
+    assert found["sum"] == pytest.approx(sums[sums > limit].mean(), rel=1e-5)
+    assert np.isnan(found["never"])
+    with pytest.raises(ValueError, match="episodes: got 0"):
+        evaluate_metrics(learner, {}, tasks, episodes=0, key=KEY)
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(1, 1), (3, 1), (100, 1), (2, 2), (3, 2), (None, 2)])
