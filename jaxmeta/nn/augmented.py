@@ -20,7 +20,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from jaxmeta.core import Key, Model, Params
+from jaxmeta.core import Key, Params
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, log_and_sign
 from jaxmeta.nn.embedding import max_pool_2x2
@@ -220,7 +220,7 @@ class Augmented(NamedTuple):
     apply: Callable[..., Array]
 
 
-def as_augmented(network: linen.Module | Augmented | Model, argument: str = "network") -> Augmented:
+def as_augmented(network: Any, argument: str = "network") -> Augmented:
     """`network` as an `Augmented`, which passes through unchanged.
 
     Args:
