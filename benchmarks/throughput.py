@@ -9,8 +9,9 @@ each peer's meta-gradient is compared with ours at the same weights.
 
 How: every contender does its steps in turn, round after round, so that what else the machine does
 falls on all alike. A ratio is the median over rounds of peer's time / our time in the same round.
-Ours is `jm.meta_step` in one compiled loop over steps, as `jm.train` runs it, task sampling included;
-the peers get their tasks ready-made. Where PyTorch is absent ours is timed alone.
+Ours is `jm.meta_step` in one compiled loop over steps, as `jm.train` runs it, task sampling included,
+on as many devices as divide the tasks, or, where a task's examples can be shared, on all
+(`jm.train(devices=…)`); the peers get their tasks ready-made. Where PyTorch is absent ours is timed alone.
 
 Operations are counted by `operations` below, of one multiplication and one addition each. Their share of
 the machine's limit is against the best float32 matrix product found in the same run, timed in the

@@ -26,6 +26,7 @@ Params = PyTree
 Adapted = PyTree
 Key = PRNGKeyArray
 Metrics = dict[str, tuple[Array, Array]]
+Augment = Callable[[Key, Array], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -206,6 +207,11 @@ def blank_padding(batch: Batch) -> Batch:
         return jnp.where(mask.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
 
     return dataclasses.replace(batch, x=blank(batch.x), y=blank(batch.y))
+
+
+def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
+    """`batch` with `augment` applied to its images."""
+    return batch if augment is None else dataclasses.replace(batch, x=augment(key, batch.x))
 
 
 def ways_of(batch: Batch) -> int:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmeta.core import Key, Learner, Params
+from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.metric_learner import (
-    Augment,
     class_means,
     metric_learner,
     only_present,

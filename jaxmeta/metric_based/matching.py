@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxmeta.core import Key, Learner, Params
+from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.kernel import kernel_classifier, log_probabilities
-from jaxmeta.metric_based.metric_learner import Augment, metric_learner, unit
+from jaxmeta.metric_based.metric_learner import metric_learner, unit
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.full_context import full_context
 

@@ -4,7 +4,6 @@ A method's file says how it learns from embedded support examples (`fit`) and ho
 queries (`judge`); this file makes a `Learner` of the two.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,12 +13,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmeta import losses
-from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.core import (
+    Augment,
+    Batch,
+    Key,
+    Learner,
+    Metrics,
+    Params,
+    PyTree,
+    Task,
+    augmented,
+    blank_padding,
+    ways_of,
+)
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 
 NORMS = ("batch", "support", "population")
-Augment = Callable[[Key, Array], Array]
 
 
 def metric_learner(
@@ -176,11 +186,6 @@ def joined(x: Array, mask: Array | None, more: Array, more_mask: Array | None) -
         for each, given in ((x, mask), (more, more_mask))
     ]
     return jnp.concatenate([x, more]), jnp.concatenate(masks)
-
-
-def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
-    """`batch` with `augment` applied to its images."""
-    return batch if augment is None else dataclasses.replace(batch, x=augment(key, batch.x))
 
 
 def unit(z: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.core import Batch, Key, Learner, Model, Params, PyTree
+from jaxmeta.core import Augment, Batch, Key, Learner, Model, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
-    Augment,
     checked_embedding,
     class_means,
     metric_learner,

@@ -7,10 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmeta import losses
-from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
 from jaxmeta.metric_based.metric_learner import (
-    Augment,
-    augmented,
     check_norm,
     joined,
     one_hot,

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxmeta.core import Key, Learner, Params
-from jaxmeta.metric_based.metric_learner import Augment, metric_learner, only_present
+from jaxmeta.core import Augment, Key, Learner, Params
+from jaxmeta.metric_based.metric_learner import metric_learner, only_present
 from jaxmeta.nn.adapters import Network
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta.core import Batch, Key, Learner, Params
+from jaxmeta.core import Augment, Batch, Key, Learner, Params
 from jaxmeta.losses import masked_mean
 from jaxmeta.metric_based.kernel import log_probabilities
-from jaxmeta.metric_based.metric_learner import Augment, metric_learner, one_hot
+from jaxmeta.metric_based.metric_learner import metric_learner, one_hot
 from jaxmeta.nn.adapters import Network, as_model, forward
 
 

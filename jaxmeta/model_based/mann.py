@@ -1,6 +1,5 @@
 """Memory-augmented networks: an episode is a sequence, and each label comes one step late."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.core import (
+    Augment,
+    Batch,
+    Key,
+    Learner,
+    Metrics,
+    Params,
+    PyTree,
+    Task,
+    augmented,
+    blank_padding,
+    ways_of,
+)
 from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.memory import MemoryNetwork
 
@@ -21,7 +32,7 @@ def mann(
     *,
     strings: tuple[int, int] | None = None,
     shuffle: bool = True,
-    augment: Callable[[Key, Array], Array] | None = None,
+    augment: Augment | None = None,
     instances: int = 10,
 ) -> Learner:
     """Memory-augmented network, which binds examples to labels in its memory while it sees them.
@@ -35,7 +46,7 @@ def mann(
       strings: `(letters, characters)` where labels are strings (see `jm.tasks.sequences`): the network has
         one softmax for each character, and outputs are joint logits of all letters^characters strings.
       shuffle: whether the support set is put in random order first, as few-shot tasks need, whose support
-        is ordered by class. False for `jm.tasks.sequences`.
+        is ordered by class. False keeps the order of `jm.tasks.sequences`, which is a random one already.
       augment: `(key, x) -> x`, of all images in training.
       instances: of how many presentations of a class the accuracy is a metric of its own,
         "instance_1", …; what cannot come up counts nothing.
@@ -98,11 +109,7 @@ def mann(
         del step
         support, query = map(blank_padding, task)
         draw, order = jax.random.split(key)
-        if augment is not None:
-            support, query = (
-                Batch(augment(k, part.x), part.y, part.mask, part.ways)
-                for k, part in zip(jax.random.split(draw), (support, query), strict=True)
-            )
+        support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
         left, sequence, outputs = present(params, support, order)
         asked = ask(params, left, query.x)
         value = codes.loss(outputs, sequence) + codes.loss(asked, query)

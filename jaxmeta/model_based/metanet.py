@@ -1,7 +1,7 @@
 """Meta Networks: weights of three time scales, trained, of a task, and of an example."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +11,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding, ways_of
+from jaxmeta.core import (
+    Augment,
+    Batch,
+    Key,
+    Learner,
+    Metrics,
+    Params,
+    PyTree,
+    Task,
+    augmented,
+    blank_padding,
+    ways_of,
+)
+from jaxmeta.metric_based.metric_learner import unit
 from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.augmented import ExampleGenerator, TaskGenerator, as_augmented, published_init
 
@@ -34,7 +47,7 @@ def metanet(
     margin: float = 1.0,
     fast_layers: Sequence[str] | None = None,
     queries_at_once: int | None = None,
-    augment: Callable[[Key, Array], Array] | None = None,
+    augment: Augment | None = None,
 ) -> Learner:
     r"""Meta Networks: gradients of the support set become fast weights, which queries read by attention.
 
@@ -232,11 +245,7 @@ def metanet(
         del step
         support, query = map(blank_padding, task)
         draw, order = jax.random.split(key)
-        if augment is not None:
-            support, query = (
-                dataclasses.replace(part, x=augment(own, part.x))
-                for own, part in zip(jax.random.split(draw), (support, query), strict=True)
-            )
+        support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
         outputs = answer(params, learn(params, support, order), query.x)
         value = losses.cross_entropy(outputs, query.y, query.mask)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
@@ -264,13 +273,8 @@ def attend(
       [[0.5, 0.5, 0.0]]
     """
     # Cosines need no maximum taken away first.
-    scores = jnp.where(mask[None, :], jnp.exp(_unit(r) @ _unit(keys).T), 0)
+    scores = jnp.where(mask[None, :], jnp.exp(unit(r) @ unit(keys).T), 0)
     return scores / jnp.maximum(scores.sum(-1, keepdims=True), jnp.exp(-2.0))
-
-
-def _unit(rows: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
-    # Bounded within the root: the derivative of a norm at a row of zeros, as of padding, would be infinite.
-    return rows * lax.rsqrt(jnp.maximum(jnp.square(rows).sum(-1, keepdims=True), 1e-12))
 
 
 def pair_loss(

@@ -184,6 +184,7 @@ def evaluate_metrics(
     }
 
 
+# One function for a learner, so that what was compiled for it is found again.
 @lru_cache
 def _metrics_of(learner: Learner) -> Callable:
     return lambda params, task, key: learner.loss(params, task, key)[1]
