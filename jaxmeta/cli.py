@@ -77,7 +77,8 @@ class TrainFlags(TypedDict, total=False):
         str,
         _flag(
             "strided-conv4, strided-conv4-flat, conv4, conv4-32, resnet12, mlp, koch (105x105), relation; of "
-            "mann: lrua, lrua-feed-forward, ntm, lstm, feed-forward",
+            "mann: lrua, lrua-feed-forward, ntm, lstm, feed-forward; of metanet: augmented-cnn, "
+            "augmented-cnn-32",
             "NAME",
             "(default: the preset's)",
         ),
@@ -137,6 +138,11 @@ class TrainFlags(TypedDict, total=False):
     strings: Annotated[
         str, _flag("mann: labels are strings, of so many letters and characters", "L,C", "(default: classes)")
     ]
+    embedding_loss: Annotated[
+        Literal["xent", "contrastive", "verification"],
+        _flag("metanet: of the embedding, whose gradients become its fast weights"),
+    ]
+    task_weights: Annotated[bool, _flag("metanet: no fast weights of the task for the embedding", default="")]
     outer_lr: Annotated[float, _flag("step size of the meta-optimizer (Adam, of reptile SGD)", "β")]
     schedule: Annotated[Literal["constant", "cosine", "linear"], _flag("of --outer-lr over the run")]
     clip: Annotated[float, _flag("largest absolute value of an entry of the meta-gradient", "C")]

@@ -28,7 +28,7 @@ from jaxmeta.metric_based import (
     simple_shot,
 )
 from jaxmeta.metric_based.pretrained import released_sgd
-from jaxmeta.model_based import mann
+from jaxmeta.model_based import mann, metanet
 from jaxmeta.optimization_based import (
     anil,
     boil,
@@ -71,6 +71,8 @@ NETWORKS: dict[str, Callable[[Any], Any]] = {
     "ntm": lambda out: nn.MemoryNetwork(out, nn.NTM()),
     "lstm": lambda out: nn.MemoryNetwork(out, None),
     "feed-forward": lambda out: nn.MemoryNetwork(out, None, controller="feed_forward"),
+    "augmented-cnn": lambda out: nn.AugmentedCNN(out),
+    "augmented-cnn-32": lambda out: nn.AugmentedCNN(out, filters=32),
 }
 
 
@@ -316,6 +318,22 @@ def _mann(network: nn.MemoryNetwork, settings: Preset, norm: str) -> Learner:
     )
 
 
+def _embedding_and_base(settings: Preset) -> tuple[nn.AugmentedCNN, nn.AugmentedCNN]:
+    network = NETWORKS[settings.network]
+    return network(None), network(settings.train_ways)
+
+
+def _metanet(networks: tuple[Any, Any], settings: Preset, norm: str) -> Learner:
+    del norm
+    flags = {name: flag_of(name) for name in ("embedding_loss", "task_weights")}
+    with _said_of_flags(flags):
+        return metanet(
+            *networks,
+            augment=distort if settings.distort else None,
+            **_given("embedding_loss", "task_weights")(settings),
+        )
+
+
 _STEPS = ("inner_steps", "eval_steps", "report_steps")
 _DESCENT = (*_STEPS, "inner_lr", "inner_batch")
 _UNROLLED = (*_DESCENT, "memory", "truncation")
@@ -492,6 +510,28 @@ LEARNERS: dict[str, LearnerSpec] = {
             "meta_batch": 16,
             # Time is what goes one by one: all sequences of a device take each step together.
             "strategy": "vmap",
+        },
+    ),
+    "metanet": LearnerSpec(
+        metanet,
+        "model-based",
+        "gradients of the support set become fast weights (Munkhdalai & Yu 2017)",
+        _metanet,
+        takes=("embedding_loss", "task_weights", "distort"),
+        norms={"inductive": "none"},
+        kinds=("classification",),
+        networks=("augmented-cnn", "augmented-cnn-32"),
+        network=_embedding_and_base,
+        defaults=lambda preset: {
+            "network": "augmented-cnn",
+            "norm": "none",
+            # The paper has it for one example of each class, and the official code always.
+            "embedding_loss": "xent",
+            "task_weights": True,
+            "outer_lr": 1e-3,
+            "schedule": "constant",
+            "train_queries": 10,
+            "meta_batch": 2,
         },
     ),
 }

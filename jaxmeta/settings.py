@@ -50,6 +50,8 @@ class Preset:
       scale: of cosines.
       head: of a baseline: "linear" or "cosine".
       context_steps: attention steps of full context embeddings; None for none.
+      embedding_loss: of MetaNet: "xent", "contrastive" or "verification"; see `jm.metanet`.
+      task_weights: whether MetaNet's embedding has fast weights of the task.
       distort: whether training images are turned, sheared, scaled and shifted at random.
       sequence: steps of a sequence that the support set is, labels one step late; None for an ordinary one.
       strings: "letters,characters" where labels are strings of characters; None for class slots.
@@ -108,6 +110,8 @@ class Preset:
     scale: float | None = None
     head: str | None = None
     context_steps: int | None = None
+    embedding_loss: str | None = None
+    task_weights: bool | None = None
     distort: bool | None = None
     sequence: int | None = None
     strings: str | None = None

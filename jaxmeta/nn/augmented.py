@@ -289,8 +289,6 @@ class TaskGenerator(linen.Module):
         lstm, weights = cell.unbind()
         zeros = jnp.zeros((self.hidden, n), jnp.result_type(gradients, *jax.tree.leaves(weights)))
 
-        # Recomputed in the gradient: an LSTM's gates are five times its state, for each weight of a network.
-        @jax.checkpoint
         def step(state: Any, now: tuple[Array, Array]) -> tuple[Any, None]:
             gradient, counts = now
             after, _ = lstm.apply(weights, state, log_and_sign(gradient, self.preprocess))

@@ -249,6 +249,8 @@ def report_markdown(report: dict[str, Any]) -> str:
         "head": config["head"],
         "scale": config["scale"],
         "attention steps of full context embeddings": config["context_steps"],
+        "embedding loss": config["embedding_loss"],
+        "fast weights of the task": {True: "yes", False: "no", None: None}[config["task_weights"]],
         "training images distorted": config["distort"] or None,
         "order": config["order"],
         "weight of the proximal term": config["proximal"],

@@ -513,7 +513,8 @@ def test_networks_wider_than_a_block_are_made_in_blocks(monkeypatch):
     params = params_of(make(), task)
     expected = jax.jit(functools.partial(results, make()))(params, task)
     # Not by its name, which the package gives to the function.
-    monkeypatch.setattr(sys.modules[metanet.__module__], "BLOCK", 7)
+    for name in ("CPU_BLOCK", "BLOCK"):
+        monkeypatch.setattr(sys.modules[metanet.__module__], name, 7)
     blocked = metanet(*nets(), hidden=HIDDEN)
     assert_equal(jax.jit(functools.partial(results, blocked))(params, task), expected)
 
