@@ -1,5 +1,5 @@
-"""Times our meta-steps beside PyTorch's, on the same shapes, in one run: second-order MAML's, and that of
-prototypical networks.
+"""Times our meta-steps beside PyTorch's, on the same shapes, in one run: second-order MAML's, and those of
+prototypical, memory-augmented and Meta Networks.
 
     python benchmarks/throughput.py [--rows omniglot …] [--no-peers] [--loop] [--json FILE]
 
@@ -13,9 +13,8 @@ Ours is `jm.meta_step` in one compiled loop over steps, as `jm.train` runs it, t
 on as many devices as divide the tasks, or, where a task's examples can be shared, on all
 (`jm.train(devices=…)`); the peers get their tasks ready-made. Where PyTorch is absent ours is timed alone.
 
-Operations are counted by `operations` below, of one multiplication and one addition each. Their share of
-the machine's limit is against the best float32 matrix product found in the same run, timed in the
-same rounds.
+Shapes, and the count of operations, are in rows.py. Their share of the machine's limit is against the best
+float32 matrix product found in the same run, timed in the same rounds.
 """
 
 import argparse
@@ -35,111 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from machine import MatrixProduct, cores, describe_machine
+from rows import ROWS
 
 import jaxmeta as jm
 from jaxmeta.training import sharding
 
 TOLERANCE = 1e-2
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Shapes of one comparison; `features` is the width of what the linear head sees.
-
-    Without inner steps, the method is prototypical networks, and there is no head.
-    """
-
-    image: tuple[int, int, int]
-    filters: int
-    strided: bool
-    features: int
-    queries: int
-    inner_steps: int
-    inner_lr: float
-    meta_batch: int
-    ways: int = 5
-    shots: int = 1
-    outer_lr: float = 1e-3
-
-    def network(self):
-        kind = jm.nn.StridedConv4 if self.strided else jm.nn.Conv4
-        return kind(ways=self.ways if self.inner_steps else None, filters=self.filters)
-
-    def learner(self, order: str) -> jm.Learner:
-        if not self.inner_steps:
-            return jm.prototypical(self.network())
-        return jm.maml(
-            self.network(), inner_optimizer=optax.sgd(self.inner_lr), steps=self.inner_steps, order=order
-        )
-
-
-ROWS = {
-    # Finn et al. 2017: 5-way 1-shot, the strided network with a spatial mean, one inner step.
-    "omniglot": Row((28, 28, 1), 64, True, 64, queries=1, inner_steps=1, inner_lr=0.4, meta_batch=32),
-    # The same paper's mini-ImageNet setting: max-pooled network, five inner steps.
-    "mini-imagenet": Row((84, 84, 3), 32, False, 800, queries=15, inner_steps=5, inner_lr=0.01, meta_batch=4),
-    # Snell et al. 2017: 60-way 1-shot training on Omniglot, one task a step.
-    "prototypical": Row(
-        (28, 28, 1), 64, False, 64, queries=5, inner_steps=0, inner_lr=0.0, meta_batch=1, ways=60
-    ),
-}
-
-
-def operations(row: Row, order: str) -> int:
-    """Floating-point operations of one meta-step: 2 × multiply-adds of convolutions and head.
-
-    A linear layer is y = A(x, w). Per image and layer, in units of one forward pass (M multiply-adds):
-
-        pass                                             first layer   other layers
-        y = A(x, w)                                           1             1
-        its gradient: w̄ = ȳ·x, x̄ = ȳ·w                        1             2
-        the gradient's gradient: of w̄ to ȳ and x, of x̄
-        to ȳ and w, of y to x and w                           2             6
-
-    The first layer's input is data: x̄ and every term that starts from it or leads to it are absent.
-    Of the third line it keeps w̄ to ȳ and y to w. Forward-over-reverse has as many: each of the three
-    bilinear maps has two tangents.
-
-    Support images take part in every inner step: 1 + 1 + 2 units there (first layer) or 1 + 2 + 6
-    (others) in second order, 1 + 1 or 1 + 2 in first. Query images take part once, in the outer
-    gradient: 1 + 1 or 1 + 2. M of a convolution is out_h · out_w · 9 · c_in · c_out, the border's
-    products with zeros included, as is usual. Prototypical networks have one pass over all images and its
-    gradient, 1 + 1 or 1 + 2, and the distances. Not counted: normalisation, ReLU, pooling, losses,
-    updates, and whatever an implementation computes twice to save memory.
-    """
-    (height, width, channels), layers = row.image, []
-    for _ in range(4):
-        if row.strided:
-            height, width = -(-height // 2), -(-width // 2)
-        layers.append(height * width * 9 * channels * row.filters)
-        if not row.strided:
-            height, width = height // 2, width // 2
-        channels = row.filters
-    if not row.inner_steps:
-        images = row.ways * (row.shots + row.queries)
-        distances = 3 * row.ways * row.ways * row.queries * row.features
-        return 2 * row.meta_batch * (images * (2 * layers[0] + 3 * sum(layers[1:])) + distances)
-    layers.append(row.features * row.ways)
-
-    support = row.ways * row.shots * row.inner_steps
-    query = row.ways * row.queries
-    first, other = (4, 9) if order == "second" else (2, 3)
-    macs = layers[0] * (support * first + query * 2) + sum(layers[1:]) * (support * other + query * 3)
-    return 2 * macs * row.meta_batch
-
-
-def make_tasks(row: Row, count: int, seed: int) -> jm.Task:
-    """`count` fixed tasks of random images, one class apart from the next by its own mean image."""
-    rng = np.random.default_rng(seed)
-    means = rng.normal(size=(count, row.ways, 1, *row.image))
-
-    def batch(shots):
-        noise = rng.normal(size=(count, row.ways, shots, *row.image))
-        x = (means + noise).reshape(count, row.ways * shots, *row.image).astype(np.float32)
-        y = np.tile(np.repeat(np.arange(row.ways, dtype=np.int32), shots), (count, 1))
-        return jm.Batch(x, y, ways=row.ways)
-
-    return jm.Task(batch(row.shots), batch(row.queries))
 
 
 def draw(pool, key):
@@ -157,16 +57,16 @@ class Ours:
     """`jm.meta_step` in a compiled loop whose length is an argument, as `jm.train` runs it."""
 
     def __init__(self, row, pool, order, strategy):
-        self.row, self.strategy = row, strategy
+        self.row, self.strategy = row, row.strategy if strategy is None else strategy
         self.learner = row.learner(order)
         self.tasks = as_distribution(pool)
         self.optimizer = optax.adam(row.outer_lr)
         local = jax.local_devices()
         devices = local if self.learner.divisible else local[: sharding.sharers(row.meta_batch, len(local))]
         mesh = sharding.task_mesh(row.meta_batch, devices, divisible=self.learner.divisible)
-        step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, strategy, devices=devices)
+        step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, self.strategy, devices=devices)
         state = jm.init_state(self.learner, self.optimizer, self.tasks, jax.random.key(0))
-        self.params = jax.device_get(state.params["model"])
+        self.params = jax.device_get(state.params)
         self.state = sharding.replicate(state, mesh)
         self.sample = sharding.replicate(self.tasks.sample, mesh)
 
@@ -186,9 +86,9 @@ class Ours:
         count, total = len(pool.support.y), None
         for i in range(count):
             one = as_distribution(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], pool))
-            params_now = {"model": jax.tree.map(jnp.asarray, params)}
-            state = jm.TrainState(jnp.int32(0), params_now, keep.init(params_now), jax.random.key(i))
-            found = jax.device_get(step(state, one.sample)[0].opt_state.trace["model"])
+            now = jax.tree.map(jnp.asarray, params)
+            state = jm.TrainState(jnp.int32(0), now, keep.init(now), jax.random.key(i))
+            found = jax.device_get(step(state, one.sample)[0].opt_state.trace)
             total = found if total is None else jax.tree.map(np.add, total, found)
         return jax.tree.map(lambda leaf: leaf / count, total)
 
@@ -214,6 +114,7 @@ def make_peers(row, ours, order, pool, device, names):
     """The peers that can be imported, checked against our gradient, each in its faster memory format."""
     import torch_peers
 
+    kind = torch_peers.kind_of(row)
     rng = np.random.default_rng(1)
     # Away from the initial zeros and ones, so that no term of the gradient is missing by accident.
     params = jax.tree.map(
@@ -221,13 +122,13 @@ def make_peers(row, ours, order, pool, device, names):
         ours.params,
     )
     few = jax.tree.map(lambda leaf: leaf[:2], pool)
-    expected = torch_peers.from_ours(ours.gradient(params, few), row)
+    expected = kind.from_ours(ours.gradient(params, few), row)
     flat = [(t.support.x, t.support.y, t.query.x, t.query.y) for t in (few, pool)]
     peers = {}
     for name in names:
         candidates = []
-        for channels_last in (False, True) if name in torch_peers.LOOPS else (False,):
-            peer = torch_peers.Peer(name, row, params, device, order, channels_last)
+        for channels_last in kind.formats(name):
+            peer = kind(name, row, params, device, order, channels_last)
             error = gradient_error(expected, peer.gradient(flat[0]))
             if not error < TOLERANCE:
                 raise AssertionError(f"{name}: its meta-gradient differs from ours by {error:.1e}")
@@ -267,7 +168,7 @@ def time_rounds(contenders: dict, rate, repeats: int, seconds: float) -> tuple[d
     return times, rates
 
 
-def time_loop(row, ours, strategy, repeats, steps):
+def time_loop(row, ours, repeats, steps):
     """Rate of `jm.train` relative to the bare compiled step: the median over rounds, each both ways."""
     ratios = []
     for repeat in range(repeats):
@@ -279,7 +180,7 @@ def time_loop(row, ours, strategy, repeats, steps):
             steps=steps,
             key=jax.random.key(repeat),
             meta_batch=row.meta_batch,
-            strategy=strategy,
+            strategy=ours.strategy,
             report=seen.append,
         )
         in_loop = steps / sum(
@@ -308,18 +209,18 @@ def torch_setting(platform_name, precision):
 def run_row(name, args, torch_device, matrix) -> dict:
     """Times one row and prints its table."""
     row = ROWS[name]
-    pool = make_tasks(row, row.meta_batch, seed=0)
+    pool = row.tasks(row.meta_batch, seed=0)
     ours = Ours(row, pool, args.order, args.strategy)
     peers = {}
     if torch_device is not None:
-        names = [peer for peer in args.peer_names if row.inner_steps or peer == "torch.autograd"]
-        peers = make_peers(row, ours, args.order, pool, torch_device, names)
+        names = [peer for peer in args.peer_names if peer in row.peers]
+        peers = make_peers(row, ours, args.order, pool, torch_device, names) if names else {}
     contenders = {"jaxmeta": ours.steps, **{peer: found["steps"] for peer, found in peers.items()}}
     times, rates = time_rounds(contenders, matrix.run, args.repeats, args.seconds)
     if not ours.finite():
         raise AssertionError(f"{name}: our parameters became non-finite")
 
-    count = operations(row, args.order)
+    count = row.operations(args.order)
     shares = [count / seconds / rate for seconds, rate in zip(times["jaxmeta"], rates, strict=True)]
     result = {
         "row": name,
@@ -345,7 +246,7 @@ def run_row(name, args, torch_device, matrix) -> dict:
         }
     print_row(result)
     if args.loop:
-        ratios = time_loop(row, ours, args.strategy, args.loop_rounds, args.loop_steps)
+        ratios = time_loop(row, ours, args.loop_rounds, args.loop_steps)
         result["loop"] = {"ratio": statistics.median(ratios), "ratios": ratios, "steps": args.loop_steps}
         print(
             f"  jm.train's own loop runs at {statistics.median(ratios):.1%} of the bare compiled step's rate"
@@ -354,13 +255,8 @@ def run_row(name, args, torch_device, matrix) -> dict:
 
 
 def print_row(result: dict) -> None:
-    setting = Row(**result["setting"])
-    print(
-        f"\n{result['row']}: {setting.ways}-way {setting.shots}-shot, queries a class {setting.queries}, "
-        f"{'strided ' if setting.strided else ''}Conv4-{setting.filters} on {setting.image}, "
-        + (f"inner steps {setting.inner_steps}" if setting.inner_steps else "prototypical networks")
-        + f", tasks {setting.meta_batch}"
-    )
+    row = ROWS[result["row"]]
+    print(f"\n{result['row']}: {row.describe()}, tasks {row.meta_batch}")
     print(f"  {'':15}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}  gradient against ours")
     for name, found in result["contenders"].items():
         note = ""
@@ -389,7 +285,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--repeats", type=int, default=9, help="rounds; a number is the median over them")
     add("--seconds", type=float, default=0.5, help="about how long each contender runs in a round")
     add("--order", choices=("second", "first"), default="second", help="of the meta-gradient")
-    add("--strategy", default="auto", help="auto, scan, vmap, or a number of tasks at a time")
+    add("--strategy", help="auto, scan, vmap, or a number of tasks at a time; each row's own unless given")
     add("--precision", default="highest", help="of JAX's matrix products; highest is float32")
     add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
     add("--loop", action=argparse.BooleanOptionalAction, default=False, help="time jm.train's loop too")
@@ -398,7 +294,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--devices", type=int, default=cores(), help="on a CPU, how many devices the cores serve as")
     add("--json", type=Path, help="file to write the results to")
     args = parser.parse_args(argv)
-    if args.strategy.isdigit():
+    if args.strategy is not None and args.strategy.isdigit():
         args.strategy = int(args.strategy)
     return args
 

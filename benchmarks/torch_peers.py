@@ -1,8 +1,8 @@
 """Meta-steps in PyTorch, MAML's in four ways, as a careful user of each library writes them.
 
 Every peer is a function `backward(net, tasks)` that adds the mean meta-gradient over `tasks` to the
-`.grad` of `net`'s parameters. They share one network, which holds the same numbers as ours (see
-`from_ours`, `to_ours`), the same batch statistics in its normalisation, and a fused Adam.
+`.grad` of `net`'s parameters. They share one network, which holds the same numbers as ours, the same batch
+statistics in its normalisation, and a fused Adam. A subclass of `Peer` is for one kind of rows.
 """
 
 import importlib
@@ -11,10 +11,8 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rows import SequenceRow
 from torch import nn
-
-# Loops over tasks may hold images channels-last; under vmap the format has no meaning.
-LOOPS = ("torch.autograd", "higher", "learn2learn")
 
 
 class SpelledBatchNorm(nn.BatchNorm2d):
@@ -60,44 +58,6 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.blocks(x)
         return self.head(x.mean((2, 3)) if self.strided else x.flatten(1))
-
-
-def from_ours(params, row):
-    """Our parameters as a dict of numpy arrays under torch's names.
-
-    With stride 2, SAME padding sits at an image's end, and torch's `padding=1` at its start. Torch's
-    network sees images and kernels mirrored, and so computes the same function with no padding pass.
-    """
-    out = {}
-    for i in range(4):
-        block = params[f"ConvNorm_{i}"]
-        kernel = block["conv"]["kernel"]
-        out[f"blocks.{i}.conv.weight"] = (kernel[::-1, ::-1] if row.strided else kernel).transpose(3, 2, 0, 1)
-        out[f"blocks.{i}.conv.bias"] = block["bias"]
-        out[f"blocks.{i}.norm.weight"] = block["norm"]["scale"]
-        out[f"blocks.{i}.norm.bias"] = block["norm"]["bias"]
-    if not row.inner_steps:
-        return out
-    head = params["head"]["kernel"]
-    if not row.strided:
-        side = round((row.features // row.filters) ** 0.5)
-        head = head.reshape(side, side, row.filters, -1).transpose(2, 0, 1, 3).reshape(row.features, -1)
-    return {**out, "head.weight": head.T, "head.bias": params["head"]["bias"]}
-
-
-def to_torch(tasks, row, device, channels_last):
-    """`(xs, ys, xq, yq)` numpy arrays with a leading task axis, as tensors of torch's layout."""
-
-    def images(x):
-        x = (x[:, :, ::-1, ::-1] if row.strided else x).transpose(0, 1, 4, 2, 3)
-        x = torch.tensor(np.ascontiguousarray(x), device=device)
-        if channels_last:
-            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
-        return x
-
-    xs, ys, xq, yq = tasks
-    labels = [torch.tensor(y, dtype=torch.long, device=device) for y in (ys, yq)]
-    return images(xs), labels[0], images(xq), labels[1]
 
 
 def with_func(row, order):
@@ -210,19 +170,37 @@ class Peer:
     """One way of computing the meta-step, on one device, in one memory format."""
 
     def __init__(self, name, row, params, device, order, channels_last):
-        self.backward = PEERS[name](row, order)
         self.row, self.device, self.channels_last = row, device, channels_last
-        self.net = Net(row, SpelledBatchNorm if name == "torch.func" else nn.BatchNorm2d).to(device)
+        net, self.backward = self.make(name, order)
+        self.net = net.to(device)
         self.load(params)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=row.outer_lr, fused=True)
 
-    def load(self, params):
-        state = {k: torch.tensor(np.ascontiguousarray(v)) for k, v in from_ours(params, self.row).items()}
-        self.net.load_state_dict(state)
-        self.net.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+    @staticmethod
+    def formats(name):
+        """Values of `channels_last` to be tried."""
+        del name
+        return (False,)
+
+    @staticmethod
+    def from_ours(params, row):
+        """Our parameters as a dict of numpy arrays under torch's names."""
+        raise NotImplementedError
+
+    def make(self, name, order):
+        """The network, and the function that gives it gradients."""
+        raise NotImplementedError
 
     def tensors(self, tasks):
-        return to_torch(tasks, self.row, self.device, self.channels_last)
+        """`(xs, ys, xq, yq)` numpy arrays with a leading task axis, as tensors of torch's layout."""
+        raise NotImplementedError
+
+    def load(self, params):
+        state = {
+            k: torch.tensor(np.ascontiguousarray(v)) for k, v in self.from_ours(params, self.row).items()
+        }
+        self.net.load_state_dict(state)
+        self.net.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def gradient(self, tasks):
         """Mean meta-gradient over `tasks` (numpy), as numpy arrays under torch's names."""
@@ -238,6 +216,137 @@ class Peer:
             self.optimizer.step()
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+class ConvPeer(Peer):
+    """MAML and prototypical networks."""
+
+    def make(self, name, order):
+        norm = SpelledBatchNorm if name == "torch.func" else nn.BatchNorm2d
+        return Net(self.row, norm), PEERS[name](self.row, order)
+
+    @staticmethod
+    def formats(name):
+        # Loops over tasks may hold images channels-last; under vmap the format has no meaning.
+        return (False,) if name == "torch.func" else (False, True)
+
+    @staticmethod
+    def from_ours(params, row):
+        """With stride 2, SAME padding sits at an image's end, and torch's `padding=1` at its start.
+
+        Torch's network sees images and kernels mirrored, and so computes the same function with no
+        padding pass.
+        """
+        params, out = params["model"], {}
+        for i in range(4):
+            block = params[f"ConvNorm_{i}"]
+            kernel = block["conv"]["kernel"]
+            mirrored = kernel[::-1, ::-1] if row.strided else kernel
+            out[f"blocks.{i}.conv.weight"] = mirrored.transpose(3, 2, 0, 1)
+            out[f"blocks.{i}.conv.bias"] = block["bias"]
+            out[f"blocks.{i}.norm.weight"] = block["norm"]["scale"]
+            out[f"blocks.{i}.norm.bias"] = block["norm"]["bias"]
+        if not row.inner_steps:
+            return out
+        head = params["head"]["kernel"]
+        if not row.strided:
+            side = round((row.features // row.filters) ** 0.5)
+            head = head.reshape(side, side, row.filters, -1).transpose(2, 0, 1, 3).reshape(row.features, -1)
+        return {**out, "head.weight": head.T, "head.bias": params["head"]["bias"]}
+
+    def tensors(self, tasks):
+        def images(x):
+            x = (x[:, :, ::-1, ::-1] if self.row.strided else x).transpose(0, 1, 4, 2, 3)
+            x = torch.tensor(np.ascontiguousarray(x), device=self.device)
+            if self.channels_last:
+                flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+                x = flat.unflatten(0, x.shape[:2])
+            return x
+
+        xs, ys, xq, yq = tasks
+        labels = [torch.tensor(y, dtype=torch.long, device=self.device) for y in (ys, yq)]
+        return images(xs), labels[0], images(xq), labels[1]
+
+
+class MemoryNet(nn.Module):
+    """An LSTM with a memory of least recently used access, over a batch of sequences."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.row = row
+        reads = row.heads * row.width
+        self.inputs = nn.Linear(int(np.prod(row.image)) + row.ways, 4 * row.hidden)
+        self.recurrent = nn.Linear(row.hidden + reads, 4 * row.hidden, bias=False)
+        self.keys = nn.Linear(row.hidden, reads)
+        self.gates = nn.Linear(row.hidden, row.heads)
+        self.head = nn.Linear(row.hidden + reads, row.ways)
+
+    def forward(self, inputs):
+        """`(time, batch, width)` to `(time, batch, ways)`."""
+        row, batch = self.row, inputs.shape[1]
+        memory = inputs.new_zeros(batch, row.rows, row.width)
+        usage = inputs.new_zeros(batch, row.rows)
+        usage[:, 0] = 1
+        weights = usage[:, None].expand(batch, row.heads, row.rows)
+        reads = inputs.new_zeros(batch, row.heads * row.width)
+        h = c = inputs.new_zeros(batch, row.hidden)
+        features = []
+        # Of all steps at once: faster than an LSTMCell, which has them in the loop.
+        for projected in self.inputs(inputs):
+            gates = projected + self.recurrent(torch.cat([h, reads], 1))
+            enter, forget, candidate, leave = gates.chunk(4, 1)
+            c = torch.sigmoid(forget + 1) * c + torch.sigmoid(enter) * torch.tanh(candidate)
+            h = torch.sigmoid(leave) * torch.tanh(c)
+            keys = torch.tanh(self.keys(h)).unflatten(1, (row.heads, row.width))
+            gates = torch.sigmoid(self.gates(h))[:, :, None]
+            least = usage.detach().topk(row.heads, 1, largest=False, sorted=True).indices
+            marked = torch.zeros_like(usage).scatter_(1, least, 1.0)
+            erased = torch.zeros_like(usage).scatter_(1, least[:, :1], 1.0)
+            written = gates * weights + (1 - gates) * marked[:, None]
+            memory = torch.baddbmm(memory * (1 - erased)[:, :, None], written.transpose(1, 2), keys)
+            weights = torch.softmax(unit(keys) @ unit(memory).transpose(1, 2), -1)
+            usage = 0.99 * usage + weights.sum(1) + written.sum(1)
+            reads = (weights @ memory).flatten(1)
+            features.append(torch.cat([h, reads], 1))
+        return self.head(torch.stack(features))
+
+
+def unit(x):
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
+
+
+class SequencePeer(Peer):
+    """Memory-augmented networks: all sequences take each step together."""
+
+    def make(self, name, order):
+        del name, order
+
+        def backward(net, tasks):
+            x, y = tasks
+            labels = F.one_hot(y, self.row.ways).to(x.dtype)
+            before = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], 1)
+            outputs = net(torch.cat([x, before], 2).transpose(0, 1)).transpose(0, 1)
+            (F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum") / len(x)).backward()
+
+        return MemoryNet(self.row), backward
+
+    @staticmethod
+    def from_ours(params, row):
+        network = params["network"]
+        layers = {name: network[name] for name in ("inputs", "recurrent", "head")}
+        layers |= {name: network["memory"][name] for name in ("keys", "gates")}
+        weights = {f"{name}.weight": layer["kernel"].T for name, layer in layers.items()}
+        return weights | {f"{name}.bias": layer["bias"] for name, layer in layers.items() if "bias" in layer}
+
+    def tensors(self, tasks):
+        x, y = tasks[:2]
+        x = torch.tensor(x, device=self.device).flatten(2)
+        return x, torch.tensor(y, dtype=torch.long, device=self.device)
+
+
+def kind_of(row):
+    """The subclass of `Peer` for it."""
+    return SequencePeer if isinstance(row, SequenceRow) else ConvPeer
 
 
 def configure(threads, full_precision):

@@ -1,5 +1,6 @@
 """Memory-augmented networks: an episode is a sequence, and each label comes one step late."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,7 @@ def mann(
             support = _shuffled(support, key)
         labels = codes.encoded(support.y, ways_of(support)).astype(support.x.dtype)
         before, last = _label_before(labels, support.mask)
-        inputs = jnp.concatenate([support.x.reshape(support.x.shape[0], -1), before], 1)
+        inputs = jnp.concatenate([_flat(support.x), before], 1)
 
         def step(state: PyTree, now: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
             projected, real = now
@@ -101,7 +102,7 @@ def mann(
 
     def ask(params: Params, left: PyTree, x: Array) -> Array:
         last = jnp.broadcast_to(left["last"], (x.shape[0], left["last"].shape[0]))
-        projected = call(params, "project", jnp.concatenate([x.reshape(x.shape[0], -1), last], 1))
+        projected = call(params, "project", jnp.concatenate([_flat(x), last], 1))
         features = jax.vmap(lambda now: call(params, "step", left["state"], now)[1])(projected)
         return call(params, "outputs", features)
 
@@ -153,12 +154,11 @@ class _Labels:
 
     def encoded(self, y: Int[Array, " n"], ways: int) -> Float[Array, "n width"]:
         letters = ways if self.strings is None else self.strings[0]
-        return jax.nn.one_hot(self.digits(y), letters).reshape(y.shape[0], -1)
+        return jax.nn.one_hot(self.digits(y), letters).reshape(y.shape[0], self.width(ways))
 
     def _apart(self, outputs: Float[Array, "n width"]) -> Float[Array, "n characters letters"]:
-        return outputs.reshape(
-            outputs.shape[0], -1, outputs.shape[1] if self.strings is None else self.strings[0]
-        )
+        letters = outputs.shape[1] if self.strings is None else self.strings[0]
+        return outputs.reshape(outputs.shape[0], outputs.shape[1] // letters, letters)
 
     def loss(self, outputs: Float[Array, "n width"], batch: Batch) -> Float[Array, ""]:
         """Sum over examples and characters."""
@@ -176,8 +176,14 @@ class _Labels:
         apart = self._apart(outputs)
         total = apart[:, 0]
         for i in range(1, apart.shape[1]):
-            total = (apart[:, i, :, None] + total[:, None, :]).reshape(outputs.shape[0], -1)
+            sums = apart[:, i, :, None] + total[:, None, :]
+            total = sums.reshape(outputs.shape[0], sums.shape[1] * sums.shape[2])
         return total
+
+
+def _flat(x: Float[Array, " n *shape"]) -> Float[Array, "n d"]:
+    # Not by −1, which is no size where there are no queries.
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _shuffled(batch: Batch, key: Key) -> Batch:

@@ -30,13 +30,14 @@ def content_weights(
       Graves et al., Neural Turing Machines, 2014, equations 5 and 6; Santoro et al., 2016, equations 2 and 3.
     """
     # Lengths divide the products, few numbers, and not the memory, many.
-    similarity = keys @ memory.T * _per_length(keys)[:, None] * _per_length(memory)[None, :]
+    products = jnp.einsum("hw,rw->hr", keys, memory)
+    similarity = products * _per_length(keys)[:, None] * _per_length(memory)[None, :]
     return jax.nn.softmax(similarity if strengths is None else strengths[:, None] * similarity)
 
 
 def _per_length(rows):
     # Within the root: the derivative of a norm at a row of zeros, as every memory has, would be infinite.
-    return lax.rsqrt(jnp.square(rows).sum(-1) + 1e-12)
+    return lax.rsqrt((rows * rows).sum(-1) + 1e-12)
 
 
 def least_used(usage: Float[Array, " rows"], count: int) -> Float[Array, "count rows"]:
@@ -144,7 +145,7 @@ class LRUA(linen.Module):
         marked = rows if self.least == "per_head" else rows.sum(0, keepdims=True)
         gate = gates[:, None]
         written = gate * state["read_weights"] + (1 - gate) * marked
-        after = memory * (1 - rows[0])[:, None] + written.T @ additions
+        after = memory * (1 - rows[0])[:, None] + jnp.einsum("hr,hw->rw", written, additions)
         read = content_weights(after if self.score == "after" else memory, keys, strengths)
         return {
             "memory": after,

@@ -257,6 +257,23 @@ def test_queries_are_next_steps_that_leave_no_trace(x64):
 # Symmetries.
 
 
+@pytest.mark.parametrize("strings", [None, (3, 2)])
+def test_there_may_be_no_queries(strings, x64):
+    ways = WAYS if strings is None else 9
+    model = network(out=WAYS if strings is None else 6)
+    task = episode(ways=ways)
+    alone = task._replace(query=batch(np.zeros((0, 2, 2)), np.zeros(0), ways=ways))
+    learner = jm.mann(model, strings=strings, shuffle=False)
+    params = of_float64(jax.jit(learner.init)(KEY, task), 2)
+    loss, metrics = jax.jit(learner.loss)(params, alone, KEY)
+    outputs = jax.jit(learner.predict)(params, learner.adapt(params, task.support, KEY), task.query.x)
+    asked = jm.losses.cross_entropy(outputs, task.query.y) * 2
+    # Joint logits, whose cross-entropy is the sum over characters.
+    np.testing.assert_allclose(loss + asked, jax.jit(learner.loss)(params, task, KEY)[0], rtol=1e-9)
+    assert metrics["accuracy"][1] == 0
+    assert learner.predict(params, learner.adapt(params, task.support, KEY), alone.query.x).shape == (0, ways)
+
+
 def test_episodes_are_independent(x64):
     model = ready()
     tasks = [episode(seed=seed) for seed in range(3)]

@@ -1,0 +1,250 @@
+"""What `throughput.py` times: shapes, fixed tasks, and how many operations a meta-step of them is.
+
+Operations are multiplications and additions of matrix products and convolutions, borders' products with
+zeros included, as is usual. Not counted: normalisation, activations, pooling, losses, updates, and whatever
+an implementation computes twice to save memory.
+"""
+
+import dataclasses
+
+import numpy as np
+import optax
+
+import jaxmeta as jm
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvRow:
+    """MAML's meta-step; without inner steps that of prototypical networks, which have no head.
+
+    `features` is the width of what the linear head sees.
+    """
+
+    image: tuple[int, int, int]
+    filters: int
+    strided: bool
+    features: int
+    queries: int
+    inner_steps: int
+    inner_lr: float
+    meta_batch: int
+    ways: int = 5
+    shots: int = 1
+    outer_lr: float = 1e-3
+    strategy: str | int = "auto"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Those of `torch_peers.PEERS` that can do it."""
+        maml = ("torch.func", "torch.autograd", "higher", "learn2learn")
+        return maml if self.inner_steps else ("torch.autograd",)
+
+    def describe(self) -> str:
+        return (
+            f"{self.ways}-way {self.shots}-shot, queries a class {self.queries}, "
+            f"{'strided ' if self.strided else ''}Conv4-{self.filters} on {self.image}, "
+            + (f"inner steps {self.inner_steps}" if self.inner_steps else "prototypical networks")
+        )
+
+    def learner(self, order: str) -> jm.Learner:
+        kind = jm.nn.StridedConv4 if self.strided else jm.nn.Conv4
+        network = kind(ways=self.ways if self.inner_steps else None, filters=self.filters)
+        if not self.inner_steps:
+            return jm.prototypical(network)
+        return jm.maml(network, inner_optimizer=optax.sgd(self.inner_lr), steps=self.inner_steps, order=order)
+
+    def tasks(self, count: int, seed: int) -> jm.Task:
+        return _tasks(self, count, seed)
+
+    def operations(self, order: str) -> int:
+        """Floating-point operations of one meta-step: 2 × multiply-adds of convolutions and head.
+
+        A linear layer is y = A(x, w). Per image and layer, in units of one forward pass (M multiply-adds):
+
+            pass                                             first layer   other layers
+            y = A(x, w)                                           1             1
+            its gradient: w̄ = ȳ·x, x̄ = ȳ·w                        1             2
+            the gradient's gradient: of w̄ to ȳ and x, of x̄
+            to ȳ and w, of y to x and w                           2             6
+
+        The first layer's input is data: x̄ and every term that starts from it or leads to it are absent.
+        Of the third line it keeps w̄ to ȳ and y to w. Forward-over-reverse has as many: each of the three
+        bilinear maps has two tangents.
+
+        Support images take part in every inner step: 1 + 1 + 2 units there (first layer) or 1 + 2 + 6
+        (others) in second order, 1 + 1 or 1 + 2 in first. Query images take part once, in the outer
+        gradient: 1 + 1 or 1 + 2. Prototypical networks have one pass over all images and its gradient,
+        1 + 1 or 1 + 2, and the distances.
+        """
+        layers = _conv_layers(self.image, self.filters, blocks=4, strided=self.strided)
+        if not self.inner_steps:
+            images = self.ways * (self.shots + self.queries)
+            distances = 3 * self.ways * self.ways * self.queries * self.features
+            return 2 * self.meta_batch * (images * (2 * layers[0] + 3 * sum(layers[1:])) + distances)
+        layers.append(self.features * self.ways)
+
+        support = self.ways * self.shots * self.inner_steps
+        query = self.ways * self.queries
+        first, other = (4, 9) if order == "second" else (2, 3)
+        macs = layers[0] * (support * first + query * 2) + sum(layers[1:]) * (support * other + query * 3)
+        return 2 * macs * self.meta_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceRow:
+    """The meta-step of memory-augmented networks, on sequences without queries after them."""
+
+    image: tuple[int, int, int] = (20, 20, 1)
+    ways: int = 5
+    length: int = 50
+    hidden: int = 200
+    rows: int = 128
+    width: int = 40
+    heads: int = 4
+    meta_batch: int = 16
+    outer_lr: float = 1e-3
+    # All sequences of a device take each step together, as in the registry.
+    strategy: str | int = "vmap"
+    peers = ("torch.autograd",)
+
+    def describe(self) -> str:
+        return (
+            f"sequences of {self.length} images {self.image} of {self.ways} classes, LSTM of {self.hidden}, "
+            f"memory {self.rows}×{self.width}, {self.heads} heads"
+        )
+
+    def learner(self, order: str) -> jm.Learner:
+        del order
+        memory = jm.nn.LRUA(rows=self.rows, width=self.width, heads=self.heads)
+        network = jm.nn.MemoryNetwork(out=self.ways, memory=memory, hidden=self.hidden)
+        return jm.mann(network, shuffle=False)
+
+    def tasks(self, count: int, seed: int) -> jm.Task:
+        rng = np.random.default_rng(seed)
+
+        def batch(steps):
+            x = rng.normal(size=(count, steps, *self.image)).astype(np.float32)
+            return jm.Batch(x, rng.integers(0, self.ways, (count, steps), np.int32), ways=self.ways)
+
+        return jm.Task(batch(self.length), batch(0))
+
+    def operations(self, order: str) -> int:
+        """Products of the controller, the heads and the memory, once forward and twice for the gradient.
+
+        What comes in from outside is data, whose gradient is not needed: once and once.
+        """
+        del order
+        gates, reads = 4 * self.hidden, self.heads * self.width
+        outside = (np.prod(self.image) + self.ways) * gates
+        # Written, compared and read: three products of a memory's size for each head.
+        inside = (self.hidden + reads) * gates + self.hidden * (reads + self.heads) + 3 * reads * self.rows
+        outputs = (self.hidden + reads) * self.ways
+        return int(2 * self.meta_batch * self.length * (2 * outside + 3 * (inside + outputs)))
+
+
+@dataclasses.dataclass(frozen=True)
+class FastWeightsRow:
+    """The meta-step of Meta Networks, as published for Omniglot; nothing else maintained computes it."""
+
+    image: tuple[int, int, int] = (28, 28, 1)
+    filters: int = 64
+    features: int = 64
+    ways: int = 5
+    shots: int = 1
+    queries: int = 10
+    samples: int = 5
+    hidden: int = 20
+    meta_batch: int = 2
+    outer_lr: float = 1e-3
+    strategy: str | int = "auto"
+    peers = ()
+
+    def describe(self) -> str:
+        return (
+            f"{self.ways}-way {self.shots}-shot, queries a class {self.queries}, Meta Networks of twice "
+            f"5 × {self.filters} convolutions on {self.image}"
+        )
+
+    def learner(self, order: str) -> jm.Learner:
+        del order
+        embedding, base = (
+            jm.nn.AugmentedCNN(ways, filters=self.filters, features=self.features)
+            for ways in (None, self.ways)
+        )
+        return jm.metanet(embedding, base, embedding_loss="xent", samples=self.samples, hidden=self.hidden)
+
+    def tasks(self, count: int, seed: int) -> jm.Task:
+        return _tasks(self, count, seed)
+
+    def operations(self, order: str) -> int:
+        """Both networks, both generators, and the mixtures of examples' weights that queries read.
+
+        Gradients of the support set are those of slow weights alone, and nothing is differentiated through
+        them: one pass and its gradient. After that every layer has two products, of slow and of fast
+        weights, with a pass and its gradient for both, in the embedding for support set and queries, in the
+        base learner for queries. The first layer's images need no gradient.
+        """
+        del order
+        layers = _conv_layers(self.image, self.filters, blocks=5, ceil=True)
+        fc, head = self.filters * self.features, self.features * self.ways
+        embedding = 2 * layers[0] + 3 * (sum(layers[1:]) + fc)
+        base = embedding + 3 * head
+        support, query = self.ways * self.shots, self.ways * self.queries
+        networks = support * (embedding + 3 * head + base) + 2 * (
+            (support + query) * embedding + query * base
+        )
+
+        convs = 9 * self.filters * (self.image[2] + 4 * self.filters)
+        lstm = self.samples * 4 * self.hidden * (2 * 2 + 3 * self.hidden) + 3 * self.hidden
+        mlp = self.hidden * (2 * 2 + 3 * self.hidden + 3)
+        of_base = convs + fc + head
+        generators = (convs + fc) * lstm + support * of_base * mlp
+        mixtures = 3 * query * support * of_base
+        return 2 * self.meta_batch * (networks + generators + mixtures)
+
+
+def _conv_layers(image, filters, blocks, *, strided=False, ceil=False) -> list[int]:
+    """Multiply-adds of each 3×3 convolution for one image."""
+    (height, width, channels), layers = image, []
+    for _ in range(blocks):
+        if strided:
+            height, width = -(-height // 2), -(-width // 2)
+        layers.append(height * width * 9 * channels * filters)
+        if not strided:
+            height, width = ((size + ceil) // 2 for size in (height, width))
+        channels = filters
+    return layers
+
+
+def _tasks(row: ConvRow | FastWeightsRow, count: int, seed: int) -> jm.Task:
+    """`count` fixed tasks of random images, one class apart from the next by its own mean image."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(count, row.ways, 1, *row.image))
+
+    def batch(shots):
+        noise = rng.normal(size=(count, row.ways, shots, *row.image))
+        x = (means + noise).reshape(count, row.ways * shots, *row.image).astype(np.float32)
+        y = np.tile(np.repeat(np.arange(row.ways, dtype=np.int32), shots), (count, 1))
+        return jm.Batch(x, y, ways=row.ways)
+
+    return jm.Task(batch(row.shots), batch(row.queries))
+
+
+Row = ConvRow | SequenceRow | FastWeightsRow
+
+ROWS: dict[str, Row] = {
+    # Finn et al. 2017: 5-way 1-shot, the strided network with a spatial mean, one inner step.
+    "omniglot": ConvRow((28, 28, 1), 64, True, 64, queries=1, inner_steps=1, inner_lr=0.4, meta_batch=32),
+    # The same paper's mini-ImageNet setting: max-pooled network, five inner steps.
+    "mini-imagenet": ConvRow(
+        (84, 84, 3), 32, False, 800, queries=15, inner_steps=5, inner_lr=0.01, meta_batch=4
+    ),
+    # Snell et al. 2017: 60-way 1-shot training on Omniglot, one task a step.
+    "prototypical": ConvRow(
+        (28, 28, 1), 64, False, 64, queries=5, inner_steps=0, inner_lr=0.0, meta_batch=1, ways=60
+    ),
+    # Santoro et al. 2016: Omniglot, labels one step late.
+    "mann": SequenceRow(),
+    # Munkhdalai & Yu 2017: Omniglot, 5-way 1-shot.
+    "metanet": FastWeightsRow(),
+}
