@@ -529,9 +529,9 @@ LEARNERS: dict[str, LearnerSpec] = {
             "embedding_loss": "xent",
             "task_weights": True,
             "outer_lr": 1e-3,
-            "schedule": "constant",
+            # As published, many small steps of one task each.
             "train_queries": 10,
-            "meta_batch": 2,
+            "meta_batch": 1,
         },
     ),
 }

@@ -1,0 +1,107 @@
+"""Memories side by side: accuracy by presentation of a class, as a figure like that of Santoro et al. 2016.
+
+    python benchmarks/model_based.py [--networks lrua lstm ntm] [--steps N] [--data DIR] [--out DIR]
+        [--seed S] [--json FILE] [--png FILE]
+
+Each network is `jaxmeta train mann --preset mann-omniglot --network …` in a process of its own: Omniglot,
+sequences of 50 images of 5 classes, labels one step late, as many meta-steps for all. All are tested on the
+same tasks, 1,000 sequences of new classes. A run that is there already, in --out, is not trained again, one
+that was stopped goes on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+from machine import cores, describe_machine
+from reproduce import train
+
+import jaxmeta as jm
+from jaxmeta.presets import PRESETS
+from jaxmeta.registry import LEARNERS
+
+NAMES = {
+    "lrua": "LSTM, memory by least recent use",
+    "ntm": "LSTM, memory of the Neural Turing Machine",
+    "lstm": "LSTM alone",
+    "lrua-feed-forward": "feed-forward, memory by least recent use",
+    "feed-forward": "feed-forward alone",
+}
+# After 100,000 episodes of 16 sequences; presentation -> accuracy.
+PUBLISHED = {
+    "lrua": {1: 0.364, 2: 0.828, 3: 0.910, 4: 0.926, 5: 0.949, 10: 0.981},
+    "lstm": {1: 0.244, 2: 0.495, 3: 0.553, 4: 0.610, 5: 0.636, 10: 0.625},
+}
+COLORS = dict(zip(NAMES, ("#0072B2", "#D55E00", "0.4", "#009E73", "#CC79A7"), strict=True))
+
+
+def educated_guess(ways: int) -> float:
+    """Best expected accuracy on first presentations: a label not yet seen."""
+    return sum(1 / j for j in range(1, ways + 1)) / ways
+
+
+def draw(rows: dict, path: Path) -> None:
+    fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for network, row in rows.items():
+        x, y = zip(*((int(i), 100 * value) for i, value in row["accuracy_by_instance"].items()), strict=True)
+        axes.plot(x, y, "o-", color=COLORS[network], linewidth=2, label=NAMES[network])
+        if network in PUBLISHED:
+            x, y = zip(*((i, 100 * value) for i, value in PUBLISHED[network].items()), strict=True)
+            axes.plot(x, y, "x", color=COLORS[network], markersize=8, label="published")
+    axes.axhline(100 * educated_guess(5), color="0.7", linestyle=":", label="the best guess at a first one")
+    axes.set(
+        xlabel="how often the class has come",
+        ylabel="accuracy, %",
+        xticks=range(1, 11),
+        ylim=(0, 102),
+        title="Omniglot, 5 new classes, labels one step late",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    fig.savefig(path, dpi=150)
+
+
+def table(rows: dict) -> str:
+    """Of accuracy by presentation, in percent."""
+    shown = [str(i) for i in (1, 2, 3, 4, 5, 10)]
+    lines = [f"| network | {' | '.join(shown)} | minutes |", "| --- |" + " --- |" * (len(shown) + 1)]
+    for network, row in rows.items():
+        cells = [f"{100 * row['accuracy_by_instance'][i]:.1f}" for i in shown]
+        lines.append(f"| `{network}` | {' | '.join(cells)} | {row['training_s'] / 60:.0f} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    known = LEARNERS["mann"].networks
+    add("--networks", nargs="+", choices=known, default=["lrua", "ntm", "lstm"])
+    add("--steps", type=int, default=PRESETS["mann-omniglot"].steps, help="meta-steps of each")
+    add("--data", type=Path, help="folder with Omniglot's archives (default: the cache, or a download)")
+    add("--out", type=Path, default=Path("runs/model-based"), help="folder of the runs")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write the results here")
+    add("--png", type=Path, help="also draw them here")
+    args = parser.parse_args(argv)
+    rows = {}
+    for network in args.networks:
+        settings = ["mann", "--preset", "mann-omniglot", "--network", network, "--steps", str(args.steps)]
+        report = json.loads((train(network, settings, args) / "report.json").read_text())
+        kept = ("accuracy", "accuracy_by_instance", "training_s", "steps", "best_step", "parameters")
+        rows[network] = {name: report[name] for name in (*kept, "device", "devices")}
+    print(table(rows))
+    if args.json:
+        jax.config.update("jax_num_cpu_devices", cores())
+        machine = describe_machine(jax.local_devices())
+        report = {"machine": machine, "jaxmeta": jm.__version__, "seed": args.seed, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.png:
+        draw(rows, args.png)
+
+
+if __name__ == "__main__":
+    main()
