@@ -5,6 +5,10 @@ import os
 import pathlib
 import tempfile
 
+# Most of a test's time is compilation, which takes half as long without LLVM's optimisations. What XLA does
+# to a program before that stays as users have it.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
