@@ -142,7 +142,10 @@ class TrainFlags(TypedDict, total=False):
         Literal["xent", "contrastive", "verification"],
         _flag("metanet: of the embedding, whose gradients become its fast weights"),
     ]
-    task_weights: Annotated[bool, _flag("metanet: no fast weights of the task for the embedding", default="")]
+    task_weights: Annotated[
+        Literal["none", "embedding", "both"],
+        _flag("metanet: which networks have fast weights of the task: MetaNet-, MetaNet, MetaNet+"),
+    ]
     outer_lr: Annotated[float, _flag("step size of the meta-optimizer (Adam, of reptile SGD)", "β")]
     schedule: Annotated[Literal["constant", "cosine", "linear"], _flag("of --outer-lr over the run")]
     clip: Annotated[float, _flag("largest absolute value of an entry of the meta-gradient", "C")]

@@ -325,12 +325,13 @@ def _embedding_and_base(settings: Preset) -> tuple[nn.AugmentedCNN, nn.Augmented
 
 def _metanet(networks: tuple[Any, Any], settings: Preset, norm: str) -> Learner:
     del norm
-    flags = {name: flag_of(name) for name in ("embedding_loss", "task_weights")}
-    with _said_of_flags(flags):
+    with _said_of_flags({"embedding_loss": flag_of("embedding_loss")}):
         return metanet(
             *networks,
+            task_weights=settings.task_weights != "none",
+            base_task_weights=settings.task_weights == "both",
             augment=distort if settings.distort else None,
-            **_given("embedding_loss", "task_weights")(settings),
+            **_given("embedding_loss")(settings),
         )
 
 
@@ -527,7 +528,7 @@ LEARNERS: dict[str, LearnerSpec] = {
             "norm": "none",
             # The paper has it for one example of each class, and the official code always.
             "embedding_loss": "xent",
-            "task_weights": True,
+            "task_weights": "embedding",
             "outer_lr": 1e-3,
             # As published, many small steps of one task each.
             "train_queries": 10,

@@ -51,7 +51,7 @@ class Preset:
       head: of a baseline: "linear" or "cosine".
       context_steps: attention steps of full context embeddings; None for none.
       embedding_loss: of MetaNet: "xent", "contrastive" or "verification"; see `jm.metanet`.
-      task_weights: whether MetaNet's embedding has fast weights of the task.
+      task_weights: which of MetaNet's networks have fast weights of the task: "none", "embedding" or "both".
       distort: whether training images are turned, sheared, scaled and shifted at random.
       sequence: steps of a sequence that the support set is, labels one step late; None for an ordinary one.
       strings: "letters,characters" where labels are strings of characters; None for class slots.
@@ -111,7 +111,7 @@ class Preset:
     head: str | None = None
     context_steps: int | None = None
     embedding_loss: str | None = None
-    task_weights: bool | None = None
+    task_weights: str | None = None
     distort: bool | None = None
     sequence: int | None = None
     strings: str | None = None

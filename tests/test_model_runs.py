@@ -98,3 +98,38 @@ def test_the_published_settings(name):
         jax.random.key(0),
     )
     assert task.support.ways == (settings.ways if settings.strings is None else 3125)
+
+
+@pytest.mark.parametrize("flags", [[], ["--task-weights", "none", "--embedding-loss", "contrastive"]])
+def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
+    def tiny(out):
+        return jm.nn.AugmentedCNN(out, filters=2, blocks=1, features=4)
+
+    monkeypatch.setitem(registry.NETWORKS, "augmented-cnn", tiny)
+    tasks = ["--tasks", "glyphs", "--ways", "3", "--queries", "1"]
+    settings = ["--steps", "2", "--meta-batch", "2", "--episodes", "20", "--distort"]
+    run = tmp_path / "run"
+    assert main(["train", "metanet", *tasks, *settings, *flags, "--out", str(run)]) == 0
+    learner, params = jm.load_run(run)
+    assert ("task_generator" in params) == (not flags)
+    report = json.loads((run / "report.json").read_text())
+    assert report["accuracy"].keys() == {"inductive"}
+    test = jm.tasks.glyphs("test", ways=3, queries=1)
+    found = jm.evaluate(learner, params, test, episodes=20, key=runs.test_key(0)).mean
+    np.testing.assert_allclose(found, report["accuracy"]["inductive"]["mean"], rtol=1e-6)
+    text = (run / "report.md").read_text()
+    assert f"| embedding loss | {'contrastive' if flags else 'xent'} |" in text
+    assert f"| fast weights of the task | {'none' if flags else 'embedding'} |" in text
+
+
+@pytest.mark.parametrize(
+    ("learner", "flags", "says"),
+    [
+        ("maml", ["--embedding-loss", "xent"], "--embedding-loss: maml has no such setting"),
+        ("mann", ["--task-weights", "none"], "--task-weights: mann has no such setting"),
+        ("metanet", ["--network", "conv4"], "--network: got conv4; metanet works with augmented-cnn"),
+    ],
+)
+def test_settings_of_meta_networks_are_its_own(learner, flags, says, tmp_path, capsys):
+    assert main(["train", learner, "--tasks", "glyphs", *flags, "--out", str(tmp_path / "run")]) == 2
+    assert says in capsys.readouterr().err

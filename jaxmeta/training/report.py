@@ -250,7 +250,7 @@ def report_markdown(report: dict[str, Any]) -> str:
         "scale": config["scale"],
         "attention steps of full context embeddings": config["context_steps"],
         "embedding loss": config["embedding_loss"],
-        "fast weights of the task": {True: "yes", False: "no", None: None}[config["task_weights"]],
+        "fast weights of the task": config["task_weights"],
         "training images distorted": config["distort"] or None,
         "order": config["order"],
         "weight of the proximal term": config["proximal"],
