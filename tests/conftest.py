@@ -3,11 +3,13 @@
 import itertools
 import os
 import pathlib
+import shutil
 import tempfile
 
-# Most of a test's time is compilation, which takes half as long without LLVM's optimisations. What XLA does
-# to a program before that stays as users have it.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# Most of a test's time is compilation, which on a CPU takes half as long without LLVM's optimisations. What
+# XLA does to a program before that stays as users have it.
+if shutil.which("nvidia-smi") is None:
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
