@@ -187,7 +187,8 @@ class Train:
         ),
     ] = False
     distort: Annotated[
-        bool, _flag("metric-based: turn, shear, scale and shift training images at random", default="")
+        bool,
+        _flag("metric- and model-based: turn, shear, scale and shift training images at random", default=""),
     ] = False
     within_alphabet: Annotated[
         bool, _flag("omniglot: tasks of one alphabet, queries drawn by other hands", default="")
@@ -251,7 +252,8 @@ class Compare:
     ] = False
     skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
     distort: Annotated[
-        bool, _flag("metric-based: turn, shear, scale and shift training images at random", default="")
+        bool,
+        _flag("metric- and model-based: turn, shear, scale and shift training images at random", default=""),
     ] = False
     within_alphabet: Annotated[
         bool, _flag("omniglot: tasks of one alphabet, queries drawn by other hands", default="")

@@ -29,7 +29,8 @@ def content_weights(
     References:
       Graves et al., Neural Turing Machines, 2014, equations 5 and 6; Santoro et al., 2016, equations 2 and 3.
     """
-    # Lengths divide the products, few numbers, and not the memory, many.
+    # Lengths divide the products, few numbers, and not the memory, many. Written so that a gradient keeps the
+    # memory itself: a transpose, or the derivative of a square, would be arrays of its size, too.
     products = jnp.einsum("hw,rw->hr", keys, memory)
     similarity = products * _per_length(keys)[:, None] * _per_length(memory)[None, :]
     return jax.nn.softmax(similarity if strengths is None else strengths[:, None] * similarity)
