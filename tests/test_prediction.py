@@ -151,11 +151,18 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
         shutil.copytree(question / "support", alone / "support")
         (alone / "query").mkdir()
         shutil.copy(file, alone / "query")
-        assert ask(place, alone) == [together[file.name]]  # every digit
+        same(ask(place, alone), [together[file.name]])
     target = place / "one.json"
     flags = ["--support", str(question / "support"), "--query", str(file), "--json", str(target)]
     assert main(["predict", str(place / "run"), *flags]) == 0
-    assert read(target) == [together[file.name]]
+    same(read(target), [together[file.name]])
+
+
+def same(found, expected):
+    """Up to the last bit of float32: unoptimised code of one query and of many rounds differently."""
+    assert [(each["file"], each["class"]) for each in found] == [(e["file"], e["class"]) for e in expected]
+    for each, other in zip(found, expected, strict=True):
+        assert each["probabilities"] == pytest.approx(other["probabilities"], abs=3e-7)
 
 
 def test_fewer_classes_than_the_network_has_outputs(place, question, capsys):
