@@ -101,8 +101,6 @@ class TinyMaps(linen.Module):
 def default_network(settings, spec):
     if settings.ways is None:
         return tiny_mlp(1)
-    if settings.learner == "metanet":
-        return tuple(jm.nn.AugmentedCNN(out, filters=2, blocks=1, features=4) for out in (None, WAYS))
     if spec.family == "model-based":
         return jm.nn.MemoryNetwork(WAYS, jm.nn.LRUA(rows=6, width=3, heads=2), hidden=5)
     if spec.networks is not None:
@@ -122,8 +120,12 @@ def starting_in_float64(settings, spec):
     return model._replace(init=init)
 
 
+def embedding_and_base(settings, spec):
+    return tuple(jm.nn.AugmentedCNN(out, filters=2, blocks=1, features=4) for out in (None, WAYS))
+
+
 # learner -> (settings, spec) -> network, where the default does not serve.
-NETWORKS: dict[str, Any] = {"learned_optimizer": starting_in_float64}
+NETWORKS: dict[str, Any] = {"learned_optimizer": starting_in_float64, "metanet": embedding_and_base}
 
 
 KEY = jax.random.key(2)

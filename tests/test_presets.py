@@ -64,9 +64,8 @@ def test_every_method_has_its_preset_on_omniglot(name):
     assert dataclasses.replace(by_preset, description="") == dataclasses.replace(by_learner, description="")
     # The same tasks, and the same budget but for the dearest, so that methods can be compared.
     maml = presets.PRESETS["omniglot"]
-    own_budget = (
-        name in ("lstm_meta_learner", "mann", "metanet") or registry.LEARNERS[name].family == "metric-based"
-    )
+    dear = ("lstm_meta_learner", "metanet")
+    own_budget = name in dear or registry.LEARNERS[name].family == "metric-based"
     budget = () if own_budget else ("steps", "meta_batch")
     for field in ("ways", "shots", "queries", "protocol", "episodes", *budget):
         assert getattr(by_preset, field) == getattr(maml, field), field

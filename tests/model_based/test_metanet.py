@@ -417,8 +417,7 @@ def compiled(embedding_loss):
     return jax.jit(functools.partial(results, make(embedding_loss=embedding_loss, base_task_weights=True)))
 
 
-# What is drawn for "contrastive" is drawn for "verification".
-@pytest.mark.parametrize("embedding_loss", ["verification", "xent"])
+@pytest.mark.parametrize("embedding_loss", LOSSES)
 def test_padding_changes_nothing_wherever_it_is(embedding_loss):
     task = task_of()
     params = params_of(make(embedding_loss=embedding_loss, base_task_weights=True), task)
@@ -471,9 +470,9 @@ def test_nothing_but_padding_is_the_slow_base_learner():
     )
 
 
-def test_vmap_over_tasks_is_a_loop():
-    # With "xent" it is a law, see tests/test_learner_laws.py.
-    tasks, embedding_loss = [task_of(seed) for seed in range(2)], "verification"
+@pytest.mark.parametrize("embedding_loss", LOSSES)
+def test_vmap_over_tasks_is_a_loop(embedding_loss):
+    tasks = [task_of(seed) for seed in range(2)]
     learner = make(embedding_loss=embedding_loss, base_task_weights=True)
     params = params_of(learner, tasks[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
