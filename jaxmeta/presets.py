@@ -68,6 +68,16 @@ _FINN_MINI_IMAGENET: dict[str, Any] = {
     "episodes": 600,
 }
 
+# Ten classes to draw from are soon known.
+_TEN_DIGITS: dict[str, Any] = {
+    "train_queries": 3,
+    "queries": 5,
+    "outer_lr": 3e-3,
+    "schedule": "cosine",
+    "steps": 2000,
+    "meta_batch": 8,
+}
+
 # For one's own images: trained as `jaxmeta predict` will use it, each query by the support set alone.
 _OWN_IMAGES: dict[str, Any] = {
     "queries": 5,
@@ -125,6 +135,12 @@ PRESETS: dict[str, Preset] = {
         schedule="cosine",
         steps=8000,
         meta_batch=8,
+    ),
+    "mnist": Preset(
+        "MAML on MNIST's ten digits, 5-way 1-shot, as a source of transfer", "mnist", **_TEN_DIGITS
+    ),
+    "usps": Preset(
+        "MAML on the ten digits of USPS, 5-way 1-shot, as a source of transfer", "usps", **_TEN_DIGITS
     ),
     "maml-omniglot-5way-1shot": _official_omniglot(5, 1),
     "maml-omniglot-5way-5shot": _official_omniglot(5, 5),

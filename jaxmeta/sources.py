@@ -116,9 +116,23 @@ def _copied(
 
     def build(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> SplitImages:
         del split, shape
-        if data is None:
-            raise ValueError(f"--data: {settings.tasks} is read from your own copy; add --data DIR")
-        return images(data)
+        return images(_copy(settings, data))
+
+    return build
+
+
+def _copy(settings: Preset, data: str | None) -> str:
+    """The folder of --data, of a set that is not downloaded."""
+    if data is None:
+        raise ValueError(f"--data: {settings.tasks} is read from your own copy; add --data DIR")
+    return data
+
+
+def _digits(
+    digits: Callable[..., TaskDistribution],
+) -> Callable[[str, Preset, dict[str, Any], str | None], TaskDistribution]:
+    def build(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> TaskDistribution:
+        return digits(split, **shape, data=_copy(settings, data), size=settings.image_size or 28)
 
     return build
 
@@ -144,6 +158,22 @@ TASKS: dict[str, TaskSpec] = {
         ),
         takes=(*_EPISODES, "protocol", "rotations", "within_alphabet", "image_size", "data"),
         has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
+        ink=True,
+    ),
+    "mnist": TaskSpec(
+        "handwritten digits, 28x28; no class split, for transfer; --data DIR with the official files",
+        "mnist",
+        _digits(tasks.mnist),
+        takes=(*_EPISODES, "image_size", "data"),
+        has_validation=lambda settings: False,
+        ink=True,
+    ),
+    "usps": TaskSpec(
+        "postal digits, 28x28; no class split, for transfer; --data DIR with zip.train.gz and zip.test.gz",
+        "usps",
+        _digits(tasks.usps),
+        takes=(*_EPISODES, "image_size", "data"),
+        has_validation=lambda settings: False,
         ink=True,
     ),
     "sinusoid": TaskSpec(

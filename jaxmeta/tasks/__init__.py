@@ -1,11 +1,13 @@
 """Where tasks come from: pure samplers with a protocol card."""
 
 from jaxmeta.tasks.attributes import cub_attributes
+from jaxmeta.tasks.digits import mnist, mnist_images, usps, usps_images
 from jaxmeta.tasks.distortions import distort
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
 from jaxmeta.tasks.harmonic import harmonic
+from jaxmeta.tasks.labelled import LabelledImages, labelled, split_per_class
 from jaxmeta.tasks.official import (
     cifar_fs,
     cifar_fs_split,
@@ -26,6 +28,7 @@ from jaxmeta.tasks.tfds import from_tfds, prepare_tfds
 
 __all__ = [
     "ClassSplit",
+    "LabelledImages",
     "Prepared",
     "cifar_fs",
     "cifar_fs_split",
@@ -40,8 +43,11 @@ __all__ = [
     "glyph_metadata",
     "glyphs",
     "harmonic",
+    "labelled",
     "mini_imagenet",
     "mini_imagenet_split",
+    "mnist",
+    "mnist_images",
     "omniglot",
     "omniglot_split",
     "prepare_folder",
@@ -49,7 +55,10 @@ __all__ = [
     "quadratics",
     "sequences",
     "sinusoid",
+    "split_per_class",
     "stream",
     "supervised",
+    "usps",
+    "usps_images",
     "with_ways",
 ]

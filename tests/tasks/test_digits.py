@@ -1,0 +1,282 @@
+"""MNIST and USPS: the real files against other readers, and files that are not what they should be."""
+
+import gzip
+import struct
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmeta import presets, sources
+from jaxmeta.cli import main
+from jaxmeta.tasks import labelled, mnist, mnist_images, usps, usps_images
+
+# The table of zip.info.txt; that of MNIST is well known.
+USPS = {
+    "train": [1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644],
+    "test": [359, 264, 198, 166, 200, 160, 170, 147, 166, 177],
+}
+MNIST_TEST = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+@pytest.fixture(scope="module")
+def real(data_folder):
+    for name in ("mnist/t10k-images-idx3-ubyte.gz", "usps/zip.train.gz"):
+        if not (data_folder / name).is_file():
+            pytest.skip(f"no {name} in {data_folder}")
+    return data_folder
+
+
+# --- the real files -----------------------------------------------------------------------------------
+
+
+def test_mnist_is_what_the_files_say(real):
+    images, labels = mnist_images(real)
+    raw = {
+        name: np.frombuffer(
+            gzip.decompress((real / "mnist" / f"t10k-{name}-ubyte.gz").read_bytes()), np.uint8
+        )
+        for name in ("images-idx3", "labels-idx1")
+    }
+    np.testing.assert_array_equal(images.ravel(), raw["images-idx3"][16:])
+    np.testing.assert_array_equal(labels, raw["labels-idx1"][8:])
+    assert (images.shape, images.dtype, labels.dtype) == ((10_000, 28, 28, 1), np.uint8, np.int32)
+    assert (images.min(), images.max()) == (0, 255)
+    assert labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert np.bincount(labels).tolist() == MNIST_TEST
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_usps_is_what_the_files_say(real, part):
+    images, labels = usps_images(real / "usps", part)
+    table = np.loadtxt(real / "usps" / f"zip.{part}.gz")
+    np.testing.assert_array_equal(labels, table[:, 0])
+    assert np.bincount(labels).tolist() == USPS[part]
+    assert (images.shape, images.dtype, labels.dtype) == ((len(table), 16, 16, 1), np.uint8, np.int32)
+    assert (images.min(), images.max()) == (0, 255)
+    # Half a grey level, in the units of the file.
+    assert np.abs(images.reshape(-1, 256) / 127.5 - 1 - table[:, 1:]).max() <= 0.5 / 127.5 + 1e-9
+
+
+def test_ink_is_light_on_dark(real):
+    for images, labels in (mnist_images(real), usps_images(real, "train")):
+        assert np.bincount(images.ravel()).argmax() == 0
+        assert (images > 127).mean() < 0.3
+        # A one is a stroke from top to bottom.
+        ones, middle = images[labels == 1], images.shape[1] // 2
+        assert ones[:, :, middle - 1 : middle + 1].mean() > 20 * ones[:, :, [0, 1, -2, -1]].mean()
+
+
+def test_tasks_show_the_images_of_the_files(real):
+    images, labels = usps_images(real, "train")
+    known = dict(zip((image.tobytes() for image in images), labels, strict=True))
+    tasks = usps("train", ways=10, shots=2, queries=3, data=real, size=16)
+    task = jax.jit(tasks.sample)(jax.random.key(0))
+    assert task.query.x.shape == (30, 16, 16, 1)
+    assert (float(task.query.x.min()), float(task.query.x.max())) == (0, 1)
+    digits = [
+        known[np.rint(255 * np.asarray(image)).astype(np.uint8).tobytes()]
+        for batch in task
+        for image in batch.x
+    ]
+    # Each slot is one digit, in support and query alike.
+    slots = np.concatenate([task.support.y, task.query.y])
+    assert len(set(zip(slots.tolist(), digits, strict=True))) == 10
+
+
+def test_usps_is_resized_to_the_pixels_of_mnist(real):
+    images, labels = usps_images(real)
+    order = np.argsort(labels, kind="stable")
+    expected = [
+        np.asarray(Image.fromarray(image[..., 0]).resize((28, 28), Image.Resampling.LANCZOS))
+        for image in images[order]
+    ]
+    found = np.rint(255 * labelled(usps(data=real)).x[..., 0])
+    # Pillow's own rounds and cuts off once more, between its passes along rows and along columns.
+    apart = np.abs(found - np.stack(expected))
+    assert apart.mean() < 1
+    assert np.quantile(apart, 0.99) <= 10
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
+    card = mnist(split, ways=10, data=real).card
+    assert (card.tasks, card.split, card.ways, card.classes, card.split_hash) == (
+        "mnist",
+        split,
+        10,
+        10,
+        None,
+    )
+    assert card.protocol == (
+        "MNIST's 10,000 test images; all ten digits in every part, so not for meta-testing after "
+        "meta-training on it"
+    )
+    card = usps(split, data=real).card
+    assert ("7,291 training images" if split == "train" else "2,007 test images") in card.protocol
+
+
+def test_a_run_on_digits_is_evaluated_on_new_images_of_them(real, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    small = ["--steps", "2", "--meta-batch", "2", "--episodes", "4", "--network", "mlp"]
+    command = ["train", "prototypical", "--tasks", "usps", "--data", str(real), "--image-size", "16"]
+    assert main([*command, "--out", out, *small]) == 0
+    assert main(["evaluate", out, "--ways", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "no validation classes in this split" in said
+    assert "usps test, 10-way" in said
+
+
+# --- the sources --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mnist", "usps"])
+def test_a_source_is_told_of_its_folder(name, tmp_path):
+    _, settings = presets.settings_of({"tasks": name})
+    with pytest.raises(ValueError, match=f"--data: {name} is read from your own copy; add --data DIR"):
+        sources.tasks_of(settings, "train")
+    with pytest.raises(FileNotFoundError, match=r"^--data: .* holds no .*https://"):
+        sources.tasks_of(settings, "train", str(tmp_path))
+
+
+# --- files written here -------------------------------------------------------------------------------
+
+
+def idx(array, magic=None):
+    array = np.asarray(array, np.uint8)
+    header = struct.pack(">I", 0x800 + array.ndim if magic is None else magic)
+    return header + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def digits(count, side=28):
+    rng = np.random.default_rng(count)
+    return rng.integers(0, 256, (count, side, side), dtype=np.uint8), np.arange(count) % 10
+
+
+def write_mnist(folder, images, labels, part="t10k", ending=""):
+    folder.mkdir(exist_ok=True)
+    for kind, content in (("images-idx3", images), ("labels-idx1", labels)):
+        if ending:
+            content = gzip.compress(content)
+        (folder / f"{part}-{kind}-ubyte{ending}").write_bytes(content)
+
+
+def usps_line(label, values):
+    return " ".join([f"{label:.4f}", *(f"{value:.4f}" for value in values)]) + " \n"
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("inner", ["", "mnist"])
+def test_mnist_plain_or_packed_here_or_in_its_folder(tmp_path, ending, inner):
+    images, labels = digits(30)
+    write_mnist(tmp_path / inner, idx(images), idx(labels), ending=ending)
+    found, numbers = mnist_images(str(tmp_path))
+    np.testing.assert_array_equal(found[..., 0], images)
+    np.testing.assert_array_equal(numbers, labels)
+
+
+def test_training_tasks_take_the_training_images_where_there_are_any(tmp_path):
+    images, labels = digits(30)
+    write_mnist(tmp_path, idx(images), idx(labels))
+    assert mnist("train", queries=1, data=tmp_path).card.protocol.startswith("MNIST's 30 test images")
+    more, numbers = digits(40)
+    write_mnist(tmp_path, idx(more), idx(numbers), part="train")
+    shape = {"queries": 1, "data": tmp_path}
+    assert mnist("train", **shape).card.protocol.startswith("MNIST's 40 training images")
+    assert mnist("validation", **shape).card.protocol.startswith("MNIST's 30 test images")
+    assert mnist("train", part="test", **shape).card.protocol.startswith("MNIST's 30 test images")
+    assert mnist("test", part="train", **shape).card.protocol.startswith("MNIST's 40 training images")
+    # Half of a part is no reason to take the other.
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
+        mnist("train", **shape)
+
+
+GOOD = [idx(part) for part in digits(20)]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [
+        (GOOD[1], GOOD[1], r"t10k-images-idx3-ubyte is no IDX file .* begins with 0x00000801"),
+        (GOOD[0], GOOD[0], r"t10k-labels-idx1-ubyte is no IDX file .* begins with 0x00000803"),
+        (b"<html>not found</html>", GOOD[1], "images-idx3-ubyte is no IDX file"),
+        (b"", GOOD[1], "images-idx3-ubyte is no IDX file"),
+        (GOOD[0][:10], GOOD[1], "images-idx3-ubyte is no IDX file"),
+        (GOOD[0][:-1], GOOD[1], "images-idx3-ubyte holds 15679 bytes after its header.* 20 x 28 x 28"),
+        (GOOD[0] + b"\0", GOOD[1], "images-idx3-ubyte holds 15681 bytes"),
+        (gzip.compress(GOOD[0])[:-9], GOOD[1], "images-idx3-ubyte is corrupted or half-downloaded"),
+        (gzip.compress(GOOD[0])[:-8] + b"\0" * 8, GOOD[1], "corrupted or half-downloaded"),
+        (gzip.compress(GOOD[0]), GOOD[1][:-3], "labels-idx1-ubyte holds 17 bytes"),
+        (idx(digits(20, 16)[0]), GOOD[1], "must hold images of 28x28 pixels, got 16x16"),
+        (idx(digits(21)[0]), GOOD[1], "holds 21 images and .*labels-idx1-ubyte 20 labels"),
+        (idx(digits(2)[0]), idx([3, 10]), "labels-idx1-ubyte must hold digits .* label 2 is 10"),
+        (idx(digits(0)[0]), idx([]), "labels-idx1-ubyte is empty"),
+    ],
+)
+def test_mnist_files_that_are_not(tmp_path, images, labels, says):
+    write_mnist(tmp_path, images, labels)
+    with pytest.raises(ValueError, match=says):
+        mnist_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (usps_line(3, [0.0] * 255), "line 1 of .*zip.test has 256 columns; it must have 257"),
+        (usps_line(3, [0.0] * 256) + usps_line(3, [0.0] * 257), "line 2 of .*zip.test has 258 columns"),
+        (usps_line(3, [0.0] * 256) + "\n", "line 2 of .*zip.test has 0 columns"),
+        (usps_line(3, [0.0] * 256).replace("0.0000", "x", 1), "line 1 of .*zip.test must hold numbers only"),
+        (usps_line(3, [0.0] * 256) + usps_line(10, [0.0] * 256), "label 2 is 10"),
+        (usps_line(2.5, [0.0] * 256), "label 1 is 2.5"),
+        (usps_line(3, [1.5] + [0.0] * 255), r"line 1 of .*zip.test has grey values outside \[-1, 1\]"),
+        (usps_line(3, [float("nan")] + [0.0] * 255), "line 1 of .* outside"),
+        ("", "zip.test is empty"),
+    ],
+)
+def test_usps_files_that_are_not(tmp_path, content, says):
+    (tmp_path / "zip.test").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        usps_images(tmp_path)
+
+
+def test_a_grey_value_is_rounded(tmp_path):
+    values = np.linspace(-1, 1, 256)
+    (tmp_path / "zip.test").write_text(usps_line(7, values))
+    images, labels = usps_images(tmp_path)
+    np.testing.assert_array_equal(images.ravel(), np.arange(256))
+    assert labels.tolist() == [7]
+
+
+def test_a_cut_off_usps_file(tmp_path):
+    packed = gzip.compress(usps_line(3, np.linspace(-1, 1, 256)).encode())
+    (tmp_path / "zip.train.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"zip.train.gz is corrupted or half-downloaded"):
+        usps_images(tmp_path, "train")
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is no folder"):
+        mnist_images(tmp_path / "nowhere")
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"holds no t10k-images-idx3-ubyte\[.gz\] and t10k-labels-idx1-ubyte\[.gz\], nor does its",
+    ):
+        mnist(data=tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no zip.train\[.gz\], .* Elements of Statistical Learn"
+    ):
+        usps_images(tmp_path, "train")
+
+
+def test_arguments_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match=r"part must be .* got 'validation'"):
+        mnist_images(tmp_path, "validation")
+    with pytest.raises(ValueError, match="split must be"):
+        mnist("val", data=tmp_path)
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
+        usps(data=tmp_path, size=0)
+    write_mnist(tmp_path, idx(digits(9)[0]), idx(range(9)))
+    with pytest.raises(ValueError, match=r"there is no example of 1 classes .* '9'"):
+        mnist(data=tmp_path)

@@ -1,0 +1,174 @@
+"""All examples with their classes: those that tasks show, by the labels of ordinary classification."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmeta as jm
+from jaxmeta.tasks import (
+    from_arrays,
+    glyphs,
+    labelled,
+    mnist,
+    mnist_images,
+    sinusoid,
+    split_per_class,
+    supervised,
+)
+from jaxmeta.tasks.glyphs import CLASSES
+from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example
+
+MODULE = sys.modules["jaxmeta.tasks.labelled"]  # the package's attribute of that name is the function
+SIZES = [3, 7, 4, 5]
+
+
+def pictures(sizes=SIZES):
+    """Random images in random order, all different, of classes named c, d, e, …."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (sum(sizes), 3, 3, 2), dtype=np.uint8)
+    order = rng.permutation(len(x))
+    return x[order], np.repeat([chr(ord("c") + i) for i in range(len(sizes))], sizes)[order]
+
+
+def pairs(x, y):
+    """As a set that can be compared: grey levels, and the class."""
+    levels = np.rint(255 * np.asarray(x)).astype(np.uint8)
+    return {(image.tobytes(), int(label)) for image, label in zip(levels, y, strict=True)}
+
+
+def test_every_example_once_by_its_class_s_place_in_the_alphabet():
+    x, names = pictures()
+    found = labelled(from_arrays(x, names, ways=2, shots=1))
+    assert (found.x.dtype, found.y.dtype, found.x.shape) == (jnp.float32, jnp.int32, (19, 3, 3, 2))
+    np.testing.assert_array_equal(found.y, np.repeat(np.arange(4), SIZES))
+    order = np.argsort(names, kind="stable")
+    np.testing.assert_allclose(found.x, x[order] / np.float32(255), rtol=1e-6)
+
+
+def test_floats_come_as_they_are_and_only_of_the_part():
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    split = jm.tasks.ClassSplit(train=("2", "0"), test=("1",))
+    found = labelled(from_arrays(x, [0, 1, 2, 0, 1, 2], ways=2, shots=1, classes=split))
+    np.testing.assert_array_equal(found.x, x[[0, 3, 2, 5]])
+    assert found.y.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes"])
+@pytest.mark.parametrize("groups", [None, {"c": "2", "d": "1", "e": "2", "f": "1"}])
+def test_it_is_the_set_that_supervised_draws_from(rotations, groups):
+    x, names = pictures()
+    few = from_arrays(x, names, ways=2, shots=1, rotations=rotations, groups=groups)
+    found = labelled(few)
+    base = supervised(few, batch=4000)
+    assert int(found.y.max()) + 1 == base.card.ways
+    drawn = base.sample(jax.random.key(0))
+    seen = pairs(drawn.support.x, drawn.support.y) | pairs(drawn.query.x, drawn.query.y)
+    assert pairs(found.x, found.y) == seen
+    assert len(found.x) == len(seen) == 19 * (4 if rotations == "classes" else 1)
+    assert bool((jnp.diff(found.y) >= 0).all())
+
+
+def test_episodes_show_these_examples_and_classes():
+    x, names = pictures()
+    few = from_arrays(x, names, ways=4, shots=1, queries=2)
+    known = dict(pairs(*labelled(few)))
+    task = few.sample(jax.random.key(3))
+    levels = np.rint(255 * np.asarray(task.query.x)).astype(np.uint8)
+    classes = np.array([known[image.tobytes()] for image in levels]).reshape(4, 2)
+    np.testing.assert_array_equal(classes[:, 0], classes[:, 1])
+    assert sorted(classes[:, 0].tolist()) == [0, 1, 2, 3]
+
+
+def test_the_digits_of_mnist(data_folder):
+    if not (data_folder / "mnist").is_dir():
+        pytest.skip(f"no MNIST in {data_folder}")
+    images, labels = mnist_images(data_folder)
+    found = labelled(mnist(data=data_folder))
+    order = np.argsort(labels, kind="stable")
+    np.testing.assert_array_equal(found.y, labels[order])
+    np.testing.assert_allclose(found.x, images[order] / np.float32(255), atol=1e-7)
+
+
+def test_glyphs_are_new_drawings_of_their_classes():
+    few = glyphs("validation", size=12)
+    found = labelled(few, per_class=3, key=jax.random.key(0))
+    classes = len(CLASSES["validation"])
+    assert (found.x.shape, found.x.dtype) == ((3 * classes, 12, 12, 1), jnp.float32)
+    np.testing.assert_array_equal(found.y, np.repeat(np.arange(classes), 3))
+    assert (float(found.x.min()), float(found.x.max()) <= 1) == (0, True)
+    assert len(np.unique(found.x.reshape(3 * classes, -1), axis=0)) == 3 * classes  # a drawing each
+    again = labelled(few, per_class=3, key=jax.random.key(0))
+    other = labelled(few, per_class=3, key=jax.random.key(1))
+    np.testing.assert_array_equal(found.x, again.x)
+    assert not (found.x == other.x).all(axis=(1, 2, 3)).any()
+
+
+def test_glyphs_are_those_of_their_labels(monkeypatch):
+    """With a hand that does not tremble a drawing is its class's own."""
+    monkeypatch.setattr(MODULE, "hands_of", lambda bits: jnp.zeros((*bits.shape[:-1], HAND), jnp.float32))
+    found = labelled(glyphs("test", size=11), per_class=2, key=jax.random.key(0))
+    still = jnp.zeros(HAND, jnp.float32)
+    draw = jax.jit(jax.vmap(lambda class_id: draw_example(still, *class_strokes(class_id), 11)))
+    rows = np.array([0, 1, 700, 701, 2046])
+    np.testing.assert_allclose(found.x[rows], draw(CLASSES["test"].start + rows // 2), atol=1e-4)
+
+
+def test_what_has_no_examples_or_turns_of_its_own():
+    x, names = pictures()
+    with pytest.raises(ValueError, match=r'tasks: got rotations="random"'):
+        labelled(from_arrays(x, names, ways=2, shots=1, rotations="random"))
+    with pytest.raises(ValueError, match=r"tasks: got regression tasks of 'sinusoid', .* or of glyphs"):
+        labelled(sinusoid())
+    stream = jm.TaskStream(lambda step: None, glyphs(ways=2).card)
+    with pytest.raises(ValueError, match=r"tasks: got a stream of 'glyphs', .* from_prepared"):
+        labelled(stream)
+    few = from_arrays(x, names, ways=2, shots=1, name="letters")
+    with pytest.raises(
+        ValueError, match="per_class, key: are for glyphs; of 'letters' all examples are taken"
+    ):
+        labelled(few, per_class=2)
+    for given in ({}, {"per_class": 2}, {"key": jax.random.key(0)}):
+        with pytest.raises(ValueError, match="per_class, key: glyphs are drawn, which takes both"):
+            labelled(glyphs(), **given)
+    with pytest.raises(ValueError, match="per_class must be a whole number of at least 1, got 0"):
+        labelled(glyphs(), per_class=0, key=jax.random.key(0))
+
+
+# --- a few of each class, and the rest ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_exactly_so_many_of_each_class_and_all_others(shots):
+    y = np.random.default_rng(0).permutation(np.repeat([4, -1, 9, 2], SIZES))
+    chosen, rest = split_per_class(y, shots, jax.random.key(0))
+    np.testing.assert_array_equal(y[chosen], np.repeat([-1, 2, 4, 9], shots))
+    np.testing.assert_array_equal(np.sort(np.concatenate([chosen, rest])), np.arange(len(y)))
+    assert (np.diff(rest) > 0).all()
+    again = split_per_class(jnp.asarray(y), shots, jax.random.key(0))
+    np.testing.assert_array_equal(again[0], chosen)
+
+
+def test_every_example_is_chosen_as_often_as_any_other_of_its_class():
+    y = np.repeat([0, 1], [5, 3])
+    draws = 600
+    keys = jax.random.split(jax.random.key(0), draws)
+    counts = np.zeros(8)
+    for key in keys:
+        counts[split_per_class(y, 2, key)[0]] += 1
+    share = np.repeat([2 / 5, 2 / 3], [5, 3])
+    # Five standard deviations of a binomial count.
+    assert (np.abs(counts - draws * share) < 5 * np.sqrt(draws * share * (1 - share))).all()
+
+
+def test_classes_that_would_have_nothing_left():
+    with pytest.raises(
+        ValueError, match=r"shots: got 3, which takes classes of at least 4 .* 1 of 2 .*: 7 \(3\)"
+    ):
+        split_per_class(np.repeat([7, 8], [3, 4]), 3, jax.random.key(0))
+    with pytest.raises(ValueError, match="shots must be a whole number of at least 1, got 0"):
+        split_per_class(np.arange(3), 0, jax.random.key(0))
+    with pytest.raises(ValueError, match="too few in 0 of 0"):
+        split_per_class(np.zeros(0, int), 1, jax.random.key(0))
