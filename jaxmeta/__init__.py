@@ -8,7 +8,7 @@ state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, key=jax.random.ke
 jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
 """
 
-from jaxmeta import losses, nn, tasks
+from jaxmeta import losses, nn, tasks, transfer
 from jaxmeta.config import load_run
 from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution, TaskStream
 from jaxmeta.metric_based import (
@@ -107,4 +107,5 @@ __all__ = [
     "simple_shot",
     "tasks",
     "train",
+    "transfer",
 ]

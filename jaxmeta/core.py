@@ -90,9 +90,10 @@ class Model(NamedTuple):
     Attributes:
       init: `(key, x) -> params`.
       apply: `(params, x) -> outputs`, normalised by the statistics of `x` itself.
-      apply_norm: `(params, x, *, stats=None, mask=None) -> (outputs, stats)`. With
-        `stats=None` normalises by the (masked) statistics of `x` and returns them; otherwise by
-        `stats`. None where the model has no batch statistics.
+      apply_norm: `(params, x, *, stats=None, mask=None) -> (outputs, stats)`. Normalises by
+        `stats`, and those layers that it has none for, which are all where it is None, by the (masked)
+        statistics of `x`; returns what each layer was normalised by. None where the model has no batch
+        statistics.
       stochastic: whether `apply` and `apply_norm` also take a keyword `key`, the source of
         their randomness (dropout, say); with `key=None` they are deterministic.
       divisible: whether the outputs of an example depend on the others through the moments of

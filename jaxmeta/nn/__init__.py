@@ -10,7 +10,10 @@ from jaxmeta.nn.layers import Conv, conv_general_dilated
 from jaxmeta.nn.memory import LRUA, NTM, MemoryNetwork
 from jaxmeta.nn.norm import BatchNorm
 from jaxmeta.nn.relation import RelationEmbedding, RelationModule
+from jaxmeta.nn.residual import ResNet, ResNet18, ResNet34, ResNet50
 from jaxmeta.nn.resnet import ResNet12
+from jaxmeta.nn.stateful import StatefulModel, as_stateful, chain, layers_in_order
+from jaxmeta.nn.vit import ViT, resize_positions
 
 __all__ = [
     "LRUA",
@@ -30,13 +33,23 @@ __all__ = [
     "ProposedUpdate",
     "RelationEmbedding",
     "RelationModule",
+    "ResNet",
     "ResNet12",
+    "ResNet18",
+    "ResNet34",
+    "ResNet50",
+    "StatefulModel",
     "StridedConv4",
+    "ViT",
     "as_model",
+    "as_stateful",
+    "chain",
     "conv",
     "conv_general_dilated",
     "from_equinox",
     "from_nnx",
+    "layers_in_order",
     "log_and_sign",
     "max_pool_2x2",
+    "resize_positions",
 ]

@@ -130,13 +130,12 @@ def _from_linen(network):
         return call({"params": params}, x, key=key)
 
     def apply_norm(params, x, *, stats=None, mask=None, key=None):
-        if stats is not None:
-            return call({"params": params, STATISTICS: stats}, x, mask, key), stats
-        outputs, state = call({"params": params}, x, mask, key, mutable=[STATISTICS])
-        stats = state.get(STATISTICS, {})
-        if stats:
+        given = {} if stats is None else {STATISTICS: stats}
+        outputs, state = call({"params": params, **given}, x, mask, key, mutable=[STATISTICS])
+        found = state.get(STATISTICS, {})
+        if len(jax.tree.leaves(found)) > len(jax.tree.leaves(stats)):
             _require_mask(name, taken, mask, "jaxmeta.nn.BatchNorm")
-        return outputs, stats
+        return outputs, found
 
     stochastic = not taken.isdisjoint(SWITCHES)
     # One key for all examples would give every device's share the same dropout.
@@ -198,17 +197,21 @@ def from_nnx(network: Callable) -> Model:
     if others:
         raise ValueError(f"{name} keeps statistics in {others}, which are not of an nnx.BatchNorm")
 
+    averaged = traverse_util.flatten_dict(_to_dict(averages))
+
     def run(params, x, *, stats=None, mask=None, key=None):
+        handed = traverse_util.flatten_dict({} if stats is None else stats)
         module = nnx.merge(
             definition,
             _from_dict(params, own),
-            averages if stats is None else _from_dict(stats, averages),
+            _from_dict(traverse_util.unflatten_dict({**averaged, **handed}), averages),
             streams if key is None else _restarted(streams, key),
             rest,
         )
-        module.set_attributes(
-            deterministic=key is None, use_running_average=stats is not None, raise_if_not_found=False
-        )
+        module.set_attributes(deterministic=key is None, raise_if_not_found=False)
+        for path, layer in nnx.iter_modules(module):
+            if path in norms:
+                layer.use_running_average = (*map(str, path), "mean") in handed  # type: ignore[attr-defined]
         before = state(module)
         outputs = module(x, **_chosen(taken, mask, key))
         after = state(module)
@@ -223,9 +226,7 @@ def from_nnx(network: Callable) -> Model:
                 f"{name} draws random numbers where it should be deterministic; leave `deterministic` of its "
                 "layers to their attribute"
             )
-        if stats is not None:
-            return outputs, stats
-        if averages:
+        if len(handed) < len(averaged):
             _require_mask(name, taken, mask, "nnx.BatchNorm")
         return outputs, _to_dict(after[1])
 

@@ -3,9 +3,12 @@
 from collections.abc import Callable
 
 from flax import linen
+from flax.linen import Dense
 from jax import lax
 
 from jaxmeta.nn.conv import NHWC, conv
+
+__all__ = ["Conv", "Dense", "conv_general_dilated"]
 
 
 def conv_general_dilated(

@@ -1,0 +1,115 @@
+"""Label shift: USPS digits in other proportions than those trained on, and how well these are found again.
+
+    python benchmarks/label_shift.py --data DIR [--seeds N] [--steps N] [--json FILE]
+
+A Conv4 with 32 channels learns 5,291 of USPS's 7,291 training images; the other 2,000 calibrate it (one
+temperature) and give the confusion matrix. The target are 2,000 images drawn from its 2,007 test images by
+proportions of digits that are Dirichlet(1) for each seed: P(X|Y) stays, P(Y) changes, which is what label
+shift is. Each estimate is held against the true weights P_t(y) / P_s(y) by its root mean squared error,
+weighted by P_s(y); accuracy is after the classifier's outputs are corrected by it.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from machine import describe_machine
+
+import jaxmeta as jm
+
+HELD_OUT, TARGETS = 2000, 2000
+
+
+def estimates(probs, labels, target_probs, source_prior) -> dict[str, np.ndarray]:
+    """Weights by every method, from calibrated probabilities of held-out source and of target examples."""
+    transfer = jm.transfer
+    hard = transfer.joint_confusion(probs.argmax(1), labels, 10)
+    soft = transfer.joint_confusion(probs, labels, 10)
+    n = len(labels)
+    size = np.log(40 * 10)
+    error = 0.03 * (2 * size / (3 * n) + np.sqrt(2 * size / n))
+    prior, _ = transfer.em_prior(target_probs, source_prior)
+    return {
+        "none": np.ones(10),
+        "BBSE": transfer.bbse(hard, target_probs.argmax(1)),
+        "BBSE, soft": transfer.bbse(soft, target_probs),
+        "RLLS": transfer.rlls(hard, target_probs.argmax(1), penalty=error),
+        "EM": np.asarray(prior) / source_prior,
+    }
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with usps/")
+    add("--seeds", type=int, default=5)
+    add("--steps", type=int, default=300)
+    add("--json", type=Path, help="also write the results here")
+    args = parser.parse_args(argv)
+    if args.seeds < 2:
+        parser.error(f"--seeds: got {args.seeds}; a spread needs at least 2")
+    (x, y), (x_test, y_test) = (jm.tasks.usps_images(args.data, part) for part in ("train", "test"))
+    model = jm.transfer.classifier(jm.nn.Conv4(filters=32), 10)
+    optimizer = optax.adam(1e-3)
+    rows: dict = {}
+    for seed in range(args.seeds):
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(y))
+        held_out, train = order[:HELD_OUT], order[HELD_OUT:]
+        key = jax.random.key(seed)
+        fitted = jm.transfer.fine_tune(
+            model,
+            model.init(key, x[:1].astype(np.float32)),
+            jm.Batch(x[train], y[train]),
+            optimizer=optimizer,
+            steps=args.steps,
+            key=key,
+        )
+
+        def logits(images, variables=fitted.variables):
+            return np.asarray(jm.transfer.predict_logits(model, variables, images), np.float64)
+
+        t = jm.transfer.temperature(logits(x[held_out]), y[held_out])
+        probs = np.asarray(jax.nn.softmax(logits(x[held_out]) / t))
+        source_prior = np.bincount(y[held_out], minlength=10) / HELD_OUT
+        wanted = rng.dirichlet(np.ones(10))
+        digits = rng.choice(10, TARGETS, p=wanted)
+        drawn = np.array([rng.choice(np.flatnonzero(y_test == digit)) for digit in digits])
+        true = np.bincount(y_test[drawn], minlength=10) / TARGETS / source_prior
+        target_probs = np.asarray(jax.nn.softmax(logits(x_test[drawn]) / t))
+        for name, weights in {
+            **estimates(probs, y[held_out], target_probs, source_prior),
+            "true": true,
+        }.items():
+            weights = np.asarray(weights, np.float64)
+            adjusted = np.asarray(jm.transfer.adjust(target_probs, weights))
+            rows.setdefault(name, []).append(
+                {
+                    "error": float(np.sqrt((source_prior * (weights - true) ** 2).sum())),
+                    "accuracy": float((adjusted.argmax(1) == y_test[drawn]).mean()),
+                    "weights": weights.round(4).tolist(),
+                }
+            )
+    print("| weights | error of the weights | accuracy on the target, % |\n| --- | --- | --- |")
+    for name, found in rows.items():
+        errors, accuracies = (np.array([row[what] for row in found]) for what in ("error", "accuracy"))
+        accuracies *= 100
+        cells = [f"{each.mean():.3f} ± {each.std(ddof=1):.3f}" for each in (errors, accuracies)]
+        print(f"| {name} | {' | '.join(cells)} |")
+    if args.json:
+        report = {
+            "machine": describe_machine(jax.local_devices()),
+            "jaxmeta": jm.__version__,
+            "steps": args.steps,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Networks as they are trained outside few-shot learning: running statistics, dropout, frozen layers.
+
+In few-shot learning batch statistics are values, chosen by the learner, and nothing is kept from one batch
+to the next (`jm.nn.as_model`). Transfer learning trains as any Flax program does: in training a batch
+normalises itself and leaves its mark on a running average, which normalises in inference.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, traverse_util
+
+from jaxmeta.core import Key, PyTree
+from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.norm import STATISTICS, BatchNorm
+
+Variables = dict[str, PyTree]
+
+
+class StatefulModel(NamedTuple):
+    """A network with state, as pure functions; `jm.nn.as_stateful` makes one.
+
+    Attributes:
+      init: `(key, x) -> variables`, of which "params" are trained, and the other collections, such as
+        "batch_stats", are the network's state.
+      apply: `(variables, x) -> outputs`, in inference: by the running statistics, without dropout.
+      train: `(variables, x, key, *, frozen=None) -> (outputs, state)`, in training: by the statistics of
+        `x`, with dropout; `state` are the other collections afterwards. `frozen` is a tree of Python bools
+        like the parameters: a layer all of whose parameters are frozen stays in inference, its
+        statistics as they are.
+      features: the network without its last part, on the same variables; None where it has no parts.
+      network: `() -> network` that the model was made of; None where it has parts. A function, for models are
+        compared and hashed, and not every network can be.
+      parts: names and models of a `chain`.
+    """
+
+    init: Callable[[Key, Any], Variables]
+    apply: Callable[..., jax.Array]
+    train: Callable[..., tuple[jax.Array, Variables]]
+    features: "StatefulModel | None" = None
+    network: Callable[[], Any] | None = None
+    parts: tuple[tuple[str, "StatefulModel"], ...] = ()
+
+
+def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> StatefulModel:
+    """`network` as a `StatefulModel`; one passes through unchanged.
+
+    Of a `flax.linen.Module`, `flax.linen.BatchNorm`, `jm.nn.BatchNorm`, dropout and other mutable collections
+    all work, and frozen layers are in inference one by one. Its `__call__` may take `mask`, `deterministic`,
+    `train` or `use_running_average`. Networks of other kinds are those of `jm.nn.as_model`; their dropout is
+    of the whole network, frozen layers included.
+
+    Args:
+      network: of any kind that `jm.nn.as_model` takes, or a `flax.linen.Module` with mutable state.
+      momentum: weight of the past in the running statistics of `jm.nn.BatchNorm`, as in
+        `flax.linen.BatchNorm`, whose own is its attribute.
+
+    Raises:
+      ValueError: as `jm.nn.as_model`; `momentum` outside [0, 1).
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> model = jm.nn.as_stateful(jm.nn.Conv4(ways=5, filters=8))
+      >>> x = jnp.zeros((4, 28, 28, 1))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> outputs, state = model.train(variables, x, jax.random.key(1))
+      >>> model.apply({**variables, **state}, x).shape
+      (4, 5)
+    """
+    if isinstance(network, StatefulModel):
+        return network
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: got {momentum}; it must be at least 0 and below 1")
+    if isinstance(network, linen.Module):
+        return _from_linen(network, momentum)._replace(network=lambda: network)
+    return _from_model(as_model(network), momentum)._replace(network=lambda: network)
+
+
+def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9) -> StatefulModel:
+    """Networks one after the other; each collection of its variables has one subtree a part.
+
+    `features` are what the last part reads.
+
+    Raises:
+      ValueError: no parts.
+    """
+    if not parts:
+        raise ValueError("parts: got none; there must be at least one network")
+    models = {name: as_stateful(network, momentum=momentum) for name, network in parts.items()}
+
+    def init(key: Key, x: Any) -> Variables:
+        of_parts = {}
+        for index, (name, model) in enumerate(models.items()):
+            of_parts[name] = model.init(jax.random.fold_in(key, index), x)
+            x = _zeros(jax.eval_shape(model.apply, of_parts[name], x))
+        return joined(of_parts)
+
+    def upto(names: list[str]) -> StatefulModel:
+        def apply(variables: Variables, x: Any) -> jax.Array:
+            for name in names:
+                x = models[name].apply(of_part(variables, name), x)
+            return x
+
+        def train(
+            variables: Variables, x: Any, key: Key, *, frozen: PyTree | None = None
+        ) -> tuple[jax.Array, Variables]:
+            states = {}
+            for index, name in enumerate(names):
+                part = None if frozen is None else frozen[name]
+                x, states[name] = models[name].train(
+                    of_part(variables, name), x, jax.random.fold_in(key, index), frozen=part
+                )
+            return x, joined(states)
+
+        return StatefulModel(init, apply, train)
+
+    names = list(models)
+    return upto(names)._replace(features=upto(names[:-1]), parts=tuple(models.items()))
+
+
+def of_part(variables: Variables, part: str) -> Variables:
+    """The variables of one part of a `chain`."""
+    return {name: tree[part] for name, tree in variables.items() if part in tree}
+
+
+def joined(of_parts: Mapping[str, Variables]) -> Variables:
+    """The variables of a `chain` from those of its parts."""
+    names = dict.fromkeys(name for found in of_parts.values() for name in found)
+    return {name: {part: found[name] for part, found in of_parts.items() if name in found} for name in names}
+
+
+def layers_in_order(network: linen.Module, x: Any) -> tuple[str, ...]:
+    """Names of the parameters' top-level layers, in the order in which `network` computes them.
+
+    A layer is what the network's parameters have as a first key.
+    """
+    seen: dict[str, None] = {}
+
+    def note(call, args, kwargs, context):
+        if context.module.path:
+            seen.setdefault(context.module.path[0])
+        return call(*args, **kwargs)
+
+    with linen.intercept_methods(note):
+        params = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, **_switches(network, False)), x)[
+            "params"
+        ]
+    own = [name for name in params if name not in seen]  # parameters of the network itself
+    return (*own, *(name for name in seen if name in params))
+
+
+def _zeros(shaped: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shaped)
+
+
+def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
+    def switches(training: bool) -> dict[str, Any]:
+        return _switches(network, training)
+
+    def ours(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+        """The layers of `jm.nn.BatchNorm`, whose statistics no collection holds of itself: their channels."""
+        found: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
+
+        def note(call, args, kwargs, context):
+            if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+                normalised = args[0] if args else kwargs["x"]
+                found[context.module.path] = jax.ShapeDtypeStruct(normalised.shape[-1:], normalised.dtype)
+            return call(*args, **kwargs)
+
+        def run(variables, x):
+            with linen.intercept_methods(note):
+                return network.apply(variables, x, **switches(False))
+
+        jax.eval_shape(run, variables, x)
+        return found
+
+    def init(key: Key, x: Any) -> Variables:
+        variables = network.init(key, x, **switches(False))
+        variables = jax.tree.map(lambda leaf: leaf, dict(variables))
+        stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
+        for path, channels in ours(variables, x).items():
+            stats[*path, "mean"] = jnp.zeros(channels.shape, channels.dtype)
+            stats[*path, "var"] = jnp.ones(channels.shape, channels.dtype)
+        variables.setdefault("params", {})
+        return {**variables, **({STATISTICS: traverse_util.unflatten_dict(stats)} if stats else {})}
+
+    def apply(variables: Variables, x: Any) -> jax.Array:
+        outputs: Any = network.apply(variables, x, **switches(False))
+        return outputs
+
+    def train(
+        variables: Variables, x: Any, key: Key, *, frozen: PyTree | None = None
+    ) -> tuple[jax.Array, Variables]:
+        still = _frozen_layers(frozen)
+        stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
+        own = [path for path in ours(variables, x) if not still(path)] if stats else []
+        handed = {path: leaf for path, leaf in stats.items() if path[:-1] not in own}
+        given = {name: tree for name, tree in variables.items() if name != STATISTICS}
+        if handed:
+            given[STATISTICS] = traverse_util.unflatten_dict(handed)
+
+        def inference(call, args, kwargs, context):
+            # Of a frozen layer; what it was told by its caller concerns the whole network.
+            module, switch = context.module, _switch_of(context.module)
+            if switch is None or context.method_name != "__call__" or not still(module.path):
+                return call(*args, **kwargs)
+            told = getattr(module, switch)
+            object.__setattr__(module, switch, None)
+            try:
+                return call(*args[:1], **{**kwargs, switch: True})
+            finally:
+                object.__setattr__(module, switch, told)
+
+        mutable = [name for name in variables if name != "params"]
+        rngs = {"dropout": key, "params": key}
+        with linen.intercept_methods(inference):
+            outputs, state = network.apply(given, x, rngs=rngs, mutable=mutable, **switches(True))
+        state = jax.tree.map(lambda leaf: leaf, dict(state))
+        after = traverse_util.flatten_dict(state.get(STATISTICS, {}))
+        for path in own:
+            for moment in ("mean", "var"):
+                place = (*path, moment)
+                after[place] = momentum * stats[place] + (1 - momentum) * after[place]
+        # A frozen layer of flax.linen keeps its statistics, and a frozen network all of its state.
+        after = {path: stats[path] if still(path[:-1]) else leaf for path, leaf in after.items()}
+        kept = {name: variables[name] for name in mutable if still(())}
+        return outputs, {
+            **state,
+            **({STATISTICS: traverse_util.unflatten_dict(after)} if after else {}),
+            **kept,
+        }
+
+    return StatefulModel(init, apply, train)
+
+
+def _switches(network: linen.Module, training: bool) -> dict[str, Any]:
+    """Those arguments of the network's call that say whether it is being trained."""
+    values = {"deterministic": not training, "train": training, "use_running_average": not training}
+    return {name: values[name] for name in inspect.signature(network.__call__).parameters if name in values}
+
+
+def _switch_of(module: linen.Module) -> str | None:
+    """The attribute, and argument, that puts a layer of Flax into inference."""
+    if isinstance(module, linen.BatchNorm):
+        return "use_running_average"
+    return "deterministic" if isinstance(module, linen.Dropout) else None
+
+
+def _frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
+    """Whether a layer's path leads to one all of whose parameters are frozen.
+
+    A layer without parameters, such as dropout, goes with the one it is in.
+    """
+    leaves = {} if frozen is None else traverse_util.flatten_dict(frozen)
+
+    def still(path: tuple[str, ...]) -> bool:
+        for depth in range(len(path), -1, -1):
+            beneath = [value for place, value in leaves.items() if place[:depth] == path[:depth]]
+            if beneath:
+                return all(beneath)
+        return False
+
+    return still
+
+
+def _from_model(model: Any, momentum: float) -> StatefulModel:
+    def statistics(params: PyTree, x: Any) -> PyTree:
+        return forward(model, params, x)[1] or {}
+
+    def init(key: Key, x: Any) -> Variables:
+        params = model.init(key, x)
+        stats = jax.eval_shape(statistics, params, x) if model.apply_norm is not None else {}
+        if not jax.tree.leaves(stats):
+            return {"params": params}
+        flat = traverse_util.flatten_dict(stats)
+        start = {
+            path: (jnp.ones if path[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
+            for path, leaf in flat.items()
+        }
+        return {"params": params, STATISTICS: traverse_util.unflatten_dict(start)}
+
+    def apply(variables: Variables, x: Any) -> jax.Array:
+        return forward(model, variables["params"], x, stats=variables.get(STATISTICS))[0]
+
+    def train(
+        variables: Variables, x: Any, key: Key, *, frozen: PyTree | None = None
+    ) -> tuple[jax.Array, Variables]:
+        still = _frozen_layers(frozen)
+        before = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
+        handed = {path: leaf for path, leaf in before.items() if still(path[:-1])}
+        outputs, stats = forward(
+            model, variables["params"], x, stats=traverse_util.unflatten_dict(handed) or None, key=key
+        )
+        if not before:
+            return outputs, {}
+        after = {
+            path: before[path] if path in handed else momentum * before[path] + (1 - momentum) * leaf
+            for path, leaf in traverse_util.flatten_dict(stats).items()
+        }
+        return outputs, {STATISTICS: traverse_util.unflatten_dict(after)}
+
+    return StatefulModel(init, apply, train)

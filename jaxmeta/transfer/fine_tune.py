@@ -1,0 +1,271 @@
+"""The chapter's recipes: feature extraction, fine-tuning from a layer up, and what lies between."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaxmeta.core import Augment, Batch, Key, Params, PyTree
+from jaxmeta.nn.stateful import StatefulModel, Variables
+from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
+from jaxmeta.transfer.descent import Batches, descend
+from jaxmeta.transfer.freezing import frozen_mask, slanted_triangular
+from jaxmeta.transfer.heads import logistic_head, ridge_head
+from jaxmeta.transfer.paths import Patterns, several
+from jaxmeta.transfer.subtree import swap_subtree
+
+ExampleLoss = Callable[[Array, Array], Array]
+
+
+class Fitted(NamedTuple):
+    """What training ends with.
+
+    Attributes:
+      variables: of the model.
+      losses: of each step's mini-batch, with penalties.
+    """
+
+    variables: Variables
+    losses: Float[Array, " steps"]
+
+
+def fine_tune(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    key: Key,
+    train: Patterns = "**",
+    batch_size: int = 64,
+    loss: ExampleLoss = optax.softmax_cross_entropy_with_integer_labels,
+    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+    penalty: Callable[[Params], Array] | None = None,
+    augment: Augment | None = None,
+    report: Callable[[int, float], None] | None = None,
+    look: Callable[[int, Variables], None] | None = None,
+    every: int | None = None,
+) -> Fitted:
+    """Trains a network, or its upper layers, on labelled examples; from where it is.
+
+    What `train` does not match keeps its bits: no gradient, no decay, no optimizer state (`optax.partition`),
+    and a layer all of whose parameters are frozen is in inference, with its running statistics, which stay,
+    and without dropout. Full fine-tuning is `train="**"`; from a layer upward `train=["body/stage3*",
+    "head"]`, say.
+
+    Mini-batches go through a new random order in each epoch. The steps run as one compiled loop.
+
+    Args:
+      model: a `jm.transfer.classifier`, or any network by `jm.nn.as_stateful`.
+      variables: of it; not changed.
+      data: `x` (n, *shape), bytes (taken as numbers in [0, 1]) or floats, and `y` (n,) or (n, d).
+      optimizer: of what is trained; see `jm.transfer.discriminative`.
+      steps: mini-batches.
+      key: of mini-batches, augmentation and dropout.
+      train: patterns of the parameters to train; see `jm.transfer.matching`.
+      batch_size: examples a step; all where there are fewer.
+      loss: `(outputs, y) -> (n,)`, of each example.
+      weights: of the examples in the mean loss: of importance (`jm.transfer.density_ratio`), or of label
+        shift.
+      penalty: `params -> scalar`, such as `jm.transfer.l2_sp(…)`. Build it once where training is repeated: a
+        new function is compiled anew.
+      augment: `(key, x) -> x`.
+      report: called with step and loss, after `every` steps each.
+      look: called with step and variables, likewise; to choose a model by.
+      every: of both; None for about twenty times.
+
+    Raises:
+      ValueError: no examples, or not as many labels or weights; a `train` pattern that matches nothing;
+        `steps` or `batch_size` below 1.
+      FloatingPointError: the loss is no longer finite.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, jaxmeta as jm
+      >>> model = jm.transfer.classifier(jm.nn.MLP(out=8, norm=True), 2)
+      >>> data = jm.Batch(jnp.array([[0.0, 1], [1, 0]]), jnp.array([0, 1]))
+      >>> variables = model.init(jax.random.key(0), data.x)
+      >>> fitted = jm.transfer.fine_tune(
+      ...     model, variables, data, train="head", optimizer=optax.adam(0.1), steps=50, key=jax.random.key(1)
+      ... )
+      >>> model.apply(fitted.variables, data.x).argmax(1).tolist()
+      [0, 1]
+    """
+    x, y = checked_data(data)
+    arrays = {"x": x, "y": y}
+    if weights is not None:
+        arrays["weights"] = jnp.asarray(weights, jnp.float32)
+        if arrays["weights"].shape != (x.shape[0],):
+            raise ValueError(f"weights: got shape {arrays['weights'].shape} for {x.shape[0]} examples")
+    frozen = frozen_mask(variables["params"], train)
+    objective = _objective(model, loss, augment, weights is not None, *_static(frozen))
+    params, state, losses = descend(
+        objective,
+        variables["params"],
+        {name: tree for name, tree in variables.items() if name != "params"},
+        optimizer,
+        frozen=frozen,
+        data={"examples": Batches(arrays, batch_size)},
+        extra={} if penalty is None else {"penalty": _as_partial(penalty)},
+        steps=steps,
+        key=key,
+        report=report,
+        every=every,
+        look=None if look is None else lambda step, params, state: look(step, {"params": params, **state}),
+    )
+    return Fitted({"params": params, **state}, losses)
+
+
+def feature_extraction(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    head: str | Callable[..., Params] = "logistic",
+    **settings: Any,
+) -> Variables:
+    """The body as it is, in inference, and a new head on its features, which are computed once.
+
+    Args:
+      model: a `jm.transfer.classifier`.
+      variables: of it.
+      data: as of `fine_tune`.
+      head: "ridge", closed form; "logistic", by gradients to the minimum; or a function `(features, labels,
+        classes, **settings) -> {"kernel", "bias"}`.
+      **settings: of the head.
+
+    Returns:
+      The variables with the new head; all others are the very same arrays.
+
+    Raises:
+      ValueError: an unknown head, and what `jm.transfer.ridge_head` raises.
+    """
+    heads: dict[str, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
+    if not callable(head) and head not in heads:
+        raise ValueError(f"head: got {head!r}; it must be one of {sorted(heads)}, or a function")
+    x, y = checked_data(data)
+    old = variables["params"][HEAD]
+    fit = head if callable(head) else heads[head]
+    new = fit(extract_features(model, variables, x), y, old["kernel"].shape[1], **settings)
+    return {**variables, "params": swap_subtree(variables["params"], HEAD, new)}
+
+
+def linear_probe_then_fine_tune(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    probe: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Fitted:
+    """LP-FT: first the head alone, then all: a random head's gradients would spoil good features.
+
+    Args:
+      model, variables, data: as of `fine_tune`.
+      probe: settings of `feature_extraction`.
+      **settings: of `fine_tune`.
+
+    References:
+      Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, 2022.
+    """
+    return fine_tune(model, feature_extraction(model, variables, data, **(probe or {})), data, **settings)
+
+
+def gradual_unfreezing(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    groups: Sequence[Patterns],
+    *,
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = optax.adam,
+    rate: float = 1e-3,
+    stage_steps: int,
+    last_steps: int | None = None,
+    key: Key,
+    **settings: Any,
+) -> Fitted:
+    """Trains the top group, then the two top ones, … until all are trained.
+
+    Each stage is a `fine_tune` with a slanted triangular rate of its own and a fresh optimizer state.
+
+    Args:
+      model, variables, data: as of `fine_tune`.
+      groups: patterns, from the lowest layers to the top.
+      optimizer: `schedule -> transformation`.
+      rate: the largest rate of each stage.
+      stage_steps: of each stage; an epoch in the paper.
+      last_steps: of the last stage, in which all are trained; None for as many.
+      key: of all stages.
+      **settings: of `fine_tune`.
+
+    Raises:
+      ValueError: no groups, and what `fine_tune` raises.
+
+    References:
+      Howard & Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
+    """
+    if not groups:
+        raise ValueError("groups: got none; name the layers from the lowest to the top")
+    losses = []
+    for stage in range(len(groups)):
+        last = stage == len(groups) - 1
+        steps = last_steps if last and last_steps is not None else stage_steps
+        trained = [pattern for group in groups[len(groups) - 1 - stage :] for pattern in several(group)]
+        fitted = fine_tune(
+            model,
+            variables,
+            data,
+            train=trained,
+            optimizer=optimizer(slanted_triangular(steps, rate)),
+            steps=steps,
+            key=jax.random.fold_in(key, stage),
+            **settings,
+        )
+        variables = fitted.variables
+        losses.append(fitted.losses)
+    return Fitted(variables, jnp.concatenate(losses))
+
+
+def checked_data(data: Batch) -> tuple[Any, Any]:
+    """Examples and labels, as many of the one as of the other."""
+    if data.x.shape[0] == 0 or data.x.shape[0] != data.y.shape[0]:
+        raise ValueError(f"data: got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
+    if data.mask is not None:
+        raise ValueError("data: got a mask; leave the padding out")
+    return data.x, data.y
+
+
+def _as_partial(penalty: Callable[[Params], Array]) -> jax.tree_util.Partial:
+    return penalty if isinstance(penalty, jax.tree_util.Partial) else jax.tree_util.Partial(penalty)
+
+
+def _static(frozen: PyTree) -> tuple[tuple[bool, ...], Any]:
+    leaves, structure = jax.tree.flatten(frozen)
+    return tuple(leaves), structure
+
+
+@lru_cache(maxsize=64)
+def _objective(model, loss, augment, weighted, frozen_leaves, structure):
+    """The same function for the same settings, so that nothing is compiled twice."""
+    frozen = jax.tree.unflatten(structure, frozen_leaves)
+
+    def objective(params, state, batches, extra, progress, key):
+        del progress
+        batch = batches["examples"]
+        draw, dropout = jax.random.split(key)
+        x = as_images(batch["x"])
+        if augment is not None:
+            x = augment(draw, x)
+        outputs, state = model.train({"params": params, **state}, x, dropout, frozen=frozen)
+        each = loss(outputs, batch["y"])
+        value = (each * batch["weights"]).mean() if weighted else each.mean()
+        if "penalty" in extra:
+            value = value + extra["penalty"](params)
+        return value, state
+
+    return objective

@@ -1,0 +1,267 @@
+"""Covariate shift: the examples are others, and what they mean is the same.
+
+If P(X) changes and P(Y|X) does not, then for any loss ℓ
+
+    E_t[ℓ] = E_s[w ℓ]  with  w(x) = p_t(x) / p_s(x),
+
+so that a model of the target is trained on labelled source examples with their losses weighted by w, such as
+`(weights * losses).mean()`. Weights are estimated from unlabelled examples of both domains, by a classifier
+that tells them apart (`density_ratio`) or by matching their means in a kernel's space
+(`kernel_mean_matching`).
+
+What no weights can do: reach where the source has no examples (w is infinite there), and correct a change of
+P(Y|X), which target examples without labels do not show. And they buy less bias with more variance: of n
+examples, weights leave as many as `effective_sample_size` says.
+
+Estimates are computed in float64 on the host (see `jaxmeta.transfer.host`) and returned as JAX arrays.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Real
+
+from jaxmeta.transfer import host
+
+
+class DensityRatio(NamedTuple):
+    r"""w(x) = p_t(x)/p_s(x) by a logistic discriminator with P(t|x) = 1 / (1 + exp(−kernel·x − bias)).
+
+    w(x) = (n_s/n_t) P(t|x) / P(s|x) = (n_s/n_t) exp(kernel·x + bias).
+
+    Attributes:
+      kernel: of the features.
+      bias: of the discriminator.
+      log_prior_ratio: ln(n_s/n_t), without which w would depend on how many examples of each domain the
+        discriminator happened to see.
+    """
+
+    kernel: Float[Array, " d"]
+    bias: Float[Array, ""]
+    log_prior_ratio: Float[Array, ""]
+
+    def __call__(
+        self, x: Float[Array | np.ndarray, "n d"], *, exponent: float = 1.0, self_normalised: bool = False
+    ) -> Float[Array, " n"]:
+        """Weights of examples.
+
+        Args:
+          x: features as those that were fitted.
+          exponent: τ in [0, 1] of w^τ: 1 has no bias where the ratio is exact, 0 is no weighting, and what is
+            in between has less variance.
+          self_normalised: divide by the mean, so that the weights of `x` have mean 1: give all source
+            examples at once.
+
+        Raises:
+          ValueError: an `exponent` outside [0, 1].
+        """
+        if not 0 <= exponent <= 1:
+            raise ValueError(f"exponent: got {exponent}; it must be from 0 to 1")
+        logs = exponent * (jnp.asarray(x) @ self.kernel + self.bias + self.log_prior_ratio)
+        if self_normalised:
+            # Through the softmax, which has no overflow.
+            return logs.shape[0] * jax.nn.softmax(logs)
+        return jnp.exp(logs)
+
+
+def density_ratio(
+    source: Real[Array | np.ndarray, "n_s d"],
+    target: Real[Array | np.ndarray, "n_t d"],
+    *,
+    regularisation: float = 1e-3,
+    tolerance: float = 1e-14,
+    steps: int = 100,
+) -> DensityRatio:
+    r"""Fits p_t(x)/p_s(x) by logistic regression of the domain on features.
+
+    It minimises the mean logistic loss over all n_s + n_t examples + (λ/2) ‖kernel‖² by damped Newton steps.
+    The ratio is exact where ln(p_t/p_s) is linear in the features, as of two Gaussians of one covariance; add
+    squares for others. Where features tell the domains apart without error, there is no ratio to estimate: λ
+    keeps the weights finite and decides what they are. Their mean over the source, 1 for a ratio, is then far
+    below.
+
+    Args:
+      source, target: features of unlabelled examples. The penalty treats all alike: standardise them.
+      regularisation: λ > 0; scikit-learn's C is 1 / (λ (n_s + n_t)).
+      tolerance: of the loss, by Newton's decrement.
+      steps: at most.
+
+    Raises:
+      ValueError: features that are not finite or differ in dimension, a `regularisation` that is not
+        positive, too few `steps`.
+
+    Examples:
+      >>> import jax
+      >>> source = jax.random.normal(jax.random.key(0), (2000, 1))
+      >>> target = jax.random.normal(jax.random.key(1), (1000, 1)) + 1
+      >>> weights = density_ratio(source, target)(source, self_normalised=True)  # near e^(x − 1/2)
+      >>> print(f"{weights.mean():.3f}, of {effective_sample_size(weights):.0f} examples")
+      1.000, of 760 examples
+
+    References:
+      Sugiyama, Suzuki & Kanamori, Density Ratio Estimation in Machine Learning, 2012, chapter 4.
+      Shimodaira, Improving predictive inference under covariate shift, 2000 (the exponent).
+    """
+    if not regularisation > 0:
+        raise ValueError(f"regularisation: got {regularisation}; it must be above 0")
+    s, t = _pair(source, target)
+    # Centred, with the bias last: Newton's steps are the same, and better conditioned.
+    centre = np.concatenate([s, t]).mean(0)
+    x = np.concatenate([s, t]) - centre
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    is_target = np.arange(len(x)) >= len(s)
+    penalty = np.append(np.full(s.shape[1], regularisation), 0.0)
+
+    def objective(weights: np.ndarray) -> float:
+        logits = x @ weights
+        return float((np.logaddexp(0, logits) - is_target * logits).mean() + (penalty * weights**2).sum() / 2)
+
+    weights = np.zeros(x.shape[1])
+    for _ in range(steps):
+        probs = 0.5 * (1 + np.tanh(x @ weights / 2))
+        gradient = x.T @ (probs - is_target) / len(x) + penalty * weights
+        hessian = (x * (probs * (1 - probs))[:, None]).T @ x / len(x) + np.diag(penalty)
+        direction = np.linalg.solve(hessian, gradient)
+        decrement, value, size = gradient @ direction, objective(weights), 1.0
+        # The tolerance lets rounding pass, close to the minimum.
+        while objective(weights - size * direction) > value - 1e-4 * size * decrement + tolerance:
+            size /= 2
+        weights = weights - size * direction
+        if decrement <= tolerance:
+            break
+    else:
+        raise ValueError(f"steps: {steps} were too few for tolerance {tolerance}; allow more of either")
+    kernel = weights[:-1]
+    return DensityRatio(
+        jnp.asarray(kernel), jnp.asarray(weights[-1] - kernel @ centre), jnp.asarray(np.log(len(s) / len(t)))
+    )
+
+
+def kernel_mean_matching(
+    source: Real[Array | np.ndarray, "n_s d"],
+    target: Real[Array | np.ndarray, "n_t d"],
+    *,
+    bandwidth: float | None = None,
+    bound: float = 1000.0,
+    slack: float | None = None,
+    tolerance: float = 1e-3,
+    steps: int = 20_000,
+) -> Float[Array, " n_s"]:
+    r"""Weights of the source examples under which their mean embedding is closest to the target's.
+
+    min_w ‖(1/n_s) Σ_i w_i φ(x_i) − (1/n_t) Σ_j φ(x'_j)‖²  with  0 ≤ w_i ≤ B  and  |mean(w) − 1| ≤ ε,
+
+    where φ(x)·φ(x') = exp(−‖x − x'‖² / (2σ²)): the squared MMD between the weighted source and the target.
+    By accelerated projected gradients with restarts from w = 1, until the value is certainly within
+    `tolerance` of the minimum: by the gap of Frank and Wolfe, max_v ∇ᵀ(w − v) over all v that are allowed.
+
+    The exact minimum fits the sampling error of the two means, of the order 1/n_s + 1/n_t, by a few heavy
+    weights: a tolerance far below that, like a narrow kernel, makes the weights worse and not better. A small
+    B keeps them even. It takes memory for (n_s + n_t)² numbers.
+
+    Args:
+      source, target: features of unlabelled examples.
+      bandwidth: σ; None for the median distance between two of all the examples.
+      bound: B ≥ 1, how much one example may count.
+      slack: ε ≥ 0; None for the paper's 1 − 1/√n_s.
+      tolerance: of the squared MMD.
+      steps: at most.
+
+    Raises:
+      ValueError: features that are not finite or differ in dimension, settings out of range, too few `steps`.
+
+    Examples:
+      >>> import numpy as np
+      >>> source, target = np.array([[0.0], [1.0], [2.0]]), np.array([[1.0], [2.0]])
+      >>> print(kernel_mean_matching(source, target, bandwidth=0.3, slack=0.0).round(2))
+      [0.  1.5 1.5]
+
+    References:
+      Huang et al., Correcting Sample Selection Bias by Unlabeled Data, 2006.
+    """
+    s, t = _pair(source, target)
+    n = len(s)
+    slack = 1 - n**-0.5 if slack is None else slack
+    if not bound >= 1:
+        raise ValueError(f"bound: got {bound}; it must be at least 1, the mean of the weights")
+    if not slack >= 0:
+        raise ValueError(f"slack: got {slack}; it must not be negative")
+    between = _squared_distances(s, np.concatenate([s, t]))
+    if bandwidth is None:
+        everything = np.concatenate([between, _squared_distances(t, np.concatenate([s, t]))])
+        bandwidth = float(np.sqrt(np.median(everything[np.triu_indices(len(everything), 1)])))
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth: got {bandwidth}; it must be above 0")
+    kernel = np.exp(-between / (2 * bandwidth**2))
+    gram, to_target = kernel[:, :n] / n**2, kernel[:, n:].mean(1) / n
+    lowest, highest = n * max(1 - slack, 0), n * min(1 + slack, bound)
+
+    def slope(w: np.ndarray) -> np.ndarray:
+        return 2 * (gram @ w - to_target)
+
+    def projected(v: np.ndarray) -> np.ndarray:
+        """The closest weights that are allowed: v less one number for all, clipped."""
+        wanted = np.clip(np.clip(v, 0, bound).sum(), lowest, highest)
+        low, high = v.min() - bound, v.max()
+        for _ in range(64):
+            middle = (low + high) / 2
+            above = np.clip(v - middle, 0, bound).sum() > wanted
+            low, high = (middle, high) if above else (low, middle)
+        return np.clip(v - middle, 0, bound)
+
+    def gap(w: np.ndarray) -> float:
+        """How far the value may be above the minimum."""
+        gradient = slope(w)
+        total = np.clip(bound * (gradient < 0).sum(), lowest, highest)
+        corner = np.empty(n)
+        corner[np.argsort(gradient)] = np.clip(total - bound * np.arange(n), 0, bound)
+        return float(gradient @ (w - corner))
+
+    rate = 1 / (2 * gram.sum(1).max())  # the largest row sum is at least the largest eigenvalue
+    w = ahead = projected(np.ones(n))
+    momentum = 1.0
+    for step in range(steps):
+        if step % 10 == 0 and gap(w) <= tolerance:
+            break
+        new = projected(ahead - rate * slope(ahead))
+        if (ahead - new) @ (new - w) > 0:
+            momentum = 1.0
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = new + (momentum - 1) / following * (new - w)
+        w, momentum = new, following
+    else:
+        raise ValueError(f"steps: {steps} were too few for tolerance {tolerance}; allow more of either")
+    return jnp.asarray(w)
+
+
+def effective_sample_size(weights: Float[Array | np.ndarray, " n"]) -> Float[Array, ""]:
+    r"""ESS = (Σ w)² / Σ w²: as many equally weighted examples have the variance of these.
+
+    n for equal weights, 1 where one example has them all, 0 where there are none.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(effective_sample_size(jnp.array([1.0, 1.0, 2.0])))
+      2.6666667
+    """
+    weights = jnp.asarray(weights)
+    # Of weights that are at most 1, for squares overflow.
+    weights = weights / jnp.where(weights.max() > 0, weights.max(), 1)
+    squares = jnp.square(weights).sum()
+    return jnp.square(weights.sum()) / jnp.where(squares > 0, squares, 1)
+
+
+def _pair(
+    source: host.Values, target: host.Values
+) -> tuple[Float[np.ndarray, "s d"], Float[np.ndarray, "t d"]]:
+    s, t = host.matrix(source, "source"), host.matrix(target, "target")
+    if s.shape[1] != t.shape[1]:
+        raise ValueError(f"target: got {t.shape[1]} features; source has {s.shape[1]}, they must be the same")
+    return s, t
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    norms = np.square(a).sum(1)[:, None] + np.square(b).sum(1)[None]
+    return np.maximum(norms - 2 * a @ b.T, 0)

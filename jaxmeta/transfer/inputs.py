@@ -1,0 +1,115 @@
+"""Other input spaces: what makes of the target's images the ones that a body was trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmeta import nn
+from jaxmeta.core import Key, Model, Params
+
+# ITU-R 601, as in `jm.tasks.from_folder`.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def input_adapter(
+    *,
+    channels: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    invert: bool = False,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
+    method: str = "linear",
+) -> Model:
+    """An adapter without parameters: size, number of channels, dark and light, and scale of images.
+
+    In that order. One channel becomes three equal ones, three become their luma. It is the `adapter` of a
+    `jm.transfer.classifier`, in front of a body that may stay frozen.
+
+    Args:
+      channels: 1 or 3; None leaves them.
+      size: of the sides in pixels; None leaves it. Smaller ones are filtered first.
+      invert: 1 − x: strokes that are dark on light, for a body that knows them light on dark.
+      mean, std: (x − mean) / std, by channel or for all, in the units of x: as the body was trained, such as
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) for most of torchvision's.
+      method: of `jax.image.resize`: "nearest", "linear", "cubic", "lanczos3" or "lanczos5".
+
+    Raises:
+      ValueError: other numbers of channels, a size below 1, a standard deviation that is not positive; when
+        it is called, images with another number of channels than 1 or 3, or than `mean` and `std` have.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> adapter = input_adapter(channels=3, size=32)
+      >>> adapter.apply({}, jnp.zeros((2, 28, 28, 1))).shape
+      (2, 32, 32, 3)
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels: got {channels}; it must be 1, 3 or None")
+    sides = (size, size) if isinstance(size, int) else size
+    if sides is not None and min(sides) < 1:
+        raise ValueError(f"size: got {size}; sides must be at least 1")
+    centre, spread = jnp.atleast_1d(jnp.asarray(mean, float)), jnp.atleast_1d(jnp.asarray(std, float))
+    if not (spread > 0).all():
+        raise ValueError(f"std: got {std}; it must be positive")
+
+    def apply(params: Params, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        del params
+        if x.ndim != 4:
+            raise ValueError(f"x: got shape {x.shape}; images must be (n, height, width, channels)")
+        if sides is not None and x.shape[1:3] != sides:
+            x = jax.image.resize(x, (x.shape[0], *sides, x.shape[3]), method)
+        if channels is not None and x.shape[3] != channels:
+            if x.shape[3] not in (1, 3):
+                raise ValueError(f"x: got {x.shape[3]} channels; they must be 1 or 3")
+            if channels == 3:
+                x = jnp.repeat(x, 3, axis=3)
+            else:
+                x = (x * jnp.asarray(LUMA, x.dtype)[None, None, None]).sum(3, keepdims=True)
+        for name, values in (("mean", centre), ("std", spread)):
+            if values.size not in (1, x.shape[3]):
+                raise ValueError(f"{name}: got {values.size} values; the images have {x.shape[3]} channels")
+        x = 1 - x if invert else x
+        return (x - centre.astype(x.dtype)[None, None, None]) / spread.astype(x.dtype)[None, None, None]
+
+    return Model(lambda key, x: {}, apply)
+
+
+def learned_stem(channels: int, *, kernel: int = 1) -> Model:
+    """An adapter that is learned: a convolution to as many channels as the body takes.
+
+    It begins as the mean over the input's channels, in every output, so that a body of images knows what it
+    sees before the first step.
+
+    Args:
+      channels: of the body's input.
+      kernel: side of the filters; odd.
+
+    Raises:
+      ValueError: `channels` below 1, or an even `kernel`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> stem = learned_stem(3)
+      >>> params = stem.init(jax.random.key(0), jnp.ones((1, 8, 8, 5)))
+      >>> print(stem.apply(params, jnp.ones((1, 8, 8, 5)))[0, 0, 0])
+      [1. 1. 1.]
+    """
+    if channels < 1:
+        raise ValueError(f"channels: got {channels}; it must be at least 1")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel: got {kernel}; it must be odd")
+
+    def init(key: Key, x: Any) -> Params:
+        del key
+        weights = (
+            jnp.zeros((kernel, kernel, x.shape[3], channels)).at[kernel // 2, kernel // 2].set(1 / x.shape[3])
+        )
+        return {"kernel": weights, "bias": jnp.zeros(channels)}
+
+    def apply(params: Params, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c2"]:
+        return nn.conv(x, params["kernel"]) + params["bias"][None, None, None]
+
+    return Model(init, apply)

@@ -1,0 +1,281 @@
+r"""How others name the leaves of our networks, and how their arrays lie.
+
+A layout is rules in two steps. The first says where a layer of theirs stands in our network
+("encoder/stages/0/layers/1/layer/0/convolution" is "params/stage0_block1/layer0_conv"), the second, common to
+all of PyTorch's, what a layer's tensors are called. What no rule knows keeps its name, and so has no place in
+our network.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmeta.transfer.subtree import leaves_by_path, rename
+
+Rules = tuple[tuple[re.Pattern[str], str | None], ...]
+
+
+class Leaf(NamedTuple):
+    """An array of a file: its name there, its path in our network (None where of no use), and its value."""
+
+    name: str
+    path: str | None
+    array: Any
+
+
+class Layout(NamedTuple):
+    """One way to name the weights of a family of networks.
+
+    Attributes:
+      name: of the layout.
+      family: "ResNet" or "ViT"; None for variables of any Flax network.
+      mark: matches a name that only this layout has.
+      modules: from the beginnings of their names to those of ours; None drops.
+      tensors: from their names of a layer's tensors to ours.
+      fused: patterns of tensors that stack query, key and value, and the name of each part, a template for
+        `re.Match.expand` with `{}` for "query", "key" and "value".
+      settings: of the network, which shapes do not show.
+    """
+
+    name: str
+    family: str | None
+    mark: re.Pattern[str]
+    modules: Rules = ()
+    tensors: Rules = ()
+    fused: tuple[tuple[re.Pattern[str], str], ...] = ()
+    settings: Mapping[str, Any] = {}
+
+
+def _rules(*pairs: tuple[str, str | None]) -> Rules:
+    return tuple(
+        (re.compile(f"^{theirs}"), None if ours is None else f"params/{ours}") for theirs, ours in pairs
+    )
+
+
+_TENSORS = (
+    *_rules((r"params/(.*norm)/weight$", r"\1/scale"), (r"params/(.*)/weight$", r"\1/kernel")),
+    (re.compile(r"^params/(.*)/running_mean$"), r"batch_stats/\1/mean"),
+    (re.compile(r"^params/(.*)/running_var$"), r"batch_stats/\1/var"),
+    (re.compile(r"^params/.*/num_batches_tracked$"), None),
+)
+
+_KINDS = (("convolution", "conv"), ("normalization", "norm"))
+
+_HUGGINGFACE_RESNET = _rules(
+    *((rf"(?:resnet/)?embedder/embedder/{theirs}/", f"stem_{ours}/") for theirs, ours in _KINDS),
+    *(
+        (
+            rf"(?:resnet/)?encoder/stages/(\d+)/layers/(\d+)/{theirs}/{kind}/",
+            rf"stage\1_block\2/{ours}_{our}/",
+        )
+        for theirs, ours in ((r"layer/(\d+)", r"layer\3"), ("shortcut", "shortcut"))
+        for kind, our in _KINDS
+    ),
+    ("classifier/1/", "head/"),
+)
+
+# Torchvision counts stages and convolutions from 1.
+_TORCHVISION_RESNET = _rules(
+    ("conv1/", "stem_conv/"),
+    ("bn1/", "stem_norm/"),
+    *(
+        (rf"layer{i + 1}/(\d+)/{theirs}/", rf"stage{i}_block\1/{ours}/")
+        for i in range(4)
+        for theirs, ours in (
+            *((f"conv{j + 1}", f"layer{j}_conv") for j in range(3)),
+            *((f"bn{j + 1}", f"layer{j}_norm") for j in range(3)),
+            ("downsample/0", "shortcut_conv"),
+            ("downsample/1", "shortcut_norm"),
+        )
+    ),
+    ("fc/", "head/"),
+)
+
+# Transformers 5 has other names in memory than it writes by default; both are found in files.
+_HUGGINGFACE_VIT = _rules(
+    ("(?:vit/)?embeddings/cls_token$", "cls_token"),
+    ("(?:vit/)?embeddings/position_embeddings$", "position_embedding"),
+    ("(?:vit/)?embeddings/patch_embeddings/projection/", "patch_embedding/"),
+    # The token of masked images, and the layer behind the features, trained by nothing in most files.
+    ("(?:vit/)?embeddings/mask_token$", None),
+    ("(?:vit/)?pooler/", None),
+    *(
+        (rf"(?:vit/)?(?:encoder/layer|layers)/(\d+)/{theirs}/", rf"block\1/{ours}/")
+        for theirs, ours in (
+            ("layernorm_before", "attention_norm"),
+            ("attention/attention/query", "attention/query"),
+            ("attention/attention/key", "attention/key"),
+            ("attention/attention/value", "attention/value"),
+            ("attention/output/dense", "attention/out"),
+            ("attention/q_proj", "attention/query"),
+            ("attention/k_proj", "attention/key"),
+            ("attention/v_proj", "attention/value"),
+            ("attention/o_proj", "attention/out"),
+            ("layernorm_after", "mlp_norm"),
+            ("(?:intermediate/dense|mlp/fc1)", "mlp_in"),
+            ("(?:output/dense|mlp/fc2)", "mlp_out"),
+        )
+    ),
+    ("(?:vit/)?layernorm/", "norm/"),
+    ("classifier/", "head/"),
+)
+
+_TIMM_VIT = _rules(
+    ("cls_token$", "cls_token"),
+    ("pos_embed$", "position_embedding"),
+    ("patch_embed/proj/", "patch_embedding/"),
+    *(
+        (rf"blocks/(\d+)/{theirs}/", rf"block\1/{ours}/")
+        for theirs, ours in (
+            ("norm1", "attention_norm"),
+            ("attn/(query|key|value)", r"attention/\2"),
+            ("attn/proj", "attention/out"),
+            ("norm2", "mlp_norm"),
+            ("mlp/fc1", "mlp_in"),
+            ("mlp/fc2", "mlp_out"),
+        )
+    ),
+    ("(?:fc_)?norm/", "norm/"),
+    ("head/", "head/"),
+)
+
+_TORCHVISION_VIT = _rules(
+    ("class_token$", "cls_token"),
+    ("encoder/pos_embedding$", "position_embedding"),
+    ("conv_proj/", "patch_embedding/"),
+    *(
+        (rf"encoder/layers/encoder_layer_(\d+)/{theirs}/", rf"block\1/{ours}/")
+        for theirs, ours in (
+            ("ln_1", "attention_norm"),
+            ("self_attention/(query|key|value)", r"attention/\2"),
+            ("self_attention/out_proj", "attention/out"),
+            ("ln_2", "mlp_norm"),
+            ("mlp/(?:0|linear_1)", "mlp_in"),
+            ("mlp/(?:3|linear_2)", "mlp_out"),
+        )
+    ),
+    ("encoder/ln/", "norm/"),
+    ("heads/head/", "head/"),
+)
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("flax", None, re.compile("^params/")),
+        Layout(
+            "huggingface-resnet",
+            "ResNet",
+            re.compile("^(resnet/)?embedder/embedder/convolution/weight$"),
+            _HUGGINGFACE_RESNET,
+            _TENSORS,
+        ),
+        Layout(
+            "torchvision-resnet",
+            "ResNet",
+            re.compile("^layer1/0/conv1/weight$"),
+            _TORCHVISION_RESNET,
+            _TENSORS,
+        ),
+        Layout(
+            "huggingface-vit",
+            "ViT",
+            re.compile("^(vit/)?embeddings/patch_embeddings/projection/weight$"),
+            _HUGGINGFACE_VIT,
+            _TENSORS,
+        ),
+        Layout(
+            "timm-vit",
+            "ViT",
+            re.compile("^patch_embed/proj/weight$"),
+            _TIMM_VIT,
+            _TENSORS,
+            ((re.compile(r"/qkv/(weight|bias)$"), r"/{}/\1"),),
+            {"epsilon": 1e-6},
+        ),
+        Layout(
+            "torchvision-vit",
+            "ViT",
+            re.compile("^conv_proj/weight$"),
+            _TORCHVISION_VIT,
+            _TENSORS,
+            ((re.compile(r"/in_proj_(weight|bias)$"), r"/{}/\1"),),
+            {"epsilon": 1e-6},
+        ),
+    )
+}
+
+
+def layout_of(leaves: Mapping[str, Any], layout: str, origin: Path) -> Layout:
+    """The layout of that name, or, by "auto", the one that the names of the leaves tell.
+
+    Raises:
+      ValueError: there is no such layout, or the names tell none.
+    """
+    known = ", ".join(LAYOUTS)
+    if layout != "auto":
+        if layout not in LAYOUTS:
+            raise ValueError(f'layout: got {layout!r}; it must be "auto" or one of {known}')
+        return LAYOUTS[layout]
+    for candidate in LAYOUTS.values():
+        if any(candidate.mark.search(name) for name in leaves):
+            return candidate
+    some = ", ".join(sorted(leaves)[:5])
+    raise ValueError(
+        f"layout: the names in {origin} ({some}, …) are of no known layout ({known}); take them by "
+        "jaxmeta.transfer.read_weights, and map them by jaxmeta.transfer.transplant with `rules`"
+    )
+
+
+def translated(leaves: Mapping[str, Any], layout: Layout, origin: Path) -> list[Leaf]:
+    """Their leaves as Flax has them; one that no rule knows keeps its name as its path.
+
+    Raises:
+      ValueError: two leaves would be one, or a fused one is not of three equal parts.
+    """
+    if layout.family is None:
+        return [Leaf(name, name, leaf) for name, leaf in leaves.items()]
+    # Parts of a fused leaf are renamed by what they would be called alone, and told of by the whole's name.
+    alone: dict[str, str] = {}
+    arrays: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        for own, told, array in _parts(name, leaf, layout, origin):
+            alone[own], arrays[told] = told, array
+    try:
+        renamed = rename(alone, _applicable(layout.modules, alone))
+        renamed = rename(renamed, _applicable(layout.tensors, leaves_by_path(renamed)))
+    except ValueError as error:
+        raise ValueError(f"path: the names in {origin} are not of one network: {error}") from error
+    paths = {told: path for path, told in leaves_by_path(renamed).items()}
+    return [Leaf(told, paths.get(told), _as_flax(paths.get(told), array)) for told, array in arrays.items()]
+
+
+def _parts(name: str, leaf: Any, layout: Layout, origin: Path) -> list[tuple[str, str, Any]]:
+    for pattern, template in layout.fused:
+        match = pattern.search(name)
+        if match is None:
+            continue
+        if leaf.ndim == 0 or leaf.shape[0] % 3:
+            raise ValueError(
+                f"path: {name} in {origin} stacks query, key and value, and has shape {leaf.shape}; its "
+                "first axis must be of three equal parts"
+            )
+        return [
+            (name[: match.start()] + match.expand(template.format(kind)), f"{name}[{kind}]", part)
+            for kind, part in zip(("query", "key", "value"), np.split(leaf, 3), strict=True)
+        ]
+    return [(name, name, leaf)]
+
+
+def _applicable(rules: Rules, names: Mapping[str, Any]) -> Rules:
+    """Those that match something: rules of layers that only some networks have may match nothing."""
+    return tuple(rule for rule in rules if any(rule[0].search(name) for name in names))
+
+
+def _as_flax(path: str | None, array: Any) -> Any:
+    """Output channels last; torch has them first."""
+    if path is None or not path.startswith("params/") or not path.endswith("/kernel"):
+        return array
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

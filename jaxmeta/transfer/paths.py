@@ -1,0 +1,307 @@
+"""Paths into trees of parameters, patterns of paths, and rules that rename them.
+
+A path is the names on the way to a node, joined by "/": "body/layer_0/kernel". Trees are pytrees of any
+kind. A node that only boxes one value, as a Flax `Variable` or `Partitioned` does, adds nothing to the
+path: an `nnx.State` has "linear/kernel", and what stands there is the array; the box stays where it is.
+
+A pattern is a glob or an `re.Pattern`. In a glob `*` is any characters within one part, `**` any across
+parts ("**/kernel" is "kernel" too, and "body/**/kernel" "body/kernel"), `?` one character, `[abc]` one of
+a set, `[!abc]` one of no set; a glob that matches a node stands for all leaves beneath it.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+Pattern = str | re.Pattern[str]
+Patterns = Pattern | Sequence[Pattern]
+Rules = Sequence[tuple[Pattern, str | None]]
+
+# What boxes call their only child.
+_BOXED = (jax.tree_util.GetAttrKey("value"),)
+_WILDCARD = re.compile(r"(?<![^/])\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\]|.", re.DOTALL)
+# What a replacement fills in.
+_BLANK = re.compile(r"\*\*|\*|\?|\\(\d+)")
+
+
+# --- Nodes and their paths -----------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """A node or leaf of a tree."""
+
+    path: str
+    trail: tuple[int, ...]  # which child to follow, level by level
+    value: Any
+    is_leaf: bool
+    boxed: bool  # whether it stands in a box
+
+
+def _open(node: PyTree) -> tuple[list[tuple[Any, PyTree]], Any]:
+    """Keys and children one level down, and the structure that puts children together again."""
+    return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)
+
+
+def _walk(
+    node: PyTree, parts: tuple[str, ...] = (), trail: tuple[int, ...] = (), boxed: bool = False
+) -> Iterator[Node]:
+    """All nodes and leaves, in the order of the tree, without those that only box another."""
+    children, _ = _open(node)
+    keys = [key for key, _ in children]
+    is_box = keys == [_BOXED]
+    if not is_box:
+        is_leaf = keys == [()]
+        yield Node("/".join(parts), trail, node, is_leaf, boxed)
+        if is_leaf:
+            return
+    for index, (key, child) in enumerate(children):
+        name = () if is_box else (jax.tree_util.keystr(key, simple=True),)
+        yield from _walk(child, (*parts, *name), (*trail, index), is_box)
+
+
+def put(node: PyTree, trail: tuple[int, ...], new: PyTree) -> PyTree:
+    """`node` with another child at the end of a trail; what lies beside the trail is not opened."""
+    if not trail:
+        return new
+    pairs, structure = _open(node)
+    children = [child for _, child in pairs]
+    children[trail[0]] = put(children[trail[0]], trail[1:], new)
+    return jax.tree.unflatten(structure, children)
+
+
+def find(tree: PyTree, path: str) -> Node:
+    """The node at a path; an error says how far the tree follows it, and what is there."""
+    found = [node for node in _walk(tree) if node.path == path]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f'path: got "{path}", which {len(found)} nodes of the tree share; rename their keys')
+    leaves = [node.path.split("/") for node in _walk(tree) if node.is_leaf]
+    parts = path.split("/")
+    # As far as the tree follows the path, and what goes on from there.
+    depth = next(n for n in range(len(parts), -1, -1) if n == 0 or any(p[:n] == parts[:n] for p in leaves))
+    onward = dict.fromkeys(p[depth] for p in leaves if p[:depth] == parts[:depth] and p[depth:] and p[depth])
+    where = f'"{"/".join(parts[:depth])}"' if depth else "its root"
+    what = f"has {', '.join(shortened(list(onward)))}" if onward else "has nothing beneath it"
+    raise ValueError(f'path: got "{path}", which the tree does not have; {where} {what}')
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, in the order of the tree.
+
+    Args:
+      tree: any pytree; None is not a leaf.
+
+    Raises:
+      ValueError: two leaves have one path, as in `{"a/b": 1, "a": {"b": 2}}`.
+
+    Examples:
+      >>> leaves_by_path({"body": [1.0, 2.0], "head": {"bias": 3.0}})
+      {'body/0': 1.0, 'body/1': 2.0, 'head/bias': 3.0}
+    """
+    leaves: dict[str, Any] = {}
+    for node in _walk(tree):
+        if node.is_leaf:
+            if node.path in leaves:
+                raise ValueError(f'tree: two leaves have the path "{node.path}"; rename one of their keys')
+            leaves[node.path] = node.value
+    return leaves
+
+
+def shortened(items: list[str], most: int = 20) -> list[str]:
+    """No message is longer than a screen."""
+    rest = len(items) - most
+    return items if rest <= 0 else [*items[:most], f"and {rest} more"]
+
+
+# --- Patterns ------------------------------------------------------------------------------------
+
+
+def _translated(token: str) -> str:
+    """One piece of a glob as a regular expression; each wildcard is one group."""
+    if token == "**/":
+        return "(?:(.*)/)?"
+    if token == "**":
+        return "(.*)"
+    if token == "*":
+        return "([^/]*)"
+    if token == "?":
+        return "([^/])"
+    if token[0] == "[" and len(token) > 1:
+        negation, members = ("^", token[2:-1]) if token[1] == "!" else ("", token[1:-1])
+        members = re.sub(r"([^\w-])", r"\\\1", members)
+        return f"((?!/)[{negation}{members}])"
+    return re.escape(token)
+
+
+def _regex_of(pattern: Pattern, argument: str) -> re.Pattern[str]:
+    """A glob's last group is what a leaf's path has beyond the node that the glob matches."""
+    if isinstance(pattern, re.Pattern):
+        return pattern
+    translated = "".join(_translated(token) for token in _WILDCARD.findall(pattern))
+    try:
+        return re.compile(f"{translated}(/.*)?", re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"{argument}: got {pattern!r}, which is no glob: {error}") from error
+
+
+def several(patterns: Patterns) -> Sequence[Pattern]:
+    return [patterns] if isinstance(patterns, str | re.Pattern) else patterns
+
+
+def predicate(patterns: Patterns, argument: str = "patterns") -> Callable[[str], bool]:
+    """Whether any of the patterns match a path, be it in some tree or not."""
+    regexes = [_regex_of(pattern, argument) for pattern in several(patterns)]
+    return lambda path: any(regex.fullmatch(path) for regex in regexes)
+
+
+def _nothing_matches(argument: str, pattern: Pattern, leaves: dict[str, Any]) -> ValueError:
+    """The error of a pattern that matches nothing, with the paths that it may have meant."""
+    text = pattern if isinstance(pattern, str) else pattern.pattern
+    nodes = {
+        "/".join(parts[:n]) for parts in (p.split("/") for p in leaves) for n in range(1, len(parts) + 1)
+    }
+    closest = difflib.get_close_matches(text, sorted(nodes), n=3, cutoff=0.0)
+    near = f"the closest paths are {', '.join(closest)}" if closest else "the tree has no leaves"
+    return ValueError(f"{argument}: {pattern!r} matches nothing; {near}")
+
+
+def matching(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> list[str]:
+    """The paths of the leaves that any of the patterns match, in the order of the tree.
+
+    Args:
+      tree: any pytree.
+      patterns: one or several: globs, each of which matches leaves or nodes, that stand for all leaves
+        beneath them; or `re.Pattern`s, which must match a leaf's whole path.
+      argument: what messages call `patterns`.
+
+    Raises:
+      ValueError: a pattern matches nothing; the message has the closest paths.
+
+    Examples:
+      >>> tree = {"body": {"layer0": {"kernel": 1, "bias": 2}, "layer1": {"kernel": 3}}, "head": 4}
+      >>> matching(tree, "body/layer*")
+      ['body/layer0/bias', 'body/layer0/kernel', 'body/layer1/kernel']
+      >>> matching(tree, ["head", "**/bias"])
+      ['body/layer0/bias', 'head']
+    """
+    leaves = leaves_by_path(tree)
+    matched: set[str] = set()
+    for pattern in several(patterns):
+        regex = _regex_of(pattern, argument)
+        found = [path for path in leaves if regex.fullmatch(path)]
+        # "**" asks for all there is, which may be nothing.
+        if not found and (leaves or not regex.fullmatch("")):
+            raise _nothing_matches(argument, pattern, leaves)
+        matched.update(found)
+    return [path for path in leaves if path in matched]
+
+
+def mask(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> PyTree:
+    """A tree of bools of the same structure: whether any of the patterns match a leaf; see `matching`.
+
+    Examples:
+      >>> mask({"body": [1, 2], "head": 3}, "body/1")
+      {'body': [False, True], 'head': False}
+    """
+    matched = set(matching(tree, patterns, argument))
+    return jax.tree.unflatten(jax.tree.structure(tree), [path in matched for path in leaves_by_path(tree)])
+
+
+# --- Renaming ------------------------------------------------------------------------------------
+
+
+def _renamer(
+    pattern: Pattern, replacement: str | None, argument: str
+) -> tuple[Callable[[str], object], Callable[[str], str | None]]:
+    """Whether a rule applies to a path, and the path that it makes of it."""
+    regex = _regex_of(pattern, argument)
+    applies = regex.search if isinstance(pattern, re.Pattern) else regex.fullmatch
+    if replacement is None:
+        return applies, lambda path: None
+    if isinstance(pattern, re.Pattern):
+        return applies, lambda path: regex.sub(replacement, path)
+    wildcards = regex.groups - 1
+    numbers = [blank[1] for blank in _BLANK.finditer(replacement)]
+    stars = numbers.count(None)
+    if stars not in (0, wildcards) or any(int(n) not in range(1, wildcards + 1) for n in numbers if n):
+        raise ValueError(
+            f"{argument}: got {replacement!r} for {pattern!r}, which has {wildcards} wildcard(s); "
+            f"it must have as many, or none, or name them \\1, \\2, …"
+        )
+
+    def write(path: str) -> str:
+        *texts, beyond = (text or "" for text in regex.fullmatch(path).groups())  # type: ignore[union-attr]
+        order = iter(texts)
+        fill = [
+            _BLANK.sub(lambda blank: texts[int(blank[1]) - 1] if blank[1] else next(order), part)
+            for part in replacement.split("/")
+        ]
+        # A `**` that stood for no part leaves none.
+        return "/".join([part for part in fill if part] + beyond.split("/")[1:])
+
+    return applies, write
+
+
+def renamed_paths(leaves: dict[str, Any], rules: Rules) -> tuple[dict[str, str], list[str]]:
+    """Old paths by new ones, and the paths of dropped leaves."""
+    new_path: dict[str, str | None] = {}
+    for index, (pattern, replacement) in enumerate(rules):
+        applies, write = _renamer(pattern, replacement, f"rules[{index}]")
+        found = [path for path in leaves if applies(path)]
+        if not found:
+            raise _nothing_matches(f"rules[{index}]", pattern, leaves)
+        for path in found:
+            new_path.setdefault(path, write(path))
+    old_path: dict[str, str] = {}
+    dropped = []
+    for old in leaves:
+        new = new_path.get(old, old)
+        if new is None:
+            dropped.append(old)
+        elif old_path.setdefault(new, old) != old:
+            raise ValueError(f'rules: "{old_path[new]}" and "{old}" would both become "{new}"')
+    return old_path, dropped
+
+
+def rename(tree: PyTree, rules: Rules) -> dict[str, Any]:
+    r"""The leaves of a tree under other paths, as a nested dict.
+
+    Args:
+      tree: any pytree.
+      rules: pairs (pattern, replacement). The first whose pattern matches a leaf renames it, and no other;
+        a leaf that none matches keeps its path.
+        A glob: the text that each of its wildcards matched fills the wildcards of the replacement in order,
+        or , , … by number; where it matches a node, everything beneath moves along.
+        An `re.Pattern`: `pattern.sub(replacement, path)`, wherever in the path it is found.
+        A replacement of None drops the leaf; one of "" lifts what is beneath the node to the root.
+
+    Raises:
+      ValueError: a pattern matches nothing; a replacement asks for more or fewer wildcards than its glob
+        has; two leaves would have one path, or one leaf's path would lead through another.
+
+    Examples:
+      >>> tree = {"params": {"conv1": {"weight": 1}, "conv2": {"weight": 2}, "fc": {"bias": 3}}}
+      >>> rename(tree, [("params/conv*/weight", "body/layer_*/kernel"), ("params/fc", "head")])
+      {'body': {'layer_1': {'kernel': 1}, 'layer_2': {'kernel': 2}}, 'head': {'bias': 3}}
+    """
+    leaves = leaves_by_path(tree)
+    old_path, _ = renamed_paths(leaves, rules)
+    renamed: dict[str, Any] = {}
+    for new, old in old_path.items():
+        *parents, name = new.split("/")
+        node = renamed
+        for depth, parent in enumerate(parents, 1):
+            through = "/".join(parents[:depth])
+            if through in old_path:
+                raise ValueError(
+                    f'rules: "{old}" would become "{new}", beneath "{through}", as which '
+                    f'"{old_path[through]}" is a leaf'
+                )
+            node = node.setdefault(parent, {})
+        node[name] = leaves[old]
+    return renamed

@@ -1,0 +1,179 @@
+"""Source models ranked for a target task by transferability scores, and how far the scores can be trusted."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int, Real
+
+from jaxmeta.transfer.scores import h_score, leep, log_me, nce
+
+SCORES = ("log_me", "h_score", "leep", "nce")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a source model makes of the target examples.
+
+    Attributes:
+      features: of its body, `(n, d)`.
+      source_probs: its probabilities of its own classes, `(n, classes)`; None where it has no classes, as
+        after self-supervised training, so that NCE and LEEP say nothing of it.
+    """
+
+    features: Real[Array | np.ndarray, "n d"]
+    source_probs: Float[Array | np.ndarray, "n classes"] | None = None
+
+
+class Correlation(NamedTuple):
+    """Of a score with the accuracies that fine-tuning reached. NaN where either is the same for all models.
+
+    Attributes:
+      pearson: of the values.
+      kendall: τ_b of the order: 1 where all pairs are in the right order, −1 where all are in the wrong one.
+      weighted_kendall: Vigna's τ with hyperbolic weights, in which the order of the best models counts most.
+    """
+
+    pearson: float
+    kendall: float
+    weighted_kendall: float
+
+
+class Row(NamedTuple):
+    """One source model: its name, its scores by name, its accuracy after fine-tuning where that is known."""
+
+    name: str
+    scores: dict[str, float]
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Source models, the most promising first. `str()` is a table.
+
+    Attributes:
+      rows: of the models in order.
+      score: the name of the score that ordered them.
+      correlations: of each score with the accuracies; empty where none were given.
+    """
+
+    rows: tuple[Row, ...]
+    score: str
+    correlations: dict[str, Correlation] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        columns = [score for score in SCORES if any(score in row.scores for row in self.rows)]
+        columns.sort(key=lambda score: score != self.score)
+
+        def line(name: str, numbers: Mapping[str, float], accuracy: float | None = None) -> list[str]:
+            shown = [f"{numbers[score]:.4f}" if score in numbers else "-" for score in columns]
+            return [name, *shown, "" if accuracy is None else f"{accuracy:.4f}"]
+
+        lines = [["source", *columns, "accuracy" if self.correlations else ""]]
+        lines += [line(*row) for row in self.rows]
+        for measure in Correlation._fields if self.correlations else ():
+            numbers = {score: getattr(found, measure) for score, found in self.correlations.items()}
+            lines.append(line(measure.replace("_", " "), numbers))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]).rstrip()
+            for name, *cells in lines
+        )
+
+
+def rank_sources(
+    models: Mapping[str, Candidate | Callable[[Any], Candidate]],
+    target: tuple[Any, Int[Array | np.ndarray, " n"]],
+    *,
+    score: str = "log_me",
+    shrinkage: float | str | None = None,
+    accuracies: Mapping[str, float] | None = None,
+) -> Ranking:
+    r"""Ranks source models by how well they promise to transfer to a target task, without training.
+
+    A score orders models for one target set. NCE and LEEP see the head of a model and so favour those whose
+    classes match the target's; H-score and LogME see its body, which is what fine-tuning starts from.
+
+    Args:
+      models: by name, what each makes of the target examples, or a function that computes it of x.
+      target: (x, y), the target examples and their classes; x is read by functions alone, and may be None.
+      score: "log_me", "h_score", "leep" or "nce", by which to order.
+      shrinkage: of `h_score`.
+      accuracies: by name, what fine-tuning each of the models reached, where it was done: to see which score
+        would have told.
+
+    Raises:
+      ValueError: no models, an unknown score, a model without the `source_probs` that the score needs, names
+        of `accuracies` that are not those of `models`, whatever a score refuses.
+
+    Examples:
+      >>> import numpy as np
+      >>> y = np.array([0, 0, 0, 1, 1, 1])
+      >>> good = np.array([[0.9], [1.0], [1.1], [-0.9], [-1.0], [-1.1]])
+      >>> bad = np.array([[1.0], [-1.0], [0.5], [1.0], [-1.0], [0.0]])
+      >>> print(rank_sources({"bad": Candidate(bad), "good": Candidate(good)}, (None, y)))
+      source   log_me  h_score
+      good    -0.9533   0.9934
+      bad     -1.0724   0.0099
+
+    References:
+      Vigna, A Weighted Correlation Index for Rankings with Ties, 2015.
+    """
+    x, y = target
+    if not models:
+        raise ValueError("models: got none; there must be at least one")
+    if score not in SCORES:
+        raise ValueError(f"score: got {score!r}; it must be one of {', '.join(SCORES)}")
+    if accuracies is not None and set(accuracies) != set(models):
+        raise ValueError(
+            f"accuracies: got {sorted(accuracies)}; the names must be those of models, {sorted(models)}"
+        )
+    rows = []
+    for name, model in models.items():
+        try:
+            scores = _scores(model if isinstance(model, Candidate) else model(x), y, shrinkage)
+        except ValueError as error:
+            raise ValueError(f"models[{name!r}]: {error}") from error
+        if score not in scores:
+            raise ValueError(f"models[{name!r}]: {score} needs source_probs, got None")
+        rows.append(Row(name, scores, None if accuracies is None else float(accuracies[name])))
+    rows.sort(key=lambda row: -row.scores[score])
+    correlations = {}
+    for each in SCORES if accuracies is not None else ():
+        pairs = [(row.scores[each], row.accuracy) for row in rows if each in row.scores]
+        if len(pairs) > 1:
+            correlations[each] = _correlation(*np.asarray(pairs, np.float64).T)
+    return Ranking(tuple(rows), score, correlations)
+
+
+def _scores(
+    candidate: Candidate, y: Int[Array | np.ndarray, " n"], shrinkage: float | str | None
+) -> dict[str, float]:
+    features, probs = candidate.features, candidate.source_probs
+    found = {"log_me": log_me(features, y), "h_score": h_score(features, y, shrinkage=shrinkage)}
+    if probs is not None:
+        found |= {"leep": leep(probs, y), "nce": nce(np.asarray(probs).argmax(-1), y)}
+    return found
+
+
+def _correlation(scores: np.ndarray, accuracies: np.ndarray) -> Correlation:
+    deviations = [values - values.mean() for values in (scores, accuracies)]
+    signs = [np.sign(values[:, None] - values[None]) for values in (scores, accuracies)]
+    # A model weighs by its rank; of two orders, which break ties differently, the mean.
+    ranks = [_ranks(scores, accuracies), _ranks(accuracies, scores)]
+    weights = [1 / (1 + rank[:, None]) + 1 / (1 + rank[None]) for rank in ranks]
+    weighted = [_cosine(signs[0], signs[1], each) for each in weights]
+    return Correlation(_cosine(*deviations), _cosine(*signs), float(np.mean(weighted)))
+
+
+def _ranks(values: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    """Place of each of `values` from the largest, 0, down; equal ones by `ties`."""
+    ranks = np.empty(len(values))
+    ranks[np.lexsort((ties, values))[::-1]] = np.arange(len(values))
+    return ranks
+
+
+def _cosine(first: np.ndarray, second: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
+    norms = (weights * first**2).sum() * (weights * second**2).sum()
+    return float((weights * first * second).sum() / np.sqrt(norms)) if norms > 0 else float("nan")

@@ -1,0 +1,266 @@
+"""Files of weights as arrays by name: safetensors, Flax msgpack, Orbax checkpoints, own runs.
+
+A pickle runs whatever code its author put into it, so none is ever opened.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxmeta.core import PyTree
+from jaxmeta.nn.norm import STATISTICS, from_moments
+from jaxmeta.transfer.subtree import leaves_by_path
+
+FORMATS = (
+    "a .safetensors or .msgpack file, a folder with model.safetensors or its shards, an Orbax checkpoint, "
+    'a folder of `jaxmeta train`, or "hf:owner/name"'
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
+INDEX = "model.safetensors.index.json"
+HUB = "hf:"
+
+
+class Stored(NamedTuple):
+    """What a file or folder holds.
+
+    Attributes:
+      leaves: arrays by name, its parts joined by "/".
+      origin: the file or folder, for messages.
+      config: of the config.json beside the weights.
+      metadata: of the safetensors file.
+      network: that of a run.
+    """
+
+    leaves: dict[str, Any]
+    origin: Path
+    config: Mapping[str, Any] = {}
+    metadata: Mapping[str, str] = {}
+    network: Any = None
+
+
+def read(path: str | os.PathLike, revision: str | None = None) -> Stored:
+    """Reads weights of any format; see `jaxmeta.transfer.load_pretrained`."""
+    if isinstance(path, str) and path.startswith(HUB):
+        return _folder(_fetched(path, revision))
+    if revision is not None:
+        raise ValueError(f'revision: got {revision!r} for {path}; only what is on the Hub ("{HUB}…") has any')
+    found = Path(path).expanduser()
+    if not found.exists():
+        hint = f'; what is on the Hugging Face Hub is "{HUB}{path}"' if str(path).count("/") == 1 else ""
+        raise FileNotFoundError(f"path: there is nothing at {path}{hint}")
+    return _folder(found) if found.is_dir() else _file(found)
+
+
+def _file(path: Path) -> Stored:
+    if path.suffix == ".safetensors":
+        leaves, metadata = _safetensors(path)
+        return Stored(leaves, path, metadata=metadata)
+    if path.suffix == ".msgpack":
+        return Stored(_arrays(_msgpack(path), path), path)
+    if path.suffix in PICKLES:
+        raise ValueError(_refusal(path))
+    raise ValueError(f"path: got {path}, whose format is unknown; it must be {FORMATS}")
+
+
+def _folder(path: Path) -> Stored:
+    found = sorted(path.glob("*.safetensors"))
+    whole = [file for file in found if file.name == "model.safetensors"]
+    if not whole and (path / INDEX).is_file():
+        return _sharded(path)
+    if len(whole or found) == 1:
+        (file,) = whole or found
+        leaves, metadata = _safetensors(file)
+        return Stored(leaves, file, _config(path), metadata)
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"path: {path} has several files of weights: {names}; give the path of one")
+    if (path / "checkpoints").is_dir():
+        return _run(path)
+    if (path / "manifest").is_dir():
+        from jaxmeta.training import load
+
+        return Stored(_arrays(load(path), path), path)
+    checkpoints = [place for place in (path, *path.iterdir()) if (place / "_METADATA").is_file()]
+    if len(checkpoints) == 1:
+        return Stored(_arrays(_orbax(checkpoints[0]), path), path)
+    pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    if pickles:
+        raise ValueError(_refusal(pickles[0]))
+    raise ValueError(f"path: {path} has no weights of a known format; it must be {FORMATS}")
+
+
+def _refusal(path: Path) -> str:
+    return (
+        f"path: {path} may hold a pickle, which runs its author's code when it is opened, and is not read; "
+        "where you trust it, convert it in PyTorch: "
+        'safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors")'
+    )
+
+
+def _guarded(path: Path, what: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives; whatever goes wrong with a damaged or hostile file is a ValueError that names it."""
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"path: {path} cannot be read as {what}: {line}") from error
+
+
+def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise ImportError(f"{path}: reading safetensors needs a package: pip install safetensors") from None
+
+    def read():
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+    leaves, metadata = _guarded(path, "safetensors", read)
+    return {_joined(name): leaf for name, leaf in leaves.items()}, metadata
+
+
+def _joined(name: str) -> str:
+    """Torch separates by dots what Flax, whose names may have dots, separates by slashes."""
+    return name if "/" in name else name.replace(".", "/")
+
+
+def _sharded(path: Path) -> Stored:
+    index = _json(path / INDEX)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f'path: {path / INDEX} has no "weight_map" of names and files')
+    leaves: dict[str, Any] = {}
+    for name in sorted(set(places.values())):
+        file = path / name
+        if Path(name).name != name or file.suffix != ".safetensors":
+            raise ValueError(
+                f"path: {path / INDEX} points to {name!r}; it must be a safetensors file beside it"
+            )
+        if not file.is_file():
+            raise ValueError(f"path: {path / INDEX} points to {name}, which is not there")
+        leaves |= _safetensors(file)[0]
+    missing = sorted({_joined(name) for name in places} - set(leaves))
+    if missing:
+        raise ValueError(f"path: {path / INDEX} lists {missing[0]}, which none of its files has")
+    return Stored(leaves, path / INDEX, _config(path))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content = _guarded(path, "JSON", lambda: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {path} cannot be read as JSON: it holds no object")
+    return content
+
+
+def _msgpack(path: Path) -> PyTree:
+    from flax.serialization import msgpack_restore
+
+    tree = _guarded(path, "Flax's msgpack", lambda: msgpack_restore(path.read_bytes()))
+    if not isinstance(tree, dict):
+        raise ValueError(f"path: {path} cannot be read as Flax's msgpack: it holds a {type(tree).__name__}")
+    return tree
+
+
+def _orbax(path: Path) -> PyTree:
+    import orbax.checkpoint as ocp
+
+    def read():
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            described = checkpointer.metadata(path.absolute()).item_metadata.tree
+            # As arrays of the host: those who saved them may have had other devices.
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
+            return checkpointer.restore(path.absolute(), restore_args=kinds)
+
+    return _guarded(path, "an Orbax checkpoint", read)
+
+
+def _collections(tree: PyTree) -> PyTree:
+    """Of a training state the variables; parameters alone as Flax's collection of that name."""
+    if not isinstance(tree, Mapping) or "params" not in tree:
+        return {"params": tree}
+    if isinstance(tree["params"], Mapping) and "params" in tree["params"]:
+        return {**tree, **tree["params"]}
+    return tree
+
+
+def _arrays(tree: PyTree, origin: Path) -> dict[str, Any]:
+    leaves = _guarded(origin, "a tree of arrays", lambda: leaves_by_path(_collections(tree)))
+    for path, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise ValueError(
+                f'path: {origin} has {type(leaf).__name__} at "{path}"; it must be an array or number'
+            )
+    return {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def _run(folder: Path) -> Stored:
+    # Runs know all of the package, this module among it.
+    from jaxmeta import config, registry
+
+    _, settings = config.stored(folder)
+    params = config.params_of(folder, settings)
+    # MAML++ has normalisation layers of each inner step's own.
+    if "model" not in params or "per_step" in params:
+        raise ValueError(
+            f"path: {folder} is a run of {settings.learner}, which trains no one network: {sorted(params)}"
+        )
+    out = (settings.train_ways or 1) if registry.LEARNERS[settings.learner].fixed_ways else None
+    variables = {"params": params["model"]}
+    if "population" in params:
+        statistics = from_moments(params["population"])
+        # Of a learner with statistics of its own beside the network's.
+        variables[STATISTICS] = statistics.get("model", statistics)
+    network = registry.NETWORKS[settings.network](out)
+    return Stored(leaves_by_path(variables), folder, network=network)
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of a repository of the Hugging Face Hub, of which only safetensors and JSON are fetched."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(f"{name}: the Hub needs a package: pip install huggingface_hub") from None
+    wanted = ["config.json", INDEX, "model.safetensors", "model-*.safetensors"]
+    repository = name.removeprefix(HUB)
+    try:
+        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"path: {name} cannot be fetched from the Hugging Face Hub: {line}; without a network, copy the "
+            "repository's config.json and model.safetensors into a folder and give its path"
+        ) from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"path: {name} has no model.safetensors; its weights may be pickles, which are not read"
+        )
+    return Path(folder)
+
+
+def write(path: Path, leaves: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Writes arrays by name as safetensors, whole or not at all."""
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise ImportError(f"{path}: writing safetensors needs a package: pip install safetensors") from None
+    # The library writes memory as it lies, whatever the strides.
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        save_file(arrays, unfinished, dict(metadata))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""ResNet and ViT as networks of their own; their outputs are held against PyTorch in tests/transfer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+
+import jaxmeta as jm
+from jaxmeta.nn.residual import max_pool_3x3
+
+KEY = jax.random.key(0)
+TINY_VIT = {"patch": 4, "width": 8, "depth": 2, "heads": 2, "mlp": 16, "image_size": 8}
+
+
+def tiny_resnet(ways=None, **settings):
+    return jm.nn.ResNet(ways, **{"depths": (1, 1), "channels": (4, 8), "stem": 4, **settings})
+
+
+def noise(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@pytest.mark.parametrize(
+    ("network", "side", "parameters"),
+    [
+        (jm.nn.ResNet18(1000), 64, 11_689_512),
+        (jm.nn.ResNet34(1000), 64, 21_797_672),
+        (jm.nn.ResNet50(1000), 64, 25_557_032),
+        (jm.nn.ResNet50(), 64, 23_508_032),
+        (jm.nn.ViT(ways=1000), 224, 86_567_656),
+        (jm.nn.ViT(width=192, heads=3, mlp=768, ways=1000), 224, 5_717_416),
+    ],
+)
+def test_parameters_are_as_many_as_published(network, side, parameters):
+    variables = jax.eval_shape(network.init, KEY, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == parameters
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (3, 4), (7, 8), (6, 5)])
+def test_max_pooling_and_its_gradient_are_flax_s(height, width):
+    x = noise(2, height, width, 3)
+
+    def theirs(x):
+        return linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    ours, vjp = jax.vjp(max_pool_3x3, x)
+    expected, their_vjp = jax.vjp(theirs, x)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(vjp(expected)[0], their_vjp(expected)[0])
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_a_resnet_normalises_by_the_batch_or_by_the_statistics_it_is_given(bottleneck):
+    network = tiny_resnet(3, bottleneck=bottleneck)
+    x, other = noise(4, 33, 32, 3), noise(4, 33, 32, 3, seed=1)
+    apply = jax.jit(lambda variables, x: network.apply(variables, x, mutable=["batch_stats"]))
+    params = jax.jit(network.init)(KEY, x)["params"]
+    by_batch, state = apply({"params": params}, x)
+    given = {"params": params, **state}
+    np.testing.assert_allclose(apply(given, x)[0], by_batch, rtol=1e-4, atol=1e-5)
+    # By given statistics an image's output does not depend on the others.
+    replaced = other.at[1:].set(0)
+    np.testing.assert_allclose(apply(given, other)[0][0], apply(given, replaced)[0][0], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(apply(given, other)[0], apply({"params": params}, other)[0], atol=1e-3)
+
+
+def test_padding_changes_no_output_of_a_resnet():
+    model = jm.nn.as_model(tiny_resnet(3))
+    x = noise(3, 32, 32, 3)
+    params = jax.jit(model.init)(KEY, x)
+    mask = jnp.array([True, True, True, False])
+    padded, _ = jax.jit(model.apply_norm)(params, jnp.concatenate([x, 100 * x[:1]]), mask=mask)
+    np.testing.assert_allclose(padded[:3], jax.jit(model.apply)(params, x), rtol=1e-4, atol=1e-5)
+    assert model.divisible
+
+
+def test_maml_s_gradient_through_a_resnet_is_that_of_finite_differences(x64):
+    learner = jm.maml(jm.nn.as_model(tiny_resnet(2)), inner_optimizer=optax.sgd(0.1), steps=1)
+    x = noise(8, 16, 16, 1)
+    y = jnp.arange(8) % 2
+    task = jm.Task(jm.Batch(x[:4], y[:4], ways=2), jm.Batch(x[4:], y[4:], ways=2))
+    params = jax.jit(learner.init)(KEY, task)
+    directions = iter(range(1000))
+    direction = jax.tree.map(lambda leaf: noise(*leaf.shape, seed=next(directions)), params)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(step):
+        moved = jax.tree.map(lambda leaf, change: leaf + step * change, params, direction)
+        return learner.loss(moved, task, KEY)[0]
+
+    epsilon = 1e-6
+    slope = (loss(epsilon)[0] - loss(-epsilon)[0]) / (2 * epsilon)
+    np.testing.assert_allclose(loss(0.0)[1], slope, rtol=1e-5)
+    assert abs(slope) > 1e-2
+
+
+def test_stages_and_channels_must_be_as_many():
+    with pytest.raises(ValueError, match=r"channels: got \(4, 8\).*\(1, 1, 1\)"):
+        tiny_resnet(depths=(1, 1, 1)).init(KEY, jnp.zeros((1, 32, 32, 3)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "side", "message"),
+    [
+        ({}, 12, "x: got images of 12×12, and position_embedding is of 8×8"),
+        ({"heads": 3}, 8, "heads: got 3; they must divide the width, 8"),
+        ({"image_size": 10}, 10, "image_size: got 10×10; patches of 4 must tile it"),
+        ({"pooling": "max"}, 8, "pooling must be one of"),
+    ],
+)
+def test_a_vit_refuses_what_it_cannot_be(settings, side, message):
+    with pytest.raises(ValueError, match=message):
+        jm.nn.ViT(**{**TINY_VIT, **settings}).init(KEY, jnp.zeros((1, side, side, 3)))
+
+
+def test_a_vit_drops_only_where_it_is_not_deterministic():
+    x = noise(2, 8, 12, 3)
+    network = jm.nn.ViT(**{**TINY_VIT, "image_size": (8, 12), "dropout": 0.5, "ways": 3})
+    model = jm.nn.as_model(network)
+    params = jax.jit(model.init)(KEY, x)
+    plain = jax.jit(network.clone(dropout=0.0).apply)({"params": params}, x)
+    apply = jax.jit(lambda key: model.apply(params, x, key=key))
+    np.testing.assert_allclose(apply(None), plain, atol=1e-5)
+    dropped = [apply(jax.random.key(seed)) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(dropped[0], dropped[1])
+    assert all(not np.allclose(dropped[0], other, atol=1e-3) for other in (plain, dropped[2]))
+
+
+def test_without_position_embeddings_the_patches_are_a_set():
+    network = jm.nn.ViT(**TINY_VIT, pooling="mean")
+    x = noise(2, 8, 8, 3)
+    apply = jax.jit(network.apply)
+    params = jax.jit(network.init)(KEY, x)["params"]
+    swapped = jnp.concatenate([x[:, 4:], x[:, :4]], 1)
+    without = params | {"position_embedding": jnp.zeros_like(params["position_embedding"])}
+    outputs = [[apply({"params": p}, each) for each in (x, swapped)] for p in (without, params)]
+    np.testing.assert_allclose(*outputs[0], atol=1e-5)
+    assert not np.allclose(*outputs[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (9, 6), (4, 8)])
+def test_positions_are_resized_as_by_torch(grid):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    positions = np.random.default_rng(0).normal(size=(1, 1 + 6 * 6, 5)).astype(np.float32)
+    old = torch.tensor(positions[:, 1:]).reshape(1, 6, 6, 5).permute(0, 3, 1, 2)
+    # As timm's `resample_abs_pos_embed` has it.
+    new = torch.nn.functional.interpolate(old, size=grid, mode="bicubic", antialias=True)
+    resized = jm.nn.resize_positions(jnp.asarray(positions), grid)
+    np.testing.assert_array_equal(resized[:, :1], positions[:, :1])
+    np.testing.assert_allclose(resized[:, 1:], new.permute(0, 2, 3, 1).reshape(1, -1, 5), atol=1e-5)
+
+
+def test_positions_of_no_square_need_their_grid():
+    positions = noise(1, 1 + 2 * 3, 4)
+    with pytest.raises(ValueError, match="6 patches; 2×2 would be 4: name the grid as old_grid"):
+        jm.nn.resize_positions(positions, (4, 6))
+    assert jm.nn.resize_positions(positions, (2, 3), (2, 3)) is positions
+    assert jm.nn.resize_positions(positions, (4, 6), (2, 3)).shape == (1, 25, 4)

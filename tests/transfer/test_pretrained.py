@@ -1,0 +1,367 @@
+"""Pretrained weights: outputs against PyTorch's, and what becomes of leaves that have no place."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen
+from weights import (
+    assert_same_leaves,
+    images,
+    outputs,
+    outputs_of,
+    resnet,
+    save_state,
+    small_network,
+    small_variables,
+    vit,
+)
+
+import jaxmeta as jm
+from jaxmeta.transfer.pretrained import load_pretrained, read_weights, save_pretrained
+from jaxmeta.transfer.subtree import transplant
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="pip install safetensors")
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_variables()
+
+
+# --- Others' weights give others' outputs --------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_resnet_of_transformers_keeps_its_outputs(tmp_path, layer_type):
+    model = resnet(layer_type=layer_type)
+    model.save_pretrained(tmp_path)
+    x = images(45, 38)  # odd maps on the way
+    loaded = load_pretrained(tmp_path)
+    np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
+    assert (loaded.report.new, loaded.report.left_over) == ((), ())
+    assert {row.source.rpartition("/")[2] for row in loaded.report.dropped} == {"num_batches_tracked"}
+    features = load_pretrained(tmp_path, head=False)
+    expected = outputs_of(model.resnet, x, "pooler_output")[:, :, 0, 0]
+    np.testing.assert_allclose(outputs(features, x), expected, atol=1e-4)
+    assert features.network.ways is None
+    assert {"classifier/1/bias", "classifier/1/weight"} < {row.source for row in features.report.dropped}
+
+
+def test_a_whole_resnet_18_keeps_its_outputs(tmp_path):
+    config = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    model = resnet(config, num_labels=1000)
+    model.save_pretrained(tmp_path)
+    network = jm.nn.ResNet18(1000)
+    loaded = load_pretrained(tmp_path, network)
+    assert loaded.network is network
+    assert sum(leaf.size for leaf in jax.tree.leaves(loaded.variables["params"])) == 11_689_512
+    x = images(64, 64)
+    np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
+
+
+def test_every_leaf_of_a_whole_resnet_50_has_its_place(tmp_path):
+    model = resnet({}, num_labels=1000)
+    model.save_pretrained(tmp_path)
+    network, variables, report = load_pretrained(tmp_path)
+    assert (network.depths, network.channels) == (jm.nn.ResNet50().depths, jm.nn.ResNet50().channels)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 25_557_032
+    # 53 convolutions, 53 normalisations of four leaves, and the head.
+    assert (len(report.taken), len(report.dropped)) == (53 + 4 * 53 + 2, 53)
+
+
+def torchvision_name(name):
+    name = re.sub(r"^resnet\.", "", name)
+    name = re.sub(r"^embedder\.embedder\.convolution", "conv1", name)
+    name = re.sub(r"^embedder\.embedder\.normalization", "bn1", name)
+    stage = r"^encoder\.stages\.(\d)\.layers\.(\d)\."
+    for pattern, theirs in {
+        rf"{stage}layer\.(\d)\.convolution": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.conv{int(m[3]) + 1}",
+        rf"{stage}layer\.(\d)\.normalization": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.bn{int(m[3]) + 1}",
+        rf"{stage}shortcut\.convolution": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.0",
+        rf"{stage}shortcut\.normalization": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.1",
+        r"^classifier\.1": "fc",
+    }.items():
+        name = re.sub(pattern, theirs, name)
+    return name
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_resnet_of_torchvision_keeps_its_outputs(tmp_path, layer_type):
+    model = resnet(layer_type=layer_type)
+    state = save_state(tmp_path / "weights.safetensors", model, torchvision_name)
+    assert {"conv1.weight", "bn1.running_var", "layer1.1.conv2.weight", "layer2.0.downsample.1.bias"} < set(
+        state
+    )
+    x = images(45, 38)
+    loaded = load_pretrained(tmp_path / "weights.safetensors")
+    np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_vit_of_transformers_keeps_its_outputs_by_both_kinds_of_names(tmp_path, in_memory):
+    model = vit()
+    model.save_pretrained(tmp_path)
+    written = safetensors_numpy.load_file(tmp_path / "model.safetensors")
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in written
+    if in_memory:
+        state = save_state(tmp_path / "model.safetensors", model)
+        assert state.keys() != written.keys()
+    x = images(12, 12)
+    loaded = load_pretrained(tmp_path)
+    assert (loaded.network.heads, loaded.network.epsilon) == (2, 1e-12)
+    np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
+    assert loaded.variables["batch_stats"] == {}
+
+
+def test_a_vit_without_head_keeps_its_features_and_leaves_the_pooler_out(tmp_path):
+    model = vit("ViTModel", image_size=(8, 16), layer_norm_eps=1e-2, qkv_bias=False)
+    model.save_pretrained(tmp_path)
+    x = images(8, 16)
+    loaded = load_pretrained(tmp_path)
+    expected = outputs_of(model, x, "last_hidden_state")[:, 0]
+    np.testing.assert_allclose(outputs(loaded, x), expected, atol=1e-4)
+    assert [row.source for row in loaded.report.dropped] == ["pooler/dense/bias", "pooler/dense/weight"]
+
+
+def test_a_vit_can_average_its_patches(tmp_path):
+    import torch
+
+    model = vit("ViTModel")
+    model.save_pretrained(tmp_path)
+    before = []
+    model.layernorm.register_forward_pre_hook(lambda module, inputs: before.append(inputs[0]))
+    x = images(12, 12)
+    outputs_of(model, x, "last_hidden_state")
+    with torch.no_grad():
+        expected = model.layernorm(before[0][:, 1:].mean(1)).numpy()
+    loaded = load_pretrained(tmp_path)
+    mean = loaded.network.clone(pooling="mean")
+    np.testing.assert_allclose(jax.jit(mean.apply)(loaded.variables, x), expected, atol=1e-4)
+
+
+def as_timm(state):
+    """The tensors of a ViTForImageClassification as timm has them."""
+    names = {
+        "vit.embeddings.cls_token": "cls_token",
+        "vit.embeddings.position_embeddings": "pos_embed",
+        "vit.embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "vit.layernorm": "norm",
+        "classifier": "head",
+    }
+    for i in range(2):
+        old, new = f"vit.encoder.layer.{i}", f"blocks.{i}"
+        for kind in ("weight", "bias"):
+            parts = [
+                state.pop(f"{old}.attention.attention.{part}.{kind}") for part in ("query", "key", "value")
+            ]
+            state[f"{new}.attn.qkv.{kind}"] = np.concatenate(parts)
+        names |= {
+            f"{old}.attention.output.dense": f"{new}.attn.proj",
+            f"{old}.layernorm_before": f"{new}.norm1",
+            f"{old}.layernorm_after": f"{new}.norm2",
+            f"{old}.intermediate.dense": f"{new}.mlp.fc1",
+            f"{old}.output.dense": f"{new}.mlp.fc2",
+        }
+    return renamed(state, names)
+
+
+def as_torchvision(state):
+    names = {
+        "cls_token": "class_token",
+        "pos_embed": "encoder.pos_embedding",
+        "patch_embed.proj": "conv_proj",
+        "norm": "encoder.ln",
+        "head": "heads.head",
+    }
+    for i in range(2):
+        old, new = f"blocks.{i}", f"encoder.layers.encoder_layer_{i}"
+        names |= {
+            f"{old}.attn.qkv.weight": f"{new}.self_attention.in_proj_weight",
+            f"{old}.attn.qkv.bias": f"{new}.self_attention.in_proj_bias",
+            f"{old}.attn.proj": f"{new}.self_attention.out_proj",
+            f"{old}.norm1": f"{new}.ln_1",
+            f"{old}.norm2": f"{new}.ln_2",
+            f"{old}.mlp.fc1": f"{new}.mlp.0",
+            f"{old}.mlp.fc2": f"{new}.mlp.3",
+        }
+    return renamed(as_timm(state), names)
+
+
+def renamed(state, names):
+    return {
+        names[name] if name in names else f"{names.get(layer, layer)}{dot}{tensor}": array
+        for name, array in state.items()
+        for layer, dot, tensor in [name.rpartition(".")]
+    }
+
+
+@pytest.mark.parametrize("renaming", [as_timm, as_torchvision])
+def test_a_vit_with_fused_attention_keeps_its_outputs(tmp_path, renaming):
+    model = vit(layer_norm_eps=1e-6)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    safetensors_numpy.save_file(renaming(safetensors_numpy.load_file(file)), file)
+    x = images(12, 12)
+    with pytest.raises(ValueError, match="does not say how many heads its ViT of width 16 has"):
+        load_pretrained(file)
+    network = jm.nn.ViT(4, 16, 2, 2, 24, 12, 5, epsilon=1e-6)
+    loaded = load_pretrained(file, network)
+    np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
+    with pytest.raises(ValueError, match=r"network: epsilon is 1e-12, and .* is of one with 1e-06"):
+        load_pretrained(file, network.clone(epsilon=1e-12))
+
+
+def test_half_precision_becomes_what_a_given_network_has(tmp_path):
+    model = resnet().half()
+    model.save_pretrained(tmp_path)
+    built = load_pretrained(tmp_path)
+    assert built.variables["params"]["head"]["kernel"].dtype == jnp.float16
+    given = load_pretrained(tmp_path, built.network)
+    assert {leaf.dtype for leaf in jax.tree.leaves(given.variables)} == {jnp.dtype("float32")}
+    assert len(given.report.cast) == len(given.report.taken)
+    assert_same_leaves(jax.tree.map(lambda leaf: leaf.astype(jnp.float16), given.variables), built.variables)
+
+
+def test_positions_are_interpolated_only_where_asked(tmp_path):
+    vit().save_pretrained(tmp_path)
+    plain, resized = load_pretrained(tmp_path), load_pretrained(tmp_path, image_size=(16, 8))
+    name = "position_embedding"
+    expected = jm.nn.resize_positions(plain.variables["params"][name], (4, 2))
+    np.testing.assert_allclose(resized.variables["params"][name], expected, atol=1e-6)
+    assert outputs(resized, images(16, 8)).shape == (2, 5)
+    given = plain.network.clone(image_size=(16, 8))
+    assert_same_leaves(load_pretrained(tmp_path, given, image_size=(16, 8)).variables, resized.variables)
+    with pytest.raises(
+        ValueError, match=rf'"params/{name}".*\(1, 10, 16\), and must have \(1, 9, 16\); image_size='
+    ):
+        load_pretrained(tmp_path, given)
+    with pytest.raises(ValueError, match=r"image_size: got 20, and the network is for \(16, 8\)"):
+        load_pretrained(tmp_path, given, image_size=20)
+
+
+# --- Networks that are not the file's ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act is 'relu' .* ViT has 'gelu'"),
+        ({"model_type": "deit"}, "model_type is 'deit'"),
+        ({"num_attention_heads": "many"}, "has 'many' for heads"),
+        ({"num_attention_heads": 5}, "heads: got 5; they must divide"),
+        ({"image_size": [1, 2, 3]}, r"has \[1, 2, 3\] for image_size"),
+        ({"model_type": None, "architecture": "vit_relpos_small"}, "model_type is None"),
+    ],
+)
+def test_a_configuration_that_computes_something_else_is_refused(tmp_path, change, message):
+    vit().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_networks_with_our_names_and_another_forward_pass_are_refused(tmp_path):
+    model = resnet(layer_type="bottleneck", downsample_in_bottleneck=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="downsample_in_bottleneck is True"):
+        load_pretrained(tmp_path)
+    save_state(tmp_path / "model.safetensors", model, torchvision_name)
+    for architecture, fits in {"resnet50": True, "resnetblur50": False, "resnet50.a1_in1k": True}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
+        if fits:
+            assert load_pretrained(tmp_path).network.bottleneck
+        else:
+            with pytest.raises(ValueError, match="architecture is 'resnetblur50'"):
+                load_pretrained(tmp_path)
+
+
+def test_a_given_network_must_have_the_file_s_heads(tmp_path):
+    vit().save_pretrained(tmp_path)
+    network = load_pretrained(tmp_path).network.clone(heads=4)
+    with pytest.raises(ValueError, match=r"network: heads is 4, and .* is of one with 2"):
+        load_pretrained(tmp_path, network)
+
+
+def test_missing_unknown_and_misshapen_leaves_are_named(tmp_path, small):
+    file = tmp_path / "weights.safetensors"
+    params = {**small["params"], "extra": {"kernel": jnp.ones(2)}}
+    params["stem_conv"] = {"kernel": jnp.ones((5, 7, 3, 4))}
+    del params["stage1_block0"]
+    save_pretrained(file, {**small, "params": params})
+    with pytest.raises(ValueError, match=re.escape(str(file))) as refused:
+        load_pretrained(file, small_network())
+    for line in (
+        '"params/stage1_block0/layer0_conv/kernel" is missing',
+        '"params/extra/kernel" has no place in it',
+        '"params/stem_conv/kernel" has shape (5, 7, 3, 4), and must have (7, 7, 3, 4)',
+    ):
+        assert line in str(refused.value)
+    params["stem_conv"] = small["params"]["stem_conv"]
+    save_pretrained(file, {**small, "params": params}, overwrite=True)
+    with pytest.raises(
+        ValueError, match=r"key: got None, and .* does not fill params/stage1_block0/layer0_conv"
+    ):
+        load_pretrained(file, small_network(), strict=False)
+    loaded = load_pretrained(file, small_network(), strict=False, key=KEY)
+    assert all(row.target.split("/")[1] == "stage1_block0" for row in loaded.report.new)
+    left_over = {row.source for row in loaded.report.left_over}
+    assert left_over == {"params/extra/kernel"}
+    fresh = jax.jit(small_network().init)(KEY, images(32, 32))["params"]
+    new = loaded.variables["params"]["stage1_block0"]["layer0_conv"]["kernel"]
+    np.testing.assert_allclose(new, fresh["stage1_block0"]["layer0_conv"]["kernel"], rtol=1e-5)
+    np.testing.assert_array_equal(
+        loaded.variables["params"]["stem_conv"]["kernel"], params["stem_conv"]["kernel"]
+    )
+
+
+def test_a_batch_norm_of_torch_without_statistics_is_refused(tmp_path):
+    state = save_state(tmp_path / "all.safetensors", resnet(layer_type="basic"), torchvision_name)
+    some = {name: array for name, array in state.items() if "running" not in name}
+    safetensors_numpy.save_file(some, tmp_path / "some.safetensors")
+    with pytest.raises(ValueError, match='"batch_stats/stem_norm/mean" is missing'):
+        load_pretrained(tmp_path / "some.safetensors")
+
+
+def test_a_head_of_other_classes_is_new_where_asked(tmp_path, small):
+    file = tmp_path / "weights.safetensors"
+    save_pretrained(file, small)
+    with pytest.raises(ValueError, match=r'"params/head/kernel" has shape \(8, 5\), .*\(8, 3\); head=False'):
+        load_pretrained(file, small_network(3))
+    with pytest.raises(ValueError, match="key: got None"):
+        load_pretrained(file, small_network(3), head=False)
+    loaded = load_pretrained(file, small_network(3), head=False, key=KEY)
+    assert loaded.variables["params"]["head"]["kernel"].shape == (8, 3)
+    assert {row.target for row in loaded.report.new} == {"params/head/bias", "params/head/kernel"}
+    # A network without a head needs no asking.
+    features = load_pretrained(file, small_network(None))
+    assert {row.source for row in features.report.dropped} == {"params/head/bias", "params/head/kernel"}
+
+
+def test_names_of_no_known_layout_can_be_mapped_by_hand(tmp_path):
+    class Perceptron(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(2, name="out")(linen.relu(linen.Dense(3, name="hidden")(x)))
+
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    file = tmp_path / "mlp.safetensors"
+    save_state(file, model)
+    with pytest.raises(ValueError, match=r"0/bias, 0/weight, 2/bias.*huggingface-vit.*read_weights"):
+        load_pretrained(file)
+    with pytest.raises(ValueError, match="layout: got 'tf'"):
+        load_pretrained(file, layout="tf")
+    weights = jax.tree.map(np.transpose, read_weights(file))
+    x = images(2, 2)[:, 0, 0, :].repeat(2, 1)[:, :4]
+    params = jax.eval_shape(Perceptron().init, KEY, x)["params"]
+    rules = [("0/weight", "hidden/kernel"), ("2/weight", "out/kernel"), ("0", "hidden"), ("2", "out")]
+    params, _ = transplant(weights, params, rules=rules)
+    with torch.no_grad():
+        expected = model(torch.tensor(np.asarray(x))).numpy()
+    np.testing.assert_allclose(Perceptron().apply({"params": params}, x), expected, atol=1e-5)

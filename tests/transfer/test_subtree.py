@@ -1,0 +1,610 @@
+"""Subtree surgery on trees of every kind: nothing is copied, and nothing is lost unsaid."""
+
+import dataclasses
+import fnmatch
+import re
+from typing import Any, NamedTuple
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import jaxmeta as jm
+from jaxmeta.transfer.subtree import (
+    leaves_by_path,
+    mask,
+    matching,
+    rename,
+    swap_subtree,
+    take_subtree,
+    transplant,
+)
+
+
+def for_all(*strategies):
+    return lambda test: settings(max_examples=60, deadline=None)(given(*strategies)(test))
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+    value: Any
+
+
+def fresh(shape=(2,), dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def containers(children, names):
+    return st.one_of(
+        st.dictionaries(names, children, max_size=3),
+        st.lists(children, max_size=3),
+        st.tuples(children, children),
+        st.builds(Pair, children, children),
+        st.builds(Layer, children, children),
+        st.builds(Box, children),
+    )
+
+
+def trees_of(leaves, names=("a", "b", "ab", "ba", "a1")):
+    inner = st.recursive(leaves | st.none(), lambda of: containers(of, st.sampled_from(names)), max_leaves=8)
+    return st.dictionaries(st.sampled_from(names), inner, min_size=1, max_size=3)
+
+
+ARRAYS = st.builds(
+    fresh,
+    st.lists(st.integers(0, 3), max_size=2).map(tuple),
+    st.sampled_from([np.float32, np.float64, np.int32, np.bool_]),
+)
+TREES = trees_of(ARRAYS)
+EQUAL_LEAVES = trees_of(st.builds(fresh))
+
+
+def nodes(tree):
+    """The paths of all nodes that have leaves beneath them, and of the leaves."""
+    parts = [path.split("/") for path in leaves_by_path(tree)]
+    return sorted({"/".join(names[:n]) for names in parts for n in range(1, len(names) + 1)})
+
+
+def same(left, right):
+    """Whether two mappings hold the very same objects under the same names."""
+    return left.keys() == right.keys() and all(left[name] is right[name] for name in left)
+
+
+def beneath(path, node):
+    return path == node or path.startswith(f"{node}/")
+
+
+# --- Paths and patterns --------------------------------------------------------------------------
+
+
+@for_all(TREES)
+def test_the_flat_view_is_that_of_jax_in_its_order(tree):
+    leaves = leaves_by_path(tree)
+    assert [id(leaf) for leaf in leaves.values()] == [id(leaf) for leaf in jax.tree.leaves(tree)]
+    known = [
+        jax.tree_util.keystr(path, simple=True, separator="/").replace("/value", "")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    assert list(leaves) == known
+    assert matching(tree, "**") == known
+
+
+def parts_match(glob, path):
+    """Whether the glob's parts lead to the path or to a node above it, by the shell's own matcher."""
+    if not glob:
+        return True
+    if glob[0] == "**":
+        # At the end it needs something to stand for, in between it may stand for nothing.
+        if len(glob) == 1:
+            return bool(path)
+        return any(parts_match(glob[1:], path[n:]) for n in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], glob[0]) and parts_match(glob[1:], path[1:])
+
+
+PART = st.sampled_from(
+    ["**", "*", "a", "b", "a*", "*b", "?", "a?", "[ab]", "[!a]", "*[0-9]", "[!b]*", "left", "1"]
+)
+
+
+@for_all(EQUAL_LEAVES, st.lists(PART, min_size=1, max_size=4))
+def test_a_glob_matches_part_by_part_as_the_shell_does(tree, glob):
+    assume(leaves_by_path(tree))
+    expected = [path for path in leaves_by_path(tree) if parts_match(glob, path.split("/"))]
+    if expected:
+        assert matching(tree, "/".join(glob)) == expected
+    else:
+        with pytest.raises(ValueError, match="matches nothing"):
+            matching(tree, "/".join(glob))
+
+
+@for_all(EQUAL_LEAVES, st.data())
+def test_masks_of_unions_are_unions_and_of_the_rest_the_complement(tree, data):
+    everything = nodes(tree)
+    assume(everything)
+    some = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
+    whole = mask(tree, some)
+    assert jax.tree.structure(whole) == jax.tree.structure(tree)
+    union = jax.tree.map(lambda *each: any(each), *(mask(tree, one) for one in some))
+    assert union == whole
+    rest = [path for path in leaves_by_path(tree) if path not in matching(tree, some)]
+    assert mask(tree, rest) == jax.tree.map(lambda picked: not picked, whole)
+    as_regex = re.compile("|".join(f"{re.escape(one)}(/.*)?" for one in some))
+    assert mask(tree, as_regex) == whole
+
+
+def test_double_stars_stand_for_any_number_of_parts_and_brackets_for_literal_stars():
+    tree = {"kernel": 1, "body": {"kernel": 2, "layer": {"kernel": 3, "bias": 4}}, "a*": {"x": 5}, "ab": 6}
+    assert matching(tree, "**/kernel") == ["body/kernel", "body/layer/kernel", "kernel"]
+    assert matching(tree, "body/**/kernel") == ["body/kernel", "body/layer/kernel"]
+    assert matching(tree, "body/**") == ["body/kernel", "body/layer/bias", "body/layer/kernel"]
+    assert matching(tree, "b**s") == ["body/layer/bias"]
+    assert matching(tree, "a[*]") == ["a*/x"]
+    assert matching(tree, "ab") == ["ab"]
+    assert matching(tree, re.compile(r".*/kernel")) == ["body/kernel", "body/layer/kernel"]
+
+
+def test_all_of_nothing_is_nothing():
+    assert matching({"a": None}, "**") == []
+    tree, report = transplant({}, {})
+    assert tree == {}
+    assert report.taken == report.new == ()
+
+
+def test_keys_with_slashes_are_found_unless_two_leaves_share_a_path():
+    haiku = {"net/~/linear": {"w": 1}, "net": {"b": 2}}
+    assert matching(haiku, "net/**") == ["net/b", "net/~/linear/w"]
+    assert take_subtree(haiku, "net/~/linear") == {"w": 1}
+    with pytest.raises(ValueError, match='tree: two leaves have the path "a/b"'):
+        leaves_by_path({"a/b": 1, "a": {"b": 2}})
+    with pytest.raises(ValueError, match='path: got "a/b", which 2 nodes of the tree share'):
+        take_subtree({"a/b": {"x": 1}, "a": {"b": {"y": 2}}}, "a/b")
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_the_closest_paths():
+    tree = {"body": {"layer1": 1, "layer2": 2}, "head": 3}
+    message = r"freeze: 'body/layr2' matches nothing; the closest paths are body/layer2, body/layer1, body"
+    with pytest.raises(ValueError, match=message):
+        mask(tree, ["head", "body/layr2"], argument="freeze")
+    with pytest.raises(ValueError, match=r"patterns: re.compile\('hea'\) matches nothing; .* head"):
+        matching(tree, re.compile("hea"))
+    with pytest.raises(ValueError, match=r"patterns: 'head' matches nothing; the tree has no leaves"):
+        matching({}, "head")
+    with pytest.raises(ValueError, match=r"patterns: got '\[b-a\]', which is no glob"):
+        matching(tree, "[b-a]")
+
+
+# --- Taking and swapping -------------------------------------------------------------------------
+
+
+@for_all(EQUAL_LEAVES, EQUAL_LEAVES, st.data())
+def test_what_was_swapped_in_is_what_is_taken_and_the_rest_is_untouched(tree, other, data):
+    places = nodes(tree)
+    assume(places)
+    path = data.draw(st.sampled_from(places))
+    before = leaves_by_path(tree)
+    swapped = swap_subtree(tree, path, other, strict=False)
+    assert take_subtree(swapped, path) is other
+    after = leaves_by_path(swapped)
+    rest = {p: leaf for p, leaf in after.items() if not beneath(p, path)}
+    assert same(rest, {p: leaf for p, leaf in before.items() if not beneath(p, path)})
+    assert same({p: leaf for p, leaf in after.items() if beneath(p, path)}, leaves_by_path_at(other, path))
+    assert same(leaves_by_path(tree), before)
+
+
+def leaves_by_path_at(tree, path):
+    return {f"{path}/{at}": leaf for at, leaf in leaves_by_path(tree).items()}
+
+
+@for_all(TREES, st.data())
+def test_a_strict_swap_keeps_the_structure_and_with_its_own_subtree_the_tree(tree, data):
+    path = data.draw(st.sampled_from(["", *nodes(tree)]))
+    own = take_subtree(tree, path)
+    again = swap_subtree(tree, path, own)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+    assert same(leaves_by_path(again), leaves_by_path(tree))
+    twin = jax.tree.map(np.copy, own)
+    # As a plain nested dict, whatever the tree has there.
+    plain = rename(twin, ()) if leaves_by_path(twin).keys() != {""} else twin
+    swapped = swap_subtree(tree, path, plain)
+    assert jax.tree.structure(swapped) == jax.tree.structure(tree)
+    assert same(leaves_by_path(take_subtree(swapped, path)), leaves_by_path(twin))
+
+
+def test_none_has_a_place_though_it_is_no_leaf():
+    layer = Layer(kernel=fresh(), bias=None)
+    assert leaves_by_path(layer).keys() == {"kernel"}
+    assert take_subtree(layer, "bias") is None
+    bias = fresh()
+    assert swap_subtree(layer, "bias", bias, strict=False).bias is bias
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("body/layer9/kernel", '"body" has layer0, layer1'),
+        ("hed", "its root has body, head"),
+        ("head/bias/x", '"head/bias" has nothing beneath it'),
+    ],
+)
+def test_a_path_that_leaves_the_tree_is_told_where_and_what_is_there(path, says):
+    tree = {"body": {"layer0": [1], "layer1": [2]}, "head": {"bias": 3}}
+    for act in (take_subtree, lambda tree, path: swap_subtree(tree, path, 1)):
+        with pytest.raises(
+            ValueError, match=re.escape(f'path: got "{path}", which the tree does not have; {says}')
+        ):
+            act(tree, path)
+
+
+def test_a_strict_swap_names_every_leaf_that_does_not_fit():
+    tree = {"head": {"kernel": fresh((3, 5)), "bias": fresh((5,)), "scale": fresh(())}}
+    subtree = {"kernel": fresh((3, 20)), "bias": fresh((5,), np.float64), "offset": fresh((20,))}
+    with pytest.raises(ValueError, match='subtree: it does not fit at "head", as strict=True asks') as error:
+        swap_subtree(tree, "head", subtree)
+    assert str(error.value).split("\n  ")[1:] == [
+        '"head/bias": got (5,) float64; it must be (5,) float32',
+        '"head/kernel": got (3, 20) float32; it must be (3, 5) float32',
+        '"head/scale": got none; it must be () float32',
+        '"head/offset": got (20,) float32; the tree has no such leaf',
+    ]
+    assert swap_subtree(tree, "head", subtree, strict=False)["head"] is subtree
+    with pytest.raises(ValueError, match=r'"head/scale": got \'x\'; leaves must be arrays'):
+        swap_subtree(tree, "head", {**tree["head"], "scale": "x"})
+    many = {"layers": [fresh() for _ in range(30)]}
+    with pytest.raises(ValueError, match="and 10 more") as error:
+        swap_subtree(many, "layers", [])
+    assert str(error.value).count("got none") == 20
+
+
+# --- Renaming ------------------------------------------------------------------------------------
+
+
+@for_all(EQUAL_LEAVES, st.data())
+def test_a_renaming_and_its_inverse_are_the_identity(tree, data):
+    plain = rename(tree, ())
+    leaves = leaves_by_path(tree)
+    assert same(leaves_by_path(plain), leaves)
+    order = data.draw(st.permutations(range(len(leaves))))
+    there = {path: f"net/layer{n}/w" for path, n in zip(leaves, order, strict=True)}
+    renamed = rename(tree, list(there.items()))
+    assert same(leaves_by_path(renamed), {there[path]: leaf for path, leaf in leaves.items()})
+    assert same(leaves_by_path(rename(renamed, [(new, old) for old, new in there.items()])), leaves)
+    if leaves:
+        lifted = rename(rename(tree, [("**", "outer/**")]), [("outer", "")])
+        assert same(leaves_by_path(lifted), leaves)
+        names = sorted({path.split("/")[0] for path in leaves})
+        others = data.draw(st.permutations(names))
+        moved = rename(tree, list(zip(names, others, strict=True)))
+        assert same(leaves_by_path(rename(moved, list(zip(others, names, strict=True)))), leaves)
+
+
+@pytest.mark.parametrize(
+    ("rule", "new"),
+    [
+        (("enc/layer_*/w", "body/block*/kernel"), "body/block3/kernel"),
+        (("enc/layer_?/*", "*/block?"), "3/blockw"),
+        (("enc/layer_[0-9]/*", r"\2/block\1"), "w/block3"),
+        (("**/layer_*/w", "**/*"), "enc/3"),
+        (("enc/**/layer_*/w", "dec/**/*"), "dec/3"),
+        (("enc/**", "**"), "layer_3/w"),
+        (("enc", "dec"), "dec/layer_3/w"),
+        (("*/layer_3", r"\1/last"), "enc/last/w"),
+        (("enc/layer_*/w", "only"), "only"),
+        ((re.compile(r"layer_(\d)"), r"block/\1"), "enc/block/3/w"),
+        (("enc/[l]ayer_3/w", "first?x"), "firstlx"),
+    ],
+)
+def test_what_wildcards_matched_fills_the_replacement(rule, new):
+    leaf = fresh()
+    assert same(leaves_by_path(rename({"enc": {"layer_3": {"w": leaf}}}, [rule])), {new: leaf})
+
+
+def test_the_first_rule_that_matches_wins_and_none_drops():
+    tree = {"body": {"norm": {"mean": 1, "scale": 2}, "conv": 3}, "head": 4}
+    rules = [("**/mean", None), ("body/norm", "bn"), ("body", "net"), ("bn", "never")]
+    with pytest.raises(ValueError, match=r"rules\[3\]: 'bn' matches nothing"):
+        rename(tree, rules)
+    assert rename(tree, rules[:3]) == {"bn": {"scale": 2}, "net": {"conv": 3}, "head": 4}
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ([("a/x", "b/y")], 'rules: "a/x" and "b/y" would both become "b/y"'),
+        ([("*/*", "c/d")], 'rules: "a/x" and "b/y" would both become "c/d"'),
+        ([("a/x", "b/y/z")], 'rules: "a/x" would become "b/y/z", beneath "b/y", as which "b/y" is a leaf'),
+        ([("b/y", "a")], 'rules: "a/x" would become "a/x", beneath "a", as which "b/y" is a leaf'),
+        ([("a", "c"), ("c", "d")], "rules[1]: 'c' matches nothing; the closest paths are "),
+        (
+            [("*/*", "c/*")],
+            "rules[0]: got 'c/*' for '*/*', which has 2 wildcard(s); it must have as many, or none",
+        ),
+        (
+            [("a/*", r"c/\2")],
+            r"rules[0]: got 'c/\\2' for 'a/*', which has 1 wildcard(s); it must have as many, or",
+        ),
+    ],
+)
+def test_rules_that_collide_or_do_not_apply_are_refused(rules, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        rename({"a": {"x": 1}, "b": {"y": 2}}, rules)
+
+
+# --- Transplanting -------------------------------------------------------------------------------
+
+
+@for_all(TREES)
+def test_a_tree_transplanted_into_itself_is_taken_whole(tree):
+    assume(leaves_by_path(tree))
+    again, report = transplant(tree, tree)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+    assert same(leaves_by_path(again), leaves_by_path(tree))
+    assert [row.target for row in report.taken] == list(leaves_by_path(tree))
+    assert all(row.source == row.target for row in report.taken)
+    assert report == dataclasses.replace(report, new=(), left_over=(), dropped=(), cast=())
+
+
+@for_all(EQUAL_LEAVES, EQUAL_LEAVES, st.data())
+def test_every_leaf_of_both_trees_is_in_the_report_once_and_where_the_table_says(source, target, data):
+    given, wanted = leaves_by_path(source), leaves_by_path(target)
+    assume(wanted)
+    dropped = data.draw(st.sets(st.sampled_from(list(given)))) if given else set()
+    take = data.draw(st.lists(st.sampled_from(list(wanted)), min_size=1, unique=True))
+    rules = [(path, None) for path in dropped]
+    tree, report = transplant(source, target, rules=rules, take=take, strict=False)
+    taken = given.keys() & set(take) - dropped
+    assert {row.target for row in report.taken} == taken
+    assert [row.target for row in report.new] == [path for path in wanted if path not in taken]
+    assert [row.source for row in report.left_over] == [p for p in given if p not in taken | dropped]
+    assert {row.source for row in report.dropped} == dropped
+    assert len(report.taken) + len(report.left_over) + len(report.dropped) == len(given)
+    assert len(report.taken) + len(report.new) == len(wanted)
+    assert same(leaves_by_path(tree), {p: given[p] if p in taken else wanted[p] for p in wanted})
+    if taken == set(take):
+        # `take` names leaves alone, so no source leaf that the target lacks can be among them.
+        assert transplant(source, target, rules=rules, take=take)[1] == report
+    else:
+        with pytest.raises(ValueError, match="the source has no such leaf"):
+            transplant(source, target, rules=rules, take=take)
+
+
+def problems(*args, **kwargs):
+    with pytest.raises(ValueError, match="source: it does not fit the target:") as error:
+        transplant(*args, **kwargs)
+    return str(error.value).split("\n  ")[1:]
+
+
+def test_every_misfit_of_a_transplant_is_named():
+    source = {
+        "conv": fresh((3, 4)),
+        "half": fresh((2,), np.float16),
+        "count": fresh((), np.float32),
+        "spare": fresh((7,)),
+        "ghost": jax.ShapeDtypeStruct((2,), np.float32),
+    }
+    target = {
+        "body": fresh((3, 5)),
+        "half": fresh((2,)),
+        "count": fresh((), np.int32),
+        "scale": fresh((1,)),
+        "ghost": fresh((2,)),
+    }
+    found = problems(source, target, rules=[("conv", "body")])
+    assert found == [
+        '"body" (the source\'s "conv"): got shape (3, 4); the target\'s is (3, 5)',
+        '"count": got float32; the target\'s is int32, to which no cast leads without loss of kind',
+        '"ghost": got a ShapeDtypeStruct for an array; it must have values',
+        '"half": got float16; the target\'s is float32, which cast=True would make of it',
+        '"scale": the source has no such leaf; a rule may rename one to it, `take` leave it out, or '
+        "strict=False keep the target's",
+        '"spare": the target has no such leaf; a rule may rename it or, by None, drop it, `take` leave it '
+        "out, or strict=False leave it over",
+    ]
+    # What is of no matter stays an error where nothing says that it may differ.
+    assert problems(source, target, rules=[("conv", "body")], strict=False, cast=True) == found[:3]
+    assert problems({"a": fresh()}, {"a": fresh(), "b": jax.ShapeDtypeStruct((1,), np.int32)}, take="a") == [
+        '"b": nothing fills it, and the target has only a ShapeDtypeStruct'
+    ]
+    with pytest.raises(ValueError, match="take: 'boddy' matches nothing; the closest paths are body"):
+        transplant(source, target, take="boddy", strict=False)
+
+
+def test_a_cast_makes_the_targets_dtype_and_is_reported():
+    source = {"a": np.full(2, 1.5), "b": jnp.arange(2), "c": 2, "d": fresh()}
+    target = {
+        "a": jnp.zeros(2, jnp.bfloat16),
+        "b": jax.ShapeDtypeStruct((2,), np.float32),
+        "c": jnp.float32(0),
+        "d": fresh(),
+    }
+    tree, report = transplant(source, target, cast=True)
+    assert [leaf.dtype for leaf in jax.tree.leaves(tree)] == [
+        jnp.bfloat16,
+        np.float32,
+        np.float32,
+        np.float32,
+    ]
+    assert [np.sum(leaf) for leaf in jax.tree.leaves(tree)] == [3, 1, 2, 0]
+    assert tree["d"] is source["d"]
+    assert [(row.target, row.dtype) for row in report.cast] == [
+        ("a", np.float64),
+        ("b", np.int32),
+        ("c", np.int32),
+    ]
+    assert "taken  a       a       (2,)   bfloat16 from float64\n" in str(report)
+
+
+def test_shapes_alone_can_be_transplanted_to_see_the_report_beforehand():
+    source, target = {"a": fresh(), "b": fresh((), np.float64)}, {"a": fresh(), "b": fresh(())}
+    _, report = transplant(source, target, cast=True)
+    shapes = [
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), t) for t in (source, target)
+    ]
+    tree, foreseen = transplant(*shapes, cast=True)
+    assert foreseen == report
+    assert tree == shapes[1]
+
+
+def test_a_report_is_a_table_of_every_leaf_with_totals():
+    source = {"conv": fresh((30, 40)), "fc": fresh((3, 5)), "steps": fresh((), np.int32)}
+    target = {"body": fresh((30, 40)), "head": fresh((3, 20))}
+    _, report = transplant(source, target, rules=[("conv", "body"), ("steps", None)], take="body")
+    assert str(report).split("\n") == [
+        "           target  source  shape     dtype",
+        "taken      body    conv    (30, 40)  float32",
+        "new        head    -       (3, 20)   float32",
+        "left over  fc      fc      (3, 5)    float32",
+        "dropped    -       steps   ()        int32",
+        "",
+        "           leaves  parameters",
+        "taken           1       1,200",
+        "new             1          60",
+        "left over       1          15",
+        "dropped         1           1",
+    ]
+    assert report.markdown().split("\n")[:3] == [
+        "|  | target | source | shape | dtype |",
+        "| --- | --- | --- | --- | --- |",
+        "| taken | body | conv | (30, 40) | float32 |",
+    ]
+
+
+# --- Networks ------------------------------------------------------------------------------------
+
+
+def test_the_body_of_a_conv4_goes_under_a_head_of_more_classes():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(size=(6, 16, 16, 1)), jnp.float32)
+    narrow, wide = (jm.nn.Conv4(ways=ways, filters=4) for ways in (5, 20))
+    source, target = (
+        jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+            jax.eval_shape(network.init, jax.random.key(0), x),
+        )
+        for network in (narrow, wide)
+    )
+    apply = jax.jit(wide.apply)
+    assert problems(source, target, strict=False) == [
+        '"params/head/bias": got shape (5,); the target\'s is (20,)',
+        '"params/head/kernel": got shape (4, 5); the target\'s is (4, 20)',
+    ]
+    tree, report = transplant(source, target, take="params/ConvNorm_*")
+    assert {row.target for row in report.new} == {"params/head/bias", "params/head/kernel"}
+    assert len(report.taken) == len(jax.tree.leaves(source)) - 2
+    assert tree["params"]["head"]["kernel"] is target["params"]["head"]["kernel"]
+    assert not np.allclose(apply(tree, x), apply(target, x))
+    # The old classes' columns in the new head give the old network's outputs.
+    old = source["params"]["head"]
+    padded = {"kernel": jnp.pad(old["kernel"], ((0, 0), (0, 15))), "bias": jnp.pad(old["bias"], (0, 15))}
+    outputs = apply(swap_subtree(tree, "params/head", padded), x)
+    np.testing.assert_allclose(outputs[:, :5], jax.jit(narrow.apply)(source, x), rtol=1e-5, atol=1e-6)
+    # The other way round: the head goes, with its size, into the tree that has the body.
+    swapped = swap_subtree(source, "params/head", target["params"]["head"], strict=False)
+    np.testing.assert_array_equal(apply(swapped, x), apply(tree, x))
+
+
+def test_a_frozen_dict_stays_frozen_and_takes_the_leaves_of_plain_ones():
+    plain = {"body": {"kernel": fresh((2, 2))}, "head": {"bias": fresh()}}
+    frozen = flax.core.freeze(plain)
+    assert same(leaves_by_path(frozen), leaves_by_path(plain))
+    swapped = swap_subtree(frozen, "head", {"bias": fresh()})
+    assert isinstance(swapped, flax.core.FrozenDict)
+    assert swapped["body"]["kernel"] is plain["body"]["kernel"]
+    back = swap_subtree(plain, "", frozen)
+    assert type(back) is dict
+    assert type(back["head"]) is dict
+    tree, _ = transplant(plain, frozen)
+    assert isinstance(tree, flax.core.FrozenDict)
+    assert mask(frozen, "head") == flax.core.freeze({"body": {"kernel": False}, "head": {"bias": True}})
+
+
+class Net(nnx.Module):
+    def __init__(self, ways, rngs):
+        self.layers = nnx.List([nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)])
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.head = nnx.Linear(4, ways, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return self.head(self.norm(x))
+
+
+def test_an_nnx_state_has_natural_paths_and_keeps_its_variables():
+    graph, state = nnx.split(Net(2, nnx.Rngs(0)))
+    assert matching(state, ["head", "layers/1/*"]) == [
+        "head/bias",
+        "head/kernel",
+        "layers/1/bias",
+        "layers/1/kernel",
+    ]
+    bias = take_subtree(state, "head/bias")
+    assert isinstance(bias, jax.Array)
+    assert bias is state["head"]["bias"].get_value()
+    x = jnp.ones((1, 3))
+    # An array, or the Variable that holds one.
+    for new in (bias + 1, nnx.Param(bias + 1)):
+        for strict in (True, False):
+            swapped = swap_subtree(state, "head/bias", new, strict=strict)
+            assert isinstance(swapped["head"]["bias"], nnx.Param)
+            shift = nnx.merge(graph, swapped)(x) - nnx.merge(graph, state)(x)
+            np.testing.assert_allclose(shift, 1, rtol=1e-5)
+    picked = mask(state, "head")
+    assert isinstance(picked, nnx.State)
+    assert picked["head"]["bias"].get_value() is True
+
+
+def test_linen_parameters_go_into_an_nnx_network_by_rules():
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = jax.nn.relu(linen.Dense(4)(x))
+            return linen.Dense(5, name="head")(linen.BatchNorm(use_running_average=True)(x))
+
+    x = jax.random.normal(jax.random.key(0), (7, 3))
+    variables = Linen().init(jax.random.key(1), x)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.arange(leaf.size).reshape(leaf.shape), variables)
+    graph, state = nnx.split(Net(5, nnx.Rngs(0)))
+    rules = [
+        ("params/Dense_*", "layers/*"),
+        ("*/BatchNorm_0/**", r"norm/\2"),
+        ("params/head", "head"),
+    ]
+    filled, report = transplant(variables, state, rules=rules)
+    assert len(report.taken) == len(jax.tree.leaves(state)) == 10
+    np.testing.assert_allclose(nnx.merge(graph, filled)(x), Linen().apply(variables, x), rtol=1e-5)
+
+
+def test_an_equinox_module_is_a_tree_like_any_other():
+    eqx = pytest.importorskip("equinox", reason="Equinox is not installed: pip install equinox")
+    module, other = (eqx.nn.MLP(3, 5, 4, 2, key=jax.random.key(seed)) for seed in (0, 1))
+    assert matching(module, "layers/2") == ["layers/2/weight", "layers/2/bias"]
+    swapped = swap_subtree(module, "layers/0", take_subtree(other, "layers/0"))
+    assert swapped.layers[0].weight is other.layers[0].weight
+    assert swapped.layers[1] is module.layers[1]
+    wider = swap_subtree(module, "layers/2", eqx.nn.Linear(4, 9, key=jax.random.key(2)), strict=False)
+    assert wider(jnp.ones(3)).shape == (9,)
+    with pytest.raises(ValueError, match=r'"activation": got .*; leaves must be arrays.* as eqx.filter does'):
+        transplant(other, module)
+    (arrays, static), given = eqx.partition(module, eqx.is_array), eqx.filter(other, eqx.is_array)
+    tree, report = transplant(given, arrays, take="layers/[01]")
+    assert len(report.taken) == 4
+    assert eqx.combine(tree, static).layers[2].weight is module.layers[2].weight
