@@ -225,9 +225,7 @@ def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: in
     key = jax.random.key(seed)
     network = pretrained.network
     candidates = {"simple_shot": pretrained.variables}
-    candidates["prototypical"] = jm.transfer.load_pretrained(
-        folders["prototypical"], network, head=False
-    ).variables
+    candidates["prototypical"] = jm.transfer.load_pretrained(folders["prototypical"], head=False).variables
     random = jm.nn.as_stateful(network).init(key, jnp.zeros((1, 28, 28, 1)))
     candidates["random"] = random
     usps, of_usps = jm.tasks.usps_images(data, "train")

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen, traverse_util
+from flax.errors import InvalidRngError
 
 from jaxmeta.core import Key, PyTree
-from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.adapters import SWITCHES, Network, _arguments, as_model, forward
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
 
 Variables = dict[str, PyTree]
@@ -51,7 +52,7 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
     Of a `flax.linen.Module`, `flax.linen.BatchNorm`, `jm.nn.BatchNorm`, dropout and other mutable collections
     all work, and frozen layers are in inference one by one. Its `__call__` may take `mask`, `deterministic`,
     `train` or `use_running_average`. Networks of other kinds are those of `jm.nn.as_model`; their dropout is
-    of the whole network, frozen layers included.
+    of the whole network, in frozen layers too unless all are frozen.
 
     Args:
       network: of any kind that `jm.nn.as_model` takes, or a `flax.linen.Module` with mutable state.
@@ -59,7 +60,7 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
         `flax.linen.BatchNorm`, whose own is its attribute.
 
     Raises:
-      ValueError: as `jm.nn.as_model`; `momentum` outside [0, 1).
+      ValueError: as `jm.nn.as_model`, mutable state of a `flax.linen.Module` aside; `momentum` outside [0, 1).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -75,6 +76,7 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: got {momentum}; it must be at least 0 and below 1")
     if isinstance(network, linen.Module):
+        _arguments(network, "mask", *SWITCHES, "use_running_average")
         return _from_linen(network, momentum)._replace(network=lambda: network)
     return _from_model(as_model(network), momentum)._replace(network=lambda: network)
 
@@ -161,29 +163,32 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         return _switches(network, training)
 
     def ours(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-        """The layers of `jm.nn.BatchNorm`, whose statistics no collection holds of itself: their channels."""
-        found: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
+        """The statistics of `jm.nn.BatchNorm`, which no collection holds of itself."""
+        paths = set()
 
         def note(call, args, kwargs, context):
-            if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
-                normalised = args[0] if args else kwargs["x"]
-                found[context.module.path] = jax.ShapeDtypeStruct(normalised.shape[-1:], normalised.dtype)
+            if isinstance(context.module, BatchNorm):
+                paths.add(context.module.path)
             return call(*args, **kwargs)
 
         def run(variables, x):
             with linen.intercept_methods(note):
-                return network.apply(variables, x, **switches(False))
+                return network.apply(variables, x, mutable=[STATISTICS], **switches(False))[1]
 
-        jax.eval_shape(run, variables, x)
-        return found
+        found = traverse_util.flatten_dict(jax.eval_shape(run, variables, x).get(STATISTICS, {}))
+        return {place: leaf for place, leaf in found.items() if place[:-1] in paths}
 
     def init(key: Key, x: Any) -> Variables:
         variables = network.init(key, x, **switches(False))
         variables = jax.tree.map(lambda leaf: leaf, dict(variables))
-        stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        for path, channels in ours(variables, x).items():
-            stats[*path, "mean"] = jnp.zeros(channels.shape, channels.dtype)
-            stats[*path, "var"] = jnp.ones(channels.shape, channels.dtype)
+        try:
+            started = _start(ours(variables, x))
+        except InvalidRngError:
+            raise ValueError(
+                f"{type(network).__name__} draws random numbers in inference; its __call__ must take "
+                "`deterministic` or `train`, and obey it (flax.linen.Dropout(rate)(x, deterministic))"
+            ) from None
+        stats = {**traverse_util.flatten_dict(variables.get(STATISTICS, {})), **started}
         variables.setdefault("params", {})
         return {**variables, **({STATISTICS: traverse_util.unflatten_dict(stats)} if stats else {})}
 
@@ -196,8 +201,8 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
     ) -> tuple[jax.Array, Variables]:
         still = _frozen_layers(frozen)
         stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        own = [path for path in ours(variables, x) if not still(path)] if stats else []
-        handed = {path: leaf for path, leaf in stats.items() if path[:-1] not in own}
+        own = [place for place in ours(variables, x) if not still(place[:-1])] if stats else []
+        handed = {place: leaf for place, leaf in stats.items() if place not in own}
         given = {name: tree for name, tree in variables.items() if name != STATISTICS}
         if handed:
             given[STATISTICS] = traverse_util.unflatten_dict(handed)
@@ -220,10 +225,8 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
             outputs, state = network.apply(given, x, rngs=rngs, mutable=mutable, **switches(True))
         state = jax.tree.map(lambda leaf: leaf, dict(state))
         after = traverse_util.flatten_dict(state.get(STATISTICS, {}))
-        for path in own:
-            for moment in ("mean", "var"):
-                place = (*path, moment)
-                after[place] = momentum * stats[place] + (1 - momentum) * after[place]
+        for place in own:
+            after[place] = momentum * stats[place] + (1 - momentum) * after[place]
         # A frozen layer of flax.linen keeps its statistics, and a frozen network all of its state.
         after = {path: stats[path] if still(path[:-1]) else leaf for path, leaf in after.items()}
         kept = {name: variables[name] for name in mutable if still(())}
@@ -234,6 +237,14 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         }
 
     return StatefulModel(init, apply, train)
+
+
+def _start(statistics: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> dict[tuple[str, ...], jax.Array]:
+    """Running statistics before any batch, as those of `flax.linen.BatchNorm`."""
+    return {
+        place: (jnp.ones if place[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
+        for place, leaf in statistics.items()
+    }
 
 
 def _switches(network: linen.Module, training: bool) -> dict[str, Any]:
@@ -254,7 +265,11 @@ def _frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
 
     A layer without parameters, such as dropout, goes with the one it is in.
     """
-    leaves = {} if frozen is None else traverse_util.flatten_dict(frozen)
+    # Those of plain functions may be any tree.
+    leaves = {
+        tuple(jax.tree_util.keystr((entry,), simple=True) for entry in place): value
+        for place, value in jax.tree_util.tree_leaves_with_path(frozen)
+    }
 
     def still(path: tuple[str, ...]) -> bool:
         for depth in range(len(path), -1, -1):
@@ -275,12 +290,8 @@ def _from_model(model: Any, momentum: float) -> StatefulModel:
         stats = jax.eval_shape(statistics, params, x) if model.apply_norm is not None else {}
         if not jax.tree.leaves(stats):
             return {"params": params}
-        flat = traverse_util.flatten_dict(stats)
-        start = {
-            path: (jnp.ones if path[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
-            for path, leaf in flat.items()
-        }
-        return {"params": params, STATISTICS: traverse_util.unflatten_dict(start)}
+        started = _start(traverse_util.flatten_dict(stats))
+        return {"params": params, STATISTICS: traverse_util.unflatten_dict(started)}
 
     def apply(variables: Variables, x: Any) -> jax.Array:
         return forward(model, variables["params"], x, stats=variables.get(STATISTICS))[0]
@@ -292,7 +303,11 @@ def _from_model(model: Any, momentum: float) -> StatefulModel:
         before = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
         handed = {path: leaf for path, leaf in before.items() if still(path[:-1])}
         outputs, stats = forward(
-            model, variables["params"], x, stats=traverse_util.unflatten_dict(handed) or None, key=key
+            model,
+            variables["params"],
+            x,
+            stats=traverse_util.unflatten_dict(handed) or None,
+            key=None if still(()) else key,
         )
         if not before:
             return outputs, {}

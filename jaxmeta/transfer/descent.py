@@ -46,7 +46,7 @@ def descend(
     every: int | None = None,
     look: Callable[[int, Params, PyTree], None] | None = None,
 ) -> tuple[Params, PyTree, Float[Array, " steps"]]:
-    """Steps of `optimizer` on `objective`, compiled once for any number of steps.
+    """Steps of `optimizer` on `objective`, as one compiled loop.
 
     Args:
       objective: `(params, state, batches, extra, progress, key) -> (value, state)`, with one dict of arrays a
@@ -64,11 +64,13 @@ def descend(
       every: None for about twenty times.
 
     Raises:
-      ValueError: `steps` or a batch size below 1.
+      ValueError: `steps`, `every` or a batch size below 1.
       FloatingPointError: the loss is no longer finite.
     """
     if steps < 1:
         raise ValueError(f"steps: got {steps}; it must be at least 1")
+    if every is not None and every < 1:
+        raise ValueError(f"every: got {every}; it must be at least 1")
     for name, batches in data.items():
         if batches.size < 1:
             raise ValueError(f"batch_size: got {batches.size}, of {name}; it must be at least 1")
@@ -78,7 +80,7 @@ def descend(
     arrays = {name: jax.tree.map(jnp.asarray, dict(batches.arrays)) for name, batches in data.items()}
     static = (objective, optimizer, tuple(leaves), structure, sizes)
     opt_state = _partitioned(optimizer, tuple(leaves), structure).init(params)
-    carry = (params, state, opt_state, jnp.zeros(steps, jnp.float32))
+    carry = (params, state, opt_state, jnp.zeros(steps))
     every = max(1, -(-steps // _REPORTS)) if every is None else every
     done = 0
     while done < steps:
@@ -120,7 +122,7 @@ def _advance(objective, optimizer, labels, structure, sizes, carry, arrays, extr
         (value, new_state), grads = jax.value_and_grad(value_of, has_aux=True)(params)
         updates, opt_state = transformation.update(grads, opt_state, params)
         params = apply_unfrozen(params, updates, frozen)
-        return params, {**state, **new_state}, opt_state, losses.at[index].set(value)
+        return params, {**state, **new_state}, opt_state, losses.at[index].set(value.astype(losses.dtype))
 
     return lax.fori_loop(start, stop, step, carry)
 

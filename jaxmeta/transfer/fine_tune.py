@@ -82,7 +82,7 @@ def fine_tune(
 
     Raises:
       ValueError: no examples, or not as many labels or weights; a `train` pattern that matches nothing;
-        `steps` or `batch_size` below 1.
+        `steps`, `batch_size` or `every` below 1.
       FloatingPointError: the loss is no longer finite.
 
     Examples:
@@ -91,7 +91,7 @@ def fine_tune(
       >>> data = jm.Batch(jnp.array([[0.0, 1], [1, 0]]), jnp.array([0, 1]))
       >>> variables = model.init(jax.random.key(0), data.x)
       >>> fitted = jm.transfer.fine_tune(
-      ...     model, variables, data, train="head", optimizer=optax.adam(0.1), steps=50, key=jax.random.key(1)
+      ...     model, variables, data, optimizer=optax.adam(0.1), steps=50, key=jax.random.key(1)
       ... )
       >>> model.apply(fitted.variables, data.x).argmax(1).tolist()
       [0, 1]

@@ -1,5 +1,6 @@
 """What is trained, what stays, and how fast: by optax's own partitions."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -160,7 +161,7 @@ def slanted_triangular(
     if cut < 1:
         raise ValueError(
             f"steps: got {steps}, of which a part {cut_fraction} is less than one step; it must be at least "
-            f"{int(1 / cut_fraction) + 1}"
+            f"{math.ceil(1 / cut_fraction)}"
         )
 
     def rate(step: Array | int) -> Array:
@@ -194,14 +195,14 @@ def l2_sp(
       `params -> Ω`, the `penalty` of `jm.transfer.fine_tune`.
 
     Raises:
-      ValueError: `shared` matches nothing; a negative weight; `fisher` of another structure.
+      ValueError: `shared` matches nothing; a negative weight; `fisher` of other leaves or shapes.
 
     References:
       Li, Grandvalet & Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks,
       2018, equations 2 and 3.
     """
     if alpha < 0 or beta < 0:
-        raise ValueError(f"alpha and beta must be at least 0, got {alpha} and {beta}")
+        raise ValueError(f"alpha, beta: got {alpha} and {beta}; they must be at least 0")
     old = mask(start, shared, argument="shared")
     if fisher is None:
         fisher = jax.tree.map(lambda _: 1.0, start)
@@ -210,6 +211,13 @@ def l2_sp(
             f"fisher: got the leaves {list(leaves_by_path(fisher))}; they must be those of `start`, "
             f"{list(leaves_by_path(start))}"
         )
+    else:
+        wanted = leaves_by_path(start)
+        for path in matching(start, shared):
+            got, want = jnp.shape(leaves_by_path(fisher)[path]), jnp.shape(wanted[path])
+            if got != want:
+                raise ValueError(f"fisher: got shape {got} for {path}; it must be that of `start`, {want}")
+        fisher = jax.tree.unflatten(jax.tree.structure(start), leaves_by_path(fisher).values())
     # Arguments of a Partial travel as data: closed over, they would be constants of the compiled step.
     return jax.tree_util.Partial(
         _l2_sp,

@@ -128,7 +128,13 @@ def logistic_head(
 
 @jax.jit
 def _logistic(
-    start: Params, z: Array, y: Array, weights: Array, penalties: Array, steps: int, tolerance: float
+    start: Params,
+    z: Array,
+    y: Array,
+    weights: Array,
+    penalties: Array,
+    steps: int | Array,
+    tolerance: float | Array,
 ) -> Params:
     def objective(head: Params) -> Array:
         logits = z @ head["kernel"] + head["bias"][None]

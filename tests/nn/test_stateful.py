@@ -1,0 +1,456 @@
+"""Networks in training: running statistics are Flax's, frozen layers are in inference, state is handed on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jaxmeta as jm
+from jaxmeta.nn.stateful import as_stateful, chain, layers_in_order, of_part
+
+KEY = jax.random.key(0)
+X = np.asarray(3 * jax.random.normal(KEY, (12, 5)) + 1)
+
+
+def close(a, b, rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), a, b)
+
+
+def same_bits(a, b):
+    a, b = (
+        [(leaf.shape, leaf.tobytes()) for leaf in map(np.asarray, jax.tree.leaves(tree))] for tree in (a, b)
+    )
+    return a == b
+
+
+# --- Two blocks of a linear layer, normalisation, ReLU and dropout, told in every way --------------
+
+
+class Block(linen.Module):
+    told: str
+    rate: float
+
+    @linen.compact
+    def __call__(self, x, training):
+        x = linen.Dense(6, name="dense")(x)
+        still, attributes = not training, self.told == "attributes"
+        if self.told == "ours":
+            x = jm.nn.BatchNorm(epsilon=1e-5, name="norm")(x)
+        elif attributes:
+            x = linen.BatchNorm(use_running_average=still, momentum=0.9, name="norm")(x)
+        elif self.told == "keywords":
+            x = linen.BatchNorm(momentum=0.9, name="norm")(x=x, use_running_average=still)
+        else:
+            x = linen.BatchNorm(momentum=0.9, name="norm")(x, still)
+        if attributes:
+            return linen.Dropout(self.rate, deterministic=still)(jax.nn.relu(x))
+        return linen.Dropout(self.rate)(jax.nn.relu(x), still)
+
+
+class ByTrain(linen.Module):
+    told: str = "attributes"
+    rates: tuple = (0.5, 0.0)
+
+    def blocks(self, x, training):
+        for i, rate in enumerate(self.rates):
+            x = Block(self.told, rate, name=f"block{i}")(x, training)
+        return x
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        return self.blocks(x, train)
+
+
+class ByDeterministic(ByTrain):
+    @linen.compact
+    def __call__(self, x, deterministic=True):
+        return self.blocks(x, not deterministic)
+
+
+class ByRunningAverage(ByTrain):
+    @linen.compact
+    def __call__(self, x, mask=None, use_running_average=None):
+        return self.blocks(x, not use_running_average)
+
+
+NETWORKS = {
+    "train, attributes": ByTrain("attributes"),
+    "deterministic, arguments": ByDeterministic("arguments"),
+    "use_running_average, keywords": ByRunningAverage("keywords"),
+    "train, jaxmeta": ByTrain("ours"),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    return NETWORKS[request.param]
+
+
+def started(model, x=X):
+    """Variables of a network that has seen something: no scale is one, no mean zero."""
+    variables = model.init(jax.random.key(1), x)
+    leaves, structure = jax.tree.flatten(variables)
+    rng = np.random.default_rng(0)
+    return structure.unflatten(
+        [jnp.asarray(leaf + rng.uniform(0.1, 0.6, leaf.shape), leaf.dtype) for leaf in leaves]
+    )
+
+
+def by_hand(params, x, mean, var):
+    """A block without dropout, normalised by these statistics or, where None, by those of the batch."""
+    params, mean, var = jax.tree.map(np.asarray, (params, mean, var))
+    x = x @ params["dense"]["kernel"] + params["dense"]["bias"]
+    mean, var = (x.mean(0), x.var(0)) if mean is None else (mean, var)
+    x = (x - mean) / np.sqrt(var + 1e-5) * params["norm"]["scale"] + params["norm"]["bias"]
+    return np.maximum(x, 0), {"mean": mean, "var": var}
+
+
+def test_a_frozen_block_normalises_by_its_running_statistics_and_drops_nothing(network):
+    model = as_stateful(network)
+    variables = started(model)
+    params, before = jax.tree.map(np.asarray, (variables["params"], variables["batch_stats"]))
+    frozen = {"block0": jax.tree.map(lambda _: True, params["block0"])}
+    frozen["block1"] = jax.tree.map(lambda _: False, params["block1"])
+    outputs, state = jax.jit(lambda v, x: model.train(v, x, KEY, frozen=frozen))(variables, X)
+    hidden, _ = by_hand(params["block0"], X, **before["block0"]["norm"])
+    expected, batch = by_hand(params["block1"], hidden, None, None)
+    close(outputs, expected)
+    assert same_bits(state["batch_stats"]["block0"], before["block0"])
+    close(
+        state["batch_stats"]["block1"]["norm"],
+        jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before["block1"]["norm"], batch),
+    )
+    # Of a layer that is not frozen as a whole both go on.
+    frozen["block0"]["norm"]["bias"] = False
+    outputs, state = model.train(variables, X, KEY, frozen=frozen)
+    assert not np.allclose(outputs, expected, atol=1e-2)
+    assert not same_bits(state["batch_stats"]["block0"], before["block0"])
+
+
+def test_inference_is_by_the_running_statistics_and_a_wholly_frozen_network_stays_in_it(network):
+    model = as_stateful(network)
+    variables = started(model)
+    stats = jax.tree.map(np.asarray, variables["batch_stats"])
+    hidden, _ = by_hand(variables["params"]["block0"], X, **stats["block0"]["norm"])
+    expected, _ = by_hand(variables["params"]["block1"], hidden, **stats["block1"]["norm"])
+    close(model.apply(variables, X), expected)
+    frozen = jax.tree.map(lambda _: True, variables["params"])
+    outputs, state = model.train(variables, X, KEY, frozen=frozen)
+    close(outputs, expected)
+    assert same_bits(state, {"batch_stats": variables["batch_stats"]})
+
+
+def test_training_is_flaxs_own_step_for_step():
+    """Outputs, dropout and running averages of three batches, whichever way the network is told."""
+    own = ByTrain(rates=(0.5, 0.3))
+    start = started(as_stateful(own))
+    for network in (own, ByDeterministic("arguments", (0.5, 0.3)), ByRunningAverage("keywords", (0.5, 0.3))):
+        model, variables, theirs = as_stateful(network), start, start
+        for step in range(3):
+            key, x = jax.random.fold_in(KEY, step), X + step
+            rngs = {"dropout": key, "params": key}
+            known, updated = own.apply(theirs, x, train=True, rngs=rngs, mutable=["batch_stats"])
+            outputs, state = model.train(variables, x, key)
+            close(outputs, known, 1e-6)
+            variables, theirs = {**variables, **state}, {**theirs, **updated}
+        close(variables, theirs, 1e-6)
+    assert (np.asarray(known) == 0).mean() > 0.3
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_running_average_of_our_normalisation_is_flaxs(momentum):
+    x = 2 * jax.random.normal(KEY, (3, 4, 6, 6, 2)) + jnp.arange(3.0).reshape(3, 1, 1, 1, 1)
+    theirs = linen.BatchNorm(use_running_average=False, momentum=momentum)
+    model = as_stateful(jm.nn.BatchNorm(), momentum=momentum)
+    variables, known = model.init(KEY, x[0]), theirs.init(KEY, x[0])
+    close(variables["batch_stats"], known["batch_stats"], 0)
+    for batch in x:
+        variables |= model.train(variables, batch, KEY)[1]
+        known |= theirs.apply(known, batch, mutable=["batch_stats"])[1]
+    close(variables["batch_stats"], known["batch_stats"])
+
+
+def test_conv4_in_training_is_conv4_by_its_batch_and_in_inference_by_its_running_statistics():
+    network, x = jm.nn.Conv4(3, filters=4), jax.random.normal(KEY, (6, 16, 16, 1))
+    model, values = as_stateful(network, momentum=0.0), jm.nn.as_model(network)
+    variables = model.init(KEY, x)
+    outputs, state = model.train(variables, x, KEY)
+    known, stats = values.apply_norm(variables["params"], x)
+    close(outputs, known, 1e-6)
+    close(state["batch_stats"], stats, 1e-6)
+    # What was kept of the batch normalises it alike.
+    close(model.apply({**variables, **state}, x), known)
+
+
+class Counting(linen.Module):
+    @linen.compact
+    def __call__(self, x, train=False):
+        count = self.variable("counters", "calls", lambda: jnp.zeros((), jnp.int32))
+        if train:
+            count.value += 1
+        return linen.Dense(2)(x)
+
+
+def test_other_state_is_handed_on_and_stays_where_all_is_frozen():
+    model = as_stateful(Counting())
+    variables = model.init(KEY, X)
+    assert model.train(variables, X, KEY)[1] == {"counters": {"calls": 1}}
+    frozen = jax.tree.map(lambda _: True, variables["params"])
+    assert model.train(variables, X, KEY, frozen=frozen)[1] == {"counters": {"calls": 0}}
+
+
+class Scanned(linen.Module):
+    lift: bool
+
+    @linen.compact
+    def __call__(self, x):
+        class Layer(linen.Module):
+            @linen.compact
+            def __call__(self, x, _):
+                return jm.nn.BatchNorm(name="norm")(linen.Dense(5, name="dense")(x)), None
+
+        if self.lift:
+            axes = {"params": 0, "batch_stats": 0}
+            return linen.scan(Layer, axes, split_rngs={"params": True}, length=3)(name="layers")(x, None)[0]
+        for i in range(3):
+            x, _ = linen.remat(Layer)(name=f"layer{i}")(x, None)
+        return x
+
+
+def test_scanned_layers_have_the_statistics_of_the_same_layers_one_by_one():
+    scanned, single = as_stateful(Scanned(True)), as_stateful(Scanned(False))
+    variables = started(scanned)
+    apart = {
+        name: {f"layer{i}": jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(3)}
+        for name, tree in variables.items()
+    }
+    outputs, state = scanned.train(variables, X, KEY)
+    known, parts = single.train(apart, X, KEY)
+    close(outputs, known)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts["batch_stats"].values())
+    close(state["batch_stats"]["layers"], stacked)
+    close(scanned.apply(variables, X), single.apply(apart, X))
+
+
+# --- Networks of other kinds ----------------------------------------------------------------------
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rate, rngs):
+        self.layers = nnx.List([nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 4, rngs=rngs)])
+        self.norms = nnx.List([nnx.BatchNorm(n, momentum=0.8, rngs=rngs) for n in (6, 4)])
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, x):
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(layer(x))
+        return self.dropout(x)
+
+
+def test_a_network_of_nnx_keeps_the_running_statistics_that_nnx_keeps():
+    module = NNXNet(0.0, nnx.Rngs(0))
+    model = as_stateful(module, momentum=0.8)
+    variables = model.init(KEY, X)
+    module.train()
+    for step in range(2):
+        outputs, state = model.train(variables, X + step, KEY)
+        close(outputs, module(X + step))
+        variables |= state
+    module.eval()
+    close(model.apply(variables, X), module(X))
+    norm = module.norms[1]
+    close(variables["batch_stats"]["norms"]["1"], {"mean": norm.mean[...], "var": norm.var[...]})
+    # The lower layers frozen: those of their statistics stay, and normalise.
+    frozen = {
+        name: {"0": jax.tree.map(lambda _: True, variables["params"][name]["0"])}
+        for name in ("layers", "norms")
+    }
+    for name in frozen:
+        frozen[name]["1"] = jax.tree.map(lambda _: False, variables["params"][name]["1"])
+    outputs, state = model.train(variables, X, KEY, frozen=frozen)
+    assert same_bits(state["batch_stats"]["norms"]["0"], variables["batch_stats"]["norms"]["0"])
+    middle = np.asarray(module.layers[1](module.norms[0](module.layers[0](X))))
+    close(outputs, (middle - middle.mean(0)) / np.sqrt(middle.var(0) + 1e-5))
+    new, old = (tree["norms"]["1"]["mean"] for tree in (state["batch_stats"], variables["batch_stats"]))
+    close(new, 0.8 * old + 0.2 * middle.mean(0))
+
+
+def test_dropout_of_nnx_is_on_in_training_and_off_in_inference_and_where_all_is_frozen():
+    model = as_stateful(NNXNet(0.5, nnx.Rngs(0)))
+    variables = model.init(KEY, X)
+    one, other = (model.train(variables, X, jax.random.key(seed))[0] for seed in (1, 2))
+    assert 0.2 < (np.asarray(one) == 0).mean() < 0.8
+    assert not np.array_equal(one, other)
+    frozen = jax.tree.map(lambda _: True, variables["params"])
+    outputs, state = model.train(variables, X, KEY, frozen=frozen)
+    np.testing.assert_array_equal(outputs, model.apply(variables, X))
+    assert (np.asarray(outputs) != 0).all()
+    assert same_bits(state["batch_stats"], variables["batch_stats"])
+
+
+def plain_init(key, x):
+    return [jax.random.normal(key, (x.shape[1], 3)), jnp.zeros(3)]
+
+
+def plain_apply(params, x):
+    return x @ params[0] + params[1][None]
+
+
+def test_networks_without_state_have_parameters_only():
+    eqx = pytest.importorskip("equinox")
+    module = eqx.nn.Linear(5, 3, key=KEY)
+    for network, expected in (
+        (module, jax.vmap(module)(X)),
+        ((plain_init, plain_apply), X @ np.asarray(plain_init(KEY, X)[0])),
+    ):
+        model = as_stateful(network)
+        variables = model.init(KEY, X)
+        assert list(variables) == ["params"]
+        for frozen in (
+            None,
+            *(jax.tree.map(lambda _, still=still: still, variables["params"]) for still in (True, False)),
+        ):
+            outputs, state = model.train(variables, X, KEY, frozen=frozen)
+            assert state == {}
+            close(outputs, expected)
+        close(model.apply(variables, X), expected)
+
+
+# --- Chains and layers ----------------------------------------------------------------------------
+
+
+def test_a_chain_is_one_network_after_the_other_with_a_subtree_for_each():
+    parts = {"adapter": (plain_init, plain_apply), "body": ByTrain(rates=(0.0, 0.0)), "head": linen.Dense(2)}
+    model = chain(parts)
+    assert as_stateful(model) is model
+    variables = model.init(KEY, X)
+    assert {name: list(tree) for name, tree in variables.items()} == {
+        "params": ["adapter", "body", "head"],
+        "batch_stats": ["body"],
+    }
+    adapter, body, head = (of_part(variables, name) for name in parts)
+    middle = plain_apply(adapter["params"], X)
+    features, updated = parts["body"].apply(body, middle, train=True, mutable=["batch_stats"])
+    outputs, state = model.train(variables, X, KEY)
+    close(outputs, parts["head"].apply(head, features))
+    close(state, {"batch_stats": {"body": updated["batch_stats"]}})
+    close(model.features.train(variables, X, KEY), (features, state))
+    inferred = parts["body"].apply(body, middle)
+    close(model.features.apply(variables, X), inferred)
+    close(model.apply(variables, X), parts["head"].apply(head, inferred))
+    frozen = jax.tree.map(lambda _: False, variables["params"])
+    frozen["body"] = jax.tree.map(lambda _: True, frozen["body"])
+    outputs, state = model.train(variables, X, KEY, frozen=frozen)
+    close(outputs, parts["head"].apply(head, inferred))
+    assert same_bits(state["batch_stats"], variables["batch_stats"])
+
+
+class Unordered(linen.Module):
+    """Its layers are computed in another order than that of names, and of their declaration."""
+
+    def setup(self):
+        self.a, self.z = linen.Dense(5), linen.Dense(5)
+        self.m = Block("attributes", 0.0)
+        self.own = self.param("own", linen.initializers.ones, (5,))
+
+    def __call__(self, x, train=False):
+        return self.m(self.a(jax.nn.relu(self.z(x * self.own[None]))), train)
+
+
+IMAGES = np.zeros((2, 32, 32, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("network", "x", "expected"),
+    [
+        (Unordered(), X, ["own", "z", "a", "m"]),
+        (jm.nn.Conv4(3, filters=4), IMAGES, [f"ConvNorm_{i}" for i in range(4)] + ["head"]),
+        (
+            jm.nn.MLP(out=2, hidden=(3, 3), norm=True),
+            X,
+            ["Dense_0", "BatchNorm_0", "Dense_1", "BatchNorm_1", "head"],
+        ),
+        (jm.nn.ResNet12(ways=3), IMAGES, [f"block{i}" for i in range(4)] + ["head"]),
+        (
+            jm.nn.ResNet18(ways=3),
+            IMAGES,
+            ["stem_conv", "stem_norm", *(f"stage{i}_block{j}" for i in range(4) for j in range(2)), "head"],
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, linen.Module) else "",
+)
+def test_layers_come_in_the_order_of_computation(network, x, expected):
+    assert list(layers_in_order(network, x)) == expected
+
+
+# --- Statistics of some layers only ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_layers_without_given_statistics_normalise_by_their_batch(given):
+    linen_model, nnx_model = jm.nn.as_model(ByTrain("ours")), jm.nn.as_model(NNXNet(0.0, nnx.Rngs(0)))
+    handed = {"mean": np.full(6, 0.3, np.float32), "var": np.full(6, 1.7, np.float32)}
+    params = linen_model.init(KEY, X)
+    outputs, stats = linen_model.apply_norm(params, X, stats={f"block{given}": {"norm": handed}})
+    hidden, expected = X, {}
+    for i in range(2):
+        which = handed if i == given else {"mean": None, "var": None}
+        hidden, used = by_hand(params[f"block{i}"], hidden, **which)
+        expected[f"block{i}"] = {"norm": used}
+    close(outputs, hidden)
+    close(stats, expected)
+
+    params, width = nnx_model.init(KEY, X), (6, 4)[given]
+    handed = {name: leaf[:width] for name, leaf in handed.items()}
+    outputs, stats = nnx_model.apply_norm(params, X, stats={"norms": {str(given): handed}})
+    hidden, expected = X, {}
+    for i in "01":
+        layer = params["layers"][i]
+        hidden = hidden @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        used = handed if i == str(given) else {"mean": hidden.mean(0), "var": hidden.var(0)}
+        hidden, expected[i] = (hidden - used["mean"]) / np.sqrt(used["var"] + 1e-5), used
+    close(outputs, hidden)
+    close(stats, {"norms": expected})
+
+
+def test_padding_needs_no_mask_only_where_all_statistics_are_given():
+    mask = np.arange(12) < 9
+    for network in (ByTrain("ours"), NNXNet(0.0, nnx.Rngs(0))):
+        model = jm.nn.as_model(network)
+        params = model.init(KEY, X)
+        _, stats = model.apply_norm(params, X)
+        outputs, _ = model.apply_norm(params, X, stats=stats, mask=mask)
+        close(outputs, model.apply(params, X), 1e-4)
+        first, *_ = stats
+        some = {first: stats[first]} if first == "block0" else {first: {"0": stats[first]["0"]}}
+        for partial in (None, some):
+            with pytest.raises(ValueError, match="must take `mask`"):
+                model.apply_norm(params, X, stats=partial, mask=mask)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+class Demanding(linen.Module):
+    @linen.compact
+    def __call__(self, x, flow):
+        return linen.Dense(2)(x)
+
+
+class Restless(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dropout(0.5, deterministic=False)(linen.Dense(2)(x))
+
+
+def test_what_is_no_network_to_train_is_refused_by_name():
+    for momentum in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"momentum: got {momentum}"):
+            as_stateful(jm.nn.BatchNorm(), momentum=momentum)
+    with pytest.raises(ValueError, match=r"Demanding.__call__ requires \['flow'\]"):
+        as_stateful(Demanding())
+    with pytest.raises(ValueError, match="Restless draws random numbers in inference"):
+        as_stateful(Restless()).init(KEY, X)
+    with pytest.raises(ValueError, match="parts: got none"):
+        chain({})
