@@ -60,7 +60,8 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
         `flax.linen.BatchNorm`, whose own is its attribute.
 
     Raises:
-      ValueError: as `jm.nn.as_model`, mutable state of a `flax.linen.Module` aside; `momentum` outside [0, 1).
+      ValueError: as `jm.nn.as_model`, mutable state of a `flax.linen.Module` aside; `momentum` outside
+        [0, 1).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
