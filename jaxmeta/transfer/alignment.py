@@ -40,6 +40,9 @@ class Alignment(NamedTuple):
 def coral(weight: float = 1.0, *, variant: str = "paper") -> Alignment:
     """Deep CORAL: `weight` · `jm.transfer.coral_loss`.
 
+    Raises:
+      ValueError: a negative weight.
+
     References:
       Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, 2016.
     """
@@ -48,6 +51,9 @@ def coral(weight: float = 1.0, *, variant: str = "paper") -> Alignment:
 
 def mmd(weight: float = 1.0, **settings: Any) -> Alignment:
     """Deep adaptation network, on the last features: `weight` · `jm.transfer.mmd2`, with its settings.
+
+    Raises:
+      ValueError: a negative weight.
 
     References:
       Long et al., Learning Transferable Features with Deep Adaptation Networks, 2015.
@@ -66,9 +72,13 @@ def dann(*, hidden: tuple[int, ...] = (100,), weight: float = 1.0, gamma: float 
       weight: of what flows into the features.
       gamma: of λ_p; see `jm.transfer.dann_strength`.
 
+    Raises:
+      ValueError: a negative weight.
+
     References:
       Ganin et al., Domain-Adversarial Training of Neural Networks, 2016.
     """
+    _check_weight(weight)
     head = nn.as_model(nn.MLP(out=1, hidden=hidden))
 
     def init(key: Key, dim: int) -> Params:
@@ -83,9 +93,13 @@ def dann(*, hidden: tuple[int, ...] = (100,), weight: float = 1.0, gamma: float 
     return Alignment(init, loss)
 
 
-def _without_parameters(weight: float, discrepancy: Callable[[Array, Array], Array]) -> Alignment:
-    if weight < 0:
+def _check_weight(weight: float) -> None:
+    if not weight >= 0:
         raise ValueError(f"weight: got {weight}; it must be at least 0")
+
+
+def _without_parameters(weight: float, discrepancy: Callable[[Array, Array], Array]) -> Alignment:
+    _check_weight(weight)
 
     def loss(own: Params, source: Array, target: Array, progress: Array) -> Array:
         del own, progress

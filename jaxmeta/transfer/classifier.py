@@ -12,6 +12,7 @@ from jaxmeta.core import Batch, Key
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.layers import Dense
 from jaxmeta.nn.stateful import StatefulModel, Variables, chain
+from jaxmeta.transfer import host
 from jaxmeta.transfer.subtree import swap_subtree
 
 BODY, HEAD, ADAPTER = "body", "head", "adapter"
@@ -165,9 +166,15 @@ def accuracy(model: StatefulModel, variables: Variables, data: Batch, *, batch: 
 
 
 def confusion_matrix(
-    predictions: Int[Array | np.ndarray, " n"], labels: Int[Array | np.ndarray, " n"], classes: int
+    predictions: Int[Array | np.ndarray, " _"], labels: Int[Array | np.ndarray, " _"], classes: int
 ) -> Int[np.ndarray, "classes classes"]:
-    """How many examples of class i (row) were named j (column)."""
+    """How many examples of class i (row) were named j (column).
+
+    Raises:
+      ValueError: predictions and labels of different number, or a class outside [0, classes).
+    """
+    columns = host.labels(predictions, "predictions", rows=labels.shape[0], classes=classes)
+    rows = host.labels(labels, "labels", rows=labels.shape[0], classes=classes)
     found = np.zeros((classes, classes), np.int64)
-    np.add.at(found, (np.asarray(labels), np.asarray(predictions)), 1)
+    np.add.at(found, (rows, columns), 1)
     return found

@@ -107,12 +107,25 @@ def _advance(objective, optimizer, labels, structure, sizes, carry, arrays, extr
     frozen = jax.tree.unflatten(structure, [label == FROZEN for label in labels])
     transformation = _partitioned(optimizer, labels, structure)
 
+    keys = {name: jax.random.fold_in(key, np.uint32(_ORDER - place)) for place, (name, _) in enumerate(sizes)}
+    examples = {name: jax.tree.leaves(arrays[name])[0].shape[0] for name, _ in sizes}
+    size_of = {name: min(size, examples[name]) for name, size in sizes}
+    in_epoch = {name: examples[name] // size_of[name] for name, _ in sizes}
+
+    def order(name, index):
+        return jax.random.permutation(jax.random.fold_in(keys[name], index // in_epoch[name]), examples[name])
+
     def step(index, carry):
-        params, state, opt_state, losses = carry
+        (params, state, opt_state, losses), orders = carry
         own = jax.random.fold_in(key, index)
+        # Sorting is slow where examples are many: once an epoch, not once a step.
+        orders = {
+            name: lax.cond(index % in_epoch[name] == 0, partial(order, name, index), lambda old=old: old)
+            for name, old in orders.items()
+        }
         batches = {
-            name: _minibatch(arrays[name], size, index, jax.random.fold_in(key, np.uint32(_ORDER - place)))
-            for place, (name, size) in enumerate(sizes)
+            name: _rows(arrays[name], orders[name], (index % in_epoch[name]) * size_of[name], size_of[name])
+            for name in orders
         }
         progress = index / losses.shape[0]
 
@@ -122,16 +135,12 @@ def _advance(objective, optimizer, labels, structure, sizes, carry, arrays, extr
         (value, new_state), grads = jax.value_and_grad(value_of, has_aux=True)(params)
         updates, opt_state = transformation.update(grads, opt_state, params)
         params = apply_unfrozen(params, updates, frozen)
-        return params, {**state, **new_state}, opt_state, losses.at[index].set(value.astype(losses.dtype))
+        losses = losses.at[index].set(value.astype(losses.dtype))
+        return (params, {**state, **new_state}, opt_state, losses), orders
 
-    return lax.fori_loop(start, stop, step, carry)
+    return lax.fori_loop(start, stop, step, (carry, {name: order(name, start) for name in keys}))[0]
 
 
-def _minibatch(arrays, size, step, key):
-    """The `step`-th mini-batch of a random order that is new in each epoch."""
-    n = jax.tree.leaves(arrays)[0].shape[0]
-    size = min(size, n)
-    a_turn = n // size
-    order = jax.random.permutation(jax.random.fold_in(key, step // a_turn), n)
-    rows = lax.dynamic_slice_in_dim(order, (step % a_turn) * size, size)
+def _rows(arrays, order, first, size):
+    rows = lax.dynamic_slice_in_dim(order, first, size)
     return jax.tree.map(lambda leaf: leaf[rows], arrays)

@@ -206,18 +206,19 @@ def l2_sp(
     old = mask(start, shared, argument="shared")
     if fisher is None:
         fisher = jax.tree.map(lambda _: 1.0, start)
-    elif list(leaves_by_path(fisher)) != list(leaves_by_path(start)):
-        raise ValueError(
-            f"fisher: got the leaves {list(leaves_by_path(fisher))}; they must be those of `start`, "
-            f"{list(leaves_by_path(start))}"
-        )
     else:
-        wanted = leaves_by_path(start)
+        weights, leaves = leaves_by_path(fisher), leaves_by_path(start)
+        if list(weights) != list(leaves):
+            raise ValueError(
+                f"fisher: got the leaves {list(weights)}; they must be those of `start`, {list(leaves)}"
+            )
         for path in matching(start, shared):
-            got, want = jnp.shape(leaves_by_path(fisher)[path]), jnp.shape(wanted[path])
-            if got != want:
-                raise ValueError(f"fisher: got shape {got} for {path}; it must be that of `start`, {want}")
-        fisher = jax.tree.unflatten(jax.tree.structure(start), leaves_by_path(fisher).values())
+            if jnp.shape(weights[path]) != jnp.shape(leaves[path]):
+                raise ValueError(
+                    f"fisher: got shape {jnp.shape(weights[path])} for {path}; it must be that of `start`, "
+                    f"{jnp.shape(leaves[path])}"
+                )
+        fisher = jax.tree.unflatten(jax.tree.structure(start), weights.values())
     # Arguments of a Partial travel as data: closed over, they would be constants of the compiled step.
     return jax.tree_util.Partial(
         _l2_sp,

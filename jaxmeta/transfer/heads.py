@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxmeta.core import Key, Params
 
 Features = Float[Array, "n d"] | Float[np.ndarray, "n d"]
-Labels = Int[Array, " n"] | Int[np.ndarray, " n"]
+Labels = Int[Array, " _"] | Int[np.ndarray, " _"]  # as many as rows of features, which is checked
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 4, 17))
 
 

@@ -1,195 +1,380 @@
-"""What is frozen stays, what is trained moves as it should, and heads are those of scikit-learn."""
+"""Fine-tuning is a plain loop of Flax and optax, however it is cut; and the recipes around it."""
+
+import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from flax import linen, nnx
 
 import jaxmeta as jm
-from jaxmeta.nn.stateful import as_stateful
-from jaxmeta.transfer.heads import PENALTIES
+from jaxmeta.transfer import (
+    classifier,
+    extract_features,
+    feature_extraction,
+    fine_tune,
+    gradual_unfreezing,
+    l2_sp,
+    linear_probe_then_fine_tune,
+    logistic_head,
+    ridge_head,
+)
 
 KEY = jax.random.key(0)
-X = np.asarray(jax.random.normal(KEY, (12, 6)))
-DATA = jm.Batch(jnp.asarray(X), jnp.arange(12) % 3)
+X = jax.random.normal(KEY, (20, 6))
+Y = jnp.arange(20, dtype=jnp.int32) % 3
+DATA = jm.Batch(X, Y)
+INIT = linen.initializers.lecun_normal()
 
 
-class Net(linen.Module):
-    """Flax's own normalisation, with running averages, and dropout."""
+def same_bits(a, b):
+    a, b = (
+        [(leaf.shape, leaf.tobytes()) for leaf in map(np.asarray, jax.tree.leaves(tree))] for tree in (a, b)
+    )
+    return a == b
 
+
+def close(a, b, tolerance=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b)
+
+
+class FlaxNet(linen.Module):
     @linen.compact
     def __call__(self, x, train=False):
         for i in range(2):
-            x = linen.Dense(8, name=f"dense{i}")(x)
+            x = linen.Dense(8, use_bias=False, name=f"dense{i}")(x)
             x = linen.BatchNorm(use_running_average=not train, momentum=0.9, name=f"norm{i}")(x)
-            x = linen.Dropout(0.3, deterministic=not train)(jax.nn.relu(x))
+            x = jax.nn.relu(x)
         return x
 
 
-BODIES = {"flax": Net(), "ours": jm.nn.MLP(out=8, hidden=(8, 8), norm=True)}
-UPPER = {"flax": ["body/dense1", "body/norm1", "head"], "ours": ["body/Dense_1", "body/BatchNorm_1", "head"]}
+class Whole(linen.Module):
+    """The classifier of a `FlaxNet` as one network, as who knows Flax alone would write it."""
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        return linen.Dense(3, name="head")(FlaxNet(name="body")(x, train))
 
 
-@pytest.mark.parametrize("kind", BODIES)
-@pytest.mark.parametrize("optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.sgd(0.1, momentum=0.9)])
-def test_frozen_layers_keep_every_bit_through_ten_steps_and_the_others_move(kind, optimizer):
-    model = jm.transfer.classifier(BODIES[kind], 3)
-    variables = model.init(KEY, DATA.x)
-    # A sum with zero would turn −0 into 0.
-    lowest = next(path for path in jm.transfer.leaves_by_path(variables["params"]) if path.endswith("kernel"))
-    kernel = jm.transfer.take_subtree(variables["params"], lowest).at[0, 0].set(-0.0)
-    variables["params"] = jm.transfer.swap_subtree(variables["params"], lowest, kernel)
-    fitted = jm.transfer.fine_tune(
-        model, variables, DATA, train=UPPER[kind], optimizer=optimizer, steps=10, key=KEY, batch_size=6
+@pytest.fixture(scope="module")
+def flax():
+    model = classifier(FlaxNet(), 3)
+    return model, model.init(jax.random.key(1), X)
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """Without normalisation: the loss is a mean over examples."""
+    model = classifier(jm.nn.MLP(out=5, hidden=(8,), kernel_init=INIT), 3)
+    return model, model.init(jax.random.key(1), X)
+
+
+class Spy:
+    """A loss that writes down which examples are in a batch, by labels that are their numbers."""
+
+    def __init__(self):
+        self.batches, self.traces = [], 0
+
+    def __call__(self, outputs, numbers):
+        self.traces += 1
+        jax.debug.callback(lambda found: self.batches.append(np.asarray(found)), numbers, ordered=True)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, Y[numbers])
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+def test_it_is_a_plain_loop_of_flax_and_optax_on_the_same_batches(flax):
+    model, variables = flax
+    spy, optimizer = Spy(), optax.adamw(0.01, weight_decay=0.1)
+    numbers = jnp.arange(20, dtype=jnp.int32)
+    fitted = fine_tune(
+        model, variables, jm.Batch(X, numbers), loss=spy, optimizer=optimizer, steps=6, batch_size=8, key=KEY
     )
-    layers = [pattern for pattern in UPPER[kind] if pattern != "head"]
-    for collection, train in (("params", UPPER[kind]), ("batch_stats", layers[-1])):
-        before, after = (
-            jm.transfer.leaves_by_path(tree[collection]) for tree in (variables, fitted.variables)
-        )
-        trained = set(jm.transfer.matching(variables[collection], train))
-        assert trained
-        assert trained != set(before)
-        for path, leaf in before.items():
-            same = np.asarray(leaf).tobytes() == np.asarray(after[path]).tobytes()
-            # The bias before a normalisation has no gradient, and is zero to begin with.
-            assert same != (path in trained) or path.endswith(("dense1/bias", "Dense_1/bias")), path
+    jax.effects_barrier()
+    assert len(spy.batches) == 6
+    # Two batches an epoch: no example twice in one, and the four that are left over are others each time.
+    epochs = [np.concatenate(spy.batches[i : i + 2]) for i in (0, 2, 4)]
+    assert all(len(np.unique(epoch)) == 16 for epoch in epochs)
+    assert len({tuple(np.setdiff1d(np.arange(20), epoch)) for epoch in epochs}) == 3
+
+    params, stats = variables["params"], {name: tree for name, tree in variables["batch_stats"].items()}
+    state, losses = optimizer.init(params), []
+
+    @jax.jit
+    def step(params, stats, state, x, y):
+        def loss(params):
+            logits, updated = Whole().apply(
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            )
+            log_probabilities = jax.nn.log_softmax(logits)
+            return -log_probabilities[jnp.arange(8), y].mean(), updated["batch_stats"]
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), stats, state, value
+
+    for batch in spy.batches:
+        params, stats, state, value = step(params, stats, state, X[batch], Y[batch])
+        losses.append(value)
+    close(fitted.losses, jnp.stack(losses))
+    close(fitted.variables, {"params": params, "batch_stats": stats})
 
 
-def test_frozen_leaves_have_no_optimizer_state():
-    params = {"body": {"w": jnp.ones((4, 4))}, "head": {"w": jnp.ones(3)}}
-    state = jm.transfer.freeze(optax.adam(0.1), params, "head").init(params)
-    assert sorted(leaf.shape for leaf in jax.tree.leaves(state)) == [(), (3,), (3,)]
+def test_bytes_are_numbers_from_zero_to_one():
+    model = classifier(jm.nn.Conv4(filters=4), 3)
+    x = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 1), np.uint8)
+    variables = model.init(KEY, jnp.zeros((2, 16, 16, 1)))
+    settings = {"optimizer": optax.sgd(0.1), "steps": 4, "key": KEY, "batch_size": 5}
+    fitted = [
+        fine_tune(model, variables, jm.Batch(given, Y[:12]), **settings)
+        for given in (x, (x / 255).astype(np.float32))
+    ]
+    close(*fitted, 1e-5)
 
 
-def test_a_frozen_layer_normalises_by_its_running_statistics_and_drops_nothing():
-    model = as_stateful(Net())
-    variables = model.init(KEY, DATA.x)
-    variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
-    everything = jax.tree.map(lambda _: True, variables["params"])
-    outputs, state = model.train(variables, DATA.x, KEY, frozen=everything)
-    np.testing.assert_array_equal(outputs, model.apply(variables, DATA.x))
-    np.testing.assert_array_equal(state["batch_stats"]["norm0"]["mean"], 0.5)
+def test_weights_are_repetitions(smooth):
+    model, variables = smooth
+    counts = np.arange(20) % 3
+    rows = np.repeat(np.arange(20), counts)
+    settings = {"optimizer": optax.sgd(0.3), "steps": 5, "key": KEY, "batch_size": 100}
+    weighted = fine_tune(model, variables, DATA, weights=counts * 20 / counts.sum(), **settings)
+    repeated = fine_tune(model, variables, jm.Batch(X[rows], Y[rows]), **settings)
+    close(weighted, repeated, 1e-5)
+    assert not np.allclose(weighted.losses, fine_tune(model, variables, DATA, **settings).losses, rtol=1e-3)
 
 
-def test_training_leaves_the_running_averages_that_flax_leaves():
-    model = as_stateful(Net())
-    variables = model.init(KEY, DATA.x)
-    outputs, state = model.train(variables, DATA.x, KEY)
-    known, after = Net().apply(
-        variables, DATA.x, train=True, rngs={"dropout": KEY, "params": KEY}, mutable=["batch_stats"]
+def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
+    model, variables = smooth
+    settings = {"optimizer": optax.sgd(0.0), "steps": 3, "key": KEY, "batch_size": 20}
+    plain = fine_tune(model, variables, DATA, **settings).losses
+    np.testing.assert_allclose(plain, plain[0], rtol=1e-5)
+    penalised = fine_tune(
+        model, variables, DATA, penalty=lambda params: 2 * params["head"]["kernel"].sum(), **settings
     )
-    np.testing.assert_allclose(outputs, known, rtol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state["batch_stats"], after["batch_stats"]
+    np.testing.assert_allclose(
+        penalised.losses - plain, 2 * variables["params"]["head"]["kernel"].sum(), rtol=1e-4
+    )
+    twice = fine_tune(model, variables, DATA, augment=lambda key, x: 2 * x, **settings).losses
+    np.testing.assert_allclose(
+        twice, fine_tune(model, variables, jm.Batch(2 * X, Y), **settings).losses, rtol=1e-6
+    )
+    noisy = fine_tune(
+        model, variables, DATA, augment=lambda key, x: x + jax.random.normal(key, x.shape), **settings
+    ).losses
+    assert len({float(loss) for loss in noisy}) == 3
+
+
+def test_regression_takes_targets_of_any_width():
+    model = classifier(jm.nn.MLP(out=5, hidden=(8,), kernel_init=INIT), 2)
+    targets = X[:, :2] * 3 + 1
+    fitted = fine_tune(
+        model, model.init(KEY, X), jm.Batch(X, targets), steps=300, key=KEY, optimizer=optax.adam(0.03),
+        loss=lambda outputs, y: jnp.square(outputs - y).mean(1),
+    )  # fmt: skip
+    assert fitted.losses[-1] < 0.05 < 5 < fitted.losses[0]
+
+
+def test_the_key_decides_and_pieces_make_no_difference(flax):
+    model, variables = flax
+    settings = {"optimizer": optax.sgd(0.1, momentum=0.9), "steps": 7, "key": KEY, "batch_size": 6}
+    whole = fine_tune(model, variables, DATA, **settings)
+    assert same_bits(whole, fine_tune(model, variables, DATA, **settings))
+    reports, seen = [], []
+    pieces = fine_tune(
+        model, variables, DATA, **settings, every=3,
+        report=lambda step, loss: reports.append((step, loss)),
+        look=lambda step, variables: seen.append((step, variables)),
+    )  # fmt: skip
+    assert same_bits(whole, pieces)
+    assert reports == [(step, float(whole.losses[step - 1])) for step in (3, 6, 7)]
+    assert [step for step, _ in seen] == [3, 6, 7]
+    assert same_bits(seen[-1][1], whole.variables)
+    three = fine_tune(model, variables, DATA, **{**settings, "steps": 3})
+    close(seen[0][1], three.variables)
+    other = fine_tune(model, variables, DATA, **{**settings, "key": jax.random.key(5)})
+    assert not np.array_equal(other.losses, whole.losses)
+    reports.clear()
+    fine_tune(
+        model, variables, DATA, **{**settings, "steps": 50}, report=lambda step, loss: reports.append(step)
+    )
+    assert reports == [*range(3, 50, 3), 50]
+
+
+def test_a_repeated_training_compiles_nothing(smooth):
+    model, variables = smooth
+    spy, optimizer = Spy(), optax.adam(0.1)
+    numbers = jm.Batch(X, jnp.arange(20, dtype=jnp.int32))
+
+    def run(seed, alpha, **more):
+        start = jax.tree.map(lambda leaf: leaf + seed, variables["params"])
+        settings = {"loss": spy, "optimizer": optimizer, "steps": 6, "key": jax.random.key(seed), **more}
+        fine_tune(model, {"params": start}, numbers, penalty=l2_sp(start, alpha=alpha), **settings)
+        return spy.traces
+
+    first = run(0, 0.1)
+    assert first > 0
+    # Other values of everything, and pieces of another length.
+    assert run(1, 0.2) == run(2, 0.3, every=1, report=lambda *_: None) == run(3, 0.1, every=4) == first
+    assert run(4, 0.1, batch_size=7) > first
+
+
+def test_in_double_precision_all_stays_so(x64):
+    model = classifier(jm.nn.MLP(out=5, hidden=(8,), norm=True), 3)
+    double = jm.Batch(X.astype(jnp.float64), Y)
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(KEY, double.x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = fine_tune(model, variables, double, optimizer=optax.sgd(0.1), steps=3, key=KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(fitted)} == {jnp.dtype("float64")}
+
+
+# --- Bodies of other kinds ------------------------------------------------------------------------
+
+
+class NNXBody(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.norm = nnx.Linear(6, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(jax.nn.relu(self.norm(self.linear(x))))
+
+
+def equinox_body():
+    eqx = pytest.importorskip("equinox")
+    return eqx.nn.MLP(6, 8, 8, 1, key=KEY)
+
+
+def plain_body():
+    return (
+        lambda key, x: [jax.random.normal(key, (x.shape[1], 8)), jnp.zeros(8)],
+        lambda params, x: jnp.tanh(x @ params[0] + params[1][None]),
     )
 
 
-def test_the_running_averages_of_our_normalisation_are_those_of_flax():
-    ours, theirs = jm.nn.BatchNorm(), linen.BatchNorm(use_running_average=False, momentum=0.9)
-    model = as_stateful(ours)
-    _, state = model.train(model.init(KEY, DATA.x), DATA.x, KEY)
-    _, known = theirs.apply(theirs.init(KEY, DATA.x), DATA.x, mutable=["batch_stats"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state["batch_stats"], known["batch_stats"]
+@pytest.mark.parametrize(
+    "body", [lambda: NNXBody(nnx.Rngs(0)), equinox_body, plain_body], ids=["nnx", "equinox", "functions"]
+)
+def test_bodies_of_other_kinds_are_trained_and_frozen(body):
+    model = classifier(body(), 3)
+    variables = model.init(KEY, X)
+    settings = {"optimizer": optax.adamw(0.05, weight_decay=0.5), "steps": 10, "key": KEY}
+    probed = fine_tune(model, variables, DATA, train="head", **settings)
+    # Frozen as a whole, the body is in inference: its features are those that stay.
+    assert same_bits(probed.variables["params"]["body"], variables["params"]["body"])
+    assert same_bits(probed.variables.get("batch_stats", {}), variables.get("batch_stats", {}))
+    features = extract_features(model, variables, X)
+    head = variables["params"]["head"]
+    logits = features @ head["kernel"] + head["bias"][None]
+    np.testing.assert_allclose(
+        probed.losses[0], -jax.nn.log_softmax(logits)[jnp.arange(20), Y].mean(), rtol=1e-5
     )
+    fitted = fine_tune(model, variables, DATA, **{**settings, "steps": 60}).variables
+    unmoved = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (fitted, variables)), strict=True)]
+    # The bias before a normalisation has no gradient but what rounding leaves.
+    assert sum(unmoved) <= ("batch_stats" in variables)
+    assert jm.transfer.accuracy(model, fitted, DATA) > 0.8
 
 
-def test_slanted_triangular_rates_are_the_published_ones():
-    rate = jm.transfer.slanted_triangular(1000)
-    known = {0: 3.125e-4, 50: 5.15625e-3, 100: 0.01, 550: 5.15625e-3, 1000: 3.125e-4}
-    for step, value in known.items():
-        np.testing.assert_allclose(rate(step), value, rtol=1e-5)
+# --- Recipes --------------------------------------------------------------------------------------
 
 
-def test_lower_groups_move_by_powers_of_the_decay():
-    params = {"a": jnp.zeros(2), "b": jnp.zeros(2), "c": jnp.zeros(2)}
-    optimizer = jm.transfer.discriminative(optax.sgd(1.0), params, ["a", "b", "c"])
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose([updates[name][0] for name in "abc"], [-(2.6**-2), -1 / 2.6, -1], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"c is in none"):
-        jm.transfer.discriminative(optax.sgd(1.0), params, ["a", "b"])
+def test_feature_extraction_fits_the_head_on_features_of_inference_and_touches_nothing_else(flax):
+    model, variables = flax
+    variables = {**variables, "batch_stats": jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])}
+    features = model.features.apply(variables, X)
+
+    def mine(features, labels, classes, *, value):
+        assert features.shape == (20, 8)
+        assert classes == 3
+        return {"kernel": jnp.full((8, 3), value), "bias": jnp.zeros(3)}
+
+    for settings, expected in (
+        ({"head": "ridge", "penalty": 0.1}, ridge_head(features, Y, 3, penalty=0.1)),
+        ({"penalty": 0.1}, logistic_head(features, Y, 3, penalty=0.1)),
+        ({"head": mine, "value": 2.0}, mine(features, Y, 3, value=2.0)),
+    ):
+        found = feature_extraction(model, variables, DATA, **settings)
+        close(found["params"]["head"], expected, 1e-4)
+        assert found["batch_stats"] is variables["batch_stats"]
+        bodies = (tree["params"]["body"] for tree in (found, variables))
+        assert all(a is b for a, b in zip(*map(jax.tree.leaves, bodies), strict=True))
 
 
-def test_l2_sp_pulls_what_is_shared_to_its_start_and_what_is_new_to_zero(x64):
-    start = {"body": jnp.array([1.0, -2.0]), "head": jnp.array([3.0])}
-    penalty = jm.transfer.l2_sp(start, shared="body", alpha=0.1, beta=0.01)
-    gradient = jax.grad(penalty)(start)
-    np.testing.assert_array_equal(gradient["body"], 0)
-    np.testing.assert_allclose(gradient["head"], 0.03)
-    moved = {"body": start["body"] + 2, "head": start["head"]}
-    np.testing.assert_allclose(penalty(moved), 0.05 * 8 + 0.005 * 9)
+def test_lp_ft_is_fine_tuning_from_a_probed_head(flax, smooth):
+    settings = {"optimizer": optax.sgd(0.01), "steps": 3, "key": KEY}
+    for (model, variables), probe in ((flax, {"head": "ridge", "penalty": 0.1}), (smooth, None)):
+        found = linear_probe_then_fine_tune(model, variables, DATA, probe=probe, **settings)
+        probed = feature_extraction(model, variables, DATA, **(probe or {}))
+        assert same_bits(found, fine_tune(model, probed, DATA, **settings))
+        assert not same_bits(probed["params"]["body"], found.variables["params"]["body"])
+    # Where training and inference see the same features, it begins low.
+    assert found.losses[0] < fine_tune(model, variables, DATA, **settings).losses[0]
 
 
-@pytest.mark.parametrize("shape", [(40, 5), (9, 20)])
-def test_the_ridge_head_is_scikit_learns_with_leave_one_out(shape, x64):
-    z = np.asarray(jax.random.normal(KEY, shape)) + 3.0
-    y = np.arange(shape[0]) % 3
-    head = jm.transfer.ridge_head(z, y, 3)
-    unit = np.square(np.linalg.svd(z - z.mean(0), compute_uv=False)).mean()
-    known = RidgeCV(alphas=unit * np.array(PENALTIES)).fit(z, np.eye(3)[y])
-    np.testing.assert_allclose(head["kernel"], known.coef_.T, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(head["bias"], known.intercept_, rtol=1e-6, atol=1e-8)
+def test_gradual_unfreezing_goes_from_the_top_to_the_bottom(flax):
+    model, variables = flax
+    groups = ["body/*0", ["body/dense1", "body/norm1"], "head"]
+    schedules, seen, reports = [], [variables], []
 
+    def optimizer(schedule):
+        schedules.append(schedule)
+        return optax.sgd(schedule)
 
-def test_the_logistic_head_is_scikit_learns_with_weights(x64):
-    z = 5 * np.asarray(jax.random.normal(KEY, (60, 4))) + 7.0
-    y = np.asarray(jax.random.randint(jax.random.key(1), (60,), 0, 3))
-    weights = np.linspace(0.5, 1.5, 60)
-    head = jm.transfer.logistic_head(z, y, 3, penalty=0.01, weights=weights, tolerance=1e-9)
-    known = LogisticRegression(C=1 / (60 * 0.01), tol=1e-10, max_iter=10000).fit(z, y, weights)
-    np.testing.assert_allclose(head["kernel"], known.coef_.T, atol=1e-5)
-    centred = head["bias"] - head["bias"].mean()
-    np.testing.assert_allclose(centred, known.intercept_ - known.intercept_.mean(), atol=1e-4)
-
-
-def test_feature_extraction_changes_the_head_alone():
-    model = jm.transfer.classifier(BODIES["ours"], 3)
-    variables = model.init(KEY, DATA.x)
-    found = jm.transfer.feature_extraction(model, variables, DATA, head="ridge")
-    assert found["batch_stats"] is variables["batch_stats"]
-    for a, b in zip(*(jax.tree.leaves(v["params"]["body"]) for v in (found, variables)), strict=True):
-        assert a is b
-
-
-@pytest.mark.parametrize("norm", ["separate", "joint"])
-@pytest.mark.parametrize("name", ["coral", "mmd", "dann"])
-def test_alignment_in_pieces_is_alignment_in_one_go(norm, name):
-    alignment = {"coral": jm.transfer.coral(), "mmd": jm.transfer.mmd(), "dann": jm.transfer.dann()}[name]
-    model = jm.transfer.classifier(BODIES["ours"], 3)
-    settings = {"optimizer": optax.sgd(0.1), "steps": 6, "key": KEY, "norm": norm, "batch_size": 4}
-    arguments = (model, model.init(KEY, DATA.x), DATA, 2 * X + 1, alignment)
-    whole = jm.transfer.align(*arguments, **settings)
-    seen = []
-    pieces = jm.transfer.align(*arguments, **settings, every=2, look=lambda step, found: seen.append(step))
-    assert seen == [2, 4, 6]
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
-        np.testing.assert_array_equal(a, b)
-    differ = any(
-        (a != b).any()
-        for a, b in zip(
-            *(jax.tree.leaves(v["batch_stats"]) for v in (whole.source, whole.target)), strict=True
-        )
+    fitted = gradual_unfreezing(
+        model, variables, DATA, groups, optimizer=optimizer, rate=0.2, stage_steps=10, last_steps=20, key=KEY,
+        every=20, look=lambda step, variables: seen.append(variables),
+        report=lambda step, loss: reports.append(step),
+    )  # fmt: skip
+    assert reports == [10, 10, 20]
+    assert fitted.losses.shape == (40,)
+    # Each stage climbs for a tenth of its steps, and starts and ends low.
+    np.testing.assert_allclose([s(0) for s in schedules], 0.2 / 32, rtol=1e-6)
+    np.testing.assert_allclose(
+        [schedules[0](1), schedules[2](2), schedules[2](20)], [0.2, 0.2, 0.2 / 32], rtol=1e-6
     )
-    assert differ == (norm == "separate")
+    for stage, (before, after) in enumerate(itertools.pairwise(seen)):
+        for lower, names in enumerate([["dense0", "norm0"], ["dense1", "norm1"]]):
+            moves = lower >= 2 - stage
+            for name in names:
+                pairs = zip(
+                    *(jax.tree.leaves(tree["params"]["body"][name]) for tree in (before, after)), strict=True
+                )
+                assert all(np.array_equal(a, b) != moves for a, b in pairs), (stage, name)
+            stats = (tree["batch_stats"]["body"][names[1]] for tree in (before, after))
+            assert same_bits(*stats) != moves
+        assert not same_bits(before["params"]["head"], after["params"]["head"])
+    assert same_bits(seen[-1], fitted.variables)
 
 
-def test_bad_input_is_refused_by_name():
-    model = jm.transfer.classifier(BODIES["ours"], 3)
-    variables = model.init(KEY, DATA.x)
-    settings = {"optimizer": optax.sgd(0.1), "steps": 1, "key": KEY}
-    with pytest.raises(ValueError, match="train"):
-        jm.transfer.fine_tune(model, variables, DATA, train="nothing*", **settings)
-    with pytest.raises(ValueError, match="data: got 12 examples and 2 labels"):
-        jm.transfer.fine_tune(model, variables, jm.Batch(DATA.x, DATA.y[:2]), **settings)
-    with pytest.raises(ValueError, match="steps"):
-        jm.transfer.fine_tune(model, variables, DATA, **{**settings, "steps": 0})
-    with pytest.raises(ValueError, match="1 class"):
-        jm.transfer.ridge_head(X, np.zeros(12, np.int32), 3)
-    with pytest.raises(ValueError, match="norm"):
-        jm.transfer.align(model, variables, DATA, X, jm.transfer.coral(), norm="both", **settings)
-    with pytest.raises(FloatingPointError, match="smaller step size"):
-        jm.transfer.fine_tune(model, variables, DATA, optimizer=optax.sgd(jnp.inf), steps=3, key=KEY)
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_trained_is_refused_by_name(flax):
+    model, variables = flax
+    settings = {"optimizer": optax.sgd(0.1), "steps": 2, "key": KEY}
+    for arguments, message in (
+        ({"train": "haed"}, "train: 'haed' matches nothing; .*head"),
+        ({"data": jm.Batch(X, Y[:2])}, "data: got 20 examples and 2 labels"),
+        ({"data": jm.Batch(X[:0], Y[:0])}, "data: got 0 examples"),
+        ({"data": jm.Batch(X, Y, mask=Y > 0)}, "data: got a mask"),
+        ({"weights": np.ones(3, np.float32)}, r"weights: got shape \(3,\) for 20 examples"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"every": 0}, "every: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fine_tune(model, variables, **{"data": DATA, **settings, **arguments})
+    with pytest.raises(FloatingPointError, match="the loss is nan after 3 steps; try a smaller step size"):
+        fine_tune(model, variables, DATA, optimizer=optax.sgd(jnp.inf), steps=3, key=KEY)
+    with pytest.raises(ValueError, match=r"head: got 'best'; it must be one of \['logistic', 'ridge'\]"):
+        feature_extraction(model, variables, DATA, head="best")
+    for groups, message in (([], "groups: got none"), (["body", "haed"], "train: 'haed' matches nothing")):
+        with pytest.raises(ValueError, match=message):
+            gradual_unfreezing(model, variables, DATA, groups, stage_steps=10, key=KEY)
+    with pytest.raises(ValueError, match="steps: got 9"):
+        gradual_unfreezing(model, variables, DATA, ["body", "head"], stage_steps=9, key=KEY)

@@ -1,0 +1,311 @@
+"""Training on two domains: gradients by hand, statistics by domain, and what it brings on a toy shift."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+
+import jaxmeta as jm
+from jaxmeta.transfer import accuracy, align, coral, dann, fine_tune, leaves_by_path, mmd
+
+KEY = jax.random.key(0)
+INIT = linen.initializers.lecun_normal()
+
+
+def same_bits(a, b):
+    a, b = (
+        [(leaf.shape, leaf.tobytes()) for leaf in map(np.asarray, jax.tree.leaves(tree))] for tree in (a, b)
+    )
+    return a == b
+
+
+def close(a, b, rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), a, b)
+
+
+class Net(linen.Module):
+    """Normalised, with dropout."""
+
+    ours: bool = True
+    rate: float = 0.3
+
+    @linen.compact
+    def __call__(self, x, train=False):
+        x = linen.Dense(8, name="dense")(x)
+        if self.ours:
+            x = jm.nn.BatchNorm(epsilon=1e-5, name="norm")(x)
+        else:
+            x = linen.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        return linen.Dropout(self.rate, deterministic=not train)(jax.nn.relu(x))
+
+
+def blobs(seed, n, shift=0.0):
+    """Two classes, told apart by both coordinates; the target's are moved along the less telling one."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(n) % 2)
+    x = 0.3 * rng.normal(size=(n, 2)) + np.array([[-1, -0.5], [1, 0.5]])[y] + [0, shift]
+    return jm.Batch(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32))
+
+
+SOURCE, TARGET = blobs(0, 64), blobs(1, 48, 3.0)
+SETTINGS = {"steps": 4, "key": KEY, "batch_size": 16}
+
+
+@pytest.fixture(params=["jaxmeta", "flax"])
+def model(request):
+    return jm.transfer.classifier(Net(request.param == "jaxmeta"), 2)
+
+
+# --- Against source-only training, and statistics -------------------------------------------------
+
+
+def test_with_no_weight_it_is_training_on_the_source_alone(model):
+    """The very batches and dropout of `fine_tune` with this key."""
+    variables = model.init(KEY, SOURCE.x)
+    settings = {**SETTINGS, "optimizer": optax.adam(0.01)}
+    known = fine_tune(model, variables, SOURCE, **settings)
+    found = align(model, variables, SOURCE, TARGET.x, mmd(0.0), norm="separate", **settings)
+    close(found.losses, known.losses)
+    close(found.source, known.variables)
+    # The target's statistics are of batches of its own: means of what enters the normalisation lie apart.
+    close(found.target["params"], known.variables["params"])
+    apart = (
+        found.target["batch_stats"]["body"]["norm"]["mean"]
+        - found.source["batch_stats"]["body"]["norm"]["mean"]
+    )
+    assert np.abs(apart).max() > 0.1
+
+
+def test_statistics_are_of_each_domain_apart_or_of_both_together(model):
+    variables = model.init(KEY, SOURCE.x)
+    # All examples in one step, which changes no weight: the statistics are those of the domains as they are.
+    settings = {"optimizer": optax.sgd(0.0), "steps": 1, "key": KEY, "batch_size": 64}
+    hidden = variables["params"]["body"]["dense"]
+
+    def after_one(x):
+        entering = np.asarray(x) @ np.asarray(hidden["kernel"]) + np.asarray(hidden["bias"])
+        return {"mean": 0.1 * entering.mean(0), "var": 0.9 + 0.1 * entering.var(0)}
+
+    def running(found):
+        return found["batch_stats"]["body"]["norm"]
+
+    # 48 of the target beside 64 of the source: a step has as many as there are.
+    found = align(model, variables, SOURCE, TARGET.x, coral(), norm="separate", **settings)
+    close(running(found.source), after_one(SOURCE.x))
+    close(running(found.target), after_one(TARGET.x))
+    found = align(model, variables, SOURCE, TARGET.x, coral(), norm="joint", **settings)
+    assert same_bits(found.source, found.target)
+    close(running(found.target), after_one(np.concatenate([SOURCE.x, TARGET.x])))
+    # Features of both are normalised by what both have in common, and the loss is another.
+    flat = {**variables, "params": jax.tree.map(jnp.array, variables["params"])}
+    losses = [
+        align(model, flat, SOURCE, TARGET.x, mmd(), norm=norm, **settings).losses
+        for norm in ("separate", "joint")
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["separate", "joint"])
+def test_what_is_frozen_stays_in_both_domains(model, norm):
+    variables = model.init(KEY, SOURCE.x)
+    variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
+    found = align(
+        model,
+        variables,
+        SOURCE,
+        TARGET.x,
+        dann(hidden=(4,)),
+        train="head",
+        norm=norm,
+        optimizer=optax.adamw(0.1, weight_decay=0.5),
+        **SETTINGS,
+    )
+    for side in (found.source, found.target):
+        assert same_bits(side["params"]["body"], variables["params"]["body"])
+        assert same_bits(side["batch_stats"], variables["batch_stats"])
+        assert not np.array_equal(side["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
+
+
+# --- DANN -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alignment", [coral(), mmd(), dann(hidden=(4,))], ids=["coral", "mmd", "dann"])
+def test_training_in_pieces_is_training_in_one_go_bit_for_bit(model, alignment):
+    """λ is that of the progress of all of the training, not of a piece."""
+    variables = model.init(KEY, SOURCE.x)
+    settings = {**SETTINGS, "steps": 6, "optimizer": optax.sgd(0.1, momentum=0.9)}
+    whole = align(model, variables, SOURCE, TARGET.x, alignment, **settings)
+    steps, seen, reports = [], [], []
+    pieces = align(
+        model,
+        variables,
+        SOURCE,
+        TARGET.x,
+        alignment,
+        **settings,
+        every=4,
+        look=lambda step, found: (steps.append(step), seen.append(found)),
+        report=lambda step, loss: reports.append((step, loss)),
+    )
+    assert same_bits(whole, pieces)
+    assert steps == [4, 6]
+    assert reports == [(4, float(whole.losses[3])), (6, float(whole.losses[5]))]
+    assert same_bits((seen[-1].source, seen[-1].target), (whole.source, whole.target))
+    assert not same_bits(seen[0].target, whole.target)
+    assert not same_bits(
+        whole.losses,
+        align(model, variables, SOURCE, TARGET.x, alignment, **{**settings, "key": jax.random.key(1)}).losses,
+    )
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(weight, x64):
+    """Two steps: λ is 0 in the first, of progress ½ in the second."""
+    to64 = jax.tree_util.Partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float64))
+    model = jm.transfer.classifier(jm.nn.MLP(out=3, hidden=(4,), kernel_init=INIT), 2)
+    source, target = SOURCE.x.astype(jnp.float64), TARGET.x.astype(jnp.float64)
+    params = to64(model.init(KEY, source)["params"])
+    alignment = dann(hidden=(5,), weight=weight)
+    heads = []
+
+    def init(key, dim):
+        # Not the small weights of its default, by which nothing would flow.
+        own = jax.tree.map(lambda leaf: leaf * 50, to64(alignment.init(key, dim)))
+        heads.append(own)
+        return own
+
+    rate, steps = 0.1, 2
+    found = align(
+        model, {"params": params}, jm.Batch(source, SOURCE.y), target, alignment._replace(init=init),
+        optimizer=optax.sgd(rate), steps=steps, key=KEY, batch_size=64,
+    )  # fmt: skip
+
+    def features(body, x):
+        hidden = jnp.maximum(x @ body["Dense_0"]["kernel"] + body["Dense_0"]["bias"][None], 0)
+        return hidden @ body["head"]["kernel"] + body["head"]["bias"][None]
+
+    def of_labels(params):
+        logits = features(params["body"], source) @ params["head"]["kernel"] + params["head"]["bias"][None]
+        return -jax.nn.log_softmax(logits)[jnp.arange(64), SOURCE.y].mean()
+
+    def of_domains(body, head):
+        s, t = (jax.nn.sigmoid(features(head, features(body, x))[:, 0]) for x in (source, target))
+        return -(jnp.log(1 - s).mean() + jnp.log(t).mean()) / 2
+
+    head, losses = heads[0], []
+    for step in range(steps):
+        strength = weight * (2 / (1 + np.exp(-10 * step / steps)) - 1)
+        losses.append(of_labels(params) + of_domains(params["body"], head))
+        by_labels = jax.grad(of_labels)(params)
+        by_body, by_head = jax.grad(of_domains, (0, 1))(params["body"], head)
+        body = jax.tree.map(lambda g, d, s=strength: g - s * d, by_labels["body"], by_body)
+        params = jax.tree.map(lambda w, g: w - rate * g, params, {"body": body, "head": by_labels["head"]})
+        head = jax.tree.map(lambda w, g: w - rate * g, head, by_head)
+        assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(by_body)) > 1e-3
+    close(found.losses, jnp.stack(losses), 1e-9)
+    close(found.target["params"], params, 1e-9)
+
+
+# --- What it brings -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source_only():
+    """A network without normalisation, which would align two moments by itself."""
+    model = jm.transfer.classifier(jm.nn.MLP(out=8, hidden=(8,), kernel_init=INIT), 2)
+    key = jax.random.key(1)
+    variables = model.init(key, SOURCE.x)
+    settings = {"optimizer": optax.adam(0.02), "steps": 150, "key": key, "batch_size": 32}
+    fitted = fine_tune(model, variables, SOURCE, **settings)
+    assert accuracy(model, fitted.variables, SOURCE) > 0.95
+    assert accuracy(model, fitted.variables, TARGET) < 0.75
+    return model, variables, fitted.variables, settings
+
+
+@pytest.mark.parametrize(
+    "alignment",
+    [coral(variant="mean+cov"), mmd(3.0), dann(hidden=(16,))],
+    ids=["coral", "mmd", "dann"],
+)
+def test_domains_come_together_and_the_target_is_named_better(source_only, alignment):
+    model, start, plain, settings = source_only
+    found = align(model, start, SOURCE, TARGET.x, alignment, **settings)
+
+    def apart(variables):
+        source, target = (model.features.apply(variables, x) for x in (SOURCE.x, TARGET.x))
+        # In units of the source's spread: shrinking all features would be no alignment.
+        scale = source.std()
+        return float(jm.transfer.mmd2(source / scale, target / scale))
+
+    assert apart(found.target) < 0.5 * apart(plain)
+    assert accuracy(model, found.target, TARGET) > 0.95
+    assert accuracy(model, found.source, SOURCE) > 0.95
+
+
+def test_batch_statistics_of_their_own_align_the_target_by_themselves():
+    model = jm.transfer.classifier(Net(rate=0.0), 2)
+    settings = {"optimizer": optax.adam(0.02), "steps": 100, "key": KEY, "batch_size": 32}
+    found = align(model, model.init(KEY, SOURCE.x), SOURCE, TARGET.x, coral(0.0), **settings)
+    own, sources = accuracy(model, found.target, TARGET), accuracy(model, found.source, TARGET)
+    assert own > 0.95
+    assert own > sources + 0.1
+
+
+def test_weights_and_augmentation_are_of_the_source_and_of_both_domains():
+    model = jm.transfer.classifier(jm.nn.MLP(out=3, hidden=(4,), kernel_init=INIT), 2)
+    variables = model.init(KEY, SOURCE.x)
+    settings = {"optimizer": optax.sgd(0.1), "steps": 3, "key": KEY, "batch_size": 64}
+    weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
+    found = align(model, variables, SOURCE, TARGET.x, coral(0.0), weights=weights, **settings)
+    known = fine_tune(model, variables, SOURCE, weights=weights, **settings)
+    close(found.source, known.variables)
+    moved = align(model, variables, SOURCE, TARGET.x, coral(), augment=lambda key, x: 2 * x + 1, **settings)
+    before = align(
+        model, variables, jm.Batch(2 * SOURCE.x + 1, SOURCE.y), 2 * TARGET.x + 1, coral(), **settings
+    )
+    close(moved.target, before.target)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_aligned_is_refused_by_name():
+    model = jm.transfer.classifier(Net(), 2)
+    variables = model.init(KEY, SOURCE.x)
+    settings = {"optimizer": optax.sgd(0.1), "steps": 2, "key": KEY}
+
+    def run(model=model, source=SOURCE, target=TARGET.x, alignment=None, **more):
+        align(model, variables, source, target, alignment or coral(), **{**settings, **more})
+
+    for arguments, message in (
+        ({"norm": "both"}, r"norm: got 'both'; it must be one of \('separate', 'joint'\)"),
+        ({"model": model.features}, "model: has no features"),
+        ({"target": TARGET.x[:0]}, r"target: got shape \(0, 2\)"),
+        ({"target": jnp.ones((5, 3))}, r"target: got shape \(5, 3\); it must be \(examples, \*\(2,\)\)"),
+        ({"source": jm.Batch(SOURCE.x, SOURCE.y[:3])}, "data: got 64 examples and 3 labels"),
+        ({"weights": np.ones(3, np.float32)}, r"weights: got shape \(3,\) for 64 examples"),
+        ({"train": "haed"}, "train: 'haed' matches nothing"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"every": 0}, "every: got 0"),
+        ({"alignment": coral(variant="half")}, "variant: got 'half'"),
+        ({"alignment": mmd(estimator="best")}, "estimator: got 'best'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**arguments)
+    for alignment in (coral, mmd, lambda weight: dann(weight=weight)):
+        with pytest.raises(ValueError, match="weight: got -1"):
+            alignment(-1.0)
+    with pytest.raises(FloatingPointError, match="smaller step size"):
+        run(optimizer=optax.sgd(1e30), steps=5)
+
+
+def test_every_leaf_of_the_network_moves_and_the_given_variables_do_not(model):
+    variables = model.init(KEY, SOURCE.x)
+    before = jax.tree.map(np.array, variables)
+    found = align(model, variables, SOURCE, TARGET.x, mmd(), optimizer=optax.adam(0.1), **SETTINGS)
+    assert same_bits(variables, before)
+    old, new = leaves_by_path(before), leaves_by_path(found.target)
+    assert [path for path in old if np.array_equal(old[path], new[path])] == []
