@@ -46,22 +46,20 @@ NAMES = {
 }
 
 
-def images_of(data: Path) -> dict:
-    """Of each kind training images and labels, then test images and labels."""
+def mnist_parts(data: Path) -> tuple[jm.Batch, jm.Batch]:
+    """Of MNIST's 10,000 test images a fixed 8,000 to train on, 2,000 to score; in [0, 1]."""
+    x, y = jm.tasks.mnist_images(data)
+    order = np.random.default_rng(0).permutation(len(y))
+    x = x.astype(np.float32) / 255
+    train, test = (jm.Batch(x[rows], y[rows]) for rows in (order[:8000], order[8000:]))
+    return train, test
 
-    def resized(images):
-        pixels = images.astype(np.float32) / 255
-        return np.asarray(jax.image.resize(pixels, (len(pixels), 28, 28, 1), "linear"))
 
-    (x, y), (x_test, y_test) = (jm.tasks.usps_images(data, part) for part in ("train", "test"))
-    digits, labels = jm.tasks.mnist_images(data)
-    order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:8000], order[8000:]
-    digits = digits.astype(np.float32) / 255
-    return {
-        "usps": (resized(x), y, resized(x_test), y_test),
-        "mnist": (digits[train], labels[train], digits[test], labels[test]),
-    }
+def usps_part(data: Path, part: str) -> jm.Batch:
+    """USPS in 28×28, in [0, 1]."""
+    x, y = jm.tasks.usps_images(data, part)
+    pixels = x.astype(np.float32) / 255
+    return jm.Batch(np.asarray(jax.image.resize(pixels, (len(pixels), 28, 28, 1), "linear")), y)
 
 
 class Trial:
@@ -69,10 +67,9 @@ class Trial:
 
     def __init__(self, images: dict, direction: str, steps: int):
         source, target = direction.split("-")
-        x, y, x_test, y_test = images[source]
-        self.source, self.source_test = jm.Batch(x, y), jm.Batch(x_test, y_test)
-        x, y, x_test, y_test = images[target]
-        self.unlabelled, self.labelled, self.target_test = x, jm.Batch(x, y), jm.Batch(x_test, y_test)
+        self.source, self.source_test = images[source]
+        self.labelled, self.target_test = images[target]
+        self.unlabelled = self.labelled.x
         self.model = jm.transfer.classifier(jm.nn.Conv4(filters=32), 10)
         self.optimizer, self.steps = optax.adam(RATE), steps
 
@@ -186,7 +183,10 @@ def main(argv=None) -> None:
     if args.json and args.json.exists():
         before = json.loads(args.json.read_text())
         rows = before["rows"] if before["settings"] == settings else {}
-    images = images_of(args.data)
+    images = {
+        "usps": (usps_part(args.data, "train"), usps_part(args.data, "test")),
+        "mnist": mnist_parts(args.data),
+    }
     for direction in args.directions:
         trial = Trial(images, direction, args.steps)
         for seed in range(args.seeds):

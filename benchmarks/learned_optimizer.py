@@ -20,7 +20,6 @@ each with mini-batches of its own), at the end of the run and on the way.
 import argparse
 import dataclasses
 import functools
-import gzip
 import json
 import time
 from collections.abc import Callable
@@ -105,11 +104,8 @@ def read_digits(data: Path | None):
     """Images `(n, d)` in [0, 1] and labels, in random order, and where they are from."""
     folder = None if data is None else data / "mnist"
     if folder is not None and folder.is_dir():
-        with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
-            images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
-        with gzip.open(folder / "t10k-labels-idx1-ubyte.gz") as file:
-            labels = np.frombuffer(file.read(), np.uint8, offset=8)
-        x, y, source = images / 255, labels, "test part of MNIST"
+        images, y = jm.tasks.mnist_images(folder)
+        x, source = images.reshape(-1, 784) / 255, "test part of MNIST"
     else:
         from sklearn.datasets import load_digits
 

@@ -15,7 +15,6 @@ images.
 
 import argparse
 import dataclasses
-import gzip
 import json
 from pathlib import Path
 
@@ -29,21 +28,6 @@ from jaxmeta import presets, registry, runs, sources
 from jaxmeta.config import params_of, stored
 
 EPISODES = 1000
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes in MNIST's format."""
-    raw = gzip.decompress(path.read_bytes())
-    dims = raw[3]
-    shape = np.frombuffer(raw, ">i4", dims, 4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-
-
-def mnist(folder: Path) -> jm.TaskDistribution:
-    images, labels = (read_idx(folder / f"t10k-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
-    return jm.tasks.from_arrays(
-        images[..., None], labels.astype(np.int32), ways=10, shots=1, queries=10, split="test", name="mnist"
-    )
 
 
 def pixels() -> jm.Learner:
@@ -112,7 +96,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", cores())
     rows: dict = {}
-    digits = None if args.mnist is None else mnist(args.mnist)
+    digits = None if args.mnist is None else jm.tasks.mnist(ways=10, queries=10, data=args.mnist)
     for folder in args.omniglot:
         config, settings = stored(folder)
         more = dataclasses.replace(settings, ways=20)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from domain_adaptation import mnist_parts, usps_part
 from machine import describe_machine
 from reproduce import train
 
@@ -51,13 +52,6 @@ RECIPES = {
     "gradual": "gradual unfreezing, discriminative rates",
 }
 SCHEDULE = optax.cosine_decay_schedule(RATE, STEPS)
-
-
-def digits(data: Path) -> tuple[jm.Batch, jm.Batch]:
-    """8,000 to draw labels from, 2,000 to score."""
-    x, y = jm.tasks.mnist_images(data)
-    order = np.random.default_rng(0).permutation(len(y))
-    return tuple(jm.Batch(x[rows], y[rows]) for rows in (order[:8000], order[8000:]))
 
 
 class Recipes:
@@ -104,7 +98,7 @@ class Recipes:
 
 def recipes_on_mnist(pretrained, data: Path, seeds: int) -> dict:
     """Accuracy by recipe, number of labels and seed."""
-    pool, test = digits(data)
+    pool, test = mnist_parts(data)
     recipes = Recipes(pretrained)
     rows: dict = {name: {} for name in RECIPES}
     for labels in LABELS:
@@ -219,7 +213,7 @@ def few_shot_table(rows: dict) -> str:
 
 def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: int = 20):
     """Bodies of several origins, scored by features of MNIST, and fine-tuned there."""
-    pool, test = digits(data)
+    pool, test = mnist_parts(data)
     chosen, _ = jm.tasks.split_per_class(pool.y, labels, jax.random.key(seed))
     drawn = jm.Batch(pool.x[chosen], pool.y[chosen])
     key = jax.random.key(seed)
@@ -228,15 +222,14 @@ def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: in
     candidates["prototypical"] = jm.transfer.load_pretrained(folders["prototypical"], head=False).variables
     random = jm.nn.as_stateful(network).init(key, jnp.zeros((1, 28, 28, 1)))
     candidates["random"] = random
-    usps, of_usps = jm.tasks.usps_images(data, "train")
-    usps = jax.image.resize(usps.astype(np.float32) / 255, (len(usps), 28, 28, 1), "linear")
+    usps = usps_part(data, "train")
     model = jm.transfer.classifier(network, 10)
     optimizer = optax.adam(RATE)
     for steps in (20, 300):
         learned = jm.transfer.fine_tune(
             model,
-            model.init(key, usps[:1]),
-            jm.Batch(usps, of_usps),
+            model.init(key, usps.x[:1]),
+            usps,
             steps=steps,
             key=key,
             optimizer=optimizer,
@@ -245,7 +238,7 @@ def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: in
     features, accuracies = {}, {}
     tuning = optax.adam(SCHEDULE)
     for name, body in candidates.items():
-        start = jm.transfer.with_body(model.init(key, usps[:1]), body)
+        start = jm.transfer.with_body(model.init(key, usps.x[:1]), body)
         features[name] = jm.transfer.Candidate(jm.transfer.extract_features(model, start, drawn.x))
         found = jm.transfer.linear_probe_then_fine_tune(
             model, start, drawn, optimizer=tuning, steps=STEPS, key=key, batch_size=BATCH

@@ -128,13 +128,18 @@ def _copy(settings: Preset, data: str | None) -> str:
     return data
 
 
-def _digits(
-    digits: Callable[..., TaskDistribution],
-) -> Callable[[str, Preset, dict[str, Any], str | None], TaskDistribution]:
+def _digits(name: str, description: str, digits: Callable[..., TaskDistribution]) -> TaskSpec:
     def build(split: str, settings: Preset, shape: dict[str, Any], data: str | None) -> TaskDistribution:
         return digits(split, **shape, data=_copy(settings, data), size=settings.image_size or 28)
 
-    return build
+    return TaskSpec(
+        description,
+        name,
+        build,
+        takes=(*_EPISODES, "image_size", "data"),
+        has_validation=lambda settings: False,
+        ink=True,
+    )
 
 
 TASKS: dict[str, TaskSpec] = {
@@ -160,21 +165,15 @@ TASKS: dict[str, TaskSpec] = {
         has_validation=lambda settings: omniglot_split(str(settings.protocol)).sizes[1] > 0,
         ink=True,
     ),
-    "mnist": TaskSpec(
-        "handwritten digits, 28x28; no class split, for transfer; --data DIR with the official files",
+    "mnist": _digits(
         "mnist",
-        _digits(tasks.mnist),
-        takes=(*_EPISODES, "image_size", "data"),
-        has_validation=lambda settings: False,
-        ink=True,
+        "handwritten digits, 28x28; no class split, for transfer; --data DIR with the official files",
+        tasks.mnist,
     ),
-    "usps": TaskSpec(
-        "postal digits, 28x28; no class split, for transfer; --data DIR with zip.train.gz and zip.test.gz",
+    "usps": _digits(
         "usps",
-        _digits(tasks.usps),
-        takes=(*_EPISODES, "image_size", "data"),
-        has_validation=lambda settings: False,
-        ink=True,
+        "postal digits, 28x28; no class split, for transfer; --data DIR with zip.train.gz and zip.test.gz",
+        tasks.usps,
     ),
     "sinusoid": TaskSpec(
         "regression of sine waves of random amplitude and phase; needs no data",

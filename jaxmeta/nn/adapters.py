@@ -101,7 +101,7 @@ def forward(
 
 def _from_linen(network):
     name = type(network).__name__
-    taken = _arguments(network, "mask", *SWITCHES)
+    taken = call_arguments(network, "mask", *SWITCHES)
 
     def call(variables, x, mask=None, key=None, **settings):
         # A stream of any other name falls back on "params".
@@ -177,7 +177,7 @@ def from_nnx(network: Callable) -> Model:
     name = type(template).__name__
     if not isinstance(template, nnx.Module):
         raise ValueError(f"network must be a flax.nnx.Module or make one, got one that makes {name}")
-    taken = _arguments(template, "mask", *SWITCHES)
+    taken = call_arguments(template, "mask", *SWITCHES)
     norms = set()
     for path, module in nnx.iter_modules(template):
         if isinstance(module, nnx.BatchNorm):
@@ -287,7 +287,7 @@ def from_equinox(network: Callable, *, batched: bool = False) -> Model:
             f"{name} keeps mutable state (equinox.nn.StateIndex); for batch normalisation use a network of "
             "flax.linen with jaxmeta.nn.BatchNorm, or of flax.nnx"
         )
-    stochastic = "key" in _arguments(template, "key")
+    stochastic = "key" in call_arguments(template, "key")
     own, rest = eqx.partition(template, eqx.is_inexact_array)
 
     def init(key, x):
@@ -315,7 +315,14 @@ def _is_module_of(network: Network, package: str) -> TypeGuard[Callable]:
     return framework is not None and isinstance(network, framework.Module)
 
 
-def _arguments(network, *offered):
+def switches(network: Any, training: bool) -> dict[str, Any]:
+    """Those arguments of a module's call that say whether it is being trained, with their values."""
+    values = {"deterministic": not training, "train": training, "use_running_average": not training}
+    taken = inspect.signature(network.__call__).parameters
+    return {name: value for name, value in values.items() if name in taken}
+
+
+def call_arguments(network, *offered):
     """Which arguments on offer the network's `__call__` takes beside the examples."""
     rest = list(inspect.signature(network.__call__).parameters.values())[1:]
     required = [

@@ -5,7 +5,6 @@ to the next (`jm.nn.as_model`). Transfer learning trains as any Flax program doe
 normalises itself and leaves its mark on a running average, which normalises in inference.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
 from jaxmeta.core import Key, PyTree
-from jaxmeta.nn.adapters import SWITCHES, Network, _arguments, as_model, forward
+from jaxmeta.nn.adapters import SWITCHES, Network, as_model, call_arguments, forward, switches
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
 
 Variables = dict[str, PyTree]
@@ -77,7 +76,7 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: got {momentum}; it must be at least 0 and below 1")
     if isinstance(network, linen.Module):
-        _arguments(network, "mask", *SWITCHES, "use_running_average")
+        call_arguments(network, "mask", *SWITCHES, "use_running_average")
         return _from_linen(network, momentum)._replace(network=lambda: network)
     return _from_model(as_model(network), momentum)._replace(network=lambda: network)
 
@@ -148,7 +147,7 @@ def layers_in_order(network: linen.Module, x: Any) -> tuple[str, ...]:
         return call(*args, **kwargs)
 
     with linen.intercept_methods(note):
-        params = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, **_switches(network, False)), x)[
+        params = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, **switches(network, False)), x)[
             "params"
         ]
     own = [name for name in params if name not in seen]  # parameters of the network itself
@@ -160,9 +159,6 @@ def _zeros(shaped: PyTree) -> PyTree:
 
 
 def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
-    def switches(training: bool) -> dict[str, Any]:
-        return _switches(network, training)
-
     def ours(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """The statistics of `jm.nn.BatchNorm`, which no collection holds of itself."""
         paths = set()
@@ -174,13 +170,13 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
 
         def run(variables, x):
             with linen.intercept_methods(note):
-                return network.apply(variables, x, mutable=[STATISTICS], **switches(False))[1]
+                return network.apply(variables, x, mutable=[STATISTICS], **switches(network, False))[1]
 
         found = traverse_util.flatten_dict(jax.eval_shape(run, variables, x).get(STATISTICS, {}))
         return {place: leaf for place, leaf in found.items() if place[:-1] in paths}
 
     def init(key: Key, x: Any) -> Variables:
-        variables = network.init(key, x, **switches(False))
+        variables = network.init(key, x, **switches(network, False))
         variables = jax.tree.map(lambda leaf: leaf, dict(variables))
         try:
             started = _start(ours(variables, x))
@@ -194,7 +190,7 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         return {**variables, **({STATISTICS: traverse_util.unflatten_dict(stats)} if stats else {})}
 
     def apply(variables: Variables, x: Any) -> jax.Array:
-        outputs: Any = network.apply(variables, x, **switches(False))
+        outputs: Any = network.apply(variables, x, **switches(network, False))
         return outputs
 
     def train(
@@ -223,7 +219,7 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         mutable = [name for name in variables if name != "params"]
         rngs = {"dropout": key, "params": key}
         with linen.intercept_methods(inference):
-            outputs, state = network.apply(given, x, rngs=rngs, mutable=mutable, **switches(True))
+            outputs, state = network.apply(given, x, rngs=rngs, mutable=mutable, **switches(network, True))
         state = jax.tree.map(lambda leaf: leaf, dict(state))
         after = traverse_util.flatten_dict(state.get(STATISTICS, {}))
         for place in own:
@@ -246,12 +242,6 @@ def _start(statistics: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> dict[t
         place: (jnp.ones if place[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
         for place, leaf in statistics.items()
     }
-
-
-def _switches(network: linen.Module, training: bool) -> dict[str, Any]:
-    """Those arguments of the network's call that say whether it is being trained."""
-    values = {"deterministic": not training, "train": training, "use_running_average": not training}
-    return {name: values[name] for name in inspect.signature(network.__call__).parameters if name in values}
 
 
 def _switch_of(module: linen.Module) -> str | None:

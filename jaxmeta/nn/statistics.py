@@ -17,11 +17,10 @@ from flax import linen, traverse_util
 from jaxtyping import Array
 
 from jaxmeta.core import PyTree
-from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.adapters import Network, as_model, forward, switches
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
 
 Variables = Mapping[str, Any]
-INFERENCE = {"deterministic": True, "train": False, "use_running_average": True}
 
 
 def measure(
@@ -98,8 +97,7 @@ def _is_layer(node: Any) -> bool:
 
 
 def _of_module(network, variables, x, own, arguments):
-    taken = inspect.signature(network.__call__).parameters
-    arguments = {name: value for name, value in INFERENCE.items() if name in taken} | arguments
+    arguments = switches(network, False) | arguments
     called: list = []
 
     def intercept(call, args, kwargs, context):

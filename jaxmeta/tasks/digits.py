@@ -14,7 +14,7 @@ from jaxtyping import Int32, Shaped, UInt8
 
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
-from jaxmeta.tasks.images import _resized
+from jaxmeta.tasks.images import resized
 from jaxmeta.tasks.sinusoid import check_count
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
@@ -257,7 +257,7 @@ def _tasks(
         part = "train" if split == "train" and any(files.found(data, "train")) else "test"
     images, labels = read(data, part)
     if images.shape[1] != size:
-        images = np.stack([_resized(image, int(size)) for image in images])
+        images = np.stack([resized(image, int(size)) for image in images])
     tasks = from_arrays(
         images,
         labels,

@@ -138,10 +138,11 @@ def decode(source: Path | bytes, name: str, *, channels: int, size: int | None) 
         opaque = _opaque(ImageOps.exif_transpose(image)).convert("RGB")
         pixels = np.asarray(opaque.convert("L") if channels == 1 else opaque)
     pixels = pixels.reshape(*pixels.shape[:2], channels)
-    return pixels if size is None or pixels.shape[:2] == (size, size) else _resized(pixels, size)
+    return pixels if size is None or pixels.shape[:2] == (size, size) else resized(pixels, size)
 
 
-def _resized(pixels: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
+def resized(pixels: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
+    """Both sides `size` pixels, by Lanczos' filter, rounded once."""
     from PIL import Image
 
     # In float: Pillow's 8-bit filter rounds and cuts off overshoots between its two passes.

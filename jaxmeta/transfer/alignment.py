@@ -17,7 +17,7 @@ from jaxmeta.transfer.classifier import HEAD, as_images
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.discrepancy import coral_loss, mmd2
 from jaxmeta.transfer.domain_adaptation import dann_strength, domain_loss, gradient_reversal
-from jaxmeta.transfer.fine_tune import checked_data
+from jaxmeta.transfer.fine_tune import examples, mean_loss
 from jaxmeta.transfer.freezing import frozen_mask
 from jaxmeta.transfer.paths import Patterns
 
@@ -171,14 +171,9 @@ def align(
         raise ValueError(f"norm: got {norm!r}; it must be one of {DOMAIN_NORMS}")
     if model.features is None:
         raise ValueError("model: has no features to align; jm.transfer.classifier makes one that has")
-    x, y = checked_data(source)
-    if target.shape[0] == 0 or target.shape[1:] != x.shape[1:]:
-        raise ValueError(f"target: got shape {target.shape}; it must be (examples, *{x.shape[1:]})")
-    arrays = {"x": x, "y": y}
-    if weights is not None:
-        arrays["weights"] = jnp.asarray(weights, jnp.float32)
-        if arrays["weights"].shape != (x.shape[0],):
-            raise ValueError(f"weights: got shape {arrays['weights'].shape} for {x.shape[0]} examples")
+    arrays, shape = examples(source, weights), source.x.shape[1:]
+    if target.shape[0] == 0 or target.shape[1:] != shape:
+        raise ValueError(f"target: got shape {target.shape}; it must be (examples, *{shape})")
     dim = variables["params"][HEAD]["kernel"].shape[0]
     own = alignment.init(jax.random.fold_in(key, np.uint32(0xFFFFFFF0)), dim)
     frozen = frozen_mask(variables["params"], train)
@@ -197,7 +192,7 @@ def align(
         look(step, aligned(params, states, jnp.zeros(0)))
 
     params, states, losses = descend(
-        _objective(model, alignment, augment, norm, weights is not None, tuple(leaves), structure),
+        _objective(model, alignment, augment, norm, tuple(leaves), structure),
         {"model": variables["params"], "alignment": own},
         states,
         optimizer,
@@ -213,7 +208,7 @@ def align(
 
 
 @lru_cache(maxsize=64)
-def _objective(model, alignment, augment, norm, weighted, frozen_leaves, structure):
+def _objective(model, alignment, augment, norm, frozen_leaves, structure):
     """The same function for the same settings, so that nothing is compiled twice."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
 
@@ -241,7 +236,7 @@ def _objective(model, alignment, augment, norm, weighted, frozen_leaves, structu
         head = params["model"][HEAD]
         logits = z_source @ head["kernel"] + head["bias"][None]
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batches["source"]["y"])
-        value = (each * batches["source"]["weights"]).mean() if weighted else each.mean()
-        return value + alignment.loss(params["alignment"], z_source, z_target, progress), states
+        apart = alignment.loss(params["alignment"], z_source, z_target, progress)
+        return mean_loss(each, batches["source"]) + apart, states
 
     return objective

@@ -1,7 +1,6 @@
 """Which network a file's weights are of: by the description beside them, else by their shapes."""
 
 import dataclasses
-import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen
 
 from jaxmeta import nn
+from jaxmeta.nn.adapters import switches
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.transfer.layouts import Layout
 
@@ -161,12 +161,8 @@ def default_input(network: Any, leaves: Mapping[str, Any]) -> jax.ShapeDtypeStru
 
 def variables_of(network: linen.Module, key: Any, x: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fresh variables, and the statistics that the network takes where it is handed some."""
-    taken = inspect.signature(network.__call__).parameters
-    switches: dict[str, Any] = {
-        name: value for name, value in (("deterministic", True), ("train", False)) if name in taken
-    }
-    variables = dict(network.init(key, x, **switches))
-    _, state = network.apply(variables, x, **switches, mutable=[STATISTICS])
+    variables = dict(network.init(key, x, **switches(network, False)))
+    _, state = network.apply(variables, x, **switches(network, False), mutable=[STATISTICS])
     return variables, {} if STATISTICS in variables else dict(state)
 
 

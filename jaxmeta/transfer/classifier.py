@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmeta import losses
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.layers import Dense
@@ -35,7 +36,7 @@ def classifier(
     Args:
       body: the embedding, `(n, *shape) -> (n, d)`: one of ours with `ways=None`, or any network.
       classes: C of the target, at least 2.
-      adapter: makes of the target's inputs what the body takes; see `jm.transfer.channels` and its like.
+      adapter: makes of the target's inputs what the body takes; see `jm.transfer.input_adapter`.
       momentum: of running statistics; see `jm.nn.as_stateful`.
 
     Raises:
@@ -160,9 +161,8 @@ def predict_logits(
 
 def accuracy(model: StatefulModel, variables: Variables, data: Batch, *, batch: int = EVAL_BATCH) -> float:
     """Part of the examples of `data` that the model names rightly; one whose outputs are NaN it does not."""
-    logits = predict_logits(model, variables, data.x, batch=batch)
-    right = (logits.argmax(-1) == jnp.asarray(data.y)) & ~jnp.isnan(logits).any(-1)
-    return float(right.mean())
+    right, count = losses.score(predict_logits(model, variables, data.x, batch=batch), data)["accuracy"]
+    return float(right / count)
 
 
 def confusion_matrix(

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmeta.core import Key, Params, PyTree
-from jaxmeta.transfer.freezing import FROZEN, TRAINED, apply_unfrozen
+from jaxmeta.transfer.freezing import apply_unfrozen, only_unfrozen
 
 _REPORTS = 20
 # Steps fold their number into the key: these are beyond every step.
@@ -74,12 +74,11 @@ def descend(
     for name, batches in data.items():
         if batches.size < 1:
             raise ValueError(f"batch_size: got {batches.size}, of {name}; it must be at least 1")
-    labels = jax.tree.map(lambda still: FROZEN if still else TRAINED, frozen)
-    leaves, structure = jax.tree.flatten(labels)
+    leaves, structure = jax.tree.flatten(frozen)
     sizes = tuple((name, batches.size) for name, batches in sorted(data.items()))
     arrays = {name: jax.tree.map(jnp.asarray, dict(batches.arrays)) for name, batches in data.items()}
     static = (objective, optimizer, tuple(leaves), structure, sizes)
-    opt_state = _partitioned(optimizer, tuple(leaves), structure).init(params)
+    opt_state = only_unfrozen(optimizer, frozen).init(params)
     carry = (params, state, opt_state, jnp.zeros(steps))
     every = max(1, -(-steps // _REPORTS)) if every is None else every
     done = 0
@@ -97,15 +96,10 @@ def descend(
     return carry[0], carry[1], carry[3]
 
 
-def _partitioned(optimizer, labels, structure):
-    tree = jax.tree.unflatten(structure, labels)
-    return optax.partition({TRAINED: optimizer, FROZEN: optax.set_to_zero()}, tree)
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _advance(objective, optimizer, labels, structure, sizes, carry, arrays, extra, key, start, stop):
-    frozen = jax.tree.unflatten(structure, [label == FROZEN for label in labels])
-    transformation = _partitioned(optimizer, labels, structure)
+def _advance(objective, optimizer, leaves, structure, sizes, carry, arrays, extra, key, start, stop):
+    frozen = jax.tree.unflatten(structure, leaves)
+    transformation = only_unfrozen(optimizer, frozen)
 
     keys = {name: jax.random.fold_in(key, np.uint32(_ORDER - place)) for place, (name, _) in enumerate(sizes)}
     examples = {name: jax.tree.leaves(arrays[name])[0].shape[0] for name, _ in sizes}

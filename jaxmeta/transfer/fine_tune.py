@@ -1,6 +1,6 @@
 """The chapter's recipes: feature extraction, fine-tuning from a layer up, and what lies between."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.core import Augment, Batch, Key, Params, PyTree
+from jaxmeta.core import Augment, Batch, Key, Params
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
 from jaxmeta.transfer.descent import Batches, descend
@@ -96,14 +96,10 @@ def fine_tune(
       >>> model.apply(fitted.variables, data.x).argmax(1).tolist()
       [0, 1]
     """
-    x, y = checked_data(data)
-    arrays = {"x": x, "y": y}
-    if weights is not None:
-        arrays["weights"] = jnp.asarray(weights, jnp.float32)
-        if arrays["weights"].shape != (x.shape[0],):
-            raise ValueError(f"weights: got shape {arrays['weights'].shape} for {x.shape[0]} examples")
+    arrays = examples(data, weights)
     frozen = frozen_mask(variables["params"], train)
-    objective = _objective(model, loss, augment, weights is not None, *_static(frozen))
+    leaves, structure = jax.tree.flatten(frozen)
+    objective = _objective(model, loss, augment, tuple(leaves), structure)
     params, state, losses = descend(
         objective,
         variables["params"],
@@ -148,10 +144,10 @@ def feature_extraction(
     heads: dict[str, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
     if not callable(head) and head not in heads:
         raise ValueError(f"head: got {head!r}; it must be one of {sorted(heads)}, or a function")
-    x, y = checked_data(data)
-    old = variables["params"][HEAD]
+    labelled = examples(data)
+    classes = variables["params"][HEAD]["kernel"].shape[1]
     fit = head if callable(head) else heads[head]
-    new = fit(extract_features(model, variables, x), y, old["kernel"].shape[1], **settings)
+    new = fit(extract_features(model, variables, labelled["x"]), labelled["y"], classes, **settings)
     return {**variables, "params": swap_subtree(variables["params"], HEAD, new)}
 
 
@@ -231,26 +227,33 @@ def gradual_unfreezing(
     return Fitted(variables, jnp.concatenate(losses))
 
 
-def checked_data(data: Batch) -> tuple[Any, Any]:
-    """Examples and labels, as many of the one as of the other."""
+def examples(
+    data: Batch, weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None
+) -> dict[str, Any]:
+    """ "x" and "y", as many of the one as of the other, and "weights" where there are any."""
     if data.x.shape[0] == 0 or data.x.shape[0] != data.y.shape[0]:
         raise ValueError(f"data: got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
     if data.mask is not None:
         raise ValueError("data: got a mask; leave the padding out")
-    return data.x, data.y
+    arrays = {"x": data.x, "y": data.y}
+    if weights is not None:
+        arrays["weights"] = jnp.asarray(weights, jnp.float32)
+        if arrays["weights"].shape != (data.x.shape[0],):
+            raise ValueError(f"weights: got shape {arrays['weights'].shape} for {data.x.shape[0]} examples")
+    return arrays
+
+
+def mean_loss(each: Float[Array, " n"], batch: Mapping[str, Array]) -> Float[Array, ""]:
+    """Mean of w_i ℓ_i over a mini-batch of `examples`."""
+    return (each * batch["weights"]).mean() if "weights" in batch else each.mean()
 
 
 def _as_partial(penalty: Callable[[Params], Array]) -> jax.tree_util.Partial:
     return penalty if isinstance(penalty, jax.tree_util.Partial) else jax.tree_util.Partial(penalty)
 
 
-def _static(frozen: PyTree) -> tuple[tuple[bool, ...], Any]:
-    leaves, structure = jax.tree.flatten(frozen)
-    return tuple(leaves), structure
-
-
 @lru_cache(maxsize=64)
-def _objective(model, loss, augment, weighted, frozen_leaves, structure):
+def _objective(model, loss, augment, frozen_leaves, structure):
     """The same function for the same settings, so that nothing is compiled twice."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
 
@@ -262,8 +265,7 @@ def _objective(model, loss, augment, weighted, frozen_leaves, structure):
         if augment is not None:
             x = augment(draw, x)
         outputs, state = model.train({"params": params, **state}, x, dropout, frozen=frozen)
-        each = loss(outputs, batch["y"])
-        value = (each * batch["weights"]).mean() if weighted else each.mean()
+        value = mean_loss(loss(outputs, batch["y"]), batch)
         if "penalty" in extra:
             value = value + extra["penalty"](params)
         return value, state

@@ -11,8 +11,6 @@ from jaxtyping import Array
 from jaxmeta.core import Params, PyTree
 from jaxmeta.transfer.paths import Patterns, leaves_by_path, mask, matching
 
-TRAINED, FROZEN = "trained", "frozen"
-
 
 def frozen_mask(params: Params, train: Patterns) -> PyTree:
     """True for every leaf that `train` does not match.
@@ -56,8 +54,12 @@ def freeze(
       >>> updates["body"]
       Array([0., 0., 0.], dtype=float32)
     """
-    labels = jax.tree.map(lambda still: FROZEN if still else TRAINED, frozen_mask(params, train))
-    return optax.partition({TRAINED: optimizer, FROZEN: optax.set_to_zero()}, labels)
+    return only_unfrozen(optimizer, frozen_mask(params, train))
+
+
+def only_unfrozen(optimizer: optax.GradientTransformation, frozen: PyTree) -> optax.GradientTransformation:
+    """`optimizer` where `frozen` is False; zero, without a state, where it is True."""
+    return optax.partition({False: optimizer, True: optax.set_to_zero()}, frozen)
 
 
 def apply_unfrozen(params: Params, updates: PyTree, frozen: PyTree) -> Params:

@@ -55,6 +55,11 @@ def _rules(*pairs: tuple[str, str | None]) -> Rules:
     )
 
 
+def _in_blocks(block: str, *pairs: tuple[str, str]) -> list[tuple[str, str]]:
+    """Rules for the parts of a ViT's numbered blocks."""
+    return [(rf"{block}/{theirs}/", rf"block\1/{ours}/") for theirs, ours in pairs]
+
+
 _TENSORS = (
     *_rules((r"params/(.*norm)/weight$", r"\1/scale"), (r"params/(.*)/weight$", r"\1/kernel")),
     (re.compile(r"^params/(.*)/running_mean$"), r"batch_stats/\1/mean"),
@@ -102,22 +107,20 @@ _HUGGINGFACE_VIT = _rules(
     # The token of masked images, and the layer behind the features, trained by nothing in most files.
     ("(?:vit/)?embeddings/mask_token$", None),
     ("(?:vit/)?pooler/", None),
-    *(
-        (rf"(?:vit/)?(?:encoder/layer|layers)/(\d+)/{theirs}/", rf"block\1/{ours}/")
-        for theirs, ours in (
-            ("layernorm_before", "attention_norm"),
-            ("attention/attention/query", "attention/query"),
-            ("attention/attention/key", "attention/key"),
-            ("attention/attention/value", "attention/value"),
-            ("attention/output/dense", "attention/out"),
-            ("attention/q_proj", "attention/query"),
-            ("attention/k_proj", "attention/key"),
-            ("attention/v_proj", "attention/value"),
-            ("attention/o_proj", "attention/out"),
-            ("layernorm_after", "mlp_norm"),
-            ("(?:intermediate/dense|mlp/fc1)", "mlp_in"),
-            ("(?:output/dense|mlp/fc2)", "mlp_out"),
-        )
+    *_in_blocks(
+        r"(?:vit/)?(?:encoder/layer|layers)/(\d+)",
+        ("layernorm_before", "attention_norm"),
+        ("attention/attention/query", "attention/query"),
+        ("attention/attention/key", "attention/key"),
+        ("attention/attention/value", "attention/value"),
+        ("attention/output/dense", "attention/out"),
+        ("attention/q_proj", "attention/query"),
+        ("attention/k_proj", "attention/key"),
+        ("attention/v_proj", "attention/value"),
+        ("attention/o_proj", "attention/out"),
+        ("layernorm_after", "mlp_norm"),
+        ("(?:intermediate/dense|mlp/fc1)", "mlp_in"),
+        ("(?:output/dense|mlp/fc2)", "mlp_out"),
     ),
     ("(?:vit/)?layernorm/", "norm/"),
     ("classifier/", "head/"),
@@ -127,16 +130,14 @@ _TIMM_VIT = _rules(
     ("cls_token$", "cls_token"),
     ("pos_embed$", "position_embedding"),
     ("patch_embed/proj/", "patch_embedding/"),
-    *(
-        (rf"blocks/(\d+)/{theirs}/", rf"block\1/{ours}/")
-        for theirs, ours in (
-            ("norm1", "attention_norm"),
-            ("attn/(query|key|value)", r"attention/\2"),
-            ("attn/proj", "attention/out"),
-            ("norm2", "mlp_norm"),
-            ("mlp/fc1", "mlp_in"),
-            ("mlp/fc2", "mlp_out"),
-        )
+    *_in_blocks(
+        r"blocks/(\d+)",
+        ("norm1", "attention_norm"),
+        ("attn/(query|key|value)", r"attention/\2"),
+        ("attn/proj", "attention/out"),
+        ("norm2", "mlp_norm"),
+        ("mlp/fc1", "mlp_in"),
+        ("mlp/fc2", "mlp_out"),
     ),
     ("(?:fc_)?norm/", "norm/"),
     ("head/", "head/"),
@@ -146,16 +147,14 @@ _TORCHVISION_VIT = _rules(
     ("class_token$", "cls_token"),
     ("encoder/pos_embedding$", "position_embedding"),
     ("conv_proj/", "patch_embedding/"),
-    *(
-        (rf"encoder/layers/encoder_layer_(\d+)/{theirs}/", rf"block\1/{ours}/")
-        for theirs, ours in (
-            ("ln_1", "attention_norm"),
-            ("self_attention/(query|key|value)", r"attention/\2"),
-            ("self_attention/out_proj", "attention/out"),
-            ("ln_2", "mlp_norm"),
-            ("mlp/(?:0|linear_1)", "mlp_in"),
-            ("mlp/(?:3|linear_2)", "mlp_out"),
-        )
+    *_in_blocks(
+        r"encoder/layers/encoder_layer_(\d+)",
+        ("ln_1", "attention_norm"),
+        ("self_attention/(query|key|value)", r"attention/\2"),
+        ("self_attention/out_proj", "attention/out"),
+        ("ln_2", "mlp_norm"),
+        ("mlp/(?:0|linear_1)", "mlp_in"),
+        ("mlp/(?:3|linear_2)", "mlp_out"),
     ),
     ("encoder/ln/", "norm/"),
     ("heads/head/", "head/"),
