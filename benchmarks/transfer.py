@@ -22,7 +22,7 @@ rank: transferability scores of several Conv4 for MNIST, against their accuracy 
 
 import argparse
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -127,7 +127,8 @@ def recipes_table(rows: dict) -> str:
 
 # --- Few-shot tasks ------------------------------------------------------------------------------
 
-DESCENTS = [(rate, steps) for rate in (0.01, 0.05, 0.2) for steps in (10, 50)]
+DESCENTS = [(rate, steps) for rate in (0.01, 0.05, 0.2) for steps in (10, 30)]
+SHOTS = {"omniglot": (1, 5, 15), "mnist": (1, 5, 20)}
 
 
 def tasks_of(where: str, data: Path, shots: int, split: str = "test"):
@@ -146,6 +147,7 @@ def five_way(body_params, key) -> dict:
     return {"model": jm.transfer.swap_subtree(fresh, "head", jax.tree.map(jnp.zeros_like, fresh["head"]))}
 
 
+@cache
 def tuned(rate: float, steps: int):
     """Fine-tuning on a support set is what MAML does at test time, from another start."""
     return jm.maml(
@@ -153,58 +155,56 @@ def tuned(rate: float, steps: int):
     )
 
 
-def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, seed: int) -> dict:
-    """Accuracy by method, source of tasks, and examples a class."""
+def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, seed: int):
+    """Accuracy by method, source of tasks, and examples a class: all that is known after each of them."""
     key, test = jax.random.key(seed), runs.test_key(seed)
     starts = {
         "from scratch": five_way(None, key),
         "fine-tuning": five_way(pretrained.variables["params"], key),
     }
     classifier, of_classifier = jm.load_run(folders["simple_shot"])
-    meta = {name: jm.load_run(folders[name]) for name in ("maml", "prototypical")}
+    own = {**of_classifier, "population": of_classifier["population"]["model"]}
     head = jm.fine_tuned_head(
         jm.nn.Conv4(), norm="population", optimizer=optax.sgd(0.1, momentum=0.9), steps=100
     )
+    fixed = {
+        "nearest centroid of features": (classifier, of_classifier),
+        "logistic head on features": (head, own),
+        **{name: jm.load_run(folders[name]) for name in ("maml", "prototypical")},
+    }
     rows: dict = {}
+    for place, known in enumerate(SHOTS["omniglot"]):
+        validation = tasks_of("omniglot", data, known, "validation")
 
-    def measured(learner, params, tasks, episodes=episodes, key=test):
-        return jm.evaluate(learner, params, tasks, episodes=episodes, key=key)
+        def on_validation(descent, params, validation=validation):
+            found = jm.evaluate(
+                tuned(*descent), params, validation, episodes=max(20, episodes // 10), key=validation_key(key)
+            )
+            return found.mean
 
-    for where, numbers in (("omniglot", (1, 5, 15)), ("mnist", (1, 5, 20))):
-        for place, shots in enumerate(numbers):
-            tasks = tasks_of(where, data, shots)
-            trained_on = tasks_of("omniglot", data, (1, 5, 15)[place], "validation")
-            found = {}
-            for name, params in starts.items():
-                best = max(
-                    DESCENTS,
-                    key=lambda d: measured(tuned(*d), params, trained_on, 60, validation_key(key)).mean,
-                )
-                found[name] = {**measured(tuned(*best), params, tasks)._asdict(), "descent": best}
-            found["nearest centroid of features"] = measured(classifier, of_classifier, tasks)._asdict()
-            own = {**of_classifier, "population": of_classifier["population"]["model"]}
-            found["logistic head on features"] = measured(head, own, tasks)._asdict()
-            for name, (learner, params) in meta.items():
-                found[name] = measured(learner, params, tasks)._asdict()
-            for name, row in found.items():
-                rows.setdefault(name, {}).setdefault(where, {})[str(shots)] = row
-                print(
-                    f"{where} {shots} {name}: {100 * row['mean']:.2f} ± {100 * row['ci95']:.2f}", flush=True
-                )
-    return rows
+        best = {
+            name: max(DESCENTS, key=partial(on_validation, params=params)) for name, params in starts.items()
+        }
+        methods = {name: (tuned(*best[name]), params) for name, params in starts.items()} | fixed
+        for where, numbers in SHOTS.items():
+            tasks = tasks_of(where, data, numbers[place])
+            for name, (learner, params) in methods.items():
+                row = jm.evaluate(learner, params, tasks, episodes=episodes, key=test)._asdict()
+                row |= {"descent": best[name]} if name in best else {}
+                rows.setdefault(name, {}).setdefault(where, {})[str(numbers[place])] = row
+                shown = f"{100 * row['mean']:.2f} ± {100 * row['ci95']:.2f}"
+                print(f"{where} {numbers[place]} {name}: {shown}", flush=True)
+            yield rows
 
 
 def few_shot_table(rows: dict) -> str:
-    numbers = {where: list(by_shots) for where, by_shots in next(iter(rows.values())).items()}
-    names = [f"{where}, {n} a class" for where, shots in numbers.items() for n in shots]
+    columns = [(where, str(n)) for where, numbers in SHOTS.items() for n in numbers]
+    names = [f"{where}, {n} a class" for where, n in columns]
     lines = [f"| method | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for method, found in rows.items():
-        cells = [
-            f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}"
-            for by_shots in found.values()
-            for row in by_shots.values()
-        ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        cells = [found[where][n] for where, n in columns]
+        shown = [f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}" for row in cells]
+        lines.append(f"| {method} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -291,30 +291,32 @@ def main(argv=None) -> None:
     folders = {name: train(name, ["--preset", preset], args) for name, preset in needed.items()}
     pretrained = jm.transfer.load_pretrained(folders["simple_shot"], head=False)
     report = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"results": {}}
+    report |= {
+        "machine": describe_machine(jax.local_devices()),
+        "jaxmeta": jm.__version__,
+        "settings": {"steps": STEPS, "batch": BATCH, "rate": RATE, "seed": args.seed},
+    }
+
+    def keep(name: str, rows: dict) -> None:
+        report["results"][name] = rows
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
     if "recipes" in args.what:
-        report["results"]["recipes"] = rows = recipes_on_mnist(pretrained, args.data, args.seeds)
+        rows = recipes_on_mnist(pretrained, args.data, args.seeds)
+        keep("recipes", rows)
         print(recipes_table(rows))
         if args.png:
             draw(rows, args.png)
     if "few-shot" in args.what:
-        report["results"]["few-shot"] = rows = few_shot(
-            pretrained, folders, args.data, args.episodes, args.seed
-        )
+        for rows in few_shot(pretrained, folders, args.data, args.episodes, args.seed):
+            keep("few-shot", rows)
         print(few_shot_table(rows))
     if "rank" in args.what:
         ranking = rank(pretrained, folders, args.data, args.seed)
         print(ranking)
-        report["results"]["rank"] = {
-            "rows": [row._asdict() for row in ranking.rows],
-            "correlations": {name: found._asdict() for name, found in ranking.correlations.items()},
-        }
-    if args.json:
-        report |= {
-            "machine": describe_machine(jax.local_devices()),
-            "jaxmeta": jm.__version__,
-            "settings": {"steps": STEPS, "batch": BATCH, "rate": RATE, "seed": args.seed},
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        correlations = {name: found._asdict() for name, found in ranking.correlations.items()}
+        keep("rank", {"rows": [row._asdict() for row in ranking.rows], "correlations": correlations})
 
 
 if __name__ == "__main__":

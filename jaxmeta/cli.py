@@ -1,4 +1,4 @@
-"""The command line: `jaxmeta train`, `evaluate`, `compare`, `plot`, …; nothing imports it."""
+"""The command line: `jaxmeta train`, `evaluate`, `transfer`, `rank`, …; nothing imports it."""
 
 import contextlib
 import dataclasses
@@ -299,6 +299,170 @@ class Predict:
     skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
 
 
+class TargetFlags(TypedDict, total=False):
+    """How a target's images are read and brought to a source, of `transfer` and `rank`."""
+
+    data: Annotated[
+        str, _flag("folder with the target's files", "DIR", "(default: the cache, or a download)")
+    ]
+    shots: Annotated[
+        str,
+        _flag(
+            "random examples of each class to learn from; all others are scored. all: four fifths of each",
+            "K|all",
+            "(default: 20, at most four fifths of the smallest class)",
+        ),
+    ]
+    image_size: Annotated[
+        int,
+        _flag(
+            "side of the images that the source is given, in pixels",
+            "N",
+            "(default: what it was trained on; where it does not say, 224 of ResNet files, or the target's)",
+        ),
+    ]
+    channels: Annotated[
+        Literal[1, 3],
+        _flag("1: it is given grey images, 3: colour", default="(default: what it was trained on)"),
+    ]
+    pixels: Annotated[
+        Literal["plain", "imagenet", "symmetric"],
+        _flag(
+            "plain: in [0, 1]; imagenet: less ImageNet's mean, by its standard deviation; symmetric: in "
+            "[-1, 1]",
+            default="(default: as the source was trained)",
+        ),
+    ]
+    network: Annotated[
+        str,
+        _flag(
+            "of a file that does not say of which network it is, or with nothing learned: a name as of "
+            "`train`",
+            "NAME",
+            "(default: none)",
+        ),
+    ]
+    protocol: Annotated[
+        str, _flag("class split of omniglot, whose test classes are the target", "NAME", "(default: vinyals)")
+    ]
+    label: Annotated[
+        str, _flag("tfds: feature that names the class", "NAME", "(default: the label of the data set)")
+    ]
+    tfds_splits: Annotated[str, _flag("tfds: splits of the data set to pool", "A,B,…", "(default: all)")]
+    seed: Annotated[int, _flag("of the examples, the new head and mini-batches", "S", "(default: 0)")]
+
+
+class RecipeFlags(TypedDict, total=False):
+    """How `transfer` learns."""
+
+    recipe: Annotated[
+        Literal["feature-extraction", "linear-probe", "fine-tune", "lp-ft", "gradual", "scratch"],
+        _flag(
+            "feature-extraction: the body frozen, a ridge head in closed form; linear-probe: likewise, a "
+            "logistic head; fine-tune: body and a new head together; lp-ft: a linear probe, then "
+            "fine-tuning; gradual: unfreezing from the head down, at rates that fall by 2.6 a group; "
+            "scratch: the source's network with nothing learned",
+            default="(default: lp-ft; with --source none, scratch)",
+        ),
+    ]
+    train: Annotated[
+        str,
+        _flag(
+            "parts of the body that fine-tune and lp-ft train beside the head, such as body/ConvNorm_3: "
+            "paths as in report.md without params/, with * within a name and ** across",
+            "PATTERN,…",
+            "(default: all)",
+        ),
+    ]
+    l2_sp: Annotated[
+        float,
+        _flag("weight of ½‖w − w⁰‖², which pulls the body towards the source's", "α", "(default: none)"),
+    ]
+
+
+class DescentFlags(TypedDict, total=False):
+    """Training of `transfer`, and of `rank --fine-tune`."""
+
+    steps: Annotated[
+        int, _flag("mini-batches", "N", "(default: ten epochs, at least 200; of rank --fine-tune 100)")
+    ]
+    rate: Annotated[
+        float,
+        _flag(
+            "largest step size of Adam, which falls to zero",
+            "η",
+            "(default: 0.001, of ResNet and ViT files 0.0001; of gradual ten times that)",
+        ),
+    ]
+    batch: Annotated[int, _flag("examples in each mini-batch", "B", "(default: 32)")]
+
+
+class TransferFlags(RecipeFlags, DescentFlags, TargetFlags, total=False):
+    """What `transfer` was told beside source and target."""
+
+    out: Annotated[
+        str,
+        _flag("the transfer's folder", "DIR", "(default: runs/transfer-<source>-<target>-<date and time>)"),
+    ]
+
+
+@dataclasses.dataclass
+class Transfer:
+    """Learns labelled images from what a source has learned, and says how well.
+
+    The folder gets report.md, report.json, config.json, confusion.png and weights.safetensors, and can be a
+    --source again.
+    """
+
+    source: Annotated[
+        str,
+        _flag(
+            "a folder of `train` or `transfer`; a .safetensors or .msgpack file; a folder of Hugging Face's "
+            "save_pretrained, or hf:owner/name; none: nothing, with --network",
+            "RUN|FILE",
+            "(required)",
+        ),
+    ]
+    target: Annotated[
+        str,
+        _flag("where labelled images come from, as `train --tasks`: all classes", "NAME", "(required)"),
+    ]
+    flags: Annotated[TransferFlags, tyro.conf.arg(name="")]
+    skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
+
+
+class RankFlags(TargetFlags, DescentFlags, total=False):
+    """What `rank` was told beside sources and target."""
+
+    json: Annotated[str, _flag("also write the table here", "FILE", "(default: only print)")]
+
+
+@dataclasses.dataclass
+class Rank:
+    """Ranks sources by how well they promise to transfer to a target, without training.
+
+    Scores by the features of the examples to learn from; leep and nce by the classes that the source was
+    trained on, where it was an ordinary classifier.
+    """
+
+    sources: Annotated[
+        tuple[str, ...], _flag("two or more, as of `transfer`", "RUN|FILE RUN|FILE …", "(required)")
+    ]
+    target: Annotated[
+        str,
+        _flag("where labelled images come from, as `train --tasks`: all classes", "NAME", "(required)"),
+    ]
+    flags: Annotated[RankFlags, tyro.conf.arg(name="")]
+    score: Annotated[
+        Literal["log_me", "h_score", "leep", "nce"], _flag("to order by", default="(default: log_me)")
+    ] = "log_me"
+    fine_tune: Annotated[
+        bool,
+        _flag("also fine-tune each briefly (lp-ft), to see which score would have told", default=""),
+    ] = False
+    skip_unreadable: Annotated[bool, _flag("leave out images that cannot be read", default="")] = False
+
+
 @dataclasses.dataclass
 class Presets:
     """Lists the presets: whole trainings by name."""
@@ -320,6 +484,8 @@ _COMMANDS: dict[str, Any] = {
     "compare": Compare,
     "plot": Plot,
     "predict": Predict,
+    "transfer": Transfer,
+    "rank": Rank,
     "presets": Presets,
     "tasks": Tasks,
     "learners": Learners,
@@ -427,7 +593,7 @@ def _say(message: str, status: int) -> int:
 
 
 def _run(command: Any) -> None:
-    from jaxmeta import comparison, prediction, presets, registry, runs, sources
+    from jaxmeta import comparison, prediction, presets, registry, runs, sources, transferring
 
     match command:
         case Train():
@@ -440,6 +606,12 @@ def _run(command: Any) -> None:
             comparison.plot_runs(command.runs, command.out, command.x)
         case Predict():
             prediction.predict_run(**dataclasses.asdict(command))
+        case Transfer():
+            transferring.transfer_run(command.source, command.target, _given(command))
+        case Rank():
+            transferring.rank_run(
+                command.sources, command.target, command.score, command.fine_tune, _given(command)
+            )
         case Presets():
             _print_table(
                 (name, f"{preset.learner} on {preset.tasks}", preset.description)
@@ -451,7 +623,7 @@ def _run(command: Any) -> None:
             _print_table((name, spec.family, spec.description) for name, spec in registry.LEARNERS.items())
 
 
-def _given(command: Train | Compare) -> dict[str, Any]:
+def _given(command: Train | Compare | Transfer | Rank) -> dict[str, Any]:
     """The flags that were given; a switch that is off was not."""
     names = ("stream", "skip_unreadable", "diagnose", "distort", "within_alphabet")
     switches = {name: True for name in names if getattr(command, name, False)}

@@ -1,10 +1,13 @@
-"""Learning curves of runs, drawn as PNG."""
+"""Learning curves of runs, and confusions of classes, drawn as PNG."""
 
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from jaxmeta.training.report import shown
 
@@ -14,6 +17,9 @@ _COMPARED = {
     "cosine": "cosine: true, first-order",
     "norm_ratio": "‖true‖ / ‖first-order‖",
 }
+# Classes that a confusion matrix has the numbers of, and the names of.
+_NUMBERED, _NAMED = 20, 30
+_LONGEST_NAME = 24
 _X = {"steps": ("step", "meta-step"), "seconds": ("elapsed_s", "seconds, compiling included")}
 
 
@@ -123,6 +129,57 @@ def _with_test(curve: Curve) -> str:
     if curve.test is None:
         return curve.name
     return f"{curve.name}: test {shown(curve.test, curve.metric)}{' %' if curve.metric == 'accuracy' else ''}"
+
+
+def plot_confusion(
+    path: Path, matrix: Int[np.ndarray, "classes classes"], names: Sequence[str], title: str
+) -> None:
+    """Draws how often each class was named as each other, as a PNG.
+
+    The colour of a cell is its part of the row. Up to 20 classes cells have their number of examples, and up
+    to 30 classes their names; of more, every tenth or so is numbered, from 0.
+
+    Args:
+      path: of the PNG.
+      matrix: examples of class i (row) that were named j (column).
+      names: of the classes.
+      title: of the figure.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, PowerNorm
+
+    count = len(names)
+    side = min(10.0, 3.2 + 0.34 * count)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    with drawing(path, side + 1.0, side + 0.4) as figure:
+        figure.set_layout_engine("compressed")
+        axes = figure.subplots()
+        # A single error must be seen among two hundred classes.
+        blues = ListedColormap(colormaps["Blues"](np.linspace(0.2, 1, 256)))
+        image = axes.imshow(
+            np.ma.masked_equal(share, 0), cmap=blues, norm=PowerNorm(0.5, 0, 1), interpolation="nearest"
+        )
+        bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02, label="part of the class, %")
+        bar.set_ticks([0, 0.05, 0.2, 0.5, 1], labels=["0", "5", "20", "50", "100"])
+        if count <= _NUMBERED:
+            for (row, column), examples in np.ndenumerate(matrix):
+                if examples:
+                    color = "white" if share[row, column] > 0.4 else "black"
+                    axes.text(
+                        column, row, f"{examples}", ha="center", va="center", fontsize="small", color=color
+                    )
+        if count <= _NAMED:
+            shown_names = [_shortened(name) for name in names]
+            upright = max(map(len, shown_names)) > 3
+            axes.set_xticks(range(count), shown_names, rotation=90 if upright else 0)
+            axes.set_yticks(range(count), shown_names)
+            axes.tick_params(labelsize="small", length=0)
+        axes.set(xlabel="named as", ylabel="class")
+        figure.suptitle(title, fontsize="medium", wrap=True)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def look(i: int) -> dict[str, Any]:

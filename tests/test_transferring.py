@@ -1,0 +1,511 @@
+"""`jaxmeta transfer` and `jaxmeta rank`: from a run, a transfer or a file to labelled images."""
+
+import json
+import shutil
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from scipy.stats import binomtest
+
+import jaxmeta as jm
+from jaxmeta import cli, registry
+from jaxmeta.bodies import untrained
+from jaxmeta.cli import main
+from jaxmeta.config import params_of, stored
+from jaxmeta.nn.norm import from_moments
+from jaxmeta.recipes import RECIPES
+from jaxmeta.targets import Target, read_target, split_shots
+from jaxmeta.training.figures import plot_confusion
+from jaxmeta.transfer.ranking import SCORES
+from jaxmeta.transferring import wilson
+
+SIDE = 8
+KEY = jax.random.key(0)
+
+
+def small(out):
+    return jm.nn.MLP(out=out, hidden=(24, 16), norm=True)
+
+
+def draw(folder, kinds, of_each, ink=0, paper=255, across=False, stray=3):
+    """Classes are bars at places of their own, lying or standing, and some stray pixels in each image."""
+    for kind in range(kinds):
+        for number in range(of_each):
+            pixels = np.full((SIDE, SIDE), paper, np.uint8)
+            pixels[kind] = ink
+            rng = np.random.default_rng(1000 * kind + number + 7 * across)
+            pixels[rng.integers(SIDE, size=stray), rng.integers(SIDE, size=stray)] = ink
+            path = folder / f"bar {kind}" / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.T if across else pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Lying bars, that runs are trained on, and standing ones, which are the target."""
+    place = tmp_path_factory.mktemp("transferring")
+    draw(place / "lying", 8, 8)
+    draw(place / "standing", 5, 10, across=True)
+    draw(place / "noisy", 8, 10, stray=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXMETA_CACHE", str(place / "cache"))
+        patch.setitem(registry.NETWORKS, "conv4-32", small)
+        patch.setitem(registry.NETWORKS, "conv4", lambda out: jm.nn.Conv4(ways=out, filters=4))
+        common = ["--tasks", f"folder:{place / 'lying'}", "--ways", "2", "--queries", "2", "--episodes", "4"]
+        common += ["--classes", "0.75,0,0.25", "--meta-batch", "2", "--devices", "1"]
+        for learner, steps in (("prototypical", 150), ("fomaml", 2), ("simple_shot", 60)):
+            flags = ["--steps", str(steps), "--validate-every", str(steps), "--out", str(place / learner)]
+            assert main(["train", learner, *common, *flags]) == 0
+        yield place
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def transfer(place, out, *flags, source=None, target=None, status=0):
+    source = str(source or place / "prototypical")
+    target = target or f"folder:{place / 'standing'}"
+    assert main(["transfer", "--source", source, "--target", target, "--out", str(out), *flags]) == status
+    return read(out / "report.json") if status == 0 else None
+
+
+def body_of(run):
+    """Parameters and statistics of a run's network, without its head."""
+    params = params_of(run, stored(run)[1])
+    leaves = {f"params/{path}": leaf for path, leaf in jm.transfer.leaves_by_path(params["model"]).items()}
+    if "population" in params:
+        stats = from_moments(params["population"])
+        leaves |= {f"batch_stats/{path}": leaf for path, leaf in jm.transfer.leaves_by_path(stats).items()}
+    return {path: np.asarray(leaf) for path, leaf in leaves.items() if not path.startswith("params/head/")}
+
+
+RECIPE_FLAGS = {
+    "feature-extraction": [],
+    "linear-probe": [],
+    "fine-tune": ["--steps", "40", "--batch", "8", "--rate", "0.01"],
+    "lp-ft": ["--steps", "5", "--l2-sp", "0.1"],
+    "gradual": ["--steps", "50", "--rate", "0.02"],
+    "scratch": ["--steps", "40", "--rate", "0.01"],
+}
+REPORTED = ("source", "target", "recipe", "seed", "classes", "shots", "learned_from", "scored", "images")
+REPORTED += ("inverted", "statistics", "parameters", "accuracy", "recalls", "losses", "leaves", "wall_s")
+
+
+def test_the_command_line_knows_all_recipes_and_scores():
+    flags = cli.TransferFlags.__annotations__
+    assert set(get_args(get_args(flags["recipe"])[0])) == set(RECIPES) == set(RECIPE_FLAGS)
+    assert get_args(get_args(cli.Rank.__annotations__["score"])[0]) == SCORES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsys, recipe):
+    report = transfer(place, tmp_path / "out", "--recipe", recipe, "--shots", "5", *RECIPE_FLAGS[recipe])
+    assert set(REPORTED) <= set(report)
+    assert (report["classes"], report["learned_from"], report["scored"]) == (5, 25, 25)
+    assert report["accuracy"]["mean"] > 0.5
+    assert report["accuracy"]["low"] < report["accuracy"]["mean"] <= report["accuracy"]["high"]
+    assert np.mean(list(report["recalls"].values())) == pytest.approx(report["accuracy"]["mean"])
+    assert set(report["recalls"]) == {f"bar {kind}" for kind in range(5)}
+
+    frozen = recipe in ("feature-extraction", "linear-probe")
+    source = body_of(place / "prototypical")
+    source = body_of(place / "prototypical")
+    body, head = sum(leaf.size for path, leaf in source.items() if path.startswith("params")), 5 * (16 + 1)
+    counts = {"trained": head, "frozen": body} if frozen else {"trained": body + head, "frozen": 0}
+    assert report["parameters"] == counts
+    assert ("probe_accuracy" in report) == (recipe in ("fine-tune", "lp-ft", "gradual"))
+    steps = int(
+        dict(zip(RECIPE_FLAGS[recipe][::2], RECIPE_FLAGS[recipe][1::2], strict=True)).get("--steps", 0)
+    )
+    assert len(report["losses"]) == steps
+    shown = capsys.readouterr().out
+    assert ("  loss " in shown) == bool(steps)
+    assert f"{steps}/{steps}" in shown or not steps
+
+    written = load_file(tmp_path / "out" / "weights.safetensors")
+    assert set(written) == {*source, "params/head/kernel", "params/head/bias"}
+    same = [path for path, leaf in source.items() if np.array_equal(written[path], leaf)]
+    assert same == (list(source) if frozen else [])
+    assert Image.open(tmp_path / "out" / "confusion.png").format == "PNG"
+    text = (tmp_path / "out" / "report.md").read_text()
+    kept = "new" if recipe == "scratch" else "taken"
+    assert f"| {kept} | params/body/Dense_0/kernel |" in text
+    assert "| new | params/head/kernel | - |" in text
+    assert f"**{100 * report['accuracy']['mean']:.2f} %**" in text
+    assert read(tmp_path / "out" / "config.json").items() >= {"recipe": recipe, "seed": 0}.items()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_the_written_weights_give_the_reported_accuracy(place, tmp_path):
+    """By the network that the file describes, on images read from their files."""
+    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", "--shots", "5", "--seed", "3")
+    loaded = jm.transfer.load_pretrained(tmp_path / "out")
+    assert loaded.network == jm.nn.MLP(out=5, hidden=(24, 16), norm=True)
+    names = read(tmp_path / "out" / "config.json")["classes"]
+    right = []
+    for label, name in enumerate(names):
+        files = sorted((place / "standing" / name).iterdir())
+        x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
+        outputs = loaded.network.apply(loaded.variables, jnp.asarray(x))
+        right += (np.argmax(outputs, 1) == label).tolist()
+    target = read_target(f"folder:{place / 'standing'}", {}, "5", KEY, size=SIDE, channels=1)
+    score = split_shots(target, "5", jax.random.fold_in(jax.random.key(3), 0)).score
+    assert np.mean(np.array(right)[score]) == report["accuracy"]["mean"]
+
+
+def test_only_what_train_names_and_the_head_are_trained(place, tmp_path):
+    flags = ["--recipe", "fine-tune", "--train", "body/Dense_1,body/BatchNorm_1", "--steps", "3"]
+    report = transfer(place, tmp_path / "out", *flags)
+    written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(place / "prototypical")
+    changed = {path for path, leaf in source.items() if not np.array_equal(written[path], leaf)}
+    assert changed == {path for path in source if "_1/" in path}
+    assert report["parameters"]["frozen"] == 64 * 24 + 24 + 2 * 24
+
+
+def test_a_transfer_is_a_source_again(place, tmp_path):
+    first = transfer(place, tmp_path / "first", "--recipe", "fine-tune", "--steps", "5")
+    written = load_file(tmp_path / "first" / "weights.safetensors")
+    for source in (tmp_path / "first", tmp_path / "first" / "weights.safetensors"):
+        out = tmp_path / f"from-{source.name}"
+        report = transfer(
+            place, out, "--recipe", "linear-probe", source=source, target=f"folder:{place / 'lying'}"
+        )
+        assert report["images"] == first["images"]
+        assert (report["classes"], report["statistics"]) == (8, "of the source")
+        again = load_file(out / "weights.safetensors")
+        assert again["params/head/kernel"].shape == (16, 8)
+        for path, leaf in written.items():
+            assert "head" in path or np.array_equal(leaf, again[path])
+        assert report["leaves"] == {"taken": 12, "new": 2, "left_over": 0, "dropped": 2}
+
+
+def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place, tmp_path):
+    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", source=place / "fomaml")
+    assert "by AdaBN" in report["statistics"]
+    assert "by AdaBN" in (tmp_path / "out" / "report.md").read_text()
+    written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(place / "fomaml")
+    assert all(np.array_equal(written[path], leaf) for path, leaf in source.items())
+    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=SIDE, channels=1)
+    learn = split_shots(target, None, jax.random.fold_in(KEY, 0)).learn
+    assert len(learn) == 5 * 8
+    x = target.x[learn].reshape(40, -1) / 255
+    z = x @ source["params/Dense_0/kernel"] + source["params/Dense_0/bias"]
+    np.testing.assert_allclose(written["batch_stats/BatchNorm_0/mean"], z.mean(0), atol=1e-6)
+    np.testing.assert_allclose(written["batch_stats/BatchNorm_0/var"], z.var(0), atol=1e-6)
+
+
+def test_strokes_are_turned_to_those_that_the_source_knows(place, tmp_path):
+    """Light on dark and dark on light are the same to a source of strokes, and not to others."""
+    shutil.copytree(place / "prototypical", tmp_path / "ink")
+    config = read(tmp_path / "ink" / "config.json")
+    config["images"] |= {"ink": True, "mean": 0.15}
+    (tmp_path / "ink" / "config.json").write_text(json.dumps(config))
+    draw(tmp_path / "light", 5, 10, ink=255, paper=0, across=True)
+    draw(tmp_path / "dark", 5, 10, across=True)
+    heads, inverted = {}, {}
+    for name in ("light", "dark"):
+        out = tmp_path / f"out-{name}"
+        report = transfer(
+            place,
+            out,
+            "--recipe",
+            "linear-probe",
+            source=tmp_path / "ink",
+            target=f"folder:{tmp_path / name}",
+        )
+        inverted[name] = report["inverted"]
+        heads[name] = load_file(out / "weights.safetensors")["params/head/kernel"]
+    assert inverted == {"light": False, "dark": True}
+    np.testing.assert_allclose(heads["light"], heads["dark"], rtol=1e-3, atol=1e-4)
+    assert "all are inverted" in (tmp_path / "out-dark" / "report.md").read_text()
+    assert not transfer(place, tmp_path / "other", "--recipe", "linear-probe")["inverted"]
+    # And what follows knows it, too.
+    again = transfer(
+        place,
+        tmp_path / "again",
+        *("--recipe", "linear-probe"),
+        source=tmp_path / "out-dark",
+        target=f"folder:{tmp_path / 'light'}",
+    )
+    assert (again["inverted"], again["images"]["ink"]) == (False, True)
+
+
+def test_a_network_with_nothing_learned(place, tmp_path):
+    flags = [
+        "--network",
+        "conv4-32",
+        "--image-size",
+        "6",
+        "--channels",
+        "3",
+        "--steps",
+        "2",
+        "--shots",
+        "all",
+    ]
+    report = transfer(place, tmp_path / "out", *flags, source="none")
+    assert report["recipe"] == "scratch"
+    assert (report["images"]["size"], report["images"]["channels"]) == (6, 3)
+    assert (report["learned_from"], report["scored"]) == (5 * 8, 5 * 2)
+    assert report["leaves"] == {"taken": 0, "new": 14, "left_over": 0, "dropped": 0}
+    assert load_file(tmp_path / "out" / "weights.safetensors")["params/Dense_0/kernel"].shape == (108, 24)
+
+
+def test_maps_are_flattened_for_the_head():
+    model, x = untrained("relation").model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+    variables = jax.eval_shape(model.init, KEY, x)
+    assert jax.eval_shape(model.apply, variables, x).shape == (2, 5 * 5 * 64)
+    assert jax.eval_shape(model.train, variables, x, KEY)[0].shape == (2, 5 * 5 * 64)
+
+
+def torchvision_file(path):
+    """Random weights under torchvision's names, of one block of four channels and three classes."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv1": (4, 3, 7, 7), "layer1.0.conv1": (4, 4, 3, 3), "layer1.0.conv2": (4, 4, 3, 3)}
+    weights = {f"{name}.weight": rng.normal(size=shape) for name, shape in shapes.items()}
+    for norm in ("bn1", "layer1.0.bn1", "layer1.0.bn2"):
+        names = ("weight", "bias", "running_mean", "running_var")
+        weights |= {f"{norm}.{name}": rng.random(4) + 0.1 for name in names}
+    weights |= {"fc.weight": rng.normal(size=(3, 4)), "fc.bias": rng.normal(size=3)}
+    save_file({name: leaf.astype(np.float32) for name, leaf in weights.items()}, path)
+
+
+def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
+    torchvision_file(tmp_path / "resnet.safetensors")
+    flags = ["--recipe", "linear-probe", "--image-size", "32"]
+    report = transfer(place, tmp_path / "out", *flags, source=tmp_path / "resnet.safetensors")
+    assert "mean 0.485, 0.456, 0.406, std 0.229" in report["pixels"]
+    assert (report["images"]["size"], report["images"]["channels"]) == (32, 3)
+    assert report["leaves"] == {"taken": 15, "new": 2, "left_over": 0, "dropped": 2}
+    # The head of the features that the file's network has of normalised images.
+    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=32, channels=3)
+    learn = target.batch(split_shots(target, None, jax.random.fold_in(KEY, 0)).learn)
+    x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    loaded = jm.transfer.load_pretrained(tmp_path / "resnet.safetensors", head=False)
+    z = loaded.network.apply(loaded.variables, jnp.asarray(x, jnp.float32))
+    head = jm.transfer.logistic_head(z, jnp.asarray(learn.y), 5)
+    written = load_file(tmp_path / "out" / "weights.safetensors")
+    np.testing.assert_allclose(written["params/head/kernel"], head["kernel"], rtol=1e-2, atol=1e-3)
+    again = transfer(place, tmp_path / "again", "--recipe", "linear-probe", source=tmp_path / "out")
+    assert (again["pixels"], again["images"]) == (report["pixels"], report["images"])
+
+
+def test_a_vision_transformer_takes_another_size(place, tmp_path, capsys):
+    network = jm.nn.ViT(patch=4, width=8, depth=1, heads=2, mlp=8, image_size=8)
+    variables = jax.jit(network.init)(KEY, jnp.zeros((1, 8, 8, 3)))
+    jm.transfer.save_pretrained(tmp_path / "vit.safetensors", variables, network=network)
+    flags = ["--recipe", "linear-probe", "--pixels", "symmetric", "--image-size"]
+    report = transfer(place, tmp_path / "out", *flags, "12", source=tmp_path / "vit.safetensors")
+    assert report["images"]["size"] == 12
+    assert "mean 0.5, 0.5, 0.5, std 0.5" in report["pixels"]
+    written = load_file(tmp_path / "out" / "weights.safetensors")
+    assert written["params/position_embedding"].shape == (1, 1 + 3 * 3, 8)
+    transfer(place, tmp_path / "none", *flags, "13", source=tmp_path / "vit.safetensors", status=2)
+    assert "--image-size: got 13×13; patches of 4 must tile it" in capsys.readouterr().err
+
+
+def test_a_file_that_does_not_say_its_network_is_told_it(place, tmp_path, capsys):
+    from flax.serialization import msgpack_serialize
+
+    run = place / "prototypical"
+    params = params_of(run, stored(run)[1])
+    variables = {"params": params["model"], "batch_stats": from_moments(params["population"])}
+    file = tmp_path / "weights.msgpack"
+    file.write_bytes(msgpack_serialize(jax.tree.map(np.asarray, variables)))
+    flags = ["--recipe", "linear-probe"]
+    told = transfer(place, tmp_path / "told", *flags, "--network", "conv4-32", source=file)
+    assert told["accuracy"] == transfer(place, tmp_path / "run", *flags)["accuracy"]
+    transfer(place, tmp_path / "untold", *flags, source=file, status=2)
+    assert "--network:" in capsys.readouterr().err
+
+
+def test_shots_are_of_each_class_and_the_others_are_scored():
+    y = np.repeat(np.arange(3), [4, 10, 7])
+    target = Target("t", "", np.zeros((21, 1, 1, 1), np.uint8), y, ("a", "b", "c"), False)
+    for shots, counts in (("2", [2, 2, 2]), ("all", [3, 8, 5]), (None, [3, 3, 3])):
+        found = split_shots(target, shots, KEY)
+        assert np.bincount(y[found.learn]).tolist() == counts
+        assert sorted([*found.learn, *found.score]) == list(range(21))
+    draws = [tuple(split_shots(target, "2", jax.random.key(seed)).learn) for seed in range(5)]
+    assert len(set(draws)) > 1
+
+
+def test_a_target_is_what_labelled_tasks_are(place):
+    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=None, channels=None)
+    x, y = jm.tasks.labelled(jm.tasks.from_folder(place / "standing", classes=None, ways=2))
+    np.testing.assert_allclose(target.x / 255, x, atol=1e-6)
+    assert target.y.tolist() == y.tolist()
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (7, 9), (1800, 1957), (12, 12)])
+def test_the_interval_is_wilson_s(right, n):
+    expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    found = wilson(right, n)
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert found["mean"] == right / n
+
+
+@pytest.mark.parametrize("classes", [2, 30, 200])
+def test_a_single_error_is_seen_among_any_number_of_classes(tmp_path, classes):
+    pictures = []
+    for errors in (0, 1):
+        matrix = 30 * np.eye(classes, dtype=np.int64)
+        matrix[0, classes - 1] = errors
+        plot_confusion(tmp_path / "confusion.png", matrix, [f"class {i}" for i in range(classes)], "t")
+        pictures.append(np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int))
+    without, found = pictures
+    assert found.shape == without.shape
+    assert max(found.shape) < 1500
+    rows, columns = np.nonzero((found - without).any(2))
+    # Beside its cell the diagonal's first has changed, which lies to the left.
+    beyond = columns > found.shape[1] / 2
+    rows, columns = rows[beyond], columns[beyond]
+    assert min(np.ptp(rows), np.ptp(columns)) >= 2
+    assert np.median(without[rows, columns]) == 255
+    assert np.median(found[rows, columns, 2] - found[rows, columns, 0]) > 20
+    assert rows.max() < found.shape[0] / 2
+
+
+def random_file(path):
+    network = jm.nn.MLP(out=None, hidden=(24, 16))
+    variables = jax.jit(network.init)(jax.random.key(5), jnp.zeros((1, SIDE, SIDE, 1)))
+    jm.transfer.save_pretrained(path, variables, network=network)
+
+
+def rank(place, *flags, sources):
+    sources = [str(source) for source in sources]
+    assert main(["rank", "--sources", *sources, "--target", f"folder:{place / 'noisy'}", *flags]) == 0
+
+
+def test_an_informative_source_ranks_above_a_random_one(place, tmp_path, capsys):
+    random_file(tmp_path / "random.safetensors")
+    sources = [tmp_path / "random.safetensors", place / "prototypical", place / "simple_shot"]
+    flags = ["--shots", "5", "--fine-tune", "--steps", "20", "--json", str(tmp_path / "ranking.json")]
+    rank(place, *flags, sources=sources)
+    found = read(tmp_path / "ranking.json")
+    assert [row["source"] for row in found["sources"]][-1] == str(sources[0])
+    by_name = {row["source"]: row for row in found["sources"]}
+    # Only an ordinary classifier has classes of its own.
+    assert [by_name[str(source)]["leep"] is None for source in sources] == [True, True, False]
+    accuracies = [by_name[str(source)]["accuracy"] for source in sources]
+    assert accuracies[0] < min(accuracies[1:])
+    assert found["correlations"]["log_me"]["pearson"] > 0.5
+    assert found["shrinkage"] is None
+    table = capsys.readouterr().out
+    assert "weighted kendall" in table
+    assert [line.split()[0] for line in table.splitlines() if line.startswith("/")] == [
+        row["source"] for row in found["sources"]
+    ]
+
+
+def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
+    for name in ("a", "b"):
+        torchvision_file(tmp_path / f"{name}.safetensors")
+    flags = ["--score", "leep", "--image-size", "32", "--shots", "3", "--json", str(tmp_path / "r.json")]
+    rank(place, *flags, sources=[tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    found = read(tmp_path / "r.json")
+    target = read_target(f"folder:{place / 'noisy'}", {}, None, KEY, size=32, channels=3)
+    learn = target.batch(split_shots(target, "3", jax.random.fold_in(KEY, 0)).learn)
+    x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    loaded = jm.transfer.load_pretrained(tmp_path / "a.safetensors")
+    probs = jax.nn.softmax(loaded.network.apply(loaded.variables, jnp.asarray(x, jnp.float32)))
+    assert found["sources"][0]["leep"] == pytest.approx(jm.transfer.leep(probs, learn.y), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--source", "nowhere"], "--source: there is nothing at nowhere"),
+        (["--target", "folder:{place}/nowhere"], "--target: {place}/nowhere does not exist"),
+        (["--target", "sinusoid"], "--target: sinusoid has no images with labels"),
+        (["--target", "omniglotte"], "--target: there is no 'omniglotte'; known are omniglot"),
+        (["--target", "folder:"], "--target: "),
+        (["--target", "folder:{place}/one"], "has 1 class; there must be 2"),
+        (["--target", "mnist"], "--data: mnist is read from your own copy"),
+        (["--data", "{place}"], "--data: folder:{place}/standing has no such setting"),
+        (["--protocol", "lake"], "--protocol: folder:{place}/standing has no such setting"),
+        (["--shots", "10"], "--shots: got 10, and the class 'bar 0'"),
+        (["--shots", "0"], "--shots: got 0; it must be at least 1"),
+        (["--shots", "many"], "--shots: got many; it must be a number, or all"),
+        (["--recipe", "fine-tune", "--train", "body/Conv_9"], "--train: 'body/Conv_9' matches nothing"),
+        (["--recipe", "distil"], "--recipe"),
+        (["--recipe", "linear-probe", "--steps", "5"], "--steps: linear-probe has no such setting"),
+        (["--recipe", "gradual", "--train", "head"], "--train: gradual has no such setting"),
+        (["--recipe", "gradual", "--steps", "5"], "--steps: got 5; gradual needs at least 50"),
+        (["--steps", "0"], "--steps: got 0; it must be at least 1"),
+        (["--rate", "nan"], "--rate: got nan"),
+        (["--image-size", "9"], "--image-size: {place}/prototypical takes no grey images of 9×9"),
+        (["--channels", "3"], "--channels: {place}/prototypical takes no colour images"),
+        (["--network", "conv4"], "--network: {place}/prototypical says itself which network it is of"),
+        (["--pixels", "imagenet"], "--pixels: got 3 values; the images have 1 channels"),
+        (["--source", "none"], "--network: --source none needs one"),
+        (["--source", "none", "--recipe", "lp-ft", "--network", "conv4"], "--recipe: got lp-ft"),
+        (["--source", "none", "--network", "lrua"], "--network: there is no 'lrua'"),
+        (
+            ["--source", "none", "--network", "conv4"],
+            "--image-size: got images of 8×8; they must be at least",
+        ),
+        (["--out", "{place}"], "--out: {place} exists and is not empty"),
+        (["--scource", "x"], "transfer has no --scource; did you mean --source"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_flag_s_name(place, tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    (place / "one").mkdir(exist_ok=True)
+    if not (place / "one" / "bar 0").exists():
+        draw(place / "one", 1, 3)
+    given = [flag.format(place=place) for flag in flags]
+    fixed = {"--source": str(place / "prototypical"), "--target": f"folder:{place / 'standing'}"}
+    rest = [word for flag, value in fixed.items() if flag not in given for word in (flag, value)]
+    capsys.readouterr()
+    assert main(["transfer", *rest, *given]) == 2
+    error = capsys.readouterr().err
+    assert says.format(place=place) in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_on_no_images_has_nothing_to_transfer(place, tmp_path, capsys):
+    shutil.copytree(place / "fomaml", tmp_path / "run")
+    config = read(tmp_path / "run" / "config.json") | {"images": None, "tasks": "sinusoid"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    transfer(place, tmp_path / "out", source=tmp_path / "run", status=2)
+    assert "was trained on sinusoid, which are no images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--score", "leep"], "--score: leep needs a head of the source's own classes; {place}/prototypical"),
+        (["--rate", "0.1"], "--rate: is of --fine-tune"),
+        (["--sources", "{place}/fomaml"], "--sources: got {place}/fomaml; there must be two or more"),
+        (["--sources", "{place}/fomaml", "none"], "--sources: got none, which has nothing"),
+        (["--sources", "{place}/fomaml", "nowhere"], "--sources: there is nothing at nowhere"),
+        (["--json", "nowhere/table.json"], "--json: the folder"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused_by_the_flag_s_name(place, capsys, flags, says):
+    given = [flag.format(place=place) for flag in flags]
+    sources = ["--sources", str(place / "prototypical"), str(place / "fomaml")]
+    target = ["--target", f"folder:{place / 'standing'}"]
+    capsys.readouterr()
+    assert main(["rank", *target, *([] if "--sources" in given else sources), *given]) == 2
+    error = capsys.readouterr().err
+    assert says.format(place=place) in error
+    assert len(error.splitlines()) == 1
+
+
+def test_digits_of_usps_from_a_run(place, tmp_path, data_folder):
+    """Real images, brought to the 8×8 that the run knows."""
+    flags = ["--data", str(data_folder), "--shots", "5", "--steps", "60", "--rate", "0.01"]
+    report = transfer(place, tmp_path / "out", *flags, target="usps")
+    assert (report["classes"], report["learned_from"], report["scored"]) == (10, 50, 1957)
+    assert report["images"]["size"] == SIDE
+    assert report["accuracy"]["mean"] > 0.4
+    assert set(report["recalls"]) == set("0123456789")
