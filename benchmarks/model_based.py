@@ -84,21 +84,24 @@ def main(argv=None) -> None:
     add("--data", type=Path, help="folder with Omniglot's archives (default: the cache, or a download)")
     add("--out", type=Path, default=Path("runs/model-based"), help="folder of the runs")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="also write the results here")
+    add("--json", type=Path, help="also write the results here, beside those of other networks")
     add("--png", type=Path, help="also draw them here")
     args = parser.parse_args(argv)
-    rows = {}
+    earlier = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
+    rows = {name: row for name, row in earlier.items() if name not in args.networks}
     for network in args.networks:
         settings = ["mann", "--preset", "mann-omniglot", "--network", network, "--steps", str(args.steps)]
         report = json.loads((train(network, settings, args) / "report.json").read_text())
         kept = ("accuracy", "accuracy_by_instance", "training_s", "steps", "best_step", "parameters")
         rows[network] = {name: report[name] for name in (*kept, "device", "devices")}
+    jax.config.update("jax_num_cpu_devices", cores())
+    machine = describe_machine(jax.local_devices())
+    for network in args.networks:
+        rows[network] |= {"machine": machine, "seed": args.seed, "jaxmeta": jm.__version__}
+    rows = {name: rows[name] for name in NAMES if name in rows}
     print(table(rows))
     if args.json:
-        jax.config.update("jax_num_cpu_devices", cores())
-        machine = describe_machine(jax.local_devices())
-        report = {"machine": machine, "jaxmeta": jm.__version__, "seed": args.seed, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if args.png:
         draw(rows, args.png)
 
