@@ -1,4 +1,4 @@
-"""Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices."""
+"""Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices if not told."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", "2")))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers of pytest-xdist compile the same programs; a shared cache lets one do it for all.

@@ -10,7 +10,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Shaped
 
-EXAMPLES = "examples of a task"
+EXAMPLES = "examples"
 
 
 def sharers() -> int:

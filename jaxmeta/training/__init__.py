@@ -4,6 +4,7 @@ from jaxmeta.training.checkpoint import load, load_params, save
 from jaxmeta.training.diagnostics import Alignment, meta_gradient_alignment
 from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
 from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
+from jaxmeta.training.sharding import make_mesh
 from jaxmeta.training.step import TrainState, init_state, meta_step, validation_key
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "init_state",
     "load",
     "load_params",
+    "make_mesh",
     "meta_gradient_alignment",
     "meta_step",
     "save",

@@ -2,14 +2,18 @@
 
 Orbax writes the arrays, into a folder beside the final one that is then renamed: what has its
 final name is whole. A manifest in JSON holds the tree, each leaf's path, shape and type, and a
-checkpoint's configuration. Nothing is pickled.
+checkpoint's configuration; SHA256SUMS, in the form of `sha256sum --check`, tells what is whole no longer.
+Nothing is pickled. Where there are several processes, they see one file system: each writes its parts of the
+arrays, the first all else.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmeta.core import Params, PyTree
+from jaxmeta.training import hosts
 from jaxmeta.training.evaluate import Evaluation
 from jaxmeta.training.step import TrainState
 
 _KEPT = 2
+_SUMS = "SHA256SUMS"
+# How TensorStore says what the operating system said.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -35,6 +43,8 @@ class Best(NamedTuple):
 
 def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False) -> None:
     """Writes a pytree of arrays and Python scalars, such as parameters or an adapted state.
+
+    Of several processes all must call it, with the same tree.
 
     Args:
       path: the folder to make.
@@ -97,8 +107,9 @@ def save_checkpoint(
     }
     path = folder / f"step-{step:08d}"
     _write(path, tree, extra)
-    for old in checkpoint_steps(run_dir)[:-_KEPT]:
-        shutil.rmtree(folder / f"step-{old:08d}")
+    if hosts.is_first():
+        for old in checkpoint_steps(run_dir)[:-_KEPT]:
+            shutil.rmtree(folder / f"step-{old:08d}")
     return path
 
 
@@ -113,6 +124,8 @@ def restore_checkpoint(
     run_dir: str | os.PathLike, like: TrainState, *, config: dict | None = None
 ) -> tuple[TrainState, Best | None]:
     """The newest checkpoint of `run_dir` that can be read, all of it or nothing.
+
+    Where newer ones cannot, a warning names them and what is wrong with them.
 
     Args:
       run_dir: the run's folder.
@@ -183,9 +196,16 @@ def _newest(run_dir: str | os.PathLike) -> tuple[Path, dict[str, Any], dict]:
     for step in reversed(steps):
         path = _folder(run_dir) / f"step-{step:08d}"
         try:
-            return (path, *_read(path))
+            leaves, manifest = _read(path)
         except Exception as error:
             problems.append(f"{path.name}: {_line(error)}")
+            continue
+        if problems:
+            warnings.warn(
+                f"{'; '.join(problems)}; {path.name} before it in {path.parent} is whole and is used",
+                stacklevel=3,
+            )
+        return path, leaves, manifest
     found = "; ".join(problems) if problems else "there is none"
     raise ValueError(f"run_dir: no checkpoint can be read in {_folder(run_dir)} ({found})")
 
@@ -195,7 +215,7 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
 
     require_space(path.parent, nbytes(tree))
     leaves: list[dict[str, Any]] = []
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         entry: dict[str, Any] = {"path": jax.tree_util.keystr(keys)}
         if isinstance(leaf, bool | int | float | str):
@@ -207,7 +227,7 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
                 leaf = jax.random.key_data(leaf)
             # Orbax refuses empty arrays, and their shape says everything.
             if leaf.size:
-                arrays[str(len(leaves))] = np.asarray(leaf)
+                arrays[str(len(leaves))] = leaf if hosts.are_many() else np.asarray(leaf)
         else:
             raise ValueError(f"tree{entry['path']}: got {type(leaf).__name__}; it must be an array or scalar")
         leaves.append(entry)
@@ -215,15 +235,63 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
     if arrays:
         items["arrays"] = ocp.args.StandardSave(arrays)
     unfinished, replaced = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "replaced"))
-    for leftover in (unfinished, replaced):
+    if hosts.is_first():
+        _remove_leftovers(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    hosts.meet(f"before {path}")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(unfinished, args=ocp.args.Composite(**items))
+        if hosts.is_first():
+            (unfinished / _SUMS).write_text(_sums(unfinished), encoding="utf-8")
+    except (OSError, ValueError) as error:  # the latter is what TensorStore calls a full disk
+        _remove_leftovers(path)
+        named = _OS_ERROR.search(str(error))
+        number = int(named[1]) if named else getattr(error, "errno", None)
+        said = os.strerror(number) if number else _line(error)
+        raise OSError(
+            number or errno.EIO, f"cannot be written ({said}); nothing was replaced", str(path)
+        ) from error
+    if hosts.is_first():
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(unfinished, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    hosts.meet(f"after {path}")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What writing `path`, cut short, has left beside it, be it ours or Orbax's."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(unfinished, args=ocp.args.Composite(**items))
-    if path.exists():
-        os.rename(path, replaced)
-    os.rename(unfinished, path)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sums(folder: Path) -> str:
+    """SHA-256 and name of each file below, sorted by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
+    lines = []
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    return "".join(lines)
+
+
+def _check_sums(path: Path) -> None:
+    """Raises ValueError if anything below is not as it was written."""
+    try:
+        stored = (path / _SUMS).read_bytes()
+    except OSError as error:
+        raise ValueError(f"its {_SUMS} cannot be read") from error
+    found = _sums(path).encode()
+    if stored == found:
+        return
+    wrong = sorted({line[66:] for line in {*stored.splitlines()} ^ {*found.splitlines()}})
+    raise ValueError(f"by {_SUMS} not as it was written: {', '.join(map(_printable, wrong[:3])) or _SUMS}")
+
+
+def _printable(name: bytes) -> str:
+    return name.decode("ascii", "backslashreplace")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict]:
@@ -232,12 +300,21 @@ def _read(path: Path) -> tuple[dict[str, Any], dict]:
 
     if not (path / "manifest").is_dir():
         raise ValueError("it has no manifest")
-    items = {"manifest": ocp.args.JsonRestore()}
-    if (path / "arrays").is_dir():
-        items["arrays"] = ocp.args.StandardRestore()
+    _check_sums(path)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        stored = checkpointer.restore(path, args=ocp.args.Composite(**items))
-    manifest = stored["manifest"]
+        manifest = checkpointer.restore(path, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))[
+            "manifest"
+        ]
+        # As numpy, whatever devices they were written from.
+        arrays = {
+            str(index): np.empty(*_stored_form(entry))
+            for index, entry in enumerate(manifest["leaves"])
+            if "value" not in entry and 0 not in entry["shape"]
+        }
+        stored = {}
+        if arrays:
+            restore = ocp.args.StandardRestore(arrays)
+            stored = checkpointer.restore(path, args=ocp.args.Composite(arrays=restore))["arrays"]
     leaves = {}
     for index, entry in enumerate(manifest["leaves"]):
         if "value" in entry:
@@ -245,7 +322,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict]:
         elif 0 in entry["shape"]:
             leaves[entry["path"]] = jnp.zeros(entry["shape"], entry["dtype"])
         else:
-            array = jnp.asarray(stored["arrays"][str(index)])
+            array = jnp.asarray(stored[str(index)])
             if "key" in entry:
                 array = jax.random.wrap_key_data(array, impl=entry["key"])
             leaves[entry["path"]] = array
@@ -287,6 +364,14 @@ def _decode(node: Any, leaves: dict[str, Any], path: Path, entry: str | None = N
 
 def _signature(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _stored_form(entry: dict[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Shape and type of a leaf as it is written: of keys, their data."""
+    if "key" not in entry:
+        return tuple(entry["shape"]), entry["dtype"]
+    data = jax.random.key_data(jax.random.key(0, impl=entry["key"]))
+    return (*entry["shape"], *data.shape), str(data.dtype)
 
 
 def _fill(template: PyTree, leaves: dict[str, Any], problem: str) -> PyTree:

@@ -1,7 +1,7 @@
 """What a learner has learned: mean and 95 % confidence interval over fixed episodes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from jaxmeta.core import (
 )
 from jaxmeta.losses import score
 from jaxmeta.training import sharding
+from jaxmeta.training.sharding import Devices
 from jaxmeta.training.step import check_stream, sample_of, stream_batches
 
 # Episodes at once on an accelerator: enough to fill it, few enough for its memory.
@@ -64,7 +65,7 @@ def evaluate(
     episodes: int = 600,
     key: Key,
     batch: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices = None,
 ) -> Evaluation:
     """Adapts to the support set of fixed episodes and scores their queries.
 
@@ -80,7 +81,8 @@ def evaluate(
       key: of the whole evaluation.
       batch: most episodes in one call of the compiled function; None for all of them on CPUs
         and 100 on accelerators; a stream has its own.
-      devices: that share the episodes; None for all local ones.
+      devices: that share the episodes; None for all. Or a mesh of `jm.make_mesh`, whose devices have
+        episodes of their own where they do not share parameters.
 
     Raises:
       ValueError: too few `episodes`, `batch` below 1, or outputs of a wrong shape.
@@ -100,7 +102,7 @@ def evaluate_episodes(
     episodes: int = 600,
     key: Key,
     batch: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices = None,
 ) -> Float[np.ndarray, " episodes"]:
     """Accuracy or mean squared error of each episode, as averaged by `evaluate`.
 
@@ -110,30 +112,29 @@ def evaluate_episodes(
         raise ValueError(f"episodes: got {episodes}; it must be at least 1")
     if batch is not None and batch < 1:
         raise ValueError(f"batch: got {batch}; it must be at least 1")
-    devices = tuple((devices or jax.local_devices())[:episodes])
-    on_cpu = devices[0].platform == "cpu"
+    mesh = sharding.evaluation_mesh(devices)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
         waiting: Array | None = None
         found: list[np.ndarray] = []
         for start, given in _numbered(tasks, episodes):
-            count = given.query.y.shape[0]
-            mesh = sharding.task_mesh(count, devices[: sharding.sharers(count, len(devices))])
-            arguments = sharding.replicate((params, key), mesh)
-            shared = sharding.share(given, mesh)
-            value = _episodes(learner, count // mesh.size, not on_cpu, mesh, arguments, shared, start)
+            count, given = given.query.y.shape[0], sharding.evened(given, mesh)
+            own = given.query.y.shape[0] // mesh.shape[sharding.TASKS]
+            value = _episodes(learner, own, not on_cpu, mesh, arguments, sharding.share(given, mesh), start)
+            value = value[:count]
             # One batch behind: the device is never idle, and holds no more than two.
             found += [] if waiting is None else [np.asarray(waiting)]
             waiting = value
         return np.concatenate([*found, np.asarray(waiting)])[:episodes]
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
-    own = -(-episodes // (calls * len(devices)))
-    mesh = sharding.task_mesh(own * len(devices), devices)
-    arguments = sharding.replicate((params, key), mesh)
+    apart = mesh.shape[sharding.TASKS]
+    own = -(-episodes // (calls * apart))
     sample = sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     values = [
-        _episodes(learner, own, not on_cpu, mesh, arguments, sample, call * own * len(devices))
+        _episodes(learner, own, not on_cpu, mesh, arguments, sample, call * own * apart)
         for call in range(calls)
     ]
     return np.concatenate([np.asarray(value) for value in values])[:episodes]
@@ -255,7 +256,9 @@ def _episodes(
         numbered = indices, source if isinstance(source, Task) else None
         return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
 
-    return sharding.over_tasks(each, mesh, out=PartitionSpec(sharding.TASKS))(arguments, source, start)
+    values = sharding.over_tasks(each, mesh, out=PartitionSpec(sharding.TASKS))(arguments, source, start)
+    # On all devices, for each process to read.
+    return sharding.replicated(values, mesh)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -4,11 +4,11 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxmeta.core import Key, Learner, PyTree, Source, Task, TaskDistribution, TaskStream
-from jaxmeta.training import checkpoint, sharding
+from jaxmeta.training import checkpoint, hosts, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
+from jaxmeta.training.sharding import Devices
 from jaxmeta.training.step import (
     Strategy,
     TrainState,
@@ -41,7 +42,8 @@ class Progress:
     """Reported at every `log_every` steps: means over the steps since the last report.
 
     `compile_s` is the time the compiled chunk took to build, the same in every report;
-    `steps_per_second` has neither it nor validation and saving in it.
+    `steps_per_second` has neither it nor validation and saving in it. `skipped` steps were not finite,
+    and are in no mean.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Progress:
     metrics: dict[str, float]
     steps_per_second: float
     compile_s: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def train(
     key: Key,
     meta_batch: int = 32,
     strategy: Strategy = "auto",
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices = None,
     compared_to: Learner | None = None,
     validation: TaskDistribution | TaskStream | None = None,
     validation_episodes: int = 200,
@@ -123,6 +126,7 @@ def train(
     log_every: int = 50,
     config: dict | None = None,
     should_stop: Callable[[], bool] | None = None,
+    non_finite: Literal["stop", "skip"] = "stop",
 ) -> TrainState:
     """Meta-trains a learner.
 
@@ -151,7 +155,9 @@ def train(
       log_every: meta-steps between `Progress` events; the host looks at the loss, and at
         `should_stop`, this often.
       config: JSON-like dict stored in each checkpoint; a resumption with another one is refused.
-      should_stop: asked between chunks; True saves and raises `Stopped`.
+      should_stop: asked between chunks; True, in any process, saves and raises `Stopped`.
+      non_finite: what becomes of a meta-step whose loss or parameters are not finite. "stop" raises; "skip"
+        leaves parameters and optimizer state as they were, and counts it in `Progress.skipped`.
 
     Returns:
       The last state; with `validation`, its `params` are the best ones instead of the last.
@@ -159,18 +165,18 @@ def train(
     Raises:
       ValueError: a setting out of range, tasks the learner cannot work on, a `run_dir` that
         holds a run already, or a checkpoint that is absent or of another configuration.
-      NonFiniteLoss: the loss or a parameter is no longer finite. No bad state is ever saved.
+      NonFiniteLoss: the loss or a parameter is no longer finite, or, with "skip", is not in any of the
+        `log_every` steps of a report. No bad state is ever saved.
       Stopped: `should_stop` returned True.
       OSError: too little disk; earlier checkpoints stay.
     """
     checkpoint_every = validate_every if checkpoint_every is None else checkpoint_every
     folder = None if run_dir is None else Path(run_dir).absolute()
     _check_settings(steps, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume)
+    if non_finite not in ("stop", "skip"):
+        raise ValueError(f'non_finite: got {non_finite!r}; it must be "stop" or "skip"')
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
-    devices = tuple(mesh.devices.flat)
-    step = jax.jit(
-        meta_step(learner, optimizer, meta_batch, strategy, devices=devices, compared_to=compared_to)
-    )
+    step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=mesh, compared_to=compared_to))
     emit = report or (lambda event: None)
 
     episodes_key = validation_key(key)
@@ -178,19 +184,22 @@ def train(
     if validation is not None:
         check_stream(validation, episodes_key, for_evaluation=True, name="validation")
     source = _first_source(tasks, meta_batch, mesh)
-    state, best = init_state(learner, optimizer, tasks, key), None
+    state, best = init_state(learner, optimizer, tasks, key, devices=mesh), None
     if folder is not None:
         # The last two states, one being written, the best parameters likewise.
         checkpoint.require_space(folder, 3 * checkpoint.nbytes((state, state.params)))
     if resume and folder is not None:
         state, best = checkpoint.restore_checkpoint(folder, state, config=config)
+        if best is not None:
+            # A kill while it was being replaced may have left none.
+            checkpoint.save_best(folder, best)
         emit(Resumed(int(state.step)))
     done, saved_at = int(state.step), _last_checkpoint(folder)
     if done > steps:
         raise ValueError(f"steps: got {steps}, but the checkpoint to resume from is of step {done} already")
 
     # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
-    state = sharding.replicate(jax.tree.map(jnp.copy, state), mesh)
+    state = sharding.place(jax.tree.map(jnp.copy, state), mesh)
     if validation is not None:
         metric = metric_name(validation)
         if isinstance(validation, TaskDistribution):
@@ -198,7 +207,11 @@ def train(
                 sample=sharding.replicate(sharding.as_argument(validation.sample), mesh)
             )
     started = time.perf_counter()
-    chunk = jax.jit(_chunk(step), donate_argnums=0).lower(state, source, jnp.int32(0)).compile()
+    chunk = (
+        jax.jit(_chunk(step, skip=non_finite == "skip"), donate_argnums=0)
+        .lower(state, source, jnp.int32(0))
+        .compile()
+    )
     compile_s = time.perf_counter() - started
 
     clock = time.perf_counter()
@@ -206,15 +219,18 @@ def train(
     def read(start: int, until: int, outs: list[dict[str, PyTree]]) -> None:
         """Waits for a chunk, and reports it."""
         nonlocal clock
-        outs, count = jax.device_get(outs), 0
+        outs, count, skipped = jax.device_get(outs), 0, 0
         for out in outs:
             count += int(out["count"])
+            skipped += int(out["skipped"])
             if not out["finite"]:
                 raise NonFiniteLoss(start + count, saved_at)
+        if skipped == count:
+            raise NonFiniteLoss(start + count, saved_at)
         now = time.perf_counter()
         totals = jax.tree.map(lambda *parts: float(sum(parts)), *(out["metrics"] for out in outs))
-        metrics = {name: total / count for name, total in totals.items()}
-        emit(Progress(until, steps, metrics, count / (now - clock), compile_s))
+        metrics = {name: total / (count - skipped) for name, total in totals.items()}
+        emit(Progress(until, steps, metrics, count / (now - clock), compile_s, skipped))
         clock = now
 
     def save() -> Path | None:
@@ -226,9 +242,9 @@ def train(
 
     pending: tuple[int, int, list[dict]] | None = None
     queue: deque[Array] = deque()
-    with _calls(tasks, source, mesh, done) as calls:
+    with _calls(tasks, source, mesh, meta_batch, done) as calls:
         while done < steps:
-            if should_stop is not None and should_stop():
+            if should_stop is not None and hosts.any_of(should_stop()):
                 if pending:
                     read(*pending)
                 raise Stopped(done, save())
@@ -260,7 +276,7 @@ def train(
                     validation,
                     episodes=validation_episodes,
                     key=episodes_key,
-                    devices=devices,
+                    devices=mesh,
                 )
                 better = best is None or _better(metric, result.mean, best.evaluation.mean)
                 if better:
@@ -279,19 +295,21 @@ def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: M
     if isinstance(tasks, TaskDistribution):
         return sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     batch = tasks.at(0)
-    if not isinstance(batch, Task) or batch.query.y.shape[0] != meta_batch:
+    own = meta_batch // jax.process_count()
+    if not isinstance(batch, Task) or batch.query.y.shape[0] not in (own, meta_batch):
         found = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
         raise ValueError(
             f"tasks: the stream gives {found} a step; it must be a Task whose leaves have a leading axis of "
             f"meta_batch = {meta_batch} tasks"
+            + (f", or of {own}, this process's share" if own < meta_batch else "")
         )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
-    return [sharding.share(batch, mesh)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
+    return [sharding.share(batch, mesh, meta_batch)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
 
 
 @contextlib.contextmanager
 def _calls(
-    tasks: TaskDistribution | TaskStream, first: Source | list[Task], mesh: Mesh, done: int
+    tasks: TaskDistribution | TaskStream, first: Source | list[Task], mesh: Mesh, meta_batch: int, done: int
 ) -> Iterator[Callable[[int, int], Iterable[tuple[Source | list[Task], int]]]]:
     """`(start, until) -> (source, until) of each call of the chunk`, for a run that starts at `done`.
 
@@ -306,7 +324,7 @@ def _calls(
         def each(start: int, until: int) -> Iterator[tuple[list[Task], int]]:
             while start < until:
                 given = [
-                    sharding.share(batch, mesh)
+                    sharding.share(batch, mesh, meta_batch)
                     for batch in itertools.islice(batches, min(len(first), until - start))
                 ]
                 if not given:
@@ -318,12 +336,13 @@ def _calls(
         yield each
 
 
-def _chunk(step: Callable) -> Callable:
+def _chunk(step: Callable, *, skip: bool) -> Callable:
     """Meta-steps until a given one, or until one that is not finite, as one compiled loop.
 
     The end is an argument and not a shape, so that chunks of every length are one program:
     nothing is compiled twice, and a resumed run, whose chunks may be cut elsewhere, computes
     the same bits. `source` is a sampler, or a list of the tasks of one meta-step after another.
+    `skip`: a step that is not finite leaves all but its number as it was, and the loop goes on.
     """
 
     def chunk(
@@ -340,18 +359,41 @@ def _chunk(step: Callable) -> Callable:
         )
 
         def going(carry: tuple) -> Array:
-            state, _, finite = carry
+            state, _, finite, _ = carry
             return (state.step < until) & finite
 
         def body(carry: tuple) -> tuple:
-            state, totals, _ = carry
-            state, metrics = step(state, source_at(state.step))
-            return state, jax.tree.map(jnp.add, totals, metrics), _all_finite((metrics["loss"], state.params))
+            before, totals, _, skipped = carry
+            state, metrics = step(before, source_at(before.step))
+            finite = _all_finite((metrics["loss"], state.params))
+            if skip:
+                finite &= _still_finite(before.opt_state, state.opt_state)
+                kept = _where(finite, state, before)
+                state = kept._replace(step=state.step)
+                metrics = _where(finite, metrics, zeros)
+                finite, skipped = jnp.bool_(True), skipped + ~finite
+            return state, jax.tree.map(jnp.add, totals, metrics), finite, skipped
 
-        state, totals, finite = jax.lax.while_loop(going, body, (state, zeros, jnp.bool_(True)))
-        return state, {"metrics": totals, "finite": finite, "count": state.step - start}
+        first = state, zeros, jnp.bool_(True), jnp.int32(0)
+        state, totals, finite, skipped = jax.lax.while_loop(going, body, first)
+        out = {"metrics": totals, "finite": finite, "count": state.step - start, "skipped": skipped}
+        return state, out
 
     return chunk
+
+
+def _where(condition: Array, one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
+
+
+def _still_finite(before: PyTree, after: PyTree) -> Array:
+    """Whether all numbers are finite that were so before: an optimizer may begin with an infinite one."""
+    lost = [
+        (jnp.isfinite(a) & ~jnp.isfinite(b)).any()
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        if jnp.issubdtype(b.dtype, jnp.inexact)
+    ]
+    return ~jnp.stack([jnp.bool_(False), *lost]).any()
 
 
 def _all_finite(tree: PyTree) -> Array:

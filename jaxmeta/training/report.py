@@ -119,8 +119,11 @@ class RunLog:
         self.compile_s = row["compile_s"]
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps({**row, "elapsed_s": round(self.elapsed_s, 3)}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({**row, "elapsed_s": round(self.elapsed_s, 3)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _rewind(self, step: int) -> None:
         """Drops the rows that the run is about to write again."""

@@ -2,14 +2,14 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmeta.core import (
@@ -25,6 +25,7 @@ from jaxmeta.core import (
 )
 from jaxmeta.training import sharding
 from jaxmeta.training.diagnostics import alignment
+from jaxmeta.training.sharding import Devices
 
 Strategy = str | int
 
@@ -51,7 +52,12 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    learner: Learner, optimizer: optax.GradientTransformation, tasks: TaskDistribution | TaskStream, key: Key
+    learner: Learner,
+    optimizer: optax.GradientTransformation,
+    tasks: TaskDistribution | TaskStream,
+    key: Key,
+    *,
+    devices: Mesh | None = None,
 ) -> TrainState:
     """State before the first meta-step.
 
@@ -60,6 +66,8 @@ def init_state(
       optimizer: the outer optax optimizer.
       tasks: the training tasks; only their shapes are read.
       key: the run's key, typed (`jax.random.key`) or raw.
+      devices: a mesh of `jm.make_mesh`, to have the state made where it is to lie, split over "params"; None
+        for the default device.
 
     Raises:
       ValueError: `learner.loss` gives no scalar for these tasks; also what the learner itself
@@ -83,8 +91,13 @@ def init_state(
             "it must be a floating-point scalar"
         )
     # Compiled as a whole: `init` reads the task's shapes only, so that drawing it is dead code.
-    params, opt_state = jax.jit(init)(sample, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+    if devices is None or devices.size == 1:
+        params, opt_state = jax.jit(init)(sample, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+    placed = sharding.shardings(jax.eval_shape(init, sample, key), devices)
+    sample, key = sharding.replicate((sample, key), devices)
+    params, opt_state = jax.jit(init, out_shardings=placed)(sample, key)
+    return TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), params, opt_state, key)
 
 
 def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:
@@ -123,7 +136,7 @@ def meta_step(
     meta_batch: int,
     strategy: Strategy = "auto",
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices = None,
     compared_to: Learner | None = None,
 ) -> Callable[[TrainState, Source], tuple[TrainState, dict[str, Float[Array, ""]]]]:
     """One meta-step as a pure function, to be compiled by the caller.
@@ -140,8 +153,9 @@ def meta_step(
         time, gradients accumulated, so that memory does not grow with their number. An int:
         that many at a time. "auto": "scan" on CPUs, whose grouped convolutions are slow,
         "vmap" on accelerators.
-      devices: that share the tasks; None for as many local ones as divide `meta_batch`. Of a learner
-        that is `divisible` there may be more of them than tasks: they share the examples of each.
+      devices: that share the tasks; None for as many as divide `meta_batch`. Of a learner that is
+        `divisible` there may be more of them than tasks: they share the examples of each. Or a mesh of
+        `jm.make_mesh`.
       compared_to: a learner of the same parameters, such as the first-order version of `learner`, whose
         meta-gradient on the same tasks is computed besides, and not used: the metrics get "cosine" and
         "norm_ratio" between the two (see `jm.meta_gradient_alignment`).
@@ -221,7 +235,13 @@ def meta_step(
             {"loss": loss / meta_batch, **means},
         )
 
-    return sharding.over_tasks(step, mesh, out=PartitionSpec())
+    shared = sharding.over_tasks(step, mesh, out=PartitionSpec())
+
+    def placed(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        state, metrics = shared(state, source)
+        return sharding.keep_placed(state, mesh), metrics
+
+    return placed
 
 
 def validation_key(key: Key) -> Key:

@@ -122,9 +122,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     for file in (newest / "arrays").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
+    with pytest.warns(UserWarning, match=r"step-00000002: by SHA256SUMS not as it was written: arrays/"):
+        assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
     shutil.rmtree(newest / "manifest")
-    assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
+    with pytest.warns(UserWarning, match=r"has no manifest; step-00000001 before it in .* is used"):
+        assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001" / "manifest")
     with pytest.raises(ValueError, match=r"no checkpoint can be read in .*step-00000002: it has no manifest"):
         restore_checkpoint(tmp_path, fresh())

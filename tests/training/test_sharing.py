@@ -109,7 +109,7 @@ def test_what_cannot_be_shared_is_refused(learner):
 
 def test_the_mesh_splits_tasks_first():
     device = jax.devices()[0]
-    for tasks, devices, shape in ((1, 4, (1, 4)), (6, 4, (2, 2)), (8, 4, (4, 1)), (3, 2, (1, 2))):
+    for tasks, devices, shape in ((1, 4, (1, 4, 1)), (6, 4, (2, 2, 1)), (8, 4, (4, 1, 1)), (3, 2, (1, 2, 1))):
         assert sharding.task_mesh(tasks, [device] * devices, divisible=True).devices.shape == shape
 
 

@@ -224,6 +224,38 @@ def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
         assert "there is no checkpoint" in str(error.value)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_non_finite_step_can_be_skipped_without_a_trace(devices):
+    """All but the number of the step stays as it was, and only what was computed is in the means."""
+    bad = jnp.array([0, 5, 6])
+    learner = toys.maml(poison=lambda step: jnp.where((step == bad).any(), jnp.nan, 0.0))
+    tasks, optimizer = toys.sinusoid(), toys.adam()
+    settings = {"non_finite": "skip", "devices": jax.devices()[:devices]}
+    state, events = run(learner, tasks, optimizer, **settings)
+    assert [event.skipped for event in of(events, Progress)] == [1, 2, 0]
+    expected = init_state(learner, optimizer, tasks, KEY)
+    step, losses = jax.jit(meta_step(learner, optimizer, 4, devices=settings["devices"])), []
+    for number in range(12):
+        after, metrics = step(expected._replace(step=jnp.int32(number)), tasks.sample)
+        if number not in bad:
+            expected = after
+            losses.append(float(metrics["loss"]))
+    assert int(state.step) == 12
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        (state.params, state.opt_state),
+        (expected.params, expected.opt_state),
+    )
+    means = [np.mean(part) for part in (losses[:3], losses[3:5], losses[5:])]
+    np.testing.assert_allclose([event.metrics["loss"] for event in of(events, Progress)], means, rtol=1e-5)
+
+
+def test_where_nothing_is_finite_skipping_ends_too():
+    learner = toys.maml(poison=lambda step: jnp.where(step >= 5, jnp.nan, 0.0))
+    with pytest.raises(NonFiniteLoss, match="in meta-step 12;"):
+        run(learner, steps=40, non_finite="skip")
+
+
 def test_a_non_finite_parameter_stops_too():
     optimizer = optax.sgd(lambda step: jnp.where(step == 4, jnp.inf, 1e-3))
     with pytest.raises(NonFiniteLoss) as error:

@@ -1,0 +1,102 @@
+"""Trainings whose results must not depend on how many processes share them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import toys
+
+import jaxmeta as jm
+from jaxmeta.core import TaskStream, episode_keys
+from jaxmeta.training import validation_key
+
+KEY = jax.random.key(0)
+BATCH, STEPS = 8, 6
+ONE = (0, 1)
+
+
+def images() -> jm.TaskDistribution:
+    x = np.random.default_rng(0).integers(0, 256, (60, 9, 9, 1), np.uint8)
+    return jm.tasks.from_arrays(x, np.arange(60) % 12, ways=3, shots=1, queries=2, rotations="random")
+
+
+def streamed(key, share, for_evaluation=False) -> TaskStream:
+    """The same tasks from the host: of each batch those of one process, or all of an evaluation's."""
+    tasks = images()
+    index, count = ONE if for_evaluation else share
+    own = BATCH // count
+    draw = jax.jit(jax.vmap(tasks.sample))
+
+    def at(step):
+        first = step * BATCH if for_evaluation else 0
+        numbers = jnp.arange(first + index * own, first + (index + 1) * own)
+        of_step = key if for_evaluation else jax.random.fold_in(key, step)
+        return jax.tree.map(np.asarray, draw(episode_keys(of_step, numbers)[:, 0]))
+
+    return TaskStream(at, tasks.card, key=key, for_evaluation=for_evaluation)
+
+
+def trained(folder: Path | None, steps: int = STEPS, resume: bool = False):
+    """Parameters that are checkpointed on the way, and chosen by validation."""
+    state = jm.train(
+        toys.maml(width=64),
+        toys.sinusoid(),
+        toys.adam(),
+        steps=steps,
+        key=KEY,
+        meta_batch=BATCH,
+        validation=toys.sinusoid(),
+        validation_episodes=11,
+        validate_every=3,
+        run_dir=folder,
+        resume=resume,
+    )
+    return state.params
+
+
+def from_a_stream(share):
+    """Parameters learned from each process's own part of a stream, and their score on another."""
+    learner = jm.prototypical(jm.nn.MLP(out=8, hidden=(16,)))
+    state = jm.train(
+        learner,
+        streamed(KEY, share),
+        optax.sgd(0.1),
+        steps=STEPS,
+        key=KEY,
+        meta_batch=BATCH,
+        validation=streamed(validation_key(KEY), share, for_evaluation=True),
+        validation_episodes=11,
+        validate_every=3,
+    )
+    return state.params
+
+
+def in_float64():
+    """Parameters and loss after one meta-step in float64."""
+    with jax.enable_x64(True):
+        single = toys.sinusoid()
+
+        def double(tree):
+            return jax.tree.map(
+                lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+                tree,
+            )
+
+        tasks = single._replace(
+            sample=jax.tree_util.Partial(lambda sample, key: double(sample(key)), single.sample)
+        )
+        plain = toys.maml(width=64)
+        learner = plain._replace(init=lambda key, task: double(plain.init(key, task)))
+        state = jm.train(learner, tasks, optax.sgd(0.1), steps=1, key=KEY, meta_batch=BATCH)
+        return state.params
+
+
+# By name: `(folder, share) -> parameters`.
+RUNS: dict[str, Callable] = {
+    "checkpointed": lambda folder, share: trained(folder),
+    "streamed": lambda folder, share: from_a_stream(share),
+    "float64": lambda folder, share: in_float64(),
+}

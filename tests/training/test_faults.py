@@ -1,0 +1,145 @@
+"""Killed runs, damaged checkpoints, full disks: nothing wrong is ever read, and nothing good is lost."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+import jaxmeta as jm
+from jaxmeta.training.checkpoint import (
+    Best,
+    checkpoint_steps,
+    load_params,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from jaxmeta.training.evaluate import Evaluation
+
+HERE = Path(__file__).parent
+
+
+def started(folder, steps, limit=0):
+    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "victim.py"), str(folder), str(steps), str(limit)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def to_its_end(folder, steps):
+    process = started(folder, steps)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(kills, tmp_path):
+    rng, steps, cut_short = random.Random(kills), 20 * kills, 0
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    to_its_end(whole, steps)
+    for _ in range(kills):
+        process = started(killed, steps)
+        for _ in range(rng.randint(1, 5)):
+            process.stdout.readline()
+        # Nearly all of the time is spent in writing checkpoints.
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        cut_short += any(entry.name.endswith(".unfinished") for entry in (killed / "checkpoints").iterdir())
+    assert kills < 20 or cut_short > 2
+    to_its_end(killed, steps)
+    like = jm.training.init_state(toys.maml(width=64), toys.adam(), toys.sinusoid(), jax.random.key(0))
+    found, expected = (restore_checkpoint(folder, like) for folder in (killed, whole))
+    assert int(found[0].step) == steps
+    assert_same(found[0]._replace(key=0), expected[0]._replace(key=0))
+    assert found[1][:2] == expected[1][:2]
+    assert_same(found[1].params, expected[1].params)
+    assert_same(jm.load(killed / "checkpoints" / "best"), jm.load(whole / "checkpoints" / "best"))
+
+
+def state(step):
+    fresh = jm.training.init_state(toys.maml(), toys.adam(), toys.sinusoid(), jax.random.key(step))
+    return fresh._replace(step=jnp.int32(step))
+
+
+def test_no_damage_is_read_as_if_it_were_whole(tmp_path):
+    """One bit changed, or the end cut off, at 100 random places: what was saved before is read, and said."""
+    rng = random.Random(0)
+    for step in (1, 2):
+        best = Best(step, Evaluation(0.5, 0.1, 8), state(step).params)
+        save_checkpoint(tmp_path / "run", state(step), best=best)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    spared = tmp_path / "spared"
+    shutil.copytree(newest, spared)
+    like = state(0)
+    # A place is as likely as any other, so that the large files are damaged most; and the rest by turns.
+    for number in range(100):
+        sizes = [path.stat().st_size if number % 2 else 1 for path in files]
+        path = rng.choices(files, sizes)[0]
+        content = path.read_bytes()
+        place = rng.randrange(len(content))
+        if number % 3:
+            changed = bytes([content[place] ^ 1 << rng.randrange(8)])
+            path.write_bytes(content[:place] + changed + content[place + 1 :])
+        else:
+            path.write_bytes(content[:place])
+        with pytest.warns(UserWarning, match=r"step-00000002: .*step-00000001 before it in .* is used"):
+            found, best = restore_checkpoint(tmp_path / "run", like)
+        assert int(found.step) == 1
+        assert_same(found.params, state(1).params)
+        assert best.step == 1
+        path.write_bytes(content)
+    assert sorted(path.read_bytes() for path in files) == sorted(
+        path.read_bytes() for path in spared.rglob("*") if path.is_file()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert int(restore_checkpoint(tmp_path / "run", like)[0].step) == 2
+
+
+def test_a_file_too_few_or_too_many_is_damage_too(tmp_path):
+    jm.save(tmp_path / "tree", {"a": jnp.ones(3)})
+    (tmp_path / "tree" / "arrays" / "more").write_text("")
+    with pytest.raises(ValueError, match=r"is damaged.*not as it was written: arrays/more"):
+        jm.load(tmp_path / "tree")
+    (tmp_path / "tree" / "arrays" / "more").unlink()
+    assert jm.load(tmp_path / "tree")["a"].sum() == 3
+    (tmp_path / "tree" / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="its SHA256SUMS cannot be read"):
+        jm.load(tmp_path / "tree")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a process's files")
+@pytest.mark.parametrize("limit", [10, 1000])
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(limit, tmp_path):
+    """Python's own files meet the limit of 10 bytes, and those of Orbax that of 1,000."""
+    process = started(tmp_path, 20, limit)
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 1, said
+    assert out.split("saved ")[1:] == ["2\n"]
+    assert "OSError: [Errno 27] cannot be written (File too large); nothing was replaced: " in said
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["step-00000002"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint_steps(tmp_path) == [2]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_params(tmp_path)))

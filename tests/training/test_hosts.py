@@ -1,0 +1,183 @@
+"""Several real processes on this machine learn what one learns, and end together."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import meta_runs
+import numpy as np
+import pytest
+
+import jaxmeta as jm
+from jaxmeta.training import hosts
+from jaxmeta.training.checkpoint import checkpoint_steps
+
+HERE = Path(__file__).parent
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment():
+    # As conftest has it, without the devices that it made of one process.
+    drop = ("JAX_NUM_CPU_DEVICES",)
+    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {name: value for name, value in os.environ.items() if name not in drop} | {
+        "PYTHONPATH": os.pathsep.join(paths)
+    }
+
+
+def start(command, processes):
+    """`command(port, process)` of each, started."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *command(port, process)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+
+
+def ended(members, seconds):
+    """What they wrote, once all have ended."""
+    try:
+        return [member.communicate(timeout=seconds)[0] for member in members]
+    finally:
+        for member in members:
+            member.kill()
+
+
+def together(processes, folder):
+    members = start(
+        lambda port, process: [str(HERE / "member.py"), *map(str, (port, processes, process, folder))],
+        processes,
+    )
+    said = ended(members, 500)
+    assert [member.returncode for member in members] == [0] * processes, "\n".join(said)
+    with jax.enable_x64(True):
+        return jm.load(folder / f"found-{processes}")
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return together(2, folder), folder
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(tree)) for tree in (found, expected)), strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "streamed"])
+def test_two_processes_learn_what_one_learns(name, of_two):
+    assert_close(of_two[0][name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
+
+
+def test_in_float64_to_one_part_in_a_million_million(of_two):
+    assert of_two[0]["float64"]["hidden"].dtype == np.float64
+    assert_close(of_two[0]["float64"], meta_runs.in_float64(), 1e-12)
+
+
+def test_one_process_continues_what_two_began(of_two, tmp_path):
+    folder = shutil.copytree(of_two[1] / "checkpointed", tmp_path / "run")
+    assert checkpoint_steps(folder)[-1] == meta_runs.STEPS
+    found = meta_runs.trained(folder, steps=12, resume=True)
+    assert_close(found, meta_runs.trained(None, steps=12), 1e-5)
+
+
+@pytest.mark.slow
+def test_four_processes_learn_what_one_learns(tmp_path):
+    found = together(4, tmp_path)
+    for name in ("checkpointed", "streamed"):
+        assert_close(found[name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
+    assert_close(found["float64"], meta_runs.in_float64(), 1e-12)
+
+
+def train_command(out, *more):
+    settings = ["--steps", "100000", "--validate-every", "20", "--meta-batch", "4", "--episodes", "4"]
+    return lambda port, process: [
+        *("-m", "jaxmeta.cli", "train", *settings, "--out", str(out), *more),
+        *("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_lost_process_ends_the_others_and_any_number_goes_on(victim, tmp_path):
+    out = tmp_path / "run"
+    members = start(train_command(out), 2)
+    deadline = time.monotonic() + 300
+    while not checkpoint_steps(out) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    members[victim].send_signal(signal.SIGKILL)
+    lost_at = time.monotonic()
+    said = ended(members, 120)[1 - victim]
+    assert time.monotonic() - lost_at < 60
+    if victim:
+        assert members[0].returncode == 75
+        assert "another process of this run is lost" in said
+        assert f"jaxmeta train --resume --out {out}" in said
+    else:
+        # JAX itself ends a process that can no longer reach the first one.
+        assert members[1].returncode != 0
+        assert "another task died" in said
+    reached = checkpoint_steps(out)[-1]
+    resumed = [*("-m", "jaxmeta.cli", "train", "--resume", "--out", str(out))]
+    alone = subprocess.Popen(
+        [sys.executable, *resumed],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while checkpoint_steps(out)[-1] <= reached and time.monotonic() < deadline + 300:
+        time.sleep(0.2)
+    alone.send_signal(signal.SIGTERM)
+    assert f"continuing after meta-step {reached}" in ended([alone], 120)[0]
+    assert alone.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--distributed"], "--distributed: there is no cluster"),
+        (["--distributed", "--process", "0"], "--distributed: asks the cluster what --process says"),
+        (["--coordinator", "127.0.0.1:1"], "--processes: is missing"),
+    ],
+)
+def test_a_command_that_cannot_join_says_so(flags, named, tmp_path):
+    command = [sys.executable, "-m", "jaxmeta.cli", "train", "--out", str(tmp_path / "run"), *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("127.0.0.1:1", 2, None), "process: is missing"),
+        ((None, 2, 0), "coordinator: is missing"),
+        (("127.0.0.1", 2, 0), "coordinator: got '127.0.0.1'; it must be host:port"),
+        (("127.0.0.1:0", 2, 0), "it must be host:port"),
+        (("127.0.0.1:1", 0, 0), "processes: got 0"),
+        (("127.0.0.1:1", 2, 2), "process: got 2; it must be from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(given, named):
+    with pytest.raises(ValueError, match=named):
+        hosts.connect(*given)

@@ -1,0 +1,217 @@
+"""A mesh of devices changes where a meta-step is computed, and nothing else.
+
+JAX_NUM_CPU_DEVICES=8 pytest tests/training/test_mesh.py
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+from jax.sharding import Mesh
+
+import jaxmeta as jm
+from jaxmeta.core import episode_keys
+from jaxmeta.training import sharding
+
+needs_eight = pytest.mark.skipif(
+    len(jax.devices()) < 8, reason="needs 8 devices: JAX_NUM_CPU_DEVICES=8 pytest tests/training/test_mesh.py"
+)
+KEY = jax.random.key(0)
+BATCH = 8
+MESHES = {
+    "2 devices": {"tasks": 2},
+    "8 devices": {"tasks": 8},
+    "parameters over 2": {"tasks": 4, "params": 2},
+    "parameters over 4": {"params": 4},
+}
+
+
+def glyphs():
+    return jm.tasks.glyphs("train", ways=3, shots=1, queries=2)
+
+
+def stored():
+    """Images of bytes, as Omniglot's are."""
+    x = np.random.default_rng(0).integers(0, 256, (60, 9, 9, 1), np.uint8)
+    return jm.tasks.from_arrays(x, np.arange(60) % 12, ways=3, shots=1, queries=2, rotations="random", seed=1)
+
+
+def as_bytes(x):
+    return jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.float32).reshape(-1)
+
+
+@cache
+def witness():
+    """A learner whose gradient is every byte of the episode and of its own random numbers."""
+
+    def seen(task, key):
+        bits = jax.random.bits(key, (16,), jnp.uint8).astype(jnp.float32)
+        return jnp.concatenate(
+            [as_bytes(task.support.x), as_bytes(task.query.x), as_bytes(task.query.y), bits]
+        )
+
+    def init(key, task):
+        return {"w": jnp.zeros(seen(task, key).shape)}
+
+    def loss(params, task, key, step=None):
+        return params["w"] @ seen(task, key), {}
+
+    return jm.Learner(init, None, None, loss)
+
+
+@cache
+def maml():
+    return jm.maml(jm.nn.Conv4(3, filters=8), inner_optimizer=optax.sgd(0.4), steps=1)
+
+
+def after_a_step(learner, distribution, optimizer, **axes):
+    mesh = jm.make_mesh(**axes)
+    state = jm.init_state(learner, optimizer, distribution, KEY, devices=mesh)
+    step = jax.jit(jm.meta_step(learner, optimizer, BATCH, devices=mesh))
+    return step(sharding.place(state, mesh), sharding.replicate(distribution.sample, mesh))
+
+
+@needs_eight
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_draws_the_same_episodes_bit_for_bit(name):
+    # Sums of eight bytes are exact in any order.
+    found, expected = (
+        np.asarray(after_a_step(witness(), stored(), optax.sgd(1.0), **axes)[0].params["w"])
+        for axes in (MESHES[name], {})
+    )
+    assert len(np.unique(found)) > 100
+    np.testing.assert_array_equal(found, expected)
+
+
+def assert_close(found, expected, tolerance):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(jax.device_get(found)),
+        jax.tree.leaves(jax.device_get(expected)),
+        strict=True,
+    ):
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+        assert error <= tolerance, (jax.tree_util.keystr(path), error)
+
+
+@needs_eight
+@pytest.mark.parametrize("name", MESHES)
+def test_a_meta_step_agrees_to_one_part_in_a_hundred_thousand(name):
+    found, expected = (after_a_step(maml(), glyphs(), optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
+    assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-5)
+
+
+@needs_eight
+@pytest.mark.parametrize("name", MESHES)
+def test_in_float64_to_one_part_in_a_million_million(name, x64):
+    def double(task):
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, task
+        )
+
+    single = toys.sinusoid()
+    tasks = single._replace(
+        sample=jax.tree_util.Partial(lambda sample, key: double(sample(key)), single.sample)
+    )
+    plain = toys.maml(width=1024)
+    learner = plain._replace(init=lambda key, task: double(plain.init(key, task)))
+    found, expected = (after_a_step(learner, tasks, optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
+    assert found[0].params["hidden"].dtype == jnp.float64
+    assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-12)
+
+
+@needs_eight
+def test_parameters_and_moments_lie_split_before_and_after():
+    mesh = jm.make_mesh(tasks=2, params=4)
+    optimizer = optax.adam(1e-3)
+    learner, tasks = toys.maml(width=2048), toys.sinusoid()
+    state = jm.init_state(learner, optimizer, tasks, KEY, devices=mesh)
+    after, _ = jax.jit(jm.meta_step(learner, optimizer, BATCH, devices=mesh))(
+        state, sharding.replicate(tasks.sample, mesh)
+    )
+    for each in (state, after):
+        for tree in (each.params, each.opt_state[0].mu, each.opt_state[0].nu):
+            for leaf in jax.tree.leaves(tree):
+                parts = 4 if leaf.size >= 1024 else 1
+                assert leaf.addressable_shards[0].data.size == leaf.size // parts, leaf.shape
+
+
+@needs_eight
+def test_a_run_on_one_mesh_is_continued_on_another(tmp_path):
+    settings = {"key": KEY, "meta_batch": BATCH, "validation": toys.sinusoid(), "validation_episodes": 11}
+    settings |= {"validate_every": 3, "run_dir": tmp_path}
+    learner, optimizer = toys.maml(width=1024), toys.adam()
+    first = jm.make_mesh(tasks=2, params=4)
+    jm.train(learner, toys.sinusoid(), optimizer, steps=3, devices=first, **settings)
+    found = jm.train(
+        learner, toys.sinusoid(), optimizer, steps=6, devices=jm.make_mesh(tasks=8), resume=True, **settings
+    )
+    alone = jm.train(
+        learner,
+        toys.sinusoid(),
+        optimizer,
+        steps=6,
+        devices=jax.devices()[:1],
+        **settings | {"run_dir": None},
+    )
+    assert_close(found.params, alone.params, 1e-4)
+
+
+@needs_eight
+def test_under_pmap_it_is_the_same_step():
+    """For programs built on `pmap`: tasks are handed in, and the optimizer averages gradients."""
+    learner, tasks, inner = maml(), glyphs(), optax.sgd(0.1)
+    mean = optax.GradientTransformation(
+        lambda params: optax.EmptyState(),
+        lambda grads, state, params=None: (jax.lax.pmean(grads, "i"), state),
+    )
+    optimizer = optax.chain(mean, inner)
+    state = jm.init_state(learner, optimizer, tasks, KEY)
+    step = jm.meta_step(learner, optimizer, BATCH // 8, devices=jax.devices()[:1])
+    keys = episode_keys(jax.random.fold_in(KEY, state.step), jnp.arange(BATCH))[:, 0]
+    batch = jax.tree.map(
+        lambda leaf: leaf.reshape(8, BATCH // 8, *leaf.shape[1:]), jax.vmap(tasks.sample)(keys)
+    )
+    found, _ = jax.pmap(step, axis_name="i", in_axes=(None, 0))(state, batch)
+    expected, _ = after_a_step(learner, tasks, inner, tasks=8)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], found.params), expected.params, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "named"),
+    [
+        ({"tasks": 0}, "tasks: got 0"),
+        ({"params": -1}, "params: got -1"),
+        ({"tasks": 4096}, "tasks=4096: these are 4096 devices, and there are"),
+        ({"tasks": 64, "params": 64}, "tasks=64 x params=64: these are 4096 devices"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(axes, named):
+    with pytest.raises(ValueError, match=named):
+        jm.make_mesh(**axes)
+
+
+def test_a_mesh_that_does_not_suit_is_refused():
+    devices = [jax.devices()[0]] * 3
+    learner, optimizer = toys.maml(), optax.sgd(0.1)
+    with pytest.raises(ValueError, match=r"a mesh of tasks=3, which must divide the 8 tasks"):
+        jm.meta_step(learner, optimizer, BATCH, devices=jm.make_mesh(tasks=3, devices=devices))
+    with pytest.raises(ValueError, match=r"a mesh of examples=3; only where learner.divisible"):
+        jm.meta_step(learner, optimizer, BATCH, devices=jm.make_mesh(examples=3, devices=devices))
+    with pytest.raises(ValueError, match=r"a mesh of \('model',\); make one with jm.make_mesh"):
+        jm.meta_step(learner, optimizer, BATCH, devices=Mesh(np.array(devices), ("model",)))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "tasks", "tasks=0", "tasks=-1", "tasks=x", "model=2", "tasks=2,tasks=2"]
+)
+def test_axes_that_cannot_be_read_are_refused(text):
+    with pytest.raises(ValueError, match="it must be like tasks=8"):
+        sharding.parse_axes(text)
+
+
+def test_axes_as_written():
+    assert sharding.parse_axes("tasks=4, params=2") == {"tasks": 4, "params": 2}

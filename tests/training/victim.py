@@ -1,0 +1,50 @@
+"""A training to be killed: a program, started by `test_faults`.
+
+    python tests/training/victim.py FOLDER STEPS LIMIT
+
+It saves after every second meta-step and says so. LIMIT: no file may grow beyond so many bytes after the
+first checkpoint, as on a disk that is full; 0 for no limit.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import toys
+
+import jaxmeta as jm
+from jaxmeta.training import Saved
+from jaxmeta.training.checkpoint import checkpoint_steps
+
+FOLDER, STEPS, LIMIT = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+
+def report(event):
+    if not isinstance(event, Saved):
+        return
+    print("saved", event.step, flush=True)
+    if LIMIT:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+
+
+if __name__ == "__main__":
+    try:
+        jm.train(
+            toys.maml(width=64),
+            toys.sinusoid(),
+            toys.adam(),
+            steps=STEPS,
+            key=jax.random.key(0),
+            meta_batch=2,
+            validation=toys.sinusoid(),
+            validation_episodes=4,
+            validate_every=4,
+            checkpoint_every=2,
+            run_dir=FOLDER,
+            resume=bool(checkpoint_steps(FOLDER)),
+            report=report,
+        )
+    except OSError as error:
+        sys.exit(f"OSError: {error}")
