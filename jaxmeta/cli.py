@@ -157,8 +157,20 @@ class TrainFlags(TypedDict, total=False):
     strategy: Annotated[
         str, _flag("how a device goes through its tasks: auto, vmap, scan, or that many at once", "NAME|N")
     ]
+    non_finite: Annotated[
+        Literal["stop", "skip"],
+        _flag("stop: a loss that is no longer finite ends the run; skip: such a meta-step leaves no trace"),
+    ]
     devices: Annotated[
         int, _flag("devices that share the tasks; on CPUs, cores", "N", "(default: as many as are of use)")
+    ]
+    mesh: Annotated[
+        str,
+        _flag(
+            "how devices share the work: tasks=8, or with parameters split as well tasks=4,params=2",
+            "AXIS=N,…",
+            "(default: tasks, by --devices)",
+        ),
     ]
     out: Annotated[str, _flag("the run's folder", "DIR", "(default: runs/<learner>-<tasks>-<date and time>)")]
 
@@ -193,6 +205,15 @@ class Train:
     within_alphabet: Annotated[
         bool, _flag("omniglot: tasks of one alphabet, queries drawn by other hands", default="")
     ] = False
+    coordinator: Annotated[
+        str | None,
+        _flag("several processes, each with its own --process: where the first one is", "HOST:PORT", ""),
+    ] = None
+    processes: Annotated[int | None, _flag("how many they are", "N", "")] = None
+    process: Annotated[int | None, _flag("which of them this is, from 0", "I", "")] = None
+    distributed: Annotated[
+        bool, _flag("several processes, as Slurm, Kubernetes or a TPU pod started them", default="")
+    ] = False
     resume: Annotated[bool, _flag("continue the run in --out from its last checkpoint", default="")] = False
 
 
@@ -213,6 +234,10 @@ class EvaluateFlags(TypedDict, total=False):
     ]
     data: Annotated[str, _flag("folder with the data set's files", "DIR", "(default: the run's)")]
     devices: Annotated[int, _flag("devices that share the episodes; on CPUs, cores", "N", "(default: all)")]
+    mesh: Annotated[
+        str,
+        _flag("how devices share the work: params=2 splits parameters", "AXIS=N,…", "(default: --devices)"),
+    ]
     json: Annotated[str, _flag("also write the result here", "FILE", "(default: only print)")]
 
 
@@ -520,6 +545,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OTHER
 
 
+def program() -> None:
+    """`main` as a program."""
+    status = main()
+    if status and "jaxmeta.training" in sys.modules:
+        from jaxmeta.training import hosts
+
+        hosts.leave_at_once(status)
+    sys.exit(status)
+
+
 def _parse(argv: Sequence[str]) -> Any:
     """A command, or None where its help was printed."""
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
@@ -625,9 +660,10 @@ def _run(command: Any) -> None:
 
 def _given(command: Train | Compare | Transfer | Rank) -> dict[str, Any]:
     """The flags that were given; a switch that is off was not."""
-    names = ("stream", "skip_unreadable", "diagnose", "distort", "within_alphabet")
+    names = ("stream", "skip_unreadable", "diagnose", "distort", "within_alphabet", "distributed")
     switches = {name: True for name in names if getattr(command, name, False)}
-    return {**command.flags, **switches}
+    which = {name: getattr(command, name, None) for name in ("coordinator", "processes", "process")}
+    return {**command.flags, **switches, **{name: it for name, it in which.items() if it is not None}}
 
 
 def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
@@ -638,4 +674,4 @@ def _print_table(rows: Iterable[tuple[str, ...]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -23,10 +23,12 @@ from jaxmeta.training.step import sample_of
 MAY_CHANGE = (
     "data",
     "devices",
+    "mesh",
     "strategy",
     "episodes",
     "report_steps",
     "workers",
+    "non_finite",
     "description",
     "jaxmeta",
 )
@@ -35,8 +37,8 @@ MAY_CHANGE = (
 _LATER = {
     field.name: field.default
     for field in dataclasses.fields(Preset)
-    if field.name in presets.METHOD_FIELDS or field.name == "within_alphabet"
-}
+    if field.name in presets.METHOD_FIELDS or field.name in ("within_alphabet", "non_finite")
+} | {"mesh": None}
 
 # Where a run keeps the population statistics of its learner.
 POPULATION = "population"
@@ -46,11 +48,7 @@ def fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, 
     flags = settled(flags)
     preset, settings = presets.settings_of(flags, learner=learner, preset=flags.get("preset"))
     out = new_folder(flags.get("out"), settings.learner, settings.tasks, "run")
-    return (
-        _config(preset, settings, flags.get("seed", 0), data_of(flags, {}), flags.get("devices")),
-        settings,
-        out,
-    )
+    return _config(preset, settings, flags.get("seed", 0), data_of(flags, {}), flags), settings, out
 
 
 def new_folder(given: str | None, what: str, tasks: str, kind: str) -> Path:
@@ -69,14 +67,15 @@ def new_folder(given: str | None, what: str, tasks: str, kind: str) -> Path:
 
 
 def _config(
-    preset: str, settings: Preset, seed: int, data: str | None, devices: int | None
+    preset: str, settings: Preset, seed: int, data: str | None, devices: Mapping[str, Any]
 ) -> dict[str, Any]:
     config = {
         "jaxmeta": version("jaxmeta"),
         "preset": preset,
         "seed": seed,
         "data": data,
-        "devices": devices,
+        "devices": devices.get("devices"),
+        "mesh": devices.get("mesh"),
         **dataclasses.asdict(settings),
     }
     return json.loads(json.dumps(config))
@@ -97,7 +96,8 @@ def resumed(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset
         if config[name] != value:
             raise ValueError(f"{flag}: got {value}, but the run in {out} has {config[name]}; leave it out")
     settings = presets.revised(settings, {name: flags[name] for name in flags if name in MAY_CHANGE})
-    devices = flags.get("devices", config["devices"])
+    # Either says which devices.
+    devices = flags if {"devices", "mesh"} & {*flags} else config
     new = _config(config["preset"], settings, config["seed"], data_of(flags, config), devices)
     return {**new, "split_hash": config["split_hash"], "images": config["images"]}, settings, out
 

@@ -4,17 +4,14 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import platform
 import signal
-import sys
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmeta import presets, registry, sources
 from jaxmeta.config import (
@@ -30,6 +27,7 @@ from jaxmeta.config import (
     stored,
 )
 from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
+from jaxmeta.devices import connect, described, machine, mesh_of, peak_memory
 from jaxmeta.settings import Preset
 from jaxmeta.training import (
     Evaluation,
@@ -37,6 +35,7 @@ from jaxmeta.training import (
     calibrate,
     evaluate_episodes,
     evaluate_metrics,
+    hosts,
     meta_step,
     save,
     train,
@@ -52,7 +51,7 @@ from jaxmeta.training.report import (
     write_json,
     write_text,
 )
-from jaxmeta.training.sharding import sharers
+from jaxmeta.training.sharding import process_share
 from jaxmeta.training.step import sample_of, validation_key
 
 _TEST = np.uint32(0xFFFFFFFD)
@@ -100,9 +99,13 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
       The run's folder.
     """
     config, settings, out = resumed(flags, learner) if resume else fresh(flags, learner)
-    devices = _devices(config["devices"], settings.meta_batch)
+    connect(flags)
+    mesh = mesh_of(config["devices"], config["mesh"], settings.meta_batch, flags.get("processes"))
+    # All have looked for the folder before one makes it.
+    hosts.meet("start")
+    first, own = hosts.is_first(), process_share(mesh)
     key = jax.random.key(config["seed"])
-    tasks = sources.tasks_of(settings, "train", config["data"], key)
+    tasks = sources.tasks_of(settings, "train", config["data"], key, process=own)
     validation = sources.validation_tasks_of(settings, config["data"], validation_key(key))
     test = sources.tasks_of(settings, "test", config["data"], test_key(config["seed"]))
     if resume:
@@ -114,19 +117,22 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
     method, optimizer = presets.learner_of(settings), presets.optimizer_of(settings)
     # Built for what it raises: all that can be refused is, before there is a folder.
     compared_to = presets.compared_to(settings)
-    meta_step(method, optimizer, settings.meta_batch, settings.strategy, devices=devices)
+    meta_step(method, optimizer, settings.meta_batch, settings.strategy, devices=mesh)
     parameters = _parameters(method, tasks)
-    _announce(config, settings, tasks, test, validation, parameters, devices, out)
+    if first:
+        _announce(config, settings, tasks, test, validation, parameters, mesh, out)
 
     signals = _Signals(f"continue with: jaxmeta train --resume --out {out}")
-    with signals.handled():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", config)
-        if not checkpoint_steps(out):
-            # Rows of a run that ended before it could save: this one starts again.
-            (out / "metrics.jsonl").unlink(missing_ok=True)
+    with signals.handled(), hosts.missing_none(signals.hint):
         log = RunLog(out / "metrics.jsonl", settings.steps, metric_name(test))
-        with log.showing():
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "config.json", config)
+            if not checkpoint_steps(out):
+                # Rows of a run that ended before it could save: this one starts again.
+                log.path.unlink(missing_ok=True)
+        hosts.meet("folder")
+        with log.showing() if first else contextlib.nullcontext():
             signals.training = True
             try:
                 state = train(
@@ -137,16 +143,17 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
                     key=key,
                     meta_batch=settings.meta_batch,
                     strategy=settings.strategy,
-                    devices=devices,
+                    devices=mesh,
                     compared_to=compared_to,
                     validation=validation,
                     validate_every=settings.validate_every,
                     run_dir=out,
                     resume=bool(checkpoint_steps(out)),
-                    report=log,
+                    report=log if first else None,
                     log_every=min(settings.log_every, max(1, settings.steps // 20)),
                     config={name: value for name, value in config.items() if name not in MAY_CHANGE},
                     should_stop=lambda: signals.asked,
+                    non_finite=settings.non_finite,
                 )
             except Stopped as stopped:
                 raise Signalled(f"after meta-step {stopped.step}, saved; {signals.hint}") from None
@@ -154,11 +161,15 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
         if signals.asked:
             raise Signalled(f"after the last meta-step, saved; {signals.hint}")
         training_s = log.elapsed_s
-        rows = read_metrics(out / "metrics.jsonl")
-        plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {test.card.tasks}")
-        print(f"evaluating on {settings.episodes} test tasks …", flush=True)
-        params = _with_population(method, settings, state.params, config, key, out)
-        results, episodes = _results(settings, params, test, config["seed"], devices)
+        if first:
+            rows = read_metrics(log.path)
+            plot_curve(out / "curve.png", rows, log.metric, f"{settings.learner} on {test.card.tasks}")
+            print(f"evaluating on {settings.episodes} test tasks …", flush=True)
+        params = _with_population(method, settings, hosts.gathered(state.params), config, key, out)
+        results, episodes = _results(settings, params, test, config["seed"], mesh)
+        if not first:
+            hosts.meet("report")
+            return out
         report = {
             "learner": settings.learner,
             "tasks": settings.tasks,
@@ -178,13 +189,14 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
             "outer_optimizer": registry.LEARNERS[settings.learner].outer,
             "card": _card(test.card),
             **results,
-            **_machine(devices),
-            **_peak_memory(devices),
+            **machine(mesh),
+            **peak_memory(mesh),
             "config": config,
         }
         write_text(out / "episodes.json", json.dumps(episodes) + "\n")
         write_text(out / "report.md", report_markdown(report))
         write_json(out / "report.json", report)
+        hosts.meet("report")
     _print_results(results, settings)
     speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
     print(f"{log.elapsed_s:.0f} s in all, training {training_s:.0f} s{speed}")
@@ -199,7 +211,7 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     settings = presets.revised(settings, flags)
     seed, data = flags.get("seed", config["seed"]), data_of(flags, config)
     target = json_target(flags.get("json"))
-    devices = _devices(flags.get("devices"), None)
+    mesh = mesh_of(flags.get("devices"), flags.get("mesh"), None)
     test = sources.tasks_of(settings, "test", data, test_key(seed))
     check_data(config, test, folder)
     params = params_of(folder, settings)
@@ -214,35 +226,14 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "episodes": settings.episodes,
         "card": _card(test.card),
-        **_results(settings, params, test, seed, devices)[0],
-        **_machine(devices),
+        **_results(settings, params, test, seed, mesh)[0],
+        **machine(mesh),
     }
     print(f"{settings.learner}, {_sentence(test.card)}; {settings.episodes} tasks, seed {seed}")
     _print_results(result, settings)
     if target is not None:
         write_json(target, result)
     return result
-
-
-def _devices(wanted: int | None, meta_batch: int | None) -> tuple[jax.Device, ...]:
-    """The devices to use: those asked for, else as many as share the tasks evenly.
-
-    On CPUs the cores serve as devices, if JAX has not started yet and nobody set their number.
-    """
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"--devices: got {wanted}; it must be at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", wanted or _sharing(meta_batch, cores))
-    local = jax.local_devices()
-    if wanted is not None and wanted > len(local):
-        raise ValueError(f"--devices: got {wanted}, and there are {len(local)} ({local[0].platform})")
-    return tuple(local[: wanted or _sharing(meta_batch, len(local))])
-
-
-def _sharing(meta_batch: int | None, most: int) -> int:
-    return most if meta_batch is None else sharers(meta_batch, most)
 
 
 def test_key(seed: int) -> Key:
@@ -276,7 +267,7 @@ def _results(
     params: Params,
     test: TaskDistribution | TaskStream,
     seed: int,
-    devices: tuple[jax.Device, ...],
+    mesh: Mesh,
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Accuracy by normalisation, or mean squared error by number of inner steps; and of each episode."""
 
@@ -287,7 +278,7 @@ def _results(
             test,
             episodes=settings.episodes,
             key=test_key(seed),
-            devices=devices,
+            devices=mesh,
         )
 
     def row(values: np.ndarray) -> dict[str, float]:
@@ -326,33 +317,6 @@ def _card(card: ProtocolCard) -> dict[str, Any]:
     return dataclasses.asdict(card)
 
 
-def _machine(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
-    return {
-        "devices": len(devices),
-        "device": devices[0].device_kind,
-        "platform": devices[0].platform,
-        "versions": {
-            "jaxmeta": version("jaxmeta"),
-            "jax": version("jax"),
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _peak_memory(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
-    """The most memory in use so far: of the fullest accelerator, or of this process on CPUs."""
-    if devices[0].platform != "cpu":
-        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices]
-        return {"peak_memory_bytes": max(peaks) or None, "peak_memory": "device"}
-    try:
-        import resource
-    except ImportError:  # Windows
-        return {"peak_memory_bytes": None, "peak_memory": "process"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_memory_bytes": peak, "peak_memory": "process"}
-
-
 def _announce(
     config: dict,
     settings: Preset,
@@ -360,7 +324,7 @@ def _announce(
     test: TaskDistribution | TaskStream,
     validation: TaskDistribution | TaskStream | None,
     parameters: int,
-    devices: tuple[jax.Device, ...],
+    mesh: Mesh,
     out: Path,
 ) -> None:
     rate = "" if settings.inner_lr is None else f", α = {settings.inner_lr:g}"
@@ -380,7 +344,7 @@ def _announce(
     if (images := config["images"]) is not None:
         kind = "grey" if images["channels"] == 1 else "colour"
         print(f"images    {images['size']} x {images['size']}, {kind}")
-    print(f"devices   {len(devices)} x {devices[0].device_kind}")
+    print(f"devices   {described(mesh)}")
     print(f"preset    {config['preset']}, seed {config['seed']}")
     print(f"folder    {out}", flush=True)
 

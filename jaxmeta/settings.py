@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Preset:
       strategy: over the tasks of a meta-step; see `jm.meta_step`.
       episodes: test episodes.
       validate_every: meta-steps between validations, which choose the parameters kept.
+      non_finite: what becomes of a meta-step whose loss is not finite: "stop" the run, or "skip" it.
       log_every: meta-steps between looks at the loss.
     """
 
@@ -124,6 +125,7 @@ class Preset:
     strategy: str | int = "auto"
     episodes: int = 1000
     validate_every: int = 1000
+    non_finite: Literal["stop", "skip"] = "stop"
     log_every: int = 50
 
     @property

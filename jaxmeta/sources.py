@@ -251,6 +251,7 @@ def tasks_of(
     data: str | None = None,
     key: Key | None = None,
     for_evaluation: bool | None = None,
+    process: tuple[int, int] = (0, 1),
 ) -> TaskDistribution | TaskStream:
     """The tasks of a part: the training protocol for "train", else the test protocol.
 
@@ -260,6 +261,7 @@ def tasks_of(
       data: the folder of --data.
       key: that a stream's episodes are drawn with: of the run for "train", else of the evaluation.
       for_evaluation: whether a stream numbers its episodes as an evaluation does; None: all but "train".
+      process: (index, count) of those that share a stream to train on; each gets its part of every batch.
     """
     prefix = "train_" if split == "train" else ""
     shape = {field: getattr(settings, prefix + field) for field in ("ways", "shots", "queries")}
@@ -273,7 +275,7 @@ def tasks_of(
             f"--stream: {settings.learner} trains on mini-batches of all classes, which must be in memory"
         )
     with _in_words_of_flags():
-        found = _tasks_of(settings, split, data, key, for_evaluation, shape)
+        found = _tasks_of(settings, split, data, key, for_evaluation, shape, process)
         if settings.sequence is not None:
             if not isinstance(found, TaskDistribution):
                 raise ValueError("--stream: sequences are drawn from memory only; leave it out")
@@ -313,6 +315,7 @@ def _tasks_of(
     key: Key | None,
     for_evaluation: bool,
     shape: dict[str, Any],
+    process: tuple[int, int],
 ) -> TaskDistribution | TaskStream:
     source = source_of(settings.tasks).build(split, settings, shape, data)
     if not isinstance(source, SplitImages):
@@ -339,6 +342,7 @@ def _tasks_of(
         for_evaluation=for_evaluation,
         # Evaluations are short: to start processes for each would take longer than reading does.
         workers=0 if for_evaluation else settings.workers,
+        process=(0, 1) if for_evaluation else process,
         **protocol,
     )
 
