@@ -83,6 +83,10 @@ class TrainFlags(TypedDict, total=False):
             "(default: the preset's)",
         ),
     ]
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        _flag("what the network computes in; parameters and gradients stay in float32"),
+    ]
     norm: Annotated[
         Literal["batch", "support", "episode"],
         _flag(
@@ -180,7 +184,7 @@ class Train:
     """Meta-trains a learner and evaluates it on test tasks.
 
     With nothing else, trains MAML on drawn characters. The run's folder gets config.json,
-    metrics.jsonl, checkpoints/, curve.png, report.json, report.md and episodes.json.
+    metrics.jsonl, tensorboard/, checkpoints/, curve.png, report.json, report.md and episodes.json.
     """
 
     flags: Annotated[TrainFlags, tyro.conf.arg(name="")]
@@ -213,6 +217,9 @@ class Train:
     process: Annotated[int | None, _flag("which of them this is, from 0", "I", "")] = None
     distributed: Annotated[
         bool, _flag("several processes, as Slurm, Kubernetes or a TPU pod started them", default="")
+    ] = False
+    profile: Annotated[
+        bool, _flag("JAX's profiler watches some meta-steps: profile/ in the run's folder", default="")
     ] = False
     resume: Annotated[bool, _flag("continue the run in --out from its last checkpoint", default="")] = False
 
@@ -660,7 +667,7 @@ def _run(command: Any) -> None:
 
 def _given(command: Train | Compare | Transfer | Rank) -> dict[str, Any]:
     """The flags that were given; a switch that is off was not."""
-    names = ("stream", "skip_unreadable", "diagnose", "distort", "within_alphabet", "distributed")
+    names = ("stream", "skip_unreadable", "diagnose", "distort", "within_alphabet", "distributed", "profile")
     switches = {name: True for name in names if getattr(command, name, False)}
     which = {name: getattr(command, name, None) for name in ("coordinator", "processes", "process")}
     return {**command.flags, **switches, **{name: it for name, it in which.items() if it is not None}}

@@ -37,7 +37,7 @@ MAY_CHANGE = (
 _LATER = {
     field.name: field.default
     for field in dataclasses.fields(Preset)
-    if field.name in presets.METHOD_FIELDS or field.name in ("within_alphabet", "non_finite")
+    if field.name in presets.METHOD_FIELDS or field.name in ("within_alphabet", "non_finite", "precision")
 } | {"mesh": None}
 
 # Where a run keeps the population statistics of its learner.

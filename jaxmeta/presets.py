@@ -6,7 +6,8 @@ from typing import Any
 
 import optax
 
-from jaxmeta.core import Learner
+from jaxmeta.core import Learner, Model
+from jaxmeta.nn import in_precision
 from jaxmeta.registry import LEARNERS, NETWORKS, OUTER_OPTIMIZERS, LearnerSpec
 from jaxmeta.settings import Preset, flag_of, lookup
 from jaxmeta.sources import TASKS, source_of
@@ -415,7 +416,15 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
 def learner_of(settings: Preset, norm: str | None = None) -> Learner:
     """The learner with its network, `norm` in place of training's; all share one set of parameters."""
     spec = LEARNERS[settings.learner]
-    return spec.build(spec.network(settings), settings, norm or settings.norm)
+    network = spec.network(settings)
+    if settings.precision != "float32":
+        if not isinstance(network, Model):
+            raise ValueError(
+                f"--precision: got {settings.precision}; {settings.learner}'s network, which is more than a "
+                "function of examples, computes in float32"
+            )
+        network = in_precision(network, settings.precision)
+    return spec.build(network, settings, norm or settings.norm)
 
 
 def compared_to(settings: Preset) -> Learner | None:

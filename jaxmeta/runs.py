@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,12 @@ from jaxmeta.training import (
 from jaxmeta.training.checkpoint import checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
 from jaxmeta.training.figures import plot_curve
+from jaxmeta.training.loop import Event
 from jaxmeta.training.report import (
     NORMALISED,
+    TENSORBOARD,
     RunLog,
+    profiling,
     read_metrics,
     report_markdown,
     write_json,
@@ -131,8 +135,12 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
             if not checkpoint_steps(out):
                 # Rows of a run that ended before it could save: this one starts again.
                 log.path.unlink(missing_ok=True)
+                shutil.rmtree(log.path.parent / TENSORBOARD, ignore_errors=True)
         hosts.meet("folder")
-        with log.showing() if first else contextlib.nullcontext():
+        with log.showing() if first else contextlib.nullcontext(), contextlib.ExitStack() as watching:
+            listener: Callable[[Event], None] | None = log if first else None
+            if listener is not None and flags.get("profile"):
+                listener = watching.enter_context(profiling(listener, out / "profile"))
             signals.training = True
             try:
                 state = train(
@@ -149,7 +157,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
                     validate_every=settings.validate_every,
                     run_dir=out,
                     resume=bool(checkpoint_steps(out)),
-                    report=log if first else None,
+                    report=listener,
                     log_every=min(settings.log_every, max(1, settings.steps // 20)),
                     config={name: value for name, value in config.items() if name not in MAY_CHANGE},
                     should_stop=lambda: signals.asked,
@@ -180,6 +188,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
             "seed": config["seed"],
             "steps": settings.steps,
             "best_step": log.best_step,
+            "skipped": log.skipped,
             "steps_per_second": log.steps_per_second,
             "wall_s": round(log.elapsed_s, 3),
             "training_s": round(training_s, 3),

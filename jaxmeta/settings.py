@@ -28,6 +28,7 @@ class Preset:
       workers: processes that read a stream; 0 reads in threads.
       skip_unreadable: leave out images that cannot be read.
       network: a name in `NETWORKS`.
+      precision: what the network computes in; parameters and gradients are float32.
       norm: whose statistics normalise the queries in training; see `jm.maml`.
       inner_lr: step size α of the inner optimizer, for the MEAN loss over the support set; the initial one
         where it is learned.
@@ -90,6 +91,7 @@ class Preset:
     workers: int = 0
     skip_unreadable: bool = False
     network: str = "strided-conv4"
+    precision: Literal["float32", "bfloat16"] = "float32"
     norm: str = "batch"
     inner_lr: float | None = 0.4
     inner_steps: int | None = 1

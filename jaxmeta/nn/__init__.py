@@ -9,6 +9,7 @@ from jaxmeta.nn.koch import Koch
 from jaxmeta.nn.layers import Conv, conv_general_dilated
 from jaxmeta.nn.memory import LRUA, NTM, MemoryNetwork
 from jaxmeta.nn.norm import BatchNorm
+from jaxmeta.nn.precision import in_precision
 from jaxmeta.nn.relation import RelationEmbedding, RelationModule
 from jaxmeta.nn.residual import ResNet, ResNet18, ResNet34, ResNet50
 from jaxmeta.nn.resnet import ResNet12
@@ -48,6 +49,7 @@ __all__ = [
     "conv_general_dilated",
     "from_equinox",
     "from_nnx",
+    "in_precision",
     "layers_in_order",
     "log_and_sign",
     "max_pool_2x2",

@@ -25,9 +25,10 @@ def moments(
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
     """Mean and (biased) variance of each channel over examples where `mask` holds and over space.
 
-    Over those of all devices, where several share a batch.
+    Over those of all devices, where several share a batch; in float32 at least, whatever `x` is in.
     """
     axes = tuple(range(x.ndim - 1))
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     examples = jnp.asarray(x.shape[0], x.dtype)
     if mask is not None:
         x = jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
@@ -135,4 +136,5 @@ class BatchNorm(linen.Module):
             sign = jnp.where(gain < 0, -1, 1).astype(x.dtype)
             x, gain = pool(x * sign.reshape((1,) * (x.ndim - 1) + (-1,))), gain * sign
         per_channel = (1,) * (x.ndim - 1) + (-1,)
-        return x * gain.reshape(per_channel) + shift.reshape(per_channel)
+        # Statistics have float32 where `x` may have less, in which the difference would be lost.
+        return (x * gain.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)

@@ -9,13 +9,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from jaxmeta.training.loop import Event, Progress, Resumed, Saved, Validated
 
 _SECONDS_BETWEEN_LINES = 10.0
+# Folder of its scalars, beside `metrics.jsonl`.
+TENSORBOARD = "tensorboard"
+# Of a row of `metrics.jsonl`, what is no curve.
+_NO_SCALARS = ("step", "best", "compile_s")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,6 +47,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class RunLog:
     """The `report=` of `jm.train`: appends to `metrics.jsonl`, and shows how far the run is.
 
+    The same numbers go to `tensorboard/` beside it, for `tensorboard --logdir`.
+
     A progress bar on a terminal, elsewhere a line every ten seconds and one at each validation.
 
     Args:
@@ -56,11 +62,14 @@ class RunLog:
         self.compile_s: float | None = None
         self.steps_per_second: float | None = None
         self.best_step = steps
+        self.skipped = 0
         self._started = time.perf_counter()
         self._spent_before = 0.0
         self._stepping_s, self._last_step = 0.0, 0
         self._shown_at = -float("inf")
         self._show, self._say = _nothing, print
+        self._scalars: Any = None
+        self._void_from: int | None = None
 
     @property
     def elapsed_s(self) -> float:
@@ -81,6 +90,9 @@ class RunLog:
                 yield self
         finally:
             self._file.close()
+            if self._scalars is not None:
+                self._scalars.close()
+                self._scalars = None
             self._show, self._say = _nothing, print
 
     def __call__(self, event: Event) -> None:
@@ -94,6 +106,7 @@ class RunLog:
                     **event.metrics,
                     "steps_per_second": event.steps_per_second,
                     "compile_s": event.compile_s,
+                    "skipped": event.skipped,
                 }
                 self._count(row)
                 self._write(row)
@@ -117,6 +130,8 @@ class RunLog:
         self._stepping_s += taken / row["steps_per_second"]
         self.steps_per_second = self._last_step / self._stepping_s
         self.compile_s = row["compile_s"]
+        # Rows of an earlier version have none.
+        self.skipped += row.get("skipped", 0)
 
     def _write(self, row: dict[str, Any]) -> None:
         try:
@@ -124,6 +139,15 @@ class RunLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+        if self._scalars is None:
+            self._scalars = self._tensorboard()
+        for name, value in row.items():
+            if name not in _NO_SCALARS:
+                tag = (
+                    f"validation/{name.removeprefix('validation_')}" if "best" in row else f"training/{name}"
+                )
+                self._scalars.add_scalar(tag, value, row["step"])
+        self._scalars.flush()
 
     def _rewind(self, step: int) -> None:
         """Drops the rows that the run is about to write again."""
@@ -131,12 +155,23 @@ class RunLog:
         self._file.close()
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._void_from = step + 1
         self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0
         for row in rows:
             if "loss" in row:
                 self._count(row)
             elif row["best"]:
                 self.best_step = row["step"]
+
+    def _tensorboard(self) -> Any:
+        from tensorboardX import SummaryWriter
+
+        # Files are named by the second, and two of one second would be one.
+        return SummaryWriter(
+            str(self.path.parent / TENSORBOARD),
+            purge_step=self._void_from,
+            filename_suffix=f".{time.time_ns()}",
+        )
 
     def _plain(self, event: Progress) -> None:
         now = time.perf_counter()
@@ -149,6 +184,35 @@ class RunLog:
             f"{_duration(left)} left",
             flush=True,
         )
+
+
+@contextlib.contextmanager
+def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callable[[Event], None]]:
+    """`report`, and between its first two `Progress` events JAX's profiler writes to `folder` what it sees.
+
+    After the first all is compiled; and what a trace takes of memory and disk grows with its length.
+    """
+    import jax
+
+    seen = 0
+
+    def stop() -> None:
+        nonlocal seen
+        if seen == 1:
+            jax.profiler.stop_trace()
+        seen += 1
+
+    def watched(event: Event) -> None:
+        report(event)
+        if isinstance(event, Progress):
+            stop()
+            if seen == 1:
+                jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
+
+    try:
+        yield watched
+    finally:
+        stop()
 
 
 def _nothing(event: Progress) -> None:
@@ -188,6 +252,8 @@ def _values(event: Progress) -> str:
         shown.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
     if "mse" in event.metrics:
         shown.append(f"mse {event.metrics['mse']:.4f}")
+    if event.skipped:
+        shown.append(f"{event.skipped} skipped")
     return "  ".join(shown)
 
 
@@ -267,7 +333,9 @@ def report_markdown(report: dict[str, Any]) -> str:
         "meta-steps": report["steps"],
         "parameters tested": f"those after meta-step {report['best_step']}",
         "network": f"{config['network']}, {report['parameters']:,} parameters",
+        "precision": None if config["precision"] == "float32" else f"{config['precision']} in the network",
         "seed": report["seed"],
+        "meta-steps skipped": report["skipped"] or None,
         "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
         "time": f"{report['wall_s']:.1f} s, compiling the meta-step {report['compile_s'] or 0:.1f} s of it",
         "peak memory": report["peak_memory_bytes"]

@@ -1,0 +1,59 @@
+"""Networks that compute in fewer bits than their parameters have."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxmeta.core import Model, PyTree
+from jaxmeta.nn.adapters import Network, as_model
+
+
+def in_precision(network: Network, dtype: DTypeLike = jnp.bfloat16) -> Model:
+    """`network` as a `Model` that computes in `dtype`; all that enters or leaves it stays in float32.
+
+    Parameters, inner and outer gradients, optimizer state, losses and batch statistics are float32:
+    parameters and examples are rounded where they are used, and outputs are float32 again. `jm.nn.BatchNorm`
+    takes means and variances in float32, and normalises in it.
+
+    Args:
+      network: see `as_model`.
+      dtype: bfloat16, or any other floating-point type.
+
+    Raises:
+      ValueError: `dtype` is no floating-point type; see also `as_model`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> model = jm.nn.in_precision(jm.nn.MLP(out=1))
+      >>> params = model.init(jax.random.key(0), jnp.zeros((10, 1)))
+      >>> {leaf.dtype.name for leaf in jax.tree.leaves((params, model.apply(params, jnp.zeros((10, 1)))))}
+      {'float32'}
+
+    References:
+      Micikevicius et al., Mixed Precision Training, 2018, section 3.1.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype: got {jnp.dtype(dtype).name}; it must be a floating-point type")
+    model = as_model(network)
+
+    def apply(params: PyTree, x: Any, **settings: Any) -> PyTree:
+        return _as(model.apply(_as(params, dtype), _as(x, dtype), **settings), jnp.float32)
+
+    def apply_norm(params: PyTree, x: Any, **settings: Any) -> tuple[PyTree, PyTree]:
+        assert model.apply_norm is not None
+        outputs, stats = model.apply_norm(_as(params, dtype), _as(x, dtype), **settings)
+        return _as((outputs, stats), jnp.float32)
+
+    return model._replace(apply=apply, apply_norm=None if model.apply_norm is None else apply_norm)
+
+
+def _as(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """`tree` with its floating-point arrays in `dtype`."""
+
+    def cast(leaf: Any) -> Any:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,173 @@
+"""What the command line offers those who leave a laptop: devices, steps that fail, and a run to watch."""
+
+import gzip
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import jaxmeta as jm
+from jaxmeta.cli import main
+from jaxmeta.training import Progress, Resumed, Validated, load_params
+from jaxmeta.training.evaluate import Evaluation
+from jaxmeta.training.report import RunLog, read_metrics
+
+SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    # Before a command can make do with fewer.
+    assert len(jax.devices()) > 1
+    out = tmp_path_factory.mktemp("runs") / "sinusoid"
+    assert main([*SMALL, "--mesh", "tasks=1", "--profile", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_on_a_mesh_is_the_run_on_one_device(run, tmp_path, capsys):
+    out = tmp_path / "two"
+    assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 0
+    assert "devices   2 x cpu (tasks=2)" in capsys.readouterr().out
+    report = read(out / "report.json")
+    assert (report["devices"], report["mesh"], report["processes"]) == (2, {"tasks": 2}, 1)
+    assert report["mse"]["mean"] == pytest.approx(read(run / "report.json")["mse"]["mean"], rel=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+        load_params(out),
+        load_params(run),
+    )
+    assert main(["evaluate", str(out), "--mesh", "tasks=2", "--json", str(tmp_path / "again.json")]) == 0
+    assert read(tmp_path / "again.json")["mse"] == report["mse"]
+
+
+def test_a_run_may_go_on_on_another_mesh(run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    write = RunLog._write
+
+    def stop_at_seven(self, row):
+        write(self, row)
+        if row["step"] == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "_write", stop_at_seven)
+    assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 75
+    monkeypatch.undo()
+    assert main(["train", "--resume", "--mesh", "tasks=1", "--out", str(out)]) == 0
+    assert read(out / "config.json")["mesh"] == "tasks=1"
+    assert main(["train", "--resume", "--devices", "2", "--out", str(out)]) == 0
+    config = read(out / "config.json")
+    assert (config["mesh"], config["devices"]) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--mesh", "tasks=2", "--devices", "2"], "--mesh: tasks=2 says how many devices there are"),
+        (["--mesh", "tasks=4096"], "--mesh: tasks=4096: these are 4096 devices, and there are"),
+        (
+            ["--mesh", "tasks=2", "--meta-batch", "3"],
+            "--mesh: got a mesh of tasks=2, which must divide the 3",
+        ),
+        (["--mesh", "model=2"], "--mesh: got 'model=2'; it must be like tasks=8"),
+        (["--mesh", "examples=2"], "devices: got a mesh of examples=2; only where learner.divisible"),
+    ],
+)
+def test_a_mesh_that_does_not_suit_is_refused(flags, named, tmp_path, capsys):
+    assert main([*SMALL, *flags, "--out", str(tmp_path / "run")]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_not_finite_end_a_run_or_are_counted(tmp_path, capsys, monkeypatch):
+    hopeless = [*SMALL, "--inner-lr", "1e30"]
+    assert main([*hopeless, "--out", str(tmp_path / "stops")]) == 1
+    assert "became non-finite in meta-step 1;" in capsys.readouterr().err
+    assert main([*hopeless, "--non-finite", "skip", "--out", str(tmp_path / "skips")]) == 1
+    assert "became non-finite in meta-step 1;" in capsys.readouterr().err
+    count, seen = RunLog.__call__, []
+
+    def as_if_skipped(self, event):
+        if isinstance(event, Progress) and event.step in (3, 4):
+            event = Progress(**{**vars(event), "skipped": event.step})
+            seen.append(event.step)
+        count(self, event)
+
+    monkeypatch.setattr(RunLog, "__call__", as_if_skipped)
+    assert main([*SMALL, "--non-finite", "skip", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [3, 4]
+    assert read(tmp_path / "run" / "report.json")["skipped"] == 7
+    assert "| meta-steps skipped | 7 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_what_metrics_has(run):
+    found, rows = scalars(run), read_metrics(run / "metrics.jsonl")
+    for tag, name in (("training/loss", "loss"), ("validation/mse", "validation_mse")):
+        expected = [(row["step"], row[name]) for row in rows if name in row]
+        assert [step for step, _ in found[tag]] == [step for step, _ in expected]
+        np.testing.assert_allclose(
+            [value for _, value in found[tag]], [value for _, value in expected], rtol=1e-6
+        )
+    assert not {"training/step", "validation/best"} & set(found)
+
+
+def test_of_a_run_that_went_on_tensorboard_shows_each_step_once(tmp_path):
+    def progress(step, loss):
+        return Progress(step, 10, {"loss": loss}, 1.0, 1.0)
+
+    first, second = (RunLog(tmp_path / "metrics.jsonl", 10, "mse") for _ in range(2))
+    with first.showing():
+        for step in (2, 4, 6):
+            first(progress(step, float(step)))
+        first(Validated(6, "mse", Evaluation(1.0, 0.1, 8), True))
+    with second.showing():
+        second(Resumed(4))
+        second(progress(6, 60.0))
+    assert scalars(tmp_path)["training/loss"] == [(2, 2.0), (4, 4.0), (6, 60.0)]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 4.0, 60.0]
+
+
+def test_a_profile_can_be_opened(run):
+    (trace,) = (run / "profile").rglob("perfetto_trace.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+
+
+def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(jm.registry.NETWORKS, "mlp", lambda out: jm.nn.MLP(out=out, hidden=(8,), norm=True))
+    out = tmp_path / "run"
+    flags = [
+        "--network",
+        "mlp",
+        "--precision",
+        "bfloat16",
+        "--steps",
+        "2",
+        "--meta-batch",
+        "2",
+        "--episodes",
+        "4",
+    ]
+    assert main(["train", "prototypical", *flags, "--out", str(out)]) == 0
+    assert "| precision | bfloat16 in the network |" in (out / "report.md").read_text()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load_params(out))} == {"float32"}
+    assert main(["train", "--resume", "--precision", "float32", "--out", str(out)]) == 2
+
+
+def test_a_memory_has_no_such_precision(tmp_path, capsys):
+    flags = ["--precision", "bfloat16", "--out", str(tmp_path / "run")]
+    assert main(["train", "mann", "--tasks", "glyphs", *flags]) == 2
+    assert "--precision: got bfloat16; mann's network" in capsys.readouterr().err
