@@ -1,0 +1,172 @@
+"""What a compiled program does, read from the text of its optimised HLO (`compiled.as_text()`).
+
+`compiled.cost_analysis()` counts the body of a loop once, does not tell a TPU's on-chip memory from its main
+one, and knows no collectives. Here everything counts as often as a step runs it.
+"""
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+class Shape(NamedTuple):
+    """An array's type, dimensions, and memory: 0 is the main one of the device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    memory: int
+
+    @property
+    def bytes(self) -> int:
+        bits = 8 if self.dtype == "pred" else int(re.search(r"\d+", self.dtype).group())
+        return math.prod(self.dims) * bits // 8
+
+
+@dataclasses.dataclass
+class Instruction:
+    """One of a compiled program.
+
+    Attributes:
+      shapes: of the result; several of a tuple, nested ones in a row.
+      times: how often a step runs it.
+      inside: whether it is part of another instruction, such as a fusion, and itself touches no memory.
+    """
+
+    name: str
+    shapes: list[Shape]
+    opcode: str
+    operands: list[str]
+    attributes: str
+    times: int = 0
+    inside: bool = False
+
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
+_LENGTH = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+_CONTROL = ("while", "call", "conditional")
+_NO_TRAFFIC = (*COLLECTIVES, *_CONTROL, "parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+
+
+def read_program(text: str) -> dict[str, Instruction]:
+    """All instructions of an optimised HLO module by name, which is unique in it.
+
+    Raises:
+      ValueError: a loop whose length the compiler does not know.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else None
+        elif computations and (found := _INSTRUCTION.match(line)):
+            shapes = [
+                Shape(dtype, tuple(int(size) for size in dims.split(",") if size), int(memory or 0))
+                for dtype, dims, memory in _SHAPE.findall(found[2])
+            ]
+            operands = re.findall(r"%([\w.\-]+)", found[4])
+            computations[name].append(Instruction(found[1], shapes, found[3], operands, found[5]))
+    times, inside = dict.fromkeys(computations, 0), dict.fromkeys(computations, False)
+    times[entry] = 1
+    # Callers stand below what they call.
+    for name, instructions in reversed(computations.items()):
+        for each in instructions:
+            each.times, each.inside = often, within = times[name], inside[name]
+            if each.opcode == "while" and often:
+                if (length := _LENGTH.search(each.attributes)) is None:
+                    raise ValueError(f"{each.name}: the compiler does not know the length of this loop")
+                often *= int(length[1])
+            for called in _CALLED.findall(each.attributes):
+                for callee in re.findall(r"[\w.\-]+", called):
+                    if callee in times:
+                        times[callee] += often
+                        inside[callee] = within or each.opcode not in _CONTROL
+    return {each.name: each for instructions in computations.values() for each in instructions}
+
+
+def operations(program: dict[str, Instruction]) -> int:
+    """2 × multiply-adds of matrix products and convolutions, without zeros of padding and of dilation."""
+    count = 0
+    for each in program.values():
+        if each.opcode in ("dot", "convolution") and each.times:
+            out, lhs, rhs = (program[name].shapes[0].dims for name in (each.name, *each.operands))
+            multiply_adds = _dot if each.opcode == "dot" else _convolution
+            count += 2 * each.times * multiply_adds(out, lhs, rhs, each.attributes)
+    return count
+
+
+def _dot(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)[1]
+    return math.prod(out) * math.prod(lhs[int(axis)] for axis in contracted.split(",") if axis)
+
+
+def _convolution(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
+    """Along each spatial axis, pairs of places of output and kernel that meet an entry of the input."""
+    of_lhs, of_rhs, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    # A TPU's compiler writes matrix products as convolutions, with no window or with the batch as one.
+    window = dict(re.findall(r"[{ ](\w+)=([\dx_\-]+)", "".join(re.findall(r"window=\{[^}]*\}", attributes))))
+    count = out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
+    for axis, size in enumerate(window["size"].split("x") if "size" in window else ()):
+
+        def field(name, default, axis=axis):
+            return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
+
+        stride, kernel_holes, holes = (field(name, 1) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+        places = (
+            o * stride + k * kernel_holes - field("pad", 0)
+            for o in range(out[of_out.index(str(axis))])
+            for k in range(int(size))
+        )
+        length = lhs[of_lhs.index(str(axis))]
+        count *= sum(place % holes == 0 and 0 <= place // holes < length for place in places)
+    return count
+
+
+def collectives(program: dict[str, Instruction]) -> list[dict]:
+    """Those that join several devices; equal ones once, with their number."""
+    found: dict[tuple, int] = {}
+    for each in program.values():
+        kind = each.opcode.removesuffix("-start")
+        if kind in COLLECTIVES and each.times:
+            size = sum(shape.bytes for name in each.operands for shape in program[name].shapes)
+            listed = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])", each.attributes)
+            together = None if listed is None else int(listed[2] or len(listed[1].split(",")))
+            if together != 1:
+                found[kind, size, together] = found.get((kind, size, together), 0) + each.times
+    names = ("kind", "bytes", "devices", "times")
+    return [dict(zip(names, (*key, times), strict=True)) for key, times in found.items()]
+
+
+def traffic(program: dict[str, Instruction]) -> int:
+    """Bytes between main memory and the rest, each operand read and each result written as a whole.
+
+    A TPU's program says what lies in its on-chip memory, and copies it there by instructions of their own.
+    Collectives are left out: theirs is part of their transfer.
+    """
+    count = 0
+    for each in program.values():
+        opcode = each.opcode
+        if each.inside or opcode.endswith("-done") or opcode.removesuffix("-start") in _NO_TRAFFIC:
+            continue
+        if opcode in ("copy-start", "slice-start"):
+            ends = each.shapes[:2]  # of a slice, one of them is all it is taken from
+            moved = min(end.bytes for end in ends) * sum(end.memory == 0 for end in ends)
+        else:
+            touched = [shape for name in (each.name, *each.operands) for shape in program[name].shapes]
+            moved = sum(shape.bytes for shape in touched if shape.memory == 0)
+        count += each.times * moved
+    return count
+
+
+def cycles(program: dict[str, Instruction]) -> int:
+    """Cycles that a TPU's compiler itself expects of its instructions, one after the other; else 0."""
+    found = ((each.times, _CYCLES.search(each.attributes)) for each in program.values() if not each.inside)
+    return sum(times * int(match[1]) for times, match in found if match)

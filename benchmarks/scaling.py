@@ -1,0 +1,394 @@
+"""What a meta-step asks of 1 to 256 devices: counted in compiled programs, then predicted for accelerators.
+
+    python benchmarks/scaling.py [--models conv4 …] [--devices 1 2 8 64 256] [--topology v5e:2x4 …]
+                                 [--json FILE] [--png FILE]
+
+Nothing is run and nothing is measured. `jm.meta_step` is lowered with shapes in place of arrays and compiled,
+for virtual devices that this machine's CPU stands in for and, where the package libtpu of `jax[tpu]` is
+installed, by the TPU's own compiler for a TPU topology, without a TPU. Tasks a device stay the same (weak
+scaling); all tasks of a device are taken at once, as accelerators do. Of one device's program are counted, by
+`hlo.py`:
+
+- collectives: their kind, number, operand bytes and devices together, each as often as a step runs it. Only
+  gradients, loss and metrics should cross devices, once a meta-step;
+- bytes moved: what a device sends in a ring all-reduce of S bytes, 2 (n − 1)/n · S;
+- operations: 2 × multiply-adds of matrix products and convolutions, without those with a zero of padding or
+  dilation;
+- memory: arguments, results that do not take an argument's place, and temporaries;
+- traffic of main memory: what a TPU's program reads and writes there. A CPU's is no guide to another's; an
+  estimate takes its place: arguments and results once, temporaries written once and read once;
+- cycles: how long a TPU's compiler itself expects its program to take.
+
+A step is predicted to take its work and then the all-reduce, nothing overlapping; efficiency is the part that
+is work. The work is a roofline, max(operations / peak, traffic / memory bandwidth), about the least it can
+take, which makes efficiency the least, too; and, of a TPU's own program, what its compiler expects. Left out:
+input, the host, devices that wait for one another, other traffic on the network.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from hlo import collectives, cycles, operations, read_program, traffic
+from jax.sharding import NamedSharding, PartitionSpec
+from machine import describe_machine
+
+import jaxmeta as jm
+from jaxmeta.presets import PRESETS, learner_of
+from jaxmeta.training import sharding
+
+PREDICTED = [2**i for i in range(9)]
+LABEL = "predicted, not measured"
+ROOFLINE, COMPILER = "roofline", "compiler's cycles"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A learner and the tasks of one device; `queries` and `shots` a class."""
+
+    description: str
+    learner: Callable[[], jm.Learner]
+    image: tuple[int, ...]
+    queries: int
+    tasks: int
+    ways: int = 5
+    shots: int = 1
+
+    def batch(self, tasks: int) -> jm.Task:
+        """Shapes of a batch of tasks."""
+
+        def part(each: int) -> jm.Batch:
+            x = jax.ShapeDtypeStruct((tasks, self.ways * each, *self.image), jnp.float32)
+            return jm.Batch(x, jax.ShapeDtypeStruct(x.shape[:2], jnp.int32), ways=self.ways)
+
+        return jm.Task(part(self.shots), part(self.queries))
+
+
+MODELS = {
+    "conv4": Model(
+        "second-order MAML, one inner step, strided Conv4-64 (preset omniglot)",
+        lambda: learner_of(PRESETS["omniglot"]),
+        (28, 28, 1),
+        queries=3,
+        tasks=4,
+    ),
+    "resnet12": Model(
+        "prototypical networks, ResNet-12 on images of mini-ImageNet's size",
+        lambda: jm.prototypical(jm.nn.ResNet12()),
+        (84, 84, 3),
+        queries=15,
+        tasks=2,
+    ),
+    "vit-b": Model(
+        "prototypical networks, ViT-B/16",
+        lambda: jm.prototypical(jm.nn.ViT()),
+        (224, 224, 3),
+        queries=5,
+        tasks=1,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Published rates of one device, a second, and its network.
+
+    Attributes:
+      peak: operations on float32 arrays in JAX's default precision of matrix products.
+      bandwidth: of its memory, in bytes.
+      capacity: of its memory, in bytes.
+      all_reduce: `(bytes, devices) -> (seconds of transfer, seconds of latency)`.
+      kind: JAX's name of such a device, whose own program is used where there is one.
+      clock: cycles.
+    """
+
+    peak: float
+    bandwidth: float
+    capacity: float
+    all_reduce: Callable[[int, int], tuple[float, float]]
+    kind: str | None = None
+    clock: float | None = None
+
+
+def ring_bytes(size: float, devices: int) -> float:
+    """What a device sends in a ring all-reduce of `size` bytes: scattered sums, then gathered."""
+    return 2 * (devices - 1) / devices * size
+
+
+def torus(size: int, devices: int) -> tuple[float, float]:
+    """All-reduce on a slice of TPU v5e, a grid as square as can be, along both of its axes at a time.
+
+    A chip has 4 ports, two an axis; 1,600 Gbit/s a chip are 50 GB/s a port each way. An axis shorter than the
+    pod's 16 chips is a line, not a ring, and half as fast. Google publishes no latency: 1 µs a hop is the
+    Scaling Book's.
+    """
+    side = max(k for k in range(1, math.isqrt(devices) + 1) if devices % k == 0)
+    axes = [k for k in (side, devices // side) if k > 1]
+    bandwidth = sum(100e9 if k >= 16 else 50e9 for k in axes)
+    sent = ring_bytes(size, devices)
+    return (sent / bandwidth if sent else 0.0), sum(2 * (k - 1) * 1e-6 for k in axes)
+
+
+def nodes_of_eight(size: int, devices: int) -> tuple[float, float]:
+    """All-reduce within nodes of 8 H100 (NVLink), of an eighth each across nodes (InfiniBand).
+
+    900 GB/s of NVLink are both directions; 400 Gbit/s of a GPU's own InfiniBand adapter are one. Where
+    latency matters NCCL takes a tree, which needs a logarithm of the nodes where a ring needs their number;
+    its latency is that of the model by which NCCL chooses (src/graph/tuning.cc, LL128).
+    """
+    within, nodes = min(devices, 8), math.ceil(devices / 8)
+    transfer = ring_bytes(size, within) / 450e9 + ring_bytes(size / within, nodes) / 50e9
+    return transfer, 2 * ((within - 1) * 1.2e-6 + math.ceil(math.log2(nodes)) * 8.5e-6)
+
+
+# TPU v5e: https://cloud.google.com/tpu/docs/v5e and, for latency, https://jax-ml.github.io/scaling-book/sharding.
+# Products of float32 are by default one bfloat16 pass of 4 matrix units of 128 × 128; so the clock, which is
+# not published, is 197e12 / (2 · 4 · 128²).
+# H100 SXM: https://www.nvidia.com/en-us/data-center/h100 and the DGX SuperPOD reference architecture.
+# Products of float32 are by default TensorFloat-32, at half of the data sheet's 989 TFLOP/s with sparsity.
+ACCELERATORS = {
+    "TPU v5e": Accelerator(197e12, 819e9, 16e9, torus, kind="TPU v5 lite", clock=1.5e9),
+    "H100 SXM": Accelerator(494.5e12, 3.35e12, 80e9, nodes_of_eight),
+}
+
+
+def compile_row(model: Model, devices: list[jax.Device]) -> dict:
+    """Compiles a meta-step on these devices and counts what it asks of one."""
+    count = len(devices)
+    learner, optimizer, tasks = model.learner(), optax.adam(1e-3), model.tasks * count
+    step = jm.meta_step(learner, optimizer, tasks, "vmap", devices=devices)
+
+    def start(task):
+        params = learner.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], task))
+        return jm.TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key(0))
+
+    mesh = sharding.task_mesh(tasks, devices)
+
+    def placed(tree, spec):
+        where = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+
+    batch = model.batch(tasks)
+    state = placed(jax.eval_shape(start, batch), PartitionSpec())
+    lowered = jax.jit(step, donate_argnums=0).lower(state, placed(batch, PartitionSpec(sharding.TASKS)))
+    cpu = devices[0].platform == "cpu"
+    # Machine code that is not run need not be fast. What XLA does before that stays.
+    compiled = lowered.compile({"xla_backend_optimization_level": 0} if cpu else None)
+    program, memory = read_program(compiled.as_text()), compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    crossing = collectives(program)
+    reduced = sum(each["bytes"] * each["times"] for each in crossing if each["kind"] == "all-reduce")
+    return {
+        "devices": count,
+        "kind": devices[0].device_kind,
+        "tasks": tasks,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
+        "collectives": crossing,
+        "all_reduced_bytes": reduced,
+        "moved_bytes": ring_bytes(reduced, count),
+        "argument_bytes": arguments,
+        "result_bytes": results,
+        "temporary_bytes": temporaries,
+        # A TPU's peak is not the sum: it is of main memory, and some temporaries are on the chip.
+        "memory_bytes": arguments + results + temporaries if cpu else memory.peak_memory_in_bytes,
+        "operations": operations(program),
+        "operations_loops_once": compiled.cost_analysis()["flops"],
+        "traffic_bytes": arguments + results + 2 * temporaries if cpu else traffic(program),
+        "cycles": cycles(program),
+    }
+
+
+def roofline(row: dict, accelerator: Accelerator) -> dict[str, float]:
+    """Seconds that the work of a step takes at least, by what bounds it."""
+    return {
+        "arithmetic": row["operations"] / accelerator.peak,
+        "memory traffic": row["traffic_bytes"] / accelerator.bandwidth,
+    }
+
+
+def predict(work: float, size: int, accelerator: Accelerator, devices: int) -> dict:
+    """Seconds of a step of `work` seconds and an all-reduce of `size` bytes; the part that is work."""
+    transfer, latency = accelerator.all_reduce(size, devices)
+    step = work + transfer + latency
+    seconds = {"work": work, "transfer": transfer, "latency": latency, "step": step}
+    return {"devices": devices, "seconds": seconds, "efficiency": work / step}
+
+
+def predictions_of(rows: list[dict]) -> list[dict]:
+    """Weak scaling of each model on each accelerator, by its own program where there is one."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for name, accelerator in ACCELERATORS.items():
+            shared = [row for row in rows if row["model"] == model and row["devices"] > 1]
+            own = [row for row in shared if row["kind"] == accelerator.kind]
+            # A device's share is the same on any number of devices.
+            row = next(reversed(own or [row for row in shared if row["kind"] == "cpu"]), None)
+            if row is None:
+                continue
+            if others := {each["kind"] for each in row["collectives"]} - {"all-reduce"}:
+                raise ValueError(
+                    f"{model}: {', '.join(others)} cross devices, too, of which no cost is known"
+                )
+            bounds = roofline(row, accelerator)
+            bound = max(bounds, key=bounds.get)
+            ways = {ROOFLINE: (bounds[bound], bound)}
+            if own:
+                ways[COMPILER] = row["cycles"] / accelerator.clock, "its cycles"
+            for way, (work, bound) in ways.items():
+                points = [predict(work, row["all_reduced_bytes"], accelerator, n) for n in PREDICTED]
+                said = say_bound(MODELS[model], row, bound, accelerator.capacity, points[-1])
+                about = {"model": model, "accelerator": name, "program": row["kind"], "work": way}
+                found.append(about | {"label": LABEL, "points": points, "bound": said})
+    return found
+
+
+def say_bound(model: Model, row: dict, bound: str, capacity: float, last: dict) -> str:
+    """What bounds the step on the largest number of devices."""
+    seconds = last["seconds"]
+    work, crossing = seconds["work"], seconds["transfer"] + seconds["latency"]
+    part = "latency" if seconds["latency"] > seconds["transfer"] else "bandwidth"
+    most = bound if work > crossing else f"the {part} of the all-reduce"
+    # Of a step of t tasks a device, t · work / tasks are work.
+    enough = math.ceil(19 * crossing / (work / model.tasks))
+    fits = "fits in" if row["memory_bytes"] < capacity else "does NOT fit in"
+    return (
+        f"on {last['devices']} devices it is bound by {most}: work {1e3 * work:.3g} ms ({bound}), all-reduce "
+        f"{1e3 * crossing:.3g} ms, mostly {part}. Tasks a device for 95% efficiency: about {enough}. "
+        f"A device needs {row['memory_bytes'] / 1e9:.2g} GB, which {fits} {capacity / 1e9:.0f} GB."
+    )
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """The devices of a TPU topology such as "v5e:2x4", of which there need be none.
+
+    Raises:
+      SystemExit: this installation cannot describe it.
+    """
+    from jax.experimental import topologies
+
+    # Or libtpu asks the network what machine it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:  # whatever the plugin raises
+        raise SystemExit(
+            f"--topology: got {name}, which this JAX cannot describe: {error}. It takes the TPU's compiler, "
+            "pip install 'jax[tpu]', and a name such as v5e:2x4; leave it out for virtual devices only"
+        ) from error
+
+
+def print_row(row: dict) -> None:
+    kinds = {}
+    for each in row["collectives"]:
+        kinds[each["kind"]] = kinds.get(each["kind"], 0) + each["times"]
+    said = ", ".join(f"{times} {kind}" for kind, times in kinds.items()) or "none"
+    print(
+        f"{row['model']:10}{row['kind']:12}{row['devices']:8d}{row['tasks']:7d}  {said:14}"
+        f"{row['all_reduced_bytes']:13,d}{row['moved_bytes'] / 1e6:10.3f}{row['memory_bytes'] / 1e6:10.1f}"
+        f"{row['traffic_bytes'] / 1e9:9.3f}{row['operations'] / 1e9:11.3f}{row['cycles'] / 1e6:9.1f}",
+        flush=True,
+    )
+
+
+def print_predictions(predictions: list[dict]) -> None:
+    print(f"\nWeak scaling, {LABEL}: efficiency in % by number of devices\n")
+    print(
+        f"{'model':10}{'accelerator':13}{'program of':13}{'work by':19}"
+        + "".join(f"{n:7d}" for n in PREDICTED)
+    )
+    for each in predictions:
+        shares = "".join(f"{100 * point['efficiency']:7.1f}" for point in each["points"])
+        print(f"{each['model']:10}{each['accelerator']:13}{each['program']:13}{each['work']:19}{shares}")
+    print(f"\nWhat bounds it ({LABEL}):\n")
+    for each in predictions:
+        print(f"- {each['model']}, {each['accelerator']}, work by {each['work']}: {each['bound']}")
+
+
+def draw(path: Path, predictions: list[dict]) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(ACCELERATORS), sharey=True, squeeze=False)
+    colours = {name: f"C{i}" for i, name in enumerate(MODELS)}
+    styles = {COMPILER: "-", ROOFLINE: "--"}
+    for axes, accelerator in zip(panels.flat, ACCELERATORS, strict=True):
+        for each in (each for each in predictions if each["accelerator"] == accelerator):
+            axes.plot(
+                [point["devices"] for point in each["points"]],
+                [100 * point["efficiency"] for point in each["points"]],
+                color=colours[each["model"]],
+                linestyle=styles[each["work"]],
+                marker="o",
+                markersize=3,
+            )
+        axes.set(xscale="log", xlabel="devices", ylim=(0, 103), title=accelerator)
+        axes.set_xticks(PREDICTED, [str(n) for n in PREDICTED])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("weak-scaling efficiency, %")
+    keys = [Line2D([], [], color=colours[name], label=name) for name in colours]
+    keys += [Line2D([], [], color="black", linestyle=styles[w], label=f"work by {w}") for w in styles]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9)
+    figure.suptitle(f"A meta-step, tasks a device constant: {LABEL.upper()}")
+    figure.savefig(path, dpi=150)
+
+
+def number_of_devices(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a whole number, at least 1")
+    return int(text)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    add("--devices", type=number_of_devices, nargs="*", default=[1, 2, 8, 64, 256], help="virtual ones")
+    add("--topology", nargs="*", default=[], help="TPU topologies to compile for besides, such as v5e:2x4")
+    add("--json", type=Path, help="also write the result here")
+    add("--png", type=Path, help="draw the predicted efficiency here")
+    args = parser.parse_args(argv)
+    # Also where there are accelerators: none is needed.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(args.devices, default=1))
+    # Of a program from the cache there is less to be read.
+    jax.config.update("jax_enable_compilation_cache", False)
+    sets = [jax.devices()[:count] for count in args.devices] + [topology_devices(n) for n in args.topology]
+    machine = describe_machine(jax.devices()[:1])
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print("\nCompiled, not run; of one device, a meta-step:\n")
+    print(
+        f"{'':39}{'all-reduced':>27}{'moved':>10}{'memory':>10}{'traffic':>9}{'operations':>11}{'cycles':>9}"
+        f"\n{'model':10}{'compiled for':12}{'devices':>8}{'tasks':>7}  {'collectives':14}"
+        f"{'bytes':>13}{'MB':>10}{'MB':>10}{'GB':>9}{'10⁹':>11}{'10⁶':>9}"
+    )
+    rows = []
+    for name in args.models:
+        for devices in sets:
+            rows.append({"model": name, **compile_row(MODELS[name], devices)})
+            print_row(rows[-1])
+    predictions = predictions_of(rows)
+    print_predictions(predictions)
+    if args.json:
+        report = {"label": LABEL, "machine": machine, "jaxmeta": jm.__version__}
+        report |= {"models": {name: MODELS[name].description for name in args.models}}
+        args.json.write_text(json.dumps(report | {"rows": rows, "predictions": predictions}, indent=1) + "\n")
+    if args.png:
+        draw(args.png, predictions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What benchmarks/scaling.py counts in compiled programs, and what it makes of the counts."""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxmeta as jm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+import hlo
+import scaling
+
+# Also where there are accelerators, whose compilers write products in other ways.
+CPUS = jax.devices("cpu")
+
+
+def program_of(function, *shapes):
+    place = jax.sharding.SingleDeviceSharding(CPUS[0])
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in shapes]
+    return hlo.read_program(jax.jit(function).lower(*given).compile().as_text())
+
+
+def toy():
+    return jm.prototypical(jm.nn.MLP(out=4, hidden=(8,)))
+
+
+MODEL = scaling.Model("a small network", toy, image=(6,), queries=2, tasks=2, ways=3)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_loss_and_metrics_cross_devices_once_a_step_and_nothing_else_does(count):
+    if len(CPUS) < count:
+        pytest.skip("needs 2 devices: JAX_NUM_CPU_DEVICES=2 pytest tests/test_scaling.py")
+    row = scaling.compile_row(MODEL, CPUS[:count])
+    learner, task = toy(), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), MODEL.batch(1))
+    params = learner.init(jax.random.key(0), task)
+    _, metrics = learner.loss(params, task, jax.random.key(1))
+    assert row["parameters"] == 6 * 8 + 8 + 8 * 4 + 4
+    assert row["tasks"] == 2 * count
+    scalars = 1 + len(jax.tree.leaves(metrics))
+    size = 4 * (row["parameters"] + scalars)
+    once = [{"kind": "all-reduce", "bytes": size, "devices": 2, "times": 1}]
+    assert row["collectives"] == (once if count == 2 else [])
+    assert row["all_reduced_bytes"] == row["moved_bytes"] == (size if count == 2 else 0)
+
+
+def test_a_product_of_matrices_counts_two_operations_a_multiply_add():
+    assert hlo.operations(program_of(jnp.matmul, (32, 48), (48, 80))) == 2 * 32 * 48 * 80
+    batched = program_of(jnp.matmul, (3, 32, 48), (3, 48, 80))
+    assert hlo.operations(batched) == 2 * 3 * 32 * 48 * 80
+
+
+@pytest.mark.parametrize(
+    ("stride", "pairs"),
+    [
+        (1, 2 + 3 + 3 + 3 + 2),  # of 5 places, the outer two see one zero each
+        (2, 2 + 3 + 2),  # places 0, 2, 4
+    ],
+)
+def test_a_convolution_and_both_its_gradients_count_what_meets_no_zero(stride, pairs):
+    def forward(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    x, kernel = (4, 5, 5, 6), (3, 3, 6, 7)
+    out = jax.eval_shape(forward, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, kernel)))
+    expected = 2 * 4 * 6 * 7 * pairs**2
+    assert hlo.operations(program_of(forward, x, kernel)) == expected
+
+    # The convolution is linear in each, and each pair of places appears once in all three.
+    def to_x(x, kernel, by):
+        return jax.vjp(lambda x: forward(x, kernel), x)[1](by)
+
+    def to_kernel(x, kernel, by):
+        return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](by)
+
+    assert hlo.operations(program_of(to_x, x, kernel, out.shape)) == expected
+    assert hlo.operations(program_of(to_kernel, x, kernel, out.shape)) == expected
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def product(x, w):
+        return jnp.tanh(x @ w)
+
+    def nested(x, w):
+        def outer(x, _):
+            return jax.lax.scan(lambda x, _: (product(x, w), None), x, None, length=3)
+
+        return jax.lax.scan(outer, x, None, length=7)[0]
+
+    shapes = (16, 64), (64, 64)
+    once = hlo.operations(program_of(product, *shapes))
+    assert once == 2 * 16 * 64 * 64
+    assert hlo.operations(program_of(nested, *shapes)) == 21 * once
+
+
+def test_a_loop_of_unknown_length_is_an_error():
+    def halve(x):
+        return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x / 2, x)
+
+    with pytest.raises(ValueError, match="does not know the length"):
+        program_of(halve, (4,))
+
+
+# As a TPU's compiler writes them: S(1) is memory on the chip, products are convolutions.
+ON_CHIP = """
+HloModule step
+
+%fused (p.1: f32[8,16], p.2: f32[16,32]) -> f32[8,32] {
+  %p.1 = f32[8,16]{1,0:T(8,128)S(1)} parameter(0)
+  %p.2 = f32[16,32]{1,0:T(8,128)} parameter(1)
+  ROOT %product = f32[8,32]{1,0:T(8,128)} convolution(%p.1, %p.2), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[8,16], w: f32[16,32]) -> f32[8,32] {
+  %x = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %w = f32[16,32]{1,0:T(8,128)} parameter(1)
+  %start = (f32[8,16]{1,0:T(8,128)S(1)}, f32[8,16]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %done = f32[8,16]{1,0:T(8,128)S(1)} copy-done(%start)
+  %part = ((f32[16,32]{1,0}), f32[4,32]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:4], [0:32]}
+  %here = f32[4,32]{1,0:S(1)} slice-done(%part)
+  %doubled = f32[4,32]{1,0:S(1)} add(%here, %here), backend_config={"estimated_cycles":"30"}
+  %out = f32[8,32]{1,0} fusion(%done, %w), calls=%fused, backend_config={"estimated_cycles":"400"}
+  ROOT %sum = f32[8,32]{1,0} all-reduce(%out), replica_groups=[1,4]<=[4], to_apply=%add
+}
+"""
+
+
+def test_traffic_is_what_crosses_to_or_from_main_memory():
+    program = hlo.read_program(ON_CHIP)
+    copied, sliced, read, written = 8 * 16, 4 * 32, 16 * 32, 8 * 32
+    assert hlo.traffic(program) == 4 * (copied + sliced + read + written)
+    assert hlo.operations(program) == 2 * 8 * 16 * 32
+    assert hlo.cycles(program) == 430
+    assert hlo.collectives(program) == [
+        {"kind": "all-reduce", "bytes": 4 * written, "devices": 4, "times": 1}
+    ]
+
+
+BATCHED = """
+HloModule step
+
+ENTRY %main (x: f32[3,8,16], w: f32[3,16,32]) -> f32[3,8,32] {
+  %x = f32[3,8,16]{2,1,0} parameter(0)
+  %w = f32[3,16,32]{2,1,0} parameter(1)
+  ROOT %out = f32[3,8,32] convolution(%x, %w), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
+}
+"""
+
+
+def test_a_batch_of_products_written_as_a_convolution_counts_as_one():
+    assert hlo.operations(hlo.read_program(BATCHED)) == 2 * 3 * 8 * 16 * 32
+
+
+def test_a_ring_sends_all_but_its_own_part_twice():
+    for devices in (1, 2, 8, 256):
+        assert scaling.ring_bytes(1024, devices) == 2 * (devices - 1) * (1024 / devices)
+
+
+TPU, H100 = scaling.ACCELERATORS.values()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "transfer", "latency"),
+    [
+        (TPU, 8, 1.75e8 / (2 * 50e9), 2 * (1 + 3) * 1e-6),  # 2 × 4, two lines
+        (TPU, 256, 2 * 255 / 256 * 1e8 / (2 * 100e9), 2 * (15 + 15) * 1e-6),  # 16 × 16, two rings
+        (H100, 8, 1.75e8 / 450e9, 2 * 7 * 1.2e-6),
+        (H100, 64, 1.75e8 / 450e9 + 1.75e8 / 8 / 50e9, 2 * (7 * 1.2 + 3 * 8.5) * 1e-6),
+    ],
+)
+def test_a_step_is_its_work_and_then_the_all_reduce(accelerator, devices, transfer, latency):
+    point = scaling.predict(5e-3, 10**8, accelerator, devices)
+    step = 5e-3 + transfer + latency
+    expected = {"work": 5e-3, "transfer": transfer, "latency": latency, "step": step}
+    assert point["seconds"] == pytest.approx(expected)
+    assert point["efficiency"] == pytest.approx(5e-3 / step)
+
+
+@pytest.mark.parametrize("accelerator", [TPU, H100])
+def test_more_work_scales_better_and_more_bytes_worse(accelerator):
+    assert scaling.predict(1e-3, 10**6, accelerator, 1)["efficiency"] == 1
+    for devices in scaling.PREDICTED[1:]:
+        by_work = [scaling.predict(t, 10**6, accelerator, devices)["efficiency"] for t in (1e-4, 1e-3, 1e-2)]
+        by_size = [
+            scaling.predict(1e-3, size, accelerator, devices)["efficiency"] for size in (0, 10**6, 10**8)
+        ]
+        assert 0 < by_work[0] < by_work[1] < by_work[2] < 1
+        assert 1 > by_size[0] > by_size[1] > by_size[2] > 0
+
+
+def test_the_work_of_a_tpu_is_its_own_programs_and_its_compilers():
+    row = {
+        "model": "conv4",
+        "devices": 8,
+        "collectives": [],
+        "all_reduced_bytes": 0,
+        "memory_bytes": 1,
+        "operations": 197e9,
+        "traffic_bytes": 2 * 819e6,
+    }
+    rows = [row | {"kind": "cpu", "cycles": 0}, row | {"kind": "TPU v5 lite", "cycles": 4.5e6}]
+    found = scaling.predictions_of(rows)
+    work = {(each["accelerator"], each["work"]): each["points"][0]["seconds"]["work"] for each in found}
+    expected = {("TPU v5e", "roofline"): 2e-3, ("TPU v5e", "compiler's cycles"): 3e-3}
+    assert work == pytest.approx(expected | {("H100 SXM", "roofline"): 2 * 819e6 / 3.35e12})
+    assert {each["label"] for each in found} == {"predicted, not measured"}
+    assert scaling.predictions_of([row | {"kind": "cpu", "devices": 1}]) == []
+    gathered = {"kind": "all-gather", "bytes": 4, "devices": 8, "times": 1}
+    with pytest.raises(ValueError, match="all-gather cross devices"):
+        scaling.predictions_of([row | {"kind": "cpu", "collectives": [gathered]}])
+
+
+def test_what_cannot_be_compiled_for_is_an_error_that_says_what_can(capsys):
+    with pytest.raises(SystemExit, match=r"--topology: got nonsense.*such as v5e:2x4"):
+        scaling.topology_devices("nonsense")
+    with pytest.raises(SystemExit):
+        scaling.main(["--devices", "0"])
+    assert "got '0'; it must be a whole number, at least 1" in capsys.readouterr().err
