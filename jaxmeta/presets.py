@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from jaxmeta.checks import LARGEST_SEED, check_count, check_number
 from jaxmeta.core import Learner, Model
 from jaxmeta.nn import in_precision
 from jaxmeta.registry import LEARNERS, NETWORKS, OUTER_OPTIMIZERS, LearnerSpec
@@ -202,6 +203,31 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 _FIELDS = tuple(field.name for field in dataclasses.fields(Preset) if field.name != "description")
+# Settings that are counts, with the least they may be, and those that are numbers of at least 0.
+_COUNTS = {
+    "ways": 1,
+    "shots": 0,
+    "queries": 1,
+    "train_ways": 1,
+    "train_shots": 0,
+    "train_queries": 1,
+    "image_size": 1,
+    "sequence": 1,
+    "workers": 0,
+    "inner_steps": 1,
+    "eval_steps": 0,
+    "inner_batch": 1,
+    "truncation": 1,
+    "cg_steps": 1,
+    "context_steps": 1,
+    "steps": 1,
+    "meta_batch": 1,
+    "episodes": 2,
+    "validate_every": 1,
+}
+_NUMBERS = ("inner_lr", "proximal", "damping", "anneal", "first_order", "scale", "outer_lr", "clip")
+# More devices than any one process has.
+_MOST_DEVICES = 4096
 # What only some methods have.
 METHOD_FIELDS = tuple(dict.fromkeys(field for spec in LEARNERS.values() for field in spec.takes))
 _SOURCE_FIELDS = (
@@ -340,6 +366,10 @@ def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
       ValueError: a flag that the learner or the tasks have no use for, or a value they cannot work with.
     """
     spec, source = LEARNERS[settings.learner], source_of(settings.tasks)
+    # No settings, but of every command that has any.
+    check_count("--seed", flags.get("seed", 0), 0, LARGEST_SEED)
+    if flags.get("devices") is not None:
+        check_count("--devices", flags["devices"], 1, _MOST_DEVICES)
     for fields, owner, takes in (
         (METHOD_FIELDS, settings.learner, spec.takes),
         (_SOURCE_FIELDS, settings.tasks, source.takes),
@@ -353,28 +383,13 @@ def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
 
 
 def _check(settings: Preset, spec: LearnerSpec) -> None:
-    for field, least in (
-        ("steps", 1),
-        ("meta_batch", 1),
-        ("episodes", 2),
-        ("validate_every", 1),
-        ("sequence", 1),
-        ("inner_steps", 1),
-        ("eval_steps", 0),
-        ("inner_lr", 0),
-        ("inner_batch", 1),
-        ("anneal", 0),
-        ("first_order", 0),
-        ("outer_lr", 0),
-        ("clip", 0),
-        ("image_size", 1),
-        ("workers", 0),
-        ("split_seed", 0),
-    ):
-        value = getattr(settings, field)
-        # Written so that NaN fails.
-        if value is not None and not value >= least:
-            raise ValueError(f"{flag_of(field)}: got {value}; it must be at least {least}")
+    for field, least in _COUNTS.items():
+        if (value := getattr(settings, field)) is not None:
+            check_count(flag_of(field), value, least)
+    for field in _NUMBERS:
+        if (value := getattr(settings, field)) is not None:
+            check_number(flag_of(field), value, 0)
+    check_count("--split-seed", settings.split_seed, 0, LARGEST_SEED)
     lookup("--network", settings.network, NETWORKS)
     if spec.networks is not None and settings.network not in spec.networks:
         raise ValueError(

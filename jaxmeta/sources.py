@@ -3,6 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import jax
 from jaxmeta import tasks
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.registry import LEARNERS
-from jaxmeta.settings import Preset, lookup
+from jaxmeta.settings import Preset, flag_of, lookup
 from jaxmeta.tasks import ClassSplit
 from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
 from jaxmeta.tasks.omniglot import omniglot_split
@@ -230,6 +233,8 @@ TASKS: dict[str, TaskSpec] = {
 
 # Episodes at once in an evaluation from a stream.
 _STREAMED = 20
+# Bytes that an evaluation keeps of each episode, at the least: two keys, and its result.
+_KEYS = 20
 # Images of a mini-batch, of which each device has its own.
 _SUPERVISED_BATCH = 64
 
@@ -274,30 +279,57 @@ def tasks_of(
         raise ValueError(
             f"--stream: {settings.learner} trains on mini-batches of all classes, which must be in memory"
         )
-    with _in_words_of_flags():
+    with _in_words_of_flags(prefix):
         found = _tasks_of(settings, split, data, key, for_evaluation, shape, process)
         if settings.sequence is not None:
             if not isinstance(found, TaskDistribution):
                 raise ValueError("--stream: sequences are drawn from memory only; leave it out")
-            return tasks.sequences(found, length=settings.sequence, strings=settings.label_strings)
-        if not supervised:
-            return found
-        assert isinstance(found, TaskDistribution)
-        return tasks.supervised(found, batch=_SUPERVISED_BATCH)
+            found = tasks.sequences(found, length=settings.sequence, strings=settings.label_strings)
+        if supervised:
+            assert isinstance(found, TaskDistribution)
+            found = tasks.supervised(found, batch=_SUPERVISED_BATCH)
+    if isinstance(found, TaskDistribution):
+        _check_memory(found, settings, split, prefix)
+    return found
+
+
+def _check_memory(found: TaskDistribution, settings: Preset, split: str, prefix: str) -> None:
+    """Refuses tasks that would fill the memory by themselves, before anything is compiled for them."""
+    drawn = jax.eval_shape(found.sample, jax.random.key(0))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drawn))
+    # Of a meta-step all tasks are drawn at once, of an evaluation the keys of all.
+    total = size * settings.meta_batch if split == "train" else size + settings.episodes * _KEYS
+    if total > memory():
+        count = "--meta-batch" if split == "train" else "--episodes"
+        shape = ", ".join(flag_of(prefix + field) for field in ("ways", "shots", "queries"))
+        number = settings.meta_batch if split == "train" else settings.episodes
+        raise ValueError(
+            f"{count}: got {number}; so many tasks of {size / 1e6:,.1f} MB ({shape}) take {total / 1e9:,.0f} "
+            f"GB, and there are {memory() / 1e9:,.0f}; fewer or smaller ones would fit"
+        )
+
+
+def memory() -> int:
+    """Bytes of memory of this machine, or of all its devices where that is more."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(host, sum(each.get("bytes_limit", 0) for each in stats))
 
 
 @contextlib.contextmanager
-def _in_words_of_flags() -> Iterator[None]:
+def _in_words_of_flags(prefix: str) -> Iterator[None]:
     """What the library says of its arguments, for those who gave flags."""
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        said = str(error)
+        said = re.sub(r"^(ways|shots|queries)\b", lambda found: flag_of(prefix + found[1]), str(error))
         for argument, flag in (
             ("path: ", "--tasks: "),
             ("data: ", "--data: "),
             ("length: ", "--sequence: "),
             ("strings: ", "--strings: "),
+            ("protocol: ", "--protocol: "),
+            ("size: ", "--image-size: "),
             ("skip_unreadable=True", "--skip-unreadable"),
             ("(classes)", "(--classes)"),
             ("with label", "with --label"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_number, check_word
 from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.metric_learner import (
     class_means,
@@ -107,10 +108,8 @@ def kernel_classifier(
         ("normalise", normalise, NORMALISATIONS),
         ("reduce", reduce, REDUCTIONS),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+        check_word(name, value, known)
+    check_number("scale", scale, above=0)
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del ways

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxmeta.checks import check_count, check_number
 from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.kernel import kernel_classifier, log_probabilities
 from jaxmeta.metric_based.metric_learner import metric_learner, unit
@@ -65,10 +66,8 @@ def matching(
     """
     if context_steps is None:
         return kernel_classifier(model, scale=scale, learn_scale=learn_scale, norm=norm, augment=augment)
-    if context_steps < 1:
-        raise ValueError(f"context_steps must be at least 1, or None, got {context_steps}")
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_count("context_steps", context_steps)
+    check_number("scale", scale, above=0)
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del ways

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmeta import losses
+from jaxmeta.checks import check_word
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -149,8 +150,7 @@ def checked_embedding(z: Any, x: Array) -> Array:
 
 def check_norm(norm: str, norms: tuple[str, ...] = NORMS) -> None:
     """A ValueError if `norm` is none of `norms`."""
-    if norm not in norms:
-        raise ValueError(f"norm must be one of {norms}, got {norm!r}")
+    check_word("norm", norm, norms)
 
 
 def check_labels(batch: Batch) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Learner, Model, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
     checked_embedding,
@@ -51,8 +52,7 @@ def simple_shot(
     References:
       Wang et al., SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning, 2019.
     """
-    if transform not in TRANSFORMS:
-        raise ValueError(f"transform must be one of {TRANSFORMS}, got {transform!r}")
+    check_word("transform", transform, TRANSFORMS)
 
     def transformed(z: Array) -> Array:
         return z if transform == "un" else unit(z)
@@ -119,10 +119,9 @@ def fine_tuned_head(
     References:
       Chen et al., A Closer Look at Few-shot Classification, 2019, section 3.2.
     """
-    if head not in HEADS:
-        raise ValueError(f"head must be one of {HEADS}, got {head!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_word("head", head, HEADS)
+    check_count("steps", steps)
+    check_number("scale", scale, above=0)
     descend = released_sgd() if optimizer is None else optimizer
 
     def head_loss(weights: Params, batch: tuple) -> Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxmeta.checks import check_number
 from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.metric_learner import metric_learner, only_present
 from jaxmeta.nn.adapters import Network
@@ -49,8 +50,8 @@ def ridge(
     References:
       Bertinetto et al., Meta-learning with Differentiable Closed-form Solvers, 2019, section 3.
     """
-    if not regularisation > 0:
-        raise ValueError(f"regularisation must be positive, got {regularisation}")
+    check_number("regularisation", regularisation, above=0)
+    check_number("scale", scale, above=0)
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del key, dim, ways

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import Augment, Batch, Key, Learner, Params
 from jaxmeta.losses import masked_mean
 from jaxmeta.metric_based.kernel import log_probabilities
@@ -67,8 +68,10 @@ def siamese(
     References:
       Koch, Zemel & Salakhutdinov, Siamese Neural Networks for One-shot Image Recognition, 2015.
     """
-    if pairs is not None and (pairs < 2 or pairs % 2):
-        raise ValueError(f"pairs must be an even number of at least 2, half of each kind, got {pairs}")
+    if pairs is not None:
+        check_count("pairs", pairs, 2)
+        if pairs % 2:
+            raise ValueError(f"pairs: got {pairs}; it must be even, half of each kind")
     network = None if head is None else as_model(head)
 
     def init(key: Key, dim: int, ways: int) -> Params:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
+from jaxmeta.checks import check_count
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -26,6 +27,7 @@ from jaxmeta.core import (
 )
 from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.memory import MemoryNetwork
+from jaxmeta.tasks.sequences import check_strings
 
 
 def mann(
@@ -68,6 +70,8 @@ def mann(
       Santoro, Bartunov, Botvinick, Wierstra & Lillicrap, Meta-Learning with Memory-Augmented Neural
       Networks, 2016.
     """
+    check_strings(strings)
+    check_count("instances", instances, 0)
     codes = _Labels(strings)
 
     def call(params: Params, method: str, *arguments: Any) -> Any:

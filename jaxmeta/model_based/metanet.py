@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
+from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -107,13 +108,11 @@ def metanet(
     References:
       Munkhdalai & Yu, Meta Networks, 2017.
     """
-    if embedding_loss not in EMBEDDING_LOSSES:
-        raise ValueError(f"embedding_loss must be one of {EMBEDDING_LOSSES}, got {embedding_loss!r}")
+    check_word("embedding_loss", embedding_loss, EMBEDDING_LOSSES)
     for name, size in (("samples", samples), ("hidden", hidden), ("queries_at_once", queries_at_once)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-    if margin <= 0:
-        raise ValueError(f"margin must be positive, got {margin}")
+        if size is not None:
+            check_count(name, size)
+    check_number("margin", margin, above=0)
     u, b = as_augmented(embedding, "embedding"), as_augmented(base, "base")
     of_task, of_example = TaskGenerator(hidden), ExampleGenerator(hidden)
     pairs = task_weights and embedding_loss != "xent"

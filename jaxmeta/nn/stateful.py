@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
+from jaxmeta.checks import check_number
 from jaxmeta.core import Key, PyTree
 from jaxmeta.nn.adapters import SWITCHES, Network, as_model, call_arguments, forward, switches
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
@@ -73,7 +74,8 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
     """
     if isinstance(network, StatefulModel):
         return network
-    if not 0 <= momentum < 1:
+    check_number("momentum", momentum, 0)
+    if momentum >= 1:
         raise ValueError(f"momentum: got {momentum}; it must be at least 0 and below 1")
     if isinstance(network, linen.Module):
         call_arguments(network, "mask", *SWITCHES, "use_running_average")

@@ -16,6 +16,7 @@ import optax
 from jax import lax
 
 from jaxmeta import losses
+from jaxmeta.checks import check_count, check_word
 from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
@@ -78,14 +79,12 @@ def adaptation(
       per_step: whether every inner step has normalisation layers of its own: scale, bias and population
         statistics. They are not adapted. The queries are normalised by those of the last step.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if eval_steps is not None and eval_steps < 0:
-        raise ValueError(f"eval_steps must be at least 0, got {eval_steps}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_word("norm", norm, NORMS)
+    check_count("steps", steps)
+    if eval_steps is not None:
+        check_count("eval_steps", eval_steps, 0)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     _check_hyper(inner_optimizer, hyper, order)
     if order == "implicit":
         _check_implicit(eval_steps, batch_size, norm)
@@ -331,7 +330,7 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
 
 def _check_implicit(eval_steps: int | None, batch_size: int | None, norm: str) -> None:
     if eval_steps is not None and eval_steps < 1:
-        raise ValueError(f'eval_steps must be at least 1 under order="implicit", got {eval_steps}')
+        raise ValueError(f'eval_steps: got {eval_steps}; it must be at least 1 under order="implicit"')
     if batch_size is not None:
         raise ValueError(
             f'batch_size: got {batch_size}; order="implicit" is about the minimum of the loss of all support '

@@ -2,6 +2,7 @@
 
 import optax
 
+from jaxmeta.checks import check_number
 from jaxmeta.core import Learner
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
@@ -49,6 +50,7 @@ def imaml(
     References:
       Rajeswaran et al., Meta-Learning with Implicit Gradients, 2019, equations 3 and 6, algorithm 2.
     """
+    check_number("proximal", proximal, above=0)
     return maml(
         model,
         inner_optimizer=inner_optimizer,

@@ -16,6 +16,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.optimization_based.trees import inexact, merge, partition
 from jaxmeta.optimization_based.unroll import Step, unroll, value_and_gradient
 
@@ -275,21 +276,15 @@ def inner_loop(
 
 
 def _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_path):
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {MEMORY_MODES}, got {memory!r}")
-    least = 1 if order == "implicit" else 0
-    if steps < least:
-        raise ValueError(f"steps must be at least {least}, got {steps}")
-    if truncation is not None and truncation < 1:
-        raise ValueError(f"truncation must be at least 1, got {truncation}")
-    if proximal is not None and not proximal >= 0:
-        raise ValueError(f"proximal must be at least 0, got {proximal}")
-    if cg_steps < 1:
-        raise ValueError(f"cg_steps must be at least 1, got {cg_steps}")
-    if not damping >= 0:
-        raise ValueError(f"damping must be at least 0, got {damping}")
+    check_word("order", order, ORDERS)
+    check_word("memory", memory, MEMORY_MODES)
+    check_count("steps", steps, 1 if order == "implicit" else 0)
+    if truncation is not None:
+        check_count("truncation", truncation)
+    if proximal is not None:
+        check_number("proximal", proximal, 0)
+    check_count("cg_steps", cg_steps)
+    check_number("damping", damping, 0)
     if order != "implicit":
         return
     if not proximal:

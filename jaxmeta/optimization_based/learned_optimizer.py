@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
+from jaxmeta.checks import check_count, check_word
 from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.coordinatewise import ProposedUpdate
@@ -121,16 +122,15 @@ def learned_optimizer(
       Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016; defaults of
       the official code, but for its p of 5.
     """
-    if truncation < 1:
-        raise ValueError(f"truncation must be at least 1, got {truncation}")
-    if steps < 1 or steps % truncation:
-        raise ValueError(f"steps must be a multiple of truncation = {truncation}, at least once, got {steps}")
-    if eval_steps is not None and eval_steps < 1:
-        raise ValueError(f"eval_steps must be at least 1, got {eval_steps}")
-    if order == "implicit":
-        raise ValueError('order must be "second" or "first", got \'implicit\': there is no minimum to reach')
-    if norm not in ("batch", "support"):
-        raise ValueError(f'norm must be "batch" or "support", got {norm!r}')
+    check_count("truncation", truncation)
+    check_count("steps", steps)
+    if steps % truncation:
+        raise ValueError(f"steps: got {steps}; it must be a multiple of truncation = {truncation}")
+    if eval_steps is not None:
+        check_count("eval_steps", eval_steps)
+    # No "implicit": there is no minimum to reach.
+    check_word("order", order, ("second", "first"))
+    check_word("norm", norm, ("batch", "support"))
     model = as_model(model)
     proposal = ProposedUpdate(tuple(layers), preprocess, scale, zero_output)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.core import Key, Learner, PyTree
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.coordinatewise import FEEDBACKS, GatedUpdate
@@ -62,10 +63,10 @@ def lstm_meta_learner(
     References:
       Ravi & Larochelle, Optimization as a Model for Few-Shot Learning, 2017, equations 2 to 5, algorithm 1.
     """
-    if hidden is not None and hidden < 1:
-        raise ValueError(f"hidden must be at least 1, or None for the one-layer form, got {hidden}")
-    if feedback not in FEEDBACKS:
-        raise ValueError(f"feedback must be one of {FEEDBACKS}, got {feedback!r}")
+    if hidden is not None:
+        check_count("hidden", hidden)
+    check_word("feedback", feedback, FEEDBACKS)
+    check_number("gradient_scale", gradient_scale)
     cell = GatedUpdate(hidden, feedback)
 
     def initial(key: Key, fast: PyTree) -> PyTree:

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmeta import losses
+from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.core import Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation
@@ -79,18 +80,18 @@ def maml_plus_plus(
     References:
       Antoniou, Edwards & Storkey, How to train your MAML, 2019.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if eval_steps is not None and not 1 <= eval_steps <= steps:
+    check_number("rate", rate)
+    check_count("steps", steps)
+    if eval_steps is not None:
+        check_count("eval_steps", eval_steps)
+    if eval_steps is not None and eval_steps > steps:
         raise ValueError(
             f"eval_steps: got {eval_steps}; there are learned step sizes for 1 to {steps} steps (the "
             "`steps` of training)"
         )
     for name, count in (("anneal_steps", anneal_steps), ("first_order_steps", first_order_steps)):
-        if count < 0:
-            raise ValueError(f"{name} must be at least 0, got {count}")
-    if norm == "episode":
-        raise ValueError('norm must be "batch", "support" or "population", got \'episode\'')
+        check_count(name, count, 0)
+    check_word("norm", norm, ("batch", "support", "population"))
 
     def initial(key: Key, fast: PyTree) -> PyTree:
         del key

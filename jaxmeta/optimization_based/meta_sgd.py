@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from jaxmeta.checks import check_number, shown
 from jaxmeta.core import Key, Learner, PyTree
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
@@ -36,8 +37,13 @@ def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1
       Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, algorithm 1; the range is
       that of public implementations.
     """
-    low, high = rates if isinstance(rates, tuple) else (rates, rates)
-    if not low <= high:
+    ends = tuple(rates) if isinstance(rates, tuple | list) else (rates, rates)
+    if len(ends) != 2:
+        raise ValueError(f"rates: got {shown(rates)}; it must be a number or (low, high)")
+    low, high = ends
+    check_number("rates", low)
+    check_number("rates", high)
+    if low > high:
         raise ValueError(f"rates: got the range {rates}; it must be (low, high)")
 
     def initial(key: Key, fast: PyTree) -> PyTree:

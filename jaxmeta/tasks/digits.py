@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.images import resized
-from jaxmeta.tasks.sinusoid import check_count
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
 _DIGITS = tuple("0123456789")

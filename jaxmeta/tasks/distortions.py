@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_number
 from jaxmeta.core import Key
 
 
@@ -39,6 +41,13 @@ def distort(
     References:
       Koch, Zemel & Salakhutdinov, 2015, section 3.3.
     """
+    if np.ndim(x) != 4:
+        raise ValueError(f"x: got shape {np.shape(x)}; it must be (n, height, width, channels)")
+    for name, value in (("rotation", rotation), ("shear", shear), ("shift", shift)):
+        check_number(name, value, 0)
+    # A size of zero has no inverse.
+    check_number("scale", scale, 0, 0.99)
+    check_number("probability", probability, 0, 1)
     n, height, width, _ = x.shape
     most = jnp.array([jnp.deg2rad(rotation), shear, shear, scale, scale, shift * height, shift * width])
     draws, drawn = jax.random.uniform(key, (2, n, 7))

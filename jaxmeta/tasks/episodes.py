@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
+from jaxmeta.checks import check_count, check_word, shown
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import ClassSplit, split_classes
@@ -84,15 +85,13 @@ class EpisodeShape:
             shots = 0, 0
         elif shots == 0:
             raise ValueError(
-                "shots must be a positive integer, got 0: zero-shot tasks need one vector of every class, "
+                "shots: got 0; it must be at least 1: zero-shot tasks need one vector of every class, "
                 "from_arrays(shots=0, metadata=...)"
             )
         else:
             shots = _range("shots", shots)
-        if not isinstance(queries, int | np.integer) or queries < 1:
-            raise ValueError(f"queries must be a positive integer, got {queries!r}")
-        if rotations not in _ROTATIONS:
-            raise ValueError(f'rotations must be "none", "classes" or "random", got {rotations!r}')
+        check_count("queries", queries)
+        check_word("rotations", rotations, _ROTATIONS)
         if rotations != "none" and (len(example) < 2 or example[0] != example[1]):
             raise ValueError(
                 f"rotations={rotations!r} needs square images (side, side, ...), got examples of "
@@ -368,16 +367,16 @@ def _uniform(bits: UInt32[Array, ""], inclusive: tuple[int, int]) -> Int[Array, 
 
 
 def _range(argument: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int | np.integer) else value
-    try:
-        low, high = pair
-        good = isinstance(low, int | np.integer) and isinstance(high, int | np.integer) and 1 <= low <= high
-    except (TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(
-            f"{argument} must be a positive integer or a pair (low, high), 1 <= low <= high, got {value!r}"
-        )
+    if not isinstance(value, tuple | list):
+        check_count(argument, value)
+        return int(value), int(value)
+    if len(value) != 2:
+        raise ValueError(f"{argument}: got {shown(value)}; it must be one number, or a pair (low, high)")
+    low, high = value
+    check_count(argument, low)
+    check_count(argument, high)
+    if high < low:
+        raise ValueError(f"{argument}: got {value}; of a pair (low, high) low must not be above high")
     return int(low), int(high)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmeta.checks import check_count, check_size
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
-from jaxmeta.tasks.sinusoid import check_count
 from jaxmeta.tasks.splits import ClassSplit, check_part
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
 from jaxmeta.tasks.subset import ordered_subset
@@ -62,7 +62,10 @@ def glyphs(
     check_count("size", size, 8)
     classes = CLASSES[split]
     if ways > len(classes):
-        raise ValueError(f"ways must be at most {len(classes)}, the classes of split {split!r}, got {ways}")
+        raise ValueError(
+            f"ways: got {ways}; it must be at most {len(classes)}, the classes of split {split!r}"
+        )
+    check_size("ways, shots, queries, size", (ways, shots + queries, max(size * size, HAND)), "a task")
     card = ProtocolCard(
         "glyphs",
         split,

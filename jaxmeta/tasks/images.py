@@ -10,9 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxmeta.checks import check_count, check_word
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # Side of images where none is asked for and theirs is larger: that of mini-ImageNet.
 LARGEST_DEFAULT = 84
+# PIL takes images of more pixels for files that are made to fill the memory.
+_LARGEST = 8192
 _GREY_MODES = ("1", "L", "LA", "La", "F")
 
 
@@ -34,10 +38,9 @@ class Header(NamedTuple):
 
 def check_form(size: int | None, channels: int | None) -> None:
     """Refuses a size or a number of channels that images cannot have; None is to be found out."""
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1):
-        raise ValueError(f"size must be a positive integer or None, got {size!r}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}")
+    if size is not None:
+        check_count("size", size, 1, _LARGEST)
+    check_word("channels", channels, (1, 3, None))
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
-from jaxmeta.tasks.sinusoid import check_count
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
 
 

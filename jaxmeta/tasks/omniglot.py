@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmeta.checks import LARGEST_SEED, check_count, check_word
 from jaxmeta.core import ProtocolCard, TaskDistribution
 from jaxmeta.tasks.archives import DRAWERS, Edition, prepare
 from jaxmeta.tasks.episodes import from_arrays
@@ -128,8 +129,8 @@ background alphabets validate; the other evaluation characters test |
       >>> omniglot_split("vinyals").assert_disjoint(omniglot_split("vinyals-trainval"))
       >>> omniglot_split("lake").assert_disjoint(omniglot_split("vinyals"))
     """
-    if protocol not in _PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(_PROTOCOLS)}, got {protocol!r}")
+    check_word("protocol", protocol, _PROTOCOLS)
+    check_count("seed", seed, 0, LARGEST_SEED)
     background, evaluation = EDITION.characters["background"], EDITION.characters["evaluation"]
     held_out = tuple(name for name in background if name.split("/")[0] in _VALIDATION)
     if protocol == "lake":
@@ -205,8 +206,7 @@ def omniglot(
     by_part, sentence = _PROTOCOLS[protocol]
     which = ("train", "validation", "test").index(check_part(split))
     parts.part(split)
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= 105:
-        raise ValueError(f"size must be an integer between 1 and 105 pixels, got {size!r}")
+    check_count("size", size, 1, 105)
     if trained_on is not None:
         _split_of(trained_on, seed).assert_disjoint(ClassSplit(test=parts.part(split)))
     images = prepare(EDITION, int(size), None if data is None else Path(data).expanduser())

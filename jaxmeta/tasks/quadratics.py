@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxmeta.checks import check_count, check_size
 from jaxmeta.core import Batch, Key, Task, TaskDistribution
-from jaxmeta.tasks.sinusoid import PointCounts, check_count, regression_card, split_stream
+from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_stream
 
 
 def quadratics(split: str = "train", *, dim: int = 10) -> TaskDistribution:
@@ -36,7 +37,8 @@ def quadratics(split: str = "train", *, dim: int = 10) -> TaskDistribution:
       Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016, section 3.1; the
       distribution is the official code's (the paper has Gaussian entries).
     """
-    check_count("dim", dim, 1)
+    check_count("dim", dim)
+    check_size("dim", (dim, dim + 1), "a function")
     card = regression_card(
         "quadratics", split, dim, dim, "Andrychowicz et al. 2016, section 3.1, as in its code"
     )

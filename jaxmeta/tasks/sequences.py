@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxmeta.checks import check_count, check_size, shown
 from jaxmeta.core import Batch, Key, Task, TaskDistribution, blank_padding
 
 
@@ -48,6 +49,8 @@ def sequences(
       >>> support.x.shape, support.y.shape, query.y.shape
       ((50, 28, 28, 1), (50,), (5,))
     """
+    if not isinstance(tasks, TaskDistribution):
+        raise ValueError(f"tasks: got {type(tasks).__name__}; sequences are made of a jm.TaskDistribution")
     card = tasks.card
     most, shots = card.ways, card.shots
     if not isinstance(most, int) or not isinstance(shots, int) or shots < 1:
@@ -56,6 +59,10 @@ def sequences(
             "number of each, and examples to show"
         )
     length = most * shots if length is None else length
+    check_count("length", length)
+    # Of each pair of steps it is asked whether they are of one class.
+    check_size("length", (length, length), "pairs of steps")
+    check_strings(strings)
     if length < most:
         raise ValueError(f"length: got {length} steps for {most} classes; each class needs at least one")
     if length % most:
@@ -73,19 +80,34 @@ def sequences(
     return found if ways is None else with_ways(found, ways)
 
 
+def check_strings(strings: tuple[int, int] | None) -> None:
+    """Refuses what is neither None nor a number of letters and a number of characters.
+
+    Raises:
+      ValueError: so it is, or there are too many strings to be numbered.
+    """
+    if strings is None:
+        return
+    if not isinstance(strings, tuple | list) or len(strings) != 2:
+        raise ValueError(f"strings: got {shown(strings)}; it must be (letters, characters), or None")
+    letters, characters = strings
+    check_count("strings", letters, 2)
+    check_count("strings", characters, 1, 31)
+    check_size("strings", (letters,) * characters, "labels")
+
+
 def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
     """`tasks`, of `sequences`, with other `ways` in use; what is compiled once then serves for any number.
 
     Raises:
       ValueError: they are not of `sequences`, or have not as many classes.
     """
-    sample = tasks.sample
+    sample = getattr(tasks, "sample", None)
     if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, _Draw):
         raise ValueError("tasks: must be of jm.tasks.sequences")
-    if not 1 <= ways <= tasks.card.ways:  # type: ignore[operator]
-        raise ValueError(
-            f"ways: got {ways}; it must be between 1 and the {tasks.card.ways} classes of the tasks"
-        )
+    check_count("ways", ways)
+    if ways > tasks.card.ways:  # type: ignore[operator]
+        raise ValueError(f"ways: got {ways}; it must be at most the {tasks.card.ways} classes of the tasks")
     return tasks._replace(
         sample=jax.tree_util.Partial(sample.func, sample.args[0], jnp.asarray(ways, jnp.int32))
     )

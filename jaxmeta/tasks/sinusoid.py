@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmeta.checks import check_count, check_number, check_size, shown
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
 from jaxmeta.tasks.splits import PARTS, check_part
 
@@ -60,9 +61,8 @@ def sinusoid(
         "sinusoid", split, shots, queries, "Finn et al. 2017, section 5.1, up to the ranges and noise given"
     )
     ranges = {"amplitude": amplitude, "phase": phase, "inputs": inputs}
-    for name, (low, high) in ranges.items():
-        if not low < high:
-            raise ValueError(f"{name} must be (low, high) with low < high, got ({low}, {high})")
+    for name, interval in ranges.items():
+        _check_interval(name, interval)
     check_noise(noise)
     data = {name: jnp.asarray(value, jnp.float32) for name, value in ranges.items()}
     data["noise"] = jnp.float32(noise)
@@ -108,18 +108,21 @@ def split_stream(split: str) -> Int[Array, ""]:
 def regression_card(tasks: str, split: str, shots: int, queries: int, protocol: str) -> ProtocolCard:
     """The card of a regression source, its arguments checked."""
     check_part(split)
-    check_count("shots", shots, 1)
-    check_count("queries", queries, 1)
+    check_count("shots", shots)
+    check_count("queries", queries)
+    check_size("shots, queries", (shots + queries,), "a task")
     return ProtocolCard(tasks, split, "regression", None, shots, queries, protocol=protocol)
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises a `ValueError` that calls `value` by `name` unless it is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def check_noise(noise: float) -> None:
     """Raises a `ValueError` unless `noise` is a standard deviation."""
-    if not 0 <= noise < np.inf:
-        raise ValueError(f"noise is a standard deviation and must be at least 0 and finite, got {noise}")
+    check_number("noise", noise, 0)
+
+
+def _check_interval(name: str, interval: tuple[float, float]) -> None:
+    try:
+        low, high = (float(end) for end in interval)
+    except (TypeError, ValueError):
+        low = high = np.nan
+    if not -np.inf < low < high < np.inf:
+        raise ValueError(f"{name}: got {shown(interval)}; it must be (low, high), finite and low < high")

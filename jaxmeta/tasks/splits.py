@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
+
+from jaxmeta.checks import LARGEST_SEED, check_count, check_number, check_word, shown
 
 SplitName = Literal["train", "validation", "test"]
 PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -14,9 +16,13 @@ PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 def check_part(split: str) -> SplitName:
     """`split` itself, or a ValueError if it is not "train", "validation" or "test"."""
-    if split not in PARTS:
-        raise ValueError(f'split must be "train", "validation" or "test", got {split!r}')
-    return split
+    check_word("split", split, PARTS)
+    return cast(SplitName, split)
+
+
+def _check_three(name: str, parts: Sequence) -> None:
+    if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
+        raise ValueError(f"{name}: got {shown(parts)}; it must be three numbers (train, validation, test)")
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
@@ -91,10 +97,13 @@ class ClassSplit:
           >>> ClassSplit.from_fractions([f"c{i}" for i in range(100)]).sizes
           (64, 16, 20)
         """
-        if len(fractions) != 3 or not (min(fractions) >= 0 and abs(sum(fractions) - 1) <= 1e-6):
+        _check_three("fractions", fractions)
+        for fraction in fractions:
+            check_number("fractions", fraction, 0)
+        if abs(sum(fractions) - 1) > 1e-6:
             raise ValueError(
-                "fractions must be three non-negative numbers (train, validation, test) that sum "
-                f"to 1, got {tuple(fractions)}"
+                f"fractions: got {tuple(fractions)}; they must be three non-negative numbers (train, "
+                "validation, test) that sum to 1"
             )
         names = [str(name) for name in names]
         first = round(fractions[0] * len(names))
@@ -109,11 +118,15 @@ class ClassSplit:
           ValueError: `counts` are not three, negative, or do not sum to the number of names.
         """
         names = sorted(str(name) for name in names)
-        if len(counts) != 3 or min(counts) < 0 or sum(counts) != len(names):
+        _check_three("counts", counts)
+        for count in counts:
+            check_count("counts", count, 0)
+        if sum(counts) != len(names):
             raise ValueError(
-                "counts must be three non-negative numbers (train, validation, test) that sum to the "
-                f"{len(names)} classes, got {tuple(counts)}"
+                f"counts: got {tuple(counts)}; they must be three non-negative numbers (train, validation, "
+                f"test) that sum to the {len(names)} classes"
             )
+        check_count("seed", seed, 0, LARGEST_SEED)
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(names))
         shuffled = [names[i] for i in order]
         cut = counts[0] + counts[1]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import Key, Task, TaskStream, episode_keys
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task
 from jaxmeta.tasks.prepared import Prepared
@@ -71,15 +72,15 @@ def stream(
     card = shape.card_for(
         [prepared.classes[index] for index in chosen], sizes, split, parts.hash, prepared.name, protocol
     )
+    check_count("meta_batch", meta_batch)
+    check_count("workers", workers, 0)
+    check_count("ahead", ahead)
     index, count = process
     if not 0 <= index < count or meta_batch < 1 or meta_batch % count:
         raise ValueError(
             f"meta_batch: got {meta_batch} tasks for process {index} of {count}; it must be at least 1 and "
             "a multiple of the number of processes"
         )
-    for name, value, least in (("workers", workers, 0), ("ahead", ahead, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}; it must be at least {least}")
     own = meta_batch // count
     reader = _Reader(
         prepared, shape, prepared.offsets[chosen], sizes, key, meta_batch, index * own, own, for_evaluation

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import Batch, Key, Task, TaskDistribution, TaskStream
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -48,8 +48,9 @@ def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDis
     References:
       Chen, Liu, Kira, Wang, Huang, A Closer Look at Few-shot Classification, 2019, arXiv 1904.04232.
     """
-    if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 2 or batch % 2:
-        raise ValueError(f"batch must be an even integer of at least 2, got {batch!r}")
+    check_count("batch", batch, 2)
+    if batch % 2:
+        raise ValueError(f"batch: got {batch}; it must be even")
     sample, classes = getattr(tasks, "sample", None), tasks.card.classes
     draw = None
     if isinstance(sample, jax.tree_util.Partial):

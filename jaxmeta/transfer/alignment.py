@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
+from jaxmeta.checks import check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Params, PyTree
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.transfer.classifier import HEAD, as_images
@@ -94,8 +95,7 @@ def dann(*, hidden: tuple[int, ...] = (100,), weight: float = 1.0, gamma: float 
 
 
 def _check_weight(weight: float) -> None:
-    if not weight >= 0:
-        raise ValueError(f"weight: got {weight}; it must be at least 0")
+    check_number("weight", weight, 0)
 
 
 def _without_parameters(weight: float, discrepancy: Callable[[Array, Array], Array]) -> Alignment:
@@ -167,8 +167,7 @@ def align(
       ValueError: another `norm`; no target examples, or of another shape; and as `fine_tune`.
       FloatingPointError: the loss is no longer finite.
     """
-    if norm not in DOMAIN_NORMS:
-        raise ValueError(f"norm: got {norm!r}; it must be one of {DOMAIN_NORMS}")
+    check_word("norm", norm, DOMAIN_NORMS)
     if model.features is None:
         raise ValueError("model: has no features to align; jm.transfer.classifier makes one that has")
     arrays, shape = examples(source, weights), source.x.shape[1:]

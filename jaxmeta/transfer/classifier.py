@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
+from jaxmeta.checks import check_count
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.layers import Dense
@@ -49,8 +50,7 @@ def classifier(
       >>> jax.tree.map(jnp.shape, variables["params"]["head"])
       {'bias': (10,), 'kernel': (8, 10)}
     """
-    if classes < 2:
-        raise ValueError(f"classes: got {classes}; there must be at least 2 to tell apart")
+    check_count("classes", classes, 2)
     parts: dict[str, Any] = {} if adapter is None else {ADAPTER: adapter}
     parts |= {BODY: body, HEAD: Dense(classes)}
     model = chain(parts, momentum=momentum)
@@ -113,8 +113,7 @@ def in_batches(
 
     What it returns of an example must not depend on the others, as in inference.
     """
-    if batch < 1:
-        raise ValueError(f"batch: got {batch}; it must be at least 1")
+    check_count("batch", batch)
     n = x.shape[0]
     if n == 0:
         raise ValueError("x: got no examples")

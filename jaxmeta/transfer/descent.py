@@ -11,6 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import Key, Params, PyTree
 from jaxmeta.transfer.freezing import apply_unfrozen, only_unfrozen
 
@@ -67,13 +68,11 @@ def descend(
       ValueError: `steps`, `every` or a batch size below 1.
       FloatingPointError: the loss is no longer finite.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; it must be at least 1")
-    if every is not None and every < 1:
-        raise ValueError(f"every: got {every}; it must be at least 1")
-    for name, batches in data.items():
-        if batches.size < 1:
-            raise ValueError(f"batch_size: got {batches.size}, of {name}; it must be at least 1")
+    check_count("steps", steps)
+    if every is not None:
+        check_count("every", every)
+    for batches in data.values():
+        check_count("batch_size", batches.size)
     leaves, structure = jax.tree.flatten(frozen)
     sizes = tuple((name, batches.size) for name, batches in sorted(data.items()))
     arrays = {name: jax.tree.map(jnp.asarray, dict(batches.arrays)) for name, batches in data.items()}

@@ -8,8 +8,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_number, check_word
+
 Features = Float[Array | np.ndarray, "_ _"]
 Bandwidth = float | int | Sequence[float | int] | Array | np.ndarray | str
+VARIANTS = ("paper", "mean+cov")
 ESTIMATORS = ("biased", "unbiased", "linear")
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0)
 
@@ -54,8 +57,7 @@ def coral_loss(source: Features, target: Features, *, variant: str = "paper") ->
       Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, 2016.
     """
     _check(source, target, at_least=2)
-    if variant not in ("paper", "mean+cov"):
-        raise ValueError(f'variant: got {variant!r}; it must be "paper" or "mean+cov"')
+    check_word("variant", variant, VARIANTS)
     spread = jnp.square(covariance(source) - covariance(target)).mean()
     if variant == "paper":
         return spread / 4
@@ -91,8 +93,7 @@ def coral_transform(
       Sun, Feng & Saenko, Return of Frustratingly Easy Domain Adaptation, 2016, algorithm 1.
     """
     _check(source, target, at_least=2)
-    if not regularisation >= 0:
-        raise ValueError(f"regularisation: got {regularisation}; it must be at least 0")
+    check_number("regularisation", regularisation, 0)
     ridge = regularisation * jnp.eye(source.shape[1])
     whitening = _power(covariance(source) + ridge, -0.5)
     return _product(whitening, _power(covariance(target) + ridge, 0.5))
@@ -144,6 +145,7 @@ def mmd2(
       Gretton et al., A Kernel Two-Sample Test, 2012; Long et al., Learning Transferable Features with Deep
       Adaptation Networks, 2015.
     """
+    check_word("estimator", estimator, ESTIMATORS)
     _check(source, target, at_least=1 if estimator == "biased" else 2)
     variances = _variances(source, target, bandwidth, multiples)
     beta = jnp.full_like(variances, 1 / variances.size) if weights is None else jnp.asarray(weights)
@@ -156,8 +158,6 @@ def mmd2(
 
     if estimator == "linear":
         return _linear(kernel, jnp.asarray(source), jnp.asarray(target))
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: got {estimator!r}; it must be one of {ESTIMATORS}")
     n = source.shape[0]
     squared = _squared_distances(jnp.concatenate([jnp.asarray(source), jnp.asarray(target)]))
     similarities = kernel(squared)

@@ -11,6 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from jaxmeta.checks import check_count
 from jaxmeta.nn import statistics
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.norm import STATISTICS
@@ -114,8 +115,7 @@ def dann_schedule(steps: int, *, initial: float = 0.01, a: float = 10.0, b: floa
       >>> import optax
       >>> optimizer = optax.sgd(dann_schedule(1000), momentum=0.9)
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; it must be at least 1")
+    check_count("steps", steps)
     return lambda step: dann_rate(jnp.minimum(step / steps, 1), initial=initial, a=a, b=b)
 
 
@@ -217,8 +217,8 @@ def adabn(
     """
     if x.shape[0] < 1:
         raise ValueError(f"x: got shape {x.shape}; it must have at least one example")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: got {batch}; it must be at least 1, or None for all examples")
+    if batch is not None:
+        check_count("batch", batch)
     model, settings = as_stateful(network), tuple(sorted(arguments.items()))
     return _adapted(model, variables, x, batch or x.shape[0], exact, settings)
 

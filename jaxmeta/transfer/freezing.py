@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxmeta.checks import check_count, check_number
 from jaxmeta.core import Params, PyTree
 from jaxmeta.transfer.paths import Patterns, leaves_by_path, mask, matching
 
@@ -118,8 +119,7 @@ def discriminative(
     References:
       Howard & Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.2.
     """
-    if decay < 1:
-        raise ValueError(f"decay: got {decay}; it must be at least 1")
+    check_number("decay", decay, 1)
     top = len(groups) - 1
     scales: Mapping[int, optax.GradientTransformation] = {
         number: optax.scale(decay ** (number - top)) for number in range(len(groups))
@@ -155,10 +155,12 @@ def slanted_triangular(
     References:
       Howard & Ruder, 2018, equation 3.
     """
-    if not 0 < cut_fraction < 1:
+    check_count("steps", steps)
+    check_number("peak", peak)
+    check_number("cut_fraction", cut_fraction, above=0)
+    if cut_fraction >= 1:
         raise ValueError(f"cut_fraction: got {cut_fraction}; it must be in (0, 1)")
-    if ratio < 1:
-        raise ValueError(f"ratio: got {ratio}; it must be at least 1")
+    check_number("ratio", ratio, 1)
     cut = int(steps * cut_fraction)
     if cut < 1:
         raise ValueError(
@@ -203,8 +205,8 @@ def l2_sp(
       Li, Grandvalet & Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks,
       2018, equations 2 and 3.
     """
-    if alpha < 0 or beta < 0:
-        raise ValueError(f"alpha, beta: got {alpha} and {beta}; they must be at least 0")
+    check_number("alpha", alpha, 0)
+    check_number("beta", beta, 0)
     old = mask(start, shared, argument="shared")
     if fisher is None:
         fisher = jax.tree.map(lambda _: 1.0, start)

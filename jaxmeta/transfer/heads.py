@@ -8,7 +8,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from jaxmeta.checks import check_count, check_finite, check_number
 from jaxmeta.core import Key, Params
+from jaxmeta.transfer import host
 
 Features = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 Labels = Int[Array, " _"] | Int[np.ndarray, " _"]  # as many as rows of features, which is checked
@@ -50,9 +52,12 @@ def ridge_head(
       [0, 0, 1, 1]
     """
     z, y = _checked(features, labels, classes)
-    penalties = jnp.atleast_1d(jnp.asarray(penalty, z.dtype))
-    if not (penalties > 0).all():
-        raise ValueError(f"penalty: got {penalty}; it must be positive")
+    given = list(penalty) if isinstance(penalty, Sequence) and not isinstance(penalty, str) else [penalty]
+    if not given:
+        raise ValueError("penalty: got none; give one, or several to choose from")
+    for one in given:
+        check_number("penalty", one, above=0)
+    penalties = jnp.asarray(given, z.dtype)
     targets = jax.nn.one_hot(y, classes, dtype=z.dtype)
     return _ridge(z, targets, penalties)
 
@@ -109,11 +114,13 @@ def logistic_head(
       ValueError: as `ridge_head`; a negative penalty; weights of another number than the examples.
     """
     z, y = _checked(features, labels, classes)
-    if penalty < 0:
-        raise ValueError(f"penalty: got {penalty}; it must be at least 0")
+    check_number("penalty", penalty, 0)
+    check_count("steps", steps)
+    check_number("tolerance", tolerance, 0)
     w = jnp.ones(z.shape[0], z.dtype) if weights is None else jnp.asarray(weights, z.dtype)
     if w.shape != y.shape:
-        raise ValueError(f"weights: got {w.shape[0]} for {y.shape[0]} examples")
+        raise ValueError(f"weights: got shape {w.shape} for {y.shape[0]} examples")
+    check_finite("weights", w)
     # L-BFGS wants directions of one curvature, which of a feature's weight is at most its variance + penalty;
     # the minimum is where it was.
     mean = z.mean(0)
@@ -181,6 +188,7 @@ def mapped_head(head: Params, mapping: Mapping[int, int | Sequence[int]], classe
       >>> new["bias"].tolist()
       [2.0, 0.5]
     """
+    check_count("classes", classes)
     dim, sources = head["kernel"].shape
     kernel = jax.nn.initializers.lecun_normal()(key, (dim, classes), head["kernel"].dtype)
     bias = jnp.zeros(classes, head["bias"].dtype)
@@ -200,10 +208,10 @@ def mapped_head(head: Params, mapping: Mapping[int, int | Sequence[int]], classe
 
 
 def _checked(features: Features, labels: Labels, classes: int) -> tuple[Array, Array]:
-    z, y = jnp.asarray(features), jnp.asarray(labels)
-    if z.shape[0] != y.shape[0]:
-        raise ValueError(f"labels: got {y.shape[0]} for {z.shape[0]} rows of features")
-    found = np.unique(np.asarray(y))
+    check_count("classes", classes, 2)
+    rows = len(host.matrix(features, "features"))
+    z, y = jnp.asarray(features), host.labels(labels, "labels", rows=rows)
+    found = np.unique(y)
     if found.size < 2:
         raise ValueError(f"labels: got {found.size} class; a head needs examples of at least 2")
     if found[0] < 0 or found[-1] >= classes:
@@ -211,4 +219,4 @@ def _checked(features: Features, labels: Labels, classes: int) -> tuple[Array, A
             f"labels: got classes from {found[0]} to {found[-1]}; with classes={classes} they must be from 0 "
             f"to {classes - 1}"
         )
-    return z, y.astype(jnp.int32)
+    return z, jnp.asarray(y, jnp.int32)

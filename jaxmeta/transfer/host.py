@@ -7,7 +7,7 @@ NumPy has float64 whatever JAX is set to.
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 Values = Array | np.ndarray
 
@@ -15,9 +15,20 @@ Values = Array | np.ndarray
 _SUM_TOLERANCE = 1e-2
 
 
+def numbers(values: Values, name: str) -> Shaped[np.ndarray, "..."]:
+    """`values` as an array of real numbers."""
+    try:
+        found = np.asarray(values)
+    except ValueError as error:  # a list of lists that are not of one length
+        raise ValueError(f"{name}: got what is no array ({error})") from error
+    if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
+        raise ValueError(f"{name}: got {found.dtype}; it must be real numbers")
+    return found
+
+
 def matrix(values: Values, name: str) -> Float[np.ndarray, "n d"]:
     """`values` as one row an example."""
-    found = np.asarray(values).astype(np.float64)
+    found = numbers(values, name).astype(np.float64)
     if found.ndim != 2 or not found.size:
         raise ValueError(f"{name}: got shape {found.shape}; it must be (examples, dimensions), both above 0")
     if not np.isfinite(found).all():
@@ -39,7 +50,7 @@ def probabilities(values: Values, name: str) -> Float[np.ndarray, "n classes"]:
 
 def distribution(values: Values, name: str, classes: int) -> Float[np.ndarray, " classes"]:
     """`values` as one distribution over `classes`."""
-    found = np.asarray(values)
+    found = numbers(values, name)
     if found.shape != (classes,):
         raise ValueError(f"{name}: got shape {found.shape}; it must be ({classes},), one probability a class")
     return probabilities(found[None], name)[0]
@@ -47,7 +58,7 @@ def distribution(values: Values, name: str, classes: int) -> Float[np.ndarray, "
 
 def labels(values: Values, name: str, *, rows: int, classes: int | None = None) -> Int[np.ndarray, " n"]:
     """`values` as one class an example."""
-    found = np.asarray(values)
+    found = numbers(values, name)
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise ValueError(f"{name}: got {found.dtype}; classes must be integers")
     if found.shape != (rows,):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from jaxmeta.checks import check_count, check_number
 from jaxmeta.transfer import host
 
 
@@ -57,8 +58,7 @@ class DensityRatio(NamedTuple):
         Raises:
           ValueError: an `exponent` outside [0, 1].
         """
-        if not 0 <= exponent <= 1:
-            raise ValueError(f"exponent: got {exponent}; it must be from 0 to 1")
+        check_number("exponent", exponent, 0, 1)
         logs = exponent * (jnp.asarray(x) @ self.kernel + self.bias + self.log_prior_ratio)
         if self_normalised:
             # Through the softmax, which has no overflow.
@@ -104,8 +104,9 @@ def density_ratio(
       Sugiyama, Suzuki & Kanamori, Density Ratio Estimation in Machine Learning, 2012, chapter 4.
       Shimodaira, Improving predictive inference under covariate shift, 2000 (the exponent).
     """
-    if not regularisation > 0:
-        raise ValueError(f"regularisation: got {regularisation}; it must be above 0")
+    check_number("regularisation", regularisation, above=0)
+    check_number("tolerance", tolerance, 0)
+    check_count("steps", steps)
     s, t = _pair(source, target)
     # Centred, with the bias last: Newton's steps are the same, and better conditioned.
     centre = np.concatenate([s, t]).mean(0)
@@ -184,16 +185,15 @@ def kernel_mean_matching(
     s, t = _pair(source, target)
     n = len(s)
     slack = 1 - n**-0.5 if slack is None else slack
-    if not bound >= 1:
-        raise ValueError(f"bound: got {bound}; it must be at least 1, the mean of the weights")
-    if not slack >= 0:
-        raise ValueError(f"slack: got {slack}; it must not be negative")
+    check_number("bound", bound, 1)
+    check_number("slack", slack, 0)
+    check_number("tolerance", tolerance, 0)
+    check_count("steps", steps)
     between = _squared_distances(s, np.concatenate([s, t]))
     if bandwidth is None:
         everything = np.concatenate([between, _squared_distances(t, np.concatenate([s, t]))])
         bandwidth = float(np.sqrt(np.median(everything[np.triu_indices(len(everything), 1)])))
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth: got {bandwidth}; it must be above 0")
+    check_number("bandwidth", bandwidth, above=0)
     kernel = np.exp(-between / (2 * bandwidth**2))
     gram, to_target = kernel[:, :n] / n**2, kernel[:, n:].mean(1) / n
     lowest, highest = n * max(1 - slack, 0), n * min(1 + slack, bound)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
+from jaxmeta.checks import check_count, check_finite, check_word, shown
 from jaxmeta.core import Key, Model, Params
 
 # ITU-R 601, as in `jm.tasks.from_folder`.
@@ -46,12 +47,16 @@ def input_adapter(
       >>> adapter.apply({}, jnp.zeros((2, 28, 28, 1))).shape
       (2, 32, 32, 3)
     """
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels: got {channels}; it must be 1, 3 or None")
-    sides = (size, size) if isinstance(size, int) else size
-    if sides is not None and min(sides) < 1:
-        raise ValueError(f"size: got {size}; sides must be at least 1")
+    check_word("channels", channels, (1, 3, None))
+    sides = size if size is None or isinstance(size, tuple | list) else (size, size)
+    if sides is not None:
+        if len(sides) != 2:
+            raise ValueError(f"size: got {shown(size)}; it must be one side, or height and width")
+        for side in sides:
+            check_count("size", side)
     centre, spread = jnp.atleast_1d(jnp.asarray(mean, float)), jnp.atleast_1d(jnp.asarray(std, float))
+    check_finite("mean", centre)
+    check_finite("std", spread)
     if not (spread > 0).all():
         raise ValueError(f"std: got {std}; it must be positive")
 
@@ -97,9 +102,9 @@ def learned_stem(channels: int, *, kernel: int = 1) -> Model:
       >>> print(stem.apply(params, jnp.ones((1, 8, 8, 5)))[0, 0, 0])
       [1. 1. 1.]
     """
-    if channels < 1:
-        raise ValueError(f"channels: got {channels}; it must be at least 1")
-    if kernel < 1 or kernel % 2 == 0:
+    check_count("channels", channels)
+    check_count("kernel", kernel)
+    if kernel % 2 == 0:
         raise ValueError(f"kernel: got {kernel}; it must be odd")
 
     def init(key: Key, x: Any) -> Params:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
+from jaxmeta.checks import check_count, check_number
 from jaxmeta.transfer import host
 
 
@@ -44,6 +45,7 @@ def joint_confusion(
       [[0.5  0.  ]
        [0.25 0.25]]
     """
+    check_count("classes", classes)
     given = _each(predictions, "predictions", classes)
     one_hot = np.eye(classes)[host.labels(labels, "labels", rows=len(given), classes=classes)]
     return jnp.asarray(given.T @ one_hot / len(given))
@@ -84,6 +86,7 @@ def bbse(
     References:
       Lipton, Wang & Smola, Detecting and Correcting for Label Shift with Black Box Predictors, 2018.
     """
+    check_number("max_condition", max_condition, 1)
     confusion, source_prior, mu = _checked(joint_confusion, target_predictions)
     # Of the conditional, so that rare classes alone do not count as confusion.
     conditional = confusion / source_prior
@@ -138,10 +141,8 @@ def rlls(
     References:
       Azizzadenesheli et al., Regularized Learning for Domain Adaptation under Label Shifts, 2019.
     """
-    if not penalty > 0:
-        raise ValueError(f"penalty: got {penalty}; it must be above 0 (bbse is without)")
-    if not 0 <= shrink <= 1:
-        raise ValueError(f"shrink: got {shrink}; it must be from 0 to 1")
+    check_number("penalty", penalty, above=0)
+    check_number("shrink", shrink, 0, 1)
     confusion, source_prior, mu = _checked(joint_confusion, target_predictions)
     u, s, vt = np.linalg.svd(confusion)
     along = u.T @ (mu - confusion.sum(1))
@@ -208,10 +209,8 @@ def em_prior(
       Alexandari, Kundaje & Shrikumar, Maximum Likelihood with Bias-Corrected Calibration is Hard-To-Beat at
       Label Shift Adaptation, 2020.
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; it must be at least 1")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: got {tolerance}; it must not be negative")
+    check_count("steps", steps)
+    check_number("tolerance", tolerance, 0)
     given = host.probabilities(probs, "probs")
     start = host.distribution(source_prior, "source_prior", given.shape[1])
     if not start.all():
@@ -243,8 +242,12 @@ def adjust(
       >>> print(adjust(jnp.array([[0.8, 0.2]]), jnp.array([0.4, 1.6])))
       [[0.5 0.5]]
     """
-    probs = jnp.asarray(probs)
-    weighted = probs * jnp.asarray(weights, probs.dtype).reshape((1,) * (probs.ndim - 1) + (-1,))
+    probs, weights = jnp.asarray(probs), jnp.asarray(weights)
+    if not probs.ndim or weights.shape != probs.shape[-1:]:
+        raise ValueError(
+            f"weights: got shape {weights.shape} for probs of shape {probs.shape}; it must be one a class"
+        )
+    weighted = probs * weights.astype(probs.dtype).reshape((1,) * (probs.ndim - 1) + (-1,))
     total = weighted.sum(-1, keepdims=True)
     return jnp.where(total > 0, weighted / jnp.where(total > 0, total, 1), probs)
 
@@ -288,9 +291,9 @@ def temperature(
 
 def _each(predictions: host.Values, name: str, classes: int) -> Float[np.ndarray, "n classes"]:
     """One distribution an example, be the predictions hard or soft."""
-    found = np.asarray(predictions)
+    found = host.numbers(predictions, name)
     if found.ndim != 2:
-        return np.eye(classes)[host.labels(found, name, rows=len(found), classes=classes)]
+        return np.eye(classes)[host.labels(found, name, rows=found.size, classes=classes)]
     if found.shape[1] != classes:
         raise ValueError(
             f"{name}: got {found.shape[1]} columns; there must be one for each of {classes} classes"
@@ -313,7 +316,7 @@ def _checked(
             f"joint_confusion: class {source_prior.argmin()} has no labelled source examples; "
             "its share of the target cannot be estimated"
         )
-    found = np.asarray(target_predictions)
+    found = host.numbers(target_predictions, "target_predictions")
     if found.ndim == 1 and not jnp.issubdtype(found.dtype, jnp.integer):
         return confusion, source_prior, host.distribution(found, "target_predictions", classes)
     return confusion, source_prior, _each(found, "target_predictions", classes).mean(0)

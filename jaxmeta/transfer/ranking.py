@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
+from jaxmeta.checks import check_word
 from jaxmeta.transfer.scores import h_score, leep, log_me, nce
 
 SCORES = ("log_me", "h_score", "leep", "nce")
@@ -123,8 +124,7 @@ def rank_sources(
     x, y = target
     if not models:
         raise ValueError("models: got none; there must be at least one")
-    if score not in SCORES:
-        raise ValueError(f"score: got {score!r}; it must be one of {', '.join(SCORES)}")
+    check_word("score", score, SCORES)
     if accuracies is not None and set(accuracies) != set(models):
         raise ValueError(
             f"accuracies: got {sorted(accuracies)}; the names must be those of models, {sorted(models)}"

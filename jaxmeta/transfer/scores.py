@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
+from jaxmeta.checks import check_number, check_word
 from jaxmeta.transfer import host
 
 # Of ln(α/β): step of the search and how far beyond the eigenvalues it looks, where evidence is level.
@@ -45,7 +46,7 @@ def nce(source_labels: Int[Array | np.ndarray, " n"], labels: Int[Array | np.nda
     References:
       Tran, Nguyen & Hassner, Transferability and Hardness of Supervised Classification Tasks, 2019.
     """
-    z = host.labels(source_labels, "source_labels", rows=len(source_labels))
+    z = host.labels(source_labels, "source_labels", rows=np.size(source_labels))
     joint = _one_hot(z).T @ _one_hot(_classes(labels, rows=len(z))) / len(z)
     given_z = joint / joint.sum(1, keepdims=True)
     return float((joint * np.log(np.where(joint > 0, given_z, 1))).sum())
@@ -124,12 +125,12 @@ def h_score(
       Ibrahim et al., Newer is not always better: Rethinking transferability metrics, 2021 (shrinkage).
       Ledoit & Wolf, A well-conditioned estimator for large-dimensional covariance matrices, 2004.
     """
-    if isinstance(shrinkage, str) and shrinkage != "ledoit-wolf":
-        raise ValueError(
-            f'shrinkage: got {shrinkage!r}; it must be a number in [0, 1), "ledoit-wolf" or None'
-        )
-    if isinstance(shrinkage, int | float) and not 0 <= shrinkage < 1:
-        raise ValueError(f"shrinkage: got {shrinkage}; it must be at least 0 and below 1")
+    if isinstance(shrinkage, str):
+        check_word("shrinkage", shrinkage, ("ledoit-wolf",))
+    elif shrinkage is not None:
+        check_number("shrinkage", shrinkage, 0)
+        if shrinkage >= 1:
+            raise ValueError(f"shrinkage: got {shrinkage}; it must be at least 0 and below 1")
     f = host.matrix(features, "features")
     n, d = f.shape
     one_hot = _one_hot(_classes(labels, rows=n))
@@ -180,9 +181,9 @@ def log_me(
     References:
       You et al., LogME: Practical Assessment of Pre-trained Models for Transfer Learning, 2021.
     """
-    targets = np.asarray(labels)
+    targets = host.numbers(labels, "labels")
     if jnp.issubdtype(targets.dtype, jnp.integer):
-        targets = _one_hot(_classes(targets, rows=len(features)))
+        targets = _one_hot(_classes(targets, rows=len(host.matrix(features, "features"))))
     elif targets.ndim == 1:
         targets = targets[:, None]
     return float(maximal_evidence(features, targets).log_evidence.mean() / len(features))

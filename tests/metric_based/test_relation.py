@@ -252,7 +252,7 @@ def test_a_comparison_of_another_width_is_refused():
 
 
 def test_statistics_of_the_support_alone_and_float_targets_are_refused():
-    with pytest.raises(ValueError, match=r"norm must be one of \('batch', 'population'\), got 'support'"):
+    with pytest.raises(ValueError, match="norm: got 'support'; it must be one of 'batch', 'population'"):
         jm.relation(IDENTITY, norm="support")
     part = jm.Batch(jnp.ones((3, *SHAPE)), jnp.ones((3, 1)))
     with pytest.raises(ValueError, match="integer class slots"):

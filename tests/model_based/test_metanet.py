@@ -593,11 +593,11 @@ def test_losses_of_pairs():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"embedding_loss": "triplet"}, "embedding_loss must be one of .*, got 'triplet'"),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"hidden": 0}, "hidden must be at least 1, got 0"),
-        ({"queries_at_once": 0}, "queries_at_once must be at least 1, got 0"),
-        ({"margin": 0.0}, r"margin must be positive, got 0\.0"),
+        ({"embedding_loss": "triplet"}, "embedding_loss: got 'triplet'; it must be one of"),
+        ({"samples": 0}, "samples: got 0; it must be at least 1"),
+        ({"hidden": 0}, "hidden: got 0; it must be at least 1"),
+        ({"queries_at_once": 0}, "queries_at_once: got 0; it must be at least 1"),
+        ({"margin": 0.0}, r"margin: got 0\.0; it must be positive"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -158,9 +158,9 @@ def test_a_gradient_scale_divides_what_the_cell_sees():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"hidden": 0}, "hidden must be at least 1, or None"),
-        ({"feedback": "both"}, "feedback must be one of .* got 'both'"),
+        ({"steps": 0}, "steps: got 0; it must be at least 1"),
+        ({"hidden": 0}, "hidden: got .*; it must be at least 1"),
+        ({"feedback": "both"}, "feedback: got 'both'; it must be one of"),
         ({"order": "implicit", "proximal": 1.0}, 'order: got "implicit"'),
     ],
 )
@@ -427,12 +427,12 @@ def test_more_steps_at_test_and_another_network_need_no_other_parameters():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "steps must be a multiple of truncation = 3, at least once, got 0"),
-        ({"steps": 7}, "steps must be a multiple of truncation = 3, at least once, got 7"),
-        ({"truncation": 0}, "truncation must be at least 1, got 0"),
-        ({"eval_steps": 0}, "eval_steps must be at least 1, got 0"),
-        ({"order": "implicit"}, "order must be"),
-        ({"norm": "population"}, 'norm must be "batch" or "support", got \'population\''),
+        ({"steps": 0}, "steps: got 0; it must be at least 1"),
+        ({"steps": 7}, "steps: got 7; it must be a multiple of truncation = 3"),
+        ({"truncation": 0}, "truncation: got 0; it must be at least 1"),
+        ({"eval_steps": 0}, "eval_steps: got 0; it must be at least 1"),
+        ({"order": "implicit"}, "order: got 'implicit'; it must be one of 'second', 'first'"),
+        ({"norm": "population"}, "norm: got 'population'; it must be one of 'batch', 'support'"),
     ],
 )
 def test_learned_optimizer_refuses(settings, says):

@@ -224,11 +224,11 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"norm": "layer"}, "norm must be one of .* got 'layer'"),
-        ({"order": "third"}, "order must be one of"),
-        ({"memory": "none"}, "memory must be one of"),
-        ({"steps": -1}, "steps must be at least 1, got -1"),
-        ({"eval_steps": -2}, "eval_steps must be at least 0, got -2"),
+        ({"norm": "layer"}, "norm: got 'layer'; it must be one of"),
+        ({"order": "third"}, "order: got .*; it must be one of"),
+        ({"memory": "none"}, "memory: got .*; it must be one of"),
+        ({"steps": -1}, "steps: got -1; it must be at least 1"),
+        ({"eval_steps": -2}, "eval_steps: got -2; it must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings, says):

@@ -273,9 +273,9 @@ def test_files_that_are_not_there(tmp_path):
 def test_arguments_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"part must be .* got 'validation'"):
         mnist_images(tmp_path, "validation")
-    with pytest.raises(ValueError, match="split must be"):
+    with pytest.raises(ValueError, match="split: got 'val'"):
         mnist("val", data=tmp_path)
-    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="size: got 0; it must be at least 1"):
         usps(data=tmp_path, size=0)
     write_mnist(tmp_path, idx(digits(9)[0]), idx(range(9)))
     with pytest.raises(ValueError, match=r"there is no example of 1 classes .* '9'"):

@@ -293,9 +293,9 @@ def test_too_few_images_or_classes(photos):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 0}, "size must be a positive integer or None, got 0"),
-        ({"size": True}, "size must be .* got True"),
-        ({"channels": 2}, "channels must be 1, 3 or None, got 2"),
+        ({"size": 0}, "size: got 0; it must be at least 1"),
+        ({"size": True}, "size: got True; it must be a whole number"),
+        ({"channels": 2}, "channels: got 2; it must be one of 1, 3, None"),
     ],
 )
 def test_settings_that_cannot_be(photos, settings, message):

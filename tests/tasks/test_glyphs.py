@@ -182,16 +182,16 @@ def test_pixels_alone_do_not_solve_it(episodes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": "dev"}, "split must be"),
-        ({"ways": 0}, "ways must be .* at least 1"),
-        ({"ways": 1025, "split": "test"}, "ways must be at most 1024"),
-        ({"shots": -1}, "shots must be .* at least 0"),
-        ({"queries": 0}, "queries must be .* at least 1"),
-        ({"size": 4}, "size must be .* at least 8"),
+        ({"split": "dev"}, "split: got 'dev'; it must be one of"),
+        ({"ways": 0}, "ways: got 0; it must be at least 1"),
+        ({"ways": 1025, "split": "test"}, "ways: got 1025; it must be at most 1024"),
+        ({"shots": -1}, "shots: got -1; it must be at least 0"),
+        ({"queries": 0}, "queries: got 0; it must be at least 1"),
+        ({"size": 4}, "size: got 4; it must be at least 8"),
     ],
 )
 def test_bad_input(settings, message):
-    with pytest.raises(ValueError, match=f"{message}.*got"):
+    with pytest.raises(ValueError, match=message):
         glyphs(**settings)
 
 

@@ -133,7 +133,7 @@ def test_what_has_no_examples_or_turns_of_its_own():
     for given in ({}, {"per_class": 2}, {"key": jax.random.key(0)}):
         with pytest.raises(ValueError, match="per_class, key: glyphs are drawn, which takes both"):
             labelled(glyphs(), **given)
-    with pytest.raises(ValueError, match="per_class must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="per_class: got 0; it must be at least 1"):
         labelled(glyphs(), per_class=0, key=jax.random.key(0))
 
 
@@ -168,7 +168,7 @@ def test_classes_that_would_have_nothing_left():
         ValueError, match=r"shots: got 3, which takes classes of at least 4 .* 1 of 2 .*: 7 \(3\)"
     ):
         split_per_class(np.repeat([7, 8], [3, 4]), 3, jax.random.key(0))
-    with pytest.raises(ValueError, match="shots must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="shots: got 0; it must be at least 1"):
         split_per_class(np.arange(3), 0, jax.random.key(0))
     with pytest.raises(ValueError, match="too few in 0 of 0"):
         split_per_class(np.zeros(0, int), 1, jax.random.key(0))

@@ -229,7 +229,7 @@ def test_cifar_fs(tmp_path):
     assert tasks.sample(jax.random.key(0)).query.x.shape == (20, 32, 32, 3)
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", cifar_fs_split().hash)
     assert "Bertinetto et al. 2019" in tasks.card.protocol
-    with pytest.raises(ValueError, match="split must be"):
+    with pytest.raises(ValueError, match="split: got 'val'"):
         cifar_fs("val", data=tmp_path / "tfds")
 
 

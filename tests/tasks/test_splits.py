@@ -23,7 +23,7 @@ def test_duplicates_and_bare_strings_are_refused():
 def test_part_by_name():
     split = ClassSplit(train=("a",), test=("b",))
     assert split.part("test") == ("b",)
-    with pytest.raises(ValueError, match='must be "train", "validation" or "test", got \'val\''):
+    with pytest.raises(ValueError, match="split: got 'val'; it must be one of 'train', 'validation', 'test'"):
         split.part("val")
     with pytest.raises(ValueError, match=r"'validation' has no classes.*train \(1\), test \(1\)"):
         split.part("validation")
@@ -53,12 +53,12 @@ def test_from_fractions_partitions_reproducibly():
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.2, 0.2)])
 def test_bad_fractions(fractions):
-    with pytest.raises(ValueError, match="fractions must be three non-negative numbers"):
+    with pytest.raises(ValueError, match="fractions: got "):
         ClassSplit.from_fractions(["a", "b"], fractions)
 
 
 def test_bad_counts():
-    with pytest.raises(ValueError, match=r"sum to the 2 classes, got \(1, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"counts: got \(1, 1, 1\); .* sum to the 2 classes"):
         ClassSplit.from_counts(["a", "b"], (1, 1, 1))
 
 

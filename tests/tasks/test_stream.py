@@ -222,7 +222,7 @@ def test_a_stream_that_diverges_names_the_step(images):
         ({"process": (0, 0)}, "process 0 of 0"),
         ({"key": jax.random.key(0, impl="rbg")}, "got rbg; episodes are numbered with Threefry keys"),
         ({"shots": 4}, r"too few in 2 of 5: ant \(5\), eel \(5\)"),
-        ({"split": "tset"}, "split must be"),
+        ({"split": "tset"}, "split: got 'tset'; it must be one of"),
     ],
 )
 def test_bad_input(images, changes, message):

@@ -254,11 +254,11 @@ def test_damaged_images_and_bad_arguments(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": [birds(1)[0] | {"image": b"gone"}]})
     with pytest.raises(ValueError, match=r"tiny_birds/1.0.0 train\[0\]: cannot be read as an image"):
         prepare_tfds("tiny_birds", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="size must be a positive integer or None, got 0"):
+    with pytest.raises(ValueError, match="size: got 0; it must be at least 1"):
         prepare_tfds("tiny_birds", size=0)
-    with pytest.raises(ValueError, match="channels must be 1, 3 or None, got 2"):
+    with pytest.raises(ValueError, match="channels: got 2; it must be one of 1, 3, None"):
         prepare_tfds("tiny_birds", channels=2)
-    with pytest.raises(ValueError, match="split must be"):
+    with pytest.raises(ValueError, match="split: got 'val'"):
         from_tfds("tiny_birds", "val")
     with pytest.raises(ValueError, match="no data set 'no_birds', nor is one prepared in") as raised:
         prepare_tfds("no_birds", data_dir=tmp_path)

@@ -280,7 +280,7 @@ def test_what_cannot_be_aligned_is_refused_by_name():
         align(model, variables, source, target, alignment or coral(), **{**settings, **more})
 
     for arguments, message in (
-        ({"norm": "both"}, r"norm: got 'both'; it must be one of \('separate', 'joint'\)"),
+        ({"norm": "both"}, "norm: got 'both'; it must be one of 'separate', 'joint'"),
         ({"model": model.features}, "model: has no features"),
         ({"target": TARGET.x[:0]}, r"target: got shape \(0, 2\)"),
         ({"target": jnp.ones((5, 3))}, r"target: got shape \(5, 3\); it must be \(examples, \*\(2,\)\)"),

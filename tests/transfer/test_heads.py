@@ -176,10 +176,10 @@ def test_weights_are_repetitions(x64):
 def test_features_and_labels_that_fit_no_head_are_refused_by_name(head):
     z, y = blobs(10, 3, dtype=np.float32)
     for labels, classes, message in (
-        (y[:7], 3, "labels: got 7 for 10 rows"),
+        (y[:7], 3, r"labels: got shape \(7,\); it must be \(10,\)"),
         (np.zeros(10, int), 3, "labels: got 1 class"),
         (y, 2, "labels: got classes from 0 to 2; with classes=2 they must be from 0 to 1"),
-        (y - 1, 3, "labels: got classes from -1 to 1"),
+        (y - 1, 3, "labels: got classes -1 to 1; they must not be negative"),
     ):
         with pytest.raises(ValueError, match=message):
             head(z, labels, classes)
@@ -192,7 +192,7 @@ def test_penalties_and_weights_that_are_none_are_refused_by_name():
             ridge_head(z, y, 3, penalty=penalty)
     with pytest.raises(ValueError, match=r"penalty: got -0.1"):
         logistic_head(z, y, 3, penalty=-0.1)
-    with pytest.raises(ValueError, match="weights: got 4 for 10 examples"):
+    with pytest.raises(ValueError, match=r"weights: got shape \(4,\) for 10 examples"):
         inspect.unwrap(logistic_head)(z, y, 3, weights=np.ones(4, np.float32))
 
 

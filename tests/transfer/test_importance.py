@@ -196,15 +196,15 @@ def test_matched_weights_move_the_source_to_the_target():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda s, t: density_ratio(s, t, regularisation=0.0), "regularisation: got 0.0; it must be above 0"),
+        (lambda s, t: density_ratio(s, t, regularisation=0.0), "regularisation: got 0.0; it must be pos"),
         (lambda s, t: inspect.unwrap(density_ratio)(s, t[:, :1]), "target: got 1 features; source has 2"),
         (lambda s, t: density_ratio(s, t, steps=1), "steps: 1 were too few for tolerance 1e-14"),
         (lambda s, t: density_ratio(np.inf * s, t), "source: got NaN or infinity"),
-        (lambda s, t: density_ratio(s, t)(s, exponent=2.0), "exponent: got 2.0; it must be from 0 to 1"),
+        (lambda s, t: density_ratio(s, t)(s, exponent=2.0), "exponent: got 2.0; it must be at most 1"),
         (lambda s, t: inspect.unwrap(kernel_mean_matching)(s, t[:, :1]), "target: got 1 features; source"),
         (lambda s, t: kernel_mean_matching(s, t, bound=0.5), "bound: got 0.5; it must be at least 1"),
         (lambda s, t: kernel_mean_matching(s, t, slack=-0.1), "slack: got -0.1"),
-        (lambda s, t: kernel_mean_matching(s, t, bandwidth=0.0), "bandwidth: got 0.0; it must be above 0"),
+        (lambda s, t: kernel_mean_matching(s, t, bandwidth=0.0), "bandwidth: got 0.0; it must be positive"),
         (lambda s, t: kernel_mean_matching(s, t, tolerance=1e-12, steps=3), "steps: 3 were too few"),
     ],
 )  # fmt: skip

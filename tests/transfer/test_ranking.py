@@ -98,7 +98,7 @@ def test_a_ranking_prints_as_a_table_with_the_score_it_is_by_in_front():
     ("models", "settings", "says"),
     [
         ({}, {}, "models: got none"),
-        (MODELS, {"score": "lda"}, "score: got 'lda'; it must be one of log_me, h_score, leep, nce"),
+        (MODELS, {"score": "lda"}, "score: got 'lda'; it must be one of 'log_me', 'h_score', 'leep', 'nce'"),
         (MODELS, {"accuracies": {"signal 0.5": 0.4}}, "accuracies: got .* the names must be those of models"),
         ({"a": Candidate(np.ones((35, 2)))}, {"score": "leep"}, r"models\['a'\]: leep needs source_probs"),
         ({"a": Candidate(np.eye(35), np.ones((35, 2)))}, {}, r"models\['a'\]: source_probs: got rows"),

@@ -1,0 +1,132 @@
+"""Arguments of public functions: what cannot be is refused by its name, before anything is traced.
+
+Traced values are let pass, since they have no value yet.
+"""
+
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+# The largest int32: what steps, shapes and the places of an array on a device are counted in.
+LARGEST = 2**31 - 1
+# The largest that JAX and NumPy both take for a seed.
+LARGEST_SEED = 2**63 - 1
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
+    """Refuses what is no whole number from `least` to `most`.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+
+    Examples:
+      >>> check_count("shots", 0)
+      Traceback (most recent call last):
+      ValueError: shots: got 0; it must be at least 1
+    """
+    try:
+        whole = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise ValueError(f"{name}: got {shown(value)}; it must be a whole number of at least {least}")
+    _check_range(name, value, whole, least, most)
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: float | None = None
+) -> None:
+    """Refuses what is no finite number from `least` to `most`, or not above `above`.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+
+    Examples:
+      >>> check_number("damping", float("nan"), 0)
+      Traceback (most recent call last):
+      ValueError: damping: got nan; it must be a finite number
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = math.nan if isinstance(value, str | bytes) or np.ndim(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {shown(value)}; it must be a finite number")
+    if above is not None and not number > above:
+        wanted = "positive" if above == 0 else f"above {above}"
+        raise ValueError(f"{name}: got {shown(value)}; it must be {wanted}")
+    _check_range(name, value, number, least, most)
+
+
+def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Refuses what is none of `known`.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+
+    Examples:
+      >>> check_word("order", "third", ("second", "first"))
+      Traceback (most recent call last):
+      ValueError: order: got 'third'; it must be one of 'second', 'first'
+    """
+    known = tuple(known)
+    if not any(type(value) is type(one) and value == one for one in known):
+        raise ValueError(f"{name}: got {shown(value)}; it must be one of {', '.join(map(repr, known))}")
+
+
+def check_size(names: str, sizes: Iterable[int], what: str) -> None:
+    """Refuses what has more values than the places of an array can be counted in.
+
+    Args:
+      names: of the arguments that `sizes` come from.
+      sizes: whose product it has.
+      what: it is.
+
+    Raises:
+      ValueError: that calls them by `names`.
+
+    Examples:
+      >>> check_size("shots, size", (2**20, 2**10, 2**10), "a task")
+      Traceback (most recent call last):
+      ValueError: shots, size: got a task of 1048576 x 1024 x 1024 values; at most 2147483647 fit in an array
+    """
+    sizes = tuple(map(int, sizes))
+    if math.prod(sizes) > LARGEST:
+        said = " x ".join(map(str, sizes))
+        raise ValueError(f"{names}: got {what} of {said} values; at most {LARGEST} fit in an array")
+
+
+def check_finite(name: str, values: Any) -> None:
+    """Refuses floating-point arrays with NaN or infinity in them.
+
+    Raises:
+      ValueError: that calls `values` by `name`.
+    """
+    if isinstance(values, jax.core.Tracer) or not jax.numpy.issubdtype(values.dtype, np.inexact):
+        return
+    wrong = values.size - int(np.isfinite(values).sum())
+    if wrong:
+        raise ValueError(
+            f"{name}: got NaN or infinity in {wrong} of {values.size} places; all must be finite"
+        )
+
+
+def shown(value: Any) -> str:
+    """`value` in an error's message, of one line however large it is."""
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim:
+        return f"an array of shape {value.shape} and type {value.dtype}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_range(name: str, value: Any, number: float, least: float, most: float) -> None:
+    if number < least:
+        raise ValueError(f"{name}: got {shown(value)}; it must be at least {least}")
+    if number > most:
+        raise ValueError(f"{name}: got {shown(value)}; it must be at most {most}")
