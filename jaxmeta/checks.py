@@ -50,7 +50,7 @@ def check_number(
       Traceback (most recent call last):
       ValueError: damping: got nan; it must be a finite number
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.core.Tracer) and not value.ndim:
         return
     try:
         number = math.nan if isinstance(value, str | bytes) or np.ndim(value) else float(value)
@@ -80,6 +80,38 @@ def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
         raise ValueError(f"{name}: got {shown(value)}; it must be one of {', '.join(map(repr, known))}")
 
 
+def check_function(name: str, value: Any, wanted: str = "a function") -> None:
+    """Refuses what cannot be called.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+    """
+    if not callable(value):
+        raise ValueError(f"{name}: got {shown(value)}; it must be {wanted}")
+
+
+def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
+    """Refuses what is of another type than `kind`, which a user knows as `wanted`.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+    """
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: got {shown(value)}; it must be {wanted}")
+
+
+def check_widths(name: str, value: Any) -> None:
+    """Refuses what is no tuple or list of numbers of units, one a layer.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+    """
+    if not isinstance(value, tuple | list):
+        raise ValueError(f"{name}: got {shown(value)}; it must be a tuple, with the width of each layer")
+    for width in value:
+        check_count(name, width)
+
+
 def check_size(names: str, sizes: Iterable[int], what: str) -> None:
     """Refuses what has more values than the places of an array can be counted in.
 
@@ -100,6 +132,38 @@ def check_size(names: str, sizes: Iterable[int], what: str) -> None:
     if math.prod(sizes) > LARGEST:
         said = " x ".join(map(str, sizes))
         raise ValueError(f"{names}: got {what} of {said} values; at most {LARGEST} fit in an array")
+
+
+def check_real(name: str, values: Any, *, whole: bool = False) -> None:
+    """Refuses what is no array of real numbers, or of `whole` ones; of what is traced the type is known.
+
+    Raises:
+      ValueError: that calls `values` by `name`.
+    """
+    number = jax.numpy.integer if whole else jax.numpy.number
+    dtype = getattr(values, "dtype", None)
+    if dtype is None or not jax.numpy.issubdtype(dtype, number) or dtype.kind == "c":
+        wanted = "integers" if whole else "real numbers"
+        raise ValueError(f"{name}: got {shown(values)}; it must be an array of {wanted}")
+
+
+def check_labels(name: str, labels: Any, n: int | None = None, classes: int | None = None) -> None:
+    """Refuses what is no integer class in [0, `classes`) for each of `n` examples.
+
+    Raises:
+      ValueError: that calls `labels` by `name`.
+    """
+    check_real(name, labels, whole=True)
+    if labels.ndim != 1 or (n is not None and labels.shape != (n,)):
+        wanted = "(n,)" if n is None else f"({n},)"
+        raise ValueError(f"{name}: got shape {labels.shape}; it must be {wanted}, one class an example")
+    if isinstance(labels, jax.core.Tracer) or classes is None or not labels.size:
+        return
+    # By NumPy: inside of a compiled function what JAX computes is traced, be it of constants.
+    found = np.asarray(labels)
+    low, high = int(found.min()), int(found.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"{name}: got classes from {low} to {high}; they must be from 0 to {classes - 1}")
 
 
 def check_finite(name: str, values: Any) -> None:

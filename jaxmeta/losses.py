@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmeta.checks import check_labels, shown
 from jaxmeta.core import Batch, Metrics
 
 
@@ -22,6 +23,8 @@ def masked_sum(
     values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of `values` where `mask` is True, and how many there are: the form of a metric."""
+    if mask is not None and (mask.shape != values.shape or mask.dtype != jnp.bool):
+        raise ValueError(f"mask: got {shown(mask)}; it must be bool, of shape {values.shape}")
     if mask is None:
         return values.sum(), jnp.asarray(values.size, values.dtype)
     # `where` and not a product: padding may hold NaN, and 0 * NaN is NaN.
@@ -33,11 +36,19 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Mean softmax cross-entropy, in nats, of integer class slots.
 
+    Raises:
+      ValueError: not one row of logits and one class slot for each example, or a slot without a logit.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> print(f"{cross_entropy(jnp.zeros((3, 5)), jnp.array([0, 1, 2])):.4f}")  # ln 5
       1.6094
     """
+    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits: got {shown(logits)}; it must be floats, of shape (n, ways)")
+    # Padding may hold anything.
+    real = labels if mask is None or mask.shape != labels.shape else jnp.where(mask, labels, 0)
+    check_labels("labels", real, *logits.shape)
     return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
 
 
@@ -50,7 +61,9 @@ def mse(
       ValueError: outputs and targets differ in shape (they would broadcast to a wrong mean).
     """
     if outputs.shape != targets.shape:
-        raise ValueError(f"outputs and targets must have one shape, got {outputs.shape} and {targets.shape}")
+        raise ValueError(
+            f"outputs, targets: got shapes {outputs.shape} and {targets.shape}; they must be the same"
+        )
     return masked_mean(jnp.square(outputs - targets).mean(-1), mask)
 
 

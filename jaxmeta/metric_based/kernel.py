@@ -147,9 +147,8 @@ def similarity_of(given: str | Similarity | Callable[[Array, Array], Array]) -> 
     """The `Similarity` that an argument stands for, or a ValueError."""
     if isinstance(given, Similarity):
         return given
-    if isinstance(given, str):
-        if given not in SIMILARITIES:
-            raise ValueError(f"similarity must be a function or one of {tuple(SIMILARITIES)}, got {given!r}")
+    if not callable(given):
+        check_word("similarity", given, SIMILARITIES)
         return SIMILARITIES[given]
     return Similarity(lambda _, a, b: given(a, b))
 

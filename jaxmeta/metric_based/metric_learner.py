@@ -65,7 +65,7 @@ def metric_learner(
       ValueError: an unknown `norm`.
     """
     check_norm(norm)
-    model = as_model(model)
+    model = as_model(model, "model")
     if model.apply_norm is None:
         norm = "support"  # nothing to normalise, and nothing of the support set to keep
 

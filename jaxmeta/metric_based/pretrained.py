@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.checks import check_count, check_number, check_word
+from jaxmeta.checks import check_count, check_kind, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Learner, Model, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
     checked_embedding,
@@ -78,7 +78,11 @@ def simple_shot(
         )
 
     plain = learner(model)
-    return learner(_centred(as_model(model)))._replace(loss=plain.loss) if transform == "cl2n" else plain
+    return (
+        learner(_centred(as_model(model, "model")))._replace(loss=plain.loss)
+        if transform == "cl2n"
+        else plain
+    )
 
 
 def fine_tuned_head(
@@ -122,6 +126,8 @@ def fine_tuned_head(
     check_word("head", head, HEADS)
     check_count("steps", steps)
     check_number("scale", scale, above=0)
+    if optimizer is not None:
+        check_kind("optimizer", optimizer, optax.GradientTransformation, "an optax optimizer")
     descend = released_sgd() if optimizer is None else optimizer
 
     def head_loss(weights: Params, batch: tuple) -> Array:

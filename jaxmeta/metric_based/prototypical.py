@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmeta import losses
+from jaxmeta.checks import check_word
 from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
 from jaxmeta.metric_based.metric_learner import (
     check_norm,
@@ -135,7 +136,7 @@ def add_class(
     if x.shape[0] < 1:
         raise ValueError(f"x: got shape {x.shape}; it must hold at least one example of the new class")
     embedded, _ = _divergence(divergence)
-    z, stats = forward(as_model(model), params["model"], x, stats=adapted["stats"])
+    z, stats = forward(as_model(model, "model"), params["model"], x, stats=adapted["stats"])
     if adapted["stats"] is None and jax.tree.leaves(stats):
         raise ValueError(
             "adapted: got a state without batch statistics, of a model that has some: its learner normalises "
@@ -182,9 +183,8 @@ def _divergence(given: str | Generator) -> tuple[Callable[[Array], Array], Calla
         "kl": (jax.nn.softmax, _relative_entropy),
         "cosine": (lambda z: z, lambda z, v: 1 - unit(z) @ unit(v).T),
     }
-    if isinstance(given, str):
-        if given not in known:
-            raise ValueError(f"divergence must be a convex function or one of {tuple(known)}, got {given!r}")
+    if not callable(given):
+        check_word("divergence", given, known)
         return known[given]
     return lambda z: z, lambda z, v: bregman(given, z, v)
 
@@ -197,7 +197,7 @@ def _zero_shot(
     augment: Augment | None,
 ) -> Learner:
     check_norm(norm, ("batch", "population"))
-    model, metadata = as_model(model), as_model(metadata)
+    model, metadata = as_model(model, "model"), as_model(metadata, "metadata")
 
     def prototypes(params: Params, support: Batch) -> Params:
         means, present = class_means(

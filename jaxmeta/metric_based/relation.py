@@ -63,7 +63,8 @@ def relation(
       Sung et al., Learning to Compare: Relation Network for Few-Shot Learning, 2018.
     """
     check_norm(norm, ("batch", "population"))
-    model, comparison = as_model(model), as_model(RelationModule() if comparison is None else comparison)
+    model = as_model(model, "model")
+    comparison = as_model(RelationModule() if comparison is None else comparison, "comparison")
 
     def embed(
         params: Params, x: Array, mask: Array | None = None, stats: PyTree = None, key: Key | None = None

@@ -72,7 +72,7 @@ def siamese(
         check_count("pairs", pairs, 2)
         if pairs % 2:
             raise ValueError(f"pairs: got {pairs}; it must be even, half of each kind")
-    network = None if head is None else as_model(head)
+    network = None if head is None else as_model(head, "head")
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del ways

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count
+from jaxmeta.checks import check_count, check_kind
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -70,6 +70,7 @@ def mann(
       Santoro, Bartunov, Botvinick, Wierstra & Lillicrap, Meta-Learning with Memory-Augmented Neural
       Networks, 2016.
     """
+    check_kind("network", network, MemoryNetwork, "a jm.nn.MemoryNetwork")
     check_strings(strings)
     check_count("instances", instances, 0)
     codes = _Labels(strings)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
+from jaxmeta.checks import shown
 from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS
@@ -25,7 +26,7 @@ Network = Model | linen.Module | Callable | tuple[Callable, Callable]
 SWITCHES = ("deterministic", "train")
 
 
-def as_model(network: Network) -> Model:
+def as_model(network: Network, argument: str = "network") -> Model:
     """`network` as a `Model`; a `Model` passes through unchanged.
 
     Args:
@@ -37,6 +38,7 @@ def as_model(network: Network) -> Model:
         - a `flax.nnx.Module` (see `from_nnx`) or an `equinox.Module` (see `from_equinox`), whose own
           parameters are the initialisation, whatever the key.
         - a pair of functions `init(key, x) -> params` and `apply(params, x) -> outputs`.
+      argument: what errors call it.
 
     Raises:
       ValueError: `network` is none of these, or its `__call__` requires another argument; or, at
@@ -61,9 +63,9 @@ def as_model(network: Network) -> Model:
     if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
         return Model(*network)
     raise ValueError(
-        "network must be a jaxmeta Model, a module of flax.linen, flax.nnx or equinox, or a pair of "
-        f"functions (init, apply), got {type(network).__name__}; jm.nn.from_nnx and jm.nn.from_equinox take "
-        "functions that make modules"
+        f"{argument}: got {shown(network)}; it must be a jaxmeta Model, a module of flax.linen, flax.nnx or "
+        "equinox, or a pair of functions (init, apply); jm.nn.from_nnx and jm.nn.from_equinox take functions "
+        "that make modules"
     )
 
 

@@ -16,11 +16,11 @@ import optax
 from jax import lax
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_word
+from jaxmeta.checks import check_count, check_function, check_word, shown
 from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
-from jaxmeta.optimization_based.inner_loop import Trace, inner_loop, require_finite_derivative
+from jaxmeta.optimization_based.inner_loop import ORDERS, Trace, inner_loop, require_finite_derivative
 from jaxmeta.optimization_based.trees import merge, partition, paths, picked_by_path
 
 NORMS = ("batch", "support", "population", "episode")
@@ -85,10 +85,12 @@ def adaptation(
         check_count("eval_steps", eval_steps, 0)
     if batch_size is not None:
         check_count("batch_size", batch_size)
+    check_word("order", order, ORDERS)
+    check_function("loss", loss)
     _check_hyper(inner_optimizer, hyper, order)
     if order == "implicit":
         _check_implicit(eval_steps, batch_size, norm)
-    model = as_model(model)
+    model = as_model(model, "model")
     eval_steps = steps if eval_steps is None else eval_steps
     if norm == "episode" and eval_steps < 1:
         raise ValueError('norm: "episode" is an average over inner steps; eval_steps must be at least 1')
@@ -314,7 +316,7 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
         )
     if not fixed and hyper is None:
         raise ValueError(
-            f"inner_optimizer: got {inner_optimizer!r}, which is no optax transformation; a function of "
+            f"inner_optimizer: got {shown(inner_optimizer)}, which is no optax transformation; a function of "
             "hyperparameters needs their initial values: hyper=0.4"
         )
     if hyper is None:

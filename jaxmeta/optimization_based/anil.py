@@ -55,7 +55,7 @@ def with_head(model: Network, head: Head, learner: Learner, *, body: bool = Fals
     """`learner`, whose `init` refuses a network without the head and, if asked, one without a body."""
 
     def init(key: Key, task: Task) -> Params:
-        leaves = paths(jax.eval_shape(as_model(model).init, key, task.support.x))
+        leaves = paths(jax.eval_shape(as_model(model, "model").init, key, task.support.x))
         inside = [in_head(head)(leaf) for leaf in leaves]
         if not any(inside) or (body and all(inside)):
             picks = "all" if any(inside) else "none"

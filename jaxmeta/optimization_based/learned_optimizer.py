@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_word
+from jaxmeta.checks import check_count, check_function, check_number, check_widths, check_word
 from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.coordinatewise import ProposedUpdate
@@ -131,7 +131,12 @@ def learned_optimizer(
     # No "implicit": there is no minimum to reach.
     check_word("order", order, ("second", "first"))
     check_word("norm", norm, ("batch", "support"))
-    model = as_model(model)
+    check_function("loss", loss)
+    check_number("scale", scale)
+    if preprocess is not None:
+        check_number("preprocess", preprocess, above=0)
+    check_widths("layers", layers)
+    model = as_model(model, "model")
     proposal = ProposedUpdate(tuple(layers), preprocess, scale, zero_output)
 
     def transformation(weights: PyTree) -> optax.GradientTransformation:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from jaxmeta.checks import check_count, check_word, shown
+from jaxmeta.checks import check_count, check_finite, check_word, shown
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import ClassSplit, split_classes
@@ -389,16 +389,18 @@ def _checked_examples(x, y) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x), np.asarray(y)
     if y.ndim != 1 or x.ndim < 1 or len(x) != len(y):
         raise ValueError(
-            f"x must be (n, *shape) and y (n,) with one label per example, got {x.shape} and {y.shape}"
+            f"x, y: got shapes {x.shape} and {y.shape}; they must be (n, *shape) and (n,), with one label per"
+            " example"
         )
     if len(x) == 0:
-        raise ValueError("x has no examples")
+        raise ValueError("x, y: got no examples")
     if x.dtype != np.uint8:
         if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(f"x must be uint8 (0..255) or floating point, got {x.dtype}")
+            raise ValueError(f"x: got {x.dtype}; it must be uint8 (0..255) or floating point")
         x = x.astype(np.float32, copy=False)
+        check_finite("x", x)
     if y.dtype.kind == "O" and all(isinstance(label, str) for label in y):
         y = y.astype(str)
     if y.dtype.kind not in "iuU":
-        raise ValueError(f"y must hold integer or string class labels, got {y.dtype}")
+        raise ValueError(f"y: got {y.dtype}; it must hold integer or string class labels")
     return x, y.astype(str)

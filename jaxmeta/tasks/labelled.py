@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import check_count, check_labels
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -98,11 +98,14 @@ def split_per_class(
       >>> len(chosen), len(rest), sorted([*chosen.tolist(), *rest.tolist()])
       (2, 3, [0, 1, 2, 3, 4])
     """
-    check_count("shots", shots, 1)
+    check_count("shots", shots)
     labels = np.asarray(y)
+    check_labels("y", labels)
+    if not labels.size:
+        raise ValueError("y: got no example")
     classes, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     small = [f"{label} ({size})" for label, size in zip(classes, sizes, strict=True) if size <= shots]
-    if small or not classes.size:
+    if small:
         raise ValueError(
             f"shots: got {shots}, which takes classes of at least {shots + 1} examples, one of them to be "
             f"judged on; too few in {len(small)} of {len(classes)} (label and size): {', '.join(small[:5])}"

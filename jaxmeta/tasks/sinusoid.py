@@ -120,9 +120,10 @@ def check_noise(noise: float) -> None:
 
 
 def _check_interval(name: str, interval: tuple[float, float]) -> None:
-    try:
-        low, high = (float(end) for end in interval)
-    except (TypeError, ValueError):
-        low = high = np.nan
-    if not -np.inf < low < high < np.inf:
-        raise ValueError(f"{name}: got {shown(interval)}; it must be (low, high), finite and low < high")
+    if not isinstance(interval, tuple | list) or len(interval) != 2:
+        raise ValueError(f"{name}: got {shown(interval)}; it must be (low, high)")
+    low, high = interval
+    check_number(name, low)
+    check_number(name, high)
+    if not low < high:
+        raise ValueError(f"{name}: got {shown(interval)}; it must be (low, high) with low < high")

@@ -25,6 +25,16 @@ def _check_three(name: str, parts: Sequence) -> None:
         raise ValueError(f"{name}: got {shown(parts)}; it must be three numbers (train, validation, test)")
 
 
+def _check_fractions(name: str, fractions: Sequence[float]) -> None:
+    _check_three(name, fractions)
+    for fraction in fractions:
+        check_number(name, fraction, 0)
+    if abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(
+            f"{name}: got {tuple(fractions)}; fractions of train, validation and test must sum to 1"
+        )
+
+
 def _some(names: Iterable[str], limit: int = 5) -> str:
     names = sorted(names)
     more = f", … ({len(names)} in all)" if len(names) > limit else ""
@@ -97,14 +107,7 @@ class ClassSplit:
           >>> ClassSplit.from_fractions([f"c{i}" for i in range(100)]).sizes
           (64, 16, 20)
         """
-        _check_three("fractions", fractions)
-        for fraction in fractions:
-            check_number("fractions", fraction, 0)
-        if abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(
-                f"fractions: got {tuple(fractions)}; they must be three non-negative numbers (train, "
-                "validation, test) that sum to 1"
-            )
+        _check_fractions("fractions", fractions)
         names = [str(name) for name in names]
         first = round(fractions[0] * len(names))
         second = round((fractions[0] + fractions[1]) * len(names))
@@ -202,9 +205,11 @@ def split_classes(
       ValueError: the part is empty, or names classes that there are not.
     """
     check_part(split)
+    check_count("seed", seed, 0, LARGEST_SEED)
     if classes is None:
         return ClassSplit(**{split: tuple(present)}), protocol
     if not isinstance(classes, ClassSplit):
+        _check_fractions("classes", classes)
         protocol = protocol or f"random class split {tuple(classes)}, seed {seed}"
         classes = ClassSplit.from_fractions(present, classes, seed)
     missing = sorted(set(classes.part(split)) - set(present))

@@ -11,12 +11,12 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
-from jaxmeta.checks import check_number, check_word
+from jaxmeta.checks import check_number, check_widths, check_word
 from jaxmeta.core import Augment, Batch, Key, Params, PyTree
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.transfer.classifier import HEAD, as_images
 from jaxmeta.transfer.descent import Batches, descend
-from jaxmeta.transfer.discrepancy import coral_loss, mmd2
+from jaxmeta.transfer.discrepancy import VARIANTS, coral_loss, mmd2
 from jaxmeta.transfer.domain_adaptation import dann_strength, domain_loss, gradient_reversal
 from jaxmeta.transfer.fine_tune import examples, mean_loss
 from jaxmeta.transfer.freezing import frozen_mask
@@ -42,11 +42,12 @@ def coral(weight: float = 1.0, *, variant: str = "paper") -> Alignment:
     """Deep CORAL: `weight` · `jm.transfer.coral_loss`.
 
     Raises:
-      ValueError: a negative weight.
+      ValueError: a negative weight, another variant.
 
     References:
       Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, 2016.
     """
+    check_word("variant", variant, VARIANTS)
     return _without_parameters(weight, lambda source, target: coral_loss(source, target, variant=variant))
 
 
@@ -54,11 +55,13 @@ def mmd(weight: float = 1.0, **settings: Any) -> Alignment:
     """Deep adaptation network, on the last features: `weight` · `jm.transfer.mmd2`, with its settings.
 
     Raises:
-      ValueError: a negative weight.
+      ValueError: a negative weight, and what `jm.transfer.mmd2` refuses.
 
     References:
       Long et al., Learning Transferable Features with Deep Adaptation Networks, 2015.
     """
+    # For what it raises of the settings.
+    jax.eval_shape(lambda: mmd2(jnp.zeros((2, 1)), jnp.zeros((2, 1)), **settings))
     return _without_parameters(weight, lambda source, target: mmd2(source, target, **settings))
 
 
@@ -80,7 +83,9 @@ def dann(*, hidden: tuple[int, ...] = (100,), weight: float = 1.0, gamma: float 
       Ganin et al., Domain-Adversarial Training of Neural Networks, 2016.
     """
     _check_weight(weight)
-    head = nn.as_model(nn.MLP(out=1, hidden=hidden))
+    check_number("gamma", gamma)
+    check_widths("hidden", hidden)
+    head = nn.as_model(nn.MLP(out=1, hidden=tuple(hidden)))
 
     def init(key: Key, dim: int) -> Params:
         return head.init(key, jnp.zeros((1, dim)))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count
+from jaxmeta.checks import check_count, check_real
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.layers import Dense
@@ -114,6 +114,7 @@ def in_batches(
     What it returns of an example must not depend on the others, as in inference.
     """
     check_count("batch", batch)
+    check_real("x", x)
     n = x.shape[0]
     if n == 0:
         raise ValueError("x: got no examples")
@@ -172,8 +173,10 @@ def confusion_matrix(
     Raises:
       ValueError: predictions and labels of different number, or a class outside [0, classes).
     """
-    columns = host.labels(predictions, "predictions", rows=labels.shape[0], classes=classes)
-    rows = host.labels(labels, "labels", rows=labels.shape[0], classes=classes)
+    check_count("classes", classes)
+    rows = host.numbers(labels, "labels")
+    rows = host.labels(rows, "labels", rows=rows.size, classes=classes)
+    columns = host.labels(predictions, "predictions", rows=rows.size, classes=classes)
     found = np.zeros((classes, classes), np.int64)
     np.add.at(found, (rows, columns), 1)
     return found

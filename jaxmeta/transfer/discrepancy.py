@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from jaxmeta.checks import check_number, check_word
+from jaxmeta.checks import check_finite, check_number, check_real, check_word, shown
+from jaxmeta.transfer import host
 
 Features = Float[Array | np.ndarray, "_ _"]
 Bandwidth = float | int | Sequence[float | int] | Array | np.ndarray | str
@@ -23,8 +24,7 @@ def covariance(x: Float[Array | np.ndarray, "n d"]) -> Float[Array, "d d"]:
     Raises:
       ValueError: fewer than two rows.
     """
-    if x.shape[0] < 2:
-        raise ValueError(f"x: got {x.shape[0]} examples; a covariance needs at least 2")
+    _check_features("x", x, 2)
     x = jnp.asarray(x)
     centred = x - x.mean(0, keepdims=True)
     return _product(centred.T, centred) / (x.shape[0] - 1)
@@ -148,7 +148,8 @@ def mmd2(
     check_word("estimator", estimator, ESTIMATORS)
     _check(source, target, at_least=1 if estimator == "biased" else 2)
     variances = _variances(source, target, bandwidth, multiples)
-    beta = jnp.full_like(variances, 1 / variances.size) if weights is None else jnp.asarray(weights)
+    uniform = np.full(variances.size, 1 / variances.size)
+    beta = jnp.asarray(uniform if weights is None else _kernels("weights", weights), variances.dtype)
     if beta.shape != variances.shape:
         raise ValueError(f"weights: got shape {beta.shape} for {variances.size} kernels; give one for each")
 
@@ -209,14 +210,19 @@ def dan_loss(
 
 def _check(source: Features, target: Features, *, at_least: int) -> None:
     for name, features in (("source", source), ("target", target)):
-        if features.ndim != 2 or features.shape[0] < at_least:
-            raise ValueError(
-                f"{name}: got shape {features.shape}; it must be (examples, features), with at least "
-                f"{at_least} examples"
-            )
+        _check_features(name, features, at_least)
     if source.shape[1] != target.shape[1]:
         raise ValueError(
             f"source, target: got {source.shape[1]} and {target.shape[1]} features; they must be as many"
+        )
+
+
+def _check_features(name: str, features: Features, at_least: int) -> None:
+    check_real(name, features)
+    if features.ndim != 2 or features.shape[0] < at_least or not features.shape[1]:
+        raise ValueError(
+            f"{name}: got shape {features.shape}; it must be (examples, features), with at least "
+            f"{at_least} examples"
         )
 
 
@@ -240,8 +246,7 @@ def _variances(
     """σ² of each kernel."""
     if not isinstance(bandwidth, str):
         return jnp.square(_positive("bandwidth", bandwidth))
-    if bandwidth not in ("mean", "median"):
-        raise ValueError(f'bandwidth: got {bandwidth!r}; it must be positive, "mean" or "median"')
+    check_word("bandwidth", bandwidth, ("mean", "median"))
     both = lax.stop_gradient(jnp.concatenate([jnp.asarray(source), jnp.asarray(target)]))
     if bandwidth == "mean":
         # Over all pairs, E‖z − z'‖² = 2 E‖z − E z‖².
@@ -254,10 +259,19 @@ def _variances(
 
 
 def _positive(name: str, values: Bandwidth) -> Float[Array, " kernels"]:
-    array = jnp.atleast_1d(jnp.asarray(values, float))
-    traced = any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values))
-    if array.ndim > 1 or not array.size or not (traced or (np.asarray(values) > 0).all()):
-        raise ValueError(f"{name}: got {values}; it must be positive, a number or one for each kernel")
+    array = _kernels(name, values)
+    positive = isinstance(array, jax.core.Tracer) or (array > 0).all()
+    if not positive or array.ndim > 1 or not array.size:
+        raise ValueError(f"{name}: got {shown(values)}; it must be positive, a number or one for each kernel")
+    return jnp.atleast_1d(jnp.asarray(array, float))
+
+
+def _kernels(name: str, values: Bandwidth) -> Shaped[Array | np.ndarray, "..."]:
+    """`values` as an array, of finite numbers; what is traced has no value yet."""
+    if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values)):
+        return jnp.asarray(values, float)
+    array = host.numbers(values, name)
+    check_finite(name, array)
     return array
 
 

@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import check_count, check_number, check_real
 from jaxmeta.nn import statistics
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.norm import STATISTICS
@@ -43,8 +43,7 @@ def gradient_reversal(
     References:
       Ganin et al., Domain-Adversarial Training of Neural Networks, 2016, equation 18.
     """
-    if jnp.shape(strength):
-        raise ValueError(f"strength: got shape {jnp.shape(strength)}; it must be a scalar")
+    check_number("strength", strength)
 
     def reverse(path, leaf):
         leaf = jnp.asarray(leaf)
@@ -82,6 +81,7 @@ def dann_strength(progress: ArrayLike, *, gamma: float = 10.0) -> Float[Array, "
     References:
       Ganin et al., Domain-Adversarial Training of Neural Networks, 2016, section 5.2.2.
     """
+    check_number("gamma", gamma)
     return jnp.tanh(gamma * jnp.asarray(progress, float) / 2)
 
 
@@ -116,6 +116,8 @@ def dann_schedule(steps: int, *, initial: float = 0.01, a: float = 10.0, b: floa
       >>> optimizer = optax.sgd(dann_schedule(1000), momentum=0.9)
     """
     check_count("steps", steps)
+    for name, value in (("initial", initial), ("a", a), ("b", b)):
+        check_number(name, value)
     return lambda step: dann_rate(jnp.minimum(step / steps, 1), initial=initial, a=a, b=b)
 
 
@@ -261,6 +263,7 @@ def _parts_adapted(parts, variables, x, batch, exact, arguments):
 
 def _logits(*domains):
     for name, logits in zip(("source", "target"), domains, strict=True):
+        check_real(name, logits)
         if not logits.size or logits.shape not in ((logits.size,), (logits.size, 1)):
             raise ValueError(f"{name}: got logits of shape {logits.shape}; they must be (n,) or (n, 1)")
     return [jnp.asarray(logits).reshape(-1) for logits in domains]

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Params
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
@@ -20,6 +21,8 @@ from jaxmeta.transfer.paths import Patterns, several
 from jaxmeta.transfer.subtree import swap_subtree
 
 ExampleLoss = Callable[[Array, Array], Array]
+# Steps of a slanted triangular rate, of which a tenth go up.
+_SHORTEST = 10
 
 
 class Fitted(NamedTuple):
@@ -142,8 +145,8 @@ def feature_extraction(
       ValueError: an unknown head, and what `jm.transfer.ridge_head` raises.
     """
     heads: dict[str, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
-    if not callable(head) and head not in heads:
-        raise ValueError(f"head: got {head!r}; it must be one of {sorted(heads)}, or a function")
+    if not callable(head):
+        check_word("head", head, sorted(heads))
     labelled = examples(data)
     classes = variables["params"][HEAD]["kernel"].shape[1]
     fit = head if callable(head) else heads[head]
@@ -205,6 +208,10 @@ def gradual_unfreezing(
     References:
       Howard & Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
     """
+    check_number("rate", rate, above=0)
+    check_count("stage_steps", stage_steps, _SHORTEST)
+    if last_steps is not None:
+        check_count("last_steps", last_steps, _SHORTEST)
     if not groups:
         raise ValueError("groups: got none; name the layers from the lowest to the top")
     losses = []

@@ -121,6 +121,10 @@ def logistic_head(
     if w.shape != y.shape:
         raise ValueError(f"weights: got shape {w.shape} for {y.shape[0]} examples")
     check_finite("weights", w)
+    if not isinstance(w, jax.core.Tracer):
+        lowest, highest = float(np.min(w)), float(np.max(w))
+        if lowest < 0 or not highest:
+            raise ValueError(f"weights: got {lowest} to {highest}; they must be at least 0, and not all 0")
     # L-BFGS wants directions of one curvature, which of a feature's weight is at most its variance + penalty;
     # the minimum is where it was.
     mean = z.mean(0)

@@ -5,6 +5,8 @@ there, and decides what is trained afterwards: exact linear algebra is worth mor
 NumPy has float64 whatever JAX is set to.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
@@ -15,7 +17,7 @@ Values = Array | np.ndarray
 _SUM_TOLERANCE = 1e-2
 
 
-def numbers(values: Values, name: str) -> Shaped[np.ndarray, "..."]:
+def numbers(values: Any, name: str) -> Shaped[np.ndarray, "..."]:
     """`values` as an array of real numbers."""
     try:
         found = np.asarray(values)
@@ -61,9 +63,11 @@ def labels(values: Values, name: str, *, rows: int, classes: int | None = None) 
     found = numbers(values, name)
     if not jnp.issubdtype(found.dtype, jnp.integer):
         raise ValueError(f"{name}: got {found.dtype}; classes must be integers")
+    if not found.size:
+        raise ValueError(f"{name}: got no example")
     if found.shape != (rows,):
         raise ValueError(f"{name}: got shape {found.shape}; it must be ({rows},), one class an example")
-    if found.size and (found.min() < 0 or (classes is not None and found.max() >= classes)):
+    if found.min() < 0 or (classes is not None and found.max() >= classes):
         allowed = "not be negative" if classes is None else f"be 0 to {classes - 1}"
         raise ValueError(f"{name}: got classes {found.min()} to {found.max()}; they must {allowed}")
     return found.astype(np.int64)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from jaxmeta.checks import check_count, check_number
+from jaxmeta.checks import check_count, check_finite, check_number, check_real
 from jaxmeta.transfer import host
 
 
@@ -241,12 +241,21 @@ def effective_sample_size(weights: Float[Array | np.ndarray, " n"]) -> Float[Arr
 
     n for equal weights, 1 where one example has them all, 0 where there are none.
 
+    Raises:
+      ValueError: not one weight for each of some examples, or a weight that is negative or not finite.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> print(effective_sample_size(jnp.array([1.0, 1.0, 2.0])))
       2.6666667
     """
+    check_real("weights", weights)
     weights = jnp.asarray(weights)
+    if weights.ndim != 1 or not weights.size:
+        raise ValueError(f"weights: got shape {weights.shape}; it must be (n,), one an example")
+    check_finite("weights", weights)
+    if not isinstance(weights, jax.core.Tracer) and np.min(weights) < 0:
+        raise ValueError(f"weights: got {np.min(weights)} among them; they must be at least 0")
     # Of weights that are at most 1, for squares overflow.
     weights = weights / jnp.where(weights.max() > 0, weights.max(), 1)
     squares = jnp.square(weights).sum()

@@ -10,7 +10,10 @@ from jaxtyping import Array, Float
 from jaxmeta import nn
 from jaxmeta.checks import check_count, check_finite, check_word, shown
 from jaxmeta.core import Key, Model, Params
+from jaxmeta.transfer import host
 
+# Of `jax.image.resize`.
+METHODS = ("nearest", "linear", "cubic", "lanczos3", "lanczos5")
 # ITU-R 601, as in `jm.tasks.from_folder`.
 LUMA = (0.299, 0.587, 0.114)
 
@@ -54,9 +57,16 @@ def input_adapter(
             raise ValueError(f"size: got {shown(size)}; it must be one side, or height and width")
         for side in sides:
             check_count("size", side)
-    centre, spread = jnp.atleast_1d(jnp.asarray(mean, float)), jnp.atleast_1d(jnp.asarray(std, float))
-    check_finite("mean", centre)
-    check_finite("std", spread)
+        sides = int(sides[0]), int(sides[1])
+    check_word("method", method, METHODS)
+    centre, spread = (
+        jnp.atleast_1d(jnp.asarray(host.numbers(values, name), float))
+        for name, values in (("mean", mean), ("std", std))
+    )
+    for name, values in (("mean", centre), ("std", spread)):
+        check_finite(name, values)
+        if values.ndim > 1:
+            raise ValueError(f"{name}: got shape {values.shape}; it must be a number, or one a channel")
     if not (spread > 0).all():
         raise ValueError(f"std: got {std}; it must be positive")
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
-from jaxmeta.checks import check_count, check_number
+from jaxmeta.checks import check_count, check_number, check_real
 from jaxmeta.transfer import host
 
 
@@ -242,6 +242,8 @@ def adjust(
       >>> print(adjust(jnp.array([[0.8, 0.2]]), jnp.array([0.4, 1.6])))
       [[0.5 0.5]]
     """
+    check_real("probs", probs)
+    check_real("weights", weights)
     probs, weights = jnp.asarray(probs), jnp.asarray(weights)
     if not probs.ndim or weights.shape != probs.shape[-1:]:
         raise ValueError(

@@ -46,7 +46,8 @@ def nce(source_labels: Int[Array | np.ndarray, " n"], labels: Int[Array | np.nda
     References:
       Tran, Nguyen & Hassner, Transferability and Hardness of Supervised Classification Tasks, 2019.
     """
-    z = host.labels(source_labels, "source_labels", rows=np.size(source_labels))
+    z = host.numbers(source_labels, "source_labels")
+    z = host.labels(z, "source_labels", rows=z.size)
     joint = _one_hot(z).T @ _one_hot(_classes(labels, rows=len(z))) / len(z)
     given_z = joint / joint.sum(1, keepdims=True)
     return float((joint * np.log(np.where(joint > 0, given_z, 1))).sum())

@@ -263,7 +263,7 @@ def test_a_users_similarity_may_have_parameters():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"similarity": "manhattan"}, "similarity must be a function or one of .* got 'manhattan'"),
+        ({"similarity": "manhattan"}, "similarity: got 'manhattan'; it must be one of 'cosine'"),
         ({"normalise": "max"}, "normalise: got 'max'; it must be one of"),
         ({"reduce": "median"}, "reduce: got 'median'; it must be one of"),
         ({"scale": 0.0}, "scale: got 0.0; it must be positive"),

@@ -288,7 +288,7 @@ def test_widths_of_the_two_networks_must_agree():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"divergence": "manhattan"}, "divergence must be a convex function or one of .* got 'manhattan'"),
+        ({"divergence": "manhattan"}, "divergence: got 'manhattan'; it must be one of 'euclidean'"),
         ({"norm": "layer"}, "norm: got 'layer'; it must be one of"),
         (
             {"norm": "support", "metadata": IDENTITY},

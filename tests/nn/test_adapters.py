@@ -436,7 +436,7 @@ def stateful_equinox():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: lambda x: x, "got function"),
+        (lambda: lambda x: x, "network: got <function"),
         (Stateful, r"Stateful keeps mutable state in \['batch_stats'\]"),
         (Restless, "Restless draws random numbers where it should be deterministic"),
         (Asking, r"Asking.__call__ requires \['context'\]"),

@@ -101,7 +101,7 @@ def test_what_cannot_be_reversed_is_refused_by_name():
     bare = inspect.unwrap(gradient_reversal)
     with pytest.raises(ValueError, match=r"x\['a'\]: got int32"):
         bare({"a": jnp.arange(3)}, 1.0)
-    with pytest.raises(ValueError, match=r"strength: got shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"strength: got an array of shape \(2,\)"):
         bare(jnp.ones(2), jnp.ones(2))
 
 

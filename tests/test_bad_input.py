@@ -1,0 +1,829 @@
+"""What an argument of a public function cannot be is refused by its name, and what it can be is taken."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jaxmeta as jm
+from jaxmeta import transfer
+from jaxmeta.tasks import ClassSplit
+
+KEY = jax.random.key(0)
+EACH = settings(
+    max_examples=4,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    """Users have no type checker, which would be first to speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def refused(call, *names):
+    """That `call` raises a ValueError of one line, which begins with one of the names of what is wrong."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it says is looked at here
+        call()
+    said = str(caught.value)
+    head = re.match(r"[\w., ]*", said)[0]
+    assert set(names) & set(re.findall(r"\w+", head)), said
+    assert re.match(r"[\w., ]*: \S", said), said
+    assert len(said.splitlines()) == 1
+    assert len(said) < 400
+
+
+# --- Settings: counts, numbers and words ---------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """Of a setting: what it cannot be, and some of what it can."""
+
+    wrong: st.SearchStrategy
+    right: tuple
+
+
+NOTHING = st.one_of(st.text(max_size=5), st.binary(max_size=3), st.lists(st.floats(), max_size=3))
+NO_NUMBER = st.one_of(NOTHING, st.sampled_from([math.nan, math.inf, -math.inf, 1j, {}, object()]))
+
+
+def count(least=1, most=None, none=False):
+    """A whole number; 2³¹ of anything are refused where they would be made."""
+    fractions = st.floats(width=16).map(lambda value: value + 0.5 if value == least else value)
+    wrong = [st.integers(max_value=least - 1), fractions, st.booleans(), NO_NUMBER]
+    wrong += [st.integers(min_value=most + 1)] if most else [st.integers(min_value=2**31)]
+    wrong += [] if none else [st.none()]
+    return Kind(st.one_of(wrong), (least, np.int64(least), *([None] if none else [])))
+
+
+def number(least=None, above=None, most=None, below=None, none=False, right=()):
+    wrong = [NO_NUMBER, st.just(np.ones(2))]
+    if least is not None:
+        wrong.append(st.floats(max_value=least, exclude_max=True))
+    if above is not None:
+        wrong.append(st.floats(max_value=above))
+    if most is not None:
+        wrong.append(st.floats(min_value=most, exclude_min=True))
+    if below is not None:
+        wrong.append(st.floats(min_value=below))
+    wrong += [] if none else [st.none()]
+    low = least if least is not None else (0.0 if above is None else above + 0.5)
+    return Kind(st.one_of(wrong), (*(right or (low, np.float32(low))), *([None] if none else [])))
+
+
+def word(*known):
+    other = st.one_of(st.text(max_size=6), st.integers(4), st.lists(st.text(max_size=2), max_size=2))
+    return Kind(other.filter(lambda value: value not in known), known)
+
+
+def interval():
+    """(low, high), finite, low below high."""
+    ends = st.tuples(st.floats(), st.floats()).filter(
+        lambda ends: not -math.inf < ends[0] < ends[1] < math.inf
+    )
+    return Kind(st.one_of(ends, NOTHING, st.just((0, 1, 2)), st.none()), ((0, 1), (-2.5, 3.0)))
+
+
+def thing(*right):
+    """A network, a function or an optimizer."""
+    return Kind(st.one_of(st.integers(), st.text(max_size=3), st.just([]), st.just({})), right)
+
+
+def or_pair(kind):
+    """A count, or an inclusive range of them."""
+    pairs = st.sampled_from([(2, 1), (0, 1), (1, 2, 3), (), (1.0, 2), ("a", "b"), (1, None)])
+    return Kind(st.one_of(kind.wrong.filter(lambda value: not isinstance(value, list)), pairs), kind.right)
+
+
+MLP = jm.nn.MLP(out=2, hidden=())
+IDENTITY = (lambda key, x: {}, lambda params, x: x)
+X = np.repeat(np.eye(6, dtype=np.float32), 4, axis=0)
+Y = np.repeat(np.arange(6), 4)
+NORMS = word("batch", "support")
+OPTIMIZER = thing(optax.sgd(0.1))
+LOSS = thing(jm.losses.cross_entropy)
+MAML = {
+    "model": thing(MLP),
+    "steps": count(),
+    "eval_steps": count(0, none=True),
+    "batch_size": count(none=True),
+    "memory": word("auto", "store", "recompute", "forward_over_reverse"),
+    "truncation": count(none=True),
+    "proximal": number(0, none=True),
+    "cg_steps": count(),
+    "damping": number(0),
+    "norm": NORMS,
+    "loss": LOSS,
+}
+TASK = {"ways": count(), "shots": count(), "queries": count()}
+SPLIT = word("train", "validation", "test")
+PHOTOS = np.zeros((24, 4, 4, 1), np.uint8)
+
+
+def on(function, *positional, **given):
+    """`function` of settings alone, the rest given."""
+    return lambda **own: function(*positional, **{**given, **own})
+
+
+def of_learner(name, **given):
+    return on(getattr(jm, name), **{"model": MLP, **given})
+
+
+LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
+    "maml": (
+        of_learner("maml"),
+        {**MAML, "order": word("second", "first"), "inner_optimizer": OPTIMIZER},
+    ),
+    "fomaml": (of_learner("fomaml"), {**MAML, "inner_optimizer": OPTIMIZER}),
+    "anil": (of_learner("anil"), {**MAML, "inner_optimizer": OPTIMIZER}),
+    "boil": (
+        of_learner("boil", model=jm.nn.MLP(out=2, hidden=(3,))),
+        {key: MAML[key] for key in ("steps", "norm")},
+    ),
+    "imaml": (
+        of_learner("imaml"),
+        {"steps": count(), "proximal": number(above=0), "cg_steps": count(), "damping": number(0)},
+    ),
+    "meta_sgd": (
+        of_learner("meta_sgd"),
+        {"rates": Kind(NO_NUMBER.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))), "steps": count()},
+    ),
+    "reptile": (
+        of_learner("reptile"),
+        {key: MAML[key] for key in ("model", "steps", "eval_steps", "batch_size", "norm", "loss")},
+    ),
+    "maml_plus_plus": (
+        of_learner("maml_plus_plus"),
+        {
+            "rate": number(),
+            "steps": count(),
+            "eval_steps": count(none=True),
+            "anneal_steps": count(0),
+            "first_order_steps": count(0),
+            "memory": MAML["memory"],
+            "norm": word("batch", "support", "population"),
+        },
+    ),
+    "lstm_meta_learner": (
+        of_learner("lstm_meta_learner"),
+        {
+            "steps": count(),
+            "hidden": count(none=True),
+            "feedback": word("gate"),
+            "gradient_scale": number(),
+            "order": word("first", "second"),
+        },
+    ),
+    "learned_optimizer": (
+        of_learner("learned_optimizer", truncation=1),
+        {
+            "steps": count(),
+            "eval_steps": count(none=True),
+            "truncation": count(),
+            "batch_size": count(none=True),
+            "preprocess": number(above=0, none=True),
+            "scale": number(),
+            "layers": Kind(st.sampled_from([(0,), 3, "ab", (1.5,), (-1, 2), None]), ((), (2, 3), [4])),
+            "order": word("second", "first"),
+            "norm": NORMS,
+        },
+    ),
+    "kernel_classifier": (
+        of_learner("kernel_classifier"),
+        {
+            "model": thing(MLP),
+            "similarity": word("cosine", "dot", "euclidean", "learned"),
+            "normalise": word("softmax"),
+            "reduce": word("sum", "mean", "nearest", "prototype"),
+            "scale": number(above=0),
+            "norm": word("batch", "support", "population"),
+        },
+    ),
+    "matching": (of_learner("matching"), {"scale": number(above=0), "context_steps": count(none=True)}),
+    "prototypical": (
+        of_learner("prototypical"),
+        {"model": thing(MLP), "divergence": word("euclidean", "cosine"), "norm": word("batch", "support")},
+    ),
+    "relation": (
+        of_learner("relation"),
+        {"comparison": thing(MLP, None), "norm": word("batch", "population")},
+    ),
+    "ridge": (of_learner("ridge"), {"regularisation": number(above=0), "scale": number(above=0)}),
+    "siamese": (
+        of_learner("siamese"),
+        {"pairs": Kind(count(2, none=True).wrong, (None, 2, 4)), "head": thing(MLP, None)},
+    ),
+    "simple_shot": (of_learner("simple_shot"), {"transform": word("un", "l2n", "cl2n"), "norm": NORMS}),
+    "fine_tuned_head": (
+        of_learner("fine_tuned_head"),
+        {
+            "head": word("linear", "cosine"),
+            "steps": count(),
+            "scale": number(above=0),
+            "optimizer": OPTIMIZER,
+        },
+    ),
+    "mann": (
+        on(jm.mann, network=jm.nn.MemoryNetwork(2)),
+        {
+            "network": thing(jm.nn.MemoryNetwork(2)),
+            "instances": count(0),
+            "strings": Kind(
+                st.sampled_from([3, "5,5", (5,), (1, 5), (5, 0), (5, 99), (2.0, 2)]), (None, (5, 5))
+            ),
+        },
+    ),
+    "metanet": (
+        on(jm.metanet, embedding=jm.nn.AugmentedCNN(2), base=jm.nn.AugmentedCNN(2)),
+        {
+            "embedding": thing(jm.nn.AugmentedCNN(2)),
+            "base": thing(jm.nn.AugmentedCNN(2)),
+            "embedding_loss": word("verification", "contrastive", "xent"),
+            "samples": count(none=True),
+            "hidden": count(),
+            "margin": number(above=0),
+            "queries_at_once": count(none=True),
+        },
+    ),
+    "inner_loop": (
+        on(jm.inner_loop, lambda params, batch: 0.0, optax.sgd(0.1), steps=1),
+        {
+            "steps": count(0),
+            "order": word("second", "first"),
+            "memory": MAML["memory"],
+            "truncation": count(none=True),
+            "proximal": number(0, none=True),
+            "cg_steps": count(),
+            "damping": number(0),
+        },
+    ),
+}
+
+ARRAYS = {"x": X, "y": Y, "ways": 1, "shots": 1}
+FRACTIONS = Kind(
+    st.sampled_from(
+        [(0.5, 0.5), (0.5, 0.6, -0.1), (math.nan, 0.5, 0.5), 0.5, "abc", ("a", 0, 1), (1j, 0, 0)]
+    ),
+    ((0.5, 0.25, 0.25), (1, 0, 0)),
+)
+SEED = count(0, most=2**63 - 1)
+GLYPHS = jm.tasks.glyphs(ways=2, shots=2)
+SEQUENCES = jm.tasks.sequences(GLYPHS, length=4)
+
+TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
+    "sinusoid": (
+        jm.tasks.sinusoid,
+        {
+            "split": SPLIT,
+            "shots": count(),
+            "queries": count(),
+            "amplitude": interval(),
+            "phase": interval(),
+            "inputs": interval(),
+            "noise": number(0),
+        },
+    ),
+    "harmonic": (
+        jm.tasks.harmonic,
+        {"split": SPLIT, "shots": count(), "queries": count(), "noise": number(0)},
+    ),
+    "quadratics": (jm.tasks.quadratics, {"split": SPLIT, "dim": count()}),
+    "glyphs": (
+        jm.tasks.glyphs,
+        {"split": SPLIT, "ways": count(), "shots": count(0), "queries": count(), "size": count(8)},
+    ),
+    "glyph_metadata": (
+        lambda class_id: jm.tasks.glyph_metadata(class_id),
+        {
+            "class_id": Kind(
+                st.one_of(st.sampled_from([-1, 6144, 1.5, "a", [0, 7000], None, True])), (0, [1, 2])
+            )
+        },
+    ),
+    "sequences": (
+        on(jm.tasks.sequences, GLYPHS),
+        {
+            "length": Kind(count(2).wrong.filter(lambda length: length is not None), (2, 4, None)),
+            "strings": LEARNERS["mann"][1]["strings"],
+        },
+    ),
+    "with_ways": (on(jm.tasks.with_ways, SEQUENCES), {"ways": count(1, most=2)}),
+    "supervised": (
+        on(jm.tasks.supervised, GLYPHS),
+        {"batch": Kind(st.one_of(count(2).wrong, st.just(3)), (2, 64))},
+    ),
+    "labelled": (
+        on(jm.tasks.labelled, GLYPHS, key=KEY),
+        {"per_class": Kind(count().wrong.filter(lambda value: value not in (2**31,)), ())},
+    ),
+    "split_per_class": (on(jm.tasks.split_per_class, Y, key=KEY), {"shots": count()}),
+    "from_arrays": (
+        on(jm.tasks.from_arrays, **ARRAYS),
+        {
+            "ways": or_pair(count()),
+            "shots": or_pair(count()),
+            "queries": count(),
+            "split": SPLIT,
+            "seed": SEED,
+            "rotations": word("none"),
+            "classes": FRACTIONS,
+        },
+    ),
+    "from_fractions": (on(ClassSplit.from_fractions, "abcd"), {"fractions": FRACTIONS}),
+    "from_counts": (
+        on(ClassSplit.from_counts, "abcd", counts=(2, 1, 1)),
+        {
+            "counts": Kind(
+                st.sampled_from([(2, 1), (5, -1, 0), (2.0, 1, 1), "abc", 4, (1, 1, 1)]), ((4, 0, 0),)
+            ),
+            "seed": SEED,
+        },
+    ),
+    "omniglot_split": (
+        jm.tasks.omniglot_split,
+        {"protocol": word("vinyals", "lake"), "seed": SEED},
+    ),
+    "distort": (
+        on(jm.tasks.distort, KEY, jnp.zeros((2, 4, 4, 1))),
+        {
+            "rotation": number(0),
+            "shear": number(0),
+            "scale": number(0, most=0.99),
+            "shift": number(0),
+            "probability": number(0, most=1),
+        },
+    ),
+}
+
+FEATURES = np.array([[0.0, 1], [1, 0], [2, 2], [3, 1]], np.float32)
+LABELS = np.array([0, 1, 1, 0])
+CONFUSION = np.array([[0.5, 0.1], [0.1, 0.3]])
+LINEAR = transfer.classifier(jm.nn.MLP(out=3, hidden=()), 2)
+VARIABLES = LINEAR.init(KEY, jnp.asarray(FEATURES))
+DATA = jm.Batch(FEATURES, LABELS)
+PARAMS = {"a": jnp.ones(2), "head": jnp.ones(2)}
+FIT = {"optimizer": optax.sgd(0.1), "steps": 1, "key": KEY}
+FITTED = {"steps": count(), "batch_size": count(), "every": count(none=True)}
+
+TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
+    "classifier": (
+        on(transfer.classifier, MLP, classes=2),
+        {"classes": count(2), "momentum": number(0, below=1)},
+    ),
+    "input_adapter": (
+        transfer.input_adapter,
+        {
+            "channels": word(1, 3, None),
+            "size": Kind(
+                st.sampled_from([0, -1, 1.5, "a", (1,), (1, 2, 3), (0, 1), True]), (None, 4, (2, 3))
+            ),
+            "mean": Kind(st.sampled_from([math.nan, "a", [[0.0]], None, [math.inf]]), (0.5, [0.1, 0.2, 0.3])),
+            "std": Kind(st.sampled_from([0.0, -1.0, math.nan, "a", [[1.0]], None]), (0.5, [0.1, 0.2, 0.3])),
+            "method": word("linear", "nearest", "cubic"),
+        },
+    ),
+    "learned_stem": (
+        on(transfer.learned_stem, channels=2),
+        {"channels": count(), "kernel": Kind(st.one_of(count().wrong, st.just(2)), (1, 3))},
+    ),
+    "coral": (transfer.coral, {"weight": number(0), "variant": word("paper", "mean+cov")}),
+    "mmd": (transfer.mmd, {"weight": number(0)}),
+    "dann": (
+        transfer.dann,
+        {"weight": number(0), "gamma": number(), "hidden": LEARNERS["learned_optimizer"][1]["layers"]},
+    ),
+    "dann_strength": (on(transfer.dann_strength, 0.5), {"gamma": number()}),
+    "dann_schedule": (on(transfer.dann_schedule, steps=3), {"steps": count()}),
+    "gradient_reversal": (
+        on(transfer.gradient_reversal, jnp.ones(2)),
+        {"strength": number(right=(0.0, 1.0))},
+    ),
+    "align": (
+        on(
+            transfer.align,
+            LINEAR,
+            VARIABLES,
+            DATA,
+            FEATURES,
+            transfer.coral(),
+            **{**FIT, "batch_size": 4},
+        ),
+        {**FITTED, "batch_size": Kind(count().wrong, (4,)), "norm": word("separate", "joint")},
+    ),
+    "fine_tune": (on(transfer.fine_tune, LINEAR, VARIABLES, DATA, **FIT), FITTED),
+    "feature_extraction": (
+        on(transfer.feature_extraction, LINEAR, VARIABLES, DATA),
+        {"head": word("logistic", "ridge")},
+    ),
+    "gradual_unfreezing": (
+        on(transfer.gradual_unfreezing, LINEAR, VARIABLES, DATA, ["head", "**"], stage_steps=10, key=KEY),
+        {"stage_steps": count(10), "last_steps": count(10, none=True), "rate": number(above=0)},
+    ),
+    "discriminative": (
+        on(transfer.discriminative, optax.sgd(0.1), PARAMS, ["a", "head"]),
+        {"decay": number(1)},
+    ),
+    "slanted_triangular": (
+        on(transfer.slanted_triangular, steps=100),
+        {
+            "steps": Kind(count().wrong, (100,)),
+            "peak": number(),
+            "cut_fraction": number(above=0, below=1),
+            "ratio": number(1),
+        },
+    ),
+    "l2_sp": (on(transfer.l2_sp, PARAMS), {"alpha": number(0), "beta": number(0)}),
+    "ridge_head": (
+        on(transfer.ridge_head, FEATURES, LABELS, classes=2),
+        {
+            "classes": count(2),
+            "penalty": Kind(
+                st.one_of(number(above=0).wrong.filter(lambda p: not isinstance(p, list) or not all(p))),
+                (0.1, [0.1, 1.0], np.float32(1)),
+            ),
+        },
+    ),
+    "logistic_head": (
+        on(transfer.logistic_head, FEATURES, LABELS, classes=2),
+        {"classes": count(2), "penalty": number(0, right=(0.1,)), "steps": count(), "tolerance": number(0)},
+    ),
+    "density_ratio": (
+        on(transfer.density_ratio, FEATURES, FEATURES[::2] + 0.5, tolerance=1e-6),
+        {
+            "regularisation": number(above=0),
+            "tolerance": number(0, right=(1e-6,)),
+            "steps": Kind(count().wrong, (100,)),
+        },
+    ),
+    "kernel_mean_matching": (
+        on(transfer.kernel_mean_matching, FEATURES, FEATURES[::2]),
+        {
+            "bandwidth": number(above=0, none=True),
+            "bound": number(1, right=(2.0,)),
+            "slack": number(0, none=True, right=(0.5,)),
+            "tolerance": number(0, right=(1e-2,)),
+            "steps": Kind(count().wrong, (20000,)),
+        },
+    ),
+    "joint_confusion": (on(transfer.joint_confusion, LABELS, LABELS), {"classes": count(2)}),
+    "bbse": (on(transfer.bbse, CONFUSION, LABELS), {"max_condition": number(1, right=(100.0,))}),
+    "rlls": (
+        on(transfer.rlls, CONFUSION, LABELS, penalty=0.1),
+        {"penalty": number(above=0), "shrink": number(0, most=1)},
+    ),
+    "em_prior": (
+        on(transfer.em_prior, CONFUSION / CONFUSION.sum(1)[:, None], np.array([0.5, 0.5])),
+        {"tolerance": number(0, right=(1e-3,)), "steps": Kind(count().wrong, (10000,))},
+    ),
+    "coral_loss": (on(transfer.coral_loss, FEATURES, FEATURES), {"variant": word("paper", "mean+cov")}),
+    "coral_transform": (on(transfer.coral_transform, FEATURES, FEATURES), {"regularisation": number(0)}),
+    "mmd2": (
+        on(transfer.mmd2, FEATURES, FEATURES),
+        {
+            "estimator": word("biased", "unbiased", "linear"),
+            "bandwidth": Kind(
+                st.sampled_from([0.0, -1.0, math.nan, math.inf, "max", [], [1.0, -1.0], None, [[1.0]]]),
+                ("mean", "median", 1.0, [1.0, 2.0]),
+            ),
+            "multiples": Kind(
+                st.sampled_from([(), (0.0,), (math.nan,), "a", None, (math.inf,)]), ((1.0,), (0.5, 2))
+            ),
+            "weights": Kind(st.sampled_from([(1.0,), "a", (math.nan,) * 5, 1.0]), ((0.2,) * 5, None)),
+        },
+    ),
+    "h_score": (
+        on(transfer.h_score, FEATURES, LABELS),
+        {"shrinkage": number(0, below=1, none=True, right=(0.5, "ledoit-wolf"))},
+    ),
+    "rank_sources": (
+        on(transfer.rank_sources, {"a": lambda x: transfer.Candidate(features=x)}, (FEATURES, LABELS)),
+        {"score": word("log_me", "h_score")},
+    ),
+    "predict_logits": (on(transfer.predict_logits, LINEAR, VARIABLES, FEATURES), {"batch": count()}),
+    "confusion_matrix": (on(jm.transfer.confusion_matrix, LABELS, LABELS), {"classes": count(2)}),
+}
+
+SINUSOID = jm.tasks.sinusoid(shots=2, queries=2)
+REGRESSOR = jm.maml(jm.nn.MLP(out=1, hidden=()), loss=jm.losses.mse)
+REGRESSION = jm.init_state(REGRESSOR, optax.sgd(0.1), SINUSOID, KEY).params
+FEW = {"episodes": 2, "key": KEY}
+
+
+def below(least):
+    return Kind(st.integers(max_value=least - 1), ())
+
+
+TRAINING: dict[str, tuple[Callable, dict[str, Kind]]] = {
+    "train": (
+        on(jm.train, REGRESSOR, SINUSOID, optax.sgd(0.1), steps=1, key=KEY),
+        {
+            "steps": below(1),
+            "meta_batch": below(1),
+            "validate_every": below(1),
+            "validation_episodes": below(2),
+            "checkpoint_every": below(1),
+            "log_every": below(1),
+            "strategy": Kind(st.text(max_size=5), ()),
+        },
+    ),
+    "meta_step": (
+        on(jm.meta_step, REGRESSOR, optax.sgd(0.1), 2),
+        {
+            "strategy": Kind(
+                st.one_of(st.text(max_size=5), st.integers(max_value=0)), ("auto", "vmap", "scan", 1)
+            )
+        },
+    ),
+    "evaluate": (
+        on(jm.evaluate, REGRESSOR, REGRESSION, SINUSOID, **FEW),
+        {"episodes": below(2), "batch": below(1)},
+    ),
+    "evaluate_episodes": (
+        on(jm.evaluate_episodes, REGRESSOR, REGRESSION, SINUSOID, **FEW),
+        {"episodes": below(1), "batch": below(1)},
+    ),
+    "evaluate_metrics": (
+        on(jm.evaluate_metrics, REGRESSOR, REGRESSION, SINUSOID, **FEW),
+        {"episodes": below(1)},
+    ),
+}
+
+SETTINGS = [
+    pytest.param(function, name, kind, id=f"{owner}-{name}")
+    for table in (LEARNERS, TASKS, TRANSFER, TRAINING)
+    for owner, (function, kinds) in table.items()
+    for name, kind in kinds.items()
+]
+
+
+@pytest.mark.parametrize(("function", "name", "kind"), SETTINGS)
+def test_a_setting_that_cannot_be_is_refused_by_its_name(function, name, kind):
+    @EACH
+    @given(value=kind.wrong)
+    def check(value):
+        refused(lambda: function(**{name: value}), name)
+
+    check()
+
+
+@pytest.mark.parametrize(("function", "name", "kind"), [each for each in SETTINGS if each.values[2].right])
+def test_a_setting_at_the_edge_of_what_can_be_is_taken(function, name, kind):
+    for value in kind.right:
+        function(**{name: value})
+
+
+# --- Arrays: shapes, types, NaN, classes without examples -----------------------------------------------
+
+
+def spoilt(*ways):
+    """One of the ways to spoil an array, and what comes of it."""
+    return st.sampled_from(ways)
+
+
+def with_value(value):
+    def spoil(array):
+        array = np.array(array)
+        array[(-1,) * array.ndim] = value
+        return array
+
+    return spoil
+
+
+def cut(array):
+    return array[:-1]
+
+
+FLAT = spoilt(np.ravel, lambda a: a[None], lambda a: a[:0], lambda a: a[:, :0])
+NO_NUMBERS = spoilt(lambda a: a.astype(str), lambda a: a.astype(complex), lambda a: a.astype(bool))
+RAGGED = spoilt(lambda a: [[0.0], [0.0, 1.0]], lambda a: [None] * len(a))
+UNTOLD = spoilt(with_value(math.nan), with_value(math.inf), with_value(-math.inf))
+# Of values, and of shapes alone where values may be traced.
+FEATURE = st.one_of(FLAT, NO_NUMBERS, RAGGED, UNTOLD)
+SHAPE = st.one_of(FLAT, NO_NUMBERS)
+LABEL = spoilt(
+    lambda y: y + 0.5,
+    lambda y: y - 1,
+    lambda y: y[None],
+    lambda y: y.astype(str),
+    lambda y: y[:0],
+    lambda y: y.astype(complex),
+    lambda y: [[0], [0, 1]],
+    cut,
+)
+MANY = with_value(7)
+PROBABILITY = st.one_of(FLAT, NO_NUMBERS, RAGGED, UNTOLD, spoilt(with_value(-0.5), with_value(2.0)))
+SHARE = spoilt(with_value(math.nan), with_value(2.0), with_value(-1.0), cut, lambda p: p[:0])
+PROBS = CONFUSION[[0, 1, 0, 1]] / CONFUSION[[0, 1, 0, 1]].sum(1)[:, None]
+PRIOR = np.array([0.5, 0.5])
+
+# Function, its arrays, and of each the ways to spoil it.
+DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, st.SearchStrategy]]] = {
+    "nce": (
+        transfer.nce,
+        {"source_labels": LABELS, "labels": LABELS},
+        {"source_labels": LABEL, "labels": LABEL},
+    ),
+    "leep": (
+        transfer.leep,
+        {"source_probs": PROBS, "labels": LABELS},
+        {"source_probs": PROBABILITY, "labels": LABEL},
+    ),
+    "h_score": (
+        transfer.h_score,
+        {"features": FEATURES, "labels": LABELS},
+        {"features": FEATURE, "labels": LABEL},
+    ),
+    "log_me": (
+        transfer.log_me,
+        {"features": FEATURES, "labels": LABELS},
+        {
+            "features": FEATURE,
+            "labels": spoilt(cut, lambda y: y - 1, lambda y: y.astype(str), lambda y: y[:0]),
+        },
+    ),
+    "ridge_head": (
+        on(transfer.ridge_head, classes=2),
+        {"features": FEATURES, "labels": LABELS},
+        {"features": FEATURE, "labels": st.one_of(LABEL, st.just(MANY), st.just(np.zeros_like))},
+    ),
+    "logistic_head": (
+        on(transfer.logistic_head, classes=2),
+        {"features": FEATURES, "labels": LABELS, "weights": np.ones(4, np.float32)},
+        {
+            "features": FEATURE,
+            "labels": st.one_of(LABEL, st.just(MANY), st.just(np.zeros_like)),
+            "weights": spoilt(
+                cut, with_value(math.nan), lambda w: w[None], with_value(-1.0), lambda w: w * 0
+            ),
+        },
+    ),
+    "density_ratio": (
+        on(transfer.density_ratio, tolerance=1e-6),
+        {"source": FEATURES, "target": FEATURES + 0.5},
+        {"source": FEATURE, "target": FEATURE},
+    ),
+    "kernel_mean_matching": (
+        transfer.kernel_mean_matching,
+        {"source": FEATURES, "target": FEATURES + 0.5},
+        {"source": FEATURE, "target": FEATURE},
+    ),
+    "effective_sample_size": (
+        transfer.effective_sample_size,
+        {"weights": np.ones(4)},
+        {"weights": spoilt(lambda w: w[None], lambda w: w[:0], with_value(-1.0), lambda w: w[0])},
+    ),
+    "joint_confusion": (
+        on(transfer.joint_confusion, classes=2),
+        {"predictions": LABELS, "labels": LABELS},
+        {"predictions": LABEL, "labels": LABEL},
+    ),
+    "bbse": (
+        transfer.bbse,
+        {"joint_confusion": CONFUSION, "target_predictions": PRIOR},
+        {
+            "joint_confusion": spoilt(
+                np.ravel, cut, lambda c: c * 2, with_value(math.nan), with_value(-0.1), np.zeros_like
+            ),
+            "target_predictions": SHARE,
+        },
+    ),
+    "rlls": (
+        on(transfer.rlls, penalty=0.1),
+        {"joint_confusion": CONFUSION, "target_predictions": PRIOR},
+        {"joint_confusion": spoilt(np.ravel, cut, with_value(math.nan)), "target_predictions": SHARE},
+    ),
+    "em_prior": (
+        transfer.em_prior,
+        {"probs": PROBS, "source_prior": PRIOR},
+        {"probs": PROBABILITY, "source_prior": SHARE},
+    ),
+    "adjust": (
+        transfer.adjust,
+        {"probs": PROBS, "weights": np.ones(2)},
+        {"weights": spoilt(cut, lambda w: w[None], lambda w: w.astype(str))},
+    ),
+    "temperature": (
+        transfer.temperature,
+        {"logits": np.array([[2.0, 0], [0, 1], [1, 0], [0, 3]]), "labels": np.array([0, 1, 1, 1])},
+        {"logits": FEATURE, "labels": st.one_of(LABEL, st.just(MANY))},
+    ),
+    "confusion_matrix": (
+        on(transfer.confusion_matrix, classes=2),
+        {"predictions": LABELS, "labels": LABELS},
+        {"predictions": LABEL, "labels": LABEL},
+    ),
+    "covariance": (transfer.covariance, {"x": FEATURES}, {"x": SHAPE}),
+    "coral_loss": (
+        transfer.coral_loss,
+        {"source": FEATURES, "target": FEATURES},
+        {"source": SHAPE, "target": SHAPE},
+    ),
+    "coral_transform": (
+        transfer.coral_transform,
+        {"source": FEATURES, "target": FEATURES},
+        {"source": SHAPE, "target": SHAPE},
+    ),
+    "mmd2": (
+        transfer.mmd2,
+        {"source": FEATURES, "target": FEATURES},
+        {"source": SHAPE, "target": SHAPE},
+    ),
+    "domain_loss": (
+        transfer.domain_loss,
+        {"source": PRIOR, "target": PRIOR},
+        {"source": spoilt(lambda s: s[:0], lambda s: s[None], lambda s: s.astype(str))},
+    ),
+    "predict_logits": (
+        on(transfer.predict_logits, LINEAR, VARIABLES),
+        {"x": FEATURES},
+        {"x": spoilt(lambda x: x[:0], lambda x: x.astype(str), lambda x: x.astype(complex))},
+    ),
+    "from_arrays": (
+        on(jm.tasks.from_arrays, ways=2, shots=1),
+        {"x": X, "y": Y},
+        {
+            "x": st.one_of(
+                UNTOLD, spoilt(cut, lambda x: x[:0], lambda x: x.astype(complex), lambda x: x > 0)
+            ),
+            "y": spoilt(
+                cut, lambda y: y + 0.5, lambda y: y[None], lambda y: y[:0], lambda y: [None] * len(y)
+            ),
+        },
+    ),
+    "cross_entropy": (
+        jm.losses.cross_entropy,
+        {"logits": jnp.eye(4), "labels": jnp.arange(4)},
+        {
+            "logits": spoilt(cut, jnp.ravel, lambda z: z[None], lambda z: z.astype(int)),
+            "labels": spoilt(cut, lambda y: y[None], lambda y: y + 0.5, lambda y: y - 1, lambda y: y + 1),
+        },
+    ),
+    "mse": (
+        jm.losses.mse,
+        {"outputs": jnp.ones((4, 1)), "targets": jnp.zeros((4, 1))},
+        {
+            "outputs": spoilt(cut, jnp.ravel, lambda z: z[None]),
+            "targets": spoilt(cut, jnp.ravel, lambda z: z.T),
+        },
+    ),
+    "masked_mean": (
+        jm.losses.masked_mean,
+        {"values": jnp.ones(4), "mask": jnp.array([True, True, False, True])},
+        {"mask": spoilt(cut, lambda m: m[None], lambda m: m.astype(float))},
+    ),
+    "distort": (
+        on(jm.tasks.distort, KEY),
+        {"x": jnp.zeros((2, 4, 4, 1))},
+        {"x": spoilt(jnp.ravel, lambda x: x[0], lambda x: x[..., 0])},
+    ),
+    "split_per_class": (
+        on(jm.tasks.split_per_class, shots=1, key=KEY),
+        {"y": Y},
+        {"y": spoilt(lambda y: y[:0], lambda y: y[None], lambda y: y + 0.5, lambda y: [None] * len(y))},
+    ),
+}
+SPOILT = [
+    pytest.param(function, arrays, name, ways, id=f"{owner}-{name}")
+    for owner, (function, arrays, spoiled) in DATA_OF.items()
+    for name, ways in spoiled.items()
+]
+
+
+@pytest.mark.parametrize(("function", "arrays", "name", "ways"), SPOILT)
+def test_an_array_that_cannot_be_is_refused_by_its_name(function, arrays, name, ways):
+    # Of a number that differs the message may name either.
+    others = [other for other in arrays if other != name]
+
+    @settings(EACH, max_examples=6)
+    @given(spoil=ways)
+    def check(spoil):
+        refused(
+            lambda: function(**{**arrays, name: spoil(arrays[name])}), name, *(others if spoil is cut else ())
+        )
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("function", "arrays"), [pytest.param(*given[:2], id=owner) for owner, given in DATA_OF.items()]
+)
+def test_arrays_that_can_be_give_what_is_finite(function, arrays):
+    found = function(**arrays)
+    for leaf in jax.tree.leaves(found):
+        if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            assert np.isfinite(leaf).all()
