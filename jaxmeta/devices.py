@@ -12,8 +12,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxmeta.checks import check_count
 from jaxmeta.training import hosts, make_mesh
 from jaxmeta.training.sharding import AXES, parse_axes, sharers, task_mesh
+
+# More devices than anyone has: so many threads a CPU could not be given.
+_MOST = 2**12
 
 
 def connect(flags: Mapping[str, Any]) -> None:
@@ -51,14 +55,16 @@ def mesh_of(
     """
     if axes is not None and devices is not None:
         raise ValueError(f"--mesh: {axes} says how many devices there are; leave out --devices")
-    if devices is not None and devices < 1:
-        raise ValueError(f"--devices: got {devices}; it must be at least 1")
+    if devices is not None:
+        check_count("--devices", devices, 1, _MOST)
     connected = jax.distributed.is_initialized()
     if devices is not None and connected:
         raise ValueError("--devices: is of one process; with several say --mesh tasks=N, of all devices")
     try:
         sizes = None if axes is None else parse_axes(axes)
         wanted = devices if sizes is None else math.prod(sizes.values())
+        if wanted is not None and wanted > _MOST:
+            raise ValueError(f"{axes}: these are {wanted:,} devices; at most {_MOST:,} are possible")
         _make_devices_of_cores(wanted, meta_batch, processes or 1)
         if sizes is not None:
             tasks, examples, params = (sizes.get(axis, 1) for axis in AXES)

@@ -226,8 +226,6 @@ _COUNTS = {
     "validate_every": 1,
 }
 _NUMBERS = ("inner_lr", "proximal", "damping", "anneal", "first_order", "scale", "outer_lr", "clip")
-# More devices than any one process has.
-_MOST_DEVICES = 4096
 # What only some methods have.
 METHOD_FIELDS = tuple(dict.fromkeys(field for spec in LEARNERS.values() for field in spec.takes))
 _SOURCE_FIELDS = (
@@ -368,8 +366,6 @@ def revised(settings: Preset, flags: Mapping[str, Any]) -> Preset:
     spec, source = LEARNERS[settings.learner], source_of(settings.tasks)
     # No settings, but of every command that has any.
     check_count("--seed", flags.get("seed", 0), 0, LARGEST_SEED)
-    if flags.get("devices") is not None:
-        check_count("--devices", flags["devices"], 1, _MOST_DEVICES)
     for fields, owner, takes in (
         (METHOD_FIELDS, settings.learner, spec.takes),
         (_SOURCE_FIELDS, settings.tasks, source.takes),

@@ -70,11 +70,15 @@ def test_a_run_may_go_on_on_another_mesh(run, tmp_path, monkeypatch):
     ("flags", "named"),
     [
         (["--mesh", "tasks=2", "--devices", "2"], "--mesh: tasks=2 says how many devices there are"),
-        (["--mesh", "tasks=4096"], "--mesh: tasks=4096: these are 4096 devices, and there are"),
+        (
+            ["--mesh", "tasks=64,params=9"],
+            "--mesh: tasks=64 x params=9: these are 576 devices, and there are",
+        ),
         (
             ["--mesh", "tasks=2", "--meta-batch", "3"],
             "--mesh: got a mesh of tasks=2, which must divide the 3",
         ),
+        (["--mesh", "tasks=100000,params=9"], "--mesh: tasks=100000,params=9: these are 900,000 devices"),
         (["--mesh", "model=2"], "--mesh: got 'model=2'; it must be like tasks=8"),
         (["--mesh", "examples=2"], "devices: got a mesh of examples=2; only where learner.divisible"),
     ],

@@ -39,10 +39,10 @@ def streamed(key, share, for_evaluation=False) -> TaskStream:
     return TaskStream(at, tasks.card, key=key, for_evaluation=for_evaluation)
 
 
-def trained(folder: Path | None, steps: int = STEPS, resume: bool = False):
+def trained(folder: Path | None, steps: int = STEPS, resume: bool = False, width: int = 64, devices=None):
     """Parameters that are checkpointed on the way, and chosen by validation."""
     state = jm.train(
-        toys.maml(width=64),
+        toys.maml(width=width),
         toys.sinusoid(),
         toys.adam(),
         steps=steps,
@@ -53,8 +53,15 @@ def trained(folder: Path | None, steps: int = STEPS, resume: bool = False):
         validate_every=3,
         run_dir=folder,
         resume=resume,
+        devices=devices,
     )
     return state.params
+
+
+def split(folder: Path | None):
+    """Parameters of which each process has a part."""
+    devices = jm.make_mesh(params=jax.process_count(), devices=jax.devices()[: jax.process_count()])
+    return trained(folder, width=1024, devices=devices)
 
 
 def from_a_stream(share):
@@ -97,6 +104,7 @@ def in_float64():
 # By name: `(folder, share) -> parameters`.
 RUNS: dict[str, Callable] = {
     "checkpointed": lambda folder, share: trained(folder),
+    "split": lambda folder, share: split(folder),
     "streamed": lambda folder, share: from_a_stream(share),
     "float64": lambda folder, share: in_float64(),
 }

@@ -82,7 +82,7 @@ def assert_close(found, expected, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("name", ["checkpointed", "streamed"])
+@pytest.mark.parametrize("name", ["checkpointed", "split", "streamed"])
 def test_two_processes_learn_what_one_learns(name, of_two):
     assert_close(of_two[0][name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
 
@@ -99,10 +99,14 @@ def test_one_process_continues_what_two_began(of_two, tmp_path):
     assert_close(found, meta_runs.trained(None, steps=12), 1e-5)
 
 
+def test_what_two_processes_have_parts_of_is_read_by_one(of_two):
+    assert_close(jm.training.load_params(of_two[1] / "split"), of_two[0]["split"], 0)
+
+
 @pytest.mark.slow
 def test_four_processes_learn_what_one_learns(tmp_path):
     found = together(4, tmp_path)
-    for name in ("checkpointed", "streamed"):
+    for name in ("checkpointed", "split", "streamed"):
         assert_close(found[name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
     assert_close(found["float64"], meta_runs.in_float64(), 1e-12)
 
