@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxmeta import config, registry
+from jaxmeta.checks import parsed_json
+from jaxmeta.config import Form
 from jaxmeta.core import Params
 from jaxmeta.nn import StatefulModel, ViT, as_stateful
 from jaxmeta.nn.norm import STATISTICS
-from jaxmeta.prediction import Form
 from jaxmeta.settings import lookup
 from jaxmeta.transfer.layouts import layout_of
 from jaxmeta.transfer.pretrained import Pretrained, load_pretrained
@@ -206,7 +206,7 @@ def _of_run(source: str, folder: Path, loaded: Pretrained, network: str | None, 
     head = None
     # The outputs of meta-learned networks are slots of a task, and no classes.
     if registry.LEARNERS[settings.learner].supervised:
-        head = _linear(config.params_of(folder, settings).get(HEAD))
+        head = _linear(config.params_of(folder, stored).get(HEAD))
     about = f"{source}, {settings.learner} on {settings.tasks}, {settings.network}"
     return dataclasses.replace(body, about=about, head=head, images=images, size=images.size)
 
@@ -251,7 +251,7 @@ def _transfer_config(path: Path) -> dict[str, Any] | None:
     if not file.is_file() or (path.is_file() and path.name != WEIGHTS):
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parsed_json(file.read_text(encoding="utf-8"))
     except ValueError:
         return None
     return found if isinstance(found, dict) and found.get("command") == COMMAND else None
@@ -276,7 +276,7 @@ def _pixels(path: Path, layout: str) -> Pixels:
         ("config.json", ("mean", "std")),
     ):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads((path / name).read_text(encoding="utf-8"))
+            found = parsed_json((path / name).read_text(encoding="utf-8"))
             mean, std = (found.get("pretrained_cfg", found)[key] for key in keys)
             return Pixels(tuple(map(float, mean)), tuple(map(float, std)))
     return PIXELS["symmetric" if layout in ("huggingface-vit", "timm-vit") else "imagenet"]

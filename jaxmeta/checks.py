@@ -3,6 +3,7 @@
 Traced values are let pass, since they have no value yet.
 """
 
+import json
 import math
 import operator
 from collections.abc import Iterable
@@ -179,6 +180,18 @@ def check_finite(name: str, values: Any) -> None:
         raise ValueError(
             f"{name}: got NaN or infinity in {wrong} of {values.size} places; all must be finite"
         )
+
+
+def parsed_json(text: str) -> Any:
+    """What a file of JSON holds, which others may have written.
+
+    Raises:
+      ValueError: it is none, or nested so deeply that it is made to do harm.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def shown(value: Any) -> str:

@@ -625,6 +625,8 @@ def _warnings_in_one_line() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", module="jaxmeta")
+        # Of an image that cannot be read we say so ourselves, and by its name.
+        warnings.filterwarnings("ignore", module="PIL")
         warnings.showwarning = show
         yield
 

@@ -6,7 +6,6 @@ compilation are its own, and pairs the results episode by episode: all saw the s
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxmeta import presets, registry, sources
+from jaxmeta.checks import parsed_json
 from jaxmeta.config import new_folder, settled, stored
 from jaxmeta.runs import Signalled
 from jaxmeta.settings import Preset, flag_of, lookup
@@ -324,6 +324,6 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no run: there is no {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parsed_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None

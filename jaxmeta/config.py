@@ -1,19 +1,23 @@
 """A run's configuration: from the command line's flags, and as its folder keeps it."""
 
+import builtins
 import dataclasses
 import json
 import os
 import re
+import types
+import typing
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 from jaxtyping import Array
 
-from jaxmeta import presets, registry, sources
+from jaxmeta import presets, registry
+from jaxmeta.checks import parsed_json, shown
 from jaxmeta.core import Key, Learner, Params, Task, TaskDistribution, TaskStream
 from jaxmeta.settings import Preset, flag_of, lookup
 from jaxmeta.training import load, load_params
@@ -40,8 +44,35 @@ _LATER = {
     if field.name in presets.METHOD_FIELDS or field.name in ("within_alphabet", "non_finite", "precision")
 } | {"mesh": None}
 
+# What a configuration has beside settings.
+_BESIDE: dict[str, Any] = {
+    "preset": str,
+    "seed": int,
+    "data": str | None,
+    "devices": int | None,
+    "mesh": str | None,
+    "split_hash": str | None,
+    "images": dict | None,
+}
+
 # Where a run keeps the population statistics of its learner.
 POPULATION = "population"
+
+
+class Form(NamedTuple):
+    """What images a run was trained on.
+
+    Attributes:
+      size: side in pixels.
+      channels: 1 or 3.
+      mean: of all pixels, in [0, 1].
+      ink: whether they are strokes, light on dark.
+    """
+
+    size: int
+    channels: int
+    mean: float
+    ink: bool
 
 
 def fresh(flags: Mapping[str, Any], learner: str | None) -> tuple[dict, Preset, Path]:
@@ -171,23 +202,30 @@ def load_run(run: str | os.PathLike, row: str = "inductive") -> tuple[Learner, P
       >>> outputs = learner.predict(params, adapted, images)  # doctest: +SKIP
     """
     folder = Path(run).expanduser()
-    _, settings = stored(folder)
+    config, settings = stored(folder)
     norm = lookup("row", row, registry.LEARNERS[settings.learner].norms)
-    return presets.learner_of(settings, norm), params_of(folder, settings)
+    return presets.learner_of(settings, norm), params_of(folder, config)
 
 
-def params_of(folder: Path, settings: Preset) -> Params:
+def as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration is kept with each checkpoint, and must be the same to go on with it."""
+    return {name: value for name, value in config.items() if name not in MAY_CHANGE}
+
+
+def params_of(folder: Path, config: Mapping[str, Any]) -> Params:
     """The parameters of the run in `folder`, with population statistics where its learner has such a row.
 
     Raises:
-      ValueError: they cannot be read, or the run, whose last act is to fill these statistics, has not ended.
+      ValueError: they cannot be read, are of another configuration than `config`, or the run, whose last
+        act is to fill these statistics, has not ended.
     """
-    params = load_params(folder)
-    if "population" not in registry.LEARNERS[settings.learner].norms.values():
+    learner = config["learner"]
+    params = load_params(folder, config=as_trained(config))
+    if "population" not in registry.LEARNERS[learner].norms.values():
         return params
     if not (folder / POPULATION).exists():
         raise ValueError(
-            f"{folder}: the run has not ended, and {settings.learner} is used with statistics that are taken "
+            f"{folder}: the run has not ended, and {learner} is used with statistics that are taken "
             f"at its end; continue it with: jaxmeta train --resume --out {folder}"
         )
     return {**params, **load(folder / POPULATION)}
@@ -221,17 +259,40 @@ def stored(folder: Path) -> tuple[dict, Preset]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run: there is no {path}")
     try:
-        config = {**_LATER, **json.loads(path.read_text(encoding="utf-8"))}
-        names = [field.name for field in dataclasses.fields(Preset)]
-        # The last two are no settings, but runs of an earlier version lack them.
-        kept = {name: config[name] for name in (*names, "split_hash", "images")}
+        config = {**_LATER, **parsed_json(path.read_text(encoding="utf-8"))}
+        hints = get_type_hints(Preset)
+        _check_types(config, {**hints, **_BESIDE})
+        if config["images"] is not None:
+            _check_types(Form(**config["images"])._asdict(), get_type_hints(Form))
+        fields = {name: config[name] for name in hints}
+        settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
+        lookup("learner", settings.learner, registry.LEARNERS)
+        settings = presets.revised(settings, {"seed": config["seed"]})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error!r}") from None
-    fields = {name: kept[name] for name in names}
-    settings = Preset(**{**fields, "report_steps": tuple(fields["report_steps"])})
-    lookup("learner", settings.learner, registry.LEARNERS)
-    sources.source_of(settings.tasks)
+        said = str(error) if type(error) is ValueError else repr(error)
+        raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {said}") from None
     return config, settings
+
+
+def _check_types(values: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Refuses values in JSON that are none of their types."""
+    for name, hint in hints.items():
+        if not _is(values[name], hint):
+            wanted = getattr(hint, "__name__", str(hint)).replace("NoneType", "null")
+            raise ValueError(f"{name}: got {shown(values[name])}; it must be {wanted}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    match get_origin(hint):
+        case types.UnionType:
+            return any(_is(value, kind) for kind in get_args(hint))
+        case typing.Literal:
+            return value in get_args(hint)
+        case builtins.tuple:
+            return isinstance(value, list) and all(_is(each, get_args(hint)[0]) for each in value)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if hint is float else hint)
 
 
 def settled(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmeta import registry
-from jaxmeta.config import json_target, load_run, stored
+from jaxmeta.config import Form, json_target, load_run, stored
 from jaxmeta.core import Batch, Learner, Params
 from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files, in_colour
 from jaxmeta.tasks.splits import warn_of_case
@@ -21,22 +21,6 @@ from jaxmeta.training.report import write_json
 # Grey levels by which an image's channels must differ for it to count as colour.
 _COLOUR = 8
 _NAMED = 5
-
-
-class Form(NamedTuple):
-    """What images a run was trained on.
-
-    Attributes:
-      size: side in pixels.
-      channels: 1 or 3.
-      mean: of all pixels, in [0, 1].
-      ink: whether they are strokes, light on dark.
-    """
-
-    size: int
-    channels: int
-    mean: float
-    ink: bool
 
 
 def predict_run(

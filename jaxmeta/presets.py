@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from jaxmeta.checks import LARGEST_SEED, check_count, check_number
+from jaxmeta.checks import LARGEST_SEED, check_count, check_number, check_word
 from jaxmeta.core import Learner, Model
 from jaxmeta.nn import in_precision
 from jaxmeta.registry import LEARNERS, NETWORKS, OUTER_OPTIMIZERS, LearnerSpec
@@ -386,6 +386,10 @@ def _check(settings: Preset, spec: LearnerSpec) -> None:
         if (value := getattr(settings, field)) is not None:
             check_number(flag_of(field), value, 0)
     check_count("--split-seed", settings.split_seed, 0, LARGEST_SEED)
+    if not isinstance(settings.strategy, int):
+        check_word("--strategy", settings.strategy, ("auto", "vmap", "scan"))
+    else:
+        check_count("--strategy", settings.strategy)
     lookup("--network", settings.network, NETWORKS)
     if spec.networks is not None and settings.network not in spec.networks:
         raise ValueError(

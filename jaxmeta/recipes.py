@@ -11,10 +11,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmeta.bodies import Body
+from jaxmeta.config import Form
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn import StatefulModel, layers_in_order
 from jaxmeta.nn.norm import STATISTICS
-from jaxmeta.prediction import Form
 from jaxmeta.settings import flag_of
 from jaxmeta.targets import Target
 from jaxmeta.transfer import (

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from jaxmeta import presets, registry, sources
 from jaxmeta.config import (
-    MAY_CHANGE,
     POPULATION,
+    as_trained,
     check_data,
     data_form,
     data_of,
@@ -159,7 +159,7 @@ def train_run(flags: Mapping[str, Any], learner: str | None = None, resume: bool
                     resume=bool(checkpoint_steps(out)),
                     report=listener,
                     log_every=min(settings.log_every, max(1, settings.steps // 20)),
-                    config={name: value for name, value in config.items() if name not in MAY_CHANGE},
+                    config=as_trained(config),
                     should_stop=lambda: signals.asked,
                     non_finite=settings.non_finite,
                 )
@@ -223,7 +223,7 @@ def evaluate_run(run: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     mesh = mesh_of(flags.get("devices"), flags.get("mesh"), None)
     test = sources.tasks_of(settings, "test", data, test_key(seed))
     check_data(config, test, folder)
-    params = params_of(folder, settings)
+    params = params_of(folder, config)
     result = {
         "run": str(folder),
         "learner": settings.learner,

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxmeta import tasks
+from jaxmeta.checks import parsed_json
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.registry import LEARNERS
 from jaxmeta.settings import Preset, flag_of, lookup
@@ -75,7 +75,7 @@ def _classes(settings: Preset) -> ClassSplit | tuple[float, ...]:
             '{"train": [names], "validation": [names], "test": [names]}'
         )
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
+        parts = parsed_json(path.read_text(encoding="utf-8"))
         split: dict[str, Any] = {
             part: names if isinstance(names, str) else tuple(names) for part, names in parts.items()
         }
@@ -316,20 +316,30 @@ def memory() -> int:
     return max(host, sum(each.get("bytes_limit", 0) for each in stats))
 
 
+# What the command line calls arguments of `jaxmeta.tasks`.
+_FLAGS = {
+    "path": "--tasks",
+    "data": "--data",
+    "length": "--sequence",
+    "strings": "--strings",
+    "protocol": "--protocol",
+    "size": "--image-size",
+}
+
+
 @contextlib.contextmanager
 def _in_words_of_flags(prefix: str) -> Iterator[None]:
     """What the library says of its arguments, for those who gave flags."""
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        said = re.sub(r"^(ways|shots|queries)\b", lambda found: flag_of(prefix + found[1]), str(error))
+        # What is wrong stands before the first colon.
+        names, colon, said = str(error).partition(": ")
+        flags = {name: flag_of(prefix + name) for name in ("ways", "shots", "queries")} | _FLAGS
+        if re.fullmatch(r"\w+(, \w+)*", names):
+            names = ", ".join(flags.get(name, name) for name in names.split(", "))
+        said = names + colon + said
         for argument, flag in (
-            ("path: ", "--tasks: "),
-            ("data: ", "--data: "),
-            ("length: ", "--sequence: "),
-            ("strings: ", "--strings: "),
-            ("protocol: ", "--protocol: "),
-            ("size: ", "--image-size: "),
             ("skip_unreadable=True", "--skip-unreadable"),
             ("(classes)", "(--classes)"),
             ("with label", "with --label"),

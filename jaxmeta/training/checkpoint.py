@@ -151,14 +151,20 @@ def restore_checkpoint(
     return state, best
 
 
-def load_params(run_dir: str | os.PathLike) -> Params:
+def load_params(run_dir: str | os.PathLike, *, config: dict | None = None) -> Params:
     """The parameters a run ended with: the best validated ones, else those of its last checkpoint.
+
+    Args:
+      run_dir: the run's folder.
+      config: must equal the one the checkpoint was saved with, as JSON; None is not compared.
 
     Raises:
       ValueError: `run_dir` has no checkpoint that can be read, or needs a template: parameters
-        that are not dicts, lists and tuples.
+        that are not dicts, lists and tuples; or the checkpoint is of another configuration.
     """
     path, leaves, manifest = _newest(run_dir)
+    if config is not None:
+        _same_config(manifest["config"], _plain(config), path)
     return _decode(manifest["tree"]["dict"], leaves, path, "best" if manifest["best"] else "params")
 
 

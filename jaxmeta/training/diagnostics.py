@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import Key, Learner, Params, PyTree, Source, TaskDistribution, episode_keys
 from jaxmeta.training import sharding
 
@@ -79,8 +80,7 @@ def meta_gradient_alignment(
       >>> -1 <= found.cosine <= 1
       True
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    check_count("episodes", episodes)
     found = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
     return Alignment(*map(float, found))
 

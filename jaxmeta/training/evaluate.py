@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import (
     Key,
     Learner,
@@ -87,8 +88,8 @@ def evaluate(
     Raises:
       ValueError: too few `episodes`, `batch` below 1, or outputs of a wrong shape.
     """
-    if episodes < 2:
-        raise ValueError(f"episodes: got {episodes}; a confidence interval needs at least 2")
+    # A confidence interval needs two.
+    check_count("episodes", episodes, 2)
     return Evaluation.of(
         evaluate_episodes(learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices)
     )
@@ -108,10 +109,9 @@ def evaluate_episodes(
 
     With one key two learners see the same episodes, so that their values can be paired.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: got {batch}; it must be at least 1")
+    check_count("episodes", episodes)
+    if batch is not None:
+        check_count("batch", batch)
     mesh = sharding.evaluation_mesh(devices)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
@@ -176,8 +176,7 @@ def evaluate_metrics(
       episodes: their number, at least 1.
       key: episode i is drawn with `fold_in(key, i)`.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    check_count("episodes", episodes)
     sums = _sums(_metrics_of(learner), episodes, params, sharding.as_argument(tasks.sample), key, 0)
     return {
         name: float(total) / float(count) if count else math.nan
@@ -214,8 +213,7 @@ def calibrate(
         raise ValueError(
             "learner: got one without batch statistics (learner.statistics is None); nothing to fill"
         )
-    if episodes < 1:
-        raise ValueError(f"episodes: got {episodes}; it must be at least 1")
+    check_count("episodes", episodes)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
         sums = [

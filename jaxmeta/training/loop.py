@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from jaxmeta.checks import check_count, check_word
 from jaxmeta.core import Key, Learner, PyTree, Source, Task, TaskDistribution, TaskStream
 from jaxmeta.training import checkpoint, hosts, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
@@ -172,9 +173,10 @@ def train(
     """
     checkpoint_every = validate_every if checkpoint_every is None else checkpoint_every
     folder = None if run_dir is None else Path(run_dir).absolute()
-    _check_settings(steps, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume)
-    if non_finite not in ("stop", "skip"):
-        raise ValueError(f'non_finite: got {non_finite!r}; it must be "stop" or "skip"')
+    _check_settings(
+        steps, meta_batch, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume
+    )
+    check_word("non_finite", non_finite, ("stop", "skip"))
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=mesh, compared_to=compared_to))
     emit = report or (lambda event: None)
@@ -421,6 +423,7 @@ def _last_checkpoint(folder: Path | None) -> Path | None:
 
 def _check_settings(
     steps: int,
+    meta_batch: int,
     validate_every: int,
     checkpoint_every: int,
     log_every: int,
@@ -430,13 +433,13 @@ def _check_settings(
 ) -> None:
     for name, value, least in (
         ("steps", steps, 1),
+        ("meta_batch", meta_batch, 1),
         ("validate_every", validate_every, 1),
         ("checkpoint_every", checkpoint_every, 1),
         ("log_every", log_every, 1),
         ("validation_episodes", validation_episodes, 2),
     ):
-        if value < least:
-            raise ValueError(f"{name}: got {value}; it must be at least {least}")
+        check_count(name, value, least)
     if resume and folder is None:
         raise ValueError("run_dir: got None; resume=True needs the folder of the run to continue")
     if folder is not None and not resume and (held := checkpoint.checkpoint_steps(folder)):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import PyTree, Task
 from jaxmeta.nn import shared
 
@@ -54,8 +55,7 @@ def make_mesh(
     """
     sizes = dict(zip(AXES, (tasks, examples, params), strict=True))
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: got {size}; it must be at least 1")
+        check_count(name, size)
     found = list(jax.devices() if devices is None else devices)
     needed = math.prod(sizes.values())
     if needed > len(found):

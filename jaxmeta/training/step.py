@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxmeta.checks import check_count
 from jaxmeta.core import (
     Key,
     Learner,
@@ -170,8 +171,7 @@ def meta_step(
       ValueError: `meta_batch` below 1, an unknown `strategy`, or a number of devices or of
         tasks at a time that does not divide.
     """
-    if meta_batch < 1:
-        raise ValueError(f"meta_batch: got {meta_batch}; it must be at least 1")
+    check_count("meta_batch", meta_batch)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     own = meta_batch // mesh.shape[sharding.TASKS]
     at_once = _tasks_at_once(strategy, own, mesh.devices.flat[0].platform)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen
 
 from jaxmeta import nn
+from jaxmeta.checks import parsed_json
 from jaxmeta.nn.adapters import switches
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.transfer.layouts import Layout
@@ -195,7 +196,7 @@ def rebuilt(text: str, origin: Path) -> linen.Module:
       ValueError: `text` describes none.
     """
     try:
-        description = json.loads(text)
+        description = parsed_json(text)
         kind, attributes = _classes()[description["class"]], description["attributes"]
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in attributes.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -3,7 +3,6 @@
 A pickle runs whatever code its author put into it, so none is ever opened.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxmeta.checks import parsed_json
 from jaxmeta.core import PyTree
 from jaxmeta.nn.norm import STATISTICS, from_moments
 from jaxmeta.transfer.subtree import leaves_by_path
@@ -158,7 +158,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = _guarded(path, "JSON", lambda: json.loads(path.read_text(encoding="utf-8")))
+    content = _guarded(path, "JSON", lambda: parsed_json(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
         raise ValueError(f"path: {path} cannot be read as JSON: it holds no object")
     return content
@@ -209,8 +209,8 @@ def _run(folder: Path) -> Stored:
     # Runs know all of the package, this module among it.
     from jaxmeta import config, registry
 
-    _, settings = config.stored(folder)
-    params = config.params_of(folder, settings)
+    stored, settings = config.stored(folder)
+    params = config.params_of(folder, stored)
     # MAML++ has normalisation layers of each inner step's own.
     if "model" not in params or "per_step" in params:
         raise ValueError(
