@@ -64,7 +64,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(kills, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
-        cut_short += any(entry.name.endswith(".unfinished") for entry in (killed / "checkpoints").iterdir())
+        cut_short += any(".unfinished" in entry.name for entry in (killed / "checkpoints").iterdir())
     assert kills < 20 or cut_short > 2
     to_its_end(killed, steps)
     like = jm.training.init_state(toys.maml(width=64), toys.adam(), toys.sinusoid(), jax.random.key(0))
