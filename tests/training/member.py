@@ -8,19 +8,21 @@ from pathlib import Path
 
 import jax
 
-PORT, PROCESSES, PROCESS = map(int, sys.argv[1:4])
-FOLDER = Path(sys.argv[4])
+import jaxmeta as jm
+from jaxmeta.training import hosts, sharding
 
-jax.config.update("jax_num_cpu_devices", 1)
 
-import jaxmeta as jm  # noqa: E402
-from jaxmeta.training import hosts, sharding  # noqa: E402
+def main(port: int, processes: int, process: int, folder: Path) -> None:
+    jax.config.update("jax_num_cpu_devices", 1)
+    hosts.connect(f"127.0.0.1:{port}", processes, process)
+    # It makes keys, and before that JAX must know the others.
+    import meta_runs
 
-hosts.connect(f"127.0.0.1:{PORT}", PROCESSES, PROCESS)
+    share = sharding.process_share(sharding.task_mesh(meta_runs.BATCH))
+    assert share == (process, processes)
+    found = {name: hosts.gathered(run(folder / name, share)) for name, run in meta_runs.RUNS.items()}
+    jm.save(folder / f"found-{processes}", found)
 
-import meta_runs  # noqa: E402  # makes keys, which JAX must have started for
 
-share = sharding.process_share(sharding.task_mesh(meta_runs.BATCH))
-assert share == (PROCESS, PROCESSES)
-found = {name: hosts.gathered(run(FOLDER / name, share)) for name, run in meta_runs.RUNS.items()}
-jm.save(FOLDER / f"found-{PROCESSES}", found)
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]))

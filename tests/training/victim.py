@@ -16,35 +16,36 @@ import jaxmeta as jm
 from jaxmeta.training import Saved
 from jaxmeta.training.checkpoint import checkpoint_steps
 
-FOLDER, STEPS, LIMIT = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
+def main(folder: Path, steps: int, limit: int) -> None:
+    def report(event: object) -> None:
+        if not isinstance(event, Saved):
+            return
+        print("saved", event.step, flush=True)
+        if limit:
+            import resource
 
-def report(event):
-    if not isinstance(event, Saved):
-        return
-    print("saved", event.step, flush=True)
-    if LIMIT:
-        import resource
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
-
-
-if __name__ == "__main__":
     try:
         jm.train(
             toys.maml(width=64),
             toys.sinusoid(),
             toys.adam(),
-            steps=STEPS,
+            steps=steps,
             key=jax.random.key(0),
             meta_batch=2,
             validation=toys.sinusoid(),
             validation_episodes=4,
             validate_every=4,
             checkpoint_every=2,
-            run_dir=FOLDER,
-            resume=bool(checkpoint_steps(FOLDER)),
+            run_dir=folder,
+            resume=bool(checkpoint_steps(folder)),
             report=report,
         )
     except OSError as error:
         sys.exit(f"OSError: {error}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:4]))
