@@ -52,9 +52,9 @@ def stream(
       workers: processes that read; 0 reads in threads, which is enough for records of this form.
         Processes are started anew, so that a script needs `if __name__ == "__main__":`.
       ahead: batches to read ahead; each worker process keeps as many again for handing over.
-      process: (index, count) of this process among those of a program of your own that share every
-        batch, such as `(jax.process_index(), jax.process_count())`: the stream then gives its share.
-        `jm.train` takes whole batches.
+      process: (index, count) of this process among those that share every batch, such as
+        `(jax.process_index(), jax.process_count())`: the stream then gives its share, which is what
+        `jm.train` needs of each, or the whole batch.
 
     Raises:
       ValueError: see `from_arrays`; a `meta_batch` that the processes cannot share evenly.

@@ -50,8 +50,8 @@ def make_mesh(
       ValueError: a number below 1, or fewer devices.
 
     Examples:
-      >>> jm.make_mesh(tasks=1).shape["tasks"]
-      1
+      >>> dict(make_mesh(tasks=1).shape)
+      {'tasks': 1, 'examples': 1, 'params': 1}
     """
     sizes = dict(zip(AXES, (tasks, examples, params), strict=True))
     for name, size in sizes.items():

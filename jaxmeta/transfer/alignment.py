@@ -152,7 +152,8 @@ def align(
     Min over the network of mean CE(source) + alignment.loss(features of source, features of target).
 
     Alignment takes for granted that classes are as frequent in the target as in the source: where they
-    are not, it aligns wrong ones; weight the source's examples (`weights`, see `jm.transfer.bbse`) first.
+    are not, it aligns wrong ones. `weights` count in the cross-entropy alone and are no cure: draw the
+    source's examples anew in the target's proportions (see `jm.transfer.bbse`) first.
 
     Args:
       model: a `jm.transfer.classifier`.
