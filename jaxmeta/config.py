@@ -55,6 +55,9 @@ _BESIDE: dict[str, Any] = {
     "images": dict | None,
 }
 
+# What decides which parameters there are: in a run's configuration as in its checkpoints'.
+_SHAPING = ("learner", "network", "train_ways", "seed")
+
 # Where a run keeps the population statistics of its learner.
 POPULATION = "population"
 
@@ -220,7 +223,7 @@ def params_of(folder: Path, config: Mapping[str, Any]) -> Params:
         act is to fill these statistics, has not ended.
     """
     learner = config["learner"]
-    params = load_params(folder, config=as_trained(config))
+    params = load_params(folder, config={name: config[name] for name in _SHAPING})
     if "population" not in registry.LEARNERS[learner].norms.values():
         return params
     if not (folder / POPULATION).exists():

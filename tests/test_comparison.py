@@ -226,7 +226,7 @@ def test_plot(compared, tmp_path, monkeypatch, capsys):
     assert main(["plot", str(running), maml, "--out", "running.png"]) == 0
 
     config = read(running / "config.json")
-    (running / "config.json").write_text(json.dumps({**config, "ways": 5}))
+    (running / "config.json").write_text(json.dumps({**config, "ways": 5, "train_ways": 5}))
     assert main(["plot", str(running), maml, "--out", "mixed.png"]) == 2
     assert "accuracy" in capsys.readouterr().err
     assert not (tmp_path / "mixed.png").exists()

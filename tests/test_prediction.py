@@ -335,8 +335,8 @@ def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--classes", "0.5,0.5"], "--classes: fractions must be three"),
-        (["--classes", "nan,0.5,0.5"], "--classes: fractions must be three"),
+        (["--classes", "0.5,0.5"], "--classes: fractions: got"),
+        (["--classes", "nan,0.5,0.5"], "--classes: fractions: got"),
         (["--workers", "2"], "--workers: processes read a stream; add --stream"),
         (["--split-seed", "-1"], "--split-seed: got -1"),
         (["--label", "kind"], "--label"),

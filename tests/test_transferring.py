@@ -77,7 +77,7 @@ def transfer(place, out, *flags, source=None, target=None, status=0):
 
 def body_of(run):
     """Parameters and statistics of a run's network, without its head."""
-    params = params_of(run, stored(run)[1])
+    params = params_of(run, stored(run)[0])
     leaves = {f"params/{path}": leaf for path, leaf in jm.transfer.leaves_by_path(params["model"]).items()}
     if "population" in params:
         stats = from_moments(params["population"])
@@ -314,7 +314,7 @@ def test_a_file_that_does_not_say_its_network_is_told_it(place, tmp_path, capsys
     from flax.serialization import msgpack_serialize
 
     run = place / "prototypical"
-    params = params_of(run, stored(run)[1])
+    params = params_of(run, stored(run)[0])
     variables = {"params": params["model"], "batch_stats": from_moments(params["population"])}
     file = tmp_path / "weights.msgpack"
     file.write_bytes(msgpack_serialize(jax.tree.map(np.asarray, variables)))

@@ -156,7 +156,7 @@ def load_params(run_dir: str | os.PathLike, *, config: dict | None = None) -> Pa
 
     Args:
       run_dir: the run's folder.
-      config: must equal the one the checkpoint was saved with, as JSON; None is not compared.
+      config: what must be so in the one the checkpoint was saved with, as JSON; None is not compared.
 
     Raises:
       ValueError: `run_dir` has no checkpoint that can be read, or needs a template: parameters
@@ -164,7 +164,8 @@ def load_params(run_dir: str | os.PathLike, *, config: dict | None = None) -> Pa
     """
     path, leaves, manifest = _newest(run_dir)
     if config is not None:
-        _same_config(manifest["config"], _plain(config), path)
+        stored = {name: manifest["config"].get(name) for name in config}
+        _same_config(stored, _plain(config), path)
     return _decode(manifest["tree"]["dict"], leaves, path, "best" if manifest["best"] else "params")
 
 
