@@ -155,7 +155,7 @@ def copied(place, name):
     shutil.rmtree(folder)
 
 
-@settings(EACH, max_examples=12)
+@settings(EACH, max_examples=8)
 @given(part=st.floats(0, 0.99))
 def test_a_configuration_that_is_cut(place, part):
     with copied(place, "run") as run:
@@ -164,7 +164,7 @@ def test_a_configuration_that_is_cut(place, part):
         refused(place, ["evaluate", run], "config.json")
 
 
-@settings(EACH, max_examples=12)
+@settings(EACH, max_examples=8)
 @given(
     content=st.sampled_from(
         ["null", "[]", "3", '"run"', "{}", '{"learner": "maml"}', "NaN", "\x00", "{'a': 1}"]
@@ -243,7 +243,7 @@ def test_a_run_without_its_checkpoints_or_with_files_in_their_place(place):
             refused(place, ["evaluate", run], "checkpoint")
 
 
-@settings(EACH, max_examples=10)
+@settings(EACH, max_examples=6)
 @given(flag=st.sampled_from(["--inner-lr=0.3", "--shots=3", "--steps=9", "--seed=3", "--order=first"]))
 def test_resuming_with_other_settings(place, flag):
     with copied(place, "run") as run:
@@ -345,7 +345,7 @@ MEMBERS += [
 ]
 
 
-@settings(EACH, max_examples=10)
+@settings(EACH, max_examples=6)
 @given(
     members=st.lists(st.sampled_from(MEMBERS), max_size=3, unique=True), keep=st.sampled_from([1.0, 0.5, 0.0])
 )
