@@ -219,8 +219,8 @@ def params_of(folder: Path, config: Mapping[str, Any]) -> Params:
     """The parameters of the run in `folder`, with population statistics where its learner has such a row.
 
     Raises:
-      ValueError: they cannot be read, are of another configuration than `config`, or the run, whose last
-        act is to fill these statistics, has not ended.
+      ValueError: they cannot be read, or are of another learner, network, number of ways or seed than
+        `config`; or the run, whose last act is to fill these statistics, has not ended.
     """
     learner = config["learner"]
     params = load_params(folder, config={name: config[name] for name in _SHAPING})

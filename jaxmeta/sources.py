@@ -298,14 +298,18 @@ def _check_memory(found: TaskDistribution, settings: Preset, split: str, prefix:
     drawn = jax.eval_shape(found.sample, jax.random.key(0))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drawn))
     # Of a meta-step all tasks are drawn at once, of an evaluation the keys of all.
-    total = size * settings.meta_batch if split == "train" else size + settings.episodes * _KEYS
-    if total > memory():
-        count = "--meta-batch" if split == "train" else "--episodes"
+    if split == "train":
+        count, number = "--meta-batch", settings.meta_batch
+        total = size * number
+    else:
+        count, number = "--episodes", settings.episodes
+        total = size + number * _KEYS
+    there = memory()
+    if total > there:
         shape = ", ".join(flag_of(prefix + field) for field in ("ways", "shots", "queries"))
-        number = settings.meta_batch if split == "train" else settings.episodes
         raise ValueError(
             f"{count}: got {number}; so many tasks of {size / 1e6:,.1f} MB ({shape}) take {total / 1e9:,.0f} "
-            f"GB, and there are {memory() / 1e9:,.0f}; fewer or smaller ones would fit"
+            f"GB, and there are {there / 1e9:,.0f}; fewer or smaller ones would fit"
         )
 
 

@@ -234,7 +234,9 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
                 leaf = jax.random.key_data(leaf)
             # Orbax refuses empty arrays, and their shape says everything.
             if leaf.size:
-                arrays[str(len(leaves))] = leaf if hosts.are_many() else np.asarray(leaf)
+                # What each process has whole it writes as its own; of what is spread each has a part.
+                whole = getattr(leaf, "is_fully_addressable", True)
+                arrays[str(len(leaves))] = np.asarray(leaf) if whole else leaf
         else:
             raise ValueError(f"tree{entry['path']}: got {type(leaf).__name__}; it must be an array or scalar")
         leaves.append(entry)

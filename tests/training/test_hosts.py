@@ -103,6 +103,10 @@ def test_what_two_processes_have_parts_of_is_read_by_one(of_two):
     assert_close(jm.training.load_params(of_two[1] / "split"), of_two[0]["split"], 0)
 
 
+def test_what_each_of_two_has_whole_is_written_once(of_two):
+    np.testing.assert_array_equal(of_two[0]["own"], [0, 1, 2])
+
+
 @pytest.mark.slow
 def test_four_processes_learn_what_one_learns(tmp_path):
     found = together(4, tmp_path)
