@@ -1,15 +1,14 @@
 """Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices if not told."""
 
-import itertools
 import os
 import pathlib
-import shutil
 import tempfile
 
-# Most of a test's time is compilation, which on a CPU takes half as long without LLVM's optimisations. What
-# XLA does to a program before that stays as users have it.
-if shutil.which("nvidia-smi") is None:
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+from support import accelerator_is_visible, cores, fast_compilation
+
+# Most of a test's time is compilation.
+if not accelerator_is_visible():
+    os.environ["XLA_FLAGS"] = f"{fast_compilation()} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import pytest
@@ -54,14 +53,46 @@ install_import_hook(
 )
 
 
-_RAN = itertools.count(1)
+# Where an accelerator is visible, its memory serves one process; a CPU serves one process per core.
+MOST_WORKERS = 8
+# Seconds of call time from which a test of the default run is reported.
+SLOW_CALL = 3.0
+# A process may have 65,530 memory maps, and each compiled program takes several.
+MOST_MAPS = 30_000
 
 
-@pytest.fixture(autouse=True)
+def pytest_xdist_auto_num_workers(config):
+    """Return what `-n auto` means: one worker beside an accelerator, else one per core, at most eight."""
+    return 1 if accelerator_is_visible() else min(cores(), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file, which share compiled programs, on one worker, unless the file groups them."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            name = item.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Report tests of the default run that take longer than a test of it should."""
+    slow = [
+        report
+        for report in terminalreporter.getreports("passed")
+        if report.when == "call" and report.duration > SLOW_CALL and "nightly" not in report.keywords
+    ]
+    if slow:
+        terminalreporter.section(f"calls of over {SLOW_CALL:g} s: make them smaller, or mark them nightly")
+        for report in sorted(slow, key=lambda report: -report.duration):
+            terminalreporter.line(f"{report.duration:6.2f} s  {report.nodeid}")
+
+
+@pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Compiled programs are memory maps, of which a process may have 65,530; a whole run makes more."""
+    """Clear JAX's caches after a file of tests, before the process runs out of memory maps."""
     yield
-    if next(_RAN) % 100 == 0:
+    maps = pathlib.Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_text().splitlines()) > MOST_MAPS:
         jax.clear_caches()
 
 
