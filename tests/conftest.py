@@ -1,5 +1,6 @@
 """Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices if not told."""
 
+import collections
 import os
 import pathlib
 import tempfile
@@ -57,8 +58,6 @@ install_import_hook(
 MOST_WORKERS = 8
 # Seconds of call time from which a test of the default run is reported.
 SLOW_CALL = 3.0
-# A process may have 65,530 memory maps, and each compiled program takes several.
-MOST_MAPS = 30_000
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -66,12 +65,22 @@ def pytest_xdist_auto_num_workers(config):
     return 1 if accelerator_is_visible() else min(cores(), MOST_WORKERS)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file, which share compiled programs, on one worker, unless the file groups them."""
+    """Mark rows nightly by `nightly_rows`; keep a file's tests on one worker, where they share programs.
+
+    `@pytest.mark.nightly_rows(after=n)` leaves the first `n` rows of a parametrised test to the default run.
+    """
+    rows = collections.Counter()
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             name = item.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
             item.add_marker(pytest.mark.xdist_group(name))
+        if rule := item.get_closest_marker("nightly_rows"):
+            test = item.nodeid.split("[")[0]
+            rows[test] += 1
+            if rows[test] > rule.kwargs["after"]:
+                item.add_marker(pytest.mark.nightly)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -89,11 +98,12 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Clear JAX's caches after a file of tests, before the process runs out of memory maps."""
+    """Clear JAX's caches after a file of tests, which share compiled programs.
+
+    Each program takes several memory maps, of which a process may have 65,530, and megabytes of memory.
+    """
     yield
-    maps = pathlib.Path("/proc/self/maps")
-    if not maps.exists() or len(maps.read_text().splitlines()) > MOST_MAPS:
-        jax.clear_caches()
+    jax.clear_caches()
 
 
 @pytest.fixture

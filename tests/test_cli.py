@@ -1,5 +1,8 @@
+"""`jaxmeta train` and `jaxmeta evaluate`: a run's folder, signals, resumption, and what is refused."""
+
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,11 +11,12 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import jaxmeta as jm
-from jaxmeta import config, registry, runs
+from jaxmeta import cli, config, registry, runs
 from jaxmeta.cli import EvaluateFlags, TrainFlags, main
-from jaxmeta.training import load_params
+from jaxmeta.training import Progress, load_params
 
 SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
 LISTED = ("learner", "tasks", "ways", "shots", "queries", "seed", "steps", "steps_per_second")
@@ -38,6 +42,14 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def evaluated_once(run, folder):
+    """The configuration of a run as if it reported its error after one number of inner steps, in `folder`."""
+    folder.mkdir()
+    settings = read(run / "config.json") | {"report_steps": []}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def test_a_run_s_folder(run):
     report = read(run / "report.json")
     assert set(LISTED) <= set(report)
@@ -58,14 +70,23 @@ def test_a_run_s_folder(run):
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
 
 
-def test_classification_reports_transductive_and_inductive_accuracy(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tasks", ["folder", pytest.param("glyphs", marks=pytest.mark.nightly)])
+def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_path, monkeypatch):
     # A small network that normalises, since convolutions take a minute to compile.
     def small(ways):
         return jm.nn.MLP(out=ways, hidden=(8,), norm=True)
 
     monkeypatch.setitem(registry.NETWORKS, "strided-conv4", small)
-    out = tmp_path / "glyphs"
+    out = tmp_path / "run"
     flags = ["--ways", "2", "--queries", "1", "--steps", "2", "--meta-batch", "2", "--episodes", "4"]
+    if tasks == "folder":
+        for name in ("ant", "bee", "cat", "doe"):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            for number in range(2):
+                pixels = np.random.default_rng(number + ord(name[0])).integers(0, 256, (6, 6), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+        flags += ["--tasks", f"folder:{tmp_path / 'images'}", "--classes", "0.5,0,0.5"]
+        flags += ["--network", "strided-conv4", "--inner-steps", "1", "--eval-steps", "1", "--devices", "1"]
     assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0
     report = read(out / "report.json")
     assert set(LISTED) <= set(report)
@@ -80,32 +101,48 @@ def test_classification_reports_transductive_and_inductive_accuracy(tmp_path, mo
 
 
 def test_evaluate_with_the_run_s_own_protocol_repeats_its_report(run, tmp_path, capsys):
-    assert main(["evaluate", str(run), "--json", str(tmp_path / "result.json")]) == 0
+    again = evaluated_once(run, tmp_path / "run")
+    shutil.copytree(run / "checkpoints", again / "checkpoints")
+    assert main(["evaluate", str(again), "--json", str(tmp_path / "result.json")]) == 0
     assert read(tmp_path / "result.json")["mse"] == pytest.approx(read(run / "report.json")["mse"])
     assert "test mse" in capsys.readouterr().out
-    assert main(["evaluate", str(run), "--shots", "10", "--json", str(tmp_path / "other.json")]) == 0
+    assert main(["evaluate", str(again), "--shots", "10", "--json", str(tmp_path / "other.json")]) == 0
     assert read(tmp_path / "other.json")["mse"] != read(tmp_path / "result.json")["mse"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+class StopAt:
+    """Stands in for `RunLog.__call__`: raises a signal after what a meta-step reports."""
+
+    def __init__(self, monkeypatch, step, number):
+        self.before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+        log = runs.RunLog.__call__
+
+        def stopping(run_log, event):
+            log(run_log, event)
+            if isinstance(event, Progress) and event.step == step:
+                # Either signal would be handled.
+                assert not any(signal.getsignal(each) is handler for each, handler in self.before.items())
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(runs.RunLog, "__call__", stopping)
+
+    def handlers_are_back(self):
+        return all(signal.getsignal(each) is handler for each, handler in self.before.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch, capsys, number):
-    out = tmp_path / "stopped"
-    write = runs.RunLog._write
-
-    def stop_at_seven(self, row):
-        write(self, row)
-        if row["step"] == 7:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(runs.RunLog, "_write", stop_at_seven)
-    before = signal.getsignal(number)
-    assert main([*SMALL, "--out", str(out)]) == 75
-    assert signal.getsignal(number) is before
+    """The run was stopped before its first checkpoint, too, and its five meta-steps are done again."""
+    out = evaluated_once(run, tmp_path / "stopped")
+    (out / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(True)[:5]))
+    with monkeypatch.context() as patch:
+        stop = StopAt(patch, 7, number)
+        assert main(["train", "--resume", "--out", str(out)]) == 75
+    assert stop.handlers_are_back()
     said = capsys.readouterr().err
     assert f"--resume --out {out}" in said
     assert len(said.splitlines()) == 1
     assert not (out / "report.json").exists()
-    monkeypatch.undo()
 
     assert main(["train", "--resume", "--out", str(out), "--steps", "21"]) == 2
     assert "--steps: got 21" in capsys.readouterr().err
@@ -114,26 +151,23 @@ def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch
 
     assert main(["train", "--resume", "--out", str(out), "--tasks", "sinusoid"]) == 0
     same(load_params(out), load_params(run))
-    losses = [
-        [
-            row["loss"]
-            for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-            if "loss" in row
-        ]
-        for folder in (out, run)
+    rows = [
+        list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())) for folder in (out, run)
     ]
+    losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
     assert losses[0] == losses[1]
+    assert len(rows[0]) == 22
     assert read(out / "report.json")["mse"] == read(run / "report.json")["mse"]
 
 
-def test_resuming_a_run_stopped_before_its_first_checkpoint_starts_it(run, tmp_path):
-    out = tmp_path / "early"
-    out.mkdir()
-    (out / "config.json").write_bytes((run / "config.json").read_bytes())
-    (out / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(True)[:5]))
+@pytest.mark.nightly
+def test_a_new_run_that_was_stopped_resumes_to_the_same_parameters(run, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        StopAt(patch, 7, signal.SIGTERM)
+        assert main([*SMALL, "--out", str(out)]) == 75
     assert main(["train", "--resume", "--out", str(out)]) == 0
     same(load_params(out), load_params(run))
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 22
 
 
 def test_nothing_is_overwritten(run, tmp_path, capsys):
@@ -179,27 +213,39 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["train", "--way", "5"], "train has no --way; did you mean --ways"),
         (["train", "--tasks", "folder:nowhere"], "--tasks: "),
         (["predict", "nowhere", "--suport", "x"], "predict has no --suport; did you mean --support"),
-        (["train", "--order", "third"], "--order"),
-        (["train", "--order", "implicit"], '--proximal: got None; order="implicit" needs'),
-        (["train", "--inner-steps", "0"], "--inner-steps: got 0; it must be at least 1"),
+        (["train", "--order", "third", "--tasks", "sinusoid"], "--order"),
         (
-            ["train", "maml_plus_plus", "--eval-steps", "9"],
+            ["train", "--order", "implicit", "--tasks", "sinusoid"],
+            '--proximal: got None; order="implicit" needs',
+        ),
+        (
+            ["train", "--inner-steps", "0", "--tasks", "sinusoid"],
+            "--inner-steps: got 0; it must be at least 1",
+        ),
+        (
+            ["train", "maml_plus_plus", "--eval-steps", "9", "--tasks", "sinusoid"],
             "--eval-steps: got 9; there are learned step sizes",
         ),
         (
             ["train", "learned_optimizer", "--inner-steps", "7"],
             "--inner-steps: got 7; it must be a multiple of",
         ),
-        (["train", "--truncation", "0"], "--truncation: got 0; it must be at least 1"),
-        (["train", "meta_sgd", "--order", "implicit"], '--order: got "implicit"'),
-        (["train", "imaml", "--eval-steps", "0"], "--eval-steps: got 0; it must be at least 1"),
-        (["train", "fomaml", "--diagnose"], "--diagnose: fomaml has no such setting"),
-        (["train", "--order", "first", "--diagnose"], "--diagnose: compares with first order"),
+        (["train", "--truncation", "0", "--tasks", "sinusoid"], "--truncation: got 0; it must be at least 1"),
+        (["train", "meta_sgd", "--order", "implicit", "--tasks", "sinusoid"], '--order: got "implicit"'),
+        (
+            ["train", "imaml", "--eval-steps", "0", "--tasks", "sinusoid"],
+            "--eval-steps: got 0; it must be at least 1",
+        ),
+        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], "--diagnose: fomaml has no such setting"),
+        (
+            ["train", "--order", "first", "--diagnose", "--tasks", "sinusoid"],
+            "--diagnose: compares with first order",
+        ),
         (["train", "boil", "--norm", "episode"], "--norm: got episode; boil has batch, support"),
-        (["train", "--shots", "0"], "--shots"),
-        (["train", "--devices", "0"], "--devices"),
-        (["train", "--devices", "4096", "--meta-batch", "4096"], "--devices"),
-        (["train", "--strategy", "sideways"], "strategy"),
+        (["train", "--shots", "0", "--tasks", "sinusoid"], "--shots"),
+        (["train", "--devices", "0", "--tasks", "sinusoid"], "--devices"),
+        (["train", "--devices", "4096", "--meta-batch", "4096", "--tasks", "sinusoid"], "--devices"),
+        (["train", "--strategy", "sideways", "--tasks", "sinusoid"], "strategy"),
         (["train", "--resume"], "--out"),
         (["train", "--resume", "--out", "nowhere"], "nowhere"),
         (["train", "--tasks", "omniglot", "--data", "nowhere"], "nowhere"),
@@ -281,6 +327,15 @@ def test_lists(command, name, capsys):
     assert name in capsys.readouterr().out
 
 
+def test_the_program_ends_with_the_status_of_its_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxmeta", "trian"])
+    with pytest.raises(SystemExit) as end:
+        cli.program()
+    assert end.value.code == 2
+    assert "known are train" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
 def test_sigterm_leaves_a_folder_that_resumes(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "jaxmeta.cli", "train", "--tasks", "sinusoid", "--out", str(out)]

@@ -1,12 +1,16 @@
+"""`jaxmeta compare` and `jaxmeta plot`: trainings side by side."""
+
+import dataclasses
 import json
 import shlex
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
 
-from jaxmeta import comparison, registry
+from jaxmeta import comparison, presets, registry, runs
 from jaxmeta.cli import main
 from jaxmeta.training.figures import Curve, draw_metric
 
@@ -15,11 +19,40 @@ FLAGS += ["--meta-batch", "4", "--inner-lr", "0.02", "--order", "second"]
 COMPARE = ["compare", "maml", "fomaml", *FLAGS]
 
 
+class InThisProcess:
+    """Stands in for `subprocess.Popen`: trains in the process of the tests, which has imported all."""
+
+    def __init__(self, command, start_new_session):
+        assert start_new_session
+        assert command[:3] == [sys.executable, "-m", "jaxmeta.cli"]
+        self.status = main(command[3:])
+
+    def wait(self):
+        return self.status
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
+    """The folder of a comparison."""
     out = tmp_path_factory.mktemp("runs") / "compared"
-    assert main([*COMPARE, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison.subprocess, "Popen", InThisProcess)
+        patch.setattr(runs, "plot_curve", lambda *_: None)
+        # One evaluation of each run, in place of one for each number of inner steps.
+        sinusoid = dataclasses.replace(presets.PRESETS["sinusoid"], report_steps=())
+        patch.setitem(presets.PRESETS, "sinusoid", sinusoid)
+        assert main([*COMPARE, "--out", str(out)]) == 0
     return out
+
+
+@pytest.mark.nightly
+def test_trainings_in_processes_of_their_own_are_compared_alike(compared, tmp_path):
+    assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 0
+    test_the_difference_is_that_of_each_test_task(tmp_path / "out")
+    test_a_comparison_s_folder(tmp_path / "out")
+    here, there = (read(folder / "comparison.json")["learners"] for folder in (compared, tmp_path / "out"))
+    for name, row in here.items():
+        assert there[name]["mse"]["mean"] == pytest.approx(row["mse"]["mean"], rel=1e-4)
 
 
 @pytest.fixture
@@ -261,20 +294,26 @@ def test_curves_are_drawn_where_the_rows_say():
         (["runs/maml-1"], ["maml-1"]),
     ],
 )
-def test_names_of_runs_are_what_tells_them_apart(folders, names):
-    assert comparison._names([comparison.Path(folder) for folder in folders]) == names
+def test_curves_are_named_by_what_tells_their_runs_apart(folders, names, compared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        for file in ("config.json", "metrics.jsonl"):
+            shutil.copy(compared / "maml" / file, tmp_path / folder)
+    drawn = []
+    monkeypatch.setattr(comparison, "plot_curves", lambda path, curves, x: drawn.extend(curves))
+    assert main(["plot", *folders]) == 0
+    assert [curve.name for curve in drawn] == names
 
 
 @pytest.mark.parametrize(("flags", "budget"), [([], (2000, 8)), (["--steps", "7"], (7, 8))])
-def test_the_budget_is_the_same_for_learners_that_have_their_own(monkeypatch, tmp_path, flags, budget):
-    seen = {}
-
-    def run(self, learner, argv):
-        seen[learner] = int(argv[argv.index("--steps") + 1]), int(argv[argv.index("--meta-batch") + 1])
-        if learner == "lstm_meta_learner":
-            raise ChildProcessError("that is enough")
-
-    monkeypatch.setattr(comparison._Trainings, "run", run)
+def test_the_budget_is_the_same_for_learners_that_have_their_own(children, tmp_path, flags, budget):
+    # The second training ends with a status of its own, and so the comparison.
+    children.wait_for = staticmethod(lambda: 0 if len(children.commands) == 1 else 2)
     out = str(tmp_path / "out")
-    assert main(["compare", "maml", "lstm_meta_learner", *flags, "--out", out]) != 0
+    assert main(["compare", "maml", "lstm_meta_learner", *flags, "--out", out]) == 2
+    seen = {
+        command[1]: tuple(int(command[command.index(flag) + 1]) for flag in ("--steps", "--meta-batch"))
+        for command in children.commands
+    }
     assert seen == {"maml": budget, "lstm_meta_learner": budget}

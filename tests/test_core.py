@@ -22,13 +22,13 @@ def test_a_batch_is_a_pytree_with_static_ways():
     assert jax.tree.structure(full) != jax.tree.structure(batch(mask=full.mask, ways=4))
 
 
-def test_ways_are_the_static_ones_or_one_more_than_the_largest_label():
+def test_ways_are_given_or_one_more_than_the_largest_label():
     assert ways_of(batch(ways=7)) == 7
     assert ways_of(batch()) == 3
     assert jax.jit(lambda b: jnp.zeros(ways_of(b)))(batch(ways=7)).shape == (7,)
 
 
-def test_ways_of_traced_labels_are_asked_for():
+def test_ways_of_traced_labels_must_be_given():
     with pytest.raises(ValueError, match=r"pass Batch\(\.\.\., ways=N\)"):
         jax.jit(ways_of)(batch())
 

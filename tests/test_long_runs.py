@@ -1,16 +1,21 @@
 """What the command line offers those who leave a laptop: devices, steps that fail, and a run to watch."""
 
+import dataclasses
 import gzip
 import json
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxmeta as jm
+from jaxmeta import presets
 from jaxmeta.cli import main
+from jaxmeta.config import resumed
+from jaxmeta.devices import described
 from jaxmeta.training import Progress, Resumed, Validated, load_params
 from jaxmeta.training.evaluate import Evaluation
 from jaxmeta.training.report import RunLog, read_metrics
@@ -24,41 +29,84 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """A run on a mesh of two devices that is profiled, and told of seven meta-steps that were skipped."""
     # Before a command can make do with fewer.
     assert len(jax.devices()) > 1
     out = tmp_path_factory.mktemp("runs") / "sinusoid"
-    assert main([*SMALL, "--mesh", "tasks=1", "--profile", "--out", str(out)]) == 0
+    count, seen = RunLog.__call__, []
+
+    def as_if_skipped(self, event):
+        if isinstance(event, Progress) and event.step in (3, 4):
+            event = Progress(**{**vars(event), "skipped": event.step})
+            seen.append(event.step)
+        count(self, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "__call__", as_if_skipped)
+        # One evaluation of the run, in place of one for each number of inner steps.
+        sinusoid = dataclasses.replace(presets.PRESETS["sinusoid"], report_steps=())
+        patch.setitem(presets.PRESETS, "sinusoid", sinusoid)
+        flags = ["--mesh", "tasks=2", "--profile", "--non-finite", "skip"]
+        assert main([*SMALL, *flags, "--out", str(out)]) == 0
+    assert seen == [3, 4]
     return out
 
 
-def test_a_run_on_a_mesh_is_the_run_on_one_device(run, tmp_path, capsys):
-    out = tmp_path / "two"
-    assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 0
-    assert "devices   2 x cpu (tasks=2)" in capsys.readouterr().out
-    report = read(out / "report.json")
+def test_a_report_says_on_which_mesh_its_run_was(run):
+    report = read(run / "report.json")
     assert (report["devices"], report["mesh"], report["processes"]) == (2, {"tasks": 2}, 1)
-    assert report["mse"]["mean"] == pytest.approx(read(run / "report.json")["mse"]["mean"], rel=1e-4)
+    assert read(run / "config.json")["mesh"] == "tasks=2"
+
+
+def test_a_report_counts_the_meta_steps_that_were_skipped(run):
+    assert read(run / "report.json")["skipped"] == 7
+    assert "| meta-steps skipped | 7 |" in (run / "report.md").read_text()
+
+
+@pytest.mark.nightly
+def test_a_run_on_a_mesh_is_the_run_on_one_device(run, tmp_path, capsys):
+    out = tmp_path / "one"
+    assert main([*SMALL, "--mesh", "tasks=1", "--out", str(out)]) == 0
+    assert "devices   1 x cpu" in capsys.readouterr().out
+    report = read(run / "report.json")
+    assert report["mse"]["mean"] == pytest.approx(read(out / "report.json")["mse"]["mean"], rel=1e-4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        load_params(out),
         load_params(run),
+        load_params(out),
     )
-    assert main(["evaluate", str(out), "--mesh", "tasks=2", "--json", str(tmp_path / "again.json")]) == 0
+    assert main(["evaluate", str(run), "--mesh", "tasks=2", "--json", str(tmp_path / "again.json")]) == 0
+    assert "(tasks=2)" in described(jm.make_mesh(tasks=2))
     assert read(tmp_path / "again.json")["mse"] == report["mse"]
 
 
-def test_a_run_may_go_on_on_another_mesh(run, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    write = RunLog._write
+def test_devices_are_described_by_their_number_kind_and_mesh():
+    assert described(jm.make_mesh(tasks=2)) == "2 x cpu (tasks=2)"
 
-    def stop_at_seven(self, row):
-        write(self, row)
-        if row["step"] == 7:
+
+def test_a_resumed_run_takes_the_mesh_or_the_devices_that_are_given(run):
+    for flags, mesh, devices in (
+        ({}, "tasks=2", None),
+        ({"mesh": "tasks=1"}, "tasks=1", None),
+        ({"devices": 2}, None, 2),
+    ):
+        config, _, out = resumed({"out": str(run), **flags}, None)
+        assert (config["mesh"], config["devices"], out) == (mesh, devices, run)
+
+
+@pytest.mark.nightly
+def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    log = RunLog.__call__
+
+    def stop_at_seven(self, event):
+        log(self, event)
+        if isinstance(event, Progress) and event.step == 7:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(RunLog, "_write", stop_at_seven)
-    assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 75
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "__call__", stop_at_seven)
+        assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 75
     assert main(["train", "--resume", "--mesh", "tasks=1", "--out", str(out)]) == 0
     assert read(out / "config.json")["mesh"] == "tasks=1"
     assert main(["train", "--resume", "--devices", "2", "--out", str(out)]) == 0
@@ -89,25 +137,13 @@ def test_a_mesh_that_does_not_suit_is_refused(flags, named, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_that_are_not_finite_end_a_run_or_are_counted(tmp_path, capsys, monkeypatch):
+@pytest.mark.nightly
+def test_steps_that_are_all_not_finite_end_a_run_though_they_may_be_skipped(tmp_path, capsys):
     hopeless = [*SMALL, "--inner-lr", "1e30"]
     assert main([*hopeless, "--out", str(tmp_path / "stops")]) == 1
     assert "became non-finite in meta-step 1;" in capsys.readouterr().err
     assert main([*hopeless, "--non-finite", "skip", "--out", str(tmp_path / "skips")]) == 1
     assert "became non-finite in meta-step 1;" in capsys.readouterr().err
-    count, seen = RunLog.__call__, []
-
-    def as_if_skipped(self, event):
-        if isinstance(event, Progress) and event.step in (3, 4):
-            event = Progress(**{**vars(event), "skipped": event.step})
-            seen.append(event.step)
-        count(self, event)
-
-    monkeypatch.setattr(RunLog, "__call__", as_if_skipped)
-    assert main([*SMALL, "--non-finite", "skip", "--out", str(tmp_path / "run")]) == 0
-    assert seen == [3, 4]
-    assert read(tmp_path / "run" / "report.json")["skipped"] == 7
-    assert "| meta-steps skipped | 7 |" in (tmp_path / "run" / "report.md").read_text()
 
 
 def scalars(folder):
@@ -150,6 +186,7 @@ def test_a_profile_can_be_opened(run):
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
 
 
+@pytest.mark.nightly
 def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setitem(jm.registry.NETWORKS, "mlp", lambda out: jm.nn.MLP(out=out, hidden=(8,), norm=True))
     out = tmp_path / "run"
@@ -171,7 +208,24 @@ def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatc
     assert main(["train", "--resume", "--precision", "float32", "--out", str(out)]) == 2
 
 
-def test_a_memory_has_no_such_precision(tmp_path, capsys):
+def test_precision_is_of_the_network_and_not_of_its_parameters():
+    flags = {"network": "mlp", "precision": "bfloat16", "ways": 2, "train_ways": 2, "queries": 1}
+    settings = presets.settings_of(flags, learner="prototypical")[1]
+    learner = presets.learner_of(settings)
+    task = jm.Task(*(jm.Batch(jnp.zeros((2, 4, 4, 1)), jnp.arange(2), ways=2) for _ in range(2)))
+    params = jax.eval_shape(learner.init, jax.random.key(0), task)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert "bf16" in str(jax.make_jaxpr(learner.loss)(params, task, jax.random.key(0)))
+
+
+def test_a_memory_has_no_other_precision():
+    settings = presets.settings_of({"precision": "bfloat16"}, learner="mann")[1]
+    with pytest.raises(ValueError, match="--precision: got bfloat16; mann's network"):
+        presets.learner_of(settings)
+
+
+@pytest.mark.nightly
+def test_a_command_refuses_another_precision_of_a_memory(tmp_path, capsys):
     flags = ["--precision", "bfloat16", "--out", str(tmp_path / "run")]
     assert main(["train", "mann", "--tasks", "glyphs", *flags]) == 2
     assert "--precision: got bfloat16; mann's network" in capsys.readouterr().err

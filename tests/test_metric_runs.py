@@ -114,12 +114,14 @@ def test_a_run_that_has_not_ended_says_how_to_end_it(prototypical, tmp_path, cap
     )
 
 
+@pytest.mark.nightly
 def test_a_stream_fills_the_statistics_too(place):
     assert train(place, "prototypical", "streamed", "--stream") == 0
     accuracy = read(place / "streamed" / "report.json")["accuracy"]
     assert accuracy["inductive"]["mean"] > 0.8
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("learner", ["simple_shot", "fine_tuned_head"])
 def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
     assert train(place, learner, learner) == 0
@@ -131,6 +133,7 @@ def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
     assert f"--stream: {learner} trains on mini-batches of all classes" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
     flags = ["--steps", "3", "--ways", "3", "--queries", "2", "--episodes", "4", "--network", "strided-conv4"]
     assert main(["train", "--preset", "glyphs-zero-shot", *flags, "--out", str(tmp_path / "run")]) == 0
@@ -139,6 +142,7 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
     assert set(report["accuracy"]) == {"transductive", "inductive"}
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

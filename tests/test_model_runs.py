@@ -27,6 +27,7 @@ def run(tmp_path_factory):
         yield place / "run"
 
 
+@pytest.mark.nightly
 def test_accuracy_by_presentation_is_of_test_images_as_they_are(run):
     report = json.loads((run / "report.json").read_text())
     assert report["accuracy"].keys() == {"inductive"}
@@ -100,6 +101,7 @@ def test_the_published_settings(name):
     assert task.support.ways == (settings.ways if settings.strings is None else 3125)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("flags", [[], ["--task-weights", "none", "--embedding-loss", "contrastive"]])
 def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
     def tiny(out):
@@ -122,6 +124,7 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
     assert f"| fast weights of the task | {'none' if flags else 'embedding'} |" in text
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("learner", "flags", "says"),
     [

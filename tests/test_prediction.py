@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import jaxmeta as jm
-from jaxmeta import registry, sources
+from jaxmeta import registry, runs, sources
 from jaxmeta.cli import main
 from jaxmeta.config import data_form
 from jaxmeta.tasks.archives import shrink
@@ -37,6 +37,13 @@ def small(ways):
     return jm.nn.MLP(out=ways, hidden=(16,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
 
 
+def command(place):
+    return [
+        *("train", "--tasks", f"folder:{place / 'images'}", "--ways", str(WAYS), "--queries", "2"),
+        *("--classes", "0.5,0,0.5", "--steps", "60", "--episodes", "20", "--devices", "1"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Images of eight classes, and a run trained on some of them."""
@@ -47,12 +54,8 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
         patch.setitem(registry.NETWORKS, "conv4-32", small)
-        command = [
-            *("train", "--tasks", f"folder:{place / 'images'}", "--ways", str(WAYS), "--queries", "2"),
-            *("--classes", "0.5,0,0.5", "--steps", "60", "--episodes", "20"),
-        ]
-        assert main([*command, "--out", str(place / "run")]) == 0
-        assert main([*command, "--stream", "--out", str(place / "streamed")]) == 0
+        patch.setattr(runs, "plot_curve", lambda *_: None)
+        assert main([*command(place), "--out", str(place / "run")]) == 0
         yield place
 
 
@@ -78,7 +81,9 @@ def question(place, tmp_path):
     return tmp_path
 
 
+@pytest.mark.nightly
 def test_a_stream_of_the_folder_gives_the_same_report(place):
+    assert main([*command(place), "--stream", "--out", str(place / "streamed")]) == 0
     kept, streamed = (read(place / name / "report.json") for name in ("run", "streamed"))
     assert kept["card"] == streamed["card"]
     assert kept["card"]["classes"] == 4
@@ -87,38 +92,46 @@ def test_a_stream_of_the_folder_gives_the_same_report(place):
         for name in ("run", "streamed")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_run_s_configuration_keeps_the_form_of_its_images(place):
     config = read(place / "run" / "config.json")
     assert config["images"].items() >= {"size": SIDE, "channels": 1, "ink": False}.items()
     assert (config["image_size"], config["channels"]) == (SIDE, 1)
+    assert read(place / "run" / "report.json")["card"]["classes"] == 4
 
 
-def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path, capsys):
+@pytest.mark.parametrize("split", ["by name", pytest.param("by fractions", marks=pytest.mark.nightly)])
+def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path, capsys, split):
+    """A stream of the folder is trained on, with its classes split by a file or at random."""
     shutil.copytree(place / "images", tmp_path / "images")
-    split = tmp_path / "split.json"
+    file, run = tmp_path / "split.json", tmp_path / "run"
     names = {"train": [f"bar{i}" for i in range(4)], "test": [f"bar{i}" for i in range(4, 8)]}
-    split.write_text(json.dumps(names))
-    command = ["train", "--tasks", f"folder:{tmp_path / 'images'}", "--ways", "2", "--queries", "1"]
-    command += ["--steps", "2", "--episodes", "4", "--stream"]
-    for name, classes in (("by-name", str(split)), ("by-fractions", "0.5,0,0.5")):
-        assert main([*command, "--classes", classes, "--out", str(tmp_path / name)]) == 0
+    file.write_text(json.dumps(names))
+    classes = str(file) if split == "by name" else "0.5,0,0.5"
+    command = ["train", "prototypical", "--tasks", f"folder:{tmp_path / 'images'}", "--ways", "2"]
+    command += ["--queries", "1", "--steps", "2", "--episodes", "4", "--stream", "--devices", "1"]
+    assert main([*command, "--classes", classes, "--out", str(run)]) == 0
+    if split == "by name":
+        assert (
+            read(run / "report.json")["card"]["split_hash"]
+            == jm.tasks.ClassSplit(tuple(names["train"]), test=tuple(names["test"])).hash
+        )
     for number in (0, 7):  # a smaller image and one in colour: neither changes what the run was trained on
         Image.new("RGB", (4, 4), "red").save(tmp_path / "images" / f"bar{number}" / "new.png")
-    assert main(["evaluate", str(tmp_path / "by-name")]) == 0
-    assert main(["train", "--resume", "--out", str(tmp_path / "by-name")]) == 0
+    assert main(["evaluate", str(run)]) == 0
+    if split == "by fractions":
+        assert main(["train", "--resume", "--out", str(run)]) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
 
-    split.write_text(json.dumps({"train": names["test"], "test": names["train"]}))
+    file.write_text(json.dumps({"train": names["test"], "test": names["train"]}))
     shutil.copytree(tmp_path / "images" / "bar0", tmp_path / "images" / "another")
-    for name in ("by-name", "by-fractions"):
-        for again in (
-            ["evaluate", str(tmp_path / name)],
-            ["train", "--resume", "--out", str(tmp_path / name)],
-        ):
-            capsys.readouterr()
-            assert main(again) == 2
-            assert "are no longer those that the run in" in capsys.readouterr().err
+    for again in (["evaluate", str(run)], ["train", "--resume", "--out", str(run)]):
+        capsys.readouterr()
+        assert main(again) == 2
+        assert "are no longer those that the run in" in capsys.readouterr().err
     changed = {path for path, content in before.items() if path.read_bytes() != content}
-    assert changed == {split}
+    assert changed == {file}
 
 
 def test_omniglot_s_drawings_are_read_as_in_training(tmp_path):
@@ -147,6 +160,16 @@ def test_new_classes_are_learned_from_unequal_shots(place, question, capsys):
     assert "4-1.png" in capsys.readouterr().out
 
 
+def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
+    together = {answer["file"]: answer for answer in ask(place, question)}
+    for file in sorted((question / "query").iterdir())[1:]:
+        file.unlink()
+    (alone,) = ask(place, question)
+    expected = together[alone["file"]]
+    assert alone["class"] == expected["class"]
+    assert alone["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-5)
+
+
 # As users run it: unoptimised code, which tests have, rounds one query and many differently.
 OPTIMISED = """
 import sys
@@ -162,7 +185,8 @@ assert main(["predict", sys.argv[2], *flags, "--json", sys.argv[3] + "/one.json"
 """
 
 
-def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
+@pytest.mark.nightly
+def test_answers_of_optimised_code_do_not_depend_on_what_else_is_asked(place, question):
     folders = [question]
     for file in sorted((question / "query").iterdir())[::3]:
         alone = question / f"alone-{file.name}"
@@ -358,20 +382,19 @@ def test_bad_settings_of_a_folder(place, flags, says, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_a_class_split_in_a_file(place, tmp_path, capsys):
+def test_a_file_that_is_no_class_split_is_refused(place, tmp_path, capsys):
     file = tmp_path / "split.json"
-    names = {"train": ("bar0", "bar1", "bar2"), "test": ("bar5", "bar6", "bar7")}
-    file.write_text(json.dumps(names))
     command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "3", "--steps", "1"]
-    command += ["--queries", "1", "--episodes", "2", "--classes", str(file), "--out", str(tmp_path / "run")]
-    assert main(command) == 0
-    report = read(tmp_path / "run" / "report.json")
-    assert report["card"]["split_hash"] == jm.tasks.ClassSplit(**names).hash
-    file.write_text(json.dumps({**names, "test": ["bar0"]}))
-    assert main([*command, "--out", str(tmp_path / "other")]) == 2
-    assert "overlaps" in capsys.readouterr().err
-    file.write_text(json.dumps({"train": "bar", "test": ["bar0"]}))
-    assert main([*command, "--out", str(tmp_path / "other")]) == 2
-    assert "is no class split in JSON" in capsys.readouterr().err
-    assert main([*command, "--split-seed", "3", "--out", str(tmp_path / "other")]) == 2
-    assert "--split-seed: a class split by names needs none" in capsys.readouterr().err
+    command += ["--classes", str(file), "--out", str(tmp_path / "run")]
+    for content, flags, says in (
+        ({"train": ["bar0", "bar1", "bar2"], "test": ["bar0"]}, [], "overlaps"),
+        ({"train": "bar", "test": ["bar0"]}, [], "is no class split in JSON"),
+        (
+            {"train": ["bar0", "bar1", "bar2"], "test": ["bar5", "bar6", "bar7"]},
+            ["--split-seed", "3"],
+            "--split-seed: a class split by names needs none",
+        ),
+    ):
+        file.write_text(json.dumps(content))
+        assert main([*command, *flags]) == 2
+        assert says in capsys.readouterr().err

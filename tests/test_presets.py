@@ -27,7 +27,13 @@ def test_every_task_source_has_a_preset_of_its_own():
         assert presets.PRESETS[source.preset].tasks == name
 
 
-@pytest.mark.parametrize("name", NO_DATA)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("glyphs", "sinusoid") else pytest.mark.nightly)
+        for name in NO_DATA
+    ],
+)
 @pytest.mark.parametrize("learner", registry.LEARNERS)
 def test_every_learner_builds_on_every_preset(name, learner):
     regression = presets.PRESETS[name].ways is None

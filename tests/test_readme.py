@@ -1,5 +1,7 @@
 """What README.md says is run: its Python, its commands' flags, and the names it mentions."""
 
+import ast
+import operator
 import pathlib
 import re
 import subprocess
@@ -8,7 +10,8 @@ import sys
 import pytest
 
 import jaxmeta as jm
-from jaxmeta import cli
+from jaxmeta import comparison, prediction, runs, transferring
+from jaxmeta.cli import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,6 +62,7 @@ assert tasks.card.classes == 12, tasks.card
 """
 
 
+@pytest.mark.nightly
 def test_the_python_examples_run(tmp_path):
     # In a process of its own, as a reader would run them: none of the settings of these tests.
     script = tmp_path / "readme.py"
@@ -69,7 +73,31 @@ def test_the_python_examples_run(tmp_path):
     assert sorted(tmp_path.iterdir()) == [script]
 
 
-def test_the_commands_are_ones():
+def test_the_python_example_of_arrays_runs(capsys):
+    (block,) = (block for block in blocks("python") if "jm.tasks.from_arrays" in block)
+    names = {"jm": jm}
+    exec(block, names)
+    assert names["tasks"].card.classes == 12
+    assert capsys.readouterr().out.startswith("12 ")
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_names_of_the_library_in_python_examples_exist(number):
+    for node in ast.walk(ast.parse(blocks("python")[number])):
+        if isinstance(node, ast.Attribute) and re.fullmatch(r"jm(\.\w+)+", ast.unparse(node)):
+            operator.attrgetter(ast.unparse(node).removeprefix("jm."))(jm)
+
+
+# What each command of the command line calls, in its module.
+CALLED = {
+    runs: ("train_run", "evaluate_run"),
+    comparison: ("compare_runs", "plot_runs"),
+    prediction: ("predict_run",),
+    transferring: ("transfer_run", "rank_run"),
+}
+
+
+def test_the_command_line_takes_the_commands(monkeypatch, capsys):
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
     shell = [
         part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")
@@ -79,19 +107,22 @@ def test_the_commands_are_ones():
     ]
     assert ["train"] in commands
     assert len(commands) > 3
+    called = []
+    for module, names in CALLED.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_, name=name, **__: called.append(name))
     for command in commands:
-        assert cli._parse(command) is not None, command
+        assert main(command) == 0, (command, capsys.readouterr().err)
+    assert {"train_run", "evaluate_run"} <= {*called}
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`jm\.([\w.]+)", README))))
-def test_the_names_exist(name):
-    value = jm
-    for part in name.split("."):
-        value = getattr(value, part)
+def test_names_of_the_library_in_the_text_exist(name):
+    operator.attrgetter(name)(jm)
 
 
 @pytest.mark.parametrize(
     "path", sorted(set(re.findall(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|\.ci)/[\w./-]+)", README)))
 )
-def test_the_files_exist(path):
+def test_files_that_the_text_names_exist(path):
     assert (ROOT / path).exists()

@@ -5,6 +5,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxmeta as jm
@@ -31,13 +32,13 @@ MODEL = scaling.Model("a small network", toy, image=(6,), queries=2, tasks=2, wa
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_gradients_loss_and_metrics_cross_devices_once_a_step_and_nothing_else_does(count):
+def test_one_all_reduce_a_step_holds_gradients_loss_and_metrics(count):
     if len(CPUS) < count:
         pytest.skip("needs 2 devices: JAX_NUM_CPU_DEVICES=2 pytest tests/test_scaling.py")
     row = scaling.compile_row(MODEL, CPUS[:count])
-    learner, task = toy(), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), MODEL.batch(1))
-    params = learner.init(jax.random.key(0), task)
-    _, metrics = learner.loss(params, task, jax.random.key(1))
+    learner, task = toy(), jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), MODEL.batch(1))
+    params = jax.eval_shape(learner.init, jax.random.key(0), task)
+    _, metrics = jax.eval_shape(learner.loss, params, task, jax.random.key(1))
     assert row["parameters"] == 6 * 8 + 8 + 8 * 4 + 4
     assert row["tasks"] == 2 * count
     scalars = 1 + len(jax.tree.leaves(metrics))
@@ -60,7 +61,7 @@ def test_a_product_of_matrices_counts_two_operations_a_multiply_add():
         (2, 2 + 3 + 2),  # places 0, 2, 4
     ],
 )
-def test_a_convolution_and_both_its_gradients_count_what_meets_no_zero(stride, pairs):
+def test_operations_of_a_convolution_and_its_gradients_leave_out_padding(stride, pairs):
     def forward(x, kernel):
         return jax.lax.conv_general_dilated(
             x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -82,7 +83,7 @@ def test_a_convolution_and_both_its_gradients_count_what_meets_no_zero(stride, p
     assert hlo.operations(program_of(to_kernel, x, kernel, out.shape)) == expected
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_operations_of_a_loop_count_once_per_iteration():
     def product(x, w):
         return jnp.tanh(x @ w)
 
@@ -130,7 +131,7 @@ ENTRY %main (x: f32[8,16], w: f32[16,32]) -> f32[8,32] {
 """
 
 
-def test_traffic_is_what_crosses_to_or_from_main_memory():
+def test_traffic_counts_bytes_to_and_from_main_memory():
     program = hlo.read_program(ON_CHIP)
     copied, sliced, read, written = 8 * 16, 4 * 32, 16 * 32, 8 * 32
     assert hlo.traffic(program) == 4 * (copied + sliced + read + written)
@@ -152,11 +153,11 @@ ENTRY %main (x: f32[3,8,16], w: f32[3,16,32]) -> f32[3,8,32] {
 """
 
 
-def test_a_batch_of_products_written_as_a_convolution_counts_as_one():
+def test_operations_of_batched_products_written_as_a_convolution():
     assert hlo.operations(hlo.read_program(BATCHED)) == 2 * 3 * 8 * 16 * 32
 
 
-def test_a_ring_sends_all_but_its_own_part_twice():
+def test_ring_all_reduce_sends_all_but_its_own_part_twice():
     for devices in (1, 2, 8, 256):
         assert scaling.ring_bytes(1024, devices) == 2 * (devices - 1) * (1024 / devices)
 
@@ -173,7 +174,7 @@ TPU, H100 = scaling.ACCELERATORS.values()
         (H100, 64, 1.75e8 / 450e9 + 1.75e8 / 8 / 50e9, 2 * (7 * 1.2 + 3 * 8.5) * 1e-6),
     ],
 )
-def test_a_step_is_its_work_and_then_the_all_reduce(accelerator, devices, transfer, latency):
+def test_predicted_step_is_work_plus_all_reduce(accelerator, devices, transfer, latency):
     point = scaling.predict(5e-3, 10**8, accelerator, devices)
     step = 5e-3 + transfer + latency
     expected = {"work": 5e-3, "transfer": transfer, "latency": latency, "step": step}
@@ -182,7 +183,7 @@ def test_a_step_is_its_work_and_then_the_all_reduce(accelerator, devices, transf
 
 
 @pytest.mark.parametrize("accelerator", [TPU, H100])
-def test_more_work_scales_better_and_more_bytes_worse(accelerator):
+def test_efficiency_rises_with_work_and_falls_with_bytes(accelerator):
     assert scaling.predict(1e-3, 10**6, accelerator, 1)["efficiency"] == 1
     for devices in scaling.PREDICTED[1:]:
         by_work = [scaling.predict(t, 10**6, accelerator, devices)["efficiency"] for t in (1e-4, 1e-3, 1e-2)]
@@ -193,7 +194,7 @@ def test_more_work_scales_better_and_more_bytes_worse(accelerator):
         assert 1 > by_size[0] > by_size[1] > by_size[2] > 0
 
 
-def test_the_work_of_a_tpu_is_its_own_programs_and_its_compilers():
+def test_predictions_of_a_tpu_use_its_own_program_and_compiler_cycles():
     row = {
         "model": "conv4",
         "devices": 8,
@@ -215,7 +216,7 @@ def test_the_work_of_a_tpu_is_its_own_programs_and_its_compilers():
         scaling.predictions_of([row | {"kind": "cpu", "collectives": [gathered]}])
 
 
-def test_what_cannot_be_compiled_for_is_an_error_that_says_what_can(capsys):
+def test_unknown_topology_or_device_count_is_refused(capsys):
     with pytest.raises(SystemExit, match=r"--topology: got nonsense.*such as v5e:2x4"):
         scaling.topology_devices("nonsense")
     with pytest.raises(SystemExit):

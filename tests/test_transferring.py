@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import binomtest
 
 import jaxmeta as jm
-from jaxmeta import cli, registry
+from jaxmeta import cli, registry, runs
 from jaxmeta.bodies import untrained
 from jaxmeta.cli import main
 from jaxmeta.config import params_of, stored
@@ -55,12 +55,18 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
         patch.setitem(registry.NETWORKS, "conv4-32", small)
+        patch.setattr(runs, "plot_curve", lambda *_: None)
         patch.setitem(registry.NETWORKS, "conv4", lambda out: jm.nn.Conv4(ways=out, filters=4))
         common = ["--tasks", f"folder:{place / 'lying'}", "--ways", "2", "--queries", "2", "--episodes", "4"]
         common += ["--classes", "0.75,0,0.25", "--meta-batch", "2", "--devices", "1"]
-        for learner, steps in (("prototypical", 150), ("fomaml", 2), ("simple_shot", 60)):
+        one_step = ["--inner-steps", "1", "--eval-steps", "1"]
+        for learner, steps, more in (
+            ("prototypical", 150, []),
+            ("fomaml", 2, one_step),
+            ("simple_shot", 60, []),
+        ):
             flags = ["--steps", str(steps), "--validate-every", str(steps), "--out", str(place / learner)]
-            assert main(["train", learner, *common, *flags]) == 0
+            assert main(["train", learner, *common, *more, *flags]) == 0
         yield place
 
 
@@ -73,6 +79,20 @@ def transfer(place, out, *flags, source=None, target=None, status=0):
     target = target or f"folder:{place / 'standing'}"
     assert main(["transfer", "--source", source, "--target", target, "--out", str(out), *flags]) == status
     return read(out / "report.json") if status == 0 else None
+
+
+@pytest.fixture(scope="module")
+def probed(place):
+    """A linear probe of the prototypical run: its folder and its report."""
+    flags = ["--recipe", "linear-probe", "--shots", "5", "--seed", "3"]
+    return place / "probed", transfer(place, place / "probed", *flags)
+
+
+@pytest.fixture(scope="module")
+def partly_tuned(place):
+    """The prototypical run with its second layer fine-tuned: its folder and its report."""
+    flags = ["--recipe", "fine-tune", "--train", "body/Dense_1,body/BatchNorm_1", "--steps", "3"]
+    return place / "partly_tuned", transfer(place, place / "partly_tuned", *flags)
 
 
 def body_of(run):
@@ -103,7 +123,13 @@ def test_the_command_line_knows_all_recipes_and_scores():
     assert get_args(get_args(cli.Rank.__annotations__["score"])[0]) == SCORES
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+IN_THE_DEFAULT_RUN = ("feature-extraction", "lp-ft", "gradual")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=() if name in IN_THE_DEFAULT_RUN else pytest.mark.nightly) for name in RECIPES],
+)
 def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsys, recipe):
     report = transfer(place, tmp_path / "out", "--recipe", recipe, "--shots", "5", *RECIPE_FLAGS[recipe])
     assert set(REPORTED) <= set(report)
@@ -114,7 +140,6 @@ def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsy
     assert set(report["recalls"]) == {f"bar {kind}" for kind in range(5)}
 
     frozen = recipe in ("feature-extraction", "linear-probe")
-    source = body_of(place / "prototypical")
     source = body_of(place / "prototypical")
     body, head = sum(leaf.size for path, leaf in source.items() if path.startswith("params")), 5 * (16 + 1)
     counts = {"trained": head, "frozen": body} if frozen else {"trained": body + head, "frozen": 0}
@@ -142,47 +167,49 @@ def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsy
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_the_written_weights_give_the_reported_accuracy(place, tmp_path):
+def test_the_written_weights_give_the_reported_accuracy(place, probed):
     """By the network that the file describes, on images read from their files."""
-    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", "--shots", "5", "--seed", "3")
-    loaded = jm.transfer.load_pretrained(tmp_path / "out")
+    out, report = probed
+    loaded = jm.transfer.load_pretrained(out)
     assert loaded.network == jm.nn.MLP(out=5, hidden=(24, 16), norm=True)
-    names = read(tmp_path / "out" / "config.json")["classes"]
-    right = []
+    names = read(out / "config.json")["classes"]
+    apply, right = jax.jit(loaded.network.apply), []
     for label, name in enumerate(names):
         files = sorted((place / "standing" / name).iterdir())
         x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
-        outputs = loaded.network.apply(loaded.variables, jnp.asarray(x))
+        outputs = apply(loaded.variables, x)
         right += (np.argmax(outputs, 1) == label).tolist()
     target = read_target(f"folder:{place / 'standing'}", {}, "5", KEY, size=SIDE, channels=1)
     score = split_shots(target, "5", jax.random.fold_in(jax.random.key(3), 0)).score
     assert np.mean(np.array(right)[score]) == report["accuracy"]["mean"]
 
 
-def test_only_what_train_names_and_the_head_are_trained(place, tmp_path):
-    flags = ["--recipe", "fine-tune", "--train", "body/Dense_1,body/BatchNorm_1", "--steps", "3"]
-    report = transfer(place, tmp_path / "out", *flags)
-    written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(place / "prototypical")
+def test_only_what_train_names_and_the_head_are_trained(place, partly_tuned):
+    out, report = partly_tuned
+    written, source = load_file(out / "weights.safetensors"), body_of(place / "prototypical")
     changed = {path for path, leaf in source.items() if not np.array_equal(written[path], leaf)}
     assert changed == {path for path in source if "_1/" in path}
     assert report["parameters"]["frozen"] == 64 * 24 + 24 + 2 * 24
 
 
-def test_a_transfer_is_a_source_again(place, tmp_path):
-    first = transfer(place, tmp_path / "first", "--recipe", "fine-tune", "--steps", "5")
-    written = load_file(tmp_path / "first" / "weights.safetensors")
-    for source in (tmp_path / "first", tmp_path / "first" / "weights.safetensors"):
-        out = tmp_path / f"from-{source.name}"
-        report = transfer(
-            place, out, "--recipe", "linear-probe", source=source, target=f"folder:{place / 'lying'}"
-        )
-        assert report["images"] == first["images"]
-        assert (report["classes"], report["statistics"]) == (8, "of the source")
-        again = load_file(out / "weights.safetensors")
-        assert again["params/head/kernel"].shape == (16, 8)
-        for path, leaf in written.items():
-            assert "head" in path or np.array_equal(leaf, again[path])
-        assert report["leaves"] == {"taken": 12, "new": 2, "left_over": 0, "dropped": 2}
+@pytest.mark.parametrize("file", ["", pytest.param("weights.safetensors", marks=pytest.mark.nightly)])
+def test_a_transfer_is_a_source_again(place, tmp_path, partly_tuned, file):
+    folder, first = partly_tuned
+    written = load_file(folder / "weights.safetensors")
+    report = transfer(
+        place,
+        tmp_path / "out",
+        *("--recipe", "feature-extraction"),
+        source=folder / file,
+        target=f"folder:{place / 'lying'}",
+    )
+    assert report["images"] == first["images"]
+    assert (report["classes"], report["statistics"]) == (8, "of the source")
+    again = load_file(tmp_path / "out" / "weights.safetensors")
+    assert again["params/head/kernel"].shape == (16, 8)
+    for path, leaf in written.items():
+        assert "head" in path or np.array_equal(leaf, again[path])
+    assert report["leaves"] == {"taken": 12, "new": 2, "left_over": 0, "dropped": 2}
 
 
 def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place, tmp_path):
@@ -200,39 +227,43 @@ def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place
     np.testing.assert_allclose(written["batch_stats/BatchNorm_0/var"], z.var(0), atol=1e-6)
 
 
-def test_strokes_are_turned_to_those_that_the_source_knows(place, tmp_path):
-    """Light on dark and dark on light are the same to a source of strokes, and not to others."""
-    shutil.copytree(place / "prototypical", tmp_path / "ink")
-    config = read(tmp_path / "ink" / "config.json")
+@pytest.fixture(scope="module")
+def strokes(place):
+    """A run as if of strokes, light on dark, and the same strokes as light and as dark images."""
+    folder = place / "strokes"
+    shutil.copytree(place / "prototypical", folder / "ink")
+    config = read(folder / "ink" / "config.json")
     config["images"] |= {"ink": True, "mean": 0.15}
-    (tmp_path / "ink" / "config.json").write_text(json.dumps(config))
-    draw(tmp_path / "light", 5, 10, ink=255, paper=0, across=True)
-    draw(tmp_path / "dark", 5, 10, across=True)
+    (folder / "ink" / "config.json").write_text(json.dumps(config))
+    draw(folder / "light", 5, 10, ink=255, paper=0, across=True)
+    draw(folder / "dark", 5, 10, across=True)
+    return folder
+
+
+def probe_of(place, out, source, target):
+    return transfer(place, out, "--recipe", "linear-probe", source=source, target=f"folder:{target}")
+
+
+def test_strokes_are_turned_to_those_that_the_source_knows(place, strokes, tmp_path):
+    """Light on dark and dark on light are the same to a source of strokes."""
     heads, inverted = {}, {}
     for name in ("light", "dark"):
         out = tmp_path / f"out-{name}"
-        report = transfer(
-            place,
-            out,
-            "--recipe",
-            "linear-probe",
-            source=tmp_path / "ink",
-            target=f"folder:{tmp_path / name}",
-        )
-        inverted[name] = report["inverted"]
+        inverted[name] = probe_of(place, out, strokes / "ink", strokes / name)["inverted"]
         heads[name] = load_file(out / "weights.safetensors")["params/head/kernel"]
     assert inverted == {"light": False, "dark": True}
     np.testing.assert_allclose(heads["light"], heads["dark"], rtol=1e-3, atol=1e-4)
     assert "all are inverted" in (tmp_path / "out-dark" / "report.md").read_text()
-    assert not transfer(place, tmp_path / "other", "--recipe", "linear-probe")["inverted"]
-    # And what follows knows it, too.
-    again = transfer(
-        place,
-        tmp_path / "again",
-        *("--recipe", "linear-probe"),
-        source=tmp_path / "out-dark",
-        target=f"folder:{tmp_path / 'light'}",
-    )
+
+
+def test_images_are_not_turned_for_a_source_of_others(probed):
+    assert not probed[1]["inverted"]
+
+
+@pytest.mark.nightly
+def test_a_transfer_of_strokes_knows_as_a_source_how_they_are_drawn(place, strokes, tmp_path):
+    probe_of(place, tmp_path / "first", strokes / "ink", strokes / "dark")
+    again = probe_of(place, tmp_path / "again", tmp_path / "first", strokes / "light")
     assert (again["inverted"], again["images"]["ink"]) == (False, True)
 
 
@@ -276,6 +307,7 @@ def torchvision_file(path):
     save_file({name: leaf.astype(np.float32) for name, leaf in weights.items()}, path)
 
 
+@pytest.mark.nightly
 def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
     torchvision_file(tmp_path / "resnet.safetensors")
     flags = ["--recipe", "linear-probe", "--image-size", "32"]
@@ -296,21 +328,35 @@ def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
     assert (again["pixels"], again["images"]) == (report["pixels"], report["images"])
 
 
-def test_a_vision_transformer_takes_another_size(place, tmp_path, capsys):
+VIT_FLAGS = ["--recipe", "linear-probe", "--pixels", "symmetric", "--image-size"]
+
+
+def vision_transformer_file(path):
     network = jm.nn.ViT(patch=4, width=8, depth=1, heads=2, mlp=8, image_size=8)
-    variables = jax.jit(network.init)(KEY, jnp.zeros((1, 8, 8, 3)))
-    jm.transfer.save_pretrained(tmp_path / "vit.safetensors", variables, network=network)
-    flags = ["--recipe", "linear-probe", "--pixels", "symmetric", "--image-size"]
-    report = transfer(place, tmp_path / "out", *flags, "12", source=tmp_path / "vit.safetensors")
+    shapes = jax.eval_shape(network.init, KEY, jnp.zeros((1, 8, 8, 3)))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    jm.transfer.save_pretrained(path, variables, network=network)
+
+
+def test_a_vision_transformer_refuses_a_size_that_its_patches_do_not_tile(place, tmp_path, capsys):
+    vision_transformer_file(tmp_path / "vit.safetensors")
+    source = tmp_path / "vit.safetensors"
+    transfer(place, tmp_path / "none", *VIT_FLAGS, "13", source=source, status=2)
+    assert "--image-size: got 13×13; patches of 4 must tile it" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_a_vision_transformer_takes_another_size(place, tmp_path):
+    vision_transformer_file(tmp_path / "vit.safetensors")
+    report = transfer(place, tmp_path / "out", *VIT_FLAGS, "12", source=tmp_path / "vit.safetensors")
     assert report["images"]["size"] == 12
     assert "mean 0.5, 0.5, 0.5, std 0.5" in report["pixels"]
     written = load_file(tmp_path / "out" / "weights.safetensors")
     assert written["params/position_embedding"].shape == (1, 1 + 3 * 3, 8)
-    transfer(place, tmp_path / "none", *flags, "13", source=tmp_path / "vit.safetensors", status=2)
-    assert "--image-size: got 13×13; patches of 4 must tile it" in capsys.readouterr().err
 
 
-def test_a_file_that_does_not_say_its_network_is_told_it(place, tmp_path, capsys):
+def test_a_file_that_does_not_say_its_network_is_told_it(place, probed, tmp_path, capsys):
     from flax.serialization import msgpack_serialize
 
     run = place / "prototypical"
@@ -318,9 +364,9 @@ def test_a_file_that_does_not_say_its_network_is_told_it(place, tmp_path, capsys
     variables = {"params": params["model"], "batch_stats": from_moments(params["population"])}
     file = tmp_path / "weights.msgpack"
     file.write_bytes(msgpack_serialize(jax.tree.map(np.asarray, variables)))
-    flags = ["--recipe", "linear-probe"]
+    flags = ["--recipe", "linear-probe", "--shots", "5", "--seed", "3"]
     told = transfer(place, tmp_path / "told", *flags, "--network", "conv4-32", source=file)
-    assert told["accuracy"] == transfer(place, tmp_path / "run", *flags)["accuracy"]
+    assert told["accuracy"] == probed[1]["accuracy"]
     transfer(place, tmp_path / "untold", *flags, source=file, status=2)
     assert "--network:" in capsys.readouterr().err
 
@@ -351,7 +397,7 @@ def test_the_interval_is_wilson_s(right, n):
     assert found["mean"] == right / n
 
 
-@pytest.mark.parametrize("classes", [2, 30, 200])
+@pytest.mark.parametrize("classes", [2, pytest.param(30, marks=pytest.mark.nightly), 200])
 def test_a_single_error_is_seen_among_any_number_of_classes(tmp_path, classes):
     pictures = []
     for errors in (0, 1):
@@ -501,6 +547,7 @@ def test_what_cannot_be_ranked_is_refused_by_the_flag_s_name(place, capsys, flag
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.nightly
 def test_digits_of_usps_from_a_run(place, tmp_path, data_folder):
     """Real images, brought to the 8×8 that the run knows."""
     flags = ["--data", str(data_folder), "--shots", "5", "--steps", "60", "--rate", "0.01"]

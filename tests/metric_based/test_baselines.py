@@ -188,6 +188,7 @@ def pretrained(name, **settings):
     return make[name]()
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("name", ["simple_shot", "linear", "cosine"])
 def test_pretraining_is_the_cross_entropy_over_all_classes_of_every_example(name, x64):
     rng = np.random.default_rng(0)

@@ -59,6 +59,7 @@ def test_no_query_of_five_ways_has_a_probability_above_the_bound_of_scale_one():
         assert float(jnp.exp(outputs).max()) <= bound
 
 
+@pytest.mark.nightly_rows(after=8)
 @pytest.mark.parametrize(
     ("similarity", "normalise", "reduce"), list(itertools.product(SIMILARITIES, NORMALISATIONS, REDUCTIONS))
 )
@@ -159,7 +160,7 @@ def test_zero_vectors_are_like_all_alike_under_cosines_and_their_gradients_are_f
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_padding_changes_nothing(reduce):
+def test_padding_has_no_effect(reduce, x64):
     task = unequal()
     learner = kernel(similarity="euclidean", reduce=reduce)
     holes = padded(task.support, [0, 3, 3, 6])

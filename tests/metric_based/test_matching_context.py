@@ -104,6 +104,7 @@ def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
     np.testing.assert_allclose(jnp.exp(outputs), expected, rtol=1e-9)
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize("places", [[0], [2, 4], [6, 6], [0, 1, 3, 6]])
 @pytest.mark.parametrize("value", [np.nan, 100.0])
 def test_padding_anywhere_in_the_support_changes_nothing(places, value):

@@ -57,6 +57,7 @@ def hidden(params, x):
     return x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
 
 
+@pytest.mark.nightly_rows(after=1)
 @methods
 def test_by_batch_support_and_queries_are_embedded_as_one(method):
     support, query = task = unequal()
@@ -68,6 +69,7 @@ def test_by_batch_support_and_queries_are_embedded_as_one(method):
     )
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("method", FEW)
 def test_by_support_queries_are_normalised_as_the_support_is(method):
     support, query = task = unequal()
@@ -122,6 +124,7 @@ def test_by_population_statistics_are_the_means_over_tasks_of_both_moments():
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], second - first**2, rtol=1e-8)
 
 
+@pytest.mark.nightly_rows(after=1)
 @methods
 def test_by_population_queries_do_not_see_each_other_and_training_is_by_batch(method):
     support, query = task = unequal()
@@ -138,6 +141,7 @@ def test_by_population_queries_do_not_see_each_other_and_training_is_by_batch(me
     )
 
 
+@pytest.mark.nightly_rows(after=2)
 @methods
 def test_the_gradient_of_the_loss_is_that_of_finite_differences_whatever_is_padded(method):
     task = unequal()
@@ -172,6 +176,7 @@ def test_the_gradient_of_relation_networks_is_that_of_finite_differences():
     assert directional_error(lambda params: learner.loss(params, ragged, KEY)[0], params) < 1e-6
 
 
+@pytest.mark.nightly_rows(after=2)
 @methods
 def test_float_targets_are_refused_clearly(method):
     part = jm.Batch(jnp.ones((3, DIM)), jnp.ones((3, 1)))

@@ -147,6 +147,7 @@ def test_statistics_are_of_all_images_in_one_network_and_of_all_pairs_in_the_oth
     np.testing.assert_allclose(found["mean_of_squares"], jnp.square(hidden).mean((0, 1, 2)), atol=1e-10)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("norm", ["batch", "population"])
 def test_padding_and_absent_classes_change_nothing(norm, x64):
     support, query = maps_task()

@@ -112,6 +112,7 @@ def unasked(query):
 # The loss.
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("controller", ["lstm", "feed_forward"])
 def test_loss_outputs_and_queries_are_those_of_a_plain_loop(controller, x64):
     model, (support, query) = ready(controller), episode()
@@ -129,6 +130,7 @@ def test_loss_outputs_and_queries_are_those_of_a_plain_loop(controller, x64):
     assert len({tuple(row) for row in asked.tolist()}) == 2
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("strings", [None, (3, 2)])
 def test_without_a_head_each_guess_costs_ln_n(strings, x64):
     ways, out = (WAYS, WAYS) if strings is None else (9, 6)
@@ -257,6 +259,7 @@ def test_queries_are_next_steps_that_leave_no_trace(x64):
 # Symmetries.
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("strings", [None, (3, 2)])
 def test_there_may_be_no_queries(strings, x64):
     ways = WAYS if strings is None else 9
@@ -337,6 +340,7 @@ def holes(part, at):
     )
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize("at", [[STEPS] * 3, [0, 0, STEPS], [2, 4, 4]], ids=["end", "ends", "middle"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_padding_changes_nothing(shuffle, at, x64):
@@ -511,6 +515,7 @@ def test_strings_are_those_of_the_tasks():
 # Training.
 
 
+@pytest.mark.nightly
 def test_second_presentations_are_learned_and_first_ones_cannot_be():
     ways, shots = 3, 4
     rng = np.random.default_rng(0)

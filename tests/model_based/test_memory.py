@@ -216,6 +216,7 @@ def plain_lrua(params, state, h, *, heads, decay, write, least, score, key_stren
     return {"memory": after, "usage": usage, "read_weights": read, "reads": np.concatenate(reads)}
 
 
+@pytest.mark.nightly_rows(after=8)
 @pytest.mark.parametrize(
     ("write", "least", "score", "key_strength"),
     [*itertools.product(("key", "separate"), ("shared", "per_head"), ("after", "before"), (False, True))],
@@ -446,6 +447,7 @@ MEMORIES = {
 }
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("name", MEMORIES)
 def test_gradients_from_the_first_step_are_finite_and_right(name):
     network = jm.nn.MemoryNetwork(out=3, memory=MEMORIES[name], hidden=4)

@@ -28,12 +28,8 @@ def normal(*shape):
 
 
 def drawn_like(tree, seed=1, scale=0.3):
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        structure,
-        [scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)],
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape)), tree)
 
 
 def small_network(ways=3):
@@ -41,7 +37,12 @@ def small_network(ways=3):
 
 
 def slow_of(network, x):
-    return drawn_like(network.init(jax.random.key(0), x)["params"], seed=2)
+    return drawn_like(jax.eval_shape(network.init, jax.random.key(0), x)["params"], seed=2)
+
+
+def run(network, slow, x, fast=None):
+    """The network's output, as one jitted program."""
+    return jax.jit(lambda slow, x, fast: network.apply({"params": slow}, x, fast))(slow, x, fast)
 
 
 def test_augmentation_is_a_sum_of_activations_and_not_of_weights():
@@ -61,7 +62,7 @@ def test_augmentation_is_a_sum_of_activations_and_not_of_weights():
 
 
 @pytest.mark.parametrize("activation", [None, jax.nn.relu])
-def test_layers_are_their_formula(activation):
+def test_augmented_layers_match_their_formula(activation):
     a = (lambda h: h) if activation is None else activation
     x, w, v, t = normal(2, 5, 5, 3), normal(3, 3, 3, 4), normal(3, 3, 3, 4) ** 2 - 1, normal(3, 3, 3, 4)[::-1]
     layer = AugmentedConv(4, activation=activation)
@@ -98,10 +99,8 @@ def test_the_omniglot_network_has_as_many_weights_as_the_paper():
 
 
 def test_weights_begin_in_the_published_range():
-    x = jnp.ones((2, 8, 8, 1))
-    weights = np.concatenate(
-        [leaf.ravel() for leaf in jax.tree.leaves(AugmentedCNN(ways=5).init(jax.random.key(0), x)["params"])]
-    )
+    params = jax.jit(AugmentedCNN(ways=5).init)(jax.random.key(0), jnp.ones((2, 8, 8, 1)))["params"]
+    weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
     assert weights.min() >= -0.1
     assert weights.max() < 0.1
     np.testing.assert_allclose(weights.std(), 0.2 / np.sqrt(12), rtol=0.01)
@@ -111,10 +110,10 @@ def test_weights_begin_in_the_published_range():
 def test_zero_fast_weights_leave_the_slow_network_exactly(ways):
     network, x = small_network(ways), normal(3, 9, 9, 1)
     slow = slow_of(network, x)
-    expected = network.apply({"params": slow}, x)
-    zero = jax.tree.map(jnp.zeros_like, slow)
-    np.testing.assert_array_equal(network.apply({"params": slow}, x, zero), expected)
-    np.testing.assert_array_equal(network.apply({"params": slow}, x, (zero, zero)), expected)
+    expected = run(network, slow, x)
+    zero = jax.tree.map(np.zeros_like, slow)
+    np.testing.assert_array_equal(run(network, slow, x, zero), expected)
+    np.testing.assert_array_equal(run(network, slow, x, (zero, zero)), expected)
     assert np.abs(expected).max() > 0
 
 
@@ -129,22 +128,20 @@ def test_the_last_layer_is_linear_and_the_one_before_a_head_is_not():
     np.testing.assert_array_equal(embedding.apply({"params": {"fc": params["fc"]}}, x), -2)
 
 
-def test_layers_without_fast_weights_are_slow():
+def test_layers_without_fast_weights_use_their_slow_ones_only():
     network, x = small_network(), normal(2, 8, 8, 1)
     slow = slow_of(network, x)
     fast = drawn_like(slow)
     some = {"fc": fast["fc"]}
-    filled = {name: fast[name] if name == "fc" else jax.tree.map(jnp.zeros_like, slow[name]) for name in slow}
-    np.testing.assert_array_equal(
-        network.apply({"params": slow}, x, some), network.apply({"params": slow}, x, filled)
-    )
+    filled = {name: fast[name] if name == "fc" else jax.tree.map(np.zeros_like, slow[name]) for name in slow}
+    np.testing.assert_array_equal(run(network, slow, x, some), run(network, slow, x, filled))
 
 
-def test_fast_weights_of_each_example_are_a_loop_and_so_are_gradients():
+def test_vmap_over_fast_weights_equals_a_loop_in_outputs_and_gradients():
     network, x = small_network(), normal(4, 9, 9, 1)
     slow = slow_of(network, x)
     fasts = [drawn_like(slow, seed) for seed in range(4)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fasts)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *fasts)
 
     def together(slow, stacked):
         return jax.vmap(lambda x, fast: network.apply({"params": slow}, x[None], fast)[0])(x, stacked)
@@ -153,11 +150,15 @@ def test_fast_weights_of_each_example_are_a_loop_and_so_are_gradients():
         own = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(4)]  # noqa: B023
         return jnp.concatenate([network.apply({"params": slow}, x[i : i + 1], own[i]) for i in range(4)])
 
-    np.testing.assert_allclose(together(slow, stacked), loop(slow, stacked), atol=1e-12)
-    found, expected = (
-        jax.grad(lambda *weights, run=run: jnp.square(run(*weights)).sum(), (0, 1))(slow, stacked)
-        for run in (together, loop)
-    )
+    def of_squares(outputs_of):
+        def loss(slow, stacked):
+            outputs = outputs_of(slow, stacked)
+            return jnp.square(outputs).sum(), outputs
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(slow, stacked)
+
+    (found, outputs), (expected, expected_outputs) = map(of_squares, (together, loop))
+    np.testing.assert_allclose(outputs, expected_outputs, atol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
 
 
@@ -167,7 +168,7 @@ def test_pooling_keeps_the_last_odd_row_and_has_finite_gradients():
     padded[:, :5, :7] = x
     expected = padded.reshape(2, 3, 2, 4, 2, 3).max((2, 4))
     np.testing.assert_array_equal(max_pool_2x2_ceil(x), expected)
-    gradient = jax.grad(lambda x: max_pool_2x2_ceil(x).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: max_pool_2x2_ceil(x).sum()))(x)
     assert set(np.unique(gradient)) == {0.0, 1.0}
     assert gradient.sum() == expected.size
     even = normal(1, 4, 4, 2)
@@ -186,18 +187,24 @@ def test_preprocessing_of_gradients_at_the_values_of_the_paper():
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["task", "example"])
-def test_generators_see_one_coordinate_at_a_time(which):
+def test_generators_treat_coordinates_apart_and_alike(which):
     generator, g = generators()[which]
-    params = drawn_like(generator.init(jax.random.key(0), g))
-    out = generator.apply(params, g)
+    params = drawn_like(jax.eval_shape(generator.init, jax.random.key(0), g))
+    apply = jax.jit(generator.apply)
+    out = np.asarray(apply(params, g))
     assert out.shape == (12,)
     order = np.random.default_rng(3).permutation(12)
-    np.testing.assert_allclose(generator.apply(params, g[..., order]), out[order], atol=1e-14)
-    jacobian = jax.jacobian(lambda g: generator.apply(params, g))(g)
-    crossed = jacobian if which else jacobian.sum(1)
+    np.testing.assert_allclose(apply(params, g[..., order]), out[order], atol=1e-14)
+    jacobian = jax.jit(jax.jacrev(lambda g: generator.apply(params, g)))(g)
+    crossed = np.asarray(jacobian if which else jacobian.sum(1))
     np.testing.assert_array_equal(crossed * (1 - np.eye(12)), 0)
     sizes = [
-        jax.tree.map(jnp.shape, generator.init(jax.random.key(0), jnp.ones((*g.shape[:-1], n))))
+        jax.tree.map(
+            jnp.shape,
+            jax.eval_shape(
+                generator.init, jax.random.key(0), jax.ShapeDtypeStruct((*g.shape[:-1], n), g.dtype)
+            ),
+        )
         for n in (1, 50)
     ]
     assert sizes[0] == sizes[1]
@@ -205,7 +212,7 @@ def test_generators_see_one_coordinate_at_a_time(which):
 
 def test_generators_have_the_published_sizes():
     task, example = (
-        jax.tree.map(lambda leaf: leaf.size, generator.init(jax.random.key(0), x)["params"])
+        jax.tree.map(lambda leaf: leaf.size, jax.eval_shape(generator.init, jax.random.key(0), x)["params"])
         for generator, x in ((TaskGenerator(), jnp.ones((1, 1))), (ExampleGenerator(), jnp.ones(1)))
     )
     assert task == {"lstm": {"kernel": 22 * 80, "bias": 80}, "output_kernel": 20, "output_bias": 1}
@@ -213,19 +220,20 @@ def test_generators_have_the_published_sizes():
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["task", "example"])
-def test_generators_whose_last_layer_is_zero_make_nothing(which):
+def test_generators_with_a_zero_last_layer_generate_zeros(which):
     generator, g = generators()[which]
-    params = drawn_like(generator.init(jax.random.key(0), g)["params"])
+    params = drawn_like(jax.eval_shape(generator.init, jax.random.key(0), g)["params"])
     params = params | {"output_kernel": jnp.zeros((4, 1)), "output_bias": jnp.zeros(1)}
-    np.testing.assert_array_equal(generator.apply({"params": params}, g), 0)
+    np.testing.assert_array_equal(jax.jit(generator.apply)({"params": params}, g), 0)
 
 
-def test_steps_left_out_are_as_if_they_were_not_there():
+def test_masked_steps_do_not_count():
     generator, g = generators()[0]
-    params = drawn_like(generator.init(jax.random.key(0), g))
-    found = generator.apply(params, g, jnp.array([True, False, True]))
-    np.testing.assert_allclose(found, generator.apply(params, g[::2]), atol=1e-14)
-    assert np.abs(generator.apply(params, g) - generator.apply(params, g[::-1])).max() > 1e-3
+    params = drawn_like(jax.eval_shape(generator.init, jax.random.key(0), g))
+    apply = jax.jit(generator.apply)
+    found = apply(params, g, jnp.array([True, False, True]))
+    np.testing.assert_allclose(found, apply(params, g[::2]), atol=1e-14)
+    assert np.abs(apply(params, g) - apply(params, g[::-1])).max() > 1e-3
 
 
 def test_fast_weights_of_another_shape_are_refused():

@@ -89,11 +89,14 @@ def network(request):
 
 def started(model, x=X):
     """Variables of a network that has seen something: no scale is one, no mean zero."""
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     leaves, structure = jax.tree.flatten(variables)
     rng = np.random.default_rng(0)
     return structure.unflatten(
-        [jnp.asarray(leaf + rng.uniform(0.1, 0.6, leaf.shape), leaf.dtype) for leaf in leaves]
+        [
+            jnp.asarray((leaf + rng.uniform(0.1, 0.6, leaf.shape)).astype(leaf.dtype))
+            for leaf in map(np.asarray, leaves)
+        ]
     )
 
 
@@ -106,7 +109,7 @@ def by_hand(params, x, mean, var):
     return np.maximum(x, 0), {"mean": mean, "var": var}
 
 
-def test_a_frozen_block_normalises_by_its_running_statistics_and_drops_nothing(network):
+def test_frozen_block_normalises_by_its_running_statistics_without_dropout(network):
     model = as_stateful(network)
     variables = started(model)
     params, before = jax.tree.map(np.asarray, (variables["params"], variables["batch_stats"]))
@@ -128,7 +131,7 @@ def test_a_frozen_block_normalises_by_its_running_statistics_and_drops_nothing(n
     assert not same_bits(state["batch_stats"]["block0"], before["block0"])
 
 
-def test_inference_is_by_the_running_statistics_and_a_wholly_frozen_network_stays_in_it(network):
+def test_inference_and_wholly_frozen_training_use_the_running_statistics(network):
     model = as_stateful(network)
     variables = started(model)
     stats = jax.tree.map(np.asarray, variables["batch_stats"])
@@ -141,7 +144,7 @@ def test_inference_is_by_the_running_statistics_and_a_wholly_frozen_network_stay
     assert same_bits(state, {"batch_stats": variables["batch_stats"]})
 
 
-def test_training_is_flaxs_own_step_for_step():
+def test_training_steps_match_those_of_flax():
     """Outputs, dropout and running averages of three batches, whichever way the network is told."""
     own = ByTrain(rates=(0.5, 0.3))
     start = started(as_stateful(own))
@@ -159,7 +162,7 @@ def test_training_is_flaxs_own_step_for_step():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_the_running_average_of_our_normalisation_is_flaxs(momentum):
+def test_running_average_of_our_normalisation_matches_that_of_flax(momentum):
     x = 2 * jax.random.normal(KEY, (3, 4, 6, 6, 2)) + jnp.arange(3.0).reshape(3, 1, 1, 1, 1)
     theirs = linen.BatchNorm(use_running_average=False, momentum=momentum)
     model = as_stateful(jm.nn.BatchNorm(), momentum=momentum)
@@ -171,16 +174,16 @@ def test_the_running_average_of_our_normalisation_is_flaxs(momentum):
     close(variables["batch_stats"], known["batch_stats"])
 
 
-def test_conv4_in_training_is_conv4_by_its_batch_and_in_inference_by_its_running_statistics():
+def test_conv4_normalises_by_its_batch_in_training_and_by_running_statistics_in_inference():
     network, x = jm.nn.Conv4(3, filters=4), jax.random.normal(KEY, (6, 16, 16, 1))
     model, values = as_stateful(network, momentum=0.0), jm.nn.as_model(network)
-    variables = model.init(KEY, x)
-    outputs, state = model.train(variables, x, KEY)
-    known, stats = values.apply_norm(variables["params"], x)
+    variables = jax.jit(model.init)(KEY, x)
+    outputs, state = jax.jit(model.train)(variables, x, KEY)
+    known, stats = jax.jit(values.apply_norm)(variables["params"], x)
     close(outputs, known, 1e-6)
     close(state["batch_stats"], stats, 1e-6)
     # What was kept of the batch normalises it alike.
-    close(model.apply({**variables, **state}, x), known)
+    close(jax.jit(model.apply)({**variables, **state}, x), known)
 
 
 class Counting(linen.Module):
@@ -192,7 +195,7 @@ class Counting(linen.Module):
         return linen.Dense(2)(x)
 
 
-def test_other_state_is_handed_on_and_stays_where_all_is_frozen():
+def test_other_state_is_updated_unless_all_is_frozen():
     model = as_stateful(Counting())
     variables = model.init(KEY, X)
     assert model.train(variables, X, KEY)[1] == {"counters": {"calls": 1}}
@@ -225,12 +228,12 @@ def test_scanned_layers_have_the_statistics_of_the_same_layers_one_by_one():
         name: {f"layer{i}": jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(3)}
         for name, tree in variables.items()
     }
-    outputs, state = scanned.train(variables, X, KEY)
-    known, parts = single.train(apart, X, KEY)
+    outputs, state = jax.jit(scanned.train)(variables, X, KEY)
+    known, parts = jax.jit(single.train)(apart, X, KEY)
     close(outputs, known)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts["batch_stats"].values())
     close(state["batch_stats"]["layers"], stacked)
-    close(scanned.apply(variables, X), single.apply(apart, X))
+    close(jax.jit(scanned.apply)(variables, X), jax.jit(single.apply)(apart, X))
 
 
 # --- Networks of other kinds ----------------------------------------------------------------------
@@ -248,7 +251,7 @@ class NNXNet(nnx.Module):
         return self.dropout(x)
 
 
-def test_a_network_of_nnx_keeps_the_running_statistics_that_nnx_keeps():
+def test_running_statistics_of_nnx_networks_match_those_of_nnx():
     module = NNXNet(0.0, nnx.Rngs(0))
     model = as_stateful(module, momentum=0.8)
     variables = model.init(KEY, X)
@@ -276,7 +279,7 @@ def test_a_network_of_nnx_keeps_the_running_statistics_that_nnx_keeps():
     close(new, 0.8 * old + 0.2 * middle.mean(0))
 
 
-def test_dropout_of_nnx_is_on_in_training_and_off_in_inference_and_where_all_is_frozen():
+def test_nnx_dropout_is_on_in_training_only_unless_all_is_frozen():
     model = as_stateful(NNXNet(0.5, nnx.Rngs(0)))
     variables = model.init(KEY, X)
     one, other = (model.train(variables, X, jax.random.key(seed))[0] for seed in (1, 2))
@@ -320,7 +323,7 @@ def test_networks_without_state_have_parameters_only():
 # --- Chains and layers ----------------------------------------------------------------------------
 
 
-def test_a_chain_is_one_network_after_the_other_with_a_subtree_for_each():
+def test_chain_applies_its_parts_in_turn_with_a_subtree_for_each():
     parts = {"adapter": (plain_init, plain_apply), "body": ByTrain(rates=(0.0, 0.0)), "head": linen.Dense(2)}
     model = chain(parts)
     assert as_stateful(model) is model
@@ -444,7 +447,7 @@ class Restless(linen.Module):
         return linen.Dropout(0.5, deterministic=False)(linen.Dense(2)(x))
 
 
-def test_what_is_no_network_to_train_is_refused_by_name():
+def test_networks_that_cannot_be_trained_are_refused_by_name():
     for momentum in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"momentum: got {momentum}"):
             as_stateful(jm.nn.BatchNorm(), momentum=momentum)

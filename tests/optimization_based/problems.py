@@ -1,8 +1,15 @@
-"""Networks of a few units, their tasks, and finite differences, for the tests of learners."""
+"""Networks of a few units, their tasks, and finite differences, for the tests of learners.
+
+A learner's functions run as jitted programs, each compiled once for a learner: a test that needs a learner of
+another test should take the same one, from a cached function.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen
 from jax.flatten_util import ravel_pytree
 
@@ -17,11 +24,18 @@ def network(out=WAYS, norm=True):
 
 
 def precise_network(**settings):
-    """`network` whose own initialisation is in float64, which Flax's is not."""
+    """`network` with weights drawn in float64: Flax draws in float32, which programs round differently."""
     model = jm.nn.as_model(network(**settings))
 
     def init(key, x):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(key, x))
+        leaves, structure = jax.tree.flatten(jax.eval_shape(model.init, key, x))
+        keys = jax.random.split(key, len(leaves))
+        return structure.unflatten(
+            [
+                0.5 * jax.random.normal(k, leaf.shape, jnp.float64)
+                for k, leaf in zip(keys, leaves, strict=True)
+            ]
+        )
 
     return model._replace(init=init)
 
@@ -30,26 +44,90 @@ def task(seed=0, shots=2, queries=3):
     rng = np.random.default_rng(seed)
 
     def part(examples):
-        labels = jnp.tile(jnp.arange(WAYS, dtype=jnp.int32), examples)
-        return jm.Batch(jnp.asarray(rng.normal(size=(labels.size, DIM))), labels, ways=WAYS)
+        labels = np.tile(np.arange(WAYS, dtype=np.int32), examples)
+        return jm.Batch(jnp.asarray(rng.normal(size=(labels.size, DIM))), jnp.asarray(labels), ways=WAYS)
 
     return jm.Task(part(shots), part(queries))
 
 
 def init(learner, of=None, key=KEY):
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), jax.jit(learner.init)(key, of or task()))
+    params = jax.jit(learner.init)(key, of or task())
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), params)
+
+
+def adapt(learner, params, of, key=KEY):
+    """What the learner adapts to the task's support set."""
+    return jax.jit(learner.adapt)(params, of.support, key)
+
+
+@functools.cache
+def value_and_gradient(function):
+    """A learner's loss with metrics, and its gradient in the parameters, as one jitted program."""
+
+    @jax.jit
+    def run(params, of, step):
+        return jax.value_and_grad(lambda params: function(params, of, KEY, step), has_aux=True)(params)
+
+    return run
+
+
+def loss(learner, params, of, step=None):
+    """The meta-loss and the metrics."""
+    return value_and_gradient(learner.loss)(params, of, step)[0]
 
 
 def gradient(learner, params, of, step=None):
-    return jax.jit(jax.grad(lambda params: learner.loss(params, of, KEY, step)[0]))(params)
+    """The meta-gradient."""
+    return value_and_gradient(learner.loss)(params, of, step)[1]
+
+
+@functools.cache
+def plain_loss(norm=True):
+    """`(weights, batch) -> (cross-entropy, gradient in the weights)` of `network(norm=norm)` on a batch."""
+    model = jm.nn.as_model(network(norm=norm))
+    return jax.jit(
+        jax.value_and_grad(
+            lambda weights, batch: jm.losses.cross_entropy(model.apply(weights, batch.x), batch.y)
+        )
+    )
+
+
+def descended(weights, support, steps, rate=0.5, norm=True):
+    """The weights after gradient descent on the support loss of `network`, step by step."""
+    for _ in range(steps):
+        slopes = plain_loss(norm)(weights, support)[1]
+        weights = jax.tree.map(lambda w, g: w - rate * g, weights, slopes)
+    return weights
+
+
+@functools.cache
+def _query_loss(norm):
+    still = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
+    return jax.jit(jax.value_and_grad(lambda weights, of: still.loss({"model": weights}, of, KEY)[0]))
+
+
+def query_loss(weights, of, norm="batch"):
+    """The query loss at given weights and its gradient, by a MAML whose step has size 0."""
+    return _query_loss(norm)(weights, of)
 
 
 def finite_differences(function, arguments, step=1e-6):
     """Of a scalar function, in every entry of its arguments, as one vector."""
-    flat, restore = ravel_pytree(arguments)
-    values = jax.jit(jax.vmap(lambda v: function(restore(v))))
-    moves = step * jnp.eye(flat.size)
-    return (values(flat[None] + moves) - values(flat[None] - moves)) / (2 * step)
+
+    @jax.jit
+    def run(arguments):
+        start, restore = ravel_pytree(arguments)
+        moves = step * jnp.eye(start.size)
+        ends = jnp.concatenate([start[None] + moves, start[None] - moves])
+        above, below = jax.vmap(lambda end: function(restore(end)))(ends).reshape(2, -1)
+        return (above - below) / (2 * step)
+
+    return np.asarray(run(arguments))
+
+
+def flat(tree):
+    """All leaves as one vector."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def assert_trees_close(a, b, **tolerance):

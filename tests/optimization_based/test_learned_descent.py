@@ -13,14 +13,18 @@ from problems import (
     KEY,
     NUMBER,
     WAYS,
+    adapt,
     assert_trees_close,
     differ,
     finite_differences,
+    flat,
     gradient,
     half_square,
     init,
+    loss,
     network,
     number_task,
+    plain_loss,
     precise_network,
     task,
 )
@@ -38,41 +42,58 @@ def logit(p):
 
 def with_constant_gates(params, forget, enter):
     """The cell whose gates are constants; a gate of 1 is σ(60), which is 1 in float64."""
-    cell = jax.tree.map(jnp.zeros_like, params["hyper"])
+    cell = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), params["hyper"])
     cell["forget_bias"] = jnp.asarray(60.0 if forget == 1 else logit(forget))
     cell["input_bias"] = jnp.asarray(logit(enter))
     return {**params, "hyper": cell}
 
 
-@pytest.mark.parametrize("hidden", [20, None])
-@pytest.mark.parametrize("decay", [0.0, 0.2])
-def test_constant_gates_are_gradient_descent_with_weight_decay(hidden, decay):
-    """f = 1 − αλ and i = α: SGD of rate α with weight decay λ, and its first-order meta-gradient."""
-    rate, of = 0.3, task()
-    learner = jm.lstm_meta_learner(network(), steps=4, hidden=hidden)
+@functools.cache
+def lstm(hidden, order="first", norm=False):
+    # The default memory mode, "auto", would trace each inner step once more.
+    return jm.lstm_meta_learner(network(norm=norm), steps=3, hidden=hidden, order=order, memory="store")
+
+
+@pytest.mark.parametrize("order", ["first", pytest.param("second", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("hidden", "decay", "norm"),
+    [
+        (3, 0.2, False),
+        *(
+            pytest.param(hidden, decay, True, marks=pytest.mark.nightly)
+            for hidden in (20, None)
+            for decay in (0.0, 0.2)
+        ),
+    ],
+)
+def test_constant_gates_are_gradient_descent_with_weight_decay(hidden, decay, norm, order):
+    """f = 1 − αλ and i = α: SGD of rate α with weight decay λ, and its meta-gradient in either order."""
+    rate, of, learner = 0.3, task(), lstm(hidden, order, norm)
     params = with_constant_gates(init(learner), 1 - rate * decay, rate)
     optimizer = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
-    maml = jm.maml(network(), inner_optimizer=optimizer, steps=4, order="first")
+    maml = jm.maml(network(norm=norm), inner_optimizer=optimizer, steps=3, order=order)
     start = {"model": params["model"]}
-    assert_trees_close(learner.adapt(params, of.support, KEY), maml.adapt(start, of.support, KEY), atol=1e-13)
-    expected = gradient(maml, start, of)["model"]
-    found = gradient(learner, params, of)
-    assert_trees_close(found["model"], expected, atol=1e-13)
-    # And second order, if asked for.
-    second = jm.lstm_meta_learner(network(), steps=4, hidden=hidden, order="second")
-    maml = jm.maml(network(), inner_optimizer=optimizer, steps=4)
-    expected = gradient(maml, start, of)["model"]
-    assert_trees_close(gradient(second, params, of)["model"], expected, atol=1e-12)
-    assert differ(found["model"], expected) > 1e-3
+    assert_trees_close(adapt(learner, params, of), adapt(maml, start, of), atol=1e-13)
+    found = gradient(learner, params, of)["model"]
+    assert_trees_close(found, gradient(maml, start, of)["model"], atol=1e-13 if order == "first" else 1e-12)
 
 
-@pytest.mark.parametrize("forget", [1.0, 0.9])
-def test_on_a_line(forget):
-    """θ_2 = 0.36, ∂/∂c_0 = −2.64 (second order −1.6896), ∂/∂i = −(∇_1 + ∇_2)(θ_2 − 3) = −9.504."""
+@pytest.mark.nightly
+@pytest.mark.parametrize("hidden", [20, None])
+def test_orders_differ_with_constant_gates(hidden):
+    learners = [lstm(hidden, order, norm=True) for order in ("first", "second")]
+    params = with_constant_gates(init(learners[0]), 0.94, 0.3)
+    first, second = (gradient(learner, params, task())["model"] for learner in learners)
+    assert differ(first, second) > 1e-3
+
+
+@pytest.mark.parametrize("forget", [1.0, pytest.param(0.9, marks=pytest.mark.nightly)])
+def test_constant_gates_on_one_number_match_closed_form(forget):
+    """θ_2 = 0.36, ∂/∂c_0 = −2.64, ∂/∂i = −(∇_1 + ∇_2)(θ_2 − 3) = −9.504."""
     of = number_task()
     learner = jm.lstm_meta_learner(NUMBER, steps=2, loss=half_square)
     params = with_constant_gates(init(learner, of), forget, 0.1)
-    theta = float(learner.adapt(params, of.support, KEY)["model"]["theta"])
+    theta = float(adapt(learner, params, of)["model"]["theta"])
     found = gradient(learner, params, of)
     np.testing.assert_allclose(found["model"]["theta"], forget**2 * (theta - 3), rtol=1e-12)
     if forget == 1:
@@ -80,8 +101,14 @@ def test_on_a_line(forget):
         np.testing.assert_allclose(found["model"]["theta"], -2.64, rtol=1e-12)
         # i = σ(b): ∂i/∂b = i(1 − i).
         np.testing.assert_allclose(found["hyper"]["input_bias"] / (0.1 * 0.9), -9.504, rtol=1e-12)
-        second = jm.lstm_meta_learner(NUMBER, steps=2, order="second", loss=half_square)
-        np.testing.assert_allclose(gradient(second, params, of)["model"]["theta"], -1.6896, rtol=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [pytest.param(20, marks=pytest.mark.nightly), None])
+def test_constant_gates_on_one_number_match_closed_form_in_second_order(hidden):
+    of = number_task()
+    learner = jm.lstm_meta_learner(NUMBER, steps=2, order="second", hidden=hidden, loss=half_square)
+    params = with_constant_gates(init(learner, of), 1.0, 0.1)
+    np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], -1.6896, rtol=1e-12)
 
 
 def stirred(params):
@@ -89,70 +116,73 @@ def stirred(params):
     return jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape), params)
 
 
-@pytest.mark.parametrize("memory", ["store", "recompute"])
-@pytest.mark.parametrize(("hidden", "feedback"), [(3, "gate"), (3, "pre_gate"), (None, "gate")])
-def test_lstm_is_that_of_finite_differences_with_gradients_and_losses_held_fixed(hidden, feedback, memory):
+@pytest.mark.parametrize(
+    ("hidden", "feedback", "memory"),
+    [
+        (3, "gate", "store"),
+        pytest.param(3, "gate", "recompute", marks=pytest.mark.nightly),
+        pytest.param(3, "pre_gate", "store", marks=pytest.mark.nightly),
+        pytest.param(3, "pre_gate", "recompute", marks=pytest.mark.nightly),
+        pytest.param(None, "gate", "store", marks=pytest.mark.nightly),
+        (None, "gate", "recompute"),
+    ],
+)
+def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held_fixed(
+    hidden, feedback, memory
+):
     of = task()
     learner = jm.lstm_meta_learner(
-        network(norm=False), steps=3, hidden=hidden, feedback=feedback, memory=memory
+        network(norm=False), steps=2, hidden=hidden, feedback=feedback, memory=memory
     )
     params = stirred(init(learner))
     cell = jm.nn.GatedUpdate(hidden, feedback)
-    model = jm.nn.as_model(network(norm=False))
+    measure = plain_loss(norm=False)
 
-    def support_loss(weights):
-        return jm.losses.cross_entropy(model.apply(weights, of.support.x), of.support.y)
-
-    def by_hand(params, measure):
+    def by_hand(params, measured):
         theta, restore = ravel_pytree(params["model"])
-        state = cell.initial(theta.size, theta.dtype)
-        for step in range(3):
-            value, grads = measure(step, restore(theta))
+        state, used = cell.initial(theta.size, theta.dtype), []
+        for step in range(2):
+            used.append(measured(step, restore(theta)))
+            value, grads = used[-1]
             state, change = cell.apply(
                 {"params": params["hyper"]}, state, ravel_pytree(grads)[0], value, theta
             )
             theta = theta + change
-        return jm.losses.cross_entropy(model.apply(restore(theta), of.query.x), of.query.y)
+        return measure(restore(theta), of.query)[0], used
 
-    recorded = []
-
-    def record(step, weights):
-        recorded.append(jax.value_and_grad(support_loss)(weights))
-        return recorded[-1]
-
-    np.testing.assert_allclose(learner.loss(params, of, KEY)[0], by_hand(params, record), rtol=1e-12)
-    expected = finite_differences(lambda params: by_hand(params, lambda step, _: recorded[step]), params)
-    np.testing.assert_allclose(ravel_pytree(gradient(learner, params, of))[0], expected, atol=1e-8)
+    value, recorded = jax.jit(
+        lambda params: by_hand(params, lambda step, weights: measure(weights, of.support))
+    )(params)
+    np.testing.assert_allclose(loss(learner, params, of)[0], value, rtol=1e-12)
+    expected = finite_differences(lambda params: by_hand(params, lambda step, _: recorded[step])[0], params)
+    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
 
 
-def test_lstm_of_second_order_is_that_of_plain_finite_differences():
-    of = task()
-    learner = jm.lstm_meta_learner(network(), steps=3, hidden=3, order="second")
+@pytest.mark.nightly
+def test_second_order_lstm_gradient_matches_plain_finite_differences():
+    of, learner, first = task(), lstm(3, "second"), lstm(3)
     params = stirred(init(learner))
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
-    np.testing.assert_allclose(ravel_pytree(gradient(learner, params, of))[0], expected, atol=2e-7)
-    first = jm.lstm_meta_learner(network(), steps=3, hidden=3)
+    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=2e-7)
     assert differ(gradient(first, params, of), gradient(learner, params, of)) > 1e-3
 
 
-def test_the_cell_does_not_grow_with_the_network_and_tasks_start_alike():
+def test_cell_has_the_published_size_and_the_network_starts_as_in_maml():
     learner = jm.lstm_meta_learner(network())
     params = init(learner)
     assert sum(leaf.size for leaf in jax.tree.leaves(params["hyper"])) == 2046
     assert_trees_close(params["model"], init(jm.maml(network()))["model"], rtol=0)
 
 
-def test_a_gradient_scale_divides_what_the_cell_sees():
+def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
     """The official code's extra 1/B: as if the loss's gradient were 1/B of what it is."""
-    of = task()
-    settings = {"steps": 2, "hidden": None}
-    scaled = jm.lstm_meta_learner(network(norm=False), gradient_scale=0.2, **settings)
-    params = with_constant_gates(init(scaled), 1.0, 0.5)
-    plain = jm.lstm_meta_learner(network(norm=False), **settings)
+    of = number_task()
+    settings = {"steps": 2, "hidden": None, "loss": half_square}
+    scaled = jm.lstm_meta_learner(NUMBER, gradient_scale=0.2, **settings)
+    params = with_constant_gates(init(scaled, of), 1.0, 0.5)
+    plain = jm.lstm_meta_learner(NUMBER, **settings)
     slower = with_constant_gates(params, 1.0, 0.1)
-    assert_trees_close(
-        scaled.adapt(params, of.support, KEY), plain.adapt(slower, of.support, KEY), atol=1e-13
-    )
+    assert_trees_close(adapt(scaled, params, of), adapt(plain, slower, of), atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +194,7 @@ def test_a_gradient_scale_divides_what_the_cell_sees():
         ({"order": "implicit", "proximal": 1.0}, 'order: got "implicit"'),
     ],
 )
-def test_lstm_refuses(settings, says):
+def test_lstm_refuses_bad_settings(settings, says):
     with pytest.raises(ValueError, match=says):
         jm.lstm_meta_learner(network(), **settings)
 
@@ -176,7 +206,7 @@ SQUARE = jm.Model(lambda key, x: jnp.ones(()), lambda params, x: jnp.full((x.sha
 SQUARE_TASK = jm.Task(*(jm.Batch(jnp.zeros((1, 1)), jnp.zeros((1, 1))) for _ in range(2)))
 
 
-def linear_optimizer(steps=20, truncation=5, **settings):
+def linear_optimizer(steps=20, truncation=5):
     """δ = w·g + b, from w = b = 0."""
     return jm.learned_optimizer(
         SQUARE,
@@ -187,39 +217,43 @@ def linear_optimizer(steps=20, truncation=5, **settings):
         scale=1.0,
         zero_output=True,
         loss=jm.losses.mse,
-        **settings,
     )
+
+
+@functools.cache
+def unroll_program(unroll):
+    return jax.jit(unroll)
+
+
+def unroll(learner, params, of, carry, key=KEY):
+    """One unroll, as a jitted program that is compiled once for a learner."""
+    return unroll_program(learner.unroll)(params, of, carry, key)
 
 
 def test_without_updates_an_unroll_of_u_steps_is_u_plus_one_times_the_loss():
     learner = linear_optimizer()
     params = init(learner, SQUARE_TASK)
-    value, carry = learner.unroll(params, SQUARE_TASK, None, KEY)
+    value, carry = unroll(learner, params, SQUARE_TASK, None)
     np.testing.assert_allclose(value, 6.0)
-    np.testing.assert_allclose(learner.loss(params, SQUARE_TASK, KEY)[0], 4 * 6.0)
+    np.testing.assert_allclose(loss(learner, params, SQUARE_TASK)[0], 4 * 6.0)
     np.testing.assert_allclose(carry.weights, 1.0)
-    lstm = jm.learned_optimizer(network(), truncation=5, zero_output=True)
-    start = lstm.unroll(init(lstm), task(), None, KEY)
-    np.testing.assert_allclose(
-        start[0],
-        6
-        * jm.losses.cross_entropy(
-            jm.nn.as_model(network()).apply(start[1].weights, task().support.x), task().support.y
-        ),
-    )
+    recurrent = learned(zero_output=True)
+    value, carry = unroll(recurrent, init(recurrent), task(), None)
+    np.testing.assert_allclose(value, 4 * plain_loss(norm=False)(carry.weights, task().support)[0])
 
 
-def test_the_official_test_s_two_numbers():
+def test_linear_optimizer_reproduces_the_numbers_of_the_official_test():
     """∂L/∂w = 60 and ∂L/∂b = 30; after one Adam step of 0.01, five more steps from 1 end at 0.8558811952."""
     learner = linear_optimizer()
     params = init(learner, SQUARE_TASK)
-    grads = jax.grad(lambda params: learner.unroll(params, SQUARE_TASK, None, KEY)[0])(params)["optimizer"]
+    grads = jax.jit(jax.grad(lambda params: learner.unroll(params, SQUARE_TASK, None, KEY)[0]))(params)
+    grads = grads["optimizer"]
     # ∂θ_t/∂w = −Σ g = 2t (g = 2 at θ = 1, δ = w·g), so that ∂L/∂w = 2·Σ_{t ≤ 5} 2t = 60.
     np.testing.assert_allclose((grads["kernel"].item(), grads["bias"].item()), (60, 30), rtol=1e-12)
     adam = optax.adam(0.01)
     updates, _ = adam.update(grads, adam.init(params["optimizer"]))
     params = {"optimizer": optax.apply_updates(params["optimizer"], updates)}
-    np.testing.assert_allclose(ravel_pytree(params)[0], -0.01, rtol=1e-6)
+    np.testing.assert_allclose(flat(params), -0.01, rtol=1e-6)
     params = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), params)
     optimizer = learner.as_optax(params)
     theta, state, way = jnp.ones(()), optimizer.init(jnp.ones(())), []
@@ -229,7 +263,7 @@ def test_the_official_test_s_two_numbers():
         way.append(theta)
     np.testing.assert_allclose(way, [0.97, 0.9406, 0.911788, 0.883552, 0.855881], atol=5e-7)
     np.testing.assert_allclose(theta, 0.8558811952, atol=5e-11)
-    _, carry = learner.unroll(params, SQUARE_TASK, None, KEY)
+    _, carry = unroll(learner, params, SQUARE_TASK, None)
     np.testing.assert_allclose(carry.weights, 0.8558811952, atol=5e-11)
     np.testing.assert_allclose(theta**2, 0.7325326203, atol=1e-10)
 
@@ -258,78 +292,97 @@ def test_a_linear_optimizer_trained_on_a_square_finds_its_minimum():
     assert finals[-1] < 1e-5
 
 
-def learned(**settings):
+@functools.cache
+def learned(net_norm=False, **settings):
     return jm.learned_optimizer(
-        precise_network(), **{"steps": 6, "truncation": 3, "layers": (3,), **settings}
+        precise_network(norm=net_norm),
+        **{"steps": 6, "truncation": 3, "layers": (3,), "memory": "store", **settings},
     )
 
 
 def start_of(learner, params, of):
-    """Where `learner`'s run begins: with no update made."""
-    still = jm.learned_optimizer(precise_network(), steps=1, truncation=1, layers=(3,), zero_output=True)
-    return still.unroll(init(still), of, None, KEY)[1].weights
+    """Where the learner's run begins: with parameters of zero it makes no update."""
+    zero = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), params)
+    return unroll(learner, zero, of, None)[1].weights
 
 
-@pytest.mark.parametrize("memory", ["store", "recompute"])
-@pytest.mark.parametrize("order", ["first", "second"])
-def test_unroll_is_that_of_finite_differences_with_what_it_stops_held_fixed(order, memory):
+@pytest.mark.parametrize(
+    ("order", "memory", "norm"),
+    [
+        ("first", "recompute", False),
+        ("second", "store", False),
+        *(
+            pytest.param(order, memory, True, marks=pytest.mark.nightly)
+            for order in ("first", "second")
+            for memory in ("store", "recompute")
+        ),
+    ],
+)
+def test_unroll_gradient_matches_finite_differences_with_what_it_stops_held_fixed(order, memory, norm):
     of = task()
-    learner = learned(order=order, memory=memory, scale=0.3)
+    learner = learned(net_norm=norm, order=order, memory=memory, scale=0.3)
     params = stirred(init(learner))
-    _, carry = learner.unroll(params, of, None, KEY)
+    _, carry = unroll(learner, params, of, None)
     net = jm.nn.ProposedUpdate((3,), 10.0, 0.3)
-    model = jm.nn.as_model(network())
-
-    def support_loss(weights):
-        return jm.losses.cross_entropy(model.apply(weights, of.support.x), of.support.y)
 
     def by_hand(params, gradient_at):
-        """The second unroll, from the carry of the first."""
-        (theta, restore), state, total = ravel_pytree(carry.weights), carry.state, 0.0
+        """The second unroll, from the carry of the first, and the gradients that it used."""
+        (theta, restore), state, total, used = ravel_pytree(carry.weights), carry.state, 0.0, []
         for step in range(3):
-            total += support_loss(restore(theta))
-            grads = ravel_pytree(gradient_at(step, restore(theta)))[0]
-            state, change = net.apply({"params": params["optimizer"]}, state, grads)
+            value, slope = plain_loss(norm)(restore(theta), of.support)
+            total += value
+            used.append(gradient_at(step, slope))
+            state, change = net.apply({"params": params["optimizer"]}, state, ravel_pytree(used[-1])[0])
             theta = theta + change
-        return total + support_loss(restore(theta))
+        return total + plain_loss(norm)(restore(theta), of.support)[0], used
 
-    recorded = []
+    def exact(step, slope):
+        return slope
 
-    def record(step, weights):
-        recorded.append(jax.grad(support_loss)(weights))
-        return recorded[-1]
-
-    value = by_hand(params, record)
-    held = (
-        (lambda step, weights: recorded[step])
-        if order == "first"
-        else (lambda _, w: jax.grad(support_loss)(w))
-    )
-    expected = finite_differences(lambda params: by_hand(params, held), params)
+    value, recorded = jax.jit(lambda params: by_hand(params, exact))(params)
+    held = (lambda step, slope: recorded[step]) if order == "first" else exact
+    expected = finite_differences(lambda params: by_hand(params, held)[0], params)
     found, grads = jax.jit(jax.value_and_grad(lambda params: learner.unroll(params, of, carry, KEY)[0]))(
         params
     )
     np.testing.assert_allclose(found, value, rtol=1e-12)
-    np.testing.assert_allclose(ravel_pytree(grads)[0], expected, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(flat(grads), expected, atol=1e-6, rtol=1e-6)
     assert np.abs(expected).max() > 0.01
 
 
-def test_no_gradient_comes_from_before_an_unroll():
+@functools.cache
+def run_of_two_unrolls():
+    """Of a run: the losses of both unrolls, their gradients in what each was given, and the carry between."""
     of, learner = task(), learned()
-    params = init(learner)
-    _, carry = learner.unroll(params, of, None, KEY)
 
-    def second(params, first_params):
-        _, carry = learner.unroll(first_params, of, None, KEY)
-        return learner.unroll(params, of, carry, KEY)[0]
+    def losses(*given):
+        first, carry = learner.unroll(given[0], of, None, KEY)
+        second, _ = learner.unroll(given[1], of, carry, KEY)
+        return (first, second), carry
 
-    own, before = jax.grad(second, (0, 1))(params, params)
-    assert_trees_close(before, jax.tree.map(jnp.zeros_like, before), rtol=0)
-    alone = jax.grad(lambda params: learner.unroll(params, of, carry, KEY)[0])(params)
+    @jax.jit
+    def run(params):
+        values, pullback, carry = jax.vjp(losses, params, params, has_aux=True)
+        one, zero = jnp.ones_like(values[0]), jnp.zeros_like(values[0])
+        return values, (pullback((one, zero)), pullback((zero, one))), carry
+
+    return run(init(learner))
+
+
+def test_gradient_of_an_unroll_stops_at_its_beginning():
+    _, (_, (before, _)), _ = run_of_two_unrolls()
+    assert_trees_close(before, jax.tree.map(np.zeros_like, before), rtol=0)
+
+
+@pytest.mark.nightly
+def test_gradient_of_an_unroll_in_a_run_equals_that_from_its_carry():
+    of, learner = task(), learned()
+    _, (_, (_, own)), carry = run_of_two_unrolls()
+    alone = jax.jit(jax.grad(lambda params: learner.unroll(params, of, carry, KEY)[0]))(init(learner))
     assert_trees_close(own, alone, atol=1e-14)
 
 
-def test_an_unroll_ends_with_the_randomness_that_the_next_begins_with():
+def test_last_loss_of_an_unroll_and_first_of_the_next_share_their_key():
     """Without updates f differs from step to step by its key alone."""
 
     def apply(params, x, *, key=None):
@@ -339,51 +392,41 @@ def test_an_unroll_ends_with_the_randomness_that_the_next_begins_with():
     model = jm.Model(lambda key, x: {"w": jnp.zeros(())}, apply, stochastic=True)
     learner = jm.learned_optimizer(model, steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
     of = jm.Task(*(jm.Batch(jnp.zeros((3, 2)), jnp.zeros((3, 1))) for _ in range(2)))
-    params = learner.init(KEY, of)
-    points = [jnp.square(jax.random.normal(jax.random.fold_in(KEY, step))) for step in range(5)]
+    params = init(learner, of)
+    keys = jax.vmap(lambda step: jax.random.fold_in(KEY, step))(np.arange(5))
+    points = np.square(jax.vmap(jax.random.normal)(keys))
     carry = None
     for first in (0, 2):
-        value, carry = learner.unroll(params, of, carry, KEY)
+        value, carry = unroll(learner, params, of, carry)
         np.testing.assert_allclose(value, sum(points[first : first + 3]), rtol=1e-6)
 
 
 def test_the_loss_is_the_sum_of_its_unrolls():
-    of, learner = task(), learned(steps=9)
+    of, learner = task(), learned()
     params = init(learner)
-
-    def summed(params):
-        total, carry = 0.0, None
-        for _ in range(3):
-            value, carry = learner.unroll(params, of, carry, KEY)
-            total += value
-        return total
-
-    value, grads = jax.value_and_grad(summed)(params)
-    np.testing.assert_allclose(learner.loss(params, of, KEY)[0], value, rtol=1e-12)
-    assert_trees_close(gradient(learner, params, of), grads, atol=1e-12)
+    values, ((first, _), (_, second)), _ = run_of_two_unrolls()
+    np.testing.assert_allclose(loss(learner, params, of)[0], sum(values), rtol=1e-12)
+    assert_trees_close(gradient(learner, params, of), jax.tree.map(np.add, first, second), atol=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_the_optimizer_of_a_run_is_the_one_of_optax(batch_size):
+def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(batch_size):
     """A run in two unrolls ends where a plain optax loop ends, and where `adapt` does."""
     of, learner = task(), learned(batch_size=batch_size)
     params = init(learner)
     carry = None
     for _ in range(2):
-        _, carry = learner.unroll(params, of, carry, KEY)
-    adapted = learner.adapt(params, of.support, KEY)
+        _, carry = unroll(learner, params, of, carry)
+    adapted = adapt(learner, params, of)
     assert_trees_close(adapted["model"], carry.weights, atol=1e-12)
     assert int(carry.step) == 6
     if batch_size is not None:
         return
     optimizer = learner.as_optax(params)
     weights = start_of(learner, params, of)
-    state, model = optimizer.init(weights), jm.nn.as_model(network())
+    state, update = optimizer.init(weights), jax.jit(optimizer.update)
     for _ in range(6):
-        grads = jax.grad(lambda w: jm.losses.cross_entropy(model.apply(w, of.support.x), of.support.y))(
-            weights
-        )
-        updates, state = optimizer.update(grads, state, weights)
+        updates, state = update(plain_loss(norm=False)(weights, of.support)[1], state, weights)
         weights = optax.apply_updates(weights, updates)
     assert_trees_close(adapted["model"], weights, atol=1e-12)
 
@@ -407,21 +450,25 @@ def test_as_optax_serves_trees_of_any_shapes_and_types():
     np.testing.assert_array_equal(kept["b"][1], 1.0)
 
 
-def test_every_run_begins_anew():
+def test_runs_of_different_keys_start_at_different_weights():
     learner = learned()
     params, of = init(learner), task()
-    first, second = (learner.unroll(params, of, None, jax.random.key(seed))[1].weights for seed in (0, 1))
+    first, second = (unroll(learner, params, of, None, jax.random.key(seed))[1].weights for seed in (0, 1))
     assert differ(first, second) > 0.1
 
 
-def test_more_steps_at_test_and_another_network_need_no_other_parameters():
+def test_steps_at_test_may_outnumber_those_of_training():
     params, of = init(learned()), task()
     longer = learned(eval_steps=12)
-    assert differ(longer.adapt(params, of.support, KEY), learned().adapt(params, of.support, KEY)) > 1e-4
+    assert differ(adapt(longer, params, of), adapt(learned(), params, of)) > 1e-4
+
+
+def test_learned_parameters_serve_a_wider_network():
+    params, of = init(learned()), task()
     wide = functools.partial(jm.nn.MLP, out=WAYS, kernel_init=jax.nn.initializers.lecun_normal())
-    wider = jm.learned_optimizer(wide(hidden=(9, 7)), steps=6, truncation=3, layers=(3,))
-    assert wider.adapt(params, of.support, KEY)["model"]["Dense_0"]["kernel"].shape == (DIM, 9)
-    assert np.isfinite(wider.loss(params, of, KEY)[0])
+    wider = jm.learned_optimizer(wide(hidden=(9, 7)), steps=3, truncation=3, layers=(3,))
+    assert adapt(wider, params, of)["model"]["Dense_0"]["kernel"].shape == (DIM, 9)
+    assert np.isfinite(jax.jit(wider.loss)(params, of, KEY)[0])
 
 
 @pytest.mark.parametrize(
@@ -435,7 +482,7 @@ def test_more_steps_at_test_and_another_network_need_no_other_parameters():
         ({"norm": "population"}, "norm: got 'population'; it must be one of 'batch', 'support'"),
     ],
 )
-def test_learned_optimizer_refuses(settings, says):
+def test_learned_optimizer_refuses_bad_settings(settings, says):
     with pytest.raises(ValueError, match=says):
         learned(**settings)
 

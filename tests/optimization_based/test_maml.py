@@ -7,17 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.flatten_util import ravel_pytree
 from problems import (
     DIM,
     KEY,
     WAYS,
+    adapt,
     assert_trees_close,
+    descended,
     differ,
     finite_differences,
+    flat,
     gradient,
     init,
+    loss,
     network,
+    query_loss,
     task,
 )
 
@@ -26,60 +30,69 @@ import jaxmeta as jm
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.mark.parametrize(("norm", "masked"), [("batch", False), ("batch", True), ("support", True)])
-def test_meta_gradient_is_that_of_finite_differences(norm, masked):
-    learner = jm.maml(network(), inner_optimizer=optax.sgd(0.5), steps=2, norm=norm)
+@functools.cache
+def maml(**settings):
+    """MAML of two steps of size 0.5 on the network of a few units, the same learner for the same settings."""
+    # The default memory mode, "auto", would trace each inner step once more.
+    own = {"inner_optimizer": optax.sgd(0.5), "steps": 2, "memory": "store"}
+    return jm.maml(network(), **{**own, **settings})
+
+
+def predict(learner, params, adapted, x):
+    return jax.jit(learner.predict)(params, adapted, x)
+
+
+def one_by_one(learner, params, adapted, x):
+    """Predictions of each query alone."""
+    return jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(x)
+
+
+@pytest.mark.parametrize(
+    ("norm", "masked"),
+    [pytest.param("batch", False, marks=pytest.mark.nightly), ("batch", True), ("support", True)],
+)
+def test_meta_gradient_matches_finite_differences(norm, masked):
+    learner = maml(norm=norm)
     params, of = init(learner), task()
     if masked:
         of = jm.Task(*(jm.Batch(p.x, p.y, jnp.arange(p.y.size) % 4 != 1, WAYS) for p in of))
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
-    np.testing.assert_allclose(ravel_pytree(gradient(learner, params, of))[0], expected, atol=1e-8)
+    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
     assert np.abs(expected).max() > 0.01
 
 
-@pytest.mark.parametrize("norm", ["batch", "support"])
+@pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.nightly), "support"])
 def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
-    make = functools.partial(jm.maml, network(), inner_optimizer=optax.sgd(0.5), steps=2, norm=norm)
-    learner, of = make(order="first"), task()
+    learner, of = maml(norm=norm, order="first"), task()
     params = init(learner)
-
-    def query_loss(fast):
-        # A step of size 0: what remains is the query loss at `fast`.
-        still = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
-        return still.loss({"model": fast}, of, KEY)[0]
-
-    adapted = learner.adapt(params, of.support, KEY)
+    adapted = adapt(learner, params, of)
     found = gradient(learner, params, of)
-    assert_trees_close(found, {"model": jax.grad(query_loss)(adapted["model"])}, atol=1e-12)
-    assert differ(found, gradient(make(), params, of)) > 1e-3
+    assert_trees_close(found, {"model": query_loss(adapted["model"], of, norm)[1]}, atol=1e-12)
+    assert differ(found, gradient(maml(norm=norm), params, of)) > 1e-3
+
+
+@pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.nightly), "support"])
+def test_fomaml_is_first_order_maml(norm):
+    learner, of = maml(norm=norm, order="first"), task()
+    params = init(learner)
     same = jm.fomaml(network(), inner_optimizer=optax.sgd(0.5), steps=2, norm=norm)
-    assert_trees_close(found, gradient(same, params, of), rtol=0)
+    assert_trees_close(gradient(learner, params, of), gradient(same, params, of), rtol=0)
 
 
 def test_adaptation_is_gradient_descent_on_the_support_loss():
-    learner, of = jm.maml(network(), inner_optimizer=optax.sgd(0.5), steps=2), task()
+    learner, of = maml(), task()
     params = init(learner)
     before = jax.tree.map(np.array, params)
-    model = jm.nn.as_model(network())
-    theta = params["model"]
-    for _ in range(2):
-        grads = jax.grad(lambda t: jm.losses.cross_entropy(model.apply(t, of.support.x), of.support.y))(theta)
-        theta = jax.tree.map(lambda t, g: t - 0.5 * g, theta, grads)
-    assert_trees_close(learner.adapt(params, of.support, KEY)["model"], theta, atol=1e-12)
+    expected = descended(params["model"], of.support, 2)
+    assert_trees_close(adapt(learner, params, of)["model"], expected, atol=1e-12)
     assert_trees_close(params, before, rtol=0)
 
 
 @pytest.mark.parametrize("order", ["second", "first"])
-def test_only_the_picked_leaves_adapt_and_the_others_still_learn(order):
-    learner = jm.maml(
-        network(),
-        inner_optimizer=optax.sgd(0.5),
-        steps=2,
-        order=order,
-        adapts=lambda path: path.startswith("head/"),
-    )
+def test_only_picked_leaves_adapt_and_the_others_have_a_meta_gradient(order):
+    learner = maml(order=order, adapts=lambda path: path.startswith("head/"))
     params, of = init(learner), task()
-    adapted = learner.adapt(params, of.support, KEY)["model"]
+    adapted = adapt(learner, params, of)["model"]
     for name, leaves in params["model"].items():
         if name == "head":
             assert all(differ(adapted[name][leaf], leaves[leaf]) > 1e-3 for leaf in leaves)
@@ -99,99 +112,93 @@ def test_predicate_sees_the_paths_of_the_leaves():
 
 
 def test_steps_at_test_may_differ_from_steps_at_training():
-    make = functools.partial(jm.maml, network(), inner_optimizer=optax.sgd(0.5))
-    learner, of = make(steps=1, eval_steps=3), task()
+    learner, one, of = maml(steps=1, eval_steps=3), maml(steps=1), task()
     params = init(learner)
-    adapted = learner.adapt(params, of.support, KEY)
-    assert_trees_close(adapted, make(steps=3).adapt(params, of.support, KEY), rtol=1e-12)
-    assert differ(adapted, make(steps=1).adapt(params, of.support, KEY)) > 1e-3
-    np.testing.assert_allclose(
-        learner.loss(params, of, KEY)[0], make(steps=1).loss(params, of, KEY)[0], rtol=1e-12
-    )
+    adapted = adapt(learner, params, of)
+    assert_trees_close(adapted, adapt(maml(steps=3), params, of), rtol=1e-12)
+    assert differ(adapted, adapt(one, params, of)) > 1e-3
+    np.testing.assert_allclose(loss(learner, params, of)[0], loss(one, params, of)[0], rtol=1e-12)
+    assert_trees_close(adapt(maml(eval_steps=0), params, of)["model"], params["model"], rtol=0)
 
 
 def test_norm_modes_share_their_parameters():
-    of = task()
-    batch, support, population = (
-        jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm=norm)
-        for norm in ("batch", "support", "population")
+    of, learners = task(), {norm: maml(norm=norm) for norm in ("batch", "support", "population")}
+    params = init(learners["batch"])
+    for norm in ("support", "population"):
+        assert_trees_close(init(learners[norm]), params, rtol=0)
+    batch, support = (
+        predict(learners[norm], params, adapt(learners[norm], params, of), of.query.x)
+        for norm in ("batch", "support")
     )
-    params = init(batch)
-    for other in (support, population):
-        assert_trees_close(init(other), params, rtol=0)
-    joint = {
-        name: learner.predict(params, learner.adapt(params, of.support, KEY), of.query.x)
-        for name, learner in (("batch", batch), ("support", support))
-    }
-    assert differ(joint["batch"], joint["support"]) > 1e-3
+    assert differ(batch, support) > 1e-3
+
+
+def hidden(weights, x):
+    """What the network's normalisation sees."""
+    return np.asarray(x) @ np.asarray(weights["Dense_0"]["kernel"]) + np.asarray(weights["Dense_0"]["bias"])
 
 
 def test_support_mode_normalises_by_the_adapted_support():
-    learner, of = jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm="support"), task()
-    params = init(learner)
-    adapted = learner.adapt(params, of.support, KEY)
-    hidden = of.support.x @ adapted["model"]["Dense_0"]["kernel"] + adapted["model"]["Dense_0"]["bias"][None]
+    learner, of = maml(norm="support"), task()
+    adapted = adapt(learner, init(learner), of)
+    seen = hidden(adapted["model"], of.support.x)
     stats = adapted["stats"]["BatchNorm_0"]
-    np.testing.assert_allclose(stats["mean"], hidden.mean(0), atol=1e-12)
-    np.testing.assert_allclose(stats["var"], hidden.var(0), atol=1e-12)
+    np.testing.assert_allclose(stats["mean"], seen.mean(0), atol=1e-12)
+    np.testing.assert_allclose(stats["var"], seen.var(0), atol=1e-12)
 
 
 def test_population_mode_needs_calibration_and_then_is_inductive():
-    learner = jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm="population")
+    learner = maml(norm="population")
     params, of = init(learner), task()
     with pytest.raises(ValueError, match=r"jm\.calibrate"):
         learner.adapt(params, of.support, KEY)
     # Tasks that differ in one number: the population's moments are means over tasks and parts.
     kept = [task(seed) for seed in range(2)]
-    sums = [learner.statistics(params, t, KEY) for t in kept]
+    sums = [jax.jit(learner.statistics)(params, t, KEY) for t in kept]
     population = jax.tree.map(lambda a, b: (a + b) / (sums[0][1] + sums[1][1]), sums[0][0], sums[1][0])
     filled = {**params, "population": population}
-    hidden = [
-        p.x @ params["model"]["Dense_0"]["kernel"] + params["model"]["Dense_0"]["bias"][None]
-        for t in kept
-        for p in t
-    ]
-    mean = np.mean([h.mean(0) for h in hidden], 0)
-    var = np.mean([np.square(h).mean(0) for h in hidden], 0) - np.square(mean)
-    adapted = learner.adapt(filled, of.support, KEY)
+    seen = [hidden(params["model"], part.x) for t in kept for part in t]
+    mean = np.mean([h.mean(0) for h in seen], 0)
+    var = np.mean([np.square(h).mean(0) for h in seen], 0) - np.square(mean)
+    adapted = adapt(learner, filled, of)
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["mean"], mean, atol=1e-12)
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], var, atol=1e-12)
     # The inner loop is normalised by them too, so no parameter of the net hides behind a batch.
-    trained = jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm="batch")
-    assert differ(adapted["model"], trained.adapt(filled, of.support, KEY)["model"]) > 1e-3
+    assert differ(adapted["model"], adapt(maml(), filled, of)["model"]) > 1e-3
 
 
 @pytest.mark.parametrize(("norm", "leaks"), [("batch", True), ("support", False), ("population", False)])
-def test_queries_one_at_a_time_detect_transduction(norm, leaks):
-    learner, of = jm.maml(network(), inner_optimizer=optax.sgd(0.5), norm=norm), task()
+def test_predictions_of_queries_alone_and_together_differ_only_where_transductive(norm, leaks):
+    learner, of = maml(norm=norm), task()
     params = init(learner)
-    total, count = learner.statistics(params, of, KEY)
+    total, count = jax.jit(learner.statistics)(params, of, KEY)
     params["population"] = jax.tree.map(lambda leaf: leaf / count, total)
-    adapted = learner.adapt(params, of.support, KEY)
-    joint = learner.predict(params, adapted, of.query.x)
-    alone = jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0])(of.query.x)
+    adapted = adapt(learner, params, of)
+    joint = predict(learner, params, adapted, of.query.x)
+    alone = one_by_one(learner, params, adapted, of.query.x)
     if leaks:
         assert differ(joint, alone) > 1e-2
     else:
         np.testing.assert_allclose(joint, alone, atol=1e-12)
 
 
-def test_linear_support_loss_makes_maml_and_fomaml_one():
+def test_first_and_second_order_agree_where_the_support_loss_is_linear():
     """Linear in θ on the support, quadratic on the query: the target's second column says which."""
 
-    def loss(outputs, y, mask):
+    def by_flag(outputs, y, mask):
         return (outputs[:, 0] * y[:, 0] + y[:, 1] * jnp.square(outputs[:, 1])).mean()
 
     rng = np.random.default_rng(0)
     x, y = jnp.asarray(rng.normal(size=(6, DIM))), jnp.asarray(rng.normal(size=6))
     of = jm.Task(*(jm.Batch(x, jnp.stack([y, jnp.full(6, flag)], 1)) for flag in (0.0, 1.0)))
-    model = jm.Model(lambda key, x: {"w": jnp.ones((DIM, 2))}, lambda params, x: x @ params["w"])
+    start = {"w": jnp.ones((DIM, 2))}
+    model = jm.Model(lambda key, x: start, lambda params, x: x @ params["w"])
     # The inner steps reach both columns of w: each output is a product with both.
     mixed = model._replace(apply=lambda params, x: x @ params["w"] @ jnp.array([[1.0, 1.0], [1.0, 2.0]]))
     for each in (model, mixed):
-        make = functools.partial(jm.maml, each, inner_optimizer=optax.sgd(0.3), steps=3, loss=loss)
+        make = functools.partial(jm.maml, each, inner_optimizer=optax.sgd(0.3), steps=3, loss=by_flag)
         second, first = make(), make(order="first")
-        params = init(second, of)
+        params = {"model": start}
         found = gradient(second, params, of)
         assert_trees_close(found, gradient(first, params, of), rtol=1e-13)
         assert differ(found, jax.tree.map(jnp.zeros_like, found)) > 0.1
@@ -203,13 +210,14 @@ def test_regression_by_a_network_without_statistics():
                    for n in (4, 6)))  # fmt: skip
     learner = jm.maml(network(out=2, norm=False), inner_optimizer=optax.sgd(0.1), steps=3, loss=jm.losses.mse)
     params = init(learner, of)
-    value, metrics = learner.loss(params, of, KEY)
-    outputs = learner.predict(params, learner.adapt(params, of.support, KEY), of.query.x)
+    value, metrics = loss(learner, params, of)
+    adapted = adapt(learner, params, of)
+    outputs = predict(learner, params, adapted, of.query.x)
     np.testing.assert_allclose(value, np.square(outputs - of.query.y).mean(), rtol=1e-12)
     np.testing.assert_allclose(metrics["mse"][0] / metrics["mse"][1], value, rtol=1e-12)
     assert metrics["mse"][1] == 6
-    plain = jm.nn.as_model(network(2, False)).apply(params["model"], of.support.x)
-    fitted = learner.predict(params, learner.adapt(params, of.support, KEY), of.support.x)
+    plain = predict(learner, params, {"model": params["model"], "stats": None}, of.support.x)
+    fitted = predict(learner, params, adapted, of.support.x)
     assert jm.losses.mse(fitted, of.support.y) < jm.losses.mse(plain, of.support.y)
 
 
@@ -218,7 +226,7 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
     learner = jm.maml(model, norm="support")
     assert learner.statistics is None
     params = init(learner)
-    assert learner.adapt(params, task().support, KEY)["stats"] is None
+    assert adapt(learner, params, task())["stats"] is None
 
 
 @pytest.mark.parametrize(
@@ -267,24 +275,26 @@ def test_each_inner_step_and_the_query_draw_with_keys_of_their_own():
     model = jm.Model(lambda key, x: {"w": jnp.ones((DIM, WAYS))}, apply, stochastic=True)
     learner, of = jm.maml(model, inner_optimizer=optax.sgd(0.5), steps=2), task()
     params = init(learner)
-    fast = params["model"]
-    for step in range(2):
-        key = jax.random.fold_in(KEY, step)
-        grads = jax.grad(lambda p: jm.losses.cross_entropy(apply(p, of.support.x, key), of.support.y))(fast)  # noqa: B023
-        fast = {"w": fast["w"] - 0.5 * grads["w"]}
-    adapted = learner.adapt(params, of.support, KEY)
+
+    def drawn_loss(weights, batch, key):
+        return jm.losses.cross_entropy(apply(weights, batch.x, key), batch.y)
+
+    @jax.jit
+    def by_hand(fast):
+        for step in range(2):
+            grads = jax.grad(drawn_loss)(fast, of.support, jax.random.fold_in(KEY, step))
+            fast = {"w": fast["w"] - 0.5 * grads["w"]}
+        return fast, drawn_loss(fast, of.query, jax.random.fold_in(KEY, 2)), apply(fast, of.query.x)
+
+    fast, expected, outputs = by_hand(params["model"])
+    adapted = adapt(learner, params, of)
     assert_trees_close(adapted, {"model": fast, "stats": None}, atol=1e-12)
-    outputs = apply(fast, of.query.x, jax.random.fold_in(KEY, 2))
-    expected = jm.losses.cross_entropy(outputs, of.query.y)
-    np.testing.assert_allclose(learner.loss(params, of, KEY)[0], expected, rtol=1e-12)
-    np.testing.assert_allclose(
-        learner.predict(params, adapted, of.query.x), apply(fast, of.query.x), rtol=1e-12
-    )
+    np.testing.assert_allclose(loss(learner, params, of)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(predict(learner, params, adapted, of.query.x), outputs, rtol=1e-12)
 
 
 def test_adapted_state_is_saved_and_loaded_without_a_template(tmp_path):
-    learner, of = jm.maml(network(), norm="support"), task()
-    params = init(learner)
-    adapted = learner.adapt(params, of.support, KEY)
+    learner = maml(norm="support")
+    adapted = adapt(learner, init(learner), task())
     jm.save(tmp_path / "adapted", adapted)
     assert_trees_close(jm.load(tmp_path / "adapted"), adapted, rtol=0)

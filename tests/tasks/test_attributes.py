@@ -1,41 +1,29 @@
 """CUB's attributes from a small copy of the official layout, and zero-shot tasks of them."""
 
-import io
-
-import jax
 import numpy as np
 import pytest
-from PIL import Image
+from draws import drawn, png
 
 import jaxmeta as jm
 from jaxmeta.tasks import cub, cub_attributes, cub_split, from_arrays
 
+pytestmark = pytest.mark.usefixtures("cache")
 NAMES = [f"{number:03d}.Bird_{number % 7}" for number in range(1, 201)]
 # As in the official file: percentages of people, with many digits.
 PERCENT = np.random.default_rng(0).integers(0, 10_001, (200, 312)) / 100
 TABLE = "attributes/class_attribute_labels_continuous.txt"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
-def data(tmp_path):
-    """CUB_200_2011 with two images a class, each of one colour that tells class and image."""
+def tables(tmp_path):
+    """CUB_200_2011 without its images."""
     root = tmp_path / "CUB_200_2011"
     (root / "attributes").mkdir(parents=True)
-    images, labels = [], []
-    for number, name in enumerate(NAMES):
-        (root / "images" / name).mkdir(parents=True)
-        for image in range(2):
-            file = io.BytesIO()
-            Image.new("RGB", (4, 4), (number, 40 * image, 7)).save(file, "PNG")
-            path = f"{name}/Bird_{image:04d}_{number}.png"
-            (root / "images" / path).write_bytes(file.getvalue())
-            images.append(path)
-            labels.append(number + 1)
+    (root / "images").mkdir()
+    images = [
+        f"{name}/Bird_{image:04d}_{number}.png" for number, name in enumerate(NAMES) for image in (0, 1)
+    ]
+    labels = np.repeat(np.arange(1, 201), 2)
     lists = {
         "classes.txt": [f"{i} {name}" for i, name in enumerate(NAMES, 1)],
         "images.txt": [f"{i} {path}" for i, path in enumerate(images, 1)],
@@ -48,33 +36,43 @@ def data(tmp_path):
     return root
 
 
-def test_attributes_by_class(data, tmp_path):
-    attributes = cub_attributes(data)
+@pytest.fixture
+def data(tables):
+    """CUB_200_2011 with two images a class, each of one colour that tells class and image."""
+    for number, name in enumerate(NAMES):
+        (tables / "images" / name).mkdir()
+        for image in range(2):
+            pixels = np.full((4, 4, 3), (number, 40 * image, 7), np.uint8)
+            (tables / "images" / name / f"Bird_{image:04d}_{number}.png").write_bytes(png(pixels))
+    return tables
+
+
+def test_attributes_are_given_by_class(tables, tmp_path):
+    attributes = cub_attributes(tables)
     assert list(attributes) == NAMES
     for name, percent in zip(NAMES, PERCENT, strict=True):
         assert (attributes[name].shape, attributes[name].dtype) == ((312,), np.float32)
         np.testing.assert_allclose(attributes[name], percent / 100, atol=1e-6)
-    (tmp_path / "attributes.txt").rename(data / "attributes.txt")
-    assert list(cub_attributes(str(data / "images"))) == NAMES
-    (data / "attributes.txt").unlink()
-    assert list(cub_attributes(data)) == NAMES
+    (tmp_path / "attributes.txt").rename(tables / "attributes.txt")
+    assert list(cub_attributes(str(tables / "images"))) == NAMES
+    (tables / "attributes.txt").unlink()
+    assert list(cub_attributes(tables)) == NAMES
 
 
-def test_zero_shot_birds(data):
+def test_zero_shot_tasks_of_birds_have_the_attributes_of_their_classes(data):
     tasks = cub("test", ways=50, shots=0, queries=2, data=data, size=4)
     assert (tasks.card.tasks, tasks.card.ways, tasks.card.shots, tasks.card.classes) == ("cub", 50, 0, 50)
     assert tasks.card.split_hash == cub_split(NAMES).hash
-    support, query = tasks.sample(jax.random.key(0))
+    support, query = drawn(tasks)
     assert support.x.shape == (50, 312)
-    numbers = np.rint(255 * np.asarray(query.x[:, 0, 0, 0])).astype(int)
+    numbers = np.rint(255 * query.x[:, 0, 0, 0]).astype(int)
     assert {NAMES[number] for number in numbers} == set(cub_split(NAMES).test)
-    np.testing.assert_allclose(np.asarray(support.x)[np.asarray(query.y)], PERCENT[numbers] / 100, atol=1e-6)
-    assert cub("test", ways=50, shots=1, queries=1, data=data, size=4).sample(
-        jax.random.key(0)
-    ).support.x.shape == (50, 4, 4, 3)
+    np.testing.assert_allclose(support.x[query.y], PERCENT[numbers] / 100, atol=1e-6)
+    with_images = cub("test", ways=50, shots=1, queries=1, data=data, size=4)
+    assert drawn(with_images).support.x.shape == (50, 4, 4, 3)
 
 
-def test_zero_shot_tasks_of_features_with_a_split_of_ones_own(data):
+def test_zero_shot_tasks_of_features_with_an_own_split(tables):
     """Image features in place of images, as the published zero-shot results use them."""
     features = np.random.default_rng(1).normal(size=(600, 1024)).astype(np.float32)
     labels = np.repeat(NAMES, 3)
@@ -87,18 +85,18 @@ def test_zero_shot_tasks_of_features_with_a_split_of_ones_own(data):
         queries=2,
         split="test",
         classes=split,
-        metadata=cub_attributes(data),
+        metadata=cub_attributes(tables),
     )
-    support, query = tasks.sample(jax.random.key(0))
+    support, query = drawn(tasks)
     assert (support.x.shape, query.x.shape) == ((50, 312), (100, 1024))
     known = {row.tobytes(): number // 3 for number, row in enumerate(features)}
-    numbers = [known[row.tobytes()] for row in np.asarray(query.x)]
+    numbers = [known[row.tobytes()] for row in query.x]
     assert set(numbers) == set(range(150, 200))
-    np.testing.assert_allclose(np.asarray(support.x)[np.asarray(query.y)], PERCENT[numbers] / 100, atol=1e-6)
+    np.testing.assert_allclose(support.x[query.y], PERCENT[numbers] / 100, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["classes.txt", TABLE])
-def test_a_file_that_is_not_there(name, data):
+def test_an_absent_table_is_refused_where_attributes_are_asked_for(name, data):
     (data / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"data: there is no .*{name}; the attributes are"):
         cub_attributes(data)
@@ -133,8 +131,8 @@ def test_a_file_that_is_not_there(name, data):
         ),
     ],
 )
-def test_spoilt_files(name, spoil, message, data):
-    path = data / name
+def test_spoilt_tables_are_refused(name, spoil, message, tables):
+    path = tables / name
     path.write_text("\n".join(spoil(path.read_text().splitlines())))
     with pytest.raises(ValueError, match=r"data: .*" + message):
-        cub_attributes(data)
+        cub_attributes(tables)

@@ -3,9 +3,9 @@
 import gzip
 import struct
 
-import jax
 import numpy as np
 import pytest
+from draws import drawn
 from PIL import Image
 
 from jaxmeta import presets, sources
@@ -72,14 +72,10 @@ def test_tasks_show_the_images_of_the_files(real):
     images, labels = usps_images(real, "train")
     known = dict(zip((image.tobytes() for image in images), labels, strict=True))
     tasks = usps("train", ways=10, shots=2, queries=3, data=real, size=16)
-    task = jax.jit(tasks.sample)(jax.random.key(0))
+    task = drawn(tasks)
     assert task.query.x.shape == (30, 16, 16, 1)
     assert (float(task.query.x.min()), float(task.query.x.max())) == (0, 1)
-    digits = [
-        known[np.rint(255 * np.asarray(image)).astype(np.uint8).tobytes()]
-        for batch in task
-        for image in batch.x
-    ]
+    digits = [known[np.rint(255 * image).astype(np.uint8).tobytes()] for batch in task for image in batch.x]
     # Each slot is one digit, in support and query alike.
     slots = np.concatenate([task.support.y, task.query.y])
     assert len(set(zip(slots.tolist(), digits, strict=True))) == 10
@@ -92,14 +88,14 @@ def test_usps_is_resized_to_the_pixels_of_mnist(real):
         np.asarray(Image.fromarray(image[..., 0]).resize((28, 28), Image.Resampling.LANCZOS))
         for image in images[order]
     ]
-    found = np.rint(255 * labelled(usps(data=real)).x[..., 0])
+    found = np.rint(255 * np.asarray(labelled(usps(data=real)).x[..., 0]))
     # Pillow's own rounds and cuts off once more, between its passes along rows and along columns.
     apart = np.abs(found - np.stack(expected))
     assert apart.mean() < 1
     assert np.quantile(apart, 0.99) <= 10
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("split", ["train", pytest.param("validation", marks=pytest.mark.nightly), "test"])
 def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
     card = mnist(split, ways=10, data=real).card
     assert (card.tasks, card.split, card.ways, card.classes, card.split_hash) == (
@@ -117,6 +113,7 @@ def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
     assert ("7,291 training images" if split == "train" else "2,007 test images") in card.protocol
 
 
+@pytest.mark.nightly
 def test_a_run_on_digits_is_evaluated_on_new_images_of_them(real, tmp_path, capsys):
     out = str(tmp_path / "run")
     small = ["--steps", "2", "--meta-batch", "2", "--episodes", "4", "--network", "mlp"]
@@ -132,12 +129,21 @@ def test_a_run_on_digits_is_evaluated_on_new_images_of_them(real, tmp_path, caps
 
 
 @pytest.mark.parametrize("name", ["mnist", "usps"])
-def test_a_source_is_told_of_its_folder(name, tmp_path):
+def test_a_source_needs_the_folder_of_its_files(name, tmp_path):
     _, settings = presets.settings_of({"tasks": name})
     with pytest.raises(ValueError, match=f"--data: {name} is read from your own copy; add --data DIR"):
         sources.tasks_of(settings, "train")
     with pytest.raises(FileNotFoundError, match=r"^--data: .* holds no .*https://"):
         sources.tasks_of(settings, "train", str(tmp_path))
+
+
+def test_a_source_gives_tasks_of_its_files(tmp_path):
+    for part in ("train", "test"):
+        lines = [usps_line(number % 10, np.full(256, number / 20)) for number in range(20)]
+        (tmp_path / f"zip.{part}").write_text("".join(lines))
+    _, settings = presets.settings_of({"tasks": "usps", "ways": 10, "queries": 1, "image_size": 16})
+    card = sources.tasks_of(settings, "test", str(tmp_path)).card
+    assert (card.tasks, card.split, card.ways, card.queries) == ("usps", "test", 10, 1)
 
 
 # --- files written here -------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def usps_line(label, values):
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize("inner", ["", "mnist"])
-def test_mnist_plain_or_packed_here_or_in_its_folder(tmp_path, ending, inner):
+def test_mnist_is_found_plain_or_packed_and_in_an_inner_folder(tmp_path, ending, inner):
     images, labels = digits(30)
     write_mnist(tmp_path / inner, idx(images), idx(labels), ending=ending)
     found, numbers = mnist_images(str(tmp_path))
@@ -215,7 +221,7 @@ GOOD = [idx(part) for part in digits(20)]
         (idx(digits(0)[0]), idx([]), "labels-idx1-ubyte is empty"),
     ],
 )
-def test_mnist_files_that_are_not(tmp_path, images, labels, says):
+def test_bad_mnist_files_are_refused(tmp_path, images, labels, says):
     write_mnist(tmp_path, images, labels)
     with pytest.raises(ValueError, match=says):
         mnist_images(tmp_path)
@@ -235,13 +241,13 @@ def test_mnist_files_that_are_not(tmp_path, images, labels, says):
         ("", "zip.test is empty"),
     ],
 )
-def test_usps_files_that_are_not(tmp_path, content, says):
+def test_bad_usps_files_are_refused(tmp_path, content, says):
     (tmp_path / "zip.test").write_text(content)
     with pytest.raises(ValueError, match=says):
         usps_images(tmp_path)
 
 
-def test_a_grey_value_is_rounded(tmp_path):
+def test_grey_values_of_usps_are_rounded_to_bytes(tmp_path):
     values = np.linspace(-1, 1, 256)
     (tmp_path / "zip.test").write_text(usps_line(7, values))
     images, labels = usps_images(tmp_path)
@@ -249,14 +255,14 @@ def test_a_grey_value_is_rounded(tmp_path):
     assert labels.tolist() == [7]
 
 
-def test_a_cut_off_usps_file(tmp_path):
+def test_a_truncated_usps_file_is_refused(tmp_path):
     packed = gzip.compress(usps_line(3, np.linspace(-1, 1, 256)).encode())
     (tmp_path / "zip.train.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ValueError, match=r"zip.train.gz is corrupted or half-downloaded"):
         usps_images(tmp_path, "train")
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_absent_files_are_errors_that_name_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is no folder"):
         mnist_images(tmp_path / "nowhere")
     with pytest.raises(
@@ -270,7 +276,7 @@ def test_files_that_are_not_there(tmp_path):
         usps_images(tmp_path, "train")
 
 
-def test_arguments_that_cannot_be(tmp_path):
+def test_bad_arguments_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"part must be .* got 'validation'"):
         mnist_images(tmp_path, "validation")
     with pytest.raises(ValueError, match="split: got 'val'"):

@@ -1,4 +1,4 @@
-"""The laws of an episode: disjoint, balanced, uniform, shuffled, pure, masked, and in the right rotation."""
+"""Episodes are disjoint, balanced, uniform, shuffled, pure, masked where ragged, and turned as asked."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import draw, drawn, numbered, sampled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -15,31 +16,10 @@ from jaxmeta.tasks.splits import ClassSplit
 from jaxmeta.tasks.subset import ordered_subset
 
 
-def numbered(sizes, seed=0):
-    """Examples that tell their class and index: x = (class, index), shuffled as a file may be."""
-    x = np.array([(c, i) for c, n in enumerate(sizes) for i in range(n)], np.float32)
-    order = np.random.default_rng(seed).permutation(len(x))
-    return x[order], x[order, 0].astype(int)
-
-
-def sampled(tasks, count, seed=0):
-    """A batch of `count` tasks, drawn as a compiled step draws them."""
-    draw = jax.jit(lambda sample, keys: jax.vmap(sample)(keys))
-    return jax.device_get(draw(tasks.sample, jax.random.split(jax.random.key(seed), count)))
-
-
-@given(
-    sizes=st.lists(st.integers(4, 9), min_size=4, max_size=12),
-    ways=st.integers(1, 4),
-    shots=st.integers(1, 2),
-    queries=st.integers(1, 2),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=12, deadline=None)
-def test_each_class_gives_shots_and_queries_disjoint(sizes, ways, shots, queries, seed):
+def check_episode(sizes, ways, shots, queries, seed):
+    """Assert that each class has its shots and queries, all different examples, and one label."""
     x, y = numbered(sizes)
-    tasks = from_arrays(x, y, ways=ways, shots=shots, queries=queries)
-    support, query = jax.jit(lambda sample, key: sample(key))(tasks.sample, jax.random.key(seed))
+    support, query = drawn(from_arrays(x, y, ways=ways, shots=shots, queries=queries), seed)
     assert support.ways == query.ways == ways
     assert support.mask is None
     assert query.mask is None
@@ -53,6 +33,33 @@ def test_each_class_gives_shots_and_queries_disjoint(sizes, ways, shots, queries
     assert len(set(zip(classes, slots, strict=True))) == ways  # one class a slot, one slot a class
 
 
+def test_each_class_gives_shots_and_queries_disjoint():
+    for seed in range(20):
+        check_episode([4, 7, 9, 5, 6], 3, 2, 2, seed)
+
+
+@pytest.mark.nightly
+@given(
+    sizes=st.lists(st.integers(4, 9), min_size=4, max_size=12),
+    ways=st.integers(1, 4),
+    shots=st.integers(1, 2),
+    queries=st.integers(1, 2),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=12, deadline=None)
+def test_each_class_gives_shots_and_queries_disjoint_for_random_sizes(sizes, ways, shots, queries, seed):
+    check_episode(sizes, ways, shots, queries, seed)
+
+
+def shuffled(bits, bound):
+    """The first places of the Fisher–Yates shuffle of [0, bound) by these numbers."""
+    places = list(range(bound))
+    for i, b in enumerate(bits):
+        j = i + int(b) % (bound - i)
+        places[i], places[j] = places[j], places[i]
+    return places[: len(bits)]
+
+
 SUBSET = jax.jit(ordered_subset)
 
 
@@ -60,16 +67,12 @@ SUBSET = jax.jit(ordered_subset)
 @settings(max_examples=40, deadline=None)
 def test_ordered_subset_is_fisher_yates(m, extra, seed):
     bound = m + extra
-    bits = jax.random.bits(jax.random.key(seed), (m,), jnp.uint32)
-    places = list(range(bound))
-    for i, b in enumerate(np.asarray(bits)):
-        j = i + int(b) % (bound - i)
-        places[i], places[j] = places[j], places[i]
-    assert SUBSET(bits, jnp.int32(bound)).tolist() == places[:m]
+    bits = np.random.default_rng(seed).integers(0, 2**32, m, dtype=np.uint32)
+    assert SUBSET(bits, np.int32(bound)).tolist() == shuffled(bits, bound)
 
 
 def test_every_ordered_selection_is_equally_likely():
-    bits = jax.random.bits(jax.random.key(0), (24_000, 3), jnp.uint32)
+    bits = np.random.default_rng(0).integers(0, 2**32, (24_000, 3), dtype=np.uint32)
     drawn = jax.jit(jax.vmap(lambda b: ordered_subset(b, jnp.int32(4))))(bits)
     counts = {p: 0 for p in itertools.permutations(range(4), 3)}
     for row in map(tuple, np.asarray(drawn).tolist()):
@@ -77,7 +80,7 @@ def test_every_ordered_selection_is_equally_likely():
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
-def test_classes_uniform_and_slots_independent_of_class():
+def test_classes_are_uniform_and_independent_of_slots():
     x, y = numbered([3, 4, 5, 6, 7, 8])
     support, _ = sampled(from_arrays(x, y, ways=3, shots=1), 12_000)
     table = np.zeros((6, 3), int)
@@ -86,7 +89,7 @@ def test_classes_uniform_and_slots_independent_of_class():
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
-def test_examples_uniform_in_classes_of_unequal_size():
+def test_examples_are_uniform_in_classes_of_unequal_size():
     x, y = numbered([3, 7])
     support, query = sampled(from_arrays(x, y, ways=2, shots=1, queries=2), 9_000)
     for batch in (support, query):
@@ -96,37 +99,39 @@ def test_examples_uniform_in_classes_of_unequal_size():
             assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_same_key_same_episode_other_key_other_episode():
+def test_the_key_decides_the_episode():
     x, y = numbered([5] * 20)
     tasks = from_arrays(x, y, ways=5, shots=1, queries=2)
-    one, same, other = (tasks.sample(jax.random.key(seed)) for seed in (0, 0, 1))
+    one, same, other = (drawn(tasks, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.support.x, same.support.x)
     assert not np.array_equal(one.support.x, other.support.x)
 
 
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_jit_and_vmap_equal_one_by_one(rotations):
+@pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_a_batch_of_episodes_equals_episodes_drawn_one_by_one(rotations, compiled):
     x = np.random.default_rng(0).integers(0, 256, (40, 3, 3, 1), dtype=np.uint8)
     tasks = from_arrays(
         x, np.repeat(np.arange(8), 5), ways=(2, 4), shots=(1, 2), queries=2, rotations=rotations
     )
     batch = sampled(tasks, 6)
     for i, key in enumerate(jax.random.split(jax.random.key(0), 6)):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, tasks.sample(key))
+        one = draw(tasks.sample, key) if compiled else tasks.sample(key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
 
 
 def test_uint8_stays_on_the_device_and_comes_out_in_unit_range():
     x = np.array([0, 51, 255] * 4, np.uint8)[:, None]
     tasks = from_arrays(x, [0] * 6 + [1] * 6, ways=2, shots=3, queries=3)
     assert tasks.sample.args[1].x.dtype == jnp.uint8
-    support, query = tasks.sample(jax.random.key(0))
-    assert support.x.dtype == jnp.float32
+    support, query = drawn(tasks)
+    assert support.x.dtype == np.float32
     np.testing.assert_allclose(
         np.sort(np.concatenate([support.x, query.x])[:, 0])[::4], [0, 0.2, 1], atol=1e-6
     )
 
 
-def test_data_are_an_argument_of_the_compiled_function_and_never_a_constant():
+def test_data_are_an_argument_of_the_compiled_function():
     x, y = numbered([50] * 40)
     tasks = from_arrays(x, y, ways=3, shots=1)
     closed = jax.make_jaxpr(lambda sample, key: sample(key))(tasks.sample, jax.random.key(0))
@@ -155,8 +160,8 @@ def test_ragged_tasks_are_full_tasks_with_padding_masked():
     real = support.mask.reshape(-1, 4, 3)
     present = real.any(2)
     ways, shots = present.sum(1), real.sum(2).max(1)
-    for drawn, low, high in ((ways, 2, 4), (shots, 1, 3)):
-        counts = np.bincount(drawn, minlength=high + 1)
+    for numbers, low, high in ((ways, 2, 4), (shots, 1, 3)):
+        counts = np.bincount(numbers, minlength=high + 1)
         assert counts[:low].sum() == 0
         assert stats.chisquare(counts[low:]).pvalue > 1e-3
     # The first slots are the classes there are, each with the task's number of shots and all its queries.
@@ -173,7 +178,7 @@ def test_ragged_tasks_are_full_tasks_with_padding_masked():
 
 def test_ragged_shots_alone_leave_the_query_unmasked():
     x, y = numbered([8] * 5)
-    support, query = from_arrays(x, y, ways=3, shots=(1, 3), queries=2).sample(jax.random.key(0))
+    support, query = drawn(from_arrays(x, y, ways=3, shots=(1, 3), queries=2))
     assert support.mask is not None
     assert query.mask is None
 
@@ -194,7 +199,7 @@ def identify(x, image):
 
 
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_a_class_is_turned_as_a_whole_and_by_every_angle(rotations):
+def test_all_images_of_a_class_are_turned_alike_and_by_every_angle(rotations):
     x, y = images()
     tasks = from_arrays(x, y, ways=4, shots=1, queries=2, rotations=rotations)
     assert tasks.card.classes == (20 if rotations == "classes" else 5)
@@ -216,15 +221,14 @@ def test_a_class_is_turned_as_a_whole_and_by_every_angle(rotations):
     assert met == (rotations == "classes")  # two rotations of one class meet only as classes of their own
 
 
-def test_more_ways_than_classes_are_possible_with_rotated_classes():
+def test_rotated_classes_allow_more_ways_than_classes():
     x, y = images(classes=3)
-    support, _ = from_arrays(x, y, ways=12, shots=1, rotations="classes").sample(jax.random.key(0))
-    assert (
-        len({identify(x, image)[1] * 3 + y[identify(x, image)[0]] for image in np.asarray(support.x)}) == 12
-    )
+    support, _ = drawn(from_arrays(x, y, ways=12, shots=1, rotations="classes"))
+    found = [identify(x, image) for image in support.x]
+    assert len({(y[row], turns) for row, turns in found}) == 12
 
 
-def test_split_keeps_the_other_parts_off_the_device():
+def test_only_the_classes_of_the_split_are_on_the_device():
     x, y = numbered([4] * 6)
     names = np.array(list("abcdef"))[y]
     classes = ClassSplit(train=("a", "b", "c"), test=("d", "f", "e"))
@@ -301,7 +305,7 @@ TOLD = {name: [float(name), 1.0] for name in "012"}
         ),
     ],
 )
-def test_bad_input(changes, message):
+def test_bad_arguments_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         from_arrays(**({"x": X, "y": Y, "ways": 2, "shots": 1} | changes))
 
@@ -314,17 +318,8 @@ def test_a_constant_predictor_is_at_chance_and_an_oracle_perfect():
     assert (np.take_along_axis(support.y, nearest, 1) == query.y).all()
 
 
-def shuffled(bits, bound):
-    """The first places of the Fisher–Yates shuffle of [0, bound) by these numbers."""
-    places = list(range(bound))
-    for i, b in enumerate(bits):
-        j = i + int(b) % (bound - i)
-        places[i], places[j] = places[j], places[i]
-    return places[: len(bits)]
-
-
 @pytest.mark.parametrize("rotations", ["none", "classes", "random"])
-def test_episodes_of_a_key_are_those_of_every_version(rotations):
+def test_episodes_of_a_key_follow_the_published_rule(rotations):
     """The rule written anew: what a published row drew, a later version draws as well."""
     sizes, ways, shots, queries = [5, 6, 7, 5, 8], 3, 1, 2
     x = np.arange(sum(sizes) * 4, dtype=np.float32).reshape(-1, 2, 2, 1)
@@ -343,7 +338,7 @@ def test_episodes_of_a_key_are_those_of_every_version(rotations):
             images = np.rot90(x[np.array(within) + sum(sizes[: number % 5])], turns, axes=(1, 2))
             support.append(images[:shots])
             query.append(images[shots:])
-        task = tasks.sample(jax.random.key(seed))
+        task = drawn(tasks, seed)
         np.testing.assert_array_equal(task.support.x, np.concatenate(support))
         np.testing.assert_array_equal(task.query.x, np.concatenate(query))
 
@@ -382,7 +377,7 @@ def test_classes_of_an_episode_are_of_one_group():
         assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_groups_of_a_part_of_the_split_alone():
+def test_groups_are_restricted_to_the_classes_of_the_split():
     x, y = numbered([4] * 9)
     split = ClassSplit(train=tuple("0124"), test=tuple("35678"))
     tasks = from_arrays(x, y, ways=3, shots=1, groups=GROUPS, split="test", classes=split, protocol="mine")
@@ -391,7 +386,7 @@ def test_groups_of_a_part_of_the_split_alone():
     assert (tasks.card.classes, tasks.card.split_hash, tasks.card.protocol) == (3, split.hash, "mine")
 
 
-def test_one_group_of_all_classes_is_no_restriction():
+def test_one_group_of_all_classes_draws_as_without_groups():
     x, y = numbered([4] * 6)
     tasks = from_arrays(x, y, ways=2, shots=1, groups=dict.fromkeys("012345", "all"))
     classes, _, _ = drawn_classes(tasks, 6000)
@@ -401,7 +396,7 @@ def test_one_group_of_all_classes_is_no_restriction():
 
 
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_a_group_is_turned_as_a_whole_where_turned_classes_are_classes(rotations):
+def test_groups_are_turned_as_a_whole_where_turned_classes_are_classes(rotations):
     x, y = images()
     groups = {"0": "a", "3": "a", "1": "b", "2": "b", "4": "c"}
     tasks = from_arrays(x, y, ways=2, shots=1, queries=1, rotations=rotations, groups=groups)
@@ -445,7 +440,8 @@ def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
     tasks = from_arrays(x, y, **{"ways": 3, "shots": 1, "queries": 2} | options)
     batch = sampled(tasks, 4)
     for i, key in enumerate(jax.random.split(jax.random.key(0), 4)):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, tasks.sample(key))
+        one = draw(tasks.sample, key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
     assert len(np.unique(batch.query.x, axis=0)) == 4
 
 
@@ -467,12 +463,8 @@ def test_zero_shot_support_is_the_metadata_of_the_drawn_classes(options):
     for column, of_class in enumerate((classes, classes**2, 0 * classes + 0.5)):
         np.testing.assert_array_equal(support.x[..., column, None].repeat(2, 2), of_class)
     assert set(classes.ravel().tolist()) == (set(range(9)) - {0, 4} if options else set(range(9)))
-    one = tasks.sample(jax.random.split(jax.random.key(0), 500)[7])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a[7], b),
-        jax.tree.map(np.asarray, (support, query)),
-        tuple(one),
-    )
+    one = draw(tasks.sample, jax.random.split(jax.random.key(0), 500)[7])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7], b), (support, query), tuple(one))
 
 
 def test_zero_shot_needs_no_more_examples_than_queries_and_metadata_of_its_part_alone():
@@ -481,7 +473,7 @@ def test_zero_shot_needs_no_more_examples_than_queries_and_metadata_of_its_part_
     split = ClassSplit(train=("a", "c"), test=("b", "d"))
     told = {"d": np.ones(5), "b": np.zeros(5), "elsewhere": np.ones(7)}
     tasks = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=told, split="test", classes=split)
-    support, query = tasks.sample(jax.random.key(0))
+    support, query = drawn(tasks)
     assert query.x.shape == (4, 1024)
     slot = int(support.x[1, 0])  # where "d" is
     np.testing.assert_array_equal(np.sort(query.x[2 * slot : 2 * slot + 2], 0), np.sort(x[6:], 0))

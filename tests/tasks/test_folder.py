@@ -1,12 +1,12 @@
-"""A folder of images: the episodes against PIL by hand, the cache, races, and what can be wrong."""
+"""A folder of images: episodes compared with PIL by hand, the cache, races, and bad folders."""
 
 import os
 import shutil
 import threading
 
-import jax
 import numpy as np
 import pytest
+from draws import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,14 +17,9 @@ from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.prepared import from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit
 
+pytestmark = pytest.mark.usefixtures("cache")
 CLASSES = ("ant", "bee", "cow", "doe", "elk", "fox")
 EACH = 3
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "prepared"
 
 
 def picture(number, width, height):
@@ -84,7 +79,7 @@ def test_episodes_are_those_of_the_images_decoded_by_hand(photos, channels, mode
     expected = from_arrays(*by_hand(photos, mode, size or 9), **protocol, name="folder:photos")
     assert tasks.card == expected.card
     assert tasks.card.protocol == "random class split (0.5, 0.25, 0.25), seed 3"
-    found, wanted = (source.sample(jax.random.key(1)) for source in (tasks, expected))
+    found, wanted = (drawn(source, 1) for source in (tasks, expected))
     for mine, theirs in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(mine.y, theirs.y)
         # Pillow's own filter rounds between its passes.
@@ -99,22 +94,15 @@ def test_the_parts_of_a_named_split_are_kept_apart(photos):
     )  # fmt: skip
     tasks = from_folder(photos, "test", ways=2, queries=2, classes=split)
     assert (tasks.card.classes, tasks.card.split_hash) == (2, split.hash)
-    support, query = tasks.sample(jax.random.key(0))
-    drawn = np.concatenate([support.x, query.x]).reshape(6, -1)
+    support, query = drawn(tasks)
+    shown = np.concatenate([support.x, query.x]).reshape(6, -1)
     there = images.read(images.rows_of(split.test)).reshape(6, -1) / np.float32(255)
-    np.testing.assert_allclose(drawn[np.lexsort(drawn.T)], there[np.lexsort(there.T)], atol=1e-6)
+    np.testing.assert_allclose(shown[np.lexsort(shown.T)], there[np.lexsort(there.T)], atol=1e-6)
     assert from_folder(photos, "validation", ways=6, classes=None).card.classes == 6
 
 
-@given(
-    sizes=st.lists(st.integers(3, 5), min_size=3, max_size=3),
-    ways=st.sampled_from([2, 3]),
-    shots=st.sampled_from([1, 2]),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=8, deadline=None)
-def test_prepared_images_give_the_episodes_of_arrays(sizes, ways, shots, seed):
-    """Each image tells its class and its place in it."""
+def check_prepared_images(sizes, ways, shots, seed):
+    """Assert that prepared images, each of which tells its class and place, give the episodes of arrays."""
     names = ["a", "b", "c"]
     told = [(c, i) for c, size in enumerate(sizes) for i in range(size)]
     x = np.array(told, np.uint8).reshape(-1, 2, 1, 1)
@@ -125,15 +113,31 @@ def test_prepared_images_give_the_episodes_of_arrays(sizes, ways, shots, seed):
     assert [told[row][0] for row in images.rows_of(["c", "a"])] == [2] * sizes[2] + [0] * sizes[0]
 
     protocol = {"ways": ways, "shots": shots, "queries": 1, "classes": None}
-    found = from_prepared(images, **protocol).sample(jax.random.key(seed))
-    expected = from_arrays(x, y, **protocol).sample(jax.random.key(seed))
+    found = drawn(from_prepared(images, **protocol), seed)
+    expected = drawn(from_arrays(x, y, **protocol), seed)
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(mine.x, theirs.x)
         np.testing.assert_array_equal(mine.y, theirs.y)
-    drawn = np.rint(np.concatenate([found.support.x, found.query.x])[:, :, 0, 0] * 255).astype(int)
-    assert len({tuple(row) for row in drawn.tolist()}) == ways * (shots + 1)
+    shown = np.rint(np.concatenate([found.support.x, found.query.x])[:, :, 0, 0] * 255).astype(int)
+    assert len({tuple(row) for row in shown.tolist()}) == ways * (shots + 1)
     slots = np.concatenate([found.support.y, found.query.y])
-    assert len({(slot, c) for slot, c in zip(slots.tolist(), drawn[:, 0].tolist(), strict=True)}) == ways
+    assert len({(slot, c) for slot, c in zip(slots.tolist(), shown[:, 0].tolist(), strict=True)}) == ways
+
+
+def test_prepared_images_give_the_episodes_of_arrays():
+    check_prepared_images([3, 5, 4], 2, 2, 7)
+
+
+@pytest.mark.nightly
+@given(
+    sizes=st.lists(st.integers(3, 5), min_size=3, max_size=3),
+    ways=st.sampled_from([2, 3]),
+    shots=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=8, deadline=None)
+def test_prepared_images_give_the_episodes_of_arrays_for_random_sizes(sizes, ways, shots, seed):
+    check_prepared_images(sizes, ways, shots, seed)
 
 
 # --- the cache ------------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ def test_the_second_call_opens_no_image(photos, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["content", "added", "removed", "settings", "elsewhere"])
-def test_what_has_changed_is_prepared_anew(photos, change):
+def test_a_changed_folder_or_setting_is_prepared_anew(photos, change):
     file, settings = photos / "bee" / "1.png", {}
     Image.open(file).save(file, "BMP")  # of the same length whatever it shows
     first = prepare_folder(photos)
@@ -176,7 +180,7 @@ def test_what_has_changed_is_prepared_anew(photos, change):
         np.testing.assert_array_equal(second.read(range(len(second))), first.read(range(len(first))))
 
 
-def test_two_at_once(photos, cache, monkeypatch):
+def test_two_threads_prepare_one_folder_at_once(photos, cache, monkeypatch):
     both = threading.Barrier(2, timeout=60)
     waiting = threading.local()
     decode = module.decode
@@ -200,7 +204,7 @@ def test_two_at_once(photos, cache, monkeypatch):
     assert len(entries(cache)) == 2  # the images and what was found out about them; no half of anything
 
 
-def test_an_interruption_leaves_nothing(photos, cache, monkeypatch):
+def test_an_interrupted_preparation_leaves_no_files(photos, cache, monkeypatch):
     decode = module.decode
 
     def interrupted(file, name, **settings):
@@ -241,7 +245,7 @@ def test_prepare_refuses_what_it_cannot_store(cache):
 # --- what can be wrong ----------------------------------------------------------------------------------
 
 
-def test_names_that_differ_in_case_only(photos):
+def test_classes_that_differ_in_case_only_are_two_with_a_warning(photos):
     try:
         (photos / "Bee").mkdir()
     except FileExistsError:
@@ -254,7 +258,7 @@ def test_names_that_differ_in_case_only(photos):
     assert images.sizes == (1, *(EACH,) * 6)
 
 
-def test_unreadable_images(photos):
+def test_unreadable_images_are_named_or_left_out(photos):
     (photos / "ant" / "1.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"1 of 18 .*ant/1\.png: .*unknown format.*skip_unreadable=True"):
         prepare_folder(photos)
@@ -272,14 +276,14 @@ def test_unreadable_images(photos):
         prepare_folder(photos, skip_unreadable=True)
 
 
-def test_nothing_readable_at_all(photos):
+def test_a_folder_without_readable_images_is_refused(photos):
     for file in photos.glob("*/*"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="no image can be read"):
         prepare_folder(photos, skip_unreadable=True)
 
 
-def test_too_few_images_or_classes(photos):
+def test_too_few_images_or_classes_are_refused(photos):
     (photos / "doe" / "0.png").unlink()
     (photos / "doe" / "1.png").unlink()
     with pytest.raises(ValueError, match=r"1 \+ 1 = 2 examples are needed .*1 of 6: doe \(1\)"):
@@ -298,12 +302,12 @@ def test_too_few_images_or_classes(photos):
         ({"channels": 2}, "channels: got 2; it must be one of 1, 3, None"),
     ],
 )
-def test_settings_that_cannot_be(photos, settings, message):
+def test_bad_settings_are_refused_by_name(photos, settings, message):
     with pytest.raises(ValueError, match=message):
         from_folder(photos, **settings)
 
 
-def test_folders_that_are_not_there(tmp_path):
+def test_absent_folders_and_loose_images_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"path: .*nowhere does not exist"):
         from_folder(tmp_path / "nowhere")
     (tmp_path / "loose").mkdir()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import drawn
 
 import jaxmeta as jm
 from jaxmeta.tasks import (
@@ -39,7 +40,7 @@ def pairs(x, y):
     return {(image.tobytes(), int(label)) for image, label in zip(levels, y, strict=True)}
 
 
-def test_every_example_once_by_its_class_s_place_in_the_alphabet():
+def test_every_example_is_given_once_with_the_place_of_its_class_in_the_alphabet():
     x, names = pictures()
     found = labelled(from_arrays(x, names, ways=2, shots=1))
     assert (found.x.dtype, found.y.dtype, found.x.shape) == (jnp.float32, jnp.int32, (19, 3, 3, 2))
@@ -48,7 +49,7 @@ def test_every_example_once_by_its_class_s_place_in_the_alphabet():
     np.testing.assert_allclose(found.x, x[order] / np.float32(255), rtol=1e-6)
 
 
-def test_floats_come_as_they_are_and_only_of_the_part():
+def test_floats_are_unchanged_and_only_those_of_the_split():
     x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     split = jm.tasks.ClassSplit(train=("2", "0"), test=("1",))
     found = labelled(from_arrays(x, [0, 1, 2, 0, 1, 2], ways=2, shots=1, classes=split))
@@ -58,31 +59,31 @@ def test_floats_come_as_they_are_and_only_of_the_part():
 
 @pytest.mark.parametrize("rotations", ["none", "classes"])
 @pytest.mark.parametrize("groups", [None, {"c": "2", "d": "1", "e": "2", "f": "1"}])
-def test_it_is_the_set_that_supervised_draws_from(rotations, groups):
+def test_the_examples_are_the_set_that_supervised_draws_from(rotations, groups):
     x, names = pictures()
     few = from_arrays(x, names, ways=2, shots=1, rotations=rotations, groups=groups)
     found = labelled(few)
     base = supervised(few, batch=4000)
     assert int(found.y.max()) + 1 == base.card.ways
-    drawn = base.sample(jax.random.key(0))
-    seen = pairs(drawn.support.x, drawn.support.y) | pairs(drawn.query.x, drawn.query.y)
+    support, query = drawn(base)
+    seen = pairs(support.x, support.y) | pairs(query.x, query.y)
     assert pairs(found.x, found.y) == seen
     assert len(found.x) == len(seen) == 19 * (4 if rotations == "classes" else 1)
-    assert bool((jnp.diff(found.y) >= 0).all())
+    assert (np.diff(found.y) >= 0).all()
 
 
 def test_episodes_show_these_examples_and_classes():
     x, names = pictures()
     few = from_arrays(x, names, ways=4, shots=1, queries=2)
     known = dict(pairs(*labelled(few)))
-    task = few.sample(jax.random.key(3))
-    levels = np.rint(255 * np.asarray(task.query.x)).astype(np.uint8)
+    task = drawn(few, 3)
+    levels = np.rint(255 * task.query.x).astype(np.uint8)
     classes = np.array([known[image.tobytes()] for image in levels]).reshape(4, 2)
     np.testing.assert_array_equal(classes[:, 0], classes[:, 1])
     assert sorted(classes[:, 0].tolist()) == [0, 1, 2, 3]
 
 
-def test_the_digits_of_mnist(data_folder):
+def test_all_digits_of_mnist_are_given_with_their_labels(data_folder):
     if not (data_folder / "mnist").is_dir():
         pytest.skip(f"no MNIST in {data_folder}")
     images, labels = mnist_images(data_folder)
@@ -94,19 +95,19 @@ def test_the_digits_of_mnist(data_folder):
 
 def test_glyphs_are_new_drawings_of_their_classes():
     few = glyphs("validation", size=12)
-    found = labelled(few, per_class=3, key=jax.random.key(0))
+    found = jax.device_get(labelled(few, per_class=3, key=jax.random.key(0)))
     classes = len(CLASSES["validation"])
-    assert (found.x.shape, found.x.dtype) == ((3 * classes, 12, 12, 1), jnp.float32)
+    assert (found.x.shape, found.x.dtype) == ((3 * classes, 12, 12, 1), np.float32)
     np.testing.assert_array_equal(found.y, np.repeat(np.arange(classes), 3))
     assert (float(found.x.min()), float(found.x.max()) <= 1) == (0, True)
     assert len(np.unique(found.x.reshape(3 * classes, -1), axis=0)) == 3 * classes  # a drawing each
     again = labelled(few, per_class=3, key=jax.random.key(0))
-    other = labelled(few, per_class=3, key=jax.random.key(1))
+    other = np.asarray(labelled(few, per_class=3, key=jax.random.key(1)).x)
     np.testing.assert_array_equal(found.x, again.x)
-    assert not (found.x == other.x).all(axis=(1, 2, 3)).any()
+    assert not (found.x == other).all(axis=(1, 2, 3)).any()
 
 
-def test_glyphs_are_those_of_their_labels(monkeypatch):
+def test_glyphs_are_drawn_from_the_strokes_of_their_labels(monkeypatch):
     """With a hand that does not tremble a drawing is its class's own."""
     monkeypatch.setattr(MODULE, "hands_of", lambda bits: jnp.zeros((*bits.shape[:-1], HAND), jnp.float32))
     found = labelled(glyphs("test", size=11), per_class=2, key=jax.random.key(0))
@@ -116,7 +117,7 @@ def test_glyphs_are_those_of_their_labels(monkeypatch):
     np.testing.assert_allclose(found.x[rows], draw(CLASSES["test"].start + rows // 2), atol=1e-4)
 
 
-def test_what_has_no_examples_or_turns_of_its_own():
+def test_tasks_without_labelled_examples_are_refused():
     x, names = pictures()
     with pytest.raises(ValueError, match=r'tasks: got rotations="random"'):
         labelled(from_arrays(x, names, ways=2, shots=1, rotations="random"))
@@ -141,7 +142,7 @@ def test_what_has_no_examples_or_turns_of_its_own():
 
 
 @pytest.mark.parametrize("shots", [1, 2])
-def test_exactly_so_many_of_each_class_and_all_others(shots):
+def test_a_split_per_class_has_the_shots_of_each_class_and_all_other_examples(shots):
     y = np.random.default_rng(0).permutation(np.repeat([4, -1, 9, 2], SIZES))
     chosen, rest = split_per_class(y, shots, jax.random.key(0))
     np.testing.assert_array_equal(y[chosen], np.repeat([-1, 2, 4, 9], shots))
@@ -154,16 +155,15 @@ def test_exactly_so_many_of_each_class_and_all_others(shots):
 def test_every_example_is_chosen_as_often_as_any_other_of_its_class():
     y = np.repeat([0, 1], [5, 3])
     draws = 600
-    keys = jax.random.split(jax.random.key(0), draws)
     counts = np.zeros(8)
-    for key in keys:
+    for key in jax.random.split(jax.random.key(0), draws):
         counts[split_per_class(y, 2, key)[0]] += 1
     share = np.repeat([2 / 5, 2 / 3], [5, 3])
     # Five standard deviations of a binomial count.
     assert (np.abs(counts - draws * share) < 5 * np.sqrt(draws * share * (1 - share))).all()
 
 
-def test_classes_that_would_have_nothing_left():
+def test_shots_that_leave_a_class_empty_are_refused():
     with pytest.raises(
         ValueError, match=r"shots: got 3, which takes classes of at least 4 .* 1 of 2 .*: 7 \(3\)"
     ):

@@ -1,14 +1,14 @@
-"""The published splits against other tellings of them, and tasks from copies laid out as users have them."""
+"""The published splits compared with other sources, and tasks from folders laid out as users have them."""
 
 import csv
 import io
 import shutil
 import tarfile
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from draws import drawn
 from PIL import Image
 
 from jaxmeta.tasks import official
@@ -37,13 +37,10 @@ TABLE = """
 """
 SUPERCLASSES = TABLE.split()
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 MINI = sorted(name for part in PARTS for name in mini_imagenet_split().part(part))
 CUB = [f"{number:03d}.Bird_{number % 7}" for number in range(1, 201)]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
 
 
 def colour(number, image):
@@ -64,9 +61,9 @@ def fill(root, names, each):
             (root / name / f"{name}_{image}.JPEG").write_bytes(png(number, image))
 
 
-def colours(tasks, key=0):
+def colours(tasks):
     """The colours of an episode's images, each once."""
-    task = tasks.sample(jax.random.key(key))
+    task = drawn(tasks)
     x = np.concatenate([task.support.x, task.query.x])
     assert (x == x[:, :1, :1]).all()
     return {tuple(np.rint(255 * pixel).astype(int).tolist()) for pixel in x[:, 0, 0]}
@@ -164,7 +161,7 @@ def test_mini_imagenet_from_lists(tmp_path):
         mini_imagenet("test", data=tmp_path / "data")
 
 
-def test_mini_imagenet_that_is_not_whole(tmp_path):
+def test_an_incomplete_mini_imagenet_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is no folder"):
         mini_imagenet("test", data=tmp_path / "nowhere")
     fill(tmp_path / "data", MINI, each=1)
@@ -183,7 +180,7 @@ def test_mini_imagenet_that_is_not_whole(tmp_path):
 # --- CUB and CIFAR-FS ---------------------------------------------------------------------------------------
 
 
-def test_cub(tmp_path):
+def test_cub_from_its_folder_and_its_images_folder(tmp_path):
     fill(tmp_path / "CUB_200_2011" / "images", CUB, each=2)
     (tmp_path / "CUB_200_2011" / "attributes").mkdir()
     for data in (tmp_path / "CUB_200_2011", tmp_path / "CUB_200_2011" / "images"):
@@ -198,7 +195,7 @@ def test_cub(tmp_path):
         cub("test", data=tmp_path / "CUB_200_2011")
 
 
-def test_cifar_fs(tmp_path):
+def test_cifar_fs_from_tensorflow_datasets(tmp_path):
     names = sorted(SUPERCLASSES)
 
     class Cifar100(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -226,7 +223,7 @@ def test_cifar_fs(tmp_path):
     Cifar100(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path / "tfds")
     assert colours(tasks) == every(names, cifar_fs_split().test, (0, 1))
-    assert tasks.sample(jax.random.key(0)).query.x.shape == (20, 32, 32, 3)
+    assert drawn(tasks).query.x.shape == (20, 32, 32, 3)
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", cifar_fs_split().hash)
     assert "Bertinetto et al. 2019" in tasks.card.protocol
     with pytest.raises(ValueError, match="split: got 'val'"):

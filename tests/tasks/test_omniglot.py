@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import png, sampled
 from PIL import Image
 
 from jaxmeta.tasks import archives, cache, records
@@ -36,7 +37,7 @@ def alphabets(names):
     return dict(Counter(name.split("/")[0] for name in names))
 
 
-def test_published_counts():
+def test_numbers_of_alphabets_and_characters_are_the_published_ones():
     assert (len(BACKGROUND), sum(BACKGROUND.values())) == (30, 964)
     assert (len(EVALUATION), sum(EVALUATION.values())) == (20, 659)
     assert len(set(EDITION.names)) == 1623
@@ -53,7 +54,7 @@ def test_published_counts():
         ("lake-validation", (792, 172, 659)),
     ],
 )
-def test_split_sizes(protocol, sizes):
+def test_split_sizes_are_the_published_ones(protocol, sizes):
     split = omniglot_split(protocol)
     assert split.sizes == sizes
     assert set(split.train + split.validation + split.test) == set(EDITION.names)
@@ -87,7 +88,7 @@ def test_random_splits_follow_their_seed():
     assert omniglot_split("maml", 1).hash != omniglot_split("maml", 2).hash
 
 
-def test_a_part_the_protocol_lacks_and_unknown_words():
+def test_absent_parts_and_unknown_words_are_refused():
     with pytest.raises(ValueError, match="split='validation' has no classes"):
         omniglot("validation", protocol="vinyals-trainval")
     with pytest.raises(ValueError, match="protocol: got 'snell'; it must be one of 'vinyals'"):
@@ -99,12 +100,6 @@ def test_a_part_the_protocol_lacks_and_unknown_words():
 
 
 # --- archives that look like the official ones ------------------------------------------------------------
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 CHARACTERS = {
@@ -285,7 +280,7 @@ def test_spoilt_archives_are_refused_and_leave_nothing(spoilt, warm, look_alike,
     assert not list(data.parent.rglob("evil*"))
 
 
-def test_rewritten_containers_are_accepted(look_alike, drawings):
+def test_repacked_archives_of_the_same_drawings_are_accepted(look_alike, drawings):
     data, edition = look_alike
     first = prepare(edition, 28, data)
     path = data / "omniglot" / "images_background.zip"
@@ -296,7 +291,7 @@ def test_rewritten_containers_are_accepted(look_alike, drawings):
     assert len(archives.load_array(archives.array_path(28), edition, 28)[1]) == 2
 
 
-def test_paths_that_do_not_exist(look_alike):
+def test_absent_paths_and_archives_are_errors(look_alike):
     data, edition = look_alike
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         prepare(edition, 28, data / "nowhere")
@@ -307,7 +302,7 @@ def test_paths_that_do_not_exist(look_alike):
         prepare(edition, 28, data)
 
 
-def test_too_little_disk_is_said_before_anything_is_written(look_alike, monkeypatch):
+def test_too_little_disk_is_an_error_before_anything_is_written(look_alike, monkeypatch):
     data, edition = look_alike
     usage = shutil.disk_usage(data)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
@@ -374,7 +369,7 @@ def server(look_alike):
         running.shutdown()
 
 
-def test_downloaded_once_and_verified(look_alike, server, drawings):
+def test_archives_are_downloaded_once_and_verified(look_alike, server, drawings):
     data, edition = look_alike
     address, asked = server
     first = prepare(edition, 28, None, address)
@@ -393,7 +388,7 @@ def test_a_download_with_another_md5_is_removed(look_alike, server, drawings):
     assert not any("npz" in name for name in cached_files())
 
 
-def test_no_connection(look_alike, server):
+def test_a_failed_download_is_an_error_that_names_the_alternative(look_alike, server):
     _, edition = look_alike
     with pytest.raises(OSError, match=r"cannot download Omniglot from .* name their folder with data"):
         prepare(edition, 28, None, server[0].replace("images_", "absent_"))
@@ -415,7 +410,7 @@ def fake_images(*args):
     return np.zeros((1623, DRAWERS, 4, 4), np.uint8)
 
 
-def test_cards_stand_for_their_split(monkeypatch):
+def test_a_card_of_a_trained_model_stands_for_its_split(monkeypatch):
     monkeypatch.setattr(MODULE, "prepare", fake_images)
     trained = {p: omniglot("train", protocol=p, size=4).card for p in ("lake", "lake-validation", "vinyals")}
     for protocol in ("lake", "lake-validation"):
@@ -442,7 +437,7 @@ def test_cards_stand_for_their_split(monkeypatch):
         ("lake", "test", "none", 659),
     ],
 )
-def test_rotations_and_cards_of_the_protocols(protocol, split, rotations, classes, monkeypatch):
+def test_protocols_have_their_rotations_and_cards(protocol, split, rotations, classes, monkeypatch):
     monkeypatch.setattr(MODULE, "prepare", fake_images)
     card = omniglot(split, protocol=protocol, size=4, ways=20, shots=(1, 5), queries=3).card
     assert (card.tasks, card.split, card.rotations, card.classes) == ("omniglot", split, rotations, classes)
@@ -474,6 +469,42 @@ def test_classes_of_alphabets_that_are_large_enough(protocol, split, classes, mo
         omniglot(split, within_alphabet=True, **options | {"ways": 60})
 
 
+def labelled_images(*args):
+    """An array whose images tell character and drawer by two pixels, and their turn by a third."""
+    images = np.zeros((1623, DRAWERS, 4, 4), np.uint8)
+    numbers = np.arange(1623 * DRAWERS).reshape(1623, DRAWERS)
+    images[..., 0, 0], images[..., 0, 1], images[..., 0, 2] = 255, numbers // 256, numbers % 256
+    return images
+
+
+@pytest.mark.parametrize(("split", "turned"), [("train", True), ("test", False)])
+def test_episodes_within_an_alphabet_have_different_drawers_for_support_and_queries(
+    split, turned, monkeypatch
+):
+    monkeypatch.setattr(MODULE, "prepare", labelled_images)
+    settings = {"ways": 20, "shots": 1, "queries": 2, "protocol": "lake-validation", "size": 4}
+    support, query = sampled(omniglot(split, within_alphabet=True, **settings), 20)
+    parts, seen, turns_seen = omniglot_split("lake-validation").part(split), set(), set()
+    for t in range(20):
+        images = np.concatenate([support.x[t].reshape(20, 1, 4, 4), query.x[t].reshape(20, 2, 4, 4)], 1)
+        images = np.rint(255 * images).astype(int)
+        [turns] = [k for k in range(4) if (np.rot90(images, -k, axes=(2, 3))[..., 0, 0] == 255).all()]
+        upright = np.rot90(images, -turns, axes=(2, 3))
+        numbers = 256 * upright[..., 0, 1] + upright[..., 0, 2]
+        characters, drawers = numbers // DRAWERS, numbers % DRAWERS
+        assert (characters == characters[:, :1]).all()
+        names = {EDITION.names[c] for c in characters[:, 0]}
+        assert len(names) == 20
+        assert names <= set(parts)
+        assert len({name.split("/")[0] for name in names}) == 1
+        assert (drawers == drawers[:1]).all()
+        assert len(set(drawers[0])) == 3
+        seen.add(next(iter(names)).split("/")[0])
+        turns_seen.add(turns)
+    assert len(seen) > 3
+    assert len(turns_seen) == (4 if turned else 1)
+
+
 # --- the real data ---------------------------------------------------------------------------------------
 
 
@@ -485,8 +516,9 @@ def real(tmp_path_factory):
         yield prepare(EDITION, 28, DATA)
 
 
+@pytest.mark.nightly
 @needs_data
-def test_real_images(real):
+def test_the_real_images_are_whole_bright_on_dark_and_different(real):
     assert real.shape == (1623, 20, 28, 28)
     assert 0.03 < (real > 127).mean() < 0.12  # ink is the small part, and it is the bright one
     flat = np.unique(real.reshape(32460, -1), axis=0)
@@ -494,7 +526,7 @@ def test_real_images(real):
 
 
 @needs_data
-def test_turning_before_or_after_resizing_is_the_same():
+def test_turning_commutes_with_resizing():
     archive = archives.find_archives(DATA)["evaluation"]
     with zipfile.ZipFile(archive) as file:
         members = [name for name in file.namelist() if name.endswith(".png")][::300]
@@ -504,6 +536,7 @@ def test_turning_before_or_after_resizing_is_the_same():
         assert np.abs(before - np.rot90(shrink(ink, 28), turns, axes=(1, 2))).max() <= 1
 
 
+@pytest.mark.nightly
 @needs_data
 @pytest.mark.parametrize(("ways", "published", "tolerance"), [(5, 41.7, 3.0), (20, 26.7, 5.0)])
 def test_nearest_neighbour_on_pixels_is_near_the_published_number(ways, published, tolerance, real):
@@ -522,6 +555,7 @@ def test_nearest_neighbour_on_pixels_is_near_the_published_number(ways, publishe
     assert 100 * float(accuracy.mean()) == pytest.approx(published, abs=tolerance)
 
 
+@pytest.mark.nightly
 @needs_data
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_real_episodes_within_an_alphabet_have_drawers_of_their_own(split, real):
@@ -531,8 +565,7 @@ def test_real_episodes_within_an_alphabet_have_drawers_of_their_own(split, real)
     parts = omniglot_split("lake-validation").part(split)
     place = {image.tobytes(): (name, drawer) for name, row in zip(EDITION.names, real, strict=True)
              for drawer, image in enumerate(row)}  # fmt: skip
-    draw = jax.jit(jax.vmap(tasks.sample))
-    support, query = jax.device_get(draw(jax.random.split(jax.random.key(0), 20)))
+    support, query = sampled(tasks, 20)
     seen = set()
     for t in range(20):
         images = np.concatenate([support.x[t].reshape(20, 1, 28, 28), query.x[t].reshape(20, 2, 28, 28)], 1)

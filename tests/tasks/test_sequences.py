@@ -3,9 +3,9 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import draw, drawn, same, sampled
 from scipy import stats
 
 import jaxmeta as jm
@@ -23,46 +23,36 @@ def few_shot(ways=WAYS, shots=SHOTS, queries=2, classes=9, **settings):
     )
 
 
-def sampled(tasks, count, seed=0):
-    draw = jax.jit(lambda sample, keys: jax.vmap(sample)(keys))
-    return jax.device_get(draw(tasks.sample, jax.random.split(jax.random.key(seed), count)))
-
-
 def real(batch, i):
     """What is not padding of the i-th task: classes, numbers and labels."""
     kept = np.ones(batch.y.shape[1], bool) if batch.mask is None else batch.mask[i]
     return [*batch.x[i, kept].astype(int).T.tolist(), batch.y[i, kept].tolist()]
 
 
-def same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-
-
 @pytest.mark.parametrize(("length", "steps"), [(None, 12), (4, 4), (20, 20)])
-def test_shapes(length, steps):
+def test_shapes_and_types(length, steps):
     x = np.zeros((40, 2, 3, 1), np.uint8)
     tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(5), 8), ways=4, shots=3, queries=2)
-    support, query = jm.tasks.sequences(tasks, length=length).sample(KEY)
+    support, query = drawn(jm.tasks.sequences(tasks, length=length))
     assert support.x.shape == (steps, 2, 3, 1)
     assert support.y.shape == (steps,)
     assert query.x.shape == (8, 2, 3, 1)
     assert query.y.shape == (8,)
-    assert support.y.dtype == query.y.dtype == jnp.int32
-    assert support.x.dtype == jnp.float32
+    assert support.y.dtype == query.y.dtype == np.int32
+    assert support.x.dtype == np.float32
     assert support.ways == query.ways == 4
     assert support.mask is None
     assert query.mask is None
 
 
-def test_a_key_is_a_sequence():
+def test_the_key_decides_the_sequence_alone_and_in_a_batch():
     tasks = jm.tasks.sequences(few_shot(), strings=(3, 2), ways=3)
-    one, again, other = (tasks.sample(jax.random.key(seed)) for seed in (0, 0, 1))
+    one, again, other = (drawn(tasks, seed) for seed in (0, 0, 1))
     same(one, again)
     assert not np.array_equal(one.support.x, other.support.x)
     batch = sampled(tasks, 3, seed=5)
     for i, key in enumerate(jax.random.split(jax.random.key(5), 3)):
-        same(jax.tree.map(lambda leaf, i=i: leaf[i], batch), jax.device_get(tasks.sample(key)))
+        same(jax.tree.map(lambda leaf, i=i: leaf[i], batch), jax.device_get(draw(tasks.sample, key)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +94,7 @@ def test_classes_of_steps_are_uniform_and_independent():
 
 
 @pytest.mark.parametrize("ways", [None, 2])
-def test_classes_come_equally_often_in_any_order_where_asked(ways):
+def test_even_sequences_show_classes_equally_often_in_any_order(ways):
     tasks = few_shot(ways=2 if ways is None else 3)
     support, _ = sampled(
         jm.tasks.sequences(tasks, length=4 if ways is None else 6, even=True, ways=ways), 3000
@@ -128,7 +118,7 @@ def test_strings_are_distinct_and_uniform():
     assert stats.chisquare(np.bincount(query.y[:, 0], minlength=9)).pvalue > 1e-3
 
 
-def test_just_enough_strings():
+def test_all_strings_are_used_where_there_are_as_many_as_classes():
     support, _ = sampled(jm.tasks.sequences(few_shot(), strings=(2, 2), even=True), 20)
     assert all(set(row) == {0, 1, 2, 3} for row in support.y.tolist())
 
@@ -156,31 +146,31 @@ def test_classes_not_in_use_are_masked(ways, even, strings):
         assert support.y.max() == query.y.max() == ways - 1
 
 
-def test_the_classes_in_use_are_uniform():
+def test_labels_of_the_classes_in_use_are_uniform():
     support, _ = sampled(jm.tasks.sequences(few_shot(), ways=3), 2000)
     for t in (0, 8):
         assert stats.chisquare(np.bincount(support.y[:, t], minlength=3)).pvalue > 1e-3
 
 
-def test_other_ways_are_those_of_the_start():
+def test_with_ways_gives_the_tasks_of_that_number_of_ways():
     tasks = jm.tasks.sequences(few_shot(), even=True)
     for ways in (2, 4):
-        expected = jm.tasks.sequences(few_shot(), even=True, ways=ways).sample(KEY)
-        same(jm.tasks.with_ways(tasks, ways).sample(KEY), expected)
-        same(jm.tasks.with_ways(jm.tasks.with_ways(tasks, 3), ways).sample(KEY), expected)
-    assert tasks.sample(KEY).support.mask is None  # the tasks given are as they were
+        expected = drawn(jm.tasks.sequences(few_shot(), even=True, ways=ways))
+        same(drawn(jm.tasks.with_ways(tasks, ways)), expected)
+        same(drawn(jm.tasks.with_ways(jm.tasks.with_ways(tasks, 3), ways)), expected)
+    assert drawn(tasks).support.mask is None  # the tasks given are as they were
 
 
 def test_one_program_serves_any_number_of_ways():
     traced = []
 
     @jax.jit
-    def draw(sample, key):
+    def counted(sample, key):
         traced.append(True)
         return sample(key)
 
     tasks = jm.tasks.sequences(few_shot(), strings=(3, 2))
-    used = [int(draw(jm.tasks.with_ways(tasks, n).sample, KEY).support.mask.sum()) for n in (1, 2, 4)]
+    used = [int(counted(jm.tasks.with_ways(tasks, n).sample, KEY).support.mask.sum()) for n in (1, 2, 4)]
     assert used == [3, 6, 12]
     assert len(traced) == 1
 
@@ -219,7 +209,7 @@ def test_ways_of_sequences_alone_can_be_changed():
             jm.tasks.with_ways(tasks, ways)
 
 
-def test_the_card_says_what_a_sequence_is():
+def test_the_card_describes_the_sequences():
     tasks = few_shot(protocol="a split of its own")
     plain, named = jm.tasks.sequences(tasks).card, jm.tasks.sequences(tasks, length=8, strings=(3, 2)).card
     assert (plain.ways, plain.shots, plain.queries) == (WAYS, SHOTS, 2)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from draws import draw, same
 
 import jaxmeta as jm
 from jaxmeta.core import episode_keys
@@ -20,30 +21,32 @@ KEY = jax.random.key(3)
 SHAPE = {"ways": 3, "shots": 2, "queries": 2, "classes": None}
 
 
-@pytest.fixture
-def images(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path))
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = [
         (name, rng.integers(0, 256, (4, 4, 3), np.uint8)) for name, size in SIZES.items() for _ in range(size)
     ]
-    return prepare("zoo", "0", (4, 4, 3), iter(rows), expected=len(rows))
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield prepare("zoo", "0", (4, 4, 3), iter(rows), expected=len(rows))
 
 
 def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
 
+@jax.jit
+def from_memory(sample, step):
+    """The four tasks that a stream reads for a meta-step."""
+    return jax.vmap(sample)(episode_keys(jax.random.fold_in(KEY, step), jnp.arange(4))[:, 0])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"rotations": "classes"},
+        pytest.param({"rotations": "classes"}, marks=pytest.mark.nightly),
         {"rotations": "random", "classes": (0.8, 0.0, 0.2), "seed": 4},
         {"ways": (2, 4), "shots": (1, 3)},
     ],
@@ -54,108 +57,103 @@ def test_stream_and_memory_give_the_same_episodes_for_the_same_keys(images, chan
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **{**SHAPE, **changes})
     assert stream.card == memory.card
     for step in (0, 1, 70_000):
-        keys = episode_keys(jax.random.fold_in(KEY, step), jnp.arange(4))[:, 0]
-        same(stream.at(step), jax.jit(jax.vmap(memory.sample))(keys))
+        same(stream.at(step), from_memory(memory.sample, step))
     assert not np.array_equal(stream.at(0).query.x, stream.at(1).query.x)
 
 
-def test_read_ahead_from_any_step(images):
-    stream = jm.tasks.stream(images, key=jax.random.PRNGKey(3), meta_batch=2, **SHAPE)
+def test_batches_start_from_any_step(images):
+    stream = jm.tasks.stream(images, key=jax.random.PRNGKey(3), meta_batch=4, **SHAPE)
     for step, tasks in zip(range(5, 9), stream.batches(5), strict=False):
         same(tasks, stream.at(step))
 
 
-def test_worker_processes_read_the_same(images):
-    before = set(multiprocessing.active_children())
-    stream = jm.tasks.stream(images, key=KEY, meta_batch=2, workers=2, ahead=1, **SHAPE)
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.nightly)])
+def read_by_workers(request, images):
+    """A stream, its batches as worker processes read them, the first of them read, and the processes."""
+    others = set(multiprocessing.active_children())
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, workers=request.param, ahead=1, **SHAPE)
     batches = stream.batches(3)
-    for step in range(3, 8):
+    same(next(batches), stream.at(3))
+    yield stream, batches, lambda: set(multiprocessing.active_children()) - others
+    batches.close()
+
+
+def test_worker_processes_read_the_same_and_end_with_the_iterator(read_by_workers):
+    stream, batches, processes = read_by_workers
+    for step in range(4, 8):
         same(next(batches), stream.at(step))
-    assert set(multiprocessing.active_children()) - before
+    assert processes()
     batches.close()
     deadline = time.monotonic() + 30
-    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
+    while processes() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not set(multiprocessing.active_children()) - before
+    assert not processes()
 
 
-def test_each_process_has_its_share(images):
-    whole = jm.tasks.stream(images, key=KEY, meta_batch=6, **SHAPE)
-    shares = [jm.tasks.stream(images, key=KEY, meta_batch=6, process=(i, 3), **SHAPE).at(2) for i in range(3)]
-    same(jax.tree.map(lambda *parts: jnp.concatenate(parts), *shares), whole.at(2))
+def test_the_shares_of_processes_make_up_the_whole_batch(images):
+    whole = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    shares = [jm.tasks.stream(images, key=KEY, meta_batch=4, process=(i, 4), **SHAPE).at(2) for i in range(4)]
+    same(jax.tree.map(lambda *parts: np.concatenate(parts), *shares), whole.at(2))
 
 
-def learner():
-    return jm.maml(jm.nn.MLP(out=3, hidden=(8,)), inner_optimizer=optax.sgd(0.1), norm="support")
+# Compiled in less time than any other learner.
+LEARNER = jm.prototypical(jm.nn.MLP(out=4, hidden=()))
 
 
-def test_training_from_a_stream_is_training_from_memory(images):
-    memory = jm.tasks.from_prepared(images, **SHAPE)
-    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
-    reports = {}
-
-    def trained(tasks, name):
-        reports[name] = []
-        return jm.train(
-            learner(),
-            tasks,
-            optax.adam(1e-2),
-            steps=7,
-            meta_batch=4,
-            key=KEY,
-            log_every=3,
-            report=reports[name].append,
-        )
-
-    one, other = trained(memory, "memory"), trained(stream, "stream")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one.params, other.params
+def trained(tasks, reports=None, **settings):
+    return jm.train(
+        LEARNER,
+        tasks,
+        optax.adam(1e-2),
+        steps=7,
+        meta_batch=4,
+        key=KEY,
+        log_every=3,
+        report=reports.append if reports is not None else None,
+        **settings,
     )
-    assert (
-        [event.step for event in reports["stream"]]
-        == [event.step for event in reports["memory"]]
-        == [3, 6, 7]
-    )
-    for a, b in zip(reports["memory"], reports["stream"], strict=True):
+
+
+@pytest.fixture(scope="module")
+def from_stream(images):
+    """A training from a stream: the last state and the events."""
+    events = []
+    return trained(jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE), events), events
+
+
+def test_training_from_a_stream_is_training_from_memory(images, from_stream):
+    (state, events), known_events = from_stream, []
+    known = trained(jm.tasks.from_prepared(images, **SHAPE), known_events)
+    close(known.params, state.params)
+    assert [event.step for event in events] == [event.step for event in known_events] == [3, 6, 7]
+    for a, b in zip(known_events, events, strict=True):
         assert a.metrics == pytest.approx(b.metrics, rel=1e-5)
 
 
-def test_a_run_from_a_stream_resumes_bit_for_bit(images, tmp_path):
-    stream = jm.tasks.stream(images, key=KEY, meta_batch=2, **SHAPE)
-
-    def trained(steps, folder, **more):
-        return jm.train(
-            learner(),
-            stream,
-            optax.adam(1e-2),
-            steps=steps,
-            meta_batch=2,
-            key=KEY,
-            run_dir=tmp_path / folder,
-            checkpoint_every=3,
-            **more,
-        )
-
-    straight = trained(8, "straight")
+def test_a_stopped_training_from_a_stream_resumes_bit_for_bit(images, from_stream, tmp_path):
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    run = {"run_dir": tmp_path / "run", "checkpoint_every": 3}
     stopped = iter([False, True])
-    with pytest.raises(Exception, match="stopped after meta-step 3"):
-        trained(8, "stopped", should_stop=lambda: next(stopped))
-    same(trained(8, "stopped", resume=True).params, straight.params)
+    with pytest.raises(jm.training.Stopped, match="stopped after meta-step 3"):
+        trained(stream, should_stop=lambda: next(stopped), **run)
+    same(trained(stream, resume=True, **run).params, from_stream[0].params)
 
 
 def test_evaluation_from_a_stream_is_evaluation_from_memory(images):
     memory = jm.tasks.from_prepared(images, **SHAPE)
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, for_evaluation=True, **SHAPE)
-    method = learner()
-    params = method.init(jax.random.key(0), memory.sample(KEY))
+    # With batch statistics, which calibrate fills.
+    method = jm.prototypical(jm.nn.MLP(out=4, hidden=(6,), norm=True))
+    params = jax.jit(method.init)(jax.random.key(0), draw(memory.sample, KEY))
     # 11 is no multiple of 4: of the last batch only what is asked counts.
     expected = jm.evaluate_episodes(method, params, memory, episodes=11, key=KEY)
     np.testing.assert_allclose(jm.evaluate_episodes(method, params, stream, episodes=11, key=KEY), expected)
     filled = [jm.calibrate(method, params, tasks, KEY, episodes=8) for tasks in (memory, stream)]
     close(*filled)
+    assert jax.tree.structure(filled[1]) != jax.tree.structure(params)
 
 
-def test_a_loader_of_one_s_own_is_a_stream(images):
+def test_a_stream_of_an_own_loader_trains_and_its_batches_are_checked(images):
     own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     calls = []
 
@@ -163,19 +161,17 @@ def test_a_loader_of_one_s_own_is_a_stream(images):
         calls.append(step)
         return own.at(step)
 
-    state = jm.train(learner(), jm.TaskStream(at, own.card), optax.adam(1e-2), steps=3, meta_batch=4, key=KEY)
+    state = jm.train(LEARNER, jm.TaskStream(at, own.card), optax.adam(1e-2), steps=3, meta_batch=4, key=KEY)
     assert calls[-3:] == [0, 1, 2]
     assert int(state.step) == 3
     with pytest.raises(ValueError, match=r"gives 4 tasks a step; .* meta_batch = 2 tasks"):
-        jm.train(learner(), own, optax.adam(1e-2), steps=1, meta_batch=2, key=KEY)
+        jm.train(LEARNER, own, optax.adam(1e-2), steps=1, meta_batch=2, key=KEY)
     with pytest.raises(ValueError, match="gives tuple a step"):
-        jm.train(
-            learner(), own._replace(at=lambda step: ()), optax.adam(1e-2), steps=1, meta_batch=4, key=KEY
-        )
+        jm.train(LEARNER, own._replace(at=lambda step: ()), optax.adam(1e-2), steps=1, meta_batch=4, key=KEY)
 
 
-def test_a_stream_of_other_episodes_is_refused(images):
-    method, sgd = learner(), optax.sgd(0.1)
+def test_a_stream_with_another_key_or_purpose_is_refused(images):
+    method, sgd = LEARNER, optax.sgd(0.1)
     own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     other = jm.tasks.stream(images, key=jax.random.key(4), meta_batch=4, **SHAPE)
     fixed = jm.tasks.stream(images, key=KEY, meta_batch=4, for_evaluation=True, **SHAPE)
@@ -184,23 +180,23 @@ def test_a_stream_of_other_episodes_is_refused(images):
             jm.train(method, tasks, sgd, steps=1, meta_batch=4, key=KEY)
     with pytest.raises(ValueError, match="validation: got a stream"):
         jm.train(method, own, sgd, steps=1, meta_batch=4, key=KEY, validation=fixed)
-    params = method.init(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
+    params = jax.jit(method.init)(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
     with pytest.raises(ValueError, match=r"tasks: got a stream .* and for_evaluation=True"):
         jm.evaluate(method, params, own, episodes=4, key=KEY)
 
 
-def test_a_stream_that_ends_is_told(images):
+def test_a_stream_that_ends_too_early_is_an_error(images):
     own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     ending = jm.TaskStream(own.at, own.card, lambda start: map(own.at, range(start, 2)))
-    params = learner().init(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
+    params = jax.jit(LEARNER.init)(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
     with pytest.raises(ValueError, match="ended after 8 of 9 episodes"):
-        jm.evaluate(learner(), params, ending, episodes=9, key=KEY)
+        jm.evaluate(LEARNER, params, ending, episodes=9, key=KEY)
     with pytest.raises(ValueError, match="ended before meta-step 3"):
-        jm.train(learner(), ending, optax.sgd(0.1), steps=3, meta_batch=4, key=KEY)
+        jm.train(LEARNER, ending, optax.sgd(0.1), steps=3, meta_batch=4, key=KEY)
 
 
-def test_a_stream_that_diverges_names_the_step(images):
-    own = jm.tasks.stream(images, key=KEY, meta_batch=2, **SHAPE)
+def test_divergence_within_a_stream_names_the_step(images):
+    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
 
     def at(step):
         support, query = own.at(step)
@@ -208,7 +204,7 @@ def test_a_stream_that_diverges_names_the_step(images):
 
     spoilt = jm.TaskStream(at, own.card)
     with pytest.raises(jm.training.NonFiniteLoss, match="meta-step 5"):
-        jm.train(learner(), spoilt, optax.adam(1e-2), steps=8, meta_batch=2, key=KEY, log_every=4)
+        jm.train(LEARNER, spoilt, optax.adam(1e-2), steps=8, meta_batch=4, key=KEY, log_every=4)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +221,11 @@ def test_a_stream_that_diverges_names_the_step(images):
         ({"split": "tset"}, "split: got 'tset'; it must be one of"),
     ],
 )
-def test_bad_input(images, changes, message):
+def test_bad_arguments_are_refused_by_name(images, changes, message):
     with pytest.raises(ValueError, match=message):
         jm.tasks.stream(images, **{"key": KEY, "meta_batch": 4, **SHAPE, **changes}).at(0)
 
 
-def test_batches_are_endless(images):
-    stream = jm.tasks.stream(images, key=KEY, meta_batch=1, ahead=1, **SHAPE)
+def test_batches_do_not_end_with_an_epoch(images):
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, ahead=1, **SHAPE)
     assert len(list(itertools.islice(stream.batches(0), 12))) == 12

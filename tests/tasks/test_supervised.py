@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import draw, drawn, numbered, sampled
 from scipy import stats
 
 import jaxmeta as jm
@@ -17,20 +18,8 @@ MODULE = sys.modules["jaxmeta.tasks.supervised"]  # the package's attribute of t
 SIZES = [3, 7, 4, 5]
 
 
-def numbered(sizes=SIZES):
-    """Examples that tell their class and index, shuffled as a file may be."""
-    x = np.array([(c, i) for c, n in enumerate(sizes) for i in range(n)], np.float32)
-    x = x[np.random.default_rng(0).permutation(len(x))]
-    return x, x[:, 0].astype(int)
-
-
-def sampled(tasks, count, seed=0):
-    draw = jax.jit(lambda sample, keys: jax.vmap(sample)(keys))
-    return jax.device_get(draw(tasks.sample, jax.random.split(jax.random.key(seed), count)))
-
-
-def test_every_class_and_every_example_by_the_same_label():
-    x, y = numbered()
+def test_classes_and_their_examples_are_uniform_under_fixed_labels():
+    x, y = numbered(SIZES)
     tasks = supervised(from_arrays(x, y, ways=2, shots=1), batch=20)
     count = 4000
     task = sampled(tasks, count)
@@ -51,8 +40,8 @@ def test_every_class_and_every_example_by_the_same_label():
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
-def test_card():
-    x, y = numbered()
+def test_the_card_describes_the_mini_batches():
+    x, y = numbered(SIZES)
     split = ClassSplit(train=("0", "1", "3"), test=("2",))
     few = from_arrays(x, y, ways=2, shots=2, classes=split, name="letters", protocol="mine")
     card = supervised(few, batch=6).card
@@ -61,7 +50,7 @@ def test_card():
     )  # fmt: skip
     assert card.split_hash == split.hash
     assert card.protocol == "all 3 classes at once, mini-batches of 6, of: mine"
-    task = supervised(few, batch=2000).sample(jax.random.key(0))
+    task = drawn(supervised(few, batch=2000))
     assert set(zip(task.query.x[:, 0].tolist(), task.query.y.tolist(), strict=True)) == {
         (0, 0),
         (1, 1),
@@ -69,28 +58,29 @@ def test_card():
     }
 
 
-def test_pure_under_jit_and_vmap_and_compiled_once():
-    x, y = numbered()
+def test_drawing_is_pure_under_jit_and_vmap_and_compiled_once():
+    x, y = numbered(SIZES)
     traces = []
 
     @jax.jit
-    def draw(sample, keys):
+    def draw_batch(sample, keys):
         traces.append(None)
         return jax.vmap(sample)(keys)
 
     keys = jax.random.split(jax.random.key(0), 3)
     for ways in (2, 2):
         tasks = supervised(from_arrays(x, y, ways=ways, shots=1), batch=4)
-        batch = draw(tasks.sample, keys)
+        batch = draw_batch(tasks.sample, keys)
     assert len(traces) == 1
     for i, key in enumerate(keys):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, tasks.sample(key))
+        one = draw(tasks.sample, key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
     closed = jax.make_jaxpr(lambda sample, key: sample(key))(tasks.sample, keys[0])
     assert sum(np.size(constant) for constant in closed.consts) < 10
 
 
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_rotations(rotations):
+def test_rotated_classes_have_labels_of_their_own_and_random_turns_have_none(rotations):
     x = np.random.default_rng(0).integers(0, 256, (6, 3, 3, 1), dtype=np.uint8)
     few = from_arrays(x, np.repeat(np.arange(3), 2), ways=2, shots=1, rotations=rotations)
     tasks = supervised(few, batch=2400)
@@ -98,29 +88,29 @@ def test_rotations(rotations):
     assert (tasks.card.ways, tasks.card.classes, tasks.card.rotations) == (expected, expected, rotations)
     known = {np.rot90(x[row], turns).tobytes(): (row // 2, turns) for row in range(6) for turns in range(4)}
     counts = np.zeros((3, 4), int)
-    for batch in tasks.sample(jax.random.key(0)):
-        assert batch.x.dtype == jnp.float32
-        for image, label in zip(np.rint(255 * np.asarray(batch.x)).astype(np.uint8), batch.y, strict=True):
+    for batch in drawn(tasks):
+        assert batch.x.dtype == np.float32
+        for image, label in zip(np.rint(255 * batch.x).astype(np.uint8), batch.y, strict=True):
             c, turns = known[image.tobytes()]
             assert label == (c + 3 * turns if rotations == "classes" else c)
             counts[c, turns] += 1
     assert stats.chisquare(counts.ravel()).pvalue > 1e-3
 
 
-def test_of_grouped_paired_and_zero_shot_tasks():
+def test_grouped_paired_and_zero_shot_tasks_give_all_their_classes():
     x, y = numbered([4, 4, 4, 4, 4])
     told = {str(c): [float(c)] for c in range(5)}
     groups = {"0": "b", "1": "a", "2": "c", "3": "a", "4": "b"}
     few = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=told, groups=groups, paired=True)
     tasks = supervised(few, batch=400)
-    support, query = tasks.sample(jax.random.key(0))
+    support, query = drawn(tasks)
     assert support.x.shape == (200, 2)
     assert tasks.card.ways == 4
     # Group after group, without the group that has a single class.
     np.testing.assert_array_equal(query.x[:, 0], np.array([1, 3, 0, 4])[query.y])
 
 
-def test_glyphs():
+def test_mini_batches_of_glyphs_are_new_drawings_of_all_classes():
     few = glyphs("validation", ways=5, shots=1, size=12)
     tasks = supervised(few, batch=64)
     assert (tasks.card.ways, tasks.card.shots, tasks.card.classes) == (1024, 1, 1024)
@@ -133,7 +123,7 @@ def test_glyphs():
     assert len(np.unique(task.query.x.reshape(-1, 144), axis=0)) == 960  # a drawing each
 
 
-def test_glyphs_are_those_of_their_labels(monkeypatch):
+def test_glyphs_are_drawn_from_the_strokes_of_their_labels(monkeypatch):
     """With a hand that does not tremble a drawing is its class's own."""
     monkeypatch.setattr(MODULE, "hands_of", lambda bits: jnp.zeros((*bits.shape[:-1], HAND), jnp.float32))
     tasks = supervised(glyphs("test", ways=2, size=16), batch=8)
@@ -145,12 +135,12 @@ def test_glyphs_are_those_of_their_labels(monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, -2, True])
-def test_bad_batches(batch):
+def test_bad_batch_sizes_are_refused(batch):
     with pytest.raises(ValueError, match=r"batch: got .*; it must be (at least 2|even|a whole number)"):
         supervised(glyphs(ways=2), batch)
 
 
-def test_tasks_of_other_sources():
+def test_tasks_of_other_sources_are_refused():
     with pytest.raises(ValueError, match=r"tasks: got regression tasks of 'sinusoid', .* or of glyphs"):
         supervised(sinusoid())
     own = glyphs(ways=2)._replace(sample=lambda key: None)

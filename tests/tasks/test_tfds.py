@@ -1,16 +1,16 @@
 """Data sets of tensorflow-datasets: the episodes against its own reading, the cache, what is missing."""
 
 import importlib.util
-import io
 import json
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from draws import drawn, png
 from PIL import Image
 
+from jaxmeta import presets, sources
 from jaxmeta.cli import main
 from jaxmeta.tasks import tfds as module
 from jaxmeta.tasks.archives import read_archive, shrink
@@ -19,18 +19,8 @@ from jaxmeta.tasks.omniglot import EDITION
 from jaxmeta.tasks.splits import ClassSplit
 from jaxmeta.tasks.tfds import from_tfds, prepare_tfds
 
+pytestmark = pytest.mark.usefixtures("cache")
 NAMES = ["wren", "owl", "jay", "tit", "emu", "kea", "auk", "ibis"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(np.squeeze(pixels)).save(file, "PNG")
-    return file.getvalue()
 
 
 def builder_class(data_set, features, examples, supervised=None, version="1.0.0", registered=False):
@@ -70,7 +60,7 @@ def as_tfds_reads(data_dir, name, image="image"):
 
 def assert_same_episodes(found, expected, atol=0.0):
     for key in range(3):
-        mine, theirs = (source.sample(jax.random.key(key)) for source in (found, expected))
+        mine, theirs = (drawn(source, key) for source in (found, expected))
         for a, b in zip(mine, theirs, strict=True):
             assert a.x.shape == b.x.shape
             np.testing.assert_allclose(a.x, b.x, rtol=0, atol=atol)
@@ -119,7 +109,7 @@ def test_class_labels_of_all_splits_pooled_by_name_alone(tmp_path):
     np.testing.assert_array_equal(grey.read([row])[0, :, :, 0], Image.fromarray(first["image"]).convert("L"))
 
 
-def test_texts_as_labels_and_grey_images_of_mixed_sizes(tmp_path):
+def test_texts_are_labels_and_grey_images_of_mixed_sizes_are_resized(tmp_path):
     rng = np.random.default_rng(0)
     shapes = [(12, 11), (8, 15), (20, 7)]
     examples = [
@@ -139,7 +129,7 @@ def test_texts_as_labels_and_grey_images_of_mixed_sizes(tmp_path):
     assert_same_episodes(found, from_arrays(x, [e["label"].decode() for e in read], **protocol))
 
 
-def test_more_examples_than_are_read_at_once(tmp_path, monkeypatch):
+def test_examples_read_in_several_groups_keep_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 7)
     write(tmp_path, "tiny_birds", FEATURES, {"a": birds(2), "b": birds(1, 1), "c": birds(3, 2)})
     read = as_tfds_reads(tmp_path, "tiny_birds")
@@ -148,7 +138,8 @@ def test_more_examples_than_are_read_at_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(prepared.read(range(len(read))), [read[i]["image"] for i in order])
 
 
-def test_omniglot_as_one_s_own_data_set(tmp_path, data_folder):
+@pytest.mark.nightly
+def test_omniglot_as_an_own_data_set_gives_the_same_episodes(tmp_path, data_folder):
     archive = data_folder / "omniglot" / "images_background.zip"
     if not archive.exists():
         pytest.skip(f"no {archive}")
@@ -199,7 +190,7 @@ def test_an_older_version_on_disk_is_found_though_the_code_is_newer(tmp_path):
         prepare_tfds("moved_birds:3.0.0", data_dir=tmp_path)
 
 
-def test_what_only_tensorflow_can_prepare_or_read(tmp_path):
+def test_data_that_need_tensorflow_are_refused_without_it(tmp_path):
     if importlib.util.find_spec("tensorflow"):
         pytest.skip("TensorFlow is there")
     examples = [{"image": np.zeros((9, 9, 3), np.uint8), "kind": "owl", "n": 0}]
@@ -215,7 +206,7 @@ def test_what_only_tensorflow_can_prepare_or_read(tmp_path):
         prepare_tfds("tiny_birds", data_dir=tmp_path)
 
 
-def test_a_download_that_fails(tmp_path):
+def test_a_failed_download_is_an_error_of_one_line(tmp_path):
     builder_class("far_birds", FEATURES, ConnectionError("no route\nto host"), registered=True)
     with pytest.raises(
         OSError, match=r"far_birds/1.0.0: .*\(ConnectionError: .*no route to host\); prepare"
@@ -227,7 +218,7 @@ def test_a_download_that_fails(tmp_path):
 # --- what is wrong ----------------------------------------------------------------------------------------
 
 
-def test_features_that_are_not_there(tmp_path):
+def test_absent_features_and_splits_are_refused_by_name(tmp_path):
     features = {"image": FEATURES["image"], "id": tfds.features.Text(), "back": tfds.features.Image()}
     picture = png(np.zeros((9, 9, 3), np.uint8))
     write(tmp_path, "plain", features, {"train": [{"image": picture, "id": "a", "back": picture}]})
@@ -243,14 +234,14 @@ def test_features_that_are_not_there(tmp_path):
         prepare_tfds("plain", data_dir=tmp_path, label="id", tfds_splits="test")
 
 
-def test_examples_without_label(tmp_path):
+def test_examples_without_label_are_refused(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": birds(2), "test": [birds(1)[0] | {"kind": -1}]})
     with pytest.raises(ValueError, match=r"1 examples of test have no kind; name the splits .* tfds_splits"):
         prepare_tfds("tiny_birds", data_dir=tmp_path)
     assert len(prepare_tfds("tiny_birds", data_dir=tmp_path, tfds_splits=("train",))) == 16
 
 
-def test_damaged_images_and_bad_arguments(tmp_path):
+def test_damaged_images_and_bad_arguments_are_refused_by_name(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": [birds(1)[0] | {"image": b"gone"}]})
     with pytest.raises(ValueError, match=r"tiny_birds/1.0.0 train\[0\]: cannot be read as an image"):
         prepare_tfds("tiny_birds", data_dir=tmp_path)
@@ -265,6 +256,17 @@ def test_damaged_images_and_bad_arguments(tmp_path):
     assert len(str(raised.value)) < 300
 
 
+def test_a_source_takes_a_set_by_name(tmp_path, capsys):
+    write(tmp_path, "little_birds", FEATURES, {"train": birds()})
+    flags = {"tasks": "tfds:little_birds", "ways": 2, "queries": 2, "classes": "0.5,0,0.5"}
+    _, settings = presets.settings_of(flags)
+    card = sources.tasks_of(settings, "test", str(tmp_path)).card
+    assert (card.tasks, card.classes, card.ways) == ("tfds:little_birds/1.0.0", 4, 2)
+    assert main(["train", "--tasks", "tfds:large_birds", "--data", str(tmp_path)]) == 2
+    assert "no data set 'large_birds'" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
 def test_the_command_line_takes_a_set_by_name(tmp_path, capsys):
     write(tmp_path / "sets", "little_birds", FEATURES, {"train": birds()})
     command = ["train", "--tasks", "tfds:little_birds", "--data", str(tmp_path / "sets"), "--network", "mlp"]

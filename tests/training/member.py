@@ -1,6 +1,8 @@
 """One of several processes that train together: a program, started by `test_hosts`.
 
-python tests/training/member.py PORT PROCESSES PROCESS FOLDER
+python tests/training/member.py PORT PROCESSES PROCESS FOLDER NAME…
+
+Each NAME is one of `meta_runs.RUNS`.
 """
 
 import sys
@@ -12,7 +14,7 @@ import jaxmeta as jm
 from jaxmeta.training import hosts, sharding
 
 
-def main(port: int, processes: int, process: int, folder: Path) -> None:
+def main(port: int, processes: int, process: int, folder: Path, names: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     hosts.connect(f"127.0.0.1:{port}", processes, process)
     # It makes keys, and before that JAX must know the others.
@@ -20,11 +22,11 @@ def main(port: int, processes: int, process: int, folder: Path) -> None:
 
     share = sharding.process_share(sharding.task_mesh(meta_runs.BATCH))
     assert share == (process, processes)
-    found = {name: hosts.gathered(run(folder / name, share)) for name, run in meta_runs.RUNS.items()}
+    found = {name: hosts.gathered(meta_runs.RUNS[name](folder / name, share)) for name in names}
     # An array of the process's own, beside those that all have parts of.
     found["own"] = jax.numpy.arange(3.0)
     jm.save(folder / f"found-{processes}", found)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]))
+    main(*map(int, sys.argv[1:4]), Path(sys.argv[4]), sys.argv[5:])

@@ -1,5 +1,6 @@
 """Files: round trips, damage, other configurations, and a full disk."""
 
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -39,7 +40,7 @@ def assert_same(a, b):
     jax.tree.map(same, a, b)
 
 
-def test_any_tree_comes_back_without_a_template(tmp_path):
+def test_trees_of_dicts_lists_and_tuples_load_without_a_template(tmp_path):
     tree = {
         "layers": [{"w/x": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2, jnp.bfloat16)}, None],
         "pair": (jnp.int32(3), 2.5, True, "name", 7),
@@ -52,12 +53,12 @@ def test_any_tree_comes_back_without_a_template(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["tree"]
 
 
-def test_a_tree_without_arrays(tmp_path):
+def test_a_tree_without_arrays_is_saved_and_loaded(tmp_path):
     save(tmp_path / "nothing", {})
     assert load(tmp_path / "nothing") == {}
 
 
-def test_other_nodes_need_like(tmp_path):
+def test_trees_with_other_nodes_load_only_with_like(tmp_path):
     tree = {"point": Point(jnp.ones(2), jnp.zeros(3))}
     save(tmp_path / "tree", tree)
     with pytest.raises(ValueError, match=r"like: .* holds a Point"):
@@ -77,13 +78,13 @@ def test_save_overwrites_only_when_told(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["tree"]
 
 
-def test_what_is_no_array_is_named(tmp_path):
+def test_save_refuses_a_leaf_that_is_no_array_by_its_path(tmp_path):
     with pytest.raises(ValueError, match=r"tree\['f'\]: got function"):
         save(tmp_path / "tree", {"f": fresh})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_load_of_nothing_and_of_something_else(tmp_path):
+def test_load_refuses_an_absent_path_and_a_foreign_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing at"):
         load(tmp_path / "absent")
     (tmp_path / "photos").mkdir()
@@ -109,7 +110,7 @@ def test_checkpoint_round_trip(tmp_path, key):
     assert_same(load_params(tmp_path), state.params)
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_the_last_two_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(step)))
     assert checkpoint_steps(tmp_path) == [3, 10]
@@ -147,16 +148,19 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(1)))
 
-    def crash(*args, **kwargs):
-        raise OSError("power cut")
+    for error, said in ((OSError("power cut"), "power cut"), (OSError(27, "no room"), os.strerror(27))):
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", crash)
-    with pytest.raises(OSError, match="power cut"):
-        save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(2)))
+        def crash(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(ocp.Checkpointer, "save", crash)
+        with pytest.raises(OSError, match=rf"cannot be written \({said}\); nothing was replaced"):
+            save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(2)))
+    monkeypatch.undo()
     assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
 
 
-def test_no_checkpoint(tmp_path):
+def test_restoring_without_a_checkpoint_raises(tmp_path):
     with pytest.raises(ValueError, match=r"run_dir: no checkpoint can be read in .*there is none"):
         restore_checkpoint(tmp_path, fresh())
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxmeta as jm
+from jaxmeta.cli import main
 from jaxmeta.training import hosts
 from jaxmeta.training.checkpoint import checkpoint_steps
 
@@ -60,9 +61,14 @@ def ended(members, seconds):
             member.kill()
 
 
-def together(processes, folder):
+def together(processes, folder, *names):
+    """What processes that shared the runs of these names have learned."""
     members = start(
-        lambda port, process: [str(HERE / "member.py"), *map(str, (port, processes, process, folder))],
+        lambda port, process: [
+            str(HERE / "member.py"),
+            *map(str, (port, processes, process, folder)),
+            *names,
+        ],
         processes,
     )
     said = ended(members, 500)
@@ -73,8 +79,16 @@ def together(processes, folder):
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
+    """What two processes learned, and their folder."""
     folder = tmp_path_factory.mktemp("two")
-    return together(2, folder), folder
+    return together(2, folder, "split", "streamed"), folder
+
+
+@pytest.fixture(scope="module")
+def more_of_two(tmp_path_factory):
+    """What two processes learned in the runs that only the nightly tests look at, and their folder."""
+    folder = tmp_path_factory.mktemp("two-more")
+    return together(2, folder, "checkpointed", "float64"), folder
 
 
 def assert_close(found, expected, tolerance):
@@ -82,34 +96,43 @@ def assert_close(found, expected, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("name", ["checkpointed", "split", "streamed"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["split", "streamed"])
 def test_two_processes_learn_what_one_learns(name, of_two):
     assert_close(of_two[0][name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
 
 
-def test_in_float64_to_one_part_in_a_million_million(of_two):
-    assert of_two[0]["float64"]["hidden"].dtype == np.float64
-    assert_close(of_two[0]["float64"], meta_runs.in_float64(), 1e-12)
+@pytest.mark.nightly
+def test_two_processes_with_whole_parameters_learn_what_one_learns(more_of_two):
+    assert_close(more_of_two[0]["checkpointed"], meta_runs.RUNS["checkpointed"](None, meta_runs.ONE), 1e-5)
 
 
-def test_one_process_continues_what_two_began(of_two, tmp_path):
-    folder = shutil.copytree(of_two[1] / "checkpointed", tmp_path / "run")
+@pytest.mark.nightly
+def test_two_processes_agree_with_one_to_twelve_digits_in_float64(more_of_two):
+    assert more_of_two[0]["float64"]["hidden"].dtype == np.float64
+    assert_close(more_of_two[0]["float64"], meta_runs.in_float64(), 1e-12)
+
+
+@pytest.mark.nightly
+def test_one_process_continues_what_two_began(more_of_two, tmp_path):
+    folder = shutil.copytree(more_of_two[1] / "checkpointed", tmp_path / "run")
     assert checkpoint_steps(folder)[-1] == meta_runs.STEPS
     found = meta_runs.trained(folder, steps=12, resume=True)
     assert_close(found, meta_runs.trained(None, steps=12), 1e-5)
 
 
-def test_what_two_processes_have_parts_of_is_read_by_one(of_two):
+def test_parameters_written_in_parts_by_two_processes_are_read_by_one(of_two):
+    assert checkpoint_steps(of_two[1] / "split")[-1] == meta_runs.STEPS
     assert_close(jm.training.load_params(of_two[1] / "split"), of_two[0]["split"], 0)
 
 
-def test_what_each_of_two_has_whole_is_written_once(of_two):
+def test_an_array_that_both_processes_have_whole_is_written_once(of_two):
     np.testing.assert_array_equal(of_two[0]["own"], [0, 1, 2])
 
 
 @pytest.mark.slow
 def test_four_processes_learn_what_one_learns(tmp_path):
-    found = together(4, tmp_path)
+    found = together(4, tmp_path, *meta_runs.RUNS)
     for name in ("checkpointed", "split", "streamed"):
         assert_close(found[name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
     assert_close(found["float64"], meta_runs.in_float64(), 1e-12)
@@ -159,19 +182,35 @@ def test_a_lost_process_ends_the_others_and_any_number_goes_on(victim, tmp_path)
     assert alone.returncode == 75
 
 
+NO_CLUSTER = "--distributed: there is no cluster"
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--distributed"], "--distributed: there is no cluster"),
+        (["--distributed"], NO_CLUSTER),
         (["--distributed", "--process", "0"], "--distributed: asks the cluster what --process says"),
         (["--coordinator", "127.0.0.1:1"], "--processes: is missing"),
     ],
 )
-def test_a_command_that_cannot_join_says_so(flags, named, tmp_path):
-    command = [sys.executable, "-m", "jaxmeta.cli", "train", "--out", str(tmp_path / "run"), *flags]
+def test_a_command_that_cannot_join_says_so(flags, named, tmp_path, monkeypatch, capsys):
+    def find_no_cluster(coordinator, *_, **__):
+        assert coordinator is None
+        raise ValueError("coordinator_address should be defined.")
+
+    # As in a process whose JAX has not started, which it has in this one.
+    monkeypatch.setattr(jax.distributed, "initialize", find_no_cluster)
+    assert main(["train", "--out", str(tmp_path / "run"), *flags]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.nightly
+def test_a_process_that_finds_no_cluster_says_so(tmp_path):
+    command = [sys.executable, "-m", "jaxmeta.cli", "train", "--out", str(tmp_path / "run"), "--distributed"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert named in done.stderr
+    assert NO_CLUSTER in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -186,6 +225,6 @@ def test_a_command_that_cannot_join_says_so(flags, named, tmp_path):
         (("127.0.0.1:1", 2, 2), "process: got 2; it must be from 0 to 1"),
     ],
 )
-def test_what_cannot_be_joined_is_refused(given, named):
+def test_connections_that_cannot_be_are_refused_by_the_argument_s_name(given, named):
     with pytest.raises(ValueError, match=named):
         hosts.connect(*given)

@@ -31,15 +31,16 @@ def run(strategy, devices=1, learner=None, tasks=None, key=None, steps=3, optimi
 def test_the_gradient_is_the_mean_over_the_episodes_of_the_keys():
     learner, tasks, optimizer = toys.maml(), toys.sinusoid(), optax.sgd(0.1)
     state = init_state(learner, optimizer, tasks, jax.random.key(0))
-    grads, losses = [], []
-    for index in range(TASKS):
+
+    @jax.jit
+    def of_episode(index):
         key = jax.random.fold_in(jax.random.fold_in(state.key, 0), index)
         task_key, learner_key = jax.random.split(key)
-        (value, _), grad = jax.value_and_grad(learner.loss, has_aux=True)(
-            state.params, tasks.sample(task_key), learner_key, step=0
-        )
-        grads.append(grad)
-        losses.append(value)
+        loss = jax.value_and_grad(learner.loss, has_aux=True)
+        (value, _), grad = loss(state.params, tasks.sample(task_key), learner_key, step=0)
+        return value, grad
+
+    losses, grads = zip(*(jax.device_get(of_episode(index)) for index in range(TASKS)), strict=True)
     expected = jax.tree.map(lambda p, *g: p - 0.1 * sum(g) / TASKS, state.params, *grads)
     (params, metrics), _ = run("scan", steps=1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, expected)
@@ -48,7 +49,15 @@ def test_the_gradient_is_the_mean_over_the_episodes_of_the_keys():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices"), [("auto", 1), ("scan", 1), (3, 1), ("vmap", 2), ("scan", 2), (1, 2)]
+    ("strategy", "devices"),
+    [
+        ("auto", 1),
+        pytest.param("scan", 1, marks=pytest.mark.nightly),
+        (3, 1),
+        ("vmap", 2),
+        pytest.param("scan", 2, marks=pytest.mark.nightly),
+        pytest.param(1, 2, marks=pytest.mark.nightly),
+    ],
 )
 def test_strategies_and_device_counts_agree(strategy, devices):
     if len(jax.devices()) < devices:
@@ -59,7 +68,7 @@ def test_strategies_and_device_counts_agree(strategy, devices):
     assert int(state.step) == 3
 
 
-@pytest.mark.parametrize("strategy", ["vmap", "scan"])
+@pytest.mark.parametrize("strategy", [pytest.param("vmap", marks=pytest.mark.nightly), "scan"])
 def test_metrics_are_weighted_by_their_counts(strategy):
     # Five of six queries are real, so a mean over all six would be no multiple of 1/5.
     (_, metrics), _ = run(strategy, learner=toys.nearest_mean(), tasks=toys.clusters(), steps=1)
@@ -79,7 +88,7 @@ def test_raw_and_typed_keys_draw_the_same_episodes():
     jax.tree.map(np.testing.assert_array_equal, typed, jax.device_get((state.params, metrics)))
 
 
-def test_steps_differ_and_the_key_stays():
+def test_each_step_draws_other_episodes_and_the_state_keeps_its_key():
     still = optax.sgd(0.0)
     (_, first), _ = run("vmap", steps=1, optimizer=still)
     (_, second), state = run("vmap", steps=2, optimizer=still)
@@ -87,7 +96,7 @@ def test_steps_differ_and_the_key_stays():
     assert (jax.random.key_data(state.key) == jax.random.key_data(jax.random.key(0))).all()
 
 
-def test_clipping_and_schedules_are_just_optax():
+def test_clipping_and_schedules_of_optax_apply_to_the_meta_gradient():
     # The gradient is longer than 1e-3, and the second step's learning rate is half the first's.
     schedule = optax.piecewise_constant_schedule(1.0, {1: 0.5})
     optimizer = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(schedule))

@@ -1,5 +1,7 @@
 """Several devices that share the examples of a task give the result of one."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +13,25 @@ import jaxmeta as jm
 from jaxmeta.training import sharding
 
 CLASSES, EACH = 12, 5
+
+
+def normalised_mlp():
+    return jm.nn.MLP(None, (8,), norm=True)
+
+
+# By name: a learner, and the side of its images.
 LEARNERS = {
-    "prototypical": lambda: jm.prototypical(jm.nn.Conv4(filters=4)),
-    "prototypical by the support set": lambda: jm.prototypical(jm.nn.Conv4(filters=4), norm="support"),
-    "matching in full context": lambda: jm.matching(jm.nn.MLP(None, (8,), norm=True), context_steps=2),
-    "siamese": lambda: jm.siamese(jm.nn.Conv4(filters=4)),
-    "relation": lambda: jm.relation(jm.nn.RelationEmbedding(4), jm.nn.RelationModule(4)),
-    "ridge": lambda: jm.ridge(jm.nn.StridedConv4(filters=4)),
+    "prototypical": lambda: (jm.prototypical(normalised_mlp()), 4),
+    "prototypical by the support set": lambda: (jm.prototypical(normalised_mlp(), norm="support"), 4),
+    "matching in full context": lambda: (jm.matching(normalised_mlp(), context_steps=2), 4),
+    "siamese": lambda: (jm.siamese(normalised_mlp()), 4),
+    "ridge": lambda: (jm.ridge(normalised_mlp()), 4),
+    "prototypical, convolutions": lambda: (jm.prototypical(jm.nn.Conv4(filters=4)), 28),
+    "relation, convolutions": lambda: (
+        jm.relation(jm.nn.RelationEmbedding(4), jm.nn.RelationModule(4)),
+        28,
+    ),
+    "ridge, strided convolutions": lambda: (jm.ridge(jm.nn.StridedConv4(filters=4)), 28),
 }
 
 
@@ -27,18 +41,29 @@ def two_devices():
         pytest.skip("needs 2 devices (jax_num_cpu_devices)")
 
 
-def meta_gradient(learner, meta_batch, devices, *, ways=4, shots=1, queries=2, strategy="auto"):
-    rng = np.random.default_rng(0)
-    x = rng.random((CLASSES * EACH, 28, 28, 1), np.float32)
+def traced_step(learner, side, meta_batch, devices, *, ways=4, shots=1, queries=2, strategy="auto"):
+    """How to make the state of a meta-step, its tasks, and the step, traced and not compiled."""
+    x = np.random.default_rng(0).random((CLASSES * EACH, side, side, 1), np.float32)
     tasks = jm.tasks.from_arrays(
         x, np.repeat(np.arange(CLASSES), EACH), ways=ways, shots=shots, queries=queries
     )
     optimizer = optax.sgd(1.0)
-    state = jm.init_state(learner, optimizer, tasks, jax.random.key(1))
+
+    def init():
+        return jm.init_state(learner, optimizer, tasks, jax.random.key(1))
+
     step = jm.meta_step(learner, optimizer, meta_batch, strategy, devices=jax.devices()[:devices])
-    text = str(jax.make_jaxpr(step)(state, tasks.sample))
-    after, metrics = jax.jit(step)(state, tasks.sample)
-    return jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params), metrics, text
+    return init, tasks, jax.jit(step).trace(jax.eval_shape(init), tasks.sample)
+
+
+@cache
+def meta_gradient(name, meta_batch, devices, **settings):
+    """The meta-gradient, the metrics and the jaxpr of one step."""
+    init, tasks, traced = traced_step(*LEARNERS[name](), meta_batch, devices, **settings)
+    state = init()
+    after, metrics = traced.lower().compile()(state, tasks.sample)
+    gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, after.params)
+    return gradient, metrics, str(traced.jaxpr)
 
 
 def assert_same(found, expected):
@@ -50,38 +75,62 @@ def assert_same(found, expected):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 + 1e-4 * np.abs(b).max(), err_msg=where)
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_two_devices_on_one_task(name):
-    found, metrics, text = meta_gradient(LEARNERS[name](), 1, 2)
-    expected, expected_metrics, _ = meta_gradient(LEARNERS[name](), 1, 1)
+# How a network's examples are shared does not depend on the learner; whether they are is tested for each.
+IN_THE_DEFAULT_RUN = ("prototypical",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in IN_THE_DEFAULT_RUN else pytest.mark.nightly)
+        for name in LEARNERS
+    ],
+)
+def test_two_devices_on_one_task_give_the_meta_gradient_of_one(name):
+    found, metrics, text = meta_gradient(name, 1, 2)
+    expected, expected_metrics, _ = meta_gradient(name, 1, 1)
     assert "all_gather" in text  # and not each of the two all of it
     assert_same(found, expected)
     assert_same(metrics, expected_metrics)
 
 
-@pytest.mark.parametrize(("shots", "queries"), [((1, 2), 2), (1, 2), (1, 4)])
+@pytest.mark.parametrize(
+    "name", [name for name in LEARNERS if name not in IN_THE_DEFAULT_RUN and "convolutions" not in name]
+)
+def test_two_devices_on_one_task_share_its_examples(name):
+    assert "all_gather" in str(traced_step(*LEARNERS[name](), 1, 2)[2].jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("shots", "queries"),
+    [
+        ((1, 2), 2),
+        pytest.param(1, 2, marks=pytest.mark.nightly),
+        pytest.param(1, 4, marks=pytest.mark.nightly),
+    ],
+)
 def test_examples_that_do_not_divide_and_tasks_of_unequal_size(shots, queries):
     """5 or fewer classes of 3, 4 or 5 examples: an odd number, or one whose padding is in the middle."""
     settings = {"ways": (3, 5), "shots": shots, "queries": queries}
-    learner = LEARNERS["prototypical"]()
-    assert_same(meta_gradient(learner, 1, 2, **settings)[0], meta_gradient(learner, 1, 1, **settings)[0])
+    found, expected = (meta_gradient("prototypical", 1, devices, **settings)[0] for devices in (2, 1))
+    assert_same(found, expected)
 
 
-def test_three_tasks_one_after_another():
-    learner = LEARNERS["prototypical"]()
-    assert_same(meta_gradient(learner, 3, 2)[:2], meta_gradient(learner, 3, 1)[:2])
+def test_three_tasks_one_after_another_are_each_shared():
+    found, expected = (meta_gradient("prototypical", 3, devices)[:2] for devices in (2, 1))
+    assert_same(found, expected)
 
 
-def test_as_many_devices_as_tasks_share_none():
-    assert "all_gather" not in meta_gradient(LEARNERS["prototypical"](), 2, 2)[2]
+def test_as_many_devices_as_tasks_share_no_examples():
+    assert "all_gather" not in str(traced_step(*LEARNERS["prototypical"](), 2, 2)[2].jaxpr)
 
 
-def test_training_and_evaluation_on_more_devices_than_tasks(tmp_path):
-    x = np.random.default_rng(0).random((CLASSES * EACH, 16, 16, 1), np.float32)
-    tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(CLASSES), EACH), ways=3, shots=1, queries=2)
+def test_training_and_evaluation_on_more_devices_than_tasks():
+    x = np.random.default_rng(0).random((CLASSES * EACH, 4, 4, 1), np.float32)
+    tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(CLASSES), EACH), ways=4, shots=1, queries=2)
     settings = {"steps": 3, "key": jax.random.key(0), "meta_batch": 1, "validation": tasks}
     settings |= {"validation_episodes": 5, "validate_every": 3}
-    learner = jm.prototypical(jm.nn.Conv4(filters=4))
+    learner = jm.prototypical(normalised_mlp())
 
     def params(count):
         return jm.train(learner, tasks, optax.sgd(0.1), devices=jax.devices()[:count], **settings).params
@@ -100,11 +149,12 @@ class Mixing(linen.Module):
 
 @pytest.mark.parametrize(
     "learner",
-    [jm.prototypical(Mixing()), jm.maml(jm.nn.Conv4(4, filters=4), inner_optimizer=optax.sgd(0.1), steps=1)],
+    [jm.prototypical(Mixing()), jm.maml(jm.nn.MLP(4, (8,)), inner_optimizer=optax.sgd(0.1), steps=1)],
+    ids=["a network that mixes examples", "an inner loop"],
 )
-def test_what_cannot_be_shared_is_refused(learner):
+def test_learners_whose_examples_cannot_be_shared_are_refused(learner):
     with pytest.raises(ValueError, match="devices: got 2 of them, which must divide the 1 tasks"):
-        meta_gradient(learner, 1, 2)
+        traced_step(learner, 4, 1, 2)
 
 
 def test_the_mesh_splits_tasks_first():
@@ -113,7 +163,7 @@ def test_the_mesh_splits_tasks_first():
         assert sharding.task_mesh(tasks, [device] * devices, divisible=True).devices.shape == shape
 
 
-def test_a_share_is_its_own_outside_of_a_mesh():
+def test_outside_of_a_mesh_nothing_is_shared():
     assert jm.nn.shared.sharers() == 1
     x = jnp.arange(6.0).reshape(3, 2)
     np.testing.assert_allclose(jm.nn.norm.moments(x)[0], x.mean(0))

@@ -28,8 +28,10 @@ KEY = jax.random.key(0)
 
 
 def run(learner=None, tasks=None, optimizer=None, **settings):
+    """The state and the events of a training, on one device where `devices` does not say otherwise."""
     events = []
-    settings = {"steps": 12, "key": KEY, "meta_batch": 4, "log_every": 4, "validation_episodes": 8} | settings
+    defaults = {"steps": 12, "key": KEY, "meta_batch": 4, "log_every": 4, "validation_episodes": 8}
+    settings = defaults | {"devices": jax.devices()[:1]} | settings
     state = train(
         learner or toys.maml(),
         tasks or toys.sinusoid(),
@@ -48,9 +50,9 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_training_is_the_bare_step_repeated():
+def test_training_repeats_the_meta_step():
     learner, tasks, optimizer = toys.maml(), toys.sinusoid(), toys.adam()
-    state, events = run(learner, tasks, optimizer, steps=7, log_every=3)
+    state, events = run(learner, tasks, optimizer, steps=7, log_every=3, devices=None)
     expected = init_state(learner, optimizer, tasks, KEY)
     step, losses = jax.jit(meta_step(learner, optimizer, 4)), []
     for _ in range(7):
@@ -76,6 +78,7 @@ def test_training_learns():
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3)], ids=["typed", "raw"])
 def test_the_callers_key_survives(key):
     run(key=key, steps=2)
@@ -98,7 +101,7 @@ def test_the_loss_is_traced_once_in_the_whole_run(tmp_path):
     assert len(traces) == 2
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, devices):
     if len(jax.devices()) < devices:
         pytest.skip("needs 2 devices (jax_num_cpu_devices)")
@@ -171,7 +174,7 @@ def test_the_best_parameters_are_returned_and_saved(tmp_path):
     np.testing.assert_allclose(last.params["scale"], -0.6, rtol=1e-5)
 
 
-def test_a_lower_mse_is_better():
+def test_of_mse_the_lowest_validation_is_the_best():
     validation = toys.sinusoid(split="validation")
     _, events = run(steps=60, meta_batch=8, validation=validation, validate_every=10, validation_episodes=50)
     validated = of(events, Validated)
@@ -195,7 +198,15 @@ def test_validation_at_the_end_and_checkpoints_where_asked(tmp_path):
     assert [event.step for event in of(events, Progress)] == [3, 4, 6, 8, 9]
 
 
-@pytest.mark.parametrize(("first_bad", "value"), [(1, jnp.nan), (6, jnp.inf), (8, jnp.nan), (9, jnp.nan)])
+@pytest.mark.parametrize(
+    ("first_bad", "value"),
+    [
+        (1, jnp.nan),
+        pytest.param(6, jnp.nan, marks=pytest.mark.nightly),
+        (8, jnp.inf),
+        pytest.param(9, jnp.nan, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
     learner = toys.maml(poison=lambda step: jnp.where(step == first_bad - 1, value, 0.0))
     events = []
@@ -224,7 +235,7 @@ def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
         assert "there is no checkpoint" in str(error.value)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_non_finite_step_can_be_skipped_without_a_trace(devices):
     """All but the number of the step stays as it was, and only what was computed is in the means."""
     bad = jnp.array([0, 5, 6])
@@ -250,20 +261,20 @@ def test_a_non_finite_step_can_be_skipped_without_a_trace(devices):
     np.testing.assert_allclose([event.metrics["loss"] for event in of(events, Progress)], means, rtol=1e-5)
 
 
-def test_where_nothing_is_finite_skipping_ends_too():
+def test_training_that_only_skips_steps_ends():
     learner = toys.maml(poison=lambda step: jnp.where(step >= 5, jnp.nan, 0.0))
     with pytest.raises(NonFiniteLoss, match="in meta-step 12;"):
         run(learner, steps=40, non_finite="skip")
 
 
-def test_a_non_finite_parameter_stops_too():
+def test_a_non_finite_parameter_stops_training():
     optimizer = optax.sgd(lambda step: jnp.where(step == 4, jnp.inf, 1e-3))
     with pytest.raises(NonFiniteLoss) as error:
         run(optimizer=optimizer)
     assert error.value.step == 5
 
 
-def test_should_stop_saves_and_the_run_goes_on(tmp_path):
+def test_a_run_that_should_stop_is_saved_and_can_be_resumed(tmp_path):
     learner, tasks = toys.maml(), toys.sinusoid()
     calls = []
 

@@ -1,6 +1,7 @@
 """Small hand-written learners and tasks, so that these tests need no learner of the library.
 
-Cached, since a learner made anew is another program to the compiler.
+Cached, since a learner made anew is another program to the compiler. Each draws its random numbers at once,
+since most of what is compiled of so small a program is the drawing.
 """
 
 from functools import cache, partial
@@ -20,10 +21,10 @@ def sinusoid(shots=5, queries=7, split="train"):
     """y = amplitude · sin(x + phase)."""
 
     def draw(ranges, key):
-        x_key, amplitude_key, phase_key = jax.random.split(key, 3)
-        x = jax.random.uniform(x_key, (shots + queries, 1), minval=-5.0, maxval=5.0)
-        amplitude = jax.random.uniform(amplitude_key, minval=ranges[0], maxval=ranges[1])
-        y = amplitude * jnp.sin(x + jax.random.uniform(phase_key, maxval=jnp.pi))
+        drawn = jax.random.uniform(key, (2 + shots + queries, 1))
+        amplitude = ranges[0] + (ranges[1] - ranges[0]) * drawn[0, 0]
+        x = 10.0 * drawn[2:] - 5.0
+        y = amplitude * jnp.sin(x + jnp.pi * drawn[1, 0])
         return Task(Batch(x[:shots], y[:shots]), Batch(x[shots:], y[shots:]))
 
     sample = jax.tree_util.Partial(draw, jnp.array([0.1, 5.0]))
@@ -35,9 +36,8 @@ def clusters(dim=4, queries=2, noise=0.5):
     """Classes are random points; the last query of a task is padding, with NaN for its input."""
 
     def draw(scale, key):
-        means_key, noise_key = jax.random.split(key)
-        means = jax.random.normal(means_key, (WAYS, 1, dim))
-        x = means + scale * jax.random.normal(noise_key, (WAYS, 1 + queries, dim))
+        drawn = jax.random.normal(key, (WAYS, 2 + queries, dim))
+        x = drawn[:, :1] + scale * drawn[:, 1:]
         y = jnp.arange(WAYS)
         query_x = x[:, 1:].reshape(-1, dim).at[-1].set(jnp.nan)
         query = Batch(query_x, jnp.repeat(y, queries), jnp.arange(WAYS * queries) < WAYS * queries - 1, WAYS)
@@ -57,11 +57,12 @@ def maml(width=8, step_size=0.05, poison=None, on_trace=None, order="second"):
     """One-step MAML of a small network; `poison(step)` is added to the loss."""
 
     def init(key, task):
-        hidden_key, out_key = jax.random.split(key)
+        inputs, outputs = task.support.x.shape[-1], task.support.y.shape[-1]
+        drawn = jax.random.uniform(key, ((inputs + outputs) * width,), minval=-1.7, maxval=1.7)
         return {
-            "hidden": jax.random.normal(hidden_key, (task.support.x.shape[-1], width)),
+            "hidden": drawn[: inputs * width].reshape(inputs, width),
             "bias": jnp.zeros(width),
-            "out": 0.1 * jax.random.normal(out_key, (width, task.support.y.shape[-1])),
+            "out": 0.1 * drawn[inputs * width :].reshape(width, outputs),
         }
 
     def adapt(params, support, key):

@@ -37,6 +37,7 @@ def main(folder: Path, steps: int, limit: int) -> None:
             meta_batch=2,
             validation=toys.sinusoid(),
             validation_episodes=4,
+            devices=jax.devices()[:1],
             validate_every=4,
             checkpoint_every=2,
             run_dir=folder,

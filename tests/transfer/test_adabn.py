@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from variables import initialised
 
 import jaxmeta as jm
 from jaxmeta.transfer import domain_adaptation
@@ -46,32 +47,32 @@ def entering(network, variables, x, stats):
     return list(zip(*jax.tree.map(np.asarray, (list(state["entering"]["x"]), layers)), strict=True))
 
 
-def images(n, key=KEY, scale=1.0, shift=0.0):
+def images(n, seed=0, scale=1.0, shift=0.0):
     """Sorted by brightness, so that batches differ."""
-    x = shift + scale * jax.random.normal(key, (n, 5, 5, 2)) + jnp.linspace(-2, 2, n)[:, None, None, None]
-    return np.asarray(x)
+    x = shift + scale * np.random.default_rng(seed).normal(size=(n, 5, 5, 2))
+    x += np.linspace(-2, 2, n)[:, None, None, None]
+    return x.astype(jnp.result_type(float))
 
 
 def trained(network, x):
-    variables = jax.jit(network.init)(jax.random.key(1), x)
+    variables, rng = jax.jit(network.init)(jax.random.key(1), x), np.random.default_rng(2)
     # γ and β that matter, and the source's statistics.
-    leaves, treedef = jax.tree.flatten(variables["params"])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    params = treedef.unflatten(
-        [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray((leaf + 0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype)),
+        jax.device_get(variables["params"]),
     )
     # Without the record that `init` leaves.
     return adabn(network, {**variables, "params": params, "entering": {}}, x)
 
 
-@pytest.fixture(params=[True, False], ids=["jaxmeta", "flax"])
-def network(request):
-    return Deep(ours=request.param)
+OURS, FLAX = pytest.param(Deep(ours=True), id="jaxmeta"), pytest.param(Deep(ours=False), id="flax")
 
 
-@pytest.mark.parametrize("batch", [None, 8, 1000])
-def test_on_the_target_every_layer_is_normalised_to_mean_zero_and_variance_one(network, batch, x64):
-    source, target = images(12), images(21, jax.random.key(3), 2.0, 1.0)
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("network", [FLAX, OURS])
+@pytest.mark.parametrize("batch", [8, None, 1000])
+def test_every_layer_has_mean_zero_and_variance_one_on_the_target(network, batch, x64):
+    source, target = images(12), images(21, 3, 2.0, 1.0)
     variables = trained(network, source)
     adapted = adabn(network, variables, target, batch=batch)
     for x, layer in entering(network, variables, target, adapted["batch_stats"]):
@@ -83,10 +84,12 @@ def test_on_the_target_every_layer_is_normalised_to_mean_zero_and_variance_one(n
         assert np.abs(((x - layer["mean"]) / np.sqrt(layer["var"])).mean((0, 1, 2))).max() > 0.2
 
 
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("network", [OURS, FLAX])
 @pytest.mark.parametrize("batch", [None, 5])
-def test_on_the_source_its_statistics_come_back_and_nothing_else_ever_changes(network, batch, x64):
-    source, target = images(12), np.abs(images(9, jax.random.key(3), 2.0, 1.0))
-    variables = {**trained(network, source), "other": {"count": jnp.arange(3)}}
+def test_adapting_back_to_the_source_restores_its_statistics_and_nothing_else_changes(network, batch, x64):
+    source, target = images(12), np.abs(images(9, 3, 2.0, 1.0))
+    variables = {**trained(network, source), "other": {"count": np.arange(3)}}
     before = jax.tree.map(np.array, variables)
     away = adabn(network, variables, target, batch=batch)
     back = adabn(network, away, source, batch=batch)
@@ -100,10 +103,13 @@ def test_on_the_source_its_statistics_come_back_and_nothing_else_ever_changes(ne
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(*map(jax.tree.leaves, (away, back)), strict=True))
 
 
-def test_one_pass_pools_within_and_between_the_batches_which_are_normalised_apart(network, x64):
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("network", [OURS, FLAX])
+def test_one_pass_pools_the_moments_within_and_between_batches(network, x64):
     x, sizes = images(21), (8, 8, 5)
     variables = trained(network, images(12))
     adapted = adabn(network, variables, x, batch=8, exact=False)["batch_stats"]
+    adapted = jax.device_get(adapted)
     records = []
     for part in np.split(x, np.cumsum(sizes)[:-1]):
         whole = adabn(network, variables, part)["batch_stats"]
@@ -127,22 +133,22 @@ def test_one_pass_pools_within_and_between_the_batches_which_are_normalised_apar
     np.testing.assert_allclose(first, exact[min(exact)]["var"], rtol=1e-9)
 
 
-def test_conv4_takes_the_targets_statistics_with_its_offset_and_its_pooling():
+def test_conv4_gets_the_statistics_of_the_target():
     network = jm.nn.Conv4(filters=8)
-    x = jax.random.uniform(KEY, (20, 16, 16, 1))
-    variables = jax.jit(network.init)(jax.random.key(1), x)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, variables["params"])  # offsets, γ ≠ 1
-    whole = adabn(network, {"params": params}, 1 - x**2)
-    batched = adabn(network, {"params": params}, 1 - x**2, batch=7)
-    model = jm.nn.as_model(network)
-    outputs, stats = model.apply_norm(params, 1 - x**2)
+    x = 1 - np.random.default_rng(0).uniform(size=(20, 16, 16, 1)).astype(np.float32) ** 2
+    variables = jax.device_get(initialised(network, x, 1))
+    params = jax.tree.map(lambda leaf: leaf + np.float32(0.1), variables["params"])  # offsets, γ ≠ 1
+    whole = adabn(network, {"params": params}, x)
+    batched = adabn(network, {"params": params}, x, batch=7)
+    apply = jax.jit(jm.nn.as_model(network).apply_norm)
+    outputs, stats = apply(params, x)
     for found in (whole, batched):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found["batch_stats"], stats
         )
-        inference = model.apply_norm(params, 1 - x**2, stats=found["batch_stats"])[0]
+        inference = apply(params, x, stats=found["batch_stats"])[0]
         np.testing.assert_allclose(inference, outputs, rtol=1e-2, atol=1e-3)
-        np.testing.assert_array_equal(network.apply(found, 1 - x**2), inference)
+        np.testing.assert_array_equal(jax.jit(network.apply)(found, x), inference)
 
 
 def test_bytes_are_numbers_between_zero_and_one():
@@ -159,18 +165,21 @@ class Stem(linen.Module):
         return linen.BatchNorm(use_running_average=not train, name="norm")(linen.Conv(2, (3, 3))(x))
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("batch", [None, 8])
-def test_a_classifier_is_adapted_part_after_part_and_compiled_once(batch, x64):
+def test_a_classifier_is_adapted_adapter_first_and_compiled_once(batch, x64):
     body = Deep(ours=True)
     model = jm.transfer.classifier(body, 3, adapter=Stem())
-    source, target = images(12), images(21, jax.random.key(3), 2.0, 1.0)
-    variables = model.init(KEY, source)
+    source, target = images(12), images(21, 3, 2.0, 1.0)
+    variables = initialised(model, source)
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     adapted = adabn(model, variables, target, batch=batch)
     of = [{name: tree[part] for name, tree in variables.items()} for part in ("adapter", "body")]
     stem = adabn(Stem(), of[0], target)
-    seen = Stem().apply(stem, target)
-    np.testing.assert_allclose(seen.mean((0, 1, 2)), 0, atol=1e-6)  # γ = 1 and β = 0 at initialisation
+    seen = jax.jit(Stem().apply)(stem, target)
+    np.testing.assert_allclose(
+        np.asarray(seen).mean((0, 1, 2)), 0, atol=1e-6
+    )  # γ = 1 and β = 0 at initialisation
     expected = {
         "adapter": stem["batch_stats"],
         "body": adabn(body, of[1], np.asarray(seen))["batch_stats"],
@@ -181,7 +190,7 @@ def test_a_classifier_is_adapted_part_after_part_and_compiled_once(batch, x64):
     adabn(model, variables, target + 1, batch=batch)
     assert domain_adaptation._measured._cache_size() == compiled
     bare = jm.transfer.classifier(jm.nn.MLP(out=4), 3)
-    variables = bare.init(KEY, jnp.asarray(source))
+    variables = initialised(bare, source)
     with pytest.raises(ValueError, match="network: has no batch normalisation"):
         adabn(bare, variables, target)
 
@@ -197,12 +206,12 @@ class NNXNet(nnx.Module):
         return self.last(self.second(jax.nn.relu(self.norm(self.first(x)))))
 
 
-def test_a_model_of_another_framework_is_adapted_all_at_once_or_in_one_pass(x64):
+def test_an_nnx_model_is_adapted_all_at_once_or_in_one_pass(x64):
     model = jm.nn.from_nnx(lambda rngs: NNXNet(rngs))
     x = np.random.default_rng(0).normal(size=(10, 4)) + np.linspace(0, 3, 10)[:, None]
-    params = model.init(KEY, jnp.asarray(x))
+    params = initialised(model, x)
     stats = adabn(model, {"params": params}, x)["batch_stats"]
-    outputs = np.asarray(model.apply_norm(params, jnp.asarray(x), stats=stats)[0])
+    outputs = np.asarray(jax.jit(model.apply_norm)(params, x, stats=stats)[0])
     np.testing.assert_allclose(outputs.mean(0), 0, atol=1e-6)
     pooled = adabn(model, {"params": params}, x, batch=4, exact=False)["batch_stats"]
     first = x @ np.asarray(params["first"]["kernel"]) + np.asarray(params["first"]["bias"])[None]
@@ -238,12 +247,12 @@ class Lifted(linen.Module):
 def test_layers_by_scan_and_remat_and_of_several_axes_are_adapted_too(x64):
     network = Lifted()
     x = np.random.default_rng(0).normal(size=(30, 4)) * np.linspace(0.2, 3, 30)[:, None]
-    variables = network.init(KEY, x)
+    variables = initialised(network, x)
     whole, batched = (adabn(network, variables, x, batch=batch) for batch in (None, 7))
     assert whole["batch_stats"]["blocks"]["norm"]["mean"].shape == (3, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), batched, whole)
     for adapted in (whole, batched):
-        last, blocks = network.apply(adapted, x)
+        last, blocks = jax.device_get(jax.jit(network.apply)(adapted, x))
         for out in (*blocks, last):
             np.testing.assert_allclose(out.mean(0), 0, atol=1e-5)
             np.testing.assert_allclose(out.var(0), 1, rtol=1e-3)
@@ -272,9 +281,9 @@ class Odd(linen.Module):
         ("once", {"training": False, "batch": 0}, "batch: got 0"),
     ],
 )
-def test_a_network_whose_statistics_would_be_wrong_is_refused(kind, settings, message):
-    network, x = Odd(kind), jnp.ones((4, 3))
-    variables = network.init(KEY, x)
+def test_networks_whose_statistics_would_be_wrong_are_refused(kind, settings, message):
+    network, x = Odd(kind), np.ones((4, 3), np.float32)
+    variables = initialised(network, x)
     with pytest.raises(ValueError, match=message):
         adabn(network, variables, x, **settings)
     with pytest.raises(ValueError, match=r"x: got shape \(0, 3\)"):

@@ -6,23 +6,13 @@ import numpy as np
 import optax
 import pytest
 from flax import linen
+from variables import close, initialised, same_bits
 
 import jaxmeta as jm
 from jaxmeta.transfer import accuracy, align, coral, dann, fine_tune, leaves_by_path, mmd
 
 KEY = jax.random.key(0)
 INIT = linen.initializers.lecun_normal()
-
-
-def same_bits(a, b):
-    a, b = (
-        [(leaf.shape, leaf.tobytes()) for leaf in map(np.asarray, jax.tree.leaves(tree))] for tree in (a, b)
-    )
-    return a == b
-
-
-def close(a, b, rtol=1e-5):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), a, b)
 
 
 class Net(linen.Module):
@@ -50,6 +40,7 @@ def blobs(seed, n, shift=0.0):
 
 
 SOURCE, TARGET = blobs(0, 64), blobs(1, 48, 3.0)
+CORAL = coral()
 SETTINGS = {"steps": 4, "key": KEY, "batch_size": 16}
 
 
@@ -61,25 +52,36 @@ def model(request):
 # --- Against source-only training, and statistics -------------------------------------------------
 
 
-def test_with_no_weight_it_is_training_on_the_source_alone(model):
-    """The very batches and dropout of `fine_tune` with this key."""
-    variables = model.init(KEY, SOURCE.x)
-    settings = {**SETTINGS, "optimizer": optax.adam(0.01)}
+def check_every_leaf_moved(before, after):
+    old, new = leaves_by_path(before), leaves_by_path(after)
+    assert [path for path in old if np.array_equal(old[path], new[path])] == []
+
+
+@pytest.mark.nightly_rows(after=1)
+def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
+    """With one key both have the same batches and dropout, and the same weights of the source's examples."""
+    variables = initialised(model, SOURCE.x)
+    before = jax.tree.map(np.array, variables)
+    weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
+    settings = {**SETTINGS, "optimizer": optax.adam(0.01), "weights": weights}
     known = fine_tune(model, variables, SOURCE, **settings)
     found = align(model, variables, SOURCE, TARGET.x, mmd(0.0), norm="separate", **settings)
-    close(found.losses, known.losses)
-    close(found.source, known.variables)
+    close(found.losses, known.losses, 1e-5)
+    close(found.source, known.variables, 1e-5)
     # The target's statistics are of batches of its own: means of what enters the normalisation lie apart.
-    close(found.target["params"], known.variables["params"])
+    close(found.target["params"], known.variables["params"], 1e-5)
     apart = (
         found.target["batch_stats"]["body"]["norm"]["mean"]
         - found.source["batch_stats"]["body"]["norm"]["mean"]
     )
     assert np.abs(apart).max() > 0.1
+    assert same_bits(variables, before)
+    check_every_leaf_moved(before, found.target)
 
 
-def test_statistics_are_of_each_domain_apart_or_of_both_together(model):
-    variables = model.init(KEY, SOURCE.x)
+@pytest.mark.nightly_rows(after=1)
+def test_batch_statistics_are_of_each_domain_or_of_both_together(model):
+    variables = initialised(model, SOURCE.x)
     # All examples in one step, which changes no weight: the statistics are those of the domains as they are.
     settings = {"optimizer": optax.sgd(0.0), "steps": 1, "key": KEY, "batch_size": 64}
     hidden = variables["params"]["body"]["dense"]
@@ -92,24 +94,20 @@ def test_statistics_are_of_each_domain_apart_or_of_both_together(model):
         return found["batch_stats"]["body"]["norm"]
 
     # 48 of the target beside 64 of the source: a step has as many as there are.
-    found = align(model, variables, SOURCE, TARGET.x, coral(), norm="separate", **settings)
-    close(running(found.source), after_one(SOURCE.x))
-    close(running(found.target), after_one(TARGET.x))
-    found = align(model, variables, SOURCE, TARGET.x, coral(), norm="joint", **settings)
-    assert same_bits(found.source, found.target)
-    close(running(found.target), after_one(np.concatenate([SOURCE.x, TARGET.x])))
+    separate = align(model, variables, SOURCE, TARGET.x, mmd(), norm="separate", **settings)
+    close(running(separate.source), after_one(SOURCE.x), 1e-5)
+    close(running(separate.target), after_one(TARGET.x), 1e-5)
+    joint = align(model, variables, SOURCE, TARGET.x, mmd(), norm="joint", **settings)
+    assert same_bits(joint.source, joint.target)
+    close(running(joint.target), after_one(np.concatenate([SOURCE.x, TARGET.x])), 1e-5)
     # Features of both are normalised by what both have in common, and the loss is another.
-    flat = {**variables, "params": jax.tree.map(jnp.array, variables["params"])}
-    losses = [
-        align(model, flat, SOURCE, TARGET.x, mmd(), norm=norm, **settings).losses
-        for norm in ("separate", "joint")
-    ]
-    assert abs(losses[0] - losses[1]) > 1e-3
+    assert abs(np.asarray(separate.losses - joint.losses)) > 1e-3
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("norm", ["separate", "joint"])
-def test_what_is_frozen_stays_in_both_domains(model, norm):
-    variables = model.init(KEY, SOURCE.x)
+def test_frozen_parameters_and_statistics_stay_in_both_domains(model, norm):
+    variables = initialised(model, SOURCE.x)
     variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
     found = align(
         model,
@@ -128,13 +126,32 @@ def test_what_is_frozen_stays_in_both_domains(model, norm):
         assert not np.array_equal(side["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
 
 
+def test_losses_of_coral_and_mmd_are_their_weighted_discrepancies():
+    @jax.jit
+    def found_and_known(source, target):
+        whole = jm.transfer.coral_loss(source, target, variant="mean+cov")
+        pairs = {
+            coral(0.3): 0.3 * jm.transfer.coral_loss(source, target),
+            coral(2.0, variant="mean+cov"): 2 * whole,
+            mmd(0.3, bandwidth=0.7): 0.3 * jm.transfer.mmd2(source, target, bandwidth=0.7),
+        }
+        return [
+            (alignment.loss({}, source, target, jnp.array(0.5)), known) for alignment, known in pairs.items()
+        ]
+
+    for found, known in found_and_known(SOURCE.x, TARGET.x):
+        np.testing.assert_allclose(found, known, rtol=1e-6)
+    assert coral().init(KEY, 2) == mmd().init(KEY, 2) == {}
+
+
 # --- DANN -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alignment", [coral(), mmd(), dann(hidden=(4,))], ids=["coral", "mmd", "dann"])
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("alignment", [dann(hidden=(4,)), coral(), mmd()], ids=["dann", "coral", "mmd"])
 def test_training_in_pieces_is_training_in_one_go_bit_for_bit(model, alignment):
     """λ is that of the progress of all of the training, not of a piece."""
-    variables = model.init(KEY, SOURCE.x)
+    variables = initialised(model, SOURCE.x)
     settings = {**SETTINGS, "steps": 6, "optimizer": optax.sgd(0.1, momentum=0.9)}
     whole = align(model, variables, SOURCE, TARGET.x, alignment, **settings)
     steps, seen, reports = [], [], []
@@ -160,19 +177,23 @@ def test_training_in_pieces_is_training_in_one_go_bit_for_bit(model, alignment):
     )
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.4])
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("weight", [0.4, 1.0])
 def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(weight, x64):
     """Two steps: λ is 0 in the first, of progress ½ in the second."""
-    to64 = jax.tree_util.Partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float64))
+
+    def to64(tree):
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree)
+
     model = jm.transfer.classifier(jm.nn.MLP(out=3, hidden=(4,), kernel_init=INIT), 2)
-    source, target = SOURCE.x.astype(jnp.float64), TARGET.x.astype(jnp.float64)
-    params = to64(model.init(KEY, source)["params"])
+    source, target = (jnp.asarray(np.asarray(batch.x, np.float64)) for batch in (SOURCE, TARGET))
+    params = to64(initialised(model, source)["params"])
     alignment = dann(hidden=(5,), weight=weight)
     heads = []
 
     def init(key, dim):
         # Not the small weights of its default, by which nothing would flow.
-        own = jax.tree.map(lambda leaf: leaf * 50, to64(alignment.init(key, dim)))
+        own = to64(jax.tree.map(lambda leaf: 50 * np.asarray(leaf, np.float64), alignment.init(key, dim)))
         heads.append(own)
         return own
 
@@ -194,17 +215,22 @@ def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(wei
         s, t = (jax.nn.sigmoid(features(head, features(body, x))[:, 0]) for x in (source, target))
         return -(jnp.log(1 - s).mean() + jnp.log(t).mean()) / 2
 
+    @jax.jit
+    def gradients(params, head):
+        by_labels = jax.value_and_grad(of_labels)(params)
+        return by_labels, jax.value_and_grad(of_domains, (0, 1))(params["body"], head)
+
     head, losses = heads[0], []
     for step in range(steps):
         strength = weight * (2 / (1 + np.exp(-10 * step / steps)) - 1)
-        losses.append(of_labels(params) + of_domains(params["body"], head))
-        by_labels = jax.grad(of_labels)(params)
-        by_body, by_head = jax.grad(of_domains, (0, 1))(params["body"], head)
+        (label_loss, by_labels), (domain_loss, (by_body, by_head)) = jax.device_get(gradients(params, head))
+        losses.append(label_loss + domain_loss)
         body = jax.tree.map(lambda g, d, s=strength: g - s * d, by_labels["body"], by_body)
-        params = jax.tree.map(lambda w, g: w - rate * g, params, {"body": body, "head": by_labels["head"]})
-        head = jax.tree.map(lambda w, g: w - rate * g, head, by_head)
-        assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(by_body)) > 1e-3
-    close(found.losses, jnp.stack(losses), 1e-9)
+        moves = {"body": body, "head": by_labels["head"]}
+        params = jax.tree.map(lambda w, g: np.asarray(w) - rate * g, params, moves)
+        head = jax.tree.map(lambda w, g: np.asarray(w) - rate * g, head, by_head)
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(by_body)) > 1e-3
+    close(found.losses, np.array(losses), 1e-9)
     close(found.target["params"], params, 1e-9)
 
 
@@ -216,7 +242,7 @@ def source_only():
     """A network without normalisation, which would align two moments by itself."""
     model = jm.transfer.classifier(jm.nn.MLP(out=8, hidden=(8,), kernel_init=INIT), 2)
     key = jax.random.key(1)
-    variables = model.init(key, SOURCE.x)
+    variables = initialised(model, SOURCE.x, 1)
     settings = {"optimizer": optax.adam(0.02), "steps": 150, "key": key, "batch_size": 32}
     fitted = fine_tune(model, variables, SOURCE, **settings)
     assert accuracy(model, fitted.variables, SOURCE) > 0.95
@@ -224,60 +250,71 @@ def source_only():
     return model, variables, fitted.variables, settings
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "alignment",
     [coral(variant="mean+cov"), mmd(3.0), dann(hidden=(16,))],
     ids=["coral", "mmd", "dann"],
 )
-def test_domains_come_together_and_the_target_is_named_better(source_only, alignment):
+def test_alignment_brings_domains_together_and_classifies_the_target_better(source_only, alignment):
     model, start, plain, settings = source_only
     found = align(model, start, SOURCE, TARGET.x, alignment, **settings)
 
+    @jax.jit
     def apart(variables):
         source, target = (model.features.apply(variables, x) for x in (SOURCE.x, TARGET.x))
         # In units of the source's spread: shrinking all features would be no alignment.
         scale = source.std()
-        return float(jm.transfer.mmd2(source / scale, target / scale))
+        return jm.transfer.mmd2(source / scale, target / scale)
 
     assert apart(found.target) < 0.5 * apart(plain)
     assert accuracy(model, found.target, TARGET) > 0.95
     assert accuracy(model, found.source, SOURCE) > 0.95
 
 
-def test_batch_statistics_of_their_own_align_the_target_by_themselves():
+@pytest.mark.nightly
+def test_separate_batch_statistics_alone_align_the_target():
     model = jm.transfer.classifier(Net(rate=0.0), 2)
     settings = {"optimizer": optax.adam(0.02), "steps": 100, "key": KEY, "batch_size": 32}
-    found = align(model, model.init(KEY, SOURCE.x), SOURCE, TARGET.x, coral(0.0), **settings)
+    found = align(model, initialised(model, SOURCE.x), SOURCE, TARGET.x, coral(0.0), **settings)
     own, sources = accuracy(model, found.target, TARGET), accuracy(model, found.source, TARGET)
     assert own > 0.95
     assert own > sources + 0.1
 
 
-def test_weights_and_augmentation_are_of_the_source_and_of_both_domains():
+@pytest.fixture(scope="module")
+def small():
     model = jm.transfer.classifier(jm.nn.MLP(out=3, hidden=(4,), kernel_init=INIT), 2)
-    variables = model.init(KEY, SOURCE.x)
     settings = {"optimizer": optax.sgd(0.1), "steps": 3, "key": KEY, "batch_size": 64}
+    return model, initialised(model, SOURCE.x), settings
+
+
+@pytest.mark.nightly
+def test_weights_count_for_the_source_as_in_fine_tuning(small):
+    model, variables, settings = small
     weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
     found = align(model, variables, SOURCE, TARGET.x, coral(0.0), weights=weights, **settings)
     known = fine_tune(model, variables, SOURCE, weights=weights, **settings)
-    close(found.source, known.variables)
-    moved = align(model, variables, SOURCE, TARGET.x, coral(), augment=lambda key, x: 2 * x + 1, **settings)
+    close(found.source, known.variables, 1e-5)
+
+
+def test_augmentation_is_of_both_domains(small):
+    model, variables, settings = small
+    moved = align(model, variables, SOURCE, TARGET.x, CORAL, augment=lambda key, x: 2 * x + 1, **settings)
     before = align(
-        model, variables, jm.Batch(2 * SOURCE.x + 1, SOURCE.y), 2 * TARGET.x + 1, coral(), **settings
+        model, variables, jm.Batch(2 * SOURCE.x + 1, SOURCE.y), 2 * TARGET.x + 1, CORAL, **settings
     )
-    close(moved.target, before.target)
+    close(moved.target, before.target, 1e-5)
 
 
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_aligned_is_refused_by_name():
-    model = jm.transfer.classifier(Net(), 2)
-    variables = model.init(KEY, SOURCE.x)
-    settings = {"optimizer": optax.sgd(0.1), "steps": 2, "key": KEY}
+def test_bad_arguments_are_refused_by_name(small):
+    model, variables, settings = small
 
-    def run(model=model, source=SOURCE, target=TARGET.x, alignment=None, **more):
-        align(model, variables, source, target, alignment or coral(), **{**settings, **more})
+    def run(model=model, source=SOURCE, target=TARGET.x, **more):
+        align(model, variables, source, target, CORAL, **{**settings, **more})
 
     for arguments, message in (
         ({"norm": "both"}, "norm: got 'both'; it must be one of 'separate', 'joint'"),
@@ -301,13 +338,13 @@ def test_what_cannot_be_aligned_is_refused_by_name():
         with pytest.raises(ValueError, match="weight: got -1"):
             alignment(-1.0)
     with pytest.raises(FloatingPointError, match="smaller step size"):
-        run(optimizer=optax.sgd(1e30), steps=5)
+        run(target=np.inf * TARGET.x)
 
 
-def test_every_leaf_of_the_network_moves_and_the_given_variables_do_not(model):
-    variables = model.init(KEY, SOURCE.x)
+@pytest.mark.nightly
+def test_training_moves_every_leaf_and_leaves_the_given_variables_unchanged(model):
+    variables = initialised(model, SOURCE.x)
     before = jax.tree.map(np.array, variables)
     found = align(model, variables, SOURCE, TARGET.x, mmd(), optimizer=optax.adam(0.1), **SETTINGS)
     assert same_bits(variables, before)
-    old, new = leaves_by_path(before), leaves_by_path(found.target)
-    assert [path for path in old if np.array_equal(old[path], new[path])] == []
+    check_every_leaf_moved(before, found.target)

@@ -38,8 +38,9 @@ def test_the_discriminator_is_scikit_learns_logistic_regression(d, regularisatio
     np.testing.assert_allclose(ratio(source), 40 / 25 * probs[:, 1] / probs[:, 0], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("n_source", "n_target"), [(20_000, 20_000), (20_000, 5_000), (5_000, 20_000)])
-def test_the_ratio_of_two_unit_gaussians_is_learned_whatever_their_numbers(n_source, n_target):
+@pytest.mark.nightly_rows(after=2)
+@pytest.mark.parametrize(("n_source", "n_target"), [(20_000, 5_000), (5_000, 20_000), (20_000, 20_000)])
+def test_the_ratio_of_two_unit_gaussians_is_learned_for_any_numbers_of_examples(n_source, n_target):
     rng = np.random.default_rng(1)
     source, target = rng.normal(size=(n_source, 1)), rng.normal(size=(n_target, 1)) + 1
     ratio = density_ratio(source, target, regularisation=1e-6)
@@ -72,7 +73,7 @@ def test_equal_domains_have_weights_of_one(x64):
     np.testing.assert_allclose(density_ratio(source, np.tile(source, (4, 1)))(source), 1, rtol=1e-9)
 
 
-def test_separable_domains_have_finite_weights_that_give_themselves_away_by_their_mean():
+def test_weights_of_separable_domains_are_finite_and_have_a_tiny_mean():
     source, target = domains(100, 100, 2)
     apart = density_ratio(source, target + 20, regularisation=1e-6)
     assert 0 < apart(source).mean() < 1e-2
@@ -125,8 +126,9 @@ def squared_mmd(w, source, target, bandwidth):
     return within - 2 * (w @ kernel(source, target)).mean() + kernel(target, target).mean()
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(
-    ("bound", "slack"), [(1000.0, 0.5), (1.7, 0.5), (3.0, 0.0), (1.2, 0.05), (1.0, 0.0), (5.0, 2.0)]
+    ("bound", "slack"), [(1.7, 0.5), (1.2, 0.05), (1000.0, 0.5), (3.0, 0.0), (1.0, 0.0), (5.0, 2.0)]
 )
 def test_matched_weights_are_scipys_solution_of_the_quadratic_program(bound, slack, x64):
     for seed in range(2):
@@ -208,7 +210,7 @@ def test_matched_weights_move_the_source_to_the_target():
         (lambda s, t: kernel_mean_matching(s, t, tolerance=1e-12, steps=3), "steps: 3 were too few"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_by_name(call, says):
+def test_bad_arguments_are_refused_by_name(call, says):
     source, target = domains(20, 10, 2)
     with pytest.raises(ValueError, match=says):
         call(source, target)

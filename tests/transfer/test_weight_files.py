@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, serialization
-from weights import assert_same_leaves, images, small_network, small_variables, vit
+from weights import assert_same_leaves, filled, images, small_network, small_variables, vit
 
 import jaxmeta as jm
-from jaxmeta import registry
+from jaxmeta import config, presets, registry
 from jaxmeta.cli import main
 from jaxmeta.nn.norm import from_moments
 from jaxmeta.transfer.pretrained import load_pretrained, save_pretrained
@@ -74,7 +74,7 @@ def test_a_file_of_ours_keeps_every_bit_and_dtype(tmp_path):
 )
 def test_a_file_of_ours_brings_its_network(tmp_path, network):
     x = images(8, 4) if isinstance(network, jm.nn.ViT) else images(16, 16)
-    variables = jax.jit(network.init)(KEY, x)
+    variables = filled(jax.eval_shape(network.init, KEY, x))
     save_pretrained(tmp_path / "weights.safetensors", variables, network=network)
     loaded = load_pretrained(tmp_path / "weights.safetensors")
     assert loaded.network == network
@@ -118,8 +118,24 @@ def test_only_nested_dicts_of_arrays_are_saved(tmp_path, variables, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form", ["variables", "parameters", "training state"])
-@pytest.mark.parametrize("kind", ["msgpack", "jm.save", "orbax", "orbax step"])
+@pytest.mark.nightly_rows(after=5)
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("msgpack", "training state"),
+        ("msgpack", "parameters"),
+        ("jm.save", "variables"),
+        ("orbax", "training state"),
+        ("orbax step", "variables"),
+        ("msgpack", "variables"),
+        ("jm.save", "parameters"),
+        ("jm.save", "training state"),
+        ("orbax", "variables"),
+        ("orbax", "parameters"),
+        ("orbax step", "parameters"),
+        ("orbax step", "training state"),
+    ],
+)
 def test_files_of_flax_and_orbax_are_read(tmp_path, small, kind, form):
     tree = {
         "variables": small,
@@ -152,7 +168,7 @@ def test_another_flax_network_is_filled_by_an_example(tmp_path):
             return linen.Dense(2, name="head")(linen.Dropout(0.5, deterministic=not train)(x))
 
     x = jnp.ones((2, 4))
-    variables = Own().init(KEY, x, False)
+    variables = filled(jax.eval_shape(lambda x: Own().init(KEY, x, False), x))
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, variables)
     with pytest.raises(ValueError, match="x: Own needs an example input"):
@@ -164,6 +180,28 @@ def test_another_flax_network_is_filled_by_an_example(tmp_path):
         load_pretrained(file, Own(), x=x)
 
 
+def test_variables_of_a_run_are_its_model_and_the_statistics_of_its_population(tmp_path, monkeypatch):
+    _, settings = presets.settings_of({"network": "mlp"}, learner="simple_shot")
+    network = jm.nn.MLP(out=None, hidden=(3,), norm=True)
+    monkeypatch.setitem(registry.NETWORKS, "mlp", lambda ways: network.clone(out=ways))
+    model = filled(jax.eval_shape(network.init, KEY, np.ones((1, 2), np.float32))["params"])
+    mean, var = np.float32([1, 2, 3]), np.float32([0.5, 1, 2])
+    population = {"model": {"BatchNorm_0": {"mean": mean, "mean_of_squares": var + mean**2}}}
+    params = {"model": model, "population": population}
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(config, "stored", lambda folder: ({}, settings))
+    monkeypatch.setattr(config, "params_of", lambda folder, stored: params)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.network == network
+    assert_same_leaves(loaded.variables["params"], model)
+    assert_same_leaves(loaded.variables["batch_stats"], {"BatchNorm_0": {"mean": mean, "var": var}})
+    for other in ({"per_step": {}, **params}, {"networks": model}):
+        params = other
+        with pytest.raises(ValueError, match="is a run of simple_shot, which trains no one network: "):
+            load_pretrained(tmp_path)
+
+
+@pytest.mark.nightly
 def test_a_run_brings_its_network_and_statistics(tmp_path, monkeypatch):
     def network(ways):
         return jm.nn.MLP(out=ways, hidden=(8,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
@@ -186,7 +224,7 @@ def test_a_run_brings_its_network_and_statistics(tmp_path, monkeypatch):
     assert_same_leaves(given.variables, loaded.variables)
 
 
-def test_shards_are_put_together(tmp_path):
+def test_shards_are_assembled_and_bad_indices_refused(tmp_path):
     model = vit()
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="5KB")
@@ -308,7 +346,7 @@ def test_another_damaged_or_foreign_file_is_refused(tmp_path, name, content, mes
         load_pretrained(tmp_path / name if name.startswith("a.") else tmp_path)
 
 
-def test_several_files_are_no_single_one(tmp_path, small):
+def test_a_folder_with_several_files_of_weights_is_refused(tmp_path, small):
     for name in ("a", "b"):
         save_pretrained(tmp_path / f"{name}.safetensors", small)
     with pytest.raises(ValueError, match=r"several files of weights: a\.safetensors, b\.safetensors"):
@@ -320,7 +358,7 @@ def test_several_files_are_no_single_one(tmp_path, small):
 # --- The Hub -------------------------------------------------------------------------------------
 
 
-def test_what_is_nowhere_may_be_on_the_hub():
+def test_an_absent_path_that_may_be_on_the_hub_is_an_error_that_says_how():
     with pytest.raises(FileNotFoundError, match='is "hf:microsoft/resnet-18"'):
         load_pretrained("microsoft/resnet-18")
     with pytest.raises(ValueError, match="revision: got 'main'"):

@@ -1,5 +1,7 @@
 """Networks whose weights the tests save, load and compare."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,11 +86,17 @@ def small_network(ways=5):
 
 
 def small_variables():
-    """Variables of a small network, with statistics."""
-    x = images(32, 32)
-    params = jax.jit(small_network().init)(jax.random.key(0), x)["params"]
-    _, state = small_network().apply({"params": params}, x, mutable=["batch_stats"])
-    return {"params": params, **state}
+    """Return random variables of a small network, with statistics."""
+    params = jax.eval_shape(small_network().init, jax.random.key(0), images(32, 32))["params"]
+    apply = partial(small_network().apply, mutable=["batch_stats"])
+    _, state = jax.eval_shape(apply, {"params": params}, images(32, 32))
+    return filled({"params": params, **state})
+
+
+def filled(shapes, seed=0):
+    """Return positive random arrays of these shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.1, 1, leaf.shape), leaf.dtype), shapes)
 
 
 def assert_same_leaves(left, right):

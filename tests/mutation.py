@@ -1,0 +1,204 @@
+"""Measure the tests by mutants: small mistakes put into a copy of the library, one at a time.
+
+`tests/mutants.toml` lists the mutants: a file, lines of it, and what stands there instead. Each is put into a
+copy of the tree, and meets only the tests that run its lines, as coverage.py's contexts tell. Tests of the
+default run come first, those marked nightly after them, and the run of a mutant ends with its first failure.
+Results are appended to a file as they come; mutants that stand in it are skipped when the program is started
+again.
+
+    pip install -e '.[dev]' pytest-cov
+    python tests/mutation.py cover runs/mutation          # once: which test runs which line
+    python tests/mutation.py run runs/mutation            # in two processes: --part 0/2 and --part 1/2
+    python tests/mutation.py report runs/mutation
+
+The suite of another version is measured by `--tree`, a folder with that version's `tests`.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+import tomllib
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# A mutant whose tests do not end is caught, by the one that waits for them.
+LIMIT = 900
+CAUGHT, SURVIVED = "caught", "survived"
+
+
+def mutants():
+    """Return the mutants of the list, each with the lines that it changes and the text of its file."""
+    listed = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
+    for mutant in listed:
+        text = (ROOT / mutant["file"]).read_text()
+        if text.count(mutant["old"]) != 1:
+            raise SystemExit(f"{mutant['id']}: its lines occur {text.count(mutant['old'])} times, not once")
+        mutant["text"] = text.replace(mutant["old"], mutant["new"])
+        compile(mutant["text"], mutant["file"], "exec")
+        first = text[: text.index(mutant["old"])].count("\n") + 1
+        mutant["lines"] = set(range(first, first + mutant["old"].count("\n")))
+    if len({mutant["id"] for mutant in listed}) < len(listed):
+        raise SystemExit("two mutants have one id")
+    return listed
+
+
+def copy_of(tree, place):
+    """Copy a tree's library and tests, never to be changed in place."""
+    shutil.rmtree(place, ignore_errors=True)
+    for name in ("jaxmeta", "tests", "benchmarks", "notebooks"):
+        shutil.copytree(tree / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(tree / name, place / name)
+    return place
+
+
+def pytest(tree, *arguments, **variables):
+    """Run pytest in a tree, whose library goes before an installed one."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *arguments]
+    data = ROOT.parent / "shared" / "data"
+    environment = {"JAXMETA_DATA": str(data), "MPLBACKEND": "Agg"} | os.environ | variables
+    environment["PYTHONPATH"] = str(tree)
+    return subprocess.run(
+        command, cwd=tree, env=environment, timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def cover(tree, work):
+    """Run the complete suite once, and record which test runs which line."""
+    place = copy_of(tree, work / "cover")
+    (work / "coverage.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
+    arguments = ["-n", "auto", "-m", "not slow", "--cov=jaxmeta", "--cov-context=test", "--cov-report="]
+    command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'coverage.ini'}"]
+    data = ROOT.parent / "shared" / "data"
+    variables = {"COVERAGE_FILE": str(work / "coverage"), "PYTHONPATH": str(place), "JAXMETA_DATA": str(data)}
+    subprocess.run(command, cwd=place, env={"MPLBACKEND": "Agg"} | os.environ | variables)
+
+
+def lines_of(bits):
+    """Return the line numbers that coverage.py packs into a blob."""
+    return {8 * i + j for i, byte in enumerate(bits) for j in range(8) if byte & (1 << j)}
+
+
+def tests_by_line(work):
+    """Return, for each file of the library, the tests that run each line of it."""
+    found = collections.defaultdict(lambda: collections.defaultdict(set))
+    with sqlite3.connect(work / "coverage") as database:
+        query = (
+            "select file.path, context.context, line_bits.numbits from line_bits "
+            "join file on file.id = file_id join context on context.id = context_id"
+        )
+        for path, context, bits in database.execute(query):
+            name = "jaxmeta/" + path.rpartition("/jaxmeta/")[2]
+            test = context.partition("|")[0].partition("@")[0]
+            for line in lines_of(bits) if test else ():
+                found[name][line].add(test)
+    return found
+
+
+def collected(tree, *arguments):
+    """Return the names of the tests that a run has."""
+    listed = pytest(tree, "--collect-only", *arguments).stdout.decode().splitlines()
+    return {line.strip() for line in listed if line.startswith("tests/") and "::" in line}
+
+
+def tests_of(mutant, coverage, complete, known):
+    """Return the tests that run a mutant's lines.
+
+    Of tests that are newer than the coverage, these are all in files with another test that runs them.
+    """
+    found = set().union(*(coverage[mutant["file"]][line] for line in mutant["lines"]))
+    files = {test.partition("::")[0] for test in found}
+    newer = {test for test in complete - known if test.partition("::")[0] in files}
+    return (found & complete) | newer
+
+
+def meet(tree, tests, cache):
+    """Run tests up to the first failure; return what came of it."""
+    arguments = tree / "arguments.txt"
+    arguments.write_text("\n".join(sorted(tests)) + "\n")
+    try:
+        done = pytest(
+            tree, "-x", "--tb=line", "-m", "not slow", f"@{arguments}", JAX_COMPILATION_CACHE_DIR=str(cache)
+        )
+    except subprocess.TimeoutExpired:
+        return CAUGHT, "did not end"
+    said = done.stdout.decode()
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode == 0:
+        return SURVIVED, ""
+    if not failed:
+        raise RuntimeError(said[-2000:])
+    return CAUGHT, failed[0].split(" - ")[0].split()[-1]
+
+
+def run(tree, work, part, of):
+    place = copy_of(tree, work / f"tree-{part}")
+    coverage, default, complete = tests_by_line(work), collected(place), collected(place, "-m", "not slow")
+    known = set().union(*(tests for lines in coverage.values() for tests in lines.values()))
+    results = work / "results.jsonl"
+    done = (
+        {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
+    )
+    for number, mutant in enumerate(mutants()):
+        if number % of != part or mutant["id"] in done:
+            continue
+        tests = tests_of(mutant, coverage, complete, known)
+        row = {"id": mutant["id"], "tests": len(tests), "default_tests": len(tests & default)}
+        started = time.monotonic()
+        original = (place / mutant["file"]).read_text()
+        (place / mutant["file"]).write_text(mutant["text"])
+        try:
+            row["default"], row["by"] = SURVIVED, ""
+            if tests & default:
+                row["default"], row["by"] = meet(place, tests & default, work / "cache")
+            row["complete"] = row["default"]
+            if row["default"] == SURVIVED and tests - default:
+                row["complete"], row["by"] = meet(place, tests - default, work / "cache")
+        finally:
+            (place / mutant["file"]).write_text(original)
+        row["seconds"] = round(time.monotonic() - started)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+def report(work):
+    rows = {json.loads(line)["id"]: json.loads(line) for line in (work / "results.jsonl").open()}
+    listed = [mutant for mutant in mutants() if mutant["id"] in rows]
+    print(f"{'mutant':22} {'kind':24} {'default':9} {'complete':9} first failure, or why it is equivalent")
+    for mutant in listed:
+        row = rows[mutant["id"]]
+        said = mutant.get("equivalent") or row["by"]
+        print(f"{mutant['id']:22} {mutant['kind']:24} {row['default']:9} {row['complete']:9} {said}")
+    real = [rows[mutant["id"]] for mutant in listed if "equivalent" not in mutant]
+    complete = sum(row["complete"] == CAUGHT for row in real)
+    default = sum(row["default"] == CAUGHT for row in real)
+    print(f"{len(real)} mutants, {len(listed) - len(real)} equivalent ones set aside")
+    print(f"complete run: {complete} caught; default run: {default}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["cover", "run", "report"])
+    parser.add_argument("work", type=pathlib.Path, help="folder of coverage, copies and results")
+    parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="the version that is measured")
+    parser.add_argument("--part", default="0/1", help="which of how many processes this is, as 0/2")
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "cover":
+        cover(arguments.tree.resolve(), work)
+    elif arguments.command == "run":
+        run(arguments.tree.resolve(), work, *map(int, arguments.part.split("/")))
+    else:
+        report(work)
+
+
+if __name__ == "__main__":
+    main()
