@@ -1,6 +1,7 @@
 """Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices if not told."""
 
 import collections
+import gc
 import os
 import pathlib
 import tempfile
@@ -81,6 +82,13 @@ def pytest_collection_modifyitems(items):
             rows[test] += 1
             if rows[test] > rule.kwargs["after"]:
                 item.add_marker(pytest.mark.nightly)
+
+
+def pytest_collection_finish():
+    """Let the garbage collector look less often, and never at what importing and collecting have made."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -130,7 +130,8 @@ class StopAt:
         return all(signal.getsignal(each) is handler for each, handler in self.before.items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch, capsys, number):
     """The run was stopped before its first checkpoint, too, and its five meta-steps are done again."""
     out = evaluated_once(run, tmp_path / "stopped")
@@ -227,7 +228,7 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
             "--eval-steps: got 9; there are learned step sizes",
         ),
         (
-            ["train", "learned_optimizer", "--inner-steps", "7"],
+            ["train", "learned_optimizer", "--inner-steps", "7", "--tasks", "sinusoid"],
             "--inner-steps: got 7; it must be a multiple of",
         ),
         (["train", "--truncation", "0", "--tasks", "sinusoid"], "--truncation: got 0; it must be at least 1"),

@@ -15,7 +15,7 @@ from jaxmeta.cli import main
 from jaxmeta.training.figures import Curve, draw_metric
 
 FLAGS = ["--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
-FLAGS += ["--meta-batch", "4", "--inner-lr", "0.02", "--order", "second"]
+FLAGS += ["--meta-batch", "4", "--inner-lr", "0.02", "--order", "second", "--devices", "1"]
 COMPARE = ["compare", "maml", "fomaml", *FLAGS]
 
 
@@ -95,6 +95,7 @@ def losses(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.nightly
 def test_the_difference_is_that_of_each_test_task(compared):
     result = read(compared / "comparison.json")
     values = {name: np.array(read(compared / name / "episodes.json")["mse"]) for name in ("maml", "fomaml")}

@@ -52,12 +52,14 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.nightly
 def test_a_report_says_on_which_mesh_its_run_was(run):
     report = read(run / "report.json")
     assert (report["devices"], report["mesh"], report["processes"]) == (2, {"tasks": 2}, 1)
     assert read(run / "config.json")["mesh"] == "tasks=2"
 
 
+@pytest.mark.nightly
 def test_a_report_counts_the_meta_steps_that_were_skipped(run):
     assert read(run / "report.json")["skipped"] == 7
     assert "| meta-steps skipped | 7 |" in (run / "report.md").read_text()

@@ -64,6 +64,7 @@ def prototypical(place):
     return place / "prototypical"
 
 
+@pytest.mark.nightly
 def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
     report = read(prototypical / "report.json")
     assert {row: found["norm"] for row, found in report["accuracy"].items()} == {
@@ -74,6 +75,7 @@ def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
     assert "inductive: batch normalisation by the training tasks" in (prototypical / "report.md").read_text()
 
 
+@pytest.mark.nightly
 def test_the_statistics_stay_with_the_run(prototypical, tmp_path):
     target = tmp_path / "again.json"
     assert main(["evaluate", str(prototypical), "--json", str(target)]) == 0
@@ -86,6 +88,7 @@ def test_the_statistics_stay_with_the_run(prototypical, tmp_path):
     assert learner.predict(params, adapted, jnp.zeros((1, 8, 8, 1))).shape == (1, 2)
 
 
+@pytest.mark.nightly
 def test_more_classes_than_it_was_trained_with_are_named(prototypical, place, tmp_path, capsys):
     for number in range(5):
         for part, seed in (("support", 0), ("query", 1)):
@@ -103,6 +106,7 @@ def test_more_classes_than_it_was_trained_with_are_named(prototypical, place, tm
     assert sum(answer["file"].startswith(answer["class"] + "/") for answer in answers) >= 4
 
 
+@pytest.mark.nightly
 def test_a_run_that_has_not_ended_says_how_to_end_it(prototypical, tmp_path, capsys):
     shutil.copytree(prototypical, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "population")
@@ -121,7 +125,7 @@ def test_a_stream_fills_the_statistics_too(place):
     assert accuracy["inductive"]["mean"] > 0.8
 
 
-@pytest.mark.nightly_rows(after=1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("learner", ["simple_shot", "fine_tuned_head"])
 def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
     assert train(place, learner, learner) == 0

@@ -50,6 +50,7 @@ def test_accuracy_by_presentation_is_of_test_images_as_they_are(run):
     assert "Accuracy by presentation of a class" in text
 
 
+@pytest.mark.nightly
 def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
     target = tmp_path / "again.json"
     assert main(["evaluate", str(run), "--json", str(target)]) == 0

@@ -94,6 +94,7 @@ def test_a_stream_of_the_folder_gives_the_same_report(place):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.nightly
 def test_a_run_s_configuration_keeps_the_form_of_its_images(place):
     config = read(place / "run" / "config.json")
     assert config["images"].items() >= {"size": SIDE, "channels": 1, "ink": False}.items()

@@ -7,7 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
-from vectors import DIM, IDENTITY, KEY, WAYS, batch, directional_error, of_float64, padded, unequal
+from vectors import (
+    DIM,
+    IDENTITY,
+    KEY,
+    WAYS,
+    adapted,
+    batch,
+    gradient_check,
+    initial,
+    loss,
+    of_float64,
+    outputs_of,
+    padded,
+    results,
+    softmax,
+    unequal,
+)
 
 import jaxmeta as jm
 from jaxmeta.core import episode_keys
@@ -27,6 +43,14 @@ METHODS = {
 FEW = ["prototypical", "matching", "simple_shot"]
 methods = pytest.mark.parametrize("method", METHODS)
 
+
+def rows(*default):
+    """Rows of all methods, of which those that are not named are nightly."""
+    return [
+        pytest.param(name, marks=() if name in default else pytest.mark.nightly, id=name) for name in METHODS
+    ]
+
+
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -37,62 +61,75 @@ def network():
 
 
 MODEL = jm.nn.as_model(network())
+embed = jax.jit(MODEL.apply)
 
 
-def initialised(method, task):
-    return of_float64(jax.jit(METHODS[method](network()).init)(KEY, task), 0)
+@functools.cache
+def learner_of(method, **settings):
+    """One learner for all tests, whose functions are compiled once."""
+    return METHODS[method](network(), **settings)
 
 
-def outputs(learner, params, support, x):
-    run = jax.jit(lambda params, support, x: learner.predict(params, learner.adapt(params, support, KEY), x))
-    return np.asarray(run(params, support, x))
+@functools.cache
+def initialised(method):
+    """Random parameters of the right shapes, which are not initialised: that compiles for seconds."""
+    shapes = jax.eval_shape(learner_of(method).init, KEY, unequal())
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape) if leaf.ndim else 1.5), shapes
+    )
 
 
 def of_embedded(method, params, z, z_query, y):
     """What the method makes of vectors that are embedded already."""
-    return outputs(METHODS[method](IDENTITY, norm="batch"), {**params, "model": {}}, batch(z, y), z_query)
+    return outputs_of(METHODS[method](IDENTITY, norm="batch"), {**params, "model": {}}, batch(z, y), z_query)
 
 
 def hidden(params, x):
-    return x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+    own = jax.tree.map(np.asarray, params["Dense_0"])
+    return np.asarray(x) @ own["kernel"] + own["bias"]
 
 
-@pytest.mark.nightly_rows(after=1)
-@methods
+# By each way of a learner to use its embeddings: of classes, of pairs, and of an ordered support.
+@pytest.mark.parametrize("method", rows("prototypical", "simple_shot"))
 def test_by_batch_support_and_queries_are_embedded_as_one(method):
-    support, query = task = unequal()
-    params = initialised(method, task)
-    found = outputs(METHODS[method](network()), params, support, query.x)
-    z = MODEL.apply(params["model"], jnp.concatenate([support.x, query.x]))
+    support, query = unequal()
+    params = initialised(method)
+    found = outputs_of(learner_of(method), params, support, query.x)
+    z = np.asarray(embed(params["model"], np.concatenate([support.x, query.x])))
     np.testing.assert_allclose(
         found, of_embedded(method, params, z[:6], z[6:], support.y), rtol=1e-8, atol=1e-10
     )
 
 
-@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("method", FEW)
 def test_by_support_queries_are_normalised_as_the_support_is(method):
     support, query = task = unequal()
-    params = initialised(method, task)
-    learner = METHODS[method](network(), norm="support")
-    z, stats = MODEL.apply_norm(params["model"], support.x)
+    params, learner = initialised(method), learner_of(method, norm="support")
+
+    @jax.jit
+    def embedded(params):
+        z, stats = MODEL.apply_norm(params, support.x)
+        return z, stats, MODEL.apply_norm(params, query.x, stats=stats)[0]
+
+    z, stats, z_query = jax.device_get(embedded(params["model"]))
     np.testing.assert_allclose(
         stats["BatchNorm_0"]["mean"], hidden(params["model"], support.x).mean(0), atol=1e-12
     )
-    z_query, _ = MODEL.apply_norm(params["model"], query.x, stats=stats)
-    found = outputs(learner, params, support, query.x)
+    found, value, _ = results(learner, params, task)
     if method == "simple_shot":  # whose mean feature is one of the statistics
-        z, z_query = z - z.mean(0)[None], z_query - z.mean(0)[None]
-        expected = outputs(
+        z, z_query = z - z.mean(0), z_query - z.mean(0)
+        expected = outputs_of(
             jm.simple_shot(IDENTITY, transform="l2n"), {**params, "model": {}}, batch(z, support.y), z_query
         )
     else:
         expected = of_embedded(method, params, z, z_query, support.y)
     np.testing.assert_allclose(found, expected, rtol=1e-8)
-    np.testing.assert_allclose(outputs(learner, params, support, query.x[2:3]), found[2:3], rtol=1e-8)
+    alone = outputs_of(learner, params, support, np.asarray(query.x)[2:3])
+    np.testing.assert_allclose(alone, found[2:3], rtol=1e-8)
     if method != "simple_shot":
-        value, _ = learner.loss(params, task, KEY)
-        np.testing.assert_allclose(value, jm.losses.cross_entropy(jnp.asarray(found), query.y), rtol=1e-8)
+        expected = -np.log(softmax(found)[np.arange(5), query.y]).mean()
+        np.testing.assert_allclose(value, expected, rtol=1e-8)
 
 
 def source():
@@ -108,56 +145,51 @@ def source():
 
 
 def test_by_population_statistics_are_the_means_over_tasks_of_both_moments():
-    params, tasks, count = initialised("prototypical", unequal()), source(), 5
-    filled = jm.calibrate(jm.prototypical(network()), params, tasks, KEY, episodes=count)
+    params, tasks, count = initialised("prototypical"), source(), 5
+    filled = jm.calibrate(learner_of("prototypical"), params, tasks, KEY, episodes=count)
     moments = []
-    for key in episode_keys(KEY, jnp.arange(count))[:, 0]:
-        task = tasks.sample(key)
-        h = hidden(params["model"], jnp.concatenate([task.support.x, task.query.x]))
-        moments.append((h.mean(0), jnp.square(h).mean(0)))
+    for task in map(jax.jit(tasks.sample), episode_keys(KEY, np.arange(count))[:, 0]):
+        h = hidden(params["model"], np.concatenate([task.support.x, task.query.x]))
+        moments.append((h.mean(0), np.square(h).mean(0)))
     first, second = (np.mean(parts, axis=0) for parts in zip(*moments, strict=True))
     population = filled["population"]["BatchNorm_0"]
     np.testing.assert_allclose(population["mean"], first, rtol=1e-8)
     np.testing.assert_allclose(population["mean_of_squares"], second, rtol=1e-8)
 
-    adapted = jm.prototypical(network(), norm="population").adapt(filled, unequal().support, KEY)
-    np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], second - first**2, rtol=1e-8)
+    state = adapted(learner_of("prototypical", norm="population"), filled, unequal().support)
+    np.testing.assert_allclose(state["stats"]["BatchNorm_0"]["var"], second - first**2, rtol=1e-8)
 
 
-@pytest.mark.nightly_rows(after=1)
-@methods
+@pytest.mark.parametrize("method", rows("prototypical", "simple_shot"))
 def test_by_population_queries_do_not_see_each_other_and_training_is_by_batch(method):
     support, query = task = unequal()
-    params = initialised(method, task)
-    learner, trained = METHODS[method](network(), norm="population"), METHODS[method](network())
+    params = initialised(method)
+    learner, trained = learner_of(method, norm="population"), learner_of(method)
     with pytest.raises(ValueError, match=r'norm="population" needs .* jm\.calibrate'):
         learner.adapt(params, support, KEY)
     filled = jm.calibrate(learner, params, source(), KEY, episodes=2)
-    joint = outputs(learner, filled, support, query.x)
-    np.testing.assert_allclose(outputs(learner, filled, support, query.x[1:2]), joint[1:2], rtol=1e-7)
-    assert np.abs(outputs(trained, filled, support, query.x) - joint).max() > 1e-4
-    np.testing.assert_allclose(
-        jax.jit(learner.loss)(filled, task, KEY)[0], jax.jit(trained.loss)(params, task, KEY)[0], rtol=1e-12
-    )
+    joint, value, _ = results(learner, filled, task)
+    alone = outputs_of(learner, filled, support, np.asarray(query.x)[1:2])
+    np.testing.assert_allclose(alone, joint[1:2], rtol=1e-7)
+    by_batch, expected, _ = results(trained, filled, task)
+    assert np.abs(by_batch - joint).max() > 1e-4
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
-@pytest.mark.nightly_rows(after=2)
 @methods
-def test_the_gradient_of_the_loss_is_that_of_finite_differences_whatever_is_padded(method):
+def test_the_gradient_of_a_padded_task_matches_finite_differences(method):
     task = unequal()
-    learner, params = METHODS[method](network()), initialised(method, task)
+    learner, params = learner_of(method), initialised(method)
     ragged = jm.Task(padded(task.support, [0, 4]), padded(task.query, [2]))
     if method == "context":  # where the order of the examples is drawn, and padding takes part in it
         ragged = jm.Task(task.support, ragged.query)
 
-    def value(params):
-        return learner.loss(params, ragged, KEY)[0]
-
-    assert directional_error(value, params) < 1e-6
-    np.testing.assert_allclose(value(params), learner.loss(params, task, KEY)[0], rtol=1e-9)
+    error, value = gradient_check(lambda params: learner.loss(params, ragged, KEY)[0], params)
+    assert error < 1e-6
+    np.testing.assert_allclose(value, loss(learner, params, task)[0], rtol=1e-9)
 
 
-def test_the_gradient_of_relation_networks_is_that_of_finite_differences():
+def test_the_gradient_of_relation_networks_matches_finite_differences():
     class Maps(linen.Module):
         @linen.compact
         def __call__(self, x, mask=None):
@@ -171,20 +203,20 @@ def test_the_gradient_of_relation_networks_is_that_of_finite_differences():
             return linen.Dense(1)(x.reshape(x.shape[0], -1))
 
     task, learner = unequal(), jm.relation(Maps(), Scores())
-    params = of_float64(learner.init(KEY, task), 0)
+    params = of_float64(initial(learner, task), 0)
     ragged = jm.Task(padded(task.support, [0, 4]), padded(task.query, [2]))
-    assert directional_error(lambda params: learner.loss(params, ragged, KEY)[0], params) < 1e-6
+    assert gradient_check(lambda params: learner.loss(params, ragged, KEY)[0], params)[0] < 1e-6
 
 
-@pytest.mark.nightly_rows(after=2)
 @methods
-def test_float_targets_are_refused_clearly(method):
-    part = jm.Batch(jnp.ones((3, DIM)), jnp.ones((3, 1)))
-    learner = METHODS[method](network())
+def test_float_targets_are_refused(method):
+    part = jm.Batch(np.ones((3, DIM)), np.ones((3, 1)))
+    learner = learner_of(method)
     says = "got targets of type float64; methods that compare .* integer class slots"
     with pytest.raises(ValueError, match=says):
         learner.init(KEY, jm.Task(part, part))
-    params = initialised(method, unequal())
+    # The targets are looked at before the parameters.
+    params = {}
     with pytest.raises(ValueError, match=says):
         learner.loss(params, jm.Task(part, part), KEY)
     with pytest.raises(ValueError, match=says):
@@ -206,15 +238,17 @@ def test_what_is_no_embedding_is_refused_at_init(apply, says):
             METHODS[method]((IDENTITY[0], apply)).init(KEY, unequal())
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("method", FEW)
 def test_a_batch_made_by_hand_needs_no_number_of_ways(method):
     task = unequal()
     by_hand = jm.Task(*(jm.Batch(part.x, part.y) for part in task))
-    learner = METHODS[method](network())
+    learner = METHODS[method](IDENTITY)
+    # Not in a compiled program: the number of ways is read off the labels.
     params = learner.init(KEY, by_hand)
     assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(learner.init, KEY, task))
-    loss = jax.jit(learner.loss)(params, task, KEY)[0]
-    np.testing.assert_allclose(learner.loss(params, by_hand, KEY)[0], loss, rtol=1e-5)
+    expected, _ = loss(learner, params, task)
+    np.testing.assert_allclose(learner.loss(params, by_hand, KEY)[0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch", "support"])
@@ -251,20 +285,16 @@ def test_every_draw_in_training_has_a_key_of_its_own(norm):
 def test_images_are_augmented_in_training_alone():
     task = unequal()
     learner = jm.prototypical(IDENTITY, augment=lambda key, x: 2 * x)
-    doubled = jm.Task(*(batch(2 * part.x, part.y) for part in task))
-    plain = jm.prototypical(IDENTITY)
-    np.testing.assert_allclose(
-        learner.loss({"model": {}}, task, KEY)[0], plain.loss({"model": {}}, doubled, KEY)[0], rtol=1e-12
-    )
-    params = {"model": {}}
-    np.testing.assert_array_equal(
-        outputs(learner, params, task.support, task.query.x),
-        outputs(plain, params, task.support, task.query.x),
-    )
+    doubled = jm.Task(*(batch(2 * np.asarray(part.x), part.y) for part in task))
+    plain, params = jm.prototypical(IDENTITY), {"model": {}}
+    outputs, value, _ = results(learner, params, task)
+    np.testing.assert_allclose(value, loss(plain, params, doubled)[0], rtol=1e-12)
+    np.testing.assert_array_equal(outputs, outputs_of(plain, params, task.support, task.query.x))
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("method", ["prototypical", "matching"])
-def test_logits_are_those_of_torch_on_the_same_weights(method):
+def test_logits_and_loss_match_torch_on_the_same_weights(method):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     F = torch.nn.functional
     rng = np.random.default_rng(0)
@@ -273,7 +303,7 @@ def test_logits_are_those_of_torch_on_the_same_weights(method):
         "prototypical": jm.prototypical,
         "matching": functools.partial(jm.matching, scale=10.0),
     }[method](jm.nn.Conv4(filters=5))
-    params = of_float64(jax.jit(learner.init)(KEY, task), 0)
+    params = of_float64(initial(learner, task), 0)
     x = torch.tensor(np.concatenate([part.x for part in task])).permute(0, 3, 1, 2)
     for i in range(4):
         own = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf)), params["model"][f"ConvNorm_{i}"])
@@ -289,9 +319,8 @@ def test_logits_are_those_of_torch_on_the_same_weights(method):
     else:
         attention = torch.softmax(10 * F.cosine_similarity(z[6:, None], z[None, :6], dim=2), 1)
         expected = torch.log(attention @ F.one_hot(y).double())
-    found = outputs(learner, params, task.support, task.query.x)
+    found, value, _ = results(learner, params, task)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-8)
-    value = jax.jit(learner.loss)(params, task, KEY)[0]
     asked = torch.tensor(np.array(task.query.y), dtype=torch.long)
     np.testing.assert_allclose(value, F.cross_entropy(expected, asked).item(), rtol=1e-8)
 

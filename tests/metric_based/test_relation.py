@@ -1,11 +1,13 @@
 """Relation networks, against PyTorch and by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
-from vectors import KEY, batch, of_float64, predict
+from vectors import KEY, batch, initial, loss, of_float64, outputs_of, predict, results
 
 import jaxmeta as jm
 
@@ -31,21 +33,21 @@ def maps_task(seed=0, shape=SHAPE):
     )
 
 
-def simple():
-    return jm.relation(IDENTITY, COMPARISON)
+SIMPLE = jm.relation(IDENTITY, COMPARISON)
 
 
 def head():
-    return COMPARISON[0](KEY, jnp.zeros((1, *SHAPE[:2], 2 * SHAPE[2])))
+    return jax.jit(COMPARISON[0])(KEY, np.zeros((1, *SHAPE[:2], 2 * SHAPE[2])))
 
 
 def scores(support, query, relation):
     """Of every query and class, one pair at a time: the class's map first, then the query's."""
     x, y = np.asarray(support.x), np.asarray(support.y)
+    score = jax.jit(COMPARISON[1])
     return np.array(
         [
             [
-                COMPARISON[1](relation, jnp.asarray(np.concatenate([x[y == c].sum(0), q], -1)[None]))[0, 0]
+                np.asarray(score(relation, np.concatenate([x[y == c].sum(0), q], -1)[None]))[0, 0]
                 for c in range(WAYS)
             ]
             for q in np.asarray(query.x)
@@ -53,12 +55,16 @@ def scores(support, query, relation):
     )
 
 
+def sigmoid(values):
+    return 1 / (1 + np.exp(-values))
+
+
 def test_scores_compare_the_summed_maps_of_a_class_with_the_query(x64):
     support, query = maps_task()
     relation = of_float64(head())
-    outputs = predict(simple(), support, query.x, relation=relation)
+    outputs = predict(SIMPLE, support, query.x, relation=relation)
     np.testing.assert_allclose(outputs, scores(support, query, relation), rtol=1e-9)
-    chances = np.asarray(jax.nn.sigmoid(outputs))
+    chances = sigmoid(outputs)
     assert ((chances > 0) & (chances < 1)).all()
     assert np.abs(chances.sum(1) - 1).max() > 0.1
 
@@ -66,8 +72,8 @@ def test_scores_compare_the_summed_maps_of_a_class_with_the_query(x64):
 def test_the_loss_is_the_squared_error_to_one_and_to_zero(x64):
     support, query = maps_task()
     relation = of_float64(head())
-    value, metrics = simple().loss({"model": {}, "relation": relation}, maps_task(), KEY)
-    errors = np.asarray(jax.nn.sigmoid(scores(support, query, relation))) - np.eye(WAYS)[query.y]
+    value, metrics = loss(SIMPLE, {"model": {}, "relation": relation}, maps_task())
+    errors = sigmoid(scores(support, query, relation)) - np.eye(WAYS)[query.y]
     np.testing.assert_allclose(value, np.square(errors).mean(), rtol=1e-9)
     right = scores(support, query, relation).argmax(1) == np.asarray(query.y)
     assert metrics["accuracy"] == (right.sum(), 5)
@@ -75,9 +81,9 @@ def test_the_loss_is_the_squared_error_to_one_and_to_zero(x64):
 
 def test_swapping_two_classes_swaps_two_columns():
     support, query = maps_task()
-    outputs = predict(simple(), support, query.x, relation=head())
-    names = jnp.array([2, 1, 0])
-    swapped = predict(simple(), batch(support.x, names[support.y]), query.x, relation=head())
+    outputs = predict(SIMPLE, support, query.x, relation=head())
+    names = np.array([2, 1, 0])
+    swapped = predict(SIMPLE, batch(support.x, names[support.y]), query.x, relation=head())
     np.testing.assert_allclose(swapped, outputs[:, names], atol=1e-5)
 
 
@@ -96,65 +102,66 @@ class Scores(linen.Module):
         return linen.Dense(1)(x.reshape(x.shape[0], -1))
 
 
+@functools.cache
 def small(norm="batch"):
     return jm.relation(Maps(), Scores(), norm=norm)
 
 
-def test_examples_of_a_class_are_as_good_as_their_summed_map_by_the_populations_statistics(x64):
-    support, query = maps_task()
-    params = of_float64(small().init(KEY, maps_task()), 0)
-    total, count = small().statistics(params, maps_task(), KEY)
-    params["population"] = jax.tree.map(lambda leaf: leaf / count, total)
-    learner = small("population")
-    outputs = learner.predict(params, learner.adapt(params, support, KEY), query.x)
+@functools.cache
+def filled():
+    """Parameters of the small network, and the statistics of one task for the population's."""
+    params = of_float64(initial(small(), maps_task()), 0)
+    total, count = jax.jit(small().statistics)(params, maps_task(), KEY)
+    assert count == 1
+    return {**params, "population": jax.tree.map(np.asarray, total)}
 
-    stats = jm.nn.norm.from_moments(params["population"])
-    embedded = jm.nn.as_model(Maps())._replace(
-        apply_norm=None, apply=lambda p, x: jm.nn.as_model(Maps()).apply_norm(p, x, stats=stats["model"])[0]
-    )
-    z = embedded.apply(params["model"], support.x)
-    summed = jnp.stack([z[support.y == c].sum(0) for c in range(WAYS)])
+
+def test_a_class_is_represented_by_the_sum_of_its_maps_under_population_statistics(x64):
+    support, query = maps_task()
+    params, learner = filled(), small("population")
+    outputs = outputs_of(learner, params, support, query.x)
+
+    @jax.jit
+    def embedded(x):
+        stats = jm.nn.norm.from_moments(params["population"])
+        return jm.nn.as_model(Maps()).apply_norm(params["model"], x, stats=stats["model"])[0]
+
+    z, y = np.asarray(embedded(support.x)), np.asarray(support.y)
+    summed = np.stack([z[y == c].sum(0) for c in range(WAYS)])
     after = jm.relation(IDENTITY, Scores(), norm="population")
     known = {
         "model": {},
         "relation": params["relation"],
         "population": {**params["population"], "model": None},
     }
-    adapted = after.adapt(known, batch(summed, range(WAYS)), KEY)
-    found = after.predict(known, adapted, embedded.apply(params["model"], query.x))
+    found = outputs_of(after, known, batch(summed, range(WAYS)), embedded(query.x))
     np.testing.assert_allclose(found, outputs, rtol=1e-9)
-    alone = learner.predict(params, learner.adapt(params, support, KEY), query.x[2:3])
+    alone = outputs_of(learner, params, support, np.asarray(query.x)[2:3])
     np.testing.assert_allclose(alone, outputs[2:3], rtol=1e-9)
 
 
 def test_statistics_are_of_all_images_in_one_network_and_of_all_pairs_in_the_other(x64):
     support, query = maps_task()
-    params = of_float64(small().init(KEY, maps_task()), 0)
-    total, count = small().statistics(params, maps_task(), KEY)
-    assert count == 1
-    own = params["model"]["Dense_0"]
-    hidden = jnp.concatenate([support.x, query.x]) @ own["kernel"] + own["bias"][None, None, None]
-    found = total["model"]["BatchNorm_0"]
-    np.testing.assert_allclose(found["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
-    np.testing.assert_allclose(found["mean_of_squares"], jnp.square(hidden).mean((0, 1, 2)), atol=1e-10)
-    z = jm.nn.as_model(Maps()).apply(params["model"], jnp.concatenate([support.x, query.x]))
-    classes = jnp.stack([z[:6][support.y == c].sum(0) for c in range(WAYS)])
-    pairs = [jnp.concatenate([v, q], -1) for q in z[6:] for v in classes]
-    own = params["relation"]["Dense_0"]
-    hidden = jnp.stack(pairs) @ own["kernel"] + own["bias"][None, None, None]
-    found = total["relation"]["BatchNorm_0"]
-    np.testing.assert_allclose(found["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
-    np.testing.assert_allclose(found["mean_of_squares"], jnp.square(hidden).mean((0, 1, 2)), atol=1e-10)
+    params = filled()
+    total = params["population"]
+    x, y = np.concatenate([support.x, query.x]), np.asarray(support.y)
+
+    def check(found, own, inputs):
+        hidden = inputs @ np.asarray(own["kernel"]) + np.asarray(own["bias"])
+        np.testing.assert_allclose(found["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
+        np.testing.assert_allclose(found["mean_of_squares"], np.square(hidden).mean((0, 1, 2)), atol=1e-10)
+
+    check(total["model"]["BatchNorm_0"], params["model"]["Dense_0"], x)
+    z = np.asarray(jax.jit(jm.nn.as_model(Maps()).apply)(params["model"], x))
+    classes = np.stack([z[:6][y == c].sum(0) for c in range(WAYS)])
+    pairs = np.stack([np.concatenate([v, q], -1) for q in z[6:] for v in classes])
+    check(total["relation"]["BatchNorm_0"], params["relation"]["Dense_0"], pairs)
 
 
-@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("norm", ["batch", "population"])
 def test_padding_and_absent_classes_change_nothing(norm, x64):
     support, query = maps_task()
-    learner = small(norm)
-    params = of_float64(small().init(KEY, maps_task()), 0)
-    total, count = small().statistics(params, maps_task(), KEY)
-    params["population"] = jax.tree.map(lambda leaf: leaf / count, total)
+    learner, params = small(norm), filled()
 
     def holes(part, at):
         x = np.insert(np.asarray(part.x), at, np.nan, axis=0)
@@ -162,16 +169,20 @@ def test_padding_and_absent_classes_change_nothing(norm, x64):
         return batch(x, np.insert(np.asarray(part.y), at, 3), mask, WAYS + 2)
 
     ragged = jm.Task(holes(support, [0, 4]), holes(query, [2, 5]))
-    outputs = learner.predict(params, learner.adapt(params, support, KEY), query.x)
-    adapted = learner.adapt(params, ragged.support, KEY)
-    found = learner.predict(params, adapted, ragged.query.x, ragged.query.mask)
+
+    @jax.jit
+    def run(task):
+        adapted = learner.adapt(params, task.support, KEY)
+        outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
+        trained = {name: params[name] for name in ("model", "relation")}
+        return outputs, jax.value_and_grad(lambda own: learner.loss(own, task, KEY)[0])(trained)
+
+    outputs, (expected, known) = jax.device_get(run(maps_task()))
+    found, (value, grads) = jax.device_get(run(ragged))
     real = np.asarray(ragged.query.mask)
     np.testing.assert_allclose(found[real][:, :WAYS], outputs, rtol=1e-8)
-    assert (np.asarray(found)[real][:, WAYS:] == -np.inf).all()
-    value = jax.jit(jax.value_and_grad(lambda params, task: learner.loss(params, task, KEY)[0]))
-    trained = {name: params[name] for name in ("model", "relation")}
-    (loss, grads), (expected, known) = value(trained, ragged), value(trained, maps_task())
-    np.testing.assert_allclose(loss, expected, rtol=1e-9)
+    assert (found[real][:, WAYS:] == -np.inf).all()
+    np.testing.assert_allclose(value, expected, rtol=1e-9)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(known), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-9)
 
@@ -203,12 +214,12 @@ def test_the_linear_layers_of_the_published_module_start_at_biases_of_one():
         assert 0 < np.abs(params[name]["kernel"]).max() < 0.05
 
 
-def test_outputs_are_those_of_torch_on_the_same_weights(x64):
+def test_outputs_and_loss_match_torch_on_the_same_weights(x64):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     F = torch.nn.functional
     task = maps_task(shape=(22, 23, 1))
     learner = jm.relation(jm.nn.RelationEmbedding(filters=3), jm.nn.RelationModule(filters=4))
-    params = of_float64(jax.jit(learner.init)(KEY, task), 0)
+    params = of_float64(initial(learner, task), 0)
     weights = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf)), params)
 
     def block(own, x, padding, pool):
@@ -230,10 +241,9 @@ def test_outputs_are_those_of_torch_on_the_same_weights(x64):
     first, last = (weights["relation"][f"Dense_{i}"] for i in range(2))
     expected = F.relu(flat @ first["kernel"] + first["bias"]) @ last["kernel"] + last["bias"]
 
-    found = jax.jit(lambda params: predict(learner, task.support, task.query.x, **params))(params)
+    found, value, _ = results(learner, params, task)
     np.testing.assert_allclose(found, expected.numpy().reshape(5, WAYS), atol=1e-8)
-    assert np.ptp(np.asarray(found)) > 1e-3
-    value = jax.jit(lambda params: learner.loss(params, task, KEY)[0])(params)
+    assert np.ptp(found) > 1e-3
     one_hot = F.one_hot(torch.tensor(np.array(task.query.y), dtype=torch.long)).double()
     np.testing.assert_allclose(
         value, F.mse_loss(torch.sigmoid(expected.reshape(5, WAYS)), one_hot).item(), rtol=1e-8
@@ -257,10 +267,10 @@ def test_statistics_of_the_support_alone_and_float_targets_are_refused():
         jm.relation(IDENTITY, norm="support")
     part = jm.Batch(jnp.ones((3, *SHAPE)), jnp.ones((3, 1)))
     with pytest.raises(ValueError, match="integer class slots"):
-        simple().loss({"model": {}, "relation": head()}, jm.Task(part, part), KEY)
+        SIMPLE.loss({"model": {}, "relation": head()}, jm.Task(part, part), KEY)
 
 
 def test_statistics_of_the_population_need_calibration():
-    params = small().init(KEY, maps_task())
+    params = initial(small(), maps_task())
     with pytest.raises(ValueError, match=r"jm\.calibrate"):
         small("population").adapt(params, maps_task().support, KEY)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import affine_transform
 from scipy.stats import chisquare
-from vectors import DIM, IDENTITY, KEY, WAYS, batch, of_float64, predict, unequal
+from vectors import DIM, IDENTITY, KEY, WAYS, batch, initial, loss, of_float64, predict, softmax, unequal
 
 import jaxmeta as jm
 from jaxmeta.metric_based.siamese import pair_kinds, sample_pairs
 
 TASK = unequal()
+SIAMESE, WITHOUT_BIAS = jm.siamese(IDENTITY), jm.siamese(IDENTITY, use_bias=False)
 WEIGHTS = jnp.array([0.5, -1.0, 0.3, -0.7])
 HEAD = {"weights": WEIGHTS, "bias": jnp.asarray(0.4)}
 
@@ -27,8 +28,8 @@ def scores(a, b, head=HEAD):
 
 
 def verification_loss(support, query, **own):
-    learner = jm.siamese(IDENTITY, use_bias="bias" in own)
-    return float(learner.loss({"model": {}, "head": own}, jm.Task(support, query), KEY)[0])
+    learner = SIAMESE if "bias" in own else WITHOUT_BIAS
+    return loss(learner, {"model": {}, "head": own}, jm.Task(support, query))[0]
 
 
 def log_odds(a, b, **own):
@@ -51,20 +52,20 @@ def test_two_equal_images_score_the_bias_and_without_it_one_half():
     )
 
 
-def test_without_a_bias_there_is_none_to_learn():
-    assert set(jm.siamese(IDENTITY, use_bias=False).init(KEY, TASK)["head"]) == {"weights"}
-    own = jm.siamese(IDENTITY).init(KEY, TASK)["head"]
+def test_use_bias_decides_whether_the_head_has_a_bias():
+    assert set(initial(WITHOUT_BIAS, TASK)["head"]) == {"weights"}
+    own = initial(SIAMESE, TASK)["head"]
     assert own["weights"].shape == (DIM,)
     assert own["bias"] == 0
 
 
 def test_a_query_has_the_class_of_its_best_partner():
-    outputs = predict(jm.siamese(IDENTITY), TASK.support, TASK.query.x, head=HEAD)
+    outputs = predict(SIAMESE, TASK.support, TASK.query.x, head=HEAD)
     found = scores(TASK.query.x, TASK.support.x)
     np.testing.assert_array_equal(outputs.argmax(1), np.asarray(TASK.support.y)[found.argmax(1)])
     best = np.stack([found[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
-    np.testing.assert_allclose(jax.nn.softmax(outputs), jax.nn.softmax(best), rtol=1e-5)
-    np.testing.assert_allclose(jnp.exp(outputs).sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(softmax(outputs), softmax(best), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(outputs).sum(1), 1, rtol=1e-5)
 
 
 def test_the_loss_is_balanced_between_pairs_of_one_class_and_of_two():
@@ -89,8 +90,8 @@ def test_the_gradient_of_a_twin_is_the_sum_over_its_branches(x64):
     module = jm.nn.as_model(jm.nn.MLP(out=DIM, hidden=(5,), activation=jnp.tanh))
     learner = jm.siamese((module.init, module.apply))
     task = jm.Task(*(batch(part.x, part.y) for part in TASK))
-    params = of_float64(learner.init(KEY, task), 0)
-    same = task.query.y[:, None] == task.support.y[None]
+    params = of_float64(initial(learner, task), 0)
+    same = np.asarray(task.query.y)[:, None] == np.asarray(task.support.y)[None]
 
     def two_branches(left, right):
         a, b = module.apply(left, task.query.x), module.apply(right, task.support.x)
@@ -100,8 +101,12 @@ def test_the_gradient_of_a_twin_is_the_sum_over_its_branches(x64):
         halves = [jnp.where(kind, cost, 0).sum(1) / kind.sum(1) for kind in (same, ~same)]
         return sum(halves).mean() / 2
 
-    left, right = jax.jit(jax.grad(two_branches, (0, 1)))(params["model"], params["model"])
-    found = jax.jit(jax.grad(lambda params: learner.loss(params, task, KEY)[0]))(params)["model"]
+    @jax.jit
+    def gradients(params):
+        apart = jax.grad(two_branches, (0, 1))(params["model"], params["model"])
+        return apart, jax.grad(lambda params: learner.loss(params, task, KEY)[0])(params)["model"]
+
+    (left, right), found = jax.device_get(gradients(params))
     for whole, one, other in zip(*map(jax.tree.leaves, (found, left, right)), strict=True):
         np.testing.assert_allclose(whole, one + other, atol=1e-12)
         assert np.abs(whole - one).max() > 1e-6
@@ -114,10 +119,13 @@ def kinds():
     """Of queries 0, 1, 2, padding and supports 0, padding, 1, 1."""
     support, query = np.eye(3)[[0, 0, 1, 1]], np.eye(3)[[0, 1, 2, 2]]
     support[1] = query[3] = 0
-    return pair_kinds(jnp.asarray(support), jnp.asarray(query))
+    return jax.device_get(jax.jit(pair_kinds)(support, query))
 
 
-def test_padding_is_of_neither_kind():
+draw = jax.jit(sample_pairs, static_argnums=3)
+
+
+def test_pairs_with_padding_are_of_neither_kind():
     same, different = kinds()
     np.testing.assert_array_equal(same, [[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(different, [[0, 0, 1, 1], [1, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
@@ -126,7 +134,7 @@ def test_padding_is_of_neither_kind():
 def test_half_of_the_pairs_are_of_each_kind_each_drawn_uniformly():
     same, different = kinds()
     count = 6000
-    drawn = sample_pairs(KEY, same, different, count)
+    drawn = jax.device_get(draw(KEY, same, different, count))
     assert drawn.query.shape == (count,)
     assert drawn.valid.all()
     np.testing.assert_array_equal(drawn.same, np.arange(count) < count // 2)
@@ -138,28 +146,31 @@ def test_half_of_the_pairs_are_of_each_kind_each_drawn_uniformly():
 
 
 def test_pairs_are_a_pure_function_of_the_key():
-    draw = jax.jit(lambda key: sample_pairs(key, *kinds(), 20))
-    for one, same in zip(draw(KEY), sample_pairs(KEY, *kinds(), 20), strict=True):
+    first, again, other = (
+        jax.device_get(draw(key, *kinds(), 20)) for key in (KEY, jax.random.key(0), jax.random.key(1))
+    )
+    for one, same in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, same)
-    assert (draw(KEY).query != draw(jax.random.key(1)).query).any()
+    assert (first.query != other.query).any()
 
 
 def test_a_kind_that_does_not_exist_gives_no_valid_pair():
     same, different = kinds()
-    nothing = jnp.zeros_like(same)
-    np.testing.assert_array_equal(sample_pairs(KEY, same, nothing, 6).valid, [True] * 3 + [False] * 3)
-    np.testing.assert_array_equal(sample_pairs(KEY, nothing, different, 6).valid, [False] * 3 + [True] * 3)
-    assert not sample_pairs(KEY, nothing, nothing, 2).valid.any()
+    nothing = np.zeros_like(same)
+    np.testing.assert_array_equal(draw(KEY, same, nothing, 6).valid, [True] * 3 + [False] * 3)
+    np.testing.assert_array_equal(draw(KEY, nothing, different, 6).valid, [False] * 3 + [True] * 3)
+    assert not draw(KEY, nothing, nothing, 2).valid.any()
 
 
 def test_many_drawn_pairs_have_the_balanced_loss_of_all():
     # With as many partners for every query, the mean over pairs is the mean over queries.
     even = jm.Task(batch(TASK.support.x, [0, 0, 1, 1, 2, 2]), batch(TASK.query.x, TASK.query.y))
     params = {"model": {}, "head": HEAD}
-    expected, _ = jm.siamese(IDENTITY).loss(params, even, KEY)
-    value, _ = jm.siamese(IDENTITY, pairs=20_000).loss(params, even, KEY)
+    expected, _ = loss(SIAMESE, params, even)
+    value, _ = loss(jm.siamese(IDENTITY, pairs=20_000), params, even)
     np.testing.assert_allclose(value, expected, rtol=0.03)
-    few = [float(jm.siamese(IDENTITY, pairs=2).loss(params, even, key)[0]) for key in jax.random.split(KEY)]
+    learner = jm.siamese(IDENTITY, pairs=2)
+    few = [loss(learner, params, even, key)[0] for key in jax.random.split(KEY)]
     assert few[0] != few[1]
 
 
@@ -167,7 +178,7 @@ def test_pairs_of_one_class_alone_have_their_loss_alone():
     one = batch(TASK.support.x, [0] * 6, ways=1)
     asked = batch(TASK.query.x, [0] * 5, ways=1)
     params = {"model": {}, "head": HEAD}
-    value, _ = jm.siamese(IDENTITY, pairs=2000).loss(params, jm.Task(one, asked), KEY)
+    value, _ = loss(jm.siamese(IDENTITY, pairs=2000), params, jm.Task(one, asked))
     expected = -np.log(sigmoid(scores(TASK.query.x, TASK.support.x))).mean()
     np.testing.assert_allclose(value, expected, rtol=0.1)
 
@@ -178,12 +189,13 @@ def test_pairs_of_one_class_alone_have_their_loss_alone():
 def test_a_network_in_place_of_the_weighted_sum_sees_differences():
     head = jm.nn.MLP(out=1, hidden=(5,), kernel_init=jax.nn.initializers.lecun_normal())
     learner = jm.siamese(IDENTITY, head=head)
-    params = learner.init(KEY, TASK)
+    params = initial(learner, TASK)
     outputs = predict(learner, TASK.support, TASK.query.x, **params)
-    differences = jnp.abs(TASK.query.x[:, None] - TASK.support.x[None])
-    found = jm.nn.as_model(head).apply(params["head"], differences.reshape(-1, DIM)).reshape(5, 6)
-    best = jnp.stack([found[:, TASK.support.y == c].max(1) for c in range(WAYS)], 1)
-    np.testing.assert_allclose(outputs, jax.nn.log_softmax(best), atol=1e-5)
+    differences = np.abs(np.asarray(TASK.query.x)[:, None] - np.asarray(TASK.support.x)[None])
+    score = jax.jit(jm.nn.as_model(head).apply)
+    found = np.asarray(score(params["head"], differences.reshape(-1, DIM))).reshape(5, 6)
+    best = np.stack([found[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
+    np.testing.assert_allclose(outputs, np.log(softmax(best)), atol=1e-5)
     grads = jax.jit(jax.grad(lambda params: learner.loss(params, TASK, KEY)[0]))(params)
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(grads))
 
@@ -253,20 +265,29 @@ def test_the_published_twin_takes_its_own_size_of_images_alone():
 
 # Distortions.
 
+
+def distort(key, x, **settings):
+    """Distorted images, by one compiled program for each shape and kind of settings."""
+    return np.asarray(_distort(key, jnp.asarray(x), **settings))
+
+
+_distort = jax.jit(jm.tasks.distort, static_argnames=("rotation", "shear", "scale", "shift", "probability"))
+
+
 NOTHING = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0, "probability": 1.0}
 HEIGHT, WIDTH = 11, 13
 
 
 def images(count=4):
-    return jnp.asarray(np.random.default_rng(0).uniform(size=(count, HEIGHT, WIDTH, 1)), jnp.float32)
+    return np.random.default_rng(0).uniform(size=(count, HEIGHT, WIDTH, 1)).astype(np.float32)
 
 
 def tracked(x, **settings):
     """Distorted images, and of each the affine map from its pixels to where they come from."""
     rows, columns = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
     places = np.broadcast_to(np.stack([rows, columns], -1), (len(x), HEIGHT, WIDTH, 2))
-    carried = jnp.concatenate([x, jnp.asarray(places, jnp.float32), jnp.ones_like(x)], -1)
-    found = np.asarray(jm.tasks.distort(KEY, carried, **{**NOTHING, **settings}), np.float64)
+    carried = np.concatenate([x, places.astype(np.float32), np.ones_like(x)], -1)
+    found = distort(KEY, carried, **{**NOTHING, **settings}).astype(np.float64)
     maps = []
     for image in found:
         inside = image[..., 3] > 0.9999
@@ -302,7 +323,7 @@ def test_distortions_are_affine_maps_with_bilinear_interpolation_on_zeros(settin
 CENTRE = np.array([(HEIGHT - 1) / 2, (WIDTH - 1) / 2])
 
 
-def test_components_do_what_they_are_called_within_their_ranges():
+def test_each_component_is_a_map_of_its_kind_within_its_range():
     x = images(30)
     for matrix, offset in tracked(x, rotation=10.0)[1]:
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), atol=1e-4)
@@ -323,17 +344,17 @@ def test_components_do_what_they_are_called_within_their_ranges():
 
 def test_distortions_of_probability_zero_change_nothing():
     x = images()
-    np.testing.assert_array_equal(jm.tasks.distort(KEY, x, probability=0.0), x)
+    np.testing.assert_array_equal(distort(KEY, x, probability=0.0), x)
 
 
 def test_each_component_is_there_in_half_of_the_images():
-    x = jnp.broadcast_to(images(1), (1000, HEIGHT, WIDTH, 1))
-    changed = np.asarray(jm.tasks.distort(KEY, x, **{**NOTHING, "rotation": 30.0, "probability": 0.5}) != x)
+    x = np.broadcast_to(images(1), (1000, HEIGHT, WIDTH, 1))
+    changed = distort(KEY, x, **{**NOTHING, "rotation": 30.0, "probability": 0.5}) != x
     assert 0.4 < changed.any((1, 2, 3)).mean() < 0.6
 
 
 def test_distorted_images_stay_in_range_and_keep_their_type():
-    found = jm.tasks.distort(KEY, images(50), rotation=180.0, shear=1.0, scale=0.5, shift=0.5)
+    found = distort(KEY, images(50), rotation=180.0, shear=1.0, scale=0.5, shift=0.5)
     assert found.shape == (50, HEIGHT, WIDTH, 1)
     assert found.dtype == jnp.float32
     assert float(found.min()) >= 0
@@ -341,22 +362,22 @@ def test_distorted_images_stay_in_range_and_keep_their_type():
 
 
 def test_each_image_has_a_draw_of_its_own_and_each_key():
-    x = jnp.broadcast_to(images(1), (6, HEIGHT, WIDTH, 1))
-    found = np.asarray(jm.tasks.distort(KEY, x, probability=1.0)).reshape(6, -1)
+    x = np.broadcast_to(images(1), (6, HEIGHT, WIDTH, 1))
+    found = distort(KEY, x, probability=1.0).reshape(6, -1)
     assert len(np.unique(found, axis=0)) == 6
-    other = np.asarray(jm.tasks.distort(jax.random.key(1), x, probability=1.0)).reshape(6, -1)
+    other = distort(jax.random.key(1), x, probability=1.0).reshape(6, -1)
     assert len(np.unique(np.concatenate([found, other]), axis=0)) == 12
 
 
-def test_distortions_are_pure_and_may_be_compiled_and_mapped():
-    x, keys = images(), jax.random.split(KEY, 2)
-    expected = jnp.stack([jm.tasks.distort(key, x) for key in keys])
+def test_mapped_distortions_match_a_loop():
+    x, keys = jnp.asarray(images()), jax.random.split(KEY, 2)
+    expected = np.stack([distort(key, x) for key in keys])
     np.testing.assert_allclose(
         jax.jit(jax.vmap(lambda key: jm.tasks.distort(key, x)))(keys), expected, atol=1e-5
     )
 
 
-def test_the_twins_of_a_pair_are_distorted_apart():
+def test_the_two_images_of_a_pair_are_augmented_independently():
     same = batch(np.zeros((1, DIM)), [0], ways=1)
 
     def jitter(key, x):
@@ -364,5 +385,5 @@ def test_the_twins_of_a_pair_are_distorted_apart():
 
     learner = jm.siamese(IDENTITY, augment=jitter)
     params = {"model": {}, "head": {"weights": -jnp.ones(DIM), "bias": jnp.zeros(())}}
-    assert learner.loss(params, jm.Task(same, same), KEY)[0] > np.log(2) / 2 + 0.1
+    assert loss(learner, params, jm.Task(same, same))[0] > np.log(2) / 2 + 0.1
     np.testing.assert_allclose(predict(learner, same, same.x, **params), 0, atol=1e-6)

@@ -340,7 +340,7 @@ def holes(part, at):
     )
 
 
-@pytest.mark.nightly_rows(after=2)
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("at", [[STEPS] * 3, [0, 0, STEPS], [2, 4, 4]], ids=["end", "ends", "middle"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_padding_changes_nothing(shuffle, at, x64):

@@ -193,12 +193,13 @@ class Torch:
         return total / len(yq)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("embedding_loss", "base_task_weights"),
     [
-        pytest.param("xent", False, marks=pytest.mark.nightly),
-        pytest.param("verification", False, marks=pytest.mark.nightly),
-        pytest.param("contrastive", False, marks=pytest.mark.nightly),
+        ("xent", False),
+        ("verification", False),
+        ("contrastive", False),
         ("xent", True),
     ],
 )
@@ -477,12 +478,13 @@ def test_a_support_set_of_padding_alone_leaves_the_slow_base_learner():
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("embedding_loss", "blocks"),
     [
         ("verification", 0),
-        pytest.param("xent", 1, marks=pytest.mark.nightly),
-        pytest.param("contrastive", 0, marks=pytest.mark.nightly),
+        ("xent", 1),
+        ("contrastive", 0),
     ],
 )
 def test_vmap_over_tasks_matches_a_loop(embedding_loss, blocks):
@@ -528,6 +530,7 @@ def test_queries_in_parts_match_queries_at_once(some):
     assert_equal(compiled(task_weights=False, queries_at_once=some)(params, task), expected)
 
 
+@pytest.mark.nightly
 def test_networks_wider_than_a_block_are_made_in_blocks(monkeypatch):
     task = task_of()
     settings = {"blocks": 0, "embedding_loss": "verification", "base_task_weights": True}
@@ -683,10 +686,8 @@ def test_support_sets_that_do_not_fit_are_refused():
 # --- It learns ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "embedding_loss",
-    ["verification", *(pytest.param(loss, marks=pytest.mark.nightly) for loss in ("contrastive", "xent"))],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("embedding_loss", ["verification", "contrastive", "xent"])
 def test_training_binds_labels_that_only_the_support_set_tells(embedding_loss):
     """Three points of six, with the slots of their classes drawn anew for each task."""
     learner = metanet(*nets(blocks=0), hidden=8, embedding_loss=embedding_loss)

@@ -129,6 +129,7 @@ def test_a_vit_refuses_bad_settings(settings, side, message):
         jm.nn.ViT(**{**TINY_VIT, **settings}).init(KEY, jnp.zeros((1, side, side, 3)))
 
 
+@pytest.mark.nightly
 def test_a_vit_drops_only_with_a_key():
     x = noise(2, 8, 12, 3)
     network = jm.nn.ViT(**{**TINY_VIT, "image_size": (8, 12), "dropout": 0.5, "ways": 3})

@@ -409,6 +409,7 @@ def test_the_loss_is_the_sum_of_its_unrolls():
     assert_trees_close(gradient(learner, params, of), jax.tree.map(np.add, first, second), atol=1e-12)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(batch_size):
     """A run in two unrolls ends where a plain optax loop ends, and where `adapt` does."""

@@ -72,6 +72,7 @@ def test_tasks_show_the_images_of_the_files(real):
     images, labels = usps_images(real, "train")
     known = dict(zip((image.tobytes() for image in images), labels, strict=True))
     tasks = usps("train", ways=10, shots=2, queries=3, data=real, size=16)
+    assert "7,291 training images" in tasks.card.protocol
     task = drawn(tasks)
     assert task.query.x.shape == (30, 16, 16, 1)
     assert (float(task.query.x.min()), float(task.query.x.max())) == (0, 1)
@@ -95,7 +96,8 @@ def test_usps_is_resized_to_the_pixels_of_mnist(real):
     assert np.quantile(apart, 0.99) <= 10
 
 
-@pytest.mark.parametrize("split", ["train", pytest.param("validation", marks=pytest.mark.nightly), "test"])
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("split", ["test", "train", "validation"])
 def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
     card = mnist(split, ways=10, data=real).card
     assert (card.tasks, card.split, card.ways, card.classes, card.split_hash) == (

@@ -10,7 +10,7 @@ import pytest
 from jaxmeta.tasks.glyphs import CLASSES, glyph_metadata, glyphs
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
 
-EPISODES = 300
+EPISODES = 200
 
 
 @pytest.fixture(scope="module")

@@ -121,6 +121,7 @@ def from_stream(images):
     return trained(jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE), events), events
 
 
+@pytest.mark.nightly
 def test_training_from_a_stream_is_training_from_memory(images, from_stream):
     (state, events), known_events = from_stream, []
     known = trained(jm.tasks.from_prepared(images, **SHAPE), known_events)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -50,7 +51,7 @@ def assert_same(found, expected):
     [1, pytest.param(3, marks=pytest.mark.nightly), pytest.param(20, marks=pytest.mark.slow)],
 )
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(kills, tmp_path):
-    rng, steps, cut_short = random.Random(kills), 20 * kills, 0
+    rng, steps, cut_short = random.Random(kills), 16 * kills, 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     victim.main(whole, steps, limit=0)
     for _ in range(kills):
@@ -74,12 +75,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(kills, tmp_path):
     assert_same(jm.load(killed / "checkpoints" / "best"), jm.load(whole / "checkpoints" / "best"))
 
 
+@cache
 def state(step):
     fresh = jm.training.init_state(toys.maml(), toys.adam(), toys.sinusoid(), jax.random.key(step))
     return fresh._replace(step=jnp.int32(step))
 
 
-@pytest.mark.parametrize("places", [8, pytest.param(100, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("places", [6, pytest.param(100, marks=pytest.mark.nightly)])
 def test_a_damaged_checkpoint_is_never_read_as_if_it_were_whole(places, tmp_path):
     """One bit is changed, or the end cut off, at random places; a warning says which checkpoint is used."""
     rng = random.Random(0)

@@ -16,15 +16,21 @@ TASKS = 6
 
 
 @cache
-def run(strategy, devices=1, learner=None, tasks=None, key=None, steps=3, optimizer=None):
-    learner, tasks = learner or toys.maml(), tasks or toys.sinusoid()
-    optimizer = optimizer or optax.sgd(0.1)
-    state = init_state(learner, optimizer, tasks, jax.random.key(0) if key is None else key)
+def compiled(strategy, devices, learner, tasks, optimizer):
+    """The state before the first step, and the step."""
     devices = jax.devices()[:devices]
     step = jax.jit(meta_step(learner, optimizer, TASKS, strategy, devices=devices))
-    state = replicate(state, task_mesh(TASKS, devices))
+    state = init_state(learner, optimizer, tasks(), jax.random.key(0))
+    return replicate(state, task_mesh(TASKS, devices)), step
+
+
+SGD = optax.sgd(0.1)
+
+
+def run(strategy, devices=1, learner=None, tasks=toys.sinusoid, steps=3, optimizer=SGD):
+    state, step = compiled(strategy, devices, learner or toys.maml(), tasks, optimizer)
     for _ in range(steps):
-        state, metrics = step(state, tasks.sample)
+        state, metrics = step(state, tasks().sample)
     return jax.device_get((state.params, metrics)), state
 
 
@@ -71,7 +77,7 @@ def test_strategies_and_device_counts_agree(strategy, devices):
 @pytest.mark.parametrize("strategy", [pytest.param("vmap", marks=pytest.mark.nightly), "scan"])
 def test_metrics_are_weighted_by_their_counts(strategy):
     # Five of six queries are real, so a mean over all six would be no multiple of 1/5.
-    (_, metrics), _ = run(strategy, learner=toys.nearest_mean(), tasks=toys.clusters(), steps=1)
+    (_, metrics), _ = run(strategy, learner=toys.nearest_mean(), tasks=toys.clusters, steps=1)
     right = float(metrics["accuracy"]) * 5 * TASKS
     assert right == pytest.approx(round(right), abs=1e-4)
     assert np.isfinite(metrics["loss"])

@@ -125,6 +125,7 @@ def test_as_many_devices_as_tasks_share_no_examples():
     assert "all_gather" not in str(traced_step(*LEARNERS["prototypical"](), 2, 2)[2].jaxpr)
 
 
+@pytest.mark.nightly
 def test_training_and_evaluation_on_more_devices_than_tasks():
     x = np.random.default_rng(0).random((CLASSES * EACH, 4, 4, 1), np.float32)
     tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(CLASSES), EACH), ways=4, shots=1, queries=2)

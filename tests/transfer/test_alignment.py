@@ -65,7 +65,7 @@ def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
     weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
     settings = {**SETTINGS, "optimizer": optax.adam(0.01), "weights": weights}
     known = fine_tune(model, variables, SOURCE, **settings)
-    found = align(model, variables, SOURCE, TARGET.x, mmd(0.0), norm="separate", **settings)
+    found = align(model, variables, SOURCE, TARGET.x, coral(0.0), norm="separate", **settings)
     close(found.losses, known.losses, 1e-5)
     close(found.source, known.variables, 1e-5)
     # The target's statistics are of batches of its own: means of what enters the normalisation lie apart.
@@ -94,10 +94,10 @@ def test_batch_statistics_are_of_each_domain_or_of_both_together(model):
         return found["batch_stats"]["body"]["norm"]
 
     # 48 of the target beside 64 of the source: a step has as many as there are.
-    separate = align(model, variables, SOURCE, TARGET.x, mmd(), norm="separate", **settings)
+    separate = align(model, variables, SOURCE, TARGET.x, CORAL, norm="separate", **settings)
     close(running(separate.source), after_one(SOURCE.x), 1e-5)
     close(running(separate.target), after_one(TARGET.x), 1e-5)
-    joint = align(model, variables, SOURCE, TARGET.x, mmd(), norm="joint", **settings)
+    joint = align(model, variables, SOURCE, TARGET.x, CORAL, norm="joint", **settings)
     assert same_bits(joint.source, joint.target)
     close(running(joint.target), after_one(np.concatenate([SOURCE.x, TARGET.x])), 1e-5)
     # Features of both are normalised by what both have in common, and the loss is another.

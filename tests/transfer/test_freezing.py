@@ -226,6 +226,7 @@ def test_l2_sp_pulls_all_leaves_to_their_start_by_default():
     np.testing.assert_allclose(l2_sp(start)({"a": jnp.array([2.0, 0.0])}), 0.05 * 5, rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_a_strong_l2_sp_keeps_shared_leaves_and_lets_new_ones_learn():
     model = jm.transfer.classifier(
         jm.nn.MLP(out=8, hidden=(8,), kernel_init=linen.initializers.lecun_normal()), 3

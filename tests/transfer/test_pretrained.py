@@ -36,6 +36,7 @@ def small():
 # --- Others' weights give others' outputs --------------------------------------------------------
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
 def test_a_resnet_of_transformers_keeps_its_outputs(tmp_path, layer_type):
     model = resnet(layer_type=layer_type)
@@ -52,6 +53,7 @@ def test_a_resnet_of_transformers_keeps_its_outputs(tmp_path, layer_type):
     assert {"classifier/1/bias", "classifier/1/weight"} < {row.source for row in features.report.dropped}
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.nightly
 def test_a_whole_resnet_18_keeps_its_outputs(tmp_path):
     config = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
@@ -65,6 +67,7 @@ def test_a_whole_resnet_18_keeps_its_outputs(tmp_path):
     np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.nightly
 def test_every_leaf_of_a_whole_resnet_50_has_its_place(tmp_path):
     model = resnet({}, num_labels=1000)
@@ -92,6 +95,7 @@ def torchvision_name(name):
     return name
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
 def test_a_resnet_of_torchvision_keeps_its_outputs(tmp_path, layer_type):
     model = resnet(layer_type=layer_type)
@@ -104,6 +108,7 @@ def test_a_resnet_of_torchvision_keeps_its_outputs(tmp_path, layer_type):
     np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_vit_of_transformers_keeps_its_outputs_by_both_kinds_of_names(tmp_path, in_memory):
     model = vit()
@@ -120,6 +125,7 @@ def test_a_vit_of_transformers_keeps_its_outputs_by_both_kinds_of_names(tmp_path
     assert loaded.variables["batch_stats"] == {}
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_vit_without_head_keeps_its_features_and_leaves_the_pooler_out(tmp_path):
     model = vit("ViTModel", image_size=(8, 16), layer_norm_eps=1e-2, qkv_bias=False)
     model.save_pretrained(tmp_path)
@@ -130,9 +136,7 @@ def test_a_vit_without_head_keeps_its_features_and_leaves_the_pooler_out(tmp_pat
     assert [row.source for row in loaded.report.dropped] == ["pooler/dense/bias", "pooler/dense/weight"]
 
 
-def test_a_vit_can_average_its_patches(tmp_path):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
-
+def test_a_vit_can_average_its_patches(tmp_path, torch):
     model = vit("ViTModel")
     model.save_pretrained(tmp_path)
     before = []
@@ -202,6 +206,7 @@ def renamed(state, names):
     }
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("renaming", [as_timm, as_torchvision])
 def test_a_vit_with_fused_attention_keeps_its_outputs(tmp_path, renaming):
     model = vit(layer_norm_eps=1e-6)
@@ -218,6 +223,7 @@ def test_a_vit_with_fused_attention_keeps_its_outputs(tmp_path, renaming):
         load_pretrained(file, network.clone(epsilon=1e-12))
 
 
+@pytest.mark.usefixtures("torch")
 def test_half_precision_becomes_what_a_given_network_has(tmp_path):
     model = resnet().half()
     model.save_pretrained(tmp_path)
@@ -229,6 +235,7 @@ def test_half_precision_becomes_what_a_given_network_has(tmp_path):
     assert_same_leaves(jax.tree.map(lambda leaf: leaf.astype(jnp.float16), given.variables), built.variables)
 
 
+@pytest.mark.usefixtures("torch")
 def test_positions_are_interpolated_only_where_asked(tmp_path):
     vit().save_pretrained(tmp_path)
     plain, resized = load_pretrained(tmp_path), load_pretrained(tmp_path, image_size=(16, 8))
@@ -249,6 +256,7 @@ def test_positions_are_interpolated_only_where_asked(tmp_path):
 # --- Networks that are not the file's ------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -268,6 +276,7 @@ def test_a_configuration_that_computes_something_else_is_refused(tmp_path, chang
         load_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("torch")
 def test_networks_with_known_names_and_another_forward_pass_are_refused(tmp_path):
     model = resnet(layer_type="bottleneck", downsample_in_bottleneck=True)
     model.save_pretrained(tmp_path)
@@ -283,6 +292,7 @@ def test_networks_with_known_names_and_another_forward_pass_are_refused(tmp_path
                 load_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_given_network_must_have_the_file_s_heads(tmp_path):
     vit().save_pretrained(tmp_path)
     network = load_pretrained(tmp_path).network.clone(heads=4)
@@ -322,6 +332,7 @@ def test_missing_unknown_and_misshapen_leaves_are_named_and_new_where_asked(tmp_
     )
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_batch_norm_of_torch_without_statistics_is_refused(tmp_path):
     state = save_state(tmp_path / "all.safetensors", resnet(layer_type="basic"), torchvision_name)
     some = {name: array for name, array in state.items() if "running" not in name}
@@ -345,13 +356,12 @@ def test_a_head_of_other_classes_is_new_where_asked(tmp_path, small):
     assert {row.source for row in features.report.dropped} == {"params/head/bias", "params/head/kernel"}
 
 
-def test_names_of_no_known_layout_can_be_mapped_by_hand(tmp_path):
+def test_names_of_no_known_layout_can_be_mapped_by_hand(tmp_path, torch):
     class Perceptron(linen.Module):
         @linen.compact
         def __call__(self, x):
             return linen.Dense(2, name="out")(linen.relu(linen.Dense(3, name="hidden")(x)))
 
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
     file = tmp_path / "mlp.safetensors"
     save_state(file, model)

@@ -224,6 +224,7 @@ def test_a_run_brings_its_network_and_statistics(tmp_path, monkeypatch):
     assert_same_leaves(given.variables, loaded.variables)
 
 
+@pytest.mark.usefixtures("torch")
 def test_shards_are_assembled_and_bad_indices_refused(tmp_path):
     model = vit()
     model.save_pretrained(tmp_path / "whole")
@@ -365,6 +366,7 @@ def test_an_absent_path_that_may_be_on_the_hub_is_an_error_that_says_how():
         load_pretrained("microsoft/resnet-18", revision="main")
 
 
+@pytest.mark.usefixtures("torch")
 def test_of_the_hub_only_safetensors_and_their_json_are_fetched(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub.utils import filter_repo_objects

@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import jaxmeta as jm
 from jaxmeta.transfer.subtree import leaves_by_path
@@ -44,15 +43,17 @@ def randomised(model):
 
 
 def resnet(config=RESNET, **more):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     return randomised(transformers.ResNetForImageClassification(transformers.ResNetConfig(**config, **more)))
 
 
 def vit(kind="ViTForImageClassification", **more):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     return randomised(getattr(transformers, kind)(transformers.ViTConfig(**{**VIT, **more})))
 
