@@ -112,7 +112,7 @@ assert growth["implicit"] < 1.1, "implicit memory does not"
 # one seed: enough to see the size of things, not to rank methods.
 
 # %%
-META_STEPS = 120
+META_STEPS = 60
 learners = {
     "second": jm.maml(network, inner_optimizer=optax.sgd(0.4), steps=2),
     "first": jm.maml(network, inner_optimizer=optax.sgd(0.4), steps=2, order="first"),
