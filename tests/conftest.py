@@ -24,41 +24,45 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# Left out: `core`, whose dataclass JAX rebuilds with leaves that are no arrays (axes, structures),
-# and `nn.layers`, which subclasses Flax's Conv, whose annotations cannot be checked at run time.
-install_import_hook(
-    [
-        "jaxmeta.losses",
-        "jaxmeta.metric_based",
-        "jaxmeta.model_based",
-        "jaxmeta.nn.adapters",
-        "jaxmeta.nn.augmented",
-        "jaxmeta.nn.conv",
-        "jaxmeta.nn.coordinatewise",
-        "jaxmeta.nn.embedding",
-        "jaxmeta.nn.full_context",
-        "jaxmeta.nn.koch",
-        "jaxmeta.nn.memory",
-        "jaxmeta.nn.norm",
-        "jaxmeta.nn.relation",
-        "jaxmeta.nn.residual",
-        "jaxmeta.nn.resnet",
-        "jaxmeta.nn.stateful",
-        "jaxmeta.nn.statistics",
-        "jaxmeta.nn.vit",
-        "jaxmeta.optimization_based",
-        "jaxmeta.tasks",
-        "jaxmeta.training",
-        "jaxmeta.transfer",
-    ],
-    "beartype.beartype",
-)
-
+# Modules whose annotations the complete run checks at run time. Left out: `core`, whose dataclass JAX
+# rebuilds with leaves that are no arrays (axes, structures), and `nn.layers`, which subclasses Flax's Conv,
+# whose annotations cannot be checked at run time.
+CHECKED = [
+    "jaxmeta.losses",
+    "jaxmeta.metric_based",
+    "jaxmeta.model_based",
+    "jaxmeta.nn.adapters",
+    "jaxmeta.nn.augmented",
+    "jaxmeta.nn.conv",
+    "jaxmeta.nn.coordinatewise",
+    "jaxmeta.nn.embedding",
+    "jaxmeta.nn.full_context",
+    "jaxmeta.nn.koch",
+    "jaxmeta.nn.memory",
+    "jaxmeta.nn.norm",
+    "jaxmeta.nn.relation",
+    "jaxmeta.nn.residual",
+    "jaxmeta.nn.resnet",
+    "jaxmeta.nn.stateful",
+    "jaxmeta.nn.statistics",
+    "jaxmeta.nn.vit",
+    "jaxmeta.optimization_based",
+    "jaxmeta.tasks",
+    "jaxmeta.training",
+    "jaxmeta.transfer",
+]
+# The default run checks these alone, since checking takes a tenth of its time.
+CHECKED_BY_DEFAULT = ["jaxmeta.losses", "jaxmeta.nn.norm"]
 
 # Where an accelerator is visible, its memory serves one process; a CPU serves one process per core.
 MOST_WORKERS = 8
 # Seconds of call time from which a test of the default run is reported.
 SLOW_CALL = 3.0
+
+
+def pytest_configure(config):
+    default = "not nightly" in config.option.markexpr
+    install_import_hook(CHECKED_BY_DEFAULT if default else CHECKED, "beartype.beartype")
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -51,10 +51,11 @@ def mutants():
 def copy_of(tree, place):
     """Copy a tree's library and tests, never to be changed in place."""
     shutil.rmtree(place, ignore_errors=True)
-    for name in ("jaxmeta", "tests", "benchmarks", "notebooks"):
+    for name in ("jaxmeta", "tests", "benchmarks", "notebooks", ".ci"):
         shutil.copytree(tree / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(tree / name, place / name)
+    for file in tree.iterdir():
+        if file.is_file():
+            shutil.copy(file, place / file.name)
     return place
 
 
@@ -72,9 +73,9 @@ def pytest(tree, *arguments, **variables):
 def cover(tree, work):
     """Run the complete suite once, and record which test runs which line."""
     place = copy_of(tree, work / "cover")
-    (work / "coverage.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
+    (work / "settings.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
     arguments = ["-n", "auto", "-m", "not slow", "--cov=jaxmeta", "--cov-context=test", "--cov-report="]
-    command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'coverage.ini'}"]
+    command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'settings.ini'}"]
     data = ROOT.parent / "shared" / "data"
     variables = {"COVERAGE_FILE": str(work / "coverage"), "PYTHONPATH": str(place), "JAXMETA_DATA": str(data)}
     subprocess.run(command, cwd=place, env={"MPLBACKEND": "Agg"} | os.environ | variables)
@@ -107,24 +108,34 @@ def collected(tree, *arguments):
     return {line.strip() for line in listed if line.startswith("tests/") and "::" in line}
 
 
-def tests_of(mutant, coverage, complete, known):
-    """Return the tests that run a mutant's lines.
+def tests_of(mutant, coverage, complete):
+    """Return the tests that a mutant meets, those named after its file first.
 
-    Of tests that are newer than the coverage, these are all in files with another test that runs them.
+    They are the tests that run its lines, and those of the same files and parameters, with which they share
+    compiled programs: only the first test of a program traces its lines.
     """
+
+    def kind(test):
+        file, _, name = test.partition("::")
+        return file, name.partition("[")[2]
+
     found = set().union(*(coverage[mutant["file"]][line] for line in mutant["lines"]))
-    files = {test.partition("::")[0] for test in found}
-    newer = {test for test in complete - known if test.partition("::")[0] in files}
-    return (found & complete) | newer
+    kinds = {kind(test) for test in found}
+    stem, folder = pathlib.PurePath(mutant["file"]).stem, pathlib.PurePath(mutant["file"]).parent.name
+
+    def distance(test):
+        return stem not in test.partition("::")[0], folder not in test, test not in found, test
+
+    return sorted((test for test in complete if test in found or kind(test) in kinds), key=distance)
 
 
-def meet(tree, tests, cache):
+def meet(tree, tests, cache, *markers):
     """Run tests up to the first failure; return what came of it."""
     arguments = tree / "arguments.txt"
-    arguments.write_text("\n".join(sorted(tests)) + "\n")
+    arguments.write_text("\n".join(tests) + "\n")
     try:
         done = pytest(
-            tree, "-x", "--tb=line", "-m", "not slow", f"@{arguments}", JAX_COMPILATION_CACHE_DIR=str(cache)
+            tree, "-x", "--tb=line", *markers, f"@{arguments}", JAX_COMPILATION_CACHE_DIR=str(cache)
         )
     except subprocess.TimeoutExpired:
         return CAUGHT, "did not end"
@@ -140,7 +151,6 @@ def meet(tree, tests, cache):
 def run(tree, work, part, of):
     place = copy_of(tree, work / f"tree-{part}")
     coverage, default, complete = tests_by_line(work), collected(place), collected(place, "-m", "not slow")
-    known = set().union(*(tests for lines in coverage.values() for tests in lines.values()))
     results = work / "results.jsonl"
     done = (
         {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
@@ -148,18 +158,22 @@ def run(tree, work, part, of):
     for number, mutant in enumerate(mutants()):
         if number % of != part or mutant["id"] in done:
             continue
-        tests = tests_of(mutant, coverage, complete, known)
-        row = {"id": mutant["id"], "tests": len(tests), "default_tests": len(tests & default)}
+        tests = tests_of(mutant, coverage, complete)
+        quick = [test for test in tests if test in default]
+        nightly = [test for test in tests if test not in default]
+        row = {"id": mutant["id"], "tests": len(tests), "default_tests": len(quick)}
         started = time.monotonic()
         original = (place / mutant["file"]).read_text()
         (place / mutant["file"]).write_text(mutant["text"])
         try:
             row["default"], row["by"] = SURVIVED, ""
-            if tests & default:
-                row["default"], row["by"] = meet(place, tests & default, work / "cache")
+            if quick:
+                row["default"], row["by"] = meet(place, quick, work / "cache")
             row["complete"] = row["default"]
-            if row["default"] == SURVIVED and tests - default:
-                row["complete"], row["by"] = meet(place, tests - default, work / "cache")
+            if row["default"] == SURVIVED and tests:
+                # All of them: the complete run checks annotations as well.
+                complete_run = ("-m", "not slow")
+                row["complete"], row["by"] = meet(place, [*nightly, *quick], work / "cache", *complete_run)
         finally:
             (place / mutant["file"]).write_text(original)
         row["seconds"] = round(time.monotonic() - started)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support import read_json
 
 import jaxmeta as jm
 from jaxmeta import cli, config, registry, runs
@@ -30,10 +31,6 @@ def run(tmp_path_factory):
     return out
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -45,13 +42,13 @@ def same(a, b):
 def evaluated_once(run, folder):
     """The configuration of a run as if it reported its error after one number of inner steps, in `folder`."""
     folder.mkdir()
-    settings = read(run / "config.json") | {"report_steps": []}
+    settings = read_json(run / "config.json") | {"report_steps": []}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
-def test_a_run_s_folder(run):
-    report = read(run / "report.json")
+def test_a_run_writes_its_files_and_a_true_report(run):
+    report = read_json(run / "report.json")
     assert set(LISTED) <= set(report)
     assert (report["learner"], report["tasks"], report["steps"]) == ("maml", "sinusoid", 20)
     assert set(report["mse_by_step"]) == {"1", "5", "10"}
@@ -62,7 +59,7 @@ def test_a_run_s_folder(run):
     assert (report["card"]["shots"], report["config"]["train_shots"]) == (5, 10)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "mean squared error" in (run / "report.md").read_text()
-    assert read(run / "config.json")["tasks"] == "sinusoid"
+    assert read_json(run / "config.json")["tasks"] == "sinusoid"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
     assert all({"loss", "mse", "steps_per_second"} <= set(row) for row in rows if "loss" in row)
@@ -88,7 +85,7 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
         flags += ["--tasks", f"folder:{tmp_path / 'images'}", "--classes", "0.5,0,0.5"]
         flags += ["--network", "strided-conv4", "--inner-steps", "1", "--eval-steps", "1", "--devices", "1"]
     assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0
-    report = read(out / "report.json")
+    report = read_json(out / "report.json")
     assert set(LISTED) <= set(report)
     assert (report["learner"], report["ways"], report["queries"]) == ("fomaml", 2, 1)
     assert report["card"]["split_hash"]
@@ -104,10 +101,10 @@ def test_evaluate_with_the_run_s_own_protocol_repeats_its_report(run, tmp_path, 
     again = evaluated_once(run, tmp_path / "run")
     shutil.copytree(run / "checkpoints", again / "checkpoints")
     assert main(["evaluate", str(again), "--json", str(tmp_path / "result.json")]) == 0
-    assert read(tmp_path / "result.json")["mse"] == pytest.approx(read(run / "report.json")["mse"])
+    assert read_json(tmp_path / "result.json")["mse"] == pytest.approx(read_json(run / "report.json")["mse"])
     assert "test mse" in capsys.readouterr().out
     assert main(["evaluate", str(again), "--shots", "10", "--json", str(tmp_path / "other.json")]) == 0
-    assert read(tmp_path / "other.json")["mse"] != read(tmp_path / "result.json")["mse"]
+    assert read_json(tmp_path / "other.json")["mse"] != read_json(tmp_path / "result.json")["mse"]
 
 
 class StopAt:
@@ -158,7 +155,7 @@ def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch
     losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
     assert losses[0] == losses[1]
     assert len(rows[0]) == 22
-    assert read(out / "report.json")["mse"] == read(run / "report.json")["mse"]
+    assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
 
 
 @pytest.mark.nightly
@@ -323,7 +320,7 @@ def test_help_mentions_every_flag(command, flags, capsys):
 @pytest.mark.parametrize(
     ("command", "name"), [("presets", "sinusoid"), ("tasks", "glyphs"), ("learners", "maml")]
 )
-def test_lists(command, name, capsys):
+def test_listing_commands_name_what_there_is(command, name, capsys):
     assert main([command]) == 0
     assert name in capsys.readouterr().out
 

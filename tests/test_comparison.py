@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from support import read_json
 
 from jaxmeta import comparison, presets, registry, runs
 from jaxmeta.cli import main
@@ -49,8 +50,10 @@ def compared(tmp_path_factory):
 def test_trainings_in_processes_of_their_own_are_compared_alike(compared, tmp_path):
     assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 0
     test_the_difference_is_that_of_each_test_task(tmp_path / "out")
-    test_a_comparison_s_folder(tmp_path / "out")
-    here, there = (read(folder / "comparison.json")["learners"] for folder in (compared, tmp_path / "out"))
+    test_a_comparison_writes_its_files_and_a_true_report(tmp_path / "out")
+    here, there = (
+        read_json(folder / "comparison.json")["learners"] for folder in (compared, tmp_path / "out")
+    )
     for name, row in here.items():
         assert there[name]["mse"]["mean"] == pytest.approx(row["mse"]["mean"], rel=1e-4)
 
@@ -86,10 +89,6 @@ def children(compared, monkeypatch):
     return Child
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 def losses(run):
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
@@ -97,8 +96,10 @@ def losses(run):
 
 @pytest.mark.nightly
 def test_the_difference_is_that_of_each_test_task(compared):
-    result = read(compared / "comparison.json")
-    values = {name: np.array(read(compared / name / "episodes.json")["mse"]) for name in ("maml", "fomaml")}
+    result = read_json(compared / "comparison.json")
+    values = {
+        name: np.array(read_json(compared / name / "episodes.json")["mse"]) for name in ("maml", "fomaml")
+    }
     for name, own in values.items():
         assert own.shape == (20,)
         assert result["learners"][name]["mse"]["mean"] == pytest.approx(own.mean())
@@ -115,17 +116,17 @@ def test_the_difference_is_that_of_each_test_task(compared):
     assert maml != fomaml
 
 
-def test_a_comparison_s_folder(compared):
+def test_a_comparison_writes_its_files_and_a_true_report(compared):
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = (compared / "comparison.md").read_text()
     assert "Left out for fomaml, which has no such setting: --order." in text
-    orders = [read(compared / name / "config.json")["order"] for name in ("maml", "fomaml")]
+    orders = [read_json(compared / name / "config.json")["order"] for name in ("maml", "fomaml")]
     assert orders == ["second", None]
-    found = read(compared / "comparison.json")["learners"]["fomaml"]
+    found = read_json(compared / "comparison.json")["learners"]["fomaml"]
     for row, sign in ((found["mse"], ""), (found["difference"]["mse"], "+z")):
         assert f"{row['mean']:{sign}.4f} ± {row['ci95']:.4f}" in text
     for name in ("maml", "fomaml"):
-        report = read(compared / name / "report.json")
+        report = read_json(compared / name / "report.json")
         assert report["peak_memory"] == "process"
         assert 5e7 < report["peak_memory_bytes"] < 1e11
         assert f"{report['peak_memory_bytes'] / 1e6:,.0f} MB" in (compared / name / "report.md").read_text()
@@ -152,10 +153,10 @@ def test_transductive_and_inductive_accuracy_are_rows_and_paired_apart():
 
 def test_resuming_skips_resumes_and_starts(copy, children, capsys):
     again = [*COMPARE, "--resume", "--out", str(copy)]
-    before = read(copy / "comparison.json")
+    before = read_json(copy / "comparison.json")
     assert main(again) == 0
     assert not children.commands
-    assert read(copy / "comparison.json") == before
+    assert read_json(copy / "comparison.json") == before
     assert (copy / "comparison.md").read_text() in capsys.readouterr().out
 
     (copy / "fomaml" / "report.json").unlink()
@@ -176,7 +177,7 @@ def test_resuming_skips_resumes_and_starts(copy, children, capsys):
 def test_runs_of_other_settings_are_refused(copy, children, capsys):
     assert main([*COMPARE, "--resume", "--out", str(copy), "--steps", "30"]) == 2
     assert "--steps: got 30" in capsys.readouterr().err
-    report = read(copy / "fomaml" / "report.json")
+    report = read_json(copy / "fomaml" / "report.json")
     report["card"]["shots"] = 7
     (copy / "fomaml" / "report.json").write_text(json.dumps(report))
     assert main([*COMPARE, "--resume", "--out", str(copy)]) == 2
@@ -236,7 +237,7 @@ def test_a_flag_that_none_of_the_learners_takes_is_refused(children, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_plot(compared, tmp_path, monkeypatch, capsys):
+def test_plot_draws_runs_and_overwrites_nothing(compared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     maml, fomaml = str(compared / "maml"), str(compared / "fomaml")
     assert main(["plot", maml, fomaml]) == 0
@@ -259,7 +260,7 @@ def test_plot(compared, tmp_path, monkeypatch, capsys):
     (running / "metrics.jsonl").write_text("\n".join([*rows[:3], rows[3][:20]]))
     assert main(["plot", str(running), maml, "--out", "running.png"]) == 0
 
-    config = read(running / "config.json")
+    config = read_json(running / "config.json")
     (running / "config.json").write_text(json.dumps({**config, "ways": 5, "train_ways": 5}))
     assert main(["plot", str(running), maml, "--out", "mixed.png"]) == 2
     assert "accuracy" in capsys.readouterr().err

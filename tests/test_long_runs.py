@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import read_json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxmeta as jm
@@ -21,10 +22,6 @@ from jaxmeta.training.evaluate import Evaluation
 from jaxmeta.training.report import RunLog, read_metrics
 
 SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +51,14 @@ def run(tmp_path_factory):
 
 @pytest.mark.nightly
 def test_a_report_says_on_which_mesh_its_run_was(run):
-    report = read(run / "report.json")
+    report = read_json(run / "report.json")
     assert (report["devices"], report["mesh"], report["processes"]) == (2, {"tasks": 2}, 1)
-    assert read(run / "config.json")["mesh"] == "tasks=2"
+    assert read_json(run / "config.json")["mesh"] == "tasks=2"
 
 
 @pytest.mark.nightly
 def test_a_report_counts_the_meta_steps_that_were_skipped(run):
-    assert read(run / "report.json")["skipped"] == 7
+    assert read_json(run / "report.json")["skipped"] == 7
     assert "| meta-steps skipped | 7 |" in (run / "report.md").read_text()
 
 
@@ -70,8 +67,8 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(run, tmp_path, capsys):
     out = tmp_path / "one"
     assert main([*SMALL, "--mesh", "tasks=1", "--out", str(out)]) == 0
     assert "devices   1 x cpu" in capsys.readouterr().out
-    report = read(run / "report.json")
-    assert report["mse"]["mean"] == pytest.approx(read(out / "report.json")["mse"]["mean"], rel=1e-4)
+    report = read_json(run / "report.json")
+    assert report["mse"]["mean"] == pytest.approx(read_json(out / "report.json")["mse"]["mean"], rel=1e-4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
         load_params(run),
@@ -79,7 +76,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(run, tmp_path, capsys):
     )
     assert main(["evaluate", str(run), "--mesh", "tasks=2", "--json", str(tmp_path / "again.json")]) == 0
     assert "(tasks=2)" in described(jm.make_mesh(tasks=2))
-    assert read(tmp_path / "again.json")["mse"] == report["mse"]
+    assert read_json(tmp_path / "again.json")["mse"] == report["mse"]
 
 
 def test_devices_are_described_by_their_number_kind_and_mesh():
@@ -110,9 +107,9 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
         patch.setattr(RunLog, "__call__", stop_at_seven)
         assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 75
     assert main(["train", "--resume", "--mesh", "tasks=1", "--out", str(out)]) == 0
-    assert read(out / "config.json")["mesh"] == "tasks=1"
+    assert read_json(out / "config.json")["mesh"] == "tasks=1"
     assert main(["train", "--resume", "--devices", "2", "--out", str(out)]) == 0
-    config = read(out / "config.json")
+    config = read_json(out / "config.json")
     assert (config["mesh"], config["devices"]) == (None, 2)
 
 

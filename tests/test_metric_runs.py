@@ -1,26 +1,19 @@
 """Runs of methods that compare embeddings: their statistics are filled at the end, and stay with the run."""
 
-import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bars import small_mlp
 from PIL import Image
+from support import read_json
 
 import jaxmeta as jm
 from jaxmeta import registry
 from jaxmeta.cli import main
 from jaxmeta.training import load_params
-
-
-def small(out):
-    return jm.nn.MLP(out=out, hidden=(16,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,7 @@ def place(tmp_path_factory):
             Image.fromarray(pixels).save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
-        patch.setitem(registry.NETWORKS, "conv4-32", small)
+        patch.setitem(registry.NETWORKS, "conv4-32", small_mlp)
         yield place
 
 
@@ -66,7 +59,7 @@ def prototypical(place):
 
 @pytest.mark.nightly
 def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
-    report = read(prototypical / "report.json")
+    report = read_json(prototypical / "report.json")
     assert {row: found["norm"] for row, found in report["accuracy"].items()} == {
         "transductive": "batch",
         "inductive": "population",
@@ -79,7 +72,7 @@ def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
 def test_the_statistics_stay_with_the_run(prototypical, tmp_path):
     target = tmp_path / "again.json"
     assert main(["evaluate", str(prototypical), "--json", str(target)]) == 0
-    assert read(target)["accuracy"] == read(prototypical / "report.json")["accuracy"]
+    assert read_json(target)["accuracy"] == read_json(prototypical / "report.json")["accuracy"]
     learner, params = jm.load_run(prototypical)
     assert "population" in params
     assert "population" not in load_params(prototypical)
@@ -100,7 +93,7 @@ def test_more_classes_than_it_was_trained_with_are_named(prototypical, place, tm
     command = ["predict", str(prototypical), "--support", str(tmp_path / "support")]
     target = tmp_path / "answers.json"
     assert main([*command, "--query", str(tmp_path / "query"), "--json", str(target)]) == 0
-    answers = read(target)
+    answers = read_json(target)
     assert len(answers) == 5
     assert len(answers[0]["probabilities"]) == 5
     assert sum(answer["file"].startswith(answer["class"] + "/") for answer in answers) >= 4
@@ -114,14 +107,15 @@ def test_a_run_that_has_not_ended_says_how_to_end_it(prototypical, tmp_path, cap
     assert "the run has not ended" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert (
-        read(tmp_path / "run" / "report.json")["accuracy"] == read(prototypical / "report.json")["accuracy"]
+        read_json(tmp_path / "run" / "report.json")["accuracy"]
+        == read_json(prototypical / "report.json")["accuracy"]
     )
 
 
 @pytest.mark.nightly
 def test_a_stream_fills_the_statistics_too(place):
     assert train(place, "prototypical", "streamed", "--stream") == 0
-    accuracy = read(place / "streamed" / "report.json")["accuracy"]
+    accuracy = read_json(place / "streamed" / "report.json")["accuracy"]
     assert accuracy["inductive"]["mean"] > 0.8
 
 
@@ -130,7 +124,7 @@ def test_a_stream_fills_the_statistics_too(place):
 def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
     assert train(place, learner, learner) == 0
     assert "4-way" in capsys.readouterr().out.split("training")[1].split("\n")[0]
-    report = read(place / learner / "report.json")
+    report = read_json(place / learner / "report.json")
     assert report["ways"] == report["card"]["ways"] == 3
     assert report["accuracy"]["inductive"]["mean"] > 0.6
     assert train(place, learner, f"{learner}-streamed", "--stream") == 2
@@ -141,7 +135,7 @@ def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
 def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
     flags = ["--steps", "3", "--ways", "3", "--queries", "2", "--episodes", "4", "--network", "strided-conv4"]
     assert main(["train", "--preset", "glyphs-zero-shot", *flags, "--out", str(tmp_path / "run")]) == 0
-    report = read(tmp_path / "run" / "report.json")
+    report = read_json(tmp_path / "run" / "report.json")
     assert (report["ways"], report["shots"]) == (3, 0)
     assert set(report["accuracy"]) == {"transductive", "inductive"}
 
@@ -159,7 +153,7 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
         (["train", "maml", "--within-alphabet"], "--within-alphabet: glyphs has no such setting"),
     ],
 )
-def test_what_cannot_work_is_refused_by_the_flag_s_name(argv, says, tmp_path, monkeypatch, capsys):
+def test_bad_flags_are_refused_by_name(argv, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     assert says in capsys.readouterr().err

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bars import SIDE, draw_bar, small_mlp
 from PIL import Image
+from support import read_json
 
 import jaxmeta as jm
 from jaxmeta import registry, runs, sources
@@ -20,21 +22,7 @@ from jaxmeta.config import data_form
 from jaxmeta.tasks.archives import shrink
 from jaxmeta.tasks.images import decode
 
-SIDE, WAYS = 8, 3
-
-
-def draw(path, number, seed, ink=0, paper=255):
-    """A bar whose place is the class, and noise that is the image's own."""
-    rng = np.random.default_rng(seed)
-    pixels = np.full((SIDE, SIDE), paper, np.uint8)
-    pixels[number % SIDE] = ink
-    pixels[rng.integers(SIDE), rng.integers(SIDE)] = ink
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def small(ways):
-    return jm.nn.MLP(out=ways, hidden=(16,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
+WAYS = 3
 
 
 def command(place):
@@ -50,24 +38,20 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("prediction")
     for number in range(8):
         for seed in range(5):
-            draw(place / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
+            draw_bar(place / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
-        patch.setitem(registry.NETWORKS, "conv4-32", small)
+        patch.setitem(registry.NETWORKS, "conv4-32", small_mlp)
         patch.setattr(runs, "plot_curve", lambda *_: None)
         assert main([*command(place), "--out", str(place / "run")]) == 0
         yield place
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 def ask(place, folder, *more):
     target = place / "answers.json"
     flags = ["--support", str(folder / "support"), "--query", str(folder / "query"), "--json", str(target)]
     assert main(["predict", str(place / "run"), *flags, *more]) == 0
-    return read(target)
+    return read_json(target)
 
 
 @pytest.fixture
@@ -75,16 +59,16 @@ def question(place, tmp_path):
     """Three new classes, one, two and three examples of them, and six images to name."""
     for slot, number in enumerate((1, 4, 6)):
         for seed in range(slot + 1):
-            draw(tmp_path / "support" / f"kind {number}" / f"{seed}.png", number, 100 + seed)
+            draw_bar(tmp_path / "support" / f"kind {number}" / f"{seed}.png", number, 100 + seed)
         for seed in range(2):
-            draw(tmp_path / "query" / f"{number}-{seed}.png", number, 200 + 10 * number + seed)
+            draw_bar(tmp_path / "query" / f"{number}-{seed}.png", number, 200 + 10 * number + seed)
     return tmp_path
 
 
 @pytest.mark.nightly
 def test_a_stream_of_the_folder_gives_the_same_report(place):
     assert main([*command(place), "--stream", "--out", str(place / "streamed")]) == 0
-    kept, streamed = (read(place / name / "report.json") for name in ("run", "streamed"))
+    kept, streamed = (read_json(place / name / "report.json") for name in ("run", "streamed"))
     assert kept["card"] == streamed["card"]
     assert kept["card"]["classes"] == 4
     losses = [
@@ -96,10 +80,10 @@ def test_a_stream_of_the_folder_gives_the_same_report(place):
 
 @pytest.mark.nightly
 def test_a_run_s_configuration_keeps_the_form_of_its_images(place):
-    config = read(place / "run" / "config.json")
+    config = read_json(place / "run" / "config.json")
     assert config["images"].items() >= {"size": SIDE, "channels": 1, "ink": False}.items()
     assert (config["image_size"], config["channels"]) == (SIDE, 1)
-    assert read(place / "run" / "report.json")["card"]["classes"] == 4
+    assert read_json(place / "run" / "report.json")["card"]["classes"] == 4
 
 
 @pytest.mark.parametrize("split", ["by name", pytest.param("by fractions", marks=pytest.mark.nightly)])
@@ -115,7 +99,7 @@ def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path
     assert main([*command, "--classes", classes, "--out", str(run)]) == 0
     if split == "by name":
         assert (
-            read(run / "report.json")["card"]["split_hash"]
+            read_json(run / "report.json")["card"]["split_hash"]
             == jm.tasks.ClassSplit(tuple(names["train"]), test=tuple(names["test"])).hash
         )
     for number in (0, 7):  # a smaller image and one in colour: neither changes what the run was trained on
@@ -175,8 +159,9 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
 OPTIMISED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_prediction import main, registry, small
-registry.NETWORKS["conv4-32"] = small
+from bars import small_mlp
+from test_prediction import main, registry
+registry.NETWORKS["conv4-32"] = small_mlp
 for question in sys.argv[3:]:
     flags = ["--support", question + "/support", "--query", question + "/query"]
     assert main(["predict", sys.argv[2], *flags, "--json", question + "/answers.json"]) == 0
@@ -199,10 +184,12 @@ def test_answers_of_optimised_code_do_not_depend_on_what_else_is_asked(place, qu
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     here, run = pathlib.Path(__file__).parent, place / "run"
     subprocess.run([sys.executable, "-c", OPTIMISED, here, run, *folders], env=environment, check=True)
-    together = {answer["file"]: answer for answer in read(question / "answers.json")}
+    together = {answer["file"]: answer for answer in read_json(question / "answers.json")}
     for alone in folders[1:]:
-        assert read(alone / "answers.json") == [together[alone.name.removeprefix("alone-")]]  # every digit
-    assert read(question / "one.json") == [together[file.name]]
+        assert read_json(alone / "answers.json") == [
+            together[alone.name.removeprefix("alone-")]
+        ]  # every digit
+    assert read_json(question / "one.json") == [together[file.name]]
 
 
 def test_fewer_classes_than_the_network_has_outputs(place, question, capsys):
@@ -211,7 +198,7 @@ def test_fewer_classes_than_the_network_has_outputs(place, question, capsys):
     assert set(answers[0]["probabilities"]) == {"kind 4", "kind 6"}
     assert [a["class"] for a in answers if a["file"][0] != "1"] == ["kind 4"] * 2 + ["kind 6"] * 2
     for number in (2, 3):
-        draw(question / "support" / f"kind {number}" / "0.png", number, 0)
+        draw_bar(question / "support" / f"kind {number}" / "0.png", number, 0)
     capsys.readouterr()
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(place / "run"), *flags]) == 2
@@ -228,6 +215,7 @@ def test_queries_in_folders_named_as_classes_are_counted(place, question, capsys
     assert f"{right} of 6 lie in the folder of the class they are named as" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_the_same_by_the_functions(place, question):
     """Adapt once, save, load, predict later."""
     learner, params = jm.load_run(place / "run")
@@ -246,7 +234,7 @@ def test_the_same_by_the_functions(place, question):
 def ink_run(place, folder):
     """The run as if its training images had been light strokes on dark."""
     shutil.copytree(place / "run", folder / "run")
-    config = read(folder / "run" / "config.json")
+    config = read_json(folder / "run" / "config.json")
     config["images"] |= {"ink": True, "mean": 1 - config["images"]["mean"]}
     (folder / "run" / "config.json").write_text(json.dumps(config))
     return folder
@@ -318,7 +306,7 @@ def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question
 
 def test_an_adaptation_that_diverges_gives_no_answer(place, question, tmp_path, capsys):
     shutil.copytree(place / "run", tmp_path / "run")
-    config = read(tmp_path / "run" / "config.json") | {"inner_lr": 1e38, "eval_steps": 5}
+    config = read_json(tmp_path / "run" / "config.json") | {"inner_lr": 1e38, "eval_steps": 5}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(tmp_path / "run"), *flags]) == 1
@@ -339,7 +327,7 @@ def test_an_adaptation_that_diverges_gives_no_answer(place, question, tmp_path, 
 )
 def test_a_mistake_is_one_line_and_status_2(place, question, changes, says, capsys):
     (question / "empty").mkdir()
-    draw(question / "one" / "only" / "0.png", 1, 1)
+    draw_bar(question / "one" / "only" / "0.png", 1, 1)
     flags = {"--support": "support", "--query": "query"} | changes
     argv = [part for flag, path in flags.items() for part in (flag, str(question / path))]
     assert main(["predict", str(place / "run"), *argv]) == 2
@@ -350,7 +338,7 @@ def test_a_mistake_is_one_line_and_status_2(place, question, changes, says, caps
 
 def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
     shutil.copytree(place / "run", tmp_path / "run")
-    config = read(tmp_path / "run" / "config.json") | {"tasks": "sinusoid", "images": None}
+    config = read_json(tmp_path / "run" / "config.json") | {"tasks": "sinusoid", "images": None}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(tmp_path / "run"), *flags]) == 2

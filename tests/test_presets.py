@@ -195,6 +195,6 @@ def test_clip_bounds_every_entry_before_adam():
         ({"inner_lr": float("nan")}, {}, "--inner-lr: got nan"),
     ],
 )
-def test_what_cannot_work_is_refused_by_the_flag_s_name(flags, choice, says):
+def test_bad_flags_are_refused_by_name(flags, choice, says):
     with pytest.raises(ValueError, match=says):
         presets.settings_of(flags, **choice)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bars import SIDE, draw_bar
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from scipy.stats import binomtest
+from support import read_json
 
 import jaxmeta as jm
 from jaxmeta import cli, registry, runs
@@ -24,7 +26,6 @@ from jaxmeta.training.figures import plot_confusion
 from jaxmeta.transfer.ranking import SCORES
 from jaxmeta.transferring import wilson
 
-SIDE = 8
 KEY = jax.random.key(0)
 
 
@@ -32,53 +33,58 @@ def small(out):
     return jm.nn.MLP(out=out, hidden=(24, 16), norm=True)
 
 
-def draw(folder, kinds, of_each, ink=0, paper=255, across=False, stray=3):
-    """Classes are bars at places of their own, lying or standing, and some stray pixels in each image."""
+def draw_bars(folder, kinds, of_each, *, stray=3, across=False, **shades):
     for kind in range(kinds):
         for number in range(of_each):
-            pixels = np.full((SIDE, SIDE), paper, np.uint8)
-            pixels[kind] = ink
-            rng = np.random.default_rng(1000 * kind + number + 7 * across)
-            pixels[rng.integers(SIDE, size=stray), rng.integers(SIDE, size=stray)] = ink
+            seed = 1000 * kind + number + 7 * across
             path = folder / f"bar {kind}" / f"{number:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.T if across else pixels).save(path)
+            draw_bar(path, kind, seed, stray=stray, across=across, **shades)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Lying bars, that runs are trained on, and standing ones, which are the target."""
+    """Lying bars, a run that is trained on them, a copy of it, and standing bars, which are the target."""
     place = tmp_path_factory.mktemp("transferring")
-    draw(place / "lying", 8, 8)
-    draw(place / "standing", 5, 10, across=True)
-    draw(place / "noisy", 8, 10, stray=12)
+    draw_bars(place / "lying", 8, 8)
+    draw_bars(place / "standing", 5, 10, across=True)
+    draw_bars(place / "noisy", 8, 10, stray=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
         patch.setitem(registry.NETWORKS, "conv4-32", small)
         patch.setattr(runs, "plot_curve", lambda *_: None)
         patch.setitem(registry.NETWORKS, "conv4", lambda out: jm.nn.Conv4(ways=out, filters=4))
-        common = ["--tasks", f"folder:{place / 'lying'}", "--ways", "2", "--queries", "2", "--episodes", "4"]
-        common += ["--classes", "0.75,0,0.25", "--meta-batch", "2", "--devices", "1"]
-        one_step = ["--inner-steps", "1", "--eval-steps", "1"]
-        for learner, steps, more in (
-            ("prototypical", 150, []),
-            ("fomaml", 2, one_step),
-            ("simple_shot", 60, []),
-        ):
-            flags = ["--steps", str(steps), "--validate-every", str(steps), "--out", str(place / learner)]
-            assert main(["train", learner, *common, *more, *flags]) == 0
+        trained(place, "prototypical", 150)
+        shutil.copytree(place / "prototypical", place / "copy")
         yield place
 
 
-def read(path):
-    return json.loads(path.read_text())
+def trained(place, learner, steps, *flags):
+    """Train a learner on lying bars; return its run."""
+    out = place / learner
+    flags += ("--tasks", f"folder:{place / 'lying'}", "--ways", "2", "--queries", "2", "--episodes", "4")
+    flags += ("--classes", "0.75,0,0.25", "--meta-batch", "2", "--devices", "1")
+    flags += ("--steps", str(steps), "--validate-every", str(steps))
+    assert main(["train", learner, *flags, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def fomaml(place):
+    """A run without statistics of a population."""
+    return trained(place, "fomaml", 2, "--inner-steps", "1", "--eval-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def simple_shot(place):
+    """A run of an ordinary classifier."""
+    return trained(place, "simple_shot", 60)
 
 
 def transfer(place, out, *flags, source=None, target=None, status=0):
     source = str(source or place / "prototypical")
     target = target or f"folder:{place / 'standing'}"
     assert main(["transfer", "--source", source, "--target", target, "--out", str(out), *flags]) == status
-    return read(out / "report.json") if status == 0 else None
+    return read_json(out / "report.json") if status == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +130,9 @@ def test_the_command_line_knows_all_recipes_and_scores():
     assert get_args(get_args(cli.Rank.__annotations__["score"])[0]) == SCORES
 
 
-IN_THE_DEFAULT_RUN = ("feature-extraction", "gradual")
-
-
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(name, marks=() if name in IN_THE_DEFAULT_RUN else pytest.mark.nightly) for name in RECIPES],
+    [pytest.param(name, marks=() if name == "gradual" else pytest.mark.nightly) for name in RECIPES],
 )
 def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsys, recipe):
     report = transfer(place, tmp_path / "out", "--recipe", recipe, "--shots", "5", *RECIPE_FLAGS[recipe])
@@ -164,7 +167,7 @@ def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsy
     assert f"| {kept} | params/body/Dense_0/kernel |" in text
     assert "| new | params/head/kernel | - |" in text
     assert f"**{100 * report['accuracy']['mean']:.2f} %**" in text
-    assert read(tmp_path / "out" / "config.json").items() >= {"recipe": recipe, "seed": 0}.items()
+    assert read_json(tmp_path / "out" / "config.json").items() >= {"recipe": recipe, "seed": 0}.items()
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
@@ -173,7 +176,7 @@ def test_the_written_weights_give_the_reported_accuracy(place, probed):
     out, report = probed
     loaded = jm.transfer.load_pretrained(out)
     assert loaded.network == jm.nn.MLP(out=5, hidden=(24, 16), norm=True)
-    names = read(out / "config.json")["classes"]
+    names = read_json(out / "config.json")["classes"]
     apply, right = jax.jit(loaded.network.apply), []
     for label, name in enumerate(names):
         files = sorted((place / "standing" / name).iterdir())
@@ -213,11 +216,12 @@ def test_a_transfer_is_a_source_again(place, tmp_path, partly_tuned, file):
     assert report["leaves"] == {"taken": 12, "new": 2, "left_over": 0, "dropped": 2}
 
 
-def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place, tmp_path):
-    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", source=place / "fomaml")
+@pytest.mark.nightly
+def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place, fomaml, tmp_path):
+    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", source=fomaml)
     assert "by AdaBN" in report["statistics"]
     assert "by AdaBN" in (tmp_path / "out" / "report.md").read_text()
-    written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(place / "fomaml")
+    written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(fomaml)
     assert all(np.array_equal(written[path], leaf) for path, leaf in source.items())
     target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=SIDE, channels=1)
     learn = split_shots(target, None, jax.random.fold_in(KEY, 0)).learn
@@ -233,11 +237,11 @@ def strokes(place):
     """A run as if of strokes, light on dark, and the same strokes as light and as dark images."""
     folder = place / "strokes"
     shutil.copytree(place / "prototypical", folder / "ink")
-    config = read(folder / "ink" / "config.json")
+    config = read_json(folder / "ink" / "config.json")
     config["images"] |= {"ink": True, "mean": 0.15}
     (folder / "ink" / "config.json").write_text(json.dumps(config))
-    draw(folder / "light", 5, 10, ink=255, paper=0, across=True)
-    draw(folder / "dark", 5, 10, across=True)
+    draw_bars(folder / "light", 5, 10, ink=255, paper=0, across=True)
+    draw_bars(folder / "dark", 5, 10, across=True)
     return folder
 
 
@@ -391,7 +395,7 @@ def test_a_target_is_what_labelled_tasks_are(place):
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (7, 9), (1800, 1957), (12, 12)])
-def test_the_interval_is_wilson_s(right, n):
+def test_the_interval_is_that_of_wilson(right, n):
     expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
     found = wilson(right, n)
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
@@ -430,12 +434,13 @@ def rank(place, *flags, sources):
     assert main(["rank", "--sources", *sources, "--target", f"folder:{place / 'noisy'}", *flags]) == 0
 
 
-def test_an_informative_source_ranks_above_a_random_one(place, tmp_path, capsys):
+@pytest.mark.nightly
+def test_an_informative_source_ranks_above_a_random_one(place, simple_shot, tmp_path, capsys):
     random_file(tmp_path / "random.safetensors")
-    sources = [tmp_path / "random.safetensors", place / "prototypical", place / "simple_shot"]
+    sources = [tmp_path / "random.safetensors", place / "prototypical", simple_shot]
     flags = ["--shots", "5", "--fine-tune", "--steps", "20", "--json", str(tmp_path / "ranking.json")]
     rank(place, *flags, sources=sources)
-    found = read(tmp_path / "ranking.json")
+    found = read_json(tmp_path / "ranking.json")
     assert [row["source"] for row in found["sources"]][-1] == str(sources[0])
     by_name = {row["source"]: row for row in found["sources"]}
     # Only an ordinary classifier has classes of its own.
@@ -456,7 +461,7 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         torchvision_file(tmp_path / f"{name}.safetensors")
     flags = ["--score", "leep", "--image-size", "32", "--shots", "3", "--json", str(tmp_path / "r.json")]
     rank(place, *flags, sources=[tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
-    found = read(tmp_path / "r.json")
+    found = read_json(tmp_path / "r.json")
     target = read_target(f"folder:{place / 'noisy'}", {}, None, KEY, size=32, channels=3)
     learn = target.batch(split_shots(target, "3", jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
@@ -502,11 +507,11 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         (["--scource", "x"], "transfer has no --scource; did you mean --source"),
     ],
 )
-def test_what_cannot_work_is_refused_by_the_flag_s_name(place, tmp_path, monkeypatch, capsys, flags, says):
+def test_bad_flags_of_transfer_are_refused_by_name(place, tmp_path, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(tmp_path)
     (place / "one").mkdir(exist_ok=True)
     if not (place / "one" / "bar 0").exists():
-        draw(place / "one", 1, 3)
+        draw_bars(place / "one", 1, 3)
     given = [flag.format(place=place) for flag in flags]
     fixed = {"--source": str(place / "prototypical"), "--target": f"folder:{place / 'standing'}"}
     rest = [word for flag, value in fixed.items() if flag not in given for word in (flag, value)]
@@ -519,8 +524,8 @@ def test_what_cannot_work_is_refused_by_the_flag_s_name(place, tmp_path, monkeyp
 
 
 def test_a_run_on_no_images_has_nothing_to_transfer(place, tmp_path, capsys):
-    shutil.copytree(place / "fomaml", tmp_path / "run")
-    config = read(tmp_path / "run" / "config.json") | {"images": None, "tasks": "sinusoid"}
+    shutil.copytree(place / "prototypical", tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json") | {"images": None, "tasks": "sinusoid"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     transfer(place, tmp_path / "out", source=tmp_path / "run", status=2)
     assert "was trained on sinusoid, which are no images" in capsys.readouterr().err
@@ -531,15 +536,15 @@ def test_a_run_on_no_images_has_nothing_to_transfer(place, tmp_path, capsys):
     [
         (["--score", "leep"], "--score: leep needs a head of the source's own classes; {place}/prototypical"),
         (["--rate", "0.1"], "--rate: is of --fine-tune"),
-        (["--sources", "{place}/fomaml"], "--sources: got {place}/fomaml; there must be two or more"),
-        (["--sources", "{place}/fomaml", "none"], "--sources: got none, which has nothing"),
-        (["--sources", "{place}/fomaml", "nowhere"], "--sources: there is nothing at nowhere"),
+        (["--sources", "{place}/copy"], "--sources: got {place}/copy; there must be two or more"),
+        (["--sources", "{place}/copy", "none"], "--sources: got none, which has nothing"),
+        (["--sources", "{place}/copy", "nowhere"], "--sources: there is nothing at nowhere"),
         (["--json", "nowhere/table.json"], "--json: the folder"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused_by_the_flag_s_name(place, capsys, flags, says):
+def test_bad_flags_of_rank_are_refused_by_name(place, capsys, flags, says):
     given = [flag.format(place=place) for flag in flags]
-    sources = ["--sources", str(place / "prototypical"), str(place / "fomaml")]
+    sources = ["--sources", str(place / "prototypical"), str(place / "copy")]
     target = ["--target", f"folder:{place / 'standing'}"]
     capsys.readouterr()
     assert main(["rank", *target, *([] if "--sources" in given else sources), *given]) == 2

@@ -42,6 +42,7 @@ def head(seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape)), shapes)
 
 
+@pytest.mark.nightly
 def test_lstms_with_zero_weights_give_the_simple_network():
     shapes = jax.eval_shape(learner().init, KEY, TASK)
     zeros = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes)
@@ -167,12 +168,14 @@ def test_permuted_class_slots_permute_the_outputs():
     np.testing.assert_allclose(renamed[:, names], found, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_every_parameter_of_both_contexts_learns():
     params = {"model": {}, "head": head()}
     grads = jax.jit(jax.grad(lambda params: learner().loss(params, TASK, KEY)[0]))(params)
     assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.nightly
 def test_a_learned_scale_starts_at_the_given_one():
     params = initial(learner(scale=5.0, learn_scale=True), TASK)
     assert params["head"]["scale"] == 5

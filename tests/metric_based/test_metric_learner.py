@@ -176,6 +176,7 @@ def test_by_population_queries_do_not_see_each_other_and_training_is_by_batch(me
     np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
+@pytest.mark.nightly_rows(after=4)
 @methods
 def test_the_gradient_of_a_padded_task_matches_finite_differences(method):
     task = unequal()
@@ -232,7 +233,7 @@ def test_float_targets_are_refused(method):
         (lambda params, x: x[:2], r"the model returns \(2, 4\) .* must be \(examples, dim\)"),
     ],
 )
-def test_what_is_no_embedding_is_refused_at_init(apply, says):
+def test_outputs_that_are_no_embeddings_are_refused_at_init(apply, says):
     for method in FEW:
         with pytest.raises(ValueError, match=says):
             METHODS[method]((IDENTITY[0], apply)).init(KEY, unequal())

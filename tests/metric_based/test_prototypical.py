@@ -152,6 +152,7 @@ def test_each_class_is_divided_by_its_own_number_of_examples_whatever_is_padded(
         )
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("norm", "divergence"),
     [

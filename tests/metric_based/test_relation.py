@@ -158,6 +158,7 @@ def test_statistics_are_of_all_images_in_one_network_and_of_all_pairs_in_the_oth
     check(total["relation"]["BatchNorm_0"], params["relation"]["Dense_0"], pairs)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("norm", ["batch", "population"])
 def test_padding_and_absent_classes_change_nothing(norm, x64):
     support, query = maps_task()

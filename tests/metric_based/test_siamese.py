@@ -162,6 +162,7 @@ def test_a_kind_that_does_not_exist_gives_no_valid_pair():
     assert not draw(KEY, nothing, nothing, 2).valid.any()
 
 
+@pytest.mark.nightly
 def test_many_drawn_pairs_have_the_balanced_loss_of_all():
     # With as many partners for every query, the mean over pairs is the mean over queries.
     even = jm.Task(batch(TASK.support.x, [0, 0, 1, 1, 2, 2]), batch(TASK.query.x, TASK.query.y))

@@ -130,9 +130,9 @@ def test_loss_outputs_and_queries_are_those_of_a_plain_loop(controller, x64):
     assert len({tuple(row) for row in asked.tolist()}) == 2
 
 
-@pytest.mark.nightly_rows(after=1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("strings", [None, (3, 2)])
-def test_without_a_head_each_guess_costs_ln_n(strings, x64):
+def test_a_head_of_zeros_has_the_loss_of_uniform_probabilities(strings, x64):
     ways, out = (WAYS, WAYS) if strings is None else (9, 6)
     learner, task = jm.mann(network(out), shuffle=False, strings=strings), episode(ways=ways)
     params = of_float64(learner.init(KEY, task))
@@ -141,7 +141,7 @@ def test_without_a_head_each_guess_costs_ln_n(strings, x64):
     np.testing.assert_allclose(value, (STEPS + 2) * np.log(ways), rtol=1e-12)
 
 
-def test_a_network_at_its_initialisation_knows_nothing(x64):
+def test_loss_at_initialisation_is_near_that_of_uniform_probabilities(x64):
     model, task = ready(), episode()
     value, _ = model.loss(jax.tree.map(lambda leaf: leaf / 2, model.params), task, KEY)
     assert abs(value / (STEPS + 2) - np.log(WAYS)) < 0.4
@@ -177,7 +177,7 @@ def costs_and_answers():
     )
 
 
-def test_what_is_answered_at_a_step_does_not_know_its_label(x64):
+def test_an_output_does_not_depend_on_the_label_of_its_own_step(x64):
     model, (support, query) = ready(), episode()
     cost, answer = costs_and_answers()
     costs, answers = cost(support, unasked(query)), answer(support)
@@ -237,6 +237,7 @@ def test_the_network_is_told_the_label_of_the_step_before(masked, x64):
     np.testing.assert_array_equal(told, 1000 * np.eye(3)[[1, 1]])
 
 
+@pytest.mark.nightly
 def test_queries_are_next_steps_that_leave_no_trace(x64):
     model, (support, query) = ready(), episode(queries=3)
     adapted = model.adapt(model.params, support, KEY)
@@ -259,7 +260,7 @@ def test_queries_are_next_steps_that_leave_no_trace(x64):
 # Symmetries.
 
 
-@pytest.mark.nightly_rows(after=1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("strings", [None, (3, 2)])
 def test_there_may_be_no_queries(strings, x64):
     ways = WAYS if strings is None else 9
@@ -277,6 +278,7 @@ def test_there_may_be_no_queries(strings, x64):
     assert learner.predict(params, learner.adapt(params, task.support, KEY), alone.query.x).shape == (0, ways)
 
 
+@pytest.mark.nightly
 def test_episodes_are_independent(x64):
     model = ready()
     tasks = [episode(seed=seed) for seed in range(3)]
@@ -306,7 +308,8 @@ def test_an_empty_sequence_leaves_the_memory_as_it_was(x64):
     np.testing.assert_allclose(found, model.by_hand(support, support)[0][:1], rtol=1e-10)
 
 
-def test_no_label_is_privileged(x64):
+@pytest.mark.nightly
+def test_permuted_labels_permute_the_outputs(x64):
     model, (support, query) = ready(), episode()
     found = model.outputs(model.params, support, query)
     value, metrics = model.loss(model.params, jm.Task(support, query), KEY)
@@ -356,6 +359,7 @@ def test_padding_changes_nothing(shuffle, at, x64):
         np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-9)
 
 
+@pytest.mark.nightly
 def test_few_shot_tasks_are_put_in_random_order(x64):
     model, plain, (support, query) = ready(shuffle=True), ready(), episode(steps=3)
     orders = [list(order) for order in itertools.permutations(range(3))]
@@ -387,6 +391,7 @@ def brighter(key, x):
     return 2 * x + jax.random.uniform(key, (x.shape[0], 1, 1))
 
 
+@pytest.mark.nightly
 def test_images_are_augmented_in_training_alone(x64):
     plain, (support, query) = ready(), episode()
     model = ready(augment=brighter)
@@ -410,6 +415,7 @@ def test_images_are_augmented_in_training_alone(x64):
 # Strings.
 
 
+@pytest.mark.nightly
 def test_logits_of_strings_are_sums_over_their_characters(x64):
     model, (support, query) = spelling(5, 2), episode(ways=25, queries=8)
     outputs, asked = model.by_hand(support, query)
@@ -447,7 +453,8 @@ def test_a_string_is_right_where_all_its_characters_are(x64):
     assert total == sum(map(right, outputs, support.y.tolist())) > 0
 
 
-def test_of_three_characters_the_first_is_the_fastest(x64):
+@pytest.mark.nightly
+def test_the_first_character_of_a_string_varies_fastest(x64):
     learner = jm.mann(Echo(out=6), shuffle=False, strings=(2, 3))
     labels = jnp.array([[6], [3], [1]])
     for y in labels:
@@ -482,7 +489,7 @@ def test_instances_are_counted(masked, x64):
     assert 0 < sum(right for right, _ in expected.values()) < sum(count for _, count in expected.values())
 
 
-def test_instances_that_cannot_come_up_count_nothing(x64):
+def test_metrics_of_instances_beyond_the_length_have_a_count_of_zero(x64):
     model, (support, query) = ready(), episode(steps=3)
     _, metrics = model.loss(model.params, jm.Task(support, query), KEY)
     for i in range(4, 11):
@@ -490,7 +497,7 @@ def test_instances_that_cannot_come_up_count_nothing(x64):
     assert sum(float(metrics[f"instance_{i}"][1]) for i in (1, 2, 3)) == 3
 
 
-def test_a_diverged_network_is_wrong(x64):
+def test_outputs_that_are_nan_count_as_wrong(x64):
     model = ready()
     _, metrics = model.loss(jax.tree.map(lambda leaf: leaf * jnp.nan, model.params), episode(), KEY)
     assert float(metrics["accuracy"][0]) == 0

@@ -99,6 +99,7 @@ def test_usage_of_one_head_tends_to_a_limit(decay, limit):
     np.testing.assert_allclose(state["usage"].sum(), limit, rtol=1e-8)
 
 
+@pytest.mark.nightly
 def test_weights_without_strengths_are_bounded():
     e, rng = np.e, np.random.default_rng(0)
     for rows in (4, 128):
@@ -161,7 +162,7 @@ def test_of_equally_used_rows_the_first_is_least_used(usage, expected):
     assert least_used(jnp.array(usage), 5).sum(0).tolist() == [1.0] * 5
 
 
-def test_what_is_least_used_is_constant_to_gradients():
+def test_least_used_weights_have_no_gradient():
     memory = jm.nn.LRUA(rows=5, width=2, heads=2)
     state, rng = busy(memory), np.random.default_rng(2)
     probe = jnp.asarray(rng.normal(size=(2, 5)))
@@ -216,7 +217,7 @@ def plain_lrua(params, state, h, *, heads, decay, write, least, score, key_stren
     return {"memory": after, "usage": usage, "read_weights": read, "reads": np.concatenate(reads)}
 
 
-@pytest.mark.nightly_rows(after=8)
+@pytest.mark.nightly_rows(after=3)
 @pytest.mark.parametrize(
     ("write", "least", "score", "key_strength"),
     [*itertools.product(("key", "separate"), ("shared", "per_head"), ("after", "before"), (False, True))],
@@ -324,7 +325,7 @@ def test_a_shift_by_one_moves_weights_to_the_next_row_and_round():
     np.testing.assert_allclose(found, np.eye(5)[[2, 0]], atol=1e-9)
 
 
-def test_gradients_are_finite_where_no_weight_is():
+def test_gradients_are_finite_at_weights_of_zero():
     given = drawn_addressing(np.random.default_rng(0), heads=2, rows=5, width=3, shift=1)
     given |= {"gates": np.zeros(2), "shifts": np.eye(3)[[1, 2]], "previous": np.eye(5)[[1, 4]]}
     given = {name: jnp.asarray(value) for name, value in given.items()}
@@ -371,6 +372,7 @@ def test_heads_of_the_turing_machine_distribute_and_read_what_was_written():
 # The controller.
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("memory", [None, jm.nn.LRUA(rows=4, width=2, heads=1)], ids=["none", "LRUA"])
 def test_the_controller_is_an_lstm_of_torch_with_an_open_forget_gate(memory):
     torch = pytest.importorskip("torch")

@@ -251,7 +251,7 @@ def without_output(generators):
     )
 
 
-def test_generators_of_zero_leave_the_slow_networks_exactly():
+def test_generators_of_zero_give_the_outputs_of_the_slow_networks():
     task = task_of(blocks=1)
     learner = make(blocks=1, base_task_weights=True)
     params = params_of(learner, task)
@@ -278,6 +278,7 @@ def test_equal_keys_give_the_mean_of_all_values():
     np.testing.assert_allclose(learner.predict(params, adapted, task.query.x), expected, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_a_single_support_example_is_read_with_any_key():
     task = task_of(blocks=1, shots=1, ways=1)
     learner = make(blocks=1, ways=1, embedding_loss="xent")
@@ -291,6 +292,7 @@ def test_a_single_support_example_is_read_with_any_key():
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_order_of_the_support_changes_only_the_weights_of_the_task():
     task = task_of()
     order = np.array([3, 0, 5, 1, 4, 2])
@@ -369,6 +371,7 @@ def test_gradients_that_make_fast_weights_are_constants():
     assert_equal(found, jax.jit(jax.value_and_grad(from_constants))(params), 1e-10)
 
 
+@pytest.mark.nightly
 def test_variants_have_the_parameters_they_use():
     task = task_of(blocks=1)
     always = {"embedding", "base", "example_generator"}
@@ -395,6 +398,7 @@ def test_variants_have_the_parameters_they_use():
     np.testing.assert_array_equal(dense["embedding_head"]["bias"], 1)
 
 
+@pytest.mark.nightly
 def test_memory_of_the_published_network_holds_its_size():
     learner = metanet(AugmentedCNN(), AugmentedCNN(ways=5), embedding_loss="xent")
     part = jm.Batch(jnp.zeros((5, 28, 28, 1)), jnp.arange(5, dtype=jnp.int32), ways=5)
@@ -421,6 +425,7 @@ def test_only_chosen_layers_have_fast_weights():
 # --- As every learner ---------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("embedding_loss", "blocks"),
     [
@@ -452,6 +457,7 @@ def test_padding_changes_nothing_at_any_place(embedding_loss, blocks):
         assert_equal(np.asarray(found[3])[places], outputs, 1e-9)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     "embedding_loss", ["verification", "xent", pytest.param("contrastive", marks=pytest.mark.nightly)]
 )
@@ -520,6 +526,7 @@ def test_adaptation_depends_on_the_key_alone():
     assert np.abs(first["fc"]["kernel"] - other["fc"]["kernel"]).max() > 1e-6
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "some", [4, *(pytest.param(some, marks=pytest.mark.nightly) for some in (1, 6, 100))]
 )
@@ -543,6 +550,7 @@ def test_networks_wider_than_a_block_are_made_in_blocks(monkeypatch):
     assert_equal(jax.jit(functools.partial(results, blocked))(params, task, KEY), expected)
 
 
+@pytest.mark.nightly
 def test_images_are_augmented_in_training_alone():
     task = task_of()
     doubled = make(augment=lambda key, x: 2 * x)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from trees import assert_trees_close, max_difference
 
 import jaxmeta as jm
 
@@ -155,15 +156,6 @@ def reference_loss_and_gradient(norm, masked):
     return loss_and_gradient(learner, reference_params(norm is not None), task(masked=masked))
 
 
-def assert_trees_close(a, b, **tolerance):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
-
-def differ(a, b):
-    return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 @pytest.mark.parametrize(
     ("form", "norm", "masked"),
     [
@@ -182,7 +174,7 @@ def test_meta_gradient_equals_that_of_the_same_network_in_linen(form, norm, mask
     found, theirs = loss_and_gradient(learner, into(params), of)
     np.testing.assert_allclose(found, value, rtol=1e-9)
     assert_trees_close(back(theirs["model"]), gradient["model"], atol=1e-9)
-    assert differ(gradient, jax.tree.map(jnp.zeros_like, gradient)) > 0.01
+    assert max_difference(gradient, jax.tree.map(jnp.zeros_like, gradient)) > 0.01
 
 
 @pytest.mark.parametrize("form", ["linen", "nnx", "equinox"])
@@ -194,7 +186,7 @@ def test_dropout_is_determined_by_the_key(form):
     apply = jax.jit(model.apply)
     one, again, other = (apply(params, x, key=jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, again)
-    assert differ(one, other) > 0.1
+    assert max_difference(one, other) > 0.1
     expected = jax.jit(plain_apply)(reference_params(), x)
     np.testing.assert_allclose(apply(params, x), expected, atol=1e-12)
     # Half of the hidden units are dropped and the others doubled, independently for each example.
@@ -203,6 +195,7 @@ def test_dropout_is_determined_by_the_key(form):
     np.testing.assert_allclose(mean, expected[0], atol=0.1)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("form", "modes"),
     [
@@ -232,7 +225,7 @@ def test_dropout_in_both_loops_is_determined_by_the_key_in_every_memory_mode(for
     one, other, again = (jax.tree.map(lambda leaf: leaf[i], results[0]) for i in range(3))  # noqa: B023
     assert_trees_close(one, again, rtol=0)
     for a, b in zip(one, other, strict=True):
-        assert differ(a, b) > 1e-3
+        assert max_difference(a, b) > 1e-3
     *_, adapted, outputs = one
     still = make_learner(make(False, 0.0))
     expected = jax.jit(still.predict)(params, adapted, of.query.x)
@@ -260,6 +253,7 @@ def test_a_network_without_statistics_reports_none():
 # --- Batch statistics of NNX -----------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_nnx_batch_norm_is_transductive_in_batch_mode_only():
     of, params = task(), {"model": FORMS["nnx"][1](reference_params(norm=True))}
     for norm, leaks in (("batch", True), ("support", False)):
@@ -267,11 +261,12 @@ def test_nnx_batch_norm_is_transductive_in_batch_mode_only():
         adapted = jax.jit(learner.adapt)(params, of.support, KEY)
         joint = jax.jit(learner.predict)(params, adapted, of.query.x)
         alone = jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(of.query.x)  # noqa: B023
-        assert (differ(joint, alone) > 1e-2) == leaks
+        assert (max_difference(joint, alone) > 1e-2) == leaks
         if not leaks:
             np.testing.assert_allclose(joint, alone, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_calibration_of_nnx_batch_norm_equals_that_of_linen():
     tasks = jm.TaskDistribution(
         jax.tree_util.Partial(
@@ -354,8 +349,8 @@ def test_paths_pick_leaves_and_checkpoints_restore_them(form, tmp_path):
     learner = make_learner(make(norm, 0.0), norm="support", adapts=lambda path: path.startswith("layers/1/"))
     of, params = task(), {"model": into(reference_params(norm))}
     adapted = jax.jit(learner.adapt)(params, of.support, KEY)
-    assert differ(adapted["model"]["layers"]["0"], params["model"]["layers"]["0"]) == 0
-    assert differ(adapted["model"]["layers"]["1"], params["model"]["layers"]["1"]) > 1e-3
+    assert max_difference(adapted["model"]["layers"]["0"], params["model"]["layers"]["0"]) == 0
+    assert max_difference(adapted["model"]["layers"]["1"], params["model"]["layers"]["1"]) > 1e-3
     jm.save(tmp_path / "adapted", adapted)
     loaded = jm.load(tmp_path / "adapted")
     assert_trees_close(loaded, adapted, rtol=0)
@@ -378,7 +373,7 @@ def test_an_equinox_module_may_take_all_examples_at_once():
     params, x = FORMS["equinox"][1](reference_params()), task().query.x
     model = jm.nn.from_equinox(equinox_net(rate=0.5, batched=True), batched=True)
     np.testing.assert_allclose(model.apply(params, x), plain_apply(reference_params(), x), atol=1e-12)
-    assert differ(model.apply(params, x, key=KEY), model.apply(params, x)) > 0.1
+    assert max_difference(model.apply(params, x, key=KEY), model.apply(params, x)) > 0.1
 
 
 def test_linen_networks_may_take_train_in_place_of_deterministic():

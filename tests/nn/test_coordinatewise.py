@@ -150,6 +150,7 @@ def test_one_layer_form_matches_formulas_in_numpy(feedback):
         theta = expected
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("hidden", [20, None])
 def test_coordinates_are_treated_alike_and_apart(hidden):
     net, params = gated(hidden)

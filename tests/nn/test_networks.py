@@ -14,6 +14,7 @@ from jaxmeta.nn.embedding import ConvNorm
 from jaxmeta.nn.norm import STATISTICS, from_moments, moments, to_moments
 
 
+@pytest.mark.nightly_rows(after=4)
 @pytest.mark.parametrize(
     ("network", "image", "width", "count"),
     [

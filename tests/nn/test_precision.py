@@ -26,6 +26,7 @@ LEARNERS = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "network"),
     [

@@ -22,6 +22,7 @@ def noise(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("network", "side", "parameters"),
     [
@@ -77,6 +78,7 @@ def test_a_resnet_normalises_by_the_batch_or_by_the_statistics_it_is_given(bottl
     assert not np.allclose(apply(given, other)[0], apply({"params": params}, other)[0], atol=1e-3)
 
 
+@pytest.mark.nightly
 def test_padding_changes_no_output_of_a_resnet():
     model = jm.nn.as_model(tiny_resnet(3))
     x = noise(3, 32, 32, 3)
@@ -143,6 +145,7 @@ def test_a_vit_drops_only_with_a_key():
     assert all(not np.allclose(dropped[0], other, atol=1e-3) for other in (plain, dropped[2]))
 
 
+@pytest.mark.nightly
 def test_without_position_embeddings_the_order_of_patches_does_not_count():
     network = jm.nn.ViT(**TINY_VIT, pooling="mean")
     x = noise(2, 8, 8, 3)

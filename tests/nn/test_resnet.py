@@ -56,6 +56,7 @@ def path_of(keys):
     return tuple(key.key for key in keys)
 
 
+@pytest.mark.nightly
 def test_outputs_and_gradients_match_those_of_torch(x64):
     torch = pytest.importorskip("torch")
     channels = (4, 3, 5, 6)
@@ -109,6 +110,7 @@ def test_convolutions_start_by_fan_out():
     assert np.abs(params["layer1_conv"]["kernel"]).max() > 3 * params["layer1_conv"]["kernel"].std()  # whole
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("channels", [(2,), pytest.param((2, 3, 2), marks=pytest.mark.nightly)])
 def test_maml_gradient_reaches_every_parameter_and_follows_the_key(channels, x64):
     rng = np.random.default_rng(0)

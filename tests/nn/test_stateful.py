@@ -109,6 +109,7 @@ def by_hand(params, x, mean, var):
     return np.maximum(x, 0), {"mean": mean, "var": var}
 
 
+@pytest.mark.nightly_rows(after=1)
 def test_frozen_block_normalises_by_its_running_statistics_without_dropout(network):
     model = as_stateful(network)
     variables = started(model)
@@ -131,6 +132,7 @@ def test_frozen_block_normalises_by_its_running_statistics_without_dropout(netwo
     assert not same_bits(state["batch_stats"]["block0"], before["block0"])
 
 
+@pytest.mark.nightly_rows(after=2)
 def test_inference_and_wholly_frozen_training_use_the_running_statistics(network):
     model = as_stateful(network)
     variables = started(model)
@@ -174,6 +176,7 @@ def test_running_average_of_our_normalisation_matches_that_of_flax(momentum):
     close(variables["batch_stats"], known["batch_stats"])
 
 
+@pytest.mark.nightly
 def test_conv4_normalises_by_its_batch_in_training_and_by_running_statistics_in_inference():
     network, x = jm.nn.Conv4(3, filters=4), jax.random.normal(KEY, (6, 16, 16, 1))
     model, values = as_stateful(network, momentum=0.0), jm.nn.as_model(network)

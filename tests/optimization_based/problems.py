@@ -130,15 +130,6 @@ def flat(tree):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-def assert_trees_close(a, b, **tolerance):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
-
-def differ(a, b):
-    return max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 # A network of one number θ, which is all its outputs, whatever the input.
 NUMBER = jm.Model(
     lambda key, x: {"theta": jnp.zeros(())}, lambda params, x: jnp.full((x.shape[0], 2), params["theta"])

@@ -318,12 +318,9 @@ def differences(name, proximal):
             if (name, proximal, memory)
             in {
                 ("momentum", 0.5, "store"),
-                ("momentum", 0.5, "recompute"),
                 ("momentum", 0.5, "forward_over_reverse"),
-                ("adam", None, "store"),
                 ("adam", None, "recompute"),
                 ("weight decay", None, "store"),
-                ("weight decay", None, "forward_over_reverse"),
             }
             else nightly,
         )
@@ -380,8 +377,7 @@ def frozen_differences(name, proximal):
             proximal,
             memory,
             marks=()
-            if (name, proximal, memory)
-            in {("adam", 0.5, "auto"), ("adam", 0.5, "recompute"), ("weight decay", None, "auto")}
+            if (name, proximal, memory) in {("adam", 0.5, "recompute"), ("weight decay", None, "auto")}
             else nightly,
         )
         for name in OPTIMIZERS
@@ -398,6 +394,7 @@ def test_first_order_matches_finite_differences_with_frozen_inner_gradients(name
     np.testing.assert_array_equal(gradient["weights"], 0)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "proximal"),
     [
@@ -440,6 +437,7 @@ def test_gradient_flows_into_the_trace_of_losses(memory):
     np.testing.assert_allclose(gradient, 2 * (0.2 - 1) * 0.8, rtol=1e-12)
 
 
+@pytest.mark.nightly
 def test_recomputing_modes_keep_fewer_bytes_for_the_backward_pass():
     """What grows with the steps: the activations of each, or only its parameters."""
 

@@ -14,8 +14,6 @@ from problems import (
     NUMBER,
     WAYS,
     adapt,
-    assert_trees_close,
-    differ,
     finite_differences,
     flat,
     gradient,
@@ -28,6 +26,7 @@ from problems import (
     precise_network,
     task,
 )
+from trees import assert_trees_close, max_difference
 
 import jaxmeta as jm
 
@@ -54,6 +53,7 @@ def lstm(hidden, order="first", norm=False):
     return jm.lstm_meta_learner(network(norm=norm), steps=3, hidden=hidden, order=order, memory="store")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("order", ["first", pytest.param("second", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     ("hidden", "decay", "norm"),
@@ -84,7 +84,7 @@ def test_orders_differ_with_constant_gates(hidden):
     learners = [lstm(hidden, order, norm=True) for order in ("first", "second")]
     params = with_constant_gates(init(learners[0]), 0.94, 0.3)
     first, second = (gradient(learner, params, task())["model"] for learner in learners)
-    assert differ(first, second) > 1e-3
+    assert max_difference(first, second) > 1e-3
 
 
 @pytest.mark.parametrize("forget", [1.0, pytest.param(0.9, marks=pytest.mark.nightly)])
@@ -116,6 +116,7 @@ def stirred(params):
     return jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape), params)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("hidden", "feedback", "memory"),
     [
@@ -164,7 +165,7 @@ def test_second_order_lstm_gradient_matches_plain_finite_differences():
     params = stirred(init(learner))
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
     np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=2e-7)
-    assert differ(gradient(first, params, of), gradient(learner, params, of)) > 1e-3
+    assert max_difference(gradient(first, params, of), gradient(learner, params, of)) > 1e-3
 
 
 def test_cell_has_the_published_size_and_the_network_starts_as_in_maml():
@@ -268,6 +269,7 @@ def test_linear_optimizer_reproduces_the_numbers_of_the_official_test():
     np.testing.assert_allclose(theta**2, 0.7325326203, atol=1e-10)
 
 
+@pytest.mark.nightly
 def test_a_linear_optimizer_trained_on_a_square_finds_its_minimum():
     """The official suite's convergence test: 500 runs of 5 unrolls of 20 steps, Adam of 0.01."""
     learner = linear_optimizer(steps=100, truncation=20)
@@ -306,6 +308,7 @@ def start_of(learner, params, of):
     return unroll(learner, zero, of, None)[1].weights
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("order", "memory", "norm"),
     [
@@ -401,6 +404,7 @@ def test_last_loss_of_an_unroll_and_first_of_the_next_share_their_key():
         np.testing.assert_allclose(value, sum(points[first : first + 3]), rtol=1e-6)
 
 
+@pytest.mark.nightly
 def test_the_loss_is_the_sum_of_its_unrolls():
     of, learner = task(), learned()
     params = init(learner)
@@ -455,15 +459,17 @@ def test_runs_of_different_keys_start_at_different_weights():
     learner = learned()
     params, of = init(learner), task()
     first, second = (unroll(learner, params, of, None, jax.random.key(seed))[1].weights for seed in (0, 1))
-    assert differ(first, second) > 0.1
+    assert max_difference(first, second) > 0.1
 
 
+@pytest.mark.nightly
 def test_steps_at_test_may_outnumber_those_of_training():
     params, of = init(learned()), task()
     longer = learned(eval_steps=12)
-    assert differ(adapt(longer, params, of), adapt(learned(), params, of)) > 1e-4
+    assert max_difference(adapt(longer, params, of), adapt(learned(), params, of)) > 1e-4
 
 
+@pytest.mark.nightly
 def test_learned_parameters_serve_a_wider_network():
     params, of = init(learned()), task()
     wide = functools.partial(jm.nn.MLP, out=WAYS, kernel_init=jax.nn.initializers.lecun_normal())

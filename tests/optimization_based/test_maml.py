@@ -12,9 +12,7 @@ from problems import (
     KEY,
     WAYS,
     adapt,
-    assert_trees_close,
     descended,
-    differ,
     finite_differences,
     flat,
     gradient,
@@ -24,6 +22,7 @@ from problems import (
     query_loss,
     task,
 )
+from trees import assert_trees_close, max_difference
 
 import jaxmeta as jm
 
@@ -47,6 +46,7 @@ def one_by_one(learner, params, adapted, x):
     return jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(x)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("norm", "masked"),
     [pytest.param("batch", False, marks=pytest.mark.nightly), ("batch", True), ("support", True)],
@@ -68,9 +68,10 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
     adapted = adapt(learner, params, of)
     found = gradient(learner, params, of)
     assert_trees_close(found, {"model": query_loss(adapted["model"], of, norm)[1]}, atol=1e-12)
-    assert differ(found, gradient(maml(norm=norm), params, of)) > 1e-3
+    assert max_difference(found, gradient(maml(norm=norm), params, of)) > 1e-3
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.nightly), "support"])
 def test_fomaml_is_first_order_maml(norm):
     learner, of = maml(norm=norm, order="first"), task()
@@ -95,7 +96,7 @@ def test_only_picked_leaves_adapt_and_the_others_have_a_meta_gradient(order):
     adapted = adapt(learner, params, of)["model"]
     for name, leaves in params["model"].items():
         if name == "head":
-            assert all(differ(adapted[name][leaf], leaves[leaf]) > 1e-3 for leaf in leaves)
+            assert all(max_difference(adapted[name][leaf], leaves[leaf]) > 1e-3 for leaf in leaves)
         else:
             assert_trees_close(adapted[name], leaves, rtol=0)
     body = gradient(learner, params, of)["model"]["Dense_0"]["kernel"]
@@ -111,12 +112,13 @@ def test_predicate_sees_the_paths_of_the_leaves():
     }  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_steps_at_test_may_differ_from_steps_at_training():
     learner, one, of = maml(steps=1, eval_steps=3), maml(steps=1), task()
     params = init(learner)
     adapted = adapt(learner, params, of)
     assert_trees_close(adapted, adapt(maml(steps=3), params, of), rtol=1e-12)
-    assert differ(adapted, adapt(one, params, of)) > 1e-3
+    assert max_difference(adapted, adapt(one, params, of)) > 1e-3
     np.testing.assert_allclose(loss(learner, params, of)[0], loss(one, params, of)[0], rtol=1e-12)
     assert_trees_close(adapt(maml(eval_steps=0), params, of)["model"], params["model"], rtol=0)
 
@@ -130,7 +132,7 @@ def test_norm_modes_share_their_parameters():
         predict(learners[norm], params, adapt(learners[norm], params, of), of.query.x)
         for norm in ("batch", "support")
     )
-    assert differ(batch, support) > 1e-3
+    assert max_difference(batch, support) > 1e-3
 
 
 def hidden(weights, x):
@@ -164,7 +166,7 @@ def test_population_mode_needs_calibration_and_then_is_inductive():
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["mean"], mean, atol=1e-12)
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], var, atol=1e-12)
     # The inner loop is normalised by them too, so no parameter of the net hides behind a batch.
-    assert differ(adapted["model"], adapt(maml(), filled, of)["model"]) > 1e-3
+    assert max_difference(adapted["model"], adapt(maml(), filled, of)["model"]) > 1e-3
 
 
 @pytest.mark.parametrize(("norm", "leaks"), [("batch", True), ("support", False), ("population", False)])
@@ -177,7 +179,7 @@ def test_predictions_of_queries_alone_and_together_differ_only_where_transductiv
     joint = predict(learner, params, adapted, of.query.x)
     alone = one_by_one(learner, params, adapted, of.query.x)
     if leaks:
-        assert differ(joint, alone) > 1e-2
+        assert max_difference(joint, alone) > 1e-2
     else:
         np.testing.assert_allclose(joint, alone, atol=1e-12)
 
@@ -201,7 +203,7 @@ def test_first_and_second_order_agree_where_the_support_loss_is_linear():
         params = {"model": start}
         found = gradient(second, params, of)
         assert_trees_close(found, gradient(first, params, of), rtol=1e-13)
-        assert differ(found, jax.tree.map(jnp.zeros_like, found)) > 0.1
+        assert max_difference(found, jax.tree.map(jnp.zeros_like, found)) > 0.1
 
 
 def test_regression_by_a_network_without_statistics():

@@ -14,9 +14,7 @@ from problems import (
     NUMBER,
     WAYS,
     adapt,
-    assert_trees_close,
     descended,
-    differ,
     finite_differences,
     flat,
     gradient,
@@ -28,6 +26,7 @@ from problems import (
     plain_loss,
     task,
 )
+from trees import assert_trees_close, max_difference
 
 import jaxmeta as jm
 from jaxmeta.optimization_based.maml_plus_plus import descend_by_step, multi_step_weights
@@ -62,6 +61,7 @@ def as_maml(params):
 # --- ANIL and BOIL ---------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(("factory", "adapts_head"), [(jm.anil, True), (jm.boil, False)])
 def test_either_head_or_body_adapts_and_the_other_keeps_its_bits(factory, adapts_head):
     learner, of = factory(network(norm=False), inner_optimizer=SGD, steps=2), task()
@@ -69,14 +69,15 @@ def test_either_head_or_body_adapts_and_the_other_keeps_its_bits(factory, adapts
     adapted = adapt(learner, params, of)["model"]
     for layer, leaves in params["model"].items():
         if (layer == "head") == adapts_head:
-            assert all(differ(adapted[layer][name], leaves[name]) > 1e-4 for name in leaves), layer
+            assert all(max_difference(adapted[layer][name], leaves[name]) > 1e-4 for name in leaves), layer
         else:
             assert_trees_close(adapted[layer], leaves, rtol=0)
     meta_gradient = gradient(learner, params, of)["model"]
-    assert differ(meta_gradient, jax.tree.map(jnp.zeros_like, meta_gradient)) > 1e-3
+    assert max_difference(meta_gradient, jax.tree.map(jnp.zeros_like, meta_gradient)) > 1e-3
     assert_gradient_matches_finite_differences(learner, params, of)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("order", ["second", pytest.param("first", marks=pytest.mark.nightly)])
 def test_anil_without_a_body_is_maml(order):
     model = jm.Model(
@@ -100,6 +101,7 @@ def test_anil_with_step_size_zero_keeps_its_weights_and_has_the_query_gradient()
     assert_trees_close(found, plain_loss(norm=False)(params["model"], of.query)[1], atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_one_first_order_step_of_anil_and_boil_together_is_that_of_maml():
     """Of one first-order step, each leaf's update is that of one of the two."""
     of = task()
@@ -122,7 +124,7 @@ def test_the_head_may_be_a_module_inside_another_or_a_predicate():
         learner = jm.anil((init_params, apply), head=head)
         params = init(learner)
         adapted = adapt(learner, params, of)["model"]["net"]
-        assert differ(adapted["out"], params["model"]["net"]["out"]) > 1e-3
+        assert max_difference(adapted["out"], params["model"]["net"]["out"]) > 1e-3
         assert_trees_close(adapted["about"], params["model"]["net"]["about"], rtol=0)
     # "out" is no part of a name.
     for make in (jm.anil, jm.boil):
@@ -169,6 +171,7 @@ def test_meta_sgd_learns_every_rate():
     assert_gradient_matches_finite_differences(learner, params, of)
 
 
+@pytest.mark.nightly
 def test_one_step_of_meta_sgd_has_minus_the_product_of_gradients_as_gradient_of_the_rates():
     """∂L^Q/∂α = −∇L^S(θ) ⊙ ∇L^Q(θ')."""
     single, of = jm.meta_sgd(BARE, rates=(0.2, 0.6)), task()
@@ -205,6 +208,7 @@ def test_imaml_of_one_number_matches_closed_form():
     np.testing.assert_allclose(gradient(far, params, of)["model"]["theta"], -3.0, rtol=1e-7)
 
 
+@pytest.mark.nightly
 def test_imaml_at_its_minimum_has_the_gradient_of_unrolled_proximal_maml():
     smooth = jm.Model(
         lambda key, x: {"w": jnp.ones((DIM, WAYS)), "b": jnp.zeros(WAYS)},
@@ -280,6 +284,7 @@ def test_one_step_of_reptile_is_the_support_gradient():
     assert_trees_close(found, joint, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_reptile_gradient_is_start_minus_adapted_weights():
     learner, of = jm.reptile(BARE, steps=4, eval_steps=4, batch_size=4), task()
     params = init(learner)
@@ -291,6 +296,7 @@ def test_reptile_gradient_is_start_minus_adapted_weights():
     np.testing.assert_allclose(loss(learner, params, of)[0], distance, rtol=1e-12)
 
 
+@pytest.mark.nightly
 def test_reptile_training_lowers_the_loss_after_adaptation_of_an_unseen_task():
     """Tasks with one rule in common: the loss after adaptation falls on one that was not trained on."""
 
@@ -367,6 +373,7 @@ def seen_by(batch_size, steps, of, key=KEY):
     )
 
 
+@pytest.mark.nightly
 def test_mini_batches_go_through_all_examples_in_turn():
     of = task()  # 6 support examples
     once = seen_by(2, 1, of)
@@ -374,9 +381,10 @@ def test_mini_batches_go_through_all_examples_in_turn():
     np.testing.assert_allclose(seen_by(2, 3, of), 0.5)
     np.testing.assert_allclose(np.sort(seen_by(4, 2, of)), [0.25, 0.25, 0.25, 0.25, 0.5, 0.5])
     np.testing.assert_allclose(seen_by(10, 2, of), 2 / 6)
-    assert differ(once, seen_by(2, 1, of, jax.random.key(1))) > 0
+    assert max_difference(once, seen_by(2, 1, of, jax.random.key(1))) > 0
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("batch_size", [2, pytest.param(5, marks=pytest.mark.nightly), 8])
 def test_padding_takes_no_place_in_a_mini_batch(batch_size):
     of = task()
@@ -425,6 +433,7 @@ def test_multi_step_weights_match_the_official_code():
     np.testing.assert_allclose(multi_step_weights(5, 1 / 3)[:4], 0.133333, atol=1e-6)
 
 
+@pytest.mark.nightly
 def test_maml_plus_plus_with_all_rates_alike_is_maml():
     of, learner = task(), plain()
     params = init(learner)
@@ -440,7 +449,7 @@ def test_derivative_order_annealing_is_first_order_and_then_second():
     first, second = (
         gradient(maml(order=order), as_maml(params), of)["model"] for order in ("first", "second")
     )
-    assert differ(first, second) > 1e-3
+    assert max_difference(first, second) > 1e-3
     for step, expected in ((0, first), (9, first), (10, second), (None, second)):
         step = None if step is None else jnp.asarray(step, jnp.int32)
         assert_trees_close(gradient(learner, params, of, step)["model"], expected, atol=1e-13)
@@ -557,6 +566,7 @@ def test_each_step_has_population_statistics_of_its_own():
     np.testing.assert_allclose(joint, alone, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_a_network_without_normalisation_has_no_per_step_layers():
     learner = jm.maml_plus_plus(network(norm=False), steps=2)
     params = init(learner)
@@ -583,6 +593,7 @@ def test_maml_plus_plus_refuses_bad_settings(settings, says):
 # --- Meta-learned hyperparameters of any inner optimizer --------------------------------------------
 
 
+@pytest.mark.nightly
 def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
     learner = jm.maml(
         BARE,

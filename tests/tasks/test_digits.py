@@ -31,7 +31,7 @@ def real(data_folder):
 # --- the real files -----------------------------------------------------------------------------------
 
 
-def test_mnist_is_what_the_files_say(real):
+def test_mnist_has_the_images_and_labels_of_its_files(real):
     images, labels = mnist_images(real)
     raw = {
         name: np.frombuffer(
@@ -47,8 +47,9 @@ def test_mnist_is_what_the_files_say(real):
     assert np.bincount(labels).tolist() == MNIST_TEST
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_usps_is_what_the_files_say(real, part):
+def test_usps_has_the_images_and_labels_of_its_files(real, part):
     images, labels = usps_images(real / "usps", part)
     table = np.loadtxt(real / "usps" / f"zip.{part}.gz")
     np.testing.assert_array_equal(labels, table[:, 0])
@@ -82,6 +83,7 @@ def test_tasks_show_the_images_of_the_files(real):
     assert len(set(zip(slots.tolist(), digits, strict=True))) == 10
 
 
+@pytest.mark.nightly
 def test_usps_is_resized_to_the_pixels_of_mnist(real):
     images, labels = usps_images(real)
     order = np.argsort(labels, kind="stable")

@@ -107,6 +107,7 @@ def test_the_key_decides_the_episode():
     assert not np.array_equal(one.support.x, other.support.x)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["classes", "random"])
 @pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_batch_of_episodes_equals_episodes_drawn_one_by_one(rotations, compiled):
@@ -318,6 +319,7 @@ def test_a_constant_predictor_is_at_chance_and_an_oracle_perfect():
     assert (np.take_along_axis(support.y, nearest, 1) == query.y).all()
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["none", "classes", "random"])
 def test_episodes_of_a_key_follow_the_published_rule(rotations):
     """The rule written anew: what a published row drew, a later version draws as well."""
@@ -395,6 +397,7 @@ def test_one_group_of_all_classes_draws_as_without_groups():
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["classes", "random"])
 def test_groups_are_turned_as_a_whole_where_turned_classes_are_classes(rotations):
     x, y = images()
@@ -434,6 +437,7 @@ def test_paired_examples_have_the_same_places_in_every_class(groups):
         assert stats.chisquare(np.bincount(classes.ravel(), minlength=9)).pvalue > 1e-3
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("options", [{"groups": GROUPS, "paired": True}, {"groups": GROUPS, "ways": (2, 3)}])
 def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
     x, y = numbered([6] * 9)
@@ -448,6 +452,7 @@ def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
 # --- zero-shot ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("options", [{}, {"groups": GROUPS, "paired": True}])
 def test_zero_shot_support_is_the_metadata_of_the_drawn_classes(options):
     x, y = numbered([4] * 9)

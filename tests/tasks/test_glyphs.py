@@ -91,6 +91,7 @@ def test_splits_share_no_class():
     assert len(set.union(*ids)) == sum(map(len, ids))
 
 
+@pytest.mark.nightly
 def test_classes_are_distinct_uniform_and_independent_of_slots(classes):
     assert all(len(set(row)) == 5 for row in classes)
     count = np.bincount(classes.ravel(), minlength=1024)
@@ -158,6 +159,7 @@ def test_every_image_has_ink_away_from_the_border_and_at_full_pressure(episodes)
         assert x.max((-3, -2, -1)).min() > 0.9
 
 
+@pytest.mark.nightly
 def test_the_size_changes_the_resolution_only():
     hands = hands_of(jax.random.bits(jax.random.key(0), (5, HAND), jnp.uint32))
     strokes = jax.jit(jax.vmap(class_strokes))(jnp.arange(5))

@@ -109,7 +109,7 @@ def test_colour_by_the_header(image, form, colour, tmp_path):
     assert in_colour(tmp_path / "file") is colour
 
 
-def test_the_header_is_enough():
+def test_the_header_alone_tells_the_colour():
     for image in (Image.fromarray(COLOURS), Image.fromarray(COLOURS).quantize(256)):
         data = encoded(image, "PNG")
         cut = data[: data.index(b"IDAT") + 100]
@@ -131,7 +131,7 @@ def test_plain_images_are_untouched():
     np.testing.assert_array_equal(black_or_white[..., 0], 255 * (GREYS > 99))
 
 
-def test_luma():
+def test_grey_values_are_the_luma_of_rec_601():
     expected = COLOURS @ np.array([0.299, 0.587, 0.114])
     found = decode(png(COLOURS), "x", channels=1, size=None)[..., 0]
     assert np.abs(found - expected).max() <= 0.51
@@ -232,7 +232,7 @@ def lying_png():
     ],
     ids=["empty", "html", "half a png", "half a jpeg", "bomb", "float", "32 bits"],
 )
-def test_unreadable(data, reason, tmp_path):
+def test_unreadable_files_are_refused_by_name(data, reason, tmp_path):
     (tmp_path / "1.png").write_bytes(data)
     for source in (data, tmp_path / "1.png"):
         with pytest.raises(UnreadableImage, match=rf"^owl/1\.png: cannot be read .* \(.*{reason}") as error:

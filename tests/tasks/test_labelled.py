@@ -57,6 +57,7 @@ def test_floats_are_unchanged_and_only_those_of_the_split():
     assert found.y.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["none", "classes"])
 @pytest.mark.parametrize("groups", [None, {"c": "2", "d": "1", "e": "2", "f": "1"}])
 def test_the_examples_are_the_set_that_supervised_draws_from(rotations, groups):
@@ -93,6 +94,7 @@ def test_all_digits_of_mnist_are_given_with_their_labels(data_folder):
     np.testing.assert_allclose(found.x, images[order] / np.float32(255), atol=1e-7)
 
 
+@pytest.mark.nightly
 def test_glyphs_are_new_drawings_of_their_classes():
     few = glyphs("validation", size=12)
     found = jax.device_get(labelled(few, per_class=3, key=jax.random.key(0)))

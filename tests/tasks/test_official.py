@@ -105,6 +105,7 @@ def test_cub_follows_the_index_of_the_sorted_folders():
 # --- mini-ImageNet ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("inner", ["", "train", "ILSVRC/Data/CLS-LOC/train"])
 def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
     root = tmp_path / "data" / inner

@@ -261,6 +261,7 @@ SPOILT = {
 }
 
 
+@pytest.mark.nightly_rows(after=8)
 @pytest.mark.parametrize("warm", [False, True], ids=["cold cache", "warm cache"])
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_spoilt_archives_are_refused_and_leave_nothing(spoilt, warm, look_alike, drawings):
@@ -397,7 +398,7 @@ def test_a_failed_download_is_an_error_that_names_the_alternative(look_alike, se
 # --- leakage -----------------------------------------------------------------------------------------------
 
 
-def test_models_that_have_seen_lakes_evaluation_are_refused(monkeypatch):
+def test_models_trained_on_lakes_evaluation_characters_are_refused(monkeypatch):
     monkeypatch.setattr(MODULE, "prepare", lambda *args: pytest.fail("the data were touched"))
     for seen in (omniglot_split("vinyals"), omniglot_split("maml", 3), omniglot_split("vinyals-trainval")):
         with pytest.raises(ValueError, match=r"the model has seen \d+ of the 659 test classes"):
@@ -477,6 +478,7 @@ def labelled_images(*args):
     return images
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(("split", "turned"), [("train", True), ("test", False)])
 def test_episodes_within_an_alphabet_have_different_drawers_for_support_and_queries(
     split, turned, monkeypatch

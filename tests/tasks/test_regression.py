@@ -37,6 +37,7 @@ def test_shapes_types_and_card_of_regression_tasks(source):
     assert (card.ways, card.shots, card.queries, card.classes) == (None, 5, 20, None)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_drawing_is_pure_under_jit_and_vmap(source, compiled):
@@ -116,6 +117,7 @@ def test_sinusoids_have_the_given_ranges_and_noise():
         assert (batch.y - 2 * np.sin(batch.x)).std() == pytest.approx(0.3, rel=0.06)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.nightly)])
 def test_harmonic_tasks_are_two_sines_at_frequency_ratio_two(count):
     tasks = sampled(harmonic(shots=20, queries=60), count)

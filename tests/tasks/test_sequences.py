@@ -29,6 +29,7 @@ def real(batch, i):
     return [*batch.x[i, kept].astype(int).T.tolist(), batch.y[i, kept].tolist()]
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(("length", "steps"), [(None, 12), (4, 4), (20, 20)])
 def test_shapes_and_types(length, steps):
     x = np.zeros((40, 2, 3, 1), np.uint8)
@@ -55,7 +56,7 @@ def test_the_key_decides_the_sequence_alone_and_in_a_batch():
         same(jax.tree.map(lambda leaf, i=i: leaf[i], batch), jax.device_get(draw(tasks.sample, key)))
 
 
-@pytest.mark.nightly_rows(after=4)
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"even": True}, {"length": 24}, {"ways": 2, "strings": (2, 2)}, {"strings": (3, 2)}, {"ways": 3}],
@@ -124,6 +125,7 @@ def test_all_strings_are_used_where_there_are_as_many_as_classes():
     assert all(set(row) == {0, 1, 2, 3} for row in support.y.tolist())
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize("strings", [None, (3, 2)])
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("ways", [1, 3, 4])

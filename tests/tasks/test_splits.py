@@ -20,7 +20,7 @@ def test_duplicates_and_bare_strings_are_refused():
         ClassSplit(train="cat")
 
 
-def test_part_by_name():
+def test_parts_are_found_by_name():
     split = ClassSplit(train=("a",), test=("b",))
     assert split.part("test") == ("b",)
     with pytest.raises(ValueError, match="split: got 'val'; it must be one of 'train', 'validation', 'test'"):
@@ -29,7 +29,7 @@ def test_part_by_name():
         split.part("validation")
 
 
-def test_hash_sees_membership_and_nothing_else():
+def test_hash_depends_on_membership_alone():
     split = ClassSplit(train=("a", "b"), validation=("c",), test=("d",))
     assert split.hash == ClassSplit(train=("b", "a"), validation=("c",), test=("d",)).hash
     assert len(split.hash) == 64
@@ -52,12 +52,12 @@ def test_from_fractions_partitions_reproducibly():
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.5, 0.6, -0.1), (0.5, 0.2, 0.2)])
-def test_bad_fractions(fractions):
+def test_bad_fractions_are_refused(fractions):
     with pytest.raises(ValueError, match="fractions: got "):
         ClassSplit.from_fractions(["a", "b"], fractions)
 
 
-def test_bad_counts():
+def test_bad_counts_are_refused():
     with pytest.raises(ValueError, match=r"counts: got \(1, 1, 1\); .* sum to the 2 classes"):
         ClassSplit.from_counts(["a", "b"], (1, 1, 1))
 

@@ -42,6 +42,7 @@ def from_memory(sample, step):
     return jax.vmap(sample)(episode_keys(jax.random.fold_in(KEY, step), jnp.arange(4))[:, 0])
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -131,6 +132,7 @@ def test_training_from_a_stream_is_training_from_memory(images, from_stream):
         assert a.metrics == pytest.approx(b.metrics, rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_stopped_training_from_a_stream_resumes_bit_for_bit(images, from_stream, tmp_path):
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     run = {"run_dir": tmp_path / "run", "checkpoint_every": 3}
@@ -140,6 +142,7 @@ def test_a_stopped_training_from_a_stream_resumes_bit_for_bit(images, from_strea
     same(trained(stream, resume=True, **run).params, from_stream[0].params)
 
 
+@pytest.mark.nightly
 def test_evaluation_from_a_stream_is_evaluation_from_memory(images):
     memory = jm.tasks.from_prepared(images, **SHAPE)
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, for_evaluation=True, **SHAPE)

@@ -110,6 +110,7 @@ def test_grouped_paired_and_zero_shot_tasks_give_all_their_classes():
     np.testing.assert_array_equal(query.x[:, 0], np.array([1, 3, 0, 4])[query.y])
 
 
+@pytest.mark.nightly
 def test_mini_batches_of_glyphs_are_new_drawings_of_all_classes():
     few = glyphs("validation", ways=5, shots=1, size=12)
     tasks = supervised(few, batch=64)
@@ -123,6 +124,7 @@ def test_mini_batches_of_glyphs_are_new_drawings_of_all_classes():
     assert len(np.unique(task.query.x.reshape(-1, 144), axis=0)) == 960  # a drawing each
 
 
+@pytest.mark.nightly
 def test_glyphs_are_drawn_from_the_strokes_of_their_labels(monkeypatch):
     """With a hand that does not tremble a drawing is its class's own."""
     monkeypatch.setattr(MODULE, "hands_of", lambda bits: jnp.zeros((*bits.shape[:-1], HAND), jnp.float32))

@@ -103,6 +103,7 @@ def meta_gradient_of_sgd(order):
     return jax.tree.map(jnp.subtract, state.params, after.params)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("strategy", "devices"),
     [
@@ -131,6 +132,7 @@ def test_alignment_as_a_training_metric_changes_no_parameter(strategy, devices):
     np.testing.assert_allclose((more["cosine"], more["norm_ratio"]), expected, rtol=1e-3)
 
 
+@pytest.mark.nightly
 def test_train_reports_the_alignment():
     seen = []
     jm.train(

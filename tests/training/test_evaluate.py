@@ -68,6 +68,7 @@ def test_metrics_are_sums_over_all_episodes_by_counts_over_all():
         evaluate_metrics(learner, {}, tasks, episodes=0, key=KEY)
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(
     ("batch", "devices"),
     [

@@ -225,6 +225,6 @@ def test_a_process_that_finds_no_cluster_says_so(tmp_path):
         (("127.0.0.1:1", 2, 2), "process: got 2; it must be from 0 to 1"),
     ],
 )
-def test_connections_that_cannot_be_are_refused_by_the_argument_s_name(given, named):
+def test_bad_connections_are_refused_by_name(given, named):
     with pytest.raises(ValueError, match=named):
         hosts.connect(*given)

@@ -99,14 +99,14 @@ def assert_close(found, expected, tolerance):
 
 @needs_eight
 @pytest.mark.parametrize("name", MESHES)
-def test_a_meta_step_agrees_to_one_part_in_a_hundred_thousand(name):
+def test_a_meta_step_agrees_to_one_part_in_1e5(name):
     found, expected = (after_a_step(maml(), glyphs(), optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
     assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-5)
 
 
 @needs_eight
 @pytest.mark.parametrize("name", MESHES)
-def test_in_float64_to_one_part_in_a_million_million(name, x64):
+def test_a_meta_step_in_float64_agrees_to_one_part_in_1e12(name, x64):
     def double(task):
         return jax.tree.map(
             lambda leaf: leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, task
@@ -189,7 +189,7 @@ def test_under_pmap_it_is_the_same_step():
         ({"tasks": 64, "params": 64}, "tasks=64 x params=64: these are 4096 devices"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(axes, named):
+def test_bad_axes_of_a_mesh_are_refused(axes, named):
     with pytest.raises(ValueError, match=named):
         jm.make_mesh(**axes)
 
@@ -213,5 +213,5 @@ def test_axes_that_cannot_be_read_are_refused(text):
         sharding.parse_axes(text)
 
 
-def test_axes_as_written():
+def test_axes_are_written_as_they_are_read():
     assert sharding.parse_axes("tasks=4, params=2") == {"tasks": 4, "params": 2}

@@ -54,6 +54,7 @@ def test_the_gradient_is_the_mean_over_the_episodes_of_the_keys():
     np.testing.assert_allclose(metrics["mse"], np.mean(losses), rtol=1e-5)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("strategy", "devices"),
     [

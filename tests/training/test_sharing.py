@@ -94,6 +94,7 @@ def test_two_devices_on_one_task_give_the_meta_gradient_of_one(name):
     assert_same(metrics, expected_metrics)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     "name", [name for name in LEARNERS if name not in IN_THE_DEFAULT_RUN and "convolutions" not in name]
 )
@@ -101,6 +102,7 @@ def test_two_devices_on_one_task_share_its_examples(name):
     assert "all_gather" in str(traced_step(*LEARNERS[name](), 1, 2)[2].jaxpr)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("shots", "queries"),
     [
@@ -116,6 +118,7 @@ def test_examples_that_do_not_divide_and_tasks_of_unequal_size(shots, queries):
     assert_same(found, expected)
 
 
+@pytest.mark.nightly
 def test_three_tasks_one_after_another_are_each_shared():
     found, expected = (meta_gradient("prototypical", 3, devices)[:2] for devices in (2, 1))
     assert_same(found, expected)

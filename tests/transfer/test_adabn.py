@@ -133,6 +133,7 @@ def test_one_pass_pools_the_moments_within_and_between_batches(network, x64):
     np.testing.assert_allclose(first, exact[min(exact)]["var"], rtol=1e-9)
 
 
+@pytest.mark.nightly
 def test_conv4_gets_the_statistics_of_the_target():
     network = jm.nn.Conv4(filters=8)
     x = 1 - np.random.default_rng(0).uniform(size=(20, 16, 16, 1)).astype(np.float32) ** 2
@@ -151,6 +152,7 @@ def test_conv4_gets_the_statistics_of_the_target():
         np.testing.assert_array_equal(jax.jit(network.apply)(found, x), inference)
 
 
+@pytest.mark.nightly
 def test_bytes_are_numbers_between_zero_and_one():
     network = Deep(ours=False)
     variables = trained(network, images(12))

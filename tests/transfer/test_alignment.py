@@ -147,7 +147,7 @@ def test_losses_of_coral_and_mmd_are_their_weighted_discrepancies():
 # --- DANN -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.nightly_rows(after=1)
+@pytest.mark.nightly
 @pytest.mark.parametrize("alignment", [dann(hidden=(4,)), coral(), mmd()], ids=["dann", "coral", "mmd"])
 def test_training_in_pieces_is_training_in_one_go_bit_for_bit(model, alignment):
     """λ is that of the progress of all of the training, not of a piece."""
@@ -298,6 +298,7 @@ def test_weights_count_for_the_source_as_in_fine_tuning(small):
     close(found.source, known.variables, 1e-5)
 
 
+@pytest.mark.nightly
 def test_augmentation_is_of_both_domains(small):
     model, variables, settings = small
     moved = align(model, variables, SOURCE, TARGET.x, CORAL, augment=lambda key, x: 2 * x + 1, **settings)

@@ -120,6 +120,7 @@ def test_fine_tuning_equals_a_plain_loop_of_flax_and_optax_on_the_same_batches(f
     close(fitted.variables, {"params": params, "batch_stats": stats}, 1e-6)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "body",
     [jm.nn.MLP(out=4, hidden=()), pytest.param(jm.nn.Conv4(filters=4), marks=pytest.mark.nightly)],
@@ -213,6 +214,7 @@ def test_the_key_decides_the_training_and_pieces_make_no_difference(flax):
     assert not np.array_equal(other.losses, whole.losses)
 
 
+@pytest.mark.nightly
 def test_repeated_training_compiles_nothing_new(smooth):
     model, variables = smooth
     spy, optimizer = Spy(), optax.adam(0.1)
@@ -231,6 +233,7 @@ def test_repeated_training_compiles_nothing_new(smooth):
     assert run(4, 0.1, batch_size=7) > first
 
 
+@pytest.mark.nightly
 def test_double_precision_is_kept(x64):
     model = classifier(jm.nn.MLP(out=5, hidden=(8,), norm=True), 3)
     double = jm.Batch(jnp.asarray(np.asarray(X, np.float64)), Y)

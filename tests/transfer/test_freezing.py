@@ -44,7 +44,7 @@ def bits(leaf):
     return np.asarray(leaf).tobytes()
 
 
-@pytest.mark.nightly_rows(after=2)
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("body", "optimizer", "upper"),
     [

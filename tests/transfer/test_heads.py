@@ -72,6 +72,7 @@ def test_the_ridge_head_in_single_precision():
         np.testing.assert_allclose(head["bias"], known.intercept_, atol=1e-4)
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(("n", "d", "seed"), [(15, 4, 0), (12, 30, 1), (8, 8, 2)])
 def test_the_chosen_penalty_is_that_with_the_least_error_of_refits_without_each_example(n, d, seed, x64):
     z, y = blobs(n, d, seed=seed)
@@ -123,6 +124,7 @@ def assert_same_head(head, kernel, intercept, tolerance):
     )
 
 
+@pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(
     ("n", "d", "penalty"),
     [(200, 6, 1e-3), (200, 6, 1.0), pytest.param(20, 40, 1e-2, marks=pytest.mark.nightly)],

@@ -107,7 +107,7 @@ def test_a_classifier_that_confuses_classes_altogether_is_refused_with_its_condi
     assert float(shown) >= 0.99 * expected
 
 
-def test_rare_classes_alone_are_no_confusion(x64):
+def test_rare_classes_do_not_make_the_confusion_singular(x64):
     confusion = np.diag([1 - 1e-6, 1e-6])
     np.testing.assert_allclose(bbse(confusion, np.array([0.5, 0.5])), 0.5 / confusion.diagonal(), rtol=1e-9)
 

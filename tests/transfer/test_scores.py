@@ -58,7 +58,7 @@ def test_leep_of_one_hot_probabilities_is_nce_also_with_source_classes_that_neve
     assert leep(np.eye(8)[z], LABELS) == pytest.approx(nce(z, LABELS), rel=1e-12)
 
 
-def test_a_source_that_says_nothing_has_minus_the_labels_entropy():
+def test_an_uninformative_source_has_minus_the_entropy_of_the_labels():
     constant = np.tile(softmax(RNG.normal(size=(1, 5))), (40, 1))
     assert leep(constant, LABELS) == pytest.approx(-entropy(LABELS), rel=1e-12)
     assert leep(constant[:2], np.array([0, 1])) == pytest.approx(-np.log(2), rel=1e-12)
@@ -236,7 +236,7 @@ def test_log_me_does_not_depend_on_the_features_basis_or_unit():
         assert log_me(moved, LABELS) == pytest.approx(log_me(features, LABELS), rel=1e-9)
 
 
-def test_features_that_say_nothing_leave_the_evidence_of_noise():
+def test_uninformative_features_have_the_evidence_of_noise():
     y = RNG.normal(size=20)
     noise = -10 * (np.log(2 * np.pi * (y @ y) / 20) + 1)
     useless = RNG.normal(size=(20, 3))
@@ -284,6 +284,6 @@ def test_bad_input_is_refused_by_name(score, first, labels, says):
 
 
 @pytest.mark.parametrize("shrinkage", [1.0, -0.1, "oas"])
-def test_a_shrinkage_that_is_none_is_refused(shrinkage):
+def test_an_unknown_shrinkage_is_refused(shrinkage):
     with pytest.raises(ValueError, match="shrinkage: got"):
         h_score(np.eye(4), np.array([0, 0, 1, 1]), shrinkage=shrinkage)
