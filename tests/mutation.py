@@ -27,8 +27,9 @@ import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# A mutant whose tests do not end is caught, by the one that waits for them.
-LIMIT = 900
+# Seconds for a run and for each of its tests. A mutant whose tests take longer, many times what they should,
+# is caught: whoever waits for them notices.
+FOR_A_RUN, FOR_A_TEST = 120, 5
 CAUGHT, SURVIVED = "caught", "survived"
 
 
@@ -59,14 +60,14 @@ def copy_of(tree, place):
     return place
 
 
-def pytest(tree, *arguments, **variables):
+def pytest(tree, *arguments, timeout=None, **variables):
     """Run pytest in a tree, whose library goes before an installed one."""
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *arguments]
     data = ROOT.parent / "shared" / "data"
     environment = {"JAXMETA_DATA": str(data), "MPLBACKEND": "Agg"} | os.environ | variables
     environment["PYTHONPATH"] = str(tree)
     return subprocess.run(
-        command, cwd=tree, env=environment, timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, cwd=tree, env=environment, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -112,7 +113,8 @@ def tests_of(mutant, coverage, complete):
     """Return the tests that a mutant meets, those named after its file first.
 
     They are the tests that run its lines, and those of the same files and parameters, with which they share
-    compiled programs: only the first test of a program traces its lines.
+    compiled programs: only the first test of a program traces its lines. A mutant may name a file of tests
+    that run its lines in processes of their own, or on more devices than the run that was recorded had.
     """
 
     def kind(test):
@@ -120,6 +122,8 @@ def tests_of(mutant, coverage, complete):
         return file, name.partition("[")[2]
 
     found = set().union(*(coverage[mutant["file"]][line] for line in mutant["lines"]))
+    if "tests" in mutant:
+        found |= {test for test in complete if test.startswith(mutant["tests"])}
     kinds = {kind(test) for test in found}
     stem, folder = pathlib.PurePath(mutant["file"]).stem, pathlib.PurePath(mutant["file"]).parent.name
 
@@ -129,14 +133,14 @@ def tests_of(mutant, coverage, complete):
     return sorted((test for test in complete if test in found or kind(test) in kinds), key=distance)
 
 
-def meet(tree, tests, cache, *markers):
+def meet(tree, tests, devices, cache, *markers):
     """Run tests up to the first failure; return what came of it."""
     arguments = tree / "arguments.txt"
     arguments.write_text("\n".join(tests) + "\n")
     try:
-        done = pytest(
-            tree, "-x", "--tb=line", *markers, f"@{arguments}", JAX_COMPILATION_CACHE_DIR=str(cache)
-        )
+        variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_NUM_CPU_DEVICES": str(devices)}
+        timeout = FOR_A_RUN + FOR_A_TEST * len(tests)
+        done = pytest(tree, "-x", "--tb=line", *markers, f"@{arguments}", timeout=timeout, **variables)
     except subprocess.TimeoutExpired:
         return CAUGHT, "did not end"
     said = done.stdout.decode()
@@ -162,18 +166,21 @@ def run(tree, work, part, of):
         quick = [test for test in tests if test in default]
         nightly = [test for test in tests if test not in default]
         row = {"id": mutant["id"], "tests": len(tests), "default_tests": len(quick)}
+        devices = mutant.get("devices", 2)
         started = time.monotonic()
         original = (place / mutant["file"]).read_text()
         (place / mutant["file"]).write_text(mutant["text"])
         try:
             row["default"], row["by"] = SURVIVED, ""
             if quick:
-                row["default"], row["by"] = meet(place, quick, work / "cache")
+                row["default"], row["by"] = meet(place, quick, devices, work / "cache")
             row["complete"] = row["default"]
             if row["default"] == SURVIVED and tests:
                 # All of them: the complete run checks annotations as well.
                 complete_run = ("-m", "not slow")
-                row["complete"], row["by"] = meet(place, [*nightly, *quick], work / "cache", *complete_run)
+                row["complete"], row["by"] = meet(
+                    place, [*nightly, *quick], devices, work / "cache", *complete_run
+                )
         finally:
             (place / mutant["file"]).write_text(original)
         row["seconds"] = round(time.monotonic() - started)

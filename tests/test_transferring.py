@@ -132,7 +132,7 @@ def test_the_command_line_knows_all_recipes_and_scores():
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(name, marks=() if name == "gradual" else pytest.mark.nightly) for name in RECIPES],
+    [pytest.param(name, marks=() if name == "lp-ft" else pytest.mark.nightly) for name in RECIPES],
 )
 def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsys, recipe):
     report = transfer(place, tmp_path / "out", "--recipe", recipe, "--shots", "5", *RECIPE_FLAGS[recipe])

@@ -46,10 +46,8 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [1, pytest.param(3, marks=pytest.mark.nightly), pytest.param(20, marks=pytest.mark.slow)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("kills", [1, 3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(kills, tmp_path):
     rng, steps, cut_short = random.Random(kills), 16 * kills, 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -130,8 +128,9 @@ def test_a_missing_or_an_added_file_is_damage(tmp_path):
         jm.load(tmp_path / "tree")
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a process's files")
-@pytest.mark.parametrize("limit", [pytest.param(10, marks=pytest.mark.nightly), 1000])
+@pytest.mark.parametrize("limit", [10, 1000])
 def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(limit, tmp_path):
     """Python's own files meet the limit of 10 bytes, and those of Orbax that of 1,000."""
     process = started(tmp_path, 20, limit)
