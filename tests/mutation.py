@@ -11,7 +11,8 @@ again.
     python tests/mutation.py run runs/mutation            # in two processes: --part 0/2 and --part 1/2
     python tests/mutation.py report runs/mutation
 
-The suite of another version is measured by `--tree`, a folder with that version's `tests`.
+The suite of another version is measured by `--tree`, a folder with that version's `tests`. With `--most N` a
+mutant meets the N tests of each run nearest to its file, and may survive where others would catch it.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def meet(tree, tests, devices, cache, *markers):
     return CAUGHT, failed[0].split(" - ")[0].split()[-1]
 
 
-def run(tree, work, part, of):
+def run(tree, work, part, of, most):
     place = copy_of(tree, work / f"tree-{part}")
     coverage, default, complete = tests_by_line(work), collected(place), collected(place, "-m", "not slow")
     results = work / "results.jsonl"
@@ -163,9 +164,9 @@ def run(tree, work, part, of):
         if number % of != part or mutant["id"] in done:
             continue
         tests = tests_of(mutant, coverage, complete)
-        quick = [test for test in tests if test in default]
-        nightly = [test for test in tests if test not in default]
-        row = {"id": mutant["id"], "tests": len(tests), "default_tests": len(quick)}
+        quick = [test for test in tests if test in default][:most]
+        nightly = [test for test in tests if test not in default][:most]
+        row = {"id": mutant["id"], "tests": len(quick) + len(nightly), "default_tests": len(quick)}
         devices = mutant.get("devices", 2)
         started = time.monotonic()
         original = (place / mutant["file"]).read_text()
@@ -210,13 +211,14 @@ def main():
     parser.add_argument("work", type=pathlib.Path, help="folder of coverage, copies and results")
     parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="the version that is measured")
     parser.add_argument("--part", default="0/1", help="which of how many processes this is, as 0/2")
+    parser.add_argument("--most", type=int, help="of each run the nearest tests, up to this many")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if arguments.command == "cover":
         cover(arguments.tree.resolve(), work)
     elif arguments.command == "run":
-        run(arguments.tree.resolve(), work, *map(int, arguments.part.split("/")))
+        run(arguments.tree.resolve(), work, *map(int, arguments.part.split("/")), arguments.most)
     else:
         report(work)
 

@@ -25,6 +25,8 @@ def test_a_batch_is_a_pytree_with_static_ways():
 def test_ways_are_given_or_one_more_than_the_largest_label():
     assert ways_of(batch(ways=7)) == 7
     assert ways_of(batch()) == 3
+    gap = jm.Batch(jnp.zeros((2, 1)), jnp.array([0, 4]))
+    assert ways_of(gap) == 5
     assert jax.jit(lambda b: jnp.zeros(ways_of(b)))(batch(ways=7)).shape == (7,)
 
 

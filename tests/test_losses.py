@@ -65,3 +65,9 @@ def test_score_is_accuracy_of_labels_and_squared_error_of_targets():
     assert score(outputs, jm.Batch(outputs, labels.y, MASK)) == {"accuracy": (1.0, 2.0)}
     targets = jm.Batch(outputs, outputs.at[0, 0].add(2.0))
     assert score(outputs, targets) == {"mse": (2.0, 4.0)}
+
+
+def test_score_counts_an_example_with_nan_as_wrong_and_no_other():
+    outputs = jnp.array([[jnp.nan, 1.0], [0.0, 1.0], [0.0, jnp.nan], [5.0, 1.0]])
+    labels = jm.Batch(outputs, jnp.array([0, 1, 1, 0], jnp.int32))
+    assert score(outputs, labels) == {"accuracy": (2.0, 4.0)}

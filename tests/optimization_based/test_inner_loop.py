@@ -707,10 +707,14 @@ def test_loop_goes_on_from_a_given_optimizer_state(memory):
 
 @each_mode
 def test_first_order_losses_move_with_the_parameters_of_their_own_step(memory):
-    """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the second loss does not see the first's curvature."""
-    adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, order="first", memory=memory)
-    found = jax.jit(jax.jacrev(lambda theta: adapt(theta, SUPPORT)[1].loss))(0.0)
-    np.testing.assert_allclose(found, [-2.0, -1.6], rtol=1e-12)
+    """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the second loss does not see the first's curvature.
+
+    The proximal term moves the parameters but is no part of the loss; it is zero in the first step.
+    """
+    for proximal in (None, 0.5):
+        adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, order="first", memory=memory, proximal=proximal)
+        found = jax.jit(jax.jacrev(lambda theta, adapt=adapt: adapt(theta, SUPPORT)[1].loss))(0.0)
+        np.testing.assert_allclose(found, [-2.0, -1.6], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
