@@ -61,7 +61,6 @@ def as_maml(params):
 # --- ANIL and BOIL ---------------------------------------------------------------------------------
 
 
-@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(("factory", "adapts_head"), [(jm.anil, True), (jm.boil, False)])
 def test_either_head_or_body_adapts_and_the_other_keeps_its_bits(factory, adapts_head):
     learner, of = factory(network(norm=False), inner_optimizer=SGD, steps=2), task()
@@ -385,7 +384,7 @@ def test_mini_batches_go_through_all_examples_in_turn():
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize("batch_size", [2, pytest.param(5, marks=pytest.mark.nightly), 8])
+@pytest.mark.parametrize("batch_size", [8, 2, 5])
 def test_padding_takes_no_place_in_a_mini_batch(batch_size):
     of = task()
     places = np.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
