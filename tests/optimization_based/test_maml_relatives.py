@@ -167,6 +167,7 @@ def test_meta_sgd_learns_every_rate():
     rates = ravel_pytree(params["hyper"])[0]
     assert rates.size == ravel_pytree(params["model"])[0].size
     assert 0.2 <= rates.min() < 0.3 < 0.5 < rates.max() <= 0.6
+    assert np.unique(rates).size == rates.size
     assert_gradient_matches_finite_differences(learner, params, of)
 
 
