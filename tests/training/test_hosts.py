@@ -13,6 +13,7 @@ import jax
 import meta_runs
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 import jaxmeta as jm
 from jaxmeta.cli import main
@@ -183,6 +184,13 @@ def test_a_lost_process_ends_the_others_and_any_number_goes_on(victim, tmp_path)
 
 
 NO_CLUSTER = "--distributed: there is no cluster"
+
+
+@pytest.mark.parametrize("flags", [[False, True], [True, True], [False, False]])
+def test_a_flag_of_any_process_is_that_of_all(flags, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: len(flags))
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.array(flags))
+    assert hosts.any_of(flags[0]) is any(flags)
 
 
 @pytest.mark.parametrize(

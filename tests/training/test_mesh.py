@@ -105,6 +105,19 @@ def test_a_meta_step_agrees_to_one_part_in_1e5(name):
 
 
 @needs_eight
+def test_a_meta_step_with_all_axes_agrees_to_one_part_in_1e5():
+    axes = {"tasks": 2, "examples": 2, "params": 2}
+    # Biases are left out, since a common translation of embeddings has no gradient.
+    initialiser = jax.nn.initializers.lecun_normal()
+    network = jm.nn.MLP(out=8, hidden=(16,), use_bias=False, kernel_init=initialiser)
+    tasks = jm.tasks.glyphs("train", ways=4, shots=1, queries=2, size=8)
+    found, expected = (
+        after_a_step(jm.prototypical(network), tasks, optax.sgd(1.0), **given) for given in (axes, {})
+    )
+    assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-5)
+
+
+@needs_eight
 @pytest.mark.parametrize("name", MESHES)
 def test_a_meta_step_in_float64_agrees_to_one_part_in_1e12(name, x64):
     def double(task):
