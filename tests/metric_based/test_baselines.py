@@ -119,7 +119,6 @@ def test_the_mean_feature_is_of_all_real_examples_and_comes_from_calibration_too
 # A head by gradient descent.
 
 
-@pytest.mark.nightly
 def test_a_fine_tuned_linear_head_matches_the_released_code_in_torch(x64):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     support, query = (batch(part.x, part.y) for part in unequal())

@@ -52,6 +52,12 @@ def test_attention_by_cosines_has_the_values_computed_by_hand(support, labels, e
         np.testing.assert_allclose(np.exp(outputs[0, 0]), expected, atol=1e-6)
 
 
+def test_normalised_by_the_sum_a_negative_similarity_has_no_weight():
+    support = batch([[1, 0], [-1, 0], [0.6, 0.8]], [0, 1, 2], ways=3)
+    outputs = predict(kernel(normalise="sum"), support, [[1, 0]])
+    np.testing.assert_allclose(np.exp(outputs[0]), [1 / 1.6, 0, 0.6 / 1.6], atol=1e-6)
+
+
 def test_prototypes_have_the_value_computed_by_hand():
     support, query = batch([[0, 0], [2, 0]], [0, 1], ways=2), [[0.5, 0]]
     for outputs in (

@@ -154,6 +154,13 @@ def test_pairs_are_a_pure_function_of_the_key():
     assert (first.query != other.query).any()
 
 
+def test_the_two_kinds_are_drawn_independently():
+    every = np.ones((4, 4), bool)
+    drawn = jax.device_get(draw(KEY, every, every, 200))
+    places = 4 * drawn.query + drawn.support
+    assert (places[:100] == places[100:]).mean() < 0.2
+
+
 def test_a_kind_that_does_not_exist_gives_no_valid_pair():
     same, different = kinds()
     nothing = np.zeros_like(same)
