@@ -352,6 +352,18 @@ def test_chain_applies_its_parts_in_turn_with_a_subtree_for_each():
     assert same_bits(state["batch_stats"], variables["batch_stats"])
 
 
+def test_parts_of_a_chain_have_keys_of_their_own():
+    def train(variables, x, key, *, frozen=None):
+        return x + jax.random.normal(key, x.shape), variables
+
+    noise = jm.nn.StatefulModel(lambda key, x: {"params": {}}, lambda variables, x: x, train)
+    model = chain({"first": noise, "second": noise})
+    outputs, _ = model.train(model.init(KEY, X), X, KEY)
+    halves = (outputs - X) / 2
+    alone, _ = chain({"first": noise}).train({"params": {"first": {}}}, X, KEY)
+    assert np.abs(halves - (alone - X)).max() > 0.1
+
+
 class Unordered(linen.Module):
     """Its layers are computed in another order than that of names, and of their declaration."""
 
