@@ -308,6 +308,19 @@ def test_augmentation_is_of_both_domains(small):
     close(moved.target, before.target, 1e-5)
 
 
+def test_augmentations_of_both_domains_have_keys_of_their_own(small):
+    model, variables, settings = small
+    keys = []
+
+    def augment(key, x):
+        jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+        return x
+
+    align(model, variables, SOURCE, TARGET.x, CORAL, augment=augment, **settings)
+    jax.effects_barrier()
+    assert len(set(keys)) == len(keys) == 2 * settings["steps"]
+
+
 # --- Bad input ------------------------------------------------------------------------------------
 
 
