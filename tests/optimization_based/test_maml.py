@@ -149,6 +149,14 @@ def test_support_mode_normalises_by_the_adapted_support():
     np.testing.assert_allclose(stats["var"], seen.var(0), atol=1e-12)
 
 
+def test_the_loss_is_the_cross_entropy_of_predictions_by_the_adapted_support():
+    learner, of = maml(norm="support"), task()
+    params = init(learner)
+    outputs = predict(learner, params, adapt(learner, params, of), of.query.x)
+    expected = jm.losses.cross_entropy(outputs, of.query.y, of.query.mask)
+    np.testing.assert_allclose(loss(learner, params, of)[0], expected, rtol=1e-12)
+
+
 def test_population_mode_needs_calibration_and_then_is_inductive():
     learner = maml(norm="population")
     params, of = init(learner), task()
