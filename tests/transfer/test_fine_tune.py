@@ -148,6 +148,21 @@ def test_weights_count_as_repetitions(smooth):
     assert not np.allclose(weighted.losses, fine_tune(model, variables, DATA, **PLAIN).losses, rtol=1e-3)
 
 
+def noting_keys():
+    """An augmentation that changes nothing, and a function that returns the keys it was called with."""
+    keys = []
+
+    def augment(key, x):
+        jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+        return x
+
+    def seen():
+        jax.effects_barrier()
+        return keys
+
+    return seen, augment
+
+
 def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
     model, variables = smooth
     settings = {"optimizer": optax.sgd(0.0), "steps": 3, "key": KEY, "batch_size": 20}
@@ -159,10 +174,9 @@ def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
     np.testing.assert_allclose(
         penalised.losses - plain, 2 * variables["params"]["head"]["kernel"].sum(), rtol=1e-4
     )
-    noisy = fine_tune(
-        model, variables, DATA, augment=lambda key, x: x + jax.random.normal(key, x.shape), **settings
-    ).losses
-    assert len({float(loss) for loss in noisy}) == 3
+    keys, augment = noting_keys()
+    fine_tune(model, variables, DATA, augment=augment, **settings)
+    assert len(set(keys())) == len(keys()) == 3
 
 
 @pytest.mark.nightly
@@ -341,6 +355,14 @@ def test_lp_ft_is_fine_tuning_from_a_probed_head(flax, smooth):
         assert not same_bits(probed["params"]["body"], found.variables["params"]["body"])
     # Where training and inference see the same features, it begins low.
     assert found.losses[0] < fine_tune(model, variables, DATA, **settings).losses[0]
+
+
+def test_each_stage_of_gradual_unfreezing_has_keys_of_its_own(smooth):
+    model, variables = smooth
+    keys, augment = noting_keys()
+    groups, settings = ["body/*", "head"], {"stage_steps": 10, "key": KEY, "batch_size": 20}
+    gradual_unfreezing(model, variables, DATA, groups, augment=augment, **settings)
+    assert len(set(keys())) == len(keys()) == 20
 
 
 def test_gradual_unfreezing_goes_from_the_top_to_the_bottom(flax):
