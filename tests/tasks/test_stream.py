@@ -91,9 +91,11 @@ def test_worker_processes_read_the_same_and_end_with_the_iterator(read_by_worker
     assert not processes()
 
 
-def test_the_shares_of_processes_make_up_the_whole_batch(images):
-    whole = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
-    shares = [jm.tasks.stream(images, key=KEY, meta_batch=4, process=(i, 4), **SHAPE).at(2) for i in range(4)]
+@pytest.mark.parametrize("for_evaluation", [False, True])
+def test_the_shares_of_processes_make_up_the_whole_batch(images, for_evaluation):
+    settings = {"key": KEY, "meta_batch": 4, "for_evaluation": for_evaluation, **SHAPE}
+    whole = jm.tasks.stream(images, **settings)
+    shares = [jm.tasks.stream(images, process=(i, 4), **settings).at(2) for i in range(4)]
     same(jax.tree.map(lambda *parts: np.concatenate(parts), *shares), whole.at(2))
 
 

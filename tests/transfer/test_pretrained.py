@@ -314,6 +314,8 @@ def test_missing_unknown_and_misshapen_leaves_are_named_and_new_where_asked(tmp_
         '"params/stem_conv/kernel" has shape (5, 7, 3, 4), and must have (7, 7, 3, 4)',
     ):
         assert line in str(refused.value)
+    with pytest.raises(ValueError, match='"params/stage1_block0/layer0_conv/kernel" is missing'):
+        load_pretrained(file, small_network(), head=False)
     params["stem_conv"] = small["params"]["stem_conv"]
     save_pretrained(file, {**small, "params": params}, overwrite=True)
     with pytest.raises(
