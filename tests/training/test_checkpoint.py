@@ -173,6 +173,8 @@ def test_another_configuration_is_refused_by_name(tmp_path):
         restore_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5, "shots": 5}})
     with pytest.raises(ValueError, match=r"config\['order'\] is None in the stored one, 'first'"):
         restore_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5, "shots": 1}, "order": "first"})
+    with pytest.raises(ValueError, match=r"config\['tasks'\]\['shots'\] is 1 in the stored one, None"):
+        restore_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5}})
     with pytest.raises(
         ValueError, match=r"bias.* is float32\[8\] in the stored one, float32\[9\] in the new"
     ):
