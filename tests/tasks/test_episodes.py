@@ -184,6 +184,15 @@ def test_ragged_shots_alone_leave_the_query_unmasked():
     assert query.mask is None
 
 
+def test_ways_and_shots_of_ragged_tasks_are_drawn_independently():
+    x, y = numbered([8] * 5)
+    tasks = from_arrays(x, y, ways=(2, 3), shots=(1, 2), queries=1)
+    mask = jax.jit(jax.vmap(tasks.sample))(jax.random.split(jax.random.key(0), 64)).support.mask
+    real = np.asarray(mask).reshape(64, 3, 2)
+    sizes = zip(real.any(2).sum(1).tolist(), real.any(1).sum(1).tolist(), strict=True)
+    assert set(sizes) == {(2, 1), (2, 2), (3, 1), (3, 2)}
+
+
 def images(classes=5, each=4, side=3):
     """Square images, no two alike in any rotation; pixel values name class and example."""
     x = np.random.default_rng(0).random((classes * each, side, side, 2), dtype=np.float32)
