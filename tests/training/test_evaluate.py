@@ -7,6 +7,7 @@ import pytest
 import toys
 
 from jaxmeta.core import Learner
+from jaxmeta.tasks import from_arrays
 from jaxmeta.training import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
 from jaxmeta.training.evaluate import metric_name
 
@@ -176,6 +177,21 @@ def test_calibrate_averages_over_the_examples_of_all_tasks():
     assert filled["scale"] is params["scale"]
     np.testing.assert_allclose(filled["population"]["layer"]["mean"], x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(filled["population"]["layer"]["square"], np.square(x).mean(0), rtol=1e-5)
+
+
+def test_queries_are_predicted_with_their_mask():
+    masks = []
+
+    def predict(params, adapted, x, mask=None):
+        masks.append(mask)
+        return jnp.zeros((x.shape[0], 3))
+
+    learner = Learner(lambda key, task: {}, lambda params, support, key: {}, predict, None)
+    x, y = np.zeros((20, 2), np.float32), np.repeat(np.arange(5), 4)
+    ragged = from_arrays(x, y, ways=(2, 3), shots=1, queries=2)
+    evaluate(learner, {}, ragged, episodes=4, key=KEY)
+    assert masks
+    assert all(mask is not None for mask in masks)
 
 
 def test_calibrate_needs_statistics_and_episodes():
