@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from scipy.special import log_softmax
-from variables import close, initialised, same_bits
+from variables import close, initialised, noting_keys, same_bits
 
 import jaxmeta as jm
 from jaxmeta.transfer import (
@@ -148,21 +148,6 @@ def test_weights_count_as_repetitions(smooth):
     assert not np.allclose(weighted.losses, fine_tune(model, variables, DATA, **PLAIN).losses, rtol=1e-3)
 
 
-def noting_keys():
-    """An augmentation that changes nothing, and a function that returns the keys it was called with."""
-    keys = []
-
-    def augment(key, x):
-        jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
-        return x
-
-    def seen():
-        jax.effects_barrier()
-        return keys
-
-    return seen, augment
-
-
 def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
     model, variables = smooth
     settings = {"optimizer": optax.sgd(0.0), "steps": 3, "key": KEY, "batch_size": 20}
@@ -175,7 +160,14 @@ def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
         penalised.losses - plain, 2 * variables["params"]["head"]["kernel"].sum(), rtol=1e-4
     )
     keys, augment = noting_keys()
-    fine_tune(model, variables, DATA, augment=augment, **settings)
+    noisy = fine_tune(
+        model,
+        variables,
+        DATA,
+        augment=lambda key, x: augment(key, x) + jax.random.normal(key, x.shape),
+        **settings,
+    ).losses
+    assert len({float(loss) for loss in noisy}) == 3
     assert len(set(keys())) == len(keys()) == 3
 
 

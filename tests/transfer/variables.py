@@ -1,4 +1,4 @@
-"""Helpers of the tests of transfer: variables of models, drawn and compared."""
+"""Helpers of the tests of transfer: variables of models, drawn and compared, and keys of augmentations."""
 
 import jax
 import numpy as np
@@ -20,3 +20,18 @@ def same_bits(a, b):
 def close(a, b, tolerance):
     """Assert that two trees have leaves that are equal within an absolute or relative tolerance."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b)
+
+
+def noting_keys():
+    """Return a function that gives the keys seen so far, and an augmentation that notes its keys."""
+    keys = []
+
+    def augment(key, x):
+        jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
+        return x
+
+    def seen():
+        jax.effects_barrier()
+        return keys
+
+    return seen, augment
