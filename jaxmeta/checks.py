@@ -18,6 +18,30 @@ LARGEST = 2**31 - 1
 LARGEST_SEED = 2**63 - 1
 
 
+class ArgumentError(ValueError):
+    """Raise for an argument that cannot be used.
+
+    The message is `name: problem`. What speaks to a user in other words, such as the command line of its
+    flags, reads the two parts.
+
+    Args:
+      name: of the argument; of several, with commas between them.
+      problem: what was given, what is allowed, what to do.
+
+    Examples:
+      >>> raise ArgumentError("shots", "got 0; it must be at least 1")
+      Traceback (most recent call last):
+      jaxmeta.checks.ArgumentError: shots: got 0; it must be at least 1
+    """
+
+    def __init__(self, name: str, problem: str):
+        super().__init__(f"{name}: {problem}")
+        self.name, self.problem = name, problem
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.name, self.problem)
+
+
 def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
     """Refuses what is no whole number from `least` to `most`.
 
@@ -27,14 +51,14 @@ def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> N
     Examples:
       >>> check_count("shots", 0)
       Traceback (most recent call last):
-      ValueError: shots: got 0; it must be at least 1
+      jaxmeta.checks.ArgumentError: shots: got 0; it must be at least 1
     """
     try:
         whole = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         whole = None
     if whole is None:
-        raise ValueError(f"{name}: got {shown(value)}; it must be a whole number of at least {least}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be a whole number of at least {least}")
     _check_range(name, value, whole, least, most)
 
 
@@ -49,7 +73,7 @@ def check_number(
     Examples:
       >>> check_number("damping", float("nan"), 0)
       Traceback (most recent call last):
-      ValueError: damping: got nan; it must be a finite number
+      jaxmeta.checks.ArgumentError: damping: got nan; it must be a finite number
     """
     if isinstance(value, jax.core.Tracer) and not value.ndim:
         return
@@ -58,10 +82,10 @@ def check_number(
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"{name}: got {shown(value)}; it must be a finite number")
+        raise ArgumentError(name, f"got {shown(value)}; it must be a finite number")
     if above is not None and not number > above:
         wanted = "positive" if above == 0 else f"above {above}"
-        raise ValueError(f"{name}: got {shown(value)}; it must be {wanted}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be {wanted}")
     _check_range(name, value, number, least, most)
 
 
@@ -74,11 +98,11 @@ def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
     Examples:
       >>> check_word("order", "third", ("second", "first"))
       Traceback (most recent call last):
-      ValueError: order: got 'third'; it must be one of 'second', 'first'
+      jaxmeta.checks.ArgumentError: order: got 'third'; it must be one of 'second', 'first'
     """
     known = tuple(known)
     if not any(type(value) is type(one) and value == one for one in known):
-        raise ValueError(f"{name}: got {shown(value)}; it must be one of {', '.join(map(repr, known))}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be one of {', '.join(map(repr, known))}")
 
 
 def check_function(name: str, value: Any, wanted: str = "a function") -> None:
@@ -88,7 +112,7 @@ def check_function(name: str, value: Any, wanted: str = "a function") -> None:
       ValueError: that calls `value` by `name`.
     """
     if not callable(value):
-        raise ValueError(f"{name}: got {shown(value)}; it must be {wanted}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be {wanted}")
 
 
 def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
@@ -98,7 +122,7 @@ def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
       ValueError: that calls `value` by `name`.
     """
     if not isinstance(value, kind):
-        raise ValueError(f"{name}: got {shown(value)}; it must be {wanted}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be {wanted}")
 
 
 def check_widths(name: str, value: Any) -> None:
@@ -108,7 +132,7 @@ def check_widths(name: str, value: Any) -> None:
       ValueError: that calls `value` by `name`.
     """
     if not isinstance(value, tuple | list):
-        raise ValueError(f"{name}: got {shown(value)}; it must be a tuple, with the width of each layer")
+        raise ArgumentError(name, f"got {shown(value)}; it must be a tuple, with the width of each layer")
     for width in value:
         check_count(name, width)
 
@@ -125,14 +149,14 @@ def check_size(names: str, sizes: Iterable[int], what: str) -> None:
       ValueError: that calls them by `names`.
 
     Examples:
-      >>> check_size("shots, size", (2**20, 2**10, 2**10), "a task")
+      >>> check_size("shots, size", (2**30, 4), "x")
       Traceback (most recent call last):
-      ValueError: shots, size: got a task of 1048576 x 1024 x 1024 values; at most 2147483647 fit in an array
+      jaxmeta.checks.ArgumentError: shots, size: got x of 1073741824 x 4 values; at most 2147483647 fit in an array
     """
     sizes = tuple(map(int, sizes))
     if math.prod(sizes) > LARGEST:
         said = " x ".join(map(str, sizes))
-        raise ValueError(f"{names}: got {what} of {said} values; at most {LARGEST} fit in an array")
+        raise ArgumentError(names, f"got {what} of {said} values; at most {LARGEST} fit in an array")
 
 
 def check_real(name: str, values: Any, *, whole: bool = False) -> None:
@@ -145,7 +169,7 @@ def check_real(name: str, values: Any, *, whole: bool = False) -> None:
     dtype = getattr(values, "dtype", None)
     if dtype is None or not jax.numpy.issubdtype(dtype, number) or dtype.kind == "c":
         wanted = "integers" if whole else "real numbers"
-        raise ValueError(f"{name}: got {shown(values)}; it must be an array of {wanted}")
+        raise ArgumentError(name, f"got {shown(values)}; it must be an array of {wanted}")
 
 
 def check_labels(name: str, labels: Any, n: int | None = None, classes: int | None = None) -> None:
@@ -157,14 +181,14 @@ def check_labels(name: str, labels: Any, n: int | None = None, classes: int | No
     check_real(name, labels, whole=True)
     if labels.ndim != 1 or (n is not None and labels.shape != (n,)):
         wanted = "(n,)" if n is None else f"({n},)"
-        raise ValueError(f"{name}: got shape {labels.shape}; it must be {wanted}, one class an example")
+        raise ArgumentError(name, f"got shape {labels.shape}; it must be {wanted}, one class an example")
     if isinstance(labels, jax.core.Tracer) or classes is None or not labels.size:
         return
     # By NumPy: inside of a compiled function what JAX computes is traced, be it of constants.
     found = np.asarray(labels)
     low, high = int(found.min()), int(found.max())
     if low < 0 or high >= classes:
-        raise ValueError(f"{name}: got classes from {low} to {high}; they must be from 0 to {classes - 1}")
+        raise ArgumentError(name, f"got classes from {low} to {high}; they must be from 0 to {classes - 1}")
 
 
 def check_finite(name: str, values: Any) -> None:
@@ -177,8 +201,8 @@ def check_finite(name: str, values: Any) -> None:
         return
     wrong = values.size - int(np.isfinite(values).sum())
     if wrong:
-        raise ValueError(
-            f"{name}: got NaN or infinity in {wrong} of {values.size} places; all must be finite"
+        raise ArgumentError(
+            name, f"got NaN or infinity in {wrong} of {values.size} places; all must be finite"
         )
 
 
@@ -204,6 +228,6 @@ def shown(value: Any) -> str:
 
 def _check_range(name: str, value: Any, number: float, least: float, most: float) -> None:
     if number < least:
-        raise ValueError(f"{name}: got {shown(value)}; it must be at least {least}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be at least {least}")
     if number > most:
-        raise ValueError(f"{name}: got {shown(value)}; it must be at most {most}")
+        raise ArgumentError(name, f"got {shown(value)}; it must be at most {most}")

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxmeta.checks import ArgumentError
+
 PyTree = Any
 Params = PyTree
 Adapted = PyTree
@@ -187,9 +189,10 @@ def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
     """
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if (str(jax.random.key_impl(key)) != "threefry2x32") if typed else (key.shape != (2,)):
-        raise ValueError(
-            f"key: got {str(jax.random.key_impl(key)) if typed else f'raw bits of shape {key.shape}'}; "
-            'episodes are numbered with Threefry keys: jax.random.key(seed, impl="threefry2x32")'
+        raise ArgumentError(
+            "key",
+            f"got {str(jax.random.key_impl(key)) if typed else f'raw bits of shape {key.shape}'}; "
+            'episodes are numbered with Threefry keys: jax.random.key(seed, impl="threefry2x32")',
         )
     return jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index)))(indices)
 

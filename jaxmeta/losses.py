@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta.checks import check_labels, shown
+from jaxmeta.checks import ArgumentError, check_labels, shown
 from jaxmeta.core import Batch, Metrics
 
 
@@ -24,7 +24,7 @@ def masked_sum(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of `values` where `mask` is True, and how many there are: the form of a metric."""
     if mask is not None and (mask.shape != values.shape or mask.dtype != jnp.bool):
-        raise ValueError(f"mask: got {shown(mask)}; it must be bool, of shape {values.shape}")
+        raise ArgumentError("mask", f"got {shown(mask)}; it must be bool, of shape {values.shape}")
     if mask is None:
         return values.sum(), jnp.asarray(values.size, values.dtype)
     # `where` and not a product: padding may hold NaN, and 0 * NaN is NaN.
@@ -45,7 +45,7 @@ def cross_entropy(
       1.6094
     """
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits: got {shown(logits)}; it must be floats, of shape (n, ways)")
+        raise ArgumentError("logits", f"got {shown(logits)}; it must be floats, of shape (n, ways)")
     # Padding may hold anything.
     real = labels if mask is None or mask.shape != labels.shape else jnp.where(mask, labels, 0)
     check_labels("labels", real, *logits.shape)
@@ -61,8 +61,8 @@ def mse(
       ValueError: outputs and targets differ in shape (they would broadcast to a wrong mean).
     """
     if outputs.shape != targets.shape:
-        raise ValueError(
-            f"outputs, targets: got shapes {outputs.shape} and {targets.shape}; they must be the same"
+        raise ArgumentError(
+            "outputs, targets", f"got shapes {outputs.shape} and {targets.shape}; they must be the same"
         )
     return masked_mean(jnp.square(outputs - targets).mean(-1), mask)
 

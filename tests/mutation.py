@@ -11,8 +11,9 @@ again.
     python tests/mutation.py run runs/mutation            # in two processes: --part 0/2 and --part 1/2
     python tests/mutation.py report runs/mutation
 
-The suite of another version is measured by `--tree`, a folder with that version's `tests`. With `--most N` a
-mutant meets the N tests of each run nearest to its file, and may survive where others would catch it.
+`--only ID …` runs the mutants of these names alone. The suite of another version is measured by `--tree`, a
+folder with that version's `tests`. With `--most N` a mutant meets the N tests of each run nearest to its
+file, and may survive where others would catch it: the report counts such survivors.
 """
 
 import argparse
@@ -153,7 +154,7 @@ def meet(tree, tests, devices, cache, *markers):
     return CAUGHT, failed[0].split(" - ")[0].split()[-1]
 
 
-def run(tree, work, part, of, most):
+def run(tree, work, part, of, most, only):
     place = copy_of(tree, work / f"tree-{part}")
     coverage, default, complete = tests_by_line(work), collected(place), collected(place, "-m", "not slow")
     results = work / "results.jsonl"
@@ -161,12 +162,13 @@ def run(tree, work, part, of, most):
         {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
     )
     for number, mutant in enumerate(mutants()):
-        if number % of != part or mutant["id"] in done:
+        if number % of != part or mutant["id"] in done or (only and mutant["id"] not in only):
             continue
         tests = tests_of(mutant, coverage, complete)
         quick = [test for test in tests if test in default][:most]
         nightly = [test for test in tests if test not in default][:most]
         row = {"id": mutant["id"], "tests": len(quick) + len(nightly), "default_tests": len(quick)}
+        row["left_out"] = len(tests) - row["tests"]
         devices = mutant.get("devices", 2)
         started = time.monotonic()
         original = (place / mutant["file"]).read_text()
@@ -203,6 +205,9 @@ def report(work):
     default = sum(row["default"] == CAUGHT for row in real)
     print(f"{len(real)} mutants, {len(listed) - len(real)} equivalent ones set aside")
     print(f"complete run: {complete} caught; default run: {default}")
+    capped = sum(row["complete"] == SURVIVED and row.get("left_out", 0) > 0 for row in real)
+    if capped:
+        print(f"{capped} survivors met only the tests nearest to their file (--most)")
 
 
 def main():
@@ -212,13 +217,15 @@ def main():
     parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="the version that is measured")
     parser.add_argument("--part", default="0/1", help="which of how many processes this is, as 0/2")
     parser.add_argument("--most", type=int, help="of each run the nearest tests, up to this many")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="run these mutants alone")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     if arguments.command == "cover":
         cover(arguments.tree.resolve(), work)
     elif arguments.command == "run":
-        run(arguments.tree.resolve(), work, *map(int, arguments.part.split("/")), arguments.most)
+        part, of = map(int, arguments.part.split("/"))
+        run(arguments.tree.resolve(), work, part, of, arguments.most, arguments.only)
     else:
         report(work)
 

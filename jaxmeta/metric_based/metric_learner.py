@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxmeta import losses
-from jaxmeta.checks import check_word
+from jaxmeta.checks import ArgumentError, check_word
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -156,13 +156,14 @@ def check_norm(norm: str, norms: tuple[str, ...] = NORMS) -> None:
 def check_labels(batch: Batch) -> None:
     """A ValueError if the targets are no class slots, or not as many as there are examples."""
     if batch.x.shape[0] != batch.y.shape[0]:
-        raise ValueError(
-            f"tasks: got {batch.x.shape[0]} examples or metadata vectors for {batch.y.shape[0]} class slots"
+        raise ArgumentError(
+            "tasks", f"got {batch.x.shape[0]} examples or metadata vectors for {batch.y.shape[0]} class slots"
         )
     if not jnp.issubdtype(batch.y.dtype, jnp.integer):
-        raise ValueError(
-            f"tasks: got targets of type {batch.y.dtype}; methods that compare with examples of classes need "
-            "integer class slots"
+        raise ArgumentError(
+            "tasks",
+            f"got targets of type {batch.y.dtype}; methods that compare with examples of classes need "
+            "integer class slots",
         )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmeta import losses
-from jaxmeta.checks import check_word
+from jaxmeta.checks import ArgumentError, check_word
 from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
 from jaxmeta.metric_based.metric_learner import (
     check_norm,
@@ -129,18 +129,19 @@ def add_class(
       (15, 6)
     """
     if "fitted" not in adapted or "prototypes" not in adapted["fitted"]:
-        raise ValueError(
-            'adapted: got a state without prototypes; take one by jm.prototypical(…, norm="population") or '
-            '"support"'
+        raise ArgumentError(
+            "adapted",
+            'got a state without prototypes; take one by jm.prototypical(…, norm="population") or "support"',
         )
     if x.shape[0] < 1:
-        raise ValueError(f"x: got shape {x.shape}; it must hold at least one example of the new class")
+        raise ArgumentError("x", f"got shape {x.shape}; it must hold at least one example of the new class")
     embedded, _ = _divergence(divergence)
     z, stats = forward(as_model(model, "model"), params["model"], x, stats=adapted["stats"])
     if adapted["stats"] is None and jax.tree.leaves(stats):
-        raise ValueError(
-            "adapted: got a state without batch statistics, of a model that has some: its learner normalises "
-            'each batch by itself; take one by jm.prototypical(…, norm="population")'
+        raise ArgumentError(
+            "adapted",
+            "got a state without batch statistics, of a model that has some: its learner normalises "
+            'each batch by itself; take one by jm.prototypical(…, norm="population")',
         )
     fitted = adapted["fitted"]
     return {
@@ -215,8 +216,9 @@ def _zero_shot(
             for part, name, x in ((model, "model", task.query.x), (metadata, "metadata", task.support.x))
         ]
         if widths[0] != widths[1]:
-            raise ValueError(
-                f"metadata: gives embeddings of shape {widths[1]}, and model of {widths[0]}; both must agree"
+            raise ArgumentError(
+                "metadata",
+                f"gives embeddings of shape {widths[1]}, and model of {widths[0]}; both must agree",
             )
         return params
 

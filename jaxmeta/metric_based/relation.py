@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmeta import losses
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
 from jaxmeta.metric_based.metric_learner import (
     check_norm,
@@ -108,8 +109,8 @@ def relation(
         )
         pairs = shape[0] * shape[1]
         if scores.shape != (pairs, 1):
-            raise ValueError(
-                f"comparison: gives shape {scores.shape} for {pairs} pairs; it must be (pairs, 1)"
+            raise ArgumentError(
+                "comparison", f"gives shape {scores.shape} for {pairs} pairs; it must be (pairs, 1)"
             )
         return only_present(scores.reshape(shape[:2]), present), stats
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import Augment, Batch, Key, Learner, Params
 from jaxmeta.losses import masked_mean
 from jaxmeta.metric_based.kernel import log_probabilities
@@ -71,7 +71,7 @@ def siamese(
     if pairs is not None:
         check_count("pairs", pairs, 2)
         if pairs % 2:
-            raise ValueError(f"pairs: got {pairs}; it must be even, half of each kind")
+            raise ArgumentError("pairs", f"got {pairs}; it must be even, half of each kind")
     network = None if head is None else as_model(head, "head")
 
     def init(key: Key, dim: int, ways: int) -> Params:
@@ -81,12 +81,12 @@ def siamese(
             return {**own, "bias": jnp.zeros(())} if use_bias else own
         own = network.init(key, jnp.zeros((2, dim)))
         if jax.eval_shape(lambda: forward(network, own, jnp.zeros((2, dim)))[1]):
-            raise ValueError(
-                "head: got one with batch statistics; scores of pairs must not depend on each other"
+            raise ArgumentError(
+                "head", "got one with batch statistics; scores of pairs must not depend on each other"
             )
         shape = jax.eval_shape(lambda: forward(network, own, jnp.zeros((2, dim)))[0]).shape
         if shape != (2, 1):
-            raise ValueError(f"head: gives shape {shape} for 2 pairs; it must be (2, 1)")
+            raise ArgumentError("head", f"gives shape {shape} for 2 pairs; it must be (2, 1)")
         return own
 
     def scores(own: Params, a: Array, b: Array) -> Array:

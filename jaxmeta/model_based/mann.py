@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_kind
+from jaxmeta.checks import ArgumentError, check_count, check_kind
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -82,7 +82,9 @@ def mann(
         support = task.support
         width = codes.width(ways_of(support))
         if network.out != width:
-            raise ValueError(f"network: got one of out={network.out}, and labels of these tasks need {width}")
+            raise ArgumentError(
+                "network", f"got one of out={network.out}, and labels of these tasks need {width}"
+            )
         step = jnp.zeros(support.x[0].size + width, support.x.dtype)
         return {"network": network.init(key, step)["params"]}
 
@@ -145,9 +147,10 @@ class _Labels:
             return ways
         letters, characters = self.strings
         if letters**characters != ways:
-            raise ValueError(
-                f"strings: got {self.strings}, {letters**characters} strings, and the tasks have {ways} "
-                "labels; give jm.tasks.sequences the same strings"
+            raise ArgumentError(
+                "strings",
+                f"got {self.strings}, {letters**characters} strings, and the tasks have {ways} "
+                "labels; give jm.tasks.sequences the same strings",
             )
         return letters * characters
 

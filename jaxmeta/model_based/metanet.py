@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -132,10 +132,10 @@ def metanet(
         )
         n, ways = support.x.shape[0], ways_of(support)
         if r.ndim != 2 or r.shape[0] != n:
-            raise ValueError(f"embedding: gives shape {r.shape} for {n} examples; it must be ({n}, dim)")
+            raise ArgumentError("embedding", f"gives shape {r.shape} for {n} examples; it must be ({n}, dim)")
         if outputs.shape != (n, ways):
-            raise ValueError(
-                f"base: gives shape {outputs.shape} for {n} examples of {ways} ways; it must be {(n, ways)}"
+            raise ArgumentError(
+                "base", f"gives shape {outputs.shape} for {n} examples of {ways} ways; it must be {(n, ways)}"
             )
         _check_fast_layers(fast_layers, {**params["embedding"], **params["base"]})
         for_base = _groups_of(with_fast(params["base"]))
@@ -376,15 +376,18 @@ def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
     """How many samples are drawn of `support`, or a ValueError."""
     n = support.x.shape[0]
     if support.y.shape[0] != n:
-        raise ValueError(f"tasks: got {n} support examples and {support.y.shape[0]} class slots")
+        raise ArgumentError("tasks", f"got {n} support examples and {support.y.shape[0]} class slots")
     if not jnp.issubdtype(support.y.dtype, jnp.integer):
-        raise ValueError(f"tasks: got targets of type {support.y.dtype}; metanet needs integer class slots")
+        raise ArgumentError(
+            "tasks", f"got targets of type {support.y.dtype}; metanet needs integer class slots"
+        )
     if samples is not None and samples > n:
-        raise ValueError(f"samples: got {samples} for {n} support examples; it must be at most that")
+        raise ArgumentError("samples", f"got {samples} for {n} support examples; it must be at most that")
     if pairs and n < 2:
-        raise ValueError(
-            f'tasks: got {n} support example; embedding_loss must be "xent" there, or task_weights False: '
-            "the others compare two"
+        raise ArgumentError(
+            "tasks",
+            f'got {n} support example; embedding_loss must be "xent" there, or task_weights False: '
+            "the others compare two",
         )
     return min(SAMPLES, n) if samples is None else samples
 
@@ -392,7 +395,7 @@ def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
 def _check_fast_layers(fast_layers: Sequence[str] | None, known: Params) -> None:
     unknown = [name for name in fast_layers or () if name not in known]
     if unknown:
-        raise ValueError(f"fast_layers: got {unknown}, and the networks' layers are {tuple(known)}")
+        raise ArgumentError("fast_layers", f"got {unknown}, and the networks' layers are {tuple(known)}")
 
 
 def _kind(slow: Array) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
-from jaxmeta.checks import shown
+from jaxmeta.checks import ArgumentError, shown
 from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS
@@ -62,10 +62,11 @@ def as_model(network: Network, argument: str = "network") -> Model:
         return from_equinox(network)
     if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
         return Model(*network)
-    raise ValueError(
-        f"{argument}: got {shown(network)}; it must be a jaxmeta Model, a module of flax.linen, flax.nnx or "
+    raise ArgumentError(
+        argument,
+        f"got {shown(network)}; it must be a jaxmeta Model, a module of flax.linen, flax.nnx or "
         "equinox, or a pair of functions (init, apply); jm.nn.from_nnx and jm.nn.from_equinox take functions "
-        "that make modules"
+        "that make modules",
     )
 
 

@@ -20,6 +20,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, Params
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, log_and_sign
@@ -56,9 +57,10 @@ def _kernels(slow: Array, fast: Fast) -> list[Array]:
     given = [each["kernel"] for each in sets if each is not None]
     for kernel in given:
         if kernel.shape != slow.shape:
-            raise ValueError(
-                f"fast: got a kernel of shape {kernel.shape} for a layer whose own is {slow.shape}; they "
-                "must agree; jax.vmap over examples gives each fast weights of its own"
+            raise ArgumentError(
+                "fast",
+                f"got a kernel of shape {kernel.shape} for a layer whose own is {slow.shape}; they "
+                "must agree; jax.vmap over examples gives each fast weights of its own",
             )
     return [slow, *given]
 
@@ -233,9 +235,10 @@ def as_augmented(network: Any, argument: str = "network") -> Augmented:
     """
     call = type(network).__call__ if isinstance(network, linen.Module) else getattr(network, "apply", None)
     if call is None or "fast" not in inspect.signature(call).parameters:
-        raise ValueError(
-            f"{argument}: got a {type(network).__name__} whose call takes no `fast`; it must be called with "
-            "(x, fast=None), as jm.nn.AugmentedCNN is, and modules of jm.nn.AugmentedConv and AugmentedDense"
+        raise ArgumentError(
+            argument,
+            f"got a {type(network).__name__} whose call takes no `fast`; it must be called with "
+            "(x, fast=None), as jm.nn.AugmentedCNN is, and modules of jm.nn.AugmentedConv and AugmentedDense",
         )
     if not isinstance(network, linen.Module):
         return Augmented(network.init, network.apply)
@@ -243,9 +246,9 @@ def as_augmented(network: Any, argument: str = "network") -> Augmented:
     def init(key: Key, x: Array) -> Params:
         variables = network.init(key, x)
         if set(variables) != {"params"}:
-            raise ValueError(
-                f"{argument}: got a {type(network).__name__} that keeps {sorted(variables)}; it must have "
-                "weights only"
+            raise ArgumentError(
+                argument,
+                f"got a {type(network).__name__} that keeps {sorted(variables)}; it must have weights only",
             )
         return variables["params"]
 

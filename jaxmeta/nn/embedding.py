@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Bool, Float
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
 
@@ -56,7 +57,9 @@ def _windows(x):
 def require_size(x: Float[Array, "n h w c"], least: int) -> None:
     """Refuses images that poolings would shrink to nothing, whose features would be constant."""
     if min(x.shape[1:3]) < least:
-        raise ValueError(f"x: got images of {x.shape[1]}×{x.shape[2]}; they must be at least {least}×{least}")
+        raise ArgumentError(
+            "x", f"got images of {x.shape[1]}×{x.shape[2]}; they must be at least {least}×{least}"
+        )
 
 
 def linear_head(x: Float[Array, "n d"], ways: int | None) -> Float[Array, "n out"]:

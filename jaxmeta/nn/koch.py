@@ -4,6 +4,7 @@ import jax
 from flax import linen
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.nn.embedding import max_pool_2x2
 from jaxmeta.nn.layers import Conv
 
@@ -31,8 +32,8 @@ class Koch(linen.Module):
     @linen.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 4096"]:
         if x.shape[1:3] != (SIDE, SIDE):
-            raise ValueError(
-                f"x: got images of {x.shape[1]}×{x.shape[2]}; the published network is for {SIDE}×{SIDE}"
+            raise ArgumentError(
+                "x", f"got images of {x.shape[1]}×{x.shape[2]}; the published network is for {SIDE}×{SIDE}"
             )
         normal = linen.initializers.normal
 

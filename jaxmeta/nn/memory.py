@@ -14,6 +14,8 @@ from flax import linen
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import ArgumentError
+
 State = dict[str, Any]
 
 
@@ -102,10 +104,10 @@ class LRUA(linen.Module):
             ("first_read", ("first_row", "uniform")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; it must be one of {known}")
+                raise ArgumentError(name, f"got {getattr(self, name)!r}; it must be one of {known}")
         if self.rows < self.heads:
-            raise ValueError(
-                f"rows: got {self.rows}; {self.heads} heads ask for as many least used rows, at least that"
+            raise ArgumentError(
+                "rows", f"got {self.rows}; {self.heads} heads ask for as many least used rows, at least that"
             )
         super().__post_init__()
 
@@ -281,7 +283,7 @@ class MemoryNetwork(linen.Module):
 
     def __post_init__(self):
         if self.controller not in ("lstm", "feed_forward"):
-            raise ValueError(f'controller: got {self.controller!r}; it must be "lstm" or "feed_forward"')
+            raise ArgumentError("controller", f'got {self.controller!r}; it must be "lstm" or "feed_forward"')
         super().__post_init__()
 
     def setup(self):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Model, PyTree
 from jaxmeta.nn.adapters import Network, as_model
 
@@ -35,7 +36,7 @@ def in_precision(network: Network, dtype: DTypeLike = jnp.bfloat16) -> Model:
       Micikevicius et al., Mixed Precision Training, 2018, section 3.1.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype: got {jnp.dtype(dtype).name}; it must be a floating-point type")
+        raise ArgumentError("dtype", f"got {jnp.dtype(dtype).name}; it must be a floating-point type")
     model = as_model(network)
 
     def apply(params: PyTree, x: Any, **settings: Any) -> PyTree:

@@ -8,6 +8,7 @@ from flax import linen
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.nn.embedding import linear_head
 from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
@@ -118,7 +119,9 @@ class ResNet(linen.Module):
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n d"]:
         if len(self.channels) != len(self.depths):
-            raise ValueError(f"channels: got {self.channels}; one for each stage of depths, {self.depths}")
+            raise ArgumentError(
+                "channels", f"got {self.channels}; one for each stage of depths, {self.depths}"
+            )
         x = _conv_norm(x, mask, self.stem, 7, 2, ((3, 3), (3, 3)), "stem", max_pool_3x3)
         x = jax.nn.relu(x)
         for i, (depth, channels) in enumerate(zip(self.depths, self.channels, strict=True)):

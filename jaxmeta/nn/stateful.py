@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
-from jaxmeta.checks import check_number
+from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.core import Key, PyTree
 from jaxmeta.nn.adapters import SWITCHES, Network, as_model, call_arguments, forward, switches
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
@@ -76,7 +76,7 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
         return network
     check_number("momentum", momentum, 0)
     if momentum >= 1:
-        raise ValueError(f"momentum: got {momentum}; it must be at least 0 and below 1")
+        raise ArgumentError("momentum", f"got {momentum}; it must be at least 0 and below 1")
     if isinstance(network, linen.Module):
         call_arguments(network, "mask", *SWITCHES, "use_running_average")
         return _from_linen(network, momentum)._replace(network=lambda: network)
@@ -92,7 +92,7 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
       ValueError: no parts.
     """
     if not parts:
-        raise ValueError("parts: got none; there must be at least one network")
+        raise ArgumentError("parts", "got none; there must be at least one network")
     models = {name: as_stateful(network, momentum=momentum) for name, network in parts.items()}
 
     def init(key: Key, x: Any) -> Variables:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen, traverse_util
 from jaxtyping import Array
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 from jaxmeta.nn.adapters import Network, as_model, forward, switches
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
@@ -49,16 +50,17 @@ def measure(
     if isinstance(network, linen.Module):
         outputs, stats = _of_module(network, variables, x, own, arguments)
     elif not own or arguments:
-        raise ValueError(
-            f"network: got {type(network).__name__}; without a module of flax.linen its layers can only "
+        raise ArgumentError(
+            "network",
+            f"got {type(network).__name__}; without a module of flax.linen its layers can only "
             f"normalise by their own statistics (own=True, got {own}), and its call takes no other "
-            f"arguments, got {sorted(arguments)}"
+            f"arguments, got {sorted(arguments)}",
         )
     else:
         model = as_model(network)
         outputs, stats = forward(model, variables["params"], x)
     if not stats:
-        raise ValueError(f"network: {type(network).__name__} has no batch normalisation")
+        raise ArgumentError("network", f"{type(network).__name__} has no batch normalisation")
     return outputs, stats
 
 
@@ -107,8 +109,8 @@ def _of_module(network, variables, x, own, arguments):
         # A transformation (scan, remat) may trace a layer more than once, each time from a root of its own.
         origin: Any = layer.scope
         if any(origin.root is root and layer.path == path for root, path in called):
-            raise ValueError(
-                f"network: its layer {_named(layer)} is called twice; statistics are those of one call"
+            raise ArgumentError(
+                "network", f"its layer {_named(layer)} is called twice; statistics are those of one call"
             )
         called.append((origin.root, layer.path))
         stats = _entering(layer, *args, **kwargs)
@@ -129,13 +131,16 @@ def _entering(layer, *args, **kwargs):
     bound.apply_defaults()
     given = bound.arguments
     if given.get("mask") is not None:
-        raise ValueError(f"network: its layer {_named(layer)} is given a mask; hand over real examples only")
+        raise ArgumentError(
+            "network", f"its layer {_named(layer)} is given a mask; hand over real examples only"
+        )
     if isinstance(layer, linen.BatchNorm):
         running = given["use_running_average"]
         if not (layer.use_running_average if running is None else running):
-            raise ValueError(
-                f"network: its layer {_named(layer)} normalises by its batch; hand over the argument with "
-                "which the network does inference (training=False, say)"
+            raise ArgumentError(
+                "network",
+                f"its layer {_named(layer)} normalises by its batch; hand over the argument with "
+                "which the network does inference (training=False, say)",
             )
     x = given["x"]
     channels = {axis % x.ndim for axis in np.atleast_1d(getattr(layer, "axis", -1)).tolist()}

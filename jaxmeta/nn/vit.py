@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Float
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.nn.embedding import linear_head
 from jaxmeta.nn.layers import Conv
 
@@ -41,9 +42,10 @@ def resize_positions(
     if old_grid is None:
         old_grid = (math.isqrt(patches),) * 2
     if math.prod(old_grid) != patches:
-        raise ValueError(
-            f"positions: got a class token and {patches} patches; {old_grid[0]}×{old_grid[1]} would be "
-            f"{math.prod(old_grid)}: name the grid as old_grid"
+        raise ArgumentError(
+            "positions",
+            f"got a class token and {patches} patches; {old_grid[0]}×{old_grid[1]} would be "
+            f"{math.prod(old_grid)}: name the grid as old_grid",
         )
     if tuple(grid) == tuple(old_grid):
         return positions
@@ -183,13 +185,14 @@ class ViT(linen.Module):
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {POOLINGS}, got {self.pooling!r}")
         if self.width % self.heads:
-            raise ValueError(f"heads: got {self.heads}; they must divide the width, {self.width}")
+            raise ArgumentError("heads", f"got {self.heads}; they must divide the width, {self.width}")
         height, width = self.sides
         if height % self.patch or width % self.patch:
-            raise ValueError(f"image_size: got {height}×{width}; patches of {self.patch} must tile it")
+            raise ArgumentError("image_size", f"got {height}×{width}; patches of {self.patch} must tile it")
         if x.shape[1:3] != (height, width):
-            raise ValueError(
-                f"x: got images of {x.shape[1]}×{x.shape[2]}, and position_embedding is of {height}×{width}: "
+            raise ArgumentError(
+                "x",
+                f"got images of {x.shape[1]}×{x.shape[2]}, and position_embedding is of {height}×{width}: "
                 "resize the images, or build the network with their image_size and pass position_embedding "
-                "through jaxmeta.nn.resize_positions"
+                "through jaxmeta.nn.resize_positions",
             )

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_function, check_word, shown
+from jaxmeta.checks import ArgumentError, check_count, check_function, check_word, shown
 from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
@@ -93,7 +93,7 @@ def adaptation(
     model = as_model(model, "model")
     eval_steps = steps if eval_steps is None else eval_steps
     if norm == "episode" and eval_steps < 1:
-        raise ValueError('norm: "episode" is an average over inner steps; eval_steps must be at least 1')
+        raise ArgumentError("norm", '"episode" is an average over inner steps; eval_steps must be at least 1')
 
     def outputs_of(weights: Params, batch: Batch, stats: PyTree = None, key: Key | None = None) -> jax.Array:
         outputs, _ = forward(model, weights, batch.x, mask=batch.mask, stats=stats, key=key)
@@ -310,21 +310,24 @@ def _in_layers_of(stats: PyTree) -> Callable[[str], bool]:
 def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
     fixed = isinstance(inner_optimizer, optax.GradientTransformation)
     if fixed and hyper is not None:
-        raise ValueError(
-            "hyper: got hyperparameters to learn, but inner_optimizer is a fixed transformation; pass a "
-            "function of them, such as optax.sgd"
+        raise ArgumentError(
+            "hyper",
+            "got hyperparameters to learn, but inner_optimizer is a fixed transformation; pass a "
+            "function of them, such as optax.sgd",
         )
     if not fixed and hyper is None:
-        raise ValueError(
-            f"inner_optimizer: got {shown(inner_optimizer)}, which is no optax transformation; a function of "
-            "hyperparameters needs their initial values: hyper=0.4"
+        raise ArgumentError(
+            "inner_optimizer",
+            f"got {shown(inner_optimizer)}, which is no optax transformation; a function of "
+            "hyperparameters needs their initial values: hyper=0.4",
         )
     if hyper is None:
         return
     if order == "implicit":
-        raise ValueError(
-            'order: got "implicit", which gives hyperparameters that are to be learned (hyper) no gradient: '
-            'where the minimum lies does not depend on the way there; take "second" or "first"'
+        raise ArgumentError(
+            "order",
+            'got "implicit", which gives hyperparameters that are to be learned (hyper) no gradient: '
+            'where the minimum lies does not depend on the way there; take "second" or "first"',
         )
     if order == "second" and not callable(hyper):
         require_finite_derivative(inner_optimizer(jax.tree.map(jnp.asarray, hyper)))
@@ -332,15 +335,16 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
 
 def _check_implicit(eval_steps: int | None, batch_size: int | None, norm: str) -> None:
     if eval_steps is not None and eval_steps < 1:
-        raise ValueError(f'eval_steps: got {eval_steps}; it must be at least 1 under order="implicit"')
+        raise ArgumentError("eval_steps", f'got {eval_steps}; it must be at least 1 under order="implicit"')
     if batch_size is not None:
-        raise ValueError(
-            f'batch_size: got {batch_size}; order="implicit" is about the minimum of the loss of all support '
-            "examples; leave it out"
+        raise ArgumentError(
+            "batch_size",
+            f'got {batch_size}; order="implicit" is about the minimum of the loss of all support '
+            "examples; leave it out",
         )
     if norm == "episode":
-        raise ValueError(
-            'norm: got "episode", an average over inner steps, of which order="implicit" has none'
+        raise ArgumentError(
+            "norm", 'got "episode", an average over inner steps, of which order="implicit" has none'
         )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, Learner, Params, Task
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.optimization_based.maml import maml
@@ -59,7 +60,7 @@ def with_head(model: Network, head: Head, learner: Learner, *, body: bool = Fals
         inside = [in_head(head)(leaf) for leaf in leaves]
         if not any(inside) or (body and all(inside)):
             picks = "all" if any(inside) else "none"
-            raise ValueError(f"head: got {head!r}, which picks {picks} of the network's leaves {leaves}")
+            raise ArgumentError("head", f"got {head!r}, which picks {picks} of the network's leaves {leaves}")
         return learner.init(key, task)
 
     return learner._replace(init=init)

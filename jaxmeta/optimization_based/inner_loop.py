@@ -16,7 +16,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_count, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.optimization_based.trees import inexact, merge, partition
 from jaxmeta.optimization_based.unroll import Step, unroll, value_and_gradient
 
@@ -157,11 +157,11 @@ def inner_loop(
     def check_hyper(hyper: PyTree) -> None:
         fixed = isinstance(optimizer, optax.GradientTransformation)
         if fixed and hyper is not None:
-            raise ValueError(
-                "hyper: got hyperparameters, but the optimizer is a transformation and takes none"
+            raise ArgumentError(
+                "hyper", "got hyperparameters, but the optimizer is a transformation and takes none"
             )
         if not fixed and hyper is None:
-            raise ValueError("hyper: got None, but the optimizer is a function of hyperparameters")
+            raise ArgumentError("hyper", "got None, but the optimizer is a function of hyperparameters")
         if not fixed and order == "second":
             leaves, structure = jax.tree.flatten(hyper)
             require_finite_derivative(
@@ -211,9 +211,10 @@ def inner_loop(
 
     def adapt(params, batch, *, hyper=None, state=None, **extra):
         if order == "implicit" and hyper is not None:
-            raise ValueError(
-                'hyper: got hyperparameters under order="implicit", which gives them no gradient: where the '
-                "minimum lies does not depend on the way there; build the optimizer with fixed ones"
+            raise ArgumentError(
+                "hyper",
+                'got hyperparameters under order="implicit", which gives them no gradient: where the '
+                "minimum lies does not depend on the way there; build the optimizer with fixed ones",
             )
         check_hyper(hyper)
         params, batch, hyper, extra = jax.tree.map(_strongly_typed, (params, batch, hyper, extra))
@@ -288,13 +289,14 @@ def _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_p
     if order != "implicit":
         return
     if not proximal:
-        raise ValueError(
-            f'proximal: got {proximal}; order="implicit" needs a positive weight of the proximal term, '
-            "without which the minimum does not depend on where the loop starts"
+        raise ArgumentError(
+            "proximal",
+            f'got {proximal}; order="implicit" needs a positive weight of the proximal term, '
+            "without which the minimum does not depend on where the loop starts",
         )
     if truncation is not None or keep_path:
         name = "truncation" if truncation is not None else "keep_path"
-        raise ValueError(f'{name}: order="implicit" differentiates no step; leave it out')
+        raise ArgumentError(name, 'order="implicit" differentiates no step; leave it out')
 
 
 def _zero_with_gradient(gradient, theta):
@@ -334,9 +336,10 @@ def _require_differentiable(optimizer, carry):
     try:
         jax.eval_shape(derivative, params, floats)
     except Exception as error:
-        raise ValueError(
-            f"optimizer: its update cannot be differentiated in reverse mode: {str(error).splitlines()[0]}; "
-            'take another, or order="implicit", which does not differentiate it'
+        raise ArgumentError(
+            "optimizer",
+            f"its update cannot be differentiated in reverse mode: {str(error).splitlines()[0]}; "
+            'take another, or order="implicit", which does not differentiate it',
         ) from error
 
 
@@ -358,9 +361,10 @@ def require_finite_derivative(optimizer: Optimizer, *hyper: Any) -> None:
     except Exception:
         return
     if not finite:
-        raise ValueError(
-            "optimizer: the derivative of its update is not finite where a gradient is zero, and neither "
-            "would be the meta-gradient; the square root of optax.adam and its like needs eps_root=1e-8, say"
+        raise ArgumentError(
+            "optimizer",
+            "the derivative of its update is not finite where a gradient is zero, and neither "
+            "would be the meta-gradient; the square root of optax.adam and its like needs eps_root=1e-8, say",
         )
 
 

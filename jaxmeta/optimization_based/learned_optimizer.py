@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_function, check_number, check_widths, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_function, check_number, check_widths, check_word
 from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.coordinatewise import ProposedUpdate
@@ -125,7 +125,7 @@ def learned_optimizer(
     check_count("truncation", truncation)
     check_count("steps", steps)
     if steps % truncation:
-        raise ValueError(f"steps: got {steps}; it must be a multiple of truncation = {truncation}")
+        raise ArgumentError("steps", f"got {steps}; it must be a multiple of truncation = {truncation}")
     if eval_steps is not None:
         check_count("eval_steps", eval_steps)
     # No "implicit": there is no minimum to reach.
@@ -149,9 +149,10 @@ def learned_optimizer(
                 if not has
             ]
             if integers:
-                raise ValueError(
-                    f"params: got integers in {integers}, which have no gradient; a learned optimizer takes "
-                    "floating-point parameters (see optax.masked)"
+                raise ArgumentError(
+                    "params",
+                    f"got integers in {integers}, which have no gradient; a learned optimizer takes "
+                    "floating-point parameters (see optax.masked)",
                 )
             return proposal.initial(ravel_pytree(params)[0].size, dtype)
 

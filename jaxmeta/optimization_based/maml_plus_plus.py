@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation
@@ -85,9 +85,10 @@ def maml_plus_plus(
     if eval_steps is not None:
         check_count("eval_steps", eval_steps)
     if eval_steps is not None and eval_steps > steps:
-        raise ValueError(
-            f"eval_steps: got {eval_steps}; there are learned step sizes for 1 to {steps} steps (the "
-            "`steps` of training)"
+        raise ArgumentError(
+            "eval_steps",
+            f"got {eval_steps}; there are learned step sizes for 1 to {steps} steps (the "
+            "`steps` of training)",
         )
     for name, count in (("anneal_steps", anneal_steps), ("first_order_steps", first_order_steps)):
         check_count(name, count, 0)

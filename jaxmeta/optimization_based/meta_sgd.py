@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from jaxmeta.checks import check_number, shown
+from jaxmeta.checks import ArgumentError, check_number, shown
 from jaxmeta.core import Key, Learner, PyTree
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
@@ -39,12 +39,12 @@ def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1
     """
     ends = tuple(rates) if isinstance(rates, tuple | list) else (rates, rates)
     if len(ends) != 2:
-        raise ValueError(f"rates: got {shown(rates)}; it must be a number or (low, high)")
+        raise ArgumentError("rates", f"got {shown(rates)}; it must be a number or (low, high)")
     low, high = ends
     check_number("rates", low)
     check_number("rates", high)
     if low > high:
-        raise ValueError(f"rates: got the range {rates}; it must be (low, high)")
+        raise ArgumentError("rates", f"got the range {rates}; it must be (low, high)")
 
     def initial(key: Key, fast: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(fast)

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from jaxmeta.checks import ArgumentError
+
 _CLASSES, _ATTRIBUTES = 200, 312
 
 
@@ -59,24 +61,28 @@ def _listed(path: Path, expected: int) -> list[str]:
     """The names of a file with lines "id name", ids from 1 to `expected` in order."""
     pairs = [line.split(maxsplit=1) for line in _lines(path)]
     if [pair[0] for pair in pairs] != [f"{number}" for number in range(1, expected + 1)]:
-        raise ValueError(f"data: {path} must have {expected} lines, 1 to {expected}, got {len(pairs)}")
+        raise ArgumentError("data", f"{path} must have {expected} lines, 1 to {expected}, got {len(pairs)}")
     names = {pair[1].strip() for pair in pairs if len(pair) == 2}
     if len(names) != expected:
-        raise ValueError(f"data: {path} must name {expected} different things, got {len(names)}")
+        raise ArgumentError("data", f"{path} must name {expected} different things, got {len(names)}")
     return [pair[1].strip() for pair in pairs]
 
 
 def _percentages(path: Path) -> Float[np.ndarray, "classes attributes"]:
     rows = [line.split() for line in _lines(path)]
     if len(rows) != _CLASSES:
-        raise ValueError(f"data: {path} must have {_CLASSES} lines, one a class, got {len(rows)}")
+        raise ArgumentError("data", f"{path} must have {_CLASSES} lines, one a class, got {len(rows)}")
     for number, row in enumerate(rows, start=1):
         if len(row) != _ATTRIBUTES:
-            raise ValueError(f"data: line {number} of {path} must have {_ATTRIBUTES} numbers, got {len(row)}")
+            raise ArgumentError(
+                "data", f"line {number} of {path} must have {_ATTRIBUTES} numbers, got {len(row)}"
+            )
     try:
         table = np.array([[float(value) for value in row] for row in rows], np.float32)
     except ValueError as error:
-        raise ValueError(f"data: {path} must hold numbers only ({error})") from error
+        raise ArgumentError("data", f"{path} must hold numbers only ({error})") from error
     if not ((table >= 0) & (table <= 100)).all():
-        raise ValueError(f"data: {path} must hold percentages, 0 to 100, got {table.min()} to {table.max()}")
+        raise ArgumentError(
+            "data", f"{path} must hold percentages, 0 to 100, got {table.min()} to {table.max()}"
+        )
     return table

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.images import resized
@@ -113,11 +113,13 @@ def mnist_images(
     of_images, of_labels = _MNIST.paths(data, part)
     images, labels = _idx(of_images, 3), _idx(of_labels, 1)
     if images.shape[1:] != (28, 28):
-        raise ValueError(
-            f"data: {of_images} must hold images of 28x28 pixels, got {images.shape[1]}x{images.shape[2]}"
+        raise ArgumentError(
+            "data", f"{of_images} must hold images of 28x28 pixels, got {images.shape[1]}x{images.shape[2]}"
         )
     if len(images) != len(labels):
-        raise ValueError(f"data: {of_images} holds {len(images)} images and {of_labels} {len(labels)} labels")
+        raise ArgumentError(
+            "data", f"{of_images} holds {len(images)} images and {of_labels} {len(labels)} labels"
+        )
     _check_digits(of_labels, labels)
     return images[..., None], labels.astype(np.int32)
 
@@ -154,20 +156,23 @@ def usps_images(
     for number, line in enumerate(lines, start=1):
         columns = line.split()
         if len(columns) != _USPS_COLUMNS:
-            raise ValueError(
-                f"data: line {number} of {path} has {len(columns)} columns; it must have {_USPS_COLUMNS}, a "
-                "digit and 16x16 grey values"
+            raise ArgumentError(
+                "data",
+                f"line {number} of {path} has {len(columns)} columns; it must have {_USPS_COLUMNS}, a "
+                "digit and 16x16 grey values",
             )
         try:
             table[number - 1] = np.array(columns, np.float64)
         except ValueError as error:
-            raise ValueError(f"data: line {number} of {path} must hold numbers only ({error})") from error
+            raise ArgumentError(
+                "data", f"line {number} of {path} must hold numbers only ({error})"
+            ) from error
     labels, values = table[:, 0], table[:, 1:]
     _check_digits(path, labels)
     # Written so that NaN fails.
     wrong = np.flatnonzero(~(np.abs(values) <= 1).all(axis=1))
     if wrong.size:
-        raise ValueError(f"data: line {wrong[0] + 1} of {path} has grey values outside [-1, 1]")
+        raise ArgumentError("data", f"line {wrong[0] + 1} of {path} has grey values outside [-1, 1]")
     images = np.rint((values + 1) / 2 * 255).astype(np.uint8)
     return images.reshape(-1, 16, 16, 1), labels.astype(np.int32)
 
@@ -280,7 +285,9 @@ def _content(path: Path) -> bytes:
     try:
         return gzip.decompress(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"data: {path} is corrupted or half-downloaded ({error}); get it again") from error
+        raise ArgumentError(
+            "data", f"{path} is corrupted or half-downloaded ({error}); get it again"
+        ) from error
 
 
 def _idx(path: Path, rank: int) -> UInt8[np.ndarray, "..."]:
@@ -288,23 +295,25 @@ def _idx(path: Path, rank: int) -> UInt8[np.ndarray, "..."]:
     content, start = _content(path), 4 * (1 + rank)
     magic, *sizes = (int.from_bytes(content[place : place + 4], "big") for place in range(0, start, 4))
     if len(content) < start or magic != 0x800 + rank:
-        raise ValueError(
-            f"data: {path} is no IDX file of bytes in {rank} dimensions, which begins with "
-            f"{0x800 + rank:#010x} and {rank} sizes; it begins with 0x{content[:4].hex()}"
+        raise ArgumentError(
+            "data",
+            f"{path} is no IDX file of bytes in {rank} dimensions, which begins with "
+            f"{0x800 + rank:#010x} and {rank} sizes; it begins with 0x{content[:4].hex()}",
         )
     if len(content) - start != math.prod(sizes):
-        raise ValueError(
-            f"data: {path} holds {len(content) - start} bytes after its header, which says "
-            f"{' x '.join(map(str, sizes))}; get it again"
+        raise ArgumentError(
+            "data",
+            f"{path} holds {len(content) - start} bytes after its header, which says "
+            f"{' x '.join(map(str, sizes))}; get it again",
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
 
 
 def _check_digits(path: Path, labels: Shaped[np.ndarray, " n"]) -> None:
     if not labels.size:
-        raise ValueError(f"data: {path} is empty")
+        raise ArgumentError("data", f"{path} is empty")
     wrong = np.flatnonzero(~np.isin(labels, np.arange(10)))
     if wrong.size:
-        raise ValueError(
-            f"data: {path} must hold digits from 0 to 9, and its label {wrong[0] + 1} is {labels[wrong[0]]}"
+        raise ArgumentError(
+            "data", f"{path} must hold digits from 0 to 9, and its label {wrong[0] + 1} is {labels[wrong[0]]}"
         )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_number
+from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.core import Key
 
 
@@ -42,7 +42,7 @@ def distort(
       Koch, Zemel & Salakhutdinov, 2015, section 3.3.
     """
     if np.ndim(x) != 4:
-        raise ValueError(f"x: got shape {np.shape(x)}; it must be (n, height, width, channels)")
+        raise ArgumentError("x", f"got shape {np.shape(x)}; it must be (n, height, width, channels)")
     for name, value in (("rotation", rotation), ("shear", shear), ("shift", shift)):
         check_number(name, value, 0)
     # A size of zero has no inverse.

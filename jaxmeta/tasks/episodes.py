@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from jaxmeta.checks import check_count, check_finite, check_word, shown
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import ClassSplit, split_classes
@@ -84,9 +84,10 @@ class EpisodeShape:
                     )
             shots = 0, 0
         elif shots == 0:
-            raise ValueError(
-                "shots: got 0; it must be at least 1: zero-shot tasks need one vector of every class, "
-                "from_arrays(shots=0, metadata=...)"
+            raise ArgumentError(
+                "shots",
+                "got 0; it must be at least 1: zero-shot tasks need one vector of every class, "
+                "from_arrays(shots=0, metadata=...)",
             )
         else:
             shots = _range("shots", shots)
@@ -371,12 +372,12 @@ def _range(argument: str, value: int | tuple[int, int]) -> tuple[int, int]:
         check_count(argument, value)
         return int(value), int(value)
     if len(value) != 2:
-        raise ValueError(f"{argument}: got {shown(value)}; it must be one number, or a pair (low, high)")
+        raise ArgumentError(argument, f"got {shown(value)}; it must be one number, or a pair (low, high)")
     low, high = value
     check_count(argument, low)
     check_count(argument, high)
     if high < low:
-        raise ValueError(f"{argument}: got {value}; of a pair (low, high) low must not be above high")
+        raise ArgumentError(argument, f"got {value}; of a pair (low, high) low must not be above high")
     return int(low), int(high)
 
 
@@ -388,19 +389,20 @@ def _checked_examples(x, y) -> tuple[np.ndarray, np.ndarray]:
     """`x` as uint8 or float32 and the labels as strings, or a ValueError."""
     x, y = np.asarray(x), np.asarray(y)
     if y.ndim != 1 or x.ndim < 1 or len(x) != len(y):
-        raise ValueError(
-            f"x, y: got shapes {x.shape} and {y.shape}; they must be (n, *shape) and (n,), with one label per"
-            " example"
+        raise ArgumentError(
+            "x, y",
+            f"got shapes {x.shape} and {y.shape}; they must be (n, *shape) and (n,), with one label per"
+            " example",
         )
     if len(x) == 0:
-        raise ValueError("x, y: got no examples")
+        raise ArgumentError("x, y", "got no examples")
     if x.dtype != np.uint8:
         if not np.issubdtype(x.dtype, np.floating):
-            raise ValueError(f"x: got {x.dtype}; it must be uint8 (0..255) or floating point")
+            raise ArgumentError("x", f"got {x.dtype}; it must be uint8 (0..255) or floating point")
         x = x.astype(np.float32, copy=False)
         check_finite("x", x)
     if y.dtype.kind == "O" and all(isinstance(label, str) for label in y):
         y = y.astype(str)
     if y.dtype.kind not in "iuU":
-        raise ValueError(f"y: got {y.dtype}; it must hold integer or string class labels")
+        raise ArgumentError("y", f"got {y.dtype}; it must hold integer or string class labels")
     return x, y.astype(str)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, written_whole
 from jaxmeta.tasks.images import LARGEST_DEFAULT, UnreadableImage, check_form, class_files, decode, header
@@ -101,9 +102,9 @@ def prepare_files(
                 else:
                     yield class_name, image
             if skip_unreadable and not left:
-                raise ValueError(
-                    f"{argument}: of the class {class_name!r} in {folder} no image can be read, such as "
-                    f"{unreadable[-1]}"
+                raise ArgumentError(
+                    argument,
+                    f"of the class {class_name!r} in {folder} no image can be read, such as {unreadable[-1]}",
                 )
         if not skip_unreadable:
             _refuse(unreadable, where, len(named))
@@ -192,10 +193,11 @@ def _shape(
 def _refuse(unreadable: list[str], where: tuple[str, Path], total: int) -> None:
     if unreadable:
         argument, folder = where
-        raise ValueError(
-            f"{argument}: {len(unreadable)} of {total} images in {folder} cannot be used: "
+        raise ArgumentError(
+            argument,
+            f"{len(unreadable)} of {total} images in {folder} cannot be used: "
             f"{_some(unreadable)}; mend or remove them"
-            + (", or leave them out with skip_unreadable=True" * (argument == "path"))
+            + (", or leave them out with skip_unreadable=True" * (argument == "path")),
         )
 
 

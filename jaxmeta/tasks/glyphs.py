@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import check_count, check_size, shown
+from jaxmeta.checks import ArgumentError, check_count, check_size, shown
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
 from jaxmeta.tasks.splits import ClassSplit, check_part
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
@@ -62,8 +62,8 @@ def glyphs(
     check_count("size", size, 8)
     classes = CLASSES[split]
     if ways > len(classes):
-        raise ValueError(
-            f"ways: got {ways}; it must be at most {len(classes)}, the classes of split {split!r}"
+        raise ArgumentError(
+            "ways", f"got {ways}; it must be at most {len(classes)}, the classes of split {split!r}"
         )
     check_size("ways, shots, queries, size", (ways, shots + queries, max(size * size, HAND)), "a task")
     card = ProtocolCard(
@@ -102,7 +102,7 @@ def glyph_metadata(class_id: Int[Array | np.ndarray, "*batch"] | int) -> Float[A
     if not isinstance(class_id, jax.core.Tracer):
         given, end = np.asarray(class_id), max(classes.stop for classes in CLASSES.values())
         if not np.issubdtype(given.dtype, np.integer) or ((given < 0) | (given >= end)).any():
-            raise ValueError(f"class_id: got {shown(class_id)}; it must be integers from 0 to {end - 1}")
+            raise ArgumentError("class_id", f"got {shown(class_id)}; it must be integers from 0 to {end - 1}")
     ids = jnp.asarray(class_id, jnp.int32)
     return _metadata(ids.reshape(-1)).reshape(*ids.shape, -1)
 

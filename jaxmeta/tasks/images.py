@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxmeta.checks import check_count, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_word
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # Side of images where none is asked for and theirs is larger: that of mini-ImageNet.
@@ -79,19 +79,21 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
     folders = sorted(_subfolders(path), key=lambda folder: folder.name)
     if not folders:
         loose = len(image_files(path))
-        raise ValueError(
-            f"{argument}: {path} has no subfolders, one a class"
-            + (f"; sort the {loose} images that lie directly in it into such" if loose else "")
+        raise ArgumentError(
+            argument,
+            f"{path} has no subfolders, one a class"
+            + (f"; sort the {loose} images that lie directly in it into such" if loose else ""),
         )
     files = {folder.name: image_files(folder) for folder in folders}
     empty = [folder for folder in folders if not files[folder.name]]
     if empty:
         some = ", ".join(repr(folder.name) for folder in empty[:5]) + (", …" if len(empty) > 5 else "")
         deeper = any(_subfolders(folder) for folder in empty)
-        raise ValueError(
-            f"{argument}: {len(empty)} of {len(folders)} class folders in {path} hold no images "
+        raise ArgumentError(
+            argument,
+            f"{len(empty)} of {len(folders)} class folders in {path} hold no images "
             f"({', '.join(IMAGE_SUFFIXES)}): {some}"
-            + ("; there are further folders in it: name the one whose subfolders are the classes" * deeper)
+            + ("; there are further folders in it: name the one whose subfolders are the classes" * deeper),
         )
     return files
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxmeta.checks import check_count, check_labels
+from jaxmeta.checks import ArgumentError, check_count, check_labels
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -59,18 +59,23 @@ def labelled(
     sample = getattr(tasks, "sample", None)
     if not isinstance(sample, jax.tree_util.Partial) or sample.func not in (draw_episode, draw_glyphs):
         kind = "a stream" if isinstance(tasks, TaskStream) else f"{tasks.card.kind} tasks"
-        raise ValueError(
-            f"tasks: got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
+        raise ArgumentError(
+            "tasks",
+            f"got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
             "be few-shot tasks of from_arrays, of a source that holds its examples in memory (omniglot, "
-            "mnist, from_folder, from_tfds, from_prepared, …) or of glyphs"
+            "mnist, from_folder, from_tfds, from_prepared, …) or of glyphs",
         )
     if sample.func is draw_glyphs:
         if per_class is None or key is None:
-            raise ValueError(f"per_class, key: glyphs are drawn, which takes both; got {per_class}, {key}")
+            raise ArgumentError(
+                "per_class, key", f"glyphs are drawn, which takes both; got {per_class}, {key}"
+            )
         check_count("per_class", per_class, 1)
         return _of_glyphs(*sample.args, per_class=int(per_class), key=key)
     if per_class is not None or key is not None:
-        raise ValueError(f"per_class, key: are for glyphs; of {tasks.card.tasks!r} all examples are taken")
+        raise ArgumentError(
+            "per_class, key", f"are for glyphs; of {tasks.card.tasks!r} all examples are taken"
+        )
     return _of_arrays(*sample.args)
 
 
@@ -102,14 +107,15 @@ def split_per_class(
     labels = np.asarray(y)
     check_labels("y", labels)
     if not labels.size:
-        raise ValueError("y: got no example")
+        raise ArgumentError("y", "got no example")
     classes, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     small = [f"{label} ({size})" for label, size in zip(classes, sizes, strict=True) if size <= shots]
     if small:
-        raise ValueError(
-            f"shots: got {shots}, which takes classes of at least {shots + 1} examples, one of them to be "
+        raise ArgumentError(
+            "shots",
+            f"got {shots}, which takes classes of at least {shots + 1} examples, one of them to be "
             f"judged on; too few in {len(small)} of {len(classes)} (label and size): {', '.join(small[:5])}"
-            + (", …" if len(small) > 5 else "")
+            + (", …" if len(small) > 5 else ""),
         )
     order = np.asarray(jax.random.permutation(key, len(labels)))
     order = order[np.argsort(place[order], kind="stable")]
@@ -124,9 +130,10 @@ _floats = jax.jit(turned_floats)
 
 def _of_arrays(shape: EpisodeShape, data: EpisodeData) -> LabelledImages:
     if shape.rotations == "random":
-        raise ValueError(
-            'tasks: got rotations="random", with which every task turns an example otherwise; it must be '
-            '"none", or "classes" for the turns to be classes of their own'
+        raise ArgumentError(
+            "tasks",
+            'got rotations="random", with which every task turns an example otherwise; it must be '
+            '"none", or "classes" for the turns to be classes of their own',
         )
     y = jnp.repeat(jnp.arange(data.sizes.shape[0], dtype=jnp.int32), data.sizes)
     turns = range(4 if shape.rotations == "classes" else 1)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.folder import prepare_files
@@ -291,7 +292,7 @@ def cub_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
     try:
         classes = cub_split(files)
     except ValueError as error:
-        raise ValueError(f"data: {folder}: {error}") from error
+        raise ArgumentError("data", f"{folder}: {error}") from error
     return SplitImages(
         prepare_files("cub", folder, files, size=size, channels=3, argument="data"),
         classes,
@@ -315,14 +316,15 @@ def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
                 found = (files.extractfile(f"cifar-100-binary/{name}") for name in members)
                 content = b"".join(file.read() for file in found if file is not None)
         except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
-            raise ValueError(f"data: {archive} is no whole cifar-100-binary.tar.gz ({error})") from error
+            raise ArgumentError("data", f"{archive} is no whole cifar-100-binary.tar.gz ({error})") from error
     else:
         return None
     expected = _CIFAR_IMAGES * 3074
     if len(content) != expected:
-        raise ValueError(
-            f"data: {' and '.join(members)} of {folder or archive} hold {len(content)} bytes; CIFAR-100's "
-            f"have {expected}"
+        raise ArgumentError(
+            "data",
+            f"{' and '.join(members)} of {folder or archive} hold {len(content)} bytes; CIFAR-100's "
+            f"have {expected}",
         )
     return np.frombuffer(content, np.uint8).reshape(-1, 3074)
 
@@ -342,15 +344,16 @@ def _imagenet_files(data: Path) -> dict[str, list[Path]]:
     root = max(roots, key=lambda root: sum((root / name).is_dir() for name in names))
     missing = [name for name in names if not (root / name).is_dir()]
     if missing:
-        raise ValueError(
-            f"data: {data} holds no images with train.csv, val.csv and test.csv, and of mini-ImageNet's 100 "
+        raise ArgumentError(
+            "data",
+            f"{data} holds no images with train.csv, val.csv and test.csv, and of mini-ImageNet's 100 "
             f"class folders it lacks {len(missing)} (in it, in train, in ILSVRC/Data/CLS-LOC/train): "
-            f"{_some(missing)}"
+            f"{_some(missing)}",
         )
     files = {name: image_files(root / name) for name in names}
     empty = [name for name in names if not files[name]]
     if empty:
-        raise ValueError(f"data: {len(empty)} class folders in {root} hold no images: {_some(empty)}")
+        raise ArgumentError("data", f"{len(empty)} class folders in {root} hold no images: {_some(empty)}")
     return files
 
 
@@ -366,16 +369,17 @@ def _listed_files(data: Path) -> dict[str, list[Path]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if not rows or not {"filename", "label"} <= rows[0].keys():
-            raise ValueError(f"data: {path} must have rows with the columns filename and label")
+            raise ArgumentError("data", f"{path} must have rows with the columns filename and label")
         if wrong := {row["label"] for row in rows} ^ set(split.part(part)):
-            raise ValueError(
-                f"data: {path} does not list the {part} classes of Ravi & Larochelle; too many or missing "
-                f"are {_some(wrong)}"
+            raise ArgumentError(
+                "data",
+                f"{path} does not list the {part} classes of Ravi & Larochelle; too many or missing "
+                f"are {_some(wrong)}",
             )
         if len({row["filename"] for row in rows}) < len(rows):
-            raise ValueError(f"data: {path} lists images twice")
+            raise ArgumentError("data", f"{path} lists images twice")
         if absent := {row["filename"] for row in rows} - there:
-            raise ValueError(f"data: {len(absent)} images of {path} are not in images: {_some(absent)}")
+            raise ArgumentError("data", f"{len(absent)} images of {path} are not in images: {_some(absent)}")
         for row in rows:
             files.setdefault(row["label"], []).append(data / "images" / row["filename"])
     return {name: sorted(files[name]) for name in sorted(files)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmeta.checks import LARGEST_SEED, check_count, check_word
+from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count, check_word
 from jaxmeta.core import ProtocolCard, TaskDistribution
 from jaxmeta.tasks.archives import DRAWERS, Edition, prepare
 from jaxmeta.tasks.episodes import from_arrays
@@ -237,7 +237,8 @@ def _split_of(trained_on: ClassSplit | ProtocolCard, seed: int) -> ClassSplit:
         candidate = omniglot_split(protocol, seed)
         if candidate.hash == trained_on.split_hash:
             return candidate
-    raise ValueError(
-        f"trained_on: the card of {trained_on.tasks!r} tasks has split hash {trained_on.split_hash}, which "
-        f"is no Omniglot protocol's (with seed={seed}); give the ClassSplit the model was trained with"
+    raise ArgumentError(
+        "trained_on",
+        f"the card of {trained_on.tasks!r} tasks has split hash {trained_on.split_hash}, which "
+        f"is no Omniglot protocol's (with seed={seed}); give the ClassSplit the model was trained with",
     )

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
@@ -140,7 +141,7 @@ def prepare(
         try:
             sizes = _write(unfinished / _RECORDS, shape, images)
             if not sizes:
-                raise ValueError(f"{name}: there are no images in it")
+                raise ArgumentError(name, "there are no images in it")
             index = {"name": name, "classes": list(sizes), "sizes": list(sizes.values()), "shape": shape}
             (unfinished / _INDEX).write_text(json.dumps(index), encoding="utf-8")
             # A temporary folder is its maker's alone; a cache may be shared.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxmeta.checks import check_count, check_size, shown
+from jaxmeta.checks import ArgumentError, check_count, check_size, shown
 from jaxmeta.core import Batch, Key, Task, TaskDistribution, blank_padding
 
 
@@ -50,13 +50,16 @@ def sequences(
       ((50, 28, 28, 1), (50,), (5,))
     """
     if not isinstance(tasks, TaskDistribution):
-        raise ValueError(f"tasks: got {type(tasks).__name__}; sequences are made of a jm.TaskDistribution")
+        raise ArgumentError(
+            "tasks", f"got {type(tasks).__name__}; sequences are made of a jm.TaskDistribution"
+        )
     card = tasks.card
     most, shots = card.ways, card.shots
     if not isinstance(most, int) or not isinstance(shots, int) or shots < 1:
-        raise ValueError(
-            f"tasks: got ways={most}, shots={shots}; sequences are made of classification tasks with one "
-            "number of each, and examples to show"
+        raise ArgumentError(
+            "tasks",
+            f"got ways={most}, shots={shots}; sequences are made of classification tasks with one "
+            "number of each, and examples to show",
         )
     length = most * shots if length is None else length
     check_count("length", length)
@@ -64,13 +67,14 @@ def sequences(
     check_size("length", (length, length), "pairs of steps")
     check_strings(strings)
     if length < most:
-        raise ValueError(f"length: got {length} steps for {most} classes; each class needs at least one")
+        raise ArgumentError("length", f"got {length} steps for {most} classes; each class needs at least one")
     if length % most:
-        raise ValueError(f"length: got {length} steps, which must divide among {most} classes")
+        raise ArgumentError("length", f"got {length} steps, which must divide among {most} classes")
     if strings is not None and strings[0] ** strings[1] < most:
-        raise ValueError(
-            f"strings: got {strings[1]} characters of {strings[0]} letters, {strings[0] ** strings[1]} "
-            f"strings for {most} classes; more letters or characters"
+        raise ArgumentError(
+            "strings",
+            f"got {strings[1]} characters of {strings[0]} letters, {strings[0] ** strings[1]} "
+            f"strings for {most} classes; more letters or characters",
         )
     labels = "" if strings is None else f", labels of {strings[1]} characters of {strings[0]} letters"
     said = f"sequences of {length} examples, labels one step late{labels}"
@@ -89,7 +93,7 @@ def check_strings(strings: tuple[int, int] | None) -> None:
     if strings is None:
         return
     if not isinstance(strings, tuple | list) or len(strings) != 2:
-        raise ValueError(f"strings: got {shown(strings)}; it must be (letters, characters), or None")
+        raise ArgumentError("strings", f"got {shown(strings)}; it must be (letters, characters), or None")
     letters, characters = strings
     check_count("strings", letters, 2)
     check_count("strings", characters, 1, 31)
@@ -104,10 +108,12 @@ def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
     """
     sample = getattr(tasks, "sample", None)
     if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, _Draw):
-        raise ValueError("tasks: must be of jm.tasks.sequences")
+        raise ArgumentError("tasks", "must be of jm.tasks.sequences")
     check_count("ways", ways)
     if ways > tasks.card.ways:  # type: ignore[operator]
-        raise ValueError(f"ways: got {ways}; it must be at most the {tasks.card.ways} classes of the tasks")
+        raise ArgumentError(
+            "ways", f"got {ways}; it must be at most the {tasks.card.ways} classes of the tasks"
+        )
     return tasks._replace(
         sample=jax.tree_util.Partial(sample.func, sample.args[0], jnp.asarray(ways, jnp.int32))
     )

@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from jaxmeta.checks import LARGEST_SEED, check_count, check_number, check_word, shown
+from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count, check_number, check_word, shown
 
 SplitName = Literal["train", "validation", "test"]
 PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -22,7 +22,7 @@ def check_part(split: str) -> SplitName:
 
 def _check_three(name: str, parts: Sequence) -> None:
     if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
-        raise ValueError(f"{name}: got {shown(parts)}; it must be three numbers (train, validation, test)")
+        raise ArgumentError(name, f"got {shown(parts)}; it must be three numbers (train, validation, test)")
 
 
 def _check_fractions(name: str, fractions: Sequence[float]) -> None:
@@ -30,8 +30,8 @@ def _check_fractions(name: str, fractions: Sequence[float]) -> None:
     for fraction in fractions:
         check_number(name, fraction, 0)
     if abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(
-            f"{name}: got {tuple(fractions)}; fractions of train, validation and test must sum to 1"
+        raise ArgumentError(
+            name, f"got {tuple(fractions)}; fractions of train, validation and test must sum to 1"
         )
 
 
@@ -125,9 +125,10 @@ class ClassSplit:
         for count in counts:
             check_count("counts", count, 0)
         if sum(counts) != len(names):
-            raise ValueError(
-                f"counts: got {tuple(counts)}; they must be three non-negative numbers (train, validation, "
-                f"test) that sum to the {len(names)} classes"
+            raise ArgumentError(
+                "counts",
+                f"got {tuple(counts)}; they must be three non-negative numbers (train, validation, "
+                f"test) that sum to the {len(names)} classes",
             )
         check_count("seed", seed, 0, LARGEST_SEED)
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(names))
@@ -214,8 +215,8 @@ def split_classes(
         classes = ClassSplit.from_fractions(present, classes, seed)
     missing = sorted(set(classes.part(split)) - set(present))
     if missing:
-        raise ValueError(
-            f"classes: there is no example of {len(missing)} classes of split={split!r}: {_some(missing)}"
+        raise ArgumentError(
+            "classes", f"there is no example of {len(missing)} classes of split={split!r}: {_some(missing)}"
         )
     return classes, protocol
 

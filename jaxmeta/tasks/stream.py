@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import Key, Task, TaskStream, episode_keys
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task
 from jaxmeta.tasks.prepared import Prepared
@@ -77,9 +77,10 @@ def stream(
     check_count("ahead", ahead)
     index, count = process
     if not 0 <= index < count or meta_batch < 1 or meta_batch % count:
-        raise ValueError(
-            f"meta_batch: got {meta_batch} tasks for process {index} of {count}; it must be at least 1 and "
-            "a multiple of the number of processes"
+        raise ArgumentError(
+            "meta_batch",
+            f"got {meta_batch} tasks for process {index} of {count}; it must be at least 1 and "
+            "a multiple of the number of processes",
         )
     own = meta_batch // count
     reader = _Reader(

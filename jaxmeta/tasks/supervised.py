@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import Batch, Key, Task, TaskDistribution, TaskStream
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -50,17 +50,18 @@ def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDis
     """
     check_count("batch", batch, 2)
     if batch % 2:
-        raise ValueError(f"batch: got {batch}; it must be even")
+        raise ArgumentError("batch", f"got {batch}; it must be even")
     sample, classes = getattr(tasks, "sample", None), tasks.card.classes
     draw = None
     if isinstance(sample, jax.tree_util.Partial):
         draw = next((ours for theirs, ours in _DRAWS if theirs is sample.func), None)
     if sample is None or draw is None or classes is None:
         kind = "a stream" if isinstance(tasks, TaskStream) else f"{tasks.card.kind} tasks"
-        raise ValueError(
-            f"tasks: got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
+        raise ArgumentError(
+            "tasks",
+            f"got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
             "be tasks of from_arrays, of a source that holds its examples in memory (omniglot, from_folder, "
-            "from_tfds, from_prepared, …) or of glyphs"
+            "from_tfds, from_prepared, …) or of glyphs",
         )
     said = f"all {classes:,} classes at once, mini-batches of {batch}"
     card = dataclasses.replace(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.cache import cache_folder, make_room, written_whole
 from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, header
@@ -197,12 +198,13 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
     try:
         builder = tfds.builder(name + version, data_dir=where)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"name: tensorflow-datasets has no data set {name!r}, nor is one prepared in "
-            f"{where or 'its default data_dir'}"
+        raise ArgumentError(
+            "name",
+            f"tensorflow-datasets has no data set {name!r}, nor is one prepared in "
+            f"{where or 'its default data_dir'}",
         ) from error
     except (ValueError, AssertionError) as error:  # no such version or config, no such form of a name
-        raise ValueError(f"name: {name!r}: {_line(error)}") from error
+        raise ArgumentError("name", f"{name!r}: {_line(error)}") from error
     if builder.is_prepared():
         return builder
     try:
@@ -255,13 +257,14 @@ def _image_key(builder, asked: str | None) -> str:
     images = [key for key, value in builder.info.features.items() if isinstance(value, feature)]
     key = asked or (images[0] if len(images) == 1 else "image")
     if key not in images:
-        raise ValueError(
-            f"image: {builder.info.full_name} has {f'no image {asked!r}' if asked else 'not one image'}; its "
-            f"features are {_listed(builder)}"
+        raise ArgumentError(
+            "image",
+            f"{builder.info.full_name} has {f'no image {asked!r}' if asked else 'not one image'}; its "
+            f"features are {_listed(builder)}",
         )
     dtype = np.dtype(builder.info.features[key].np_dtype)
     if dtype != np.uint8:
-        raise ValueError(f"image: the images {key!r} of {builder.info.full_name} are {dtype}, not uint8")
+        raise ArgumentError("image", f"the images {key!r} of {builder.info.full_name} are {dtype}, not uint8")
     return key
 
 
@@ -276,9 +279,10 @@ def _label_key(builder, asked: str | None) -> str:
     key = asked or next((key for key in (target, "label", only) if key and key in usable), "")
     if key not in usable:
         said = "has no labels" if asked is None else f"has no label {asked!r}"
-        raise ValueError(
-            f"label: {builder.info.full_name} {said}; name the feature that tells the class (a class "
-            f"label, a text or an integer) with label; its features are {_listed(builder)}"
+        raise ArgumentError(
+            "label",
+            f"{builder.info.full_name} {said}; name the feature that tells the class (a class "
+            f"label, a text or an integer) with label; its features are {_listed(builder)}",
         )
     return key
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Params, PyTree
 from jaxmeta.training import hosts
 from jaxmeta.training.evaluate import Evaluation
@@ -82,7 +83,9 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
     try:
         leaves, manifest = _read(path)
     except Exception as error:
-        raise ValueError(f"path: {path} is damaged, or not written by jm.save: {_line(error)}") from error
+        raise ArgumentError(
+            "path", f"{path} is damaged, or not written by jm.save: {_line(error)}"
+        ) from error
     if like is not None:
         return _fill(like, leaves, f"path: {path} differs from like")
     return _decode(manifest["tree"], leaves, path)
@@ -214,7 +217,7 @@ def _newest(run_dir: str | os.PathLike) -> tuple[Path, dict[str, Any], dict]:
             )
         return path, leaves, manifest
     found = "; ".join(problems) if problems else "there is none"
-    raise ValueError(f"run_dir: no checkpoint can be read in {_folder(run_dir)} ({found})")
+    raise ArgumentError("run_dir", f"no checkpoint can be read in {_folder(run_dir)} ({found})")
 
 
 def _write(path: Path, tree: PyTree, extra: dict) -> None:
@@ -366,7 +369,9 @@ def _decode(node: Any, leaves: dict[str, Any], path: Path, entry: str | None = N
     if kind == "dict":
         return {key: _decode(child, leaves, path) for key, child in content.items()}
     if kind == "other":
-        raise ValueError(f"like: the tree in {path} holds a {content}; pass a tree of its structure as like")
+        raise ArgumentError(
+            "like", f"the tree in {path} holds a {content}; pass a tree of its structure as like"
+        )
     children = [_decode(child, leaves, path) for child in content]
     return tuple(children) if kind == "tuple" else children
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import (
     Key,
     Learner,
@@ -147,7 +147,7 @@ def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
         while start < episodes:
             tasks = next(batches, None)
             if tasks is None:
-                raise ValueError(f"tasks: the stream ended after {start} of {episodes} episodes")
+                raise ArgumentError("tasks", f"the stream ended after {start} of {episodes} episodes")
             yield start, tasks
             start += tasks.query.y.shape[0]
 
@@ -210,8 +210,8 @@ def calibrate(
       ValueError: the learner has no statistics to fill, or `episodes` is below 1.
     """
     if learner.statistics is None:
-        raise ValueError(
-            "learner: got one without batch statistics (learner.statistics is None); nothing to fill"
+        raise ArgumentError(
+            "learner", "got one without batch statistics (learner.statistics is None); nothing to fill"
         )
     check_count("episodes", episodes)
     if isinstance(tasks, TaskStream):

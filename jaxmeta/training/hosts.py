@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 
 # Seconds without a sign of life after which a process is lost; seconds to wait for the others at the end,
@@ -52,11 +53,11 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         assert process is not None
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise ValueError(f"coordinator: got {coordinator!r}; it must be host:port")
+            raise ArgumentError("coordinator", f"got {coordinator!r}; it must be host:port")
         if processes < 1:
-            raise ValueError(f"processes: got {processes}; it must be at least 1")
+            raise ArgumentError("processes", f"got {processes}; it must be at least 1")
         if not 0 <= process < processes:
-            raise ValueError(f"process: got {process}; it must be from 0 to {processes - 1}")
+            raise ArgumentError("process", f"got {process}; it must be from 0 to {processes - 1}")
     try:
         jax.distributed.initialize(
             coordinator,
@@ -70,7 +71,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         raise ValueError(f"there is no cluster to be found ({error}); give {', '.join(given)}") from None
     except RuntimeError as error:
         if "must be called before" in str(error):
-            raise ValueError(f"coordinator: {error}") from None
+            raise ArgumentError("coordinator", f"{error}") from None
         raise
 
 

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxmeta.checks import check_count, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_word
 from jaxmeta.core import Key, Learner, PyTree, Source, Task, TaskDistribution, TaskStream
 from jaxmeta.training import checkpoint, hosts, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
@@ -198,7 +198,9 @@ def train(
         emit(Resumed(int(state.step)))
     done, saved_at = int(state.step), _last_checkpoint(folder)
     if done > steps:
-        raise ValueError(f"steps: got {steps}, but the checkpoint to resume from is of step {done} already")
+        raise ArgumentError(
+            "steps", f"got {steps}, but the checkpoint to resume from is of step {done} already"
+        )
 
     # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
     state = sharding.place(jax.tree.map(jnp.copy, state), mesh)
@@ -300,10 +302,11 @@ def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: M
     own = meta_batch // jax.process_count()
     if not isinstance(batch, Task) or batch.query.y.shape[0] not in (own, meta_batch):
         found = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
-        raise ValueError(
-            f"tasks: the stream gives {found} a step; it must be a Task whose leaves have a leading axis of "
+        raise ArgumentError(
+            "tasks",
+            f"the stream gives {found} a step; it must be a Task whose leaves have a leading axis of "
             f"meta_batch = {meta_batch} tasks"
-            + (f", or of {own}, this process's share" if own < meta_batch else "")
+            + (f", or of {own}, this process's share" if own < meta_batch else ""),
         )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
     return [sharding.share(batch, mesh, meta_batch)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
@@ -330,7 +333,7 @@ def _calls(
                     for batch in itertools.islice(batches, min(len(first), until - start))
                 ]
                 if not given:
-                    raise ValueError(f"tasks: the stream ended before meta-step {start + 1}")
+                    raise ArgumentError("tasks", f"the stream ended before meta-step {start + 1}")
                 start += len(given)
                 # Of a call of fewer steps the last tasks fill the places that it does not come to.
                 yield given + given[-1:] * (len(first) - len(given)), start
@@ -441,9 +444,10 @@ def _check_settings(
     ):
         check_count(name, value, least)
     if resume and folder is None:
-        raise ValueError("run_dir: got None; resume=True needs the folder of the run to continue")
+        raise ArgumentError("run_dir", "got None; resume=True needs the folder of the run to continue")
     if folder is not None and not resume and (held := checkpoint.checkpoint_steps(folder)):
-        raise ValueError(
-            f"run_dir: {folder} holds a run already, with a checkpoint of step {held[-1]}; "
-            "continue it with resume=True, or choose another folder"
+        raise ArgumentError(
+            "run_dir",
+            f"{folder} holds a run already, with a checkpoint of step {held[-1]}; "
+            "continue it with resume=True, or choose another folder",
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import PyTree, Task
 from jaxmeta.nn import shared
 
@@ -60,7 +60,7 @@ def make_mesh(
     needed = math.prod(sizes.values())
     if needed > len(found):
         product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        raise ValueError(f"{product}: these are {needed} devices, and there are {len(found)}")
+        raise ArgumentError(product, f"these are {needed} devices, and there are {len(found)}")
     return Mesh(np.reshape(np.asarray(found[:needed]), tuple(sizes.values())), AXES)
 
 
@@ -85,8 +85,8 @@ def task_mesh(tasks: int, devices: Devices = None, *, divisible: bool = False) -
     if devices is None:
         processes = jax.process_count()
         if tasks % processes:
-            raise ValueError(
-                f"meta_batch: got {tasks} tasks for {processes} processes, of which it must be a multiple"
+            raise ArgumentError(
+                "meta_batch", f"got {tasks} tasks for {processes} processes, of which it must be a multiple"
             )
         own = sharers(tasks // processes, jax.local_device_count())
         by_process: dict[int, list[jax.Device]] = {}
@@ -95,25 +95,29 @@ def task_mesh(tasks: int, devices: Devices = None, *, divisible: bool = False) -
         devices = [device for local in by_process.values() for device in local[:own]]
     if isinstance(devices, Mesh):
         if devices.axis_names != AXES:
-            raise ValueError(f"devices: got a mesh of {devices.axis_names}; make one with jm.make_mesh")
+            raise ArgumentError("devices", f"got a mesh of {devices.axis_names}; make one with jm.make_mesh")
         idle = {*range(jax.process_count())} - {device.process_index for device in devices.devices.flat}
         if idle:
-            raise ValueError(f"devices: got a mesh without a device of process {min(idle)}; each needs one")
+            raise ArgumentError(
+                "devices", f"got a mesh without a device of process {min(idle)}; each needs one"
+            )
         apart, together = devices.shape[TASKS], devices.shape[EXAMPLES]
         if tasks % apart:
-            raise ValueError(
-                f"devices: got a mesh of tasks={apart}, which must divide the {tasks} tasks of a meta-batch"
+            raise ArgumentError(
+                "devices", f"got a mesh of tasks={apart}, which must divide the {tasks} tasks of a meta-batch"
             )
         if together > 1 and not divisible:
-            raise ValueError(
-                f"devices: got a mesh of examples={together}; only where learner.divisible holds do several "
-                "share a task"
+            raise ArgumentError(
+                "devices",
+                f"got a mesh of examples={together}; only where learner.divisible holds do several "
+                "share a task",
             )
         return devices
     if not len(devices) or (tasks % len(devices) and not divisible):
-        raise ValueError(
-            f"devices: got {len(devices)} of them, which must divide the {tasks} tasks of a meta-batch; only "
-            "where learner.divisible holds do several share a task"
+        raise ArgumentError(
+            "devices",
+            f"got {len(devices)} of them, which must divide the {tasks} tasks of a meta-batch; only "
+            "where learner.divisible holds do several share a task",
         )
     apart = math.gcd(tasks, len(devices))
     return make_mesh(tasks=apart, examples=len(devices) // apart, devices=devices)

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import (
     Key,
     Learner,
@@ -125,9 +125,10 @@ def check_stream(tasks: TaskDistribution | TaskStream, key: Key, *, for_evaluati
         return
     own, given = (np.asarray(jax.random.key_data(each)) for each in (tasks.key, key))
     if tasks.for_evaluation != for_evaluation or not np.array_equal(own, given):
-        raise ValueError(
-            f"{name}: got a stream whose episodes are of another key, or numbered otherwise; build "
-            f"it with the key used here ({given.tolist()} as data) and for_evaluation={for_evaluation}"
+        raise ArgumentError(
+            name,
+            f"got a stream whose episodes are of another key, or numbered otherwise; build "
+            f"it with the key used here ({given.tolist()} as data) and for_evaluation={for_evaluation}",
         )
 
 
@@ -207,8 +208,8 @@ def meta_step(
         # tasks is then their examples only, not their activations.
         tasks = source if isinstance(source, Task) else jax.vmap(source)(keys[:, 0])
         if (given := tasks.query.y.shape[0]) != own:
-            raise ValueError(
-                f"tasks: got a batch of {given * meta_batch // own}, and meta_batch is {meta_batch}"
+            raise ArgumentError(
+                "tasks", f"got a batch of {given * meta_batch // own}, and meta_batch is {meta_batch}"
             )
         if at_once == own:
             sums = gradients(state.params, state.step, tasks, keys[:, 1])
@@ -257,11 +258,11 @@ def _tasks_at_once(strategy: Strategy, tasks: int, platform: str) -> int:
     if strategy == "scan":
         return 1
     if isinstance(strategy, bool) or not isinstance(strategy, int):
-        raise ValueError(
-            f'strategy: got {strategy!r}; it must be "auto", "vmap", "scan" or a number of tasks at a time'
+        raise ArgumentError(
+            "strategy", f'got {strategy!r}; it must be "auto", "vmap", "scan" or a number of tasks at a time'
         )
     if strategy < 1 or tasks % strategy:
-        raise ValueError(
-            f"strategy: got {strategy} tasks at a time, which must divide the {tasks} per device"
+        raise ArgumentError(
+            "strategy", f"got {strategy} tasks at a time, which must divide the {tasks} per device"
         )
     return strategy

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
-from jaxmeta.checks import check_number, check_widths, check_word
+from jaxmeta.checks import ArgumentError, check_number, check_widths, check_word
 from jaxmeta.core import Augment, Batch, Key, Params, PyTree
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.transfer.classifier import HEAD, as_images
@@ -175,10 +175,10 @@ def align(
     """
     check_word("norm", norm, DOMAIN_NORMS)
     if model.features is None:
-        raise ValueError("model: has no features to align; jm.transfer.classifier makes one that has")
+        raise ArgumentError("model", "has no features to align; jm.transfer.classifier makes one that has")
     arrays, shape = examples(source, weights), source.x.shape[1:]
     if target.shape[0] == 0 or target.shape[1:] != shape:
-        raise ValueError(f"target: got shape {target.shape}; it must be (examples, *{shape})")
+        raise ArgumentError("target", f"got shape {target.shape}; it must be (examples, *{shape})")
     dim = variables["params"][HEAD]["kernel"].shape[0]
     own = alignment.init(jax.random.fold_in(key, np.uint32(0xFFFFFFF0)), dim)
     frozen = frozen_mask(variables["params"], train)

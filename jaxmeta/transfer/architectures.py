@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen
 
 from jaxmeta import nn
-from jaxmeta.checks import parsed_json
+from jaxmeta.checks import ArgumentError, parsed_json
 from jaxmeta.nn.adapters import switches
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.transfer.layouts import Layout
@@ -41,18 +41,20 @@ def settings_of(config: Mapping[str, Any], layout: Layout, told: Any, origin: Pa
         asked = {"model_type": layout.family.lower(), **_HUGGINGFACE[layout.family]}
         for name, ours in asked.items():
             if config.get(name, ours) != ours:
-                raise ValueError(
-                    f"path: {name} is {config[name]!r} in the config.json of {origin}; {layout.family} has "
-                    f"{ours!r}, and would give other outputs"
+                raise ArgumentError(
+                    "path",
+                    f"{name} is {config[name]!r} in the config.json of {origin}; {layout.family} has "
+                    f"{ours!r}, and would give other outputs",
                 )
         names = {"num_attention_heads": "heads", "layer_norm_eps": "epsilon", "image_size": "image_size"}
         settings |= {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     elif "architecture" in config:
         architecture = config["architecture"]
         if not _TIMM[layout.family].fullmatch(str(architecture)):
-            raise ValueError(
-                f"path: architecture is {architecture!r} in the config.json of {origin}, which is not known "
-                f"to compute what {layout.family} does"
+            raise ArgumentError(
+                "path",
+                f"architecture is {architecture!r} in the config.json of {origin}, which is not known "
+                f"to compute what {layout.family} does",
             )
         if layout.family == "ViT" and config.get("global_pool") == "avg":
             settings["pooling"] = "mean"
@@ -66,7 +68,7 @@ def settings_of(config: Mapping[str, Any], layout: Layout, told: Any, origin: Pa
             or len(sides) not in (1, 2)
             or not all(isinstance(side, int | float) and side > 0 for side in sides)
         ):
-            raise ValueError(f"path: the config.json of {origin} has {value!r} for {name}")
+            raise ArgumentError("path", f"the config.json of {origin} has {value!r} for {name}")
     if isinstance(settings.get("image_size"), list):
         height, *width = settings["image_size"]
         settings["image_size"] = (height, *(width or [height]))
@@ -92,7 +94,7 @@ def network_of(
         found = leaves[path].shape if path in leaves else None
         if found is None or len(found) != rank:
             what = "is missing" if found is None else f"has shape {found}"
-            raise ValueError(f'path: {origin} is of no {layout.family} ({layout.name}): "{path}" {what}')
+            raise ArgumentError("path", f'{origin} is of no {layout.family} ({layout.name}): "{path}" {what}')
         return found
 
     ways = shape("params/head/kernel", 2)[1] if "params/head/kernel" in leaves else None
@@ -110,9 +112,10 @@ def network_of(
     patch, _, _, width = shape("params/patch_embedding/kernel", 4)
     side = round((shape("params/position_embedding", 3)[1] - 1) ** 0.5)
     if "heads" not in settings and width not in _HEADS:
-        raise ValueError(
-            f"network: {origin} does not say how many heads its ViT of width {width} has; give the network, "
-            "as jm.nn.ViT(...)"
+        raise ArgumentError(
+            "network",
+            f"{origin} does not say how many heads its ViT of width {width} has; give the network, "
+            "as jm.nn.ViT(...)",
         )
     return nn.ViT(
         patch,
@@ -143,8 +146,8 @@ def require_same(network: linen.Module, settings: Mapping[str, Any], origin: Pat
     for name in _HIDDEN:
         value = settings.get(name, getattr(network, name))
         if getattr(network, name) != value:
-            raise ValueError(
-                f"network: {name} is {getattr(network, name)!r}, and {origin} is of one with {value!r}"
+            raise ArgumentError(
+                "network", f"{name} is {getattr(network, name)!r}, and {origin} is of one with {value!r}"
             )
 
 
@@ -175,8 +178,8 @@ def described(network: linen.Module) -> str:
     """
     kind = type(network)
     if _classes().get(kind.__name__) is not kind:
-        raise ValueError(
-            f"network: got {kind.__name__}; it must be one of jaxmeta.nn, which a reader can build"
+        raise ArgumentError(
+            "network", f"got {kind.__name__}; it must be one of jaxmeta.nn, which a reader can build"
         )
     attributes = {
         field.name: getattr(network, field.name)
@@ -186,7 +189,9 @@ def described(network: linen.Module) -> str:
     try:
         return json.dumps({"class": kind.__name__, "attributes": attributes})
     except TypeError as error:
-        raise ValueError(f"network: an attribute of {kind.__name__} cannot be written: {error}") from error
+        raise ArgumentError(
+            "network", f"an attribute of {kind.__name__} cannot be written: {error}"
+        ) from error
 
 
 def rebuilt(text: str, origin: Path) -> linen.Module:
@@ -200,7 +205,7 @@ def rebuilt(text: str, origin: Path) -> linen.Module:
         kind, attributes = _classes()[description["class"]], description["attributes"]
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in attributes.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"path: {origin} describes no network of jaxmeta.nn: {text[:200]}") from error
+        raise ArgumentError("path", f"{origin} describes no network of jaxmeta.nn: {text[:200]}") from error
 
 
 def _classes() -> dict[str, type[linen.Module]]:

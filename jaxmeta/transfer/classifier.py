@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import check_count, check_real
+from jaxmeta.checks import ArgumentError, check_count, check_real
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.layers import Dense
@@ -62,9 +62,10 @@ def classifier(
         variables = model.init(key, x)
         shape = jax.eval_shape(embed, variables, x).shape
         if len(shape) != 2:
-            raise ValueError(
-                f"body: returns shape {shape} for {x.shape[0]} examples; it must be (n, d): take the network "
-                "without its head (ways=None), or flatten its output"
+            raise ArgumentError(
+                "body",
+                f"returns shape {shape} for {x.shape[0]} examples; it must be (n, d): take the network "
+                "without its head (ways=None), or flatten its output",
             )
         return variables
 
@@ -83,16 +84,18 @@ def with_body(variables: Variables, pretrained: Variables) -> Variables:
         use `jm.transfer.transplant` where only a part is to be taken.
     """
     if "params" not in pretrained:
-        raise ValueError(
-            f"pretrained: got the collections {sorted(pretrained)}; it must have 'params', and 'batch_stats' "
-            "where the body has batch statistics"
+        raise ArgumentError(
+            "pretrained",
+            f"got the collections {sorted(pretrained)}; it must have 'params', and 'batch_stats' "
+            "where the body has batch statistics",
         )
     lacking = {name for name, tree in variables.items() if tree.get(BODY)} - set(pretrained)
     unknown = {name for name, tree in pretrained.items() if tree} - set(variables)
     if lacking or unknown:
-        raise ValueError(
-            f"pretrained: got the collections {sorted(pretrained)}, and the body has "
-            f"{sorted(name for name, tree in variables.items() if BODY in tree)}"
+        raise ArgumentError(
+            "pretrained",
+            f"got the collections {sorted(pretrained)}, and the body has "
+            f"{sorted(name for name, tree in variables.items() if BODY in tree)}",
         )
     return {
         name: swap_subtree(tree, BODY, pretrained[name]) if tree.get(BODY) else tree
@@ -117,7 +120,7 @@ def in_batches(
     check_real("x", x)
     n = x.shape[0]
     if n == 0:
-        raise ValueError("x: got no examples")
+        raise ArgumentError("x", "got no examples")
     batch = min(batch, n)
     # The last batch begins early enough to be whole: one compiled program, and nothing is padded.
     starts = [*range(0, n - batch, batch), n - batch]
@@ -148,7 +151,7 @@ def extract_features(
       ValueError: a model that says of no layer that it reads features.
     """
     if model.features is None:
-        raise ValueError("model: has no features; jm.transfer.classifier makes one that has")
+        raise ArgumentError("model", "has no features; jm.transfer.classifier makes one that has")
     return in_batches(model.features.apply, variables, x, batch)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxmeta.checks import check_finite, check_number, check_real, check_word, shown
+from jaxmeta.checks import ArgumentError, check_finite, check_number, check_real, check_word, shown
 from jaxmeta.transfer import host
 
 Features = Float[Array | np.ndarray, "_ _"]
@@ -151,7 +151,9 @@ def mmd2(
     uniform = np.full(variances.size, 1 / variances.size)
     beta = jnp.asarray(uniform if weights is None else _kernels("weights", weights), variances.dtype)
     if beta.shape != variances.shape:
-        raise ValueError(f"weights: got shape {beta.shape} for {variances.size} kernels; give one for each")
+        raise ArgumentError(
+            "weights", f"got shape {beta.shape} for {variances.size} kernels; give one for each"
+        )
 
     def kernel(squared: Array) -> Array:
         expand = (slice(None),) + (None,) * squared.ndim
@@ -197,9 +199,9 @@ def dan_loss(
       Long et al., Learning Transferable Features with Deep Adaptation Networks, 2015.
     """
     if len(source) != len(target) or not source:
-        raise ValueError(
-            f"source, target: got features of {len(source)} and {len(target)} layers; they must be as many, "
-            "and at least one"
+        raise ArgumentError(
+            "source, target",
+            f"got features of {len(source)} and {len(target)} layers; they must be as many, and at least one",
         )
     losses = [
         mmd2(s, t, bandwidth=bandwidth, multiples=multiples, weights=weights, estimator=estimator)
@@ -212,17 +214,17 @@ def _check(source: Features, target: Features, *, at_least: int) -> None:
     for name, features in (("source", source), ("target", target)):
         _check_features(name, features, at_least)
     if source.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"source, target: got {source.shape[1]} and {target.shape[1]} features; they must be as many"
+        raise ArgumentError(
+            "source, target", f"got {source.shape[1]} and {target.shape[1]} features; they must be as many"
         )
 
 
 def _check_features(name: str, features: Features, at_least: int) -> None:
     check_real(name, features)
     if features.ndim != 2 or features.shape[0] < at_least or not features.shape[1]:
-        raise ValueError(
-            f"{name}: got shape {features.shape}; it must be (examples, features), with at least "
-            f"{at_least} examples"
+        raise ArgumentError(
+            name,
+            f"got shape {features.shape}; it must be (examples, features), with at least {at_least} examples",
         )
 
 
@@ -262,7 +264,9 @@ def _positive(name: str, values: Bandwidth) -> Float[Array, " kernels"]:
     array = _kernels(name, values)
     positive = isinstance(array, jax.core.Tracer) or (array > 0).all()
     if not positive or array.ndim > 1 or not array.size:
-        raise ValueError(f"{name}: got {shown(values)}; it must be positive, a number or one for each kernel")
+        raise ArgumentError(
+            name, f"got {shown(values)}; it must be positive, a number or one for each kernel"
+        )
     return jnp.atleast_1d(jnp.asarray(array, float))
 
 
@@ -289,9 +293,10 @@ def _mean_of_others(similarities: Float[Array, "n n"]) -> Float[Array, ""]:
 
 def _linear(kernel, source: Float[Array, "n d"], target: Float[Array, "m d"]) -> Float[Array, ""]:
     if source.shape[0] != target.shape[0] or source.shape[0] % 2:
-        raise ValueError(
-            f"source, target: got {source.shape[0]} and {target.shape[0]} examples; the linear estimator "
-            "needs as many of both, and an even number"
+        raise ArgumentError(
+            "source, target",
+            f"got {source.shape[0]} and {target.shape[0]} examples; the linear estimator "
+            "needs as many of both, and an even number",
         )
 
     def similarity(a: Array, b: Array) -> Array:

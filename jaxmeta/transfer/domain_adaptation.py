@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from jaxmeta.checks import check_count, check_number, check_real
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_real
 from jaxmeta.nn import statistics
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.norm import STATISTICS
@@ -218,7 +218,7 @@ def adabn(
       Li et al., Revisiting Batch Normalization for Practical Domain Adaptation, 2016.
     """
     if x.shape[0] < 1:
-        raise ValueError(f"x: got shape {x.shape}; it must have at least one example")
+        raise ArgumentError("x", f"got shape {x.shape}; it must have at least one example")
     if batch is not None:
         check_count("batch", batch)
     model, settings = as_stateful(network), tuple(sorted(arguments.items()))
@@ -251,7 +251,7 @@ def _measured(network, own, arguments, variables, x):
 def _parts_adapted(parts, variables, x, batch, exact, arguments):
     """Part after part, each on what those before it make of `x` with their new statistics."""
     if not variables.get(STATISTICS):
-        raise ValueError("network: has no batch normalisation")
+        raise ArgumentError("network", "has no batch normalisation")
     found = {}
     for name, part in parts:
         found[name] = of_part(variables, name)
@@ -265,5 +265,5 @@ def _logits(*domains):
     for name, logits in zip(("source", "target"), domains, strict=True):
         check_real(name, logits)
         if not logits.size or logits.shape not in ((logits.size,), (logits.size, 1)):
-            raise ValueError(f"{name}: got logits of shape {logits.shape}; they must be (n,) or (n, 1)")
+            raise ArgumentError(name, f"got logits of shape {logits.shape}; they must be (n,) or (n, 1)")
     return [jnp.asarray(logits).reshape(-1) for logits in domains]

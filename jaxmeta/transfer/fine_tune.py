@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_count, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Params
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
@@ -213,7 +213,7 @@ def gradual_unfreezing(
     if last_steps is not None:
         check_count("last_steps", last_steps, _SHORTEST)
     if not groups:
-        raise ValueError("groups: got none; name the layers from the lowest to the top")
+        raise ArgumentError("groups", "got none; name the layers from the lowest to the top")
     losses = []
     for stage in range(len(groups)):
         last = stage == len(groups) - 1
@@ -239,14 +239,16 @@ def examples(
 ) -> dict[str, Any]:
     """ "x" and "y", as many of the one as of the other, and "weights" where there are any."""
     if data.x.shape[0] == 0 or data.x.shape[0] != data.y.shape[0]:
-        raise ValueError(f"data: got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
+        raise ArgumentError("data", f"got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
     if data.mask is not None:
-        raise ValueError("data: got a mask; leave the padding out")
+        raise ArgumentError("data", "got a mask; leave the padding out")
     arrays = {"x": data.x, "y": data.y}
     if weights is not None:
         arrays["weights"] = jnp.asarray(weights, jnp.float32)
         if arrays["weights"].shape != (data.x.shape[0],):
-            raise ValueError(f"weights: got shape {arrays['weights'].shape} for {data.x.shape[0]} examples")
+            raise ArgumentError(
+                "weights", f"got shape {arrays['weights'].shape} for {data.x.shape[0]} examples"
+            )
     return arrays
 
 

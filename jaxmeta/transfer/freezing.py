@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.checks import check_count, check_number
+from jaxmeta.checks import ArgumentError, check_count, check_number
 from jaxmeta.core import Params, PyTree
 from jaxmeta.transfer.paths import Patterns, leaves_by_path, mask, matching
 
@@ -89,9 +89,10 @@ def layer_labels(params: Params, groups: Sequence[Patterns]) -> PyTree:
             found[path].append(number)
     wrong = [f"{path} is in {numbers or 'none'}" for path, numbers in found.items() if len(numbers) != 1]
     if wrong:
-        raise ValueError(
-            f"groups: every leaf must be in one group; {', '.join(wrong[:5])}"
-            + (f", and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise ArgumentError(
+            "groups",
+            f"every leaf must be in one group; {', '.join(wrong[:5])}"
+            + (f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
         )
     return jax.tree.unflatten(jax.tree.structure(params), [numbers[0] for numbers in found.values()])
 
@@ -159,13 +160,14 @@ def slanted_triangular(
     check_number("peak", peak)
     check_number("cut_fraction", cut_fraction, above=0)
     if cut_fraction >= 1:
-        raise ValueError(f"cut_fraction: got {cut_fraction}; it must be in (0, 1)")
+        raise ArgumentError("cut_fraction", f"got {cut_fraction}; it must be in (0, 1)")
     check_number("ratio", ratio, 1)
     cut = int(steps * cut_fraction)
     if cut < 1:
-        raise ValueError(
-            f"steps: got {steps}, of which a part {cut_fraction} is less than one step; it must be at least "
-            f"{math.ceil(1 / cut_fraction)}"
+        raise ArgumentError(
+            "steps",
+            f"got {steps}, of which a part {cut_fraction} is less than one step; it must be at least "
+            f"{math.ceil(1 / cut_fraction)}",
         )
 
     def rate(step: Array | int) -> Array:
@@ -213,14 +215,15 @@ def l2_sp(
     else:
         weights, leaves = leaves_by_path(fisher), leaves_by_path(start)
         if list(weights) != list(leaves):
-            raise ValueError(
-                f"fisher: got the leaves {list(weights)}; they must be those of `start`, {list(leaves)}"
+            raise ArgumentError(
+                "fisher", f"got the leaves {list(weights)}; they must be those of `start`, {list(leaves)}"
             )
         for path in matching(start, shared):
             if jnp.shape(weights[path]) != jnp.shape(leaves[path]):
-                raise ValueError(
-                    f"fisher: got shape {jnp.shape(weights[path])} for {path}; it must be that of `start`, "
-                    f"{jnp.shape(leaves[path])}"
+                raise ArgumentError(
+                    "fisher",
+                    f"got shape {jnp.shape(weights[path])} for {path}; it must be that of `start`, "
+                    f"{jnp.shape(leaves[path])}",
                 )
         fisher = jax.tree.unflatten(jax.tree.structure(start), weights.values())
     # Arguments of a Partial travel as data: closed over, they would be constants of the compiled step.

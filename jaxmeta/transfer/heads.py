@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import check_count, check_finite, check_number
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_number
 from jaxmeta.core import Key, Params
 from jaxmeta.transfer import host
 
@@ -54,7 +54,7 @@ def ridge_head(
     z, y = _checked(features, labels, classes)
     given = list(penalty) if isinstance(penalty, Sequence) and not isinstance(penalty, str) else [penalty]
     if not given:
-        raise ValueError("penalty: got none; give one, or several to choose from")
+        raise ArgumentError("penalty", "got none; give one, or several to choose from")
     for one in given:
         check_number("penalty", one, above=0)
     penalties = jnp.asarray(given, z.dtype)
@@ -119,12 +119,14 @@ def logistic_head(
     check_number("tolerance", tolerance, 0)
     w = jnp.ones(z.shape[0], z.dtype) if weights is None else jnp.asarray(weights, z.dtype)
     if w.shape != y.shape:
-        raise ValueError(f"weights: got shape {w.shape} for {y.shape[0]} examples")
+        raise ArgumentError("weights", f"got shape {w.shape} for {y.shape[0]} examples")
     check_finite("weights", w)
     if not isinstance(w, jax.core.Tracer):
         lowest, highest = float(np.min(w)), float(np.max(w))
         if lowest < 0 or not highest:
-            raise ValueError(f"weights: got {lowest} to {highest}; they must be at least 0, and not all 0")
+            raise ArgumentError(
+                "weights", f"got {lowest} to {highest}; they must be at least 0, and not all 0"
+            )
     # L-BFGS wants directions of one curvature, which of a feature's weight is at most its variance + penalty;
     # the minimum is where it was.
     mean = z.mean(0)
@@ -199,11 +201,11 @@ def mapped_head(head: Params, mapping: Mapping[int, int | Sequence[int]], classe
     for target, given in mapping.items():
         known = [given] if isinstance(given, int | np.integer) else list(given)
         if not 0 <= target < classes:
-            raise ValueError(f"mapping: got the target class {target}; there are {classes}, from 0")
+            raise ArgumentError("mapping", f"got the target class {target}; there are {classes}, from 0")
         if not known or not all(0 <= source < sources for source in known):
-            raise ValueError(
-                f"mapping: got the source classes {known} for target class {target}; there are {sources}, "
-                "from 0"
+            raise ArgumentError(
+                "mapping",
+                f"got the source classes {known} for target class {target}; there are {sources}, from 0",
             )
         rows = jnp.asarray(known)
         kernel = kernel.at[:, target].set(head["kernel"][:, rows].mean(1))
@@ -217,10 +219,11 @@ def _checked(features: Features, labels: Labels, classes: int) -> tuple[Array, A
     z, y = jnp.asarray(features), host.labels(labels, "labels", rows=rows)
     found = np.unique(y)
     if found.size < 2:
-        raise ValueError(f"labels: got {found.size} class; a head needs examples of at least 2")
+        raise ArgumentError("labels", f"got {found.size} class; a head needs examples of at least 2")
     if found[0] < 0 or found[-1] >= classes:
-        raise ValueError(
-            f"labels: got classes from {found[0]} to {found[-1]}; with classes={classes} they must be from 0 "
-            f"to {classes - 1}"
+        raise ArgumentError(
+            "labels",
+            f"got classes from {found[0]} to {found[-1]}; with classes={classes} they must be from 0 "
+            f"to {classes - 1}",
         )
     return z, jnp.asarray(y, jnp.int32)

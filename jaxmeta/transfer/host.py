@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from jaxmeta.checks import ArgumentError
+
 Values = Array | np.ndarray
 
 # Rows of a bfloat16 softmax are off by as much; logits, counts and percentages are off by far more.
@@ -22,9 +24,9 @@ def numbers(values: Any, name: str) -> Shaped[np.ndarray, "..."]:
     try:
         found = np.asarray(values)
     except ValueError as error:  # a list of lists that are not of one length
-        raise ValueError(f"{name}: got what is no array ({error})") from error
+        raise ArgumentError(name, f"got what is no array ({error})") from error
     if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
-        raise ValueError(f"{name}: got {found.dtype}; it must be real numbers")
+        raise ArgumentError(name, f"got {found.dtype}; it must be real numbers")
     return found
 
 
@@ -32,9 +34,9 @@ def matrix(values: Values, name: str) -> Float[np.ndarray, "n d"]:
     """`values` as one row an example."""
     found = numbers(values, name).astype(np.float64)
     if found.ndim != 2 or not found.size:
-        raise ValueError(f"{name}: got shape {found.shape}; it must be (examples, dimensions), both above 0")
+        raise ArgumentError(name, f"got shape {found.shape}; it must be (examples, dimensions), both above 0")
     if not np.isfinite(found).all():
-        raise ValueError(f"{name}: got NaN or infinity; every number must be finite")
+        raise ArgumentError(name, "got NaN or infinity; every number must be finite")
     return found
 
 
@@ -43,9 +45,10 @@ def probabilities(values: Values, name: str) -> Float[np.ndarray, "n classes"]:
     found = matrix(values, name)
     sums = found.sum(1, keepdims=True)
     if found.min() < 0 or np.abs(sums - 1).max() > _SUM_TOLERANCE:
-        raise ValueError(
-            f"{name}: got rows that sum to {sums.min():.4g} to {sums.max():.4g} with a smallest entry of "
-            f"{found.min():.4g}; every row must be a distribution, as of softmax"
+        raise ArgumentError(
+            name,
+            f"got rows that sum to {sums.min():.4g} to {sums.max():.4g} with a smallest entry of "
+            f"{found.min():.4g}; every row must be a distribution, as of softmax",
         )
     return found / sums
 
@@ -54,7 +57,9 @@ def distribution(values: Values, name: str, classes: int) -> Float[np.ndarray, "
     """`values` as one distribution over `classes`."""
     found = numbers(values, name)
     if found.shape != (classes,):
-        raise ValueError(f"{name}: got shape {found.shape}; it must be ({classes},), one probability a class")
+        raise ArgumentError(
+            name, f"got shape {found.shape}; it must be ({classes},), one probability a class"
+        )
     return probabilities(found[None], name)[0]
 
 
@@ -62,12 +67,12 @@ def labels(values: Values, name: str, *, rows: int, classes: int | None = None) 
     """`values` as one class an example."""
     found = numbers(values, name)
     if not jnp.issubdtype(found.dtype, jnp.integer):
-        raise ValueError(f"{name}: got {found.dtype}; classes must be integers")
+        raise ArgumentError(name, f"got {found.dtype}; classes must be integers")
     if not found.size:
-        raise ValueError(f"{name}: got no example")
+        raise ArgumentError(name, "got no example")
     if found.shape != (rows,):
-        raise ValueError(f"{name}: got shape {found.shape}; it must be ({rows},), one class an example")
+        raise ArgumentError(name, f"got shape {found.shape}; it must be ({rows},), one class an example")
     if found.min() < 0 or (classes is not None and found.max() >= classes):
         allowed = "not be negative" if classes is None else f"be 0 to {classes - 1}"
-        raise ValueError(f"{name}: got classes {found.min()} to {found.max()}; they must {allowed}")
+        raise ArgumentError(name, f"got classes {found.min()} to {found.max()}; they must {allowed}")
     return found.astype(np.int64)

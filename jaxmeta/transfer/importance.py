@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
-from jaxmeta.checks import check_count, check_finite, check_number, check_real
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_number, check_real
 from jaxmeta.transfer import host
 
 
@@ -133,7 +133,7 @@ def density_ratio(
         if decrement <= tolerance:
             break
     else:
-        raise ValueError(f"steps: {steps} were too few for tolerance {tolerance}; allow more of either")
+        raise ArgumentError("steps", f"{steps} were too few for tolerance {tolerance}; allow more of either")
     kernel = weights[:-1]
     return DensityRatio(
         jnp.asarray(kernel), jnp.asarray(weights[-1] - kernel @ centre), jnp.asarray(np.log(len(s) / len(t)))
@@ -232,7 +232,7 @@ def kernel_mean_matching(
         ahead = new + (momentum - 1) / following * (new - w)
         w, momentum = new, following
     else:
-        raise ValueError(f"steps: {steps} were too few for tolerance {tolerance}; allow more of either")
+        raise ArgumentError("steps", f"{steps} were too few for tolerance {tolerance}; allow more of either")
     return jnp.asarray(w)
 
 
@@ -252,10 +252,10 @@ def effective_sample_size(weights: Float[Array | np.ndarray, " n"]) -> Float[Arr
     check_real("weights", weights)
     weights = jnp.asarray(weights)
     if weights.ndim != 1 or not weights.size:
-        raise ValueError(f"weights: got shape {weights.shape}; it must be (n,), one an example")
+        raise ArgumentError("weights", f"got shape {weights.shape}; it must be (n,), one an example")
     check_finite("weights", weights)
     if not isinstance(weights, jax.core.Tracer) and np.min(weights) < 0:
-        raise ValueError(f"weights: got {np.min(weights)} among them; they must be at least 0")
+        raise ArgumentError("weights", f"got {np.min(weights)} among them; they must be at least 0")
     # Of weights that are at most 1, for squares overflow.
     weights = weights / jnp.where(weights.max() > 0, weights.max(), 1)
     squares = jnp.square(weights).sum()
@@ -267,7 +267,9 @@ def _pair(
 ) -> tuple[Float[np.ndarray, "s d"], Float[np.ndarray, "t d"]]:
     s, t = host.matrix(source, "source"), host.matrix(target, "target")
     if s.shape[1] != t.shape[1]:
-        raise ValueError(f"target: got {t.shape[1]} features; source has {s.shape[1]}, they must be the same")
+        raise ArgumentError(
+            "target", f"got {t.shape[1]} features; source has {s.shape[1]}, they must be the same"
+        )
     return s, t
 
 

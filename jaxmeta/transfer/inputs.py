@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
-from jaxmeta.checks import check_count, check_finite, check_word, shown
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown
 from jaxmeta.core import Key, Model, Params
 from jaxmeta.transfer import host
 
@@ -54,7 +54,7 @@ def input_adapter(
     sides = size if size is None or isinstance(size, tuple | list) else (size, size)
     if sides is not None:
         if len(sides) != 2:
-            raise ValueError(f"size: got {shown(size)}; it must be one side, or height and width")
+            raise ArgumentError("size", f"got {shown(size)}; it must be one side, or height and width")
         for side in sides:
             check_count("size", side)
         sides = int(sides[0]), int(sides[1])
@@ -66,26 +66,26 @@ def input_adapter(
     for name, values in (("mean", centre), ("std", spread)):
         check_finite(name, values)
         if values.ndim > 1:
-            raise ValueError(f"{name}: got shape {values.shape}; it must be a number, or one a channel")
+            raise ArgumentError(name, f"got shape {values.shape}; it must be a number, or one a channel")
     if not (spread > 0).all():
-        raise ValueError(f"std: got {std}; it must be positive")
+        raise ArgumentError("std", f"got {std}; it must be positive")
 
     def apply(params: Params, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         del params
         if x.ndim != 4:
-            raise ValueError(f"x: got shape {x.shape}; images must be (n, height, width, channels)")
+            raise ArgumentError("x", f"got shape {x.shape}; images must be (n, height, width, channels)")
         if sides is not None and x.shape[1:3] != sides:
             x = jax.image.resize(x, (x.shape[0], *sides, x.shape[3]), method)
         if channels is not None and x.shape[3] != channels:
             if x.shape[3] not in (1, 3):
-                raise ValueError(f"x: got {x.shape[3]} channels; they must be 1 or 3")
+                raise ArgumentError("x", f"got {x.shape[3]} channels; they must be 1 or 3")
             if channels == 3:
                 x = jnp.repeat(x, 3, axis=3)
             else:
                 x = (x * jnp.asarray(LUMA, x.dtype)[None, None, None]).sum(3, keepdims=True)
         for name, values in (("mean", centre), ("std", spread)):
             if values.size not in (1, x.shape[3]):
-                raise ValueError(f"{name}: got {values.size} values; the images have {x.shape[3]} channels")
+                raise ArgumentError(name, f"got {values.size} values; the images have {x.shape[3]} channels")
         x = 1 - x if invert else x
         return (x - centre.astype(x.dtype)[None, None, None]) / spread.astype(x.dtype)[None, None, None]
 
@@ -115,7 +115,7 @@ def learned_stem(channels: int, *, kernel: int = 1) -> Model:
     check_count("channels", channels)
     check_count("kernel", kernel)
     if kernel % 2 == 0:
-        raise ValueError(f"kernel: got {kernel}; it must be odd")
+        raise ArgumentError("kernel", f"got {kernel}; it must be odd")
 
     def init(key: Key, x: Any) -> Params:
         del key

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
-from jaxmeta.checks import check_count, check_number, check_real
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_real
 from jaxmeta.transfer import host
 
 
@@ -92,10 +92,11 @@ def bbse(
     conditional = confusion / source_prior
     condition = np.linalg.cond(conditional)
     if not condition <= max_condition:
-        raise ValueError(
-            f"joint_confusion: the condition number of P(ŷ|y) is {condition:.3g}, above {max_condition:.3g}: "
+        raise ArgumentError(
+            "joint_confusion",
+            f"the condition number of P(ŷ|y) is {condition:.3g}, above {max_condition:.3g}: "
             "the classifier confuses some classes altogether, so that their shares cannot be told from its "
-            "predictions; use rlls, or merge those classes"
+            "predictions; use rlls, or merge those classes",
         )
     return _finished(np.linalg.solve(conditional, mu) / source_prior, source_prior, clip, rescale)
 
@@ -214,7 +215,7 @@ def em_prior(
     given = host.probabilities(probs, "probs")
     start = host.distribution(source_prior, "source_prior", given.shape[1])
     if not start.all():
-        raise ValueError(f"source_prior: got 0 for class {start.argmin()}; every class must be above 0")
+        raise ArgumentError("source_prior", f"got 0 for class {start.argmin()}; every class must be above 0")
     likelihood = given / start
     prior = start
     taken, moved = 0, np.inf
@@ -246,8 +247,8 @@ def adjust(
     check_real("weights", weights)
     probs, weights = jnp.asarray(probs), jnp.asarray(weights)
     if not probs.ndim or weights.shape != probs.shape[-1:]:
-        raise ValueError(
-            f"weights: got shape {weights.shape} for probs of shape {probs.shape}; it must be one a class"
+        raise ArgumentError(
+            "weights", f"got shape {weights.shape} for probs of shape {probs.shape}; it must be one a class"
         )
     weighted = probs * weights.astype(probs.dtype).reshape((1,) * (probs.ndim - 1) + (-1,))
     total = weighted.sum(-1, keepdims=True)
@@ -297,8 +298,8 @@ def _each(predictions: host.Values, name: str, classes: int) -> Float[np.ndarray
     if found.ndim != 2:
         return np.eye(classes)[host.labels(found, name, rows=found.size, classes=classes)]
     if found.shape[1] != classes:
-        raise ValueError(
-            f"{name}: got {found.shape[1]} columns; there must be one for each of {classes} classes"
+        raise ArgumentError(
+            name, f"got {found.shape[1]} columns; there must be one for each of {classes} classes"
         )
     return host.probabilities(found, name)
 
@@ -310,13 +311,14 @@ def _checked(
     confusion = host.matrix(joint_confusion, "joint_confusion")
     classes = len(confusion)
     if confusion.shape != (classes, classes):
-        raise ValueError(f"joint_confusion: got shape {confusion.shape}; it must be (classes, classes)")
+        raise ArgumentError("joint_confusion", f"got shape {confusion.shape}; it must be (classes, classes)")
     confusion = host.probabilities(confusion.reshape(1, -1), "joint_confusion").reshape(classes, classes)
     source_prior = confusion.sum(0)
     if not source_prior.all():
-        raise ValueError(
-            f"joint_confusion: class {source_prior.argmin()} has no labelled source examples; "
-            "its share of the target cannot be estimated"
+        raise ArgumentError(
+            "joint_confusion",
+            f"class {source_prior.argmin()} has no labelled source examples; "
+            "its share of the target cannot be estimated",
         )
     found = host.numbers(target_predictions, "target_predictions")
     if found.ndim == 1 and not jnp.issubdtype(found.dtype, jnp.integer):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.transfer.subtree import leaves_by_path, rename
 
 Rules = tuple[tuple[re.Pattern[str], str | None], ...]
@@ -216,15 +217,16 @@ def layout_of(leaves: Mapping[str, Any], layout: str, origin: Path) -> Layout:
     known = ", ".join(LAYOUTS)
     if layout != "auto":
         if layout not in LAYOUTS:
-            raise ValueError(f'layout: got {layout!r}; it must be "auto" or one of {known}')
+            raise ArgumentError("layout", f'got {layout!r}; it must be "auto" or one of {known}')
         return LAYOUTS[layout]
     for candidate in LAYOUTS.values():
         if any(candidate.mark.search(name) for name in leaves):
             return candidate
     some = ", ".join(sorted(leaves)[:5])
-    raise ValueError(
-        f"layout: the names in {origin} ({some}, …) are of no known layout ({known}); take them by "
-        "jaxmeta.transfer.read_weights, and map them by jaxmeta.transfer.transplant with `rules`"
+    raise ArgumentError(
+        "layout",
+        f"the names in {origin} ({some}, …) are of no known layout ({known}); take them by "
+        "jaxmeta.transfer.read_weights, and map them by jaxmeta.transfer.transplant with `rules`",
     )
 
 
@@ -246,7 +248,7 @@ def translated(leaves: Mapping[str, Any], layout: Layout, origin: Path) -> list[
         renamed = rename(alone, _applicable(layout.modules, alone))
         renamed = rename(renamed, _applicable(layout.tensors, leaves_by_path(renamed)))
     except ValueError as error:
-        raise ValueError(f"path: the names in {origin} are not of one network: {error}") from error
+        raise ArgumentError("path", f"the names in {origin} are not of one network: {error}") from error
     paths = {told: path for path, told in leaves_by_path(renamed).items()}
     return [Leaf(told, paths.get(told), _as_flax(paths.get(told), array)) for told, array in arrays.items()]
 
@@ -257,9 +259,10 @@ def _parts(name: str, leaf: Any, layout: Layout, origin: Path) -> list[tuple[str
         if match is None:
             continue
         if leaf.ndim == 0 or leaf.shape[0] % 3:
-            raise ValueError(
-                f"path: {name} in {origin} stacks query, key and value, and has shape {leaf.shape}; its "
-                "first axis must be of three equal parts"
+            raise ArgumentError(
+                "path",
+                f"{name} in {origin} stacks query, key and value, and has shape {leaf.shape}; its "
+                "first axis must be of three equal parts",
             )
         return [
             (name[: match.start()] + match.expand(template.format(kind)), f"{name}[{kind}]", part)

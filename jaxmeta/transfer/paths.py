@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxmeta.checks import ArgumentError
+
 PyTree = Any
 Pattern = str | re.Pattern[str]
 Patterns = Pattern | Sequence[Pattern]
@@ -79,7 +81,9 @@ def find(tree: PyTree, path: str) -> Node:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f'path: got "{path}", which {len(found)} nodes of the tree share; rename their keys')
+        raise ArgumentError(
+            "path", f'got "{path}", which {len(found)} nodes of the tree share; rename their keys'
+        )
     leaves = [node.path.split("/") for node in _walk(tree) if node.is_leaf]
     parts = path.split("/")
     # As far as the tree follows the path, and what goes on from there.
@@ -87,7 +91,7 @@ def find(tree: PyTree, path: str) -> Node:
     onward = dict.fromkeys(p[depth] for p in leaves if p[:depth] == parts[:depth] and p[depth:] and p[depth])
     where = f'"{"/".join(parts[:depth])}"' if depth else "its root"
     what = f"has {', '.join(shortened(list(onward)))}" if onward else "has nothing beneath it"
-    raise ValueError(f'path: got "{path}", which the tree does not have; {where} {what}')
+    raise ArgumentError("path", f'got "{path}", which the tree does not have; {where} {what}')
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
@@ -107,7 +111,9 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     for node in _walk(tree):
         if node.is_leaf:
             if node.path in leaves:
-                raise ValueError(f'tree: two leaves have the path "{node.path}"; rename one of their keys')
+                raise ArgumentError(
+                    "tree", f'two leaves have the path "{node.path}"; rename one of their keys'
+                )
             leaves[node.path] = node.value
     return leaves
 
@@ -146,7 +152,7 @@ def _regex_of(pattern: Pattern, argument: str) -> re.Pattern[str]:
     try:
         return re.compile(f"{translated}(/.*)?", re.DOTALL)
     except re.error as error:
-        raise ValueError(f"{argument}: got {pattern!r}, which is no glob: {error}") from error
+        raise ArgumentError(argument, f"got {pattern!r}, which is no glob: {error}") from error
 
 
 def several(patterns: Patterns) -> Sequence[Pattern]:
@@ -229,9 +235,10 @@ def _renamer(
     numbers = [blank[1] for blank in _BLANK.finditer(replacement)]
     stars = numbers.count(None)
     if stars not in (0, wildcards) or any(int(n) not in range(1, wildcards + 1) for n in numbers if n):
-        raise ValueError(
-            f"{argument}: got {replacement!r} for {pattern!r}, which has {wildcards} wildcard(s); "
-            f"it must have as many, or none, or name them \\1, \\2, …"
+        raise ArgumentError(
+            argument,
+            f"got {replacement!r} for {pattern!r}, which has {wildcards} wildcard(s); "
+            f"it must have as many, or none, or name them \\1, \\2, …",
         )
 
     def write(path: str) -> str:
@@ -264,7 +271,7 @@ def renamed_paths(leaves: dict[str, Any], rules: Rules) -> tuple[dict[str, str],
         if new is None:
             dropped.append(old)
         elif old_path.setdefault(new, old) != old:
-            raise ValueError(f'rules: "{old_path[new]}" and "{old}" would both become "{new}"')
+            raise ArgumentError("rules", f'"{old_path[new]}" and "{old}" would both become "{new}"')
     return old_path, dropped
 
 
@@ -298,9 +305,10 @@ def rename(tree: PyTree, rules: Rules) -> dict[str, Any]:
         for depth, parent in enumerate(parents, 1):
             through = "/".join(parents[:depth])
             if through in old_path:
-                raise ValueError(
-                    f'rules: "{old}" would become "{new}", beneath "{through}", as which '
-                    f'"{old_path[through]}" is a leaf'
+                raise ArgumentError(
+                    "rules",
+                    f'"{old}" would become "{new}", beneath "{through}", as which '
+                    f'"{old_path[through]}" is a leaf',
                 )
             node = node.setdefault(parent, {})
         node[name] = leaves[old]

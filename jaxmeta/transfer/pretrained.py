@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen
 
 from jaxmeta import nn
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, PyTree
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.transfer import weight_files
@@ -144,8 +145,8 @@ def load_pretrained(
 
     example = _example(x) if x is not None else default_input(network, given)
     if example is None and not built:
-        raise ValueError(
-            f"x: {type(network).__name__} needs an example input, or its shape, to be initialised"
+        raise ArgumentError(
+            "x", f"{type(network).__name__} needs an example input, or its shape, to be initialised"
         )
     # Our own may be of a network that was never calibrated; without any, another's is of no batch norm.
     statistics = found.family is not None or any(path.startswith(f"{STATISTICS}/") for path in given)
@@ -159,8 +160,9 @@ def load_pretrained(
         leaves = _without(leaves, lambda path: path.split("/")[0] not in {"params", STATISTICS, *target})
     missing = _check(leaves, wanted, origin, strict, head)
     if missing and key is None:
-        raise ValueError(
-            f"key: got None, and {origin} does not fill {', '.join(shortened(missing))}; it initialises them"
+        raise ArgumentError(
+            "key",
+            f"got None, and {origin} does not fill {', '.join(shortened(missing))}; it initialises them",
         )
     if missing and example is not None:
         target = _target(network, example, statistics, key)
@@ -219,12 +221,12 @@ def save_pretrained(
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
-        raise ValueError(f"path: got {path}; it must end in .safetensors")
+        raise ArgumentError("path", f"got {path}; it must end in .safetensors")
     if path.exists() and not overwrite:
         raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         names = sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ValueError(f'variables: got {names}; they must be a dict with the dict "params"')
+        raise ArgumentError("variables", f'got {names}; they must be a dict with the dict "params"')
     metadata = {"format": "flax"} | ({} if network is None else {"network": described(network)})
     weight_files.write(path, dict(_flat(variables, ())), metadata)
 
@@ -234,19 +236,23 @@ def _flat(node: Any, parts: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     if isinstance(node, Mapping):
         for key, child in node.items():
             if not isinstance(key, str) or "/" in key or not key:
-                raise ValueError(f'variables: got the key {key!r} in "{at}"; keys must be names without "/"')
+                raise ArgumentError(
+                    "variables", f'got the key {key!r} in "{at}"; keys must be names without "/"'
+                )
             yield from _flat(child, (*parts, key))
     elif isinstance(node, jax.Array | np.ndarray | np.generic):
         yield at, node
     else:
-        raise ValueError(f'variables: got {type(node).__name__} at "{at}"; it must be a dict or an array')
+        raise ArgumentError(
+            "variables", f'got {type(node).__name__} at "{at}"; it must be a dict or an array'
+        )
 
 
 def _nested(leaves: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     try:
         return rename(leaves, ())
     except ValueError as error:
-        raise ValueError(f"path: {origin} is no tree: {error}") from error
+        raise ArgumentError("path", f"{origin} is no tree: {error}") from error
 
 
 def _in_head(path: str) -> bool:
@@ -274,10 +280,12 @@ def _for_images(
 ) -> tuple[Any, list[Leaf]]:
     """The network for images of that size, and leaves with its position embeddings."""
     if not isinstance(network, nn.ViT):
-        raise ValueError(f"image_size: got {image_size} for {type(network).__name__}, which takes any size")
+        raise ArgumentError(
+            "image_size", f"got {image_size} for {type(network).__name__}, which takes any size"
+        )
     resized = network.clone(image_size=image_size)
     if not built and network.sides != resized.sides:
-        raise ValueError(f"image_size: got {image_size}, and the network is for {network.sides}")
+        raise ArgumentError("image_size", f"got {image_size}, and the network is for {network.sides}")
     return resized, [
         leaf._replace(
             array=np.asarray(
@@ -292,7 +300,7 @@ def _for_images(
 
 def _headless(network: Any) -> Any:
     if not hasattr(network, "ways"):
-        raise ValueError(f"head: got False, and {type(network).__name__} has none to leave out")
+        raise ArgumentError("head", f"got False, and {type(network).__name__} has none to leave out")
     return network.clone(ways=None)
 
 
@@ -325,7 +333,7 @@ def _check(
             problems.append(f'"{path}"{told} has shape {have}, and must have {want}{hint}')
     if problems:
         listed = "\n  ".join(shortened(problems))
-        raise ValueError(f"path: {origin} does not fit the network:\n  {listed}")
+        raise ArgumentError("path", f"{origin} does not fit the network:\n  {listed}")
     return missing
 
 
@@ -356,7 +364,7 @@ def _filled(
             cast=True,
         )
     except ValueError as error:
-        raise ValueError(f"path: {origin} does not fit the network: {error}") from error
+        raise ArgumentError("path", f"{origin} does not fit the network: {error}") from error
     return {STATISTICS: {}, **jax.tree.map(_as_jax, variables)}, report
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
-from jaxmeta.checks import check_word
+from jaxmeta.checks import ArgumentError, check_word
 from jaxmeta.transfer.scores import h_score, leep, log_me, nce
 
 SCORES = ("log_me", "h_score", "leep", "nce")
@@ -123,11 +123,11 @@ def rank_sources(
     """
     x, y = target
     if not models:
-        raise ValueError("models: got none; there must be at least one")
+        raise ArgumentError("models", "got none; there must be at least one")
     check_word("score", score, SCORES)
     if accuracies is not None and set(accuracies) != set(models):
-        raise ValueError(
-            f"accuracies: got {sorted(accuracies)}; the names must be those of models, {sorted(models)}"
+        raise ArgumentError(
+            "accuracies", f"got {sorted(accuracies)}; the names must be those of models, {sorted(models)}"
         )
     rows = []
     for name, model in models.items():

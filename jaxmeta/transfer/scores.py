@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
-from jaxmeta.checks import check_number, check_word
+from jaxmeta.checks import ArgumentError, check_number, check_word
 from jaxmeta.transfer import host
 
 # Of ln(α/β): step of the search and how far beyond the eigenvalues it looks, where evidence is level.
@@ -131,7 +131,7 @@ def h_score(
     elif shrinkage is not None:
         check_number("shrinkage", shrinkage, 0)
         if shrinkage >= 1:
-            raise ValueError(f"shrinkage: got {shrinkage}; it must be at least 0 and below 1")
+            raise ArgumentError("shrinkage", f"got {shrinkage}; it must be at least 0 and below 1")
     f = host.matrix(features, "features")
     n, d = f.shape
     one_hot = _one_hot(_classes(labels, rows=n))
@@ -236,9 +236,9 @@ def maximal_evidence(
     """
     f, y = host.matrix(features, "features"), host.matrix(targets, "targets")
     if len(f) != len(y):
-        raise ValueError(f"targets: got {len(y)} rows for {len(f)} of features; they must agree")
+        raise ArgumentError("targets", f"got {len(y)} rows for {len(f)} of features; they must agree")
     if not y.any(0).all():
-        raise ValueError("targets: got a column of zeros, of which every model is certain; leave it out")
+        raise ArgumentError("targets", "got a column of zeros, of which every model is certain; leave it out")
     n = len(y)
     u, s = _decomposed(f, _noise(features))
     eigenvalues, projections = np.square(s), u.T @ y
@@ -274,7 +274,9 @@ def maximal_evidence(
 def _classes(labels: host.Values, *, rows: int) -> np.ndarray:
     y = host.labels(labels, "labels", rows=rows)
     if (y == y[0]).all():
-        raise ValueError(f"labels: all {rows} are of class {y[0]}; a score compares at least two classes")
+        raise ArgumentError(
+            "labels", f"all {rows} are of class {y[0]}; a score compares at least two classes"
+        )
     return y
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxmeta.checks import ArgumentError
 from jaxmeta.transfer.paths import (
     Patterns,
     PyTree,
@@ -127,7 +128,7 @@ def _refilled(old: PyTree, new: PyTree, path: str) -> PyTree:
             problems.append(f'"{full}": got {_spec(given[at], full)}; it must be {_spec(wanted[at], full)}')
     if problems:
         listed = "\n  ".join(shortened(problems))
-        raise ValueError(f'subtree: it does not fit at "{path}", as strict=True asks:\n  {listed}')
+        raise ArgumentError("subtree", f'it does not fit at "{path}", as strict=True asks:\n  {listed}')
     return jax.tree.unflatten(jax.tree.structure(old), [given[at] for at in wanted])
 
 
@@ -316,7 +317,7 @@ def transplant(
             )
     if problems:
         listed = "\n  ".join(shortened(problems))
-        raise ValueError(f"source: it does not fit the target:\n  {listed}")
+        raise ArgumentError("source", f"it does not fit the target:\n  {listed}")
 
     report = Report(
         taken=tuple(Row(old_path[path], path, *want[path]) for path in filled),

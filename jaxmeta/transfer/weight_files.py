@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmeta.checks import parsed_json
+from jaxmeta.checks import ArgumentError, parsed_json
 from jaxmeta.core import PyTree
 from jaxmeta.nn.norm import STATISTICS, from_moments
 from jaxmeta.transfer.subtree import leaves_by_path
@@ -48,7 +48,9 @@ def read(path: str | os.PathLike, revision: str | None = None) -> Stored:
     if isinstance(path, str) and path.startswith(HUB):
         return _folder(_fetched(path, revision))
     if revision is not None:
-        raise ValueError(f'revision: got {revision!r} for {path}; only what is on the Hub ("{HUB}…") has any')
+        raise ArgumentError(
+            "revision", f'got {revision!r} for {path}; only what is on the Hub ("{HUB}…") has any'
+        )
     found = Path(path).expanduser()
     if not found.exists():
         hint = f'; what is on the Hugging Face Hub is "{HUB}{path}"' if str(path).count("/") == 1 else ""
@@ -64,7 +66,7 @@ def _file(path: Path) -> Stored:
         return Stored(_arrays(_msgpack(path), path), path)
     if path.suffix in PICKLES:
         raise ValueError(_refusal(path))
-    raise ValueError(f"path: got {path}, whose format is unknown; it must be {FORMATS}")
+    raise ArgumentError("path", f"got {path}, whose format is unknown; it must be {FORMATS}")
 
 
 def _folder(path: Path) -> Stored:
@@ -78,7 +80,7 @@ def _folder(path: Path) -> Stored:
         return Stored(leaves, file, _config(path), metadata)
     if found:
         names = ", ".join(file.name for file in found)
-        raise ValueError(f"path: {path} has several files of weights: {names}; give the path of one")
+        raise ArgumentError("path", f"{path} has several files of weights: {names}; give the path of one")
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "manifest").is_dir():
@@ -91,7 +93,7 @@ def _folder(path: Path) -> Stored:
     pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
     if pickles:
         raise ValueError(_refusal(pickles[0]))
-    raise ValueError(f"path: {path} has no weights of a known format; it must be {FORMATS}")
+    raise ArgumentError("path", f"{path} has no weights of a known format; it must be {FORMATS}")
 
 
 def _refusal(path: Path) -> str:
@@ -110,7 +112,7 @@ def _guarded(path: Path, what: str, read: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"path: {path} cannot be read as {what}: {line}") from error
+        raise ArgumentError("path", f"{path} cannot be read as {what}: {line}") from error
 
 
 def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -136,20 +138,20 @@ def _sharded(path: Path) -> Stored:
     index = _json(path / INDEX)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f'path: {path / INDEX} has no "weight_map" of names and files')
+        raise ArgumentError("path", f'{path / INDEX} has no "weight_map" of names and files')
     leaves: dict[str, Any] = {}
     for name in sorted(set(places.values())):
         file = path / name
         if Path(name).name != name or file.suffix != ".safetensors":
-            raise ValueError(
-                f"path: {path / INDEX} points to {name!r}; it must be a safetensors file beside it"
+            raise ArgumentError(
+                "path", f"{path / INDEX} points to {name!r}; it must be a safetensors file beside it"
             )
         if not file.is_file():
-            raise ValueError(f"path: {path / INDEX} points to {name}, which is not there")
+            raise ArgumentError("path", f"{path / INDEX} points to {name}, which is not there")
         leaves |= _safetensors(file)[0]
     missing = sorted({_joined(name) for name in places} - set(leaves))
     if missing:
-        raise ValueError(f"path: {path / INDEX} lists {missing[0]}, which none of its files has")
+        raise ArgumentError("path", f"{path / INDEX} lists {missing[0]}, which none of its files has")
     return Stored(leaves, path / INDEX, _config(path))
 
 
@@ -160,7 +162,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     content = _guarded(path, "JSON", lambda: parsed_json(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
-        raise ValueError(f"path: {path} cannot be read as JSON: it holds no object")
+        raise ArgumentError("path", f"{path} cannot be read as JSON: it holds no object")
     return content
 
 
@@ -169,7 +171,9 @@ def _msgpack(path: Path) -> PyTree:
 
     tree = _guarded(path, "Flax's msgpack", lambda: msgpack_restore(path.read_bytes()))
     if not isinstance(tree, dict):
-        raise ValueError(f"path: {path} cannot be read as Flax's msgpack: it holds a {type(tree).__name__}")
+        raise ArgumentError(
+            "path", f"{path} cannot be read as Flax's msgpack: it holds a {type(tree).__name__}"
+        )
     return tree
 
 
@@ -199,8 +203,8 @@ def _arrays(tree: PyTree, origin: Path) -> dict[str, Any]:
     leaves = _guarded(origin, "a tree of arrays", lambda: leaves_by_path(_collections(tree)))
     for path, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-            raise ValueError(
-                f'path: {origin} has {type(leaf).__name__} at "{path}"; it must be an array or number'
+            raise ArgumentError(
+                "path", f'{origin} has {type(leaf).__name__} at "{path}"; it must be an array or number'
             )
     return {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in leaves.items()}
 
@@ -213,8 +217,8 @@ def _run(folder: Path) -> Stored:
     params = config.params_of(folder, stored)
     # MAML++ has normalisation layers of each inner step's own.
     if "model" not in params or "per_step" in params:
-        raise ValueError(
-            f"path: {folder} is a run of {settings.learner}, which trains no one network: {sorted(params)}"
+        raise ArgumentError(
+            "path", f"{folder} is a run of {settings.learner}, which trains no one network: {sorted(params)}"
         )
     out = (settings.train_ways or 1) if registry.LEARNERS[settings.learner].fixed_ways else None
     variables = {"params": params["model"]}
@@ -238,13 +242,14 @@ def _fetched(name: str, revision: str | None) -> Path:
         folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(
-            f"path: {name} cannot be fetched from the Hugging Face Hub: {line}; without a network, copy the "
-            "repository's config.json and model.safetensors into a folder and give its path"
+        raise ArgumentError(
+            "path",
+            f"{name} cannot be fetched from the Hugging Face Hub: {line}; without a network, copy the "
+            "repository's config.json and model.safetensors into a folder and give its path",
         ) from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise ValueError(
-            f"path: {name} has no model.safetensors; its weights may be pickles, which are not read"
+        raise ArgumentError(
+            "path", f"{name} has no model.safetensors; its weights may be pickles, which are not read"
         )
     return Path(folder)
 

@@ -1,0 +1,165 @@
+"""Declare what a method is beside its signature: `@learner` and `@forwards`.
+
+The keyword-only parameters of plain type of a learner factory are its settings, and its docstring describes
+them. What is no setting, such as the kinds of tasks that it learns, stands in `@learner(...)` on the factory,
+where every line has a default that fits an ordinary method. A factory that hands its keyword arguments on to
+another says so by `@forwards(other)`.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from jaxmeta.checks import ArgumentError, check_kind, check_word
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+KINDS = ("classification", "regression")
+_FACTS, _PARENT = "__jaxmeta_facts__", "__jaxmeta_parent__"
+
+
+def _rows() -> Mapping[str, str]:
+    return {"transductive": "batch", "inductive": "support"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """Facts about a method that are no settings.
+
+    Attributes:
+      kinds: of tasks that it learns: "classification", "regression".
+      head: whether its network ends in one output for each way; otherwise it is an embedding.
+      rows: of a report, each with the `norm` of the learner that it evaluates.
+      supervised: whether it trains on mini-batches of all training classes (`jm.tasks.supervised`), not on
+        episodes.
+      zero_shot: whether it can learn classes from their metadata alone.
+      networks: names of the networks that it works with; None for all.
+      network: `(build, tasks) -> arguments`: what the factory is called with first, as a tuple of positional
+        arguments and a dictionary of keyword arguments. `build(out)` makes the chosen network with that
+        output width, None for an embedding, and `tasks` has the settings of the tasks. None: the network
+        alone, with a head by `head`.
+      augment: `(key, x) -> x`, what `--distort` hands to the factory as `augment`; None for `distort` of
+        `jaxmeta.tasks.distortions`.
+      outer: the outer optimizer by default.
+      train_shots: support examples in training for each one of the test protocol.
+      training: defaults in place of those of the protocol that a run starts from: a dictionary by the names
+        of settings, or a function of that protocol's settings, likewise a dictionary, that returns one.
+        The function sees two more keys: "kind" of tasks, and "made_for", the learner of the protocol.
+    """
+
+    kinds: tuple[str, ...] = KINDS
+    head: bool = True
+    rows: Mapping[str, str] = dataclasses.field(default_factory=_rows)
+    supervised: bool = False
+    zero_shot: bool = False
+    networks: tuple[str, ...] | None = None
+    network: Callable[..., tuple[tuple, dict[str, Any]]] | None = None
+    augment: Callable[..., Any] | None = None
+    outer: str = "adam"
+    train_shots: int = 1
+    training: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            check_word("kinds", kind, KINDS)
+        check_kind("rows", self.rows, Mapping, 'a dictionary such as {"inductive": "support"}')
+        if not self.rows:
+            raise ArgumentError("rows", "got none; a report has at least one row")
+
+    def defaults(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the method's own defaults in the place of those of a protocol."""
+        return dict(self.training(base) if callable(self.training) else self.training)
+
+
+def learner(**facts: Any) -> Callable[[F], F]:
+    """Decorate a learner factory with the facts about its method (see `Facts`).
+
+    Raises:
+      ValueError: a fact that there is none of, or a value that it cannot have.
+
+    Examples:
+      >>> @learner(kinds=("regression",), rows={"inductive": "support"})
+      ... def my_method(network, *, rate: float = 0.1):
+      ...     ...
+      >>> facts_of(my_method).kinds
+      ('regression',)
+    """
+    known = [field.name for field in dataclasses.fields(Facts)]
+    for name in facts:
+        check_word("fact", name, known)
+    found = Facts(**facts)
+
+    def declared(factory: F) -> F:
+        setattr(factory, _FACTS, found)
+        return factory
+
+    return declared
+
+
+def facts_of(factory: Callable[..., Any]) -> Facts:
+    """Return the facts about a method, those of an ordinary one where nothing is declared.
+
+    A factory that forwards to another has the facts of that one, unless it declares its own.
+    """
+    if hasattr(factory, _FACTS):
+        return getattr(factory, _FACTS)
+    parent = parent_of(factory)
+    return Facts() if parent is None else facts_of(parent)
+
+
+def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Callable[[F], F]:
+    """Decorate a factory that hands keyword arguments on to `parent`.
+
+    Its signature then has the keyword-only parameters of `parent` in the place of its `**settings`, save
+    those of its own and those `without`; settings, defaults and descriptions are read from there.
+
+    Examples:
+      >>> def parent(network, *, rate: float = 0.1, order: str = "second"):
+      ...     return rate, order
+      >>> @forwards(parent, without=("order",))
+      ... def first(network, **settings):
+      ...     return parent(network, order="first", **settings)
+      >>> print(inspect.signature(first))
+      (network, *, rate: float = 0.1)
+      >>> first(None, order="second")
+      Traceback (most recent call last):
+      TypeError: first() has no argument 'order'; it takes rate
+    """
+    left_out = set(without)
+
+    def forwarding(factory: F) -> F:
+        # With annotations as values: those of the parent come from another module.
+        own = inspect.signature(factory, eval_str=True)
+        mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        names = {each.name for each in mine} | left_out
+        theirs = [
+            each
+            for each in inspect.signature(parent, eval_str=True).parameters.values()
+            if each.kind is each.KEYWORD_ONLY and each.name not in names
+        ]
+        signature = own.replace(parameters=[*mine, *theirs])
+        keywords = [each.name for each in (*mine, *theirs) if each.kind is each.KEYWORD_ONLY]
+
+        @functools.wraps(factory)
+        def checked(*arguments: Any, **settings: Any) -> Any:
+            for name in settings:
+                if name not in signature.parameters:
+                    raise TypeError(
+                        f"{factory.__name__}() has no argument {name!r}; it takes {', '.join(keywords)}"
+                    )
+            return factory(*arguments, **settings)
+
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        setattr(checked, _PARENT, parent)
+        return checked  # type: ignore[return-value]
+
+    return forwarding
+
+
+def parent_of(factory: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the factory that this one forwards to; None where it forwards to none."""
+    return getattr(factory, _PARENT, None)
