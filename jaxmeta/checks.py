@@ -149,9 +149,9 @@ def check_size(names: str, sizes: Iterable[int], what: str) -> None:
       ValueError: that calls them by `names`.
 
     Examples:
-      >>> check_size("shots, size", (2**30, 4), "x")
+      >>> check_size("x", (2**40,), "x")
       Traceback (most recent call last):
-      jaxmeta.checks.ArgumentError: shots, size: got x of 1073741824 x 4 values; at most 2147483647 fit in an array
+      jaxmeta.checks.ArgumentError: x: got x of 1099511627776 values; at most 2147483647 fit in an array
     """
     sizes = tuple(map(int, sizes))
     if math.prod(sizes) > LARGEST:
