@@ -78,15 +78,19 @@ class Problem:
     runs: int
     outer_lr: float
 
-    def learner(self, case: Case):
-        return jm.learned_optimizer(
+    def made_by(self, factory: Callable, case: Case):
+        """`jm.learned_optimizer` of a case, or the unroll of it."""
+        return factory(
             case.network,
-            steps=STEPS,
+            inner_steps=STEPS,
             truncation=TRUNCATION,
-            batch_size=self.batch_size,
+            inner_batch=self.batch_size,
             loss=self.loss,
             **self.settings,
         )
+
+    def optimizer(self, params):
+        return jm.learned_optimizer_as_optax(params, **self.settings)
 
 
 def sum_of_squares(outputs, targets, mask=None):
@@ -165,7 +169,9 @@ def problems(args) -> dict[str, Problem]:
 def train(problem: Problem, key, validate_every: int):
     """The optimizer's weights with the best mean final loss over 20 runs apart, as they were looked at."""
     case = problem.cases[0]
-    learner = problem.learner(case)
+    learner, next_unroll = (
+        problem.made_by(factory, case) for factory in (jm.learned_optimizer, jm.learned_optimizer_unroll)
+    )
     tasks = problem.tasks("train")
     init_key, key = jax.random.split(key)
     params = jax.jit(learner.init)(init_key, tasks.sample(init_key))
@@ -174,7 +180,7 @@ def train(problem: Problem, key, validate_every: int):
 
     def unroll(params, tasks, carries, keys):
         def mean(params):
-            values, after = jax.vmap(lambda *run: learner.unroll(params, *run))(tasks, carries, keys)
+            values, after = jax.vmap(lambda *run: next_unroll(params, *run))(tasks, carries, keys)
             return values.mean(), after
 
         return jax.value_and_grad(mean, has_aux=True)(params)
@@ -202,7 +208,7 @@ def train(problem: Problem, key, validate_every: int):
         key, chunk_key = jax.random.split(key)
         count = min(validate_every, problem.runs - done)
         state, values = many(state, jax.random.split(chunk_key, count), tasks.sample)
-        final = mean_curve(problem, case, learner.as_optax(state[0]), 20, "validation")[0][-1]
+        final = mean_curve(problem, case, problem.optimizer(state[0]), 20, "validation")[0][-1]
         history.append((done + count, float(values.mean()), float(final)))
         print(
             f"  {done + count:5d} runs, {time.perf_counter() - started:6.0f} s: mean loss on the way "
@@ -272,7 +278,7 @@ def try_all(problem: Problem, case: Case, params) -> dict:
     rows = {}
     for name, make in {"learned": None, **HAND_MADE}.items():
         rate = None if make is None else tuned_rate(problem, case, make)
-        optimizer = problem.learner(case).as_optax(params) if make is None else make(rate)
+        optimizer = problem.optimizer(params) if make is None else make(rate)
         losses, scores = runs_of(problem, case, optimizer, problem.episodes, "test")
         losses, scores = np.asarray(losses, np.float64), np.asarray(scores, np.float64)
         final = jm.Evaluation.of(losses[:, -1])

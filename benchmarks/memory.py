@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.flatten_util import ravel_pytree
 from machine import describe_machine
 
@@ -48,7 +47,7 @@ def make_task(image: int) -> jm.Task:
 def compile_gradient(settings: dict, steps: int, task: jm.Task, filters: int):
     """The meta-gradient of MAML as a compiled program, its arguments, and the seconds it took to compile."""
     network = jm.nn.Conv4(ways=5, filters=filters)
-    learner = jm.maml(network, inner_optimizer=optax.sgd(0.01), steps=steps, **settings)
+    learner = jm.maml(network, inner_lr=0.01, inner_steps=steps, **settings)
     params = jax.jit(learner.init)(jax.random.key(0), task)
 
     def gradient(params, task, key):

@@ -14,7 +14,6 @@ images.
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -24,8 +23,9 @@ import numpy as np
 from machine import cores, describe_machine
 
 import jaxmeta as jm
-from jaxmeta import presets, registry, runs, sources
-from jaxmeta.config import params_of, stored
+from jaxmeta.cli import build, sources
+from jaxmeta.cli.config import stored
+from jaxmeta.cli.run import params_of, test_key
 
 EPISODES = 1000
 
@@ -65,18 +65,17 @@ def linear_map(tasks: jm.TaskDistribution, key, batches: int = 200) -> tuple[jm.
 
 
 def evaluated(learner, params, tasks, seed: int) -> dict:
-    found = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=runs.test_key(seed))
+    found = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=test_key(seed))
     return {"mean": found.mean, "ci95": found.ci95}
 
 
 def both(folder: Path, tasks) -> dict:
     """Transductive and inductive accuracy of a run on `tasks`."""
-    config, settings = stored(folder)
-    params = params_of(folder, settings)
-    norms = registry.LEARNERS[settings.learner].norms
+    config = stored(folder)
+    params = params_of(folder, config)
     return {
-        row: evaluated(presets.learner_of(settings, norm), params, tasks, config["seed"])
-        for row, norm in norms.items()
+        row: evaluated(build.learner_of(config, norm), params, tasks, config.run.seed)
+        for row, norm in config.names().facts.rows.items()
     }
 
 
@@ -98,26 +97,24 @@ def main(argv=None) -> None:
     rows: dict = {}
     digits = None if args.mnist is None else jm.tasks.mnist(ways=10, queries=10, data=args.mnist)
     for folder in args.omniglot:
-        config, settings = stored(folder)
-        more = dataclasses.replace(settings, ways=20)
-        rows[settings.learner] = {
-            "omniglot 20-way 1-shot": both(folder, sources.tasks_of(more, "test", config["data"]))
-        }
+        config = stored(folder)
+        learner, more = config.learner["name"], config.replaced(tasks={"ways": 20})
+        rows[learner] = {"omniglot 20-way 1-shot": both(folder, sources.tasks_of(more, "test"))}
         if digits is not None:
-            rows[settings.learner]["mnist 10-way 1-shot"] = both(folder, digits)
-        for test, found in rows[settings.learner].items():
-            print(f"{settings.learner}, {test}: {in_words(found)}", flush=True)
+            rows[learner]["mnist 10-way 1-shot"] = both(folder, digits)
+        for test, found in rows[learner].items():
+            print(f"{learner}, {test}: {in_words(found)}", flush=True)
     if digits is not None:
         rows["pixels"] = {"mnist 10-way 1-shot": {"inductive": evaluated(pixels(), {"model": {}}, digits, 0)}}
         print(f"nearest pixels, mnist 10-way 1-shot: {in_words(rows['pixels']['mnist 10-way 1-shot'])}")
     if args.zero_shot is not None:
-        config, settings = stored(args.zero_shot)
-        test = sources.tasks_of(settings, "test", config["data"])
-        learner, params = linear_map(sources.tasks_of(settings, "train", config["data"]), jax.random.key(0))
-        name = f"glyphs {settings.ways}-way zero-shot"
+        config = stored(args.zero_shot)
+        test = sources.tasks_of(config, "test")
+        linear, params = linear_map(sources.tasks_of(config, "train"), jax.random.key(0))
+        name = f"glyphs {config.ways}-way zero-shot"
         rows["zero-shot"] = {
             name: both(args.zero_shot, test),
-            f"{name}, linear map to pixels": {"inductive": evaluated(learner, params, test, config["seed"])},
+            f"{name}, linear map to pixels": {"inductive": evaluated(linear, params, test, config.run.seed)},
         }
         for test, found in rows["zero-shot"].items():
             print(f"{test}: {in_words(found)}")

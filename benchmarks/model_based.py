@@ -19,8 +19,8 @@ from machine import cores, describe_machine
 from reproduce import train
 
 import jaxmeta as jm
-from jaxmeta.presets import PRESETS
-from jaxmeta.registry import LEARNERS
+from jaxmeta.cli.presets import PRESETS
+from jaxmeta.declare import facts_of
 
 NAMES = {
     "lrua": "LSTM, memory by least recent use",
@@ -78,9 +78,9 @@ def main(argv=None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    known = LEARNERS["mann"].networks
+    known = facts_of(jm.mann).networks
     add("--networks", nargs="+", choices=known, default=["lrua", "ntm", "lstm"])
-    add("--steps", type=int, default=PRESETS["mann-omniglot"].steps, help="meta-steps of each")
+    add("--steps", type=int, default=PRESETS["mann-omniglot"]["steps"], help="meta-steps of each")
     add("--data", type=Path, help="folder with Omniglot's archives (default: the cache, or a download)")
     add("--out", type=Path, default=Path("runs/model-based"), help="folder of the runs")
     add("--seed", type=int, default=0)

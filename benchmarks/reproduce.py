@@ -24,9 +24,9 @@ import optax
 from machine import cores, describe_machine
 
 import jaxmeta as jm
-from jaxmeta import presets, runs, sources
-from jaxmeta.config import stored
-from jaxmeta.registry import LEARNERS
+from jaxmeta.cli import build, sources
+from jaxmeta.cli.config import stored
+from jaxmeta.cli.run import test_key
 
 # method -> (preset, what was published of 5-way 1-shot, its budget)
 ROWS = {
@@ -75,6 +75,7 @@ def train(name: str, settings: list[str], args) -> Path:
 def row_of(method: str, folder: Path) -> dict:
     report = json.loads((folder / "report.json").read_text())
     config = report["config"]
+    learner, training = config["learner"], config["training"]
     return {
         "preset": ROWS[method][0],
         "published": ROWS[method][1],
@@ -84,10 +85,11 @@ def row_of(method: str, folder: Path) -> dict:
             name: report[name]
             for name in ("training_s", "steps", "best_step", "parameters", "device", "devices")
         },
-        **{
-            name: config[name]
-            for name in ("meta_batch", "network", "inner_lr", "inner_steps", "eval_steps", "outer_lr", "seed")
-        },
+        "meta_batch": training["meta_batch"],
+        "network": config["network"]["name"],
+        **{name: learner.get(name) for name in ("inner_lr", "inner_steps", "eval_steps")},
+        "outer_lr": training["outer_lr"],
+        "seed": config["run"]["seed"],
     }
 
 
@@ -105,28 +107,29 @@ def differences(row: dict, folder: Path, to: Path) -> None:
 
 def control(folder: Path, devices) -> dict:
     """Plain fine-tuning from where the LSTM meta-learner began: accuracy by row, and the rate."""
-    config, settings = stored(folder)
-    key = jax.random.key(config["seed"])
-    tasks = sources.tasks_of(settings, "train", config["data"])
-    learner = presets.learner_of(settings)
+    config = stored(folder)
+    key = jax.random.key(config.run.seed)
+    tasks = sources.tasks_of(config, "train")
+    learner = build.learner_of(config)
     params = jm.init_state(learner, optax.sgd(0.0), tasks, key).params
     params = {"model": params["model"]}
-    network = LEARNERS["maml"].network(settings)
+    network = build.network_builder(config)(build.output_width(config))
+    steps = config.learner["eval_steps"]
 
     def accuracy(rate, norm, split, episodes, key):
-        tuned = jm.maml(network, inner_optimizer=optax.sgd(rate), steps=settings.eval_steps, norm=norm)
-        of = sources.tasks_of(settings, split, config["data"])
+        tuned = jm.maml(network, inner_lr=rate, inner_steps=steps, norm=norm)
+        of = sources.tasks_of(config, split)
         return jm.evaluate(tuned, params, of, episodes=episodes, key=key, devices=devices)
 
     validation = jm.training.validation_key(key)
     rate = max(CONTROL_RATES, key=lambda rate: accuracy(rate, "batch", "validation", 200, validation).mean)
-    test = runs.test_key(config["seed"])
+    test = test_key(config.run.seed)
     rows = {"transductive": "batch", "inductive": "support"}
     return {
         "rate": rate,
-        "steps": settings.eval_steps,
+        "steps": steps,
         "accuracy": {
-            name: accuracy(rate, norm, "test", settings.episodes, test)._asdict()
+            name: accuracy(rate, norm, "test", config.run.episodes, test)._asdict()
             for name, norm in rows.items()
         },
     }

@@ -8,7 +8,6 @@ an implementation computes twice to save memory.
 import dataclasses
 
 import numpy as np
-import optax
 
 import jaxmeta as jm
 
@@ -51,7 +50,7 @@ class ConvRow:
         network = kind(ways=self.ways if self.inner_steps else None, filters=self.filters)
         if not self.inner_steps:
             return jm.prototypical(network)
-        return jm.maml(network, inner_optimizer=optax.sgd(self.inner_lr), steps=self.inner_steps, order=order)
+        return jm.maml(network, inner_lr=self.inner_lr, inner_steps=self.inner_steps, order=order)
 
     def tasks(self, count: int, seed: int) -> jm.Task:
         return _tasks(self, count, seed)

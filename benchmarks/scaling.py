@@ -41,7 +41,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from machine import describe_machine
 
 import jaxmeta as jm
-from jaxmeta.presets import PRESETS, learner_of
+from jaxmeta.cli.build import learner_of
+from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.training import sharding
 
 PREDICTED = [2**i for i in range(9)]
@@ -74,7 +75,7 @@ class Model:
 MODELS = {
     "conv4": Model(
         "second-order MAML, one inner step, strided Conv4-64 (preset omniglot)",
-        lambda: learner_of(PRESETS["omniglot"]),
+        lambda: learner_of(resolve(base_of(Chosen(preset="omniglot")), {})),
         (28, 28, 1),
         queries=3,
         tasks=4,

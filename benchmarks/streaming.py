@@ -43,7 +43,7 @@ def make_images(count: int) -> jm.tasks.Prepared:
 def rate_of(tasks, steps: int, key) -> float:
     """Meta-steps per second of `jm.train`, its last `steps` steps alone."""
     rates = []
-    learner = jm.maml(jm.nn.Conv4(ways=5, filters=32), inner_optimizer=optax.sgd(0.05), steps=5)
+    learner = jm.maml(jm.nn.Conv4(ways=5, filters=32), inner_lr=0.05, inner_steps=5)
     jm.train(
         learner,
         tasks,

@@ -35,7 +35,7 @@ from machine import describe_machine
 from reproduce import train
 
 import jaxmeta as jm
-from jaxmeta import runs
+from jaxmeta.cli.run import test_key
 from jaxmeta.training import validation_key
 
 LABELS = (1, 5, 20, 100)
@@ -150,14 +150,12 @@ def five_way(body_params, key) -> dict:
 @cache
 def tuned(rate: float, steps: int):
     """Fine-tuning on a support set is what MAML does at test time, from another start."""
-    return jm.maml(
-        jm.nn.Conv4(ways=5), inner_optimizer=optax.sgd(rate), steps=steps, order="first", norm="support"
-    )
+    return jm.maml(jm.nn.Conv4(ways=5), inner_lr=rate, inner_steps=steps, order="first", norm="support")
 
 
 def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, seed: int):
     """Accuracy by method, source of tasks, and examples a class: all that is known after each of them."""
-    key, test = jax.random.key(seed), runs.test_key(seed)
+    key, test = jax.random.key(seed), test_key(seed)
     starts = {
         "from scratch": five_way(None, key),
         "fine-tuning": five_way(pretrained.variables["params"], key),
@@ -165,7 +163,7 @@ def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, se
     classifier, of_classifier = jm.load_run(folders["simple_shot"])
     own = {**of_classifier, "population": of_classifier["population"]["model"]}
     head = jm.fine_tuned_head(
-        jm.nn.Conv4(), norm="population", optimizer=optax.sgd(0.1, momentum=0.9), steps=100
+        jm.nn.Conv4(), norm="population", inner_optimizer=optax.sgd(0.1, momentum=0.9), eval_steps=100
     )
     fixed = {
         "nearest centroid of features": (classifier, of_classifier),

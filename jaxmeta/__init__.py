@@ -8,9 +8,12 @@ state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, key=jax.random.ke
 jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
 """
 
+from typing import Any
+
 from jaxmeta import losses, nn, tasks, transfer
-from jaxmeta.config import load_run
+from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution, TaskStream
+from jaxmeta.declare import forwards, learner
 from jaxmeta.metric_based import (
     Similarity,
     add_class,
@@ -25,13 +28,15 @@ from jaxmeta.metric_based import (
 )
 from jaxmeta.model_based import mann, metanet
 from jaxmeta.optimization_based import (
-    LearnedOptimizer,
     anil,
     boil,
+    cavia,
     fomaml,
     imaml,
     inner_loop,
     learned_optimizer,
+    learned_optimizer_as_optax,
+    learned_optimizer_unroll,
     lstm_meta_learner,
     maml,
     maml_plus_plus,
@@ -60,9 +65,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
+    "ArgumentError",
     "Batch",
     "Evaluation",
-    "LearnedOptimizer",
     "Learner",
     "Model",
     "ProtocolCard",
@@ -75,16 +80,21 @@ __all__ = [
     "anil",
     "boil",
     "calibrate",
+    "cavia",
     "evaluate",
     "evaluate_episodes",
     "evaluate_metrics",
     "fine_tuned_head",
     "fomaml",
+    "forwards",
     "imaml",
     "init_state",
     "inner_loop",
     "kernel_classifier",
     "learned_optimizer",
+    "learned_optimizer_as_optax",
+    "learned_optimizer_unroll",
+    "learner",
     "load",
     "load_params",
     "load_run",
@@ -111,3 +121,12 @@ __all__ = [
     "train",
     "transfer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what belongs to the command line where it is first asked for."""
+    if name == "load_run":
+        from jaxmeta.cli.run import load_run
+
+        return load_run
+    raise AttributeError(f"module 'jaxmeta' has no attribute {name!r}")

@@ -42,6 +42,14 @@ class ArgumentError(ValueError):
         return type(self), (self.name, self.problem)
 
 
+class MissingFileError(ArgumentError, FileNotFoundError):
+    """Raise for an argument that names a file or folder that is not there."""
+
+
+class NotAFolderError(ArgumentError, NotADirectoryError):
+    """Raise for an argument that names a file where it must name a folder."""
+
+
 def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
     """Refuses what is no whole number from `least` to `most`.
 
@@ -224,6 +232,17 @@ def shown(value: Any) -> str:
         return f"an array of shape {value.shape} and type {value.dtype}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def some(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
+    """The first `most` of `names` for an error's message, with an ellipsis in place of any others.
+
+    Examples:
+      >>> some(["a", "b", "c"]), some(["a", "b", "c"], 2)
+      ('a, b, c', 'a, b, …')
+    """
+    names = [*names]
+    return separator.join([*names[:most], *(["…"] if len(names) > most else [])])
 
 
 def _check_range(name: str, value: Any, number: float, least: float, most: float) -> None:

@@ -19,6 +19,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 KINDS = ("classification", "regression")
 _FACTS, _PARENT = "__jaxmeta_facts__", "__jaxmeta_parent__"
 
+# Former names of parameters, each with what it may be called now: the first one that a factory has.
+RENAMED = {
+    "steps": ("inner_steps", "eval_steps"),
+    "batch_size": ("inner_batch",),
+    "rate": ("inner_lr",),
+    "rates": ("inner_lr",),
+    "optimizer": ("inner_optimizer",),
+    "base_task_weights": ("task_weights",),
+}
+
 
 def _rows() -> Mapping[str, str]:
     return {"transductive": "batch", "inductive": "support"}
@@ -78,6 +88,8 @@ class Facts:
 def learner(**facts: Any) -> Callable[[F], F]:
     """Decorate a learner factory with the facts about its method (see `Facts`).
 
+    The factory then says of a keyword argument that has been renamed what it is called now.
+
     Raises:
       ValueError: a fact that there is none of, or a value that it cannot have.
 
@@ -94,10 +106,31 @@ def learner(**facts: Any) -> Callable[[F], F]:
     found = Facts(**facts)
 
     def declared(factory: F) -> F:
-        setattr(factory, _FACTS, found)
-        return factory
+        checked = _checked(factory, inspect.signature(factory))
+        setattr(checked, _FACTS, found)
+        return checked
 
     return declared
+
+
+def _checked(factory: F, signature: inspect.Signature) -> F:
+    """Return `factory`, which refuses keyword arguments that are not in `signature`."""
+    known = signature.parameters.values()
+    keywords = [each.name for each in known if each.kind is each.KEYWORD_ONLY]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in known)
+
+    @functools.wraps(factory)
+    def checked(*arguments: Any, **settings: Any) -> Any:
+        for name in settings:
+            if name in signature.parameters or takes_all:
+                continue
+            now = next((new for new in RENAMED.get(name, ()) if new in keywords), None)
+            said = f"it takes {', '.join(keywords)}" if now is None else f"it is called {now}"
+            raise TypeError(f"{factory.__name__}() has no argument {name!r}; {said}")
+        return factory(*arguments, **settings)
+
+    checked.__signature__ = signature  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]
 
 
 def facts_of(factory: Callable[..., Any]) -> Facts:
@@ -142,20 +175,9 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Call
             if each.kind is each.KEYWORD_ONLY and each.name not in names
         ]
         signature = own.replace(parameters=[*mine, *theirs])
-        keywords = [each.name for each in (*mine, *theirs) if each.kind is each.KEYWORD_ONLY]
-
-        @functools.wraps(factory)
-        def checked(*arguments: Any, **settings: Any) -> Any:
-            for name in settings:
-                if name not in signature.parameters:
-                    raise TypeError(
-                        f"{factory.__name__}() has no argument {name!r}; it takes {', '.join(keywords)}"
-                    )
-            return factory(*arguments, **settings)
-
-        checked.__signature__ = signature  # type: ignore[attr-defined]
+        checked = _checked(factory, signature)
         setattr(checked, _PARENT, parent)
-        return checked  # type: ignore[return-value]
+        return checked
 
     return forwarding
 

@@ -353,7 +353,7 @@ assert on_own[4] > 0.4
 CLASSES = 5
 embedding, base = (jm.nn.AugmentedCNN(ways, filters=8, blocks=3, features=32) for ways in (None, CLASSES))
 learner = jm.metanet(embedding, base, embedding_loss="xent")
-slow_keys = jm.metanet(embedding, base, embedding_loss="xent", task_weights=False)
+slow_keys = jm.metanet(embedding, base, embedding_loss="xent", task_weights="none")
 few, fresh = (jm.tasks.glyphs(part, ways=CLASSES, queries=5, size=14) for part in ("train", "test"))
 begun = time.perf_counter()
 state = jm.train(learner, few, optax.adam(3e-3), steps=150, key=KEY, meta_batch=4)

@@ -69,7 +69,7 @@ params = jm.maml(network).init(jax.random.key(1), task)
 
 def measure(settings, steps):
     """Temporary memory in MB and milliseconds of one meta-gradient."""
-    learner = jm.maml(network, inner_optimizer=optax.sgd(0.1), steps=steps, **settings)
+    learner = jm.maml(network, inner_lr=0.1, inner_steps=steps, **settings)
     gradient = jax.jit(jax.grad(lambda params, key: learner.loss(params, task, key)[0]))
     compiled = gradient.lower(params, jax.random.key(2)).compile()
     times = []
@@ -114,11 +114,9 @@ assert growth["implicit"] < 1.1, "implicit memory does not"
 # %%
 META_STEPS = 60
 learners = {
-    "second": jm.maml(network, inner_optimizer=optax.sgd(0.4), steps=2),
-    "first": jm.maml(network, inner_optimizer=optax.sgd(0.4), steps=2, order="first"),
-    "implicit": jm.imaml(
-        network, inner_optimizer=optax.sgd(0.1), proximal=1.0, damping=1.0, steps=8, cg_steps=3
-    ),
+    "second": jm.maml(network, inner_lr=0.4, inner_steps=2),
+    "first": jm.maml(network, inner_lr=0.4, inner_steps=2, order="first"),
+    "implicit": jm.imaml(network, inner_lr=0.1, proximal=1.0, damping=1.0, inner_steps=8, cg_steps=3),
 }
 states, results = {}, {}
 for name, learner in learners.items():
@@ -145,7 +143,7 @@ assert min(result.mean for result in results.values()) > 0.3, "chance is 0.2"
 STEP_SIZES = (0.1, 0.4)
 curves = {}
 for rate in STEP_SIZES:
-    settings = {"inner_optimizer": optax.sgd(rate), "steps": 2}
+    settings = {"inner_lr": rate, "inner_steps": 2}
     seen = []
     jm.train(
         jm.maml(network, **settings),
@@ -190,7 +188,7 @@ assert means[0.1] > means[0.4], "the larger the inner steps, the more their deri
 
 # %%
 params = states["second"].params
-settings = {"inner_optimizer": optax.sgd(0.2), "steps": 4}
+settings = {"inner_lr": 0.2, "inner_steps": 4}
 full = jm.maml(network, **settings)
 partly = {
     "first order": jm.fomaml(network, **settings),
@@ -216,8 +214,8 @@ assert cosines["K = 3"] > cosines["first order"]
 #
 # We train it on functions of two variables, so that its way can be drawn: $f(\theta) = \|W\theta - y\|^2$
 # with random $W$ and $y$, most of them long narrow valleys (in the figure, the darker the lower).
-# `learner.unroll` is the next part of a run and its loss; after each, the optimizer's weights take a step of
-# Adam, and the run goes on.
+# `jm.learned_optimizer_unroll` gives the next part of a run and its loss; after each, the optimizer's weights
+# take a step of Adam, and the run goes on.
 
 # %%
 STEPS, TRUNCATION, RUNS, AT_ONCE = 40, 10, 400, 32
@@ -236,7 +234,9 @@ def squares(outputs, targets, mask=None):
     return jnp.square(outputs - targets).sum()
 
 
-learner = jm.learned_optimizer((start, apply), steps=STEPS, truncation=TRUNCATION, scale=0.1, loss=squares)
+settings = {"inner_steps": STEPS, "truncation": TRUNCATION, "scale": 0.1, "loss": squares}
+learner = jm.learned_optimizer((start, apply), **settings)
+unroll = jm.learned_optimizer_unroll((start, apply), **settings)
 outer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, RUNS * 4)))
 
 
@@ -248,7 +248,7 @@ def train_optimizer(params, key):
         for _ in range(STEPS // TRUNCATION):
 
             def mean_loss(params, carries=carries):
-                values, after = jax.vmap(lambda *run: learner.unroll(params, *run))(tasks, carries, keys)
+                values, after = jax.vmap(lambda *run: unroll(params, *run))(tasks, carries, keys)
                 return values.mean(), after
 
             params, opt_state = state
@@ -267,8 +267,8 @@ print(f"trained in {time.perf_counter() - clock:.0f} s")
 print(f"loss of a run's last unroll: {losses[0]:.2f} at first, {losses[-20:].mean():.3f} at the end")
 
 # %% [markdown]
-# `learner.as_optax(params)` is now an optax optimizer like any other. Beside it: SGD, momentum and Adam,
-# each with the best of 25 rates for the mean final loss on 100 other functions.
+# `jm.learned_optimizer_as_optax` makes an optax optimizer like any other of it. Beside it: SGD, momentum and
+# Adam, each with the best of 25 rates for the mean final loss on 100 other functions.
 
 # %%
 unseen = jm.tasks.quadratics("test", dim=2)
@@ -302,7 +302,7 @@ makers = {
     "Adam": optax.adam,
 }
 rates = jnp.logspace(-3, 1, 25)
-optimizers = {"learned": learner.as_optax(trained)}
+optimizers = {"learned": jm.learned_optimizer_as_optax(trained, scale=0.1)}
 for name, make in makers.items():
 
     def final_loss(rate, make=make):

@@ -252,8 +252,8 @@ test_tasks = jm.tasks.sinusoid("test", shots=10, queries=100)
 def build(factory, eval_steps=1):
     return factory(
         jm.nn.MLP(out=1),
-        inner_optimizer=optax.sgd(0.01),
-        steps=1,
+        inner_lr=0.01,
+        inner_steps=1,
         eval_steps=eval_steps,
         loss=jm.losses.mse,
     )
@@ -437,10 +437,10 @@ for axes in (left, right):
 #
 # ### To try
 #
-# - Set `steps=5` in `build`: the product has five factors. How does the cosine change?
+# - Set `inner_steps=5` in `build`: the product has five factors. How does the cosine change?
 # - Halve $\alpha$: by the formula, what should happen to the gap, and does it?
-# - Replace `optax.sgd(0.01)` inside by `optax.sgd(0.01, momentum=0.9)` and use 5 steps: which matrix stands
-#   in the place of $I - \alpha H$ now?
+# - Replace `inner_lr=0.01` by `inner_optimizer=optax.sgd(0.01, momentum=0.9)` and use 5 steps: which matrix
+#   stands in the place of $I - \alpha H$ now?
 
 # %%
 print(f"running time: {time.perf_counter() - started:.0f} s")

@@ -6,6 +6,7 @@ import os
 import pathlib
 import tempfile
 
+import support
 from support import accelerator_is_visible, cores, fast_compilation
 
 # Most of a test's time is compilation.
@@ -60,9 +61,20 @@ MOST_WORKERS = 8
 SLOW_CALL = 3.0
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--learner",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="run the laws of tests/test_learner_laws.py on a learner of your own",
+    )
+
+
 def pytest_configure(config):
+    support.own_learners[:] = config.getoption("--learner")
     default = "not nightly" in config.option.markexpr
-    install_import_hook(CHECKED_BY_DEFAULT if default else CHECKED, "beartype.beartype")
+    install_import_hook(CHECKED_BY_DEFAULT if default else CHECKED, "words.checked")
 
 
 def pytest_xdist_auto_num_workers(config):

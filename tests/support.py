@@ -6,6 +6,9 @@ import os
 import pathlib
 import shutil
 
+# Learners that `--learner` names, for the laws; conftest.py fills it in before tests are collected.
+own_learners: list[str] = []
+
 
 def read_json(path):
     return json.loads(pathlib.Path(path).read_text())

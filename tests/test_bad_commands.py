@@ -1,7 +1,6 @@
 """Whatever the command line is given: status 2, one line that names it, and no file touched."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import itertools
@@ -20,8 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxmeta import presets, registry, runs
 from jaxmeta.cli import main
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.names import NETWORKS
+from jaxmeta.cli.presets import PRESETS
 
 EACH = settings(
     max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -43,11 +44,11 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("JAXMETA_CACHE", str(above / "cache"))
-        patch.setattr(runs, "plot_curve", lambda *_: None)
+        patch.setattr(run_of_command, "plot_curve", lambda *_: None)
         # One evaluation of the run, in place of one for each number of inner steps.
-        sinusoid = dataclasses.replace(presets.PRESETS["sinusoid"], report_steps=())
-        patch.setitem(presets.PRESETS, "sinusoid", sinusoid)
-        patch.setitem(registry.NETWORKS, "conv4", functools.partial(small_mlp, hidden=()))
+        sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
+        patch.setitem(PRESETS, "sinusoid", sinusoid)
+        patch.setitem(NETWORKS, "conv4", functools.partial(small_mlp, hidden=()))
         # Users have no type checker, which would be first to speak.
         jaxtyping.config.update("jaxtyping_disable", True)
         assert main(["train", "--tasks", "sinusoid", *few, "--out", "run"]) == 0
@@ -88,8 +89,8 @@ def refused(place, argv, *names):
 
 # --- Flags ---------------------------------------------------------------------------------------------
 
-NO_NUMBER = ["", "ten", "1,5", "0x10", "None", "[1]", "--", "1 2", "½"]
-COUNT = st.sampled_from([*NO_NUMBER, "-1", "-99999999999", "1.5", "nan", "inf", "1e3", "9" * 20])
+NO_NUMBER = ["", "ten", "1,5", "0x10", "[1]", "--", "1 2", "½"]
+COUNT = st.sampled_from([*NO_NUMBER, "-1", "-99999999999", "1.5", "nan", "inf", "9" * 20])
 NUMBER = st.sampled_from([*NO_NUMBER, "nan", "inf", "-inf", "-1", "-1e-9"])
 WORD = st.one_of(
     st.text("abcxyz_.:/*é ", min_size=1, max_size=6).filter(lambda text: text.strip()),
@@ -98,6 +99,7 @@ WORD = st.one_of(
 )
 
 STRINGS = st.sampled_from(["", "5", "5,5,5", "1,5", "a,b", "5,99"])
+COUNTS = st.sampled_from(["", "a", "1,,2", "-1", "1.5,2", "1,-1"])
 PARTS = st.sampled_from(["", "1", "0.5,0.6,0", "a,b,c", "nan,0,1"])
 TRAIN = ["train", "--tasks", "sinusoid"]
 FLAGS = [
@@ -106,19 +108,24 @@ FLAGS = [
     *((TRAIN, flag, COUNT) for flag in ("--inner-steps", "--eval-steps", "--inner-batch", "--seed")),
     *((TRAIN, flag, COUNT) for flag in ("--truncation", "--devices")),
     *((TRAIN, flag, NUMBER) for flag in ("--inner-lr", "--outer-lr", "--clip", "--proximal")),
-    *((TRAIN, flag, WORD) for flag in ("--order", "--memory", "--norm")),
+    *((TRAIN, flag, NUMBER) for flag in ("--clip-norm", "--weight-decay", "--outer-momentum", "--outer-eps")),
+    *((TRAIN, flag, NUMBER) for flag in ("--decay-factor", "--outer-betas")),
+    *((TRAIN, flag, COUNT) for flag in ("--decay-every", "--log-every")),
+    (TRAIN, "--outer-optimizer", WORD),
+    (TRAIN, "--report-steps", COUNTS),
+    *((TRAIN, flag, WORD) for flag in ("--order", "--memory", "--training.norm")),
     *((TRAIN, flag, WORD) for flag in ("--schedule", "--strategy", "--network")),
     *((["train"], flag, COUNT) for flag in ("--ways", "--train-ways")),
     *((["train"], flag, WORD) for flag in ("--tasks", "--preset")),
     (["train", "imaml"], "--cg-steps", COUNT),
     (["train", "imaml"], "--damping", NUMBER),
-    (["train", "maml_plus_plus"], "--anneal", NUMBER),
+    (["train", "maml_plus_plus"], "--anneal-steps", COUNT),
     (["train", "prototypical"], "--divergence", WORD),
     (["train", "matching"], "--scale", NUMBER),
     (["train", "matching"], "--context-steps", COUNT),
     (["train", "mann"], "--sequence", COUNT),
     (["train", "mann", "--sequence", "50"], "--strings", STRINGS),
-    (["train", "--tasks", "folder:images"], "--image-size", COUNT),
+    (["train", "--tasks", "folder:images"], "--size", COUNT),
     (["train", "--tasks", "folder:images"], "--channels", COUNT),
     (["train", "--tasks", "folder:images"], "--split-seed", COUNT),
     (["train", "--tasks", "folder:images"], "--classes", PARTS),
@@ -132,7 +139,7 @@ FLAGS = [
 ABSURD = ["2147483647", "2000000000", "100000000"]
 
 # Values that the parser takes for what they should be, so that the settings' own checks must refuse them.
-PARSED = {COUNT: "-1", NUMBER: "nan", WORD: "xyz", STRINGS: "5,99", PARTS: "0.5,0.6,0"}
+PARSED = {COUNT: "-1", NUMBER: "nan", WORD: "xyz", STRINGS: "5,99", COUNTS: "1,-1", PARTS: "0.5,0.6,0"}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +212,21 @@ def test_a_configuration_that_is_cut_is_refused(place, part):
 @pytest.mark.parametrize(
     "content",
     rows(
-        zip(["[]", "null", "3", '{"learner": "maml"}', "{}", '"run"', "\x00", "NaN", "{'a': 1}"]),
+        zip(
+            [
+                *(
+                    "[]",
+                    "null",
+                    "3",
+                    '{"format": 2, "learner": "maml"}',
+                    '{"format": 2}',
+                    '"run"',
+                    "\x00",
+                    "NaN",
+                ),
+                *("{'a': 1}", '{"format": 2, "learner": {"name": "maml"}}', '{"format": []}', "{}", "NaN"),
+            ]
+        ),
         each=3,
     ),
 )
@@ -215,64 +236,75 @@ def test_a_configuration_that_is_another_thing_is_refused(place, content):
         refused(place, ["evaluate", run], "config.json")
 
 
-TYPED = (
-    "learner",
-    "tasks",
-    "shots",
-    "queries",
-    "eval_steps",
-    "episodes",
-    "inner_steps",
-    "inner_lr",
-    "network",
-)
-TYPED += (
-    "norm",
-    "order",
-    "memory",
-    "meta_batch",
-    "outer_lr",
-    "schedule",
-    "proximal",
-    "clip",
-    "stream",
-    "distort",
-)
-
-
+# By the group of config.json: settings, of which each is given values of another type.
+TYPED = {
+    "learner": ("name", "eval_steps", "inner_steps", "inner_lr", "order", "memory", "proximal"),
+    "network": ("name", "hidden"),
+    "tasks": ("name", "shots", "queries", "noise", "train_shots"),
+    "training": ("norm", "meta_batch", "outer_lr", "schedule", "clip", "distort", "outer_betas"),
+    "run": ("episodes", "seed", "report_steps", "strategy", "mesh"),
+}
+TYPED = [(group, name) for group, names in TYPED.items() for name in names]
 OTHERS = [[], [1], {}, {"a": 1}, "x", -1, 0.5, True, ["maml"]]
 
 
-def with_another_value(place, name, value):
+def with_another_value(place, group, name, value):
     """Whether the value is of another type than the setting's, and then that it is refused."""
     with copied(place, "run") as run:
         config = json.loads((run / "config.json").read_text())
-        numbers = ("inner_lr", "outer_lr", "proximal", "clip")
-        fits = (name in numbers and value == 0.5) or (name == "distort" and value is True)
-        if fits or type(value) is type(config[name]):
+        fitting = {
+            0.5: ("inner_lr", "outer_lr", "proximal", "clip", "noise"),
+            -1: ("inner_lr", "outer_lr", "proximal", "clip", "noise"),
+            True: ("distort",),
+            "x": ("mesh",),
+            (): ("hidden", "report_steps"),
+            (1,): ("hidden", "report_steps"),
+        }
+        fits = not isinstance(value, dict) and name in fitting.get(
+            tuple(value) if isinstance(value, list) else value, ()
+        )
+        if fits or (type(value) is type(config[group][name]) and not isinstance(value, list)):
             return False
-        (run / "config.json").write_text(json.dumps({**config, name: value}))
-        refused(place, ["evaluate", run], f"--{name.replace('_', '-')}", "config.json", f"{name}: ")
+        config[group][name] = value
+        (run / "config.json").write_text(json.dumps(config))
+        refused(place, ["evaluate", run], "config.json")
     return True
 
 
-@pytest.mark.parametrize("name", TYPED)
-def test_a_configuration_with_a_value_of_another_type_is_refused(place, name):
-    assert with_another_value(place, name, {"a": 1})
+@pytest.mark.parametrize(("group", "name"), TYPED)
+def test_a_configuration_with_a_value_of_another_type_is_refused(place, group, name):
+    assert with_another_value(place, group, name, {"a": 1})
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("shots", "x"), ("shots", 0.5), ("shots", True), ("tasks", -1), ("inner_lr", "x"), ("stream", "x")],
+    ("group", "name", "value"),
+    [
+        ("tasks", "shots", "x"),
+        ("tasks", "shots", 0.5),
+        ("tasks", "shots", True),
+        ("tasks", "name", -1),
+        ("learner", "inner_lr", "x"),
+        ("training", "distort", "x"),
+    ],
 )
-def test_a_configuration_with_a_scalar_of_another_type_is_refused(place, name, value):
-    assert with_another_value(place, name, value)
+def test_a_configuration_with_a_scalar_of_another_type_is_refused(place, group, name, value):
+    assert with_another_value(place, group, name, value)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", TYPED)
-def test_configurations_with_any_value_of_another_type_are_refused(place, name):
-    assert sum(with_another_value(place, name, value) for value in OTHERS) > 5
+@pytest.mark.parametrize(("group", "name"), TYPED)
+def test_configurations_with_any_value_of_another_type_are_refused(place, group, name):
+    assert sum(with_another_value(place, group, name, value) for value in OTHERS) > 5
+
+
+@pytest.mark.parametrize("group", ["learner", "network", "tasks", "training", "run"])
+def test_a_configuration_without_a_setting_or_with_one_too_many_is_refused(place, group):
+    for change in (lambda its: its.pop(sorted(its)[0]), lambda its: its.update(unknown=1)):
+        with copied(place, "run") as run:
+            config = json.loads((run / "config.json").read_text())
+            change(config[group])
+            (run / "config.json").write_text(json.dumps(config))
+            refused(place, ["evaluate", run], "config.json")
 
 
 @pytest.mark.parametrize(

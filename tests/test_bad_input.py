@@ -131,9 +131,10 @@ OPTIMIZER = thing(optax.sgd(0.1))
 LOSS = thing(jm.losses.cross_entropy)
 MAML = {
     "model": thing(MLP),
-    "steps": count(),
+    "inner_lr": number(0),
+    "inner_steps": count(),
     "eval_steps": count(0, none=True),
-    "batch_size": count(none=True),
+    "inner_batch": count(none=True),
     "memory": word("auto", "store", "recompute", "forward_over_reverse"),
     "truncation": count(none=True),
     "proximal": number(0, none=True),
@@ -142,6 +143,7 @@ MAML = {
     "norm": NORMS,
     "loss": LOSS,
 }
+UNROLLED = ("memory", "truncation", "proximal", "cg_steps", "damping")
 TASK = {"ways": count(), "shots": count(), "queries": count()}
 SPLIT = word("train", "validation", "test")
 PHOTOS = np.zeros((24, 4, 4, 1), np.uint8)
@@ -161,29 +163,45 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
         of_learner("maml"),
         {**MAML, "order": word("second", "first"), "inner_optimizer": OPTIMIZER},
     ),
-    "fomaml": (of_learner("fomaml"), {**MAML, "inner_optimizer": OPTIMIZER}),
+    "fomaml": (
+        of_learner("fomaml"),
+        {
+            **{key: MAML[key] for key in MAML if key not in UNROLLED},
+            "inner_optimizer": OPTIMIZER,
+        },
+    ),
     "anil": (of_learner("anil"), {**MAML, "inner_optimizer": OPTIMIZER}),
     "boil": (
         of_learner("boil", model=jm.nn.MLP(out=2, hidden=(3,))),
-        {key: MAML[key] for key in ("steps", "norm")},
+        {key: MAML[key] for key in ("inner_steps", "norm")},
     ),
     "imaml": (
         of_learner("imaml"),
-        {"steps": count(), "proximal": number(above=0), "cg_steps": count(), "damping": number(0)},
+        {
+            "inner_lr": number(0),
+            "inner_steps": count(),
+            "proximal": number(above=0),
+            "cg_steps": count(),
+            "damping": number(0),
+        },
     ),
     "meta_sgd": (
         of_learner("meta_sgd"),
-        {"rates": Kind(NO_NUMBER.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))), "steps": count()},
+        {
+            "inner_lr": Kind(NO_NUMBER.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))),
+            "inner_steps": count(),
+            "order": word("second", "first"),
+        },
     ),
     "reptile": (
         of_learner("reptile"),
-        {key: MAML[key] for key in ("model", "steps", "eval_steps", "batch_size", "norm", "loss")},
+        {key: MAML[key] for key in MAML if key not in UNROLLED},
     ),
     "maml_plus_plus": (
         of_learner("maml_plus_plus"),
         {
-            "rate": number(),
-            "steps": count(),
+            "inner_lr": number(0),
+            "inner_steps": count(),
             "eval_steps": count(none=True),
             "anneal_steps": count(0),
             "first_order_steps": count(0),
@@ -194,7 +212,7 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
     "lstm_meta_learner": (
         of_learner("lstm_meta_learner"),
         {
-            "steps": count(),
+            "inner_steps": count(),
             "hidden": count(none=True),
             "feedback": word("gate"),
             "gradient_scale": number(),
@@ -204,10 +222,10 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
     "learned_optimizer": (
         of_learner("learned_optimizer", truncation=1),
         {
-            "steps": count(),
+            "inner_steps": count(),
             "eval_steps": count(none=True),
             "truncation": count(),
-            "batch_size": count(none=True),
+            "inner_batch": count(none=True),
             "preprocess": number(above=0, none=True),
             "scale": number(),
             "layers": listed([(0,), 3, "ab", (1.5,), (-1, 2), None], ((), (2, 3), [4])),
@@ -245,9 +263,10 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
         of_learner("fine_tuned_head"),
         {
             "head": word("linear", "cosine"),
-            "steps": count(),
+            "eval_steps": count(),
             "scale": number(above=0),
-            "optimizer": OPTIMIZER,
+            "inner_lr": number(0),
+            "inner_optimizer": OPTIMIZER,
         },
     ),
     "mann": (
@@ -264,6 +283,7 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "embedding": thing(jm.nn.AugmentedCNN(2)),
             "base": thing(jm.nn.AugmentedCNN(2)),
             "embedding_loss": word("verification", "contrastive", "xent"),
+            "task_weights": word("none", "embedding", "both"),
             "samples": count(none=True),
             "hidden": count(),
             "margin": number(above=0),
@@ -347,7 +367,7 @@ TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "shots": or_pair(count()),
             "queries": count(),
             "split": SPLIT,
-            "seed": SEED,
+            "split_seed": SEED,
             "rotations": word("none"),
             "classes": FRACTIONS,
         },
@@ -362,7 +382,7 @@ TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
     ),
     "omniglot_split": (
         jm.tasks.omniglot_split,
-        {"protocol": word("vinyals", "lake"), "seed": SEED},
+        {"protocol": word("vinyals", "lake"), "split_seed": SEED},
     ),
     "distort": (
         on(jm.tasks.distort, KEY, jnp.zeros((2, 4, 4, 1))),

@@ -1,25 +1,48 @@
 """`jaxmeta train` and `jaxmeta evaluate`: a run's folder, signals, resumption, and what is refused."""
 
+import concurrent.futures
+import datetime
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta import cli, config, registry, runs
-from jaxmeta.cli import EvaluateFlags, TrainFlags, main
+from jaxmeta import cli
+from jaxmeta.cli import config, folders, main, schema
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.build import optimizer_of
+from jaxmeta.cli.config import (
+    SUPPLIED_TO_LEARNER,
+    SUPPLIED_TO_NETWORK,
+    SUPPLIED_TO_TASKS,
+    Chosen,
+    Run,
+    Training,
+    base_of,
+    resolve,
+)
+from jaxmeta.cli.names import LEARNERS, NETWORKS
+from jaxmeta.cli.presets import PRESETS
+from jaxmeta.cli.run import Invocation
+from jaxmeta.cli.sources import TASKS
 from jaxmeta.training import Progress, load_params
 
 SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
+SMALL += ["--schedule", "constant"]
 LISTED = ("learner", "tasks", "ways", "shots", "queries", "seed", "steps", "steps_per_second")
 LISTED += ("wall_s", "compile_s", "episodes", "card")
 
@@ -42,8 +65,9 @@ def same(a, b):
 def evaluated_once(run, folder):
     """The configuration of a run as if it reported its error after one number of inner steps, in `folder`."""
     folder.mkdir()
-    settings = read_json(run / "config.json") | {"report_steps": []}
-    (folder / "config.json").write_text(json.dumps(settings))
+    kept = read_json(run / "config.json")
+    kept["run"]["report_steps"] = []
+    (folder / "config.json").write_text(json.dumps(kept))
     return folder
 
 
@@ -56,10 +80,10 @@ def test_a_run_writes_its_files_and_a_true_report(run):
     assert report["mse"]["mean"] > 0
     assert report["mse"]["ci95"] > 0
     assert report["card"]["split"] == "test"
-    assert (report["card"]["shots"], report["config"]["train_shots"]) == (5, 10)
+    assert (report["card"]["shots"], report["config"]["tasks"]["train_shots"]) == (5, 10)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "mean squared error" in (run / "report.md").read_text()
-    assert read_json(run / "config.json")["tasks"] == "sinusoid"
+    assert read_json(run / "config.json")["tasks"]["name"] == "sinusoid"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
     assert all({"loss", "mse", "steps_per_second"} <= set(row) for row in rows if "loss" in row)
@@ -73,7 +97,8 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
     def small(ways):
         return jm.nn.MLP(out=ways, hidden=(8,), norm=True)
 
-    monkeypatch.setitem(registry.NETWORKS, "strided-conv4", small)
+    monkeypatch.setitem(NETWORKS, "strided-conv4", small)
+    monkeypatch.setattr(run_of_command, "plot_curve", lambda *_: None)
     out = tmp_path / "run"
     flags = ["--ways", "2", "--queries", "1", "--steps", "2", "--meta-batch", "2", "--episodes", "4"]
     if tasks == "folder":
@@ -93,7 +118,7 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
         assert 0 <= report["accuracy"][name]["mean"] <= 1
         assert report["accuracy"][name]["norm"] == norm
         assert name in (out / "report.md").read_text()
-    assert report["config"]["order"] is None
+    assert "order" not in report["config"]["learner"]
     assert main(["evaluate", str(out), "--ways", "3"]) == 2
 
 
@@ -112,7 +137,7 @@ class StopAt:
 
     def __init__(self, monkeypatch, step, number):
         self.before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-        log = runs.RunLog.__call__
+        log = run_of_command.RunLog.__call__
 
         def stopping(run_log, event):
             log(run_log, event)
@@ -121,7 +146,7 @@ class StopAt:
                 assert not any(signal.getsignal(each) is handler for each, handler in self.before.items())
                 signal.raise_signal(number)
 
-        monkeypatch.setattr(runs.RunLog, "__call__", stopping)
+        monkeypatch.setattr(run_of_command.RunLog, "__call__", stopping)
 
     def handlers_are_back(self):
         return all(signal.getsignal(each) is handler for each, handler in self.before.items())
@@ -142,8 +167,8 @@ def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch
     assert len(said.splitlines()) == 1
     assert not (out / "report.json").exists()
 
-    assert main(["train", "--resume", "--out", str(out), "--steps", "21"]) == 2
-    assert "--steps: got 21" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(out), "--steps", "19"]) == 2
+    assert "--steps: got 19" in capsys.readouterr().err
     assert main(["train", "fomaml", "--resume", "--out", str(out)]) == 2
     assert "LEARNER: got fomaml" in capsys.readouterr().err
 
@@ -191,7 +216,7 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore.")
 
-    monkeypatch.setattr(runs, "train_run", full)
+    monkeypatch.setattr(run_of_command, "new_run", full)
     assert main(["train"]) == 1
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
@@ -202,13 +227,36 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "train"),
         (["trian"], "known are train"),
         (["train", "mamml"], "known are maml"),
         (["train", "--tasks", "glyph"], "known are glyphs"),
         (["train", "--preset", "sinusoids"], "known are sinusoid"),
         (["train", "--ways", "many"], "--ways"),
-        (["train", "--way", "5"], "train has no --way; did you mean --ways"),
+        (["train", "--way", "5"], "train has no --way; here it is --ways"),
+        (["train", "--lr", "0.1"], "train has no --lr; here it is --outer-lr or --inner-lr"),
+        (["train", "prototypical", "--lr", "0.1"], "train has no --lr; here it is --outer-lr;"),
+        (["train", "--epochs=3"], "train has no --epochs; here it is --steps"),
+        (["train", "--batch-size", "3"], "train has no --batch-size; here it is --meta-batch"),
+        (["compare", "maml", "anil", "--epochs", "3"], "compare has no --epochs; here it is --steps"),
+        (["train", "--image-size", "28", "--tasks", "omniglot"], "here it is --size"),
+        (
+            ["train", "--divergence", "kl"],
+            "--divergence: is a setting of prototypical, and not of maml on glyphs",
+        ),
+        (
+            ["train", "--strings", "5,5"],
+            "--strings: is a setting of mann, and not of maml on glyphs",
+        ),
+        (["train", "--stream"], "--stream: is a setting of folder:PATH"),
+        (["train", "--schedule", "step"], "--decay-every: "),
+        (["train", "--decay-every", "9"], "--decay-every: --schedule is cosine"),
+        (["train", "--outer-momentum", "0.9", "--tasks", "sinusoid"], "--outer-momentum: adam has none"),
+        (["train", "--outer-betas", "0.9"], "--outer-betas: got 0.9; it must be 2 numbers with commas"),
+        (["train", "--outer-betas", "0.9,2"], "--outer-betas: got 2"),
+        (["train", "maml", "anil"], "unexpected argument 'anil'"),
+        (["train", "--steps"], "--steps: expected one argument"),
+        (["plot", "a", "--out"], "--out: expected one argument"),
+        (["presets", "a", "b"], "unexpected argument 'b'"),
         (["train", "--tasks", "folder:nowhere"], "--tasks: "),
         (["predict", "nowhere", "--suport", "x"], "predict has no --suport; did you mean --support"),
         (["train", "--order", "third", "--tasks", "sinusoid"], "--order"),
@@ -229,12 +277,15 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
             "--inner-steps: got 7; it must be a multiple of",
         ),
         (["train", "--truncation", "0", "--tasks", "sinusoid"], "--truncation: got 0; it must be at least 1"),
-        (["train", "meta_sgd", "--order", "implicit", "--tasks", "sinusoid"], '--order: got "implicit"'),
+        (
+            ["train", "meta_sgd", "--order", "implicit", "--tasks", "sinusoid"],
+            "--order: got implicit; it must be one of second, first",
+        ),
         (
             ["train", "imaml", "--eval-steps", "0", "--tasks", "sinusoid"],
             "--eval-steps: got 0; it must be at least 1",
         ),
-        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], "--diagnose: fomaml has no such setting"),
+        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], "and not of fomaml on sinusoid"),
         (
             ["train", "--order", "first", "--diagnose", "--tasks", "sinusoid"],
             "--diagnose: compares with first order",
@@ -284,45 +335,317 @@ def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-def test_a_run_from_before_a_setting_was_there_is_read(run, tmp_path):
-    older = json.loads((run / "config.json").read_text())
-    for name in ("proximal", "memory", "diagnose"):
-        del older[name]
+def test_a_run_of_an_older_form_is_refused_with_a_sentence_that_says_so(run, tmp_path, capsys):
+    older = read_json(run / "config.json") | {"jaxmeta": "0.1.0"}
+    del older["format"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    _, settings = config.stored(tmp_path)
-    assert settings == config.stored(run)[1]
-    del older["learner"]
-    (tmp_path / "config.json").write_text(json.dumps(older))
-    with pytest.raises(ValueError, match=r"damaged, or of another version .*learner"):
-        config.stored(tmp_path)
+    for argv in (["evaluate", str(tmp_path)], ["train", "--resume", "--out", str(tmp_path)]):
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert "is of an older form than this version of jaxmeta reads" in said
+        assert "jaxmeta 0.1.0" in said
+        assert len(said.splitlines()) == 1
+
+
+OF_TRAIN = [*Training.__annotations__, *Run.__annotations__, *Invocation.__annotations__]
+OF_TRAIN = [name for name in OF_TRAIN if name not in ("workers", "data", "distort")]
+NAMED = ["tasks", "network", "preset", "config"]
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"),
+    ("argv", "flags"),
     [
-        ("train", [*TrainFlags.__annotations__, "resume", "stream", "skip_unreadable", "diagnose"]),
-        ("predict", ("support", "query", "json", "invert", "skip_unreadable")),
-        ("evaluate", EvaluateFlags.__annotations__),
-        ("compare", [*TrainFlags.__annotations__, "resume"]),
-        ("plot", ["out", "x"]),
-        ("presets", ()),
-        ("tasks", ()),
-        ("learners", ()),
+        (["train"], [*OF_TRAIN, *NAMED, "inner_lr", "order", "ways", "train_ways", "filters"]),
+        (["train", "--tasks", "folder:here"], ["stream", "workers", "skip_unreadable", "classes", "size"]),
+        (["train", "mann"], ["sequence", "strings", "distort"]),
+        (["train", "--network", "mlp"], ["network.norm", "training.norm", "no-network.norm", "hidden"]),
+        (["train", "--tasks", "omniglot"], ["data", "within_alphabet"]),
+        (["predict"], ["support", "query", "json", "invert", "skip_unreadable", "learner", "network"]),
+        (["evaluate", "RUN"], ["eval_steps", "shots", "queries", "episodes", "seed", "json", "mesh"]),
+        (
+            ["compare", "maml", "anil"],
+            [*(set(OF_TRAIN) - {*Invocation.__annotations__}), *NAMED, "out", "resume"],
+        ),
+        (["plot"], ["out", "x"]),
+        (["presets"], ()),
+        (["tasks"], ()),
+        (["learners"], ()),
+        (["networks"], ()),
     ],
 )
-def test_help_mentions_every_flag(command, flags, capsys):
-    assert main([command, "--help"]) == 0
+def test_help_mentions_every_flag(argv, flags, run, capsys):
+    argv = [str(run) if word == "RUN" else word for word in argv]
+    assert main([*argv, "--help"]) == 0
     said = capsys.readouterr().out
     for name in flags:
-        assert "--" + name.replace("_", "-") in said
+        assert "--" + name.replace("_", "-") + " " in said.replace("\n", " ").replace(",", " "), name
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_without_a_command_help_lists_all_of_them(argv, capsys):
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "usage: jaxmeta COMMAND" in said
+    for name in ("train", "evaluate", "compare", "plot", "predict", "transfer", "rank", "networks"):
+        assert f"  {name} " in said
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"jaxmeta {jm.__version__}, jax {jax.__version__}")
+
+
+FUNCTIONS = [
+    *((f"learner {name}", each, SUPPLIED_TO_LEARNER) for name, each in LEARNERS.items()),
+    *((f"network {name}", each, SUPPLIED_TO_NETWORK) for name, each in NETWORKS.items()),
+    *((f"tasks {name}", each.function, SUPPLIED_TO_TASKS) for name, each in TASKS.items()),
+    ("training", Training, ()),
+    ("run", Run, ()),
+    ("invocation", Invocation, ()),
+]
+
+
+@pytest.mark.parametrize(("function", "supplied"), [pytest.param(*it, id=name) for name, *it in FUNCTIONS])
+def test_every_setting_has_help_of_its_own(function, supplied):
+    for name, setting in schema.settings_of(function, supplied).items():
+        assert setting.help, name
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [("presets", "sinusoid"), ("tasks", "glyphs"), ("learners", "maml")]
+    ("command", "name", "says"),
+    [
+        ("presets", "sinusoid", ["MAML on sine waves", "--outer-lr", "0.003", "--train-shots", "10"]),
+        ("presets", "folder", ["--classes", "conv4-32"]),
+        ("tasks", "glyphs", ["(classification)", "--ways N (default: 5)", "--shots"]),
+        ("learners", "maml", ["classification and regression", "--inner-lr X", "{second,first,implicit}"]),
+        ("networks", "conv4", ["--filters N"]),
+        ("networks", "mlp", ["--hidden N,… (default: 256,128,64,64)"]),
+    ],
 )
-def test_listing_commands_name_what_there_is(command, name, capsys):
+def test_lists_name_what_there_is_and_describe_one(command, name, says, capsys):
     assert main([command]) == 0
-    assert name in capsys.readouterr().out
+    assert any(line.split()[0].startswith(name) for line in capsys.readouterr().out.splitlines())
+    assert main([command, name]) == 0
+    said = capsys.readouterr().out
+    for part in says:
+        assert part in said
+    assert main([command, f"{name}x"]) == 2
+    assert f"known are {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_described(name, capsys):
+    assert main(["presets", name]) == 0
+    assert PRESETS[name]["description"] in capsys.readouterr().out
+
+
+# --- Where a configuration comes from -------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Configurations with which a run would be started."""
+    found = []
+    monkeypatch.setattr(run_of_command, "new_run", lambda config, invocation: found.append(config))
+    return found
+
+
+def test_a_configuration_is_started_from_with_flags_on_top(run, tmp_path, started, capsys):
+    shutil.copy(run / "config.json", tmp_path / "mine.json")
+    assert main(["train", "--config", str(tmp_path / "mine.json")]) == 0
+    # That of a run, too, by its folder.
+    assert main(["train", f"--config={run}", "--inner-lr", "0.5", "--shots", "3", "--seed=7"]) == 0
+    same, other = started
+    before = config.stored(run)
+    for group in config.GROUPS:
+        assert getattr(same, group) == getattr(before, group)
+    assert (other.learner["inner_lr"], other.run.seed, other.training) == (0.5, 7, before.training)
+    assert (other.tasks["shots"], other.tasks["train_shots"], other.tasks["queries"]) == (3, 3, 100)
+
+    assert main(["train", "fomaml", "--config", str(run)]) == 0
+    assert started[-1].learner["name"] == "fomaml"
+    assert started[-1].learner["inner_lr"] == before.learner["inner_lr"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config", "nowhere.json"], "--config: there is no nowhere.json"),
+        (["--config", "text.json"], "--config: text.json is no JSON"),
+        (["--config", "empty.json"], "empty.json is of an older form"),
+        (["--config", "RUN", "--preset", "glyphs"], "--preset: a configuration says all"),
+        (
+            ["--config", "RUN", "--tasks", "glyphs"],
+            "--tasks: got glyphs, and the configuration is for",
+        ),
+        (["--config"], "--config: expects a value"),
+    ],
+)
+def test_a_configuration_that_cannot_be_started_from(flags, says, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.json").write_text("inner_lr: 3")
+    (tmp_path / "empty.json").write_text("{}")
+    assert main(["train", *(str(run) if word == "RUN" else word for word in flags)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_bare_flag_that_two_groups_have_names_both(started, capsys):
+    for flag in ("--norm", "--norm=batch"):
+        assert main(["train", "--network", "mlp", flag, *([] if "=" in flag else ["batch"])]) == 2
+        assert "say --network.norm or --training.norm" in capsys.readouterr().err
+    assert main(["train", "--network", "mlp", "--training.norm", "support", "--no-network.norm"]) == 0
+    assert (started[0].training.norm, started[0].network["norm"]) == ("support", False)
+
+
+def test_flags_may_be_written_with_underscores_and_the_learner_behind_them(started):
+    assert main(["train", "--inner_lr=0.3", "--outer_betas", "0.5,0.9", "--report-steps", "1,2", "anil"]) == 0
+    (found,) = started
+    assert (found.learner["name"], found.learner["inner_lr"]) == ("anil", 0.3)
+    assert (found.training.outer_betas, found.run.report_steps) == ((0.5, 0.9), (1, 2))
+
+
+def test_none_and_switches_are_said_on_the_command_line(started):
+    assert main(["train", "--preset", "mann-omniglot", "--clip", "none", "--no-distort"]) == 0
+    assert (started[0].training.clip, started[0].training.distort) == (None, False)
+
+
+# --- Folders --------------------------------------------------------------------------------------------
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Clock:
+        now = staticmethod(lambda: datetime.datetime(2026, 5, 4, 3, 2, 1))
+
+    monkeypatch.setattr(folders, "datetime", Clock)
+    first, second = folders.claim(None, "maml-glyphs"), folders.claim(None, "maml-glyphs")
+    assert first == pathlib.Path("runs/maml-glyphs-2026-05-04-030201")
+    assert second == pathlib.Path("runs/maml-glyphs-2026-05-04-030201-2")
+    barrier = threading.Barrier(8)
+
+    def claim(_):
+        barrier.wait()
+        return folders.claim(None, "maml-glyphs")
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(claim, range(8)))
+    assert len(found | {first, second}) == 10
+    assert all(folder.is_dir() for folder in found)
+
+
+# --- Going on for longer --------------------------------------------------------------------------------
+
+
+def with_schedule(run, folder, schedule):
+    """A copy of the run as if it had another schedule."""
+    shutil.copytree(run, folder)
+    kept = read_json(run / "config.json")
+    kept["training"] |= {"schedule": schedule, "decay_every": 10 if schedule == "step" else None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return ["train", "--resume", "--out", str(folder), "--steps"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_run_whose_schedule_ends_with_its_steps_takes_no_more(schedule, run, tmp_path, capsys):
+    again = with_schedule(run, tmp_path / "run", schedule)
+    before = contents(tmp_path)
+    assert main([*again, "22"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("jaxmeta: error: --steps: got 22")
+    assert f"its schedule ({schedule})" in said
+    assert contents(tmp_path) == before
+
+
+def test_a_run_cannot_shrink(run, tmp_path, capsys):
+    assert main([*with_schedule(run, tmp_path / "run", "constant"), "19"]) == 2
+    assert "--steps: got 19" in capsys.readouterr().err
+
+
+def test_a_run_of_constant_rate_goes_on_for_longer(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_of_command, "plot_curve", lambda *_: None)
+    out = evaluated_once(run, tmp_path / "run")
+    for name in ("checkpoints", "metrics.jsonl"):
+        (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, out / name)
+    assert main(["train", "--resume", "--out", str(out), "--steps", "23"]) == 0
+    report = read_json(out / "report.json")
+    assert (report["steps"], report["config"]["training"]["steps"]) == (23, 23)
+    assert read_json(out / "config.json")["training"]["steps"] == 23
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 24))
+
+
+@pytest.mark.nightly
+def test_a_run_that_went_on_is_the_run_that_was_longer(run, tmp_path):
+    out = tmp_path / "longer"
+    shutil.copytree(run, out)
+    assert main(["train", "--resume", "--out", str(out), "--steps", "30"]) == 0
+    assert main([*SMALL, "--steps", "30", "--out", str(tmp_path / "at-once")]) == 0
+    same(load_params(out), load_params(tmp_path / "at-once"))
+
+
+# --- The outer optimizer --------------------------------------------------------------------------------
+
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+PRODUCTS = {"b1": 0.5, "b2": 0.7, "eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, optax.adam(0.1, **ADAM)),
+        ({"outer_betas": (0.5, 0.7), "outer_eps": 1e-3}, optax.adam(0.1, **PRODUCTS)),
+        (
+            {"outer_optimizer": "adamw", "weight_decay": 0.3, "outer_betas": (0.5, 0.7), "outer_eps": 1e-3},
+            optax.adamw(0.1, **PRODUCTS, weight_decay=0.3),
+        ),
+        ({"weight_decay": 0.3}, optax.chain(optax.add_decayed_weights(0.3), optax.adam(0.1, **ADAM))),
+        ({"outer_optimizer": "sgd"}, optax.sgd(0.1)),
+        ({"outer_optimizer": "sgd", "outer_momentum": 0.9}, optax.sgd(0.1, momentum=0.9)),
+        (
+            {"outer_optimizer": "sgd", "weight_decay": 0.3},
+            optax.chain(optax.add_decayed_weights(0.3), optax.sgd(0.1)),
+        ),
+        ({"outer_optimizer": "rmsprop"}, optax.rmsprop(0.1)),
+        (
+            {"outer_optimizer": "rmsprop", "outer_momentum": 0.5, "outer_eps": 1e-2},
+            optax.rmsprop(0.1, momentum=0.5, eps=1e-2),
+        ),
+        ({"outer_optimizer": "sgd", "clip": 0.2}, optax.chain(optax.clip(0.2), optax.sgd(0.1))),
+        (
+            {"outer_optimizer": "sgd", "clip_norm": 0.2},
+            optax.chain(optax.clip_by_global_norm(0.2), optax.sgd(0.1)),
+        ),
+        (
+            {"outer_optimizer": "sgd", "schedule": "step", "decay_every": 2, "decay_factor": 0.1},
+            optax.sgd(lambda step: 0.1 * 0.1 ** (step // 2)),
+        ),
+        (
+            {"outer_optimizer": "sgd", "schedule": "linear", "steps": 10},
+            optax.sgd(lambda step: 0.1 * (1 - step / 10)),
+        ),
+        (
+            {"outer_optimizer": "sgd", "schedule": "cosine", "steps": 10},
+            optax.sgd(lambda step: 0.05 * (1 + jnp.cos(jnp.pi * step / 10))),
+        ),
+    ],
+    ids=lambda it: "-".join(map(str, it.values())) or "default" if isinstance(it, dict) else "",
+)
+def test_the_outer_optimizer_is_the_one_that_the_flags_say(training, expected):
+    base = base_of(Chosen("maml", tasks="sinusoid"))
+    given = {"training": {"schedule": "constant", "outer_lr": 0.1} | training}
+    found = optimizer_of(resolve(base, given))
+    params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray(0.5)}
+    gradients = [{"a": jnp.asarray([0.3 * i, -1.0]), "b": jnp.asarray(0.1 - i)} for i in range(5)]
+    both = []
+    for optimizer in (found, expected):
+        here, state, updates = params, optimizer.init(params), []
+        for gradient in gradients:
+            update, state = optimizer.update(gradient, state, here)
+            here = optax.apply_updates(here, update)
+            updates.append(update)
+        both.append(updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *both)
 
 
 def test_the_program_ends_with_the_status_of_its_command(monkeypatch, capsys):

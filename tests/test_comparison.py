@@ -1,6 +1,5 @@
 """`jaxmeta compare` and `jaxmeta plot`: trainings side by side."""
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -11,9 +10,12 @@ import numpy as np
 import pytest
 from support import read_json
 
-from jaxmeta import comparison, presets, registry, runs
-from jaxmeta.cli import main
-from jaxmeta.training.figures import Curve, draw_metric
+from jaxmeta.cli import compare, main
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.comparison_report import comparison_markdown
+from jaxmeta.cli.figures import Curve, draw_metric
+from jaxmeta.cli.names import LEARNERS
+from jaxmeta.cli.presets import PRESETS
 
 FLAGS = ["--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
 FLAGS += ["--meta-batch", "4", "--inner-lr", "0.02", "--order", "second", "--devices", "1"]
@@ -37,11 +39,11 @@ def compared(tmp_path_factory):
     """The folder of a comparison."""
     out = tmp_path_factory.mktemp("runs") / "compared"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison.subprocess, "Popen", InThisProcess)
-        patch.setattr(runs, "plot_curve", lambda *_: None)
+        patch.setattr(compare.subprocess, "Popen", InThisProcess)
+        patch.setattr(run_of_command, "plot_curve", lambda *_: None)
         # One evaluation of each run, in place of one for each number of inner steps.
-        sinusoid = dataclasses.replace(presets.PRESETS["sinusoid"], report_steps=())
-        patch.setitem(presets.PRESETS, "sinusoid", sinusoid)
+        sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
+        patch.setitem(PRESETS, "sinusoid", sinusoid)
         assert main([*COMPARE, "--out", str(out)]) == 0
     return out
 
@@ -85,7 +87,7 @@ def children(compared, monkeypatch):
                 shutil.copytree(compared / command[1], out, dirs_exist_ok=True)
             return status
 
-    monkeypatch.setattr(comparison.subprocess, "Popen", Child)
+    monkeypatch.setattr(compare.subprocess, "Popen", Child)
     return Child
 
 
@@ -120,7 +122,9 @@ def test_a_comparison_writes_its_files_and_a_true_report(compared):
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = (compared / "comparison.md").read_text()
     assert "Left out for fomaml, which has no such setting: --order." in text
-    orders = [read_json(compared / name / "config.json")["order"] for name in ("maml", "fomaml")]
+    orders = [
+        read_json(compared / name / "config.json")["learner"].get("order") for name in ("maml", "fomaml")
+    ]
     assert orders == ["second", None]
     found = read_json(compared / "comparison.json")["learners"]["fomaml"]
     for row, sign in ((found["mse"], ""), (found["difference"]["mse"], "+z")):
@@ -142,7 +146,7 @@ def test_transductive_and_inductive_accuracy_are_rows_and_paired_apart():
     row = {"accuracy": accuracy, "difference": {}, "left_out": [], **costs}
     worse = {**row, "difference": {"inductive": {"mean": -0.02, "ci95": 0.005}}}
     rows = {"maml": row, "other": worse}
-    text = comparison.comparison_markdown(
+    text = comparison_markdown(
         {"metric": "accuracy", "compared_to": "maml", **config, **shared, "learners": rows}
     )
     lines = [line for line in text.splitlines() if line.startswith("| other")]
@@ -230,7 +234,7 @@ def test_a_signal_is_passed_on_and_the_comparison_can_go_on(number, children, tm
 
 def test_a_flag_that_none_of_the_learners_takes_is_refused(children, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(registry.LEARNERS, "other", registry.LEARNERS["fomaml"])
+    monkeypatch.setitem(LEARNERS, "other", LEARNERS["fomaml"])
     assert main(["compare", "fomaml", "other", "--tasks", "sinusoid", "--order", "first"]) == 2
     assert "--order" in capsys.readouterr().err
     assert not children.commands
@@ -260,8 +264,8 @@ def test_plot_draws_runs_and_overwrites_nothing(compared, tmp_path, monkeypatch,
     (running / "metrics.jsonl").write_text("\n".join([*rows[:3], rows[3][:20]]))
     assert main(["plot", str(running), maml, "--out", "running.png"]) == 0
 
-    config = read_json(running / "config.json")
-    (running / "config.json").write_text(json.dumps({**config, "ways": 5, "train_ways": 5}))
+    text = (running / "metrics.jsonl").read_text()
+    (running / "metrics.jsonl").write_text(text.replace('"mse"', '"accuracy"'))
     assert main(["plot", str(running), maml, "--out", "mixed.png"]) == 2
     assert "accuracy" in capsys.readouterr().err
     assert not (tmp_path / "mixed.png").exists()
@@ -303,7 +307,7 @@ def test_curves_are_named_by_what_tells_their_runs_apart(folders, names, compare
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(compared / "maml" / file, tmp_path / folder)
     drawn = []
-    monkeypatch.setattr(comparison, "plot_curves", lambda path, curves, x: drawn.extend(curves))
+    monkeypatch.setattr(compare, "plot_curves", lambda path, curves, x: drawn.extend(curves))
     assert main(["plot", *folders]) == 0
     assert [curve.name for curve in drawn] == names
 

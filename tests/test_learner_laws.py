@@ -1,7 +1,8 @@
-"""Laws that every learner of the registry keeps, in both rows of its report and on both kinds of tasks.
+"""Laws that every learner keeps, in every row of its report and on both kinds of tasks.
 
-A new learner joins by its line in `registry.LEARNERS`. Where it breaks a law for a good reason, it
-says so in `EXEMPT`; where it needs another network than the small default, in `NETWORKS`.
+A new learner joins by its line in `jaxmeta.cli.names.LEARNERS`; one of your own is tested by
+`pytest tests/test_learner_laws.py --learner my_module:my_learner`. Where a learner breaks a law for a good
+reason, it says so in `EXEMPT`.
 
 The default run checks each learner on one row of classification, and MAML on regression, too; laws that
 compile a second program run on one learner of each family. The nightly run checks all.
@@ -15,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from flax import linen
 
 import jaxmeta as jm
-from jaxmeta import presets, registry
+from jaxmeta.cli import names
+from jaxmeta.cli.build import learner_of as built
+from jaxmeta.cli.config import Chosen, base_of, resolve
+from jaxmeta.declare import facts_of
 from jaxmeta.nn.embedding import ConvNorm
 
 WAYS, SHOTS, QUERIES = 3, 2, 2
@@ -61,8 +66,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reptile": {"inner_lr": 0.01, "inner_batch": None},
     # Two steps come near the minimum, which the gradient is about, where the proximal term is strong.
     "imaml": {"proximal": 2.0, "damping": 0.0},
-    # Distortions are drawn by an example's place.
-    "siamese": {"distort": False},
     "learned_optimizer": {"inner_steps": 4, "eval_steps": 4, "truncation": 2},
 }
 
@@ -101,34 +104,41 @@ class TinyMaps(linen.Module):
         return jax.nn.relu(ConvNorm(4)(x, mask))
 
 
-def default_network(settings, spec):
-    if settings.ways is None:
-        return tiny_mlp(1)
-    if spec.family == "model-based":
-        return jm.nn.MemoryNetwork(WAYS, jm.nn.LRUA(rows=6, width=3, heads=2), hidden=5)
-    if spec.networks is not None:
-        return TinyMaps()
-    return TinyConv(settings.ways if spec.fixed_ways else None)
+def tiny_network(case):
+    """Return what builds the small network of a case with a given output width."""
+
+    def build(out):
+        if case.kind == "regression":
+            return tiny_mlp(1)
+        works_with = facts_of(factory_of(case.name)).networks or ()
+        if "lrua" in works_with:
+            return jm.nn.MemoryNetwork(out, jm.nn.LRUA(rows=6, width=3, heads=2), hidden=5)
+        if "augmented-cnn" in works_with:
+            return jm.nn.AugmentedCNN(out, filters=2, blocks=1, features=4)
+        if "relation" in works_with:
+            return TinyMaps()
+        return TinyConv(out)
+
+    return starting_in_float64(build) if case.name == "learned_optimizer" else build
 
 
-def starting_in_float64(settings, spec):
-    model = jm.nn.as_model(default_network(settings, spec))
+def starting_in_float64(build):
+    def rounded(out):
+        model = jm.nn.as_model(build(out))
 
-    def init(key, x):
-        # Draws are of float32, and may differ in their last bit from one program to the next.
-        return jax.tree.map(
-            lambda leaf: jnp.round(1024 * leaf.astype(jnp.float64)) / 1024, model.init(key, x)
-        )
+        def init(key, x):
+            # Draws are of float32, and may differ in their last bit from one program to the next.
+            return jax.tree.map(
+                lambda leaf: jnp.round(1024 * leaf.astype(jnp.float64)) / 1024, model.init(key, x)
+            )
 
-    return model._replace(init=init)
+        return model._replace(init=init)
 
-
-def embedding_and_base(settings, spec):
-    return tuple(jm.nn.AugmentedCNN(out, filters=2, blocks=1, features=4) for out in (None, WAYS))
+    return rounded
 
 
-# learner -> (settings, spec) -> network, where the default does not serve.
-NETWORKS: dict[str, Any] = {"learned_optimizer": starting_in_float64, "metanet": embedding_and_base}
+def factory_of(name):
+    return names.find("learner", name, names.LEARNERS)
 
 
 KEY = jax.random.key(2)
@@ -145,14 +155,14 @@ class Case(NamedTuple):
 
 CASES = [
     Case(name, row, kind)
-    for name, spec in registry.LEARNERS.items()
-    for row in spec.norms
-    for kind in spec.kinds
+    for name in support.own_learners or names.LEARNERS
+    for row in facts_of(factory_of(name)).rows
+    for kind in facts_of(factory_of(name)).kinds
     # Without batch statistics the rows of a report are one and the same.
     if kind == "classification" or row == "inductive"
 ]
 # One learner of each family, for laws whose cost is a further compilation.
-REPRESENTATIVES = ("maml", "prototypical", "mann")
+REPRESENTATIVES = ("maml", "prototypical", "mann", *support.own_learners)
 
 
 def one_row(case):
@@ -189,20 +199,19 @@ def law(where=lambda case: True, default=one_row):
 
 @functools.cache
 def learner_of(case):
-    spec = registry.LEARNERS[case.name]
-    _, settings = presets.settings_of(
-        {}, learner=case.name, preset="glyphs" if case.kind == "classification" else "sinusoid"
-    )
-    small = {"inner_steps": 2, "eval_steps": 2, "inner_lr": 0.3 if case.kind == "classification" else 0.02}
-    changes = {field: value for field, value in small.items() if field in spec.takes}
-    changes |= SETTINGS.get(case.name, {})
-    if case.kind == "classification":
-        changes |= {"ways": WAYS, "train_ways": WAYS}
-    settings = presets.revised(settings, changes)
-    network = NETWORKS.get(case.name, default_network)(settings, spec)
-    if spec.family != "model-based":
-        network = jm.nn.as_model(network)
-    return spec.build(network, settings, spec.norms[case.row])
+    classification = case.kind == "classification"
+    base = base_of(Chosen(learner=case.name, tasks="glyphs" if classification else "sinusoid"))
+    small = {"inner_steps": 2, "eval_steps": 2, "inner_lr": 0.3 if classification else 0.02}
+    small |= SETTINGS.get(case.name, {})
+    known = base.names().groups()["learner"]
+    settings = {name: value for name, value in small.items() if name in known}
+    tasks = {"ways": WAYS, "train_ways": WAYS} if classification else {}
+    config = resolve(base, {"learner": settings, "tasks": tasks, "training": {"distort": False}})
+    return built(config, norm_of(case), tiny_network(case))
+
+
+def norm_of(case):
+    return facts_of(factory_of(case.name)).rows[case.row]
 
 
 def task_of(case, seed=0):
@@ -239,7 +248,7 @@ def params_of(case):
 
 def on_population(case):
     """Whether it predicts by statistics other than those it trains with, which `jm.calibrate` fills."""
-    return registry.LEARNERS[case.name].norms[case.row] == "population"
+    return norm_of(case) == "population"
 
 
 class Run(NamedTuple):
@@ -342,7 +351,7 @@ def test_padded_task_matches_task_without_padding(case):
     expected = run(case)
     kept = jm.Task(*(jm.Batch(p.x[:-PADDING], p.y[:-PADDING], None, p.ways) for p in task_of(case)))
     bare = run(case, kept)
-    if registry.LEARNERS[case.name].family == "metric-based" or case.name == "metanet":
+    if not facts_of(factory_of(case.name)).head or case.name == "metanet":
         # What has been learned may be the examples, padding and all.
         bare = bare._replace(adapted=expected.adapted)
     assert_equal(bare._replace(outputs=expected.outputs), expected)
@@ -425,7 +434,7 @@ def test_gradient_reaches_every_parameter(case):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert np.isfinite(leaf).all(), name
         # Averages over inner steps are of other biases than the ones in use.
-        averaged = registry.LEARNERS[case.name].norms[case.row] == "episode"
+        averaged = norm_of(case) == "episode"
         if not averaged and any(re.search(pattern, name) for pattern in ZERO_GRADIENT):
             np.testing.assert_allclose(leaf, 0, atol=1e-12, err_msg=name)
         else:
@@ -462,5 +471,5 @@ def test_exemptions_name_existing_laws_and_learners():
     laws = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     for (law_name, learner), reason in EXEMPT.items():
         assert law_name in laws
-        assert learner in registry.LEARNERS
+        assert learner in names.LEARNERS
         assert reason

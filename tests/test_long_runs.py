@@ -1,6 +1,5 @@
 """What the command line offers those who leave a laptop: devices, steps that fail, and a run to watch."""
 
-import dataclasses
 import gzip
 import json
 import signal
@@ -13,13 +12,15 @@ from support import read_json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxmeta as jm
-from jaxmeta import presets
-from jaxmeta.cli import main
-from jaxmeta.config import resumed
-from jaxmeta.devices import described
+from jaxmeta.cli import build, main
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.config import Chosen, base_of, resolve
+from jaxmeta.cli.devices import described
+from jaxmeta.cli.names import NETWORKS
+from jaxmeta.cli.presets import PRESETS
+from jaxmeta.cli.report import RunLog, read_metrics
 from jaxmeta.training import Progress, Resumed, Validated, load_params
 from jaxmeta.training.evaluate import Evaluation
-from jaxmeta.training.report import RunLog, read_metrics
 
 SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
 
@@ -41,8 +42,8 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "__call__", as_if_skipped)
         # One evaluation of the run, in place of one for each number of inner steps.
-        sinusoid = dataclasses.replace(presets.PRESETS["sinusoid"], report_steps=())
-        patch.setitem(presets.PRESETS, "sinusoid", sinusoid)
+        sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
+        patch.setitem(PRESETS, "sinusoid", sinusoid)
         flags = ["--mesh", "tasks=2", "--profile", "--non-finite", "skip"]
         assert main([*SMALL, *flags, "--out", str(out)]) == 0
     assert seen == [3, 4]
@@ -53,7 +54,7 @@ def run(tmp_path_factory):
 def test_a_report_says_on_which_mesh_its_run_was(run):
     report = read_json(run / "report.json")
     assert (report["devices"], report["mesh"], report["processes"]) == (2, {"tasks": 2}, 1)
-    assert read_json(run / "config.json")["mesh"] == "tasks=2"
+    assert read_json(run / "config.json")["run"]["mesh"] == "tasks=2"
 
 
 @pytest.mark.nightly
@@ -83,14 +84,16 @@ def test_devices_are_described_by_their_number_kind_and_mesh():
     assert described(jm.make_mesh(tasks=2)) == "2 x cpu (tasks=2)"
 
 
-def test_a_resumed_run_takes_the_mesh_or_the_devices_that_are_given(run):
+def test_a_resumed_run_takes_the_mesh_or_the_devices_that_are_given(run, monkeypatch):
+    trained = []
+    monkeypatch.setattr(run_of_command, "_train", lambda config, *_: trained.append(config.run))
     for flags, mesh, devices in (
         ({}, "tasks=2", None),
         ({"mesh": "tasks=1"}, "tasks=1", None),
         ({"devices": 2}, None, 2),
     ):
-        config, _, out = resumed({"out": str(run), **flags}, None)
-        assert (config["mesh"], config["devices"], out) == (mesh, devices, run)
+        run_of_command.resume_run(run, {"run": flags}, run_of_command.Invocation(resume=True))
+        assert (trained[-1].mesh, trained[-1].devices) == (mesh, devices)
 
 
 @pytest.mark.nightly
@@ -107,10 +110,10 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
         patch.setattr(RunLog, "__call__", stop_at_seven)
         assert main([*SMALL, "--mesh", "tasks=2", "--out", str(out)]) == 75
     assert main(["train", "--resume", "--mesh", "tasks=1", "--out", str(out)]) == 0
-    assert read_json(out / "config.json")["mesh"] == "tasks=1"
+    assert read_json(out / "config.json")["run"]["mesh"] == "tasks=1"
     assert main(["train", "--resume", "--devices", "2", "--out", str(out)]) == 0
-    config = read_json(out / "config.json")
-    assert (config["mesh"], config["devices"]) == (None, 2)
+    found = read_json(out / "config.json")["run"]
+    assert (found["mesh"], found["devices"]) == (None, 2)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,7 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
         ),
         (["--mesh", "tasks=100000,params=9"], "--mesh: tasks=100000,params=9: these are 900,000 devices"),
         (["--mesh", "model=2"], "--mesh: got 'model=2'; it must be like tasks=8"),
-        (["--mesh", "examples=2"], "devices: got a mesh of examples=2; only where learner.divisible"),
+        (["--mesh", "examples=2"], "--mesh: got a mesh of examples=2; only where learner.divisible"),
     ],
 )
 def test_a_mesh_that_does_not_suit_is_refused(flags, named, tmp_path, capsys):
@@ -187,7 +190,7 @@ def test_a_profile_can_be_opened(run):
 
 @pytest.mark.nightly
 def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(jm.registry.NETWORKS, "mlp", lambda out: jm.nn.MLP(out=out, hidden=(8,), norm=True))
+    monkeypatch.setitem(NETWORKS, "mlp", lambda out: jm.nn.MLP(out=out, hidden=(8,), norm=True))
     out = tmp_path / "run"
     flags = [
         "--network",
@@ -202,15 +205,14 @@ def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatc
         "4",
     ]
     assert main(["train", "prototypical", *flags, "--out", str(out)]) == 0
-    assert "| precision | bfloat16 in the network |" in (out / "report.md").read_text()
+    assert "| training | precision | bfloat16 |" in (out / "report.md").read_text()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(load_params(out))} == {"float32"}
     assert main(["train", "--resume", "--precision", "float32", "--out", str(out)]) == 2
 
 
 def test_precision_is_of_the_network_and_not_of_its_parameters():
-    flags = {"network": "mlp", "precision": "bfloat16", "ways": 2, "train_ways": 2, "queries": 1}
-    settings = presets.settings_of(flags, learner="prototypical")[1]
-    learner = presets.learner_of(settings)
+    given = {"training": {"precision": "bfloat16"}, "tasks": {"ways": 2, "queries": 1}}
+    learner = build.learner_of(resolve(base_of(Chosen("prototypical", network="mlp")), given))
     task = jm.Task(*(jm.Batch(jnp.zeros((2, 4, 4, 1)), jnp.arange(2), ways=2) for _ in range(2)))
     params = jax.eval_shape(learner.init, jax.random.key(0), task)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
@@ -218,13 +220,14 @@ def test_precision_is_of_the_network_and_not_of_its_parameters():
 
 
 def test_a_memory_has_no_other_precision():
-    settings = presets.settings_of({"precision": "bfloat16"}, learner="mann")[1]
-    with pytest.raises(ValueError, match="--precision: got bfloat16; mann's network"):
-        presets.learner_of(settings)
+    with pytest.raises(
+        ValueError, match=r"^precision: got bfloat16; the networks of mann compute in float32"
+    ):
+        resolve(base_of(Chosen("mann")), {"training": {"precision": "bfloat16"}})
 
 
 @pytest.mark.nightly
 def test_a_command_refuses_another_precision_of_a_memory(tmp_path, capsys):
     flags = ["--precision", "bfloat16", "--out", str(tmp_path / "run")]
     assert main(["train", "mann", "--tasks", "glyphs", *flags]) == 2
-    assert "--precision: got bfloat16; mann's network" in capsys.readouterr().err
+    assert "--precision: got bfloat16; the networks of mann compute in float32" in capsys.readouterr().err

@@ -11,8 +11,8 @@ from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta import registry
 from jaxmeta.cli import main
+from jaxmeta.cli.names import NETWORKS
 from jaxmeta.training import load_params
 
 
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
             Image.fromarray(pixels).save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
-        patch.setitem(registry.NETWORKS, "conv4-32", small_mlp)
+        patch.setitem(NETWORKS, "conv4-32", small_mlp)
         yield place
 
 
@@ -144,13 +144,22 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["train", "prototypical", "--tasks", "sinusoid"], "prototypical learns classification only"),
+        (
+            ["train", "prototypical", "--tasks", "sinusoid"],
+            "LEARNER: prototypical learns classification, and sinusoid",
+        ),
         (["train", "matching", "--scale", "0"], "--scale"),
         (["train", "matching", "--context-steps", "0"], "--context-steps"),
         (["train", "relation", "--network", "conv4"], "--network: got conv4; relation works with relation"),
         (["train", "matching", "--shots", "0"], "--shots: got 0"),
-        (["train", "matching", "--divergence", "kl"], "--divergence: matching has no such setting"),
-        (["train", "maml", "--within-alphabet"], "--within-alphabet: glyphs has no such setting"),
+        (
+            ["train", "matching", "--divergence", "kl"],
+            "--divergence: is a setting of prototypical; matching on",
+        ),
+        (
+            ["train", "maml", "--within-alphabet"],
+            "--within-alphabet: is a setting of omniglot; maml on glyphs",
+        ),
     ],
 )
 def test_bad_flags_are_refused_by_name(argv, says, tmp_path, monkeypatch, capsys):

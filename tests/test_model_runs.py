@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import jaxmeta as jm
-from jaxmeta import presets, registry, runs
-from jaxmeta.cli import main
+from jaxmeta.cli import build, main
+from jaxmeta.cli.config import Chosen, base_of, resolve
+from jaxmeta.cli.names import NETWORKS
+from jaxmeta.cli.run import test_key as key_of_test
 
 ARGUMENTS = ["--tasks", "glyphs", "--ways", "3", "--shots", "4", "--queries", "1", "--sequence", "12"]
 
@@ -21,7 +23,7 @@ def small(out):
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("model-runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.NETWORKS, "lrua", small)
+        patch.setitem(NETWORKS, "lrua", small)
         settings = ["--steps", "4", "--meta-batch", "2", "--episodes", "20", "--distort"]
         assert main(["train", "mann", *ARGUMENTS, *settings, "--out", str(place / "run")]) == 0
         yield place / "run"
@@ -39,11 +41,11 @@ def test_accuracy_by_presentation_is_of_test_images_as_they_are(run):
     learner, params = jm.load_run(run)
     plain = jm.mann(small(3))
     tasks = jm.tasks.sequences(jm.tasks.glyphs("test", ways=3, shots=4, queries=1), length=12)
-    expected = jm.evaluate_metrics(plain, params, tasks, episodes=20, key=runs.test_key(0))
+    expected = jm.evaluate_metrics(plain, params, tasks, episodes=20, key=key_of_test(0))
     for number, value in report["accuracy_by_instance"].items():
         np.testing.assert_allclose(value, expected[f"instance_{number}"], rtol=1e-6)
     # Queries after the sequence, by the same memory.
-    found = jm.evaluate(learner, params, tasks, episodes=20, key=runs.test_key(0)).mean
+    found = jm.evaluate(learner, params, tasks, episodes=20, key=key_of_test(0)).mean
     np.testing.assert_allclose(found, expected["accuracy"], rtol=1e-6)
     text = (run / "report.md").read_text()
     assert "inductive: no batch normalisation" in text
@@ -64,7 +66,10 @@ def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
     ("flags", "says"),
     [
         (["--strings", "5,5"], "--strings: are labels of sequences; add --sequence T"),
-        (["--sequence", "12", "--strings", "5"], "--strings: got 5; it must be letters,characters"),
+        (
+            ["--sequence", "12", "--strings", "5"],
+            "--strings: got 5; it must be 2 whole numbers with commas",
+        ),
         (["--sequence", "4", "--ways", "5"], "--sequence: got 4 steps for 5 classes"),
         (["--sequence", "15", "--strings", "2,2"], "--strings: got 2 characters of 2 letters, 4 strings"),
         (["--sequence", "0"], "--sequence: got 0; it must be at least 1"),
@@ -79,27 +84,25 @@ def test_bad_flags_are_named(flags, says, tmp_path, capsys):
 
 def test_other_learners_have_no_sequences(tmp_path, capsys):
     assert main(["train", "maml", "--sequence", "10", "--out", str(tmp_path / "run")]) == 2
-    assert "--sequence: maml has no such setting" in capsys.readouterr().err
+    assert "--sequence: is a setting of mann, and not of maml on glyphs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mann-omniglot", "mann-omniglot-strings"])
 def test_the_published_settings(name):
-    settings = presets.PRESETS[name]
-    # The registry's "lrua", which the runs above replace.
-    network, memory = registry.LEARNERS["mann"].network(settings), jm.nn.MemoryNetwork(5).memory
+    config = resolve(base_of(Chosen(preset=name)), {})
+    # The "lrua" of ours, which the runs above replace.
+    network = config.names().facts.network(build.network_builder(config), config.tasks)[0][0]
+    memory = network.memory
     assert (memory.rows, memory.width, memory.heads, memory.decay) == (128, 40, 4, 0.99)
-    assert jm.nn.MemoryNetwork(5).hidden == 200
-    assert network.out == (5 if settings.strings is None else 25)
-    assert settings.sequence == 10 * settings.ways
-    task = jax.eval_shape(
-        jm.tasks.sequences(
-            jm.tasks.glyphs(ways=settings.ways, shots=settings.shots, queries=1),
-            length=settings.sequence,
-            strings=settings.label_strings,
-        ).sample,
-        jax.random.key(0),
-    )
-    assert task.support.ways == (settings.ways if settings.strings is None else 3125)
+    assert network.hidden == 200
+    ways, shots, sequence = (config.tasks[each] for each in ("ways", "shots", "sequence"))
+    strings = config.tasks["strings"]
+    assert network.out == (5 if strings is None else 25)
+    assert sequence == 10 * ways
+    tasks = jm.tasks.glyphs(ways=ways, shots=shots, queries=1)
+    drawn = jm.tasks.sequences(tasks, length=sequence, strings=strings)
+    task = jax.eval_shape(drawn.sample, jax.random.key(0))
+    assert task.support.ways == (ways if strings is None else 3125)
 
 
 @pytest.mark.nightly
@@ -108,7 +111,7 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
     def tiny(out):
         return jm.nn.AugmentedCNN(out, filters=2, blocks=1, features=4)
 
-    monkeypatch.setitem(registry.NETWORKS, "augmented-cnn", tiny)
+    monkeypatch.setitem(NETWORKS, "augmented-cnn", tiny)
     tasks = ["--tasks", "glyphs", "--ways", "3", "--queries", "1"]
     settings = ["--steps", "2", "--meta-batch", "2", "--episodes", "20", "--distort"]
     run = tmp_path / "run"
@@ -118,19 +121,27 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
     report = json.loads((run / "report.json").read_text())
     assert report["accuracy"].keys() == {"inductive"}
     test = jm.tasks.glyphs("test", ways=3, queries=1)
-    found = jm.evaluate(learner, params, test, episodes=20, key=runs.test_key(0)).mean
+    found = jm.evaluate(learner, params, test, episodes=20, key=key_of_test(0)).mean
     np.testing.assert_allclose(found, report["accuracy"]["inductive"]["mean"], rtol=1e-6)
     text = (run / "report.md").read_text()
-    assert f"| embedding loss | {'contrastive' if flags else 'xent'} |" in text
-    assert f"| fast weights of the task | {'none' if flags else 'embedding'} |" in text
+    assert f"| learner | embedding_loss | {'contrastive' if flags else 'xent'} |" in text
+    assert f"| learner | task_weights | {'none' if flags else 'embedding'} |" in text
 
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("learner", "flags", "says"),
     [
-        ("maml", ["--embedding-loss", "xent"], "--embedding-loss: maml has no such setting"),
-        ("mann", ["--task-weights", "none"], "--task-weights: mann has no such setting"),
+        (
+            "maml",
+            ["--embedding-loss", "xent"],
+            "--embedding-loss: is a setting of metanet, and not of maml on glyphs",
+        ),
+        (
+            "mann",
+            ["--task-weights", "none"],
+            "--task-weights: is a setting of metanet; mann on glyphs",
+        ),
         ("metanet", ["--network", "conv4"], "--network: got conv4; metanet works with augmented-cnn"),
     ],
 )

@@ -16,9 +16,11 @@ from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta import registry, runs, sources
-from jaxmeta.cli import main
-from jaxmeta.config import data_form
+from jaxmeta.cli import main, predict, sources
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.config import Chosen, base_of, resolve
+from jaxmeta.cli.data import image_spec
+from jaxmeta.cli.names import NETWORKS
 from jaxmeta.tasks.archives import shrink
 from jaxmeta.tasks.images import decode
 
@@ -41,8 +43,8 @@ def place(tmp_path_factory):
             draw_bar(place / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
-        patch.setitem(registry.NETWORKS, "conv4-32", small_mlp)
-        patch.setattr(runs, "plot_curve", lambda *_: None)
+        patch.setitem(NETWORKS, "conv4-32", small_mlp)
+        patch.setattr(run_of_command, "plot_curve", lambda *_: None)
         assert main([*command(place), "--out", str(place / "run")]) == 0
         yield place
 
@@ -82,7 +84,7 @@ def test_a_stream_of_the_folder_gives_the_same_report(place):
 def test_a_run_s_configuration_keeps_the_form_of_its_images(place):
     config = read_json(place / "run" / "config.json")
     assert config["images"].items() >= {"size": SIDE, "channels": 1, "ink": False}.items()
-    assert (config["image_size"], config["channels"]) == (SIDE, 1)
+    assert (config["tasks"]["size"], config["tasks"]["channels"]) == (SIDE, 1)
     assert read_json(place / "run" / "report.json")["card"]["classes"] == 4
 
 
@@ -127,9 +129,9 @@ def test_omniglot_s_drawings_are_read_as_in_training(tmp_path):
         Image.fromarray(~drawing).save(tmp_path / f"{number}.png")
         asked = decode(tmp_path / f"{number}.png", "", channels=1, size=28)[..., 0]
         assert np.abs(255 - asked.astype(int) - trained[number]).max() <= 1
-    glyphs = data_form(jm.tasks.glyphs(), sources.source_of("glyphs").ink)["images"]
-    assert glyphs.items() >= {"size": 28, "channels": 1, "ink": True}.items()
-    assert 0 < glyphs["mean"] < 0.3
+    glyphs = image_spec(jm.tasks.glyphs(), sources.source_of("glyphs").ink)
+    assert (glyphs.size, glyphs.channels, glyphs.ink) == (28, 1, True)
+    assert 0 < glyphs.mean < 0.3
 
 
 def test_new_classes_are_learned_from_unequal_shots(place, question, capsys):
@@ -160,8 +162,8 @@ OPTIMISED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from bars import small_mlp
-from test_prediction import main, registry
-registry.NETWORKS["conv4-32"] = small_mlp
+from test_prediction import NETWORKS, main
+NETWORKS["conv4-32"] = small_mlp
 for question in sys.argv[3:]:
     flags = ["--support", question + "/support", "--query", question + "/query"]
     assert main(["predict", sys.argv[2], *flags, "--json", question + "/answers.json"]) == 0
@@ -304,12 +306,15 @@ def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question
     assert "'KIND 1' and 'kind 1' differ only in case; they are two" in capsys.readouterr().err
 
 
-def test_an_adaptation_that_diverges_gives_no_answer(place, question, tmp_path, capsys):
-    shutil.copytree(place / "run", tmp_path / "run")
-    config = read_json(tmp_path / "run" / "config.json") | {"inner_lr": 1e38, "eval_steps": 5}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatch, capsys):
+    build = predict.build.learner_of
+
+    def diverging(config, norm):
+        return build(config.replaced(learner={"inner_lr": 1e38, "eval_steps": 5}), norm)
+
+    monkeypatch.setattr(predict.build, "learner_of", diverging)
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
-    assert main(["predict", str(tmp_path / "run"), *flags]) == 1
+    assert main(["predict", str(place / "run"), *flags]) == 1
     assert "diverged: the answers are not finite" in capsys.readouterr().err
 
 
@@ -337,27 +342,26 @@ def test_a_mistake_is_one_line_and_status_2(place, question, changes, says, caps
 
 
 def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
-    shutil.copytree(place / "run", tmp_path / "run")
-    config = read_json(tmp_path / "run" / "config.json") | {"tasks": "sinusoid", "images": None}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    config = resolve(base_of(Chosen(tasks="sinusoid")), {})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
-    assert main(["predict", str(tmp_path / "run"), *flags]) == 2
+    assert main(["predict", str(tmp_path), *flags]) == 2
     assert "trained on sinusoid, which are no images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--classes", "0.5,0.5"], "--classes: fractions: got"),
-        (["--classes", "nan,0.5,0.5"], "--classes: fractions: got"),
+        (["--classes", "0.5,0.5"], "0.5,0.5; it must be three fractions such as 0.64,0.16,0.2"),
+        (["--classes", "nan,0.5,0.5"], "--classes: got nan"),
         (["--workers", "2"], "--workers: processes read a stream; add --stream"),
         (["--split-seed", "-1"], "--split-seed: got -1"),
         (["--label", "kind"], "--label"),
-        (["--tasks", "folder:"], "put your own after the colon"),
-        (["--classes", "nowhere.json"], "--classes: got nowhere.json"),
+        (["--tasks", "folder:"], "put your own PATH after the colon"),
+        (["--classes", "nowhere.json"], "nowhere.json; it must be three fractions"),
         (["--ways", "6"], "ways=6 asks for more classes than split='train' has: 5"),
         (["--shots", "3"], "too few"),
-        (["--image-size", "0"], "--image-size: got 0"),
+        (["--size", "0"], "--size: got 0"),
         (["--protocol", "lake"], "--protocol"),
         (["--data", "."], "--data"),
         (["--network", "resnet"], "known are resnet12"),

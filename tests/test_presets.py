@@ -1,90 +1,112 @@
-import dataclasses
+"""Protocols by name, what other learners, tasks and flags make of them, and the optimizer that they say."""
 
 import jax
 import jax.numpy as jnp
 import pytest
+from configs import config_of
 
-from jaxmeta import presets, registry, sources
+from jaxmeta.cli import build, names, schema, sources
+from jaxmeta.cli.config import Chosen, base_of, from_json
+from jaxmeta.cli.presets import PRESETS
+from jaxmeta.declare import facts_of
 
-NO_DATA = [
-    name
-    for name, preset in presets.PRESETS.items()
-    if preset.tasks in ("glyphs", "sinusoid", "harmonic", "quadratics")
-]
+NO_DATA = ["glyphs", "sinusoid", "harmonic", "quadratics", "glyphs-zero-shot"]
 
 
-def test_every_preset_names_what_exists():
-    for preset in presets.PRESETS.values():
-        assert preset.learner in registry.LEARNERS
-        assert preset.tasks in sources.TASKS
-        assert preset.network in registry.NETWORKS
-    for source in sources.TASKS.values():
-        assert source.preset in presets.PRESETS
+def test_every_preset_resolves():
+    for name, preset in PRESETS.items():
+        placeholder = preset.get("tasks", "").partition(":")[0] in ("folder", "tfds")
+        config = config_of(
+            preset=name, tasks=f"{preset['tasks'].partition(':')[0]}:x" if placeholder else None
+        )
+        assert config.preset == name
+        assert preset["description"]
 
 
 def test_every_task_source_has_a_preset_of_its_own():
-    for name, source in sources.TASKS.items():
-        assert presets.PRESETS[source.preset].tasks == name
+    for key, source in sources.TASKS.items():
+        assert PRESETS[source.preset]["tasks"] == key
 
 
 @pytest.mark.parametrize(
-    "name",
+    "preset",
     [
         pytest.param(name, marks=[] if name in ("glyphs", "sinusoid") else pytest.mark.nightly)
         for name in NO_DATA
     ],
 )
-@pytest.mark.parametrize("learner", registry.LEARNERS)
-def test_every_learner_builds_on_every_preset(name, learner):
-    regression = presets.PRESETS[name].ways is None
-    if regression and "regression" not in registry.LEARNERS[learner].kinds:
-        with pytest.raises(ValueError, match=f"LEARNER: {learner} learns classification only"):
-            presets.settings_of({}, learner=learner, preset=name)
+@pytest.mark.parametrize(
+    "learner",
+    [
+        # The laws build each learner by default.
+        pytest.param(name, marks=[] if name in ("maml", "prototypical", "mann") else pytest.mark.nightly)
+        for name in names.LEARNERS
+    ],
+)
+def test_every_learner_builds_on_every_preset(preset, learner):
+    facts = facts_of(names.LEARNERS[learner])
+    if preset in ("sinusoid", "harmonic", "quadratics") and "regression" not in facts.kinds:
+        with pytest.raises(ValueError, match=f"learner: {learner} learns classification, and"):
+            config_of(preset=preset, learner=learner)
         return
-    if name == "glyphs-zero-shot" and not registry.LEARNERS[learner].zero_shot:
-        with pytest.raises(ValueError, match=r"--shots: got 0|--inner-lr: "):
-            presets.settings_of({}, learner=learner, preset=name)
+    if preset == "glyphs-zero-shot" and not facts.zero_shot:
+        with pytest.raises(ValueError, match=r"shots: got 0"):
+            config_of(preset=preset, learner=learner)
         return
-    # What minimises functions has no step size to hand on.
-    needs = name == "quadratics" and "inner_lr" in registry.LEARNERS[learner].takes
-    flags = {"inner_lr": 0.01, "network": "mlp-40"} if needs else {}
-    _, settings = presets.settings_of(flags, learner=learner, preset=name)
-    tasks = sources.tasks_of(settings, "train")
-    method = presets.learner_of(settings)
+    # Learned optimizers minimise these by a network without weights to spare.
+    network = "mlp-40" if preset == "quadratics" else None
+    config = config_of(preset=preset, learner=learner, network=network)
+    if learner == "cavia" and preset == "quadratics":
+        return
+    tasks = sources.tasks_of(config, "train")
+    method = build.learner_of(config)
 
     def loss(key, sample):
         task = sample(key)
         return method.loss(method.init(key, task), task, key)[0]
 
     assert jax.eval_shape(loss, jax.random.key(0), tasks.sample).shape == ()
-    assert presets.optimizer_of(settings).init({}) is not None
+    assert build.optimizer_of(config).init({}) is not None
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in registry.LEARNERS if name not in ("maml", "learned_optimizer")]
+    "name", [name for name in names.LEARNERS if name not in ("maml", "learned_optimizer")]
 )
 def test_every_method_has_its_preset_on_omniglot(name):
-    preset = f"omniglot-{name.replace('_', '-')}"
-    _, by_preset = presets.settings_of({}, preset=preset)
-    _, by_learner = presets.settings_of({}, learner=name, preset="omniglot")
-    assert dataclasses.replace(by_preset, description="") == dataclasses.replace(by_learner, description="")
+    by_preset = config_of(preset=f"omniglot-{name.replace('_', '-')}")
+    by_learner = config_of(learner=name, preset="omniglot")
+    for group in ("learner", "network", "tasks", "training", "run"):
+        assert by_preset.settings(group) == by_learner.settings(group)
     # The same tasks, and the same budget but for the dearest, so that methods can be compared.
-    maml = presets.PRESETS["omniglot"]
-    dear = ("lstm_meta_learner", "metanet")
-    own_budget = name in dear or registry.LEARNERS[name].family == "metric-based"
-    budget = () if own_budget else ("steps", "meta_batch")
-    for field in ("ways", "shots", "queries", "protocol", "episodes", *budget):
-        assert getattr(by_preset, field) == getattr(maml, field), field
+    maml = config_of(preset="omniglot")
+    assert by_preset.run.episodes == maml.run.episodes
+    for field in ("ways", "shots", "queries", "protocol"):
+        assert by_preset.tasks[field] == maml.tasks[field], field
+    own_budget = name in ("lstm_meta_learner", "metanet") or not facts_of(names.LEARNERS[name]).head
+    if not own_budget and name != "mann":
+        assert (by_preset.training.steps, by_preset.training.meta_batch) == (6000, 16)
 
 
 def test_a_learner_keeps_its_settings_on_another_s_preset_unless_told_otherwise():
-    _, settings = presets.settings_of({}, learner="imaml", preset="glyphs")
-    assert (settings.proximal, settings.inner_steps, settings.order) == (0.2, 16, None)
-    _, settings = presets.settings_of({"inner_steps": 7}, learner="imaml", preset="glyphs")
-    assert (settings.proximal, settings.inner_steps) == (0.2, 7)
-    # MAML's own leave nothing behind.
-    _, settings = presets.settings_of({}, learner="maml", preset="glyphs")
-    assert settings == presets.PRESETS["glyphs"]
+    config = config_of(learner="imaml", preset="glyphs")
+    assert (config.learner["proximal"], config.learner["inner_steps"]) == (0.2, 16)
+    assert "order" not in config.learner
+    config = config_of({"inner_steps": 7}, learner="imaml", preset="glyphs")
+    assert (config.learner["proximal"], config.learner["inner_steps"]) == (0.2, 7)
+
+
+def test_settings_of_a_preset_go_for_methods_that_share_a_factory():
+    assert config_of(learner="anil", tasks="sinusoid").learner["inner_lr"] == 0.002
+    # CAVIA's step size is of other parameters.
+    assert config_of(learner="cavia", tasks="sinusoid").learner["inner_lr"] == 1.0
+
+
+def test_anneal_steps_follow_the_number_of_meta_steps():
+    for steps in (6000, 50):
+        config = config_of({"steps": steps}, learner="maml_plus_plus", preset="omniglot")
+        assert config.learner["anneal_steps"] == steps // 10
+    config = config_of({"steps": 50, "anneal_steps": 3}, learner="maml_plus_plus", preset="omniglot")
+    assert config.learner["anneal_steps"] == 3
 
 
 @pytest.mark.parametrize("choice", [{"learner": "reptile"}, {"preset": "omniglot-reptile"}])
@@ -96,10 +118,10 @@ def test_reptile_trains_with_ten_shots_for_each(choice):
         ({"shots": 5}, 5, 50),
         ({"shots": 5, "train_shots": 7}, 5, 7),
     ):
-        _, settings = presets.settings_of(flags, **choice)
-        assert (settings.shots, settings.train_shots) == (shots, train_shots)
-    back = presets.of_learner(presets.PRESETS["omniglot-reptile"], "maml")
-    assert back.train_shots == 1
+        config = config_of(flags, **choice)
+        assert (config.tasks["shots"], config.tasks["train_shots"]) == (shots, train_shots)
+    back = config_of(learner="maml", preset="omniglot-reptile")
+    assert back.tasks["train_shots"] == 1
 
 
 @pytest.mark.parametrize(
@@ -107,42 +129,50 @@ def test_reptile_trains_with_ten_shots_for_each(choice):
     [(5, 1, 2.0, 1), (5, 5, 2.0, 1), (20, 1, 2.0, 5), (20, 5, 2.0, 5)],
 )
 def test_official_omniglot_presets_carry_the_factor_of_ways(ways, shots, step_size, steps):
-    preset = presets.PRESETS[f"maml-omniglot-{ways}way-{shots}shot"]
-    assert preset.inner_lr == pytest.approx(step_size)
-    assert (preset.inner_steps, preset.steps) == (steps, 60_000)
-    assert preset.queries == preset.train_queries == preset.shots == preset.train_shots == shots
-    assert preset.ways == preset.train_ways == ways
-    assert preset.protocol == "maml"
+    config = config_of(preset=f"maml-omniglot-{ways}way-{shots}shot")
+    assert config.learner["inner_lr"] == pytest.approx(step_size)
+    assert (config.learner["inner_steps"], config.training.steps) == (steps, 60_000)
+    for name in ("queries", "train_queries", "shots", "train_shots"):
+        assert config.tasks[name] == shots
+    assert config.tasks["ways"] == config.tasks["train_ways"] == ways
+    assert config.tasks["protocol"] == "maml"
 
 
 def test_test_protocol_goes_for_training_unless_told_otherwise():
-    _, settings = presets.settings_of({"ways": 7, "shots": 2, "queries": 4, "train_shots": 3})
-    assert (settings.ways, settings.shots, settings.queries) == (7, 2, 4)
-    assert (settings.train_ways, settings.train_shots, settings.train_queries) == (7, 3, 4)
+    tasks = config_of({"ways": 7, "shots": 2, "queries": 4, "train_shots": 3}).tasks
+    assert (tasks["ways"], tasks["shots"], tasks["queries"]) == (7, 2, 4)
+    assert (tasks["train_ways"], tasks["train_shots"], tasks["train_queries"]) == (7, 3, 4)
 
 
 def test_a_preset_keeps_its_training_protocol_where_nothing_is_told():
-    _, settings = presets.settings_of({}, preset="sinusoid")
-    assert (settings.shots, settings.train_shots) == (5, 10)
+    tasks = config_of(preset="sinusoid").tasks
+    assert (tasks["shots"], tasks["train_shots"]) == (5, 10)
 
 
 def test_tasks_follow_the_protocol_of_their_part():
-    _, settings = presets.settings_of({"tasks": "glyphs", "queries": 4, "train_queries": 2})
-    assert sources.tasks_of(settings, "train").card.queries == 2
-    assert sources.tasks_of(settings, "test").card.queries == 4
-    assert sources.validation_tasks_of(settings).card.queries == 4
+    config = config_of({"queries": 4, "train_queries": 2}, tasks="glyphs")
+    assert sources.tasks_of(config, "train").card.queries == 2
+    assert sources.tasks_of(config, "test").card.queries == 4
+    assert sources.validation_tasks_of(config).card.queries == 4
 
 
 @pytest.mark.parametrize(("protocol", "validates"), [("vinyals", True), ("maml", True), ("reptile", False)])
-def test_a_split_without_validation_classes_has_no_validation_tasks(protocol, validates):
-    settings = dataclasses.replace(presets.PRESETS["omniglot"], protocol=protocol)
-    assert sources.TASKS["omniglot"].has_validation(settings) is validates
+def test_a_split_without_validation_classes_has_no_validation_tasks(protocol, validates, data_folder):
+    config = config_of({"protocol": protocol, "data": str(data_folder / "omniglot")}, tasks="omniglot")
+    assert (sources.validation_tasks_of(config) is not None) is validates
 
 
-def test_schedules_end_at_zero_and_constant_does_not():
-    for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1e-3)):
-        settings = dataclasses.replace(presets.PRESETS["glyphs"], schedule=schedule, outer_lr=1e-3, steps=2)
-        optimizer = presets.optimizer_of(settings)
+def test_a_configuration_comes_back_from_json(tmp_path):
+    for chosen in ({"preset": "mann-omniglot-strings"}, {"learner": "metanet"}, {"tasks": "sinusoid"}):
+        config = config_of(**chosen)
+        assert from_json(config.to_json(), tmp_path / "config.json") == config
+
+
+def test_schedules_end_where_they_say():
+    for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1e-3), ("step", 0.25e-3)):
+        flags = {"schedule": schedule, "outer_lr": 1e-3, "steps": 2}
+        flags |= {"decay_every": 1} if schedule == "step" else {}
+        optimizer = build.optimizer_of(config_of(flags))
         state, update = optimizer.init(1.0), None
         for _ in range(3):
             update, state = optimizer.update(1.0, state, 1.0)
@@ -150,8 +180,7 @@ def test_schedules_end_at_zero_and_constant_does_not():
 
 
 def test_reptile_s_outer_optimizer_is_sgd_whose_rate_falls_linearly():
-    _, settings = presets.settings_of({"steps": 4}, learner="reptile", preset="omniglot")
-    optimizer = presets.optimizer_of(settings)
+    optimizer = build.optimizer_of(config_of({"steps": 4}, learner="reptile", preset="omniglot"))
     state, updates = optimizer.init(jnp.ones(())), []
     for _ in range(5):
         update, state = optimizer.update(jnp.ones(()), state)
@@ -160,41 +189,72 @@ def test_reptile_s_outer_optimizer_is_sgd_whose_rate_falls_linearly():
 
 
 def test_clip_bounds_every_entry_before_adam():
-    settings = dataclasses.replace(presets.PRESETS["glyphs"], clip=0.5)
-    state = presets.optimizer_of(settings).init(1.0)
-    _, state = presets.optimizer_of(settings).update(100.0, state, 1.0)
+    optimizer = build.optimizer_of(config_of({"clip": 0.5}))
+    _, state = optimizer.update(100.0, optimizer.init(1.0), 1.0)
     assert float(state[1][0].mu) == pytest.approx(0.1 * 0.5)
 
 
 @pytest.mark.parametrize(
     ("flags", "choice", "says"),
     [
-        ({}, {"learner": "mamll"}, "known are maml, imaml, fomaml"),
-        ({"tasks": "omniglott"}, {}, "known are omniglot"),
-        ({}, {"preset": "sinus"}, "known are sinusoid"),
-        ({"tasks": "glyphs"}, {"preset": "sinusoid"}, "--tasks: got glyphs"),
-        ({"order": "first"}, {"learner": "fomaml"}, "--order: fomaml has no such setting"),
-        ({"proximal": 1.0}, {"learner": "meta_sgd"}, "--proximal: meta_sgd has no such setting"),
-        ({"inner_batch": 4}, {"learner": "imaml"}, "--inner-batch: imaml has no such setting"),
-        ({"damping": 1.0}, {}, "--damping: is of --order implicit, and the order is second"),
-        ({}, {"learner": "anil", "preset": "quadratics"}, "--inner-lr: the preset"),
-        ({"queries": 5}, {"preset": "quadratics"}, "--queries: quadratics has no such setting"),
+        ({}, {"learner": "mamll"}, "learner: there is no 'mamll'; known are maml, imaml, fomaml"),
+        ({}, {"tasks": "omniglott"}, "tasks: there is no 'omniglott'; known are omniglot"),
+        ({}, {"tasks": "folder:"}, "tasks: got folder:; put your own PATH after the colon"),
+        ({}, {"preset": "sinus"}, "preset: there is no 'sinus'; known are sinusoid"),
         (
-            {"inner_lr": 0.1},
-            {"learner": "lstm_meta_learner"},
-            "--inner-lr: lstm_meta_learner has no such setting",
+            {},
+            {"tasks": "glyphs", "preset": "sinusoid"},
+            "tasks: got glyphs, but preset sinusoid is for sinusoid",
         ),
-        ({"inner_batch": 0}, {"learner": "reptile"}, "--inner-batch: got 0"),
-        ({"anneal": -0.1}, {"learner": "maml_plus_plus"}, "--anneal: got -0.1"),
-        ({"tasks": "sinusoid", "ways": 5}, {}, "--ways: sinusoid has no such setting"),
-        ({"rotations": "none"}, {}, "--rotations: glyphs has no such setting"),
-        ({"data": "somewhere"}, {}, "--data: glyphs has no such setting"),
-        ({"ways": 5, "train_ways": 7}, {}, "--ways: got 5"),
-        ({"shots": 0}, {}, "--shots: got 0"),
-        ({"steps": 0}, {}, "--steps: got 0"),
-        ({"inner_lr": float("nan")}, {}, "--inner-lr: got nan"),
+        (
+            {},
+            {"learner": "prototypical", "tasks": "sinusoid"},
+            "learner: prototypical learns classification, and",
+        ),
+        ({}, {"learner": "mann", "network": "conv4"}, "network: got conv4; mann works with lrua"),
+        ({"norm": "episode"}, {}, "norm: got episode; maml has batch, support"),
+        ({"ways": 5, "train_ways": 7}, {}, "ways: got 5"),
+        ({"shots": 0}, {}, "shots: got 0"),
+        ({"steps": 0}, {}, "steps: got 0"),
+        ({"outer_lr": float("nan")}, {}, "outer_lr: got nan"),
+        ({"decay_every": 3}, {}, "decay_every: --schedule is cosine"),
+        ({"schedule": "step"}, {}, "decay_every: --schedule step needs it"),
+        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: are labels of sequences; add --sequence"),
+        ({"diagnose": True, "order": "first"}, {}, "diagnose: compares with first order"),
+        ({"workers": 2}, {"tasks": "folder:x"}, "workers: processes read a stream; add --stream"),
     ],
 )
-def test_bad_flags_are_refused_by_name(flags, choice, says):
+def test_settings_that_do_not_go_together_are_refused_by_name(flags, choice, says):
     with pytest.raises(ValueError, match=says):
-        presets.settings_of(flags, **choice)
+        config_of(flags, **choice)
+
+
+@pytest.mark.parametrize(
+    ("choice", "absent"),
+    [
+        ({"learner": "fomaml"}, ["order", "proximal"]),
+        ({"learner": "meta_sgd"}, ["proximal", "damping"]),
+        ({"learner": "imaml"}, ["inner_batch", "order"]),
+        ({"learner": "lstm_meta_learner"}, ["inner_lr"]),
+        ({"learner": "maml"}, ["distort", "context_steps"]),
+        ({"preset": "quadratics"}, ["queries", "ways"]),
+        ({"tasks": "sinusoid"}, ["ways"]),
+        ({"tasks": "glyphs"}, ["rotations", "data", "stream", "workers"]),
+        ({"tasks": "omniglot"}, ["stream", "workers"]),
+    ],
+)
+def test_a_run_has_no_settings_of_other_methods_and_tasks(choice, absent):
+    groups = base_of(Chosen(**choice)).names().groups()
+    for name in absent:
+        assert not any(name in settings for settings in groups.values()), name
+
+
+def test_every_setting_of_ours_is_described():
+    """Flags have their help from docstrings."""
+    factories = [*names.LEARNERS.values(), *names.NETWORKS.values()]
+    factories += [source.function for source in sources.TASKS.values()]
+    for factory in factories:
+        width = names.width_name(factory) if factory in names.NETWORKS.values() else None
+        supplied = {"norm", "loss", "augment", "strings", "ways", "out", "split", "data", width}
+        for name, setting in schema.settings_of(factory, supplied).items():
+            assert setting.help, f"{schema.name_of(factory)}: {name}"

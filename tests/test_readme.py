@@ -1,6 +1,7 @@
 """What README.md says is run: its Python, its commands' flags, and the names it mentions."""
 
 import ast
+import functools
 import operator
 import pathlib
 import re
@@ -10,8 +11,9 @@ import sys
 import pytest
 
 import jaxmeta as jm
-from jaxmeta import comparison, prediction, runs, transferring
-from jaxmeta.cli import main
+from jaxmeta.cli import commands as commands_of_names
+from jaxmeta.cli import compare, folders, main, predict, run, transfer
+from jaxmeta.cli.config import Chosen, base_of, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,14 +92,37 @@ def test_names_of_the_library_in_python_examples_exist(number):
 
 # What each command of the command line calls, in its module.
 CALLED = {
-    runs: ("train_run", "evaluate_run"),
-    comparison: ("compare_runs", "plot_runs"),
-    prediction: ("predict_run",),
-    transferring: ("transfer_run", "rank_run"),
+    run: ("new_run", "resume_run", "evaluate_run"),
+    compare: ("compare", "plot"),
+    predict: ("predict",),
+    transfer: ("transfer", "rank"),
 }
 
 
-def test_the_command_line_takes_the_commands(monkeypatch, capsys):
+def noting(function, called):
+    """What notes a call of a function, with its signature, which the flags are made of."""
+
+    @functools.wraps(function)
+    def noted(*_, **__):
+        called.append(function.__name__)
+
+    return noted
+
+
+# What stands for NAME in a command.
+NAME = {"train": "maml", "learners": "maml", "presets": "glyphs", "tasks": "glyphs", "networks": "conv4"}
+# Modules of a reader's own.
+OWN = {
+    "cavia": "from jaxmeta import cavia",
+    "my_module": "from jaxmeta.nn import Conv4 as Net\nfrom jaxmeta.tasks import glyphs as my_tasks",
+}
+
+
+def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys):
+    for name, content in OWN.items():
+        (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
     shell = [
         part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")
@@ -110,10 +135,18 @@ def test_the_command_line_takes_the_commands(monkeypatch, capsys):
     called = []
     for module, names in CALLED.items():
         for name in names:
-            monkeypatch.setattr(module, name, lambda *_, name=name, **__: called.append(name))
+            monkeypatch.setattr(module, name, noting(getattr(module, name), called))
+    # Of folders that the text speaks of, and that are not here.
+    monkeypatch.setattr(folders, "data_folder", lambda data: data)
+    monkeypatch.setattr(
+        commands_of_names, "stored", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
+    )
     for command in commands:
+        command = [NAME[command[0]] if word == "NAME" else word for word in command]
         assert main(command) == 0, (command, capsys.readouterr().err)
-    assert {"train_run", "evaluate_run"} <= {*called}
+    assert {"new_run", "evaluate_run"} <= {*called}
+    for name in OWN:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`jm\.([\w.]+)", README))))

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jaxmeta as jm
@@ -125,7 +124,7 @@ def test_two_step_meta_gradient_matches_that_of_torch(network, order, precision)
     module, forward, shape = NETWORKS[network]
     with jax.enable_x64(precision == "float64"):
         task = make_task(shape, dtype)
-        learner = jm.maml(jm.nn.as_model(module), inner_optimizer=optax.sgd(LR), steps=STEPS, order=order)
+        learner = jm.maml(jm.nn.as_model(module), inner_lr=LR, inner_steps=STEPS, order=order)
         rng = np.random.default_rng(1)
         # Away from the initial zeros and ones, so that no term is missing by accident.
         params = jax.tree.map(

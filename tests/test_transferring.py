@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from functools import partial
 from typing import get_args
 
 import jax
@@ -15,22 +17,22 @@ from scipy.stats import binomtest
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta import cli, registry, runs
-from jaxmeta.bodies import untrained
-from jaxmeta.cli import main
-from jaxmeta.config import params_of, stored
+from jaxmeta.cli import fine_tuning, main, names, run, schema
+from jaxmeta.cli import transfer as transferring
+from jaxmeta.cli.backbones import untrained
+from jaxmeta.cli.config import stored
+from jaxmeta.cli.figures import plot_confusion
+from jaxmeta.cli.fine_tuning import RECIPES
+from jaxmeta.cli.run import params_of
+from jaxmeta.cli.target_data import Reading, Target, read_target, split_shots
+from jaxmeta.cli.transfer import wilson
 from jaxmeta.nn.norm import from_moments
-from jaxmeta.recipes import RECIPES
-from jaxmeta.targets import Target, read_target, split_shots
-from jaxmeta.training.figures import plot_confusion
 from jaxmeta.transfer.ranking import SCORES
-from jaxmeta.transferring import wilson
 
 KEY = jax.random.key(0)
 
 
-def small(out):
-    return jm.nn.MLP(out=out, hidden=(24, 16), norm=True)
+SMALL = partial(jm.nn.MLP, hidden=(24, 16), norm=True)
 
 
 def draw_bars(folder, kinds, of_each, *, stray=3, across=False, **shades):
@@ -50,9 +52,9 @@ def place(tmp_path_factory):
     draw_bars(place / "noisy", 8, 10, stray=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(place / "cache"))
-        patch.setitem(registry.NETWORKS, "conv4-32", small)
-        patch.setattr(runs, "plot_curve", lambda *_: None)
-        patch.setitem(registry.NETWORKS, "conv4", lambda out: jm.nn.Conv4(ways=out, filters=4))
+        patch.setitem(names.NETWORKS, "conv4-32", SMALL)
+        patch.setattr(run, "plot_curve", lambda *_: None)
+        patch.setitem(names.NETWORKS, "conv4", partial(jm.nn.Conv4, filters=4))
         trained(place, "prototypical", 150)
         shutil.copytree(place / "prototypical", place / "copy")
         yield place
@@ -83,7 +85,7 @@ def simple_shot(place):
 def transfer(place, out, *flags, source=None, target=None, status=0):
     source = str(source or place / "prototypical")
     target = target or f"folder:{place / 'standing'}"
-    assert main(["transfer", "--source", source, "--target", target, "--out", str(out), *flags]) == status
+    assert main(["transfer", source, "--target", target, "--out", str(out), *flags]) == status
     return read_json(out / "report.json") if status == 0 else None
 
 
@@ -104,7 +106,7 @@ def partly_tuned(place):
 
 def body_of(run):
     """Parameters and statistics of a run's network, without its head."""
-    params = params_of(run, stored(run)[0])
+    params = params_of(run, stored(run))
     leaves = {f"params/{path}": leaf for path, leaf in jm.transfer.leaves_by_path(params["model"]).items()}
     if "population" in params:
         stats = from_moments(params["population"])
@@ -125,9 +127,22 @@ REPORTED += ("inverted", "statistics", "parameters", "accuracy", "recalls", "los
 
 
 def test_the_command_line_knows_all_recipes_and_scores():
-    flags = cli.TransferFlags.__annotations__
-    assert set(get_args(get_args(flags["recipe"])[0])) == set(RECIPES) == set(RECIPE_FLAGS)
-    assert get_args(get_args(cli.Rank.__annotations__["score"])[0]) == SCORES
+    flags, ranking = schema.settings_of(transferring.transfer), schema.settings_of(transferring.rank)
+    assert set(get_args(schema.members(flags["recipe"].hint)[0])) == set(RECIPES) == set(RECIPE_FLAGS)
+    assert get_args(ranking["score"].hint) == SCORES
+
+
+def test_every_flag_has_help():
+    for command in (transferring.transfer, transferring.rank):
+        assert all(setting.help for setting in schema.settings_of(command).values())
+
+
+def test_commands_share_the_flags_of_images():
+    flags, ranking = schema.settings_of(transferring.transfer), schema.settings_of(transferring.rank)
+    of_transfer = {"recipe", "train", "l2_sp", "out"}
+    assert set(flags) - of_transfer == set(ranking) - {"score", "fine_tune", "json"}
+    assert set(fine_tuning.Settings.__annotations__) <= set(flags)
+    assert set(Reading.__annotations__) <= set(flags)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +198,8 @@ def test_the_written_weights_give_the_reported_accuracy(place, probed):
         x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
         outputs = apply(loaded.variables, x)
         right += (np.argmax(outputs, 1) == label).tolist()
-    target = read_target(f"folder:{place / 'standing'}", {}, "5", KEY, size=SIDE, channels=1)
-    score = split_shots(target, "5", jax.random.fold_in(jax.random.key(3), 0)).score
+    target = read_target(f"folder:{place / 'standing'}", Reading(), 5, KEY, size=SIDE, channels=1)
+    score = split_shots(target, 5, jax.random.fold_in(jax.random.key(3), 0)).score
     assert np.mean(np.array(right)[score]) == report["accuracy"]["mean"]
 
 
@@ -223,7 +238,7 @@ def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place
     assert "by AdaBN" in (tmp_path / "out" / "report.md").read_text()
     written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(fomaml)
     assert all(np.array_equal(written[path], leaf) for path, leaf in source.items())
-    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=SIDE, channels=1)
+    target = read_target(f"folder:{place / 'standing'}", Reading(), None, KEY, size=SIDE, channels=1)
     learn = split_shots(target, None, jax.random.fold_in(KEY, 0)).learn
     assert len(learn) == 5 * 8
     x = target.x[learn].reshape(40, -1) / 255
@@ -276,7 +291,7 @@ def test_a_network_with_nothing_learned(place, tmp_path):
     flags = [
         "--network",
         "conv4-32",
-        "--image-size",
+        "--size",
         "6",
         "--channels",
         "3",
@@ -315,13 +330,13 @@ def torchvision_file(path):
 @pytest.mark.nightly
 def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
     torchvision_file(tmp_path / "resnet.safetensors")
-    flags = ["--recipe", "linear-probe", "--image-size", "32"]
+    flags = ["--recipe", "linear-probe", "--size", "32"]
     report = transfer(place, tmp_path / "out", *flags, source=tmp_path / "resnet.safetensors")
     assert "mean 0.485, 0.456, 0.406, std 0.229" in report["pixels"]
     assert (report["images"]["size"], report["images"]["channels"]) == (32, 3)
     assert report["leaves"] == {"taken": 15, "new": 2, "left_over": 0, "dropped": 2}
     # The head of the features that the file's network has of normalised images.
-    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=32, channels=3)
+    target = read_target(f"folder:{place / 'standing'}", Reading(), None, KEY, size=32, channels=3)
     learn = target.batch(split_shots(target, None, jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     loaded = jm.transfer.load_pretrained(tmp_path / "resnet.safetensors", head=False)
@@ -333,7 +348,7 @@ def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
     assert (again["pixels"], again["images"]) == (report["pixels"], report["images"])
 
 
-VIT_FLAGS = ["--recipe", "linear-probe", "--pixels", "symmetric", "--image-size"]
+VIT_FLAGS = ["--recipe", "linear-probe", "--pixels", "symmetric", "--size"]
 
 
 def vision_transformer_file(path):
@@ -348,7 +363,7 @@ def test_a_vision_transformer_refuses_a_size_that_its_patches_do_not_tile(place,
     vision_transformer_file(tmp_path / "vit.safetensors")
     source = tmp_path / "vit.safetensors"
     transfer(place, tmp_path / "none", *VIT_FLAGS, "13", source=source, status=2)
-    assert "--image-size: got 13×13; patches of 4 must tile it" in capsys.readouterr().err
+    assert "--size: got 13×13; patches of 4 must tile it" in capsys.readouterr().err
 
 
 @pytest.mark.nightly
@@ -365,7 +380,7 @@ def test_a_file_that_does_not_say_its_network_is_told_it(place, probed, tmp_path
     from flax.serialization import msgpack_serialize
 
     run = place / "prototypical"
-    params = params_of(run, stored(run)[0])
+    params = params_of(run, stored(run))
     variables = {"params": params["model"], "batch_stats": from_moments(params["population"])}
     file = tmp_path / "weights.msgpack"
     file.write_bytes(msgpack_serialize(jax.tree.map(np.asarray, variables)))
@@ -379,16 +394,16 @@ def test_a_file_that_does_not_say_its_network_is_told_it(place, probed, tmp_path
 def test_shots_are_of_each_class_and_the_others_are_scored():
     y = np.repeat(np.arange(3), [4, 10, 7])
     target = Target("t", "", np.zeros((21, 1, 1, 1), np.uint8), y, ("a", "b", "c"), False)
-    for shots, counts in (("2", [2, 2, 2]), ("all", [3, 8, 5]), (None, [3, 3, 3])):
+    for shots, counts in ((2, [2, 2, 2]), ("all", [3, 8, 5]), (None, [3, 3, 3])):
         found = split_shots(target, shots, KEY)
         assert np.bincount(y[found.learn]).tolist() == counts
         assert sorted([*found.learn, *found.score]) == list(range(21))
-    draws = [tuple(split_shots(target, "2", jax.random.key(seed)).learn) for seed in range(5)]
+    draws = [tuple(split_shots(target, 2, jax.random.key(seed)).learn) for seed in range(5)]
     assert len(set(draws)) > 1
 
 
 def test_a_target_is_what_labelled_tasks_are(place):
-    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=None, channels=None)
+    target = read_target(f"folder:{place / 'standing'}", Reading(), None, KEY, size=None, channels=None)
     x, y = jm.tasks.labelled(jm.tasks.from_folder(place / "standing", classes=None, ways=2))
     np.testing.assert_allclose(target.x / 255, x, atol=1e-6)
     assert target.y.tolist() == y.tolist()
@@ -431,7 +446,7 @@ def random_file(path):
 
 def rank(place, *flags, sources):
     sources = [str(source) for source in sources]
-    assert main(["rank", "--sources", *sources, "--target", f"folder:{place / 'noisy'}", *flags]) == 0
+    assert main(["rank", *sources, "--target", f"folder:{place / 'noisy'}", *flags]) == 0
 
 
 @pytest.mark.nightly
@@ -459,11 +474,11 @@ def test_an_informative_source_ranks_above_a_random_one(place, simple_shot, tmp_
 def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
     for name in ("a", "b"):
         torchvision_file(tmp_path / f"{name}.safetensors")
-    flags = ["--score", "leep", "--image-size", "32", "--shots", "3", "--json", str(tmp_path / "r.json")]
+    flags = ["--score", "leep", "--size", "32", "--shots", "3", "--json", str(tmp_path / "r.json")]
     rank(place, *flags, sources=[tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     found = read_json(tmp_path / "r.json")
-    target = read_target(f"folder:{place / 'noisy'}", {}, None, KEY, size=32, channels=3)
-    learn = target.batch(split_shots(target, "3", jax.random.fold_in(KEY, 0)).learn)
+    target = read_target(f"folder:{place / 'noisy'}", Reading(), None, KEY, size=32, channels=3)
+    learn = target.batch(split_shots(target, 3, jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     loaded = jm.transfer.load_pretrained(tmp_path / "a.safetensors")
     probs = jax.nn.softmax(jax.jit(loaded.network.apply)(loaded.variables, x.astype(np.float32)))
@@ -473,7 +488,7 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--source", "nowhere"], "--source: there is nothing at nowhere"),
+        (["nowhere"], "SOURCE: there is nothing at nowhere"),
         (["--target", "folder:{place}/nowhere"], "--target: {place}/nowhere does not exist"),
         (["--target", "sinusoid"], "--target: sinusoid has no images with labels"),
         (["--target", "omniglotte"], "--target: there is no 'omniglotte'; known are omniglot"),
@@ -484,7 +499,7 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         (["--protocol", "lake"], "--protocol: folder:{place}/standing has no such setting"),
         (["--shots", "10"], "--shots: got 10, and the class 'bar 0'"),
         (["--shots", "0"], "--shots: got 0; it must be at least 1"),
-        (["--shots", "many"], "--shots: got many; it must be a number, or all"),
+        (["--shots", "many"], "--shots: got many; it must be"),
         (["--recipe", "fine-tune", "--train", "body/Conv_9"], "--train: 'body/Conv_9' matches nothing"),
         (["--recipe", "distil"], "--recipe"),
         (["--recipe", "linear-probe", "--steps", "5"], "--steps: linear-probe has no such setting"),
@@ -492,19 +507,24 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         (["--recipe", "gradual", "--steps", "5"], "--steps: got 5; gradual needs at least 50"),
         (["--steps", "0"], "--steps: got 0; it must be at least 1"),
         (["--rate", "nan"], "--rate: got nan"),
-        (["--image-size", "9"], "--image-size: {place}/prototypical takes no grey images of 9×9"),
+        (["--size", "9"], "--size: {place}/prototypical takes no grey images of 9×9"),
         (["--channels", "3"], "--channels: {place}/prototypical takes no colour images"),
         (["--network", "conv4"], "--network: {place}/prototypical says itself which network it is of"),
         (["--pixels", "imagenet"], "--pixels: got 3 values; the images have 1 channels"),
-        (["--source", "none"], "--network: --source none needs one"),
-        (["--source", "none", "--recipe", "lp-ft", "--network", "conv4"], "--recipe: got lp-ft"),
-        (["--source", "none", "--network", "lrua"], "--network: there is no 'lrua'"),
+        (["none"], "--network: SOURCE none needs one"),
+        (["none", "--recipe", "lp-ft", "--network", "conv4"], "--recipe: got lp-ft"),
+        (["none", "--network", "lrua"], "--network: there is no 'lrua'"),
         (
-            ["--source", "none", "--network", "conv4"],
-            "--image-size: got images of 8×8; they must be at least",
+            ["none", "--network", "conv4"],
+            "--size: got images of 8×8; they must be at least",
         ),
         (["--out", "{place}"], "--out: {place} exists and is not empty"),
-        (["--scource", "x"], "transfer has no --scource; did you mean --source"),
+        (["--recepi", "x"], "transfer has no --recepi; did you mean --recipe"),
+        (["--image-size", "8"], "transfer has no --image-size; here it is --size"),
+        (["--seed", "-1"], "--seed: got -1; it must be at least 0"),
+        (["--label", "kind"], "--label: folder:{place}/standing has no such setting"),
+        (["--target", "quadratics"], "--target: quadratics has no images with labels"),
+        (["--target", "glyphs", "--shots", "all"], "--shots: got all, and glyphs are drawn without end"),
     ],
 )
 def test_bad_flags_of_transfer_are_refused_by_name(place, tmp_path, monkeypatch, capsys, flags, says):
@@ -513,10 +533,10 @@ def test_bad_flags_of_transfer_are_refused_by_name(place, tmp_path, monkeypatch,
     if not (place / "one" / "bar 0").exists():
         draw_bars(place / "one", 1, 3)
     given = [flag.format(place=place) for flag in flags]
-    fixed = {"--source": str(place / "prototypical"), "--target": f"folder:{place / 'standing'}"}
-    rest = [word for flag, value in fixed.items() if flag not in given for word in (flag, value)]
+    source = [] if not given[0].startswith("-") else [str(place / "prototypical")]
+    target = [] if "--target" in given else ["--target", f"folder:{place / 'standing'}"]
     capsys.readouterr()
-    assert main(["transfer", *rest, *given]) == 2
+    assert main(["transfer", *source, *given, *target]) == 2
     error = capsys.readouterr().err
     assert says.format(place=place) in error
     assert len(error.splitlines()) == 1
@@ -525,7 +545,7 @@ def test_bad_flags_of_transfer_are_refused_by_name(place, tmp_path, monkeypatch,
 
 def test_a_run_on_no_images_has_nothing_to_transfer(place, tmp_path, capsys):
     shutil.copytree(place / "prototypical", tmp_path / "run")
-    config = read_json(tmp_path / "run" / "config.json") | {"images": None, "tasks": "sinusoid"}
+    config = read_json(tmp_path / "run" / "config.json") | {"images": None, "tasks": {"name": "sinusoid"}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     transfer(place, tmp_path / "out", source=tmp_path / "run", status=2)
     assert "was trained on sinusoid, which are no images" in capsys.readouterr().err
@@ -536,18 +556,18 @@ def test_a_run_on_no_images_has_nothing_to_transfer(place, tmp_path, capsys):
     [
         (["--score", "leep"], "--score: leep needs a head of the source's own classes; {place}/prototypical"),
         (["--rate", "0.1"], "--rate: is of --fine-tune"),
-        (["--sources", "{place}/copy"], "--sources: got {place}/copy; there must be two or more"),
-        (["--sources", "{place}/copy", "none"], "--sources: got none, which has nothing"),
-        (["--sources", "{place}/copy", "nowhere"], "--sources: there is nothing at nowhere"),
+        (["{place}/copy"], "SOURCES: got {place}/copy; there must be two or more"),
+        (["{place}/copy", "none"], "SOURCES: got none, which has nothing"),
+        (["{place}/copy", "nowhere"], "SOURCES: there is nothing at nowhere"),
         (["--json", "nowhere/table.json"], "--json: the folder"),
     ],
 )
 def test_bad_flags_of_rank_are_refused_by_name(place, capsys, flags, says):
     given = [flag.format(place=place) for flag in flags]
-    sources = ["--sources", str(place / "prototypical"), str(place / "copy")]
+    sources = [] if not given[0].startswith("-") else [str(place / "prototypical"), str(place / "copy")]
     target = ["--target", f"folder:{place / 'standing'}"]
     capsys.readouterr()
-    assert main(["rank", *target, *([] if "--sources" in given else sources), *given]) == 2
+    assert main(["rank", *sources, *given, *target]) == 2
     error = capsys.readouterr().err
     assert says.format(place=place) in error
     assert len(error.splitlines()) == 1
@@ -562,3 +582,101 @@ def test_digits_of_usps_from_a_run(place, tmp_path, data_folder):
     assert report["images"]["size"] == SIDE
     assert report["accuracy"]["mean"] > 0.4
     assert set(report["recalls"]) == set("0123456789")
+
+
+OWN_TARGET = """
+import jaxmeta as jm
+
+
+def bars(split, *, ways: int = 5, shots: int = 1, queries: int = 1, size: int = 8, folder: str = {folder!r}):
+    return jm.tasks.from_folder(
+        folder, split, classes=None, ways=ways, shots=shots, queries=queries, size=size
+    )
+
+
+def waves(split, *, shots: int = 5):
+    return jm.tasks.sinusoid(split, shots=shots)
+
+
+def streamed(split, *, ways: int = 5):
+    return jm.tasks.quadratics(split)
+
+
+def hungry(split, *, ways: int, depth: int):
+    raise AssertionError
+"""
+
+
+@pytest.fixture
+def own(place, tmp_path, monkeypatch):
+    """A folder with a module of one's own, in which commands run."""
+    (tmp_path / "own_bars.py").write_text(OWN_TARGET.format(folder=str(place / "standing")))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("own_bars", None)
+
+
+def test_a_target_of_one_s_own_is_a_function_of_its_module(place, own):
+    flags = ["--recipe", "feature-extraction", "--shots", "5"]
+    report = transfer(place, own / "out", *flags, target="own_bars:bars")
+    assert (report["classes"], report["learned_from"], report["scored"]) == (5, 25, 25)
+    assert set(report["recalls"]) == set("01234")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("waves", "own_bars:waves has no images with labels"),
+        ("streamed", "got regression tasks of 'quadratics'"),
+        ("hungry", "own_bars:hungry has no default for depth"),
+        ("missing", "has no function 'missing'"),
+    ],
+)
+def test_a_function_of_one_s_own_that_is_no_target_is_refused(place, own, capsys, name, says):
+    transfer(place, own / "out", target=f"own_bars:{name}", status=2)
+    error = capsys.readouterr().err
+    assert "--target: " in error
+    assert says in error
+
+
+def test_a_run_with_code_of_one_s_own_is_a_source_without_that_code(place, tmp_path):
+    shutil.copytree(place / "prototypical", tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json")
+    config["tasks"]["name"] = "not_here:tasks"
+    config["own"] = {"not_here:tasks": "0"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = ["--recipe", "feature-extraction", "--shots", "5"]
+    report = transfer(place, tmp_path / "out", *flags, source=tmp_path / "run")
+    assert "prototypical on not_here:tasks" in report["about"]["source"]
+
+
+def test_a_run_of_another_package_s_network_is_told_it(place, tmp_path, capsys):
+    shutil.copytree(place / "prototypical", tmp_path / "run")
+    config = read_json(tmp_path / "run" / "config.json") | {"model": None}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = ["--recipe", "feature-extraction", "--shots", "5"]
+    transfer(place, tmp_path / "none", *flags, source=tmp_path / "run", status=2)
+    assert "does not say which network it is of" in capsys.readouterr().err
+    transfer(place, tmp_path / "out", *flags, "--network", "conv4-32", source=tmp_path / "run")
+
+
+def test_a_run_of_an_older_form_is_refused(place, tmp_path, capsys):
+    shutil.copytree(place / "prototypical", tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"learner": "prototypical"}')
+    transfer(place, tmp_path / "out", source=tmp_path / "run", status=2)
+    assert "SOURCE: " in (error := capsys.readouterr().err)
+    assert "of an older form" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_fails_costs_nothing_else(place, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(transferring, "plot_confusion", fail)
+    flags = ["--recipe", "feature-extraction", "--shots", "5"]
+    report = transfer(place, tmp_path / "out", *flags)
+    assert "no fonts" in capsys.readouterr().err
+    assert report["accuracy"]["mean"] > 0
+    assert (tmp_path / "out" / "weights.safetensors").is_file()

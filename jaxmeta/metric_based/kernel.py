@@ -1,16 +1,19 @@
 """The kernel view of learning from few examples: a query's label is a weighted mean of the support's."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmeta import declare
 from jaxmeta.checks import check_number, check_word
 from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.metric_learner import (
+    ROWS,
     class_means,
+    episodic_defaults,
     metric_learner,
     only_present,
     squared_distances,
@@ -46,18 +49,28 @@ SIMILARITIES = {
 }
 
 
+@declare.learner(
+    kinds=("classification",),
+    head=False,
+    rows=ROWS,
+    training=episodic_defaults(20, own={"similarity": "euclidean", "reduce": "sum", "scale": 1.0}),
+)
 def kernel_classifier(
     model: Network,
     *,
-    similarity: str | Similarity | Callable[[Array, Array], Array] = "cosine",
-    normalise: str = "softmax",
-    reduce: str = "sum",
+    similarity: Literal["cosine", "dot", "euclidean", "learned"]
+    | Similarity
+    | Callable[[Array, Array], Array] = "cosine",
+    normalise: Literal["softmax", "sum"] = "softmax",
+    reduce: Literal["sum", "mean", "nearest", "prototype"] = "sum",
     scale: float = 1.0,
     learn_scale: bool = False,
-    norm: str = "batch",
+    norm: Literal["batch", "support", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""P(y|x, S) = Σ_i k(x, x_i) y_i with k ≥ 0 and Σ_i k = 1: Nadaraya and Watson's estimate of the label.
+    r"""Build a kernel classifier: a label is the weighted mean of the support's labels (Nadaraya 1964).
+
+    It is Nadaraya and Watson's estimate of the label, P(y|x, S) = Σ_i k(x, x_i) y_i with k ≥ 0 and Σ_i k = 1.
 
     k(x, x_i) = κ_i / Σ_j κ_j  with  κ_i = exp(scale · s(f(x), f(x_i)))  or, normalised by "sum",
     κ_i = max(s, 0). Outputs are log P. The other methods that compare embeddings are instances:
@@ -79,15 +92,17 @@ def kernel_classifier(
 
     Args:
       model: the embedding f.
-      similarity: "cosine", "dot", "euclidean" (−‖a − b‖²), "learned" (−‖A(a − b)‖², A from the identity);
-        a function `(a (m, dim), b (n, dim)) -> (m, n)`, or a `Similarity`, which may have parameters.
-      normalise: "softmax" or "sum".
+      similarity: how alike two embeddings are: "cosine", "dot", "euclidean" (−‖a − b‖²) or "learned" (−‖A(a −
+        b)‖², A from the identity). Or a function `(a (m, dim), b (n, dim)) -> (m, n)`, or a `Similarity`,
+        which may have parameters.
+      normalise: how similarities become weights that sum to 1: by a "softmax", or by their "sum" where they
+        are positive.
       reduce: what a class has of its examples: the "sum" of κ_i; their "mean", so that the number of
         examples counts for nothing; the "nearest" one's; or κ of the "prototype", the mean embedding.
-      scale: of the similarity under "softmax". Cosines are at most 1 apart from 0, so that with scale 1,
-        five ways and one shot no query can have more than probability 0.6488.
-      learn_scale: whether it is learned, from `scale` on.
-      norm: "batch", "support" or "population"; see `jm.prototypical`.
+      scale: factor of the similarity under the softmax. Cosines are at most 1 apart from 0, so that with
+        scale 1, five ways and one shot no query can have more than probability 0.6488.
+      learn_scale: whether the scale is learned, from `scale` on.
+      norm: whose statistics normalise embeddings, where the network has any; see `jm.prototypical`.
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:

@@ -4,7 +4,7 @@ A method's file says how it learns from embedded support examples (`fit`) and ho
 queries (`judge`); this file makes a `Learner` of the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,10 @@ from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 
 NORMS = ("batch", "support", "population")
+# The rows of a report, and their statistics.
+ROWS = {"transductive": "batch", "inductive": "population"}
+# Queries of each class in training where its tasks have more ways than those of the test.
+_MANY_WAYS = {"omniglot": 5, "glyphs": 5, "mini_imagenet": 15, "cifar_fs": 15}
 
 
 def metric_learner(
@@ -136,6 +140,42 @@ def metric_learner(
 
     filled = None if model.apply_norm is None else statistics
     return Learner(initial, adapt, predict, task_loss, filled, model.divisible)
+
+
+def episodic_defaults(
+    train_ways: int | None = None,
+    fewer: int = 1,
+    *,
+    own: Mapping[str, Any] | None = None,
+    distorts: bool = False,
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Defaults of training (`training` of `jaxmeta.declare.Facts`) of a method that compares embeddings.
+
+    Args:
+      train_ways: of its training tasks in place of those of a protocol whose tasks are made for methods that
+        adapt; None for the protocol's.
+      fewer: by what the number of meta-steps is divided then.
+      own: defaults that no protocol changes.
+      distorts: whether images of strokes are distorted in training.
+    """
+
+    def of(base: Mapping[str, Any]) -> dict[str, Any]:
+        # Of strokes alone is what comes in from outside the image known.
+        strokes = distorts and base["tasks"] in ("omniglot", "glyphs")
+        found = {"norm": "batch", "distort": strokes or bool(base.get("distort")), **(own or {})}
+        if base["network"].startswith("strided-conv4"):
+            found.setdefault("network", "conv4")
+        many = _MANY_WAYS.get(base["tasks"])
+        if train_ways is not None and many is not None and not base["made_for_embeddings"]:
+            found |= {
+                "train_ways": max(train_ways, base.get("ways") or 0),
+                "train_queries": many,
+                "meta_batch": 2,
+                "steps": max(base["steps"] // fewer, 1),
+            }
+        return found
+
+    return of
 
 
 def checked_embedding(z: Any, x: Array) -> Array:

@@ -4,17 +4,21 @@ Both are trained on the training classes all at once (`jm.tasks.supervised`), ne
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxmeta import declare
 from jaxmeta.checks import check_count, check_kind, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Learner, Model, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
+    ROWS,
     checked_embedding,
     class_means,
+    episodic_defaults,
     metric_learner,
     one_hot,
     only_present,
@@ -29,10 +33,21 @@ TRANSFORMS = ("un", "l2n", "cl2n")
 HEADS = ("linear", "cosine")
 
 
+@declare.learner(
+    kinds=("classification",),
+    head=False,
+    rows=ROWS,
+    supervised=True,
+    training=episodic_defaults(own={"meta_batch": 2}),
+)
 def simple_shot(
-    model: Network, *, transform: str = "cl2n", norm: str = "batch", augment: Augment | None = None
+    model: Network,
+    *,
+    transform: Literal["un", "l2n", "cl2n"] = "cl2n",
+    norm: Literal["batch", "support", "population"] = "batch",
+    augment: Augment | None = None,
 ) -> Learner:
-    """SimpleShot: nearest centroid on the features of a classifier of all training classes.
+    """Build the baseline SimpleShot, nearest centroid on a classifier's features (Wang et al. 2019).
 
     Outputs are −‖t(f(x)) − v_c‖², v_c the mean of t(f) over class c. Trained by the cross-entropy of a linear
     layer on f over all classes of the training tasks: give it `jm.tasks.supervised(tasks)` to train on.
@@ -41,9 +56,10 @@ def simple_shot(
 
     Args:
       model: the features f.
-      transform: t: "un", none; "l2n", to length one; "cl2n", to length one after the mean feature, of the
-        same examples as the batch statistics, is taken away.
-      norm: "batch", "support" or "population"; see `jm.prototypical`. The paper's are "population".
+      transform: what is done to features first, t: "un", nothing; "l2n", to length one; "cl2n", to length one
+        after the mean feature, of the same examples as the batch statistics, is taken away.
+      norm: whose statistics normalise features, where the network has any; see `jm.prototypical`. The
+        paper's are "population".
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:
@@ -85,17 +101,27 @@ def simple_shot(
     )
 
 
+@declare.learner(
+    kinds=("classification",),
+    head=False,
+    rows=ROWS,
+    supervised=True,
+    training=episodic_defaults(
+        own={"head": "linear", "scale": 2.0, "eval_steps": 100, "inner_lr": 0.01, "meta_batch": 2}
+    ),
+)
 def fine_tuned_head(
     model: Network,
     *,
-    head: str = "linear",
+    head: Literal["linear", "cosine"] = "linear",
     scale: float = 2.0,
-    optimizer: optax.GradientTransformation | None = None,
-    steps: int = 100,
-    norm: str = "batch",
+    inner_lr: float = 0.01,
+    inner_optimizer: optax.GradientTransformation | None = None,
+    eval_steps: int = 100,
+    norm: Literal["batch", "support", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Baseline and Baseline++: a new head, trained by gradient descent on frozen features.
+    r"""Build Baseline or Baseline++, a new head trained on a classifier's features (Chen et al. 2019).
 
     The features are those of a classifier of all training classes, with a head of the same kind: give it
     `jm.tasks.supervised(tasks)` to train on. "linear": W f(x) + b, from zeros. "cosine": scale · g_c ·
@@ -103,39 +129,42 @@ def fine_tuned_head(
 
     The released code starts from random weights, and goes through the support set in mini-batches of 4, 100
     times; here each step has all of it. Its SGD has rate 0.01, weight decay 0.001, and momentum 0.9 with
-    dampening 0.9, which does not make steps longer.
+    dampening 0.9, which does not make steps longer; ours is the same.
 
     Params: the features' under "model", the classifier's under "head". Adapted: the new head.
 
     Args:
       model: the features f.
-      head: "linear" (Baseline) or "cosine" (Baseline++).
-      scale: of the cosines; the released code has 10 where there are more than 200 classes.
-      optimizer: of the head; None for the released code's.
-      steps: gradient steps, at least 1.
-      norm: "batch", "support" or "population"; see `jm.prototypical`. The published numbers' are
-        "population".
+      head: kind of head, "linear" (Baseline) or "cosine" (Baseline++).
+      scale: factor of the cosines; the released code has 10 where there are more than 200 classes.
+      inner_lr: step size of the head's gradient descent, for the mean loss of the support set.
+      inner_optimizer: optimizer of the head, which takes the place of `inner_lr`: any optax transformation;
+        None for the released code's SGD.
+      eval_steps: gradient steps of the head, at least 1.
+      norm: whose statistics normalise features, where the network has any; see `jm.prototypical`. The
+        published numbers' are "population".
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:
-      ValueError: an unknown name; `steps` below 1; float targets.
+      ValueError: an unknown name; a negative `inner_lr`; `eval_steps` below 1; float targets.
 
     References:
       Chen et al., A Closer Look at Few-shot Classification, 2019, section 3.2.
     """
     check_word("head", head, HEADS)
-    check_count("steps", steps)
+    check_count("eval_steps", eval_steps)
     check_number("scale", scale, above=0)
-    if optimizer is not None:
-        check_kind("optimizer", optimizer, optax.GradientTransformation, "an optax optimizer")
-    descend = released_sgd() if optimizer is None else optimizer
+    check_number("inner_lr", inner_lr, 0)
+    if inner_optimizer is not None:
+        check_kind("inner_optimizer", inner_optimizer, optax.GradientTransformation, "an optax optimizer")
+    descend = released_sgd(inner_lr) if inner_optimizer is None else inner_optimizer
 
     def head_loss(weights: Params, batch: tuple) -> Array:
         z, labels = batch
         # Absent classes are no answer, and padding no question.
         return _cross_entropy(only_present(_outputs(head, scale, weights, z), (labels > 0).any(0)), labels)
 
-    descent = inner_loop(head_loss, descend, steps, order="first")
+    descent = inner_loop(head_loss, descend, eval_steps, order="first")
 
     def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
         del own, key
@@ -162,7 +191,7 @@ def fine_tuned_head(
     )
 
 
-def released_sgd(rate: float = 0.01) -> optax.GradientTransformation:
+def released_sgd(rate: float) -> optax.GradientTransformation:
     """SGD with weight decay 0.001 and momentum 0.9 with dampening 0.9."""
     return optax.chain(optax.add_decayed_weights(1e-3), _dampened(0.9), optax.sgd(rate))
 

@@ -1,17 +1,21 @@
 """Prototypical networks: a class is the mean of its embedded examples, or an embedded vector of metadata."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Float
 
-from jaxmeta import losses
+from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_word
 from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
 from jaxmeta.metric_based.metric_learner import (
+    ROWS,
     check_norm,
     class_means,
+    episodic_defaults,
     metric_learner,
     one_hot,
     only_present,
@@ -19,20 +23,44 @@ from jaxmeta.metric_based.metric_learner import (
     unit,
 )
 from jaxmeta.nn.adapters import Network, as_model, forward
+from jaxmeta.nn.embedding import MLP
 from jaxmeta.nn.norm import population_of, to_moments
 
 Generator = Callable[[Array], Array]
+# Width of both embeddings of zero-shot learning.
+_ZERO_SHOT_DIM = 128
 
 
+def _networks(
+    build: Callable[[int | None], Network], tasks: Mapping[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The embedding, and where there are no examples of a class that of its metadata."""
+    if tasks["shots"]:
+        return (build(None),), {}
+    metadata = MLP(out=_ZERO_SHOT_DIM, hidden=(256, 256), kernel_init=lecun_normal())
+    return (build(_ZERO_SHOT_DIM),), {"metadata": metadata}
+
+
+@declare.learner(
+    kinds=("classification",),
+    head=False,
+    rows=ROWS,
+    zero_shot=True,
+    network=_networks,
+    # Ways are dear: a task of 60 has as many images as twelve of five.
+    training=episodic_defaults(60, 3, own={"divergence": "euclidean"}),
+)
 def prototypical(
     model: Network,
     *,
-    divergence: str | Generator = "euclidean",
+    divergence: Literal["euclidean", "kl", "cosine"] | Generator = "euclidean",
     metadata: Network | None = None,
-    norm: str = "batch",
+    norm: Literal["batch", "support", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Prototypical networks: P(y = c | x) = softmax_c(−d(f(x), v_c)), v_c the mean of f over class c.
+    r"""Build prototypical networks, where a class is the mean of its embedded examples (Snell et al. 2017).
+
+    P(y = c | x) = softmax_c(−d(f(x), v_c)), v_c the mean of f over class c
 
     d is the squared Euclidean distance, or any Bregman divergence: for a strictly convex φ,
 
@@ -52,13 +80,14 @@ def prototypical(
 
     Args:
       model: the embedding f, `(n, *shape) -> (n, dim)`.
-      divergence: "euclidean" (squared); "kl", of softmax(f(x)), φ = Σ z ln z; "cosine", 1 − cos, which
-        is no Bregman divergence and which the paper found worse; or a convex function φ of one vector.
+      divergence: of embeddings from prototypes, d: "euclidean" (squared); "kl", of softmax(f(x)), φ = Σ z ln
+        z; "cosine", 1 − cos, which is no Bregman divergence and which the paper found worse; or a convex
+        function φ of one vector.
       metadata: the embedding g of class metadata, `(ways, d) -> (ways, dim)`; None for few-shot learning.
-      norm: whose statistics normalise, where the model has any. "batch": those of support and queries
-        together (transductive). "support": those of the support set (inductive). "population": those filled
-        by `jm.calibrate` (inductive; the published numbers; trains like "batch"). It changes no parameter,
-        so that one trained `params` serves a learner of each.
+      norm: whose statistics normalise embeddings, where the network has any. "batch": those of support and
+        queries together (transductive). "support": those of the support set (inductive). "population": those
+        filled by `jm.calibrate` (inductive; the published numbers; trains like "batch"). It changes no
+        parameter, so that one trained `params` serves a learner of each.
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:
@@ -102,7 +131,7 @@ def add_class(
     adapted: PyTree,
     x: Array,
     *,
-    divergence: str | Generator = "euclidean",
+    divergence: Literal["euclidean", "kl", "cosine"] | Generator = "euclidean",
 ) -> PyTree:
     """An adapted state of `prototypical` that knows one class more, without the old support set.
 

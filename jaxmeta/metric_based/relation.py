@@ -1,16 +1,19 @@
 """Relation networks: how alike a query and a class are is itself learned, by a network."""
 
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxmeta import losses
+from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
 from jaxmeta.metric_based.metric_learner import (
+    ROWS,
     check_norm,
+    episodic_defaults,
     joined,
     one_hot,
     only_present,
@@ -20,14 +23,23 @@ from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.nn.relation import RelationModule
 
 
+@declare.learner(
+    kinds=("classification",),
+    head=False,
+    rows=ROWS,
+    networks=("relation",),
+    training=episodic_defaults(own={"network": "relation", "train_queries": 10, "meta_batch": 2}),
+)
 def relation(
     model: Network,
     comparison: Network | None = None,
     *,
-    norm: str = "batch",
+    norm: Literal["batch", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Relation network: r(x, c) = σ(g([Σ_{x_i ∈ c} f(x_i), f(x)])), the score of class c for x.
+    r"""Build a relation network, which learns how alike a query and a class are (Sung et al. 2018).
+
+    r(x, c) = σ(g([Σ_{x_i ∈ c} f(x_i), f(x)])) is the score of class c for x.
 
     f gives feature maps, which are put one behind the other, channel by channel. The loss is the mean
     squared error between the scores and 1 for the true class, 0 for the others. Outputs are the
@@ -42,9 +54,9 @@ def relation(
     Args:
       model: f, `(n, *shape) -> (n, h, w, c)`; `jm.nn.RelationEmbedding` is the published one.
       comparison: g, `(pairs, h, w, 2c) -> (pairs, 1)`; `jm.nn.RelationModule()` if None.
-      norm: whose statistics normalise. "batch": in f those of support and queries together, in g those of
-        all pairs (transductive; the published numbers). "population": those filled by `jm.calibrate`
-        (inductive; trains like "batch").
+      norm: whose statistics normalise, where the networks have any. "batch": in f those of support and
+        queries together, in g those of all pairs (transductive; the published numbers). "population": those
+        filled by `jm.calibrate` (inductive; trains like "batch").
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:

@@ -1,24 +1,30 @@
 """Ridge regression in closed form on a learned embedding (R2-D2)."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxmeta import declare
 from jaxmeta.checks import check_number
 from jaxmeta.core import Augment, Key, Learner, Params
-from jaxmeta.metric_based.metric_learner import metric_learner, only_present
+from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, only_present
 from jaxmeta.nn.adapters import Network
 
 
+@declare.learner(kinds=("classification",), head=False, rows=ROWS, training=episodic_defaults(20))
 def ridge(
     model: Network,
     *,
     regularisation: float = 1.0,
     scale: float = 10.0,
-    norm: str = "batch",
+    norm: Literal["batch", "support", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""R2-D2: a linear classifier of the embedding, by ridge regression onto one-hot labels.
+    r"""Build R2-D2, ridge regression in closed form on a learned embedding (Bertinetto et al. 2019).
+
+    A linear classifier of the embedding is found by ridge regression onto one-hot labels.
 
     W = Zᵀ (Z Zᵀ + λ I)⁻¹ Y,  outputs = scale · f(x) W,
 
@@ -30,9 +36,9 @@ def ridge(
 
     Args:
       model: the embedding f.
-      regularisation: the initial λ, above 0; learned as its logarithm.
-      scale: the initial scale.
-      norm: "batch", "support" or "population"; see `jm.prototypical`.
+      regularisation: initial weight λ of the squared norm of W, above 0; learned as its logarithm.
+      scale: initial factor of the outputs, which is learned.
+      norm: whose statistics normalise embeddings, where the network has any; see `jm.prototypical`.
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:

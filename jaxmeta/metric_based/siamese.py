@@ -1,30 +1,36 @@
 """Siamese networks: learn whether two images show the same class, and name a query by its best partner."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmeta import declare
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import Augment, Batch, Key, Learner, Params
 from jaxmeta.losses import masked_mean
 from jaxmeta.metric_based.kernel import log_probabilities
-from jaxmeta.metric_based.metric_learner import metric_learner, one_hot
+from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, one_hot
 from jaxmeta.nn.adapters import Network, as_model, forward
 
 
+@declare.learner(
+    kinds=("classification",), head=False, rows=ROWS, training=episodic_defaults(20, distorts=True)
+)
 def siamese(
     model: Network,
     *,
     head: Network | None = None,
     use_bias: bool = True,
     pairs: int | None = None,
-    norm: str = "batch",
+    norm: Literal["batch", "support", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Siamese network: p(x_i, x_j) = σ(Σ_d α_d |f(x_i) − f(x_j)|_d + b) that both show one class.
+    r"""Build siamese networks, which judge whether two images show one class (Koch et al. 2015).
+
+    The probability that both do is p(x_i, x_j) = σ(Σ_d α_d |f(x_i) − f(x_j)|_d + b).
 
     Trained to verify: the loss is the mean binary cross-entropy of pairs of a query and a support image,
 
@@ -45,10 +51,10 @@ def siamese(
       model: the twin f; `jm.nn.Koch` is the published one, for images of 105 × 105.
       head: a network `|difference| (n, dim) -> (n, 1)`, without batch statistics, in place of the weighted
         sum α, b.
-      use_bias: whether there is b.
-      pairs: of a task that are drawn for the loss, half of them of one class (`sample_pairs`); None for all
-        pairs of a query and a support image, every query with equal weight.
-      norm: "batch", "support" or "population"; see `jm.prototypical`.
+      use_bias: whether the weighted sum of differences has a bias b.
+      pairs: number of pairs of a task that are drawn for the loss, half of them of one class
+        (`sample_pairs`); None for all pairs of a query and a support image, every query with equal weight.
+      norm: whose statistics normalise embeddings, where the network has any; see `jm.prototypical`.
       augment: `(key, x) -> x`, of all images in training, each for itself; `jm.tasks.distort` is the
         paper's.
 

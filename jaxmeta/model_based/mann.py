@@ -1,6 +1,7 @@
 """Memory-augmented networks: an episode is a sequence, and each label comes one step late."""
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta import losses
+from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_kind
 from jaxmeta.core import (
     Augment,
@@ -27,9 +28,33 @@ from jaxmeta.core import (
 )
 from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.memory import MemoryNetwork
+from jaxmeta.tasks.distortions import distort
 from jaxmeta.tasks.sequences import check_strings
 
 
+def _network(build: Callable[[int], MemoryNetwork], tasks: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A network as wide as labels are: letters · characters where they are strings."""
+    strings = tasks.get("strings")
+    return (build(math.prod(strings) if strings else tasks["train_ways"]),), {}
+
+
+@declare.learner(
+    kinds=("classification",),
+    rows={"inductive": "none"},
+    networks=("lrua", "lrua-feed-forward", "ntm", "lstm", "feed-forward"),
+    network=_network,
+    # Up to 10 of 105 pixels and π/16, as in the paper.
+    augment=partial(distort, rotation=11.25, shear=0.0, scale=0.0, shift=10 / 105, probability=1.0),
+    training={
+        "network": "lrua",
+        "norm": "none",
+        "outer_lr": 1e-3,
+        "schedule": "constant",
+        "meta_batch": 16,
+        # Time is what goes one by one: all sequences of a device take each step together.
+        "strategy": "vmap",
+    },
+)
 def mann(
     network: MemoryNetwork,
     *,
@@ -38,21 +63,23 @@ def mann(
     augment: Augment | None = None,
     instances: int = 10,
 ) -> Learner:
-    """Memory-augmented network, which binds examples to labels in its memory while it sees them.
+    """Build MANN, a recurrent network that writes what it is shown to a memory (Santoro et al. 2016).
 
-    The support set is a sequence: at step t the network gets (x_t, y_{t−1}) and is asked for y_t. Queries
-    are each the step after the last one, from the same memory, which they do not change. The loss is the
-    sum of the cross-entropies of all steps and all queries, those included that can only be guessed.
+    It binds examples to labels in its memory while it sees them. The support set is a sequence: at step t the
+    network gets (x_t, y_{t−1}) and is asked for y_t. Queries are each the step after the last one, from the
+    same memory, which they do not change. The loss is the sum of the cross-entropies of all steps and all
+    queries, those included that can only be guessed.
 
     Args:
       network: its `out` is the number of ways, or letters · characters.
-      strings: `(letters, characters)` where labels are strings (see `jm.tasks.sequences`): the network has
-        one softmax for each character, and outputs are joint logits of all letters^characters strings.
+      strings: letters and characters of labels that are strings, None for class slots; see
+        `jm.tasks.sequences`. The network has one softmax for each character, and outputs are joint logits of
+        all letters^characters strings.
       shuffle: whether the support set is put in random order first, as few-shot tasks need, whose support
         is ordered by class. False keeps the order of `jm.tasks.sequences`, which is a random one already.
       augment: `(key, x) -> x`, of all images in training.
-      instances: of how many presentations of a class the accuracy is a metric of its own,
-        "instance_1", …; what cannot come up counts nothing.
+      instances: number of presentations of a class that have an accuracy of their own, "instance_1", …;
+        what cannot come up counts nothing.
 
     Raises:
       ValueError: from `init`, a network whose output is not as wide as labels are.

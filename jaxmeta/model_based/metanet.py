@@ -1,8 +1,8 @@
 """Meta Networks: weights of three time scales, trained, of a task, and of an example."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta import losses
+from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import (
     Augment,
@@ -30,29 +30,51 @@ from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.augmented import ExampleGenerator, TaskGenerator, as_augmented, published_init
 
 EMBEDDING_LOSSES = ("verification", "contrastive", "xent")
+TASK_WEIGHTS = ("none", "embedding", "both")
 # What the official code draws of every support set.
 SAMPLES = 5
 # Weights that a generator makes at once: on a CPU what its caches hold, elsewhere what memory allows.
 CPU_BLOCK, BLOCK = 1 << 10, 1 << 17
 
 
+def _networks(build: Callable[[int | None], Any], tasks: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return (build(None), build(tasks["train_ways"])), {}
+
+
+@declare.learner(
+    kinds=("classification",),
+    rows={"inductive": "none"},
+    networks=("augmented-cnn", "augmented-cnn-32"),
+    network=_networks,
+    training={
+        "network": "augmented-cnn",
+        "norm": "none",
+        # The paper has it for one example of each class, and the official code always.
+        "embedding_loss": "xent",
+        "task_weights": "embedding",
+        "outer_lr": 1e-3,
+        # As published, many small steps of one task each.
+        "train_queries": 10,
+        "meta_batch": 1,
+    },
+)
 def metanet(
     embedding: Any,
     base: Any,
     *,
-    embedding_loss: str = "verification",
-    task_weights: bool = True,
-    base_task_weights: bool = False,
+    embedding_loss: Literal["verification", "contrastive", "xent"] = "verification",
+    task_weights: Literal["none", "embedding", "both"] = "embedding",
     samples: int | None = None,
     hidden: int = 20,
     margin: float = 1.0,
-    fast_layers: Sequence[str] | None = None,
+    fast_layers: tuple[str, ...] | None = None,
     queries_at_once: int | None = None,
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Meta Networks: gradients of the support set become fast weights, which queries read by attention.
+    r"""Build MetaNet, which makes fast weights of the support set's gradients (Munkhdalai & Yu 2017).
 
-    With the embedding u of slow weights Q, the base learner b of W, and generators d of G and m of Z,
+    Queries read fast weights by attention. With the embedding u of slow weights Q, the base learner b of W,
+    and generators d of G and m of Z,
 
         Q*   = d(G; ∇_Q L_1, …, ∇_Q L_T)              of T samples of the support set, in order
         W*_i = m(Z; ∇_W CE(b(W, x_i), y_i)),          r_i = u(Q, Q*, x_i)
@@ -64,10 +86,10 @@ def metanet(
     gradients that d and m are fed are constants: there are no second derivatives. Weights of convolutions and
     others have generators of their own, as in the official code.
 
-    Params: "embedding" Q, "base" W, "example_generator" Z; with `task_weights` "task_generator" G and, save
-    for "contrastive", "embedding_head", the last layer of the embedding loss. No gradient of the task's loss
-    reaches that one, in the official code as here: it stays as it began. With `base_task_weights` also
-    "base_task_generator".
+    Params: "embedding" Q, "base" W, "example_generator" Z; save for `task_weights` "none" also
+    "task_generator" G and, save for "contrastive", "embedding_head", the last layer of the embedding loss. No
+    gradient of the task's loss reaches that one, in the official code as here: it stays as it began. With
+    `task_weights` "both" there is "base_task_generator", too.
 
     Adapted: "keys" r_i, "values" W*_i and "mask" of the support set, and the task's fast weights, "embedding"
     and "base", where they are used.
@@ -75,26 +97,27 @@ def metanet(
     Args:
       embedding: u, `(x, fast=None) -> (n, dim)`; `jm.nn.AugmentedCNN()` is the published one.
       base: b, `(x, fast=None) -> (n, ways)`; `jm.nn.AugmentedCNN(ways=…)`.
-      embedding_loss: L of u by slow weights alone. "xent": the cross-entropy of a linear layer on ReLU(r), of
-        chunks of the shuffled support set (the official code); "contrastive": d² of a pair of one class and
-        max(0, margin − d)² of two; "verification": the binary cross-entropy of σ(Σ_k α_k |r_i − r_j|_k + β).
-        Pairs are drawn uniformly of two different examples.
-      task_weights: whether there is Q*; without, it is the paper's MetaNet−.
-      base_task_weights: whether the base learner has fast weights of the task too, whose activations are
-        added as a third (MetaNet+). They come from an LSTM like Q*, over the base gradients of the shuffled
-        support set, averaged in T chunks.
-      samples: T; None for 5, or as many as there are support examples where they are fewer.
-      hidden: features of the generators.
-      margin: of "contrastive".
+      embedding_loss: loss L of the embedding u by slow weights alone. "xent": the cross-entropy of a linear
+        layer on ReLU(r), of chunks of the shuffled support set (the official code); "contrastive": d² of a
+        pair of one class and max(0, margin − d)² of two; "verification": the binary cross-entropy of σ(Σ_k
+        α_k |r_i − r_j|_k + β). Pairs are drawn uniformly of two different examples.
+      task_weights: which networks have fast weights of the task: "none" (the paper's MetaNet−), the
+        "embedding", which are Q*, or "both" (MetaNet+). Those of the base learner come from an LSTM like Q*,
+        over the base gradients of the shuffled support set, averaged in T chunks; their activations are added
+        as a third.
+      samples: number T of samples of the support set that the task's fast weights are made of; None for 5, or
+        as many as there are support examples where they are fewer.
+      hidden: features of the generators of fast weights.
+      margin: distance from which a pair of two classes costs nothing, under embedding loss "contrastive".
       fast_layers: names of the layers that have fast weights, in either network; None for all.
-      queries_at_once: how many queries' fast weights, each as large as the base learner, are held at once,
-        in training too; None for all.
+      queries_at_once: number of queries whose fast weights, each as large as the base learner, are held at
+        once, in training too; None for all.
       augment: `(key, x) -> x`, of all images in training.
 
     Raises:
-      ValueError: an unknown `embedding_loss`; sizes below 1; `fast_layers` that neither network has; networks
-        that take no fast weights or do not give the outputs above; float targets; `samples` beyond the size
-        of a support set; a support set of one, where pairs are compared.
+      ValueError: an unknown `embedding_loss` or `task_weights`; sizes below 1; `fast_layers` that neither
+        network has; networks that take no fast weights or do not give the outputs above; float targets;
+        `samples` beyond the size of a support set; a support set of one, where pairs are compared.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -115,7 +138,9 @@ def metanet(
     check_number("margin", margin, above=0)
     u, b = as_augmented(embedding, "embedding"), as_augmented(base, "base")
     of_task, of_example = TaskGenerator(hidden), ExampleGenerator(hidden)
-    pairs = task_weights and embedding_loss != "xent"
+    check_word("task_weights", task_weights, TASK_WEIGHTS)
+    of_embedding, of_both = task_weights != "none", task_weights == "both"
+    pairs = of_embedding and embedding_loss != "xent"
 
     def with_fast(slow: Params) -> Params:
         """The layers that have fast weights."""
@@ -140,7 +165,7 @@ def metanet(
         _check_fast_layers(fast_layers, {**params["embedding"], **params["base"]})
         for_base = _groups_of(with_fast(params["base"]))
         params["example_generator"] = _generators(of_example, next(keys), for_base, 1)
-        if task_weights:
+        if of_embedding:
             for_embedding = _groups_of(with_fast(params["embedding"]))
             params["task_generator"] = _generators(of_task, next(keys), for_embedding, 2)
             if embedding_loss == "xent":
@@ -148,7 +173,7 @@ def metanet(
             elif embedding_loss == "verification":
                 # No gradient will turn their signs: they begin as those of a similarity.
                 params["embedding_head"] = {"weights": -jnp.ones(r.shape[1]), "bias": jnp.ones(())}
-        if base_task_weights:
+        if of_both:
             params["base_task_generator"] = _generators(of_task, next(keys), for_base, 2)
         return params
 
@@ -179,7 +204,9 @@ def metanet(
 
     def task_level(generators: Params, gradients: PyTree, slow: Params, valid: Array) -> Params:
         def generated(kind: str, steps: Array) -> Array:
-            return _by_blocks(lambda own: of_task.apply({"params": generators[kind]}, own, valid), steps)
+            return _by_blocks(
+                lambda own: of_task.apply({"params": _of_kind(generators, kind)}, own, valid), steps
+            )
 
         groups = _grouped(gradients, slow)
         return _ungrouped({kind: generated(kind, steps) for kind, steps in groups.items()}, slow)
@@ -188,7 +215,7 @@ def metanet(
         def generated(kind: str, each: Array) -> Array:
             row = each.reshape(1, -1)
             return _by_blocks(
-                lambda own: of_example.apply({"params": generators[kind]}, own[0]), row
+                lambda own: of_example.apply({"params": _of_kind(generators, kind)}, own[0]), row
             ).reshape(each.shape)
 
         groups = _grouped(gradients, slow)
@@ -212,13 +239,13 @@ def metanet(
             "mask": mask,
             "values": example_level(params["example_generator"], each, slow["base"]),
         }
-        if task_weights:
+        if of_embedding:
             loss, drawn, valid = embedding_losses(frozen, support, mask, for_embedding, count)
             gradients = jax.vmap(
                 jax.grad(lambda own, sample: loss({**frozen["embedding"], **own}, sample)), (None, 0)
             )(slow["embedding"], drawn)
             adapted["embedding"] = task_level(params["task_generator"], gradients, slow["embedding"], valid)
-        if base_task_weights:
+        if of_both:
             which, real = chunks(for_base, mask, count)
             averages = jax.tree.map(lambda leaf: _chunk_means(leaf, which, real), each)
             adapted["base"] = task_level(params["base_task_generator"], averages, slow["base"], real.any(1))
@@ -232,7 +259,7 @@ def metanet(
         def of_query(query: tuple[Array, Array]) -> Array:
             x, weights = query
             fast: Any = jax.tree.map(lambda values: jnp.tensordot(weights, values, 1), adapted["values"])
-            if base_task_weights:
+            if of_both:
                 fast = (adapted["base"], fast)
             return b.apply(params["base"], x[None], fast)[0]
 
@@ -386,7 +413,7 @@ def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
     if pairs and n < 2:
         raise ArgumentError(
             "tasks",
-            f'got {n} support example; embedding_loss must be "xent" there, or task_weights False: '
+            f'got {n} support example; embedding_loss must be "xent" there, or task_weights "none": '
             "the others compare two",
         )
     return min(SAMPLES, n) if samples is None else samples
@@ -404,6 +431,16 @@ def _kind(slow: Array) -> str:
 
 def _groups_of(slow: Params) -> list[str]:
     return sorted({_kind(leaf) for leaf in jax.tree.leaves(slow)})
+
+
+def _of_kind(generators: Params, kind: str) -> Params:
+    if kind not in generators:
+        raise ArgumentError(
+            "fast_layers",
+            f"got {kind} layers, of whose weights the parameters have no generator; they must be those that "
+            "the learner was initialised with",
+        )
+    return generators[kind]
 
 
 def _grouped(tree: PyTree, slow: Params) -> dict[str, Float[Array, "k n"]]:

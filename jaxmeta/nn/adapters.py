@@ -181,11 +181,13 @@ def from_nnx(network: Callable) -> Model:
     if not isinstance(template, nnx.Module):
         raise ValueError(f"network must be a flax.nnx.Module or make one, got one that makes {name}")
     taken = call_arguments(template, "mask", *SWITCHES)
+    template = nnx.recursive_map(
+        lambda _, node: _with_explicit_statistics(node) if isinstance(node, nnx.BatchNorm) else node, template
+    )
     norms = set()
     for path, module in nnx.iter_modules(template):
         if isinstance(module, nnx.BatchNorm):
             norms.add(path)
-            module.__class__ = _with_explicit_statistics(type(module))
         if isinstance(module, nnx.Dropout) and module.rngs is None:
             raise ValueError(f"{name} has an nnx.Dropout without a random stream; build it with rngs=rngs")
 
@@ -369,13 +371,19 @@ def _from_dict(values, tree):
 
 
 def _with_explicit_statistics(batch_norm):
-    """A class of `nnx.BatchNorm` that is told only by its attribute which statistics to use.
+    """An `nnx.BatchNorm` like the given one, told only by its attribute which statistics to use.
 
     It records those of the batch as they are: the running averages of NNX carry no gradient, and
     those of a support set must.
     """
 
-    class BatchNorm(batch_norm):  # type: ignore[misc, valid-type]
+    class BatchNorm(type(batch_norm)):  # type: ignore[misc]
+        def __init__(self, given):
+            # NNX's own records of a module are there before, and stay.
+            for name, value in vars(given).items():
+                if name not in vars(self):
+                    setattr(self, name, value)
+
         def __call__(self, x, use_running_average=None, *, mask=None):
             if not self.use_running_average:
                 axes = tuple(axis for axis in range(x.ndim) if axis != self.axis % x.ndim)
@@ -386,7 +394,7 @@ def _with_explicit_statistics(batch_norm):
                 self.var.set_value(values.var(axes, where=mask))
             return super().__call__(x, use_running_average=True)
 
-    return BatchNorm
+    return BatchNorm(batch_norm)
 
 
 def _restarted(streams, key):

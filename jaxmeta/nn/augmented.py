@@ -11,7 +11,7 @@ slow self. Two modules that make fast weights from gradients, one coordinate at 
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,9 @@ class AugmentedConv(linen.Module):
 
     Attributes:
       features: output channels.
-      kernel_size, strides, padding: as of `jm.nn.conv`.
+      kernel_size: height and width of the kernel.
+      strides: step of the window along height and width.
+      padding: "SAME" or "VALID".
       activation: a; None for a sum of convolutions.
       kernel_init: of the slow weights.
 
@@ -130,7 +132,7 @@ class AugmentedConv(linen.Module):
     features: int
     kernel_size: tuple[int, int] = (3, 3)
     strides: tuple[int, int] = (1, 1)
-    padding: str = "SAME"
+    padding: Literal["SAME", "VALID"] = "SAME"
     activation: Activation | None = jax.nn.relu
     kernel_init: Callable = published_init
 
@@ -164,10 +166,11 @@ class AugmentedCNN(linen.Module):
     Without, an embedding, whose last layer "fc" is linear.
 
     Attributes:
-      ways: width of "head"; None for an embedding.
-      filters: channels of every convolution, "conv_0", …
-      blocks: how many convolutions; with none, a network of linear layers, for inputs of any shape.
-      features: width of "fc".
+      ways: width of the linear layer "head"; None for an embedding without one.
+      filters: channels of every convolution.
+      blocks: how many convolutions there are, "conv_0", …; with none, a network of linear layers, for inputs
+        of any shape.
+      features: width of the linear layer "fc".
       kernel_init: of the slow weights.
 
     Raises:

@@ -6,6 +6,7 @@ product's columns, which the twenty features of a state do not.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ class ProposedUpdate(linen.Module):
       Andrychowicz et al., 2016, section 2.1.
     """
 
-    layers: Sequence[int] = (20, 20)
+    layers: tuple[int, ...] = (20, 20)
     preprocess: float | None = 10.0
     scale: float = 0.01
     zero_output: bool = False
@@ -138,7 +139,7 @@ class GatedUpdate(linen.Module):
     """
 
     hidden: int | None = 20
-    feedback: str = "gate"
+    feedback: Literal["gate", "pre_gate"] = "gate"
     preprocess: float = 10.0
 
     @linen.compact

@@ -1,6 +1,7 @@
 """The networks of the literature, in the exact shapes whose numbers were published."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +73,11 @@ class ConvNorm(linen.Module):
 
     Attributes:
       filters: output channels.
-      strides: of the convolution.
+      strides: step of the convolution's window.
       pool: whether to pool.
       use_scale: whether the normalisation has a scale.
-      epsilon: of the normalisation.
-      padding: of the convolution.
+      epsilon: added to the variance in the batch normalisation.
+      padding: of the convolution, "SAME" or "VALID".
     """
 
     filters: int
@@ -84,7 +85,7 @@ class ConvNorm(linen.Module):
     pool: bool = False
     use_scale: bool = True
     epsilon: float = 1e-3
-    padding: str = "SAME"
+    padding: Literal["SAME", "VALID"] = "SAME"
 
     @linen.compact
     def __call__(
@@ -114,7 +115,7 @@ class Conv4(linen.Module):
     Attributes:
       ways: width of the linear head; None for an embedding without one.
       filters: channels of every block.
-      epsilon: of the batch normalisation.
+      epsilon: added to the variance in the batch normalisation.
 
     Raises:
       ValueError: images smaller than 16×16.
@@ -152,9 +153,9 @@ class StridedConv4(linen.Module):
     Attributes:
       ways: width of the linear head; None for an embedding without one.
       filters: channels of every block.
-      flatten: keep the last map's pixels apart instead of averaging them.
+      flatten: whether to keep the last map's pixels apart instead of averaging them.
       use_scale: whether the batch normalisation has a scale.
-      epsilon: of the batch normalisation.
+      epsilon: added to the variance in the batch normalisation.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning, 2017, section 5.2.
@@ -186,7 +187,7 @@ class MLP(linen.Module):
       out: width of the output layer (named "head"); None for an embedding without one.
       hidden: widths of the hidden layers. (40, 40) is MAML's sinusoid network, 1,761 parameters;
         (256, 128, 64, 64) with `norm` its Omniglot network without convolutions.
-      norm: batch normalisation before every activation.
+      norm: whether there is batch normalisation before every activation.
       activation: after every hidden layer.
       use_bias: whether layers have biases.
       kernel_init: of every layer. The default is that of MAML's official code, a truncated normal
@@ -197,7 +198,7 @@ class MLP(linen.Module):
     divisible = True
 
     out: int | None
-    hidden: Sequence[int] = (40, 40)
+    hidden: tuple[int, ...] = (40, 40)
     norm: bool = False
     activation: Callable = jax.nn.relu
     use_bias: bool = True

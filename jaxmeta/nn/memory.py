@@ -6,7 +6,7 @@ states are dicts of arrays of one sequence: sequences are batched by `vmap`, and
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +69,15 @@ class LRUA(linen.Module):
     Published descriptions leave questions open; defaults are the paper's text.
 
     Attributes:
-      rows, width: of the memory.
-      heads: reads of each step, and writes.
-      decay: γ of the usage; 0.95 in every public implementation.
-      write: a_j is the "key", or "separate".
-      least: rows that w^lu marks, "shared": as many as there are heads, for all of them; or "per_head":
-        for head j the j-th least used.
-      score: of the memory "after" the write, or "before" it; read is always what is there after it.
+      rows: number of rows of the memory.
+      width: number of values of a row of the memory.
+      heads: number of reads of each step, and of writes.
+      decay: γ, what is left of the usage after a step; 0.95 in every public implementation.
+      write: what is added to the memory, a_j: the "key", or something "separate".
+      least: which least used rows w^lu marks: "shared", as many as there are heads, for all of them; or
+        "per_head", for head j the j-th least used.
+      score: which memory keys are compared with: that "after" the write, or "before" it. Read is always what
+        is there after it.
       key_strength: whether heads sharpen their reads by β = 1 + softplus, as the Neural Turing Machine does.
       first_read: where an episode begins to read: at the "first_row", or in all, "uniform".
 
@@ -90,11 +92,11 @@ class LRUA(linen.Module):
     width: int = 40
     heads: int = 4
     decay: float = 0.99
-    write: str = "key"
-    least: str = "shared"
-    score: str = "after"
+    write: Literal["key", "separate"] = "key"
+    least: Literal["shared", "per_head"] = "shared"
+    score: Literal["after", "before"] = "after"
     key_strength: bool = False
-    first_read: str = "first_row"
+    first_read: Literal["first_row", "uniform"] = "first_row"
 
     def __post_init__(self):
         for name, known in (
@@ -165,9 +167,10 @@ class NTM(linen.Module):
     sharpens them; write heads erase before they add.
 
     Attributes:
-      rows, width: of the memory.
-      heads: read heads, and write heads.
-      shift: farthest shift of one step.
+      rows: number of rows of the memory.
+      width: number of values of a row of the memory.
+      heads: number of read heads, and of write heads.
+      shift: the farthest that a head shifts in one step.
 
     References:
       Graves, Wayne & Danihelka, Neural Turing Machines, 2014, sections 3.1 to 3.3.
@@ -264,10 +267,10 @@ class MemoryNetwork(linen.Module):
     step before is in the loop.
 
     Attributes:
-      out: width of the output.
-      memory: `LRUA`, `NTM`, or None.
-      hidden: width of the controller.
-      controller: "lstm" or "feed_forward".
+      out: width of the output layer.
+      memory: external memory: `LRUA`, `NTM`, or None.
+      hidden: width of the controller's state.
+      controller: kind of controller: "lstm" or "feed_forward".
 
     Raises:
       ValueError: an unknown controller.
@@ -279,7 +282,7 @@ class MemoryNetwork(linen.Module):
     out: int
     memory: linen.Module | None = LRUA()
     hidden: int = 200
-    controller: str = "lstm"
+    controller: Literal["lstm", "feed_forward"] = "lstm"
 
     def __post_init__(self):
         if self.controller not in ("lstm", "feed_forward"):

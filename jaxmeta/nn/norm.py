@@ -88,7 +88,8 @@ class BatchNorm(linen.Module):
 
     Attributes:
       epsilon: added to the variance. 1e-3 is MAML's official code, 1e-5 torch's default.
-      use_scale, use_bias: whether γ and β are learned (MAML's official code has no γ).
+      use_scale: whether γ is learned (MAML's official code has none).
+      use_bias: whether β is learned.
 
     References:
       Ioffe & Szegedy, Batch Normalization, 2015.

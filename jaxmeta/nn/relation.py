@@ -1,5 +1,7 @@
 """The two networks of relation networks."""
 
+from typing import Literal
+
 import jax
 from flax import linen
 from jaxtyping import Array, Bool, Float
@@ -51,7 +53,7 @@ class RelationModule(linen.Module):
     divisible = True
 
     filters: int = 64
-    padding: str = "SAME"
+    padding: Literal["SAME", "VALID"] = "SAME"
 
     @linen.compact
     def __call__(

@@ -1,7 +1,5 @@
 """ResNet-18, -34 and -50 as in torchvision and Hugging Face's transformers, whose weights fit them."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import linen
@@ -91,7 +89,7 @@ class ResNet(linen.Module):
     Attributes:
       ways: width of the linear layer "head"; None for an embedding without one.
       depths: number of blocks of each stage.
-      channels: of the output of each stage.
+      channels: output channels of each stage.
       bottleneck: whether blocks have three convolutions instead of two.
       stem: channels of the first convolution.
 
@@ -109,8 +107,8 @@ class ResNet(linen.Module):
     divisible = True
 
     ways: int | None = None
-    depths: Sequence[int] = (2, 2, 2, 2)
-    channels: Sequence[int] = (64, 128, 256, 512)
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    channels: tuple[int, ...] = (64, 128, 256, 512)
     bottleneck: bool = False
     stem: int = 64
 
@@ -138,12 +136,12 @@ class ResNet18(ResNet):
 class ResNet34(ResNet):
     """ResNet-34: 512 features, 21,284,672 parameters without a head; see `ResNet`."""
 
-    depths: Sequence[int] = (3, 4, 6, 3)
+    depths: tuple[int, ...] = (3, 4, 6, 3)
 
 
 class ResNet50(ResNet):
     """ResNet-50: 2048 features, 23,508,032 parameters without a head; see `ResNet`."""
 
-    depths: Sequence[int] = (3, 4, 6, 3)
-    channels: Sequence[int] = (256, 512, 1024, 2048)
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    channels: tuple[int, ...] = (256, 512, 1024, 2048)
     bottleneck: bool = True

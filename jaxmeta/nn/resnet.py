@@ -1,7 +1,5 @@
 """ResNet-12, the deep network of the few-shot literature."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import linen
@@ -81,8 +79,9 @@ class ResNet12(linen.Module):
 
     Attributes:
       ways: width of the linear head; None for an embedding without one.
-      channels: of each block.
-      drop_rate: 0.1 in MetaOptNet; 0 drops nothing.
+      channels: output channels of each block.
+      drop_rate: share of each block's output that is dropped in training. 0.1 in MetaOptNet; 0 drops
+        nothing.
 
     Raises:
       ValueError: images smaller than 16×16.
@@ -95,7 +94,7 @@ class ResNet12(linen.Module):
     divisible = True
 
     ways: int | None = None
-    channels: Sequence[int] = (64, 160, 320, 640)
+    channels: tuple[int, ...] = (64, 160, 320, 640)
     drop_rate: float = 0.0
 
     @linen.compact

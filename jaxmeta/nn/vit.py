@@ -1,7 +1,7 @@
 """The vision transformer as in Hugging Face's transformers and in timm, whose weights fit it."""
 
 import math
-from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -110,17 +110,19 @@ class ViT(linen.Module):
 
     Attributes:
       patch: side of a patch in pixels.
-      width: of a token.
+      width: number of values of a token.
       depth: number of blocks.
-      heads: of each attention; they divide `width`.
+      heads: number of heads of each attention, which divides `width`.
       mlp: width of each block's hidden layer.
       image_size: side of the images in pixels, or height and width, as the position embeddings have them; for
         another size, see `resize_positions`.
       ways: width of the linear layer "head"; None for the features.
-      pooling: "cls", the class token, normalised; or "mean", of the patches' tokens, then normalised (timm's
-        `global_pool="avg"`).
-      epsilon: of the layer normalisation: 1e-12 in Hugging Face's configurations, 1e-6 in timm.
-      dropout: after position embeddings, attention and MLP, where `deterministic` is False.
+      pooling: what the features are: "cls", the class token, normalised; or "mean", of the patches'
+        tokens, then normalised (timm's `global_pool="avg"`).
+      epsilon: added to the variance in the layer normalisation: 1e-12 in Hugging Face's configurations, 1e-6
+        in timm.
+      dropout: share of values that are dropped in training, after position embeddings, attention and MLP,
+        where `deterministic` is False.
       qkv_bias: whether query, key and value have biases.
 
     Raises:
@@ -142,9 +144,9 @@ class ViT(linen.Module):
     depth: int = 12
     heads: int = 12
     mlp: int = 3072
-    image_size: int | Sequence[int] = 224
+    image_size: int | tuple[int, int] = 224
     ways: int | None = None
-    pooling: str = "cls"
+    pooling: Literal["cls", "mean"] = "cls"
     epsilon: float = 1e-12
     dropout: float = 0.0
     qkv_bias: bool = True

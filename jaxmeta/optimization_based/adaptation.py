@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from jaxmeta import losses
-from jaxmeta.checks import ArgumentError, check_count, check_function, check_word, shown
+from jaxmeta.checks import ArgumentError, check_count, check_function, check_number, check_word, shown
 from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
@@ -39,8 +39,8 @@ class Adaptation(NamedTuple):
       fit: `(params, support, key, *, steps, order, keep_path, stats, state, begin) -> (weights, trace)`: the
         inner loop, as in training where the rest is left out; `stats` normalise the support set, `state`
         is the optimizer's and `begin` the number of its steps so far, to go on from.
-      judge: `(weights, batch, key, stats=None, step=steps) -> (loss, metrics)` of adapted weights on a batch,
-        after that many steps.
+      judge: `(weights, batch, key, stats=None, step=inner_steps) -> (loss, metrics)` of adapted weights on a
+        batch, after that many steps.
       query_statistics: `(params, weights, support, trace) -> stats` that normalise the queries in training;
         the trace is read where `norm` is "episode".
       weights_at: `(params, fast, step) -> weights`: a state of the adapted leaves on the inner loop's path
@@ -63,9 +63,9 @@ def adaptation(
     *,
     inner_optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
     hyper: PyTree | Callable[[Key, PyTree], PyTree] = None,
-    steps: int = 1,
+    inner_steps: int = 1,
     eval_steps: int | None = None,
-    batch_size: int | None = None,
+    inner_batch: int | None = None,
     norm: str = "batch",
     adapts: Callable[[str], bool] | None = None,
     per_step: bool = False,
@@ -80,18 +80,18 @@ def adaptation(
         statistics. They are not adapted. The queries are normalised by those of the last step.
     """
     check_word("norm", norm, NORMS)
-    check_count("steps", steps)
+    check_count("inner_steps", inner_steps)
     if eval_steps is not None:
         check_count("eval_steps", eval_steps, 0)
-    if batch_size is not None:
-        check_count("batch_size", batch_size)
+    if inner_batch is not None:
+        check_count("inner_batch", inner_batch)
     check_word("order", order, ORDERS)
     check_function("loss", loss)
     _check_hyper(inner_optimizer, hyper, order)
     if order == "implicit":
-        _check_implicit(eval_steps, batch_size, norm)
+        _check_implicit(eval_steps, inner_batch, norm)
     model = as_model(model, "model")
-    eval_steps = steps if eval_steps is None else eval_steps
+    eval_steps = inner_steps if eval_steps is None else eval_steps
     if norm == "episode" and eval_steps < 1:
         raise ArgumentError("norm", '"episode" is an average over inner steps; eval_steps must be at least 1')
 
@@ -113,7 +113,7 @@ def adaptation(
     def batch_at(batch: tuple, step: Any) -> tuple:
         support, key, begin = batch
         step = begin + step
-        return minibatch(support, step, batch_size), key_at(key, step), step
+        return minibatch(support, step, inner_batch), key_at(key, step), step
 
     def support_loss(fast: PyTree, batch: tuple, *, frozen: PyTree, own: PyTree, stats: PyTree) -> jax.Array:
         support, key, step = batch
@@ -132,7 +132,7 @@ def adaptation(
             **engine,
         )
 
-    for n in (steps, eval_steps):
+    for n in (inner_steps, eval_steps):
         loop(n, order, norm == "episode")
 
     def parts_of(params: Params) -> tuple[PyTree, PyTree, PyTree]:
@@ -155,7 +155,7 @@ def adaptation(
         support: Batch,
         key: Key,
         *,
-        steps: int = steps,
+        steps: int = inner_steps,
         order: str = order,
         keep_path: bool = norm == "episode",
         stats: PyTree = None,
@@ -163,7 +163,7 @@ def adaptation(
         begin: Any = 0,
     ) -> tuple[Params, Trace]:
         fast, frozen, own = parts_of(params)
-        if batch_size is not None:
+        if inner_batch is not None:
             support = shuffled(support, key)
         fast, trace = loop(steps, order, keep_path)(
             fast,
@@ -177,7 +177,7 @@ def adaptation(
         return weights_at(params, fast, last(steps)), trace
 
     def judge(
-        weights: Params, batch: Batch, key: Key, stats: PyTree = None, step: Any = steps
+        weights: Params, batch: Batch, key: Key, stats: PyTree = None, step: Any = inner_steps
     ) -> tuple[jax.Array, Metrics]:
         outputs = outputs_of(weights, batch, stats, key_at(key, step))
         value = loss(outputs, batch.y, batch.mask)
@@ -222,7 +222,7 @@ def adaptation(
         if per_step:
             layers = picked_by_path(slow, _in_layers_of(jax.eval_shape(statistics_of, slow, task.support)))
             own, params["model"] = partition(slow, layers)
-            params["per_step"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), own)
+            params["per_step"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * inner_steps), own)
         fast, _, _ = parts_of(params)
         if not jax.tree.leaves(fast):
             raise ValueError(f"adapts picks no leaf to adapt; the leaves are {paths(params['model'])}")
@@ -257,7 +257,7 @@ def adaptation(
             found = [
                 lax.map(
                     lambda numbered: to_moments(statistics_of(weights_at(params, *numbered), part)),  # noqa: B023
-                    (states, jnp.arange(steps)),
+                    (states, jnp.arange(inner_steps)),
                 )
                 for states, part in ((before, task.support), (trace.path, task.query))
             ]
@@ -273,6 +273,15 @@ def adaptation(
         predict,
         statistics if model.apply_norm is not None else None,
     )
+
+
+def descent(
+    inner_lr: float,
+    inner_optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation] | None,
+) -> optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]:
+    """The inner optimizer: gradient descent of rate `inner_lr`, unless another one is given."""
+    check_number("inner_lr", inner_lr, 0)
+    return optax.sgd(inner_lr) if inner_optimizer is None else inner_optimizer
 
 
 def shuffled(batch: Batch, key: Key) -> Batch:
@@ -333,13 +342,13 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
         require_finite_derivative(inner_optimizer(jax.tree.map(jnp.asarray, hyper)))
 
 
-def _check_implicit(eval_steps: int | None, batch_size: int | None, norm: str) -> None:
+def _check_implicit(eval_steps: int | None, inner_batch: int | None, norm: str) -> None:
     if eval_steps is not None and eval_steps < 1:
         raise ArgumentError("eval_steps", f'got {eval_steps}; it must be at least 1 under order="implicit"')
-    if batch_size is not None:
+    if inner_batch is not None:
         raise ArgumentError(
-            "batch_size",
-            f'got {batch_size}; order="implicit" is about the minimum of the loss of all support '
+            "inner_batch",
+            f'got {inner_batch}; order="implicit" is about the minimum of the loss of all support '
             "examples; leave it out",
         )
     if norm == "episode":

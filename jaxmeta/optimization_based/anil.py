@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from jaxmeta import declare
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, Learner, Params, Task
 from jaxmeta.nn.adapters import Network, as_model
@@ -13,8 +14,10 @@ from jaxmeta.optimization_based.trees import paths
 Head = str | Callable[[str], bool]
 
 
+@declare.learner()
+@declare.forwards(maml, without=("adapts",))
 def anil(model: Network, *, head: Head = "head", **settings) -> Learner:
-    r"""ANIL ("almost no inner loop"): MAML whose inner loop changes nothing but the head.
+    r"""Build ANIL ("almost no inner loop"), MAML that adapts the head alone (Raghu et al. 2020).
 
     θ = (body ψ, head w):  w_j = w_{j−1} − α ∇_w L^S(ψ, w_{j−1}),  meta-loss L^Q(ψ, w_n)
 
@@ -22,9 +25,9 @@ def anil(model: Network, *, head: Head = "head", **settings) -> Learner:
 
     Args:
       model: as of `jm.maml`.
-      head: of `model`: the name of a module in its parameters ("head", or "decoder/out" for one inside
+      head: name of the head, a module in the parameters of `model` ("head", or "decoder/out" for one inside
         another), or a predicate on a leaf's path such as "head/kernel".
-      **settings: of `jm.maml`, without `adapts`.
+      **settings: as of `jm.maml`.
 
     Raises:
       ValueError: `head` names no parameter; and what `jm.maml` raises.

@@ -1,13 +1,16 @@
 """BOIL: the inner loop adapts the body alone, and the head is shared by all tasks."""
 
+from jaxmeta import declare
 from jaxmeta.core import Learner
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.anil import Head, in_head, with_head
 from jaxmeta.optimization_based.maml import maml
 
 
+@declare.learner()
+@declare.forwards(maml, without=("adapts",))
 def boil(model: Network, *, head: Head = "head", **settings) -> Learner:
-    r"""BOIL ("body only update in inner loop"): ANIL the other way round.
+    r"""Build BOIL ("body only update in inner loop"), MAML that adapts the body alone (Oh et al. 2021).
 
     θ = (body ψ, head w):  ψ_j = ψ_{j−1} − α ∇_ψ L^S(ψ_{j−1}, w),  meta-loss L^Q(ψ_n, w)
 
@@ -15,8 +18,8 @@ def boil(model: Network, *, head: Head = "head", **settings) -> Learner:
 
     Args:
       model: as of `jm.maml`.
-      head: of `model`: the name of a module in its parameters, or a predicate on a leaf's path.
-      **settings: of `jm.maml`, without `adapts`.
+      head: name of the head, a module in the parameters of `model`, or a predicate on a leaf's path.
+      **settings: as of `jm.maml`.
 
     Raises:
       ValueError: `head` names no parameter, or all; and what `jm.maml` raises.

@@ -1,12 +1,14 @@
 """The LSTM meta-learner: an optimizer that is itself learned, and the start that suits it."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from jaxmeta import declare
 from jaxmeta.checks import check_count, check_number, check_word
 from jaxmeta.core import Key, Learner, PyTree
 from jaxmeta.nn.adapters import Network
@@ -14,17 +16,33 @@ from jaxmeta.nn.coordinatewise import FEEDBACKS, GatedUpdate
 from jaxmeta.optimization_based.maml import maml
 
 
+def _training(base: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"inner_steps": 12, "eval_steps": 12, "report_steps": (), "order": "first"}
+    if base["kind"] != "regression":
+        # Its meta-gradient costs far more than MAML's: two LSTMs at every parameter, twelve times.
+        found |= {
+            "network": "conv4-32",
+            "meta_batch": min(base["meta_batch"], 4),
+            "steps": max(base["steps"] // 2, 1),
+        }
+    return found
+
+
+@declare.learner(rows={"transductive": "batch", "inductive": "episode"}, training=_training)
+@declare.forwards(maml, without=("inner_lr", "inner_optimizer", "hyper", "proximal", "cg_steps", "damping"))
 def lstm_meta_learner(
     model: Network,
     *,
-    steps: int = 12,
+    inner_steps: int = 12,
     hidden: int | None = 20,
-    feedback: str = "gate",
+    feedback: Literal["gate", "pre_gate"] = "gate",
     gradient_scale: float = 1.0,
-    order: str = "first",
+    order: Literal["first", "second"] = "first",
     **settings,
 ) -> Learner:
-    r"""LSTM meta-learner: gradient descent whose every step is that of an LSTM cell.
+    r"""Build an LSTM that is the optimizer, and the start that suits it (Ravi & Larochelle 2017).
+
+    Every step of gradient descent is that of an LSTM cell.
 
     θ_t = f_t ⊙ θ_{t−1} − i_t ⊙ ∇_t,  i_t = σ(W_I [∇_t, L_t, θ_{t−1}, i_{t−1}] + b_I),  f_t likewise;
 
@@ -37,17 +55,18 @@ def lstm_meta_learner(
 
     Args:
       model: as of `jm.maml`.
-      steps: T, at least 1. In the paper 12 at 1 shot, 5 at 5 shots (8 in its code).
+      inner_steps: inner steps in training, T, at least 1. In the paper 12 at 1 shot, 5 at 5 shots (8 in its
+        code).
       hidden: features of the LSTM before the gates; None for the one-layer form.
       feedback: what of i_{t−1} and f_{t−1} the gates see: "gate" (the paper's formula) or "pre_gate" (the
         value before σ, as in the official code).
-      gradient_scale: of ∇_t. The official code's gradient is the mean loss's divided once more by the number
-        of support examples, 1/5 at 5 ways and 1 shot; by default that is left to b_I.
-      order: "first", in which ∇_t and L_t are constants, as published; "second" differentiates them.
-      **settings: of `jm.maml`, without `inner_optimizer`, `hyper` and "implicit" `order`. With
-        `norm="episode"` the statistics are the published ones of testing: a running average over the
-        inner steps, begun anew for each task (of weight 0.9 for the newest, as at 1 shot). Training
-        normalises the queries by their own, which is the default.
+      gradient_scale: factor of ∇_t before the LSTM. The official code's gradient is the mean loss's divided
+        once more by the number of support examples, 1/5 at 5 ways and 1 shot; by default that is left to b_I.
+      order: whether ∇_t and L_t are constants in the meta-gradient ("first", as published) or differentiated
+        ("second").
+      **settings: as of `jm.maml`. With `norm="episode"` the statistics are the published ones of testing: a
+        running average over the inner steps, begun anew for each task (of weight 0.9 for the newest, as at 1
+        shot). Training normalises the queries by their own, which is the default.
 
     Raises:
       ValueError: `hidden` below 1, an unknown `feedback`; and what `jm.maml` raises.
@@ -65,6 +84,8 @@ def lstm_meta_learner(
     """
     if hidden is not None:
         check_count("hidden", hidden)
+    # No "implicit": the end depends on the way there.
+    check_word("order", order, ("first", "second"))
     check_word("feedback", feedback, FEEDBACKS)
     check_number("gradient_scale", gradient_scale)
     cell = GatedUpdate(hidden, feedback)
@@ -90,4 +111,6 @@ def lstm_meta_learner(
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    return maml(model, inner_optimizer=descend, hyper=initial, steps=steps, order=order, **settings)
+    return maml(
+        model, inner_optimizer=descend, hyper=initial, inner_steps=inner_steps, order=order, **settings
+    )

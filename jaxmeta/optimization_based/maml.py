@@ -1,36 +1,40 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps suffice."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import optax
 
-from jaxmeta import losses
+from jaxmeta import declare, losses
 from jaxmeta.core import Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network
-from jaxmeta.optimization_based.adaptation import adaptation
+from jaxmeta.optimization_based.adaptation import adaptation, descent
 
 
+@declare.learner()
 def maml(
     model: Network,
     *,
+    inner_lr: float = 0.4,
     inner_optimizer: optax.GradientTransformation
-    | Callable[[PyTree], optax.GradientTransformation] = optax.sgd(0.4),  # noqa: B008 - immutable
+    | Callable[[PyTree], optax.GradientTransformation]
+    | None = None,
     hyper: PyTree | Callable[[Key, PyTree], PyTree] = None,
-    steps: int = 1,
+    inner_steps: int = 1,
     eval_steps: int | None = None,
-    batch_size: int | None = None,
-    order: str = "second",
-    memory: str = "auto",
+    inner_batch: int | None = None,
+    order: Literal["second", "first", "implicit"] = "second",
+    memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
     truncation: int | None = None,
     proximal: float | None = None,
     cg_steps: int = 5,
     damping: float = 0.0,
-    norm: str = "batch",
+    norm: Literal["batch", "support", "population", "episode"] = "batch",
     adapts: Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
 ) -> Learner:
-    r"""MAML: meta-learns the initialisation θ of gradient descent.
+    r"""Build MAML, which meta-learns the initialisation of gradient descent (Finn et al. 2017).
 
     θ_0 = θ,  θ_j = θ_{j−1} − α ∇L^S(θ_{j−1}),  j = 1 … n;  meta-loss L^Q(θ_n), whose gradient is
 
@@ -49,20 +53,30 @@ def maml(
     Args:
       model: a network of any kind that `jm.nn.as_model` takes; its output width is the number of
         ways.
-      inner_optimizer: of the inner loop: any optax transformation, or a function `hyper ->
-        transformation` of what is meta-learned besides. Where the paper's code sums its loss over N·K
-        support examples after dividing by K, its step size is N times ours: α = 0.4 there is 2.0 with our
-        mean at 5 ways.
+      inner_lr: step size α of the inner loop's gradient descent, for the mean loss of the support set. Where
+        the paper's code sums its loss over N·K support examples after dividing by K, its step size is N
+        times ours: α = 0.4 there is 2.0 with our mean at 5 ways.
+      inner_optimizer: optimizer of the inner loop, which takes the place of `inner_lr`: any optax
+        transformation, or a function `hyper -> transformation` of what is meta-learned besides; None for
+        plain gradient descent.
       hyper: initial values of the inner optimizer's meta-learned hyperparameters, any tree, or a function
         `(key, adapted leaves) -> tree`; None where there are none. For a learned step size,
         `inner_optimizer=optax.sgd, hyper=0.4`.
-      steps: n in training, at least 1.
-      eval_steps: n in `adapt`, at least 0; the same as `steps` if None.
-      batch_size: support examples in each inner step, taken in turns from a random order; all if None.
-      order: "second", "first" or "implicit" (see `jm.inner_loop`).
-      memory, truncation, proximal, cg_steps, damping: of the inner loop and its derivative (see
-        `jm.inner_loop`).
-      norm: which statistics normalise the queries, where the network has any. "batch": their own
+      inner_steps: inner steps in training, n, at least 1.
+      eval_steps: inner steps at validation and test, in `adapt`, at least 0; as in training if None.
+      inner_batch: support examples in each inner step, in turns from a random order; all if None.
+      order: derivatives in the meta-gradient: through the inner gradients too ("second"), without these
+        ("first"), or of the condition for a minimum ("implicit"); see `jm.inner_loop`.
+      memory: how the backward pass gets at the values of each inner step, under order "second" and "first":
+        it keeps them ("store"), computes them again ("recompute", and by forward mode
+        "forward_over_reverse"), or chooses by their size ("auto"); see `jm.inner_loop`.
+      truncation: inner steps between cuts of the meta-gradient, counted from the last; no cuts if None. See
+        `jm.inner_loop`.
+      proximal: weight λ of (λ/2)‖φ − θ‖² in the inner loss; without that term if None. Order "implicit"
+        needs it.
+      cg_steps: most steps of conjugate gradients, under order "implicit".
+      damping: what is added to the identity in I + H/λ, under order "implicit".
+      norm: whose statistics normalise the queries, where the network has any. "batch": their own
         (transductive; the published numbers). "support": the support set's at the adapted
         weights (inductive). "episode": the running average, of weight 0.9 for the newest, of the
         support set's in each inner step (inductive). "population": those filled by `jm.calibrate` at the
@@ -76,14 +90,15 @@ def maml(
       A `Learner`.
 
     Raises:
-      ValueError: an unknown `norm`; `steps` below 1 or `eval_steps` below 0; `hyper` without a function that
-        takes it, or the other way round, or under "implicit"; `adapts` picks no leaf; the outputs are not
-        `(n, ways)`; "population" asked of params that were not calibrated; and what `jm.inner_loop` raises.
+      ValueError: an unknown `norm`; a negative `inner_lr`; `inner_steps` below 1 or `eval_steps` below 0;
+        `hyper` without a function that takes it, or the other way round, or under "implicit"; `adapts` picks
+        no leaf; the outputs are not `(n, ways)`; "population" asked of params that were not calibrated; and
+        what `jm.inner_loop` raises.
 
     Examples:
-      >>> import jax, optax, jaxmeta as jm
+      >>> import jax, jaxmeta as jm
       >>> tasks = jm.tasks.sinusoid(shots=10, queries=10)
-      >>> learner = jm.maml(jm.nn.MLP(out=1), inner_optimizer=optax.sgd(0.01), loss=jm.losses.mse)
+      >>> learner = jm.maml(jm.nn.MLP(out=1), inner_lr=0.01, loss=jm.losses.mse)
       >>> task = tasks.sample(jax.random.key(0))
       >>> params = learner.init(jax.random.key(1), task)
       >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
@@ -96,11 +111,11 @@ def maml(
     """
     network = adaptation(
         model,
-        inner_optimizer=inner_optimizer,
+        inner_optimizer=descent(inner_lr, inner_optimizer),
         hyper=hyper,
-        steps=steps,
+        inner_steps=inner_steps,
         eval_steps=eval_steps,
-        batch_size=batch_size,
+        inner_batch=inner_batch,
         norm=norm,
         adapts=adapts,
         loss=loss,
@@ -123,10 +138,20 @@ def maml(
     return Learner(network.init, network.adapt, network.predict, task_loss, network.statistics)
 
 
+@declare.learner()
+@declare.forwards(maml, without=("order", "memory", "truncation", "proximal", "cg_steps", "damping"))
 def fomaml(model: Network, **settings) -> Learner:
-    """First-order MAML: `maml(model, order="first", **settings)`.
+    """Build FOMAML, MAML without second derivatives (Finn et al. 2017).
 
-    g_FOMAML = ∇L^Q(θ_n): the inner gradients are constants, so no second derivative is computed.
+    It is `jm.maml(model, order="first")`. g_FOMAML = ∇L^Q(θ_n): the inner gradients are constants, so no
+    second derivative is computed.
+
+    Args:
+      model: as of `jm.maml`.
+      **settings: as of `jm.maml`.
+
+    Raises:
+      ValueError: what `jm.maml` raises.
 
     References:
       Finn, Abbeel & Levine, 2017, section 5.2.

@@ -1,6 +1,7 @@
 """MAML++: how to train your MAML, in five changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmeta import losses
+from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import Key, Learner, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network
@@ -18,21 +19,36 @@ from jaxmeta.optimization_based.adaptation import adaptation
 LEAST_WEIGHT = 0.03
 
 
+def _training(base: Mapping[str, Any]) -> dict[str, Any]:
+    found = {
+        "inner_steps": 5,
+        "eval_steps": 5,
+        "report_steps": (),
+        # 10 of the 100 epochs of training, as on Omniglot.
+        "anneal_steps": round(0.1 * base["steps"]),
+        "first_order_steps": 0,
+    }
+    return found if base.get("inner_lr") is None else {**found, "inner_lr": base["inner_lr"]}
+
+
+@declare.learner(training=_training)
 def maml_plus_plus(
     model: Network,
     *,
-    rate: float = 0.1,
-    steps: int = 5,
+    inner_lr: float = 0.1,
+    inner_steps: int = 5,
     eval_steps: int | None = None,
     anneal_steps: int = 5000,
     first_order_steps: int = 0,
     per_step_norm: bool = True,
-    memory: str = "auto",
-    norm: str = "batch",
+    memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
+    norm: Literal["batch", "support", "population"] = "batch",
     adapts: Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
 ) -> Learner:
-    r"""MAML++: MAML with
+    r"""Build MAML++: a multi-step loss, and step sizes and layers for each step (Antoniou et al. 2019).
+
+    It is MAML with
 
     - a multi-step loss, Σ_j v_j L^Q(θ_j), whose weights go from 1/T each to the last step's alone (MSL);
     - a learned step size for each parameter array and each inner step (LSLR);
@@ -46,28 +62,30 @@ def maml_plus_plus(
     it they are at their end: the last step's loss alone, second order.
 
     Params: those of `jm.maml`, without normalisation layers in "model"; "per_step" has theirs, with a
-    leading axis of steps; "hyper" has the step sizes, `(steps,)` for each array that is adapted.
+    leading axis of steps; "hyper" has the step sizes, `(inner_steps,)` for each array that is adapted.
 
     Args:
       model: as of `jm.maml`.
-      rate: initial step size. The official code has 0.1 for all data sets, whatever its configurations say.
-      steps: T, at least 1.
-      eval_steps: in `adapt`, at most `steps`; the same as `steps` if None.
-      anneal_steps: meta-steps until only the last step's loss counts; 0: from the start. 10 of 100 epochs
-        of 500 on Omniglot, 15 on mini-ImageNet.
-      first_order_steps: meta-steps in first order. 50 epochs in the paper; the released configurations
-        have none.
-      per_step_norm: whether each step has normalisation layers of its own; else they are shared, and
+      inner_lr: initial step size of every parameter array and inner step. The official code has 0.1 for all
+        data sets, whatever its configurations say.
+      inner_steps: inner steps in training, T, at least 1.
+      eval_steps: inner steps at validation and test, in `adapt`, at most those of training; as many if None.
+      anneal_steps: meta-steps until only the last inner step's loss counts; 0 for from the start. 10 of 100
+        epochs of 500 on Omniglot, 15 on mini-ImageNet.
+      first_order_steps: meta-steps of first order at the beginning. 50 epochs in the paper; the released
+        configurations have none.
+      per_step_norm: whether each inner step has normalisation layers of its own; else they are shared, and
         adapted, as in MAML.
-      memory: of the second-order backward pass (see `jm.inner_loop`).
-      norm: "batch", "support" or "population", as of `jm.maml`. The published numbers are of "batch": the
-        official code keeps running statistics for each step and then normalises by the batch's.
+      memory: how the second-order backward pass gets at the values of each inner step; see `jm.maml`.
+      norm: whose statistics normalise the queries, where the network has any; see `jm.maml`. The
+        published numbers are of "batch": the official code keeps running statistics for each step and then
+        normalises by the batch's.
       adapts: which of the other leaves the inner loop changes, as a predicate on their path; all if None.
       loss: `(outputs, y, mask) -> scalar`, of both loops.
 
     Raises:
-      ValueError: `steps` below 1; more `eval_steps` than there are step sizes; negative `anneal_steps` or
-        `first_order_steps`; and what `jm.maml` raises of the same arguments.
+      ValueError: `inner_steps` below 1; more `eval_steps` than there are step sizes; negative `anneal_steps`
+        or `first_order_steps`; and what `jm.maml` raises of the same arguments.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -80,15 +98,15 @@ def maml_plus_plus(
     References:
       Antoniou, Edwards & Storkey, How to train your MAML, 2019.
     """
-    check_number("rate", rate)
-    check_count("steps", steps)
+    check_number("inner_lr", inner_lr, 0)
+    check_count("inner_steps", inner_steps)
     if eval_steps is not None:
         check_count("eval_steps", eval_steps)
-    if eval_steps is not None and eval_steps > steps:
+    if eval_steps is not None and eval_steps > inner_steps:
         raise ArgumentError(
             "eval_steps",
-            f"got {eval_steps}; there are learned step sizes for 1 to {steps} steps (the "
-            "`steps` of training)",
+            f"got {eval_steps}; there are learned step sizes for 1 to {inner_steps} steps (the "
+            "`inner_steps` of training)",
         )
     for name, count in (("anneal_steps", anneal_steps), ("first_order_steps", first_order_steps)):
         check_count(name, count, 0)
@@ -96,13 +114,13 @@ def maml_plus_plus(
 
     def initial(key: Key, fast: PyTree) -> PyTree:
         del key
-        return jax.tree.map(lambda leaf: jnp.full((steps,), rate, leaf.dtype), fast)
+        return jax.tree.map(lambda leaf: jnp.full((inner_steps,), inner_lr, leaf.dtype), fast)
 
     network = adaptation(
         model,
         inner_optimizer=descend_by_step,
         hyper=initial,
-        steps=steps,
+        inner_steps=inner_steps,
         eval_steps=eval_steps,
         norm=norm,
         adapts=adapts,
@@ -134,14 +152,14 @@ def maml_plus_plus(
             )
 
         def last() -> tuple[jax.Array, Metrics]:
-            return judge(jax.tree.map(lambda leaf: leaf[-1], path), steps - 1)
+            return judge(jax.tree.map(lambda leaf: leaf[-1], path), inner_steps - 1)
 
         if step is None or not anneal_steps:
             return last()
 
         def weighted() -> tuple[jax.Array, Metrics]:
-            values, metrics = jax.vmap(judge)(path, jnp.arange(steps))
-            weights = multi_step_weights(steps, step / anneal_steps).astype(values.dtype)
+            values, metrics = jax.vmap(judge)(path, jnp.arange(inner_steps))
+            weights = multi_step_weights(inner_steps, step / anneal_steps).astype(values.dtype)
             return jnp.dot(weights, values), jax.tree.map(lambda leaf: leaf[-1], metrics)
 
         return lax.cond(step < anneal_steps, weighted, last)

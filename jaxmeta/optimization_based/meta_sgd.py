@@ -1,16 +1,27 @@
 """Meta-SGD: MAML that learns a step size for every parameter besides."""
 
+from typing import Literal
+
 import jax
 import optax
 
-from jaxmeta.checks import ArgumentError, check_number, shown
+from jaxmeta import declare
+from jaxmeta.checks import ArgumentError, check_number, check_word, shown
 from jaxmeta.core import Key, Learner, PyTree
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
 
 
-def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1), **settings) -> Learner:
-    r"""Meta-SGD: meta-learns the initialisation θ and a step size for each of its entries.
+@declare.learner()
+@declare.forwards(maml, without=("inner_optimizer", "hyper", "proximal", "cg_steps", "damping"))
+def meta_sgd(
+    model: Network,
+    *,
+    inner_lr: float | tuple[float, float] = (0.005, 0.1),
+    order: Literal["second", "first"] = "second",
+    **settings,
+) -> Learner:
+    r"""Build Meta-SGD, MAML with a learned step size for every parameter (Li et al. 2017).
 
     θ_j = θ_{j−1} − α ⊙ ∇L^S(θ_{j−1});  after one step ∂L^Q/∂α = −∇L^S(θ) ⊙ ∇L^Q(θ_1)
 
@@ -20,11 +31,13 @@ def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1
 
     Args:
       model: as of `jm.maml`.
-      rates: initial α: one for all, or the range that each is drawn from.
-      **settings: of `jm.maml`, without `inner_optimizer` and `hyper`. The paper takes a single step.
+      inner_lr: initial step size α, one for all parameters, or the range that each is drawn from.
+      order: derivatives in the meta-gradient: through the inner gradients too ("second"), or without these
+        ("first").
+      **settings: as of `jm.maml`. The paper takes a single inner step.
 
     Raises:
-      ValueError: `rates` is an empty range; and what `jm.maml` raises.
+      ValueError: `inner_lr` is an empty range; and what `jm.maml` raises.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -37,14 +50,16 @@ def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1
       Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, algorithm 1; the range is
       that of public implementations.
     """
-    ends = tuple(rates) if isinstance(rates, tuple | list) else (rates, rates)
+    # No "implicit": where the minimum lies does not depend on the step size.
+    check_word("order", order, ("second", "first"))
+    ends = tuple(inner_lr) if isinstance(inner_lr, tuple | list) else (inner_lr, inner_lr)
     if len(ends) != 2:
-        raise ArgumentError("rates", f"got {shown(rates)}; it must be a number or (low, high)")
+        raise ArgumentError("inner_lr", f"got {shown(inner_lr)}; it must be a number or (low, high)")
     low, high = ends
-    check_number("rates", low)
-    check_number("rates", high)
+    check_number("inner_lr", low, 0)
+    check_number("inner_lr", high, 0)
     if low > high:
-        raise ArgumentError("rates", f"got the range {rates}; it must be (low, high)")
+        raise ArgumentError("inner_lr", f"got the range {inner_lr}; it must be (low, high)")
 
     def initial(key: Key, fast: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(fast)
@@ -57,4 +72,4 @@ def meta_sgd(model: Network, *, rates: float | tuple[float, float] = (0.005, 0.1
     def descend(rates: PyTree) -> optax.GradientTransformation:
         return optax.stateless(lambda grads, params: jax.tree.map(lambda a, g: -a * g, rates, grads))
 
-    return maml(model, inner_optimizer=descend, hyper=initial, **settings)
+    return maml(model, inner_optimizer=descend, hyper=initial, order=order, **settings)

@@ -19,7 +19,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from jaxmeta.tasks.cache import cache_folder, make_room, written_whole
+from jaxmeta.checks import MissingFileError
+from jaxmeta.files import replacing
+from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.records import (
     DATA_SET,
     PARTS,
@@ -69,13 +71,14 @@ def find_archives(data: Path) -> dict[str, Path]:
       FileNotFoundError: they are not there.
     """
     if not data.exists():
-        raise FileNotFoundError(f"data: {data} does not exist")
+        raise MissingFileError("data", f"{data} does not exist")
     for folder in (data, data / "omniglot"):
         paths = {part: folder / f"images_{part}.zip" for part in PARTS}
         if all(path.is_file() for path in paths.values()):
             return paths
-    raise FileNotFoundError(
-        f"data: {data} holds no images_background.zip and images_evaluation.zip, nor does its folder omniglot"
+    raise MissingFileError(
+        "data",
+        f"{data} holds no images_background.zip and images_evaluation.zip, nor does its folder omniglot",
     )
 
 
@@ -197,7 +200,7 @@ def load_array(path: Path, edition: Edition, size: int) -> tuple[np.ndarray, set
 
 
 def _save_array(path: Path, array: np.ndarray, edition: Edition, sources: set[str]) -> None:
-    with written_whole(path) as temporary:
+    with replacing(path) as temporary:
         np.savez(temporary, images=array, names=np.array(edition.names), sources=np.array(sorted(sources)))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, MissingFileError
 
 _CLASSES, _ATTRIBUTES = 200, 312
 
@@ -50,9 +50,10 @@ def cub_attributes(data: str | os.PathLike) -> dict[str, Float[np.ndarray, "312"
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"data: there is no {path}; the attributes are those of the official archive CUB_200_2011, with "
-            "classes.txt and attributes/class_attribute_labels_continuous.txt"
+        raise MissingFileError(
+            "data",
+            f"there is no {path}; the attributes are those of the official archive CUB_200_2011, with "
+            "classes.txt and attributes/class_attribute_labels_continuous.txt",
         )
     return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
 

@@ -6,6 +6,8 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmeta.checks import some
+
 Vector = Array | np.ndarray | Sequence[float | int]
 
 
@@ -67,7 +69,7 @@ def vectors_of(
         raise ValueError(f"metadata must have one vector a class, got arrays of shape {vectors.shape[1:]}")
     wrong = [name for name, finite in zip(names, np.isfinite(vectors).all(1), strict=True) if not finite]
     if wrong:
-        raise ValueError(f"metadata must be finite, it is not for {_some(wrong)}")
+        raise ValueError(f"metadata must be finite, it is not for {some(map(repr, wrong))}")
     return vectors
 
 
@@ -76,9 +78,5 @@ def _check_named(argument: str, values: Mapping[str, object], names: Sequence[st
     if missing:
         raise ValueError(
             f"{argument} must name every class of split={split!r} by str(label), it lacks {len(missing)} of "
-            f"{len(names)}: {_some(missing)}"
+            f"{len(names)}: {some(map(repr, missing))}"
         )
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(repr(name) for name in names[:limit]) + (", …" if len(names) > limit else "")

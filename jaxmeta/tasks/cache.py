@@ -1,11 +1,8 @@
-"""The cache folder, and files that appear there whole or not at all."""
+"""The cache folder."""
 
-import contextlib
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -39,19 +36,3 @@ def make_room(folder: Path, needed: int, what: str) -> None:
             f"too little disk for {what}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} free in {folder}; "
             "free some, or set JAXMETA_CACHE to another folder"
         )
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it if the block succeeds, removed if it fails.
-
-    A reader, or another process preparing the same file, sees the old file or the new one.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

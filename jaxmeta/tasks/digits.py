@@ -7,12 +7,12 @@ import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
-from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.checks import ArgumentError, MissingFileError, check_count, check_word
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.images import resized
@@ -39,11 +39,10 @@ class _Files(NamedTuple):
 
     def found(self, data: str | os.PathLike, part: str) -> list[dict[str, Path]]:
         """By name, what there is of a part's files in `data`, and in its folder of the set's name."""
-        if part not in self.parts:
-            raise ValueError(f'part must be "train", "test" or None, got {part!r}')
+        check_word("part", part, (*self.parts, None))
         folder = Path(data).expanduser()
         if not folder.is_dir():
-            raise FileNotFoundError(f"data: {folder} is no folder")
+            raise MissingFileError("data", f"{folder} is no folder")
         return [
             {
                 name: path
@@ -64,9 +63,10 @@ class _Files(NamedTuple):
         for files in self.found(data, part):
             if len(files) == len(names):
                 return [files[name] for name in names]
-        raise FileNotFoundError(
-            f"data: {Path(data).expanduser()} holds no {' and '.join(f'{name}[.gz]' for name in names)}, nor "
-            f"does its folder {self.name}; {self.title} is to be had from {self.address}"
+        raise MissingFileError(
+            "data",
+            f"{Path(data).expanduser()} holds no {' and '.join(f'{name}[.gz]' for name in names)}, nor "
+            f"does its folder {self.name}; {self.title} is to be had from {self.address}",
         )
 
 
@@ -88,7 +88,7 @@ _USPS = _Files(
 
 
 def mnist_images(
-    data: str | os.PathLike, part: str = "test"
+    data: str | os.PathLike, part: Literal["train", "test"] = "test"
 ) -> tuple[UInt8[np.ndarray, "n 28 28 1"], Int32[np.ndarray, " n"]]:
     """MNIST's images and their digits, in the order of the files; ink = 255 on 0.
 
@@ -125,7 +125,7 @@ def mnist_images(
 
 
 def usps_images(
-    data: str | os.PathLike, part: str = "test"
+    data: str | os.PathLike, part: Literal["train", "test"] = "test"
 ) -> tuple[UInt8[np.ndarray, "n 16 16 1"], Int32[np.ndarray, " n"]]:
     """The images of USPS and their digits, in the order of the files; ink = 255 on 0.
 
@@ -185,7 +185,7 @@ def mnist(
     queries: int = 5,
     data: str | os.PathLike,
     size: int = 28,
-    part: str | None = None,
+    part: Literal["train", "test"] | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks over MNIST's ten digits: classes that no character set was trained on.
 
@@ -198,11 +198,13 @@ def mnist(
 
     Args:
       split: "train", "validation" or "test"; for the card, and for `part`.
-      ways, shots, queries: see `from_arrays`.
-      data: see `mnist_images`.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      data: folder with the files of MNIST, see `mnist_images`.
       size: side of the images in pixels, by Lanczos' filter where it is not 28.
-      part: of the official images: "train" or "test". None for the training images where split="train" and
-        `data` has them, and for the test images everywhere else.
+      part: which of the official images: "train" or "test". None for the training images where split="train"
+        and `data` has them, and for the test images everywhere else.
 
     Raises:
       FileNotFoundError, ValueError: see `mnist_images`, `from_arrays`.
@@ -227,14 +229,19 @@ def usps(
     queries: int = 5,
     data: str | os.PathLike,
     size: int = 28,
-    part: str | None = None,
+    part: Literal["train", "test"] | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks over the ten digits of USPS, as `mnist` has them; of 28×28 pixels, as MNIST's.
 
     Args:
-      split, ways, shots, queries, part: see `mnist`.
-      data: see `usps_images`.
+      split: "train", "validation" or "test"; for the card, and for `part`.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      data: folder with the files of USPS, see `usps_images`.
       size: side of the images in pixels, by Lanczos' filter where it is not 16.
+      part: which of the official images: "train" or "test". None for the training images where split="train"
+        and `data` has them, and for the test images everywhere else.
 
     Raises:
       FileNotFoundError, ValueError: see `usps_images`, `from_arrays`.

@@ -7,14 +7,14 @@ order: with a fixed order a model could learn which slot a class sits in.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown, some
 from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import ClassSplit, split_classes
@@ -126,8 +126,7 @@ class EpisodeShape:
         if small:
             raise ValueError(
                 f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed of every "
-                f"class, too few in {len(small)} of {len(names)}: {', '.join(small[:5])}"
-                + (", …" if len(small) > 5 else "")
+                f"class, too few in {len(small)} of {len(names)}: {some(small)}"
             )
         if self.paired and len(set(sizes)) > 1:
             fewest, most = int(np.argmin(sizes)), int(np.argmax(sizes))
@@ -156,9 +155,9 @@ def from_arrays(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | Sequence[float] | None = None,
-    seed: int = 0,
-    rotations: str = "none",
+    classes: ClassSplit | tuple[float, float, float] | str | None = None,
+    split_seed: int = 0,
+    rotations: Literal["none", "classes", "random"] = "none",
     name: str = "arrays",
     protocol: str = "",
     groups: Mapping[str, str] | None = None,
@@ -181,18 +180,20 @@ def from_arrays(
     Args:
       x: `(n, *shape)` uint8 or float, in any order.
       y: `(n,)` integer or string class labels; a label's class name is `str(label)`.
-      ways: N, or an inclusive range.
-      shots: K, examples per class to learn from, or an inclusive range; 0 with `metadata`.
-      queries: Q, examples per class to be judged on.
+      ways: classes of a task, N, or an inclusive range (low, high).
+      shots: examples per class to learn from, K, or an inclusive range (low, high); 0 with `metadata`.
+      queries: examples per class to be judged on, Q.
       split: "train", "validation" or "test".
-      classes: the class split by name; or the fractions of train, validation and test for a random
-        split by `seed`; or None to draw from every class, whatever `split` says.
-      seed: of the random class split; episodes depend on the key given to `sample` alone.
-      rotations: "none"; "classes", every class turned by 90, 180 and 270° is a class of its own
-        (Snell et al. 2017); "random", one rotation for each drawn class in each episode, so that
-        two rotations of one class never meet (Finn et al. 2017). The first two axes of an example
+      classes: class split: by name, as the fractions of train, validation and test for a random split by
+        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
+        [names]}`. None draws from every class, whatever `split` says.
+      split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
+        A split by name takes none.
+      rotations: how examples are turned: "none"; "classes", every class turned by 90, 180 and 270° is a
+        class of its own (Snell et al. 2017); or "random", one rotation for each drawn class in each episode,
+        so that two rotations of one class never meet (Finn et al. 2017). The first two axes of an example
         are turned counter-clockwise and must be equal.
-      name: of the source, for the protocol card.
+      name: name of the source, for the protocol card.
       protocol: one sentence for the protocol card; where it is empty, the card says how classes are
         split and grouped.
       groups: name of the group of each class, such as the alphabet of a character: the classes of an
@@ -201,7 +202,7 @@ def from_arrays(
       paired: whether the examples of all classes of an episode have the same places within their
         classes, in the order of `x`: where a place is a drawer, some draw the support set and others
         the queries, of every class.
-      metadata: for zero-shot tasks, a vector of each class; all of one length. Needs one number of ways
+      metadata: a vector of each class, for zero-shot tasks; all of one length. Needs one number of ways
         and no rotations.
 
     Returns:
@@ -226,7 +227,7 @@ def from_arrays(
     x, labels = _checked_examples(x, y)
     present, label = np.unique(labels, return_inverse=True)
     said = protocol
-    parts, protocol = split_classes(present.tolist(), classes, seed, split, protocol)
+    parts, protocol = split_classes(present.tolist(), classes, split_seed, split, protocol)
     names, spans = sorted(parts.part(split)), None
     if groups is not None:
         names, spans = grouped(names, groups, shape.ways[1], split)

@@ -6,24 +6,24 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, some
 from jaxmeta.core import TaskDistribution
-from jaxmeta.tasks.cache import cache_folder, written_whole
+from jaxmeta.files import write_json
+from jaxmeta.tasks.cache import cache_folder
 from jaxmeta.tasks.images import LARGEST_DEFAULT, UnreadableImage, check_form, class_files, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit, check_part
-
-_NAMED = 5
 
 
 def prepare_folder(
     path: str | os.PathLike,
     *,
     size: int | None = None,
-    channels: int | None = None,
+    channels: Literal[1, 3] | None = None,
     skip_unreadable: bool = False,
 ) -> Prepared:
     """The images of a folder with one subfolder a class, decoded once and kept in the cache.
@@ -36,7 +36,7 @@ def prepare_folder(
       path: the folder.
       size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
       channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
-      skip_unreadable: leave out, with a warning, what cannot be decoded.
+      skip_unreadable: whether to leave out, with a warning, what cannot be decoded.
 
     Raises:
       FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
@@ -70,7 +70,7 @@ def prepare_files(
       argument: that named the folder, for the messages.
     """
     check_form(size, channels)
-    named = {f"{of}/{file.name}": file for of, some in files.items() for file in some}
+    named = {f"{of}/{file.name}": file for of, paths in files.items() for file in paths}
     digest = hashlib.sha256(f"{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape"))
     for file_name, file in named.items():
         # A broken link is an image that cannot be read, which is for later.
@@ -91,9 +91,9 @@ def prepare_files(
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
         unreadable.clear()
-        for class_name, some in files.items():
-            left = len(some)
-            for file in some:
+        for class_name, paths in files.items():
+            left = len(paths)
+            for file in paths:
                 try:
                     image = decode(file, f"{class_name}/{file.name}", channels=shape[2], size=shape[0])
                 except UnreadableImage as error:
@@ -108,13 +108,13 @@ def prepare_files(
                 )
         if not skip_unreadable:
             _refuse(unreadable, where, len(named))
-        with written_whole(findings) as temporary:
-            temporary.write_text(json.dumps({"shape": shape, "unreadable": unreadable}), encoding="utf-8")
+        write_json(findings, {"shape": shape, "unreadable": unreadable})
 
     prepared = prepare(name, fingerprint, shape, images(), expected=len(named))
     if unreadable:
         warnings.warn(
-            f"{prepared.name}: {len(unreadable)} of {len(named)} images are left out: {_some(unreadable)}",
+            f"{prepared.name}: {len(unreadable)} of {len(named)} images are left out: "
+            + some(unreadable, separator="; "),
             stacklevel=3,
         )
     return prepared
@@ -128,10 +128,10 @@ def from_folder(
     shots: int | tuple[int, int] = 1,
     queries: int = 1,
     size: int | None = None,
-    channels: int | None = None,
-    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    rotations: str = "none",
+    channels: Literal[1, 3] | None = None,
+    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    split_seed: int = 0,
+    rotations: Literal["none", "classes", "random"] = "none",
     skip_unreadable: bool = False,
 ) -> TaskDistribution:
     """Few-shot tasks from a folder of one's own images, one subfolder a class.
@@ -139,12 +139,21 @@ def from_folder(
     Images are `(size, size, channels)` float32 in [0, 1]; those of the chosen part are held on the device.
 
     Args:
-      path, size, channels, skip_unreadable: see `prepare_folder`.
+      path: the folder.
       split: "train", "validation" or "test".
-      ways, shots, queries, rotations: see `from_arrays`.
-      classes: the class split by the subfolders' names; or the fractions of train, validation and test
-        for a random split by `seed`; or None to draw from every class, whatever `split` says.
-      seed: of the random class split; episodes depend on the key given to `sample` alone.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
+      classes: class split: by name, as the fractions of train, validation and test for a random split by
+        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
+        [names]}`. None draws from every class, whatever `split` says.
+      split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
+        A split by name takes none.
+      rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
+        of its own; or "random", one rotation for each drawn class in each episode.
+      skip_unreadable: whether to leave out, with a warning, what cannot be decoded.
 
     Raises:
       FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
@@ -164,7 +173,7 @@ def from_folder(
         queries=queries,
         split=split,
         classes=classes,
-        seed=seed,
+        split_seed=split_seed,
         rotations=rotations,
     )
 
@@ -196,10 +205,6 @@ def _refuse(unreadable: list[str], where: tuple[str, Path], total: int) -> None:
         raise ArgumentError(
             argument,
             f"{len(unreadable)} of {total} images in {folder} cannot be used: "
-            f"{_some(unreadable)}; mend or remove them"
+            f"{some(unreadable, separator='; ')}; mend or remove them"
             + (", or leave them out with skip_unreadable=True" * (argument == "path")),
         )
-
-
-def _some(messages: list[str]) -> str:
-    return "; ".join(messages[:_NAMED]) + ("; …" if len(messages) > _NAMED else "")

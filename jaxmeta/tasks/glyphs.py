@@ -33,9 +33,9 @@ def glyphs(
 
     Args:
       split: "train" (4,096 classes), "validation" or "test" (1,024 each); no class is in two.
-      ways: classes per task.
-      shots: support images per class, or 0.
-      queries: query images per class.
+      ways: classes of a task.
+      shots: images per class to learn from, or 0 for a vector of each class in their place.
+      queries: images per class to be judged on.
       size: height and width of the images, in pixels.
 
     Returns:

@@ -21,8 +21,8 @@ def harmonic(
     Args:
       split: "train", "validation" or "test". Nothing is held out but the random stream: one key
         gives other tasks in each.
-      shots: support points per task.
-      queries: query points per task.
+      shots: points of a task to learn from.
+      queries: points of a task to be judged on.
       noise: standard deviation of the noise on support and query targets alike; none by default,
         as in the `Harmonic` data set of the Torchmeta library.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxmeta.checks import ArgumentError, check_count, check_word
+from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, check_count, check_word, some
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 # Side of images where none is asked for and theirs is larger: that of mini-ImageNet.
@@ -73,9 +73,9 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
       ValueError: no subfolders, or one without images.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{argument}: {path} does not exist")
+        raise MissingFileError(argument, f"{path} does not exist")
     if not path.is_dir():
-        raise NotADirectoryError(f"{argument}: {path} is a file, not a folder with one subfolder a class")
+        raise NotAFolderError(argument, f"{path} is a file, not a folder with one subfolder a class")
     folders = sorted(_subfolders(path), key=lambda folder: folder.name)
     if not folders:
         loose = len(image_files(path))
@@ -87,12 +87,11 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
     files = {folder.name: image_files(folder) for folder in folders}
     empty = [folder for folder in folders if not files[folder.name]]
     if empty:
-        some = ", ".join(repr(folder.name) for folder in empty[:5]) + (", …" if len(empty) > 5 else "")
         deeper = any(_subfolders(folder) for folder in empty)
         raise ArgumentError(
             argument,
             f"{len(empty)} of {len(folders)} class folders in {path} hold no images "
-            f"({', '.join(IMAGE_SUFFIXES)}): {some}"
+            f"({', '.join(IMAGE_SUFFIXES)}): {some(repr(folder.name) for folder in empty)}"
             + ("; there are further folders in it: name the one whose subfolders are the classes" * deeper),
         )
     return files

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxmeta.checks import ArgumentError, check_count, check_labels
+from jaxmeta.checks import ArgumentError, check_count, check_labels, some
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -114,8 +114,7 @@ def split_per_class(
         raise ArgumentError(
             "shots",
             f"got {shots}, which takes classes of at least {shots + 1} examples, one of them to be "
-            f"judged on; too few in {len(small)} of {len(classes)} (label and size): {', '.join(small[:5])}"
-            + (", …" if len(small) > 5 else ""),
+            f"judged on; too few in {len(small)} of {len(classes)} (label and size): {some(small)}",
         )
     order = np.asarray(jax.random.permutation(key, len(labels)))
     order = order[np.argsort(place[order], kind="stable")]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, MissingFileError, some
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.folder import prepare_files
@@ -120,7 +120,7 @@ def cub_split(folders: Iterable[str]) -> ClassSplit:
         raise ValueError(
             "folders must be CUB-200-2011's 200 class folders, '001.Black_footed_Albatross' to "
             f"'200.Common_Yellowthroat', got {len(names)}"
-            + (f"; missing are the numbers {_some(missing)}" if missing else "")
+            + (f"; missing are the numbers {some(missing)}" if missing else "")
         )
     return ClassSplit(tuple(names[0::2]), tuple(names[1::4]), tuple(names[3::4]))
 
@@ -139,8 +139,10 @@ def cifar_fs(
 
     Args:
       split: "train", "validation" or "test".
-      ways, shots, queries: see `from_arrays`.
-      data: a folder with CIFAR-100's official archive cifar-100-binary.tar.gz, or with what is in it; or
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      data: folder with CIFAR-100's official archive cifar-100-binary.tar.gz, or with what is in it; or
         where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
 
     Raises:
@@ -177,8 +179,10 @@ def mini_imagenet(
 
     Args:
       split: "train", "validation" or "test".
-      ways, shots, queries: see `from_arrays`.
-      data: a folder with images/ and train.csv, val.csv, test.csv (columns filename, label); or one with
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      data: folder with images/ and train.csv, val.csv, test.csv (columns filename, label); or one with
         class folders named by WordNet id: the 100, or ImageNet's in it, in its folder train or in
         ILSVRC/Data/CLS-LOC/train.
       size: side of the images in pixels.
@@ -219,8 +223,10 @@ def cub(
 
     Args:
       split: "train", "validation" or "test".
-      ways, shots, queries: see `from_arrays`.
-      data: the folder CUB_200_2011, or its folder images.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      data: folder CUB_200_2011, or its folder images.
       size: side of the images in pixels.
 
     Raises:
@@ -250,7 +256,7 @@ def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
     """What `cifar_fs` draws from."""
     rows = None if data is None else _cifar_rows(Path(data).expanduser())
     if rows is None:
-        prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data_dir=data)
+        prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data=data)
     else:
         # The label of a class is its place in the alphabet.
         names = sorted(name for part in PARTS for name in cifar_fs_split().part(part))
@@ -273,8 +279,8 @@ def mini_imagenet_images(data: str | os.PathLike, size: int = 84) -> SplitImages
     folder = _folder(data)
     files = _listed_files(folder) if (folder / "images").is_dir() else _imagenet_files(folder)
     protocol = "mini-ImageNet, class split of Ravi & Larochelle 2017"
-    if any(len(some) > _EACH for some in files.values()):
-        files = {name: some[:_EACH] for name, some in files.items()}
+    if any(len(paths) > _EACH for paths in files.values()):
+        files = {name: paths[:_EACH] for name, paths in files.items()}
         protocol += (
             f"; the first {_EACH} images of each class by name: not the published choice of images, which "
             "only the csv lists tell"
@@ -332,7 +338,7 @@ def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
 def _folder(data: str | os.PathLike) -> Path:
     folder = Path(data).expanduser().resolve()
     if not folder.is_dir():
-        raise FileNotFoundError(f"data: {folder} is no folder")
+        raise MissingFileError("data", f"{folder} is no folder")
     return folder
 
 
@@ -348,12 +354,12 @@ def _imagenet_files(data: Path) -> dict[str, list[Path]]:
             "data",
             f"{data} holds no images with train.csv, val.csv and test.csv, and of mini-ImageNet's 100 "
             f"class folders it lacks {len(missing)} (in it, in train, in ILSVRC/Data/CLS-LOC/train): "
-            f"{_some(missing)}",
+            f"{some(missing)}",
         )
     files = {name: image_files(root / name) for name in names}
     empty = [name for name in names if not files[name]]
     if empty:
-        raise ArgumentError("data", f"{len(empty)} class folders in {root} hold no images: {_some(empty)}")
+        raise ArgumentError("data", f"{len(empty)} class folders in {root} hold no images: {some(empty)}")
     return files
 
 
@@ -365,7 +371,7 @@ def _listed_files(data: Path) -> dict[str, list[Path]]:
     for part, name in _LISTS.items():
         path = data / name
         if not path.is_file():
-            raise FileNotFoundError(f"data: {data} has a folder images, but no {name} that lists its images")
+            raise MissingFileError("data", f"{data} has a folder images, but no {name} that lists its images")
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if not rows or not {"filename", "label"} <= rows[0].keys():
@@ -374,17 +380,14 @@ def _listed_files(data: Path) -> dict[str, list[Path]]:
             raise ArgumentError(
                 "data",
                 f"{path} does not list the {part} classes of Ravi & Larochelle; too many or missing "
-                f"are {_some(wrong)}",
+                f"are {some(sorted(wrong))}",
             )
         if len({row["filename"] for row in rows}) < len(rows):
             raise ArgumentError("data", f"{path} lists images twice")
         if absent := {row["filename"] for row in rows} - there:
-            raise ArgumentError("data", f"{len(absent)} images of {path} are not in images: {_some(absent)}")
+            raise ArgumentError(
+                "data", f"{len(absent)} images of {path} are not in images: {some(sorted(absent))}"
+            )
         for row in rows:
             files.setdefault(row["label"], []).append(data / "images" / row["filename"])
     return {name: sorted(files[name]) for name in sorted(files)}
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

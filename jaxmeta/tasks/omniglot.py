@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -85,8 +86,11 @@ EDITION = Edition(
     },
 )
 
+_Protocol = Literal["vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"]
+_Rotations = Literal["none", "classes", "random"]
+
 # Default rotations of train, validation and test, and what the protocol card says.
-_PROTOCOLS: dict[str, tuple[tuple[str, str, str], str]] = {
+_PROTOCOLS: dict[_Protocol, tuple[tuple[_Rotations, _Rotations, _Rotations], str]] = {
     "vinyals": (("classes", "classes", "classes"), "Vinyals et al. 2016 / Snell et al. 2017, 1028/172/423"),
     "vinyals-trainval": (
         ("classes", "classes", "classes"),
@@ -102,7 +106,12 @@ _PROTOCOLS: dict[str, tuple[tuple[str, str, str], str]] = {
 }
 
 
-def omniglot_split(protocol: str = "vinyals", seed: int = 0) -> ClassSplit:
+def omniglot_split(
+    protocol: Literal[
+        "vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"
+    ] = "vinyals",
+    split_seed: int = 0,
+) -> ClassSplit:
     """The class split of a published Omniglot protocol; names are "Alphabet/characterNN".
 
     | protocol | train/validation/test | which |
@@ -110,8 +119,8 @@ def omniglot_split(protocol: str = "vinyals", seed: int = 0) -> ClassSplit:
     | vinyals | 1028/172/423 | all background and the first 236 evaluation characters, of which five whole \
 background alphabets validate; the other evaluation characters test |
     | vinyals-trainval | 1200/0/423 | the same, trained on train and validation together |
-    | maml | 1100/100/423 | random, by `seed` |
-    | reptile | 1200/0/423 | random, by `seed` |
+    | maml | 1100/100/423 | random, by `split_seed` |
+    | reptile | 1200/0/423 | random, by `split_seed` |
     | lake | 964/0/659 | background trains, evaluation tests |
     | lake-validation | 792/172/659 | the same, vinyals' validation alphabets held out of training |
 
@@ -130,7 +139,7 @@ background alphabets validate; the other evaluation characters test |
       >>> omniglot_split("lake").assert_disjoint(omniglot_split("vinyals"))
     """
     check_word("protocol", protocol, _PROTOCOLS)
-    check_count("seed", seed, 0, LARGEST_SEED)
+    check_count("split_seed", split_seed, 0, LARGEST_SEED)
     background, evaluation = EDITION.characters["background"], EDITION.characters["evaluation"]
     held_out = tuple(name for name in background if name.split("/")[0] in _VALIDATION)
     if protocol == "lake":
@@ -138,9 +147,9 @@ background alphabets validate; the other evaluation characters test |
     if protocol == "lake-validation":
         return ClassSplit(tuple(sorted(set(background) - set(held_out))), held_out, evaluation)
     if protocol == "maml":
-        return ClassSplit.from_counts(EDITION.names, (1100, 100, 423), seed)
+        return ClassSplit.from_counts(EDITION.names, (1100, 100, 423), split_seed)
     if protocol == "reptile":
-        return ClassSplit.from_counts(EDITION.names, (1200, 0, 423), seed)
+        return ClassSplit.from_counts(EDITION.names, (1200, 0, 423), split_seed)
     trainval, test = EDITION.names[:1200], EDITION.names[1200:]
     if protocol == "vinyals-trainval":
         return ClassSplit(trainval, (), test)
@@ -154,10 +163,12 @@ def omniglot(
     shots: int | tuple[int, int] = 1,
     queries: int = 5,
     data: str | os.PathLike | None = None,
-    protocol: str = "vinyals",
-    rotations: str | None = None,
+    protocol: Literal[
+        "vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"
+    ] = "vinyals",
+    rotations: Literal["none", "classes", "random"] | None = None,
     size: int = 28,
-    seed: int = 0,
+    split_seed: int = 0,
     trained_on: ClassSplit | ProtocolCard | None = None,
     within_alphabet: bool = False,
 ) -> TaskDistribution:
@@ -178,13 +189,16 @@ def omniglot(
 
     Args:
       split: "train", "validation" or "test".
-      ways, shots, queries: see `from_arrays`; Snell et al. ask five queries per class.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on; five in Snell et al.
       data: a folder with images_background.zip and images_evaluation.zip (or whose folder `omniglot`
         has them), or a prepared array file; None for the cache, and a download where it is empty.
-      protocol: see `omniglot_split`.
-      rotations: "none", "classes" or "random" in place of the protocol's own.
+      protocol: published class split, see `omniglot_split`.
+      rotations: how images are turned: "none", "classes" or "random", see `from_arrays`; None for the
+        protocol's own.
       size: side of the images in pixels.
-      seed: of the random splits "maml" and "reptile"; episodes depend on the key alone.
+      split_seed: seed of the random class splits "maml" and "reptile"; episodes depend on the key alone.
       trained_on: split, or training card, of the model to be judged on these tasks.
       within_alphabet: whether the characters of an episode are of one alphabet, and support and queries
         by different drawers.
@@ -202,13 +216,13 @@ def omniglot(
     References:
       Lake, Salakhutdinov, Tenenbaum 2015, doi:10.1126/science.aab3050.
     """
-    parts = omniglot_split(protocol, seed)
+    parts = omniglot_split(protocol, split_seed)
     by_part, sentence = _PROTOCOLS[protocol]
     which = ("train", "validation", "test").index(check_part(split))
     parts.part(split)
     check_count("size", size, 1, 105)
     if trained_on is not None:
-        _split_of(trained_on, seed).assert_disjoint(ClassSplit(test=parts.part(split)))
+        _split_of(trained_on, split_seed).assert_disjoint(ClassSplit(test=parts.part(split)))
     images = prepare(EDITION, int(size), None if data is None else Path(data).expanduser())
     return from_arrays(
         images.reshape(-1, size, size, 1),
@@ -221,7 +235,7 @@ def omniglot(
         rotations=by_part[which] if rotations is None else rotations,
         name="omniglot",
         protocol=sentence
-        + (f", seed {seed}" if protocol in ("maml", "reptile") else "")
+        + (f", seed {split_seed}" if protocol in ("maml", "reptile") else "")
         + (", within one alphabet, different drawers for support and query" if within_alphabet else ""),
         groups={name: name.split("/")[0] for name in EDITION.names} if within_alphabet else None,
         # The drawings of a character are stored by drawer.
@@ -229,16 +243,17 @@ def omniglot(
     )
 
 
-def _split_of(trained_on: ClassSplit | ProtocolCard, seed: int) -> ClassSplit:
+def _split_of(trained_on: ClassSplit | ProtocolCard, split_seed: int) -> ClassSplit:
     """The class names a training card stands for, found by its hash."""
     if isinstance(trained_on, ClassSplit):
         return trained_on
     for protocol in _PROTOCOLS:
-        candidate = omniglot_split(protocol, seed)
+        candidate = omniglot_split(protocol, split_seed)
         if candidate.hash == trained_on.split_hash:
             return candidate
     raise ArgumentError(
         "trained_on",
         f"the card of {trained_on.tasks!r} tasks has split hash {trained_on.split_hash}, which "
-        f"is no Omniglot protocol's (with seed={seed}); give the ClassSplit the model was trained with",
+        f"is no Omniglot protocol's (with split_seed={split_seed}); give the ClassSplit the model was "
+        "trained with",
     )

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -106,7 +106,7 @@ class SplitImages(NamedTuple):
     """
 
     prepared: Prepared
-    classes: ClassSplit | Sequence[float]
+    classes: ClassSplit | tuple[float, float, float] | None
     protocol: str = ""
 
 
@@ -168,9 +168,9 @@ def from_prepared(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    rotations: str = "none",
+    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    split_seed: int = 0,
+    rotations: Literal["none", "classes", "random"] = "none",
     protocol: str = "",
     metadata: Mapping[str, Vector] | None = None,
 ) -> TaskDistribution:
@@ -182,7 +182,7 @@ def from_prepared(
     shape = EpisodeShape.checked(
         ways, shots, queries, rotations, prepared.shape, zero_shot=metadata is not None
     )
-    classes, protocol = split_classes(prepared.classes, classes, seed, split, protocol)
+    classes, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol)
     chosen = set(classes.part(split))
     sizes = {
         name: size for name, size in zip(prepared.classes, prepared.sizes, strict=True) if name in chosen

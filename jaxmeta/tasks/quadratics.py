@@ -19,7 +19,7 @@ def quadratics(split: str = "train", *, dim: int = 10) -> TaskDistribution:
     Args:
       split: "train", "validation" or "test". Nothing is held out but the random stream: one key
         gives other functions in each.
-      dim: number of variables and of rows; 10 in the paper.
+      dim: number of variables, and of rows of `W`; 10 in the paper.
 
     Returns:
       Tasks with `x` = W `(dim, dim)` and `y` `(dim, 1)`, float32.

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 from jaxmeta.tasks.cache import cache_folder, make_room
 
@@ -47,15 +48,30 @@ def download(md5: Mapping[str, str], source: str = SOURCE) -> dict[str, Path]:
     return paths
 
 
-def _tfds():
+def tensorflow_datasets(needed: str, otherwise: str = "") -> ModuleType:
+    """The package, which is imported where it is used: it is optional, and takes seconds.
+
+    Args:
+      needed: what it is needed for, to begin an error's message with.
+      otherwise: what to do without it, to end the message with.
+
+    Raises:
+      ImportError: it is not installed.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ImportError(
-            "preparing Omniglot needs tensorflow-datasets (pip install tensorflow-datasets "
-            f"importlib_resources): {error}; without it, give another machine's prepared array file as data"
+            f"{needed} (pip install tensorflow-datasets importlib_resources): {error}{otherwise}"
         ) from error
     return tfds
+
+
+def _tfds():
+    return tensorflow_datasets(
+        "preparing Omniglot needs tensorflow-datasets",
+        "; without it, give another machine's prepared array file as data",
+    )
 
 
 @functools.cache

@@ -27,13 +27,13 @@ def sequences(
     Args:
       tasks: few-shot classification with K shots, of one number of ways and shots. A class that comes more
         often than K times shows its examples again.
-      length: steps, T; None for ways · K.
-      ways: classes in use, of those of `tasks`, whose shapes stay: the last steps, T/N for each class
-        that is missing, and queries of other classes are masked. None for all. For a curriculum, see
+      length: number of steps of a sequence, T; None for ways · K.
+      ways: number of classes in use, of those of `tasks`; None for all. Shapes stay: the last steps, T/N for
+        each class that is missing, and queries of other classes are masked. For a curriculum, see
         `with_ways`.
       even: whether every class comes equally often, and not by chance.
-      strings: `(letters, characters)`: labels are random strings, the number Σ_i d_i · letters^i of their
-        digits, and ways = letters^characters. None for class slots. (5, 5) in the paper.
+      strings: `(letters, characters)` of labels that are random strings, (5, 5) in the paper; None for class
+        slots. A label is the number Σ_i d_i · letters^i of its digits, and ways = letters^characters.
 
     Returns:
       TaskDistribution whose support has `(T, *shape)` examples.

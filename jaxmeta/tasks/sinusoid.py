@@ -33,11 +33,11 @@ def sinusoid(
     Args:
       split: "train", "validation" or "test". Nothing is held out but the random stream: one key
         gives other tasks in each.
-      shots: support points per task.
-      queries: query points per task. The paper evaluates with 5, 10 and 20 of either.
-      amplitude: range of `A`.
-      phase: range of `φ`, radians.
-      inputs: range of `x`.
+      shots: points of a task to learn from.
+      queries: points of a task to be judged on. The paper evaluates with 5, 10 and 20 of either.
+      amplitude: range of the amplitude `A`.
+      phase: range of the phase `φ`, in radians.
+      inputs: range of the inputs `x`.
       noise: standard deviation of the noise on support and query targets alike.
 
     Returns:

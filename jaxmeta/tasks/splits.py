@@ -4,11 +4,21 @@ import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count, check_number, check_word, shown
+from jaxmeta.checks import (
+    LARGEST_SEED,
+    ArgumentError,
+    check_count,
+    check_number,
+    check_word,
+    parsed_json,
+    shown,
+    some,
+)
 
 SplitName = Literal["train", "validation", "test"]
 PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -35,10 +45,8 @@ def _check_fractions(name: str, fractions: Sequence[float]) -> None:
         )
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
-    more = f", … ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
+def _named(names: Iterable[str]) -> str:
+    return some(map(repr, sorted(names)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +88,12 @@ class ClassSplit:
             object.__setattr__(self, part, names)
             if len(set(names)) < len(names):
                 twice = {name for name in names if names.count(name) > 1}
-                raise ValueError(f"the class split repeats classes within {part}: {_some(twice)}")
+                raise ValueError(f"the class split repeats classes within {part}: {_named(twice)}")
         for i, first in enumerate(PARTS):
             for second in PARTS[i + 1 :]:
                 both = set(getattr(self, first)) & set(getattr(self, second))
                 if both:
-                    raise ValueError(f"the class split overlaps: {_some(both)} in both {first} and {second}")
+                    raise ValueError(f"the class split overlaps: {_named(both)} in both {first} and {second}")
 
     @classmethod
     def from_fractions(
@@ -145,7 +153,9 @@ class ClassSplit:
         names = getattr(self, check_part(split))
         if not names:
             there = ", ".join(f"{part} ({len(getattr(self, part))})" for part in PARTS if getattr(self, part))
-            raise ValueError(f"split={split!r} has no classes in this class split; it has {there or 'none'}")
+            raise ArgumentError(
+                "split", f"got {split!r}, which has no classes in this class split; it has {there or 'none'}"
+            )
         return names
 
     @property
@@ -181,42 +191,73 @@ class ClassSplit:
         if leaked:
             raise ValueError(
                 f"the model has seen {len(leaked)} of the {len(other.test)} test classes in training or "
-                f"validation: {_some(leaked)}; train it on a split that keeps them out"
+                f"validation: {_named(leaked)}; train it on a split that keeps them out"
             )
+
+
+def class_split(
+    classes: ClassSplit | tuple[float, float, float] | str | None,
+) -> ClassSplit | tuple[float, float, float] | None:
+    """Return the class split in a JSON file, where `classes` is the path of one; else what was given.
+
+    Raises:
+      ValueError: there is no such file, or it holds no `{"train": [names], "validation": [names], "test":
+        [names]}`, of which parts may be missing.
+    """
+    if not isinstance(classes, str):
+        return classes
+    path = Path(classes).expanduser()
+    if not path.is_file():
+        raise ArgumentError(
+            "classes",
+            f"got {classes}; it must be three fractions such as 0.64,0.16,0.2, or a JSON file "
+            '{"train": [names], "validation": [names], "test": [names]}',
+        )
+    try:
+        parts = parsed_json(path.read_text(encoding="utf-8"))
+        split: dict[str, Any] = {
+            part: names if isinstance(names, str) else tuple(names) for part, names in parts.items()
+        }
+        return ClassSplit(**split)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError("classes", f"{path} is no class split in JSON: {error}") from None
 
 
 def split_classes(
     present: Sequence[str],
-    classes: "ClassSplit | Sequence[float] | None",
-    seed: int,
+    classes: ClassSplit | Sequence[float] | str | None,
+    split_seed: int,
     split: str,
     protocol: str,
-) -> tuple["ClassSplit", str]:
+) -> tuple[ClassSplit, str]:
     """The class split that `classes` stands for, and the protocol card's sentence.
 
     Args:
       present: names of the classes that there are.
-      classes: a split by name; three fractions for a random one by `seed`; None to draw from every
-        class, whatever `split` says.
-      seed: of the random split.
+      classes: a split by name, or the path of a JSON file with one; three fractions for a random one by
+        `split_seed`; None to draw from every class, whatever `split` says.
+      split_seed: seed of the random split; a split by name takes none.
       split: the part to draw from.
       protocol: the sentence so far.
 
     Raises:
-      ValueError: the part is empty, or names classes that there are not.
+      ValueError: the part is empty, or names classes that there are not; a seed of a split by name.
     """
     check_part(split)
-    check_count("seed", seed, 0, LARGEST_SEED)
+    check_count("split_seed", split_seed, 0, LARGEST_SEED)
+    classes = class_split(classes)  # type: ignore[arg-type]
     if classes is None:
         return ClassSplit(**{split: tuple(present)}), protocol
     if not isinstance(classes, ClassSplit):
         _check_fractions("classes", classes)
-        protocol = protocol or f"random class split {tuple(classes)}, seed {seed}"
-        classes = ClassSplit.from_fractions(present, classes, seed)
+        protocol = protocol or f"random class split {tuple(classes)}, seed {split_seed}"
+        classes = ClassSplit.from_fractions(present, classes, split_seed)
+    elif split_seed:
+        raise ArgumentError("split_seed", "a class split by names needs none; leave it out")
     missing = sorted(set(classes.part(split)) - set(present))
     if missing:
         raise ArgumentError(
-            "classes", f"there is no example of {len(missing)} classes of split={split!r}: {_some(missing)}"
+            "classes", f"there is no example of {len(missing)} classes of split={split!r}: {_named(missing)}"
         )
     return classes, protocol
 

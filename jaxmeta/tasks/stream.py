@@ -1,8 +1,9 @@
 """Episodes from data larger than the device: planned by their keys, read ahead by Grain."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ def stream(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    rotations: str = "none",
+    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    split_seed: int = 0,
+    rotations: Literal["none", "classes", "random"] = "none",
     protocol: str = "",
     for_evaluation: bool = False,
     workers: int = 0,
@@ -47,11 +48,22 @@ def stream(
       prepared: the images, from `prepare_folder` or `prepare_tfds`.
       key: of the run (the `key` of `jm.train`), or of the evaluation.
       meta_batch: tasks per meta-step, of all processes together.
-      ways, shots, queries, split, classes, seed, rotations, protocol: see `from_arrays`.
-      for_evaluation: number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
-      workers: processes that read; 0 reads in threads, which is enough for records of this form.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      split: "train", "validation" or "test".
+      classes: class split: by name, as the fractions of train, validation and test for a random split by
+        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
+        [names]}`. None draws from every class, whatever `split` says.
+      split_seed: seed of the random class split; episodes depend on the key of the stream alone.
+        A split by name takes none.
+      rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
+        of its own; or "random", one rotation for each drawn class in each episode.
+      protocol: one sentence for the protocol card; where it is empty, the card says how classes are split.
+      for_evaluation: whether to number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
+      workers: processes that read images; 0 reads in threads, which is enough for records of this form.
         Processes are started anew, so that a script needs `if __name__ == "__main__":`.
-      ahead: batches to read ahead; each worker process keeps as many again for handing over.
+      ahead: batches that are read ahead; each worker process keeps as many again for handing over.
       process: (index, count) of this process among those that share every batch, such as
         `(jax.process_index(), jax.process_count())`: the stream then gives its share, which is what
         `jm.train` needs of each, or the whole batch.
@@ -65,7 +77,7 @@ def stream(
       >>> state = jm.train(learner, tasks, optimizer, steps=1000, key=key, meta_batch=4)  # doctest: +SKIP
     """
     shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
-    parts, protocol = split_classes(prepared.classes, classes, seed, split, protocol)
+    parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol)
     part = set(parts.part(split))
     chosen = [index for index, name in enumerate(prepared.classes) if name in part]
     sizes = np.array(prepared.sizes)[chosen]

@@ -26,7 +26,7 @@ def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDis
     Args:
       tasks: of `from_arrays`, of what builds on it (`omniglot`, `from_folder`, `from_tfds`, `cub`, …), or
         of `glyphs`. Their ways, shots and queries play no part.
-      batch: B, examples of a sample; even.
+      batch: number of examples of a mini-batch, B; even.
 
     Returns:
       Tasks with `ways` = C, whose card is that of `tasks` otherwise. A class has no fixed number of

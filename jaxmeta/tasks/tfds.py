@@ -5,15 +5,18 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import TaskDistribution
-from jaxmeta.tasks.cache import cache_folder, make_room, written_whole
+from jaxmeta.files import write_json
+from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
+from jaxmeta.tasks.records import tensorflow_datasets
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
 _AT_ONCE = 64  # images read together
@@ -24,15 +27,15 @@ def prepare_tfds(
     name: str,
     *,
     size: int | None = None,
-    channels: int | None = None,
+    channels: Literal[1, 3] | None = None,
     image: str | None = None,
     label: str | None = None,
-    tfds_splits: str | Sequence[str] | None = None,
-    data_dir: str | os.PathLike | None = None,
+    tfds_splits: tuple[str, ...] | None = None,
+    data: str | os.PathLike | None = None,
 ) -> Prepared:
     """The images of a tensorflow-datasets data set, decoded once and kept in the cache.
 
-    A data set that is prepared in `data_dir` is read from its files alone, whoever wrote them; else it
+    A data set that is prepared in `data` is read from its files alone, whoever wrote them; else it
     is downloaded and prepared as ArrayRecord files, for which many of the stock data sets need
     TensorFlow. Images are decoded by the rules of `decode`: they are squeezed to squares.
 
@@ -43,8 +46,8 @@ def prepare_tfds(
       image: feature that holds the image; None for the only one, or the one named "image".
       label: feature that names the class: a class label, a text or an integer; None for the target of
         the supervised pair, the one named "label", or the only class label.
-      tfds_splits: of the data set, to pool; None for all, since the classes are to be split anew.
-      data_dir: where prepared data sets are; None for tensorflow-datasets' own default.
+      tfds_splits: splits of the data set to pool; None for all, since the classes are to be split anew.
+      data: folder where prepared data sets are; None for tensorflow-datasets' own default.
 
     Raises:
       ValueError: no such data set, feature or split; examples without label, images that cannot be
@@ -52,7 +55,7 @@ def prepare_tfds(
       OSError: it can be neither found nor downloaded, or too little disk.
     """
     check_form(size, channels)
-    builder = _builder(name, data_dir)
+    builder = _builder(name, data)
     title = builder.info.full_name
     image, label = _image_key(builder, image), _label_key(builder, label)
     pool = _Pool(builder, _parts(builder, tfds_splits), image)
@@ -85,26 +88,39 @@ def from_tfds(
     shots: int | tuple[int, int] = 1,
     queries: int = 1,
     size: int | None = None,
-    channels: int | None = None,
-    classes: ClassSplit | Sequence[float] | None = (0.64, 0.16, 0.2),
-    seed: int = 0,
-    rotations: str = "none",
+    channels: Literal[1, 3] | None = None,
+    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    split_seed: int = 0,
+    rotations: Literal["none", "classes", "random"] = "none",
     image: str | None = None,
     label: str | None = None,
-    tfds_splits: str | Sequence[str] | None = None,
-    data_dir: str | os.PathLike | None = None,
+    tfds_splits: tuple[str, ...] | None = None,
+    data: str | os.PathLike | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks from any image classification data set of tensorflow-datasets.
 
     Images are `(size, size, channels)` float32 in [0, 1]; those of the chosen part are held on the device.
 
     Args:
-      name, size, channels, image, label, tfds_splits, data_dir: see `prepare_tfds`.
+      name: "name", "name/config", "name:1.0.0" or "name/config:1.0.0".
       split: of the classes: "train", "validation" or "test".
-      ways, shots, queries, rotations: see `from_arrays`.
-      classes: the class split by name; or the fractions of train, validation and test for a random
-        split by `seed`; or None to draw from every class, whatever `split` says.
-      seed: of the random class split; episodes depend on the key given to `sample` alone.
+      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to be judged on.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      channels: 1 for grey, 3 for colour; None for what the data set says of itself, or its images.
+      classes: class split: by name, as the fractions of train, validation and test for a random split by
+        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
+        [names]}`. None draws from every class, whatever `split` says.
+      split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
+        A split by name takes none.
+      rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
+        of its own; or "random", one rotation for each drawn class in each episode.
+      image: feature that holds the image; None for the only one, or the one named "image".
+      label: feature that names the class: a class label, a text or an integer; None for the target of
+        the supervised pair, the one named "label", or the only class label.
+      tfds_splits: splits of the data set to pool; None for all, since the classes are to be split anew.
+      data: folder where prepared data sets are; None for tensorflow-datasets' own default.
 
     Raises:
       ValueError, OSError: see `prepare_tfds`; too few classes, or a class with too few images, for the
@@ -123,7 +139,7 @@ def from_tfds(
         image=image,
         label=label,
         tfds_splits=tfds_splits,
-        data_dir=data_dir,
+        data=data,
     )
     return from_prepared(
         prepared,
@@ -132,7 +148,7 @@ def from_tfds(
         queries=queries,
         split=split,
         classes=classes,
-        seed=seed,
+        split_seed=split_seed,
         rotations=rotations,
     )
 
@@ -148,7 +164,7 @@ class _Pool:
             again = _AS_ARRAY_RECORD.format(builder.info.full_name.rpartition("/")[0])
             raise ValueError(
                 f"{builder.info.full_name} in {builder.data_path} is prepared in a format that only "
-                f"TensorFlow reads; prepare it in another data_dir with {again}, or run tfds convert_format "
+                f"TensorFlow reads; prepare it in another folder with {again}, or run tfds convert_format "
                 f"--dataset_version_dir={builder.data_path} --out_file_format=array_record"
             ) from error
         self._ends = np.cumsum([len(source) for source in self.sources.values()])
@@ -178,20 +194,13 @@ class _Pool:
 
 
 def _tfds():
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            "reading a data set of tensorflow-datasets needs it (pip install tensorflow-datasets "
-            f"importlib_resources): {error}"
-        ) from error
-    return tfds
+    return tensorflow_datasets("reading a data set of tensorflow-datasets needs it")
 
 
-def _builder(name: str, data_dir: str | os.PathLike | None):
+def _builder(name: str, data: str | os.PathLike | None):
     """The builder of a data set that is prepared, if need be now."""
     tfds = _tfds()
-    where = None if data_dir is None else Path(data_dir).expanduser()
+    where = None if data is None else Path(data).expanduser()
     # A version, be it any, makes tensorflow-datasets look for files before it asks its code, whose
     # version may be newer than what is prepared.
     version = "" if ":" in name else ":*.*.*"
@@ -201,7 +210,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
         raise ArgumentError(
             "name",
             f"tensorflow-datasets has no data set {name!r}, nor is one prepared in "
-            f"{where or 'its default data_dir'}",
+            f"{where or 'its default folder'}",
         ) from error
     except (ValueError, AssertionError) as error:  # no such version or config, no such form of a name
         raise ArgumentError("name", f"{name!r}: {_line(error)}") from error
@@ -212,7 +221,7 @@ def _builder(name: str, data_dir: str | os.PathLike | None):
     except Exception as error:
         elsewhere = (
             f"prepare it elsewhere with {_AS_ARRAY_RECORD.format(name)} and name the folder it is in "
-            "with data_dir"
+            "with data"
         )
         if _lacks_tensorflow(error):
             raise ValueError(
@@ -335,8 +344,7 @@ def _shape(
             headers = _headers(builder, pool, image)
             smallest = min(one.shorter_side for one in headers)
             found = {"side": min(smallest, LARGEST_DEFAULT), "colour": any(one.in_colour for one in headers)}
-            with written_whole(findings) as temporary:
-                temporary.write_text(json.dumps(found), encoding="utf-8")
+            write_json(findings, found)
         found = json.loads(findings.read_text(encoding="utf-8"))
         side, colour = side or found["side"], colour or (3 if found["colour"] else 1)
     return int(side), int(side), int(colour)

@@ -8,6 +8,7 @@ arrays, the first all else.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, MissingFileError
 from jaxmeta.core import Params, PyTree
 from jaxmeta.training import hosts
 from jaxmeta.training.evaluate import Evaluation
@@ -79,7 +80,7 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
     """
     path = Path(path).absolute()
     if not path.exists():
-        raise FileNotFoundError(f"path: there is nothing at {path}")
+        raise MissingFileError("path", f"there is nothing at {path}")
     try:
         leaves, manifest = _read(path)
     except Exception as error:
@@ -252,7 +253,14 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     hosts.meet(f"before {path}")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        # Orbax gathers what processes wrote into one database by a pattern made of the path, and finds none
+        # where that holds characters of patterns: there each array stays a folder of its own.
+        one_database = glob.escape(str(path)) == str(path)
+        handler = ocp.CompositeCheckpointHandler(
+            manifest=ocp.JsonCheckpointHandler(),
+            arrays=ocp.StandardCheckpointHandler(use_ocdbt=one_database),
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(unfinished, args=ocp.args.Composite(**items))
         if hosts.is_first():
             (unfinished / _SUMS).write_text(_sums(unfinished), encoding="utf-8")
@@ -274,7 +282,7 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
 
 def _remove_leftovers(path: Path) -> None:
     """What writing `path`, cut short, has left beside it, be it ours or Orbax's."""
-    for leftover in path.parent.glob(f".{path.name}.*"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -46,7 +46,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < 3:
-        raise ValueError(f"{missing[0]}: is missing; give all of {', '.join(given)}, or none in a cluster")
+        raise ArgumentError(missing[0], f"is missing; give all of {', '.join(given)}, or none in a cluster")
     if not missing:
         assert coordinator is not None
         assert processes is not None

@@ -60,7 +60,7 @@ def make_mesh(
     needed = math.prod(sizes.values())
     if needed > len(found):
         product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        raise ArgumentError(product, f"these are {needed} devices, and there are {len(found)}")
+        raise ValueError(f"{product}: these are {needed} devices, and there are {len(found)}")
     return Mesh(np.reshape(np.asarray(found[:needed]), tuple(sizes.values())), AXES)
 
 

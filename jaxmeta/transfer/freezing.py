@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError, check_count, check_number
+from jaxmeta.checks import ArgumentError, check_count, check_number, some
 from jaxmeta.core import Params, PyTree
 from jaxmeta.transfer.paths import Patterns, leaves_by_path, mask, matching
 
@@ -91,8 +91,7 @@ def layer_labels(params: Params, groups: Sequence[Patterns]) -> PyTree:
     if wrong:
         raise ArgumentError(
             "groups",
-            f"every leaf must be in one group; {', '.join(wrong[:5])}"
-            + (f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
+            f"every leaf must be in one group; {some(wrong)}",
         )
     return jax.tree.unflatten(jax.tree.structure(params), [numbers[0] for numbers in found.values()])
 

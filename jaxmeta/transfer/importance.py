@@ -76,16 +76,16 @@ def density_ratio(
 ) -> DensityRatio:
     r"""Fits p_t(x)/p_s(x) by logistic regression of the domain on features.
 
-    It minimises the mean logistic loss over all n_s + n_t examples + (λ/2) ‖kernel‖² by damped Newton steps.
-    The ratio is exact where ln(p_t/p_s) is linear in the features, as of two Gaussians of one covariance; add
-    squares for others. Where features tell the domains apart without error, there is no ratio to estimate: λ
-    keeps the weights finite and decides what they are. Their mean over the source, 1 for a ratio, is then far
-    below.
+    It minimises the mean logistic loss over all n_s + n_t examples + (λ/2) ‖kernel‖² by SciPy's Newton steps
+    within a trust region. The ratio is exact where ln(p_t/p_s) is linear in the features, as of two Gaussians
+    of one covariance; add squares for others. Where features tell the domains apart without error, there is
+    no ratio to estimate: λ keeps the weights finite and decides what they are. Their mean over the source, 1
+    for a ratio, is then far below.
 
     Args:
       source, target: features of unlabelled examples. The penalty treats all alike: standardise them.
       regularisation: λ > 0; scikit-learn's C is 1 / (λ (n_s + n_t)).
-      tolerance: of the loss, by Newton's decrement.
+      tolerance: how far the loss may be from its minimum, by Newton's decrement.
       steps: at most.
 
     Raises:
@@ -104,11 +104,14 @@ def density_ratio(
       Sugiyama, Suzuki & Kanamori, Density Ratio Estimation in Machine Learning, 2012, chapter 4.
       Shimodaira, Improving predictive inference under covariate shift, 2000 (the exponent).
     """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     check_number("regularisation", regularisation, above=0)
     check_number("tolerance", tolerance, 0)
     check_count("steps", steps)
     s, t = _pair(source, target)
-    # Centred, with the bias last: Newton's steps are the same, and better conditioned.
+    # Centred, with the bias last: the problem is the same, and better conditioned.
     centre = np.concatenate([s, t]).mean(0)
     x = np.concatenate([s, t]) - centre
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
@@ -119,21 +122,38 @@ def density_ratio(
         logits = x @ weights
         return float((np.logaddexp(0, logits) - is_target * logits).mean() + (penalty * weights**2).sum() / 2)
 
+    def gradient(weights: np.ndarray) -> np.ndarray:
+        return x.T @ (expit(x @ weights) - is_target) / len(x) + penalty * weights
+
+    def hessian(weights: np.ndarray) -> np.ndarray:
+        probs = expit(x @ weights)
+        return (x * (probs * (1 - probs))[:, None]).T @ x / len(x) + np.diag(penalty)
+
+    def decrement(weights: np.ndarray) -> float:
+        slope = gradient(weights)
+        return float(slope @ np.linalg.solve(hessian(weights), slope))
+
+    def stop(weights: np.ndarray) -> None:
+        if decrement(weights) <= tolerance:
+            raise StopIteration
+
     weights = np.zeros(x.shape[1])
-    for _ in range(steps):
-        probs = 0.5 * (1 + np.tanh(x @ weights / 2))
-        gradient = x.T @ (probs - is_target) / len(x) + penalty * weights
-        hessian = (x * (probs * (1 - probs))[:, None]).T @ x / len(x) + np.diag(penalty)
-        direction = np.linalg.solve(hessian, gradient)
-        decrement, value, size = gradient @ direction, objective(weights), 1.0
-        # The tolerance lets rounding pass, close to the minimum.
-        while objective(weights - size * direction) > value - 1e-4 * size * decrement + tolerance:
-            size /= 2
-        weights = weights - size * direction
-        if decrement <= tolerance:
-            break
-    else:
-        raise ArgumentError("steps", f"{steps} were too few for tolerance {tolerance}; allow more of either")
+    # At the minimum itself there is no direction to go in.
+    if decrement(weights) > tolerance:
+        options = {"maxiter": steps, "gtol": 0.0, "initial_trust_radius": 10.0, "max_trust_radius": 1e9}
+        weights = minimize(
+            objective,
+            weights,
+            method="trust-exact",
+            jac=gradient,
+            hess=hessian,
+            callback=stop,
+            options=options,
+        ).x
+        if decrement(weights) > tolerance:
+            raise ArgumentError(
+                "steps", f"{steps} were too few for tolerance {tolerance}; allow more of either"
+            )
     kernel = weights[:-1]
     return DensityRatio(
         jnp.asarray(kernel), jnp.asarray(weights[-1] - kernel @ centre), jnp.asarray(np.log(len(s) / len(t)))

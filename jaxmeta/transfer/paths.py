@@ -165,15 +165,15 @@ def predicate(patterns: Patterns, argument: str = "patterns") -> Callable[[str],
     return lambda path: any(regex.fullmatch(path) for regex in regexes)
 
 
-def _nothing_matches(argument: str, pattern: Pattern, leaves: dict[str, Any]) -> ValueError:
-    """The error of a pattern that matches nothing, with the paths that it may have meant."""
+def _nothing_matches(argument: str, pattern: Pattern, leaves: dict[str, Any]) -> ArgumentError:
+    """Return the error of a pattern that matches nothing, with the paths that it may have meant."""
     text = pattern if isinstance(pattern, str) else pattern.pattern
     nodes = {
         "/".join(parts[:n]) for parts in (p.split("/") for p in leaves) for n in range(1, len(parts) + 1)
     }
     closest = difflib.get_close_matches(text, sorted(nodes), n=3, cutoff=0.0)
     near = f"the closest paths are {', '.join(closest)}" if closest else "the tree has no leaves"
-    return ValueError(f"{argument}: {pattern!r} matches nothing; {near}")
+    return ArgumentError(argument, f"{pattern!r} matches nothing; {near}")
 
 
 def matching(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> list[str]:
@@ -283,7 +283,7 @@ def rename(tree: PyTree, rules: Rules) -> dict[str, Any]:
       rules: pairs (pattern, replacement). The first whose pattern matches a leaf renames it, and no other;
         a leaf that none matches keeps its path.
         A glob: the text that each of its wildcards matched fills the wildcards of the replacement in order,
-        or , , … by number; where it matches a node, everything beneath moves along.
+        or \1, \2, … by number; where it matches a node, everything beneath moves along.
         An `re.Pattern`: `pattern.sub(replacement, path)`, wherever in the path it is found.
         A replacement of None drops the leaf; one of "" lifts what is beneath the node to the root.
 

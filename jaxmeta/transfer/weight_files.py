@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, parsed_json
+from jaxmeta.checks import ArgumentError, MissingFileError, parsed_json
 from jaxmeta.core import PyTree
+from jaxmeta.files import replacing
 from jaxmeta.nn.norm import STATISTICS, from_moments
+from jaxmeta.training.checkpoint import load, load_params
+from jaxmeta.transfer.architectures import rebuilt
 from jaxmeta.transfer.subtree import leaves_by_path
 
 FORMATS = (
@@ -23,6 +26,8 @@ FORMATS = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 INDEX = "model.safetensors.index.json"
 HUB = "hf:"
+# The form of a run's config.json, and its folder of population statistics, as the command line writes them.
+_RUN_FORMAT, _POPULATION = 2, "population"
 
 
 class Stored(NamedTuple):
@@ -33,7 +38,7 @@ class Stored(NamedTuple):
       origin: the file or folder, for messages.
       config: of the config.json beside the weights.
       metadata: of the safetensors file.
-      network: that of a run.
+      network: that of a run; None where the run does not describe it.
     """
 
     leaves: dict[str, Any]
@@ -54,7 +59,7 @@ def read(path: str | os.PathLike, revision: str | None = None) -> Stored:
     found = Path(path).expanduser()
     if not found.exists():
         hint = f'; what is on the Hugging Face Hub is "{HUB}{path}"' if str(path).count("/") == 1 else ""
-        raise FileNotFoundError(f"path: there is nothing at {path}{hint}")
+        raise MissingFileError("path", f"there is nothing at {path}{hint}")
     return _folder(found) if found.is_dir() else _file(found)
 
 
@@ -65,7 +70,7 @@ def _file(path: Path) -> Stored:
     if path.suffix == ".msgpack":
         return Stored(_arrays(_msgpack(path), path), path)
     if path.suffix in PICKLES:
-        raise ValueError(_refusal(path))
+        raise ArgumentError("path", _refusal(path))
     raise ArgumentError("path", f"got {path}, whose format is unknown; it must be {FORMATS}")
 
 
@@ -92,13 +97,13 @@ def _folder(path: Path) -> Stored:
         return Stored(_arrays(_orbax(checkpoints[0]), path), path)
     pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
     if pickles:
-        raise ValueError(_refusal(pickles[0]))
+        raise ArgumentError("path", _refusal(pickles[0]))
     raise ArgumentError("path", f"{path} has no weights of a known format; it must be {FORMATS}")
 
 
 def _refusal(path: Path) -> str:
     return (
-        f"path: {path} may hold a pickle, which runs its author's code when it is opened, and is not read; "
+        f"{path} may hold a pickle, which runs its author's code when it is opened, and is not read; "
         "where you trust it, convert it in PyTorch: "
         'safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors")'
     )
@@ -210,23 +215,34 @@ def _arrays(tree: PyTree, origin: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> Stored:
-    # Runs know all of the package, this module among it.
-    from jaxmeta import config, registry
-
-    stored, settings = config.stored(folder)
-    params = config.params_of(folder, stored)
+    """Return the network of a run of `jaxmeta train`, by what its config.json says."""
+    config = _config(folder)
+    if config.get("format") != _RUN_FORMAT:
+        raise ArgumentError(
+            "path",
+            f"{folder} is a run whose config.json is missing, or of an older form than this version of "
+            "jaxmeta reads; train again, or use the version that wrote it",
+        )
+    try:
+        learner, text = config["learner"]["name"], config["model"]
+        kept = {name: config[name] for name in ("learner", "network")} | {"seed": config["run"]["seed"]}
+    except (KeyError, TypeError) as error:
+        raise ArgumentError("path", f"{folder / 'config.json'} is damaged: {error!r}") from None
+    params = load_params(folder, config=kept)
+    if (folder / _POPULATION).exists():
+        params = {**params, **load(folder / _POPULATION)}
     # MAML++ has normalisation layers of each inner step's own.
     if "model" not in params or "per_step" in params:
         raise ArgumentError(
-            "path", f"{folder} is a run of {settings.learner}, which trains no one network: {sorted(params)}"
+            "path", f"{folder} is a run of {learner}, which trains no one network: {sorted(params)}"
         )
-    out = (settings.train_ways or 1) if registry.LEARNERS[settings.learner].fixed_ways else None
     variables = {"params": params["model"]}
     if "population" in params:
         statistics = from_moments(params["population"])
         # Of a learner with statistics of its own beside the network's.
         variables[STATISTICS] = statistics.get("model", statistics)
-    network = registry.NETWORKS[settings.network](out)
+    # Of a network of another package there is no description, and who reads the weights brings it.
+    network = None if text is None else rebuilt(str(text), folder / "config.json")
     return Stored(leaves_by_path(variables), folder, network=network)
 
 
@@ -263,9 +279,5 @@ def write(path: Path, leaves: Mapping[str, Any], metadata: Mapping[str, str]) ->
     # The library writes memory as it lies, whatever the strides.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
+    with replacing(path) as unfinished:
         save_file(arrays, unfinished, dict(metadata))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -122,7 +122,7 @@ def test_the_mean_feature_is_of_all_real_examples_and_comes_from_calibration_too
 def test_a_fine_tuned_linear_head_matches_the_released_code_in_torch(x64):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     support, query = (batch(part.x, part.y) for part in unequal())
-    outputs = predict(jm.fine_tuned_head(IDENTITY, steps=7), support, query.x)
+    outputs = predict(jm.fine_tuned_head(IDENTITY, eval_steps=7), support, query.x)
     head = torch.nn.Linear(DIM, WAYS).double()
     for parameter in head.parameters():
         torch.nn.init.zeros_(parameter)
@@ -139,7 +139,7 @@ def test_a_fine_tuned_linear_head_matches_the_released_code_in_torch(x64):
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_a_fine_tuned_head_descends_its_cross_entropy_by_the_given_optimizer(head, x64):
     support, query = (batch(part.x, part.y) for part in unequal())
-    learner = jm.fine_tuned_head(IDENTITY, head=head, optimizer=optax.sgd(0.5), steps=3)
+    learner = jm.fine_tuned_head(IDENTITY, head=head, inner_optimizer=optax.sgd(0.5), eval_steps=3)
     x, q, y = support.x, query.x, support.y
 
     def normed(z):
@@ -162,7 +162,9 @@ def test_a_fine_tuned_head_descends_its_cross_entropy_by_the_given_optimizer(hea
 
 
 def test_a_cosine_head_starts_at_the_class_means_with_norms_of_one():
-    learner = jm.fine_tuned_head(IDENTITY, head="cosine", optimizer=optax.sgd(0.0), steps=1, scale=10.0)
+    learner = jm.fine_tuned_head(
+        IDENTITY, head="cosine", inner_optimizer=optax.sgd(0.0), eval_steps=1, scale=10.0
+    )
     fitted = adapted(learner, {"model": {}}, SUPPORT)["fitted"]["head"]
     y = np.asarray(SUPPORT.y)
     means = unit(np.stack([np.asarray(SUPPORT.x)[y == c].mean(0) for c in range(WAYS)]))
@@ -175,7 +177,7 @@ def test_a_cosine_head_starts_at_the_class_means_with_norms_of_one():
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_a_fine_tuned_head_ignores_padding_and_absent_classes(head, x64):
     support, query = (batch(part.x, part.y) for part in unequal())
-    learner = jm.fine_tuned_head(IDENTITY, head=head, steps=4)
+    learner = jm.fine_tuned_head(IDENTITY, head=head, eval_steps=4)
     outputs = predict(learner, support, query.x)
     found = predict(learner, padded(batch(support.x, support.y, ways=5), [0, 2, 6]), query.x)
     np.testing.assert_allclose(found[:, :WAYS], outputs, rtol=1e-9)
@@ -237,7 +239,7 @@ def test_the_transform_of_features_does_not_change_their_training(x64):
     [
         (lambda: jm.simple_shot(IDENTITY, transform="l1"), "transform: got 'l1'; it must be one of"),
         (lambda: jm.fine_tuned_head(IDENTITY, head="mlp"), "head: got 'mlp'; it must be one of"),
-        (lambda: jm.fine_tuned_head(IDENTITY, steps=0), "steps: got 0; it must be at least 1"),
+        (lambda: jm.fine_tuned_head(IDENTITY, eval_steps=0), "eval_steps: got 0; it must be at least 1"),
         (lambda: jm.fine_tuned_head(IDENTITY, norm="layer"), "norm: got .*; it must be one of"),
     ],
 )

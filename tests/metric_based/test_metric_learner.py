@@ -38,7 +38,7 @@ METHODS = {
     "siamese": jm.siamese,
     "ridge": jm.ridge,
     "simple_shot": jm.simple_shot,
-    "fine_tuned_head": functools.partial(jm.fine_tuned_head, steps=3),
+    "fine_tuned_head": functools.partial(jm.fine_tuned_head, eval_steps=3),
 }
 FEW = ["prototypical", "matching", "simple_shot"]
 methods = pytest.mark.parametrize("method", METHODS)

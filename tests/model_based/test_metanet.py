@@ -79,9 +79,9 @@ def compiled(**settings):
 class Torch:
     """The paper's algorithm with loops over samples, support items and queries, and autograd's gradients."""
 
-    def __init__(self, torch, params, draws, embedding_loss="xent", base_task_weights=False):
+    def __init__(self, torch, params, draws, embedding_loss="xent", task_weights="embedding"):
         self.torch, self.draws = torch, draws
-        self.embedding_loss, self.base_task_weights = embedding_loss, base_task_weights
+        self.embedding_loss, self.task_weights = embedding_loss, task_weights
         self.params = jax.tree.map(
             lambda leaf: torch.tensor(np.asarray(leaf), dtype=torch.float64, requires_grad=True), params
         )
@@ -173,7 +173,7 @@ class Torch:
             for i in range(len(ys))
         ]
         extra = []
-        if self.base_task_weights:
+        if self.task_weights == "both":
             means = [
                 {name: sum(each[i][name] for i in chunk) / len(chunk) for name in each[0]}
                 for chunk in self.draws["chunks"]
@@ -195,18 +195,18 @@ class Torch:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("embedding_loss", "base_task_weights"),
+    ("embedding_loss", "task_weights"),
     [
-        ("xent", False),
-        ("verification", False),
-        ("contrastive", False),
-        ("xent", True),
+        ("xent", "embedding"),
+        ("verification", "embedding"),
+        ("contrastive", "embedding"),
+        ("xent", "both"),
     ],
 )
-def test_loss_and_meta_gradient_match_torch(embedding_loss, base_task_weights):
+def test_loss_and_meta_gradient_match_torch(embedding_loss, task_weights):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     task = task_of(1, blocks=2)
-    learner = make(blocks=2, embedding_loss=embedding_loss, base_task_weights=base_task_weights, samples=4)
+    learner = make(blocks=2, embedding_loss=embedding_loss, task_weights=task_weights, samples=4)
     params = params_of(learner, task)
     mask = jnp.ones(WAYS * SHOTS, bool)
 
@@ -226,7 +226,7 @@ def test_loss_and_meta_gradient_match_torch(embedding_loss, base_task_weights):
     draws = {"samples": lists(for_embedding), "chunks": lists(for_base)}
     if embedding_loss != "xent":
         draws["samples"] = np.array(random_pairs(for_embedding, mask, 4)[0]).tolist()
-    reference = Torch(torch, params, draws, embedding_loss, base_task_weights)
+    reference = Torch(torch, params, draws, embedding_loss, task_weights)
     expected = reference.loss(task)
     expected.backward()
     value, gradient = jax.jit(jax.value_and_grad(lambda p: learner.loss(p, task, key)[0]))(params)
@@ -253,7 +253,7 @@ def without_output(generators):
 
 def test_generators_of_zero_give_the_outputs_of_the_slow_networks():
     task = task_of(blocks=1)
-    learner = make(blocks=1, base_task_weights=True)
+    learner = make(blocks=1, task_weights="both")
     params = params_of(learner, task)
     params |= {name: without_output(params[name]) for name in params if name.endswith("generator")}
     adapted = learner.adapt(params, task.support, KEY)
@@ -301,8 +301,8 @@ def test_order_of_the_support_changes_only_the_weights_of_the_task():
         return jax.tree.map(lambda leaf: np.asarray(leaf)[order], tree)
 
     moved = in_order(task.support)
-    params = params_of(make(task_weights=False), task)
-    without = compiled(task_weights=False)
+    params = params_of(make(task_weights="none"), task)
+    without = compiled(task_weights="none")
     assert_equal(without(params, task._replace(support=moved)), without(params, task), 1e-10)
 
     learner = make(embedding_loss="xent")
@@ -379,8 +379,8 @@ def test_variants_have_the_parameters_they_use():
         ({}, {"task_generator", "embedding_head"}),
         ({"embedding_loss": "xent"}, {"task_generator", "embedding_head"}),
         ({"embedding_loss": "contrastive"}, {"task_generator"}),
-        ({"task_weights": False}, set()),
-        ({"base_task_weights": True}, {"task_generator", "embedding_head", "base_task_generator"}),
+        ({"task_weights": "none"}, set()),
+        ({"task_weights": "both"}, {"task_generator", "embedding_head", "base_task_generator"}),
     ):
         learner = metanet(*nets(), hidden=HIDDEN, **settings)
         params = jax.eval_shape(learner.init, jax.random.key(0), task)
@@ -388,8 +388,8 @@ def test_variants_have_the_parameters_they_use():
         assert set(params["example_generator"]) == {"conv", "dense"}
         adapted = jax.eval_shape(learner.adapt, params, task.support, KEY)
         assert ("embedding" in adapted, "base" in adapted) == (
-            settings.get("task_weights", True),
-            settings.get("base_task_weights", False),
+            settings.get("task_weights") != "none",
+            settings.get("task_weights") == "both",
         )
     dense = jax.jit(make().init)(jax.random.key(0), task_of())
     assert set(dense["example_generator"]) == set(dense["task_generator"]) == {"dense"}
@@ -422,6 +422,16 @@ def test_only_chosen_layers_have_fast_weights():
     assert np.isfinite(learner.predict(params, adapted, task.query.x)).all()
 
 
+def test_parameters_that_were_made_for_other_fast_layers_are_refused():
+    """Of `conv_0` and `head`, the embedding has a convolution alone, and no generator of other weights."""
+    task = task_of(blocks=1)
+    learner = make(blocks=1, fast_layers=("conv_0", "head"))
+    params = params_of(learner, task)
+    assert set(learner.adapt(params, task.support, KEY)["embedding"]) == {"conv_0"}
+    with pytest.raises(ValueError, match="fast_layers: got dense layers, of whose weights the parameters"):
+        make(blocks=1).adapt(params, task.support, KEY)
+
+
 # --- As every learner ---------------------------------------------------------------------------------
 
 
@@ -437,7 +447,7 @@ def test_only_chosen_layers_have_fast_weights():
 )
 def test_padding_changes_nothing_at_any_place(embedding_loss, blocks):
     task = task_of(blocks=blocks)
-    settings = {"blocks": blocks, "embedding_loss": embedding_loss, "base_task_weights": True}
+    settings = {"blocks": blocks, "embedding_loss": embedding_loss, "task_weights": "both"}
     params = params_of(make(**settings), task)
     value, metrics, gradient, outputs = compiled(**settings)(params, task, KEY)
     places = np.array([1, 2, 4, 5, 6, 8])  # of ten
@@ -495,7 +505,7 @@ def test_a_support_set_of_padding_alone_leaves_the_slow_base_learner():
 )
 def test_vmap_over_tasks_matches_a_loop(embedding_loss, blocks):
     tasks = [task_of(seed, blocks) for seed in range(2)]
-    settings = {"blocks": blocks, "embedding_loss": embedding_loss, "base_task_weights": True}
+    settings = {"blocks": blocks, "embedding_loss": embedding_loss, "task_weights": "both"}
     learner = make(**settings)
     params = params_of(learner, tasks[0])
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tasks)
@@ -508,7 +518,7 @@ def test_vmap_over_tasks_matches_a_loop(embedding_loss, blocks):
 
 def test_loss_is_that_of_adapt_and_predict_with_the_same_key():
     task = task_of()
-    settings = {"blocks": 0, "embedding_loss": "verification", "base_task_weights": True}
+    settings = {"blocks": 0, "embedding_loss": "verification", "task_weights": "both"}
     value, metrics, gradient, outputs = compiled(**settings)(params_of(make(**settings), task), task, KEY)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(value, jm.losses.cross_entropy(outputs, task.query.y), rtol=1e-12)
@@ -532,21 +542,21 @@ def test_adaptation_depends_on_the_key_alone():
 )
 def test_queries_in_parts_match_queries_at_once(some):
     task = task_of()
-    params = params_of(make(task_weights=False), task)
-    expected = compiled(task_weights=False)(params, task)
-    assert_equal(compiled(task_weights=False, queries_at_once=some)(params, task), expected)
+    params = params_of(make(task_weights="none"), task)
+    expected = compiled(task_weights="none")(params, task)
+    assert_equal(compiled(task_weights="none", queries_at_once=some)(params, task), expected)
 
 
 @pytest.mark.nightly
 def test_networks_wider_than_a_block_are_made_in_blocks(monkeypatch):
     task = task_of()
-    settings = {"blocks": 0, "embedding_loss": "verification", "base_task_weights": True}
+    settings = {"blocks": 0, "embedding_loss": "verification", "task_weights": "both"}
     params = params_of(make(**settings), task)
     expected = compiled(**settings)(params, task, KEY)
     # Not by its name, which the package gives to the function.
     for name in ("CPU_BLOCK", "BLOCK"):
         monkeypatch.setattr(sys.modules[metanet.__module__], name, 7)
-    blocked = metanet(*nets(blocks=0), hidden=HIDDEN, base_task_weights=True)
+    blocked = metanet(*nets(blocks=0), hidden=HIDDEN, task_weights="both")
     assert_equal(jax.jit(functools.partial(results, blocked))(params, task, KEY), expected)
 
 
@@ -637,6 +647,7 @@ def test_pair_losses_match_their_formulas():
     ("settings", "message"),
     [
         ({"embedding_loss": "triplet"}, "embedding_loss: got 'triplet'; it must be one of"),
+        ({"task_weights": "base"}, "task_weights: got 'base'; it must be one of"),
         ({"samples": 0}, "samples: got 0; it must be at least 1"),
         ({"hidden": 0}, "hidden: got 0; it must be at least 1"),
         ({"queries_at_once": 0}, "queries_at_once: got 0; it must be at least 1"),
@@ -678,7 +689,7 @@ def test_support_sets_that_do_not_fit_are_refused():
     single = jm.Batch(task.support.x[:1], task.support.y[:1], ways=WAYS)
     with pytest.raises(ValueError, match='tasks: got 1 support example; embedding_loss must be "xent"'):
         make().adapt(params, single, KEY)
-    make(task_weights=False).adapt(params, single, KEY)
+    make(task_weights="none").adapt(params, single, KEY)
     floats = dataclasses.replace(task.support, y=np.asarray(task.support.x)[:, 0])
     with pytest.raises(
         ValueError, match="tasks: got targets of type float64; metanet needs integer class slots"

@@ -142,7 +142,9 @@ def reference_params(norm=False):
 
 def make_learner(network, **settings):
     # The default memory mode, "auto", would trace each inner step once more.
-    return jm.maml(network, **{"inner_optimizer": optax.sgd(0.5), "steps": 2, "memory": "store", **settings})
+    return jm.maml(
+        network, **{"inner_optimizer": optax.sgd(0.5), "inner_steps": 2, "memory": "store", **settings}
+    )
 
 
 def loss_and_gradient(learner, params, of):

@@ -21,7 +21,7 @@ def episode():
 
 
 LEARNERS = {
-    "maml": lambda network: jm.maml(network, inner_optimizer=optax.sgd(0.4), steps=1),
+    "maml": lambda network: jm.maml(network, inner_optimizer=optax.sgd(0.4), inner_steps=1),
     "prototypical": jm.prototypical,
 }
 

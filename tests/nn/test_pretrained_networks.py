@@ -92,7 +92,7 @@ def test_padding_changes_no_output_of_a_resnet():
 @pytest.mark.parametrize("channels", [(4,), pytest.param((4, 8), marks=pytest.mark.nightly)])
 def test_maml_gradient_through_a_resnet_matches_finite_differences(channels, x64):
     network = tiny_resnet(2, depths=(1,) * len(channels), channels=channels)
-    learner = jm.maml(jm.nn.as_model(network), inner_optimizer=optax.sgd(0.1), steps=1)
+    learner = jm.maml(jm.nn.as_model(network), inner_optimizer=optax.sgd(0.1), inner_steps=1)
     x = noise(8, 16, 16, 1)
     y = jnp.arange(8) % 2
     task = jm.Task(jm.Batch(x[:4], y[:4], ways=2), jm.Batch(x[4:], y[4:], ways=2))

@@ -50,7 +50,7 @@ def with_constant_gates(params, forget, enter):
 @functools.cache
 def lstm(hidden, order="first", norm=False):
     # The default memory mode, "auto", would trace each inner step once more.
-    return jm.lstm_meta_learner(network(norm=norm), steps=3, hidden=hidden, order=order, memory="store")
+    return jm.lstm_meta_learner(network(norm=norm), inner_steps=3, hidden=hidden, order=order, memory="store")
 
 
 @pytest.mark.nightly
@@ -71,7 +71,7 @@ def test_constant_gates_are_gradient_descent_with_weight_decay(hidden, decay, no
     rate, of, learner = 0.3, task(), lstm(hidden, order, norm)
     params = with_constant_gates(init(learner), 1 - rate * decay, rate)
     optimizer = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
-    maml = jm.maml(network(norm=norm), inner_optimizer=optimizer, steps=3, order=order)
+    maml = jm.maml(network(norm=norm), inner_optimizer=optimizer, inner_steps=3, order=order)
     start = {"model": params["model"]}
     assert_trees_close(adapt(learner, params, of), adapt(maml, start, of), atol=1e-13)
     found = gradient(learner, params, of)["model"]
@@ -91,7 +91,7 @@ def test_orders_differ_with_constant_gates(hidden):
 def test_constant_gates_on_one_number_match_closed_form(forget):
     """θ_2 = 0.36, ∂/∂c_0 = −2.64, ∂/∂i = −(∇_1 + ∇_2)(θ_2 − 3) = −9.504."""
     of = number_task()
-    learner = jm.lstm_meta_learner(NUMBER, steps=2, loss=half_square)
+    learner = jm.lstm_meta_learner(NUMBER, inner_steps=2, loss=half_square)
     params = with_constant_gates(init(learner, of), forget, 0.1)
     theta = float(adapt(learner, params, of)["model"]["theta"])
     found = gradient(learner, params, of)
@@ -106,7 +106,7 @@ def test_constant_gates_on_one_number_match_closed_form(forget):
 @pytest.mark.parametrize("hidden", [pytest.param(20, marks=pytest.mark.nightly), None])
 def test_constant_gates_on_one_number_match_closed_form_in_second_order(hidden):
     of = number_task()
-    learner = jm.lstm_meta_learner(NUMBER, steps=2, order="second", hidden=hidden, loss=half_square)
+    learner = jm.lstm_meta_learner(NUMBER, inner_steps=2, order="second", hidden=hidden, loss=half_square)
     params = with_constant_gates(init(learner, of), 1.0, 0.1)
     np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], -1.6896, rtol=1e-12)
 
@@ -133,7 +133,7 @@ def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held
 ):
     of = task()
     learner = jm.lstm_meta_learner(
-        network(norm=False), steps=2, hidden=hidden, feedback=feedback, memory=memory
+        network(norm=False), inner_steps=2, hidden=hidden, feedback=feedback, memory=memory
     )
     params = stirred(init(learner))
     cell = jm.nn.GatedUpdate(hidden, feedback)
@@ -178,7 +178,7 @@ def test_cell_has_the_published_size_and_the_network_starts_as_in_maml():
 def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
     """The official code's extra 1/B: as if the loss's gradient were 1/B of what it is."""
     of = number_task()
-    settings = {"steps": 2, "hidden": None, "loss": half_square}
+    settings = {"inner_steps": 2, "hidden": None, "loss": half_square}
     scaled = jm.lstm_meta_learner(NUMBER, gradient_scale=0.2, **settings)
     params = with_constant_gates(init(scaled, of), 1.0, 0.5)
     plain = jm.lstm_meta_learner(NUMBER, **settings)
@@ -189,10 +189,10 @@ def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "steps: got 0; it must be at least 1"),
+        ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
         ({"hidden": 0}, "hidden: got .*; it must be at least 1"),
         ({"feedback": "both"}, "feedback: got 'both'; it must be one of"),
-        ({"order": "implicit", "proximal": 1.0}, 'order: got "implicit"'),
+        ({"order": "implicit"}, "order: got 'implicit'; it must be one of 'first', 'second'"),
     ],
 )
 def test_lstm_refuses_bad_settings(settings, says):
@@ -207,11 +207,22 @@ SQUARE = jm.Model(lambda key, x: jnp.ones(()), lambda params, x: jnp.full((x.sha
 SQUARE_TASK = jm.Task(*(jm.Batch(jnp.zeros((1, 1)), jnp.zeros((1, 1))) for _ in range(2)))
 
 
+class Forms:
+    """A learned optimizer as a learner, as unrolls of runs, and as an optax transformation."""
+
+    def __init__(self, model, **settings):
+        self.init, self.adapt, self.predict, self.loss = jm.learned_optimizer(model, **settings)[:4]
+        self.unroll = jm.learned_optimizer_unroll(model, **settings)
+        own = ("layers", "preprocess", "scale", "zero_output")
+        given = {name: settings[name] for name in own if name in settings}
+        self.as_optax = functools.partial(jm.learned_optimizer_as_optax, **given)
+
+
 def linear_optimizer(steps=20, truncation=5):
     """δ = w·g + b, from w = b = 0."""
-    return jm.learned_optimizer(
+    return Forms(
         SQUARE,
-        steps=steps,
+        inner_steps=steps,
         truncation=truncation,
         layers=(),
         preprocess=None,
@@ -296,9 +307,9 @@ def test_a_linear_optimizer_trained_on_a_square_finds_its_minimum():
 
 @functools.cache
 def learned(net_norm=False, **settings):
-    return jm.learned_optimizer(
+    return Forms(
         precise_network(norm=net_norm),
-        **{"steps": 6, "truncation": 3, "layers": (3,), "memory": "store", **settings},
+        **{"inner_steps": 6, "truncation": 3, "layers": (3,), "memory": "store", **settings},
     )
 
 
@@ -393,7 +404,7 @@ def test_last_loss_of_an_unroll_and_first_of_the_next_share_their_key():
         return jnp.zeros((x.shape[0], 1)) + noise + 0 * params["w"]
 
     model = jm.Model(lambda key, x: {"w": jnp.zeros(())}, apply, stochastic=True)
-    learner = jm.learned_optimizer(model, steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
+    learner = Forms(model, inner_steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
     of = jm.Task(*(jm.Batch(jnp.zeros((3, 2)), jnp.zeros((3, 1))) for _ in range(2)))
     params = init(learner, of)
     keys = jax.vmap(lambda step: jax.random.fold_in(KEY, step))(np.arange(5))
@@ -414,10 +425,10 @@ def test_the_loss_is_the_sum_of_its_unrolls():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("batch_size", [None, 2])
-def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(batch_size):
+@pytest.mark.parametrize("inner_batch", [None, 2])
+def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(inner_batch):
     """A run in two unrolls ends where a plain optax loop ends, and where `adapt` does."""
-    of, learner = task(), learned(batch_size=batch_size)
+    of, learner = task(), learned(inner_batch=inner_batch)
     params = init(learner)
     carry = None
     for _ in range(2):
@@ -425,7 +436,7 @@ def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(batch_size
     adapted = adapt(learner, params, of)
     assert_trees_close(adapted["model"], carry.weights, atol=1e-12)
     assert int(carry.step) == 6
-    if batch_size is not None:
+    if inner_batch is not None:
         return
     optimizer = learner.as_optax(params)
     weights = start_of(learner, params, of)
@@ -473,7 +484,7 @@ def test_steps_at_test_may_outnumber_those_of_training():
 def test_learned_parameters_serve_a_wider_network():
     params, of = init(learned()), task()
     wide = functools.partial(jm.nn.MLP, out=WAYS, kernel_init=jax.nn.initializers.lecun_normal())
-    wider = jm.learned_optimizer(wide(hidden=(9, 7)), steps=3, truncation=3, layers=(3,))
+    wider = jm.learned_optimizer(wide(hidden=(9, 7)), inner_steps=3, truncation=3, layers=(3,))
     assert adapt(wider, params, of)["model"]["Dense_0"]["kernel"].shape == (DIM, 9)
     assert np.isfinite(jax.jit(wider.loss)(params, of, KEY)[0])
 
@@ -481,8 +492,8 @@ def test_learned_parameters_serve_a_wider_network():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "steps: got 0; it must be at least 1"),
-        ({"steps": 7}, "steps: got 7; it must be a multiple of truncation = 3"),
+        ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
+        ({"inner_steps": 7}, "inner_steps: got 7; it must be a multiple of truncation = 3"),
         ({"truncation": 0}, "truncation: got 0; it must be at least 1"),
         ({"eval_steps": 0}, "eval_steps: got 0; it must be at least 1"),
         ({"order": "implicit"}, "order: got 'implicit'; it must be one of 'second', 'first'"),

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def maml(**settings):
     """MAML of two steps of size 0.5 on the network of a few units, the same learner for the same settings."""
     # The default memory mode, "auto", would trace each inner step once more.
-    own = {"inner_optimizer": optax.sgd(0.5), "steps": 2, "memory": "store"}
+    own = {"inner_lr": 0.5, "inner_steps": 2, "memory": "store"}
     return jm.maml(network(), **{**own, **settings})
 
 
@@ -76,7 +76,7 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
 def test_fomaml_is_first_order_maml(norm):
     learner, of = maml(norm=norm, order="first"), task()
     params = init(learner)
-    same = jm.fomaml(network(), inner_optimizer=optax.sgd(0.5), steps=2, norm=norm)
+    same = jm.fomaml(network(), inner_optimizer=optax.sgd(0.5), inner_steps=2, norm=norm)
     assert_trees_close(gradient(learner, params, of), gradient(same, params, of), rtol=0)
 
 
@@ -114,10 +114,10 @@ def test_predicate_sees_the_paths_of_the_leaves():
 
 @pytest.mark.nightly
 def test_steps_at_test_may_differ_from_steps_at_training():
-    learner, one, of = maml(steps=1, eval_steps=3), maml(steps=1), task()
+    learner, one, of = maml(inner_steps=1, eval_steps=3), maml(inner_steps=1), task()
     params = init(learner)
     adapted = adapt(learner, params, of)
-    assert_trees_close(adapted, adapt(maml(steps=3), params, of), rtol=1e-12)
+    assert_trees_close(adapted, adapt(maml(inner_steps=3), params, of), rtol=1e-12)
     assert max_difference(adapted, adapt(one, params, of)) > 1e-3
     np.testing.assert_allclose(loss(learner, params, of)[0], loss(one, params, of)[0], rtol=1e-12)
     assert_trees_close(adapt(maml(eval_steps=0), params, of)["model"], params["model"], rtol=0)
@@ -206,7 +206,7 @@ def test_first_and_second_order_agree_where_the_support_loss_is_linear():
     # The inner steps reach both columns of w: each output is a product with both.
     mixed = model._replace(apply=lambda params, x: x @ params["w"] @ jnp.array([[1.0, 1.0], [1.0, 2.0]]))
     for each in (model, mixed):
-        make = functools.partial(jm.maml, each, inner_optimizer=optax.sgd(0.3), steps=3, loss=by_flag)
+        make = functools.partial(jm.maml, each, inner_optimizer=optax.sgd(0.3), inner_steps=3, loss=by_flag)
         second, first = make(), make(order="first")
         params = {"model": start}
         found = gradient(second, params, of)
@@ -218,7 +218,9 @@ def test_regression_by_a_network_without_statistics():
     rng = np.random.default_rng(0)
     of = jm.Task(*(jm.Batch(jnp.asarray(rng.normal(size=(n, 1))), jnp.asarray(rng.normal(size=(n, 2))))
                    for n in (4, 6)))  # fmt: skip
-    learner = jm.maml(network(out=2, norm=False), inner_optimizer=optax.sgd(0.1), steps=3, loss=jm.losses.mse)
+    learner = jm.maml(
+        network(out=2, norm=False), inner_optimizer=optax.sgd(0.1), inner_steps=3, loss=jm.losses.mse
+    )
     params = init(learner, of)
     value, metrics = loss(learner, params, of)
     adapted = adapt(learner, params, of)
@@ -245,13 +247,47 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
         ({"norm": "layer"}, "norm: got 'layer'; it must be one of"),
         ({"order": "third"}, "order: got .*; it must be one of"),
         ({"memory": "none"}, "memory: got .*; it must be one of"),
-        ({"steps": -1}, "steps: got -1; it must be at least 1"),
+        ({"inner_steps": -1}, "inner_steps: got -1; it must be at least 1"),
+        ({"inner_batch": 0}, "inner_batch: got 0; it must be at least 1"),
+        ({"inner_lr": -0.1}, "inner_lr: got -0.1; it must be at least 0"),
         ({"eval_steps": -2}, "eval_steps: got -2; it must be at least 0"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(settings, says):
     with pytest.raises(ValueError, match=says):
         jm.maml(network(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("factory", "old", "new"),
+    [
+        (jm.maml, "steps", "inner_steps"),
+        (jm.fomaml, "batch_size", "inner_batch"),
+        (jm.maml_plus_plus, "rate", "inner_lr"),
+        (jm.meta_sgd, "rates", "inner_lr"),
+        (jm.learned_optimizer_unroll, "steps", "inner_steps"),
+        (jm.fine_tuned_head, "steps", "eval_steps"),
+        (jm.fine_tuned_head, "optimizer", "inner_optimizer"),
+    ],
+)
+def test_a_former_name_of_an_argument_is_answered_with_the_one_of_today(factory, old, new):
+    says = rf"{factory.__name__}\(\) has no argument '{old}'; it is called {new}$"
+    with pytest.raises(TypeError, match=says):
+        factory(network(), **{old: 1})
+
+
+def test_a_name_that_never_was_is_answered_with_those_that_are():
+    with pytest.raises(
+        TypeError, match=r"maml\(\) has no argument 'lr'; it takes inner_lr, inner_optimizer,"
+    ):
+        jm.maml(network(), lr=0.1)
+
+
+def test_another_inner_optimizer_takes_the_place_of_the_rate():
+    of = task()
+    rate, other = maml(inner_lr=0.25), maml(inner_lr=9.0, inner_optimizer=optax.sgd(0.25))
+    params = init(rate)
+    assert_trees_close(adapt(other, params, of), adapt(rate, params, of), rtol=0)
 
 
 def test_a_head_of_another_width_is_refused_at_init():
@@ -283,7 +319,7 @@ def test_each_inner_step_and_the_query_draw_with_keys_of_their_own():
         return (x if key is None else x * jax.random.normal(key, x.shape)) @ params["w"]
 
     model = jm.Model(lambda key, x: {"w": jnp.ones((DIM, WAYS))}, apply, stochastic=True)
-    learner, of = jm.maml(model, inner_optimizer=optax.sgd(0.5), steps=2), task()
+    learner, of = jm.maml(model, inner_optimizer=optax.sgd(0.5), inner_steps=2), task()
     params = init(learner)
 
     def drawn_loss(weights, batch, key):

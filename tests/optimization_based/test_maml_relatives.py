@@ -44,7 +44,7 @@ BARE = network(norm=False)
 def maml(net=BARE, **settings):
     """MAML of three steps of size 0.5, the same learner for the same settings."""
     # The default memory mode, "auto", would trace each inner step once more.
-    return jm.maml(net, **{"inner_optimizer": SGD, "steps": 3, "memory": "store", **settings})
+    return jm.maml(net, **{"inner_optimizer": SGD, "inner_steps": 3, "memory": "store", **settings})
 
 
 def assert_gradient_matches_finite_differences(learner, params, of, step=None, atol=1e-8):
@@ -63,7 +63,7 @@ def as_maml(params):
 
 @pytest.mark.parametrize(("factory", "adapts_head"), [(jm.anil, True), (jm.boil, False)])
 def test_either_head_or_body_adapts_and_the_other_keeps_its_bits(factory, adapts_head):
-    learner, of = factory(network(norm=False), inner_optimizer=SGD, steps=2), task()
+    learner, of = factory(network(norm=False), inner_optimizer=SGD, inner_steps=2), task()
     params = init(learner)
     adapted = adapt(learner, params, of)["model"]
     for layer, leaves in params["model"].items():
@@ -84,7 +84,7 @@ def test_anil_without_a_body_is_maml(order):
         lambda params, x: jnp.tanh(x @ params["head"]["w"]),
     )
     of = task()
-    anil, maml = (make(model, inner_optimizer=SGD, steps=3, order=order) for make in (jm.anil, jm.maml))
+    anil, maml = (make(model, inner_optimizer=SGD, inner_steps=3, order=order) for make in (jm.anil, jm.maml))
     params = init(anil)
     assert_trees_close(adapt(anil, params, of), adapt(maml, params, of), rtol=0)
     assert_trees_close(gradient(anil, params, of), gradient(maml, params, of), rtol=0)
@@ -93,7 +93,7 @@ def test_anil_without_a_body_is_maml(order):
 
 
 def test_anil_with_step_size_zero_keeps_its_weights_and_has_the_query_gradient():
-    learner, of = jm.anil(BARE, inner_optimizer=optax.sgd(0.0), steps=2), task()
+    learner, of = jm.anil(BARE, inner_optimizer=optax.sgd(0.0), inner_steps=2), task()
     params = init(learner)
     assert_trees_close(adapt(learner, params, of)["model"], params["model"], rtol=0)
     found = gradient(learner, params, of)["model"]
@@ -138,7 +138,7 @@ def test_the_head_may_be_a_module_inside_another_or_a_predicate():
 
 def test_meta_sgd_of_one_number_matches_closed_form():
     """θ_1 = αa·s, ∂L^Q/∂θ = (1 − αa)(θ_1 − q) and ∂L^Q/∂α = −∇L^S·∇L^Q = −(−2)(−2.8)."""
-    learner, of = jm.meta_sgd(NUMBER, rates=0.1, loss=half_square), number_task()
+    learner, of = jm.meta_sgd(NUMBER, inner_lr=0.1, loss=half_square), number_task()
     params = init(learner, of)
     np.testing.assert_allclose(adapt(learner, params, of)["model"]["theta"], 0.2, rtol=1e-7)
     params["hyper"]["theta"] = jnp.asarray(0.1)
@@ -151,7 +151,7 @@ def test_meta_sgd_of_one_number_matches_closed_form():
 @pytest.mark.parametrize("order", ["second", "first"])
 def test_meta_sgd_with_equal_rates_is_maml(order):
     of = task()
-    learner = jm.meta_sgd(BARE, rates=0.5, steps=3, order=order, memory="store")
+    learner = jm.meta_sgd(BARE, inner_lr=0.5, inner_steps=3, order=order, memory="store")
     plain = maml(order=order)
     params = init(learner)
     start = as_maml(params)
@@ -162,7 +162,7 @@ def test_meta_sgd_with_equal_rates_is_maml(order):
 
 
 def test_meta_sgd_learns_every_rate():
-    learner, of = jm.meta_sgd(BARE, rates=(0.2, 0.6), steps=2, memory="store"), task()
+    learner, of = jm.meta_sgd(BARE, inner_lr=(0.2, 0.6), inner_steps=2, memory="store"), task()
     params = init(learner)
     rates = ravel_pytree(params["hyper"])[0]
     assert rates.size == ravel_pytree(params["model"])[0].size
@@ -174,7 +174,7 @@ def test_meta_sgd_learns_every_rate():
 @pytest.mark.nightly
 def test_one_step_of_meta_sgd_has_minus_the_product_of_gradients_as_gradient_of_the_rates():
     """∂L^Q/∂α = −∇L^S(θ) ⊙ ∇L^Q(θ')."""
-    single, of = jm.meta_sgd(BARE, rates=(0.2, 0.6)), task()
+    single, of = jm.meta_sgd(BARE, inner_lr=(0.2, 0.6)), task()
     params = init(single)
     slopes = plain_loss(norm=False)
     adapted = adapt(single, params, of)["model"]
@@ -191,20 +191,20 @@ def test_meta_sgd_of_some_leaves_has_rates_of_those():
 
 
 def test_an_empty_range_of_rates_is_refused():
-    with pytest.raises(ValueError, match=r"rates: got the range \(0\.1, 0\.05\)"):
-        jm.meta_sgd(network(), rates=(0.1, 0.05))
+    with pytest.raises(ValueError, match=r"inner_lr: got the range \(0\.1, 0\.05\)"):
+        jm.meta_sgd(network(), inner_lr=(0.1, 0.05))
 
 
 # --- Implicit MAML ---------------------------------------------------------------------------------
 
 
 def test_imaml_of_one_number_matches_closed_form():
-    learner = jm.imaml(NUMBER, proximal=2.0, steps=200, loss=half_square)
+    learner = jm.imaml(NUMBER, proximal=2.0, inner_steps=200, loss=half_square)
     of = number_task()
     params = init(learner, of)
     np.testing.assert_allclose(adapt(learner, params, of)["model"]["theta"], 0.5, rtol=1e-9)
     np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], -1.25, rtol=1e-9)
-    far = jm.imaml(NUMBER, proximal=1e9, inner_optimizer=optax.sgd(3e-10), steps=99, loss=half_square)
+    far = jm.imaml(NUMBER, proximal=1e9, inner_optimizer=optax.sgd(3e-10), inner_steps=99, loss=half_square)
     np.testing.assert_allclose(gradient(far, params, of)["model"]["theta"], -3.0, rtol=1e-7)
 
 
@@ -214,7 +214,7 @@ def test_imaml_at_its_minimum_has_the_gradient_of_unrolled_proximal_maml():
         lambda key, x: {"w": jnp.ones((DIM, WAYS)), "b": jnp.zeros(WAYS)},
         lambda params, x: jnp.tanh(x @ params["w"] + params["b"][None]),
     )
-    of, settings = task(), {"inner_optimizer": SGD, "proximal": 0.5, "steps": 500}
+    of, settings = task(), {"inner_optimizer": SGD, "proximal": 0.5, "inner_steps": 500}
     learner = jm.imaml(smooth, cg_steps=DIM * WAYS + WAYS, **settings)
     params = init(learner)
     found = gradient(learner, params, of)
@@ -244,7 +244,7 @@ def test_imaml_has_the_settings_of_the_paper_and_takes_those_of_maml():
     ("settings", "says"),
     [
         ({"proximal": 0.0}, "proximal"),
-        ({"steps": 0}, "steps: got .*; it must be at least 1"),
+        ({"inner_steps": 0}, "inner_steps: got .*; it must be at least 1"),
     ],
 )
 def test_imaml_refuses_bad_settings(settings, says):
@@ -266,7 +266,7 @@ def test_imaml_refuses_bad_settings(settings, says):
 )
 def test_reptile_of_one_number_matches_closed_form(steps, direction):
     learner, of = (
-        jm.reptile(NUMBER, inner_optimizer=optax.sgd(0.1), steps=steps, loss=half_square),
+        jm.reptile(NUMBER, inner_optimizer=optax.sgd(0.1), inner_steps=steps, loss=half_square),
         number_task(),
     )
     params = init(learner, of)
@@ -277,7 +277,7 @@ def test_reptile_of_one_number_matches_closed_form(steps, direction):
 
 
 def test_one_step_of_reptile_is_the_support_gradient():
-    learner, of = jm.reptile(BARE, inner_optimizer=SGD, steps=1, batch_size=None), task()
+    learner, of = jm.reptile(BARE, inner_optimizer=SGD, inner_steps=1, inner_batch=None), task()
     params = init(learner)
     joint = plain_loss(norm=False)(params["model"], of.support)[1]
     found = jax.tree.map(lambda g: g / 0.5, gradient(learner, params, of)["model"])
@@ -286,7 +286,7 @@ def test_one_step_of_reptile_is_the_support_gradient():
 
 @pytest.mark.nightly
 def test_reptile_gradient_is_start_minus_adapted_weights():
-    learner, of = jm.reptile(BARE, steps=4, eval_steps=4, batch_size=4), task()
+    learner, of = jm.reptile(BARE, inner_steps=4, eval_steps=4, inner_batch=4), task()
     params = init(learner)
     adapted = adapt(learner, params, of)["model"]
     expected = jax.tree.map(jnp.subtract, params["model"], adapted)
@@ -311,7 +311,9 @@ def test_reptile_training_lowers_the_loss_after_adaptation_of_an_unseen_task():
             )
         )
 
-    learner = jm.reptile(network(), inner_optimizer=optax.sgd(0.1), steps=3, eval_steps=3, batch_size=4)
+    learner = jm.reptile(
+        network(), inner_optimizer=optax.sgd(0.1), inner_steps=3, eval_steps=3, inner_batch=4
+    )
     tasks, unseen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(ruled, range(4))), ruled(9)
 
     def move(params, _):
@@ -341,8 +343,8 @@ def test_reptile_training_lowers_the_loss_after_adaptation_of_an_unseen_task():
 )
 def test_fewer_than_one_training_step_is_refused(make):
     for steps in (0, -1):
-        with pytest.raises(ValueError, match=f"steps: got {steps}; it must be at least 1"):
-            make(network(), steps=steps)
+        with pytest.raises(ValueError, match=f"inner_steps: got {steps}; it must be at least 1"):
+            make(network(), inner_steps=steps)
 
 
 # --- Mini-batches ----------------------------------------------------------------------------------
@@ -357,8 +359,8 @@ def counting_learner(batch_size, steps):
     return jm.maml(
         model,
         inner_optimizer=optax.sgd(1.0),
-        steps=steps,
-        batch_size=batch_size,
+        inner_steps=steps,
+        inner_batch=batch_size,
         loss=lambda outputs, y, mask: jm.losses.masked_mean(outputs[:, 0], mask),
     )
 
@@ -385,18 +387,18 @@ def test_mini_batches_go_through_all_examples_in_turn():
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize("batch_size", [8, 2, 5])
-def test_padding_takes_no_place_in_a_mini_batch(batch_size):
+@pytest.mark.parametrize("inner_batch", [8, 2, 5])
+def test_padding_takes_no_place_in_a_mini_batch(inner_batch):
     of = task()
     places = np.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
     x, y, mask = np.full((9, DIM), np.nan), np.zeros(9, np.int32), np.zeros(9, bool)
     x[places], y[places], mask[places] = of.support.x, of.support.y, True
     support = jm.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), WAYS)
-    seen = seen_by(batch_size, 1, jm.Task(support, of.query))
-    size = min(batch_size, 6)
+    seen = seen_by(inner_batch, 1, jm.Task(support, of.query))
+    size = min(inner_batch, 6)
     assert sorted(seen[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
     assert np.delete(seen, places).sum() == 0
-    learner = jm.reptile(network(), batch_size=batch_size, steps=3)
+    learner = jm.reptile(network(), inner_batch=inner_batch, inner_steps=3)
     params = init(learner)
     assert all(
         np.isfinite(leaf).all()
@@ -405,8 +407,8 @@ def test_padding_takes_no_place_in_a_mini_batch(batch_size):
 
 
 def test_a_batch_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="batch_size: got 0; it must be at least 1"):
-        jm.maml(network(), batch_size=0)
+    with pytest.raises(ValueError, match="inner_batch: got 0; it must be at least 1"):
+        jm.maml(network(), inner_batch=0)
 
 
 # --- MAML++ ----------------------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def test_a_batch_size_below_one_is_refused():
 @functools.cache
 def plain(**settings):
     """MAML++ without what differs from MAML, save what `settings` say."""
-    off = {"rate": 0.5, "steps": 3, "anneal_steps": 0, "per_step_norm": False, "memory": "store"}
+    off = {"inner_lr": 0.5, "inner_steps": 3, "anneal_steps": 0, "per_step_norm": False, "memory": "store"}
     return jm.maml_plus_plus(BARE, **{**off, **settings})
 
 
@@ -500,7 +502,9 @@ def stirred(params, scale=0.1):
 )
 def test_maml_plus_plus_gradient_matches_finite_differences(norm, step):
     of = task()
-    learner = jm.maml_plus_plus(network(), rate=0.5, steps=2, anneal_steps=12, norm=norm, memory="store")
+    learner = jm.maml_plus_plus(
+        network(), inner_lr=0.5, inner_steps=2, anneal_steps=12, norm=norm, memory="store"
+    )
     params = stirred(init(learner))
     step = None if step is None else jnp.asarray(step, jnp.int32)
     assert_gradient_matches_finite_differences(learner, params, of, step)
@@ -516,7 +520,7 @@ def test_maml_plus_plus_gradient_matches_finite_differences(norm, step):
 
 def test_each_step_normalises_by_layers_of_its_own():
     of = task()
-    learner = jm.maml_plus_plus(network(), rate=0.5, steps=2, anneal_steps=0)
+    learner = jm.maml_plus_plus(network(), inner_lr=0.5, inner_steps=2, anneal_steps=0)
     params = stirred(init(learner))
     assert set(params["model"]["Dense_0"]) == {"kernel", "bias"}
     assert jax.tree.leaves(params["model"]["BatchNorm_0"]) == []
@@ -531,14 +535,14 @@ def test_each_step_normalises_by_layers_of_its_own():
     adapted = adapt(learner, params, of)["model"]
     assert_trees_close(adapted, {**fast, "BatchNorm_0": own}, atol=1e-12)
     # Fewer steps at test end with that step's layers.
-    fewer = jm.maml_plus_plus(network(), rate=0.5, steps=2, eval_steps=1)
+    fewer = jm.maml_plus_plus(network(), inner_lr=0.5, inner_steps=2, eval_steps=1)
     own = jax.tree.map(lambda leaf: leaf[0], params["per_step"]["BatchNorm_0"])
     assert_trees_close(adapt(fewer, params, of)["model"]["BatchNorm_0"], own, rtol=0)
 
 
 def test_each_step_has_population_statistics_of_its_own():
     of = [task(seed) for seed in range(2)]
-    make = functools.partial(jm.maml_plus_plus, network(), rate=0.5, steps=2, anneal_steps=0)
+    make = functools.partial(jm.maml_plus_plus, network(), inner_lr=0.5, inner_steps=2, anneal_steps=0)
     learner, population = make(), make(norm="population")
     params = stirred(init(learner))
     sums = [jax.jit(learner.statistics)(params, each, KEY) for each in of]
@@ -568,7 +572,7 @@ def test_each_step_has_population_statistics_of_its_own():
 
 @pytest.mark.nightly
 def test_a_network_without_normalisation_has_no_per_step_layers():
-    learner = jm.maml_plus_plus(network(norm=False), steps=2)
+    learner = jm.maml_plus_plus(network(norm=False), inner_steps=2)
     params = init(learner)
     assert jax.tree.leaves(params["per_step"]) == []
     assert gradient(learner, params, task(), jnp.asarray(0, jnp.int32))["hyper"]["head"]["bias"].shape == (2,)
@@ -577,7 +581,7 @@ def test_a_network_without_normalisation_has_no_per_step_layers():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"steps": 0}, "steps: got 0; it must be at least 1"),
+        ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
         ({"eval_steps": 6}, "eval_steps: got 6; there are learned step sizes for 1 to 5 steps"),
         ({"eval_steps": 0}, "eval_steps: got 0"),
         ({"anneal_steps": -1}, "anneal_steps: got .*; it must be at least 0"),
@@ -599,7 +603,7 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
         BARE,
         inner_optimizer=lambda hyper: optax.adam(hyper["rate"], b1=hyper["decay"], eps_root=1e-4),
         hyper={"rate": 0.1, "decay": 0.5},
-        steps=2,
+        inner_steps=2,
         memory="store",
     )
     params, of = init(learner), task()
@@ -617,7 +621,7 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
             {"inner_optimizer": optax.sgd, "hyper": 0.1, "order": "implicit", "proximal": 1.0},
             'order: got "implicit"',
         ),
-        ({"order": "implicit", "proximal": 1.0, "batch_size": 2}, "batch_size: got 2"),
+        ({"order": "implicit", "proximal": 1.0, "inner_batch": 2}, "inner_batch: got 2"),
         (
             {"order": "implicit", "proximal": 1.0, "eval_steps": 0},
             "eval_steps: got .*; it must be at least 1",
@@ -638,7 +642,7 @@ def test_an_optimizer_of_drawn_hyperparameters_with_an_infinite_derivative_is_re
 
 
 def test_statistics_of_every_step_do_not_see_padding():
-    learner, of = jm.maml_plus_plus(network(), steps=2, anneal_steps=0), task()
+    learner, of = jm.maml_plus_plus(network(), inner_steps=2, anneal_steps=0), task()
     params = init(learner)
 
     def padded(part):

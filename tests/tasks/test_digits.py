@@ -5,11 +5,11 @@ import struct
 
 import numpy as np
 import pytest
+from configs import config_of
 from draws import drawn
 from PIL import Image
 
-from jaxmeta import presets, sources
-from jaxmeta.cli import main
+from jaxmeta.cli import main, sources
 from jaxmeta.tasks import labelled, mnist, mnist_images, usps, usps_images
 
 # The table of zip.info.txt; that of MNIST is well known.
@@ -121,7 +121,7 @@ def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
 def test_a_run_on_digits_is_evaluated_on_new_images_of_them(real, tmp_path, capsys):
     out = str(tmp_path / "run")
     small = ["--steps", "2", "--meta-batch", "2", "--episodes", "4", "--network", "mlp"]
-    command = ["train", "prototypical", "--tasks", "usps", "--data", str(real), "--image-size", "16"]
+    command = ["train", "prototypical", "--tasks", "usps", "--data", str(real), "--size", "16"]
     assert main([*command, "--out", out, *small]) == 0
     assert main(["evaluate", out, "--ways", "10"]) == 0
     said = capsys.readouterr().out
@@ -134,19 +134,18 @@ def test_a_run_on_digits_is_evaluated_on_new_images_of_them(real, tmp_path, caps
 
 @pytest.mark.parametrize("name", ["mnist", "usps"])
 def test_a_source_needs_the_folder_of_its_files(name, tmp_path):
-    _, settings = presets.settings_of({"tasks": name})
-    with pytest.raises(ValueError, match=f"--data: {name} is read from your own copy; add --data DIR"):
-        sources.tasks_of(settings, "train")
-    with pytest.raises(FileNotFoundError, match=r"^--data: .* holds no .*https://"):
-        sources.tasks_of(settings, "train", str(tmp_path))
+    with pytest.raises(ValueError, match=f"data: {name} is read from your own copy; add --data DIR"):
+        sources.tasks_of(config_of(tasks=name), "train")
+    with pytest.raises(FileNotFoundError, match=r"^data: .* holds no .*https://"):
+        sources.tasks_of(config_of({"data": str(tmp_path)}, tasks=name), "train")
 
 
 def test_a_source_gives_tasks_of_its_files(tmp_path):
     for part in ("train", "test"):
         lines = [usps_line(number % 10, np.full(256, number / 20)) for number in range(20)]
         (tmp_path / f"zip.{part}").write_text("".join(lines))
-    _, settings = presets.settings_of({"tasks": "usps", "ways": 10, "queries": 1, "image_size": 16})
-    card = sources.tasks_of(settings, "test", str(tmp_path)).card
+    flags = {"ways": 10, "queries": 1, "size": 16, "data": str(tmp_path)}
+    card = sources.tasks_of(config_of(flags, tasks="usps"), "test").card
     assert (card.tasks, card.split, card.ways, card.queries) == ("usps", "test", 10, 1)
 
 
@@ -281,7 +280,7 @@ def test_absent_files_are_errors_that_name_them(tmp_path):
 
 
 def test_bad_arguments_are_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"part must be .* got 'validation'"):
+    with pytest.raises(ValueError, match=r"part: got 'validation'; it must be one of 'train', 'test', None"):
         mnist_images(tmp_path, "validation")
     with pytest.raises(ValueError, match="split: got 'val'"):
         mnist("val", data=tmp_path)

@@ -258,7 +258,7 @@ def test_only_the_classes_of_the_split_are_on_the_device():
 def test_random_split_by_fractions_is_one_split_for_all_parts():
     x, y = numbered([3] * 20)
     parts = [
-        from_arrays(x, y, ways=2, shots=1, split=part, classes=(0.6, 0.2, 0.2), seed=7)
+        from_arrays(x, y, ways=2, shots=1, split=part, classes=(0.6, 0.2, 0.2), split_seed=7)
         for part in ("train", "validation", "test")
     ]
     assert [tasks.card.classes for tasks in parts] == [12, 4, 4]
@@ -291,7 +291,7 @@ TOLD = {name: [float(name), 1.0] for name in "012"}
         ({"rotations": "all"}, "rotations: got 'all'; it must be one of"),
         ({"rotations": "random"}, r"square images .* shape \(2,\)"),
         ({"classes": ClassSplit(train=("0", "1", "9"))}, "no example of 1 classes .* '9'"),
-        ({"classes": ClassSplit(test=("0", "1"))}, "split='train' has no classes"),
+        ({"classes": ClassSplit(test=("0", "1"))}, "split: got 'train', which has no classes"),
         ({"classes": (0.5, 0.6, 0.0)}, "classes: got"),
         ({"groups": {"0": "a", "1": "a"}}, r"groups must name every class .* lacks 1 of 3: '2'"),
         (

@@ -74,7 +74,7 @@ def entries(cache):
 
 @pytest.mark.parametrize(("channels", "mode", "size"), [(None, "RGB", None), (1, "L", 7)])
 def test_episodes_are_those_of_the_images_decoded_by_hand(photos, channels, mode, size):
-    protocol = {"ways": 2, "shots": 1, "queries": 2, "classes": (0.5, 0.25, 0.25), "seed": 3}
+    protocol = {"ways": 2, "shots": 1, "queries": 2, "classes": (0.5, 0.25, 0.25), "split_seed": 3}
     tasks = from_folder(photos, "train", size=size, channels=channels, **protocol)
     expected = from_arrays(*by_hand(photos, mode, size or 9), **protocol, name="folder:photos")
     assert tasks.card == expected.card

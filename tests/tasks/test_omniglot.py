@@ -89,7 +89,7 @@ def test_random_splits_follow_their_seed():
 
 
 def test_absent_parts_and_unknown_words_are_refused():
-    with pytest.raises(ValueError, match="split='validation' has no classes"):
+    with pytest.raises(ValueError, match="split: got 'validation', which has no classes"):
         omniglot("validation", protocol="vinyals-trainval")
     with pytest.raises(ValueError, match="protocol: got 'snell'; it must be one of 'vinyals'"):
         omniglot(protocol="snell")
@@ -420,7 +420,7 @@ def test_a_card_of_a_trained_model_stands_for_its_split(monkeypatch):
     with pytest.raises(ValueError, match="the model has seen"):
         omniglot("test", protocol="lake", size=4, trained_on=trained["vinyals"])
     with pytest.raises(ValueError, match=r"no Omniglot protocol's .* give the ClassSplit"):
-        omniglot("test", size=4, trained_on=omniglot("train", protocol="maml", seed=5, size=4).card)
+        omniglot("test", size=4, trained_on=omniglot("train", protocol="maml", split_seed=5, size=4).card)
     omniglot("test", protocol="lake", size=4, trained_on=ClassSplit(train=("elsewhere",)))
 
 

@@ -1,8 +1,11 @@
 """Class splits: disjoint, hashed without ambiguity, reproducible."""
 
+import numpy as np
 import pytest
 
-from jaxmeta.tasks.splits import ClassSplit
+from jaxmeta.checks import ArgumentError
+from jaxmeta.tasks.episodes import from_arrays
+from jaxmeta.tasks.splits import ClassSplit, class_split
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,7 @@ def test_parts_are_found_by_name():
     assert split.part("test") == ("b",)
     with pytest.raises(ValueError, match="split: got 'val'; it must be one of 'train', 'validation', 'test'"):
         split.part("val")
-    with pytest.raises(ValueError, match=r"'validation' has no classes.*train \(1\), test \(1\)"):
+    with pytest.raises(ValueError, match=r"'validation', which has no classes.*train \(1\), test \(1\)"):
         split.part("validation")
 
 
@@ -68,3 +71,46 @@ def test_assert_disjoint_counts_validation_as_seen():
     for part in ("train", "validation"):
         with pytest.raises(ValueError, match=r"has seen 1 of the 2 test classes.*'a'"):
             ClassSplit(**{part: ("a", "c")}).assert_disjoint(judged)
+
+
+def test_a_split_is_read_from_a_json_file(tmp_path):
+    path, split = tmp_path / "split.json", ClassSplit(train=("a", "b"), test=("c", "d"))
+    path.write_text('{"train": ["a", "b"], "test": ["c", "d"]}', encoding="utf-8")
+    assert class_split(str(path)) == split
+    x, y = np.zeros((8, 2), np.float32), list("abcdabcd")
+    tasks = from_arrays(x, y, ways=2, shots=1, split="test", classes=str(path))
+    assert (tasks.card.classes, tasks.card.split_hash) == (2, split.hash)
+    for given in (split, (1.0, 0.0, 0.0), None):
+        assert class_split(given) is given
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, r"got .*split\.json; it must be three fractions such as 0\.64,0\.16,0\.2, or a JSON file"),
+        ("{", r"split\.json is no class split in JSON: "),
+        ("[]", r"is no class split in JSON: "),
+        ('{"training": ["a"]}', r"is no class split in JSON: .*training"),
+        ('{"train": "abc"}', r"is no class split in JSON: train must be a sequence"),
+        ('{"train": ["a"], "test": ["a"]}', r"is no class split in JSON: .* overlaps"),
+        ("[" * 100_000, r"is no class split in JSON: it is nested too deeply"),
+    ],
+)
+def test_what_is_no_file_of_a_split_is_refused(tmp_path, content, says):
+    path = tmp_path / "split.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(ArgumentError, match=says) as raised:
+        class_split(str(path))
+    assert raised.value.name == "classes"
+
+
+def test_a_split_by_name_takes_no_seed(tmp_path):
+    x, y = np.zeros((8, 2), np.float32), list("abcdabcd")
+    path = tmp_path / "split.json"
+    path.write_text('{"train": ["a", "b"]}', encoding="utf-8")
+    for classes in (ClassSplit(train=("a", "b")), str(path)):
+        with pytest.raises(
+            ArgumentError, match="split_seed: a class split by names needs none; leave it out"
+        ):
+            from_arrays(x, y, ways=2, shots=1, classes=classes, split_seed=1)

@@ -48,7 +48,7 @@ def from_memory(sample, step):
     [
         {},
         pytest.param({"rotations": "classes"}, marks=pytest.mark.nightly),
-        {"rotations": "random", "classes": (0.8, 0.0, 0.2), "seed": 4},
+        {"rotations": "random", "classes": (0.8, 0.0, 0.2), "split_seed": 4},
         {"ways": (2, 4), "shots": (1, 3)},
     ],
     ids=str,

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from configs import config_of
 from draws import drawn, png
 from PIL import Image
 
-from jaxmeta import presets, sources
-from jaxmeta.cli import main
+from jaxmeta.cli import main, sources
 from jaxmeta.tasks import tfds as module
 from jaxmeta.tasks.archives import read_archive, shrink
 from jaxmeta.tasks.episodes import from_arrays
@@ -88,20 +88,20 @@ FEATURES = {
 
 def test_class_labels_of_all_splits_pooled_by_name_alone(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": birds(3), "test": birds(2, seed=1)})
-    protocol = {"ways": 3, "shots": 2, "queries": 3, "classes": (0.5, 0.25, 0.25), "seed": 5}
+    protocol = {"ways": 3, "shots": 2, "queries": 3, "classes": (0.5, 0.25, 0.25), "split_seed": 5}
     examples = as_tfds_reads(tmp_path, "tiny_birds")
     x, y = np.stack([e["image"] for e in examples]), np.array([NAMES[e["kind"]] for e in examples])
-    found = from_tfds("tiny_birds", "train", **protocol, data_dir=tmp_path)
+    found = from_tfds("tiny_birds", "train", **protocol, data=tmp_path)
     expected = from_arrays(x, y, split="train", **protocol, name="tfds:tiny_birds/1.0.0")
     assert found.card == expected.card
     assert_same_episodes(found, expected)
     assert "tensorflow" not in sys.modules
 
-    prepared = prepare_tfds("tiny_birds:1.0.0", data_dir=tmp_path)
+    prepared = prepare_tfds("tiny_birds:1.0.0", data=tmp_path)
     assert (prepared.classes, set(prepared.sizes), prepared.shape) == (tuple(sorted(NAMES)), {5}, (9, 9, 3))
-    assert set(prepare_tfds("tiny_birds", data_dir=tmp_path, tfds_splits="test").sizes) == {2}
+    assert set(prepare_tfds("tiny_birds", data=tmp_path, tfds_splits="test").sizes) == {2}
     # Any integer names classes where the caller says so; a grey image is the luma.
-    grey = prepare_tfds("tiny_birds", data_dir=tmp_path, label="n", channels=1, tfds_splits=["test", "train"])
+    grey = prepare_tfds("tiny_birds", data=tmp_path, label="n", channels=1, tfds_splits=["test", "train"])
     assert grey.classes == tuple(sorted(str(10 * i) for i in range(8)))
     assert grey.shape == (9, 9, 1)
     row = int(grey.rows_of(["20"])[0])
@@ -125,7 +125,7 @@ def test_texts_are_labels_and_grey_images_of_mixed_sizes_are_resized(tmp_path):
         for e in read
     ]
     x = np.clip(np.rint(np.stack([np.asarray(image) for image in x])), 0, 255).astype(np.uint8)[..., None]
-    found = from_tfds("tiny_marks", **protocol, data_dir=tmp_path)
+    found = from_tfds("tiny_marks", **protocol, data=tmp_path)
     assert_same_episodes(found, from_arrays(x, [e["label"].decode() for e in read], **protocol))
 
 
@@ -134,7 +134,7 @@ def test_examples_read_in_several_groups_keep_their_order(tmp_path, monkeypatch)
     write(tmp_path, "tiny_birds", FEATURES, {"a": birds(2), "b": birds(1, 1), "c": birds(3, 2)})
     read = as_tfds_reads(tmp_path, "tiny_birds")
     order = np.argsort([NAMES[e["kind"]] for e in read], kind="stable")
-    prepared = prepare_tfds("tiny_birds", data_dir=tmp_path)
+    prepared = prepare_tfds("tiny_birds", data=tmp_path)
     np.testing.assert_array_equal(prepared.read(range(len(read))), [read[i]["image"] for i in order])
 
 
@@ -156,7 +156,7 @@ def test_omniglot_as_an_own_data_set_gives_the_same_episodes(tmp_path, data_fold
     read = as_tfds_reads(tmp_path, "some_characters")
     ink = np.stack([e["image"][:, :, 0] == 0 for e in read])
     expected = from_arrays(255 - shrink(ink, 28)[..., None], [e["name"].decode() for e in read], **protocol)
-    found = from_tfds("some_characters", **protocol, size=28, data_dir=tmp_path)
+    found = from_tfds("some_characters", **protocol, size=28, data=tmp_path)
     assert_same_episodes(found, expected, atol=1.01 / 255)
 
 
@@ -167,14 +167,14 @@ def test_omniglot_as_an_own_data_set_gives_the_same_episodes(tmp_path, data_fold
 def test_a_second_call_reads_no_image(tmp_path, monkeypatch, shape):
     features = FEATURES | {"image": tfds.features.Image(shape=shape)}
     write(tmp_path, "tiny_birds", features, {"train": birds()})
-    first = prepare_tfds("tiny_birds", data_dir=tmp_path)
+    first = prepare_tfds("tiny_birds", data=tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(module, "decode", None)
         patched.setattr(module._Pool, "read", None)
-        assert prepare_tfds("tiny_birds", data_dir=tmp_path) == first
-    assert prepare_tfds("tiny_birds", data_dir=tmp_path, size=5).shape == (5, 5, 3)
+        assert prepare_tfds("tiny_birds", data=tmp_path) == first
+    assert prepare_tfds("tiny_birds", data=tmp_path, size=5).shape == (5, 5, 3)
     write(tmp_path / "other", "tiny_birds", features, {"train": birds(seed=1)})
-    assert prepare_tfds("tiny_birds", data_dir=tmp_path / "other").folder != first.folder
+    assert prepare_tfds("tiny_birds", data=tmp_path / "other").folder != first.folder
 
 
 # --- found, or prepared now -------------------------------------------------------------------------------
@@ -183,11 +183,11 @@ def test_a_second_call_reads_no_image(tmp_path, monkeypatch, shape):
 def test_an_older_version_on_disk_is_found_though_the_code_is_newer(tmp_path):
     write(tmp_path, "moved_birds", FEATURES, {"train": birds(2)})
     builder_class("moved_birds", FEATURES, {"train": birds(3)}, version="2.0.0", registered=True)
-    assert prepare_tfds("moved_birds", data_dir=tmp_path).name == "tfds:moved_birds/1.0.0"
-    assert set(prepare_tfds("moved_birds:2.0.0", data_dir=tmp_path).sizes) == {3}
+    assert prepare_tfds("moved_birds", data=tmp_path).name == "tfds:moved_birds/1.0.0"
+    assert set(prepare_tfds("moved_birds:2.0.0", data=tmp_path).sizes) == {3}
     assert list(tmp_path.glob("moved_birds/2.0.0/*array_record*"))
     with pytest.raises(ValueError, match=r"name: 'moved_birds:3.0.0': .* cannot be loaded at version 3.0.0"):
-        prepare_tfds("moved_birds:3.0.0", data_dir=tmp_path)
+        prepare_tfds("moved_birds:3.0.0", data=tmp_path)
 
 
 def test_data_that_need_tensorflow_are_refused_without_it(tmp_path):
@@ -198,12 +198,12 @@ def test_data_that_need_tensorflow_are_refused_without_it(tmp_path):
     with pytest.raises(
         ValueError, match=r"without TensorFlow; pip install tensorflow, or prepare it elsewhere"
     ):
-        prepare_tfds("array_birds", data_dir=tmp_path)
+        prepare_tfds("array_birds", data=tmp_path)
     builder = write(tmp_path, "tiny_birds", FEATURES, {"train": birds(2)})
     info = builder.data_path / "dataset_info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match=r"prepare it in another data_dir with .*\"array_record\""):
-        prepare_tfds("tiny_birds", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"prepare it in another folder with .*\"array_record\""):
+        prepare_tfds("tiny_birds", data=tmp_path)
 
 
 def test_a_failed_download_is_an_error_of_one_line(tmp_path):
@@ -211,7 +211,7 @@ def test_a_failed_download_is_an_error_of_one_line(tmp_path):
     with pytest.raises(
         OSError, match=r"far_birds/1.0.0: .*\(ConnectionError: .*no route to host\); prepare"
     ) as raised:
-        from_tfds("far_birds", data_dir=tmp_path)
+        from_tfds("far_birds", data=tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -223,28 +223,28 @@ def test_absent_features_and_splits_are_refused_by_name(tmp_path):
     picture = png(np.zeros((9, 9, 3), np.uint8))
     write(tmp_path, "plain", features, {"train": [{"image": picture, "id": "a", "back": picture}]})
     with pytest.raises(ValueError, match=r"plain/1.0.0 has no labels; name .* image \(Image\)") as raised:
-        prepare_tfds("plain", data_dir=tmp_path)
+        prepare_tfds("plain", data=tmp_path)
     assert "id (Text)" in str(raised.value)
     with pytest.raises(ValueError, match=r"label: plain/1.0.0 has no label 'back'"):
-        prepare_tfds("plain", data_dir=tmp_path, label="back")
+        prepare_tfds("plain", data=tmp_path, label="back")
     with pytest.raises(ValueError, match=r"image: plain/1.0.0 has no image 'id'"):
-        prepare_tfds("plain", data_dir=tmp_path, label="id", image="id")
-    assert prepare_tfds("plain", data_dir=tmp_path, label="id", image="back").classes == ("a",)
+        prepare_tfds("plain", data=tmp_path, label="id", image="id")
+    assert prepare_tfds("plain", data=tmp_path, label="id", image="back").classes == ("a",)
     with pytest.raises(ValueError, match="tfds_splits must be some of train, each once, got 'test'"):
-        prepare_tfds("plain", data_dir=tmp_path, label="id", tfds_splits="test")
+        prepare_tfds("plain", data=tmp_path, label="id", tfds_splits="test")
 
 
 def test_examples_without_label_are_refused(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": birds(2), "test": [birds(1)[0] | {"kind": -1}]})
     with pytest.raises(ValueError, match=r"1 examples of test have no kind; name the splits .* tfds_splits"):
-        prepare_tfds("tiny_birds", data_dir=tmp_path)
-    assert len(prepare_tfds("tiny_birds", data_dir=tmp_path, tfds_splits=("train",))) == 16
+        prepare_tfds("tiny_birds", data=tmp_path)
+    assert len(prepare_tfds("tiny_birds", data=tmp_path, tfds_splits=("train",))) == 16
 
 
 def test_damaged_images_and_bad_arguments_are_refused_by_name(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": [birds(1)[0] | {"image": b"gone"}]})
     with pytest.raises(ValueError, match=r"tiny_birds/1.0.0 train\[0\]: cannot be read as an image"):
-        prepare_tfds("tiny_birds", data_dir=tmp_path)
+        prepare_tfds("tiny_birds", data=tmp_path)
     with pytest.raises(ValueError, match="size: got 0; it must be at least 1"):
         prepare_tfds("tiny_birds", size=0)
     with pytest.raises(ValueError, match="channels: got 2; it must be one of 1, 3, None"):
@@ -252,15 +252,14 @@ def test_damaged_images_and_bad_arguments_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="split: got 'val'"):
         from_tfds("tiny_birds", "val")
     with pytest.raises(ValueError, match="no data set 'no_birds', nor is one prepared in") as raised:
-        prepare_tfds("no_birds", data_dir=tmp_path)
+        prepare_tfds("no_birds", data=tmp_path)
     assert len(str(raised.value)) < 300
 
 
 def test_a_source_takes_a_set_by_name(tmp_path, capsys):
     write(tmp_path, "little_birds", FEATURES, {"train": birds()})
-    flags = {"tasks": "tfds:little_birds", "ways": 2, "queries": 2, "classes": "0.5,0,0.5"}
-    _, settings = presets.settings_of(flags)
-    card = sources.tasks_of(settings, "test", str(tmp_path)).card
+    flags = {"ways": 2, "queries": 2, "classes": (0.5, 0.0, 0.5), "data": str(tmp_path)}
+    card = sources.tasks_of(config_of(flags, tasks="tfds:little_birds"), "test").card
     assert (card.tasks, card.classes, card.ways) == ("tfds:little_birds/1.0.0", 4, 2)
     assert main(["train", "--tasks", "tfds:large_birds", "--data", str(tmp_path)]) == 2
     assert "no data set 'large_birds'" in capsys.readouterr().err

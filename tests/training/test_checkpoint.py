@@ -70,6 +70,17 @@ def test_trees_with_other_nodes_load_only_with_like(tmp_path):
         load(tmp_path / "tree", {"point": Point(jnp.ones(2), jnp.zeros(4))})
 
 
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?"])
+def test_paths_with_characters_of_patterns_are_taken_literally(tmp_path, name):
+    tree = {"a": np.arange(3.0), "b": {"c": np.ones((2, 2), np.int32)}}
+    path = tmp_path / name / name
+    path.parent.mkdir()
+    save(path, tree)
+    save(path, tree, overwrite=True)
+    jax.tree.map(np.testing.assert_array_equal, load(path), tree)
+    assert [each.name for each in path.parent.iterdir()] == [name]
+
+
 def test_save_overwrites_only_when_told(tmp_path):
     save(tmp_path / "tree", {"a": jnp.ones(1)})
     with pytest.raises(FileExistsError, match="overwrite=True"):

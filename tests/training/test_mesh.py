@@ -37,7 +37,9 @@ def glyphs():
 def stored():
     """Images of bytes, as Omniglot's are."""
     x = np.random.default_rng(0).integers(0, 256, (60, 9, 9, 1), np.uint8)
-    return jm.tasks.from_arrays(x, np.arange(60) % 12, ways=3, shots=1, queries=2, rotations="random", seed=1)
+    return jm.tasks.from_arrays(
+        x, np.arange(60) % 12, ways=3, shots=1, queries=2, rotations="random", split_seed=1
+    )
 
 
 def as_bytes(x):
@@ -65,7 +67,7 @@ def witness():
 
 @cache
 def maml():
-    return jm.maml(jm.nn.Conv4(3, filters=8), inner_optimizer=optax.sgd(0.4), steps=1)
+    return jm.maml(jm.nn.Conv4(3, filters=8), inner_optimizer=optax.sgd(0.4), inner_steps=1)
 
 
 def after_a_step(learner, distribution, optimizer, **axes):

@@ -153,7 +153,7 @@ class Mixing(linen.Module):
 
 @pytest.mark.parametrize(
     "learner",
-    [jm.prototypical(Mixing()), jm.maml(jm.nn.MLP(4, (8,)), inner_optimizer=optax.sgd(0.1), steps=1)],
+    [jm.prototypical(Mixing()), jm.maml(jm.nn.MLP(4, (8,)), inner_optimizer=optax.sgd(0.1), inner_steps=1)],
     ids=["a network that mixes examples", "an inner loop"],
 )
 def test_learners_whose_examples_cannot_be_shared_are_refused(learner):

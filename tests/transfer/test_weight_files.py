@@ -13,9 +13,10 @@ from flax import linen, serialization
 from weights import assert_same_leaves, filled, images, small_network, small_variables, vit
 
 import jaxmeta as jm
-from jaxmeta import config, presets, registry
 from jaxmeta.cli import main
 from jaxmeta.nn.norm import from_moments
+from jaxmeta.transfer import weight_files
+from jaxmeta.transfer.architectures import described
 from jaxmeta.transfer.pretrained import load_pretrained, save_pretrained
 from jaxmeta.transfer.subtree import leaves_by_path
 
@@ -181,16 +182,21 @@ def test_another_flax_network_is_filled_by_an_example(tmp_path):
 
 
 def test_variables_of_a_run_are_its_model_and_the_statistics_of_its_population(tmp_path, monkeypatch):
-    _, settings = presets.settings_of({"network": "mlp"}, learner="simple_shot")
     network = jm.nn.MLP(out=None, hidden=(3,), norm=True)
-    monkeypatch.setitem(registry.NETWORKS, "mlp", lambda ways: network.clone(out=ways))
     model = filled(jax.eval_shape(network.init, KEY, np.ones((1, 2), np.float32))["params"])
     mean, var = np.float32([1, 2, 3]), np.float32([0.5, 1, 2])
     population = {"model": {"BatchNorm_0": {"mean": mean, "mean_of_squares": var + mean**2}}}
     params = {"model": model, "population": population}
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr(config, "stored", lambda folder: ({}, settings))
-    monkeypatch.setattr(config, "params_of", lambda folder, stored: params)
+    config = {
+        "format": 2,
+        "learner": {"name": "simple_shot"},
+        "network": {"name": "mlp"},
+        "run": {"seed": 0},
+        "model": described(network),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(weight_files, "load_params", lambda folder, config: params)
     loaded = load_pretrained(tmp_path)
     assert loaded.network == network
     assert_same_leaves(loaded.variables["params"], model)
@@ -202,14 +208,10 @@ def test_variables_of_a_run_are_its_model_and_the_statistics_of_its_population(t
 
 
 @pytest.mark.nightly
-def test_a_run_brings_its_network_and_statistics(tmp_path, monkeypatch):
-    def network(ways):
-        return jm.nn.MLP(out=ways, hidden=(8,), norm=True, kernel_init=jax.nn.initializers.lecun_normal())
-
-    monkeypatch.setitem(registry.NETWORKS, "mlp", network)
+def test_a_run_brings_its_network_and_statistics(tmp_path):
     run, again = tmp_path / "run", tmp_path / "again.safetensors"
     flags = ["--tasks", "glyphs", "--ways", "2", "--queries", "1", "--steps", "2", "--meta-batch", "2"]
-    flags += ["--episodes", "4", "--network", "mlp", "--out", str(run)]
+    flags += ["--episodes", "4", "--network", "mlp", "--hidden", "8", "--out", str(run)]
     assert main(["train", "simple_shot", *flags]) == 0
     _, params = jm.load_run(run)
     loaded = load_pretrained(run)
@@ -220,7 +222,9 @@ def test_a_run_brings_its_network_and_statistics(tmp_path, monkeypatch):
     assert_same_leaves(loaded.variables["batch_stats"], statistics)
     # A network with a function among its attributes is the reader's to name.
     save_pretrained(again, loaded.variables)
-    given = load_pretrained(again, network(None), x=(1, 28, 28, 1))
+    start = jax.nn.initializers.lecun_normal()
+    own = jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=start)
+    given = load_pretrained(again, own, x=(1, 28, 28, 1))
     assert_same_leaves(given.variables, loaded.variables)
 
 

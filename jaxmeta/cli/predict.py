@@ -1,4 +1,4 @@
-"""What `jaxmeta predict` does: learn classes from folders of images, name other images by them."""
+"""Predict: learn classes from folders of images, and name other images by them."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,39 +11,47 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxmeta import registry
-from jaxmeta.config import Form, json_target, load_run, stored
+from jaxmeta.checks import ArgumentError, some
+from jaxmeta.cli import build, folders
+from jaxmeta.cli.config import stored
+from jaxmeta.cli.data import ImageSpec, images_of
+from jaxmeta.cli.run import params_of
 from jaxmeta.core import Batch, Learner, Params
+from jaxmeta.files import write_json
 from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files, in_colour
 from jaxmeta.tasks.splits import warn_of_case
-from jaxmeta.training.report import write_json
 
 # Grey levels by which an image's channels must differ for it to count as colour.
 _COLOUR = 8
-_NAMED = 5
 
 
-def predict_run(
+def predict(
     run: str,
+    *,
     support: str,
     query: str,
-    *,
     json: str | None = None,
     invert: bool = False,
     skip_unreadable: bool = False,
+    learner: str | None = None,
+    network: str | None = None,
+    tasks: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Adapts a run's learner to the images of `support`, and names the class of each image of `query`.
+    """Learn classes from folders of images, and name other images by them.
 
     The answer for an image depends on the support set and on itself, never on what else is asked.
 
     Args:
-      run: the run's folder.
-      support: a folder with one subfolder a class, of one image or more.
-      query: a folder of images, in subfolders or not; or one image.
+      run: the folder of a run on images.
+      support: images to learn from: a folder with one subfolder a class, named as it.
+      query: images to name: a folder, with subfolders or without, or a single image.
       json: also write the answers here.
-      invert: turn dark to light in all images. Without it images of strokes are turned where the
-        support set says so, since training images have light ink on dark.
+      invert: turn dark to light in all images. Without it images of strokes are turned where the support
+        set says so, since training images have light ink on dark.
       skip_unreadable: leave out images that cannot be read.
+      learner: module:name of a method of your own that the run was trained with.
+      network: module:name of a network of your own that the run was trained with.
+      tasks: module:name of tasks of your own that the run was trained with.
 
     Returns:
       `{file, class, probabilities: {class: p}}` for each image, `file` relative to `query`.
@@ -55,49 +63,44 @@ def predict_run(
       FloatingPointError: learning from the support set diverged.
     """
     folder = Path(run).expanduser()
-    config, settings = stored(folder)
-    if not config.get("images"):
-        raise ValueError(
-            f"RUN: {run} was trained on {settings.tasks}, which are no images; nothing to predict"
+    config = stored(folder, [name for name in (learner, network, tasks) if name is not None])
+    spec = images_of(config)
+    if spec is None:
+        raise ArgumentError(
+            "run", f"{run} was trained on {config.tasks['name']}, which are no images; nothing to predict"
         )
-    target = json_target(json)
-    form = Form(**config["images"])
-    classes = class_files(Path(support).expanduser(), "--support")
+    target = folders.output_file("json", json)
+    classes = class_files(Path(support).expanduser(), "support")
     warn_of_case("--support", classes)
-    spec = registry.LEARNERS[settings.learner]
-    ways = settings.train_ways if spec.fixed_ways else len(classes)
-    if len(classes) < 2 or ways is None or len(classes) > ways:
-        raise ValueError(
-            f"--support: got {len(classes)} classes; {settings.learner}"
-            + (
-                f" was trained with {ways} ways and tells 2 to {ways} apart"
-                if spec.fixed_ways
-                else " needs 2"
-            )
-        )
+    fixed = config.names().facts.head
+    ways = config.tasks["train_ways"] if fixed else len(classes)
+    if len(classes) < 2 or len(classes) > ways:
+        method = config.learner["name"]
+        can = f"{method} was trained with {ways} ways and tells 2 to {ways} apart"
+        raise ArgumentError("support", f"got {len(classes)} classes; {can if fixed else f'{method} needs 2'}")
     asked, root = _query_files(Path(query).expanduser())
 
-    read = partial(_read, form=form, skip=skip_unreadable)
     examples = [file for files in classes.values() for file in files]
-    shown, kept = read(examples, what="--support")
+    shown, kept = _read(examples, spec, skip_unreadable, "support")
     slots = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes.values()])[
         kept
     ]
     names = list(classes)
     if empty := sorted(set(range(len(names))) - set(slots.tolist())):
-        raise ValueError(f"--support: of the class {names[empty[0]]!r} no image can be read")
-    questions, readable = read(asked, what="--query")
+        raise ArgumentError("support", f"of the class {names[empty[0]]!r} no image can be read")
+    questions, readable = _read(asked, spec, skip_unreadable, "query")
     files = [asked[index] for index in readable]
 
-    invert = _inverted(form, shown, invert)
+    invert = _inverted(spec, shown, invert)
     if invert:
         shown, questions = 1 - shown, 1 - questions
-    _warn_of_misfits("--support", form, shown, [str(examples[index]) for index in kept])
-    _warn_of_misfits("--query", form, questions, [str(file) for file in files])
+    _warn_of_misfits("--support", spec, shown, [str(examples[index]) for index in kept])
+    _warn_of_misfits("--query", spec, questions, [str(file) for file in files])
 
-    learner, params = load_run(folder)
+    method = build.learner_of(config, config.names().facts.rows["inductive"])
     batch = Batch(jnp.asarray(shown), jnp.asarray(slots), None, ways)
-    outputs = np.asarray(_answer(learner, len(names), params, batch, jnp.asarray(questions)))
+    params = params_of(folder, config)
+    outputs = np.asarray(_answer(method, len(names), params, batch, jnp.asarray(questions)))
     if not np.isfinite(outputs).all():
         raise FloatingPointError(f"learning from {support} diverged: the answers are not finite")
     answers: list[dict[str, Any]] = [
@@ -108,9 +111,9 @@ def predict_run(
         }
         for file, row in zip(files, outputs, strict=True)
     ]
-    _print(answers)
     if target is not None:
         write_json(target, answers)
+    _print(answers)
     return answers
 
 
@@ -118,7 +121,7 @@ def predict_run(
 def _answer(
     learner: Learner, classes: int, params: Params, support: Batch, questions: Float[Array, "n h w c"]
 ) -> Float[Array, "n classes"]:
-    """Probabilities of the first `classes` slots."""
+    """Return probabilities of the first `classes` slots."""
     adapted = learner.adapt(params, support, jax.random.key(0))
 
     def one(x: Float[Array, "h w c"]) -> Float[Array, " classes"]:
@@ -130,11 +133,11 @@ def _answer(
 
 
 def _query_files(query: Path) -> tuple[list[Path], Path]:
-    """The images to name, and the folder their names are relative to."""
+    """Return the images to name, and the folder their names are relative to."""
     if query.is_file():
         return [query], query.parent
     if not query.exists():
-        raise FileNotFoundError(f"--query: there is no {query}")
+        raise ArgumentError("query", f"there is no {query}")
     folders = [query, *sorted(folder for folder in query.rglob("*") if folder.is_dir())]
     visible = [
         folder
@@ -143,18 +146,18 @@ def _query_files(query: Path) -> tuple[list[Path], Path]:
     ]
     files = [file for folder in visible for file in image_files(folder)]
     if not files:
-        raise ValueError(f"--query: there is no image in {query}")
+        raise ArgumentError("query", f"there is no image in {query}")
     return files, query
 
 
 def _read(
-    files: Sequence[Path], *, form: Form, skip: bool, what: str
+    files: Sequence[Path], spec: ImageSpec, skip: bool, name: str
 ) -> tuple[Float[np.ndarray, "n h w c"], list[int]]:
-    """The images in [0, 1] as the network wants them, and which of the files they are."""
+    """Return the images in [0, 1] as the network takes them, and which of the files they are."""
     images, kept, problems, coloured = [], [], [], []
     for index, file in enumerate(files):
         try:
-            images.append(decode(file, str(file), channels=form.channels, size=form.size))
+            images.append(decode(file, str(file), channels=spec.channels, size=spec.size))
             # Files of greys are often stored in colour.
             if in_colour(file):
                 colours = decode(file, str(file), channels=3, size=None).astype(np.int32)
@@ -165,46 +168,46 @@ def _read(
         else:
             kept.append(index)
     if problems and (not skip or not kept):
-        raise ValueError(f"{what}: {_some(problems)}; --skip-unreadable leaves such images out")
+        raise ArgumentError(name, f"{some(problems)}; --skip-unreadable leaves such images out")
     if problems:
-        warnings.warn(f"{what}: left out {_some(problems)}", stacklevel=3)
-    if coloured and form.channels == 1:
+        warnings.warn(f"--{name}: left out {some(problems)}", stacklevel=3)
+    if coloured and spec.channels == 1:
         warnings.warn(
-            f"{what}: {_some(coloured)} in colour, and the training images are grey; turned to grey",
+            f"--{name}: {some(coloured)} in colour, and the training images are grey; turned to grey",
             stacklevel=3,
         )
-    if form.channels == 3 and not coloured:
-        warnings.warn(f"{what}: the images are grey, and the training images are in colour", stacklevel=3)
+    if spec.channels == 3 and not coloured:
+        warnings.warn(f"--{name}: the images are grey, and the training images are in colour", stacklevel=3)
     return np.stack(images).astype(np.float32) / 255, kept
 
 
-def _misfits(form: Form, mean: float) -> bool:
-    """Whether images of this mean look more like the opposite of the training images."""
+def _misfits(spec: ImageSpec, mean: float) -> bool:
+    """Return whether images of this mean look more like the opposite of the training images."""
     # Of strokes the paper decides; other images must differ clearly, since bright ones are no negatives.
-    margin = 0.0 if form.ink else 0.25
-    return abs(mean - form.mean) - abs(1 - mean - form.mean) > margin
+    margin = 0.0 if spec.ink else 0.25
+    return abs(mean - spec.mean) - abs(1 - mean - spec.mean) > margin
 
 
-def _inverted(form: Form, shown: Float[np.ndarray, "n h w c"], asked_for: bool) -> bool:
-    """Whether to turn dark to light: as asked, else as the support set of an ink run says."""
+def _inverted(spec: ImageSpec, shown: Float[np.ndarray, "n h w c"], asked_for: bool) -> bool:
+    """Return whether to turn dark to light: as asked, else as the support set of an ink run says."""
     if asked_for:
         return True
-    if form.ink and _misfits(form, float(shown.mean())):
+    if spec.ink and _misfits(spec, float(shown.mean())):
         print("ink       dark on light in --support, light on dark in training: all images are inverted")
         return True
     return False
 
 
 def _warn_of_misfits(
-    what: str, form: Form, images: Float[np.ndarray, "n h w c"], names: Sequence[str]
+    what: str, spec: ImageSpec, images: Float[np.ndarray, "n h w c"], names: Sequence[str]
 ) -> None:
     misfits = [
-        name for name, mean in zip(names, images.mean((1, 2, 3)), strict=True) if _misfits(form, float(mean))
+        name for name, mean in zip(names, images.mean((1, 2, 3)), strict=True) if _misfits(spec, float(mean))
     ]
     if misfits:
         warnings.warn(
-            f"{what}: dark and light seem exchanged, compared to the training images (mean {form.mean:.2f}), "
-            f"in {_some(misfits)}; --invert turns them in all images",
+            f"{what}: dark and light seem exchanged, compared to the training images (mean {spec.mean:.2f}), "
+            f"in {some(misfits)}; --invert turns them in all images",
             stacklevel=3,
         )
 
@@ -220,8 +223,3 @@ def _print(answers: Sequence[Mapping[str, Any]]) -> None:
         right = sum(folder == answer["class"] for folder, answer in zip(folders, answers, strict=True))
         share = 100 * right / len(answers)
         print(f"{right} of {len(answers)} lie in the folder of the class they are named as ({share:.1f} %)")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

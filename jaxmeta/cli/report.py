@@ -6,13 +6,16 @@ renamed, so that what is there is whole.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxmeta.cli import schema
+from jaxmeta.cli.config import Config
+from jaxmeta.cli.data import ImageSpec
+from jaxmeta.files import write_text
 from jaxmeta.training.loop import Event, Progress, Resumed, Saved, Validated
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -20,18 +23,6 @@ _SECONDS_BETWEEN_LINES = 10.0
 TENSORBOARD = "tensorboard"
 # Of a row of `metrics.jsonl`, what is no curve.
 _NO_SCALARS = ("step", "best", "compile_s")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content`, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text`, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -278,9 +269,9 @@ NORMALISED = {
 }
 
 
-def report_markdown(report: dict[str, Any]) -> str:
-    """`report.json`, for people."""
-    card, config = report["card"], report["config"]
+def report_markdown(report: dict[str, Any], config: Config) -> str:
+    """Return a report as Markdown."""
+    card = report["card"]
     lines = [f"# {report['learner']} on {card['tasks']}", "", f"{card['protocol'] or card['tasks']}.", ""]
     if "accuracy" in report:
         lines += ["| test accuracy | 95 % CI | queries |", "| --- | --- | --- |"]
@@ -296,45 +287,14 @@ def report_markdown(report: dict[str, Any]) -> str:
             lines += ["| " + " | ".join(f"{100 * value:.1f} %" for value in by_instance.values()) + " |"]
     else:
         lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
-        rows = report.get("mse_by_step") or {str(config["eval_steps"]): report["mse"]}
+        rows = report.get("mse_by_step") or {str(config.learner.get("eval_steps", "")): report["mse"]}
         lines += [f"| {steps} | **{row['mean']:.4f}** | ± {row['ci95']:.4f} |" for steps, row in rows.items()]
-    unit = "a class" if card["ways"] else "a task"
     table = {
-        "test episodes": report["episodes"],
-        "test tasks": f"{_ways(card['ways'])}{card['shots']} shots, {card['queries']} queries {unit}",
-        "training tasks": f"{_ways(config['train_ways'])}{config['train_shots']} shots, "
-        f"{config['train_queries']} queries {unit}",
-        "split": f"{card['split']}, {card['classes']} classes" if card["classes"] else card["split"],
+        "test tasks": f"{report['episodes']:,}",
+        "split": f"{card['split']}, {plural(card['classes'], 'class')}" if card["classes"] else card["split"],
         "split hash": card["split_hash"],
-        "rotations": card["rotations"] if card["classes"] else None,
-        "images": _images(config),
-        "in training": NORMALISED[config["norm"]],
-        "inner steps": _inner(config),
-        "α (inner learning rate, of the mean loss)": config["inner_lr"],
-        "support examples in an inner step": config["inner_batch"],
-        "divergence": config["divergence"],
-        "similarity": config["similarity"],
-        "reduced to classes by": config["reduce"],
-        "head": config["head"],
-        "scale": config["scale"],
-        "attention steps of full context embeddings": config["context_steps"],
-        "embedding loss": config["embedding_loss"],
-        "fast weights of the task": config["task_weights"],
-        "training images distorted": config["distort"] or None,
-        "order": config["order"],
-        "weight of the proximal term": config["proximal"],
-        "steps of conjugate gradients": config["cg_steps"],
-        "their damping": config["damping"],
-        "meta-gradient cut every": config["truncation"] and f"{config['truncation']} inner steps",
-        "multi-step loss for": config["anneal"] and f"{100 * config['anneal']:g} % of the meta-steps",
-        "first order for": config["first_order"] and f"{100 * config['first_order']:g} % of the meta-steps",
-        "outer learning rate": f"{config['outer_lr']} ({report['outer_optimizer']}, {config['schedule']})",
-        "meta-batch": f"{config['meta_batch']} tasks",
-        "meta-steps": report["steps"],
-        "parameters tested": f"those after meta-step {report['best_step']}",
-        "network": f"{config['network']}, {report['parameters']:,} parameters",
-        "precision": None if config["precision"] == "float32" else f"{config['precision']} in the network",
-        "seed": report["seed"],
+        "images": None if config.images is None else ImageSpec(**config.images),
+        "parameters": f"{report['parameters']:,}, tested as after meta-step {report['best_step']}",
         "meta-steps skipped": report["skipped"] or None,
         "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
         "time": f"{report['wall_s']:.1f} s, compiling the meta-step {report['compile_s'] or 0:.1f} s of it",
@@ -342,25 +302,33 @@ def report_markdown(report: dict[str, Any]) -> str:
         and f"{report['peak_memory_bytes'] / 1e6:,.0f} MB of the {report['peak_memory']}",
         "device": f"{report['devices']} × {report['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "preset": report["preset"],
     }
     lines += ["", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in table.items() if value is not None]
+    lines += [
+        "",
+        "Settings, by the names of their flags:",
+        "",
+        "| group | setting | value |",
+        "| --- | --- | --- |",
+    ]
+    known = config.names().stored_groups()
+    for group in known:
+        named = getattr(config, group)
+        if isinstance(named, dict):
+            lines.append(f"| {group} | | **{named['name']}** |")
+        for name, value in config.settings(group).items():
+            lines.append(f"| {group} | {name} | {schema.shown_value(value)} |")
     return "\n".join(lines) + "\n"
 
 
-def _ways(ways: int | None) -> str:
-    return "" if ways is None else f"{ways} ways, "
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun.
 
-
-def _images(config: dict[str, Any]) -> str | None:
-    images = config["images"]
-    if images is None:
-        return None
-    shape = f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}"
-    return shape + (", streamed from disk" if config["stream"] else "")
-
-
-def _inner(config: dict[str, Any]) -> str | None:
-    if config["inner_steps"] is None:
-        return None
-    return f"{config['inner_steps']} in training, {config['eval_steps']} at test"
+    Examples:
+      >>> plural(1, "inner step"), plural(2000, "class")
+      ('1 inner step', '2,000 classes')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmeta.training.figures import METRIC_NAMES, Curve, draw_metric, drawing, look
-from jaxmeta.training.report import read_metrics, shown
+from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, look
+from jaxmeta.cli.report import read_metrics, shown
 
 
 def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Learning curves of runs, and confusions of classes, drawn as PNG."""
 
 import contextlib
-import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxmeta.training.report import shown
+from jaxmeta.cli.report import shown
+from jaxmeta.files import replacing
 
 METRIC_NAMES = {"accuracy": "query accuracy, %", "mse": "query mean squared error"}
 _SCALE = {"accuracy": 100}
@@ -189,6 +190,15 @@ def look(i: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def tolerated(path: Path) -> Iterator[Path]:
+    """Draw a picture that fails alone: what it shows has been written, and the command goes on."""
+    try:
+        yield path
+    except Exception as error:
+        warnings.warn(f"{path} could not be drawn: {error!r}", stacklevel=3)
+
+
+@contextlib.contextmanager
 def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
     """A figure of that many inches, written to `path` as a PNG on leaving, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -197,9 +207,8 @@ def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, dpi=120, format="png")
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
 
 
 def finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:

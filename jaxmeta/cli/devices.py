@@ -1,89 +1,105 @@
-"""Which devices and processes a command uses, and what its report says of them."""
+"""Devices and processes of a command, and what its report says of them."""
 
 import contextlib
 import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.training import hosts, make_mesh
 from jaxmeta.training.sharding import AXES, parse_axes, sharers, task_mesh
+
+if TYPE_CHECKING:
+    from jaxmeta.cli.run import Invocation
 
 # More devices than anyone has: so many threads a CPU could not be given.
 _MOST = 2**12
 
 
-def connect(flags: Mapping[str, Any]) -> None:
-    """Joins the other processes of the run, if the flags speak of any.
+def connect(invocation: "Invocation") -> None:
+    """Join the other processes of the run, if the flags speak of any.
 
     Raises:
-      ValueError: flags that do not go together, or no cluster.
+      ArgumentError: flags that do not go together, or no cluster.
     """
     names = ("coordinator", "processes", "process")
-    given = [name for name in names if flags.get(name) is not None]
-    if not given and not flags.get("distributed"):
+    given = [name for name in names if getattr(invocation, name) is not None]
+    if not given and not invocation.distributed:
         return
-    if given and flags.get("distributed"):
-        raise ValueError(f"--distributed: asks the cluster what --{given[0]} says; leave one out")
-    if "out" not in flags:
-        raise ValueError("--out: several processes need one folder, which all of them see; add --out DIR")
+    if given and invocation.distributed:
+        raise ArgumentError("distributed", f"asks the cluster what --{given[0]} says; leave one out")
+    if invocation.out is None:
+        raise ArgumentError("out", "several processes need one folder, which all of them see; add --out DIR")
     try:
-        hosts.connect(*(flags.get(name) for name in names))
+        hosts.connect(*(getattr(invocation, name) for name in names))
+    except ArgumentError:
+        raise
     except ValueError as error:
-        raise ValueError(f"--{'' if given else 'distributed: '}{error}") from None
+        raise ArgumentError("coordinator" if given else "distributed", str(error)) from None
 
 
 def mesh_of(
-    devices: int | None, axes: str | None, meta_batch: int | None, processes: int | None = None
+    devices: int | None, mesh: str | None, meta_batch: int | None, processes: int | None = None
 ) -> Mesh:
-    """The devices to use: those asked for, else as many as share the tasks evenly.
+    """Return the devices to use: those asked for, else as many as share the tasks evenly.
 
     On CPUs the cores serve as devices, if JAX has not started yet and nobody set their number.
 
     Args:
-      devices: of `--devices`.
-      axes: of `--mesh`.
+      devices: their number.
+      mesh: how they share the work, such as "tasks=4,params=2".
       meta_batch: tasks to share; None for an evaluation's, which all devices can.
       processes: how many there are, as far as that is known before JAX has started.
     """
-    if axes is not None and devices is not None:
-        raise ValueError(f"--mesh: {axes} says how many devices there are; leave out --devices")
+    if mesh is not None and devices is not None:
+        raise ArgumentError("mesh", f"{mesh} says how many devices there are; leave out --devices")
     if devices is not None:
-        check_count("--devices", devices, 1, _MOST)
+        check_count("devices", devices, 1, _MOST)
     connected = jax.distributed.is_initialized()
     if devices is not None and connected:
-        raise ValueError("--devices: is of one process; with several say --mesh tasks=N, of all devices")
-    try:
-        sizes = None if axes is None else parse_axes(axes)
+        raise ArgumentError("devices", "is of one process; with several say --mesh tasks=N, of all devices")
+    with _of_mesh():
+        sizes = None if mesh is None else parse_axes(mesh)
         wanted = devices if sizes is None else math.prod(sizes.values())
         if wanted is not None and wanted > _MOST:
-            raise ValueError(f"{axes}: these are {wanted:,} devices; at most {_MOST:,} are possible")
+            raise ArgumentError(
+                "mesh", f"{mesh}: these are {wanted:,} devices; at most {_MOST:,} are possible"
+            )
         _make_devices_of_cores(wanted, meta_batch, processes or 1)
         if sizes is not None:
             tasks, examples, params = (sizes.get(axis, 1) for axis in AXES)
-            mesh = make_mesh(tasks=tasks, examples=examples, params=params)
+            found = make_mesh(tasks=tasks, examples=examples, params=params)
             # What the learner cannot do it says itself.
-            return mesh if meta_batch is None else task_mesh(meta_batch, mesh, divisible=True)
-    except ValueError as error:
-        raise ValueError(f"--mesh: {str(error).removeprefix('devices: ')}") from None
+            return found if meta_batch is None else task_mesh(meta_batch, found, divisible=True)
     if connected:
         return task_mesh(jax.device_count() if meta_batch is None else meta_batch)
     local = jax.local_devices()
     if wanted is not None and wanted > len(local):
-        raise ValueError(f"--devices: got {wanted}, and there are {len(local)} ({local[0].platform})")
+        raise ArgumentError("devices", f"got {wanted}, and there are {len(local)} ({local[0].platform})")
     count = wanted or _sharing(meta_batch, len(local))
     return make_mesh(tasks=count, devices=local)
 
 
+@contextlib.contextmanager
+def _of_mesh() -> Iterator[None]:
+    """Say of the mesh what is wrong with devices and axes."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError("mesh", error.problem) from error
+    except ValueError as error:
+        raise ArgumentError("mesh", str(error)) from error
+
+
 def described(mesh: Mesh) -> str:
-    """The devices, as a run says what it uses."""
+    """Return the devices in words."""
     axes = {name: size for name, size in mesh.shape.items() if size > 1}
     shares = f" ({', '.join(f'{name}={size}' for name, size in axes.items())})" if axes else ""
     processes = f" of {jax.process_count()} processes" if hosts.are_many() else ""
@@ -91,7 +107,7 @@ def described(mesh: Mesh) -> str:
 
 
 def machine(mesh: Mesh) -> dict[str, Any]:
-    """What a report says of the devices, and of the versions of what ran on them."""
+    """Return what a report says of the devices, and of the versions of what ran on them."""
     first = mesh.devices.flat[0]
     axes = {name: size for name, size in mesh.shape.items() if size > 1}
     return {
@@ -109,7 +125,7 @@ def machine(mesh: Mesh) -> dict[str, Any]:
 
 
 def peak_memory(mesh: Mesh) -> dict[str, Any]:
-    """The most memory in use so far: of this process's fullest accelerator, or of itself on CPUs."""
+    """Return the most memory in use so far: of this process's fullest accelerator, or of itself on CPUs."""
     if mesh.devices.flat[0].platform != "cpu":
         own = mesh.local_devices
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in own]

@@ -1,0 +1,307 @@
+"""Load the source of a transfer: a network without its head, and the images that it takes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmeta.checks import ArgumentError, parsed_json
+from jaxmeta.cli.data import ImageSpec
+from jaxmeta.cli.names import LEARNERS, NETWORKS, find, width_name
+from jaxmeta.cli.sources import renaming
+from jaxmeta.core import Params
+from jaxmeta.declare import facts_of
+from jaxmeta.nn import StatefulModel, ViT, as_stateful
+from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.training import load_params
+from jaxmeta.transfer.layouts import layout_of
+from jaxmeta.transfer.pretrained import Pretrained, load_pretrained
+from jaxmeta.transfer.subtree import Report, leaves_by_path
+from jaxmeta.transfer.weight_files import HUB
+
+NONE = "none"
+# Of a transfer's folder: its weights, and what its config.json says it is.
+WEIGHTS, COMMAND = "weights.safetensors", "transfer"
+HEAD = "head"
+_IMAGENET_SIZE, _PRETRAINED_RATE, _RATE = 224, 1e-4, 1e-3
+
+
+class Pixels(NamedTuple):
+    """How pixels in [0, 1] enter a network: (x − mean) / std, by channel."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __str__(self) -> str:
+        if self == PIXELS["plain"]:
+            return "in [0, 1]"
+        numbers = [", ".join(f"{value:g}" for value in values) for values in self]
+        return f"(x − mean) / std, mean {numbers[0]}, std {numbers[1]}"
+
+
+PIXELS = {
+    "plain": Pixels(),
+    "imagenet": Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "symmetric": Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A network without its head.
+
+    Attributes:
+      source: as the user named it.
+      argument: that named it, for errors: "source" or "sources".
+      about: the same in a few words.
+      network: a module.
+      variables: "params" and, where they are known, "batch_stats"; None of a network that nothing was learned
+        with.
+      head: of the classes that it was trained on, `{"kernel", "bias"}`; None where there were none.
+      images: that it was trained on; None where the source does not say.
+      size: of the images it takes; None for any.
+      pixels: how they enter.
+      report: of the leaves that were read.
+      rate: step size to fine-tune it with, where none is asked for.
+    """
+
+    source: str
+    argument: str
+    about: str
+    network: Any
+    variables: dict[str, Any] | None
+    head: Params | None
+    images: ImageSpec | None
+    size: int | None
+    pixels: Pixels
+    report: Report
+    rate: float = _RATE
+
+    @property
+    def model(self) -> StatefulModel:
+        """Return the network as the body of a classifier: maps are flattened."""
+        model = as_stateful(self.network)
+
+        def flat(z: jax.Array) -> jax.Array:
+            return z.reshape(z.shape[0], -1)
+
+        def train(*arguments: Any, **settings: Any) -> tuple[jax.Array, dict[str, Any]]:
+            z, state = model.train(*arguments, **settings)
+            return flat(z), state
+
+        return model._replace(apply=lambda variables, x: flat(model.apply(variables, x)), train=train)
+
+    def channels(self, size: int, asked: int | None) -> int | None:
+        """Return how many channels images of `size` must have; None where the network does not say.
+
+        Raises:
+          ArgumentError: it takes no such images.
+        """
+        if self.variables is None:
+            self._shapes(size, asked or 1)
+            return asked
+        told = None if self.images is None else self.images.channels
+        have = {path: leaf.shape for path, leaf in leaves_by_path(self.variables["params"]).items()}
+        known = asked or told
+        misfits = {}
+        for count in (3, 1) if known is None else (known,):
+            wanted = self._shapes(size, count)
+            differing = [path for path in {**wanted, **have} if wanted.get(path) != have.get(path)]
+            if not differing:
+                return count
+            path = differing[0]
+            kind = "grey" if count == 1 else "colour"
+            misfits[kind] = f"its {path} has shape {have.get(path)}, and must have {wanted.get(path)}"
+        raise ArgumentError(
+            "channels" if asked not in (None, told) else "size",
+            f"{self.source} takes no {' or '.join(misfits)} images of {size}×{size}: "
+            f"{next(iter(misfits.values()))}",
+        )
+
+    def _shapes(self, size: int, channels: int) -> dict[str, tuple[int, ...]]:
+        x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+        with renaming({"x": "size", "image_size": "size"}):
+            params = jax.eval_shape(as_stateful(self.network).init, jax.random.key(0), x)["params"]
+        return {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
+
+
+def untrained(name: str) -> Backbone:
+    """Return a network of `jaxmeta train --network` with nothing learned.
+
+    Raises:
+      ArgumentError: there is none of that name, or it embeds no images.
+    """
+    nothing = Report((), (), (), ())
+    network = _embedding(name)
+    return Backbone(NONE, "source", f"nothing, {name}", network, None, None, None, None, Pixels(), nothing)
+
+
+def _embedding(name: str) -> Any:
+    """Return a network of images without its head, by name; those of model-based methods read labels, too."""
+    facts = [facts_of(factory) for factory in LEARNERS.values()]
+    others = {each for known in facts if known.network is not None for each in known.networks or ()}
+    embeddings: dict[str, Callable[..., Any]] = {
+        each: build for each, build in NETWORKS.items() if each not in others
+    }
+    build = find("network", name, embeddings)
+    width = width_name(build)
+    return build(**({} if width is None else {width: None}))
+
+
+def load_backbone(
+    source: str, *, network: str | None = None, size: int | None = None, argument: str = "source"
+) -> Backbone:
+    """Load the backbone of a run, of a transfer, or of a file of weights.
+
+    Args:
+      source: a folder or file, whatever `jm.transfer.load_pretrained` reads.
+      network: a name of `jaxmeta networks`, of a file that does not tell it.
+      size: side of a vision transformer's images, for which its position embeddings are interpolated.
+      argument: that named the source, for errors.
+
+    Raises:
+      ArgumentError: there is no such source; it cannot be read, was not trained on images, or does not say
+        what network it is of.
+    """
+    path = Path(source).expanduser()
+    if not source.startswith(HUB) and not path.exists():
+        raise ArgumentError(
+            argument, f"there is nothing at {source}; what is on the Hugging Face Hub is {HUB}…"
+        )
+    with renaming({"path": argument, "run_dir": argument, "image_size": "size"}):
+        try:
+            loaded = load_pretrained(source)
+            if isinstance(loaded.network, ViT) and size is not None:
+                loaded = load_pretrained(source, image_size=size)
+        except ImportError as error:
+            raise ArgumentError(argument, str(error)) from error
+    backbone = _without_head(source, argument, loaded, network)
+    if (path / "checkpoints").is_dir():
+        return _of_run(backbone, path)
+    told = _transfer_config(path)
+    about = f"{source}, {type(backbone.network).__name__}"
+    if told is not None:
+        return _of_transfer(dataclasses.replace(backbone, about=about), told)
+    side = _side(source, backbone.network)
+    layout = layout_of(
+        {str(row.source): None for row in (*loaded.report.taken, *loaded.report.dropped)}, "auto", path
+    )
+    if layout.family is None:
+        return dataclasses.replace(backbone, about=about, size=side)
+    return dataclasses.replace(
+        backbone,
+        about=f"{about} ({layout.name})",
+        size=side or _IMAGENET_SIZE,
+        pixels=_pixels(path, layout.name),
+        rate=_PRETRAINED_RATE,
+    )
+
+
+def _of_run(backbone: Backbone, folder: Path) -> Backbone:
+    """Return the backbone with what a run says of its images and classes.
+
+    Its configuration is read as JSON: that of a run with code of one's own would have to import it.
+    """
+    try:
+        config = parsed_json((folder / "config.json").read_text(encoding="utf-8"))
+        learner, tasks, network = (config[group]["name"] for group in ("learner", "tasks", "network"))
+        images = None if config["images"] is None else ImageSpec(**config["images"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArgumentError(backbone.argument, f"{folder / 'config.json'} is damaged: {error!r}") from None
+    if images is None:
+        raise ArgumentError(
+            backbone.argument,
+            f"{backbone.source} was trained on {tasks}, which are no images; its network is of no use",
+        )
+    head = None
+    # The outputs of meta-learned networks are slots of a task, and no classes.
+    if learner in LEARNERS and facts_of(LEARNERS[learner]).supervised:
+        head = _linear(load_params(folder).get(HEAD))
+    about = f"{backbone.source}, {learner} on {tasks}, {network}"
+    return dataclasses.replace(backbone, about=about, head=head, images=images, size=images.size)
+
+
+def _of_transfer(backbone: Backbone, told: Mapping[str, Any]) -> Backbone:
+    """Return the backbone with what a transfer says of its images."""
+    try:
+        images, pixels = ImageSpec(**told["images"]), Pixels(*map(tuple, told["pixels"]))
+    except (TypeError, KeyError) as error:
+        raise ArgumentError(
+            backbone.argument, f"the config.json of {backbone.source} is damaged: {error!r}"
+        ) from None
+    return dataclasses.replace(backbone, images=images, size=images.size, pixels=pixels)
+
+
+def _without_head(source: str, argument: str, loaded: Pretrained, name: str | None) -> Backbone:
+    """Return the backbone of what was loaded, which keeps the head apart."""
+    if loaded.network is None and name is None:
+        raise ArgumentError(
+            "network", f"{source} does not say which network it is of; name it, as of `jaxmeta train`"
+        )
+    if loaded.network is not None and name is not None:
+        raise ArgumentError(
+            "network", f"{source} says itself which network it is of; got {name}, which is to be left out"
+        )
+    network = _embedding(name) if name is not None else with_width(loaded.network, None)
+    variables = {
+        kind: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+        for kind, tree in loaded.variables.items()
+    }
+    params = dict(variables["params"])
+    head = _linear(params.pop(HEAD, None))
+    found: dict[str, Any] = {"params": params}
+    if variables.get(STATISTICS):
+        found[STATISTICS] = variables[STATISTICS]
+    return Backbone(source, argument, source, network, found, head, None, None, Pixels(), loaded.report)
+
+
+def with_width(network: Any, classes: int | None) -> Any:
+    """Return the network with a head of so many classes, or without one; one that never has any as it is."""
+    width = width_name(type(network))
+    return network if width is None else network.clone(**{width: classes})
+
+
+def _linear(head: Any) -> Params | None:
+    return head if isinstance(head, Mapping) and set(head) == {"kernel", "bias"} else None
+
+
+def _transfer_config(path: Path) -> dict[str, Any] | None:
+    """Return the config.json of the transfer whose folder, or file of weights, this is."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file() or (path.is_file() and path.name != WEIGHTS):
+        return None
+    try:
+        found = parsed_json(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("command") == COMMAND else None
+
+
+def _side(source: str, network: Any) -> int | None:
+    if not isinstance(network, ViT):
+        return None
+    height, width = network.sides
+    if height != width:
+        raise ArgumentError(
+            "size",
+            f"{source} takes images of {height}×{width}, and here they are square; give their side, for "
+            "which its position embeddings are interpolated",
+        )
+    return height
+
+
+def _pixels(path: Path, layout: str) -> Pixels:
+    """Return how its makers let pixels in: by the files beside the weights, else as the layout has it."""
+    for name, keys in (
+        ("preprocessor_config.json", ("image_mean", "image_std")),
+        ("config.json", ("mean", "std")),
+    ):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = parsed_json((path / name).read_text(encoding="utf-8"))
+            mean, std = (found.get("pretrained_cfg", found)[key] for key in keys)
+            return Pixels(tuple(map(float, mean)), tuple(map(float, std)))
+    return PIXELS["symmetric" if layout in ("huggingface-vit", "timm-vit") else "imagenet"]

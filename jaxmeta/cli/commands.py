@@ -1,0 +1,278 @@
+"""Commands whose flags depend on names: `train`, `evaluate` and `compare` parse in two phases.
+
+First the names of the learner, the network, the tasks and the protocol; then exactly the flags that these
+have, with their real values as defaults.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmeta.checks import parsed_json
+from jaxmeta.cli import compare as comparing
+from jaxmeta.cli import folders, run, schema, sources
+from jaxmeta.cli.config import Base, Chosen, base_of, from_json, resolve, stored
+from jaxmeta.cli.parser import Group, Parser, UsageError, normalized
+from jaxmeta.cli.schema import Setting
+
+_TITLES = {
+    "learner": "method: {}",
+    "network": "network: {}",
+    "tasks": "tasks: {}",
+    "training": "training",
+    "run": "run",
+}
+# The order of groups in help, and what of `training` and `run` comes last there.
+_SHOWN = ("learner", "network", "tasks", "training", "run")
+
+
+# Names that choose what a run is made of, and what they are.
+_NAMES = {
+    "tasks": "where tasks come from; see `jaxmeta tasks`: a name, folder:PATH, tfds:NAME or module:name",
+    "network": "the network; see `jaxmeta networks`: a name, or module:name of your own",
+    "preset": "a protocol by name; see `jaxmeta presets`",
+    "config": "start from this config.json, with flags in the place of its values",
+}
+
+
+def _name_settings(**defaults: str | None) -> Group:
+    settings = {name: Setting(name, str | None, None, about) for name, about in _NAMES.items()}
+    return Group("names", "names", settings, defaults)
+
+
+def _first_phase(argv: Sequence[str]) -> tuple[dict[str, str], str | None, bool, str | None]:
+    """Return the names in a command line, its first word, whether it resumes, and `--out`."""
+    found: dict[str, str] = {}
+    words = [normalized(word) for word in argv]
+    wanted = {schema.flag_of(name): name for name in (*_NAMES, "out", "learner")}
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in wanted:
+            if equals:
+                found[wanted[flag]] = value
+            elif place + 1 < len(words):
+                found[wanted[flag]] = argv[place + 1]
+            else:
+                raise UsageError(f"{flag}: expects a value")
+    first = argv[0] if argv and not argv[0].startswith("-") else None
+    return found, first, "--resume" in words, found.pop("out", None)
+
+
+def _groups_of(base: Base, *, without: Iterable[str] = ()) -> list[Group]:
+    """Return the groups of flags that a run from a protocol can be told."""
+    chosen = {"learner": base.learner, "network": base.network, "tasks": base.tasks}
+    groups = base.names().groups()
+    return [
+        Group(
+            name,
+            _TITLES[name].format(chosen.get(name, "")),
+            {each: setting for each, setting in groups[name].items() if each not in set(without)},
+            base.values[name],
+        )
+        for name in _SHOWN
+    ]
+
+
+def train_parser(base: Base, command: str = "train") -> Parser:
+    """Return the parser of `train` for what a run is made of."""
+    about = (
+        "Meta-train a learner and evaluate it on test tasks. With nothing else, train MAML on drawn "
+        "characters."
+    )
+    invocation = Group("invocation", "invocation", schema.settings_of(run.Invocation), {})
+    names = _name_settings(tasks=base.tasks, network=base.network, preset=base.preset)
+    return Parser(
+        command,
+        [names, *_groups_of(base), invocation],
+        words=[
+            ("learner", "?", f"the method; see `jaxmeta learners`: a name, or module:name ({base.learner})")
+        ],
+        about=about,
+        owner=f"{base.learner} on {base.tasks}",
+    )
+
+
+def train(argv: Sequence[str]) -> None:
+    """Meta-train a learner, or continue a run."""
+    given_names, learner, resume, out = _first_phase(argv)
+    # The parser of what is chosen by default, for errors in the names themselves.
+    with _plain_parser().naming_flags():
+        if resume:
+            base = _base_to_resume(given_names, learner, out)
+        else:
+            base = base_of(_chosen(given_names, learner))
+    parser = train_parser(base)
+    given = parser.parse(argv)
+    if learner is None and len(given.words) == 1:
+        # The learner's name stands behind flags.
+        train([given.words[0], *(word for word in argv if word != given.words[0])])
+        return
+    if len(given.words) > 1:
+        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta train --help`")
+    invocation = run.Invocation(**given.values.get("invocation", {}))
+    with parser.naming_flags():
+        values = settled(given.values)
+        if resume:
+            run.resume_run(Path(str(out)).expanduser(), values, invocation, trusted(given_names, learner))
+        else:
+            run.new_run(resolve(base, values), invocation)
+
+
+def _plain_parser() -> Parser:
+    return Parser("train", [_name_settings()], words=[("learner", "?", "")])
+
+
+def _chosen(given: Mapping[str, str], learner: str | None) -> Chosen:
+    start = None
+    if "config" in given:
+        path = Path(given["config"]).expanduser()
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"--config: there is no {path}")
+        try:
+            values = parsed_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--config: {path} is no JSON: {error}") from None
+        start = from_json(values, path, trusted(given, learner))
+        if "preset" in given:
+            raise UsageError("--preset: a configuration says all that a preset would; leave one of them out")
+    tasks = given.get("tasks")
+    return Chosen(
+        learner,
+        given.get("network"),
+        None if tasks is None else sources.absolute(tasks),
+        given.get("preset"),
+        start,
+    )
+
+
+def trusted(given: Mapping[str, str], learner: str | None) -> list[str]:
+    """Return the names that a command line gives, whose code may be imported."""
+    return [name for name in (learner, given.get("network"), given.get("tasks")) if name is not None]
+
+
+def _base_to_resume(given: Mapping[str, str], learner: str | None, out: str | None) -> Base:
+    if out is None:
+        raise UsageError("--resume: needs the run's folder; add --out DIR")
+    folder = Path(out).expanduser()
+    before = stored(folder, trusted(given, learner))
+    tasks = given.get("tasks")
+    asked = {
+        "learner": (learner, before.learner["name"]),
+        "network": (given.get("network"), before.network["name"]),
+        "tasks": (tasks and sources.absolute(tasks), before.tasks["name"]),
+        "preset": (given.get("preset"), before.preset),
+    }
+    for name, (value, now) in asked.items():
+        if value is not None and value != now:
+            said = "LEARNER" if name == "learner" else schema.flag_of(name)
+            raise UsageError(f"{said}: got {value}, but the run in {folder} has {now}; leave it out")
+    return base_of(Chosen(start=before))
+
+
+def settled(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return flags by group as they are kept: paths good in every folder."""
+    kept = {group: dict(given[group]) for group in _SHOWN if group in given}
+    if "data" in kept.get("run", {}):
+        kept["run"]["data"] = folders.data_folder(kept["run"]["data"])
+    classes = kept.get("tasks", {}).get("classes")
+    if isinstance(classes, str) and Path(classes).expanduser().exists():
+        kept["tasks"]["classes"] = str(Path(classes).expanduser().resolve())
+    return kept
+
+
+# Settings that an evaluation may change.
+_OF_EVALUATION = {
+    "learner": ("eval_steps",),
+    "tasks": ("ways", "shots", "queries"),
+    "run": ("episodes", "seed", "data", "devices", "mesh"),
+}
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Evaluate a run's parameters on test tasks: those of its report, or others."""
+    about = {
+        "json": "also write the result here",
+        "learner": "module:name of a method of your own that the run was trained with",
+        "network": "module:name of a network of your own that the run was trained with",
+        "tasks": "module:name of tasks of your own that the run was trained with",
+    }
+    own = {name: Setting(name, str | None, None, text) for name, text in about.items()}
+    output = Group("output", "output and code of your own", own, {})
+    words = [("run", "?", "the run's folder")]
+    named, folder, _, _ = _first_phase(argv)
+    if folder is None:
+        parser = Parser("evaluate", [output], words=words, about=str(evaluate.__doc__))
+        given = parser.parse(argv)
+        if not given.words:
+            raise UsageError("RUN: is missing; see `jaxmeta evaluate --help`")
+        folder = given.words[0]
+    believed = trusted(named, named.get("learner"))
+    config = stored(Path(folder).expanduser(), believed)
+    known = config.names().groups()
+    groups = [
+        Group(
+            name,
+            name,
+            {each: known[name][each] for each in _OF_EVALUATION[name] if each in known[name]},
+            config.settings(name),
+        )
+        for name in _OF_EVALUATION
+    ]
+    parser = Parser(
+        "evaluate", [*groups, output], words=words, about=str(evaluate.__doc__), owner=config.learner["name"]
+    )
+    given = parser.parse(argv)
+    if len(given.words) > 1:
+        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
+    with parser.naming_flags():
+        run.evaluate_run(
+            Path(folder).expanduser(),
+            settled(given.values),
+            json=given.values.get("output", {}).get("json"),
+            trusted=believed,
+        )
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Train learners on the same tasks at the same budget, and compare them on the same test tasks.
+
+    One process a learner, one after the other. The comparison's folder gets a run's folder for each,
+    comparison.md, comparison.png and comparison.json. A flag goes to each learner that has it.
+    """
+    given_names, _, _, _ = _first_phase(argv)
+    learners = []
+    for word in argv:
+        if word.startswith("-"):
+            break
+        learners.append(word)
+    with _plain_parser().naming_flags():
+        bases = {name: base_of(_chosen(given_names, name)) for name in learners}
+        common = base_of(_chosen(given_names, None))
+    merged: dict[str, dict[str, Setting]] = {name: {} for name in _SHOWN}
+    for base in bases.values():
+        for group in _groups_of(base):
+            merged[group.name] |= {
+                name: each for name, each in group.settings.items() if name not in merged[group.name]
+            }
+    groups = [Group(name, name, settings, common.values[name]) for name, settings in merged.items()]
+    own = {
+        "out": Setting("out", str | None, None, "the comparison's folder"),
+        "resume": Setting(
+            "resume", bool, False, "continue the comparison in --out; give its learners and flags again"
+        ),
+    }
+    parser = Parser(
+        "compare",
+        [_name_settings(), *groups, Group("comparison", "comparison", own, {})],
+        words=[("learners", "*", "two or more; the others are compared to the first")],
+        about=str(compare.__doc__).partition("\n")[0],
+        owner=" and ".join(learners) or "compare",
+    )
+    given = parser.parse(argv)
+    words = given.words
+    if words[: len(learners)] != learners or len(words) > len(learners):
+        raise UsageError("LEARNER: name the learners first, then the flags")
+    with parser.naming_flags():
+        comparing.compare(bases, common, given)

@@ -1,0 +1,382 @@
+"""Several runs side by side: what `jaxmeta compare` and `jaxmeta plot` do.
+
+A comparison trains every learner in a process of its own, so that its peak memory and its
+compilation are its own, and pairs the results episode by episode: all saw the same test tasks.
+"""
+
+import contextlib
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxmeta.checks import ArgumentError, parsed_json
+from jaxmeta.cli import folders, schema, sources
+from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
+from jaxmeta.cli.config import Base, Config, resolve, stored
+from jaxmeta.cli.figures import Curve, plot_curves, tolerated
+from jaxmeta.cli.parser import Given
+from jaxmeta.cli.report import read_metrics
+from jaxmeta.cli.run import Signalled
+from jaxmeta.files import write_json, write_text
+from jaxmeta.training import Evaluation
+
+# What every learner of a comparison has as the protocol says, what some have of their own notwithstanding.
+_BUDGET = {"training": ("steps", "meta_batch"), "tasks": ("train_ways", "train_queries")}
+
+
+class _Trainings:
+    """Runs `jaxmeta train`, one process after the other; a signal to this one stops the one that runs.
+
+    Args:
+      hint: the command that continues.
+    """
+
+    def __init__(self, hint: str):
+        self.hint = hint
+        self.signal: int | None = None
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        del frame
+        # The end of the terminal, too, is a reason to save.
+        self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+        if self.process is not None:
+            self.process.send_signal(self.signal)
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator["_Trainings"]:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not by nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self, learner: str, argv: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "jaxmeta.cli", "train", learner, *argv]
+        # In a session of its own, lest an interrupt at the terminal reach it twice.
+        self.process = subprocess.Popen(command, start_new_session=True)
+        if self.signal is not None:  # it came while the process was not there yet
+            self.process.send_signal(self.signal)
+        status = self.process.wait()
+        self.process = None
+        if status == 75 or (self.signal is not None and status not in (1, 2)):
+            raise Signalled(f"while {learner} was trained; continue with: {self.hint}")
+        if status in (1, 2):
+            raise SystemExit(status)
+        if status:
+            raise ChildProcessError(f"{learner}: its training ended with status {status}")
+
+
+def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
+    """Train learners on the same tasks at the same budget, and write and print how they compare.
+
+    Args:
+      bases: what the run of each learner starts from, by its name; the others are compared to the first.
+      common: the protocol as it is, whose budget goes for all.
+      given: flags, of which each goes to the learners that have it.
+
+    Returns:
+      The comparison's folder, with a run's folder for each learner.
+
+    Raises:
+      ArgumentError: learners or settings that do not go together, or a run in the folder that has others.
+      Signalled: a signal stopped the run that was on.
+      SystemExit: a run failed with that status, and has said why.
+      ChildProcessError: a run failed without a word.
+    """
+    learners = list(bases)
+    if len(given.words) < 2:
+        raise ArgumentError(
+            "learners", f"got {' '.join(learners) or 'none'}; a comparison needs at least two"
+        )
+    for learner in learners:
+        if given.words.count(learner) > 1:
+            raise ArgumentError("learners", f"got {learner} twice; name each learner once")
+    own = given.values.get("comparison", {})
+    resume, given_out = own.get("resume", False), own.get("out")
+    budget = _budget(common, given)
+    values = {learner: _own_values(bases[learner], given, budget) for learner in learners}
+    configs = {learner: resolve(bases[learner], values[learner]) for learner in learners}
+    name = "-".join(["compare", *(learner.rpartition(":")[2] for learner in learners)])
+    tasks = configs[learners[0]].tasks["name"]
+    out = _folder(given_out, f"{name}-{sources.file_name(tasks)}", resume)
+    places = {learner: learner.replace(":", ".") for learner in learners}
+    for learner in learners:
+        _check_stored(out / places[learner], configs[learner], learners)
+
+    left_out = {learner: _left_out(bases[learner], given) for learner in learners}
+    argvs = {learner: _argv(bases[learner], given, budget) for learner in learners}
+    flags = [
+        word
+        for flag, text in given.texts.items()
+        if flag not in ("--out", "--resume")
+        for word in (flag, text)
+        if word is not None
+    ]
+    again = shlex.join(["jaxmeta", "compare", *learners, *flags, "--resume", "--out", str(out)])
+    with _Trainings(again).handled() as trainings:
+        for i, learner in enumerate(learners):
+            folder = out / places[learner]
+            print(f"== {learner} ({i + 1} of {len(learners)})", flush=True)
+            if (folder / "report.json").exists():
+                print(f"trained already: {folder}")
+                continue
+            resumed = ["--resume"] if (folder / "config.json").exists() else []
+            try:
+                trainings.run(learner, [*argvs[learner], *resumed, "--out", str(folder)])
+            except SystemExit:
+                # Where the first training was refused, nothing is in the folder made for it.
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+                raise
+        result = _compared(out, places, left_out)
+        text = comparison_markdown(result)
+        write_json(out / "comparison.json", result)
+        write_text(out / "comparison.md", text)
+        with tolerated(out / "comparison.png") as picture:
+            draw_comparison(picture, out, result)
+    print(f"\n{text}\nfolder: {out}  (comparison.md, comparison.png, comparison.json)")
+    return out
+
+
+def _budget(common: Base, given: Given) -> dict[str, dict[str, Any]]:
+    """Return the budget of the protocol, as far as no flag says another."""
+    tasks = given.values.get("tasks", {})
+    found: dict[str, dict[str, Any]] = {}
+    for group, names in _BUDGET.items():
+        for name in names:
+            value = tasks.get(name.removeprefix("train_"), common.values[group].get(name))
+            value = given.values.get(group, {}).get(name, value)
+            if value is not None:
+                found.setdefault(group, {})[name] = value
+    return found
+
+
+def _own_values(
+    base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the flags that a learner has, and the budget."""
+    groups = base.names().groups()
+    found: dict[str, dict[str, Any]] = {}
+    for values in (budget, given.values):
+        for group, its in values.items():
+            for name, value in its.items():
+                if group in groups and name in groups[group]:
+                    found.setdefault(group, {})[name] = value
+    return found
+
+
+def _left_out(base: Base, given: Given) -> list[str]:
+    """Return the flags that a learner does not have."""
+    groups = base.names().groups()
+    return [
+        schema.flag_of(name)
+        for group, values in given.values.items()
+        if group in groups
+        for name in values
+        if name not in groups[group]
+    ]
+
+
+def _argv(base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the command line of a learner's training."""
+    groups = base.names().groups()
+    argv = []
+    for name, value in given.values.get("names", {}).items():
+        argv += [schema.flag_of(name), value]
+    for group, values in _own_values(base, given, budget).items():
+        for name, value in values.items():
+            owners = [each for each in groups if name in groups[each]]
+            flag = schema.flag_of(name)
+            flag = flag if len(owners) == 1 else f"--{group}.{flag[2:]}"
+            if isinstance(value, bool):
+                argv.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                argv += [flag, schema.shown_value(value)]
+    return argv
+
+
+def _folder(out: str | None, name: str, resume: bool) -> Path:
+    if not resume:
+        return folders.claim(out, name, "comparison")
+    if out is None:
+        raise ArgumentError("resume", "needs the comparison's folder; add --out DIR")
+    if not Path(out).expanduser().is_dir():
+        raise ArgumentError("out", f"{out} does not exist, so that there is nothing to resume")
+    return Path(out).expanduser()
+
+
+def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "steps") -> Path:
+    """Draw the learning curves of runs, finished or not, as one PNG.
+
+    Args:
+      runs: their folders. That of a comparison stands for its runs.
+      out: the figure, where there is no file yet.
+      x: against what.
+
+    Returns:
+      The path of the PNG.
+    """
+    if not runs:
+        raise ArgumentError("runs", "got none; a figure needs at least one")
+    path = Path(out).expanduser()
+    if path.suffix.lower() != ".png":
+        raise ArgumentError("out", f"got {out}; it must end in .png")
+    if not path.absolute().parent.is_dir():
+        raise ArgumentError("out", f"the folder {path.absolute().parent} does not exist")
+    places = [folder for run in runs for folder in _runs_in(Path(run).expanduser())]
+    curves = [_curve(folder, name) for folder, name in zip(places, _names(places), strict=True)]
+    for folder, curve in zip(places, curves, strict=True):
+        if curve.metric != curves[0].metric:
+            raise ArgumentError(
+                "runs",
+                f"{places[0]} measures {curves[0].metric} and {folder} {curve.metric}; they do not fit in "
+                "one figure",
+            )
+    if path.exists():
+        raise ArgumentError("out", f"{path} exists; choose another")
+    plot_curves(path, curves, x)
+    print(path)
+    return path
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or of a comparison its runs."""
+    if not (folder / "comparison.json").is_file():
+        return [folder]
+    return [folder / row["run"] for row in _read(folder / "comparison.json")["learners"].values()]
+
+
+def _check_stored(folder: Path, config: Config, trusted: Sequence[str]) -> None:
+    """Raise where the run in a folder, if there is one, has other settings."""
+    if not (folder / "config.json").exists():
+        return
+    before = stored(folder, [*trusted, config.network["name"], config.tasks["name"]])
+    wanted: dict[tuple[str, str], tuple[Any, Any]] = {("run", "seed"): (config.run.seed, before.run.seed)}
+    for group in ("learner", "network", "tasks", "training"):
+        named = getattr(config, group)
+        if isinstance(named, dict) and named["name"] != getattr(before, group)["name"]:
+            wanted[group, group] = (named["name"], getattr(before, group)["name"])
+        for name, value in config.settings(group).items():
+            wanted[group, name] = (value, before.settings(group).get(name))
+    wanted[("run", "episodes")] = (config.run.episodes, before.run.episodes)
+    for (group, name), (value, had) in wanted.items():
+        # Those of one's own images are known once they were read.
+        if value != had and not (group == "tasks" and name in ("size", "channels") and value is None):
+            raise ArgumentError(
+                name,
+                f"got {schema.shown_value(value)}, but the run in {folder} has {schema.shown_value(had)}; "
+                "give the flags that the comparison was started with",
+            )
+
+
+def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Return what `comparison.json` holds."""
+    learners = list(places)
+    reports = {learner: _read(out / places[learner] / "report.json") for learner in learners}
+    episodes = {
+        learner: {
+            name: np.asarray(values)
+            for name, values in _read(out / places[learner] / "episodes.json").items()
+        }
+        for learner in learners
+    }
+    first = learners[0]
+    shared = _shared(reports[first])
+    for learner, report in reports.items():
+        for name, value in _shared(report).items():
+            if value != shared[name]:
+                raise ValueError(
+                    f"{out / places[learner]}: its {name} is {value}, and {first}'s {shared[name]}; "
+                    "they cannot be compared"
+                )
+        for values in episodes[learner].values():
+            if values.size != shared["episodes"]:
+                raise ValueError(
+                    f"{out / places[learner] / 'episodes.json'}: got {values.size} values for "
+                    f"{shared['episodes']} episodes"
+                )
+    metric = "accuracy" if "accuracy" in reports[first] else "mse"
+    rows = {}
+    for learner, report in reports.items():
+        rows[learner] = {
+            "run": places[learner],
+            metric: report[metric],
+            "difference": {
+                name: _difference(values, episodes[first][name])
+                for name, values in episodes[learner].items()
+                if learner != first and name in episodes[first]
+            },
+            "left_out": left_out[learner],
+            **{
+                name: report[name]
+                for name in (
+                    "training_s",
+                    "compile_s",
+                    "wall_s",
+                    "steps_per_second",
+                    "peak_memory_bytes",
+                    "peak_memory",
+                    "parameters",
+                    "devices",
+                    "device",
+                )
+            },
+        }
+    return {"metric": metric, "compared_to": first, **shared, "learners": rows}
+
+
+def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What two runs must agree in to be compared."""
+    names = ("tasks", "preset", "seed", "steps", "episodes", "card")
+    return {name: report[name] for name in names} | {"meta_batch": report["config"]["training"]["meta_batch"]}
+
+
+def _difference(values: np.ndarray, to: np.ndarray) -> dict[str, float]:
+    """Mean over episodes of the difference in each, and its confidence interval."""
+    found = Evaluation.of(values - to)
+    return {"mean": found.mean, "ci95": found.ci95}
+
+
+def _curve(folder: Path, name: str) -> Curve:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no run: there is no {folder / 'config.json'}")
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        raise ArgumentError("runs", f"{folder} has no meta-step yet")
+    metric = "mse" if any("mse" in row for row in rows) else "accuracy"
+    report = _read(folder / "report.json") if (folder / "report.json").exists() else None
+    return Curve(name, rows, metric, report and next(iter(results_of(report, metric).values())))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, as long as it takes to tell them apart and without the words all share."""
+    parts = [folder.resolve().parts for folder in folders]
+    for part, folder in zip(parts, folders, strict=True):
+        if parts.count(part) > 1:
+            raise ArgumentError("runs", f"got {folder} twice")
+    depth = next(n for n in range(1, 99) if len({part[-n:] for part in parts}) == len(parts))
+    names = ["/".join(part[-depth:]) for part in parts]
+    words = [name.split("-") for name in names]
+    common = set.intersection(*map(set, words))
+    short = ["-".join(word for word in own if word not in common) for own in words]
+    return short if all(short) and len(set(short)) == len(short) else names
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no run: there is no {path}")
+    try:
+        return parsed_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

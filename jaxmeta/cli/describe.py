@@ -1,0 +1,123 @@
+"""Lists of presets, tasks, learners and networks, and descriptions of one."""
+
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxmeta.cli import names, schema, sources
+from jaxmeta.cli.config import (
+    SUPPLIED_TO_LEARNER,
+    SUPPLIED_TO_NETWORK,
+    SUPPLIED_TO_TASKS,
+    Chosen,
+    base_of,
+    kind_of,
+)
+from jaxmeta.cli.parser import print_table
+from jaxmeta.cli.presets import PRESETS
+from jaxmeta.cli.schema import Setting
+from jaxmeta.declare import facts_of
+
+_WIDTH = 110
+
+
+def presets(name: str | None = None) -> None:
+    """List the protocols, or describe one.
+
+    Args:
+      name: of a preset.
+    """
+    if name is None:
+        print_table((each, _of(each), preset["description"]) for each, preset in PRESETS.items())
+        return
+    preset = names.lookup("name", name, PRESETS)
+    placeholder = preset.get("tasks") in ("folder:PATH", "tfds:NAME")
+    base = base_of(Chosen(preset=name, tasks=f"{preset['tasks']}S" if placeholder else None))
+    print(f"{name}: {preset['description']}\n")
+    chosen = {"learner": base.learner, "network": base.network, "tasks": base.tasks}
+    for group, settings in base.names().groups().items():
+        print(f"{group}{f': {chosen[group]}' if group in chosen else ''}")
+        rows = [(each, base.values[group].get(each, settings[each].default)) for each in settings]
+        if rows:
+            print_table((f"  --{each.replace('_', '-')}", schema.shown_value(value)) for each, value in rows)
+
+
+def tasks(name: str | None = None) -> None:
+    """List where tasks may come from, or describe one source.
+
+    Args:
+      name: of a source, or module:name of your own.
+    """
+    if name is None:
+        print_table((key, source.description) for key, source in sources.TASKS.items())
+        return
+    with sources.renaming({"tasks": "name"}):
+        source = sources.TASKS[name] if name in sources.TASKS else sources.source_of(name)
+    print(f"{name}: {source.description} ({kind_of(source)})\n")
+    _describe(source.function, SUPPLIED_TO_TASKS)
+
+
+def learners(name: str | None = None) -> None:
+    """List the methods, or describe one.
+
+    Args:
+      name: of a method, or module:name of your own.
+    """
+    if name is None:
+        print_table(
+            (key, _family(factory), schema.summary(factory)) for key, factory in names.LEARNERS.items()
+        )
+        return
+    factory = names.find("name", name, names.LEARNERS)
+    facts = facts_of(factory)
+    print(f"{name}: {schema.summary(factory)}")
+    print(f"learns {' and '.join(facts.kinds)}; rows of its report: {', '.join(facts.rows)}\n")
+    _describe(factory, SUPPLIED_TO_LEARNER)
+
+
+def networks(name: str | None = None) -> None:
+    """List the networks, or describe one.
+
+    Args:
+      name: of a network, or module:name of your own.
+    """
+    if name is None:
+        print_table((key, schema.summary(network)) for key, network in names.NETWORKS.items())
+        return
+    network = names.find("name", name, names.NETWORKS)
+    print(f"{name}: {schema.summary(network)}\n")
+    width = names.width_name(network)
+    _describe(network, (*SUPPLIED_TO_NETWORK, *([] if width is None else [width])))
+
+
+def _of(preset: str) -> str:
+    """Return learner and tasks of a preset."""
+    spec: Mapping[str, Any] = PRESETS[preset]
+    found: dict[str, Any] = {}
+    while True:
+        found = {**spec, **found}
+        if "base" not in spec:
+            return f"{found.get('learner', 'maml')} on {found['tasks']}"
+        spec = PRESETS[spec["base"]]
+
+
+def _family(factory: Callable[..., Any]) -> str:
+    package = inspect.unwrap(factory).__module__.split(".")[1]
+    return package.replace("_", "-")
+
+
+def _describe(function: Callable[..., Any], supplied: tuple[str, ...]) -> None:
+    """Print the settings of a function, each with its whole description."""
+    settings = schema.settings_of(function, supplied)
+    if not settings:
+        print("It has no settings.")
+    for setting in settings.values():
+        print(_line(setting))
+        for line in textwrap.wrap(setting.about, _WIDTH - 6):
+            print(f"      {line}")
+
+
+def _line(setting: Setting) -> str:
+    value = "" if setting.default is schema.MISSING else f" (default: {schema.shown_value(setting.default)})"
+    return f"  {setting.flag} {schema.metavar(setting.hint)}{value}"

@@ -1,0 +1,344 @@
+"""Parsers made of settings: flags in groups, errors of one line, and hints for flags of elsewhere."""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxmeta.checks import ArgumentError
+from jaxmeta.cli import names, schema
+from jaxmeta.cli.schema import Setting
+
+# What other libraries call settings, and what they are called here.
+ELSEWHERE = {
+    "--lr": "--outer-lr or --inner-lr",
+    "--learning-rate": "--outer-lr or --inner-lr",
+    "--meta-lr": "--outer-lr",
+    "--alpha": "--inner-lr",
+    "--beta": "--outer-lr",
+    "--rate": "--inner-lr or --outer-lr",
+    "--epochs": "--steps",
+    "--iterations": "--steps",
+    "--iters": "--steps",
+    "--batch-size": "--meta-batch",
+    "--image-size": "--size",
+    "--way": "--ways",
+    "--n-way": "--ways",
+    "--num-ways": "--ways",
+    "--shot": "--shots",
+    "--k-shot": "--shots",
+    "--num-shots": "--shots",
+    "--query": "--queries",
+    "--dataset": "--tasks",
+    "--model": "--network",
+    "--backbone": "--network",
+    "--optimizer": "--outer-optimizer",
+    "--scheduler": "--schedule",
+    "--grad-clip": "--clip or --clip-norm",
+    "--adaptation-steps": "--inner-steps",
+    "--output": "--out",
+    "--checkpoint": "--out with --resume",
+    "--anneal": "--anneal-steps",
+    "--first-order": "--order first",
+}
+# Arguments of the library that a command has under another name.
+_SAID_AS = {"path": "tasks", "length": "sequence", "outer": "outer_optimizer"}
+
+
+class UsageError(ValueError):
+    """An error of a command's input, in the words of its flags."""
+
+
+class HelpShown(Exception):
+    """Help was printed; there is nothing to do."""
+
+
+class Group(NamedTuple):
+    """Flags under one heading.
+
+    Attributes:
+      name: of the group in a configuration.
+      title: of the heading.
+      settings: by name.
+      defaults: values in place of those of the signature.
+    """
+
+    name: str
+    title: str
+    settings: Mapping[str, Setting]
+    defaults: Mapping[str, Any]
+
+
+class Given(NamedTuple):
+    """What was given on a command line.
+
+    Attributes:
+      values: by group and name.
+      texts: flags as they were written, with their value: None of a switch.
+      words: arguments that are no flags.
+    """
+
+    values: dict[str, dict[str, Any]]
+    texts: dict[str, str | None]
+    words: list[str]
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+class Parser:
+    """A parser of one command.
+
+    Args:
+      command: its name.
+      groups: of flags.
+      words: arguments that are no flags, as `(name, number, help)` with the number as argparse has it.
+      about: what the command does.
+      owner: whose settings the groups have, for errors, such as "maml".
+    """
+
+    def __init__(
+        self,
+        command: str,
+        groups: Sequence[Group],
+        *,
+        words: Sequence[tuple[str, str | None, str]] = (),
+        about: str = "",
+        owner: str | None = None,
+    ):
+        self.command, self.owner = command, owner or command
+        shown = {None: "{}", "?": "[{}]", "*": "{} …"}
+        usage = [shown[number].format(name.upper()) for name, number, _ in words]
+        self._parser = argparse.ArgumentParser(
+            prog=f"jaxmeta {command}",
+            usage=" ".join(["jaxmeta", command, *usage, "[FLAGS]"]),
+            description=about,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            exit_on_error=False,
+            add_help=False,
+        )
+        self._parser.error = self._error  # type: ignore[method-assign,assignment]
+        self.words = [name for name, _, _ in words]
+        for name, number, about_it in words:
+            self._parser.add_argument(name, nargs=number, help=about_it, metavar=name.upper())
+        self.flags: dict[str, tuple[str, Setting]] = {}
+        owners: dict[str, list[str]] = {}
+        for group in groups:
+            for name in group.settings:
+                owners.setdefault(name, []).append(group.name)
+        self.shared: dict[str, list[str]] = {}
+        for name, own in owners.items():
+            if len(own) > 1:
+                self.shared[schema.flag_of(name)] = [f"--{group}.{schema.flag_of(name)[2:]}" for group in own]
+                switches = [
+                    group.name
+                    for group in groups
+                    if name in group.settings and group.settings[name].hint is bool
+                ]
+                if switches:
+                    bare = f"--no-{schema.flag_of(name)[2:]}"
+                    self.shared[bare] = [f"--no-{group}.{schema.flag_of(name)[2:]}" for group in switches]
+        for group in groups:
+            section = self._parser.add_argument_group(group.title)
+            for name, setting in group.settings.items():
+                flag = setting.flag if len(owners[name]) == 1 else f"--{group.name}.{setting.flag[2:]}"
+                default = group.defaults.get(name, setting.default)
+                self._add(section, flag, f"{group.name}.{name}", setting, default)
+                self.flags[flag] = (group.name, setting)
+        section.add_argument("-h", "--help", action="store_true", help="show this help")
+
+    def _add(self, section: Any, flag: str, dest: str, setting: Setting, default: Any) -> None:
+        shown = "(required)" if default is schema.MISSING else ""
+        if default is not schema.MISSING and default is not None and setting.hint is not bool:
+            shown = f"(default: {schema.shown_value(default)})"
+        about = f"{setting.help} {shown}".strip().replace("%", "%%")
+        if setting.hint is bool:
+            section.add_argument(
+                flag, dest=dest, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about
+            )
+        else:
+            section.add_argument(
+                flag,
+                dest=dest,
+                default=argparse.SUPPRESS,
+                metavar=schema.metavar(setting.hint),
+                help=about,
+            )
+
+    def _error(self, message: str) -> None:
+        raise UsageError(_in_our_words(message))
+
+    def parse(self, argv: Sequence[str]) -> Given:
+        """Return what a command line gives.
+
+        Raises:
+          UsageError: a flag that the command does not have, or a value that it cannot have.
+          HelpShown: help was asked for, and printed.
+        """
+        argv = [normalized(word) for word in argv]
+        if "-h" in argv or "--help" in argv:
+            self._parser.print_help()
+            raise HelpShown
+        for word in argv:
+            flag = word.partition("=")[0]
+            if flag in self.shared:
+                named = " or ".join(self.shared[flag])
+                raise UsageError(f"{flag}: several groups have such a setting; say {named}")
+            if flag.startswith("--") and flag != "--" and flag not in self.known():
+                raise UsageError(self._unknown(flag))
+        try:
+            found, left = self._parser.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            raise UsageError(_in_our_words(str(error))) from None
+        values: dict[str, dict[str, Any]] = {}
+        texts: dict[str, str | None] = {}
+        by_dest = {f"{group}.{each.name}": (flag, each) for flag, (group, each) in self.flags.items()}
+        words: list[str] = []
+        for name in self.words:
+            word = getattr(found, name)
+            words += word if isinstance(word, list) else [] if word is None else [word]
+        for dest, value in vars(found).items():
+            if dest not in by_dest:
+                continue
+            flag, setting = by_dest[dest]
+            try:
+                parsed = value if isinstance(value, bool) else setting.parse(value)
+            except ArgumentError as error:
+                raise UsageError(f"{flag}: {error.problem}") from None
+            values.setdefault(self.flags[flag][0], {})[setting.name] = parsed
+            switch = flag if value is True else f"--no-{flag[2:]}"
+            texts[switch if isinstance(value, bool) else flag] = None if isinstance(value, bool) else value
+        return Given(values, texts, words + left)
+
+    def known(self) -> set[str]:
+        """Return the flags that there are."""
+        switches = {f"--no-{flag[2:]}" for flag, (_, setting) in self.flags.items() if setting.hint is bool}
+        return {"--help", *self.flags, *switches}
+
+    def required(self, given: Given) -> None:
+        """Refuse what lacks a flag without a default.
+
+        Raises:
+          UsageError: one is missing.
+        """
+        for flag, (group, setting) in self.flags.items():
+            if setting.default is schema.MISSING and setting.name not in given.values.get(group, {}):
+                raise UsageError(f"{flag}: is missing; see `jaxmeta {self.command} --help`")
+
+    def _unknown(self, flag: str) -> str:
+        see = f"see `jaxmeta {self.command} --help`"
+        if flag in ELSEWHERE:
+            there = [each for each in ELSEWHERE[flag].split(" or ") if each.split()[0] in self.known()]
+            if there:
+                return f"{self.command} has no {flag}; here it is {' or '.join(there)}; {see}"
+        whose = owners_of(flag)
+        if whose and self.command in ("train", "compare", "evaluate"):
+            return f"{flag}: is a setting of {whose}, and not of {self.owner}; {see}"
+        close = difflib.get_close_matches(flag, sorted(self.known()), n=3)
+        meant = f"did you mean {' or '.join(close)}? See" if close else "see"
+        return f"{self.command} has no {flag}; {meant} `jaxmeta {self.command} --help`"
+
+    @contextlib.contextmanager
+    def naming_flags(self) -> Iterator[None]:
+        """Say of flags what the library says of its arguments: the one place where these change names."""
+        try:
+            yield
+        except ArgumentError as error:
+            said = ", ".join(self._as_flag(name) for name in error.name.split(", "))
+            raise UsageError(f"{said}: {error.problem}") from error
+
+    def _as_flag(self, name: str) -> str:
+        name = _SAID_AS.get(name, name)
+        group, dot, rest = name.rpartition(".")
+        for flag, (its_group, setting) in self.flags.items():
+            if setting.name == (rest if dot else name) and (not dot or its_group == group):
+                return flag
+        if name in self.words:
+            return name.upper()
+        return schema.flag_of(name) if schema.flag_of(name) in self.shared else name
+
+
+def owners_of(flag: str) -> str | None:
+    """Return which methods, networks or tasks of ours have a flag as a setting; None where none has."""
+    from jaxmeta.cli import sources
+    from jaxmeta.cli.config import find_names
+
+    name = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
+
+    def has(learner: str = "maml", network: str = "conv4", tasks: str = "glyphs") -> bool:
+        return any(name in settings for settings in find_names(learner, network, tasks).groups().values())
+
+    # A source with a path of its own is asked with any path.
+    kinds = {key: f"{key.partition(':')[0]}:x" if ":" in key else key for key in sources.TASKS}
+    for having in (
+        [learner for learner in names.LEARNERS if has(learner=learner)],
+        [network for network in names.NETWORKS if has(network=network)],
+        [key for key, tasks in kinds.items() if has(tasks=tasks)],
+    ):
+        if having:
+            return ", ".join(having[:4]) + (" and others" if len(having) > 4 else "")
+    return None
+
+
+def normalized(word: str) -> str:
+    """Return a word of a command line with hyphens in a flag's name."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def of_function(function: Callable[..., Any], command: str) -> Parser:
+    """Return the parser of a command that a function's signature describes."""
+    words: list[tuple[str, str | None, str]] = []
+    described = schema.descriptions(function)
+    for parameter in inspect.signature(function).parameters.values():
+        about = described.get(parameter.name, "")
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            words.append((parameter.name, "*", about))
+        elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            words.append((parameter.name, "?", about))
+    group = Group("flags", "flags", schema.settings_of(function), {})
+    about = schema.summary(function) + "."
+    return Parser(command, [group], words=words, about=about)
+
+
+def call(function: Callable[..., Any], command: str, argv: Sequence[str]) -> Any:
+    """Parse a command line by a function's signature, and call it."""
+    parser = of_function(function, command)
+    given = parser.parse(argv)
+    parser.required(given)
+    parameters = inspect.signature(function).parameters.values()
+    several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+    needed = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    required = [each for each in needed if each.default is each.empty]
+    if len(given.words) < len(required):
+        raise UsageError(
+            f"{required[len(given.words)].name.upper()}: is missing; see `jaxmeta {command} --help`"
+        )
+    if not several and len(given.words) > len(needed):
+        raise UsageError(f"unexpected argument {given.words[len(needed)]!r}; see `jaxmeta {command} --help`")
+    with parser.naming_flags():
+        return function(*given.words, **given.values.get("flags", {}))
+
+
+def _in_our_words(message: str) -> str:
+    """Return argparse's message, without its prefix."""
+    flag, colon, said = message.removeprefix("argument ").partition(": ")
+    flag = flag.partition(",")[0]
+    return f"{flag}: {said}" if colon else message
+
+
+def print_table(rows: Iterable[tuple[str, ...]]) -> None:
+    """Print rows in columns."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip(), file=sys.stdout)

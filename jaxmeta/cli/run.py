@@ -1,0 +1,627 @@
+"""Train and evaluate: `jaxmeta train`, `jaxmeta evaluate`, and the output directory of a run."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from jaxmeta.checks import ArgumentError
+from jaxmeta.cli import build, folders, names, schema, sources
+from jaxmeta.cli.config import Config, check, stored
+from jaxmeta.cli.data import check_data, image_spec, images_of, with_image_settings
+from jaxmeta.cli.devices import connect, described, machine, mesh_of, peak_memory
+from jaxmeta.cli.figures import plot_curve, tolerated
+from jaxmeta.cli.report import (
+    NORMALISED,
+    TENSORBOARD,
+    RunLog,
+    plural,
+    profiling,
+    read_metrics,
+    report_markdown,
+)
+from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
+from jaxmeta.files import write_json, write_new_json, write_text
+from jaxmeta.training import (
+    Evaluation,
+    Stopped,
+    TrainState,
+    calibrate,
+    evaluate_episodes,
+    evaluate_metrics,
+    hosts,
+    load,
+    load_params,
+    meta_step,
+    save,
+    train,
+)
+from jaxmeta.training.checkpoint import checkpoint_steps
+from jaxmeta.training.evaluate import metric_name
+from jaxmeta.training.loop import Event
+from jaxmeta.training.sharding import process_share
+from jaxmeta.training.step import sample_of, validation_key
+from jaxmeta.transfer.architectures import described as described_network
+
+# Where a run keeps the population statistics of its learner.
+POPULATION = "population"
+# Settings of training that a resumed run may change where nothing is scheduled by them.
+_GROWS = "steps"
+_TEST = np.uint32(0xFFFFFFFD)
+_POPULATION = np.uint32(0xFFFFFFFC)
+
+
+class Signalled(KeyboardInterrupt):
+    """The run was told to stop, and how it can go on."""
+
+
+class _Signals:
+    """SIGTERM and SIGINT: noted while training saves what there is, raised anywhere else."""
+
+    def __init__(self, hint: str):
+        self.hint, self.training, self.asked = hint, False, False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        del frame
+        if not self.training or self.asked:
+            raise Signalled(f"by {signal.Signals(number).name}; {self.hint}")
+        self.asked = True
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator["_Signals"]:
+        try:
+            before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread, which alone may handle signals
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What one invocation of `train` is told besides its configuration.
+
+    Attributes:
+      out: the run's output directory. By default runs/<learner>-<tasks>-<date and time>.
+      resume: continue the run in --out from its last checkpoint.
+      profile: let JAX's profiler watch some meta-steps: profile/ in the output directory.
+      coordinator: of several processes, each with its own --process: where the first one is, HOST:PORT.
+      processes: how many processes there are.
+      process: which of several processes this is, from 0.
+      distributed: join several processes as Slurm, Kubernetes or a TPU pod started them.
+    """
+
+    out: str | None = None
+    resume: bool = False
+    profile: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+    distributed: bool = False
+
+
+def new_run(config: Config, invocation: Invocation) -> Path:
+    """Train, evaluate and report a configuration in a new output directory, which is returned."""
+    if invocation.out is not None:
+        folders.refuse_used(Path(invocation.out).expanduser())
+    return _train(config, None, invocation)
+
+
+def resume_run(
+    folder: Path,
+    given: Mapping[str, Mapping[str, Any]],
+    invocation: Invocation,
+    trusted: Iterable[str] = (),
+) -> Path:
+    """Continue the run in a folder from its last checkpoint.
+
+    Args:
+      folder: of the run.
+      given: flags by group, which must not contradict the run, save those that change no parameter, and
+        `steps` where nothing is scheduled by it.
+      invocation: of the command.
+      trusted: names of code of one's own that may be imported.
+
+    Raises:
+      ArgumentError: a flag that contradicts the run.
+    """
+    before = stored(folder, trusted)
+    allowed: dict[str, dict[str, Any]] = {}
+    for group, values in given.items():
+        for name, value in values.items():
+            now = before.settings(group).get(name)
+            if value == now:
+                continue
+            if group == "run" and name != "seed":
+                allowed.setdefault(group, {})[name] = value
+            elif (group, name) == ("training", _GROWS):
+                _check_growth(before, value, folder)
+                allowed.setdefault(group, {})[name] = value
+            else:
+                raise ArgumentError(
+                    name,
+                    f"got {schema.shown_value(value)}, but the run in {folder} has "
+                    f"{schema.shown_value(now)}; leave it out",
+                )
+    # Either says which devices.
+    run = allowed.get("run", {})
+    if run.get("devices") is not None or run.get("mesh") is not None:
+        run = {"devices": None, "mesh": None} | run
+    config = before.replaced(training=allowed.get("training", {}), run=run)
+    check(config)
+    return _train(config, folder, invocation)
+
+
+def _check_growth(config: Config, steps: int, folder: Path) -> None:
+    """Refuse more meta-steps of a run whose settings were derived from their number.
+
+    Raises:
+      ArgumentError: a schedule, or fewer steps than before.
+    """
+    before = config.training.steps
+    if config.training.schedule in ("cosine", "linear"):
+        raise ArgumentError(
+            _GROWS,
+            f"got {steps}, but the run in {folder} has {before}, and its schedule "
+            f"({config.training.schedule}) ends with them; train anew, or with --schedule constant",
+        )
+    if steps < before:
+        raise ArgumentError(_GROWS, f"got {steps}, but the run in {folder} has {before}; it can only grow")
+
+
+class _Parts(NamedTuple):
+    """What a configuration stands for.
+
+    Attributes:
+      config: completed by what is known of the data.
+      mesh: devices.
+      tasks, validation, test: of the three parts.
+      learner, optimizer: what is trained, and by what.
+      compared_to: the first-order learner, where meta-gradients are compared.
+      parameters: their number.
+    """
+
+    config: Config
+    mesh: Mesh
+    tasks: TaskDistribution | TaskStream
+    validation: TaskDistribution | TaskStream | None
+    test: TaskDistribution | TaskStream
+    learner: Learner
+    optimizer: optax.GradientTransformation
+    compared_to: Learner | None
+    parameters: int
+
+
+def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Parts:
+    """Build what a configuration says: all that can be refused is, before there is a folder."""
+    training, run = config.training, config.run
+    mesh = mesh_of(run.devices, run.mesh, training.meta_batch, processes)
+    # All have looked for the folder before one makes it.
+    hosts.meet("start")
+    key = jax.random.key(run.seed)
+    tasks = sources.tasks_of(config, "train", key, process=process_share(mesh))
+    validation = sources.validation_tasks_of(config, validation_key(key))
+    test = sources.tasks_of(config, "test", test_key(run.seed))
+    if resumed is not None:
+        check_data(config, tasks, resumed)
+    else:
+        images = image_spec(tasks, config.names().source.ink)
+        config = with_image_settings(config, images)
+        config = dataclasses.replace(
+            config,
+            split_hash=tasks.card.split_hash,
+            images=None if images is None else images._asdict(),
+            model=_network_text(config),
+        )
+    learner, optimizer = build.learner_of(config), build.optimizer_of(config)
+    compared_to = build.first_order_of(config)
+    with sources.renaming({"devices": "mesh"} if run.mesh is not None else {}):
+        # For what it raises.
+        meta_step(learner, optimizer, training.meta_batch, run.strategy, devices=mesh)
+    parameters = _parameters(learner, tasks)
+    return _Parts(config, mesh, tasks, validation, test, learner, optimizer, compared_to, parameters)
+
+
+def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path:
+    """Train what a configuration says, and write the report."""
+    connect(invocation)
+    parts = _parts(config, resumed, invocation.processes)
+    config, run, first = parts.config, parts.config.run, hosts.is_first()
+    out = resumed or _output_directory(config, invocation, first)
+    if first:
+        _announce(parts, out)
+    signals = _Signals(f"continue with: {_command(config, out)}")
+    with signals.handled(), hosts.missing_none(signals.hint):
+        log = RunLog(out / "metrics.jsonl", config.training.steps, metric_name(parts.test))
+        if first:
+            _write_config(out, config, resumed is not None)
+            if not checkpoint_steps(out):
+                # Rows of a run that ended before it could save: this one starts again.
+                log.path.unlink(missing_ok=True)
+                shutil.rmtree(log.path.parent / TENSORBOARD, ignore_errors=True)
+        hosts.meet("folder")
+        state = _fit(parts, out, log, signals, invocation.profile)
+        training_s = log.elapsed_s
+        if first:
+            print(f"evaluating on {plural(run.episodes, 'test task')} …", flush=True)
+        params = hosts.gathered(state.params)
+        params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out)
+        results, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
+        if first:
+            report = _report(parts, log, training_s, results)
+            write_text(out / "episodes.json", json.dumps(episodes) + "\n")
+            write_json(out / "report.json", report)
+            write_text(out / "report.md", report_markdown(report, config))
+            with tolerated(out / "curve.png") as picture:
+                title = f"{config.learner['name']} on {parts.test.card.tasks}"
+                plot_curve(picture, read_metrics(log.path), log.metric, title)
+        hosts.meet("report")
+    if first:
+        _print_results(results, config)
+        speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
+        print(f"{log.elapsed_s:.0f} s in all, training {training_s:.0f} s{speed}")
+        print(f"run folder: {out}  (report.md, curve.png)")
+    return out
+
+
+def _fit(parts: _Parts, out: Path, log: RunLog, signals: _Signals, profile: bool) -> TrainState:
+    """Meta-train, from the last checkpoint of the folder where it has one.
+
+    Raises:
+      Signalled: a signal has stopped it, after what there was had been saved.
+    """
+    training, run, first = parts.config.training, parts.config.run, hosts.is_first()
+    with log.showing() if first else contextlib.nullcontext(), contextlib.ExitStack() as watching:
+        listener: Callable[[Event], None] | None = log if first else None
+        if listener is not None and profile:
+            listener = watching.enter_context(profiling(listener, out / "profile"))
+        signals.training = True
+        try:
+            state = train(
+                parts.learner,
+                parts.tasks,
+                parts.optimizer,
+                steps=training.steps,
+                key=jax.random.key(run.seed),
+                meta_batch=training.meta_batch,
+                strategy=run.strategy,
+                devices=parts.mesh,
+                compared_to=parts.compared_to,
+                validation=parts.validation,
+                validate_every=training.validate_every,
+                run_dir=out,
+                resume=bool(checkpoint_steps(out)),
+                report=listener,
+                log_every=min(run.log_every, max(1, training.steps // 20)),
+                config=as_trained(parts.config),
+                should_stop=lambda: signals.asked,
+                non_finite=run.non_finite,
+            )
+        except Stopped as stopped:
+            raise Signalled(f"after meta-step {stopped.step}, saved; {signals.hint}") from None
+        signals.training = False
+    if signals.asked:
+        raise Signalled(f"after the last meta-step, saved; {signals.hint}")
+    return state
+
+
+def _report(parts: _Parts, log: RunLog, training_s: float, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what report.json holds."""
+    return {
+        **_what(parts.config, parts.test),
+        "preset": parts.config.preset,
+        "seed": parts.config.run.seed,
+        "steps": parts.config.training.steps,
+        "best_step": log.best_step,
+        "skipped": log.skipped,
+        "steps_per_second": log.steps_per_second,
+        "wall_s": round(log.elapsed_s, 3),
+        "training_s": round(training_s, 3),
+        "compile_s": log.compile_s,
+        "parameters": parts.parameters,
+        **results,
+        **machine(parts.mesh),
+        **peak_memory(parts.mesh),
+        "config": parts.config.to_json(),
+    }
+
+
+def _output_directory(config: Config, invocation: Invocation, first: bool) -> Path:
+    if not first:
+        # Several processes are told one folder.
+        return Path(str(invocation.out)).expanduser()
+    learner = config.learner["name"].rpartition(":")[2]
+    return folders.claim(invocation.out, f"{learner}-{sources.file_name(config.tasks['name'])}")
+
+
+def _write_config(out: Path, config: Config, resumed: bool) -> None:
+    """Write config.json, which of two runs that were given one folder only the first one can.
+
+    Raises:
+      ArgumentError: another run has the folder.
+    """
+    if resumed:
+        write_json(out / "config.json", config.to_json())
+        return
+    try:
+        write_new_json(out / "config.json", config.to_json())
+    except FileExistsError:
+        raise ArgumentError("out", f"another run has just taken {out}; choose another") from None
+
+
+def _command(config: Config, out: Path) -> str:
+    """Return the command that continues a run: code of one's own is named again to be imported."""
+    learner, network, tasks = (each["name"] for each in (config.learner, config.network, config.tasks))
+    named = f" {learner}" if learner in config.own else ""
+    more = "".join(
+        f" {flag} {name}" for flag, name in (("--network", network), ("--tasks", tasks)) if name in config.own
+    )
+    return f"jaxmeta train{named} --resume --out {out}{more}"
+
+
+def _network_text(config: Config) -> str | None:
+    """Return the network as `jm.transfer.load_pretrained` builds it; None where it is of another package."""
+    if config.names().facts.network is not None and config.names().facts.networks is not None:
+        return None
+    plain = config.replaced(training={"precision": "float32"})
+    try:
+        return described_network(build.network_builder(plain)(build.output_width(config)))
+    except ValueError:
+        return None
+
+
+def as_trained(config: Config) -> dict[str, Any]:
+    """Return what of a configuration is kept with each checkpoint, and must be the same to go on with it."""
+    kept = config.to_json()
+    training = {name: value for name, value in kept["training"].items() if name != _GROWS}
+    groups = {name: kept[name] for name in ("learner", "network", "tasks", "own", "split_hash", "images")}
+    return {**groups, "training": training, "seed": config.run.seed}
+
+
+def params_of(folder: Path, config: Config) -> Params:
+    """Return the parameters of the run in `folder`, with population statistics where a row is of such.
+
+    Raises:
+      ValueError: they cannot be read, or are of another learner, network, number of ways or seed than
+        `config`; or the run, whose last act is to fill these statistics, has not ended.
+    """
+    kept = as_trained(config)
+    params = load_params(folder, config={name: kept[name] for name in ("learner", "network", "seed")})
+    if "population" not in config.names().facts.rows.values():
+        return params
+    if not (folder / POPULATION).exists():
+        raise ValueError(
+            f"{folder}: the run has not ended, and {config.learner['name']} is used with statistics that are "
+            f"taken at its end; continue it with: {_command(config, folder)}"
+        )
+    return {**params, **load(folder / POPULATION)}
+
+
+def evaluate_run(
+    folder: Path,
+    given: Mapping[str, Mapping[str, Any]],
+    *,
+    json: str | None = None,
+    trusted: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Evaluate the parameters of a run on test tasks that flags may change, and print the result.
+
+    Args:
+      folder: of the run.
+      given: flags by group.
+      json: also write the result here.
+      trusted: names of code of one's own that may be imported.
+    """
+    before = stored(folder, trusted)
+    target = folders.output_file("json", json)
+    run = dict(given.get("run", {}))
+    config = before.replaced(
+        **{group: values for group, values in given.items() if group != "run"},
+        run={"devices": None, "mesh": None} | run,
+    )
+    check(config)
+    seed = config.run.seed
+    # What is drawn is another seed's; the parameters are those of the run's own.
+    mesh = mesh_of(config.run.devices, config.run.mesh, None)
+    test = sources.tasks_of(config, "test", test_key(seed))
+    check_data(before, test, folder)
+    params = params_of(folder, before)
+    result = {
+        "run": str(folder),
+        **_what(config, test),
+        "eval_steps": config.learner.get("eval_steps"),
+        "seed": seed,
+        **_results(config, params, test, seed, mesh)[0],
+        **machine(mesh),
+    }
+    tasks = plural(config.run.episodes, "task")
+    print(f"{config.learner['name']}, {_sentence(test.card)}; {tasks}, seed {seed}")
+    _print_results(result, config)
+    if target is not None:
+        write_json(target, result)
+    return result
+
+
+def _what(config: Config, test: TaskDistribution | TaskStream) -> dict[str, Any]:
+    """Return what a report is of."""
+    card = test.card
+    return {
+        "learner": config.learner["name"],
+        "tasks": config.tasks["name"],
+        "ways": card.ways,
+        "shots": card.shots,
+        "queries": card.queries,
+        "episodes": config.run.episodes,
+        "card": dataclasses.asdict(card),
+    }
+
+
+def load_run(
+    run: str | os.PathLike,
+    row: str = "inductive",
+    *,
+    learner: str | None = None,
+    network: str | None = None,
+    tasks: str | None = None,
+) -> tuple[Learner, Params]:
+    """Load the learner of a run of `jaxmeta train`, and its parameters.
+
+    Args:
+      run: the run's folder.
+      row: of its report: "inductive", whose answers depend on no other query, or "transductive".
+      learner: `module:name` of a method of one's own, of a run that was trained with it. A folder makes no
+        code be imported by itself.
+      network: likewise of a network.
+      tasks: likewise of tasks.
+
+    Raises:
+      FileNotFoundError: there is no run.
+      ValueError: its files cannot be read, another `row`, or code of one's own that is not named.
+
+    Examples:
+      >>> learner, params = jm.load_run("runs/alphabet")  # doctest: +SKIP
+      >>> adapted = learner.adapt(params, support, jax.random.key(0))  # doctest: +SKIP
+      >>> outputs = learner.predict(params, adapted, images)  # doctest: +SKIP
+    """
+    folder = Path(run).expanduser()
+    config = stored(folder, [name for name in (learner, network, tasks) if name is not None])
+    norm = names.lookup("row", row, config.names().facts.rows)
+    return build.learner_of(config, norm), params_of(folder, config)
+
+
+def test_key(seed: int) -> Key:
+    """Return the key of the test episodes of a run with `seed`."""
+    return jax.random.fold_in(jax.random.key(seed), _TEST)
+
+
+def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, sample_of(tasks))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _with_population(learner: Learner, config: Config, params: Params, key: Key, out: Path) -> Params:
+    """Return the parameters with the population statistics of the training tasks, which the folder keeps."""
+    if "population" not in config.names().facts.rows.values():
+        return params
+    filled: Params = {"population": {}}
+    if learner.statistics is not None:
+        key = jax.random.fold_in(key, _POPULATION)
+        tasks = sources.tasks_of(config, "train", key, for_evaluation=True)
+        filled = {"population": calibrate(learner, params, tasks, key)["population"]}
+    save(out / POPULATION, filled, overwrite=True)
+    return {**params, **filled}
+
+
+def _results(
+    config: Config, params: Params, test: TaskDistribution | TaskStream, seed: int, mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Return accuracy by row, or mean squared error by number of inner steps; and those of each episode."""
+
+    def values(config: Config, norm: str) -> np.ndarray:
+        return evaluate_episodes(
+            build.learner_of(config, norm),
+            params,
+            test,
+            episodes=config.run.episodes,
+            key=test_key(seed),
+            devices=mesh,
+        )
+
+    def row(values: np.ndarray) -> dict[str, float]:
+        found = Evaluation.of(values)
+        return {"mean": found.mean, "ci95": found.ci95}
+
+    results: dict[str, Any] = {}
+    if metric_name(test) == "accuracy":
+        rows = config.names().facts.rows
+        episodes = {name: values(config, norm) for name, norm in rows.items()}
+        results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in rows.items()}
+        if config.tasks.get("sequence") is not None:
+            assert isinstance(test, TaskDistribution)
+            # Its loss, which counts presentations, distorts where training does.
+            learner = build.learner_of(config.replaced(training={"distort": False}))
+            found = evaluate_metrics(learner, params, test, episodes=config.run.episodes, key=test_key(seed))
+            results["accuracy_by_instance"] = {
+                str(number): found[f"instance_{number}"]
+                for number in range(1, len(found))
+                # Those that never came up are NaN.
+                if found.get(f"instance_{number}", math.nan) >= 0
+            }
+    else:
+        by_step = {
+            steps: values(config.replaced(learner={"eval_steps": steps}), "batch")
+            for steps in config.run.report_steps
+        }
+        own_steps = config.learner.get("eval_steps")
+        own = by_step[own_steps] if own_steps in by_step else values(config, "batch")
+        episodes, results["mse"] = {"mse": own}, row(own)
+        if by_step:
+            results["mse_by_step"] = {str(steps): row(found) for steps, found in by_step.items()}
+    return results, {name: found.tolist() for name, found in episodes.items()}
+
+
+def _announce(parts: _Parts, out: Path) -> None:
+    config = parts.config
+    settings = ", ".join(f"{name} {schema.shown_value(value)}" for name, value in _own_values(config).items())
+    print(f"learner   {config.learner['name']}{': ' if settings else ''}{settings}")
+    print(f"network   {config.network['name']}, {parts.parameters:,} parameters")
+    steps = plural(config.training.steps, "meta-step")
+    print(f"training  {_sentence(parts.tasks.card)}; {steps} of {plural(config.training.meta_batch, 'task')}")
+    print(
+        f"test      {_sentence(parts.test.card)}; {plural(config.run.episodes, 'task')}"
+        + ("" if parts.validation else "; no validation classes in this split, the last parameters are kept")
+    )
+    if (images := images_of(config)) is not None:
+        print(f"images    {images}")
+    print(f"devices   {described(parts.mesh)}")
+    print(f"preset    {config.preset or 'none'}, seed {config.run.seed}")
+    print(f"folder    {out}", flush=True)
+
+
+def _own_values(config: Config) -> dict[str, Any]:
+    """Return the settings of the learner that are not its factory's defaults, and its inner loop's."""
+    known = config.names().groups()["learner"]
+    always = ("inner_lr", "inner_steps", "eval_steps")
+    values = config.settings("learner")
+    return {name: value for name, value in values.items() if name in always or value != known[name].default}
+
+
+def _sentence(card: ProtocolCard) -> str:
+    """Return in one line which tasks a card is of."""
+    shape = f"{card.shots}-shot" if card.ways is None else f"{card.ways}-way {card.shots}-shot"
+    queries = f"{card.queries} {'query' if card.queries == 1 else 'queries'}"
+    classes = f", {card.classes:,} classes" if card.classes else ""
+    split = f" {card.split_hash[:8]}" if card.split_hash else ""
+    rotations = f", rotations {card.rotations}" if card.classes and card.rotations != "none" else ""
+    return f"{card.tasks} {card.split}{split}, {shape}, {queries}{classes}{rotations}"
+
+
+def _print_results(results: Mapping[str, Any], config: Config) -> None:
+    if "accuracy" in results:
+        for name, row in results["accuracy"].items():
+            print(
+                f"test accuracy  {100 * row['mean']:.2f} ± {100 * row['ci95']:.2f} %  {name} "
+                f"({NORMALISED[row['norm']]})"
+            )
+        for instance, value in results.get("accuracy_by_instance", {}).items():
+            print(f"instance {instance:>2}    {100 * value:.2f} %")
+        return
+    own = str(config.learner.get("eval_steps", ""))
+    for steps, row in (results.get("mse_by_step") or {own: results["mse"]}).items():
+        after = f"  after {plural(int(steps), 'inner step')}" if steps.isdigit() else ""
+        print(f"test mse  {row['mean']:.4f} ± {row['ci95']:.4f}{after}")

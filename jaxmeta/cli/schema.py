@@ -1,0 +1,313 @@
+"""The settings of a function, read from its signature and docstring: the only schema that settings have.
+
+Flags, their help, config.json and its validation all come from here. A setting is a keyword-only parameter of
+a function, or a field of a Flax module or dataclass, whose type is plain: int, float, str, bool, Literal,
+tuples of these, and unions of these with None. Of other unions the plain members count.
+"""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import docstring_parser
+import msgspec
+
+from jaxmeta.checks import ArgumentError, shown
+from jaxmeta.declare import parent_of
+
+MISSING = inspect.Parameter.empty
+_SCALARS = (int, float, str, bool)
+# Fields that every Flax module has.
+_OF_MODULES = ("parent", "name")
+
+
+class Setting(NamedTuple):
+    """One setting.
+
+    Attributes:
+      name: in Python, in config.json and, with hyphens, as a flag.
+      hint: its type, without members that are not plain.
+      default: `MISSING` where it is required.
+      about: its description in the docstring, in one line.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    about: str
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.name)
+
+    @property
+    def help(self) -> str:
+        """Return the first sentence of the description."""
+        first, stop, _ = self.about.partition(". ")
+        return first if stop else first.removesuffix(".")
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a flag's text stands for.
+
+        Raises:
+          ArgumentError: it stands for none.
+        """
+        kinds = members(self.hint)
+        if types.NoneType in kinds and text.lower() == "none":
+            return None
+        for kind in kinds:
+            if get_origin(kind) is Literal:
+                for value in get_args(kind):
+                    if str(value) == text:
+                        return value
+        plain = [kind for kind in kinds if kind in (int, float, bool)]
+        plain += [kind for kind in kinds if get_origin(kind) is tuple]
+        for kind in plain:
+            given: Any = [part.strip() for part in text.split(",")] if get_origin(kind) is tuple else text
+            try:
+                return msgspec.convert(given, kind, strict=False)
+            except msgspec.ValidationError:
+                continue
+        if str in kinds:
+            return text
+        raise self.problem(text)
+
+    def check(self, value: Any) -> Any:
+        """Return a value of config.json as its type, a list as the tuple that it was.
+
+        Raises:
+          ArgumentError: it is none of its types.
+        """
+        try:
+            return msgspec.convert(value, self.hint)
+        except msgspec.ValidationError:
+            raise self.problem(value) from None
+
+    def problem(self, value: Any) -> ArgumentError:
+        given = value if isinstance(value, str) else shown(value)
+        return ArgumentError(self.name, f"got {given}; it must be {spelled(self.hint)}")
+
+
+def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> dict[str, Setting]:
+    """Return the settings of a factory, a task source, a network or a dataclass, by name.
+
+    Args:
+      function: or class, or a `functools.partial` of one.
+      supplied: parameters that the caller fills in, which are no settings.
+
+    Raises:
+      ArgumentError: a parameter without a default that is neither plain nor supplied.
+
+    Examples:
+      >>> def cavia(network, *, context: int = 5, loss: Callable = max):
+      ...     '''Build CAVIA.
+      ...
+      ...     Args:
+      ...       context: number of context parameters. They start at zero.
+      ...     '''
+      >>> settings_of(cavia)["context"].help
+      'number of context parameters'
+      >>> list(settings_of(cavia))
+      ['context']
+    """
+    left_out = set(supplied)
+    described = descriptions(function)
+    found = {}
+    for parameter in parameters(function):
+        name = parameter.name
+        if name in left_out:
+            continue
+        hint = _plain(parameter.annotation, parameter.default)
+        if hint is None:
+            if parameter.default is MISSING:
+                raise ArgumentError(
+                    name,
+                    f"{name_of(function)} requires it, and it can be no flag: it is "
+                    f"{_annotation(parameter)}; give it a default",
+                )
+            continue
+        found[name] = Setting(name, hint, parameter.default, described.get(name, ""))
+    return found
+
+
+def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the keyword-only parameters of a function, or the fields of a class."""
+    base = function.func if isinstance(function, functools.partial) else function
+    signature = inspect.signature(function, eval_str=not isinstance(function, functools.partial))
+    kinds: set[Any] = {inspect.Parameter.KEYWORD_ONLY}
+    if isinstance(base, type):
+        kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    fixed = set(function.keywords) if isinstance(function, functools.partial) else set()
+    is_module = isinstance(base, type) and hasattr(base, "apply")
+    found = [
+        each
+        for each in signature.parameters.values()
+        if each.kind in kinds and not (is_module and each.name in _OF_MODULES)
+    ]
+    if isinstance(function, functools.partial):
+        # A partial makes keyword-only what follows its keywords; its defaults are those of the variant.
+        names = {each.name for each in parameters(base)} if not isinstance(base, functools.partial) else None
+        found = [each for each in found if names is None or each.name in names]
+        hints = {each.name: each.annotation for each in parameters(base)}
+        found = [each.replace(annotation=hints.get(each.name, each.annotation)) for each in found]
+        # What is no plain value is fixed by the variant.
+        found = [each for each in found if each.name not in fixed or _is_plain_value(each.default)]
+    return found
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a function has a parameter of that name."""
+    base = inspect.signature(function).parameters
+    return name in base
+
+
+@functools.cache
+def _documented(function: Callable[..., Any]) -> Mapping[str, str]:
+    parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    found = {}
+    for entry in parsed.params:
+        for name in entry.arg_name.split(","):
+            found[name.strip()] = " ".join((entry.description or "").split())
+    return found
+
+
+def descriptions(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what docstrings say of parameters: the function's own, and those it forwards to."""
+    base = function.func if isinstance(function, functools.partial) else function
+    parent = parent_of(base)
+    return {**({} if parent is None else descriptions(parent)), **_documented(base)}
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """Return the first line of a docstring, without its full stop."""
+    base = function.func if isinstance(function, functools.partial) else function
+    return (inspect.getdoc(base) or "").partition("\n")[0].strip().removesuffix(".")
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    base = function.func if isinstance(function, functools.partial) else function
+    return getattr(base, "__name__", repr(base))
+
+
+def defaults_of(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the defaults of those that have one."""
+    return {name: each.default for name, each in settings.items() if each.default is not MISSING}
+
+
+def checked(group: str, values: Any, settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return a group of config.json with each value as its type.
+
+    Raises:
+      ArgumentError: it is no dictionary of exactly these settings, or a value has another type.
+    """
+    if not isinstance(values, dict):
+        raise ArgumentError(group, f"got {shown(values)}; it must be a dictionary of settings")
+    for name in values:
+        if name not in settings:
+            raise ArgumentError(f"{group}.{name}", f"there is no such setting; there are {_list(settings)}")
+    for name in settings:
+        if name not in values:
+            raise ArgumentError(f"{group}.{name}", "it is missing")
+    return {name: settings[name].check(values[name]) for name in settings}
+
+
+def flag_of(name: str) -> str:
+    """Return what the command line calls a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def spelled(hint: Any) -> str:
+    """Return a type in words, for errors."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    found = []
+    for kind in members(hint):
+        if kind is types.NoneType:
+            found.append("none")
+        elif get_origin(kind) is Literal:
+            found.append(f"one of {', '.join(map(str, get_args(kind)))}")
+        elif get_origin(kind) is tuple:
+            inner = get_args(kind)[0]
+            count = "" if Ellipsis in get_args(kind) else f"{len(get_args(kind))} "
+            plural = {int: "whole numbers", float: "numbers", str: "words"}.get(inner, "values")
+            found.append(f"{count}{plural} with commas between them")
+        else:
+            found.append(words[kind])
+    return " or ".join(found)
+
+
+def metavar(hint: Any) -> str:
+    """Return how help shows a value of a type."""
+    names = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+    found = []
+    for kind in members(hint):
+        if get_origin(kind) is Literal:
+            found.append("{" + ",".join(map(str, get_args(kind))) + "}")
+        elif get_origin(kind) is tuple:
+            inner, rest = get_args(kind)[0], get_args(kind)[1:]
+            each = names.get(inner, "VALUE")
+            found.append(f"{each},…" if Ellipsis in rest else ",".join([each] * (1 + len(rest))))
+        elif kind is not types.NoneType:
+            found.append(names[kind])
+    return "|".join(found)
+
+
+def shown_value(value: Any) -> str:
+    """Return a setting's value as a flag takes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    hint = parameter.annotation
+    return "not annotated" if hint is MISSING else f"of type {getattr(hint, '__name__', hint)}"
+
+
+def _is_plain_value(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain_value, value))
+    return value is None or type(value) in _SCALARS
+
+
+def _plain(hint: Any, default: Any) -> Any:
+    """Return the plain part of a type, or None where it has none."""
+    if hint is MISSING:
+        # An own function without annotations says by its default what it takes.
+        hint = type(default) if type(default) in _SCALARS else None
+    kinds = [kind for kind in map(_plain_member, members(hint)) if kind is not None]
+    if not kinds or set(kinds) == {types.NoneType}:
+        return None
+    if not (default is MISSING or _is_plain_value(default) or isinstance(default, Sequence)):
+        return None
+    return functools.reduce(lambda a, b: a | b, kinds) if len(kinds) > 1 else kinds[0]
+
+
+def _plain_member(kind: Any) -> Any:
+    if kind is None or kind is types.NoneType:
+        return types.NoneType if kind is types.NoneType else None
+    if kind in _SCALARS:
+        return kind
+    if get_origin(kind) is Literal:
+        return kind
+    if get_origin(kind) is tuple:
+        inner = [each for each in get_args(kind) if each is not Ellipsis]
+        return kind if inner and all(each in _SCALARS for each in inner) else None
+    if get_origin(kind) is typing.get_origin(Sequence[int]) and get_args(kind)[0] in _SCALARS:
+        return tuple[get_args(kind)[0], ...]  # type: ignore[misc]
+    return None

@@ -1,0 +1,232 @@
+"""Read the target of a transfer: all images of a set of classes, some to learn from and the rest to score."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.cli import schema
+from jaxmeta.cli.sources import OWN, Source, renaming, source_of
+from jaxmeta.core import Batch, Key
+from jaxmeta.tasks import labelled
+from jaxmeta.tasks.omniglot import omniglot_split
+from jaxmeta.tasks.prepared import SplitImages
+from jaxmeta.tasks.splits import split_classes
+
+ALL = "all"
+_SHOTS = 20
+# Of sources that draw images, those of a class that are drawn to be scored.
+_DRAWN = 15
+# Every task source has these, and no labelled set depends on them.
+_EPISODE = {"ways": 2, "shots": 1, "queries": 1}
+# Every class, as it is.
+_WHOLE = {"classes": (0.0, 0.0, 1.0), "rotations": "none"}
+
+Shots = int | Literal["all"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How images are read: what is not None must be a setting of their source.
+
+    Attributes:
+      data: folder with the source's files.
+      protocol: class split of omniglot.
+      image: tfds: feature that holds the image.
+      label: tfds: feature that names the class.
+      tfds_splits: tfds: splits to pool.
+      skip_unreadable: whether images that cannot be read are left out.
+    """
+
+    data: str | None = None
+    protocol: str | None = None
+    image: str | None = None
+    label: str | None = None
+    tfds_splits: tuple[str, ...] | None = None
+    skip_unreadable: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Return what was asked for, by name."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+class Target(NamedTuple):
+    """Labelled images.
+
+    Attributes:
+      name: as the user named it.
+      protocol: one sentence on which images these are.
+      x: in [0, 1], or bytes.
+      y: their classes.
+      classes: names.
+      ink: whether images of this source are strokes, light on dark.
+    """
+
+    name: str
+    protocol: str
+    x: UInt8[np.ndarray, "n h w c"] | Float[np.ndarray, "n h w c"]
+    y: Int[np.ndarray, " n"]
+    classes: tuple[str, ...]
+    ink: bool
+
+    def batch(self, rows: Int[np.ndarray, " m"]) -> Batch:
+        return Batch(self.x[rows], self.y[rows])
+
+
+class ShotSplit(NamedTuple):
+    """Which images are learned from.
+
+    Attributes:
+      learn: rows of the images to learn from.
+      score: rows of all others.
+      description: how many there are of each class, in words.
+    """
+
+    learn: Int[np.ndarray, " learn"]
+    score: Int[np.ndarray, " score"]
+    description: str
+
+
+def read_target(
+    name: str, reading: Reading, shots: Shots, key: Key, *, size: int | None, channels: int | None
+) -> Target:
+    """Read all images of all classes; of sets with an official class split those of its test classes.
+
+    Args:
+      name: as of `train --tasks`.
+      reading: settings that only some sources have.
+      shots: as of `split_shots`, for sources that draw as many images as they are asked for.
+      key: of these drawings.
+      size: to read images with, where the source has such a setting; None for its own.
+      channels: likewise.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: there are no such images.
+      ArgumentError: a source of something else than images with labels; a setting that it does not have; a
+        single class.
+    """
+    with renaming({"tasks": "target", "path": "target", "name": "target"}):
+        source = source_of(name)
+        if not schema.accepts(source.function, "ways"):
+            raise ArgumentError("target", f"{name} has no images with labels")
+        if source.key == "folder:PATH" and not Path(source.argument).expanduser().exists():
+            raise ArgumentError("target", f"{source.argument} does not exist")
+        settings = _settings(name, source, reading, size, channels)
+        if source.images is not None:
+            found = source.images(source.argument, settings, reading.data)
+            x, y, classes, protocol = _all_of(found)
+        else:
+            x, y, protocol = _labelled(name, source, settings, reading.data, shots, key)
+            classes = _class_names(source, settings, int(y.max()) + 1)
+    if len(classes) < 2:
+        raise ArgumentError("target", f"{name} has {len(classes)} class; there must be 2 to tell apart")
+    if x.ndim != 4:
+        raise ArgumentError("target", f"{name} has examples of shape {x.shape[1:]}, which are no images")
+    return Target(name, protocol or f"all classes of {name}", x, y.astype(np.int32), classes, source.ink)
+
+
+def _settings(
+    name: str, source: Source, reading: Reading, size: int | None, channels: int | None
+) -> dict[str, Any]:
+    """Return the values of all settings of a source."""
+    if source.copied and reading.data is None:
+        raise ArgumentError("data", f"{source.key} is read from your own copy; add --data DIR")
+    known = schema.settings_of(source.function, ("split", "data"))
+    values = schema.defaults_of(known)
+    # What settings of these names mean elsewhere, only their author knows.
+    fixed = _EPISODE if source.key == OWN else {**_EPISODE, **_WHOLE}
+    shape = {"size": size, "channels": channels}
+    fixed = {**fixed, **{each: value for each, value in shape.items() if value is not None}}
+    values |= {each: value for each, value in fixed.items() if each in known}
+    for each, value in reading.given().items():
+        if each == "data" and schema.accepts(source.function, each):
+            continue
+        if each not in known:
+            raise ArgumentError(each, f"{name} has no such setting")
+        values[each] = known[each].check(value)
+    missing = [each for each in known if each not in values]
+    if missing:
+        raise ArgumentError(
+            "target", f"{name} has no default for {missing[0]}, and no flag here gives it one"
+        )
+    return values
+
+
+def _labelled(
+    name: str, source: Source, settings: Mapping[str, Any], data: str | None, shots: Shots, key: Key
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return the images of a source in memory, their labels, and which images they are."""
+    supplied = {"data": data} if schema.accepts(source.function, "data") else {}
+    found = source.function("test", **settings, **supplied)
+    if source.key != "glyphs":
+        x, y = labelled(found)
+    elif shots == ALL:
+        raise ArgumentError("shots", f"got {ALL}, and {name} are drawn without end; give a number")
+    else:
+        count = _SHOTS if shots is None else int(shots)
+        check_count("shots", count)
+        x, y = labelled(found, per_class=_DRAWN + count, key=key)
+    return np.asarray(x), np.asarray(y), found.card.protocol
+
+
+def _all_of(images: SplitImages) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
+    """Return images as bytes, a quarter of what `labelled` takes; labels, class names, and which they are."""
+    prepared = images.prepared
+    split, _ = split_classes(prepared.classes, images.classes, 0, "test", "")
+    classes = tuple(sorted(split.part("test")))
+    sizes = dict(zip(prepared.classes, prepared.sizes, strict=True))
+    y = np.repeat(np.arange(len(classes)), [sizes[name] for name in classes])
+    return prepared.read(prepared.rows_of(classes)), y, classes, images.protocol
+
+
+def _class_names(source: Source, settings: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    if source.key == "omniglot":
+        split = omniglot_split(settings["protocol"], settings["split_seed"])
+        return tuple(sorted(split.part("test")))
+    return tuple(map(str, range(classes)))
+
+
+def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
+    """Draw random examples of each class to learn from.
+
+    Args:
+      target: of whose images.
+      shots: how many of each class; "all" for four fifths of each, the others to be scored; None for 20, and
+        not more than four fifths of the smallest class.
+      key: of the draw.
+
+    Raises:
+      ArgumentError: a class with too few images.
+    """
+    sizes = np.bincount(target.y)
+    smallest = int(sizes.argmin())
+    named = f"the class {target.classes[smallest]!r} of {target.name}"
+    least = int(sizes[smallest])
+    if least < 2:
+        raise ArgumentError(
+            "target", f"{named} has a single image; there must be one to learn from and another"
+        )
+    parts = np.maximum(4 * sizes // 5, 1)
+    if shots == ALL:
+        take, description = parts, "four fifths of each class"
+    else:
+        count = min(_SHOTS, int(parts.min())) if shots is None else int(shots)
+        check_count("shots", count)
+        if count >= least:
+            raise ArgumentError(
+                "shots",
+                f"got {count}, and {named} has {least} images, of which one must be left to score; it must "
+                f"be at most {least - 1}",
+            )
+        take, description = np.full_like(sizes, count), f"{count} of each class"
+    order = np.asarray(jax.random.permutation(key, len(target.y)))
+    order = order[np.argsort(target.y[order], kind="stable")]
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = place < np.repeat(take, sizes)
+    return ShotSplit(np.sort(order[chosen]), np.sort(order[~chosen]), description)

@@ -1,0 +1,547 @@
+"""Transfer learning: `jaxmeta transfer` and `jaxmeta rank`."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen
+
+from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count
+from jaxmeta.cli import folders
+from jaxmeta.cli.backbones import (
+    COMMAND,
+    NONE,
+    PIXELS,
+    WEIGHTS,
+    Backbone,
+    load_backbone,
+    untrained,
+    with_width,
+)
+from jaxmeta.cli.figures import plot_confusion, tolerated
+from jaxmeta.cli.fine_tuning import (
+    RECIPES,
+    Learnable,
+    Settings,
+    check_settings,
+    fit,
+    learnable,
+    resolved,
+    trained,
+)
+from jaxmeta.cli.sources import file_name
+from jaxmeta.cli.target_data import Reading, Shots, ShotSplit, Target, read_target, split_shots
+from jaxmeta.core import Batch, Key
+from jaxmeta.declare import forwards
+from jaxmeta.files import write_json, write_text
+from jaxmeta.nn.stateful import Variables
+from jaxmeta.transfer import (
+    confusion_matrix,
+    extract_features,
+    feature_extraction,
+    predict_logits,
+    rank_sources,
+    save_pretrained,
+)
+from jaxmeta.transfer.architectures import described
+from jaxmeta.transfer.classifier import BODY, HEAD
+from jaxmeta.transfer.ranking import SCORES, Candidate, Ranking
+from jaxmeta.transfer.subtree import Report, leaves_by_path
+
+_WORST = 5
+# Fine-tuning of `rank` is brief.
+_RANKED_STEPS = 100
+# Of the standard normal distribution, for 95 %.
+_Z = 1.959964
+
+
+class _Options(NamedTuple):
+    """How a target's images are read and brought to a source; see `target_options`."""
+
+    reading: Reading
+    shots: Shots
+    size: int | None
+    channels: int | None
+    pixels: str | None
+    network: str | None
+    seed: int
+
+
+def target_options(
+    *,
+    data: str | None = None,
+    shots: int | Literal["all"] | None = None,
+    size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    pixels: Literal["plain", "imagenet", "symmetric"] | None = None,
+    network: str | None = None,
+    protocol: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    tfds_splits: tuple[str, ...] | None = None,
+    skip_unreadable: bool = False,
+    seed: int = 0,
+) -> _Options:
+    """Return how a target's images are read and brought to a source, after a look at the values.
+
+    Args:
+      data: folder with the target's files. Without it they are looked for in the cache, or downloaded.
+      shots: random examples of each class to learn from, or all for four fifths of each; the others are
+        scored. By default 20, and at most four fifths of the smallest class.
+      size: side of the images that the source is given, in pixels; without it what the source was trained on.
+        Where the source does not say, it is 224 of ResNet and ViT files, and that of the target's images of
+        others.
+      channels: channels of the images that the source is given, 1 for grey and 3 for colour; without it what
+        the source was trained on.
+      pixels: how the source is given pixels; without it as it was trained. plain is in [0, 1], imagenet less
+        ImageNet's mean and by its standard deviation, symmetric in [-1, 1].
+      network: the network of a file that does not say which it is of, or with nothing learned, a name as of
+        `train`.
+      protocol: class split of omniglot, whose test classes are the target.
+      image: tfds: feature that holds the image. Without it the only one, or the one named image.
+      label: tfds: feature that names the class. Without it the label of the data set.
+      tfds_splits: tfds: splits of the data set to pool. Without it all.
+      skip_unreadable: whether to leave out images that cannot be read.
+      seed: seed of the examples to learn from, the new head and the mini-batches.
+    """
+    check_count("seed", seed, 0, LARGEST_SEED)
+    if size is not None:
+        check_count("size", size)
+    reading = Reading(folders.data_folder(data), protocol, image, label, tfds_splits, skip_unreadable)
+    return _Options(reading, shots, size, channels, pixels, network, seed)
+
+
+@forwards(target_options)
+def transfer(
+    source: str,
+    *,
+    target: str,
+    recipe: Literal["feature-extraction", "linear-probe", "fine-tune", "lp-ft", "gradual", "scratch"]
+    | None = None,
+    train: tuple[str, ...] | None = None,
+    l2_sp: float | None = None,
+    steps: int | None = None,
+    rate: float | None = None,
+    batch: int | None = None,
+    out: str | None = None,
+    **reading: Any,
+) -> Path:
+    """Learn labelled images from what a source has learned, and report how well.
+
+    The folder gets weights.safetensors, config.json, report.json, report.md and confusion.png, and can be a
+    source again.
+
+    Args:
+      source: a folder of `train` or `transfer`; a .safetensors or .msgpack file; a folder of Hugging Face's
+        save_pretrained, or hf:owner/name; or none for a --network with nothing learned.
+      target: where labelled images come from, as `train --tasks`, of which all classes are taken.
+      recipe: what is trained, and how; without it lp-ft, and scratch where SOURCE is none.
+        feature-extraction: the backbone frozen, a ridge head in closed form. linear-probe: likewise, a
+        logistic head. fine-tune: backbone and a new head together. lp-ft: a linear probe, then fine-tuning.
+        gradual: unfreezing from the head down, at rates that fall by 2.6 a group. scratch: the source's
+        network with nothing learned.
+      train: parts of the backbone that fine-tune and lp-ft train beside the head, such as body/ConvNorm_3;
+        without it all. They are paths as in report.md without params/, with * within a name and ** across.
+      l2_sp: weight of ½‖w − w⁰‖², which pulls the backbone towards the source's.
+      steps: mini-batches; without it as many as ten epochs have, and at least 200.
+      rate: largest step size of Adam, which falls to zero; without it 0.001, and 0.0001 of ResNet and ViT
+        files. That of gradual is ten times as large.
+      batch: examples in each mini-batch; without it 32.
+      out: the transfer's folder. Without it runs/transfer-<source>-<target>-<date and time>.
+
+    Returns:
+      The transfer's folder.
+
+    Raises:
+      FileNotFoundError, ValueError: the user's input is at fault.
+      FloatingPointError: learning diverged.
+    """
+    started = time.perf_counter()
+    recipe = recipe or ("scratch" if source == NONE else "lp-ft")
+    asked = Settings(steps, rate, batch, train, l2_sp)
+    check_settings(recipe, asked)
+    if source == NONE and recipe != "scratch":
+        raise ArgumentError("recipe", f"got {recipe}; with SOURCE {NONE} there is only scratch")
+    if out is not None:
+        folders.refuse_used(Path(out).expanduser(), COMMAND)
+    options = target_options(**reading)
+    key = jax.random.key(options.seed)
+    backbone = _backbone(source, options)
+    if recipe == "scratch":
+        backbone = dataclasses.replace(backbone, variables=None)
+    images, split = _images(backbone, target, options, key)
+    learn, score = images.batch(split.learn), images.batch(split.score)
+    start = _start(backbone, images, learn, options, key)
+    settings = resolved(recipe, backbone, start, len(split.learn), asked)
+    report = {
+        "source": source,
+        "target": target,
+        "recipe": recipe,
+        **dataclasses.asdict(settings),
+        "seed": options.seed,
+        "about": {
+            "source": backbone.about,
+            "target": images.protocol,
+            "recipe": RECIPES[recipe].description,
+        },
+        "classes": len(images.classes),
+        "shots": split.description,
+        "learned_from": len(split.learn),
+        "scored": len(split.score),
+        "images": start.images._asdict(),
+        "pixels": str(backbone.pixels),
+        "inverted": start.inverted,
+        "statistics": start.statistics,
+        "parameters": _counted(start, settings),
+    }
+    folder = folders.claim(out, f"{COMMAND}-{_file_part(source)}-{file_name(target)}", COMMAND)
+    _announce(report, folder)
+
+    fitted = fit(recipe, start, learn, settings, jax.random.fold_in(key, 2), _progress(settings.steps))
+    predictions = _predictions(start, fitted.variables, score)
+    confusion = confusion_matrix(predictions, score.y, len(images.classes))
+    recalls = np.diag(confusion) / confusion.sum(1)
+    report["accuracy"] = wilson(int(np.trace(confusion)), len(score.y))
+    if backbone.variables is not None and settings.steps is not None:
+        # What training is measured by, of LP-FT its very start.
+        probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
+        right = _predictions(start, probe, score) == score.y
+        report["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
+    report |= {
+        "recalls": dict(zip(images.classes, map(float, recalls), strict=True)),
+        "losses": [round(float(loss), 6) for loss in fitted.losses],
+        "leaves": {group: len(rows) for group, rows in _groups(start.leaves).items()},
+        "wall_s": round(time.perf_counter() - started, 3),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jaxmeta", "jax")},
+    }
+
+    save_pretrained(
+        folder / WEIGHTS,
+        _whole(fitted.variables),
+        network=_describable(with_width(backbone.network, len(images.classes))),
+        overwrite=True,
+    )
+    config = {
+        "jaxmeta": version("jaxmeta"),
+        "command": COMMAND,
+        "source": source,
+        "target": target,
+        "recipe": recipe,
+        "seed": options.seed,
+        **settings.given(),
+        **options.reading.given(),
+        "shots": options.shots,
+        "network": options.network,
+        "images": start.images._asdict(),
+        "pixels": backbone.pixels,
+        "classes": images.classes,
+    }
+    write_json(folder / "config.json", config)
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", transfer_markdown(report, start.leaves))
+    title = f"{recipe} from {source} to {target}"
+    with tolerated(folder / "confusion.png") as picture:
+        plot_confusion(picture, confusion, images.classes, title)
+    print(f"accuracy          {_shown(report['accuracy'])}")
+    if "probe_accuracy" in report:
+        print(f"  linear probe    {_shown(report['probe_accuracy'])}, the backbone as it was")
+    print(f"{report['wall_s']:.0f} s in all")
+    print(f"folder: {folder}  (report.md, confusion.png)")
+    return folder
+
+
+@forwards(target_options)
+def rank(
+    *sources: str,
+    target: str,
+    score: Literal["log_me", "h_score", "leep", "nce"] = "log_me",
+    fine_tune: bool = False,
+    steps: int | None = None,
+    rate: float | None = None,
+    batch: int | None = None,
+    json: str | None = None,
+    **reading: Any,
+) -> Ranking:
+    """Rank sources by how well they promise to transfer to a target, without training.
+
+    Scores by the features of the examples to learn from; leep and nce by the classes that the source was
+    trained on, where it was an ordinary classifier.
+
+    Args:
+      sources: two or more, as of `transfer`.
+      target: where labelled images come from, as `train --tasks`, of which all classes are taken.
+      score: score to order by.
+      fine_tune: whether to fine-tune each source briefly as well (lp-ft), to see which score would have told.
+      steps: mini-batches of --fine-tune; without it 100.
+      rate: largest step size of Adam, which falls to zero, of --fine-tune; without it 0.001, and 0.0001 of
+        ResNet and ViT files.
+      batch: examples in each mini-batch of --fine-tune; without it 32.
+      json: file to write the table to as well.
+
+    Raises:
+      FileNotFoundError, ValueError: the user's input is at fault.
+      FloatingPointError: fine-tuning diverged.
+    """
+    asked = Settings(steps, rate, batch)
+    if not fine_tune and asked.given():
+        name = next(iter(asked.given()))
+        raise ArgumentError(name, "is of --fine-tune; add it, or leave this out")
+    check_settings("lp-ft", asked)
+    if len(set(sources)) < max(2, len(sources)):
+        raise ArgumentError(
+            "sources", f"got {' '.join(sources) or 'none'}; there must be two or more, each once"
+        )
+    to = folders.output_file("json", json)
+    options = target_options(**reading)
+    key = jax.random.key(options.seed)
+    backbones = {name: _backbone(name, options, "sources") for name in sources}
+    without = [name for name, backbone in backbones.items() if backbone.head is None]
+    if score in ("leep", "nce") and without:
+        raise ArgumentError(
+            "score", f"{score} needs a head of the source's own classes; {without[0]} has none"
+        )
+    candidates, accuracies, widths = {}, {}, []
+    for name, backbone in backbones.items():
+        images, split = _images(backbone, target, options, key)
+        learn, scored = images.batch(split.learn), images.batch(split.score)
+        start = _start(backbone, images, learn, options, key)
+        features = extract_features(start.model, start.variables, learn.x, batch=start.at_once)
+        widths.append(features.shape[1])
+        candidates[name] = Candidate(features, _source_probs(backbone, features))
+        if fine_tune:
+            brief = dataclasses.replace(asked, steps=asked.steps or _RANKED_STEPS)
+            settings = resolved("lp-ft", backbone, start, len(split.learn), brief)
+            print(f"fine-tuning {name} …", flush=True)
+            fitted = fit("lp-ft", start, learn, settings, jax.random.fold_in(key, 2))
+            accuracies[name] = float((_predictions(start, fitted.variables, scored) == scored.y).mean())
+    # Any features of so many dimensions would separate so few examples.
+    shrinkage = "ledoit-wolf" if max(widths) >= len(learn.y) - 1 else None
+    ranking = rank_sources(
+        candidates, (None, learn.y), score=score, shrinkage=shrinkage, accuracies=accuracies or None
+    )
+    print(f"target    {target}: {len(images.classes)} classes, {split.description}; {images.protocol}")
+    print(f"by        {score}" + (f"; h_score with {shrinkage} shrinkage" if shrinkage else ""))
+    print(ranking)
+    if to is not None:
+        write_json(to, _as_json(ranking, target, split, shrinkage))
+    return ranking
+
+
+# --- Source and target ---------------------------------------------------------------------------
+
+
+def _backbone(source: str, options: _Options, argument: str = "source") -> Backbone:
+    if source != NONE:
+        backbone = load_backbone(source, network=options.network, size=options.size, argument=argument)
+    elif argument != "source":
+        raise ArgumentError(argument, f"got {NONE}, which has nothing to transfer")
+    elif options.network is None:
+        raise ArgumentError("network", f"SOURCE {NONE} needs one, such as conv4")
+    else:
+        backbone = untrained(options.network)
+    if not isinstance(backbone.network, linen.Module):
+        raise ArgumentError(
+            "network", f"got {options.network}, which is no flax.linen.Module; transfer needs its layers"
+        )
+    if options.pixels is None:
+        return backbone
+    return dataclasses.replace(backbone, pixels=PIXELS[options.pixels])
+
+
+def _images(backbone: Backbone, target: str, options: _Options, key: Key) -> tuple[Target, ShotSplit]:
+    """Return the target's images, read as the backbone takes them where they can be."""
+    size = backbone.size if options.size is None else options.size
+    channels = options.channels
+    if size is not None:
+        channels = backbone.channels(size, channels)
+    drawing = jax.random.fold_in(key, 3)
+    images = read_target(target, options.reading, options.shots, drawing, size=size, channels=channels)
+    return images, split_shots(images, options.shots, jax.random.fold_in(key, 0))
+
+
+def _start(backbone: Backbone, images: Target, learn: Batch, options: _Options, key: Key) -> Learnable:
+    key = jax.random.fold_in(key, 1)
+    return learnable(backbone, images, learn, size=options.size, channels=options.channels, key=key)
+
+
+def _source_probs(backbone: Backbone, features: jax.Array) -> jax.Array | None:
+    if backbone.head is None:
+        return None
+    return jax.nn.softmax(features @ backbone.head["kernel"] + backbone.head["bias"][None])
+
+
+def _file_part(source: str) -> str:
+    """Return the last part of a source's path, as part of a file name."""
+    name = Path(source).expanduser().resolve().name
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.") or "here"
+
+
+def _describable(network: Any) -> Any:
+    """Return the network where a file can describe it; None of one of another package."""
+    try:
+        described(network)
+    except ArgumentError:
+        return None
+    return network
+
+
+# --- What comes out ------------------------------------------------------------------------------
+
+
+def wilson(right: int, n: int) -> dict[str, float]:
+    """Return a part of `n` independent examples, and Wilson's interval of 95 % around it.
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), which, unlike the normal approximation, stays in [0, 1]
+    and is no point where all are right.
+
+    Returns:
+      "mean", "low" and "high", and "ci95", half of the interval's width.
+
+    Examples:
+      >>> {name: round(value, 4) for name, value in wilson(10, 10).items()}
+      {'mean': 1.0, 'low': 0.7225, 'high': 1.0, 'ci95': 0.1388}
+
+    References:
+      Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    p, unit = right / n, _Z**2 / n
+    centre = p + unit / 2
+    half = _Z * math.sqrt(p * (1 - p) / n + unit / (4 * n))
+    low, high = (centre - half) / (1 + unit), (centre + half) / (1 + unit)
+    return {"mean": p, "low": low, "high": high, "ci95": (high - low) / 2}
+
+
+def _predictions(start: Learnable, variables: Variables, data: Batch) -> np.ndarray:
+    logits = np.asarray(predict_logits(start.model, variables, data.x, batch=start.at_once))
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("learning diverged: the answers are not finite; try a smaller --rate")
+    return logits.argmax(-1)
+
+
+def _counted(start: Learnable, settings: Settings) -> dict[str, int]:
+    sizes = {path: leaf.size for path, leaf in leaves_by_path(start.variables["params"]).items()}
+    learned = sum(sizes[path] for path in trained(start, settings))
+    return {"trained": learned, "frozen": sum(sizes.values()) - learned}
+
+
+def _whole(variables: Variables) -> Variables:
+    """Return backbone and head as variables of one network, which is what others load."""
+    whole = {name: dict(tree.get(BODY, {})) for name, tree in variables.items()}
+    whole["params"][HEAD] = variables["params"][HEAD]
+    return {name: tree for name, tree in whole.items() if tree}
+
+
+def _progress(steps: int | None) -> Callable[[int, float], None]:
+    def show(step: int, loss: float) -> None:
+        print(f"step {step:>6}/{steps}  loss {loss:.4f}", flush=True)
+
+    return show
+
+
+def _announce(report: Mapping[str, Any], folder: Path) -> None:
+    for name, said in _table(report).items():
+        print(f"{name:<16}  {said}")
+    print(f"{'folder':<16}  {folder}", flush=True)
+
+
+def _table(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of a transfer, in words."""
+    images, about, parameters = report["images"], report["about"], report["parameters"]
+    patterns = report.get("train")
+    rows = {
+        "source": about["source"],
+        "target": f"{report['target']}, {report['classes']} classes; {about['target']}",
+        "learned from": f"{report['shots']}, {report['learned_from']:,} images",
+        "scored": f"{report['scored']:,} other images",
+        "images": f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}, "
+        + report["pixels"]
+        + ("; dark on light, the source's light on dark: all are inverted" if report["inverted"] else ""),
+        "batch statistics": report["statistics"],
+        "recipe": f"{report['recipe']}: {about['recipe']}"
+        + (f"; of the backbone only {', '.join(patterns)}" if patterns else ""),
+        "parameters": f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen",
+        "steps": None
+        if report["steps"] is None
+        else f"{report['steps']:,} of {report['batch']} images, Adam, largest rate {report['rate']:g}",
+        "L2-SP": None
+        if report.get("l2_sp") is None
+        else f"α = {report['l2_sp']:g}, and 0.01 towards zero for the head",
+        "seed": report["seed"],
+    }
+    return {name: str(said) for name, said in rows.items() if said is not None}
+
+
+def _shown(row: Mapping[str, float]) -> str:
+    return f"{100 * row['mean']:.2f} %  (95 % CI {100 * row['low']:.2f} to {100 * row['high']:.2f})"
+
+
+def _groups(leaves: Report) -> dict[str, tuple]:
+    return {group: getattr(leaves, group) for group in ("taken", "new", "left_over", "dropped")}
+
+
+def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
+    """Return what report.md holds: report.json for people, and the table of leaves."""
+    lines = [
+        f"# {report['target']} from {report['source']}, {report['recipe']}",
+        "",
+        "| accuracy | 95 % CI | |",
+        "| --- | --- | --- |",
+    ]
+    said = {
+        "accuracy": report["recipe"],
+        "probe_accuracy": "for comparison: a linear probe, the backbone as it was",
+    }
+    for name, what in said.items():
+        if name in report:
+            mean, low, high = (f"{100 * report[name][part]:.2f}" for part in ("mean", "low", "high"))
+            lines.append(f"| **{mean} %** | {low} to {high} | {what} |")
+    lines += [
+        "",
+        f"Of {report['scored']:,} images that were not learned from. Wilson's interval: it is about these "
+        "images, and not about other draws of those to learn from.",
+        "",
+        "| | |",
+        "| --- | --- |",
+    ]
+    table = _table(report) | {"time": f"{report['wall_s']:.1f} s", "device": report["device"]}
+    table["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines += [f"| {name} | {text} |" for name, text in table.items()]
+    worst = sorted(report["recalls"].items(), key=lambda pair: pair[1])[:_WORST]
+    lines += [
+        "",
+        "The classes that are named rightly least often:",
+        "",
+        "| class | recall |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {name} | {100 * recall:.1f} % |" for name, recall in worst]
+    lines += ["", "What became of the source's leaves; new ones are not of the source:", ""]
+    return "\n".join(lines) + "\n" + leaves.markdown() + "\n"
+
+
+def _as_json(ranking: Ranking, target: str, split: ShotSplit, shrinkage: str | None) -> dict[str, Any]:
+    def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+    return {
+        "target": target,
+        "shots": split.description,
+        "score": ranking.score,
+        "shrinkage": shrinkage,
+        "sources": [
+            {
+                "source": row.name,
+                **{score: finite(row.scores).get(score) for score in SCORES},
+                "accuracy": row.accuracy,
+            }
+            for row in ranking.rows
+        ],
+        "correlations": {score: finite(found._asdict()) for score, found in ranking.correlations.items()},
+    }

@@ -1,0 +1,112 @@
+"""CAVIA: fast context adaptation, where a task changes a few context parameters and no weight."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxmeta import declare
+from jaxmeta.checks import check_count
+from jaxmeta.core import Key, Learner, Model, Params, Task
+from jaxmeta.nn.adapters import Network, as_model
+from jaxmeta.optimization_based.maml import maml
+
+CONTEXT = "context"
+
+
+def _published(base: Mapping[str, Any]) -> dict[str, Any]:
+    steps = 1 if base["kind"] == "regression" else 2
+    return {"inner_lr": 1.0, "inner_steps": steps, "eval_steps": steps, "report_steps": ()}
+
+
+@declare.learner(training=_published)
+@declare.forwards(
+    maml, without=("hyper", "adapts", "order", "cg_steps", "damping", "inner_batch", "proximal", "truncation")
+)
+def cavia(
+    model: Network,
+    *,
+    context: int = 5,
+    inner_lr: float = 1.0,
+    order: Literal["second", "first"] = "second",
+    **settings,
+) -> Learner:
+    r"""Build CAVIA, which adapts context parameters beside the input and no weight (Zintgraf et al. 2019).
+
+    φ_0 = 0,  φ_j = φ_{j−1} − α ∇_φ L^S(θ, φ_{j−1}),  meta-loss L^Q(θ, φ_n)
+
+    The network sees [x, φ]: of vectors φ is concatenated to the input, of images each entry of φ is a channel
+    of one constant. θ is meta-learned and shared by all tasks; φ starts at zero for each.
+
+    Params: `{"model": θ}`, with "population" once `jm.calibrate` filled it. Adapted: as of `jm.maml`, where
+    "model" holds θ under "weights" and φ under "context".
+
+    Args:
+      model: a network of any kind that `jm.nn.as_model` takes, for inputs with `context` more features, or
+        channels, than the tasks have.
+      context: number of context parameters.
+      inner_lr: step size α of the inner loop.
+      order: derivatives in the meta-gradient: through the inner gradients too ("second"), or without these
+        ("first").
+      **settings: of `jm.maml`.
+
+    Raises:
+      ValueError: `context` below 1; and what `jm.maml` raises.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> task = jm.tasks.sinusoid(shots=10, queries=10).sample(jax.random.key(0))
+      >>> learner = jm.cavia(jm.nn.MLP(out=1), context=4, loss=jm.losses.mse)
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> learner.adapt(params, task.support, jax.random.key(2))["model"]["context"].shape
+      (4,)
+
+    References:
+      Zintgraf et al., Fast Context Adaptation via Meta-Learning, 2019, equations 4 to 6.
+    """
+    check_count("context", context)
+    inner = maml(
+        with_context(as_model(model, "model"), context),
+        adapts=lambda path: path == CONTEXT,
+        inner_lr=inner_lr,
+        order=order,
+        **settings,
+    )
+
+    def begun(params: Params) -> Params:
+        """Return the parameters with a context of zeros, which is no parameter: every task starts there."""
+        dtype = jnp.result_type(*jax.tree.leaves(params["model"]))
+        return {**params, "model": {"weights": params["model"], CONTEXT: jnp.zeros(context, dtype)}}
+
+    def init(key: Key, task: Task) -> Params:
+        return {"model": inner.init(key, task)["model"]["weights"]}
+
+    def from_zeros(function: Callable | None) -> Callable | None:
+        if function is None:
+            return None
+        return lambda params, *arguments, **more: function(begun(params), *arguments, **more)
+
+    adapt, predict, loss = map(from_zeros, (inner.adapt, inner.predict, inner.loss))
+    return Learner(init, adapt, predict, loss, from_zeros(inner.statistics))  # type: ignore[arg-type]
+
+
+def with_context(model: Model, size: int) -> Model:
+    """Return a model whose params have a context beside the weights, which is part of its input."""
+
+    def joined(params: Params, x: jax.Array) -> jax.Array:
+        # One constant a context parameter, in a new last axis of features or channels.
+        constant = jnp.broadcast_to(params[CONTEXT], (*x.shape[:-1], size))
+        return jnp.concatenate([x, constant.astype(x.dtype)], -1)
+
+    def init(key: Key, x: jax.Array) -> Params:
+        context = jnp.zeros((size,), x.dtype)
+        return {"weights": model.init(key, joined({CONTEXT: context}, x)), CONTEXT: context}
+
+    def through(call: Callable | None) -> Callable | None:
+        if call is None:
+            return None
+        return lambda params, x, **more: call(params["weights"], joined(params, x), **more)
+
+    apply, apply_norm = through(model.apply), through(model.apply_norm)
+    return model._replace(init=init, apply=apply, apply_norm=apply_norm)  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+"""Methods, networks and tasks of one's own by the name `module:name`."""
+
+import hashlib
+import json
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+from support import read_json
+
+import jaxmeta as jm
+from jaxmeta.cli import main
+
+METHOD = '''"""A method of one's own."""
+import jaxmeta as jm
+
+
+def cavia(network, *, context: int = 5, rate=0.5, loss=jm.losses.cross_entropy, norm="batch"):
+    """Build CAVIA, as one writes it at home.
+
+    Args:
+      context: number of context parameters.
+      rate: step size of the inner loop.
+    """
+    if context > 50:
+        raise ValueError("so many are not wanted")
+    return jm.cavia(network, context=context, inner_lr=rate, loss=loss, norm=norm)
+'''
+NETWORK = '''from flax import linen
+
+
+class Net(linen.Module):
+    """A network of one's own.
+
+    Attributes:
+      width: of its hidden layer.
+    """
+
+    out: int
+    width: int = 6
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.relu(linen.Dense(self.width)(x.reshape(x.shape[0], -1)))
+        return linen.Dense(self.out, name="head")(x)
+'''
+TASKS = '''import numpy as np
+
+import jaxmeta as jm
+
+
+def my_tasks(split, *, ways: int = 3, shots: int = 1, queries: int = 2, side: int = 8):
+    """Draw classes of noise.
+
+    Args:
+      ways: classes of a task.
+      shots: support images of a class.
+      queries: query images of a class.
+      side: height and width of the images.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (60, side, side, 1), np.uint8)
+    shape = {"ways": ways, "shots": shots, "queries": queries}
+    return jm.tasks.from_arrays(images, np.arange(60) // 5, split=split, classes=(0.5, 0.0, 0.5), **shape)
+'''
+SMALL = ["--steps", "2", "--meta-batch", "2", "--episodes", "4", "--ways", "3", "--queries", "2"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with modules of one's own, in which commands are run."""
+    for name, text in (("my_cavia", METHOD), ("my_net", NETWORK), ("my_source", TASKS)):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("my_cavia", "my_net", "my_source", "my_broken"):
+        sys.modules.pop(name, None)
+
+
+ALL = ["my_cavia:cavia", "--context", "3", "--network", "my_net:Net", "--tasks", "my_source:my_tasks"]
+
+
+def test_method_network_and_tasks_of_one_s_own_train_evaluate_and_predict(here, capsys):
+    assert main(["train", *ALL, *SMALL, "--side", "9", "--width", "4", "--out", "run"]) == 0, (
+        capsys.readouterr()
+    )
+    report, config = read_json("run/report.json"), read_json("run/config.json")
+    assert (report["learner"], report["tasks"]) == ("my_cavia:cavia", "my_source:my_tasks")
+    assert config["learner"] == {"name": "my_cavia:cavia", "context": 3, "rate": 0.5}
+    assert config["network"] == {"name": "my_net:Net", "width": 4}
+    assert config["tasks"]["side"] == 9
+    assert config["own"]["my_cavia:cavia"] == hashlib.sha256(METHOD.encode()).hexdigest()
+    assert "context" in (here / "run" / "report.md").read_text()
+    assert 0 <= report["accuracy"]["inductive"]["mean"] <= 1
+
+    # A folder brings no code to be run: whoever reads it names what may be imported.
+    capsys.readouterr()
+    assert main(["evaluate", "run"]) == 2
+    assert "--learner my_cavia:cavia" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="code that jaxmeta does not bring"):
+        jm.load_run("run")
+    named = ["--learner", "my_cavia:cavia", "--network", "my_net:Net"]
+    assert main(["evaluate", "run", *named, "--tasks", "my_source:my_tasks", "--json", "again.json"]) == 0
+    assert read_json("again.json")["accuracy"] == report["accuracy"]
+
+    # Code that has changed since is told.
+    config["own"]["my_cavia:cavia"] = "0" * 64
+    (here / "run" / "config.json").write_text(json.dumps(config))
+    main(["evaluate", "run", *named, "--tasks", "my_source:my_tasks", "--episodes", "2"])
+    assert "my_cavia:cavia is no longer the code that run was trained with" in capsys.readouterr().err
+
+    for part in ("support/one", "support/two", "query"):
+        (here / part).mkdir(parents=True)
+    for number, part in enumerate(("support/one", "support/two", "query")):
+        Image.new("L", (9, 9), 90 * number).save(here / part / "a.png")
+    predict = ["predict", "run", "--support", "support", "--query", "query", "--json", "answers.json", *named]
+    assert main([*predict, "--tasks", "my_source:my_tasks"]) == 0, capsys.readouterr()
+    assert set(read_json("answers.json")[0]["probabilities"]) == {"one", "two"}
+
+
+@pytest.mark.nightly
+def test_a_method_of_one_s_own_is_compared_with_ours(here, capsys):
+    argv = ["compare", "maml", "my_cavia:cavia", "--tasks", "sinusoid", *SMALL[:6]]
+    assert main([*argv, "--context", "2", "--out", "both"]) == 0, capsys.readouterr()
+    found = read_json("both/comparison.json")["learners"]
+    assert set(found) == {"maml", "my_cavia:cavia"}
+    assert found["maml"]["left_out"] == ["--context"]
+    shutil.rmtree("both")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["my_nowhere:it"], "LEARNER: got 'my_nowhere:it', and there is no module 'my_nowhere' in"),
+        (
+            ["my_cavia:maml"],
+            "LEARNER: got 'my_cavia:maml', and .*my_cavia.py has no function 'maml'; it has cavia",
+        ),
+        (["--network", "my_net:Nett"], "--network: got 'my_net:Nett', and"),
+        (["my_cavia:cavia", "--contxt", "3"], "did you mean --context"),
+        (["my_cavia:cavia", "--context", "x"], "--context: got x; it must be a whole number"),
+        (["my_cavia:cavia", "--context", "99"], r"so many are not wanted \(.*my_cavia.py, line 13\)"),
+        (
+            ["my_broken:it"],
+            r"LEARNER: got 'my_broken:it', and its module has an error: .*\(.*my_broken.py, line 2\)",
+        ),
+    ],
+)
+def test_errors_of_one_s_own_code_say_where_they_are(here, capsys, argv, said):
+    (here / "my_broken.py").write_text("import jaxmeta\ndef it(:\n")
+    assert main(["train", *argv, *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    import re
+
+    assert re.search(said, error), error
+    assert not (here / "runs").exists()
+
+
+def test_a_required_parameter_that_can_be_no_flag_is_named(here, capsys):
+    (here / "my_broken.py").write_text("def it(network, *, table: dict): ...\n")
+    assert main(["train", "my_broken:it", *SMALL]) == 2
+    assert "table: it requires it, and it can be no flag: it is of type dict" in capsys.readouterr().err

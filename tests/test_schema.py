@@ -1,0 +1,257 @@
+"""Settings as a function's signature and docstring have them, and flags made of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+from flax import linen
+
+from jaxmeta.checks import ArgumentError
+from jaxmeta.cli import schema
+from jaxmeta.cli.parser import Group, HelpShown, Parser, UsageError, of_function
+from jaxmeta.declare import facts_of, forwards, learner
+
+
+def method(
+    network,
+    *,
+    rate: float = 0.1,
+    steps: int | None = None,
+    order: Literal["second", "first"] = "second",
+    widths: tuple[int, ...] = (4, 2),
+    scales: tuple[float, float] = (0.5, 1.0),
+    shared: bool = False,
+    picks: str | Callable[[str], bool] | None = None,
+    loss: Callable = max,
+):
+    """Build a method.
+
+    Args:
+      network: any.
+      rate: step size. It must not be negative.
+      steps, order: of the descent.
+      widths: of layers.
+    """
+
+
+def test_settings_are_the_keyword_only_parameters_of_plain_type():
+    found = schema.settings_of(method)
+    assert list(found) == ["rate", "steps", "order", "widths", "scales", "shared", "picks"]
+    assert found["rate"].default == 0.1
+    assert found["rate"].help == "step size"
+    assert found["rate"].about == "step size. It must not be negative."
+    assert found["steps"].about == found["order"].about == "of the descent."
+    # Of a union the plain members count.
+    assert found["picks"].hint == str | None
+    assert next(iter(schema.settings_of(method, ["rate", "widths"]))) == "steps"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("rate", "3e-2", 0.03),
+        ("steps", "7", 7),
+        ("steps", "none", None),
+        ("order", "first", "first"),
+        ("widths", "8, 4,2", (8, 4, 2)),
+        ("scales", "1,2", (1.0, 2.0)),
+        ("picks", "head/*", "head/*"),
+    ],
+)
+def test_text_of_a_flag_becomes_a_value_of_its_type(name, text, value):
+    found = schema.settings_of(method)[name].parse(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("rate", "fast", "rate: got fast; it must be a number"),
+        ("steps", "1.5", "steps: got 1.5; it must be a whole number or none"),
+        ("order", "third", "order: got third; it must be one of second, first"),
+        ("widths", "4,x", "widths: got 4,x; it must be whole numbers with commas between them"),
+        ("scales", "1,2,3", "scales: got 1,2,3; it must be 2 numbers with commas between them"),
+    ],
+)
+def test_text_of_another_type_is_refused(name, text, said):
+    with pytest.raises(ArgumentError) as error:
+        schema.settings_of(method)[name].parse(text)
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize("value", ["1", 1.5, True, [1], {"a": 1}])
+def test_values_of_config_json_are_asked_for_their_type(value):
+    with pytest.raises(ArgumentError, match="steps: got"):
+        schema.settings_of(method)["steps"].check(value)
+
+
+def test_values_of_config_json_come_back_as_they_were():
+    found = schema.settings_of(method)
+    values = {"rate": 1, "steps": None, "order": "first", "widths": [3], "scales": [1, 2.5]}
+    values |= {"shared": True, "picks": None}
+    checked = schema.checked("learner", values, found)
+    assert checked["widths"] == (3,)
+    assert checked["scales"] == (1.0, 2.5)
+    with pytest.raises(ArgumentError, match=r"learner\.rat: there is no such setting; there are rate, steps"):
+        schema.checked("learner", {**values, "rat": 1}, found)
+    del values["rate"]
+    with pytest.raises(ArgumentError, match=r"learner\.rate: it is missing"):
+        schema.checked("learner", values, found)
+    with pytest.raises(ArgumentError, match="learner: got 3"):
+        schema.checked("learner", 3, found)
+
+
+def test_a_required_parameter_that_can_be_no_flag_is_named():
+    def needs(network, *, loss: Callable, rate: float = 1.0): ...
+
+    with pytest.raises(ArgumentError, match="loss: needs requires it, and it can be no flag: it is of type"):
+        schema.settings_of(needs)
+    assert list(schema.settings_of(needs, ["loss"])) == ["rate"]
+
+
+def test_parameters_without_annotation_have_the_type_of_their_default():
+    def plain(network, *, context=5, rate=0.5, name="a", loss=max): ...
+
+    found = schema.settings_of(plain)
+    assert {name: each.hint for name, each in found.items()} == {"context": int, "rate": float, "name": str}
+
+
+class Net(linen.Module):
+    """A network.
+
+    Attributes:
+      width: of its layer.
+    """
+
+    out: int | None = None
+    width: int = 8
+    activation: Callable = linen.relu
+
+
+def test_fields_of_a_flax_module_are_settings():
+    found = schema.settings_of(Net, ["out"])
+    assert list(found) == ["width"]
+    assert found["width"].help == "of its layer"
+    # A variant has its own defaults, and what is no plain value is fixed by it.
+    variant = functools.partial(Net, width=3, activation=linen.tanh)
+    assert schema.settings_of(variant, ["out"])["width"].default == 3
+
+
+def test_a_factory_that_forwards_has_its_parent_s_settings():
+    @forwards(method, without=("order",))
+    def first(network, *, rate: float = 0.5, **settings):
+        """Build a method of first order.
+
+        Args:
+          rate: its own.
+        """
+        return method(network, rate=rate, order="first", **settings)
+
+    found = schema.settings_of(first)
+    assert "order" not in found
+    assert (found["rate"].default, found["rate"].help) == (0.5, "its own")
+    assert found["widths"].help == "of layers"
+    with pytest.raises(TypeError, match=r"first\(\) has no argument 'order'; it takes rate, steps"):
+        first(None, order="second")
+
+
+def test_facts_are_declared_and_inherited():
+    @learner(kinds=("classification",), head=False)
+    def one(network, *, rate: float = 0.1): ...
+
+    @forwards(one)
+    def two(network, **settings): ...
+
+    assert facts_of(one).head is facts_of(two).head is False
+    assert facts_of(method).kinds == ("classification", "regression")
+    with pytest.raises(ValueError, match="fact: got 'kind'"):
+        learner(kind="classification")
+    with pytest.raises(ValueError, match="kinds: got 'ranking'"):
+        learner(kinds=("ranking",))
+
+
+def parser_of(*groups):
+    return Parser("train", [Group(name, name, settings, {}) for name, settings in groups], owner="this")
+
+
+def test_what_was_given_is_told_from_defaults():
+    parser = parser_of(("learner", schema.settings_of(method)))
+    given = parser.parse(["--rate", "2", "--shared", "--widths=1,2"])
+    assert given.values == {"learner": {"rate": 2.0, "shared": True, "widths": (1, 2)}}
+    assert given.texts == {"--rate": "2", "--shared": None, "--widths": "1,2"}
+    assert parser.parse(["--no-shared"]).values == {"learner": {"shared": False}}
+    # Python's spelling of a name is understood.
+    assert parser_of(("learner", schema.settings_of(method))).parse([]).values == {}
+
+
+def test_a_bare_flag_that_two_groups_have_names_both():
+    rate = {"rate": schema.settings_of(method)["rate"]}
+    parser = parser_of(("learner", rate), ("network", rate))
+    assert parser.parse(["--network.rate", "2"]).values == {"network": {"rate": 2.0}}
+    with pytest.raises(UsageError, match=r"--rate: several .*; say --learner\.rate or --network\.rate"):
+        parser.parse(["--rate", "2"])
+    with pytest.raises(UsageError, match=r"^--network\.rate: got x; it must be a number"):
+        parser.parse(["--network.rate", "x"])
+    shared = {"shared": schema.settings_of(method)["shared"]}
+    switches = parser_of(("learner", shared), ("network", shared))
+    with pytest.raises(
+        UsageError, match=r"--no-shared: .*; say --no-learner\.shared or --no-network\.shared"
+    ):
+        switches.parse(["--no-shared"])
+    assert switches.parse(["--no-network.shared"]).values == {"network": {"shared": False}}
+
+
+def test_flags_of_elsewhere_are_understood_as_hints():
+    def train(*, steps: int = 1, outer_lr: float = 0.1, inner_lr: float = 0.1, meta_batch: int = 4): ...
+
+    parser = parser_of(("training", schema.settings_of(train)))
+    for flag, here in (
+        ("--lr", "--outer-lr or --inner-lr"),
+        ("--epochs", "--steps"),
+        ("--batch-size", "--meta-batch"),
+        ("--batch_size", "--meta-batch"),
+    ):
+        with pytest.raises(UsageError, match=f"train has no {flag.replace('_', '-')}; here it is {here}"):
+            parser.parse([flag, "3"])
+    with pytest.raises(UsageError, match="did you mean --meta-batch"):
+        parser.parse(["--meta-batchs", "3"])
+    with pytest.raises(UsageError, match="--context-steps: is a setting of matching, and not of this"):
+        parser.parse(["--context-steps", "3"])
+
+
+def test_errors_about_arguments_are_said_of_flags():
+    parser = parser_of(("learner", schema.settings_of(method)))
+    with pytest.raises(UsageError, match=r"^--rate: got -1; it must be at least 0$"), parser.naming_flags():
+        raise ArgumentError("rate", "got -1; it must be at least 0")
+    with pytest.raises(UsageError, match=r"^--rate, --steps: got"), parser.naming_flags():
+        raise ArgumentError("rate, steps", "got")
+
+
+def test_help_shows_groups_choices_and_values(capsys):
+    settings = schema.settings_of(method)
+    parser = Parser("train", [Group("learner", "method: this", settings, {"rate": 0.25})])
+    with pytest.raises(HelpShown):
+        parser.parse(["--help"])
+    said = capsys.readouterr().out
+    assert "method: this" in said
+    assert "--rate X" in said
+    assert "step size (default: 0.25)" in said
+    assert "{second,first}" in said
+    assert "It must not be negative" not in said
+
+
+def test_a_command_is_described_by_its_function():
+    def draw(*runs: str, out: str = "curves.png"):
+        """Draw runs.
+
+        Args:
+          runs: their folders.
+          out: the figure.
+        """
+
+    parser = of_function(draw, "draw")
+    given = parser.parse(["a", "b", "--out", "c.png"])
+    assert given.words == ["a", "b"]
+    assert given.values == {"flags": {"out": "c.png"}}
