@@ -1,4 +1,4 @@
-"""Arguments of public functions: what cannot be is refused by its name, before anything is traced.
+"""Argument validation, before anything is traced.
 
 Traced values are let pass, since they have no value yet.
 """
@@ -51,7 +51,7 @@ class NotAFolderError(ArgumentError, NotADirectoryError):
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
-    """Refuses what is no whole number from `least` to `most`.
+    """Check that `value` is a whole number from `least` to `most`.
 
     Raises:
       ValueError: that calls `value` by `name`.
@@ -73,7 +73,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> N
 def check_number(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: float | None = None
 ) -> None:
-    """Refuses what is no finite number from `least` to `most`, or not above `above`.
+    """Check that `value` is a finite number from `least` to `most`, and above `above`.
 
     Raises:
       ValueError: that calls `value` by `name`.
@@ -98,7 +98,7 @@ def check_number(
 
 
 def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
-    """Refuses what is none of `known`.
+    """Check that `value` is one of `known`.
 
     Raises:
       ValueError: that calls `value` by `name`.
@@ -114,7 +114,7 @@ def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def check_function(name: str, value: Any, wanted: str = "a function") -> None:
-    """Refuses what cannot be called.
+    """Check that `value` can be called.
 
     Raises:
       ValueError: that calls `value` by `name`.
@@ -124,7 +124,7 @@ def check_function(name: str, value: Any, wanted: str = "a function") -> None:
 
 
 def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
-    """Refuses what is of another type than `kind`, which a user knows as `wanted`.
+    """Check that `value` is of type `kind`, which a user knows as `wanted`.
 
     Raises:
       ValueError: that calls `value` by `name`.
@@ -134,7 +134,7 @@ def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
 
 
 def check_widths(name: str, value: Any) -> None:
-    """Refuses what is no tuple or list of numbers of units, one a layer.
+    """Check that `value` is a tuple or list of widths, one for each layer.
 
     Raises:
       ValueError: that calls `value` by `name`.
@@ -146,7 +146,7 @@ def check_widths(name: str, value: Any) -> None:
 
 
 def check_size(names: str, sizes: Iterable[int], what: str) -> None:
-    """Refuses what has more values than the places of an array can be counted in.
+    """Check that an array of these sizes has no more values than its places can be counted in.
 
     Args:
       names: of the arguments that `sizes` come from.
@@ -168,7 +168,7 @@ def check_size(names: str, sizes: Iterable[int], what: str) -> None:
 
 
 def check_real(name: str, values: Any, *, whole: bool = False) -> None:
-    """Refuses what is no array of real numbers, or of `whole` ones; of what is traced the type is known.
+    """Check that `values` is an array of real numbers, or of `whole` ones; of a traced one the type counts.
 
     Raises:
       ValueError: that calls `values` by `name`.
@@ -181,7 +181,7 @@ def check_real(name: str, values: Any, *, whole: bool = False) -> None:
 
 
 def check_labels(name: str, labels: Any, n: int | None = None, classes: int | None = None) -> None:
-    """Refuses what is no integer class in [0, `classes`) for each of `n` examples.
+    """Check that `labels` has an integer class in [0, `classes`) for each of `n` examples.
 
     Raises:
       ValueError: that calls `labels` by `name`.
@@ -200,7 +200,7 @@ def check_labels(name: str, labels: Any, n: int | None = None, classes: int | No
 
 
 def check_finite(name: str, values: Any) -> None:
-    """Refuses floating-point arrays with NaN or infinity in them.
+    """Check that floating-point arrays have no NaN or infinity in them.
 
     Raises:
       ValueError: that calls `values` by `name`.

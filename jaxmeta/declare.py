@@ -56,7 +56,8 @@ class Facts:
       train_shots: support examples in training for each one of the test protocol.
       training: defaults in place of those of the protocol that a run starts from: a dictionary by the names
         of settings, or a function of that protocol's settings, likewise a dictionary, that returns one.
-        The function sees two more keys: "kind" of tasks, and "made_for", the learner of the protocol.
+        The function sees four more keys: "kind" of tasks, "tasks" and "network", their names, and
+        "made_for_embeddings", whether the protocol's own method compares embeddings.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -141,7 +142,11 @@ def facts_of(factory: Callable[..., Any]) -> Facts:
     if hasattr(factory, _FACTS):
         return getattr(factory, _FACTS)
     parent = parent_of(factory)
-    return Facts() if parent is None else facts_of(parent)
+    if parent is not None:
+        return facts_of(parent)
+    # A method that does not choose statistics has one row.
+    chooses = "norm" in inspect.signature(factory).parameters
+    return Facts() if chooses else Facts(rows={"inductive": "none"})
 
 
 def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Callable[[F], F]:

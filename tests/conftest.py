@@ -126,6 +126,8 @@ def forget_compiled_programs():
 
     Each program takes several memory maps, of which a process may have 65,530, and megabytes of memory.
     """
+    # A command may choose the number of devices where nothing has used them yet.
+    jax.devices()
     yield
     jax.clear_caches()
 

@@ -288,9 +288,9 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], "and not of fomaml on sinusoid"),
         (
             ["train", "--order", "first", "--diagnose", "--tasks", "sinusoid"],
-            "--diagnose: compares with first order",
+            "--diagnose: it compares with first order",
         ),
-        (["train", "boil", "--norm", "episode"], "--norm: got episode; boil has batch, support"),
+        (["train", "boil", "--norm", "episode"], "--norm: got episode; it must be one of batch, support"),
         (["train", "--shots", "0", "--tasks", "sinusoid"], "--shots"),
         (["train", "--devices", "0", "--tasks", "sinusoid"], "--devices"),
         (["train", "--devices", "4096", "--meta-batch", "4096", "--tasks", "sinusoid"], "--devices"),
@@ -348,7 +348,7 @@ def test_a_run_of_an_older_form_is_refused_with_a_sentence_that_says_so(run, tmp
 
 
 OF_TRAIN = [*Training.__annotations__, *Run.__annotations__, *Invocation.__annotations__]
-OF_TRAIN = [name for name in OF_TRAIN if name not in ("workers", "data", "distort")]
+OF_TRAIN = [name for name in OF_TRAIN if name not in ("workers", "data", "distort", "report_steps")]
 NAMED = ["tasks", "network", "preset", "config"]
 
 
@@ -360,7 +360,8 @@ NAMED = ["tasks", "network", "preset", "config"]
         (["train", "mann"], ["sequence", "strings", "distort"]),
         (["train", "--network", "mlp"], ["network.norm", "training.norm", "no-network.norm", "hidden"]),
         (["train", "--tasks", "omniglot"], ["data", "within_alphabet"]),
-        (["predict"], ["support", "query", "json", "invert", "skip_unreadable", "learner", "network"]),
+        (["train", "--tasks", "sinusoid"], ["report_steps", "amplitude"]),
+        (["predict"], ["support", "query", "json", "csv", "invert", "skip_unreadable", "learner", "network"]),
         (["evaluate", "RUN"], ["eval_steps", "shots", "queries", "episodes", "seed", "json", "mesh"]),
         (
             ["compare", "maml", "anil"],
@@ -497,9 +498,12 @@ def test_a_bare_flag_that_two_groups_have_names_both(started, capsys):
     assert (started[0].training.norm, started[0].network["norm"]) == ("support", False)
 
 
-def test_flags_may_be_written_with_underscores_and_the_learner_behind_them(started):
-    assert main(["train", "--inner_lr=0.3", "--outer_betas", "0.5,0.9", "--report-steps", "1,2", "anil"]) == 0
+def test_flags_may_be_written_with_underscores_behind_the_learner(started, capsys):
+    flags = ["--inner_lr=0.3", "--outer_betas", "0.5,0.9", "--tasks", "sinusoid", "--report-steps", "1,2"]
+    assert main(["train", "anil", *flags]) == 0
     (found,) = started
+    assert main(["train", *flags, "anil"]) == 2
+    assert "unexpected argument 'anil'; the learner's name comes first" in capsys.readouterr().err
     assert (found.learner["name"], found.learner["inner_lr"]) == ("anil", 0.3)
     assert (found.training.outer_betas, found.run.report_steps) == ((0.5, 0.9), (1, 2))
 

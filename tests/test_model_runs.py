@@ -65,7 +65,7 @@ def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--strings", "5,5"], "--strings: are labels of sequences; add --sequence T"),
+        (["--strings", "5,5"], "--strings: they are labels of sequences; add --sequence T"),
         (
             ["--sequence", "12", "--strings", "5"],
             "--strings: got 5; it must be 2 whole numbers with commas",

@@ -11,6 +11,8 @@ from support import read_json
 
 import jaxmeta as jm
 from jaxmeta.cli import main
+from jaxmeta.cli.config import Chosen, base_of, resolve
+from jaxmeta.cli.data import ImageSpec, with_image_settings
 
 METHOD = '''"""A method of one's own."""
 import jaxmeta as jm
@@ -117,6 +119,41 @@ def test_method_network_and_tasks_of_one_s_own_train_evaluate_and_predict(here, 
     predict = ["predict", "run", "--support", "support", "--query", "query", "--json", "answers.json", *named]
     assert main([*predict, "--tasks", "my_source:my_tasks"]) == 0, capsys.readouterr()
     assert set(read_json("answers.json")[0]["probabilities"]) == {"one", "two"}
+
+
+def test_a_folder_that_someone_sends_imports_nothing(here, capsys):
+    """Whatever its configuration says of itself."""
+    (here / "my_broken.py").write_text("raise SystemExit('imported')\n")
+    config = resolve(base_of(Chosen(tasks="sinusoid")), {}).to_json()
+    for group, name in (("learner", "my_broken:it"), ("network", "my_broken:Net"), ("tasks", "my_broken:f")):
+        sent = config | {group: {"name": name}, "own": {}}
+        (here / "sent").mkdir(exist_ok=True)
+        (here / "sent" / "config.json").write_text(json.dumps(sent))
+        assert main(["evaluate", "sent"]) == 2
+        assert f"was trained with {name}, which is code that jaxmeta does not" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="to allow its import, name it"):
+            jm.load_run("sent")
+
+
+def test_settings_of_one_s_own_tasks_are_not_those_of_the_protocol(here):
+    text = TASKS.replace("side: int = 8", "side: int = 8, steps: int = 7, size: int = 1000")
+    (here / "my_source.py").write_text(text)
+    config = resolve(base_of(Chosen(tasks="my_source:my_tasks")), {})
+    assert config.preset is None
+    assert (config.tasks["steps"], config.training.steps) == (7, 2000)
+    # What a source calls its size need not be that of images.
+    assert with_image_settings(config, ImageSpec(8, 1, 0.5, False)).tasks["size"] == 1000
+
+
+def test_a_method_has_the_rows_that_it_says(here):
+    method = METHOD.replace(
+        "import jaxmeta as jm\n", "import jaxmeta as jm\n\n\n@jm.learner(rows={'inductive': 'support'})", 1
+    )
+    (here / "my_broken.py").write_text(method)
+    assert resolve(base_of(Chosen(learner="my_broken:cavia")), {}).training.norm == "support"
+    (here / "my_cavia.py").write_text(METHOD.replace(', norm="batch"):', "):").replace(", norm=norm)", ")"))
+    config = resolve(base_of(Chosen(learner="my_cavia:cavia")), {})
+    assert (config.names().facts.rows, config.training.norm) == ({"inductive": "none"}, "none")
 
 
 @pytest.mark.nightly

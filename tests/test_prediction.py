@@ -1,5 +1,6 @@
 """`jaxmeta predict`, and training on a folder of one's own images before it."""
 
+import csv
 import json
 import os
 import pathlib
@@ -65,6 +66,14 @@ def question(place, tmp_path):
         for seed in range(2):
             draw_bar(tmp_path / "query" / f"{number}-{seed}.png", number, 200 + 10 * number + seed)
     return tmp_path
+
+
+def test_answers_are_written_as_a_table(place, question, tmp_path):
+    answers = ask(place, question, "--csv", str(tmp_path / "answers.csv"))
+    rows = list(csv.DictReader((tmp_path / "answers.csv").open(newline="")))
+    assert [(row.pop("file"), row.pop("class")) for row in rows] == [(a["file"], a["class"]) for a in answers]
+    found = [{name: float(value) for name, value in row.items()} for row in rows]
+    assert found == [answer["probabilities"] for answer in answers]
 
 
 @pytest.mark.nightly

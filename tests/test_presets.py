@@ -219,8 +219,8 @@ def test_clip_bounds_every_entry_before_adam():
         ({"outer_lr": float("nan")}, {}, "outer_lr: got nan"),
         ({"decay_every": 3}, {}, "decay_every: --schedule is cosine"),
         ({"schedule": "step"}, {}, "decay_every: --schedule step needs it"),
-        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: are labels of sequences; add --sequence"),
-        ({"diagnose": True, "order": "first"}, {}, "diagnose: compares with first order"),
+        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: they are labels of sequences; add --sequence"),
+        ({"diagnose": True, "order": "first"}, {}, "diagnose: it compares with first order"),
         ({"workers": 2}, {"tasks": "folder:x"}, "workers: processes read a stream; add --stream"),
     ],
 )

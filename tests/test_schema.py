@@ -103,6 +103,27 @@ def test_values_of_config_json_come_back_as_they_were():
         schema.checked("learner", 3, found)
 
 
+@pytest.mark.parametrize("value", [0.0012345678, 1e-8, 3.0, (0.5, 1e30), (), None, 7, "a"])
+def test_a_shown_value_is_read_back_as_it_was(value):
+    def function(*, it: float | int | tuple[float, ...] | str | None = None): ...
+
+    hints = {float: float, int: int, str: str, type(None): int | None, tuple: tuple[float, ...]}
+    setting = schema.settings_of(function)["it"]._replace(hint=hints[type(value)])
+    assert setting.parse(schema.shown_value(value)) == value
+
+
+def test_literals_of_numbers_are_checked_and_parsed():
+    def function(*, share: Literal[0.1, 0.5] = 0.1, kind: int | Literal["auto"] = "auto"): ...
+
+    found = schema.settings_of(function)
+    assert found["share"].parse("0.5") == found["share"].check(0.5) == 0.5
+    assert (found["kind"].parse("3"), found["kind"].check("auto"), found["kind"].check(3)) == (3, "auto", 3)
+    with pytest.raises(ArgumentError, match=r"share: got 0\.2; it must be one of 0\.1, 0\.5"):
+        found["share"].check(0.2)
+    with pytest.raises(ArgumentError, match="kind: got"):
+        found["kind"].check("slow")
+
+
 def test_a_required_parameter_that_can_be_no_flag_is_named():
     def needs(network, *, loss: Callable, rate: float = 1.0): ...
 

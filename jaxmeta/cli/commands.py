@@ -103,12 +103,9 @@ def train(argv: Sequence[str]) -> None:
             base = base_of(_chosen(given_names, learner))
     parser = train_parser(base)
     given = parser.parse(argv)
-    if learner is None and len(given.words) == 1:
-        # The learner's name stands behind flags.
-        train([given.words[0], *(word for word in argv if word != given.words[0])])
-        return
-    if len(given.words) > 1:
-        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta train --help`")
+    if more := given.words[0 if learner is None else 1 :]:
+        first = "; the learner's name comes first" if learner is None else ""
+        raise UsageError(f"unexpected argument {more[0]!r}{first}; see `jaxmeta train --help`")
     invocation = run.Invocation(**given.values.get("invocation", {}))
     with parser.naming_flags():
         values = settled(given.values)
@@ -155,6 +152,8 @@ def trusted(given: Mapping[str, str], learner: str | None) -> list[str]:
 def _base_to_resume(given: Mapping[str, str], learner: str | None, out: str | None) -> Base:
     if out is None:
         raise UsageError("--resume: needs the run's folder; add --out DIR")
+    if "config" in given:
+        raise UsageError("--config: --resume goes on with the run's own; leave one of them out")
     folder = Path(out).expanduser()
     before = stored(folder, trusted(given, learner))
     tasks = given.get("tasks")
@@ -203,11 +202,10 @@ def evaluate(argv: Sequence[str]) -> None:
     words = [("run", "?", "the run's folder")]
     named, folder, _, _ = _first_phase(argv)
     if folder is None:
-        parser = Parser("evaluate", [output], words=words, about=str(evaluate.__doc__))
-        given = parser.parse(argv)
-        if not given.words:
-            raise UsageError("RUN: is missing; see `jaxmeta evaluate --help`")
-        folder = given.words[0]
+        about_it = f"{evaluate.__doc__} `jaxmeta evaluate RUN --help` shows what can be changed of a run."
+        if "--help" in argv or "-h" in argv:
+            Parser("evaluate", [output], words=words, about=about_it).parse(argv)
+        raise UsageError("RUN: is missing; it comes first; see `jaxmeta evaluate --help`")
     believed = trusted(named, named.get("learner"))
     config = stored(Path(folder).expanduser(), believed)
     known = config.names().groups()
@@ -275,4 +273,4 @@ def compare(argv: Sequence[str]) -> None:
     if words[: len(learners)] != learners or len(words) > len(learners):
         raise UsageError("LEARNER: name the learners first, then the flags")
     with parser.naming_flags():
-        comparing.compare(bases, common, given)
+        comparing.compare(bases, common, given._replace(values={**given.values, **settled(given.values)}))

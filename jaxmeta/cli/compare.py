@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxmeta.checks import ArgumentError, parsed_json
-from jaxmeta.cli import folders, schema, sources
+from jaxmeta.cli import build, folders, schema, sources
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
 from jaxmeta.cli.config import Base, Config, resolve, stored
 from jaxmeta.cli.figures import Curve, plot_curves, tolerated
@@ -107,6 +107,9 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
     budget = _budget(common, given)
     values = {learner: _own_values(bases[learner], given, budget) for learner in learners}
     configs = {learner: resolve(bases[learner], values[learner]) for learner in learners}
+    for config in configs.values():
+        # What one of them refuses is refused before the first is trained.
+        build.learner_of(config)
     name = "-".join(["compare", *(learner.rpartition(":")[2] for learner in learners)])
     tasks = configs[learners[0]].tasks["name"]
     out = _folder(given_out, f"{name}-{sources.file_name(tasks)}", resume)
@@ -172,7 +175,8 @@ def _own_values(
         for group, its in values.items():
             for name, value in its.items():
                 if group in groups and name in groups[group]:
-                    found.setdefault(group, {})[name] = value
+                    # Of one name learners may take different values.
+                    found.setdefault(group, {})[name] = groups[group][name].check(value)
     return found
 
 

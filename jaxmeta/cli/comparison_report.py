@@ -75,7 +75,8 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
     with drawing(path, 13.0, 3.4 + 0.35 * len(rows)) as figure:
         curves, tests, differences = figure.subplots(1, 3, width_ratios=(4, 3, 3))
         draw_metric(
-            curves, [Curve(name, read_metrics(out / name / "metrics.jsonl"), metric) for name in rows]
+            curves,
+            [Curve(name, read_metrics(out / rows[name]["run"] / "metrics.jsonl"), metric) for name in rows],
         )
         for i, row in enumerate(rows.values()):
             found = results_of(row, metric)

@@ -17,7 +17,7 @@ from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count, check_numbe
 from jaxmeta.cli import names, schema
 from jaxmeta.cli.presets import PRESETS
 from jaxmeta.cli.schema import Setting
-from jaxmeta.cli.sources import OWN, Sequences, Source, Streaming, key_of, source_of
+from jaxmeta.cli.sources import Sequences, Source, Streaming, is_own, key_of, source_of
 from jaxmeta.declare import Facts, facts_of, parent_of
 
 # The form of config.json; 0.1 had none.
@@ -28,8 +28,10 @@ SUPPLIED_TO_LEARNER = ("norm", "loss", "augment", "strings")
 SUPPLIED_TO_NETWORK = ("ways", "out")
 SUPPLIED_TO_TASKS = ("split", "data")
 OF_TRAINING = ("ways", "shots", "queries")
+# What a method may have defaults of, and not every run has.
+_SOMETIMES = ("network", "distort", "report_steps", "train_ways", "train_shots", "train_queries")
 # Where a name goes that several groups have, where a protocol or a method gives its value.
-_ORDER = ("tasks", "training", "run", "learner", "network")
+_ORDER = ("training", "run", "tasks", "learner", "network")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +43,17 @@ class Training:
       meta_batch: tasks per meta-step.
       outer_lr: step size of the outer optimizer.
       outer_optimizer: the outer optimizer. adam has weight decay added to the gradient, adamw apart from it.
-      schedule: of --outer-lr over the run. cosine and linear go to zero, step multiplies it by --decay-factor
-        every --decay-every meta-steps.
-      norm: whose statistics normalise the queries in training. support is for `jaxmeta predict`.
+      schedule: how --outer-lr changes over the run: cosine and linear fall to zero, step multiplies it by
+        --decay-factor every --decay-every meta-steps.
+      norm: what batch normalisation takes its statistics from in training: the batch itself, the support set
+        (for `jaxmeta predict`), the training tasks as a population, or the episode's inner steps.
       validate_every: meta-steps between validations and between checkpoints.
       clip: largest absolute value of an entry of the meta-gradient.
       clip_norm: largest global norm of the meta-gradient.
       distort: whether training images are turned, sheared, scaled and shifted at random.
       precision: what the network computes in. Parameters and gradients stay in float32.
       decay_every: meta-steps between decays of --schedule step.
-      decay_factor: what such a decay multiplies the step size by.
+      decay_factor: factor of --outer-lr at each decay of --schedule step.
       weight_decay: weight of the parameters in the gradient, or of adamw in the update.
       outer_momentum: momentum of sgd and rmsprop.
       outer_betas: decay rates of Adam's moments.
@@ -64,7 +67,7 @@ class Training:
     outer_lr: float = 1e-3
     outer_optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
-    norm: Literal["none", "batch", "support", "episode"] = "batch"
+    norm: Literal["none", "batch", "support", "population", "episode"] = "batch"
     validate_every: int = 1000
     clip: float | None = None
     clip_norm: float | None = None
@@ -86,7 +89,9 @@ class Training:
                 check_number(name, getattr(self, name), 0)
         check_number("decay_factor", self.decay_factor, above=0)
         for beta in self.outer_betas:
-            check_number("outer_betas", beta, 0, 1)
+            check_number("outer_betas", beta, 0)
+            if beta >= 1:
+                raise ArgumentError("outer_betas", f"got {beta}; both must be below 1")
         if self.schedule == "step" and self.decay_every is None:
             raise ArgumentError("decay_every", "--schedule step needs it: meta-steps between decays")
         if self.decay_every is not None:
@@ -100,16 +105,16 @@ class Run:
     """What changes no parameter, and where a run finds its data and devices.
 
     Attributes:
-      seed: of initial parameters and episodes.
-      data: folder with the data set's files. By default the cache, or a download.
+      seed: seed of the initial parameters and of all episodes.
+      data: folder with the data set's files; without it they come from the cache, or a download.
       episodes: test tasks.
       report_steps: numbers of inner steps to report beside --eval-steps.
       strategy: how a device goes through its tasks: auto, vmap, scan, or that many at once.
-      devices: devices that share the tasks; on CPUs, cores. By default as many as are of use.
+      devices: number of devices that share the tasks, on CPUs of cores; without it as many as are of use.
       mesh: how devices share the work: tasks=8, or with parameters split as well tasks=4,params=2.
       workers: processes that read a stream. 0 reads in threads.
-      non_finite: what becomes of a meta-step whose loss is not finite: it stops the run, or leaves no trace.
-      log_every: meta-steps between looks at the loss.
+      non_finite: what to do where the loss of a meta-step is not finite: stop the run, or skip the step.
+      log_every: meta-steps between rows of metrics.jsonl.
     """
 
     seed: int = 0
@@ -158,8 +163,11 @@ class Names(NamedTuple):
             del found["training"]["distort"]
         if not can_be_of_first_order(self.learner):
             del found["training"]["diagnose"]
-        if not schema.accepts(self.learner, "eval_steps"):
+        classification = kind_of(self.source) == "classification"
+        if classification or not schema.accepts(self.learner, "eval_steps"):
             del found["run"]["report_steps"]
+        norms = tuple(dict.fromkeys(self.facts.rows.values())) if classification else ("batch",)
+        found["training"]["norm"] = found["training"]["norm"]._replace(hint=Literal[norms])
         if self.source.images is None:
             del found["run"]["workers"]
         if not schema.accepts(self.source.function, "data"):
@@ -175,9 +183,10 @@ class Names(NamedTuple):
             tasks |= schema.settings_of(Streaming)
         for name in OF_TRAINING:
             if name in tasks:
-                about = f"--{name} in training only. By default as there"
-                hint = int if name != "ways" else tasks[name].hint
-                tasks[f"train_{name}"] = Setting(f"train_{name}", hint, schema.MISSING, about)
+                # All tasks of a run have one shape.
+                tasks[name] = tasks[name]._replace(hint=int)
+                about = f"--{name} in training only; without it as there."
+                tasks[f"train_{name}"] = Setting(f"train_{name}", int, schema.MISSING, about)
         return {
             "learner": schema.settings_of(self.learner, SUPPLIED_TO_LEARNER),
             "network": schema.settings_of(self.network, (*SUPPLIED_TO_NETWORK, *_width(self.network))),
@@ -347,8 +356,7 @@ def _of_preset(preset: str, tasks: str | None = None) -> Base:
     found = find_names(learner, network, tasks or source)
     groups = found.groups()
     values = {group: schema.defaults_of(groups[group]) for group in GROUPS}
-    own = key_of(tasks or source) == OWN
-    base = Base(None if own else preset, learner, network, tasks or source, values)
+    base = Base(None if is_own(tasks or source) else preset, learner, network, tasks or source, values)
     for name, value in spec.items():
         _assign(base, name, value)
     _fill_training_shape(base, spec)
@@ -370,12 +378,15 @@ def _assign(base: Base, name: str, value: Any) -> None:
     if dot:
         base.values[group][of_group] = value
         return
+    # Tasks of one's own start from a protocol that was made for others, which knows of their shape alone.
+    own = is_own(base.tasks)
     for group in _ORDER:
+        if own and group == "tasks" and name.removeprefix("train_") not in OF_TRAINING:
+            continue
         if name in groups[group]:
             base.values[group][name] = value
             return
-    # Tasks of one's own start from a protocol that was made for others.
-    if key_of(base.tasks) != OWN:
+    if not own:
         raise ArgumentError(name, f"no group of a run of {base.learner} on {base.tasks} has such a setting")
 
 
@@ -391,7 +402,6 @@ def _flat(base: Base) -> dict[str, Any]:
         "network": base.network,
         "tasks": base.tasks,
         "kind": kind_of(base.names().source),
-        "made_for": base.learner,
         "made_for_embeddings": not facts.head,
         "ways": base.values["tasks"].get("ways"),
     }
@@ -430,9 +440,13 @@ def _with_learner(base: Base, learner: str) -> Base:
     if "train_shots" in found.values["tasks"]:
         shots = base.values["tasks"]["train_shots"] * facts.train_shots // before.facts.train_shots
         found.values["tasks"]["train_shots"] = shots
+    if found.values["training"]["norm"] not in facts.rows.values():
+        found.values["training"]["norm"] = next(iter(facts.rows.values()))
     for name, value in own.items():
-        if name != "network" and any(name in groups[group] for group in GROUPS):
+        if any(name in groups[group] for group in GROUPS):
             _assign(found, name, value)
+        elif name not in _SOMETIMES:
+            raise ArgumentError("training", f"got {name!r}, which is no setting of a run of {learner}")
     return found
 
 
@@ -496,7 +510,7 @@ def resolve(base: Base, given: Mapping[str, Mapping[str, Any]]) -> Config:
 def _own(learner: str, network: str, tasks: str) -> list[str]:
     """Return those of three names that are `module:name` of code that is not ours."""
     own = [name for name in (learner, network) if names.is_own(name)]
-    return own + ([tasks] if source_of(tasks).key == OWN else [])
+    return own + ([tasks] if is_own(tasks) else [])
 
 
 def check(config: Config) -> None:
@@ -527,9 +541,11 @@ def check(config: Config) -> None:
     if kind == "regression" and config.training.norm != "batch":
         raise ArgumentError("norm", f"got {config.training.norm}; networks of regression normalise nothing")
     if config.training.diagnose and config.learner.get("order") == "first":
-        raise ArgumentError("diagnose", "compares with first order, and --order is first; take another order")
+        raise ArgumentError(
+            "diagnose", "it compares with first order, and --order is first; take another order"
+        )
     if config.tasks.get("strings") is not None and config.tasks.get("sequence") is None:
-        raise ArgumentError("strings", "are labels of sequences; add --sequence T")
+        raise ArgumentError("strings", "they are labels of sequences; add --sequence T")
     if config.run.workers and not config.tasks.get("stream"):
         raise ArgumentError("workers", "processes read a stream; add --stream")
     for name in ("shots", "train_shots"):
@@ -585,9 +601,11 @@ def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
         )
     try:
         chosen = {group: values[group]["name"] for group in ("learner", "network", "tasks")}
-        own = dict(values["own"])
-        if not all(isinstance(each, str) for pair in (*chosen.items(), *own.items()) for each in pair):
+        hashes = dict(values["own"])
+        if not all(isinstance(each, str) for pair in (*chosen.items(), *hashes.items()) for each in pair):
             raise TypeError("a name that is no text")
+        # By the names alone: what the file says of itself is not to be trusted.
+        own = {name: str(hashes.get(name, "")) for name in _own(**chosen)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     for kind, name in chosen.items():
@@ -595,7 +613,9 @@ def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
             raise ArgumentError(
                 kind,
                 f"the run in {path.parent} was trained with {name}, which is code that jaxmeta does not "
-                f"bring; to import it from here, say so: --{kind} {name}",
+                f"bring; to allow its import, name it"
+                + (" as LEARNER of train, elsewhere by" if kind == "learner" else ":")
+                + f" --{kind} {name}",
             )
     found = find_names(**chosen)
     for name, before in own.items():

@@ -67,7 +67,8 @@ def with_image_settings(config: Config, images: ImageSpec | None) -> Config:
     if images is None:
         return config
     known = {"size": images.size, "channels": images.channels}
-    return config.replaced(tasks={name: known[name] for name in known if name in config.tasks})
+    unset = [name for name in known if config.tasks.get(name, known) is None]
+    return config.replaced(tasks={name: known[name] for name in unset})
 
 
 def check_data(config: Config, tasks: TaskDistribution | TaskStream, folder: Path) -> None:

@@ -32,15 +32,25 @@ def presets(name: str | None = None) -> None:
         print_table((each, _of(each), preset["description"]) for each, preset in PRESETS.items())
         return
     preset = names.lookup("name", name, PRESETS)
-    placeholder = preset.get("tasks") in ("folder:PATH", "tfds:NAME")
-    base = base_of(Chosen(preset=name, tasks=f"{preset['tasks']}S" if placeholder else None))
+    kind, colon, _ = preset.get("tasks", "").partition(":")
+    base = base_of(Chosen(preset=name, tasks=f"{kind}:…" if colon else None))
     print(f"{name}: {preset['description']}\n")
     chosen = {"learner": base.learner, "network": base.network, "tasks": base.tasks}
-    for group, settings in base.names().groups().items():
+    groups = base.names().groups()
+    shared = {
+        each
+        for settings in groups.values()
+        for each in settings
+        if sum(each in other for other in groups.values()) > 1
+    }
+    for group, settings in groups.items():
         print(f"{group}{f': {chosen[group]}' if group in chosen else ''}")
         rows = [(each, base.values[group].get(each, settings[each].default)) for each in settings]
         if rows:
-            print_table((f"  --{each.replace('_', '-')}", schema.shown_value(value)) for each, value in rows)
+            flags = {each: f"{group}.{each}" if each in shared else each for each in settings}
+            print_table(
+                (f"  {schema.flag_of(flags[each])}", schema.shown_value(value)) for each, value in rows
+            )
 
 
 def tasks(name: str | None = None) -> None:
@@ -83,12 +93,21 @@ def networks(name: str | None = None) -> None:
       name: of a network, or module:name of your own.
     """
     if name is None:
-        print_table((key, schema.summary(network)) for key, network in names.NETWORKS.items())
+        print_table(
+            (key, f"{schema.summary(network)}{_variant(network)}") for key, network in names.NETWORKS.items()
+        )
         return
     network = names.find("name", name, names.NETWORKS)
     print(f"{name}: {schema.summary(network)}\n")
     width = names.width_name(network)
     _describe(network, (*SUPPLIED_TO_NETWORK, *([] if width is None else [width])))
+
+
+def _variant(network: Callable[..., Any]) -> str:
+    """Return what a variant of a network is built with."""
+    keywords = getattr(network, "keywords", {})
+    shown = ", ".join(f"{name} {schema.shown_value(value)}".split("(")[0] for name, value in keywords.items())
+    return f": {shown}" if shown else ""
 
 
 def _of(preset: str) -> str:

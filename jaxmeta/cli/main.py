@@ -1,94 +1,29 @@
 """The command line: `jaxmeta train`, `evaluate`, `transfer`, `rank`, …"""
 
 import contextlib
+import importlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 EXIT_OTHER, EXIT_USER, EXIT_STOPPED = 1, 2, 75
 
 
-def _train(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import commands
-
-    commands.train(argv)
-
-
-def _evaluate(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import commands
-
-    commands.evaluate(argv)
-
-
-def _compare(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import commands
-
-    commands.compare(argv)
-
-
-def _plot(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import compare, parser
-
-    parser.call(compare.plot, "plot", argv)
-
-
-def _predict(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import parser, predict
-
-    parser.call(predict.predict, "predict", argv)
-
-
-def _transfer(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import parser, transfer
-
-    parser.call(transfer.transfer, "transfer", argv)
-
-
-def _rank(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import parser, transfer
-
-    parser.call(transfer.rank, "rank", argv)
-
-
-def _presets(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import describe, parser
-
-    parser.call(describe.presets, "presets", argv)
-
-
-def _tasks(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import describe, parser
-
-    parser.call(describe.tasks, "tasks", argv)
-
-
-def _learners(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import describe, parser
-
-    parser.call(describe.learners, "learners", argv)
-
-
-def _networks(argv: Sequence[str]) -> None:
-    from jaxmeta.cli import describe, parser
-
-    parser.call(describe.networks, "networks", argv)
-
-
-# Each command, and what it does; what a command needs is imported when it runs.
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (_train, "meta-train a learner and evaluate it on test tasks"),
-    "evaluate": (_evaluate, "evaluate a run on test tasks: those of its report, or others"),
-    "compare": (_compare, "train learners on the same tasks at the same budget, and compare them"),
-    "plot": (_plot, "draw the learning curves of runs"),
-    "predict": (_predict, "learn classes from folders of images, and name other images by them"),
-    "transfer": (_transfer, "learn labelled images from what a source has learned"),
-    "rank": (_rank, "rank sources by how well they promise to transfer to a target"),
-    "presets": (_presets, "list the protocols, or describe one"),
-    "tasks": (_tasks, "list where tasks come from, or describe one source"),
-    "learners": (_learners, "list the methods, or describe one"),
-    "networks": (_networks, "list the networks, or describe one"),
+# Each command: its module, and what it does. A module is imported when its command runs.
+COMMANDS = {
+    "train": ("commands", "meta-train a learner and evaluate it on test tasks"),
+    "evaluate": ("commands", "evaluate a run on test tasks: those of its report, or others"),
+    "compare": ("commands", "train learners on the same tasks at the same budget, and compare them"),
+    "plot": ("compare", "draw the learning curves of runs"),
+    "predict": ("predict", "learn classes from folders of images, and name other images by them"),
+    "transfer": ("transfer", "learn labelled images from what a source has learned"),
+    "rank": ("transfer", "rank sources by how well they promise to transfer to a target"),
+    "presets": ("describe", "list the protocols, or describe one"),
+    "tasks": ("describe", "list where tasks come from, or describe one source"),
+    "learners": ("describe", "list the methods, or describe one"),
+    "networks": ("describe", "list the networks, or describe one"),
 }
 
 
@@ -103,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(sys.argv[1:] if argv is None else argv)
         return 0
     except KeyboardInterrupt as stop:
-        return _say(f"stopped: {stop or 'interrupted'}", EXIT_STOPPED)
+        # What a run was told to stop by says how it goes on; anything else has saved nothing.
+        return _say(f"stopped: {stop or 'interrupted'}", EXIT_STOPPED if str(stop) else EXIT_OTHER)
     except SystemExit as ended:  # a process of ours, which has said why
         return int(ended.code or 0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -129,7 +65,7 @@ def program() -> None:
 
 
 def _run(argv: Sequence[str]) -> None:
-    from jaxmeta.cli.parser import HelpShown, UsageError
+    from jaxmeta.cli.parser import HelpShown, UsageError, call
 
     if not argv or argv[0] in ("-h", "--help"):
         _print_help()
@@ -143,8 +79,14 @@ def _run(argv: Sequence[str]) -> None:
         from jaxmeta.cli.names import known
 
         raise UsageError(f"there is no command {argv[0]!r}; {known(argv[0], COMMANDS)}")
+    module, _ = COMMANDS[argv[0]]
+    function = getattr(importlib.import_module(f"jaxmeta.cli.{module}"), argv[0])
     with contextlib.suppress(HelpShown):
-        COMMANDS[argv[0]][0](argv[1:])
+        if module == "commands":
+            # Those parse their flags themselves, which depend on names.
+            function(argv[1:])
+        else:
+            call(function, argv[0], argv[1:])
 
 
 def _print_help() -> None:

@@ -45,7 +45,7 @@ ELSEWHERE = {
     "--first-order": "--order first",
 }
 # Arguments of the library that a command has under another name.
-_SAID_AS = {"path": "tasks", "length": "sequence", "outer": "outer_optimizer"}
+_SAID_AS = {"path": "tasks", "length": "sequence"}
 
 
 class UsageError(ValueError):
@@ -155,9 +155,10 @@ class Parser:
 
     def _add(self, section: Any, flag: str, dest: str, setting: Setting, default: Any) -> None:
         shown = "(required)" if default is schema.MISSING else ""
-        if default is not schema.MISSING and default is not None and setting.hint is not bool:
+        if default is not schema.MISSING and default is not None:
             shown = f"(default: {schema.shown_value(default)})"
-        about = f"{setting.help} {shown}".strip().replace("%", "%%")
+        # Docstrings speak of Python's None.
+        about = f"{setting.help.replace('None', 'none')} {shown}".strip().replace("%", "%%")
         if setting.hint is bool:
             section.add_argument(
                 flag, dest=dest, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about
@@ -238,7 +239,10 @@ class Parser:
             if there:
                 return f"{self.command} has no {flag}; here it is {' or '.join(there)}; {see}"
         whose = owners_of(flag)
-        if whose and self.command in ("train", "compare", "evaluate"):
+        if whose and self.command == "evaluate":
+            can = ", ".join(sorted(self.flags))
+            return f"{flag}: is fixed by the run; evaluate can be told {can}"
+        if whose and self.command in ("train", "compare"):
             return f"{flag}: is a setting of {whose}, and not of {self.owner}; {see}"
         close = difflib.get_close_matches(flag, sorted(self.known()), n=3)
         meant = f"did you mean {' or '.join(close)}? See" if close else "see"
@@ -259,9 +263,7 @@ class Parser:
         for flag, (its_group, setting) in self.flags.items():
             if setting.name == (rest if dot else name) and (not dot or its_group == group):
                 return flag
-        if name in self.words:
-            return name.upper()
-        return schema.flag_of(name) if schema.flag_of(name) in self.shared else name
+        return name.upper() if name in self.words else name
 
 
 def owners_of(flag: str) -> str | None:

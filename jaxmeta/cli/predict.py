@@ -1,5 +1,7 @@
 """Predict: learn classes from folders of images, and name other images by them."""
 
+import csv as csv_format
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,7 +19,7 @@ from jaxmeta.cli.config import stored
 from jaxmeta.cli.data import ImageSpec, images_of
 from jaxmeta.cli.run import params_of
 from jaxmeta.core import Batch, Learner, Params
-from jaxmeta.files import write_json
+from jaxmeta.files import write_json, write_text
 from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files, in_colour
 from jaxmeta.tasks.splits import warn_of_case
 
@@ -31,6 +33,7 @@ def predict(
     support: str,
     query: str,
     json: str | None = None,
+    csv: str | None = None,
     invert: bool = False,
     skip_unreadable: bool = False,
     learner: str | None = None,
@@ -45,7 +48,8 @@ def predict(
       run: the folder of a run on images.
       support: images to learn from: a folder with one subfolder a class, named as it.
       query: images to name: a folder, with subfolders or without, or a single image.
-      json: also write the answers here.
+      json: also write the answers here, with the probability of each class.
+      csv: also write the answers here, as a table of file, class and probabilities.
       invert: turn dark to light in all images. Without it images of strokes are turned where the support
         set says so, since training images have light ink on dark.
       skip_unreadable: leave out images that cannot be read.
@@ -69,7 +73,7 @@ def predict(
         raise ArgumentError(
             "run", f"{run} was trained on {config.tasks['name']}, which are no images; nothing to predict"
         )
-    target = folders.output_file("json", json)
+    target, table = folders.output_file("json", json), folders.output_file("csv", csv)
     classes = class_files(Path(support).expanduser(), "support")
     warn_of_case("--support", classes)
     fixed = config.names().facts.head
@@ -113,8 +117,20 @@ def predict(
     ]
     if target is not None:
         write_json(target, answers)
+    if table is not None:
+        write_text(table, _as_csv(answers))
     _print(answers)
     return answers
+
+
+def _as_csv(answers: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv_format.writer(text, lineterminator="\n")
+    names = list(answers[0]["probabilities"])
+    writer.writerow(["file", "class", *names])
+    for answer in answers:
+        writer.writerow([answer["file"], answer["class"], *(answer["probabilities"][name] for name in names)])
+    return text.getvalue()
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -96,10 +96,10 @@ class Invocation:
     """What one invocation of `train` is told besides its configuration.
 
     Attributes:
-      out: the run's output directory. By default runs/<learner>-<tasks>-<date and time>.
+      out: the run's output directory; without it runs/<learner>-<tasks>-<date and time>.
       resume: continue the run in --out from its last checkpoint.
       profile: let JAX's profiler watch some meta-steps: profile/ in the output directory.
-      coordinator: of several processes, each with its own --process: where the first one is, HOST:PORT.
+      coordinator: HOST:PORT of the first of several processes, each of which is started with its --process.
       processes: how many processes there are.
       process: which of several processes this is, from 0.
       distributed: join several processes as Slurm, Kubernetes or a TPU pod started them.

@@ -58,6 +58,8 @@ class Setting(NamedTuple):
         kinds = members(self.hint)
         if types.NoneType in kinds and text.lower() == "none":
             return None
+        if text.lower() in ("none", "") and any(Ellipsis in get_args(kind) for kind in kinds):
+            return ()
         for kind in kinds:
             if get_origin(kind) is Literal:
                 for value in get_args(kind):
@@ -81,10 +83,16 @@ class Setting(NamedTuple):
         Raises:
           ArgumentError: it is none of its types.
         """
-        try:
-            return msgspec.convert(value, self.hint)
-        except msgspec.ValidationError:
-            raise self.problem(value) from None
+        for kind in members(self.hint):
+            if get_origin(kind) is Literal:
+                if any(type(each) is type(value) and each == value for each in get_args(kind)):
+                    return value
+                continue
+            try:
+                return msgspec.convert(value, kind)
+            except msgspec.ValidationError:
+                continue
+        raise self.problem(value)
 
     def problem(self, value: Any) -> ArgumentError:
         given = value if isinstance(value, str) else shown(value)
@@ -136,7 +144,12 @@ def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> d
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """Return the keyword-only parameters of a function, or the fields of a class."""
     base = function.func if isinstance(function, functools.partial) else function
-    signature = inspect.signature(function, eval_str=not isinstance(function, functools.partial))
+    try:
+        signature = inspect.signature(function, eval_str=not isinstance(function, functools.partial))
+    except NameError as error:
+        raise ArgumentError(
+            name_of(function), f"its annotations cannot be read: {error}; import what they name"
+        ) from error
     kinds: set[Any] = {inspect.Parameter.KEYWORD_ONLY}
     if isinstance(base, type):
         kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -267,7 +280,8 @@ def shown_value(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    # All digits: who reads it back gets the same number.
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _list(names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -171,8 +172,8 @@ class Sequences:
     """Settings of tasks that are presented as sequences (`jm.tasks.sequences`).
 
     Attributes:
-      sequence: steps of a sequence that the support set is, labels one step late.
-      strings: letters and characters of labels that are strings. By default labels are classes.
+      sequence: length of the sequence that a task's support set is shown as, with labels one step late.
+      strings: letters and characters of labels that are strings, such as 5,5; without it labels are classes.
     """
 
     sequence: int | None = None
@@ -203,7 +204,7 @@ def source_of(name: str) -> Source:
             if colon and argument in ("", placeholder):
                 raise ArgumentError("tasks", f"got {name}; put your own {placeholder} after the colon")
             return source._replace(argument=argument)
-    if names.is_own(name):
+    if is_own(name):
         function = names.find("tasks", name, {})
         kind = "folder" if schema.accepts(function, "ways") else "sinusoid"
         return Source(OWN, function, schema.summary(function), kind)
@@ -211,9 +212,15 @@ def source_of(name: str) -> Source:
     raise AssertionError(name)
 
 
+def is_own(name: str) -> bool:
+    """Return whether a name is `module:name` of code that is not ours; nothing is imported for it."""
+    kind, colon, _ = name.partition(":")
+    return names.is_own(name) and not any(key.startswith(kind + colon) for key in TASKS)
+
+
 def key_of(name: str) -> str:
     """Return the entry of `TASKS` that a name means, or `OWN`; one with a placeholder means itself."""
-    return name if name in TASKS else source_of(name).key
+    return OWN if is_own(name) else name if name in TASKS else source_of(name).key
 
 
 def tasks_of(
@@ -310,8 +317,12 @@ def validation_tasks_of(config: "Config", key: Key | None = None) -> TaskDistrib
         return None
     try:
         return tasks_of(config, "validation", key)
-    except ArgumentError as error:
-        if error.name == "split":
+    except ValueError as error:
+        if isinstance(error, ArgumentError) and error.name == "split":
+            return None
+        if is_own(config.tasks["name"]):
+            # Who writes a source has no name of ours to refuse a part by.
+            warnings.warn(f"there are no validation tasks: {error}", stacklevel=2)
             return None
         raise
 
