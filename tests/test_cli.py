@@ -132,6 +132,22 @@ def test_evaluate_with_the_run_s_own_protocol_repeats_its_report(run, tmp_path, 
     assert read_json(tmp_path / "other.json")["mse"] != read_json(tmp_path / "result.json")["mse"]
 
 
+def test_a_run_is_evaluated_on_other_tasks(run, tmp_path, capsys):
+    target = tmp_path / "other.json"
+    argv = ["evaluate", str(run), "--tasks", "harmonic", "--episodes", "8", "--json", str(target)]
+    assert main(argv) == 0
+    found = read_json(target)
+    assert (found["tasks"], found["card"]["tasks"], found["shots"]) == ("harmonic", "harmonic", 5)
+    assert found["mse"]["mean"] > 0
+    capsys.readouterr()
+    for tasks, said in (
+        ("glyphs", "--tasks: glyphs is classification"),
+        ("harmonics", "--tasks: there is no 'harmonics'"),
+    ):
+        assert main(["evaluate", str(run), "--tasks", tasks]) == 2
+        assert said in capsys.readouterr().err
+
+
 class StopAt:
     """Stands in for `RunLog.__call__`: raises a signal after what a meta-step reports."""
 

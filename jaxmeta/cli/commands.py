@@ -11,7 +11,7 @@ from typing import Any
 from jaxmeta.checks import parsed_json
 from jaxmeta.cli import compare as comparing
 from jaxmeta.cli import folders, run, schema, sources
-from jaxmeta.cli.config import Base, Chosen, base_of, from_json, resolve, stored
+from jaxmeta.cli.config import Base, Chosen, base_of, from_json, on_other_tasks, resolve, stored
 from jaxmeta.cli.parser import Group, Parser, UsageError, normalized
 from jaxmeta.cli.schema import Setting
 
@@ -195,7 +195,8 @@ def evaluate(argv: Sequence[str]) -> None:
         "json": "also write the result here",
         "learner": "module:name of a method of your own that the run was trained with",
         "network": "module:name of a network of your own that the run was trained with",
-        "tasks": "module:name of tasks of your own that the run was trained with",
+        "tasks": "evaluate on other tasks of the same kind; or module:name of your own that the run was "
+        "trained with",
     }
     own = {name: Setting(name, str | None, None, text) for name, text in about.items()}
     output = Group("output", "output and code of your own", own, {})
@@ -208,6 +209,10 @@ def evaluate(argv: Sequence[str]) -> None:
         raise UsageError("RUN: is missing; it comes first; see `jaxmeta evaluate --help`")
     believed = trusted(named, named.get("learner"))
     config = stored(Path(folder).expanduser(), believed)
+    tasks = sources.absolute(named["tasks"]) if "tasks" in named else config.tasks["name"]
+    if tasks != config.tasks["name"]:
+        with Parser("evaluate", [output], words=words).naming_flags():
+            config = on_other_tasks(config, tasks)
     known = config.names().groups()
     groups = [
         Group(
@@ -228,6 +233,7 @@ def evaluate(argv: Sequence[str]) -> None:
         run.evaluate_run(
             Path(folder).expanduser(),
             settled(given.values),
+            tasks=tasks,
             json=given.values.get("output", {}).get("json"),
             trusted=believed,
         )

@@ -255,7 +255,7 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself, or of a comparison its runs."""
+    """Return the folder itself, or the runs of a comparison."""
     if not (folder / "comparison.json").is_file():
         return [folder]
     return [folder / row["run"] for row in _read(folder / "comparison.json")["learners"].values()]
@@ -341,13 +341,13 @@ def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[
 
 
 def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What two runs must agree in to be compared."""
+    """Return what two runs must agree in to be compared."""
     names = ("tasks", "preset", "seed", "steps", "episodes", "card")
     return {name: report[name] for name in names} | {"meta_batch": report["config"]["training"]["meta_batch"]}
 
 
 def _difference(values: np.ndarray, to: np.ndarray) -> dict[str, float]:
-    """Mean over episodes of the difference in each, and its confidence interval."""
+    """Return the mean over episodes of the difference in each, and its confidence interval."""
     found = Evaluation.of(values - to)
     return {"mean": found.mean, "ci95": found.ci95}
 
@@ -364,7 +364,7 @@ def _curve(folder: Path, name: str) -> Curve:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, as long as it takes to tell them apart and without the words all share."""
+    """Return the folders' names, as long as telling them apart takes, without the words that all share."""
     parts = [folder.resolve().parts for folder in folders]
     for part, folder in zip(parts, folders, strict=True):
         if parts.count(part) > 1:

@@ -9,7 +9,7 @@ from jaxmeta.cli.report import read_metrics, shown
 
 
 def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
-    """The results of a learner by the name that they have among the episodes."""
+    """Return the results of a learner by the name that they have among the episodes."""
     return row[metric] if metric == "accuracy" else {metric: row[metric]}
 
 
@@ -55,7 +55,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
-    """A Markdown table that is readable as it is, of columns of text and then of numbers."""
+    """Return a Markdown table that is readable as it is: columns of text, then of numbers."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:
@@ -67,7 +67,7 @@ def _table(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
 
 
 def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
-    """Left the metric over the meta-steps, then that on test tasks, right the differences."""
+    """Draw the metric over the meta-steps, the metric on test tasks, and the differences."""
     from matplotlib.lines import Line2D
 
     metric, rows = result["metric"], result["learners"]

@@ -513,6 +513,25 @@ def _own(learner: str, network: str, tasks: str) -> list[str]:
     return own + ([tasks] if is_own(tasks) else [])
 
 
+def on_other_tasks(config: Config, tasks: str) -> Config:
+    """Return the configuration of a run with other tasks to be evaluated on, of the same shape.
+
+    Raises:
+      ArgumentError: there are none of that name, or they are of another kind.
+    """
+    kinds = [kind_of(source_of(name)) for name in (tasks, config.tasks["name"])]
+    if kinds[0] != kinds[1]:
+        raise ArgumentError("tasks", f"{tasks} is {kinds[0]}, and the run was trained for {kinds[1]}")
+    base = base_of(Chosen(config.learner["name"], tasks=tasks))
+    shape = [*OF_TRAINING, *(f"train_{name}" for name in OF_TRAINING)]
+    kept = {name: config.tasks[name] for name in shape if name in config.tasks}
+    # Images are read as the run's were, where their source can.
+    kept |= {name: config.images[name] for name in ("size", "channels")} if config.images else {}
+    values = base.values["tasks"] | {name: kept[name] for name in kept if name in base.values["tasks"]}
+    data = dataclasses.replace(config.run, data=None)
+    return dataclasses.replace(config, tasks={"name": tasks, **values}, run=data)
+
+
 def check(config: Config) -> None:
     """Refuse settings that do not go together, and values that no group can check by itself.
 

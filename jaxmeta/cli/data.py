@@ -79,22 +79,32 @@ def check_data(config: Config, tasks: TaskDistribution | TaskStream, folder: Pat
         trained on; or the images have another shape.
     """
     name = config.tasks["name"]
+    check_images(config, tasks, folder, name)
     if config.split_hash != tasks.card.split_hash:
         raise ArgumentError(
             "tasks",
             f"the classes of {name}, or how they are split, are no longer those that the run in {folder} was "
             f"trained on (split {str(config.split_hash)[:8]} then, {str(tasks.card.split_hash)[:8]} now)",
         )
+
+
+def check_images(config: Config, tasks: TaskDistribution | TaskStream, folder: Path, name: str) -> None:
+    """Refuse images of another shape than those that the run in `folder` was trained on.
+
+    Raises:
+      ArgumentError: they have another.
+    """
     images = images_of(config)
-    if images is not None:
-        shape = _shape(tasks)[1:]
-        before = (images.size, images.size, images.channels)
-        if shape != before:
-            raise ArgumentError(
-                "tasks",
-                f"the images of {name} have shape {shape}, and those that the run in {folder} was trained on "
-                f"{before}",
-            )
+    if images is None:
+        return
+    shape = _shape(tasks)[1:]
+    before = (images.size, images.size, images.channels)
+    if shape != before:
+        raise ArgumentError(
+            "tasks",
+            f"the images of {name} have shape {shape}, and those that the run in {folder} was trained "
+            f"on {before}",
+        )
 
 
 def _shape(tasks: TaskDistribution | TaskStream) -> tuple[int, ...]:

@@ -41,12 +41,12 @@ class Curve(NamedTuple):
 
 
 def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: str) -> None:
-    """Draws training loss, training metric and validation metric against meta-steps, as a PNG."""
+    """Draw training loss, training metric and validation metric against meta-steps, as a PNG."""
     plot_curves(path, [Curve(title, rows, metric)])
 
 
 def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
-    """Draws runs as a PNG: left their training loss, then their metric; see `draw_metric`.
+    """Draw runs as a PNG, their training loss on the left, then their metric; see `draw_metric`.
 
     Where runs have compared meta-gradients, cosine and ratio of norms stand to the right.
 
@@ -74,7 +74,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
 
 
 def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
-    """Draws the metric on validation tasks and, as a diamond, on test tasks, with 95 % intervals.
+    """Draw the metric on validation tasks and, as a diamond, on test tasks, with 95 % intervals.
 
     Of a single run, and of one with fewer than two validations, draws that on training tasks, too.
     """
@@ -111,7 +111,7 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
 
 
 def _draw_training(axes: Any, curve: Curve, name: str, x: str, style: dict[str, Any], label: str) -> None:
-    """A metric of training faintly, and its running mean over a twentieth of the run."""
+    """Draw a metric of training faintly, and its running mean over a twentieth of the run."""
     rows = [row for row in curve.rows if name in row]
     if not rows:
         return
@@ -135,7 +135,7 @@ def _with_test(curve: Curve) -> str:
 def plot_confusion(
     path: Path, matrix: Int[np.ndarray, "classes classes"], names: Sequence[str], title: str
 ) -> None:
-    """Draws how often each class was named as each other, as a PNG.
+    """Draw how often each class was named as each other, as a PNG.
 
     The colour of a cell is its part of the row. Up to 20 classes cells have their number of examples, and up
     to 30 classes their names; of more, every tenth or so is numbered, from 0.
@@ -184,7 +184,7 @@ def _shortened(name: str) -> str:
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour and dashes of run i: Okabe and Ito's palette, whose colours the colour-blind tell apart."""
+    """Return colour and dashes of run i, of Okabe and Ito's palette, which the colour-blind tell apart."""
     colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
     return {"color": colors[i % len(colors)], "linestyle": ("-", "--", "-.", ":")[i // len(colors) % 4]}
 
@@ -200,7 +200,7 @@ def tolerated(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure of that many inches, written to `path` as a PNG on leaving, whole or not at all."""
+    """Give a figure of that many inches, written to `path` as a PNG on leaving, whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,7 +212,7 @@ def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
 
 
 def finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:
-    """Labels and grid, and a logarithmic scale for squared errors; once all is drawn."""
+    """Set labels, grid and, for squared errors, a logarithmic scale, once all is drawn."""
     from matplotlib.ticker import LogLocator
 
     axes.set(xlabel=xlabel, ylabel=ylabel)

@@ -1,4 +1,4 @@
-"""What a run shows while it runs, and the folder it leaves behind.
+"""Progress, metrics and reports of a run.
 
 `metrics.jsonl` grows while the run goes on; every other file is written beside its place and
 renamed, so that what is there is whole.
@@ -26,7 +26,7 @@ _NO_SCALARS = ("step", "best", "compile_s")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`; a last line that was cut off is left out."""
+    """Return the rows of a `metrics.jsonl`; a last line that was cut off is left out."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -64,12 +64,12 @@ class RunLog:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds the run took so far, those before a resumption included."""
+        """Return the seconds the run took so far, those before a resumption included."""
         return self._spent_before + time.perf_counter() - self._started
 
     @contextlib.contextmanager
     def showing(self) -> Iterator["RunLog"]:
-        """Shows progress while inside."""
+        """Show progress while inside."""
         self._started = time.perf_counter()
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - reopened by `_rewind`
         try:
@@ -141,7 +141,7 @@ class RunLog:
         self._scalars.flush()
 
     def _rewind(self, step: int) -> None:
-        """Drops the rows that the run is about to write again."""
+        """Drop the rows that the run is about to write again."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         self._file.close()
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -179,7 +179,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callable[[Event], None]]:
-    """`report`, and between its first two `Progress` events JAX's profiler writes to `folder` what it sees.
+    """Give `report` with JAX's profiler on between its first two `Progress` events, writing to `folder`.
 
     After the first all is compiled; and what a trace takes of memory and disk grows with its length.
     """
@@ -254,7 +254,7 @@ def _duration(seconds: float) -> str:
 
 
 def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
-    """Mean ± half-width of the confidence interval, accuracy in %."""
+    """Return mean ± half-width of the confidence interval, accuracy in %."""
     digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
     return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"
 
@@ -262,7 +262,7 @@ def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
 # Whose statistics, by `norm` of the learner.
 NORMALISED = {
     "none": "no batch normalisation",
-    "batch": "batch normalisation by the batch that is judged",
+    "batch": "batch normalisation by the evaluated batch",
     "population": "batch normalisation by the training tasks",
     "support": "batch normalisation by the support set",
     "episode": "batch normalisation by the support set, a running average over the inner steps",

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, names, schema, sources
-from jaxmeta.cli.config import Config, check, stored
-from jaxmeta.cli.data import check_data, image_spec, images_of, with_image_settings
+from jaxmeta.cli.config import Config, check, on_other_tasks, stored
+from jaxmeta.cli.data import check_data, check_images, image_spec, images_of, with_image_settings
 from jaxmeta.cli.devices import connect, described, machine, mesh_of, peak_memory
 from jaxmeta.cli.figures import plot_curve, tolerated
 from jaxmeta.cli.report import (
@@ -415,6 +415,7 @@ def evaluate_run(
     folder: Path,
     given: Mapping[str, Mapping[str, Any]],
     *,
+    tasks: str | None = None,
     json: str | None = None,
     trusted: Iterable[str] = (),
 ) -> dict[str, Any]:
@@ -423,13 +424,15 @@ def evaluate_run(
     Args:
       folder: of the run.
       given: flags by group.
+      tasks: name of other tasks than those of the run.
       json: also write the result here.
       trusted: names of code of one's own that may be imported.
     """
     before = stored(folder, trusted)
     target = folders.output_file("json", json)
     run = dict(given.get("run", {}))
-    config = before.replaced(
+    other = tasks is not None and tasks != before.tasks["name"]
+    config = (on_other_tasks(before, str(tasks)) if other else before).replaced(
         **{group: values for group, values in given.items() if group != "run"},
         run={"devices": None, "mesh": None} | run,
     )
@@ -438,7 +441,10 @@ def evaluate_run(
     # What is drawn is another seed's; the parameters are those of the run's own.
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
     test = sources.tasks_of(config, "test", test_key(seed))
-    check_data(before, test, folder)
+    if other:
+        check_images(before, test, folder, str(tasks))
+    else:
+        check_data(before, test, folder)
     params = params_of(folder, before)
     result = {
         "run": str(folder),
