@@ -154,11 +154,11 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
         (["train", "matching", "--shots", "0"], "--shots: got 0"),
         (
             ["train", "matching", "--divergence", "kl"],
-            "--divergence: is a setting of prototypical; matching on",
+            "--divergence: is a setting of prototypical, and not of matching on",
         ),
         (
             ["train", "maml", "--within-alphabet"],
-            "--within-alphabet: is a setting of omniglot; maml on glyphs",
+            "--within-alphabet: is a setting of omniglot, and not of maml on glyphs",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
         (
             "mann",
             ["--task-weights", "none"],
-            "--task-weights: is a setting of metanet; mann on glyphs",
+            "--task-weights: is a setting of metanet, and not of mann on glyphs",
         ),
         ("metanet", ["--network", "conv4"], "--network: got conv4; metanet works with augmented-cnn"),
     ],

@@ -5,7 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -215,10 +215,10 @@ def class_split(
         )
     try:
         parts = parsed_json(path.read_text(encoding="utf-8"))
-        split: dict[str, Any] = {
-            part: names if isinstance(names, str) else tuple(names) for part, names in parts.items()
-        }
-        return ClassSplit(**split)
+        for part, names in parts.items():
+            if isinstance(names, str):
+                raise ValueError(f"{part} must be a sequence of class names, got the string {names!r}")
+        return ClassSplit(**{part: tuple(names) for part, names in parts.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ArgumentError("classes", f"{path} is no class split in JSON: {error}") from None
 
