@@ -30,7 +30,7 @@ def prepare_tfds(
     channels: Literal[1, 3] | None = None,
     image: str | None = None,
     label: str | None = None,
-    tfds_splits: tuple[str, ...] | str | None = None,
+    tfds_splits: Sequence[str] | str | None = None,
     data: str | os.PathLike | None = None,
 ) -> Prepared:
     """The images of a tensorflow-datasets data set, decoded once and kept in the cache.
@@ -94,7 +94,7 @@ def from_tfds(
     rotations: Literal["none", "classes", "random"] = "none",
     image: str | None = None,
     label: str | None = None,
-    tfds_splits: tuple[str, ...] | str | None = None,
+    tfds_splits: Sequence[str] | str | None = None,
     data: str | os.PathLike | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks from any image classification data set of tensorflow-datasets.
