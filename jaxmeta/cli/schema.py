@@ -58,7 +58,7 @@ class Setting(NamedTuple):
         kinds = members(self.hint)
         if types.NoneType in kinds and text.lower() == "none":
             return None
-        if text.lower() in ("none", "") and any(Ellipsis in get_args(kind) for kind in kinds):
+        if text.lower() == "none" and any(Ellipsis in get_args(kind) for kind in kinds):
             return ()
         for kind in kinds:
             if get_origin(kind) is Literal:
