@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, parsed_json
+from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, schema, sources
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
-from jaxmeta.cli.config import Base, Config, resolve, stored
+from jaxmeta.cli.config import Base, Config, read_json, resolve, stored
 from jaxmeta.cli.figures import Curve, plot_curves, tolerated
 from jaxmeta.cli.parser import Given
 from jaxmeta.cli.report import read_metrics
@@ -63,7 +63,7 @@ class _Trainings:
 
     def run(self, learner: str, argv: Sequence[str]) -> None:
         command = [sys.executable, "-m", "jaxmeta.cli", "train", learner, *argv]
-        # In a session of its own, lest an interrupt at the terminal reach it twice.
+        # The process gets a session of its own, so that an interrupt at the terminal reaches it once.
         self.process = subprocess.Popen(command, start_new_session=True)
         if self.signal is not None:  # it came while the process was not there yet
             self.process.send_signal(self.signal)
@@ -380,7 +380,4 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is no run: there is no {path}")
-    try:
-        return parsed_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    return read_json(path)

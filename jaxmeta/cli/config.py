@@ -601,11 +601,19 @@ def stored(folder: Path, trusted: Iterable[str] = ()) -> Config:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run: there is no {path}")
+    return from_json(read_json(path), path, trusted)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of a run holds.
+
+    Raises:
+      ValueError: it holds no JSON.
+    """
     try:
-        values = parsed_json(path.read_text(encoding="utf-8"))
+        return parsed_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    return from_json(values, path, trusted)
 
 
 def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:

@@ -213,7 +213,7 @@ def _in_classifier(path: str) -> str:
 
 
 def check_settings(recipe: str, asked: Settings) -> None:
-    """Refuse settings that the recipe does not have, and values that cannot be.
+    """Check that the recipe has the settings, and that their values are valid.
 
     Raises:
       ArgumentError: there is one.

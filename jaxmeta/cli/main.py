@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         # What a run was told to stop by says how it goes on; anything else has saved nothing.
         return _say(f"stopped: {stop or 'interrupted'}", EXIT_STOPPED if str(stop) else EXIT_OTHER)
-    except SystemExit as ended:  # a process of ours, which has said why
+    except SystemExit as ended:  # a process that we started has printed its error
         return int(ended.code or 0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return _say(f"error: {error}{_place(error)}", EXIT_USER)
@@ -118,7 +118,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", module="jaxmeta")
-        # Of an image that cannot be read we say so ourselves, and by its name.
+        # Our own warning names an image that cannot be read.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.showwarning = show
         yield

@@ -143,7 +143,7 @@ def _imported(kind: str, name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
-        # Behind all else, lest a file here stand in for a module of ours.
+        # The folder comes last, so that a file in it cannot replace a module of ours.
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)

@@ -397,7 +397,7 @@ def params_of(folder: Path, config: Config) -> Params:
 
     Raises:
       ValueError: they cannot be read, or are of another learner, network, number of ways or seed than
-        `config`; or the run, whose last act is to fill these statistics, has not ended.
+        `config`; or the run has not ended, since it fills these statistics last.
     """
     kept = as_trained(config)
     params = load_params(folder, config={name: kept[name] for name in ("learner", "network", "seed")})

@@ -166,7 +166,7 @@ def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         found = [each for each in found if names is None or each.name in names]
         hints = {each.name: each.annotation for each in parameters(base)}
         found = [each.replace(annotation=hints.get(each.name, each.annotation)) for each in found]
-        # What is no plain value is fixed by the variant.
+        # A variant fixes the values that are not plain.
         found = [each for each in found if each.name not in fixed or _is_plain_value(each.default)]
     return found
 
