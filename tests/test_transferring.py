@@ -24,7 +24,7 @@ from jaxmeta.cli.config import stored
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import RECIPES
 from jaxmeta.cli.run import params_of
-from jaxmeta.cli.target_data import Reading, Target, read_target, split_shots
+from jaxmeta.cli.target_data import Target, read_target, split_shots, target_settings
 from jaxmeta.cli.transfer import wilson
 from jaxmeta.nn.norm import from_moments
 from jaxmeta.transfer.ranking import SCORES
@@ -137,12 +137,18 @@ def test_every_flag_has_help():
         assert all(setting.help for setting in schema.settings_of(command).values())
 
 
+def test_a_target_brings_the_flags_of_its_source(own):
+    assert set(target_settings("omniglot")) == {"protocol"}
+    assert {"image", "label", "tfds_splits"} <= set(target_settings("tfds:some"))
+    # What of one's own function an episode would have is no flag, nor what the source's network decides.
+    assert set(target_settings("own_bars:bars")) == {"folder"}
+
+
 def test_commands_share_the_flags_of_images():
     flags, ranking = schema.settings_of(transferring.transfer), schema.settings_of(transferring.rank)
     of_transfer = {"recipe", "train", "l2_sp", "out"}
     assert set(flags) - of_transfer == set(ranking) - {"score", "fine_tune", "json"}
     assert set(fine_tuning.Settings.__annotations__) <= set(flags)
-    assert set(Reading.__annotations__) <= set(flags)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,7 @@ def test_the_written_weights_give_the_reported_accuracy(place, probed):
         x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
         outputs = apply(loaded.variables, x)
         right += (np.argmax(outputs, 1) == label).tolist()
-    target = read_target(f"folder:{place / 'standing'}", Reading(), 5, KEY, size=SIDE, channels=1)
+    target = read_target(f"folder:{place / 'standing'}", {}, 5, KEY, size=SIDE, channels=1)
     score = split_shots(target, 5, jax.random.fold_in(jax.random.key(3), 0)).score
     assert np.mean(np.array(right)[score]) == report["accuracy"]["mean"]
 
@@ -238,7 +244,7 @@ def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place
     assert "by AdaBN" in (tmp_path / "out" / "report.md").read_text()
     written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(fomaml)
     assert all(np.array_equal(written[path], leaf) for path, leaf in source.items())
-    target = read_target(f"folder:{place / 'standing'}", Reading(), None, KEY, size=SIDE, channels=1)
+    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=SIDE, channels=1)
     learn = split_shots(target, None, jax.random.fold_in(KEY, 0)).learn
     assert len(learn) == 5 * 8
     x = target.x[learn].reshape(40, -1) / 255
@@ -336,7 +342,7 @@ def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
     assert (report["images"]["size"], report["images"]["channels"]) == (32, 3)
     assert report["leaves"] == {"taken": 15, "new": 2, "left_over": 0, "dropped": 2}
     # The head of the features that the file's network has of normalised images.
-    target = read_target(f"folder:{place / 'standing'}", Reading(), None, KEY, size=32, channels=3)
+    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=32, channels=3)
     learn = target.batch(split_shots(target, None, jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     loaded = jm.transfer.load_pretrained(tmp_path / "resnet.safetensors", head=False)
@@ -403,7 +409,7 @@ def test_shots_are_of_each_class_and_the_others_are_scored():
 
 
 def test_a_target_is_what_labelled_tasks_are(place):
-    target = read_target(f"folder:{place / 'standing'}", Reading(), None, KEY, size=None, channels=None)
+    target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=None, channels=None)
     x, y = jm.tasks.labelled(jm.tasks.from_folder(place / "standing", classes=None, ways=2))
     np.testing.assert_allclose(target.x / 255, x, atol=1e-6)
     assert target.y.tolist() == y.tolist()
@@ -477,7 +483,7 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
     flags = ["--score", "leep", "--size", "32", "--shots", "3", "--json", str(tmp_path / "r.json")]
     rank(place, *flags, sources=[tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     found = read_json(tmp_path / "r.json")
-    target = read_target(f"folder:{place / 'noisy'}", Reading(), None, KEY, size=32, channels=3)
+    target = read_target(f"folder:{place / 'noisy'}", {}, None, KEY, size=32, channels=3)
     learn = target.batch(split_shots(target, 3, jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     loaded = jm.transfer.load_pretrained(tmp_path / "a.safetensors")
@@ -496,7 +502,7 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         (["--target", "folder:{place}/one"], "has 1 class; there must be 2"),
         (["--target", "mnist"], "--data: mnist is read from your own copy"),
         (["--data", "{place}"], "--data: folder:{place}/standing has no such setting"),
-        (["--protocol", "lake"], "--protocol: folder:{place}/standing has no such setting"),
+        (["--protocol", "lake"], "--protocol: is a setting of omniglot, and not of transfer"),
         (["--shots", "10"], "--shots: got 10, and the class 'bar 0'"),
         (["--shots", "0"], "--shots: got 0; it must be at least 1"),
         (["--shots", "many"], "--shots: got many; it must be"),
@@ -522,7 +528,7 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         (["--recepi", "x"], "transfer has no --recepi; did you mean --recipe"),
         (["--image-size", "8"], "transfer has no --image-size; here it is --size"),
         (["--seed", "-1"], "--seed: got -1; it must be at least 0"),
-        (["--label", "kind"], "--label: folder:{place}/standing has no such setting"),
+        (["--label", "kind"], "--label: is a setting of tfds:NAME, and not of transfer"),
         (["--target", "quadratics"], "--target: quadratics has no images with labels"),
         (["--target", "glyphs", "--shots", "all"], "--shots: got all, and glyphs are drawn without end"),
     ],
@@ -622,6 +628,8 @@ def test_a_target_of_one_s_own_is_a_function_of_its_module(place, own):
     report = transfer(place, own / "out", *flags, target="own_bars:bars")
     assert (report["classes"], report["learned_from"], report["scored"]) == (5, 25, 25)
     assert set(report["recalls"]) == set("01234")
+    report = transfer(place, own / "other", *flags, "--folder", str(place / "noisy"), target="own_bars:bars")
+    assert report["classes"] == 8
 
 
 @pytest.mark.parametrize(
@@ -629,7 +637,7 @@ def test_a_target_of_one_s_own_is_a_function_of_its_module(place, own):
     [
         ("waves", "own_bars:waves has no images with labels"),
         ("streamed", "got regression tasks of 'quadratics'"),
-        ("hungry", "own_bars:hungry has no default for depth"),
+        ("hungry", "own_bars:hungry has no default for depth; give it one"),
         ("missing", "has no function 'missing'"),
     ],
 )

@@ -4,16 +4,18 @@ First the names of the learner, the network, the tasks and the protocol; then ex
 have, with their real values as defaults.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxmeta.checks import parsed_json
 from jaxmeta.cli import compare as comparing
 from jaxmeta.cli import folders, run, schema, sources
+from jaxmeta.cli import transfer as transferring
 from jaxmeta.cli.config import Base, Chosen, base_of, from_json, on_other_tasks, resolve, stored
-from jaxmeta.cli.parser import Group, Parser, UsageError, normalized
+from jaxmeta.cli.parser import Group, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
+from jaxmeta.cli.target_data import target_settings
 
 _TITLES = {
     "learner": "method: {}",
@@ -44,7 +46,7 @@ def _first_phase(argv: Sequence[str]) -> tuple[dict[str, str], str | None, bool,
     """Return the names in a command line, its first word, whether it resumes, and `--out`."""
     found: dict[str, str] = {}
     words = [normalized(word) for word in argv]
-    wanted = {schema.flag_of(name): name for name in (*_NAMES, "out", "learner")}
+    wanted = {schema.flag_of(name): name for name in (*_NAMES, "out", "learner", "target")}
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in wanted:
@@ -280,3 +282,24 @@ def compare(argv: Sequence[str]) -> None:
         raise UsageError("LEARNER: name the learners first, then the flags")
     with parser.naming_flags():
         comparing.compare(bases, common, given._replace(values={**given.values, **settled(given.values)}))
+
+
+def transfer(argv: Sequence[str]) -> None:
+    """Learn labelled images from what a source has learned."""
+    _with_target(transferring.transfer, "transfer", argv)
+
+
+def rank(argv: Sequence[str]) -> None:
+    """Rank sources by how well they promise to transfer to a target."""
+    _with_target(transferring.rank, "rank", argv)
+
+
+def _with_target(function: Callable[..., Any], command: str, argv: Sequence[str]) -> None:
+    """Call a command whose flags are those of its function and those of its target's source."""
+    named, _, _, _ = _first_phase(argv)
+    groups = []
+    if "target" in named:
+        with of_function(function, command).naming_flags():
+            settings = target_settings(named["target"])
+        groups.append(Group("reading", f"target: {named['target']}", settings, {}))
+    call(function, command, argv, groups)

@@ -242,7 +242,7 @@ class Parser:
         if whose and self.command == "evaluate":
             can = ", ".join(sorted(self.flags))
             return f"{flag}: is fixed by the run; evaluate can be told {can}"
-        if whose and self.command in ("train", "compare"):
+        if whose and self.command in ("train", "compare", "transfer", "rank"):
             return f"{flag}: is a setting of {whose}, and not of {self.owner}; {see}"
         close = difflib.get_close_matches(flag, sorted(self.known()), n=3)
         meant = f"did you mean {' or '.join(close)}? See" if close else "see"
@@ -296,8 +296,8 @@ def normalized(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def of_function(function: Callable[..., Any], command: str) -> Parser:
-    """Return the parser of a command that a function's signature describes."""
+def of_function(function: Callable[..., Any], command: str, more: Sequence[Group] = ()) -> Parser:
+    """Return the parser of a command that a function's signature describes, and of more flags."""
     words: list[tuple[str, str | None, str]] = []
     described = schema.descriptions(function)
     for parameter in inspect.signature(function).parameters.values():
@@ -308,12 +308,20 @@ def of_function(function: Callable[..., Any], command: str) -> Parser:
             words.append((parameter.name, "?", about))
     group = Group("flags", "flags", schema.settings_of(function), {})
     about = schema.summary(function) + "."
-    return Parser(command, [group], words=words, about=about)
+    return Parser(command, [group, *more], words=words, about=about)
 
 
-def call(function: Callable[..., Any], command: str, argv: Sequence[str]) -> Any:
-    """Parse a command line by a function's signature, and call it."""
-    parser = of_function(function, command)
+def call(function: Callable[..., Any], command: str, argv: Sequence[str], more: Sequence[Group] = ()) -> Any:
+    """Parse a command line by a function's signature, and call it.
+
+    Args:
+      function: to be called.
+      command: its name.
+      argv: the command line.
+      more: groups of flags besides those of the signature, each of which the function takes as a dictionary
+        under the group's name.
+    """
+    parser = of_function(function, command, more)
     given = parser.parse(argv)
     parser.required(given)
     parameters = inspect.signature(function).parameters.values()
@@ -327,7 +335,11 @@ def call(function: Callable[..., Any], command: str, argv: Sequence[str]) -> Any
     if not several and len(given.words) > len(needed):
         raise UsageError(f"unexpected argument {given.words[len(needed)]!r}; see `jaxmeta {command} --help`")
     with parser.naming_flags():
-        return function(*given.words, **given.values.get("flags", {}))
+        return function(
+            *given.words,
+            **given.values.get("flags", {}),
+            **{group.name: given.values.get(group.name, {}) for group in more},
+        )
 
 
 def _in_our_words(message: str) -> str:

@@ -1,6 +1,6 @@
 """Read the target of a transfer: all images of a set of classes, some to learn from and the rest to score."""
 
-import dataclasses
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, UInt8
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.cli import schema
+from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import OWN, Source, renaming, source_of
 from jaxmeta.core import Batch, Key
 from jaxmeta.tasks import labelled
@@ -25,35 +26,11 @@ _DRAWN = 15
 # Every task source has these, and no labelled set depends on them.
 _EPISODE = {"ways": 2, "shots": 1, "queries": 1}
 # Every class, as it is.
-_WHOLE = {"classes": (0.0, 0.0, 1.0), "rotations": "none"}
+_WHOLE = {"classes": (0.0, 0.0, 1.0), "rotations": "none", "split_seed": 0, "within_alphabet": False}
+# What a transfer chooses for the source's network.
+_OF_IMAGES = ("size", "channels")
 
 Shots = int | Literal["all"] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How images are read: what is not None must be a setting of their source.
-
-    Attributes:
-      data: folder with the source's files.
-      protocol: class split of omniglot.
-      image: tfds: feature that holds the image.
-      label: tfds: feature that names the class.
-      tfds_splits: tfds: splits to pool.
-      skip_unreadable: whether images that cannot be read are left out.
-    """
-
-    data: str | None = None
-    protocol: str | None = None
-    image: str | None = None
-    label: str | None = None
-    tfds_splits: tuple[str, ...] | None = None
-    skip_unreadable: bool = False
-
-    def given(self) -> dict[str, Any]:
-        """Return what was asked for, by name."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 class Target(NamedTuple):
@@ -93,16 +70,51 @@ class ShotSplit(NamedTuple):
     description: str
 
 
+def target_settings(name: str) -> dict[str, Setting]:
+    """Return the settings of a target that a transfer can be told: those of its source.
+
+    Left out are the shape of episodes, which a transfer has none of, and what every class is read with.
+
+    Raises:
+      ArgumentError: there is no such source.
+    """
+    with _of_target():
+        source = source_of(name)
+    fixed = (*_fixed(source), *_OF_IMAGES, "split", "data")
+    # A required one is missed in words of its own, once it is known that the target has images.
+    return {
+        each: setting._replace(default=None) if setting.default is schema.MISSING else setting
+        for each, setting in schema.settings_of(source.function, fixed).items()
+    }
+
+
+def _fixed(source: Source) -> dict[str, Any]:
+    # What settings of these names mean elsewhere, only their author knows.
+    return _EPISODE if source.key == OWN else {**_EPISODE, **_WHOLE}
+
+
+def _of_target() -> contextlib.AbstractContextManager[None]:
+    return renaming({"tasks": "target", "path": "target", "name": "target"})
+
+
 def read_target(
-    name: str, reading: Reading, shots: Shots, key: Key, *, size: int | None, channels: int | None
+    name: str,
+    reading: Mapping[str, Any],
+    shots: Shots,
+    key: Key,
+    *,
+    data: str | None = None,
+    size: int | None,
+    channels: int | None,
 ) -> Target:
     """Read all images of all classes; of sets with an official class split those of its test classes.
 
     Args:
       name: as of `train --tasks`.
-      reading: settings that only some sources have.
+      reading: settings of its source, in place of their defaults (see `target_settings`).
       shots: as of `split_shots`, for sources that draw as many images as they are asked for.
       key: of these drawings.
+      data: folder with the source's files.
       size: to read images with, where the source has such a setting; None for its own.
       channels: likewise.
 
@@ -111,18 +123,18 @@ def read_target(
       ArgumentError: a source of something else than images with labels; a setting that it does not have; a
         single class.
     """
-    with renaming({"tasks": "target", "path": "target", "name": "target"}):
+    with _of_target():
         source = source_of(name)
         if not schema.accepts(source.function, "ways"):
             raise ArgumentError("target", f"{name} has no images with labels")
         if source.key == "folder:PATH" and not Path(source.argument).expanduser().exists():
             raise ArgumentError("target", f"{source.argument} does not exist")
-        settings = _settings(name, source, reading, size, channels)
+        settings = _settings(name, source, reading, data, size, channels)
         if source.images is not None:
-            found = source.images(source.argument, settings, reading.data)
+            found = source.images(source.argument, settings, data)
             x, y, classes, protocol = _all_of(found)
         else:
-            x, y, protocol = _labelled(name, source, settings, reading.data, shots, key)
+            x, y, protocol = _labelled(name, source, settings, data, shots, key)
             classes = _class_names(source, settings, int(y.max()) + 1)
     if len(classes) < 2:
         raise ArgumentError("target", f"{name} has {len(classes)} class; there must be 2 to tell apart")
@@ -132,29 +144,25 @@ def read_target(
 
 
 def _settings(
-    name: str, source: Source, reading: Reading, size: int | None, channels: int | None
+    name: str,
+    source: Source,
+    reading: Mapping[str, Any],
+    data: str | None,
+    size: int | None,
+    channels: int | None,
 ) -> dict[str, Any]:
     """Return the values of all settings of a source."""
-    if source.copied and reading.data is None:
+    if source.copied and data is None:
         raise ArgumentError("data", f"{source.key} is read from your own copy; add --data DIR")
+    if data is not None and not schema.accepts(source.function, "data"):
+        raise ArgumentError("data", f"{name} has no such setting")
     known = schema.settings_of(source.function, ("split", "data"))
-    values = schema.defaults_of(known)
-    # What settings of these names mean elsewhere, only their author knows.
-    fixed = _EPISODE if source.key == OWN else {**_EPISODE, **_WHOLE}
     shape = {"size": size, "channels": channels}
-    fixed = {**fixed, **{each: value for each, value in shape.items() if value is not None}}
-    values |= {each: value for each, value in fixed.items() if each in known}
-    for each, value in reading.given().items():
-        if each == "data" and schema.accepts(source.function, each):
-            continue
-        if each not in known:
-            raise ArgumentError(each, f"{name} has no such setting")
-        values[each] = known[each].check(value)
+    fixed = {**_fixed(source), **{each: value for each, value in shape.items() if value is not None}}
+    values = schema.defaults_of(known) | {each: fixed[each] for each in fixed if each in known} | reading
     missing = [each for each in known if each not in values]
     if missing:
-        raise ArgumentError(
-            "target", f"{name} has no default for {missing[0]}, and no flag here gives it one"
-        )
+        raise ArgumentError("target", f"{name} has no default for {missing[0]}; give it one by a flag")
     return values
 
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ from jaxmeta.cli.fine_tuning import (
     trained,
 )
 from jaxmeta.cli.sources import file_name
-from jaxmeta.cli.target_data import Reading, Shots, ShotSplit, Target, read_target, split_shots
+from jaxmeta.cli.target_data import ShotSplit, Target, read_target, split_shots
 from jaxmeta.core import Batch, Key
 from jaxmeta.declare import forwards
 from jaxmeta.files import write_json, write_text
@@ -61,36 +62,11 @@ _RANKED_STEPS = 100
 _Z = 1.959964
 
 
-class _Options(NamedTuple):
-    """How a target's images are read and brought to a source; see `target_options`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `transfer` and `rank` are both told.
 
-    reading: Reading
-    shots: Shots
-    size: int | None
-    channels: int | None
-    pixels: str | None
-    network: str | None
-    seed: int
-
-
-def target_options(
-    *,
-    data: str | None = None,
-    shots: int | Literal["all"] | None = None,
-    size: int | None = None,
-    channels: Literal[1, 3] | None = None,
-    pixels: Literal["plain", "imagenet", "symmetric"] | None = None,
-    network: str | None = None,
-    protocol: str | None = None,
-    image: str | None = None,
-    label: str | None = None,
-    tfds_splits: tuple[str, ...] | None = None,
-    skip_unreadable: bool = False,
-    seed: int = 0,
-) -> _Options:
-    """Return how a target's images are read and brought to a source, after a look at the values.
-
-    Args:
+    Attributes:
       data: folder with the target's files. Without it they are looked for in the cache, or downloaded.
       shots: random examples of each class to learn from, or all for four fifths of each; the others are
         scored. By default 20, and at most four fifths of the smallest class.
@@ -103,21 +79,36 @@ def target_options(
         ImageNet's mean and by its standard deviation, symmetric in [-1, 1].
       network: the network of a file that does not say which it is of, or with nothing learned, a name as of
         `train`.
-      protocol: class split of omniglot, whose test classes are the target.
-      image: tfds: feature that holds the image. Without it the only one, or the one named image.
-      label: tfds: feature that names the class. Without it the label of the data set.
-      tfds_splits: tfds: splits of the data set to pool. Without it all.
-      skip_unreadable: whether to leave out images that cannot be read.
+      steps: mini-batches of fine-tuning; without it as many as ten epochs have, and at least 200; 100 of
+        `rank`.
+      rate: largest step size of Adam, which falls to zero; without it 0.001, and 0.0001 of ResNet and ViT
+        files. That of gradual is ten times as large.
+      batch: examples in each mini-batch; without it 32.
       seed: seed of the examples to learn from, the new head and the mini-batches.
     """
-    check_count("seed", seed, 0, LARGEST_SEED)
-    if size is not None:
-        check_count("size", size)
-    reading = Reading(folders.data_folder(data), protocol, image, label, tfds_splits, skip_unreadable)
-    return _Options(reading, shots, size, channels, pixels, network, seed)
+
+    data: str | None = None
+    shots: int | Literal["all"] | None = None
+    size: int | None = None
+    channels: Literal[1, 3] | None = None
+    pixels: Literal["plain", "imagenet", "symmetric"] | None = None
+    network: str | None = None
+    steps: int | None = None
+    rate: float | None = None
+    batch: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0, LARGEST_SEED)
+        if self.size is not None:
+            check_count("size", self.size)
+
+    def fine_tuning(self, **more: Any) -> Settings:
+        """Return how fine-tuning was asked to learn."""
+        return Settings(self.steps, self.rate, self.batch, **more)
 
 
-@forwards(target_options)
+@forwards(Options)
 def transfer(
     source: str,
     *,
@@ -126,11 +117,9 @@ def transfer(
     | None = None,
     train: tuple[str, ...] | None = None,
     l2_sp: float | None = None,
-    steps: int | None = None,
-    rate: float | None = None,
-    batch: int | None = None,
     out: str | None = None,
-    **reading: Any,
+    reading: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Path:
     """Learn labelled images from what a source has learned, and report how well.
 
@@ -149,11 +138,9 @@ def transfer(
       train: parts of the backbone that fine-tune and lp-ft train beside the head, such as body/ConvNorm_3;
         without it all. They are paths as in report.md without params/, with * within a name and ** across.
       l2_sp: weight of ½‖w − w⁰‖², which pulls the backbone towards the source's.
-      steps: mini-batches; without it as many as ten epochs have, and at least 200.
-      rate: largest step size of Adam, which falls to zero; without it 0.001, and 0.0001 of ResNet and ViT
-        files. That of gradual is ten times as large.
-      batch: examples in each mini-batch; without it 32.
       out: the transfer's folder. Without it runs/transfer-<source>-<target>-<date and time>.
+      reading: settings of the target's source, in place of their defaults.
+      **options: as of `Options`.
 
     Returns:
       The transfer's folder.
@@ -164,27 +151,27 @@ def transfer(
     """
     started = time.perf_counter()
     recipe = recipe or ("scratch" if source == NONE else "lp-ft")
-    asked = Settings(steps, rate, batch, train, l2_sp)
+    common = _options(options)
+    asked = common.fine_tuning(train=train, l2_sp=l2_sp)
     check_settings(recipe, asked)
     if source == NONE and recipe != "scratch":
         raise ArgumentError("recipe", f"got {recipe}; with SOURCE {NONE} there is only scratch")
     if out is not None:
         folders.refuse_used(Path(out).expanduser(), COMMAND)
-    options = target_options(**reading)
-    key = jax.random.key(options.seed)
-    backbone = _backbone(source, options)
+    key = jax.random.key(common.seed)
+    backbone = _backbone(source, common)
     if recipe == "scratch":
         backbone = dataclasses.replace(backbone, variables=None)
-    images, split = _images(backbone, target, options, key)
+    images, split = _images(backbone, target, common, reading, key)
     learn, score = images.batch(split.learn), images.batch(split.score)
-    start = _start(backbone, images, learn, options, key)
+    start = _start(backbone, images, learn, common, key)
     settings = resolved(recipe, backbone, start, len(split.learn), asked)
     report = {
         "source": source,
         "target": target,
         "recipe": recipe,
         **dataclasses.asdict(settings),
-        "seed": options.seed,
+        "seed": common.seed,
         "about": {
             "source": backbone.about,
             "target": images.protocol,
@@ -234,11 +221,12 @@ def transfer(
         "source": source,
         "target": target,
         "recipe": recipe,
-        "seed": options.seed,
+        "seed": common.seed,
         **settings.given(),
-        **options.reading.given(),
-        "shots": options.shots,
-        "network": options.network,
+        "data": common.data,
+        "reading": dict(reading),
+        "shots": common.shots,
+        "network": common.network,
         "images": start.images._asdict(),
         "pixels": backbone.pixels,
         "classes": images.classes,
@@ -257,17 +245,15 @@ def transfer(
     return folder
 
 
-@forwards(target_options)
+@forwards(Options)
 def rank(
     *sources: str,
     target: str,
     score: Literal["log_me", "h_score", "leep", "nce"] = "log_me",
     fine_tune: bool = False,
-    steps: int | None = None,
-    rate: float | None = None,
-    batch: int | None = None,
     json: str | None = None,
-    **reading: Any,
+    reading: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> Ranking:
     """Rank sources by how well they promise to transfer to a target, without training.
 
@@ -279,17 +265,16 @@ def rank(
       target: where labelled images come from, as `train --tasks`, of which all classes are taken.
       score: score to order by.
       fine_tune: whether to fine-tune each source briefly as well (lp-ft), to see which score would have told.
-      steps: mini-batches of --fine-tune; without it 100.
-      rate: largest step size of Adam, which falls to zero, of --fine-tune; without it 0.001, and 0.0001 of
-        ResNet and ViT files.
-      batch: examples in each mini-batch of --fine-tune; without it 32.
       json: file to write the table to as well.
+      reading: settings of the target's source, in place of their defaults.
+      **options: as of `Options`.
 
     Raises:
       FileNotFoundError, ValueError: the user's input is at fault.
       FloatingPointError: fine-tuning diverged.
     """
-    asked = Settings(steps, rate, batch)
+    common = _options(options)
+    asked = common.fine_tuning()
     if not fine_tune and asked.given():
         name = next(iter(asked.given()))
         raise ArgumentError(name, "is of --fine-tune; add it, or leave this out")
@@ -299,9 +284,8 @@ def rank(
             "sources", f"got {' '.join(sources) or 'none'}; there must be two or more, each once"
         )
     to = folders.output_file("json", json)
-    options = target_options(**reading)
-    key = jax.random.key(options.seed)
-    backbones = {name: _backbone(name, options, "sources") for name in sources}
+    key = jax.random.key(common.seed)
+    backbones = {name: _backbone(name, common, "sources") for name in sources}
     without = [name for name, backbone in backbones.items() if backbone.head is None]
     if score in ("leep", "nce") and without:
         raise ArgumentError(
@@ -309,9 +293,9 @@ def rank(
         )
     candidates, accuracies, widths = {}, {}, []
     for name, backbone in backbones.items():
-        images, split = _images(backbone, target, options, key)
+        images, split = _images(backbone, target, common, reading, key)
         learn, scored = images.batch(split.learn), images.batch(split.score)
-        start = _start(backbone, images, learn, options, key)
+        start = _start(backbone, images, learn, common, key)
         features = extract_features(start.model, start.variables, learn.x, batch=start.at_once)
         widths.append(features.shape[1])
         candidates[name] = Candidate(features, _source_probs(backbone, features))
@@ -337,7 +321,12 @@ def rank(
 # --- Source and target ---------------------------------------------------------------------------
 
 
-def _backbone(source: str, options: _Options, argument: str = "source") -> Backbone:
+def _options(given: Mapping[str, Any]) -> Options:
+    """Return common options, with the path of the data good in every folder."""
+    return Options(**{**given, "data": folders.data_folder(given.get("data"))})
+
+
+def _backbone(source: str, options: Options, argument: str = "source") -> Backbone:
     if source != NONE:
         backbone = load_backbone(source, network=options.network, size=options.size, argument=argument)
     elif argument != "source":
@@ -355,18 +344,22 @@ def _backbone(source: str, options: _Options, argument: str = "source") -> Backb
     return dataclasses.replace(backbone, pixels=PIXELS[options.pixels])
 
 
-def _images(backbone: Backbone, target: str, options: _Options, key: Key) -> tuple[Target, ShotSplit]:
+def _images(
+    backbone: Backbone, target: str, options: Options, reading: Mapping[str, Any], key: Key
+) -> tuple[Target, ShotSplit]:
     """Return the target's images, read as the backbone takes them where they can be."""
     size = backbone.size if options.size is None else options.size
     channels = options.channels
     if size is not None:
         channels = backbone.channels(size, channels)
     drawing = jax.random.fold_in(key, 3)
-    images = read_target(target, options.reading, options.shots, drawing, size=size, channels=channels)
+    images = read_target(
+        target, reading, options.shots, drawing, data=options.data, size=size, channels=channels
+    )
     return images, split_shots(images, options.shots, jax.random.fold_in(key, 0))
 
 
-def _start(backbone: Backbone, images: Target, learn: Batch, options: _Options, key: Key) -> Learnable:
+def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, key: Key) -> Learnable:
     key = jax.random.fold_in(key, 1)
     return learnable(backbone, images, learn, size=options.size, channels=options.channels, key=key)
 
