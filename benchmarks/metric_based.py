@@ -25,7 +25,7 @@ from machine import cores, describe_machine
 import jaxmeta as jm
 from jaxmeta.cli import build, sources
 from jaxmeta.cli.config import stored
-from jaxmeta.cli.run import params_of, test_key
+from jaxmeta.cli.run import evaluation_key, params_of
 
 EPISODES = 1000
 
@@ -65,7 +65,7 @@ def linear_map(tasks: jm.TaskDistribution, key, batches: int = 200) -> tuple[jm.
 
 
 def evaluated(learner, params, tasks, seed: int) -> dict:
-    found = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=test_key(seed))
+    found = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=evaluation_key(seed))
     return {"mean": found.mean, "ci95": found.ci95}
 
 

@@ -26,7 +26,7 @@ from machine import cores, describe_machine
 import jaxmeta as jm
 from jaxmeta.cli import build, sources
 from jaxmeta.cli.config import stored
-from jaxmeta.cli.run import test_key
+from jaxmeta.cli.run import evaluation_key
 
 # method -> (preset, what was published of 5-way 1-shot, its budget)
 ROWS = {
@@ -123,7 +123,7 @@ def control(folder: Path, devices) -> dict:
 
     validation = jm.training.validation_key(key)
     rate = max(CONTROL_RATES, key=lambda rate: accuracy(rate, "batch", "validation", 200, validation).mean)
-    test = test_key(config.run.seed)
+    test = evaluation_key(config.run.seed)
     rows = {"transductive": "batch", "inductive": "support"}
     return {
         "rate": rate,

@@ -35,7 +35,7 @@ from machine import describe_machine
 from reproduce import train
 
 import jaxmeta as jm
-from jaxmeta.cli.run import test_key
+from jaxmeta.cli.run import evaluation_key
 from jaxmeta.training import validation_key
 
 LABELS = (1, 5, 20, 100)
@@ -155,7 +155,7 @@ def tuned(rate: float, steps: int):
 
 def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, seed: int):
     """Accuracy by method, source of tasks, and examples a class: all that is known after each of them."""
-    key, test = jax.random.key(seed), test_key(seed)
+    key, test = jax.random.key(seed), evaluation_key(seed)
     starts = {
         "from scratch": five_way(None, key),
         "fine-tuning": five_way(pretrained.variables["params"], key),

@@ -96,6 +96,7 @@ __all__ = [
     "learned_optimizer_unroll",
     "learner",
     "load",
+    "load_classifier",
     "load_params",
     "load_run",
     "losses",
@@ -129,4 +130,8 @@ def __getattr__(name: str) -> Any:
         from jaxmeta.cli.run import load_run
 
         return load_run
+    if name == "load_classifier":
+        from jaxmeta.cli.classifier import load_classifier
+
+        return load_classifier
     raise AttributeError(f"module 'jaxmeta' has no attribute {name!r}")

@@ -45,6 +45,7 @@ class Facts:
       supervised: whether it trains on mini-batches of all training classes (`jm.tasks.supervised`), not on
         episodes.
       zero_shot: whether it can learn classes from their metadata alone.
+      distances: whether its outputs are minus the distances between a query and the classes.
       networks: names of the networks that it works with; None for all.
       network: `(build, tasks) -> arguments`: what the factory is called with first, as a tuple of positional
         arguments and a dictionary of keyword arguments. `build(out)` makes the chosen network with that
@@ -65,6 +66,7 @@ class Facts:
     rows: Mapping[str, str] = dataclasses.field(default_factory=_rows)
     supervised: bool = False
     zero_shot: bool = False
+    distances: bool = False
     networks: tuple[str, ...] | None = None
     network: Callable[..., tuple[tuple, dict[str, Any]]] | None = None
     augment: Callable[..., Any] | None = None

@@ -316,7 +316,7 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["train", "--tasks", "omniglot", "--data", "nowhere"], "nowhere"),
         (["train", "--tasks", "omniglot", "--protocol", "other", "--data", "."], "protocol"),
         (["train", "--ways", "5000"], "ways"),
-        (["evaluate"], "RUN"),
+        (["evaluate"], "SOURCE"),
         (["evaluate", "nowhere"], "nowhere"),
         (["compare"], "at least two"),
         (["compare", "maml"], "at least two"),

@@ -10,7 +10,7 @@ import jaxmeta as jm
 from jaxmeta.cli import build, main
 from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.cli.names import NETWORKS
-from jaxmeta.cli.run import test_key as key_of_test
+from jaxmeta.cli.run import evaluation_key as key_of_test
 
 ARGUMENTS = ["--tasks", "glyphs", "--ways", "3", "--shots", "4", "--queries", "1", "--sequence", "12"]
 

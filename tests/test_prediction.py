@@ -17,7 +17,7 @@ from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta.cli import main, predict, sources
+from jaxmeta.cli import classifier, main, sources
 from jaxmeta.cli import run as run_of_command
 from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.cli.data import image_spec
@@ -316,12 +316,12 @@ def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question
 
 
 def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatch, capsys):
-    build = predict.build.learner_of
+    build = classifier.build.learner_of
 
     def diverging(config, norm):
         return build(config.replaced(learner={"inner_lr": 1e38, "eval_steps": 5}), norm)
 
-    monkeypatch.setattr(predict.build, "learner_of", diverging)
+    monkeypatch.setattr(classifier.build, "learner_of", diverging)
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(place / "run"), *flags]) == 1
     assert "diverged: the answers are not finite" in capsys.readouterr().err
@@ -334,7 +334,7 @@ def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatc
         ({"--query": "nowhere"}, "--query: "),
         ({"--support": "query"}, "has no subfolders, one a class; sort the 6 images"),
         ({"--query": "empty"}, "there is no image in"),
-        ({"--support": "one"}, "got 1 classes; maml was trained with 3 ways and tells 2 to 3 apart"),
+        ({"--support": "one"}, "got 1 classes; there must be 2 or more to tell apart"),
         ({"--json": "nowhere/answers.json"}, "--json: the folder"),
         ({"--json": "empty"}, "is a folder; name a file"),
     ],

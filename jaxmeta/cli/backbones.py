@@ -13,11 +13,12 @@ from jaxmeta.checks import ArgumentError, parsed_json
 from jaxmeta.cli.data import ImageSpec
 from jaxmeta.cli.names import LEARNERS, NETWORKS, find, width_name
 from jaxmeta.cli.sources import renaming
-from jaxmeta.core import Params
+from jaxmeta.core import Model, Params
 from jaxmeta.declare import facts_of
 from jaxmeta.nn import StatefulModel, ViT, as_stateful
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import load_params
+from jaxmeta.transfer import input_adapter
 from jaxmeta.transfer.layouts import layout_of
 from jaxmeta.transfer.pretrained import Pretrained, load_pretrained
 from jaxmeta.transfer.subtree import Report, leaves_by_path
@@ -27,6 +28,8 @@ NONE = "none"
 # Of a transfer's folder: its weights, and what its config.json says it is.
 WEIGHTS, COMMAND = "weights.safetensors", "transfer"
 HEAD = "head"
+# Of an export's folder.
+EXPORT, PROGRAM = "export", "classifier.stablehlo"
 _IMAGENET_SIZE, _PRETRAINED_RATE, _RATE = 224, 1e-4, 1e-3
 
 
@@ -50,6 +53,35 @@ PIXELS = {
 }
 
 
+class Input(NamedTuple):
+    """How images are brought to a network.
+
+    Attributes:
+      images: that the network takes.
+      inverted: whether dark is turned to light.
+      pixels: how they enter.
+    """
+
+    images: ImageSpec
+    inverted: bool
+    pixels: Pixels
+
+    def adapter(self) -> Model:
+        """Return the adapter that does it.
+
+        Raises:
+          ArgumentError: pixels by another number of channels.
+        """
+        with renaming({"mean": "pixels", "std": "pixels"}):
+            return input_adapter(
+                channels=self.images.channels,
+                size=self.images.size,
+                invert=self.inverted,
+                mean=self.pixels.mean,
+                std=self.pixels.std,
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """A network without its head.
@@ -62,9 +94,11 @@ class Backbone:
       variables: "params" and, where they are known, "batch_stats"; None of a network that nothing was learned
         with.
       head: of the classes that it was trained on, `{"kernel", "bias"}`; None where there were none.
+      classes: their names, where they are known.
       images: that it was trained on; None where the source does not say.
       size: of the images it takes; None for any.
       pixels: how they enter.
+      inverted: whether a transfer has turned dark to light in the images that its head was fitted to.
       report: of the leaves that were read.
       rate: step size to fine-tune it with, where none is asked for.
     """
@@ -80,6 +114,8 @@ class Backbone:
     pixels: Pixels
     report: Report
     rate: float = _RATE
+    classes: tuple[str, ...] | None = None
+    inverted: bool = False
 
     @property
     def model(self) -> StatefulModel:
@@ -94,6 +130,27 @@ class Backbone:
             return flat(z), state
 
         return model._replace(apply=lambda variables, x: flat(model.apply(variables, x)), train=train)
+
+    def input(self, shape: tuple[int, ...], mean: Callable[[int], float], ink: bool, **asked: Any) -> "Input":
+        """Return what makes of other images those that the network takes.
+
+        Args:
+          shape: of one of these images, (height, width, channels).
+          mean: of their pixels, in [0, 1], once they have that many channels.
+          ink: whether images of their source are strokes, light on dark.
+          **asked: `size` and `channels` of what the network is given; None, or none, for what it was trained
+            on, or as the images are where it does not say.
+
+        Raises:
+          ArgumentError: the network takes no such images, or its pixels have another number of channels.
+        """
+        size = asked.get("size") or self.size or shape[0]
+        channels = self.channels(size, asked.get("channels")) or shape[2]
+        seen = mean(channels)
+        known = self.images or ImageSpec(size, channels, seen, ink)
+        # Strokes are light on dark in training.
+        inverted = known.ink and abs(seen - known.mean) > abs(1 - seen - known.mean)
+        return Input(known._replace(size=size, channels=channels), inverted, self.pixels)
 
     def channels(self, size: int, asked: int | None) -> int | None:
         """Return how many channels images of `size` must have; None where the network does not say.
@@ -172,6 +229,8 @@ def load_backbone(
         raise ArgumentError(
             argument, f"there is nothing at {source}; what is on the Hugging Face Hub is {HUB}…"
         )
+    if (path / PROGRAM).is_file():
+        raise ArgumentError(argument, f"{source} is an export, which predicts and can learn nothing else")
     with renaming({"path": argument, "run_dir": argument, "image_size": "size"}):
         try:
             loaded = load_pretrained(source)
@@ -198,6 +257,7 @@ def load_backbone(
         size=side or _IMAGENET_SIZE,
         pixels=_pixels(path, layout.name),
         rate=_PRETRAINED_RATE,
+        classes=_labels(path),
     )
 
 
@@ -229,11 +289,14 @@ def _of_transfer(backbone: Backbone, told: Mapping[str, Any]) -> Backbone:
     """Return the backbone with what a transfer says of its images."""
     try:
         images, pixels = ImageSpec(**told["images"]), Pixels(*map(tuple, told["pixels"]))
+        classes, inverted = tuple(map(str, told["classes"])), bool(told["inverted"])
     except (TypeError, KeyError) as error:
         raise ArgumentError(
             backbone.argument, f"the config.json of {backbone.source} is damaged: {error!r}"
         ) from None
-    return dataclasses.replace(backbone, images=images, size=images.size, pixels=pixels)
+    return dataclasses.replace(
+        backbone, images=images, size=images.size, pixels=pixels, classes=classes, inverted=inverted
+    )
 
 
 def _without_head(source: str, argument: str, loaded: Pretrained, name: str | None) -> Backbone:
@@ -305,3 +368,11 @@ def _pixels(path: Path, layout: str) -> Pixels:
             mean, std = (found.get("pretrained_cfg", found)[key] for key in keys)
             return Pixels(tuple(map(float, mean)), tuple(map(float, std)))
     return PIXELS["symmetric" if layout in ("huggingface-vit", "timm-vit") else "imagenet"]
+
+
+def _labels(path: Path) -> tuple[str, ...] | None:
+    """Return the names of the classes that a folder of weights was trained on, where its config.json says."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        names = parsed_json((path / "config.json").read_text(encoding="utf-8"))["id2label"]
+        return tuple(str(names[str(number)]) for number in range(len(names)))
+    return None

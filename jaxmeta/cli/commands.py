@@ -10,12 +10,14 @@ from typing import Any
 
 from jaxmeta.checks import parsed_json
 from jaxmeta.cli import compare as comparing
+from jaxmeta.cli import evaluate as evaluating
 from jaxmeta.cli import folders, run, schema, sources
 from jaxmeta.cli import transfer as transferring
-from jaxmeta.cli.config import Base, Chosen, base_of, from_json, on_other_tasks, resolve, stored
+from jaxmeta.cli.config import Base, Chosen, base_of, from_json, is_run, on_other_tasks, resolve, stored
 from jaxmeta.cli.parser import Group, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.target_data import target_settings
+from jaxmeta.transfer.weight_files import HUB
 
 _TITLES = {
     "learner": "method: {}",
@@ -177,6 +179,9 @@ def settled(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     kept = {group: dict(given[group]) for group in _SHOWN if group in given}
     if "data" in kept.get("run", {}):
         kept["run"]["data"] = folders.data_folder(kept["run"]["data"])
+    if "init" in kept.get("run", {}):
+        path = Path(kept["run"]["init"]).expanduser()
+        kept["run"]["init"] = str(path.resolve()) if path.exists() else kept["run"]["init"]
     classes = kept.get("tasks", {}).get("classes")
     if isinstance(classes, str) and Path(classes).expanduser().exists():
         kept["tasks"]["classes"] = str(Path(classes).expanduser().resolve())
@@ -202,13 +207,22 @@ def evaluate(argv: Sequence[str]) -> None:
     }
     own = {name: Setting(name, str | None, None, text) for name, text in about.items()}
     output = Group("output", "output and code of your own", own, {})
-    words = [("run", "?", "the run's folder")]
+    words = [
+        (
+            "source",
+            "?",
+            "a folder of `train`; or one of `transfer`, or weights, whose features are compared on --tasks",
+        )
+    ]
     named, folder, _, _ = _first_phase(argv)
     if folder is None:
-        about_it = f"{evaluate.__doc__} `jaxmeta evaluate RUN --help` shows what can be changed of a run."
+        about_it = f"{evaluate.__doc__} `jaxmeta evaluate SOURCE --help` shows what can be changed."
         if "--help" in argv or "-h" in argv:
             Parser("evaluate", [output], words=words, about=about_it).parse(argv)
-        raise UsageError("RUN: is missing; it comes first; see `jaxmeta evaluate --help`")
+        raise UsageError("SOURCE: is missing; it comes first; see `jaxmeta evaluate --help`")
+    if not is_run(Path(folder).expanduser()) and (Path(folder).exists() or folder.startswith(HUB)):
+        _evaluate_weights(folder, argv, named, words, output)
+        return
     believed = trusted(named, named.get("learner"))
     config = stored(Path(folder).expanduser(), believed)
     tasks = sources.absolute(named["tasks"]) if "tasks" in named else config.tasks["name"]
@@ -239,6 +253,40 @@ def evaluate(argv: Sequence[str]) -> None:
             json=given.values.get("output", {}).get("json"),
             trusted=believed,
         )
+
+
+def _evaluate_weights(
+    source: str,
+    argv: Sequence[str],
+    named: Mapping[str, str],
+    words: Sequence[tuple[str, str | None, str]],
+    output: Group,
+) -> None:
+    plain = Parser("evaluate", [output], words=words)
+    tasks = named.get("tasks")
+    with plain.naming_flags(), sources.renaming({"learner": "tasks"}):
+        base = base_of(Chosen(evaluating.METHOD, tasks=None if tasks is None else sources.absolute(tasks)))
+    groups = base.names().groups()
+    training = {name for name in groups["tasks"] if name.startswith("train_")}
+    shown = {
+        "tasks": {name: each for name, each in groups["tasks"].items() if name not in training},
+        "run": {name: groups["run"][name] for name in _OF_EVALUATION["run"] if name in groups["run"]},
+    }
+    of_source = [
+        Group(name, _TITLES[name].format(base.tasks), settings, base.values[name])
+        for name, settings in shown.items()
+    ]
+    about = str(evaluating.evaluate_weights.__doc__).partition("\n")[0]
+    parser = Parser("evaluate", [*of_source, output], words=words, about=about, owner=base.tasks)
+    given = parser.parse(argv)
+    if len(given.words) > 1:
+        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
+    own = given.values.get("output", {})
+    if own.get("tasks") is None:
+        raise UsageError(f"--tasks: is missing; {source} is no run that says what it was trained on")
+    with parser.naming_flags():
+        config = resolve(base, settled(given.values))
+        evaluating.evaluate_weights(source, config, network=own.get("network"), json=own.get("json"))
 
 
 def compare(argv: Sequence[str]) -> None:

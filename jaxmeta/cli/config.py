@@ -107,6 +107,8 @@ class Run:
     Attributes:
       seed: seed of the initial parameters and of all episodes.
       data: folder with the data set's files; without it they come from the cache, or a download.
+      init: start from what a source has learned, a folder of `train` or `transfer`, or weights; without it
+        from random parameters.
       episodes: test tasks.
       report_steps: numbers of inner steps to report beside --eval-steps.
       strategy: how a device goes through its tasks: auto, vmap, scan, or that many at once.
@@ -119,6 +121,7 @@ class Run:
 
     seed: int = 0
     data: str | None = None
+    init: str | None = None
     episodes: int = 1000
     report_steps: tuple[int, ...] = ()
     strategy: int | Literal["auto", "vmap", "scan"] = "auto"
@@ -584,6 +587,14 @@ def check(config: Config) -> None:
 
 
 # --- config.json --------------------------------------------------------------------------------------------
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is one of `train`, whole or not."""
+    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
+        return (folder / "checkpoints").is_dir()
+    values = read_json(folder / "config.json")
+    return isinstance(values, dict) and GROUPS[0] in values and "command" not in values
 
 
 def stored(folder: Path, trusted: Iterable[str] = ()) -> Config:

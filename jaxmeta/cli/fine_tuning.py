@@ -152,22 +152,20 @@ def learnable(
     Raises:
       ArgumentError: the backbone takes no such images, or pixels by another number of channels.
     """
-    size = size or backbone.size or target.x.shape[1]
-    channels = backbone.channels(size, channels) or target.x.shape[3]
-    mean = _mean(np.asarray(learn.x), channels)
-    known = backbone.images or ImageSpec(size, channels, mean, target.ink)
-    # Strokes are light on dark in training.
-    inverted = known.ink and abs(mean - known.mean) > abs(1 - mean - known.mean)
+    input = backbone.input(
+        target.x.shape[1:],
+        lambda channels: mean_of(np.asarray(learn.x), channels),
+        target.ink,
+        size=size,
+        channels=channels,
+    )
+    # Its pixels are looked at with the first images.
     with renaming({"mean": "pixels", "std": "pixels"}):
-        pixels = backbone.pixels
-        adapter = input_adapter(
-            channels=channels, size=size, invert=inverted, mean=pixels.mean, std=pixels.std
-        )
-        model = classifier(backbone.model, len(target.classes), adapter=adapter)
+        model = classifier(backbone.model, len(target.classes), adapter=input.adapter())
         variables = model.init(jax.random.fold_in(key, 1), as_images(learn.x[:1]))
-    images = known._replace(size=size, channels=channels)
-    layers = layers_in_order(backbone.network, jnp.zeros((1, size, size, channels)))
-    start = Learnable(model, variables, layers, images, inverted, None, backbone.report)
+    images = input.images
+    layers = layers_in_order(backbone.network, jnp.zeros((1, images.size, images.size, images.channels)))
+    start = Learnable(model, variables, layers, images, input.inverted, None, backbone.report)
     normalises = STATISTICS in variables
     if backbone.variables is None:
         whose = "of the target's images, a running average in training" if normalises else None
@@ -184,7 +182,7 @@ def learnable(
     return start._replace(variables=variables, statistics=whose, leaves=_leaves(backbone.report, variables))
 
 
-def _mean(x: np.ndarray, channels: int) -> float:
+def mean_of(x: np.ndarray, channels: int) -> float:
     """Return the mean of images as the backbone gets them, in [0, 1]; luma is linear in the colours."""
     colours = x.mean((0, 1, 2), keepdims=True) / (255 if x.dtype == np.uint8 else 1)
     seen = input_adapter(channels=channels).apply({}, jnp.asarray(colours, jnp.float32))

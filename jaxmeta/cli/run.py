@@ -22,6 +22,7 @@ from jaxmeta.cli.config import Config, check, on_other_tasks, stored
 from jaxmeta.cli.data import check_data, check_images, image_spec, images_of, with_image_settings
 from jaxmeta.cli.devices import connect, described, machine, mesh_of, peak_memory
 from jaxmeta.cli.figures import plot_curve, tolerated
+from jaxmeta.cli.initial import initial_params
 from jaxmeta.cli.report import (
     NORMALISED,
     TENSORBOARD,
@@ -146,7 +147,7 @@ def resume_run(
             now = before.settings(group).get(name)
             if value == now:
                 continue
-            if group == "run" and name != "seed":
+            if group == "run" and name not in ("seed", "init"):
                 allowed.setdefault(group, {})[name] = value
             elif (group, name) == ("training", _GROWS):
                 _check_growth(before, value, folder)
@@ -193,6 +194,7 @@ class _Parts(NamedTuple):
       learner, optimizer: what is trained, and by what.
       compared_to: the first-order learner, where meta-gradients are compared.
       parameters: their number.
+      start: parameters to start from; None for random ones.
     """
 
     config: Config
@@ -204,6 +206,7 @@ class _Parts(NamedTuple):
     optimizer: optax.GradientTransformation
     compared_to: Learner | None
     parameters: int
+    start: Params | None
 
 
 def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Parts:
@@ -215,7 +218,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
     key = jax.random.key(run.seed)
     tasks = sources.tasks_of(config, "train", key, process=process_share(mesh))
     validation = sources.validation_tasks_of(config, validation_key(key))
-    test = sources.tasks_of(config, "test", test_key(run.seed))
+    test = sources.tasks_of(config, "test", evaluation_key(run.seed))
     if resumed is not None:
         check_data(config, tasks, resumed)
     else:
@@ -233,7 +236,10 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
         # For what it raises.
         meta_step(learner, optimizer, training.meta_batch, run.strategy, devices=mesh)
     parameters = _parameters(learner, tasks)
-    return _Parts(config, mesh, tasks, validation, test, learner, optimizer, compared_to, parameters)
+    start = None
+    if run.init is not None and (resumed is None or not checkpoint_steps(resumed)):
+        start = initial_params(run.init, config, learner, tasks, key)
+    return _Parts(config, mesh, tasks, validation, test, learner, optimizer, compared_to, parameters, start)
 
 
 def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path:
@@ -271,7 +277,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
                 plot_curve(picture, read_metrics(log.path), log.metric, title)
         hosts.meet("report")
     if first:
-        _print_results(results, config)
+        print_results(results, config)
         speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
         print(f"{log.elapsed_s:.0f} s in all, training {training_s:.0f} s{speed}")
         print(f"run folder: {out}  (report.md, curve.png)")
@@ -297,6 +303,7 @@ def _fit(parts: _Parts, out: Path, log: RunLog, signals: _Signals, profile: bool
                 parts.optimizer,
                 steps=training.steps,
                 key=jax.random.key(run.seed),
+                params=parts.start,
                 meta_batch=training.meta_batch,
                 strategy=run.strategy,
                 devices=parts.mesh,
@@ -440,7 +447,7 @@ def evaluate_run(
     seed = config.run.seed
     # What is drawn is another seed's; the parameters are those of the run's own.
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
-    test = sources.tasks_of(config, "test", test_key(seed))
+    test = sources.tasks_of(config, "test", evaluation_key(seed))
     if other:
         check_images(before, test, folder, str(tasks))
     else:
@@ -455,8 +462,8 @@ def evaluate_run(
         **machine(mesh),
     }
     tasks = plural(config.run.episodes, "task")
-    print(f"{config.learner['name']}, {_sentence(test.card)}; {tasks}, seed {seed}")
-    _print_results(result, config)
+    print(f"{config.learner['name']}, {sentence(test.card)}; {tasks}, seed {seed}")
+    print_results(result, config)
     if target is not None:
         write_json(target, result)
     return result
@@ -509,7 +516,7 @@ def load_run(
     return build.learner_of(config, norm), params_of(folder, config)
 
 
-def test_key(seed: int) -> Key:
+def evaluation_key(seed: int) -> Key:
     """Return the key of the test episodes of a run with `seed`."""
     return jax.random.fold_in(jax.random.key(seed), _TEST)
 
@@ -544,7 +551,7 @@ def _results(
             params,
             test,
             episodes=config.run.episodes,
-            key=test_key(seed),
+            key=evaluation_key(seed),
             devices=mesh,
         )
 
@@ -561,7 +568,8 @@ def _results(
             assert isinstance(test, TaskDistribution)
             # Its loss, which counts presentations, distorts where training does.
             learner = build.learner_of(config.replaced(training={"distort": False}))
-            found = evaluate_metrics(learner, params, test, episodes=config.run.episodes, key=test_key(seed))
+            key = evaluation_key(seed)
+            found = evaluate_metrics(learner, params, test, episodes=config.run.episodes, key=key)
             results["accuracy_by_instance"] = {
                 str(number): found[f"instance_{number}"]
                 for number in range(1, len(found))
@@ -587,9 +595,9 @@ def _announce(parts: _Parts, out: Path) -> None:
     print(f"learner   {config.learner['name']}{': ' if settings else ''}{settings}")
     print(f"network   {config.network['name']}, {parts.parameters:,} parameters")
     steps = plural(config.training.steps, "meta-step")
-    print(f"training  {_sentence(parts.tasks.card)}; {steps} of {plural(config.training.meta_batch, 'task')}")
+    print(f"training  {sentence(parts.tasks.card)}; {steps} of {plural(config.training.meta_batch, 'task')}")
     print(
-        f"test      {_sentence(parts.test.card)}; {plural(config.run.episodes, 'task')}"
+        f"test      {sentence(parts.test.card)}; {plural(config.run.episodes, 'task')}"
         + ("" if parts.validation else "; no validation classes in this split, the last parameters are kept")
     )
     if (images := images_of(config)) is not None:
@@ -607,7 +615,7 @@ def _own_values(config: Config) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in always or value != known[name].default}
 
 
-def _sentence(card: ProtocolCard) -> str:
+def sentence(card: ProtocolCard) -> str:
     """Return in one line which tasks a card is of."""
     shape = f"{card.shots}-shot" if card.ways is None else f"{card.ways}-way {card.shots}-shot"
     queries = f"{card.queries} {'query' if card.queries == 1 else 'queries'}"
@@ -617,7 +625,7 @@ def _sentence(card: ProtocolCard) -> str:
     return f"{card.tasks} {card.split}{split}, {shape}, {queries}{classes}{rotations}"
 
 
-def _print_results(results: Mapping[str, Any], config: Config) -> None:
+def print_results(results: Mapping[str, Any], config: Config) -> None:
     if "accuracy" in results:
         for name, row in results["accuracy"].items():
             print(

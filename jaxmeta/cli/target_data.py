@@ -159,7 +159,9 @@ def _settings(
     known = schema.settings_of(source.function, ("split", "data"))
     shape = {"size": size, "channels": channels}
     fixed = {**_fixed(source), **{each: value for each, value in shape.items() if value is not None}}
-    values = schema.defaults_of(known) | {each: fixed[each] for each in fixed if each in known} | reading
+    values = (
+        schema.defaults_of(known) | {each: fixed[each] for each in fixed if each in known} | dict(reading)
+    )
     missing = [each for each in known if each not in values]
     if missing:
         raise ArgumentError("target", f"{name} has no default for {missing[0]}; give it one by a flag")

@@ -229,6 +229,7 @@ def transfer(
         "network": common.network,
         "images": start.images._asdict(),
         "pixels": backbone.pixels,
+        "inverted": start.inverted,
         "classes": images.classes,
     }
     write_json(folder / "config.json", config)
@@ -349,7 +350,7 @@ def _images(
 ) -> tuple[Target, ShotSplit]:
     """Return the target's images, read as the backbone takes them where they can be."""
     size = backbone.size if options.size is None else options.size
-    channels = options.channels
+    channels: int | None = options.channels
     if size is not None:
         channels = backbone.channels(size, channels)
     drawing = jax.random.fold_in(key, 3)

@@ -38,6 +38,7 @@ HEADS = ("linear", "cosine")
     head=False,
     rows=ROWS,
     supervised=True,
+    distances=True,
     training=episodic_defaults(own={"meta_batch": 2}),
 )
 def simple_shot(

@@ -46,6 +46,7 @@ def _networks(
     head=False,
     rows=ROWS,
     zero_shot=True,
+    distances=True,
     network=_networks,
     # Ways are dear: a task of 60 has as many images as twelve of five.
     training=episodic_defaults(60, 3, own={"divergence": "euclidean"}),

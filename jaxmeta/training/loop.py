@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError, check_count, check_word
-from jaxmeta.core import Key, Learner, PyTree, Source, Task, TaskDistribution, TaskStream
+from jaxmeta.core import Key, Learner, Params, PyTree, Source, Task, TaskDistribution, TaskStream
 from jaxmeta.training import checkpoint, hosts, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
 from jaxmeta.training.sharding import Devices
@@ -113,6 +113,7 @@ def train(
     *,
     steps: int,
     key: Key,
+    params: Params | None = None,
     meta_batch: int = 32,
     strategy: Strategy = "auto",
     devices: Devices = None,
@@ -141,6 +142,8 @@ def train(
       optimizer: any optax optimizer of the meta-parameters, clipped, scheduled or chained.
       steps: meta-steps in all, those before a resumption included.
       key: of the whole run.
+      params: parameters to start from, as `learner.init` gives them; None for those that it draws. A run
+        that is resumed goes on from its checkpoint.
       meta_batch, strategy, devices, compared_to: see `meta_step`. Small dense networks are fastest with
         strategy="vmap", on CPUs too; "auto" is made for convolutions.
       validation: tasks to choose the best parameters by; None to keep the last. A stream must be
@@ -186,7 +189,7 @@ def train(
     if validation is not None:
         check_stream(validation, episodes_key, for_evaluation=True, name="validation")
     source = _first_source(tasks, meta_batch, mesh)
-    state, best = init_state(learner, optimizer, tasks, key, devices=mesh), None
+    state, best = init_state(learner, optimizer, tasks, key, params=params, devices=mesh), None
     if folder is not None:
         # The last two states, one being written, the best parameters likewise.
         checkpoint.require_space(folder, 3 * checkpoint.nbytes((state, state.params)))

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,7 @@ def init_state(
     tasks: TaskDistribution | TaskStream,
     key: Key,
     *,
+    params: Params | None = None,
     devices: Mesh | None = None,
 ) -> TrainState:
     """State before the first meta-step.
@@ -67,25 +69,28 @@ def init_state(
       optimizer: the outer optax optimizer.
       tasks: the training tasks; only their shapes are read.
       key: the run's key, typed (`jax.random.key`) or raw.
+      params: parameters to start from, as `learner.init` gives them; None for those that it draws.
       devices: a mesh of `jm.make_mesh`, to have the state made where it is to lie, split over "params"; None
         for the default device.
 
     Raises:
-      ValueError: `learner.loss` gives no scalar for these tasks; also what the learner itself
-        raises on tasks it cannot work on. Both before anything is compiled.
+      ValueError: `learner.loss` gives no scalar for these tasks; `params` have another structure, shape or
+        dtype than the learner's; also what the learner itself raises on tasks it cannot work on. All before
+        anything is compiled.
     """
 
-    def init(sample: Callable[[Key], Task], key: Key) -> tuple[Params, PyTree]:
-        init_key, task_key = jax.random.split(jax.random.fold_in(key, _INIT))
-        params = learner.init(init_key, sample(task_key))
-        return params, optimizer.init(params)
+    def init(sample: Callable[[Key], Task], key: Key, given: Params | None) -> tuple[Params, PyTree]:
+        start = _draw(learner, sample, key) if given is None else given
+        return start, optimizer.init(start)
 
     def loss(params: Params, sample: Callable[[Key], Task], key: Key) -> tuple[Array, Any]:
         return learner.loss(params, sample(key), key, step=jnp.zeros((), jnp.int32))
 
     sample = sample_of(tasks)
-    params, _ = jax.eval_shape(init, sample, key)
-    value, _ = jax.eval_shape(loss, params, sample, key)
+    drawn = jax.eval_shape(partial(_draw, learner), sample, key)
+    if params is not None:
+        _check_params(params, drawn)
+    value, _ = jax.eval_shape(loss, drawn, sample, key)
     if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(
             f"learner.loss: got an array of shape {value.shape} and type {value.dtype} for one task; "
@@ -93,12 +98,41 @@ def init_state(
         )
     # Compiled as a whole: `init` reads the task's shapes only, so that drawing it is dead code.
     if devices is None or devices.size == 1:
-        params, opt_state = jax.jit(init)(sample, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
-    placed = sharding.shardings(jax.eval_shape(init, sample, key), devices)
-    sample, key = sharding.replicate((sample, key), devices)
-    params, opt_state = jax.jit(init, out_shardings=placed)(sample, key)
-    return TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), params, opt_state, key)
+        start, opt_state = jax.jit(init)(sample, key, params)
+        return TrainState(jnp.zeros((), jnp.int32), start, opt_state, key)
+    placed = sharding.shardings(jax.eval_shape(init, sample, key, params), devices)
+    sample, key, params = sharding.replicate((sample, key, params), devices)
+    start, opt_state = jax.jit(init, out_shardings=placed)(sample, key, params)
+    return TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), start, opt_state, key)
+
+
+def drawn_params(learner: Learner, tasks: TaskDistribution | TaskStream, key: Key) -> Params:
+    """Return the parameters that a run with `key` starts from."""
+    return jax.jit(partial(_draw, learner))(sample_of(tasks), key)
+
+
+def _draw(learner: Learner, sample: Callable[[Key], Task], key: Key) -> Params:
+    init_key, task_key = jax.random.split(jax.random.fold_in(key, _INIT))
+    return learner.init(init_key, sample(task_key))
+
+
+def _check_params(params: Params, drawn: Params) -> None:
+    """Refuse parameters to start from that are not of the learner.
+
+    Raises:
+      ArgumentError: another structure, or a leaf of another shape or dtype.
+    """
+    if (got := jax.tree.structure(params)) != (wanted := jax.tree.structure(drawn)):
+        raise ArgumentError("params", f"got {got}; the learner has {wanted}")
+    for (path, leaf), expected in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(drawn), strict=True
+    ):
+        if (jnp.shape(leaf), jnp.result_type(leaf)) != (expected.shape, expected.dtype):
+            raise ArgumentError(
+                "params",
+                f"got {jnp.result_type(leaf)} of shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}; "
+                f"the learner has {expected.dtype} of shape {expected.shape}",
+            )
 
 
 def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:

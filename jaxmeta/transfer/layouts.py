@@ -16,6 +16,9 @@ import numpy as np
 from jaxmeta.checks import ArgumentError
 from jaxmeta.transfer.subtree import leaves_by_path, rename
 
+# What training code calls the module that holds a network.
+_WRAPPERS = ("module", "model", "backbone", "encoder", "network", "net", "trunk", "feature_extractor")
+
 Rules = tuple[tuple[re.Pattern[str], str | None], ...]
 
 
@@ -228,6 +231,24 @@ def layout_of(leaves: Mapping[str, Any], layout: str, origin: Path) -> Layout:
         f"the names in {origin} ({some}, …) are of no known layout ({known}); take them by "
         "jaxmeta.transfer.read_weights, and map them by jaxmeta.transfer.transplant with `rules`",
     )
+
+
+def without_prefix(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves without the names of wrappers that all of them begin with, such as "module".
+
+    Training code often keeps a network inside another module, whose name then begins every leaf's.
+
+    Examples:
+      >>> without_prefix({"module/backbone/conv1/weight": 1, "module/backbone/bn1/weight": 2})
+      {'conv1/weight': 1, 'bn1/weight': 2}
+    """
+    found = dict(leaves)
+    while found:
+        first, rest = zip(*(name.partition("/")[::2] for name in found), strict=True)
+        if len(set(first)) > 1 or first[0] not in _WRAPPERS or not all(rest):
+            break
+        found = dict(zip(rest, found.values(), strict=True))
+    return found
 
 
 def translated(leaves: Mapping[str, Any], layout: Layout, origin: Path) -> list[Leaf]:

@@ -26,7 +26,7 @@ from jaxmeta.transfer.architectures import (
     settings_of,
     variables_of,
 )
-from jaxmeta.transfer.layouts import Leaf, layout_of, translated
+from jaxmeta.transfer.layouts import Leaf, layout_of, translated, without_prefix
 from jaxmeta.transfer.paths import shortened
 from jaxmeta.transfer.subtree import Report, leaves_by_path, rename, transplant
 
@@ -67,6 +67,8 @@ def load_pretrained(
     ResNet and ViT of Hugging Face's transformers ("huggingface-resnet", "huggingface-vit"), of torchvision
     ("torchvision-resnet", "torchvision-vit") and of timm ("torchvision-resnet" again, "timm-vit"), and
     variables of any Flax network ("flax").
+
+    Names that begin every leaf's, such as "module" or "backbone", are dropped.
 
     No pickle is ever opened: of PyTorch's files only safetensors are read.
 
@@ -125,10 +127,11 @@ def load_pretrained(
     """
     stored = weight_files.read(path, revision)
     origin = stored.origin
-    found = layout_of(stored.leaves, layout, origin)
+    unwrapped = without_prefix(stored.leaves)
+    found = layout_of(unwrapped, layout, origin)
     told = rebuilt(stored.metadata["network"], origin) if "network" in stored.metadata else stored.network
     settings = settings_of(stored.config, found, told, origin)
-    leaves = translated(stored.leaves, found, origin)
+    leaves = translated(unwrapped, found, origin)
     if not head:
         leaves = _without(leaves, _in_head)
     given = {leaf.path: leaf.array for leaf in leaves if leaf.path is not None}

@@ -57,6 +57,23 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+def test_training_starts_from_given_parameters():
+    drawn = init_state(toys.maml(), toys.adam(), toys.sinusoid(), KEY).params
+    assert_equal(run(steps=2, params=drawn)[0].params, run(steps=2)[0].params)
+    moved = jax.tree.map(lambda leaf: leaf + 1, drawn)
+    still = run(steps=1, params=moved, optimizer=optax.sgd(0.0))[0]
+    assert_equal(still.params, moved)
+
+
+def test_given_parameters_must_be_the_learner_s():
+    drawn = init_state(toys.maml(), toys.adam(), toys.sinusoid(), KEY).params
+    wider = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), drawn)
+    with pytest.raises(ValueError, match=r"params: got float32 of shape .* the learner has float32 of shape"):
+        run(params=wider)
+    with pytest.raises(ValueError, match=r"params: got PyTreeDef.*; the learner has PyTreeDef"):
+        run(params={"other": drawn})
+
+
 def test_training_repeats_the_meta_step():
     learner, tasks, optimizer = toys.maml(), toys.sinusoid(), toys.adam()
     state, events = run(learner, tasks, optimizer, steps=7, log_every=3, devices=None)

@@ -207,6 +207,22 @@ def renamed(state, names):
 
 
 @pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize("prefix", ["module.", "model.backbone.", "encoder."])
+def test_names_of_wrappers_are_dropped(tmp_path, prefix):
+    state = save_state(tmp_path / "bare.safetensors", resnet(layer_type="basic"), torchvision_name)
+    wrapped = {prefix + name: np.asarray(leaf) for name, leaf in state.items()}
+    safetensors_numpy.save_file(wrapped, tmp_path / "wrapped.safetensors")
+    bare, wrapped = (load_pretrained(tmp_path / f"{name}.safetensors") for name in ("bare", "wrapped"))
+    assert wrapped.network == bare.network
+    jax.tree.map(np.testing.assert_array_equal, wrapped.variables, bare.variables)
+    # Where one leaf lies outside, the names mean something.
+    partly = {prefix + name if "conv" in name else name: np.asarray(leaf) for name, leaf in state.items()}
+    safetensors_numpy.save_file(partly, tmp_path / "partly.safetensors")
+    with pytest.raises(ValueError, match="are of no known layout"):
+        load_pretrained(tmp_path / "partly.safetensors")
+
+
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("renaming", [as_timm, as_torchvision])
 def test_a_vit_with_fused_attention_keeps_its_outputs(tmp_path, renaming):
     model = vit(layer_norm_eps=1e-6)

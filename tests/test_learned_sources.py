@@ -1,0 +1,342 @@
+"""Anything that has learned is a source: of predictions, of evaluations, of exports and of trainings."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bars import SIDE, draw_bar
+from PIL import Image
+from support import read_json
+
+import jaxmeta as jm
+from jaxmeta.cli import main, names
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.config import stored
+from jaxmeta.cli.run import params_of
+from jaxmeta.transfer import leaves_by_path, save_pretrained
+
+KINDS = 5
+BRIEF = ["--steps", "20", "--meta-batch", "2", "--episodes", "4", "--devices", "1", "--network", "conv4-32"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Bars to learn and to name; a run, a transfer, and a file of weights of the same network."""
+    place = tmp_path_factory.mktemp("sources")
+    for number in range(8):
+        for seed in range(5):
+            draw_bar(place / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
+    for number in range(KINDS):
+        for seed in range(4):
+            folder = "support" if seed < 2 else "query"
+            draw_bar(place / folder / f"kind {number}" / f"{seed}.png", number, 500 + 10 * number + seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXMETA_CACHE", str(place / "cache"))
+        patch.setitem(names.NETWORKS, "conv4-32", partial(jm.nn.MLP, hidden=(16,), norm=True))
+        patch.setattr(run_of_command, "plot_curve", lambda *_: None)
+        tasks = ["--tasks", f"folder:{place / 'images'}", "--ways", "2", "--queries", "2"]
+        classes = ["--classes", "0.5,0,0.5"]
+        assert main(["train", "prototypical", *tasks, *classes, *BRIEF, "--out", str(place / "run")]) == 0
+        target = [
+            "--target",
+            f"folder:{place / 'support'}",
+            "--shots",
+            "1",
+            "--steps",
+            "60",
+            "--rate",
+            "0.01",
+        ]
+        assert main(["transfer", str(place / "run"), *target, "--out", str(place / "transfer")]) == 0
+        network = jm.nn.MLP(out=None, hidden=(12,))
+        variables = network.init(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 1)))
+        save_pretrained(place / "weights.safetensors", variables, network=network)
+        yield place
+
+
+def read(folder):
+    """Return the images of a folder of classes, by class."""
+    return {
+        kind.name: np.stack([np.asarray(Image.open(file)) for file in sorted(kind.iterdir())])
+        for kind in sorted(folder.iterdir())
+    }
+
+
+def questions(place):
+    return np.concatenate(list(read(place / "query").values()))
+
+
+def predicted(place, source, *flags, status=0):
+    out = place / "answers.json"
+    argv = ["predict", str(source), "--query", str(place / "query"), "--json", str(out), *flags]
+    assert main(argv) == status
+    return read_json(out) if status == 0 else None
+
+
+def nearest(features, support):
+    """Return squared distances to class means, all of length one, in float64."""
+
+    def unit(z):
+        return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+    means = np.stack([unit(features(x)).mean(0) for x in support.values()])
+    return lambda x: ((unit(features(x))[:, None] - means) ** 2).sum(-1)
+
+
+def test_weights_name_images_by_the_nearest_mean_of_their_features(place):
+    answers = predicted(
+        place, place / "weights.safetensors", "--support", str(place / "support"), "--size", "8"
+    )
+    kernel, bias = (
+        np.asarray(leaf, np.float64)
+        for _, leaf in sorted(
+            leaves_by_path(jm.transfer.load_pretrained(place / "weights.safetensors").variables).items(),
+            reverse=True,
+        )
+    )
+
+    def features(x):
+        return np.maximum(x.reshape(len(x), -1) / 255 @ kernel + bias, 0)
+
+    expected = nearest(features, read(place / "support"))(questions(place))
+    assert [answer["class"] for answer in answers] == [f"kind {i}" for i in expected.argmin(-1)]
+    np.testing.assert_allclose([answer["distance"] for answer in answers], expected.min(-1), rtol=1e-4)
+    shares = np.exp(-10 * expected) / np.exp(-10 * expected).sum(-1, keepdims=True)
+    given = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(given, shares, rtol=1e-3, atol=1e-6)
+
+
+def test_a_transfer_names_images_by_its_classes_as_its_network_does(place):
+    answers = predicted(place, place / "transfer")
+    assert list(answers[0]["probabilities"]) == [f"kind {number}" for number in range(KINDS)]
+    loaded = jm.transfer.load_pretrained(place / "transfer")
+    logits = loaded.network.apply(loaded.variables, questions(place)[..., None].astype(np.float32) / 255)
+    given = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(given, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
+    report = read_json(place / "transfer" / "report.json")
+    right = np.mean([answer["file"].startswith(answer["class"] + "/") for answer in answers])
+    assert right == pytest.approx(report["accuracy"]["mean"], abs=0.25)
+
+
+def test_a_run_names_images_as_its_learner_does(place):
+    answers = predicted(place, place / "run", "--support", str(place / "support"))
+    learner, params = jm.load_run(place / "run")
+    support = read(place / "support")
+    x = np.concatenate(list(support.values()))[..., None].astype(np.float32) / 255
+    batch = jm.Batch(jnp.asarray(x), jnp.repeat(jnp.arange(KINDS), 2), ways=KINDS)
+    adapted = learner.adapt(params, batch, jax.random.key(0))
+    outputs = learner.predict(params, adapted, questions(place)[..., None].astype(np.float32) / 255)
+    given = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(given, jax.nn.softmax(outputs), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose([answer["distance"] for answer in answers], -outputs.max(-1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["bytes", "numbers", "with a channel", "in colour", "larger", "files"])
+def test_a_classifier_takes_images_of_every_form(place, form):
+    found = jm.load_classifier(place / "run", support=place / "support")
+    x = questions(place)
+    given = {
+        "bytes": x,
+        "numbers": x / 255,
+        "with a channel": x[..., None],
+        "in colour": np.repeat(x[..., None], 3, -1),
+        "larger": np.repeat(np.repeat(x, 2, 1), 2, 2),
+        "files": sorted((place / "query").rglob("*.png")),
+    }[form]
+    expected = found.predict(x[..., None].astype(np.float32) / 255)
+    tolerance = 0.3 if form == "larger" else 1e-4
+    np.testing.assert_allclose(found.predict(given), expected, atol=tolerance)
+    assert found.label(given) == [found.classes[i] for i in expected.argmax(-1)]
+
+
+def test_a_support_set_in_memory_is_the_same_as_in_files(place):
+    x = questions(place)
+    files, arrays = (
+        jm.load_classifier(place / "run", support=support)
+        for support in (place / "support", read(place / "support"))
+    )
+    assert files.classes == arrays.classes
+    np.testing.assert_array_equal(files.predict(x), arrays.predict(x))
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.zeros((2, 8, 8, 5)), r"images: got shape \(2, 8, 8, 5\)"),
+        (np.zeros((8, 8)), r"images: got shape \(8, 8\)"),
+        (np.zeros((0, 8, 8)), "images: got shape"),
+        (np.full((1, 8, 8), 7.0), "images: got float64 from 7.0 to 7.0; they must be uint8, or floats"),
+        (np.full((1, 8, 8), np.nan), "images: got float64"),
+        (np.full((1, 8, 8), 7), "images: got int64"),
+    ],
+)
+def test_what_is_no_image_is_refused(place, images, says):
+    found = jm.load_classifier(place / "weights.safetensors", support=place / "support", size=SIDE)
+    with pytest.raises(ValueError, match=says):
+        found.predict(images)
+
+
+def test_far_images_are_called_unknown(place, capsys):
+    support = ["--support", str(place / "support"), "--size", "8"]
+    far = np.median([row["distance"] for row in predicted(place, place / "weights.safetensors", *support)])
+    flags = [*support, "--unknown-above", str(far)]
+    answers = predicted(place, place / "weights.safetensors", *flags)
+    assert [a["class"] == "unknown" for a in answers] == [a["distance"] > far for a in answers]
+    assert "unknown" in capsys.readouterr().out
+
+
+def test_a_table_by_class_marks_wrong_answers(place, tmp_path, capsys):
+    flags = ["--confusion", str(tmp_path / "confusion.png"), "--csv", str(tmp_path / "answers.csv")]
+    answers = predicted(place, place / "transfer", *flags)
+    said = capsys.readouterr().out.splitlines()
+    wrong = [answer["file"] for answer in answers if not answer["file"].startswith(answer["class"] + "/")]
+    assert [line.split("  ")[0] for line in said if line.endswith("← wrong")] == wrong
+    for number in range(KINDS):
+        own = [answer for answer in answers if answer["file"].startswith(f"kind {number}/")]
+        right = sum(answer["class"] == f"kind {number}" for answer in own)
+        row = next(line for line in said if line.startswith(f"kind {number} ") and line.endswith("%"))
+        assert row.split()[2:] == [str(right), "2", f"{50 * right:.1f}", "%"]
+    assert Image.open(tmp_path / "confusion.png").size[0] > 100
+    assert (tmp_path / "answers.csv").read_text().startswith("file,class,kind 0,")
+
+
+@pytest.mark.parametrize("of", ["transfer", "run"])
+def test_an_export_answers_as_its_source_does(place, tmp_path, of):
+    flags = [] if of == "transfer" else ["--support", str(place / "support")]
+    assert main(["export", str(place / of), "--out", str(tmp_path / "out"), *flags]) == 0
+    told = read_json(tmp_path / "out" / "config.json")
+    assert told["classes"] == [f"kind {number}" for number in range(KINDS)]
+    answers, exported = predicted(place, place / of, *flags), predicted(place, tmp_path / "out")
+    for answer, other in zip(answers, exported, strict=True):
+        assert answer["class"] == other["class"]
+        assert other["probabilities"] == pytest.approx(answer["probabilities"], rel=1e-3, abs=1e-5)
+    # By JAX alone, for any number of images.
+    program = jax.export.deserialize(bytearray((tmp_path / "out" / "classifier.stablehlo").read_bytes()))
+    x = questions(place)[:3, :, :, None].astype(np.float32) / 255
+    np.testing.assert_allclose(
+        program.call(x), [list(a["probabilities"].values()) for a in answers[:3]], rtol=1e-3, atol=1e-5
+    )
+
+
+def test_weights_and_transfers_are_evaluated_on_other_tasks(place, tmp_path):
+    tasks = ["--tasks", f"folder:{place / 'images'}", "--classes", "0,0,1", "--ways", "3", "--queries", "2"]
+    out = tmp_path / "result.json"
+    argv = [
+        "evaluate",
+        str(place / "transfer"),
+        *tasks,
+        "--episodes",
+        "20",
+        "--seed",
+        "5",
+        "--json",
+        str(out),
+    ]
+    assert main(argv) == 0
+    result = read_json(out)
+    assert (result["ways"], result["shots"], result["queries"], result["episodes"]) == (3, 1, 2, 20)
+    assert result["accuracy"]["inductive"]["mean"] > 0.5
+
+    # By the library: the backbone's features of length one, and their class means.
+    loaded = jm.transfer.load_pretrained(place / "transfer")
+    variables = {**loaded.variables, "params": {**loaded.variables["params"]}}
+    del variables["params"]["head"]
+    body = loaded.network.clone(out=None)
+    model = jm.Model(lambda key, x: {}, lambda variables, x: body.apply(variables, x))
+    test = jm.tasks.from_folder(place / "images", "test", classes=(0, 0, 1), ways=3, shots=1, queries=2)
+    found = jm.evaluate(
+        jm.simple_shot(model, transform="l2n"),
+        {"model": variables},
+        test,
+        episodes=20,
+        key=run_of_command.evaluation_key(5),
+    )
+    assert result["accuracy"]["inductive"]["mean"] == pytest.approx(found.mean, abs=0.02)
+
+
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize(
+    ("learner", "source"), [("prototypical", "run"), ("maml", "run"), ("maml", "transfer")]
+)
+def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner, source):
+    tasks = ["--tasks", f"folder:{place / 'images'}", "--ways", "2", "--queries", "2"]
+    brief = [*BRIEF, "--classes", "0.5,0,0.5", "--outer-lr", "1e-9", "--steps", "1"]
+    out = tmp_path / "out"
+    assert main(["train", learner, *tasks, *brief, "--init", str(place / source), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"init      {place / source}: " in said
+    assert ("new: model/head/bias" in said) == (learner == "maml")
+    found = leaves_by_path(params_of(out, stored(out))["model"])
+    if source == "run":
+        begun = params_of(place / "run", stored(place / "run"))["model"]
+    else:
+        begun = jm.transfer.load_pretrained(place / source).variables["params"]
+    for path, leaf in leaves_by_path(begun).items():
+        if not path.startswith("head"):
+            np.testing.assert_allclose(found[path], leaf, atol=1e-6)
+    # A checkpoint is there: what it started from may be gone.
+    config = read_json(out / "config.json")
+    config["run"]["init"] = "gone"
+    (out / "config.json").write_text(json.dumps(config))
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ["predict", "{place}/run"],
+            "--support: {place}/run, a run of prototypical, learns its classes from",
+        ),
+        (["predict", "{place}/weights.safetensors"], "--support: {place}/weights.safetensors has no head"),
+        (
+            ["predict", "{place}/weights.safetensors", "--support", "{place}/support"],
+            "--size: {place}/weights.safetensors does not say the size of its images; give it",
+        ),
+        (
+            ["predict", "{place}/transfer", "--unknown-above", "1"],
+            "--unknown-above: {place}/transfer measures",
+        ),
+        (["predict", "{place}/transfer", "--unknown-above", "-1"], "--unknown-above: got -1.0"),
+        (
+            ["predict", "{place}/transfer", "--learner", "maml"],
+            "--learner: got maml, and {place}/transfer is no",
+        ),
+        (["predict", "{place}/nowhere"], "SOURCE: there is nothing at {place}/nowhere"),
+        (["export", "{place}/run"], "--out: is missing"),
+        (["export", "{place}/run", "--out", "{place}/images"], "--out: {place}/images exists"),
+        (["evaluate", "{place}/transfer"], "--tasks: is missing"),
+        (["evaluate", "{place}/transfer", "--tasks", "sinusoid"], "--tasks: "),
+        (["train", "--init", "{place}/nowhere"], "--init: there is nothing at {place}/nowhere"),
+        (["train", "--init", "{place}/transfer"], "--init: {place}/transfer has another network"),
+    ],
+)
+def test_what_a_source_cannot_do_is_refused_in_one_line(place, tmp_path, monkeypatch, capsys, argv, says):
+    monkeypatch.chdir(tmp_path)
+    given = [word.format(place=place) for word in argv]
+    if given[0] == "predict":
+        given += ["--query", str(place / "query")]
+    capsys.readouterr()
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert says.format(place=place) in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_is_the_source_of_predictions_alone(place, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["export", str(place / "transfer"), "--out", out]) == 0
+    capsys.readouterr()
+    for argv in (["transfer", out, "--target", "glyphs"], ["train", "--init", out]):
+        assert main(argv) == 2
+        assert f"{out} is an export, which predicts" in capsys.readouterr().err
+    flags = ["--query", str(place / "query"), "--support", str(place / "support")]
+    assert main(["predict", out, *flags]) == 2
+    assert "--support: " in capsys.readouterr().err
+    (tmp_path / "out" / "classifier.stablehlo").write_bytes(b"no program")
+    assert main(["predict", out, *flags[:2]]) == 2
+    assert f"SOURCE: {out} is damaged" in capsys.readouterr().err
