@@ -6,7 +6,7 @@ differs.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.optimization_based.inner_loop import ORDERS, Trace, inner_loop, require_finite_derivative
 from jaxmeta.optimization_based.trees import merge, partition, paths, picked_by_path
+from jaxmeta.paths import matching, predicate
 
 NORMS = ("batch", "support", "population", "episode")
 # Weight of the newest statistics in the running average of norm="episode" (Ravi & Larochelle's 1-shot code).
@@ -67,7 +68,7 @@ def adaptation(
     eval_steps: int | None = None,
     inner_batch: int | None = None,
     norm: str = "batch",
-    adapts: Callable[[str], bool] | None = None,
+    adapts: Sequence[str] | Callable[[str], bool] | None = None,
     per_step: bool = False,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
     order: str = "second",
@@ -90,6 +91,10 @@ def adaptation(
     _check_hyper(inner_optimizer, hyper, order)
     if order == "implicit":
         _check_implicit(eval_steps, inner_batch, norm)
+    patterns = None if callable(adapts) else adapts
+    picked: Callable[[str], bool] | None = None
+    if adapts is not None:
+        picked = adapts if callable(adapts) else predicate(adapts, "adapts")
     model = as_model(model, "model")
     eval_steps = inner_steps if eval_steps is None else eval_steps
     if norm == "episode" and eval_steps < 1:
@@ -139,9 +144,9 @@ def adaptation(
         """What the inner loop changes, what it leaves, and what every step has its own of."""
         slow = params["model"]
         own = params.get("per_step", jax.tree.map(lambda _: None, slow))
-        if adapts is None:
+        if picked is None:
             return slow, jax.tree.map(lambda _: None, slow), own
-        return *partition(slow, picked_by_path(slow, adapts)), own
+        return *partition(slow, picked_by_path(slow, picked)), own
 
     def weights_at(params: Params, fast: PyTree, step: Any) -> Params:
         _, frozen, own = parts_of(params)
@@ -224,8 +229,11 @@ def adaptation(
             own, params["model"] = partition(slow, layers)
             params["per_step"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * inner_steps), own)
         fast, _, _ = parts_of(params)
+        if patterns is not None:
+            matching(params["model"], patterns, "adapts")
         if not jax.tree.leaves(fast):
-            raise ValueError(f"adapts picks no leaf to adapt; the leaves are {paths(params['model'])}")
+            leaves = paths(params["model"])
+            raise ArgumentError("adapts", f"it picks no leaf to adapt; the leaves are {leaves}")
         if hyper is not None:
             params["hyper"] = (
                 hyper(jax.random.fold_in(key, 1), fast)

@@ -1,6 +1,6 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps suffice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -31,7 +31,7 @@ def maml(
     cg_steps: int = 5,
     damping: float = 0.0,
     norm: Literal["batch", "support", "population", "episode"] = "batch",
-    adapts: Callable[[str], bool] | None = None,
+    adapts: Sequence[str] | Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
 ) -> Learner:
     r"""Build MAML, which meta-learns the initialisation of gradient descent (Finn et al. 2017).
@@ -82,8 +82,9 @@ def maml(
         support set's in each inner step (inductive). "population": those filled by `jm.calibrate` at the
         meta-parameters, in the inner loop too (inductive; trains like "batch"). It changes no parameter,
         so that one trained `params` serves a learner of each.
-      adapts: which leaves the inner loop changes, as a predicate on their path ("Conv_0/kernel");
-        all if None. The others are shared by all tasks and still receive the meta-gradient.
+      adapts: parameters that the inner loop changes, as patterns of their paths, such as head or
+        **/ConvNorm_3; all if None. In Python also a predicate on a path ("Conv_0/kernel"). The others are
+        shared by all tasks and still receive the meta-gradient. See `jm.transfer.matching`.
       loss: `(outputs, y, mask) -> scalar`, of both loops.
 
     Returns:

@@ -1,6 +1,6 @@
 """MAML++: how to train your MAML, in five changes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -43,7 +43,7 @@ def maml_plus_plus(
     per_step_norm: bool = True,
     memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
     norm: Literal["batch", "support", "population"] = "batch",
-    adapts: Callable[[str], bool] | None = None,
+    adapts: Sequence[str] | Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
 ) -> Learner:
     r"""Build MAML++: a multi-step loss, and step sizes and layers for each step (Antoniou et al. 2019).
@@ -80,7 +80,7 @@ def maml_plus_plus(
       norm: whose statistics normalise the queries, where the network has any; see `jm.maml`. The
         published numbers are of "batch": the official code keeps running statistics for each step and then
         normalises by the batch's.
-      adapts: which of the other leaves the inner loop changes, as a predicate on their path; all if None.
+      adapts: which of the other parameters the inner loop changes, as of `jm.maml`; all if None.
       loss: `(outputs, y, mask) -> scalar`, of both loops.
 
     Raises:

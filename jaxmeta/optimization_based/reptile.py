@@ -1,6 +1,6 @@
 """Reptile: moves the initialisation towards where each task's descent ends."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,7 +35,7 @@ def reptile(
     eval_steps: int | None = 50,
     inner_batch: int | None = 10,
     norm: Literal["batch", "support", "population", "episode"] = "batch",
-    adapts: Callable[[str], bool] | None = None,
+    adapts: Sequence[str] | Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
 ) -> Learner:
     r"""Build Reptile, which moves the initialisation towards each task's solution (Nichol et al. 2018).
@@ -62,7 +62,7 @@ def reptile(
       inner_batch: support examples in each inner step, in turns from a random order; all if None. Official
         Omniglot training takes 10 of 5 × 10 in each of 5 steps.
       norm: whose statistics normalise the queries, where the network has any; see `jm.maml`.
-      adapts: which leaves the inner loop changes, as a predicate on their path; all if None.
+      adapts: parameters that the inner loop changes, as of `jm.maml`; all if None.
       loss: `(outputs, y, mask) -> scalar`, of the inner loop.
 
     Raises:

@@ -122,7 +122,9 @@ def _check_params(params: Params, drawn: Params) -> None:
     Raises:
       ArgumentError: another structure, or a leaf of another shape or dtype.
     """
-    if (got := jax.tree.structure(params)) != (wanted := jax.tree.structure(drawn)):
+    got: Any = jax.tree.structure(params)
+    wanted: Any = jax.tree.structure(drawn)
+    if got != wanted:
         raise ArgumentError("params", f"got {got}; the learner has {wanted}")
     for (path, leaf), expected in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(drawn), strict=True

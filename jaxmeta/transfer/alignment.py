@@ -14,13 +14,13 @@ from jaxmeta import nn
 from jaxmeta.checks import ArgumentError, check_number, check_widths, check_word
 from jaxmeta.core import Augment, Batch, Key, Params, PyTree
 from jaxmeta.nn.stateful import StatefulModel, Variables
+from jaxmeta.paths import Patterns
 from jaxmeta.transfer.classifier import HEAD, as_images
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.discrepancy import VARIANTS, coral_loss, mmd2
 from jaxmeta.transfer.domain_adaptation import dann_strength, domain_loss, gradient_reversal
 from jaxmeta.transfer.fine_tune import examples, mean_loss
 from jaxmeta.transfer.freezing import frozen_mask
-from jaxmeta.transfer.paths import Patterns
 
 DOMAIN_NORMS = ("separate", "joint")
 

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Params
 from jaxmeta.nn.stateful import StatefulModel, Variables
+from jaxmeta.paths import Patterns, several
 from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.freezing import frozen_mask, slanted_triangular
 from jaxmeta.transfer.heads import logistic_head, ridge_head
-from jaxmeta.transfer.paths import Patterns, several
 from jaxmeta.transfer.subtree import swap_subtree
 
 ExampleLoss = Callable[[Array, Array], Array]

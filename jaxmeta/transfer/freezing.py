@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError, check_count, check_number, some
 from jaxmeta.core import Params, PyTree
-from jaxmeta.transfer.paths import Patterns, leaves_by_path, mask, matching
+from jaxmeta.paths import Patterns, leaves_by_path, mask, matching
 
 
 def frozen_mask(params: Params, train: Patterns) -> PyTree:

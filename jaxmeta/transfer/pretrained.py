@@ -16,6 +16,7 @@ from jaxmeta import nn
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, PyTree
 from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.paths import shortened
 from jaxmeta.transfer import weight_files
 from jaxmeta.transfer.architectures import (
     default_input,
@@ -27,7 +28,6 @@ from jaxmeta.transfer.architectures import (
     variables_of,
 )
 from jaxmeta.transfer.layouts import Leaf, layout_of, translated, without_prefix
-from jaxmeta.transfer.paths import shortened
 from jaxmeta.transfer.subtree import Report, leaves_by_path, rename, transplant
 
 _POSITIONS = "params/position_embedding"

@@ -1,6 +1,6 @@
 """Subtree surgery: parts of trees of parameters taken, replaced, renamed and transplanted.
 
-Paths and patterns are those of `jaxmeta.transfer.paths`: "body/layer_0/kernel", "body/**", "**/bias".
+Paths and patterns are those of `jaxmeta.paths`: "body/layer_0/kernel", "body/**", "**/bias".
 No function copies an array, and none alters a tree that it is given: results share their leaves, so a
 compiled step that donates one tree's buffers takes them from all.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmeta.checks import ArgumentError
-from jaxmeta.transfer.paths import (
+from jaxmeta.paths import (
     Patterns,
     PyTree,
     Rules,

@@ -103,6 +103,15 @@ def test_only_picked_leaves_adapt_and_the_others_have_a_meta_gradient(order):
     assert np.abs(body).max() > 1e-3
 
 
+@pytest.mark.parametrize("patterns", ["head", ("head/kernel", "head/bias"), ("head/*",)])
+def test_patterns_pick_what_a_predicate_does(patterns):
+    by_pattern, by_predicate = (
+        maml(adapts=adapts) for adapts in (patterns, lambda path: path.startswith("head/"))
+    )
+    params, of = init(by_pattern), task()
+    assert_trees_close(adapt(by_pattern, params, of), adapt(by_predicate, params, of), rtol=0)
+
+
 def test_predicate_sees_the_paths_of_the_leaves():
     seen = set()
     learner = jm.maml(network(), adapts=lambda path: seen.add(path) or True)
@@ -298,6 +307,8 @@ def test_a_head_of_another_width_is_refused_at_init():
 def test_adapting_nothing_is_refused_at_init():
     with pytest.raises(ValueError, match=r"picks no leaf.*head/kernel"):
         jm.maml(network(), adapts=lambda path: "haed" in path).init(KEY, task())
+    with pytest.raises(ValueError, match=r"adapts: 'haed' matches nothing; the closest paths are head"):
+        jm.maml(network(), adapts=["haed", "head"]).init(KEY, task())
 
 
 @pytest.mark.parametrize(
