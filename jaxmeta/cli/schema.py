@@ -7,6 +7,7 @@ tuples of these, and unions of these with None. Of other unions the plain member
 
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from jaxmeta.declare import parent_of
 
 MISSING = inspect.Parameter.empty
 _SCALARS = (int, float, str, bool)
+_POINTER = re.compile(r"[;,]? (see|as of) `(jm|jaxmeta)\.[\w.]+`")
 # Fields that every Flax module has.
 _OF_MODULES = ("parent", "name")
 
@@ -45,9 +47,9 @@ class Setting(NamedTuple):
 
     @property
     def help(self) -> str:
-        """Return the first sentence of the description."""
-        first, stop, _ = self.about.partition(". ")
-        return first if stop else first.removesuffix(".")
+        """Return the first sentence of the description, without what points to the library."""
+        first = self.about.partition(". ")[0].removesuffix(".")
+        return _POINTER.sub("", first)
 
     def parse(self, text: str) -> Any:
         """Return the value that a flag's text stands for.

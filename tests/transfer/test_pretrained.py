@@ -54,6 +54,18 @@ def test_a_resnet_of_transformers_keeps_its_outputs(tmp_path, layer_type):
 
 
 @pytest.mark.usefixtures("torch")
+def test_weights_of_transformers_name_images_by_their_own_labels(tmp_path):
+    model = resnet(id2label={number: f"kind {number}" for number in range(5)})
+    model.save_pretrained(tmp_path)
+    x = np.random.default_rng(1).random((4, 40, 40, 3)).astype(np.float32)
+    classifier = jm.load_classifier(tmp_path, size=40)
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = outputs_of(model, ((x - mean) / deviation).astype(np.float32))
+    np.testing.assert_allclose(classifier.predict(x), jax.nn.softmax(expected), atol=1e-4)
+    assert classifier.label(x) == [f"kind {number}" for number in expected.argmax(-1)]
+
+
+@pytest.mark.usefixtures("torch")
 @pytest.mark.nightly
 def test_a_whole_resnet_18_keeps_its_outputs(tmp_path):
     config = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
