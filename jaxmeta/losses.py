@@ -3,14 +3,26 @@
 The reduction is part of the method: a published inner learning rate means something only
 together with it. Several official codes sum where we average; the presets store the learning
 rate that makes our mean equal to their sum.
+
+Sums, counts and means are of float32 at least, whatever outputs are in: bfloat16 counts to 256, and float16
+has nothing above 65,504.
 """
+
+import math
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_labels, shown
 from jaxmeta.core import Batch, Metrics
+
+
+def full_precision(values: ArrayLike) -> Array:
+    """`values` in float32 at least: what is added up, or compared by small differences."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def masked_mean(values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None) -> Float[Array, ""]:
@@ -22,9 +34,13 @@ def masked_mean(values: Float[Array, " n"], mask: Bool[Array, " n"] | None = Non
 def masked_sum(
     values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of `values` where `mask` is True, and how many there are: the form of a metric."""
+    """Sum of `values` where `mask` is True, and how many there are: the form of a metric.
+
+    Both are of float32 at least.
+    """
     if mask is not None and (mask.shape != values.shape or mask.dtype != jnp.bool):
         raise ArgumentError("mask", f"got {shown(mask)}; it must be bool, of shape {values.shape}")
+    values = full_precision(values)
     if mask is None:
         return values.sum(), jnp.asarray(values.size, values.dtype)
     # `where` and not a product: padding may hold NaN, and 0 * NaN is NaN.
@@ -49,7 +65,8 @@ def cross_entropy(
     # Padding may hold anything.
     real = labels if mask is None or mask.shape != labels.shape else jnp.where(mask, labels, 0)
     check_labels("labels", real, *logits.shape)
-    return masked_mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), mask)
+    each = optax.softmax_cross_entropy_with_integer_labels(full_precision(logits), labels)
+    return masked_mean(each, mask)
 
 
 def mse(
@@ -64,7 +81,9 @@ def mse(
         raise ArgumentError(
             "outputs, targets", f"got shapes {outputs.shape} and {targets.shape}; they must be the same"
         )
-    return masked_mean(jnp.square(outputs - targets).mean(-1), mask)
+    # In few bits the squares would overflow first.
+    errors = jnp.square(full_precision(outputs) - full_precision(targets))
+    return masked_mean(errors.mean(-1), mask)
 
 
 def score(outputs: Array, batch: Batch) -> Metrics:
@@ -81,8 +100,10 @@ def score(outputs: Array, batch: Batch) -> Metrics:
             )
         # The argmax of a row with NaN is the NaN's place: a diverged learner is wrong, not lucky.
         right = (outputs.argmax(-1) == batch.y) & ~jnp.isnan(outputs).any(-1)
-        return {"accuracy": masked_sum(right.astype(outputs.dtype), batch.mask)}
+        return {"accuracy": masked_sum(right.astype(jnp.float32), batch.mask)}
     if outputs.shape != batch.y.shape:
         raise ValueError(f"got outputs of shape {outputs.shape} for targets of shape {batch.y.shape}")
-    errors = jnp.square(outputs - batch.y)
-    return {"mse": masked_sum(errors.reshape(errors.shape[0], -1).mean(-1), batch.mask)}
+    errors = jnp.square(full_precision(outputs) - full_precision(batch.y))
+    # Not by −1, which is no size where there are no examples.
+    rows = errors.reshape(errors.shape[0], math.prod(errors.shape[1:]))
+    return {"mse": masked_sum(rows.mean(-1), batch.mask)}

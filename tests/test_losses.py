@@ -71,3 +71,51 @@ def test_score_counts_an_example_with_nan_as_wrong_and_no_other():
     outputs = jnp.array([[jnp.nan, 1.0], [0.0, 1.0], [0.0, jnp.nan], [5.0, 1.0]])
     labels = jm.Batch(outputs, jnp.array([0, 1, 1, 0], jnp.int32))
     assert score(outputs, labels) == {"accuracy": (2.0, 4.0)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "wrong"), [("bfloat16", 301, 150), ("float16", 70_000, 1), ("bfloat16", 5001, 7)]
+)
+def test_accuracy_counts_examples_one_by_one_whatever_the_outputs_are_in(dtype, n, wrong):
+    outputs = jnp.zeros((n, 2), dtype).at[:, 0].set(1)
+    labels = jnp.where(jnp.arange(n) < wrong, 1, 0).astype(jnp.int32)
+    assert score(outputs, jm.Batch(outputs, labels)) == {"accuracy": (n - wrong, n)}
+    mask = jnp.arange(n) >= wrong - 1
+    assert score(outputs, jm.Batch(outputs, labels, mask)) == {"accuracy": (n - wrong, n - wrong + 1)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_means_of_few_bits_are_those_of_float64(dtype):
+    rng = np.random.default_rng(0)
+    n = 1001
+    outputs, targets = (jnp.asarray(300 * rng.normal(size=(n, 3)), dtype) for _ in range(2))
+    exact = [np.asarray(each, np.float64) for each in (outputs, targets)]
+    expected = np.square(exact[0] - exact[1]).mean()
+    np.testing.assert_allclose(mse(outputs, targets), expected, rtol=1e-5)
+    total, count = score(outputs, jm.Batch(outputs, targets))["mse"]
+    np.testing.assert_allclose(total / count, expected, rtol=1e-5)
+    assert count == n
+    labels = rng.integers(3, size=n)
+    of_labels = exact[0] - exact[0].max(1, keepdims=True)
+    losses = np.log(np.exp(of_labels).sum(1)) - of_labels[np.arange(n), labels]
+    found = cross_entropy(outputs, jnp.asarray(labels, jnp.int32))
+    np.testing.assert_allclose(found, losses.mean(), rtol=1e-5)
+    values = jnp.ones(n, dtype)
+    assert masked_sum(values) == (n, n)
+    assert masked_mean(values, jnp.ones(n, bool)) == 1
+
+
+def test_gradients_have_the_type_of_the_outputs():
+    logits = jnp.zeros((3, 2), jnp.bfloat16)
+    gradient = jax.grad(cross_entropy)(logits, jnp.array([0, 1, 1], jnp.int32))
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(gradient, np.float32), np.array([[-1, 1], [1, -1], [1, -1]]) / 6, rtol=1e-2
+    )
+
+
+def test_scores_of_no_examples_are_sums_of_nothing():
+    nothing = jm.Batch(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32))
+    assert score(jnp.zeros((0, 3)), nothing) == {"accuracy": (0, 0)}
+    targets = jm.Batch(jnp.zeros((0, 4)), jnp.zeros((0, 3)))
+    assert score(jnp.zeros((0, 3)), targets) == {"mse": (0, 0)}

@@ -16,8 +16,10 @@ from jaxmeta.metric_based.metric_learner import (
     episodic_defaults,
     metric_learner,
     only_present,
+    product,
     squared_distances,
     unit,
+    with_centre,
 )
 from jaxmeta.nn.adapters import Network
 
@@ -38,12 +40,13 @@ class Similarity(NamedTuple):
 
 
 def _mahalanobis(matrix: Params, a: Array, b: Array) -> Array:
-    return -squared_distances(a @ matrix, b @ matrix)
+    b, centre = with_centre(b)
+    return -squared_distances(product(a - centre[None], matrix), product(b - centre[None], matrix))
 
 
 SIMILARITIES = {
-    "cosine": Similarity(lambda _, a, b: unit(a) @ unit(b).T),
-    "dot": Similarity(lambda _, a, b: a @ b.T),
+    "cosine": Similarity(lambda _, a, b: product(unit(a), unit(b).T)),
+    "dot": Similarity(lambda _, a, b: product(a, b.T)),
     "euclidean": Similarity(lambda _, a, b: -squared_distances(a, b)),
     "learned": Similarity(_mahalanobis, lambda key, dim: jnp.eye(dim)),
 }
@@ -149,8 +152,10 @@ def kernel_classifier(
         labels = fitted["labels"]
         if reduce == "prototype":
             means, present = class_means(fitted["z"], labels)
+            means, _ = with_centre(means, present)
             return jax.nn.log_softmax(only_present(log_kernel(own, z, means), present))
-        return log_probabilities(log_kernel(own, z, fitted["z"]), labels, reduce)
+        support, _ = with_centre(fitted["z"], (labels > 0).any(1))
+        return log_probabilities(log_kernel(own, z, support), labels, reduce)
 
     learned = similarity.init is not None or learn_scale
     return metric_learner(

@@ -10,7 +10,7 @@ from jaxmeta import declare
 from jaxmeta.checks import check_count, check_number
 from jaxmeta.core import Augment, Key, Learner, Params
 from jaxmeta.metric_based.kernel import kernel_classifier, log_probabilities
-from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, unit
+from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, product, unit
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.full_context import full_context
 
@@ -95,7 +95,7 @@ def matching(
     def judge(own: Params, fitted: Params, z: Array) -> Array:
         support, labels = fitted["z"], fitted["labels"]
         z = context(z.shape[1]).query(own, z, support, (labels > 0).any(1))
-        cosines = unit(z) @ unit(support).T
+        cosines = product(unit(z), unit(support).T)
         return log_probabilities(own.get("scale", scale) * cosines, labels)
 
     return metric_learner(model, fit=fit, judge=judge, init=init, norm=norm, augment=augment)

@@ -208,13 +208,13 @@ def check_labels(batch: Batch) -> None:
 
 
 def one_hot(batch: Batch) -> Float[Array, "n ways"]:
-    """Labels as rows; padding has rows of zeros.
+    """Labels as rows, in float32 at least, since they are counted; padding has rows of zeros.
 
     Raises:
       ValueError: as `check_labels`.
     """
     check_labels(batch)
-    labels = jax.nn.one_hot(batch.y, ways_of(batch), dtype=batch.x.dtype)
+    labels = jax.nn.one_hot(batch.y, ways_of(batch), dtype=jnp.promote_types(batch.x.dtype, jnp.float32))
     return labels if batch.mask is None else jnp.where(batch.mask[:, None], labels, 0)
 
 
@@ -230,14 +230,48 @@ def joined(x: Array, mask: Array | None, more: Array, more_mask: Array | None) -
 
 
 def unit(z: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
-    """Vectors of length one; the zero vector stays, with a finite gradient."""
+    """Vectors of length one, in float32 at least; the zero vector stays, with a finite gradient."""
+    z = losses.full_precision(z)
     return z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-12))
 
 
-def squared_distances(a: Float[Array, "m dim"], b: Float[Array, "n dim"]) -> Float[Array, "m n"]:
-    """‖a_i − b_j‖², by one matrix product."""
+def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """The matrix product in full precision, of which accelerators take less by default."""
+    return jnp.matmul(losses.full_precision(a), losses.full_precision(b), precision=jax.lax.Precision.HIGHEST)
+
+
+def with_centre(
+    points: Float[Array, "n dim"], present: Bool[Array, " n"] | None = None
+) -> tuple[Float[Array, "n dim"], Float[Array, " dim"]]:
+    """Points in float32 at least, and their centre, a constant: an origin that distances do not depend on.
+
+    Points that are not present, those of padding or of a class without examples, are put at the centre.
+    """
+    points = losses.full_precision(points)
+    fixed = jax.lax.stop_gradient(points)
+    if present is None:
+        # Of no points the centre is anywhere.
+        return points, fixed.sum(0) / max(points.shape[0], 1)
+    count = jnp.maximum(present.sum(), 1).astype(points.dtype)
+    centre = jnp.where(present[:, None], fixed, 0).sum(0) / count
+    return jnp.where(present[:, None], points, centre[None]), centre
+
+
+def squared_distances(
+    a: Float[Array, "m dim"], b: Float[Array, "n dim"], present: Bool[Array, " n"] | None = None
+) -> Float[Array, "m n"]:
+    """‖a_i − b_j‖², by one matrix product, in float32 at least.
+
+    From the centre of `b`: the squares of numbers with a common offset have no room for their differences.
+
+    Args:
+      a, b: points.
+      present: which of `b` count; None for all. The distances from others are those from the centre.
+    """
+    b, centre = with_centre(b, present)
+    a, b = losses.full_precision(a) - centre[None], b - centre[None]
     squares = jnp.square(a).sum(-1)[:, None] + jnp.square(b).sum(-1)[None, :]
-    return jnp.maximum(squares - 2 * a @ b.T, 0)
+    return jnp.maximum(squares - 2 * product(a, b.T), 0)
 
 
 def class_means(
@@ -248,7 +282,7 @@ def class_means(
     The paper's pseudo-code divides by the number of classes, which is a slip.
     """
     counts = labels.sum(0)
-    return labels.T @ z / jnp.maximum(counts, 1)[:, None], counts > 0
+    return product(labels.T, z) / jnp.maximum(counts, 1)[:, None], counts > 0
 
 
 def only_present(outputs: Float[Array, "m ways"], present: Bool[Array, " ways"]) -> Float[Array, "m ways"]:

@@ -81,7 +81,8 @@ def simple_shot(
 
     def judge(own: Params, fitted: Params, z: Array) -> Array:
         del own
-        return only_present(-squared_distances(transformed(z), fitted["centroids"]), fitted["present"])
+        found = squared_distances(transformed(z), fitted["centroids"], fitted["present"])
+        return only_present(-found, fitted["present"])
 
     def learner(model: Network) -> Learner:
         return metric_learner(

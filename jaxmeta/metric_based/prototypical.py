@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import lecun_normal
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_word
@@ -19,8 +20,10 @@ from jaxmeta.metric_based.metric_learner import (
     metric_learner,
     one_hot,
     only_present,
+    product,
     squared_distances,
     unit,
+    with_centre,
 )
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.embedding import MLP
@@ -113,7 +116,8 @@ def prototypical(
 
     def judge(own: Params, fitted: Params, z: Array) -> Array:
         del own
-        return only_present(-distances(embedded(z), fitted["prototypes"]), fitted["present"])
+        found = distances(embedded(z), fitted["prototypes"], fitted["present"])
+        return only_present(-found, fitted["present"])
 
     if metadata is not None:
         return _zero_shot(model, metadata, judge, norm, augment)
@@ -183,8 +187,21 @@ def add_class(
     }
 
 
-def bregman(generator: Generator, z: Float[Array, "m dim"], v: Float[Array, "n dim"]) -> Float[Array, "m n"]:
-    """d_φ(z_i, v_j) = φ(z_i) − φ(v_j) − (z_i − v_j)·∇φ(v_j).
+def bregman(
+    generator: Generator,
+    z: Float[Array, "m dim"],
+    v: Float[Array, "n dim"],
+    present: Bool[Array, " n"] | None = None,
+) -> Float[Array, "m n"]:
+    """d_φ(z_i, v_j) = φ(z_i) − φ(v_j) − (z_i − v_j)·∇φ(v_j), in float32 at least.
+
+    It is that of φ_c(u) = d_φ(u, c) for any c, and c is the centre of v: where points have a common offset, φ
+    and the products are large, and have no room for the differences.
+
+    Args:
+      generator: φ.
+      z, v: points.
+      present: which of `v` count; None for all. The divergences from others are those from the centre.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -192,32 +209,61 @@ def bregman(generator: Generator, z: Float[Array, "m dim"], v: Float[Array, "n d
       >>> bregman(lambda u: (u**2).sum(), z, v).tolist()
       [[0.25, 2.25]]
     """
-    slopes = jax.vmap(jax.grad(generator))(v)
-    at_v = jax.vmap(generator)(v) - (v * slopes).sum(-1)
-    return jax.vmap(generator)(z)[:, None] - at_v[None, :] - z @ slopes.T
+    z, (v, centre) = losses.full_precision(z), with_centre(v, present)
+    own = jax.vmap(lambda u: _from_centre(generator, centre, u))
+    slopes = jax.vmap(jax.grad(generator))(v) - jax.grad(generator)(centre)[None]
+    z_own, v_own = own(z), own(v)
+    z, v = z - centre[None], v - centre[None]
+    at_v = v_own - (v * slopes).sum(-1)
+    return z_own[:, None] - at_v[None, :] - product(z, slopes.T)
+
+
+def _from_centre(generator: Generator, centre: Float[Array, " dim"], u: Float[Array, " dim"]):
+    """φ(u) − φ(c) − (u − c)·∇φ(c), also where φ is so large that its values have no room for it.
+
+    Of these it is the difference; or the integral ∫₀¹ (u − c)·(∇φ(c + t (u − c)) − ∇φ(c)) dt by Gauss's rule,
+    where that is known better: where two rules differ by less than the values' last bits.
+    """
+    way, slope = u - centre, jax.grad(generator)(centre)
+
+    def integral(nodes: int) -> Array:
+        places, weights = np.polynomial.legendre.leggauss(nodes)
+        on_the_way = [
+            weight / 2 * (way * (jax.grad(generator)(centre + (place + 1) / 2 * way) - slope)).sum()
+            for place, weight in zip(places.tolist(), weights.tolist(), strict=True)
+        ]
+        return sum(on_the_way[1:], on_the_way[0])
+
+    values = generator(u), generator(centre), (way * slope).sum()
+    fine, coarse = integral(4), integral(3)
+    last_bits = jnp.finfo(u.dtype).eps * sum(jnp.abs(value) for value in values)
+    known_better = jax.lax.stop_gradient(jnp.abs(fine - coarse) <= last_bits)
+    return jnp.where(known_better, fine, values[0] - values[1] - values[2])
 
 
 def _negative_entropy(z: Array) -> Array:
     return (z * jnp.log(jnp.maximum(z, jnp.finfo(z.dtype).tiny))).sum()
 
 
-def _relative_entropy(z, v):
+def _relative_entropy(z, v, present=None):
     """KL of distributions: without the second derivatives of `bregman`, which overflow near 0."""
+    del present
+    z, v = losses.full_precision(z), losses.full_precision(v)
     tiny = jnp.finfo(z.dtype).tiny
-    return jax.vmap(_negative_entropy)(z)[:, None] - z @ jnp.log(jnp.maximum(v, tiny)).T
+    return jax.vmap(_negative_entropy)(z)[:, None] - product(z, jnp.log(jnp.maximum(v, tiny)).T)
 
 
-def _divergence(given: str | Generator) -> tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]:
-    """What is done to an embedding first, and the distances of points to prototypes."""
+def _divergence(given: str | Generator) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
+    """What is done to an embedding first, and the distances of points to prototypes that are present."""
     known: dict[str, tuple] = {
         "euclidean": (lambda z: z, squared_distances),
         "kl": (jax.nn.softmax, _relative_entropy),
-        "cosine": (lambda z: z, lambda z, v: 1 - unit(z) @ unit(v).T),
+        "cosine": (lambda z: z, lambda z, v, present: 1 - product(unit(z), unit(v).T)),
     }
     if not callable(given):
         check_word("divergence", given, known)
         return known[given]
-    return lambda z: z, lambda z, v: bregman(given, z, v)
+    return lambda z: z, lambda z, v, present: bregman(given, z, v, present)
 
 
 def _zero_shot(

@@ -9,7 +9,7 @@ from jaxtyping import Array
 from jaxmeta import declare
 from jaxmeta.checks import check_number
 from jaxmeta.core import Augment, Key, Learner, Params
-from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, only_present
+from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, only_present, product
 from jaxmeta.nn.adapters import Network
 
 
@@ -66,9 +66,9 @@ def ridge(
     def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
         del key
         z = jnp.where((labels > 0).any(1, keepdims=True), z, 0)
-        gram = z @ z.T + jnp.exp(own["log_regularisation"]) * jnp.eye(z.shape[0], dtype=z.dtype)
+        gram = product(z, z.T) + jnp.exp(own["log_regularisation"]) * jnp.eye(z.shape[0], dtype=z.dtype)
         dual = jax.scipy.linalg.solve(gram, labels, assume_a="pos")
-        return {"weights": z.T @ dual, "present": (labels > 0).any(0)}
+        return {"weights": product(z.T, dual), "present": (labels > 0).any(0)}
 
     def judge(own: Params, fitted: Params, z: Array) -> Array:
         return only_present(own["scale"] * (z @ fitted["weights"]), fitted["present"])

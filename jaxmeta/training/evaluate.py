@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import (
@@ -23,7 +23,7 @@ from jaxmeta.core import (
     TaskStream,
     episode_keys,
 )
-from jaxmeta.losses import score
+from jaxmeta.losses import full_precision, score
 from jaxmeta.training import sharding
 from jaxmeta.training.sharding import Devices
 from jaxmeta.training.step import check_stream, sample_of, stream_batches
@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
     Attributes:
       mean: over episodes.
       ci95: half-width of its 95 % confidence interval, 1.96·s/√E with s of ddof 1.
-      episodes: E.
+      episodes: E, of those that have a query.
     """
 
     mean: float
@@ -71,7 +71,8 @@ def evaluate(
     """Adapts to the support set of fixed episodes and scores their queries.
 
     Accuracy where the targets are integers, mean squared error where they are float; masked
-    queries do not count. Whether the number is transductive is the learner's `norm`.
+    queries do not count, nor do episodes all of whose queries are masked. Whether the number is transductive
+    is the learner's `norm`.
 
     Args:
       learner: gives `adapt` and `predict`.
@@ -86,13 +87,19 @@ def evaluate(
         episodes of their own where they do not share parameters.
 
     Raises:
-      ValueError: too few `episodes`, `batch` below 1, or outputs of a wrong shape.
+      ValueError: too few `episodes`, with a query or at all; `batch` below 1; or outputs of a wrong shape.
     """
     # A confidence interval needs two.
     check_count("episodes", episodes, 2)
-    return Evaluation.of(
-        evaluate_episodes(learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices)
+    values = evaluate_episodes(
+        learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices
     )
+    if values.size < 2:
+        raise ArgumentError(
+            "tasks",
+            f"got {values.size} episode with a query, of {episodes}; a confidence interval needs 2",
+        )
+    return Evaluation.of(values)
 
 
 def evaluate_episodes(
@@ -104,10 +111,14 @@ def evaluate_episodes(
     key: Key,
     batch: int | None = None,
     devices: Devices = None,
-) -> Float[np.ndarray, " episodes"]:
+) -> Float[np.ndarray, " scored"]:
     """Accuracy or mean squared error of each episode, as averaged by `evaluate`.
 
-    With one key two learners see the same episodes, so that their values can be paired.
+    With one key two learners see the same episodes, so that their values can be paired. Episodes all of whose
+    queries are masked are left out.
+
+    Raises:
+      ValueError: as `evaluate`; or no episode has a query.
     """
     check_count("episodes", episodes)
     if batch is not None:
@@ -117,17 +128,18 @@ def evaluate_episodes(
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
-        waiting: Array | None = None
-        found: list[np.ndarray] = []
+        waiting: tuple[Array, Array] | None = None
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         for start, given in _numbered(tasks, episodes):
             count, given = given.query.y.shape[0], sharding.evened(given, mesh)
             own = given.query.y.shape[0] // mesh.shape[sharding.TASKS]
             value = _episodes(learner, own, not on_cpu, mesh, arguments, sharding.share(given, mesh), start)
-            value = value[:count]
+            value = value[0][:count], value[1][:count]
             # One batch behind: the device is never idle, and holds no more than two.
-            found += [] if waiting is None else [np.asarray(waiting)]
+            found += [] if waiting is None else [_on_host(waiting)]
             waiting = value
-        return np.concatenate([*found, np.asarray(waiting)])[:episodes]
+        assert waiting is not None
+        return _scored([*found, _on_host(waiting)], episodes)
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
     apart = mesh.shape[sharding.TASKS]
@@ -137,7 +149,21 @@ def evaluate_episodes(
         _episodes(learner, own, not on_cpu, mesh, arguments, sample, call * own * apart)
         for call in range(calls)
     ]
-    return np.concatenate([np.asarray(value) for value in values])[:episodes]
+    return _scored([_on_host(value) for value in values], episodes)
+
+
+def _on_host(values: tuple[Array, Array]) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(values[0]), np.asarray(values[1])
+
+
+def _scored(parts: list[tuple[np.ndarray, np.ndarray]], episodes: int) -> Float[np.ndarray, " scored"]:
+    """The values of the first `episodes` episodes, without those that have no query to score."""
+    values, scored = (np.concatenate(each)[:episodes] for each in zip(*parts, strict=True))
+    if not scored.any():
+        raise ArgumentError(
+            "tasks", f"got {episodes} episodes without a query: all are masked, or there are none"
+        )
+    return values[scored]
 
 
 def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
@@ -239,17 +265,19 @@ def _episodes(
     arguments: tuple[Params, Key],
     source: Source,
     start: Array | int,
-) -> Float[Array, " episodes"]:
-    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> Array:
+) -> tuple[Float[Array, " episodes"], Bool[Array, " episodes"]]:
+    """The mean score of each episode, and whether it has a query."""
+
+    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> tuple[Array, Array]:
         params, key = arguments
         indices = start + sharding.first_task(mesh, own) + jnp.arange(own)
 
-        def one(numbered: tuple[Array, Task | None]) -> Array:
+        def one(numbered: tuple[Array, Task | None]) -> tuple[Array, Array]:
             task, adapt_key = _episode(source, key, *numbered)
             adapted = learner.adapt(params, task.support, adapt_key)
             outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
             ((total, count),) = score(outputs, task.query).values()
-            return total / jnp.maximum(count, 1)
+            return total / jnp.maximum(count, 1), count > 0
 
         numbered = indices, source if isinstance(source, Task) else None
         return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
@@ -272,7 +300,7 @@ def _sums(
 
     def one(numbered: tuple[Array, Task | None]) -> PyTree:
         task, learner_key = _episode(source, key, *numbered)
-        return statistics(params, task, learner_key)
+        return jax.tree.map(full_precision, statistics(params, task, learner_key))
 
     numbered = start + jnp.arange(episodes), source if isinstance(source, Task) else None
     zeros = jax.tree.map(

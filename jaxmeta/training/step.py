@@ -25,6 +25,7 @@ from jaxmeta.core import (
     TaskStream,
     episode_keys,
 )
+from jaxmeta.losses import full_precision
 from jaxmeta.training import sharding
 from jaxmeta.training.diagnostics import alignment
 from jaxmeta.training.sharding import Devices
@@ -216,16 +217,17 @@ def meta_step(
     def gradient(
         learner: Learner, params: Params, step: Array, tasks: Task, keys: Array
     ) -> tuple[Params, tuple[Array, Any]]:
-        """Sums over `at_once` tasks: their gradients; their losses and metrics."""
+        """Sums over `at_once` tasks: their gradients; their losses and metrics, in float32 at least."""
 
         def total(params: Params) -> tuple[Array, Any]:
             if at_once == 1:
                 # Without the batch axis: a vmap, even of 1, makes convolutions grouped ones.
                 task, key = jax.tree.map(lambda leaf: leaf[0], (tasks, keys))
-                value, metrics = learner.loss(params, task, key, step=step)
+                value, metrics = jax.tree.map(full_precision, learner.loss(params, task, key, step=step))
                 return value, (value, metrics)
-            values, metrics = jax.vmap(lambda task, key: learner.loss(params, task, key, step=step))(
-                tasks, keys
+            values, metrics = jax.tree.map(
+                full_precision,
+                jax.vmap(lambda task, key: learner.loss(params, task, key, step=step))(tasks, keys),
             )
             return values.sum(), (values.sum(), jax.tree.map(lambda leaf: leaf.sum(0), metrics))
 

@@ -27,6 +27,7 @@ from vectors import (
 
 import jaxmeta as jm
 from jaxmeta.core import episode_keys
+from jaxmeta.metric_based.metric_learner import squared_distances
 
 METHODS = {
     "prototypical": jm.prototypical,
@@ -330,3 +331,73 @@ def test_logits_and_loss_match_torch_on_the_same_weights(method):
 def test_unknown_statistics_are_refused(method):
     with pytest.raises(ValueError, match=r"norm: got 'layer'; it must be one of"):
         METHODS[method](network(), norm="layer")
+
+
+# What is nearest by squared Euclidean distance: a translation of all points changes no answer.
+OF_DISTANCES = {
+    "prototypical": jm.prototypical,
+    "square": functools.partial(jm.prototypical, divergence=lambda u: (u**2).sum()),
+    "learned": functools.partial(jm.kernel_classifier, similarity="learned", reduce="mean"),
+    "nearest": functools.partial(jm.kernel_classifier, similarity="euclidean", reduce="nearest"),
+    "prototype": functools.partial(jm.kernel_classifier, similarity="euclidean", reduce="prototype"),
+    "simple_shot": functools.partial(jm.simple_shot, transform="un"),
+}
+
+
+@pytest.mark.parametrize("offset", [0.0, 5_000.0, -40_000.0])
+@pytest.mark.parametrize("method", OF_DISTANCES)
+def test_a_common_offset_of_all_points_changes_no_answer(method, offset):
+    rng = np.random.default_rng(3)
+    dim, ways = 16, 5
+    # Multiples of 1/64 are numbers of float32 at these offsets too.
+    centres = np.round(64 * rng.normal(size=(ways, dim))) / 64
+    places = np.repeat(np.arange(ways), 2)
+    support = centres[places] + np.round(6.4 * rng.normal(size=(2 * ways, dim))) / 64
+    query = centres[places] + np.round(25 * rng.normal(size=(2 * ways, dim))) / 64
+    # One slot more than there are classes, and padding that lies elsewhere.
+    x = np.concatenate([offset + support, np.zeros((3, dim))])
+    part = jm.Batch(
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray([*places, 0, 0, 0], jnp.int32),
+        jnp.asarray(np.arange(len(x)) < len(support)),
+        ways + 1,
+    )
+    learner = OF_DISTANCES[method](IDENTITY)
+    head = {"similarity": jnp.eye(dim, dtype=jnp.float32)} if method == "learned" else {}
+    params = {"model": {}, "head": head}
+    found = np.asarray(outputs_of(learner, params, part, jnp.asarray(offset + query, jnp.float32)))
+    each = np.square(query[:, None] - support[None]).sum(-1).reshape(len(query), ways, 2)
+    to_mean = np.square(query[:, None] - support.reshape(ways, 2, dim).mean(1)[None]).sum(-1)
+    nearest = {"nearest": each.min(2), "learned": -np.log(np.exp(-each).mean(2))}.get(method, to_mean)
+    assert np.isneginf(found[:, ways]).all()
+    found = found[:, :ways]
+    # Up to what is the same for all classes.
+    expected = -(nearest - nearest.mean(1, keepdims=True))
+    tolerance = 1e-4 if offset == 0 else 0.2
+    np.testing.assert_allclose(found - found.mean(1, keepdims=True), expected, atol=tolerance)
+    np.testing.assert_array_equal(found.argmax(1), nearest.argmin(1))
+
+
+def test_distances_have_the_derivatives_of_their_formula():
+    rng = np.random.default_rng(4)
+    a, b = jnp.asarray(rng.normal(size=(3, DIM))), jnp.asarray(rng.normal(size=(2, DIM)))
+
+    def total(distances, a, b):
+        return jnp.sin(distances(a, b)).sum()
+
+    def plain(a, b):
+        return jnp.square(a[:, None] - b[None]).sum(-1)
+
+    for order in (jax.grad, jax.hessian):
+        found = jax.jit(order(functools.partial(total, squared_distances), (0, 1)))(a, b)
+        expected = jax.jit(order(functools.partial(total, plain), (0, 1)))(a, b)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), found, expected)
+
+
+def test_products_and_distances_of_bfloat16_are_of_float32():
+    rng = np.random.default_rng(5)
+    a, b = (jnp.asarray(rng.normal(size=(4, 300)) + 50, jnp.bfloat16) for _ in range(2))
+    exact = [np.asarray(each, np.float64) for each in (a, b)]
+    found = squared_distances(a, b)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.square(exact[0][:, None] - exact[1][None]).sum(-1), rtol=1e-5)

@@ -338,3 +338,39 @@ def test_a_learner_trained_on_many_ways_predicts_few():
     outputs = outputs_of(learner, params, few.support, few.query.x)
     assert outputs.shape == (3, 3)
     assert np.isfinite(outputs).all()
+
+
+def relative_entropy(u):
+    return (u * jnp.log(u)).sum()
+
+
+def quartic(u):
+    return (u**4).sum() / 12
+
+
+@pytest.mark.parametrize("generator", [square, mahalanobis, quartic, relative_entropy])
+def test_divergences_keep_their_differences_at_a_common_offset(generator):
+    rng = np.random.default_rng(6)
+    z, v = (np.asarray(300 + rng.normal(size=(n, DIM)), np.float32) for n in (6, 3))
+    found = np.asarray(bregman(generator, jnp.asarray(z), jnp.asarray(v)))
+    with jax.enable_x64(True):
+        expected = np.asarray(bregman(generator, *(jnp.asarray(each, float) for each in (z, v))))
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+    assert (found.argmin(1) == expected.argmin(1)).all()
+
+
+@pytest.mark.parametrize("generator", [square, quartic, relative_entropy])
+def test_divergences_are_their_formula_where_a_class_is_absent(generator, x64):
+    rng = np.random.default_rng(7)
+    z, v = (rng.uniform(0.1, 2.0, size=(n, DIM)) for n in (4, 3))
+    v[1] = 0  # an absent class, of which φ may have no derivative
+    present = jnp.array([True, False, True])
+
+    def found(v):
+        return bregman(generator, jnp.asarray(z), v, present)[:, jnp.array([0, 2])]
+
+    slopes = jax.vmap(jax.grad(generator))(jnp.asarray(v))
+    phi_z, phi_v = (np.asarray(jax.vmap(generator)(jnp.asarray(each))) for each in (z, v))
+    expected = phi_z[:, None] - phi_v[None] - np.einsum("mnd,nd->mn", z[:, None] - v[None], slopes)
+    np.testing.assert_allclose(found(jnp.asarray(v)), expected[:, [0, 2]], rtol=1e-9, atol=1e-9)
+    assert np.isfinite(jax.grad(lambda v: found(v).sum())(jnp.asarray(v))).all()

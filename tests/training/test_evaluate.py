@@ -1,5 +1,7 @@
 """Evaluation: fixed episodes whatever the batch, closed forms, masks, calibration."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +202,54 @@ def test_calibrate_needs_statistics_and_episodes():
         calibrate(toys.nearest_mean(), {"scale": jnp.ones(4)}, tasks, KEY)
     with pytest.raises(ValueError, match="episodes: got 0"):
         calibrate(with_moments(), {"scale": jnp.ones(4)}, tasks, KEY, episodes=0)
+
+
+def partly_without_queries(without):
+    """Toy tasks of which those of `without(first random number)` have masked queries alone."""
+    tasks = toys.clusters()
+
+    def draw(sample, key):
+        task = sample(key)
+        kept = ~without(jax.random.uniform(jax.random.fold_in(key, 7)))
+        return task._replace(query=dataclasses.replace(task.query, mask=task.query.mask & kept))
+
+    return tasks._replace(sample=jax.tree_util.Partial(draw, tasks.sample))
+
+
+def test_episodes_without_a_query_are_left_out_of_mean_and_count():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = prepared(learner, tasks)
+    all_of_them = evaluate_episodes(learner, params, tasks, episodes=12, key=KEY)
+    drawn = [
+        float(jax.random.uniform(jax.random.fold_in(jax.random.split(jax.random.fold_in(KEY, i))[0], 7)))
+        for i in range(12)
+    ]
+    some = partly_without_queries(lambda draw: draw < 0.4)
+    kept = all_of_them[np.array(drawn) >= 0.4]
+    assert 2 <= len(kept) < 12
+    np.testing.assert_array_equal(
+        evaluate_episodes(learner, params, some, episodes=12, key=KEY, batch=5), kept
+    )
+    result = evaluate(learner, params, some, episodes=12, key=KEY)
+    assert result == Evaluation.of(kept)
+    assert result.episodes == len(kept)
+
+
+def test_an_evaluation_without_any_query_is_refused():
+    learner = toys.nearest_mean()
+    nothing = partly_without_queries(lambda draw: draw < 2)
+    params = prepared(learner, nothing)
+    with pytest.raises(ValueError, match="tasks: got 3 episodes without a query"):
+        evaluate_episodes(learner, params, nothing, episodes=3, key=KEY)
+    with pytest.raises(ValueError, match="tasks: got 3 episodes without a query"):
+        evaluate(learner, params, nothing, episodes=3, key=KEY)
+
+
+def test_metrics_of_few_bits_are_added_up_in_float32():
+    tasks = toys.clusters()
+    one = jnp.ones((), jnp.bfloat16)
+    learner = toys.nearest_mean()._replace(
+        loss=lambda params, task, key, step=None: (one, {"count": (one, one), "half": (0.5, 1)})
+    )
+    found = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=301, key=KEY)
+    assert found == {"count": 1.0, "half": 0.5}

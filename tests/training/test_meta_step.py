@@ -138,3 +138,18 @@ def test_init_state_raises_what_the_learner_raises():
         init_state(
             toys.nearest_mean()._replace(loss=loss), optax.sgd(0.1), toys.clusters(), jax.random.key(0)
         )
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "scan"])
+def test_losses_and_metrics_of_few_bits_are_averaged_in_float32(strategy):
+    # 300 = 256 + 44 tasks, more than bfloat16 counts one by one.
+    tasks, learner = toys.sinusoid(), toys.maml()
+
+    def loss(params, task, key, step=None):
+        one = jnp.ones((), jnp.bfloat16)
+        return one + 0 * params["bias"].sum().astype(jnp.bfloat16), {"share": (0.25 * one, one)}
+
+    learner = learner._replace(loss=loss)
+    step = jax.jit(meta_step(learner, SGD, 300, strategy, devices=jax.devices()[:1]))
+    _, metrics = step(init_state(learner, SGD, tasks, jax.random.key(0)), tasks.sample)
+    assert metrics == {"loss": 1.0, "share": 0.25}
