@@ -146,7 +146,7 @@ def test_a_target_brings_the_flags_of_its_source(own):
 
 def test_commands_share_the_flags_of_images():
     flags, ranking = schema.settings_of(transferring.transfer), schema.settings_of(transferring.rank)
-    of_transfer = {"recipe", "train", "l2_sp", "out"}
+    of_transfer = {"recipe", "train", "l2_sp", "keep_statistics", "out"}
     assert set(flags) - of_transfer == set(ranking) - {"score", "fine_tune", "json"}
     assert set(fine_tuning.Settings.__annotations__) <= set(flags)
 
@@ -688,3 +688,26 @@ def test_a_picture_that_fails_costs_nothing_else(place, tmp_path, monkeypatch, c
     assert "no fonts" in capsys.readouterr().err
     assert report["accuracy"]["mean"] > 0
     assert (tmp_path / "out" / "weights.safetensors").is_file()
+
+
+def test_a_transfer_may_keep_the_statistics_of_its_source(place, tmp_path):
+    flags = ["--recipe", "lp-ft", "--steps", "3", "--shots", "5", "--keep-statistics"]
+    report = transfer(place, tmp_path / "out", *flags)
+    written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(place / "prototypical")
+    same = {path for path, leaf in source.items() if np.array_equal(written[path], leaf)}
+    assert same == {path for path in source if path.startswith("batch_stats")}
+    assert report["keep_statistics"]
+    assert "; they are kept |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_recipes_that_train_no_backbone_of_a_source_have_no_statistics_to_keep(place, tmp_path, capsys):
+    for recipe in ("linear-probe", "scratch"):
+        flags = ["--recipe", recipe, "--keep-statistics"]
+        transfer(place, tmp_path / "out", *flags, status=2)
+        assert f"--keep-statistics: {recipe} has no such setting" in capsys.readouterr().err
+
+
+def test_lp_ft_at_a_rate_of_nothing_scores_as_its_probe(place, tmp_path):
+    flags = ["--recipe", "lp-ft", "--shots", "5", "--steps", "60", "--rate", "1e-9"]
+    report = transfer(place, tmp_path / "out", *flags)
+    assert report["accuracy"]["mean"] == pytest.approx(report["probe_accuracy"]["mean"], abs=0.05)

@@ -24,6 +24,7 @@ from jaxmeta.transfer import (
     discriminative,
     feature_extraction,
     fine_tune,
+    fine_tuning_probe,
     gradual_unfreezing,
     input_adapter,
     l2_sp,
@@ -53,6 +54,7 @@ class Settings:
       batch: examples in each mini-batch.
       train: patterns of the parts of the backbone that are trained; None for all.
       l2_sp: weight of what pulls the backbone towards the source's.
+      keep_statistics: whether the backbone keeps the batch statistics that it has.
     """
 
     steps: int | None = None
@@ -60,6 +62,7 @@ class Settings:
     batch: int | None = None
     train: tuple[str, ...] | None = None
     l2_sp: float | None = None
+    keep_statistics: bool | None = None
 
     def given(self) -> dict[str, Any]:
         """Return what is not None, by name."""
@@ -67,6 +70,8 @@ class Settings:
 
 
 _TRAINED = ("steps", "rate", "batch")
+# Of recipes that train what has learned already.
+_PRETRAINED = ("l2_sp", "keep_statistics")
 
 
 class Recipe(NamedTuple):
@@ -84,10 +89,10 @@ class Recipe(NamedTuple):
 RECIPES = {
     "feature-extraction": Recipe("the backbone as it is, a ridge head on its features in closed form"),
     "linear-probe": Recipe("the backbone as it is, a logistic head on its features at its minimum"),
-    "fine-tune": Recipe("backbone and a new head together", (*_TRAINED, "train", "l2_sp")),
-    "lp-ft": Recipe("a linear probe, then backbone and head together", (*_TRAINED, "train", "l2_sp")),
+    "fine-tune": Recipe("backbone and a new head together", (*_TRAINED, "train", *_PRETRAINED)),
+    "lp-ft": Recipe("a linear probe, then backbone and head together", (*_TRAINED, "train", *_PRETRAINED)),
     "gradual": Recipe(
-        "from the head down one group of layers after another, lower ones slower", (*_TRAINED, "l2_sp")
+        "from the head down one group of layers after another, lower ones slower", (*_TRAINED, *_PRETRAINED)
     ),
     "scratch": Recipe("the network with nothing learned before", _TRAINED),
 }
@@ -245,6 +250,7 @@ def resolved(recipe: str, backbone: Backbone, start: Learnable, examples: int, a
         "batch": batch,
         "train": asked.train,
         "l2_sp": asked.l2_sp,
+        "keep_statistics": asked.keep_statistics,
     }
     return Settings(**{name: values[name] for name in RECIPES[recipe].settings})
 
@@ -288,17 +294,22 @@ def fit(
     steps, rate = settings.steps, settings.rate
     assert steps is not None
     assert rate is not None
-    common: dict[str, Any] = {"key": key, "batch_size": settings.batch, "every": max(1, steps // 20)}
+    common: dict[str, Any] = {
+        "key": key,
+        "batch_size": settings.batch,
+        "every": max(1, steps // 20),
+        "keep_statistics": bool(settings.keep_statistics),
+    }
     if settings.l2_sp is not None:
         common["penalty"] = l2_sp(variables["params"], shared=BODY, alpha=settings.l2_sp)
     if recipe == "gradual":
         return _gradually(start, learn, steps, rate, report, common)
-    probe = feature_extraction(model, variables, learn) if recipe == "lp-ft" else None
+    common["train"] = _patterns(settings)
+    probe = fine_tuning_probe(model, variables, learn, **common) if recipe == "lp-ft" else None
     fitted = fine_tune(
         model,
         probe or variables,
         learn,
-        train=_patterns(settings),
         optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
         steps=steps,
         report=report,

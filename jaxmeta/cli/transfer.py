@@ -117,6 +117,7 @@ def transfer(
     | None = None,
     train: tuple[str, ...] | None = None,
     l2_sp: float | None = None,
+    keep_statistics: bool = False,
     out: str | None = None,
     reading: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
@@ -138,6 +139,8 @@ def transfer(
       train: parts of the backbone that fine-tune and lp-ft train beside the head, such as body/ConvNorm_3;
         without it all. They are paths as in report.md without params/, with * within a name and ** across.
       l2_sp: weight of ½‖w − w⁰‖², which pulls the backbone towards the source's.
+      keep_statistics: whether fine-tune, lp-ft and gradual keep the backbone's batch statistics and normalise
+        by them; otherwise mini-batches normalise themselves, and the statistics become the target's.
       out: the transfer's folder. Without it runs/transfer-<source>-<target>-<date and time>.
       reading: settings of the target's source, in place of their defaults.
       **options: as of `Options`.
@@ -152,7 +155,7 @@ def transfer(
     started = time.perf_counter()
     recipe = recipe or ("scratch" if source == NONE else "lp-ft")
     common = _options(options)
-    asked = common.fine_tuning(train=train, l2_sp=l2_sp)
+    asked = common.fine_tuning(train=train, l2_sp=l2_sp, keep_statistics=keep_statistics or None)
     check_settings(recipe, asked)
     if source == NONE and recipe != "scratch":
         raise ArgumentError("recipe", f"got {recipe}; with SOURCE {NONE} there is only scratch")
@@ -240,7 +243,7 @@ def transfer(
         plot_confusion(picture, confusion, images.classes, title)
     print(f"accuracy          {_shown(report['accuracy'])}")
     if "probe_accuracy" in report:
-        print(f"  linear probe    {_shown(report['probe_accuracy'])}, the backbone as it was")
+        print(f"  linear probe    {_shown(report['probe_accuracy'])}, the backbone's weights as they were")
     print(f"{report['wall_s']:.0f} s in all")
     print(f"folder: {folder}  (report.md, confusion.png)")
     return folder
@@ -457,7 +460,9 @@ def _table(report: Mapping[str, Any]) -> dict[str, str]:
         "images": f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}, "
         + report["pixels"]
         + ("; dark on light, the source's light on dark: all are inverted" if report["inverted"] else ""),
-        "batch statistics": report["statistics"],
+        "batch statistics": f"{report['statistics']}; they are kept"
+        if report["statistics"] and report.get("keep_statistics")
+        else report["statistics"],
         "recipe": f"{report['recipe']}: {about['recipe']}"
         + (f"; of the backbone only {', '.join(patterns)}" if patterns else ""),
         "parameters": f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen",
@@ -490,7 +495,7 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
     ]
     said = {
         "accuracy": report["recipe"],
-        "probe_accuracy": "for comparison: a linear probe, the backbone as it was",
+        "probe_accuracy": "for comparison: a linear probe, the backbone's weights as they were",
     }
     for name, what in said.items():
         if name in report:

@@ -28,10 +28,11 @@ class StatefulModel(NamedTuple):
       init: `(key, x) -> variables`, of which "params" are trained, and the other collections, such as
         "batch_stats", are the network's state.
       apply: `(variables, x) -> outputs`, in inference: by the running statistics, without dropout.
-      train: `(variables, x, key, *, frozen=None) -> (outputs, state)`, in training: by the statistics of
-        `x`, with dropout; `state` are the other collections afterwards. `frozen` is a tree of Python bools
-        like the parameters: a layer all of whose parameters are frozen stays in inference, its
-        statistics as they are.
+      train: `(variables, x, key, *, frozen=None, keep_statistics=False) -> (outputs, state)`, in training:
+        by the statistics of `x`, with dropout; `state` are the other collections afterwards. `frozen` is a
+        tree of Python bools like the parameters: a layer all of whose parameters are frozen stays in
+        inference, its statistics as they are. With `keep_statistics` every batch normalisation normalises by
+        its running statistics, which stay.
       features: the network without its last part, on the same variables; None where it has no parts.
       network: `() -> network` that the model was made of; None where it has parts. A function, for models are
         compared and hashed, and not every network can be.
@@ -109,13 +110,20 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
             return x
 
         def train(
-            variables: Variables, x: Any, key: Key, *, frozen: PyTree | None = None
+            variables: Variables,
+            x: Any,
+            key: Key,
+            *,
+            frozen: PyTree | None = None,
+            keep_statistics: bool = False,
         ) -> tuple[jax.Array, Variables]:
             states = {}
+            # A model made by hand may not have the choice.
+            settings = {"keep_statistics": True} if keep_statistics else {}
             for index, name in enumerate(names):
                 part = None if frozen is None else frozen[name]
                 x, states[name] = models[name].train(
-                    of_part(variables, name), x, jax.random.fold_in(key, index), frozen=part
+                    of_part(variables, name), x, jax.random.fold_in(key, index), frozen=part, **settings
                 )
             return x, joined(states)
 
@@ -196,11 +204,20 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         return outputs
 
     def train(
-        variables: Variables, x: Any, key: Key, *, frozen: PyTree | None = None
+        variables: Variables,
+        x: Any,
+        key: Key,
+        *,
+        frozen: PyTree | None = None,
+        keep_statistics: bool = False,
     ) -> tuple[jax.Array, Variables]:
-        still = _frozen_layers(frozen)
+        still = frozen_layers(frozen)
+
+        def kept(layer: tuple[str, ...]) -> bool:
+            return keep_statistics or still(layer)
+
         stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        own = [place for place in ours(variables, x) if not still(place[:-1])] if stats else []
+        own = [place for place in ours(variables, x) if not kept(place[:-1])] if stats else []
         handed = {place: leaf for place, leaf in stats.items() if place not in own}
         given = {name: tree for name, tree in variables.items() if name != STATISTICS}
         if handed:
@@ -209,7 +226,8 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         def inference(call, args, kwargs, context):
             # Of a frozen layer; what it was told by its caller concerns the whole network.
             module, switch = context.module, _switch_of(context.module)
-            if switch is None or context.method_name != "__call__" or not still(module.path):
+            rests = kept if isinstance(module, linen.BatchNorm) else still
+            if switch is None or context.method_name != "__call__" or not rests(module.path):
                 return call(*args, **kwargs)
             told = getattr(module, switch)
             object.__setattr__(module, switch, None)
@@ -227,12 +245,12 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         for place in own:
             after[place] = momentum * stats[place] + (1 - momentum) * after[place]
         # A frozen layer of flax.linen keeps its statistics, and a frozen network all of its state.
-        after = {path: stats[path] if still(path[:-1]) else leaf for path, leaf in after.items()}
-        kept = {name: variables[name] for name in mutable if still(())}
+        after = {path: stats[path] if kept(path[:-1]) else leaf for path, leaf in after.items()}
+        at_rest = {name: variables[name] for name in mutable if still(())}
         return outputs, {
             **state,
             **({STATISTICS: traverse_util.unflatten_dict(after)} if after else {}),
-            **kept,
+            **at_rest,
         }
 
     return StatefulModel(init, apply, train)
@@ -253,7 +271,7 @@ def _switch_of(module: linen.Module) -> str | None:
     return "deterministic" if isinstance(module, linen.Dropout) else None
 
 
-def _frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
+def frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
     """Whether a layer's path leads to one all of whose parameters are frozen.
 
     A layer without parameters, such as dropout, goes with the one it is in.
@@ -290,11 +308,16 @@ def _from_model(model: Any, momentum: float) -> StatefulModel:
         return forward(model, variables["params"], x, stats=variables.get(STATISTICS))[0]
 
     def train(
-        variables: Variables, x: Any, key: Key, *, frozen: PyTree | None = None
+        variables: Variables,
+        x: Any,
+        key: Key,
+        *,
+        frozen: PyTree | None = None,
+        keep_statistics: bool = False,
     ) -> tuple[jax.Array, Variables]:
-        still = _frozen_layers(frozen)
+        still = frozen_layers(frozen)
         before = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        handed = {path: leaf for path, leaf in before.items() if still(path[:-1])}
+        handed = {path: leaf for path, leaf in before.items() if keep_statistics or still(path[:-1])}
         outputs, stats = forward(
             model,
             variables["params"],

@@ -23,6 +23,7 @@ from jaxmeta.transfer.fine_tune import (
     Fitted,
     feature_extraction,
     fine_tune,
+    fine_tuning_probe,
     gradual_unfreezing,
     linear_probe_then_fine_tune,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "extract_features",
     "feature_extraction",
     "fine_tune",
+    "fine_tuning_probe",
     "freeze",
     "frozen_mask",
     "gradient_reversal",

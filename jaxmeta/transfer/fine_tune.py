@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Params
-from jaxmeta.nn.stateful import StatefulModel, Variables
+from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.nn.stateful import StatefulModel, Variables, frozen_layers
 from jaxmeta.paths import Patterns, several
 from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
 from jaxmeta.transfer.descent import Batches, descend
@@ -23,6 +24,9 @@ from jaxmeta.transfer.subtree import swap_subtree
 ExampleLoss = Callable[[Array, Array], Array]
 # Steps of a slanted triangular rate, of which a tenth go up.
 _SHORTEST = 10
+# Mini-batches whose statistics are averaged: the 22 before the last hold nine tenths of a running average of
+# momentum 0.9.
+_MEASURED = 50
 
 
 class Fitted(NamedTuple):
@@ -51,6 +55,7 @@ def fine_tune(
     weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
     penalty: Callable[[Params], Array] | None = None,
     augment: Augment | None = None,
+    keep_statistics: bool = False,
     report: Callable[[int, float], None] | None = None,
     look: Callable[[int, Variables], None] | None = None,
     every: int | None = None,
@@ -79,6 +84,9 @@ def fine_tune(
       penalty: `params -> scalar`, such as `jm.transfer.l2_sp(…)`. Build it once where training is repeated: a
         new function is compiled anew.
       augment: `(key, x) -> x`.
+      keep_statistics: whether batch normalisations keep the running statistics that they have, and normalise
+        by them in training too: for few examples, or mini-batches too small to have statistics. Otherwise
+        each mini-batch normalises itself, and the running statistics become those of `data`.
       report: called with step and loss, after `every` steps each.
       look: called with step and variables, likewise; to choose a model by.
       every: of both; None for about twenty times.
@@ -102,7 +110,7 @@ def fine_tune(
     arrays = examples(data, weights)
     frozen = frozen_mask(variables["params"], train)
     leaves, structure = jax.tree.flatten(frozen)
-    objective = _objective(model, loss, augment, tuple(leaves), structure)
+    objective = _objective(model, loss, augment, keep_statistics, tuple(leaves), structure)
     params, state, losses = descend(
         objective,
         variables["params"],
@@ -164,6 +172,8 @@ def linear_probe_then_fine_tune(
 ) -> Fitted:
     """LP-FT: first the head alone, then all: a random head's gradients would spoil good features.
 
+    The head is fitted by `fine_tuning_probe`, to the very features that fine-tuning begins with.
+
     Args:
       model, variables, data: as of `fine_tune`.
       probe: settings of `feature_extraction`.
@@ -172,7 +182,42 @@ def linear_probe_then_fine_tune(
     References:
       Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, 2022.
     """
-    return fine_tune(model, feature_extraction(model, variables, data, **(probe or {})), data, **settings)
+    begin = fine_tuning_probe(model, variables, data, probe=probe, **settings)
+    return fine_tune(model, begin, data, **settings)
+
+
+def fine_tuning_probe(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    key: Key,
+    train: Patterns = "**",
+    batch_size: int = 64,
+    augment: Augment | None = None,
+    keep_statistics: bool = False,
+    probe: dict[str, Any] | None = None,
+    **others: Any,
+) -> Variables:
+    """A linear probe for fine-tuning to begin with: `feature_extraction` by its batch statistics.
+
+    Layers that fine-tuning will train then normalise by its mini-batches. By the source's running statistics,
+    a head would be fitted to other features, which without a step of training are no longer there. So these
+    layers' running statistics are first replaced by those of mini-batches of `data`, unless
+    `keep_statistics`.
+
+    Args:
+      model, variables, data, key, train, batch_size, augment, keep_statistics: as of `fine_tune`.
+      probe: settings of `feature_extraction`.
+      **others: of `fine_tune`, which do not matter here.
+
+    Returns:
+      The variables with a new head, and the running statistics that it was fitted by.
+    """
+    del others
+    if variables.get(STATISTICS) and not keep_statistics:
+        variables = _by_mini_batches(model, variables, data, key, train, batch_size, augment)
+    return feature_extraction(model, variables, data, **(probe or {}))
 
 
 def gradual_unfreezing(
@@ -262,9 +307,11 @@ def _as_partial(penalty: Callable[[Params], Array]) -> jax.tree_util.Partial:
 
 
 @lru_cache(maxsize=64)
-def _objective(model, loss, augment, frozen_leaves, structure):
+def _objective(model, loss, augment, keep_statistics, frozen_leaves, structure):
     """The same function for the same settings, so that nothing is compiled twice."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
+    # A model made by hand may not have the choice.
+    settings = {"keep_statistics": True} if keep_statistics else {}
 
     def objective(params, state, batches, extra, progress, key):
         del progress
@@ -273,10 +320,77 @@ def _objective(model, loss, augment, frozen_leaves, structure):
         x = as_images(batch["x"])
         if augment is not None:
             x = augment(draw, x)
-        outputs, state = model.train({"params": params, **state}, x, dropout, frozen=frozen)
+        outputs, state = model.train({"params": params, **state}, x, dropout, frozen=frozen, **settings)
         value = mean_loss(loss(outputs, batch["y"]), batch)
         if "penalty" in extra:
             value = value + extra["penalty"](params)
         return value, state
+
+    return objective
+
+
+def _by_mini_batches(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    key: Key,
+    train: Patterns,
+    batch_size: int,
+    augment: Augment | None,
+) -> Variables:
+    """`variables` with the running statistics that `fine_tune` leads to while the parameters stay."""
+    check_count("batch_size", batch_size)
+    arrays = {"x": examples(data)["x"]}
+    leaves, structure = jax.tree.flatten(frozen_mask(variables["params"], train))
+    stats = variables[STATISTICS]
+    # How much of where they began is left tells their own weight, whatever a layer's momentum is.
+    ends = {"low": jax.tree.map(jnp.zeros_like, stats), "high": jax.tree.map(jnp.ones_like, stats)}
+    _, state, _ = descend(
+        _measurement(model, augment, tuple(leaves), structure),
+        variables["params"],
+        {name: tree for name, tree in variables.items() if name != "params"} | ends,
+        optax.set_to_zero(),
+        frozen=jax.tree.map(lambda _: True, variables["params"]),
+        data={"examples": Batches(arrays, batch_size)},
+        steps=1 if data.x.shape[0] <= batch_size and augment is None else _MEASURED,
+        key=key,
+    )
+
+    def measured(before: Array, low: Array, high: Array) -> Array:
+        weight = 1 - (high - low)
+        return jnp.where(weight > 0, low / jnp.where(weight > 0, weight, 1), before)
+
+    return {**variables, STATISTICS: jax.tree.map(measured, stats, state["low"], state["high"])}
+
+
+@lru_cache(maxsize=64)
+def _measurement(model, augment, frozen_leaves, structure):
+    """Nothing to minimise: running statistics from two beginnings, of layers that are not frozen."""
+    frozen = jax.tree.unflatten(structure, frozen_leaves)
+    still = frozen_layers(frozen)
+
+    def of_trained(new, old):
+        def chosen(path, new, old):
+            layer = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path[:-1])
+            return old if still(layer) else new
+
+        return jax.tree_util.tree_map_with_path(chosen, new, old)
+
+    def objective(params, state, batches, extra, progress, key):
+        del extra, progress
+        draw, dropout = jax.random.split(key)
+        x = as_images(batches["examples"]["x"])
+        if augment is not None:
+            x = augment(draw, x)
+        others = {name: tree for name, tree in state.items() if name not in ("low", "high", STATISTICS)}
+
+        def after(begin):
+            # Frozen layers normalise by the running statistics that they have, and keep them.
+            stats = of_trained(begin, state[STATISTICS])
+            variables = {"params": params, **others, STATISTICS: stats}
+            found = model.train(variables, x, dropout, frozen=frozen)[1][STATISTICS]
+            return of_trained(found, begin)
+
+        return jnp.zeros(()), {**state, "low": after(state["low"]), "high": after(state["high"])}
 
     return objective

@@ -472,3 +472,25 @@ def test_networks_that_cannot_be_trained_are_refused_by_name():
         as_stateful(Restless()).init(KEY, X)
     with pytest.raises(ValueError, match="parts: got none"):
         chain({})
+
+
+@pytest.mark.nightly_rows(after=2)
+def test_kept_statistics_normalise_in_training_with_dropout_on(network):
+    model = as_stateful(network)
+    variables = started(model)
+    outputs, state = model.train(variables, X, KEY, keep_statistics=True)
+    assert same_bits(state, {"batch_stats": variables["batch_stats"]})
+    # Dropout stays on; without it training would be inference.
+    assert not np.allclose(outputs, model.apply(variables, X), atol=1e-2)
+    chained = chain({"net": model})
+    within = {name: {"net": tree} for name, tree in variables.items()}
+    assert same_bits(
+        chained.train(within, X, KEY, keep_statistics=True)[1], {"batch_stats": within["batch_stats"]}
+    )
+
+
+def test_training_by_kept_statistics_is_inference_where_there_is_no_dropout():
+    model = as_stateful(ByTrain("keywords", rates=(0.0, 0.0)))
+    variables = started(model)
+    outputs, _ = model.train(variables, X, KEY, keep_statistics=True)
+    close(outputs, model.apply(variables, X))

@@ -18,6 +18,7 @@ from jaxmeta.transfer import (
     extract_features,
     feature_extraction,
     fine_tune,
+    fine_tuning_probe,
     gradual_unfreezing,
     l2_sp,
     linear_probe_then_fine_tune,
@@ -342,9 +343,10 @@ def test_lp_ft_is_fine_tuning_from_a_probed_head(flax, smooth):
         (smooth, None, PLAIN),
     ):
         found = linear_probe_then_fine_tune(model, variables, DATA, probe=probe, **settings)
-        probed = feature_extraction(model, variables, DATA, **(probe or {}))
+        probed = fine_tuning_probe(model, variables, DATA, probe=probe, **settings)
         assert same_bits(found, fine_tune(model, probed, DATA, **settings))
         assert not same_bits(probed["params"]["body"], found.variables["params"]["body"])
+    assert same_bits(probed, feature_extraction(model, variables, DATA))
     # Where training and inference see the same features, it begins low.
     assert found.losses[0] < fine_tune(model, variables, DATA, **settings).losses[0]
 
@@ -419,3 +421,87 @@ def test_bad_arguments_are_refused_by_name(flax):
             gradual_unfreezing(model, variables, DATA, groups, stage_steps=10, key=KEY)
     with pytest.raises(ValueError, match="stage_steps: got 9"):
         gradual_unfreezing(model, variables, DATA, ["body", "head"], stage_steps=9, key=KEY)
+
+
+# --- A probe and what is trained from it ------------------------------------------------------------
+
+PALE = jm.Batch(0.1 * X + 2.0, Y)
+BODIES = {
+    "flax": FlaxNet,
+    "ours": lambda: jm.nn.MLP(out=None, hidden=(8, 8), norm=True, kernel_init=INIT),
+    "nnx": lambda: NNXBody(nnx.Rngs(0)),
+}
+
+
+def settled(body):
+    """A model, and its variables with the running statistics of `X`, of which `PALE` has none."""
+    model = classifier(BODIES[body](), 3)
+    return model, jm.transfer.adabn(model, initialised(model, X, 1), X)
+
+
+@pytest.mark.nightly_rows(after=3)
+@pytest.mark.parametrize(("keep", "batch_size"), [(True, 6), (False, 100), (False, 10)])
+@pytest.mark.parametrize("body", ["flax", "ours", "nnx"])
+def test_lp_ft_at_a_rate_of_nothing_stays_where_the_probe_was(body, keep, batch_size):
+    model, variables = settled(body)
+    settings = {"key": KEY, "batch_size": batch_size, "keep_statistics": keep}
+    probe = fine_tuning_probe(model, variables, PALE, **settings, probe={"penalty": 1e-4})
+    settings |= {"optimizer": optax.sgd(1e-9), "steps": 80, "probe": {"penalty": 1e-4}}
+    fitted = linear_probe_then_fine_tune(model, variables, PALE, **settings)
+    before, after = (model.apply(each, PALE.x) for each in (probe, fitted.variables))
+    exact = keep or batch_size > len(Y)
+    # Of mini-batches a running average is one of a few of them.
+    close(after, before, 1e-3 if exact else 0.15 * float(jnp.abs(before).max()))
+    assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"]) == keep
+    assert same_bits(probe["batch_stats"], variables["batch_stats"]) == keep
+    if exact and body != "nnx":  # of which dropout is on in training
+        known = -log_softmax(np.asarray(before), axis=1)[np.arange(20), Y].mean()
+        np.testing.assert_allclose(fitted.losses.mean(), known, rtol=0.05 if batch_size < len(Y) else 1e-3)
+
+
+def test_a_probe_has_the_statistics_of_whole_batches_where_there_is_one():
+    """Layer by layer those of the data, as AdaBN has them; whatever a layer's momentum is."""
+    model, variables = settled("flax")
+    probe = fine_tuning_probe(model, variables, PALE, key=KEY, batch_size=20)
+    close(probe["batch_stats"], jm.transfer.adabn(model, variables, PALE.x)["batch_stats"], 1e-4)
+    slow = classifier(jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=INIT), 3, momentum=0.999)
+    variables = initialised(slow, X, 1)
+    probe = fine_tuning_probe(slow, variables, PALE, key=KEY, batch_size=20)
+    close(probe["batch_stats"], jm.transfer.adabn(slow, variables, PALE.x)["batch_stats"], 1e-3)
+
+
+def test_a_probe_keeps_the_statistics_of_layers_that_are_not_trained():
+    model, variables = settled("flax")
+    train = ["body/dense1", "body/norm1", "head"]
+    probe = fine_tuning_probe(model, variables, PALE, key=KEY, batch_size=100, train=train)
+    stats, before = (jax.device_get(each["batch_stats"]["body"]) for each in (probe, variables))
+    assert same_bits(stats["norm0"], before["norm0"])
+    # By hand: the first layer normalises by what it has, and the second is measured on that.
+    body = jax.device_get(variables["params"]["body"])
+    hidden = np.asarray(PALE.x) @ body["dense0"]["kernel"]
+    hidden = (hidden - before["norm0"]["mean"]) / np.sqrt(before["norm0"]["var"] + 1e-5)
+    entering = np.maximum(hidden, 0) @ body["dense1"]["kernel"]
+    close(stats["norm1"], {"mean": entering.mean(0), "var": entering.var(0)}, 1e-4)
+    fitted = fine_tune(
+        model, probe, PALE, key=KEY, batch_size=100, train=train, optimizer=optax.sgd(1e-9), steps=20
+    )
+    close(model.apply(fitted.variables, PALE.x), model.apply(probe, PALE.x), 1e-3)
+
+
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("body", BODIES)
+def test_kept_statistics_normalise_in_training_and_stay_while_all_else_learns(body):
+    model, variables = settled(body)
+    settings = {"optimizer": optax.sgd(0.05), "steps": 10, "key": KEY, "batch_size": 1}
+    fitted = fine_tune(model, variables, PALE, keep_statistics=True, **settings)
+    assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), fitted.variables["params"], variables["params"])
+    assert all(jax.tree.leaves(moved["body"]))
+
+
+def test_gradual_unfreezing_may_keep_statistics(flax):
+    model, variables = flax
+    fitted = gradual_unfreezing(
+        model, variables, PALE, ["body", "head"], stage_steps=10, key=KEY, keep_statistics=True
+    )
+    assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"])
