@@ -180,8 +180,17 @@ def check_real(name: str, values: Any, *, whole: bool = False) -> None:
         raise ArgumentError(name, f"got {shown(values)}; it must be an array of {wanted}")
 
 
-def check_labels(name: str, labels: Any, n: int | None = None, classes: int | None = None) -> None:
+def check_labels(
+    name: str, labels: Any, n: int | None = None, classes: int | None = None, mask: Any = None
+) -> None:
     """Check that `labels` has an integer class in [0, `classes`) for each of `n` examples.
+
+    Args:
+      name: of the argument.
+      labels: one for each example.
+      n: number of examples; None for any.
+      classes: their number; None for any labels.
+      mask: False marks padding, whose labels may be anything.
 
     Raises:
       ValueError: that calls `labels` by `name`.
@@ -190,13 +199,51 @@ def check_labels(name: str, labels: Any, n: int | None = None, classes: int | No
     if labels.ndim != 1 or (n is not None and labels.shape != (n,)):
         wanted = "(n,)" if n is None else f"({n},)"
         raise ArgumentError(name, f"got shape {labels.shape}; it must be {wanted}, one class an example")
-    if isinstance(labels, jax.core.Tracer) or classes is None or not labels.size:
+    if classes is not None:
+        check_slots(name, labels, classes, mask)
+
+
+def check_slots(name: str, labels: Any, classes: int | None, mask: Any = None) -> None:
+    """Check that class labels of any shape are in [0, `classes`), where their values are known.
+
+    Labels that are traced, of no whole numbers, or on devices of another process are let pass.
+
+    Args:
+      name: of the argument.
+      labels: class labels.
+      classes: their number. Where it is None, no class may be below 0, and some example must be of class 0:
+        labels that are counted from 1 would seem to have one class more.
+      mask: False marks padding, whose labels may be anything.
+
+    Raises:
+      ValueError: that calls `labels` by `name`.
+
+    Examples:
+      >>> check_slots("support", np.array([1, 2, 3]), 3)
+      Traceback (most recent call last):
+      jaxmeta.checks.ArgumentError: support: got classes from 1 to 3; they must be from 0 to 2
+    """
+    for each in (labels, mask):
+        if isinstance(each, jax.core.Tracer) or not getattr(each, "is_fully_addressable", True):
+            return
+    if not jax.numpy.issubdtype(getattr(labels, "dtype", object), np.integer):
         return
     # By NumPy: inside of a compiled function what JAX computes is traced, be it of constants.
     found = np.asarray(labels)
+    if mask is not None and np.shape(mask) == found.shape:
+        found = found[np.asarray(mask)]
+    if not found.size:
+        return
     low, high = int(found.min()), int(found.max())
-    if low < 0 or high >= classes:
-        raise ArgumentError(name, f"got classes from {low} to {high}; they must be from 0 to {classes - 1}")
+    if low < 0 or (classes is not None and high >= classes):
+        wanted = "at least 0" if classes is None else f"from 0 to {classes - 1}"
+        raise ArgumentError(name, f"got classes from {low} to {high}; they must be {wanted}")
+    if classes is None and low > 0:
+        raise ArgumentError(
+            name,
+            f"got classes from {low} to {high}; they are counted from 0, to {high - low} here. Where there "
+            f"is no example of class 0, say how many there are: Batch(…, ways={high + 1})",
+        )
 
 
 def check_finite(name: str, values: Any) -> None:

@@ -13,6 +13,7 @@ This file imports nothing of ours.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, check_slots
 
 PyTree = Any
 Params = PyTree
@@ -29,6 +30,8 @@ Adapted = PyTree
 Key = PRNGKeyArray
 Metrics = dict[str, tuple[Array, Array]]
 Augment = Callable[[Key, Array], Array]
+# Attribute of the functions of a learner that check class slots.
+_CHECKS = "__jaxmeta_checks__"
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +41,12 @@ class Batch:
 
     Attributes:
       x: inputs, `(n, *shape)`.
-      y: class slots `(n,)` int32 in `[0, ways)`, or regression targets `(n, d)` float.
+      y: class slots `(n,)` int32 in `[0, ways)`, or regression targets `(n, d)` float. Learners, losses and
+        scores refuse other class slots where they can see them, which is outside `jax.jit` and `jax.vmap`,
+        and `jm.evaluate` and `jm.transfer.fine_tune` do in any case. A compiled function cannot see values,
+        and checking them would cost a wait for the device at each call: there an example of a slot that
+        does not exist is as padding to methods that compare with one-hot labels, and to a cross-entropy
+        NaN, or where it is negative a slot counted from the end. So check what you compile yourself.
       mask: `(n,)` bool, or None where every example is real. False marks padding, which
         changes no result; it is how ragged ways and shots keep one shape.
       ways: number of class slots, static. None for regression, and for a batch made by hand,
@@ -216,6 +224,31 @@ def blank_padding(batch: Batch) -> Batch:
 def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
     """`batch` with `augment` applied to its images."""
     return batch if augment is None else dataclasses.replace(batch, x=augment(key, batch.x))
+
+
+def checks_slots(learner: Learner) -> Learner:
+    """`learner`, which refuses class slots that do not exist, where their values are known.
+
+    Every factory that `jm.learner` decorates returns such a learner.
+    """
+    if hasattr(learner.adapt, _CHECKS):
+        return learner
+
+    @functools.wraps(learner.adapt)
+    def adapt(params: Params, support: Batch, key: Key) -> Adapted:
+        check_slots("support", support.y, support.ways, support.mask)
+        return learner.adapt(params, support, key)
+
+    @functools.wraps(learner.loss)
+    def loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
+        support, query = task
+        check_slots("support", support.y, support.ways, support.mask)
+        if query.ways is not None:
+            check_slots("query", query.y, query.ways, query.mask)
+        return learner.loss(params, task, key, step)
+
+    setattr(adapt, _CHECKS, True)
+    return learner._replace(adapt=adapt, loss=loss)
 
 
 def ways_of(batch: Batch) -> int:

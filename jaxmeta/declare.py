@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from jaxmeta.checks import ArgumentError, check_kind, check_word
+from jaxmeta.core import Learner, checks_slots
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,7 +92,8 @@ class Facts:
 def learner(**facts: Any) -> Callable[[F], F]:
     """Decorate a learner factory with the facts about its method (see `Facts`).
 
-    The factory then says of a keyword argument that has been renamed what it is called now.
+    The factory then says of a keyword argument that has been renamed what it is called now, and its learner
+    refuses class slots that do not exist (see `Batch`).
 
     Raises:
       ValueError: a fact that there is none of, or a value that it cannot have.
@@ -130,7 +132,8 @@ def _checked(factory: F, signature: inspect.Signature) -> F:
             now = next((new for new in RENAMED.get(name, ()) if new in keywords), None)
             said = f"it takes {', '.join(keywords)}" if now is None else f"it is called {now}"
             raise TypeError(f"{factory.__name__}() has no argument {name!r}; {said}")
-        return factory(*arguments, **settings)
+        made = factory(*arguments, **settings)
+        return checks_slots(made) if isinstance(made, Learner) else made
 
     checked.__signature__ = signature  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]

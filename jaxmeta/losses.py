@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_labels, shown
+from jaxmeta.checks import ArgumentError, check_labels, check_slots, shown
 from jaxmeta.core import Batch, Metrics
 
 
@@ -62,9 +62,7 @@ def cross_entropy(
     """
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ArgumentError("logits", f"got {shown(logits)}; it must be floats, of shape (n, ways)")
-    # Padding may hold anything.
-    real = labels if mask is None or mask.shape != labels.shape else jnp.where(mask, labels, 0)
-    check_labels("labels", real, *logits.shape)
+    check_labels("labels", labels, *logits.shape, mask)
     each = optax.softmax_cross_entropy_with_integer_labels(full_precision(logits), labels)
     return masked_mean(each, mask)
 
@@ -90,7 +88,7 @@ def score(outputs: Array, batch: Batch) -> Metrics:
     """What is reported of predictions: "accuracy" of integer labels, "mse" of float targets.
 
     Raises:
-      ValueError: `outputs` has not the shape of predictions for `batch`.
+      ValueError: `outputs` has not the shape of predictions for `batch`, or a label that is none of theirs.
     """
     if jnp.issubdtype(batch.y.dtype, jnp.integer):
         if outputs.ndim != 2 or outputs.shape[0] != batch.y.shape[0]:
@@ -98,6 +96,7 @@ def score(outputs: Array, batch: Batch) -> Metrics:
                 f"got outputs of shape {outputs.shape} for {batch.y.shape[0]} labels; "
                 "they must be (examples, ways)"
             )
+        check_slots("batch", batch.y, outputs.shape[1], batch.mask)
         # The argmax of a row with NaN is the NaN's place: a diverged learner is wrong, not lucky.
         right = (outputs.argmax(-1) == batch.y) & ~jnp.isnan(outputs).any(-1)
         return {"accuracy": masked_sum(right.astype(jnp.float32), batch.mask)}

@@ -16,7 +16,15 @@ import optax
 from jax import lax
 
 from jaxmeta import losses
-from jaxmeta.checks import ArgumentError, check_count, check_function, check_number, check_word, shown
+from jaxmeta.checks import (
+    ArgumentError,
+    check_count,
+    check_function,
+    check_number,
+    check_slots,
+    check_word,
+    shown,
+)
 from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
@@ -243,6 +251,9 @@ def adaptation(
         return params
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
+        if support.ways is None:
+            outputs = jax.eval_shape(outputs_of, params["model"], support)
+            check_slots("support", support.y, outputs.shape[1], support.mask)
         support = blank_padding(support)
         fixed = population_of(params) if norm == "population" else None
         weights, trace = fit(params, support, key, steps=eval_steps, stats=fixed)

@@ -406,4 +406,10 @@ def _checked_examples(x, y) -> tuple[np.ndarray, np.ndarray]:
         y = y.astype(str)
     if y.dtype.kind not in "iuU":
         raise ArgumentError("y", f"got {y.dtype}; it must hold integer or string class labels")
+    if y.dtype.kind == "i" and y.min() < 0:
+        raise ArgumentError(
+            "y",
+            f"got {np.count_nonzero(y < 0)} labels below 0, which elsewhere stand for no label; leave these "
+            "examples out, or name the classes by strings",
+        )
     return x, y.astype(str)

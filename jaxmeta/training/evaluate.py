@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import (
+    Batch,
     Key,
     Learner,
     Params,
@@ -87,7 +88,8 @@ def evaluate(
         episodes of their own where they do not share parameters.
 
     Raises:
-      ValueError: too few `episodes`, with a query or at all; `batch` below 1; or outputs of a wrong shape.
+      ValueError: too few `episodes`, with a query or at all; `batch` below 1; outputs of a wrong shape; or
+        a class slot that is none of theirs.
     """
     # A confidence interval needs two.
     check_count("episodes", episodes, 2)
@@ -128,13 +130,13 @@ def evaluate_episodes(
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
-        waiting: tuple[Array, Array] | None = None
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        waiting: _Scores | None = None
+        found: list[_Scores] = []
         for start, given in _numbered(tasks, episodes):
             count, given = given.query.y.shape[0], sharding.evened(given, mesh)
             own = given.query.y.shape[0] // mesh.shape[sharding.TASKS]
             value = _episodes(learner, own, not on_cpu, mesh, arguments, sharding.share(given, mesh), start)
-            value = value[0][:count], value[1][:count]
+            value = _Scores(*(leaf[:count] for leaf in value))
             # One batch behind: the device is never idle, and holds no more than two.
             found += [] if waiting is None else [_on_host(waiting)]
             waiting = value
@@ -152,13 +154,34 @@ def evaluate_episodes(
     return _scored([_on_host(value) for value in values], episodes)
 
 
-def _on_host(values: tuple[Array, Array]) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(values[0]), np.asarray(values[1])
+class _Scores(NamedTuple):
+    """What came of each episode.
+
+    Attributes:
+      value: mean score.
+      queries: number of queries.
+      wrong: number of examples, of either set, whose class slot does not exist.
+    """
+
+    value: Float[Array | np.ndarray, " episodes"]
+    queries: Float[Array | np.ndarray, " episodes"]
+    wrong: Int[Array | np.ndarray, " episodes"]
 
 
-def _scored(parts: list[tuple[np.ndarray, np.ndarray]], episodes: int) -> Float[np.ndarray, " scored"]:
+def _on_host(scores: _Scores) -> _Scores:
+    return _Scores(*map(np.asarray, scores))
+
+
+def _scored(parts: list[_Scores], episodes: int) -> Float[np.ndarray, " scored"]:
     """The values of the first `episodes` episodes, without those that have no query to score."""
-    values, scored = (np.concatenate(each)[:episodes] for each in zip(*parts, strict=True))
+    values, queries, wrong = (np.concatenate(each)[:episodes] for each in zip(*parts, strict=True))
+    if wrong.any():
+        raise ArgumentError(
+            "tasks",
+            f"got {wrong.sum()} examples in {np.count_nonzero(wrong)} of {episodes} episodes with a class "
+            "slot that is none of the outputs; slots are counted from 0",
+        )
+    scored = queries > 0
     if not scored.any():
         raise ArgumentError(
             "tasks", f"got {episodes} episodes without a query: all are masked, or there are none"
@@ -265,19 +288,20 @@ def _episodes(
     arguments: tuple[Params, Key],
     source: Source,
     start: Array | int,
-) -> tuple[Float[Array, " episodes"], Bool[Array, " episodes"]]:
-    """The mean score of each episode, and whether it has a query."""
+) -> _Scores:
+    """What came of `own` episodes from `start` on, on each device."""
 
-    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> tuple[Array, Array]:
+    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> _Scores:
         params, key = arguments
         indices = start + sharding.first_task(mesh, own) + jnp.arange(own)
 
-        def one(numbered: tuple[Array, Task | None]) -> tuple[Array, Array]:
+        def one(numbered: tuple[Array, Task | None]) -> _Scores:
             task, adapt_key = _episode(source, key, *numbered)
             adapted = learner.adapt(params, task.support, adapt_key)
             outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
             ((total, count),) = score(outputs, task.query).values()
-            return total / jnp.maximum(count, 1), count > 0
+            wrong = sum(_wrong_slots(part, outputs.shape[-1]) for part in task)
+            return _Scores(total / jnp.maximum(count, 1), count, jnp.asarray(wrong))
 
         numbered = indices, source if isinstance(source, Task) else None
         return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
@@ -285,6 +309,14 @@ def _episodes(
     values = sharding.over_tasks(each, mesh, out=PartitionSpec(sharding.TASKS))(arguments, source, start)
     # On all devices, for each process to read.
     return sharding.replicated(values, mesh)
+
+
+def _wrong_slots(batch: Batch, classes: int) -> Int[Array, ""]:
+    """How many examples have a class slot that does not exist; none of regression."""
+    if not jnp.issubdtype(batch.y.dtype, jnp.integer):
+        return jnp.zeros((), jnp.int32)
+    wrong = (batch.y < 0) | (batch.y >= classes)
+    return (wrong if batch.mask is None else wrong & batch.mask).sum()
 
 
 @partial(jax.jit, static_argnums=(0, 1))

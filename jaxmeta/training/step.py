@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.checks import ArgumentError, check_count, check_slots
 from jaxmeta.core import (
     Key,
     Learner,
@@ -147,10 +147,20 @@ def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:
 
 @contextlib.contextmanager
 def stream_batches(stream: TaskStream, start: int) -> Iterator[Iterator[Task]]:
-    """The batches of a stream from `start` on, read ahead where it can, until the block ends."""
+    """The batches of a stream from `start` on, read ahead where it can, until the block ends.
+
+    Class slots that are on the host are checked; to look at those on a device would be to wait for it.
+    """
     batches = map(stream.at, itertools.count(start)) if stream.batches is None else stream.batches(start)
+
+    def checked(tasks: Task) -> Task:
+        for part in tasks:
+            if isinstance(part.y, np.ndarray) and part.ways is not None:
+                check_slots("tasks", part.y, part.ways, part.mask)
+        return tasks
+
     try:
-        yield batches
+        yield map(checked, batches)
     finally:
         if hasattr(batches, "close"):
             batches.close()

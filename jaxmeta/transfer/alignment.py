@@ -176,10 +176,10 @@ def align(
     check_word("norm", norm, DOMAIN_NORMS)
     if model.features is None:
         raise ArgumentError("model", "has no features to align; jm.transfer.classifier makes one that has")
-    arrays, shape = examples(source, weights), source.x.shape[1:]
+    dim, classes = variables["params"][HEAD]["kernel"].shape
+    arrays, shape = examples(source, weights, classes=classes, name="source"), source.x.shape[1:]
     if target.shape[0] == 0 or target.shape[1:] != shape:
         raise ArgumentError("target", f"got shape {target.shape}; it must be (examples, *{shape})")
-    dim = variables["params"][HEAD]["kernel"].shape[0]
     own = alignment.init(jax.random.fold_in(key, np.uint32(0xFFFFFFF0)), dim)
     frozen = frozen_mask(variables["params"], train)
     leaves, structure = jax.tree.flatten(frozen)

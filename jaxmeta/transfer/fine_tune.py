@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_labels, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Params
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.nn.stateful import StatefulModel, Variables, frozen_layers
@@ -92,7 +92,8 @@ def fine_tune(
       every: of both; None for about twenty times.
 
     Raises:
-      ValueError: no examples, or not as many labels or weights; a `train` pattern that matches nothing;
+      ValueError: no examples, or not as many labels or weights; a label that is none of the classes, under
+        the default loss; a `train` pattern that matches nothing;
         `steps`, `batch_size` or `every` below 1.
       FloatingPointError: the loss is no longer finite.
 
@@ -107,7 +108,9 @@ def fine_tune(
       >>> model.apply(fitted.variables, data.x).argmax(1).tolist()
       [0, 1]
     """
-    arrays = examples(data, weights)
+    # What a loss of one's own makes of integers is its own affair.
+    known = loss is optax.softmax_cross_entropy_with_integer_labels
+    arrays = examples(data, weights, classes=_classes(model, variables, data) if known else None)
     frozen = frozen_mask(variables["params"], train)
     leaves, structure = jax.tree.flatten(frozen)
     objective = _objective(model, loss, augment, keep_statistics, tuple(leaves), structure)
@@ -155,8 +158,8 @@ def feature_extraction(
     heads: dict[str, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
     if not callable(head):
         check_word("head", head, sorted(heads))
-    labelled = examples(data)
     classes = variables["params"][HEAD]["kernel"].shape[1]
+    labelled = examples(data, classes=classes)
     fit = head if callable(head) else heads[head]
     new = fit(extract_features(model, variables, labelled["x"]), labelled["y"], classes, **settings)
     return {**variables, "params": swap_subtree(variables["params"], HEAD, new)}
@@ -280,13 +283,26 @@ def gradual_unfreezing(
 
 
 def examples(
-    data: Batch, weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None
+    data: Batch,
+    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+    *,
+    classes: int | None = None,
+    name: str = "data",
 ) -> dict[str, Any]:
-    """ "x" and "y", as many of the one as of the other, and "weights" where there are any."""
+    """ "x" and "y", as many of the one as of the other, and "weights" where there are any.
+
+    Args:
+      data: the examples.
+      weights: of them.
+      classes: number of classes that "y" must be of; None for any targets.
+      name: what errors call `data`.
+    """
     if data.x.shape[0] == 0 or data.x.shape[0] != data.y.shape[0]:
-        raise ArgumentError("data", f"got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
+        raise ArgumentError(name, f"got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
     if data.mask is not None:
-        raise ArgumentError("data", "got a mask; leave the padding out")
+        raise ArgumentError(name, "got a mask; leave the padding out")
+    if classes is not None:
+        check_labels(name, data.y, data.x.shape[0], classes)
     arrays = {"x": data.x, "y": data.y}
     if weights is not None:
         arrays["weights"] = jnp.asarray(weights, jnp.float32)
@@ -295,6 +311,14 @@ def examples(
                 "weights", f"got shape {arrays['weights'].shape} for {data.x.shape[0]} examples"
             )
     return arrays
+
+
+def _classes(model: StatefulModel, variables: Variables, data: Batch) -> int | None:
+    """How many outputs the model has for an example; None where they are no vector."""
+    if not data.x.shape[0]:
+        return None
+    outputs = jax.eval_shape(lambda x: model.apply(variables, as_images(x)), data.x[:1])
+    return outputs.shape[1] if outputs.ndim == 2 else None
 
 
 def mean_loss(each: Float[Array, " n"], batch: Mapping[str, Array]) -> Float[Array, ""]:

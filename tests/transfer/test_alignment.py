@@ -329,7 +329,7 @@ def test_bad_arguments_are_refused_by_name(small):
         ({"model": model.features}, "model: has no features"),
         ({"target": TARGET.x[:0]}, r"target: got shape \(0, 2\)"),
         ({"target": jnp.ones((5, 3))}, r"target: got shape \(5, 3\); it must be \(examples, \*\(2,\)\)"),
-        ({"source": jm.Batch(SOURCE.x, SOURCE.y[:3])}, "data: got 64 examples and 3 labels"),
+        ({"source": jm.Batch(SOURCE.x, SOURCE.y[:3])}, "source: got 64 examples and 3 labels"),
         ({"weights": np.ones(3, np.float32)}, r"weights: got shape \(3,\) for 64 examples"),
         ({"train": "haed"}, "train: 'haed' matches nothing"),
         ({"steps": 0}, "steps: got 0"),
