@@ -92,7 +92,7 @@ def test_a_run_writes_its_files_and_a_true_report(run):
 
 
 @pytest.mark.parametrize("tasks", ["folder", pytest.param("glyphs", marks=pytest.mark.nightly)])
-def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_path, monkeypatch):
+def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_path, monkeypatch, capsys):
     # A small network that normalises, since convolutions take a minute to compile.
     def small(ways):
         return jm.nn.MLP(out=ways, hidden=(8,), norm=True)
@@ -110,6 +110,11 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
         flags += ["--tasks", f"folder:{tmp_path / 'images'}", "--classes", "0.5,0,0.5"]
         flags += ["--network", "strided-conv4", "--inner-steps", "1", "--eval-steps", "1", "--devices", "1"]
     assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0
+    said = (
+        "read      8 images of 4 classes, by a folder a class; the smallest is 6 × 6 (ant/0.png); none "
+        "left out"
+    )
+    assert (said in capsys.readouterr().out) == (tasks == "folder")
     report = read_json(out / "report.json")
     assert set(LISTED) <= set(report)
     assert (report["learner"], report["ways"], report["queries"]) == ("fomaml", 2, 1)

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 import jaxmeta as jm
-from jaxmeta.cli import commands as commands_of_names
 from jaxmeta.cli import classifier, compare, folders, main, predict, run, transfer
+from jaxmeta.cli import commands as commands_of_names
 from jaxmeta.cli.config import Chosen, base_of, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -408,6 +408,83 @@ def test_shots_are_of_each_class_and_the_others_are_scored():
     assert len(set(draws)) > 1
 
 
+def parts_of_bars(root, **counts):
+    """Folders of parts: `train=(3, 2)` puts 3 images of bar 0 and 2 of bar 1 into train."""
+    for part, each in counts.items():
+        for kind, count in enumerate(each):
+            for number in range(count):
+                draw_bar(root / part / f"bar {kind}" / f"{part}{number}.png", kind, 99 * kind + number)
+    return f"folder:{root}"
+
+
+def test_the_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
+    name = parts_of_bars(tmp_path / "bars", train=(4, 3, 5), val=(1, 0, 2), test=(2, 3, 1))
+    target = read_target(name, {}, None, KEY, size=None, channels=None)
+    assert target.protocol == "its images for train and validation to learn from, those for test to score"
+    assert target.classes == ("bar 0", "bar 1", "bar 2")
+    assert np.bincount(target.y).tolist() == [7, 6, 8]
+    for shots, counts in ((None, [5, 3, 7]), ("all", [5, 3, 7]), (3, [3, 3, 3])):
+        split = split_shots(target, shots, KEY)
+        assert np.bincount(target.y[split.learn]).tolist() == counts
+        assert np.bincount(target.y[split.score]).tolist() == [2, 3, 1]
+        assert not set(split.learn) & set(split.score)
+    with pytest.raises(
+        ValueError, match=r"shots: got 4, and the class 'bar 1' of .* has 3 images to learn from"
+    ):
+        split_shots(target, 4, KEY)
+    # The rows to score are those of the folder test, read by hand.
+    kind, file = 2, tmp_path / "bars" / "test" / "bar 2" / "test0.png"
+    row = split_shots(target, None, KEY).score[target.y[split.score] == kind][0]
+    np.testing.assert_array_equal(target.x[row, :, :, 0], np.asarray(Image.open(file).convert("L")))
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have fewer than 4 images .*: bar 1 \(3\)"):
+        kept = read_target(name, {"skip_small_classes": True}, 4, KEY, size=None, channels=None)
+    assert kept.classes == ("bar 0", "bar 2")
+    assert np.bincount(kept.y[split_shots(kept, 4, KEY).learn]).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("counts", "classes", "sizes", "protocol"),
+    [
+        (
+            {"train": (2, 2), "val": (3, 1)},
+            2,
+            [5, 3],
+            "its images for train to learn from, those for validation",
+        ),
+        ({"train": (2, 2, 0, 0), "test": (0, 0, 3, 4)}, 2, [3, 4], "its test classes"),
+        ({"train": (2, 2, 0), "test": (0, 3, 4)}, 3, [2, 5, 4], "the images of train, test together"),
+        (
+            {"train": (2, 2, 0, 0), "val": (0, 0, 3, 4)},
+            4,
+            [2, 2, 3, 4],
+            "the images of train, validation together",
+        ),
+        ({"train": (2, 3)}, 2, [2, 3], "all classes of folder:"),
+    ],
+)
+def test_which_images_of_a_folder_in_parts_are_the_target(
+    tmp_path, monkeypatch, counts, classes, sizes, protocol
+):
+    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
+    target = read_target(parts_of_bars(tmp_path / "bars", **counts), {}, None, KEY, size=None, channels=None)
+    assert len(target.classes) == classes
+    assert np.bincount(target.y).tolist() == sizes
+    assert target.protocol.startswith(protocol)
+    assert (target.scored is not None) == ("to score" in target.protocol)
+
+
+def test_transfer_to_a_folder_in_parts_says_what_was_read(place, tmp_path, capsys):
+    target = parts_of_bars(tmp_path / "bars", train=(4, 4), test=(3, 5))
+    (tmp_path / "bars" / "test" / "bar 0" / "notes.txt").write_text("no image")
+    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", target=target)
+    assert (report["learned_from"], report["scored"]) == (8, 8)
+    assert report["read"].startswith(
+        "16 images of 2 classes, by folders train, test, a folder a class in each"
+    )
+    assert "left out: 1 file that is no image (test/bar 0/notes.txt)" in capsys.readouterr().out
+
+
 def test_a_target_is_what_labelled_tasks_are(place):
     target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=None, channels=None)
     x, y = jm.tasks.labelled(jm.tasks.from_folder(place / "standing", classes=None, ways=2))

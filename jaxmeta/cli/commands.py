@@ -183,7 +183,7 @@ def settled(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         path = Path(kept["run"]["init"]).expanduser()
         kept["run"]["init"] = str(path.resolve()) if path.exists() else kept["run"]["init"]
     classes = kept.get("tasks", {}).get("classes")
-    if isinstance(classes, str) and Path(classes).expanduser().exists():
+    if isinstance(classes, str) and classes != "auto" and Path(classes).expanduser().exists():
         kept["tasks"]["classes"] = str(Path(classes).expanduser().resolve())
     return kept
 

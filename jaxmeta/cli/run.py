@@ -602,6 +602,8 @@ def _announce(parts: _Parts, out: Path) -> None:
     )
     if (images := images_of(config)) is not None:
         print(f"images    {images}")
+    if (summary := sources.summary_of(config)) is not None:
+        print(f"read      {summary}")
     print(f"devices   {described(parts.mesh)}")
     print(f"preset    {config.preset or 'none'}, seed {config.run.seed}")
     print(f"folder    {out}", flush=True)

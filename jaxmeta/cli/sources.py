@@ -17,7 +17,7 @@ from jaxmeta.cli import names, schema
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.declare import facts_of
 from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
-from jaxmeta.tasks.prepared import SplitImages
+from jaxmeta.tasks.prepared import ReadSummary, SplitImages
 from jaxmeta.tasks.splits import class_split
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Source(NamedTuple):
 def _folder(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
     del data
     reading = {name: settings[name] for name in ("size", "channels", "skip_unreadable")}
-    return SplitImages(tasks.prepare_folder(argument, **reading), class_split(settings["classes"]))
+    prepared = tasks.prepare_folder(argument, **reading)
+    return SplitImages(prepared, class_split(settings["classes"]))
 
 
 def _tfds(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
@@ -128,7 +129,8 @@ TASKS: dict[str, Source] = {
         Source(
             "folder:PATH",
             tasks.from_folder,
-            "a folder of one's own images, one subfolder a class",
+            "a folder of one's own images: a subfolder a class, folders train, val, test of such, or csv "
+            "lists",
             "folder",
             images=_folder,
         ),
@@ -291,6 +293,7 @@ def _drawn(
         "split_seed": settings.get("split_seed", 0),
         "rotations": settings.get("rotations", "none"),
         "protocol": images.protocol,
+        "skip_small_classes": settings.get("skip_small_classes", False),
         **shape,
     }
     if not shape["shots"] and source.metadata is not None:
@@ -309,6 +312,14 @@ def _drawn(
         process=(0, 1) if for_evaluation else process,
         **protocol,
     )
+
+
+def summary_of(config: "Config") -> ReadSummary | None:
+    """Return what was read of files of one's own; None where there are none."""
+    source, settings = config.names().source, config.settings("tasks")
+    if source.images is None:
+        return None
+    return source.images(source.argument, settings, config.run.data).prepared.summary
 
 
 def validation_tasks_of(config: "Config", key: Key | None = None) -> TaskDistribution | TaskStream | None:

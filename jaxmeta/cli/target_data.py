@@ -1,23 +1,24 @@
 """Read the target of a transfer: all images of a set of classes, some to learn from and the rest to score."""
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.checks import ArgumentError, check_count, some
 from jaxmeta.cli import schema
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import OWN, Source, renaming, source_of
 from jaxmeta.core import Batch, Key
 from jaxmeta.tasks import labelled
 from jaxmeta.tasks.omniglot import omniglot_split
-from jaxmeta.tasks.prepared import SplitImages
-from jaxmeta.tasks.splits import split_classes
+from jaxmeta.tasks.prepared import ReadSummary, SplitImages
+from jaxmeta.tasks.splits import PARTS, split_classes, split_of_parts
 
 ALL = "all"
 _SHOTS = 20
@@ -43,6 +44,9 @@ class Target(NamedTuple):
       y: their classes.
       classes: names.
       ink: whether images of this source are strokes, light on dark.
+      scored: of each image, whether it is one of those that its source has to score by; None where the source
+        says nothing of it.
+      summary: what was read of one's own files, and what was left out.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Target(NamedTuple):
     y: Int[np.ndarray, " n"]
     classes: tuple[str, ...]
     ink: bool
+    scored: Bool[np.ndarray, " n"] | None = None
+    summary: ReadSummary | None = None
 
     def batch(self, rows: Int[np.ndarray, " m"]) -> Batch:
         return Batch(self.x[rows], self.y[rows])
@@ -109,6 +115,10 @@ def read_target(
 ) -> Target:
     """Read all images of all classes; of sets with an official class split those of its test classes.
 
+    A folder's own parts count: where those to learn from (train and validation) and the one to score (test,
+    or else validation) have the same classes, they are kept apart; where no part shares a class with another,
+    they are a class split, and the images those of its test classes.
+
     Args:
       name: as of `train --tasks`.
       reading: settings of its source, in place of their defaults (see `target_settings`).
@@ -123,6 +133,7 @@ def read_target(
       ArgumentError: a source of something else than images with labels; a setting that it does not have; a
         single class.
     """
+    scored = summary = None
     with _of_target():
         source = source_of(name)
         if not schema.accepts(source.function, "ways"):
@@ -132,15 +143,48 @@ def read_target(
         settings = _settings(name, source, reading, data, size, channels)
         if source.images is not None:
             found = source.images(source.argument, settings, data)
-            x, y, classes, protocol = _all_of(found)
+            rows = _rows_of(found)
+            x, y, classes = found.prepared.read(rows.rows), rows.y, rows.classes
+            protocol = found.protocol or rows.protocol
+            scored, summary = rows.scored, found.prepared.summary
         else:
             x, y, protocol = _labelled(name, source, settings, data, shots, key)
             classes = _class_names(source, settings, int(y.max()) + 1)
+    protocol = protocol or f"all classes of {name}"
+    target = Target(name, protocol, x, y.astype(np.int32), classes, source.ink, scored, summary)
+    if settings.get("skip_small_classes"):
+        target = _without_small_classes(target, 1 if shots is None or shots == ALL else int(shots))
+    classes = target.classes
     if len(classes) < 2:
         raise ArgumentError("target", f"{name} has {len(classes)} class; there must be 2 to tell apart")
     if x.ndim != 4:
         raise ArgumentError("target", f"{name} has examples of shape {x.shape[1:]}, which are no images")
-    return Target(name, protocol or f"all classes of {name}", x, y.astype(np.int32), classes, source.ink)
+    return target
+
+
+def _without_small_classes(target: Target, shots: int) -> Target:
+    """Return a target without the classes that have fewer images than are learned from and one to score."""
+    if target.scored is None:
+        sizes, needed = np.bincount(target.y, minlength=len(target.classes)), shots + 1
+    else:
+        sizes, needed = np.bincount(target.y[~target.scored], minlength=len(target.classes)), shots
+    kept = np.flatnonzero(sizes >= needed)
+    if len(kept) == len(sizes):
+        return target
+    small = [f"{target.classes[place]} ({sizes[place]})" for place in np.flatnonzero(sizes < needed)]
+    warnings.warn(
+        f"{target.name}: {len(small)} of {len(sizes)} classes have fewer than {needed} images and are left "
+        "out: "
+        f"{some(small)}",
+        stacklevel=3,
+    )
+    rows = np.isin(target.y, kept)
+    return target._replace(
+        x=target.x[rows],
+        y=np.searchsorted(kept, target.y[rows]).astype(np.int32),
+        classes=tuple(target.classes[place] for place in kept),
+        scored=None if target.scored is None else target.scored[rows],
+    )
 
 
 def _settings(
@@ -185,14 +229,57 @@ def _labelled(
     return np.asarray(x), np.asarray(y), found.card.protocol
 
 
-def _all_of(images: SplitImages) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
-    """Return images as bytes, a quarter of what `labelled` takes; labels, class names, and which they are."""
+class _Rows(NamedTuple):
+    """Which examples are a target.
+
+    Attributes:
+      rows: of the examples.
+      y: their classes.
+      classes: names.
+      scored: as of `Target`.
+      protocol: one sentence on which these are; empty where they are all.
+    """
+
+    rows: Int[np.ndarray, " n"]
+    y: Int[np.ndarray, " n"]
+    classes: tuple[str, ...]
+    scored: Bool[np.ndarray, " n"] | None = None
+    protocol: str = ""
+
+
+def _rows_of(images: SplitImages) -> _Rows:
+    """Return which of prepared images are a target, without reading any."""
     prepared = images.prepared
+    if prepared.parts:
+        names = np.repeat(np.array(prepared.classes), prepared.sizes)
+        # The images of a class are numbered part after part.
+        by_class = np.array([counts for _, counts in prepared.parts]).T
+        parts = np.concatenate([np.repeat([part for part, _ in prepared.parts], each) for each in by_class])
+        return _rows_by_parts(names, parts)
     split, _ = split_classes(prepared.classes, images.classes, 0, "test", "")
     classes = tuple(sorted(split.part("test")))
     sizes = dict(zip(prepared.classes, prepared.sizes, strict=True))
     y = np.repeat(np.arange(len(classes)), [sizes[name] for name in classes])
-    return prepared.read(prepared.rows_of(classes)), y, classes, images.protocol
+    return _Rows(prepared.rows_of(classes), y, classes)
+
+
+def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
+    """Return which examples are a target, by the class name and the part of each."""
+    there = [part for part in PARTS if (parts == part).any()]
+    members = {part: set(names[parts == part].tolist()) for part in there}
+    split = split_of_parts(members)
+    every = tuple(sorted(set(names.tolist())))
+    if split is not None and split.test:
+        rows = np.flatnonzero(parts == "test")
+        classes = tuple(sorted(split.test))
+        return _Rows(rows, np.searchsorted(classes, names[rows]), classes, None, "its test classes")
+    y, rows = np.searchsorted(every, names), np.arange(len(names))
+    last = there[-1]
+    scored = parts == last
+    if split is not None or members[last] != set(every) or set(names[~scored].tolist()) != set(every):
+        return _Rows(rows, y, every, None, f"the images of {', '.join(there)} together")
+    learned = " and ".join(there[:-1])
+    return _Rows(rows, y, every, scored, f"its images for {learned} to learn from, those for {last} to score")
 
 
 def _class_names(source: Source, settings: Mapping[str, Any], classes: int) -> tuple[str, ...]:
@@ -214,13 +301,18 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
     Raises:
       ArgumentError: a class with too few images.
     """
+    if target.scored is not None:
+        return _split_by_source(target, target.scored, shots, key)
     sizes = np.bincount(target.y)
     smallest = int(sizes.argmin())
     named = f"the class {target.classes[smallest]!r} of {target.name}"
     least = int(sizes[smallest])
     if least < 2:
         raise ArgumentError(
-            "target", f"{named} has a single image; there must be one to learn from and another"
+            "target",
+            f"{named} has a single image; there must be one to learn from and another; skip_small_classes "
+            "leaves "
+            "such classes out, where the source has it",
         )
     parts = np.maximum(4 * sizes // 5, 1)
     if shots == ALL:
@@ -232,11 +324,39 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
             raise ArgumentError(
                 "shots",
                 f"got {count}, and {named} has {least} images, of which one must be left to score; it must "
-                f"be at most {least - 1}",
+                f"be at most {least - 1}, or skip_small_classes leaves smaller classes out, where the source "
+                "has it",
             )
         take, description = np.full_like(sizes, count), f"{count} of each class"
-    order = np.asarray(jax.random.permutation(key, len(target.y)))
-    order = order[np.argsort(target.y[order], kind="stable")]
+    chosen, rest = _draw(target.y, take, key)
+    return ShotSplit(chosen, rest, description)
+
+
+def _split_by_source(target: Target, scored: Bool[np.ndarray, " n"], shots: Shots, key: Key) -> ShotSplit:
+    """Draw examples to learn from among those that the source has for it; the others are as it says."""
+    learn, score = np.flatnonzero(~scored), np.flatnonzero(scored)
+    if shots is None or shots == ALL:
+        return ShotSplit(learn, score, "all that the data has to learn from")
+    check_count("shots", int(shots))
+    sizes = np.bincount(target.y[learn])
+    smallest = int(sizes.argmin())
+    if int(shots) > sizes[smallest]:
+        raise ArgumentError(
+            "shots",
+            f"got {shots}, and the class {target.classes[smallest]!r} of {target.name} has {sizes[smallest]} "
+            "images to learn from",
+        )
+    chosen, _ = _draw(target.y[learn], np.full_like(sizes, int(shots)), key)
+    return ShotSplit(learn[chosen], score, f"{shots} of each class")
+
+
+def _draw(
+    y: Int[np.ndarray, " n"], take: Int[np.ndarray, " classes"], key: Key
+) -> tuple[Int[np.ndarray, " chosen"], Int[np.ndarray, " rest"]]:
+    """Return the rows of so many random examples of each class, and the other rows, both ascending."""
+    sizes = np.bincount(y)
+    order = np.asarray(jax.random.permutation(key, len(y)))
+    order = order[np.argsort(y[order], kind="stable")]
     place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     chosen = place < np.repeat(take, sizes)
-    return ShotSplit(np.sort(order[chosen]), np.sort(order[~chosen]), description)
+    return np.sort(order[chosen]), np.sort(order[~chosen])

@@ -69,7 +69,9 @@ class Options:
     Attributes:
       data: folder with the target's files. Without it they are looked for in the cache, or downloaded.
       shots: random examples of each class to learn from, or all for four fifths of each; the others are
-        scored. By default 20, and at most four fifths of the smallest class.
+        scored. By default 20, and at most four fifths of the smallest class. Where the data itself has images
+        to learn from and others to score (folders or lists train and test of the same classes), those to
+        learn from are drawn from the former, by default all, and the latter are scored.
       size: side of the images that the source is given, in pixels; without it what the source was trained on.
         Where the source does not say, it is 224 of ResNet and ViT files, and that of the target's images of
         others.
@@ -185,6 +187,7 @@ def transfer(
         "learned_from": len(split.learn),
         "scored": len(split.score),
         "images": start.images._asdict(),
+        "read": None if images.summary is None else str(images.summary),
         "pixels": str(backbone.pixels),
         "inverted": start.inverted,
         "statistics": start.statistics,
@@ -457,6 +460,7 @@ def _table(report: Mapping[str, Any]) -> dict[str, str]:
         "target": f"{report['target']}, {report['classes']} classes; {about['target']}",
         "learned from": f"{report['shots']}, {report['learned_from']:,} images",
         "scored": f"{report['scored']:,} other images",
+        "read": report["read"],
         "images": f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}, "
         + report["pixels"]
         + ("; dark on light, the source's light on dark: all are inverted" if report["inverted"] else ""),

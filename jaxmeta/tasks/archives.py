@@ -65,29 +65,59 @@ def content_digest(names: tuple[str, ...], ink: Bool[np.ndarray, "*n side side"]
 
 
 def find_archives(data: Path) -> dict[str, Path]:
-    """The two archives in `data`, or in its folder `omniglot`.
+    """The two archives in `data`, or the two folders they unpack to; else those in its folder `omniglot`.
 
     Raises:
       FileNotFoundError: they are not there.
     """
     if not data.exists():
         raise MissingFileError("data", f"{data} does not exist")
-    for folder in (data, data / "omniglot"):
-        paths = {part: folder / f"images_{part}.zip" for part in PARTS}
-        if all(path.is_file() for path in paths.values()):
-            return paths
+    for folder in (data, data / "omniglot", data / "python"):
+        for suffix in (".zip", ""):
+            paths = {part: folder / f"images_{part}{suffix}" for part in PARTS}
+            if all(path.is_file() if suffix else path.is_dir() for path in paths.values()):
+                return paths
     raise MissingFileError(
         "data",
-        f"{data} holds no images_background.zip and images_evaluation.zip, nor does its folder omniglot",
+        f"{data} holds no images_background.zip and images_evaluation.zip, nor folders of these names, nor "
+        "does its "
+        "folder omniglot",
     )
 
 
 def read_archive(path: Path, part: str, characters: tuple[str, ...]) -> dict[str, bytes]:
+    """The PNG files of one archive, packed or not, by "Alphabet/characterNN/DD", DD the drawer.
+
+    Raises:
+      ValueError: a bad archive, or other drawings than 20 of each expected character.
+    """
+    images = _read_folder(path) if path.is_dir() else _read_zip(path, part)
+    expected = {f"{name}/{drawer:02d}" for name in characters for drawer in range(1, DRAWERS + 1)}
+    if images.keys() != expected:
+        missing, extra = sorted(expected - images.keys()), sorted(images.keys() - expected)
+        raise ValueError(
+            f"{path}: not Omniglot's images_{part}: {len(missing)} of {len(expected)} drawings missing "
+            f"(such as {missing[:2]}), {len(extra)} unexpected (such as {extra[:2]})"
+        )
+    return images
+
+
+def _read_folder(path: Path) -> dict[str, bytes]:
+    """The PNG files of an unpacked archive, which may lie in a folder of its own name in it."""
+    inner = path / path.name
+    root = inner if inner.is_dir() else path
+    return {
+        "/".join((*file.parts[-3:-1], file.stem.rpartition("_")[2])): file.read_bytes()
+        for file in sorted(root.glob("*/*/*.png"))
+        if not file.name.startswith(".")
+    }
+
+
+def _read_zip(path: Path, part: str) -> dict[str, bytes]:
     """The PNG files of one archive by "Alphabet/characterNN/DD", DD the drawer; nothing is extracted.
 
     Raises:
-      ValueError: not a whole zip file, a member whose path leaves its folder, or other drawings than
-        20 of each expected character.
+      ValueError: not a whole zip file, or a member whose path leaves its folder.
     """
     images: dict[str, bytes] = {}
     try:
@@ -108,13 +138,6 @@ def read_archive(path: Path, part: str, characters: tuple[str, ...]) -> dict[str
             f"{path}: corrupted or half-downloaded archive ({error}); get it again, or leave data out "
             "to download it"
         ) from error
-    expected = {f"{name}/{drawer:02d}" for name in characters for drawer in range(1, DRAWERS + 1)}
-    if images.keys() != expected:
-        missing, extra = sorted(expected - images.keys()), sorted(images.keys() - expected)
-        raise ValueError(
-            f"{path}: not Omniglot's images_{part}: {len(missing)} of {len(expected)} drawings missing "
-            f"(such as {missing[:2]}), {len(extra)} unexpected (such as {extra[:2]})"
-        )
     return images
 
 
@@ -209,8 +232,8 @@ def prepare(
 ) -> UInt8[np.ndarray, "characters drawers size size"]:
     """The array of all drawings: from the cache, else from `data`, else downloaded; then cached.
 
-    `data` is a folder with the two archives, or a prepared array file. Archives are trusted only if
-    the array in the cache was verified against these very files; others go through the whole chain.
+    `data` is a folder with the two archives, packed or not, or a prepared array file. Archives are trusted
+    only if the array in the cache was verified against these very files; others go through the whole chain.
 
     Raises:
       ValueError: an archive, an image or the array file is not what it should be.
@@ -253,5 +276,10 @@ def prepare(
 def _fingerprint(archives: dict[str, Path]) -> str:
     digest = hashlib.sha256()
     for part in PARTS:
-        digest.update(hashlib.sha256(archives[part].read_bytes()).digest())
+        path = archives[part]
+        files = sorted(path.rglob("*.png")) if path.is_dir() else [path]
+        for file in files:
+            if path.is_dir():
+                digest.update(file.relative_to(path).as_posix().encode(errors="surrogateescape"))
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ order: with a fixed order a model could learn which slot a class sits in.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -100,6 +101,31 @@ class EpisodeShape:
             )
         return cls(ways, shots, int(queries), rotations, tuple(example), paired)
 
+    def usable(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int] | Int[np.ndarray, " classes"],
+        split: str,
+        source: str,
+        skip_small: bool,
+    ) -> list[int]:
+        """Return which classes episodes are drawn from; with `skip_small` those with enough examples.
+
+        What is left out is warned of. Where no class has enough, all are returned, to be refused.
+        """
+        needed = self.shots[1] + self.queries
+        kept = [place for place, size in enumerate(sizes) if size >= needed]
+        if not skip_small or not kept:
+            return list(range(len(names)))
+        small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
+        if small:
+            warnings.warn(
+                f"{source}: {len(small)} of {len(names)} classes of split={split!r} have fewer than {needed} "
+                f"examples and are left out: {some(small)}",
+                stacklevel=3,
+            )
+        return kept
+
     def card_for(
         self,
         names: Sequence[str],
@@ -119,14 +145,18 @@ class EpisodeShape:
         if classes < self.ways[1]:
             raise ValueError(
                 f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}; "
-                "a class split (classes) that gives it more would do, or fewer ways"
+                "a class split (classes) that gives it more would do, or fewer ways. To tell apart a few "
+                "classes "
+                "that stay the same is a case for `jaxmeta transfer` or `predict`"
             )
         needed = self.shots[1] + self.queries
         small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
         if small:
             raise ValueError(
                 f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed of every "
-                f"class, too few in {len(small)} of {len(names)}: {some(small)}"
+                f"class, too few in {len(small)} of {len(names)}: {some(small)}; fewer shots or queries "
+                "would do, or "
+                "skip_small_classes, which leaves such classes out, where the source has it"
             )
         if self.paired and len(set(sizes)) > 1:
             fewest, most = int(np.argmin(sizes)), int(np.argmax(sizes))
@@ -163,6 +193,7 @@ def from_arrays(
     groups: Mapping[str, str] | None = None,
     paired: bool = False,
     metadata: Mapping[str, Vector] | None = None,
+    skip_small_classes: bool = False,
 ) -> TaskDistribution:
     """Few-shot classification tasks from any array of examples with class labels.
 
@@ -204,6 +235,8 @@ def from_arrays(
         the queries, of every class.
       metadata: a vector of each class, for zero-shot tasks; all of one length. Needs one number of ways
         and no rotations.
+      skip_small_classes: whether classes with too few examples for shots and queries are left out, with a
+        warning, after the classes are split.
 
     Returns:
       TaskDistribution whose `sample` is a pytree: pass it to a compiled function as an argument.
@@ -229,6 +262,9 @@ def from_arrays(
     said = protocol
     parts, protocol = split_classes(present.tolist(), classes, split_seed, split, protocol)
     names, spans = sorted(parts.part(split)), None
+    if skip_small_classes:
+        counts = np.bincount(label)[np.searchsorted(present, names)]
+        names = [names[place] for place in shape.usable(names, counts, split, name, True)]
     if groups is not None:
         names, spans = grouped(names, groups, shape.ways[1], split)
     if not said:

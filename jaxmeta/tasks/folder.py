@@ -1,12 +1,13 @@
-"""One's own images: a folder with one subfolder a class."""
+"""One's own images: a folder with one subfolder a class, with such folders for each part, or with lists."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,9 +15,13 @@ from jaxmeta.checks import ArgumentError, some
 from jaxmeta.core import TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder
-from jaxmeta.tasks.images import LARGEST_DEFAULT, UnreadableImage, check_form, class_files, decode, header
-from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
+from jaxmeta.tasks.file_layouts import Listing, list_images
+from jaxmeta.tasks.images import Header, LeftOut, UnreadableImage, check_form, decode, default_side, header
+from jaxmeta.tasks.prepared import Prepared, ReadSummary, from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit, check_part
+
+# Of what is kept in the cache; another number has all prepared anew.
+_FORM = 2
 
 
 def prepare_folder(
@@ -26,17 +31,21 @@ def prepare_folder(
     channels: Literal[1, 3] | None = None,
     skip_unreadable: bool = False,
 ) -> Prepared:
-    """The images of a folder with one subfolder a class, decoded once and kept in the cache.
+    """The images of a folder, decoded once and kept in the cache.
 
-    Files are taken and decoded by the rules of `class_files` and `decode`: what is hidden, is no image by
-    its name, or does not lie directly in a class's folder is not taken; images are squeezed to squares.
-    They are prepared anew when a file is added, removed or changed (by its size and time).
+    Which image is of which class is told by one subfolder a class, by folders `train`, `val` and `test` of
+    such subfolders, or by lists in csv or JSON (see `list_images`); where parts share no class, they are the
+    class split (`prepared.split`). All that Pillow opens as an image is taken, by the rules of `decode`:
+    images are squeezed to squares. `prepared.summary` says what was read and what was left out. Images are
+    prepared anew when a file is added, removed or changed (by its size and time).
 
     Args:
-      path: the folder.
-      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      path: the folder, or one list of its images.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
+        images far smaller than the others (see `default_side`).
       channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
-      skip_unreadable: whether to leave out, with a warning, what cannot be decoded.
+      skip_unreadable: whether to leave out, with a warning, what cannot be decoded, or is listed and not
+        there.
 
     Raises:
       FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
@@ -44,80 +53,134 @@ def prepare_folder(
         channels that cannot be.
     """
     folder = Path(path).expanduser().resolve()
-    files = class_files(folder)
+    listing = list_images(folder, skip_missing=skip_unreadable)
     return prepare_files(
-        f"folder:{folder.name}", folder, files, size=size, channels=channels, skip_unreadable=skip_unreadable
+        f"folder:{folder.name}", listing, size=size, channels=channels, skip_unreadable=skip_unreadable
     )
 
 
 def prepare_files(
     name: str,
-    folder: Path,
-    files: Mapping[str, Sequence[Path]],
+    listing: Listing,
     *,
     size: int | None,
     channels: int | None,
     skip_unreadable: bool = False,
     argument: str = "path",
 ) -> Prepared:
-    """The named images of a folder, decoded once and kept in the cache; `prepare_folder` names all.
+    """The listed images of a folder, decoded once and kept in the cache; `prepare_folder` lists all.
 
     Args:
       name: of the source, for the protocol card.
-      folder: that the files are of.
-      files: by class, sorted; no class is without.
+      listing: of the images; no class is without.
       size, channels, skip_unreadable: see `prepare_folder`.
       argument: that named the folder, for the messages.
     """
     check_form(size, channels)
-    named = {f"{of}/{file.name}": file for of, paths in files.items() for file in paths}
-    digest = hashlib.sha256(f"{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape"))
-    for file_name, file in named.items():
+    folder, parts = listing.folder, listing.parts()
+    entries = [
+        _Entry(class_name, part, file, file.relative_to(folder).as_posix())
+        for class_name in sorted(listing.classes)
+        for part in ("", *parts)
+        for file in listing.classes[class_name].get(part, ())
+    ]
+    digest = hashlib.sha256(
+        f"{_FORM}\n{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape")
+    )
+    for entry in entries:
         # A broken link is an image that cannot be read, which is for later.
-        stat = file.stat() if file.exists() else None
-        line = f"\n{file_name}\n{stat and f'{stat.st_size},{stat.st_mtime_ns}'}"
+        stat = entry.file.stat() if entry.file.exists() else None
+        line = (
+            f"\n{entry.class_name},{entry.part},{entry.name}\n{stat and f'{stat.st_size},{stat.st_mtime_ns}'}"
+        )
         digest.update(line.encode(errors="surrogateescape"))
     fingerprint = digest.hexdigest()
     where = (argument, folder)
 
     # What the headers said and what was left out, so that a second call opens no image at all.
     findings = cache_folder() / "prepared" / f"folder-{fingerprint[:32]}.json"
-    unreadable: list[str] = []
+    found: dict[str, Any] = {}
     if findings.is_file():
         found = json.loads(findings.read_text(encoding="utf-8"))
-        shape, unreadable = tuple(found["shape"]), found["unreadable"]
     else:
-        shape = _shape(where, named, size, channels, skip_unreadable)
+        found = _look(where, entries, size, channels, skip_unreadable)
+    shape = (found["side"], found["side"], found["channels"])
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
-        unreadable.clear()
-        for class_name, paths in files.items():
-            left = len(paths)
-            for file in paths:
-                try:
-                    image = decode(file, f"{class_name}/{file.name}", channels=shape[2], size=shape[0])
-                except UnreadableImage as error:
-                    unreadable.append(str(error))
-                    left -= 1
-                else:
-                    yield class_name, image
-            if skip_unreadable and not left:
-                raise ArgumentError(
-                    argument,
-                    f"of the class {class_name!r} in {folder} no image can be read, such as {unreadable[-1]}",
-                )
+        unreadable: list[str] = []
+        counts = {part: dict.fromkeys(listing.classes, 0) for part in parts}
+        left = {class_name: len(listing.files_of(class_name)) for class_name in listing.classes}
+        for entry in entries:
+            try:
+                image = decode(entry.file, entry.name, channels=shape[2], size=shape[0])
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+                left[entry.class_name] -= 1
+                if skip_unreadable and not left[entry.class_name]:
+                    raise ArgumentError(
+                        argument,
+                        f"of the class {entry.class_name!r} in {folder} no image can be read, such as "
+                        f"{error}",
+                    ) from error
+            else:
+                if entry.part:
+                    counts[entry.part][entry.class_name] += 1
+                yield entry.class_name, image
         if not skip_unreadable:
-            _refuse(unreadable, where, len(named))
-        write_json(findings, {"shape": shape, "unreadable": unreadable})
+            _refuse(unreadable, where, len(entries))
+        found["unreadable"] = unreadable
+        found["parts"] = {part: [each[of] for of in sorted(each)] for part, each in counts.items()}
+        write_json(findings, found)
 
-    prepared = prepare(name, fingerprint, shape, images(), expected=len(named))
+    prepared = prepare(name, fingerprint, shape, images(), expected=len(entries))
+    if "parts" not in found:
+        # The cache has the images, and somebody removed what was found out about them.
+        for _ in images():
+            pass
+    unreadable = found["unreadable"]
     if unreadable:
         warnings.warn(
-            f"{prepared.name}: {len(unreadable)} of {len(named)} images are left out: "
+            f"{prepared.name}: {len(unreadable)} of {len(entries)} images are left out: "
             + some(unreadable, separator="; "),
             stacklevel=3,
         )
-    return prepared
+    if size is None and found["small"]:
+        warnings.warn(
+            f"{prepared.name}: {len(found['small'])} of {len(entries)} images are far smaller than the "
+            "others, "
+            f"and are enlarged to {shape[0]} × {shape[0]}: {some(found['small'])}",
+            stacklevel=3,
+        )
+    left_out = (
+        *listing.left_out,
+        # Before its first colon such a message names the file.
+        *LeftOut.of(
+            "image that cannot be read",
+            "images that cannot be read",
+            (each.partition(": ")[0] for each in unreadable),
+        ),
+    )
+    smallest = found["smallest"]
+    return dataclasses.replace(
+        prepared,
+        parts=tuple((part, tuple(found["parts"][part])) for part in parts),
+        summary=ReadSummary(
+            listing.layout,
+            len(prepared),
+            len(prepared.classes),
+            left_out,
+            None if smallest is None else (smallest[0], smallest[1], smallest[2]),
+        ),
+    )
+
+
+class _Entry(NamedTuple):
+    """One image file, and its name in messages."""
+
+    class_name: str
+    part: str
+    file: Path
+    name: str
 
 
 def from_folder(
@@ -129,31 +192,41 @@ def from_folder(
     queries: int = 1,
     size: int | None = None,
     channels: Literal[1, 3] | None = None,
-    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
     rotations: Literal["none", "classes", "random"] = "none",
     skip_unreadable: bool = False,
+    skip_small_classes: bool = False,
 ) -> TaskDistribution:
-    """Few-shot tasks from a folder of one's own images, one subfolder a class.
+    """Few-shot tasks from a folder of one's own images.
 
-    Images are `(size, size, channels)` float32 in [0, 1]; those of the chosen part are held on the device.
+    Its layout is one subfolder a class; or folders train, val and test with one subfolder a class in each; or
+    lists of files and labels, train.csv, val.csv and test.csv, or base.json, val.json and novel.json, or a
+    single csv or JSON file (see `list_images`). Parts that share no class are the class split; where they do,
+    the images of all parts are pooled, and the classes shared out at random. Images are `(size, size,
+    channels)` float32 in [0, 1]; those of the chosen part are held on the device.
 
     Args:
-      path: the folder.
+      path: the folder, or one list of its images.
       split: "train", "validation" or "test".
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on.
-      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
+        images far smaller than the others.
       channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
       classes: class split: by name, as the fractions of train, validation and test for a random split by
         `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. None draws from every class, whatever `split` says.
+        [names]}`. "auto" is that of the data's own parts (folders or lists train, val and test) where these
+        share no class, else the fractions 0.64,0.16,0.2. None draws from every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
         A split by name takes none.
       rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
         of its own; or "random", one rotation for each drawn class in each episode.
-      skip_unreadable: whether to leave out, with a warning, what cannot be decoded.
+      skip_unreadable: whether to leave out, with a warning, what cannot be decoded, or is listed and not
+        there.
+      skip_small_classes: whether to leave out, with a warning, classes with too few images for shots and
+        queries, after the classes are split.
 
     Raises:
       FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
@@ -175,28 +248,37 @@ def from_folder(
         classes=classes,
         split_seed=split_seed,
         rotations=rotations,
+        skip_small_classes=skip_small_classes,
     )
 
 
-def _shape(
+def _look(
     where: tuple[str, Path],
-    named: dict[str, Path],
+    entries: list[_Entry],
     size: int | None,
     channels: int | None,
     skip_unreadable: bool,
-) -> tuple[int, int, int]:
-    """The shape all images are to get, by their headers."""
-    headers, unreadable = [], []
-    for name, file in named.items():
+) -> dict[str, Any]:
+    """Return what the headers of all images say: the shape that all are to get, and which are small."""
+    headers: dict[str, Header] = {}
+    unreadable = []
+    for entry in entries:
         try:
-            headers.append(header(file, name))
+            headers[entry.name] = header(entry.file, entry.name)
         except UnreadableImage as error:
             unreadable.append(str(error))
     if not skip_unreadable:
-        _refuse(unreadable, where, len(named))
-    side = size or min([LARGEST_DEFAULT, *(one.shorter_side for one in headers)])
-    colour = channels or (3 if any(one.in_colour for one in headers) else 1)
-    return int(side), int(side), int(colour)
+        _refuse(unreadable, where, len(entries))
+    side = default_side([one.shorter_side for one in headers.values()])
+    smallest = min(headers, key=lambda name: (headers[name].shorter_side, name), default=None)
+    return {
+        "side": int(size or side),
+        "channels": int(channels or (3 if any(one.in_colour for one in headers.values()) else 1)),
+        "smallest": smallest and [smallest, headers[smallest].width, headers[smallest].height],
+        "small": [
+            f"{name} ({one.width} × {one.height})" for name, one in headers.items() if one.shorter_side < side
+        ],
+    }
 
 
 def _refuse(unreadable: list[str], where: tuple[str, Path], total: int) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import errno
+import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,19 @@ from jaxtyping import UInt8
 
 from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, check_count, check_word, some
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+# Formats that Pillow knows and that are no images: pages and drawings that other programs must paint, film,
+# and tables that only plugins of one's own can open.
+_NO_IMAGES = frozenset(["BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"])
+# Folders that programs leave beside one's own.
+_NOT_ONES_OWN = frozenset(["__MACOSX", "@eaDir", "__pycache__"])
+# Folders that say of what is in them only that it is images.
+IMAGE_FOLDERS = ("images", "imgs", "img", "image")
 # Side of images where none is asked for and theirs is larger: that of mini-ImageNet.
 LARGEST_DEFAULT = 84
 # PIL takes images of more pixels for files that are made to fill the memory.
 _LARGEST = 8192
+# Files that are named of those that were left out.
+_SHOWN = 3
 _GREY_MODES = ("1", "L", "LA", "La", "F")
 
 
@@ -29,11 +38,47 @@ class Header(NamedTuple):
 
     Attributes:
       in_colour: False for grey modes and for palettes of greys.
-      shorter_side: in pixels.
+      width, height: in pixels.
     """
 
     in_colour: bool
-    shorter_side: int
+    width: int
+    height: int
+
+    @property
+    def shorter_side(self) -> int:
+        return min(self.width, self.height)
+
+
+class LeftOut(NamedTuple):
+    """Files that were not taken, and why.
+
+    Attributes:
+      reason: what they are.
+      number: how many there are.
+      examples: names of the first.
+    """
+
+    reason: str
+    number: int
+    examples: tuple[str, ...]
+
+    @classmethod
+    def of(cls, one: str, several: str, names: Iterable[str]) -> "list[LeftOut]":
+        """Return the entry for these names in a list; an empty list where there are none.
+
+        Args:
+          one: what one of them is.
+          several: what several are.
+          names: of the files.
+        """
+        names = sorted(names)
+        reason = one if len(names) == 1 else several
+        return [cls(reason, len(names), tuple(names[:_SHOWN]))] if names else []
+
+    def __str__(self) -> str:
+        more = ", …" * (self.number > len(self.examples))
+        return f"{self.number:,} {self.reason} ({', '.join(self.examples)}{more})"
 
 
 def check_form(size: int | None, channels: int | None) -> None:
@@ -43,25 +88,52 @@ def check_form(size: int | None, channels: int | None) -> None:
     check_word("channels", channels, (1, 3, None))
 
 
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Return the names of the formats that the installed Pillow opens as images."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NO_IMAGES)
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of files that the installed Pillow opens as images, in lower case."""
+    from PIL import Image
+
+    # What several cameras write as .mpo is opened as the JPEG that it begins with.
+    formats = {*image_formats(), "MPO"}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
 def image_files(folder: Path) -> list[Path]:
     """The images directly in `folder`, sorted by name.
 
-    An image is a file that ends in one of `IMAGE_SUFFIXES`, in any case, and is not hidden (a leading
+    An image is a file that ends in one of `image_suffixes`, in any case, and is not hidden (a leading
     dot); whatever else lies there is none.
     """
+    suffixes = image_suffixes()
     files = (
         path
         for path in folder.iterdir()
         # Not is_file(): a broken link is an image that cannot be read, not one that may be passed over.
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and not path.is_dir()
     )
     return sorted(files, key=lambda path: path.name)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders directly in `folder` that are one's own, sorted by name: none that is hidden."""
+    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted((path for path in found if path.name not in _NOT_ONES_OWN), key=lambda path: path.name)
 
 
 def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
     """The images of a folder with one subfolder a class, by class, sorted by name.
 
-    Hidden subfolders are no classes; images beside the subfolders or further down are not taken.
+    Hidden subfolders are no classes; images beside the subfolders are not taken, nor are those further down,
+    save where a class has no others than those in its folder `images`.
 
     Args:
       path: the folder.
@@ -76,7 +148,7 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
         raise MissingFileError(argument, f"{path} does not exist")
     if not path.is_dir():
         raise NotAFolderError(argument, f"{path} is a file, not a folder with one subfolder a class")
-    folders = sorted(_subfolders(path), key=lambda folder: folder.name)
+    folders = subfolders(path)
     if not folders:
         loose = len(image_files(path))
         raise ArgumentError(
@@ -84,17 +156,85 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
             f"{path} has no subfolders, one a class"
             + (f"; sort the {loose} images that lie directly in it into such" if loose else ""),
         )
-    files = {folder.name: image_files(folder) for folder in folders}
+    files = {folder.name: files_of_class(folder) for folder in folders}
     empty = [folder for folder in folders if not files[folder.name]]
     if empty:
-        deeper = any(_subfolders(folder) for folder in empty)
+        deeper = any(subfolders(folder) for folder in empty)
         raise ArgumentError(
             argument,
             f"{len(empty)} of {len(folders)} class folders in {path} hold no images "
-            f"({', '.join(IMAGE_SUFFIXES)}): {some(repr(folder.name) for folder in empty)}"
+            f"(.png, .jpg and all else that Pillow reads): {some(repr(folder.name) for folder in empty)}"
             + ("; there are further folders in it: name the one whose subfolders are the classes" * deeper),
         )
     return files
+
+
+def files_of_class(folder: Path) -> list[Path]:
+    """The images of one class folder: those directly in it, or else those in its folder `images`."""
+    files = image_files(folder)
+    if files:
+        return files
+    inner = [path for path in subfolders(folder) if path.name.casefold() in IMAGE_FOLDERS]
+    return image_files(inner[0]) if len(inner) == 1 else []
+
+
+def left_out_of(root: Path, classes: Path, taken: Iterable[Path]) -> list[LeftOut]:
+    """Return which visible files of a folder of class folders are not taken, by reason.
+
+    Args:
+      root: that names of files are relative to.
+      classes: the folder with one subfolder a class.
+      taken: files that are.
+    """
+    kept = set(taken)
+
+    def names(files: Iterable[Path]) -> list[str]:
+        return [file.relative_to(root).as_posix() for file in files if file not in kept]
+
+    visible = [path for path in classes.iterdir() if path.is_file() and not path.name.startswith(".")]
+    others = [path for path in visible if path.suffix.lower() not in image_suffixes()]
+    deeper: list[Path] = []
+    for folder in subfolders(classes):
+        for path in _visible(folder):
+            if path.suffix.lower() not in image_suffixes():
+                others.append(path)
+            else:
+                deeper.append(path)
+    return [
+        *LeftOut.of(
+            "image beside the class folders", "images beside the class folders", names(image_files(classes))
+        ),
+        *LeftOut.of(
+            "image in a folder of a class folder", "images in folders of a class folder", names(deeper)
+        ),
+        *LeftOut.of("file that is no image", "files that are no images", names(others)),
+    ]
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder that are not hidden."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            if not path.name.startswith("."):
+                yield from _visible(path)
+        elif not path.name.startswith("."):
+            yield path
+
+
+def default_side(sides: Sequence[int]) -> int:
+    """Return the side that images are given where none is asked for, by the shorter sides of all.
+
+    It is the smallest of them, at most 84, among those that are at least half of the median: a few images
+    that are far smaller than the others do not shrink these.
+
+    Examples:
+      >>> default_side([28, 28, 28]), default_side([300, 200, 90]), default_side([60, 50, 70, 1])
+      (28, 84, 50)
+    """
+    capped = np.minimum(sides, LARGEST_DEFAULT)
+    if not capped.size:
+        return LARGEST_DEFAULT
+    return int(capped[2 * capped >= np.median(capped)].min())
 
 
 def header(source: Path | bytes, name: str) -> Header:
@@ -108,7 +248,7 @@ def header(source: Path | bytes, name: str) -> Header:
             colour = _palette_in_colour(image)
         else:
             colour = image.mode not in _GREY_MODES and not image.mode.startswith("I")
-        return Header(colour, min(image.size))
+        return Header(colour, *image.size)
 
 
 def in_colour(source: Path | bytes) -> bool:
@@ -184,17 +324,15 @@ def _palette_in_colour(image) -> bool:
     return bool((colours != colours[:, :1]).any())
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-
-
 @contextlib.contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator:
     """The PIL image; all that goes wrong with it is an `UnreadableImage`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        # A file is opened by what is in it, whatever its name: a page must not start another program.
+        with Image.open(file, formats=image_formats()) as image:
             yield image
     except MemoryError:
         raise

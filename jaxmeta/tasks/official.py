@@ -1,6 +1,5 @@
 """The published class splits of CIFAR-FS, mini-ImageNet and CUB, and tasks from one's own copies of them."""
 
-import csv
 import dataclasses
 import hashlib
 import os
@@ -16,15 +15,17 @@ from jaxtyping import UInt8
 from jaxmeta.checks import ArgumentError, MissingFileError, some
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.attributes import cub_attributes
+from jaxmeta.tasks.file_layouts import Listing, list_parts
 from jaxmeta.tasks.folder import prepare_files
-from jaxmeta.tasks.images import class_files, image_files
+from jaxmeta.tasks.images import class_files, image_files, subfolders
 from jaxmeta.tasks.prepared import SplitImages, from_prepared, prepare
 from jaxmeta.tasks.splits import PARTS, ClassSplit, check_part
 from jaxmeta.tasks.tfds import prepare_tfds
 
 _CIFAR_IMAGES = 60_000
+# Where ImageNet's class folders lie.
+_IMAGENET = ("", "train", "ILSVRC/Data/CLS-LOC/train")
 _EACH = 600  # images of every class of mini-ImageNet
-_LISTS = {"train": "train.csv", "validation": "val.csv", "test": "test.csv"}
 
 _CIFAR_FS = {
     "train": """
@@ -142,8 +143,9 @@ def cifar_fs(
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on.
-      data: folder with CIFAR-100's official archive cifar-100-binary.tar.gz, or with what is in it; or
-        where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
+      data: folder with CIFAR-100's official archive cifar-100-binary.tar.gz, or with what is in it; or with
+        images in class folders, in it, in `data`, in `cifar100/data` (as Bertinetto's), or in folders train,
+        val and test; or where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
 
     Raises:
       ValueError: the archive does not hold CIFAR-100; or see `prepare_tfds`, which needs TensorFlow to
@@ -182,8 +184,9 @@ def mini_imagenet(
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on.
-      data: folder with images/ and train.csv, val.csv, test.csv (columns filename, label); or one with
-        class folders named by WordNet id: the 100, or ImageNet's in it, in its folder train or in
+      data: folder with images/ and train.csv, val.csv, test.csv (columns filename, label), in it or in
+        split/; or with base.json, val.json, novel.json; or one with class folders named by WordNet id: in
+        folders train, val and test, or the 100, or ImageNet's in it, in its folder train or in
         ILSVRC/Data/CLS-LOC/train.
       size: side of the images in pixels.
 
@@ -226,7 +229,8 @@ def cub(
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on.
-      data: folder CUB_200_2011, or its folder images.
+      data: folder CUB_200_2011, or its folder images; or a folder with lists of the images, base.json,
+        val.json and novel.json or csv files.
       size: side of the images in pixels.
 
     Raises:
@@ -255,7 +259,10 @@ def _tasks(images: SplitImages, split: str, **shape: Any) -> TaskDistribution:
 def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
     """What `cifar_fs` draws from."""
     rows = None if data is None else _cifar_rows(Path(data).expanduser())
-    if rows is None:
+    listing = None if data is None or rows is not None else _cifar_listing(Path(data).expanduser().resolve())
+    if listing is not None:
+        prepared = prepare_files("cifar_fs", listing, size=32, channels=3, argument="data")
+    elif rows is None:
         prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data=data)
     else:
         # The label of a class is its place in the alphabet.
@@ -277,30 +284,33 @@ def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
 def mini_imagenet_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
     """What `mini_imagenet` draws from."""
     folder = _folder(data)
-    files = _listed_files(folder) if (folder / "images").is_dir() else _imagenet_files(folder)
+    listing = _mini_imagenet_listing(folder)
     protocol = "mini-ImageNet, class split of Ravi & Larochelle 2017"
-    if any(len(paths) > _EACH for paths in files.values()):
-        files = {name: paths[:_EACH] for name, paths in files.items()}
+    if any(len(listing.files_of(name)) > _EACH for name in listing.classes):
+        files = {name: listing.files_of(name)[:_EACH] for name in listing.classes}
+        listing = Listing.of_classes(folder, files)
         protocol += (
             f"; the first {_EACH} images of each class by name: not the published choice of images, which "
             "only the csv lists tell"
         )
-    prepared = prepare_files("mini_imagenet", folder, files, size=size, channels=3, argument="data")
+    prepared = prepare_files("mini_imagenet", listing, size=size, channels=3, argument="data")
     return SplitImages(prepared, mini_imagenet_split(), protocol)
 
 
 def cub_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
     """What `cub` draws from."""
     folder = _folder(data)
-    if (folder / "images").is_dir():
-        folder = folder / "images"
-    files = class_files(folder, "data")
+    root = folder / "images" if (folder / "images").is_dir() else folder
+    listing = None if len(subfolders(root)) > 1 else list_parts(folder, "data")
+    if listing is None:
+        listing = Listing.of_classes(root, class_files(root, "data"))
     try:
-        classes = cub_split(files)
+        classes = cub_split(listing.classes)
     except ValueError as error:
-        raise ArgumentError("data", f"{folder}: {error}") from error
+        raise ArgumentError("data", f"{root}: {error}") from error
+    _check_parts(listing, classes, folder, "Chen et al.")
     return SplitImages(
-        prepare_files("cub", folder, files, size=size, channels=3, argument="data"),
+        prepare_files("cub", listing, size=size, channels=3, argument="data"),
         classes,
         "CUB-200-2011, class split of Chen et al. 2019 (A Closer Look at Few-shot Classification)",
     )
@@ -342,52 +352,83 @@ def _folder(data: str | os.PathLike) -> Path:
     return folder
 
 
-def _imagenet_files(data: Path) -> dict[str, list[Path]]:
-    """The images of mini-ImageNet's classes by class folders."""
+def _mini_imagenet_listing(data: Path) -> Listing:
+    """The images of mini-ImageNet's classes: by class folders, by folders of parts, or by lists."""
     split = mini_imagenet_split()
-    names = sorted(split.train + split.validation + split.test)
-    roots = (data, data / "train", data / "ILSVRC" / "Data" / "CLS-LOC" / "train")
-    root = max(roots, key=lambda root: sum((root / name).is_dir() for name in names))
-    missing = [name for name in names if not (root / name).is_dir()]
-    if missing:
-        raise ArgumentError(
-            "data",
-            f"{data} holds no images with train.csv, val.csv and test.csv, and of mini-ImageNet's 100 "
-            f"class folders it lacks {len(missing)} (in it, in train, in ILSVRC/Data/CLS-LOC/train): "
-            f"{some(missing)}",
+    listing = _class_folders(data, split, _IMAGENET)
+    if listing is not None:
+        return listing
+    listing = list_parts(data, "data")
+    if listing is not None:
+        _check_parts(listing, split, data, "Ravi & Larochelle")
+        return listing
+    if (data / "images").is_dir():
+        raise MissingFileError("data", f"{data} has a folder images, but no train.csv, val.csv and test.csv")
+    names = _names(split)
+    roots = [data / place for place in _IMAGENET]
+    missing = min(([name for name in names if not (root / name).is_dir()] for root in roots), key=len)
+    raise ArgumentError(
+        "data",
+        f"{data} holds no images with train.csv, val.csv and test.csv, no folders train, val and test, and "
+        "of "
+        f"mini-ImageNet's 100 class folders it lacks {len(missing)} (in it, in train, in "
+        f"ILSVRC/Data/CLS-LOC/train): {some(missing)}",
+    )
+
+
+def _cifar_listing(data: Path) -> Listing | None:
+    """CIFAR-FS's images as files, in class folders or in folders of parts; None without any."""
+    if not data.is_dir():
+        return None
+    listing = _class_folders(data, cifar_fs_split(), ("", "data", "cifar100/data"))
+    if listing is not None:
+        return listing
+    listing = list_parts(data, "data")
+    if listing is not None:
+        _check_parts(listing, cifar_fs_split(), data, "Bertinetto et al.")
+    return listing
+
+
+def _names(split: ClassSplit) -> list[str]:
+    return sorted(split.train + split.validation + split.test)
+
+
+def _class_folders(data: Path, split: ClassSplit, places: Iterable[str]) -> Listing | None:
+    """The images of all classes of a split in class folders of one of some places; None where one lacks.
+
+    Raises:
+      ArgumentError: they are there, and some are empty.
+    """
+    names = _names(split)
+    for root in (data / place for place in places):
+        if not all((root / name).is_dir() for name in names):
+            continue
+        files = {name: image_files(root / name) for name in names}
+        empty = [name for name in names if not files[name]]
+        if empty:
+            raise ArgumentError("data", f"{len(empty)} class folders in {root} hold no images: {some(empty)}")
+        return Listing.of_classes(data, files)
+    return None
+
+
+def _check_parts(listing: Listing, split: ClassSplit, data: Path, authors: str) -> None:
+    """Refuse a listing whose classes are not those of a published split, part by part where it has parts.
+
+    Raises:
+      ArgumentError: that names some.
+    """
+    parts = listing.parts()
+    missing = [part for part in PARTS if part not in parts]
+    if parts and missing:
+        raise MissingFileError(
+            "data", f"{data} has {listing.layout}, and nothing for {' and '.join(missing)}"
         )
-    files = {name: image_files(root / name) for name in names}
-    empty = [name for name in names if not files[name]]
-    if empty:
-        raise ArgumentError("data", f"{len(empty)} class folders in {root} hold no images: {some(empty)}")
-    return files
-
-
-def _listed_files(data: Path) -> dict[str, list[Path]]:
-    """The images of mini-ImageNet's classes by the three csv lists."""
-    split = mini_imagenet_split()
-    there = {path.name for path in (data / "images").iterdir()}
-    files: dict[str, list[Path]] = {}
-    for part, name in _LISTS.items():
-        path = data / name
-        if not path.is_file():
-            raise MissingFileError("data", f"{data} has a folder images, but no {name} that lists its images")
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not {"filename", "label"} <= rows[0].keys():
-            raise ArgumentError("data", f"{path} must have rows with the columns filename and label")
-        if wrong := {row["label"] for row in rows} ^ set(split.part(part)):
+    wanted = {part: set(split.part(part)) for part in parts} or {"": set(_names(split))}
+    for part, names in wanted.items():
+        if wrong := listing.classes_of(part) ^ names:
             raise ArgumentError(
                 "data",
-                f"{path} does not list the {part} classes of Ravi & Larochelle; too many or missing "
-                f"are {some(sorted(wrong))}",
+                f"{data}, by {listing.layout}, does not have the {part + ' ' if part else ''}classes of "
+                f"{authors}; "
+                f"too many or missing are {some(sorted(wrong))}",
             )
-        if len({row["filename"] for row in rows}) < len(rows):
-            raise ArgumentError("data", f"{path} lists images twice")
-        if absent := {row["filename"] for row in rows} - there:
-            raise ArgumentError(
-                "data", f"{len(absent)} images of {path} are not in images: {some(sorted(absent))}"
-            )
-        for row in rows:
-            files.setdefault(row["label"], []).append(data / "images" / row["filename"])
-    return {name: sorted(files[name]) for name in sorted(files)}

@@ -192,8 +192,9 @@ def omniglot(
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on; five in Snell et al.
-      data: a folder with images_background.zip and images_evaluation.zip (or whose folder `omniglot`
-        has them), or a prepared array file; None for the cache, and a download where it is empty.
+      data: a folder with images_background.zip and images_evaluation.zip, or with the folders they unpack to
+        (or whose folder `omniglot` has them), or a prepared array file; None for the cache, and a download
+        where it is empty.
       protocol: published class split, see `omniglot_split`.
       rotations: how images are turned: "none", "classes" or "random", see `from_arrays`; None for the
         protocol's own.

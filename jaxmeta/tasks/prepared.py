@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -24,10 +24,39 @@ from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
-from jaxmeta.tasks.splits import ClassSplit, split_classes, warn_of_case
+from jaxmeta.tasks.images import LeftOut
+from jaxmeta.tasks.splits import FRACTIONS, ClassSplit, split_classes, split_of_parts, warn_of_case
 
 _RECORDS, _INDEX, _FORMAT = "images.array_record", "index.json", 1
 _AT_ONCE = 4096  # images read together
+
+
+class ReadSummary(NamedTuple):
+    """What was read of one's own images, and what was not; as text it is one line.
+
+    Attributes:
+      layout: what the images' classes were told apart by.
+      images, classes: how many there are.
+      left_out: files that are not among the images, by reason.
+      smallest: name, width and height of the smallest image; None where it is not known.
+    """
+
+    layout: str
+    images: int
+    classes: int
+    left_out: tuple[LeftOut, ...] = ()
+    smallest: tuple[str, int, int] | None = None
+
+    def __str__(self) -> str:
+        said = f"{self.images:,} images of {self.classes:,} classes, by {self.layout}"
+        if self.smallest is not None:
+            name, width, height = self.smallest
+            said += f"; the smallest is {width} × {height} ({name})"
+        return (
+            said
+            + "; "
+            + ("left out: " + ", ".join(map(str, self.left_out)) if self.left_out else "none left out")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +69,9 @@ class Prepared:
       classes: class names, sorted.
       sizes: number of images of each class. Rows are numbered class after class.
       shape: (height, width, channels) of every image.
+      parts: where the source says which images are for which part, `(part, number of images of each class)`;
+        those of a class are numbered part after part.
+      summary: what was read and what was left out, of a source that is one's own files.
     """
 
     folder: Path
@@ -47,6 +79,8 @@ class Prepared:
     classes: tuple[str, ...]
     sizes: tuple[int, ...]
     shape: tuple[int, int, int]
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    summary: ReadSummary | None = None
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -55,6 +89,28 @@ class Prepared:
     def offsets(self) -> Int[np.ndarray, " classes"]:
         """Row of the first image of each class."""
         return np.cumsum([0, *self.sizes[:-1]])
+
+    @property
+    def split(self) -> ClassSplit | None:
+        """The class split that the source makes; None where it has no parts, or these share classes."""
+        return split_of_parts(
+            {
+                part: [name for name, count in zip(self.classes, counts, strict=True) if count]
+                for part, counts in self.parts
+            }
+        )
+
+    def class_split(self, classes: ClassSplit | Sequence[float] | str | None) -> tuple[Any, str]:
+        """Return what `classes` stands for where it is "auto", and a sentence on it for the protocol card.
+
+        "auto" is the source's own class split, or fractions where it has none.
+        """
+        if classes != "auto":
+            return classes, ""
+        own = self.split
+        if own is None:
+            return FRACTIONS, ""
+        return own, "class split of the data's own " + ", ".join(part for part, _ in self.parts)
 
     def rows_of(self, names: Sequence[str]) -> Int[np.ndarray, " n"]:
         """Rows of the images of the classes `names`, in the order of `names`."""
@@ -101,12 +157,12 @@ class SplitImages(NamedTuple):
 
     Attributes:
       prepared: the images.
-      classes: the class split, or the fractions of a random one.
+      classes: the class split, the fractions of a random one, or "auto" for the images' own.
       protocol: one sentence for the protocol card.
     """
 
     prepared: Prepared
-    classes: ClassSplit | tuple[float, float, float] | None
+    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | None
     protocol: str = ""
 
 
@@ -168,40 +224,48 @@ def from_prepared(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
     rotations: Literal["none", "classes", "random"] = "none",
     protocol: str = "",
     metadata: Mapping[str, Vector] | None = None,
+    skip_small_classes: bool = False,
 ) -> TaskDistribution:
     """Few-shot tasks from prepared images, those of one part of the split in memory.
 
     Arguments, errors and episodes are those of `from_arrays`; `jm.tasks.stream` draws the same
-    episodes from the disk.
+    episodes from the disk. `classes="auto"` is the class split of the images' own parts (`prepared.split`),
+    or (0.64, 0.16, 0.2) where there is none.
     """
     shape = EpisodeShape.checked(
         ways, shots, queries, rotations, prepared.shape, zero_shot=metadata is not None
     )
-    classes, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol)
+    classes, said = prepared.class_split(classes)
+    classes, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or said)
     chosen = set(classes.part(split))
     sizes = {
         name: size for name, size in zip(prepared.classes, prepared.sizes, strict=True) if name in chosen
     }
-    # For what it raises, before images are read.
+    # Before images are read, and for what it raises.
+    names = list(sizes)
+    kept = shape.usable(names, list(sizes.values()), split, prepared.name, skip_small_classes)
+    sizes = {names[place]: sizes[names[place]] for place in kept}
     shape.card_for(list(sizes), list(sizes.values()), split, classes.hash, prepared.name, protocol)
-    return from_arrays(
+    tasks = from_arrays(
         prepared.read(prepared.rows_of(list(sizes))),
         np.repeat(np.array(list(sizes)), list(sizes.values())),
         ways=ways,
         shots=shots,
         queries=queries,
         split=split,
-        classes=classes,
+        classes=ClassSplit(**{split: tuple(sizes)}),
         rotations=rotations,
         name=prepared.name,
         protocol=protocol,
         metadata=metadata,
     )
+    # The hash is of the whole split, of which only a part was read.
+    return tasks._replace(card=dataclasses.replace(tasks.card, split_hash=classes.hash))
 
 
 def _write(path: Path, shape: tuple[int, int, int], images: Iterable) -> dict[str, int]:

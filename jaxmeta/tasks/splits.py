@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -22,6 +22,8 @@ from jaxmeta.checks import (
 
 SplitName = Literal["train", "validation", "test"]
 PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
+# Of a random class split where nothing is said: as mini-ImageNet's.
+FRACTIONS = (0.64, 0.16, 0.2)
 
 
 def check_part(split: str) -> SplitName:
@@ -154,7 +156,9 @@ class ClassSplit:
         if not names:
             there = ", ".join(f"{part} ({len(getattr(self, part))})" for part in PARTS if getattr(self, part))
             raise ArgumentError(
-                "split", f"got {split!r}, which has no classes in this class split; it has {there or 'none'}"
+                "split",
+                f"got {split!r}, which has no classes in this class split; it has {there or 'none'}; another "
+                "(classes) would do",
             )
         return names
 
@@ -197,15 +201,15 @@ class ClassSplit:
 
 def class_split(
     classes: ClassSplit | tuple[float, float, float] | str | None,
-) -> ClassSplit | tuple[float, float, float] | None:
+) -> ClassSplit | tuple[float, float, float] | Literal["auto"] | None:
     """Return the class split in a JSON file, where `classes` is the path of one; else what was given.
 
     Raises:
       ValueError: there is no such file, or it holds no `{"train": [names], "validation": [names], "test":
         [names]}`, of which parts may be missing.
     """
-    if not isinstance(classes, str):
-        return classes
+    if not isinstance(classes, str) or classes == "auto":
+        return classes  # type: ignore[return-value]
     path = Path(classes).expanduser()
     if not path.is_file():
         raise ArgumentError(
@@ -221,6 +225,27 @@ def class_split(
         return ClassSplit(**{part: tuple(names) for part, names in parts.items()})
     except (AttributeError, TypeError, ValueError) as error:
         raise ArgumentError("classes", f"{path} is no class split in JSON: {error}") from None
+
+
+def split_of_parts(
+    parts: Mapping[SplitName, Iterable[str]] | Mapping[str, Iterable[str]],
+) -> ClassSplit | None:
+    """Return the class split that examples in parts make, by the classes of each.
+
+    Returns:
+      The split; None where there is a single part, or two share a class, so that they are parts of the
+      examples and none of the classes.
+
+    Examples:
+      >>> split_of_parts({"train": ["ant", "bee"], "test": ["cow"]}).sizes
+      (2, 0, 1)
+      >>> split_of_parts({"train": ["ant", "bee"], "test": ["bee"]})
+    """
+    found = {part: tuple(sorted(set(names))) for part, names in parts.items()}
+    every = [name for names in found.values() for name in names]
+    if sum(map(bool, found.values())) < 2 or len(set(every)) < len(every):
+        return None
+    return ClassSplit(**found)
 
 
 def split_classes(
@@ -246,6 +271,8 @@ def split_classes(
     check_part(split)
     check_count("split_seed", split_seed, 0, LARGEST_SEED)
     classes = class_split(classes)  # type: ignore[arg-type]
+    if classes == "auto":
+        classes = FRACTIONS
     if classes is None:
         return ClassSplit(**{split: tuple(present)}), protocol
     if not isinstance(classes, ClassSplit):

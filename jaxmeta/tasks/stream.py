@@ -29,10 +29,11 @@ def stream(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: str = "train",
-    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
     rotations: Literal["none", "classes", "random"] = "none",
     protocol: str = "",
+    skip_small_classes: bool = False,
     for_evaluation: bool = False,
     workers: int = 0,
     ahead: int = 4,
@@ -54,12 +55,15 @@ def stream(
       split: "train", "validation" or "test".
       classes: class split: by name, as the fractions of train, validation and test for a random split by
         `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. None draws from every class, whatever `split` says.
+        [names]}`. "auto" is that of the data's own parts (folders or lists train, val and test) where these
+        share no class, else the fractions 0.64,0.16,0.2. None draws from every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key of the stream alone.
         A split by name takes none.
       rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
         of its own; or "random", one rotation for each drawn class in each episode.
       protocol: one sentence for the protocol card; where it is empty, the card says how classes are split.
+      skip_small_classes: whether classes with too few images for shots and queries are left out, after the
+        classes are split.
       for_evaluation: whether to number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
       workers: processes that read images; 0 reads in threads, which is enough for records of this form.
         Processes are started anew, so that a script needs `if __name__ == "__main__":`.
@@ -77,13 +81,15 @@ def stream(
       >>> state = jm.train(learner, tasks, optimizer, steps=1000, key=key, meta_batch=4)  # doctest: +SKIP
     """
     shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
-    parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol)
+    classes, said = prepared.class_split(classes)
+    parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or said)
     part = set(parts.part(split))
     chosen = [index for index, name in enumerate(prepared.classes) if name in part]
+    names = [prepared.classes[index] for index in chosen]
+    kept = shape.usable(names, np.array(prepared.sizes)[chosen], split, prepared.name, skip_small_classes)
+    chosen = [chosen[place] for place in kept]
     sizes = np.array(prepared.sizes)[chosen]
-    card = shape.card_for(
-        [prepared.classes[index] for index in chosen], sizes, split, parts.hash, prepared.name, protocol
-    )
+    card = shape.card_for([names[place] for place in kept], sizes, split, parts.hash, prepared.name, protocol)
     check_count("meta_batch", meta_batch)
     check_count("workers", workers, 0)
     check_count("ahead", ahead)

@@ -14,7 +14,7 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.core import TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder, make_room
-from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, header
+from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, default_side, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.records import tensorflow_datasets
 from jaxmeta.tasks.splits import ClassSplit, check_part
@@ -41,7 +41,8 @@ def prepare_tfds(
 
     Args:
       name: "name", "name/config", "name:1.0.0" or "name/config:1.0.0".
-      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
+        images far smaller than the others.
       channels: 1 for grey, 3 for colour; None for what the data set says of itself, or its images.
       image: feature that holds the image; None for the only one, or the one named "image".
       label: feature that names the class: a class label, a text or an integer; None for the target of
@@ -95,6 +96,7 @@ def from_tfds(
     image: str | None = None,
     label: str | None = None,
     tfds_splits: Sequence[str] | str | None = None,
+    skip_small_classes: bool = False,
     data: str | os.PathLike | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks from any image classification data set of tensorflow-datasets.
@@ -107,7 +109,8 @@ def from_tfds(
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on.
-      size: side of the images in pixels; None for the shorter side of the smallest, at most 84.
+      size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
+        images far smaller than the others.
       channels: 1 for grey, 3 for colour; None for what the data set says of itself, or its images.
       classes: class split: by name, as the fractions of train, validation and test for a random split by
         `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
@@ -120,6 +123,8 @@ def from_tfds(
       label: feature that names the class: a class label, a text or an integer; None for the target of
         the supervised pair, the one named "label", or the only class label.
       tfds_splits: splits of the data set to pool; None for all, since the classes are to be split anew.
+      skip_small_classes: whether to leave out, with a warning, classes with too few images for shots and
+        queries, after the classes are split.
       data: folder where prepared data sets are; None for tensorflow-datasets' own default.
 
     Raises:
@@ -150,6 +155,7 @@ def from_tfds(
         classes=classes,
         split_seed=split_seed,
         rotations=rotations,
+        skip_small_classes=skip_small_classes,
     )
 
 
@@ -342,8 +348,10 @@ def _shape(
         if not findings.is_file():
             make_room(folder, 0, "the prepared images")
             headers = _headers(builder, pool, image)
-            smallest = min(one.shorter_side for one in headers)
-            found = {"side": min(smallest, LARGEST_DEFAULT), "colour": any(one.in_colour for one in headers)}
+            found = {
+                "side": default_side([one.shorter_side for one in headers]),
+                "colour": any(one.in_colour for one in headers),
+            }
             write_json(findings, found)
         found = json.loads(findings.read_text(encoding="utf-8"))
         side, colour = side or found["side"], colour or (3 if found["colour"] else 1)

@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 
+import jax
 import numpy as np
 import pytest
 from draws import drawn
@@ -14,8 +15,10 @@ from PIL import Image
 from jaxmeta.tasks import folder as module
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
+from jaxmeta.tasks.images import default_side
 from jaxmeta.tasks.prepared import from_prepared, prepare
 from jaxmeta.tasks.splits import ClassSplit
+from jaxmeta.tasks.stream import stream
 
 pytestmark = pytest.mark.usefixtures("cache")
 CLASSES = ("ant", "bee", "cow", "doe", "elk", "fox")
@@ -240,6 +243,101 @@ def test_prepare_refuses_what_it_cannot_store(cache):
         with pytest.raises(ValueError, match=message):
             prepare("told", "x", (2, 2, 1), images, expected=2)
     assert entries(cache) == []
+
+
+# --- what was read ----------------------------------------------------------------------------------------
+
+
+def test_the_summary_says_what_was_read_and_what_was_left_out_also_from_the_cache(photos, monkeypatch):
+    damage(photos / "fox" / "2.JPG")
+    (photos / "bee" / "notes.txt").write_text("no image")
+    (photos / "bee" / "old").mkdir()
+    picture(1, 9, 9).save(photos / "bee" / "old" / "1.png")
+    picture(1, 9, 9).save(photos / "beside.png")
+    with pytest.warns(UserWarning, match="1 of 18 images are left out"):
+        first = prepare_folder(photos, skip_unreadable=True).summary
+    assert (first.images, first.classes, first.smallest) == (17, 6, ("ant/0.png", 12, 9))
+    assert {each.reason: (each.number, each.examples) for each in first.left_out} == {
+        "image beside the class folders": (1, ("beside.png",)),
+        "image in a folder of a class folder": (1, ("bee/old/1.png",)),
+        "file that is no image": (1, ("bee/notes.txt",)),
+        "image that cannot be read": (1, ("fox/2.JPG",)),
+    }
+    assert str(first).startswith(
+        "17 images of 6 classes, by a folder a class; the smallest is 12 × 9 (ant/0.png); left out: 1 images "
+        "beside"
+    )
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.warns(UserWarning, match="1 of 18 images are left out"):
+        assert prepare_folder(photos, skip_unreadable=True).summary == first
+    # What is left out is not of the images, and so it is looked for anew.
+    (photos / "bee" / "more.txt").write_text("no image")
+    with pytest.warns(UserWarning, match="1 of 18 images are left out"):
+        again = prepare_folder(photos, skip_unreadable=True)
+    assert again.summary.left_out[2].number == 2
+
+
+def test_images_whose_findings_were_removed_are_looked_at_anew(photos, cache):
+    first = prepare_folder(photos)
+    for findings in cache.glob("folder-*.json"):
+        findings.unlink()
+    assert prepare_folder(photos) == first
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (40, 4), (3, 300)])
+def test_a_far_smaller_image_does_not_shrink_the_others_and_is_named(photos, shape):
+    picture(2, *shape).save(photos / "elk" / "tiny.png")
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=rf"1 of 19 .* enlarged to 9 × 9: elk/tiny\.png \({shape[0]} × {shape[1]}\)$"
+        ):
+            images = prepare_folder(photos)
+    assert images.shape == (9, 9, 3)
+    assert images.summary.smallest == ("elk/tiny.png", *shape)
+    # Who asks for a size knows what it does.
+    assert prepare_folder(photos, size=5).shape == (5, 5, 3)
+
+
+def test_the_default_side_by_hand():
+    assert default_side([28] * 9) == 28
+    assert default_side([84, 500, 90, 1200]) == 84
+    assert default_side([84, 42, 500]) == 42
+    assert default_side([84, 41, 500]) == 84
+    assert default_side([20, 30, 10, 9]) == 9  # the median is 15
+    assert default_side([20, 30, 10, 7]) == 10
+    assert default_side([]) == 84
+
+
+def streamed(images, **settings):
+    return stream(images, key=jax.random.key(0), meta_batch=2, **settings)
+
+
+@pytest.mark.parametrize("source", ["memory", "disk"])
+def test_classes_with_too_few_images_can_be_left_out(photos, source):
+    for name, left in (("bee", 2), ("cow", 1)):
+        for number in range(left, EACH):
+            next((photos / name).glob(f"{number}.*")).unlink()
+    images = prepare_folder(photos)
+    split = ClassSplit(train=("ant", "bee", "cow"), test=("doe", "elk", "fox"))
+    settings = {"ways": 1, "shots": 1, "queries": 2, "classes": split, "skip_small_classes": True}
+    with pytest.raises(ValueError, match=r"too few in 2 of 3: bee \(2\), cow \(1\); .*skip_small_classes"):
+        from_prepared(images, **settings | {"skip_small_classes": False})
+    small = r"2 of 3 classes of split='train' have fewer than 3 .*bee \(2\), cow \(1\)"
+    with pytest.warns(UserWarning, match=small):
+        tasks = from_folder(photos, **settings) if source == "memory" else streamed(images, **settings)
+    assert tasks.card.classes == 1
+    # Tasks of another shape leave out other classes, and must not change which are trained on.
+    assert tasks.card.split_hash == split.hash
+    settings |= {"ways": 3}
+    with pytest.warns(UserWarning, match=small), pytest.raises(ValueError, match="split='train' has: 1"):
+        from_folder(photos, **settings)
+
+
+def test_few_classes_are_a_case_for_transfer(photos):
+    for name in CLASSES[2:]:
+        shutil.rmtree(photos / name)
+    with pytest.raises(ValueError, match=r"ways=5 asks .* a case for `jaxmeta transfer` or `predict`"):
+        from_folder(photos)
 
 
 # --- what can be wrong ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from jaxmeta.tasks.archives import SIDE, shrink
 from jaxmeta.tasks.images import UnreadableImage, class_files, decode, image_files, in_colour
@@ -76,6 +76,48 @@ def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / "train" / "ox" / "notes.txt").write_text("none yet")
     with pytest.raises(ValueError, match=r"1 of 3 class folders in .* hold no images \(\.png.*\): 'ox'$"):
         class_files(tmp_path / "train")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form", "loss"),
+    [
+        (".ppm", "PPM", 0), (".pgm", "PPM", 0), (".tga", "TGA", 0), (".qoi", "QOI", 0), (".sgi", "SGI", 0),
+        (".pcx", "PCX", 0), (".jfif", "JPEG", 60), (".JPE", "JPEG", 60), (".webp", "WEBP", 60),
+        (".jp2", "JPEG2000", 60), (".avif", "AVIF", 60), (".ico", "ICO", 60),
+    ],
+)  # fmt: skip
+def test_formats_that_pillow_opens_are_taken_and_read(tmp_path, suffix, form, loss):
+    Image.init()
+    if form not in Image.SAVE or (form == "AVIF" and not features.check("avif")):
+        pytest.skip(f"this Pillow writes no {form}")
+    smooth = np.dstack([np.add.outer(np.arange(32), np.arange(32) * k).astype(np.uint8) for k in (1, 2, 3)])
+    image = Image.fromarray(smooth)
+    image.convert("L" if suffix == ".pgm" else "RGB").save(tmp_path / f"a{suffix}", form)
+    assert [path.name for path in image_files(tmp_path)] == [f"a{suffix}"]
+    found = decode(tmp_path / f"a{suffix}", "a", channels=3, size=None).astype(int)
+    wanted = np.asarray(image.convert("L").convert("RGB")) if suffix == ".pgm" else smooth
+    assert np.abs(found - wanted).max() <= loss
+
+
+def test_pages_films_and_tables_are_no_images(tmp_path):
+    for suffix in (".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".mp4", ".h5", ".wmf", ".csv", ".npy", ".pkl"):
+        (tmp_path / f"a{suffix}").write_bytes(b"")
+    assert image_files(tmp_path) == []
+
+
+def test_a_page_that_is_named_as_an_image_is_not_opened(monkeypatch):
+    # To open it would start Ghostscript.
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    monkeypatch.setattr("subprocess.check_call", None)
+    with pytest.raises(UnreadableImage, match="unknown format"):
+        decode(page, "a.png", channels=3, size=None)
+
+
+def test_a_pgm_of_sixteen_bits():
+    deep = RNG.integers(0, 65536, (3, 5), np.uint16)
+    data = b"P5 5 3 65535\n" + deep.astype(">u2").tobytes()
+    expected = np.rint(deep / 65535 * 255)[..., None]
+    np.testing.assert_array_equal(decode(data, "x", channels=1, size=None), expected)
 
 
 # --- the header -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shutil
 import tarfile
 
@@ -146,20 +147,54 @@ def test_mini_imagenet_from_lists(tmp_path):
     content = lists.read_text()
     some = mini_imagenet_split().validation[0]
     for spoilt, message in [
-        (content.replace(some, "n00000001"), rf"does not list the validation classes .* n00000001, {some}"),
+        (
+            content.replace(f",{some}", ",n00000001"),
+            rf"not have the validation classes of Ravi .* n00000001, {some}",
+        ),
         (
             content.replace("00001.jpg", "00007.jpg"),
-            r"16 images of .*val.csv are not in images: .*00007.jpg, …",
+            r"val.csv: 16 of the 32 images that it lists are not there .*00007.jpg', …",
         ),
-        (content + content.splitlines()[1] + "\n", r"val.csv lists images twice"),
-        (content.replace("filename", "file"), r"must have rows with the columns filename and label"),
+        (content + content.splitlines()[1].replace(some, "x") + "\n", r"are not there .*: line 34: "),
+        (content.replace("filename", "colour"), r"val.csv has the columns 'colour', 'label', and none for"),
     ]:
         lists.write_text(spoilt)
         with pytest.raises(ValueError, match=message):
             mini_imagenet("test", data=tmp_path / "data")
     lists.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has a folder images, but no val.csv"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has the lists train.csv, test.csv, and nothing for validation"
+    ):
         mini_imagenet("test", data=tmp_path / "data")
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / "data" / name).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"has a folder images, but no train.csv, val.csv and test.csv"
+    ):
+        mini_imagenet("test", data=tmp_path / "data")
+
+
+@pytest.mark.parametrize("layout", ["parts", "lists in split", "json"])
+def test_mini_imagenet_in_parts(tmp_path, layout):
+    split, data = mini_imagenet_split(), tmp_path / "data"
+    names = {"train": "base", "validation": "val", "test": "novel"}
+    for part in PARTS:
+        if layout == "parts":
+            fill(data / {"validation": "val"}.get(part, part), split.part(part), each=2)
+        else:
+            fill(data / "images", split.part(part), each=2)
+        rows = [(f"{label}/{label}_{i}.JPEG", label) for label in split.part(part) for i in range(2)]
+        if layout == "lists in split":
+            (data / "split").mkdir(exist_ok=True)
+            with (data / "split" / f"{names[part]}.csv").open("w", newline="") as file:
+                csv.writer(file).writerows([("filename", "label"), *rows])
+        elif layout == "json":
+            found = {"label_names": MINI, "image_names": [file for file, _ in rows]}
+            found["image_labels"] = [MINI.index(label) for _, label in rows]
+            (data / f"{names[part]}.json").write_text(json.dumps(found))
+    shown = colours(mini_imagenet("validation", ways=16, shots=1, queries=1, data=data, size=4))
+    # Colours of a part of classes tell their place in it.
+    assert shown == every(list(split.validation), split.validation, (0, 1))
 
 
 def test_an_incomplete_mini_imagenet_is_refused(tmp_path):
@@ -229,6 +264,41 @@ def test_cifar_fs_from_tensorflow_datasets(tmp_path):
     assert "Bertinetto et al. 2019" in tasks.card.protocol
     with pytest.raises(ValueError, match="split: got 'val'"):
         cifar_fs("val", data=tmp_path / "tfds")
+
+
+@pytest.mark.parametrize("place", ["", "data", "cifar100/data", "parts"])
+def test_cifar_fs_from_images_in_folders(tmp_path, place):
+    names, split = sorted(SUPERCLASSES), cifar_fs_split()
+    if place == "parts":
+        for part in PARTS:
+            fill(tmp_path / {"validation": "val"}.get(part, part), split.part(part), each=2)
+        names = list(split.test)
+    else:
+        fill(tmp_path / place, names, each=2)
+    tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path)
+    assert colours(tasks) == every(names, split.test, (0, 1))
+    assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", split.hash)
+    if place == "parts":
+        (tmp_path / "val" / split.validation[0]).rename(tmp_path / "train" / split.validation[0])
+        with pytest.raises(
+            ValueError, match=rf"not have the train classes of Bertinetto.* missing are {split.validation[0]}"
+        ):
+            cifar_fs("test", data=tmp_path)
+
+
+def test_cub_from_lists(tmp_path):
+    split = cub_split(CUB)
+    for part, name in (("train", "base"), ("validation", "val"), ("test", "novel")):
+        fill(tmp_path / "CUB_200_2011" / "images", split.part(part), each=2)
+        files = [
+            f"/home/a/CUB_200_2011/images/{each}/{each}_{i}.JPEG" for each in split.part(part) for i in (0, 1)
+        ]
+        labels = [CUB.index(each) for each in split.part(part) for _ in (0, 1)]
+        found = {"label_names": CUB, "image_names": files, "image_labels": labels}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    tasks = cub("test", ways=50, shots=1, queries=1, data=tmp_path, size=4)
+    assert colours(tasks) == every(list(split.test), split.test, (0, 1))
+    assert tasks.card.split_hash == split.hash
 
 
 @pytest.mark.parametrize("layout", ["folder", "inner folder", "archive"])

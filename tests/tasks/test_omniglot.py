@@ -292,6 +292,28 @@ def test_repacked_archives_of_the_same_drawings_are_accepted(look_alike, drawing
     assert len(archives.load_array(archives.array_path(28), edition, 28)[1]) == 2
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_unpacked_archives_are_read_as_packed_ones(look_alike, inner):
+    data, edition = look_alike
+    first = prepare(edition, 28, data)
+    for part in PARTS:
+        path = data / "omniglot" / f"images_{part}.zip"
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(data / f"images_{part}" if inner else data)
+        path.unlink()
+    (data / "images_background" / ".DS_Store").write_bytes(b"")
+    np.testing.assert_array_equal(prepare(edition, 28, data), first)
+    assert len(archives.load_array(archives.array_path(28), edition, 28)[1]) == 2
+    shutil.rmtree(cache.cache_folder())
+    np.testing.assert_array_equal(prepare(edition, 28, data), first)
+    drawing = sorted((data / "images_background").rglob("*.png"))[3]
+    drawing.unlink()
+    with pytest.raises(
+        ValueError, match=r"images_background: not Omniglot's images_background: 1 of .* missing"
+    ):
+        prepare(edition, 28, data)
+
+
 def test_absent_paths_and_archives_are_errors(look_alike):
     data, edition = look_alike
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
