@@ -15,7 +15,7 @@ NO_DATA = ["glyphs", "sinusoid", "harmonic", "quadratics", "glyphs-zero-shot"]
 
 def test_every_preset_resolves():
     for name, preset in PRESETS.items():
-        placeholder = preset.get("tasks", "").partition(":")[0] in ("folder", "tfds")
+        placeholder = preset.get("tasks", "").partition(":")[0] in ("folder", "arrays", "table", "tfds")
         config = config_of(
             preset=name, tasks=f"{preset['tasks'].partition(':')[0]}:x" if placeholder else None
         )

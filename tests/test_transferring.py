@@ -477,7 +477,7 @@ def test_which_images_of_a_folder_in_parts_are_the_target(
 def test_transfer_to_a_folder_in_parts_says_what_was_read(place, tmp_path, capsys):
     target = parts_of_bars(tmp_path / "bars", train=(4, 4), test=(3, 5))
     (tmp_path / "bars" / "test" / "bar 0" / "notes.txt").write_text("no image")
-    report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", target=target)
+    report = transfer(place, tmp_path / "out", "--recipe", "feature-extraction", target=target)
     assert (report["learned_from"], report["scored"]) == (8, 8)
     assert report["read"].startswith(
         "16 images of 2 classes, by folders train, test, a folder a class in each"

@@ -44,11 +44,13 @@ def learner_of(
 
 
 def output_width(config: Config) -> int | None:
-    """Return how many outputs the network has: None for an embedding, and one for regression."""
+    """Return how many outputs the network has: None for an embedding, and one a target for regression."""
     if not config.names().facts.head:
         return None
     ways = config.tasks.get("train_ways")
-    return 1 if ways is None else ways
+    if ways is not None:
+        return ways
+    return len(config.tasks["targets"]) or 1 if config.names().source.columns is not None else 1
 
 
 def network_builder(config: Config) -> Callable[[int | None], Any]:

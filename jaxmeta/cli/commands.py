@@ -32,7 +32,8 @@ _SHOWN = ("learner", "network", "tasks", "training", "run")
 
 # Names that choose what a run is made of, and what they are.
 _NAMES = {
-    "tasks": "where tasks come from; see `jaxmeta tasks`: a name, folder:PATH, tfds:NAME or module:name",
+    "tasks": "where tasks come from; see `jaxmeta tasks`: a name, folder:PATH, arrays:FILE, table:FILE, "
+    "tfds:NAME or module:name",
     "network": "the network; see `jaxmeta networks`: a name, or module:name of your own",
     "preset": "a protocol by name; see `jaxmeta presets`",
     "config": "start from this config.json, with flags in the place of its values",

@@ -195,6 +195,21 @@ PRESETS: dict[str, Protocol] = {
     },
     "folder": _OWN_IMAGES
     | {"description": "MAML on a folder of one's own images, 5-way 1-shot", "tasks": "folder:PATH"},
+    "arrays": _OWN_IMAGES
+    | {"description": "MAML on one's own labelled arrays, 5-way 1-shot", "tasks": "arrays:FILE"},
+    "table": _REGRESSION
+    | {
+        "description": "MAML on a table of one's own regression tasks, 5 examples to learn from, 5 to score",
+        "tasks": "table:FILE",
+        "queries": 5,
+        "train_shots": 5,
+        "train_queries": 5,
+        "inner_lr": 0.01,
+        "steps": 10_000,
+        "meta_batch": 16,
+        "validate_every": 500,
+        "log_every": 50,
+    },
     "tfds": _OWN_IMAGES
     | {"description": "MAML on a set of tensorflow-datasets, 5-way 1-shot", "tasks": "tfds:NAME"},
     "mini-imagenet": _FINN_MINI_IMAGENET

@@ -223,7 +223,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
         check_data(config, tasks, resumed)
     else:
         images = image_spec(tasks, config.names().source.ink)
-        config = with_image_settings(config, images)
+        config = with_image_settings(sources.with_columns(config), images)
         config = dataclasses.replace(
             config,
             split_hash=tasks.card.split_hash,
@@ -439,7 +439,7 @@ def evaluate_run(
     target = folders.output_file("json", json)
     run = dict(given.get("run", {}))
     other = tasks is not None and tasks != before.tasks["name"]
-    config = (on_other_tasks(before, str(tasks)) if other else before).replaced(
+    config = (sources.with_columns(on_other_tasks(before, str(tasks))) if other else before).replaced(
         **{group: values for group, values in given.items() if group != "run"},
         run={"devices": None, "mesh": None} | run,
     )

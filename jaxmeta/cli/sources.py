@@ -16,8 +16,10 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import names, schema
 from jaxmeta.core import Key, TaskDistribution, TaskStream
 from jaxmeta.declare import facts_of
+from jaxmeta.tasks.array_files import LabelledArrays, read_npz
 from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
 from jaxmeta.tasks.prepared import ReadSummary, SplitImages
+from jaxmeta.tasks.regression import read_table
 from jaxmeta.tasks.splits import class_split
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ class Source(NamedTuple):
       preset: the protocol that `train --tasks NAME` runs.
       ink: whether its images are strokes, light on dark.
       images: `(argument, settings, data) -> SplitImages`, of sources that can also be streamed from disk.
+      files: whether these are image files of one's own, of which some may be left out.
+      arrays: `(path) -> LabelledArrays`, of sources that read labelled arrays from a file.
+      columns: `(path, settings) -> settings` that a table turns out to have, of sources that read one.
       metadata: `(data) -> {class: vector}` of images that zero-shot tasks can be made of.
       argument: what stands after the colon.
       copied: whether the images are read from a copy of one's own, which `--data` names.
@@ -55,6 +60,9 @@ class Source(NamedTuple):
     preset: str
     ink: bool = False
     images: Callable[[str, Mapping[str, Any], str | None], SplitImages] | None = None
+    files: bool = False
+    arrays: Callable[[str], LabelledArrays] | None = None
+    columns: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
     metadata: Callable[[str | None], Mapping[str, Any]] | None = None
     argument: str = ""
     copied: bool = False
@@ -66,6 +74,16 @@ def _folder(argument: str, settings: Mapping[str, Any], data: str | None) -> Spl
     reading = {name: settings[name] for name in ("size", "channels", "skip_unreadable")}
     prepared = tasks.prepare_folder(argument, **reading)
     return SplitImages(prepared, class_split(settings["classes"]))
+
+
+def _arrays(argument: str) -> LabelledArrays:
+    return read_npz(Path(argument).expanduser())
+
+
+def _columns(argument: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    reading = {name: settings[name] for name in ("task_column", "inputs", "targets")}
+    table = read_table(Path(argument).expanduser(), **reading)
+    return {"inputs": table.inputs, "targets": table.targets}
 
 
 def _tfds(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
@@ -133,6 +151,21 @@ TASKS: dict[str, Source] = {
             "lists",
             "folder",
             images=_folder,
+            files=True,
+        ),
+        Source(
+            "arrays:FILE",
+            tasks.from_npz,
+            "one's own labelled arrays: an npz file with x and y",
+            "arrays",
+            arrays=_arrays,
+        ),
+        Source(
+            "table:FILE",
+            tasks.from_table,
+            "regression of one's own: a csv or npz file with columns task, x… and y…",
+            "table",
+            columns=_columns,
         ),
         Source(
             "tfds:NAME",
@@ -147,6 +180,7 @@ TASKS: dict[str, Source] = {
             "100 classes of ImageNet, 84x84, by Ravi and Larochelle's split; --data DIR with your copy",
             "mini-imagenet",
             images=_sized(mini_imagenet_images),
+            files=True,
             copied=True,
         ),
         Source(
@@ -162,6 +196,7 @@ TASKS: dict[str, Source] = {
             "200 kinds of birds, 84x84, by Chen's split; --data DIR with CUB_200_2011",
             "cub",
             images=_sized(cub_images),
+            files=True,
             metadata=lambda data: tasks.cub_attributes(str(data)),
             copied=True,
         ),
@@ -285,7 +320,7 @@ def _drawn(
         values = {name: settings[name] for name in own} | shape
         if schema.accepts(source.function, "data"):
             values["data"] = data
-        return source.function(split, **values)
+        return source.function(*([source.argument] if source.argument else []), split, **values)
     images = source.images(source.argument, settings, data)
     protocol: dict[str, Any] = {
         "split": split,
@@ -314,10 +349,19 @@ def _drawn(
     )
 
 
+def with_columns(config: "Config") -> "Config":
+    """Return the configuration with the columns that a table of one's own turned out to have."""
+    source = config.names().source
+    if source.columns is None:
+        return config
+    return config.replaced(tasks=source.columns(source.argument, config.settings("tasks")))
+
+
 def summary_of(config: "Config") -> ReadSummary | None:
-    """Return what was read of files of one's own; None where there are none."""
+    """Return what was read of image files of one's own; None where there are none."""
     source, settings = config.names().source, config.settings("tasks")
-    if source.images is None:
+    # Of others to prepare them again, if only to find them in the cache, would be long.
+    if source.images is None or not source.files:
         return None
     return source.images(source.argument, settings, config.run.data).prepared.summary
 
@@ -393,9 +437,12 @@ def memory() -> int:
 
 
 def absolute(name: str) -> str:
-    """Return the name of a source with the path of its folder good in every folder."""
+    """Return the name of a source with the path of its folder or file good in every folder."""
     kind, colon, path = name.partition(":")
-    return kind + colon + str(Path(path).expanduser().resolve()) if kind == "folder" and path else name
+    of_path = any(f"{kind}:{placeholder}" in TASKS for placeholder in ("PATH", "FILE"))
+    if not of_path or not path or name in TASKS:
+        return name
+    return kind + colon + str(Path(path).expanduser().resolve())
 
 
 def file_name(name: str) -> str:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxmeta.checks import ArgumentError, check_count, some
+from jaxmeta.checks import ArgumentError, check_count, check_finite, some
 from jaxmeta.cli import schema
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import OWN, Source, renaming, source_of
@@ -147,6 +147,19 @@ def read_target(
             x, y, classes = found.prepared.read(rows.rows), rows.y, rows.classes
             protocol = found.protocol or rows.protocol
             scored, summary = rows.scored, found.prepared.summary
+        elif source.arrays is not None:
+            arrays = source.arrays(source.argument)
+            rows = _rows_by_parts(
+                arrays.y, np.full(len(arrays.y), "") if arrays.parts is None else arrays.parts
+            )
+            x, y, classes, protocol, scored = (
+                arrays.x[rows.rows],
+                rows.y,
+                rows.classes,
+                rows.protocol,
+                rows.scored,
+            )
+            check_finite("target", x)
         else:
             x, y, protocol = _labelled(name, source, settings, data, shots, key)
             classes = _class_names(source, settings, int(y.max()) + 1)
@@ -266,6 +279,9 @@ def _rows_of(images: SplitImages) -> _Rows:
 def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
     """Return which examples are a target, by the class name and the part of each."""
     there = [part for part in PARTS if (parts == part).any()]
+    if not there:
+        found, y = np.unique(names, return_inverse=True)
+        return _Rows(np.arange(len(names)), y, tuple(found.tolist()))
     members = {part: set(names[parts == part].tolist()) for part in there}
     split = split_of_parts(members)
     every = tuple(sorted(set(names.tolist())))

@@ -1,5 +1,6 @@
 """Where tasks come from: pure samplers with a protocol card."""
 
+from jaxmeta.tasks.array_files import from_npz
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.digits import mnist, mnist_images, usps, usps_images
 from jaxmeta.tasks.distortions import distort
@@ -17,8 +18,9 @@ from jaxmeta.tasks.official import (
     mini_imagenet_split,
 )
 from jaxmeta.tasks.omniglot import omniglot, omniglot_split
-from jaxmeta.tasks.prepared import Prepared, from_prepared
+from jaxmeta.tasks.prepared import Prepared, ReadSummary, from_prepared
 from jaxmeta.tasks.quadratics import quadratics
+from jaxmeta.tasks.regression import from_regression, from_table
 from jaxmeta.tasks.sequences import sequences, with_ways
 from jaxmeta.tasks.sinusoid import sinusoid
 from jaxmeta.tasks.splits import ClassSplit
@@ -30,6 +32,7 @@ __all__ = [
     "ClassSplit",
     "LabelledImages",
     "Prepared",
+    "ReadSummary",
     "cifar_fs",
     "cifar_fs_split",
     "cub",
@@ -38,7 +41,10 @@ __all__ = [
     "distort",
     "from_arrays",
     "from_folder",
+    "from_npz",
     "from_prepared",
+    "from_regression",
+    "from_table",
     "from_tfds",
     "glyph_metadata",
     "glyphs",

@@ -4,15 +4,14 @@ A layout is a function from a folder to a `Listing`, or to None where the folder
 `list_images` tries them in turn.
 """
 
-import csv
-import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, parsed_json, some
+from jaxmeta.tasks.csv_files import read_csv, read_header
 from jaxmeta.tasks.images import (
     IMAGE_FOLDERS,
     LeftOut,
@@ -394,43 +393,24 @@ class _Reader(NamedTuple):
         return self._json_rows(path) if path.suffix.lower() == ".json" else self._csv_rows(path)
 
     def _csv_rows(self, path: Path) -> Iterator[_Row]:
-        text = self._text(path)
-        header, delimiter = _header(text)
-        columns = {what: _column(header, known) for what, known in (("file", _FILE), ("label", _LABEL))}
-        lacking = [what for what, column in columns.items() if column is None]
-        if lacking:
+        header, rows = read_csv(path, self.argument, _known_columns)
+        file_column, label_column = _column(header, _FILE), _column(header, _LABEL)
+        if file_column is None or label_column is None:
+            lacking = " and the ".join(
+                what for what, place in (("file", file_column), ("label", label_column)) if place is None
+            )
             raise self.refuse(
                 path,
-                f" has the columns {some(map(repr, header), 8)}, and none for the "
-                f"{' and the '.join(lacking)} of an "
-                f"image; there must be one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
+                f" has the columns {some(map(repr, header), 8)}, and none for the {lacking} of an image; "
+                "there must "
+                f"be one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
             )
         split = _column(header, _SPLIT)
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        begun = False
-        try:
-            for cells in rows:
-                where = f"line {rows.line_num}"
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if not begun:  # the header
-                    begun = True
-                    continue
-                # Programs for tables end rows with empty cells.
-                while len(cells) > len(header) and not cells[-1].strip():
-                    cells.pop()
-                if len(cells) != len(header):
-                    raise self.refuse(
-                        path, f", {where}: got {len(cells)} cells, and there are {len(header)} columns"
-                    )
-                file, label = (cells[int(columns[what] or 0)] for what in ("file", "label"))
-                for what, cell in (("file", file), ("label", label)):
-                    if not cell.strip():
-                        raise self.refuse(path, f", {where}: the {what} is empty")
-                part = "" if split is None else self._part(path, where, cells[split])
-                yield _Row(where, file, label.strip(), part)
-        except csv.Error as error:
-            raise self.refuse(path, f", line {rows.line_num}: cannot be read as csv ({error})") from None
+        for line, cells in rows:
+            where, file, label = f"line {line}", cells[file_column], cells[label_column].strip()
+            if not file.strip() or not label:
+                raise self.refuse(path, f", {where}: the {'label' if file.strip() else 'file'} is empty")
+            yield _Row(where, file, label, "" if split is None else self._part(path, where, cells[split]))
 
     def _part(self, path: Path, where: str, cell: str) -> str:
         part = part_of(cell)
@@ -440,15 +420,6 @@ class _Reader(NamedTuple):
             )
         return part
 
-    def _text(self, path: Path) -> str:
-        raw = path.read_bytes()
-        encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        try:
-            return raw.decode(encoding)
-        except UnicodeDecodeError as error:
-            line = raw[: error.start].count(b"\n") + 1
-            raise self.refuse(path, f", line {line}: is not UTF-8; save the list as such") from None
-
     def _json_rows(self, path: Path) -> Iterator[_Row]:
         values = _json(path)
         if not isinstance(values, dict):
@@ -456,11 +427,8 @@ class _Reader(NamedTuple):
         names = values.get("label_names", values.get("class_names"))
         if names is not None and not _are_texts(names):
             raise self.refuse(path, ": the names of the classes must be a list of texts")
-        roots, images, labels = (
-            values.get("class_roots"),
-            values.get("image_names"),
-            values.get("image_labels"),
-        )
+        roots, images = values.get("class_roots"), values.get("image_names")
+        labels = values.get("image_labels")
         if images is None and roots is not None:
             yield from self._rooted(path, names, roots)
             return
@@ -574,42 +542,18 @@ def _is_absolute(text: str) -> bool:
     return text.startswith("/") or bool(re.match(r"[A-Za-z]:[/\\]", text)) or text.startswith("\\\\")
 
 
-def _header(text: str) -> tuple[list[str], str]:
-    """Return the column names of a csv file, and what stands between its cells."""
-    first = text.lstrip("\r\n").partition("\n")[0].rstrip("\r")
-    found: list[tuple[list[str], str]] = []
-    for delimiter in (",", ";", "\t"):
-        try:
-            cells = next(csv.reader([first], delimiter=delimiter), [])
-        except csv.Error:
-            continue
-        found.append(([cell.strip() for cell in cells], delimiter))
-    # The one that tells the columns apart, else the one that tells most.
-    return max(
-        found,
-        key=lambda each: (
-            (_column(each[0], _FILE) is not None) + (_column(each[0], _LABEL) is not None),
-            len(each[0]),
-        ),
-        default=([], ","),
-    )
-
-
 def _column(header: Sequence[str], known: Iterable[str]) -> int | None:
     names = [name.casefold().replace(" ", "_") for name in header]
     return next((names.index(name) for name in known if name in names), None)
 
 
+def _known_columns(header: Sequence[str]) -> int:
+    return (_column(header, _FILE) is not None) + (_column(header, _LABEL) is not None)
+
+
 def _is_csv_list(path: Path) -> bool:
     """Return whether a file's first line names columns of files and labels."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(4096)
-    except OSError:
-        return False
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    header, _ = _header(raw.decode(encoding, errors="replace"))
-    return _column(header, _FILE) is not None and _column(header, _LABEL) is not None
+    return _known_columns(read_header(path, _known_columns)) == 2
 
 
 def _json(path: Path) -> Any:
@@ -624,5 +568,5 @@ def _is_json_list(path: Path) -> bool:
     return isinstance(values, dict) and ("image_names" in values or "class_roots" in values)
 
 
-def _are_texts(values: Any) -> bool:
+def _are_texts(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(each, str) for each in values)

@@ -95,7 +95,7 @@ def _uniform(key: Key, shape: tuple[int, ...], bounds: Float[Array, "2"]) -> Arr
     return jax.random.uniform(key, shape, jnp.float32, bounds[0], bounds[1])
 
 
-def split_points(x: Float[Array, "n 1"], y: Float[Array, "n 1"], shots: int) -> Task:
+def split_points(x: Float[Array, "n ..."], y: Float[Array, "n d"], shots: int) -> Task:
     """A regression task whose first `shots` points are the support set."""
     return Task(Batch(x[:shots], y[:shots]), Batch(x[shots:], y[shots:]))
 

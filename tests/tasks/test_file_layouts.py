@@ -332,7 +332,7 @@ def test_the_absolute_path_of_a_file_in_the_folder(tmp_path):
         ("file,label\n", "lists no images"),
         ("", "none for the file and the label"),
         ('file,label\n"1.png,x\n', "line 2: cannot be read as csv"),
-        (b"file,label\n1.png,x\n\xff.png,x\n", r"line 3: is not UTF-8; save the list as such"),
+        (b"file,label\n1.png,x\n\xff.png,x\n", r"line 3: is not UTF-8; save the file as such"),
         (b"file,label\n1\x00.png,x\n", r"line 2: .*(zero byte|csv)"),
     ],
 )

@@ -264,7 +264,7 @@ def test_the_summary_says_what_was_read_and_what_was_left_out_also_from_the_cach
         "image that cannot be read": (1, ("fox/2.JPG",)),
     }
     assert str(first).startswith(
-        "17 images of 6 classes, by a folder a class; the smallest is 12 × 9 (ant/0.png); left out: 1 images "
+        "17 images of 6 classes, by a folder a class; the smallest is 12 × 9 (ant/0.png); left out: 1 image "
         "beside"
     )
     monkeypatch.setattr(Image, "open", None)

@@ -1,0 +1,176 @@
+"""Arrays of one's own: episodes are those of the arrays, and bad files are refused by name."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from draws import drawn
+
+import jaxmeta as jm
+from jaxmeta.tasks.array_files import read_npz
+from jaxmeta.tasks.episodes import from_arrays
+from jaxmeta.tasks.splits import ClassSplit
+
+RNG = np.random.default_rng(0)
+X = RNG.integers(0, 256, (30, 6, 5), np.uint8)
+Y = np.repeat(np.arange(10), 3)
+NAMES = np.array([f"class {label}" for label in Y])
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def assert_same(found, expected):
+    for mine, theirs in zip(drawn(found, 3), drawn(expected, 3), strict=True):
+        np.testing.assert_array_equal(mine.x, theirs.x)
+        np.testing.assert_array_equal(mine.y, theirs.y)
+
+
+@pytest.mark.parametrize("labels", [Y, NAMES, Y[:, None], np.char.encode(NAMES, "utf-8"), Y.astype(np.uint8)])
+@pytest.mark.parametrize("names", [("x", "y"), ("images", "labels"), ("X", "Y")])
+def test_episodes_are_those_of_the_arrays(tmp_path, labels, names):
+    path = save(tmp_path / "own.npz", **dict(zip(names, (X, labels), strict=True)))
+    protocol = {"ways": 3, "shots": 1, "queries": 2, "split_seed": 4}
+    plain = NAMES if labels.dtype.kind in "US" else Y
+    found = jm.tasks.from_npz(path, "train", **protocol)
+    expected = from_arrays(X[..., None], plain, **protocol, classes=(0.64, 0.16, 0.2), name="arrays:own.npz")
+    assert found.card == expected.card
+    assert_same(found, expected)
+
+
+def test_floats_and_features_are_taken_as_they_are(tmp_path):
+    for x in (
+        RNG.random((30, 7)),
+        RNG.random((30, 4, 4, 3)).astype(np.float16),
+        RNG.random((30, 2, 3, 4, 5)),
+    ):
+        path = save(tmp_path / "own.npz", x=x, y=Y)
+        found = drawn(jm.tasks.from_npz(path, ways=2, classes=None))
+        assert found.support.x.shape[1:] == x.shape[1:]
+        assert found.support.x.dtype == np.float32
+
+
+PARTS = np.repeat(["train", "val", "test"], [15, 6, 9])
+
+
+def test_parts_that_share_no_class_are_the_class_split(tmp_path):
+    split = ClassSplit(tuple("01234"), ("5", "6"), ("7", "8", "9"))
+    keys = {
+        f"{array}_{part}": values[part == PARTS]
+        for part in ("train", "val", "test")
+        for array, values in (("x", X), ("y", Y))
+    }
+    for arrays in (
+        {"x": X, "y": Y, "split": PARTS},
+        keys,
+        {f"{p}_{a}": v for k, v in keys.items() for a, p in [k.split("_")]},
+    ):
+        path = save(tmp_path / "own.npz", **arrays)
+        assert read_npz(path).split == split
+        found = jm.tasks.from_npz(path, "test", ways=3, shots=1, queries=2)
+        assert found.card.split_hash == split.hash
+        assert_same(
+            found, from_arrays(X[..., None], Y, ways=3, shots=1, queries=2, split="test", classes=split)
+        )
+
+
+def test_parts_that_share_classes_are_pooled(tmp_path):
+    parts = np.tile(["train", "train", "test"], 10)
+    path = save(tmp_path / "own.npz", x=X, y=Y, split=parts)
+    assert read_npz(path).split is None
+    assert read_npz(path).parts.tolist() == parts.tolist()
+    assert jm.tasks.from_npz(path, ways=3, queries=2).card.classes == 6
+    path = save(tmp_path / "own.npz", x=X, y=Y, split=np.repeat("train", 30))
+    assert read_npz(path).parts is None
+
+
+def test_classes_with_too_few_examples_can_be_left_out(tmp_path):
+    path = save(tmp_path / "own.npz", x=X[:-1], y=Y[:-1])
+    with pytest.raises(ValueError, match=r"too few in 1 of 10: 9 \(2\); .*skip_small_classes"):
+        jm.tasks.from_npz(path, ways=2, queries=2, classes=None)
+    with pytest.warns(
+        UserWarning, match=r"1 of 10 classes of split='train' have fewer than 3 examples .*: 9 \(2\)"
+    ):
+        found = jm.tasks.from_npz(path, ways=2, queries=2, classes=None, skip_small_classes=True)
+    assert found.card.classes == 9
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": X, "y": Y}, r"lacks x; it has a, y; write it by numpy\.savez"),
+        ({"x": X}, "lacks y"),
+        ({"z": X}, "lacks x and y"),
+        ({"x": X, "y": Y[:-1]}, "has 30 examples x and 29 labels y"),
+        (
+            {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y[:3]},
+            "30 examples x_test and 3 labels y_test",
+        ),
+        ({"x_train": X, "y_train": Y, "x_test": X}, "lacks y_test"),
+        ({"x": X, "y": Y, "x_test": X, "y_test": Y}, "has x or y beside those of parts"),
+        (
+            {"x_train": X, "y_train": Y, "x_test": X[:, :5], "y_test": Y},
+            r"several shapes: \(5, 5, 1\), \(6, 5, 1\)",
+        ),
+        ({"x": X, "images": X, "y": Y}, "has several arrays for x, of which one is images"),
+        ({"x": X, "y": Y.astype(object)}, r"y is an array of objects, which is a pickle, .*y\.astype\(str\)"),
+        ({"x": X.astype(object), "y": Y}, r"x is an array of objects, .*numpy\.stack"),
+        ({"x": X.astype(np.int64), "y": Y}, r"x has type int64; it must be uint8 \(0 to 255\), by x\.astype"),
+        ({"x": X > 9, "y": Y}, "x has type bool"),
+        ({"x": X[:, 0, 0], "y": Y}, r"x has shape \(30,\)"),
+        ({"x": RNG.random((30, 3, 8, 8)), "y": Y}, r"channels come last, by x\.transpose\(0, 2, 3, 1\)"),
+        ({"x": X, "y": np.eye(10)[Y]}, r"y has shape \(30, 10\); .*y\.argmax\(1\)"),
+        ({"x": X, "y": Y.astype(float)}, "y has type float64; labels must be integers or names"),
+        ({"x": X, "y": np.where(Y == 3, "", NAMES)}, r"y\[9\] is an empty name"),
+        ({"x": X, "y": np.where(Y == 3, b"\xff", b"a")}, "y holds bytes that are no UTF-8"),
+        (
+            {"x": X, "y": Y, "split": np.where(Y < 5, "train", "hold")},
+            r"split\[15\] is 'hold'; it must be 'train'",
+        ),
+        ({"x": X, "y": Y, "split": Y}, r"split has shape \(30,\) and type int64"),
+        ({"x": X[:0], "y": Y[:0]}, "got no examples"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_refused_by_name(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        jm.tasks.from_npz(save(tmp_path / "own.npz", **arrays))
+    assert "\n" not in str(caught.value)
+
+
+def bytes_of(function, array, **settings):
+    file = io.BytesIO()
+    function(file, array, **settings)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("own.npz", b"", "cannot be read as an npz file"),
+        ("own.npz", b"PK\x03\x04 and more", "cannot be read as an npz file"),
+        ("own.npz", b"\x80\x04]\x94.", r"is a pickle, .*pickle\.load"),
+        ("own.npz", bytes_of(np.save, X), "it is one array"),
+        ("own.npy", bytes_of(np.save, X), r"holds one array, and labels are needed with it; .*numpy\.savez"),
+        ("own.npy", bytes_of(np.save, Y.astype(object)), "holds one array"),
+        ("cache.pkl", b"\x80\x04]\x94.", r"cache\.pkl is a pickle, .*numpy\.savez.*arrays:data\.npz"),
+    ],
+)
+def test_files_of_another_kind_say_what_to_do(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^path: .*{message}") as caught:
+        jm.tasks.from_npz(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"path: .*none\.npz is no file"):
+        jm.tasks.from_npz(tmp_path / "none.npz")
+
+
+def test_large_floats_are_warned_of(tmp_path):
+    path = save(tmp_path / "own.npz", x=X.astype(np.float32), y=Y)
+    with pytest.warns(
+        UserWarning, match=r"x has values up to 2\d\d; images in floating point are best in \[0, 1\]"
+    ):
+        jm.tasks.from_npz(path, ways=2, classes=None)
+    assert jax.eval_shape(jm.tasks.from_npz(save(path, x=X / 255, y=Y), ways=2).sample, jax.random.key(0))
