@@ -14,7 +14,14 @@ from jaxmeta.checks import ArgumentError, MissingFileError, some
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.file_layouts import part_of, pickle_advice
-from jaxmeta.tasks.splits import FRACTIONS, PARTS, ClassSplit, check_part, split_of_parts
+from jaxmeta.tasks.splits import (
+    FRACTIONS,
+    PARTS,
+    ClassSplit,
+    check_part,
+    split_of_parts,
+    warn_of_pooled_parts,
+)
 
 # What arrays of examples, labels and parts are called, in any case.
 _X = ("x", "images", "image", "data", "inputs")
@@ -107,6 +114,8 @@ def from_npz(
     protocol = ""
     if classes == "auto":
         own = arrays.split
+        if own is None and arrays.parts is not None:
+            warn_of_pooled_parts(f"arrays:{file.name}", [part for part in PARTS if part in arrays.parts])
         classes = FRACTIONS if own is None else own
         protocol = "" if own is None else "class split of the file's own parts"
     return from_arrays(

@@ -235,7 +235,7 @@ def _single_list(reader: "_Reader") -> Listing | None:
         if (_is_json_list(path) if path.suffix.lower() == ".json" else _is_csv_list(path))
     ]
     if len(lists) != 1:
-        if lists and not others:
+        if lists:
             raise ArgumentError(
                 reader.argument,
                 f"{folder} has {len(lists)} lists of images ({some(path.name for path in lists)}); name one "
@@ -268,8 +268,11 @@ def _has_class_folders(folder: Path) -> bool:
     )
 
 
-def _holds_images(folder: Path) -> bool:
-    return bool(image_files(folder)) or any(_holds_images(path) for path in subfolders(folder))
+def _holds_images(folder: Path, depth: int = 3) -> bool:
+    """Return whether there are images in a folder, to a depth: links may lead round in a circle."""
+    if image_files(folder):
+        return True
+    return depth > 0 and any(_holds_images(path, depth - 1) for path in subfolders(folder))
 
 
 def _visible_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:

@@ -84,9 +84,8 @@ def prepare_files(
         for part in ("", *parts)
         for file in listing.classes[class_name].get(part, ())
     ]
-    digest = hashlib.sha256(
-        f"{_FORM}\n{folder}\n{size},{channels},{skip_unreadable}".encode(errors="surrogateescape")
-    )
+    # Without size and channels: who asks for those that were found gets the same images.
+    digest = hashlib.sha256(f"{_FORM}\n{folder}\n{skip_unreadable}".encode(errors="surrogateescape"))
     for entry in entries:
         # A broken link is an image that cannot be read, which is for later.
         stat = entry.file.stat() if entry.file.exists() else None
@@ -103,8 +102,9 @@ def prepare_files(
     if findings.is_file():
         found = json.loads(findings.read_text(encoding="utf-8"))
     else:
-        found = _look(where, entries, size, channels, skip_unreadable)
-    shape = (found["side"], found["side"], found["channels"])
+        found = _look(where, entries, skip_unreadable)
+    side = int(size or found["side"])
+    shape = side, side, int(channels or found["channels"])
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
         unreadable: list[str] = []
@@ -252,14 +252,8 @@ def from_folder(
     )
 
 
-def _look(
-    where: tuple[str, Path],
-    entries: list[_Entry],
-    size: int | None,
-    channels: int | None,
-    skip_unreadable: bool,
-) -> dict[str, Any]:
-    """Return what the headers of all images say: the shape that all are to get, and which are small."""
+def _look(where: tuple[str, Path], entries: list[_Entry], skip_unreadable: bool) -> dict[str, Any]:
+    """Return what the headers of all images say: the shape that all get by default, and which are small."""
     headers: dict[str, Header] = {}
     unreadable = []
     for entry in entries:
@@ -272,8 +266,8 @@ def _look(
     side = default_side([one.shorter_side for one in headers.values()])
     smallest = min(headers, key=lambda name: (headers[name].shorter_side, name), default=None)
     return {
-        "side": int(size or side),
-        "channels": int(channels or (3 if any(one.in_colour for one in headers.values()) else 1)),
+        "side": side,
+        "channels": 3 if any(one.in_colour for one in headers.values()) else 1,
         "smallest": smallest and [smallest, headers[smallest].width, headers[smallest].height],
         "small": [
             f"{name} ({one.width} × {one.height})" for name, one in headers.items() if one.shorter_side < side

@@ -78,7 +78,17 @@ class LeftOut(NamedTuple):
 
     def __str__(self) -> str:
         more = ", …" * (self.number > len(self.examples))
-        return f"{self.number:,} {self.reason} ({', '.join(self.examples)}{more})"
+        return f"{self.number:,} {self.reason} ({', '.join(map(printable, self.examples))}{more})"
+
+
+def printable(name: str) -> str:
+    """Return a file's name in one line that can be printed: it may hold any bytes.
+
+    Examples:
+      >>> printable("Käfer.png"), printable("a\\n1.png")
+      ('Käfer.png', 'a\\\\n1.png')
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
 
 
 def check_form(size: int | None, channels: int | None) -> None:
@@ -215,7 +225,8 @@ def _visible(folder: Path) -> Iterator[Path]:
     """Yield all files below a folder that are not hidden."""
     for path in folder.iterdir():
         if path.is_dir():
-            if not path.name.startswith("."):
+            # Links may lead round in a circle.
+            if not path.name.startswith(".") and not path.is_symlink():
                 yield from _visible(path)
         elif not path.name.startswith("."):
             yield path

@@ -24,8 +24,15 @@ from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
-from jaxmeta.tasks.images import LeftOut
-from jaxmeta.tasks.splits import FRACTIONS, ClassSplit, split_classes, split_of_parts, warn_of_case
+from jaxmeta.tasks.images import LeftOut, printable
+from jaxmeta.tasks.splits import (
+    FRACTIONS,
+    ClassSplit,
+    split_classes,
+    split_of_parts,
+    warn_of_case,
+    warn_of_pooled_parts,
+)
 
 _RECORDS, _INDEX, _FORMAT = "images.array_record", "index.json", 1
 _AT_ONCE = 4096  # images read together
@@ -51,7 +58,7 @@ class ReadSummary(NamedTuple):
         said = f"{self.images:,} images of {self.classes:,} classes, by {self.layout}"
         if self.smallest is not None:
             name, width, height = self.smallest
-            said += f"; the smallest is {width} × {height} ({name})"
+            said += f"; the smallest is {width} × {height} ({printable(name)})"
         return (
             said
             + "; "
@@ -109,6 +116,8 @@ class Prepared:
             return classes, ""
         own = self.split
         if own is None:
+            if self.parts:
+                warn_of_pooled_parts(self.name, [part for part, _ in self.parts])
             return FRACTIONS, ""
         return own, "class split of the data's own " + ", ".join(part for part, _ in self.parts)
 

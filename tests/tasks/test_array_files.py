@@ -82,7 +82,8 @@ def test_parts_that_share_classes_are_pooled(tmp_path):
     path = save(tmp_path / "own.npz", x=X, y=Y, split=parts)
     assert read_npz(path).split is None
     assert read_npz(path).parts.tolist() == parts.tolist()
-    assert jm.tasks.from_npz(path, ways=3, queries=2).card.classes == 6
+    with pytest.warns(UserWarning, match=r"own\.npz: train, test share classes, .* are pooled"):
+        assert jm.tasks.from_npz(path, ways=3, queries=2).card.classes == 6
     path = save(tmp_path / "own.npz", x=X, y=Y, split=np.repeat("train", 30))
     assert read_npz(path).parts is None
 

@@ -84,7 +84,8 @@ def test_parts_that_share_classes_are_pooled_for_few_shot_tasks(tmp_path):
     assert prepared.split is None
     assert prepared.sizes == (5, 5, 5)
     assert prepared.parts == (("train", (3, 3, 3)), ("test", (2, 2, 2)))
-    tasks = from_folder(tmp_path, "train", ways=2, shots=2, queries=3)
+    with pytest.warns(UserWarning, match=r"train, test share classes, .* are pooled"):
+        tasks = from_folder(tmp_path, "train", ways=2, shots=2, queries=3)
     assert tasks.card.protocol == "random class split (0.64, 0.16, 0.2), seed 0"
     assert tasks.card.classes == 2
     # Those to train on come first within a class: each image is of the level that its place in `put` gave it.
@@ -360,6 +361,38 @@ def test_links_are_images_of_the_folder(tmp_path):
     (tmp_path / "set").mkdir()
     os.symlink(tmp_path / "elsewhere" / "1.png", tmp_path / "set" / "1.png")
     assert listed(tmp_path / "set", "file,label\n1.png,x\n") == ["1.png"]
+
+
+def test_names_that_cannot_be_printed_do_not_stop_a_run(tmp_path):
+    names = [os.fsdecode(b"ant/\xff.png"), "ant/a\nb.png", "bee/1.png", "bee/\x1b[31m.txt"]
+    put(tmp_path, *names)
+    summary = prepare_folder(tmp_path, size=4).summary
+    assert (summary.images, summary.smallest[0]) == (3, "ant/a\nb.png")
+    assert "\n" not in str(summary)
+    str(summary).encode("utf-8")
+    assert r"bee/\x1b[31m.txt" in str(summary)
+
+
+def test_links_that_lead_round_in_a_circle_are_not_followed_for_ever(tmp_path):
+    put(tmp_path, "train/ant/1.png", "train/bee/1.png", "test/cow/1.png")
+    for name in ("train/ant/back", "test/back"):
+        os.symlink(tmp_path, tmp_path / name)
+    assert set(found(tmp_path)) == {"ant", "bee", "cow"}
+
+
+@pytest.mark.parametrize("folders", [["images"], ["train", "test"]])
+def test_of_several_lists_one_must_be_named(tmp_path, folders):
+    put(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(2)))
+    for name in ("train.csv", "submission.csv"):
+        write(tmp_path / name, ("file", "label"), ("0.png", "x"), ("1.png", "y"))
+    with pytest.raises(
+        ValueError, match=r"has 2 lists of images \(submission\.csv, train\.csv\); name one of them"
+    ):
+        list_images(tmp_path)
+    assert found(tmp_path / "train.csv") == {
+        "x": {"": [f"{folders[0]}/0.png"]},
+        "y": {"": [f"{folders[0]}/1.png"]},
+    }
 
 
 # --- folders of something else ------------------------------------------------------------------------------

@@ -294,7 +294,8 @@ def test_a_far_smaller_image_does_not_shrink_the_others_and_is_named(photos, sha
             images = prepare_folder(photos)
     assert images.shape == (9, 9, 3)
     assert images.summary.smallest == ("elk/tiny.png", *shape)
-    # Who asks for a size knows what it does.
+    # Who asks for the size that was found gets the same images, and who asks for another knows what it does.
+    assert prepare_folder(photos, size=9, channels=3).folder == images.folder
     assert prepare_folder(photos, size=5).shape == (5, 5, 3)
 
 
