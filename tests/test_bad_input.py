@@ -372,6 +372,16 @@ TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "classes": FRACTIONS,
         },
     ),
+    "from_regression": (
+        on(jm.tasks.from_regression, Y, X, Y, shots=1, queries=1),
+        {
+            "shots": count(),
+            "queries": count(),
+            "split": SPLIT,
+            "split_seed": SEED,
+            "task_split": FRACTIONS,
+        },
+    ),
     "from_fractions": (on(ClassSplit.from_fractions, "abcd"), {"fractions": FRACTIONS}),
     "from_counts": (
         on(ClassSplit.from_counts, "abcd", counts=(2, 1, 1)),
@@ -807,6 +817,15 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         {
             "x": (*UNTOLD, cut, lambda x: x[:0], lambda x: x.astype(complex), lambda x: x > 0),
             "y": (cut, lambda y: y + 0.5, lambda y: y[None], lambda y: y[:0], lambda y: [None] * len(y)),
+        },
+    ),
+    "from_regression": (
+        on(jm.tasks.from_regression, shots=1, queries=1),
+        {"task": Y, "x": X, "y": Y},
+        {
+            "task": (cut, lambda t: t + 0.5, lambda t: t[None], lambda t: t[:0], lambda t: [None] * len(t)),
+            "x": (cut, lambda x: x[:0], lambda x: x.astype(complex), lambda x: x.astype(str)),
+            "y": (cut, lambda y: y[None], lambda y: y[:0], lambda y: y.astype(complex)),
         },
     ),
     "cross_entropy": (

@@ -114,6 +114,15 @@ def test_training_on_a_table_of_two_targets(tmp_path, capsys):
     assert "--task-column: " in capsys.readouterr().err
 
 
+def test_arrays_of_features_ask_for_a_network_that_takes_them(tmp_path, capsys):
+    np.savez(tmp_path / "own.npz", x=X.reshape(24, 16) / 255, y=Y)
+    flags = ("--ways", "2", "--queries", "1", "--classes", "0.5,0,0.5", "--network", "conv4")
+    assert train(tmp_path / "run", f"arrays:{tmp_path / 'own.npz'}", *flags)[0] == 2
+    said = capsys.readouterr().err
+    assert "--network: got conv4, which does not take examples of shape (16,); networks of conv" in said
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.nightly
 def test_columns_that_a_table_turned_out_to_have_are_kept(tmp_path):
     np.savez(

@@ -183,9 +183,10 @@ def settled(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     if "init" in kept.get("run", {}):
         path = Path(kept["run"]["init"]).expanduser()
         kept["run"]["init"] = str(path.resolve()) if path.exists() else kept["run"]["init"]
-    classes = kept.get("tasks", {}).get("classes")
-    if isinstance(classes, str) and classes != "auto" and Path(classes).expanduser().exists():
-        kept["tasks"]["classes"] = str(Path(classes).expanduser().resolve())
+    for name in ("classes", "task_split"):
+        file = kept.get("tasks", {}).get(name)
+        if isinstance(file, str) and file != "auto" and Path(file).expanduser().exists():
+            kept["tasks"][name] = str(Path(file).expanduser().resolve())
     return kept
 
 

@@ -235,7 +235,17 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
     with sources.renaming({"devices": "mesh"} if run.mesh is not None else {}):
         # For what it raises.
         meta_step(learner, optimizer, training.meta_batch, run.strategy, devices=mesh)
-    parameters = _parameters(learner, tasks)
+    try:
+        parameters = _parameters(learner, tasks)
+    except (IndexError, TypeError, ValueError) as error:
+        shape = jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape[1:]
+        if config.names().source.arrays is None or len(shape) == 3 or isinstance(error, ArgumentError):
+            raise
+        raise ArgumentError(
+            "network",
+            f"got {config.network['name']}, which does not take examples of shape {shape}; networks of "
+            "convolutions take images (h, w, c), and mlp takes any",
+        ) from error
     start = None
     if run.init is not None and (resumed is None or not checkpoint_steps(resumed)):
         start = initial_params(run.init, config, learner, tasks, key)

@@ -116,7 +116,7 @@ def list_images(path: Path, argument: str = "path", *, skip_missing: bool = Fals
     if found is not None:
         return found
     if not subfolders(path):
-        _refuse_other_files(path, argument)
+        refuse_other_files(path, argument)
     files = class_files(path, argument)
     taken = (file for paths in files.values() for file in paths)
     return Listing.of_classes(path, files)._replace(left_out=tuple(left_out_of(path, path, taken)))
@@ -149,7 +149,7 @@ def pickle_advice(path: Path) -> str:
         f"write its arrays as npz in Python: import numpy, pickle; d = pickle.load(open({path.name!r}, "
         "'rb')); "
         "numpy.savez('data.npz', x=…, y=…) with the images (n, h, w, c) as x and their labels as y, and name "
-        "that file as arrays:data.npz"
+        "that file as arrays:data.npz (jm.tasks.from_npz has an example)"
     )
 
 
@@ -293,8 +293,12 @@ def _other_file(path: Path) -> str:
     return " nor a list of some (.csv, .json)"
 
 
-def _refuse_other_files(folder: Path, argument: str) -> None:
-    """Refuse a folder that holds images in files of another kind."""
+def refuse_other_files(folder: Path, argument: str) -> None:
+    """Refuse a folder that holds images in files of another kind, such as pickles.
+
+    Raises:
+      ArgumentError: it does; the message says how such files are read.
+    """
     for suffixes, said in (
         (_PICKLES, "pickles"),
         ((".npz", ".npy"), "arrays"),

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from jaxmeta.checks import ArgumentError, MissingFileError, some
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.attributes import cub_attributes
-from jaxmeta.tasks.file_layouts import Listing, list_parts
+from jaxmeta.tasks.file_layouts import Listing, list_parts, refuse_other_files
 from jaxmeta.tasks.folder import prepare_files
 from jaxmeta.tasks.images import class_files, image_files, subfolders
 from jaxmeta.tasks.prepared import SplitImages, from_prepared, prepare
@@ -364,6 +364,7 @@ def _mini_imagenet_listing(data: Path) -> Listing:
         return listing
     if (data / "images").is_dir():
         raise MissingFileError("data", f"{data} has a folder images, but no train.csv, val.csv and test.csv")
+    refuse_other_files(data, "data")
     names = _names(split)
     roots = [data / place for place in _IMAGENET]
     missing = min(([name for name in names if not (root / name).is_dir()] for root in roots), key=len)

@@ -174,6 +174,14 @@ def test_mini_imagenet_from_lists(tmp_path):
         mini_imagenet("test", data=tmp_path / "data")
 
 
+def test_pickles_of_mini_imagenet_say_how_they_are_read(tmp_path):
+    (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(b"never opened")
+    with pytest.raises(
+        ValueError, match=r"^data: .* holds pickles and no images; .*pickle\.load.*arrays:data\.npz"
+    ):
+        mini_imagenet("test", data=tmp_path)
+
+
 @pytest.mark.parametrize("layout", ["parts", "lists in split", "json"])
 def test_mini_imagenet_in_parts(tmp_path, layout):
     split, data = mini_imagenet_split(), tmp_path / "data"
