@@ -8,6 +8,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxmeta.cli import output
+from jaxmeta.cli.signals import Signals
+
 EXIT_OTHER, EXIT_USER, EXIT_STOPPED = 1, 2, 75
 
 
@@ -34,9 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       0 done, 2 the user's input is at fault, 75 stopped by a signal after saving, 1 anything else.
     """
+    with output.forgiving() as out:
+        status = _status(sys.argv[1:] if argv is None else argv)
+        out.flush()
+        if out.error is not None:
+            said = f"error: not all of the output could be written ({out.error})"
+            status = _say(f"{said}; what is in files is whole", status or EXIT_OTHER)
+        return status
+
+
+def _status(argv: Sequence[str]) -> int:
+    """Run a command, and say on standard error what went wrong."""
     try:
-        with _warnings_in_one_line():
-            _run(sys.argv[1:] if argv is None else argv)
+        with _warnings_in_one_line(), Signals(None).handled():
+            _run(argv)
         return 0
     except KeyboardInterrupt as stop:
         # What a run was told to stop by says how it goes on; anything else has saved nothing.
@@ -57,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> None:
     """Run `main` as a program."""
+    output.hold_places()
     status = main()
     if status and "jaxmeta.training" in sys.modules:
         from jaxmeta.training import hosts
