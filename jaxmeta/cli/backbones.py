@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -226,9 +227,7 @@ def load_backbone(
     """
     path = Path(source).expanduser()
     if not source.startswith(HUB) and not path.exists():
-        raise ArgumentError(
-            argument, f"there is nothing at {source}; what is on the Hugging Face Hub is {HUB}…"
-        )
+        raise ArgumentError(argument, f"there is nothing at {source}; {_where_weights_are(source)}")
     if (path / PROGRAM).is_file():
         raise ArgumentError(argument, f"{source} is an export, which predicts and can learn nothing else")
     with renaming({"path": argument, "run_dir": argument, "image_size": "size"}):
@@ -259,6 +258,43 @@ def load_backbone(
         rate=_PRETRAINED_RATE,
         classes=_labels(path),
     )
+
+
+# Names of architectures whose weights can be read: as torchvision has them, and as timm has.
+_TORCHVISION = re.compile(r"resnet(18|34|50|101|152)|vit_([bl]_(16|32)|h_14)")
+_TIMM = re.compile(r"((tv_|gluon_)?resnet\d+|(vit|deit)_\w+_patch\d+_\d+)(\.\w+)?")
+_OTHERS = re.compile(
+    r"alexnet|beit|bit|clip|convnext|deit|densenet|dino|efficientnet|eva|inception|mae|mobilenet|regnet|resnet|"
+    r"resnext|siglip|swin|vgg|vit|wide_resnet|xception"
+)
+
+
+def _where_weights_are(source: str) -> str:
+    """Return what to do about a source that is not there, which may be the name of an architecture."""
+    on_hub = f"what is on the Hugging Face Hub is {HUB}owner/name"
+    named = f"{source} names an architecture, and its weights are needed"
+    if source in NETWORKS:
+        return f"{source} is a network with nothing learned, which is {NONE} with --network {source}"
+    if "/" in source or source.endswith((".safetensors", ".msgpack")):
+        return on_hub
+    if _TORCHVISION.fullmatch(source):
+        made = _written("torchvision", f"models.{source}(weights='DEFAULT')", source)
+        return f"{named}. Those of torchvision are written to a file by: {made}; {on_hub}"
+    if _TIMM.fullmatch(source):
+        made = _written("timm", f"create_model('{source}', pretrained=True)", source)
+        return f"{named}. Those of timm are {HUB}timm/{source}, or written to a file by: {made}"
+    if _OTHERS.match(source.lower()):
+        return (
+            f"{named}, in a .safetensors file. Those of a ResNet or ViT can be read, as torchvision, timm "
+            f"and transformers have them, and those of a network of jaxmeta; {on_hub}"
+        )
+    return on_hub
+
+
+def _written(package: str, model: str, name: str) -> str:
+    """Return the command that writes the weights of a model in PyTorch to a file."""
+    code = f"st.save_file({package}.{model}.state_dict(), '{name}.safetensors')"
+    return f'python -c "import {package}, safetensors.torch as st; {code}"'
 
 
 def _of_run(backbone: Backbone, folder: Path) -> Backbone:

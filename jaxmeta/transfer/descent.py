@@ -87,12 +87,25 @@ def descend(
         done = until
         last = float(carry[3][done - 1])
         if not np.isfinite(last):
-            raise FloatingPointError(f"the loss is {last} after {done} steps; try a smaller step size")
+            raise FloatingPointError(_not_finite(np.asarray(carry[3][:done])))
         if report:
             report(done, last)
         if look:
             look(done, carry[0], carry[1])
     return carry[0], carry[1], carry[3]
+
+
+def _not_finite(losses: np.ndarray) -> str:
+    """Say of losses, the last of which is not finite, where that began and what may help."""
+    first = int(np.argmin(np.isfinite(losses)))
+    said = f"the loss is {losses[first]} in step {first + 1}"
+    if first:
+        return f"{said}; try a smaller step size"
+    # Nothing had been trained.
+    return (
+        f"{said}, which no step size can change: look at the inputs, the targets and the parameters to begin "
+        "with; JAX_DEBUG_NANS=1 with JAX_DISABLE_JIT=1 (jax_debug_nans) names the operation that gives a NaN"
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
