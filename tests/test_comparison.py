@@ -143,11 +143,11 @@ def test_transductive_and_inductive_accuracy_are_rows_and_paired_apart():
     shared = {"tasks": "glyphs", "preset": "glyphs", "seed": 0, "steps": 2, "episodes": 9, "card": card}
     accuracy = {name: {"mean": 0.5, "ci95": 0.01} for name in ("transductive", "inductive")}
     costs = {"training_s": 1.0, "steps_per_second": None, "peak_memory_bytes": None, "peak_memory": "process"}
-    row = {"accuracy": accuracy, "difference": {}, "left_out": [], **costs}
+    row = {"accuracy": accuracy, "difference": {}, "left_out": [], "network": {"name": "conv4"}, **costs}
     worse = {**row, "difference": {"inductive": {"mean": -0.02, "ci95": 0.005}}}
     rows = {"maml": row, "other": worse}
     text = comparison_markdown(
-        {"metric": "accuracy", "compared_to": "maml", **config, **shared, "learners": rows}
+        {"metric": "accuracy", "compared_to": "maml", "command": "", **config, **shared, "learners": rows}
     )
     lines = [line for line in text.splitlines() if line.startswith("| other")]
     assert [line.split()[3] for line in lines] == ["transductive", "inductive"]
@@ -247,8 +247,10 @@ def test_plot_draws_runs_and_overwrites_nothing(compared, tmp_path, monkeypatch,
     assert main(["plot", maml, fomaml]) == 0
     drawn = (tmp_path / "curves.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
-    assert main(["plot", maml, fomaml]) == 2
-    assert "curves.png exists" in capsys.readouterr().err
+    for number in (1, 2):
+        assert main(["plot", maml, fomaml]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"curves-{number}.png"
+        assert (tmp_path / f"curves-{number}.png").read_bytes() == drawn
     assert (tmp_path / "curves.png").read_bytes() == drawn
     assert main(["plot", maml, fomaml, "--out", "seconds.png", "--x", "seconds"]) == 0
     assert (tmp_path / "seconds.png").read_bytes() != drawn

@@ -5,6 +5,8 @@ compilation are its own, and pairs the results episode by episode: all saw the s
 """
 
 import contextlib
+import itertools
+import os
 import shlex
 import signal
 import subprocess
@@ -17,12 +19,13 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, schema, sources
+from jaxmeta.cli.command_line import flags_of
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
 from jaxmeta.cli.config import Base, Config, read_json, resolve, stored
-from jaxmeta.cli.figures import Curve, plot_curves, tolerated
+from jaxmeta.cli.figures import Curve, plot_curves
 from jaxmeta.cli.parser import Given
 from jaxmeta.cli.report import read_metrics
-from jaxmeta.cli.run import Signalled
+from jaxmeta.cli.signals import Signalled
 from jaxmeta.files import write_json, write_text
 from jaxmeta.training import Evaluation
 
@@ -62,6 +65,7 @@ class _Trainings:
                 signal.signal(number, handler)
 
     def run(self, learner: str, argv: Sequence[str]) -> None:
+        self.check(learner)
         command = [sys.executable, "-m", "jaxmeta.cli", "train", learner, *argv]
         # The process gets a session of its own, so that an interrupt at the terminal reaches it once.
         self.process = subprocess.Popen(command, start_new_session=True)
@@ -75,6 +79,12 @@ class _Trainings:
             raise SystemExit(status)
         if status:
             raise ChildProcessError(f"{learner}: its training ended with status {status}")
+
+    def check(self, learner: str) -> None:
+        """Stop before a training where a signal came since the last one."""
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise Signalled(f"by {name} before {learner} was trained; continue with: {self.hint}")
 
 
 def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
@@ -123,10 +133,11 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
         word
         for flag, text in given.texts.items()
         if flag not in ("--out", "--resume")
-        for word in (flag, text)
-        if word is not None
+        for word in ([flag] if text is None else [f"{flag}={text}"] if text.startswith("-") else [flag, text])
     ]
-    again = shlex.join(["jaxmeta", "compare", *learners, *flags, "--resume", "--out", str(out)])
+    command = ["jaxmeta", "compare", *learners, *flags]
+    again = shlex.join([*command, "--resume", "--out", str(out)])
+    results = folders.Results()
     with _Trainings(again).handled() as trainings:
         for i, learner in enumerate(learners):
             folder = out / places[learner]
@@ -138,17 +149,24 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
             try:
                 trainings.run(learner, [*argvs[learner], *resumed, "--out", str(folder)])
             except SystemExit:
+                if (folder / "report.json").exists():
+                    # It has said itself what it could not write or print.
+                    results.fail(f"{learner} was trained, and its command failed after that")
+                    continue
                 # Where the first training was refused, nothing is in the folder made for it.
                 with contextlib.suppress(OSError):
                     out.rmdir()
                 raise
-        result = _compared(out, places, left_out)
+        result = {**_compared(out, places, left_out), "command": shlex.join(command)}
         text = comparison_markdown(result)
-        write_json(out / "comparison.json", result)
-        write_text(out / "comparison.md", text)
-        with tolerated(out / "comparison.png") as picture:
+        with results.writing(out / "comparison.json"):
+            write_json(out / "comparison.json", result)
+        with results.writing(out / "comparison.md"):
+            write_text(out / "comparison.md", text)
+        with folders.tolerated(out / "comparison.png") as picture:
             draw_comparison(picture, out, result)
     print(f"\n{text}\nfolder: {out}  (comparison.md, comparison.png, comparison.json)")
+    results.check()
     return out
 
 
@@ -198,16 +216,7 @@ def _argv(base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]) -> 
     argv = []
     for name, value in given.values.get("names", {}).items():
         argv += [schema.flag_of(name), value]
-    for group, values in _own_values(base, given, budget).items():
-        for name, value in values.items():
-            owners = [each for each in groups if name in groups[each]]
-            flag = schema.flag_of(name)
-            flag = flag if len(owners) == 1 else f"--{group}.{flag[2:]}"
-            if isinstance(value, bool):
-                argv.append(flag if value else f"--no-{flag[2:]}")
-            else:
-                argv += [flag, schema.shown_value(value)]
-    return argv
+    return argv + flags_of(_own_values(base, given, budget), groups)
 
 
 def _folder(out: str | None, name: str, resume: bool) -> Path:
@@ -225,7 +234,7 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
 
     Args:
       runs: their folders. That of a comparison stands for its runs.
-      out: the figure, where there is no file yet.
+      out: the figure. Where the file exists, the new one gets a number: curves-1.png.
       x: against what.
 
     Returns:
@@ -247,11 +256,16 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
                 f"{places[0]} measures {curves[0].metric} and {folder} {curve.metric}; they do not fit in "
                 "one figure",
             )
-    if path.exists():
-        raise ArgumentError("out", f"{path} exists; choose another")
+    path = _new_file(path)
     plot_curves(path, curves, x)
     print(path)
     return path
+
+
+def _new_file(path: Path) -> Path:
+    """Return the path where there is no file yet, else the first one with a number that there is none at."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -322,6 +336,7 @@ def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[
                 if learner != first and name in episodes[first]
             },
             "left_out": left_out[learner],
+            "network": report["config"]["network"],
             **{
                 name: report[name]
                 for name in (

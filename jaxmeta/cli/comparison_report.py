@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, look
-from jaxmeta.cli.report import read_metrics, shown
+from jaxmeta.cli import schema
+from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, literal, look
+from jaxmeta.cli.report import chance_level, plural, read_metrics, repeated_by, shown
 
 
 def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
@@ -14,9 +15,15 @@ def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]
 
 
 def comparison_markdown(result: Mapping[str, Any]) -> str:
+    """Return a comparison as Markdown that is readable as it is."""
     metric, first, card = result["metric"], result["compared_to"], result["card"]
     accuracy = metric == "accuracy"
-    head = ["learner", "test", "accuracy, %"] if accuracy else ["learner", "mse"]
+    networks = _networks({learner: row["network"] for learner, row in result["learners"].items()})
+    head = [
+        "learner",
+        *(["network"] if networks else []),
+        *(["test", "accuracy, %"] if accuracy else ["mse"]),
+    ]
     head += [f"minus {first}", "training, s", "steps/s", "memory, MB"]
     table = []
     for learner, row in result["learners"].items():
@@ -25,6 +32,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
             table.append(
                 [
                     learner,
+                    *([networks[learner]] if networks else []),
                     *([name] if accuracy else []),
                     shown(test, metric),
                     "" if difference is None else shown(difference, metric, "+"),
@@ -38,11 +46,13 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {', '.join(result['learners'])} on {card['tasks']}",
         "",
-        *_table(head, table, 2 if accuracy else 1),
+        *_table(head, table, 1 + accuracy + bool(networks)),
         "",
-        f"{ways}{card['shots']}-shot, {card['queries']} queries; {result['episodes']:,} test tasks; "
-        f"{result['steps']:,} meta-steps of {result['meta_batch']} tasks; "
-        f"seed {result['seed']}; preset {result['preset']}.",
+        f"{ways}{card['shots']}-shot, {plural(card['queries'], 'query')}; "
+        f"{plural(result['episodes'], 'test task')}; "
+        f"{plural(result['steps'], 'meta-step')} of {plural(result['meta_batch'], 'task')}; "
+        f"seed {result['seed']}; preset {result['preset'] or 'none'}.",
+        *([f"{chance}."] if accuracy and (chance := chance_level(result)) else []),
         f"± is the half-width of a 95 % confidence interval over test tasks; minus {first} is the difference "
         f"within each test task{', in percentage points' if accuracy else ''}.",
         "Training includes compiling and validation; memory is the peak of the "
@@ -51,7 +61,21 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     for learner, row in result["learners"].items():
         if row["left_out"]:
             lines.append(f"Left out for {learner}, which has no such setting: {', '.join(row['left_out'])}.")
+    lines += [*repeated_by(result["command"]), "", "![curves, results, differences](comparison.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _networks(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return what tells the networks of learners apart, names and settings; none where all have one."""
+    if all(network == next(iter(networks.values())) for network in networks.values()):
+        return {}
+
+    def described(network: Mapping[str, Any]) -> str:
+        alike = [other for other in networks.values() if other["name"] == network["name"]]
+        own = [name for name in network if any(other[name] != network[name] for other in alike)]
+        return ", ".join([network["name"], *(f"{name} {schema.shown_value(network[name])}" for name in own)])
+
+    return {learner: described(network) for learner, network in networks.items()}
 
 
 def _table(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
@@ -93,13 +117,13 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
         if metric == "accuracy":
             tests.set_title("◆: transductive   ◇: inductive", fontsize="medium")
         unit = " (percentage points)" if metric == "accuracy" else ""
-        differences.set(xlabel=f"minus {result['compared_to']}{unit}")
+        differences.set(xlabel=f"minus {literal(result['compared_to'])}{unit}")
         differences.set_title("within each test task, 95 % CI", fontsize="medium")
         for axes in (tests, differences):
-            axes.set_yticks(range(len(rows)), rows)
+            axes.set_yticks(range(len(rows)), [literal(name) for name in rows])
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.locator_params(axis="x", nbins=5)
             axes.grid(alpha=0.3, axis="x")
-        lines = [Line2D([], [], **look(i), label=name) for i, name in enumerate(rows)]
+        lines = [Line2D([], [], **look(i), label=literal(name)) for i, name in enumerate(rows)]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(rows)))
-        figure.suptitle(f"{result['card']['tasks']}, {result['steps']:,} meta-steps")
+        figure.suptitle(f"{literal(result['card']['tasks'])}, {plural(result['steps'], 'meta-step')}")

@@ -1,6 +1,7 @@
 """Learning curves of runs, and confusions of classes, drawn as PNG."""
 
 import contextlib
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
         handles, labels = (right if single else left).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
         if single:
-            figure.suptitle(curves[0].name)
+            figure.suptitle(literal(curves[0].name))
 
 
 def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
@@ -127,9 +128,8 @@ def _draw_training(axes: Any, curve: Curve, name: str, x: str, style: dict[str, 
 
 
 def _with_test(curve: Curve) -> str:
-    if curve.test is None:
-        return curve.name
-    return f"{curve.name}: test {shown(curve.test, curve.metric)}{' %' if curve.metric == 'accuracy' else ''}"
+    name, unit = literal(curve.name), " %" if curve.metric == "accuracy" else ""
+    return name if curve.test is None else f"{name}: test {shown(curve.test, curve.metric)}{unit}"
 
 
 def plot_confusion(
@@ -170,13 +170,13 @@ def plot_confusion(
                         column, row, f"{examples}", ha="center", va="center", fontsize="small", color=color
                     )
         if count <= _NAMED:
-            shown_names = [_shortened(name) for name in names]
+            shown_names = [_shortened(literal(name)) for name in names]
             upright = max(map(len, shown_names)) > 3
             axes.set_xticks(range(count), shown_names, rotation=90 if upright else 0)
             axes.set_yticks(range(count), shown_names)
             axes.tick_params(labelsize="small", length=0)
         axes.set(xlabel="named as", ylabel="class")
-        figure.suptitle(title, fontsize="medium", wrap=True)
+        figure.suptitle(literal(title), fontsize="medium", wrap=True)
 
 
 def _shortened(name: str) -> str:
@@ -190,25 +190,33 @@ def look(i: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def tolerated(path: Path) -> Iterator[Path]:
-    """Draw a picture that fails alone: what it shows has been written, and the command goes on."""
-    try:
-        yield path
-    except Exception as error:
-        warnings.warn(f"{path} could not be drawn: {error!r}", stacklevel=3)
-
-
-@contextlib.contextmanager
 def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Give a figure of that many inches, written to `path` as a PNG on leaving, whole or not at all."""
+    """Give a figure of that many inches, written to `path` as a PNG on leaving, whole or not at all.
+
+    All text in it is drawn as it is: a dollar sign or a backslash in a user's name starts no formula.
+    """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=120, format="png")
+    with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
+        # A box stands for a character that the font does not have.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, dpi=120, format="png")
+
+
+def literal(name: str) -> str:
+    """Return a user's name as a figure draws it: in one line, without control characters.
+
+    A legend leaves out names that begin with an underscore, unless something of no width is before it.
+    """
+    drawn = (unicodedata.category(each) not in ("Cc", "Cs") for each in name)
+    text = "".join(each if has_glyph else "\ufffd" for each, has_glyph in zip(name, drawn, strict=True))
+    return f"\u200b{text}" if text.startswith("_") else text
 
 
 def finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:

@@ -18,6 +18,7 @@ from jaxmeta.cli.target_data import Target
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn import StatefulModel, layers_in_order
 from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.nn.stateful import Variables
 from jaxmeta.transfer import (
     adabn,
     classifier,
@@ -273,6 +274,7 @@ def fit(
     settings: Settings,
     key: Key,
     report: Callable[[int, float], None] | None = None,
+    look: Callable[[int, Variables], None] | None = None,
 ) -> Fit:
     """Learn by a recipe.
 
@@ -283,6 +285,7 @@ def fit(
       settings: as of `resolved`.
       key: of mini-batches.
       report: called with step and loss after each twentieth of the steps.
+      look: called likewise, after `report`, with the variables; the step is that of the stage.
 
     Raises:
       FloatingPointError: the loss is no longer finite.
@@ -299,6 +302,7 @@ def fit(
         "batch_size": settings.batch,
         "every": max(1, steps // 20),
         "keep_statistics": bool(settings.keep_statistics),
+        "look": look,
     }
     if settings.l2_sp is not None:
         common["penalty"] = l2_sp(variables["params"], shared=BODY, alpha=settings.l2_sp)

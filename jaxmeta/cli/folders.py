@@ -1,6 +1,11 @@
 """Folders that a command writes to, and files that it is told to write."""
 
+import contextlib
+import errno
 import os
+import socket
+import warnings
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -79,3 +84,108 @@ def data_folder(data: str | None) -> str | None:
     if not path.exists():
         raise FileNotFoundError(f"--data: {data} does not exist")
     return os.fspath(path.resolve())
+
+
+class Results:
+    """What a command has found, written one file after the other: one that fails costs no other.
+
+    Examples:
+      >>> results = Results()
+      >>> with results.writing("report.json"):
+      ...     raise OSError("the disk is full")
+      >>> results.check()
+      Traceback (most recent call last):
+      OSError: report.json could not be written (the disk is full)
+    """
+
+    def __init__(self) -> None:
+        self._problems: list[str] = []
+
+    @contextlib.contextmanager
+    def writing(self, path: str | os.PathLike) -> Iterator[None]:
+        """Write one of them inside."""
+        try:
+            yield
+        except Exception as error:
+            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.fail(f"{os.fspath(path)} could not be written ({said or type(error).__name__})")
+
+    def fail(self, problem: str) -> None:
+        """Note what is not as it should be, for `check` to say."""
+        self._problems.append(problem)
+
+    def check(self) -> None:
+        """Say what could not be written.
+
+        Raises:
+          OSError: there is something.
+        """
+        if self._problems:
+            raise OSError("; ".join(self._problems))
+
+
+@contextlib.contextmanager
+def tolerated(path: Path) -> Iterator[Path]:
+    """Write a picture, or what else a command can do without: where it fails, warn and go on."""
+    try:
+        yield path
+    except Exception as error:
+        warnings.warn(f"{path} could not be written: {error!r}", stacklevel=3)
+
+
+# Held by a process that trains in a folder.
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder while inside.
+
+    The operating system frees the lock of a process that dies. Where a file system has no locks, there is
+    none.
+
+    Raises:
+      ArgumentError: another process has it.
+    """
+    held = _lock(folder / _LOCK)
+    try:
+        yield
+    finally:
+        if held is not None:
+            with contextlib.suppress(OSError):
+                (folder / _LOCK).unlink()
+            with contextlib.suppress(OSError):
+                os.close(held)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the descriptor of a locked file, or None where files cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    while True:
+        try:
+            held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(held, 200, 0).decode(errors="replace")
+            os.close(held)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ArgumentError(
+                    "out",
+                    f"{owner or 'another process'} is training in {path.parent} at this moment; wait until "
+                    "it has ended, or stop it",
+                ) from None
+            return None
+        # The process that had it may have removed the file since it was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(held), os.stat(path)):
+                with contextlib.suppress(OSError):
+                    os.ftruncate(held, 0)
+                    os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return held
+        os.close(held)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.cli import folders
 from jaxmeta.cli.classifier import load_classifier
-from jaxmeta.cli.figures import plot_confusion, tolerated
+from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.own_images import read_images, warn_of_negatives
 from jaxmeta.cli.parser import print_table
 from jaxmeta.declare import forwards
@@ -94,20 +94,24 @@ def predict(
     truth = _truth(answers)
     if picture is not None and truth is None:
         raise ArgumentError("confusion", f"the images in {query} do not lie in folders named as the classes")
+    results = folders.Results()
     if target is not None:
-        write_json(target, answers)
+        with results.writing(target):
+            write_json(target, answers)
     if table is not None:
-        write_text(table, _as_csv(answers))
-    _print(answers, truth)
-    if truth is not None:
-        _print_classes(answers, truth)
+        with results.writing(table):
+            write_text(table, _as_csv(answers))
     if picture is not None and truth is not None:
         names = [*classifier.classes, *([UNKNOWN] if unknown_above is not None else [])]
         number = {name: index for index, name in enumerate(names)}
         named = np.array([number[answer["class"]] for answer in answers])
         matrix = confusion_matrix(named, np.array([number[name] for name in truth]), len(names))
-        with tolerated(picture) as path:
+        with folders.tolerated(picture) as path:
             plot_confusion(path, matrix, names, f"{query} by {source}")
+    _print(answers, truth)
+    if truth is not None:
+        _print_classes(answers, truth)
+    results.check()
     return answers
 
 

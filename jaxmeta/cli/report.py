@@ -8,13 +8,15 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmeta.cli import schema
 from jaxmeta.cli.config import Config
 from jaxmeta.cli.data import ImageSpec
+from jaxmeta.cli.folders import tolerated
 from jaxmeta.files import write_text
 from jaxmeta.training.loop import Event, Progress, Resumed, Saved, Validated
 
@@ -61,6 +63,7 @@ class RunLog:
         self._show, self._say = _nothing, print
         self._scalars: Any = None
         self._void_from: int | None = None
+        self._failed: set[str] = set()
 
     @property
     def elapsed_s(self) -> float:
@@ -72,19 +75,34 @@ class RunLog:
         """Show progress while inside."""
         self._started = time.perf_counter()
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - reopened by `_rewind`
-        try:
+        with contextlib.ExitStack() as shown_on:
             if sys.stdout.isatty():
-                with _bar(self.steps) as (self._show, self._say):
-                    yield self
+                with self._forgiving("the progress bar"):
+                    self._show, self._say = shown_on.enter_context(_bar(self.steps))
             else:
                 self._show = self._plain
+            try:
                 yield self
-        finally:
-            self._file.close()
-            if self._scalars is not None:
-                self._scalars.close()
+            finally:
+                with self._forgiving(str(self.path)):
+                    self._file.close()
+                with self._forgiving(TENSORBOARD):
+                    if self._scalars is not None:
+                        self._scalars.close()
                 self._scalars = None
-            self._show, self._say = _nothing, print
+                with self._forgiving("the progress bar"):
+                    shown_on.close()
+                self._show, self._say = _nothing, print
+
+    @contextlib.contextmanager
+    def _forgiving(self, what: str) -> Iterator[None]:
+        """Write what the training can do without: where it fails, say so once and go on."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                warnings.warn(f"{what} could not be written, and training goes on: {error!r}", stacklevel=4)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -101,7 +119,8 @@ class RunLog:
                 }
                 self._count(row)
                 self._write(row)
-                self._show(event)
+                with self._forgiving("the progress bar"):
+                    self._show(event)
             case Validated():
                 if event.best:
                     self.best_step = event.step
@@ -125,11 +144,14 @@ class RunLog:
         self.skipped += row.get("skipped", 0)
 
     def _write(self, row: dict[str, Any]) -> None:
-        try:
+        with self._forgiving(str(self.path)):
+            # What cannot be written stays in the file's buffer for the next time.
             self._file.write(json.dumps({**row, "elapsed_s": round(self.elapsed_s, 3)}) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        with self._forgiving(TENSORBOARD):
+            self._write_scalars(row)
+
+    def _write_scalars(self, row: dict[str, Any]) -> None:
         if self._scalars is None:
             self._scalars = self._tensorboard()
         for name, value in row.items():
@@ -189,16 +211,18 @@ def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callabl
 
     def stop() -> None:
         nonlocal seen
-        if seen == 1:
-            jax.profiler.stop_trace()
+        with tolerated(folder):
+            if seen == 1:
+                jax.profiler.stop_trace()
         seen += 1
 
     def watched(event: Event) -> None:
         report(event)
         if isinstance(event, Progress):
             stop()
-            if seen == 1:
-                jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
+            with tolerated(folder):
+                if seen == 1:
+                    jax.profiler.start_trace(str(folder), create_perfetto_trace=True)
 
     try:
         yield watched
@@ -234,7 +258,7 @@ def _bar(steps: int) -> Iterator[tuple]:
                 left=_duration(left),
             )
 
-        yield show, lambda line: bar.console.print(line, highlight=False)
+        yield show, lambda line: bar.console.print(line, highlight=False, markup=False)
 
 
 def _values(event: Progress) -> str:
@@ -285,10 +309,16 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
             lines += ["", "Accuracy by presentation of a class, in the sequence itself:", ""]
             lines += ["| " + " | ".join(by_instance) + " |", "|" + " --- |" * len(by_instance)]
             lines += ["| " + " | ".join(f"{100 * value:.1f} %" for value in by_instance.values()) + " |"]
+        if chance := chance_level(report):
+            lines += ["", f"{chance}."]
     else:
         lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
         rows = report.get("mse_by_step") or {str(config.learner.get("eval_steps", "")): report["mse"]}
         lines += [f"| {steps} | **{row['mean']:.4f}** | ± {row['ci95']:.4f} |" for steps, row in rows.items()]
+        if "mse_of_mean" in report:
+            row = report["mse_of_mean"]
+            lines += ["", f"Answering with the mean of the support targets: {shown(row, 'mse')}."]
+    lines += ["", "![learning curve](curve.png)", ""]
     table = {
         "test tasks": f"{report['episodes']:,}",
         "split": f"{card['split']}, {plural(card['classes'], 'class')}" if card["classes"] else card["split"],
@@ -304,8 +334,10 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "preset": report["preset"],
     }
-    lines += ["", "| | |", "| --- | --- |"]
+    lines += ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in table.items() if value is not None]
+    if report.get("command"):
+        lines += repeated_by(report["command"])
     lines += [
         "",
         "Settings, by the names of their flags:",
@@ -323,12 +355,25 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chance_level(result: Mapping[str, Any]) -> str | None:
+    """Return the accuracy of guessing in words; None where the number of classes varies."""
+    ways = result["card"]["ways"]
+    return f"Guessing: {100 / ways:.2f} %, one of {ways} classes" if isinstance(ways, int) else None
+
+
+def repeated_by(command: str) -> list[str]:
+    """Return the lines of a report that give the command to repeat it."""
+    return ["", "The command that repeats it:", "", "```sh", command, "```"]
+
+
 def plural(count: int, noun: str) -> str:
     """Return a number with its noun.
 
     Examples:
-      >>> plural(1, "inner step"), plural(2000, "class")
-      ('1 inner step', '2,000 classes')
+      >>> plural(1, "inner step"), plural(2000, "class"), plural(5, "query")
+      ('1 inner step', '2,000 classes', '5 queries')
     """
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{ending}"
+    if count == 1:
+        return f"1 {noun}"
+    stem, ending = (noun[:-1], "ies") if noun.endswith("y") else (noun, "es" if noun.endswith("s") else "s")
+    return f"{count:,} {stem}{ending}"

@@ -6,22 +6,24 @@ import json
 import math
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, names, schema, sources
+from jaxmeta.cli.command_line import command_of_config
 from jaxmeta.cli.config import Config, check, on_other_tasks, stored
 from jaxmeta.cli.data import check_data, check_images, image_spec, images_of, with_image_settings
 from jaxmeta.cli.devices import connect, described, machine, mesh_of, peak_memory
-from jaxmeta.cli.figures import plot_curve, tolerated
+from jaxmeta.cli.figures import plot_curve
 from jaxmeta.cli.initial import initial_params
 from jaxmeta.cli.report import (
     NORMALISED,
@@ -32,8 +34,9 @@ from jaxmeta.cli.report import (
     read_metrics,
     report_markdown,
 )
-from jaxmeta.core import Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
-from jaxmeta.files import write_json, write_new_json, write_text
+from jaxmeta.cli.signals import Signalled, Signals
+from jaxmeta.core import Batch, Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
+from jaxmeta.files import replacing, write_json, write_new_json, write_text
 from jaxmeta.training import (
     Evaluation,
     Stopped,
@@ -48,48 +51,19 @@ from jaxmeta.training import (
     save,
     train,
 )
-from jaxmeta.training.checkpoint import checkpoint_steps
+from jaxmeta.training.checkpoint import arrays_by_path, check_saved, checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
 from jaxmeta.training.loop import Event
 from jaxmeta.training.sharding import process_share
 from jaxmeta.training.step import sample_of, validation_key
 from jaxmeta.transfer.architectures import described as described_network
 
-# Where a run keeps the population statistics of its learner.
-POPULATION = "population"
+# Where a run keeps the population statistics of its learner; and its parameters, where no checkpoint does.
+POPULATION, SPARE = "population", "parameters.npz"
 # Settings of training that a resumed run may change where nothing is scheduled by them.
 _GROWS = "steps"
 _TEST = np.uint32(0xFFFFFFFD)
 _POPULATION = np.uint32(0xFFFFFFFC)
-
-
-class Signalled(KeyboardInterrupt):
-    """The run was told to stop, and how it can go on."""
-
-
-class _Signals:
-    """SIGTERM and SIGINT: noted while training saves what there is, raised anywhere else."""
-
-    def __init__(self, hint: str):
-        self.hint, self.training, self.asked = hint, False, False
-
-    def __call__(self, number: int, frame: Any) -> None:
-        del frame
-        if not self.training or self.asked:
-            raise Signalled(f"by {signal.Signals(number).name}; {self.hint}")
-        self.asked = True
-
-    @contextlib.contextmanager
-    def handled(self) -> Iterator["_Signals"]:
-        try:
-            before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread, which alone may handle signals
-            before = {}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +234,13 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
     out = resumed or _output_directory(config, invocation, first)
     if first:
         _announce(parts, out)
-    signals = _Signals(f"continue with: {_command(config, out)}")
-    with signals.handled(), hosts.missing_none(signals.hint):
+    hint = f"continue with: {_command(config, out)}"
+    results = folders.Results()
+    with contextlib.ExitStack() as held:
+        if first:
+            held.enter_context(folders.locked(out))
+        signals = held.enter_context(Signals(hint).handled())
+        held.enter_context(hosts.missing_none(hint))
         log = RunLog(out / "metrics.jsonl", config.training.steps, metric_name(parts.test))
         if first:
             _write_config(out, config, resumed is not None)
@@ -275,26 +254,50 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         if first:
             print(f"evaluating on {plural(run.episodes, 'test task')} …", flush=True)
         params = hosts.gathered(state.params)
-        params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out)
-        results, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
         if first:
-            report = _report(parts, log, training_s, results)
-            write_text(out / "episodes.json", json.dumps(episodes) + "\n")
-            write_json(out / "report.json", report)
-            write_text(out / "report.md", report_markdown(report, config))
-            with tolerated(out / "curve.png") as picture:
+            _read_back(out, config, params, results)
+        params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
+        found, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
+        if first:
+            report = _report(parts, log, training_s, found)
+            with results.writing(out / "episodes.json"):
+                write_text(out / "episodes.json", json.dumps(episodes) + "\n")
+            with results.writing(out / "report.json"):
+                write_json(out / "report.json", report)
+            with results.writing(out / "report.md"):
+                write_text(out / "report.md", report_markdown(report, config))
+            with folders.tolerated(out / "curve.png") as picture:
                 title = f"{config.learner['name']} on {parts.test.card.tasks}"
                 plot_curve(picture, read_metrics(log.path), log.metric, title)
         hosts.meet("report")
     if first:
-        print_results(results, config)
+        print_results(found, config)
         speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
         print(f"{log.elapsed_s:.0f} s in all, training {training_s:.0f} s{speed}")
         print(f"run folder: {out}  (report.md, curve.png)")
+    results.check()
     return out
 
 
-def _fit(parts: _Parts, out: Path, log: RunLog, signals: _Signals, profile: bool) -> TrainState:
+def _read_back(out: Path, config: Config, params: Params, results: folders.Results) -> None:
+    """Read the last checkpoint, and where it does not hold `params`, keep these in a file of another form."""
+    if not (out / "config.json").exists():
+        # Somebody has removed the folder, and the checkpoints after that are in a new one.
+        with results.writing(out / "config.json"):
+            write_json(out / "config.json", config.to_json())
+    try:
+        check_saved(out, params)
+    except Exception as error:
+        spare = out / SPARE
+        results.fail(
+            f"{out / 'checkpoints'} does not hold the parameters that training ended with ({error}); they "
+            f"are in {spare}, as NumPy arrays by their paths"
+        )
+        with results.writing(spare), replacing(spare) as unfinished:
+            np.savez(unfinished, allow_pickle=False, **arrays_by_path(params))
+
+
+def _fit(parts: _Parts, out: Path, log: RunLog, signals: Signals, profile: bool) -> TrainState:
     """Meta-train, from the last checkpoint of the folder where it has one.
 
     Raises:
@@ -325,11 +328,17 @@ def _fit(parts: _Parts, out: Path, log: RunLog, signals: _Signals, profile: bool
                 report=listener,
                 log_every=min(run.log_every, max(1, training.steps // 20)),
                 config=as_trained(parts.config),
-                should_stop=lambda: signals.asked,
+                should_stop=lambda: signals.asked is not None,
                 non_finite=run.non_finite,
             )
         except Stopped as stopped:
             raise Signalled(f"after meta-step {stopped.step}, saved; {signals.hint}") from None
+        except OSError as error:
+            if not (kept := checkpoint_steps(out)):
+                raise
+            raise OSError(
+                f"{error}; what was saved at meta-step {kept[-1]} is kept; {signals.hint}"
+            ) from error
         signals.training = False
     if signals.asked:
         raise Signalled(f"after the last meta-step, saved; {signals.hint}")
@@ -353,6 +362,7 @@ def _report(parts: _Parts, log: RunLog, training_s: float, results: Mapping[str,
         **results,
         **machine(parts.mesh),
         **peak_memory(parts.mesh),
+        "command": command_of_config(parts.config),
         "config": parts.config.to_json(),
     }
 
@@ -472,10 +482,13 @@ def evaluate_run(
         **machine(mesh),
     }
     tasks = plural(config.run.episodes, "task")
+    results = folders.Results()
+    if target is not None:
+        with results.writing(target):
+            write_json(target, result)
     print(f"{config.learner['name']}, {sentence(test.card)}; {tasks}, seed {seed}")
     print_results(result, config)
-    if target is not None:
-        write_json(target, result)
+    results.check()
     return result
 
 
@@ -537,7 +550,9 @@ def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _with_population(learner: Learner, config: Config, params: Params, key: Key, out: Path) -> Params:
+def _with_population(
+    learner: Learner, config: Config, params: Params, key: Key, out: Path, results: folders.Results
+) -> Params:
     """Return the parameters with the population statistics of the training tasks, which the folder keeps."""
     if "population" not in config.names().facts.rows.values():
         return params
@@ -546,7 +561,9 @@ def _with_population(learner: Learner, config: Config, params: Params, key: Key,
         key = jax.random.fold_in(key, _POPULATION)
         tasks = sources.tasks_of(config, "train", key, for_evaluation=True)
         filled = {"population": calibrate(learner, params, tasks, key)["population"]}
-    save(out / POPULATION, filled, overwrite=True)
+    with results.writing(out / POPULATION):
+        save(out / POPULATION, filled, overwrite=True)
+        load(out / POPULATION)
     return {**params, **filled}
 
 
@@ -555,15 +572,13 @@ def _results(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Return accuracy by row, or mean squared error by number of inner steps; and those of each episode."""
 
-    def values(config: Config, norm: str) -> np.ndarray:
+    def of(learner: Learner, params: Params) -> np.ndarray:
         return evaluate_episodes(
-            build.learner_of(config, norm),
-            params,
-            test,
-            episodes=config.run.episodes,
-            key=evaluation_key(seed),
-            devices=mesh,
+            learner, params, test, episodes=config.run.episodes, key=evaluation_key(seed), devices=mesh
         )
+
+    def values(config: Config, norm: str) -> np.ndarray:
+        return of(build.learner_of(config, norm), params)
 
     def row(values: np.ndarray) -> dict[str, float]:
         found = Evaluation.of(values)
@@ -574,6 +589,8 @@ def _results(
         rows = config.names().facts.rows
         episodes = {name: values(config, norm) for name, norm in rows.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in rows.items()}
+        if isinstance(test.card.ways, int):
+            results["chance"] = 1 / test.card.ways
         if config.tasks.get("sequence") is not None:
             assert isinstance(test, TaskDistribution)
             # Its loss, which counts presentations, distorts where training does.
@@ -594,9 +611,29 @@ def _results(
         own_steps = config.learner.get("eval_steps")
         own = by_step[own_steps] if own_steps in by_step else values(config, "batch")
         episodes, results["mse"] = {"mse": own}, row(own)
+        results["mse_of_mean"] = row(of(_MEAN, {}))
         if by_step:
             results["mse_by_step"] = {str(steps): row(found) for steps, found in by_step.items()}
     return results, {name: found.tolist() for name, found in episodes.items()}
+
+
+def _mean_of_targets(params: Params, support: Batch, key: Key) -> Array:
+    del params, key
+    return support.y.mean(0)
+
+
+def _repeated(params: Params, mean: Array, x: Array, mask: Array | None = None) -> Array:
+    del params, mask
+    return jnp.broadcast_to(mean, (x.shape[0], *mean.shape))
+
+
+# What a learner of regression must beat: it answers with the mean of the support targets.
+_MEAN = Learner(
+    init=lambda key, task: {},
+    adapt=_mean_of_targets,
+    predict=_repeated,
+    loss=lambda params, task, key, step=None: (jnp.zeros(()), {}),
+)
 
 
 def _announce(parts: _Parts, out: Path) -> None:
@@ -630,8 +667,8 @@ def _own_values(config: Config) -> dict[str, Any]:
 def sentence(card: ProtocolCard) -> str:
     """Return in one line which tasks a card is of."""
     shape = f"{card.shots}-shot" if card.ways is None else f"{card.ways}-way {card.shots}-shot"
-    queries = f"{card.queries} {'query' if card.queries == 1 else 'queries'}"
-    classes = f", {card.classes:,} classes" if card.classes else ""
+    queries = plural(card.queries, "query")
+    classes = f", {plural(card.classes, 'class')}" if card.classes else ""
     split = f" {card.split_hash[:8]}" if card.split_hash else ""
     rotations = f", rotations {card.rotations}" if card.classes and card.rotations != "none" else ""
     return f"{card.tasks} {card.split}{split}, {shape}, {queries}{classes}{rotations}"
@@ -646,8 +683,12 @@ def print_results(results: Mapping[str, Any], config: Config) -> None:
             )
         for instance, value in results.get("accuracy_by_instance", {}).items():
             print(f"instance {instance:>2}    {100 * value:.2f} %")
+        if "chance" in results:
+            print(f"guessing       {100 * results['chance']:.2f} %")
         return
     own = str(config.learner.get("eval_steps", ""))
     for steps, row in (results.get("mse_by_step") or {own: results["mse"]}).items():
         after = f"  after {plural(int(steps), 'inner step')}" if steps.isdigit() else ""
         print(f"test mse  {row['mean']:.4f} ± {row['ci95']:.4f}{after}")
+    row = results["mse_of_mean"]
+    print(f"test mse  {row['mean']:.4f} ± {row['ci95']:.4f}  answering with the mean of the support targets")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,8 @@ from jaxmeta.cli.backbones import (
     untrained,
     with_width,
 )
-from jaxmeta.cli.figures import plot_confusion, tolerated
+from jaxmeta.cli.command_line import command_of_call
+from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import (
     RECIPES,
     Learnable,
@@ -36,8 +37,10 @@ from jaxmeta.cli.fine_tuning import (
     resolved,
     trained,
 )
+from jaxmeta.cli.report import plural, repeated_by
+from jaxmeta.cli.signals import Signals, current
 from jaxmeta.cli.sources import file_name
-from jaxmeta.cli.target_data import ShotSplit, Target, read_target, split_shots
+from jaxmeta.cli.target_data import ShotSplit, Target, read_target, split_shots, target_settings
 from jaxmeta.core import Batch, Key
 from jaxmeta.declare import forwards
 from jaxmeta.files import write_json, write_text
@@ -48,6 +51,7 @@ from jaxmeta.transfer import (
     feature_extraction,
     predict_logits,
     rank_sources,
+    read_weights,
     save_pretrained,
 )
 from jaxmeta.transfer.architectures import described
@@ -154,6 +158,7 @@ def transfer(
       FileNotFoundError, ValueError: the user's input is at fault.
       FloatingPointError: learning diverged.
     """
+    given = dict(locals())
     started = time.perf_counter()
     recipe = recipe or ("scratch" if source == NONE else "lp-ft")
     common = _options(options)
@@ -193,34 +198,7 @@ def transfer(
         "statistics": start.statistics,
         "parameters": _counted(start, settings),
     }
-    folder = folders.claim(out, f"{COMMAND}-{_file_part(source)}-{file_name(target)}", COMMAND)
-    _announce(report, folder)
-
-    fitted = fit(recipe, start, learn, settings, jax.random.fold_in(key, 2), _progress(settings.steps))
-    predictions = _predictions(start, fitted.variables, score)
-    confusion = confusion_matrix(predictions, score.y, len(images.classes))
-    recalls = np.diag(confusion) / confusion.sum(1)
-    report["accuracy"] = wilson(int(np.trace(confusion)), len(score.y))
-    if backbone.variables is not None and settings.steps is not None:
-        # What training is measured by, of LP-FT its very start.
-        probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
-        right = _predictions(start, probe, score) == score.y
-        report["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
-    report |= {
-        "recalls": dict(zip(images.classes, map(float, recalls), strict=True)),
-        "losses": [round(float(loss), 6) for loss in fitted.losses],
-        "leaves": {group: len(rows) for group, rows in _groups(start.leaves).items()},
-        "wall_s": round(time.perf_counter() - started, 3),
-        "device": jax.local_devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jaxmeta", "jax")},
-    }
-
-    save_pretrained(
-        folder / WEIGHTS,
-        _whole(fitted.variables),
-        network=_describable(with_width(backbone.network, len(images.classes))),
-        overwrite=True,
-    )
+    command = command_of_call(transfer, given, {"reading": target_settings(target)})
     config = {
         "jaxmeta": version("jaxmeta"),
         "command": COMMAND,
@@ -238,17 +216,70 @@ def transfer(
         "inverted": start.inverted,
         "classes": images.classes,
     }
-    write_json(folder / "config.json", config)
-    write_json(folder / "report.json", report)
-    write_text(folder / "report.md", transfer_markdown(report, start.leaves))
+    folder = folders.claim(out, f"{COMMAND}-{_file_part(source)}-{file_name(target)}", COMMAND)
+    _announce(report, folder)
+    network = _describable(with_width(backbone.network, len(images.classes)))
+
+    def save(variables: Variables) -> None:
+        save_pretrained(folder / WEIGHTS, _whole(variables), network=network, overwrite=True)
+
+    results = folders.Results()
+    signals = current()
+    progress = _Progress(settings.steps, signals)
+    signals.training = settings.steps is not None
+    try:
+        fitted = fit(
+            recipe, start, learn, settings, jax.random.fold_in(key, 2), progress.report, progress.look
+        )
+    except _Stopped:
+        write_json(folder / "config.json", config | {"stopped_at": progress.step})
+        save(progress.variables)
+        signals.hint = (
+            f"after step {progress.step} of {settings.steps}; the weights so far are in {folder}, which can "
+            f"be a SOURCE; repeat all with: {command}"
+        )
+        raise signals.stopped() from None
+    signals.training = False
+    with results.writing(folder / "config.json"):
+        write_json(folder / "config.json", config)
+    with results.writing(folder / WEIGHTS):
+        save(fitted.variables)
+        _read_back(folder / WEIGHTS, fitted.variables)
+        signals.hint = f"the weights are in {folder}, and no report is; repeat with: {command}"
+    if signals.asked is not None:
+        raise signals.stopped()
+
+    predictions = _predictions(start, fitted.variables, score)
+    confusion = confusion_matrix(predictions, score.y, len(images.classes))
+    recalls = np.diag(confusion) / confusion.sum(1)
+    report["accuracy"] = wilson(int(np.trace(confusion)), len(score.y))
+    if backbone.variables is not None and settings.steps is not None:
+        # What training is measured by, of LP-FT its very start.
+        probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
+        right = _predictions(start, probe, score) == score.y
+        report["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
+    report |= {
+        "recalls": dict(zip(images.classes, map(float, recalls), strict=True)),
+        "losses": [round(float(loss), 6) for loss in fitted.losses],
+        "leaves": {group: len(rows) for group, rows in _groups(start.leaves).items()},
+        "wall_s": round(time.perf_counter() - started, 3),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {name: version(name) for name in ("jaxmeta", "jax")},
+        "command": command,
+    }
+    with results.writing(folder / "report.json"):
+        write_json(folder / "report.json", report)
+    with results.writing(folder / "report.md"):
+        write_text(folder / "report.md", transfer_markdown(report, start.leaves))
     title = f"{recipe} from {source} to {target}"
-    with tolerated(folder / "confusion.png") as picture:
+    with folders.tolerated(folder / "confusion.png") as picture:
         plot_confusion(picture, confusion, images.classes, title)
     print(f"accuracy          {_shown(report['accuracy'])}")
     if "probe_accuracy" in report:
         print(f"  linear probe    {_shown(report['probe_accuracy'])}, the backbone's weights as they were")
     print(f"{report['wall_s']:.0f} s in all")
     print(f"folder: {folder}  (report.md, confusion.png)")
+    results.check()
     return folder
 
 
@@ -317,11 +348,14 @@ def rank(
     ranking = rank_sources(
         candidates, (None, learn.y), score=score, shrinkage=shrinkage, accuracies=accuracies or None
     )
+    results = folders.Results()
+    if to is not None:
+        with results.writing(to):
+            write_json(to, _as_json(ranking, target, split, shrinkage))
     print(f"target    {target}: {len(images.classes)} classes, {split.description}; {images.protocol}")
     print(f"by        {score}" + (f"; h_score with {shrinkage} shrinkage" if shrinkage else ""))
     print(ranking)
-    if to is not None:
-        write_json(to, _as_json(ranking, target, split, shrinkage))
+    results.check()
     return ranking
 
 
@@ -421,7 +455,9 @@ def wilson(right: int, n: int) -> dict[str, float]:
 def _predictions(start: Learnable, variables: Variables, data: Batch) -> np.ndarray:
     logits = np.asarray(predict_logits(start.model, variables, data.x, batch=start.at_once))
     if not np.isfinite(logits).all():
-        raise FloatingPointError("learning diverged: the answers are not finite; try a smaller --rate")
+        raise FloatingPointError(
+            "the answers are not finite; try a smaller --rate, or other weights where no step was taken"
+        )
     return logits.argmax(-1)
 
 
@@ -438,11 +474,40 @@ def _whole(variables: Variables) -> Variables:
     return {name: tree for name, tree in whole.items() if tree}
 
 
-def _progress(steps: int | None) -> Callable[[int, float], None]:
-    def show(step: int, loss: float) -> None:
-        print(f"step {step:>6}/{steps}  loss {loss:.4f}", flush=True)
+def _read_back(path: Path, variables: Variables) -> None:
+    """Read a file of weights, and raise where they are others than those in memory."""
+    found = leaves_by_path(read_weights(path))
+    for name, leaf in leaves_by_path(_whole(variables)).items():
+        if np.asarray(found.get(name)).tobytes() != np.asarray(leaf).tobytes():
+            raise OSError(f"it was read back, and {name} is another")
 
-    return show
+
+class _Stopped(Exception):
+    """A signal asked fitting to stop."""
+
+
+class _Progress:
+    """How far fitting is, with what has been learned so far; it stops where a signal asked it to.
+
+    Args:
+      steps: of all.
+      signals: of the command.
+    """
+
+    def __init__(self, steps: int | None, signals: Signals):
+        self.steps, self.signals = steps, signals
+        self.step = 0
+        self.variables: Variables = {}
+
+    def report(self, step: int, loss: float) -> None:
+        self.step = step
+        print(f"step {step:>6}/{self.steps}  loss {loss:.4f}", flush=True)
+
+    def look(self, step: int, variables: Variables) -> None:
+        del step
+        self.variables = variables
+        if self.signals.asked is not None and self.step < (self.steps or 0):
+            raise _Stopped
 
 
 def _announce(report: Mapping[str, Any], folder: Path) -> None:
@@ -457,9 +522,9 @@ def _table(report: Mapping[str, Any]) -> dict[str, str]:
     patterns = report.get("train")
     rows = {
         "source": about["source"],
-        "target": f"{report['target']}, {report['classes']} classes; {about['target']}",
-        "learned from": f"{report['shots']}, {report['learned_from']:,} images",
-        "scored": f"{report['scored']:,} other images",
+        "target": f"{report['target']}, {plural(report['classes'], 'class')}; {about['target']}",
+        "learned from": f"{report['shots']}, {plural(report['learned_from'], 'image')}",
+        "scored": plural(report["scored"], "other image"),
         "read": report["read"],
         "images": f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}, "
         + report["pixels"]
@@ -472,7 +537,8 @@ def _table(report: Mapping[str, Any]) -> dict[str, str]:
         "parameters": f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen",
         "steps": None
         if report["steps"] is None
-        else f"{report['steps']:,} of {report['batch']} images, Adam, largest rate {report['rate']:g}",
+        else f"{report['steps']:,} of {plural(report['batch'], 'image')}, Adam, "
+        f"largest rate {report['rate']:g}",
         "L2-SP": None
         if report.get("l2_sp") is None
         else f"α = {report['l2_sp']:g}, and 0.01 towards zero for the head",
@@ -507,8 +573,11 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
             lines.append(f"| **{mean} %** | {low} to {high} | {what} |")
     lines += [
         "",
-        f"Of {report['scored']:,} images that were not learned from. Wilson's interval: it is about these "
-        "images, and not about other draws of those to learn from.",
+        f"Of {plural(report['scored'], 'image')} that were not learned from. Wilson's interval: it is about "
+        "these images, and not about other draws of those to learn from. "
+        f"Guessing: {100 / report['classes']:.2f} %, one of {plural(report['classes'], 'class')}.",
+        "",
+        "![confusion of the classes](confusion.png)",
         "",
         "| | |",
         "| --- | --- |",
@@ -516,6 +585,7 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
     table = _table(report) | {"time": f"{report['wall_s']:.1f} s", "device": report["device"]}
     table["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines += [f"| {name} | {text} |" for name, text in table.items()]
+    lines += repeated_by(report["command"])
     worst = sorted(report["recalls"].items(), key=lambda pair: pair[1])[:_WORST]
     lines += [
         "",

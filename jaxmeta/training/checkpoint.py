@@ -173,6 +173,35 @@ def load_params(run_dir: str | os.PathLike, *, config: dict | None = None) -> Pa
     return _decode(manifest["tree"]["dict"], leaves, path, "best" if manifest["best"] else "params")
 
 
+def check_saved(run_dir: str | os.PathLike, params: Params) -> None:
+    """Check that the newest checkpoint can be read, and that a run that ended with `params` has these in it.
+
+    Args:
+      run_dir: the run's folder.
+      params: what `load_params` must give, bit for bit.
+
+    Raises:
+      ValueError: no checkpoint can be read, or it holds others.
+    """
+    path, leaves, manifest = _newest(run_dir)
+    prefix = f"['{'best' if manifest['best'] else 'params'}']"
+    stored = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    found = arrays_by_path(_fill(params, stored, f"{path} has other parameters"))
+    for name, array in arrays_by_path(params).items():
+        if found[name].tobytes() != array.tobytes():
+            raise ValueError(f"{path} has other parameters: {name} differs")
+
+
+def arrays_by_path(tree: PyTree) -> dict[str, np.ndarray]:
+    """Return the leaves of a tree as NumPy arrays, keys as their data, by their paths."""
+    found = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        found[jax.tree_util.keystr(keys)] = np.asarray(leaf)
+    return found
+
+
 def checkpoint_steps(run_dir: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints in `run_dir`, ascending; empty where there is none."""
     folder = _folder(run_dir)

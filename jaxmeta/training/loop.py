@@ -2,7 +2,10 @@
 
 import contextlib
 import itertools
+import os
 import time
+import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +20,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError, check_count, check_word
-from jaxmeta.core import Key, Learner, Params, PyTree, Source, Task, TaskDistribution, TaskStream
+from jaxmeta.core import (
+    Key,
+    Learner,
+    Params,
+    PyTree,
+    Source,
+    Task,
+    TaskDistribution,
+    TaskStream,
+    episode_keys,
+)
 from jaxmeta.training import checkpoint, hosts, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
 from jaxmeta.training.sharding import Devices
@@ -86,12 +99,29 @@ Event = Progress | Validated | Saved | Resumed
 class NonFiniteLoss(FloatingPointError):
     """The loss, or a parameter, became NaN or infinite in meta-step `step` (the first is 1)."""
 
-    def __init__(self, step: int, checkpoint: Path | None):
+    def __init__(
+        self, step: int, checkpoint: Path | None, *, initial: bool = False, operation: str | None = None
+    ):
+        """Build the message.
+
+        Args:
+          step: that was not finite.
+          checkpoint: the last one that was saved.
+          initial: whether the parameters were still those of the initialisation.
+          operation: what gave the first NaN, where it was looked for.
+        """
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
-        super().__init__(
-            f"the loss or a parameter became non-finite in meta-step {step}; {kept}. A smaller learning "
-            "rate (inner or outer) or gradient clipping usually helps"
-        )
+        advice = "A smaller learning rate (inner or outer) or gradient clipping usually helps"
+        if initial:
+            advice = (
+                "The parameters were still the initial ones, so that the outer learning rate is not the "
+                "cause: look at the inputs and targets, the loss, the network and the inner learning rate. "
+                + (
+                    operation
+                    or "With JAX_DEBUG_NANS=1 (jax_debug_nans) the operation is named that gives a NaN"
+                )
+            )
+        super().__init__(f"the loss or a parameter became non-finite in meta-step {step}; {kept}. {advice}")
         self.step = step
         self.checkpoint = checkpoint
 
@@ -172,7 +202,8 @@ def train(
       NonFiniteLoss: the loss or a parameter is no longer finite, or, with "skip", is not in any of the
         `log_every` steps of a report. No bad state is ever saved.
       Stopped: `should_stop` returned True.
-      OSError: too little disk; earlier checkpoints stay.
+      OSError: a checkpoint cannot be written; earlier ones stay. Where it is the last one, a warning says so
+        and the state is returned.
     """
     checkpoint_every = validate_every if checkpoint_every is None else checkpoint_every
     folder = None if run_dir is None else Path(run_dir).absolute()
@@ -223,6 +254,12 @@ def train(
 
     clock = time.perf_counter()
 
+    def not_finite(step: int, initial: bool) -> NonFiniteLoss:
+        debugging = jax.config.jax_debug_nans  # type: ignore[attr-defined]
+        debugged = initial and debugging and not hosts.are_many()
+        operation = _first_nan(learner, optimizer, tasks, key, meta_batch) if debugged else None
+        return NonFiniteLoss(step, saved_at, initial=initial, operation=operation)
+
     def read(start: int, until: int, outs: list[dict[str, PyTree]]) -> None:
         """Waits for a chunk, and reports it."""
         nonlocal clock
@@ -231,9 +268,9 @@ def train(
             count += int(out["count"])
             skipped += int(out["skipped"])
             if not out["finite"]:
-                raise NonFiniteLoss(start + count, saved_at)
+                raise not_finite(start + count, initial=start + count == 1)
         if skipped == count:
-            raise NonFiniteLoss(start + count, saved_at)
+            raise not_finite(start + count, initial=start == 0)
         now = time.perf_counter()
         totals = jax.tree.map(lambda *parts: float(sum(parts)), *(out["metrics"] for out in outs))
         metrics = {name: total / (count - skipped) for name, total in totals.items()}
@@ -246,6 +283,16 @@ def train(
             saved_at = checkpoint.save_checkpoint(folder, state, best=best, config=config)
             emit(Saved(done, saved_at))
         return saved_at
+
+    @contextlib.contextmanager
+    def last_is_kept() -> Iterator[None]:
+        """At the end a file that cannot be written costs nothing else: the caller gets the state."""
+        try:
+            yield
+        except OSError as error:
+            if done < steps:
+                raise
+            warnings.warn(f"{error}; the state at the end is returned all the same", stacklevel=3)
 
     pending: tuple[int, int, list[dict]] | None = None
     queue: deque[Array] = deque()
@@ -261,7 +308,9 @@ def train(
             )
             outs: list[dict] = []
             for source, until in calls(start, done):
-                state, out = chunk(state, source, jnp.int32(until))
+                # What JAX says of a NaN in the whole program names no operation in it.
+                with jax.debug_nans(False):
+                    state, out = chunk(state, source, jnp.int32(until))
                 outs.append(out)
                 queue.append(out["count"])
                 if len(queue) > _QUEUED:
@@ -289,10 +338,12 @@ def train(
                 if better:
                     best = checkpoint.Best(done, result, jax.tree.map(jnp.copy, state.params))
                     if folder is not None:
-                        checkpoint.save_best(folder, best)
+                        with last_is_kept():
+                            checkpoint.save_best(folder, best)
                 emit(Validated(done, metric, result, better))
             if save_now:
-                save()
+                with last_is_kept():
+                    save()
             clock = time.perf_counter()
     return state if best is None else state._replace(params=best.params)
 
@@ -388,6 +439,43 @@ def _chunk(step: Callable, *, skip: bool) -> Callable:
         return state, out
 
     return chunk
+
+
+def _first_nan(
+    learner: Learner,
+    optimizer: optax.GradientTransformation,
+    tasks: TaskDistribution | TaskStream,
+    key: Key,
+    meta_batch: int,
+) -> str | None:
+    """Say which operation gives the first NaN of the first meta-step, by a run without compilation."""
+
+    def gradient(params: PyTree, task: Task, key: Key) -> PyTree:
+        return jax.value_and_grad(lambda params: learner.loss(params, task, key, step=jnp.int32(0))[0])(
+            params
+        )
+
+    with jax.debug_nans(False):
+        params = init_state(learner, optimizer, tasks, key).params
+        keys = episode_keys(jax.random.fold_in(key, 0), jnp.arange(meta_batch))
+        finite = jax.jit(lambda *arguments: _all_finite(gradient(*arguments)))
+        for index in range(meta_batch):
+            if isinstance(tasks, TaskStream):
+                task = jax.tree.map(lambda leaf, index=index: leaf[index], tasks.at(0))
+            else:
+                task = tasks.sample(keys[index, 0])
+            if finite(params, task, keys[index, 1]):
+                continue
+            try:
+                with jax.debug_nans(True), jax.disable_jit():
+                    gradient(params, task, keys[index, 1])
+            except FloatingPointError as error:
+                package = f"{Path(jax.__file__).parent}{os.sep}"
+                frames = traceback.extract_tb(error.__traceback__)
+                last = next(frame for frame in reversed(frames) if not frame.filename.startswith(package))
+                return f"Of task {index} {error}, by {last.filename}, line {last.lineno}"
+            break
+    return None
 
 
 def _where(condition: Array, one: PyTree, other: PyTree) -> PyTree:

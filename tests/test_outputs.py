@@ -1,0 +1,526 @@
+"""What a command writes and prints: nothing that fails after a training costs the training."""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import read_json
+
+import jaxmeta as jm
+from jaxmeta import cli
+from jaxmeta.cli import compare, figures, folders, main, report
+from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.comparison_report import draw_comparison
+from jaxmeta.cli.figures import Curve, plot_confusion, plot_curve, plot_curves
+from jaxmeta.cli.output import Output, forgiving
+from jaxmeta.cli.run import params_of
+from jaxmeta.training import checkpoint
+
+# As small as a run can be.
+TINY = ["train", "--tasks", "sinusoid", "--steps", "2", "--meta-batch", "2", "--validate-every", "2"]
+TINY += ["--episodes", "4", "--report-steps", "none", "--schedule", "constant", "--devices", "1"]
+# What has a meaning to matplotlib, or no glyph.
+NAMES = [
+    "a$b^c_{",
+    r"\frac{",
+    "$x$ 50 % of $y",
+    "_hidden",
+    "__",
+    "🦜🐍",
+    "蝴蝶",
+    "a\nb\tc",
+    "\udce9t\udce9",
+    "{}",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on which all went well."""
+    out = tmp_path_factory.mktemp("runs") / "well"
+    assert main([*TINY, "--out", str(out)]) == 0
+    return out
+
+
+def same_parameters(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# --- Figures --------------------------------------------------------------------------------------------
+
+
+ROWS = [{"step": i, "loss": 2.0 / i, "accuracy": i / 4, "elapsed_s": i} for i in (1, 2, 3)]
+ROWS += [
+    {"step": 3, "validation_accuracy": 0.5, "validation_accuracy_ci95": 0.1, "elapsed_s": 3, "best": True}
+]
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """All text of the figures that were drawn."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    found = []
+    save = Figure.savefig
+
+    def saving(figure, *arguments, **settings):
+        save(figure, *arguments, **settings)
+        found.extend(text for text in figure.findobj(Text) if text.get_text())
+
+    monkeypatch.setattr(Figure, "savefig", saving)
+    return found
+
+
+def drawn(path, texts):
+    """Return the text of a figure as it was drawn, and check that none of it was taken for mathematics."""
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert not any(text.get_parse_math() or text.get_usetex() for text in texts)
+    return [text.get_text() for text in texts]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_drawn_as_it_is(name, tmp_path, texts):
+    path = tmp_path / "curve.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_curve(path, ROWS, "accuracy", f"{name} on tasks")
+        curves = [Curve(name, ROWS, "accuracy", {"mean": 0.5, "ci95": 0.1}), Curve("other", ROWS, "accuracy")]
+        plot_curves(path, curves, "seconds")
+        plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), [name, "b"], f"from {name}")
+    found = " | ".join(drawn(path, texts))
+    shown = name.replace("\n", "\ufffd").replace("\t", "\ufffd").replace("\udce9", "\ufffd")
+    for text in (f"{shown} on tasks", f"{shown}: test 50.00 ± 10.00 %", f"from {shown}"):
+        assert text in found
+
+
+def test_a_comparison_draws_names_as_they_are(tmp_path, texts):
+    learners = {}
+    for index, name in enumerate(NAMES[:6]):
+        folder = tmp_path / f"run {index}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+        test = {"mean": 0.5, "ci95": 0.1}
+        learners[name] = {
+            "run": folder.name,
+            "accuracy": {"inductive": test},
+            "difference": {"inductive": test},
+        }
+    result = {"metric": "accuracy", "compared_to": NAMES[0], "learners": learners, "steps": 1}
+    path = tmp_path / "$comparison$.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_comparison(path, tmp_path, {**result, "card": {"tasks": r"\tasks_{$"}})
+    found = drawn(path, texts)
+    assert r"\tasks_{$, 1 meta-step" in found
+    assert f"minus {NAMES[0]} (percentage points)" in found
+    for name in learners:
+        # Two ticks and an entry of the legend.
+        assert sum(text.removeprefix("\u200b") == name for text in found) > 2
+
+
+def test_numbers_on_logarithmic_axes_are_still_numbers(tmp_path, texts):
+    rows = [{"step": i, "loss": 10.0**i, "mse": 10.0**i, "elapsed_s": i} for i in range(-2, 3)]
+    plot_curve(tmp_path / "curve.png", rows, "mse", "run")
+    assert {"0.01", "1", "100"} <= set(drawn(tmp_path / "curve.png", texts))
+
+
+# --- Standard output ------------------------------------------------------------------------------------
+
+
+class Full(io.StringIO):
+    """A stream on a full disk: writing or flushing fails."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+
+    def write(self, text):
+        if self.fails == "write":
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+    def flush(self):
+        if self.fails == "flush":
+            raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+STREAMS = {
+    "full": lambda: Full("write"),
+    "pipe": lambda: Full("flush"),
+    "closed": closed,
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_stream_that_fails_is_remembered_and_raises_nothing(kind):
+    out = Output(STREAMS[kind]())
+    print("one", file=out, flush=True)
+    first = out.error
+    assert first is not None
+    print("two", file=out, flush=True)
+    out.writelines(["three", "four"])
+    assert out.error is first
+    assert not out.isatty()
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"91 ? 2 ?\n"), ("latin-1", b"91 \xb1 2 ?\n")])
+def test_characters_that_a_terminal_cannot_show_are_replaced(encoding, shown, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    with forgiving() as out:
+        print("91 ± 2 \udce9")
+    assert raw.getvalue() == shown
+    assert out.error is None
+
+
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_run_whose_output_goes_nowhere_is_whole_and_says_so(kind, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", STREAMS[kind]())
+    out = tmp_path / "run"
+    assert main([*TINY, "--out", str(out)]) == 1
+    assert "not all of the output could be written" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {path.name for path in run.iterdir()}
+    assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
+
+
+def test_a_usage_error_keeps_its_status_where_nothing_can_be_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Full("write"))
+    monkeypatch.setattr(sys, "stdout", Full("write"))
+    assert main(["trian"]) == 2
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [("> /dev/full", 1), (">&-", 1), ("| true", 0), ("> /dev/full 2>&1", 1), ("> /dev/null", 0), ("2>&-", 0)],
+)
+def test_a_program_whose_output_is_redirected_ends_with_a_true_status(redirection, status, tmp_path):
+    out = tmp_path / "run"
+    command = shlex.join([sys.executable, "-m", "jaxmeta.cli", *TINY, "--out", str(out)])
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    ended = subprocess.run(
+        f"{command} {redirection}", shell=True, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "Exception ignored" not in ended.stderr
+    assert read_json(out / "report.json")["mse"]["mean"] > 0
+    assert not any("test mse" in path.read_text() for path in out.glob("*.json*"))
+
+
+# --- What fails after a training, or beside it ----------------------------------------------------------
+
+
+def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def crash(*_, **__):
+    raise RuntimeError("no fonts")
+
+
+class Crash:
+    """Stands in for TensorBoard's writer."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    add_scalar = flush = crash
+
+    def close(self):
+        crash()
+
+
+def without(name):
+    """Return a `write_…` that fails for files of that name."""
+
+    def patch(write):
+        def writing(path, *arguments):
+            (fail if path.name == name else write)(path, *arguments)
+
+        return writing
+
+    return patch
+
+
+# Each: what is patched and by what, the status, the file that is missing, and what is said.
+FAULTS = {
+    "checkpoint": (checkpoint, "save_checkpoint", lambda _: fail, 1, "checkpoints", "parameters.npz"),
+    "report": (
+        run_of_command,
+        "write_json",
+        without("report.json"),
+        1,
+        "report.json",
+        "report.json could not",
+    ),
+    "scalars": (
+        report.RunLog,
+        "_tensorboard",
+        lambda _: Crash,
+        0,
+        None,
+        "tensorboard could not be written, and training goes on",
+    ),
+    "figure": (
+        run_of_command,
+        "plot_curve",
+        lambda _: crash,
+        0,
+        "curve.png",
+        "curve.png could not be written",
+    ),
+    "read back": (run_of_command, "check_saved", lambda _: crash, 1, None, "parameters.npz"),
+    "best": (checkpoint, "save_best", lambda _: fail, 0, None, "the state at the end is returned"),
+    "episodes": (run_of_command, "write_text", without("episodes.json"), 1, "episodes.json", "No space left"),
+    "report.md": (
+        run_of_command,
+        "write_text",
+        without("report.md"),
+        1,
+        "report.md",
+        "report.md could not be",
+    ),
+    "markdown": (run_of_command, "report_markdown", lambda _: crash, 1, "report.md", "no fonts"),
+    "figure file": (figures, "replacing", lambda _: fail, 0, "curve.png", "curve.png could not be written"),
+    "tensorboard": (
+        report.RunLog,
+        "_tensorboard",
+        lambda _: crash,
+        0,
+        None,
+        "tensorboard could not be written",
+    ),
+}
+
+
+@pytest.mark.nightly_rows(after=4)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_after_a_training_fails_alone(fault, run, tmp_path, monkeypatch, capsys):
+    where, name, patch, status, missing, says = FAULTS[fault]
+    out = tmp_path / "run"
+    with monkeypatch.context() as patching:
+        patching.setattr(where, name, patch(getattr(where, name)))
+        assert main([*TINY, "--out", str(out)]) == status
+    said = capsys.readouterr()
+    assert says in said.err
+    assert len(said.err.splitlines()) <= 2
+    # The result is printed whatever is not written.
+    assert f"test mse  {read_json(run / 'report.json')['mse']['mean']:.4f}" in said.out
+    left = {path.name for path in out.iterdir()} - {"parameters.npz", "checkpoints", "tensorboard"}
+    assert {path.name for path in run.iterdir()} - {"checkpoints", "tensorboard"} - left == (
+        {missing} - {"checkpoints", None}
+    )
+    config = run_of_command.stored(run)
+    if missing != "checkpoints":
+        same_parameters(params_of(out, run_of_command.stored(out)), params_of(run, config))
+    if status and says == "parameters.npz":
+        with np.load(out / "parameters.npz") as spare:
+            kept = dict(spare)
+        same_parameters(kept, checkpoint.arrays_by_path(params_of(run, config)))
+
+
+def test_a_run_goes_on_where_its_rows_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    """What could not be written is, once it can."""
+    opened = open
+
+    class Stubborn(io.StringIO):
+        flushes = 0
+
+        def flush(self):
+            Stubborn.flushes += 1
+            if Stubborn.flushes < 3:
+                fail()
+
+        def close(self):
+            with opened(tmp_path / "run" / "metrics.jsonl", "w") as file:
+                file.write(self.getvalue())
+            super().close()
+
+    monkeypatch.setattr(report, "open", lambda *_, **__: Stubborn(), raising=False)
+    assert main([*TINY, "--out", str(tmp_path / "run")]) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl could not be written, and training goes on" in said
+    steps = [
+        [row["step"] for row in report.read_metrics(each / "metrics.jsonl")]
+        for each in (tmp_path / "run", run)
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_a_run_whose_folder_is_removed_while_it_trains_can_be_loaded(run, tmp_path, monkeypatch):
+    import shutil
+
+    out, fit = tmp_path / "run", run_of_command.train
+
+    def removing(*arguments, **settings):
+        shutil.rmtree(out)
+        return fit(*arguments, **settings)
+
+    monkeypatch.setattr(run_of_command, "train", removing)
+    assert main([*TINY, "--out", str(out)]) == 0
+    same_parameters(*(params_of(each, run_of_command.stored(each)) for each in (out, run)))
+    assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
+
+
+@pytest.mark.nightly
+def test_an_error_that_ends_a_training_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
+    save = checkpoint.save_checkpoint
+
+    def second_fails(folder, state, **settings):
+        return fail() if int(state.step) > 2 else save(folder, state, **settings)
+
+    out = tmp_path / "run"
+    flags = [*TINY, "--steps", "6", "--out", str(out)]
+    with monkeypatch.context() as patching:
+        patching.setattr(checkpoint, "save_checkpoint", second_fails)
+        assert main(flags) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said
+    assert f"saved at meta-step 2 is kept; continue with: jaxmeta train --resume --out {out}" in said
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert read_json(out / "report.json")["steps"] == 6
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_of_command, "write_json", fail)
+    assert main(["evaluate", str(run), "--json", str(tmp_path / "result.json")]) == 1
+    said = capsys.readouterr()
+    assert "test mse" in said.out
+    assert "result.json could not be written (No space left on device)" in said.err
+
+
+def test_results_that_fail_are_named_together():
+    results = folders.Results()
+    results.check()
+    for name, error in (("a.json", OSError(28, "full")), ("b.md", KeyError("x")), ("c.md", RuntimeError())):
+        with results.writing(name):
+            raise error
+    with pytest.raises(OSError, match=r"^a\.json .*\(full\); b\.md .*\('x'\); c\.md .*\(RuntimeError\)$"):
+        results.check()
+
+
+# --- Checkpoints are read back --------------------------------------------------------------------------
+
+
+def changed(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [leaves[0] + 1, *leaves[1:]])
+
+
+def test_parameters_are_compared_with_the_ones_on_disk(run, tmp_path):
+    params = params_of(run, run_of_command.stored(run))
+    checkpoint.check_saved(run, params)
+    with pytest.raises(ValueError, match=r"has other parameters: .* differs"):
+        checkpoint.check_saved(run, changed(params))
+    with pytest.raises(ValueError, match="is only in the new one"):
+        checkpoint.check_saved(run, {**params, "more": jnp.ones(2)})
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        checkpoint.check_saved(tmp_path, params)
+
+
+def test_numbers_that_are_not_finite_are_compared_bit_for_bit(tmp_path):
+    params = {"a": jnp.array([jnp.nan, -0.0]), "key": jax.random.key(3)}
+    state = jm.training.TrainState(jnp.int32(1), params, (), jax.random.key(0))
+    checkpoint.save_checkpoint(tmp_path, state)
+    checkpoint.check_saved(tmp_path, params)
+    for other in ({**params, "a": jnp.array([jnp.nan, 0.0])}, {**params, "key": jax.random.key(4)}):
+        with pytest.raises(ValueError, match="differs"):
+            checkpoint.check_saved(tmp_path, other)
+
+
+# --- Locks ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_which_a_process_trains_is_refused(run, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with folders.locked(run):
+        assert main(["train", "--resume", "--steps", "4", "--out", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert f"--out: process {os.getpid()} on " in said
+    assert f"is training in {run} at this moment" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_lock_of_a_process_that_dies_is_free(tmp_path):
+    program = (
+        "import os, sys, pathlib, jaxmeta.cli.folders as folders\n"
+        "with folders.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "locked\n"
+    with (
+        pytest.raises(ValueError, match=f"out: process {process.pid} on .* is training in"),
+        folders.locked(tmp_path),
+    ):
+        pass
+    process.kill()
+    process.communicate()
+    with folders.locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with folders.locked(tmp_path), folders.locked(tmp_path):
+        pass
+    with folders.locked(tmp_path / "absent"):
+        pass
+
+
+# --- Figures by name ------------------------------------------------------------------------------------
+
+
+def test_a_figure_gets_the_first_number_that_is_free(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.png").write_text("mine")
+    (tmp_path / "mine-1.png").symlink_to("nowhere.png")
+    assert main(["plot", str(run), "--out", "mine.png"]) == 0
+    assert capsys.readouterr().out == "mine-2.png\n"
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    assert not (tmp_path / "nowhere.png").exists()
+    assert compare._new_file(tmp_path / "other.png") == tmp_path / "other.png"
+
+
+def test_the_program_keeps_the_numbers_of_standard_streams_that_are_closed(tmp_path):
+    program = (
+        "import os, sys\n"
+        "from jaxmeta.cli import output\n"
+        "output.hold_places()\n"
+        "print(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), file=sys.stderr)\n"
+    )
+    command = shlex.join([sys.executable, "-c", program, str(tmp_path / "file")])
+    ended = subprocess.run(f"{command} >&- <&-", shell=True, capture_output=True, text=True)
+    assert int(ended.stderr) > 2
+    assert cli.EXIT_OTHER == 1
