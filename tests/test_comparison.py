@@ -16,6 +16,7 @@ from jaxmeta.cli.comparison_report import comparison_markdown
 from jaxmeta.cli.figures import Curve, draw_metric
 from jaxmeta.cli.names import LEARNERS
 from jaxmeta.cli.presets import PRESETS
+from jaxmeta.cli.signals import Signalled
 
 FLAGS = ["--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
 FLAGS += ["--meta-batch", "4", "--inner-lr", "0.02", "--order", "second", "--devices", "1"]
@@ -153,6 +154,103 @@ def test_transductive_and_inductive_accuracy_are_rows_and_paired_apart():
     assert [line.split()[3] for line in lines] == ["transductive", "inductive"]
     assert "-2.00 ± 0.50" in lines[1]
     assert "±" not in lines[0].replace("50.00 ± 1.00", "")
+
+
+def result_of(networks, **card):
+    """What `comparison.json` holds, of learners with these networks."""
+    card = {"tasks": "glyphs", "ways": 4, "shots": 1, "queries": 1, **card}
+    row = {"difference": {}, "left_out": [], "training_s": 1.0, "steps_per_second": 2.0}
+    row |= {"peak_memory_bytes": None, "peak_memory": "process", "accuracy": {"inductive": ACCURACY}}
+    shared = {"tasks": "glyphs", "preset": None, "seed": 0, "steps": 1, "episodes": 1, "meta_batch": 1}
+    rows = {name: {**row, "network": network} for name, network in networks.items()}
+    found = {"metric": "accuracy", "compared_to": next(iter(networks)), "command": "jaxmeta compare a b"}
+    return {**found, **shared, "card": card, "learners": rows}
+
+
+ACCURACY = {"mean": 0.5, "ci95": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("networks", "shown"),
+    [
+        ([{"name": "conv4", "filters": 64}, {"name": "conv4", "filters": 64}], None),
+        ([{"name": "conv4", "filters": 64}, {"name": "resnet12"}], ["conv4", "resnet12"]),
+        (
+            [{"name": "conv4", "filters": 64, "norm": True}, {"name": "conv4", "filters": 32, "norm": True}],
+            ["conv4, filters 64", "conv4, filters 32"],
+        ),
+        (
+            [{"name": "mlp", "hidden": [8, 4]}, {"name": "mlp", "hidden": []}, {"name": "linear"}],
+            ["mlp, hidden 8,4", "mlp, hidden none", "linear"],
+        ),
+    ],
+)
+def test_networks_have_a_column_where_they_differ(networks, shown):
+    text = comparison_markdown(result_of(dict(zip("abc", networks, strict=False))))
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:2] == "| "
+    ]
+    assert ("network" in cells[0]) == (shown is not None)
+    found = [row[1] for row in cells if row[0] in ("a", "b", "c")]
+    assert found == (shown or ["inductive"] * len(networks))
+
+
+def test_a_comparison_agrees_in_number_and_says_what_repeats_it():
+    text = comparison_markdown(result_of({"a": {"name": "mlp"}, "b": {"name": "mlp"}}))
+    assert "4-way 1-shot, 1 query; 1 test task; 1 meta-step of 1 task; seed 0; preset none." in text
+    assert "Guessing: 25.00 %, one of 4 classes." in text
+    assert "```sh\njaxmeta compare a b\n```" in text
+    assert text.rstrip().endswith("(comparison.png)")
+    several = result_of({"a": {"name": "mlp"}, "b": {"name": "mlp"}}, queries=15) | {
+        "steps": 2000,
+        "episodes": 9,
+    }
+    assert "15 queries; 9 test tasks; 2,000 meta-steps of 1 task" in comparison_markdown(several)
+
+
+def test_a_signal_between_two_trainings_starts_no_other(children):
+    with compare._Trainings("the same with --resume").handled() as trainings:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Signalled, match="by SIGTERM before fomaml was trained; continue with: the same"):
+            trainings.run("fomaml", [])
+    assert not children.commands
+
+
+def test_a_training_that_could_not_print_is_compared_all_the_same(children, compared, tmp_path, capsys):
+    def ended():
+        command = children.commands[-1]
+        shutil.copytree(compared / command[1], command[command.index("--out") + 1], dirs_exist_ok=True)
+        return 1
+
+    children.wait_for = staticmethod(ended)
+    assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 1
+    assert "maml was trained, and its command failed after that; fomaml was" in capsys.readouterr().err
+    found = read_json(tmp_path / "out" / "comparison.json")["learners"]
+    assert found["maml"]["mse"] == read_json(compared / "comparison.json")["learners"]["maml"]["mse"]
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "comparison.md", "comparison.png"])
+def test_what_of_a_comparison_cannot_be_written_costs_nothing_else(name, copy, children, monkeypatch, capsys):
+    def failing(write):
+        def writing(path, *arguments):
+            if path.name == name:
+                raise OSError(28, "No space left on device")
+            write(path, *arguments)
+
+        return writing
+
+    for function in ("write_json", "write_text", "draw_comparison"):
+        monkeypatch.setattr(compare, function, failing(getattr(compare, function)))
+    for path in copy.glob("comparison.*"):
+        path.unlink()
+    assert main([*COMPARE, "--resume", "--out", str(copy)]) == (0 if name.endswith("png") else 1)
+    said = capsys.readouterr()
+    assert f"{copy / name} could not be written" in said.err
+    assert "| fomaml" in said.out
+    left = {path.name for path in copy.glob("comparison.*")}
+    assert left == {"comparison.json", "comparison.md", "comparison.png"} - {name}
 
 
 def test_resuming_skips_resumes_and_starts(copy, children, capsys):

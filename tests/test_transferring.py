@@ -1,7 +1,10 @@
 """`jaxmeta transfer` and `jaxmeta rank`: from a run, a transfer or a file to labelled images."""
 
 import json
+import re
+import shlex
 import shutil
+import signal
 import sys
 from functools import partial
 from typing import get_args
@@ -19,7 +22,7 @@ from support import read_json
 import jaxmeta as jm
 from jaxmeta.cli import fine_tuning, main, names, run, schema
 from jaxmeta.cli import transfer as transferring
-from jaxmeta.cli.backbones import untrained
+from jaxmeta.cli.backbones import load_backbone, untrained
 from jaxmeta.cli.config import stored
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import RECIPES
@@ -788,3 +791,170 @@ def test_lp_ft_at_a_rate_of_nothing_scores_as_its_probe(place, tmp_path):
     flags = ["--recipe", "lp-ft", "--shots", "5", "--steps", "60", "--rate", "1e-9"]
     report = transfer(place, tmp_path / "out", *flags)
     assert report["accuracy"]["mean"] == pytest.approx(report["probe_accuracy"]["mean"], abs=0.05)
+
+
+# --- Transfers that are stopped, or cannot write -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [
+        (signal.SIGINT, ["--recipe", "fine-tune", "--steps", "40"]),
+        pytest.param(signal.SIGTERM, ["--recipe", "gradual", "--steps", "50"], marks=pytest.mark.nightly),
+    ],
+)
+def test_a_transfer_that_is_stopped_keeps_its_weights_and_says_what_repeats_it(
+    place, tmp_path, monkeypatch, capsys, number, flags
+):
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    show = transferring._Progress.report
+
+    def stopping(progress, step, loss):
+        show(progress, step, loss)
+        if step >= 20:
+            signal.raise_signal(number)
+
+    flags += ["--shots", "5"]
+    with monkeypatch.context() as patching:
+        patching.setattr(transferring._Progress, "report", stopping)
+        transfer(place, tmp_path / "out", *flags, status=75)
+    assert {each: signal.getsignal(each) for each in before} == before
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert f"by {number.name}; after step 20 of " in said
+    assert not (tmp_path / "out" / "report.json").exists()
+    kept = read_json(tmp_path / "out" / "config.json")
+    assert (kept["stopped_at"], kept["command"]) == (20, "transfer")
+
+    whole = transfer(place, tmp_path / "whole", *flags)
+    # It was on the way from where it began to where it would have ended.
+    source = body_of(place / "prototypical")
+    stopped, ended = (load_file(tmp_path / name / "weights.safetensors") for name in ("out", "whole"))
+    assert stopped.keys() == ended.keys()
+    assert not np.array_equal(stopped["params/head/kernel"], ended["params/head/kernel"])
+    assert any(not np.array_equal(stopped[path], leaf) for path, leaf in source.items())
+
+    command = shlex.split(said.split("repeat all with: ")[1])
+    assert command == shlex.split(whole["command"])
+    assert main([*command[1:], "--out", str(tmp_path / "again")]) == 0
+    assert read_json(tmp_path / "again" / "report.json")["accuracy"] == whole["accuracy"]
+    # What was kept is a source, which says that it was stopped.
+    flags = ["--recipe", "feature-extraction", "--shots", "5"]
+    report = transfer(place, tmp_path / "on", *flags, source=tmp_path / "out")
+    assert "stopped after step 20" in report["about"]["source"]
+
+
+def test_a_transfer_that_is_stopped_after_its_training_has_its_weights(place, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(transferring, "_predictions", stopped)
+    transfer(place, tmp_path / "out", "--recipe", "feature-extraction", "--shots", "5", status=75)
+    assert f"by SIGINT; the weights are in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "weights.safetensors")
+    assert "stopped_at" not in read_json(tmp_path / "out" / "config.json")
+
+
+def test_a_transfer_that_is_stopped_before_it_learns_has_nothing(place, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(transferring, "read_target", stopped)
+    transfer(place, tmp_path / "out", status=1)
+    assert capsys.readouterr().err == "jaxmeta: stopped: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "weights.safetensors", "report.json", "report.md"])
+def test_what_of_a_transfer_cannot_be_written_costs_nothing_else(place, tmp_path, monkeypatch, capsys, name):
+    def failing(write):
+        def writing(path, *arguments, **settings):
+            if path.name == name:
+                raise OSError(28, "No space left on device")
+            write(path, *arguments, **settings)
+
+        return writing
+
+    for function in ("write_json", "write_text", "save_pretrained"):
+        monkeypatch.setattr(transferring, function, failing(getattr(transferring, function)))
+    flags = ["--recipe", "feature-extraction", "--shots", "5"]
+    transfer(place, tmp_path / "out", *flags, status=1)
+    said = capsys.readouterr()
+    assert f"{name} could not be written (No space left on device)" in said.err
+    assert "accuracy  " in said.out
+    written = {"config.json", "weights.safetensors", "report.json", "report.md", "confusion.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written - {name}
+
+
+def test_weights_are_read_back(place, probed, tmp_path):
+    variables = jm.transfer.load_pretrained(probed[0]).variables
+    body = {path: tree for path, tree in variables["params"].items() if path != "head"}
+    split = {"params": {"body": body, "head": variables["params"]["head"]}}
+    split["batch_stats"] = {"body": variables["batch_stats"]}
+    transferring._read_back(probed[0] / "weights.safetensors", split)
+    other = {**split, "params": jax.tree.map(lambda leaf: leaf + 1, split["params"])}
+    with pytest.raises(OSError, match=r"read back, and params/\S+ is another"):
+        transferring._read_back(probed[0] / "weights.safetensors", other)
+
+
+def test_a_ranking_that_cannot_be_written_is_printed(place, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transferring, "write_json", full)
+    flags = [
+        "--target",
+        f"folder:{place / 'standing'}",
+        "--shots",
+        "5",
+        "--json",
+        str(tmp_path / "ranks.json"),
+    ]
+    assert main(["rank", str(place / "prototypical"), str(place / "copy"), *flags]) == 1
+    said = capsys.readouterr()
+    assert "ranks.json could not be written" in said.err
+    assert "log_me" in said.out
+
+
+# --- Names of architectures -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            "resnet18",
+            "st.save_file(torchvision.models.resnet18(weights='DEFAULT').state_dict(), 'resnet18.safe",
+        ),
+        ("vit_b_16", "torchvision.models.vit_b_16(weights='DEFAULT')"),
+        ("resnet50.a1_in1k", "Those of timm are hf:timm/resnet50.a1_in1k, or "),
+        ("resnet14t", "Those of a ResNet or ViT can be read"),
+        ("vit_base_patch16_224", "timm.create_model('vit_base_patch16_224', pretrained=True)"),
+        ("deit_tiny_patch16_224.fb_in1k", "hf:timm/deit_tiny_patch16_224.fb_in1k"),
+        ("clip", "Those of a ResNet or ViT can be read"),
+        ("convnext_tiny", "in a .safetensors file"),
+        ("DINOv2", "in a .safetensors file"),
+        ("conv4", "conv4 is a network with nothing learned, which is none with --network conv4"),
+        ("resnet12", "none with --network resnet12"),
+        ("runs/resnet18", "Hub is hf:owner/name"),
+        ("resnet18.safetensors", "Hub is hf:owner/name"),
+        ("maml-folder", "Hub is hf:owner/name"),
+    ],
+)
+def test_the_name_of_an_architecture_is_answered_with_where_its_weights_are(
+    source, says, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^source: there is nothing at {source}; ") as error:
+        load_backbone(source)
+    assert says in str(error.value)
+    named = "names an architecture" in str(error.value)
+    assert named == (not any(text in says for text in ("Hub is", "none with")))
+
+
+@pytest.mark.parametrize("source", ["resnet18", "vit_base_patch16_224"])
+def test_the_command_that_writes_weights_is_python(source):
+    with pytest.raises(ValueError, match="python -c") as error:
+        load_backbone(source)
+    command = re.search('python -c "(.*?)"', str(error.value))[1]
+    compile(command, "command", "exec")
+    assert f"{source}.safetensors" in command

@@ -330,8 +330,15 @@ def _of_transfer(backbone: Backbone, told: Mapping[str, Any]) -> Backbone:
         raise ArgumentError(
             backbone.argument, f"the config.json of {backbone.source} is damaged: {error!r}"
         ) from None
+    stopped = told.get("stopped_at")
     return dataclasses.replace(
-        backbone, images=images, size=images.size, pixels=pixels, classes=classes, inverted=inverted
+        backbone,
+        about=backbone.about if stopped is None else f"{backbone.about}, stopped after step {stopped}",
+        images=images,
+        size=images.size,
+        pixels=pixels,
+        classes=classes,
+        inverted=inverted,
     )
 
 

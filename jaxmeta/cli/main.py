@@ -54,7 +54,7 @@ def _status(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt as stop:
         # What a run was told to stop by says how it goes on; anything else has saved nothing.
-        return _say(f"stopped: {stop or 'interrupted'}", EXIT_STOPPED if str(stop) else EXIT_OTHER)
+        return _say(f"stopped: {str(stop) or 'interrupted'}", EXIT_STOPPED if str(stop) else EXIT_OTHER)
     except SystemExit as ended:  # a process that we started has printed its error
         return int(ended.code or 0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:

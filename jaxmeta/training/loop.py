@@ -470,12 +470,18 @@ def _first_nan(
                 with jax.debug_nans(True), jax.disable_jit():
                     gradient(params, task, keys[index, 1])
             except FloatingPointError as error:
-                package = f"{Path(jax.__file__).parent}{os.sep}"
-                frames = traceback.extract_tb(error.__traceback__)
-                last = next(frame for frame in reversed(frames) if not frame.filename.startswith(package))
-                return f"Of task {index} {error}, by {last.filename}, line {last.lineno}"
+                return f"Of task {index} {error}, {_place(error)}"
             break
     return None
+
+
+def _place(error: BaseException) -> str:
+    """Return the line of the user's, or of a network's, code that an error of JAX comes from."""
+    package = f"{Path(jax.__file__).parent}{os.sep}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename != __file__ and not frame.filename.startswith(package):
+            return f"by {frame.filename}, line {frame.lineno}"
+    return "in the gradient of the loss"
 
 
 def _where(condition: Array, one: PyTree, other: PyTree) -> PyTree:

@@ -10,6 +10,7 @@ import optax
 import pytest
 import toys
 
+from jaxmeta.core import TaskStream
 from jaxmeta.training import (
     NonFiniteLoss,
     Progress,
@@ -17,6 +18,7 @@ from jaxmeta.training import (
     Saved,
     Stopped,
     Validated,
+    checkpoint,
     init_state,
     load,
     load_params,
@@ -287,6 +289,64 @@ def test_training_that_only_skips_steps_ends():
     learner = toys.maml(poison=lambda step: jnp.where(step >= 5, jnp.nan, 0.0))
     with pytest.raises(NonFiniteLoss, match="in meta-step 12;"):
         run(learner, steps=40, non_finite="skip")
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_a_loss_that_never_was_finite_is_no_matter_of_the_outer_rate(non_finite):
+    """The initial parameters give it already; later on it is one."""
+    learner = toys.maml(poison=lambda step: jnp.where(step >= 0, jnp.nan, 0.0))
+    with pytest.raises(NonFiniteLoss, match=r"outer learning rate is not the cause: .*jax_debug_nans"):
+        run(learner, steps=4, non_finite=non_finite)
+    for first_bad in (1, 5):
+        later = toys.maml(poison=lambda step, bad=first_bad: jnp.where(step >= bad, jnp.nan, 0.0))
+        with pytest.raises(NonFiniteLoss, match="A smaller learning rate"):
+            run(later, steps=12, non_finite=non_finite)
+
+
+def forward(w, y):
+    return jnp.log(w * (0 * y.sum() - 1))
+
+
+def backward(w, y):
+    """The loss is 0, and its gradient is not finite."""
+    return jnp.sqrt(w * (0 * y.sum()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "says"),
+    [
+        (forward, "distribution", f"nan) encountered in log, by {__file__}, line "),
+        (backward, "distribution", "nan) encountered in mul, in the gradient of the loss"),
+        (forward, "stream", f"nan) encountered in log, by {__file__}, line "),
+    ],
+)
+def test_the_operation_of_the_first_nan_is_named_where_jax_is_debugged(loss, kind, says):
+
+    def of_task(params, task, key, step=None):
+        del key, step
+        return loss(params["w"], task.query.y), {}
+
+    learner = toys.maml()._replace(init=lambda key, task: {"w": jnp.ones(())}, loss=of_task)
+    tasks = toys.sinusoid()
+    if kind == "stream":
+        keys = jax.random.split(KEY, 2)
+        tasks = TaskStream(lambda step, given=tasks: jax.vmap(given.sample)(keys), tasks.card)
+    with jax.debug_nans(True), pytest.raises(NonFiniteLoss, match=r"Of task \d invalid value") as error:
+        run(learner, tasks, steps=3, meta_batch=2)
+    assert says in str(error.value)
+
+
+def test_the_last_state_is_returned_though_it_cannot_be_saved(tmp_path, monkeypatch):
+    def full(folder, state, **_):
+        raise OSError(28, f"cannot be written at step {state.step}", str(folder))
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
+    with pytest.warns(UserWarning, match="at step 10: .*; the state at the end is returned"):
+        state, _ = run(steps=10, run_dir=tmp_path)
+    assert_equal(state.params, ten_steps().params)
+    assert not checkpoint_steps(tmp_path)
+    with pytest.raises(OSError, match="at step 5: "):
+        run(steps=10, run_dir=tmp_path, checkpoint_every=5)
 
 
 def test_a_non_finite_parameter_stops_training():
