@@ -82,7 +82,18 @@ def test_a_run_writes_its_files_and_a_true_report(run):
     assert report["card"]["split"] == "test"
     assert (report["card"]["shots"], report["config"]["tasks"]["train_shots"]) == (5, 10)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "mean squared error" in (run / "report.md").read_text()
+    text = (run / "report.md").read_text()
+    assert "mean squared error" in text
+    assert "![learning curve](curve.png)" in text
+    assert f"```sh\n{report['command']}\n```" in text
+    assert report["command"].startswith("jaxmeta train maml --tasks sinusoid --steps 20 ")
+    # Each task's answer is the mean of its support targets.
+    tasks, values = jm.tasks.sinusoid("test", shots=5, queries=100), []
+    for index in range(20):
+        task = tasks.sample(jm.core.episode_keys(run_of_command.test_key(0), jnp.array([index]))[0, 0])
+        values.append(((np.asarray(task.query.y) - np.asarray(task.support.y).mean()) ** 2).mean())
+    assert report["mse_of_mean"]["mean"] == pytest.approx(np.mean(values), rel=1e-5)
+    assert f"support targets: {np.mean(values):.4f} ± " in text
     assert read_json(run / "config.json")["tasks"]["name"] == "sinusoid"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
@@ -123,6 +134,8 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
         assert 0 <= report["accuracy"][name]["mean"] <= 1
         assert report["accuracy"][name]["norm"] == norm
         assert name in (out / "report.md").read_text()
+    assert report["chance"] == 0.5
+    assert "Guessing: 50.00 %, one of 2 classes." in (out / "report.md").read_text()
     assert "order" not in report["config"]["learner"]
     assert main(["evaluate", str(out), "--ways", "3"]) == 2
 

@@ -400,6 +400,22 @@ def test_an_error_that_ends_a_training_says_how_it_goes_on(tmp_path, monkeypatch
     assert read_json(out / "report.json")["steps"] == 6
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("step", ["_results", "_with_population"])
+def test_an_evaluation_that_fails_says_that_the_training_has_ended(step, run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patching:
+        patching.setattr(run_of_command, step, fail)
+        assert main([*TINY, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"training has ended, its evaluation has not; continue with: jaxmeta train --resume --out {out}"
+        in said
+    )
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
+
+
 def test_an_evaluation_that_cannot_be_written_is_printed(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_of_command, "write_json", fail)
     assert main(["evaluate", str(run), "--json", str(tmp_path / "result.json")]) == 1

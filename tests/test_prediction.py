@@ -76,6 +76,22 @@ def test_answers_are_written_as_a_table(place, question, tmp_path):
     assert found == [answer["probabilities"] for answer in answers]
 
 
+def test_answers_that_cannot_be_written_are_printed_and_written_elsewhere(
+    place, question, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(predict, "write_json", full)
+    flags = ["--support", str(question / "support"), "--query", str(question / "query")]
+    files = ["--json", str(tmp_path / "answers.json"), "--csv", str(tmp_path / "answers.csv")]
+    assert main(["predict", str(place / "run"), *flags, *files]) == 1
+    said = capsys.readouterr()
+    assert "answers.json could not be written (No space left on device)" in said.err
+    assert said.out.count("  kind ") == 6
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 7
+
+
 @pytest.mark.nightly
 def test_a_stream_of_the_folder_gives_the_same_report(place):
     assert main([*command(place), "--stream", "--out", str(place / "streamed")]) == 0

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,8 +257,12 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         params = hosts.gathered(state.params)
         if first:
             _read_back(out, config, params, results)
-        params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
-        found, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
+        try:
+            params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
+            found, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
+        except Exception:
+            warnings.warn(f"training has ended, its evaluation has not; {hint}", stacklevel=2)
+            raise
         if first:
             report = _report(parts, log, training_s, found)
             with results.writing(out / "episodes.json"):
