@@ -338,6 +338,56 @@ def test_what_fails_after_a_training_fails_alone(fault, run, tmp_path, monkeypat
         same_parameters(kept, checkpoint.arrays_by_path(params_of(run, config)))
 
 
+def progress(step):
+    return report.Progress(step, 4, {"loss": 1.0 / step}, 1.0, 0.5)
+
+
+@pytest.mark.parametrize("part", ["enter", "show"])
+def test_a_progress_bar_that_fails_is_done_without(part, tmp_path, monkeypatch):
+    """Nothing is lost of the rows, and one warning tells."""
+
+    class Bar:
+        def __enter__(self):
+            return crash() if part == "enter" else (crash, print)
+
+        def __exit__(self, *_):
+            crash()
+
+    monkeypatch.setattr(report, "_bar", lambda _: Bar())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    log = report.RunLog(tmp_path / "metrics.jsonl", 4, "mse")
+
+    def train():
+        with log.showing():
+            for step in (2, 4):
+                log(progress(step))
+
+    with pytest.warns(UserWarning, match="the progress bar could not be written") as told:
+        train()
+    assert len(told) == 1
+    assert [row["step"] for row in report.read_metrics(log.path)] == [2, 4]
+
+
+@pytest.mark.parametrize("function", ["start_trace", "stop_trace"])
+def test_a_profiler_that_fails_is_done_without(function, tmp_path, monkeypatch):
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, crash if name == function else lambda *_, **__: None)
+    seen = []
+
+    def train():
+        with report.profiling(seen.append, tmp_path / "profile") as listener:
+            for step in (1, 2, 3):
+                listener(progress(step))
+
+    with pytest.warns(UserWarning, match="profile could not be written: RuntimeError"):
+        train()
+    assert [event.step for event in seen] == [1, 2, 3]
+
+
+def test_a_bar_or_a_line_s_end_in_a_name_ends_no_cell():
+    assert report.cell("a|b\nc\t| d") == r"a\|b c \| d"
+
+
 def test_a_run_goes_on_where_its_rows_cannot_be_written(run, tmp_path, monkeypatch, capsys):
     """What could not be written is, once it can."""
     opened = open

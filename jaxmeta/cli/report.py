@@ -335,7 +335,7 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
         "preset": report["preset"],
     }
     lines += ["| | |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in table.items() if value is not None]
+    lines += [f"| {name} | {cell(value)} |" for name, value in table.items() if value is not None]
     if report.get("command"):
         lines += repeated_by(report["command"])
     lines += [
@@ -349,9 +349,9 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
     for group in known:
         named = getattr(config, group)
         if isinstance(named, dict):
-            lines.append(f"| {group} | | **{named['name']}** |")
+            lines.append(f"| {group} | | **{cell(named['name'])}** |")
         for name, value in config.settings(group).items():
-            lines.append(f"| {group} | {name} | {schema.shown_value(value)} |")
+            lines.append(f"| {group} | {name} | {cell(schema.shown_value(value))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -359,6 +359,11 @@ def chance_level(result: Mapping[str, Any]) -> str | None:
     """Return the accuracy of guessing in words; None where the number of classes varies."""
     ways = result["card"]["ways"]
     return f"Guessing: {100 / ways:.2f} %, one of {ways} classes" if isinstance(ways, int) else None
+
+
+def cell(text: Any) -> str:
+    """Return a text as a cell of a table in Markdown, which a line's end or a bar would end."""
+    return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def repeated_by(command: str) -> list[str]:

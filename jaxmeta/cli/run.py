@@ -256,7 +256,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
             print(f"evaluating on {plural(run.episodes, 'test task')} …", flush=True)
         params = hosts.gathered(state.params)
         if first:
-            _read_back(out, config, params, results)
+            _read_back(out, config, params, results, hint)
         try:
             params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
             found, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
@@ -284,7 +284,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
     return out
 
 
-def _read_back(out: Path, config: Config, params: Params, results: folders.Results) -> None:
+def _read_back(out: Path, config: Config, params: Params, results: folders.Results, hint: str) -> None:
     """Read the last checkpoint, and where it does not hold `params`, keep these in a file of another form."""
     if not (out / "config.json").exists():
         # Somebody has removed the folder, and the checkpoints after that are in a new one.
@@ -296,7 +296,7 @@ def _read_back(out: Path, config: Config, params: Params, results: folders.Resul
         spare = out / SPARE
         results.fail(
             f"{out / 'checkpoints'} does not hold the parameters that training ended with ({error}); they "
-            f"are in {spare}, as NumPy arrays by their paths"
+            f"are in {spare}, as NumPy arrays by their paths; {hint}"
         )
         with results.writing(spare), replacing(spare) as unfinished:
             np.savez(unfinished, allow_pickle=False, **arrays_by_path(params))

@@ -37,7 +37,7 @@ from jaxmeta.cli.fine_tuning import (
     resolved,
     trained,
 )
-from jaxmeta.cli.report import plural, repeated_by
+from jaxmeta.cli.report import cell, plural, repeated_by
 from jaxmeta.cli.signals import Signals, current
 from jaxmeta.cli.sources import file_name
 from jaxmeta.cli.target_data import ShotSplit, Target, read_target, split_shots, target_settings
@@ -584,7 +584,7 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
     ]
     table = _table(report) | {"time": f"{report['wall_s']:.1f} s", "device": report["device"]}
     table["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines += [f"| {name} | {text} |" for name, text in table.items()]
+    lines += [f"| {name} | {cell(text)} |" for name, text in table.items()]
     lines += repeated_by(report["command"])
     worst = sorted(report["recalls"].items(), key=lambda pair: pair[1])[:_WORST]
     lines += [
@@ -594,7 +594,7 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
         "| class | recall |",
         "| --- | --- |",
     ]
-    lines += [f"| {name} | {100 * recall:.1f} % |" for name, recall in worst]
+    lines += [f"| {cell(name)} | {100 * recall:.1f} % |" for name, recall in worst]
     lines += ["", "What became of the source's leaves; new ones are not of the source:", ""]
     return "\n".join(lines) + "\n" + leaves.markdown() + "\n"
 
