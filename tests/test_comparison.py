@@ -123,6 +123,8 @@ def test_a_comparison_writes_its_files_and_a_true_report(compared):
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = (compared / "comparison.md").read_text()
     assert "Left out for fomaml, which has no such setting: --order." in text
+    guessing = read_json(compared / "maml" / "report.json")["mse_of_mean"]["mean"]
+    assert f"Answering with the mean of the support targets: {guessing:.4f} ± " in text
     orders = [
         read_json(compared / name / "config.json")["learner"].get("order") for name in ("maml", "fomaml")
     ]

@@ -352,7 +352,8 @@ def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[
                 )
             },
         }
-    return {"metric": metric, "compared_to": first, **shared, "learners": rows}
+    by_mean = {name: reports[first][name] for name in ("mse_of_mean",) if name in reports[first]}
+    return {"metric": metric, "compared_to": first, **shared, **by_mean, "learners": rows}
 
 
 def _shared(report: Mapping[str, Any]) -> dict[str, Any]:

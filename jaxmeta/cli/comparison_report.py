@@ -52,7 +52,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
         f"{plural(result['episodes'], 'test task')}; "
         f"{plural(result['steps'], 'meta-step')} of {plural(result['meta_batch'], 'task')}; "
         f"seed {result['seed']}; preset {result['preset'] or 'none'}.",
-        *([f"{chance}."] if accuracy and (chance := chance_level(result)) else []),
+        *([f"{guessing}."] if (guessing := chance_level(result)) else []),
         f"± is the half-width of a 95 % confidence interval over test tasks; minus {first} is the difference "
         f"within each test task{', in percentage points' if accuracy else ''}.",
         "Training includes compiling and validation; memory is the peak of the "

@@ -309,15 +309,12 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
             lines += ["", "Accuracy by presentation of a class, in the sequence itself:", ""]
             lines += ["| " + " | ".join(by_instance) + " |", "|" + " --- |" * len(by_instance)]
             lines += ["| " + " | ".join(f"{100 * value:.1f} %" for value in by_instance.values()) + " |"]
-        if chance := chance_level(report):
-            lines += ["", f"{chance}."]
     else:
         lines += ["| inner steps at test | test mean squared error | 95 % CI |", "| --- | --- | --- |"]
         rows = report.get("mse_by_step") or {str(config.learner.get("eval_steps", "")): report["mse"]}
         lines += [f"| {steps} | **{row['mean']:.4f}** | ± {row['ci95']:.4f} |" for steps, row in rows.items()]
-        if "mse_of_mean" in report:
-            row = report["mse_of_mean"]
-            lines += ["", f"Answering with the mean of the support targets: {shown(row, 'mse')}."]
+    if guessing := chance_level(report):
+        lines += ["", f"{guessing}."]
     lines += ["", "![learning curve](curve.png)", ""]
     table = {
         "test tasks": f"{report['episodes']:,}",
@@ -356,7 +353,9 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
 
 
 def chance_level(result: Mapping[str, Any]) -> str | None:
-    """Return the accuracy of guessing in words; None where the number of classes varies."""
+    """Return what a learner must beat in words; None where the number of classes varies."""
+    if "mse_of_mean" in result:
+        return f"Answering with the mean of the support targets: {shown(result['mse_of_mean'], 'mse')}"
     ways = result["card"]["ways"]
     return f"Guessing: {100 / ways:.2f} %, one of {ways} classes" if isinstance(ways, int) else None
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -398,11 +399,10 @@ def _write_config(out: Path, config: Config, resumed: bool) -> None:
 def _command(config: Config, out: Path) -> str:
     """Return the command that continues a run: code of one's own is named again to be imported."""
     learner, network, tasks = (each["name"] for each in (config.learner, config.network, config.tasks))
-    named = f" {learner}" if learner in config.own else ""
-    more = "".join(
-        f" {flag} {name}" for flag, name in (("--network", network), ("--tasks", tasks)) if name in config.own
-    )
-    return f"jaxmeta train{named} --resume --out {out}{more}"
+    words = ["jaxmeta", "train", *([learner] if learner in config.own else []), "--resume", "--out", str(out)]
+    for flag, name in (("--network", network), ("--tasks", tasks)):
+        words += [flag, name] if name in config.own else []
+    return shlex.join(words)
 
 
 def _network_text(config: Config) -> str | None:
