@@ -291,6 +291,7 @@ def test_training_that_only_skips_steps_ends():
         run(learner, steps=40, non_finite="skip")
 
 
+@pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
 def test_a_loss_that_never_was_finite_is_no_matter_of_the_outer_rate(non_finite):
     """The initial parameters give it already; later on it is one."""
