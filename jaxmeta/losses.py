@@ -62,7 +62,7 @@ def cross_entropy(
     """
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ArgumentError("logits", f"got {shown(logits)}; it must be floats, of shape (n, ways)")
-    check_labels("labels", labels, *logits.shape, mask)
+    check_labels("labels", labels, logits.shape[0], logits.shape[1], mask)
     each = optax.softmax_cross_entropy_with_integer_labels(full_precision(logits), labels)
     return masked_mean(each, mask)
 

@@ -8,8 +8,10 @@ import pytest
 from jaxmeta.cli import config, main, parser
 from jaxmeta.cli import run as run_of_command
 from jaxmeta.cli.command_line import command_of_call, command_of_config, flags_of
+from jaxmeta.cli.parser import Group
 from jaxmeta.cli.presets import PRESETS
 from jaxmeta.cli.schema import Setting
+from jaxmeta.cli.target_data import target_settings
 from jaxmeta.cli.transfer import rank, transfer
 
 
@@ -114,6 +116,9 @@ def test_a_flag_that_several_groups_have_says_its_group():
     assert flags_of(values, groups) == ["--a.size", "2", "--rate=-0.5", "--no-on"]
 
 
+READING = {"skip_unreadable": True}
+
+
 @pytest.mark.parametrize(
     ("function", "words", "given", "found"),
     [
@@ -121,10 +126,10 @@ def test_a_flag_that_several_groups_have_says_its_group():
         (
             transfer,
             ["none"],
-            {"target": "folder:x", "network": "conv4", "train": ("head", "body/*"), "skip_unreadable": True},
+            {"target": "folder:x", "network": "conv4", "train": ("head", "body/*"), "reading": READING},
             "--train 'head,body/*' --network conv4 --skip-unreadable",
         ),
-        (transfer, ["a"], {"target": "t", "shots": "all", "rate": 1e-5, "seed": 3}, "--shots all --seed 3"),
+        (transfer, ["a"], {"target": "t", "shots": "all", "seed": 3}, "--shots all --seed 3"),
         (rank, ["a", "b"], {"target": "t", "fine_tune": True, "score": "nce"}, "jaxmeta rank a b --target t"),
     ],
 )
@@ -135,8 +140,10 @@ def test_a_call_is_repeated_by_its_command(function, words, given, found):
     if function is rank:
         del arguments["out"]
     # What a function forwards stands in a dictionary.
-    inner = {name: arguments.pop(name) for name in ("network", "seed", "shots", "skip_unreadable")}
-    command = command_of_call(function, {**arguments, "reading": inner})
+    inner = {name: arguments.pop(name) for name in ("network", "seed", "shots")}
+    own = Group("reading", "target", target_settings("folder:x"), {})
+    command = command_of_call(function, {**arguments, "options": inner}, {"reading": own.settings})
     assert found in command
-    parsed = parser.of_function(function, function.__name__).parse(shlex.split(command)[2:])
-    assert (parsed.words, parsed.values["flags"]) == (words, given)
+    parsed = parser.of_function(function, function.__name__, [own]).parse(shlex.split(command)[2:])
+    told = {"reading": parsed.values["reading"]} if "reading" in parsed.values else {}
+    assert (parsed.words, {**parsed.values["flags"], **told}) == (words, given)

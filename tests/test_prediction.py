@@ -17,7 +17,7 @@ from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta.cli import classifier, main, sources
+from jaxmeta.cli import classifier, main, predict, sources
 from jaxmeta.cli import run as run_of_command
 from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.cli.data import image_spec

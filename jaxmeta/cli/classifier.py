@@ -270,7 +270,8 @@ def _of_run(folder: Path, reading: _Reading, trusted: Iterable[str]) -> Classifi
     if classes > ways:
         raise ArgumentError(
             "support",
-            f"got {classes} classes; {method} was trained with {ways} ways and tells 2 to {ways} apart",
+            f"got {classes} classes; {method} was trained with {ways} ways and tells "
+            + (f"2 to {ways} apart" if ways > 2 else "2 apart"),
         )
     support = _read_support(reading, spec)
     learner = build.learner_of(config, facts.rows["inductive"])

@@ -30,6 +30,8 @@ SUPPLIED_TO_TASKS = ("split", "data")
 OF_TRAINING = ("ways", "shots", "queries")
 # What a method may have defaults of, and not every run has.
 _SOMETIMES = ("network", "distort", "report_steps", "train_ways", "train_shots", "train_queries")
+# The norms of a method that does not choose statistics.
+_CHOOSES_NONE = ("none",)
 # Where a name goes that several groups have, where a protocol or a method gives its value.
 _ORDER = ("training", "run", "tasks", "learner", "network")
 
@@ -169,7 +171,9 @@ class Names(NamedTuple):
         classification = kind_of(self.source) == "classification"
         if classification or not schema.accepts(self.learner, "eval_steps"):
             del found["run"]["report_steps"]
-        norms = tuple(dict.fromkeys(self.facts.rows.values())) if classification else ("batch",)
+        norms = tuple(dict.fromkeys(self.facts.rows.values()))
+        if not classification and norms != _CHOOSES_NONE:
+            norms = ("batch",)
         found["training"]["norm"] = found["training"]["norm"]._replace(hint=Literal[norms])
         if self.source.images is None:
             del found["run"]["workers"]
@@ -560,7 +564,7 @@ def check(config: Config) -> None:
         raise ArgumentError(
             "norm", f"got {config.training.norm}; {learner} has {', '.join(facts.rows.values())}"
         )
-    if kind == "regression" and config.training.norm != "batch":
+    if kind == "regression" and config.training.norm not in ("batch", *_CHOOSES_NONE):
         raise ArgumentError("norm", f"got {config.training.norm}; networks of regression normalise nothing")
     if config.training.diagnose and config.learner.get("order") == "first":
         raise ArgumentError(
