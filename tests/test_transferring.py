@@ -28,7 +28,7 @@ from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import RECIPES
 from jaxmeta.cli.run import params_of
 from jaxmeta.cli.target_data import Target, read_target, split_shots, target_settings
-from jaxmeta.cli.transfer import wilson
+from jaxmeta.cli.transfer_report import wilson
 from jaxmeta.nn.norm import from_moments
 from jaxmeta.transfer.ranking import SCORES
 

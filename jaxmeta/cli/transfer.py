@@ -1,17 +1,17 @@
 """Transfer learning: `jaxmeta transfer` and `jaxmeta rank`."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import linen
+from jaxtyping import Int
 
 from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count
 from jaxmeta.cli import folders
@@ -29,6 +29,7 @@ from jaxmeta.cli.command_line import command_of_call
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import (
     RECIPES,
+    Fit,
     Learnable,
     Settings,
     check_settings,
@@ -37,10 +38,17 @@ from jaxmeta.cli.fine_tuning import (
     resolved,
     trained,
 )
-from jaxmeta.cli.report import cell, plural, repeated_by
 from jaxmeta.cli.signals import Signals, current
 from jaxmeta.cli.sources import file_name
 from jaxmeta.cli.target_data import ShotSplit, Target, read_target, split_shots, target_settings
+from jaxmeta.cli.transfer_report import (
+    in_percent,
+    leaves_by_fate,
+    ranking_as_json,
+    settings_in_words,
+    transfer_markdown,
+    wilson,
+)
 from jaxmeta.core import Batch, Key
 from jaxmeta.declare import forwards
 from jaxmeta.files import write_json, write_text
@@ -56,14 +64,11 @@ from jaxmeta.transfer import (
 )
 from jaxmeta.transfer.architectures import described
 from jaxmeta.transfer.classifier import BODY, HEAD
-from jaxmeta.transfer.ranking import SCORES, Candidate, Ranking
-from jaxmeta.transfer.subtree import Report, leaves_by_path
+from jaxmeta.transfer.ranking import Candidate, Ranking
+from jaxmeta.transfer.subtree import leaves_by_path
 
-_WORST = 5
 # Fine-tuning of `rank` is brief.
 _RANKED_STEPS = 100
-# Of the standard normal distribution, for 95 %.
-_Z = 1.959964
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,95 +178,20 @@ def transfer(
     if recipe == "scratch":
         backbone = dataclasses.replace(backbone, variables=None)
     images, split = _images(backbone, target, common, reading, key)
-    learn, score = images.batch(split.learn), images.batch(split.score)
-    start = _start(backbone, images, learn, common, key)
+    start = _start(backbone, images, images.batch(split.learn), common, key)
     settings = resolved(recipe, backbone, start, len(split.learn), asked)
-    report = {
-        "source": source,
-        "target": target,
-        "recipe": recipe,
-        **dataclasses.asdict(settings),
-        "seed": common.seed,
-        "about": {
-            "source": backbone.about,
-            "target": images.protocol,
-            "recipe": RECIPES[recipe].description,
-        },
-        "classes": len(images.classes),
-        "shots": split.description,
-        "learned_from": len(split.learn),
-        "scored": len(split.score),
-        "images": start.images._asdict(),
-        "read": None if images.summary is None else str(images.summary),
-        "pixels": str(backbone.pixels),
-        "inverted": start.inverted,
-        "statistics": start.statistics,
-        "parameters": _counted(start, settings),
-    }
     command = command_of_call(transfer, given, {"reading": target_settings(target)})
-    config = {
-        "jaxmeta": version("jaxmeta"),
-        "command": COMMAND,
-        "source": source,
-        "target": target,
-        "recipe": recipe,
-        "seed": common.seed,
-        **settings.given(),
-        "data": common.data,
-        "reading": dict(reading),
-        "shots": common.shots,
-        "network": common.network,
-        "images": start.images._asdict(),
-        "pixels": backbone.pixels,
-        "inverted": start.inverted,
-        "classes": images.classes,
-    }
+    plan = _Plan(source, recipe, common, dict(reading), backbone, images, split, start, settings, command)
+    report = plan.report()
     folder = folders.claim(out, f"{COMMAND}-{_file_part(source)}-{file_name(target)}", COMMAND)
-    _announce(report, folder)
-    network = _describable(with_width(backbone.network, len(images.classes)))
-
-    def save(variables: Variables) -> None:
-        save_pretrained(folder / WEIGHTS, _whole(variables), network=network, overwrite=True)
+    for name, said in settings_in_words(report).items():
+        print(f"{name:<16}  {said}")
+    print(f"{'folder':<16}  {folder}", flush=True)
 
     results = folders.Results()
-    signals = current()
-    progress = _Progress(settings.steps, signals)
-    signals.training = settings.steps is not None
-    try:
-        fitted = fit(
-            recipe, start, learn, settings, jax.random.fold_in(key, 2), progress.report, progress.look
-        )
-    except _Stopped:
-        write_json(folder / "config.json", config | {"stopped_at": progress.step})
-        save(progress.variables)
-        signals.hint = (
-            f"after step {progress.step} of {settings.steps}; the weights so far are in {folder}, which can "
-            f"be a SOURCE; repeat all with: {command}"
-        )
-        raise signals.stopped() from None
-    signals.training = False
-    with results.writing(folder / "config.json"):
-        write_json(folder / "config.json", config)
-    with results.writing(folder / WEIGHTS):
-        save(fitted.variables)
-        _read_back(folder / WEIGHTS, fitted.variables)
-        signals.hint = f"the weights are in {folder}, and no report is; repeat with: {command}"
-    if signals.asked is not None:
-        raise signals.stopped()
-
-    predictions = _predictions(start, fitted.variables, score)
-    confusion = confusion_matrix(predictions, score.y, len(images.classes))
-    recalls = np.diag(confusion) / confusion.sum(1)
-    report["accuracy"] = wilson(int(np.trace(confusion)), len(score.y))
-    if backbone.variables is not None and settings.steps is not None:
-        # What training is measured by, of LP-FT its very start.
-        probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
-        right = _predictions(start, probe, score) == score.y
-        report["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
-    report |= {
-        "recalls": dict(zip(images.classes, map(float, recalls), strict=True)),
-        "losses": [round(float(loss), 6) for loss in fitted.losses],
-        "leaves": {group: len(rows) for group, rows in _groups(start.leaves).items()},
+    fitted = _learn(plan, folder, results, jax.random.fold_in(key, 2))
+    found, confusion = _scores(plan, fitted)
+    report |= found | {
         "wall_s": round(time.perf_counter() - started, 3),
         "device": jax.local_devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jaxmeta", "jax")},
@@ -274,13 +204,136 @@ def transfer(
     title = f"{recipe} from {source} to {target}"
     with folders.tolerated(folder / "confusion.png") as picture:
         plot_confusion(picture, confusion, images.classes, title)
-    print(f"accuracy          {_shown(report['accuracy'])}")
+    print(f"accuracy          {in_percent(report['accuracy'])}")
     if "probe_accuracy" in report:
-        print(f"  linear probe    {_shown(report['probe_accuracy'])}, the backbone's weights as they were")
+        print(
+            f"  linear probe    {in_percent(report['probe_accuracy'])}, the backbone's weights as they were"
+        )
     print(f"{report['wall_s']:.0f} s in all")
     print(f"folder: {folder}  (report.md, confusion.png)")
     results.check()
     return folder
+
+
+class _Plan(NamedTuple):
+    """A transfer before it learns: all that can be refused has been."""
+
+    source: str
+    recipe: str
+    options: Options
+    reading: dict[str, Any]
+    backbone: Backbone
+    images: Target
+    split: ShotSplit
+    start: Learnable
+    settings: Settings
+    command: str
+
+    def config(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return {
+            "jaxmeta": version("jaxmeta"),
+            "command": COMMAND,
+            "source": self.source,
+            "target": self.images.name,
+            "recipe": self.recipe,
+            "seed": self.options.seed,
+            **self.settings.given(),
+            "data": self.options.data,
+            "reading": self.reading,
+            "shots": self.options.shots,
+            "network": self.options.network,
+            "images": self.start.images._asdict(),
+            "pixels": self.backbone.pixels,
+            "inverted": self.start.inverted,
+            "classes": self.images.classes,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Return what report.json holds, before there are results."""
+        sizes = {path: leaf.size for path, leaf in leaves_by_path(self.start.variables["params"]).items()}
+        learned = sum(sizes[path] for path in trained(self.start, self.settings))
+        return {
+            "source": self.source,
+            "target": self.images.name,
+            "recipe": self.recipe,
+            **dataclasses.asdict(self.settings),
+            "seed": self.options.seed,
+            "about": {
+                "source": self.backbone.about,
+                "target": self.images.protocol,
+                "recipe": RECIPES[self.recipe].description,
+            },
+            "classes": len(self.images.classes),
+            "shots": self.split.description,
+            "learned_from": len(self.split.learn),
+            "scored": len(self.split.score),
+            "images": self.start.images._asdict(),
+            "read": None if self.images.summary is None else str(self.images.summary),
+            "pixels": str(self.backbone.pixels),
+            "inverted": self.start.inverted,
+            "statistics": self.start.statistics,
+            "parameters": {"trained": learned, "frozen": sum(sizes.values()) - learned},
+        }
+
+
+def _learn(plan: _Plan, folder: Path, results: folders.Results, key: Key) -> Fit:
+    """Learn, and write config.json and weights; those so far where a signal stops it.
+
+    Raises:
+      Signalled: a signal has stopped it.
+    """
+    network = _describable(with_width(plan.backbone.network, len(plan.images.classes)))
+    steps = plan.settings.steps
+
+    def save(variables: Variables) -> None:
+        save_pretrained(folder / WEIGHTS, _whole(variables), network=network, overwrite=True)
+
+    signals = current()
+    progress = _Progress(steps, signals)
+    signals.training = steps is not None
+    learn = plan.images.batch(plan.split.learn)
+    try:
+        fitted = fit(plan.recipe, plan.start, learn, plan.settings, key, progress.report, progress.look)
+    except _Stopped:
+        write_json(folder / "config.json", plan.config() | {"stopped_at": progress.step})
+        save(progress.variables)
+        signals.hint = (
+            f"after step {progress.step} of {steps}; the weights so far are in {folder}, which can be a "
+            f"SOURCE; repeat all with: {plan.command}"
+        )
+        raise signals.stopped() from None
+    signals.training = False
+    with results.writing(folder / "config.json"):
+        write_json(folder / "config.json", plan.config())
+    with results.writing(folder / WEIGHTS):
+        save(fitted.variables)
+        _read_back(folder / WEIGHTS, fitted.variables)
+        signals.hint = f"the weights are in {folder}, and no report is; repeat with: {plan.command}"
+    if signals.asked is not None:
+        raise signals.stopped()
+    return fitted
+
+
+def _scores(plan: _Plan, fitted: Fit) -> tuple[dict[str, Any], Int[np.ndarray, "classes classes"]]:
+    """Return the results of report.json, and the confusion matrix, of the images that were not learned."""
+    start, classes = plan.start, plan.images.classes
+    score = plan.images.batch(plan.split.score)
+    confusion = confusion_matrix(_predictions(start, fitted.variables, score), score.y, len(classes))
+    recalls = np.diag(confusion) / confusion.sum(1)
+    found: dict[str, Any] = {"accuracy": wilson(int(np.trace(confusion)), len(score.y))}
+    if plan.backbone.variables is not None and plan.settings.steps is not None:
+        # What training is measured by, of LP-FT its very start.
+        learn = plan.images.batch(plan.split.learn)
+        probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
+        right = _predictions(start, probe, score) == score.y
+        found["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
+    found |= {
+        "recalls": dict(zip(classes, map(float, recalls), strict=True)),
+        "losses": [round(float(loss), 6) for loss in fitted.losses],
+        "leaves": {group: len(rows) for group, rows in leaves_by_fate(start.leaves).items()},
+    }
+    return found, confusion
 
 
 @forwards(Options)
@@ -351,7 +404,7 @@ def rank(
     results = folders.Results()
     if to is not None:
         with results.writing(to):
-            write_json(to, _as_json(ranking, target, split, shrinkage))
+            write_json(to, ranking_as_json(ranking, target, split.description, shrinkage))
     print(f"target    {target}: {len(images.classes)} classes, {split.description}; {images.protocol}")
     print(f"by        {score}" + (f"; h_score with {shrinkage} shrinkage" if shrinkage else ""))
     print(ranking)
@@ -426,30 +479,7 @@ def _describable(network: Any) -> Any:
     return network
 
 
-# --- What comes out ------------------------------------------------------------------------------
-
-
-def wilson(right: int, n: int) -> dict[str, float]:
-    """Return a part of `n` independent examples, and Wilson's interval of 95 % around it.
-
-    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), which, unlike the normal approximation, stays in [0, 1]
-    and is no point where all are right.
-
-    Returns:
-      "mean", "low" and "high", and "ci95", half of the interval's width.
-
-    Examples:
-      >>> {name: round(value, 4) for name, value in wilson(10, 10).items()}
-      {'mean': 1.0, 'low': 0.7225, 'high': 1.0, 'ci95': 0.1388}
-
-    References:
-      Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
-    """
-    p, unit = right / n, _Z**2 / n
-    centre = p + unit / 2
-    half = _Z * math.sqrt(p * (1 - p) / n + unit / (4 * n))
-    low, high = (centre - half) / (1 + unit), (centre + half) / (1 + unit)
-    return {"mean": p, "low": low, "high": high, "ci95": (high - low) / 2}
+# --- Learning and scoring -------------------------------------------------------------------------
 
 
 def _predictions(start: Learnable, variables: Variables, data: Batch) -> np.ndarray:
@@ -459,12 +489,6 @@ def _predictions(start: Learnable, variables: Variables, data: Batch) -> np.ndar
             "the answers are not finite; try a smaller --rate, or other weights where no step was taken"
         )
     return logits.argmax(-1)
-
-
-def _counted(start: Learnable, settings: Settings) -> dict[str, int]:
-    sizes = {path: leaf.size for path, leaf in leaves_by_path(start.variables["params"]).items()}
-    learned = sum(sizes[path] for path in trained(start, settings))
-    return {"trained": learned, "frozen": sum(sizes.values()) - learned}
 
 
 def _whole(variables: Variables) -> Variables:
@@ -508,113 +532,3 @@ class _Progress:
         self.variables = variables
         if self.signals.asked is not None and self.step < (self.steps or 0):
             raise _Stopped
-
-
-def _announce(report: Mapping[str, Any], folder: Path) -> None:
-    for name, said in _table(report).items():
-        print(f"{name:<16}  {said}")
-    print(f"{'folder':<16}  {folder}", flush=True)
-
-
-def _table(report: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings of a transfer, in words."""
-    images, about, parameters = report["images"], report["about"], report["parameters"]
-    patterns = report.get("train")
-    rows = {
-        "source": about["source"],
-        "target": f"{report['target']}, {plural(report['classes'], 'class')}; {about['target']}",
-        "learned from": f"{report['shots']}, {plural(report['learned_from'], 'image')}",
-        "scored": plural(report["scored"], "other image"),
-        "read": report["read"],
-        "images": f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}, "
-        + report["pixels"]
-        + ("; dark on light, the source's light on dark: all are inverted" if report["inverted"] else ""),
-        "batch statistics": f"{report['statistics']}; they are kept"
-        if report["statistics"] and report.get("keep_statistics")
-        else report["statistics"],
-        "recipe": f"{report['recipe']}: {about['recipe']}"
-        + (f"; of the backbone only {', '.join(patterns)}" if patterns else ""),
-        "parameters": f"{parameters['trained']:,} trained, {parameters['frozen']:,} frozen",
-        "steps": None
-        if report["steps"] is None
-        else f"{report['steps']:,} of {plural(report['batch'], 'image')}, Adam, "
-        f"largest rate {report['rate']:g}",
-        "L2-SP": None
-        if report.get("l2_sp") is None
-        else f"α = {report['l2_sp']:g}, and 0.01 towards zero for the head",
-        "seed": report["seed"],
-    }
-    return {name: str(said) for name, said in rows.items() if said is not None}
-
-
-def _shown(row: Mapping[str, float]) -> str:
-    return f"{100 * row['mean']:.2f} %  (95 % CI {100 * row['low']:.2f} to {100 * row['high']:.2f})"
-
-
-def _groups(leaves: Report) -> dict[str, tuple]:
-    return {group: getattr(leaves, group) for group in ("taken", "new", "left_over", "dropped")}
-
-
-def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
-    """Return what report.md holds: report.json for people, and the table of leaves."""
-    lines = [
-        f"# {report['target']} from {report['source']}, {report['recipe']}",
-        "",
-        "| accuracy | 95 % CI | |",
-        "| --- | --- | --- |",
-    ]
-    said = {
-        "accuracy": report["recipe"],
-        "probe_accuracy": "for comparison: a linear probe, the backbone's weights as they were",
-    }
-    for name, what in said.items():
-        if name in report:
-            mean, low, high = (f"{100 * report[name][part]:.2f}" for part in ("mean", "low", "high"))
-            lines.append(f"| **{mean} %** | {low} to {high} | {what} |")
-    lines += [
-        "",
-        f"Of {plural(report['scored'], 'image')} that were not learned from. Wilson's interval: it is about "
-        "these images, and not about other draws of those to learn from. "
-        f"Guessing: {100 / report['classes']:.2f} %, one of {plural(report['classes'], 'class')}.",
-        "",
-        "![confusion of the classes](confusion.png)",
-        "",
-        "| | |",
-        "| --- | --- |",
-    ]
-    table = _table(report) | {"time": f"{report['wall_s']:.1f} s", "device": report["device"]}
-    table["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    lines += [f"| {name} | {cell(text)} |" for name, text in table.items()]
-    lines += repeated_by(report["command"])
-    worst = sorted(report["recalls"].items(), key=lambda pair: pair[1])[:_WORST]
-    lines += [
-        "",
-        "The classes that are named rightly least often:",
-        "",
-        "| class | recall |",
-        "| --- | --- |",
-    ]
-    lines += [f"| {cell(name)} | {100 * recall:.1f} % |" for name, recall in worst]
-    lines += ["", "What became of the source's leaves; new ones are not of the source:", ""]
-    return "\n".join(lines) + "\n" + leaves.markdown() + "\n"
-
-
-def _as_json(ranking: Ranking, target: str, split: ShotSplit, shrinkage: str | None) -> dict[str, Any]:
-    def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-        return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-    return {
-        "target": target,
-        "shots": split.description,
-        "score": ranking.score,
-        "shrinkage": shrinkage,
-        "sources": [
-            {
-                "source": row.name,
-                **{score: finite(row.scores).get(score) for score in SCORES},
-                "accuracy": row.accuracy,
-            }
-            for row in ranking.rows
-        ],
-        "correlations": {score: finite(found._asdict()) for score, found in ranking.correlations.items()},
-    }
