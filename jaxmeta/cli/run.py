@@ -492,6 +492,8 @@ def evaluate_run(
         with results.writing(target):
             write_json(target, result)
     print(f"{config.learner['name']}, {sentence(test.card)}; {tasks}, seed {seed}")
+    if (summary := sources.summary_of(config)) is not None:
+        print(f"read: {summary}")
     print_results(result, config)
     results.check()
     return result

@@ -141,7 +141,8 @@ def transfer(
     Args:
       source: a folder of `train` or `transfer`; a .safetensors or .msgpack file; a folder of Hugging Face's
         save_pretrained, or hf:owner/name; or none for a --network with nothing learned.
-      target: where labelled images come from, as `train --tasks`, of which all classes are taken.
+      target: where labelled images come from, as `train --tasks`. All classes are taken, of a class split (a
+        published one, or folders train, val and test of different classes) the test classes.
       recipe: what is trained, and how; without it lp-ft, and scratch where SOURCE is none.
         feature-extraction: the backbone frozen, a ridge head in closed form. linear-probe: likewise, a
         logistic head. fine-tune: backbone and a new head together. lp-ft: a linear probe, then fine-tuning.
@@ -353,7 +354,8 @@ def rank(
 
     Args:
       sources: two or more, as of `transfer`.
-      target: where labelled images come from, as `train --tasks`, of which all classes are taken.
+      target: where labelled images come from, as `train --tasks`. All classes are taken, of a class split (a
+        published one, or folders train, val and test of different classes) the test classes.
       score: score to order by.
       fine_tune: whether to fine-tune each source briefly as well (lp-ft), to see which score would have told.
       json: file to write the table to as well.
@@ -406,6 +408,8 @@ def rank(
         with results.writing(to):
             write_json(to, ranking_as_json(ranking, target, split.description, shrinkage))
     print(f"target    {target}: {len(images.classes)} classes, {split.description}; {images.protocol}")
+    if images.summary is not None:
+        print(f"read      {images.summary}")
     print(f"by        {score}" + (f"; h_score with {shrinkage} shrinkage" if shrinkage else ""))
     print(ranking)
     results.check()

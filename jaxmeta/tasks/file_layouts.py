@@ -109,7 +109,9 @@ def list_images(path: Path, argument: str = "path", *, skip_missing: bool = Fals
         raise MissingFileError(argument, f"{path} does not exist")
     if not path.is_dir():
         if path.suffix.lower() in (*_LISTS, ".json"):
-            reader = _Reader(path.parent, argument, skip_missing)
+            # Lists that lie in a folder of their own name images beside that.
+            folder = path.parent.parent if path.parent.name in _LIST_FOLDERS[1:] else path.parent
+            reader = _Reader(folder, argument, skip_missing)
             return reader.listing({"": path}, f"the list {path.name}")
         raise NotAFolderError(argument, f"{path} is a file, not a folder of images{_other_file(path)}")
     found = list_parts(path, argument, skip_missing=skip_missing)
@@ -166,7 +168,7 @@ def _named_lists(reader: "_Reader") -> Listing | None:
             lists: dict[str, Path] = {}
             for path in sorted(_visible_files(where, suffixes)):
                 part = part_of(path.stem)
-                if part is not None and (path.suffix != ".json" or _is_json_list(path)):
+                if part is not None and (path.suffix.lower() != ".json" or _is_json_list(path)):
                     if part in lists:
                         raise ArgumentError(
                             reader.argument,
@@ -286,8 +288,12 @@ def _other_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in _PICKLES:
         return f"; {pickle_advice(path)}"
-    if suffix in (".npz", ".npy"):
+    if suffix == ".npz":
         return f"; name arrays as arrays:{path.name}"
+    if suffix == ".npy":
+        return (
+            "; write arrays and their labels by numpy.savez('data.npz', x=…, y=…), and name arrays:data.npz"
+        )
     if suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z"):
         return "; unpack it, and name the folder"
     return " nor a list of some (.csv, .json)"

@@ -166,6 +166,7 @@ def test_lists_named_as_parts(tmp_path, place, header, delimiter):
         "elk": {"test": ["images/4.png", "images/5.png"]},
     }
     assert said(tmp_path) == ["1 image that no list names (images/6.png)"]
+    assert set(found(tmp_path / place / "train.csv")) == {"ant", "bee"}
     assert prepare_folder(tmp_path).split == ClassSplit(("ant", "bee"), ("cow",), ("elk",))
     shown = drawn(from_folder(tmp_path, "test", ways=1, shots=1, queries=1))
     levels = np.rint(255 * np.concatenate([shown.support.x, shown.query.x])[:, 0, 0, 0])
@@ -405,7 +406,8 @@ def test_of_several_lists_one_must_be_named(tmp_path, folders):
             "mini-imagenet-cache-train.pkl",
             r"holds pickles and no images; .*pickle\.load.*numpy\.savez.*arrays:data\.npz",
         ),
-        ("images.npy", r"holds arrays and no images; name arrays as arrays:images\.npy"),
+        ("images.npz", r"holds arrays and no images; name arrays as arrays:images\.npz"),
+        ("images.npy", r"holds arrays and no images; .*numpy\.savez.* and name arrays:data\.npz"),
         ("images.zip", "holds archives and no images; unpack it, and name the folder"),
     ],
 )
