@@ -2,7 +2,6 @@
 
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -227,11 +226,13 @@ def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
                     ) from None
     except ArgumentError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # zipfile and NumPy raise ValueError, OSError, NotImplementedError, zlib.error, …
         reason = " ".join(str(error).split())
         if "pickle" in reason:
             reason = pickle_advice(path)
-        raise ArgumentError(argument, f"{path} cannot be read as an npz file ({reason})") from None
+        raise ArgumentError(argument, f"{path} cannot be read as an npz file ({reason})") from error
     return found
 
 

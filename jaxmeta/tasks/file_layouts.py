@@ -502,9 +502,16 @@ class _Finder:
         for text in dict.fromkeys((row.file, row.file.strip(), row.file.strip().replace("\\", "/"))):
             if "\0" in text:
                 raise self._outside(row, "holds a zero byte")
-            if "\\" in text and _is_absolute(text):
+            # Elsewhere than on Windows a backslash is part of a name.
+            is_name = "\\" in text and not text.startswith("/")
+            if (
+                is_name
+                and _is_absolute(text)
+                and not any(os.path.lexists(root / text) for root in self.roots)
+            ):
                 continue
-            found = self._absolute(row, text) if _is_absolute(text) else self._relative(row, text)
+            find = self._relative if is_name or not _is_absolute(text) else self._absolute
+            found = find(row, text)
             if found is not None:
                 return found
         return None

@@ -1,12 +1,15 @@
 """Which file is of which class and part, in all layouts; and rows that are refused by line."""
 
 import csv
+import io
 import json
 import os
 
 import numpy as np
 import pytest
 from draws import drawn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jaxmeta.tasks.file_layouts import list_images, part_of
@@ -255,6 +258,10 @@ def listed(root, text):
     ]
 
 
+def is_plain(name):
+    return "/" not in name and name.strip(".") and name.strip()
+
+
 ODD = [
     "one, two.png",
     'a "quoted" one.png',
@@ -271,6 +278,24 @@ def test_file_names_with_odd_characters_come_out_right(tmp_path, name):
     put(tmp_path, name)
     quoted = '"' + name.replace('"', '""') + '"'
     assert listed(tmp_path, f"file,label\r\n{quoted},x\r\n") == [name]
+
+
+@pytest.mark.nightly
+@given(
+    names=st.sets(
+        st.text(" ab,;\t\"'\n\\ä.中*/", min_size=1, max_size=9).filter(is_plain), min_size=1, max_size=5
+    ),
+    delimiter=st.sampled_from(",;\t"),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_file_names_come_out_right(tmp_path_factory, names, delimiter, encoding):
+    root = tmp_path_factory.mktemp("names")
+    for name in names:
+        (root / name).write_bytes(b"")
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter).writerows([("file", "label"), *((name, "x") for name in names)])
+    assert set(listed(root, text.getvalue().encode(encoding))) == names
 
 
 @pytest.mark.parametrize(
