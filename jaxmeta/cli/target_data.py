@@ -187,8 +187,7 @@ def _without_small_classes(target: Target, shots: int) -> Target:
     small = [f"{target.classes[place]} ({sizes[place]})" for place in np.flatnonzero(sizes < needed)]
     warnings.warn(
         f"{target.name}: {len(small)} of {len(sizes)} classes have fewer than {needed} images and are left "
-        "out: "
-        f"{some(small)}",
+        f"out: {some(small)}",
         stacklevel=3,
     )
     rows = np.isin(target.y, kept)
@@ -327,8 +326,7 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
         raise ArgumentError(
             "target",
             f"{named} has a single image; there must be one to learn from and another; skip_small_classes "
-            "leaves "
-            "such classes out, where the source has it",
+            "leaves such classes out, where the source has it",
         )
     parts = np.maximum(4 * sizes // 5, 1)
     if shots == ALL:

@@ -80,8 +80,7 @@ def find_archives(data: Path) -> dict[str, Path]:
     raise MissingFileError(
         "data",
         f"{data} holds no images_background.zip and images_evaluation.zip, nor folders of these names, nor "
-        "does its "
-        "folder omniglot",
+        "does its folder omniglot",
     )
 
 

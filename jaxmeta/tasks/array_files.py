@@ -161,8 +161,8 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
             raise ArgumentError(
                 argument,
                 f"{path} lacks {' and '.join(name + suffix for name in lacking)}; it has "
-                f"{some(arrays) or 'nothing'}; "
-                "write it by numpy.savez(path, x=…, y=…), with the examples as x and their labels as y",
+                f"{some(arrays) or 'nothing'}; write it by numpy.savez(path, x=…, y=…), with the examples as "
+                "x and their labels as y",
             )
         x, y = _examples(path, argument, found["x"]), _labels(path, argument, found["y"])
         if len(x) != len(y):
@@ -221,8 +221,8 @@ def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
                     raise ArgumentError(
                         argument,
                         f"{path}: {name} is an array of objects, which is a pickle, and none is read; give "
-                        "it a type: "
-                        f"{name}.astype(str) of names, numpy.stack(list({name})) of arrays of one shape",
+                        f"it a type: {name}.astype(str) of names, numpy.stack(list({name})) of arrays of one "
+                        "shape",
                     ) from None
     except ArgumentError:
         raise
@@ -275,8 +275,7 @@ def _examples(path: Path, argument: str, x: np.ndarray) -> np.ndarray:
     ):
         warnings.warn(
             f"{path}: x has values up to {float(np.nanmax(x)):g}; images in floating point are best in [0, "
-            "1], and "
-            "those of 0 to 255 as uint8",
+            "1], and those of 0 to 255 as uint8",
             stacklevel=4,
         )
     return x[..., None] if x.ndim == 3 else x

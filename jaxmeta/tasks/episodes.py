@@ -101,6 +101,11 @@ class EpisodeShape:
             )
         return cls(ways, shots, int(queries), rotations, tuple(example), paired)
 
+    @property
+    def needed(self) -> int:
+        """The number of examples that every class must have."""
+        return self.shots[1] + self.queries
+
     def usable(
         self,
         names: Sequence[str],
@@ -113,7 +118,7 @@ class EpisodeShape:
 
         What is left out is warned of. Where no class has enough, all are returned, to be refused.
         """
-        needed = self.shots[1] + self.queries
+        needed = self.needed
         kept = [place for place, size in enumerate(sizes) if size >= needed]
         if not skip_small or not kept:
             return list(range(len(names)))
@@ -144,19 +149,17 @@ class EpisodeShape:
         classes = len(names) * (4 if self.rotations == "classes" else 1)
         if classes < self.ways[1]:
             raise ValueError(
-                f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}; "
-                "a class split (classes) that gives it more would do, or fewer ways. To tell apart a few "
-                "classes "
-                "that stay the same is a case for `jaxmeta transfer` or `predict`"
+                f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}; a "
+                "class split (classes) that gives it more would do, or fewer ways. To tell apart a few "
+                "classes that stay the same is a case for `jaxmeta transfer` or `predict`"
             )
-        needed = self.shots[1] + self.queries
+        needed = self.needed
         small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
         if small:
             raise ValueError(
                 f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed of every "
                 f"class, too few in {len(small)} of {len(names)}: {some(small)}; fewer shots or queries "
-                "would do, or "
-                "skip_small_classes, which leaves such classes out, where the source has it"
+                "would do, or skip_small_classes, which leaves such classes out, where the source has it"
             )
         if self.paired and len(set(sizes)) > 1:
             fewest, most = int(np.argmin(sizes)), int(np.argmax(sizes))

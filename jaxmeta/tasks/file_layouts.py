@@ -147,11 +147,9 @@ def pickle_advice(path: Path) -> str:
     """Return how what is in a pickle can be read."""
     return (
         f"{path.name} is a pickle, which can run code as it is read, so that none is; if you trust who made "
-        "it, "
-        f"write its arrays as npz in Python: import numpy, pickle; d = pickle.load(open({path.name!r}, "
-        "'rb')); "
-        "numpy.savez('data.npz', x=…, y=…) with the images (n, h, w, c) as x and their labels as y, and name "
-        "that file as arrays:data.npz (jm.tasks.from_npz has an example)"
+        f"it, write its arrays as npz in Python: import numpy, pickle; d = pickle.load(open({path.name!r}, "
+        "'rb')); numpy.savez('data.npz', x=…, y=…) with the images (n, h, w, c) as x and their labels as y, "
+        "and name that file as arrays:data.npz (jm.tasks.from_npz has an example)"
     )
 
 
@@ -415,8 +413,7 @@ class _Reader(NamedTuple):
             raise self.refuse(
                 path,
                 f" has the columns {some(map(repr, header), 8)}, and none for the {lacking} of an image; "
-                "there must "
-                f"be one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
+                f"there must be one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
             )
         split = _column(header, _SPLIT)
         for line, cells in rows:

@@ -147,8 +147,7 @@ def prepare_files(
     if size is None and found["small"]:
         warnings.warn(
             f"{prepared.name}: {len(found['small'])} of {len(entries)} images are far smaller than the "
-            "others, "
-            f"and are enlarged to {shape[0]} × {shape[0]}: {some(found['small'])}",
+            f"others, and are enlarged to {shape[0]} × {shape[0]}: {some(found['small'])}",
             stacklevel=3,
         )
     left_out = (

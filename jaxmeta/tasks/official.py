@@ -371,8 +371,7 @@ def _mini_imagenet_listing(data: Path) -> Listing:
     raise ArgumentError(
         "data",
         f"{data} holds no images with train.csv, val.csv and test.csv, no folders train, val and test, and "
-        "of "
-        f"mini-ImageNet's 100 class folders it lacks {len(missing)} (in it, in train, in "
+        f"of mini-ImageNet's 100 class folders it lacks {len(missing)} (in it, in train, in "
         f"ILSVRC/Data/CLS-LOC/train): {some(missing)}",
     )
 
@@ -430,6 +429,5 @@ def _check_parts(listing: Listing, split: ClassSplit, data: Path, authors: str) 
             raise ArgumentError(
                 "data",
                 f"{data}, by {listing.layout}, does not have the {part + ' ' if part else ''}classes of "
-                f"{authors}; "
-                f"too many or missing are {some(sorted(wrong))}",
+                f"{authors}; too many or missing are {some(sorted(wrong))}",
             )

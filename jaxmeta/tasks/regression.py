@@ -110,8 +110,7 @@ def from_regression(
     if small:
         warnings.warn(
             f"{name}: {len(small)} of {len(names)} tasks of split={split!r} have fewer than {needed} "
-            "examples and "
-            f"are left out: {some(small)}",
+            f"examples and are left out: {some(small)}",
             stacklevel=2,
         )
     kept = [each for each, count in zip(names, counts, strict=True) if count >= needed]
@@ -249,8 +248,7 @@ def read_table(
         raise ArgumentError(
             "task_column",
             f"{path} has no column {task_column!r}; it has {some(map(repr, names), 10)}; name the column "
-            "that tells "
-            "the task of an example",
+            "that tells the task of an example",
         )
     inputs, targets = chosen("inputs", inputs, "x"), chosen("targets", targets, "y")
     both = sorted(set(inputs) & set(targets))
@@ -336,8 +334,7 @@ def _numbers(path: Path, name: str, column: np.ndarray, lines: Sequence[int] | N
         raise ArgumentError(
             "path",
             f"{path}{_place(lines, wrong[0])}: got {numbers[wrong[0]]} in the column {name}; it must be a "
-            "finite "
-            "number of float32",
+            "finite number of float32",
         )
     return found
 

@@ -252,8 +252,7 @@ def warn_of_pooled_parts(source: str, parts: Iterable[str]) -> None:
     """Warn that the parts that a source has are no class split, so that they count for nothing."""
     warnings.warn(
         f"{source}: {', '.join(parts)} share classes, which few-shot tasks must not; the examples of all "
-        "parts are "
-        "pooled, and the classes shared out at random",
+        "parts are pooled, and the classes shared out at random",
         stacklevel=4,
     )
 
