@@ -364,6 +364,8 @@ class _Reader(NamedTuple):
                 if file is None:
                     missing.append(f"{row.where}: {row.file!r}")
                     continue
+                if file.is_dir():
+                    raise self.refuse(path, f", {row.where}: {row.file!r} is a folder; it must be an image")
                 entry = (row.label, row.part or part, f"{path.name}, {row.where}")
                 before = seen.setdefault(file, entry)
                 if before is not entry:

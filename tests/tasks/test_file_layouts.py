@@ -336,6 +336,7 @@ def test_the_absolute_path_of_a_file_in_the_folder(tmp_path):
         ("file,label\n/somewhere/else/1.png,x\n", r"line 2: '/somewhere/else/1.png' lies outside of"),
         ("file,label\n1.png,x\n\n2.png,\n", r"line 4: the label is empty"),
         ("file,label\n ,x\n", r"line 2: the file is empty"),
+        ("file,label\n1.png,x\n.,x\n", r"line 3: '\.' is a folder; it must be an image"),
         ("file,label\n1.png,x\n2.png\n", r"line 3: got 1 cells, and there are 2 columns"),
         ("file,label\n1, 2.png,x\n", r"line 2: got 3 cells, and there are 2 columns"),
         (
