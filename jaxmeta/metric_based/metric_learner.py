@@ -286,5 +286,7 @@ def class_means(
 
 
 def only_present(outputs: Float[Array, "m ways"], present: Bool[Array, " ways"]) -> Float[Array, "m ways"]:
-    """−∞, probability zero, for class slots without a support example."""
-    return jnp.where(present[None, :], outputs, -jnp.inf)
+    """−∞, probability zero, for class slots without a support example; of padding alone all are alike."""
+    # With −∞ for all of them, losses and gradients would be NaN.
+    absent = jnp.where(present.any(), -jnp.inf, 0)
+    return jnp.where(present[None, :], outputs, absent)

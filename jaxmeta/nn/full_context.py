@@ -56,7 +56,10 @@ class QueryContext(linen.Module):
         cell = linen.OptimizedLSTMCell(z.shape[1], name="attention")
         c, h = jnp.zeros_like(z), z
         for _ in range(self.steps):
-            attention = jax.nn.softmax(jnp.where(mask[None, :], h @ support.T, -jnp.inf))
+            # Of padding alone there is nothing to attend to, and a softmax of −∞ would be NaN.
+            seen = mask | ~mask.any()
+            attention = jax.nn.softmax(jnp.where(seen[None, :], h @ support.T, -jnp.inf))
+            attention = jnp.where(mask[None, :], attention, 0)
             (c, new), _ = cell((c, h), jnp.concatenate([z, attention @ support], axis=1))
             h = new + z
         return h

@@ -401,3 +401,20 @@ def test_products_and_distances_of_bfloat16_are_of_float32():
     found = squared_distances(a, b)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, np.square(exact[0][:, None] - exact[1][None]).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", rows("context", "prototypical", "kernel"))
+def test_a_support_set_of_padding_alone_has_finite_gradients_and_says_nothing(method):
+    learner, params = learner_of(method), initialised(method)
+    support, query = unequal()
+    nothing = batch(np.full_like(support.x, np.nan), support.y, np.zeros(support.y.size))
+
+    @jax.jit
+    def results(params):
+        adapted = learner.adapt(params, nothing, KEY)
+        loss = jax.value_and_grad(lambda params: learner.loss(params, jm.Task(nothing, query), KEY)[0])
+        return learner.predict(params, adapted, query.x), loss(params)
+
+    outputs, value_and_gradient = results(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value_and_gradient))
+    np.testing.assert_allclose(softmax(np.asarray(outputs)), 1 / WAYS)
