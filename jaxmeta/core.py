@@ -229,7 +229,8 @@ def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
 def checks_slots(learner: Learner) -> Learner:
     """`learner`, which refuses class slots that do not exist, where their values are known.
 
-    Every factory that `jm.learner` decorates returns such a learner.
+    It also takes examples as NumPy arrays, in which compiled loops cannot look up rows. Every factory that
+    `jm.learner` decorates returns such a learner.
     """
     if hasattr(learner.adapt, _CHECKS):
         return learner
@@ -237,7 +238,11 @@ def checks_slots(learner: Learner) -> Learner:
     @functools.wraps(learner.adapt)
     def adapt(params: Params, support: Batch, key: Key) -> Adapted:
         check_slots("support", support.y, support.ways, support.mask)
-        return learner.adapt(params, support, key)
+        return learner.adapt(params, _on_device(support), key)
+
+    @functools.wraps(learner.predict)
+    def predict(params: Params, adapted: Adapted, x: Array, *mask: Array | None, **settings: Any) -> Array:
+        return learner.predict(params, adapted, jnp.asarray(x), *mask, **settings)
 
     @functools.wraps(learner.loss)
     def loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
@@ -245,10 +250,21 @@ def checks_slots(learner: Learner) -> Learner:
         check_slots("support", support.y, support.ways, support.mask)
         if query.ways is not None:
             check_slots("query", query.y, query.ways, query.mask)
-        return learner.loss(params, task, key, step)
+        return learner.loss(params, Task(*map(_on_device, task)), key, step)
 
     setattr(adapt, _CHECKS, True)
-    return learner._replace(adapt=adapt, loss=loss)
+    return learner._replace(adapt=adapt, predict=predict, loss=loss)
+
+
+def _on_device(batch: Batch) -> Batch:
+    """`batch` with JAX's arrays for NumPy's; class slots that `ways_of` has to read stay as they are."""
+    known = batch.ways is not None or not jnp.issubdtype(batch.y.dtype, jnp.integer)
+    return dataclasses.replace(
+        batch,
+        x=jnp.asarray(batch.x),
+        y=jnp.asarray(batch.y) if known else batch.y,
+        mask=None if batch.mask is None else jnp.asarray(batch.mask),
+    )
 
 
 def ways_of(batch: Batch) -> int:

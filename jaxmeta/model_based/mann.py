@@ -27,6 +27,7 @@ from jaxmeta.core import (
     ways_of,
 )
 from jaxmeta.model_based.order import random_order
+from jaxmeta.nn.embedding import flattened
 from jaxmeta.nn.memory import MemoryNetwork
 from jaxmeta.tasks.distortions import distort
 from jaxmeta.tasks.sequences import check_strings
@@ -112,16 +113,18 @@ def mann(
             raise ArgumentError(
                 "network", f"got one of out={network.out}, and labels of these tasks need {width}"
             )
-        step = jnp.zeros(support.x[0].size + width, support.x.dtype)
+        step = jnp.zeros(math.prod(support.x.shape[1:]) + width, losses.full_precision(support.x).dtype)
         return {"network": network.init(key, step)["params"]}
 
     def present(params: Params, support: Batch, key: Key) -> tuple[PyTree, Batch, Array]:
         """What is left after the sequence, the sequence, and the outputs at its steps."""
         if shuffle:
             support = _shuffled(support, key)
-        labels = codes.encoded(support.y, ways_of(support)).astype(support.x.dtype)
+        # Labels are inputs too, and the memory adds up: bytes, and few bits, would not do.
+        x = losses.full_precision(flattened(support.x))
+        labels = codes.encoded(support.y, ways_of(support)).astype(x.dtype)
         before, last = _label_before(labels, support.mask)
-        inputs = jnp.concatenate([_flat(support.x), before], 1)
+        inputs = jnp.concatenate([x, before], 1)
 
         def step(state: PyTree, now: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
             projected, real = now
@@ -130,13 +133,14 @@ def mann(
                 after = jax.tree.map(partial(jnp.where, real), after, state)
             return after, features
 
-        start = jax.tree.map(lambda leaf: leaf.astype(support.x.dtype), network.initial())
+        start = jax.tree.map(lambda leaf: leaf.astype(x.dtype), network.initial())
         state, features = lax.scan(step, start, (call(params, "project", inputs), support.mask))
         return {"state": state, "last": last}, support, call(params, "outputs", features)
 
     def ask(params: Params, left: PyTree, x: Array) -> Array:
         last = jnp.broadcast_to(left["last"], (x.shape[0], left["last"].shape[0]))
-        projected = call(params, "project", jnp.concatenate([_flat(x), last], 1))
+        x = losses.full_precision(flattened(x))
+        projected = call(params, "project", jnp.concatenate([x, last], 1))
         features = jax.vmap(lambda now: call(params, "step", left["state"], now)[1])(projected)
         return call(params, "outputs", features)
 
@@ -214,11 +218,6 @@ class _Labels:
             sums = apart[:, i, :, None] + total[:, None, :]
             total = sums.reshape(outputs.shape[0], sums.shape[1] * sums.shape[2])
         return total
-
-
-def _flat(x: Float[Array, " n *shape"]) -> Float[Array, "n d"]:
-    # Not by −1, which is no size where there are no queries.
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _shuffled(batch: Batch, key: Key) -> Batch:

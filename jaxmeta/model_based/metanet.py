@@ -223,6 +223,8 @@ def metanet(
 
     def learn(params: Params, support: Batch, key: Key) -> PyTree:
         """What is learned of a blanked support set."""
+        # Rows are looked up in compiled loops, which NumPy's arrays do not allow.
+        support = jax.tree.map(jnp.asarray, support)
         count = _check_support(support, pairs, samples)
         mask = jnp.ones(support.y.shape, bool) if support.mask is None else support.mask
         for_embedding, for_base = jax.random.split(key)

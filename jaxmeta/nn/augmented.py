@@ -24,7 +24,7 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, Params
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, log_and_sign
-from jaxmeta.nn.embedding import max_pool_2x2
+from jaxmeta.nn.embedding import flattened, max_pool_2x2, require_images
 
 # None; a tree like the slow weights, from which layers may be missing; or a tuple of such trees.
 Fast = Mapping[str, Any] | tuple[Any, ...] | None
@@ -199,11 +199,13 @@ class AugmentedCNN(linen.Module):
 
     @linen.compact
     def __call__(self, x: Float[Array, " n *shape"], fast: Fast = None) -> Float[Array, "n out"]:
+        if self.blocks:
+            require_images(x)
         for i in range(self.blocks):
             name = f"conv_{i}"
             layer = AugmentedConv(self.filters, kernel_init=self.kernel_init, name=name)
             x = max_pool_2x2_ceil(layer(x, fast_of_layer(fast, name)))
-        x = x.reshape(x.shape[0], -1)
+        x = flattened(x)
         activation = None if self.ways is None else jax.nn.relu
         fc = AugmentedDense(self.features, activation, self.kernel_init, name="fc")
         x = fc(x, fast_of_layer(fast, "fc"))

@@ -100,7 +100,7 @@ def _matrix(x):
 
     Products are of matrices: a contraction over several axes is first transposed, in a copy.
     """
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _patch_form(x, w, geometry):
@@ -208,6 +208,16 @@ def _over_tasks_as_product(one, batched):
 def _primitive(name, out_shape, cpu, default):
     primitive = Primitive(name)
 
+    def also_of_nothing(run):
+        """Zeros where there are no images, or no tasks: a sum over nothing."""
+
+        def whole(a, b, *, geometry):
+            if a.size and b.size:
+                return run(a, b, geometry=geometry)
+            return jnp.zeros((a.shape[0], *out_shape(a, b, geometry)), a.dtype)
+
+        return whole
+
     @primitive.def_abstract_eval
     def _(a, b, *, geometry):
         if a.dtype != b.dtype:
@@ -219,8 +229,9 @@ def _primitive(name, out_shape, cpu, default):
         return primitive.bind(a, b, geometry=geometry)
 
     primitive.def_impl(eager)
-    mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+    for run, platform in ((default, {}), (cpu, {"platform": "cpu"})):
+        lowering = mlir.lower_fun(also_of_nothing(run), multiple_results=False)
+        mlir.register_lowering(primitive, lowering, **platform)
     return primitive
 
 
@@ -283,24 +294,23 @@ def _batch_rule(primitive, a_free, a_out, b_free, b_out):
     """
 
     def fold(operand, dim, axis):
+        """The operand with two axes as one, and the sizes of both, which a product of 0 does not tell."""
         operand = jnp.moveaxis(operand, dim, axis)
-        return operand.reshape(*operand.shape[:axis], -1, *operand.shape[axis + 2 :])
+        sizes = operand.shape[axis : axis + 2]
+        return operand.reshape(*operand.shape[:axis], math.prod(sizes), *operand.shape[axis + 2 :]), sizes
 
-    def unfold(out, size, axis):
-        return out.reshape(*out.shape[:axis], size, -1, *out.shape[axis + 1 :])
+    def unfold(out, sizes, axis):
+        return out.reshape(*out.shape[:axis], *sizes, *out.shape[axis + 1 :])
 
     def rule(args, dims, *, geometry):
         (a, b), (a_dim, b_dim) = args, dims
         if a_dim is not None and b_dim is not None:
-            size, axis = a.shape[a_dim], 0
-            out = primitive.bind(fold(a, a_dim, 0), fold(b, b_dim, 0), geometry=geometry)
+            (a, sizes), (b, _), axis = fold(a, a_dim, 0), fold(b, b_dim, 0), 0
         elif b_dim is None:
-            size, axis = a.shape[a_dim], a_out
-            out = primitive.bind(fold(a, a_dim, a_free), b, geometry=geometry)
+            (a, sizes), axis = fold(a, a_dim, a_free), a_out
         else:
-            size, axis = b.shape[b_dim], b_out
-            out = primitive.bind(a, fold(b, b_dim, b_free), geometry=geometry)
-        return unfold(out, size, axis), axis
+            (b, sizes), axis = fold(b, b_dim, b_free), b_out
+        return unfold(primitive.bind(a, b, geometry=geometry), sizes, axis), axis
 
     batching.primitive_batchers[primitive] = rule
 

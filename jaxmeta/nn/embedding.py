@@ -1,12 +1,13 @@
 """The networks of the literature, in the exact shapes whose numbers were published."""
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.nn.layers import Conv
@@ -55,8 +56,27 @@ def _windows(x):
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
 
 
+def flattened(x: Shaped[Array, " n *shape"]) -> Shaped[Array, "n d"]:
+    """Each example as a vector."""
+    # Not by −1, which is no size where there are no examples.
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def require_images(x: Any) -> None:
+    """Refuses what is no batch of images with channels."""
+    if x.ndim != 4:
+        hint = " (grey images need an axis of channels: x[..., None])" if x.ndim == 3 else ""
+        raise ArgumentError(
+            "x", f"got an array of shape {x.shape}; images are (examples, height, width, channels){hint}"
+        )
+
+
 def require_size(x: Float[Array, "n h w c"], least: int) -> None:
-    """Refuses images that poolings would shrink to nothing, whose features would be constant."""
+    """Refuses what is no batch of images, or ones that poolings would shrink to nothing.
+
+    Their features would be constant.
+    """
+    require_images(x)
     if min(x.shape[1:3]) < least:
         raise ArgumentError(
             "x", f"got images of {x.shape[1]}×{x.shape[2]}; they must be at least {least}×{least}"
@@ -139,8 +159,7 @@ class Conv4(linen.Module):
         for _ in range(4):
             # ReLU and pooling commute, and pooling first leaves a quarter of the pixels.
             x = jax.nn.relu(ConvNorm(self.filters, pool=True, epsilon=self.epsilon)(x, mask))
-        x = x.reshape(x.shape[0], -1)
-        return linear_head(x, self.ways)
+        return linear_head(flattened(x), self.ways)
 
 
 class StridedConv4(linen.Module):
@@ -173,10 +192,11 @@ class StridedConv4(linen.Module):
     def __call__(
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n d"]:
+        require_images(x)
         for _ in range(4):
             x = ConvNorm(self.filters, strides=2, use_scale=self.use_scale, epsilon=self.epsilon)(x, mask)
             x = jax.nn.relu(x)
-        x = x.reshape(x.shape[0], -1) if self.flatten else x.mean((1, 2))
+        x = flattened(x) if self.flatten else x.mean((1, 2))
         return linear_head(x, self.ways)
 
 
@@ -208,7 +228,7 @@ class MLP(linen.Module):
     def __call__(
         self, x: Float[Array, " n *shape"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n out"]:
-        x = x.reshape(x.shape[0], -1)
+        x = flattened(x)
         for width in self.hidden:
             x = linen.Dense(width, self.use_bias, kernel_init=self.kernel_init)(x)
             x = self.activation(BatchNorm()(x, mask) if self.norm else x)

@@ -5,7 +5,7 @@ from flax import linen
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError
-from jaxmeta.nn.embedding import max_pool_2x2
+from jaxmeta.nn.embedding import flattened, max_pool_2x2, require_images
 from jaxmeta.nn.layers import Conv
 
 SIDE = 105
@@ -31,6 +31,7 @@ class Koch(linen.Module):
 
     @linen.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n 4096"]:
+        require_images(x)
         if x.shape[1:3] != (SIDE, SIDE):
             raise ArgumentError(
                 "x", f"got images of {x.shape[1]}×{x.shape[2]}; the published network is for {SIDE}×{SIDE}"
@@ -43,5 +44,5 @@ class Koch(linen.Module):
         for width, side, pool in ((64, 10, True), (128, 7, True), (128, 4, True), (256, 4, False)):
             x = Conv(width, (side, side), padding="VALID", kernel_init=normal(0.01), bias_init=around_half)(x)
             x = jax.nn.relu(max_pool_2x2(x) if pool else x)
-        x = x.reshape(x.shape[0], -1)
-        return jax.nn.sigmoid(linen.Dense(4096, kernel_init=normal(0.2), bias_init=around_half)(x))
+        head = linen.Dense(4096, kernel_init=normal(0.2), bias_init=around_half)
+        return jax.nn.sigmoid(head(flattened(x)))

@@ -6,7 +6,7 @@ import jax
 from flax import linen
 from jaxtyping import Array, Bool, Float
 
-from jaxmeta.nn.embedding import ConvNorm, require_size
+from jaxmeta.nn.embedding import ConvNorm, flattened, require_size
 
 
 class RelationEmbedding(linen.Module):
@@ -62,7 +62,7 @@ class RelationModule(linen.Module):
         require_size(x, 4 if self.padding == "SAME" else 10)
         for _ in range(2):
             x = jax.nn.relu(ConvNorm(self.filters, pool=True, padding=self.padding)(x, mask))
-        x = x.reshape(x.shape[0], -1)
+        x = flattened(x)
         for width in (8, 1):
             x = linen.Dense(
                 width, kernel_init=linen.initializers.normal(0.01), bias_init=linen.initializers.ones

@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxmeta.checks import ArgumentError
-from jaxmeta.nn.embedding import linear_head
+from jaxmeta.nn.embedding import linear_head, require_images
 from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
 
@@ -120,6 +120,7 @@ class ResNet(linen.Module):
             raise ArgumentError(
                 "channels", f"got {self.channels}; one for each stage of depths, {self.depths}"
             )
+        require_images(x)
         x = _conv_norm(x, mask, self.stem, 7, 2, ((3, 3), (3, 3)), "stem", max_pool_3x3)
         x = jax.nn.relu(x)
         for i, (depth, channels) in enumerate(zip(self.depths, self.channels, strict=True)):

@@ -9,7 +9,7 @@ from flax import linen
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError
-from jaxmeta.nn.embedding import linear_head
+from jaxmeta.nn.embedding import linear_head, require_images
 from jaxmeta.nn.layers import Conv
 
 POOLINGS = ("cls", "mean")
@@ -69,7 +69,9 @@ class Attention(linen.Module):
     def __call__(self, x: Float[Array, "n tokens width"]) -> Float[Array, "n tokens width"]:
         n, tokens, width = x.shape
         q, k, v = (
-            linen.Dense(width, self.qkv_bias, name=name)(x).reshape(n, tokens, self.heads, -1)
+            linen.Dense(width, self.qkv_bias, name=name)(x).reshape(
+                n, tokens, self.heads, width // self.heads
+            )
             for name in ("query", "key", "value")
         )
         scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(width // self.heads)
@@ -168,7 +170,7 @@ class ViT(linen.Module):
         self._check(x)
         window = (self.patch, self.patch)
         x = Conv(self.width, window, window, "VALID", name="patch_embedding")(x)
-        x = x.reshape(x.shape[0], -1, self.width)
+        x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.width)
         small = linen.initializers.truncated_normal(0.02)
         token = self.param("cls_token", small, (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], 1)
@@ -191,6 +193,7 @@ class ViT(linen.Module):
         height, width = self.sides
         if height % self.patch or width % self.patch:
             raise ArgumentError("image_size", f"got {height}×{width}; patches of {self.patch} must tile it")
+        require_images(x)
         if x.shape[1:3] != (height, width):
             raise ArgumentError(
                 "x",
