@@ -477,6 +477,7 @@ def test_which_images_of_a_folder_in_parts_are_the_target(
     assert (target.scored is not None) == ("to score" in target.protocol)
 
 
+@pytest.mark.nightly
 def test_transfer_to_a_folder_in_parts_says_what_was_read(place, tmp_path, capsys):
     target = parts_of_bars(tmp_path / "bars", train=(4, 4), test=(3, 5))
     (tmp_path / "bars" / "test" / "bar 0" / "notes.txt").write_text("no image")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -123,14 +124,19 @@ def image_files(folder: Path) -> list[Path]:
     An image is a file that ends in one of `image_suffixes`, in any case, and is not hidden (a leading
     dot); whatever else lies there is none.
     """
-    suffixes = image_suffixes()
-    files = (
-        path
-        for path in folder.iterdir()
+    with os.scandir(folder) as entries:
         # Not is_file(): a broken link is an image that cannot be read, not one that may be passed over.
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and not path.is_dir()
-    )
-    return sorted(files, key=lambda path: path.name)
+        names = [
+            entry.name
+            for entry in entries
+            if is_image_name(entry.name) and not entry.name.startswith(".") and not entry.is_dir()
+        ]
+    return [folder / name for name in sorted(names)]
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file is an image by its suffix."""
+    return os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -196,40 +202,43 @@ def left_out_of(root: Path, classes: Path, taken: Iterable[Path]) -> list[LeftOu
       classes: the folder with one subfolder a class.
       taken: files that are.
     """
-    kept = set(taken)
+    kept = set(map(str, taken))
 
-    def names(files: Iterable[Path]) -> list[str]:
-        return [file.relative_to(root).as_posix() for file in files if file not in kept]
+    def names(files: Iterable[str]) -> list[str]:
+        return [Path(file).relative_to(root).as_posix() for file in files if file not in kept]
 
-    visible = [path for path in classes.iterdir() if path.is_file() and not path.name.startswith(".")]
-    others = [path for path in visible if path.suffix.lower() not in image_suffixes()]
-    deeper: list[Path] = []
+    others = [str(path) for path in classes.iterdir() if path.is_file() and not path.name.startswith(".")]
+    deeper: list[str] = []
     for folder in subfolders(classes):
-        for path in _visible(folder):
-            if path.suffix.lower() not in image_suffixes():
-                others.append(path)
-            else:
-                deeper.append(path)
+        for file in _visible(str(folder)):
+            (deeper if is_image_name(file) else others).append(file)
     return [
         *LeftOut.of(
-            "image beside the class folders", "images beside the class folders", names(image_files(classes))
+            "image beside the class folders",
+            "images beside the class folders",
+            names(filter(is_image_name, others)),
         ),
         *LeftOut.of(
             "image in a folder of a class folder", "images in folders of a class folder", names(deeper)
         ),
-        *LeftOut.of("file that is no image", "files that are no images", names(others)),
+        *LeftOut.of(
+            "file that is no image",
+            "files that are no images",
+            names(file for file in others if not is_image_name(file)),
+        ),
     ]
 
 
-def _visible(folder: Path) -> Iterator[Path]:
+def _visible(folder: str) -> Iterator[str]:
     """Yield all files below a folder that are not hidden."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            # Links may lead round in a circle.
-            if not path.name.startswith(".") and not path.is_symlink():
-                yield from _visible(path)
-        elif not path.name.startswith("."):
-            yield path
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield entry.path
+            elif not entry.is_symlink():  # links may lead round in a circle
+                yield from _visible(entry.path)
 
 
 def default_side(sides: Sequence[int]) -> int:
