@@ -24,7 +24,7 @@ from machine import cores, describe_machine
 
 import jaxmeta as jm
 from jaxmeta.cli import build, sources
-from jaxmeta.cli.config import stored
+from jaxmeta.cli.config import load_config
 from jaxmeta.cli.run import evaluation_key, params_of
 
 EPISODES = 1000
@@ -71,7 +71,7 @@ def evaluated(learner, params, tasks, seed: int) -> dict:
 
 def both(folder: Path, tasks) -> dict:
     """Transductive and inductive accuracy of a run on `tasks`."""
-    config = stored(folder)
+    config = load_config(folder)
     params = params_of(folder, config)
     return {
         row: evaluated(build.learner_of(config, norm), params, tasks, config.run.seed)
@@ -97,7 +97,7 @@ def main(argv=None) -> None:
     rows: dict = {}
     digits = None if args.mnist is None else jm.tasks.mnist(ways=10, queries=10, data=args.mnist)
     for folder in args.omniglot:
-        config = stored(folder)
+        config = load_config(folder)
         learner, more = config.learner["name"], config.replaced(tasks={"ways": 20})
         rows[learner] = {"omniglot 20-way 1-shot": both(folder, sources.tasks_of(more, "test"))}
         if digits is not None:
@@ -108,7 +108,7 @@ def main(argv=None) -> None:
         rows["pixels"] = {"mnist 10-way 1-shot": {"inductive": evaluated(pixels(), {"model": {}}, digits, 0)}}
         print(f"nearest pixels, mnist 10-way 1-shot: {in_words(rows['pixels']['mnist 10-way 1-shot'])}")
     if args.zero_shot is not None:
-        config = stored(args.zero_shot)
+        config = load_config(args.zero_shot)
         test = sources.tasks_of(config, "test")
         linear, params = linear_map(sources.tasks_of(config, "train"), jax.random.key(0))
         name = f"glyphs {config.ways}-way zero-shot"

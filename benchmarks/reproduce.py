@@ -25,7 +25,7 @@ from machine import cores, describe_machine
 
 import jaxmeta as jm
 from jaxmeta.cli import build, sources
-from jaxmeta.cli.config import stored
+from jaxmeta.cli.config import load_config
 from jaxmeta.cli.run import evaluation_key
 
 # method -> (preset, what was published of 5-way 1-shot, its budget)
@@ -107,7 +107,7 @@ def differences(row: dict, folder: Path, to: Path) -> None:
 
 def control(folder: Path, devices) -> dict:
     """Plain fine-tuning from where the LSTM meta-learner began: accuracy by row, and the rate."""
-    config = stored(folder)
+    config = load_config(folder)
     key = jax.random.key(config.run.seed)
     tasks = sources.tasks_of(config, "train")
     learner = build.learner_of(config)

@@ -62,7 +62,9 @@ class Ours:
         self.tasks = as_distribution(pool)
         self.optimizer = optax.adam(row.outer_lr)
         local = jax.local_devices()
-        devices = local if self.learner.divisible else local[: sharding.sharers(row.meta_batch, len(local))]
+        devices = (
+            local if self.learner.divisible else local[: sharding.num_shards(row.meta_batch, len(local))]
+        )
         mesh = sharding.task_mesh(row.meta_batch, devices, divisible=self.learner.divisible)
         step = jm.meta_step(self.learner, self.optimizer, row.meta_batch, self.strategy, devices=devices)
         state = jm.init_state(self.learner, self.optimizer, self.tasks, jax.random.key(0))

@@ -491,7 +491,7 @@ def test_a_configuration_is_started_from_with_flags_on_top(run, tmp_path, starte
     # That of a run, too, by its folder.
     assert main(["train", f"--config={run}", "--inner-lr", "0.5", "--shots", "3", "--seed=7"]) == 0
     same, other = started
-    before = config.stored(run)
+    before = config.load_config(run)
     for group in config.GROUPS:
         assert getattr(same, group) == getattr(before, group)
     assert (other.learner["inner_lr"], other.run.seed, other.training) == (0.5, 7, before.training)

@@ -14,7 +14,7 @@ from support import read_json
 import jaxmeta as jm
 from jaxmeta.cli import main, names
 from jaxmeta.cli import run as run_of_command
-from jaxmeta.cli.config import stored
+from jaxmeta.cli.config import load_config
 from jaxmeta.cli.run import params_of
 from jaxmeta.transfer import leaves_by_path, save_pretrained
 
@@ -269,9 +269,9 @@ def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner,
     said = capsys.readouterr().out
     assert f"init      {place / source}: " in said
     assert ("new: model/head/bias" in said) == (learner == "maml")
-    found = leaves_by_path(params_of(out, stored(out))["model"])
+    found = leaves_by_path(params_of(out, load_config(out))["model"])
     if source == "run":
-        begun = params_of(place / "run", stored(place / "run"))["model"]
+        begun = params_of(place / "run", load_config(place / "run"))["model"]
     else:
         begun = jm.transfer.load_pretrained(place / source).variables["params"]
     for path, leaf in leaves_by_path(begun).items():

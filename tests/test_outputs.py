@@ -329,9 +329,9 @@ def test_what_fails_after_a_training_fails_alone(fault, run, tmp_path, monkeypat
     assert {path.name for path in run.iterdir()} - {"checkpoints", "tensorboard"} - left == (
         {missing} - {"checkpoints", None}
     )
-    config = run_of_command.stored(run)
+    config = run_of_command.load_config(run)
     if missing != "checkpoints":
-        same_parameters(params_of(out, run_of_command.stored(out)), params_of(run, config))
+        same_parameters(params_of(out, run_of_command.load_config(out)), params_of(run, config))
     if status and says == "parameters.npz":
         with np.load(out / "parameters.npz") as spare:
             kept = dict(spare)
@@ -427,7 +427,7 @@ def test_a_run_whose_folder_is_removed_while_it_trains_can_be_loaded(run, tmp_pa
 
     monkeypatch.setattr(run_of_command, "train", removing)
     assert main([*TINY, "--out", str(out)]) == 0
-    same_parameters(*(params_of(each, run_of_command.stored(each)) for each in (out, run)))
+    same_parameters(*(params_of(each, run_of_command.load_config(each)) for each in (out, run)))
     assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
 
 
@@ -493,7 +493,7 @@ def changed(tree):
 
 
 def test_parameters_are_compared_with_the_ones_on_disk(run, tmp_path):
-    params = params_of(run, run_of_command.stored(run))
+    params = params_of(run, run_of_command.load_config(run))
     checkpoint.check_saved(run, params)
     with pytest.raises(ValueError, match=r"has other parameters: .* differs"):
         checkpoint.check_saved(run, changed(params))

@@ -139,7 +139,7 @@ def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys):
     # Of folders that the text speaks of, and that are not here.
     monkeypatch.setattr(folders, "data_folder", lambda data: data)
     monkeypatch.setattr(
-        commands_of_names, "stored", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
+        commands_of_names, "load_config", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
     )
     for command in commands:
         command = [NAME[command[0]] if word == "NAME" else word for word in command]

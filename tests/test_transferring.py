@@ -23,7 +23,7 @@ import jaxmeta as jm
 from jaxmeta.cli import fine_tuning, main, names, run, schema
 from jaxmeta.cli import transfer as transferring
 from jaxmeta.cli.backbones import load_backbone, untrained
-from jaxmeta.cli.config import stored
+from jaxmeta.cli.config import load_config
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import RECIPES
 from jaxmeta.cli.run import params_of
@@ -109,7 +109,7 @@ def partly_tuned(place):
 
 def body_of(run):
     """Parameters and statistics of a run's network, without its head."""
-    params = params_of(run, stored(run))
+    params = params_of(run, load_config(run))
     leaves = {f"params/{path}": leaf for path, leaf in jm.transfer.leaves_by_path(params["model"]).items()}
     if "population" in params:
         stats = from_moments(params["population"])
@@ -389,7 +389,7 @@ def test_a_file_that_does_not_say_its_network_is_told_it(place, probed, tmp_path
     from flax.serialization import msgpack_serialize
 
     run = place / "prototypical"
-    params = params_of(run, stored(run))
+    params = params_of(run, load_config(run))
     variables = {"params": params["model"], "batch_stats": from_moments(params["population"])}
     file = tmp_path / "weights.msgpack"
     file.write_bytes(msgpack_serialize(jax.tree.map(np.asarray, variables)))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.cli import build, folders
 from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, load_backbone
-from jaxmeta.cli.config import is_run, read_json, stored
+from jaxmeta.cli.config import is_run, load_config, read_json
 from jaxmeta.cli.data import ImageSpec, images_of
 from jaxmeta.cli.own_images import read_images, seem_inverted, warn_of_negatives
 from jaxmeta.cli.run import params_of
@@ -255,7 +255,7 @@ def _read_support(reading: _Reading, spec: ImageSpec) -> _Support:
 
 
 def _of_run(folder: Path, reading: _Reading, trusted: Iterable[str]) -> Classifier:
-    config = stored(folder, trusted)
+    config = load_config(folder, trusted)
     spec = images_of(config)
     method = config.learner["name"]
     if spec is None:

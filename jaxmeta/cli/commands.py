@@ -13,7 +13,7 @@ from jaxmeta.cli import compare as comparing
 from jaxmeta.cli import evaluate as evaluating
 from jaxmeta.cli import folders, run, schema, sources
 from jaxmeta.cli import transfer as transferring
-from jaxmeta.cli.config import Base, Chosen, base_of, from_json, is_run, on_other_tasks, resolve, stored
+from jaxmeta.cli.config import Base, Chosen, base_of, from_json, is_run, load_config, on_other_tasks, resolve
 from jaxmeta.cli.parser import Group, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.target_data import target_settings
@@ -113,7 +113,7 @@ def train(argv: Sequence[str]) -> None:
         raise UsageError(f"unexpected argument {more[0]!r}{first}; see `jaxmeta train --help`")
     invocation = run.Invocation(**given.values.get("invocation", {}))
     with parser.naming_flags():
-        values = settled(given.values)
+        values = with_absolute_paths(given.values)
         if resume:
             run.resume_run(Path(str(out)).expanduser(), values, invocation, trusted(given_names, learner))
         else:
@@ -160,7 +160,7 @@ def _base_to_resume(given: Mapping[str, str], learner: str | None, out: str | No
     if "config" in given:
         raise UsageError("--config: --resume goes on with the run's own; leave one of them out")
     folder = Path(out).expanduser()
-    before = stored(folder, trusted(given, learner))
+    before = load_config(folder, trusted(given, learner))
     tasks = given.get("tasks")
     asked = {
         "learner": (learner, before.learner["name"]),
@@ -175,7 +175,7 @@ def _base_to_resume(given: Mapping[str, str], learner: str | None, out: str | No
     return base_of(Chosen(start=before))
 
 
-def settled(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def with_absolute_paths(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return flags by group as they are kept: paths good in every folder."""
     kept = {group: dict(given[group]) for group in _SHOWN if group in given}
     if "data" in kept.get("run", {}):
@@ -226,7 +226,7 @@ def evaluate(argv: Sequence[str]) -> None:
         _evaluate_weights(folder, argv, named, words, output)
         return
     believed = trusted(named, named.get("learner"))
-    config = stored(Path(folder).expanduser(), believed)
+    config = load_config(Path(folder).expanduser(), believed)
     tasks = sources.absolute(named["tasks"]) if "tasks" in named else config.tasks["name"]
     if tasks != config.tasks["name"]:
         with Parser("evaluate", [output], words=words).naming_flags():
@@ -250,7 +250,7 @@ def evaluate(argv: Sequence[str]) -> None:
     with parser.naming_flags():
         run.evaluate_run(
             Path(folder).expanduser(),
-            settled(given.values),
+            with_absolute_paths(given.values),
             tasks=tasks,
             json=given.values.get("output", {}).get("json"),
             trusted=believed,
@@ -287,7 +287,7 @@ def _evaluate_weights(
     if own.get("tasks") is None:
         raise UsageError(f"--tasks: is missing; {source} is no run that says what it was trained on")
     with parser.naming_flags():
-        config = resolve(base, settled(given.values))
+        config = resolve(base, with_absolute_paths(given.values))
         evaluating.evaluate_weights(source, config, network=own.get("network"), json=own.get("json"))
 
 
@@ -331,7 +331,9 @@ def compare(argv: Sequence[str]) -> None:
     if words[: len(learners)] != learners or len(words) > len(learners):
         raise UsageError("LEARNER: name the learners first, then the flags")
     with parser.naming_flags():
-        comparing.compare(bases, common, given._replace(values={**given.values, **settled(given.values)}))
+        comparing.compare(
+            bases, common, given._replace(values={**given.values, **with_absolute_paths(given.values)})
+        )
 
 
 def transfer(argv: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, schema, sources
 from jaxmeta.cli.command_line import flags_of
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
-from jaxmeta.cli.config import Base, Config, read_json, resolve, stored
+from jaxmeta.cli.config import Base, Config, load_config, read_json, resolve
 from jaxmeta.cli.figures import Curve, plot_curves
 from jaxmeta.cli.parser import Given
 from jaxmeta.cli.report import read_metrics
@@ -279,7 +279,7 @@ def _check_stored(folder: Path, config: Config, trusted: Sequence[str]) -> None:
     """Raise where the run in a folder, if there is one, has other settings."""
     if not (folder / "config.json").exists():
         return
-    before = stored(folder, [*trusted, config.network["name"], config.tasks["name"]])
+    before = load_config(folder, [*trusted, config.network["name"], config.tasks["name"]])
     wanted: dict[tuple[str, str], tuple[Any, Any]] = {("run", "seed"): (config.run.seed, before.run.seed)}
     for group in ("learner", "network", "tasks", "training"):
         named = getattr(config, group)

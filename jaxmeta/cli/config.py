@@ -601,7 +601,7 @@ def is_run(folder: Path) -> bool:
     return isinstance(values, dict) and GROUPS[0] in values and "command" not in values
 
 
-def stored(folder: Path, trusted: Iterable[str] = ()) -> Config:
+def load_config(folder: Path, trusted: Iterable[str] = ()) -> Config:
     """Return the configuration of the run in a folder.
 
     Args:
@@ -632,7 +632,7 @@ def read_json(path: Path) -> Any:
 
 
 def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
-    """Return the configuration that JSON holds (see `stored`)."""
+    """Return the configuration that JSON holds (see `load_config`)."""
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: it holds no configuration")
     if values.get("format") != FORMAT:

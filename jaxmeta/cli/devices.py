@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.training import hosts, make_mesh
-from jaxmeta.training.sharding import AXES, parse_axes, sharers, task_mesh
+from jaxmeta.training.sharding import AXES, num_shards, parse_axes, task_mesh
 
 if TYPE_CHECKING:
     from jaxmeta.cli.run import Invocation
@@ -149,4 +149,4 @@ def _make_devices_of_cores(wanted: int | None, meta_batch: int | None, processes
 
 
 def _sharing(meta_batch: int | None, most: int) -> int:
-    return most if not meta_batch else sharers(meta_batch, most)
+    return most if not meta_batch else num_shards(meta_batch, most)

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, names, schema, sources
 from jaxmeta.cli.command_line import command_of_config
-from jaxmeta.cli.config import Config, check, on_other_tasks, stored
+from jaxmeta.cli.config import Config, check, load_config, on_other_tasks
 from jaxmeta.cli.data import check_data, check_images, image_spec, images_of, with_image_settings
 from jaxmeta.cli.devices import connect, described, machine, mesh_of, peak_memory
 from jaxmeta.cli.figures import plot_curve
@@ -116,7 +116,7 @@ def resume_run(
     Raises:
       ArgumentError: a flag that contradicts the run.
     """
-    before = stored(folder, trusted)
+    before = load_config(folder, trusted)
     allowed: dict[str, dict[str, Any]] = {}
     for group, values in given.items():
         for name, value in values.items():
@@ -190,7 +190,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
     training, run = config.training, config.run
     mesh = mesh_of(run.devices, run.mesh, training.meta_batch, processes)
     # All have looked for the folder before one makes it.
-    hosts.meet("start")
+    hosts.barrier("start")
     key = jax.random.key(run.seed)
     tasks = sources.tasks_of(config, "train", key, process=process_share(mesh))
     validation = sources.validation_tasks_of(config, validation_key(key))
@@ -242,7 +242,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         if first:
             held.enter_context(folders.locked(out))
         signals = held.enter_context(Signals(hint).handled())
-        held.enter_context(hosts.missing_none(hint))
+        held.enter_context(hosts.detect_lost_peer(hint))
         log = RunLog(out / "metrics.jsonl", config.training.steps, metric_name(parts.test))
         if first:
             _write_config(out, config, resumed is not None)
@@ -250,7 +250,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
                 # Rows of a run that ended before it could save: this one starts again.
                 log.path.unlink(missing_ok=True)
                 shutil.rmtree(log.path.parent / TENSORBOARD, ignore_errors=True)
-        hosts.meet("folder")
+        hosts.barrier("folder")
         state = _fit(parts, out, log, signals, invocation.profile)
         training_s = log.elapsed_s
         if first:
@@ -275,7 +275,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
             with folders.tolerated(out / "curve.png") as picture:
                 title = f"{config.learner['name']} on {parts.test.card.tasks}"
                 plot_curve(picture, read_metrics(log.path), log.metric, title)
-        hosts.meet("report")
+        hosts.barrier("report")
     if first:
         print_results(found, config)
         speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
@@ -460,7 +460,7 @@ def evaluate_run(
       json: also write the result here.
       trusted: names of code of one's own that may be imported.
     """
-    before = stored(folder, trusted)
+    before = load_config(folder, trusted)
     target = folders.output_file("json", json)
     run = dict(given.get("run", {}))
     other = tasks is not None and tasks != before.tasks["name"]
@@ -541,7 +541,7 @@ def load_run(
       >>> outputs = learner.predict(params, adapted, images)  # doctest: +SKIP
     """
     folder = Path(run).expanduser()
-    config = stored(folder, [name for name in (learner, network, tasks) if name is not None])
+    config = load_config(folder, [name for name in (learner, network, tasks) if name is not None])
     norm = names.lookup("row", row, config.names().facts.rows)
     return build.learner_of(config, norm), params_of(folder, config)
 

@@ -91,7 +91,7 @@ def forward(
 
     Where several devices share the examples of a task, each computes its share, if the model is divisible.
     """
-    n, split = x.shape[0], model.divisible and shared.sharers() > 1
+    n, split = x.shape[0], model.divisible and shared.num_shards() > 1
     if split:
         x, mask = shared.own_share(jnp.asarray(x), None if mask is None else jnp.asarray(mask))
     randomness = {"key": key} if model.stochastic else {}

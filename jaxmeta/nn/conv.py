@@ -229,9 +229,9 @@ def _primitive(name, out_shape, cpu, default):
         return primitive.bind(a, b, geometry=geometry)
 
     primitive.def_impl(eager)
-    for run, platform in ((default, {}), (cpu, {"platform": "cpu"})):
+    for run, platform in ((default, None), (cpu, "cpu")):
         lowering = mlir.lower_fun(also_of_nothing(run), multiple_results=False)
-        mlir.register_lowering(primitive, lowering, **platform)
+        mlir.register_lowering(primitive, lowering, platform=platform)
     return primitive
 
 

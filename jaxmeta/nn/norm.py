@@ -35,7 +35,7 @@ def moments(
         examples = mask.sum().astype(x.dtype)
     # E[x²] − E[x]² reads x once, where centring first would read it twice and write it once.
     sums = x.sum(axes), jnp.square(x).sum(axes), examples
-    of_x, of_squares, examples = sums if shared.sharers() == 1 else shared.total(sums)
+    of_x, of_squares, examples = sums if shared.num_shards() == 1 else shared.total(sums)
     count = jnp.maximum(examples, 1) * math.prod(x.shape[1:-1])
     mean = of_x / count
     return mean, jnp.maximum(of_squares / count - jnp.square(mean), 0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Shaped
 EXAMPLES = "examples"
 
 
-def sharers() -> int:
+def num_shards() -> int:
     """How many devices share the examples of a task."""
     try:
         return lax.axis_size(EXAMPLES)
@@ -25,7 +25,7 @@ def own_share(
     x: Shaped[Array, " n *shape"], mask: Bool[Array, " n"] | None
 ) -> tuple[Shaped[Array, " m *shape"], Bool[Array, " m"] | None]:
     """The running device's examples, as many as every other's, and which of them are no padding."""
-    devices, n = sharers(), x.shape[0]
+    devices, n = num_shards(), x.shape[0]
     own = -(-n // devices)
     missing = own * devices - n
     if missing:

@@ -280,7 +280,7 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
     if hosts.is_first():
         _remove_leftovers(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-    hosts.meet(f"before {path}")
+    hosts.barrier(f"before {path}")
     try:
         # Orbax gathers what processes wrote into one database by a pattern made of the path, and finds none
         # where that holds characters of patterns: there each array stays a folder of its own.
@@ -306,7 +306,7 @@ def _write(path: Path, tree: PyTree, extra: dict) -> None:
             os.rename(path, replaced)
         os.rename(unfinished, path)
         shutil.rmtree(replaced, ignore_errors=True)
-    hosts.meet(f"after {path}")
+    hosts.barrier(f"after {path}")
 
 
 def _remove_leftovers(path: Path) -> None:

@@ -133,7 +133,7 @@ def evaluate_episodes(
         waiting: _Scores | None = None
         found: list[_Scores] = []
         for start, given in _numbered(tasks, episodes):
-            count, given = given.query.y.shape[0], sharding.evened(given, mesh)
+            count, given = given.query.y.shape[0], sharding.pad_to_devices(given, mesh)
             own = given.query.y.shape[0] // mesh.shape[sharding.TASKS]
             value = _episodes(learner, own, not on_cpu, mesh, arguments, sharding.share(given, mesh), start)
             value = _Scores(*(leaf[:count] for leaf in value))

@@ -87,7 +87,7 @@ def leave_at_once(status: int) -> None:
 
 
 @contextlib.contextmanager
-def missing_none(hint: str) -> Iterator[None]:
+def detect_lost_peer(hint: str) -> Iterator[None]:
     """Inside, an error of the connection to another process becomes one that says what is to be done.
 
     Args:
@@ -115,7 +115,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Waits until every process has come here."""
     if are_many():
         from jax.experimental import multihost_utils

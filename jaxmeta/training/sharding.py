@@ -64,7 +64,7 @@ def make_mesh(
     return Mesh(np.reshape(np.asarray(found[:needed]), tuple(sizes.values())), AXES)
 
 
-def sharers(tasks: int, most: int) -> int:
+def num_shards(tasks: int, most: int) -> int:
     """The largest number of devices, at most `most`, that share `tasks` tasks evenly."""
     return max(n for n in range(1, most + 1) if tasks % n == 0)
 
@@ -88,7 +88,7 @@ def task_mesh(tasks: int, devices: Devices = None, *, divisible: bool = False) -
             raise ArgumentError(
                 "meta_batch", f"got {tasks} tasks for {processes} processes, of which it must be a multiple"
             )
-        own = sharers(tasks // processes, jax.local_device_count())
+        own = num_shards(tasks // processes, jax.local_device_count())
         by_process: dict[int, list[jax.Device]] = {}
         for device in jax.devices():
             by_process.setdefault(device.process_index, []).append(device)
@@ -132,7 +132,7 @@ def evaluation_mesh(devices: Devices) -> Mesh:
     return make_mesh(tasks=len(devices), devices=devices)
 
 
-def evened(tasks: Task, mesh: Mesh) -> Task:
+def pad_to_devices(tasks: Task, mesh: Mesh) -> Task:
     """A batch of tasks, the last one repeated until every device has as many."""
     missing = -tasks.query.y.shape[0] % mesh.shape[TASKS]
     if not missing:

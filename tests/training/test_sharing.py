@@ -168,6 +168,6 @@ def test_the_mesh_splits_tasks_first():
 
 
 def test_outside_of_a_mesh_nothing_is_shared():
-    assert jm.nn.shared.sharers() == 1
+    assert jm.nn.shared.num_shards() == 1
     x = jnp.arange(6.0).reshape(3, 2)
     np.testing.assert_allclose(jm.nn.norm.moments(x)[0], x.mean(0))
