@@ -153,10 +153,17 @@ class TaskDistribution(NamedTuple):
 
     `sample` is a `jax.tree_util.Partial(draw, data)`: a pytree, so that the data travel as an
     argument of the compiled step and are never baked into it as a constant.
+
+    Attributes:
+      sample: `(key) -> Task`.
+      card: what a published row must state.
+      classes: names of the classes that tasks are drawn from, in the order of the labels of
+        `jm.tasks.labelled`; None where they have no names. See `jm.tasks.classes_of`.
     """
 
     sample: Callable[[Key], Task]
     card: ProtocolCard
+    classes: tuple[str, ...] | None = None
 
 
 class TaskStream(NamedTuple):

@@ -30,7 +30,7 @@ from jaxmeta.files import replacing, write_json
 from jaxmeta.metric_based import simple_shot
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.tasks.images import class_files
-from jaxmeta.tasks.splits import warn_of_case
+from jaxmeta.tasks.splits import in_order, warn_of_case
 from jaxmeta.transfer import adabn, input_adapter
 
 # Of squared distances between features of length one, which lie in [0, 4].
@@ -214,7 +214,8 @@ def _by_class(reading: _Reading) -> Mapping[str, Any]:
         found: Mapping[str, Any] = reading.support
     else:
         assert reading.support is not None
-        found = class_files(Path(reading.support).expanduser(), "support")
+        files = class_files(Path(reading.support).expanduser(), "support")
+        found = {name: files[name] for name in in_order(files)}
         warn_of_case("--support", dict(found))
     if len(found) < 2:
         raise ArgumentError("support", f"got {len(found)} classes; there must be 2 or more to tell apart")

@@ -269,7 +269,7 @@ def _rows_of(images: SplitImages) -> _Rows:
         parts = np.concatenate([np.repeat([part for part, _ in prepared.parts], each) for each in by_class])
         return _rows_by_parts(names, parts)
     split, _ = split_classes(prepared.classes, images.classes, 0, "test", "")
-    classes = tuple(sorted(split.part("test")))
+    classes = tuple(split.ordered("test"))
     sizes = dict(zip(prepared.classes, prepared.sizes, strict=True))
     y = np.repeat(np.arange(len(classes)), [sizes[name] for name in classes])
     return _Rows(prepared.rows_of(classes), y, classes)

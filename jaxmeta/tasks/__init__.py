@@ -4,7 +4,7 @@ from jaxmeta.tasks.array_files import from_npz
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.digits import mnist, mnist_images, usps, usps_images
 from jaxmeta.tasks.distortions import distort
-from jaxmeta.tasks.episodes import from_arrays
+from jaxmeta.tasks.episodes import classes_of, from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
 from jaxmeta.tasks.harmonic import harmonic
@@ -35,6 +35,7 @@ __all__ = [
     "ReadSummary",
     "cifar_fs",
     "cifar_fs_split",
+    "classes_of",
     "cub",
     "cub_attributes",
     "cub_split",

@@ -213,7 +213,8 @@ def from_arrays(
 
     Args:
       x: `(n, *shape)` uint8 or float, in any order.
-      y: `(n,)` integer or string class labels; a label's class name is `str(label)`.
+      y: `(n,)` integer or string class labels; a label's class name is `str(label)`. Classes are in the
+        order of their names, as numbers where all of them are, otherwise as text.
       ways: classes of a task, N, or an inclusive range (low, high).
       shots: examples per class to learn from, K, or an inclusive range (low, high); 0 with `metadata`.
       queries: examples per class to be judged on, Q.
@@ -264,7 +265,7 @@ def from_arrays(
     present, label = np.unique(labels, return_inverse=True)
     said = protocol
     parts, protocol = split_classes(present.tolist(), classes, split_seed, split, protocol)
-    names, spans = sorted(parts.part(split)), None
+    names, spans = parts.ordered(split), None
     if skip_small_classes:
         counts = np.bincount(label)[np.searchsorted(present, names)]
         names = [names[place] for place in shape.usable(names, counts, split, name, True)]
@@ -290,7 +291,48 @@ def from_arrays(
         None if spans is None else jnp.asarray(spans, jnp.int32),
         None if metadata is None else jnp.asarray(vectors_of(metadata, names, split)),
     )
-    return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card)
+    return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card, tuple(names))
+
+
+def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
+    """The names of the classes of one episode, slot after slot.
+
+    Args:
+      tasks: of `from_arrays`, or of what builds on it (`omniglot`, `mnist`, `from_folder`, …).
+      key: the one that `tasks.sample` draws the episode by: that of episode i of `jm.evaluate(key=key)` is
+        `jax.random.split(jax.random.fold_in(key, i))[0]`.
+
+    Returns:
+      A name for each slot, with " turned by 90°" and so on after that of a class whose turns are classes of
+      their own; an empty text for slots that are padding.
+
+    Raises:
+      ValueError: tasks of another source.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> x = np.array([[1.0], [3.0], [7.0]], np.float32).repeat(2, 0)
+      >>> tasks = from_arrays(x, np.array(["one", "three", "seven"]).repeat(2), ways=2, shots=1)
+      >>> key = jax.random.key(0)
+      >>> classes_of(tasks, key), tasks.sample(key).support.x[:, 0].tolist()
+      (('seven', 'three'), [7.0, 3.0])
+    """
+    sample = getattr(tasks, "sample", None)
+    if not isinstance(sample, jax.tree_util.Partial) or sample.func is not draw_episode or not tasks.classes:
+        raise ArgumentError(
+            "tasks",
+            f"got tasks of {tasks.card.tasks!r}, whose classes have no names; it must be few-shot tasks of "
+            "from_arrays, or of a source that holds its examples in memory (omniglot, mnist, from_folder, …)",
+        )
+    shape, data = sample.args
+    drawn = jax.device_get(draw_rows(shape, data.offsets, data.sizes, key, data.groups))
+    there = np.ones(shape.ways[1], bool) if drawn.asked is None else drawn.asked.any(1)
+    turns = drawn.turns if shape.rotations == "classes" else np.zeros_like(drawn.turns)
+    names = [
+        f"{tasks.classes[index]} turned by {90 * turn}°" if turn else tasks.classes[index]
+        for index, turn in zip(drawn.classes.tolist(), turns.tolist(), strict=True)
+    ]
+    return tuple(name if real else "" for name, real in zip(names, there, strict=True))
 
 
 class Drawn(NamedTuple):

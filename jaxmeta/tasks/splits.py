@@ -47,6 +47,23 @@ def _check_fractions(name: str, fractions: Sequence[float]) -> None:
         )
 
 
+def in_order(names: Iterable[str], of: Iterable[str] | None = None) -> list[str]:
+    """Class names in the order in which episodes keep classes: as numbers where they all are, else as text.
+
+    Args:
+      names: class names.
+      of: all names that there are, which decide whether they are numbers; None for `names`.
+
+    Examples:
+      >>> in_order(["10", "2", "1"]), in_order(["10", "2", "1"], ["1", "2", "10", "cat"])
+      (['1', '2', '10'], ['1', '10', '2'])
+    """
+    names = list(names)
+    if all(name.isascii() and name.isdigit() for name in (names if of is None else of)):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
 def _named(names: Iterable[str]) -> str:
     return some(map(repr, sorted(names)))
 
@@ -161,6 +178,14 @@ class ClassSplit:
                 "(classes) would do",
             )
         return names
+
+    def ordered(self, split: str) -> list[str]:
+        """The class names of one part in the order in which episodes keep them, by `in_order` of all names.
+
+        Raises:
+          ValueError: as `part`.
+        """
+        return in_order(self.part(split), [*self.train, *self.validation, *self.test])
 
     @property
     def sizes(self) -> tuple[int, int, int]:

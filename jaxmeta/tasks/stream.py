@@ -83,8 +83,8 @@ def stream(
     shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
     classes, said = prepared.class_split(classes)
     parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or said)
-    part = set(parts.part(split))
-    chosen = [index for index, name in enumerate(prepared.classes) if name in part]
+    index_of = {name: index for index, name in enumerate(prepared.classes)}
+    chosen = [index_of[name] for name in parts.ordered(split)]
     names = [prepared.classes[index] for index in chosen]
     kept = shape.usable(names, np.array(prepared.sizes)[chosen], split, prepared.name, skip_small_classes)
     chosen = [chosen[place] for place in kept]

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxmeta.tasks.episodes import from_arrays
-from jaxmeta.tasks.splits import ClassSplit
+import jaxmeta as jm
+from jaxmeta.tasks.episodes import classes_of, from_arrays
+from jaxmeta.tasks.labelled import labelled
+from jaxmeta.tasks.splits import PARTS, ClassSplit, in_order
 from jaxmeta.tasks.subset import ordered_subset
 
 
@@ -493,3 +495,70 @@ def test_zero_shot_needs_no_more_examples_than_queries_and_metadata_of_its_part_
     np.testing.assert_array_equal(np.sort(query.x[2 * slot : 2 * slot + 2], 0), np.sort(x[6:], 0))
     with pytest.raises(ValueError, match=r"shots \+ queries = 0 \+ 3 = 3"):
         from_arrays(x, y, ways=2, shots=0, queries=3, metadata=told, split="test", classes=split)
+
+
+# --- The order of classes, and their names ------------------------------------------------------------
+
+
+def of_labels(labels, split="train", **settings):
+    """Classes of two examples, whose pixels are their labels."""
+    labels = np.repeat(labels, 2)
+    x = np.array([float(label) for label in labels], np.float32)[:, None]
+    return from_arrays(x, labels, ways=3, shots=1, split=split, **settings)
+
+
+@pytest.mark.parametrize("kind", [int, str, np.uint8])
+def test_classes_that_are_numbers_are_in_numeric_order(kind):
+    tasks = of_labels([kind(label) for label in (20, 1, 3, 10, 2, 100)])
+    assert tasks.classes == ("1", "2", "3", "10", "20", "100")
+    x, y = labelled(tasks)
+    assert x[:, 0].tolist() == [1, 1, 2, 2, 3, 3, 10, 10, 20, 20, 100, 100]
+    assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_classes_of_which_not_all_are_numbers_keep_the_order_of_text():
+    assert in_order(["b", "10", "2"]) == ["10", "2", "b"]
+    assert in_order(["10", "9", "08"]) == ["08", "9", "10"]
+    # The whole split decides, so that no part is of another order than it.
+    split = ClassSplit(train=("10", "2"), test=("x",))
+    assert (split.ordered("train"), split.ordered("test")) == (["10", "2"], ["x"])
+    assert ClassSplit(train=("10", "2"), test=("7",)).ordered("train") == ["2", "10"]
+
+
+def test_the_order_of_classes_changes_no_split_and_no_hash():
+    names = [str(label) for label in range(30)]
+    split = ClassSplit.from_fractions(names)
+    parts = [of_labels(list(range(30)), part, classes=(0.64, 0.16, 0.2)) for part in PARTS]
+    for name, tasks in zip(PARTS, parts, strict=True):
+        assert tasks.card.split_hash == split.hash
+        assert tasks.classes == tuple(sorted(split.part(name), key=int))
+
+
+@pytest.mark.parametrize("ways", [3, (2, 4)])
+def test_the_classes_of_an_episode_have_names_by_slot(ways):
+    labels = np.repeat([20, 1, 3, 10, 2, 100], 3)
+    x = labels.astype(np.float32)[:, None]
+    tasks = from_arrays(x, labels, ways=ways, shots=1, queries=2)
+    padded = 0
+    for seed in range(6):
+        support, query = tasks.sample(jax.random.key(seed))
+        names = classes_of(tasks, jax.random.key(seed))
+        for part in (support, query):
+            real = np.ones(part.y.size, bool) if part.mask is None else np.asarray(part.mask)
+            shown = np.asarray(part.x)[real, 0]
+            assert shown.tolist() == [float(names[slot]) for slot in np.asarray(part.y)[real]]
+        padded += names.count("")
+    assert bool(padded) == (ways != 3)
+
+
+def test_turned_classes_have_names_that_say_so_and_tasks_without_names_are_refused():
+    x = np.arange(48, dtype=np.float32).reshape(12, 2, 2)
+    tasks = from_arrays(x, np.repeat([*"abcdef"], 2), ways=4, shots=1, rotations="classes")
+    names = classes_of(tasks, jax.random.key(1))
+    images = np.asarray(tasks.sample(jax.random.key(1)).support.x)
+    for image, name in zip(images, names, strict=True):
+        own = x["abcdef".index(name[0]) * 2 :][:2]
+        turns = int(name.split()[-1][:-1]) // 90 if "turned" in name else 0
+        assert any(np.array_equal(image, np.rot90(each, turns)) for each in own)
+    with pytest.raises(ValueError, match="tasks: got tasks of 'sinusoid', whose classes have no names"):
+        classes_of(jm.tasks.sinusoid(), jax.random.key(0))
