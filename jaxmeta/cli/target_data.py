@@ -18,7 +18,7 @@ from jaxmeta.core import Batch, Key
 from jaxmeta.tasks import labelled
 from jaxmeta.tasks.omniglot import omniglot_split
 from jaxmeta.tasks.prepared import ReadSummary, SplitImages
-from jaxmeta.tasks.splits import PARTS, split_classes, split_of_parts
+from jaxmeta.tasks.splits import PARTS, in_order, split_classes, split_of_parts
 
 ALL = "all"
 _SHOTS = 20
@@ -278,23 +278,28 @@ def _rows_of(images: SplitImages) -> _Rows:
 def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
     """Return which examples are a target, by the class name and the part of each."""
     there = [part for part in PARTS if (parts == part).any()]
+    every = tuple(in_order(set(names.tolist())))
     if not there:
-        found, y = np.unique(names, return_inverse=True)
-        return _Rows(np.arange(len(names)), y, tuple(found.tolist()))
+        return _Rows(np.arange(len(names)), _places(names, every), every)
     members = {part: set(names[parts == part].tolist()) for part in there}
     split = split_of_parts(members)
-    every = tuple(sorted(set(names.tolist())))
     if split is not None and split.test:
         rows = np.flatnonzero(parts == "test")
-        classes = tuple(sorted(split.test))
-        return _Rows(rows, np.searchsorted(classes, names[rows]), classes, None, "its test classes")
-    y, rows = np.searchsorted(every, names), np.arange(len(names))
+        classes = tuple(in_order(split.test, every))
+        return _Rows(rows, _places(names[rows], classes), classes, None, "its test classes")
+    y, rows = _places(names, every), np.arange(len(names))
     last = there[-1]
     scored = parts == last
     if split is not None or members[last] != set(every) or set(names[~scored].tolist()) != set(every):
         return _Rows(rows, y, every, None, f"the images of {', '.join(there)} together")
     learned = " and ".join(there[:-1])
     return _Rows(rows, y, every, scored, f"its images for {learned} to learn from, those for {last} to score")
+
+
+def _places(names: np.ndarray, classes: tuple[str, ...]) -> Int[np.ndarray, " n"]:
+    """Return the place of each name among the classes."""
+    place = {name: index for index, name in enumerate(classes)}
+    return np.array([place[name] for name in names.tolist()])
 
 
 def _class_names(source: Source, settings: Mapping[str, Any], classes: int) -> tuple[str, ...]:

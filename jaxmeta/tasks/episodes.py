@@ -315,7 +315,7 @@ def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
       >>> tasks = from_arrays(x, np.array(["one", "three", "seven"]).repeat(2), ways=2, shots=1)
       >>> key = jax.random.key(0)
       >>> classes_of(tasks, key), tasks.sample(key).support.x[:, 0].tolist()
-      (('seven', 'three'), [7.0, 3.0])
+      (('one', 'seven'), [1.0, 7.0])
     """
     sample = getattr(tasks, "sample", None)
     if not isinstance(sample, jax.tree_util.Partial) or sample.func is not draw_episode or not tasks.classes:
