@@ -11,7 +11,7 @@ from PIL import Image
 import jaxmeta as jm
 from jaxmeta.cli import build, names, run, sources
 from jaxmeta.cli.main import main
-from jaxmeta.cli.target_data import Reading, read_target, split_shots
+from jaxmeta.cli.target_data import read_target, split_shots
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (24, 4, 4), np.uint8)
@@ -182,20 +182,20 @@ def test_folders_without_a_part_to_test_on_say_what_would_do(tmp_path, capsys):
 def test_a_target_of_arrays(tmp_path):
     parts = np.tile(["train", "train", "test"], 8)
     np.savez(tmp_path / "own.npz", x=X, y=np.array(list("abcdefgh"))[Y], split=parts)
-    target = read_target(f"arrays:{tmp_path / 'own.npz'}", Reading(), None, KEY, size=None, channels=None)
+    target = read_target(f"arrays:{tmp_path / 'own.npz'}", {}, None, KEY, size=None, channels=None)
     assert target.classes == tuple("abcdefgh")
     split = split_shots(target, None, KEY)
     np.testing.assert_array_equal(np.flatnonzero(parts == "test"), split.score)
     np.testing.assert_array_equal(target.x, X[..., None])
     assert target.protocol == "its images for train to learn from, those for test to score"
     np.savez(tmp_path / "own.npz", x=X, y=Y)
-    target = read_target(f"arrays:{tmp_path / 'own.npz'}", Reading(), 1, KEY, size=None, channels=None)
+    target = read_target(f"arrays:{tmp_path / 'own.npz'}", {}, 1, KEY, size=None, channels=None)
     assert (target.scored, target.y.tolist()) == (None, Y.tolist())
     with pytest.raises(ValueError, match=r"^target: .*none\.npz is no file"):
-        read_target(f"arrays:{tmp_path / 'none.npz'}", Reading(), 1, KEY, size=None, channels=None)
+        read_target(f"arrays:{tmp_path / 'none.npz'}", {}, 1, KEY, size=None, channels=None)
     np.savez(tmp_path / "own.npz", x=X.reshape(24, 16), y=Y)
     with pytest.raises(ValueError, match=r"has examples of shape \(16,\), which are no images"):
-        read_target(f"arrays:{tmp_path / 'own.npz'}", Reading(), 1, KEY, size=None, channels=None)
+        read_target(f"arrays:{tmp_path / 'own.npz'}", {}, 1, KEY, size=None, channels=None)
 
 
 def test_paths_of_sources_are_good_in_every_folder(tmp_path, monkeypatch):
