@@ -215,7 +215,8 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
         parameters = _parameters(learner, tasks)
     except (IndexError, TypeError, ValueError) as error:
         shape = jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape[1:]
-        if config.names().source.arrays is None or len(shape) == 3 or isinstance(error, ArgumentError):
+        of_settings = isinstance(error, ArgumentError) and error.name != "x"
+        if config.names().source.arrays is None or len(shape) == 3 or of_settings:
             raise
         raise ArgumentError(
             "network",
