@@ -27,6 +27,8 @@ _SHORTEST = 10
 # Mini-batches whose statistics are averaged: the 22 before the last hold nine tenths of a running average of
 # momentum 0.9.
 _MEASURED = 50
+# A beginning of running averages, far above what they average: what is left of it can be read off exactly.
+_FAR = 2.0**16
 
 
 class Fitted(NamedTuple):
@@ -368,7 +370,10 @@ def _by_mini_batches(
     leaves, structure = jax.tree.flatten(frozen_mask(variables["params"], train))
     stats = variables[STATISTICS]
     # How much of where they began is left tells their own weight, whatever a layer's momentum is.
-    ends = {"low": jax.tree.map(jnp.zeros_like, stats), "high": jax.tree.map(jnp.ones_like, stats)}
+    ends = {
+        "low": jax.tree.map(jnp.zeros_like, stats),
+        "high": jax.tree.map(lambda leaf: jnp.full_like(leaf, _FAR), stats),
+    }
     _, state, _ = descend(
         _measurement(model, augment, tuple(leaves), structure),
         variables["params"],
@@ -381,7 +386,7 @@ def _by_mini_batches(
     )
 
     def measured(before: Array, low: Array, high: Array) -> Array:
-        weight = 1 - (high - low)
+        weight = 1 - (high - low) / _FAR
         return jnp.where(weight > 0, low / jnp.where(weight > 0, weight, 1), before)
 
     return {**variables, STATISTICS: jax.tree.map(measured, stats, state["low"], state["high"])}

@@ -455,7 +455,7 @@ def test_lp_ft_at_a_rate_of_nothing_stays_where_the_probe_was(body, keep, batch_
     before, after = (model.apply(each, PALE.x) for each in (probe, fitted.variables))
     exact = keep or batch_size > len(Y)
     # Of mini-batches a running average is one of a few of them.
-    close(after, before, 1e-3 if exact else 0.15 * float(jnp.abs(before).max()))
+    close(after, before, (1e-3 if exact else 0.15) * float(jnp.abs(before).max()))
     assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"]) == keep
     assert same_bits(probe["batch_stats"], variables["batch_stats"]) == keep
     if exact and body != "nnx":  # of which dropout is on in training
