@@ -30,7 +30,10 @@ Adapted = PyTree
 Key = PRNGKeyArray
 Metrics = dict[str, tuple[Array, Array]]
 Augment = Callable[[Key, Array], Array]
-# Attribute of the functions of a learner that check class slots.
+# What scores outputs: `(outputs, y, mask) -> scalar or (sum, count)`.
+Metric = Callable[..., Any]
+# Attribute of the functions of a learner that `checks_slots` made: the function itself, so that one which
+# merely wraps it, and has a copy of its attributes, does not count as one.
 _CHECKS = "__jaxmeta_checks__"
 
 
@@ -84,6 +87,11 @@ class Learner(NamedTuple):
         `jm.calibrate` averages over tasks; None where the learner has none to fill.
       divisible: whether `loss` embeds the examples by a model that is divisible, and differentiates
         nothing itself, so that several devices may share a task.
+      metric: `(outputs, y, mask) -> scalar or (sum, count)`, what `jm.evaluate` measures; None for the
+        accuracy of class slots and the mean squared error of float targets.
+
+    A learner of one's own may leave `mask` and `step` out, return the loss without metrics, and give a
+    metric as a number, whose count is then 1. `jm.check_learner` says what keeps one from training.
     """
 
     init: Callable[[Key, Task], Params]
@@ -92,6 +100,7 @@ class Learner(NamedTuple):
     loss: Callable[..., tuple[Array, Metrics]]
     statistics: Callable[[Params, Task, Key], PyTree] | None = None
     divisible: bool = False
+    metric: Metric | None = None
 
 
 class Model(NamedTuple):
@@ -239,7 +248,7 @@ def checks_slots(learner: Learner) -> Learner:
     It also takes examples as NumPy arrays, in which compiled loops cannot look up rows. Every factory that
     `jm.learner` decorates returns such a learner.
     """
-    if hasattr(learner.adapt, _CHECKS):
+    if is_checked(learner.adapt):
         return learner
 
     @functools.wraps(learner.adapt)
@@ -259,8 +268,14 @@ def checks_slots(learner: Learner) -> Learner:
             check_slots("query", query.y, query.ways, query.mask)
         return learner.loss(params, Task(*map(_on_device, task)), key, step)
 
-    setattr(adapt, _CHECKS, True)
+    for each in (adapt, predict, loss):
+        setattr(each, _CHECKS, each)
     return learner._replace(adapt=adapt, predict=predict, loss=loss)
+
+
+def is_checked(function: Callable) -> bool:
+    """Return whether `checks_slots` made this function of a learner."""
+    return getattr(function, _CHECKS, None) is function
 
 
 def _on_device(batch: Batch) -> Batch:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jaxmeta.checks import ArgumentError, check_kind, check_word
 from jaxmeta.core import Learner, checks_slots
+from jaxmeta.learner_form import normalized
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -133,7 +134,7 @@ def _checked(factory: F, signature: inspect.Signature) -> F:
             said = f"it takes {', '.join(keywords)}" if now is None else f"it is called {now}"
             raise TypeError(f"{factory.__name__}() has no argument {name!r}; {said}")
         made = factory(*arguments, **settings)
-        return checks_slots(made) if isinstance(made, Learner) else made
+        return checks_slots(normalized(made)) if isinstance(made, Learner) else made
 
     checked.__signature__ = signature  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]

@@ -8,7 +8,9 @@ Sums, counts and means are of float32 at least, whatever outputs are in: bfloat1
 has nothing above 65,504.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -16,7 +18,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_labels, check_slots, shown
-from jaxmeta.core import Batch, Metrics
+from jaxmeta.core import Batch, Metric, Metrics
+from jaxmeta.learner_form import counted
 
 
 def full_precision(values: ArrayLike) -> Array:
@@ -101,8 +104,79 @@ def score(outputs: Array, batch: Batch) -> Metrics:
         right = (outputs.argmax(-1) == batch.y) & ~jnp.isnan(outputs).any(-1)
         return {"accuracy": masked_sum(right.astype(jnp.float32), batch.mask)}
     if outputs.shape != batch.y.shape:
-        raise ValueError(f"got outputs of shape {outputs.shape} for targets of shape {batch.y.shape}")
+        raise ValueError(
+            f"got outputs of shape {outputs.shape} for targets of shape {batch.y.shape}, which have no mean "
+            "squared error; metric= takes a function (outputs, y, mask) -> scalar or (sum, count)"
+        )
     errors = jnp.square(full_precision(outputs) - full_precision(batch.y))
     # Not by −1, which is no size where there are no examples.
     rows = errors.reshape(errors.shape[0], math.prod(errors.shape[1:]))
     return {"mse": masked_sum(rows.mean(-1), batch.mask)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOrLoss:
+    """The metric of a learner with a loss of its own: `score` where it fits, and else that loss.
+
+    Outputs that are not of the targets' shape, such as means and variances, have no mean squared error.
+
+    Attributes:
+      loss: `(outputs, y, mask) -> scalar`.
+    """
+
+    loss: Metric
+
+    def __call__(self, outputs: Array, y: Array, mask: Array | None = None) -> Array | tuple[Array, Array]:
+        """Return the score as `(sum, count)`, or the loss."""
+        ((_, found),) = scores(outputs, Batch(x=y, y=y, mask=mask), self).items()
+        return found
+
+
+def scores(outputs: Array, batch: Batch, metric: Metric | None = None) -> Metrics:
+    """What is reported of predictions: `metric` under its name, or `score` if it is None.
+
+    A metric that is a single number counts once where the batch has an example, and not at all otherwise.
+
+    Raises:
+      ValueError: as `score`; or the metric is neither a number nor `(sum, count)`.
+
+    Examples:
+      >>> def distance(outputs, y, mask):
+      ...     return masked_sum(jnp.abs(outputs - y)[:, 0], mask)
+      >>> batch = Batch(x=jnp.zeros((2, 1)), y=jnp.array([[1.0], [4.0]]))
+      >>> {name: tuple(map(float, pair)) for name, pair in scores(batch.x, batch, distance).items()}
+      {'distance': (5.0, 2.0)}
+    """
+    if metric is None:
+        return score(outputs, batch)
+    if isinstance(metric, ScoreOrLoss):
+        if _fits(outputs, batch):
+            return score(outputs, batch)
+        name, metric = "loss", metric.loss
+    else:
+        name = metric_label(metric)
+    value: Any = metric(outputs, batch.y, batch.mask)
+    total, count = map(full_precision, counted(name, value))
+    if batch.mask is not None and not isinstance(value, tuple | list):
+        some = batch.mask.any()
+        total, count = jnp.where(some, total, 0), some.astype(count.dtype)
+    return {name: (total, count)}
+
+
+def metric_label(metric: Metric) -> str:
+    """Return the name under which `metric` is reported: its own where it has one.
+
+    Examples:
+      >>> metric_label(mse), metric_label(lambda outputs, y, mask: 0.0)
+      ('mse', 'metric')
+    """
+    name = getattr(metric, "__name__", "metric")
+    # A metric never stands in the place of the loss.
+    return "metric" if name in ("<lambda>", "loss") else name
+
+
+def _fits(outputs: Array, batch: Batch) -> bool:
+    """Return whether `score` takes outputs of this shape."""
+    if jnp.issubdtype(batch.y.dtype, jnp.integer):
+        return outputs.ndim == 2 and outputs.shape[0] == batch.y.shape[0]
+    return outputs.shape == batch.y.shape

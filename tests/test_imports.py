@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "jaxmeta"
 # From the bottom up. A file imports from its own layer and from those below.
 LAYERS = [
-    ("core", "checks", "files", "losses", "declare", "paths"),
+    ("core", "checks", "files", "losses", "declare", "paths", "learner_form"),
     ("nn",),
     ("tasks",),
     ("optimization_based", "metric_based", "model_based"),

@@ -40,7 +40,9 @@ def learner_of(
         arguments, keywords = facts.network(build, config.tasks)
     else:
         arguments, keywords = (build(output_width(config)),), {}
-    return factory(*arguments, **keywords, **given, **config.settings("learner"))
+    learner = factory(*arguments, **keywords, **given, **config.settings("learner"))
+    # Reports and comparisons are of accuracy or mean squared error, whatever else a method of one's own has.
+    return learner._replace(metric=None) if isinstance(learner, Learner) else learner
 
 
 def output_width(config: Config) -> int | None:

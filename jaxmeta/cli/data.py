@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli.config import Config
 from jaxmeta.core import Key, Task, TaskDistribution, TaskStream
-from jaxmeta.training.step import sample_of
+from jaxmeta.training.sharding import sample_of
 
 
 class ImageSpec(NamedTuple):

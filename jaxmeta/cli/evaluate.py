@@ -17,7 +17,7 @@ from jaxmeta.cli.report import plural
 from jaxmeta.cli.run import evaluation_key, print_results, sentence
 from jaxmeta.files import write_json
 from jaxmeta.training import Evaluation, evaluate_episodes
-from jaxmeta.training.step import sample_of
+from jaxmeta.training.sharding import sample_of
 
 # The method that weights are evaluated by; its settings are not asked for.
 METHOD = "simple_shot"

@@ -56,8 +56,8 @@ from jaxmeta.training import (
 from jaxmeta.training.checkpoint import arrays_by_path, check_saved, checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
 from jaxmeta.training.loop import Event
-from jaxmeta.training.sharding import process_share
-from jaxmeta.training.step import sample_of, validation_key
+from jaxmeta.training.sharding import process_share, sample_of
+from jaxmeta.training.step import validation_key
 from jaxmeta.transfer.architectures import described as described_network
 
 # Where a run keeps the population statistics of its learner; and its parameters, where no checkpoint does.

@@ -25,7 +25,7 @@ from jaxmeta.checks import (
     check_word,
     shown,
 )
-from jaxmeta.core import Batch, Key, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import Batch, Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.optimization_based.inner_loop import ORDERS, Trace, inner_loop, require_finite_derivative
@@ -54,7 +54,7 @@ class Adaptation(NamedTuple):
         the trace is read where `norm` is "episode".
       weights_at: `(params, fast, step) -> weights`: a state of the adapted leaves on the inner loop's path
         as weights of the whole network, with those of step `step` of what every step has its own of.
-      adapt, predict, statistics: of the `Learner`.
+      adapt, predict, statistics, metric: of the `Learner`.
     """
 
     init: Callable[[Key, Task], Params]
@@ -65,6 +65,11 @@ class Adaptation(NamedTuple):
     adapt: Callable[[Params, Batch, Key], PyTree]
     predict: Callable[..., jax.Array]
     statistics: Callable[[Params, Task, Key], PyTree] | None
+    metric: Metric | None
+
+    def learner(self, loss: Callable[..., tuple[jax.Array, Metrics]]) -> Learner:
+        """Return the learner of these pieces that trains by `loss`."""
+        return Learner(self.init, self.adapt, self.predict, loss, self.statistics, metric=self.metric)
 
 
 def adaptation(
@@ -79,6 +84,7 @@ def adaptation(
     adapts: Sequence[str] | Callable[[str], bool] | None = None,
     per_step: bool = False,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
+    metric: Metric | None = None,
     order: str = "second",
     **engine: Any,
 ) -> Adaptation:
@@ -96,6 +102,10 @@ def adaptation(
         check_count("inner_batch", inner_batch)
     check_word("order", order, ORDERS)
     check_function("loss", loss)
+    if metric is not None:
+        check_function("metric", metric, "a function (outputs, y, mask) -> scalar or (sum, count)")
+    elif loss not in (losses.cross_entropy, losses.mse):
+        metric = losses.ScoreOrLoss(loss)
     _check_hyper(inner_optimizer, hyper, order)
     if order == "implicit":
         _check_implicit(eval_steps, inner_batch, norm)
@@ -194,7 +204,7 @@ def adaptation(
     ) -> tuple[jax.Array, Metrics]:
         outputs = outputs_of(weights, batch, stats, key_at(key, step))
         value = loss(outputs, batch.y, batch.mask)
-        return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, batch)}
+        return value, {"loss": (value, jnp.ones_like(value)), **losses.scores(outputs, batch, metric)}
 
     def query_statistics(params: Params, weights: Params, support: Batch, trace: Trace | None) -> PyTree:
         if norm == "support":
@@ -229,6 +239,7 @@ def adaptation(
         )
 
     def init(key: Key, task: Task) -> Params:
+        _check_loss(loss, task.support)
         slow = model.init(key, task.support.x)
         jax.eval_shape(outputs_of, slow, task.support)
         params: Params = {"model": slow}
@@ -291,6 +302,7 @@ def adaptation(
         adapt,
         predict,
         statistics if model.apply_norm is not None else None,
+        metric,
     )
 
 
@@ -373,6 +385,22 @@ def _check_implicit(eval_steps: int | None, inner_batch: int | None, norm: str) 
     if norm == "episode":
         raise ArgumentError(
             "norm", 'got "episode", an average over inner steps, of which order="implicit" has none'
+        )
+
+
+def _check_loss(loss: Callable, batch: Batch) -> None:
+    """Refuse the losses of this library on targets that they are not for."""
+    regression = jnp.issubdtype(batch.y.dtype, jnp.floating)
+    if regression and loss is losses.cross_entropy:
+        raise ArgumentError(
+            "loss",
+            f"got cross_entropy, for classes, and the targets are {batch.y.dtype} of shape "
+            f"{batch.y.shape}; for regression give loss=jm.losses.mse",
+        )
+    if not regression and loss is losses.mse:
+        raise ArgumentError(
+            "loss",
+            "got mse, for float targets, and the tasks have classes; give loss=jm.losses.cross_entropy",
         )
 
 

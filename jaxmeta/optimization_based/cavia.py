@@ -88,7 +88,8 @@ def cavia(
         return lambda params, *arguments, **more: function(begun(params), *arguments, **more)
 
     adapt, predict, loss = map(from_zeros, (inner.adapt, inner.predict, inner.loss))
-    return Learner(init, adapt, predict, loss, from_zeros(inner.statistics))  # type: ignore[arg-type]
+    statistics = from_zeros(inner.statistics)
+    return Learner(init, adapt, predict, loss, statistics, metric=inner.metric)  # type: ignore[arg-type]
 
 
 def with_context(model: Model, size: int) -> Model:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_function, check_number, check_widths, check_word
-from jaxmeta.core import Batch, Key, Learner, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import Batch, Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.coordinatewise import ProposedUpdate
 from jaxmeta.optimization_based.adaptation import adaptation, minibatch, shuffled
@@ -68,6 +68,7 @@ def learned_optimizer(
     memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
     norm: Literal["batch", "support"] = "batch",
     loss: Callable[..., jax.Array] = losses.cross_entropy,
+    metric: Metric | None = None,
 ) -> Learner:
     r"""Build an optimizer learned by gradient descent, to train from scratch (Andrychowicz et al. 2016).
 
@@ -97,6 +98,7 @@ def learned_optimizer(
       memory: how the backward pass gets at the values of each update; see `jm.maml`.
       norm: whose statistics normalise the queries, where the network has any; see `jm.maml`.
       loss: f, `(outputs, y, mask) -> scalar`.
+      metric: what is reported beside the loss, as of `jm.maml`.
 
     Raises:
       ValueError: `truncation` below 1, or one that does not divide `inner_steps`; `order` "implicit"; norm
@@ -129,6 +131,7 @@ def learned_optimizer(
         memory=memory,
         norm=norm,
         loss=loss,
+        metric=metric,
     )[0]
 
 
@@ -249,6 +252,7 @@ def _parts(
     memory: str,
     norm: str,
     loss: Callable[..., jax.Array],
+    metric: Metric | None,
 ) -> tuple[Learner, Unroll]:
     """The learner, and the unroll that its loss is made of."""
     check_count("truncation", truncation)
@@ -277,6 +281,7 @@ def _parts(
         inner_batch=inner_batch,
         norm=norm,
         loss=loss,
+        metric=metric,
         order=order,
         memory=memory,
     )
@@ -328,4 +333,4 @@ def _parts(
         weights = begin(blank_padding(support), key)
         return network.adapt({"model": weights, "hyper": params["optimizer"]}, support, key)
 
-    return Learner(init, adapt, network.predict, run_loss), unroll
+    return Learner(init, adapt, network.predict, run_loss, metric=network.metric), unroll

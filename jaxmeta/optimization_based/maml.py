@@ -7,7 +7,7 @@ import jax
 import optax
 
 from jaxmeta import declare, losses
-from jaxmeta.core import Key, Learner, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation, descent
 
@@ -33,6 +33,7 @@ def maml(
     norm: Literal["batch", "support", "population", "episode"] = "batch",
     adapts: Sequence[str] | Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
+    metric: Metric | None = None,
 ) -> Learner:
     r"""Build MAML, which meta-learns the initialisation of gradient descent (Finn et al. 2017).
 
@@ -86,6 +87,9 @@ def maml(
         **/ConvNorm_3; all if None. In Python also a predicate on a path ("Conv_0/kernel"). The others are
         shared by all tasks and still receive the meta-gradient. See `jm.transfer.matching`.
       loss: `(outputs, y, mask) -> scalar`, of both loops.
+      metric: `(outputs, y, mask) -> scalar or (sum, count)`, which is reported beside the loss under the
+        function's name, and which `jm.evaluate` measures. None for the accuracy of classes and the mean
+        squared error of outputs that have the targets' shape, and for the loss alone where they have not.
 
     Returns:
       A `Learner`.
@@ -120,6 +124,7 @@ def maml(
         norm=norm,
         adapts=adapts,
         loss=loss,
+        metric=metric,
         order=order,
         memory=memory,
         truncation=truncation,
@@ -136,7 +141,7 @@ def maml(
         weights, trace = network.fit(params, support, key)
         return network.judge(weights, query, key, network.query_statistics(params, weights, support, trace))
 
-    return Learner(network.init, network.adapt, network.predict, task_loss, network.statistics)
+    return network.learner(task_loss)
 
 
 @declare.learner()

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
-from jaxmeta.core import Key, Learner, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation
 
@@ -45,6 +45,7 @@ def maml_plus_plus(
     norm: Literal["batch", "support", "population"] = "batch",
     adapts: Sequence[str] | Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
+    metric: Metric | None = None,
 ) -> Learner:
     r"""Build MAML++: a multi-step loss, and step sizes and layers for each step (Antoniou et al. 2019).
 
@@ -82,6 +83,7 @@ def maml_plus_plus(
         normalises by the batch's.
       adapts: which of the other parameters the inner loop changes, as of `jm.maml`; all if None.
       loss: `(outputs, y, mask) -> scalar`, of both loops.
+      metric: what is reported beside the loss, as of `jm.maml`.
 
     Raises:
       ValueError: `inner_steps` below 1; more `eval_steps` than there are step sizes; negative `anneal_steps`
@@ -126,6 +128,7 @@ def maml_plus_plus(
         adapts=adapts,
         per_step=per_step_norm,
         loss=loss,
+        metric=metric,
         memory=memory,
     )
 
@@ -164,7 +167,7 @@ def maml_plus_plus(
 
         return lax.cond(step < anneal_steps, weighted, last)
 
-    return Learner(network.init, network.adapt, network.predict, task_loss, network.statistics)
+    return network.learner(task_loss)
 
 
 def multi_step_weights(steps: int, progress: Float[Array, ""] | float) -> Float[Array, " steps"]:

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from jaxmeta import declare, losses
-from jaxmeta.core import Key, Learner, Metrics, Params, Task, blank_padding
+from jaxmeta.core import Key, Learner, Metric, Metrics, Params, Task, blank_padding
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation, descent
 
@@ -37,6 +37,7 @@ def reptile(
     norm: Literal["batch", "support", "population", "episode"] = "batch",
     adapts: Sequence[str] | Callable[[str], bool] | None = None,
     loss: Callable[..., jax.Array] = losses.cross_entropy,
+    metric: Metric | None = None,
 ) -> Learner:
     r"""Build Reptile, which moves the initialisation towards each task's solution (Nichol et al. 2018).
 
@@ -64,6 +65,7 @@ def reptile(
       norm: whose statistics normalise the queries, where the network has any; see `jm.maml`.
       adapts: parameters that the inner loop changes, as of `jm.maml`; all if None.
       loss: `(outputs, y, mask) -> scalar`, of the inner loop.
+      metric: what is reported beside the loss, as of `jm.maml`.
 
     Raises:
       ValueError: what `jm.maml` raises of the same arguments.
@@ -89,6 +91,7 @@ def reptile(
         norm=norm,
         adapts=adapts,
         loss=loss,
+        metric=metric,
         order="first",
     )
 
@@ -106,4 +109,4 @@ def reptile(
         )
         return distance, {**metrics, "distance": (distance, jnp.ones_like(distance))}
 
-    return Learner(network.init, network.adapt, network.predict, task_loss, network.statistics)
+    return network.learner(task_loss)

@@ -1,5 +1,6 @@
 """From a learner and its tasks to trained parameters and a number with a confidence interval."""
 
+from jaxmeta.training.check_learner import check_learner
 from jaxmeta.training.checkpoint import load, load_params, save
 from jaxmeta.training.diagnostics import Alignment, meta_gradient_alignment
 from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
@@ -18,6 +19,7 @@ __all__ = [
     "TrainState",
     "Validated",
     "calibrate",
+    "check_learner",
     "evaluate",
     "evaluate_episodes",
     "evaluate_metrics",

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxmeta.checks import check_count
 from jaxmeta.core import Key, Learner, Params, PyTree, Source, TaskDistribution, episode_keys
+from jaxmeta.learner_form import normalized
 from jaxmeta.training import sharding
 
 
@@ -81,6 +82,7 @@ def meta_gradient_alignment(
       True
     """
     check_count("episodes", episodes)
+    learner, compared_to = normalized(learner), normalized(compared_to)
     found = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
     return Alignment(*map(float, found))
 

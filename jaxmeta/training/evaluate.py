@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.checks import ArgumentError, check_count, check_function
 from jaxmeta.core import (
     Batch,
     Key,
     Learner,
+    Metric,
     Params,
     PyTree,
     Source,
@@ -24,17 +25,18 @@ from jaxmeta.core import (
     TaskStream,
     episode_keys,
 )
-from jaxmeta.losses import full_precision, score
+from jaxmeta.learner_form import normalized
+from jaxmeta.losses import ScoreOrLoss, full_precision, metric_label, scores
 from jaxmeta.training import sharding
-from jaxmeta.training.sharding import Devices
-from jaxmeta.training.step import check_stream, sample_of, stream_batches
+from jaxmeta.training.sharding import Devices, sample_of
+from jaxmeta.training.step import check_stream, stream_batches
 
 # Episodes at once on an accelerator: enough to fill it, few enough for its memory.
 _VMAPPED = 100
 
 
 class Evaluation(NamedTuple):
-    """Mean over episodes of the accuracy, in [0, 1], or of the mean squared error.
+    """Mean over episodes of the accuracy, in [0, 1], the mean squared error, or a metric of one's own.
 
     Attributes:
       mean: over episodes.
@@ -68,12 +70,13 @@ def evaluate(
     key: Key,
     batch: int | None = None,
     devices: Devices = None,
+    metric: Metric | None = None,
 ) -> Evaluation:
     """Adapts to the support set of fixed episodes and scores their queries.
 
-    Accuracy where the targets are integers, mean squared error where they are float; masked
-    queries do not count, nor do episodes all of whose queries are masked. Whether the number is transductive
-    is the learner's `norm`.
+    Accuracy where the targets are integers, mean squared error where they are float, or the metric that is
+    given; masked queries do not count, nor do episodes all of whose queries are masked. Whether the number is
+    transductive is the learner's `norm`.
 
     Args:
       learner: gives `adapt` and `predict`.
@@ -86,6 +89,8 @@ def evaluate(
         and 100 on accelerators; a stream has its own.
       devices: that share the episodes; None for all. Or a mesh of `jm.make_mesh`, whose devices have
         episodes of their own where they do not share parameters.
+      metric: `(outputs, y, mask) -> scalar or (sum, count)` of the queries of an episode, in place of the
+        learner's own; None for that. Defined once, not anew for each call, it is compiled once.
 
     Raises:
       ValueError: too few `episodes`, with a query or at all; `batch` below 1; outputs of a wrong shape; or
@@ -94,7 +99,7 @@ def evaluate(
     # A confidence interval needs two.
     check_count("episodes", episodes, 2)
     values = evaluate_episodes(
-        learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices
+        learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices, metric=metric
     )
     if values.size < 2:
         raise ArgumentError(
@@ -113,8 +118,9 @@ def evaluate_episodes(
     key: Key,
     batch: int | None = None,
     devices: Devices = None,
+    metric: Metric | None = None,
 ) -> Float[np.ndarray, " scored"]:
-    """Accuracy or mean squared error of each episode, as averaged by `evaluate`.
+    """Return the accuracy, mean squared error or metric of each episode, as averaged by `evaluate`.
 
     With one key two learners see the same episodes, so that their values can be paired. Episodes all of whose
     queries are masked are left out.
@@ -125,6 +131,10 @@ def evaluate_episodes(
     check_count("episodes", episodes)
     if batch is not None:
         check_count("batch", batch)
+    learner = normalized(learner)
+    if metric is not None:
+        check_function("metric", metric, "a function (outputs, y, mask) -> scalar or (sum, count)")
+        learner = learner._replace(metric=metric)
     mesh = sharding.evaluation_mesh(devices)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
@@ -201,8 +211,23 @@ def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
             start += tasks.query.y.shape[0]
 
 
-def metric_name(tasks: TaskDistribution | TaskStream) -> str:
-    """What `evaluate` measures on `tasks`: "accuracy" or "mse"."""
+def metric_name(
+    tasks: TaskDistribution | TaskStream, learner: Learner | None = None, params: Params | None = None
+) -> str:
+    """Return the name of what `evaluate` measures on `tasks`: "accuracy", "mse" or that of a metric.
+
+    Args:
+      tasks: whose targets are integers or floats.
+      learner: with a metric of its own, perhaps.
+      params: its parameters, or their shapes, which are read where its metric is one for outputs that may not
+        have the targets' shape.
+    """
+    metric = None if learner is None else learner.metric
+    if isinstance(metric, ScoreOrLoss):
+        assert learner is not None
+        return next(iter(jax.eval_shape(partial(_scores_of, learner), params, sample_of(tasks))))
+    if metric is not None:
+        return metric_label(metric)
     targets = jax.eval_shape(sample_of(tasks), jax.random.key(0)).query.y
     return "accuracy" if jnp.issubdtype(targets.dtype, jnp.integer) else "mse"
 
@@ -226,7 +251,9 @@ def evaluate_metrics(
       key: episode i is drawn with `fold_in(key, i)`.
     """
     check_count("episodes", episodes)
-    sums = _sums(_metrics_of(learner), episodes, params, sharding.as_argument(tasks.sample), key, 0)
+    sums = _sums(
+        _metrics_of(normalized(learner)), episodes, params, sharding.as_argument(tasks.sample), key, 0
+    )
     return {
         name: float(total) / float(count) if count else math.nan
         for name, (total, count) in jax.device_get(sums).items()
@@ -299,8 +326,8 @@ def _episodes(
             task, adapt_key = _episode(source, key, *numbered)
             adapted = learner.adapt(params, task.support, adapt_key)
             outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
-            ((total, count),) = score(outputs, task.query).values()
-            wrong = sum(_wrong_slots(part, outputs.shape[-1]) for part in task)
+            ((total, count),) = scores(outputs, task.query, learner.metric).values()
+            wrong = sum(_wrong_slots(part, _classes(part, outputs, learner.metric)) for part in task)
             return _Scores(total / jnp.maximum(count, 1), count, jnp.asarray(wrong))
 
         numbered = indices, source if isinstance(source, Task) else None
@@ -311,9 +338,23 @@ def _episodes(
     return sharding.replicated(values, mesh)
 
 
-def _wrong_slots(batch: Batch, classes: int) -> Int[Array, ""]:
+def _scores_of(learner: Learner, params: Params, sample: Callable[[Key], Task]) -> PyTree:
+    """Return what `evaluate` measures of one task."""
+    task = sample(jax.random.key(0))
+    adapted = learner.adapt(params, task.support, jax.random.key(0))
+    outputs = normalized(learner).predict(params, adapted, task.query.x, task.query.mask)
+    return scores(outputs, task.query, learner.metric)
+
+
+def _classes(batch: Batch, outputs: Array, metric: Metric | None) -> int | None:
+    """Return the number of class slots; None where only a metric of one's own knows."""
+    own = metric is not None and not isinstance(metric, ScoreOrLoss)
+    return batch.ways if own else outputs.shape[-1]
+
+
+def _wrong_slots(batch: Batch, classes: int | None) -> Int[Array, ""]:
     """How many examples have a class slot that does not exist; none of regression."""
-    if not jnp.issubdtype(batch.y.dtype, jnp.integer):
+    if classes is None or not jnp.issubdtype(batch.y.dtype, jnp.integer):
         return jnp.zeros((), jnp.int32)
     wrong = (batch.y < 0) | (batch.y >= classes)
     return (wrong if batch.mask is None else wrong & batch.mask).sum()

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from jaxmeta import losses
 from jaxmeta.checks import ArgumentError, check_count, check_word
 from jaxmeta.core import (
     Key,
@@ -31,6 +32,8 @@ from jaxmeta.core import (
     TaskStream,
     episode_keys,
 )
+from jaxmeta.learner_form import normalized
+from jaxmeta.losses import ScoreOrLoss, metric_label
 from jaxmeta.training import checkpoint, hosts, sharding
 from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
 from jaxmeta.training.sharding import Devices
@@ -70,7 +73,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Validated:
-    """Reported after each validation; `metric` is "accuracy" or "mse", `best` if none was better."""
+    """Reported after each validation: `metric` is what `jm.evaluate` measures, `best` if none was better."""
 
     step: int
     metric: str
@@ -159,6 +162,7 @@ def train(
     config: dict | None = None,
     should_stop: Callable[[], bool] | None = None,
     non_finite: Literal["stop", "skip"] = "stop",
+    maximize: bool | None = None,
 ) -> TrainState:
     """Meta-trains a learner.
 
@@ -192,6 +196,8 @@ def train(
       should_stop: asked between chunks; True, in any process, saves and raises `Stopped`.
       non_finite: what becomes of a meta-step whose loss or parameters are not finite. "stop" raises; "skip"
         leaves parameters and optimizer state as they were, and counts it in `Progress.skipped`.
+      maximize: whether a larger result of validation is the better one. None where that is known: it is of
+        accuracy, and is not of a loss or an error of `jm.losses`.
 
     Returns:
       The last state; with `validation`, its `params` are the best ones instead of the last.
@@ -211,6 +217,9 @@ def train(
         steps, meta_batch, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume
     )
     check_word("non_finite", non_finite, ("stop", "skip"))
+    learner = normalized(learner)
+    if validation is not None and maximize is None:
+        maximize = _is_maximized(learner)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=mesh, compared_to=compared_to))
     emit = report or (lambda event: None)
@@ -239,7 +248,7 @@ def train(
     # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
     state = sharding.place(jax.tree.map(jnp.copy, state), mesh)
     if validation is not None:
-        metric = metric_name(validation)
+        metric = metric_name(validation, learner, state.params)
         if isinstance(validation, TaskDistribution):
             validation = validation._replace(
                 sample=sharding.replicate(sharding.as_argument(validation.sample), mesh)
@@ -334,7 +343,11 @@ def train(
                     key=episodes_key,
                     devices=mesh,
                 )
-                better = best is None or _better(metric, result.mean, best.evaluation.mean)
+                better = best is None or _better(
+                    metric == "accuracy" if maximize is None else maximize,
+                    result.mean,
+                    best.evaluation.mean,
+                )
                 if better:
                     best = checkpoint.Best(done, result, jax.tree.map(jnp.copy, state.params))
                     if folder is not None:
@@ -505,11 +518,29 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.stack(finite).all()
 
 
-def _better(metric: str, new: float, old: float) -> bool:
+def _is_maximized(learner: Learner) -> bool | None:
+    """Return whether validation looks for a large value of the learner's metric; None: if it is accuracy.
+
+    Raises:
+      ArgumentError: it is a metric of one's own.
+    """
+    metric = learner.metric
+    if metric is None or isinstance(metric, ScoreOrLoss):
+        return None
+    if metric in (losses.mse, losses.cross_entropy):
+        return False
+    raise ArgumentError(
+        "maximize",
+        f"got None, and the learner's metric is {metric_label(metric)!r}, of which validation has to know "
+        "whether more is better (maximize=True) or less (maximize=False)",
+    )
+
+
+def _better(maximize: bool, new: float, old: float) -> bool:
     # With a NaN in place of a number to beat, any number is better.
     if old != old:
         return new == new
-    return new > old if metric == "accuracy" else new < old
+    return new > old if maximize else new < old
 
 
 def _next(step: int, every: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmeta.checks import ArgumentError, check_count
-from jaxmeta.core import PyTree, Task
+from jaxmeta.core import Key, PyTree, Task, TaskDistribution, TaskStream
 from jaxmeta.nn import shared
 
 TASKS, EXAMPLES, PARAMS = AXES = ("tasks", shared.EXAMPLES, "params")
@@ -248,6 +248,13 @@ def share(tasks: Task, mesh: Mesh, total: int | None = None) -> Task:
 def as_argument(sample: Callable) -> Callable:
     """`sample` as a pytree, so that its data can be an argument of a compiled function."""
     return sample if isinstance(sample, jax.tree_util.Partial) else jax.tree_util.Partial(sample)
+
+
+def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:
+    """The sampler of `tasks` as a pytree; for a stream one that gives its very first task."""
+    if isinstance(tasks, TaskStream):
+        return jax.tree_util.Partial(lambda task, key: task, jax.tree.map(lambda leaf: leaf[0], tasks.at(0)))
+    return as_argument(tasks.sample)
 
 
 def parse_axes(text: str) -> dict[str, int]:

@@ -25,10 +25,12 @@ from jaxmeta.core import (
     TaskStream,
     episode_keys,
 )
+from jaxmeta.learner_form import normalized
 from jaxmeta.losses import full_precision
 from jaxmeta.training import sharding
+from jaxmeta.training.check_learner import check_functions
 from jaxmeta.training.diagnostics import alignment
-from jaxmeta.training.sharding import Devices
+from jaxmeta.training.sharding import Devices, sample_of
 
 Strategy = str | int
 
@@ -75,28 +77,20 @@ def init_state(
         for the default device.
 
     Raises:
-      ValueError: `learner.loss` gives no scalar for these tasks; `params` have another structure, shape or
-        dtype than the learner's; also what the learner itself raises on tasks it cannot work on. All before
-        anything is compiled.
+      ValueError: what `jm.check_learner` says of a learner of one's own; what one of the library raises on
+        tasks it cannot work on; `params` have another structure, shape or dtype than the learner's. All
+        before anything is compiled.
     """
 
     def init(sample: Callable[[Key], Task], key: Key, given: Params | None) -> tuple[Params, PyTree]:
         start = _draw(learner, sample, key) if given is None else given
         return start, optimizer.init(start)
 
-    def loss(params: Params, sample: Callable[[Key], Task], key: Key) -> tuple[Array, Any]:
-        return learner.loss(params, sample(key), key, step=jnp.zeros((), jnp.int32))
-
-    sample = sample_of(tasks)
+    learner, sample = normalized(learner), sample_of(tasks)
+    check_functions(learner, sample, key)
     drawn = jax.eval_shape(partial(_draw, learner), sample, key)
     if params is not None:
         _check_params(params, drawn)
-    value, _ = jax.eval_shape(loss, drawn, sample, key)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(
-            f"learner.loss: got an array of shape {value.shape} and type {value.dtype} for one task; "
-            "it must be a floating-point scalar"
-        )
     # Compiled as a whole: `init` reads the task's shapes only, so that drawing it is dead code.
     if devices is None or devices.size == 1:
         start, opt_state = jax.jit(init)(sample, key, params)
@@ -136,13 +130,6 @@ def _check_params(params: Params, drawn: Params) -> None:
                 f"got {jnp.result_type(leaf)} of shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}; "
                 f"the learner has {expected.dtype} of shape {expected.shape}",
             )
-
-
-def sample_of(tasks: TaskDistribution | TaskStream) -> Callable[[Key], Task]:
-    """The sampler of `tasks` as a pytree; for a stream one that gives its very first task."""
-    if isinstance(tasks, TaskStream):
-        return jax.tree_util.Partial(lambda task, key: task, jax.tree.map(lambda leaf: leaf[0], tasks.at(0)))
-    return sharding.as_argument(tasks.sample)
 
 
 @contextlib.contextmanager
@@ -220,6 +207,8 @@ def meta_step(
         tasks at a time that does not divide.
     """
     check_count("meta_batch", meta_batch)
+    learner = normalized(learner)
+    compared_to = None if compared_to is None else normalized(compared_to)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     own = meta_batch // mesh.shape[sharding.TASKS]
     at_once = _tasks_at_once(strategy, own, mesh.devices.flat[0].platform)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import toys
 
-from jaxmeta.core import TaskStream
+from jaxmeta.core import Learner, TaskStream
 from jaxmeta.training import (
     NonFiniteLoss,
     Progress,
@@ -327,7 +327,12 @@ def test_the_operation_of_the_first_nan_is_named_where_jax_is_debugged(loss, kin
         del key, step
         return loss(params["w"], task.query.y), {}
 
-    learner = toys.maml()._replace(init=lambda key, task: {"w": jnp.ones(())}, loss=of_task)
+    learner = Learner(
+        init=lambda key, task: {"w": jnp.ones(())},
+        adapt=lambda params, support, key: params,
+        predict=lambda params, adapted, x, mask=None: adapted["w"] * x,
+        loss=of_task,
+    )
     tasks = toys.sinusoid()
     if kind == "stream":
         keys = jax.random.split(KEY, 2)
