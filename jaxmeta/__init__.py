@@ -31,6 +31,7 @@ from jaxmeta.optimization_based import (
     anil,
     boil,
     cavia,
+    evolution_gradient,
     fomaml,
     imaml,
     inner_loop,
@@ -41,6 +42,7 @@ from jaxmeta.optimization_based import (
     maml,
     maml_plus_plus,
     meta_sgd,
+    persistent_evolution,
     reptile,
 )
 from jaxmeta.training import (
@@ -86,6 +88,7 @@ __all__ = [
     "evaluate",
     "evaluate_episodes",
     "evaluate_metrics",
+    "evolution_gradient",
     "fine_tuned_head",
     "fomaml",
     "forwards",
@@ -113,6 +116,7 @@ __all__ = [
     "meta_step",
     "metanet",
     "nn",
+    "persistent_evolution",
     "prototypical",
     "relation",
     "reptile",

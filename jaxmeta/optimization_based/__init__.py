@@ -3,6 +3,7 @@
 from jaxmeta.optimization_based.anil import anil
 from jaxmeta.optimization_based.boil import boil
 from jaxmeta.optimization_based.cavia import cavia
+from jaxmeta.optimization_based.evolution import evolution_gradient, persistent_evolution
 from jaxmeta.optimization_based.imaml import imaml
 from jaxmeta.optimization_based.inner_loop import inner_loop
 from jaxmeta.optimization_based.learned_optimizer import (
@@ -20,6 +21,7 @@ __all__ = [
     "anil",
     "boil",
     "cavia",
+    "evolution_gradient",
     "fomaml",
     "imaml",
     "inner_loop",
@@ -30,5 +32,6 @@ __all__ = [
     "maml",
     "maml_plus_plus",
     "meta_sgd",
+    "persistent_evolution",
     "reptile",
 ]
