@@ -7,6 +7,7 @@ from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedU
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
 from jaxmeta.nn.koch import Koch
 from jaxmeta.nn.layers import Conv, conv_general_dilated
+from jaxmeta.nn.lora import lora
 from jaxmeta.nn.memory import LRUA, NTM, MemoryNetwork
 from jaxmeta.nn.norm import BatchNorm
 from jaxmeta.nn.precision import in_precision
@@ -52,6 +53,7 @@ __all__ = [
     "in_precision",
     "layers_in_order",
     "log_and_sign",
+    "lora",
     "max_pool_2x2",
     "resize_positions",
 ]
