@@ -39,6 +39,7 @@ CHECKED = [
     "jaxmeta.nn.embedding",
     "jaxmeta.nn.full_context",
     "jaxmeta.nn.koch",
+    "jaxmeta.nn.lora",
     "jaxmeta.nn.memory",
     "jaxmeta.nn.norm",
     "jaxmeta.nn.relation",

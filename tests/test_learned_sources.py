@@ -188,6 +188,25 @@ def test_far_images_are_called_unknown(place, capsys):
     assert "unknown" in capsys.readouterr().out
 
 
+def test_a_class_that_is_called_unknown_leaves_no_name_for_far_images(place, tmp_path, capsys):
+    for name in ("unknown", "other"):
+        draw_bar(tmp_path / name / "0.png", len(name), 3)
+    flags = ["--support", str(tmp_path), "--size", "8", "--unknown-above", "1"]
+    predicted(place, place / "weights.safetensors", *flags, status=2)
+    assert "--unknown-above: a class is called unknown" in capsys.readouterr().err
+
+
+def test_folders_of_thumbnails_hide_no_truth(place, tmp_path, capsys):
+    for kind in (place / "query").iterdir():
+        (tmp_path / kind.name).mkdir()
+        for file in kind.iterdir():
+            (tmp_path / kind.name / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "@eaDir").mkdir(exist_ok=True)
+        (tmp_path / "@eaDir" / "0.png").write_bytes(file.read_bytes())
+    assert main(["predict", str(place / "transfer"), "--query", str(tmp_path)]) == 0
+    assert "of 10 lie in the folder of the class they are named as" in capsys.readouterr().out
+
+
 def test_a_table_by_class_marks_wrong_answers(place, tmp_path, capsys):
     flags = ["--confusion", str(tmp_path / "confusion.png"), "--csv", str(tmp_path / "answers.csv")]
     answers = predicted(place, place / "transfer", *flags)
@@ -304,6 +323,20 @@ def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner,
         (
             ["predict", "{place}/transfer", "--learner", "maml"],
             "--learner: got maml, and {place}/transfer is no",
+        ),
+        (
+            ["predict", "{place}/run", "--support", "{place}/support", "--learner", "maml"],
+            "--learner: got maml, and {place}/run was not trained with it; leave it out",
+        ),
+        (["predict", "{place}/run", "--support", "{place}/support", "--size", "8"], "--size: got 8, and"),
+        (["predict", "{place}/transfer", "--size", "0"], "--size: got 0; it must be at least 1"),
+        (
+            ["predict", "{place}/transfer", "--json", "a.json", "--csv", "a.json"],
+            "--json, --csv, --confusion:",
+        ),
+        (
+            ["evaluate", "{place}/transfer", "--tasks", "glyphs", "--learner", "nosuch"],
+            "--learner: got nosuch, and {place}/transfer is not a run",
         ),
         (["predict", "{place}/nowhere"], "SOURCE: there is nothing at {place}/nowhere"),
         (["export", "{place}/run"], "--out: is missing"),

@@ -145,7 +145,8 @@ class Backbone:
         Raises:
           ArgumentError: the network takes no such images, or its pixels have another number of channels.
         """
-        size = asked.get("size") or self.size or shape[0]
+        size = asked.get("size")
+        size = (self.size or shape[0]) if size is None else size
         channels = self.channels(size, asked.get("channels")) or shape[2]
         seen = mean(channels)
         known = self.images or ImageSpec(size, channels, seen, ink)
@@ -325,7 +326,7 @@ def _of_transfer(backbone: Backbone, told: Mapping[str, Any]) -> Backbone:
     """Return the backbone with what a transfer says of its images."""
     try:
         images, pixels = ImageSpec(**told["images"]), Pixels(*map(tuple, told["pixels"]))
-        classes, inverted = tuple(map(str, told["classes"])), bool(told["inverted"])
+        classes, inverted = tuple(map(str, told["classes"])), bool(told.get("inverted", False))
     except (TypeError, KeyError) as error:
         raise ArgumentError(
             backbone.argument, f"the config.json of {backbone.source} is damaged: {error!r}"

@@ -6,7 +6,7 @@ from images to the scores of named classes.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.cli import build, folders
 from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, load_backbone
-from jaxmeta.cli.config import is_run, load_config, read_json
+from jaxmeta.cli.config import Config, is_run, load_config, read_json
 from jaxmeta.cli.data import ImageSpec, images_of
 from jaxmeta.cli.own_images import read_images, seem_inverted, warn_of_negatives
 from jaxmeta.cli.run import params_of
@@ -81,7 +81,14 @@ class Classifier:
           ArgumentError: images of another shape, or values outside [0, 1].
           FloatingPointError: the answers are not finite.
         """
-        return _softmax(self.sharpness * self._scores(images))
+        return self.with_distances(images)[0]
+
+    def with_distances(
+        self, images: Any
+    ) -> tuple[Float[np.ndarray, "n classes"], Float[np.ndarray, " n"] | None]:
+        """Return what `predict` does, and `distances` where the method measures any."""
+        scores = self._scores(images)
+        return _softmax(self.sharpness * scores), -scores.max(-1) if self.measures else None
 
     def label(self, images: Any) -> list[str]:
         """Return the name of the most probable class of each image."""
@@ -93,9 +100,10 @@ class Classifier:
         Raises:
           ArgumentError: the method measures no distances.
         """
-        if not self.measures:
+        found = self.with_distances(images)[1]
+        if found is None:
             raise ArgumentError("source", f"{self.about} measures no distances; take a method that does")
-        return -self._scores(images).max(-1)
+        return found
 
     def _scores(self, images: Any) -> Float[np.ndarray, "n classes"]:
         x = _as_images(images, self.images)
@@ -157,14 +165,38 @@ def load_classifier(
     """
     reading = _Reading(support, invert, skip_unreadable)
     folder = Path(source).expanduser()
+    if size is not None:
+        check_count("size", size)
+    named = {"learner": learner, "network": network, "tasks": tasks}
     if (folder / PROGRAM).is_file():
+        _refuse_given({"size": size, **named}, f"{source} is an export, which has what it was made with")
         return _exported(folder, reading)
     if is_run(folder):
-        return _of_run(folder, reading, [name for name in (learner, network, tasks) if name is not None])
-    for name, value in (("learner", learner), ("tasks", tasks)):
-        if value is not None:
-            raise ArgumentError(name, f"got {value}, and {source} is no run that was trained with it")
+        _refuse_given({"size": size}, f"{source} is a run, which says itself what images it takes")
+        config = load_config(folder, [name for name in named.values() if name is not None])
+        own = {config.learner["name"], config.network["name"], config.tasks["name"]}
+        foreign = {name: value for name, value in named.items() if value not in own}
+        _refuse_given(foreign, f"{source} was not trained with it")
+        return _of_run(folder, config, reading)
+    _refuse_given({"learner": learner, "tasks": tasks}, f"{source} is not a run that was trained with it")
     return _of_weights(load_backbone(os.fspath(source), network=network, size=size), size, reading)
+
+
+def say_inverted(classifier: Classifier, invert: bool) -> None:
+    """Print that dark is turned to light in all images, where nobody has asked for it."""
+    if classifier.inverted and not invert:
+        print("ink       dark on light in --support, light on dark in training: all images are inverted")
+
+
+def _refuse_given(given: Mapping[str, Any], why: str) -> None:
+    """Refuse arguments that the source has no use for.
+
+    Raises:
+      ArgumentError: one is not None.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ArgumentError(name, f"got {value}, and {why}; leave it out")
 
 
 # --- The support set ----------------------------------------------------------------------------------------
@@ -244,7 +276,6 @@ def _read_support(reading: _Reading, spec: ImageSpec) -> _Support:
         raise ArgumentError("support", f"of the class {classes[empty[0]]!r} no image can be read")
     inverted = reading.invert
     if not inverted and spec.ink and seem_inverted(spec, float(x.mean())):
-        print("ink       dark on light in --support, light on dark in training: all images are inverted")
         inverted = True
     x = 1 - x if inverted else x
     if files is not None:
@@ -255,8 +286,7 @@ def _read_support(reading: _Reading, spec: ImageSpec) -> _Support:
 # --- One source after another -------------------------------------------------------------------------------
 
 
-def _of_run(folder: Path, reading: _Reading, trusted: Iterable[str]) -> Classifier:
-    config = load_config(folder, trusted)
+def _of_run(folder: Path, config: Config, reading: _Reading) -> Classifier:
     spec = images_of(config)
     method = config.learner["name"]
     if spec is None:
@@ -370,10 +400,9 @@ def _spec(backbone: Backbone, size: int | None) -> ImageSpec:
     Raises:
       ArgumentError: neither it nor the user says their size.
     """
-    side = size or backbone.size
+    side = backbone.size if size is None else size
     if side is None:
         raise ArgumentError("size", f"{backbone.source} does not say the size of its images; give it")
-    check_count("size", side)
     channels = backbone.channels(side, None) or 3
     # Of weights whose images nobody knows the mean tells nothing.
     known = backbone.images or ImageSpec(side, channels, 0.5, False)
@@ -392,8 +421,11 @@ def _as_images(given: Any, spec: ImageSpec, name: str = "images") -> Float[np.nd
     if isinstance(given, str | os.PathLike):
         given = [given]
     if isinstance(given, Sequence) and given and all(isinstance(each, str | os.PathLike) for each in given):
-        return read_images([Path(each).expanduser() for each in given], spec, False, name)[0]
-    x = np.asarray(given)
+        return read_images([Path(each).expanduser() for each in given], spec, None, name)[0]
+    try:
+        x = np.asarray(given)
+    except ValueError as error:
+        raise ArgumentError(name, f"they must have one size: {error}") from None
     x = x[..., None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
         raise ArgumentError(
@@ -450,6 +482,7 @@ def export(source: str, *, out: str, **reading: Any) -> Path:
     """
     folders.refuse_used(Path(out).expanduser(), EXPORT)
     found = load_classifier(source, **reading)
+    say_inverted(found, bool(reading.get("invert")))
     spec = found.images
 
     def probabilities(x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:

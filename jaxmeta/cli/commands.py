@@ -284,6 +284,10 @@ def _evaluate_weights(
     if len(given.words) > 1:
         raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
     own = given.values.get("output", {})
+    if own.get("learner") is not None:
+        raise UsageError(
+            f"--learner: got {own['learner']}, and {source} is not a run that was trained with it"
+        )
     if own.get("tasks") is None:
         raise UsageError(f"--tasks: is missing; {source} is no run that says what it was trained on")
     with parser.naming_flags():

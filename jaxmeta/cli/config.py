@@ -20,8 +20,8 @@ from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import Sequences, Source, Streaming, is_own, key_of, source_of
 from jaxmeta.declare import Facts, facts_of, parent_of
 
-# The form of config.json; 0.1 had none.
-FORMAT = 2
+# The form of config.json, one higher whenever a setting comes or goes; 0.1 had none.
+FORMAT = 3
 GROUPS = ("learner", "network", "tasks", "training", "run")
 # What a run hands to a factory, and no setting is.
 SUPPLIED_TO_LEARNER = ("norm", "loss", "augment", "strings")
@@ -104,7 +104,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What changes no parameter, and where a run finds its data and devices.
+    """Where a run starts, and where it finds its data and devices. Only seed and init change parameters.
 
     Attributes:
       seed: seed of the initial parameters and of all episodes.

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxmeta.checks import ArgumentError
@@ -16,11 +17,14 @@ from jaxmeta.cli.devices import machine, mesh_of
 from jaxmeta.cli.report import plural
 from jaxmeta.cli.run import evaluation_key, print_results, sentence
 from jaxmeta.files import write_json
+from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import Evaluation, evaluate_episodes
 from jaxmeta.training.sharding import sample_of
 
 # The method that weights are evaluated by; its settings are not asked for.
 METHOD = "simple_shot"
+# Tasks whose support sets give a network batch statistics that has none.
+_SHOWN = 16
 
 
 def evaluate_weights(
@@ -50,10 +54,13 @@ def evaluate_weights(
         raise ArgumentError("tasks", f"{config.tasks['name']} are no images")
     shape = (images.size, images.size, images.channels)
     input = backbone.input(shape, lambda channels: images.mean, images.ink)
-    learner, params = by_prototypes(backbone, input, np.asarray(sample_of(test)(key).support.x))
+    shown = jax.vmap(lambda key: sample_of(test)(key).support.x)(jax.random.split(key, _SHOWN))
+    learner, params = by_prototypes(backbone, input, np.asarray(shown).reshape(-1, *shape))
     episodes = config.run.episodes
     found = Evaluation.of(evaluate_episodes(learner, params, test, episodes=episodes, key=key, devices=mesh))
-    accuracy = {"inductive": {"mean": found.mean, "ci95": found.ci95, "norm": "none"}}
+    normalises = STATISTICS in params["model"]
+    norm = "population" if normalises else "none"
+    accuracy = {"inductive": {"mean": found.mean, "ci95": found.ci95, "norm": norm}}
     result = {
         "source": source,
         "learner": METHOD,
@@ -70,6 +77,10 @@ def evaluate_weights(
         **machine(mesh),
     }
     print(f"nearest prototypes of the features of {backbone.about}")
+    if normalises:
+        own = STATISTICS in (backbone.variables or {})
+        whose = "those of the source" if own else f"of {_SHOWN} support sets: the source has none"
+        print(f"batch statistics: {whose}")
     print(f"{sentence(test.card)}; {plural(episodes, 'task')}, seed {config.run.seed}")
     print_results(result, config)
     if target is not None:

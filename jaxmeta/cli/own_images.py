@@ -16,14 +16,14 @@ _COLOUR = 8
 
 
 def read_images(
-    files: Sequence[Path], spec: ImageSpec, skip: bool, name: str
+    files: Sequence[Path], spec: ImageSpec, skip: bool | None, name: str
 ) -> tuple[Float[np.ndarray, "n h w c"], list[int]]:
     """Read images in [0, 1].
 
     Args:
       files: of the images.
       spec: size and channels to read them with.
-      skip: whether to leave out files that cannot be read, with a warning.
+      skip: whether to leave out files that cannot be read, with a warning; None where nobody can ask for it.
       name: of the argument that named them, for messages.
 
     Returns:
@@ -46,7 +46,8 @@ def read_images(
         else:
             kept.append(index)
     if problems and (not skip or not kept):
-        raise ArgumentError(name, f"{some(problems)}; --skip-unreadable leaves such images out")
+        hint = "" if skip is None else "; --skip-unreadable leaves such images out"
+        raise ArgumentError(name, f"{some(problems)}{hint}")
     if problems:
         warnings.warn(f"--{name}: left out {some(problems)}", stacklevel=3)
     if coloured and spec.channels == 1:

@@ -2,6 +2,7 @@
 
 import csv as csv_format
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.cli import folders
-from jaxmeta.cli.classifier import load_classifier
+from jaxmeta.cli.classifier import load_classifier, say_inverted
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.own_images import read_images, warn_of_negatives
 from jaxmeta.cli.parser import print_table
 from jaxmeta.declare import forwards
 from jaxmeta.files import write_json, write_text
-from jaxmeta.tasks.images import image_files
+from jaxmeta.tasks.images import image_files, subfolders
 from jaxmeta.transfer import confusion_matrix
 
 UNKNOWN = "unknown"
@@ -64,20 +65,30 @@ def predict(
     """
     target, table = folders.output_file("json", json), folders.output_file("csv", csv)
     picture = folders.output_file("confusion", confusion)
+    outputs = [path for path in (target, table, picture) if path is not None]
+    if len(set(outputs)) < len(outputs):
+        raise ArgumentError("json, csv, confusion", "two of them name one file; each needs its own")
     if unknown_above is not None:
         check_number("unknown_above", unknown_above, 0)
     asked, root = _query_files(Path(query).expanduser())
-    classifier = load_classifier(source, skip_unreadable=skip_unreadable, **reading)
+    with warnings.catch_warnings(record=True) as warned:
+        classifier = load_classifier(source, skip_unreadable=skip_unreadable, **reading)
+    say_inverted(classifier, bool(reading.get("invert")))
+    if unknown_above is not None and UNKNOWN in classifier.classes:
+        raise ArgumentError("unknown_above", f"a class is called {UNKNOWN}, as images that are far would be")
     if unknown_above is not None and not classifier.measures:
         raise ArgumentError(
             "unknown_above",
             f"{source} measures no distances; prototypical, simple_shot and weights with --support do",
         )
     questions, readable = read_images(asked, classifier.images, skip_unreadable, "query")
+    # Only once nothing is refused any more, which is said in one line.
+    for warning in warned:
+        warnings.warn(str(warning.message), stacklevel=2)
     files = [asked[index] for index in readable]
     seen = 1 - questions if classifier.inverted else questions
     warn_of_negatives("query", classifier.images, seen, [str(file) for file in files])
-    probabilities = classifier.predict(questions)
+    probabilities, distances = classifier.with_distances(questions)
     answers: list[dict[str, Any]] = [
         {
             "file": file.relative_to(root).as_posix(),
@@ -86,8 +97,8 @@ def predict(
         }
         for file, row in zip(files, probabilities, strict=True)
     ]
-    if classifier.measures:
-        for answer, distance in zip(answers, classifier.distances(questions), strict=True):
+    if distances is not None:
+        for answer, distance in zip(answers, distances, strict=True):
             answer["distance"] = float(distance)
             if unknown_above is not None and distance > unknown_above:
                 answer["class"] = UNKNOWN
@@ -134,16 +145,22 @@ def _query_files(query: Path) -> tuple[list[Path], Path]:
         return [query], query.parent
     if not query.exists():
         raise ArgumentError("query", f"there is no {query}")
-    folders = [query, *sorted(folder for folder in query.rglob("*") if folder.is_dir())]
-    visible = [
-        folder
-        for folder in folders
-        if not any(part.startswith(".") for part in folder.relative_to(query).parts)
-    ]
-    files = [file for folder in visible for file in image_files(folder)]
+    files = [file for folder in _folders_below(query) for file in image_files(folder)]
     if not files:
         raise ArgumentError("query", f"there is no image in {query}")
     return files, query
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """Return a folder and those in it, of which links that lead back into it are left out."""
+    found, ahead, seen = [], [folder], set()
+    while ahead:
+        each = ahead.pop(0)
+        if each.resolve() not in seen:
+            seen.add(each.resolve())
+            found.append(each)
+            ahead += subfolders(each)
+    return sorted(found)
 
 
 def _truth(answers: Sequence[Mapping[str, Any]]) -> list[str] | None:

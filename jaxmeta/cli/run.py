@@ -257,8 +257,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         if first:
             print(f"evaluating on {plural(run.episodes, 'test task')} …", flush=True)
         params = hosts.gathered(state.params)
-        if first:
-            _read_back(out, config, params, results, hint)
+        _read_back(out, config, params, results, hint)
         try:
             params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
             found, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
@@ -287,14 +286,20 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
 
 
 def _read_back(out: Path, config: Config, params: Params, results: folders.Results, hint: str) -> None:
-    """Read the last checkpoint, and where it does not hold `params`, keep these in a file of another form."""
-    if not (out / "config.json").exists():
+    """Read the last checkpoint, and where it does not hold `params`, keep these in a file of another form.
+
+    Every process reads, since Orbax waits for all of them; the first one writes.
+    """
+    first = hosts.is_first()
+    if first and not (out / "config.json").exists():
         # Somebody has removed the folder, and the checkpoints after that are in a new one.
         with results.writing(out / "config.json"):
             write_json(out / "config.json", config.to_json())
     try:
         check_saved(out, params)
     except Exception as error:
+        if not first:
+            return
         spare = out / SPARE
         results.fail(
             f"{out / 'checkpoints'} does not hold the parameters that training ended with ({error}); they "

@@ -179,6 +179,12 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
         raise ArgumentError(
             argument, f"{path} has examples of several shapes: {some(map(str, sorted(shapes)))}"
         )
+    kinds = {x.dtype == np.uint8 for x, _, _ in read}
+    if len(kinds) > 1:
+        raise ArgumentError(
+            argument,
+            f"{path} has bytes in some parts and floats in others; give all one type, by x / 255 of bytes",
+        )
     xs, ys, told = zip(*read, strict=True)
     # Arrays of one part are not copied.
     x = xs[0] if len(xs) == 1 else np.concatenate(xs)
@@ -186,6 +192,7 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
     has_parts = bool(parts) or "split" in by_part.get("", {})
     if has_parts and len(set(all_parts.tolist())) < 2:
         has_parts = False
+        warnings.warn(f"{path} names a single part, {all_parts[0]}, which splits nothing", stacklevel=4)
     return LabelledArrays(x, labels, all_parts if has_parts else None)
 
 
@@ -289,11 +296,7 @@ def _labels(path: Path, argument: str, y: np.ndarray) -> np.ndarray:
         raise ArgumentError(
             argument, f"{path}: y has shape {y.shape}; it must be (n,), one label an example{more}"
         )
-    if y.dtype.kind == "S":
-        try:
-            return np.char.decode(y, "utf-8")
-        except UnicodeDecodeError:
-            raise ArgumentError(argument, f"{path}: y holds bytes that are no UTF-8") from None
+    y = decoded(path, argument, "y", y)
     if y.dtype.kind not in "iuU":
         raise ArgumentError(
             argument, f"{path}: y has type {y.dtype}; labels must be integers or names, by y.astype(int)"
@@ -304,8 +307,23 @@ def _labels(path: Path, argument: str, y: np.ndarray) -> np.ndarray:
     return labels
 
 
+def decoded(path: Path, argument: str, name: str, array: np.ndarray) -> np.ndarray:
+    """Return an array with text for bytes.
+
+    Raises:
+      ArgumentError: bytes that are no UTF-8.
+    """
+    if array.dtype.kind != "S":
+        return array
+    try:
+        return np.char.decode(array, "utf-8")
+    except UnicodeDecodeError:
+        raise ArgumentError(argument, f"{path}: {name} holds bytes that are no UTF-8") from None
+
+
 def _parts(path: Path, argument: str, split: np.ndarray, n: int) -> np.ndarray:
-    if split.shape != (n,) or split.dtype.kind not in "US":
+    split = decoded(path, argument, "split", split)
+    if split.shape != (n,) or split.dtype.kind != "U":
         raise ArgumentError(
             argument,
             f"{path}: split has shape {split.shape} and type {split.dtype}; it must be ({n},) names of parts",

@@ -18,6 +18,7 @@ from jaxmeta.tasks.images import (
     class_files,
     files_of_class,
     image_files,
+    is_image_name,
     left_out_of,
     subfolders,
 )
@@ -107,6 +108,8 @@ def list_images(path: Path, argument: str = "path", *, skip_missing: bool = Fals
     """
     if not path.exists():
         raise MissingFileError(argument, f"{path} does not exist")
+    # So that a row of a list is inside of the folder or not, however the folder was named.
+    path = path.resolve()
     if not path.is_dir():
         if path.suffix.lower() in (*_LISTS, ".json"):
             # Lists that lie in a folder of their own name images beside that.
@@ -130,7 +133,7 @@ def list_parts(folder: Path, argument: str = "path", *, skip_missing: bool = Fal
     Raises:
       ArgumentError: see `list_images`.
     """
-    reader = _Reader(folder, argument, skip_missing)
+    reader = _Reader(folder.resolve(), argument, skip_missing)
     for layout in (_named_lists, _part_folders, _single_list):
         found = layout(reader)
         if found is not None:
@@ -366,6 +369,8 @@ class _Reader(NamedTuple):
                     continue
                 if file.is_dir():
                     raise self.refuse(path, f", {row.where}: {row.file!r} is a folder; it must be an image")
+                if not is_image_name(f"x{file.name}"):
+                    raise self.refuse(path, f", {row.where}: {row.file!r} is not named as an image")
                 entry = (row.label, row.part or part, f"{path.name}, {row.where}")
                 before = seen.setdefault(file, entry)
                 if before is not entry:

@@ -1,7 +1,9 @@
 """Regression tasks from one's own examples: any number of them for each task."""
 
 import dataclasses
+import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmeta.checks import ArgumentError, MissingFileError, check_finite, some
 from jaxmeta.core import Key, Task, TaskDistribution
-from jaxmeta.tasks.array_files import npz_arrays
+from jaxmeta.tasks.array_files import decoded, npz_arrays
 from jaxmeta.tasks.csv_files import read_csv
 from jaxmeta.tasks.file_layouts import part_of
 from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_points
@@ -231,15 +233,17 @@ def read_table(
     names = tuple(columns)
 
     def chosen(argument: str, asked: Sequence[str], letter: str) -> tuple[str, ...]:
+        # Not all that begins so: "year" and "y_std" are no targets.
+        numbered = re.compile(rf"{letter}[_ ]?\d*", re.IGNORECASE)
         found = tuple(asked) or tuple(
-            name for name in names if name.casefold().startswith(letter) and name != task_column
+            name for name in names if numbered.fullmatch(name) and name != task_column
         )
         missing = [name for name in found if name not in columns]
         if missing or not found:
             said = (
                 f"{path} has no column {missing[0]!r}"
                 if missing
-                else f"no column of {path} begins with {letter}"
+                else f"no column of {path} is called {letter}, {letter}1, {letter}2, …"
             )
             raise ArgumentError(argument, f"{said}; it has {some(map(repr, names), 10)}; name the columns")
         return found
@@ -286,10 +290,11 @@ def _npz_columns(path: Path) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     arrays = npz_arrays(path, "path")
     for name, array in arrays.items():
+        array = decoded(path, "path", name, array)
         if array.ndim == 1:
             found[name] = array
         elif array.ndim >= 2:
-            flat = array.reshape(len(array), -1)
+            flat = array.reshape(len(array), math.prod(array.shape[1:]))
             found |= (
                 {name: flat[:, 0]}
                 if flat.shape[1] == 1
@@ -343,7 +348,7 @@ def _split_of(
     path: Path, task: np.ndarray, columns: dict[str, np.ndarray], lines: Sequence[int] | None
 ) -> ClassSplit | None:
     """Return the parts that the column split gives to the tasks; None without one."""
-    if _SPLIT not in columns or columns[_SPLIT].dtype.kind not in "US":
+    if _SPLIT not in columns or columns[_SPLIT].dtype.kind != "U":
         return None
     members: dict[str, str] = {}
     for row, (name, cell) in enumerate(zip(task.tolist(), columns[_SPLIT].tolist(), strict=True)):
@@ -358,6 +363,10 @@ def _split_of(
                 f"{path}{_place(lines, row)}: the task {name!r} is in {part}, and in {members[name.strip()]} "
                 "before",
             )
+    if len(set(members.values())) == 1:
+        warnings.warn(
+            f"{path} names a single part, {next(iter(members.values()))}, which splits nothing", stacklevel=4
+        )
     return split_of_parts(
         {part: [name for name in members if members[name] == part] for part in members.values()}
     )

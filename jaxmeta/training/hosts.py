@@ -138,4 +138,10 @@ def gathered(tree: PyTree) -> PyTree:
         return tree
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    leaves, structure = jax.tree.flatten(tree)
+    # What a process has whole, such as parameters that were read from a checkpoint, would be stacked.
+    spread = [i for i, leaf in enumerate(leaves) if not getattr(leaf, "is_fully_addressable", True)]
+    found = multihost_utils.process_allgather([leaves[i] for i in spread], tiled=True) if spread else []
+    for i, leaf in zip(spread, found, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 import time
 import traceback
@@ -103,26 +104,36 @@ class NonFiniteLoss(FloatingPointError):
     """The loss, or a parameter, became NaN or infinite in meta-step `step` (the first is 1)."""
 
     def __init__(
-        self, step: int, checkpoint: Path | None, *, initial: bool = False, operation: str | None = None
+        self,
+        step: int,
+        checkpoint: Path | None,
+        *,
+        initial: bool = False,
+        of_loss: bool = True,
+        operation: str | None = None,
     ):
         """Build the message.
 
         Args:
           step: that was not finite.
           checkpoint: the last one that was saved.
-          initial: whether the parameters were still those of the initialisation.
+          initial: whether the parameters were still those that training began with.
+          of_loss: whether it was the loss; otherwise its gradient, or the update that followed.
           operation: what gave the first NaN, where it was looked for.
         """
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
         advice = "A smaller learning rate (inner or outer) or gradient clipping usually helps"
         if initial:
+            debug = operation or (
+                "With JAX_DEBUG_NANS=1 (jax_debug_nans) the operation is named that gives a NaN"
+            )
             advice = (
-                "The parameters were still the initial ones, so that the outer learning rate is not the "
-                "cause: look at the inputs and targets, the loss, the network and the inner learning rate. "
-                + (
-                    operation
-                    or "With JAX_DEBUG_NANS=1 (jax_debug_nans) the operation is named that gives a NaN"
-                )
+                "The parameters were still those that training began with, so that the outer learning rate "
+                "is not the cause: look at the inputs and targets, the loss, the network and the inner "
+                f"learning rate. {debug}"
+                if of_loss or operation
+                else "The loss was finite, and its gradient was not, or the step that the outer optimizer "
+                f"took. {debug}"
             )
         super().__init__(f"the loss or a parameter became non-finite in meta-step {step}; {kept}. {advice}")
         self.step = step
@@ -263,11 +274,11 @@ def train(
 
     clock = time.perf_counter()
 
-    def not_finite(step: int, initial: bool) -> NonFiniteLoss:
+    def not_finite(step: int, initial: bool, of_loss: bool = True) -> NonFiniteLoss:
         debugging = jax.config.jax_debug_nans  # type: ignore[attr-defined]
         debugged = initial and debugging and not hosts.are_many()
-        operation = _first_nan(learner, optimizer, tasks, key, meta_batch) if debugged else None
-        return NonFiniteLoss(step, saved_at, initial=initial, operation=operation)
+        operation = _first_nan(learner, optimizer, tasks, key, params, meta_batch) if debugged else None
+        return NonFiniteLoss(step, saved_at, initial=initial, of_loss=of_loss, operation=operation)
 
     def read(start: int, until: int, outs: list[dict[str, PyTree]]) -> None:
         """Waits for a chunk, and reports it."""
@@ -277,7 +288,8 @@ def train(
             count += int(out["count"])
             skipped += int(out["skipped"])
             if not out["finite"]:
-                raise not_finite(start + count, initial=start + count == 1)
+                of_loss = not math.isfinite(out["metrics"]["loss"])
+                raise not_finite(start + count, start + count == 1, of_loss)
         if skipped == count:
             raise not_finite(start + count, initial=start == 0)
         now = time.perf_counter()
@@ -459,6 +471,7 @@ def _first_nan(
     optimizer: optax.GradientTransformation,
     tasks: TaskDistribution | TaskStream,
     key: Key,
+    params: Params | None,
     meta_batch: int,
 ) -> str | None:
     """Say which operation gives the first NaN of the first meta-step, by a run without compilation."""
@@ -469,7 +482,7 @@ def _first_nan(
         )
 
     with jax.debug_nans(False):
-        params = init_state(learner, optimizer, tasks, key).params
+        params = init_state(learner, optimizer, tasks, key, params=params).params
         keys = episode_keys(jax.random.fold_in(key, 0), jnp.arange(meta_batch))
         finite = jax.jit(lambda *arguments: _all_finite(gradient(*arguments)))
         for index in range(meta_batch):

@@ -115,7 +115,7 @@ def _check_params(params: Params, drawn: Params) -> None:
     """Refuse parameters to start from that are not of the learner.
 
     Raises:
-      ArgumentError: another structure, or a leaf of another shape or dtype.
+      ArgumentError: another structure, or a leaf of another shape or dtype, or with NaN in it.
     """
     got: Any = jax.tree.structure(params)
     wanted: Any = jax.tree.structure(drawn)
@@ -130,6 +130,10 @@ def _check_params(params: Params, drawn: Params) -> None:
                 f"got {jnp.result_type(leaf)} of shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}; "
                 f"the learner has {expected.dtype} of shape {expected.shape}",
             )
+        known = getattr(leaf, "is_fully_addressable", True) and not isinstance(leaf, jax.core.Tracer)
+        if known and jnp.issubdtype(expected.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
+            where = jax.tree_util.keystr(path)
+            raise ArgumentError("params", f"got values at {where} that are not finite")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The chapter's recipes: feature extraction, fine-tuning from a layer up, and what lies between."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -219,7 +220,8 @@ def fine_tuning_probe(
     Returns:
       The variables with a new head, and the running statistics that it was fitted by.
     """
-    del others
+    if unknown := sorted(set(others) - set(inspect.signature(fine_tune).parameters)):
+        raise TypeError(f"fine_tuning_probe() has no argument {unknown[0]!r}, nor has fine_tune()")
     if variables.get(STATISTICS) and not keep_statistics:
         variables = _by_mini_batches(model, variables, data, key, train, batch_size, augment)
     return feature_extraction(model, variables, data, **(probe or {}))

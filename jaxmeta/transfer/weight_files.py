@@ -27,7 +27,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 INDEX = "model.safetensors.index.json"
 HUB = "hf:"
 # The form of a run's config.json, and its folder of population statistics, as the command line writes them.
-_RUN_FORMAT, _POPULATION = 2, "population"
+_RUN_FORMAT, _POPULATION = 3, "population"
 
 
 class Stored(NamedTuple):

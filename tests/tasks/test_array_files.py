@@ -85,7 +85,17 @@ def test_parts_that_share_classes_are_pooled(tmp_path):
     with pytest.warns(UserWarning, match=r"own\.npz: train, test share classes, .* are pooled"):
         assert jm.tasks.from_npz(path, ways=3, queries=2).card.classes == 6
     path = save(tmp_path / "own.npz", x=X, y=Y, split=np.repeat("train", 30))
-    assert read_npz(path).parts is None
+    with pytest.warns(UserWarning, match=r"own\.npz names a single part, train, which splits nothing"):
+        assert read_npz(path).parts is None
+
+
+def test_parts_of_bytes_and_of_floats_are_refused(tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez(
+        path, x_train=np.zeros((4, 2), np.uint8), y_train=[0, 0, 1, 1], x_test=np.zeros((2, 2)), y_test=[0, 1]
+    )
+    with pytest.raises(ValueError, match="bytes in some parts and floats in others"):
+        read_npz(path)
 
 
 def test_classes_with_too_few_examples_can_be_left_out(tmp_path):

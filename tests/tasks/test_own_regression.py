@@ -113,7 +113,7 @@ def test_a_table_gives_the_tasks_of_its_columns(tmp_path):
     lines = [
         f"{task},{x},{place},{y}" for task, (x, place), (y,) in zip(TASK, X.tolist(), Y.tolist(), strict=True)
     ]
-    path = csv(tmp_path / "own.csv", "\n".join(["task,x_kind,x_place,y", *lines]))
+    path = csv(tmp_path / "own.csv", "\n".join(["task,x1,x_2,y", *lines]))
     npz = tmp_path / "own.npz"
     np.savez(npz, task=TASK, x=X, y=Y)
     expected = jm.tasks.from_regression(TASK, X, Y, shots=2, queries=2)
@@ -124,9 +124,35 @@ def test_a_table_gives_the_tasks_of_its_columns(tmp_path):
             np.testing.assert_array_equal(mine.y, theirs.y)
         assert found.card.split_hash == expected.card.split_hash
     assert read_table(npz).inputs == ("x1", "x2")
-    table = read_table(path, task_column="x_kind", inputs=("y",), targets=("x_place",))
-    assert (table.inputs, table.targets, table.task[4]) == (("y",), ("x_place",), "1.0")
+    table = read_table(path, task_column="x1", inputs=("y",), targets=("x_2",))
+    assert (table.inputs, table.targets, table.task[4]) == (("y",), ("x_2",), "1.0")
     np.testing.assert_array_equal(table.x, Y)
+
+
+def test_columns_that_only_begin_as_inputs_and_targets_are_left_out(tmp_path):
+    path = csv(tmp_path / "own.csv", "task,year,x,y,y_std\na,2000,1,2,9\na,2001,3,4,9\n")
+    table = read_table(path)
+    assert (table.inputs, table.targets) == (("x",), ("y",))
+    assert table.y.tolist() == [[2.0], [4.0]]
+
+
+def test_bytes_are_read_as_text_and_no_rows_are_refused(tmp_path):
+    tasks = np.array(["é", "é", "b", "b"])
+    npz = tmp_path / "own.npz"
+    np.savez(npz, task=np.char.encode(tasks, "utf-8"), x=np.arange(4.0), y=np.arange(4.0))
+    assert read_table(npz).task.tolist() == tasks.tolist()
+    np.savez(npz, task=np.array([b"\xff"]), x=np.zeros(1), y=np.zeros(1))
+    with pytest.raises(ValueError, match=r"path: .*own.npz: task holds bytes that are no UTF-8"):
+        read_table(npz)
+    np.savez(npz, task=np.zeros(0, str), x=np.zeros((0, 2)), y=np.zeros(0))
+    with pytest.raises(ValueError, match=r"path: .*own.npz has no rows"):
+        read_table(npz)
+
+
+def test_a_column_of_one_part_alone_is_named(tmp_path):
+    path = csv(tmp_path / "own.csv", "task,x,y,split\na,0,1,train\nb,1,1,train\n")
+    with pytest.warns(UserWarning, match=r"own.csv names a single part, train, which splits nothing"):
+        assert read_table(path).split is None
 
 
 def test_a_column_of_parts_is_the_split(tmp_path):
@@ -146,8 +172,8 @@ def test_a_column_of_parts_is_the_split(tmp_path):
     ("text", "settings", "message"),
     [
         ("id,x,y\n1,2,3\n", {}, r"task_column: .* has no column 'task'; it has 'id', 'x', 'y'"),
-        ("task,a,y\n1,2,3\n", {}, r"inputs: no column of .* begins with x"),
-        ("task,x,b\n1,2,3\n", {}, r"targets: no column of .* begins with y"),
+        ("task,a,y\n1,2,3\n", {}, r"inputs: no column of .* is called x, x1"),
+        ("task,x,b\n1,2,3\n", {}, r"targets: no column of .* is called y, y1"),
         ("task,x,y\n1,2,3\n", {"inputs": ("z",)}, r"inputs: .* has no column 'z'"),
         ("task,x,y\n1,2,3\n", {"targets": ("x",)}, "targets: 'x' is an input and a target"),
         ("task,x,y\n1,2,3\n1,two,3\n", {}, r"line 3: got 'two' in the column x; it must be a number"),
