@@ -12,7 +12,16 @@ from typing import Any
 
 from jaxmeta import losses, nn, tasks, transfer
 from jaxmeta.checks import ArgumentError
-from jaxmeta.core import Batch, Learner, Model, ProtocolCard, Task, TaskDistribution, TaskStream
+from jaxmeta.core import (
+    Batch,
+    Learner,
+    Model,
+    ProtocolCard,
+    Task,
+    TaskDistribution,
+    TaskStream,
+    episode_keys,
+)
 from jaxmeta.declare import forwards, learner
 from jaxmeta.metric_based import (
     Similarity,
@@ -47,6 +56,7 @@ from jaxmeta.optimization_based import (
 )
 from jaxmeta.training import (
     Alignment,
+    Episodes,
     Evaluation,
     TrainState,
     calibrate,
@@ -60,6 +70,7 @@ from jaxmeta.training import (
     make_mesh,
     meta_gradient_alignment,
     meta_step,
+    run_episodes,
     save,
     train,
 )
@@ -70,6 +81,7 @@ __all__ = [
     "Alignment",
     "ArgumentError",
     "Batch",
+    "Episodes",
     "Evaluation",
     "Learner",
     "Model",
@@ -85,6 +97,7 @@ __all__ = [
     "calibrate",
     "cavia",
     "check_learner",
+    "episode_keys",
     "evaluate",
     "evaluate_episodes",
     "evaluate_metrics",
@@ -121,6 +134,7 @@ __all__ = [
     "relation",
     "reptile",
     "ridge",
+    "run_episodes",
     "save",
     "siamese",
     "simple_shot",

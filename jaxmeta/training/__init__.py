@@ -3,13 +3,22 @@
 from jaxmeta.training.check_learner import check_learner
 from jaxmeta.training.checkpoint import load, load_params, save
 from jaxmeta.training.diagnostics import Alignment, meta_gradient_alignment
-from jaxmeta.training.evaluate import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
+from jaxmeta.training.evaluate import (
+    Episodes,
+    Evaluation,
+    calibrate,
+    evaluate,
+    evaluate_episodes,
+    evaluate_metrics,
+    run_episodes,
+)
 from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
 from jaxmeta.training.sharding import make_mesh
 from jaxmeta.training.step import TrainState, init_state, meta_step, validation_key
 
 __all__ = [
     "Alignment",
+    "Episodes",
     "Evaluation",
     "NonFiniteLoss",
     "Progress",
@@ -29,6 +38,7 @@ __all__ = [
     "make_mesh",
     "meta_gradient_alignment",
     "meta_step",
+    "run_episodes",
     "save",
     "train",
     "validation_key",

@@ -131,10 +131,7 @@ def evaluate_episodes(
     check_count("episodes", episodes)
     if batch is not None:
         check_count("batch", batch)
-    learner = normalized(learner)
-    if metric is not None:
-        check_function("metric", metric, "a function (outputs, y, mask) -> scalar or (sum, count)")
-        learner = learner._replace(metric=metric)
+    learner = _with_metric(learner, metric)
     mesh = sharding.evaluation_mesh(devices)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
@@ -164,6 +161,82 @@ def evaluate_episodes(
     return _scored([_on_host(value) for value in values], episodes)
 
 
+class Episodes(NamedTuple):
+    """What a learner made of test episodes; every leaf has a leading axis of episodes.
+
+    Attributes:
+      tasks: their support and query sets.
+      adapted: what `learner.adapt` learned from each support set.
+      outputs: of `learner.predict` for each query set.
+      scores: what `evaluate` averages; NaN for an episode without a query, which it leaves out.
+    """
+
+    tasks: Task
+    adapted: PyTree
+    outputs: Array
+    scores: Float[np.ndarray, " episodes"]
+
+
+def run_episodes(
+    learner: Learner,
+    params: Params,
+    tasks: TaskDistribution | TaskStream,
+    *,
+    episodes: int = 10,
+    key: Key,
+    metric: Metric | None = None,
+) -> Episodes:
+    """Run the first episodes of an evaluation, and return all of them to be looked at.
+
+    With the same key they are those of `evaluate`, which is the mean of the scores. All are held in memory,
+    adapted states included, on one device.
+
+    Args:
+      learner: gives `adapt` and `predict`.
+      params: meta-parameters.
+      tasks: episode i is drawn with `fold_in(key, i)`; those of a stream are its first, in its order.
+      episodes: their number, at least 1.
+      key: of the whole evaluation.
+      metric: as of `evaluate`.
+
+    Raises:
+      ValueError: as `evaluate`.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid("test", shots=5, queries=8)
+      >>> learner = jm.maml(jm.nn.MLP(out=1), loss=jm.losses.mse)
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> found = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
+      >>> found.tasks.support.x.shape, found.outputs.shape, found.scores.shape
+      ((3, 5, 1), (3, 8, 1), (3,))
+    """
+    check_count("episodes", episodes)
+    learner = _with_metric(learner, metric)
+    if isinstance(tasks, TaskStream):
+        check_stream(tasks, key, for_evaluation=True, name="tasks")
+        parts = [
+            _run(learner, given.query.y.shape[0], params, key, given, start)
+            for start, given in _numbered(tasks, episodes)
+        ]
+    else:
+        parts = [_run(learner, episodes, params, key, sharding.as_argument(tasks.sample), 0)]
+    drawn, adapted, outputs, values = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:episodes], *parts)
+    values = _on_host(values)
+    _check_slots_exist(values, episodes)
+    scored = np.where(values.queries > 0, values.value, np.nan)
+    return Episodes(drawn, adapted, outputs, scored)
+
+
+def _with_metric(learner: Learner, metric: Metric | None) -> Learner:
+    """Return `learner` in the form that evaluation takes, with `metric`, if any, in place of its own."""
+    learner = normalized(learner)
+    if metric is None:
+        return learner
+    check_function("metric", metric, "a function (outputs, y, mask) -> scalar or (sum, count)")
+    return learner._replace(metric=metric)
+
+
 class _Scores(NamedTuple):
     """What came of each episode.
 
@@ -184,19 +257,24 @@ def _on_host(scores: _Scores) -> _Scores:
 
 def _scored(parts: list[_Scores], episodes: int) -> Float[np.ndarray, " scored"]:
     """The values of the first `episodes` episodes, without those that have no query to score."""
-    values, queries, wrong = (np.concatenate(each)[:episodes] for each in zip(*parts, strict=True))
+    found = _Scores(*(np.concatenate(each)[:episodes] for each in zip(*parts, strict=True)))
+    _check_slots_exist(found, episodes)
+    scored = found.queries > 0
+    if not scored.any():
+        raise ArgumentError(
+            "tasks", f"got {episodes} episodes without a query: all are masked, or there are none"
+        )
+    return np.asarray(found.value)[scored]
+
+
+def _check_slots_exist(found: _Scores, episodes: int) -> None:
+    wrong = np.asarray(found.wrong)
     if wrong.any():
         raise ArgumentError(
             "tasks",
             f"got {wrong.sum()} examples in {np.count_nonzero(wrong)} of {episodes} episodes with a class "
             "slot that is none of the outputs; slots are counted from 0",
         )
-    scored = queries > 0
-    if not scored.any():
-        raise ArgumentError(
-            "tasks", f"got {episodes} episodes without a query: all are masked, or there are none"
-        )
-    return values[scored]
 
 
 def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
@@ -323,12 +401,7 @@ def _episodes(
         indices = start + sharding.first_task(mesh, own) + jnp.arange(own)
 
         def one(numbered: tuple[Array, Task | None]) -> _Scores:
-            task, adapt_key = _episode(source, key, *numbered)
-            adapted = learner.adapt(params, task.support, adapt_key)
-            outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
-            ((total, count),) = scores(outputs, task.query, learner.metric).values()
-            wrong = sum(_wrong_slots(part, _classes(part, outputs, learner.metric)) for part in task)
-            return _Scores(total / jnp.maximum(count, 1), count, jnp.asarray(wrong))
+            return _adapted_and_scored(learner, params, key, source, *numbered)[-1]
 
         numbered = indices, source if isinstance(source, Task) else None
         return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
@@ -336,6 +409,32 @@ def _episodes(
     values = sharding.over_tasks(each, mesh, out=PartitionSpec(sharding.TASKS))(arguments, source, start)
     # On all devices, for each process to read.
     return sharding.replicated(values, mesh)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    learner: Learner, episodes: int, params: Params, key: Key, source: Source, start: Array | int
+) -> tuple[Task, PyTree, Array, _Scores]:
+    """All of `episodes` episodes from `start` on."""
+
+    def one(numbered: tuple[Array, Task | None]) -> tuple[Task, PyTree, Array, _Scores]:
+        return _adapted_and_scored(learner, params, key, source, *numbered)
+
+    numbered = start + jnp.arange(episodes), source if isinstance(source, Task) else None
+    on_cpu = jax.default_backend() == "cpu"
+    return jax.lax.map(one, numbered, batch_size=None if on_cpu else _VMAPPED)
+
+
+def _adapted_and_scored(
+    learner: Learner, params: Params, key: Key, source: Source, index: Array, given: Task | None
+) -> tuple[Task, PyTree, Array, _Scores]:
+    """Episode `index`: its task, what is learned from it, the outputs, and what came of it."""
+    task, adapt_key = _episode(source, key, index, given)
+    adapted = learner.adapt(params, task.support, adapt_key)
+    outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
+    ((total, count),) = scores(outputs, task.query, learner.metric).values()
+    wrong = sum(_wrong_slots(part, _classes(part, outputs, learner.metric)) for part in task)
+    return task, adapted, outputs, _Scores(total / jnp.maximum(count, 1), count, jnp.asarray(wrong))
 
 
 def _scores_of(learner: Learner, params: Params, sample: Callable[[Key], Task]) -> PyTree:

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import toys
 
-from jaxmeta.core import Learner
+from jaxmeta.core import Learner, TaskStream, episode_keys
 from jaxmeta.tasks import from_arrays
-from jaxmeta.training import Evaluation, calibrate, evaluate, evaluate_episodes, evaluate_metrics
+from jaxmeta.training import (
+    Evaluation,
+    calibrate,
+    evaluate,
+    evaluate_episodes,
+    evaluate_metrics,
+    run_episodes,
+)
 from jaxmeta.training.evaluate import metric_name
 
 KEY = jax.random.key(5)
@@ -253,3 +260,54 @@ def test_metrics_of_few_bits_are_added_up_in_float32():
     )
     found = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=301, key=KEY)
     assert found == {"count": 1.0, "half": 0.5}
+
+
+@pytest.mark.parametrize("make", ["distribution", "stream"])
+def test_episodes_to_look_at_are_those_of_the_evaluation(make):
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = prepared(learner, tasks)
+    keys = episode_keys(KEY, jnp.arange(8))
+    expected = evaluate_episodes(learner, params, tasks, episodes=6, key=KEY)
+    if make == "stream":
+        tasks = TaskStream(
+            lambda step: jax.vmap(toys.clusters().sample)(keys[4 * step : 4 * step + 4, 0]), tasks.card
+        )
+    found = run_episodes(learner, params, tasks, episodes=6, key=KEY)
+    np.testing.assert_array_equal(found.scores, expected)
+    assert found.scores.mean() == pytest.approx(evaluate(learner, params, tasks, episodes=6, key=KEY).mean)
+    for i in range(6):
+        task = toys.clusters().sample(keys[i, 0])
+        part = jax.tree.map(lambda leaf: leaf[i], found)  # noqa: B023
+        np.testing.assert_allclose(part.tasks.support.x, task.support.x, rtol=1e-6)
+        assert part.tasks.support.ways == task.support.ways
+        np.testing.assert_allclose(part.adapted, task.support.x, rtol=1e-6)
+        # The nearest support example, by NumPy; the last query is padding.
+        real = np.asarray(task.query.mask)
+        x, means = np.asarray(task.query.x, np.float64), np.asarray(task.support.x, np.float64)
+        outputs = -np.square(x[:, None] - means).sum(-1)
+        np.testing.assert_allclose(part.outputs[real], outputs[real], rtol=1e-4, atol=1e-5)
+        right = (outputs.argmax(-1) == np.asarray(task.query.y))[real].mean()
+        assert part.scores == pytest.approx(right)
+
+
+def test_episodes_to_look_at_without_a_query_have_no_score():
+    learner = toys.nearest_mean()
+    some = partly_without_queries(lambda draw: draw < 0.4)
+    params = prepared(learner, some)
+    found = run_episodes(learner, params, some, episodes=12, key=KEY)
+    empty = ~np.asarray(found.tasks.query.mask).any(1)
+    assert 0 < empty.sum() < 12
+    np.testing.assert_array_equal(np.isnan(found.scores), empty)
+    kept = evaluate_episodes(learner, params, some, episodes=12, key=KEY)
+    np.testing.assert_array_equal(found.scores[~empty], kept)
+
+
+def test_episodes_to_look_at_need_a_number_and_existing_slots():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+    params = prepared(learner, tasks)
+    with pytest.raises(ValueError, match="episodes: got 0"):
+        run_episodes(learner, params, tasks, episodes=0, key=KEY)
+    # Of class 2, which two outputs have not: one support example and one query that is no padding.
+    two = learner._replace(predict=lambda params, adapted, x: jnp.zeros((x.shape[0], 2)))
+    with pytest.raises(ValueError, match="tasks: got 6 examples in 3 of 3 episodes with a class slot"):
+        run_episodes(two, params, tasks, episodes=3, key=KEY)
