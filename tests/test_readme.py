@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 
+import jax
+import numpy as np
+import optax
 import pytest
 
 import jaxmeta as jm
@@ -55,6 +58,8 @@ with tempfile.TemporaryDirectory() as place:
     together, alone = (names_of(run, support, images) for images in (task.query.x, task.query.x[:1]))
     assert len(together) == 25 and set(together) <= set("abcde")
     assert together[:1] == alone
+assert found.mean > 0.3, found  # of the method of one's own; chance is 0.2
+assert some.outputs.shape == (10, 15, 5)
 assert 0 < apart.cosine < 1, apart
 assert value < 1, value  # of the learned optimizer; at θ = 0 it is 3.3 on average
 assert outputs.shape == (100, 1)
@@ -80,6 +85,32 @@ def test_the_python_example_of_arrays_runs(capsys):
     exec(block, names)
     assert names["tasks"].card.classes == 12
     assert capsys.readouterr().out.startswith("12 ")
+
+
+def test_the_python_example_of_a_method_runs():
+    (block,) = (block for block in blocks("python") if "jm.Learner(init, adapt, predict, loss)" in block)
+    # On small arrays: characters take longer to compile. The nightly run has them.
+    classes = np.random.default_rng(0).normal(size=(20, 4))
+    y = np.arange(80) // 4
+    x = (classes[y] + 0.3 * np.random.default_rng(1).normal(size=(80, 4))).astype(np.float32)
+    shape = {"ways": 5, "shots": 1, "queries": 3, "classes": (0.5, 0.0, 0.5)}
+    names = {
+        "jm": jm,
+        "jax": jax,
+        "optax": optax,
+        "drawn": functools.partial(jm.tasks.from_arrays, x, y, **shape),
+    }
+    given = "jm.tasks.glyphs(split, ways=5, shots=1, queries=3)"
+    assert given in block
+    exec(block.replace(given, "drawn(split=split)").replace("steps=100", "steps=10"), names)
+    assert names["found"].mean > 0.8
+    assert names["some"].outputs.shape == (10, 15, 5)
+    np.testing.assert_allclose(
+        names["some"].scores,
+        jm.evaluate_episodes(
+            names["mine"], names["state"].params, names["hidden"], episodes=100, key=jax.random.key(1)
+        )[:10],
+    )
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
