@@ -275,7 +275,7 @@ def checks_slots(learner: Learner) -> Learner:
 
 def is_checked(function: Callable) -> bool:
     """Return whether `checks_slots` made this function of a learner."""
-    return getattr(function, _CHECKS, None) is function
+    return function is not None and getattr(function, _CHECKS, None) is function
 
 
 def _on_device(batch: Batch) -> Batch:

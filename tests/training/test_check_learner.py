@@ -70,6 +70,8 @@ def failing(*_, **__):
     [
         ("init", None, r"init: got None; it must be a function"),
         ("adapt", 3, r"adapt: got 3; it must be a function"),
+        ("predict", None, r"predict: got None; it must be a function"),
+        ("loss", None, r"loss: got None; it must be a function"),
         ("init", failing, r"init: RuntimeError: first line \(.*test_check_learner.py, line \d+\)$"),
         ("predict", failing, r"predict: RuntimeError: first line \("),
         ("loss", failing, r"loss: RuntimeError: first line \("),

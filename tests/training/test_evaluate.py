@@ -311,3 +311,36 @@ def test_episodes_to_look_at_need_a_number_and_existing_slots():
     two = learner._replace(predict=lambda params, adapted, x: jnp.zeros((x.shape[0], 2)))
     with pytest.raises(ValueError, match="tasks: got 6 examples in 3 of 3 episodes with a class slot"):
         run_episodes(two, params, tasks, episodes=3, key=KEY)
+
+
+def among_two(outputs, y, mask):
+    """Return how many queries have their class among the two best."""
+    best = jnp.argsort(outputs, axis=-1)[:, -2:]
+    return (((best == y[:, None]).any(-1)) & mask).sum(), mask.sum()
+
+
+def test_a_metric_of_one_s_own_scores_classes_as_by_numpy():
+    learner, tasks = toys.nearest_mean(), toys.clusters(noise=2.0)
+    params = prepared(learner, tasks)
+    found = run_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
+    values = evaluate_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
+    real = np.asarray(found.tasks.query.mask)
+    for i in range(5):
+        outputs, y = np.asarray(found.outputs[i])[real[i]], np.asarray(found.tasks.query.y[i])[real[i]]
+        # A class is among the two best if it is not the last of three.
+        assert values[i] == pytest.approx(np.mean(outputs.argmin(-1) != y))
+    np.testing.assert_array_equal(found.scores, values)
+    assert 0.5 < values.mean() < 1
+    assert metric_name(tasks, learner._replace(metric=among_two)) == "among_two"
+
+
+def test_slots_that_no_class_has_are_refused_whatever_the_metric():
+    learner, tasks = toys.nearest_mean(), toys.clusters()
+
+    def draw(sample, key):
+        task = sample(key)
+        return task._replace(support=dataclasses.replace(task.support, y=task.support.y + 1))
+
+    wrong = tasks._replace(sample=jax.tree_util.Partial(draw, tasks.sample))
+    with pytest.raises(ValueError, match="tasks: got 2 examples in 2 of 2 episodes with a class slot"):
+        evaluate(learner, prepared(learner, tasks), wrong, episodes=2, key=KEY, metric=among_two)
