@@ -24,6 +24,7 @@ from jaxmeta.cli import names
 from jaxmeta.cli.build import learner_of as built
 from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.declare import facts_of
+from jaxmeta.learner_form import normalized
 from jaxmeta.nn.embedding import ConvNorm
 
 WAYS, SHOTS, QUERIES = 3, 2, 2
@@ -207,7 +208,8 @@ def learner_of(case):
     settings = {name: value for name, value in small.items() if name in known}
     tasks = {"ways": WAYS, "train_ways": WAYS} if classification else {}
     config = resolve(base, {"learner": settings, "tasks": tasks, "training": {"distort": False}})
-    return built(config, norm_of(case), tiny_network(case))
+    # One of your own may take no mask and no step.
+    return normalized(built(config, norm_of(case), tiny_network(case)))
 
 
 def norm_of(case):
