@@ -1,5 +1,6 @@
 """Several real processes on this machine learn what one learns, and end together."""
 
+import json
 import os
 import shutil
 import signal
@@ -145,6 +146,39 @@ def train_command(out, *more):
         *("-m", "jaxmeta.cli", "train", *settings, "--out", str(out), *more),
         *("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)),
     ]
+
+
+@pytest.mark.nightly
+def test_a_run_of_two_processes_ends_with_a_report_and_can_be_resumed(tmp_path):
+    out = tmp_path / "run"
+    flags = [
+        "--tasks",
+        "sinusoid",
+        "--steps",
+        "20",
+        "--episodes",
+        "8",
+        "--meta-batch",
+        "2",
+        "--network",
+        "mlp",
+    ]
+
+    def command(port, process):
+        joining = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(process)]
+        more = ["--resume"] if (out / "report.json").exists() else flags
+        return ["-m", "jaxmeta.cli", "train", *more, "--out", str(out), *joining]
+
+    def run():
+        members = start(command, 2)
+        said = ended(members, 300)
+        assert [member.returncode for member in members] == [0, 0], "\n".join(said)
+        return json.loads((out / "report.json").read_text())["mse"]
+
+    first = run()
+    assert not (out / "parameters.npz").exists()
+    # From the checkpoint, whose parameters each process has whole.
+    assert run() == first
 
 
 @pytest.mark.slow
