@@ -5,6 +5,10 @@ final name is whole. A manifest in JSON holds the tree, each leaf's path, shape 
 checkpoint's configuration; SHA256SUMS, in the form of `sha256sum --check`, tells what is whole no longer.
 Nothing is pickled. Where there are several processes, they see one file system: each writes its parts of the
 arrays, the first all else.
+
+Orbax's own CheckpointManager would count steps and remove old ones, which are ten lines here; but it gives a
+folder its final name before sums could be added, and under a path with a pattern in it, such as "run[1]", its
+arrays are not found again.
 """
 
 import errno
