@@ -90,7 +90,7 @@ def test_a_run_writes_its_files_and_a_true_report(run):
     # Each task's answer is the mean of its support targets.
     tasks, values = jm.tasks.sinusoid("test", shots=5, queries=100), []
     for index in range(20):
-        task = tasks.sample(jm.core.episode_keys(run_of_command.test_key(0), jnp.array([index]))[0, 0])
+        task = tasks.sample(jm.core.episode_keys(run_of_command.evaluation_key(0), jnp.array([index]))[0, 0])
         values.append(((np.asarray(task.query.y) - np.asarray(task.support.y).mean()) ** 2).mean())
     assert report["mse_of_mean"]["mean"] == pytest.approx(np.mean(values), rel=1e-5)
     assert f"support targets: {np.mean(values):.4f} ± " in text

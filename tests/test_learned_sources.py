@@ -113,7 +113,8 @@ def test_a_transfer_names_images_by_its_classes_as_its_network_does(place):
     answers = predicted(place, place / "transfer")
     assert list(answers[0]["probabilities"]) == [f"kind {number}" for number in range(KINDS)]
     loaded = jm.transfer.load_pretrained(place / "transfer")
-    logits = loaded.network.apply(loaded.variables, questions(place)[..., None].astype(np.float32) / 255)
+    x = jnp.asarray(questions(place)[..., None], jnp.float32) / 255
+    logits = loaded.network.apply(loaded.variables, x)
     given = [list(answer["probabilities"].values()) for answer in answers]
     np.testing.assert_allclose(given, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
     report = read_json(place / "transfer" / "report.json")
@@ -128,7 +129,7 @@ def test_a_run_names_images_as_its_learner_does(place):
     x = np.concatenate(list(support.values()))[..., None].astype(np.float32) / 255
     batch = jm.Batch(jnp.asarray(x), jnp.repeat(jnp.arange(KINDS), 2), ways=KINDS)
     adapted = learner.adapt(params, batch, jax.random.key(0))
-    outputs = learner.predict(params, adapted, questions(place)[..., None].astype(np.float32) / 255)
+    outputs = learner.predict(params, adapted, jnp.asarray(questions(place)[..., None], jnp.float32) / 255)
     given = [list(answer["probabilities"].values()) for answer in answers]
     np.testing.assert_allclose(given, jax.nn.softmax(outputs), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose([answer["distance"] for answer in answers], -outputs.max(-1), rtol=1e-3)
@@ -265,7 +266,7 @@ def test_weights_and_transfers_are_evaluated_on_other_tasks(place, tmp_path):
     del variables["params"]["head"]
     body = loaded.network.clone(out=None)
     model = jm.Model(lambda key, x: {}, lambda variables, x: body.apply(variables, x))
-    test = jm.tasks.from_folder(place / "images", "test", classes=(0, 0, 1), ways=3, shots=1, queries=2)
+    test = jm.tasks.from_folder(place / "images", "test", classes=(0.0, 0.0, 1.0), ways=3, shots=1, queries=2)
     found = jm.evaluate(
         jm.simple_shot(model, transform="l2n"),
         {"model": variables},

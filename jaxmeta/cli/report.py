@@ -287,7 +287,7 @@ def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
 NORMALISED = {
     "none": "no batch normalisation",
     "batch": "batch normalisation by the evaluated batch",
-    "population": "batch normalisation by what was trained on",
+    "population": "batch normalisation by the training tasks",
     "support": "batch normalisation by the support set",
     "episode": "batch normalisation by the support set, a running average over the inner steps",
 }

@@ -18,7 +18,6 @@ from jaxmeta.tasks.images import (
     class_files,
     files_of_class,
     image_files,
-    is_image_name,
     left_out_of,
     subfolders,
 )
@@ -369,8 +368,6 @@ class _Reader(NamedTuple):
                     continue
                 if file.is_dir():
                     raise self.refuse(path, f", {row.where}: {row.file!r} is a folder; it must be an image")
-                if not is_image_name(f"x{file.name}"):
-                    raise self.refuse(path, f", {row.where}: {row.file!r} is not named as an image")
                 entry = (row.label, row.part or part, f"{path.name}, {row.where}")
                 before = seen.setdefault(file, entry)
                 if before is not entry:

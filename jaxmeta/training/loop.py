@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxmeta import losses
+from jaxmeta import learner_form, losses
 from jaxmeta.checks import ArgumentError, check_count, check_word
 from jaxmeta.core import (
     Key,
@@ -503,9 +504,10 @@ def _first_nan(
 
 def _place(error: BaseException) -> str:
     """Return the line of the user's, or of a network's, code that an error of JAX comes from."""
-    package = f"{Path(jax.__file__).parent}{os.sep}"
+    packages = [Path(str(module.__file__)).parent for module in (jax, jaxtyping)]
+    machinery = tuple(f"{folder}{os.sep}" for folder in (*packages, Path(__file__).parent))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename != __file__ and not frame.filename.startswith(package):
+        if not frame.filename.startswith((*machinery, learner_form.__file__)):
             return f"by {frame.filename}, line {frame.lineno}"
     return "in the gradient of the loss"
 
