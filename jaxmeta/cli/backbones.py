@@ -188,6 +188,11 @@ class Backbone:
         return {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
 
 
+def head_logits(head: Params, features: jax.Array) -> jax.Array:
+    """Return the logits of a linear head, `{"kernel", "bias"}`."""
+    return features @ head["kernel"] + head["bias"][None]
+
+
 def untrained(name: str) -> Backbone:
     """Return a network of `jaxmeta train --network` with nothing learned.
 

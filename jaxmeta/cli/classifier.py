@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.cli import build, folders
-from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, load_backbone
+from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, head_logits, load_backbone
 from jaxmeta.cli.config import Config, is_run, load_config, read_json
 from jaxmeta.cli.data import ImageSpec, images_of
 from jaxmeta.cli.own_images import read_images, seem_inverted, warn_of_negatives
@@ -387,7 +387,7 @@ def _by_its_head(backbone: Backbone, size: int | None, reading: _Reading) -> Cla
 
     def scores(values: PyTree, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
         z = model.apply(values["variables"], adapter.apply({}, x))
-        return z @ values["head"]["kernel"] + values["head"]["bias"][None]
+        return head_logits(values["head"], z)
 
     values = {"variables": backbone.variables, "head": backbone.head}
     inverted = reading.invert != backbone.inverted

@@ -160,7 +160,7 @@ def learnable(
     """
     input = backbone.input(
         target.x.shape[1:],
-        lambda channels: mean_of(np.asarray(learn.x), channels),
+        lambda channels: _mean_of(np.asarray(learn.x), channels),
         target.ink,
         size=size,
         channels=channels,
@@ -188,7 +188,7 @@ def learnable(
     return start._replace(variables=variables, statistics=whose, leaves=_leaves(backbone.report, variables))
 
 
-def mean_of(x: np.ndarray, channels: int) -> float:
+def _mean_of(x: np.ndarray, channels: int) -> float:
     """Return the mean of images as the backbone gets them, in [0, 1]; luma is linear in the colours."""
     colours = x.mean((0, 1, 2), keepdims=True) / (255 if x.dtype == np.uint8 else 1)
     seen = input_adapter(channels=channels).apply({}, jnp.asarray(colours, jnp.float32))

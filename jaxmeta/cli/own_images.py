@@ -62,7 +62,7 @@ def read_images(
 
 def seem_inverted(spec: ImageSpec, mean: float) -> bool:
     """Return whether images of this mean look more like the negatives of the training images."""
-    # Of strokes the paper decides; other images must differ clearly, since bright ones are no negatives.
+    # Of strokes the paper decides; other images must differ clearly, since an image may just be bright.
     margin = 0.0 if spec.ink else 0.25
     return abs(mean - spec.mean) - abs(1 - mean - spec.mean) > margin
 

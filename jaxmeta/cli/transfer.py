@@ -21,6 +21,7 @@ from jaxmeta.cli.backbones import (
     PIXELS,
     WEIGHTS,
     Backbone,
+    head_logits,
     load_backbone,
     untrained,
     with_width,
@@ -465,7 +466,7 @@ def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, k
 def _source_probs(backbone: Backbone, features: jax.Array) -> jax.Array | None:
     if backbone.head is None:
         return None
-    return jax.nn.softmax(features @ backbone.head["kernel"] + backbone.head["bias"][None])
+    return jax.nn.softmax(head_logits(backbone.head, features))
 
 
 def _file_part(source: str) -> str:

@@ -83,7 +83,7 @@ def from_npz(
       split: "train", "validation" or "test".
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
+      queries: examples per class to evaluate on.
       classes: class split: by name, as the fractions of train, validation and test for a random split by
         `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
         [names]}`. "auto" is that of the file's own parts where these share no class, else the fractions

@@ -177,7 +177,7 @@ def _named_lists(reader: "_Reader") -> Listing | None:
                     lists[part] = path
             if PARTS[0] not in lists or len(lists) < 2:
                 continue
-            # A table beside class folders that lists no files is none of ours.
+            # A table beside class folders may hold anything else than a list of images.
             if ".json" in suffixes or _is_csv_list(lists[PARTS[0]]) or not _has_class_folders(reader.folder):
                 return reader.listing(lists, f"the lists {', '.join(_in_order(lists))}")
     return None
@@ -195,7 +195,7 @@ def _part_folders(reader: "_Reader") -> Listing | None:
     for path in with_images:
         part = str(part_of(path.name))
         inner = [each for each in subfolders(path) if files_of_class(each)]
-        # A folder images is no class: what is in it has no labels.
+        # A folder called images is not a class: its files have no labels.
         if not inner or (len(inner) == 1 and inner[0].name.casefold() in IMAGE_FOLDERS):
             return None
         if part in found:
@@ -284,7 +284,7 @@ def _visible_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
 
 
 def _other_file(path: Path) -> str:
-    """Return what to do with a file that is no folder of images."""
+    """Return what to do with a file that was named in place of a folder of images."""
     suffix = path.suffix.lower()
     if suffix in _PICKLES:
         return f"; {pickle_advice(path)}"

@@ -67,7 +67,7 @@ def from_regression(
       x: `(n,)` or `(n, *shape)` inputs.
       y: `(n,)` or `(n, d)` targets.
       shots: examples of a task to learn from, K.
-      queries: examples of a task to be judged on, Q.
+      queries: examples of a task to evaluate on, Q.
       split: "train", "validation" or "test".
       task_split: which tasks are for what: by name, as the fractions of train, validation and test for a
         random split by `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names],
@@ -180,7 +180,7 @@ def from_table(
       path: the file.
       split: "train", "validation" or "test".
       shots: examples of a task to learn from.
-      queries: examples of a task to be judged on.
+      queries: examples of a task to evaluate on.
       task_column: column that names the task of an example.
       inputs: columns of inputs, in their order; without any all whose name begins with x.
       targets: columns of targets, in their order; without any all whose name begins with y.
