@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written atomically."""
 
 import contextlib
 import json
@@ -11,11 +11,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, moved onto it if the block succeeds, removed if it fails.
+    """Yield a temporary path in the folder of `path`, moved to `path` if the block succeeds.
 
-    A reader, or another process that writes the same file, sees the old file or the new one.
+    If the block fails, the temporary file is removed. Readers, and other processes that write the same file,
+    see either the old file or the new one.
     """
-    # The suffix stays, by which some writers choose the format or would add their own.
+    # Keep the suffix: matplotlib chooses the format by it, and numpy would append its own.
     unfinished = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield unfinished
@@ -25,28 +26,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text`, whole or not at all."""
+    """Write `text` atomically."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content`, whole or not at all."""
+    """Write `content` as JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_new_json(path: Path, content: Any) -> None:
-    """Write `content`, whole, where there is no file yet.
+    """Write `content` as JSON, atomically, to a file that does not exist yet.
 
     Raises:
-      FileExistsError: there is one: another process came first.
+      FileExistsError: the file exists, for example because another process was first.
     """
     unfinished = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     text = json.dumps(content, indent=2) + "\n"
     try:
         unfinished.write_text(text, encoding="utf-8")
         try:
-            # Unlike a renaming, a link never replaces what is there.
+            # A rename would replace an existing file; a link fails.
             os.link(unfinished, path)
         except (FileExistsError, FileNotFoundError):
             raise

@@ -1,7 +1,7 @@
-"""The one form in which training and evaluation call the functions of a learner, however they are written.
+"""The full form of a learner, which training and evaluation call.
 
-A researcher's `predict` may take no mask and `loss` no step; a loss may return its value alone, and a metric
-may be a number without a count. `normalized` makes of any such learner one that takes and returns all of it.
+A user's `predict` may have no `mask` argument and `loss` no `step`; a loss may return its value alone, and a
+metric may be a number without a count. `normalized` converts such a learner to the full form.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from jaxmeta.core import Adapted, Key, Learner, Metrics, Params, Task, is_checke
 def normalized(learner: Learner) -> Learner:
     """Return `learner` with `predict(params, adapted, x, mask)` and `loss(params, task, key, step)`.
 
-    `mask` and `step` go on where the functions take them. The loss returns `(scalar, metrics)`, and each
-    metric is `(sum, count)`. What a factory of `jm.learner` made is returned as it is. Equal learners give
-    equal ones, so that what was compiled for one is found again.
+    `mask` and `step` are passed on to functions that accept them. The loss returns `(scalar, metrics)`, and
+    each metric is `(sum, count)`. Learners of this library are returned unchanged. Equal learners give equal
+    results, so that compiled functions are found in JAX's cache again.
 
     Raises:
-      ArgumentError: `learner` is no `Learner`.
+      ArgumentError: `learner` is not a `Learner`.
 
     Examples:
       >>> def loss(params, task, key):
@@ -50,15 +50,15 @@ def normalized(learner: Learner) -> Learner:
 
 
 def is_library_made(learner: Learner) -> bool:
-    """Return whether a factory of `jm.learner` made all functions of `learner` that learn."""
+    """Return whether `adapt`, `predict` and `loss` come from a factory of this library."""
     return all(map(is_checked, (learner.adapt, learner.predict, learner.loss)))
 
 
 def counted(name: str, value: Any) -> tuple[Any, Any]:
-    """Return a metric as `(sum, count)`; of a single number the count is 1.
+    """Return a metric as `(sum, count)`, with count 1 for a single number.
 
     Raises:
-      ArgumentError: the metric is neither.
+      ArgumentError: the metric is neither a number nor such a pair.
 
     Examples:
       >>> counted("accuracy", 0.5), counted("accuracy", (3.0, 6))
@@ -79,7 +79,7 @@ def counted(name: str, value: Any) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Predict:
-    """A `predict` that takes a mask, and hands it on where `function` takes one."""
+    """A `predict` with a mask, which it passes on if `function` accepts one."""
 
     function: Callable[..., Array]
 
@@ -89,7 +89,7 @@ class _Predict:
 
 @dataclasses.dataclass(frozen=True)
 class _Loss:
-    """A `loss` that takes a step, hands it on where `function` takes one, and returns value and metrics."""
+    """A `loss` with a step, which it passes on if `function` accepts one; it returns value and metrics."""
 
     function: Callable[..., Any]
 
@@ -108,7 +108,7 @@ class _Loss:
 
 
 def _call_with(name: str, value: Any, function: Callable, *arguments: Any) -> Any:
-    """Call `function` with `value` as its argument `name`, where it has one."""
+    """Call `function`, with `value` as its argument `name` if it has one."""
     match _passing(name, function, len(arguments)):
         case "positional":
             return function(*arguments, value)
@@ -118,37 +118,41 @@ def _call_with(name: str, value: Any, function: Callable, *arguments: Any) -> An
 
 
 def _passing(name: str, function: Callable, before: int) -> str | None:
-    """Return how `function` takes the argument `name` that comes after `before` others; None: it does not."""
+    """Return how to pass `name`, which follows `before` other arguments; None if `function` lacks it."""
     try:
         signature = _signature(function)
     except (TypeError, ValueError):
-        # It has no signature to be read, such as a compiled one: it gets all.
+        # Some compiled functions have no readable signature; they are assumed to take every argument.
         return "positional"
-    found = signature.parameters.get(name)
-    if found is not None and found.kind in (found.KEYWORD_ONLY, found.POSITIONAL_OR_KEYWORD):
+    named = signature.parameters.get(name)
+    if named is not None and named.kind in (named.KEYWORD_ONLY, named.POSITIONAL_OR_KEYWORD):
         return "keyword"
-    each = list(signature.parameters.values())
-    if any(one.kind is one.VAR_KEYWORD for one in each):
+    parameters = list(signature.parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return "keyword"
-    places = [one for one in each if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    # A fourth parameter of another name is a setting of the function's own, unless it has to be given or
-    # stands for None.
-    if len(places) > before and (places[before].default in (inspect.Parameter.empty, None)):
+    positional = [
+        parameter
+        for parameter in parameters
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    # A further parameter of another name with a default, such as `scale=2.0`, is a setting of the function.
+    # One that is required, or whose default is None, is `mask` or `step` under another name.
+    if len(positional) > before and (positional[before].default in (inspect.Parameter.empty, None)):
         return "positional"
-    return "positional" if any(one.kind is one.VAR_POSITIONAL for one in each) else None
+    return "positional" if any(p.kind is p.VAR_POSITIONAL for p in parameters) else None
 
 
 def _signature(function: Callable) -> inspect.Signature:
-    """Return the parameters that `function` itself takes, not those of what it wraps, where it names them."""
+    """Return the signature of `function` itself; or of the wrapped one if it takes *args or **kwargs."""
     if isinstance(function, types.FunctionType):
-        own = inspect.signature(function, follow_wrapped=False)
-        if not any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in own.parameters.values()):
-            return own
+        outer = inspect.signature(function, follow_wrapped=False)
+        if not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in outer.parameters.values()):
+            return outer
     return inspect.signature(function)
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether `value` is a real number, or an array of one."""
+    """Return whether `value` is a real number or an array of shape ()."""
     if isinstance(value, str | bytes) or value is None:
         return False
     try:
@@ -160,7 +164,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _described(value: Any) -> str:
-    """Return what an error says of `value`, which may be traced."""
+    """Return a description of `value`, which may be a tracer, for an error message."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"an array of shape {tuple(value.shape)} and type {value.dtype}"
     if isinstance(value, tuple | list):

@@ -1,11 +1,10 @@
-"""Losses of one batch. Every reduction is a mean over the unmasked examples.
+"""Losses and metrics of a batch. Every reduction is a mean over the unmasked examples.
 
-The reduction is part of the method: a published inner learning rate means something only
-together with it. Several official codes sum where we average; the presets store the learning
-rate that makes our mean equal to their sum.
+A published inner learning rate is valid only together with its reduction. Several official implementations
+sum where this library averages; the presets hold the learning rates that make both equal.
 
-Sums, counts and means are of float32 at least, whatever outputs are in: bfloat16 counts to 256, and float16
-has nothing above 65,504.
+Sums, counts and means are computed in float32 or higher, whatever the type of the outputs: bfloat16 cannot
+count beyond 256, and float16 overflows above 65,504.
 """
 
 import dataclasses
@@ -23,13 +22,18 @@ from jaxmeta.learner_form import counted
 
 
 def full_precision(values: ArrayLike) -> Array:
-    """`values` in float32 at least: what is added up, or compared by small differences."""
+    """Return `values` in float32, or in their own type if it is wider."""
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def masked_mean(values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None) -> Float[Array, ""]:
-    """Mean of `values` where `mask` is True (everywhere if None); 0 where nothing is."""
+    """Return the mean of `values` where `mask` is True (everywhere if None); 0 for an empty mask.
+
+    Examples:
+      >>> float(masked_mean(jnp.array([1.0, 3.0, 5.0]), jnp.array([True, True, False])))
+      2.0
+    """
     total, count = masked_sum(values, mask)
     return total / jnp.maximum(count, 1)
 
@@ -37,9 +41,16 @@ def masked_mean(values: Float[Array, " n"], mask: Bool[Array, " n"] | None = Non
 def masked_sum(
     values: Float[Array, " n"], mask: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of `values` where `mask` is True, and how many there are: the form of a metric.
+    """Return the sum of `values` where `mask` is True (everywhere if None), and their number.
 
-    Both are of float32 at least.
+    This pair is the form of a metric. Both are float32 or wider.
+
+    Raises:
+      ValueError: `mask` is not bool or not of the shape of `values`.
+
+    Examples:
+      >>> tuple(map(float, masked_sum(jnp.array([1.0, 3.0, 5.0]), jnp.array([True, True, False]))))
+      (4.0, 2.0)
     """
     if mask is not None and (mask.shape != values.shape or mask.dtype != jnp.bool):
         raise ArgumentError("mask", f"got {shown(mask)}; it must be bool, of shape {values.shape}")
@@ -53,10 +64,15 @@ def masked_sum(
 def cross_entropy(
     logits: Float[Array, "n ways"], labels: Int[Array, " n"], mask: Bool[Array, " n"] | None = None
 ) -> Float[Array, ""]:
-    """Mean softmax cross-entropy, in nats, of integer class slots.
+    """Return the mean softmax cross-entropy, in nats.
+
+    Args:
+      logits: floats of shape `(n, ways)`.
+      labels: integer class slots of shape `(n,)`, in 0 … ways − 1.
+      mask: bools of shape `(n,)`; examples with False are left out. All examples if None.
 
     Raises:
-      ValueError: not one row of logits and one class slot for each example, or a slot without a logit.
+      ValueError: another shape or type, or a label outside 0 … ways − 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,25 +89,41 @@ def cross_entropy(
 def mse(
     outputs: Float[Array, "n d"], targets: Float[Array, "n d"], mask: Bool[Array, " n"] | None = None
 ) -> Float[Array, ""]:
-    """Mean squared error over examples and output dimensions.
+    """Return the mean squared error over examples and output dimensions.
+
+    Args:
+      outputs: floats of shape `(n, d)`.
+      targets: floats of the same shape.
+      mask: bools of shape `(n,)`; examples with False are left out. All examples if None.
 
     Raises:
-      ValueError: outputs and targets differ in shape (they would broadcast to a wrong mean).
+      ValueError: outputs and targets differ in shape, and would broadcast to a wrong mean.
+
+    Examples:
+      >>> float(mse(jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [4.0]])))
+      2.0
     """
     if outputs.shape != targets.shape:
         raise ArgumentError(
             "outputs, targets", f"got shapes {outputs.shape} and {targets.shape}; they must be the same"
         )
-    # In few bits the squares would overflow first.
+    # Convert first: squares of float16 values above 255 overflow.
     errors = jnp.square(full_precision(outputs) - full_precision(targets))
     return masked_mean(errors.mean(-1), mask)
 
 
 def score(outputs: Array, batch: Batch) -> Metrics:
-    """What is reported of predictions: "accuracy" of integer labels, "mse" of float targets.
+    """Return the default metric of predictions: "accuracy" of integer labels, "mse" of float targets.
+
+    Args:
+      outputs: logits of shape `(n, ways)`, or predictions of the targets' shape.
+      batch: the examples with their labels or targets, and a mask.
+
+    Returns:
+      A dictionary with one metric, as `(sum, count)`.
 
     Raises:
-      ValueError: `outputs` has not the shape of predictions for `batch`, or a label that is none of theirs.
+      ValueError: another shape of `outputs`, or a label without a logit.
     """
     if jnp.issubdtype(batch.y.dtype, jnp.integer):
         if outputs.ndim != 2 or outputs.shape[0] != batch.y.shape[0]:
@@ -100,7 +132,7 @@ def score(outputs: Array, batch: Batch) -> Metrics:
                 "they must be (examples, ways)"
             )
         check_slots("batch", batch.y, outputs.shape[1], batch.mask)
-        # The argmax of a row with NaN is the NaN's place: a diverged learner is wrong, not lucky.
+        # The argmax of a row with NaN is the NaN's position, which would count as right for that class.
         right = (outputs.argmax(-1) == batch.y) & ~jnp.isnan(outputs).any(-1)
         return {"accuracy": masked_sum(right.astype(jnp.float32), batch.mask)}
     if outputs.shape != batch.y.shape:
@@ -109,16 +141,16 @@ def score(outputs: Array, batch: Batch) -> Metrics:
             "squared error; metric= takes a function (outputs, y, mask) -> scalar or (sum, count)"
         )
     errors = jnp.square(full_precision(outputs) - full_precision(batch.y))
-    # Not by −1, which is no size where there are no examples.
+    # reshape(n, -1) is ambiguous for n = 0.
     rows = errors.reshape(errors.shape[0], math.prod(errors.shape[1:]))
     return {"mse": masked_sum(rows.mean(-1), batch.mask)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOrLoss:
-    """The metric of a learner with a loss of its own: `score` where it fits, and else that loss.
+    """The default metric of a learner with a custom loss: `score` if the shapes fit it, otherwise that loss.
 
-    Outputs that are not of the targets' shape, such as means and variances, have no mean squared error.
+    Outputs of another shape than the targets, such as means with variances, have no mean squared error.
 
     Attributes:
       loss: `(outputs, y, mask) -> scalar`.
@@ -128,17 +160,25 @@ class ScoreOrLoss:
 
     def __call__(self, outputs: Array, y: Array, mask: Array | None = None) -> Array | tuple[Array, Array]:
         """Return the score as `(sum, count)`, or the loss."""
-        ((_, found),) = scores(outputs, Batch(x=y, y=y, mask=mask), self).items()
-        return found
+        ((_, value),) = scores(outputs, Batch(x=y, y=y, mask=mask), self).items()
+        return value
 
 
 def scores(outputs: Array, batch: Batch, metric: Metric | None = None) -> Metrics:
-    """What is reported of predictions: `metric` under its name, or `score` if it is None.
+    """Return `metric` of predictions under its name, or `score` if it is None.
 
-    A metric that is a single number counts once where the batch has an example, and not at all otherwise.
+    A metric that returns a single number has count 1, or count 0 where all examples are masked.
+
+    Args:
+      outputs: predictions of a learner.
+      batch: the examples with their labels or targets, and a mask.
+      metric: `(outputs, y, mask) -> scalar or (sum, count)`; `score` if None.
+
+    Returns:
+      A dictionary with one metric, as `(sum, count)`.
 
     Raises:
-      ValueError: as `score`; or the metric is neither a number nor `(sum, count)`.
+      ValueError: as `score`; or the metric returned neither a number nor `(sum, count)`.
 
     Examples:
       >>> def distance(outputs, y, mask):
@@ -158,25 +198,25 @@ def scores(outputs: Array, batch: Batch, metric: Metric | None = None) -> Metric
     value: Any = metric(outputs, batch.y, batch.mask)
     total, count = map(full_precision, counted(name, value))
     if batch.mask is not None and not isinstance(value, tuple | list):
-        some = batch.mask.any()
-        total, count = jnp.where(some, total, 0), some.astype(count.dtype)
+        has_examples = batch.mask.any()
+        total, count = jnp.where(has_examples, total, 0), has_examples.astype(count.dtype)
     return {name: (total, count)}
 
 
 def metric_label(metric: Metric) -> str:
-    """Return the name under which `metric` is reported: its own where it has one.
+    """Return the name under which `metric` is reported: its `__name__`, or "metric".
 
     Examples:
       >>> metric_label(mse), metric_label(lambda outputs, y, mask: 0.0)
       ('mse', 'metric')
     """
     name = getattr(metric, "__name__", "metric")
-    # A metric never stands in the place of the loss.
+    # "loss" is the key of the training loss in logs and reports.
     return "metric" if name in ("<lambda>", "loss") else name
 
 
 def _fits(outputs: Array, batch: Batch) -> bool:
-    """Return whether `score` takes outputs of this shape."""
+    """Return whether `score` accepts outputs of this shape."""
     if jnp.issubdtype(batch.y.dtype, jnp.integer):
         return outputs.ndim == 2 and outputs.shape[0] == batch.y.shape[0]
     return outputs.shape == batch.y.shape

@@ -1,12 +1,13 @@
 """Paths into trees of parameters, patterns of paths, and rules that rename them.
 
-A path is the names on the way to a node, joined by "/": "body/layer_0/kernel". Trees are pytrees of any
-kind. A node that only boxes one value, as a Flax `Variable` or `Partitioned` does, adds nothing to the
-path: an `nnx.State` has "linear/kernel", and what stands there is the array; the box stays where it is.
+A path joins the names from the root to a node by "/": "body/layer_0/kernel". Trees are pytrees of any kind.
+A node that only boxes one value, such as a Flax `Variable` or `Partitioned`, adds nothing to the path: an
+`nnx.State` has the path "linear/kernel", whose value is the array. The box is kept.
 
-A pattern is a glob or an `re.Pattern`. In a glob `*` is any characters within one part, `**` any across
-parts ("**/kernel" is "kernel" too, and "body/**/kernel" "body/kernel"), `?` one character, `[abc]` one of
-a set, `[!abc]` one of no set; a glob that matches a node stands for all leaves beneath it.
+A pattern is a glob or an `re.Pattern`. In a glob `*` matches any characters within one part, `**` any
+characters across parts ("**/kernel" matches "kernel" too, and "body/**/kernel" matches "body/kernel"), `?`
+one character, `[abc]` a character of the set, `[!abc]` a character outside it. A glob that matches an inner
+node selects all leaves below it.
 """
 
 import difflib
@@ -23,10 +24,10 @@ Pattern = str | re.Pattern[str]
 Patterns = Pattern | Sequence[Pattern]
 Rules = Sequence[tuple[Pattern, str | None]]
 
-# What boxes call their only child.
+# The key of the only child of a box.
 _BOXED = (jax.tree_util.GetAttrKey("value"),)
 _WILDCARD = re.compile(r"(?<![^/])\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\]|.", re.DOTALL)
-# What a replacement fills in.
+# The placeholders of a replacement.
 _BLANK = re.compile(r"\*\*|\*|\?|\\(\d+)")
 
 
@@ -40,18 +41,18 @@ class Node(NamedTuple):
     trail: tuple[int, ...]  # which child to follow, level by level
     value: Any
     is_leaf: bool
-    boxed: bool  # whether it stands in a box
+    boxed: bool  # whether a box holds it
 
 
 def _open(node: PyTree) -> tuple[list[tuple[Any, PyTree]], Any]:
-    """Keys and children one level down, and the structure that puts children together again."""
+    """Return keys and children one level down, and the structure that rebuilds the node."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)
 
 
 def _walk(
     node: PyTree, parts: tuple[str, ...] = (), trail: tuple[int, ...] = (), boxed: bool = False
 ) -> Iterator[Node]:
-    """All nodes and leaves, in the order of the tree, without those that only box another."""
+    """Yield all nodes and leaves except boxes, in the order of the tree."""
     children, _ = _open(node)
     keys = [key for key, _ in children]
     is_box = keys == [_BOXED]
@@ -66,7 +67,7 @@ def _walk(
 
 
 def put(node: PyTree, trail: tuple[int, ...], new: PyTree) -> PyTree:
-    """`node` with another child at the end of a trail; what lies beside the trail is not opened."""
+    """Return `node` with `new` in place of the child at the end of `trail`; others are not rebuilt."""
     if not trail:
         return new
     pairs, structure = _open(node)
@@ -76,17 +77,22 @@ def put(node: PyTree, trail: tuple[int, ...], new: PyTree) -> PyTree:
 
 
 def find(tree: PyTree, path: str) -> Node:
-    """The node at a path; an error says how far the tree follows it, and what is there."""
-    found = [node for node in _walk(tree) if node.path == path]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    """Return the node at `path`.
+
+    Raises:
+      ArgumentError: no node has the path, or several have; the message has the longest prefix that exists,
+        and the names below it.
+    """
+    nodes = [node for node in _walk(tree) if node.path == path]
+    if len(nodes) == 1:
+        return nodes[0]
+    if nodes:
         raise ArgumentError(
-            "path", f'got "{path}", which {len(found)} nodes of the tree share; rename their keys'
+            "path", f'got "{path}", which {len(nodes)} nodes of the tree share; rename their keys'
         )
     leaves = [node.path.split("/") for node in _walk(tree) if node.is_leaf]
     parts = path.split("/")
-    # As far as the tree follows the path, and what goes on from there.
+    # The longest prefix of the path in the tree, and the names below it.
     depth = next(n for n in range(len(parts), -1, -1) if n == 0 or any(p[:n] == parts[:n] for p in leaves))
     onward = dict.fromkeys(p[depth] for p in leaves if p[:depth] == parts[:depth] and p[depth:] and p[depth])
     where = f'"{"/".join(parts[:depth])}"' if depth else "its root"
@@ -95,7 +101,7 @@ def find(tree: PyTree, path: str) -> Node:
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their paths, in the order of the tree.
+    """Return the leaves of a tree by their paths, in the order of the tree.
 
     Args:
       tree: any pytree; None is not a leaf.
@@ -119,7 +125,7 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def shortened(items: list[str], most: int = 20) -> list[str]:
-    """No message is longer than a screen."""
+    """Return the first `most` items, and a last one with the number of the others."""
     rest = len(items) - most
     return items if rest <= 0 else [*items[:most], f"and {rest} more"]
 
@@ -128,7 +134,7 @@ def shortened(items: list[str], most: int = 20) -> list[str]:
 
 
 def _translated(token: str) -> str:
-    """One piece of a glob as a regular expression; each wildcard is one group."""
+    """Return a token of a glob as a regular expression; each wildcard is one group."""
     if token == "**/":
         return "(?:(.*)/)?"
     if token == "**":
@@ -145,28 +151,29 @@ def _translated(token: str) -> str:
 
 
 def _regex_of(pattern: Pattern, argument: str) -> re.Pattern[str]:
-    """A glob's last group is what a leaf's path has beyond the node that the glob matches."""
+    """Compile a pattern. A glob gets a last group for the rest of a leaf's path below the matched node."""
     if isinstance(pattern, re.Pattern):
         return pattern
     translated = "".join(_translated(token) for token in _WILDCARD.findall(pattern))
     try:
         return re.compile(f"{translated}(/.*)?", re.DOTALL)
     except re.error as error:
-        raise ArgumentError(argument, f"got {pattern!r}, which is no glob: {error}") from error
+        raise ArgumentError(argument, f"got {pattern!r}, which is not a valid glob: {error}") from error
 
 
 def several(patterns: Patterns) -> Sequence[Pattern]:
+    """Return the patterns as a sequence; a single one becomes a list of one."""
     return [patterns] if isinstance(patterns, str | re.Pattern) else patterns
 
 
 def predicate(patterns: Patterns, argument: str = "patterns") -> Callable[[str], bool]:
-    """Whether any of the patterns match a path, be it in some tree or not."""
+    """Return a function that tells whether any of the patterns matches a path."""
     regexes = [_regex_of(pattern, argument) for pattern in several(patterns)]
     return lambda path: any(regex.fullmatch(path) for regex in regexes)
 
 
 def _nothing_matches(argument: str, pattern: Pattern, leaves: dict[str, Any]) -> ArgumentError:
-    """Return the error of a pattern that matches nothing, with the paths that it may have meant."""
+    """Return the error of a pattern without a match, with the closest paths."""
     text = pattern if isinstance(pattern, str) else pattern.pattern
     nodes = {
         "/".join(parts[:n]) for parts in (p.split("/") for p in leaves) for n in range(1, len(parts) + 1)
@@ -177,13 +184,13 @@ def _nothing_matches(argument: str, pattern: Pattern, leaves: dict[str, Any]) ->
 
 
 def matching(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> list[str]:
-    """The paths of the leaves that any of the patterns match, in the order of the tree.
+    """Return the paths of the leaves that any of the patterns matches, in the order of the tree.
 
     Args:
       tree: any pytree.
-      patterns: one or several: globs, each of which matches leaves or nodes, that stand for all leaves
-        beneath them; or `re.Pattern`s, which must match a leaf's whole path.
-      argument: what messages call `patterns`.
+      patterns: one pattern or a sequence of them. A glob matches leaves, or inner nodes with all leaves
+        below them; an `re.Pattern` must match the whole path of a leaf.
+      argument: name of `patterns` in error messages.
 
     Raises:
       ValueError: a pattern matches nothing; the message has the closest paths.
@@ -199,16 +206,18 @@ def matching(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> li
     matched: set[str] = set()
     for pattern in several(patterns):
         regex = _regex_of(pattern, argument)
-        found = [path for path in leaves if regex.fullmatch(path)]
-        # "**" asks for all there is, which may be nothing.
-        if not found and (leaves or not regex.fullmatch("")):
+        paths = [path for path in leaves if regex.fullmatch(path)]
+        # "**" matches every leaf, also of a tree that has none.
+        if not paths and (leaves or not regex.fullmatch("")):
             raise _nothing_matches(argument, pattern, leaves)
-        matched.update(found)
+        matched.update(paths)
     return [path for path in leaves if path in matched]
 
 
 def mask(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> PyTree:
-    """A tree of bools of the same structure: whether any of the patterns match a leaf; see `matching`.
+    """Return a tree of bools of the same structure: whether any of the patterns matches the leaf.
+
+    See `matching` for patterns.
 
     Examples:
       >>> mask({"body": [1, 2], "head": 3}, "body/1")
@@ -224,7 +233,7 @@ def mask(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> PyTree
 def _renamer(
     pattern: Pattern, replacement: str | None, argument: str
 ) -> tuple[Callable[[str], object], Callable[[str], str | None]]:
-    """Whether a rule applies to a path, and the path that it makes of it."""
+    """Return a function that tells whether a rule applies to a path, and one that returns the new path."""
     regex = _regex_of(pattern, argument)
     applies = regex.search if isinstance(pattern, re.Pattern) else regex.fullmatch
     if replacement is None:
@@ -248,21 +257,21 @@ def _renamer(
             _BLANK.sub(lambda blank: texts[int(blank[1]) - 1] if blank[1] else next(order), part)
             for part in replacement.split("/")
         ]
-        # A `**` that stood for no part leaves none.
+        # A `**` that matched no part adds none.
         return "/".join([part for part in fill if part] + beyond.split("/")[1:])
 
     return applies, write
 
 
 def renamed_paths(leaves: dict[str, Any], rules: Rules) -> tuple[dict[str, str], list[str]]:
-    """Old paths by new ones, and the paths of dropped leaves."""
+    """Return old paths by new ones, and the paths of dropped leaves."""
     new_path: dict[str, str | None] = {}
     for index, (pattern, replacement) in enumerate(rules):
         applies, write = _renamer(pattern, replacement, f"rules[{index}]")
-        found = [path for path in leaves if applies(path)]
-        if not found:
+        paths = [path for path in leaves if applies(path)]
+        if not paths:
             raise _nothing_matches(f"rules[{index}]", pattern, leaves)
-        for path in found:
+        for path in paths:
             new_path.setdefault(path, write(path))
     old_path: dict[str, str] = {}
     dropped = []
@@ -276,20 +285,20 @@ def renamed_paths(leaves: dict[str, Any], rules: Rules) -> tuple[dict[str, str],
 
 
 def rename(tree: PyTree, rules: Rules) -> dict[str, Any]:
-    r"""The leaves of a tree under other paths, as a nested dict.
+    r"""Return the leaves of a tree under new paths, as a nested dict.
 
     Args:
       tree: any pytree.
-      rules: pairs (pattern, replacement). The first whose pattern matches a leaf renames it, and no other;
-        a leaf that none matches keeps its path.
-        A glob: the text that each of its wildcards matched fills the wildcards of the replacement in order,
-        or \1, \2, … by number; where it matches a node, everything beneath moves along.
-        An `re.Pattern`: `pattern.sub(replacement, path)`, wherever in the path it is found.
-        A replacement of None drops the leaf; one of "" lifts what is beneath the node to the root.
+      rules: pairs (pattern, replacement). The first rule whose pattern matches a leaf renames it; a leaf
+        without a match keeps its path. In the replacement of a glob, wildcards are filled in order with the
+        text that the glob's wildcards matched, or by number as \1, \2, …; where the glob matches an inner
+        node, everything below moves with it. For an `re.Pattern` the new path is
+        `pattern.sub(replacement, path)`. A replacement of None drops the leaf; "" moves the children of the
+        node to the root.
 
     Raises:
-      ValueError: a pattern matches nothing; a replacement asks for more or fewer wildcards than its glob
-        has; two leaves would have one path, or one leaf's path would lead through another.
+      ValueError: a pattern matches nothing; a replacement has more or fewer wildcards than its glob; two
+        leaves would get the same path, or a leaf would lie below another leaf.
 
     Examples:
       >>> tree = {"params": {"conv1": {"weight": 1}, "conv2": {"weight": 2}, "fc": {"bias": 3}}}

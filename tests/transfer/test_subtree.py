@@ -199,7 +199,7 @@ def test_a_pattern_that_matches_nothing_is_named_with_the_closest_paths():
         matching(tree, re.compile("hea"))
     with pytest.raises(ValueError, match=r"patterns: 'head' matches nothing; the tree has no leaves"):
         matching({}, "head")
-    with pytest.raises(ValueError, match=r"patterns: got '\[b-a\]', which is no glob"):
+    with pytest.raises(ValueError, match=r"patterns: got '\[b-a\]', which is not a valid glob"):
         matching(tree, "[b-a]")
 
 
