@@ -61,9 +61,7 @@ def tensorflow_datasets(needed: str, otherwise: str = "") -> ModuleType:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
-            f"{needed} (pip install tensorflow-datasets importlib_resources): {error}{otherwise}"
-        ) from error
+        raise ImportError(f"{needed} (pip install 'jaxmeta[tfds]'): {error}{otherwise}") from error
     return tfds
 
 

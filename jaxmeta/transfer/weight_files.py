@@ -251,7 +251,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise ImportError(f"{name}: the Hub needs a package: pip install huggingface_hub") from None
+        raise ImportError(f"{name}: the Hub needs a package: pip install 'jaxmeta[hub]'") from None
     wanted = ["config.json", INDEX, "model.safetensors", "model-*.safetensors"]
     repository = name.removeprefix(HUB)
     try:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chex import assert_trees_all_close as assert_trees_close
 from flax import linen, nnx
-from trees import assert_trees_close, max_difference
+from trees import max_difference
 
 import jaxmeta as jm
 

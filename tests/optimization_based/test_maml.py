@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chex import assert_trees_all_close as assert_trees_close
 from problems import (
     DIM,
     KEY,
@@ -22,7 +23,7 @@ from problems import (
     query_loss,
     task,
 )
-from trees import assert_trees_close, max_difference
+from trees import max_difference
 
 import jaxmeta as jm
 

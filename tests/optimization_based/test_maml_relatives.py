@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chex import assert_trees_all_close as assert_trees_close
 from jax.flatten_util import ravel_pytree
 from problems import (
     DIM,
@@ -26,7 +27,7 @@ from problems import (
     plain_loss,
     task,
 )
-from trees import assert_trees_close, max_difference
+from trees import max_difference
 
 import jaxmeta as jm
 from jaxmeta.optimization_based.maml_plus_plus import descend_by_step, multi_step_weights

@@ -194,7 +194,7 @@ def test_without_tensorflow_datasets_the_error_says_what_to_do(look_alike, monke
     data, edition = look_alike
     records._builder.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxmeta\[tfds\]'"):
         prepare(edition, 28, data)
 
 

@@ -404,7 +404,7 @@ def test_without_network_or_package_the_hub_is_an_error_that_says_so(monkeypatch
     with pytest.raises(ValueError, match=r"hf:nobody/nothing cannot be fetched .* without a network"):
         load_pretrained("hf:nobody/nothing")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match="pip install huggingface_hub"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxmeta\[hub\]'"):
         load_pretrained("hf:nobody/nothing")
 
 
