@@ -1,16 +1,51 @@
-"""Learning from few examples, in JAX.
+"""Few-shot learning, meta-learning and transfer learning in JAX.
 
+A source of tasks is one pure function, and a learner is four:
+
+    tasks.sample(key)                     -> Task(support, query)
+    learner.init(key, task)               -> params
+    learner.adapt(params, support, key)   -> adapted
+    learner.predict(params, adapted, x)   -> outputs
+    learner.loss(params, task, key, step) -> (scalar, metrics)
+
+| what | names |
+| --- | --- |
+| tasks | `jaxmeta.tasks`: drawn, published data sets, your own images, arrays and tables |
+| networks | `jaxmeta.nn`: ours, and adapters for Flax Linen, Flax NNX, Equinox and plain functions |
+| learners by gradient descent | `maml`, `fomaml`, `anil`, `boil`, `meta_sgd`, `reptile`, `imaml`, \
+  `maml_plus_plus`, `cavia`, `lstm_meta_learner`, `learned_optimizer` |
+| learners by distances | `prototypical`, `matching`, `relation`, `siamese`, `kernel_classifier`, `ridge`, \
+ and the baselines `simple_shot` and `fine_tuned_head` |
+| learners by memory | `mann`, `metanet` |
+| a learner of your own | `Learner`, `inner_loop`, `learner`, `forwards`, `check_learner` |
+| training | `train`, `meta_step`, `make_mesh`, `save`, `load`; events and faults in `jaxmeta.training` |
+| evaluation | `evaluate`, `evaluate_metrics`, `run_episodes`, `calibrate`, `meta_gradient_alignment` |
+| what was trained | `load_run`, `load_classifier` |
+| transfer | `jaxmeta.transfer`: pretrained weights, fine-tuning, domain adaptation, label shift, scores |
+
+In signatures `Array` is a JAX array, `Float[Array, "n d"]` one of floats with the axes n and d, `Key` is a
+key of `jax.random`, and `PyTree`, `Params` and `Adapted` are nested containers of arrays.
+
+```python
+import jax, optax
 import jaxmeta as jm
 
-tasks = jm.tasks.glyphs(ways=5, shots=1, queries=3)              # sample(key) -> Task(support, query)
-learner = jm.maml(jm.nn.StridedConv4(ways=5))                    # init, adapt, predict, loss
-state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, key=jax.random.key(0))
-jm.evaluate(learner, state.params, test_tasks, key=jax.random.key(1))
+tasks = jm.tasks.glyphs("train", ways=5, shots=1, queries=3)
+learner = jm.maml(jm.nn.StridedConv4(ways=5))
+state = jm.train(learner, tasks, optax.adam(1e-3), steps=1000, meta_batch=8, key=jax.random.key(0))
+
+unseen = jm.tasks.glyphs("test", ways=5, shots=1, queries=5)
+print(jm.evaluate(learner, state.params, unseen, key=jax.random.key(1)))
+
+task = unseen.sample(jax.random.key(2))
+adapted = learner.adapt(state.params, task.support, jax.random.key(3))
+classes = learner.predict(state.params, adapted, task.query.x).argmax(-1)
+```
 """
 
 from typing import Any
 
-from jaxmeta import losses, nn, tasks, transfer
+from jaxmeta import losses, nn, tasks, training, transfer
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import (
     Batch,
@@ -140,6 +175,7 @@ __all__ = [
     "simple_shot",
     "tasks",
     "train",
+    "training",
     "transfer",
 ]
 

@@ -16,6 +16,8 @@ from jaxmeta.checks import ArgumentError, check_kind, check_word
 from jaxmeta.core import Learner, checks_slots
 from jaxmeta.learner_form import normalized
 
+__all__ = ["Facts", "facts_of", "forwards", "learner"]
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 KINDS = ("classification", "regression")
@@ -91,7 +93,7 @@ class Facts:
 
 
 def learner(**facts: Any) -> Callable[[F], F]:
-    """Decorate a learner factory with the facts about its method (see `Facts`).
+    """Decorate a learner factory with the facts about its method (see `jaxmeta.declare.Facts`).
 
     The factory then says of a keyword argument that has been renamed what it is called now, and its learner
     refuses class slots that do not exist (see `Batch`).

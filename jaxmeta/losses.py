@@ -20,6 +20,8 @@ from jaxmeta.checks import ArgumentError, check_labels, check_slots, shown
 from jaxmeta.core import Batch, Metric, Metrics
 from jaxmeta.learner_form import counted
 
+__all__ = ["cross_entropy", "full_precision", "masked_mean", "masked_sum", "mse", "score", "scores"]
+
 
 def full_precision(values: ArrayLike) -> Array:
     """Return `values` in float32, or in their own type if it is wider."""
