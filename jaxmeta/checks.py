@@ -46,6 +46,10 @@ class MissingFileError(ArgumentError, FileNotFoundError):
     """Raise for an argument that names a file or folder that is not there."""
 
 
+class MissingPackageError(ImportError):
+    """Raise where an optional package is not installed; the message has the command that installs it."""
+
+
 class NotAFolderError(ArgumentError, NotADirectoryError):
     """Raise for an argument that names a file where it must name a folder."""
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -515,3 +516,13 @@ def test_tar_archives_with_links_or_cut_are_refused(place, member, keep):
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     refused(place, ["train", "--tasks", "cifar_fs", "--data", data], "--data", "cifar-100")
     shutil.rmtree(data)
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_the_command_that_installs_it(
+    place, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert main(["train", "--tasks", "tfds:mnist", "--out", "none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'jaxmeta[tfds]'" in line
+    assert not (place / "none").exists()

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jaxmeta.checks import MissingPackageError
 from jaxmeta.cli import output
 from jaxmeta.cli.signals import Signals
 
@@ -59,6 +60,8 @@ def _status(argv: Sequence[str]) -> int:
         return int(ended.code or 0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return _say(f"error: {error}{_place(error)}", EXIT_USER)
+    except MissingPackageError as error:
+        return _say(f"error: {error}", EXIT_USER)
     except (FloatingPointError, OSError) as error:
         return _say(f"error: {error}", EXIT_OTHER)
     except Exception as error:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, MissingPackageError
 from jaxmeta.core import TaskDistribution
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
@@ -303,7 +303,7 @@ def _array_record():
     try:
         from array_record.python import array_record_module
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"images of one's own are kept as records, which needs array-record (pip install array-record; "
             f"not on Windows): {error}"
         ) from error

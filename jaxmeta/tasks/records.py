@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+from jaxmeta.checks import MissingPackageError
 from jaxmeta.tasks.cache import cache_folder, make_room
 
 PARTS = ("background", "evaluation")
@@ -56,12 +57,12 @@ def tensorflow_datasets(needed: str, otherwise: str = "") -> ModuleType:
       otherwise: what to do without it, to end the message with.
 
     Raises:
-      ImportError: it is not installed.
+      MissingPackageError: it is not installed.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(f"{needed} (pip install 'jaxmeta[tfds]'): {error}{otherwise}") from error
+        raise MissingPackageError(f"{needed} (pip install 'jaxmeta[tfds]'): {error}{otherwise}") from error
     return tfds
 
 

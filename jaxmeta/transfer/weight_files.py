@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, MissingFileError, parsed_json
+from jaxmeta.checks import ArgumentError, MissingFileError, MissingPackageError, parsed_json
 from jaxmeta.core import PyTree
 from jaxmeta.files import replacing
 from jaxmeta.nn.norm import STATISTICS, from_moments
@@ -124,7 +124,7 @@ def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         from safetensors import safe_open
     except ImportError:
-        raise ImportError(f"{path}: reading safetensors needs a package: pip install safetensors") from None
+        raise MissingPackageError(f"{path}: reading it needs a package: pip install safetensors") from None
 
     def read():
         with safe_open(path, "np") as file:
@@ -251,7 +251,7 @@ def _fetched(name: str, revision: str | None) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        raise ImportError(f"{name}: the Hub needs a package: pip install 'jaxmeta[hub]'") from None
+        raise MissingPackageError(f"{name}: the Hub needs a package: pip install 'jaxmeta[hub]'") from None
     wanted = ["config.json", INDEX, "model.safetensors", "model-*.safetensors"]
     repository = name.removeprefix(HUB)
     try:
@@ -275,7 +275,7 @@ def write(path: Path, leaves: Mapping[str, Any], metadata: Mapping[str, str]) ->
     try:
         from safetensors.numpy import save_file
     except ImportError:
-        raise ImportError(f"{path}: writing safetensors needs a package: pip install safetensors") from None
+        raise MissingPackageError(f"{path}: writing it needs a package: pip install safetensors") from None
     # The library writes memory as it lies, whatever the strides.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
