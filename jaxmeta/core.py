@@ -58,6 +58,7 @@ class Batch:
 
     x: Array
     y: Int[Array, "*n"] | Float[Array, "*n d"]
+    _: dataclasses.KW_ONLY
     mask: Bool[Array, "*n"] | None = None
     ways: int | None = dataclasses.field(default=None, metadata={"static": True})
 

@@ -40,7 +40,7 @@ def of_vectors(name):
 def batch(y, ways=WAYS, name="", mask=None):
     x = np.tile(X[:, :, None, None], (1, 1, 4, 1)) if name == "metanet" else X
     y = jnp.asarray(y, jnp.int32) if not isinstance(y, np.ndarray) else y
-    return jm.Batch(jnp.asarray(x), y, mask, ways)
+    return jm.Batch(jnp.asarray(x), y, mask=mask, ways=ways)
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def nearest(support_y, query_y):
     def draw(wrong, key):
         x = jax.random.normal(key, (6, 4))
         parts = (jnp.where(x[0, 0] > 0, jnp.asarray(each), Y) for each in wrong)
-        return jm.Task(*(jm.Batch(x, y, None, WAYS) for y in parts))
+        return jm.Task(*(jm.Batch(x, y, ways=WAYS) for y in parts))
 
     sample = jax.tree_util.Partial(draw, (support_y, query_y))
     return learner, params, jm.TaskDistribution(sample, jm.ProtocolCard("toy", "test"))
@@ -164,7 +164,7 @@ def test_an_evaluation_refuses_slots_that_do_not_exist_though_it_is_compiled(par
 def test_streams_are_checked_on_the_host():
     def at(step):
         y = np.stack([Y, Y + (step == 1)])
-        part = jm.Batch(np.stack([X, X]), y, None, WAYS)
+        part = jm.Batch(np.stack([X, X]), y, ways=WAYS)
         return jm.Task(part, part)
 
     stream = jm.TaskStream(at, jm.ProtocolCard("toy", "train"))

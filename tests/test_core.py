@@ -22,6 +22,11 @@ def test_a_batch_is_a_pytree_with_static_ways():
     assert jax.tree.structure(full) != jax.tree.structure(batch(mask=full.mask, ways=4))
 
 
+def test_mask_and_ways_of_a_batch_are_given_by_name():
+    with pytest.raises(TypeError, match="positional argument"):
+        jm.Batch(jnp.zeros((2, 1)), jnp.array([0, 1]), jnp.ones(2, bool))
+
+
 def test_ways_are_given_or_one_more_than_the_largest_label():
     assert ways_of(batch(ways=7)) == 7
     assert ways_of(batch()) == 3

@@ -33,7 +33,7 @@ def rows():
 def of_type(dtype, name, numpy=False):
     x = DIGITS.astype(dtype)
     x = np.tile(x[:, :, None, None], (1, 1, 4, 1)) if name == "metanet" else x
-    return jm.Batch(x if numpy else jnp.asarray(x), Y if numpy else jnp.asarray(Y), None, WAYS)
+    return jm.Batch(x if numpy else jnp.asarray(x), Y if numpy else jnp.asarray(Y), ways=WAYS)
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def test_no_queries_have_no_outputs(name):
     learner, params = made(name)
     support = batch(Y, name=name)
     nothing = support.x[:0]
-    query = jm.Batch(nothing, jnp.asarray(Y[:0]), None, WAYS)
+    query = jm.Batch(nothing, jnp.asarray(Y[:0]), ways=WAYS)
 
     @jax.jit
     def of_nothing(params):
@@ -147,7 +147,7 @@ def test_images_without_channels_are_refused_by_what_to_do(network, size):
 
 def test_learners_of_images_say_that_channels_are_missing():
     x = jnp.zeros((6, 28, 28))
-    task = jm.Task(*[jm.Batch(x, jnp.asarray(Y), None, WAYS)] * 2)
+    task = jm.Task(*[jm.Batch(x, jnp.asarray(Y), ways=WAYS)] * 2)
     for learner in (jm.maml(jm.nn.Conv4(ways=WAYS)), jm.prototypical(jm.nn.Conv4())):
         with pytest.raises(jm.checks.ArgumentError, match=r"x: got an array of shape .*images are"):
             jax.eval_shape(learner.init, KEY, task)

@@ -227,7 +227,9 @@ def task_of(case, seed=0):
             labels = np.arange(WAYS * each + PADDING) % WAYS
             x = rng.normal(size=(labels.size, *IMAGE)) + 0.5 * labels.reshape(-1, 1, 1, 1)
             y, ways = labels.astype(np.int32), WAYS
-        return jm.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(np.arange(len(x)) < WAYS * each), ways)
+        return jm.Batch(
+            jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(np.arange(len(x)) < WAYS * each), ways=ways
+        )
 
     return jm.Task(part(SHOTS), part(QUERIES))
 
@@ -342,7 +344,10 @@ def test_values_of_padding_have_no_effect(case):
                 return jnp.asarray(np.where(real, leaf, np.asarray(value, leaf.dtype)))
 
             return jm.Batch(
-                fill(part.x, garbage), fill(part.y, garbage if part.ways is None else 0), part.mask, part.ways
+                fill(part.x, garbage),
+                fill(part.y, garbage if part.ways is None else 0),
+                mask=part.mask,
+                ways=part.ways,
             )
 
         assert_equal(run(case, jm.Task(*map(spoil, task_of(case)))), expected)
@@ -351,7 +356,7 @@ def test_values_of_padding_have_no_effect(case):
 @law(default=one_row_of_representatives)
 def test_padded_task_matches_task_without_padding(case):
     expected = run(case)
-    kept = jm.Task(*(jm.Batch(p.x[:-PADDING], p.y[:-PADDING], None, p.ways) for p in task_of(case)))
+    kept = jm.Task(*(jm.Batch(p.x[:-PADDING], p.y[:-PADDING], ways=p.ways) for p in task_of(case)))
     bare = run(case, kept)
     if not facts_of(factory_of(case.name)).head or case.name == "metanet":
         # What has been learned may be the examples, padding and all.
@@ -376,7 +381,7 @@ def test_permuted_classes_permute_outputs(case):
         return jax.tree_util.tree_map_with_path(columns, tree)
 
     expected = run(case)
-    task = jm.Task(*(jm.Batch(p.x, jnp.asarray(sigma[p.y]), p.mask, p.ways) for p in task_of(case)))
+    task = jm.Task(*(jm.Batch(p.x, jnp.asarray(sigma[p.y]), mask=p.mask, ways=p.ways) for p in task_of(case)))
     found = run(case, task, rename(params_of(case)))
     assert_equal(found.outputs, expected.outputs[:, moved])
     assert np.ptp(expected.outputs[:-PADDING], axis=1).min() > 1e-3

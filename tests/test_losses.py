@@ -62,7 +62,7 @@ def test_score_is_accuracy_of_labels_and_squared_error_of_targets():
     outputs = jnp.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [5.0, 1.0]])
     labels = jm.Batch(outputs, jnp.array([0, 1, 0, 0], jnp.int32))
     assert score(outputs, labels) == {"accuracy": (3.0, 4.0)}
-    assert score(outputs, jm.Batch(outputs, labels.y, MASK)) == {"accuracy": (1.0, 2.0)}
+    assert score(outputs, jm.Batch(outputs, labels.y, mask=MASK)) == {"accuracy": (1.0, 2.0)}
     targets = jm.Batch(outputs, outputs.at[0, 0].add(2.0))
     assert score(outputs, targets) == {"mse": (2.0, 4.0)}
 
@@ -81,7 +81,7 @@ def test_accuracy_counts_examples_one_by_one_whatever_the_outputs_are_in(dtype, 
     labels = jnp.where(jnp.arange(n) < wrong, 1, 0).astype(jnp.int32)
     assert score(outputs, jm.Batch(outputs, labels)) == {"accuracy": (n - wrong, n)}
     mask = jnp.arange(n) >= wrong - 1
-    assert score(outputs, jm.Batch(outputs, labels, mask)) == {"accuracy": (n - wrong, n - wrong + 1)}
+    assert score(outputs, jm.Batch(outputs, labels, mask=mask)) == {"accuracy": (n - wrong, n - wrong + 1)}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

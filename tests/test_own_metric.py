@@ -46,7 +46,7 @@ def distance(outputs, y, mask):
 
 
 def test_a_metric_is_reported_as_sum_and_count_by_hand():
-    batch = jm.Batch(Y, jnp.asarray(Y), jnp.asarray(MASK))
+    batch = jm.Batch(Y, jnp.asarray(Y), mask=jnp.asarray(MASK))
     # Targets 1 and 2; means 1 and 0.
     assert {k: tuple(map(float, v)) for k, v in scores(OUTPUTS, batch, within).items()} == {"within": (1, 2)}
     assert {k: tuple(map(float, v)) for k, v in scores(OUTPUTS, batch, distance).items()} == {
@@ -54,7 +54,7 @@ def test_a_metric_is_reported_as_sum_and_count_by_hand():
     }
     found = scores(OUTPUTS, batch, lambda outputs, y, mask: 2.5)
     assert {k: tuple(map(float, v)) for k, v in found.items()} == {"metric": (2.5, 1)}
-    nothing = jm.Batch(Y, jnp.asarray(Y), jnp.zeros(3, bool))
+    nothing = jm.Batch(Y, jnp.asarray(Y), mask=jnp.zeros(3, bool))
     assert [*map(float, scores(OUTPUTS, nothing, lambda *_: jnp.nan)["metric"])] == [0, 0]
 
 

@@ -233,7 +233,7 @@ class _Support(NamedTuple):
     inverted: bool
 
     def batch(self, ways: int) -> Batch:
-        return Batch(jnp.asarray(self.x), jnp.asarray(self.y), None, ways)
+        return Batch(jnp.asarray(self.x), jnp.asarray(self.y), ways=ways)
 
 
 def _class_names(reading: _Reading) -> tuple[str, ...]:

@@ -223,7 +223,7 @@ class _Labels:
 def _shuffled(batch: Batch, key: Key) -> Batch:
     order = random_order(key, jnp.ones(batch.y.shape, bool) if batch.mask is None else batch.mask)
     mask = None if batch.mask is None else batch.mask[order]
-    return Batch(batch.x[order], batch.y[order], mask, batch.ways)
+    return Batch(batch.x[order], batch.y[order], mask=mask, ways=batch.ways)
 
 
 def _label_before(

@@ -405,7 +405,7 @@ def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     if data.metadata is None:
         return task
     return task._replace(
-        support=Batch(data.metadata[drawn.classes], jnp.arange(ways, dtype=jnp.int32), None, ways)
+        support=Batch(data.metadata[drawn.classes], jnp.arange(ways, dtype=jnp.int32), ways=ways)
     )
 
 
@@ -423,10 +423,10 @@ def make_task(
         x = turned_floats(shape, x, drawn.turns)
         y = jnp.repeat(jnp.arange(ways, dtype=jnp.int32), count)
         if mask is None:
-            return Batch(x.reshape(ways * count, *shape.example), y, None, ways)
+            return Batch(x.reshape(ways * count, *shape.example), y, ways=ways)
         # Padding is cleared, so that a learner that forgets the mask cannot gain from it.
         x = jnp.where(mask[:, :, None], x, 0)
-        return Batch(x.reshape(ways * count, *shape.example), y, mask.reshape(-1), ways)
+        return Batch(x.reshape(ways * count, *shape.example), y, mask=mask.reshape(-1), ways=ways)
 
     return Task(batch(support, drawn.real), batch(query, drawn.asked))
 

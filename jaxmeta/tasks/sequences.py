@@ -150,6 +150,6 @@ class _Draw:
             label = jax.random.choice(names, slots, (most,), replace=False).astype(jnp.int32)
         asked = query.mask if ways is None else query.y < ways
         return Task(
-            blank_padding(Batch(x, label[classes], real, slots)),
-            blank_padding(Batch(query.x, label[query.y], asked, slots)),
+            blank_padding(Batch(x, label[classes], mask=real, ways=slots)),
+            blank_padding(Batch(query.x, label[query.y], mask=asked, ways=slots)),
         )

@@ -87,7 +87,7 @@ class MiniBatch:
         """The first half of the examples to learn from, the second to be judged on."""
         half = self.size // 2
         return Task(
-            *(Batch(x[part], y[part], None, self.classes) for part in (slice(half), slice(half, None)))
+            *(Batch(x[part], y[part], ways=self.classes) for part in (slice(half), slice(half, None)))
         )
 
 

@@ -359,8 +359,8 @@ def test_a_common_offset_of_all_points_changes_no_answer(method, offset):
     part = jm.Batch(
         jnp.asarray(x, jnp.float32),
         jnp.asarray([*places, 0, 0, 0], jnp.int32),
-        jnp.asarray(np.arange(len(x)) < len(support)),
-        ways + 1,
+        mask=jnp.asarray(np.arange(len(x)) < len(support)),
+        ways=ways + 1,
     )
     learner = OF_DISTANCES[method](IDENTITY)
     head = {"similarity": jnp.eye(dim, dtype=jnp.float32)} if method == "learned" else {}

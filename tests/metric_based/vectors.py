@@ -15,7 +15,7 @@ IDENTITY = (lambda key, x: {}, lambda params, x: x)
 
 def batch(x, y, mask=None, ways=WAYS):
     mask = None if mask is None else jnp.asarray(mask, bool)
-    return jm.Batch(jnp.asarray(x, float), jnp.asarray(y, jnp.int32), mask, ways)
+    return jm.Batch(jnp.asarray(x, float), jnp.asarray(y, jnp.int32), mask=mask, ways=ways)
 
 
 def part_of(learner, name):

@@ -19,7 +19,7 @@ DIM, WAYS, STEPS = 4, 3, 6
 
 def batch(x, y, mask=None, ways=WAYS):
     return jm.Batch(
-        jnp.asarray(x), jnp.asarray(y, jnp.int32), None if mask is None else jnp.asarray(mask), ways
+        jnp.asarray(x), jnp.asarray(y, jnp.int32), mask=None if mask is None else jnp.asarray(mask), ways=ways
     )
 
 

@@ -45,7 +45,7 @@ def task_of(seed=0, blocks=0, shots=SHOTS, ways=WAYS):
     def part(each):
         labels = np.repeat(np.arange(ways), each)
         x = rng.normal(size=(labels.size, *shape)) + 0.5 * labels.reshape(-1, *(1,) * len(shape))
-        return jm.Batch(jnp.asarray(x), jnp.asarray(labels, jnp.int32), None, ways)
+        return jm.Batch(jnp.asarray(x), jnp.asarray(labels, jnp.int32), ways=ways)
 
     return jm.Task(part(shots), part(QUERIES))
 
@@ -459,7 +459,7 @@ def test_padding_changes_nothing_at_any_place(embedding_loss, blocks):
         x[places] = part.x
         y = np.full(10, 1, np.int32)
         y[places] = part.y
-        return jm.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), part.ways)
+        return jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=part.ways)
 
     for garbage in (np.nan, np.inf, 1e30):
         found = compiled(**settings)(params, jm.Task(*(padded(part, garbage) for part in task)), KEY)
@@ -476,7 +476,7 @@ def test_padding_changes_nothing_where_examples_are_fewer_than_samples(embedding
     spread = np.array([0, 3, 4])
     x, y, mask = np.full((6, 6), np.nan), np.zeros(6, np.int32), np.zeros(6, bool)
     x[spread], y[spread], mask[spread] = task.support.x, task.support.y, True
-    support = jm.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), WAYS)
+    support = jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=WAYS)
     learner = make(embedding_loss=embedding_loss)
     params = params_of(learner, task)
     assert_equal(learner.loss(params, task._replace(support=support), KEY), learner.loss(params, task, KEY))

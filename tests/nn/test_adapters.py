@@ -129,7 +129,7 @@ def task(seed=0, masked=False):
         labels = np.tile(np.arange(WAYS, dtype=np.int32), examples)
         x = jnp.asarray(rng.normal(size=(labels.size, DIM)))
         mask = jnp.asarray(np.arange(labels.size) % 4 != 1) if masked else None
-        return jm.Batch(x, jnp.asarray(labels), mask, WAYS)
+        return jm.Batch(x, jnp.asarray(labels), mask=mask, ways=WAYS)
 
     return jm.Task(part(2), part(3))
 

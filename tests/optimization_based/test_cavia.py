@@ -78,7 +78,7 @@ def test_the_context_is_a_constant_channel_of_images():
 
     network = jm.Model(lambda key, x: {"kernel": jnp.ones((x.shape[-1], 3))}, apply)
     learner = jm.cavia(network, context=4)
-    part = jm.Batch(jnp.ones((3, 4, 4, 1)), jnp.arange(3), None, 3)
+    part = jm.Batch(jnp.ones((3, 4, 4, 1)), jnp.arange(3), ways=3)
     images = jm.Task(part, part)
     params = learner.init(jax.random.key(1), images)
     assert params["model"]["kernel"].shape == (5, 3)

@@ -56,7 +56,7 @@ def test_meta_gradient_matches_finite_differences(norm, masked):
     learner = maml(norm=norm)
     params, of = init(learner), task()
     if masked:
-        of = jm.Task(*(jm.Batch(p.x, p.y, jnp.arange(p.y.size) % 4 != 1, WAYS) for p in of))
+        of = jm.Task(*(jm.Batch(p.x, p.y, mask=jnp.arange(p.y.size) % 4 != 1, ways=WAYS) for p in of))
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
     np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
     assert np.abs(expected).max() > 0.01

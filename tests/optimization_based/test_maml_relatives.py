@@ -369,7 +369,7 @@ def counting_learner(batch_size, steps):
 def seen_by(batch_size, steps, of, key=KEY):
     """How much each support example counts over the inner steps."""
     count = of.support.y.shape[0]
-    support = jm.Batch(jnp.asarray(np.eye(count)), jnp.asarray(np.zeros((count, 1))), of.support.mask)
+    support = jm.Batch(jnp.asarray(np.eye(count)), jnp.asarray(np.zeros((count, 1))), mask=of.support.mask)
     start = {"model": jnp.asarray(np.zeros(count))}
     return -np.asarray(
         adapt(counting_learner(batch_size, steps), start, jm.Task(support, support), key)["model"]
@@ -394,7 +394,7 @@ def test_padding_takes_no_place_in_a_mini_batch(inner_batch):
     places = np.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
     x, y, mask = np.full((9, DIM), np.nan), np.zeros(9, np.int32), np.zeros(9, bool)
     x[places], y[places], mask[places] = of.support.x, of.support.y, True
-    support = jm.Batch(jnp.asarray(x), jnp.asarray(y), jnp.asarray(mask), WAYS)
+    support = jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=WAYS)
     seen = seen_by(inner_batch, 1, jm.Task(support, of.query))
     size = min(inner_batch, 6)
     assert sorted(seen[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
@@ -649,7 +649,7 @@ def test_statistics_of_every_step_do_not_see_padding():
     def padded(part):
         x = jnp.concatenate([part.x, jnp.full((2, DIM), jnp.nan)])
         mask = jnp.arange(len(x)) < len(part.x)
-        return jm.Batch(x, jnp.concatenate([part.y, jnp.zeros(2, jnp.int32)]), mask, WAYS)
+        return jm.Batch(x, jnp.concatenate([part.y, jnp.zeros(2, jnp.int32)]), mask=mask, ways=WAYS)
 
     statistics = jax.jit(learner.statistics)
     expected, _ = statistics(params, of, KEY)

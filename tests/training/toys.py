@@ -40,7 +40,9 @@ def clusters(dim=4, queries=2, noise=0.5):
         x = drawn[:, :1] + scale * drawn[:, 1:]
         y = jnp.arange(WAYS)
         query_x = x[:, 1:].reshape(-1, dim).at[-1].set(jnp.nan)
-        query = Batch(query_x, jnp.repeat(y, queries), jnp.arange(WAYS * queries) < WAYS * queries - 1, WAYS)
+        query = Batch(
+            query_x, jnp.repeat(y, queries), mask=jnp.arange(WAYS * queries) < WAYS * queries - 1, ways=WAYS
+        )
         return Task(Batch(x[:, 0], y, ways=WAYS), query)
 
     return TaskDistribution(
