@@ -43,7 +43,7 @@ classes = learner.predict(state.params, adapted, task.query.x).argmax(-1)
 ```
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxmeta import losses, nn, tasks, training, transfer
 from jaxmeta.checks import ArgumentError
@@ -109,6 +109,10 @@ from jaxmeta.training import (
     save,
     train,
 )
+
+if TYPE_CHECKING:
+    from jaxmeta.cli.classifier import load_classifier
+    from jaxmeta.cli.run import load_run
 
 __version__ = "0.1.0"
 

@@ -15,11 +15,12 @@ This file imports nothing of ours.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxmeta.checks import ArgumentError, check_slots
@@ -30,8 +31,40 @@ Adapted = PyTree
 Key = PRNGKeyArray
 Metrics = dict[str, tuple[Array, Array]]
 Augment = Callable[[Key, Array], Array]
+# Of outputs: `(outputs, y, mask) -> scalar`.
+Loss: TypeAlias = Callable[[Array, Array, Array | None], Array]
 # What scores outputs: `(outputs, y, mask) -> scalar or (sum, count)`.
-Metric = Callable[..., Any]
+Metric: TypeAlias = Callable[[Array, Array, Array | None], ArrayLike | tuple[ArrayLike, ArrayLike]]
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """An optax optimizer: an `optax.GradientTransformation`, in a type that type checkers know.
+
+    optax declares none of its types to them, so that a learning rate in the place of an optimizer would pass.
+    """
+
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """Return the function `params -> state`."""
+
+    @property
+    def update(self) -> Callable[..., Any]:
+        """Return the function `(gradients, state, params) -> (updates, state)`."""
+
+
+# Choices that several methods or sources of tasks have; `typing.get_args` gives their words.
+SplitName = Literal["train", "validation", "test"]
+Kind = Literal["classification", "regression"]
+Rotations = Literal["none", "classes", "random"]
+# Whose statistics normalise: of an embedding, and after an inner loop.
+Norm = Literal["batch", "support", "population"]
+InnerLoopNorm = Literal["batch", "support", "population", "episode"]
+# Which derivatives the meta-gradient has: of any inner loop, and of one that is differentiated step by step.
+Order = Literal["second", "first", "implicit"]
+UnrolledOrder = Literal["second", "first"]
+# How a backward pass gets at the values of the inner steps.
+Memory = Literal["auto", "store", "recompute", "forward_over_reverse"]
 # Attribute of the functions of a learner that `checks_slots` made: the function itself, so that one which
 # merely wraps it, and has a copy of its attributes, does not count as one.
 _CHECKS = "__jaxmeta_checks__"
@@ -147,14 +180,14 @@ class ProtocolCard:
     """
 
     tasks: str
-    split: str
-    kind: str = "classification"
+    split: SplitName
+    kind: Kind = "classification"
     ways: int | tuple[int, int] | None = None
     shots: int | tuple[int, int] = 1
     queries: int = 1
     classes: int | None = None
     split_hash: str | None = None
-    rotations: str = "none"
+    rotations: Rotations = "none"
     protocol: str = ""
 
 

@@ -9,18 +9,28 @@ another says so by `@forwards(other)`.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
 from jaxmeta.checks import ArgumentError, check_kind, check_word
-from jaxmeta.core import Learner, checks_slots
+from jaxmeta.core import Kind, Learner, checks_slots
 from jaxmeta.learner_form import normalized
 
 __all__ = ["Facts", "facts_of", "forwards", "learner"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
 
-KINDS = ("classification", "regression")
+
+class Decorator(Protocol):
+    """A decorator that keeps the parameters of what it decorates."""
+
+    def __call__(self, factory: Callable[P, R], /) -> Callable[P, R]:
+        """Decorate a function."""
+
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _FACTS, _PARENT = "__jaxmeta_facts__", "__jaxmeta_parent__"
 
 # Former names of parameters, each with what it may be called now: the first one that a factory has.
@@ -38,7 +48,7 @@ def _rows() -> Mapping[str, str]:
     return {"transductive": "batch", "inductive": "support"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
     """Facts about a method that are no settings.
 
@@ -65,7 +75,7 @@ class Facts:
         "made_for_embeddings", whether the protocol's own method compares embeddings.
     """
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[Kind, ...] = KINDS
     head: bool = True
     rows: Mapping[str, str] = dataclasses.field(default_factory=_rows)
     supervised: bool = False
@@ -92,8 +102,20 @@ class Facts:
         return dict(self.training(base) if callable(self.training) else self.training)
 
 
-def learner(**facts: Any) -> Callable[[F], F]:
-    """Decorate a learner factory with the facts about its method (see `jaxmeta.declare.Facts`).
+def _takes(facts: Callable[Q, Facts]) -> Callable[[Callable[..., Decorator]], Callable[Q, Decorator]]:
+    """Give a function of `**facts` the parameters of `facts`, for type checkers and for help."""
+
+    def taking(function: Callable[..., Decorator]) -> Callable[Q, Decorator]:
+        found = inspect.signature(facts).replace(return_annotation=Decorator)
+        function.__signature__ = found  # type: ignore[attr-defined]
+        return function
+
+    return taking
+
+
+@_takes(Facts)
+def learner(**facts: Any) -> Decorator:
+    """Decorate a learner factory with the facts about its method (see `Facts`).
 
     The factory then says of a keyword argument that has been renamed what it is called now, and its learner
     refuses class slots that do not exist (see `Batch`).
@@ -113,7 +135,7 @@ def learner(**facts: Any) -> Callable[[F], F]:
         check_word("fact", name, known)
     found = Facts(**facts)
 
-    def declared(factory: F) -> F:
+    def declared(factory: Callable[P, R]) -> Callable[P, R]:
         checked = _checked(factory, inspect.signature(factory))
         setattr(checked, _FACTS, found)
         return checked
@@ -121,7 +143,7 @@ def learner(**facts: Any) -> Callable[[F], F]:
     return declared
 
 
-def _checked(factory: F, signature: inspect.Signature) -> F:
+def _checked(factory: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
     """Return `factory`, which refuses keyword arguments that are not in `signature`."""
     known = signature.parameters.values()
     keywords = [each.name for each in known if each.kind is each.KEYWORD_ONLY]
@@ -157,11 +179,20 @@ def facts_of(factory: Callable[..., Any]) -> Facts:
     return Facts() if chooses else Facts(rows={"inductive": "none"})
 
 
-def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Callable[[F], F]:
+def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Decorator:
     """Decorate a factory that hands keyword arguments on to `parent`.
 
     Its signature then has the keyword-only parameters of `parent` in the place of its `**settings`, save
-    those of its own and those `without`; settings, defaults and descriptions are read from there.
+    those of its own and those `without`; settings, defaults and descriptions are read from there. Where the
+    settings are typed, as `**settings: Unpack[Settings]` with a `typing.TypedDict`, it has those of this type
+    alone, and editors and type checkers know them too.
+
+    Args:
+      parent: what the keyword arguments are handed on to.
+      without: names of keyword-only parameters of `parent` that the factory does not take.
+
+    Raises:
+      TypeError: the type of the settings has one that `parent` has not, or has of another type.
 
     Examples:
       >>> def parent(network, *, rate: float = 0.1, order: str = "second"):
@@ -177,22 +208,45 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Call
     """
     left_out = set(without)
 
-    def forwarding(factory: F) -> F:
+    def forwarding(factory: Callable[P, R]) -> Callable[P, R]:
         # With annotations as values: those of the parent come from another module.
         own = inspect.signature(factory, eval_str=True)
         mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
-        names = {each.name for each in mine} | left_out
-        theirs = [
-            each
-            for each in inspect.signature(parent, eval_str=True).parameters.values()
-            if each.kind is each.KEYWORD_ONLY and each.name not in names
-        ]
+        known = inspect.signature(parent, eval_str=True).parameters.values()
+        offered = {each.name: each for each in known if each.kind is each.KEYWORD_ONLY}
+        names = _typed_settings(factory, own, parent, offered)
+        if names is None:
+            names = offered.keys() - left_out - {each.name for each in mine}
+        theirs = [each for name, each in offered.items() if name in names]
         signature = own.replace(parameters=[*mine, *theirs])
         checked = _checked(factory, signature)
         setattr(checked, _PARENT, parent)
         return checked
 
     return forwarding
+
+
+def _typed_settings(
+    factory: Callable[..., Any],
+    own: inspect.Signature,
+    parent: Callable[..., Any],
+    offered: Mapping[str, inspect.Parameter],
+) -> Set[str] | None:
+    """Return the names in the type of `**settings`, after a comparison with `parent`; None where untyped."""
+    hints = (each.annotation for each in own.parameters.values() if each.kind is each.VAR_KEYWORD)
+    kinds = [get_args(hint)[0] for hint in hints if get_origin(hint) is Unpack]
+    if not kinds:
+        return None
+    found = get_type_hints(kinds[0])
+    for name, hint in found.items():
+        if name not in offered:
+            problem = f"has no keyword-only parameter {name!r}"
+        elif hint != offered[name].annotation:
+            problem = f"has {name!r} as {offered[name].annotation}, not as {hint}"
+        else:
+            continue
+        raise TypeError(f"{factory.__name__}() takes {kinds[0].__name__}, but {parent.__name__}() {problem}")
+    return found.keys()
 
 
 def parent_of(factory: Callable[..., Any]) -> Callable[..., Any] | None:

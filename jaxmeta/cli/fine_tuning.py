@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -292,7 +292,7 @@ def fit(
     """
     model, variables = start.model, start.variables
     if recipe in ("feature-extraction", "linear-probe"):
-        head = "ridge" if recipe == "feature-extraction" else "logistic"
+        head: Literal["ridge", "logistic"] = "ridge" if recipe == "feature-extraction" else "logistic"
         return Fit(feature_extraction(model, variables, learn, head=head), np.zeros(0, np.float32))
     steps, rate = settings.steps, settings.rate
     assert steps is not None

@@ -400,7 +400,7 @@ def rank(
             fitted = fit("lp-ft", start, learn, settings, jax.random.fold_in(key, 2))
             accuracies[name] = float((_predictions(start, fitted.variables, scored) == scored.y).mean())
     # Any features of so many dimensions would separate so few examples.
-    shrinkage = "ledoit-wolf" if max(widths) >= len(learn.y) - 1 else None
+    shrinkage: Literal["ledoit-wolf"] | None = "ledoit-wolf" if max(widths) >= len(learn.y) - 1 else None
     ranking = rank_sources(
         candidates, (None, learn.y), score=score, shrinkage=shrinkage, accuracies=accuracies or None
     )

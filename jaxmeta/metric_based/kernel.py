@@ -1,7 +1,7 @@
 """The kernel view of learning from few examples: a query's label is a weighted mean of the support's."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxmeta import declare
 from jaxmeta.checks import check_number, check_word
-from jaxmeta.core import Augment, Key, Learner, Params
+from jaxmeta.core import Augment, Key, Learner, Norm, Params
 from jaxmeta.metric_based.metric_learner import (
     ROWS,
     class_means,
@@ -23,8 +23,9 @@ from jaxmeta.metric_based.metric_learner import (
 )
 from jaxmeta.nn.adapters import Network
 
-REDUCTIONS = ("sum", "mean", "nearest", "prototype")
-NORMALISATIONS = ("softmax", "sum")
+Reduction = Literal["sum", "mean", "nearest", "prototype"]
+Normalisation = Literal["softmax", "sum"]
+REDUCTIONS, NORMALISATIONS = get_args(Reduction), get_args(Normalisation)
 
 
 class Similarity(NamedTuple):
@@ -64,11 +65,11 @@ def kernel_classifier(
     similarity: Literal["cosine", "dot", "euclidean", "learned"]
     | Similarity
     | Callable[[Array, Array], Array] = "cosine",
-    normalise: Literal["softmax", "sum"] = "softmax",
-    reduce: Literal["sum", "mean", "nearest", "prototype"] = "sum",
+    normalise: Normalisation = "softmax",
+    reduce: Reduction = "sum",
     scale: float = 1.0,
     learn_scale: bool = False,
-    norm: Literal["batch", "support", "population"] = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build a kernel classifier: a label is the weighted mean of the support's labels (Nadaraya 1964).
@@ -174,7 +175,7 @@ def similarity_of(given: str | Similarity | Callable[[Array, Array], Array]) -> 
 
 
 def log_probabilities(
-    log_kernel: Float[Array, "m n"], labels: Float[Array, "n ways"], reduce: str = "sum"
+    log_kernel: Float[Array, "m n"], labels: Float[Array, "n ways"], reduce: Reduction = "sum"
 ) -> Float[Array, "m ways"]:
     """log P(y|x, S) from log κ of each query and support example.
 

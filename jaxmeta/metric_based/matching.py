@@ -1,14 +1,12 @@
 """Matching networks: attention over the support set, by the cosine of embeddings."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmeta import declare
 from jaxmeta.checks import check_count, check_number
-from jaxmeta.core import Augment, Key, Learner, Params
+from jaxmeta.core import Augment, Key, Learner, Norm, Params
 from jaxmeta.metric_based.kernel import kernel_classifier, log_probabilities
 from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, product, unit
 from jaxmeta.nn.adapters import Network
@@ -25,7 +23,7 @@ def matching(
     scale: float = 1.0,
     learn_scale: bool = False,
     context_steps: int | None = None,
-    norm: Literal["batch", "support", "population"] = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build matching networks, attention over the support set by cosines (Vinyals et al. 2016).

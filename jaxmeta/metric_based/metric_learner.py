@@ -6,7 +6,7 @@ queries (`judge`); this file makes a `Learner` of the two.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxmeta.core import (
     Key,
     Learner,
     Metrics,
+    Norm,
     Params,
     PyTree,
     Task,
@@ -30,7 +31,7 @@ from jaxmeta.core import (
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 
-NORMS = ("batch", "support", "population")
+NORMS = get_args(Norm)
 # The rows of a report, and their statistics.
 ROWS = {"transductive": "batch", "inductive": "population"}
 # Queries of each class in training where its tasks have more ways than those of the test.
@@ -44,7 +45,7 @@ def metric_learner(
     judge: Callable[[Params, PyTree, Array], Array],
     init: Callable[[Key, int, int], Params] | None = None,
     objective: Callable[..., tuple[Array, Array]] | None = None,
-    norm: str = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     """A learner of embeddings.

@@ -4,7 +4,7 @@ Both are trained on the training classes all at once (`jm.tasks.supervised`), ne
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxmeta import declare
 from jaxmeta.checks import check_count, check_kind, check_number, check_word
-from jaxmeta.core import Augment, Batch, Key, Learner, Model, Params, PyTree
+from jaxmeta.core import Augment, Batch, Key, Learner, Model, Norm, Params, PyTree
 from jaxmeta.metric_based.metric_learner import (
     ROWS,
     checked_embedding,
@@ -29,8 +29,8 @@ from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import moments
 from jaxmeta.optimization_based.inner_loop import inner_loop
 
-TRANSFORMS = ("un", "l2n", "cl2n")
-HEADS = ("linear", "cosine")
+Transform = Literal["un", "l2n", "cl2n"]
+Head = Literal["linear", "cosine"]
 
 
 @declare.learner(
@@ -44,8 +44,8 @@ HEADS = ("linear", "cosine")
 def simple_shot(
     model: Network,
     *,
-    transform: Literal["un", "l2n", "cl2n"] = "cl2n",
-    norm: Literal["batch", "support", "population"] = "batch",
+    transform: Transform = "cl2n",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     """Build the baseline SimpleShot, nearest centroid on a classifier's features (Wang et al. 2019).
@@ -69,7 +69,7 @@ def simple_shot(
     References:
       Wang et al., SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning, 2019.
     """
-    check_word("transform", transform, TRANSFORMS)
+    check_word("transform", transform, get_args(Transform))
 
     def transformed(z: Array) -> Array:
         return z if transform == "un" else unit(z)
@@ -115,12 +115,12 @@ def simple_shot(
 def fine_tuned_head(
     model: Network,
     *,
-    head: Literal["linear", "cosine"] = "linear",
+    head: Head = "linear",
     scale: float = 2.0,
     inner_lr: float = 0.01,
     inner_optimizer: optax.GradientTransformation | None = None,
     eval_steps: int = 100,
-    norm: Literal["batch", "support", "population"] = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build Baseline or Baseline++, a new head trained on a classifier's features (Chen et al. 2019).
@@ -153,7 +153,7 @@ def fine_tuned_head(
     References:
       Chen et al., A Closer Look at Few-shot Classification, 2019, section 3.2.
     """
-    check_word("head", head, HEADS)
+    check_word("head", head, get_args(Head))
     check_count("eval_steps", eval_steps)
     check_number("scale", scale, above=0)
     check_number("inner_lr", inner_lr, 0)

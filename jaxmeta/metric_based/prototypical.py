@@ -1,7 +1,7 @@
 """Prototypical networks: a class is the mean of its embedded examples, or an embedded vector of metadata."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,19 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_word
-from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, Task, augmented, blank_padding
+from jaxmeta.core import (
+    Augment,
+    Batch,
+    Key,
+    Learner,
+    Metrics,
+    Norm,
+    Params,
+    PyTree,
+    Task,
+    augmented,
+    blank_padding,
+)
 from jaxmeta.metric_based.metric_learner import (
     ROWS,
     check_norm,
@@ -30,6 +42,7 @@ from jaxmeta.nn.embedding import MLP
 from jaxmeta.nn.norm import population_of, to_moments
 
 Generator = Callable[[Array], Array]
+Divergence: TypeAlias = Literal["euclidean", "kl", "cosine"] | Generator
 # Width of both embeddings of zero-shot learning.
 _ZERO_SHOT_DIM = 128
 
@@ -57,9 +70,9 @@ def _networks(
 def prototypical(
     model: Network,
     *,
-    divergence: Literal["euclidean", "kl", "cosine"] | Generator = "euclidean",
+    divergence: Divergence = "euclidean",
     metadata: Network | None = None,
-    norm: Literal["batch", "support", "population"] = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build prototypical networks, where a class is the mean of its embedded examples (Snell et al. 2017).
@@ -136,7 +149,7 @@ def add_class(
     adapted: PyTree,
     x: Array,
     *,
-    divergence: Literal["euclidean", "kl", "cosine"] | Generator = "euclidean",
+    divergence: Divergence = "euclidean",
 ) -> PyTree:
     """An adapted state of `prototypical` that knows one class more, without the old support set.
 
@@ -253,7 +266,7 @@ def _relative_entropy(z, v, present=None):
     return jax.vmap(_negative_entropy)(z)[:, None] - product(z, jnp.log(jnp.maximum(v, tiny)).T)
 
 
-def _divergence(given: str | Generator) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
+def _divergence(given: Divergence) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
     """What is done to an embedding first, and the distances of points to prototypes that are present."""
     known: dict[str, tuple] = {
         "euclidean": (lambda z: z, squared_distances),

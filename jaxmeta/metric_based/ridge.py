@@ -1,14 +1,12 @@
 """Ridge regression in closed form on a learned embedding (R2-D2)."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmeta import declare
 from jaxmeta.checks import check_number
-from jaxmeta.core import Augment, Key, Learner, Params
+from jaxmeta.core import Augment, Key, Learner, Norm, Params
 from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, only_present, product
 from jaxmeta.nn.adapters import Network
 
@@ -19,7 +17,7 @@ def ridge(
     *,
     regularisation: float = 1.0,
     scale: float = 10.0,
-    norm: Literal["batch", "support", "population"] = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build R2-D2, ridge regression in closed form on a learned embedding (Bertinetto et al. 2019).

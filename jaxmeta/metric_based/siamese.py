@@ -1,6 +1,6 @@
 """Siamese networks: learn whether two images show the same class, and name a query by its best partner."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmeta import declare
 from jaxmeta.checks import ArgumentError, check_count
-from jaxmeta.core import Augment, Batch, Key, Learner, Params
+from jaxmeta.core import Augment, Batch, Key, Learner, Norm, Params
 from jaxmeta.losses import masked_mean
 from jaxmeta.metric_based.kernel import log_probabilities
 from jaxmeta.metric_based.metric_learner import ROWS, episodic_defaults, metric_learner, one_hot
@@ -25,7 +25,7 @@ def siamese(
     head: Network | None = None,
     use_bias: bool = True,
     pairs: int | None = None,
-    norm: Literal["batch", "support", "population"] = "batch",
+    norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build siamese networks, which judge whether two images show one class (Koch et al. 2015).

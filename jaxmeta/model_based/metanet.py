@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from jaxmeta.metric_based.metric_learner import unit
 from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.augmented import ExampleGenerator, TaskGenerator, as_augmented, published_init
 
-EMBEDDING_LOSSES = ("verification", "contrastive", "xent")
-TASK_WEIGHTS = ("none", "embedding", "both")
+EmbeddingLoss = Literal["verification", "contrastive", "xent"]
+TaskWeights = Literal["none", "embedding", "both"]
 # What the official code draws of every support set.
 SAMPLES = 5
 # Weights that a generator makes at once: on a CPU what its caches hold, elsewhere what memory allows.
@@ -62,8 +62,8 @@ def metanet(
     embedding: Any,
     base: Any,
     *,
-    embedding_loss: Literal["verification", "contrastive", "xent"] = "verification",
-    task_weights: Literal["none", "embedding", "both"] = "embedding",
+    embedding_loss: EmbeddingLoss = "verification",
+    task_weights: TaskWeights = "embedding",
     samples: int | None = None,
     hidden: int = 20,
     margin: float = 1.0,
@@ -131,14 +131,14 @@ def metanet(
     References:
       Munkhdalai & Yu, Meta Networks, 2017.
     """
-    check_word("embedding_loss", embedding_loss, EMBEDDING_LOSSES)
+    check_word("embedding_loss", embedding_loss, get_args(EmbeddingLoss))
     for name, size in (("samples", samples), ("hidden", hidden), ("queries_at_once", queries_at_once)):
         if size is not None:
             check_count(name, size)
     check_number("margin", margin, above=0)
     u, b = as_augmented(embedding, "embedding"), as_augmented(base, "base")
     of_task, of_example = TaskGenerator(hidden), ExampleGenerator(hidden)
-    check_word("task_weights", task_weights, TASK_WEIGHTS)
+    check_word("task_weights", task_weights, get_args(TaskWeights))
     of_embedding, of_both = task_weights != "none", task_weights == "both"
     pairs = of_embedding and embedding_loss != "xent"
 

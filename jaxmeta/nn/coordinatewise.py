@@ -6,7 +6,7 @@ product's columns, which the twenty features of a state do not.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from jaxmeta.core import PyTree
 
-FEEDBACKS = ("gate", "pre_gate")
+Feedback = Literal["gate", "pre_gate"]
+FEEDBACKS = get_args(Feedback)
 
 
 def log_and_sign(x: Float[Array, " *shape"], p: float = 10.0) -> Float[Array, "2 *shape"]:  # noqa: F821
@@ -139,7 +140,7 @@ class GatedUpdate(linen.Module):
     """
 
     hidden: int | None = 20
-    feedback: Literal["gate", "pre_gate"] = "gate"
+    feedback: Feedback = "gate"
     preprocess: float = 10.0
 
     @linen.compact

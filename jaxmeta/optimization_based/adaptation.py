@@ -6,8 +6,8 @@ differs.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,28 @@ from jaxmeta.checks import (
     check_word,
     shown,
 )
-from jaxmeta.core import Batch, Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import (
+    Batch,
+    InnerLoopNorm,
+    Key,
+    Learner,
+    Loss,
+    Metric,
+    Metrics,
+    Order,
+    Params,
+    PyTree,
+    Task,
+    blank_padding,
+)
 from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.optimization_based.inner_loop import ORDERS, Trace, inner_loop, require_finite_derivative
+from jaxmeta.optimization_based.settings import Adapts, Hyper, InnerOptimizer
 from jaxmeta.optimization_based.trees import merge, partition, paths, picked_by_path
 from jaxmeta.paths import matching, predicate
 
-NORMS = ("batch", "support", "population", "episode")
+NORMS = get_args(InnerLoopNorm)
 # Weight of the newest statistics in the running average of norm="episode" (Ravi & Larochelle's 1-shot code).
 EPISODE_MOMENTUM = 0.9
 # Inner steps fold their number into the key: this is beyond every step.
@@ -75,17 +89,17 @@ class Adaptation(NamedTuple):
 def adaptation(
     model: Network,
     *,
-    inner_optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
-    hyper: PyTree | Callable[[Key, PyTree], PyTree] = None,
+    inner_optimizer: InnerOptimizer,
+    hyper: Hyper = None,
     inner_steps: int = 1,
     eval_steps: int | None = None,
     inner_batch: int | None = None,
-    norm: str = "batch",
-    adapts: Sequence[str] | Callable[[str], bool] | None = None,
+    norm: InnerLoopNorm = "batch",
+    adapts: Adapts | None = None,
     per_step: bool = False,
-    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
-    order: str = "second",
+    order: Order = "second",
     **engine: Any,
 ) -> Adaptation:
     """Builds the pieces; the arguments are those of `jm.maml`, and of `jm.inner_loop` (`engine`).
@@ -144,7 +158,7 @@ def adaptation(
         return loss(outputs, support.y, support.mask)
 
     @functools.cache
-    def loop(steps: int, order: str, keep_path: bool) -> Callable:
+    def loop(steps: int, order: Order, keep_path: bool) -> Callable:
         return inner_loop(
             support_loss,
             inner_optimizer,
@@ -179,7 +193,7 @@ def adaptation(
         key: Key,
         *,
         steps: int = inner_steps,
-        order: str = order,
+        order: Order = order,
         keep_path: bool = norm == "episode",
         stats: PyTree = None,
         state: PyTree = None,
@@ -308,8 +322,8 @@ def adaptation(
 
 def descent(
     inner_lr: float,
-    inner_optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation] | None,
-) -> optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]:
+    inner_optimizer: InnerOptimizer | None,
+) -> InnerOptimizer:
     """The inner optimizer: gradient descent of rate `inner_lr`, unless another one is given."""
     check_number("inner_lr", inner_lr, 0)
     return optax.sgd(inner_lr) if inner_optimizer is None else inner_optimizer

@@ -1,6 +1,7 @@
 """ANIL: the inner loop adapts the head alone, and the body is shared by all tasks."""
 
 from collections.abc import Callable
+from typing import Unpack
 
 import jax
 
@@ -9,14 +10,15 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, Learner, Params, Task
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.settings import HeadOrBodySettings
 from jaxmeta.optimization_based.trees import paths
 
 Head = str | Callable[[str], bool]
 
 
 @declare.learner()
-@declare.forwards(maml, without=("adapts",))
-def anil(model: Network, *, head: Head = "head", **settings) -> Learner:
+@declare.forwards(maml)
+def anil(model: Network, *, head: Head = "head", **settings: Unpack[HeadOrBodySettings]) -> Learner:
     r"""Build ANIL ("almost no inner loop"), MAML that adapts the head alone (Raghu et al. 2020).
 
     θ = (body ψ, head w):  w_j = w_{j−1} − α ∇_w L^S(ψ, w_{j−1}),  meta-loss L^Q(ψ, w_n)

@@ -1,15 +1,18 @@
 """BOIL: the inner loop adapts the body alone, and the head is shared by all tasks."""
 
+from typing import Unpack
+
 from jaxmeta import declare
 from jaxmeta.core import Learner
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.anil import Head, in_head, with_head
 from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.settings import HeadOrBodySettings
 
 
 @declare.learner()
-@declare.forwards(maml, without=("adapts",))
-def boil(model: Network, *, head: Head = "head", **settings) -> Learner:
+@declare.forwards(maml)
+def boil(model: Network, *, head: Head = "head", **settings: Unpack[HeadOrBodySettings]) -> Learner:
     r"""Build BOIL ("body only update in inner loop"), MAML that adapts the body alone (Oh et al. 2021).
 
     θ = (body ψ, head w):  ψ_j = ψ_{j−1} − α ∇_ψ L^S(ψ_{j−1}, w),  meta-loss L^Q(ψ_n, w)

@@ -1,16 +1,17 @@
 """CAVIA: fast context adaptation, where a task changes a few context parameters and no weight."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jaxmeta import declare
 from jaxmeta.checks import check_count
-from jaxmeta.core import Key, Learner, Model, Params, Task
+from jaxmeta.core import Key, Learner, Model, Params, Task, UnrolledOrder
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.settings import CaviaSettings
 
 CONTEXT = "context"
 
@@ -21,16 +22,14 @@ def _published(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @declare.learner(training=_published)
-@declare.forwards(
-    maml, without=("hyper", "adapts", "order", "cg_steps", "damping", "inner_batch", "proximal", "truncation")
-)
+@declare.forwards(maml)
 def cavia(
     model: Network,
     *,
     context: int = 5,
     inner_lr: float = 1.0,
-    order: Literal["second", "first"] = "second",
-    **settings,
+    order: UnrolledOrder = "second",
+    **settings: Unpack[CaviaSettings],
 ) -> Learner:
     r"""Build CAVIA, which adapts context parameters beside the input and no weight (Zintgraf et al. 2019).
 

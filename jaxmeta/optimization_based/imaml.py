@@ -1,7 +1,7 @@
 """Implicit MAML: the meta-gradient of where the inner loop ends, whatever way it took there."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
@@ -10,6 +10,7 @@ from jaxmeta.checks import check_number
 from jaxmeta.core import Learner
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.settings import ImamlSettings
 
 
 def _training(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def _training(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @declare.learner(training=_training)
-@declare.forwards(maml, without=("order", "hyper", "truncation", "memory", "inner_batch"))
+@declare.forwards(maml)
 def imaml(
     model: Network,
     *,
@@ -41,7 +42,7 @@ def imaml(
     inner_steps: int = 16,
     cg_steps: int = 5,
     damping: float = 0.0,
-    **settings,
+    **settings: Unpack[ImamlSettings],
 ) -> Learner:
     r"""Build iMAML, MAML with implicit gradients (Rajeswaran et al. 2019).
 

@@ -6,7 +6,7 @@ What is differentiated (a loss, an optimizer, a number of steps) is apart from h
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
+from jaxmeta.core import Memory, Order
+from jaxmeta.optimization_based.settings import InnerOptimizer
 from jaxmeta.optimization_based.trees import inexact, merge, partition
 from jaxmeta.optimization_based.unroll import Step, unroll, value_and_gradient
 
 PyTree = Any
-Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
-
-ORDERS = ("second", "first", "implicit")
-MEMORY_MODES = ("auto", "store", "recompute", "forward_over_reverse")
+ORDERS = get_args(Order)
+MEMORY_MODES = get_args(Memory)
 
 # Beyond these bytes of intermediate values, for all steps of one task, "auto" no longer stores them. On a
 # CPU they would be written to memory and read back, which takes longer than to compute them again. An
@@ -59,11 +59,11 @@ class _Given(NamedTuple):
 
 def inner_loop(
     loss: Callable[..., Float[Array, ""]],
-    optimizer: Optimizer,
+    optimizer: InnerOptimizer,
     steps: int,
     *,
-    order: str = "second",
-    memory: str = "auto",
+    order: Order = "second",
+    memory: Memory = "auto",
     truncation: int | None = None,
     batch_at: Callable[[Any, Array], Any] | None = None,
     proximal: float | None = None,
@@ -151,7 +151,8 @@ def inner_loop(
         require_finite_derivative(optimizer)
 
     def transformation(hyper: PyTree) -> optax.GradientTransformationExtraArgs:
-        built = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(hyper)
+        fixed = isinstance(optimizer, optax.GradientTransformation)
+        built = optimizer if fixed else optimizer(hyper)  # type: ignore[operator]
         return optax.with_extra_args_support(built)
 
     def check_hyper(hyper: PyTree) -> None:
@@ -343,7 +344,7 @@ def _require_differentiable(optimizer, carry):
         ) from error
 
 
-def require_finite_derivative(optimizer: Optimizer, *hyper: Any) -> None:
+def require_finite_derivative(optimizer: Any, *hyper: Any) -> None:
     """Refuses an optimizer whose update has no finite derivative where one coordinate's gradient is zero.
 
     Gradients that are exactly zero are nothing rare: those of a ReLU that is off, or of padding. An
@@ -369,7 +370,7 @@ def require_finite_derivative(optimizer: Optimizer, *hyper: Any) -> None:
 
 
 @functools.lru_cache(maxsize=128)
-def _has_finite_derivative(optimizer: Optimizer, structure: Any = None, leaves: tuple = ()) -> bool:
+def _has_finite_derivative(optimizer: Any, structure: Any = None, leaves: tuple = ()) -> bool:
     with jax.ensure_compile_time_eval():
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = optimizer(

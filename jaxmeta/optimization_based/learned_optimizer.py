@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,20 @@ from jaxtyping import Array, Float, Int
 
 from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_function, check_number, check_widths, check_word
-from jaxmeta.core import Batch, Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import (
+    Batch,
+    Key,
+    Learner,
+    Loss,
+    Memory,
+    Metric,
+    Metrics,
+    Params,
+    PyTree,
+    Task,
+    UnrolledOrder,
+    blank_padding,
+)
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.nn.coordinatewise import ProposedUpdate
 from jaxmeta.optimization_based.adaptation import adaptation, minibatch, shuffled
@@ -39,6 +52,8 @@ class Carry(NamedTuple):
     step: Int[Array, ""]
 
 
+# There is no network to fill population statistics of.
+_Norm = Literal["batch", "support"]
 Unroll: TypeAlias = Callable[[Params, Task, Carry | None, Key], tuple[Float[Array, ""], Carry]]
 
 
@@ -64,10 +79,10 @@ def learned_optimizer(
     preprocess: float | None = 10.0,
     scale: float = 0.01,
     zero_output: bool = False,
-    order: Literal["first", "second"] = "first",
-    memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
-    norm: Literal["batch", "support"] = "batch",
-    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    order: UnrolledOrder = "first",
+    memory: Memory = "auto",
+    norm: _Norm = "batch",
+    loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
     r"""Build an optimizer learned by gradient descent, to train from scratch (Andrychowicz et al. 2016).
@@ -135,8 +150,26 @@ def learned_optimizer(
     )[0]
 
 
+class LearnedOptimizerSettings(TypedDict, total=False):
+    """All settings of `jm.learned_optimizer`."""
+
+    inner_steps: int
+    eval_steps: int | None
+    truncation: int
+    inner_batch: int | None
+    layers: tuple[int, ...]
+    preprocess: float | None
+    scale: float
+    zero_output: bool
+    order: UnrolledOrder
+    memory: Memory
+    norm: _Norm
+    loss: Loss
+    metric: Metric | None
+
+
 @declare.forwards(learned_optimizer)
-def learned_optimizer_unroll(model: Network, **settings) -> Unroll:
+def learned_optimizer_unroll(model: Network, **settings: Unpack[LearnedOptimizerSettings]) -> Unroll:
     """Build the unroll of a learned optimizer, for training that takes an outer step after each one.
 
     Args:
@@ -248,9 +281,9 @@ def _parts(
     preprocess: float | None,
     scale: float,
     zero_output: bool,
-    order: str,
-    memory: str,
-    norm: str,
+    order: UnrolledOrder,
+    memory: Memory,
+    norm: _Norm,
     loss: Callable[..., jax.Array],
     metric: Metric | None,
 ) -> tuple[Learner, Unroll]:
@@ -264,8 +297,8 @@ def _parts(
     if eval_steps is not None:
         check_count("eval_steps", eval_steps)
     # No "implicit": there is no minimum to reach.
-    check_word("order", order, ("second", "first"))
-    check_word("norm", norm, ("batch", "support"))
+    check_word("order", order, get_args(UnrolledOrder))
+    check_word("norm", norm, get_args(_Norm))
     check_function("loss", loss)
     model = as_model(model, "model")
     proposal = _proposal(layers, preprocess, scale, zero_output)

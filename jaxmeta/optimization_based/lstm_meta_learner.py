@@ -1,7 +1,7 @@
 """The LSTM meta-learner: an optimizer that is itself learned, and the start that suits it."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ from jax.flatten_util import ravel_pytree
 
 from jaxmeta import declare
 from jaxmeta.checks import check_count, check_number, check_word
-from jaxmeta.core import Key, Learner, PyTree
+from jaxmeta.core import Key, Learner, PyTree, UnrolledOrder
 from jaxmeta.nn.adapters import Network
-from jaxmeta.nn.coordinatewise import FEEDBACKS, GatedUpdate
+from jaxmeta.nn.coordinatewise import FEEDBACKS, Feedback, GatedUpdate
 from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.settings import LSTMSettings
 
 
 def _training(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,16 +30,16 @@ def _training(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @declare.learner(rows={"transductive": "batch", "inductive": "episode"}, training=_training)
-@declare.forwards(maml, without=("inner_lr", "inner_optimizer", "hyper", "proximal", "cg_steps", "damping"))
+@declare.forwards(maml)
 def lstm_meta_learner(
     model: Network,
     *,
     inner_steps: int = 12,
     hidden: int | None = 20,
-    feedback: Literal["gate", "pre_gate"] = "gate",
+    feedback: Feedback = "gate",
     gradient_scale: float = 1.0,
-    order: Literal["first", "second"] = "first",
-    **settings,
+    order: UnrolledOrder = "first",
+    **settings: Unpack[LSTMSettings],
 ) -> Learner:
     r"""Build an LSTM that is the optimizer, and the start that suits it (Ravi & Larochelle 2017).
 
@@ -85,7 +86,7 @@ def lstm_meta_learner(
     if hidden is not None:
         check_count("hidden", hidden)
     # No "implicit": the end depends on the way there.
-    check_word("order", order, ("first", "second"))
+    check_word("order", order, get_args(UnrolledOrder))
     check_word("feedback", feedback, FEEDBACKS)
     check_number("gradient_scale", gradient_scale)
     cell = GatedUpdate(hidden, feedback)

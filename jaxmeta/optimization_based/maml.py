@@ -1,15 +1,26 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps suffice."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Unpack
 
 import jax
-import optax
 
 from jaxmeta import declare, losses
-from jaxmeta.core import Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import (
+    InnerLoopNorm,
+    Key,
+    Learner,
+    Loss,
+    Memory,
+    Metric,
+    Metrics,
+    Order,
+    Params,
+    Task,
+    blank_padding,
+)
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation, descent
+from jaxmeta.optimization_based.settings import Adapts, FomamlSettings, Hyper, InnerOptimizer
 
 
 @declare.learner()
@@ -17,22 +28,20 @@ def maml(
     model: Network,
     *,
     inner_lr: float = 0.4,
-    inner_optimizer: optax.GradientTransformation
-    | Callable[[PyTree], optax.GradientTransformation]
-    | None = None,
-    hyper: PyTree | Callable[[Key, PyTree], PyTree] = None,
+    inner_optimizer: InnerOptimizer | None = None,
+    hyper: Hyper = None,
     inner_steps: int = 1,
     eval_steps: int | None = None,
     inner_batch: int | None = None,
-    order: Literal["second", "first", "implicit"] = "second",
-    memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
+    order: Order = "second",
+    memory: Memory = "auto",
     truncation: int | None = None,
     proximal: float | None = None,
     cg_steps: int = 5,
     damping: float = 0.0,
-    norm: Literal["batch", "support", "population", "episode"] = "batch",
-    adapts: Sequence[str] | Callable[[str], bool] | None = None,
-    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    norm: InnerLoopNorm = "batch",
+    adapts: Adapts | None = None,
+    loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
     r"""Build MAML, which meta-learns the initialisation of gradient descent (Finn et al. 2017).
@@ -145,8 +154,8 @@ def maml(
 
 
 @declare.learner()
-@declare.forwards(maml, without=("order", "memory", "truncation", "proximal", "cg_steps", "damping"))
-def fomaml(model: Network, **settings) -> Learner:
+@declare.forwards(maml)
+def fomaml(model: Network, **settings: Unpack[FomamlSettings]) -> Learner:
     """Build FOMAML, MAML without second derivatives (Finn et al. 2017).
 
     It is `jm.maml(model, order="first")`. g_FOMAML = ∇L^Q(θ_n): the inner gradients are constants, so no

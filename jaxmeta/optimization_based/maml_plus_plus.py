@@ -1,7 +1,7 @@
 """MAML++: how to train your MAML, in five changes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,23 @@ from jaxtyping import Array, Float
 
 from jaxmeta import declare, losses
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
-from jaxmeta.core import Key, Learner, Metric, Metrics, Params, PyTree, Task, blank_padding
+from jaxmeta.core import (
+    Key,
+    Learner,
+    Loss,
+    Memory,
+    Metric,
+    Metrics,
+    Norm,
+    Order,
+    Params,
+    PyTree,
+    Task,
+    blank_padding,
+)
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation
+from jaxmeta.optimization_based.settings import Adapts
 
 # The least weight of a step's loss, times 1/T.
 LEAST_WEIGHT = 0.03
@@ -41,10 +55,10 @@ def maml_plus_plus(
     anneal_steps: int = 5000,
     first_order_steps: int = 0,
     per_step_norm: bool = True,
-    memory: Literal["auto", "store", "recompute", "forward_over_reverse"] = "auto",
-    norm: Literal["batch", "support", "population"] = "batch",
-    adapts: Sequence[str] | Callable[[str], bool] | None = None,
-    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    memory: Memory = "auto",
+    norm: Norm = "batch",
+    adapts: Adapts | None = None,
+    loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
     r"""Build MAML++: a multi-step loss, and step sizes and layers for each step (Antoniou et al. 2019).
@@ -112,7 +126,7 @@ def maml_plus_plus(
         )
     for name, count in (("anneal_steps", anneal_steps), ("first_order_steps", first_order_steps)):
         check_count(name, count, 0)
-    check_word("norm", norm, ("batch", "support", "population"))
+    check_word("norm", norm, get_args(Norm))
 
     def initial(key: Key, fast: PyTree) -> PyTree:
         del key
@@ -135,7 +149,7 @@ def maml_plus_plus(
     def path_of(params: Params, support, key: Key, step: jax.Array | None) -> PyTree:
         """The adapted leaves after each inner step."""
 
-        def fit(order: str) -> PyTree:
+        def fit(order: Order) -> PyTree:
             return network.fit(params, support, key, order=order, keep_path=True)[1].path
 
         if step is None or not first_order_steps:

@@ -1,25 +1,26 @@
 """Meta-SGD: MAML that learns a step size for every parameter besides."""
 
-from typing import Literal
+from typing import Unpack, get_args
 
 import jax
 import optax
 
 from jaxmeta import declare
 from jaxmeta.checks import ArgumentError, check_number, check_word, shown
-from jaxmeta.core import Key, Learner, PyTree
+from jaxmeta.core import Key, Learner, PyTree, UnrolledOrder
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
+from jaxmeta.optimization_based.settings import MetaSGDSettings
 
 
 @declare.learner()
-@declare.forwards(maml, without=("inner_optimizer", "hyper", "proximal", "cg_steps", "damping"))
+@declare.forwards(maml)
 def meta_sgd(
     model: Network,
     *,
     inner_lr: float | tuple[float, float] = (0.005, 0.1),
-    order: Literal["second", "first"] = "second",
-    **settings,
+    order: UnrolledOrder = "second",
+    **settings: Unpack[MetaSGDSettings],
 ) -> Learner:
     r"""Build Meta-SGD, MAML with a learned step size for every parameter (Li et al. 2017).
 
@@ -51,7 +52,7 @@ def meta_sgd(
       that of public implementations.
     """
     # No "implicit": where the minimum lies does not depend on the step size.
-    check_word("order", order, ("second", "first"))
+    check_word("order", order, get_args(UnrolledOrder))
     ends = tuple(inner_lr) if isinstance(inner_lr, tuple | list) else (inner_lr, inner_lr)
     if len(ends) != 2:
         raise ArgumentError("inner_lr", f"got {shown(inner_lr)}; it must be a number or (low, high)")

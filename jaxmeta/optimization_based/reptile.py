@@ -1,7 +1,7 @@
 """Reptile: moves the initialisation towards where each task's descent ends."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,20 @@ import optax
 from jax import lax
 
 from jaxmeta import declare, losses
-from jaxmeta.core import Key, Learner, Metric, Metrics, Params, Task, blank_padding
+from jaxmeta.core import (
+    InnerLoopNorm,
+    Key,
+    Learner,
+    Loss,
+    Metric,
+    Metrics,
+    Params,
+    Task,
+    blank_padding,
+)
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation, descent
+from jaxmeta.optimization_based.settings import Adapts
 
 
 def _training(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,9 +45,9 @@ def reptile(
     inner_steps: int = 5,
     eval_steps: int | None = 50,
     inner_batch: int | None = 10,
-    norm: Literal["batch", "support", "population", "episode"] = "batch",
-    adapts: Sequence[str] | Callable[[str], bool] | None = None,
-    loss: Callable[..., jax.Array] = losses.cross_entropy,
+    norm: InnerLoopNorm = "batch",
+    adapts: Adapts | None = None,
+    loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
     r"""Build Reptile, which moves the initialisation towards each task's solution (Nichol et al. 2018).

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxmeta.checks import ArgumentError, MissingFileError, some
-from jaxmeta.core import TaskDistribution
+from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.file_layouts import part_of, pickle_advice
 from jaxmeta.tasks.splits import (
@@ -53,14 +53,14 @@ class LabelledArrays(NamedTuple):
 
 def from_npz(
     path: str | os.PathLike,
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 1,
     classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
-    rotations: Literal["none", "classes", "random"] = "none",
+    rotations: Rotations = "none",
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
     """Few-shot tasks from the arrays of an npz file.

@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import some
+from jaxmeta.core import SplitName
 
 Vector = Array | np.ndarray | Sequence[float | int]
 
 
 def grouped(
-    names: Sequence[str], groups: Mapping[str, str], ways: int, split: str
+    names: Sequence[str], groups: Mapping[str, str], ways: int, split: SplitName
 ) -> tuple[list[str], Int[np.ndarray, "groups 2"]]:
     """The classes of all groups that have at least `ways`, group after group.
 
@@ -47,7 +48,7 @@ def grouped(
 
 
 def vectors_of(
-    metadata: Mapping[str, Vector], names: Sequence[str], split: str
+    metadata: Mapping[str, Vector], names: Sequence[str], split: SplitName
 ) -> Float[np.ndarray, "classes d"]:
     """The vectors of the classes `names` of the part `split`, in their order, as float32.
 
@@ -73,7 +74,7 @@ def vectors_of(
     return vectors
 
 
-def _check_named(argument: str, values: Mapping[str, object], names: Sequence[str], split: str) -> None:
+def _check_named(argument: str, values: Mapping[str, object], names: Sequence[str], split: SplitName) -> None:
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(

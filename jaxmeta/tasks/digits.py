@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
 from jaxmeta.checks import ArgumentError, MissingFileError, check_count, check_word
-from jaxmeta.core import TaskDistribution
+from jaxmeta.core import SplitName, TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.images import resized
 from jaxmeta.tasks.splits import ClassSplit, check_part
@@ -178,7 +178,7 @@ def usps_images(
 
 
 def mnist(
-    split: str = "test",
+    split: SplitName = "test",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -222,7 +222,7 @@ meta-training on it"
 
 
 def usps(
-    split: str = "test",
+    split: SplitName = "test",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -257,7 +257,7 @@ def usps(
 def _tasks(
     files: _Files,
     read: Callable[..., tuple[np.ndarray, np.ndarray]],
-    split: str,
+    split: SplitName,
     data: str | os.PathLike,
     size: int,
     part: str | None,

@@ -8,7 +8,7 @@ order: with a fixed order a model could learn which slot a class sits in.
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown, some
-from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
+from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import ClassSplit, split_classes
 from jaxmeta.tasks.subset import ordered_subset
-
-_ROTATIONS = ("none", "classes", "random")
 
 
 class EpisodeData(NamedTuple):
@@ -55,7 +53,7 @@ class EpisodeShape:
     ways: tuple[int, int]
     shots: tuple[int, int]
     queries: int
-    rotations: str
+    rotations: Rotations
     example: tuple[int, ...]
     paired: bool = False
 
@@ -65,7 +63,7 @@ class EpisodeShape:
         ways: int | tuple[int, int],
         shots: int | tuple[int, int],
         queries: int,
-        rotations: str,
+        rotations: Rotations,
         example: tuple[int, ...],
         paired: bool = False,
         zero_shot: bool = False,
@@ -93,7 +91,7 @@ class EpisodeShape:
         else:
             shots = _range("shots", shots)
         check_count("queries", queries)
-        check_word("rotations", rotations, _ROTATIONS)
+        check_word("rotations", rotations, get_args(Rotations))
         if rotations != "none" and (len(example) < 2 or example[0] != example[1]):
             raise ValueError(
                 f"rotations={rotations!r} needs square images (side, side, ...), got examples of "
@@ -110,7 +108,7 @@ class EpisodeShape:
         self,
         names: Sequence[str],
         sizes: Sequence[int] | Int[np.ndarray, " classes"],
-        split: str,
+        split: SplitName,
         source: str,
         skip_small: bool,
     ) -> list[int]:
@@ -135,7 +133,7 @@ class EpisodeShape:
         self,
         names: Sequence[str],
         sizes: Int[np.ndarray, " classes"] | Sequence[int],
-        split: str,
+        split: SplitName,
         split_hash: str,
         source: str,
         protocol: str,
@@ -187,10 +185,10 @@ def from_arrays(
     ways: int | tuple[int, int],
     shots: int | tuple[int, int],
     queries: int = 1,
-    split: str = "train",
+    split: SplitName = "train",
     classes: ClassSplit | tuple[float, float, float] | str | None = None,
     split_seed: int = 0,
-    rotations: Literal["none", "classes", "random"] = "none",
+    rotations: Rotations = "none",
     name: str = "arrays",
     protocol: str = "",
     groups: Mapping[str, str] | None = None,

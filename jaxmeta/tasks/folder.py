@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxmeta.checks import ArgumentError, some
-from jaxmeta.core import TaskDistribution
+from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder
 from jaxmeta.tasks.file_layouts import Listing, list_images
@@ -184,7 +184,7 @@ class _Entry(NamedTuple):
 
 def from_folder(
     path: str | os.PathLike,
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -193,7 +193,7 @@ def from_folder(
     channels: Literal[1, 3] | None = None,
     classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
-    rotations: Literal["none", "classes", "random"] = "none",
+    rotations: Rotations = "none",
     skip_unreadable: bool = False,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:

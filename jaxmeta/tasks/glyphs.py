@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_count, check_size, shown
-from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
+from jaxmeta.core import Batch, Key, ProtocolCard, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.splits import ClassSplit, check_part
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
 from jaxmeta.tasks.subset import ordered_subset
@@ -19,7 +19,7 @@ CLASSES = {"train": range(0, 4096), "validation": range(4096, 5120), "test": ran
 
 
 def glyphs(
-    split: str = "train", *, ways: int = 5, shots: int = 1, queries: int = 1, size: int = 28
+    split: SplitName = "train", *, ways: int = 5, shots: int = 1, queries: int = 1, size: int = 28
 ) -> TaskDistribution:
     """Tasks of telling procedurally drawn characters apart.
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.core import Key, Task, TaskDistribution
+from jaxmeta.core import Key, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.sinusoid import PointCounts, check_noise, regression_card, split_points, split_stream
 
 
 def harmonic(
-    split: str = "train", *, shots: int = 10, queries: int = 10, noise: float = 0.0
+    split: SplitName = "train", *, shots: int = 10, queries: int = 10, noise: float = 0.0
 ) -> TaskDistribution:
     """Regression tasks `y = a₁ sin(ωx + b₁) + a₂ sin(2ωx + b₂) + ε`.
 

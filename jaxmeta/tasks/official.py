@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from jaxmeta.checks import ArgumentError, MissingFileError, some
-from jaxmeta.core import TaskDistribution
+from jaxmeta.core import SplitName, TaskDistribution
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.file_layouts import Listing, list_parts, refuse_other_files
 from jaxmeta.tasks.folder import prepare_files
@@ -127,7 +127,7 @@ def cub_split(folders: Iterable[str]) -> ClassSplit:
 
 
 def cifar_fs(
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -165,7 +165,7 @@ def cifar_fs(
 
 
 def mini_imagenet(
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -207,7 +207,7 @@ def mini_imagenet(
 
 
 def cub(
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -251,7 +251,7 @@ def cub(
     return _tasks(cub_images(data, size), split, ways=ways, shots=shots, queries=queries, metadata=metadata)
 
 
-def _tasks(images: SplitImages, split: str, **shape: Any) -> TaskDistribution:
+def _tasks(images: SplitImages, split: SplitName, **shape: Any) -> TaskDistribution:
     prepared, classes, protocol = images
     return from_prepared(prepared, split=split, classes=classes, protocol=protocol, **shape)
 

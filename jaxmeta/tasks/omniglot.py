@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count, check_word
-from jaxmeta.core import ProtocolCard, TaskDistribution
+from jaxmeta.core import ProtocolCard, Rotations, SplitName, TaskDistribution
 from jaxmeta.tasks.archives import DRAWERS, Edition, prepare
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.splits import ClassSplit, check_part
@@ -87,10 +87,9 @@ EDITION = Edition(
 )
 
 _Protocol = Literal["vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"]
-_Rotations = Literal["none", "classes", "random"]
 
 # Default rotations of train, validation and test, and what the protocol card says.
-_PROTOCOLS: dict[_Protocol, tuple[tuple[_Rotations, _Rotations, _Rotations], str]] = {
+_PROTOCOLS: dict[_Protocol, tuple[tuple[Rotations, Rotations, Rotations], str]] = {
     "vinyals": (("classes", "classes", "classes"), "Vinyals et al. 2016 / Snell et al. 2017, 1028/172/423"),
     "vinyals-trainval": (
         ("classes", "classes", "classes"),
@@ -107,9 +106,7 @@ _PROTOCOLS: dict[_Protocol, tuple[tuple[_Rotations, _Rotations, _Rotations], str
 
 
 def omniglot_split(
-    protocol: Literal[
-        "vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"
-    ] = "vinyals",
+    protocol: _Protocol = "vinyals",
     split_seed: int = 0,
 ) -> ClassSplit:
     """The class split of a published Omniglot protocol; names are "Alphabet/characterNN".
@@ -157,16 +154,14 @@ background alphabets validate; the other evaluation characters test |
 
 
 def omniglot(
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 5,
     data: str | os.PathLike | None = None,
-    protocol: Literal[
-        "vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"
-    ] = "vinyals",
-    rotations: Literal["none", "classes", "random"] | None = None,
+    protocol: _Protocol = "vinyals",
+    rotations: Rotations | None = None,
     size: int = 28,
     split_seed: int = 0,
     trained_on: ClassSplit | ProtocolCard | None = None,

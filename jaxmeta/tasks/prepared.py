@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxmeta.checks import ArgumentError, MissingPackageError
-from jaxmeta.core import TaskDistribution
+from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
@@ -232,10 +232,10 @@ def from_prepared(
     ways: int | tuple[int, int],
     shots: int | tuple[int, int],
     queries: int = 1,
-    split: str = "train",
+    split: SplitName = "train",
     classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
-    rotations: Literal["none", "classes", "random"] = "none",
+    rotations: Rotations = "none",
     protocol: str = "",
     metadata: Mapping[str, Vector] | None = None,
     skip_small_classes: bool = False,

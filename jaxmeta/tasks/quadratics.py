@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxmeta.checks import check_count, check_size
-from jaxmeta.core import Batch, Key, Task, TaskDistribution
+from jaxmeta.core import Batch, Key, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_stream
 
 
-def quadratics(split: str = "train", *, dim: int = 10) -> TaskDistribution:
+def quadratics(split: SplitName = "train", *, dim: int = 10) -> TaskDistribution:
     """Functions `f(θ) = ‖Wθ − y‖²` of `dim` variables, with entries of `W` and `y` ~ U[0, 1).
 
     As a regression task the rows of `W` are its examples and `θ` a linear network without bias,

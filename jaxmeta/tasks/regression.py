@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmeta.checks import ArgumentError, MissingFileError, check_finite, some
-from jaxmeta.core import Key, Task, TaskDistribution
+from jaxmeta.core import Key, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.array_files import decoded, npz_arrays
 from jaxmeta.tasks.csv_files import read_csv
 from jaxmeta.tasks.file_layouts import part_of
@@ -50,7 +50,7 @@ def from_regression(
     *,
     shots: int = 10,
     queries: int = 10,
-    split: str = "train",
+    split: SplitName = "train",
     task_split: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
     split_seed: int = 0,
     name: str = "regression",
@@ -160,7 +160,7 @@ class Table(NamedTuple):
 
 def from_table(
     path: str | os.PathLike,
-    split: str = "train",
+    split: SplitName = "train",
     *,
     shots: int = 10,
     queries: int = 10,

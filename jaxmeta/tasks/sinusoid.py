@@ -9,12 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_count, check_number, check_size, shown
-from jaxmeta.core import Batch, Key, ProtocolCard, Task, TaskDistribution
+from jaxmeta.core import Batch, Key, ProtocolCard, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.splits import PARTS, check_part
 
 
 def sinusoid(
-    split: str = "train",
+    split: SplitName = "train",
     *,
     shots: int = 10,
     queries: int = 10,
@@ -100,12 +100,12 @@ def split_points(x: Float[Array, "n ..."], y: Float[Array, "n d"], shots: int) -
     return Task(Batch(x[:shots], y[:shots]), Batch(x[shots:], y[shots:]))
 
 
-def split_stream(split: str) -> Int[Array, ""]:
+def split_stream(split: SplitName) -> Int[Array, ""]:
     """What to fold into a key, so that one key gives other tasks in each split."""
     return jnp.int32(PARTS.index(check_part(split)))
 
 
-def regression_card(tasks: str, split: str, shots: int, queries: int, protocol: str) -> ProtocolCard:
+def regression_card(tasks: str, split: SplitName, shots: int, queries: int, protocol: str) -> ProtocolCard:
     """The card of a regression source, its arguments checked."""
     check_part(split)
     check_count("shots", shots)

@@ -5,7 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -19,9 +19,9 @@ from jaxmeta.checks import (
     shown,
     some,
 )
+from jaxmeta.core import SplitName
 
-SplitName = Literal["train", "validation", "test"]
-PARTS: tuple[SplitName, ...] = ("train", "validation", "test")
+PARTS: tuple[SplitName, ...] = get_args(SplitName)
 # Of a random class split where nothing is said: as mini-ImageNet's.
 FRACTIONS = (0.64, 0.16, 0.2)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, UInt8
 
 from jaxmeta.checks import ArgumentError, check_count
-from jaxmeta.core import Key, Task, TaskStream, episode_keys
+from jaxmeta.core import Key, Rotations, SplitName, Task, TaskStream, episode_keys
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task
 from jaxmeta.tasks.prepared import Prepared
 from jaxmeta.tasks.splits import ClassSplit, split_classes
@@ -28,10 +28,10 @@ def stream(
     ways: int | tuple[int, int],
     shots: int | tuple[int, int],
     queries: int = 1,
-    split: str = "train",
+    split: SplitName = "train",
     classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
     split_seed: int = 0,
-    rotations: Literal["none", "classes", "random"] = "none",
+    rotations: Rotations = "none",
     protocol: str = "",
     skip_small_classes: bool = False,
     for_evaluation: bool = False,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxmeta.checks import ArgumentError
-from jaxmeta.core import TaskDistribution
+from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, default_side, header
@@ -83,7 +83,7 @@ def prepare_tfds(
 
 def from_tfds(
     name: str,
-    split: str = "train",
+    split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
@@ -92,7 +92,7 @@ def from_tfds(
     channels: Literal[1, 3] | None = None,
     classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
     split_seed: int = 0,
-    rotations: Literal["none", "classes", "random"] = "none",
+    rotations: Rotations = "none",
     image: str | None = None,
     label: str | None = None,
     tfds_splits: Sequence[str] | str | None = None,

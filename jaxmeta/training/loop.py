@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import jaxtyping
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -26,6 +25,7 @@ from jaxmeta.checks import ArgumentError, check_count, check_word
 from jaxmeta.core import (
     Key,
     Learner,
+    Optimizer,
     Params,
     PyTree,
     Source,
@@ -100,6 +100,9 @@ class Resumed:
 
 Event = Progress | Validated | Saved | Resumed
 
+# What becomes of a meta-step that is not finite.
+NonFinite = Literal["stop", "skip"]
+
 
 class NonFiniteLoss(FloatingPointError):
     """The loss, or a parameter, became NaN or infinite in meta-step `step` (the first is 1)."""
@@ -154,7 +157,7 @@ class Stopped(Exception):
 def train(
     learner: Learner,
     tasks: TaskDistribution | TaskStream,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     steps: int,
     key: Key,
@@ -173,7 +176,7 @@ def train(
     log_every: int = 50,
     config: dict | None = None,
     should_stop: Callable[[], bool] | None = None,
-    non_finite: Literal["stop", "skip"] = "stop",
+    non_finite: NonFinite = "stop",
     maximize: bool | None = None,
 ) -> TrainState:
     """Meta-trains a learner.
@@ -228,7 +231,7 @@ def train(
     _check_settings(
         steps, meta_batch, validate_every, checkpoint_every, log_every, validation_episodes, folder, resume
     )
-    check_word("non_finite", non_finite, ("stop", "skip"))
+    check_word("non_finite", non_finite, get_args(NonFinite))
     learner = normalized(learner)
     if validation is not None and maximize is None:
         maximize = _is_maximized(learner)
@@ -469,7 +472,7 @@ def _chunk(step: Callable, *, skip: bool) -> Callable:
 
 def _first_nan(
     learner: Learner,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     tasks: TaskDistribution | TaskStream,
     key: Key,
     params: Params | None,

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxmeta.checks import ArgumentError, check_count, check_slots
 from jaxmeta.core import (
     Key,
     Learner,
+    Optimizer,
     Params,
     PyTree,
     Source,
@@ -32,7 +33,7 @@ from jaxmeta.training.check_learner import check_functions
 from jaxmeta.training.diagnostics import alignment
 from jaxmeta.training.sharding import Devices, sample_of
 
-Strategy = str | int
+Strategy: TypeAlias = Literal["auto", "vmap", "scan"] | int
 
 # Steps fold their number, an int32, into the key: these two are beyond every step.
 _INIT = np.uint32(0xFFFFFFFF)
@@ -58,7 +59,7 @@ class TrainState(NamedTuple):
 
 def init_state(
     learner: Learner,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     tasks: TaskDistribution | TaskStream,
     key: Key,
     *,
@@ -172,7 +173,7 @@ def check_stream(tasks: TaskDistribution | TaskStream, key: Key, *, for_evaluati
 
 def meta_step(
     learner: Learner,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     meta_batch: int,
     strategy: Strategy = "auto",
     *,

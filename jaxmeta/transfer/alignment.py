@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,19 @@ from jaxtyping import Array, Float
 
 from jaxmeta import nn
 from jaxmeta.checks import ArgumentError, check_number, check_widths, check_word
-from jaxmeta.core import Augment, Batch, Key, Params, PyTree
+from jaxmeta.core import Augment, Batch, Key, Optimizer, Params, PyTree
+from jaxmeta.declare import forwards
 from jaxmeta.nn.stateful import StatefulModel, Variables
 from jaxmeta.paths import Patterns
 from jaxmeta.transfer.classifier import HEAD, as_images
 from jaxmeta.transfer.descent import Batches, descend
-from jaxmeta.transfer.discrepancy import VARIANTS, coral_loss, mmd2
+from jaxmeta.transfer.discrepancy import MMDSettings, Variant, coral_loss, mmd2
 from jaxmeta.transfer.domain_adaptation import dann_strength, domain_loss, gradient_reversal
 from jaxmeta.transfer.fine_tune import examples, mean_loss
 from jaxmeta.transfer.freezing import frozen_mask
+from jaxmeta.transfer.heads import ExampleWeights
 
-DOMAIN_NORMS = ("separate", "joint")
+DomainNorm = Literal["separate", "joint"]
 
 
 class Alignment(NamedTuple):
@@ -38,7 +40,7 @@ class Alignment(NamedTuple):
     loss: Callable[..., Array]
 
 
-def coral(weight: float = 1.0, *, variant: str = "paper") -> Alignment:
+def coral(weight: float = 1.0, *, variant: Variant = "paper") -> Alignment:
     """Deep CORAL: `weight` · `jm.transfer.coral_loss`.
 
     Raises:
@@ -47,11 +49,12 @@ def coral(weight: float = 1.0, *, variant: str = "paper") -> Alignment:
     References:
       Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, 2016.
     """
-    check_word("variant", variant, VARIANTS)
+    check_word("variant", variant, get_args(Variant))
     return _without_parameters(weight, lambda source, target: coral_loss(source, target, variant=variant))
 
 
-def mmd(weight: float = 1.0, **settings: Any) -> Alignment:
+@forwards(mmd2)
+def mmd(weight: float = 1.0, **settings: Unpack[MMDSettings]) -> Alignment:
     """Deep adaptation network, on the last features: `weight` · `jm.transfer.mmd2`, with its settings.
 
     Raises:
@@ -135,13 +138,13 @@ def align(
     target: Array | np.ndarray,
     alignment: Alignment,
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     steps: int,
     key: Key,
     train: Patterns = "**",
-    norm: str = "separate",
+    norm: DomainNorm = "separate",
     batch_size: int = 64,
-    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+    weights: ExampleWeights | None = None,
     augment: Augment | None = None,
     report: Callable[[int, float], None] | None = None,
     look: Callable[[int, Aligned], None] | None = None,
@@ -173,7 +176,7 @@ def align(
       ValueError: another `norm`; no target examples, or of another shape; and as `fine_tune`.
       FloatingPointError: the loss is no longer finite.
     """
-    check_word("norm", norm, DOMAIN_NORMS)
+    check_word("norm", norm, get_args(DomainNorm))
     if model.features is None:
         raise ArgumentError("model", "has no features to align; jm.transfer.classifier makes one that has")
     dim, classes = variables["params"][HEAD]["kernel"].shape

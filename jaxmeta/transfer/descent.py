@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import check_count
-from jaxmeta.core import Key, Params, PyTree
+from jaxmeta.core import Key, Optimizer, Params, PyTree
 from jaxmeta.transfer.freezing import apply_unfrozen, only_unfrozen
 
 _REPORTS = 20
@@ -36,7 +35,7 @@ def descend(
     objective: Callable[..., tuple[Array, PyTree]],
     params: Params,
     state: PyTree,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     frozen: PyTree,
     data: Mapping[str, Batches],

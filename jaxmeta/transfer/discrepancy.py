@@ -1,6 +1,7 @@
 """How far the features of two domains are apart, differentiably: CORAL and maximum mean discrepancy."""
 
 from collections.abc import Sequence
+from typing import Literal, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from jaxmeta.checks import ArgumentError, check_finite, check_number, check_real
 from jaxmeta.transfer import host
 
 Features = Float[Array | np.ndarray, "_ _"]
-Bandwidth = float | int | Sequence[float | int] | Array | np.ndarray | str
-VARIANTS = ("paper", "mean+cov")
-ESTIMATORS = ("biased", "unbiased", "linear")
+Bandwidth = float | int | Sequence[float | int] | Array | np.ndarray | Literal["mean", "median"]
+KernelWeights = Sequence[float] | Float[Array | np.ndarray, " kernels"]
+Variant = Literal["paper", "mean+cov"]
+Estimator = Literal["biased", "unbiased", "linear"]
 MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
@@ -30,7 +32,7 @@ def covariance(x: Float[Array | np.ndarray, "n d"]) -> Float[Array, "d d"]:
     return _product(centred.T, centred) / (x.shape[0] - 1)
 
 
-def coral_loss(source: Features, target: Features, *, variant: str = "paper") -> Float[Array, ""]:
+def coral_loss(source: Features, target: Features, *, variant: Variant = "paper") -> Float[Array, ""]:
     """Deep CORAL: the distance of the two domains' covariances.
 
     ℓ = ‖C_s − C_t‖_F² / (4d²), to be added to the source's classification loss with a weight for which
@@ -57,7 +59,7 @@ def coral_loss(source: Features, target: Features, *, variant: str = "paper") ->
       Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, 2016.
     """
     _check(source, target, at_least=2)
-    check_word("variant", variant, VARIANTS)
+    check_word("variant", variant, get_args(Variant))
     spread = jnp.square(covariance(source) - covariance(target)).mean()
     if variant == "paper":
         return spread / 4
@@ -99,14 +101,23 @@ def coral_transform(
     return _product(whitening, _power(covariance(target) + ridge, 0.5))
 
 
+class MMDSettings(TypedDict, total=False):
+    """Settings of `jm.transfer.mmd2`."""
+
+    bandwidth: Bandwidth
+    multiples: Sequence[float]
+    weights: KernelWeights | None
+    estimator: Estimator
+
+
 def mmd2(
     source: Features,
     target: Features,
     *,
     bandwidth: Bandwidth = "mean",
     multiples: Sequence[float] = MULTIPLES,
-    weights: Sequence[float] | Float[Array | np.ndarray, " kernels"] | None = None,
-    estimator: str = "biased",
+    weights: KernelWeights | None = None,
+    estimator: Estimator = "biased",
 ) -> Float[Array, ""]:
     """Squared maximum mean discrepancy MMD² = E k(x, x') + E k(y, y') − 2 E k(x, y) of two samples.
 
@@ -145,7 +156,7 @@ def mmd2(
       Gretton et al., A Kernel Two-Sample Test, 2012; Long et al., Learning Transferable Features with Deep
       Adaptation Networks, 2015.
     """
-    check_word("estimator", estimator, ESTIMATORS)
+    check_word("estimator", estimator, get_args(Estimator))
     _check(source, target, at_least=1 if estimator == "biased" else 2)
     variances = _variances(source, target, bandwidth, multiples)
     uniform = np.full(variances.size, 1 / variances.size)
@@ -174,8 +185,8 @@ def dan_loss(
     *,
     bandwidth: Bandwidth = "mean",
     multiples: Sequence[float] = MULTIPLES,
-    weights: Sequence[float] | Float[Array | np.ndarray, " kernels"] | None = None,
-    estimator: str = "biased",
+    weights: KernelWeights | None = None,
+    estimator: Estimator = "biased",
 ) -> Float[Array, ""]:
     """The penalty of deep adaptation networks: the sum over layers of `mmd2`.
 

@@ -3,23 +3,23 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Required, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError, check_count, check_labels, check_number, check_word
-from jaxmeta.core import Augment, Batch, Key, Params
+from jaxmeta.core import Augment, Batch, Key, Optimizer, Params
+from jaxmeta.declare import forwards
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.nn.stateful import StatefulModel, Variables, frozen_layers
 from jaxmeta.paths import Patterns, several
 from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.freezing import frozen_mask, slanted_triangular
-from jaxmeta.transfer.heads import logistic_head, ridge_head
+from jaxmeta.transfer.heads import ExampleWeights, LogisticSettings, RidgeSettings, logistic_head, ridge_head
 from jaxmeta.transfer.subtree import swap_subtree
 
 ExampleLoss = Callable[[Array, Array], Array]
@@ -49,13 +49,13 @@ def fine_tune(
     variables: Variables,
     data: Batch,
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     steps: int,
     key: Key,
     train: Patterns = "**",
     batch_size: int = 64,
     loss: ExampleLoss = optax.softmax_cross_entropy_with_integer_labels,
-    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+    weights: ExampleWeights | None = None,
     penalty: Callable[[Params], Array] | None = None,
     augment: Augment | None = None,
     keep_statistics: bool = False,
@@ -134,12 +134,71 @@ def fine_tune(
     return Fitted({"params": params, **state}, losses)
 
 
+class FitSettings(TypedDict, total=False):
+    """Settings of `fine_tune` that every recipe has."""
+
+    batch_size: int
+    loss: ExampleLoss
+    weights: ExampleWeights | None
+    penalty: Callable[[Params], Array] | None
+    augment: Augment | None
+    keep_statistics: bool
+    report: Callable[[int, float], None] | None
+    look: Callable[[int, Variables], None] | None
+    every: int | None
+
+
+class FineTuneSettings(FitSettings, total=False):
+    """All settings of `fine_tune`."""
+
+    optimizer: Required[Optimizer]
+    steps: Required[int]
+    key: Required[Key]
+    train: Patterns
+
+
+Head = Literal["ridge", "logistic"]
+
+
+@overload
 def feature_extraction(
     model: StatefulModel,
     variables: Variables,
     data: Batch,
     *,
-    head: str | Callable[..., Params] = "logistic",
+    head: Literal["logistic"] = "logistic",
+    **settings: Unpack[LogisticSettings],
+) -> Variables: ...
+
+
+@overload
+def feature_extraction(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    head: Literal["ridge"],
+    **settings: Unpack[RidgeSettings],
+) -> Variables: ...
+
+
+@overload
+def feature_extraction(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    head: Callable[..., Params],
+    **settings: Any,
+) -> Variables: ...
+
+
+def feature_extraction(
+    model: StatefulModel,
+    variables: Variables,
+    data: Batch,
+    *,
+    head: Head | Callable[..., Params] = "logistic",
     **settings: Any,
 ) -> Variables:
     """The body as it is, in inference, and a new head on its features, which are computed once.
@@ -158,7 +217,7 @@ def feature_extraction(
     Raises:
       ValueError: an unknown head, and what `jm.transfer.ridge_head` raises.
     """
-    heads: dict[str, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
+    heads: dict[Head, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
     if not callable(head):
         check_word("head", head, sorted(heads))
     classes = variables["params"][HEAD]["kernel"].shape[1]
@@ -168,13 +227,14 @@ def feature_extraction(
     return {**variables, "params": swap_subtree(variables["params"], HEAD, new)}
 
 
+@forwards(fine_tune)
 def linear_probe_then_fine_tune(
     model: StatefulModel,
     variables: Variables,
     data: Batch,
     *,
     probe: dict[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[FineTuneSettings],
 ) -> Fitted:
     """LP-FT: first the head alone, then all: a random head's gradients would spoil good features.
 
@@ -203,7 +263,7 @@ def fine_tuning_probe(
     augment: Augment | None = None,
     keep_statistics: bool = False,
     probe: dict[str, Any] | None = None,
-    **others: Any,
+    **others: object,
 ) -> Variables:
     """A linear probe for fine-tuning to begin with: `feature_extraction` by its batch statistics.
 
@@ -227,18 +287,19 @@ def fine_tuning_probe(
     return feature_extraction(model, variables, data, **(probe or {}))
 
 
+@forwards(fine_tune)
 def gradual_unfreezing(
     model: StatefulModel,
     variables: Variables,
     data: Batch,
     groups: Sequence[Patterns],
     *,
-    optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = optax.adam,
+    optimizer: Callable[[optax.Schedule], Optimizer] = optax.adam,
     rate: float = 1e-3,
     stage_steps: int,
     last_steps: int | None = None,
     key: Key,
-    **settings: Any,
+    **settings: Unpack[FitSettings],
 ) -> Fitted:
     """Trains the top group, then the two top ones, … until all are trained.
 
@@ -288,7 +349,7 @@ def gradual_unfreezing(
 
 def examples(
     data: Batch,
-    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+    weights: ExampleWeights | None = None,
     *,
     classes: int | None = None,
     name: str = "data",

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError, check_count, check_number, some
-from jaxmeta.core import Params, PyTree
+from jaxmeta.core import Optimizer, Params, PyTree
 from jaxmeta.paths import Patterns, leaves_by_path, mask, matching
 
 
@@ -30,9 +30,7 @@ def frozen_mask(params: Params, train: Patterns) -> PyTree:
     return jax.tree.map(lambda trained: not trained, mask(params, train, argument="train"))
 
 
-def freeze(
-    optimizer: optax.GradientTransformation, params: Params, train: Patterns
-) -> optax.GradientTransformation:
+def freeze(optimizer: Optimizer, params: Params, train: Patterns) -> optax.GradientTransformation:
     """`optimizer` for what `train` matches, and nothing at all for the rest.
 
     The rest has no optimizer state, is not decayed, and its updates are zero: `optax.partition` with
@@ -58,7 +56,7 @@ def freeze(
     return only_unfrozen(optimizer, frozen_mask(params, train))
 
 
-def only_unfrozen(optimizer: optax.GradientTransformation, frozen: PyTree) -> optax.GradientTransformation:
+def only_unfrozen(optimizer: Optimizer, frozen: PyTree) -> optax.GradientTransformation:
     """`optimizer` where `frozen` is False; zero, without a state, where it is True."""
     return optax.partition({False: optimizer, True: optax.set_to_zero()}, frozen)
 
@@ -97,7 +95,7 @@ def layer_labels(params: Params, groups: Sequence[Patterns]) -> PyTree:
 
 
 def discriminative(
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     params: Params,
     groups: Sequence[Patterns],
     *,

@@ -1,6 +1,7 @@
 """Heads on features that stay as they are: in closed form, by gradients, and from another label set."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,23 @@ from jaxmeta.transfer import host
 
 Features = Float[Array, "n d"] | Float[np.ndarray, "n d"]
 Labels = Int[Array, " _"] | Int[np.ndarray, " _"]  # as many as rows of features, which is checked
+ExampleWeights = Float[Array, " n"] | Float[np.ndarray, " n"]
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 4, 17))
+
+
+class RidgeSettings(TypedDict, total=False):
+    """Settings of `jm.transfer.ridge_head`."""
+
+    penalty: float | Sequence[float]
+
+
+class LogisticSettings(TypedDict, total=False):
+    """Settings of `jm.transfer.logistic_head`."""
+
+    penalty: float
+    weights: ExampleWeights | None
+    steps: int
+    tolerance: float
 
 
 def ridge_head(
@@ -92,7 +109,7 @@ def logistic_head(
     classes: int,
     *,
     penalty: float = 1e-3,
-    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+    weights: ExampleWeights | None = None,
     steps: int = 1000,
     tolerance: float = 1e-5,
 ) -> Params:

@@ -1,7 +1,7 @@
 """Other input spaces: what makes of the target's images the ones that a body was trained on."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxmeta.core import Key, Model, Params
 from jaxmeta.transfer import host
 
 # Of `jax.image.resize`.
-METHODS = ("nearest", "linear", "cubic", "lanczos3", "lanczos5")
+Method = Literal["nearest", "linear", "cubic", "lanczos3", "lanczos5"]
 # ITU-R 601, as in `jm.tasks.from_folder`.
 LUMA = (0.299, 0.587, 0.114)
 
@@ -25,7 +25,7 @@ def input_adapter(
     invert: bool = False,
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
-    method: str = "linear",
+    method: Method = "linear",
 ) -> Model:
     """An adapter without parameters: size, number of channels, dark and light, and scale of images.
 
@@ -58,7 +58,7 @@ def input_adapter(
         for side in sides:
             check_count("size", side)
         sides = int(sides[0]), int(sides[1])
-    check_word("method", method, METHODS)
+    check_word("method", method, get_args(Method))
     centre, spread = (
         jnp.atleast_1d(jnp.asarray(host.numbers(values, name), float))
         for name, values in (("mean", mean), ("std", std))

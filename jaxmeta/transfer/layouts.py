@@ -9,7 +9,7 @@ our network.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,11 @@ class Leaf(NamedTuple):
     array: Any
 
 
+LayoutName = Literal[
+    "flax", "huggingface-resnet", "torchvision-resnet", "huggingface-vit", "timm-vit", "torchvision-vit"
+]
+
+
 class Layout(NamedTuple):
     """One way to name the weights of a family of networks.
 
@@ -44,7 +49,7 @@ class Layout(NamedTuple):
       settings: of the network, which shapes do not show.
     """
 
-    name: str
+    name: LayoutName
     family: str | None
     mark: re.Pattern[str]
     modules: Rules = ()
@@ -164,7 +169,7 @@ _TORCHVISION_VIT = _rules(
     ("heads/head/", "head/"),
 )
 
-LAYOUTS = {
+LAYOUTS: dict[LayoutName, Layout] = {
     layout.name: layout
     for layout in (
         Layout("flax", None, re.compile("^params/")),
@@ -211,7 +216,7 @@ LAYOUTS = {
 }
 
 
-def layout_of(leaves: Mapping[str, Any], layout: str, origin: Path) -> Layout:
+def layout_of(leaves: Mapping[str, Any], layout: LayoutName | Literal["auto"], origin: Path) -> Layout:
     """The layout of that name, or, by "auto", the one that the names of the leaves tell.
 
     Raises:

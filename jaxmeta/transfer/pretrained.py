@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from jaxmeta.transfer.architectures import (
     settings_of,
     variables_of,
 )
-from jaxmeta.transfer.layouts import Leaf, layout_of, translated, without_prefix
+from jaxmeta.transfer.layouts import LayoutName, Leaf, layout_of, translated, without_prefix
 from jaxmeta.transfer.subtree import Report, leaves_by_path, rename, transplant
 
 _POSITIONS = "params/position_embedding"
@@ -55,7 +55,7 @@ def load_pretrained(
     x: Any = None,
     head: bool = True,
     image_size: int | Sequence[int] | None = None,
-    layout: str = "auto",
+    layout: LayoutName | Literal["auto"] = "auto",
     strict: bool = True,
     key: Key | None = None,
     revision: str | None = None,

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from jaxmeta.checks import ArgumentError, check_word
-from jaxmeta.transfer.scores import h_score, leep, log_me, nce
+from jaxmeta.transfer.scores import Shrinkage, h_score, leep, log_me, nce
 
-SCORES = ("log_me", "h_score", "leep", "nce")
+Score = Literal["log_me", "h_score", "leep", "nce"]
+SCORES: tuple[Score, ...] = get_args(Score)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Ranking:
     """
 
     rows: tuple[Row, ...]
-    score: str
+    score: Score
     correlations: dict[str, Correlation] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -87,8 +88,8 @@ def rank_sources(
     models: Mapping[str, Candidate | Callable[[Any], Candidate]],
     target: tuple[Any, Int[Array | np.ndarray, " n"]],
     *,
-    score: str = "log_me",
-    shrinkage: float | str | None = None,
+    score: Score = "log_me",
+    shrinkage: Shrinkage = None,
     accuracies: Mapping[str, float] | None = None,
 ) -> Ranking:
     r"""Ranks source models by how well they promise to transfer to a target task, without training.
@@ -139,7 +140,7 @@ def rank_sources(
             raise ValueError(f"models[{name!r}]: {score} needs source_probs, got None")
         rows.append(Row(name, scores, None if accuracies is None else float(accuracies[name])))
     rows.sort(key=lambda row: -row.scores[score])
-    correlations = {}
+    correlations: dict[str, Correlation] = {}
     for each in SCORES if accuracies is not None else ():
         pairs = [(row.scores[each], row.accuracy) for row in rows if each in row.scores]
         if len(pairs) > 1:
@@ -147,9 +148,7 @@ def rank_sources(
     return Ranking(tuple(rows), score, correlations)
 
 
-def _scores(
-    candidate: Candidate, y: Int[Array | np.ndarray, " n"], shrinkage: float | str | None
-) -> dict[str, float]:
+def _scores(candidate: Candidate, y: Int[Array | np.ndarray, " n"], shrinkage: Shrinkage) -> dict[str, float]:
     features, probs = candidate.features, candidate.source_probs
     found = {"log_me": log_me(features, y), "h_score": h_score(features, y, shrinkage=shrinkage)}
     if probs is not None:

@@ -8,7 +8,7 @@ All are computed in float64 on the host; see `jaxmeta.transfer.host`. Classes th
 nothing, so that labels need not be consecutive.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Real
 from jaxmeta.checks import ArgumentError, check_number, check_word
 from jaxmeta.transfer import host
 
+Shrinkage: TypeAlias = float | Literal["ledoit-wolf"] | None
 # Of ln(α/β): step of the search and how far beyond the eigenvalues it looks, where evidence is level.
 _STEP, _MARGIN = 0.5, 28.0
 # A residual below float32's precision says nothing about the noise.
@@ -90,7 +91,7 @@ def h_score(
     features: Real[Array | np.ndarray, "n d"],
     labels: Int[Array | np.ndarray, " n"],
     *,
-    shrinkage: float | str | None = None,
+    shrinkage: Shrinkage = None,
 ) -> float:
     r"""How much of the features' variance, whitened, lies between the classes.
 
