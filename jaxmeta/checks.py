@@ -36,9 +36,10 @@ class ArgumentError(ValueError):
 
     def __init__(self, name: str, problem: str):
         super().__init__(f"{name}: {problem}")
-        self.name, self.problem = name, problem
+        self.name: str = name
+        self.problem: str = problem
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, self.problem)
 
 

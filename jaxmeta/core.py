@@ -307,7 +307,7 @@ def checks_slots(learner: Learner) -> Learner:
     return learner._replace(adapt=adapt, predict=predict, loss=loss)
 
 
-def is_checked(function: Callable) -> bool:
+def is_checked(function: Callable[..., Any]) -> bool:
     """Return whether `checks_slots` made this function of a learner."""
     return function is not None and getattr(function, _CHECKS, None) is function
 

@@ -82,7 +82,7 @@ class Facts:
     zero_shot: bool = False
     distances: bool = False
     networks: tuple[str, ...] | None = None
-    network: Callable[..., tuple[tuple, dict[str, Any]]] | None = None
+    network: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     augment: Callable[..., Any] | None = None
     outer: str = "adam"
     train_shots: int = 1
@@ -106,8 +106,18 @@ def _takes(facts: Callable[Q, Facts]) -> Callable[[Callable[..., Decorator]], Ca
     """Give a function of `**facts` the parameters of `facts`, for type checkers and for help."""
 
     def taking(function: Callable[..., Decorator]) -> Callable[Q, Decorator]:
-        found = inspect.signature(facts).replace(return_annotation=Decorator)
-        function.__signature__ = found  # type: ignore[attr-defined]
+        made = {
+            field.name: field.default_factory()
+            for field in dataclasses.fields(Facts)
+            if field.default_factory is not dataclasses.MISSING
+        }
+        found = inspect.signature(facts)
+        parameters = [
+            each.replace(default=made.get(each.name, each.default)) for each in found.parameters.values()
+        ]
+        function.__signature__ = found.replace(  # type: ignore[attr-defined]
+            parameters=parameters, return_annotation=Decorator
+        )
         return function
 
     return taking

@@ -107,7 +107,7 @@ class _Loss:
         return value, {name: counted(name, each) for name, each in metrics.items()}
 
 
-def _call_with(name: str, value: Any, function: Callable, *arguments: Any) -> Any:
+def _call_with(name: str, value: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function`, with `value` as its argument `name` if it has one."""
     match _passing(name, function, len(arguments)):
         case "positional":
@@ -117,7 +117,7 @@ def _call_with(name: str, value: Any, function: Callable, *arguments: Any) -> An
     return function(*arguments)
 
 
-def _passing(name: str, function: Callable, before: int) -> str | None:
+def _passing(name: str, function: Callable[..., Any], before: int) -> str | None:
     """Return how to pass `name`, which follows `before` other arguments; None if `function` lacks it."""
     try:
         signature = _signature(function)
@@ -142,7 +142,7 @@ def _passing(name: str, function: Callable, before: int) -> str | None:
     return "positional" if any(p.kind is p.VAR_POSITIONAL for p in parameters) else None
 
 
-def _signature(function: Callable) -> inspect.Signature:
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of `function` itself; or of the wrapped one if it takes *args or **kwargs."""
     if isinstance(function, types.FunctionType):
         outer = inspect.signature(function, follow_wrapped=False)

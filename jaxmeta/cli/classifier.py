@@ -114,9 +114,9 @@ class Classifier:
 
 
 def load_classifier(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
-    support: str | os.PathLike | Mapping[str, Any] | None = None,
+    support: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     invert: bool = False,
     skip_unreadable: bool = False,
     size: int | None = None,
@@ -205,7 +205,7 @@ def _refuse_given(given: Mapping[str, Any], why: str) -> None:
 class _Reading(NamedTuple):
     """Where the support set comes from, and how it is read."""
 
-    support: str | os.PathLike | Mapping[str, Any] | None
+    support: str | os.PathLike[str] | Mapping[str, Any] | None
     invert: bool
     skip_unreadable: bool
 

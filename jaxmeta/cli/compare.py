@@ -43,7 +43,7 @@ class _Trainings:
     def __init__(self, hint: str):
         self.hint = hint
         self.signal: int | None = None
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         del frame

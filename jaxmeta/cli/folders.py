@@ -102,7 +102,7 @@ class Results:
         self._problems: list[str] = []
 
     @contextlib.contextmanager
-    def writing(self, path: str | os.PathLike) -> Iterator[None]:
+    def writing(self, path: str | os.PathLike[str]) -> Iterator[None]:
         """Write one of them inside."""
         try:
             yield

@@ -235,7 +235,7 @@ def _nothing(event: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _bar(steps: int) -> Iterator[tuple]:
+def _bar(steps: int) -> Iterator[tuple[Any, ...]]:
     from rich import progress
 
     with progress.Progress(

@@ -520,7 +520,7 @@ def _what(config: Config, test: TaskDistribution | TaskStream) -> dict[str, Any]
 
 
 def load_run(
-    run: str | os.PathLike,
+    run: str | os.PathLike[str],
     row: str = "inductive",
     *,
     learner: str | None = None,

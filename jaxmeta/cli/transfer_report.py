@@ -72,7 +72,7 @@ def in_percent(row: Mapping[str, float]) -> str:
     return f"{100 * row['mean']:.2f} %  (95 % CI {100 * row['low']:.2f} to {100 * row['high']:.2f})"
 
 
-def leaves_by_fate(leaves: Report) -> dict[str, tuple]:
+def leaves_by_fate(leaves: Report) -> dict[str, tuple[Any, ...]]:
     """Return the rows of a report by what became of their leaves."""
     return {group: getattr(leaves, group) for group in ("taken", "new", "left_over", "dropped")}
 

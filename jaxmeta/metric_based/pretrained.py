@@ -4,7 +4,7 @@ Both are trained on the training classes all at once (`jm.tasks.supervised`), ne
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def fine_tuned_head(
         check_kind("inner_optimizer", inner_optimizer, optax.GradientTransformation, "an optax optimizer")
     descend = released_sgd(inner_lr) if inner_optimizer is None else inner_optimizer
 
-    def head_loss(weights: Params, batch: tuple) -> Array:
+    def head_loss(weights: Params, batch: tuple[Any, ...]) -> Array:
         z, labels = batch
         # Absent classes are no answer, and padding no question.
         return _cross_entropy(only_present(_outputs(head, scale, weights, z), (labels > 0).any(0)), labels)

@@ -49,7 +49,7 @@ _ZERO_SHOT_DIM = 128
 
 def _networks(
     build: Callable[[int | None], Network], tasks: Mapping[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The embedding, and where there are no examples of a class that of its metadata."""
     if tasks["shots"]:
         return (build(None),), {}
@@ -268,7 +268,7 @@ def _relative_entropy(z, v, present=None):
 
 def _divergence(given: Divergence) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
     """What is done to an embedding first, and the distances of points to prototypes that are present."""
-    known: dict[str, tuple] = {
+    known: dict[str, tuple[Any, ...]] = {
         "euclidean": (lambda z: z, squared_distances),
         "kl": (jax.nn.softmax, _relative_entropy),
         "cosine": (lambda z: z, lambda z, v, present: 1 - product(unit(z), unit(v).T)),

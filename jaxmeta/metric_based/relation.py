@@ -1,7 +1,7 @@
 """Relation networks: how alike a query and a class are is itself learned, by a network."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,11 @@ def relation(
         return only_present(scores.reshape(shape[:2]), present), stats
 
     def whole(
-        params: Params, support: tuple, query: tuple, labels: Array, key: Key | None = None
+        params: Params,
+        support: tuple[Any, ...],
+        query: tuple[Any, ...],
+        labels: Array,
+        key: Key | None = None,
     ) -> tuple[Array, PyTree]:
         """Outputs by the statistics of all that is there, and these."""
         first, second = (None, None) if key is None else jax.random.split(key)

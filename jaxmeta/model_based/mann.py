@@ -33,7 +33,9 @@ from jaxmeta.tasks.distortions import distort
 from jaxmeta.tasks.sequences import check_strings
 
 
-def _network(build: Callable[[int], MemoryNetwork], tasks: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _network(
+    build: Callable[[int], MemoryNetwork], tasks: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A network as wide as labels are: letters · characters where they are strings."""
     strings = tasks.get("strings")
     return (build(math.prod(strings) if strings else tasks["train_ways"]),), {}

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,7 +28,7 @@ from jaxmeta.core import (
 )
 from jaxmeta.metric_based.metric_learner import unit
 from jaxmeta.model_based.order import random_order
-from jaxmeta.nn.augmented import ExampleGenerator, TaskGenerator, as_augmented, published_init
+from jaxmeta.nn.augmented import Augmented, ExampleGenerator, TaskGenerator, as_augmented, published_init
 
 EmbeddingLoss = Literal["verification", "contrastive", "xent"]
 TaskWeights = Literal["none", "embedding", "both"]
@@ -37,7 +38,9 @@ SAMPLES = 5
 CPU_BLOCK, BLOCK = 1 << 10, 1 << 17
 
 
-def _networks(build: Callable[[int | None], Any], tasks: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _networks(
+    build: Callable[[int | None], Any], tasks: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (build(None), build(tasks["train_ways"])), {}
 
 
@@ -59,8 +62,8 @@ def _networks(build: Callable[[int | None], Any], tasks: Mapping[str, Any]) -> t
     },
 )
 def metanet(
-    embedding: Any,
-    base: Any,
+    embedding: linen.Module | Augmented,
+    base: linen.Module | Augmented,
     *,
     embedding_loss: EmbeddingLoss = "verification",
     task_weights: TaskWeights = "embedding",
@@ -179,7 +182,7 @@ def metanet(
 
     def embedding_losses(
         params: Params, support: Batch, mask: Array, key: Key, count: int
-    ) -> tuple[Callable, PyTree, Array]:
+    ) -> tuple[Callable[..., Any], PyTree, Array]:
         """`(loss(Q, sample), samples, valid)`: what is differentiated, of what, and which of them count."""
         head = params.get("embedding_head")
         if embedding_loss == "xent":

@@ -22,7 +22,7 @@ from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS
 
 # The modules of NNX and Equinox are callables: neither is imported before its user does.
-Network = Model | linen.Module | Callable | tuple[Callable, Callable]
+Network = Model | linen.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]]
 SWITCHES = ("deterministic", "train")
 
 
@@ -146,7 +146,7 @@ def _from_linen(network):
     return Model(init, apply, apply_norm, stochastic, divisible)
 
 
-def from_nnx(network: Callable) -> Model:
+def from_nnx(network: Callable[..., Any]) -> Model:
     """A `Model` of a Flax NNX module.
 
     Its parameters are its `nnx.Param`. `nnx.BatchNorm` normalises by the batch it is given or by
@@ -247,7 +247,7 @@ def from_nnx(network: Callable) -> Model:
     return Model(init, apply, run if averages else None, stochastic=bool(streams))
 
 
-def from_equinox(network: Callable, *, batched: bool = False) -> Model:
+def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model:
     """A `Model` of an Equinox module.
 
     Its parameters are its inexact arrays. It is stochastic where its `__call__` takes `key`: each
@@ -314,7 +314,7 @@ def from_equinox(network: Callable, *, batched: bool = False) -> Model:
     return Model(init, apply, stochastic=stochastic)
 
 
-def _is_module_of(network: Network, package: str) -> TypeGuard[Callable]:
+def _is_module_of(network: Network, package: str) -> TypeGuard[Callable[..., Any]]:
     """Whether `network` is a module of a framework that its user, but not this file, has imported."""
     framework = sys.modules.get(package)
     return framework is not None and isinstance(network, framework.Module)
@@ -327,7 +327,7 @@ def switches(network: Any, training: bool) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in taken}
 
 
-def call_arguments(network, *offered):
+def call_arguments(network: Any, *offered: str) -> set[str]:
     """Which arguments on offer the network's `__call__` takes beside the examples."""
     rest = list(inspect.signature(network.__call__).parameters.values())[1:]
     required = [

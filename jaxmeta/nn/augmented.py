@@ -24,6 +24,7 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, Params
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, log_and_sign
+from jaxmeta.nn.defaults import relu
 from jaxmeta.nn.embedding import flattened, max_pool_2x2, require_images
 
 # None; a tree like the slow weights, from which layers may be missing; or a tuple of such trees.
@@ -100,8 +101,8 @@ class AugmentedDense(linen.Module):
     """
 
     features: int
-    activation: Activation | None = jax.nn.relu
-    kernel_init: Callable = published_init
+    activation: Activation | None = relu
+    kernel_init: Callable[..., Any] = published_init
 
     @linen.compact
     def __call__(self, x: Float[Array, "n d"], fast: Fast = None) -> Float[Array, "n features"]:
@@ -133,8 +134,8 @@ class AugmentedConv(linen.Module):
     kernel_size: tuple[int, int] = (3, 3)
     strides: tuple[int, int] = (1, 1)
     padding: Literal["SAME", "VALID"] = "SAME"
-    activation: Activation | None = jax.nn.relu
-    kernel_init: Callable = published_init
+    activation: Activation | None = relu
+    kernel_init: Callable[..., Any] = published_init
 
     @linen.compact
     def __call__(self, x: Float[Array, "n h w c"], fast: Fast = None) -> Float[Array, "n h2 w2 features"]:
@@ -195,7 +196,7 @@ class AugmentedCNN(linen.Module):
     filters: int = 64
     blocks: int = 5
     features: int = 64
-    kernel_init: Callable = published_init
+    kernel_init: Callable[..., Any] = published_init
 
     @linen.compact
     def __call__(self, x: Float[Array, " n *shape"], fast: Fast = None) -> Float[Array, "n out"]:
@@ -279,7 +280,7 @@ class TaskGenerator(linen.Module):
 
     hidden: int = 20
     preprocess: float = PREPROCESS
-    kernel_init: Callable = published_init
+    kernel_init: Callable[..., Any] = published_init
 
     @linen.compact
     def __call__(
@@ -320,7 +321,7 @@ class ExampleGenerator(linen.Module):
 
     hidden: int = 20
     preprocess: float = PREPROCESS
-    kernel_init: Callable = published_init
+    kernel_init: Callable[..., Any] = published_init
 
     @linen.compact
     def __call__(self, gradients: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ class Geometry:
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
-    precision: str | lax.Precision | tuple | None = None
+    precision: str | lax.Precision | tuple[Any, ...] | None = None
 
     @property
     def out(self) -> tuple[int, ...]:

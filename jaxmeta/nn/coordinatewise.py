@@ -6,7 +6,7 @@ product's columns, which the twenty features of a state do not.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxmeta.core import PyTree
+from jaxmeta.nn.defaults import lecun_normal
 
 Feedback = Literal["gate", "pre_gate"]
 FEEDBACKS = get_args(Feedback)
@@ -39,7 +40,7 @@ def log_and_sign(x: Float[Array, " *shape"], p: float = 10.0) -> Float[Array, "2
     return jnp.stack([magnitude, jnp.where(large, jnp.sign(x), jnp.exp(p) * x)])
 
 
-def _uniform(low: float, high: float) -> Callable:
+def _uniform(low: float, high: float) -> Callable[..., Any]:
     def init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, low, high)
 
@@ -61,8 +62,8 @@ class CoordinatewiseLSTM(linen.Module):
 
     features: int
     forget_bias: float = 1.0
-    kernel_init: Callable = linen.initializers.lecun_normal()
-    bias_init: Callable = linen.initializers.zeros
+    kernel_init: Callable[..., Any] = lecun_normal
+    bias_init: Callable[..., Any] = linen.initializers.zeros
 
     @linen.compact
     def __call__(

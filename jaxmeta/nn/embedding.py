@@ -10,6 +10,7 @@ from flax import linen
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxmeta.checks import ArgumentError
+from jaxmeta.nn.defaults import narrow_normal, relu
 from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
 
@@ -220,9 +221,9 @@ class MLP(linen.Module):
     out: int | None
     hidden: tuple[int, ...] = (40, 40)
     norm: bool = False
-    activation: Callable = jax.nn.relu
+    activation: Callable[..., Any] = relu
     use_bias: bool = True
-    kernel_init: Callable = linen.initializers.truncated_normal(0.01)
+    kernel_init: Callable[..., Any] = narrow_normal
 
     @linen.compact
     def __call__(

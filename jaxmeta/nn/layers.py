@@ -1,10 +1,13 @@
 """Flax layers that a user's own network needs to be fast: change one import."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import linen
 from flax.linen import Dense
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from jaxmeta.nn.conv import NHWC, conv
 
@@ -12,19 +15,19 @@ __all__ = ["Conv", "Dense", "conv_general_dilated"]
 
 
 def conv_general_dilated(
-    lhs,
-    rhs,
-    window_strides,
-    padding,
-    lhs_dilation=None,
-    rhs_dilation=None,
-    dimension_numbers=None,
-    feature_group_count=1,
-    batch_group_count=1,
-    precision=None,
-    preferred_element_type=None,
-    **kwargs,
-):
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+    **kwargs: Any,
+) -> Array:
     """`jax.lax.conv_general_dilated`, by `conv` wherever that can serve.
 
     Dilated, grouped, and other than two-dimensional NHWC convolutions go to `jax.lax` unchanged.
@@ -40,7 +43,8 @@ def conv_general_dilated(
         and not kwargs
     )
     if served:
-        return conv(lhs, rhs, tuple(window_strides), padding, precision=precision)
+        rows, columns = window_strides
+        return conv(lhs, rhs, (rows, columns), padding, precision=precision)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -63,4 +67,4 @@ class Conv(linen.Conv):
     Same arguments, parameters and results; only how a convolution is computed differs.
     """
 
-    conv_general_dilated: Callable | None = conv_general_dilated
+    conv_general_dilated: Callable[..., Any] | None = conv_general_dilated

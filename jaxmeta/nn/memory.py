@@ -98,7 +98,7 @@ class LRUA(linen.Module):
     key_strength: bool = False
     first_read: Literal["first_row", "uniform"] = "first_row"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in (
             ("write", ("key", "separate")),
             ("least", ("shared", "per_head")),
@@ -284,17 +284,17 @@ class MemoryNetwork(linen.Module):
     hidden: int = 200
     controller: Literal["lstm", "feed_forward"] = "lstm"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.controller not in ("lstm", "feed_forward"):
             raise ArgumentError("controller", f'got {self.controller!r}; it must be "lstm" or "feed_forward"')
         super().__post_init__()
 
-    def setup(self):
+    def setup(self) -> None:
         gates = 4 if self.controller == "lstm" else 1
-        self.inputs = linen.Dense(gates * self.hidden)
+        self.inputs: linen.Dense = linen.Dense(gates * self.hidden)
         # Of the controller's last output and of what it read, in one product.
-        self.recurrent = linen.Dense(gates * self.hidden, use_bias=False)
-        self.head = linen.Dense(self.out)
+        self.recurrent: linen.Dense = linen.Dense(gates * self.hidden, use_bias=False)
+        self.head: linen.Dense = linen.Dense(self.out)
 
     def initial(self) -> State:
         """State before an episode."""

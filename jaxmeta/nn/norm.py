@@ -15,6 +15,7 @@ from flax import linen
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from jaxmeta.core import Params, PyTree
 from jaxmeta.nn import shared
 
 STATISTICS = "batch_stats"
@@ -41,7 +42,7 @@ def moments(
     return mean, jnp.maximum(of_squares / count - jnp.square(mean), 0)
 
 
-def to_moments(stats):
+def to_moments(stats: PyTree) -> PyTree:
     """Statistics as first and second moments, which, unlike variances, may be averaged over batches."""
     return jax.tree.map(
         lambda s: {"mean": s["mean"], "mean_of_squares": s["var"] + jnp.square(s["mean"])},
@@ -50,7 +51,7 @@ def to_moments(stats):
     )
 
 
-def from_moments(moments):
+def from_moments(moments: PyTree) -> PyTree:
     """Inverse of `to_moments`."""
     return jax.tree.map(
         # Not below zero, where the rounding of a constant channel may take it.
@@ -63,7 +64,7 @@ def from_moments(moments):
     )
 
 
-def population_of(params):
+def population_of(params: Params) -> PyTree:
     """The statistics that `jm.calibrate` filled in a learner's `params`.
 
     Raises:

@@ -10,6 +10,8 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Shaped
 
+from jaxmeta.core import PyTree
+
 EXAMPLES = "examples"
 
 
@@ -42,7 +44,7 @@ def joined_shares(x: Shaped[Array, " m *shape"], n: int) -> Shaped[Array, " n *s
     return lax.all_gather(x, EXAMPLES, tiled=True)[:n]
 
 
-def total(tree, axes=EXAMPLES):
+def total(tree: PyTree, axes: str | tuple[str, ...] = EXAMPLES) -> PyTree:
     """Sum of `tree` over the devices of mesh `axes`.
 
     By one collective for all leaves. On CPUs each one blocks a thread of a pool as large as the

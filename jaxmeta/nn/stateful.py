@@ -144,7 +144,7 @@ def joined(of_parts: Mapping[str, Variables]) -> Variables:
     return {name: {part: found[name] for part, found in of_parts.items() if name in found} for name in names}
 
 
-def layers_in_order(network: linen.Module, x: Any) -> tuple[str, ...]:
+def layers_in_order(network: linen.Module, x: PyTree) -> tuple[str, ...]:
     """Names of the parameters' top-level layers, in the order in which `network` computes them.
 
     A layer is what the network's parameters have as a first key.

@@ -100,7 +100,7 @@ def _is_layer(node: Any) -> bool:
 
 def _of_module(network, variables, x, own, arguments):
     arguments = switches(network, False) | arguments
-    called: list = []
+    called: list[Any] = []
 
     def intercept(call, args, kwargs, context):
         layer = context.module

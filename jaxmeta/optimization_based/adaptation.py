@@ -147,18 +147,20 @@ def adaptation(
         """Of what every step has its own of, that of one step."""
         return jax.tree.map(lambda leaf: leaf[step], tree) if per_step else tree
 
-    def batch_at(batch: tuple, step: Any) -> tuple:
+    def batch_at(batch: tuple[Any, ...], step: Any) -> tuple[Any, ...]:
         support, key, begin = batch
         step = begin + step
         return minibatch(support, step, inner_batch), key_at(key, step), step
 
-    def support_loss(fast: PyTree, batch: tuple, *, frozen: PyTree, own: PyTree, stats: PyTree) -> jax.Array:
+    def support_loss(
+        fast: PyTree, batch: tuple[Any, ...], *, frozen: PyTree, own: PyTree, stats: PyTree
+    ) -> jax.Array:
         support, key, step = batch
         outputs = outputs_of(merge(fast, frozen, at(own, step)), support, at(stats, step), key)
         return loss(outputs, support.y, support.mask)
 
     @functools.cache
-    def loop(steps: int, order: Order, keep_path: bool) -> Callable:
+    def loop(steps: int, order: Order, keep_path: bool) -> Callable[..., Any]:
         return inner_loop(
             support_loss,
             inner_optimizer,
@@ -402,7 +404,7 @@ def _check_implicit(eval_steps: int | None, inner_batch: int | None, norm: str) 
         )
 
 
-def _check_loss(loss: Callable, batch: Batch) -> None:
+def _check_loss(loss: Callable[..., Any], batch: Batch) -> None:
     """Refuse the losses of this library on targets that they are not for."""
     regression = jnp.issubdtype(batch.y.dtype, jnp.floating)
     if regression and loss is losses.cross_entropy:

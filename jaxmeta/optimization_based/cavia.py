@@ -81,7 +81,7 @@ def cavia(
     def init(key: Key, task: Task) -> Params:
         return {"model": inner.init(key, task)["model"]["weights"]}
 
-    def from_zeros(function: Callable | None) -> Callable | None:
+    def from_zeros(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
         if function is None:
             return None
         return lambda params, *arguments, **more: function(begun(params), *arguments, **more)
@@ -103,7 +103,7 @@ def with_context(model: Model, size: int) -> Model:
         context = jnp.zeros((size,), x.dtype)
         return {"weights": model.init(key, joined({CONTEXT: context}, x)), CONTEXT: context}
 
-    def through(call: Callable | None) -> Callable | None:
+    def through(call: Callable[..., Any] | None) -> Callable[..., Any] | None:
         if call is None:
             return None
         return lambda params, x, **more: call(params["weights"], joined(params, x), **more)

@@ -370,7 +370,7 @@ def require_finite_derivative(optimizer: Any, *hyper: Any) -> None:
 
 
 @functools.lru_cache(maxsize=128)
-def _has_finite_derivative(optimizer: Any, structure: Any = None, leaves: tuple = ()) -> bool:
+def _has_finite_derivative(optimizer: Any, structure: Any = None, leaves: tuple[Any, ...] = ()) -> bool:
     with jax.ensure_compile_time_eval():
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = optimizer(

@@ -17,7 +17,7 @@ from jaxmeta.optimization_based.trees import inexact, merge, partition
 PyTree = Any
 
 
-def value_and_gradient(loss: Callable, order: str, memory: str) -> Callable:
+def value_and_gradient(loss: Callable[..., Any], order: str, memory: str) -> Callable[..., Any]:
     """`(theta, rest) -> (value, gradient in theta)`, to be differentiated as `order` and `memory` say.
 
     `rest` is `(batch, extra)`, with which `loss(theta, batch, **extra)` is called.

@@ -52,7 +52,7 @@ class LabelledArrays(NamedTuple):
 
 
 def from_npz(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,

@@ -11,7 +11,7 @@ from jaxmeta.checks import ArgumentError, MissingFileError
 _CLASSES, _ATTRIBUTES = 200, 312
 
 
-def cub_attributes(data: str | os.PathLike) -> dict[str, Float[np.ndarray, "312"]]:
+def cub_attributes(data: str | os.PathLike[str]) -> dict[str, Float[np.ndarray, "312"]]:
     """The 312 continuous attributes of each of CUB-200-2011's classes, float32 in [0, 1].
 
     An attribute is the share of people who, asked about images of the class, said that a bird has it:

@@ -37,7 +37,7 @@ class _Files(NamedTuple):
     parts: Mapping[str, tuple[str, ...]]
     address: str
 
-    def found(self, data: str | os.PathLike, part: str) -> list[dict[str, Path]]:
+    def found(self, data: str | os.PathLike[str], part: str) -> list[dict[str, Path]]:
         """By name, what there is of a part's files in `data`, and in its folder of the set's name."""
         check_word("part", part, (*self.parts, None))
         folder = Path(data).expanduser()
@@ -53,7 +53,7 @@ class _Files(NamedTuple):
             for place in (folder, folder / self.name)
         ]
 
-    def paths(self, data: str | os.PathLike, part: str) -> list[Path]:
+    def paths(self, data: str | os.PathLike[str], part: str) -> list[Path]:
         """The files of a part, all from one folder.
 
         Raises:
@@ -88,7 +88,7 @@ _USPS = _Files(
 
 
 def mnist_images(
-    data: str | os.PathLike, part: Literal["train", "test"] = "test"
+    data: str | os.PathLike[str], part: Literal["train", "test"] = "test"
 ) -> tuple[UInt8[np.ndarray, "n 28 28 1"], Int32[np.ndarray, " n"]]:
     """MNIST's images and their digits, in the order of the files; ink = 255 on 0.
 
@@ -125,7 +125,7 @@ def mnist_images(
 
 
 def usps_images(
-    data: str | os.PathLike, part: Literal["train", "test"] = "test"
+    data: str | os.PathLike[str], part: Literal["train", "test"] = "test"
 ) -> tuple[UInt8[np.ndarray, "n 16 16 1"], Int32[np.ndarray, " n"]]:
     """The images of USPS and their digits, in the order of the files; ink = 255 on 0.
 
@@ -183,7 +183,7 @@ def mnist(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 5,
-    data: str | os.PathLike,
+    data: str | os.PathLike[str],
     size: int = 28,
     part: Literal["train", "test"] | None = None,
 ) -> TaskDistribution:
@@ -227,7 +227,7 @@ def usps(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 5,
-    data: str | os.PathLike,
+    data: str | os.PathLike[str],
     size: int = 28,
     part: Literal["train", "test"] | None = None,
 ) -> TaskDistribution:
@@ -258,7 +258,7 @@ def _tasks(
     files: _Files,
     read: Callable[..., tuple[np.ndarray, np.ndarray]],
     split: SplitName,
-    data: str | os.PathLike,
+    data: str | os.PathLike[str],
     size: int,
     part: str | None,
     **shape: Any,

@@ -8,7 +8,7 @@ order: with a fixed order a model could learn which slot a class sits in.
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,7 @@ class EpisodeShape:
 
 def from_arrays(
     x: Array | np.ndarray,
-    y: Array | np.ndarray | Sequence,
+    y: Array | np.ndarray | Sequence[Any],
     *,
     ways: int | tuple[int, int],
     shots: int | tuple[int, int],

@@ -25,7 +25,7 @@ _FORM = 2
 
 
 def prepare_folder(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     size: int | None = None,
     channels: Literal[1, 3] | None = None,
@@ -183,7 +183,7 @@ class _Entry(NamedTuple):
 
 
 def from_folder(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     split: SplitName = "train",
     *,
     ways: int | tuple[int, int] = 5,

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -345,7 +345,7 @@ def _palette_in_colour(image) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(source: Path | bytes, name: str) -> Iterator:
+def _opened(source: Path | bytes, name: str) -> Iterator[Any]:
     """The PIL image; all that goes wrong with it is an `UnreadableImage`."""
     from PIL import Image, UnidentifiedImageError
 

@@ -132,7 +132,7 @@ def cifar_fs(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 15,
-    data: str | os.PathLike | None = None,
+    data: str | os.PathLike[str] | None = None,
 ) -> TaskDistribution:
     """CIFAR-FS tasks: CIFAR-100, its 600 images of every class, by the published class split.
 
@@ -170,7 +170,7 @@ def mini_imagenet(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 15,
-    data: str | os.PathLike,
+    data: str | os.PathLike[str],
     size: int = 84,
 ) -> TaskDistribution:
     """mini-ImageNet tasks from one's own copy, by the class split of Ravi and Larochelle.
@@ -212,7 +212,7 @@ def cub(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 15,
-    data: str | os.PathLike,
+    data: str | os.PathLike[str],
     size: int = 84,
 ) -> TaskDistribution:
     """CUB-200-2011 tasks from one's own copy, by the class split of `cub_split`.
@@ -256,7 +256,7 @@ def _tasks(images: SplitImages, split: SplitName, **shape: Any) -> TaskDistribut
     return from_prepared(prepared, split=split, classes=classes, protocol=protocol, **shape)
 
 
-def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
+def cifar_fs_images(data: str | os.PathLike[str] | None = None) -> SplitImages:
     """What `cifar_fs` draws from."""
     rows = None if data is None else _cifar_rows(Path(data).expanduser())
     listing = None if data is None or rows is not None else _cifar_listing(Path(data).expanduser().resolve())
@@ -281,7 +281,7 @@ def cifar_fs_images(data: str | os.PathLike | None = None) -> SplitImages:
     )
 
 
-def mini_imagenet_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
+def mini_imagenet_images(data: str | os.PathLike[str], size: int = 84) -> SplitImages:
     """What `mini_imagenet` draws from."""
     folder = _folder(data)
     listing = _mini_imagenet_listing(folder)
@@ -297,7 +297,7 @@ def mini_imagenet_images(data: str | os.PathLike, size: int = 84) -> SplitImages
     return SplitImages(prepared, mini_imagenet_split(), protocol)
 
 
-def cub_images(data: str | os.PathLike, size: int = 84) -> SplitImages:
+def cub_images(data: str | os.PathLike[str], size: int = 84) -> SplitImages:
     """What `cub` draws from."""
     folder = _folder(data)
     root = folder / "images" if (folder / "images").is_dir() else folder
@@ -345,7 +345,7 @@ def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
     return np.frombuffer(content, np.uint8).reshape(-1, 3074)
 
 
-def _folder(data: str | os.PathLike) -> Path:
+def _folder(data: str | os.PathLike[str]) -> Path:
     folder = Path(data).expanduser().resolve()
     if not folder.is_dir():
         raise MissingFileError("data", f"{folder} is no folder")

@@ -159,7 +159,7 @@ def omniglot(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 5,
-    data: str | os.PathLike | None = None,
+    data: str | os.PathLike[str] | None = None,
     protocol: _Protocol = "vinyals",
     rotations: Rotations | None = None,
     size: int = 28,

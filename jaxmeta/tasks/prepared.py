@@ -277,7 +277,7 @@ def from_prepared(
     return tasks._replace(card=dataclasses.replace(tasks.card, split_hash=classes.hash))
 
 
-def _write(path: Path, shape: tuple[int, int, int], images: Iterable) -> dict[str, int]:
+def _write(path: Path, shape: tuple[int, int, int], images: Iterable[Any]) -> dict[str, int]:
     # One record a group: episodes read single images, far apart.
     writer = _array_record().ArrayRecordWriter(str(path), "group_size:1")
     sizes: dict[str, int] = {}

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ class RegressionData(NamedTuple):
 
 
 def from_regression(
-    task: Array | np.ndarray | Sequence,
-    x: Array | np.ndarray | Sequence,
-    y: Array | np.ndarray | Sequence,
+    task: Array | np.ndarray | Sequence[Any],
+    x: Array | np.ndarray | Sequence[Any],
+    y: Array | np.ndarray | Sequence[Any],
     *,
     shots: int = 10,
     queries: int = 10,
@@ -159,7 +159,7 @@ class Table(NamedTuple):
 
 
 def from_table(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     split: SplitName = "train",
     *,
     shots: int = 10,

@@ -5,7 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def check_part(split: str) -> SplitName:
     return cast(SplitName, split)
 
 
-def _check_three(name: str, parts: Sequence) -> None:
+def _check_three(name: str, parts: Sequence[Any]) -> None:
     if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
         raise ArgumentError(name, f"got {shown(parts)}; it must be three numbers (train, validation, test)")
 
@@ -98,7 +98,7 @@ class ClassSplit:
     validation: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in PARTS:
             given = getattr(self, part)
             if isinstance(given, str):

@@ -178,7 +178,7 @@ def _assemble(shape: EpisodeShape, drawn: Drawn, images: Array) -> Task:
     return jax.vmap(lambda drawn, x: make_task(shape, drawn, x[:, :shots], x[:, shots:]))(drawn, images)
 
 
-def _on_host() -> contextlib.AbstractContextManager:
+def _on_host() -> contextlib.AbstractContextManager[None]:
     """The keys' arithmetic is the CPU's wherever training is: the host needs the result now."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])

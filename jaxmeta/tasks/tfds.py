@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -31,7 +31,7 @@ def prepare_tfds(
     image: str | None = None,
     label: str | None = None,
     tfds_splits: Sequence[str] | str | None = None,
-    data: str | os.PathLike | None = None,
+    data: str | os.PathLike[str] | None = None,
 ) -> Prepared:
     """The images of a tensorflow-datasets data set, decoded once and kept in the cache.
 
@@ -97,7 +97,7 @@ def from_tfds(
     label: str | None = None,
     tfds_splits: Sequence[str] | str | None = None,
     skip_small_classes: bool = False,
-    data: str | os.PathLike | None = None,
+    data: str | os.PathLike[str] | None = None,
 ) -> TaskDistribution:
     """Few-shot tasks from any image classification data set of tensorflow-datasets.
 
@@ -184,14 +184,14 @@ class _Pool:
         source = list(self.sources)[which]
         return f"{source}[{row - self._ends[which] + len(self.sources[source])}]"
 
-    def read(self, rows: Int[np.ndarray, " n"]) -> Iterator[dict]:
+    def read(self, rows: Int[np.ndarray, " n"]) -> Iterator[dict[str, Any]]:
         """The examples of these rows, in their order."""
         sources = list(self.sources.values())
         starts = self._ends - [len(source) for source in sources]
         for begin in range(0, len(rows), _AT_ONCE):
             some = rows[begin : begin + _AT_ONCE]
             which = np.searchsorted(self._ends, some, side="right")
-            found: dict[int, dict] = {}
+            found: dict[int, dict[str, Any]] = {}
             for one in np.unique(which):
                 mine = some[which == one]
                 examples = sources[one].__getitems__((mine - starts[one]).tolist())
@@ -203,7 +203,7 @@ def _tfds():
     return tensorflow_datasets("reading a data set of tensorflow-datasets needs it")
 
 
-def _builder(name: str, data: str | os.PathLike | None):
+def _builder(name: str, data: str | os.PathLike[str] | None):
     """The builder of a data set that is prepared, if need be now."""
     tfds = _tfds()
     where = None if data is None else Path(data).expanduser()

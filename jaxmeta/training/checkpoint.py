@@ -47,7 +47,7 @@ class Best(NamedTuple):
     params: Params
 
 
-def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree, *, overwrite: bool = False) -> None:
     """Writes a pytree of arrays and Python scalars, such as parameters or an adapted state.
 
     Of several processes all must call it, with the same tree.
@@ -69,7 +69,7 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False) -> N
     _write(path, tree, {})
 
 
-def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
+def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
     """Reads what `save` wrote, as jax arrays.
 
     Args:
@@ -97,7 +97,11 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> PyTree:
 
 
 def save_checkpoint(
-    run_dir: str | os.PathLike, state: TrainState, *, best: Best | None = None, config: dict | None = None
+    run_dir: str | os.PathLike[str],
+    state: TrainState,
+    *,
+    best: Best | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Path:
     """Writes `run_dir/checkpoints/step-N`, and removes all but the last two.
 
@@ -121,7 +125,7 @@ def save_checkpoint(
     return path
 
 
-def save_best(run_dir: str | os.PathLike, best: Best) -> Path:
+def save_best(run_dir: str | os.PathLike[str], best: Best) -> Path:
     """Writes the best parameters to `run_dir/checkpoints/best`, for `jm.load`."""
     path = _folder(run_dir) / "best"
     save(path, best.params, overwrite=True)
@@ -129,7 +133,7 @@ def save_best(run_dir: str | os.PathLike, best: Best) -> Path:
 
 
 def restore_checkpoint(
-    run_dir: str | os.PathLike, like: TrainState, *, config: dict | None = None
+    run_dir: str | os.PathLike[str], like: TrainState, *, config: dict[str, Any] | None = None
 ) -> tuple[TrainState, Best | None]:
     """The newest checkpoint of `run_dir` that can be read, all of it or nothing.
 
@@ -159,7 +163,7 @@ def restore_checkpoint(
     return state, best
 
 
-def load_params(run_dir: str | os.PathLike, *, config: dict | None = None) -> Params:
+def load_params(run_dir: str | os.PathLike[str], *, config: dict[str, Any] | None = None) -> Params:
     """The parameters a run ended with: the best validated ones, else those of its last checkpoint.
 
     Args:
@@ -177,7 +181,7 @@ def load_params(run_dir: str | os.PathLike, *, config: dict | None = None) -> Pa
     return _decode(manifest["tree"]["dict"], leaves, path, "best" if manifest["best"] else "params")
 
 
-def check_saved(run_dir: str | os.PathLike, params: Params) -> None:
+def check_saved(run_dir: str | os.PathLike[str], params: Params) -> None:
     """Check that the newest checkpoint can be read, and that a run that ended with `params` has these in it.
 
     Args:
@@ -206,7 +210,7 @@ def arrays_by_path(tree: PyTree) -> dict[str, np.ndarray]:
     return found
 
 
-def checkpoint_steps(run_dir: str | os.PathLike) -> list[int]:
+def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
     """Steps of the checkpoints in `run_dir`, ascending; empty where there is none."""
     folder = _folder(run_dir)
     if not folder.is_dir():
@@ -231,11 +235,11 @@ def nbytes(tree: PyTree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes")) * 11 // 10 + 2**20
 
 
-def _folder(run_dir: str | os.PathLike) -> Path:
+def _folder(run_dir: str | os.PathLike[str]) -> Path:
     return Path(run_dir).absolute() / "checkpoints"
 
 
-def _newest(run_dir: str | os.PathLike) -> tuple[Path, dict[str, Any], dict]:
+def _newest(run_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     steps, problems = checkpoint_steps(run_dir), []
     for step in reversed(steps):
         path = _folder(run_dir) / f"step-{step:08d}"
@@ -254,7 +258,7 @@ def _newest(run_dir: str | os.PathLike) -> tuple[Path, dict[str, Any], dict]:
     raise ArgumentError("run_dir", f"no checkpoint can be read in {_folder(run_dir)} ({found})")
 
 
-def _write(path: Path, tree: PyTree, extra: dict) -> None:
+def _write(path: Path, tree: PyTree, extra: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     require_space(path.parent, nbytes(tree))
@@ -347,7 +351,7 @@ def _printable(name: bytes) -> str:
     return name.decode("ascii", "backslashreplace")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Leaves by path, and the manifest."""
     import orbax.checkpoint as ocp
 
@@ -382,7 +386,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict]:
     return leaves, manifest
 
 
-def _encode(node: PyTree, keys: tuple) -> Any:
+def _encode(node: PyTree, keys: tuple[Any, ...]) -> Any:
     """The structure of a tree in JSON, leaves as their paths."""
     if node is None:
         return None
@@ -448,7 +452,7 @@ def _fill(template: PyTree, leaves: dict[str, Any], problem: str) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(template), [leaves[path] for path in wanted])
 
 
-def _plain(config: dict | None) -> dict:
+def _plain(config: dict[str, Any] | None) -> dict[str, Any]:
     return json.loads(json.dumps(config or {}))
 
 

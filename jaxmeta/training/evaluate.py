@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -340,7 +340,7 @@ def evaluate_metrics(
 
 # One function for a learner, so that what was compiled for it is found again.
 @lru_cache
-def _metrics_of(learner: Learner) -> Callable:
+def _metrics_of(learner: Learner) -> Callable[..., Any]:
     return lambda params, task, key: learner.loss(params, task, key)[1]
 
 
@@ -461,7 +461,7 @@ def _wrong_slots(batch: Batch, classes: int | None) -> Int[Array, ""]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _sums(
-    statistics: Callable,
+    statistics: Callable[..., Any],
     episodes: int,
     params: Params,
     source: Source,

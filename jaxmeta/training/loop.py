@@ -169,12 +169,12 @@ def train(
     validation: TaskDistribution | TaskStream | None = None,
     validation_episodes: int = 200,
     validate_every: int = 1000,
-    run_dir: str | PathLike | None = None,
+    run_dir: str | PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
     report: Callable[[Event], None] | None = None,
     log_every: int = 50,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
     should_stop: Callable[[], bool] | None = None,
     non_finite: NonFinite = "stop",
     maximize: bool | None = None,
@@ -319,7 +319,7 @@ def train(
                 raise
             warnings.warn(f"{error}; the state at the end is returned all the same", stacklevel=3)
 
-    pending: tuple[int, int, list[dict]] | None = None
+    pending: tuple[int, int, list[dict[str, Any]]] | None = None
     queue: deque[Array] = deque()
     with _calls(tasks, source, mesh, meta_batch, done) as calls:
         while done < steps:
@@ -331,7 +331,7 @@ def train(
                 done,
                 min(steps, *(_next(done, every) for every in (log_every, validate_every, checkpoint_every))),
             )
-            outs: list[dict] = []
+            outs: list[dict[str, Any]] = []
             for source, until in calls(start, done):
                 # What JAX says of a NaN in the whole program names no operation in it.
                 with jax.debug_nans(False):
@@ -424,7 +424,7 @@ def _calls(
         yield each
 
 
-def _chunk(step: Callable, *, skip: bool) -> Callable:
+def _chunk(step: Callable[..., Any], *, skip: bool) -> Callable[..., Any]:
     """Meta-steps until a given one, or until one that is not finite, as one compiled loop.
 
     The end is an argument and not a shape, so that chunks of every length are one program:
@@ -446,11 +446,11 @@ def _chunk(step: Callable, *, skip: bool) -> Callable:
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, source_at(start))[1]
         )
 
-        def going(carry: tuple) -> Array:
+        def going(carry: tuple[Any, ...]) -> Array:
             state, _, finite, _ = carry
             return (state.step < until) & finite
 
-        def body(carry: tuple) -> tuple:
+        def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             before, totals, _, skipped = carry
             state, metrics = step(before, source_at(before.step))
             finite = _all_finite((metrics["loss"], state.params))

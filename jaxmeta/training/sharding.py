@@ -11,6 +11,7 @@ holds its part of every array.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
     return (jax.process_index(), count) if in_turn else (0, 1)
 
 
-def over_tasks(function: Callable, mesh: Mesh, *, out: PartitionSpec) -> Callable:
+def over_tasks(function: Callable[..., Any], mesh: Mesh, *, out: PartitionSpec) -> Callable[..., Any]:
     """`function` run by every device on its share of a batch of tasks and its replica of the rest.
 
     Itself where none shares them. An argument that is a `Task` is a batch of tasks. Inside, `first_task`
@@ -245,7 +246,7 @@ def share(tasks: Task, mesh: Mesh, total: int | None = None) -> Task:
     return _put_all(tasks, mesh, PartitionSpec(TASKS), total)
 
 
-def as_argument(sample: Callable) -> Callable:
+def as_argument(sample: Callable[..., Any]) -> Callable[..., Any]:
     """`sample` as a pytree, so that its data can be an argument of a compiled function."""
     return sample if isinstance(sample, jax.tree_util.Partial) else jax.tree_util.Partial(sample)
 

@@ -217,5 +217,5 @@ def _classes() -> dict[str, type[linen.Module]]:
     }
 
 
-def _attributes(kind: type[linen.Module]) -> list[dataclasses.Field]:
+def _attributes(kind: type[linen.Module]) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(kind) if field.name not in ("parent", "name")]  # type: ignore[arg-type]

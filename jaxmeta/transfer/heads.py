@@ -1,7 +1,7 @@
 """Heads on features that stay as they are: in closed form, by gradients, and from another label set."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -174,13 +174,13 @@ def _logistic(
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def step(carry: tuple) -> tuple:
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         head, state, count, _ = carry
         value, grad = value_and_grad(head, state=state)
         updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=objective)
         return optax.apply_updates(head, updates), state, count + 1, optax.tree.norm(grad)
 
-    def going(carry: tuple) -> Array:
+    def going(carry: tuple[Any, ...]) -> Array:
         _, _, count, norm = carry
         return (count < steps) & (norm > tolerance)
 

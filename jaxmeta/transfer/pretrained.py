@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen
+from jaxtyping import Array
 
 from jaxmeta import nn
 from jaxmeta.checks import ArgumentError
@@ -49,10 +50,10 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     network: linen.Module | None = None,
     *,
-    x: Any = None,
+    x: Array | np.ndarray | jax.ShapeDtypeStruct | tuple[int, ...] | None = None,
     head: bool = True,
     image_size: int | Sequence[int] | None = None,
     layout: LayoutName | Literal["auto"] = "auto",
@@ -172,7 +173,7 @@ def load_pretrained(
     return Pretrained(network, *_filled(target, leaves, origin, as_stored=built))
 
 
-def read_weights(path: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+def read_weights(path: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
     """The weights in a file or folder as they are, names and axes of their maker, as a nested dict.
 
     For networks that `load_pretrained` does not know: `jm.transfer.transplant` puts them into another's
@@ -199,7 +200,7 @@ def read_weights(path: str | os.PathLike, revision: str | None = None) -> dict[s
 
 
 def save_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     variables: Mapping[str, Any],
     *,
     network: linen.Module | None = None,

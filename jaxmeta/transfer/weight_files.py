@@ -48,7 +48,7 @@ class Stored(NamedTuple):
     network: Any = None
 
 
-def read(path: str | os.PathLike, revision: str | None = None) -> Stored:
+def read(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
     """Reads weights of any format; see `jaxmeta.transfer.load_pretrained`."""
     if isinstance(path, str) and path.startswith(HUB):
         return _folder(_fetched(path, revision))

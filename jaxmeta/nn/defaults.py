@@ -1,0 +1,29 @@
+"""Default activations and initialisers of networks, as plain functions.
+
+JAX's own have no name that help could show: `jax.nn.relu` prints as an object at an address, and an
+initialiser as a local function of the one that made it.
+"""
+
+from typing import Any
+
+import jax
+from flax import linen
+from jaxtyping import Array, PRNGKeyArray
+
+_LECUN_NORMAL = linen.initializers.lecun_normal()
+_TRUNCATED_NORMAL = linen.initializers.truncated_normal(0.01)
+
+
+def relu(x: Array) -> Array:
+    """Return max(x, 0), by `jax.nn.relu`."""
+    return jax.nn.relu(x)
+
+
+def lecun_normal(key: PRNGKeyArray, shape: tuple[int, ...], *dtype: Any) -> Array:
+    """Draw from a truncated normal of variance 1/n for n inputs, as `jax.nn.initializers.lecun_normal()`."""
+    return _LECUN_NORMAL(key, shape, *dtype)
+
+
+def narrow_normal(key: PRNGKeyArray, shape: tuple[int, ...], *dtype: Any) -> Array:
+    """Draw from a truncated normal of standard deviation 0.01, as MAML's official code."""
+    return _TRUNCATED_NORMAL(key, shape, *dtype)
