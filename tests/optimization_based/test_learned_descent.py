@@ -193,7 +193,7 @@ def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
         ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
         ({"hidden": 0}, "hidden: got .*; it must be at least 1"),
         ({"feedback": "both"}, "feedback: got 'both'; it must be one of"),
-        ({"order": "implicit"}, "order: got 'implicit'; it must be one of 'first', 'second'"),
+        ({"order": "implicit"}, "order: got 'implicit'; it must be one of 'second', 'first'"),
     ],
 )
 def test_lstm_refuses_bad_settings(settings, says):
