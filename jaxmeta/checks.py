@@ -6,6 +6,7 @@ Traced values are let pass, since they have no value yet.
 import json
 import math
 import operator
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -125,17 +126,57 @@ def check_function(name: str, value: Any, wanted: str = "a function") -> None:
       ValueError: that calls `value` by `name`.
     """
     if not callable(value):
-        raise ArgumentError(name, f"got {shown(value)}; it must be {wanted}")
+        raise ArgumentError(name, f"got {described(value)}; it must be {wanted}")
 
 
-def check_kind(name: str, value: Any, kind: type, wanted: str) -> None:
+def check_kind(name: str, value: Any, kind: type | types.UnionType, wanted: str) -> None:
     """Check that `value` is of type `kind`, which a user knows as `wanted`.
 
     Raises:
       ValueError: that calls `value` by `name`.
     """
     if not isinstance(value, kind):
-        raise ArgumentError(name, f"got {shown(value)}; it must be {wanted}")
+        raise ArgumentError(name, f"got {described(value)}; it must be {wanted}{call_of(value)}")
+
+
+def check_optimizer(name: str, value: Any) -> None:
+    """Check that `value` is an optax transformation, or has its functions `init` and `update`.
+
+    Raises:
+      ValueError: that calls `value` by `name`.
+
+    Examples:
+      >>> check_optimizer("optimizer", 1e-3)
+      Traceback (most recent call last):
+      jaxmeta.checks.ArgumentError: optimizer: got 0.001 (float); it must be an optax transformation, such \
+as optax.adam(1e-3)
+    """
+    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+        wanted = "an optax transformation, such as optax.adam(1e-3)"
+        raise ArgumentError(name, f"got {described(value)}; it must be {wanted}{call_of(value)}")
+
+
+def check_key(name: str, key: Any) -> None:
+    """Check that `key` is a single key of `jax.random`, typed or raw.
+
+    Raises:
+      ValueError: that calls `key` by `name`.
+
+    Examples:
+      >>> check_key("key", 7)
+      Traceback (most recent call last):
+      jaxmeta.checks.ArgumentError: key: got 7 (int); it must be a single key of JAX, such as \
+jax.random.key(7)
+    """
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and shape is not None:
+        typed = jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+        if typed or (dtype == np.uint32 and len(shape) == 1):
+            return
+    seed = key if type(key) is int and key >= 0 else 0
+    raise ArgumentError(
+        name, f"got {described(key)}; it must be a single key of JAX, such as jax.random.key({seed})"
+    )
 
 
 def check_widths(name: str, value: Any) -> None:
@@ -284,6 +325,38 @@ def shown(value: Any) -> str:
         return f"an array of shape {value.shape} and type {value.dtype}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def described(value: Any) -> str:
+    """`value` in an error's message where one of another kind is due: with its type, or as what it is.
+
+    Examples:
+      >>> described(0.5), described(max), described(dict), described(json), described({"w": 0.0})
+      ('0.5 (float)', 'the function max', 'the class dict', 'the module json', 'dict(…)')
+    """
+    if isinstance(value, types.ModuleType):
+        return f"the module {value.__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if _is_function(value):
+        return f"the function {value.__name__}"
+    if value is None or isinstance(value, jax.Array | np.ndarray):
+        return shown(value)
+    name = type(value).__name__
+    if isinstance(value, bool | int | float | complex | str | bytes):
+        return f"{shown(value)} ({name})"
+    # What a container or a tuple of functions holds would fill the message.
+    return f"{name}(…)"
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType)
+
+
+def call_of(value: Any) -> str:
+    """What to do with a class or function that was given in the place of what it makes."""
+    made = isinstance(value, type) or _is_function(value)
+    return f"; call {value.__name__}(…) to make one" if made else ""
 
 
 def some(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxmeta.checks import ArgumentError, check_slots
+from jaxmeta.checks import ArgumentError, check_kind, check_slots
 
 PyTree = Any
 Params = PyTree
@@ -168,7 +168,7 @@ class ProtocolCard:
 
     Attributes:
       tasks: name of the source, e.g. "omniglot".
-      split: "train", "validation" or "test".
+      split: "train", "validation" or "test"; "unknown" for tasks without a card.
       kind: "classification" or "regression".
       ways, shots, queries: classes, support and query examples per class; for regression
         `ways` is None. A pair is an inclusive range (ragged tasks).
@@ -180,7 +180,7 @@ class ProtocolCard:
     """
 
     tasks: str
-    split: SplitName
+    split: SplitName | Literal["unknown"]
     kind: Kind = "classification"
     ways: int | tuple[int, int] | None = None
     shots: int | tuple[int, int] = 1
@@ -202,10 +202,12 @@ class TaskDistribution(NamedTuple):
       card: what a published row must state.
       classes: names of the classes that tasks are drawn from, in the order of the labels of
         `jm.tasks.labelled`; None where they have no names. See `jm.tasks.classes_of`.
+
+    Tasks of one's own may leave the card out, which only reports need.
     """
 
     sample: Callable[[Key], Task]
-    card: ProtocolCard
+    card: ProtocolCard | None = None
     classes: tuple[str, ...] | None = None
 
 
@@ -216,7 +218,7 @@ class TaskStream(NamedTuple):
       at: `(step) -> tasks`, one `Task` whose leaves have a leading axis of tasks: in training those
         of meta-step `step`, in an evaluation the `step`-th batch of episodes. A pure function, so
         that a run can go on at any step.
-      card: as of a `TaskDistribution`.
+      card: as of a `TaskDistribution`; it may be left out.
       batches: `(start) -> iterator` over `at(start), at(start + 1), …`, read ahead, which is closed
         where it has a `close`; None: `at` is called step by step.
       key: that the episodes are numbered from by `episode_keys`, where they are: what trains or
@@ -225,10 +227,32 @@ class TaskStream(NamedTuple):
     """
 
     at: Callable[[int], Task]
-    card: ProtocolCard
+    card: ProtocolCard | None = None
     batches: Callable[[int], Iterator[Task]] | None = None
     key: Key | None = None
     for_evaluation: bool = False
+
+
+def card_of(tasks: TaskDistribution | TaskStream) -> ProtocolCard:
+    """Return the card of tasks, or where they have none one that says so.
+
+    Examples:
+      >>> card_of(TaskDistribution(lambda key: None)).tasks
+      'tasks without a card'
+    """
+    return ProtocolCard("tasks without a card", "unknown") if tasks.card is None else tasks.card
+
+
+def check_tasks(tasks: Any, name: str = "tasks") -> None:
+    """Check that `tasks` is a source of tasks.
+
+    Raises:
+      ValueError: that calls it by `name`.
+    """
+    if isinstance(tasks, jax.tree_util.Partial):
+        raise ArgumentError(name, "got a sampler; it must be tasks: jm.TaskDistribution(sample)")
+    wanted = "a jm.TaskDistribution or jm.TaskStream, such as jm.tasks.glyphs(ways=5, shots=1)"
+    check_kind(name, tasks, TaskDistribution | TaskStream, wanted)
 
 
 # What a compiled step draws from: a sampler, or the tasks of one batch.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError, shown
+from jaxmeta.checks import ArgumentError, check_kind, shown
 from jaxmeta.core import Adapted, Key, Learner, Metrics, Params, Task, is_checked
 
 
@@ -37,10 +37,7 @@ def normalized(learner: Learner) -> Learner:
       >>> learner.predict(None, None, 1.0, None)
       1.0
     """
-    if not isinstance(learner, Learner):
-        raise ArgumentError(
-            "learner", f"got {shown(learner)}; it must be a jm.Learner(init, adapt, predict, loss)"
-        )
+    check_kind("learner", learner, Learner, "a jm.Learner(init, adapt, predict, loss)")
     predict, loss = learner.predict, learner.loss
     if callable(predict) and not isinstance(predict, _Predict) and not is_checked(predict):
         predict = _Predict(predict)

@@ -885,3 +885,124 @@ def test_good_arrays_give_finite_results(function, arrays):
     for leaf in jax.tree.leaves(found):
         if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             assert np.isfinite(leaf).all()
+
+
+# --- Arguments of another kind, and in the wrong order ---------------------------------------------------
+
+OPTIMIZER_OF_TRAINING = optax.sgd(0.1)
+STATE = jm.init_state(REGRESSOR, OPTIMIZER_OF_TRAINING, SINUSOID, KEY)
+OF_TRAINING = {
+    "learner": REGRESSOR,
+    "tasks": SINUSOID,
+    "optimizer": OPTIMIZER_OF_TRAINING,
+    "params": REGRESSION,
+    "key": KEY,
+}
+CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "train": (on(jm.train, steps=1), ("learner", "tasks", "optimizer", "key")),
+    "init_state": (jm.init_state, ("learner", "optimizer", "tasks", "key")),
+    "meta_step": (on(jm.meta_step, meta_batch=1), ("learner", "optimizer")),
+    "evaluate": (on(jm.evaluate, episodes=2), ("learner", "params", "tasks", "key")),
+    "evaluate_episodes": (on(jm.evaluate_episodes, episodes=2), ("learner", "params", "tasks", "key")),
+    "evaluate_metrics": (on(jm.evaluate_metrics, episodes=2), ("learner", "params", "tasks", "key")),
+    "run_episodes": (on(jm.run_episodes, episodes=2), ("learner", "params", "tasks", "key")),
+    "calibrate": (jm.calibrate, ("learner", "params", "tasks", "key")),
+    "check_learner": (jm.check_learner, ("learner", "tasks")),
+}
+# What stands in the place of each argument, and what is said of it.
+MISTAKEN: dict[str, tuple[tuple[object, str], ...]] = {
+    "learner": (
+        (jm.maml, r"got the function maml; .*jm\.Learner.*; call maml\(…\) to make one"),
+        (SINUSOID, r"got TaskDistribution\(…\); it must be a jm\.Learner"),
+        (REGRESSION, r"got dict\(…\); it must be a jm\.Learner"),
+        (jm.nn.MLP(out=1), r"got MLP\(…\); it must be a jm\.Learner"),
+    ),
+    "tasks": (
+        (jm.tasks.glyphs, r"got the function glyphs; .*jm\.TaskDistribution.*; call glyphs\(…\) to make one"),
+        (jm.tasks, r"got the module jaxmeta\.tasks; it must be a jm\.TaskDistribution"),
+        (SINUSOID.sample, r"got a sampler; it must be tasks: jm\.TaskDistribution\(sample\)"),
+        (REGRESSOR, r"got Learner\(…\); it must be a jm\.TaskDistribution"),
+        (REGRESSION, r"got dict\(…\); it must be a jm\.TaskDistribution"),
+        (None, r"got None; it must be a jm\.TaskDistribution"),
+    ),
+    "optimizer": (
+        (1e-3, r"got 0\.001 \(float\); it must be an optax transformation, such as optax\.adam\(1e-3\)"),
+        ("adam", r"got 'adam' \(str\); it must be an optax transformation"),
+        (optax.adam, r"got the function adam; .*; call adam\(…\) to make one"),
+        (SINUSOID, r"got TaskDistribution\(…\); it must be an optax transformation"),
+    ),
+    "params": (
+        (STATE, r"got TrainState\(…\); it must be the parameters in it, state\.params"),
+        (REGRESSOR, r"got Learner\(…\); it must be parameters"),
+        (jm.tasks.glyphs, r"got the function glyphs; it must be parameters"),
+    ),
+    "key": (
+        (0, r"got 0 \(int\); it must be a single key of JAX, such as jax\.random\.key\(0\)"),
+        (7, r"such as jax\.random\.key\(7\)"),
+        (None, r"got None; it must be a single key"),
+        (jax.random.split(KEY, 3), r"got an array of shape \(3,\)"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(owner, name) for owner, (_, names) in CALLS.items() for name in names]
+)
+def test_an_argument_of_another_kind_is_refused_by_its_name(owner, name):
+    function, names = CALLS[owner]
+    given = {each: OF_TRAINING[each] for each in names}
+    for value, said in MISTAKEN[name]:
+        refused(lambda value=value: function(**given | {name: value}), name)
+        with pytest.raises(ValueError, match=f"^{name}: .*{said}"):
+            function(**given | {name: value})
+
+
+def test_arguments_in_the_wrong_order_are_refused_by_the_name_of_one_of_them():
+    learner, tasks, optimizer = REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING
+    once = {"steps": 1, "key": KEY}
+    refused(lambda: jm.train(tasks, learner, optimizer, **once), "learner")
+    refused(lambda: jm.train(learner, optimizer, tasks, **once), "tasks")
+    refused(lambda: jm.meta_step(optimizer, learner, 1), "learner")
+    refused(lambda: jm.init_state(learner, tasks, optimizer, KEY), "tasks", "optimizer")
+    refused(lambda: jm.check_learner(tasks, learner), "learner")
+    for function in (jm.evaluate, jm.run_episodes, jm.evaluate_episodes, jm.evaluate_metrics):
+        refused(lambda function=function: function(learner, tasks, REGRESSION, **FEW), "tasks")
+        refused(lambda function=function: function(REGRESSION, learner, tasks, **FEW), "learner")
+    refused(lambda: jm.calibrate(learner, tasks, REGRESSION, KEY), "tasks")
+
+
+def test_classes_modules_and_numbers_in_the_place_of_what_is_due_are_named_as_what_they_are():
+    network = jm.nn.MLP(out=2)
+    for factory in (jm.maml, jm.prototypical, jm.learned_optimizer):
+        with pytest.raises(ValueError, match=r"^model: got the class Conv4; .*call Conv4\(…\) to make one"):
+            factory(jm.nn.Conv4)
+    with pytest.raises(ValueError, match=r"^loss: got the module jaxmeta\.losses; it must be a function"):
+        jm.maml(network, loss=jm.losses)
+    with pytest.raises(ValueError, match=r"^inner_optimizer: got 0\.001 \(float\); it must be an optax"):
+        jm.maml(network, inner_optimizer=1e-3)
+    with pytest.raises(ValueError, match=r"^optimizer: got 0\.001 \(float\); it must be an optax"):
+        jm.inner_loop(jm.losses.mse, 1e-3, 1)
+    for name in ("report", "should_stop"):
+        with pytest.raises(ValueError, match=rf"^{name}: got True \(bool\); it must be a function"):
+            jm.train(REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING, steps=1, key=KEY, **{name: True})
+    with pytest.raises(ValueError, match=r"^validation: got the function glyphs; .*TaskDistribution"):
+        jm.train(REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING, steps=1, key=KEY, validation=jm.tasks.glyphs)
+    with pytest.raises(ValueError, match=r"^devices: got 8 \(int\); .*make_mesh.*JAX_NUM_CPU_DEVICES=8"):
+        jm.train(REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING, steps=1, key=KEY, devices=8)
+    for function in (jm.tasks.supervised, jm.tasks.labelled, jm.tasks.sequences):
+        refused(lambda function=function: function(jm.tasks.glyphs), "tasks")
+
+
+def test_tasks_need_no_card():
+    """What has been drawn is the same with and without one."""
+    bare = jm.TaskDistribution(SINUSOID.sample)
+    assert bare.card is None
+    jm.check_learner(REGRESSOR, bare)
+    settings = {"steps": 1, "meta_batch": 1, "key": KEY, "validation": bare, "validation_episodes": 2}
+    state = jm.train(REGRESSOR, bare, OPTIMIZER_OF_TRAINING, **settings)
+    assert jm.evaluate(REGRESSOR, state.params, bare, **FEW) == jm.evaluate(
+        REGRESSOR, state.params, SINUSOID, **FEW
+    )
+    assert jm.run_episodes(REGRESSOR, state.params, bare, **FEW).scores.shape == (2,)
+    for function in (jm.tasks.supervised, jm.tasks.labelled, jm.tasks.sequences):
+        refused(lambda function=function: function(bare), "tasks")

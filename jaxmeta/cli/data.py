@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli.config import Config
-from jaxmeta.core import Key, Task, TaskDistribution, TaskStream
+from jaxmeta.core import Key, Task, TaskDistribution, TaskStream, card_of
 from jaxmeta.training.sharding import sample_of
 
 
@@ -80,11 +80,12 @@ def check_data(config: Config, tasks: TaskDistribution | TaskStream, folder: Pat
     """
     name = config.tasks["name"]
     check_images(config, tasks, folder, name)
-    if config.split_hash != tasks.card.split_hash:
+    now = card_of(tasks).split_hash
+    if config.split_hash != now:
         raise ArgumentError(
             "tasks",
             f"the classes of {name}, or how they are split, are no longer those that the run in {folder} was "
-            f"trained on (split {str(config.split_hash)[:8]} then, {str(tasks.card.split_hash)[:8]} now)",
+            f"trained on (split {str(config.split_hash)[:8]} then, {str(now)[:8]} now)",
         )
 
 

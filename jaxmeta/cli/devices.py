@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.training import hosts, make_mesh
-from jaxmeta.training.sharding import AXES, num_shards, parse_axes, task_mesh
+from jaxmeta.training.sharding import AXES, more_cpus, num_shards, parse_axes, task_mesh
 
 if TYPE_CHECKING:
     from jaxmeta.cli.run import Invocation
@@ -82,7 +82,8 @@ def mesh_of(
         return task_mesh(jax.device_count() if meta_batch is None else meta_batch)
     local = jax.local_devices()
     if wanted is not None and wanted > len(local):
-        raise ArgumentError("devices", f"got {wanted}, and there are {len(local)} ({local[0].platform})")
+        more = more_cpus(wanted, local) or f" ({local[0].platform})"
+        raise ArgumentError("devices", f"got {wanted}, and there are {len(local)}{more}")
     count = wanted or _sharing(meta_batch, len(local))
     return make_mesh(tasks=count, devices=local)
 

@@ -16,6 +16,7 @@ from jaxmeta.cli.data import image_spec
 from jaxmeta.cli.devices import machine, mesh_of
 from jaxmeta.cli.report import plural
 from jaxmeta.cli.run import evaluation_key, print_results, sentence
+from jaxmeta.core import card_of
 from jaxmeta.files import write_json
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import Evaluation, evaluate_episodes
@@ -60,16 +61,17 @@ def evaluate_weights(
     found = Evaluation.of(evaluate_episodes(learner, params, test, episodes=episodes, key=key, devices=mesh))
     normalises = STATISTICS in params["model"]
     norm = "population" if normalises else "none"
+    card = card_of(test)
     accuracy = {"inductive": {"mean": found.mean, "ci95": found.ci95, "norm": norm}}
     result = {
         "source": source,
         "learner": METHOD,
         "tasks": config.tasks["name"],
-        "ways": test.card.ways,
-        "shots": test.card.shots,
-        "queries": test.card.queries,
+        "ways": card.ways,
+        "shots": card.shots,
+        "queries": card.queries,
         "episodes": episodes,
-        "card": dataclasses.asdict(test.card),
+        "card": dataclasses.asdict(card),
         "images": input.images._asdict(),
         "inverted": input.inverted,
         "seed": config.run.seed,
@@ -81,7 +83,7 @@ def evaluate_weights(
         own = STATISTICS in (backbone.variables or {})
         whose = "those of the source" if own else f"of {_SHOWN} support sets: the source has none"
         print(f"batch statistics: {whose}")
-    print(f"{sentence(test.card)}; {plural(episodes, 'task')}, seed {config.run.seed}")
+    print(f"{sentence(card)}; {plural(episodes, 'task')}, seed {config.run.seed}")
     print_results(result, config)
     if target is not None:
         write_json(Path(target), result)

@@ -37,7 +37,7 @@ from jaxmeta.cli.report import (
     report_markdown,
 )
 from jaxmeta.cli.signals import Signalled, Signals
-from jaxmeta.core import Batch, Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream
+from jaxmeta.core import Batch, Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream, card_of
 from jaxmeta.files import replacing, write_json, write_new_json, write_text
 from jaxmeta.training import (
     Evaluation,
@@ -202,7 +202,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
         config = with_image_settings(sources.with_columns(config), images)
         config = dataclasses.replace(
             config,
-            split_hash=tasks.card.split_hash,
+            split_hash=card_of(tasks).split_hash,
             images=None if images is None else images._asdict(),
             model=_network_text(config),
         )
@@ -273,7 +273,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
             with results.writing(out / "report.md"):
                 write_text(out / "report.md", report_markdown(report, config))
             with folders.tolerated(out / "curve.png") as picture:
-                title = f"{config.learner['name']} on {parts.test.card.tasks}"
+                title = f"{config.learner['name']} on {card_of(parts.test).tasks}"
                 plot_curve(picture, read_metrics(log.path), log.metric, title)
         hosts.barrier("report")
     if first:
@@ -497,7 +497,7 @@ def evaluate_run(
     if target is not None:
         with results.writing(target):
             write_json(target, result)
-    print(f"{config.learner['name']}, {sentence(test.card)}; {tasks}, seed {seed}")
+    print(f"{config.learner['name']}, {sentence(card_of(test))}; {tasks}, seed {seed}")
     if (summary := sources.summary_of(config)) is not None:
         print(f"read: {summary}")
     print_results(result, config)
@@ -507,7 +507,7 @@ def evaluate_run(
 
 def _what(config: Config, test: TaskDistribution | TaskStream) -> dict[str, Any]:
     """Return what a report is of."""
-    card = test.card
+    card = card_of(test)
     return {
         "learner": config.learner["name"],
         "tasks": config.tasks["name"],
@@ -598,12 +598,13 @@ def _results(
         return {"mean": found.mean, "ci95": found.ci95}
 
     results: dict[str, Any] = {}
+    ways = card_of(test).ways
     if metric_name(test) == "accuracy":
         rows = config.names().facts.rows
         episodes = {name: values(config, norm) for name, norm in rows.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in rows.items()}
-        if isinstance(test.card.ways, int):
-            results["chance"] = 1 / test.card.ways
+        if isinstance(ways, int):
+            results["chance"] = 1 / ways
         if config.tasks.get("sequence") is not None:
             assert isinstance(test, TaskDistribution)
             # Its loss, which counts presentations, distorts where training does.
@@ -655,9 +656,11 @@ def _announce(parts: _Parts, out: Path) -> None:
     print(f"learner   {config.learner['name']}{': ' if settings else ''}{settings}")
     print(f"network   {config.network['name']}, {parts.parameters:,} parameters")
     steps = plural(config.training.steps, "meta-step")
-    print(f"training  {sentence(parts.tasks.card)}; {steps} of {plural(config.training.meta_batch, 'task')}")
     print(
-        f"test      {sentence(parts.test.card)}; {plural(config.run.episodes, 'task')}"
+        f"training  {sentence(card_of(parts.tasks))}; {steps} of {plural(config.training.meta_batch, 'task')}"
+    )
+    print(
+        f"test      {sentence(card_of(parts.test))}; {plural(config.run.episodes, 'task')}"
         + ("" if parts.validation else "; no validation classes in this split, the last parameters are kept")
     )
     if (images := images_of(config)) is not None:

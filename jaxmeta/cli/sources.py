@@ -14,13 +14,13 @@ import jax
 from jaxmeta import tasks
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import names, schema
-from jaxmeta.core import Key, TaskDistribution, TaskStream
+from jaxmeta.core import Key, Kind, ProtocolCard, TaskDistribution, TaskStream, check_tasks
 from jaxmeta.declare import facts_of
 from jaxmeta.tasks.array_files import LabelledArrays, read_npz
 from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
 from jaxmeta.tasks.prepared import ReadSummary, SplitImages
 from jaxmeta.tasks.regression import read_table
-from jaxmeta.tasks.splits import class_split
+from jaxmeta.tasks.splits import check_part, class_split
 
 if TYPE_CHECKING:
     from jaxmeta.cli.config import Config
@@ -320,7 +320,13 @@ def _drawn(
         values = {name: settings[name] for name in own} | shape
         if schema.accepts(source.function, "data"):
             values["data"] = data
-        return source.function(*([source.argument] if source.argument else []), split, **values)
+        found = source.function(*([source.argument] if source.argument else []), split, **values)
+        check_tasks(found)
+        if found.card is None:
+            kind: Kind = "classification" if "ways" in own else "regression"
+            shape = {name: value for name, value in shape.items() if value is not schema.MISSING}
+            found = found._replace(card=ProtocolCard(config.tasks["name"], check_part(split), kind, **shape))
+        return found
     images = source.images(source.argument, settings, data)
     protocol: dict[str, Any] = {
         "split": split,

@@ -14,7 +14,7 @@ from jaxmeta.checks import ArgumentError, check_count, check_finite, some
 from jaxmeta.cli import schema
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import OWN, Source, renaming, source_of
-from jaxmeta.core import Batch, Key
+from jaxmeta.core import Batch, Key, card_of
 from jaxmeta.tasks import labelled
 from jaxmeta.tasks.omniglot import omniglot_split
 from jaxmeta.tasks.prepared import ReadSummary, SplitImages
@@ -238,7 +238,7 @@ def _labelled(
         count = _SHOTS if shots is None else int(shots)
         check_count("shots", count)
         x, y = labelled(found, per_class=_DRAWN + count, key=key)
-    return np.asarray(x), np.asarray(y), found.card.protocol
+    return np.asarray(x), np.asarray(y), card_of(found).protocol
 
 
 class _Rows(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen, traverse_util
 from flax.errors import InvalidRngError
 
-from jaxmeta.checks import ArgumentError, shown
+from jaxmeta.checks import ArgumentError, call_of, described
 from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS
@@ -64,9 +64,9 @@ def as_model(network: Network, argument: str = "network") -> Model:
         return Model(*network)
     raise ArgumentError(
         argument,
-        f"got {shown(network)}; it must be a jaxmeta Model, a module of flax.linen, flax.nnx or "
+        f"got {described(network)}; it must be a jaxmeta Model, a module of flax.linen, flax.nnx or "
         "equinox, or a pair of functions (init, apply); jm.nn.from_nnx and jm.nn.from_equinox take functions "
-        "that make modules",
+        f"that make modules{call_of(network)}",
     )
 
 

@@ -21,9 +21,10 @@ from jaxmeta.checks import (
     check_count,
     check_function,
     check_number,
+    check_optimizer,
     check_slots,
     check_word,
-    shown,
+    described,
 )
 from jaxmeta.core import (
     Batch,
@@ -371,10 +372,12 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
             "got hyperparameters to learn, but inner_optimizer is a fixed transformation; pass a "
             "function of them, such as optax.sgd",
         )
+    if not fixed and not callable(inner_optimizer):
+        check_optimizer("inner_optimizer", inner_optimizer)
     if not fixed and hyper is None:
         raise ArgumentError(
             "inner_optimizer",
-            f"got {shown(inner_optimizer)}, which is no optax transformation; a function of "
+            f"got {described(inner_optimizer)}, which is no optax transformation; a function of "
             "hyperparameters needs their initial values: hyper=0.4",
         )
     if hyper is None:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, check_word
 from jaxmeta.core import Memory, Order
 from jaxmeta.optimization_based.settings import InnerOptimizer
 from jaxmeta.optimization_based.trees import inexact, merge, partition
@@ -146,6 +146,8 @@ def inner_loop(
       Kemaev et al., Scalable Meta-Learning via Mixed-Mode Differentiation, 2025; truncation: Shaban et
       al., Truncated Back-propagation for Bilevel Optimization, 2019.
     """
+    if not callable(optimizer):
+        check_optimizer("optimizer", optimizer)
     _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_path)
     if order == "second" and isinstance(optimizer, optax.GradientTransformation):
         require_finite_derivative(optimizer)

@@ -16,6 +16,7 @@ from jaxmeta.tasks.file_layouts import part_of, pickle_advice
 from jaxmeta.tasks.splits import (
     FRACTIONS,
     PARTS,
+    Classes,
     ClassSplit,
     check_part,
     split_of_parts,
@@ -58,7 +59,7 @@ def from_npz(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 1,
     queries: int = 1,
-    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
+    classes: Classes = "auto",
     split_seed: int = 0,
     rotations: Rotations = "none",
     skip_small_classes: bool = False,
@@ -84,10 +85,10 @@ def from_npz(
       ways: classes of a task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to evaluate on.
-      classes: class split: by name, as the fractions of train, validation and test for a random split by
-        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. "auto" is that of the file's own parts where these share no class, else the fractions
-        0.64,0.16,0.2. None draws from every class, whatever `split` says.
+      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
+        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
+        also such a mapping, or a `ClassSplit`. "auto" is that of the file's own parts where these share no
+        class, else the fractions 0.64,0.16,0.2. None draws from every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
         A split by name takes none.
       rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class

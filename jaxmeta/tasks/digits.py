@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped, UInt8
 
 from jaxmeta.checks import ArgumentError, MissingFileError, check_count, check_word
-from jaxmeta.core import SplitName, TaskDistribution
+from jaxmeta.core import SplitName, TaskDistribution, card_of
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.images import resized
 from jaxmeta.tasks.splits import ClassSplit, check_part
@@ -281,7 +281,7 @@ def _tasks(
         **shape,
     )
     # There is no class split to tell from others: whoever trains and tests here does so on the same classes.
-    return tasks._replace(card=dataclasses.replace(tasks.card, split_hash=None))
+    return tasks._replace(card=dataclasses.replace(card_of(tasks), split_hash=None))
 
 
 def _content(path: Path) -> bytes:

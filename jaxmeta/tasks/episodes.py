@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown, some
-from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution
+from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution, card_of
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
-from jaxmeta.tasks.splits import ClassSplit, split_classes
+from jaxmeta.tasks.splits import Classes, split_classes
 from jaxmeta.tasks.subset import ordered_subset
 
 
@@ -186,7 +186,7 @@ def from_arrays(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: SplitName = "train",
-    classes: ClassSplit | tuple[float, float, float] | str | None = None,
+    classes: Classes = None,
     split_seed: int = 0,
     rotations: Rotations = "none",
     name: str = "arrays",
@@ -217,9 +217,9 @@ def from_arrays(
       shots: examples per class to learn from, K, or an inclusive range (low, high); 0 with `metadata`.
       queries: examples per class to be judged on, Q.
       split: "train", "validation" or "test".
-      classes: class split: by name, as the fractions of train, validation and test for a random split by
-        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. None draws from every class, whatever `split` says.
+      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
+        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
+        also such a mapping, or a `ClassSplit`. None draws from every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
         A split by name takes none.
       rotations: how examples are turned: "none"; "classes", every class turned by 90, 180 and 270° is a
@@ -319,8 +319,8 @@ def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
     if not isinstance(sample, jax.tree_util.Partial) or sample.func is not draw_episode or not tasks.classes:
         raise ArgumentError(
             "tasks",
-            f"got tasks of {tasks.card.tasks!r}, whose classes have no names; it must be few-shot tasks of "
-            "from_arrays, or of a source that holds its examples in memory (omniglot, mnist, from_folder, …)",
+            f"got tasks of {card_of(tasks).tasks!r}, whose classes have no names; it must be few-shot tasks "
+            "of from_arrays, or of a source that holds its examples in memory (omniglot, from_folder, …)",
         )
     shape, data = sample.args
     drawn = jax.device_get(draw_rows(shape, data.offsets, data.sizes, key, data.groups))

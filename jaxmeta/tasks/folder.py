@@ -18,7 +18,7 @@ from jaxmeta.tasks.cache import cache_folder
 from jaxmeta.tasks.file_layouts import Listing, list_images
 from jaxmeta.tasks.images import Header, LeftOut, UnreadableImage, check_form, decode, default_side, header
 from jaxmeta.tasks.prepared import Prepared, ReadSummary, from_prepared, prepare
-from jaxmeta.tasks.splits import ClassSplit, check_part
+from jaxmeta.tasks.splits import Classes, check_part
 
 # Of what is kept in the cache; another number has all prepared anew.
 _FORM = 2
@@ -191,7 +191,7 @@ def from_folder(
     queries: int = 1,
     size: int | None = None,
     channels: Literal[1, 3] | None = None,
-    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
+    classes: Classes = "auto",
     split_seed: int = 0,
     rotations: Rotations = "none",
     skip_unreadable: bool = False,
@@ -214,10 +214,11 @@ def from_folder(
       size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
         images far smaller than the others.
       channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
-      classes: class split: by name, as the fractions of train, validation and test for a random split by
-        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. "auto" is that of the data's own parts (folders or lists train, val and test) where these
-        share no class, else the fractions 0.64,0.16,0.2. None draws from every class, whatever `split` says.
+      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
+        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
+        also such a mapping, or a `ClassSplit`. "auto" is that of the data's own parts (folders or lists
+        train, val and test) where these share no class, else the fractions 0.64,0.16,0.2. None draws from
+        every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
         A split by name takes none.
       rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class

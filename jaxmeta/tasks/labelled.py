@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from jaxmeta.checks import ArgumentError, check_count, check_labels, some
-from jaxmeta.core import Key, TaskDistribution, TaskStream
+from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
@@ -56,12 +56,13 @@ def labelled(
       >>> x.argmax(1).tolist(), y.tolist()
       ([1, 3, 0, 2], [0, 0, 1, 1])
     """
-    sample = getattr(tasks, "sample", None)
+    check_tasks(tasks)
+    sample, card = getattr(tasks, "sample", None), card_of(tasks)
     if not isinstance(sample, jax.tree_util.Partial) or sample.func not in (draw_episode, draw_glyphs):
-        kind = "a stream" if isinstance(tasks, TaskStream) else f"{tasks.card.kind} tasks"
+        kind = "a stream" if isinstance(tasks, TaskStream) else f"{card.kind} tasks"
         raise ArgumentError(
             "tasks",
-            f"got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
+            f"got {kind} of {card.tasks!r}, whose classes and examples are not at hand; it must "
             "be few-shot tasks of from_arrays, of a source that holds its examples in memory (omniglot, "
             "mnist, from_folder, from_tfds, from_prepared, …) or of glyphs",
         )
@@ -73,9 +74,7 @@ def labelled(
         check_count("per_class", per_class, 1)
         return _of_glyphs(*sample.args, per_class=int(per_class), key=key)
     if per_class is not None or key is not None:
-        raise ArgumentError(
-            "per_class, key", f"are for glyphs; of {tasks.card.tasks!r} all examples are taken"
-        )
+        raise ArgumentError("per_class, key", f"are for glyphs; of {card.tasks!r} all examples are taken")
     return _of_arrays(*sample.args)
 
 

@@ -20,13 +20,14 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from jaxmeta.checks import ArgumentError, MissingPackageError
-from jaxmeta.core import Rotations, SplitName, TaskDistribution
+from jaxmeta.core import Rotations, SplitName, TaskDistribution, card_of
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
 from jaxmeta.tasks.images import LeftOut, printable
 from jaxmeta.tasks.splits import (
     FRACTIONS,
+    Classes,
     ClassSplit,
     split_classes,
     split_of_parts,
@@ -107,7 +108,7 @@ class Prepared:
             }
         )
 
-    def class_split(self, classes: ClassSplit | Sequence[float] | str | None) -> tuple[Any, str]:
+    def class_split(self, classes: Classes) -> tuple[Any, str]:
         """Return what `classes` stands for where it is "auto", and a sentence on it for the protocol card.
 
         "auto" is the source's own class split, or fractions where it has none.
@@ -233,7 +234,7 @@ def from_prepared(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: SplitName = "train",
-    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
+    classes: Classes = "auto",
     split_seed: int = 0,
     rotations: Rotations = "none",
     protocol: str = "",
@@ -274,7 +275,7 @@ def from_prepared(
         metadata=metadata,
     )
     # The hash is of the whole split, of which only a part was read.
-    return tasks._replace(card=dataclasses.replace(tasks.card, split_hash=classes.hash))
+    return tasks._replace(card=dataclasses.replace(card_of(tasks), split_hash=classes.hash))
 
 
 def _write(path: Path, shape: tuple[int, int, int], images: Iterable[Any]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxmeta.tasks.array_files import decoded, npz_arrays
 from jaxmeta.tasks.csv_files import read_csv
 from jaxmeta.tasks.file_layouts import part_of
 from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_points
-from jaxmeta.tasks.splits import ClassSplit, split_classes, split_of_parts
+from jaxmeta.tasks.splits import Classes, ClassSplit, split_classes, split_of_parts
 from jaxmeta.tasks.subset import ordered_subset
 
 _TASK = "task"
@@ -51,7 +51,7 @@ def from_regression(
     shots: int = 10,
     queries: int = 10,
     split: SplitName = "train",
-    task_split: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    task_split: Classes = (0.64, 0.16, 0.2),
     split_seed: int = 0,
     name: str = "regression",
     skip_small_tasks: bool = False,
@@ -69,9 +69,9 @@ def from_regression(
       shots: examples of a task to learn from, K.
       queries: examples of a task to evaluate on, Q.
       split: "train", "validation" or "test".
-      task_split: which tasks are for what: by name, as the fractions of train, validation and test for a
-        random split by `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names],
-        "test": [names]}`. None draws from every task, whatever `split` says.
+      task_split: which tasks are for what: the fractions of train, validation and test for a random split by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`.
+        In Python also such a mapping, or a `ClassSplit`. None draws from every task, whatever `split` says.
       split_seed: seed of the random split; episodes depend on the key given to `sample` alone.
       name: of the source, for the protocol card.
       skip_small_tasks: whether to leave out, with a warning, tasks with fewer than K + Q examples.
@@ -167,7 +167,7 @@ def from_table(
     task_column: str = _TASK,
     inputs: tuple[str, ...] = (),
     targets: tuple[str, ...] = (),
-    task_split: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
+    task_split: Classes = "auto",
     split_seed: int = 0,
     skip_small_tasks: bool = False,
 ) -> TaskDistribution:
@@ -184,10 +184,10 @@ def from_table(
       task_column: column that names the task of an example.
       inputs: columns of inputs, in their order; without any all whose name begins with x.
       targets: columns of targets, in their order; without any all whose name begins with y.
-      task_split: which tasks are for what: by name, as the fractions of train, validation and test for a
-        random split by `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names],
-        "test": [names]}`. "auto" is what the column split says, "train", "val" or "test", else the fractions
-        0.64,0.16,0.2. None draws from every task, whatever `split` says.
+      task_split: which tasks are for what: the fractions of train, validation and test for a random split by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`.
+        In Python also such a mapping, or a `ClassSplit`. "auto" is what the column split says, "train", "val"
+        or "test", else the fractions 0.64,0.16,0.2. None draws from every task, whatever `split` says.
       split_seed: seed of the random split; episodes depend on the key given to `sample` alone.
       skip_small_tasks: whether to leave out, with a warning, tasks with fewer than shots + queries examples.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxmeta.checks import ArgumentError, check_count, check_size, shown
-from jaxmeta.core import Batch, Key, Task, TaskDistribution, blank_padding
+from jaxmeta.core import Batch, Key, Task, TaskDistribution, blank_padding, card_of, check_tasks
 
 
 def sequences(
@@ -49,10 +49,13 @@ def sequences(
       >>> support.x.shape, support.y.shape, query.y.shape
       ((50, 28, 28, 1), (50,), (5,))
     """
+    check_tasks(tasks)
     if not isinstance(tasks, TaskDistribution):
         raise ArgumentError(
             "tasks", f"got {type(tasks).__name__}; sequences are made of a jm.TaskDistribution"
         )
+    if tasks.card is None:
+        raise ArgumentError("tasks", "got tasks without a card, whose ways and shots sequences are made of")
     card = tasks.card
     most, shots = card.ways, card.shots
     if not isinstance(most, int) or not isinstance(shots, int) or shots < 1:
@@ -110,10 +113,9 @@ def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
     if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, _Draw):
         raise ArgumentError("tasks", "must be of jm.tasks.sequences")
     check_count("ways", ways)
-    if ways > tasks.card.ways:  # type: ignore[operator]
-        raise ArgumentError(
-            "ways", f"got {ways}; it must be at most the {tasks.card.ways} classes of the tasks"
-        )
+    most = card_of(tasks).ways
+    if ways > most:  # type: ignore[operator]
+        raise ArgumentError("ways", f"got {ways}; it must be at most the {most} classes of the tasks")
     return tasks._replace(
         sample=jax.tree_util.Partial(sample.func, sample.args[0], jnp.asarray(ways, jnp.int32))
     )

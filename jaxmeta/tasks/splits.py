@@ -224,32 +224,57 @@ class ClassSplit:
             )
 
 
+# What a user can give for a class split.
+Classes = ClassSplit | Mapping[str, Iterable[str | int]] | tuple[float, float, float] | str | None
+_CLASSES = (
+    'three fractions such as 0.64,0.16,0.2, a JSON file {"train": [names], "validation": [names], "test": '
+    "[names]}, or in Python such a mapping or a jm.tasks.ClassSplit"
+)
+
+
 def class_split(
-    classes: ClassSplit | tuple[float, float, float] | str | None,
+    classes: Classes,
 ) -> ClassSplit | tuple[float, float, float] | Literal["auto"] | None:
-    """Return the class split in a JSON file, where `classes` is the path of one; else what was given.
+    """Return the class split in a mapping, or in a JSON file where `classes` is the path of one.
+
+    Three fractions, "auto" and None are returned as they are.
 
     Raises:
-      ValueError: there is no such file, or it holds no `{"train": [names], "validation": [names], "test":
-        [names]}`, of which parts may be missing.
+      ValueError: `classes` is none of these, there is no such file, or it holds no `{"train": [names],
+        "validation": [names], "test": [names]}`, of which parts may be missing.
+
+    Examples:
+      >>> class_split({"train": ["cat", "dog"], "test": [7]})
+      ClassSplit(train=('cat', 'dog'), validation=(), test=('7',))
     """
-    if not isinstance(classes, str) or classes == "auto":
+    if classes is None or classes == "auto" or isinstance(classes, ClassSplit):
         return classes  # type: ignore[return-value]
+    if isinstance(classes, Mapping):
+        try:
+            return _of_parts(classes)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError("classes", f"got a mapping that is no class split: {error}") from None
+    if not isinstance(classes, str):
+        if not isinstance(classes, tuple | list) or len(classes) != 3:
+            raise ArgumentError("classes", f"got {shown(classes)}; it must be {_CLASSES}")
+        _check_fractions("classes", classes)
+        return classes
     path = Path(classes).expanduser()
     if not path.is_file():
-        raise ArgumentError(
-            "classes",
-            f"got {classes}; it must be three fractions such as 0.64,0.16,0.2, or a JSON file "
-            '{"train": [names], "validation": [names], "test": [names]}',
-        )
+        raise ArgumentError("classes", f"got {classes}; it must be {_CLASSES}")
     try:
-        parts = parsed_json(path.read_text(encoding="utf-8"))
-        for part, names in parts.items():
-            if isinstance(names, str):
-                raise ValueError(f"{part} must be a sequence of class names, got the string {names!r}")
-        return ClassSplit(**{part: tuple(names) for part, names in parts.items()})
+        return _of_parts(parsed_json(path.read_text(encoding="utf-8")))
     except (AttributeError, TypeError, ValueError) as error:
         raise ArgumentError("classes", f"{path} is no class split in JSON: {error}") from None
+
+
+def _of_parts(parts: Mapping[str, Iterable[str | int]]) -> ClassSplit:
+    """Return the class split of `{"train": names, "validation": names, "test": names}`."""
+    for part, names in parts.items():
+        check_word("part", part, PARTS)
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise ValueError(f"{part} must be a sequence of class names, got {shown(names)}")
+    return ClassSplit(**{part: tuple(map(str, names)) for part, names in parts.items()})
 
 
 def split_of_parts(
@@ -284,7 +309,7 @@ def warn_of_pooled_parts(source: str, parts: Iterable[str]) -> None:
 
 def split_classes(
     present: Sequence[str],
-    classes: ClassSplit | Sequence[float] | str | None,
+    classes: Classes,
     split_seed: int,
     split: str,
     protocol: str,
@@ -293,8 +318,8 @@ def split_classes(
 
     Args:
       present: names of the classes that there are.
-      classes: a split by name, or the path of a JSON file with one; three fractions for a random one by
-        `split_seed`; None to draw from every class, whatever `split` says.
+      classes: a split by name, a mapping or the path of a JSON file with one; three fractions for a random
+        one by `split_seed`; None to draw from every class, whatever `split` says.
       split_seed: seed of the random split; a split by name takes none.
       split: the part to draw from.
       protocol: the sentence so far.
@@ -304,13 +329,12 @@ def split_classes(
     """
     check_part(split)
     check_count("split_seed", split_seed, 0, LARGEST_SEED)
-    classes = class_split(classes)  # type: ignore[arg-type]
+    classes = class_split(classes)
     if classes == "auto":
         classes = FRACTIONS
     if classes is None:
         return ClassSplit(**{split: tuple(present)}), protocol
     if not isinstance(classes, ClassSplit):
-        _check_fractions("classes", classes)
         protocol = protocol or f"random class split {tuple(classes)}, seed {split_seed}"
         classes = ClassSplit.from_fractions(present, classes, split_seed)
     elif split_seed:

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import Key, Rotations, SplitName, Task, TaskStream, episode_keys
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task
 from jaxmeta.tasks.prepared import Prepared
-from jaxmeta.tasks.splits import ClassSplit, split_classes
+from jaxmeta.tasks.splits import Classes, split_classes
 
 # Steps are int32 keys of episodes, so that a stream has an end that nobody reaches.
 _END = 2**31 - 1
@@ -29,7 +28,7 @@ def stream(
     shots: int | tuple[int, int],
     queries: int = 1,
     split: SplitName = "train",
-    classes: ClassSplit | tuple[float, float, float] | Literal["auto"] | str | None = "auto",
+    classes: Classes = "auto",
     split_seed: int = 0,
     rotations: Rotations = "none",
     protocol: str = "",
@@ -53,10 +52,11 @@ def stream(
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to be judged on.
       split: "train", "validation" or "test".
-      classes: class split: by name, as the fractions of train, validation and test for a random split by
-        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. "auto" is that of the data's own parts (folders or lists train, val and test) where these
-        share no class, else the fractions 0.64,0.16,0.2. None draws from every class, whatever `split` says.
+      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
+        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
+        also such a mapping, or a `ClassSplit`. "auto" is that of the data's own parts (folders or lists
+        train, val and test) where these share no class, else the fractions 0.64,0.16,0.2. None draws from
+        every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key of the stream alone.
         A split by name takes none.
       rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_count
-from jaxmeta.core import Batch, Key, Task, TaskDistribution, TaskStream
+from jaxmeta.core import Batch, Key, Task, TaskDistribution, TaskStream, card_of, check_tasks
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
@@ -51,26 +51,28 @@ def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDis
     check_count("batch", batch, 2)
     if batch % 2:
         raise ArgumentError("batch", f"got {batch}; it must be even")
-    sample, classes = getattr(tasks, "sample", None), tasks.card.classes
+    check_tasks(tasks)
+    sample, card = getattr(tasks, "sample", None), card_of(tasks)
+    classes = card.classes
     draw = None
     if isinstance(sample, jax.tree_util.Partial):
         draw = next((ours for theirs, ours in _DRAWS if theirs is sample.func), None)
     if sample is None or draw is None or classes is None:
-        kind = "a stream" if isinstance(tasks, TaskStream) else f"{tasks.card.kind} tasks"
+        kind = "a stream" if isinstance(tasks, TaskStream) else f"{card.kind} tasks"
         raise ArgumentError(
             "tasks",
-            f"got {kind} of {tasks.card.tasks!r}, whose classes and examples are not at hand; it must "
+            f"got {kind} of {card.tasks!r}, whose classes and examples are not at hand; it must "
             "be tasks of from_arrays, of a source that holds its examples in memory (omniglot, from_folder, "
             "from_tfds, from_prepared, …) or of glyphs",
         )
     said = f"all {classes:,} classes at once, mini-batches of {batch}"
     card = dataclasses.replace(
-        tasks.card,
+        card,
         ways=classes,
         shots=1,
         queries=1,
         # How episodes are drawn, which that sentence may tell, is true of the classes alone.
-        protocol=f"{said}, of: {tasks.card.protocol}" if tasks.card.protocol else said,
+        protocol=f"{said}, of: {card.protocol}" if card.protocol else said,
     )
     return TaskDistribution(jax.tree_util.Partial(draw, MiniBatch(classes, int(batch)), *sample.args), card)
 

@@ -17,7 +17,7 @@ from jaxmeta.tasks.cache import cache_folder, make_room
 from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_form, decode, default_side, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.records import tensorflow_datasets
-from jaxmeta.tasks.splits import ClassSplit, check_part
+from jaxmeta.tasks.splits import Classes, check_part
 
 _AT_ONCE = 64  # images read together
 _AS_ARRAY_RECORD = 'tfds.builder({!r}).download_and_prepare(file_format="array_record")'
@@ -90,7 +90,7 @@ def from_tfds(
     queries: int = 1,
     size: int | None = None,
     channels: Literal[1, 3] | None = None,
-    classes: ClassSplit | tuple[float, float, float] | str | None = (0.64, 0.16, 0.2),
+    classes: Classes = (0.64, 0.16, 0.2),
     split_seed: int = 0,
     rotations: Rotations = "none",
     image: str | None = None,
@@ -112,9 +112,9 @@ def from_tfds(
       size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
         images far smaller than the others.
       channels: 1 for grey, 3 for colour; None for what the data set says of itself, or its images.
-      classes: class split: by name, as the fractions of train, validation and test for a random split by
-        `split_seed`, or as the path of a JSON file `{"train": [names], "validation": [names], "test":
-        [names]}`. None draws from every class, whatever `split` says.
+      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
+        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
+        also such a mapping, or a `ClassSplit`. None draws from every class, whatever `split` says.
       split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
         A split by name takes none.
       rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class

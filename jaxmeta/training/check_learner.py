@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxmeta import losses
 from jaxmeta.checks import ArgumentError
-from jaxmeta.core import Batch, Key, Learner, Params, PyTree, Task, TaskDistribution, TaskStream
+from jaxmeta.core import Batch, Key, Learner, Params, PyTree, Task, TaskDistribution, TaskStream, check_tasks
 from jaxmeta.learner_form import is_library_made, normalized
 from jaxmeta.training.sharding import sample_of
 
@@ -52,6 +52,7 @@ def check_learner(learner: Learner, tasks: TaskDistribution | TaskStream) -> Non
         - predict: gives float32 of shape (3,) for 3 queries; it must be of the targets' shape, (3, 1)
     """
     learner = normalized(learner)
+    check_tasks(tasks)
     _refuse(_problems(learner, sample_of(tasks), jax.random.key(0), all_shots=True))
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_count
-from jaxmeta.core import Key, Learner, Params, PyTree, Source, TaskDistribution, episode_keys
+from jaxmeta.checks import check_count, check_key
+from jaxmeta.core import Key, Learner, Params, PyTree, Source, TaskDistribution, check_tasks, episode_keys
 from jaxmeta.learner_form import normalized
 from jaxmeta.training import sharding
 
@@ -83,6 +83,8 @@ def meta_gradient_alignment(
     """
     check_count("episodes", episodes)
     learner, compared_to = normalized(learner), normalized(compared_to)
+    check_tasks(tasks)
+    check_key("key", key)
     found = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
     return Alignment(*map(float, found))
 

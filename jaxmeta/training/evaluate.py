@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_count, check_function
+from jaxmeta.checks import ArgumentError, check_count, check_function, check_key
 from jaxmeta.core import (
     Batch,
     Key,
@@ -23,13 +23,14 @@ from jaxmeta.core import (
     Task,
     TaskDistribution,
     TaskStream,
+    check_tasks,
     episode_keys,
 )
 from jaxmeta.learner_form import normalized
 from jaxmeta.losses import ScoreOrLoss, full_precision, metric_label, scores
 from jaxmeta.training import sharding
 from jaxmeta.training.sharding import Devices, sample_of
-from jaxmeta.training.step import check_stream, stream_batches
+from jaxmeta.training.step import check_params_kind, check_stream, stream_batches
 
 # Episodes at once on an accelerator: enough to fill it, few enough for its memory.
 _VMAPPED = 100
@@ -132,6 +133,7 @@ def evaluate_episodes(
     if batch is not None:
         check_count("batch", batch)
     learner = _with_metric(learner, metric)
+    _check_arguments(params, tasks, key)
     mesh = sharding.evaluation_mesh(devices)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
@@ -213,6 +215,7 @@ def run_episodes(
     """
     check_count("episodes", episodes)
     learner = _with_metric(learner, metric)
+    _check_arguments(params, tasks, key)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
         parts = [
@@ -226,6 +229,13 @@ def run_episodes(
     _check_slots_exist(values, episodes)
     scored = np.where(values.queries > 0, values.value, np.nan)
     return Episodes(drawn, adapted, outputs, scored)
+
+
+def _check_arguments(params: Params, tasks: TaskDistribution | TaskStream, key: Key) -> None:
+    # The tasks first: two arguments in the wrong order are then named by what stands where tasks are due.
+    check_tasks(tasks)
+    check_params_kind(params)
+    check_key("key", key)
 
 
 def _with_metric(learner: Learner, metric: Metric | None) -> Learner:
@@ -329,9 +339,9 @@ def evaluate_metrics(
       key: episode i is drawn with `fold_in(key, i)`.
     """
     check_count("episodes", episodes)
-    sums = _sums(
-        _metrics_of(normalized(learner)), episodes, params, sharding.as_argument(tasks.sample), key, 0
-    )
+    learner = normalized(learner)
+    _check_arguments(params, tasks, key)
+    sums = _sums(_metrics_of(learner), episodes, params, sharding.as_argument(tasks.sample), key, 0)
     return {
         name: float(total) / float(count) if count else math.nan
         for name, (total, count) in jax.device_get(sums).items()
@@ -363,6 +373,8 @@ def calibrate(
     Raises:
       ValueError: the learner has no statistics to fill, or `episodes` is below 1.
     """
+    learner = normalized(learner)
+    _check_arguments(params, tasks, key)
     if learner.statistics is None:
         raise ArgumentError(
             "learner", "got one without batch statistics (learner.statistics is None); nothing to fill"

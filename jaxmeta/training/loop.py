@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxmeta import learner_form, losses
-from jaxmeta.checks import ArgumentError, check_count, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_function, check_key, check_word
 from jaxmeta.core import (
     Key,
     Learner,
@@ -32,6 +32,7 @@ from jaxmeta.core import (
     Task,
     TaskDistribution,
     TaskStream,
+    check_tasks,
     episode_keys,
 )
 from jaxmeta.learner_form import normalized
@@ -194,7 +195,9 @@ def train(
       params: parameters to start from, as `learner.init` gives them; None for those that it draws. A run
         that is resumed goes on from its checkpoint.
       meta_batch, strategy, devices, compared_to: see `meta_step`. Small dense networks are fastest with
-        strategy="vmap", on CPUs too; "auto" is made for convolutions.
+        strategy="vmap", on CPUs too; "auto" is made for convolutions. CPUs are one device, whatever their
+        cores, unless `JAX_NUM_CPU_DEVICES=N` in the environment, or `jax.config.update("jax_num_cpu_devices",
+        N)` before JAX is first used, makes N of them.
       validation: tasks to choose the best parameters by; None to keep the last. A stream must be
         built with `jm.training.validation_key(key)` and `for_evaluation=True`.
       validation_episodes: fixed episodes in a validation, at least 2.
@@ -233,6 +236,13 @@ def train(
     )
     check_word("non_finite", non_finite, get_args(NonFinite))
     learner = normalized(learner)
+    check_tasks(tasks)
+    check_key("key", key)
+    if validation is not None:
+        check_tasks(validation, "validation")
+    for name, function in (("report", report), ("should_stop", should_stop)):
+        if function is not None:
+            check_function(name, function)
     if validation is not None and maximize is None:
         maximize = _is_maximized(learner)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)

@@ -10,7 +10,7 @@ holds its part of every array.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.checks import ArgumentError, check_count, described
 from jaxmeta.core import Key, PyTree, Task, TaskDistribution, TaskStream
 from jaxmeta.nn import shared
 
@@ -48,7 +48,9 @@ def make_mesh(
         there are, of all processes.
 
     Raises:
-      ValueError: a number below 1, or fewer devices.
+      ValueError: a number below 1, or fewer devices. On CPUs there is one device unless
+        `JAX_NUM_CPU_DEVICES` in the environment, or `jax.config.update("jax_num_cpu_devices", N)` before JAX
+        is first used, says how many there are.
 
     Examples:
       >>> dict(make_mesh(tasks=1).shape)
@@ -57,12 +59,36 @@ def make_mesh(
     sizes = dict(zip(AXES, (tasks, examples, params), strict=True))
     for name, size in sizes.items():
         check_count(name, size)
+    _check_devices(devices)
     found = list(jax.devices() if devices is None else devices)
     needed = math.prod(sizes.values())
     if needed > len(found):
         product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        raise ValueError(f"{product}: these are {needed} devices, and there are {len(found)}")
+        raise ValueError(
+            f"{product}: these are {needed} devices, and there are {len(found)}{more_cpus(needed, found)}"
+        )
     return Mesh(np.reshape(np.asarray(found[:needed]), tuple(sizes.values())), AXES)
+
+
+def more_cpus(wanted: int, there: Sequence[jax.Device]) -> str:
+    """Return how CPU cores are made into `wanted` devices, to follow an error; nothing of accelerators."""
+    if any(device.platform != "cpu" for device in there):
+        return ""
+    return (
+        f"; a CPU is one device unless JAX_NUM_CPU_DEVICES={wanted} is set in the environment, or "
+        f'jax.config.update("jax_num_cpu_devices", {wanted}) is called before JAX is first used'
+    )
+
+
+def _check_devices(devices: object) -> None:
+    if devices is None or isinstance(devices, Mesh):
+        return
+    if not isinstance(devices, Iterable) or not all(isinstance(each, jax.Device) for each in devices):
+        raise ArgumentError(
+            "devices",
+            f"got {described(devices)}; it must be devices, such as jax.devices()[:2], or a mesh of "
+            f"jm.make_mesh(tasks=2){more_cpus(devices, jax.devices()) if type(devices) is int else ''}",
+        )
 
 
 def num_shards(tasks: int, most: int) -> int:
@@ -114,6 +140,7 @@ def task_mesh(tasks: int, devices: Devices = None, *, divisible: bool = False) -
                 "share a task",
             )
         return devices
+    _check_devices(devices)
     if not len(devices) or (tasks % len(devices) and not divisible):
         raise ArgumentError(
             "devices",

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_count, check_slots
+from jaxmeta.checks import ArgumentError, check_count, check_key, check_optimizer, check_slots, described
 from jaxmeta.core import (
+    Batch,
     Key,
     Learner,
     Optimizer,
@@ -24,6 +25,7 @@ from jaxmeta.core import (
     Task,
     TaskDistribution,
     TaskStream,
+    check_tasks,
     episode_keys,
 )
 from jaxmeta.learner_form import normalized
@@ -87,10 +89,15 @@ def init_state(
         start = _draw(learner, sample, key) if given is None else given
         return start, optimizer.init(start)
 
-    learner, sample = normalized(learner), sample_of(tasks)
+    learner = normalized(learner)
+    check_tasks(tasks)
+    check_optimizer("optimizer", optimizer)
+    check_key("key", key)
+    sample = sample_of(tasks)
     check_functions(learner, sample, key)
     drawn = jax.eval_shape(partial(_draw, learner), sample, key)
     if params is not None:
+        check_params_kind(params)
         _check_params(params, drawn)
     # Compiled as a whole: `init` reads the task's shapes only, so that drawing it is dead code.
     if devices is None or devices.size == 1:
@@ -110,6 +117,21 @@ def drawn_params(learner: Learner, tasks: TaskDistribution | TaskStream, key: Ke
 def _draw(learner: Learner, sample: Callable[[Key], Task], key: Key) -> Params:
     init_key, task_key = jax.random.split(jax.random.fold_in(key, _INIT))
     return learner.init(init_key, sample(task_key))
+
+
+def check_params_kind(params: Params) -> None:
+    """Refuse for parameters what is known to be something else.
+
+    Raises:
+      ArgumentError: it is.
+    """
+    if isinstance(params, TrainState):
+        raise ArgumentError("params", "got TrainState(…); it must be the parameters in it, state.params")
+    if isinstance(params, Learner | TaskDistribution | TaskStream | Task | Batch) or callable(params):
+        raise ArgumentError(
+            "params",
+            f"got {described(params)}; it must be parameters, as learner.init gives them",
+        )
 
 
 def _check_params(params: Params, drawn: Params) -> None:
@@ -213,6 +235,7 @@ def meta_step(
     """
     check_count("meta_batch", meta_batch)
     learner = normalized(learner)
+    check_optimizer("optimizer", optimizer)
     compared_to = None if compared_to is None else normalized(compared_to)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     own = meta_batch // mesh.shape[sharding.TASKS]

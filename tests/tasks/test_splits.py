@@ -87,7 +87,7 @@ def test_a_split_is_read_from_a_json_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, r"got .*split\.json; it must be three fractions such as 0\.64,0\.16,0\.2, or a JSON file"),
+        (None, r"got .*split\.json; it must be three fractions such as 0\.64,0\.16,0\.2, a JSON file"),
         ("{", r"split\.json is no class split in JSON: "),
         ("[]", r"is no class split in JSON: "),
         ('{"training": ["a"]}', r"is no class split in JSON: .*training"),
@@ -102,6 +102,37 @@ def test_what_is_no_file_of_a_split_is_refused(tmp_path, content, says):
         path.write_text(content, encoding="utf-8")
     with pytest.raises(ArgumentError, match=says) as raised:
         class_split(str(path))
+    assert raised.value.name == "classes"
+
+
+def test_a_split_is_taken_as_a_mapping_of_labels_as_the_class_split_it_stands_for():
+    x, y = np.arange(16, dtype=np.float32).reshape(8, 2), np.repeat([3, 10, 20, 7], 2)
+    mapping = {"train": [3, 10], "test": np.array([20, 7])}
+    split = ClassSplit(train=("3", "10"), test=("20", "7"))
+    assert class_split(mapping) == split
+    tasks = [from_arrays(x, y, ways=2, shots=1, split="test", classes=each) for each in (mapping, split)]
+    assert tasks[0].classes == tasks[1].classes == ("7", "20")
+    assert tasks[0].card == tasks[1].card
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"training": ["a"]},
+            r"got a mapping that is no class split: part: got 'training'; it must be",
+        ),
+        ({"train": "ab"}, r"train must be a sequence of class names, got 'ab'"),
+        ({"train": 3}, r"train must be a sequence of class names, got 3"),
+        ({"train": ["a"], "test": ["a"]}, r"overlaps: 'a' in both train and test"),
+        ({"a", "b"}, r"three fractions .* a JSON file \{.*\}, or in Python such a mapping or a .*ClassSplit"),
+        (0.5, r"got 0\.5; it must be three fractions .* such a mapping or a jm\.tasks\.ClassSplit"),
+        ({"train": ["z"]}, r"there is no example of 1 classes of split='train': 'z'"),
+    ],
+)
+def test_what_is_no_class_split_is_refused_by_the_name_of_the_argument(given, says):
+    with pytest.raises(ArgumentError, match=says) as raised:
+        from_arrays(np.zeros((4, 2), np.float32), list("abab"), ways=1, shots=1, classes=given)
     assert raised.value.name == "classes"
 
 
