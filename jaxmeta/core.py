@@ -224,6 +224,8 @@ class TaskStream(NamedTuple):
       key: that the episodes are numbered from by `episode_keys`, where they are: what trains or
         evaluates with another refuses the stream.
       for_evaluation: whether they are numbered as an evaluation does.
+      names: `(step) -> names`, of the classes of the tasks that `at(step)` gives: an array `(tasks, ways)` of
+        texts, slot after slot, "" for slots that are padding. None where classes have no names.
     """
 
     at: Callable[[int], Task]
@@ -231,6 +233,7 @@ class TaskStream(NamedTuple):
     batches: Callable[[int], Iterator[Task]] | None = None
     key: Key | None = None
     for_evaluation: bool = False
+    names: Callable[[int], np.ndarray] | None = None
 
 
 def card_of(tasks: TaskDistribution | TaskStream) -> ProtocolCard:

@@ -14,7 +14,7 @@ from jaxmeta.cli import evaluate as evaluating
 from jaxmeta.cli import folders, run, schema, sources
 from jaxmeta.cli import transfer as transferring
 from jaxmeta.cli.config import Base, Chosen, base_of, from_json, is_run, load_config, on_other_tasks, resolve
-from jaxmeta.cli.parser import Group, Parser, UsageError, call, normalized, of_function
+from jaxmeta.cli.parser import Given, Group, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.target_data import target_settings
 from jaxmeta.transfer.weight_files import HUB
@@ -202,12 +202,16 @@ def evaluate(argv: Sequence[str]) -> None:
     """Evaluate a run's parameters on test tasks: those of its report, or others."""
     about = {
         "json": "also write the result here",
+        "confusion": "also draw here which classes are taken for which, as a PNG",
         "learner": "module:name of a method of your own that the run was trained with",
         "network": "module:name of a network of your own that the run was trained with",
         "tasks": "evaluate on other tasks of the same kind; or module:name of your own that the run was "
         "trained with",
     }
     own = {name: Setting(name, str | None, None, text) for name, text in about.items()}
+    own["per_class"] = Setting(
+        "per_class", bool, False, "also report accuracy and most frequent confusions of each class, by name"
+    )
     output = Group("output", "output and code of your own", own, {})
     words = [
         (
@@ -252,8 +256,8 @@ def evaluate(argv: Sequence[str]) -> None:
             Path(folder).expanduser(),
             with_absolute_paths(given.values),
             tasks=tasks,
-            json=given.values.get("output", {}).get("json"),
             trusted=believed,
+            **_outputs(given),
         )
 
 
@@ -292,7 +296,13 @@ def _evaluate_weights(
         raise UsageError(f"--tasks: is missing; {source} is no run that says what it was trained on")
     with parser.naming_flags():
         config = resolve(base, with_absolute_paths(given.values))
-        evaluating.evaluate_weights(source, config, network=own.get("network"), json=own.get("json"))
+        evaluating.evaluate_weights(source, config, network=own.get("network"), **_outputs(given))
+
+
+def _outputs(given: Given) -> dict[str, Any]:
+    """Return what an evaluation is told to report."""
+    own = given.values.get("output", {})
+    return {name: own[name] for name in ("json", "per_class", "confusion") if name in own}
 
 
 def compare(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import folders, sources
+from jaxmeta.cli import per_class as per_class_report
 from jaxmeta.cli.backbones import load_backbone
 from jaxmeta.cli.classifier import by_prototypes
 from jaxmeta.cli.config import Config
@@ -19,7 +20,7 @@ from jaxmeta.cli.run import evaluation_key, print_results, sentence
 from jaxmeta.core import card_of
 from jaxmeta.files import write_json
 from jaxmeta.nn.norm import STATISTICS
-from jaxmeta.training import Evaluation, evaluate_episodes
+from jaxmeta.training import Evaluation, evaluate_classes, evaluate_episodes
 from jaxmeta.training.sharding import sample_of
 
 # The method that weights are evaluated by; its settings are not asked for.
@@ -29,7 +30,13 @@ _SHOWN = 16
 
 
 def evaluate_weights(
-    source: str, config: Config, *, network: str | None = None, json: str | None = None
+    source: str,
+    config: Config,
+    *,
+    network: str | None = None,
+    json: str | None = None,
+    per_class: bool = False,
+    confusion: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate the features of a source on test tasks, and print the result.
 
@@ -41,11 +48,13 @@ def evaluate_weights(
       config: whose tasks, episodes, seed and devices count.
       network: of weights that do not say which network they are of.
       json: also write the result here.
+      per_class: whether accuracy and confusions of each class are among the result.
+      confusion: also draw the confusions here.
 
     Raises:
       ArgumentError: tasks of something else than images; a source that takes no such images.
     """
-    target = folders.output_file("json", json)
+    target, picture = folders.output_file("json", json), folders.output_file("confusion", confusion)
     backbone = load_backbone(source, network=network)
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
     key = evaluation_key(config.run.seed)
@@ -53,12 +62,18 @@ def evaluate_weights(
     images = image_spec(test, config.names().source.ink)
     if images is None:
         raise ArgumentError("tasks", f"{config.tasks['name']} are no images")
+    by_class = per_class or picture is not None
+    if by_class:
+        per_class_report.check_named(test, "per_class" if per_class else "confusion")
     shape = (images.size, images.size, images.channels)
     input = backbone.input(shape, lambda channels: images.mean, images.ink)
     shown = jax.vmap(lambda key: sample_of(test)(key).support.x)(jax.random.split(key, _SHOWN))
     learner, params = by_prototypes(backbone, input, np.asarray(shown).reshape(-1, *shape))
     episodes = config.run.episodes
-    found = Evaluation.of(evaluate_episodes(learner, params, test, episodes=episodes, key=key, devices=mesh))
+    drawn: dict[str, Any] = {"episodes": episodes, "key": key, "devices": mesh}
+    classes = {"inductive": evaluate_classes(learner, params, test, **drawn)} if by_class else {}
+    values = classes["inductive"].scores if by_class else evaluate_episodes(learner, params, test, **drawn)
+    found = Evaluation.of(values)
     normalises = STATISTICS in params["model"]
     norm = "population" if normalises else "none"
     card = card_of(test)
@@ -76,6 +91,7 @@ def evaluate_weights(
         "inverted": input.inverted,
         "seed": config.run.seed,
         "accuracy": accuracy,
+        **({"per_class": per_class_report.as_json(classes)} if classes else {}),
         **machine(mesh),
     }
     print(f"nearest prototypes of the features of {backbone.about}")
@@ -87,4 +103,8 @@ def evaluate_weights(
     print_results(result, config)
     if target is not None:
         write_json(Path(target), result)
+    if per_class:
+        per_class_report.print_classes(classes)
+    if picture is not None:
+        per_class_report.draw_classes(picture, classes, f"{source} on {card.tasks}")
     return result

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import build, folders, names, schema, sources
+from jaxmeta.cli import per_class as per_class_report
 from jaxmeta.cli.command_line import command_of_config
 from jaxmeta.cli.config import Config, check, load_config, on_other_tasks
 from jaxmeta.cli.data import check_data, check_images, image_spec, images_of, with_image_settings
@@ -40,10 +41,12 @@ from jaxmeta.cli.signals import Signalled, Signals
 from jaxmeta.core import Batch, Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream, card_of
 from jaxmeta.files import replacing, write_json, write_new_json, write_text
 from jaxmeta.training import (
+    ClassEvaluation,
     Evaluation,
     Stopped,
     TrainState,
     calibrate,
+    evaluate_classes,
     evaluate_episodes,
     evaluate_metrics,
     hosts,
@@ -260,7 +263,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         _read_back(out, config, params, results, hint)
         try:
             params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
-            found, episodes = _results(config, params, parts.test, run.seed, parts.mesh)
+            found, episodes, _ = _results(config, params, parts.test, run.seed, parts.mesh)
         except Exception:
             warnings.warn(f"training has ended, its evaluation has not; {hint}", stacklevel=2)
             raise
@@ -455,6 +458,8 @@ def evaluate_run(
     *,
     tasks: str | None = None,
     json: str | None = None,
+    per_class: bool = False,
+    confusion: str | None = None,
     trusted: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Evaluate the parameters of a run on test tasks that flags may change, and print the result.
@@ -464,10 +469,12 @@ def evaluate_run(
       given: flags by group.
       tasks: name of other tasks than those of the run.
       json: also write the result here.
+      per_class: whether accuracy and confusions of each class are among the result.
+      confusion: also draw the confusions here.
       trusted: names of code of one's own that may be imported.
     """
     before = load_config(folder, trusted)
-    target = folders.output_file("json", json)
+    target, picture = folders.output_file("json", json), folders.output_file("confusion", confusion)
     run = dict(given.get("run", {}))
     other = tasks is not None and tasks != before.tasks["name"]
     config = (sources.with_columns(on_other_tasks(before, str(tasks))) if other else before).replaced(
@@ -483,13 +490,18 @@ def evaluate_run(
         check_images(before, test, folder, str(tasks))
     else:
         check_data(before, test, folder)
+    by_class = per_class or picture is not None
+    if by_class:
+        per_class_report.check_named(test, "per_class" if per_class else "confusion")
     params = params_of(folder, before)
+    found, _, classes = _results(config, params, test, seed, mesh, by_class=by_class)
     result = {
         "run": str(folder),
         **_what(config, test),
         "eval_steps": config.learner.get("eval_steps"),
         "seed": seed,
-        **_results(config, params, test, seed, mesh)[0],
+        **found,
+        **({"per_class": per_class_report.as_json(classes)} if classes else {}),
         **machine(mesh),
     }
     tasks = plural(config.run.episodes, "task")
@@ -501,6 +513,10 @@ def evaluate_run(
     if (summary := sources.summary_of(config)) is not None:
         print(f"read: {summary}")
     print_results(result, config)
+    if per_class:
+        per_class_report.print_classes(classes)
+    if picture is not None:
+        per_class_report.draw_classes(picture, classes, f"{config.learner['name']} on {card_of(test).tasks}")
     results.check()
     return result
 
@@ -581,14 +597,22 @@ def _with_population(
 
 
 def _results(
-    config: Config, params: Params, test: TaskDistribution | TaskStream, seed: int, mesh: Mesh
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Return accuracy by row, or mean squared error by number of inner steps; and those of each episode."""
+    config: Config,
+    params: Params,
+    test: TaskDistribution | TaskStream,
+    seed: int,
+    mesh: Mesh,
+    *,
+    by_class: bool = False,
+) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, ClassEvaluation]]:
+    """Return accuracy by row, or mean squared error by number of inner steps; and those of each episode.
+
+    The third are the results of each class by row, where they are asked for.
+    """
+    drawn: dict[str, Any] = {"episodes": config.run.episodes, "key": evaluation_key(seed), "devices": mesh}
 
     def of(learner: Learner, params: Params) -> np.ndarray:
-        return evaluate_episodes(
-            learner, params, test, episodes=config.run.episodes, key=evaluation_key(seed), devices=mesh
-        )
+        return evaluate_episodes(learner, params, test, **drawn)
 
     def values(config: Config, norm: str) -> np.ndarray:
         return of(build.learner_of(config, norm), params)
@@ -598,10 +622,18 @@ def _results(
         return {"mean": found.mean, "ci95": found.ci95}
 
     results: dict[str, Any] = {}
+    classes: dict[str, ClassEvaluation] = {}
     ways = card_of(test).ways
     if metric_name(test) == "accuracy":
         rows = config.names().facts.rows
-        episodes = {name: values(config, norm) for name, norm in rows.items()}
+        if by_class:
+            classes = {
+                name: evaluate_classes(build.learner_of(config, norm), params, test, **drawn)
+                for name, norm in rows.items()
+            }
+            episodes = {name: found.scores for name, found in classes.items()}
+        else:
+            episodes = {name: values(config, norm) for name, norm in rows.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in rows.items()}
         if isinstance(ways, int):
             results["chance"] = 1 / ways
@@ -628,7 +660,7 @@ def _results(
         results["mse_of_mean"] = row(of(_MEAN, {}))
         if by_step:
             results["mse_by_step"] = {str(steps): row(found) for steps, found in by_step.items()}
-    return results, {name: found.tolist() for name, found in episodes.items()}
+    return results, {name: found.tolist() for name, found in episodes.items()}, classes
 
 
 def _mean_of_targets(params: Params, support: Batch, key: Key) -> Array:

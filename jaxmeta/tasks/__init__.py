@@ -2,9 +2,10 @@
 
 from jaxmeta.tasks.array_files import from_npz
 from jaxmeta.tasks.attributes import cub_attributes
+from jaxmeta.tasks.class_names import classes_of
 from jaxmeta.tasks.digits import mnist, mnist_images, usps, usps_images
 from jaxmeta.tasks.distortions import distort
-from jaxmeta.tasks.episodes import classes_of, from_arrays
+from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
 from jaxmeta.tasks.harmonic import harmonic

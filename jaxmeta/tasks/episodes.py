@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown, some
-from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution, card_of
+from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import Classes, split_classes
 from jaxmeta.tasks.subset import ordered_subset
@@ -292,47 +292,6 @@ def from_arrays(
     return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card, tuple(names))
 
 
-def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
-    """The names of the classes of one episode, slot after slot.
-
-    Args:
-      tasks: of `from_arrays`, or of what builds on it (`omniglot`, `mnist`, `from_folder`, …).
-      key: the one that `tasks.sample` draws the episode by: that of episode i of `jm.evaluate(key=key)` is
-        `jax.random.split(jax.random.fold_in(key, i))[0]`.
-
-    Returns:
-      A name for each slot, with " turned by 90°" and so on after that of a class whose turns are classes of
-      their own; an empty text for slots that are padding.
-
-    Raises:
-      ValueError: tasks of another source.
-
-    Examples:
-      >>> import jax, numpy as np
-      >>> x = np.array([[1.0], [3.0], [7.0]], np.float32).repeat(2, 0)
-      >>> tasks = from_arrays(x, np.array(["one", "three", "seven"]).repeat(2), ways=2, shots=1)
-      >>> key = jax.random.key(0)
-      >>> classes_of(tasks, key), tasks.sample(key).support.x[:, 0].tolist()
-      (('one', 'seven'), [1.0, 7.0])
-    """
-    sample = getattr(tasks, "sample", None)
-    if not isinstance(sample, jax.tree_util.Partial) or sample.func is not draw_episode or not tasks.classes:
-        raise ArgumentError(
-            "tasks",
-            f"got tasks of {card_of(tasks).tasks!r}, whose classes have no names; it must be few-shot tasks "
-            "of from_arrays, or of a source that holds its examples in memory (omniglot, from_folder, …)",
-        )
-    shape, data = sample.args
-    drawn = jax.device_get(draw_rows(shape, data.offsets, data.sizes, key, data.groups))
-    there = np.ones(shape.ways[1], bool) if drawn.asked is None else drawn.asked.any(1)
-    turns = drawn.turns if shape.rotations == "classes" else np.zeros_like(drawn.turns)
-    names = [
-        f"{tasks.classes[index]} turned by {90 * turn}°" if turn else tasks.classes[index]
-        for index, turn in zip(drawn.classes.tolist(), turns.tolist(), strict=True)
-    ]
-    return tuple(name if real else "" for name, real in zip(names, there, strict=True))
-
-
 class Drawn(NamedTuple):
     """Which examples an episode is made of.
 
@@ -393,6 +352,20 @@ def draw_rows(
         if shape.ways[0] < ways:
             asked = jnp.broadcast_to(present, (ways, queries))
     return Drawn(classes, rows, turns, real, asked)
+
+
+def names_of_slots(
+    shape: EpisodeShape, classes: Sequence[str], drawn: Drawn
+) -> Shaped[np.ndarray, "tasks ways"]:
+    """Return the name of the class of each slot of drawn episodes, "" for slots that are padding.
+
+    A turn that is a class of its own has " turned by 90°" and so on behind the name.
+    """
+    names = np.array(classes)[np.asarray(drawn.classes)]
+    if shape.rotations == "classes":
+        turned = np.array(["", *(f" turned by {90 * turn}°" for turn in (1, 2, 3))])
+        names = np.char.add(names, turned[np.asarray(drawn.turns)])
+    return names if drawn.asked is None else np.where(np.asarray(drawn.asked).any(-1), names, "")
 
 
 def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxmeta.checks import ArgumentError, check_count, check_size, shown
 from jaxmeta.core import Batch, Key, ProtocolCard, SplitName, Task, TaskDistribution
@@ -79,7 +79,7 @@ def glyphs(
     )
     shape = GlyphShape(ways, shots, queries, size)
     data = jnp.int32(classes.start), jnp.int32(len(classes))
-    return TaskDistribution(jax.tree_util.Partial(draw_glyphs, shape, *data), card)
+    return TaskDistribution(jax.tree_util.Partial(draw_glyphs, shape, *data), card, getattr(_split(), split))
 
 
 def glyph_metadata(class_id: Int[Array | np.ndarray, "*batch"] | int) -> Float[Array, "*batch metadata"]:
@@ -123,13 +123,16 @@ class GlyphShape:
     size: int
 
 
+def draw_classes(shape: GlyphShape, count: Int[Array, ""], key: Key) -> Int[Array, " ways"]:
+    """Return which of `count` classes the task of a key has, slot after slot."""
+    return _drawn_bits(shape, count, key)[0]
+
+
 def draw_glyphs(shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key) -> Task:
     """One task from the `count` classes that start at `first`."""
     ways, each = shape.ways, shape.shots + shape.queries
-    # One call of the generator: each costs compile time.
-    bits = jax.random.bits(key, (ways + ways * each * HAND,), jnp.uint32)
-    drawn = ordered_subset(bits[:ways], count)
-    hands = hands_of(bits[ways:]).reshape(ways, each, HAND)
+    drawn, bits = _drawn_bits(shape, count, key)
+    hands = hands_of(bits).reshape(ways, each, HAND)
     points, present = jax.vmap(class_strokes)(first + drawn)
 
     def of_class(hands, points, present):
@@ -146,6 +149,16 @@ def draw_glyphs(shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""],
     if not shape.shots:
         support = Batch(jax.vmap(metadata_of)(points, present), slots, ways=ways)
     return Task(support, batch(images[:, shape.shots :]))
+
+
+def _drawn_bits(
+    shape: GlyphShape, count: Int[Array, ""], key: Key
+) -> tuple[Int[Array, " ways"], UInt32[Array, " bits"]]:
+    """Return the classes of a task, and the random bits of the hands that draw its examples."""
+    ways, each = shape.ways, shape.shots + shape.queries
+    # One call of the generator: each costs compile time.
+    bits = jax.random.bits(key, (ways + ways * each * HAND,), jnp.uint32)
+    return ordered_subset(bits[:ways], count), bits[ways:]
 
 
 @functools.cache

@@ -82,8 +82,8 @@ def sequences(
     labels = "" if strings is None else f", labels of {strings[1]} characters of {strings[0]} letters"
     said = f"sequences of {length} examples, labels one step late{labels}"
     card = dataclasses.replace(card, protocol=", ".join(filter(None, (card.protocol, said))))
-    draw = _Draw(length, even, strings)
-    found = TaskDistribution(jax.tree_util.Partial(draw, tasks.sample, None), card)
+    draw = DrawSequence(length, even, strings)
+    found = TaskDistribution(jax.tree_util.Partial(draw, tasks.sample, None), card, tasks.classes)
     return found if ways is None else with_ways(found, ways)
 
 
@@ -110,7 +110,7 @@ def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
       ValueError: they are not of `sequences`, or have not as many classes.
     """
     sample = getattr(tasks, "sample", None)
-    if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, _Draw):
+    if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, DrawSequence):
         raise ArgumentError("tasks", "must be of jm.tasks.sequences")
     check_count("ways", ways)
     most = card_of(tasks).ways
@@ -122,14 +122,21 @@ def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Draw:
+class DrawSequence:
+    """Draw a task, and make its support set a sequence."""
+
     length: int
     even: bool
     strings: tuple[int, int] | None
 
+    @staticmethod
+    def episode_key(key: Key) -> Key:
+        """Return the key that the task is drawn by."""
+        return jax.random.split(key, 3)[0]
+
     def __call__(self, sample, ways: Int[Array, ""] | None, key: Key) -> Task:
-        episode, order, names = jax.random.split(key, 3)
-        support, query = sample(episode)
+        _, order, names = jax.random.split(key, 3)
+        support, query = sample(self.episode_key(key))
         most = support.ways
         shots, each = support.y.shape[0] // most, self.length // most
         steps = jnp.arange(self.length)

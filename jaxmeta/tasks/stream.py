@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, UInt8
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.core import Key, Rotations, SplitName, Task, TaskStream, episode_keys
-from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task
+from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task, names_of_slots
 from jaxmeta.tasks.prepared import Prepared
 from jaxmeta.tasks.splits import Classes, split_classes
 
@@ -87,9 +87,9 @@ def stream(
     chosen = [index_of[name] for name in parts.ordered(split)]
     names = [prepared.classes[index] for index in chosen]
     kept = shape.usable(names, np.array(prepared.sizes)[chosen], split, prepared.name, skip_small_classes)
-    chosen = [chosen[place] for place in kept]
+    chosen, kept_names = [chosen[place] for place in kept], [names[place] for place in kept]
     sizes = np.array(prepared.sizes)[chosen]
-    card = shape.card_for([names[place] for place in kept], sizes, split, parts.hash, prepared.name, protocol)
+    card = shape.card_for(kept_names, sizes, split, parts.hash, prepared.name, protocol)
     check_count("meta_batch", meta_batch)
     check_count("workers", workers, 0)
     check_count("ahead", ahead)
@@ -104,6 +104,9 @@ def stream(
     reader = _Reader(
         prepared, shape, prepared.offsets[chosen], sizes, key, meta_batch, index * own, own, for_evaluation
     )
+
+    def names_at(step: int) -> np.ndarray:
+        return names_of_slots(shape, kept_names, reader.plan(step))
 
     def assembled(read: tuple[Drawn, np.ndarray]) -> Task:
         return _assemble(shape, *read)
@@ -129,7 +132,7 @@ def stream(
         finally:
             iterator.close()
 
-    return TaskStream(at, card, batches, key, for_evaluation)
+    return TaskStream(at, card, batches, key, for_evaluation, names_at)
 
 
 class _Reader:
@@ -153,13 +156,17 @@ class _Reader:
         self.key_impl, self.key_data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
         self.meta_batch, self.first, self.own = meta_batch, first, own
 
-    def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
+    def plan(self, step: int) -> Drawn:
+        """Return which examples the tasks of a step are made of."""
         first = self.first + (step * self.meta_batch if self.for_evaluation else 0)
         with _on_host():
             key = jax.random.wrap_key_data(jnp.asarray(self.key_data), impl=self.key_impl)
             fold = None if self.for_evaluation else jnp.uint32(step)
             indices = first + jnp.arange(self.own)
-            drawn = jax.device_get(_plan(self.shape, self.offsets, self.sizes, key, fold, indices))
+            return jax.device_get(_plan(self.shape, self.offsets, self.sizes, key, fold, indices))
+
+    def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
+        drawn = self.plan(step)
         images = self.prepared.read(drawn.rows.reshape(-1))
         return drawn, images.reshape(*drawn.rows.shape, -1)
 

@@ -4,10 +4,12 @@ from jaxmeta.training.check_learner import check_learner
 from jaxmeta.training.checkpoint import load, load_params, save
 from jaxmeta.training.diagnostics import Alignment, meta_gradient_alignment
 from jaxmeta.training.evaluate import (
+    ClassEvaluation,
     Episodes,
     Evaluation,
     calibrate,
     evaluate,
+    evaluate_classes,
     evaluate_episodes,
     evaluate_metrics,
     run_episodes,
@@ -18,6 +20,7 @@ from jaxmeta.training.step import TrainState, init_state, meta_step, validation_
 
 __all__ = [
     "Alignment",
+    "ClassEvaluation",
     "Episodes",
     "Evaluation",
     "NonFiniteLoss",
@@ -30,6 +33,7 @@ __all__ = [
     "calibrate",
     "check_learner",
     "evaluate",
+    "evaluate_classes",
     "evaluate_episodes",
     "evaluate_metrics",
     "init_state",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmeta.checks import ArgumentError, check_count, check_function, check_key
 from jaxmeta.core import (
@@ -28,6 +28,8 @@ from jaxmeta.core import (
 )
 from jaxmeta.learner_form import normalized
 from jaxmeta.losses import ScoreOrLoss, full_precision, metric_label, scores
+from jaxmeta.tasks.class_names import slot_names, unnamed
+from jaxmeta.tasks.splits import in_order
 from jaxmeta.training import sharding
 from jaxmeta.training.sharding import Devices, sample_of
 from jaxmeta.training.step import check_params_kind, check_stream, stream_batches
@@ -129,38 +131,53 @@ def evaluate_episodes(
     Raises:
       ValueError: as `evaluate`; or no episode has a query.
     """
+    learner = _with_metric(learner, metric)
+    found = _over_episodes(_scores_alone, learner, params, tasks, episodes, key, batch, devices)
+    return _scored(found, episodes)
+
+
+def _over_episodes(
+    kept: Callable[["_Outcome"], PyTree],
+    learner: Learner,
+    params: Params,
+    tasks: TaskDistribution | TaskStream,
+    episodes: int,
+    key: Key,
+    batch: int | None,
+    devices: Devices,
+) -> Any:
+    """Return what `kept` keeps of each of the first `episodes` episodes, or of a few more, on the host."""
     check_count("episodes", episodes)
     if batch is not None:
         check_count("batch", batch)
-    learner = _with_metric(learner, metric)
     _check_arguments(params, tasks, key)
     mesh = sharding.evaluation_mesh(devices)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
-        waiting: _Scores | None = None
-        found: list[_Scores] = []
+        waiting: PyTree = None
+        found: list[PyTree] = []
         for start, given in _numbered(tasks, episodes):
             count, given = given.query.y.shape[0], sharding.pad_to_devices(given, mesh)
             own = given.query.y.shape[0] // mesh.shape[sharding.TASKS]
-            value = _episodes(learner, own, not on_cpu, mesh, arguments, sharding.share(given, mesh), start)
-            value = _Scores(*(leaf[:count] for leaf in value))
+            shared = sharding.share(given, mesh)
+            value = _episodes(kept, learner, own, not on_cpu, mesh, arguments, shared, start)
+            value = jax.tree.map(lambda leaf, count=count: leaf[:count], value)
             # One batch behind: the device is never idle, and holds no more than two.
             found += [] if waiting is None else [_on_host(waiting)]
             waiting = value
-        assert waiting is not None
-        return _scored([*found, _on_host(waiting)], episodes)
+        return _joined([*found, _on_host(waiting)])
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
     apart = mesh.shape[sharding.TASKS]
     own = -(-episodes // (calls * apart))
     sample = sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     values = [
-        _episodes(learner, own, not on_cpu, mesh, arguments, sample, call * own * apart)
+        _episodes(kept, learner, own, not on_cpu, mesh, arguments, sample, call * own * apart)
         for call in range(calls)
     ]
-    return _scored([_on_host(value) for value in values], episodes)
+    return _joined(list(map(_on_host, values)))
 
 
 class Episodes(NamedTuple):
@@ -171,12 +188,15 @@ class Episodes(NamedTuple):
       adapted: what `learner.adapt` learned from each support set.
       outputs: of `learner.predict` for each query set.
       scores: what `evaluate` averages; NaN for an episode without a query, which it leaves out.
+      classes: the name of the class behind each slot, "" for slots that are padding; None where the classes
+        of the tasks have no names.
     """
 
     tasks: Task
     adapted: PyTree
     outputs: Array
     scores: Float[np.ndarray, " episodes"]
+    classes: Shaped[np.ndarray, "episodes ways"] | None = None
 
 
 def run_episodes(
@@ -212,6 +232,17 @@ def run_episodes(
       >>> found = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
       >>> found.tasks.support.x.shape, found.outputs.shape, found.scores.shape
       ((3, 5, 1), (3, 8, 1), (3,))
+
+      Which classes are taken for which, by name; `jm.evaluate_classes` counts over any number of episodes:
+
+      >>> tasks = jm.tasks.glyphs("test", ways=3, shots=1, queries=2)
+      >>> learner = jm.prototypical(jm.nn.MLP(out=4))
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> found = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
+      >>> right = np.take_along_axis(found.classes, np.asarray(found.tasks.query.y), 1)
+      >>> named = np.take_along_axis(found.classes, np.asarray(found.outputs.argmax(-1)), 1)
+      >>> right.shape, np.allclose((named == right).mean(1), found.scores)
+      ((3, 6), True)
     """
     check_count("episodes", episodes)
     learner = _with_metric(learner, metric)
@@ -228,7 +259,115 @@ def run_episodes(
     values = _on_host(values)
     _check_slots_exist(values, episodes)
     scored = np.where(values.queries > 0, values.value, np.nan)
-    return Episodes(drawn, adapted, outputs, scored)
+    return Episodes(drawn, adapted, outputs, scored, _names(tasks, key, episodes))
+
+
+class ClassEvaluation(NamedTuple):
+    """Which classes test episodes ask for, and which ones a learner takes them for.
+
+    Attributes:
+      classes: names of all classes that episodes were made of, C of them.
+      queries: how often each was asked for.
+      confusion: how many queries of class i (row) were named j (column). Queries whose outputs have a NaN, or
+        that were given a slot of no class, are in no column.
+      scores: accuracy of each episode that has a query, as of `jm.evaluate_episodes`.
+    """
+
+    classes: tuple[str, ...]
+    queries: Int[np.ndarray, " classes"]
+    confusion: Int[np.ndarray, "classes classes"]
+    scores: Float[np.ndarray, " scored"]
+
+    @property
+    def accuracy(self) -> Float[np.ndarray, " classes"]:
+        """Return the part of each class's queries that was named rightly; NaN where there was none."""
+        with np.errstate(invalid="ignore"):
+            return np.diag(self.confusion) / self.queries
+
+    def mistakes(self, most: int | None = None) -> list[tuple[str, str, int]]:
+        """Return `(class, taken for, queries)`, the most frequent first, and `most` of them at the most."""
+        wrong = self.confusion * (1 - np.eye(len(self.classes), dtype=np.int64))
+        rows, columns = np.nonzero(wrong)
+        order = np.argsort(-wrong[rows, columns], kind="stable")[:most]
+        return [
+            (self.classes[rows[i]], self.classes[columns[i]], int(wrong[rows[i], columns[i]])) for i in order
+        ]
+
+
+def evaluate_classes(
+    learner: Learner,
+    params: Params,
+    tasks: TaskDistribution | TaskStream,
+    *,
+    episodes: int = 600,
+    key: Key,
+    batch: int | None = None,
+    devices: Devices = None,
+) -> ClassEvaluation:
+    """Count for each class how many queries of fixed episodes are named rightly, and what it is taken for.
+
+    The episodes are those of `jm.evaluate` with the same key. A class has a name where the source knows it,
+    whatever slot it has in an episode: `glyphs`, `from_arrays` and what builds on it, and streams.
+
+    Args:
+      learner: gives `adapt` and `predict`; the largest output is the class, whatever its metric.
+      params: meta-parameters.
+      tasks: classification tasks whose classes have names.
+      episodes: their number, at least 1.
+      key: of the whole evaluation.
+      batch, devices: as of `jm.evaluate`.
+
+    Raises:
+      ValueError: as `jm.evaluate_episodes`; or the classes of the tasks have no names.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> x = np.array([[0.0], [0.1], [9.0], [9.1], [9.2], [5.2]], np.float32)
+      >>> tasks = jm.tasks.from_arrays(x, ["ant", "ant", "bee", "bee", "cow", "cow"], ways=3, shots=1)
+      >>> learner = jm.simple_shot((lambda key, x: {}, lambda params, x: x), transform="un")
+      >>> found = jm.evaluate_classes(learner, {"model": {}}, tasks, episodes=50, key=jax.random.key(0))
+      >>> found.classes, found.queries.tolist()
+      (('ant', 'bee', 'cow'), [50, 50, 50])
+      >>> float(found.accuracy[0]), found.mistakes(1)[0][:2]
+      (1.0, ('cow', 'bee'))
+    """
+    check_tasks(tasks)
+    learner = normalized(learner)._replace(metric=None)
+    if not jnp.issubdtype(jax.eval_shape(sample_of(tasks), jax.random.key(0)).query.y.dtype, jnp.integer):
+        raise ArgumentError("tasks", "got tasks of regression, which have no classes")
+    check_key("key", key)
+    check_count("episodes", episodes)
+    names = _names(tasks, key, episodes)
+    if names is None:
+        raise unnamed(tasks)
+    scores, right, named = _over_episodes(
+        _scores_and_slots, learner, params, tasks, episodes, key, batch, devices
+    )
+    values = _scored(scores, episodes)
+    right, named = right[:episodes], named[:episodes]
+    classes = in_order(set(np.unique(names).tolist()) - {""})
+    # The last number is that of no class, which slots have that are padding, and none at all.
+    number = {name: place for place, name in enumerate(classes)} | {"": len(classes)}
+    numbers = np.vectorize(number.__getitem__, otypes=[np.int64])(names)
+    numbers = np.concatenate([numbers, np.full((len(names), 1), len(classes))], axis=1)
+    counts = np.zeros((len(classes) + 1,) * 2, np.int64)
+    rows, columns = (np.take_along_axis(numbers, each, axis=1) for each in (right, named))
+    np.add.at(counts, (rows, columns), 1)
+    return ClassEvaluation(tuple(classes), counts[:-1].sum(1), counts[:-1, :-1], values)
+
+
+def _names(
+    tasks: TaskDistribution | TaskStream, key: Key, episodes: int
+) -> Shaped[np.ndarray, "episodes ways"] | None:
+    """Return the names of the classes of each episode, slot after slot; None where they have no names."""
+    if isinstance(tasks, TaskDistribution):
+        return slot_names(tasks, episode_keys(key, jnp.arange(episodes))[:, 0])
+    if tasks.names is None:
+        return None
+    found: list[np.ndarray] = []
+    while sum(map(len, found)) < episodes:
+        found.append(tasks.names(len(found)))
+    return np.concatenate(found)[:episodes]
 
 
 def _check_arguments(params: Params, tasks: TaskDistribution | TaskStream, key: Key) -> None:
@@ -261,13 +400,33 @@ class _Scores(NamedTuple):
     wrong: Int[Array | np.ndarray, " episodes"]
 
 
-def _on_host(scores: _Scores) -> _Scores:
-    return _Scores(*map(np.asarray, scores))
+# Of an episode: its task, what is learned from it, the outputs, and what came of it.
+_Outcome = tuple[Task, PyTree, Array, _Scores]
 
 
-def _scored(parts: list[_Scores], episodes: int) -> Float[np.ndarray, " scored"]:
+def _scores_alone(outcome: _Outcome) -> _Scores:
+    return outcome[-1]
+
+
+def _scores_and_slots(outcome: _Outcome) -> tuple[_Scores, Array, Array]:
+    """Return the scores, and of each query its slot and the one it is given: −1 for none, and of padding."""
+    (_, query), _, outputs, found = outcome
+    asked = jnp.ones(query.y.shape, bool) if query.mask is None else query.mask
+    given = asked & ~jnp.isnan(outputs).any(-1)
+    return found, jnp.where(asked, query.y, -1), jnp.where(given, outputs.argmax(-1), -1)
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _joined(parts: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _scored(found: _Scores, episodes: int) -> Float[np.ndarray, " scored"]:
     """The values of the first `episodes` episodes, without those that have no query to score."""
-    found = _Scores(*(np.concatenate(each)[:episodes] for each in zip(*parts, strict=True)))
+    found = _Scores(*(leaf[:episodes] for leaf in found))
     _check_slots_exist(found, episodes)
     scored = found.queries > 0
     if not scored.any():
@@ -396,8 +555,9 @@ def calibrate(
 
 # Learner and mesh are static and the data are arguments: validation calls these every
 # thousand steps and must find what it compiled the first time.
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _episodes(
+    kept: Callable[[_Outcome], PyTree],
     learner: Learner,
     own: int,
     vmapped: bool,
@@ -405,15 +565,15 @@ def _episodes(
     arguments: tuple[Params, Key],
     source: Source,
     start: Array | int,
-) -> _Scores:
-    """What came of `own` episodes from `start` on, on each device."""
+) -> PyTree:
+    """What is kept of `own` episodes from `start` on, on each device."""
 
-    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> _Scores:
+    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> PyTree:
         params, key = arguments
         indices = start + sharding.first_task(mesh, own) + jnp.arange(own)
 
-        def one(numbered: tuple[Array, Task | None]) -> _Scores:
-            return _adapted_and_scored(learner, params, key, source, *numbered)[-1]
+        def one(numbered: tuple[Array, Task | None]) -> PyTree:
+            return kept(_adapted_and_scored(learner, params, key, source, *numbered))
 
         numbered = indices, source if isinstance(source, Task) else None
         return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
@@ -426,10 +586,10 @@ def _episodes(
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(
     learner: Learner, episodes: int, params: Params, key: Key, source: Source, start: Array | int
-) -> tuple[Task, PyTree, Array, _Scores]:
+) -> _Outcome:
     """All of `episodes` episodes from `start` on."""
 
-    def one(numbered: tuple[Array, Task | None]) -> tuple[Task, PyTree, Array, _Scores]:
+    def one(numbered: tuple[Array, Task | None]) -> _Outcome:
         return _adapted_and_scored(learner, params, key, source, *numbered)
 
     numbered = start + jnp.arange(episodes), source if isinstance(source, Task) else None
@@ -439,7 +599,7 @@ def _run(
 
 def _adapted_and_scored(
     learner: Learner, params: Params, key: Key, source: Source, index: Array, given: Task | None
-) -> tuple[Task, PyTree, Array, _Scores]:
+) -> _Outcome:
     """Episode `index`: its task, what is learned from it, the outputs, and what came of it."""
     task, adapt_key = _episode(source, key, index, given)
     adapted = learner.adapt(params, task.support, adapt_key)

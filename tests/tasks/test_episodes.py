@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import jaxmeta as jm
-from jaxmeta.tasks.episodes import classes_of, from_arrays
+from jaxmeta.tasks.class_names import classes_of
+from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.labelled import labelled
 from jaxmeta.tasks.splits import PARTS, ClassSplit, in_order
 from jaxmeta.tasks.subset import ordered_subset

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import toys
 
-from jaxmeta.core import Learner, TaskStream, episode_keys
-from jaxmeta.tasks import from_arrays
+from jaxmeta.core import Learner, TaskDistribution, TaskStream, episode_keys
+from jaxmeta.tasks import classes_of, from_arrays, glyph_metadata, glyphs, prepare_folder, sequences, stream
 from jaxmeta.training import (
     Evaluation,
     calibrate,
     evaluate,
+    evaluate_classes,
     evaluate_episodes,
     evaluate_metrics,
     run_episodes,
@@ -344,3 +345,144 @@ def test_slots_that_no_class_has_are_refused_whatever_the_metric():
     wrong = tasks._replace(sample=jax.tree_util.Partial(draw, tasks.sample))
     with pytest.raises(ValueError, match="tasks: got 2 examples in 2 of 2 episodes with a class slot"):
         evaluate(learner, prepared(learner, tasks), wrong, episodes=2, key=KEY, metric=among_two)
+
+
+# --- Classes by name ------------------------------------------------------------------------------------
+
+
+def answering(outputs_of):
+    """A learner that learns nothing, and gives the outputs `(params, x, ways)`."""
+
+    def predict(params, ways, x, mask=None):
+        return outputs_of(params, x, ways.shape[0])
+
+    return Learner(
+        lambda key, task: {"w": jnp.zeros(())},
+        lambda params, support, key: jnp.zeros(support.ways),
+        predict,
+        lambda params, task, key, step=None: (params["w"], {}),
+    )
+
+
+NOTHING = {"w": jnp.zeros(())}
+FIRST_SLOT = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, 0].set(1.0))
+
+
+def five_classes(ways, queries=2):
+    x = np.repeat(np.arange(5, dtype=np.float32), 4)[:, None]
+    return from_arrays(x, np.repeat([*"edcba"], 4), ways=ways, shots=1, queries=queries)
+
+
+def names_of(tasks, episodes):
+    keys = episode_keys(KEY, jnp.arange(episodes))[:, 0]
+    return np.array([classes_of(tasks, key) for key in keys])
+
+
+@pytest.mark.parametrize("batch", [None, 7])
+def test_the_classes_named_by_a_learner_that_always_answers_the_first_slot_are_those_in_it(batch):
+    tasks, episodes = five_classes(ways=5), 20
+    found = evaluate_classes(FIRST_SLOT, NOTHING, tasks, episodes=episodes, key=KEY, batch=batch)
+    first = names_of(tasks, episodes)[:, 0].tolist()
+    assert found.classes == tuple("abcde")
+    assert found.queries.tolist() == [2 * episodes] * 5
+    # Every class is in every episode, and is taken for that in the first slot.
+    times = np.array([2 * first.count(name) for name in "abcde"])
+    np.testing.assert_array_equal(found.confusion, np.tile(times, (5, 1)))
+    np.testing.assert_allclose(found.accuracy, times / (2 * episodes))
+    np.testing.assert_allclose(found.scores, 1 / 5)
+    most = max(times[i] for i in range(5))
+    assert found.mistakes(1)[0][2] == most
+    assert sum(count for _, _, count in found.mistakes()) == 4 * 2 * episodes
+
+
+def test_classes_are_counted_by_an_oracle_where_ways_vary_and_slots_are_padding():
+    tasks, episodes = five_classes(ways=(2, 4)), 12
+    oracle = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)))
+    names = names_of(tasks, episodes)
+    padded = (names == "").any()
+    assert padded
+    found = evaluate_classes(oracle, NOTHING, tasks, episodes=episodes, key=KEY)
+    queries = [2 * int((names == name).sum()) for name in "abcde"]
+    assert found.queries.tolist() == queries
+    # Of equal outputs the first is the largest.
+    assert found.confusion.sum() == sum(queries)
+    assert found.confusion.sum(0).tolist() == [
+        int(2 * sum((row != "").sum() for row in names if row[0] == name)) for name in "abcde"
+    ]
+    padding = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, -1].set(1.0))
+    last = evaluate_classes(padding, NOTHING, tasks, episodes=episodes, key=KEY)
+    assert last.queries.tolist() == queries
+    assert last.confusion.sum() == 2 * sum((row != "").sum() for row in names if row[-1] != "")
+
+
+def test_outputs_that_are_not_a_number_name_no_class():
+    lost = answering(lambda params, x, ways: jnp.full((x.shape[0], ways), jnp.nan))
+    found = evaluate_classes(lost, NOTHING, five_classes(ways=3), episodes=4, key=KEY)
+    assert found.queries.sum() == 4 * 3 * 2
+    assert not found.confusion.any()
+    assert found.mistakes() == []
+    assert (found.accuracy[found.queries > 0] == 0).all()
+
+
+def test_episodes_hold_the_names_by_which_evaluate_classes_counts():
+    tasks, learner = five_classes(ways=3), toys.nearest_mean()
+    params = {"scale": jnp.zeros(1)}
+    episodes = run_episodes(learner, params, tasks, episodes=6, key=KEY)
+    np.testing.assert_array_equal(episodes.classes, names_of(tasks, 6))
+    right = np.take_along_axis(episodes.classes, np.asarray(episodes.tasks.query.y), 1)
+    named = np.take_along_axis(episodes.classes, np.asarray(episodes.outputs.argmax(-1)), 1)
+    # The inputs tell which class an example is of.
+    np.testing.assert_array_equal(
+        right.ravel(), ["edcba"[int(x)] for x in np.asarray(episodes.tasks.query.x).ravel()]
+    )
+    counted = evaluate_classes(learner, params, tasks, episodes=6, key=KEY)
+    for i, one in enumerate(counted.classes):
+        for j, other in enumerate(counted.classes):
+            assert counted.confusion[i, j] == ((right == one) & (named == other)).sum()
+    values = evaluate_episodes(learner, params, tasks, episodes=6, key=KEY)
+    np.testing.assert_array_equal(counted.scores, values)
+
+
+def test_drawn_characters_have_the_names_of_their_classes():
+    tasks = glyphs("test", ways=3, shots=0, queries=1, size=8)
+    found = run_episodes(FIRST_SLOT, NOTHING, tasks, episodes=2, key=KEY)
+    # A zero-shot task tells what is known of its classes, which follows from their numbers.
+    for support, names in zip(np.asarray(found.tasks.support.x), found.classes, strict=True):
+        numbers = np.array([int(name.removeprefix("glyph")) for name in names])
+        np.testing.assert_allclose(support, glyph_metadata(numbers), atol=1e-6)
+
+
+def test_sequences_have_the_names_of_their_slots_unless_labels_are_strings():
+    tasks = five_classes(ways=3)
+    found = run_episodes(FIRST_SLOT, NOTHING, sequences(tasks, length=6), episodes=4, key=KEY)
+    for part in (found.tasks.support, found.tasks.query):
+        shown = ["edcba"[int(x)] for x in np.asarray(part.x).ravel()]
+        assert np.take_along_axis(found.classes, np.asarray(part.y), 1).ravel().tolist() == shown
+    strings = sequences(tasks, length=6, strings=(3, 2))
+    assert run_episodes(FIRST_SLOT, NOTHING, strings, episodes=2, key=KEY).classes is None
+
+
+def test_a_stream_has_the_names_of_the_tasks_that_it_gives(tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    for number, name in enumerate("abcd"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for place in range(3):
+            grey = np.full((8, 8), 60 * number, np.uint8)
+            images.fromarray(grey).save(tmp_path / "photos" / name / f"{place}.png")
+    prepared_images = prepare_folder(str(tmp_path / "photos"))
+    shape = {"ways": 3, "shots": 1, "queries": 2, "classes": None}
+    given = stream(prepared_images, key=KEY, meta_batch=2, for_evaluation=True, **shape)
+    found = run_episodes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
+    grey = np.asarray(found.tasks.support.x)[:, :, 0, 0, 0]
+    np.testing.assert_array_equal(found.classes, np.array([*"abcd"])[np.rint(grey * 255 / 60).astype(int)])
+    counted = evaluate_classes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
+    assert counted.queries.sum() == 3 * 3 * 2
+
+
+def test_classes_without_names_are_refused():
+    unnamed = TaskDistribution(five_classes(ways=3).sample)
+    assert run_episodes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY).classes is None
+    with pytest.raises(ValueError, match=r"^tasks: got tasks of 'tasks without a card', whose classes have"):
+        evaluate_classes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY)
+    with pytest.raises(ValueError, match=r"^tasks: got tasks of regression, which have no classes"):
+        evaluate_classes(toys.maml(), NOTHING, toys.sinusoid(), episodes=2, key=KEY)

@@ -1,0 +1,91 @@
+"""Which classes stand behind the slots of few-shot tasks, by name."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxmeta.checks import ArgumentError, check_key
+from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
+from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_rows, names_of_slots
+from jaxmeta.tasks.glyphs import draw_classes, draw_glyphs
+from jaxmeta.tasks.sequences import DrawSequence
+
+
+def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
+    """Return the names of the classes of one episode, slot after slot.
+
+    Args:
+      tasks: of `glyphs`, of `from_arrays`, or of what builds on it (`omniglot`, `mnist`, `from_folder`, …).
+      key: the one that `tasks.sample` draws the episode by: that of episode i of `jm.evaluate(key=key)` is
+        `jax.random.split(jax.random.fold_in(key, i))[0]`. `jm.run_episodes` gives the names of all episodes.
+
+    Returns:
+      A name for each slot, with " turned by 90°" and so on after that of a class whose turns are classes of
+      their own; an empty text for slots that are padding.
+
+    Raises:
+      ValueError: tasks of another source.
+
+    Examples:
+      >>> import jax, numpy as np
+      >>> from jaxmeta.tasks import from_arrays
+      >>> x = np.array([[1.0], [3.0], [7.0]], np.float32).repeat(2, 0)
+      >>> tasks = from_arrays(x, np.array(["one", "three", "seven"]).repeat(2), ways=2, shots=1)
+      >>> key = jax.random.key(0)
+      >>> classes_of(tasks, key), tasks.sample(key).support.x[:, 0].tolist()
+      (('one', 'seven'), [1.0, 7.0])
+    """
+    check_tasks(tasks)
+    check_key("key", key)
+    names = None if isinstance(tasks, TaskStream) else slot_names(tasks, key[None])
+    if names is None:
+        raise unnamed(tasks)
+    return tuple(map(str, names[0]))
+
+
+def unnamed(tasks: TaskDistribution | TaskStream) -> ArgumentError:
+    """Return the error for tasks whose classes have no names."""
+    return ArgumentError(
+        "tasks",
+        f"got tasks of {card_of(tasks).tasks!r}, whose classes have no names; it must be few-shot tasks of "
+        "glyphs, of from_arrays, or of a source of images (omniglot, from_folder, stream, …)",
+    )
+
+
+def have_names(tasks: TaskDistribution | TaskStream) -> bool:
+    """Return whether the classes of tasks have names."""
+    if isinstance(tasks, TaskStream):
+        return tasks.names is not None
+    return slot_names(tasks, jax.random.key(0)[None]) is not None
+
+
+def slot_names(tasks: TaskDistribution, keys: Key) -> Shaped[np.ndarray, "n ways"] | None:
+    """Return the names of the classes of episodes by their keys; None where they have no names.
+
+    Args:
+      tasks: as of `classes_of`, or sequences of them whose labels are slots.
+      keys: `(n,)`, one for each episode.
+    """
+    sample, classes = tasks.sample, tasks.classes
+    if not isinstance(sample, jax.tree_util.Partial) or not classes:
+        return None
+    if isinstance(sample.func, DrawSequence):
+        # The labels of strings are no slots.
+        if sample.func.strings is not None:
+            return None
+        inner = TaskDistribution(sample.args[0], tasks.card, classes)
+        return slot_names(inner, jax.vmap(sample.func.episode_key)(keys))
+    if sample.func is draw_episode:
+        shape, data = sample.args
+        return names_of_slots(shape, classes, jax.device_get(_drawn(shape, data, keys)))
+    if sample.func is draw_glyphs:
+        shape, _, count = sample.args
+        return np.array(classes)[np.asarray(jax.vmap(partial(draw_classes, shape, count))(keys))]
+    return None
+
+
+@partial(jax.jit, static_argnums=0)
+def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Key) -> Drawn:
+    return jax.vmap(lambda key: draw_rows(shape, data.offsets, data.sizes, key, data.groups))(keys)

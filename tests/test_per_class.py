@@ -1,0 +1,110 @@
+"""`jaxmeta evaluate --per-class`: accuracy and confusions of classes by their names."""
+
+import sys
+
+import numpy as np
+import pytest
+from support import read_json
+
+import jaxmeta as jm
+from jaxmeta.cli import main
+from jaxmeta.cli.run import evaluation_key
+
+LEARNER = '''import jax.numpy as jnp
+
+import jaxmeta as jm
+
+
+def first_slot(network):
+    """Answer with the first slot, whatever is asked."""
+
+    def predict(params, ways, x, mask=None):
+        return jnp.zeros((x.shape[0], ways.shape[0])).at[:, 0].set(1.0)
+
+    def adapt(params, support, key):
+        return jnp.zeros(support.ways)
+
+    def loss(params, task, key, step=None):
+        return params["w"] ** 2, {}
+
+    return jm.Learner(lambda key, task: {"w": jnp.ones(())}, adapt, predict, loss)
+'''
+EPISODES = 12
+SHAPE = {"ways": 3, "shots": 1, "queries": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the run of a learner of one's own on arrays of one's own."""
+    folder = tmp_path_factory.mktemp("per_class")
+    (folder / "my_first_slot.py").write_text(LEARNER)
+    x = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    np.savez(folder / "mine.npz", x=x, y=np.repeat([*"abcdef"], 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        argv = ["train", "my_first_slot:first_slot", "--tasks", "arrays:mine.npz", "--classes", "0.5,0,0.5"]
+        argv += ["--network", "mlp", "--steps", "1", "--meta-batch", "1", "--episodes", "2", "--out", "run"]
+        argv += [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
+        assert main(argv) == 0
+        yield folder
+    sys.modules.pop("my_first_slot", None)
+
+
+def evaluated(*argv):
+    return main(["evaluate", "run", "--learner", "my_first_slot:first_slot", *argv])
+
+
+def test_classes_of_a_learner_that_always_answers_the_first_slot(trained, capsys):
+    argv = ["--per-class", "--episodes", str(EPISODES), "--json", "out.json", "--confusion", "out.png"]
+    assert evaluated(*argv) == 0
+    printed = capsys.readouterr().out
+    with np.load(trained / "mine.npz") as mine:
+        tasks = jm.tasks.from_arrays(mine["x"], mine["y"], split="test", classes=(0.5, 0.0, 0.5), **SHAPE)
+    keys = jm.episode_keys(evaluation_key(0), np.arange(EPISODES))[:, 0]
+    first = [jm.tasks.classes_of(tasks, key)[0] for key in keys]
+    result = read_json(trained / "out.json")
+    assert result["accuracy"]["inductive"]["mean"] == pytest.approx(1 / 3)
+    (found,) = result["per_class"].values()
+    # With three test classes and three ways, each class is in each task, and asked for twice.
+    assert [each["class"] for each in found] == list(tasks.classes)
+    for each in found:
+        assert each["queries"] == 2 * EPISODES
+        assert each["accuracy"] == pytest.approx(first.count(each["class"]) / EPISODES)
+        assert each["taken_for"] == {
+            name: 2 * first.count(name)
+            for name in tasks.classes
+            if name != each["class"] and first.count(name)
+        }
+    rows = [line.split() for line in printed.splitlines()]
+    lowest = min(tasks.classes, key=first.count)
+    start = rows.index(["class", "queries", "inductive"])
+    share = f"{100 * first.count(lowest) / EPISODES:.1f}"
+    assert rows[start + 1] == [lowest, str(2 * EPISODES), share, "%"]
+    highest = max(tasks.classes, key=first.count)
+    start = rows.index(["class", "taken", "for", "queries", "of", "its", "queries"])
+    assert rows[start + 1][1:3] == [highest, str(2 * first.count(highest))]
+    assert (trained / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_without_the_flag_is_as_before(trained, capsys):
+    assert evaluated("--episodes", "2", "--json", "plain.json") == 0
+    assert "per_class" not in read_json(trained / "plain.json")
+    assert "taken for" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--per-class", "--confusion"])
+def test_what_has_no_classes_by_name_is_refused(trained, flag, capsys):
+    (trained / "my_unnamed.py").write_text(
+        "import jaxmeta as jm\n\n\n"
+        "def unnamed(split, *, ways: int = 3, shots: int = 1, queries: int = 2):\n"
+        '    """Draw characters that have lost their names."""\n'
+        "    tasks = jm.tasks.glyphs(split, ways=ways, shots=shots, queries=queries, size=8)\n"
+        "    return jm.TaskDistribution(tasks.sample)\n"
+    )
+    argv = ["--episodes", "2", "--tasks", "my_unnamed:unnamed"]
+    assert evaluated(*argv) == 0
+    assert evaluated(*argv, flag, *(["out.png"] if flag == "--confusion" else [])) == 2
+    said = capsys.readouterr().err
+    assert f"{flag}: got tasks of 'my_unnamed:unnamed', whose classes have no names" in said
+    sys.modules.pop("my_unnamed", None)
