@@ -1,5 +1,6 @@
 """What the command line offers those who leave a laptop: devices, steps that fail, and a run to watch."""
 
+import contextlib
 import gzip
 import json
 import signal
@@ -18,9 +19,10 @@ from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.cli.devices import described
 from jaxmeta.cli.names import NETWORKS
 from jaxmeta.cli.presets import PRESETS
-from jaxmeta.cli.report import RunLog, read_metrics
+from jaxmeta.cli.report import RunLog
 from jaxmeta.training import Progress, Resumed, Validated, load_params
 from jaxmeta.training.evaluate import Evaluation
+from jaxmeta.training.metrics import MetricsLog, read_metrics
 
 SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
 
@@ -171,14 +173,17 @@ def test_of_a_run_that_went_on_tensorboard_shows_each_step_once(tmp_path):
     def progress(step, loss):
         return Progress(step, 10, {"loss": loss}, 1.0, 1.0)
 
-    first, second = (RunLog(tmp_path / "metrics.jsonl", 10, "mse") for _ in range(2))
-    with first.showing():
-        for step in (2, 4, 6):
-            first(progress(step, float(step)))
-        first(Validated(6, "mse", Evaluation(1.0, 0.1, 8), True))
-    with second.showing():
-        second(Resumed(4))
-        second(progress(6, 60.0))
+    path = tmp_path / "metrics.jsonl"
+    first, second = (RunLog(path, 10, "mse") for _ in range(2))
+    best = Validated(6, "mse", Evaluation(1.0, 0.1, 8), True)
+    for log, events in (
+        (first, [*(progress(step, float(step)) for step in (2, 4, 6)), best]),
+        (second, [Resumed(4), progress(6, 60.0)]),
+    ):
+        with log.showing(), contextlib.closing(MetricsLog(path)) as rows:
+            for event in events:
+                rows(event)
+                log(event)
     assert scalars(tmp_path)["training/loss"] == [(2, 2.0), (4, 4.0), (6, 60.0)]
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0, 4.0, 60.0]
 

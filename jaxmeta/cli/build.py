@@ -1,5 +1,6 @@
 """What a configuration stands for: its learner, network and outer optimizer."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -38,11 +39,19 @@ def learner_of(
     build = network or network_builder(config)
     if facts.network is not None:
         arguments, keywords = facts.network(build, config.tasks)
-    else:
+    elif takes_network(factory):
         arguments, keywords = (build(output_width(config)),), {}
+    else:
+        arguments, keywords = (), {}
     learner = factory(*arguments, **keywords, **given, **config.settings("learner"))
     # Reports and comparisons are of accuracy or mean squared error, whatever else a method of one's own has.
     return learner._replace(metric=None) if isinstance(learner, Learner) else learner
+
+
+def takes_network(factory: Callable[..., Any]) -> bool:
+    """Return whether a factory has a parameter for a network: one of one's own may bring its own."""
+    kinds = {each.kind for each in inspect.signature(factory).parameters.values()}
+    return bool(kinds - {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD})
 
 
 def output_width(config: Config) -> int | None:

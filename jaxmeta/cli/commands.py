@@ -13,7 +13,17 @@ from jaxmeta.cli import compare as comparing
 from jaxmeta.cli import evaluate as evaluating
 from jaxmeta.cli import folders, run, schema, sources
 from jaxmeta.cli import transfer as transferring
-from jaxmeta.cli.config import Base, Chosen, base_of, from_json, is_run, load_config, on_other_tasks, resolve
+from jaxmeta.cli.config import (
+    Base,
+    Chosen,
+    base_of,
+    from_json,
+    holds_checkpoints,
+    is_run,
+    load_config,
+    on_other_tasks,
+    resolve,
+)
 from jaxmeta.cli.parser import Given, Group, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.target_data import target_settings
@@ -229,6 +239,9 @@ def evaluate(argv: Sequence[str]) -> None:
     if not is_run(Path(folder).expanduser()) and (Path(folder).exists() or folder.startswith(HUB)):
         _evaluate_weights(folder, argv, named, words, output)
         return
+    if holds_checkpoints(Path(folder).expanduser()):
+        _evaluate_checkpoints(folder, argv, named, words, output)
+        return
     believed = trusted(named, named.get("learner"))
     config = load_config(Path(folder).expanduser(), believed)
     tasks = sources.absolute(named["tasks"]) if "tasks" in named else config.tasks["name"]
@@ -259,6 +272,48 @@ def evaluate(argv: Sequence[str]) -> None:
             trusted=believed,
             **_outputs(given),
         )
+
+
+def _evaluate_checkpoints(
+    folder: str,
+    argv: Sequence[str],
+    named: Mapping[str, str],
+    words: Sequence[tuple[str, str | None, str]],
+    output: Group,
+) -> None:
+    """Evaluate what `jm.train(run_dir=…)` has left, by a method, a network and tasks that flags name."""
+    plain = Parser("evaluate", [output], words=words)
+    if missing := [schema.flag_of(name) for name in ("learner", "tasks") if name not in named]:
+        raise UsageError(
+            f"{missing[0]}: is missing; {folder} has parameters of jm.train(run_dir=…), which do not say "
+            "what they are of: give --learner NAME and --tasks NAME, and --network and settings as they were"
+        )
+    with plain.naming_flags():
+        chosen = Chosen(named["learner"], named.get("network"), sources.absolute(named["tasks"]))
+        base = base_of(chosen)
+    groups = [
+        group._replace(settings={name: group.settings[name] for name in group.settings if kept(name)})
+        for group, kept in _of_checkpoints(base)
+    ]
+    about = "Evaluate parameters that jm.train(run_dir=…) has left on test tasks."
+    parser = Parser("evaluate", [*groups, output], words=words, about=about, owner=base.learner)
+    given = parser.parse(argv)
+    if len(given.words) > 1:
+        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
+    with parser.naming_flags():
+        config = resolve(base, with_absolute_paths(given.values))
+        run.evaluate_checkpoints(Path(folder).expanduser(), config, **_outputs(given))
+
+
+def _of_checkpoints(base: Base) -> list[tuple[Group, Callable[[str], bool]]]:
+    """Return groups of flags, each with what says of a setting whether it counts in an evaluation."""
+    counts: dict[str, Callable[[str], bool]] = {
+        "learner": lambda name: True,
+        "network": lambda name: True,
+        "tasks": lambda name: not name.startswith("train_"),
+        "run": lambda name: name in _OF_EVALUATION["run"],
+    }
+    return [(group, counts[group.name]) for group in _groups_of(base) if group.name in counts]
 
 
 def _evaluate_weights(

@@ -22,12 +22,12 @@ from jaxmeta.cli import build, folders, schema, sources
 from jaxmeta.cli.command_line import flags_of
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
 from jaxmeta.cli.config import Base, Config, load_config, read_json, resolve
-from jaxmeta.cli.figures import Curve, plot_curves
+from jaxmeta.cli.figures import COMPARED, METRIC_NAMES, Curve, plot_curves
 from jaxmeta.cli.parser import Given
-from jaxmeta.cli.report import read_metrics
 from jaxmeta.cli.signals import Signalled
 from jaxmeta.files import write_json, write_text
 from jaxmeta.training import Evaluation
+from jaxmeta.training.metrics import METRICS, NO_METRICS, read_metrics
 
 # What every learner of a comparison has as the protocol says, what some have of their own notwithstanding.
 _BUDGET = {"training": ("steps", "meta_batch"), "tasks": ("train_ways", "train_queries")}
@@ -369,14 +369,24 @@ def _difference(values: np.ndarray, to: np.ndarray) -> dict[str, float]:
 
 
 def _curve(folder: Path, name: str) -> Curve:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no run: there is no {folder / 'config.json'}")
-    rows = read_metrics(folder / "metrics.jsonl")
+    # Runs of jm.train(run_dir=…) have no config.json.
+    if not any((folder / name).exists() for name in ("config.json", "checkpoints", METRICS)):
+        raise FileNotFoundError(f"{folder} is no run: there is no {folder / METRICS}")
+    rows = read_metrics(folder / METRICS)
     if not rows:
-        raise ArgumentError("runs", f"{folder} has no meta-step yet")
-    metric = "mse" if any("mse" in row for row in rows) else "accuracy"
+        raise ArgumentError("runs", f"{folder} has no meta-step yet: there is nothing in {METRICS}")
+    metric = _metric_of(rows)
     report = _read(folder / "report.json") if (folder / "report.json").exists() else None
     return Curve(name, rows, metric, report and next(iter(results_of(report, metric).values())))
+
+
+def _metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the metric of a run that is drawn: that of its validations, or else of its training."""
+    found = dict.fromkeys(name for row in rows for name in row)
+    validated = [name.removeprefix("validation_") for name in found if name.startswith("validation_")]
+    known = [name for name in (*validated, *found) if name in METRIC_NAMES]
+    own = [name for name in found if name not in NO_METRICS and name not in COMPARED]
+    return next(iter([*known, *validated, *own, "loss"]))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxmeta.cli import schema
 from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, literal, look
-from jaxmeta.cli.report import chance_level, plural, read_metrics, repeated_by, shown
+from jaxmeta.cli.report import chance_level, plural, repeated_by, shown
+from jaxmeta.training.metrics import METRICS, read_metrics
 
 
 def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
@@ -100,7 +101,7 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
         curves, tests, differences = figure.subplots(1, 3, width_ratios=(4, 3, 3))
         draw_metric(
             curves,
-            [Curve(name, read_metrics(out / rows[name]["run"] / "metrics.jsonl"), metric) for name in rows],
+            [Curve(name, read_metrics(out / rows[name]["run"] / METRICS), metric) for name in rows],
         )
         for i, row in enumerate(rows.values()):
             found = results_of(row, metric)

@@ -601,6 +601,11 @@ def is_run(folder: Path) -> bool:
     return isinstance(values, dict) and GROUPS[0] in values and "command" not in values
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Return whether a folder is one of `jm.train`, and not of a command, which writes config.json."""
+    return (folder / "checkpoints").is_dir() and not (folder / "config.json").is_file()
+
+
 def load_config(folder: Path, trusted: Iterable[str] = ()) -> Config:
     """Return the configuration of the run in a folder.
 
@@ -615,6 +620,13 @@ def load_config(folder: Path, trusted: Iterable[str] = ()) -> Config:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if holds_checkpoints(folder):
+            raise FileNotFoundError(
+                f"{folder} holds parameters and metrics, as jm.train(run_dir=…) writes them, but no "
+                "config.json, in which `jaxmeta train` keeps learner, network and tasks. In Python, "
+                "jm.load_run(folder, learner=learner) loads them; on the command line, `jaxmeta evaluate "
+                "FOLDER --learner NAME --tasks NAME` evaluates them, and `jaxmeta plot FOLDER` draws metrics"
+            )
         raise FileNotFoundError(f"{folder} is no run: there is no {path}")
     return from_json(read_json(path), path, trusted)
 

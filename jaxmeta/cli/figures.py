@@ -15,7 +15,7 @@ from jaxmeta.files import replacing
 
 METRIC_NAMES = {"accuracy": "query accuracy, %", "mse": "query mean squared error"}
 _SCALE = {"accuracy": 100}
-_COMPARED = {
+COMPARED = {
     "cosine": "cosine: true, first-order",
     "norm_ratio": "‖true‖ / ‖first-order‖",
 }
@@ -57,7 +57,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
       x: "steps" or "seconds".
     """
     single = len(curves) == 1
-    compared = [name for name in _COMPARED if any(name in row for curve in curves for row in curve.rows)]
+    compared = [name for name in COMPARED if any(name in row for curve in curves for row in curve.rows)]
     with drawing(path, 5.0 * (2 + len(compared)), 4 + 0.25 * -(-len(curves) // 2)) as figure:
         left, right, *more = figure.subplots(1, 2 + len(compared))
         for i, curve in enumerate(curves):
@@ -67,7 +67,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
         for axes, name in zip(more, compared, strict=True):
             for i, curve in enumerate(curves):
                 _draw_training(axes, curve, name, x, look(i), _with_test(curve))
-            finish_axes(axes, name, _X[x][1], _COMPARED[name])
+            finish_axes(axes, name, _X[x][1], COMPARED[name])
         handles, labels = (right if single else left).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
         if single:
@@ -104,7 +104,9 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
             style = {**look(i + 2 * single), "linestyle": ""}
             axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")
             drawn.add(f"◆: {test} (beyond the last step)")
-    finish_axes(axes, curves[0].metric, _X[x][1], METRIC_NAMES[curves[0].metric])
+    finish_axes(
+        axes, curves[0].metric, _X[x][1], METRIC_NAMES.get(curves[0].metric, f"query {curves[0].metric}")
+    )
     if not single:
         said = [*sorted(drawn, reverse=True), "bars: 95 % CI"]
         rows = [said[:-2], said[-2:]] if len(said) > 2 else [said]

@@ -139,6 +139,11 @@ def place_in_own_code(error: BaseException) -> str | None:
 _own_files: set[str] = set()
 
 
+def _itself(learner: jaxmeta.Learner) -> jaxmeta.Learner:
+    """A learner that is made already."""
+    return learner
+
+
 def _imported(kind: str, name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
@@ -168,6 +173,8 @@ def _imported(kind: str, name: str) -> Callable[..., Any]:
     if getattr(module, "__file__", None):
         _own_files.add(os.path.realpath(str(module.__file__)))
     found = getattr(module, attribute, None)
+    if kind == "learner" and isinstance(found, jaxmeta.Learner):
+        return partial(_itself, found)
     if not callable(found):
         functions = [each for each, value in vars(module).items() if inspect.isfunction(value)]
         raise ArgumentError(

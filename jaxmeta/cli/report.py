@@ -1,14 +1,11 @@
 """Progress, metrics and reports of a run.
 
-`metrics.jsonl` grows while the run goes on; every other file is written beside its place and
+`jm.train` writes `metrics.jsonl` while the run goes on; every other file is written beside its place and
 renamed, so that what is there is whole.
 """
 
 import contextlib
-import json
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,32 +14,20 @@ from jaxmeta.cli import schema
 from jaxmeta.cli.config import Config
 from jaxmeta.cli.data import ImageSpec
 from jaxmeta.cli.folders import tolerated
-from jaxmeta.files import write_text
-from jaxmeta.training.loop import Event, Progress, Resumed, Saved, Validated
+from jaxmeta.training.events import Event, Progress, Resumed, Validated
+from jaxmeta.training.metrics import Forgiving, read_metrics, row_of
+from jaxmeta.training.progress import ProgressBar, shown
 
-_SECONDS_BETWEEN_LINES = 10.0
 # Folder of its scalars, beside `metrics.jsonl`.
 TENSORBOARD = "tensorboard"
 # Of a row of `metrics.jsonl`, what is no curve.
 _NO_SCALARS = ("step", "best", "compile_s")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a last line that was cut off is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
-
-
 class RunLog:
-    """The `report=` of `jm.train`: appends to `metrics.jsonl`, and shows how far the run is.
+    """The `report=` of `jm.train` in a run: shows how far it is, and keeps what its report says.
 
-    The same numbers go to `tensorboard/` beside it, for `tensorboard --logdir`.
-
-    A progress bar on a terminal, elsewhere a line every ten seconds and one at each validation.
+    The numbers of `metrics.jsonl` go to `tensorboard/` beside it, for `tensorboard --logdir`.
 
     Args:
       path: of `metrics.jsonl`.
@@ -59,11 +44,10 @@ class RunLog:
         self._started = time.perf_counter()
         self._spent_before = 0.0
         self._stepping_s, self._last_step = 0.0, 0
-        self._shown_at = -float("inf")
-        self._show, self._say = _nothing, print
+        self._bar = ProgressBar()
         self._scalars: Any = None
         self._void_from: int | None = None
-        self._failed: set[str] = set()
+        self._forgiving = Forgiving()
 
     @property
     def elapsed_s(self) -> float:
@@ -74,65 +58,26 @@ class RunLog:
     def showing(self) -> Iterator["RunLog"]:
         """Show progress while inside."""
         self._started = time.perf_counter()
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - reopened by `_rewind`
-        with contextlib.ExitStack() as shown_on:
-            if sys.stdout.isatty():
-                with self._forgiving("the progress bar"):
-                    self._show, self._say = shown_on.enter_context(_bar(self.steps))
-            else:
-                self._show = self._plain
+        with self._bar.showing(self.steps):
             try:
                 yield self
             finally:
-                with self._forgiving(str(self.path)):
-                    self._file.close()
                 with self._forgiving(TENSORBOARD):
                     if self._scalars is not None:
                         self._scalars.close()
                 self._scalars = None
-                with self._forgiving("the progress bar"):
-                    shown_on.close()
-                self._show, self._say = _nothing, print
-
-    @contextlib.contextmanager
-    def _forgiving(self, what: str) -> Iterator[None]:
-        """Write what the training can do without: where it fails, say so once and go on."""
-        try:
-            yield
-        except Exception as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                warnings.warn(f"{what} could not be written, and training goes on: {error!r}", stacklevel=4)
 
     def __call__(self, event: Event) -> None:
-        match event:
-            case Resumed(step):
-                self._rewind(step)
-                self._say(f"continuing after meta-step {step}")
-            case Progress():
-                row = {
-                    "step": event.step,
-                    **event.metrics,
-                    "steps_per_second": event.steps_per_second,
-                    "compile_s": event.compile_s,
-                    "skipped": event.skipped,
-                }
+        if isinstance(event, Resumed):
+            self._rewind(event.step)
+        if isinstance(event, Validated) and event.best:
+            self.best_step = event.step
+        if (row := row_of(event)) is not None:
+            if isinstance(event, Progress):
                 self._count(row)
-                self._write(row)
-                with self._forgiving("the progress bar"):
-                    self._show(event)
-            case Validated():
-                if event.best:
-                    self.best_step = event.step
-                mean, ci95 = event.evaluation.mean, event.evaluation.ci95
-                name = f"validation_{event.metric}"
-                self._write({"step": event.step, name: mean, f"{name}_ci95": ci95, "best": event.best})
-                marker = "  (best so far)" if event.best else ""
-                result = shown(event.evaluation._asdict(), event.metric)
-                unit = " %" if event.metric == "accuracy" else ""
-                self._say(f"step {event.step:>6}  validation {event.metric} {result}{unit}{marker}")
-            case Saved():
-                pass
+            with self._forgiving(TENSORBOARD):
+                self._write_scalars(row)
+        self._bar(event)
 
     def _count(self, row: dict[str, Any]) -> None:
         taken = row["step"] - self._last_step
@@ -142,14 +87,6 @@ class RunLog:
         self.compile_s = row["compile_s"]
         # Rows of an earlier version have none.
         self.skipped += row.get("skipped", 0)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        with self._forgiving(str(self.path)):
-            # What cannot be written stays in the file's buffer for the next time.
-            self._file.write(json.dumps({**row, "elapsed_s": round(self.elapsed_s, 3)}) + "\n")
-            self._file.flush()
-        with self._forgiving(TENSORBOARD):
-            self._write_scalars(row)
 
     def _write_scalars(self, row: dict[str, Any]) -> None:
         if self._scalars is None:
@@ -163,11 +100,8 @@ class RunLog:
         self._scalars.flush()
 
     def _rewind(self, step: int) -> None:
-        """Drop the rows that the run is about to write again."""
+        """Begin with what the run had come to, of which `jm.train` has dropped the later rows."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self._file.close()
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._void_from = step + 1
         self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0
         for row in rows:
@@ -184,18 +118,6 @@ class RunLog:
             str(self.path.parent / TENSORBOARD),
             purge_step=self._void_from,
             filename_suffix=f".{time.time_ns()}",
-        )
-
-    def _plain(self, event: Progress) -> None:
-        now = time.perf_counter()
-        if event.step < event.steps and now - self._shown_at < _SECONDS_BETWEEN_LINES:
-            return
-        self._shown_at = now
-        left = (event.steps - event.step) / event.steps_per_second
-        print(
-            f"step {event.step:>6}/{event.steps}  {_values(event)}  {event.steps_per_second:.1f} steps/s  "
-            f"{_duration(left)} left",
-            flush=True,
         )
 
 
@@ -228,59 +150,6 @@ def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callabl
         yield watched
     finally:
         stop()
-
-
-def _nothing(event: Progress) -> None:
-    del event
-
-
-@contextlib.contextmanager
-def _bar(steps: int) -> Iterator[tuple[Any, ...]]:
-    from rich import progress
-
-    with progress.Progress(
-        progress.TextColumn("meta-training"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[values]}"),
-        progress.TextColumn("{task.fields[rate]} steps/s"),
-        progress.TextColumn("{task.fields[left]} left"),
-    ) as bar:
-        task = bar.add_task("meta-training", total=steps, values="compiling…", rate="–", left="–")
-
-        def show(event: Progress) -> None:
-            left = (event.steps - event.step) / event.steps_per_second
-            bar.update(
-                task,
-                completed=event.step,
-                values=_values(event),
-                rate=f"{event.steps_per_second:.1f}",
-                left=_duration(left),
-            )
-
-        yield show, lambda line: bar.console.print(line, highlight=False, markup=False)
-
-
-def _values(event: Progress) -> str:
-    shown = [f"loss {event.metrics['loss']:.4f}"]
-    if "accuracy" in event.metrics:
-        shown.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
-    if "mse" in event.metrics:
-        shown.append(f"mse {event.metrics['mse']:.4f}")
-    if event.skipped:
-        shown.append(f"{event.skipped} skipped")
-    return "  ".join(shown)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
-
-
-def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
-    """Return mean ± half-width of the confidence interval, accuracy in %."""
-    digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
-    return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"
 
 
 # Whose statistics, by `norm` of the learner.

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, check_kind
 from jaxmeta.cli import build, folders, names, schema, sources
 from jaxmeta.cli import per_class as per_class_report
 from jaxmeta.cli.command_line import command_of_config
@@ -34,11 +34,20 @@ from jaxmeta.cli.report import (
     RunLog,
     plural,
     profiling,
-    read_metrics,
     report_markdown,
 )
 from jaxmeta.cli.signals import Signalled, Signals
-from jaxmeta.core import Batch, Key, Learner, Params, ProtocolCard, TaskDistribution, TaskStream, card_of
+from jaxmeta.core import (
+    Batch,
+    Key,
+    Learner,
+    Params,
+    ProtocolCard,
+    TaskDistribution,
+    TaskStream,
+    card_of,
+    check_tasks,
+)
 from jaxmeta.files import replacing, write_json, write_new_json, write_text
 from jaxmeta.training import (
     ClassEvaluation,
@@ -58,7 +67,8 @@ from jaxmeta.training import (
 )
 from jaxmeta.training.checkpoint import arrays_by_path, check_saved, checkpoint_steps
 from jaxmeta.training.evaluate import metric_name
-from jaxmeta.training.loop import Event
+from jaxmeta.training.events import Event
+from jaxmeta.training.metrics import METRICS, read_metrics
 from jaxmeta.training.sharding import process_share, sample_of
 from jaxmeta.training.step import validation_key
 from jaxmeta.transfer.architectures import described as described_network
@@ -247,12 +257,11 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
             held.enter_context(folders.locked(out))
         signals = held.enter_context(Signals(hint).handled())
         held.enter_context(hosts.detect_lost_peer(hint))
-        log = RunLog(out / "metrics.jsonl", config.training.steps, metric_name(parts.test))
+        log = RunLog(out / METRICS, config.training.steps, metric_name(parts.test))
         if first:
             _write_config(out, config, resumed is not None)
             if not checkpoint_steps(out):
-                # Rows of a run that ended before it could save: this one starts again.
-                log.path.unlink(missing_ok=True)
+                # What a run has shown that ended before it could save: this one starts again.
                 shutil.rmtree(log.path.parent / TENSORBOARD, ignore_errors=True)
         hosts.barrier("folder")
         state = _fit(parts, out, log, signals, invocation.profile)
@@ -490,10 +499,61 @@ def evaluate_run(
         check_images(before, test, folder, str(tasks))
     else:
         check_data(before, test, folder)
-    by_class = per_class or picture is not None
+    params = params_of(folder, before)
+    return _evaluated(folder, config, params, test, mesh, target, per_class, picture)
+
+
+def evaluate_checkpoints(
+    folder: Path,
+    config: Config,
+    *,
+    json: str | None = None,
+    per_class: bool = False,
+    confusion: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate parameters that `jm.train(run_dir=…)` has left in a folder, and print the result.
+
+    Population statistics, which it does not fill, are taken from training tasks.
+
+    Args:
+      folder: of the run.
+      config: says what the parameters are of, and which tasks they are evaluated on.
+      json, per_class, confusion: as of `evaluate_run`.
+
+    Raises:
+      ArgumentError: the learner of the configuration has other parameters.
+    """
+    target, picture = folders.output_file("json", json), folders.output_file("confusion", confusion)
+    mesh = mesh_of(config.run.devices, config.run.mesh, None)
+    test = sources.tasks_of(config, "test", evaluation_key(config.run.seed))
+    learner = build.learner_of(config)
+    try:
+        params = _params_like(folder, learner, test)
+    except ValueError as error:
+        raise ArgumentError(
+            "learner",
+            f"{config.learner['name']} with the network {config.network['name']} does not fit what was "
+            f"trained in {folder}; give method, network and settings as they were ({error})",
+        ) from error
+    if "population" in config.names().facts.rows.values() and "population" not in params:
+        params = {**params, **_population(learner, config, params, jax.random.key(config.run.seed))}
+    return _evaluated(folder, config, params, test, mesh, target, per_class, picture)
+
+
+def _evaluated(
+    folder: Path,
+    config: Config,
+    params: Params,
+    test: TaskDistribution | TaskStream,
+    mesh: Mesh,
+    target: Path | None,
+    per_class: bool,
+    picture: Path | None,
+) -> dict[str, Any]:
+    """Evaluate parameters on test tasks, write and print the result."""
+    seed, by_class = config.run.seed, per_class or picture is not None
     if by_class:
         per_class_report.check_named(test, "per_class" if per_class else "confusion")
-    params = params_of(folder, before)
     found, _, classes = _results(config, params, test, seed, mesh, by_class=by_class)
     result = {
         "run": str(folder),
@@ -539,23 +599,26 @@ def load_run(
     run: str | os.PathLike[str],
     row: str = "inductive",
     *,
-    learner: str | None = None,
+    learner: str | Learner | None = None,
     network: str | None = None,
-    tasks: str | None = None,
+    tasks: str | TaskDistribution | TaskStream | None = None,
 ) -> tuple[Learner, Params]:
-    """Load the learner of a run of `jaxmeta train`, and its parameters.
+    """Load the learner of a run of `jaxmeta train`, or of `jm.train(run_dir=…)`, and its parameters.
 
     Args:
       run: the run's folder.
       row: of its report: "inductive", whose answers depend on no other query, or "transductive".
-      learner: `module:name` of a method of one's own, of a run that was trained with it. A folder makes no
-        code be imported by itself.
-      network: likewise of a network.
-      tasks: likewise of tasks.
+      learner: the learner itself, which `jm.train` does not keep in the folder; it is returned as it is. Or
+        `module:name` of a method of one's own, of a run of `jaxmeta train` that was trained with it: a folder
+        makes no code be imported by itself.
+      network: `module:name` of a network of one's own, likewise.
+      tasks: likewise of tasks. Beside a learner itself, tasks that it was made for, whose shapes tell whether
+        the parameters are its own; needed where these have other nodes than dicts, lists and tuples.
 
     Raises:
-      FileNotFoundError: there is no run.
-      ValueError: its files cannot be read, another `row`, or code of one's own that is not named.
+      FileNotFoundError: there is no run, or one of `jm.train`, and no learner is given.
+      ValueError: its files cannot be read, another `row`, code of one's own that is not named, or parameters
+        that are not those of the learner.
 
     Examples:
       >>> learner, params = jm.load_run("runs/alphabet")  # doctest: +SKIP
@@ -563,9 +626,44 @@ def load_run(
       >>> outputs = learner.predict(params, adapted, images)  # doctest: +SKIP
     """
     folder = Path(run).expanduser()
+    if learner is not None and not isinstance(learner, str):
+        check_kind("learner", learner, Learner, "a jm.Learner, or module:name of a method of your own")
+        if not (folder / "checkpoints").is_dir():
+            raise FileNotFoundError(f"{folder} is no run: there is no {folder / 'checkpoints'}")
+        if isinstance(tasks, str):
+            raise ArgumentError(
+                "tasks", f"got {tasks!r}; beside a learner itself, they must be tasks themselves"
+            )
+        return learner, _params_like(folder, learner, tasks)
+    if tasks is not None and not isinstance(tasks, str):
+        raise ArgumentError("tasks", "got tasks themselves, which go with a learner itself (learner=)")
     config = load_config(folder, [name for name in (learner, network, tasks) if name is not None])
     norm = names.lookup("row", row, config.names().facts.rows)
     return build.learner_of(config, norm), params_of(folder, config)
+
+
+def _params_like(folder: Path, learner: Learner, tasks: TaskDistribution | TaskStream | None) -> Params:
+    """Return what a run ended with, if the learner has such parameters on tasks of these shapes.
+
+    Raises:
+      ValueError: it has others, or they cannot be read.
+    """
+    like = None
+    if tasks is not None:
+        check_tasks(tasks)
+        like = jax.eval_shape(
+            lambda key, sample: learner.init(key, sample(key)), jax.random.key(0), sample_of(tasks)
+        )
+    try:
+        params = load_params(folder, like=like)
+    except ArgumentError as error:
+        if error.name != "like":
+            raise
+        said = f"{folder} has parameters that are not only dicts, lists and tuples"
+        raise ArgumentError(
+            "tasks", f"got None, and {said}; give tasks that the learner was made for"
+        ) from None
+    return {**params, **load(folder / POPULATION)} if (folder / POPULATION).exists() else params
 
 
 def evaluation_key(seed: int) -> Key:
@@ -585,15 +683,20 @@ def _with_population(
     """Return the parameters with the population statistics of the training tasks, which the folder keeps."""
     if "population" not in config.names().facts.rows.values():
         return params
-    filled: Params = {"population": {}}
-    if learner.statistics is not None:
-        key = jax.random.fold_in(key, _POPULATION)
-        tasks = sources.tasks_of(config, "train", key, for_evaluation=True)
-        filled = {"population": calibrate(learner, params, tasks, key)["population"]}
+    filled = _population(learner, config, params, key)
     with results.writing(out / POPULATION):
         save(out / POPULATION, filled, overwrite=True)
         load(out / POPULATION)
     return {**params, **filled}
+
+
+def _population(learner: Learner, config: Config, params: Params, key: Key) -> Params:
+    """Return the population statistics of the training tasks, of a run with `key`."""
+    if learner.statistics is None:
+        return {"population": {}}
+    key = jax.random.fold_in(key, _POPULATION)
+    tasks = sources.tasks_of(config, "train", key, for_evaluation=True)
+    return {"population": calibrate(learner, params, tasks, key)["population"]}
 
 
 def _results(

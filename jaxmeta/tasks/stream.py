@@ -167,7 +167,7 @@ class _Reader:
 
     def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
         drawn = self.plan(step)
-        images = self.prepared.read(drawn.rows.reshape(-1))
+        images = self.prepared.read(np.asarray(drawn.rows).reshape(-1))
         return drawn, images.reshape(*drawn.rows.shape, -1)
 
 

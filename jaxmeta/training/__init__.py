@@ -14,7 +14,9 @@ from jaxmeta.training.evaluate import (
     evaluate_metrics,
     run_episodes,
 )
-from jaxmeta.training.loop import NonFiniteLoss, Progress, Resumed, Saved, Stopped, Validated, train
+from jaxmeta.training.events import Progress, Resumed, Saved, Validated
+from jaxmeta.training.loop import NonFiniteLoss, Stopped, train
+from jaxmeta.training.progress import progress_bar
 from jaxmeta.training.sharding import make_mesh
 from jaxmeta.training.step import TrainState, init_state, meta_step, validation_key
 
@@ -42,6 +44,7 @@ __all__ = [
     "make_mesh",
     "meta_gradient_alignment",
     "meta_step",
+    "progress_bar",
     "run_episodes",
     "save",
     "train",

@@ -163,22 +163,29 @@ def restore_checkpoint(
     return state, best
 
 
-def load_params(run_dir: str | os.PathLike[str], *, config: dict[str, Any] | None = None) -> Params:
+def load_params(
+    run_dir: str | os.PathLike[str], *, config: dict[str, Any] | None = None, like: Params | None = None
+) -> Params:
     """The parameters a run ended with: the best validated ones, else those of its last checkpoint.
 
     Args:
       run_dir: the run's folder.
       config: what must be so in the one the checkpoint was saved with, as JSON; None is not compared.
+      like: parameters of the same structure, as arrays or `jax.eval_shape` of them; only needed where there
+        are other nodes than dicts, lists and tuples.
 
     Raises:
-      ValueError: `run_dir` has no checkpoint that can be read, or needs a template: parameters
-        that are not dicts, lists and tuples; or the checkpoint is of another configuration.
+      ValueError: `run_dir` has no checkpoint that can be read, or needs `like`, or differs from it; or the
+        checkpoint is of another configuration.
     """
     path, leaves, manifest = _newest(run_dir)
     if config is not None:
         stored = {name: manifest["config"].get(name) for name in config}
         _same_config(stored, _plain(config), path)
-    return _decode(manifest["tree"]["dict"], leaves, path, "best" if manifest["best"] else "params")
+    entry = "best" if manifest["best"] else "params"
+    if like is None:
+        return _decode(manifest["tree"]["dict"], leaves, path, entry)
+    return _fill(like, _below(leaves, entry), f"run_dir: {path} has other parameters")
 
 
 def check_saved(run_dir: str | os.PathLike[str], params: Params) -> None:
@@ -192,12 +199,17 @@ def check_saved(run_dir: str | os.PathLike[str], params: Params) -> None:
       ValueError: no checkpoint can be read, or it holds others.
     """
     path, leaves, manifest = _newest(run_dir)
-    prefix = f"['{'best' if manifest['best'] else 'params'}']"
-    stored = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    stored = _below(leaves, "best" if manifest["best"] else "params")
     found = arrays_by_path(_fill(params, stored, f"{path} has other parameters"))
     for name, array in arrays_by_path(params).items():
         if found[name].tobytes() != array.tobytes():
             raise ValueError(f"{path} has other parameters: {name} differs")
+
+
+def _below(leaves: dict[str, Any], entry: str) -> dict[str, Any]:
+    """Return the leaves of an entry of a checkpoint by their paths in it."""
+    prefix = f"['{entry}']"
+    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
 def arrays_by_path(tree: PyTree) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,7 +37,10 @@ from jaxmeta.core import (
 from jaxmeta.learner_form import normalized
 from jaxmeta.losses import ScoreOrLoss, metric_label
 from jaxmeta.training import checkpoint, hosts, sharding
-from jaxmeta.training.evaluate import Evaluation, evaluate, metric_name
+from jaxmeta.training.evaluate import evaluate, metric_name
+from jaxmeta.training.events import Event, Progress, Resumed, Saved, Validated
+from jaxmeta.training.metrics import METRICS, MetricsLog
+from jaxmeta.training.progress import showing
 from jaxmeta.training.sharding import Devices
 from jaxmeta.training.step import (
     Strategy,
@@ -57,51 +59,7 @@ _QUEUED = 2
 _STEPS_AT_ONCE, _BYTES_AT_ONCE = 8, 2**28
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Reported at every `log_every` steps: means over the steps since the last report.
-
-    `compile_s` is the time the compiled chunk took to build, the same in every report;
-    `steps_per_second` has neither it nor validation and saving in it. `skipped` steps were not finite,
-    and are in no mean.
-    """
-
-    step: int
-    steps: int
-    metrics: dict[str, float]
-    steps_per_second: float
-    compile_s: float
-    skipped: int = 0
-
-
-@dataclass(frozen=True)
-class Validated:
-    """Reported after each validation: `metric` is what `jm.evaluate` measures, `best` if none was better."""
-
-    step: int
-    metric: str
-    evaluation: Evaluation
-    best: bool
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Reported after each checkpoint."""
-
-    step: int
-    path: Path
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Reported once, before anything else, by a run that continues: rows after `step` are void."""
-
-    step: int
-
-
-Event = Progress | Validated | Saved | Resumed
-
-# What becomes of a meta-step that is not finite.
+# What to do at a meta-step whose loss or gradient is not finite.
 NonFinite = Literal["stop", "skip"]
 
 
@@ -203,11 +161,14 @@ def train(
       validation_episodes: fixed episodes in a validation, at least 2.
       validate_every: meta-steps between validations; there is one more at the end.
       run_dir: folder of the run; its `checkpoints/` gets the last two states, and the best
-        parameters as `best` (for `jm.load`). None: nothing is written.
+        parameters as `best` (for `jm.load`), its `metrics.jsonl` what is reported. `jm.load_run(run_dir,
+        learner=learner)` and `jaxmeta plot RUN_DIR` read it, and `jaxmeta evaluate RUN_DIR --learner NAME
+        --tasks NAME` evaluates it. None: nothing is written.
       checkpoint_every: meta-steps between checkpoints; None for `validate_every`. There is one
         more at the end and when stopped.
       resume: continue from the newest readable checkpoint of `run_dir`.
-      report: is called with each event: `Resumed`, `Progress`, `Validated`, `Saved`.
+      report: is called with each event: `Resumed`, `Progress`, `Validated`, `Saved`. `jm.progress_bar()`
+        shows them; `print` prints them.
       log_every: meta-steps between `Progress` events; the host looks at the loss, and at
         `should_stop`, this often.
       config: JSON-like dict stored in each checkpoint; a resumption with another one is refused.
@@ -247,7 +208,13 @@ def train(
         maximize = _is_maximized(learner)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=mesh, compared_to=compared_to))
-    emit = report or (lambda event: None)
+    # Of several processes the first one writes.
+    log = MetricsLog(folder / METRICS) if folder is not None and hosts.is_first() else None
+
+    def emit(event: Event) -> None:
+        for each in (log, report):
+            if each is not None:
+                each(event)
 
     episodes_key = validation_key(key)
     check_stream(tasks, key, for_evaluation=False, name="tasks")
@@ -278,15 +245,7 @@ def train(
             validation = validation._replace(
                 sample=sharding.replicate(sharding.as_argument(validation.sample), mesh)
             )
-    started = time.perf_counter()
-    chunk = (
-        jax.jit(_chunk(step, skip=non_finite == "skip"), donate_argnums=0)
-        .lower(state, source, jnp.int32(0))
-        .compile()
-    )
-    compile_s = time.perf_counter() - started
-
-    clock = time.perf_counter()
+    clock = compile_s = 0.0
 
     def not_finite(step: int, initial: bool, of_loss: bool = True) -> NonFiniteLoss:
         debugging = jax.config.jax_debug_nans  # type: ignore[attr-defined]
@@ -331,7 +290,16 @@ def train(
 
     pending: tuple[int, int, list[dict[str, Any]]] | None = None
     queue: deque[Array] = deque()
-    with _calls(tasks, source, mesh, meta_batch, done) as calls:
+    recording = contextlib.nullcontext() if log is None else contextlib.closing(log)
+    with recording, showing(report, steps), _calls(tasks, source, mesh, meta_batch, done) as calls:
+        started = time.perf_counter()
+        chunk = (
+            jax.jit(_chunk(step, skip=non_finite == "skip"), donate_argnums=0)
+            .lower(state, source, jnp.int32(0))
+            .compile()
+        )
+        compile_s = time.perf_counter() - started
+        clock = time.perf_counter()
         while done < steps:
             if should_stop is not None and hosts.any_of(should_stop()):
                 if pending:

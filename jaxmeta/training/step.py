@@ -98,7 +98,7 @@ def init_state(
     drawn = jax.eval_shape(partial(_draw, learner), sample, key)
     if params is not None:
         check_params_kind(params)
-        _check_params(params, drawn)
+        check_params(params, drawn)
     # Compiled as a whole: `init` reads the task's shapes only, so that drawing it is dead code.
     if devices is None or devices.size == 1:
         start, opt_state = jax.jit(init)(sample, key, params)
@@ -134,7 +134,7 @@ def check_params_kind(params: Params) -> None:
         )
 
 
-def _check_params(params: Params, drawn: Params) -> None:
+def check_params(params: Params, drawn: Params) -> None:
     """Refuse parameters to start from that are not of the learner.
 
     Raises:

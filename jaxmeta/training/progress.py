@@ -1,0 +1,139 @@
+"""How far a training is, on a terminal or line by line."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxmeta.training.events import Event, Progress, Resumed, Validated
+from jaxmeta.training.metrics import Forgiving
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def progress_bar() -> "ProgressBar":
+    """Return what shows how far `jm.train` is, for its `report=`.
+
+    On a terminal it is a bar with loss, metrics, steps per second and the time that is left, elsewhere a line
+    every ten seconds; and there is a line for each validation. It is what `jaxmeta train` shows. The bar
+    needs the package rich; without it there are lines.
+
+    Examples:
+      >>> import jax, optax
+      >>> import jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid(shots=5, queries=5)
+      >>> learner = jm.maml(jm.nn.MLP(out=1, hidden=()), loss=jm.losses.mse)
+      >>> settings = {"steps": 10, "meta_batch": 2, "key": jax.random.key(0)}
+      >>> state = jm.train(learner, tasks, optax.sgd(0.0), report=jm.progress_bar(), **settings)
+      ... # doctest: +ELLIPSIS
+      step     10/10  loss ...  mse ...  ... steps/s  0:00 left
+    """
+    return ProgressBar()
+
+
+class ProgressBar:
+    """The `report=` of `jm.train` that `progress_bar` returns; `jm.train` shows the bar while it runs.
+
+    Called by another function instead, it prints lines.
+    """
+
+    def __init__(self) -> None:
+        self._shown_at = -float("inf")
+        self._show: Callable[[Progress], None] = self._plain
+        self._say: Callable[[str], None] = print
+        self._forgiving = Forgiving()
+
+    @contextlib.contextmanager
+    def showing(self, steps: int) -> Iterator[None]:
+        """Show a bar of `steps` meta-steps while inside, where standard output is a terminal."""
+        with contextlib.ExitStack() as shown_on:
+            self._shown_at = -float("inf")
+            if sys.stdout.isatty():
+                with self._forgiving("the progress bar"):
+                    self._show, self._say = shown_on.enter_context(_bar(steps))
+            try:
+                yield
+            finally:
+                with self._forgiving("the progress bar"):
+                    shown_on.close()
+                self._show, self._say = self._plain, print
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Resumed(step):
+                self._say(f"continuing after meta-step {step}")
+            case Progress():
+                with self._forgiving("the progress bar"):
+                    self._show(event)
+            case Validated():
+                marker = "  (best so far)" if event.best else ""
+                result = shown(event.evaluation._asdict(), event.metric)
+                unit = " %" if event.metric == "accuracy" else ""
+                self._say(f"step {event.step:>6}  validation {event.metric} {result}{unit}{marker}")
+
+    def _plain(self, event: Progress) -> None:
+        now = time.perf_counter()
+        if event.step < event.steps and now - self._shown_at < _SECONDS_BETWEEN_LINES:
+            return
+        self._shown_at = now
+        left = (event.steps - event.step) / event.steps_per_second
+        print(
+            f"step {event.step:>6}/{event.steps}  {_values(event)}  {event.steps_per_second:.1f} steps/s  "
+            f"{_duration(left)} left",
+            flush=True,
+        )
+
+
+def showing(report: Any, steps: int) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a progress bar is shown; that of another `report` does nothing."""
+    return report.showing(steps) if isinstance(report, ProgressBar) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _bar(steps: int) -> Iterator[tuple[Any, ...]]:
+    from rich import progress
+
+    with progress.Progress(
+        progress.TextColumn("meta-training"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[values]}"),
+        progress.TextColumn("{task.fields[rate]} steps/s"),
+        progress.TextColumn("{task.fields[left]} left"),
+    ) as bar:
+        task = bar.add_task("meta-training", total=steps, values="compiling…", rate="–", left="–")
+
+        def show(event: Progress) -> None:
+            left = (event.steps - event.step) / event.steps_per_second
+            bar.update(
+                task,
+                completed=event.step,
+                values=_values(event),
+                rate=f"{event.steps_per_second:.1f}",
+                left=_duration(left),
+            )
+
+        yield show, lambda line: bar.console.print(line, highlight=False, markup=False)
+
+
+def _values(event: Progress) -> str:
+    shown = [f"loss {event.metrics['loss']:.4f}"]
+    if "accuracy" in event.metrics:
+        shown.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
+    if "mse" in event.metrics:
+        shown.append(f"mse {event.metrics['mse']:.4f}")
+    if event.skipped:
+        shown.append(f"{event.skipped} skipped")
+    return "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
+    """Return mean ± half-width of the confidence interval, accuracy in %."""
+    digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
+    return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"

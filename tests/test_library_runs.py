@@ -1,0 +1,264 @@
+"""Folders of `jm.train(run_dir=…)`: loaded, plotted and evaluated as those of `jaxmeta train` are."""
+
+import contextlib
+import io
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import read_json
+
+import jaxmeta as jm
+from jaxmeta.cli import main
+from jaxmeta.cli.run import evaluation_key
+from jaxmeta.training import progress
+from jaxmeta.training.metrics import read_metrics
+
+KEY = jax.random.key(0)
+TASKS = jm.tasks.sinusoid("train", shots=5, queries=5)
+LEARNER = jm.maml(jm.nn.MLP(out=1, hidden=(4,)), inner_lr=0.01, loss=jm.losses.mse)
+MODULE = '''import jax.numpy as jnp
+
+import jaxmeta as jm
+
+learner = jm.maml(jm.nn.MLP(out=1, hidden=(4,)), inner_lr=0.01, loss=jm.losses.mse)
+other = jm.maml(jm.nn.MLP(out=1, hidden=(5,)), inner_lr=0.01, loss=jm.losses.mse)
+
+
+def made():
+    """Make the learner, which brings its own network."""
+    return learner
+'''
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with the run `run`, and a module of one's own."""
+    folder = tmp_path_factory.mktemp("library")
+    validation = jm.tasks.sinusoid("validation", shots=5, queries=5)
+    settings = {"meta_batch": 2, "log_every": 2, "validate_every": 3, "validation_episodes": 4}
+    settings |= {"steps": 6, "run_dir": folder / "run", "validation": validation, "key": KEY}
+    events = []
+    state = jm.train(LEARNER, TASKS, optax.adam(1e-3), report=events.append, **settings)
+    (folder / "my_module.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        yield folder, state, events
+    sys.modules.pop("my_module", None)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_folder_has_a_row_for_each_report(here):
+    folder, _, events = here
+    rows = read_metrics(folder / "run" / "metrics.jsonl")
+    reported = [event for event in events if hasattr(event, "metrics") or hasattr(event, "evaluation")]
+    assert [row["step"] for row in rows] == [event.step for event in reported] == [2, 3, 3, 4, 6, 6]
+    for row, event in zip(rows, reported, strict=True):
+        if hasattr(event, "metrics"):
+            assert {name: row[name] for name in event.metrics} == event.metrics
+        else:
+            assert (row["validation_mse"], row["best"]) == (event.evaluation.mean, event.best)
+    assert [row["elapsed_s"] for row in rows] == sorted(row["elapsed_s"] for row in rows)
+
+
+def test_a_resumed_run_goes_on_in_its_file_and_a_new_one_begins_it(tmp_path):
+    settings = {"meta_batch": 1, "log_every": 1, "key": KEY, "run_dir": tmp_path, "checkpoint_every": 2}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0, "elapsed_s": 1.0}\n')
+    jm.train(LEARNER, TASKS, optax.sgd(0.0), steps=2, **settings)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        # Of a meta-step after the last checkpoint, before the run was killed.
+        file.write(json.dumps({"step": 3, "loss": 9.0, "elapsed_s": 2.0}) + "\n")
+    jm.train(LEARNER, TASKS, optax.sgd(0.0), steps=4, resume=True, **settings)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert not {7.0, 9.0} & {row["loss"] for row in rows}
+
+
+def test_a_learner_of_one_s_own_is_loaded_with_the_best_parameters(here):
+    folder, state, _ = here
+    for tasks in (None, TASKS):
+        learner, params = jm.load_run(folder / "run", learner=LEARNER, tasks=tasks)
+        assert learner is LEARNER
+        same(params, state.params)
+
+
+def test_what_is_missing_to_load_a_run_is_said(here, tmp_path):
+    folder, _, _ = here
+    with pytest.raises(FileNotFoundError, match=r"no config\.json.*jm\.load_run\(folder, learner=learner\)"):
+        jm.load_run(folder / "run")
+    with pytest.raises(FileNotFoundError, match=r"is no run: there is no .*checkpoints"):
+        jm.load_run(tmp_path, learner=LEARNER)
+    with pytest.raises(ValueError, match=r"^learner: got the function maml; it must be a jm\.Learner"):
+        jm.load_run(folder / "run", learner=jm.maml)
+    other = jm.maml(jm.nn.MLP(out=1, hidden=(5,)), loss=jm.losses.mse)
+    with pytest.raises(ValueError, match=r"^run_dir: .* has other parameters: .*\[4\] in the stored one"):
+        jm.load_run(folder / "run", learner=other, tasks=TASKS)
+    with pytest.raises(ValueError, match=r"^tasks: got tasks themselves, which go with a learner itself"):
+        jm.load_run(folder / "run", tasks=TASKS)
+
+
+def test_parameters_of_other_nodes_are_loaded_by_the_shapes_of_tasks(tmp_path):
+    learner = jm.Learner(
+        lambda key, task: optax.EmaState(jnp.ones(()), {"w": jnp.ones(2)}),
+        lambda params, support, key: params,
+        lambda params, adapted, x: x * params.ema["w"].sum(),
+        lambda params, task, key: ((params.ema["w"] ** 2).sum() + params.count, {}),
+    )
+    settings = {"steps": 1, "meta_batch": 1, "key": KEY, "run_dir": tmp_path}
+    state = jm.train(learner, TASKS, optax.sgd(0.1), **settings)
+    with pytest.raises(ValueError, match=r"^tasks: got None, and .* not only dicts, .*; give tasks"):
+        jm.load_run(tmp_path, learner=learner)
+    same(jm.load_run(tmp_path, learner=learner, tasks=TASKS)[1], state.params)
+
+
+def test_the_metrics_are_plotted(here, capsys):
+    folder, _, _ = here
+    assert main(["plot", "run", "--out", "curve.png"]) == 0
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", "nowhere"]) == 2
+    assert "nowhere is no run: there is no nowhere/metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "metric"),
+    [
+        ({"loss": 1.0}, "loss"),
+        ({"loss": 1.0, "mse": 2.0}, "mse"),
+        ({"loss": 1.0, "distance": 2.0}, "distance"),
+        ({"loss": 1.0, "cosine": 0.5, "validation_regret": 2.0, "validation_regret_ci95": 1.0}, "regret"),
+    ],
+)
+def test_a_metric_of_one_s_own_is_plotted(row, metric, tmp_path):
+    from jaxmeta.cli.compare import _metric_of
+
+    rows = [{"step": step, "elapsed_s": 1.0 * step, "best": True, **row} for step in (1, 2)]
+    assert _metric_of(rows) == metric
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "own.png")]) == 0
+
+
+@pytest.mark.parametrize("learner", ["my_module:learner", "my_module:made"])
+def test_the_parameters_are_evaluated_with_a_learner_that_is_named(learner, here, capsys):
+    folder, state, _ = here
+    argv = ["evaluate", "run", "--learner", learner, "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
+    assert main([*argv, "--episodes", "6", "--json", "found.json"]) == 0
+    tasks = jm.tasks.sinusoid("test", shots=5, queries=5)
+    expected = jm.evaluate(LEARNER, state.params, tasks, episodes=6, key=evaluation_key(0))
+    assert read_json(folder / "found.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
+    assert "test mse" in capsys.readouterr().out
+
+
+def test_a_method_of_the_library_is_named_with_its_network_and_settings(here, capsys):
+    folder, state, _ = here
+    argv = ["evaluate", "run", "--learner", "maml", "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
+    argv += ["--network", "mlp-40", "--inner-lr", "0.01", "--inner-steps", "1", "--eval-steps", "1"]
+    argv += ["--episodes", "6", "--json", "found.json"]
+    assert main([*argv, "--hidden", "4"]) == 0
+    tasks = jm.tasks.sinusoid("test", shots=5, queries=5)
+    expected = jm.evaluate(LEARNER, state.params, tasks, episodes=6, key=evaluation_key(0))
+    assert read_json(folder / "found.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "--learner: maml with the network mlp-40 does not fit what was trained in run;" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["evaluate", "run"], "--learner: is missing; run has parameters of jm.train(run_dir=…)"),
+        (["evaluate", "run", "--learner", "maml"], "--tasks: is missing; run has parameters of jm.train"),
+        (
+            ["evaluate", "run", "--learner", "my_module:other", "--tasks", "sinusoid"],
+            "--learner: my_module:other with the network",
+        ),
+        (["evaluate", "run", "--learner", "my_module:none", "--tasks", "sinusoid"], "has no function 'none'"),
+        (["train", "--resume", "--out", "run"], "no config.json, in which `jaxmeta train` keeps learner"),
+        (["predict", "run", "--support", ".", "--query", "."], "no config.json, in which `jaxmeta train`"),
+    ],
+)
+def test_what_is_missing_is_said_by_the_command_line(argv, says, here, capsys):
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+# --- The progress bar -----------------------------------------------------------------------------------
+
+
+def trained_with(report, **settings):
+    settings = {"steps": 4, "meta_batch": 1, "log_every": 2, "key": KEY, **settings}
+    return jm.train(LEARNER, TASKS, optax.sgd(0.0), report=report, **settings)
+
+
+def test_progress_is_printed_line_by_line_where_there_is_no_terminal(capsys):
+    validation = {"validation": TASKS, "validation_episodes": 2, "validate_every": 4}
+    trained_with(jm.progress_bar(), **validation)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["step", "2/4"], ["step", "4/4"], ["step", "4"]]
+    assert all(word in lines[1] for word in ("loss ", "mse ", "steps/s", "0:00 left"))
+    assert "validation mse " in lines[2]
+    assert "(best so far)" in lines[2]
+
+
+class Terminal(io.StringIO):
+    """Standard output that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """What became of each bar that was shown on a terminal."""
+    shown = []
+
+    @contextlib.contextmanager
+    def bar(steps):
+        shown.append([steps])
+        try:
+            yield lambda event: shown[-1].append(event.step), lambda line: shown[-1].append(line[:4])
+        finally:
+            shown[-1].append("closed")
+
+    monkeypatch.setattr(progress, "_bar", bar)
+    return shown
+
+
+def test_a_bar_is_shown_while_it_trains_and_closed_however_that_ends(bars, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    report = jm.progress_bar()
+    trained_with(report)
+    assert bars == [[4, 2, 4, "closed"]]
+    with pytest.raises(jm.training.Stopped):
+        trained_with(report, should_stop=lambda: True)
+    assert bars[1:] == [[4, "closed"]]
+
+
+def test_a_real_bar_shows_the_numbers_of_the_last_step(monkeypatch):
+    pytest.importorskip("rich")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    trained_with(jm.progress_bar())
+    said = terminal.getvalue()
+    assert "4/4" in said
+    assert "loss " in said
+
+
+def test_without_rich_there_are_lines(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with pytest.warns(UserWarning, match="the progress bar could not be written, and training goes on"):
+        trained_with(jm.progress_bar())
+    assert "4/4" in sys.stdout.getvalue()
