@@ -1,4 +1,4 @@
-"""Training on a labelled source and an unlabelled target whose features are made alike."""
+"""Unsupervised domain adaptation: training on a labelled source and an unlabelled target domain."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -28,12 +28,13 @@ DomainNorm = Literal["separate", "joint"]
 
 
 class Alignment(NamedTuple):
-    """What is added to the source's cross-entropy to make the domains' features alike.
+    """A penalty that makes the features of two domains alike; see `coral`, `mmd` and `dann`.
 
     Attributes:
-      init: `(key, dim) -> own`, parameters that are trained beside the network's.
-      loss: `(own, source, target, progress) -> scalar` of the features `(n_s, dim)` and `(n_t, dim)`, with
-        progress in [0, 1) the part of the training that is done.
+      init: function `(key, dim) -> own` of the penalty's own parameters, which are trained together with the
+        network's.
+      loss: function `(own, source, target, progress) -> scalar` of features of shapes `(n_s, dim)` and
+        `(n_t, dim)`; progress in [0, 1) is the completed fraction of the training.
     """
 
     init: Callable[[Key, int], Params]
@@ -41,10 +42,20 @@ class Alignment(NamedTuple):
 
 
 def coral(weight: float = 1.0, *, variant: Variant = "paper") -> Alignment:
-    """Deep CORAL: `weight` · `jm.transfer.coral_loss`.
+    """Return the Deep CORAL penalty, `weight` · `jm.transfer.coral_loss`.
+
+    Args:
+      weight: weight of the penalty, at least 0.
+      variant: formula of the loss; see `jm.transfer.coral_loss`.
 
     Raises:
-      ValueError: a negative weight, another variant.
+      ValueError: if `weight` is negative or `variant` is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> source, target = jnp.array([[0.0, 0.0], [2.0, 0.0]]), jnp.array([[0.0, 0.0], [0.0, 2.0]])
+      >>> print(coral(2.0).loss({}, source, target, jnp.zeros(())))
+      1.0
 
     References:
       Sun & Saenko, Deep CORAL: Correlation Alignment for Deep Domain Adaptation, 2016.
@@ -55,32 +66,48 @@ def coral(weight: float = 1.0, *, variant: Variant = "paper") -> Alignment:
 
 @forwards(mmd2)
 def mmd(weight: float = 1.0, **settings: Unpack[MMDSettings]) -> Alignment:
-    """Deep adaptation network, on the last features: `weight` · `jm.transfer.mmd2`, with its settings.
+    """Return the penalty of deep adaptation networks on the last features, `weight` · `jm.transfer.mmd2`.
+
+    Args:
+      weight: weight of the penalty, at least 0.
+      **settings: keyword arguments of `jm.transfer.mmd2`, such as `bandwidth` and `estimator`.
 
     Raises:
-      ValueError: a negative weight, and what `jm.transfer.mmd2` refuses.
+      ValueError: if `weight` is negative or `jm.transfer.mmd2` rejects the settings.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> penalty = mmd(2.0, bandwidth=1.0)
+      >>> print(f"{penalty.loss({}, jnp.array([[0.0]]), jnp.array([[1.0]]), jnp.zeros(())):.4f}")
+      1.5739
 
     References:
       Long et al., Learning Transferable Features with Deep Adaptation Networks, 2015.
     """
-    # For what it raises of the settings.
+    # Abstract evaluation validates the settings now, before any training starts.
     jax.eval_shape(lambda: mmd2(jnp.zeros((2, 1)), jnp.zeros((2, 1)), **settings))
     return _without_parameters(weight, lambda source, target: mmd2(source, target, **settings))
 
 
 def dann(*, hidden: tuple[int, ...] = (100,), weight: float = 1.0, gamma: float = 10.0) -> Alignment:
-    """DANN: features that a domain head, trained at the same time, cannot tell apart.
+    """Return the domain-adversarial penalty (DANN): features from which a domain head cannot tell the domain.
 
-    The head sees the features through `jm.transfer.gradient_reversal`, of strength weight · λ_p, p the
-    progress of the whole training; the head itself trains with weight 1.
+    The domain head is trained together with the network, with weight 1. It reads the features through
+    `jm.transfer.gradient_reversal` of strength weight · λ_p, where p is the progress of the whole training.
 
     Args:
-      hidden: widths of the domain head's hidden layers; the paper's head for digits has one of 100.
-      weight: of what flows into the features.
-      gamma: of λ_p; see `jm.transfer.dann_strength`.
+      hidden: widths of the domain head's hidden layers; the paper's head for digits has one layer of 100.
+      weight: factor of the reversed gradient that reaches the features, at least 0.
+      gamma: γ of λ_p; see `jm.transfer.dann_strength`.
 
     Raises:
-      ValueError: a negative weight.
+      ValueError: if `weight` is negative, `gamma` is not finite or `hidden` is not a tuple of widths.
+
+    Examples:
+      >>> import jax
+      >>> penalty = dann(hidden=(16,))
+      >>> jax.tree.map(lambda leaf: leaf.shape, penalty.init(jax.random.key(0), 8))["head"]
+      {'bias': (1,), 'kernel': (16, 1)}
 
     References:
       Ganin et al., Domain-Adversarial Training of Neural Networks, 2016.
@@ -117,13 +144,13 @@ def _without_parameters(weight: float, discrepancy: Callable[[Array, Array], Arr
 
 
 class Aligned(NamedTuple):
-    """What training on two domains ends with.
+    """The result of training on two domains.
 
     Attributes:
-      target: variables to judge the target by: its own running statistics.
-      source: the same parameters with the source's, to judge the source by, as for choosing a model without
-        target labels. With norm="joint" the same as `target`.
-      losses: of each step.
+      target: variables for inference on the target, with the target's running statistics.
+      source: the same parameters with the source's running statistics, for inference on the source, such as
+        model selection without target labels. Identical to `target` with norm="joint".
+      losses: loss of each step.
     """
 
     target: Variables
@@ -150,54 +177,82 @@ def align(
     look: Callable[[int, Aligned], None] | None = None,
     every: int | None = None,
 ) -> Aligned:
-    """Unsupervised domain adaptation: cross-entropy on the source, and features of both domains made alike.
+    """Train a classifier on a labelled source while aligning its features with an unlabelled target.
 
-    Min over the network of mean CE(source) + alignment.loss(features of source, features of target).
+    Minimises mean CE(source) + alignment.loss(features of source, features of target) over the network.
 
-    Alignment takes for granted that classes are as frequent in the target as in the source: where they
-    are not, it aligns wrong ones. `weights` count in the cross-entropy alone and are no cure: draw the
-    source's examples anew in the target's proportions (see `jm.transfer.bbse`) first.
+    Alignment assumes that classes have the same frequencies in both domains; where they differ, it aligns
+    examples of different classes. `weights` enter the cross-entropy alone and do not correct this: first
+    resample the source in the target's proportions (see `jm.transfer.bbse`).
 
     Args:
       model: a `jm.transfer.classifier`.
-      variables: of it; not changed.
+      variables: variables of the model; they are not changed.
       source: labelled examples; see `jm.transfer.fine_tune`.
-      target: unlabelled ones, `(m, *shape)`; m may differ from n.
-      alignment: `jm.transfer.coral()`, `mmd()` or `dann()`.
-      optimizer, steps, key, train, batch_size, weights, report: as of `fine_tune`, with as many examples of
-        each domain in a step.
-      norm: batch statistics, in training and in inference: "separate", each domain its own, which aligns
-        two moments by itself, as AdaBN does; "joint", both domains in one batch, as most code has it.
-      augment: `(key, x) -> x`, of both domains.
-      look: called with step and `Aligned` (without losses), after `every` steps each; to choose a model by.
-      every: of `look` and `report`; None for about twenty times.
+      target: unlabelled examples of shape `(m, *shape)`; m may differ from the source's n.
+      alignment: penalty on the features: `jm.transfer.coral()`, `mmd()` or `dann()`.
+      optimizer: optax transformation; see `fine_tune`.
+      steps: number of mini-batches; each holds `batch_size` examples of each domain.
+      key: key of mini-batches, augmentation, dropout and the alignment's parameters.
+      train: patterns of the parameters to train; see `fine_tune`.
+      norm: batch statistics in training and inference. "separate": each domain has its own, which already
+        aligns the first two moments, as AdaBN does. "joint": both domains form one batch, as in most code.
+      batch_size: examples of each domain in a mini-batch.
+      weights: weights of the source examples in the cross-entropy; None for equal weights.
+      augment: function `(key, x) -> x`, applied to both domains; None for no augmentation.
+      report: function of step and loss, called after every `every` steps.
+      look: function of step and an `Aligned` with empty losses, called after every `every` steps, for model
+        selection.
+      every: steps between two calls of `look` and `report`; None for about 20 calls.
+
+    Returns:
+      An `Aligned`: variables for each domain, and the loss of each step.
 
     Raises:
-      ValueError: another `norm`; no target examples, or of another shape; and as `fine_tune`.
-      FloatingPointError: the loss is no longer finite.
+      ValueError: if `norm` is unknown, the model has no features, or `target` is empty or has another shape
+        than the source; and as in `fine_tune`.
+      FloatingPointError: if the loss becomes NaN or infinite.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, jaxmeta as jm
+      >>> model = jm.transfer.classifier(jm.nn.MLP(out=4), 2)
+      >>> source = jm.Batch(jnp.array([[0.0, 1.0], [1.0, 0.0]]), jnp.array([0, 1]))
+      >>> variables = model.init(jax.random.key(0), source.x)
+      >>> aligned = jm.transfer.align(  # doctest: +SKIP
+      ...     model,
+      ...     variables,
+      ...     source,
+      ...     source.x + 1.0,
+      ...     jm.transfer.coral(),
+      ...     optimizer=optax.adam(0.1),
+      ...     steps=100,
+      ...     key=jax.random.key(1),
+      ... )
+      >>> logits = model.apply(aligned.target, source.x + 1.0)  # doctest: +SKIP
     """
     check_word("norm", norm, get_args(DomainNorm))
     if model.features is None:
-        raise ArgumentError("model", "has no features to align; jm.transfer.classifier makes one that has")
+        raise ArgumentError("model", "has no features to align; build it with jm.transfer.classifier")
     dim, classes = variables["params"][HEAD]["kernel"].shape
     arrays, shape = examples(source, weights, classes=classes, name="source"), source.x.shape[1:]
     if target.shape[0] == 0 or target.shape[1:] != shape:
         raise ArgumentError("target", f"got shape {target.shape}; it must be (examples, *{shape})")
+    # Steps fold their number into the key; this number is larger than any step's.
     own = alignment.init(jax.random.fold_in(key, np.uint32(0xFFFFFFF0)), dim)
     frozen = frozen_mask(variables["params"], train)
     leaves, structure = jax.tree.flatten(frozen)
-    start = {name: tree for name, tree in variables.items() if name != "params"}
-    states = {"source": start, "target": start} if norm == "separate" else {"both": start}
+    initial = {name: tree for name, tree in variables.items() if name != "params"}
+    states = {"source": initial, "target": initial} if norm == "separate" else {"both": initial}
 
-    def judged_by(params: PyTree, states: PyTree, domain: str) -> Variables:
+    def variables_of(params: PyTree, states: PyTree, domain: str) -> Variables:
         return {"params": params["model"], **states[domain if norm == "separate" else "both"]}
 
-    def aligned(params: PyTree, states: PyTree, losses: Array) -> Aligned:
-        return Aligned(judged_by(params, states, "target"), judged_by(params, states, "source"), losses)
+    def result(params: PyTree, states: PyTree, losses: Array) -> Aligned:
+        return Aligned(variables_of(params, states, "target"), variables_of(params, states, "source"), losses)
 
-    def looked(step: int, params: PyTree, states: PyTree) -> None:
+    def on_look(step: int, params: PyTree, states: PyTree) -> None:
         assert look is not None
-        look(step, aligned(params, states, jnp.zeros(0)))
+        look(step, result(params, states, jnp.zeros(0)))
 
     params, states, losses = descend(
         _objective(model, alignment, augment, norm, tuple(leaves), structure),
@@ -210,14 +265,14 @@ def align(
         key=key,
         report=report,
         every=every,
-        look=None if look is None else looked,
+        look=None if look is None else on_look,
     )
-    return aligned(params, states, losses)
+    return result(params, states, losses)
 
 
 @lru_cache(maxsize=64)
 def _objective(model, alignment, augment, norm, frozen_leaves, structure):
-    """The same function for the same settings, so that nothing is compiled twice."""
+    """Return the objective, cached by its settings, so that equal trainings share one compiled loop."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
 
     def embed(params, state, x, key):
@@ -225,12 +280,12 @@ def _objective(model, alignment, augment, norm, frozen_leaves, structure):
 
     def objective(params, states, batches, extra, progress, key):
         del extra
-        draw, *dropout = jax.random.split(key, 3)
+        augment_key, *dropout = jax.random.split(key, 3)
         source, target = as_images(batches["source"]["x"]), as_images(batches["target"]["x"])
         n = source.shape[0]
         if augment is not None:
-            of_source, of_target = jax.random.split(draw)
-            source, target = augment(of_source, source), augment(of_target, target)
+            source_key, target_key = jax.random.split(augment_key)
+            source, target = augment(source_key, source), augment(target_key, target)
         if norm == "joint":
             z, state = embed(params["model"], states["both"], jnp.concatenate([source, target]), dropout[0])
             z_source, z_target, states = z[:n], z[n:], {"both": {**states["both"], **state}}
@@ -243,8 +298,8 @@ def _objective(model, alignment, augment, norm, frozen_leaves, structure):
             }
         head = params["model"][HEAD]
         logits = z_source @ head["kernel"] + head["bias"][None]
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, batches["source"]["y"])
-        apart = alignment.loss(params["alignment"], z_source, z_target, progress)
-        return mean_loss(each, batches["source"]) + apart, states
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batches["source"]["y"])
+        penalty = alignment.loss(params["alignment"], z_source, z_target, progress)
+        return mean_loss(losses, batches["source"]) + penalty, states
 
     return objective

@@ -1,4 +1,4 @@
-"""Which network a file's weights are of: by the description beside them, else by their shapes."""
+"""The network of a weights file, from the description stored with the weights or from their shapes."""
 
 import dataclasses
 import json
@@ -17,34 +17,45 @@ from jaxmeta.nn.adapters import switches
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.transfer.layouts import Layout
 
-# Where a file does not say how many heads there are: those of the published widths.
+# Numbers of heads of the published widths, for files that do not store the number.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-# Those of timm whose forward pass is ours; others with the same names of leaves compute something else.
+# The architectures of timm with the same forward pass as ours; others share the names of leaves and compute
+# something else.
 _TIMM = {
     "ResNet": re.compile(r"(tv_|gluon_)?resnet(18|34|50|101|152)(_v1b)?(\..*)?"),
     "ViT": re.compile(r"(vit|deit)_(tiny|small|base|large|huge)_patch\d+_\d+(\..*)?"),
 }
-# What a ViT computes, and its leaves do not show.
-_HIDDEN = ("heads", "epsilon", "pooling")
+# Attributes of a ViT that change its outputs and do not show in the shapes of its leaves.
+_SHAPELESS = ("heads", "epsilon", "pooling")
 
 
-def settings_of(config: Mapping[str, Any], layout: Layout, told: Any, origin: Path) -> dict[str, Any]:
-    """What the file says of a ViT beyond the shapes of its leaves: by config.json, or as the network `told`.
+def settings_of(
+    config: Mapping[str, Any], layout: Layout, stored_network: Any, origin: Path
+) -> dict[str, Any]:
+    """Return the settings of a ViT that the shapes of its leaves do not show.
+
+    Args:
+      config: content of config.json; empty if the file is missing.
+      layout: layout of the file's names.
+      stored_network: network that the file describes; None where it describes none.
+      origin: file or folder, for messages.
 
     Raises:
-      ValueError: the network computes something else than ours, or `config` is damaged.
+      ValueError: if the file's network has another forward pass than ours, or `config` is damaged.
     """
     if layout.family is None:
-        return {name: getattr(told, name) for name in _HIDDEN} if isinstance(told, nn.ViT) else {}
+        if not isinstance(stored_network, nn.ViT):
+            return {}
+        return {name: getattr(stored_network, name) for name in _SHAPELESS}
     settings = dict(layout.settings)
     if "model_type" in config:
-        asked = {"model_type": layout.family.lower(), **_HUGGINGFACE[layout.family]}
-        for name, ours in asked.items():
+        expected = {"model_type": layout.family.lower(), **_HUGGINGFACE[layout.family]}
+        for name, ours in expected.items():
             if config.get(name, ours) != ours:
                 raise ArgumentError(
                     "path",
                     f"{name} is {config[name]!r} in the config.json of {origin}; {layout.family} has "
-                    f"{ours!r}, and would give other outputs",
+                    f"{ours!r} and would compute other outputs",
                 )
         names = {"num_attention_heads": "heads", "layer_norm_eps": "epsilon", "image_size": "image_size"}
         settings |= {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
@@ -53,8 +64,8 @@ def settings_of(config: Mapping[str, Any], layout: Layout, told: Any, origin: Pa
         if not _TIMM[layout.family].fullmatch(str(architecture)):
             raise ArgumentError(
                 "path",
-                f"architecture is {architecture!r} in the config.json of {origin}, which is not known "
-                f"to compute what {layout.family} does",
+                f"architecture is {architecture!r} in the config.json of {origin}; its forward pass may "
+                f"differ from that of {layout.family}",
             )
         if layout.family == "ViT" and config.get("global_pool") == "avg":
             settings["pooling"] = "mean"
@@ -68,7 +79,9 @@ def settings_of(config: Mapping[str, Any], layout: Layout, told: Any, origin: Pa
             or len(sides) not in (1, 2)
             or not all(isinstance(side, int | float) and side > 0 for side in sides)
         ):
-            raise ArgumentError("path", f"the config.json of {origin} has {value!r} for {name}")
+            raise ArgumentError(
+                "path", f"the config.json of {origin} has {name}={value!r}; it must be positive"
+            )
     if isinstance(settings.get("image_size"), list):
         height, *width = settings["image_size"]
         settings["image_size"] = (height, *(width or [height]))
@@ -84,18 +97,26 @@ _HUGGINGFACE: dict[str, dict[str, Any]] = {
 def network_of(
     leaves: Mapping[str, Any], layout: Layout, settings: Mapping[str, Any], origin: Path
 ) -> linen.Module:
-    """The network whose leaves, by our paths, these are.
+    """Build the network of our modules that has these leaves.
+
+    Args:
+      leaves: arrays by their paths in our network.
+      layout: layout of the file, which names the family.
+      settings: settings from `settings_of`.
+      origin: file or folder, for messages.
 
     Raises:
-      ValueError: leaves are missing that tell its size, or the file does not tell its number of heads.
+      ValueError: if a leaf that determines a size is missing, or the number of heads is unknown.
     """
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
-        found = leaves[path].shape if path in leaves else None
-        if found is None or len(found) != rank:
-            what = "is missing" if found is None else f"has shape {found}"
-            raise ArgumentError("path", f'{origin} is of no {layout.family} ({layout.name}): "{path}" {what}')
-        return found
+        size = leaves[path].shape if path in leaves else None
+        if size is None or len(size) != rank:
+            fault = "is missing" if size is None else f"has shape {size}"
+            raise ArgumentError(
+                "path", f'{origin} does not hold a {layout.family} ({layout.name}): "{path}" {fault}'
+            )
+        return size
 
     ways = shape("params/head/kernel", 2)[1] if "params/head/kernel" in leaves else None
     if layout.family == "ResNet":
@@ -114,7 +135,7 @@ def network_of(
     if "heads" not in settings and width not in _HEADS:
         raise ArgumentError(
             "network",
-            f"{origin} does not say how many heads its ViT of width {width} has; give the network, "
+            f"{origin} does not say how many heads its ViT of width {width} has; pass the network, "
             "as jm.nn.ViT(...)",
         )
     return nn.ViT(
@@ -129,30 +150,30 @@ def network_of(
 
 
 def _counted(leaves: Mapping[str, Any], pattern: str) -> tuple[int, ...]:
-    """How many paths match, for each text of the pattern's group."""
-    found = [match[1] for path in leaves if (match := re.fullmatch(pattern, path))]
-    # By length first, for the tenth comes after the second.
-    return tuple(found.count(text) for text in sorted(set(found), key=lambda text: (len(text), text)))
+    """Return how many paths match, for each text that the pattern's group takes."""
+    texts = [match[1] for path in leaves if (match := re.fullmatch(pattern, path))]
+    # Sorting by length first puts the tenth after the second.
+    return tuple(texts.count(text) for text in sorted(set(texts), key=lambda text: (len(text), text)))
 
 
 def require_same(network: linen.Module, settings: Mapping[str, Any], origin: Path) -> None:
-    """Refuses a network of ours that would compute something else with the file's weights.
+    """Check that a network of ours computes the same outputs as the one that the file's weights belong to.
 
     Raises:
-      ValueError: it has another number of heads, epsilon or pooling.
+      ValueError: if its number of heads, epsilon or pooling differs from the file's.
     """
     if not isinstance(network, nn.ViT):
         return
-    for name in _HIDDEN:
+    for name in _SHAPELESS:
         value = settings.get(name, getattr(network, name))
         if getattr(network, name) != value:
             raise ArgumentError(
-                "network", f"{name} is {getattr(network, name)!r}, and {origin} is of one with {value!r}"
+                "network", f"got {name}={getattr(network, name)!r}; the network of {origin} has {value!r}"
             )
 
 
 def default_input(network: Any, leaves: Mapping[str, Any]) -> jax.ShapeDtypeStruct | None:
-    """An input for a network of ours, with as many channels as its first kernel takes; None for others."""
+    """Return an example input for a ResNet or ViT, with the channels of its first kernel; None for others."""
     if isinstance(network, nn.ViT):
         first, sides = "params/patch_embedding/kernel", network.sides
     elif isinstance(network, nn.ResNet):
@@ -164,22 +185,23 @@ def default_input(network: Any, leaves: Mapping[str, Any]) -> jax.ShapeDtypeStru
 
 
 def variables_of(network: linen.Module, key: Any, x: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fresh variables, and the statistics that the network takes where it is handed some."""
+    """Return initial variables, and the optional statistics that the network can be called with."""
     variables = dict(network.init(key, x, **switches(network, False)))
     _, state = network.apply(variables, x, **switches(network, False), mutable=[STATISTICS])
     return variables, {} if STATISTICS in variables else dict(state)
 
 
 def described(network: linen.Module) -> str:
-    """A network of `jaxmeta.nn` as JSON: its class, and the attributes that are not the default.
+    """Return the JSON description of a network of `jaxmeta.nn`: its class and its non-default attributes.
 
     Raises:
-      ValueError: it is of another package, or an attribute cannot be written.
+      ValueError: if the network is of another package, or an attribute has no JSON form.
     """
     kind = type(network)
     if _classes().get(kind.__name__) is not kind:
         raise ArgumentError(
-            "network", f"got {kind.__name__}; it must be one of jaxmeta.nn, which a reader can build"
+            "network",
+            f"got {kind.__name__}; it must be a network of jaxmeta.nn, which every reader can build",
         )
     attributes = {
         field.name: getattr(network, field.name)
@@ -190,29 +212,31 @@ def described(network: linen.Module) -> str:
         return json.dumps({"class": kind.__name__, "attributes": attributes})
     except TypeError as error:
         raise ArgumentError(
-            "network", f"an attribute of {kind.__name__} cannot be written: {error}"
+            "network", f"an attribute of {kind.__name__} cannot be written as JSON: {error}"
         ) from error
 
 
-def rebuilt(text: str, origin: Path) -> linen.Module:
-    """The network that `described` described.
+def build_described(text: str, origin: Path) -> linen.Module:
+    """Build the network of a description by `described`.
 
     Raises:
-      ValueError: `text` describes none.
+      ValueError: if `text` is not a description of a network of `jaxmeta.nn`.
     """
     try:
         description = parsed_json(text)
         kind, attributes = _classes()[description["class"]], description["attributes"]
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in attributes.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArgumentError("path", f"{origin} describes no network of jaxmeta.nn: {text[:200]}") from error
+        raise ArgumentError(
+            "path", f"{origin} does not describe a network of jaxmeta.nn: {text[:200]}"
+        ) from error
 
 
 def _classes() -> dict[str, type[linen.Module]]:
-    found = {name: getattr(nn, name) for name in nn.__all__}
+    exported = {name: getattr(nn, name) for name in nn.__all__}
     return {
         name: kind
-        for name, kind in found.items()
+        for name, kind in exported.items()
         if isinstance(kind, type) and issubclass(kind, linen.Module)
     }
 

@@ -1,4 +1,4 @@
-"""A body that has learned something, and a head that has not."""
+"""Classifiers with a pretrained body and a new head, and inference in batches."""
 
 from functools import partial
 from typing import Any
@@ -28,20 +28,24 @@ def classifier(
     adapter: Network | StatefulModel | None = None,
     momentum: float = 0.9,
 ) -> StatefulModel:
-    """A network with a new linear head, and, if asked, with an adapter before it.
+    """Build a classifier from a body and a new linear head, optionally with an input adapter.
 
     Its variables have a subtree for each part: "params" → "adapter", "body", "head"; "batch_stats" →
-    "body"; …, so that `with_body(variables, pretrained)` puts in what was learned elsewhere, and patterns
-    such as "head" or "body/stage3*" say what is trained. Its `features` are those that the head reads.
+    "body"; …, so that `with_body(variables, pretrained)` inserts pretrained weights, and patterns such as
+    "head" or "body/stage3*" select the parameters to train. Its `features` are the inputs of the head.
 
     Args:
-      body: the embedding, `(n, *shape) -> (n, d)`: one of ours with `ways=None`, or any network.
-      classes: C of the target, at least 2.
-      adapter: makes of the target's inputs what the body takes; see `jm.transfer.input_adapter`.
-      momentum: of running statistics; see `jm.nn.as_stateful`.
+      body: embedding `(n, *shape) -> (n, d)`: one of our networks with `ways=None`, or any other network.
+      classes: number C of target classes, at least 2.
+      adapter: network that converts the target's inputs to those of the body; see
+        `jm.transfer.input_adapter`. None for none.
+      momentum: momentum of running statistics; see `jm.nn.as_stateful`.
+
+    Returns:
+      A `StatefulModel` with variables `{"params": …, "batch_stats": …}`.
 
     Raises:
-      ValueError: fewer than 2 classes; at `init`, a body whose output is no `(n, d)`.
+      ValueError: if `classes` is below 2; at `init`, if the output of the body is not `(n, d)`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -73,15 +77,24 @@ def classifier(
 
 
 def with_body(variables: Variables, pretrained: Variables) -> Variables:
-    """`variables` of a classifier with the body's leaves taken from `pretrained`.
+    """Return the variables of a classifier with the body's leaves replaced by pretrained ones.
 
     Args:
-      variables: of a `classifier`; not changed.
-      pretrained: of the body alone: "params", and "batch_stats" where it has any.
+      variables: variables of a `classifier`; they are not changed.
+      pretrained: variables of the body alone: "params", and "batch_stats" if it has batch statistics.
 
     Raises:
-      ValueError: leaves that the body does not have, lacks, or that have another shape or dtype, by name;
-        use `jm.transfer.transplant` where only a part is to be taken.
+      ValueError: if leaves are unknown, missing, or of another shape or dtype; the message names them. To
+        take a part of the leaves, use `jm.transfer.transplant`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> body = jm.nn.MLP(out=4)
+      >>> pretrained = body.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> variables = classifier(body, 2).init(jax.random.key(1), jnp.ones((1, 3)))
+      >>> filled = with_body(variables, pretrained)
+      >>> bool((filled["params"]["body"]["head"]["kernel"] == pretrained["params"]["head"]["kernel"]).all())
+      True
     """
     if "params" not in pretrained:
         raise ArgumentError(
@@ -94,7 +107,7 @@ def with_body(variables: Variables, pretrained: Variables) -> Variables:
     if lacking or unknown:
         raise ArgumentError(
             "pretrained",
-            f"got the collections {sorted(pretrained)}, and the body has "
+            f"got the collections {sorted(pretrained)}; they must be those of the body, "
             f"{sorted(name for name, tree in variables.items() if BODY in tree)}",
         )
     return {
@@ -104,7 +117,7 @@ def with_body(variables: Variables, pretrained: Variables) -> Variables:
 
 
 def as_images(x: Array | np.ndarray) -> Array:
-    """Bytes as numbers in [0, 1]; anything else as it is."""
+    """Convert bytes to numbers in [0, 1]; return any other array as it is."""
     x = jnp.asarray(x)
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
@@ -112,9 +125,18 @@ def as_images(x: Array | np.ndarray) -> Array:
 def in_batches(
     function: Any, variables: Variables, x: Array | np.ndarray, batch: int = EVAL_BATCH
 ) -> Float[Array, "n ..."]:
-    """`function(variables, x)` of many examples, `batch` at a time, bytes taken as numbers in [0, 1].
+    """Return `function(variables, x)` of many examples, computed in batches; bytes become numbers in [0, 1].
 
-    What it returns of an example must not depend on the others, as in inference.
+    The output of an example must not depend on the others, as in inference.
+
+    Args:
+      function: `(variables, x) -> outputs`, compiled once.
+      variables: first argument of the function.
+      x: examples of shape `(n, *shape)`.
+      batch: examples at a time.
+
+    Raises:
+      ValueError: if `x` has no examples or `batch` is below 1.
     """
     check_count("batch", batch)
     check_real("x", x)
@@ -122,7 +144,7 @@ def in_batches(
     if n == 0:
         raise ArgumentError("x", "got no examples")
     batch = min(batch, n)
-    # The last batch begins early enough to be whole: one compiled program, and nothing is padded.
+    # The last batch overlaps the one before it, so that all have one size: one compilation and no padding.
     starts = [*range(0, n - batch, batch), n - batch]
     pieces, done = [], 0
     for start in starts:
@@ -139,31 +161,80 @@ def _one_batch(function, variables, x):
 def extract_features(
     model: StatefulModel, variables: Variables, x: Array | np.ndarray, *, batch: int = EVAL_BATCH
 ) -> Float[Array, "n d"]:
-    """Features of the frozen body in inference: computed once, kept, and used as often as one likes.
+    """Return the features of the frozen body in inference mode, to compute once and reuse.
 
     Args:
       model: a `classifier`.
-      variables: of it.
-      x: `(n, *shape)`, bytes or floats.
+      variables: variables of the model.
+      x: inputs of shape `(n, *shape)`, bytes or floats.
       batch: examples at a time.
 
+    Returns:
+      Features of shape `(n, d)`, the inputs of the head.
+
     Raises:
-      ValueError: a model that says of no layer that it reads features.
+      ValueError: if the model has no `features`, or `x` has no examples.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> model = classifier(jm.nn.MLP(out=4), 2)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> extract_features(model, variables, jnp.ones((5, 3))).shape
+      (5, 4)
     """
     if model.features is None:
-        raise ArgumentError("model", "has no features; jm.transfer.classifier makes one that has")
+        raise ArgumentError("model", "has no features; build it with jm.transfer.classifier")
     return in_batches(model.features.apply, variables, x, batch)
 
 
 def predict_logits(
     model: StatefulModel, variables: Variables, x: Array | np.ndarray, *, batch: int = EVAL_BATCH
 ) -> Float[Array, "n classes"]:
-    """Outputs in inference, `batch` examples at a time."""
+    """Return the outputs of a model in inference mode.
+
+    Args:
+      model: a `classifier`, or any network by `jm.nn.as_stateful`.
+      variables: variables of the model.
+      x: inputs of shape `(n, *shape)`, bytes or floats.
+      batch: examples at a time.
+
+    Returns:
+      Logits of shape `(n, classes)`.
+
+    Raises:
+      ValueError: if `x` has no examples.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> model = classifier(jm.nn.MLP(out=4), 2)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> predict_logits(model, variables, jnp.ones((5, 3))).shape
+      (5, 2)
+    """
     return in_batches(model.apply, variables, x, batch)
 
 
 def accuracy(model: StatefulModel, variables: Variables, data: Batch, *, batch: int = EVAL_BATCH) -> float:
-    """Part of the examples of `data` that the model names rightly; one whose outputs are NaN it does not."""
+    """Return the fraction of the examples that the model classifies correctly, in [0, 1].
+
+    An example with a NaN among its outputs counts as wrong.
+
+    Args:
+      model: a `classifier`, or any network by `jm.nn.as_stateful`.
+      variables: variables of the model.
+      data: examples and their classes.
+      batch: examples at a time.
+
+    Raises:
+      ValueError: if `data` has no examples.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxmeta as jm
+      >>> model = jm.nn.as_stateful((lambda key, x: jnp.eye(2), lambda params, x: x @ params))
+      >>> data = jm.Batch(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0]))
+      >>> accuracy(model, {"params": jnp.eye(2)}, data)
+      0.5
+    """
     right, count = losses.score(predict_logits(model, variables, data.x, batch=batch), data)["accuracy"]
     return float(right / count)
 
@@ -171,15 +242,28 @@ def accuracy(model: StatefulModel, variables: Variables, data: Batch, *, batch: 
 def confusion_matrix(
     predictions: Int[Array | np.ndarray, " _"], labels: Int[Array | np.ndarray, " _"], classes: int
 ) -> Int[np.ndarray, "classes classes"]:
-    """How many examples of class i (row) were named j (column).
+    """Return how many examples of class i (row) were classified as j (column).
+
+    Args:
+      predictions: predicted classes of shape (n,).
+      labels: true classes of shape (n,).
+      classes: number of classes.
+
+    Returns:
+      Counts of shape `(classes, classes)`.
 
     Raises:
-      ValueError: predictions and labels of different number, or a class outside [0, classes).
+      ValueError: if predictions and labels differ in number, or a class is outside [0, classes).
+
+    Examples:
+      >>> import numpy as np
+      >>> confusion_matrix(np.array([0, 1, 1]), np.array([0, 0, 1]), 2).tolist()
+      [[1, 1], [0, 1]]
     """
     check_count("classes", classes)
     rows = host.numbers(labels, "labels")
     rows = host.labels(rows, "labels", rows=rows.size, classes=classes)
     columns = host.labels(predictions, "predictions", rows=rows.size, classes=classes)
-    found = np.zeros((classes, classes), np.int64)
-    np.add.at(found, (rows, columns), 1)
-    return found
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (rows, columns), 1)
+    return counts

@@ -1,4 +1,4 @@
-"""The one training loop of transfer learning: mini-batches, an objective, an optax optimizer."""
+"""The training loop of transfer learning: mini-batches, an objective and an optax optimizer."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,16 +15,16 @@ from jaxmeta.core import Key, Optimizer, Params, PyTree
 from jaxmeta.transfer.freezing import apply_unfrozen, only_unfrozen
 
 _REPORTS = 20
-# Steps fold their number into the key: these are beyond every step.
+# Steps fold their number into the key; the keys of epoch orders use numbers that no step reaches.
 _ORDER = 0xFFFFFFFF
 
 
 class Batches(NamedTuple):
-    """Examples to draw mini-batches from.
+    """Examples from which mini-batches are drawn.
 
     Attributes:
-      arrays: by name, with a common first axis.
-      size: examples of a mini-batch.
+      arrays: arrays by name, with a common first axis.
+      size: number of examples in a mini-batch.
     """
 
     arrays: Mapping[str, Any]
@@ -46,26 +46,30 @@ def descend(
     every: int | None = None,
     look: Callable[[int, Params, PyTree], None] | None = None,
 ) -> tuple[Params, PyTree, Float[Array, " steps"]]:
-    """Steps of `optimizer` on `objective`, as one compiled loop.
+    """Minimise `objective` by steps of `optimizer`, in one compiled loop.
 
     Args:
-      objective: `(params, state, batches, extra, progress, key) -> (value, state)`, with one dict of arrays a
-        name of `data`, and progress in [0, 1). One and the same function for repeated trainings.
-      params: what is trained, save where `frozen`.
-      state: what the network keeps besides.
-      optimizer: of what is not frozen.
-      frozen: bools like `params`.
-      data: by name. Each goes through its examples in a new random order each epoch; what is left over of an
-        epoch waits for another.
-      steps: at least 1.
-      key: of the order, and of what the objective draws.
-      extra: arrays handed to the objective.
-      report: called with step and loss, and `look` with step, params and state, after `every` steps each.
-      every: None for about twenty times.
+      objective: function `(params, state, batches, extra, progress, key) -> (value, state)`, where batches
+        has a dict of arrays for each name of `data`, and progress is in [0, 1). Pass the same function object
+        in repeated trainings to reuse the compiled loop.
+      params: parameters, trained except where `frozen`.
+      state: other collections of the network, such as batch statistics.
+      optimizer: optax transformation of the parameters that are not frozen.
+      frozen: tree of bools with the structure of `params`.
+      data: examples by name. Each epoch has a new random order; an incomplete last batch is left out.
+      steps: number of steps, at least 1.
+      key: key of the orders and of the objective's random numbers.
+      extra: arrays passed on to the objective.
+      report: function of step and loss, called after every `every` steps.
+      every: steps between two calls; None for about 20 calls.
+      look: function of step, params and state, called after every `every` steps.
+
+    Returns:
+      The trained params, the state, and the loss of each step.
 
     Raises:
-      ValueError: `steps`, `every` or a batch size below 1.
-      FloatingPointError: the loss is no longer finite.
+      ValueError: if `steps`, `every` or a batch size is below 1.
+      FloatingPointError: if the loss becomes NaN or infinite.
     """
     check_count("steps", steps)
     if every is not None:
@@ -95,15 +99,15 @@ def descend(
 
 
 def _not_finite(losses: np.ndarray) -> str:
-    """Say of losses, the last of which is not finite, where that began and what may help."""
+    """Return the error message for losses that end in NaN or infinity: where it began and what may help."""
     first = int(np.argmin(np.isfinite(losses)))
-    said = f"the loss is {losses[first]} in step {first + 1}"
+    message = f"the loss is {losses[first]} in step {first + 1}"
     if first:
-        return f"{said}; try a smaller step size"
-    # Nothing had been trained.
+        return f"{message}; try a smaller step size"
+    # Nothing was trained before the first step, so the step size is not the cause.
     return (
-        f"{said}, which no step size can change: look at the inputs, the targets and the parameters to begin "
-        "with; JAX_DEBUG_NANS=1 with JAX_DISABLE_JIT=1 (jax_debug_nans) names the operation that gives a NaN"
+        f"{message}, which no step size can change: check the inputs, targets and initial parameters; "
+        "JAX_DEBUG_NANS=1 with JAX_DISABLE_JIT=1 (jax_debug_nans) names the operation that produces the NaN"
     )
 
 
@@ -114,28 +118,32 @@ def _advance(objective, optimizer, leaves, structure, sizes, carry, arrays, extr
 
     keys = {name: jax.random.fold_in(key, np.uint32(_ORDER - place)) for place, (name, _) in enumerate(sizes)}
     examples = {name: jax.tree.leaves(arrays[name])[0].shape[0] for name, _ in sizes}
-    size_of = {name: min(size, examples[name]) for name, size in sizes}
-    in_epoch = {name: examples[name] // size_of[name] for name, _ in sizes}
+    batch_size = {name: min(size, examples[name]) for name, size in sizes}
+    per_epoch = {name: examples[name] // batch_size[name] for name, _ in sizes}
 
     def order(name, index):
-        return jax.random.permutation(jax.random.fold_in(keys[name], index // in_epoch[name]), examples[name])
+        return jax.random.permutation(
+            jax.random.fold_in(keys[name], index // per_epoch[name]), examples[name]
+        )
 
     def step(index, carry):
         (params, state, opt_state, losses), orders = carry
-        own = jax.random.fold_in(key, index)
-        # Sorting is slow where examples are many: once an epoch, not once a step.
+        step_key = jax.random.fold_in(key, index)
+        # A permutation is a sort, slow for many examples: compute it once an epoch.
         orders = {
-            name: lax.cond(index % in_epoch[name] == 0, partial(order, name, index), lambda old=old: old)
+            name: lax.cond(index % per_epoch[name] == 0, partial(order, name, index), lambda old=old: old)
             for name, old in orders.items()
         }
         batches = {
-            name: _rows(arrays[name], orders[name], (index % in_epoch[name]) * size_of[name], size_of[name])
+            name: _rows(
+                arrays[name], orders[name], (index % per_epoch[name]) * batch_size[name], batch_size[name]
+            )
             for name in orders
         }
         progress = index / losses.shape[0]
 
         def value_of(params):
-            return objective(params, state, batches, extra or {}, progress, own)
+            return objective(params, state, batches, extra or {}, progress, step_key)
 
         (value, new_state), grads = jax.value_and_grad(value_of, has_aux=True)(params)
         updates, opt_state = transformation.update(grads, opt_state, params)

@@ -1,4 +1,4 @@
-"""How far the features of two domains are apart, differentiably: CORAL and maximum mean discrepancy."""
+"""Differentiable distances between the features of two domains: CORAL and maximum mean discrepancy."""
 
 from collections.abc import Sequence
 from typing import Literal, TypedDict, get_args
@@ -21,10 +21,22 @@ MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 def covariance(x: Float[Array | np.ndarray, "n d"]) -> Float[Array, "d d"]:
-    """Unbiased covariance C = Σ_i (x_i − μ)(x_i − μ)ᵀ / (n − 1) of the rows of `x`.
+    """Return the unbiased covariance C = Σ_i (x_i − μ)(x_i − μ)ᵀ / (n − 1) of the rows of `x`.
+
+    Args:
+      x: features of shape `(n, d)` of at least two examples.
+
+    Returns:
+      The covariance matrix of shape `(d, d)`.
 
     Raises:
-      ValueError: fewer than two rows.
+      ValueError: if `x` has fewer than two rows.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> print(covariance(jnp.array([[0.0, 0.0], [2.0, 0.0]])))
+      [[2. 0.]
+       [0. 0.]]
     """
     _check_features("x", x, 2)
     x = jnp.asarray(x)
@@ -33,21 +45,25 @@ def covariance(x: Float[Array | np.ndarray, "n d"]) -> Float[Array, "d d"]:
 
 
 def coral_loss(source: Features, target: Features, *, variant: Variant = "paper") -> Float[Array, ""]:
-    """Deep CORAL: the distance of the two domains' covariances.
+    """Return the Deep CORAL loss, a squared distance of the covariances of two domains.
 
-    ℓ = ‖C_s − C_t‖_F² / (4d²), to be added to the source's classification loss with a weight for which
-    both are of similar size at the end of training. It needs no equal numbers of examples, and is
-    defined, though the covariances have not full rank, for fewer examples than features.
+    ℓ = ‖C_s − C_t‖_F² / (4d²). It is added to the source's classification loss with a weight that makes both
+    terms of similar size at the end of training. The domains may differ in their numbers of examples, and may
+    have fewer examples than features.
 
     Args:
-      source: features `(n_s, d)` of at least two examples.
-      target: `(n_t, d)`.
-      variant: "paper"; or "mean+cov", the mean over entries of (C_s − C_t)² plus that of (μ_s − μ_t)²,
-        which a widely used library computes under the same name: four times the paper's loss, and a term
-        of the means, which the paper leaves free.
+      source: features of the source, of shape `(n_s, d)`, at least two examples.
+      target: features of the target, of shape `(n_t, d)`, at least two examples.
+      variant: "paper" for the formula above; "mean+cov" for the mean over entries of (C_s − C_t)² plus the
+        mean of (μ_s − μ_t)², which a widely used library computes under the same name: four times the
+        paper's loss, plus a term for the means, which the paper leaves free.
+
+    Returns:
+      A scalar.
 
     Raises:
-      ValueError: features of two widths; fewer than two examples; an unknown `variant`.
+      ValueError: if the domains have different numbers of features or fewer than two examples, or `variant`
+        is unknown.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,20 +85,24 @@ def coral_loss(source: Features, target: Features, *, variant: Variant = "paper"
 def coral_transform(
     source: Features, target: Features, *, regularisation: float = 1.0
 ) -> Float[Array, "d d"]:
-    """CORAL in closed form: the matrix A for which the rows of `source @ A` have the target's covariance.
+    """Return the CORAL matrix A, for which the rows of `source @ A` have the target's covariance.
 
-    A = (C_s + λI)^(−1/2) (C_t + λI)^(1/2): the source is whitened, then coloured as the target. A
-    classifier is fitted on `source @ A` with the source's labels, and used on the target as it is. The
-    means are not matched; the paper has both domains' features normalised to mean 0 (and variance 1) first.
+    A = (C_s + λI)^(−1/2) (C_t + λI)^(1/2) whitens the source, then colours it as the target. Fit a classifier
+    on `source @ A` with the source's labels, and apply it to the unchanged target. The means are not matched;
+    the paper first normalises the features of both domains to mean 0 (and variance 1).
 
     Args:
-      source: features `(n_s, d)` of at least two examples.
-      target: `(n_t, d)`.
-      regularisation: λ ≥ 0. With 0 covariances agree exactly if C_s has full rank; otherwise directions in
-        which the source does not vary are mapped to 0 (by the pseudo-inverse).
+      source: features of the source, of shape `(n_s, d)`, at least two examples.
+      target: features of the target, of shape `(n_t, d)`, at least two examples.
+      regularisation: λ ≥ 0. With 0 the covariances agree exactly if C_s has full rank; otherwise directions
+        in which the source does not vary are mapped to 0 (pseudo-inverse).
+
+    Returns:
+      The matrix of shape `(d, d)`.
 
     Raises:
-      ValueError: features of two widths; fewer than two examples; a negative `regularisation`.
+      ValueError: if the domains have different numbers of features or fewer than two examples, or
+        `regularisation` is negative.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -119,33 +139,36 @@ def mmd2(
     weights: KernelWeights | None = None,
     estimator: Estimator = "biased",
 ) -> Float[Array, ""]:
-    """Squared maximum mean discrepancy MMD² = E k(x, x') + E k(y, y') − 2 E k(x, y) of two samples.
+    """Return the squared maximum mean discrepancy of two samples.
 
-    k = Σ_u β_u k_u with Gaussian kernels k_u(x, y) = exp(−‖x − y‖² / (2σ_u²)).
+    MMD² = E k(x, x') + E k(y, y') − 2 E k(x, y), where k = Σ_u β_u k_u with the Gaussian kernels
+    k_u(x, y) = exp(−‖x − y‖² / (2σ_u²)).
 
     Args:
-      source: x, `(n_s, d)`.
-      target: y, `(n_t, d)`.
-      bandwidth: σ, in units of the features: a number, or a sequence with one for each kernel. Or
-        measured on both samples together, without a gradient (through it the loss could shrink by
-        moving all points apart): "mean", σ_u² = multiples_u times the mean squared distance of all pairs,
-        those of a point and itself included, as in the library the multiples are from; "median",
-        multiples_u times the squared median distance of distinct points, which with `multiples=(1.0,)` is
-        the median heuristic.
-      multiples: of a measured bandwidth: 2⁻³ to 2¹, a kernel each. The paper has 2⁻⁸ to 2⁸ around the
-        median.
-      weights: β, one for each kernel; uniform with sum 1 if None, so that one kernel is a case of
-        several. The paper learns β by a quadratic program, with the same sum; libraries often take the
-        plain sum of kernels, `weights=(1.0,) * 5`.
-      estimator: "biased", means over all pairs, never negative; "unbiased", without the pairs of an
-        example and itself, negative at times; "linear", unbiased at O(n) cost and with more variance, the
-        mean over i of k(x_2i−1, x_2i) + k(y_2i−1, y_2i) − k(x_2i−1, y_2i) − k(x_2i, y_2i−1), for which
-        both samples must be in random order.
+      source: sample x, of shape `(n_s, d)`.
+      target: sample y, of shape `(n_t, d)`.
+      bandwidth: σ in units of the features: a number, or one number for each kernel. Or the name of an
+        estimate from both samples together, which has no gradient (with one, the loss could decrease by
+        moving all points apart). "mean": σ_u² is multiples_u times the mean squared distance over all pairs,
+        including each point with itself, as in the library that the multiples come from. "median": σ_u² is
+        multiples_u times the squared median distance of distinct points; `multiples=(1.0,)` makes it the
+        median heuristic.
+      multiples: factors of an estimated bandwidth, one for each kernel; 2⁻³ to 2¹ by default. The paper uses
+        2⁻⁸ to 2⁸ around the median.
+      weights: β, one for each kernel; None for equal weights with sum 1. The paper learns β by a quadratic
+        program with the same sum; libraries often use the plain sum of kernels, `weights=(1.0,) * 5`.
+      estimator: "biased" averages over all pairs and is never negative. "unbiased" leaves out the pairs of an
+        example with itself and can be negative. "linear" is unbiased with O(n) cost and a larger variance:
+        the mean over i of k(x_2i−1, x_2i) + k(y_2i−1, y_2i) − k(x_2i−1, y_2i) − k(x_2i, y_2i−1); it requires
+        samples in random order.
+
+    Returns:
+      A scalar.
 
     Raises:
-      ValueError: features of two widths; too few examples for the estimator, or, for "linear",
-        samples of two sizes or an odd one; a bandwidth or multiple that is not positive; weights of another
-        number; an unknown `estimator` or `bandwidth`.
+      ValueError: if the samples have different numbers of features or too few examples for the estimator,
+        the sizes differ or are odd for "linear", a bandwidth or multiple is not positive, the number of
+        weights differs from the number of kernels, or `estimator` or `bandwidth` is unknown.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -188,17 +211,23 @@ def dan_loss(
     weights: KernelWeights | None = None,
     estimator: Estimator = "biased",
 ) -> Float[Array, ""]:
-    """The penalty of deep adaptation networks: the sum over layers of `mmd2`.
+    """Return the penalty of deep adaptation networks (DAN), the sum of `mmd2` over layers.
 
     Args:
-      source: of each layer the features of the source, `(n_s, d_layer)`; DAN takes the last, fully
-        connected ones.
-      target: those of the target, `(n_t, d_layer)`.
-      bandwidth, multiples, weights, estimator: of `mmd2`. A measured bandwidth is each layer's own. The
-        paper trains with "linear".
+      source: features of the source by layer, each of shape `(n_s, d_layer)`; DAN uses the last, fully
+        connected layers.
+      target: features of the target by layer, each of shape `(n_t, d_layer)`.
+      bandwidth: bandwidth of each layer's kernels; see `mmd2`. Estimates are made for each layer separately.
+      multiples: factors of an estimated bandwidth; see `mmd2`.
+      weights: weights of the kernels; see `mmd2`.
+      estimator: estimator of each layer's `mmd2`; the paper trains with "linear".
+
+    Returns:
+      A scalar.
 
     Raises:
-      ValueError: no layer, or another number of them in the target; and what `mmd2` refuses.
+      ValueError: if there are no layers, or different numbers of layers in source and target; and as in
+        `mmd2`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -212,7 +241,7 @@ def dan_loss(
     if len(source) != len(target) or not source:
         raise ArgumentError(
             "source, target",
-            f"got features of {len(source)} and {len(target)} layers; they must be as many, and at least one",
+            f"got features of {len(source)} and {len(target)} layers; the numbers must be equal and above 0",
         )
     losses = [
         mmd2(s, t, bandwidth=bandwidth, multiples=multiples, weights=weights, estimator=estimator)
@@ -226,7 +255,8 @@ def _check(source: Features, target: Features, *, at_least: int) -> None:
         _check_features(name, features, at_least)
     if source.shape[1] != target.shape[1]:
         raise ArgumentError(
-            "source, target", f"got {source.shape[1]} and {target.shape[1]} features; they must be as many"
+            "source, target",
+            f"got {source.shape[1]} and {target.shape[1]} features; the numbers must be equal",
         )
 
 
@@ -240,12 +270,12 @@ def _check_features(name: str, features: Features, at_least: int) -> None:
 
 
 def _product(a: Array, b: Array) -> Array:
-    # In full precision also where the default is lower (TPUs, TF32): what follows are differences.
+    # Full precision even where the default is lower (TPUs, TF32): differences of the results follow.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _power(matrix: Float[Array, "d d"], exponent: float) -> Float[Array, "d d"]:
-    """Power of a symmetric positive semi-definite matrix, of its pseudo-inverse if negative."""
+    """Return a power of a symmetric positive semi-definite matrix; of its pseudo-inverse if negative."""
     values, vectors = jnp.linalg.eigh(matrix)
     # The tolerance of the rank in NumPy's and SciPy's `matrix_rank` and `pinvh`.
     positive = values > values[-1] * values.size * jnp.finfo(values.dtype).eps
@@ -256,18 +286,18 @@ def _power(matrix: Float[Array, "d d"], exponent: float) -> Float[Array, "d d"]:
 def _variances(
     source: Features, target: Features, bandwidth: Bandwidth, multiples: Sequence[float]
 ) -> Float[Array, " kernels"]:
-    """σ² of each kernel."""
+    """Return σ² of each kernel."""
     if not isinstance(bandwidth, str):
         return jnp.square(_positive("bandwidth", bandwidth))
     check_word("bandwidth", bandwidth, ("mean", "median"))
-    both = lax.stop_gradient(jnp.concatenate([jnp.asarray(source), jnp.asarray(target)]))
+    pooled = lax.stop_gradient(jnp.concatenate([jnp.asarray(source), jnp.asarray(target)]))
     if bandwidth == "mean":
         # Over all pairs, E‖z − z'‖² = 2 E‖z − E z‖².
-        scale = 2 * jnp.square(both - both.mean(0, keepdims=True)).sum(1).mean()
+        scale = 2 * jnp.square(pooled - pooled.mean(0, keepdims=True)).sum(1).mean()
     else:
-        pairs = jnp.triu_indices(both.shape[0], 1)
-        scale = jnp.square(jnp.median(jnp.sqrt(_squared_distances(both)[pairs])))
-    # Where no two points differ, any bandwidth says so.
+        pairs = jnp.triu_indices(pooled.shape[0], 1)
+        scale = jnp.square(jnp.median(jnp.sqrt(_squared_distances(pooled)[pairs])))
+    # If all points are equal, every bandwidth gives 0; 1 avoids a division by zero.
     return jnp.where(scale > 0, scale, 1) * _positive("multiples", multiples)
 
 
@@ -276,13 +306,13 @@ def _positive(name: str, values: Bandwidth) -> Float[Array, " kernels"]:
     positive = isinstance(array, jax.core.Tracer) or (array > 0).all()
     if not positive or array.ndim > 1 or not array.size:
         raise ArgumentError(
-            name, f"got {shown(values)}; it must be positive, a number or one for each kernel"
+            name, f"got {shown(values)}; it must be a positive number, or one for each kernel"
         )
     return jnp.atleast_1d(jnp.asarray(array, float))
 
 
 def _kernels(name: str, values: Bandwidth) -> Shaped[Array | np.ndarray, "..."]:
-    """`values` as an array, of finite numbers; what is traced has no value yet."""
+    """Return `values` as an array of finite numbers; traced values pass, since they have no value yet."""
     if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values)):
         return jnp.asarray(values, float)
     array = host.numbers(values, name)
@@ -291,7 +321,7 @@ def _kernels(name: str, values: Bandwidth) -> Shaped[Array | np.ndarray, "..."]:
 
 
 def _squared_distances(z: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    # Distances are those of the centred points, which are small: less is lost in the difference.
+    # Centring keeps the norms small, so that their difference loses fewer digits.
     z = z - lax.stop_gradient(z.mean(0, keepdims=True))
     norms = jnp.square(z).sum(1)
     return jnp.maximum(norms[:, None] + norms[None] - 2 * _product(z, z.T), 0)
@@ -307,7 +337,7 @@ def _linear(kernel, source: Float[Array, "n d"], target: Float[Array, "m d"]) ->
         raise ArgumentError(
             "source, target",
             f"got {source.shape[0]} and {target.shape[0]} examples; the linear estimator "
-            "needs as many of both, and an even number",
+            "needs equal and even numbers",
         )
 
     def similarity(a: Array, b: Array) -> Array:

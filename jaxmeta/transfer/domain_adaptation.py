@@ -1,4 +1,4 @@
-"""Adapting to a domain without labels: gradient reversal (DANN) and batch statistics (AdaBN)."""
+"""Domain adaptation without target labels: gradient reversal (DANN) and batch statistics (AdaBN)."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -22,18 +22,18 @@ from jaxmeta.transfer.classifier import as_images, in_batches
 def gradient_reversal(
     x: PyTree[Float[Array | np.ndarray, "..."]], strength: ArrayLike
 ) -> PyTree[Float[Array, "..."]]:
-    """The identity, whose derivative is −strength times the identity's.
+    """Return `x` unchanged, with a derivative of −strength times the identity.
 
-    Placed between the features and the domain head, it makes one descent of the domain loss train
-    the head, with weight 1, to tell the domains apart, and the features, with weight `strength`, so that
-    it cannot. In reverse mode and, unlike implementations as a backward rule, in forward mode too.
+    Between the features and a domain head, it lets one descent of the domain loss train the head, with weight
+    1, to tell the domains apart, and the features, with weight `strength`, to prevent it. Works in reverse
+    mode and, unlike implementations by a backward rule, in forward mode.
 
     Args:
-      x: features, or a pytree of them; they come out bit for bit.
-      strength: λ ≥ 0, a scalar, which may be traced. The gradient with respect to it is 0.
+      x: features, or a pytree of them; the values are passed on bit for bit.
+      strength: λ ≥ 0, a scalar that may be traced. Its own gradient is 0.
 
     Raises:
-      ValueError: a leaf of `x` that is not of floats; a `strength` that is no scalar.
+      ValueError: if a leaf of `x` is not of a floating-point type, or `strength` is not a scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -48,13 +48,15 @@ def gradient_reversal(
     def reverse(path, leaf):
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"x{jax.tree_util.keystr(path)}: got {leaf.dtype}; it must be floats")
+            raise ValueError(
+                f"x{jax.tree_util.keystr(path)}: got {leaf.dtype}; it must be of a floating-point type"
+            )
         return _reversed(leaf, jnp.asarray(strength, leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(reverse, x)
 
 
-# A rule for tangents is linear in them, and JAX transposes it: one rule for both modes.
+# A rule for tangents is linear in them, so JAX can transpose it: one rule serves both modes.
 @jax.custom_jvp
 def _reversed(x: Array, strength: Array) -> Array:
     del strength
@@ -68,11 +70,12 @@ def _reversed_tangent(primals, tangents):
 
 
 def dann_strength(progress: ArrayLike, *, gamma: float = 10.0) -> Float[Array, "..."]:
-    """DANN's strength of the gradient reversal, λ_p = 2 / (1 + exp(−γp)) − 1, from 0 to almost 1.
+    """Return DANN's strength of the gradient reversal, λ_p = 2 / (1 + exp(−γp)) − 1, from 0 to almost 1.
 
     Args:
-      progress: p in [0, 1], the part done of the whole training, also where it was interrupted.
-      gamma: γ.
+      progress: p in [0, 1], the completed fraction of the whole training, including earlier parts of a
+        resumed one.
+      gamma: γ, the steepness.
 
     Examples:
       >>> print(f"{dann_strength(0.1):.6f}")
@@ -88,12 +91,13 @@ def dann_strength(progress: ArrayLike, *, gamma: float = 10.0) -> Float[Array, "
 def dann_rate(
     progress: ArrayLike, *, initial: float = 0.01, a: float = 10.0, b: float = 0.75
 ) -> Float[Array, "..."]:
-    """DANN's learning rate μ_p = μ_0 / (1 + a·p)^b, of SGD with momentum 0.9.
+    """Return DANN's learning rate μ_p = μ_0 / (1 + a·p)^b, meant for SGD with momentum 0.9.
 
     Args:
-      progress: p in [0, 1], the part done of the whole training.
-      initial: μ_0.
-      a, b: how far, and how fast, it falls.
+      progress: p in [0, 1], the completed fraction of the whole training.
+      initial: μ_0, the rate at the start.
+      a: a, the scale of the decay.
+      b: b, the exponent of the decay.
 
     Examples:
       >>> print(f"{dann_rate(0.5):.8f}")
@@ -106,10 +110,19 @@ def dann_rate(
 
 
 def dann_schedule(steps: int, *, initial: float = 0.01, a: float = 10.0, b: float = 0.75) -> optax.Schedule:
-    """`dann_rate` as a schedule of optax: `step -> rate`, with p = step / steps, and p = 1 from then on.
+    """Return `dann_rate` as an optax schedule with p = step / steps, and p = 1 from then on.
+
+    Args:
+      steps: number of training steps, at least 1.
+      initial: μ_0, the rate at the start.
+      a: a, the scale of the decay.
+      b: b, the exponent of the decay.
+
+    Returns:
+      A function `step -> rate`.
 
     Raises:
-      ValueError: `steps` below 1.
+      ValueError: if `steps` is below 1.
 
     Examples:
       >>> import optax
@@ -124,18 +137,21 @@ def dann_schedule(steps: int, *, initial: float = 0.01, a: float = 10.0, b: floa
 def domain_loss(
     source: Float[Array | np.ndarray, " n ..."], target: Float[Array | np.ndarray, " m ..."]
 ) -> Float[Array, ""]:
-    """Binary cross-entropy, in nats, of a domain head: source 0, target 1.
+    """Return the binary cross-entropy of a domain head, source 0 against target 1, in nats.
 
-    ½ mean_i ln(1 + exp(s_i)) + ½ mean_j ln(1 + exp(−t_j)): the mean over each domain, then over the two,
-    so that the larger batch has no more say. ln 2 where the domains cannot be told apart.
+    ½ mean_i ln(1 + exp(s_i)) + ½ mean_j ln(1 + exp(−t_j)): the mean over the two domains' means, so that a
+    larger batch has no larger weight. It is ln 2 if the head cannot tell the domains apart.
 
     Args:
-      source: logits of the source's examples, `(n_s,)` or `(n_s, 1)`, as of
-        `jm.nn.MLP(out=1, hidden=(100,))` on features that went through `gradient_reversal`.
-      target: those of the target's.
+      source: logits of the source's examples, of shape `(n_s,)` or `(n_s, 1)`, such as the outputs of
+        `jm.nn.MLP(out=1, hidden=(100,))` on features that passed through `gradient_reversal`.
+      target: logits of the target's examples, of shape `(n_t,)` or `(n_t, 1)`.
+
+    Returns:
+      A scalar.
 
     Raises:
-      ValueError: not one logit for each example, or no example.
+      ValueError: if a domain has no examples, or not one logit for each.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -152,14 +168,18 @@ def domain_loss(
 def domain_accuracy(
     source: Float[Array | np.ndarray, " n ..."], target: Float[Array | np.ndarray, " m ..."]
 ) -> Float[Array, ""]:
-    """How often a domain head is right, the mean of both domains' accuracies: ½ by chance.
+    """Return the accuracy of a domain head, averaged over the two domains: ½ by chance.
 
     Args:
-      source: logits of the source's examples, `(n_s,)` or `(n_s, 1)`; above 0 means target.
-      target: those of the target's.
+      source: logits of the source's examples, of shape `(n_s,)` or `(n_s, 1)`; a logit above 0 predicts the
+        target.
+      target: logits of the target's examples, of shape `(n_t,)` or `(n_t, 1)`.
+
+    Returns:
+      A scalar in [0, 1].
 
     Raises:
-      ValueError: not one logit for each example, or no example.
+      ValueError: if a domain has no examples, or not one logit for each.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -179,32 +199,31 @@ def adabn(
     exact: bool = True,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """AdaBN: a trained network with the batch statistics of another domain, and all else as it was.
+    """Return the variables of a trained network with the batch statistics of another domain (AdaBN).
 
-    Of every batch normalisation mean and (biased) variance are replaced by those of what enters it on
-    `x`, while all layers before it normalise by theirs on `x` already. No label is needed, and no
-    weight, scale or shift changes.
+    The mean and (biased) variance of each batch normalisation are replaced by those of its inputs on `x`,
+    computed with the new statistics in all earlier layers. It uses no labels and changes no parameter.
 
     Args:
-      network: a `jm.transfer.classifier`; a module of `flax.linen` with `jaxmeta.nn.BatchNorm` or
-        `flax.linen.BatchNorm`; or what `jm.nn.as_model` takes, such as a network of NNX.
-      variables: `{"params": …}`, and "batch_stats" and other collections where it has them.
-      x: unlabelled examples of the target domain, `(n, *shape)`; bytes are taken as numbers in [0, 1].
-      batch: how many are in memory at once; all if None, where one pass is exact.
-      exact: with `batch`, go through `x` once for each batch normalisation, so that the result is that
-        of all at once (up to rounding). Otherwise go once: each batch is normalised by its own statistics,
-        and their first two moments are averaged, which is exact for the first layer alone.
-      arguments: of the network's call, for inference. `deterministic`, `train` and `use_running_average`
-        are set where it takes them.
+      network: a `jm.transfer.classifier`; a `flax.linen` module with `jaxmeta.nn.BatchNorm` or
+        `flax.linen.BatchNorm`; or another network that `jm.nn.as_model` accepts, such as one of NNX.
+      variables: `{"params": …}`, and "batch_stats" and other collections if the network has them.
+      x: unlabelled examples of the target domain, of shape `(n, *shape)`; bytes become numbers in [0, 1].
+      batch: number of examples in memory at once; None for all, where one pass is exact.
+      exact: with `batch`, whether to pass over `x` once for each batch normalisation, so that the result is
+        the one of all examples at once (up to rounding). False passes once: each batch is normalised by its
+        own statistics and their first two moments are averaged, which is exact for the first layer alone.
+      **arguments: keyword arguments of the network's call in inference. `deterministic`, `train` and
+        `use_running_average` are set where the network has them.
 
     Returns:
-      `variables` with other "batch_stats". Use them by `network.apply(variables, x)`, or by
+      `variables` with new "batch_stats". Apply them by `network.apply(variables, x)`, or by
       `jm.nn.as_model(network).apply_norm(variables["params"], x, stats=variables["batch_stats"])`.
 
     Raises:
-      ValueError: no example, or a `batch` below 1; a network without batch normalisation, or with one
-        that normalises by its batch in inference, is masked, or is called twice; `exact` in several
-        batches of a network that is no module of `flax.linen`.
+      ValueError: if `x` has no examples or `batch` is below 1; if the network has no batch normalisation, or
+        one that uses its batch's statistics in inference, has a mask or is called twice; if `exact` is asked
+        for in several batches of a network that is not a `flax.linen` module.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -222,43 +241,43 @@ def adabn(
     if batch is not None:
         check_count("batch", batch)
     model, settings = as_stateful(network), tuple(sorted(arguments.items()))
-    return _adapted(model, variables, x, batch or x.shape[0], exact, settings)
+    return _adapt(model, variables, x, batch or x.shape[0], exact, settings)
 
 
-def _adapted(model, variables, x, batch, exact, arguments):
+def _adapt(model, variables, x, batch, exact, arguments):
     if model.parts:
-        return _parts_adapted(model.parts, variables, x, batch, exact, arguments)
+        return _adapt_parts(model.parts, variables, x, batch, exact, arguments)
     parts = [x[start : start + batch] for start in range(0, x.shape[0], batch)]
-    own = len(parts) == 1 or not exact
+    single_pass = len(parts) == 1 or not exact
 
-    def once(variables):
-        stats = [_measured(model.network, own, arguments, variables, part) for part in parts]
+    def measure_pass(variables):
+        stats = [_measured(model.network, single_pass, arguments, variables, part) for part in parts]
         return statistics.pooled(stats, [part.shape[0] for part in parts])
 
-    stats = once(variables)
-    # Each time, one more layer stands behind none but final ones.
-    for _ in range(0 if own else statistics.layers(stats) - 1):
-        stats = once(statistics.with_statistics(variables, stats))
+    stats = measure_pass(variables)
+    # Each pass makes the statistics of one more layer final: those of the layers before it already are.
+    for _ in range(0 if single_pass else statistics.layers(stats) - 1):
+        stats = measure_pass(statistics.with_statistics(variables, stats))
     return statistics.with_statistics(variables, stats)
 
 
-# Of a StatefulModel the same function each time, so that a training that looks on often compiles once.
+# A StatefulModel's `network` is the same function in every call, so that repeated calls compile once.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _measured(network, own, arguments, variables, x):
     return statistics.measure(network(), variables, as_images(x), own=own, **dict(arguments))[1]
 
 
-def _parts_adapted(parts, variables, x, batch, exact, arguments):
-    """Part after part, each on what those before it make of `x` with their new statistics."""
+def _adapt_parts(parts, variables, x, batch, exact, arguments):
+    """Adapt part after part, each on the outputs of the earlier parts with their new statistics."""
     if not variables.get(STATISTICS):
         raise ArgumentError("network", "has no batch normalisation")
-    found = {}
+    adapted = {}
     for name, part in parts:
-        found[name] = of_part(variables, name)
-        if STATISTICS in found[name]:
-            found[name] = _adapted(part, found[name], x, batch, exact, arguments)
-        x = in_batches(part.apply, found[name], x, batch)
-    return joined(found)
+        adapted[name] = of_part(variables, name)
+        if STATISTICS in adapted[name]:
+            adapted[name] = _adapt(part, adapted[name], x, batch, exact, arguments)
+        x = in_batches(part.apply, adapted[name], x, batch)
+    return joined(adapted)
 
 
 def _logits(*domains):

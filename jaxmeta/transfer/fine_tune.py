@@ -1,4 +1,4 @@
-"""The chapter's recipes: feature extraction, fine-tuning from a layer up, and what lies between."""
+"""Recipes of transfer learning: feature extraction, fine-tuning, and combinations of the two."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +23,22 @@ from jaxmeta.transfer.heads import ExampleWeights, LogisticSettings, RidgeSettin
 from jaxmeta.transfer.subtree import swap_subtree
 
 ExampleLoss = Callable[[Array, Array], Array]
-# Steps of a slanted triangular rate, of which a tenth go up.
+# Fewest steps of a slanted triangular rate: a tenth of them, at least one, increase it.
 _SHORTEST = 10
-# Mini-batches whose statistics are averaged: the 22 before the last hold nine tenths of a running average of
-# momentum 0.9.
+# Mini-batches whose statistics are averaged: with momentum 0.9, the last 22 have nine tenths of the weight of
+# a running average.
 _MEASURED = 50
-# A beginning of running averages, far above what they average: what is left of it can be read off exactly.
+# Initial value of running averages, far above the averaged values, so that its remaining weight can be read
+# off exactly.
 _FAR = 2.0**16
 
 
 class Fitted(NamedTuple):
-    """What training ends with.
+    """The result of fine-tuning.
 
     Attributes:
-      variables: of the model.
-      losses: of each step's mini-batch, with penalties.
+      variables: variables of the trained model.
+      losses: loss of each step's mini-batch, including penalties.
     """
 
     variables: Variables
@@ -63,42 +64,46 @@ def fine_tune(
     look: Callable[[int, Variables], None] | None = None,
     every: int | None = None,
 ) -> Fitted:
-    """Trains a network, or its upper layers, on labelled examples; from where it is.
+    """Train a network, or its upper layers, on labelled examples, starting from given variables.
 
-    What `train` does not match keeps its bits: no gradient, no decay, no optimizer state (`optax.partition`),
-    and a layer all of whose parameters are frozen is in inference, with its running statistics, which stay,
-    and without dropout. Full fine-tuning is `train="**"`; from a layer upward `train=["body/stage3*",
-    "head"]`, say.
+    Parameters that `train` does not match keep their bits: they have no gradient, no decay and no optimizer
+    state (`optax.partition`). A layer whose parameters are all frozen is in inference mode: it uses and keeps
+    its running statistics and has no dropout. Full fine-tuning is `train="**"`; fine-tuning from a layer
+    upward is, for example, `train=["body/stage3*", "head"]`.
 
-    Mini-batches go through a new random order in each epoch. The steps run as one compiled loop.
+    Each epoch draws mini-batches in a new random order. The steps run as one compiled loop.
 
     Args:
       model: a `jm.transfer.classifier`, or any network by `jm.nn.as_stateful`.
-      variables: of it; not changed.
-      data: `x` (n, *shape), bytes (taken as numbers in [0, 1]) or floats, and `y` (n,) or (n, d).
-      optimizer: of what is trained; see `jm.transfer.discriminative`.
-      steps: mini-batches.
-      key: of mini-batches, augmentation and dropout.
+      variables: variables of the model; they are not changed.
+      data: `x` of shape (n, *shape), bytes (converted to numbers in [0, 1]) or floats, and `y` of shape (n,)
+        or (n, d).
+      optimizer: optax transformation of the trained parameters; see `jm.transfer.discriminative`.
+      steps: number of mini-batches.
+      key: key of mini-batches, augmentation and dropout.
       train: patterns of the parameters to train; see `jm.transfer.matching`.
-      batch_size: examples a step; all where there are fewer.
-      loss: `(outputs, y) -> (n,)`, of each example.
-      weights: of the examples in the mean loss: of importance (`jm.transfer.density_ratio`), or of label
-        shift.
-      penalty: `params -> scalar`, such as `jm.transfer.l2_sp(…)`. Build it once where training is repeated: a
-        new function is compiled anew.
-      augment: `(key, x) -> x`.
-      keep_statistics: whether batch normalisations keep the running statistics that they have, and normalise
-        by them in training too: for few examples, or mini-batches too small to have statistics. Otherwise
-        each mini-batch normalises itself, and the running statistics become those of `data`.
-      report: called with step and loss, after `every` steps each.
-      look: called with step and variables, likewise; to choose a model by.
-      every: of both; None for about twenty times.
+      batch_size: examples in a mini-batch; all examples if there are fewer.
+      loss: function `(outputs, y) -> (n,)`, the loss of each example.
+      weights: weights of the examples in the mean loss, such as importance weights
+        (`jm.transfer.density_ratio`) or label-shift weights (`jm.transfer.bbse`); None for equal weights.
+      penalty: function `params -> scalar`, such as `jm.transfer.l2_sp(…)`; None for no penalty. Build it once
+        for repeated trainings: each new function is compiled again.
+      augment: function `(key, x) -> x`; None for no augmentation.
+      keep_statistics: whether batch normalisations keep their running statistics and use them in training
+        too, for few examples or mini-batches too small for statistics of their own. False normalises each
+        mini-batch by itself, and the running statistics become those of `data`.
+      report: function of step and loss, called after every `every` steps.
+      look: function of step and variables, called after every `every` steps, for model selection.
+      every: steps between two calls of `report` and `look`; None for about 20 calls.
+
+    Returns:
+      A `Fitted`: the trained variables, and the loss of each step.
 
     Raises:
-      ValueError: no examples, or not as many labels or weights; a label that is none of the classes, under
-        the default loss; a `train` pattern that matches nothing;
-        `steps`, `batch_size` or `every` below 1.
-      FloatingPointError: the loss is no longer finite.
+      ValueError: if there are no examples, the number of labels or weights differs from theirs, a label is
+        outside the classes under the default loss, a `train` pattern matches nothing, or `steps`,
+        `batch_size` or `every` is below 1.
+      FloatingPointError: if the loss becomes NaN or infinite.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jaxmeta as jm
@@ -111,9 +116,9 @@ def fine_tune(
       >>> model.apply(fitted.variables, data.x).argmax(1).tolist()
       [0, 1]
     """
-    # What a loss of one's own makes of integers is its own affair.
-    known = loss is optax.softmax_cross_entropy_with_integer_labels
-    arrays = examples(data, weights, classes=_classes(model, variables, data) if known else None)
+    # A user-defined loss may give integer targets another meaning than classes.
+    are_classes = loss is optax.softmax_cross_entropy_with_integer_labels
+    arrays = examples(data, weights, classes=_classes(model, variables, data) if are_classes else None)
     frozen = frozen_mask(variables["params"], train)
     leaves, structure = jax.tree.flatten(frozen)
     objective = _objective(model, loss, augment, keep_statistics, tuple(leaves), structure)
@@ -201,30 +206,39 @@ def feature_extraction(
     head: Head | Callable[..., Params] = "logistic",
     **settings: Any,
 ) -> Variables:
-    """The body as it is, in inference, and a new head on its features, which are computed once.
+    """Fit a new head to the features of the frozen body, which are computed once in inference mode.
 
     Args:
       model: a `jm.transfer.classifier`.
-      variables: of it.
-      data: as of `fine_tune`.
-      head: "ridge", closed form; "logistic", by gradients to the minimum; or a function `(features, labels,
-        classes, **settings) -> {"kernel", "bias"}`.
-      **settings: of the head.
+      variables: variables of the model; they are not changed.
+      data: arrays examples; see `fine_tune`.
+      head: "ridge" for `jm.transfer.ridge_head`, in closed form; "logistic" for `jm.transfer.logistic_head`,
+        by gradients; or a function `(features, labels, classes, **settings) -> {"kernel", "bias"}`.
+      **settings: keyword arguments of the head's function.
 
     Returns:
-      The variables with the new head; all others are the very same arrays.
+      The variables with the new head; all other leaves are the same arrays.
 
     Raises:
-      ValueError: an unknown head, and what `jm.transfer.ridge_head` raises.
+      ValueError: if `head` is unknown; and as in `jm.transfer.ridge_head`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> model = jm.transfer.classifier(jm.nn.MLP(out=8), 2)
+      >>> data = jm.Batch(jnp.array([[0.0, 1], [1, 0]]), jnp.array([0, 1]))
+      >>> variables = model.init(jax.random.key(0), data.x)
+      >>> probed = jm.transfer.feature_extraction(model, variables, data, head="ridge", penalty=0.1)
+      >>> model.apply(probed, data.x).argmax(1).tolist()
+      [0, 1]
     """
     heads: dict[Head, Callable[..., Params]] = {"ridge": ridge_head, "logistic": logistic_head}
     if not callable(head):
         check_word("head", head, sorted(heads))
     classes = variables["params"][HEAD]["kernel"].shape[1]
-    labelled = examples(data, classes=classes)
+    arrays = examples(data, classes=classes)
     fit = head if callable(head) else heads[head]
-    new = fit(extract_features(model, variables, labelled["x"]), labelled["y"], classes, **settings)
-    return {**variables, "params": swap_subtree(variables["params"], HEAD, new)}
+    new_head = fit(extract_features(model, variables, arrays["x"]), arrays["y"], classes, **settings)
+    return {**variables, "params": swap_subtree(variables["params"], HEAD, new_head)}
 
 
 @forwards(fine_tune)
@@ -236,20 +250,25 @@ def linear_probe_then_fine_tune(
     probe: dict[str, Any] | None = None,
     **settings: Unpack[FineTuneSettings],
 ) -> Fitted:
-    """LP-FT: first the head alone, then all: a random head's gradients would spoil good features.
+    """Fit the head alone, then fine-tune (LP-FT): a random head's gradients would distort good features.
 
-    The head is fitted by `fine_tuning_probe`, to the very features that fine-tuning begins with.
+    The head is fitted by `fine_tuning_probe`, to the same features that fine-tuning starts with.
 
     Args:
-      model, variables, data: as of `fine_tune`.
-      probe: settings of `feature_extraction`.
-      **settings: of `fine_tune`.
+      model: a `jm.transfer.classifier`.
+      variables: variables of the model; they are not changed.
+      data: labelled examples; see `fine_tune`.
+      probe: keyword arguments of `feature_extraction`; None for its defaults.
+      **settings: keyword arguments of `fine_tune`; `optimizer`, `steps` and `key` are required.
+
+    Returns:
+      A `Fitted`: the trained variables, and the loss of each step of fine-tuning.
 
     References:
       Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution, 2022.
     """
-    begin = fine_tuning_probe(model, variables, data, probe=probe, **settings)
-    return fine_tune(model, begin, data, **settings)
+    probed = fine_tuning_probe(model, variables, data, probe=probe, **settings)
+    return fine_tune(model, probed, data, **settings)
 
 
 def fine_tuning_probe(
@@ -265,25 +284,36 @@ def fine_tuning_probe(
     probe: dict[str, Any] | None = None,
     **others: object,
 ) -> Variables:
-    """A linear probe for fine-tuning to begin with: `feature_extraction` by its batch statistics.
+    """Fit a linear probe with the batch statistics that fine-tuning starts with.
 
-    Layers that fine-tuning will train then normalise by its mini-batches. By the source's running statistics,
-    a head would be fitted to other features, which without a step of training are no longer there. So these
-    layers' running statistics are first replaced by those of mini-batches of `data`, unless
-    `keep_statistics`.
+    Layers that fine-tuning trains normalise by its mini-batches. A head fitted with the source's running
+    statistics would see other features, which are gone before the first step of training. This function
+    therefore first replaces the running statistics of those layers by those of mini-batches of `data`, unless
+    `keep_statistics`, and then calls `feature_extraction`.
 
     Args:
-      model, variables, data, key, train, batch_size, augment, keep_statistics: as of `fine_tune`.
-      probe: settings of `feature_extraction`.
-      **others: of `fine_tune`, which do not matter here.
+      model: a `jm.transfer.classifier`.
+      variables: variables of the model; they are not changed.
+      data: labelled examples; see `fine_tune`.
+      key: key of mini-batches, augmentation and dropout; see `fine_tune`.
+      train: patterns of the parameters that fine-tuning trains.
+      batch_size: examples in a mini-batch of fine-tuning.
+      augment: augmentation of fine-tuning; None for no augmentation.
+      keep_statistics: whether fine-tuning keeps the running statistics.
+      probe: keyword arguments of `feature_extraction`; None for its defaults.
+      **others: further keyword arguments of `fine_tune`, which are ignored, so that both take the same ones.
 
     Returns:
-      The variables with a new head, and the running statistics that it was fitted by.
+      The variables with a new head, and the running statistics with which it was fitted.
+
+    Raises:
+      TypeError: if `fine_tune` has no argument of that name.
+      ValueError: as in `feature_extraction`.
     """
     if unknown := sorted(set(others) - set(inspect.signature(fine_tune).parameters)):
-        raise TypeError(f"fine_tuning_probe() has no argument {unknown[0]!r}, nor has fine_tune()")
+        raise TypeError(f"fine_tuning_probe() and fine_tune() have no argument {unknown[0]!r}")
     if variables.get(STATISTICS) and not keep_statistics:
-        variables = _by_mini_batches(model, variables, data, key, train, batch_size, augment)
+        variables = _with_batch_statistics(model, variables, data, key, train, batch_size, augment)
     return feature_extraction(model, variables, data, **(probe or {}))
 
 
@@ -301,22 +331,28 @@ def gradual_unfreezing(
     key: Key,
     **settings: Unpack[FitSettings],
 ) -> Fitted:
-    """Trains the top group, then the two top ones, … until all are trained.
+    """Train the top group of layers, then the top two, and so on until all groups are trained.
 
-    Each stage is a `fine_tune` with a slanted triangular rate of its own and a fresh optimizer state.
+    Each stage is a `fine_tune` with its own slanted triangular rate and a new optimizer state.
 
     Args:
-      model, variables, data: as of `fine_tune`.
-      groups: patterns, from the lowest layers to the top.
-      optimizer: `schedule -> transformation`.
-      rate: the largest rate of each stage.
-      stage_steps: of each stage; an epoch in the paper.
-      last_steps: of the last stage, in which all are trained; None for as many.
-      key: of all stages.
-      **settings: of `fine_tune`.
+      model: a `jm.transfer.classifier`, or any network by `jm.nn.as_stateful`.
+      variables: variables of the model; they are not changed.
+      data: labelled examples; see `fine_tune`.
+      groups: patterns of each group, from the lowest layers to the top.
+      optimizer: function `schedule -> transformation`, such as `optax.adam`.
+      rate: largest learning rate of each stage.
+      stage_steps: steps of each stage, at least 10; one epoch in the paper.
+      last_steps: steps of the last stage, in which all groups are trained, at least 10; None for
+        `stage_steps`.
+      key: key of all stages.
+      **settings: further keyword arguments of `fine_tune`.
+
+    Returns:
+      A `Fitted`: the trained variables, and the losses of all stages.
 
     Raises:
-      ValueError: no groups, and what `fine_tune` raises.
+      ValueError: if `groups` is empty; and as in `fine_tune`.
 
     References:
       Howard & Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.3.
@@ -326,7 +362,7 @@ def gradual_unfreezing(
     if last_steps is not None:
         check_count("last_steps", last_steps, _SHORTEST)
     if not groups:
-        raise ArgumentError("groups", "got none; name the layers from the lowest to the top")
+        raise ArgumentError("groups", "got none; pass the patterns of the layers from the lowest to the top")
     losses = []
     for stage in range(len(groups)):
         last = stage == len(groups) - 1
@@ -354,18 +390,25 @@ def examples(
     classes: int | None = None,
     name: str = "data",
 ) -> dict[str, Any]:
-    """ "x" and "y", as many of the one as of the other, and "weights" where there are any.
+    """Return the checked arrays of labelled examples: "x", "y", and "weights" if there are any.
 
     Args:
-      data: the examples.
-      weights: of them.
-      classes: number of classes that "y" must be of; None for any targets.
-      name: what errors call `data`.
+      data: labelled examples.
+      weights: weights of the examples; None for equal weights.
+      classes: number of classes of "y"; None for targets of any kind.
+      name: name of `data` in error messages.
+
+    Raises:
+      ValueError: if there are no examples, the numbers differ, or a label is outside [0, classes).
     """
     if data.x.shape[0] == 0 or data.x.shape[0] != data.y.shape[0]:
-        raise ArgumentError(name, f"got {data.x.shape[0]} examples and {data.y.shape[0]} labels")
+        raise ArgumentError(
+            name,
+            f"got {data.x.shape[0]} examples and {data.y.shape[0]} labels; there must be at least "
+            "one example, and one label for each",
+        )
     if data.mask is not None:
-        raise ArgumentError(name, "got a mask; leave the padding out")
+        raise ArgumentError(name, "got a mask; remove the padded examples and pass mask=None")
     if classes is not None:
         check_labels(name, data.y, data.x.shape[0], classes)
     arrays = {"x": data.x, "y": data.y}
@@ -373,13 +416,14 @@ def examples(
         arrays["weights"] = jnp.asarray(weights, jnp.float32)
         if arrays["weights"].shape != (data.x.shape[0],):
             raise ArgumentError(
-                "weights", f"got shape {arrays['weights'].shape} for {data.x.shape[0]} examples"
+                "weights",
+                f"got shape {arrays['weights'].shape} for {data.x.shape[0]} examples; pass one for each",
             )
     return arrays
 
 
 def _classes(model: StatefulModel, variables: Variables, data: Batch) -> int | None:
-    """How many outputs the model has for an example; None where they are no vector."""
+    """Return the number of outputs for an example; None where the output is not a vector."""
     if not data.x.shape[0]:
         return None
     outputs = jax.eval_shape(lambda x: model.apply(variables, as_images(x)), data.x[:1])
@@ -387,7 +431,7 @@ def _classes(model: StatefulModel, variables: Variables, data: Batch) -> int | N
 
 
 def mean_loss(each: Float[Array, " n"], batch: Mapping[str, Array]) -> Float[Array, ""]:
-    """Mean of w_i ℓ_i over a mini-batch of `examples`."""
+    """Return the mean of w_i ℓ_i over a mini-batch of `examples`."""
     return (each * batch["weights"]).mean() if "weights" in batch else each.mean()
 
 
@@ -397,18 +441,18 @@ def _as_partial(penalty: Callable[[Params], Array]) -> jax.tree_util.Partial:
 
 @lru_cache(maxsize=64)
 def _objective(model, loss, augment, keep_statistics, frozen_leaves, structure):
-    """The same function for the same settings, so that nothing is compiled twice."""
+    """Return the objective, cached by its settings, so that equal trainings share one compiled loop."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
-    # A model made by hand may not have the choice.
+    # A user-defined model may lack this argument.
     settings = {"keep_statistics": True} if keep_statistics else {}
 
     def objective(params, state, batches, extra, progress, key):
         del progress
         batch = batches["examples"]
-        draw, dropout = jax.random.split(key)
+        augment_key, dropout = jax.random.split(key)
         x = as_images(batch["x"])
         if augment is not None:
-            x = augment(draw, x)
+            x = augment(augment_key, x)
         outputs, state = model.train({"params": params, **state}, x, dropout, frozen=frozen, **settings)
         value = mean_loss(loss(outputs, batch["y"]), batch)
         if "penalty" in extra:
@@ -418,7 +462,7 @@ def _objective(model, loss, augment, keep_statistics, frozen_leaves, structure):
     return objective
 
 
-def _by_mini_batches(
+def _with_batch_statistics(
     model: StatefulModel,
     variables: Variables,
     data: Batch,
@@ -427,12 +471,13 @@ def _by_mini_batches(
     batch_size: int,
     augment: Augment | None,
 ) -> Variables:
-    """`variables` with the running statistics that `fine_tune` leads to while the parameters stay."""
+    """Return `variables` with the running statistics that `fine_tune` reaches at unchanged parameters."""
     check_count("batch_size", batch_size)
     arrays = {"x": examples(data)["x"]}
     leaves, structure = jax.tree.flatten(frozen_mask(variables["params"], train))
     stats = variables[STATISTICS]
-    # How much of where they began is left tells their own weight, whatever a layer's momentum is.
+    # Running averages start at two values; their difference at the end shows the remaining weight of the
+    # start, whatever a layer's momentum is.
     ends = {
         "low": jax.tree.map(jnp.zeros_like, stats),
         "high": jax.tree.map(lambda leaf: jnp.full_like(leaf, _FAR), stats),
@@ -457,32 +502,34 @@ def _by_mini_batches(
 
 @lru_cache(maxsize=64)
 def _measurement(model, augment, frozen_leaves, structure):
-    """Nothing to minimise: running statistics from two beginnings, of layers that are not frozen."""
+    """Return a zero objective that updates the running statistics of trained layers from two starts."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
-    still = frozen_layers(frozen)
+    is_frozen = frozen_layers(frozen)
 
-    def of_trained(new, old):
-        def chosen(path, new, old):
+    def replace_trained(new, old):
+        """Take `new` in trained layers and `old` in frozen ones."""
+
+        def select(path, new, old):
             layer = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path[:-1])
-            return old if still(layer) else new
+            return old if is_frozen(layer) else new
 
-        return jax.tree_util.tree_map_with_path(chosen, new, old)
+        return jax.tree_util.tree_map_with_path(select, new, old)
 
     def objective(params, state, batches, extra, progress, key):
         del extra, progress
-        draw, dropout = jax.random.split(key)
+        augment_key, dropout = jax.random.split(key)
         x = as_images(batches["examples"]["x"])
         if augment is not None:
-            x = augment(draw, x)
+            x = augment(augment_key, x)
         others = {name: tree for name, tree in state.items() if name not in ("low", "high", STATISTICS)}
 
-        def after(begin):
-            # Frozen layers normalise by the running statistics that they have, and keep them.
-            stats = of_trained(begin, state[STATISTICS])
+        def update(start):
+            # Frozen layers normalise by their running statistics and keep them.
+            stats = replace_trained(start, state[STATISTICS])
             variables = {"params": params, **others, STATISTICS: stats}
-            found = model.train(variables, x, dropout, frozen=frozen)[1][STATISTICS]
-            return of_trained(found, begin)
+            updated = model.train(variables, x, dropout, frozen=frozen)[1][STATISTICS]
+            return replace_trained(updated, start)
 
-        return jnp.zeros(()), {**state, "low": after(state["low"]), "high": after(state["high"])}
+        return jnp.zeros(()), {**state, "low": update(state["low"]), "high": update(state["high"])}
 
     return objective

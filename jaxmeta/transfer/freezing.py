@@ -1,4 +1,4 @@
-"""What is trained, what stays, and how fast: by optax's own partitions."""
+"""Frozen parameters, learning rates by layer and by step, and the L2-SP penalty."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from jaxmeta.paths import Patterns, leaves_by_path, mask, matching
 
 
 def frozen_mask(params: Params, train: Patterns) -> PyTree:
-    """True for every leaf that `train` does not match.
+    """Return a tree of bools, True for every leaf that `train` does not match.
 
     Args:
-      params: of any structure.
-      train: patterns of what is trained; see `jm.transfer.matching`.
+      params: parameters, a pytree of any structure.
+      train: patterns of the parameters to train; see `jm.transfer.matching`.
 
     Raises:
-      ValueError: a pattern matches nothing.
+      ValueError: if a pattern matches nothing.
 
     Examples:
       >>> frozen_mask({"body": {"w": 0.0}, "head": {"w": 0.0}}, "head")
@@ -31,19 +31,19 @@ def frozen_mask(params: Params, train: Patterns) -> PyTree:
 
 
 def freeze(optimizer: Optimizer, params: Params, train: Patterns) -> optax.GradientTransformation:
-    """`optimizer` for what `train` matches, and nothing at all for the rest.
+    """Return a transformation that applies `optimizer` to the leaves that `train` matches only.
 
-    The rest has no optimizer state, is not decayed, and its updates are zero: `optax.partition` with
-    `optax.set_to_zero`. A gradient stopped on its way would not do, for weight decay moves a parameter
-    without one. `jm.transfer.fine_tune` also leaves the statistics of frozen layers as they are.
+    Frozen leaves have no optimizer state and no decay, and their updates are zero: `optax.partition` with
+    `optax.set_to_zero`. Stopping their gradients would not suffice, since weight decay moves a parameter
+    without a gradient. `jm.transfer.fine_tune` also keeps the statistics of frozen layers.
 
     Args:
-      optimizer: any.
-      params: for their structure.
-      train: patterns of what is trained.
+      optimizer: any optax transformation.
+      params: parameters with the structure to be optimised.
+      train: patterns of the parameters to train; see `jm.transfer.matching`.
 
     Raises:
-      ValueError: a pattern matches nothing.
+      ValueError: if a pattern matches nothing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -57,14 +57,14 @@ def freeze(optimizer: Optimizer, params: Params, train: Patterns) -> optax.Gradi
 
 
 def only_unfrozen(optimizer: Optimizer, frozen: PyTree) -> optax.GradientTransformation:
-    """`optimizer` where `frozen` is False; zero, without a state, where it is True."""
+    """Apply `optimizer` where `frozen` is False, and zero updates without state where it is True."""
     return optax.partition({False: optimizer, True: optax.set_to_zero()}, frozen)
 
 
 def apply_unfrozen(params: Params, updates: PyTree, frozen: PyTree) -> Params:
-    """`optax.apply_updates` that hands frozen leaves through: even −0 + 0 would be another bit pattern."""
+    """Add updates as `optax.apply_updates`, but keep frozen leaves: −0 + 0 has other bits than −0."""
     return jax.tree.map(
-        lambda leaf, update, still: leaf if still else (leaf + update).astype(leaf.dtype),
+        lambda leaf, update, is_frozen: leaf if is_frozen else (leaf + update).astype(leaf.dtype),
         params,
         updates,
         frozen,
@@ -72,26 +72,26 @@ def apply_unfrozen(params: Params, updates: PyTree, frozen: PyTree) -> Params:
 
 
 def layer_labels(params: Params, groups: Sequence[Patterns]) -> PyTree:
-    """For each leaf the number of the group that matches it.
+    """Return, for each leaf, the number of the group that matches it.
 
     Args:
-      params: of any structure.
-      groups: patterns, from the lowest layers to the top.
+      params: parameters, a pytree of any structure.
+      groups: patterns of each group, from the lowest layers to the top.
 
     Raises:
-      ValueError: a leaf in two groups or in none, or a pattern that matches nothing.
+      ValueError: if a leaf is in no group or in several, or a pattern matches nothing.
     """
-    found: dict[str, list[int]] = {path: [] for path in leaves_by_path(params)}
+    groups_of: dict[str, list[int]] = {path: [] for path in leaves_by_path(params)}
     for number, group in enumerate(groups):
         for path in matching(params, group, argument=f"groups[{number}]"):
-            found[path].append(number)
-    wrong = [f"{path} is in {numbers or 'none'}" for path, numbers in found.items() if len(numbers) != 1]
+            groups_of[path].append(number)
+    wrong = [f"{path} is in {numbers or 'none'}" for path, numbers in groups_of.items() if len(numbers) != 1]
     if wrong:
         raise ArgumentError(
             "groups",
-            f"every leaf must be in one group; {some(wrong)}",
+            f"every leaf must be in exactly one group; {some(wrong)}",
         )
-    return jax.tree.unflatten(jax.tree.structure(params), [numbers[0] for numbers in found.values()])
+    return jax.tree.unflatten(jax.tree.structure(params), [numbers[0] for numbers in groups_of.values()])
 
 
 def discriminative(
@@ -101,18 +101,26 @@ def discriminative(
     *,
     decay: float = 2.6,
 ) -> optax.GradientTransformation:
-    r"""Discriminative learning rates: lower layers, which hold what is general, move less.
+    r"""Return an optimizer with discriminative learning rates, smaller in lower, more general layers.
 
-    η_{ℓ−1} = η_ℓ / decay, with η of the top group the optimizer's own rate.
+    η_{ℓ−1} = η_ℓ / decay, where η of the top group is the optimizer's own rate.
 
     Args:
-      optimizer: whose updates are in proportion to its rate, as those of SGD, Adam and AdamW.
-      params: for their structure.
-      groups: patterns, from the lowest layers to the top; every leaf is in one.
-      decay: 2.6 in the paper; at least 1.
+      optimizer: optax transformation whose updates are proportional to its rate, such as SGD, Adam and AdamW.
+      params: parameters with the structure to be optimised.
+      groups: patterns of each group, from the lowest layers to the top; every leaf is in exactly one.
+      decay: ratio of the rates of neighbouring groups, at least 1; 2.6 in the paper.
 
     Raises:
-      ValueError: as `layer_labels`; `decay` below 1.
+      ValueError: if a leaf is in no group or in several, a pattern matches nothing, or `decay` is below 1.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> params = {"body": jnp.ones(()), "head": jnp.ones(())}
+      >>> optimizer = discriminative(optax.sgd(1.0), params, ["body", "head"], decay=2.0)
+      >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+      >>> float(updates["body"]), float(updates["head"])
+      (-0.5, -1.0)
 
     References:
       Howard & Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, section 3.2.
@@ -128,22 +136,22 @@ def discriminative(
 def slanted_triangular(
     steps: int, peak: float = 0.01, *, cut_fraction: float = 0.1, ratio: float = 32.0
 ) -> optax.Schedule:
-    r"""Slanted triangular learning rates: a short climb, a long way down.
+    r"""Return the slanted triangular schedule: a short linear increase, then a long linear decrease.
 
-    With cut = ⌊T · cut_fraction⌋, and p = t / cut while t < cut, then
-    1 − (t − cut) / (cut · (1 / cut_fraction − 1)):  η_t = peak · (1 + p (ratio − 1)) / ratio.
+    η_t = peak · (1 + p (ratio − 1)) / ratio with cut = ⌊T · cut_fraction⌋ and p = t / cut for t < cut, else
+    p = 1 − (t − cut) / (cut · (1 / cut_fraction − 1)).
 
     Args:
-      steps: T.
-      peak: the largest rate, reached at step `cut`.
-      cut_fraction: part of the steps in which the rate grows, in (0, 1).
-      ratio: of the largest rate to the smallest.
+      steps: T, the number of steps.
+      peak: largest rate, reached at step `cut`.
+      cut_fraction: fraction of the steps in which the rate increases, in (0, 1).
+      ratio: ratio of the largest rate to the smallest, at least 1.
 
     Returns:
-      `step -> rate`, for optax.
+      An optax schedule `step -> rate`.
 
     Raises:
-      ValueError: no step in which to grow; a fraction outside (0, 1); a ratio below 1.
+      ValueError: if no step would increase the rate, `cut_fraction` is outside (0, 1), or `ratio` is below 1.
 
     Examples:
       >>> rate = slanted_triangular(1000)
@@ -151,7 +159,7 @@ def slanted_triangular(
       [0.0003125, 0.01, 0.00515625]
 
     References:
-      Howard & Ruder, 2018, equation 3.
+      Howard & Ruder, Universal Language Model Fine-tuning for Text Classification, 2018, equation 3.
     """
     check_count("steps", steps)
     check_number("peak", peak)
@@ -163,14 +171,14 @@ def slanted_triangular(
     if cut < 1:
         raise ArgumentError(
             "steps",
-            f"got {steps}, of which a part {cut_fraction} is less than one step; it must be at least "
+            f"got {steps}, of which the fraction {cut_fraction} is less than one step; it must be at least "
             f"{math.ceil(1 / cut_fraction)}",
         )
 
     def rate(step: Array | int) -> Array:
         falling = 1 - (step - cut) / (cut * (1 / cut_fraction - 1))
-        part = jnp.where(jnp.asarray(step) < cut, jnp.asarray(step) / cut, falling)
-        return peak * (1 + jnp.maximum(part, 0) * (ratio - 1)) / ratio
+        fraction = jnp.where(jnp.asarray(step) < cut, jnp.asarray(step) / cut, falling)
+        return peak * (1 + jnp.maximum(fraction, 0) * (ratio - 1)) / ratio
 
     return rate
 
@@ -183,22 +191,29 @@ def l2_sp(
     beta: float = 0.01,
     fisher: PyTree | None = None,
 ) -> jax.tree_util.Partial:
-    r"""L2-SP: a penalty that pulls towards the starting point, where weight decay pulls towards zero.
+    r"""Return the L2-SP penalty, which pulls parameters towards their starting point instead of zero.
 
-    Ω(w) = α/2 ‖w_S − w⁰_S‖² + β/2 ‖w_S̄‖²,  S: what the source has, S̄: what is new. With `fisher`
-    α/2 Σ_j F_jj (w_j − w⁰_j)². It takes the place of weight decay.
+    Ω(w) = α/2 ‖w_S − w⁰_S‖² + β/2 ‖w_S̄‖², where S are the parameters shared with the source and S̄ the new
+    ones. With `fisher`, the first term is α/2 Σ_j F_jj (w_j − w⁰_j)². It replaces weight decay.
 
     Args:
-      start: w⁰, the parameters that training starts from.
+      start: w⁰, the parameters at the start of training.
       shared: patterns of S.
-      alpha, beta: the weights.
-      fisher: a tree like `start`, the diagonal of the Fisher information; read on S only.
+      alpha: α, the weight of the distance from the start.
+      beta: β, the weight of the new parameters' norm.
+      fisher: diagonal of the Fisher information, a tree like `start`, read on S only; None for ones.
 
     Returns:
-      `params -> Ω`, the `penalty` of `jm.transfer.fine_tune`.
+      A function `params -> Ω`, for the `penalty` of `jm.transfer.fine_tune`.
 
     Raises:
-      ValueError: `shared` matches nothing; a negative weight; `fisher` of other leaves or shapes.
+      ValueError: if `shared` matches nothing, a weight is negative, or `fisher` has other leaves or shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> penalty = l2_sp({"body": jnp.ones(2), "head": jnp.zeros(2)}, shared="body", alpha=1.0, beta=0.5)
+      >>> float(penalty({"body": jnp.zeros(2), "head": jnp.ones(2)}))
+      1.5
 
     References:
       Li, Grandvalet & Davoine, Explicit Inductive Bias for Transfer Learning with Convolutional Networks,
@@ -206,7 +221,7 @@ def l2_sp(
     """
     check_number("alpha", alpha, 0)
     check_number("beta", beta, 0)
-    old = mask(start, shared, argument="shared")
+    in_shared = mask(start, shared, argument="shared")
     if fisher is None:
         fisher = jax.tree.map(lambda _: 1.0, start)
     else:
@@ -223,21 +238,21 @@ def l2_sp(
                     f"{jnp.shape(leaves[path])}",
                 )
         fisher = jax.tree.unflatten(jax.tree.structure(start), weights.values())
-    # Arguments of a Partial travel as data: closed over, they would be constants of the compiled step.
+    # A Partial's arguments are traced as data; in a closure they would become constants of the compiled step.
     return jax.tree_util.Partial(
         _l2_sp,
         start,
-        jax.tree.map(lambda is_old, weight: alpha * weight if is_old else beta, old, fisher),
-        jax.tree.map(float, old),
+        jax.tree.map(lambda is_in, weight: alpha * weight if is_in else beta, in_shared, fisher),
+        jax.tree.map(float, in_shared),
     )
 
 
-def _l2_sp(start: Params, weights: PyTree, old: PyTree, params: Params) -> Array:
+def _l2_sp(start: Params, weights: PyTree, in_shared: PyTree, params: Params) -> Array:
     terms = jax.tree.map(
-        lambda w, w0, weight, kept: 0.5 * (weight * jnp.square(w - kept * w0)).sum(),
+        lambda w, w0, weight, shared: 0.5 * (weight * jnp.square(w - shared * w0)).sum(),
         params,
         start,
         weights,
-        old,
+        in_shared,
     )
     return sum(jax.tree.leaves(terms), jnp.zeros(()))

@@ -1,4 +1,4 @@
-"""Heads on features that stay as they are: in closed form, by gradients, and from another label set."""
+"""Linear heads on frozen features: in closed form, by gradients, and from the head of other classes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -14,7 +14,7 @@ from jaxmeta.core import Key, Params
 from jaxmeta.transfer import host
 
 Features = Float[Array, "n d"] | Float[np.ndarray, "n d"]
-Labels = Int[Array, " _"] | Int[np.ndarray, " _"]  # as many as rows of features, which is checked
+Labels = Int[Array, " _"] | Int[np.ndarray, " _"]  # checked to be as many as rows of features
 ExampleWeights = Float[Array, " n"] | Float[np.ndarray, " n"]
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 4, 17))
 
@@ -41,25 +41,25 @@ def ridge_head(
     *,
     penalty: float | Sequence[float] = PENALTIES,
 ) -> Params:
-    r"""A linear head in closed form: ridge regression onto one-hot labels, the intercept free.
+    r"""Fit a linear head in closed form: ridge regression onto one-hot labels, with an unpenalised intercept.
 
-    W = (Z̃ᵀZ̃ + λ s I)⁻¹ Z̃ᵀ Ỹ, b = ȳ − z̄ W, with Z̃ and Ỹ less their means, and s the mean of the squared
-    singular values of Z̃, so that λ has no unit. Its outputs are estimates of class probabilities and no
-    logits: their order is the answer.
+    W = (Z̃ᵀZ̃ + λ s I)⁻¹ Z̃ᵀ Ỹ, b = ȳ − z̄ W, where Z̃ and Ỹ are centred, and s is the mean of the squared
+    singular values of Z̃, so that λ has no unit. The outputs estimate class probabilities; they are not
+    logits, so use their argmax and not their softmax.
 
     Args:
-      features: Z.
-      labels: in [0, classes).
-      classes: C, of which some may have no example.
-      penalty: λ > 0; of several the one with the least leave-one-out error, which is exact and costs nothing:
-        e_i / (1 − h_ii), h the leverage.
+      features: Z, of shape `(n, d)`.
+      labels: classes in [0, classes), of shape `(n,)`.
+      classes: number C of classes; some may have no examples.
+      penalty: λ > 0, or several values, of which the one with the smallest leave-one-out error is used. That
+        error is exact at no extra cost: e_i / (1 − h_ii), where h is the leverage.
 
     Returns:
       `{"kernel": (d, C), "bias": (C,)}`, the head of a `jm.transfer.classifier`.
 
     Raises:
-      ValueError: labels and features of different number, labels outside [0, classes), one class only; a
-        penalty that is not positive.
+      ValueError: if labels and features differ in number, labels are outside [0, classes) or all of one
+        class, or a penalty is not positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -69,12 +69,12 @@ def ridge_head(
       [0, 0, 1, 1]
     """
     z, y = _checked(features, labels, classes)
-    given = list(penalty) if isinstance(penalty, Sequence) and not isinstance(penalty, str) else [penalty]
-    if not given:
-        raise ArgumentError("penalty", "got none; give one, or several to choose from")
-    for one in given:
-        check_number("penalty", one, above=0)
-    penalties = jnp.asarray(given, z.dtype)
+    values = list(penalty) if isinstance(penalty, Sequence) and not isinstance(penalty, str) else [penalty]
+    if not values:
+        raise ArgumentError("penalty", "got none; pass one value, or several to choose from")
+    for value in values:
+        check_number("penalty", value, above=0)
+    penalties = jnp.asarray(values, z.dtype)
     targets = jax.nn.one_hot(y, classes, dtype=z.dtype)
     return _ridge(z, targets, penalties)
 
@@ -87,13 +87,13 @@ def _ridge(z: Array, targets: Array, penalties: Array) -> Params:
     unit = squares.mean()
     aligned = left.T @ (targets - target_mean[None])
 
-    def shrunk(penalty: Array) -> Array:
+    def shrinkage(penalty: Array) -> Array:
         return squares / (squares + penalty * unit)
 
     def left_out_error(penalty: Array) -> Array:
-        shrink = shrunk(penalty)
+        shrink = shrinkage(penalty)
         residual = targets - target_mean[None] - left @ (shrink[:, None] * aligned)
-        # The free intercept is one more direction of the fit, with leverage 1/n.
+        # The unpenalised intercept is one more direction of the fit, with leverage 1/n.
         leverage = (jnp.square(left) * shrink[None]).sum(1) + 1 / z.shape[0]
         return jnp.square(residual / jnp.maximum(1 - leverage, 1e-6)[:, None]).mean()
 
@@ -113,22 +113,25 @@ def logistic_head(
     steps: int = 1000,
     tolerance: float = 1e-5,
 ) -> Params:
-    r"""A linear head by gradients: multinomial logistic regression, its one minimum found by L-BFGS.
+    r"""Fit a linear head by gradients: multinomial logistic regression, minimised by L-BFGS.
 
     min_W,b  (1/n) Σ_i w_i CE(z_i W + b, y_i) + penalty/2 ‖W‖²
 
     Args:
-      features, labels, classes: as of `ridge_head`.
-      penalty: at least 0; without one, separable features have no minimum.
-      weights: w, of the examples: of importance, or of label shift; ones if None.
-      steps: the most L-BFGS steps.
-      tolerance: of the gradient's norm, at which it ends.
+      features: features z of shape `(n, d)`.
+      labels: classes in [0, classes), of shape `(n,)`.
+      classes: number C of classes; some may have no examples.
+      penalty: weight of the penalty, at least 0; with 0, separable features have no minimum.
+      weights: weights w of the examples, such as importance or label-shift weights; None for ones.
+      steps: largest number of L-BFGS steps.
+      tolerance: norm of the gradient at which the iteration stops.
 
     Returns:
       `{"kernel": (d, C), "bias": (C,)}`, the head of a `jm.transfer.classifier`.
 
     Raises:
-      ValueError: as `ridge_head`; a negative penalty; weights of another number than the examples.
+      ValueError: as in `ridge_head`; if `penalty` or a weight is negative, or the number of weights differs
+        from the number of examples.
     """
     z, y = _checked(features, labels, classes)
     check_number("penalty", penalty, 0)
@@ -136,24 +139,24 @@ def logistic_head(
     check_number("tolerance", tolerance, 0)
     w = jnp.ones(z.shape[0], z.dtype) if weights is None else jnp.asarray(weights, z.dtype)
     if w.shape != y.shape:
-        raise ArgumentError("weights", f"got shape {w.shape} for {y.shape[0]} examples")
+        raise ArgumentError("weights", f"got shape {w.shape} for {y.shape[0]} examples; pass one for each")
     check_finite("weights", w)
     if not isinstance(w, jax.core.Tracer):
         lowest, highest = float(np.min(w)), float(np.max(w))
         if lowest < 0 or not highest:
             raise ArgumentError(
-                "weights", f"got {lowest} to {highest}; they must be at least 0, and not all 0"
+                "weights", f"got values from {lowest} to {highest}; they must be at least 0, and not all 0"
             )
-    # L-BFGS wants directions of one curvature, which of a feature's weight is at most its variance + penalty;
-    # the minimum is where it was.
+    # L-BFGS converges fastest where all directions have one curvature. That of a feature's weight is at most
+    # the feature's variance + penalty; scaling by its root does not move the minimum.
     mean = z.mean(0)
     curvature = z.var(0) + penalty
     scale = jnp.sqrt(jnp.where(curvature > 0, curvature, 1))
     start = {"kernel": jnp.zeros((z.shape[1], classes), z.dtype), "bias": jnp.zeros(classes, z.dtype)}
     scaled = (z - mean[None]) / scale[None]
-    found = _logistic(start, scaled, y, w, penalty / jnp.square(scale), steps, tolerance)
-    kernel = found["kernel"] / scale[:, None]
-    return {"kernel": kernel, "bias": found["bias"] - mean @ kernel}
+    solution = _logistic(start, scaled, y, w, penalty / jnp.square(scale), steps, tolerance)
+    kernel = solution["kernel"] / scale[:, None]
+    return {"kernel": kernel, "bias": solution["bias"] - mean @ kernel}
 
 
 @jax.jit
@@ -168,8 +171,8 @@ def _logistic(
 ) -> Params:
     def objective(head: Params) -> Array:
         logits = z @ head["kernel"] + head["bias"][None]
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return (weights * each).mean() + (penalties[:, None] * jnp.square(head["kernel"])).sum() / 2
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return (weights * losses).mean() + (penalties[:, None] * jnp.square(head["kernel"])).sum() / 2
 
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(objective)
@@ -180,29 +183,31 @@ def _logistic(
         updates, state = optimizer.update(grad, state, head, value=value, grad=grad, value_fn=objective)
         return optax.apply_updates(head, updates), state, count + 1, optax.tree.norm(grad)
 
-    def going(carry: tuple[Any, ...]) -> Array:
+    def unfinished(carry: tuple[Any, ...]) -> Array:
         _, _, count, norm = carry
         return (count < steps) & (norm > tolerance)
 
-    return jax.lax.while_loop(going, step, (start, optimizer.init(start), 0, jnp.asarray(jnp.inf, z.dtype)))[
-        0
-    ]
+    carry = (start, optimizer.init(start), 0, jnp.asarray(jnp.inf, z.dtype))
+    return jax.lax.while_loop(unfinished, step, carry)[0]
 
 
 def mapped_head(head: Params, mapping: Mapping[int, int | Sequence[int]], classes: int, key: Key) -> Params:
-    """A head for other labels that begins with what an old one knows of related ones.
+    """Return a head for new classes, initialised from the weights of related old classes.
 
-    A target class gets the mean of the weights of the source classes that it is mapped to; one without any
-    begins anew.
+    A target class gets the mean weights of the source classes that it is mapped to; a class without a mapping
+    is initialised randomly.
 
     Args:
-      head: the source's, `{"kernel": (d, C_s), "bias": (C_s,)}`.
-      mapping: target class -> source class, or several.
-      classes: C_t.
-      key: of what is new.
+      head: head of the source, `{"kernel": (d, C_s), "bias": (C_s,)}`.
+      mapping: for a target class, the related source class or classes.
+      classes: number C_t of target classes.
+      key: key of the random initialisation.
+
+    Returns:
+      `{"kernel": (d, C_t), "bias": (C_t,)}`, the head of a `jm.transfer.classifier`.
 
     Raises:
-      ValueError: a class, of target or source, that there is not.
+      ValueError: if a target class is outside [0, C_t), or its source classes are empty or outside [0, C_s).
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -215,16 +220,19 @@ def mapped_head(head: Params, mapping: Mapping[int, int | Sequence[int]], classe
     dim, sources = head["kernel"].shape
     kernel = jax.nn.initializers.lecun_normal()(key, (dim, classes), head["kernel"].dtype)
     bias = jnp.zeros(classes, head["bias"].dtype)
-    for target, given in mapping.items():
-        known = [given] if isinstance(given, int | np.integer) else list(given)
+    for target, entry in mapping.items():
+        related = [entry] if isinstance(entry, int | np.integer) else list(entry)
         if not 0 <= target < classes:
-            raise ArgumentError("mapping", f"got the target class {target}; there are {classes}, from 0")
-        if not known or not all(0 <= source < sources for source in known):
+            raise ArgumentError(
+                "mapping", f"got the target class {target}; there are {classes}, numbered from 0"
+            )
+        if not related or not all(0 <= source < sources for source in related):
             raise ArgumentError(
                 "mapping",
-                f"got the source classes {known} for target class {target}; there are {sources}, from 0",
+                f"got the source classes {related} for target class {target}; there are {sources}, "
+                "numbered from 0",
             )
-        rows = jnp.asarray(known)
+        rows = jnp.asarray(related)
         kernel = kernel.at[:, target].set(head["kernel"][:, rows].mean(1))
         bias = bias.at[target].set(head["bias"][rows].mean())
     return {"kernel": kernel, "bias": bias}
@@ -234,13 +242,13 @@ def _checked(features: Features, labels: Labels, classes: int) -> tuple[Array, A
     check_count("classes", classes, 2)
     rows = len(host.matrix(features, "features"))
     z, y = jnp.asarray(features), host.labels(labels, "labels", rows=rows)
-    found = np.unique(y)
-    if found.size < 2:
-        raise ArgumentError("labels", f"got {found.size} class; a head needs examples of at least 2")
-    if found[0] < 0 or found[-1] >= classes:
+    present = np.unique(y)
+    if present.size < 2:
+        raise ArgumentError("labels", f"got {present.size} class; a head needs examples of at least 2")
+    if present[0] < 0 or present[-1] >= classes:
         raise ArgumentError(
             "labels",
-            f"got classes from {found[0]} to {found[-1]}; with classes={classes} they must be from 0 "
+            f"got classes from {present[0]} to {present[-1]}; with classes={classes} they must be from 0 "
             f"to {classes - 1}",
         )
     return z, jnp.asarray(y, jnp.int32)

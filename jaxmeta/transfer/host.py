@@ -1,8 +1,8 @@
-"""Arguments of the estimators that run once, on the host: checked, and as NumPy arrays of float64.
+"""Validated arguments, as NumPy arrays of float64, of estimators that run once on the host.
 
-A transferability score or a set of importance weights is computed once, from arrays that are already
-there, and decides what is trained afterwards: exact linear algebra is worth more than a compiled one, and
-NumPy has float64 whatever JAX is set to.
+A transferability score or a set of importance weights is computed once, from arrays in memory, and decides
+what is trained afterwards: exact linear algebra matters more than a compiled one, and NumPy has float64
+whatever JAX's precision is set to.
 """
 
 from typing import Any
@@ -15,64 +15,66 @@ from jaxmeta.checks import ArgumentError
 
 Values = Array | np.ndarray
 
-# Rows of a bfloat16 softmax are off by as much; logits, counts and percentages are off by far more.
+# Rows of a bfloat16 softmax deviate from a sum of 1 by as much; logits, counts and percentages by far more.
 _SUM_TOLERANCE = 1e-2
 
 
 def numbers(values: Any, name: str) -> Shaped[np.ndarray, "..."]:
-    """`values` as an array of real numbers."""
+    """Return `values` as an array of real numbers."""
     try:
-        found = np.asarray(values)
-    except ValueError as error:  # a list of lists that are not of one length
-        raise ArgumentError(name, f"got what is no array ({error})") from error
-    if not (jnp.issubdtype(found.dtype, jnp.floating) or jnp.issubdtype(found.dtype, jnp.integer)):
-        raise ArgumentError(name, f"got {found.dtype}; it must be real numbers")
-    return found
+        array = np.asarray(values)
+    except ValueError as error:  # nested lists of different lengths
+        raise ArgumentError(name, f"cannot be converted to an array: {error}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise ArgumentError(name, f"got {array.dtype}; it must be real numbers")
+    return array
 
 
 def matrix(values: Values, name: str) -> Float[np.ndarray, "n d"]:
-    """`values` as one row an example."""
-    found = numbers(values, name).astype(np.float64)
-    if found.ndim != 2 or not found.size:
-        raise ArgumentError(name, f"got shape {found.shape}; it must be (examples, dimensions), both above 0")
-    if not np.isfinite(found).all():
+    """Return `values` as a float64 matrix with a row for each example."""
+    array = numbers(values, name).astype(np.float64)
+    if array.ndim != 2 or not array.size:
+        raise ArgumentError(name, f"got shape {array.shape}; it must be (examples, dimensions), both above 0")
+    if not np.isfinite(array).all():
         raise ArgumentError(name, "got NaN or infinity; every number must be finite")
-    return found
+    return array
 
 
 def probabilities(values: Values, name: str) -> Float[np.ndarray, "n classes"]:
-    """`values` as one distribution a row, which sums to 1 exactly where its dtype made it nearly so."""
-    found = matrix(values, name)
-    sums = found.sum(1, keepdims=True)
-    if found.min() < 0 or np.abs(sums - 1).max() > _SUM_TOLERANCE:
+    """Return `values` as a float64 matrix whose rows are distributions, normalised to sums of exactly 1."""
+    array = matrix(values, name)
+    sums = array.sum(1, keepdims=True)
+    if array.min() < 0 or np.abs(sums - 1).max() > _SUM_TOLERANCE:
         raise ArgumentError(
             name,
             f"got rows that sum to {sums.min():.4g} to {sums.max():.4g} with a smallest entry of "
-            f"{found.min():.4g}; every row must be a distribution, as of softmax",
+            f"{array.min():.4g}; every row must be a distribution, such as a softmax",
         )
-    return found / sums
+    return array / sums
 
 
 def distribution(values: Values, name: str, classes: int) -> Float[np.ndarray, " classes"]:
-    """`values` as one distribution over `classes`."""
-    found = numbers(values, name)
-    if found.shape != (classes,):
+    """Return `values` as one distribution over `classes`."""
+    array = numbers(values, name)
+    if array.shape != (classes,):
         raise ArgumentError(
-            name, f"got shape {found.shape}; it must be ({classes},), one probability a class"
+            name, f"got shape {array.shape}; it must be ({classes},), one probability for each class"
         )
-    return probabilities(found[None], name)[0]
+    return probabilities(array[None], name)[0]
 
 
 def labels(values: Values, name: str, *, rows: int, classes: int | None = None) -> Int[np.ndarray, " n"]:
-    """`values` as one class an example."""
-    found = numbers(values, name)
-    if not jnp.issubdtype(found.dtype, jnp.integer):
-        raise ArgumentError(name, f"got {found.dtype}; classes must be integers")
-    if not found.size:
-        raise ArgumentError(name, "got no example")
-    if found.shape != (rows,):
-        raise ArgumentError(name, f"got shape {found.shape}; it must be ({rows},), one class an example")
-    if found.min() < 0 or (classes is not None and found.max() >= classes):
+    """Return `values` as integer classes, one for each of `rows` examples."""
+    array = numbers(values, name)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ArgumentError(name, f"got {array.dtype}; classes must be integers")
+    if not array.size:
+        raise ArgumentError(name, "got no examples; there must be at least one")
+    if array.shape != (rows,):
+        raise ArgumentError(
+            name, f"got shape {array.shape}; it must be ({rows},), one class for each example"
+        )
+    if array.min() < 0 or (classes is not None and array.max() >= classes):
         allowed = "not be negative" if classes is None else f"be 0 to {classes - 1}"
-        raise ArgumentError(name, f"got classes {found.min()} to {found.max()}; they must {allowed}")
-    return found.astype(np.int64)
+        raise ArgumentError(name, f"got classes {array.min()} to {array.max()}; they must {allowed}")
+    return array.astype(np.int64)

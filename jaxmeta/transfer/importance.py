@@ -1,17 +1,17 @@
-"""Covariate shift: the examples are others, and what they mean is the same.
+"""Importance weights for covariate shift, where P(X) changes and P(Y|X) stays the same.
 
 If P(X) changes and P(Y|X) does not, then for any loss ℓ
 
     E_t[ℓ] = E_s[w ℓ]  with  w(x) = p_t(x) / p_s(x),
 
-so that a model of the target is trained on labelled source examples with their losses weighted by w, such as
-`(weights * losses).mean()`. Weights are estimated from unlabelled examples of both domains, by a classifier
-that tells them apart (`density_ratio`) or by matching their means in a kernel's space
-(`kernel_mean_matching`).
+so that a model of the target can be trained on labelled source examples with losses weighted by w, such as
+`(weights * losses).mean()`. The weights are estimated from unlabelled examples of both domains, by a
+classifier that discriminates between them (`density_ratio`) or by matching their means in a kernel's feature
+space (`kernel_mean_matching`).
 
-What no weights can do: reach where the source has no examples (w is infinite there), and correct a change of
-P(Y|X), which target examples without labels do not show. And they buy less bias with more variance: of n
-examples, weights leave as many as `effective_sample_size` says.
+Weights cannot make up for regions without source examples, where w is infinite, nor correct a change of
+P(Y|X), which unlabelled target examples do not show. They trade bias for variance: `effective_sample_size`
+gives the number of equally weighted examples with the same variance.
 
 Estimates are computed in float64 on the host (see `jaxmeta.transfer.host`) and returned as JAX arrays.
 """
@@ -28,15 +28,16 @@ from jaxmeta.transfer import host
 
 
 class DensityRatio(NamedTuple):
-    r"""w(x) = p_t(x)/p_s(x) by a logistic discriminator with P(t|x) = 1 / (1 + exp(−kernel·x − bias)).
+    r"""The density ratio w(x) = p_t(x)/p_s(x) of a logistic discriminator, as a function of features.
 
+    With P(t|x) = 1 / (1 + exp(−kernel·x − bias)),
     w(x) = (n_s/n_t) P(t|x) / P(s|x) = (n_s/n_t) exp(kernel·x + bias).
 
     Attributes:
-      kernel: of the features.
-      bias: of the discriminator.
-      log_prior_ratio: ln(n_s/n_t), without which w would depend on how many examples of each domain the
-        discriminator happened to see.
+      kernel: weights of the features, of shape `(d,)`.
+      bias: intercept of the discriminator.
+      log_prior_ratio: ln(n_s/n_t); it makes w independent of the numbers of examples that the discriminator
+        was fitted to.
     """
 
     kernel: Float[Array, " d"]
@@ -46,22 +47,25 @@ class DensityRatio(NamedTuple):
     def __call__(
         self, x: Float[Array | np.ndarray, "n d"], *, exponent: float = 1.0, self_normalised: bool = False
     ) -> Float[Array, " n"]:
-        """Weights of examples.
+        """Return the weights of examples.
 
         Args:
-          x: features as those that were fitted.
-          exponent: τ in [0, 1] of w^τ: 1 has no bias where the ratio is exact, 0 is no weighting, and what is
-            in between has less variance.
-          self_normalised: divide by the mean, so that the weights of `x` have mean 1: give all source
-            examples at once.
+          x: features of shape `(n, d)`, with the columns of the fitted ones.
+          exponent: τ in [0, 1] of w^τ: 1 has no bias where the ratio is exact, 0 gives equal weights, and
+            values between have less variance.
+          self_normalised: whether to divide by the mean, so that the weights of `x` have mean 1; pass all
+            source examples at once.
+
+        Returns:
+          Weights of shape `(n,)`.
 
         Raises:
-          ValueError: an `exponent` outside [0, 1].
+          ValueError: if `exponent` is outside [0, 1].
         """
         check_number("exponent", exponent, 0, 1)
         logs = exponent * (jnp.asarray(x) @ self.kernel + self.bias + self.log_prior_ratio)
         if self_normalised:
-            # Through the softmax, which has no overflow.
+            # The softmax does not overflow.
             return logs.shape[0] * jax.nn.softmax(logs)
         return jnp.exp(logs)
 
@@ -74,23 +78,27 @@ def density_ratio(
     tolerance: float = 1e-14,
     steps: int = 100,
 ) -> DensityRatio:
-    r"""Fits p_t(x)/p_s(x) by logistic regression of the domain on features.
+    r"""Fit p_t(x)/p_s(x) by logistic regression of the domain on the features.
 
-    It minimises the mean logistic loss over all n_s + n_t examples + (λ/2) ‖kernel‖² by SciPy's Newton steps
-    within a trust region. The ratio is exact where ln(p_t/p_s) is linear in the features, as of two Gaussians
-    of one covariance; add squares for others. Where features tell the domains apart without error, there is
-    no ratio to estimate: λ keeps the weights finite and decides what they are. Their mean over the source, 1
-    for a ratio, is then far below.
+    Minimises the mean logistic loss over all n_s + n_t examples + (λ/2) ‖kernel‖² by SciPy's trust-region
+    Newton method. The ratio is exact where ln(p_t/p_s) is linear in the features, as for two Gaussians with
+    equal covariances; add squares of the features for others. Where the features separate the domains, the
+    ratio does not exist: λ alone then keeps the weights finite, with a mean over the source far below 1.
 
     Args:
-      source, target: features of unlabelled examples. The penalty treats all alike: standardise them.
+      source: features of unlabelled source examples, of shape `(n_s, d)`. The penalty treats all features
+        alike, so standardise them.
+      target: features of unlabelled target examples, of shape `(n_t, d)`.
       regularisation: λ > 0; scikit-learn's C is 1 / (λ (n_s + n_t)).
-      tolerance: how far the loss may be from its minimum, by Newton's decrement.
-      steps: at most.
+      tolerance: largest distance of the loss from its minimum, measured by the Newton decrement.
+      steps: largest number of steps.
+
+    Returns:
+      A `DensityRatio`, a function of features.
 
     Raises:
-      ValueError: features that are not finite or differ in dimension, a `regularisation` that is not
-        positive, too few `steps`.
+      ValueError: if features are not finite or differ in dimension, `regularisation` is not positive, or
+        `steps` do not suffice.
 
     Examples:
       >>> import jax
@@ -111,7 +119,7 @@ def density_ratio(
     check_number("tolerance", tolerance, 0)
     check_count("steps", steps)
     s, t = _pair(source, target)
-    # Centred, with the bias last: the problem is the same, and better conditioned.
+    # Centring the features (the bias is the last column) improves the conditioning of the same problem.
     centre = np.concatenate([s, t]).mean(0)
     x = np.concatenate([s, t]) - centre
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
@@ -138,7 +146,7 @@ def density_ratio(
             raise StopIteration
 
     weights = np.zeros(x.shape[1])
-    # At the minimum itself there is no direction to go in.
+    # At the minimum the gradient is 0 and gives the trust-region method no direction.
     if decrement(weights) > tolerance:
         options = {"maxiter": steps, "gtol": 0.0, "initial_trust_radius": 10.0, "max_trust_radius": 1e9}
         weights = minimize(
@@ -151,9 +159,7 @@ def density_ratio(
             options=options,
         ).x
         if decrement(weights) > tolerance:
-            raise ArgumentError(
-                "steps", f"{steps} were too few for tolerance {tolerance}; allow more of either"
-            )
+            raise ArgumentError("steps", f"got {steps}, too few for tolerance {tolerance}; increase either")
     kernel = weights[:-1]
     return DensityRatio(
         jnp.asarray(kernel), jnp.asarray(weights[-1] - kernel @ centre), jnp.asarray(np.log(len(s) / len(t)))
@@ -170,28 +176,33 @@ def kernel_mean_matching(
     tolerance: float = 1e-3,
     steps: int = 20_000,
 ) -> Float[Array, " n_s"]:
-    r"""Weights of the source examples under which their mean embedding is closest to the target's.
+    r"""Return the weights of the source examples that bring their kernel mean closest to the target's.
 
     min_w ‖(1/n_s) Σ_i w_i φ(x_i) − (1/n_t) Σ_j φ(x'_j)‖²  with  0 ≤ w_i ≤ B  and  |mean(w) − 1| ≤ ε,
 
     where φ(x)·φ(x') = exp(−‖x − x'‖² / (2σ²)): the squared MMD between the weighted source and the target.
-    By accelerated projected gradients with restarts from w = 1, until the value is certainly within
-    `tolerance` of the minimum: by the gap of Frank and Wolfe, max_v ∇ᵀ(w − v) over all v that are allowed.
+    It is minimised by accelerated projected gradients with restarts from w = 1, until the Frank-Wolfe gap
+    max_v ∇ᵀ(w − v), over all allowed v, guarantees that the value is within `tolerance` of the minimum.
 
-    The exact minimum fits the sampling error of the two means, of the order 1/n_s + 1/n_t, by a few heavy
-    weights: a tolerance far below that, like a narrow kernel, makes the weights worse and not better. A small
-    B keeps them even. It takes memory for (n_s + n_t)² numbers.
+    The exact minimum fits the sampling error of the two means, of order 1/n_s + 1/n_t, with a small number of
+    large weights: a tolerance far below that, like a narrow kernel, makes the weights worse. A small B keeps
+    them even. Memory grows as (n_s + n_t)².
 
     Args:
-      source, target: features of unlabelled examples.
-      bandwidth: σ; None for the median distance between two of all the examples.
-      bound: B ≥ 1, how much one example may count.
+      source: features of unlabelled source examples, of shape `(n_s, d)`.
+      target: features of unlabelled target examples, of shape `(n_t, d)`.
+      bandwidth: σ; None for the median distance between two of all examples.
+      bound: B ≥ 1, the largest weight of an example.
       slack: ε ≥ 0; None for the paper's 1 − 1/√n_s.
-      tolerance: of the squared MMD.
-      steps: at most.
+      tolerance: largest distance of the squared MMD from its minimum.
+      steps: largest number of steps.
+
+    Returns:
+      Weights of shape `(n_s,)`.
 
     Raises:
-      ValueError: features that are not finite or differ in dimension, settings out of range, too few `steps`.
+      ValueError: if features are not finite or differ in dimension, a setting is out of range, or `steps` do
+        not suffice.
 
     Examples:
       >>> import numpy as np
@@ -221,18 +232,18 @@ def kernel_mean_matching(
     def slope(w: np.ndarray) -> np.ndarray:
         return 2 * (gram @ w - to_target)
 
-    def projected(v: np.ndarray) -> np.ndarray:
-        """The closest weights that are allowed: v less one number for all, clipped."""
-        wanted = np.clip(np.clip(v, 0, bound).sum(), lowest, highest)
+    def project(v: np.ndarray) -> np.ndarray:
+        """Return the closest allowed weights: `v` minus a constant, clipped."""
+        total = np.clip(np.clip(v, 0, bound).sum(), lowest, highest)
         low, high = v.min() - bound, v.max()
         for _ in range(64):
             middle = (low + high) / 2
-            above = np.clip(v - middle, 0, bound).sum() > wanted
+            above = np.clip(v - middle, 0, bound).sum() > total
             low, high = (middle, high) if above else (low, middle)
         return np.clip(v - middle, 0, bound)
 
     def gap(w: np.ndarray) -> float:
-        """How far the value may be above the minimum."""
+        """Return an upper bound of the distance of the value from the minimum."""
         gradient = slope(w)
         total = np.clip(bound * (gradient < 0).sum(), lowest, highest)
         corner = np.empty(n)
@@ -240,29 +251,36 @@ def kernel_mean_matching(
         return float(gradient @ (w - corner))
 
     rate = 1 / (2 * gram.sum(1).max())  # the largest row sum is at least the largest eigenvalue
-    w = ahead = projected(np.ones(n))
+    w = ahead = project(np.ones(n))
     momentum = 1.0
     for step in range(steps):
         if step % 10 == 0 and gap(w) <= tolerance:
             break
-        new = projected(ahead - rate * slope(ahead))
+        new = project(ahead - rate * slope(ahead))
         if (ahead - new) @ (new - w) > 0:
             momentum = 1.0
         following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
         ahead = new + (momentum - 1) / following * (new - w)
         w, momentum = new, following
     else:
-        raise ArgumentError("steps", f"{steps} were too few for tolerance {tolerance}; allow more of either")
+        raise ArgumentError("steps", f"got {steps}, too few for tolerance {tolerance}; increase either")
     return jnp.asarray(w)
 
 
 def effective_sample_size(weights: Float[Array | np.ndarray, " n"]) -> Float[Array, ""]:
-    r"""ESS = (Σ w)² / Σ w²: as many equally weighted examples have the variance of these.
+    r"""Return the effective sample size ESS = (Σ w)² / Σ w².
 
-    n for equal weights, 1 where one example has them all, 0 where there are none.
+    It is the number of equally weighted examples with the same variance: n for equal weights, 1 where one
+    example has all the weight, and 0 where all weights are 0.
+
+    Args:
+      weights: weights of the examples, of shape `(n,)`, at least 0.
+
+    Returns:
+      A scalar in [0, n].
 
     Raises:
-      ValueError: not one weight for each of some examples, or a weight that is negative or not finite.
+      ValueError: if `weights` is empty, not a vector, negative or not finite.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -272,11 +290,11 @@ def effective_sample_size(weights: Float[Array | np.ndarray, " n"]) -> Float[Arr
     check_real("weights", weights)
     weights = jnp.asarray(weights)
     if weights.ndim != 1 or not weights.size:
-        raise ArgumentError("weights", f"got shape {weights.shape}; it must be (n,), one an example")
+        raise ArgumentError("weights", f"got shape {weights.shape}; it must be (n,), one for each example")
     check_finite("weights", weights)
     if not isinstance(weights, jax.core.Tracer) and np.min(weights) < 0:
-        raise ArgumentError("weights", f"got {np.min(weights)} among them; they must be at least 0")
-    # Of weights that are at most 1, for squares overflow.
+        raise ArgumentError("weights", f"got a smallest weight of {np.min(weights)}; they must be at least 0")
+    # Weights of at most 1 keep the squares from overflowing.
     weights = weights / jnp.where(weights.max() > 0, weights.max(), 1)
     squares = jnp.square(weights).sum()
     return jnp.square(weights.sum()) / jnp.where(squares > 0, squares, 1)
@@ -288,7 +306,7 @@ def _pair(
     s, t = host.matrix(source, "source"), host.matrix(target, "target")
     if s.shape[1] != t.shape[1]:
         raise ArgumentError(
-            "target", f"got {t.shape[1]} features; source has {s.shape[1]}, they must be the same"
+            "target", f"got {t.shape[1]} features; source has {s.shape[1]}, and the numbers must be equal"
         )
     return s, t
 

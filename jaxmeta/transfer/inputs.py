@@ -1,4 +1,4 @@
-"""Other input spaces: what makes of the target's images the ones that a body was trained on."""
+"""Adapters that convert the target's images to the inputs that a pretrained body expects."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -12,9 +12,9 @@ from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word,
 from jaxmeta.core import Key, Model, Params
 from jaxmeta.transfer import host
 
-# Of `jax.image.resize`.
+# Methods of `jax.image.resize`.
 Method = Literal["nearest", "linear", "cubic", "lanczos3", "lanczos5"]
-# ITU-R 601, as in `jm.tasks.from_folder`.
+# Weights of red, green and blue by ITU-R 601, as in `jm.tasks.from_folder`.
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -27,22 +27,29 @@ def input_adapter(
     std: float | Sequence[float] = 1.0,
     method: Method = "linear",
 ) -> Model:
-    """An adapter without parameters: size, number of channels, dark and light, and scale of images.
+    """Build an adapter without parameters for the size, channels, polarity and scale of images.
 
-    In that order. One channel becomes three equal ones, three become their luma. It is the `adapter` of a
-    `jm.transfer.classifier`, in front of a body that may stay frozen.
+    The steps are applied in this order: resizing, channels (one channel is repeated three times, three become
+    their luma), inversion, scale. Use it as the `adapter` of a `jm.transfer.classifier`, in front of a body
+    that may stay frozen.
 
     Args:
-      channels: 1 or 3; None leaves them.
-      size: of the sides in pixels; None leaves it. Smaller ones are filtered first.
-      invert: 1 − x: strokes that are dark on light, for a body that knows them light on dark.
-      mean, std: (x − mean) / std, by channel or for all, in the units of x: as the body was trained, such as
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) for most of torchvision's.
-      method: of `jax.image.resize`: "nearest", "linear", "cubic", "lanczos3" or "lanczos5".
+      channels: number of output channels, 1 or 3; None keeps the input's.
+      size: height and width in pixels, or one number for both; None keeps the input's. Smaller sizes are
+        filtered against aliasing.
+      invert: whether to return 1 − x, such as dark strokes on light for a body trained on light on dark.
+      mean: mean in (x − mean) / std, for each channel or for all, in the units of x; it should be the one of
+        the body's training, such as mean=(0.485, 0.456, 0.406) for most bodies of torchvision.
+      std: standard deviation in (x − mean) / std, such as std=(0.229, 0.224, 0.225) for most bodies of
+        torchvision.
+      method: method of `jax.image.resize`: "nearest", "linear", "cubic", "lanczos3" or "lanczos5".
+
+    Returns:
+      A `Model` without parameters.
 
     Raises:
-      ValueError: other numbers of channels, a size below 1, a standard deviation that is not positive; when
-        it is called, images with another number of channels than 1 or 3, or than `mean` and `std` have.
+      ValueError: if `channels` is not 1 or 3, `size` is below 1, or `std` is not positive; when called, if
+        the images have another number of channels than 1 or 3, or than `mean` and `std`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -54,7 +61,7 @@ def input_adapter(
     sides = size if size is None or isinstance(size, tuple | list) else (size, size)
     if sides is not None:
         if len(sides) != 2:
-            raise ArgumentError("size", f"got {shown(size)}; it must be one side, or height and width")
+            raise ArgumentError("size", f"got {shown(size)}; it must be one number, or height and width")
         for side in sides:
             check_count("size", side)
         sides = int(sides[0]), int(sides[1])
@@ -66,7 +73,9 @@ def input_adapter(
     for name, values in (("mean", centre), ("std", spread)):
         check_finite(name, values)
         if values.ndim > 1:
-            raise ArgumentError(name, f"got shape {values.shape}; it must be a number, or one a channel")
+            raise ArgumentError(
+                name, f"got shape {values.shape}; it must be a number, or one for each channel"
+            )
     if not (spread > 0).all():
         raise ArgumentError("std", f"got {std}; it must be positive")
 
@@ -93,17 +102,20 @@ def input_adapter(
 
 
 def learned_stem(channels: int, *, kernel: int = 1) -> Model:
-    """An adapter that is learned: a convolution to as many channels as the body takes.
+    """Build a trainable adapter: a convolution to the number of channels that the body expects.
 
-    It begins as the mean over the input's channels, in every output, so that a body of images knows what it
-    sees before the first step.
+    Each output channel is initialised to the mean of the input channels, so that a body trained on images
+    receives an image before the first step.
 
     Args:
-      channels: of the body's input.
-      kernel: side of the filters; odd.
+      channels: number of channels of the body's input.
+      kernel: side of the filters in pixels, odd.
+
+    Returns:
+      A `Model` with the parameters "kernel" and "bias".
 
     Raises:
-      ValueError: `channels` below 1, or an even `kernel`.
+      ValueError: if `channels` is below 1 or `kernel` is even.
 
     Examples:
       >>> import jax, jax.numpy as jnp

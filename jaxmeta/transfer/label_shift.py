@@ -1,16 +1,16 @@
-"""Label shift: the classes come in other proportions than where the model was trained.
+"""Estimation and correction of label shift, where P(Y) changes and P(X|Y) stays the same.
 
 If P(Y) changes and P(X|Y) does not, then P_t(y|x) ∝ w_y P_s(y|x) with w_y = P_t(y) / P_s(y), and w can be
-estimated from unlabelled target examples: by BBSE or RLLS from the predictions of any fixed classifier, or by
-EM from calibrated probabilities. Either correct the predictions with `adjust`, or train again with source
-losses weighted by `weights[y]`.
+estimated from unlabelled target examples: by BBSE or RLLS from the predictions of any fixed classifier, or
+by EM from calibrated probabilities. Then either correct the predictions with `adjust`, or train again with
+source losses weighted by `weights[y]`.
 
-That is all that can be had without target labels. Any other change of P(Y|X), where the same x now means
-another class, leaves no trace in target examples alone, and where P(X|Y) changes too these estimates are
-wrong and do not say so: label some target examples and fine-tune.
+More is not possible without target labels. Another change of P(Y|X), where the same x has another class,
+leaves no trace in unlabelled target examples, and where P(X|Y) changes too, these estimates are wrong without
+a warning: label some target examples and fine-tune.
 
 Estimates are computed in float64 on the host (see `jaxmeta.transfer.host`) and returned as JAX arrays;
-`adjust` is a JAX function that may be compiled.
+`adjust` is a JAX function that can be compiled.
 """
 
 from typing import NamedTuple
@@ -28,16 +28,20 @@ def joint_confusion(
     labels: Int[Array | np.ndarray, " n"],
     classes: int,
 ) -> Float[Array, "classes classes"]:
-    r"""Ĉ[i, j] = P̂_s(ŷ = i, y = j): the joint, not the conditional, of predictions and labels.
+    r"""Return the joint distribution Ĉ[i, j] = P̂_s(ŷ = i, y = j) of predictions and labels.
 
     Args:
-      predictions: ŷ of held-out labelled source examples, which the classifier was not trained on: classes,
-        or, for the soft variant, probabilities, whose rows are averaged in the place of indicators.
-      labels: y of the same examples.
-      classes: how many there are.
+      predictions: predictions ŷ for labelled source examples that the classifier was not trained on: classes
+        of shape `(n,)`, or, for the soft variant, probabilities of shape `(n, classes)`, which are averaged
+        in place of indicators.
+      labels: classes y of the same examples, of shape `(n,)`.
+      classes: number of classes.
+
+    Returns:
+      The joint distribution (not the conditional one) of shape `(classes, classes)`.
 
     Raises:
-      ValueError: classes out of range, rows that are no distributions, lengths that differ.
+      ValueError: if a class is out of range, a row is not a distribution, or the lengths differ.
 
     Examples:
       >>> import numpy as np
@@ -46,9 +50,9 @@ def joint_confusion(
        [0.25 0.25]]
     """
     check_count("classes", classes)
-    given = _each(predictions, "predictions", classes)
-    one_hot = np.eye(classes)[host.labels(labels, "labels", rows=len(given), classes=classes)]
-    return jnp.asarray(given.T @ one_hot / len(given))
+    predicted = _as_distributions(predictions, "predictions", classes)
+    one_hot = np.eye(classes)[host.labels(labels, "labels", rows=len(predicted), classes=classes)]
+    return jnp.asarray(predicted.T @ one_hot / len(predicted))
 
 
 def bbse(
@@ -59,23 +63,27 @@ def bbse(
     rescale: bool = False,
     max_condition: float = 1e4,
 ) -> Float[Array, " classes"]:
-    r"""Black box shift estimation: class weights w = Ĉ⁻¹ μ̂ with μ̂_i = P̂_t(ŷ = i).
+    r"""Estimate class weights by black box shift estimation, w = Ĉ⁻¹ μ̂ with μ̂_i = P̂_t(ŷ = i).
 
-    The classifier need be neither good nor calibrated; its predictions must only depend on the class, by Ĉ
-    being invertible. Σ_j w_j P_s(y=j) = 1 before clipping.
+    The classifier need be neither accurate nor calibrated; Ĉ must be invertible. Σ_j w_j P_s(y=j) = 1 before
+    clipping.
 
     Args:
       joint_confusion: Ĉ of held-out source examples, from `joint_confusion`.
-      target_predictions: of the same classifier, hard or soft as Ĉ is: integers `(m,)` are the classes of m
-        target examples, floats `(m, classes)` their probabilities, and floats `(classes,)`, which sum to 1,
-        μ̂ itself.
-      clip: negative weights, which are sampling error, become 0.
-      rescale: divide by Σ_j w_j P_s(y=j), which clipping takes above 1.
-      max_condition: the largest condition number of P̂_s(ŷ|y), by which sampling errors may be blown up.
+      target_predictions: predictions of the same classifier for the target, hard or soft as in Ĉ: integers
+        `(m,)` are the classes of m examples, floats `(m, classes)` their probabilities, and floats
+        `(classes,)` with sum 1 are μ̂ itself.
+      clip: whether to set negative weights, which are sampling error, to 0.
+      rescale: whether to divide by Σ_j w_j P_s(y=j), which clipping raises above 1.
+      max_condition: largest allowed condition number of P̂_s(ŷ|y), the factor by which sampling errors can
+        grow.
+
+    Returns:
+      Weights of shape `(classes,)`.
 
     Raises:
-      ValueError: a confusion matrix that is not joint frequencies, is nearly singular, or has a class without
-        source examples; target predictions of none of the three forms.
+      ValueError: if the confusion matrix does not hold joint frequencies, is nearly singular, or has a class
+        without source examples; if the target predictions have another form than these three.
 
     Examples:
       >>> import numpy as np
@@ -88,17 +96,17 @@ def bbse(
     """
     check_number("max_condition", max_condition, 1)
     confusion, source_prior, mu = _checked(joint_confusion, target_predictions)
-    # Of the conditional, so that rare classes alone do not count as confusion.
+    # The condition number of the conditional distribution does not grow with rare classes alone.
     conditional = confusion / source_prior
     condition = np.linalg.cond(conditional)
     if not condition <= max_condition:
         raise ArgumentError(
             "joint_confusion",
             f"the condition number of P(ŷ|y) is {condition:.3g}, above {max_condition:.3g}: "
-            "the classifier confuses some classes altogether, so that their shares cannot be told from its "
-            "predictions; use rlls, or merge those classes",
+            "the classifier cannot tell some classes apart, so that its predictions do not determine their "
+            "frequencies; use rlls, or merge those classes",
         )
-    return _finished(np.linalg.solve(conditional, mu) / source_prior, source_prior, clip, rescale)
+    return _clip_and_rescale(np.linalg.solve(conditional, mu) / source_prior, source_prior, clip, rescale)
 
 
 def rlls(
@@ -110,24 +118,29 @@ def rlls(
     clip: bool = True,
     rescale: bool = False,
 ) -> Float[Array, " classes"]:
-    r"""Regularised learning under label shift: class weights drawn towards 1, where there is no shift.
+    r"""Estimate class weights by regularised learning under label shift, shrunk towards 1 (no shift).
 
     w = 1 + λ θ,  θ = argmin ‖Ĉ θ − (μ̂ − Ĉ 1)‖₂ + Δ ‖θ‖₂,
 
     which exists and is stable for a singular Ĉ too. Neither norm is squared. A minimiser with a residual
-    r and θ ≠ 0 is a ridge solution, (ĈᵀĈ + ρ I) θ = Ĉᵀ b with ρ = Δ ‖r‖ / ‖θ‖, and ρ is found by bisection;
-    ρ → 0 is BBSE, and ρ → ∞ is θ = 0, both of which can be the exact answer.
+    r ≠ 0 and θ ≠ 0 is a ridge solution, (ĈᵀĈ + ρ I) θ = Ĉᵀ b with ρ = Δ ‖r‖ / ‖θ‖, where ρ is found by
+    bisection; ρ → 0 is BBSE and ρ → ∞ is θ = 0, and each of the two can be the exact solution.
 
     Args:
-      joint_confusion, target_predictions: as for `bbse`.
-      penalty: Δ > 0, of the size of the sampling error of Ĉ: the released code takes 0.03 (2 L / (3 n) +
-        √(2 L / n)) with L = ln(40 classes) for n held-out source examples. 0 would be `bbse`.
-      shrink: λ in [0, 1], less than 1 where the target examples are few.
-      clip, rescale: as for `bbse`. The released code instead constrains θ ≥ −1 in the minimisation.
+      joint_confusion: Ĉ of held-out source examples, from `joint_confusion`.
+      target_predictions: predictions of the same classifier for the target; see `bbse`.
+      penalty: Δ > 0, of the size of the sampling error of Ĉ. The released code uses 0.03 (2 L / (3 n) +
+        √(2 L / n)) with L = ln(40 classes) for n held-out source examples.
+      shrink: λ in [0, 1]; below 1 for small numbers of target examples.
+      clip: whether to set negative weights to 0. The released code instead constrains θ ≥ −1.
+      rescale: whether to divide by Σ_j w_j P_s(y=j).
+
+    Returns:
+      Weights of shape `(classes,)`.
 
     Raises:
-      ValueError: as for `bbse`, save that a singular Ĉ is welcome; a `penalty` that is not positive, a
-        `shrink` outside [0, 1].
+      ValueError: as in `bbse`, except that Ĉ may be singular; if `penalty` is not positive or `shrink` is
+        outside [0, 1].
 
     Examples:
       >>> import numpy as np
@@ -149,7 +162,7 @@ def rlls(
     along = u.T @ (mu - confusion.sum(1))
 
     def excess(rho: float) -> float:
-        # ρ² ‖θ‖² − Δ² ‖r‖² over ρ², which changes sign once.
+        # (ρ² ‖θ‖² − Δ² ‖r‖²) / ρ², which changes its sign once.
         return float((np.square(along / (np.square(s) + rho)) * (np.square(s) - penalty**2)).sum())
 
     low, high = np.log(1e-40), np.log(1e40)
@@ -157,15 +170,15 @@ def rlls(
         middle = (low + high) / 2
         low, high = (low, middle) if excess(np.exp(middle)) > 0 else (middle, high)
     theta = vt.T @ (s * along / (np.square(s) + np.exp(middle)))
-    return _finished(1 + shrink * theta, source_prior, clip, rescale)
+    return _clip_and_rescale(1 + shrink * theta, source_prior, clip, rescale)
 
 
 class Prior(NamedTuple):
-    """Class proportions found by EM.
+    """Class proportions estimated by EM.
 
     Attributes:
-      target_prior: P_t(y).
-      steps: taken; as many as were allowed where it had not converged.
+      target_prior: P_t(y), of shape `(classes,)`.
+      steps: number of steps taken; the allowed number if it did not converge.
     """
 
     target_prior: Float[Array, " classes"]
@@ -179,23 +192,27 @@ def em_prior(
     tolerance: float = 1e-8,
     steps: int = 10_000,
 ) -> Prior:
-    r"""The target's class proportions of largest likelihood, by EM.
+    r"""Estimate the target's class proportions by maximum likelihood with EM.
 
-    From π = P_s(y):  q_i(y) ∝ π(y) / P_s(y) · P_s(y|x_i),  π ← mean_i q_i,
+    Starting from π = P_s(y), it iterates  q_i(y) ∝ π(y) / P_s(y) · P_s(y|x_i),  π ← mean_i q_i.
 
-    each step of which raises (1/m) Σ_i ln Σ_y π(y) / P_s(y) · P_s(y|x_i), a concave function of π. The class
-    weights are `target_prior / source_prior`. More exact than BBSE where P_s(y|x) is calibrated, and biased
-    where it is not: calibrate first, with `temperature`.
+    Each step increases (1/m) Σ_i ln Σ_y π(y) / P_s(y) · P_s(y|x_i), a concave function of π. The class
+    weights are `target_prior / source_prior`. EM is more accurate than BBSE if P_s(y|x) is calibrated, and
+    biased otherwise: calibrate first, with `temperature`.
 
     Args:
-      probs: P_s(y|x_i), the source model's calibrated probabilities for unlabelled target examples.
-      source_prior: P_s(y), the class proportions it was trained on.
-      tolerance: it ends where no proportion moves by more in one step.
-      steps: and at the latest after as many.
+      probs: P_s(y|x_i), the source model's calibrated probabilities for unlabelled target examples, of shape
+        `(m, classes)`.
+      source_prior: P_s(y), the class proportions of the training data, of shape `(classes,)`.
+      tolerance: largest change of a proportion in the last step.
+      steps: largest number of steps.
+
+    Returns:
+      A `Prior`: the target's class proportions and the number of steps taken.
 
     Raises:
-      ValueError: rows that are no distributions, a class with a source prior of 0, `steps` below 1, a
-        negative `tolerance`.
+      ValueError: if a row is not a distribution, a class has a source prior of 0, `steps` is below 1, or
+        `tolerance` is negative.
 
     Examples:
       >>> import numpy as np
@@ -212,31 +229,37 @@ def em_prior(
     """
     check_count("steps", steps)
     check_number("tolerance", tolerance, 0)
-    given = host.probabilities(probs, "probs")
-    start = host.distribution(source_prior, "source_prior", given.shape[1])
+    posterior = host.probabilities(probs, "probs")
+    start = host.distribution(source_prior, "source_prior", posterior.shape[1])
     if not start.all():
         raise ArgumentError("source_prior", f"got 0 for class {start.argmin()}; every class must be above 0")
-    likelihood = given / start
+    likelihood = posterior / start
     prior = start
-    taken, moved = 0, np.inf
-    while taken < steps and moved > tolerance:
+    count, change = 0, np.inf
+    while count < steps and change > tolerance:
         joint = prior * likelihood
-        before, prior = prior, (joint / joint.sum(1, keepdims=True)).mean(0)
-        taken, moved = taken + 1, np.abs(prior - before).max()
-    return Prior(jnp.asarray(prior), taken)
+        previous, prior = prior, (joint / joint.sum(1, keepdims=True)).mean(0)
+        count, change = count + 1, np.abs(prior - previous).max()
+    return Prior(jnp.asarray(prior), count)
 
 
 def adjust(
     probs: Float[Array | np.ndarray, "*n classes"], weights: Float[Array | np.ndarray, " classes"]
 ) -> Float[Array, "*n classes"]:
-    r"""P_t(y|x) = w_y P_s(y|x) / Σ_y' w_y' P_s(y'|x).
+    r"""Correct probabilities for label shift: P_t(y|x) = w_y P_s(y|x) / Σ_y' w_y' P_s(y'|x).
 
-    Where all classes of a row that are possible have weight 0, the row stays as it is, which is the limit of
-    equally small weights.
+    A row in which every class of positive probability has weight 0 is returned unchanged, which is the limit
+    of equally small weights.
 
     Args:
-      probs: P_s(y|x).
-      weights: w, not negative.
+      probs: P_s(y|x), of shape `(…, classes)`.
+      weights: w ≥ 0, of shape `(classes,)`.
+
+    Returns:
+      P_t(y|x), of the shape of `probs`.
+
+    Raises:
+      ValueError: if there is not one weight for each class.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -248,7 +271,7 @@ def adjust(
     probs, weights = jnp.asarray(probs), jnp.asarray(weights)
     if not probs.ndim or weights.shape != probs.shape[-1:]:
         raise ArgumentError(
-            "weights", f"got shape {weights.shape} for probs of shape {probs.shape}; it must be one a class"
+            "weights", f"got shape {weights.shape} for probs of shape {probs.shape}; pass one for each class"
         )
     weighted = probs * weights.astype(probs.dtype).reshape((1,) * (probs.ndim - 1) + (-1,))
     total = weighted.sum(-1, keepdims=True)
@@ -258,17 +281,17 @@ def adjust(
 def temperature(
     logits: Float[Array | np.ndarray, "n classes"], labels: Int[Array | np.ndarray, " n"]
 ) -> float:
-    r"""The T for which softmax(logits / T) has the largest likelihood on held-out source examples.
+    r"""Return the temperature T at which softmax(logits / T) has the largest likelihood on held-out examples.
 
-    The likelihood is concave in 1/T, of which the slope is bisected, for T from 0.01 to 100: an end is what
-    comes out where none is best, as where every example is classified rightly (the smaller, the better).
+    The likelihood is concave in 1/T; its slope is bisected for T from 0.01 to 100. One of these bounds is
+    returned if the likelihood has no maximum between them: 0.01 where every example is classified correctly.
 
     Args:
-      logits: of examples that the model was not trained on.
-      labels: their classes.
+      logits: logits of source examples that the model was not trained on, of shape `(n, classes)`.
+      labels: classes of the examples, of shape `(n,)`.
 
     Raises:
-      ValueError: logits that are not finite, classes out of range, lengths that differ.
+      ValueError: if the logits are not finite, a class is out of range, or the lengths differ.
 
     Examples:
       >>> import numpy as np
@@ -292,22 +315,20 @@ def temperature(
     return float(np.exp(middle))
 
 
-def _each(predictions: host.Values, name: str, classes: int) -> Float[np.ndarray, "n classes"]:
-    """One distribution an example, be the predictions hard or soft."""
-    found = host.numbers(predictions, name)
-    if found.ndim != 2:
-        return np.eye(classes)[host.labels(found, name, rows=found.size, classes=classes)]
-    if found.shape[1] != classes:
-        raise ArgumentError(
-            name, f"got {found.shape[1]} columns; there must be one for each of {classes} classes"
-        )
-    return host.probabilities(found, name)
+def _as_distributions(predictions: host.Values, name: str, classes: int) -> Float[np.ndarray, "n classes"]:
+    """Return hard or soft predictions as one distribution for each example."""
+    array = host.numbers(predictions, name)
+    if array.ndim != 2:
+        return np.eye(classes)[host.labels(array, name, rows=array.size, classes=classes)]
+    if array.shape[1] != classes:
+        raise ArgumentError(name, f"got {array.shape[1]} columns; pass one for each of the {classes} classes")
+    return host.probabilities(array, name)
 
 
 def _checked(
     joint_confusion: host.Values, target_predictions: host.Values
 ) -> tuple[Float[np.ndarray, "c c"], Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
-    """Ĉ, P_s(y) and μ̂."""
+    """Return Ĉ, P_s(y) and μ̂."""
     confusion = host.matrix(joint_confusion, "joint_confusion")
     classes = len(confusion)
     if confusion.shape != (classes, classes):
@@ -317,16 +338,16 @@ def _checked(
     if not source_prior.all():
         raise ArgumentError(
             "joint_confusion",
-            f"class {source_prior.argmin()} has no labelled source examples; "
-            "its share of the target cannot be estimated",
+            f"class {source_prior.argmin()} has no labelled source examples, so that its frequency in the "
+            "target cannot be estimated; leave it out, or add examples",
         )
-    found = host.numbers(target_predictions, "target_predictions")
-    if found.ndim == 1 and not jnp.issubdtype(found.dtype, jnp.integer):
-        return confusion, source_prior, host.distribution(found, "target_predictions", classes)
-    return confusion, source_prior, _each(found, "target_predictions", classes).mean(0)
+    predictions = host.numbers(target_predictions, "target_predictions")
+    if predictions.ndim == 1 and not jnp.issubdtype(predictions.dtype, jnp.integer):
+        return confusion, source_prior, host.distribution(predictions, "target_predictions", classes)
+    return confusion, source_prior, _as_distributions(predictions, "target_predictions", classes).mean(0)
 
 
-def _finished(weights: np.ndarray, source_prior: np.ndarray, clip: bool, rescale: bool) -> Array:
+def _clip_and_rescale(weights: np.ndarray, source_prior: np.ndarray, clip: bool, rescale: bool) -> Array:
     if clip:
         weights = np.maximum(weights, 0)
     if rescale:

@@ -1,9 +1,9 @@
-r"""How others name the leaves of our networks, and how their arrays lie.
+r"""Names and array layouts of other libraries' weights, and their translation to our networks.
 
-A layout is rules in two steps. The first says where a layer of theirs stands in our network
-("encoder/stages/0/layers/1/layer/0/convolution" is "params/stage0_block1/layer0_conv"), the second, common to
-all of PyTorch's, what a layer's tensors are called. What no rule knows keeps its name, and so has no place in
-our network.
+A layout has rules in two steps. The first maps a layer's name to our network
+("encoder/stages/0/layers/1/layer/0/convolution" is "params/stage0_block1/layer0_conv"); the second, common to
+all layouts of PyTorch, maps the names of a layer's tensors. A leaf that no rule matches keeps its name, which
+our network does not have.
 """
 
 import re
@@ -16,14 +16,14 @@ import numpy as np
 from jaxmeta.checks import ArgumentError
 from jaxmeta.transfer.subtree import leaves_by_path, rename
 
-# What training code calls the module that holds a network.
+# Names under which training code commonly stores a network inside another module.
 _WRAPPERS = ("module", "model", "backbone", "encoder", "network", "net", "trunk", "feature_extractor")
 
 Rules = tuple[tuple[re.Pattern[str], str | None], ...]
 
 
 class Leaf(NamedTuple):
-    """An array of a file: its name there, its path in our network (None where of no use), and its value."""
+    """A leaf of a file: its name there, its path in our network (None if it is dropped), and its array."""
 
     name: str
     path: str | None
@@ -36,17 +36,17 @@ LayoutName = Literal[
 
 
 class Layout(NamedTuple):
-    """One way to name the weights of a family of networks.
+    """The naming scheme of the weights of a family of networks.
 
     Attributes:
-      name: of the layout.
+      name: name of the layout.
       family: "ResNet" or "ViT"; None for variables of any Flax network.
-      mark: matches a name that only this layout has.
-      modules: from the beginnings of their names to those of ours; None drops.
-      tensors: from their names of a layer's tensors to ours.
-      fused: patterns of tensors that stack query, key and value, and the name of each part, a template for
-        `re.Match.expand` with `{}` for "query", "key" and "value".
-      settings: of the network, which shapes do not show.
+      mark: pattern of a name that only this layout has.
+      modules: rules from prefixes of the file's names to prefixes of our paths; None drops a leaf.
+      tensors: rules from the file's names of a layer's tensors to ours.
+      fused: patterns of tensors that stack query, key and value, and the names of their parts as a template
+        for `re.Match.expand`, with `{}` for "query", "key" and "value".
+      settings: settings of the network that shapes do not show.
     """
 
     name: LayoutName
@@ -65,7 +65,7 @@ def _rules(*pairs: tuple[str, str | None]) -> Rules:
 
 
 def _in_blocks(block: str, *pairs: tuple[str, str]) -> list[tuple[str, str]]:
-    """Rules for the parts of a ViT's numbered blocks."""
+    """Return rules for the parts of a ViT's numbered blocks."""
     return [(rf"{block}/{theirs}/", rf"block\1/{ours}/") for theirs, ours in pairs]
 
 
@@ -108,12 +108,12 @@ _TORCHVISION_RESNET = _rules(
     ("fc/", "head/"),
 )
 
-# Transformers 5 has other names in memory than it writes by default; both are found in files.
+# Transformers 5 has other names in memory than in the files that it writes by default; both occur in files.
 _HUGGINGFACE_VIT = _rules(
     ("(?:vit/)?embeddings/cls_token$", "cls_token"),
     ("(?:vit/)?embeddings/position_embeddings$", "position_embedding"),
     ("(?:vit/)?embeddings/patch_embeddings/projection/", "patch_embedding/"),
-    # The token of masked images, and the layer behind the features, trained by nothing in most files.
+    # The token of masked images and the pooler after the features are untrained in most files.
     ("(?:vit/)?embeddings/mask_token$", None),
     ("(?:vit/)?pooler/", None),
     *_in_blocks(
@@ -217,10 +217,10 @@ LAYOUTS: dict[LayoutName, Layout] = {
 
 
 def layout_of(leaves: Mapping[str, Any], layout: LayoutName | Literal["auto"], origin: Path) -> Layout:
-    """The layout of that name, or, by "auto", the one that the names of the leaves tell.
+    """Return the layout with this name, or, for "auto", the one that the names of the leaves match.
 
     Raises:
-      ValueError: there is no such layout, or the names tell none.
+      ValueError: if the name is unknown or the names of the leaves match no layout.
     """
     known = ", ".join(LAYOUTS)
     if layout != "auto":
@@ -230,53 +230,55 @@ def layout_of(leaves: Mapping[str, Any], layout: LayoutName | Literal["auto"], o
     for candidate in LAYOUTS.values():
         if any(candidate.mark.search(name) for name in leaves):
             return candidate
-    some = ", ".join(sorted(leaves)[:5])
+    examples = ", ".join(sorted(leaves)[:5])
     raise ArgumentError(
         "layout",
-        f"the names in {origin} ({some}, …) are of no known layout ({known}); take them by "
-        "jaxmeta.transfer.read_weights, and map them by jaxmeta.transfer.transplant with `rules`",
+        f"the names in {origin} ({examples}, …) match no known layout ({known}); read them with "
+        "jaxmeta.transfer.read_weights, and map them with jaxmeta.transfer.transplant and `rules`",
     )
 
 
 def without_prefix(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the leaves without the names of wrappers that all of them begin with, such as "module".
+    """Return the leaves without wrapper names that all of them begin with, such as "module".
 
-    Training code often keeps a network inside another module, whose name then begins every leaf's.
+    Training code often keeps a network inside another module, whose name then begins every leaf's name.
 
     Examples:
       >>> without_prefix({"module/backbone/conv1/weight": 1, "module/backbone/bn1/weight": 2})
       {'conv1/weight': 1, 'bn1/weight': 2}
     """
-    found = dict(leaves)
-    while found:
-        first, rest = zip(*(name.partition("/")[::2] for name in found), strict=True)
+    stripped = dict(leaves)
+    while stripped:
+        first, rest = zip(*(name.partition("/")[::2] for name in stripped), strict=True)
         if len(set(first)) > 1 or first[0] not in _WRAPPERS or not all(rest):
             break
-        found = dict(zip(rest, found.values(), strict=True))
-    return found
+        stripped = dict(zip(rest, stripped.values(), strict=True))
+    return stripped
 
 
 def translated(leaves: Mapping[str, Any], layout: Layout, origin: Path) -> list[Leaf]:
-    """Their leaves as Flax has them; one that no rule knows keeps its name as its path.
+    """Return the leaves with our paths and axis order; a leaf that no rule matches keeps its name.
 
     Raises:
-      ValueError: two leaves would be one, or a fused one is not of three equal parts.
+      ValueError: if two leaves have one path, or a fused leaf does not consist of three equal parts.
     """
     if layout.family is None:
         return [Leaf(name, name, leaf) for name, leaf in leaves.items()]
-    # Parts of a fused leaf are renamed by what they would be called alone, and told of by the whole's name.
-    alone: dict[str, str] = {}
+    # Rules match the name that a part of a fused leaf would have by itself; reports show the file's name.
+    labels: dict[str, str] = {}
     arrays: dict[str, Any] = {}
     for name, leaf in leaves.items():
-        for own, told, array in _parts(name, leaf, layout, origin):
-            alone[own], arrays[told] = told, array
+        for part_name, label, array in _parts(name, leaf, layout, origin):
+            labels[part_name], arrays[label] = label, array
     try:
-        renamed = rename(alone, _applicable(layout.modules, alone))
+        renamed = rename(labels, _applicable(layout.modules, labels))
         renamed = rename(renamed, _applicable(layout.tensors, leaves_by_path(renamed)))
     except ValueError as error:
-        raise ArgumentError("path", f"the names in {origin} are not of one network: {error}") from error
-    paths = {told: path for path, told in leaves_by_path(renamed).items()}
-    return [Leaf(told, paths.get(told), _as_flax(paths.get(told), array)) for told, array in arrays.items()]
+        raise ArgumentError("path", f"the names in {origin} do not belong to one network: {error}") from error
+    paths = {label: path for path, label in leaves_by_path(renamed).items()}
+    return [
+        Leaf(label, paths.get(label), _as_flax(paths.get(label), array)) for label, array in arrays.items()
+    ]
 
 
 def _parts(name: str, leaf: Any, layout: Layout, origin: Path) -> list[tuple[str, str, Any]]:
@@ -287,8 +289,8 @@ def _parts(name: str, leaf: Any, layout: Layout, origin: Path) -> list[tuple[str
         if leaf.ndim == 0 or leaf.shape[0] % 3:
             raise ArgumentError(
                 "path",
-                f"{name} in {origin} stacks query, key and value, and has shape {leaf.shape}; its "
-                "first axis must be of three equal parts",
+                f"{name} in {origin} stacks query, key and value, and has shape {leaf.shape}; the length "
+                "of its first axis must be a multiple of 3",
             )
         return [
             (name[: match.start()] + match.expand(template.format(kind)), f"{name}[{kind}]", part)
@@ -298,12 +300,12 @@ def _parts(name: str, leaf: Any, layout: Layout, origin: Path) -> list[tuple[str
 
 
 def _applicable(rules: Rules, names: Mapping[str, Any]) -> Rules:
-    """Those that match something: rules of layers that only some networks have may match nothing."""
+    """Return the rules that match a name; some layers exist only in some networks of a family."""
     return tuple(rule for rule in rules if any(rule[0].search(name) for name in names))
 
 
 def _as_flax(path: str | None, array: Any) -> Any:
-    """Output channels last; torch has them first."""
+    """Return a kernel with its output channels last; torch stores them first."""
     if path is None or not path.startswith("params/") or not path.endswith("/kernel"):
         return array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

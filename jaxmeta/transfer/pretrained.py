@@ -1,4 +1,4 @@
-"""Weights that others, or we, have trained, as variables of a Flax network."""
+"""Loading of pretrained weights into Flax networks, and saving of variables."""
 
 import functools
 import os
@@ -20,10 +20,10 @@ from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.paths import shortened
 from jaxmeta.transfer import weight_files
 from jaxmeta.transfer.architectures import (
+    build_described,
     default_input,
     described,
     network_of,
-    rebuilt,
     require_same,
     settings_of,
     variables_of,
@@ -35,13 +35,13 @@ _POSITIONS = "params/position_embedding"
 
 
 class Pretrained(NamedTuple):
-    """A network with its weights.
+    """A network with its pretrained variables.
 
     Attributes:
-      network: a module; None where a file of Flax variables does not tell it.
-      variables: `{"params", "batch_stats"}`, for `network.apply(variables, x)`; the latter is empty where the
+      network: the network; None where a file of Flax variables does not describe it.
+      variables: `{"params", "batch_stats"}`, for `network.apply(variables, x)`; the latter is empty if the
         file has no statistics.
-      report: what became of each of the file's leaves.
+      report: how each leaf of the file was used.
     """
 
     network: Any
@@ -61,51 +61,51 @@ def load_pretrained(
     key: Key | None = None,
     revision: str | None = None,
 ) -> Pretrained:
-    """Pretrained weights in the network they are of, every leaf checked.
+    """Load pretrained weights into their network, with a check of every leaf.
 
-    The outputs are those of the PyTorch network in evaluation mode, to float32's rounding: `jm.nn.ResNet` and
-    `jm.nn.ViT` compute the same, images as (n, h, w, c). Layouts that are known by the names of their leaves:
-    ResNet and ViT of Hugging Face's transformers ("huggingface-resnet", "huggingface-vit"), of torchvision
-    ("torchvision-resnet", "torchvision-vit") and of timm ("torchvision-resnet" again, "timm-vit"), and
-    variables of any Flax network ("flax").
+    The outputs are those of the PyTorch network in evaluation mode, up to float32 rounding: `jm.nn.ResNet`
+    and `jm.nn.ViT` have the same forward pass, with images as (n, h, w, c). The layout is recognised by the
+    names of the leaves: ResNet and ViT of Hugging Face's transformers ("huggingface-resnet",
+    "huggingface-vit"), of torchvision ("torchvision-resnet", "torchvision-vit") and of timm
+    ("torchvision-resnet" again, "timm-vit"), and variables of any Flax network ("flax"). Prefixes of all
+    names, such as "module" or "backbone", are dropped.
 
-    Names that begin every leaf's, such as "module" or "backbone", are dropped.
+    A network with the same leaves and another forward pass, such as timm's resnetblur50, is recognised by its
+    config.json only; without that file, its weights are loaded and the outputs differ.
 
-    No pickle is ever opened: of PyTorch's files only safetensors are read.
+    Pickles are never opened: of PyTorch's files, only safetensors are read.
 
     Args:
-      path: a .safetensors file; a folder with model.safetensors, whole or in shards, and a config.json, as of
-        transformers' `save_pretrained`; a .msgpack file of `flax.serialization`; an Orbax checkpoint; a run's
-        folder of `jaxmeta train`; or "hf:owner/name", of the Hugging Face Hub, of which only safetensors and
-        their JSON are fetched.
-      network: whose variables to fill, in the dtypes of its `init`. None builds it: by config.json, by what
-        `jm.transfer.save_pretrained` was told, or by the shapes; the leaves then keep the file's dtypes.
-      x: an example input of `network`, or its shape; only needed of other networks than `jm.nn.ResNet` and
+      path: path of a .safetensors file; a folder with model.safetensors, whole or in shards, and a
+        config.json, as written by transformers' `save_pretrained`; a .msgpack file of `flax.serialization`;
+        an Orbax checkpoint; a run folder of `jaxmeta train`; or "hf:owner/name" on the Hugging Face Hub, from
+        which only safetensors and their JSON files are fetched.
+      network: network whose variables to fill, in the dtypes of its `init`. None builds it from config.json,
+        from the description by `jm.transfer.save_pretrained`, or from the shapes; leaves then keep the file's
+        dtypes.
+      x: example input of `network`, or its shape; needed only for networks other than `jm.nn.ResNet` and
         `jm.nn.ViT`.
-      head: False leaves the classifier "head" out: the network is built without one, and a given network that
-        has one gets a new one by `key`. A network without a head leaves it out in any case.
-      image_size: of a ViT's images, where it is not the file's; position embeddings are interpolated by
-        `jm.nn.resize_positions`.
-      layout: "auto", or the name of one.
-      strict: whether the leaves of file and network must be the same. Otherwise what the file lacks is
-        initialised by `key`, and what the network lacks is left over.
-      key: initialises what the file does not fill.
+      head: whether to load the classifier "head". With False, the network is built without one, and a passed
+        network with a head gets a new one by `key`. A network without a head leaves it out in any case.
+      image_size: size of a ViT's images if it differs from the file's; position embeddings are interpolated
+        by `jm.nn.resize_positions`.
+      layout: name of the layout; "auto" recognises it.
+      strict: whether file and network must have the same leaves. With False, leaves that the file lacks are
+        initialised by `key`, and leaves that the network lacks are left over.
+      key: key of the leaves that the file does not fill.
       revision: branch, tag or commit on the Hub.
 
     Returns:
-      Network, variables, and the report, whose `str()` is a table. Leaves without use, such as torch's
+      Network, variables and report; `str(report)` is a table. Leaves that are not needed, such as torch's
       `num_batches_tracked` or the pooler of ViTModel, are listed there as dropped. Integers and floats of 64
-      bits stay NumPy arrays where JAX has none.
-
-    A network with the same leaves and another forward pass, such as timm's resnetblur50, is told by its
-    config.json, and by nothing where that is missing.
+      bits stay NumPy arrays if JAX has 64 bits disabled.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`.
-      ImportError: a package that reads the format is not installed.
-      ValueError: the file is damaged, a pickle, or of no known format or layout; leaves are missing, unknown
-        or of another shape, each with its name; the network would compute something else with these weights
-        (another activation or number of heads); a missing `x` or `key`.
+      FileNotFoundError: if `path` does not exist.
+      ImportError: if a package that reads the format is not installed.
+      ValueError: if the file is damaged, a pickle, or of an unknown format or layout; if leaves are missing,
+        unknown or of another shape, which the message names; if the network has another forward pass than the
+        file's (another activation or number of heads); if `x` or `key` is needed and missing.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jaxmeta as jm
@@ -129,44 +129,48 @@ def load_pretrained(
     stored = weight_files.read(path, revision)
     origin = stored.origin
     unwrapped = without_prefix(stored.leaves)
-    found = layout_of(unwrapped, layout, origin)
-    told = rebuilt(stored.metadata["network"], origin) if "network" in stored.metadata else stored.network
-    settings = settings_of(stored.config, found, told, origin)
-    leaves = translated(unwrapped, found, origin)
+    naming = layout_of(unwrapped, layout, origin)
+    file_network = stored.network
+    if "network" in stored.metadata:
+        file_network = build_described(stored.metadata["network"], origin)
+    settings = settings_of(stored.config, naming, file_network, origin)
+    leaves = translated(unwrapped, naming, origin)
     if not head:
         leaves = _without(leaves, _in_head)
-    given = {leaf.path: leaf.array for leaf in leaves if leaf.path is not None}
+    arrays = {leaf.path: leaf.array for leaf in leaves if leaf.path is not None}
 
     built = network is None
     if network is not None:
         require_same(network, settings, origin)
-    elif found.family is not None:
-        network = network_of(given, found, settings, origin)
+    elif naming.family is not None:
+        network = network_of(arrays, naming, settings, origin)
     else:
-        network = told if head or told is None else _headless(told)
+        network = file_network if head or file_network is None else _headless(file_network)
     if image_size is not None:
         network, leaves = _for_images(network, leaves, image_size, built)
 
-    example = _example(x) if x is not None else default_input(network, given)
+    example = _example(x) if x is not None else default_input(network, arrays)
     if example is None and not built:
         raise ArgumentError(
-            "x", f"{type(network).__name__} needs an example input, or its shape, to be initialised"
+            "x", f"got None; {type(network).__name__} needs an example input, or its shape, to be initialised"
         )
-    # Our own may be of a network that was never calibrated; without any, another's is of no batch norm.
-    statistics = found.family is not None or any(path.startswith(f"{STATISTICS}/") for path in given)
-    # Of a network that we cannot run, the file alone tells the leaves.
-    target = _nested(given, origin) if example is None else _target(network, example, statistics)
-    wanted = leaves_by_path(target)
-    if not any(map(_in_head, wanted)):
+    # Files of other libraries always hold the statistics of batch normalisations; our own lack them if the
+    # network was never calibrated.
+    statistics = naming.family is not None or any(path.startswith(f"{STATISTICS}/") for path in arrays)
+    # If the network is unknown, the expected leaves are those of the file.
+    target = _nested(arrays, origin) if example is None else _target(network, example, statistics)
+    expected = leaves_by_path(target)
+    if not any(map(_in_head, expected)):
         leaves = _without(leaves, _in_head)
-    if found.family is None:
-        # Of a training state only what is the network's.
+    if naming.family is None:
+        # A training state also holds the optimizer's state and a step counter.
         leaves = _without(leaves, lambda path: path.split("/")[0] not in {"params", STATISTICS, *target})
-    missing = _check(leaves, wanted, origin, strict, head)
+    missing = _check(leaves, expected, origin, strict, head)
     if missing and key is None:
         raise ArgumentError(
             "key",
-            f"got None, and {origin} does not fill {', '.join(shortened(missing))}; it initialises them",
+            f"got None, and {origin} does not fill {', '.join(shortened(missing))}; pass a key to "
+            "initialise them",
         )
     if missing and example is not None:
         target = _target(network, example, statistics, key)
@@ -174,21 +178,24 @@ def load_pretrained(
 
 
 def read_weights(path: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
-    """The weights in a file or folder as they are, names and axes of their maker, as a nested dict.
+    """Read the weights in a file or folder as a nested dict, with the names and axes of their library.
 
-    For networks that `load_pretrained` does not know: `jm.transfer.transplant` puts them into another's
-    parameters by rules. Torch has kernels as (out, in, height, width) and (out, in), Flax as (height, width,
-    in, out) and (in, out).
+    Use it for networks that `load_pretrained` does not know: `jm.transfer.transplant` puts the weights into
+    another network's parameters by rules. Torch stores kernels as (out, in, height, width) and (out, in),
+    Flax as (height, width, in, out) and (in, out).
 
     Args:
-      path, revision: as of `load_pretrained`.
+      path: path of the weights; see `load_pretrained`.
+      revision: branch, tag or commit on the Hub.
 
     Returns:
       NumPy arrays; torch's name "layer1.0.conv1.weight" is the path "layer1/0/conv1/weight".
 
     Raises:
-      FileNotFoundError, ImportError: as of `load_pretrained`.
-      ValueError: the file is damaged, a pickle, or of no known format; one name leads through another.
+      FileNotFoundError: if `path` does not exist.
+      ImportError: if a package that reads the format is not installed.
+      ValueError: if the file is damaged, a pickle, or of an unknown format, or the name of a leaf is also the
+        prefix of another.
 
     Examples:
       >>> weights = read_weights("resnet/model.safetensors")  # doctest: +SKIP
@@ -206,22 +213,30 @@ def save_pretrained(
     network: linen.Module | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes variables of a Flax network as one safetensors file, to share with others.
+    """Write the variables of a Flax network to one safetensors file, to share with others.
 
-    Names are paths, "params/body/kernel"; `load_pretrained` and any reader of safetensors read it back, every
-    bit and dtype as it was.
+    Names are paths, such as "params/body/kernel"; `load_pretrained` and any reader of safetensors read every
+    leaf back with its bits and dtype.
 
     Args:
-      path: of the file to make, which ends in .safetensors.
+      path: path of the new file, with the suffix .safetensors.
       variables: nested dicts of arrays, with "params".
-      network: one of `jaxmeta.nn`, which the file then describes, so that `load_pretrained` needs none.
-      overwrite: replace what is at `path`.
+      network: network of `jaxmeta.nn` to describe in the file, so that `load_pretrained` can build it; None
+        for no description.
+      overwrite: whether to replace an existing file.
 
     Raises:
-      FileExistsError: `path` exists and `overwrite` is False.
-      ImportError: safetensors is not installed.
-      ValueError: another suffix; variables without "params"; a node that is no dict, a key that is no string
-        or has a "/", or a leaf that is no array; a `network` of another package.
+      FileExistsError: if `path` exists and `overwrite` is False.
+      ImportError: if safetensors is not installed.
+      ValueError: if the suffix is another, "params" is missing, a node is not a dict, a key is not a string
+        without "/", a leaf is not an array, or `network` is of another package.
+
+    Examples:
+      >>> import tempfile, jax.numpy as jnp
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_pretrained(f"{folder}/weights.safetensors", {"params": {"w": jnp.arange(3.0)}})
+      ...     print(load_pretrained(f"{folder}/weights.safetensors").variables["params"]["w"])
+      [0. 1. 2.]
     """
     path = Path(path).expanduser()
     if path.suffix != ".safetensors":
@@ -230,7 +245,7 @@ def save_pretrained(
         raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         names = sorted(map(str, variables)) if isinstance(variables, Mapping) else type(variables).__name__
-        raise ArgumentError("variables", f'got {names}; they must be a dict with the dict "params"')
+        raise ArgumentError("variables", f'got {names}; they must be a dict with a dict "params"')
     metadata = {"format": "flax"} | ({} if network is None else {"network": described(network)})
     weight_files.write(path, dict(_flat(variables, ())), metadata)
 
@@ -256,7 +271,7 @@ def _nested(leaves: Mapping[str, Any], origin: Path) -> dict[str, Any]:
     try:
         return rename(leaves, ())
     except ValueError as error:
-        raise ArgumentError("path", f"{origin} is no tree: {error}") from error
+        raise ArgumentError("path", f"the names in {origin} do not form a tree: {error}") from error
 
 
 def _in_head(path: str) -> bool:
@@ -270,7 +285,7 @@ def _example(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _target(network: Any, x: jax.ShapeDtypeStruct, statistics: bool, key: Key | None = None) -> PyTree:
-    """The variables to fill: shapes, or, by `key`, values; with or without statistics that are optional."""
+    """Return the variables to fill, as values if there is a `key`, else as shapes."""
     init = functools.partial(variables_of, network)
     if key is None:
         variables, optional = jax.eval_shape(init, jax.random.key(0), x)
@@ -282,14 +297,14 @@ def _target(network: Any, x: jax.ShapeDtypeStruct, statistics: bool, key: Key | 
 def _for_images(
     network: Any, leaves: list[Leaf], image_size: int | Sequence[int], built: bool
 ) -> tuple[Any, list[Leaf]]:
-    """The network for images of that size, and leaves with its position embeddings."""
+    """Return the network for images of another size, and the leaves with interpolated position embeddings."""
     if not isinstance(network, nn.ViT):
         raise ArgumentError(
             "image_size", f"got {image_size} for {type(network).__name__}, which takes any size"
         )
     resized = network.clone(image_size=image_size)
     if not built and network.sides != resized.sides:
-        raise ArgumentError("image_size", f"got {image_size}, and the network is for {network.sides}")
+        raise ArgumentError("image_size", f"got {image_size}; the passed network is for {network.sides}")
     return resized, [
         leaf._replace(
             array=np.asarray(
@@ -304,7 +319,7 @@ def _for_images(
 
 def _headless(network: Any) -> Any:
     if not hasattr(network, "ways"):
-        raise ArgumentError("head", f"got False, and {type(network).__name__} has none to leave out")
+        raise ArgumentError("head", f"got False, but {type(network).__name__} has no head to leave out")
     return network.clone(ways=None)
 
 
@@ -313,28 +328,30 @@ def _without(leaves: list[Leaf], unused: Callable[[str], bool]) -> list[Leaf]:
 
 
 def _check(
-    leaves: list[Leaf], wanted: Mapping[str, Any], origin: Path, strict: bool, head: bool
+    leaves: list[Leaf], expected: Mapping[str, Any], origin: Path, strict: bool, head: bool
 ) -> list[str]:
-    """The paths that the file does not fill, where it need not.
+    """Return the paths that the file does not fill, where `strict` and `head` allow it.
 
     Raises:
-      ValueError: leaves are missing, unknown, or of another shape.
+      ValueError: if leaves are missing, unknown, or of another shape.
     """
     problems = []
-    given = {leaf.path: leaf for leaf in leaves if leaf.path is not None}
-    missing = [path for path in wanted if path not in given]
+    by_path = {leaf.path: leaf for leaf in leaves if leaf.path is not None}
+    missing = [path for path in expected if path not in by_path]
     if strict:
         problems += [f'"{path}" is missing' for path in missing if head or not _in_head(path)]
         problems += [
-            f'"{leaf.name}" has no place in it' for path, leaf in given.items() if path not in wanted
+            f'"{leaf.name}" is unknown to the network'
+            for path, leaf in by_path.items()
+            if path not in expected
         ]
-    for path in [path for path in wanted if path in given]:
-        have, want = tuple(given[path].array.shape), tuple(wanted[path].shape)
-        if have != want:
-            told = "" if given[path].name == path else f' (the file\'s "{given[path].name}")'
+    for path in [path for path in expected if path in by_path]:
+        actual, required = tuple(by_path[path].array.shape), tuple(expected[path].shape)
+        if actual != required:
+            in_file = "" if by_path[path].name == path else f' (the file\'s "{by_path[path].name}")'
             hint = "; image_size= interpolates it" if path == _POSITIONS else ""
-            hint = "; head=False leaves it out, and takes a new one by key" if _in_head(path) else hint
-            problems.append(f'"{path}"{told} has shape {have}, and must have {want}{hint}')
+            hint = "; head=False replaces it by a new one from key" if _in_head(path) else hint
+            problems.append(f'"{path}"{in_file} has shape {actual}; it must be {required}{hint}')
     if problems:
         listed = "\n  ".join(shortened(problems))
         raise ArgumentError("path", f"{origin} does not fit the network:\n  {listed}")
@@ -344,13 +361,13 @@ def _check(
 def _filled(
     target: PyTree, leaves: list[Leaf], origin: Path, as_stored: bool
 ) -> tuple[dict[str, Any], Report]:
-    """The target with the leaves in their places; `as_stored`: in their own dtypes."""
-    given = {leaf.path: leaf.array for leaf in leaves if leaf.path is not None}
+    """Return the target with the leaves in their places, in their own dtypes if `as_stored`."""
+    arrays = {leaf.path: leaf.array for leaf in leaves if leaf.path is not None}
 
     def place(path: str, leaf: Any) -> Any:
-        if path not in given:
+        if path not in arrays:
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, given[path].dtype if as_stored else leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, arrays[path].dtype if as_stored else leaf.dtype)
 
     places = [place(path, leaf) for path, leaf in leaves_by_path(target).items()]
     rules = [
@@ -373,5 +390,5 @@ def _filled(
 
 
 def _as_jax(leaf: Any) -> Any:
-    # Where JAX has no 64 bits, it would cut them off.
+    # With 64 bits disabled, JAX would truncate the values.
     return jnp.asarray(leaf) if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype else leaf

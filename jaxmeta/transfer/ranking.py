@@ -1,4 +1,4 @@
-"""Source models ranked for a target task by transferability scores, and how far the scores can be trusted."""
+"""Rankings of source models for a target task by transferability scores, and their reliability."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ SCORES: tuple[Score, ...] = get_args(Score)
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a source model makes of the target examples.
+    """The outputs of a source model for the target examples.
 
     Attributes:
-      features: of its body, `(n, d)`.
-      source_probs: its probabilities of its own classes, `(n, classes)`; None where it has no classes, as
-        after self-supervised training, so that NCE and LEEP say nothing of it.
+      features: features of its body, of shape `(n, d)`.
+      source_probs: its probabilities of the source classes, of shape `(n, classes)`; None if it has no
+        classes, as after self-supervised training: it then has no NCE and LEEP.
     """
 
     features: Real[Array | np.ndarray, "n d"]
@@ -29,11 +29,11 @@ class Candidate:
 
 
 class Correlation(NamedTuple):
-    """Of a score with the accuracies that fine-tuning reached. NaN where either is the same for all models.
+    """Correlations of a score with the accuracies after fine-tuning; NaN if one of the two is constant.
 
     Attributes:
-      pearson: of the values.
-      kendall: τ_b of the order: 1 where all pairs are in the right order, −1 where all are in the wrong one.
+      pearson: Pearson correlation of the values.
+      kendall: Kendall's τ_b of the order: 1 if all pairs are in the right order, −1 if none is.
       weighted_kendall: Vigna's τ with hyperbolic weights, in which the order of the best models counts most.
     """
 
@@ -43,7 +43,7 @@ class Correlation(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One source model: its name, its scores by name, its accuracy after fine-tuning where that is known."""
+    """A row of a `Ranking`: a model's name, its scores, and its accuracy after fine-tuning, if known."""
 
     name: str
     scores: dict[str, float]
@@ -52,12 +52,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Source models, the most promising first. `str()` is a table.
+    """Source models in order, the most promising first; `str(ranking)` is a table.
 
     Attributes:
-      rows: of the models in order.
-      score: the name of the score that ordered them.
-      correlations: of each score with the accuracies; empty where none were given.
+      rows: rows of the models, in order.
+      score: name of the score that determines the order.
+      correlations: correlations of each score with the accuracies; empty if no accuracies were passed.
     """
 
     rows: tuple[Row, ...]
@@ -69,13 +69,13 @@ class Ranking:
         columns.sort(key=lambda score: score != self.score)
 
         def line(name: str, numbers: Mapping[str, float], accuracy: float | None = None) -> list[str]:
-            shown = [f"{numbers[score]:.4f}" if score in numbers else "-" for score in columns]
-            return [name, *shown, "" if accuracy is None else f"{accuracy:.4f}"]
+            cells = [f"{numbers[score]:.4f}" if score in numbers else "-" for score in columns]
+            return [name, *cells, "" if accuracy is None else f"{accuracy:.4f}"]
 
         lines = [["source", *columns, "accuracy" if self.correlations else ""]]
         lines += [line(*row) for row in self.rows]
         for measure in Correlation._fields if self.correlations else ():
-            numbers = {score: getattr(found, measure) for score, found in self.correlations.items()}
+            numbers = {score: getattr(each, measure) for score, each in self.correlations.items()}
             lines.append(line(measure.replace("_", " "), numbers))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -92,22 +92,27 @@ def rank_sources(
     shrinkage: Shrinkage = None,
     accuracies: Mapping[str, float] | None = None,
 ) -> Ranking:
-    r"""Ranks source models by how well they promise to transfer to a target task, without training.
+    r"""Rank source models by how well they are expected to transfer to a target task, without training.
 
-    A score orders models for one target set. NCE and LEEP see the head of a model and so favour those whose
-    classes match the target's; H-score and LogME see its body, which is what fine-tuning starts from.
+    Scores are comparable between models on one target set only. NCE and LEEP use the model's head and so
+    favour models whose classes resemble the target's; H-score and LogME use its body, which fine-tuning
+    starts from.
 
     Args:
-      models: by name, what each makes of the target examples, or a function that computes it of x.
-      target: (x, y), the target examples and their classes; x is read by functions alone, and may be None.
-      score: "log_me", "h_score", "leep" or "nce", by which to order.
-      shrinkage: of `h_score`.
-      accuracies: by name, what fine-tuning each of the models reached, where it was done: to see which score
-        would have told.
+      models: by name, each model's `Candidate`, or a function of x that computes it.
+      target: (x, y), the target examples and their classes; x is an argument of the functions, and may be
+        None if there are none.
+      score: name of the score that determines the order: "log_me", "h_score", "leep" or "nce".
+      shrinkage: shrinkage of `h_score`.
+      accuracies: by name, each model's accuracy after fine-tuning, for the correlations with the scores; None
+        if unknown.
+
+    Returns:
+      A `Ranking`; `str(ranking)` is a table.
 
     Raises:
-      ValueError: no models, an unknown score, a model without the `source_probs` that the score needs, names
-        of `accuracies` that are not those of `models`, whatever a score refuses.
+      ValueError: if there are no models, `score` is unknown, a model lacks the `source_probs` that the score
+        requires, or the names of `accuracies` differ from those of `models`; and as in the scores.
 
     Examples:
       >>> import numpy as np
@@ -137,7 +142,7 @@ def rank_sources(
         except ValueError as error:
             raise ValueError(f"models[{name!r}]: {error}") from error
         if score not in scores:
-            raise ValueError(f"models[{name!r}]: {score} needs source_probs, got None")
+            raise ValueError(f"models[{name!r}]: got source_probs=None, which {score} requires")
         rows.append(Row(name, scores, None if accuracies is None else float(accuracies[name])))
     rows.sort(key=lambda row: -row.scores[score])
     correlations: dict[str, Correlation] = {}
@@ -150,16 +155,16 @@ def rank_sources(
 
 def _scores(candidate: Candidate, y: Int[Array | np.ndarray, " n"], shrinkage: Shrinkage) -> dict[str, float]:
     features, probs = candidate.features, candidate.source_probs
-    found = {"log_me": log_me(features, y), "h_score": h_score(features, y, shrinkage=shrinkage)}
+    scores = {"log_me": log_me(features, y), "h_score": h_score(features, y, shrinkage=shrinkage)}
     if probs is not None:
-        found |= {"leep": leep(probs, y), "nce": nce(np.asarray(probs).argmax(-1), y)}
-    return found
+        scores |= {"leep": leep(probs, y), "nce": nce(np.asarray(probs).argmax(-1), y)}
+    return scores
 
 
 def _correlation(scores: np.ndarray, accuracies: np.ndarray) -> Correlation:
     deviations = [values - values.mean() for values in (scores, accuracies)]
     signs = [np.sign(values[:, None] - values[None]) for values in (scores, accuracies)]
-    # A model weighs by its rank; of two orders, which break ties differently, the mean.
+    # Vigna's weights depend on ranks. As in SciPy, average two rankings, each with ties broken by the other.
     ranks = [_ranks(scores, accuracies), _ranks(accuracies, scores)]
     weights = [1 / (1 + rank[:, None]) + 1 / (1 + rank[None]) for rank in ranks]
     weighted = [_cosine(signs[0], signs[1], each) for each in weights]
@@ -167,7 +172,7 @@ def _correlation(scores: np.ndarray, accuracies: np.ndarray) -> Correlation:
 
 
 def _ranks(values: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    """Place of each of `values` from the largest, 0, down; equal ones by `ties`."""
+    """Return the rank of each value, 0 for the largest; equal values are ordered by `ties`."""
     ranks = np.empty(len(values))
     ranks[np.lexsort((ties, values))[::-1]] = np.arange(len(values))
     return ranks

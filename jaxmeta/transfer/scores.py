@@ -1,11 +1,11 @@
-"""Transferability scores: which source model will do best on a target task, told without training.
+"""Transferability scores: estimates, without training, of how well a source model transfers to a target task.
 
-Of all four, higher is better. NCE and LEEP see only the classes that a source model assigns to the target
-examples; H-score and LogME see its features. They rank source models for one target set; what they are in
-themselves, and across target sets, says little.
+For all four, higher is better. NCE and LEEP use only the classes that a source model assigns to the target
+examples; H-score and LogME use its features. The scores rank source models for one target set; their values
+are not comparable across target sets.
 
-All are computed in float64 on the host; see `jaxmeta.transfer.host`. Classes that do not occur count for
-nothing, so that labels need not be consecutive.
+All are computed in float64 on the host; see `jaxmeta.transfer.host`. Classes without examples are ignored, so
+that labels need not be consecutive.
 """
 
 from typing import Literal, NamedTuple, TypeAlias
@@ -18,26 +18,26 @@ from jaxmeta.checks import ArgumentError, check_number, check_word
 from jaxmeta.transfer import host
 
 Shrinkage: TypeAlias = float | Literal["ledoit-wolf"] | None
-# Of ln(α/β): step of the search and how far beyond the eigenvalues it looks, where evidence is level.
+# Search grid of ln(α/β): its step, and its margin beyond the eigenvalues, where the evidence is constant.
 _STEP, _MARGIN = 0.5, 28.0
-# A residual below float32's precision says nothing about the noise.
+# A residual below float32's precision is rounding error and carries no information about the noise.
 _PRECISION = float(np.finfo(np.float32).eps)
 
 
 def nce(source_labels: Int[Array | np.ndarray, " n"], labels: Int[Array | np.ndarray, " n"]) -> float:
-    r"""Negative conditional entropy of the target labels given the source model's, in nats.
+    r"""Return the negative conditional entropy (NCE) of target labels given source classes, in nats.
 
     NCE = −H(Y|Z) = Σ_{z,y} P̂(y,z) ln P̂(y|z)
 
-    lies in [−H(Y), 0]: 0 where z determines y, −H(Y) where it says nothing.
+    lies in [−H(Y), 0]: 0 if z determines y, −H(Y) if they are independent.
 
     Args:
-      source_labels: z, the class of the source task that the source model gives each target example,
+      source_labels: z, the source class that the source model assigns to each target example, such as
         `source_probs.argmax(-1)`.
-      labels: y, the target class of each.
+      labels: y, the target class of each example.
 
     Raises:
-      ValueError: float labels, negative ones, lengths that differ, a single target class.
+      ValueError: if labels are floats, negative or of one class only, or the lengths differ.
 
     Examples:
       >>> import numpy as np
@@ -55,20 +55,21 @@ def nce(source_labels: Int[Array | np.ndarray, " n"], labels: Int[Array | np.nda
 
 
 def leep(source_probs: Float[Array | np.ndarray, "n source"], labels: Int[Array | np.ndarray, " n"]) -> float:
-    r"""Log expected empirical prediction, in nats.
+    r"""Return the log expected empirical prediction (LEEP), in nats.
 
-    P̂(y,z) = (1/n) Σ_{i: y_i=y} Θ_{iz},  P̂(y|z) = P̂(y,z) / P̂(z),  LEEP = (1/n) Σ_i ln Σ_z P̂(y_i|z) Θ_{iz} ≤ 0:
+    P̂(y,z) = (1/n) Σ_{i: y_i=y} Θ_{iz},  P̂(y|z) = P̂(y,z) / P̂(z),
+    LEEP = (1/n) Σ_i ln Σ_z P̂(y_i|z) Θ_{iz} ≤ 0,
 
     the mean log-likelihood of a classifier that draws a source class z from the source model, then y from
-    P̂(y|z). NCE where Θ is one-hot; −H(Y) where Θ is the same for all examples.
+    P̂(y|z). It equals NCE if Θ is one-hot, and −H(Y) if Θ is the same for all examples.
 
     Args:
-      source_probs: Θ, the source model's probabilities of its own classes for each target example.
-      labels: y, the target class of each.
+      source_probs: Θ, the source model's probabilities of the source classes for each target example.
+      labels: y, the target class of each example.
 
     Raises:
-      ValueError: rows that are no distributions, float labels, negative ones, lengths that differ, a single
-        target class.
+      ValueError: if a row is not a distribution, labels are floats, negative or of one class only, or the
+        lengths differ.
 
     Examples:
       >>> import numpy as np
@@ -82,7 +83,7 @@ def leep(source_probs: Float[Array | np.ndarray, "n source"], labels: Int[Array 
     probs = host.probabilities(source_probs, "source_probs")
     one_hot = _one_hot(_classes(labels, rows=len(probs)))
     joint = one_hot.T @ probs
-    # A source class that no example is given has no weight in the sum either.
+    # A source class of probability 0 in all examples does not contribute to the sum.
     given_z = joint / np.where(joint.any(0), joint.sum(0), 1)
     return float(np.log((one_hot @ given_z * probs).sum(1)).mean())
 
@@ -93,28 +94,28 @@ def h_score(
     *,
     shrinkage: Shrinkage = None,
 ) -> float:
-    r"""How much of the features' variance, whitened, lies between the classes.
+    r"""Return the H-score, the between-class part of the whitened features' variance.
 
     H = tr(cov(F)⁺ cov(E[F|Y])), or with shrinkage λ  (1−λ) tr(((1−λ) S + λ tr(S)/d I)⁻¹ cov(E[F|Y])),
 
     where row i of E[F|Y] is the mean feature of class y_i and S = cov(F). It is at most min(d, classes − 1),
-    does not change under invertible affine maps of the features, and equals the rank of cov(F) where the
-    features of a class are all the same.
+    invariant under invertible affine maps of the features, and equal to the rank of cov(F) if features do not
+    vary within classes.
 
-    With n ≤ d + 1 any features in general position separate any classes, and H is classes − 1 whatever the
-    source: shrink then.
+    For n ≤ d + 1, features in general position separate all classes, and H is classes − 1 for every source:
+    use shrinkage then.
+
+    Both covariances have the same normalisation, which cancels; the released regularised version divides one
+    by n and the other by n − 1, and is larger by n/(n − 1).
 
     Args:
-      features: F, of the source model's body for each target example.
-      labels: y, the target class of each.
-      shrinkage: λ in [0, 1), "ledoit-wolf" for Ledoit and Wolf's estimate, or None for none.
-
-    Both covariances have the same normalisation, which then drops out; the released regularised version
-    divides one by n and the other by n − 1, and is larger by n/(n − 1).
+      features: F, the features of the source model's body for each target example.
+      labels: y, the target class of each example.
+      shrinkage: λ in [0, 1), "ledoit-wolf" for the estimate by Ledoit and Wolf, or None for no shrinkage.
 
     Raises:
-      ValueError: features that are not finite, float labels, negative ones, lengths that differ, a single
-        class; a `shrinkage` that is none of the above.
+      ValueError: if features are not finite, labels are floats, negative or of one class only, the lengths
+        differ, or `shrinkage` has another value.
 
     Examples:
       >>> import numpy as np
@@ -138,16 +139,16 @@ def h_score(
     one_hot = _one_hot(_classes(labels, rows=n))
     centred = f - f.mean(0)
     u, s = _decomposed(centred, _noise(features))
-    # In the basis of the singular vectors, where cov(F) is diagonal.
+    # Work in the basis of the singular vectors, in which cov(F) is diagonal.
     between = (np.square(one_hot.T @ u) / one_hot.sum(0)[:, None]).sum(0)
     variances, mean_variance = np.square(s) / n, np.square(s).sum() / n / d
     if shrinkage is None:
-        kept = 0.0
+        lam = 0.0
     elif isinstance(shrinkage, str):
-        kept = _ledoit_wolf(centred, variances, mean_variance)
+        lam = _ledoit_wolf(centred, variances, mean_variance)
     else:
-        kept = float(shrinkage)
-    return float((between * (1 - kept) * variances / ((1 - kept) * variances + kept * mean_variance)).sum())
+        lam = float(shrinkage)
+    return float((between * (1 - lam) * variances / ((1 - lam) * variances + lam * mean_variance)).sum())
 
 
 def log_me(
@@ -156,24 +157,24 @@ def log_me(
     | Float[Array | np.ndarray, " n"]
     | Float[Array | np.ndarray, "n k"],
 ) -> float:
-    r"""Log maximum evidence of a Bayesian linear model of the labels on the features, a nat an example.
+    r"""Return the log maximum evidence (LogME) of a Bayesian linear model of the labels, in nats per example.
 
     For each class c with target vector y ∈ {0,1}ⁿ, y = F w + ε, w ~ N(0, α⁻¹ I_d), ε ~ N(0, β⁻¹ I_n): the
     evidence ln p(y|F) is maximised over α and β, divided by n, and averaged over the classes. See
-    `maximal_evidence`, which is exact where d > n too: the published fast version keeps (d/2) ln α next to a
-    log-determinant of only n terms there, and is off by ((d − n)/2) ln α.
+    `maximal_evidence`, which is also exact for d > n: there, the published fast version keeps (d/2) ln α next
+    to a log-determinant of only n terms, with an error of ((d − n)/2) ln α.
 
-    The model has no intercept and one noise level for all examples, as in the paper: add a constant feature
-    for the first.
+    As in the paper, the model has no intercept and one noise level for all examples; add a constant feature
+    for an intercept.
 
     Args:
-      features: F, of the source model's body for each target example.
-      labels: y, the target class of each; or float regression targets, of which the evidence, and so the
-        score, depends on the unit.
+      features: F, the features of the source model's body for each target example.
+      labels: y, the target class of each example; or float regression targets, for which the score depends on
+        their unit.
 
     Raises:
-      ValueError: features that are not finite, negative labels, lengths that differ, a single class, a
-        regression target that is 0 for all examples.
+      ValueError: if features are not finite, labels are negative or of one class only, the lengths differ, or
+        a regression target is 0 for all examples.
 
     Examples:
       >>> import numpy as np
@@ -192,12 +193,12 @@ def log_me(
 
 
 class Evidence(NamedTuple):
-    """Of Bayesian linear models, one a target.
+    """The maximal evidence of Bayesian linear models, one for each target.
 
     Attributes:
       log_evidence: ln p(y|F) at its maximum, in nats.
-      alpha: precision of the weights there: without bound where the features say nothing.
-      beta: precision of the noise there.
+      alpha: precision of the weights at the maximum; unbounded if the features are uninformative.
+      beta: precision of the noise at the maximum.
     """
 
     log_evidence: Float[np.ndarray, " k"]
@@ -208,28 +209,28 @@ class Evidence(NamedTuple):
 def maximal_evidence(
     features: Real[Array | np.ndarray, "n d"], targets: Float[Array | np.ndarray, "n k"]
 ) -> Evidence:
-    r"""The largest evidence of y = F w + ε over the precisions α of w and β of ε, for each column y.
+    r"""Return the evidence of y = F w + ε, maximised over the precisions α of w and β of ε, by column y.
 
     𝓛 = (d/2) ln α + (n/2) ln β − ½ ln|A| − (β/2) ‖y − F m‖² − (α/2) mᵀm − (n/2) ln 2π,
     A = α I + β FᵀF,  m = β A⁻¹ Fᵀ y,
 
     which is ln N(y; 0, β⁻¹ I + α⁻¹ F Fᵀ). With t = α/β, the best β for a given t is n/Q(t), where
-    Q(t) = ‖y − F m‖² + t mᵀm; what is left is a function of t alone. Its maximum is found on a grid of ln t
-    and then by bisection of its slope, to the last digits. The paper iterates α ← γ/(mᵀm),
-    β ← (n − γ)/‖y − F m‖² instead, whose fixed points are the stationary points of 𝓛 and so include this one.
+    Q(t) = ‖y − F m‖² + t mᵀm, which leaves a function of t alone. Its maximum is found on a grid of ln t,
+    then by bisection of its slope to full precision. The paper instead iterates α ← γ/(mᵀm),
+    β ← (n − γ)/‖y − F m‖², whose fixed points are the stationary points of 𝓛 and so include this one.
 
-    Two ends are limits: α and t grow without bound where the features say nothing, and t falls to 0 where
-    they explain every number, with as many independent features as examples; 𝓛 is level there, and α/β is
-    e^28 ≈ 10¹² beyond the eigenvalues of FᵀF. Where fewer features than examples leave no residual, 𝓛 has no
-    maximum (β → ∞): the residual is then counted as float32's precision, 1.2e-7 of ‖y‖, and the score is
-    large and finite.
+    Two cases are limits: α and t grow without bound if the features are uninformative, and t falls to 0 if
+    they fit all targets with as many independent features as examples; 𝓛 is constant there, and the search
+    stops e^28 ≈ 10¹² beyond the eigenvalues of FᵀF. If fewer features than examples leave no residual, 𝓛 has
+    no maximum (β → ∞): the residual is then set to float32's precision, 1.2e-7 of ‖y‖, and the score is large
+    and finite.
 
     Args:
-      features: F.
-      targets: y, one a column.
+      features: F, of shape `(n, d)`.
+      targets: y, one target in each column, of shape `(n, k)`.
 
     Raises:
-      ValueError: numbers that are not finite, lengths that differ, a target that is 0 for all examples.
+      ValueError: if numbers are not finite, the lengths differ, or a target is 0 for all examples.
 
     References:
       MacKay, Bayesian Interpolation, 1992.
@@ -237,9 +238,11 @@ def maximal_evidence(
     """
     f, y = host.matrix(features, "features"), host.matrix(targets, "targets")
     if len(f) != len(y):
-        raise ArgumentError("targets", f"got {len(y)} rows for {len(f)} of features; they must agree")
+        raise ArgumentError(
+            "targets", f"got {len(y)} rows; features have {len(f)}, and the numbers must be equal"
+        )
     if not y.any(0).all():
-        raise ArgumentError("targets", "got a column of zeros, of which every model is certain; leave it out")
+        raise ArgumentError("targets", "got a column of zeros, which every model fits exactly; leave it out")
     n = len(y)
     u, s = _decomposed(f, _noise(features))
     eigenvalues, projections = np.square(s), u.T @ y
@@ -275,28 +278,26 @@ def maximal_evidence(
 def _classes(labels: host.Values, *, rows: int) -> np.ndarray:
     y = host.labels(labels, "labels", rows=rows)
     if (y == y[0]).all():
-        raise ArgumentError(
-            "labels", f"all {rows} are of class {y[0]}; a score compares at least two classes"
-        )
+        raise ArgumentError("labels", f"all {rows} are of class {y[0]}; there must be at least two classes")
     return y
 
 
 def _one_hot(labels: np.ndarray) -> np.ndarray:
-    present, of = np.unique(labels, return_inverse=True)
-    return np.eye(len(present))[of]
+    present, indices = np.unique(labels, return_inverse=True)
+    return np.eye(len(present))[indices]
 
 
 def _decomposed(f: np.ndarray, noise: float) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors and singular values of `f`, of those above `noise`."""
+    """Return the left singular vectors and singular values of `f` above `noise`."""
     u, s, _ = np.linalg.svd(f, full_matrices=False)
     return u[:, s > noise], s[s > noise]
 
 
 def _noise(features: host.Values) -> float:
-    """What rounding makes of a singular value of zero.
+    """Return an upper bound of the rounding error in a singular value of zero.
 
-    Rounding errors of the features' dtype are a random matrix of norm eps (√n + √d) a unit of size; four
-    times that leaves room for those of the network's own sums. The decomposition adds its own.
+    Rounding errors of the features' dtype are a random matrix of norm eps (√n + √d) for entries of unit size;
+    a factor of four allows for those of the network's own sums. The decomposition adds its own.
     """
     f = np.asarray(features)
     eps = float(jnp.finfo(f.dtype if jnp.issubdtype(f.dtype, jnp.floating) else jnp.float64).eps)
@@ -305,7 +306,7 @@ def _noise(features: host.Values) -> float:
 
 
 def _ledoit_wolf(centred: np.ndarray, variances: np.ndarray, mean_variance: float) -> float:
-    """Ledoit and Wolf's λ, the best in expected squared error; `variances` are the eigenvalues of S."""
+    """Return Ledoit and Wolf's λ of least expected squared error; `variances` are the eigenvalues of S."""
     n, d = centred.shape
     total = np.square(variances).sum()
     distance = total / d - mean_variance**2

@@ -1,8 +1,8 @@
-"""Subtree surgery: parts of trees of parameters taken, replaced, renamed and transplanted.
+"""Subtrees of parameter trees: taking, replacing and transplanting them.
 
-Paths and patterns are those of `jaxmeta.paths`: "body/layer_0/kernel", "body/**", "**/bias".
-No function copies an array, and none alters a tree that it is given: results share their leaves, so a
-compiled step that donates one tree's buffers takes them from all.
+Paths and patterns are those of `jaxmeta.paths`: "body/layer_0/kernel", "body/**", "**/bias". No function
+copies an array or changes its arguments. Results share their leaves with the arguments, so a compiled step
+that donates the buffers of one tree invalidates them in all.
 """
 
 import dataclasses
@@ -62,19 +62,19 @@ def _spec(leaf: Any, path: str) -> _Spec:
         return _Spec((), jnp.result_type(leaf))
     raise ValueError(
         f'"{path}": got {leaf!r}; leaves must be arrays, jax.ShapeDtypeStructs or numbers '
-        f"(of a module with other leaves take the arrays, as eqx.filter does)"
+        f"(select the arrays of a module with other leaves, as eqx.filter does)"
     )
 
 
 def take_subtree(tree: PyTree, path: str) -> PyTree:
-    """The node at a path, the very object that the tree holds, in its own structure.
+    """Return the node at a path, the same object that the tree holds.
 
     Args:
       tree: any pytree.
-      path: such as "body/layer_0"; "" is the whole tree.
+      path: path of the node, such as "body/layer_0"; "" is the whole tree.
 
     Raises:
-      ValueError: no node has this path; the message says how far the tree follows it, and what is there.
+      ValueError: if no node has this path; the message names the nearest node and its children.
 
     Examples:
       >>> take_subtree({"body": [1.0, 2.0], "head": {"bias": 3.0}}, "head")
@@ -84,20 +84,20 @@ def take_subtree(tree: PyTree, path: str) -> PyTree:
 
 
 def swap_subtree(tree: PyTree, path: str, subtree: PyTree, *, strict: bool = True) -> PyTree:
-    """The tree with another subtree at a path; all the rest are the very same objects.
+    """Return the tree with the subtree at a path replaced; all other nodes are the same objects.
 
     Args:
       tree: any pytree.
-      path: of the node to replace; "" is the whole tree.
-      subtree: what replaces it.
-      strict: whether `subtree` must have the leaf paths, shapes and dtypes of what it replaces. Then its
-        leaves go into the containers that the tree has (a FrozenDict's into a dict, a plain dict's into an
-        `nnx.State`), so that whatever was compiled for the tree takes the new one. Otherwise `subtree` is
-        put in as it is, such as a head with other classes.
+      path: path of the node to replace; "" is the whole tree.
+      subtree: new subtree.
+      strict: whether `subtree` must have the leaf paths, shapes and dtypes of the replaced one. Its leaves
+        then go into the tree's own containers (those of a FrozenDict into a dict, those of a plain dict into
+        an `nnx.State`), so that a function compiled for the tree accepts the new one. False inserts `subtree`
+        as it is, such as a head with other classes.
 
     Raises:
-      ValueError: no node has this path; under `strict`, leaves that are missing, unknown or of another
-        shape or dtype, each with what it must be.
+      ValueError: if no node has this path; if `strict`, for leaves that are missing, unknown or of another
+        shape or dtype, each with the required one.
 
     Examples:
       >>> tree = {"body": [1.0, 2.0], "head": {"bias": 3.0}}
@@ -110,50 +110,54 @@ def swap_subtree(tree: PyTree, path: str, subtree: PyTree, *, strict: bool = Tru
     if strict:
         subtree = _refilled(place.value, subtree, path)
     elif place.boxed:
-        # A box put into a box would be two.
+        # The tree keeps its box (such as a Flax Variable), so only the new box's value is inserted.
         subtree = take_subtree(subtree, "")
     return put(tree, place.trail, subtree)
 
 
 def _refilled(old: PyTree, new: PyTree, path: str) -> PyTree:
-    wanted, given = leaves_by_path(old), leaves_by_path(new)
+    expected, leaves = leaves_by_path(old), leaves_by_path(new)
     problems = []
-    for at in dict.fromkeys([*wanted, *given]):
-        full = "/".join(part for part in (path, at) if part)
-        if at not in given:
-            problems.append(f'"{full}": got none; it must be {_spec(wanted[at], full)}')
-        elif at not in wanted:
-            problems.append(f'"{full}": got {_spec(given[at], full)}; the tree has no such leaf')
-        elif given[at] is not wanted[at] and _spec(given[at], full) != _spec(wanted[at], full):
-            problems.append(f'"{full}": got {_spec(given[at], full)}; it must be {_spec(wanted[at], full)}')
+    for place in dict.fromkeys([*expected, *leaves]):
+        full = "/".join(part for part in (path, place) if part)
+        if place not in leaves:
+            problems.append(f'"{full}": got none; it must be {_spec(expected[place], full)}')
+        elif place not in expected:
+            problems.append(f'"{full}": got {_spec(leaves[place], full)}; the tree has no such leaf')
+        elif leaves[place] is not expected[place] and _spec(leaves[place], full) != _spec(
+            expected[place], full
+        ):
+            problems.append(
+                f'"{full}": got {_spec(leaves[place], full)}; it must be {_spec(expected[place], full)}'
+            )
     if problems:
         listed = "\n  ".join(shortened(problems))
         raise ArgumentError("subtree", f'it does not fit at "{path}", as strict=True asks:\n  {listed}')
-    return jax.tree.unflatten(jax.tree.structure(old), [given[at] for at in wanted])
+    return jax.tree.unflatten(jax.tree.structure(old), [leaves[place] for place in expected])
 
 
 # --- Transplanting -------------------------------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """One leaf in a `Report`."""
+    """A leaf in a `Report`."""
 
-    source: str | None  # its path in the source; None of a new leaf
-    target: str | None  # its path in the target, or, of one left over, that which the rules gave it
+    source: str | None  # path in the source; None for a new leaf
+    target: str | None  # path in the target; for a leaf left over, its path after the rules
     shape: tuple[int, ...]
     dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of every leaf of two trees; `str(report)` is a table.
+    """How every leaf of two trees was used in a transplant; `str(report)` is a table.
 
     Attributes:
       taken: leaves of the source that are now in the target.
       new: leaves of the target that stayed as they were.
-      left_over: leaves of the source that had no place among what was to be taken.
+      left_over: leaves of the source that were not selected or have no place in the target.
       dropped: leaves of the source that a rule dropped.
-      cast: the rows of `taken` whose dtype was another in the source, with that dtype.
+      cast: rows of `taken` whose dtype was changed, with the dtype in the source.
     """
 
     taken: tuple[Row, ...]
@@ -166,11 +170,15 @@ class Report:
         return {"taken": self.taken, "new": self.new, "left over": self.left_over, "dropped": self.dropped}
 
     def _table(self) -> list[tuple[str, ...]]:
-        was = {row.target: row.dtype for row in self.cast}
+        source_dtype = {row.target: row.dtype for row in self.cast}
         rows: list[tuple[str, ...]] = [("", "target", "source", "shape", "dtype")]
         for group, members in self._groups().items():
             for row in members:
-                dtype = f"{row.dtype} from {was[row.target]}" if row.target in was else str(row.dtype)
+                dtype = (
+                    f"{row.dtype} from {source_dtype[row.target]}"
+                    if row.target in source_dtype
+                    else str(row.dtype)
+                )
                 rows.append((group, row.target or "-", row.source or "-", str(row.shape), dtype))
         return rows
 
@@ -184,7 +192,7 @@ class Report:
         return "\n".join([*_aligned(self._table(), str.ljust), "", *_aligned(self._totals(), str.rjust)])
 
     def markdown(self) -> str:
-        """The same as two tables in Markdown."""
+        """Return the report as two Markdown tables."""
 
         def table(rows: list[tuple[str, ...]]) -> list[str]:
             return [f"| {' | '.join(row)} |" for row in [rows[0], ("---",) * len(rows[0]), *rows[1:]]]
@@ -206,7 +214,7 @@ _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 def _castable(old: Any, new: Any) -> bool:
-    """Whether the kind of number stays, or becomes a wider one: no fraction or imaginary part is lost."""
+    """Return whether the kind of number stays or widens, so that no fraction or imaginary part is lost."""
 
     def kind(dtype: Any) -> int | None:
         return next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(dtype, kind)), None)
@@ -230,11 +238,11 @@ def transplant(
     strict: bool = True,
     cast: bool = False,
 ) -> tuple[PyTree, Report]:
-    r"""The target with leaves of the source where their paths agree, and what became of every leaf.
+    r"""Return the target with the source's leaves at equal paths, and a report of how every leaf was used.
 
-    First `rules` rename the source's leaves; then `take` says which paths matter, on both sides:
+    First `rules` rename the source's leaves; then `take` selects paths on both sides:
 
-    | source, after `rules` | target | `take` | becomes | `strict` |
+    | source, after `rules` | target | `take` | result | with `strict` |
     | --- | --- | --- | --- | --- |
     | has the leaf | has it | matches | taken; another shape or dtype is an error | the same |
     | has the leaf | lacks it | matches | left over | an error |
@@ -245,22 +253,22 @@ def transplant(
 
     Args:
       source: any pytree, such as a checkpoint.
-      target: any pytree, whose structure the result has. Leaves may be `jax.ShapeDtypeStruct`s: all of
-        them must then be filled.
-      rules: renames and drops leaves of the source; see `rename`.
+      target: any pytree; the result has its structure. Leaves may be `jax.ShapeDtypeStruct`s, which must all
+        be filled.
+      rules: rules that rename and drop leaves of the source; see `rename`.
       take: patterns of the target's paths; see `matching`.
       strict: whether the leaves that `take` matches must be the same on both sides.
-      cast: whether leaves of another dtype become the target's, within a kind of number or to a wider one:
-        float64 to bfloat16 and int32 to float32, but never float32 to int32.
+      cast: whether to cast leaves to the target's dtype, within a kind of number or to a wider one: float64
+        to bfloat16 and int32 to float32, but never float32 to int32.
 
     Returns:
-      The tree, and a `Report` in which every leaf of the source is once taken, left over or dropped, and
-      every leaf of the target once taken or new.
+      The tree, and a `Report` that lists every leaf of the source once as taken, left over or dropped, and
+      every leaf of the target once as taken or new.
 
     Raises:
-      ValueError: what the table and the arguments above say, for all leaves at once; errors of `rename`; a
-        pattern of `take` that matches nothing in the target; a leaf of the source without values
-        (`jax.ShapeDtypeStruct`) for one that has some.
+      ValueError: for all errors of the table and the arguments above at once; as in `rename`; if a pattern of
+        `take` matches nothing in the target, or a leaf of the source without values
+        (`jax.ShapeDtypeStruct`) would replace an array.
 
     Examples:
       >>> import numpy as np
@@ -283,54 +291,56 @@ def transplant(
       left over       1          15
       dropped         1           1
     """
-    given, wanted = leaves_by_path(source), leaves_by_path(target)
-    have = {path: _spec(leaf, path) for path, leaf in given.items()}
-    want = {path: _spec(leaf, path) for path, leaf in wanted.items()}
-    old_path, dropped = renamed_paths(given, rules)
-    matched = set(matching(target, take, "take"))
+    source_leaves, target_leaves = leaves_by_path(source), leaves_by_path(target)
+    source_specs = {path: _spec(leaf, path) for path, leaf in source_leaves.items()}
+    target_specs = {path: _spec(leaf, path) for path, leaf in target_leaves.items()}
+    old_path, dropped = renamed_paths(source_leaves, rules)
+    selected = set(matching(target, take, "take"))
     takes = predicate(take, "take")
 
     problems = []
     filled = {}
-    for path, leaf in wanted.items():
-        if path in matched and path in old_path:
+    for path, leaf in target_leaves.items():
+        if path in selected and path in old_path:
             old = old_path[path]
-            problem = _misfit(given[old], leaf, have[old], want[path], cast)
+            problem = _misfit(source_leaves[old], leaf, source_specs[old], target_specs[path], cast)
             if problem:
                 problems.append(f"{_named(path, old)}: {problem}")
-            elif have[old].dtype != want[path].dtype:
-                filled[path] = _cast(given[old], want[path].dtype)
+            elif source_specs[old].dtype != target_specs[path].dtype:
+                filled[path] = _cast(source_leaves[old], target_specs[path].dtype)
             else:
-                filled[path] = given[old]
-        elif path in matched and strict:
+                filled[path] = source_leaves[old]
+        elif path in selected and strict:
             problems.append(
-                f'"{path}": the source has no such leaf; a rule may rename one to it, `take` leave it out, '
-                f"or strict=False keep the target's"
+                f'"{path}": the source has no such leaf; rename one by a rule, exclude it by `take`, '
+                f"or keep the target's by strict=False"
             )
         elif isinstance(leaf, jax.ShapeDtypeStruct):
-            problems.append(f'"{path}": nothing fills it, and the target has only a ShapeDtypeStruct')
+            problems.append(f'"{path}": the target has only a ShapeDtypeStruct, which must be filled')
     for path, old in old_path.items():
-        if strict and takes(path) and path not in wanted:
+        if strict and takes(path) and path not in target_leaves:
             problems.append(
-                f"{_named(path, old)}: the target has no such leaf; a rule may rename it or, "
-                f"by None, drop it, `take` leave it out, or strict=False leave it over"
+                f"{_named(path, old)}: the target has no such leaf; rename it by a rule, drop it by a rule "
+                f"with None, exclude it by `take`, or ignore it by strict=False"
             )
     if problems:
         listed = "\n  ".join(shortened(problems))
         raise ArgumentError("source", f"it does not fit the target:\n  {listed}")
 
     report = Report(
-        taken=tuple(Row(old_path[path], path, *want[path]) for path in filled),
-        new=tuple(Row(None, path, *want[path]) for path in wanted if path not in filled),
-        left_over=tuple(Row(old, path, *have[old]) for path, old in old_path.items() if path not in filled),
-        dropped=tuple(Row(old, None, *have[old]) for old in dropped),
+        taken=tuple(Row(old_path[path], path, *target_specs[path]) for path in filled),
+        new=tuple(Row(None, path, *target_specs[path]) for path in target_leaves if path not in filled),
+        left_over=tuple(
+            Row(old, path, *source_specs[old]) for path, old in old_path.items() if path not in filled
+        ),
+        dropped=tuple(Row(old, None, *source_specs[old]) for old in dropped),
         cast=tuple(
-            Row(old_path[path], path, *have[old_path[path]])
+            Row(old_path[path], path, *source_specs[old_path[path]])
             for path in filled
-            if have[old_path[path]].dtype != want[path].dtype
+            if source_specs[old_path[path]].dtype != target_specs[path].dtype
         ),
     )
-    leaves = [filled.get(path, leaf) for path, leaf in wanted.items()]
+    leaves = [filled.get(path, leaf) for path, leaf in target_leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(target), leaves), report
 
 
@@ -338,14 +348,14 @@ def _named(path: str, old: str) -> str:
     return f'"{path}"' if path == old else f'"{path}" (the source\'s "{old}")'
 
 
-def _misfit(given: Any, wanted: Any, have: _Spec, want: _Spec, cast: bool) -> str | None:
-    """Why a leaf cannot take another's place."""
-    if have.shape != want.shape:
-        return f"got shape {have.shape}; the target's is {want.shape}"
-    if have.dtype != want.dtype and not _castable(have.dtype, want.dtype):
-        return f"got {have.dtype}; the target's is {want.dtype}, to which no cast leads without loss of kind"
-    if have.dtype != want.dtype and not cast:
-        return f"got {have.dtype}; the target's is {want.dtype}, which cast=True would make of it"
-    if isinstance(given, jax.ShapeDtypeStruct) and not isinstance(wanted, jax.ShapeDtypeStruct):
-        return "got a ShapeDtypeStruct for an array; it must have values"
+def _misfit(leaf: Any, target_leaf: Any, spec: _Spec, target_spec: _Spec, cast: bool) -> str | None:
+    """Return why a leaf cannot take another's place; None if it can."""
+    if spec.shape != target_spec.shape:
+        return f"got shape {spec.shape}; the target's is {target_spec.shape}"
+    if spec.dtype != target_spec.dtype and not _castable(spec.dtype, target_spec.dtype):
+        return f"got {spec.dtype}; the target's is {target_spec.dtype}, and the cast would lose information"
+    if spec.dtype != target_spec.dtype and not cast:
+        return f"got {spec.dtype}; the target's is {target_spec.dtype}; cast=True converts it"
+    if isinstance(leaf, jax.ShapeDtypeStruct) and not isinstance(target_leaf, jax.ShapeDtypeStruct):
+        return "got a ShapeDtypeStruct for an array; it must be an array too"
     return None

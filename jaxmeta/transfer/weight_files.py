@@ -1,6 +1,6 @@
-"""Files of weights as arrays by name: safetensors, Flax msgpack, Orbax checkpoints, own runs.
+"""Reading and writing of weight files: safetensors, Flax msgpack, Orbax checkpoints and run folders.
 
-A pickle runs whatever code its author put into it, so none is ever opened.
+A pickle executes the code that its author put into it, so pickles are never opened.
 """
 
 import os
@@ -16,7 +16,7 @@ from jaxmeta.core import PyTree
 from jaxmeta.files import replacing
 from jaxmeta.nn.norm import STATISTICS, from_moments
 from jaxmeta.training.checkpoint import load, load_params
-from jaxmeta.transfer.architectures import rebuilt
+from jaxmeta.transfer.architectures import build_described
 from jaxmeta.transfer.subtree import leaves_by_path
 
 FORMATS = (
@@ -26,19 +26,19 @@ FORMATS = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 INDEX = "model.safetensors.index.json"
 HUB = "hf:"
-# The form of a run's config.json, and its folder of population statistics, as the command line writes them.
+# Format of a run's config.json and folder of its population statistics, as the command line writes them.
 _RUN_FORMAT, _POPULATION = 3, "population"
 
 
 class Stored(NamedTuple):
-    """What a file or folder holds.
+    """The content of a weights file or folder.
 
     Attributes:
-      leaves: arrays by name, its parts joined by "/".
-      origin: the file or folder, for messages.
-      config: of the config.json beside the weights.
-      metadata: of the safetensors file.
-      network: that of a run; None where the run does not describe it.
+      leaves: arrays by name, with "/" between the parts of a name.
+      origin: file or folder, for messages.
+      config: content of the config.json next to the weights; empty if the file is missing.
+      metadata: metadata of the safetensors file.
+      network: network of a run; None where the run does not describe it.
     """
 
     leaves: dict[str, Any]
@@ -49,18 +49,18 @@ class Stored(NamedTuple):
 
 
 def read(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
-    """Reads weights of any format; see `jaxmeta.transfer.load_pretrained`."""
+    """Read weights of any format; see `jaxmeta.transfer.load_pretrained`."""
     if isinstance(path, str) and path.startswith(HUB):
         return _folder(_fetched(path, revision))
     if revision is not None:
         raise ArgumentError(
-            "revision", f'got {revision!r} for {path}; only what is on the Hub ("{HUB}…") has any'
+            "revision", f'got {revision!r} for {path}; only paths on the Hub ("{HUB}…") have revisions'
         )
-    found = Path(path).expanduser()
-    if not found.exists():
-        hint = f'; what is on the Hugging Face Hub is "{HUB}{path}"' if str(path).count("/") == 1 else ""
-        raise MissingFileError("path", f"there is nothing at {path}{hint}")
-    return _folder(found) if found.is_dir() else _file(found)
+    place = Path(path).expanduser()
+    if not place.exists():
+        hint = f'; for the Hugging Face Hub, use "{HUB}{path}"' if str(path).count("/") == 1 else ""
+        raise MissingFileError("path", f"{path} does not exist{hint}")
+    return _folder(place) if place.is_dir() else _file(place)
 
 
 def _file(path: Path) -> Stored:
@@ -75,17 +75,17 @@ def _file(path: Path) -> Stored:
 
 
 def _folder(path: Path) -> Stored:
-    found = sorted(path.glob("*.safetensors"))
-    whole = [file for file in found if file.name == "model.safetensors"]
+    files = sorted(path.glob("*.safetensors"))
+    whole = [file for file in files if file.name == "model.safetensors"]
     if not whole and (path / INDEX).is_file():
         return _sharded(path)
-    if len(whole or found) == 1:
-        (file,) = whole or found
+    if len(whole or files) == 1:
+        (file,) = whole or files
         leaves, metadata = _safetensors(file)
         return Stored(leaves, file, _config(path), metadata)
-    if found:
-        names = ", ".join(file.name for file in found)
-        raise ArgumentError("path", f"{path} has several files of weights: {names}; give the path of one")
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise ArgumentError("path", f"{path} has several files of weights: {names}; pass the path of one")
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "manifest").is_dir():
@@ -103,28 +103,28 @@ def _folder(path: Path) -> Stored:
 
 def _refusal(path: Path) -> str:
     return (
-        f"{path} may hold a pickle, which runs its author's code when it is opened, and is not read; "
-        "where you trust it, convert it in PyTorch: "
+        f"{path} may hold a pickle, which executes its author's code when opened, and is not read; "
+        "if you trust it, convert it in PyTorch: "
         'safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors")'
     )
 
 
-def _guarded(path: Path, what: str, read: Callable[[], Any]) -> Any:
-    """What `read` gives; whatever goes wrong with a damaged or hostile file is a ValueError that names it."""
+def _guarded(path: Path, format_name: str, read: Callable[[], Any]) -> Any:
+    """Return the result of `read`; any failure on a damaged or hostile file becomes a ValueError."""
     try:
         return read()
     except MemoryError:
         raise
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ArgumentError("path", f"{path} cannot be read as {what}: {line}") from error
+        raise ArgumentError("path", f"{path} cannot be read as {format_name}: {line}") from error
 
 
 def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         from safetensors import safe_open
     except ImportError:
-        raise MissingPackageError(f"{path}: reading it needs a package: pip install safetensors") from None
+        raise MissingPackageError(f"{path}: reading it requires a package: pip install safetensors") from None
 
     def read():
         with safe_open(path, "np") as file:
@@ -135,7 +135,7 @@ def _safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _joined(name: str) -> str:
-    """Torch separates by dots what Flax, whose names may have dots, separates by slashes."""
+    """Replace the dots of torch's names by "/"; Flax's names have "/" and may also have dots."""
     return name if "/" in name else name.replace(".", "/")
 
 
@@ -143,20 +143,20 @@ def _sharded(path: Path) -> Stored:
     index = _json(path / INDEX)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise ArgumentError("path", f'{path / INDEX} has no "weight_map" of names and files')
+        raise ArgumentError("path", f'{path / INDEX} has no "weight_map" from names to files')
     leaves: dict[str, Any] = {}
     for name in sorted(set(places.values())):
         file = path / name
         if Path(name).name != name or file.suffix != ".safetensors":
             raise ArgumentError(
-                "path", f"{path / INDEX} points to {name!r}; it must be a safetensors file beside it"
+                "path", f"{path / INDEX} points to {name!r}; it must be a safetensors file next to it"
             )
         if not file.is_file():
-            raise ArgumentError("path", f"{path / INDEX} points to {name}, which is not there")
+            raise ArgumentError("path", f"{path / INDEX} points to {name}, which does not exist")
         leaves |= _safetensors(file)[0]
     missing = sorted({_joined(name) for name in places} - set(leaves))
     if missing:
-        raise ArgumentError("path", f"{path / INDEX} lists {missing[0]}, which none of its files has")
+        raise ArgumentError("path", f"{path / INDEX} lists {missing[0]}, which none of its files contains")
     return Stored(leaves, path / INDEX, _config(path))
 
 
@@ -167,7 +167,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     content = _guarded(path, "JSON", lambda: parsed_json(path.read_text(encoding="utf-8")))
     if not isinstance(content, dict):
-        raise ArgumentError("path", f"{path} cannot be read as JSON: it holds no object")
+        raise ArgumentError("path", f"{path} cannot be read as JSON: it must hold an object")
     return content
 
 
@@ -177,7 +177,7 @@ def _msgpack(path: Path) -> PyTree:
     tree = _guarded(path, "Flax's msgpack", lambda: msgpack_restore(path.read_bytes()))
     if not isinstance(tree, dict):
         raise ArgumentError(
-            "path", f"{path} cannot be read as Flax's msgpack: it holds a {type(tree).__name__}"
+            "path", f"{path} cannot be read as Flax's msgpack: it holds a {type(tree).__name__}, not a dict"
         )
     return tree
 
@@ -187,16 +187,16 @@ def _orbax(path: Path) -> PyTree:
 
     def read():
         with ocp.PyTreeCheckpointer() as checkpointer:
-            described = checkpointer.metadata(path.absolute()).item_metadata.tree
-            # As arrays of the host: those who saved them may have had other devices.
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), described)
+            structure = checkpointer.metadata(path.absolute()).item_metadata.tree
+            # Restore to host arrays: the checkpoint may have been saved on other devices.
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             return checkpointer.restore(path.absolute(), restore_args=kinds)
 
     return _guarded(path, "an Orbax checkpoint", read)
 
 
 def _collections(tree: PyTree) -> PyTree:
-    """Of a training state the variables; parameters alone as Flax's collection of that name."""
+    """Return the variables of a training state; bare parameters become the collection "params"."""
     if not isinstance(tree, Mapping) or "params" not in tree:
         return {"params": tree}
     if isinstance(tree["params"], Mapping) and "params" in tree["params"]:
@@ -209,59 +209,61 @@ def _arrays(tree: PyTree, origin: Path) -> dict[str, Any]:
     for path, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
             raise ArgumentError(
-                "path", f'{origin} has {type(leaf).__name__} at "{path}"; it must be an array or number'
+                "path", f'{origin} has {type(leaf).__name__} at "{path}"; it must be an array or a number'
             )
     return {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in leaves.items()}
 
 
 def _run(folder: Path) -> Stored:
-    """Return the network of a run of `jaxmeta train`, by what its config.json says."""
+    """Read the variables and the network of a run of `jaxmeta train`, as described by its config.json."""
     config = _config(folder)
     if config.get("format") != _RUN_FORMAT:
         raise ArgumentError(
             "path",
-            f"{folder} is a run whose config.json is missing, or of an older form than this version of "
-            "jaxmeta reads; train again, or use the version that wrote it",
+            f"{folder} is a run folder whose config.json is missing or has an older format than this version "
+            "of jaxmeta reads; train again, or use the version that wrote it",
         )
     try:
         learner, text = config["learner"]["name"], config["model"]
-        kept = {name: config[name] for name in ("learner", "network")} | {"seed": config["run"]["seed"]}
+        identity = {name: config[name] for name in ("learner", "network")} | {"seed": config["run"]["seed"]}
     except (KeyError, TypeError) as error:
         raise ArgumentError("path", f"{folder / 'config.json'} is damaged: {error!r}") from None
-    params = load_params(folder, config=kept)
+    params = load_params(folder, config=identity)
     if (folder / _POPULATION).exists():
         params = {**params, **load(folder / _POPULATION)}
-    # MAML++ has normalisation layers of each inner step's own.
+    # MAML++ has separate normalisation layers for each inner step.
     if "model" not in params or "per_step" in params:
         raise ArgumentError(
-            "path", f"{folder} is a run of {learner}, which trains no one network: {sorted(params)}"
+            "path",
+            f"{folder} is a run of {learner}, whose parameters are not those of a single network: "
+            f"{sorted(params)}",
         )
     variables = {"params": params["model"]}
     if "population" in params:
         statistics = from_moments(params["population"])
-        # Of a learner with statistics of its own beside the network's.
+        # A learner may have statistics of its own in addition to the network's.
         variables[STATISTICS] = statistics.get("model", statistics)
-    # Of a network of another package there is no description, and who reads the weights brings it.
-    network = None if text is None else rebuilt(str(text), folder / "config.json")
+    # A network of another package has no description; the caller of `load_pretrained` passes it.
+    network = None if text is None else build_described(str(text), folder / "config.json")
     return Stored(leaves_by_path(variables), folder, network=network)
 
 
 def _fetched(name: str, revision: str | None) -> Path:
-    """The folder of a repository of the Hugging Face Hub, of which only safetensors and JSON are fetched."""
+    """Download the safetensors and JSON files of a Hugging Face Hub repository; return their folder."""
     try:
         import huggingface_hub
     except ImportError:
-        raise MissingPackageError(f"{name}: the Hub needs a package: pip install 'jaxmeta[hub]'") from None
-    wanted = ["config.json", INDEX, "model.safetensors", "model-*.safetensors"]
+        raise MissingPackageError(f"{name}: the Hub requires a package: pip install 'jaxmeta[hub]'") from None
+    patterns = ["config.json", INDEX, "model.safetensors", "model-*.safetensors"]
     repository = name.removeprefix(HUB)
     try:
-        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ArgumentError(
             "path",
             f"{name} cannot be fetched from the Hugging Face Hub: {line}; without a network, copy the "
-            "repository's config.json and model.safetensors into a folder and give its path",
+            "repository's config.json and model.safetensors into a folder and pass its path",
         ) from error
     if not any(Path(folder).glob("*.safetensors")):
         raise ArgumentError(
@@ -271,12 +273,12 @@ def _fetched(name: str, revision: str | None) -> Path:
 
 
 def write(path: Path, leaves: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes arrays by name as safetensors, whole or not at all."""
+    """Write arrays by name as safetensors; a failure leaves no partial file."""
     try:
         from safetensors.numpy import save_file
     except ImportError:
-        raise MissingPackageError(f"{path}: writing it needs a package: pip install safetensors") from None
-    # The library writes memory as it lies, whatever the strides.
+        raise MissingPackageError(f"{path}: writing it requires a package: pip install safetensors") from None
+    # The library writes the memory as it is and ignores strides.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:

@@ -1,14 +1,14 @@
-"""Fixtures of the tests of transfer."""
+"""Fixtures for the tests of transfer learning."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def torch():
-    """PyTorch, imported together with transformers once, which takes seconds; tests are skipped without."""
+    """Return PyTorch, imported with transformers once, which takes seconds; skip tests without them."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     transformers = pytest.importorskip("transformers")
-    # Their modules are imported when first asked for.
+    # transformers imports its modules lazily; import them now.
     assert transformers.ResNetForImageClassification
     assert transformers.ViTForImageClassification
     return torch

@@ -1,4 +1,4 @@
-"""AdaBN on networks of both kinds of batch normalisation: statistics of the target, and nothing else."""
+"""AdaBN on networks with both kinds of batch normalisation: the target's statistics, and no other change."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 
 
 class Deep(linen.Module):
-    """Three batch normalisations of either kind, with what enters each of them on record."""
+    """A network with three batch normalisations of either kind, which records their inputs."""
 
     ours: bool
     rate: float = 0.5
@@ -41,14 +41,14 @@ def _recorded(network, variables, x):
 
 
 def entering(network, variables, x, stats):
-    """What enters each layer in inference, by the network's own record, and the statistics it is given."""
+    """Return the recorded inputs and the statistics of each normalisation in inference."""
     _, state = _recorded(network, {**variables, "batch_stats": stats}, x)
     layers = [stats[name] for name in sorted(stats)]
     return list(zip(*jax.tree.map(np.asarray, (list(state["entering"]["x"]), layers)), strict=True))
 
 
 def images(n, seed=0, scale=1.0, shift=0.0):
-    """Sorted by brightness, so that batches differ."""
+    """Return images sorted by brightness, so that batches differ."""
     x = shift + scale * np.random.default_rng(seed).normal(size=(n, 5, 5, 2))
     x += np.linspace(-2, 2, n)[:, None, None, None]
     return x.astype(jnp.result_type(float))
@@ -56,12 +56,12 @@ def images(n, seed=0, scale=1.0, shift=0.0):
 
 def trained(network, x):
     variables, rng = jax.jit(network.init)(jax.random.key(1), x), np.random.default_rng(2)
-    # γ and β that matter, and the source's statistics.
+    # Random γ and β, so that their values matter, and the source's statistics.
     params = jax.tree.map(
         lambda leaf: jnp.asarray((leaf + 0.3 * rng.normal(size=leaf.shape)).astype(leaf.dtype)),
         jax.device_get(variables["params"]),
     )
-    # Without the record that `init` leaves.
+    # Remove the record that `init` creates.
     return adabn(network, {**variables, "params": params, "entering": {}}, x)
 
 
@@ -125,7 +125,7 @@ def test_one_pass_pools_the_moments_within_and_between_batches(network, x64):
         np.testing.assert_allclose(adapted[name]["mean"], mean, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(adapted[name]["var"], var, rtol=1e-9)
         naive.append(np.average(var_b, axis=0, weights=sizes))
-    # The average variance of batches lacks what they differ by.
+    # The average of the batches' variances lacks the variance between batches.
     first = adapted[min(adapted)]["var"]
     assert (naive[0] < first).all()
     assert (naive[0] / first).min() < 0.5
@@ -153,7 +153,7 @@ def test_conv4_gets_the_statistics_of_the_target():
 
 
 @pytest.mark.nightly
-def test_bytes_are_numbers_between_zero_and_one():
+def test_bytes_are_scaled_to_zero_to_one():
     network = Deep(ours=False)
     variables = trained(network, images(12))
     x = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 2), dtype=np.uint8)
@@ -176,15 +176,15 @@ def test_a_classifier_is_adapted_adapter_first_and_compiled_once(batch, x64):
     variables = initialised(model, source)
     variables = {name: variables[name] for name in ("params", "batch_stats")}
     adapted = adabn(model, variables, target, batch=batch)
-    of = [{name: tree[part] for name, tree in variables.items()} for part in ("adapter", "body")]
-    stem = adabn(Stem(), of[0], target)
-    seen = jax.jit(Stem().apply)(stem, target)
+    parts = [{name: tree[part] for name, tree in variables.items()} for part in ("adapter", "body")]
+    stem = adabn(Stem(), parts[0], target)
+    stem_outputs = jax.jit(Stem().apply)(stem, target)
     np.testing.assert_allclose(
-        np.asarray(seen).mean((0, 1, 2)), 0, atol=1e-6
+        np.asarray(stem_outputs).mean((0, 1, 2)), 0, atol=1e-6
     )  # γ = 1 and β = 0 at initialisation
     expected = {
         "adapter": stem["batch_stats"],
-        "body": adabn(body, of[1], np.asarray(seen))["batch_stats"],
+        "body": adabn(body, parts[1], np.asarray(stem_outputs))["batch_stats"],
     }
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), adapted["batch_stats"], expected)
     jax.tree.map(np.testing.assert_array_equal, adapted["params"], variables["params"])
@@ -208,7 +208,7 @@ class NNXNet(nnx.Module):
         return self.last(self.second(jax.nn.relu(self.norm(self.first(x)))))
 
 
-def test_an_nnx_model_is_adapted_all_at_once_or_in_one_pass(x64):
+def test_an_nnx_model_is_adapted_in_one_batch_or_in_one_pass(x64):
     model = jm.nn.from_nnx(lambda rngs: NNXNet(rngs))
     x = np.random.default_rng(0).normal(size=(10, 4)) + np.linspace(0, 3, 10)[:, None]
     params = initialised(model, x)
@@ -246,7 +246,7 @@ class Lifted(linen.Module):
         return x, out
 
 
-def test_layers_by_scan_and_remat_and_of_several_axes_are_adapted_too(x64):
+def test_layers_in_scan_and_remat_and_with_several_axes_are_adapted(x64):
     network = Lifted()
     x = np.random.default_rng(0).normal(size=(30, 4)) * np.linspace(0.2, 3, 30)[:, None]
     variables = initialised(network, x)
@@ -283,7 +283,7 @@ class Odd(linen.Module):
         ("once", {"training": False, "batch": 0}, "batch: got 0"),
     ],
 )
-def test_networks_whose_statistics_would_be_wrong_are_refused(kind, settings, message):
+def test_networks_whose_statistics_would_be_wrong_are_rejected(kind, settings, message):
     network, x = Odd(kind), np.ones((4, 3), np.float32)
     variables = initialised(network, x)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Training on two domains: gradients by hand, statistics by domain, and what it brings on a toy shift."""
+"""Alignment of two domains: gradients by hand, statistics by domain, and accuracy on a toy shift."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen
-from variables import close, initialised, noting_keys, same_bits
+from variables import close, initialised, record_keys, same_bits
 
 import jaxmeta as jm
 from jaxmeta.transfer import accuracy, align, coral, dann, fine_tune, leaves_by_path, mmd
@@ -16,7 +16,7 @@ INIT = linen.initializers.lecun_normal()
 
 
 class Net(linen.Module):
-    """Normalised, with dropout."""
+    """A layer with batch normalisation and dropout."""
 
     ours: bool = True
     rate: float = 0.3
@@ -32,7 +32,7 @@ class Net(linen.Module):
 
 
 def blobs(seed, n, shift=0.0):
-    """Two classes, told apart by both coordinates; the target's are moved along the less telling one."""
+    """Return two classes that differ in both coordinates; `shift` moves the less informative one."""
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(n) % 2)
     x = 0.3 * rng.normal(size=(n, 2)) + np.array([[-1, -0.5], [1, 0.5]])[y] + [0, shift]
@@ -52,14 +52,14 @@ def model(request):
 # --- Against source-only training, and statistics -------------------------------------------------
 
 
-def check_every_leaf_moved(before, after):
+def assert_every_leaf_moved(before, after):
     old, new = leaves_by_path(before), leaves_by_path(after)
     assert [path for path in old if np.array_equal(old[path], new[path])] == []
 
 
 @pytest.mark.nightly_rows(after=1)
 def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
-    """With one key both have the same batches and dropout, and the same weights of the source's examples."""
+    """With one key, both trainings have the same batches, dropout and weights of the source examples."""
     variables = initialised(model, SOURCE.x)
     before = jax.tree.map(np.array, variables)
     weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
@@ -68,7 +68,7 @@ def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
     found = align(model, variables, SOURCE, TARGET.x, coral(0.0), norm="separate", **settings)
     close(found.losses, known.losses, 1e-5)
     close(found.source, known.variables, 1e-5)
-    # The target's statistics are of batches of its own: means of what enters the normalisation lie apart.
+    # The target's statistics come from its own batches, whose means before the normalisation differ.
     close(found.target["params"], known.variables["params"], 1e-5)
     apart = (
         found.target["batch_stats"]["body"]["norm"]["mean"]
@@ -76,13 +76,13 @@ def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
     )
     assert np.abs(apart).max() > 0.1
     assert same_bits(variables, before)
-    check_every_leaf_moved(before, found.target)
+    assert_every_leaf_moved(before, found.target)
 
 
 @pytest.mark.nightly_rows(after=1)
-def test_batch_statistics_are_of_each_domain_or_of_both_together(model):
+def test_batch_statistics_are_separate_or_joint(model):
     variables = initialised(model, SOURCE.x)
-    # All examples in one step, which changes no weight: the statistics are those of the domains as they are.
+    # One step with all examples at rate 0: the statistics are those of the whole domains.
     settings = {"optimizer": optax.sgd(0.0), "steps": 1, "key": KEY, "batch_size": 64}
     hidden = variables["params"]["body"]["dense"]
 
@@ -93,14 +93,14 @@ def test_batch_statistics_are_of_each_domain_or_of_both_together(model):
     def running(found):
         return found["batch_stats"]["body"]["norm"]
 
-    # 48 of the target beside 64 of the source: a step has as many as there are.
+    # 48 target and 64 source examples: the step has all of them.
     separate = align(model, variables, SOURCE, TARGET.x, CORAL, norm="separate", **settings)
     close(running(separate.source), after_one(SOURCE.x), 1e-5)
     close(running(separate.target), after_one(TARGET.x), 1e-5)
     joint = align(model, variables, SOURCE, TARGET.x, CORAL, norm="joint", **settings)
     assert same_bits(joint.source, joint.target)
     close(running(joint.target), after_one(np.concatenate([SOURCE.x, TARGET.x])), 1e-5)
-    # Features of both are normalised by what both have in common, and the loss is another.
+    # Joint statistics give other features and so another loss.
     assert abs(np.asarray(separate.losses - joint.losses)) > 1e-3
 
 
@@ -128,7 +128,7 @@ def test_frozen_parameters_and_statistics_stay_in_both_domains(model, norm):
 
 def test_losses_of_coral_and_mmd_are_their_weighted_discrepancies():
     @jax.jit
-    def found_and_known(source, target):
+    def computed_and_expected(source, target):
         whole = jm.transfer.coral_loss(source, target, variant="mean+cov")
         pairs = {
             coral(0.3): 0.3 * jm.transfer.coral_loss(source, target),
@@ -139,7 +139,7 @@ def test_losses_of_coral_and_mmd_are_their_weighted_discrepancies():
             (alignment.loss({}, source, target, jnp.array(0.5)), known) for alignment, known in pairs.items()
         ]
 
-    for found, known in found_and_known(SOURCE.x, TARGET.x):
+    for found, known in computed_and_expected(SOURCE.x, TARGET.x):
         np.testing.assert_allclose(found, known, rtol=1e-6)
     assert coral().init(KEY, 2) == mmd().init(KEY, 2) == {}
 
@@ -149,8 +149,8 @@ def test_losses_of_coral_and_mmd_are_their_weighted_discrepancies():
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("alignment", [dann(hidden=(4,)), coral(), mmd()], ids=["dann", "coral", "mmd"])
-def test_training_in_pieces_is_training_in_one_go_bit_for_bit(model, alignment):
-    """λ is that of the progress of all of the training, not of a piece."""
+def test_training_in_pieces_equals_uninterrupted_training_bit_for_bit(model, alignment):
+    """λ depends on the progress of the whole training, not on that of a piece."""
     variables = initialised(model, SOURCE.x)
     settings = {**SETTINGS, "steps": 6, "optimizer": optax.sgd(0.1, momentum=0.9)}
     whole = align(model, variables, SOURCE, TARGET.x, alignment, **settings)
@@ -180,7 +180,7 @@ def test_training_in_pieces_is_training_in_one_go_bit_for_bit(model, alignment):
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("weight", [0.4, 1.0])
 def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(weight, x64):
-    """Two steps: λ is 0 in the first, of progress ½ in the second."""
+    """In two steps, λ is 0 in the first and belongs to progress ½ in the second."""
 
     def to64(tree):
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree)
@@ -192,7 +192,7 @@ def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(wei
     heads = []
 
     def init(key, dim):
-        # Not the small weights of its default, by which nothing would flow.
+        # Larger weights than the default's, which would pass almost no gradient on.
         own = to64(jax.tree.map(lambda leaf: 50 * np.asarray(leaf, np.float64), alignment.init(key, dim)))
         heads.append(own)
         return own
@@ -234,12 +234,12 @@ def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(wei
     close(found.target["params"], params, 1e-9)
 
 
-# --- What it brings -------------------------------------------------------------------------------
+# --- Effect on the target --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def source_only():
-    """A network without normalisation, which would align two moments by itself."""
+    """Return a network trained on the source; normalisation would align the first two moments."""
     model = jm.transfer.classifier(jm.nn.MLP(out=8, hidden=(8,), kernel_init=INIT), 2)
     key = jax.random.key(1)
     variables = initialised(model, SOURCE.x, 1)
@@ -263,7 +263,7 @@ def test_alignment_brings_domains_together_and_classifies_the_target_better(sour
     @jax.jit
     def apart(variables):
         source, target = (model.features.apply(variables, x) for x in (SOURCE.x, TARGET.x))
-        # In units of the source's spread: shrinking all features would be no alignment.
+        # In units of the source's spread, since shrinking all features does not align them.
         scale = source.std()
         return jm.transfer.mmd2(source / scale, target / scale)
 
@@ -299,7 +299,7 @@ def test_weights_count_for_the_source_as_in_fine_tuning(small):
 
 
 @pytest.mark.nightly
-def test_augmentation_is_of_both_domains(small):
+def test_augmentation_applies_to_both_domains(small):
     model, variables, settings = small
     moved = align(model, variables, SOURCE, TARGET.x, CORAL, augment=lambda key, x: 2 * x + 1, **settings)
     before = align(
@@ -308,9 +308,9 @@ def test_augmentation_is_of_both_domains(small):
     close(moved.target, before.target, 1e-5)
 
 
-def test_augmentations_of_both_domains_have_keys_of_their_own(small):
+def test_augmentations_of_the_two_domains_have_different_keys(small):
     model, variables, settings = small
-    keys, augment = noting_keys()
+    keys, augment = record_keys()
     align(model, variables, SOURCE, TARGET.x, CORAL, augment=augment, **settings)
     assert len(set(keys())) == len(keys()) == 2 * settings["steps"]
 
@@ -318,7 +318,7 @@ def test_augmentations_of_both_domains_have_keys_of_their_own(small):
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-def test_bad_arguments_are_refused_by_name(small):
+def test_bad_arguments_are_rejected_with_their_name(small):
     model, variables, settings = small
 
     def run(model=model, source=SOURCE, target=TARGET.x, **more):
@@ -355,4 +355,4 @@ def test_training_moves_every_leaf_and_leaves_the_given_variables_unchanged(mode
     before = jax.tree.map(np.array, variables)
     found = align(model, variables, SOURCE, TARGET.x, mmd(), optimizer=optax.adam(0.1), **SETTINGS)
     assert same_bits(variables, before)
-    check_every_leaf_moved(before, found.target)
+    assert_every_leaf_moved(before, found.target)

@@ -1,4 +1,4 @@
-"""CORAL and maximum mean discrepancy, against closed forms, NumPy and scikit-learn."""
+"""CORAL and maximum mean discrepancy, compared with closed forms, NumPy and scikit-learn."""
 
 import inspect
 from functools import partial
@@ -31,7 +31,7 @@ def samples(n=7, m=5, dim=DIM, seed=0):
 
 
 def finite_differences(f, x, step=1e-6):
-    """Gradient of `f` at `x`, entry by entry."""
+    """Return the gradient of `f` at `x` by central differences, entry by entry."""
     gradient = np.zeros_like(x)
     for place in np.ndindex(x.shape):
         moved = np.zeros_like(x)
@@ -43,7 +43,7 @@ def finite_differences(f, x, step=1e-6):
 # --- CORAL ----------------------------------------------------------------------------------------
 
 
-def test_covariance_is_numpys_and_scikit_learns(x64):
+def test_covariance_equals_numpys_and_scikit_learns(x64):
     x, _ = samples()
     np.testing.assert_allclose(covariance(x), np.cov(x, rowvar=False), rtol=1e-12)
     biased = EmpiricalCovariance().fit(x).covariance_
@@ -79,7 +79,7 @@ def test_coral_depends_on_covariances_and_not_on_means(x64):
     assert coral(source, shifted, variant="mean+cov") > 1
     np.testing.assert_allclose(coral(source + 3, other - 2), coral(source, other), rtol=1e-10)
     for scale in (0.99, 1.01):
-        # C_t = scale² C_s: nothing but the distance of these two.
+        # C_t = scale² C_s, so that the loss is the distance of these two matrices.
         expected = (1 - scale**2) ** 2 * np.square(np.cov(source, rowvar=False)).mean() / 4
         np.testing.assert_allclose(coral(source, scale * source), expected, rtol=1e-9)
 
@@ -123,7 +123,7 @@ def test_mmd_of_points_zero_and_one():
 
 
 def by_loops(x, y, sigma, estimator):
-    """The definitions, pair by pair."""
+    """Return MMD² by its definition, pair by pair."""
 
     def k(a, b):
         return np.exp(-sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) / (2 * sigma**2))
@@ -140,11 +140,11 @@ def by_loops(x, y, sigma, estimator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_mmd_is_its_definition_pair_by_pair(estimator, x64):
+def test_mmd_equals_its_definition_pair_by_pair(estimator, x64):
     x, y = samples(6, 6) if estimator == "linear" else samples(7, 4)
     found = mmd(x, y, bandwidth=1.3, estimator=estimator)
     np.testing.assert_allclose(found, by_loops(x, y, 1.3, estimator), rtol=1e-10)
-    # Several kernels: with β uniform their mean, one kernel being a case of it; otherwise as given.
+    # Several kernels: their mean by default, and their weighted sum with given β.
     parts = np.array([by_loops(x, y, sigma, estimator) for sigma in (0.5, 1.3, 4.0)])
     several = {"bandwidth": (0.5, 1.3, 4.0), "estimator": estimator}
     np.testing.assert_allclose(mmd(x, y, **several), parts.mean(), rtol=1e-10)
@@ -162,7 +162,7 @@ def test_a_bandwidth_may_be_traced_and_has_a_gradient(x64):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
-def test_biased_mmd_is_scikit_learns_kernel_averaged(x64):
+def test_biased_mmd_equals_averages_of_scikit_learns_kernel(x64):
     x, y = samples(9, 4)
     gamma = 1 / (2 * 0.8**2)
     expected = (
@@ -209,7 +209,7 @@ def test_a_measured_bandwidth_is_of_the_pooled_sample_and_has_no_gradient(kind, 
     assert np.abs(np.asarray(gradients[0]) - finite_differences(free, x)).max() > 1e-3
 
 
-def test_the_gradient_of_coral_is_that_of_finite_differences(x64):
+def test_the_gradient_of_coral_equals_finite_differences(x64):
     source, target = samples()
     for variant in ("paper", "mean+cov"):
         loss = jax.jit(partial(coral_loss, target=target, variant=variant))
@@ -243,7 +243,7 @@ def test_mmd_of_one_point_many_times_is_zero_and_so_is_its_gradient():
 
 
 def true_mmd2(mean, s, t, sigma):
-    """Of N(0, s²I) and N(mean, t²I): the expectation of a Gaussian kernel is a Gaussian integral."""
+    """Return MMD² of N(0, s²I) and N(mean, t²I), whose kernel expectations are Gaussian integrals."""
 
     def expectation(shift, variance):
         total = sigma**2 + variance
@@ -276,7 +276,7 @@ def test_dan_is_the_sum_of_the_mmd_of_the_layers(x64):
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-# --- What is refused ------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_dan_is_the_sum_of_the_mmd_of_the_layers(x64):
         (lambda x, y: mmd2(x[:0], y), r"source: got shape \(0, 3\)"),
         (lambda x, y: mmd2(x[:1], y, estimator="unbiased"), "source: .*at least 2 examples"),
         (lambda x, y: mmd2(x, y, estimator="linear"), "got 7 and 5 examples"),
-        (lambda x, y: mmd2(x[:5], y, estimator="linear"), "an even number"),
+        (lambda x, y: mmd2(x[:5], y, estimator="linear"), "equal and even numbers"),
         (lambda x, y: mmd2(x, y, estimator="quadratic"), "estimator: got 'quadratic'"),
         (lambda x, y: mmd2(x, y, bandwidth=0.0), r"bandwidth: got 0\.0"),
         (lambda x, y: jax.jit(lambda x: mmd2(x, y, bandwidth=(1.0, -2.0)))(x), r"bandwidth: got \(1\.0, -2"),
@@ -300,11 +300,11 @@ def test_dan_is_the_sum_of_the_mmd_of_the_layers(x64):
         (lambda x, y: mmd2(x, y, multiples=(1.0, -1.0)), r"multiples: got \(1\.0, -1\.0\)"),
         (lambda x, y: mmd2(x, y, weights=(1.0,)), r"weights: got shape \(1,\) for 5 kernels"),
         (lambda x, y: dan_loss([x, x], [y]), "features of 2 and 1 layers"),
-        (lambda x, y: dan_loss([], []), "at least one"),
+        (lambda x, y: dan_loss([], []), "numbers must be equal and above 0"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(call, message):
-    # Without the run-time type checks, which users do not have.
+def test_bad_arguments_are_rejected_with_their_name(call, message):
+    # Call the functions as users do, without the run-time type checks of the tests.
     names = {f.__name__: inspect.unwrap(f) for f in (coral_loss, coral_transform, covariance, dan_loss, mmd2)}
     bare = type(call)(call.__code__, {**names, "jax": jax})
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Gradient reversal and DANN's schedules, and the domain loss."""
+"""Gradient reversal, DANN's schedules and the domain loss."""
 
 import inspect
 
@@ -30,7 +30,7 @@ def test_features_pass_the_reversal_bit_for_bit():
         assert [leaf.dtype for leaf in jax.tree.leaves(passed)] == ["float32", "float16", "float32"]
 
 
-def test_a_reversed_gradient_is_that_of_finite_differences_times_minus_the_strength(x64):
+def test_a_reversed_gradient_equals_finite_differences_times_minus_the_strength(x64):
     def f(x, strength):
         return jnp.sum(jnp.sin(gradient_reversal(jnp.square(x), strength)) * jnp.arange(1.0, 5.0))
 
@@ -38,7 +38,7 @@ def test_a_reversed_gradient_is_that_of_finite_differences_times_minus_the_stren
     value, gradient = jax.jit(f), jax.jit(jax.grad(f))
     forward = [(value(x + d, strength) - value(x - d, strength)) / (2 * step) for d in step * np.eye(4)]
     forward = np.array(forward)
-    # Both modes; and with a traced strength, under jit, vmap and scan.
+    # Reverse and forward mode, then with a traced strength under jit, vmap and scan.
     np.testing.assert_allclose(gradient(x, strength), -strength * forward, rtol=1e-8)
     np.testing.assert_allclose(jax.jit(jax.jacfwd(f))(x, strength), -strength * forward, rtol=1e-8)
     strengths = np.array([0.0, 0.37, 2.0])
@@ -49,13 +49,13 @@ def test_a_reversed_gradient_is_that_of_finite_differences_times_minus_the_stren
     np.testing.assert_array_equal(scanned[0], 0)
 
 
-def test_the_strength_has_no_gradient_of_its_own():
+def test_the_strength_has_a_zero_gradient():
     gradient = jax.grad(lambda s: jnp.sum(jnp.square(gradient_reversal(jnp.arange(3.0), s))))(0.5)
     assert gradient == 0
 
 
 def dann(x_source, labels, x_target):
-    """DANN's one loss for three parts: features, label head and domain head."""
+    """Return DANN's single loss of its three parts: features, label head and domain head."""
 
     def loss(params, strength):
         def features(x):
@@ -76,7 +76,7 @@ def test_dann_descends_the_domain_loss_by_its_head_and_ascends_it_by_the_feature
     labels = np.array([0, 1, 1, 0, 1, 0], np.int32)
     shapes = {"features": (3, 5), "label": (5, 2), "domain": (5, 1)}
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    # The two losses apart, without any reversal, in NumPy's terms.
+    # The two losses separately, without a reversal.
 
     def logits(params, x, head):
         return jnp.tanh(x @ params["features"]) @ params[head]
@@ -99,7 +99,7 @@ def test_dann_descends_the_domain_loss_by_its_head_and_ascends_it_by_the_feature
         )
 
 
-def test_bad_arguments_of_gradient_reversal_are_refused_by_name():
+def test_bad_arguments_of_gradient_reversal_are_rejected_with_their_name():
     bare = inspect.unwrap(gradient_reversal)
     with pytest.raises(ValueError, match=r"x\['a'\]: got int32"):
         bare({"a": jnp.arange(3)}, 1.0)
@@ -121,7 +121,7 @@ def test_strength_and_rate_have_the_values_of_the_paper():
     )
 
 
-def test_the_schedule_is_the_rate_at_the_progress_and_stays_at_the_end():
+def test_the_schedule_follows_the_rate_and_stays_constant_after_the_end():
     optimizer = optax.sgd(dann_schedule(4, initial=0.5, a=3.0, b=2.0))
     state, found = optimizer.init(0.0), []
     for _ in range(6):
@@ -133,7 +133,7 @@ def test_the_schedule_is_the_rate_at_the_progress_and_stays_at_the_end():
         dann_schedule(0)
 
 
-def test_domain_loss_is_binary_cross_entropy_with_equal_say_for_both_domains(x64):
+def test_domain_loss_is_binary_cross_entropy_with_equal_weights_of_both_domains(x64):
     from sklearn.metrics import log_loss
 
     rng = np.random.default_rng(3)
@@ -159,7 +159,7 @@ def test_domain_accuracy_is_a_half_by_chance_and_zero_for_nan():
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (0,), (1, 3)])
-def test_logits_that_are_not_one_for_each_example_are_refused(shape):
+def test_logits_of_a_wrong_shape_are_rejected(shape):
     for function in map(inspect.unwrap, (domain_loss, domain_accuracy)):
         with pytest.raises(ValueError, match="target: got logits of shape"):
             function(jnp.zeros(3), jnp.zeros(shape))

@@ -1,4 +1,4 @@
-"""Fine-tuning compared with a plain loop of Flax and optax, and the recipes around it."""
+"""Fine-tuning compared with a plain loop of Flax and optax, and the recipes built on it."""
 
 import itertools
 import warnings
@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from scipy.special import log_softmax
-from variables import close, initialised, noting_keys, same_bits
+from variables import close, initialised, record_keys, same_bits
 
 import jaxmeta as jm
 from jaxmeta.transfer import (
@@ -33,7 +33,7 @@ DATA = jm.Batch(X, Y)
 INIT = linen.initializers.lecun_normal()
 
 
-# One optimizer object for several tests: with equal settings they share a compiled training.
+# Tests that use the same optimizer object and settings share a compiled training.
 MOMENTUM = {"optimizer": optax.sgd(0.1, momentum=0.9), "steps": 7, "key": KEY, "batch_size": 6}
 PLAIN = {"optimizer": optax.sgd(0.3), "steps": 5, "key": KEY, "batch_size": 100}
 
@@ -49,7 +49,7 @@ class FlaxNet(linen.Module):
 
 
 class Whole(linen.Module):
-    """The classifier of a `FlaxNet` as one network, as who knows Flax alone would write it."""
+    """The classifier of a `FlaxNet` as one plain Flax network."""
 
     @linen.compact
     def __call__(self, x, train=False):
@@ -64,13 +64,13 @@ def flax():
 
 @pytest.fixture(scope="module")
 def smooth():
-    """Without normalisation: the loss is a mean over examples."""
+    """Return a model without normalisation, whose loss is a mean over examples."""
     model = classifier(jm.nn.MLP(out=5, hidden=(8,), kernel_init=INIT), 3)
     return model, initialised(model, X, 1)
 
 
 class Spy:
-    """A loss that writes down which examples are in a batch, by labels that are their numbers."""
+    """A loss that records the examples of each batch, with the examples' numbers as labels."""
 
     def __init__(self):
         self.batches, self.traces = [], 0
@@ -93,7 +93,7 @@ def test_fine_tuning_equals_a_plain_loop_of_flax_and_optax_on_the_same_batches(f
     )
     jax.effects_barrier()
     assert len(spy.batches) == 6
-    # Two batches an epoch: no example twice in one, and the four that are left over are others each time.
+    # Each epoch has two batches without repeated examples; the four left over differ between epochs.
     epochs = [np.concatenate(spy.batches[i : i + 2]) for i in (0, 2, 4)]
     assert all(len(np.unique(epoch)) == 16 for epoch in epochs)
     assert len({tuple(np.setdiff1d(np.arange(20), epoch)) for epoch in epochs}) == 3
@@ -127,7 +127,7 @@ def test_fine_tuning_equals_a_plain_loop_of_flax_and_optax_on_the_same_batches(f
     [jm.nn.MLP(out=4, hidden=()), pytest.param(jm.nn.Conv4(filters=4), marks=pytest.mark.nightly)],
     ids=["mlp", "conv4"],
 )
-def test_bytes_are_numbers_from_zero_to_one(body):
+def test_bytes_are_scaled_to_zero_to_one(body):
     model = classifier(body, 3)
     x = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 1), np.uint8)
     variables = initialised(model, np.zeros((2, 16, 16, 1), np.float32))
@@ -160,7 +160,7 @@ def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
     np.testing.assert_allclose(
         penalised.losses - plain, 2 * variables["params"]["head"]["kernel"].sum(), rtol=1e-4
     )
-    keys, augment = noting_keys()
+    keys, augment = record_keys()
     noisy = fine_tune(
         model,
         variables,
@@ -173,7 +173,7 @@ def test_a_penalty_is_added_and_an_augmentation_is_new_in_each_step(smooth):
 
 
 @pytest.mark.nightly
-def test_an_augmentation_without_chance_trains_as_augmented_data(smooth):
+def test_a_deterministic_augmentation_equals_training_on_augmented_data(smooth):
     model, variables = smooth
     settings = {"optimizer": optax.sgd(0.0), "steps": 3, "key": KEY, "batch_size": 20}
     twice = fine_tune(model, variables, DATA, augment=lambda key, x: 2 * x, **settings).losses
@@ -196,11 +196,11 @@ def test_regression_has_targets_of_any_width_and_is_reported_twenty_times():
         report=lambda step, loss: reports.append(step),
     )
     assert fitted.losses[-1] < 0.05 < 5 < fitted.losses[0]
-    # About twenty reports, and one at the end.
+    # About 20 reports, and one at the end.
     assert reports == [*range(16, 310, 16), 310]
 
 
-def test_the_key_decides_the_training_and_pieces_make_no_difference(flax):
+def test_training_depends_on_the_key_and_not_on_its_pieces(flax):
     model, variables = flax
     settings = MOMENTUM
     whole = fine_tune(model, variables, DATA, **settings)
@@ -235,7 +235,7 @@ def test_repeated_training_compiles_nothing_new(smooth):
 
     first = run(0, 0.1)
     assert first > 0
-    # Other values of everything, and pieces of another length.
+    # Other values of all arrays, and pieces of other lengths.
     assert run(1, 0.2) == run(2, 0.3, every=1, report=lambda *_: None) == run(3, 0.1, every=4) == first
     assert run(4, 0.1, batch_size=7) > first
 
@@ -289,7 +289,7 @@ def test_a_frozen_body_of_another_kind_is_in_inference_and_unchanged(body):
     variables = initialised(model, X)
     optimizer = optax.adamw(0.05, weight_decay=0.5)
     probed = fine_tune(model, variables, DATA, train="head", optimizer=optimizer, steps=10, key=KEY)
-    # Frozen as a whole, the body is in inference: its features are those that stay.
+    # A completely frozen body is in inference mode, so that its features do not change.
     assert same_bits(probed.variables["params"]["body"], variables["params"]["body"])
     assert same_bits(probed.variables.get("batch_stats", {}), variables.get("batch_stats", {}))
     features = np.asarray(extract_features(model, variables, X))
@@ -306,7 +306,7 @@ def test_bodies_of_other_kinds_are_trained(body):
     optimizer = optax.adamw(0.05, weight_decay=0.5)
     fitted = fine_tune(model, variables, DATA, optimizer=optimizer, steps=100, key=KEY).variables
     unmoved = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (fitted, variables)), strict=True)]
-    # The bias before a normalisation has no gradient but what rounding leaves.
+    # The gradient of a bias before a normalisation is zero up to rounding.
     assert sum(unmoved) <= ("batch_stats" in variables)
     assert jm.transfer.accuracy(model, fitted, DATA) > 0.8
 
@@ -314,13 +314,13 @@ def test_bodies_of_other_kinds_are_trained(body):
 # --- Recipes --------------------------------------------------------------------------------------
 
 
-def test_feature_extraction_fits_the_head_on_features_of_inference_and_touches_nothing_else(flax):
+def test_feature_extraction_fits_the_head_on_inference_features_and_changes_nothing_else(flax):
     model, variables = flax
     stats = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.5), variables["batch_stats"])
     variables = {**variables, "batch_stats": jax.tree.map(jnp.asarray, stats)}
     features = jax.jit(model.features.apply)(variables, X)
 
-    def mine(features, labels, classes, *, value):
+    def custom(features, labels, classes, *, value):
         assert features.shape == (20, 8)
         assert classes == 3
         return {"kernel": jnp.full((8, 3), value), "bias": jnp.zeros(3)}
@@ -328,7 +328,7 @@ def test_feature_extraction_fits_the_head_on_features_of_inference_and_touches_n
     for settings, expected in (
         ({"head": "ridge", "penalty": 0.1}, ridge_head(features, Y, 3, penalty=0.1)),
         ({"penalty": 0.1}, logistic_head(features, Y, 3, penalty=0.1)),
-        ({"head": mine, "value": 2.0}, mine(features, Y, 3, value=2.0)),
+        ({"head": custom, "value": 2.0}, custom(features, Y, 3, value=2.0)),
     ):
         found = feature_extraction(model, variables, DATA, **settings)
         close(found["params"]["head"], expected, 1e-4)
@@ -347,13 +347,13 @@ def test_lp_ft_is_fine_tuning_from_a_probed_head(flax, smooth):
         assert same_bits(found, fine_tune(model, probed, DATA, **settings))
         assert not same_bits(probed["params"]["body"], found.variables["params"]["body"])
     assert same_bits(probed, feature_extraction(model, variables, DATA))
-    # Where training and inference see the same features, it begins low.
+    # Without normalisation, training starts with the probe's features and so with a low loss.
     assert found.losses[0] < fine_tune(model, variables, DATA, **settings).losses[0]
 
 
-def test_each_stage_of_gradual_unfreezing_has_keys_of_its_own(smooth):
+def test_each_stage_of_gradual_unfreezing_has_its_own_keys(smooth):
     model, variables = smooth
-    keys, augment = noting_keys()
+    keys, augment = record_keys()
     groups, settings = ["body/*", "head"], {"stage_steps": 10, "key": KEY, "batch_size": 20}
     gradual_unfreezing(model, variables, DATA, groups, augment=augment, **settings)
     assert len(set(keys())) == len(keys()) == 20
@@ -375,7 +375,7 @@ def test_gradual_unfreezing_goes_from_the_top_to_the_bottom(flax):
     )  # fmt: skip
     assert reports == [10, 10, 20]
     assert fitted.losses.shape == (40,)
-    # Each stage climbs for a tenth of its steps, and starts and ends low.
+    # Each stage's rate increases for a tenth of its steps, and starts and ends low.
     np.testing.assert_allclose([s(0) for s in schedules], 0.2 / 32, rtol=1e-6)
     np.testing.assert_allclose(
         [schedules[0](1), schedules[2](2), schedules[2](20)], [0.2, 0.2, 0.2 / 32], rtol=1e-6
@@ -397,7 +397,7 @@ def test_gradual_unfreezing_goes_from_the_top_to_the_bottom(flax):
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-def test_bad_arguments_are_refused_by_name(flax):
+def test_bad_arguments_are_rejected_with_their_name(flax):
     model, variables = flax
     settings = {"optimizer": optax.sgd(0.1), "steps": 2, "key": KEY}
     for arguments, message in (
@@ -427,9 +427,9 @@ def test_bad_arguments_are_refused_by_name(flax):
         gradual_unfreezing(model, variables, DATA, ["body", "head"], stage_steps=9, key=KEY)
 
 
-# --- A probe and what is trained from it ------------------------------------------------------------
+# --- Probes with the statistics of fine-tuning ----------------------------------------------------
 
-PALE = jm.Batch(0.1 * X + 2.0, Y)
+SHIFTED = jm.Batch(0.1 * X + 2.0, Y)
 BODIES = {
     "flax": FlaxNet,
     "ours": lambda: jm.nn.MLP(out=None, hidden=(8, 8), norm=True, kernel_init=INIT),
@@ -437,8 +437,8 @@ BODIES = {
 }
 
 
-def settled(body):
-    """A model, and its variables with the running statistics of `X`, of which `PALE` has none."""
+def adapted_model(body):
+    """Return a model, and variables with the running statistics of `X`, which are not those of `SHIFTED`."""
     model = classifier(BODIES[body](), 3)
     return model, jm.transfer.adabn(model, initialised(model, X, 1), X)
 
@@ -446,58 +446,58 @@ def settled(body):
 @pytest.mark.nightly_rows(after=3)
 @pytest.mark.parametrize(("keep", "batch_size"), [(True, 6), (False, 100), (False, 10)])
 @pytest.mark.parametrize("body", ["flax", "ours", "nnx"])
-def test_lp_ft_at_a_rate_of_nothing_stays_where_the_probe_was(body, keep, batch_size):
-    model, variables = settled(body)
+def test_lp_ft_at_a_tiny_rate_stays_at_the_probe(body, keep, batch_size):
+    model, variables = adapted_model(body)
     settings = {"key": KEY, "batch_size": batch_size, "keep_statistics": keep}
-    probe = fine_tuning_probe(model, variables, PALE, **settings, probe={"penalty": 1e-4})
+    probe = fine_tuning_probe(model, variables, SHIFTED, **settings, probe={"penalty": 1e-4})
     settings |= {"optimizer": optax.sgd(1e-9), "steps": 80, "probe": {"penalty": 1e-4}}
-    fitted = linear_probe_then_fine_tune(model, variables, PALE, **settings)
-    before, after = (model.apply(each, PALE.x) for each in (probe, fitted.variables))
+    fitted = linear_probe_then_fine_tune(model, variables, SHIFTED, **settings)
+    before, after = (model.apply(each, SHIFTED.x) for each in (probe, fitted.variables))
     exact = keep or batch_size > len(Y)
-    # Of mini-batches a running average is one of a few of them.
+    # With mini-batches, a running average covers mainly the last of them.
     close(after, before, (1e-3 if exact else 0.15) * float(jnp.abs(before).max()))
     assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"]) == keep
     assert same_bits(probe["batch_stats"], variables["batch_stats"]) == keep
-    if exact and body != "nnx":  # of which dropout is on in training
+    if exact and body != "nnx":  # which has dropout in training
         known = -log_softmax(np.asarray(before), axis=1)[np.arange(20), Y].mean()
         np.testing.assert_allclose(fitted.losses.mean(), known, rtol=0.05 if batch_size < len(Y) else 1e-3)
 
 
-def test_a_probe_has_the_statistics_of_whole_batches_where_there_is_one():
-    """Layer by layer those of the data, as AdaBN has them; whatever a layer's momentum is."""
-    model, variables = settled("flax")
-    probe = fine_tuning_probe(model, variables, PALE, key=KEY, batch_size=20)
-    close(probe["batch_stats"], jm.transfer.adabn(model, variables, PALE.x)["batch_stats"], 1e-4)
+def test_a_probe_has_the_statistics_of_a_whole_batch():
+    """A whole batch gives the statistics of AdaBN, layer by layer, whatever a layer's momentum is."""
+    model, variables = adapted_model("flax")
+    probe = fine_tuning_probe(model, variables, SHIFTED, key=KEY, batch_size=20)
+    close(probe["batch_stats"], jm.transfer.adabn(model, variables, SHIFTED.x)["batch_stats"], 1e-4)
     slow = classifier(jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=INIT), 3, momentum=0.999)
     variables = initialised(slow, X, 1)
-    probe = fine_tuning_probe(slow, variables, PALE, key=KEY, batch_size=20)
-    close(probe["batch_stats"], jm.transfer.adabn(slow, variables, PALE.x)["batch_stats"], 1e-3)
+    probe = fine_tuning_probe(slow, variables, SHIFTED, key=KEY, batch_size=20)
+    close(probe["batch_stats"], jm.transfer.adabn(slow, variables, SHIFTED.x)["batch_stats"], 1e-3)
 
 
 def test_a_probe_keeps_the_statistics_of_layers_that_are_not_trained():
-    model, variables = settled("flax")
+    model, variables = adapted_model("flax")
     train = ["body/dense1", "body/norm1", "head"]
-    probe = fine_tuning_probe(model, variables, PALE, key=KEY, batch_size=100, train=train)
+    probe = fine_tuning_probe(model, variables, SHIFTED, key=KEY, batch_size=100, train=train)
     stats, before = (jax.device_get(each["batch_stats"]["body"]) for each in (probe, variables))
     assert same_bits(stats["norm0"], before["norm0"])
-    # By hand: the first layer normalises by what it has, and the second is measured on that.
+    # By hand: the first layer keeps its statistics, and the second is measured on its outputs.
     body = jax.device_get(variables["params"]["body"])
-    hidden = np.asarray(PALE.x) @ body["dense0"]["kernel"]
+    hidden = np.asarray(SHIFTED.x) @ body["dense0"]["kernel"]
     hidden = (hidden - before["norm0"]["mean"]) / np.sqrt(before["norm0"]["var"] + 1e-5)
     entering = np.maximum(hidden, 0) @ body["dense1"]["kernel"]
     close(stats["norm1"], {"mean": entering.mean(0), "var": entering.var(0)}, 1e-4)
     fitted = fine_tune(
-        model, probe, PALE, key=KEY, batch_size=100, train=train, optimizer=optax.sgd(1e-9), steps=20
+        model, probe, SHIFTED, key=KEY, batch_size=100, train=train, optimizer=optax.sgd(1e-9), steps=20
     )
-    close(model.apply(fitted.variables, PALE.x), model.apply(probe, PALE.x), 1e-3)
+    close(model.apply(fitted.variables, SHIFTED.x), model.apply(probe, SHIFTED.x), 1e-3)
 
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("body", BODIES)
-def test_kept_statistics_normalise_in_training_and_stay_while_all_else_learns(body):
-    model, variables = settled(body)
+def test_kept_statistics_normalise_in_training_and_do_not_change(body):
+    model, variables = adapted_model(body)
     settings = {"optimizer": optax.sgd(0.05), "steps": 10, "key": KEY, "batch_size": 1}
-    fitted = fine_tune(model, variables, PALE, keep_statistics=True, **settings)
+    fitted = fine_tune(model, variables, SHIFTED, keep_statistics=True, **settings)
     assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), fitted.variables["params"], variables["params"])
     assert all(jax.tree.leaves(moved["body"]))
@@ -506,6 +506,6 @@ def test_kept_statistics_normalise_in_training_and_stay_while_all_else_learns(bo
 def test_gradual_unfreezing_may_keep_statistics(flax):
     model, variables = flax
     fitted = gradual_unfreezing(
-        model, variables, PALE, ["body", "head"], stage_steps=10, key=KEY, keep_statistics=True
+        model, variables, SHIFTED, ["body", "head"], stage_steps=10, key=KEY, keep_statistics=True
     )
     assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"])

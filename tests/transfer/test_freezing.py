@@ -1,4 +1,4 @@
-"""Frozen leaves keep their bits; rates by layer and by step; L2-SP."""
+"""Frozen leaves, learning rates by layer and by step, and L2-SP."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ OPTIMIZERS = {
 
 
 class FlaxNet(linen.Module):
-    """Flax's own normalisation, with running averages, and dropout."""
+    """A network with Flax's batch normalisation and dropout."""
 
     @linen.compact
     def __call__(self, x, train=False):
@@ -33,7 +33,7 @@ class FlaxNet(linen.Module):
         return x
 
 
-# Body, what of it is trained, and those of these whose gradient is zero: biases before a normalisation.
+# Network, trained layers, and their leaves with a zero gradient: biases before a normalisation.
 BODIES = {
     "flax": (FlaxNet(), ["dense1", "norm1"], ()),
     "jaxmeta": (jm.nn.Conv4(filters=4), ["ConvNorm_2", "ConvNorm_3"], ("ConvNorm_2/bias", "ConvNorm_3/bias")),
@@ -62,7 +62,7 @@ def test_training_changes_no_bit_of_frozen_leaves_and_every_other_leaf(body, opt
     data = jm.Batch(x, jnp.asarray(np.arange(24) % 3))
     variables = jax.tree.map(np.array, initialised(model, x, 1))
     for leaf in jax.tree.leaves(variables):
-        leaf[(0,) * leaf.ndim] = -0.0  # of which a sum with zero would lose the sign
+        leaf[(0,) * leaf.ndim] = -0.0  # adding zero would lose the sign
     for leaf in jax.tree.leaves(variables["batch_stats"]):
         leaf[1] = 1.3
     variables = jax.tree.map(jnp.asarray, variables)
@@ -108,7 +108,7 @@ def test_frozen_leaves_keep_their_bits_and_others_their_dtype():
     np.testing.assert_array_equal(found["moving"].astype(float), [1.5, 2.5])
 
 
-def test_patterns_that_match_nothing_are_refused():
+def test_patterns_that_match_nothing_are_rejected():
     params = {"body": {"w": 0.0}, "head": {"w": 0.0}}
     assert frozen_mask(params, ["**/w"]) == {"body": {"w": False}, "head": {"w": False}}
     assert frozen_mask(params, []) == {"body": {"w": True}, "head": {"w": True}}
@@ -143,10 +143,10 @@ def test_discriminative_rates_work_with_frozen_layers():
     np.testing.assert_allclose([updates[name][0] for name in params], [0, -1 / 2.6, -1], rtol=1e-6)
 
 
-def test_groups_must_hold_every_leaf_exactly_once():
+def test_every_leaf_must_be_in_exactly_one_group():
     params = {"stem": {"w": jnp.ones(2)}, "top": {"w": jnp.ones(2), "b": jnp.ones(2)}}
     for groups, message in (
-        (["stem", "top/w"], r"groups: every leaf must be in one group; top/b is in none"),
+        (["stem", "top/w"], r"groups: every leaf must be in exactly one group; top/b is in none"),
         (["stem", "top", "**/b"], r"top/b is in \[1, 2\]"),
         (["stem", "top", "roof"], r"groups\[2\]: 'roof' matches nothing"),
         ([], r"stem/w is in none, top/b is in none, top/w is in none"),
@@ -162,11 +162,11 @@ def test_slanted_triangular_takes_the_published_values():
         slanted_triangular(1000),
         {0: 3.125e-4, 50: 5.15625e-3, 100: 0.01, 550: 5.15625e-3, 1000: 3.125e-4},
     )
-    for function, form in ((rate, int), (jax.jit(rate), np.int32)):
-        np.testing.assert_allclose([function(form(step)) for step in known], list(known.values()), rtol=1e-6)
-    # Beyond the end it stays where it is.
+    for function, dtype in ((rate, int), (jax.jit(rate), np.int32)):
+        np.testing.assert_allclose([function(dtype(step)) for step in known], list(known.values()), rtol=1e-6)
+    # The rate stays constant after the end.
     np.testing.assert_allclose(rate(3000), 3.125e-4, rtol=1e-6)
-    # Optax's own pieces of the same line.
+    # The same schedule from linear pieces by optax.
     rate = slanted_triangular(200, 0.5, cut_fraction=0.25, ratio=10.0)
     lines = [optax.linear_schedule(0.05, 0.5, 50), optax.linear_schedule(0.5, 0.05, 150)]
     joined = optax.join_schedules(lines, [50])
@@ -175,7 +175,7 @@ def test_slanted_triangular_takes_the_published_values():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_bad_arguments_of_slanted_triangular_are_refused_by_name():
+def test_bad_arguments_of_slanted_triangular_are_rejected_with_their_name():
     slanted_triangular(10)
     for arguments, message in (
         ({"steps": 9}, "steps: got 9, .* at least 10"),
@@ -196,7 +196,7 @@ def parameters(seed):
 
 
 @pytest.mark.parametrize("with_fisher", [False, True])
-def test_l2_sp_pulls_what_is_shared_to_its_start_and_what_is_new_to_zero(with_fisher, x64):
+def test_l2_sp_pulls_shared_leaves_to_their_start_and_new_ones_to_zero(with_fisher, x64):
     start, w, fisher = parameters(0), parameters(1), jax.tree.map(np.square, parameters(2))
     given = {"fisher": fisher} if with_fisher else {}
     penalty = l2_sp(start, shared="body", alpha=0.3, beta=0.07, **given)
@@ -236,7 +236,7 @@ def test_a_strong_l2_sp_keeps_shared_leaves_and_lets_new_ones_learn():
     variables = initialised(model, x, 1)
 
     def moved(alpha):
-        # One step of size 1/α leads the penalty to its minimum: the proximal step.
+        # One step of size 1/α minimises the penalty: the proximal step.
         penalty = l2_sp(variables["params"], shared="body", alpha=alpha, beta=0.0)
         rates = {"body": optax.sgd(min(0.2, 1 / alpha)), "head": optax.sgd(0.2)}
         optimizer = optax.partition(rates, {"body": "body", "head": "head"})
@@ -257,7 +257,7 @@ def test_a_strong_l2_sp_keeps_shared_leaves_and_lets_new_ones_learn():
     assert strong["body"] < 1e-4 < 0.05 < min(strong["head"], weak["body"], weak["head"])
 
 
-def test_bad_arguments_of_l2_sp_are_refused_by_name():
+def test_bad_arguments_of_l2_sp_are_rejected_with_their_name():
     start = {"body": jnp.ones(3), "head": jnp.ones(2)}
     for arguments, message in (
         ({"alpha": -1.0}, "alpha"),

@@ -1,4 +1,4 @@
-"""Heads on cached features against scikit-learn and refits; the classifier they belong to."""
+"""Heads on cached features, compared with scikit-learn and refits, and their classifier."""
 
 import inspect
 from functools import partial
@@ -31,7 +31,7 @@ KEY = jax.random.key(0)
 
 
 def blobs(n, d, classes=3, seed=0, dtype=np.float64):
-    """Overlapping classes, with columns of several sizes and an offset."""
+    """Return overlapping classes, with columns of several scales and an offset."""
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(n) % classes)
     z = rng.normal(size=(classes, d))[y] + rng.normal(size=(n, d))
@@ -42,22 +42,22 @@ def blobs(n, d, classes=3, seed=0, dtype=np.float64):
 
 
 def alpha_of(z, penalty):
-    """scikit-learn's α = λ · s, s the mean square of the singular values of the centred features."""
+    """Return scikit-learn's α = λ · s, with s the mean squared singular value of the centred features."""
     return penalty * np.square(np.linalg.svd(z - z.mean(0), compute_uv=False)).mean()
 
 
-def chosen(z, y, head, classes=3):
-    """Which penalty a head was fitted with, by scikit-learn's fits with each."""
+def chosen_penalty(z, y, head, classes=3):
+    """Return the penalty that a head was fitted with, found by scikit-learn's fits with each."""
     fits = [Ridge(alpha=alpha_of(z, penalty)).fit(z, np.eye(classes)[y]).coef_.T for penalty in PENALTIES]
     return PENALTIES[np.argmin([np.abs(fit - np.asarray(head["kernel"])).max() for fit in fits])]
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 5), (12, 30)])
 @pytest.mark.parametrize("penalty", [1e-3, 1.0, PENALTIES])
-def test_the_ridge_head_is_scikit_learns(n, d, penalty, x64):
+def test_the_ridge_head_equals_scikit_learns(n, d, penalty, x64):
     z, y = blobs(n, d)
     head = ridge_head(z, y, 3, penalty=penalty)
-    # One α for all classes, as here, and the squared error that is least when each example is left out.
+    # RidgeCV also chooses one α for all classes, by the squared leave-one-out error.
     known = RidgeCV(alphas=alpha_of(z, np.atleast_1d(penalty))).fit(z, np.eye(3)[y])
     np.testing.assert_allclose(head["kernel"], known.coef_.T, rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(head["bias"], known.intercept_, rtol=1e-8, atol=1e-8)
@@ -74,7 +74,7 @@ def test_the_ridge_head_in_single_precision():
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(("n", "d", "seed"), [(15, 4, 0), (12, 30, 1), (8, 8, 2)])
-def test_the_chosen_penalty_is_that_with_the_least_error_of_refits_without_each_example(n, d, seed, x64):
+def test_the_chosen_penalty_has_the_least_leave_one_out_error_of_refits(n, d, seed, x64):
     z, y = blobs(n, d, seed=seed)
     targets = np.eye(3)[y]
 
@@ -89,7 +89,7 @@ def test_the_chosen_penalty_is_that_with_the_least_error_of_refits_without_each_
     errors = [error(penalty) for penalty in PENALTIES]
     best = PENALTIES[int(np.argmin(errors))]
     assert min(errors) < 0.99 * max(errors)
-    assert chosen(z, y, ridge_head(z, y, 3)) == best
+    assert chosen_penalty(z, y, ridge_head(z, y, 3)) == best
 
 
 def test_the_ridge_penalty_has_no_unit_and_the_intercept_is_free(x64):
@@ -98,7 +98,7 @@ def test_the_ridge_penalty_has_no_unit_and_the_intercept_is_free(x64):
     np.testing.assert_allclose(np.asarray(other["kernel"]) * 1000, head["kernel"], rtol=1e-8)
     outputs = z @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     np.testing.assert_allclose(outputs.sum(1), 1, rtol=1e-10)  # estimates of probabilities
-    # Features that tell nothing leave the classes' frequencies; so does a class without example.
+    # With constant features only the classes' frequencies remain, 0 for classes without examples.
     flat = ridge_head(np.ones((40, 6)), y, 5)
     np.testing.assert_array_equal(flat["kernel"], 0)
     np.testing.assert_allclose(flat["bias"], np.bincount(y, minlength=5) / 40)
@@ -108,7 +108,7 @@ def test_the_ridge_penalty_has_no_unit_and_the_intercept_is_free(x64):
 
 
 def scikit_logistic(z, y, penalty, weights=None):
-    """scikit-learn's objective C Σ w CE + ½‖W‖² is ours over the penalty, with C = 1 / (n · penalty)."""
+    """Return scikit-learn's solution; its objective C Σ w CE + ½‖W‖² is ours for C = 1 / (n · penalty)."""
     C = 1 / (len(y) * penalty)
     known = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000)
     known.fit(z, y, sample_weight=weights)
@@ -116,7 +116,7 @@ def scikit_logistic(z, y, penalty, weights=None):
 
 
 def assert_same_head(head, kernel, intercept, tolerance):
-    # A constant added to all classes' intercepts is no difference.
+    # A constant added to all intercepts does not change the softmax.
     np.testing.assert_allclose(head["kernel"], kernel, atol=tolerance, rtol=tolerance)
     bias = np.asarray(head["bias"])
     np.testing.assert_allclose(
@@ -130,25 +130,27 @@ def assert_same_head(head, kernel, intercept, tolerance):
     [(200, 6, 1e-3), (200, 6, 1.0), pytest.param(20, 40, 1e-2, marks=pytest.mark.nightly)],
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_logistic_head_is_scikit_learns(n, d, penalty, weighted, x64):
+def test_the_logistic_head_equals_scikit_learns(n, d, penalty, weighted, x64):
     z, y = blobs(n, d)
     weights = np.random.default_rng(3).exponential(size=n) if weighted else None
     head = logistic_head(z, y, 3, penalty=penalty, weights=weights, tolerance=1e-10)
     assert_same_head(head, *scikit_logistic(z, y, penalty, weights), 1e-6)
 
 
-@pytest.mark.parametrize("case", ["as it is", "a far column", "sizes of six powers of ten", "a dead column"])
-def test_the_logistic_head_finds_the_minimum_in_single_precision_wherever_features_lie(case):
+@pytest.mark.parametrize(
+    "case", ["unchanged", "a distant column", "scales of six powers of ten", "a constant column"]
+)
+def test_the_logistic_head_finds_the_minimum_in_single_precision_for_features_of_any_scale(case):
     z, y = blobs(200, 6)
     z = {
-        "as it is": z,
-        "a far column": z + np.array([0, 0, 0, 1000, 0, 0]),
-        "sizes of six powers of ten": z * np.logspace(-3, 3, 6),
-        "a dead column": np.where(np.arange(6) == 2, 0, np.maximum(z - 3, 0)),
+        "unchanged": z,
+        "a distant column": z + np.array([0, 0, 0, 1000, 0, 0]),
+        "scales of six powers of ten": z * np.logspace(-3, 3, 6),
+        "a constant column": np.where(np.arange(6) == 2, 0, np.maximum(z - 3, 0)),
     }[case].astype(np.float32)
     head = logistic_head(z, y, 3, penalty=1e-3)
     kernel, intercept = scikit_logistic(z.astype(float), y, 1e-3)
-    # In the units of what a feature adds to the logits.
+    # Compare the contributions of each feature to the logits.
     spread = z.std(0)[:, None]
     np.testing.assert_allclose(spread * np.asarray(head["kernel"]), spread * kernel, atol=5e-3)
     outputs, known = z @ np.asarray(head["kernel"], float), z @ kernel
@@ -160,11 +162,15 @@ def test_the_logistic_head_ends_at_its_tolerance_or_after_its_steps(x64):
     z, y = blobs(200, 6)
     kernel, _ = scikit_logistic(z, y, 1e-2)
 
-    def off(**settings):
+    def distance(**settings):
         found = logistic_head(z, y, 3, penalty=1e-2, **settings)
         return np.abs(np.asarray(found["kernel"]) - kernel).max()
 
-    loose, tight, short = off(tolerance=1e-2), off(tolerance=1e-9), off(tolerance=1e-9, steps=2)
+    loose, tight, short = (
+        distance(tolerance=1e-2),
+        distance(tolerance=1e-9),
+        distance(tolerance=1e-9, steps=2),
+    )
     assert tight < 1e-7 < 1e-4 < loose < short
 
 
@@ -178,7 +184,7 @@ def test_weights_of_the_logistic_head_count_as_repetitions(x64):
 
 
 @pytest.mark.parametrize("head", [ridge_head, logistic_head])
-def test_bad_features_and_labels_are_refused_by_name(head):
+def test_bad_features_and_labels_are_rejected_with_their_name(head):
     z, y = blobs(10, 3, dtype=np.float32)
     for labels, classes, message in (
         (y[:7], 3, r"labels: got shape \(7,\); it must be \(10,\)"),
@@ -190,7 +196,7 @@ def test_bad_features_and_labels_are_refused_by_name(head):
             head(z, labels, classes)
 
 
-def test_bad_penalties_and_weights_are_refused_by_name():
+def test_bad_penalties_and_weights_are_rejected_with_their_name():
     z, y = blobs(10, 3, dtype=np.float32)
     for penalty in (0.0, [1.0, -1.0], float("nan")):
         with pytest.raises(ValueError, match="penalty: got"):
@@ -204,7 +210,7 @@ def test_bad_penalties_and_weights_are_refused_by_name():
 # --- Heads from another label set -----------------------------------------------------------------
 
 
-def test_a_mapped_head_averages_related_classes_and_is_new_elsewhere():
+def test_a_mapped_head_averages_related_classes_and_is_random_elsewhere():
     rng = np.random.default_rng(0)
     old = {"kernel": jnp.asarray(rng.normal(size=(200, 4)), jnp.float32), "bias": jnp.arange(4.0)}
     new = jax.device_get(mapped_head(old, {0: 3, 2: (0, 1), np.int64(3): [2]}, 5, KEY))
@@ -212,17 +218,17 @@ def test_a_mapped_head_averages_related_classes_and_is_new_elsewhere():
     np.testing.assert_array_equal(new["kernel"][:, 0], kernel[:, 3])
     np.testing.assert_allclose(new["kernel"][:, 2], (kernel[:, 0] + kernel[:, 1]) / 2, rtol=1e-6)
     np.testing.assert_array_equal(new["bias"], [3, 0, 0.5, 2, 0])
-    fresh = new["kernel"][:, [1, 4]]
-    np.testing.assert_allclose(fresh.std(0), 200**-0.5, rtol=0.2)
+    random = new["kernel"][:, [1, 4]]
+    np.testing.assert_allclose(random.std(0), 200**-0.5, rtol=0.2)
     assert not np.array_equal(
-        fresh, np.asarray(mapped_head(old, {}, 5, jax.random.key(1))["kernel"])[:, [1, 4]]
+        random, np.asarray(mapped_head(old, {}, 5, jax.random.key(1))["kernel"])[:, [1, 4]]
     )
-    # On the related classes it says what the old one said.
+    # For related classes, its outputs are those of the old head.
     z = rng.normal(size=(6, 200)).astype(np.float32)
     np.testing.assert_allclose((z @ new["kernel"])[:, 0], (z @ kernel)[:, 3], rtol=1e-5)
 
 
-def test_unknown_classes_of_a_mapping_are_refused():
+def test_unknown_classes_of_a_mapping_are_rejected():
     old = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
     for mapping, message in (
         ({2: 0}, "got the target class 2; there are 2"),
@@ -249,7 +255,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def known_outputs(trained):
-    """Eleven images as bytes and as floats, and their logits and features, computed all at once."""
+    """Return eleven images as bytes and as floats, and their logits and features from one batch."""
     model, variables = trained
     x = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 1), np.uint8)
     floats = (x / 255).astype(np.float32)
@@ -259,7 +265,9 @@ def known_outputs(trained):
 
 @pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize("batch", [4, 100, 1, 7, 11])
-def test_batches_change_nothing_and_bytes_are_numbers_from_zero_to_one(trained, known_outputs, batch):
+def test_outputs_do_not_depend_on_the_batch_size_and_bytes_are_scaled_to_zero_to_one(
+    trained, known_outputs, batch
+):
     model, variables = trained
     x, floats, known_logits, known_features = known_outputs
     for given in (x, floats):
@@ -271,7 +279,7 @@ def test_batches_change_nothing_and_bytes_are_numbers_from_zero_to_one(trained, 
     np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, rtol=1e-4, atol=1e-6)
 
 
-def test_accuracy_and_confusion_are_scikit_learns(trained):
+def test_accuracy_and_confusion_equal_scikit_learns(trained):
     model, variables = trained
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 4, 4, 1)), jnp.float32)
     y = np.arange(40) % 3
@@ -299,7 +307,7 @@ def test_with_body_takes_the_body_and_its_statistics_and_nothing_else(trained):
     assert filled["params"]["head"]["kernel"] is variables["params"]["head"]["kernel"]
     for wrong, message in (
         ({"batch_stats": learned["batch_stats"]}, "must have 'params'"),
-        ({"params": learned["params"]}, r"got the collections \['params'\], and the body has"),
+        ({"params": learned["params"]}, r"got the collections \['params'\]; they must be those of the body"),
         ({**learned, "cache": {"a": 1.0}}, "cache"),
         ({**learned, "params": {**learned["params"], "extra": 1.0}}, "extra"),
         ({**learned, "params": jax.tree.map(lambda leaf: leaf[..., :2], learned["params"])}, "shape|got"),
@@ -308,7 +316,7 @@ def test_with_body_takes_the_body_and_its_statistics_and_nothing_else(trained):
             with_body(variables, wrong)
 
 
-def test_bad_arguments_of_classifiers_are_refused_by_name(trained):
+def test_bad_arguments_of_classifiers_are_rejected_with_their_name(trained):
     model, variables = trained
     with pytest.raises(ValueError, match="classes: got 1"):
         classifier(BODY, 1)

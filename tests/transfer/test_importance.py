@@ -1,4 +1,4 @@
-"""Covariate shift: known ratios, scikit-learn's logistic regression, scipy's quadratic programs."""
+"""Covariate shift, compared with known ratios, scikit-learn's regression and SciPy's quadratic programs."""
 
 import inspect
 
@@ -22,11 +22,11 @@ def domains(n_source, n_target, d, seed=0):
     return rng.normal(size=(n_source, d)), rng.normal(size=(n_target, d)) + np.linspace(0.2, 1, d)
 
 
-# The discriminator.
+# --- The discriminator ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("d", "regularisation"), [(1, 1e-3), (4, 1e-2), (30, 0.1)])
-def test_the_discriminator_is_scikit_learns_logistic_regression(d, regularisation, x64):
+def test_the_discriminator_equals_scikit_learns_logistic_regression(d, regularisation, x64):
     source, target = domains(40, 25, d)
     ratio = density_ratio(source, target, regularisation=regularisation)
     known = LogisticRegression(C=1 / (regularisation * 65), tol=1e-10, max_iter=10_000).fit(
@@ -48,7 +48,7 @@ def test_the_ratio_of_two_unit_gaussians_is_learned_for_any_numbers_of_examples(
     # ln w(x) = x − 1/2. In 30 other draws the slope had a standard deviation of at most 0.025.
     np.testing.assert_allclose(ratio(x), [0.606531, 1, 1.648721], rtol=0.06)
     assert ratio(source).mean() == pytest.approx(1, abs=0.05)
-    # Weighted source examples are the target: its mean is 1, its variance too.
+    # Weighted source examples have the target's mean of 1 and variance of 1.
     weights = ratio(source, self_normalised=True)
     mean = (weights * source[:, 0]).mean()
     assert mean == pytest.approx(1, abs=0.1)
@@ -103,7 +103,7 @@ def test_weighted_source_losses_have_the_mean_of_target_losses():
     assert (weights * of_source).mean() == pytest.approx(of_target.mean(), abs=0.03)
 
 
-# The effective sample size.
+# --- The effective sample size --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_effective_sample_size_is_the_square_of_the_sum_over_the_sum_of_squares(
     assert effective_sample_size(jnp.asarray(weights, jnp.float32)) == pytest.approx(expected, rel=1e-6)
 
 
-# Kernel mean matching.
+# --- Kernel mean matching -------------------------------------------------------------------------
 
 
 def squared_mmd(w, source, target, bandwidth):
@@ -130,7 +130,7 @@ def squared_mmd(w, source, target, bandwidth):
 @pytest.mark.parametrize(
     ("bound", "slack"), [(1.7, 0.5), (1.2, 0.05), (1000.0, 0.5), (3.0, 0.0), (1.0, 0.0), (5.0, 2.0)]
 )
-def test_matched_weights_are_scipys_solution_of_the_quadratic_program(bound, slack, x64):
+def test_matched_weights_equal_scipys_solution_of_the_quadratic_program(bound, slack, x64):
     for seed in range(2):
         source, target = domains(12, 9, 2, seed)
         w = np.asarray(
@@ -196,21 +196,21 @@ def test_matched_weights_move_the_source_to_the_target():
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda s, t: density_ratio(s, t, regularisation=0.0), "regularisation: got 0.0; it must be pos"),
         (lambda s, t: inspect.unwrap(density_ratio)(s, t[:, :1]), "target: got 1 features; source has 2"),
-        (lambda s, t: density_ratio(s, t, steps=1), "steps: 1 were too few for tolerance 1e-14"),
+        (lambda s, t: density_ratio(s, t, steps=1), "steps: got 1, too few for tolerance 1e-14"),
         (lambda s, t: density_ratio(np.inf * s, t), "source: got NaN or infinity"),
         (lambda s, t: density_ratio(s, t)(s, exponent=2.0), "exponent: got 2.0; it must be at most 1"),
         (lambda s, t: inspect.unwrap(kernel_mean_matching)(s, t[:, :1]), "target: got 1 features; source"),
         (lambda s, t: kernel_mean_matching(s, t, bound=0.5), "bound: got 0.5; it must be at least 1"),
         (lambda s, t: kernel_mean_matching(s, t, slack=-0.1), "slack: got -0.1"),
         (lambda s, t: kernel_mean_matching(s, t, bandwidth=0.0), "bandwidth: got 0.0; it must be positive"),
-        (lambda s, t: kernel_mean_matching(s, t, tolerance=1e-12, steps=3), "steps: 3 were too few"),
+        (lambda s, t: kernel_mean_matching(s, t, tolerance=1e-12, steps=3), "steps: got 3, too few"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_refused_by_name(call, says):
+def test_bad_arguments_are_rejected_with_their_name(call, message):
     source, target = domains(20, 10, 2)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         call(source, target)

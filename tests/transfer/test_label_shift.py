@@ -1,4 +1,4 @@
-"""Label shift: worked examples, scipy's optima, and shifts that are simulated and so known."""
+"""Label shift: worked examples, SciPy's optima and simulated shifts."""
 
 import inspect
 import itertools
@@ -16,12 +16,12 @@ from jaxmeta.transfer.label_shift import adjust, bbse, em_prior, joint_confusion
 CONFUSION = np.array([[0.45, 0.1], [0.05, 0.4]])
 MU = np.array([0.34, 0.66])
 
-# Three Gaussian classes whose posterior is known, in two mixtures of them.
+# Three Gaussian classes with a known posterior, in two mixtures.
 MEANS = np.array([[0.0, 0.0], [1.5, 0.0], [0.5, 1.5]])
 SOURCE, TARGET = np.array([0.5, 0.3, 0.2]), np.array([0.15, 0.25, 0.6])
 
 
-def drawn(prior, n, seed):
+def draw_examples(prior, n, seed):
     rng = np.random.default_rng(seed)
     y = rng.choice(3, size=n, p=prior)
     return MEANS[y] + rng.normal(size=(n, 2)), y
@@ -55,7 +55,7 @@ def test_joint_confusion_counts_predictions_by_row_and_labels_by_column():
 
 
 def test_soft_confusion_averages_probabilities_within_each_label(x64):
-    x, y = drawn(SOURCE, 200, 0)
+    x, y = draw_examples(SOURCE, 200, 0)
     probs = posterior(x, SOURCE)
     found = joint_confusion(probs, y, 3)
     for label in range(3):
@@ -66,7 +66,7 @@ def test_soft_confusion_averages_probabilities_within_each_label(x64):
 # BBSE.
 
 
-def test_bbse_is_the_worked_example(x64):
+def test_bbse_solves_the_worked_example(x64):
     np.testing.assert_allclose(bbse(CONFUSION, MU), [0.4, 1.6], rtol=1e-12)
     np.testing.assert_allclose(CONFUSION @ [0.4, 1.6], MU, rtol=1e-12)
     assert CONFUSION.sum(0) @ bbse(CONFUSION, MU) == pytest.approx(1, rel=1e-12)
@@ -96,7 +96,7 @@ def test_negative_weights_are_clipped_and_the_rest_rescaled_to_mean_one(x64):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e-7])
-def test_a_classifier_that_confuses_classes_altogether_is_refused_with_its_condition(offset):
+def test_a_classifier_that_cannot_tell_classes_apart_is_rejected_with_its_condition_number(offset):
     confusion = np.array([[0.3, 0.3, 0.05], [0.1, 0.1, 0.05], [0.0, 0.0, 0.1]])
     confusion[0, 0] += offset
     confusion /= confusion.sum()
@@ -117,7 +117,7 @@ def test_rare_classes_do_not_make_the_confusion_singular(x64):
 
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(4), marks=pytest.mark.nightly)], ids=len)
 def test_rlls_minimises_the_sum_of_its_two_norms(seeds, x64):
-    forms = set()
+    cases = set()
     for seed, penalty in itertools.product(seeds, (0.003, 0.03, 0.1, 0.2)):
         confusion, target, source = random_problem(5, seed, singular=seed % 2 == 0)
         mu = confusion @ (target / source) + 0.01 * np.array([1, -1, 2, -2, 0])
@@ -134,13 +134,13 @@ def test_rlls_minimises_the_sum_of_its_two_norms(seeds, x64):
             )
             assert objective(theta) <= found.fun + 1e-9
         residual, length = np.linalg.norm(confusion @ theta - b), np.linalg.norm(theta)
-        forms.add("none" if length < 1e-9 else "exact" if residual < 1e-9 else "between")
+        cases.add("none" if length < 1e-9 else "exact" if residual < 1e-9 else "between")
         half = rlls(confusion, mu, penalty=penalty, shrink=0.5, clip=False)
         np.testing.assert_allclose(half, 1 + theta / 2, rtol=1e-9)
-    assert forms == {"none", "exact", "between"}
+    assert cases == {"none", "exact", "between"}
 
 
-def test_rlls_is_bbse_without_and_no_weighting_with_a_large_penalty(x64):
+def test_rlls_equals_bbse_at_a_small_penalty_and_ones_at_a_large_one(x64):
     for seed in range(3):
         confusion, target, source = random_problem(4, seed)
         mu = confusion @ (target / source)
@@ -157,7 +157,7 @@ def log_likelihood(prior, probs, source):
 
 
 def test_em_never_lowers_the_likelihood_and_ends_at_scipys_maximum(x64):
-    probs = posterior(drawn(TARGET, 400, 1)[0], SOURCE)
+    probs = posterior(draw_examples(TARGET, 400, 1)[0], SOURCE)
     steps = [np.asarray(em_prior(probs, SOURCE, steps=k, tolerance=0.0).target_prior) for k in range(1, 30)]
     values = [log_likelihood(prior, probs, SOURCE) for prior in [SOURCE, *steps]]
     assert (np.diff(values) >= -1e-14).all()
@@ -174,7 +174,7 @@ def test_em_never_lowers_the_likelihood_and_ends_at_scipys_maximum(x64):
 
 
 def test_one_step_of_em_is_the_mean_posterior(x64):
-    probs = posterior(drawn(TARGET, 50, 1)[0], SOURCE)
+    probs = posterior(draw_examples(TARGET, 50, 1)[0], SOURCE)
     first, taken = em_prior(probs, SOURCE, steps=1)
     np.testing.assert_allclose(first, probs.mean(0), rtol=1e-12)
     assert taken == 1
@@ -182,13 +182,13 @@ def test_one_step_of_em_is_the_mean_posterior(x64):
     np.testing.assert_allclose(second, adjust(jnp.asarray(probs), first / SOURCE).mean(0), rtol=1e-12)
 
 
-# A shift that is known.
+# Simulated shifts.
 
 
 def test_every_estimate_recovers_a_simulated_shift_within_its_sampling_error():
     n = 20_000
     weights = TARGET / SOURCE
-    (x_s, y_s), (x_t, _) = drawn(SOURCE, n, 2), drawn(TARGET, n, 3)
+    (x_s, y_s), (x_t, _) = draw_examples(SOURCE, n, 2), draw_examples(TARGET, n, 3)
     probs_s, probs_t = posterior(x_s, SOURCE), posterior(x_t, SOURCE)
     hard, soft = joint_confusion(probs_s.argmax(1), y_s, 3), joint_confusion(probs_s, y_s, 3)
     estimates = {
@@ -198,7 +198,7 @@ def test_every_estimate_recovers_a_simulated_shift_within_its_sampling_error():
         "em": em_prior(probs_t, SOURCE).target_prior / SOURCE,
     }
     for name, found in estimates.items():
-        # In 30 other draws of this size the largest errors were 0.17, and 0.06 of EM.
+        # In 30 other draws of this size the largest errors were 0.17, and 0.06 for EM.
         assert np.abs(found - weights).max() < (0.08 if name == "em" else 0.2), name
     # BBSE needs no calibration; EM does.
     sharp = probs_t**3 / (probs_t**3).sum(1, keepdims=True)
@@ -207,7 +207,7 @@ def test_every_estimate_recovers_a_simulated_shift_within_its_sampling_error():
 
 
 def test_adjusted_predictions_are_the_targets_posterior(x64):
-    x = drawn(TARGET, 50, 4)[0]
+    x = draw_examples(TARGET, 50, 4)[0]
     found = adjust(posterior(x, SOURCE), TARGET / SOURCE)
     np.testing.assert_allclose(found, posterior(x, TARGET), rtol=1e-9)
     np.testing.assert_allclose(adjust(posterior(x, SOURCE), 7 * TARGET / SOURCE), found, rtol=1e-12)
@@ -215,7 +215,7 @@ def test_adjusted_predictions_are_the_targets_posterior(x64):
     np.testing.assert_allclose(compiled[0], found, rtol=1e-12)
 
 
-def test_a_row_of_impossible_classes_stays_as_it_is():
+def test_a_row_of_impossible_classes_is_unchanged():
     probs = jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
     found = adjust(probs, jnp.array([0.0, 1.0, 1.0]))
     np.testing.assert_array_equal(found, [[1, 0, 0], [0, 1, 0]])
@@ -224,8 +224,8 @@ def test_a_row_of_impossible_classes_stays_as_it_is():
 # Temperature.
 
 
-def test_temperature_is_scipys_minimum_and_undoes_a_scale():
-    x, y = drawn(SOURCE, 3000, 5)
+def test_temperature_equals_scipys_minimum_and_undoes_a_scale():
+    x, y = draw_examples(SOURCE, 3000, 5)
     logits = np.log(posterior(x, SOURCE))
 
     def loss(log_t, logits):
@@ -246,11 +246,11 @@ def test_temperature_ends_at_its_bounds_where_no_finite_one_is_best():
     assert temperature(jnp.asarray(1e4 * logits), np.array([0, 1])) == pytest.approx(0.01, rel=1e-9)
 
 
-# Bad input, without the run-time type checks, which users do not have.
+# Bad input, without the run-time type checks of the tests, which users do not have.
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: bbse(CONFUSION / CONFUSION.sum(0), MU), "joint_confusion: got rows that sum to 2"),
         (lambda: inspect.unwrap(bbse)(np.ones((2, 3)) / 6, MU), r"joint_confusion: got shape \(2, 3\)"),
@@ -271,6 +271,6 @@ def test_temperature_ends_at_its_bounds_where_no_finite_one_is_best():
         (lambda: temperature(np.eye(2), np.array([0, 5])), "labels: got classes 0 to 5; they must be 0 to 1"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_by_name(call, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_input_is_rejected_with_its_name(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Pretrained weights: outputs against PyTorch's, and what becomes of leaves that have no place."""
+"""Pretrained weights: outputs compared with PyTorch's, and leaves without a place in the network."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def small():
     return small_variables()
 
 
-# --- Others' weights give others' outputs --------------------------------------------------------
+# --- Outputs of other libraries' weights ----------------------------------------------------------
 
 
 @pytest.mark.usefixtures("torch")
@@ -41,7 +41,7 @@ def small():
 def test_a_resnet_of_transformers_keeps_its_outputs(tmp_path, layer_type):
     model = resnet(layer_type=layer_type)
     model.save_pretrained(tmp_path)
-    x = images(45, 38)  # odd maps on the way
+    x = images(45, 38)  # feature maps of odd sizes
     loaded = load_pretrained(tmp_path)
     np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
     assert (loaded.report.new, loaded.report.left_over) == ((), ())
@@ -54,7 +54,7 @@ def test_a_resnet_of_transformers_keeps_its_outputs(tmp_path, layer_type):
 
 
 @pytest.mark.usefixtures("torch")
-def test_weights_of_transformers_name_images_by_their_own_labels(tmp_path):
+def test_weights_of_transformers_classify_images_with_their_own_labels(tmp_path):
     model = resnet(id2label={number: f"kind {number}" for number in range(5)})
     model.save_pretrained(tmp_path)
     x = np.random.default_rng(1).random((4, 40, 40, 3)).astype(np.float32)
@@ -163,7 +163,7 @@ def test_a_vit_can_average_its_patches(tmp_path, torch):
 
 
 def as_timm(state):
-    """The tensors of a ViTForImageClassification as timm has them."""
+    """Return the tensors of a ViTForImageClassification under timm's names."""
     names = {
         "vit.embeddings.cls_token": "cls_token",
         "vit.embeddings.position_embeddings": "pos_embed",
@@ -189,6 +189,7 @@ def as_timm(state):
 
 
 def as_torchvision(state):
+    """Return the tensors of a ViTForImageClassification under torchvision's names."""
     names = {
         "cls_token": "class_token",
         "pos_embed": "encoder.pos_embedding",
@@ -227,10 +228,10 @@ def test_names_of_wrappers_are_dropped(tmp_path, prefix):
     bare, wrapped = (load_pretrained(tmp_path / f"{name}.safetensors") for name in ("bare", "wrapped"))
     assert wrapped.network == bare.network
     jax.tree.map(np.testing.assert_array_equal, wrapped.variables, bare.variables)
-    # Where one leaf lies outside, the names mean something.
+    # A prefix that only some of the names have is kept.
     partly = {prefix + name if "conv" in name else name: np.asarray(leaf) for name, leaf in state.items()}
     safetensors_numpy.save_file(partly, tmp_path / "partly.safetensors")
-    with pytest.raises(ValueError, match="are of no known layout"):
+    with pytest.raises(ValueError, match="match no known layout"):
         load_pretrained(tmp_path / "partly.safetensors")
 
 
@@ -247,12 +248,12 @@ def test_a_vit_with_fused_attention_keeps_its_outputs(tmp_path, renaming):
     network = jm.nn.ViT(4, 16, 2, 2, 24, 12, 5, epsilon=1e-6)
     loaded = load_pretrained(file, network)
     np.testing.assert_allclose(outputs(loaded, x), outputs_of(model, x), atol=1e-4)
-    with pytest.raises(ValueError, match=r"network: epsilon is 1e-12, and .* is of one with 1e-06"):
+    with pytest.raises(ValueError, match=r"network: got epsilon=1e-12; the network of .* has 1e-06"):
         load_pretrained(file, network.clone(epsilon=1e-12))
 
 
 @pytest.mark.usefixtures("torch")
-def test_half_precision_becomes_what_a_given_network_has(tmp_path):
+def test_half_precision_is_cast_to_the_dtypes_of_a_passed_network(tmp_path):
     model = resnet().half()
     model.save_pretrained(tmp_path)
     built = load_pretrained(tmp_path)
@@ -264,7 +265,7 @@ def test_half_precision_becomes_what_a_given_network_has(tmp_path):
 
 
 @pytest.mark.usefixtures("torch")
-def test_positions_are_interpolated_only_where_asked(tmp_path):
+def test_positions_are_interpolated_only_on_request(tmp_path):
     vit().save_pretrained(tmp_path)
     plain, resized = load_pretrained(tmp_path), load_pretrained(tmp_path, image_size=(16, 8))
     name = "position_embedding"
@@ -274,14 +275,14 @@ def test_positions_are_interpolated_only_where_asked(tmp_path):
     given = plain.network.clone(image_size=(16, 8))
     assert_same_leaves(load_pretrained(tmp_path, given, image_size=(16, 8)).variables, resized.variables)
     with pytest.raises(
-        ValueError, match=rf'"params/{name}".*\(1, 10, 16\), and must have \(1, 9, 16\); image_size='
+        ValueError, match=rf'"params/{name}".*\(1, 10, 16\); it must be \(1, 9, 16\); image_size='
     ):
         load_pretrained(tmp_path, given)
-    with pytest.raises(ValueError, match=r"image_size: got 20, and the network is for \(16, 8\)"):
+    with pytest.raises(ValueError, match=r"image_size: got 20; the passed network is for \(16, 8\)"):
         load_pretrained(tmp_path, given, image_size=20)
 
 
-# --- Networks that are not the file's ------------------------------------------------------------
+# --- Networks that differ from the file's ---------------------------------------------------------
 
 
 @pytest.mark.usefixtures("torch")
@@ -290,13 +291,13 @@ def test_positions_are_interpolated_only_where_asked(tmp_path):
     [
         ({"hidden_act": "relu"}, "hidden_act is 'relu' .* ViT has 'gelu'"),
         ({"model_type": "deit"}, "model_type is 'deit'"),
-        ({"num_attention_heads": "many"}, "has 'many' for heads"),
+        ({"num_attention_heads": "many"}, "has heads='many'"),
         ({"num_attention_heads": 5}, "heads: got 5; they must divide"),
-        ({"image_size": [1, 2, 3]}, r"has \[1, 2, 3\] for image_size"),
+        ({"image_size": [1, 2, 3]}, r"has image_size=\[1, 2, 3\]"),
         ({"model_type": None, "architecture": "vit_relpos_small"}, "model_type is None"),
     ],
 )
-def test_a_configuration_that_computes_something_else_is_refused(tmp_path, change, message):
+def test_a_configuration_with_another_forward_pass_is_rejected(tmp_path, change, message):
     vit().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
@@ -305,7 +306,7 @@ def test_a_configuration_that_computes_something_else_is_refused(tmp_path, chang
 
 
 @pytest.mark.usefixtures("torch")
-def test_networks_with_known_names_and_another_forward_pass_are_refused(tmp_path):
+def test_networks_with_known_names_and_another_forward_pass_are_rejected(tmp_path):
     model = resnet(layer_type="bottleneck", downsample_in_bottleneck=True)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="downsample_in_bottleneck is True"):
@@ -321,14 +322,14 @@ def test_networks_with_known_names_and_another_forward_pass_are_refused(tmp_path
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_given_network_must_have_the_file_s_heads(tmp_path):
+def test_a_passed_network_must_have_the_number_of_heads_of_the_file(tmp_path):
     vit().save_pretrained(tmp_path)
     network = load_pretrained(tmp_path).network.clone(heads=4)
-    with pytest.raises(ValueError, match=r"network: heads is 4, and .* is of one with 2"):
+    with pytest.raises(ValueError, match=r"network: got heads=4; the network of .* has 2"):
         load_pretrained(tmp_path, network)
 
 
-def test_missing_unknown_and_misshapen_leaves_are_named_and_new_where_asked(tmp_path, small):
+def test_missing_unknown_and_misshapen_leaves_are_named_and_initialised_on_request(tmp_path, small):
     file = tmp_path / "weights.safetensors"
     params = {**small["params"], "extra": {"kernel": jnp.ones(2)}}
     params["stem_conv"] = {"kernel": jnp.ones((5, 7, 3, 4))}
@@ -338,8 +339,8 @@ def test_missing_unknown_and_misshapen_leaves_are_named_and_new_where_asked(tmp_
         load_pretrained(file, small_network())
     for line in (
         '"params/stage1_block0/layer0_conv/kernel" is missing',
-        '"params/extra/kernel" has no place in it',
-        '"params/stem_conv/kernel" has shape (5, 7, 3, 4), and must have (7, 7, 3, 4)',
+        '"params/extra/kernel" is unknown to the network',
+        '"params/stem_conv/kernel" has shape (5, 7, 3, 4); it must be (7, 7, 3, 4)',
     ):
         assert line in str(refused.value)
     with pytest.raises(ValueError, match='"params/stage1_block0/layer0_conv/kernel" is missing'):
@@ -354,34 +355,34 @@ def test_missing_unknown_and_misshapen_leaves_are_named_and_new_where_asked(tmp_
     assert all(row.target.split("/")[1] == "stage1_block0" for row in loaded.report.new)
     left_over = {row.source for row in loaded.report.left_over}
     assert left_over == {"params/extra/kernel"}
-    fresh = jax.jit(small_network().init)(KEY, images(32, 32))["params"]
+    initial = jax.jit(small_network().init)(KEY, images(32, 32))["params"]
     new = loaded.variables["params"]["stage1_block0"]["layer0_conv"]["kernel"]
-    np.testing.assert_allclose(new, fresh["stage1_block0"]["layer0_conv"]["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(new, initial["stage1_block0"]["layer0_conv"]["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(
         loaded.variables["params"]["stem_conv"]["kernel"], params["stem_conv"]["kernel"]
     )
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_batch_norm_of_torch_without_statistics_is_refused(tmp_path):
+def test_a_batch_norm_of_torch_without_statistics_is_rejected(tmp_path):
     state = save_state(tmp_path / "all.safetensors", resnet(layer_type="basic"), torchvision_name)
-    some = {name: array for name, array in state.items() if "running" not in name}
-    safetensors_numpy.save_file(some, tmp_path / "some.safetensors")
+    incomplete = {name: array for name, array in state.items() if "running" not in name}
+    safetensors_numpy.save_file(incomplete, tmp_path / "incomplete.safetensors")
     with pytest.raises(ValueError, match='"batch_stats/stem_norm/mean" is missing'):
-        load_pretrained(tmp_path / "some.safetensors")
+        load_pretrained(tmp_path / "incomplete.safetensors")
 
 
-def test_a_head_of_other_classes_is_new_where_asked(tmp_path, small):
+def test_a_head_with_other_classes_is_initialised_on_request(tmp_path, small):
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, small)
-    with pytest.raises(ValueError, match=r'"params/head/kernel" has shape \(8, 5\), .*\(8, 3\); head=False'):
+    with pytest.raises(ValueError, match=r'"params/head/kernel" has shape \(8, 5\); .*\(8, 3\); head=False'):
         load_pretrained(file, small_network(3))
     with pytest.raises(ValueError, match="key: got None"):
         load_pretrained(file, small_network(3), head=False)
     loaded = load_pretrained(file, small_network(3), head=False, key=KEY)
     assert loaded.variables["params"]["head"]["kernel"].shape == (8, 3)
     assert {row.target for row in loaded.report.new} == {"params/head/bias", "params/head/kernel"}
-    # A network without a head needs no asking.
+    # A network without a head drops it by itself.
     features = load_pretrained(file, small_network(None))
     assert {row.source for row in features.report.dropped} == {"params/head/bias", "params/head/kernel"}
 

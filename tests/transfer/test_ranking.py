@@ -1,4 +1,4 @@
-"""Rankings of source models, and correlations against scipy's."""
+"""Rankings of source models, and correlations compared with SciPy's."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ LABELS = np.repeat([0, 1, 2], [9, 12, 14])
 
 
 def candidate(signal, classes=4):
-    """Features and a head that know the labels the better the larger `signal` is."""
+    """Return features and probabilities that predict the labels better for a larger `signal`."""
     features = signal * RNG.normal(size=(3, 5))[LABELS] + RNG.normal(size=(35, 5))
     logits = signal * RNG.normal(size=(3, classes))[LABELS] + RNG.normal(size=(35, classes))
     exp = np.exp(logits)
@@ -23,7 +23,7 @@ MODELS = {f"signal {signal}": candidate(signal) for signal in (0.5, 4.0, 0.0, 2.
 
 
 @pytest.mark.parametrize("score", ["log_me", "h_score", "leep", "nce"])
-def test_models_are_sorted_by_the_score_of_their_name(score):
+def test_models_are_sorted_by_the_named_score(score):
     ranking = rank_sources(MODELS, (None, LABELS), score=score)
     values = [row.scores[score] for row in ranking.rows]
     assert values == sorted(values, reverse=True)
@@ -40,7 +40,7 @@ def test_models_are_sorted_by_the_score_of_their_name(score):
     assert ranking.correlations == {}
 
 
-def test_a_function_of_the_examples_stands_for_what_it_returns():
+def test_a_function_of_the_examples_is_called_for_its_candidate():
     x = RNG.normal(size=(35, 7))
     body = RNG.normal(size=(7, 5))
     functions = {"linear": lambda x: Candidate(np.tanh(x @ body)), "given": MODELS["signal 2.0"]}
@@ -53,7 +53,7 @@ def test_a_function_of_the_examples_stands_for_what_it_returns():
 
 
 @pytest.mark.parametrize("accuracies", [[0.5, 0.9, 0.3, 0.7], [0.9, 0.5, 0.7, 0.3], [0.5, 0.5, 0.3, 0.7]])
-def test_correlations_with_accuracies_are_scipys_ties_included(accuracies):
+def test_correlations_with_accuracies_equal_scipys_with_ties(accuracies):
     known = dict(zip(MODELS, accuracies, strict=True))
     ranking = rank_sources(MODELS, (None, LABELS), accuracies=known)
     assert set(ranking.correlations) == {"log_me", "h_score", "leep", "nce"}
@@ -80,7 +80,7 @@ def test_equal_accuracies_have_no_correlation():
     assert np.isnan(ranking.correlations["log_me"]).all()
 
 
-def test_a_ranking_prints_as_a_table_with_the_score_it_is_by_in_front():
+def test_a_ranking_prints_as_a_table_with_its_own_score_first():
     models = {**MODELS, "headless": Candidate(MODELS["signal 0.5"].features)}
     accuracies = dict(zip(models, [0.5, 0.9, 0.3, 0.7, 0.6], strict=True))
     ranking = rank_sources(models, (None, LABELS), score="h_score", accuracies=accuracies)
@@ -95,15 +95,19 @@ def test_a_ranking_prints_as_a_table_with_the_score_it_is_by_in_front():
 
 
 @pytest.mark.parametrize(
-    ("models", "settings", "says"),
+    ("models", "settings", "message"),
     [
         ({}, {}, "models: got none"),
         (MODELS, {"score": "lda"}, "score: got 'lda'; it must be one of 'log_me', 'h_score', 'leep', 'nce'"),
         (MODELS, {"accuracies": {"signal 0.5": 0.4}}, "accuracies: got .* the names must be those of models"),
-        ({"a": Candidate(np.ones((35, 2)))}, {"score": "leep"}, r"models\['a'\]: leep needs source_probs"),
+        (
+            {"a": Candidate(np.ones((35, 2)))},
+            {"score": "leep"},
+            r"models\['a'\]: got source_probs=None, which leep requires",
+        ),
         ({"a": Candidate(np.eye(35), np.ones((35, 2)))}, {}, r"models\['a'\]: source_probs: got rows"),
     ],
 )
-def test_bad_rankings_are_refused(models, settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_rankings_are_rejected(models, settings, message):
+    with pytest.raises(ValueError, match=message):
         rank_sources(models, (None, LABELS), **settings)

@@ -1,4 +1,4 @@
-"""Transferability scores against closed forms, scikit-learn's linear models and scipy's densities."""
+"""Transferability scores, compared with closed forms, scikit-learn's linear models and SciPy's densities."""
 
 import inspect
 
@@ -34,7 +34,7 @@ def softmax(logits):
 # NCE and LEEP.
 
 
-def test_leep_and_nce_are_the_worked_examples():
+def test_leep_and_nce_have_the_values_of_the_worked_examples():
     probs = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.2, 0.8]])
     assert leep(probs, np.array([0, 0, 1, 1])) == pytest.approx(-0.383981, abs=1e-6)
     z, y = np.array([0, 0, 1, 0]), np.array([0, 0, 1, 1])
@@ -53,12 +53,12 @@ def test_leep_is_the_mean_log_likelihood_summed_by_hand():
     assert leep(jnp.asarray(probs, jnp.float32), jnp.asarray(LABELS)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_leep_of_one_hot_probabilities_is_nce_also_with_source_classes_that_never_come():
+def test_leep_of_one_hot_probabilities_equals_nce_also_with_absent_source_classes():
     z = RNG.choice([0, 2, 3, 6], size=40)
     assert leep(np.eye(8)[z], LABELS) == pytest.approx(nce(z, LABELS), rel=1e-12)
 
 
-def test_an_uninformative_source_has_minus_the_entropy_of_the_labels():
+def test_an_uninformative_source_scores_minus_the_entropy_of_the_labels():
     constant = np.tile(softmax(RNG.normal(size=(1, 5))), (40, 1))
     assert leep(constant, LABELS) == pytest.approx(-entropy(LABELS), rel=1e-12)
     assert leep(constant[:2], np.array([0, 1])) == pytest.approx(-np.log(2), rel=1e-12)
@@ -69,7 +69,7 @@ def test_an_uninformative_source_has_minus_the_entropy_of_the_labels():
 def test_nce_is_zero_iff_the_source_class_determines_the_label_and_lies_within_its_bounds():
     finer = LABELS * 2 + RNG.integers(2, size=40)
     assert nce(finer, LABELS) == 0
-    # A source class that another label has.
+    # One source class has two labels.
     assert nce(np.where(np.arange(40) == 39, finer[0], finer), LABELS) < -1e-3
     for classes in (2, 5, 30):
         assert -entropy(LABELS) <= nce(RNG.integers(classes, size=40), LABELS) < 0
@@ -78,13 +78,13 @@ def test_nce_is_zero_iff_the_source_class_determines_the_label_and_lies_within_i
 # H-score.
 
 
-def test_h_score_is_the_worked_example():
+def test_h_score_has_the_value_of_the_worked_example():
     features = np.array([[0.0], [2.0], [4.0], [6.0]])
     assert h_score(features, np.array([0, 0, 1, 1])) == pytest.approx(0.8, rel=1e-12)
 
 
 @pytest.mark.parametrize("d", [3, 12])
-def test_h_score_is_the_trace_of_its_definition_and_of_fishers_discriminant(d):
+def test_h_score_equals_the_trace_of_its_definition_and_of_fishers_discriminant(d):
     features = features_of(LABELS, d)
     means = np.stack([features[y == LABELS].mean(0) for y in LABELS])
     covariance, between = np.cov(features, rowvar=False), np.cov(means, rowvar=False)
@@ -114,7 +114,7 @@ def test_h_score_is_the_rank_where_classes_do_not_vary_within(d, rank):
 
 
 @pytest.mark.parametrize("d", [1, 2, 8, 60])
-def test_h_score_is_at_most_the_smaller_of_dimension_and_classes_less_one(d):
+def test_h_score_is_at_most_the_smaller_of_dimension_and_classes_minus_one(d):
     found = h_score(features_of(LABELS, d), LABELS)
     assert 0 < found <= min(d, 3) + 1e-9
     if d == 60:  # more dimensions than examples separate anything
@@ -144,7 +144,7 @@ def test_shrunk_h_score_uses_scikit_learns_ledoit_wolf(d):
     assert h_score(features, LABELS, shrinkage=0.0) == h_score(features, LABELS)
 
 
-def test_features_that_are_all_the_same_have_no_h_score():
+def test_constant_features_have_an_h_score_of_zero():
     for shrinkage in (None, 0.3, "ledoit-wolf"):
         assert h_score(np.ones((40, 3)), LABELS, shrinkage=shrinkage) == 0
 
@@ -166,7 +166,7 @@ def regression(n, d, rank, seed=0):
 SHAPES = [(40, 5, 5), (12, 30, 12), (20, 20, 20), (40, 15, 6), (12, 30, 6)]
 
 
-def test_log_me_is_the_worked_example():
+def test_log_me_has_the_value_of_the_worked_example():
     features, y = np.array([[1.0], [2.0], [3.0]]), np.array([1.0, 2.0, 2.5])
     found = maximal_evidence(features, y[:, None])
     assert found.alpha[0] == pytest.approx(1.259438, abs=1e-6)
@@ -181,7 +181,7 @@ def test_evidence_is_the_density_of_the_targets_and_largest_at_its_alpha_and_bet
         features, targets = regression(n, d, rank, seed)
         found = maximal_evidence(features, targets)
         for y, value, alpha, beta in zip(targets.T, *found, strict=True):
-            if max(alpha, beta) > 1e9:  # a limit, which has a test of its own
+            if max(alpha, beta) > 1e9:  # a limit, tested separately
                 continue
             finite += 1
             assert value == pytest.approx(log_density(features, y, alpha, beta), rel=1e-8)
@@ -198,7 +198,7 @@ def test_evidence_is_the_density_of_the_targets_and_largest_at_its_alpha_and_bet
 
 
 @pytest.mark.parametrize(("n", "d", "rank"), SHAPES)
-def test_evidence_is_that_of_scikit_learns_bayesian_ridge_without_hyperpriors(n, d, rank):
+def test_evidence_equals_that_of_scikit_learns_bayesian_ridge_without_hyperpriors(n, d, rank):
     features, targets = regression(n, d, rank)
     found = maximal_evidence(features, targets)
     for y, value, alpha, beta in zip(targets.T, *found, strict=True):
@@ -211,7 +211,7 @@ def test_evidence_is_that_of_scikit_learns_bayesian_ridge_without_hyperpriors(n,
             np.testing.assert_allclose([alpha, beta], [known.lambda_, known.alpha_], rtol=1e-4)
 
 
-def test_log_me_of_classes_is_the_mean_over_their_one_hot_columns_a_nat_an_example():
+def test_log_me_of_classes_is_the_mean_over_their_one_hot_columns_in_nats_per_example():
     features = features_of(LABELS, 6)
     found = maximal_evidence(features, np.eye(4)[LABELS])
     densities = [
@@ -219,11 +219,11 @@ def test_log_me_of_classes_is_the_mean_over_their_one_hot_columns_a_nat_an_examp
         for y, alpha, beta in zip(np.eye(4)[LABELS].T, found.alpha, found.beta, strict=True)
     ]
     assert log_me(features, LABELS) == pytest.approx(np.mean(densities) / 40, rel=1e-9)
-    assert log_me(features, 3 * LABELS) == log_me(features, LABELS)  # classes that never come
+    assert log_me(features, 3 * LABELS) == log_me(features, LABELS)  # with absent classes
     assert log_me(features, np.eye(4)[LABELS]) == log_me(features, LABELS)
 
 
-def test_log_me_in_float32_is_that_in_float64():
+def test_log_me_in_float32_equals_that_in_float64():
     features = features_of(LABELS, 100) + 30
     for dtype in (jnp.float32, np.float32):
         found = log_me(jnp.asarray(features, dtype), jnp.asarray(LABELS))
@@ -258,11 +258,11 @@ def test_a_perfect_fit_is_finite_and_better_than_any_other():
     assert found.log_evidence[0] == pytest.approx(multivariate_normal(cov=square**2).logpdf(y), rel=1e-9)
 
 
-# Bad input, without the run-time type checks, which users do not have.
+# Bad input, without the run-time type checks of the tests, which users do not have.
 
 
 @pytest.mark.parametrize(
-    ("score", "first", "labels", "says"),
+    ("score", "first", "labels", "message"),
     [
         (leep, np.array([[0.5, 0.6], [0.5, 0.5]]), np.array([0, 1]), "got rows that sum to 1 to 1.1"),
         (leep, np.array([[1.5, -0.5], [0.5, 0.5]]), np.array([0, 1]), "smallest entry of -0.5"),
@@ -275,16 +275,16 @@ def test_a_perfect_fit_is_finite_and_better_than_any_other():
         (h_score, np.ones(2), np.array([0, 1]), r"features: got shape \(2,\)"),
         (h_score, np.full((2, 3), np.inf), np.array([0, 1]), "features: got NaN or infinity"),
         (log_me, np.ones((2, 3)), np.array([1, 1]), "labels: all 2 are of class 1"),
-        (maximal_evidence, np.ones((2, 3)), np.ones((3, 1)), "targets: got 3 rows for 2 of features"),
+        (maximal_evidence, np.ones((2, 3)), np.ones((3, 1)), "targets: got 3 rows; features have 2"),
         (log_me, np.ones((2, 3)), np.zeros(2), "targets: got a column of zeros"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_by_name(score, first, labels, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_input_is_rejected_with_its_name(score, first, labels, message):
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(score)(first, labels)
 
 
 @pytest.mark.parametrize("shrinkage", [1.0, -0.1, "oas"])
-def test_an_unknown_shrinkage_is_refused(shrinkage):
+def test_an_unknown_shrinkage_is_rejected(shrinkage):
     with pytest.raises(ValueError, match="shrinkage: got"):
         h_score(np.eye(4), np.array([0, 0, 1, 1]), shrinkage=shrinkage)

@@ -1,4 +1,4 @@
-"""Subtrees of trees of every kind are taken, swapped, renamed and transplanted without copies or losses."""
+"""Taking, swapping, renaming and transplanting subtrees of every kind of tree, without copies or losses."""
 
 import dataclasses
 import fnmatch
@@ -28,7 +28,7 @@ from jaxmeta.transfer.subtree import (
 
 
 def for_all(*strategies):
-    """Run a test on 15 drawn examples, the same each time, and in the nightly run on 60 new ones."""
+    """Run a test on 15 fixed examples, and on 60 new ones in the nightly run."""
 
     def decorated(test):
         @pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.nightly)])
@@ -60,7 +60,7 @@ class Box:
     value: Any
 
 
-def fresh(shape=(2,), dtype=np.float32):
+def zeros(shape=(2,), dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
@@ -81,26 +81,26 @@ def trees_of(leaves, names=("a", "b", "ab", "ba", "a1")):
 
 
 ARRAYS = st.builds(
-    fresh,
+    zeros,
     st.lists(st.integers(0, 3), max_size=2).map(tuple),
     st.sampled_from([np.float32, np.float64, np.int32, np.bool_]),
 )
 TREES = trees_of(ARRAYS)
-EQUAL_LEAVES = trees_of(st.builds(fresh))
+EQUAL_LEAVES = trees_of(st.builds(zeros))
 
 
 def nodes(tree):
-    """The paths of all nodes that have leaves beneath them, and of the leaves."""
+    """Return the paths of all leaves and of the nodes above them."""
     parts = [path.split("/") for path in leaves_by_path(tree)]
     return sorted({"/".join(names[:n]) for names in parts for n in range(1, len(names) + 1)})
 
 
-def same(left, right):
-    """Whether two mappings hold the very same objects under the same names."""
+def same_objects(left, right):
+    """Return whether two mappings have the same names and hold the same objects."""
     return left.keys() == right.keys() and all(left[name] is right[name] for name in left)
 
 
-def beneath(path, node):
+def is_beneath(path, node):
     return path == node or path.startswith(f"{node}/")
 
 
@@ -108,7 +108,7 @@ def beneath(path, node):
 
 
 @for_all(TREES)
-def test_the_flat_view_is_that_of_jax_in_its_order(tree):
+def test_leaves_have_the_order_and_paths_of_jax(tree):
     leaves = leaves_by_path(tree)
     assert [id(leaf) for leaf in leaves.values()] == [id(leaf) for leaf in jax.tree.leaves(tree)]
     known = [
@@ -120,11 +120,11 @@ def test_the_flat_view_is_that_of_jax_in_its_order(tree):
 
 
 def parts_match(glob, path):
-    """Whether the glob's parts lead to the path or to a node above it, by the shell's own matcher."""
+    """Return whether a glob's parts match the path or a node above it, by the shell's matcher."""
     if not glob:
         return True
     if glob[0] == "**":
-        # At the end it needs something to stand for, in between it may stand for nothing.
+        # At the end, `**` matches at least one part; elsewhere it may match none.
         if len(glob) == 1:
             return bool(path)
         return any(parts_match(glob[1:], path[n:]) for n in range(len(path) + 1))
@@ -148,21 +148,21 @@ def test_a_glob_matches_part_by_part_as_the_shell_does(tree, glob):
 
 
 @for_all(EQUAL_LEAVES, st.data())
-def test_masks_of_unions_are_unions_and_of_the_rest_the_complement(tree, data):
+def test_the_mask_of_a_union_is_the_union_of_masks_and_that_of_the_rest_its_complement(tree, data):
     everything = nodes(tree)
     assume(everything)
-    some = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
-    whole = mask(tree, some)
+    picked_paths = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
+    whole = mask(tree, picked_paths)
     assert jax.tree.structure(whole) == jax.tree.structure(tree)
-    union = jax.tree.map(lambda *each: any(each), *(mask(tree, one) for one in some))
+    union = jax.tree.map(lambda *each: any(each), *(mask(tree, one) for one in picked_paths))
     assert union == whole
-    rest = [path for path in leaves_by_path(tree) if path not in matching(tree, some)]
+    rest = [path for path in leaves_by_path(tree) if path not in matching(tree, picked_paths)]
     assert mask(tree, rest) == jax.tree.map(lambda picked: not picked, whole)
-    as_regex = re.compile("|".join(f"{re.escape(one)}(/.*)?" for one in some))
+    as_regex = re.compile("|".join(f"{re.escape(one)}(/.*)?" for one in picked_paths))
     assert mask(tree, as_regex) == whole
 
 
-def test_double_stars_stand_for_any_number_of_parts_and_brackets_for_literal_stars():
+def test_double_stars_match_any_number_of_parts_and_brackets_literal_stars():
     tree = {"kernel": 1, "body": {"kernel": 2, "layer": {"kernel": 3, "bias": 4}}, "a*": {"x": 5}, "ab": 6}
     assert matching(tree, "**/kernel") == ["body/kernel", "body/layer/kernel", "kernel"]
     assert matching(tree, "body/**/kernel") == ["body/kernel", "body/layer/kernel"]
@@ -207,7 +207,7 @@ def test_a_pattern_that_matches_nothing_is_named_with_the_closest_paths():
 
 
 @for_all(EQUAL_LEAVES, EQUAL_LEAVES, st.data())
-def test_a_swapped_subtree_is_what_is_taken_and_the_rest_is_unchanged(tree, other, data):
+def test_taking_returns_the_swapped_subtree_and_the_rest_is_unchanged(tree, other, data):
     places = nodes(tree)
     assume(places)
     path = data.draw(st.sampled_from(places))
@@ -215,10 +215,12 @@ def test_a_swapped_subtree_is_what_is_taken_and_the_rest_is_unchanged(tree, othe
     swapped = swap_subtree(tree, path, other, strict=False)
     assert take_subtree(swapped, path) is other
     after = leaves_by_path(swapped)
-    rest = {p: leaf for p, leaf in after.items() if not beneath(p, path)}
-    assert same(rest, {p: leaf for p, leaf in before.items() if not beneath(p, path)})
-    assert same({p: leaf for p, leaf in after.items() if beneath(p, path)}, leaves_by_path_at(other, path))
-    assert same(leaves_by_path(tree), before)
+    rest = {p: leaf for p, leaf in after.items() if not is_beneath(p, path)}
+    assert same_objects(rest, {p: leaf for p, leaf in before.items() if not is_beneath(p, path)})
+    assert same_objects(
+        {p: leaf for p, leaf in after.items() if is_beneath(p, path)}, leaves_by_path_at(other, path)
+    )
+    assert same_objects(leaves_by_path(tree), before)
 
 
 def leaves_by_path_at(tree, path):
@@ -226,48 +228,48 @@ def leaves_by_path_at(tree, path):
 
 
 @for_all(TREES, st.data())
-def test_a_strict_swap_keeps_the_structure_and_with_its_own_subtree_the_tree(tree, data):
+def test_a_strict_swap_keeps_the_structure_and_a_swap_with_the_same_subtree_the_tree(tree, data):
     path = data.draw(st.sampled_from(["", *nodes(tree)]))
     own = take_subtree(tree, path)
     again = swap_subtree(tree, path, own)
     assert jax.tree.structure(again) == jax.tree.structure(tree)
-    assert same(leaves_by_path(again), leaves_by_path(tree))
+    assert same_objects(leaves_by_path(again), leaves_by_path(tree))
     twin = jax.tree.map(np.copy, own)
-    # As a plain nested dict, whatever the tree has there.
+    # The same leaves in plain nested dicts, whatever the containers of the tree are.
     plain = rename(twin, ()) if leaves_by_path(twin).keys() != {""} else twin
     swapped = swap_subtree(tree, path, plain)
     assert jax.tree.structure(swapped) == jax.tree.structure(tree)
-    assert same(leaves_by_path(take_subtree(swapped, path)), leaves_by_path(twin))
+    assert same_objects(leaves_by_path(take_subtree(swapped, path)), leaves_by_path(twin))
 
 
 def test_none_can_be_taken_and_swapped_though_it_is_not_a_leaf():
-    layer = Layer(kernel=fresh(), bias=None)
+    layer = Layer(kernel=zeros(), bias=None)
     assert leaves_by_path(layer).keys() == {"kernel"}
     assert take_subtree(layer, "bias") is None
-    bias = fresh()
+    bias = zeros()
     assert swap_subtree(layer, "bias", bias, strict=False).bias is bias
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("body/layer9/kernel", '"body" has layer0, layer1'),
         ("hed", "its root has body, head"),
         ("head/bias/x", '"head/bias" has nothing beneath it'),
     ],
 )
-def test_an_absent_path_is_refused_with_what_is_there(path, says):
+def test_a_missing_path_is_rejected_with_the_existing_children(path, message):
     tree = {"body": {"layer0": [1], "layer1": [2]}, "head": {"bias": 3}}
     for act in (take_subtree, lambda tree, path: swap_subtree(tree, path, 1)):
         with pytest.raises(
-            ValueError, match=re.escape(f'path: got "{path}", which the tree does not have; {says}')
+            ValueError, match=re.escape(f'path: got "{path}", which the tree does not have; {message}')
         ):
             act(tree, path)
 
 
 def test_a_strict_swap_names_every_leaf_that_does_not_fit():
-    tree = {"head": {"kernel": fresh((3, 5)), "bias": fresh((5,)), "scale": fresh(())}}
-    subtree = {"kernel": fresh((3, 20)), "bias": fresh((5,), np.float64), "offset": fresh((20,))}
+    tree = {"head": {"kernel": zeros((3, 5)), "bias": zeros((5,)), "scale": zeros(())}}
+    subtree = {"kernel": zeros((3, 20)), "bias": zeros((5,), np.float64), "offset": zeros((20,))}
     with pytest.raises(ValueError, match='subtree: it does not fit at "head", as strict=True asks') as error:
         swap_subtree(tree, "head", subtree)
     assert str(error.value).split("\n  ")[1:] == [
@@ -279,7 +281,7 @@ def test_a_strict_swap_names_every_leaf_that_does_not_fit():
     assert swap_subtree(tree, "head", subtree, strict=False)["head"] is subtree
     with pytest.raises(ValueError, match=r'"head/scale": got \'x\'; leaves must be arrays'):
         swap_subtree(tree, "head", {**tree["head"], "scale": "x"})
-    many = {"layers": [fresh() for _ in range(30)]}
+    many = {"layers": [zeros() for _ in range(30)]}
     with pytest.raises(ValueError, match="and 10 more") as error:
         swap_subtree(many, "layers", [])
     assert str(error.value).count("got none") == 20
@@ -292,19 +294,19 @@ def test_a_strict_swap_names_every_leaf_that_does_not_fit():
 def test_a_renaming_and_its_inverse_are_the_identity(tree, data):
     plain = rename(tree, ())
     leaves = leaves_by_path(tree)
-    assert same(leaves_by_path(plain), leaves)
+    assert same_objects(leaves_by_path(plain), leaves)
     order = data.draw(st.permutations(range(len(leaves))))
     there = {path: f"net/layer{n}/w" for path, n in zip(leaves, order, strict=True)}
     renamed = rename(tree, list(there.items()))
-    assert same(leaves_by_path(renamed), {there[path]: leaf for path, leaf in leaves.items()})
-    assert same(leaves_by_path(rename(renamed, [(new, old) for old, new in there.items()])), leaves)
+    assert same_objects(leaves_by_path(renamed), {there[path]: leaf for path, leaf in leaves.items()})
+    assert same_objects(leaves_by_path(rename(renamed, [(new, old) for old, new in there.items()])), leaves)
     if leaves:
         lifted = rename(rename(tree, [("**", "outer/**")]), [("outer", "")])
-        assert same(leaves_by_path(lifted), leaves)
+        assert same_objects(leaves_by_path(lifted), leaves)
         names = sorted({path.split("/")[0] for path in leaves})
         others = data.draw(st.permutations(names))
         moved = rename(tree, list(zip(names, others, strict=True)))
-        assert same(leaves_by_path(rename(moved, list(zip(others, names, strict=True)))), leaves)
+        assert same_objects(leaves_by_path(rename(moved, list(zip(others, names, strict=True)))), leaves)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +326,8 @@ def test_a_renaming_and_its_inverse_are_the_identity(tree, data):
     ],
 )
 def test_matches_of_wildcards_fill_the_replacement(rule, new):
-    leaf = fresh()
-    assert same(leaves_by_path(rename({"enc": {"layer_3": {"w": leaf}}}, [rule])), {new: leaf})
+    leaf = zeros()
+    assert same_objects(leaves_by_path(rename({"enc": {"layer_3": {"w": leaf}}}, [rule])), {new: leaf})
 
 
 def test_the_first_rule_that_matches_wins_and_none_drops():
@@ -337,7 +339,7 @@ def test_the_first_rule_that_matches_wins_and_none_drops():
 
 
 @pytest.mark.parametrize(
-    ("rules", "says"),
+    ("rules", "message"),
     [
         ([("a/x", "b/y")], 'rules: "a/x" and "b/y" would both become "b/y"'),
         ([("*/*", "c/d")], 'rules: "a/x" and "b/y" would both become "c/d"'),
@@ -354,8 +356,8 @@ def test_the_first_rule_that_matches_wins_and_none_drops():
         ),
     ],
 )
-def test_rules_that_collide_or_do_not_apply_are_refused(rules, says):
-    with pytest.raises(ValueError, match=re.escape(says)):
+def test_rules_that_collide_or_do_not_apply_are_rejected(rules, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         rename({"a": {"x": 1}, "b": {"y": 2}}, rules)
 
 
@@ -367,7 +369,7 @@ def test_a_tree_transplanted_into_itself_is_taken_whole(tree):
     assume(leaves_by_path(tree))
     again, report = transplant(tree, tree)
     assert jax.tree.structure(again) == jax.tree.structure(tree)
-    assert same(leaves_by_path(again), leaves_by_path(tree))
+    assert same_objects(leaves_by_path(again), leaves_by_path(tree))
     assert [row.target for row in report.taken] == list(leaves_by_path(tree))
     assert all(row.source == row.target for row in report.taken)
     assert report == dataclasses.replace(report, new=(), left_over=(), dropped=(), cast=())
@@ -388,7 +390,7 @@ def test_every_leaf_of_both_trees_is_in_the_report_once_and_where_the_table_says
     assert {row.source for row in report.dropped} == dropped
     assert len(report.taken) + len(report.left_over) + len(report.dropped) == len(given)
     assert len(report.taken) + len(report.new) == len(wanted)
-    assert same(leaves_by_path(tree), {p: given[p] if p in taken else wanted[p] for p in wanted})
+    assert same_objects(leaves_by_path(tree), {p: given[p] if p in taken else wanted[p] for p in wanted})
     if taken == set(take):
         # `take` names leaves alone, so no source leaf that the target lacks can be among them.
         assert transplant(source, target, rules=rules, take=take)[1] == report
@@ -397,7 +399,7 @@ def test_every_leaf_of_both_trees_is_in_the_report_once_and_where_the_table_says
             transplant(source, target, rules=rules, take=take)
 
 
-def problems(*args, **kwargs):
+def misfits(*args, **kwargs):
     with pytest.raises(ValueError, match="source: it does not fit the target:") as error:
         transplant(*args, **kwargs)
     return str(error.value).split("\n  ")[1:]
@@ -405,46 +407,46 @@ def problems(*args, **kwargs):
 
 def test_every_misfit_of_a_transplant_is_named():
     source = {
-        "conv": fresh((3, 4)),
-        "half": fresh((2,), np.float16),
-        "count": fresh((), np.float32),
-        "spare": fresh((7,)),
+        "conv": zeros((3, 4)),
+        "half": zeros((2,), np.float16),
+        "count": zeros((), np.float32),
+        "spare": zeros((7,)),
         "ghost": jax.ShapeDtypeStruct((2,), np.float32),
     }
     target = {
-        "body": fresh((3, 5)),
-        "half": fresh((2,)),
-        "count": fresh((), np.int32),
-        "scale": fresh((1,)),
-        "ghost": fresh((2,)),
+        "body": zeros((3, 5)),
+        "half": zeros((2,)),
+        "count": zeros((), np.int32),
+        "scale": zeros((1,)),
+        "ghost": zeros((2,)),
     }
-    found = problems(source, target, rules=[("conv", "body")])
+    found = misfits(source, target, rules=[("conv", "body")])
     assert found == [
         '"body" (the source\'s "conv"): got shape (3, 4); the target\'s is (3, 5)',
-        '"count": got float32; the target\'s is int32, to which no cast leads without loss of kind',
-        '"ghost": got a ShapeDtypeStruct for an array; it must have values',
-        '"half": got float16; the target\'s is float32, which cast=True would make of it',
-        '"scale": the source has no such leaf; a rule may rename one to it, `take` leave it out, or '
-        "strict=False keep the target's",
-        '"spare": the target has no such leaf; a rule may rename it or, by None, drop it, `take` leave it '
-        "out, or strict=False leave it over",
+        '"count": got float32; the target\'s is int32, and the cast would lose information',
+        '"ghost": got a ShapeDtypeStruct for an array; it must be an array too',
+        '"half": got float16; the target\'s is float32; cast=True converts it',
+        '"scale": the source has no such leaf; rename one by a rule, exclude it by `take`, or keep the '
+        "target's by strict=False",
+        '"spare": the target has no such leaf; rename it by a rule, drop it by a rule with None, exclude it '
+        "by `take`, or ignore it by strict=False",
     ]
-    # What is of no matter stays an error where nothing says that it may differ.
-    assert problems(source, target, rules=[("conv", "body")], strict=False, cast=True) == found[:3]
-    assert problems({"a": fresh()}, {"a": fresh(), "b": jax.ShapeDtypeStruct((1,), np.int32)}, take="a") == [
-        '"b": nothing fills it, and the target has only a ShapeDtypeStruct'
+    # With strict=False and cast=True, only misfits of shape, kind and values remain.
+    assert misfits(source, target, rules=[("conv", "body")], strict=False, cast=True) == found[:3]
+    assert misfits({"a": zeros()}, {"a": zeros(), "b": jax.ShapeDtypeStruct((1,), np.int32)}, take="a") == [
+        '"b": the target has only a ShapeDtypeStruct, which must be filled'
     ]
     with pytest.raises(ValueError, match="take: 'boddy' matches nothing; the closest paths are body"):
         transplant(source, target, take="boddy", strict=False)
 
 
 def test_a_cast_makes_the_targets_dtype_and_is_reported():
-    source = {"a": np.full(2, 1.5), "b": jnp.arange(2), "c": 2, "d": fresh()}
+    source = {"a": np.full(2, 1.5), "b": jnp.arange(2), "c": 2, "d": zeros()}
     target = {
         "a": jnp.zeros(2, jnp.bfloat16),
         "b": jax.ShapeDtypeStruct((2,), np.float32),
         "c": jnp.float32(0),
-        "d": fresh(),
+        "d": zeros(),
     }
     tree, report = transplant(source, target, cast=True)
     assert [leaf.dtype for leaf in jax.tree.leaves(tree)] == [
@@ -464,7 +466,7 @@ def test_a_cast_makes_the_targets_dtype_and_is_reported():
 
 
 def test_transplanting_shapes_gives_the_report_of_the_arrays():
-    source, target = {"a": fresh(), "b": fresh((), np.float64)}, {"a": fresh(), "b": fresh(())}
+    source, target = {"a": zeros(), "b": zeros((), np.float64)}, {"a": zeros(), "b": zeros(())}
     _, report = transplant(source, target, cast=True)
     shapes = [
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), t) for t in (source, target)
@@ -475,8 +477,8 @@ def test_transplanting_shapes_gives_the_report_of_the_arrays():
 
 
 def test_a_report_is_a_table_of_every_leaf_with_totals():
-    source = {"conv": fresh((30, 40)), "fc": fresh((3, 5)), "steps": fresh((), np.int32)}
-    target = {"body": fresh((30, 40)), "head": fresh((3, 20))}
+    source = {"conv": zeros((30, 40)), "fc": zeros((3, 5)), "steps": zeros((), np.int32)}
+    target = {"body": zeros((30, 40)), "head": zeros((3, 20))}
     _, report = transplant(source, target, rules=[("conv", "body"), ("steps", None)], take="body")
     assert str(report).split("\n") == [
         "           target  source  shape     dtype",
@@ -501,7 +503,7 @@ def test_a_report_is_a_table_of_every_leaf_with_totals():
 # --- Networks ------------------------------------------------------------------------------------
 
 
-def test_the_body_of_a_conv4_goes_under_a_head_of_more_classes():
+def test_the_body_of_a_conv4_is_transplanted_under_a_head_with_more_classes():
     rng = np.random.default_rng(0)
     x = rng.uniform(size=(6, 16, 16, 1)).astype(np.float32)
     narrow, wide = (jm.nn.Conv4(ways=ways, filters=4) for ways in (5, 20))
@@ -513,7 +515,7 @@ def test_the_body_of_a_conv4_goes_under_a_head_of_more_classes():
         for network in (narrow, wide)
     )
     apply = jax.jit(wide.apply)
-    assert problems(source, target, strict=False) == [
+    assert misfits(source, target, strict=False) == [
         '"params/head/bias": got shape (5,); the target\'s is (20,)',
         '"params/head/kernel": got shape (4, 5); the target\'s is (4, 20)',
     ]
@@ -527,16 +529,16 @@ def test_the_body_of_a_conv4_goes_under_a_head_of_more_classes():
     padded = {"kernel": np.pad(old["kernel"], ((0, 0), (0, 15))), "bias": np.pad(old["bias"], (0, 15))}
     outputs = apply(swap_subtree(tree, "params/head", padded), x)
     np.testing.assert_allclose(outputs[:, :5], jax.jit(narrow.apply)(source, x), rtol=1e-5, atol=1e-6)
-    # The other way round: the head goes, with its size, into the tree that has the body.
+    # Conversely, the larger head can be swapped into the tree with the body.
     swapped = swap_subtree(source, "params/head", target["params"]["head"], strict=False)
     np.testing.assert_array_equal(apply(swapped, x), apply(tree, x))
 
 
 def test_a_frozen_dict_stays_frozen_and_takes_the_leaves_of_plain_ones():
-    plain = {"body": {"kernel": fresh((2, 2))}, "head": {"bias": fresh()}}
+    plain = {"body": {"kernel": zeros((2, 2))}, "head": {"bias": zeros()}}
     frozen = flax.core.freeze(plain)
-    assert same(leaves_by_path(frozen), leaves_by_path(plain))
-    swapped = swap_subtree(frozen, "head", {"bias": fresh()})
+    assert same_objects(leaves_by_path(frozen), leaves_by_path(plain))
+    swapped = swap_subtree(frozen, "head", {"bias": zeros()})
     assert isinstance(swapped, flax.core.FrozenDict)
     assert swapped["body"]["kernel"] is plain["body"]["kernel"]
     back = swap_subtree(plain, "", frozen)

@@ -1,4 +1,4 @@
-"""Files of weights: every format there and back, every bad file refused, no pickle opened."""
+"""Weight files: every format is read back, and every damaged file and pickle is rejected."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ def small():
 # --- Our own files -------------------------------------------------------------------------------
 
 
-def test_a_file_of_ours_keeps_every_bit_and_dtype(tmp_path):
+def test_a_saved_file_keeps_every_bit_and_dtype(tmp_path):
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(3, 4)).astype(np.float32)
     variables = {
@@ -57,7 +57,7 @@ def test_a_file_of_ours_keeps_every_bit_and_dtype(tmp_path):
     assert loaded.network is None
     assert_same_leaves(loaded.variables, variables)
     assert isinstance(loaded.variables["params"]["bfloat16"], jax.Array)
-    # And the format's own library reads the same.
+    # The safetensors library reads the same.
     np.testing.assert_array_equal(safetensors_numpy.load_file(file)["params/transposed"], matrix.T)
     assert [path.name for path in file.parent.iterdir()] == ["weights.safetensors"]
     with pytest.raises(FileExistsError, match="overwrite=True"):
@@ -73,7 +73,7 @@ def test_a_file_of_ours_keeps_every_bit_and_dtype(tmp_path):
         jm.nn.MLP(out=2, hidden=(3,)),
     ],
 )
-def test_a_file_of_ours_brings_its_network(tmp_path, network):
+def test_a_saved_file_describes_its_network(tmp_path, network):
     x = images(8, 4) if isinstance(network, jm.nn.ViT) else images(16, 16)
     variables = filled(jax.eval_shape(network.init, KEY, x))
     save_pretrained(tmp_path / "weights.safetensors", variables, network=network)
@@ -87,7 +87,7 @@ def test_only_networks_that_a_reader_can_build_are_described(tmp_path, small):
         pass
 
     file = tmp_path / "weights.safetensors"
-    with pytest.raises(ValueError, match=r"network: got Own; it must be one of jaxmeta\.nn"):
+    with pytest.raises(ValueError, match=r"network: got Own; it must be a network of jaxmeta\.nn"):
         save_pretrained(file, small, network=Own())
     with pytest.raises(ValueError, match="network: an attribute of MLP cannot be written"):
         save_pretrained(file, small, network=jm.nn.MLP(out=2, activation=jnp.tanh))
@@ -98,7 +98,7 @@ def test_only_networks_that_a_reader_can_build_are_described(tmp_path, small):
         '{"class": "ViT", "attributes": {"x": 1}}',
     ):
         safetensors_numpy.save_file({"params/a": np.ones(1)}, file, {"network": text})
-        with pytest.raises(ValueError, match=r"describes no network of jaxmeta\.nn"):
+        with pytest.raises(ValueError, match=r"does not describe a network of jaxmeta\.nn"):
             load_pretrained(file)
 
 
@@ -121,7 +121,7 @@ def test_only_nested_dicts_of_arrays_are_saved(tmp_path, variables, message):
 
 @pytest.mark.nightly_rows(after=5)
 @pytest.mark.parametrize(
-    ("kind", "form"),
+    ("kind", "content"),
     [
         ("msgpack", "training state"),
         ("msgpack", "parameters"),
@@ -137,12 +137,12 @@ def test_only_nested_dicts_of_arrays_are_saved(tmp_path, variables, message):
         ("orbax step", "training state"),
     ],
 )
-def test_files_of_flax_and_orbax_are_read(tmp_path, small, kind, form):
+def test_files_of_flax_and_orbax_are_read(tmp_path, small, kind, content):
     tree = {
         "variables": small,
         "parameters": small["params"],
         "training state": {**small, "step": jnp.int32(3), "opt_state": {"0": {"mu": jnp.ones(2)}}},
-    }[form]
+    }[content]
     path = tmp_path / "weights"
     if kind == "msgpack":
         path = tmp_path / "weights.msgpack"
@@ -155,13 +155,13 @@ def test_files_of_flax_and_orbax_are_read(tmp_path, small, kind, form):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path / "default" if kind == "orbax step" else path, tree)
     loaded = load_pretrained(path, small_network())
-    expected = {"params": small["params"], "batch_stats": {}} if form == "parameters" else small
+    expected = {"params": small["params"], "batch_stats": {}} if content == "parameters" else small
     assert_same_leaves(loaded.variables, expected)
-    dropped = {"step", "opt_state/0/mu"} if form == "training state" else set()
+    dropped = {"step", "opt_state/0/mu"} if content == "training state" else set()
     assert {row.source for row in loaded.report.dropped} == dropped
 
 
-def test_another_flax_network_is_filled_by_an_example(tmp_path):
+def test_a_custom_flax_network_is_loaded_with_an_example_input(tmp_path):
     class Own(linen.Module):
         @linen.compact
         def __call__(self, x, train):
@@ -172,7 +172,7 @@ def test_another_flax_network_is_filled_by_an_example(tmp_path):
     variables = filled(jax.eval_shape(lambda x: Own().init(KEY, x, False), x))
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, variables)
-    with pytest.raises(ValueError, match="x: Own needs an example input"):
+    with pytest.raises(ValueError, match="x: got None; Own needs an example input"):
         load_pretrained(file, Own())
     for example in (x, jax.ShapeDtypeStruct(x.shape, x.dtype), x.shape):
         assert_same_leaves(load_pretrained(file, Own(), x=example).variables, variables)
@@ -203,12 +203,14 @@ def test_variables_of_a_run_are_its_model_and_the_statistics_of_its_population(t
     assert_same_leaves(loaded.variables["batch_stats"], {"BatchNorm_0": {"mean": mean, "var": var}})
     for other in ({"per_step": {}, **params}, {"networks": model}):
         params = other
-        with pytest.raises(ValueError, match="is a run of simple_shot, which trains no one network: "):
+        with pytest.raises(
+            ValueError, match="is a run of simple_shot, whose parameters are not those of a single network: "
+        ):
             load_pretrained(tmp_path)
 
 
 @pytest.mark.nightly
-def test_a_run_brings_its_network_and_statistics(tmp_path):
+def test_a_run_is_loaded_with_its_network_and_statistics(tmp_path):
     run, again = tmp_path / "run", tmp_path / "again.safetensors"
     flags = ["--tasks", "glyphs", "--ways", "2", "--queries", "1", "--steps", "2", "--meta-batch", "2"]
     flags += ["--episodes", "4", "--network", "mlp", "--hidden", "8", "--out", str(run)]
@@ -220,7 +222,7 @@ def test_a_run_brings_its_network_and_statistics(tmp_path):
     statistics = from_moments(params["population"])["model"]
     assert leaves_by_path(statistics).keys() == {"BatchNorm_0/mean", "BatchNorm_0/var"}
     assert_same_leaves(loaded.variables["batch_stats"], statistics)
-    # A network with a function among its attributes is the reader's to name.
+    # A network with a function among its attributes has no description; the caller passes it.
     save_pretrained(again, loaded.variables)
     start = jax.nn.initializers.lecun_normal()
     own = jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=start)
@@ -229,7 +231,7 @@ def test_a_run_brings_its_network_and_statistics(tmp_path):
 
 
 @pytest.mark.usefixtures("torch")
-def test_shards_are_assembled_and_bad_indices_refused(tmp_path):
+def test_shards_are_assembled_and_bad_indices_rejected(tmp_path):
     model = vit()
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="5KB")
@@ -238,18 +240,18 @@ def test_shards_are_assembled_and_bad_indices_refused(tmp_path):
     assert_same_leaves(shards.variables, whole.variables)
     index = tmp_path / "shards" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    some = next(iter(content["weight_map"]))
+    name = next(iter(content["weight_map"]))
     for place, message in {
         "../whole/model.safetensors": "points to '../whole/model.safetensors'; it must be a safetensors file",
-        "model-9.safetensors": "points to model-9.safetensors, which is not there",
+        "model-9.safetensors": "points to model-9.safetensors, which does not exist",
     }.items():
-        index.write_text(json.dumps({"weight_map": {**content["weight_map"], some: place}}))
+        index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: place}}))
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path / "shards")
     index.write_text(
-        json.dumps({"weight_map": {**content["weight_map"], "vit.other": content["weight_map"][some]}})
+        json.dumps({"weight_map": {**content["weight_map"], "vit.other": content["weight_map"][name]}})
     )
-    with pytest.raises(ValueError, match="lists vit/other, which none of its files has"):
+    with pytest.raises(ValueError, match="lists vit/other, which none of its files contains"):
         load_pretrained(tmp_path / "shards")
 
 
@@ -299,14 +301,14 @@ GOOD = {"params/a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     }.items(),
     ids=lambda item: item[0],
 )
-def test_a_damaged_or_hostile_safetensors_file_is_refused(tmp_path, content):
+def test_a_damaged_or_hostile_safetensors_file_is_rejected(tmp_path, content):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(content[1])
     with pytest.raises(ValueError, match=r"weights\.safetensors"):
         load_pretrained(file)
 
 
-def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path, small):
+def test_a_safetensors_file_cut_anywhere_is_rejected(tmp_path, small):
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, small)
     content = file.read_bytes()
@@ -345,13 +347,13 @@ def test_a_pickle_is_never_opened(tmp_path, name, in_folder):
         ("readme.txt", b"", "has no weights of a known format"),
     ],
 )
-def test_another_damaged_or_foreign_file_is_refused(tmp_path, name, content, message):
+def test_a_damaged_or_foreign_file_of_another_format_is_rejected(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_pretrained(tmp_path / name if name.startswith("a.") else tmp_path)
 
 
-def test_a_folder_with_several_files_of_weights_is_refused(tmp_path, small):
+def test_a_folder_with_several_files_of_weights_is_rejected(tmp_path, small):
     for name in ("a", "b"):
         save_pretrained(tmp_path / f"{name}.safetensors", small)
     with pytest.raises(ValueError, match=r"several files of weights: a\.safetensors, b\.safetensors"):
@@ -363,15 +365,15 @@ def test_a_folder_with_several_files_of_weights_is_refused(tmp_path, small):
 # --- The Hub -------------------------------------------------------------------------------------
 
 
-def test_an_absent_path_that_may_be_on_the_hub_is_an_error_that_says_how():
-    with pytest.raises(FileNotFoundError, match='is "hf:microsoft/resnet-18"'):
+def test_a_missing_path_that_may_be_on_the_hub_raises_an_error_with_its_name_there():
+    with pytest.raises(FileNotFoundError, match='use "hf:microsoft/resnet-18"'):
         load_pretrained("microsoft/resnet-18")
     with pytest.raises(ValueError, match="revision: got 'main'"):
         load_pretrained("microsoft/resnet-18", revision="main")
 
 
 @pytest.mark.usefixtures("torch")
-def test_of_the_hub_only_safetensors_and_their_json_are_fetched(tmp_path, monkeypatch):
+def test_only_safetensors_and_their_json_are_fetched_from_the_hub(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub.utils import filter_repo_objects
 
@@ -398,7 +400,7 @@ def test_of_the_hub_only_safetensors_and_their_json_are_fetched(tmp_path, monkey
     assert list(filter_repo_objects([*wanted, *unwanted], allow_patterns=asked["patterns"])) == wanted
 
 
-def test_without_network_or_package_the_hub_is_an_error_that_says_so(monkeypatch):
+def test_the_hub_without_a_connection_or_its_package_raises_an_error_that_says_so(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hf:nobody/nothing cannot be fetched .* without a network"):
@@ -408,7 +410,7 @@ def test_without_network_or_package_the_hub_is_an_error_that_says_so(monkeypatch
         load_pretrained("hf:nobody/nothing")
 
 
-def test_without_the_package_safetensors_are_an_error_that_says_so(tmp_path, small, monkeypatch):
+def test_safetensors_without_the_package_raise_an_error_that_says_so(tmp_path, small, monkeypatch):
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, small)
     monkeypatch.setitem(sys.modules, "safetensors", None)

@@ -1,11 +1,11 @@
-"""Helpers of the tests of transfer: variables of models, drawn and compared, and keys of augmentations."""
+"""Helpers for the tests of transfer: initialising and comparing variables, and recording keys."""
 
 import jax
 import numpy as np
 
 
 def initialised(model, x, seed=0):
-    """Return the model's variables, drawn by one compiled program instead of operation by operation."""
+    """Return initial variables of the model, drawn by one compiled program."""
     return jax.jit(model.init)(jax.random.key(seed), x)
 
 
@@ -22,16 +22,16 @@ def close(a, b, tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b)
 
 
-def noting_keys():
-    """Return a function that gives the keys seen so far, and an augmentation that notes its keys."""
+def record_keys():
+    """Return a function that gives the keys recorded so far, and an augmentation that records its keys."""
     keys = []
 
     def augment(key, x):
         jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(key))
         return x
 
-    def seen():
+    def recorded():
         jax.effects_barrier()
         return keys
 
-    return seen, augment
+    return recorded, augment

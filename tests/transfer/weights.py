@@ -1,4 +1,4 @@
-"""Networks whose weights the tests save, load and compare."""
+"""Networks and weights that the tests save, load and compare."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ VIT = {
 
 
 def randomised(model):
-    """With weights and statistics so large that each of them is seen in the outputs."""
+    """Randomise weights and statistics so strongly that each of them affects the outputs."""
     import torch
 
     with torch.no_grad():
@@ -74,7 +74,7 @@ def outputs(loaded, x):
 
 
 def save_state(path, model, rename=lambda name: name):
-    """The tensors that a model has in memory, under other names, as safetensors."""
+    """Save a model's tensors as safetensors under other names, and return them by these names."""
     from safetensors.numpy import save_file
 
     state = {rename(name): tensor.numpy() for name, tensor in model.state_dict().items()}
