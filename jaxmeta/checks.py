@@ -331,8 +331,8 @@ def described(value: Any) -> str:
     """`value` in an error's message where one of another kind is due: with its type, or as what it is.
 
     Examples:
-      >>> described(0.5), described(max), described(dict), described(json), described({"w": 0.0})
-      ('0.5 (float)', 'the function max', 'the class dict', 'the module json', 'dict(…)')
+      >>> described(0.5), described(max), described(dict), described(json), described([0] * 99)
+      ('0.5 (float)', 'the function max', 'the class dict', 'the module json', 'list(…)')
     """
     if isinstance(value, types.ModuleType):
         return f"the module {value.__name__}"
@@ -345,7 +345,9 @@ def described(value: Any) -> str:
     name = type(value).__name__
     if isinstance(value, bool | int | float | complex | str | bytes):
         return f"{shown(value)} ({name})"
-    # What a container or a tuple of functions holds would fill the message.
+    if type(value) in (tuple, list, dict, set) and len(repr(value)) <= 40:
+        return shown(value)
+    # What a container of arrays or functions holds would fill the message.
     return f"{name}(…)"
 
 

@@ -314,6 +314,7 @@ def checks_slots(learner: Learner) -> Learner:
 
     @functools.wraps(learner.adapt)
     def adapt(params: Params, support: Batch, key: Key) -> Adapted:
+        check_kind("support", support, Batch, "a jm.Batch of examples")
         check_slots("support", support.y, support.ways, support.mask)
         return learner.adapt(params, _on_device(support), key)
 

@@ -991,6 +991,26 @@ def test_classes_modules_and_numbers_in_the_place_of_what_is_due_are_named_as_wh
         jm.train(REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING, steps=1, key=KEY, devices=8)
     for function in (jm.tasks.supervised, jm.tasks.labelled, jm.tasks.sequences):
         refused(lambda function=function: function(jm.tasks.glyphs), "tasks")
+    support = SINUSOID.sample(KEY).support
+    with pytest.raises(ValueError, match=r"^support: got dict\(…\); it must be a jm\.Batch of examples"):
+        REGRESSOR.adapt(support, REGRESSION, KEY)
+
+
+def test_transfer_refuses_arguments_of_another_kind_by_their_names():
+    given = {"model": LINEAR, "variables": VARIABLES, "data": DATA, **FIT}
+    for name, value, said in (
+        ("optimizer", 1e-3, r"got 0\.001 \(float\); it must be an optax transformation"),
+        ("key", 0, r"got 0 \(int\); it must be a single key of JAX"),
+        ("model", jm.nn.MLP(out=2), r"got MLP\(…\); it must be of jm\.transfer\.classifier"),
+        ("data", (FEATURES, LABELS), r"got tuple\(…\); it must be jm\.Batch\(x, y\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {said}"):
+            transfer.fine_tune(**given | {name: value})
+    refused(lambda: transfer.freeze(1e-3, PARAMS, "a"), "optimizer")
+    refused(lambda: jm.tasks.labelled(GLYPHS, per_class=1, key=0), "key")
+    refused(lambda: jm.tasks.split_per_class(Y, 1, 0), "key")
+    refused(lambda: jm.tasks.stream("photos", key=KEY, meta_batch=1, ways=2, shots=1), "prepared")
+    refused(lambda: jm.tasks.classes_of(GLYPHS, 0), "key")
 
 
 def test_tasks_need_no_card():

@@ -21,6 +21,20 @@ from jaxmeta.training.metrics import read_metrics
 KEY = jax.random.key(0)
 TASKS = jm.tasks.sinusoid("train", shots=5, queries=5)
 LEARNER = jm.maml(jm.nn.MLP(out=1, hidden=(4,)), inner_lr=0.01, loss=jm.losses.mse)
+
+
+def squared_error(params, task, key):
+    value = jnp.square(task.query.x * params["w"] - task.query.y).mean()
+    return value, {"mse": value}
+
+
+# One that compiles at once.
+SLOPE = jm.Learner(
+    lambda key, task: {"w": jnp.ones(())},
+    lambda params, support, key: params,
+    lambda params, adapted, x: x * params["w"],
+    squared_error,
+)
 MODULE = '''import jax.numpy as jnp
 
 import jaxmeta as jm
@@ -73,11 +87,11 @@ def test_the_folder_has_a_row_for_each_report(here):
 def test_a_resumed_run_goes_on_in_its_file_and_a_new_one_begins_it(tmp_path):
     settings = {"meta_batch": 1, "log_every": 1, "key": KEY, "run_dir": tmp_path, "checkpoint_every": 2}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0, "elapsed_s": 1.0}\n')
-    jm.train(LEARNER, TASKS, optax.sgd(0.0), steps=2, **settings)
+    jm.train(SLOPE, TASKS, optax.sgd(0.0), steps=2, **settings)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         # Of a meta-step after the last checkpoint, before the run was killed.
         file.write(json.dumps({"step": 3, "loss": 9.0, "elapsed_s": 2.0}) + "\n")
-    jm.train(LEARNER, TASKS, optax.sgd(0.0), steps=4, resume=True, **settings)
+    jm.train(SLOPE, TASKS, optax.sgd(0.0), steps=4, resume=True, **settings)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert not {7.0, 9.0} & {row["loss"] for row in rows}
@@ -146,7 +160,8 @@ def test_a_metric_of_one_s_own_is_plotted(row, metric, tmp_path):
     assert main(["plot", str(tmp_path), "--out", str(tmp_path / "own.png")]) == 0
 
 
-@pytest.mark.parametrize("learner", ["my_module:learner", "my_module:made"])
+@pytest.mark.nightly_rows(after=1)
+@pytest.mark.parametrize("learner", ["my_module:made", "my_module:learner"])
 def test_the_parameters_are_evaluated_with_a_learner_that_is_named(learner, here, capsys):
     folder, state, _ = here
     argv = ["evaluate", "run", "--learner", learner, "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
@@ -157,6 +172,7 @@ def test_the_parameters_are_evaluated_with_a_learner_that_is_named(learner, here
     assert "test mse" in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_a_method_of_the_library_is_named_with_its_network_and_settings(here, capsys):
     folder, state, _ = here
     argv = ["evaluate", "run", "--learner", "maml", "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
@@ -197,7 +213,7 @@ def test_what_is_missing_is_said_by_the_command_line(argv, says, here, capsys):
 
 def trained_with(report, **settings):
     settings = {"steps": 4, "meta_batch": 1, "log_every": 2, "key": KEY, **settings}
-    return jm.train(LEARNER, TASKS, optax.sgd(0.0), report=report, **settings)
+    return jm.train(SLOPE, TASKS, optax.sgd(0.0), report=report, **settings)
 
 
 def test_progress_is_printed_line_by_line_where_there_is_no_terminal(capsys):

@@ -213,7 +213,8 @@ def evaluate(argv: Sequence[str]) -> None:
     about = {
         "json": "also write the result here",
         "confusion": "also draw here which classes are taken for which, as a PNG",
-        "learner": "module:name of a method of your own that the run was trained with",
+        "learner": "module:name of a method of your own that the run was trained with; of parameters of "
+        "jm.train(run_dir=…) the method, or a jm.Learner by module:name",
         "network": "module:name of a network of your own that the run was trained with",
         "tasks": "evaluate on other tasks of the same kind; or module:name of your own that the run was "
         "trained with",

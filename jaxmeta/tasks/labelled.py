@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxmeta.checks import ArgumentError, check_count, check_labels, some
+from jaxmeta.checks import ArgumentError, check_count, check_key, check_labels, some
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -72,6 +72,7 @@ def labelled(
                 "per_class, key", f"glyphs are drawn, which takes both; got {per_class}, {key}"
             )
         check_count("per_class", per_class, 1)
+        check_key("key", key)
         return _of_glyphs(*sample.args, per_class=int(per_class), key=key)
     if per_class is not None or key is not None:
         raise ArgumentError("per_class, key", f"are for glyphs; of {card.tasks!r} all examples are taken")
@@ -103,6 +104,7 @@ def split_per_class(
       (2, 3, [0, 1, 2, 3, 4])
     """
     check_count("shots", shots)
+    check_key("key", key)
     labels = np.asarray(y)
     check_labels("y", labels)
     if not labels.size:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from jaxmeta.checks import ArgumentError, check_count
+from jaxmeta.checks import ArgumentError, check_count, check_key, check_kind
 from jaxmeta.core import Key, Rotations, SplitName, Task, TaskStream, episode_keys
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task, names_of_slots
 from jaxmeta.tasks.prepared import Prepared
@@ -80,6 +80,8 @@ def stream(
       >>> tasks = jm.tasks.stream(images, key=key, meta_batch=4, ways=5, shots=1)  # doctest: +SKIP
       >>> state = jm.train(learner, tasks, optimizer, steps=1000, key=key, meta_batch=4)  # doctest: +SKIP
     """
+    check_kind("prepared", prepared, Prepared, "images of prepare_folder or prepare_tfds")
+    check_key("key", key)
     shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
     classes, said = prepared.class_split(classes)
     parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or said)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
-from jaxmeta.checks import ArgumentError, check_number, check_widths, check_word
+from jaxmeta.checks import ArgumentError, check_key, check_number, check_widths, check_word
 from jaxmeta.core import Augment, Batch, Key, Optimizer, Params, PyTree
 from jaxmeta.declare import forwards
 from jaxmeta.nn.stateful import StatefulModel, Variables
@@ -20,7 +20,7 @@ from jaxmeta.transfer.classifier import HEAD, as_images
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.discrepancy import MMDSettings, Variant, coral_loss, mmd2
 from jaxmeta.transfer.domain_adaptation import dann_strength, domain_loss, gradient_reversal
-from jaxmeta.transfer.fine_tune import examples, mean_loss
+from jaxmeta.transfer.fine_tune import check_model_and_data, examples, mean_loss
 from jaxmeta.transfer.freezing import frozen_mask
 from jaxmeta.transfer.heads import ExampleWeights
 
@@ -231,6 +231,8 @@ def align(
       >>> logits = model.apply(aligned.target, source.x + 1.0)  # doctest: +SKIP
     """
     check_word("norm", norm, get_args(DomainNorm))
+    check_model_and_data(model, source, "source")
+    check_key("key", key)
     if model.features is None:
         raise ArgumentError("model", "has no features to align; build it with jm.transfer.classifier")
     dim, classes = variables["params"][HEAD]["kernel"].shape

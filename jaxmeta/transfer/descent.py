@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_count
+from jaxmeta.checks import check_count, check_key, check_optimizer
 from jaxmeta.core import Key, Optimizer, Params, PyTree
 from jaxmeta.transfer.freezing import apply_unfrozen, only_unfrozen
 
@@ -72,6 +72,8 @@ def descend(
       FloatingPointError: if the loss becomes NaN or infinite.
     """
     check_count("steps", steps)
+    check_optimizer("optimizer", optimizer)
+    check_key("key", key)
     if every is not None:
         check_count("every", every)
     for batches in data.values():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError, check_count, check_labels, check_number, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_kind, check_labels, check_number, check_word
 from jaxmeta.core import Augment, Batch, Key, Optimizer, Params
 from jaxmeta.declare import forwards
 from jaxmeta.nn.norm import STATISTICS
@@ -116,6 +116,7 @@ def fine_tune(
       >>> model.apply(fitted.variables, data.x).argmax(1).tolist()
       [0, 1]
     """
+    check_model_and_data(model, data, "data")
     # A user-defined loss may give integer targets another meaning than classes.
     are_classes = loss is optax.softmax_cross_entropy_with_integer_labels
     arrays = examples(data, weights, classes=_classes(model, variables, data) if are_classes else None)
@@ -381,6 +382,16 @@ def gradual_unfreezing(
         variables = fitted.variables
         losses.append(fitted.losses)
     return Fitted(variables, jnp.concatenate(losses))
+
+
+def check_model_and_data(model: Any, data: Any, name: str) -> None:
+    """Refuse what is no network with state, and what are no examples.
+
+    Raises:
+      ArgumentError: it names the argument.
+    """
+    check_kind("model", model, StatefulModel, "of jm.transfer.classifier, or a network by jm.nn.as_stateful")
+    check_kind(name, data, Batch, "jm.Batch(x, y)")
 
 
 def examples(

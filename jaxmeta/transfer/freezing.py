@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, some
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, some
 from jaxmeta.core import Optimizer, Params, PyTree
 from jaxmeta.paths import Patterns, leaves_by_path, mask, matching
 
@@ -53,6 +53,7 @@ def freeze(optimizer: Optimizer, params: Params, train: Patterns) -> optax.Gradi
       >>> updates["body"]
       Array([0., 0., 0.], dtype=float32)
     """
+    check_optimizer("optimizer", optimizer)
     return only_unfrozen(optimizer, frozen_mask(params, train))
 
 
