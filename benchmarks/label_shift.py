@@ -41,6 +41,18 @@ def estimates(probs, labels, target_probs, source_prior) -> dict[str, np.ndarray
     }
 
 
+def table(rows: dict) -> str:
+    lines = ["| class weights | error of the weights | accuracy on the target, % |", "| --- | --- | --- |"]
+    for name, found in rows.items():
+        errors, accuracies = (np.array([row[what] for row in found]) for what in ("error", "accuracy"))
+        cells = [
+            f"{each.mean():.{digits}f} ± {each.std(ddof=1):.{digits}f}"
+            for each, digits in ((errors, 3), (100 * accuracies, 2))
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,12 +107,7 @@ def main(argv=None) -> None:
                     "weights": weights.round(4).tolist(),
                 }
             )
-    print("| weights | error of the weights | accuracy on the target, % |\n| --- | --- | --- |")
-    for name, found in rows.items():
-        errors, accuracies = (np.array([row[what] for row in found]) for what in ("error", "accuracy"))
-        accuracies *= 100
-        cells = [f"{each.mean():.3f} ± {each.std(ddof=1):.3f}" for each in (errors, accuracies)]
-        print(f"| {name} | {' | '.join(cells)} |")
+    print(table(rows))
     if args.json:
         report = {
             "machine": describe_machine(jax.local_devices()),

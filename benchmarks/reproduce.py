@@ -86,6 +86,7 @@ def row_of(method: str, folder: Path) -> dict:
             for name in ("training_s", "steps", "best_step", "parameters", "device", "devices")
         },
         "meta_batch": training["meta_batch"],
+        "train_ways": config["tasks"]["train_ways"],
         "network": config["network"]["name"],
         **{name: learner.get(name) for name in ("inner_lr", "inner_steps", "eval_steps")},
         "outer_lr": training["outer_lr"],
@@ -139,29 +140,42 @@ def percent(row: dict) -> str:
     return f"{100 * row['mean']:.2f} ± {100 * row['ci95']:.2f}"
 
 
+def budget(row: dict) -> str:
+    if "meta_batch" not in row:
+        return f"no training; rate {row['rate']}, {row['steps']} steps"
+    tasks = "1 task" if row["meta_batch"] == 1 else f"{row['meta_batch']} tasks"
+    ways = f" of {row['train_ways']} ways" if "train_ways" in row else ""
+    return f"{row['steps']:,} meta-steps of {tasks}{ways}, {row['training_s'] / 60:.0f} minutes"
+
+
 def table(rows: dict) -> str:
-    lines = [
-        "| method | transductive, % | inductive, % | minus maml (transductive) | published, % | budget |",
-        "| --- | --- | --- | --- | --- | --- |",
+    head = [
+        "method",
+        "transductive, %",
+        "inductive, %",
+        "minus maml (transductive)",
+        "published, %",
+        "budget",
     ]
+    found = []
     for method, row in rows.items():
         difference = row.get("minus_maml", {}).get("transductive")
         signed = (
             "" if difference is None else f"{100 * difference['mean']:+.2f} ± {100 * difference['ci95']:.2f}"
         )
-        budget = (
-            f"{row['steps']:,} meta-steps of {row['meta_batch']} tasks, {row['training_s'] / 60:.0f} minutes"
-            if "meta_batch" in row
-            else f"no training; rate {row['rate']}, {row['steps']} steps"
-        )
         # Without batch normalisation there is no transductive accuracy.
-        found = [
+        accuracies = [
             percent(row["accuracy"][name]) if name in row["accuracy"] else ""
             for name in ("transductive", "inductive")
         ]
-        cells = [f"`{method}`", *found, signed, row.get("published", ""), budget]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        published = row.get("published", "")
+        if row.get("published_budget"):
+            published += f" ({row['published_budget']})"
+        found.append([f"`{method}`", *accuracies, signed, published, budget(row)])
+    # A column that no row has an entry of is left out.
+    used = [i for i in range(len(head)) if any(cells[i] for cells in found)]
+    lines = [[head[i] for i in used], ["---"] * len(used), *([cells[i] for i in used] for cells in found)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv=None) -> None:

@@ -1,0 +1,101 @@
+"""The page of results, and the short table of README.md, are what their JSON files say."""
+
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks"))
+import report
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """Pages and results in a folder of their own, which may be changed."""
+    (tmp_path / "results").mkdir()
+    for path in report.RESULTS.glob("*.json"):
+        (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
+    for name in ("TEMPLATE", "PAGE"):
+        path = getattr(report, name)
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        monkeypatch.setattr(report, name, tmp_path / path.name)
+    (tmp_path / "top.md").write_text("before\n<!-- results -->\n<!-- /results -->\nafter\n")
+    monkeypatch.setattr(report, "TOP", tmp_path / "top.md")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "_read", set())
+    return tmp_path
+
+
+def test_the_pages_are_what_the_program_writes():
+    assert report.differing() == []
+
+
+def test_another_number_in_a_file_of_results_is_another_page(copies, capsys):
+    path = copies / "results" / report.GRADIENT
+    kept = json.loads(path.read_text())
+    kept["rows"]["maml"]["accuracy"]["transductive"]["mean"] = 0.12345
+    path.write_text(json.dumps(kept))
+    before = report.PAGE.read_text()
+    assert report.main(["--check"]) == 1
+    assert str(report.PAGE) in capsys.readouterr().err
+    assert report.PAGE.read_text() == before
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    after = report.PAGE.read_text()
+    changed = [new for old, new in zip(before.splitlines(), after.splitlines(), strict=True) if old != new]
+    assert len(changed) == 1
+    assert "| `maml` | 12.35 ± 0.44 |" in changed[0] or "| `maml` | 12.34 ± 0.44 |" in changed[0]
+    assert "12.3 ± 0.4" in report.TOP.read_text()
+
+
+def test_the_short_table_stands_between_its_markers_alone(copies):
+    report.main([])
+    text = report.TOP.read_text()
+    found = re.fullmatch(r"before\n<!-- results -->\n(.*)\n<!-- /results -->\nafter\n", text, re.DOTALL)
+    lines = found[1].splitlines()
+    assert {line.count("|") for line in lines} == {6}
+    assert any("| 98.7 ± 0.4 | 98.0 ± 0.4 |" in line for line in lines)  # MAML on Omniglot
+    report.TOP.write_text("no markers\n")
+    report.main([])
+    assert report.TOP.read_text() == "no markers\n"
+
+
+def test_a_file_of_results_that_no_section_reads_is_an_error(copies):
+    (copies / "results" / "new.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"new\.json"):
+        report.main(["--check"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("{{memory.table}}", "", r"memory\.table"),
+        ("{{memory.table}}", "{{memory.tables}}", r"memory\.tables"),
+    ],
+)
+def test_placeholders_and_values_must_match(copies, old, new, named):
+    report.TEMPLATE.write_text(report.TEMPLATE.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=named):
+        report.main([])
+
+
+def test_figures_and_data_that_the_page_links_to_exist():
+    links = re.findall(r"\]\((results/[^)]+)\)", report.PAGE.read_text())
+    assert len(links) > 20
+    for link in links:
+        assert (report.HERE / link).is_file(), link
+    shown = {pathlib.Path(link).name for link in links}
+    assert {path.name for path in report.RESULTS.iterdir()} <= shown
+
+
+def test_the_contents_of_the_page_link_to_its_headings():
+    text = report.PAGE.read_text()
+    headings = {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+    anchors = re.findall(r"\]\(#([^)]+)\)", text)
+    assert anchors
+    assert {*anchors} <= headings
