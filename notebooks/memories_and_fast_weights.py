@@ -250,7 +250,7 @@ _ = panels[0].legend(loc="lower right", title="memory")
 # rises with what it is shown. The LSTM has shared the work between its state and its memory: it falls too,
 # but not to chance. Yet an LSTM *trained* without a memory comes close to the whole network, as three classes
 # fit into its state. Taking a part away shows what a network relies on, not what it needs: for that it must
-# be trained without. The README has both for Omniglot, with five classes in fifty images.
+# be trained without. `benchmarks/README.md` has both for Omniglot, with five classes in fifty images.
 
 # %%
 whole, others = broken["feed_forward"]["whole"], broken["feed_forward"]

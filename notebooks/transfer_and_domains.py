@@ -481,8 +481,8 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 #   distribution, and the accuracy gains nothing.
 # - **MMD** compares all moments: in its feature plane crosses lie on dots of the same colour, and nobody told
 #   it the colours. **DANN** compares whatever a small network can tell apart.
-# - The trainings of a method differ, and without target labels one cannot pick the best. (README's table on
-#   digits chooses by the accuracy on the source.)
+# - The trainings of a method differ, and without target labels one cannot pick the best. (The table on
+#   digits in `benchmarks/README.md` chooses by the accuracy on the source.)
 
 # %%
 assert on_target["source only"] < 0.9

@@ -15,9 +15,9 @@ def report_of(folder, *arguments):
     return read_json(folder / "report.json")
 
 
-# Per preset: the row of its report; mean and half-width of the 95 % interval, in per cent, of the run that
-# README reports (benchmarks/results); and the published number, in per cent, with its reference. The runs are
-# of one seed and a smaller budget than the published ones.
+# Per preset: the row of its report; mean and half-width of the 95 % interval, in per cent, of the run in
+# benchmarks/README.md; and the published number, in per cent, with its reference. The runs are of one seed
+# and a smaller budget than the published ones.
 OMNIGLOT = {
     "omniglot": ("transductive", 97.96, 0.44, "98.7, Finn et al. 2017"),
     "omniglot-meta-sgd": ("transductive", 98.60, 0.35, "99.53, Li et al. 2017"),
@@ -62,7 +62,7 @@ def test_sinusoid_reaches_the_published_errors(tmp_path):
 def test_default_command_reaches_its_recorded_accuracy(tmp_path):
     # Nearest neighbours on pixels reach about half.
     report = report_of(tmp_path / "run")
-    # README: 91.5 ± 0.5.
+    # benchmarks/README.md: 91.5 ± 0.5.
     assert report["accuracy"]["transductive"]["mean"] >= 0.905
 
 
