@@ -1,7 +1,12 @@
-"""What README.md says is run: its Python, its commands' flags, and the names it mentions."""
+"""What the pages and the packages' docstrings say is run: Python, commands' flags, and names they mention.
+
+Examples in docstrings (`>>>`) are doctests of their own.
+"""
 
 import ast
+import doctest
 import functools
+import importlib
 import operator
 import pathlib
 import re
@@ -12,6 +17,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 import jaxmeta as jm
 from jaxmeta.cli import classifier, compare, folders, main, predict, run, transfer
@@ -20,10 +26,27 @@ from jaxmeta.cli.config import Chosen, base_of, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"))
+}
+DOCSTRINGS = {
+    name: importlib.import_module(name).__doc__
+    for name in ("jaxmeta", *(f"jaxmeta.{path.parent.name}" for path in ROOT.glob("jaxmeta/*/__init__.py")))
+}
+TEXTS = PAGES | DOCSTRINGS
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def lines_of_shell(text):
+    """Return the commands of a text, of its blocks and of its prose."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks("sh", text) for line in block.splitlines()]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return [part.strip() for line in lines + spans for part in line.split("&&") if "…" not in line]
 
 
 CHECKS = """
@@ -145,48 +168,97 @@ NAME = {"train": "maml", "learners": "maml", "presets": "glyphs", "tasks": "glyp
 # Modules of a reader's own.
 OWN = {
     "cavia": "from jaxmeta import cavia",
-    "my_module": "from jaxmeta.nn import Conv4 as Net\nfrom jaxmeta.tasks import glyphs as my_tasks",
+    "my_module": "from jaxmeta import maml as my_learner\nfrom jaxmeta.nn import Conv4 as Net\n"
+    "from jaxmeta.tasks import glyphs as my_tasks",
 }
 
 
-def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys):
-    for name, content in OWN.items():
-        (tmp_path / f"{name}.py").write_text(content)
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys, name):
+    for own, content in OWN.items():
+        (tmp_path / f"{own}.py").write_text(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE)
-    shell = [
-        part.strip() for block in blocks("sh") for line in block.splitlines() for part in line.split("&&")
-    ]
-    commands = [
-        line.split()[1:] for line in shell + re.findall("`([^`]+)`", prose) if line.startswith("jaxmeta ")
-    ]
-    assert ["train"] in commands
-    assert len(commands) > 3
+    commands = [line.split()[1:] for line in lines_of_shell(TEXTS[name]) if line.startswith("jaxmeta ")]
+    if name == "README.md":
+        assert ["train"] in commands
+        assert len(commands) > 3
     called = []
-    for module, names in CALLED.items():
-        for name in names:
-            monkeypatch.setattr(module, name, noting(getattr(module, name), called))
+    for module, functions in CALLED.items():
+        for each in functions:
+            monkeypatch.setattr(module, each, noting(getattr(module, each), called))
     # Of folders that the text speaks of, and that are not here.
     monkeypatch.setattr(folders, "data_folder", lambda data: data)
     monkeypatch.setattr(
         commands_of_names, "load_config", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
     )
     for command in commands:
-        command = [NAME[command[0]] if word == "NAME" else word for word in command]
+        before = [command[0], *command]
+        command = [
+            NAME.get(previous.removeprefix("--"), NAME.get(command[0])) if word == "NAME" else word
+            for previous, word in zip(before, command, strict=False)
+        ]
         assert main(command) == 0, (command, capsys.readouterr().err)
-    assert {"new_run", "evaluate_run"} <= {*called}
-    for name in OWN:
-        sys.modules.pop(name, None)
+    if name == "README.md":
+        assert "new_run" in called
+    for own in OWN:
+        sys.modules.pop(own, None)
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`jm\.([\w.]+)", README))))
+def found_in_texts(pattern):
+    """Return what matches in any text, each once."""
+    return sorted({match for text in TEXTS.values() for match in re.findall(pattern, text)})
+
+
+@pytest.mark.parametrize("name", found_in_texts(r"`jm\.([\w.]+)"))
 def test_names_of_the_library_in_the_text_exist(name):
-    operator.attrgetter(name)(jm)
+    operator.attrgetter(name.rstrip("."))(jm)
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|\.ci)/[\w./-]+)", README)))
+    "path", found_in_texts(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|tests|\.ci)/[\w./-]+)")
 )
 def test_files_that_the_text_names_exist(path):
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    sorted(
+        {line for text in TEXTS.values() for line in lines_of_shell(text) if "python benchmarks/" in line}
+    ),
+)
+def test_benchmarks_take_the_flags_of_the_text(command):
+    program, *words = command[command.index("benchmarks/") :].split()
+    flags = {word for word in words if word.startswith("--")}
+    source = (ROOT / program).read_text(encoding="utf-8")
+    assert flags - {"--help"} <= {*re.findall(r'"(--[\w-]+)"', source)}
+
+
+@pytest.mark.nightly
+def test_the_functions_in_docstrings_learn_from_a_folder_of_photos(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    for name in range(27):
+        (photos / str(name)).mkdir(parents=True)
+        for number in range(16):
+            photo = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8))
+            photo.save(photos / str(name) / f"{number}.png")
+    names = {"jm": jm}
+    for example in doctest.DocTestParser().get_examples(DOCSTRINGS["jaxmeta.tasks"]):
+        if example.source.startswith("def train_from_disk"):
+            exec(example.source, names)
+    (block,) = blocks("python", DOCSTRINGS["jaxmeta.cli"])
+    exec(block, names)
+    learner = jm.maml(jm.nn.MLP(out=5), norm="support")
+    state = names["train_from_disk"](learner, photos, optax.adam(1e-3), jax.random.key(0))
+    assert int(state.step) == 100
+    run = str(tmp_path / "run")
+    command = ["train", "--tasks", f"folder:{photos}", "--ways", "5", "--shots", "1"]
+    assert main([*command, "--network", "mlp", "--steps", "1", "--episodes", "2", "--out", run]) == 0
+    task = jm.tasks.from_folder(photos, queries=5).sample(jax.random.key(0))
+    support = {name: task.support.x[i : i + 1] for i, name in enumerate("abcde")}
+    together, alone = (names["names_of"](run, support, images) for images in (task.query.x, task.query.x[:1]))
+    assert len(together) == 25
+    assert {*together} <= {*"abcde"}
+    assert together[:1] == alone

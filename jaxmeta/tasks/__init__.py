@@ -1,4 +1,84 @@
-"""Where tasks come from: pure samplers with a protocol card."""
+"""Where tasks come from: pure samplers `sample(key) -> Task`, each with a protocol card.
+
+| source | command line | Python |
+| --- | --- | --- |
+| drawn characters; sine waves; sums of sine waves; quadratic functions | `--tasks glyphs`, `sinusoid`, `harmonic`, `quadratics` | `glyphs` `sinusoid` `harmonic` `quadratics` |
+| Omniglot, from its two official archives | `--tasks omniglot` | `omniglot` |
+| a folder of images | `--tasks folder:PATH` | `from_folder` |
+| any image classification set of [tensorflow-datasets](https://www.tensorflow.org/datasets) | `--tasks tfds:NAME` | `from_tfds` |
+| mini-ImageNet, CIFAR-FS and CUB by their published class splits, from your copy of the images | `--tasks mini_imagenet --data DIR`, … | `mini_imagenet` `cifar_fs` `cub` |
+| MNIST and USPS digits, from your copy of the files | `--tasks mnist --data DIR`, `--tasks usps` | `mnist` `usps` |
+| labelled arrays | `--tasks arrays:FILE.npz` with `x` and `y` | `from_arrays` `from_npz` |
+| regression examples of many tasks | `--tasks table:FILE.csv` with columns `task`, `x…`, `y…` | `from_regression` `from_table` |
+| records on disk, larger than the device's memory | `--stream` | `prepare_folder` or `prepare_tfds`, then `stream` |
+
+`sequences` turns the tasks of any of these into sequences for memory-augmented networks, `supervised` into
+mini-batches of all training classes at once. `jaxmeta tasks` lists the sources; `--tasks my_module:my_tasks`
+takes a function `f(split, *, ways, shots, queries, …)` of yours.
+
+**Folders of images.** A folder has one subfolder a class, with images of every format that Pillow opens, grey
+or colour, of any size:
+
+```sh
+jaxmeta train --tasks folder:photos --ways 5 --shots 1
+```
+
+The classes are divided at random into 64 % for training, 16 % for validation and 20 % for testing, so that
+none is in two parts; the report holds the split's hash. Each part needs as many classes as there are ways, 27
+classes in all at 5 ways. With fewer, do without validation (`--classes 0.5,0,0.5`) or ask for `--ways 2`.
+Each class needs 6 images, 1 to learn from and 5 to be tested on (`--queries 2` makes it 3);
+`--skip-small-classes` leaves out smaller ones.
+
+- The split may be given: by folders `train`, `val` and `test` of such subfolders; by lists such as
+  `train.csv` with columns `filename` and `label`, or `base.json`; or by `--classes split.json`, a JSON file
+  with lists of names under `train`, `validation` and `test`. `--split-seed` draws another random split.
+- Images are resized to squares once and kept in the cache folder: as large as the smallest image (not
+  counting a few that are far smaller than the others), at most 84 pixels a side, or `--size N`.
+- An image that cannot be read is an error that names it; `--skip-unreadable` leaves such images out. One line
+  states what was read, and what was left out and why.
+
+**Arrays.** Examples are images or feature vectors, uint8 or floating point; labels are integers or names.
+
+>>> import numpy as np
+>>> import jaxmeta as jm
+>>> images = np.random.default_rng(0).integers(0, 256, (400, 28, 28, 1), np.uint8)
+>>> labels = np.repeat(np.arange(20), 20)
+>>> split = (0.6, 0.2, 0.2)  # of the classes, for train, validation and test
+>>> tasks = jm.tasks.from_arrays(images, labels, ways=3, shots=1, queries=5, split="train", classes=split)
+>>> tasks.card.classes, len(tasks.card.split_hash)  # what a published row must state
+(12, 64)
+
+The documentation of `from_npz` and `from_table` states the names of arrays and columns.
+
+**tensorflow-datasets.** Sets are read without TensorFlow once they are prepared as ArrayRecord files;
+preparing most of the stock ones needs TensorFlow.
+
+**Omniglot.** The two official archives come from
+[brendenlake/omniglot](https://github.com/brendenlake/omniglot) at first use, with their MD5 sums checked, or
+from a folder of yours with `--data DIR`. Every drawing is verified, decoded once and kept as one array in the
+cache folder: `$JAXMETA_CACHE`, else `jaxmeta` in the platform's cache folder (on Linux `~/.cache/jaxmeta`).
+
+**Zero-shot tasks.** With `shots=0` a support set holds one vector of metadata for each class in place of
+images: the strokes of `glyphs(shots=0)`, the 312 attributes of `cub(shots=0)` from the official archive, or
+those of any arrays, `from_arrays(features, labels, shots=0, metadata={class: vector})`.
+
+**Data larger than the device.** Tasks are drawn on the device, which holds the images as bytes. Where they do
+not fit, `--stream` reads the images of each meta-step from disk while the device computes the last ones. The
+episodes for a seed are the same, and a run can be resumed at any step; `benchmarks/README.md` has the speed.
+
+>>> def train_from_disk(learner, folder, optimizer, key):
+...     prepared = jm.tasks.prepare_folder(folder)
+...     tasks = jm.tasks.stream(prepared, key=key, meta_batch=4, ways=5, shots=1, queries=5)
+...     return jm.train(learner, tasks, optimizer, steps=100, meta_batch=4, key=key)
+
+A loader of your own is a stream, too: `jm.TaskStream(at=my_batch_of_tasks, card=card)`, where `at(step)` is a
+`Task` whose leaves have a leading axis of `meta_batch` tasks. A stream gives each process of several hosts
+its share of every batch.
+
+All images of your own become one form first (`jaxmeta/tasks/prepared.py`): records of one shape, grouped by
+class. An episode is a pure function of (key, step, index): it is the same on one device and on eight, from
+memory and from a stream.
+"""  # noqa: E501
 
 from jaxmeta.tasks.array_files import from_npz
 from jaxmeta.tasks.attributes import cub_attributes

@@ -1,4 +1,85 @@
-"""Transfer learning: what one network has learned, taken to another task or domain."""
+r"""Transfer learning: what one network has learned, taken to another task or domain.
+
+**Which situation is yours?**
+
+| between source and target differs | it is called | take |
+| --- | --- | --- |
+| the input space: size, channels, dark and light | heterogeneous transfer | `input_adapter`, or `learned_stem`, as `classifier(…, adapter=…)` |
+| the labels | inductive transfer | a new head: `feature_extraction`, `linear_probe_then_fine_tune`, `fine_tune`, `gradual_unfreezing`; `mapped_head` where classes are related |
+| P(X), and some target labels are at hand | domain shift | `fine_tune`, with `l2_sp` or `discriminative` rates |
+| P(X), without target labels, same support | covariate shift | `density_ratio` or `kernel_mean_matching` as `weights=`; check `effective_sample_size` |
+| P(X), without target labels, new appearance | unsupervised domain adaptation | `adabn`, `coral_transform`; training on both: `align(…, mmd())`, `coral()`, `dann()` |
+| P(Y) alone, P(X\|Y) being the same | label shift | `bbse`, `rlls` or `em_prior` (after `temperature`), then `adjust`, or train again with weights |
+| P(Y\|X) in any other way | concept shift | target labels: it cannot be detected without them |
+
+**Recipes.** A head for new classes on a body that has learned others. Here the body learns ten classes of
+random blobs; `load_pretrained("resnet18.safetensors", head=False)` reads one from a file.
+
+>>> import jax
+>>> import numpy as np
+>>> import optax
+>>> import jaxmeta as jm
+>>> body = jm.nn.MLP(out=16, hidden=(32,), norm=True)
+>>> centres = np.random.default_rng(0).normal(0, 3, (10, 8)).astype(np.float32)
+>>> labels = np.arange(400) % 10
+>>> noise = np.random.default_rng(1).normal(size=(400, 8)).astype(np.float32)
+>>> blobs = centres[labels] + noise
+>>> source = jm.transfer.classifier(body, classes=10)
+>>> learned = jm.transfer.fine_tune(
+...     source,
+...     source.init(jax.random.key(0), blobs),
+...     jm.Batch(blobs, labels),
+...     optimizer=optax.adam(1e-2),
+...     steps=200,
+...     key=jax.random.key(1),
+... ).variables
+>>> pretrained = {name: jm.transfer.take_subtree(tree, "body") for name, tree in learned.items()}
+
+A new head for three other classes, 0 to 3, 4 to 7, 8 and 9, from 30 examples: first the head alone, in closed
+form on frozen features, then the last layer of the body and the head.
+
+>>> model = jm.transfer.classifier(body, classes=3)
+>>> variables = jm.transfer.with_body(model.init(jax.random.key(2), blobs), pretrained)
+>>> few = jm.Batch(blobs[:30], labels[:30] // 4)
+>>> probed = jm.transfer.feature_extraction(model, variables, few, head="ridge")
+>>> tuned = jm.transfer.fine_tune(
+...     model,
+...     probed,
+...     few,
+...     train=["head", "body/head"],  # all else keeps its bits, its statistics, and has no optimizer state
+...     optimizer=optax.adamw(1e-3),
+...     steps=50,
+...     key=jax.random.key(3),
+... )
+>>> bool(jm.transfer.accuracy(model, tuned.variables, jm.Batch(blobs, labels // 4)) > 0.9)
+True
+
+**The command line** takes any run as the source, or a file of weights:
+
+```sh
+jaxmeta train --preset omniglot-simple-shot --out runs/characters
+jaxmeta transfer runs/characters --target mnist --recipe lp-ft --shots 5 --out runs/digits
+jaxmeta rank runs/characters runs/digits --target usps --fine-tune
+```
+
+The target is a set of images by its name for `--tasks`, or a folder with a subfolder a class
+(`folder:photos`). `transfer` learns from some examples of each class and scores all others; of folders
+`train` and `test` of the same classes it learns from one and scores the other. It leaves a report with a
+confidence interval and with what became of each leaf of the source, a picture of the confusions, and weights
+that can be a source again. With `--keep-statistics` fine-tuning keeps the source's batch statistics.
+
+**Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet and ViT,
+whose outputs equal theirs up to rounding), from `flax.serialization`, from Orbax and from runs of this
+library, never from a pickle. `transplant` puts leaves of one tree into another by rules, checks each, and
+reports as a table what was taken, what is new and what is left over.
+
+**Scores** say which of several sources to take, without training: `leep`, `nce`, `h_score`, `log_me`, and
+`rank_sources` of them all. `rank` with `--fine-tune` also trains each source briefly, to show which score
+agrees with the result.
+
+`benchmarks/README.md` compares recipes, scores, domain adaptation and label shift on real images;
+`notebooks/transfer_and_domains.py` explains them.
+"""  # noqa: E501
 
 from jaxmeta.transfer.alignment import Aligned, Alignment, align, coral, dann, mmd
 from jaxmeta.transfer.classifier import (
