@@ -42,17 +42,25 @@ def write_new_json(path: Path, content: Any) -> None:
     Raises:
       FileExistsError: the file exists, for example because another process was first.
     """
+    write_new(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write bytes, whole, where there is no file yet.
+
+    Raises:
+      FileExistsError: there is one: another process came first.
+    """
     unfinished = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    text = json.dumps(content, indent=2) + "\n"
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         try:
             # A rename would replace an existing file; a link fails.
             os.link(unfinished, path)
         except (FileExistsError, FileNotFoundError):
             raise
         except OSError:  # a file system without links
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(text)
+            with open(path, "xb") as file:
+                file.write(content)
     finally:
         unfinished.unlink(missing_ok=True)

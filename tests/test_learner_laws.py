@@ -323,6 +323,17 @@ def test_jit_matches_eager(case):
 
 
 @law(default=one_row_of_representatives)
+def test_predict_can_be_exported_for_any_number_of_examples(case, tmp_path):
+    learner, params, task = learner_of(case), params_of(case), task_of(case)
+    adapted = run(case).adapted
+    jm.export(tmp_path / "program", learner, params, adapted, task.query.x)
+    program = jax.export.deserialize(bytearray((tmp_path / "program").read_bytes()))
+    for count in (1, len(task.query.x)):
+        x = task.query.x[:count]
+        assert_equal(program.call(x), jax.jit(learner.predict)(params, adapted, x))
+
+
+@law(default=one_row_of_representatives)
 def test_vmap_matches_loop(case):
     tasks = [task_of(case, seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)

@@ -31,11 +31,11 @@ from jaxmeta.metric_based import simple_shot
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.tasks.images import class_files
 from jaxmeta.tasks.splits import in_order, warn_of_case
+from jaxmeta.training.export import program_of
 from jaxmeta.transfer import adabn, input_adapter
 
 # Of squared distances between features of length one, which lie in [0, 4].
 _SHARPNESS = 10.0
-_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Images at once where statistics are taken.
 _AT_ONCE = 64
 
@@ -488,10 +488,8 @@ def export(source: str, *, out: str, **reading: Any) -> Path:
     def probabilities(x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
         return jax.nn.softmax(found.sharpness * found.scores(found.values, 1 - x if found.inverted else x))
 
-    n = jax.export.symbolic_shape("n")[0]
-    example = jax.ShapeDtypeStruct((n, spec.size, spec.size, spec.channels), jnp.float32)
-    program = jax.export.export(jax.jit(probabilities), platforms=_PLATFORMS)(example)
-    written = program.serialize()
+    example = jax.ShapeDtypeStruct((1, spec.size, spec.size, spec.channels), jnp.float32)
+    written = program_of(probabilities, example)
     # What comes in, before it is turned.
     images = spec._replace(mean=1 - spec.mean) if found.inverted else spec
     folder = folders.claim(out, EXPORT, EXPORT)

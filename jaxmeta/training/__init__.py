@@ -88,6 +88,7 @@ from jaxmeta.training.evaluate import (
     run_episodes,
 )
 from jaxmeta.training.events import Progress, Resumed, Saved, Validated
+from jaxmeta.training.export import export
 from jaxmeta.training.loop import NonFiniteLoss, Stopped, train
 from jaxmeta.training.progress import progress_bar
 from jaxmeta.training.sharding import make_mesh
@@ -111,6 +112,7 @@ __all__ = [
     "evaluate_classes",
     "evaluate_episodes",
     "evaluate_metrics",
+    "export",
     "init_state",
     "load",
     "load_params",
