@@ -375,6 +375,11 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
     if not fixed and not callable(inner_optimizer):
         check_optimizer("inner_optimizer", inner_optimizer)
     if not fixed and hyper is None:
+        if isinstance(inner_optimizer, optax.MultiSteps):
+            raise ArgumentError(
+                "inner_optimizer",
+                "got an optax.MultiSteps, which is no transformation; pass its .gradient_transformation()",
+            )
         raise ArgumentError(
             "inner_optimizer",
             f"got {described(inner_optimizer)}, which is no optax transformation; a function of "

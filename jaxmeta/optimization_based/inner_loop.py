@@ -133,6 +133,22 @@ def inner_loop(
       >>> print(f"{jax.grad(meta_loss)(0.0):.2f}")
       -2.24
 
+      Any schedule of optax is one of the inner loop, here of the step sizes 0.1 and 0.05; the meta-gradient
+      is (1 − 0.1·2)(1 − 0.05·2)·(θ'' − 3):
+
+      >>> falling = optax.sgd(optax.linear_schedule(0.1, 0.05, transition_steps=1))
+      >>> adapt = jm.inner_loop(lambda theta, s: (theta - s) ** 2, falling, steps=2)
+      >>> print(f"{jax.grad(lambda theta: 0.5 * (adapt(theta, 1.0)[0] - 3.0) ** 2)(0.0):.4f}")
+      -1.9584
+
+      Gradients accumulated over two mini-batches of one example, which are one step of their mean:
+
+      >>> optimizer = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2).gradient_transformation()
+      >>> loss = lambda theta, s: (theta - s) ** 2
+      >>> adapt = jm.inner_loop(loss, optimizer, steps=2, batch_at=lambda batch, step: batch[step])
+      >>> print(f"{adapt(0.0, jax.numpy.array([1.0, 3.0]))[0]:.2f}")
+      0.40
+
       A learned step size, with the gradient −∇L^S·∇L^Q:
 
       >>> adapt = jm.inner_loop(lambda theta, s: (theta - s) ** 2, optax.sgd, steps=1)

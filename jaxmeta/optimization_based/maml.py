@@ -68,7 +68,8 @@ def maml(
         times ours: α = 0.4 there is 2.0 with our mean at 5 ways.
       inner_optimizer: optimizer of the inner loop, which takes the place of `inner_lr`: any optax
         transformation, or a function `hyper -> transformation` of what is meta-learned besides; None for
-        plain gradient descent.
+        plain gradient descent. Schedules count inner steps; gradients of mini-batches (`inner_batch`) are
+        accumulated by `optax.MultiSteps(…).gradient_transformation()`. See `jm.inner_loop`.
       hyper: initial values of the inner optimizer's meta-learned hyperparameters, any tree, or a function
         `(key, adapted leaves) -> tree`; None where there are none. For a learned step size,
         `inner_optimizer=optax.sgd, hyper=0.4`.

@@ -1,0 +1,134 @@
+"""Schedules and gradient accumulation of optax, in both loops, against loops written by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jaxtyping import TypeCheckError
+from problems import KEY, adapt, finite_differences, flat, gradient, init, loss, network, plain_loss, task
+
+import jaxmeta as jm
+from jaxmeta.training import init_state
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+nightly = pytest.mark.nightly
+each_mode = pytest.mark.parametrize(
+    "memory",
+    ["store", pytest.param("recompute", marks=nightly), pytest.param("forward_over_reverse", marks=nightly)],
+)
+# Schedules compute in float32, which has these numbers exactly.
+RATES = (0.75, 0.5, 0.25)
+SCHEDULE = optax.linear_schedule(0.75, 0.25, 2)
+
+
+def accumulated(optimizer, every):
+    return optax.MultiSteps(optimizer, every, accumulator_dtype=jnp.float64).gradient_transformation()
+
+
+@functools.cache
+def learner_of(optimizer, **settings):
+    return jm.maml(network(norm=False), inner_optimizer=optimizer, **{"memory": "store", **settings})
+
+
+def moved(weights, support, rate):
+    slopes = plain_loss(norm=False)(weights, support)[1]
+    return jax.tree.map(lambda w, g: w - rate * g, weights, slopes)
+
+
+def assert_close(found, expected, tolerance):
+    np.testing.assert_allclose(flat(found), flat(expected), atol=tolerance)
+
+
+# --- Schedules in the inner loop -------------------------------------------------------------------
+
+
+@each_mode
+def test_meta_gradient_under_a_schedule_matches_the_closed_form_on_a_quadratic(memory):
+    # L^S = ½·a·(θ − 1)²: θ_n − 1 = Π (1 − a·α_j) (θ_0 − 1), which is linear in θ_0.
+    loop = jm.inner_loop(lambda t, a: 0.5 * a * (t - 1.0) ** 2, optax.sgd(SCHEDULE), 3, memory=memory)
+    adapted, slope = jax.value_and_grad(lambda theta: loop(theta, 0.5)[0])(3.0)
+    shrunk = np.prod([1 - 0.5 * rate for rate in RATES])
+    np.testing.assert_allclose(adapted, 1 + 2 * shrunk, rtol=1e-12)
+    np.testing.assert_allclose(slope, shrunk, rtol=1e-12)
+
+
+def test_a_network_adapts_by_the_schedule_as_a_loop_by_hand_does():
+    learner, of = learner_of(optax.sgd(SCHEDULE), inner_steps=3), task()
+    params = init(learner)
+    weights = params["model"]
+    for rate in RATES:
+        weights = moved(weights, of.support, rate)
+    assert_close(adapt(learner, params, of)["model"], weights, 1e-12)
+    expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
+    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
+    # A loop of the first rate alone ends elsewhere.
+    constant = adapt(learner_of(optax.sgd(RATES[0]), inner_steps=3), params, of)["model"]
+    assert np.abs(flat(constant) - flat(weights)).max() > 1e-2
+
+
+# --- Gradient accumulation in the inner loop -------------------------------------------------------
+
+
+@each_mode
+def test_accumulated_mini_batches_are_one_step_of_the_mean_gradient(memory):
+    # Six support examples, two a step: three steps have seen each of them once.
+    settings = {"inner_batch": 2, "memory": memory}
+    learner = learner_of(accumulated(optax.sgd(0.5), 3), inner_steps=6, **settings)
+    whole, of = learner_of(optax.sgd(0.5), inner_steps=2), task()
+    params = init(learner)
+    expected = moved(moved(params["model"], of.support, 0.5), of.support, 0.5)
+    assert_close(adapt(learner, params, of)["model"], expected, 1e-12)
+    np.testing.assert_allclose(loss(learner, params, of)[0], loss(whole, params, of)[0], rtol=1e-12)
+    assert_close(gradient(learner, params, of), gradient(whole, params, of), 1e-12)
+
+
+def test_meta_gradient_through_accumulation_matches_finite_differences():
+    # Two updates of the mean of two mini-batches, by two step sizes, and a gradient that is never applied.
+    schedule = optax.linear_schedule(0.5, 0.25, 1)
+    learner = learner_of(accumulated(optax.sgd(schedule), 2), inner_steps=5, inner_batch=4)
+    params, of = init(learner), task()
+    expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
+    found = flat(gradient(learner, params, of))
+    assert np.abs(found).max() > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_multi_steps_itself_is_refused_with_what_to_pass():
+    # The complete run checks types before the library does.
+    with pytest.raises((jm.ArgumentError, TypeCheckError), match=r"MultiSteps"):
+        jm.maml(network(), inner_optimizer=optax.MultiSteps(optax.sgd(0.1), 2))
+
+
+# --- Gradient accumulation of the meta-gradient ----------------------------------------------------
+
+
+def test_accumulated_meta_steps_are_one_step_of_the_mean_meta_gradient():
+    tasks = jm.tasks.sinusoid(shots=3, queries=3)
+    learner = jm.maml(jm.nn.MLP(out=1, hidden=(4,)), inner_lr=0.01, loss=jm.losses.mse, order="first")
+    every, rate = 3, 0.1
+    optimizer = accumulated(optax.sgd(rate), every)
+    state = init_state(learner, optimizer, tasks, KEY)
+    step = jax.jit(jm.meta_step(learner, optimizer, 2, "vmap", devices=jax.devices()[:1]))
+
+    @jax.jit
+    def mean_gradient(params, number):
+        def mean_loss(params):
+            keys = jm.episode_keys(jax.random.fold_in(KEY, number), jnp.arange(2))
+            values = jax.vmap(lambda k: learner.loss(params, tasks.sample(k[0]), k[1], number)[0])(keys)
+            return values.mean()
+
+        return jax.grad(mean_loss)(params)
+
+    start = params = state.params
+    slopes = [mean_gradient(start, number) for number in range(every)]
+    for number in range(every):
+        state, _ = step(state, tasks.sample)
+        if number < every - 1:
+            jax.tree.map(np.testing.assert_array_equal, state.params, start)
+    params = jax.tree.map(lambda p, *g: p - rate * sum(g) / every, start, *slopes)
+    assert_close(state.params, params, 1e-7)
+    assert np.abs(flat(params) - flat(start)).max() > 1e-3
