@@ -1,12 +1,16 @@
 """What a meta-gradient takes, in memory and time, against the number of inner steps, by memory mode.
 
-    python benchmarks/memory.py [--steps 1 2 5 10 20 50 100] [--rounds R] [--json FILE]
+    python benchmarks/memory.py [--network conv4|vit] [--steps 1 2 5 10 20 50 100] [--rounds R] [--json FILE]
 
-One task of mini-ImageNet's shape: 5-way 1-shot with one query a class, Conv4-32 on 84×84×3, inner SGD. Of
-each mode of `jm.inner_loop`, of first order and of implicit gradients: the compiled program's temporary
-memory, which the compiler states, and the time of one meta-gradient. Modes take turns, round after round,
-so that what else the machine does falls on all alike; times are medians over rounds, "× store" is the
-median over rounds of the ratio within a round.
+One task of 5 ways and 1 shot with one query a class, inner SGD. Of each mode: the compiled program's
+temporary memory, which the compiler states, the bytes of what the inner loop adapts, and the time of one
+meta-gradient. Modes take turns, round after round, so that what else the machine does falls on all alike;
+times are medians over rounds, "× first" is the ratio to the first mode, of times the median over rounds of
+the ratio within a round.
+
+conv4: Conv4-32 on 84×84×3, as of mini-ImageNet, by each mode of `jm.inner_loop`, by first order and by
+implicit gradients. vit: a vision transformer on 32×32×3 (patches of 8, width 384, 6 heads, 6 blocks), of
+which the inner loop adapts all leaves, or the factors of `jm.nn.lora` alone. Both meta-learn all leaves.
 """
 
 import argparse
@@ -23,13 +27,26 @@ from machine import describe_machine
 
 import jaxmeta as jm
 
+LORA = {"adapts": "lora"}
+# network -> mode -> settings of MAML. The network of a mode that adapts "lora" has such factors.
 MODES = {
-    "store": {"memory": "store"},
-    "recompute": {"memory": "recompute"},
-    "forward_over_reverse": {"memory": "forward_over_reverse"},
-    "first order": {"order": "first"},
-    "implicit": {"order": "implicit", "proximal": 2.0},
+    "conv4": {
+        "store": {"memory": "store"},
+        "recompute": {"memory": "recompute"},
+        "forward_over_reverse": {"memory": "forward_over_reverse"},
+        "first order": {"order": "first"},
+        "implicit": {"order": "implicit", "proximal": 2.0},
+    },
+    "vit": {
+        "all, store": {"memory": "store"},
+        "lora, store": {"memory": "store", **LORA},
+        "all, recompute": {"memory": "recompute"},
+        "lora, recompute": {"memory": "recompute", **LORA},
+        "all, first order": {"order": "first"},
+        "lora, first order": {"order": "first", **LORA},
+    },
 }
+IMAGE = {"conv4": 84, "vit": 32}
 
 
 def make_task(image: int) -> jm.Task:
@@ -44,10 +61,22 @@ def make_task(image: int) -> jm.Task:
     return jm.Task(part(), part())
 
 
-def compile_gradient(settings: dict, steps: int, task: jm.Task, filters: int):
+def make_network(args: argparse.Namespace, settings: dict):
+    if args.network == "conv4":
+        return jm.nn.Conv4(ways=5, filters=args.filters)
+    width = args.width
+    vit = jm.nn.ViT(patch=8, width=width, depth=6, heads=6, mlp=4 * width, image_size=args.image, ways=5)
+    return jm.nn.lora(vit, rank=args.rank) if "adapts" in settings else vit
+
+
+def adapted_bytes(params: dict, settings: dict) -> int:
+    adapted = params["model"]["lora"] if "adapts" in settings else params["model"]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(adapted))
+
+
+def compile_gradient(settings: dict, steps: int, task: jm.Task, args: argparse.Namespace):
     """The meta-gradient of MAML as a compiled program, its arguments, and the seconds it took to compile."""
-    network = jm.nn.Conv4(ways=5, filters=filters)
-    learner = jm.maml(network, inner_lr=0.01, inner_steps=steps, **settings)
+    learner = jm.maml(make_network(args, settings), inner_lr=0.01, inner_steps=steps, **settings)
     params = jax.jit(learner.init)(jax.random.key(0), task)
 
     def gradient(params, task, key):
@@ -61,11 +90,13 @@ def compile_gradient(settings: dict, steps: int, task: jm.Task, filters: int):
 
 def run_row(steps: int, args: argparse.Namespace, task: jm.Task) -> dict:
     programs, found, gradients = {}, {}, {}
+    modes = MODES[args.network]
     for mode in args.modes:
-        compiled, arguments, compile_s = compile_gradient(MODES[mode], steps, task, args.filters)
+        compiled, arguments, compile_s = compile_gradient(modes[mode], steps, task, args)
         gradients[mode] = ravel_pytree(jax.block_until_ready(compiled(*arguments)))[0]
         found[mode] = {
             "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "adapted_bytes": adapted_bytes(arguments[0], modes[mode]),
             "compile_s": compile_s,
             "seconds": [],
         }
@@ -75,27 +106,24 @@ def run_row(steps: int, args: argparse.Namespace, task: jm.Task) -> dict:
             started = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
             found[mode]["seconds"].append(time.perf_counter() - started)
+    first = args.modes[0]
     for mode, row in found.items():
         row["median_s"] = statistics.median(row["seconds"])
-        if "store" in found:
-            store = found["store"]
-            pairs = zip(row["seconds"], store["seconds"], strict=True)
-            row["time_ratio"] = statistics.median(own / other for own, other in pairs)
-            row["memory_ratio"] = row["temp_bytes"] / store["temp_bytes"]
-            if "memory" in MODES[mode]:
-                # They are one gradient; 100 steps in float32 drift apart, the more the longer.
-                difference = jnp.linalg.norm(gradients[mode] - gradients["store"])
-                row["difference"] = float(difference / jnp.linalg.norm(gradients["store"]))
+        pairs = zip(row["seconds"], found[first]["seconds"], strict=True)
+        row["time_ratio"] = statistics.median(own / other for own, other in pairs)
+        row["memory_ratio"] = row["temp_bytes"] / found[first]["temp_bytes"]
+        if all("memory" in modes[each] and modes[each].get("adapts") is None for each in (mode, first)):
+            # They are one gradient; 100 steps in float32 drift apart, the more the longer.
+            difference = jnp.linalg.norm(gradients[mode] - gradients[first])
+            row["difference"] = float(difference / jnp.linalg.norm(gradients[first]))
     return found
 
 
 def print_row(steps: int, found: dict) -> None:
     for mode, row in found.items():
-        ratios = ""
-        if "time_ratio" in row:
-            ratios = f"{row['memory_ratio']:9.3f}{row['time_ratio']:9.2f}"
         print(
-            f"{steps:5d}  {mode:21}{row['temp_bytes'] / 1e6:9.1f}{1e3 * row['median_s']:10.1f}{ratios}",
+            f"{steps:5d}  {mode:21}{row['adapted_bytes'] / 1e6:11.2f}{row['temp_bytes'] / 1e6:9.1f}"
+            f"{1e3 * row['median_s']:10.1f}{row['memory_ratio']:9.3f}{row['time_ratio']:9.2f}",
             flush=True,
         )
 
@@ -105,24 +133,32 @@ def main(argv=None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--network", choices=list(MODES), default="conv4")
     add("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100], help="inner steps")
-    add("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    add("--modes", nargs="+", help="of the network's; all if not given")
     add("--rounds", type=int, default=7)
-    add("--filters", type=int, default=32, help="channels of the network's layers")
-    add("--image", type=int, default=84, help="side of the images")
+    add("--filters", type=int, default=32, help="channels of conv4's layers")
+    add("--width", type=int, default=384, help="values of a token of vit")
+    add("--rank", type=int, default=4, help="of the factors of vit's kernels")
+    add("--image", type=int, help="side of the images; 84 for conv4, 32 for vit if not given")
     add("--json", type=Path, help="also write the result here")
     args = parser.parse_args(argv)
+    args.modes = args.modes or list(MODES[args.network])
+    args.image = args.image or IMAGE[args.network]
+    if unknown := sorted({*args.modes} - MODES[args.network].keys()):
+        parser.error(f"--modes: got {unknown}; {args.network} has {list(MODES[args.network])}")
     # Compile times would otherwise be those of reading a file.
     jax.config.update("jax_enable_compilation_cache", False)
     machine = describe_machine(jax.local_devices()[:1])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"\nsteps  {'mode':21}{'temp MB':>9}{'ms':>10}{'× store':>9}{'× store':>9}")
+    print(f"\nsteps  {'mode':21}{'adapted MB':>11}{'temp MB':>9}{'ms':>10}{'× first':>9}{'× first':>9}")
     task, rows = make_task(args.image), {}
     for steps in args.steps:
         rows[steps] = run_row(steps, args, task)
         print_row(steps, rows[steps])
     if args.json:
-        settings = {"filters": args.filters, "image": args.image, "rounds": args.rounds}
+        own = {"conv4": ("filters",), "vit": ("width", "rank")}[args.network]
+        settings = {name: getattr(args, name) for name in ("network", *own, "image", "rounds")}
         report = {"machine": machine, "settings": settings, "jaxmeta": jm.__version__, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
