@@ -129,7 +129,8 @@ NAME = {"train": "maml", "learners": "maml", "presets": "glyphs", "tasks": "glyp
 # Modules of a reader's own.
 OWN = {
     "cavia": "from jaxmeta import cavia",
-    "my_module": "from jaxmeta import maml as my_learner, prototypical as nearest_mean\nfrom jaxmeta.nn import Conv4 as Net\n"
+    "my_module": "from jaxmeta import maml as my_learner, prototypical as nearest_mean\n"
+    "from jaxmeta.nn import Conv4 as Net\n"
     "from jaxmeta.tasks import glyphs as my_tasks",
 }
 

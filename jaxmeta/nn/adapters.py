@@ -19,11 +19,12 @@ from flax.errors import InvalidRngError
 from jaxmeta.checks import ArgumentError, call_of, described
 from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
-from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.nn.norm import STATISTICS, entering
 
 # The modules of NNX and Equinox are callables: neither is imported before its user does.
 Network = Model | linen.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]]
 SWITCHES = ("deterministic", "train")
+_AVERAGING = "use_running_average"
 
 
 def as_model(network: Network, argument: str = "network") -> Model:
@@ -32,18 +33,21 @@ def as_model(network: Network, argument: str = "network") -> Model:
     Args:
       network: one of
 
-        - a `flax.linen.Module` of `(x)`, and of `mask`, `deterministic` or `train` where its
-          `__call__` names them. One that names either of the last two is stochastic: it may call
-          `make_rng` where it is not deterministic. Batch statistics come from `jm.nn.BatchNorm`.
+        - a `flax.linen.Module` of `(x)`, and of `mask`, `deterministic`, `train` or `use_running_average`
+          where its `__call__` names them. One that names `deterministic` or `train` is stochastic: it may
+          call `make_rng` where it is not deterministic. Batch normalisation is that of `jm.nn.BatchNorm`, or
+          of `flax.linen.BatchNorm`, which normalises by the batch it is given or by the statistics it is
+          handed, whatever its call says of running averages, which are not used.
         - a `flax.nnx.Module` (see `from_nnx`) or an `equinox.Module` (see `from_equinox`), whose own
-          parameters are the initialisation, whatever the key.
+          parameters are the initialisation, whatever the key; of the pair `(module, state)` that
+          `equinox.nn.make_with_state` gives, the module.
         - a pair of functions `init(key, x) -> params` and `apply(params, x) -> outputs`.
       argument: what errors call it.
 
     Raises:
       ValueError: `network` is none of these, or its `__call__` requires another argument; or, at
-        `init`, it keeps mutable state of its own (such as `flax.linen.BatchNorm`'s running averages,
-        which mean nothing across tasks), or draws random numbers where it should be deterministic.
+        `init`, it keeps mutable state of its own other than batch statistics, or draws random numbers where
+        it should be deterministic.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -60,8 +64,11 @@ def as_model(network: Network, argument: str = "network") -> Model:
         return from_nnx(network)
     if _is_module_of(network, "equinox"):
         return from_equinox(network)
-    if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
-        return Model(*network)
+    if isinstance(network, tuple) and len(network) == 2:
+        if all(map(callable, network)):
+            return Model(*network)
+        if _is_module_of(network[0], "equinox"):
+            return from_equinox(network[0])
     raise ArgumentError(
         argument,
         f"got {described(network)}; it must be a jaxmeta Model, a module of flax.linen, flax.nnx or "
@@ -104,20 +111,28 @@ def forward(
 
 def _from_linen(network):
     name = type(network).__name__
-    taken = call_arguments(network, "mask", *SWITCHES)
+    taken = call_arguments(network, "mask", *SWITCHES, _AVERAGING)
 
-    def call(variables, x, mask=None, key=None, **settings):
+    def call(variables, x, mask=None, key=None):
         # A stream of any other name falls back on "params".
         rngs = {} if key is None else {"params": key}
-        return network.apply(variables, x, rngs=rngs, **_chosen(taken, mask, key), **settings)
+        handed = set(traverse_util.flatten_dict(variables.get(STATISTICS, {})))
+        with linen.intercept_methods(_explicit_statistics(handed)):
+            return network.apply(variables, x, rngs=rngs, mutable=[STATISTICS], **_chosen(taken, mask, key))
 
     def init(key, x):
-        variables = network.init(key, x, **_chosen(taken, None, None))
-        state = sorted(set(variables) - {"params"})
-        if state:
+        norms: set[tuple[str, ...]] = set()
+        with linen.intercept_methods(_explicit_statistics(norms, fresh=True)):
+            variables = network.init(key, x, **_chosen(taken, None, None))
+        kept = {
+            f"{'/'.join(path)} of the collection {collection}"
+            for collection, *path in traverse_util.flatten_dict(variables)
+            if collection != "params" and not (collection == STATISTICS and tuple(path) in norms)
+        }
+        if kept:
             raise ValueError(
-                f"{name} keeps mutable state in {state}; use jaxmeta.nn.BatchNorm for "
-                "batch normalisation, whose statistics are values, and no other state"
+                f"{name} keeps mutable state: {', '.join(sorted(kept))}; the only state that a network "
+                "may have is the statistics of jaxmeta.nn.BatchNorm or flax.linen.BatchNorm"
             )
         params = variables.get("params", {})
         try:
@@ -130,20 +145,67 @@ def _from_linen(network):
         return params
 
     def apply(params, x, *, key=None):
-        return call({"params": params}, x, key=key)
+        return call({"params": params}, x, key=key)[0]
 
     def apply_norm(params, x, *, stats=None, mask=None, key=None):
         given = {} if stats is None else {STATISTICS: stats}
-        outputs, state = call({"params": params, **given}, x, mask, key, mutable=[STATISTICS])
+        outputs, state = call({"params": params, **given}, x, mask, key)
         found = state.get(STATISTICS, {})
         if len(jax.tree.leaves(found)) > len(jax.tree.leaves(stats)):
-            _require_mask(name, taken, mask, "jaxmeta.nn.BatchNorm")
+            _require_mask(name, taken, mask, "its batch normalisation")
         return outputs, found
 
     stochastic = not taken.isdisjoint(SWITCHES)
     # One key for all examples would give every device's share the same dropout.
     divisible = getattr(network, "divisible", False) and not stochastic
     return Model(init, apply, apply_norm, stochastic, divisible)
+
+
+def _explicit_statistics(statistics, fresh=False):
+    """What makes each `flax.linen.BatchNorm` called beneath normalise by statistics that are values.
+
+    The running averages of Flax carry no gradient, and statistics of a support set must.
+
+    Args:
+      statistics: paths of the statistics that the network is handed; other layers normalise by those of
+        their batch, and record them as they are.
+      fresh: whether the network is being initialised: then the paths of its layers' statistics are added.
+    """
+
+    def intercept(call, args, kwargs, context):
+        layer = context.module
+        if context.method_name != "__call__" or not isinstance(layer, linen.BatchNorm):
+            return call(*args, **kwargs)
+        places = {(*layer.path, statistic) for statistic in ("mean", "var")}
+        if fresh:
+            statistics.update(places)
+        elif not places <= statistics:
+            if shared.num_shards() > 1:
+                raise ValueError(
+                    f"{'/'.join(layer.path)} is a flax.linen.BatchNorm, which knows only the examples of one "
+                    "device, in a network with divisible = True; use jaxmeta.nn.BatchNorm"
+                )
+            given = inspect.signature(layer.__call__).bind(*args, **kwargs).arguments
+            for statistic, value in entering(given["x"], layer.axis, given.get("mask")).items():
+                layer.put_variable(STATISTICS, statistic, value)
+        return call_in_inference(call, layer, _AVERAGING, args, kwargs)
+
+    return intercept
+
+
+def call_in_inference(call, layer, switch, args, kwargs):
+    """Call a layer of Flax in inference, whatever its attribute and its caller say.
+
+    Args:
+      call: the call that was intercepted, with its arguments.
+      layer: of which `switch` is an attribute and an argument.
+    """
+    told = getattr(layer, switch)
+    object.__setattr__(layer, switch, None)
+    try:
+        return call(*args[:1], **{**kwargs, switch: True})
+    finally:
+        object.__setattr__(layer, switch, told)
 
 
 def from_nnx(network: Callable[..., Any]) -> Model:
@@ -156,8 +218,8 @@ def from_nnx(network: Callable[..., Any]) -> Model:
     Args:
       network: a function `nnx.Rngs -> flax.nnx.Module`, called for each initialisation; or a module,
         which is never changed, and whose own parameters are every initialisation. The module is
-        called with `x`, and with `mask`, `deterministic` and `train` where its `__call__` takes
-        them.
+        called with `x`, and with `mask`, `deterministic`, `train` and `use_running_average` where its
+        `__call__` takes them.
 
     Raises:
       ValueError: `network` makes no NNX module; `__call__` requires another argument; an `nnx.Dropout`
@@ -180,7 +242,7 @@ def from_nnx(network: Callable[..., Any]) -> Model:
     name = type(template).__name__
     if not isinstance(template, nnx.Module):
         raise ValueError(f"network must be a flax.nnx.Module or make one, got one that makes {name}")
-    taken = call_arguments(template, "mask", *SWITCHES)
+    taken = call_arguments(template, "mask", *SWITCHES, _AVERAGING)
     template = nnx.recursive_map(
         lambda _, node: _with_explicit_statistics(node) if isinstance(node, nnx.BatchNorm) else node, template
     )
@@ -254,18 +316,24 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
     example then gets a key of its own, and without one `key` is None and the module is in
     `equinox.nn.inference_mode`.
 
+    A network with `equinox.nn.BatchNorm` has a `__call__` of `x` and `state`, and returns outputs and state,
+    as Equinox asks. Each such layer normalises by the batch, or by the statistics it is handed, whatever its
+    mode; its running averages are not used. Padding is left out of the statistics without a `mask` in the
+    network.
+
     Images come as `(h, w, c)`, and Equinox's convolutions want `(c, h, w)`: transpose in `__call__`.
-    For batch normalisation use a network of Flax: Equinox keeps its statistics as state.
 
     Args:
       network: a function `key -> equinox.Module`, called for each initialisation; or a module,
-        whose own parameters are every initialisation.
+        whose own parameters are every initialisation. The function may return what
+        `equinox.nn.make_with_state` does.
       batched: whether the module takes all examples at once; otherwise it is called for each, by
         `jax.vmap`.
 
     Raises:
-      ValueError: `network` makes no Equinox module; `__call__` requires another argument; or a layer is
-        stateful (`equinox.nn.BatchNorm`).
+      ValueError: `network` makes no Equinox module; `__call__` requires another argument, or takes or returns
+        no state where a layer is an `equinox.nn.BatchNorm`; another layer is stateful; or, not `batched`, two
+        layers normalise over axes of different names.
 
     Examples:
       >>> import equinox as eqx, jax, jax.numpy as jnp, jaxmeta as jm
@@ -278,40 +346,76 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
     """
     import equinox as eqx
 
+    from jaxmeta.nn import equinox_norm
+
     given = isinstance(network, eqx.Module)
-    template = network if given else network(jax.random.key(0))
+
+    def module_of(made: Any) -> Any:
+        module = made[0] if isinstance(made, tuple) and len(made) == 2 else made
+        if not isinstance(module, eqx.Module):
+            raise ValueError(
+                f"network must be an equinox.Module or make one, got one that makes {type(module).__name__}"
+            )
+        return equinox_norm.with_explicit_statistics(module)
+
+    template, norms = module_of(network if given else network(jax.random.key(0)))
     name = type(template).__name__
-    if not isinstance(template, eqx.Module):
-        raise ValueError(f"network must be an equinox.Module or make one, got one that makes {name}")
-
-    def is_state(node):
-        return isinstance(node, eqx.nn.StateIndex)
-
-    if any(map(is_state, jax.tree.leaves(template, is_leaf=is_state))):
+    taken = call_arguments(template, "key", "state")
+    if norms and "state" not in taken:
         raise ValueError(
-            f"{name} keeps mutable state (equinox.nn.StateIndex); for batch normalisation use a network of "
-            "flax.linen with jaxmeta.nn.BatchNorm, or of flax.nnx"
+            f"{name} has an equinox.nn.BatchNorm, {'/'.join(next(iter(norms)))}; its __call__ must take "
+            "`state`, hand it to that layer, and return outputs and state"
         )
-    stochastic = "key" in call_arguments(template, "key")
+    axes = {layer.axis_name for layer in norms.values()}
+    if len(axes) > 1 and not batched:
+        raise ValueError(
+            f"{name} normalises over axes of different names, {sorted(map(str, axes))}; give all of its "
+            "equinox.nn.BatchNorm one axis_name"
+        )
+    stochastic = "key" in taken
     own, rest = eqx.partition(template, eqx.is_inexact_array)
 
     def init(key, x):
         del x
-        params = own if given else eqx.filter(network(key), eqx.is_inexact_array)
+        params = own if given else eqx.filter(module_of(network(key))[0], eqx.is_inexact_array)
         # A training loop that donates its parameters must not delete the module's.
         return jax.tree.map(jnp.copy, _to_dict(params))
 
-    def apply(params, x, *, key=None):
-        module = eqx.combine(_from_dict(params, own), rest)
-        if not stochastic:
-            return module(x) if batched else jax.vmap(module)(x)
-        module = eqx.nn.inference_mode(module, value=key is None)
-        if batched:
-            return module(x, key=key)
-        keys = None if key is None else jax.random.split(key, x.shape[0])
-        return jax.vmap(lambda x, key: module(x, key=key))(x, keys)
+    axis = next(iter(axes), None)
 
-    return Model(init, apply, stochastic=stochastic)
+    def run(params, x, *, stats=None, mask=None, key=None):
+        module = eqx.combine(_from_dict(params, own), rest)
+        if stochastic:
+            module = eqx.nn.inference_mode(module, value=key is None)
+        handed = traverse_util.flatten_dict({} if stats is None else stats)
+        real = jnp.ones(x.shape[0], bool) if mask is None else jnp.asarray(mask)
+        module = equinox_norm.filled(module, handed, real)
+        floats = [leaf for leaf in jax.tree.leaves((params, x)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+        def call(x, key):
+            randomness = {"key": key} if stochastic else {}
+            if not norms:
+                return module(x, **randomness), None
+            state = equinox_norm.new_state(norms, jnp.result_type(jnp.float32, *floats))
+            result = module(x, state=state, **randomness)
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], eqx.nn.State)):
+                raise ValueError(
+                    f"{name} has an equinox.nn.BatchNorm, and returns no pair of outputs and state"
+                )
+            return result
+
+        if batched:
+            outputs, state = call(x, key)
+        else:
+            keys = None if key is None or not stochastic else jax.random.split(key, x.shape[0])
+            outputs, state = jax.vmap(call, out_axes=(0, None), axis_name=axis)(x, keys)
+        found = equinox_norm.statistics(module, state)
+        return outputs, traverse_util.unflatten_dict(found)
+
+    def apply(params, x, *, key=None):
+        return run(params, x, key=key)[0]
+
+    return Model(init, apply, run if norms else None, stochastic=stochastic)
 
 
 def _is_module_of(network: Network, package: str) -> TypeGuard[Callable[..., Any]]:
@@ -342,7 +446,7 @@ def call_arguments(network: Any, *offered: str) -> set[str]:
 
 
 def _chosen(taken, mask, key):
-    values = {"mask": mask, "deterministic": key is None, "train": key is not None}
+    values = {"mask": mask, "deterministic": key is None, "train": key is not None, _AVERAGING: key is None}
     return {name: value for name, value in values.items() if name in taken}
 
 
@@ -386,12 +490,9 @@ def _with_explicit_statistics(batch_norm):
 
         def __call__(self, x, use_running_average=None, *, mask=None):
             if not self.use_running_average:
-                axes = tuple(axis for axis in range(x.ndim) if axis != self.axis % x.ndim)
-                if mask is not None and mask.ndim == 1:  # of examples, as everywhere here
-                    mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
-                values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-                self.mean.set_value(values.mean(axes, where=mask))
-                self.var.set_value(values.var(axes, where=mask))
+                stats = entering(x, self.axis, mask)
+                self.mean.set_value(stats["mean"])
+                self.var.set_value(stats["var"])
             return super().__call__(x, use_running_average=True)
 
     return BatchNorm(batch_norm)

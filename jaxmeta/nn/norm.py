@@ -7,10 +7,11 @@ reports.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -40,6 +41,25 @@ def moments(
     count = jnp.maximum(examples, 1) * math.prod(x.shape[1:-1])
     mean = of_x / count
     return mean, jnp.maximum(of_squares / count - jnp.square(mean), 0)
+
+
+def entering(
+    x: Array | np.ndarray, axis: int | Sequence[int] = -1, mask: Array | np.ndarray | None = None
+) -> dict[str, Array]:
+    """Return the mean and (biased) variance of each channel, as under "batch_stats", of a layer of Flax.
+
+    Args:
+      x: what enters the layer.
+      axis: of the channels; several where the layer has several.
+      mask: of examples, or of any shape that broadcasts to that of `x`; False is left out.
+    """
+    x = jnp.asarray(x)
+    channels = {each % x.ndim for each in ((axis,) if isinstance(axis, int) else axis)}
+    axes = tuple(each for each in range(x.ndim) if each not in channels)
+    if mask is not None and mask.ndim == 1:
+        mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
+    values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return {"mean": values.mean(axes, where=mask), "var": values.var(axes, where=mask)}
 
 
 def to_moments(stats: PyTree) -> PyTree:

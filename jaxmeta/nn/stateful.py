@@ -15,7 +15,15 @@ from flax.errors import InvalidRngError
 
 from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.core import Key, PyTree
-from jaxmeta.nn.adapters import SWITCHES, Network, as_model, call_arguments, forward, switches
+from jaxmeta.nn.adapters import (
+    SWITCHES,
+    Network,
+    as_model,
+    call_arguments,
+    call_in_inference,
+    forward,
+    switches,
+)
 from jaxmeta.nn.norm import STATISTICS, BatchNorm
 
 Variables = dict[str, PyTree]
@@ -229,12 +237,7 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
             rests = kept if isinstance(module, linen.BatchNorm) else still
             if switch is None or context.method_name != "__call__" or not rests(module.path):
                 return call(*args, **kwargs)
-            told = getattr(module, switch)
-            object.__setattr__(module, switch, None)
-            try:
-                return call(*args[:1], **{**kwargs, switch: True})
-            finally:
-                object.__setattr__(module, switch, told)
+            return call_in_inference(call, module, switch, args, kwargs)
 
         mutable = [name for name in variables if name != "params"]
         rngs = {"dropout": key, "params": key}

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 from jaxmeta.nn.adapters import Network, as_model, forward, switches
-from jaxmeta.nn.norm import STATISTICS, BatchNorm
+from jaxmeta.nn.norm import STATISTICS, BatchNorm, entering
 
 Variables = Mapping[str, Any]
 
@@ -142,11 +142,8 @@ def _entering(layer, *args, **kwargs):
                 f"its layer {_named(layer)} normalises by its batch; hand over the argument with "
                 "which the network does inference (training=False, say)",
             )
-    x = given["x"]
-    channels = {axis % x.ndim for axis in np.atleast_1d(getattr(layer, "axis", -1)).tolist()}
-    axes = tuple(axis for axis in range(x.ndim) if axis not in channels)
-    values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return {"mean": values.mean(axes) + given.get("offset", 0.0), "var": values.var(axes)}
+    stats = entering(given["x"], getattr(layer, "axis", -1))
+    return stats | {"mean": stats["mean"] + given.get("offset", 0.0)}
 
 
 def _named(layer):

@@ -23,7 +23,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     learner: Learner,
     params: Params,
     adapted: Adapted,

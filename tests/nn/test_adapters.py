@@ -39,6 +39,21 @@ class LinenNet(linen.Module):
         return linen.Dense(self.out, name="head")(x)
 
 
+class FlaxNet(linen.Module):
+    """The same with `flax.linen.BatchNorm`, as Flax's examples have it."""
+
+    norm: bool = False
+    rate: float = 0.0
+
+    @linen.compact
+    def __call__(self, x, mask=None, *, train):
+        x = linen.Dense(HIDDEN, name="first")(x)
+        if self.norm:
+            x = linen.BatchNorm(use_running_average=not train, name="norm")(x, mask=mask)
+        x = linen.Dropout(self.rate)(jax.nn.relu(x), deterministic=not train)
+        return linen.Dense(WAYS, name="head")(x)
+
+
 class NNXNet(nnx.Module):
     def __init__(self, norm=False, rate=0.0, out=WAYS, *, rngs):
         self.layers = nnx.List([nnx.Linear(DIM, HIDDEN, rngs=rngs), nnx.Linear(HIDDEN, out, rngs=rngs)])
@@ -53,12 +68,13 @@ class NNXNet(nnx.Module):
         return head(self.dropout(jax.nn.relu(x)))
 
 
-def equinox_net(rate=0.0, batched=False):
+def equinox_net(rate=0.0, batched=False, norm=False, mode="batch"):
     eqx = pytest.importorskip("equinox")
 
     class EquinoxNet(eqx.Module):
         layers: tuple
         dropout: eqx.nn.Dropout
+        norm: eqx.nn.BatchNorm | None
 
         def __init__(self, key):
             sizes = (DIM, HIDDEN, WAYS)
@@ -67,10 +83,16 @@ def equinox_net(rate=0.0, batched=False):
                 for pair in itertools.pairwise(sizes)
             )
             self.dropout = eqx.nn.Dropout(rate)
+            self.norm = eqx.nn.BatchNorm(HIDDEN, "batch", mode=mode) if norm else None
 
-        def __call__(self, x, *, key):
+        def __call__(self, x, state=None, *, key):
             first, head = (jax.vmap(layer) if batched else layer for layer in self.layers)
-            return head(self.dropout(jax.nn.relu(first(x)), key=key))
+            x = first(x)
+            if norm:
+                call = jax.vmap(self.norm, (0, None), (0, None), axis_name="batch") if batched else self.norm
+                x, state = call(x, state)
+            x = head(self.dropout(jax.nn.relu(x), key=key))
+            return (x, state) if norm else x
 
     return EquinoxNet
 
@@ -101,8 +123,15 @@ def same(layer):
     return layer
 
 
-def with_norm(change):
-    return lambda a, b: change(a, b) | ({"norm": a["norm"]} if "norm" in a else {})
+def with_norm(change, scale="scale"):
+    """`change`, and the parameters of the normalisation, whose scale is called `scale` afterwards."""
+
+    def changed(params, turn):
+        norm = params.get("norm", {})
+        renamed = {"bias" if name == "bias" else scale: leaf for name, leaf in norm.items()}
+        return change(params, turn) | ({"norm": renamed} if norm else {})
+
+    return changed
 
 
 # form -> ((norm, rate) -> network, LinenNet's parameters -> its own, and back).
@@ -113,10 +142,11 @@ FORMS = {
         lambda params: with_norm(from_layers)(params, same),
         lambda params: with_norm(to_layers)(params, same),
     ),
+    "flax": (lambda norm, rate: FlaxNet(norm, rate), same, same),
     "equinox": (
-        lambda norm, rate: equinox_net(rate)(jax.random.key(0)),
-        lambda params: from_layers(params, transposed),
-        lambda params: to_layers(params, transposed),
+        lambda norm, rate: equinox_net(rate, norm=norm)(jax.random.key(0)),
+        lambda params: with_norm(from_layers, "weight")(params, transposed),
+        lambda params: with_norm(to_layers, "scale")(params, transposed),
     ),
     "functions": (lambda norm, rate: (plain_init, plain_apply), same, same),
 }
@@ -165,7 +195,13 @@ def reference_loss_and_gradient(norm, masked):
         pytest.param("nnx", None, False, marks=pytest.mark.nightly),
         pytest.param("nnx", "batch", False, marks=pytest.mark.nightly),
         ("nnx", "support", True),
-        ("equinox", None, True),
+        pytest.param("flax", "batch", False, marks=pytest.mark.nightly),
+        ("flax", "support", True),
+        pytest.param("flax", "episode", False, marks=pytest.mark.nightly),
+        pytest.param("equinox", "batch", False, marks=pytest.mark.nightly),
+        ("equinox", "support", True),
+        pytest.param("equinox", "episode", False, marks=pytest.mark.nightly),
+        pytest.param("equinox", None, True, marks=pytest.mark.nightly),
         ("functions", None, True),
     ],
 )
@@ -253,14 +289,16 @@ def test_a_network_without_statistics_reports_none():
     np.testing.assert_array_equal(outputs, expected)
 
 
-# --- Batch statistics of NNX -----------------------------------------------------------------------
+# --- Batch statistics of the frameworks' own layers -------------------------------------------------
 
 
 @pytest.mark.nightly
-def test_nnx_batch_norm_is_transductive_in_batch_mode_only():
-    of, params = task(), {"model": FORMS["nnx"][1](reference_params(norm=True))}
+@pytest.mark.parametrize("form", ["nnx", "flax", "equinox"])
+def test_batch_norm_is_transductive_in_batch_mode_only(form):
+    make, into, _ = FORMS[form]
+    of, params = task(), {"model": into(reference_params(norm=True))}
     for norm, leaks in (("batch", True), ("support", False)):
-        learner = make_learner(NNXNet(norm=True, rate=0.5, rngs=nnx.Rngs(0)), norm=norm)
+        learner = make_learner(make(True, 0.5), norm=norm)
         adapted = jax.jit(learner.adapt)(params, of.support, KEY)
         joint = jax.jit(learner.predict)(params, adapted, of.query.x)
         alone = jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(of.query.x)  # noqa: B023
@@ -270,7 +308,7 @@ def test_nnx_batch_norm_is_transductive_in_batch_mode_only():
 
 
 @pytest.mark.nightly
-def test_calibration_of_nnx_batch_norm_equals_that_of_linen():
+def test_calibration_of_every_batch_norm_equals_that_of_ours():
     tasks = jm.TaskDistribution(
         jax.tree_util.Partial(
             lambda x, key: jm.Task(*(jm.Batch(x + k, x[:, :WAYS]) for k in jax.random.normal(key, (2,)))),
@@ -279,14 +317,14 @@ def test_calibration_of_nnx_batch_norm_equals_that_of_linen():
         jm.ProtocolCard("shifted", "train"),
     )
     params = reference_params(norm=True)
-    networks = {"linen": LinenNet(norm=True), "nnx": NNXNet(norm=True, rngs=nnx.Rngs(0))}
     outputs = []
-    for form, network in networks.items():
-        learner = make_learner(network, norm="population", loss=jm.losses.mse)
+    for form in ("linen", "nnx", "flax", "equinox"):
+        learner = make_learner(FORMS[form][0](True, 0.0), norm="population", loss=jm.losses.mse)
         filled = jm.calibrate(learner, {"model": FORMS[form][1](params)}, tasks, KEY, episodes=3)
         adapted = jax.jit(learner.adapt)(filled, tasks.sample(KEY).support, KEY)
         outputs.append((filled["population"], jax.jit(learner.predict)(filled, adapted, task().query.x)))
-    assert_trees_close(outputs[1], outputs[0], atol=1e-9)
+    for other in outputs[1:]:
+        assert_trees_close(other, outputs[0], atol=1e-9)
 
 
 def test_nnx_running_averages_are_never_used():
@@ -308,6 +346,119 @@ def test_nnx_running_averages_are_never_used():
     shifted = {"norm": {"mean": mean + 1, "var": 4 * var}}
     expected = (x - mean[None, :, None] - 1) / jnp.sqrt(4 * var + 1e-5)[None, :, None]
     np.testing.assert_allclose(model.apply_norm(params, x, stats=shifted)[0], expected, atol=1e-6)
+
+
+class FlaxNorms(linen.Module):
+    @linen.compact
+    def __call__(self, x, use_running_average):
+        # The average is fixed in one layer, given in the call to the other, which has channels on two axes.
+        x = linen.BatchNorm(use_running_average=True, axis=1, name="first")(x)
+        return linen.BatchNorm(axis=(1, 2), epsilon=1e-3, use_bias=False, name="second")(
+            x, use_running_average=use_running_average
+        )
+
+
+def normalised(x, mean, var, axes, epsilon):
+    mean, var = (np.expand_dims(each, axes) for each in (mean, var))
+    return (x - mean) / np.sqrt(var + epsilon)
+
+
+def test_running_averages_of_flax_linen_are_never_used():
+    model, x = jm.nn.as_model(FlaxNorms()), 3 + jax.random.normal(KEY, (6, DIM, 2))
+    params = model.init(KEY, x)
+    assert jax.tree.map(jnp.shape, params) == {
+        "first": {"bias": (DIM,), "scale": (DIM,)},
+        "second": {"scale": (DIM, 2)},
+    }
+    x = np.asarray(x)
+    first = normalised(x, x.mean((0, 2)), x.var((0, 2)), (0, 2), 1e-5)
+    stats = {
+        "first": {"mean": x.mean((0, 2)), "var": x.var((0, 2))},
+        "second": {"mean": first.mean(0), "var": first.var(0)},
+    }
+    expected = normalised(first, first.mean(0), first.var(0), 0, 1e-3)
+    outputs, found = model.apply_norm(params, x)
+    assert_trees_close(found, stats, atol=1e-6)
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    np.testing.assert_array_equal(outputs, model.apply(params, x))
+    # Handed statistics of one layer leave the other to its batch.
+    handed = {"first": {"mean": np.full(DIM, 1.0), "var": np.full(DIM, 4.0)}}
+    outputs, found = model.apply_norm(params, x, stats=handed)
+    first = normalised(x, handed["first"]["mean"], handed["first"]["var"], (0, 2), 1e-5)
+    assert_trees_close(found["first"], handed["first"], rtol=0)
+    np.testing.assert_allclose(outputs, normalised(first, first.mean(0), first.var(0), 0, 1e-3), atol=1e-5)
+
+
+def test_pretrained_running_averages_of_flax_linen_may_be_handed_over():
+    network, x = FlaxNet(norm=True), task().query.x
+    variables = network.init(KEY, x, train=False)
+    _, state = network.apply(variables, 2 * x + 1, train=True, mutable=["batch_stats"], rngs={"dropout": KEY})
+    variables = {**variables, **state}
+    outputs, _ = jm.nn.as_model(network).apply_norm(variables["params"], x, stats=variables["batch_stats"])
+    np.testing.assert_allclose(outputs, network.apply(variables, x, train=False), rtol=1e-6)
+
+
+def test_layers_of_a_scan_have_statistics_of_their_own():
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x, _):
+            return linen.BatchNorm(use_running_average=False, name="norm")(2 * x + 1), None
+
+    class Scanned(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            axes = {"params": 0, "batch_stats": 0}
+            layers = linen.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
+            return layers(name="layers")(x, None)[0]
+
+    model, x = jm.nn.as_model(Scanned()), task().query.x
+    params = model.init(KEY, x)
+    outputs, stats = model.apply_norm(params, x)
+    assert stats["layers"]["norm"]["mean"].shape == (3, DIM)
+    np.testing.assert_allclose(stats["layers"]["norm"]["mean"][0], (2 * x + 1).mean(0), atol=1e-6)
+    np.testing.assert_allclose(model.apply_norm(params, x, stats=stats)[0], outputs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "batched"),
+    [("batch", False), ("ema", True), pytest.param("ema", False, marks=pytest.mark.nightly)],
+)
+def test_running_averages_of_equinox_are_never_used(mode, batched):
+    eqx = pytest.importorskip("equinox")
+    make = eqx.nn.make_with_state(equinox_net(batched=batched, norm=True, mode=mode))
+    model = jm.nn.from_equinox(make, batched=batched)
+    params, x = FORMS["equinox"][1](reference_params(norm=True)), np.asarray(task().query.x)
+    assert jax.tree.structure(model.init(KEY, x)) == jax.tree.structure(params)
+    reference = reference_params(norm=True)
+    hidden = x @ reference["first"]["kernel"] + reference["first"]["bias"][None]
+
+    def answers(mean, var):
+        scaled = normalised(hidden, mean, var, 0, 1e-5) * reference["norm"]["scale"][None]
+        scaled = jax.nn.relu(scaled + reference["norm"]["bias"][None])
+        return scaled @ reference["head"]["kernel"] + reference["head"]["bias"][None]
+
+    mask = np.arange(len(x)) % 3 != 1
+    for real in (None, mask):
+        kept = hidden if real is None else hidden[real]
+        outputs, stats = model.apply_norm(params, x, mask=real)
+        assert_trees_close(stats, {"norm": {"mean": kept.mean(0), "var": kept.var(0)}}, atol=1e-12)
+        np.testing.assert_allclose(outputs, answers(kept.mean(0), kept.var(0)), atol=1e-12)
+    np.testing.assert_array_equal(model.apply(params, x), model.apply_norm(params, x)[0])
+    handed = {"norm": {"mean": hidden.mean(0) + 1, "var": 4 * hidden.var(0)}}
+    outputs, stats = model.apply_norm(params, x, stats=handed)
+    assert_trees_close(stats, handed, rtol=0)
+    np.testing.assert_allclose(outputs, answers(handed["norm"]["mean"], handed["norm"]["var"]), atol=1e-12)
+
+
+def test_images_are_normalised_over_examples_and_space_by_equinox():
+    eqx = pytest.importorskip("equinox")
+    network = eqx.nn.Sequential([eqx.nn.BatchNorm(DIM, "batch", mode="batch", channelwise_affine=False)])
+    model, x = jm.nn.as_model(network), np.random.default_rng(0).normal(size=(5, DIM, 3, 2))
+    assert model.init(KEY, x) == {}
+    outputs, stats = model.apply_norm({}, x)
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    assert_trees_close(stats, {"layers": {"0": {"mean": mean, "var": var}}}, atol=1e-12)
+    np.testing.assert_allclose(outputs, normalised(x, mean, var, (0, 2, 3), 1e-5), atol=1e-12)
 
 
 # --- Parameters ------------------------------------------------------------------------------------
@@ -397,7 +548,9 @@ def test_linen_networks_may_take_train_in_place_of_deterministic():
 class Stateful(linen.Module):
     @linen.compact
     def __call__(self, x):
-        return linen.BatchNorm(use_running_average=False)(x)
+        x = linen.BatchNorm(use_running_average=False, name="norm")(x)
+        self.variable("batch_stats", "calls", lambda: jnp.zeros(()))
+        return linen.SpectralNorm(linen.Dense(3, name="inner"), name="spectral")(x, update_stats=False)
 
 
 class Unmasked(linen.Module):
@@ -445,20 +598,64 @@ class Stochastic(nnx.Module):
 
 def stateful_equinox():
     eqx = pytest.importorskip("equinox")
-    return eqx.nn.Sequential([eqx.nn.BatchNorm(DIM, "batch", mode="batch")])
+    spectral = eqx.nn.SpectralNorm(eqx.nn.Linear(DIM, DIM, key=KEY), "weight", key=KEY)
+    return eqx.nn.Sequential([eqx.nn.BatchNorm(DIM, "batch", mode="batch"), spectral])
+
+
+def stateless_equinox():
+    """A network that has a layer with state, and takes none."""
+    eqx = pytest.importorskip("equinox")
+
+    class Forgetful(eqx.Module):
+        norm: eqx.nn.BatchNorm
+
+        def __call__(self, x):
+            return x
+
+    return Forgetful(eqx.nn.BatchNorm(DIM, "batch", mode="batch"))
+
+
+def losing_equinox():
+    """A network that does not return its state."""
+    eqx = pytest.importorskip("equinox")
+
+    class Losing(eqx.Module):
+        norm: eqx.nn.BatchNorm
+
+        def __call__(self, x, state):
+            return self.norm(x, state)[0]
+
+    model = jm.nn.as_model(Losing(eqx.nn.BatchNorm(DIM, "batch", mode="batch")))
+    return model._replace(init=lambda key, x: model.apply(model.init(key, x), x))
+
+
+def axes_of_equinox():
+    eqx = pytest.importorskip("equinox")
+    return eqx.nn.Sequential([eqx.nn.BatchNorm(DIM, name, mode="batch") for name in ("batch", "examples")])
+
+
+def stack_of_equinox():
+    eqx = pytest.importorskip("equinox")
+    return eqx.nn.Sequential(
+        [eqx.filter_vmap(lambda _: eqx.nn.BatchNorm(DIM, "batch", mode="batch"))(jnp.arange(2))]
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda: lambda x: x, "network: got <function"),
-        (Stateful, r"Stateful keeps mutable state in \['batch_stats'\]"),
+        (Stateful, "Stateful keeps mutable state: calls of the collection batch_stats, spectral/inner"),
         (Restless, "Restless draws random numbers where it should be deterministic"),
         (Asking, r"Asking.__call__ requires \['context'\]"),
         (Counting, r"Counting changes \[\('calls',\)\]"),
         (Whitening, r"Whitening keeps statistics in \[\('covariance',\)\]"),
         (Stochastic, "nnx.Dropout without a random stream"),
-        (stateful_equinox, "Sequential keeps mutable state"),
+        (stateful_equinox, "Sequential keeps mutable state: layers/1/uv_index; "),
+        (stateless_equinox, "Forgetful has an equinox.nn.BatchNorm, norm; its __call__ must take `state`"),
+        (losing_equinox, "Losing .* returns no pair of outputs and state"),
+        (axes_of_equinox, r"axes of different names, \['batch', 'examples'\]"),
+        (stack_of_equinox, r"layers/0 is a stack of equinox.nn.BatchNorm, with weights of shape \(2, 4\)"),
         (lambda: jm.nn.from_nnx(lambda rngs: LinenNet()), "one that makes LinenNet"),
         (lambda: jm.nn.from_equinox(lambda key: key), "one that makes"),
     ],
