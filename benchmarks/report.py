@@ -449,6 +449,30 @@ def memory() -> Values:
     }
 
 
+def lora() -> Values:
+    name = "memory-lora-amd-epyc-2-cores.json"
+    kept = read(name)
+    settings, rows = kept["settings"], kept["rows"]
+    modes = list(next(iter(rows.values())))
+
+    def cell(row: dict, mode: str) -> str:
+        time = milliseconds(row["median_s"]) if mode == modes[0] else f"{row['time_ratio']:.2f} ×"
+        return f"{row['temp_bytes'] / 1e6:,.0f} MB, {time}"
+
+    first = next(iter(rows.values()))
+    sizes = (f"{first[f'{adapted}, store']['adapted_bytes'] / 1e6:.2g} MB" for adapted in ("all", "lora"))
+    command = f"--network {settings['network']} --steps {' '.join(rows)} --rounds {settings['rounds']}"
+    return {
+        **{key: str(settings[key]) for key in ("width", "image", "rank")},
+        **dict(zip(("all", "factors"), sizes, strict=True)),
+        "table": markdown(
+            ["inner steps", *modes],
+            [[steps, *(cell(row[mode], mode) for mode in modes)] for steps, row in rows.items()],
+        ),
+        "origin": origin(name, f"python benchmarks/memory.py {command} --json FILE"),
+    }
+
+
 def streaming() -> Values:
     name = "streaming-amd-epyc-2-cores.json"
     kept = read(name)
@@ -592,6 +616,7 @@ SECTIONS: dict[str, Callable[[], Values]] = {
     "label_shift": label_shifts,
     "speed": speed,
     "memory": memory,
+    "lora": lora,
     "streaming": streaming,
     "precision": precision,
     "scaling": scalings,
