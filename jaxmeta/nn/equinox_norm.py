@@ -90,7 +90,7 @@ def with_explicit_statistics(module: eqx.Module) -> tuple[Any, dict[Path, BatchN
 
     def replaced(keys: tuple[Any, ...], node: Any) -> Any:
         path = tuple(jax.tree_util.keystr((entry,), simple=True) for entry in keys)
-        if isinstance(node, eqx.nn.StateIndex[Any]):
+        if isinstance(node, eqx.nn.StateIndex):
             others.append("/".join(path))
         if not isinstance(node, eqx.nn.BatchNorm):
             return node
@@ -154,7 +154,7 @@ def statistics(module: Any, state: eqx.nn.State) -> dict[Path, Array]:
 
 def _index(path: Path, init: Any = None) -> eqx.nn.StateIndex[Any]:
     """Return the place in a state that belongs to the layer at `path`, in whatever copy of the network."""
-    index = eqx.nn.StateIndex[Any](init)
+    index = eqx.nn.StateIndex(init)
     # As `equinox.nn.make_with_state` does.
     object.__setattr__(index, "marker", "/".join(path))
     return index
