@@ -324,7 +324,7 @@ def test_a_state_of_other_pairs_is_refused():
 
 def test_an_unroll_whose_loss_is_no_scalar_is_refused():
     pes = jm.persistent_evolution(lambda theta, x: (theta, x), sigma=SIGMA, pairs=2)
-    with pytest.raises(jm.ArgumentError, match=r"unroll: it returns a loss of shape \(2,\)"):
+    with pytest.raises(jm.ArgumentError, match=r"unroll: got a loss of shape \(2,\)"):
         pes.step(jnp.ones(2), pes.init(jnp.ones(2), None), key=KEY)
 
 

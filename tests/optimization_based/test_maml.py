@@ -306,7 +306,7 @@ def test_a_head_of_another_width_is_refused_at_init():
 
 
 def test_adapting_nothing_is_refused_at_init():
-    with pytest.raises(ValueError, match=r"picks no leaf.*head/kernel"):
+    with pytest.raises(ValueError, match=r"matches no leaf.*head/kernel"):
         jm.maml(network(), adapts=lambda path: "haed" in path).init(KEY, task())
     with pytest.raises(ValueError, match=r"adapts: 'haed' matches nothing; the closest paths are head"):
         jm.maml(network(), adapts=["haed", "head"]).init(KEY, task())

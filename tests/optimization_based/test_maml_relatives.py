@@ -89,7 +89,7 @@ def test_anil_without_a_body_is_maml(order):
     params = init(anil)
     assert_trees_close(adapt(anil, params, of), adapt(maml, params, of), rtol=0)
     assert_trees_close(gradient(anil, params, of), gradient(maml, params, of), rtol=0)
-    with pytest.raises(ValueError, match="head: got 'head', which picks all of the network's leaves"):
+    with pytest.raises(ValueError, match="head: got 'head', which matches all of the network's leaves"):
         init(jm.boil(model))
 
 
@@ -129,7 +129,7 @@ def test_the_head_may_be_a_module_inside_another_or_a_predicate():
     # "out" is no part of a name.
     for make in (jm.anil, jm.boil):
         with pytest.raises(
-            ValueError, match=r"head: got 'ou', which picks none .* \['net/about/w', 'net/out/w'\]"
+            ValueError, match=r"head: got 'ou', which matches none .* \['net/about/w', 'net/out/w'\]"
         ):
             init(make((init_params, apply), head="ou"))
 
@@ -616,7 +616,7 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
     ("settings", "says"),
     [
         ({"hyper": 0.1}, "hyper: got hyperparameters to learn, but inner_optimizer is a fixed"),
-        ({"inner_optimizer": optax.sgd}, "inner_optimizer: .* needs their initial values"),
+        ({"inner_optimizer": optax.sgd}, "inner_optimizer: .* with their initial values"),
         ({"inner_optimizer": optax.adam, "hyper": 0.1}, "eps_root"),
         (
             {"inner_optimizer": optax.sgd, "hyper": 0.1, "order": "implicit", "proximal": 1.0},
@@ -628,7 +628,7 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
             "eval_steps: got .*; it must be at least 1",
         ),
         ({"order": "implicit", "proximal": 1.0, "norm": "episode"}, 'norm: got "episode"'),
-        ({"norm": "episode", "eval_steps": 0}, 'norm: "episode" is an average over inner steps'),
+        ({"norm": "episode", "eval_steps": 0}, 'norm: got "episode", an average over inner steps'),
     ],
 )
 def test_settings_that_do_not_fit_the_optimizer_or_order_are_refused(settings, says):
