@@ -508,9 +508,9 @@ def test_outputs_that_are_nan_count_as_wrong(x64):
 
 
 def test_outputs_are_as_wide_as_labels():
-    with pytest.raises(ValueError, match="network: got one of out=4, and labels of these tasks need 3"):
+    with pytest.raises(ValueError, match="network: got out=4; the labels of these tasks need out=3"):
         jm.mann(network(4)).init(KEY, episode())
-    with pytest.raises(ValueError, match=r"network: got one of out=25, .* need 10"):
+    with pytest.raises(ValueError, match=r"network: got out=25; .* need out=10"):
         jm.mann(network(25), strings=(5, 2)).init(KEY, episode(ways=25))
 
 

@@ -428,7 +428,7 @@ def test_parameters_that_were_made_for_other_fast_layers_are_refused():
     learner = make(blocks=1, fast_layers=("conv_0", "head"))
     params = params_of(learner, task)
     assert set(learner.adapt(params, task.support, KEY)["embedding"]) == {"conv_0"}
-    with pytest.raises(ValueError, match="fast_layers: got dense layers, of whose weights the parameters"):
+    with pytest.raises(ValueError, match="got dense layers, for which the parameters hold no generator"):
         make(blocks=1).adapt(params, task.support, KEY)
 
 
@@ -671,7 +671,7 @@ def test_networks_that_do_not_fit_are_refused():
     ):
         make(blocks=1, ways=5).init(KEY, task)
     with pytest.raises(
-        ValueError, match=r"fast_layers: got \['fd'\], and the networks' layers are \('conv_0'"
+        ValueError, match=r"fast_layers: got \['fd'\]; it must be among the layers \('conv_0'"
     ):
         make(blocks=1, fast_layers=("fc", "fd")).init(KEY, task)
     with pytest.raises(ValueError, match=r"embedding: gives shape \(6, 5, 5, 1\) for 6 examples"):
@@ -681,13 +681,13 @@ def test_networks_that_do_not_fit_are_refused():
 def test_support_sets_that_do_not_fit_are_refused():
     task = task_of()
     learner = make(samples=7)
-    with pytest.raises(ValueError, match="samples: got 7 for 6 support examples; it must be at most that"):
+    with pytest.raises(ValueError, match="samples: got 7 for 6 support examples; it must be at most 6"):
         learner.init(KEY, task)
     params = params_of(make(), task)
     with pytest.raises(ValueError, match="samples: got 7"):
         learner.adapt(params, task.support, KEY)
     single = jm.Batch(task.support.x[:1], task.support.y[:1], ways=WAYS)
-    with pytest.raises(ValueError, match='tasks: got 1 support example; embedding_loss must be "xent"'):
+    with pytest.raises(ValueError, match=r'tasks: got 1 support example, .*; use embedding_loss="xent"'):
         make().adapt(params, single, KEY)
     make(task_weights="none").adapt(params, single, KEY)
     floats = dataclasses.replace(task.support, y=np.asarray(task.support.x)[:, 0])
