@@ -131,8 +131,8 @@ def mann(
         before, last = _label_before(labels, support.mask)
         inputs = jnp.concatenate([x, before], 1)
 
-        def step(state: PyTree, now: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
-            projected, real = now
+        def step(state: PyTree, step_inputs: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
+            projected, real = step_inputs
             after, features = call(params, "step", state, projected)
             if real is not None:
                 # Padding leaves the state unchanged.

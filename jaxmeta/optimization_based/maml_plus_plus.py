@@ -97,7 +97,7 @@ def maml_plus_plus(
       norm: source of the batch statistics that normalise the queries; see `jm.maml`. The published numbers
         are for "batch": the official code keeps running statistics for each step, but normalises by the
         statistics of the batch.
-      adapts: parameters, besides normalisation layers, that the inner loop changes; all if None; see
+      adapts: parameters that the inner loop changes, except per-step layers; all of these if None; see
         `jm.maml`.
       loss: loss function `(outputs, y, mask) -> scalar` of both loops.
       metric: metric reported in addition to the loss; see `jm.maml`.

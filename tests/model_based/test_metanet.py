@@ -117,8 +117,8 @@ class Torch:
 
     def gradient(self, loss, slow):
         names = list(slow)
-        actual = self.torch.autograd.grad(loss, [slow[name]["kernel"] for name in names])
-        return {name: g.detach() for name, g in zip(names, actual, strict=True)}
+        gradients = self.torch.autograd.grad(loss, [slow[name]["kernel"] for name in names])
+        return {name: g.detach() for name, g in zip(names, gradients, strict=True)}
 
     def task_fast(self, generators, gradients):
         torch, out = self.torch, {}

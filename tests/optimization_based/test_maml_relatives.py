@@ -63,7 +63,7 @@ def as_maml(params):
 
 
 @pytest.mark.parametrize(("factory", "adapts_head"), [(jm.anil, True), (jm.boil, False)])
-def test_either_head_or_body_adapts_and_the_other_keeps_its_bits(factory, adapts_head):
+def test_either_head_or_body_adapts_and_the_other_is_unchanged(factory, adapts_head):
     learner, of = factory(network(norm=False), inner_optimizer=SGD, inner_steps=2), task()
     params = init(learner)
     adapted = adapt(learner, params, of)["model"]
@@ -395,10 +395,10 @@ def test_mini_batches_contain_no_padding(inner_batch):
     x, y, mask = np.full((9, DIM), np.nan), np.zeros(9, np.int32), np.zeros(9, bool)
     x[places], y[places], mask[places] = of.support.x, of.support.y, True
     support = jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=WAYS)
-    seen = example_counts(inner_batch, 1, jm.Task(support, of.query))
+    counts = example_counts(inner_batch, 1, jm.Task(support, of.query))
     size = min(inner_batch, 6)
-    assert sorted(seen[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
-    assert np.delete(seen, places).sum() == 0
+    assert sorted(counts[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
+    assert np.delete(counts, places).sum() == 0
     learner = jm.reptile(network(), inner_batch=inner_batch, inner_steps=3)
     params = init(learner)
     assert all(
@@ -407,7 +407,7 @@ def test_mini_batches_contain_no_padding(inner_batch):
     )
 
 
-def test_a_batch_size_below_one_is_refused():
+def test_an_inner_batch_below_one_is_refused():
     with pytest.raises(ValueError, match="inner_batch: got 0; it must be at least 1"):
         jm.maml(network(), inner_batch=0)
 
