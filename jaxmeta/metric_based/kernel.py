@@ -1,4 +1,4 @@
-"""The kernel view of learning from few examples: a query's label is a weighted mean of the support's."""
+"""Kernel classifiers: a query's label as a kernel-weighted mean of the support labels."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
@@ -29,11 +29,17 @@ REDUCTIONS, NORMALISATIONS = get_args(Reduction), get_args(Normalisation)
 
 
 class Similarity(NamedTuple):
-    """How alike two embeddings are.
+    """A similarity of embeddings, which may have parameters.
 
     Attributes:
-      apply: `(params, a (m, dim), b (n, dim)) -> (m, n)`.
-      init: `(key, dim) -> params` of what is learned of it; None where nothing is.
+      apply: `(params, a (m, dim), b (n, dim)) -> (m, n)`, the similarities.
+      init: `(key, dim) -> params`, the initial parameters; None for no parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxmeta as jm
+      >>> scaled_dot = jm.Similarity(lambda scale, a, b: scale * a @ b.T, lambda key, dim: jnp.asarray(1.0))
+      >>> scaled_dot.apply(2.0, jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 1.0]])).tolist()
+      [[10.0]]
     """
 
     apply: Callable[[Params, Array, Array], Array]
@@ -57,7 +63,7 @@ SIMILARITIES = {
     kinds=("classification",),
     head=False,
     rows=ROWS,
-    training=episodic_defaults(20, own={"similarity": "euclidean", "reduce": "sum", "scale": 1.0}),
+    training=episodic_defaults(20, fixed={"similarity": "euclidean", "reduce": "sum", "scale": 1.0}),
 )
 def kernel_classifier(
     model: Network,
@@ -72,45 +78,48 @@ def kernel_classifier(
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build a kernel classifier: a label is the weighted mean of the support's labels (Nadaraya 1964).
+    r"""Build a kernel classifier, which averages the support labels by a kernel (Nadaraya 1964).
 
-    It is Nadaraya and Watson's estimate of the label, P(y|x, S) = Σ_i k(x, x_i) y_i with k ≥ 0 and Σ_i k = 1.
+    The label is the Nadaraya–Watson estimate P(y|x, S) = Σ_i k(x, x_i) y_i with k ≥ 0 and Σ_i k(x, x_i) = 1:
 
     k(x, x_i) = κ_i / Σ_j κ_j  with  κ_i = exp(scale · s(f(x), f(x_i)))  or, normalised by "sum",
-    κ_i = max(s, 0). Outputs are log P. The other methods that compare embeddings are instances:
+    κ_i = max(s, 0). Outputs are log P. Other methods that compare embeddings are special cases:
 
     | method | similarity s | reduce |
     | --- | --- | --- |
     | `jm.matching` | cosine | sum |
-    | `jm.prototypical` | euclidean | prototype; from one example per class also sum |
+    | `jm.prototypical` | euclidean | prototype; with one example per class also sum |
     | `jm.siamese` | −Σ_j α_j \|a_j − b_j\| | nearest |
     | one nearest neighbour | any | nearest |
-    | the classes' shares of the support set | constant | sum |
+    | class frequencies of the support set | constant | sum |
 
-    "prototype" is of the form above from one example per class only: the mean of embeddings is not the mean
-    of kernels. A class slot without a support example has probability 0, log P = −∞; the zero vector has
-    cosine 0 with all others.
+    "prototype" has the form above only with one example per class, since the kernel of a mean embedding is
+    not the mean of kernels. A class slot without a support example has probability 0 (log P = −∞). The zero
+    vector has cosine 0 with all vectors.
 
-    Params: the embedding's under "model", and under "head" what is learned of similarity and scale.
-    Adapted: the embedded support set and its one-hot labels.
+    Params: parameters of the embedding under "model", and learned parameters of similarity and scale under
+    "head". Adapted: the embedded support set and its one-hot labels.
 
     Args:
-      model: the embedding f.
-      similarity: how alike two embeddings are: "cosine", "dot", "euclidean" (−‖a − b‖²) or "learned" (−‖A(a −
-        b)‖², A from the identity). Or a function `(a (m, dim), b (n, dim)) -> (m, n)`, or a `Similarity`,
-        which may have parameters.
-      normalise: how similarities become weights that sum to 1: by a "softmax", or by their "sum" where they
-        are positive.
-      reduce: what a class has of its examples: the "sum" of κ_i; their "mean", so that the number of
-        examples counts for nothing; the "nearest" one's; or κ of the "prototype", the mean embedding.
-      scale: factor of the similarity under the softmax. Cosines are at most 1 apart from 0, so that with
-        scale 1, five ways and one shot no query can have more than probability 0.6488.
-      learn_scale: whether the scale is learned, from `scale` on.
-      norm: whose statistics normalise embeddings, where the network has any; see `jm.prototypical`.
-      augment: `(key, x) -> x`, of all images in training.
+      model: embedding f.
+      similarity: similarity of two embeddings: "cosine", "dot", "euclidean" (−‖a − b‖²) or "learned"
+        (−‖A(a − b)‖², with A initialised to the identity). In Python also a function
+        `(a (m, dim), b (n, dim)) -> (m, n)`, or a `Similarity`, which may have parameters.
+      normalise: normalisation of similarities to weights that sum to 1: by "softmax", or by the "sum" of the
+        positive ones.
+      reduce: reduction over the examples of a class: "sum" of κ_i; "mean", which does not depend on the
+        number of examples; "nearest", the largest κ_i; or "prototype", κ of the mean embedding.
+      scale: factor of the similarity under the softmax. With cosines and scale 1, the probability of a class
+        is at most 0.6488 at five ways and one shot.
+      learn_scale: if True, the scale is learned, starting from `scale`.
+      norm: source of the batch statistics that normalise embeddings; see `jm.prototypical`.
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: an unknown name; a `scale` that is not positive; float targets.
+      ValueError: an unknown name; `scale` not positive; float targets.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -122,7 +131,7 @@ def kernel_classifier(
       >>> learner.predict(params, adapted, task.query.x).shape
       (15, 5)
     """
-    similarity = similarity_of(similarity)
+    similarity = _as_similarity(similarity)
     for name, value, known in (
         ("normalise", normalise, NORMALISATIONS),
         ("reduce", reduce, REDUCTIONS),
@@ -132,61 +141,61 @@ def kernel_classifier(
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del ways
-        own: Params = {}
+        params: Params = {}
         if similarity.init is not None:
-            own["similarity"] = similarity.init(key, dim)
+            params["similarity"] = similarity.init(key, dim)
         if learn_scale:
-            own["scale"] = jnp.asarray(float(scale))
-        return own
+            params["scale"] = jnp.asarray(float(scale))
+        return params
 
-    def log_kernel(own: Params, a: Array, b: Array) -> Array:
-        found = similarity.apply(own.get("similarity"), a, b)
+    def log_kernel(head_params: Params, a: Array, b: Array) -> Array:
+        values = similarity.apply(head_params.get("similarity"), a, b)
         if normalise == "sum":
-            return jnp.log(jnp.maximum(found, jnp.finfo(found.dtype).tiny))
-        return own.get("scale", scale) * found
+            return jnp.log(jnp.maximum(values, jnp.finfo(values.dtype).tiny))
+        return head_params.get("scale", scale) * values
 
-    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
-        del own, key
+    def fit(head_params: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del head_params, key
         return {"z": z, "labels": labels}
 
-    def judge(own: Params, fitted: Params, z: Array) -> Array:
+    def classify(head_params: Params, fitted: Params, z: Array) -> Array:
         labels = fitted["labels"]
         if reduce == "prototype":
             means, present = class_means(fitted["z"], labels)
             means, _ = with_centre(means, present)
-            return jax.nn.log_softmax(only_present(log_kernel(own, z, means), present))
+            return jax.nn.log_softmax(only_present(log_kernel(head_params, z, means), present))
         support, _ = with_centre(fitted["z"], (labels > 0).any(1))
-        return log_probabilities(log_kernel(own, z, support), labels, reduce)
+        return log_probabilities(log_kernel(head_params, z, support), labels, reduce)
 
-    learned = similarity.init is not None or learn_scale
+    has_params = similarity.init is not None or learn_scale
     return metric_learner(
-        model, fit=fit, judge=judge, init=init if learned else None, norm=norm, augment=augment
+        model, fit=fit, classify=classify, init=init if has_params else None, norm=norm, augment=augment
     )
 
 
-def similarity_of(given: str | Similarity | Callable[[Array, Array], Array]) -> Similarity:
-    """The `Similarity` that an argument stands for, or a ValueError."""
-    if isinstance(given, Similarity):
-        return given
-    if not callable(given):
-        check_word("similarity", given, SIMILARITIES)
-        return SIMILARITIES[given]
-    return Similarity(lambda _, a, b: given(a, b))
+def _as_similarity(similarity: str | Similarity | Callable[[Array, Array], Array]) -> Similarity:
+    """Convert a name or a function to a `Similarity`."""
+    if isinstance(similarity, Similarity):
+        return similarity
+    if not callable(similarity):
+        check_word("similarity", similarity, SIMILARITIES)
+        return SIMILARITIES[similarity]
+    return Similarity(lambda _, a, b: similarity(a, b))
 
 
 def log_probabilities(
     log_kernel: Float[Array, "m n"], labels: Float[Array, "n ways"], reduce: Reduction = "sum"
 ) -> Float[Array, "m ways"]:
-    """log P(y|x, S) from log κ of each query and support example.
+    """Return log P(y|x, S) from log κ of each query and support example.
 
     Args:
       log_kernel: log κ, up to a constant per query.
-      labels: one-hot; rows of zeros are padding.
-      reduce: "sum", "mean" or "nearest".
+      labels: one-hot labels; rows of zeros are padding.
+      reduce: reduction over the examples of a class: "sum", "mean" or "nearest".
     """
     member, present = labels > 0, (labels > 0).any(0)
-    # A class without examples gets all of them here, and probability zero below: a sum over nothing has
-    # no finite gradient.
+    # A class without examples gets all examples here, and probability zero below: logsumexp over an empty
+    # set has no finite gradient.
     inside = jnp.where((member | ~present[None])[None], log_kernel[:, :, None], -jnp.inf)
     if reduce == "nearest":
         mass = inside.max(1)

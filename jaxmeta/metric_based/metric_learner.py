@@ -1,7 +1,7 @@
-"""What all methods share that compare embeddings: who embeds what, and by whose statistics.
+"""Learners that compare embeddings: embedding of support set and queries, and their batch statistics.
 
-A method's file says how it learns from embedded support examples (`fit`) and how it judges embedded
-queries (`judge`); this file makes a `Learner` of the two.
+Each method's file defines how it learns from embedded support examples (`fit`) and how it classifies embedded
+queries (`classify`); `metric_learner` builds a `Learner` from the two.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,9 +32,9 @@ from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 
 NORMS = get_args(Norm)
-# The rows of a report, and their statistics.
+# Rows of a report, each with the `norm` of the learner that it evaluates.
 ROWS = {"transductive": "batch", "inductive": "population"}
-# Queries of each class in training where its tasks have more ways than those of the test.
+# Queries of each class in training tasks that have more ways than test tasks.
 _MANY_WAYS = {"omniglot": 5, "glyphs": 5, "mini_imagenet": 15, "cifar_fs": 15}
 
 
@@ -42,29 +42,29 @@ def metric_learner(
     model: Network,
     *,
     fit: Callable[..., PyTree],
-    judge: Callable[[Params, PyTree, Array], Array],
+    classify: Callable[[Params, PyTree, Array], Array],
     init: Callable[[Key, int, int], Params] | None = None,
     objective: Callable[..., tuple[Array, Array]] | None = None,
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    """A learner of embeddings.
+    """Build a learner that compares embeddings.
 
-    In training support and queries are embedded as one batch, save under norm="support".
+    In training, support set and queries are embedded as one batch, except under norm="support".
 
     Args:
-      model: the embedding, `(n, *shape) -> (n, dim)`.
-      fit: `(own, z, labels, key) -> fitted` of embedded support examples and their one-hot labels, whose
-        rows are zero for padding; `own` are the method's own parameters, and `key` is None outside
-        training.
-      judge: `(own, fitted, z) -> outputs (m, ways)` of embedded queries.
-      init: `(key, dim, ways) -> own`; None where the method has no parameters.
-      objective: `(own, z_support, labels, z_query, query, key) -> (loss, outputs)` in place of the
-        cross-entropy of what `fit` and `judge` make of the queries.
-      norm: "batch", the statistics of support and queries together (transductive); "support", those of the
-        support set (inductive); "population", those filled by `jm.calibrate` (inductive; trains like
-        "batch").
-      augment: `(key, x) -> x`, of all images in training.
+      model: embedding, `(n, *shape) -> (n, dim)`.
+      fit: `(head_params, z, labels, key) -> fitted`, from embedded support examples and their one-hot labels,
+        whose rows are zero for padding. `head_params` are the parameters of the method besides the
+        embedding's; `key` is None outside training.
+      classify: `(head_params, fitted, z) -> outputs (m, ways)`, from embedded queries.
+      init: `(key, dim, ways) -> head_params`; None for a method without such parameters.
+      objective: `(head_params, z_support, labels, z_query, query, key) -> (loss, outputs)`, the training
+        loss; None for the cross-entropy of the outputs of `fit` and `classify`.
+      norm: source of the batch statistics: "batch", support set and queries together (transductive);
+        "support", the support set (inductive); "population", statistics filled by `jm.calibrate` (inductive;
+        trains like "batch").
+      augment: augmentation `(key, x) -> x` of all images in training.
 
     Raises:
       ValueError: an unknown `norm`.
@@ -72,7 +72,7 @@ def metric_learner(
     check_norm(norm)
     model = as_model(model, "model")
     if model.apply_norm is None:
-        norm = "support"  # nothing to normalise, and nothing of the support set to keep
+        norm = "support"  # without normalisation, the adapted state need not keep the support images
 
     def embed(
         params: Params, x: Array, mask: Array | None = None, stats: PyTree = None, key: Key | None = None
@@ -80,7 +80,7 @@ def metric_learner(
         z, stats = forward(model, params["model"], x, mask=mask, stats=stats, key=key)
         return checked_embedding(z, x), stats
 
-    def own_of(params: Params) -> Params:
+    def head_params_of(params: Params) -> Params:
         return params.get("head", {})
 
     def initial(key: Key, task: Task) -> Params:
@@ -97,7 +97,7 @@ def metric_learner(
         if norm == "support":
             z, stats = embed(params, support.x, support.mask, key=first)
             return z, embed(params, query.x, query.mask, stats, second)[0]
-        z, _ = embed(params, *joined(support.x, support.mask, query.x, query.mask), key=first)
+        z, _ = embed(params, *concatenated(support.x, support.mask, query.x, query.mask), key=first)
         return z[: support.x.shape[0]], z[support.x.shape[0] :]
 
     def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
@@ -105,13 +105,13 @@ def metric_learner(
         support, query = map(blank_padding, task)
         draw, dropout, shuffle = jax.random.split(key, 3)
         support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
-        own, labels = own_of(params), one_hot(support)
+        head_params, labels = head_params_of(params), one_hot(support)
         z, z_query = embed_task(params, Task(support, query), dropout)
         if objective is None:
-            outputs = judge(own, fit(own, z, labels, shuffle), z_query)
+            outputs = classify(head_params, fit(head_params, z, labels, shuffle), z_query)
             value = losses.cross_entropy(outputs, query.y, query.mask)
         else:
-            value, outputs = objective(own, z, labels, z_query, query, shuffle)
+            value, outputs = objective(head_params, z, labels, z_query, query, shuffle)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
@@ -119,68 +119,68 @@ def metric_learner(
         support = blank_padding(support)
         labels = one_hot(support)
         if norm == "batch":
-            # Its statistics will be those of the queries too, which are yet to come.
+            # Batch statistics include the queries, which only `predict` receives: keep the support set.
             return {"x": support.x, "labels": labels, "mask": support.mask}
         fixed = population_of(params) if norm == "population" else None
         z, stats = embed(params, support.x, support.mask, fixed)
-        return {"fitted": fit(own_of(params), z, labels, None), "stats": stats}
+        return {"fitted": fit(head_params_of(params), z, labels, None), "stats": stats}
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
-        own = own_of(params)
+        head_params = head_params_of(params)
         if norm != "batch":
-            return judge(own, adapted["fitted"], embed(params, x, mask, adapted["stats"])[0])
-        z, _ = embed(params, *joined(adapted["x"], adapted["mask"], x, mask))
+            return classify(head_params, adapted["fitted"], embed(params, x, mask, adapted["stats"])[0])
+        z, _ = embed(params, *concatenated(adapted["x"], adapted["mask"], x, mask))
         count = adapted["x"].shape[0]
-        return judge(own, fit(own, z[:count], adapted["labels"], None), z[count:])
+        return classify(head_params, fit(head_params, z[:count], adapted["labels"], None), z[count:])
 
     def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
         del key
         support, query = map(blank_padding, task)
-        _, stats = embed(params, *joined(support.x, support.mask, query.x, query.mask))
+        _, stats = embed(params, *concatenated(support.x, support.mask, query.x, query.mask))
         return to_moments(stats), jnp.asarray(1.0)
 
-    filled = None if model.apply_norm is None else statistics
-    return Learner(initial, adapt, predict, task_loss, filled, model.divisible)
+    statistics_or_none = None if model.apply_norm is None else statistics
+    return Learner(initial, adapt, predict, task_loss, statistics_or_none, model.divisible)
 
 
 def episodic_defaults(
     train_ways: int | None = None,
     fewer: int = 1,
     *,
-    own: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, Any] | None = None,
     distorts: bool = False,
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Defaults of training (`training` of `jaxmeta.declare.Facts`) of a method that compares embeddings.
+    """Return training defaults of a method that compares embeddings, for `training` of `Facts`.
 
     Args:
-      train_ways: of its training tasks in place of those of a protocol whose tasks are made for methods that
-        adapt; None for the protocol's.
-      fewer: by what the number of meta-steps is divided then.
-      own: defaults that no protocol changes.
-      distorts: whether images of strokes are distorted in training.
+      train_ways: ways of training tasks, where the protocol is designed for methods that adapt; None for the
+        protocol's.
+      fewer: divisor of the number of meta-steps where `train_ways` is used.
+      fixed: defaults that do not depend on the protocol.
+      distorts: if True, images of strokes are distorted in training.
     """
 
-    def of(base: Mapping[str, Any]) -> dict[str, Any]:
-        # Of strokes alone is what comes in from outside the image known.
+    def defaults_of(base: Mapping[str, Any]) -> dict[str, Any]:
+        # Distortion needs a known background outside the image, which only images of strokes have.
         strokes = distorts and base["tasks"] in ("omniglot", "glyphs")
-        found = {"norm": "batch", "distort": strokes or bool(base.get("distort")), **(own or {})}
+        defaults = {"norm": "batch", "distort": strokes or bool(base.get("distort")), **(fixed or {})}
         if base["network"].startswith("strided-conv4"):
-            found.setdefault("network", "conv4")
+            defaults.setdefault("network", "conv4")
         many = _MANY_WAYS.get(base["tasks"])
         if train_ways is not None and many is not None and not base["made_for_embeddings"]:
-            found |= {
+            defaults |= {
                 "train_ways": max(train_ways, base.get("ways") or 0),
                 "train_queries": many,
                 "meta_batch": 2,
                 "steps": max(base["steps"] // fewer, 1),
             }
-        return found
+        return defaults
 
-    return of
+    return defaults_of
 
 
 def checked_embedding(z: Any, x: Array) -> Array:
-    """`z` if it is an embedding of `x`, or a ValueError."""
+    """Return `z`, after checking that it is an embedding of `x`."""
     if not isinstance(z, jax.Array) or z.ndim != 2 or z.shape[0] != x.shape[0]:
         raise ValueError(
             f"the model returns {getattr(z, 'shape', type(z).__name__)} for {x.shape[0]} examples; an "
@@ -190,12 +190,12 @@ def checked_embedding(z: Any, x: Array) -> Array:
 
 
 def check_norm(norm: str, norms: tuple[str, ...] = NORMS) -> None:
-    """A ValueError if `norm` is none of `norms`."""
+    """Check that `norm` is one of `norms`."""
     check_word("norm", norm, norms)
 
 
 def check_labels(batch: Batch) -> None:
-    """A ValueError if the targets are no class slots, or not as many as there are examples."""
+    """Check that the targets are class slots, one for each example."""
     if batch.x.shape[0] != batch.y.shape[0]:
         raise ArgumentError(
             "tasks", f"got {batch.x.shape[0]} examples or metadata vectors for {batch.y.shape[0]} class slots"
@@ -203,55 +203,59 @@ def check_labels(batch: Batch) -> None:
     if not jnp.issubdtype(batch.y.dtype, jnp.integer):
         raise ArgumentError(
             "tasks",
-            f"got targets of type {batch.y.dtype}; methods that compare with examples of classes need "
-            "integer class slots",
+            f"got targets of type {batch.y.dtype}; methods that compare embeddings need integer class slots",
         )
 
 
 def one_hot(batch: Batch) -> Float[Array, "n ways"]:
-    """Labels as rows, in float32 at least, since they are counted; padding has rows of zeros.
+    """Return one-hot labels, with rows of zeros for padding.
+
+    They have float32 at least, because they are summed to counts.
 
     Raises:
-      ValueError: as `check_labels`.
+      ValueError: errors of `check_labels`.
     """
     check_labels(batch)
     labels = jax.nn.one_hot(batch.y, ways_of(batch), dtype=jnp.promote_types(batch.x.dtype, jnp.float32))
     return labels if batch.mask is None else jnp.where(batch.mask[:, None], labels, 0)
 
 
-def joined(x: Array, mask: Array | None, more: Array, more_mask: Array | None) -> tuple[Array, Array | None]:
-    """Two sets of examples as one, and its mask."""
+def concatenated(
+    x: Array, mask: Array | None, more: Array, more_mask: Array | None
+) -> tuple[Array, Array | None]:
+    """Concatenate two sets of examples, and their masks."""
     if mask is None and more_mask is None:
         return jnp.concatenate([x, more]), None
     masks = [
-        jnp.ones(each.shape[0], bool) if given is None else given
-        for each, given in ((x, mask), (more, more_mask))
+        jnp.ones(examples.shape[0], bool) if part is None else part
+        for examples, part in ((x, mask), (more, more_mask))
     ]
     return jnp.concatenate([x, more]), jnp.concatenate(masks)
 
 
 def unit(z: Float[Array, "*n dim"]) -> Float[Array, "*n dim"]:
-    """Vectors of length one, in float32 at least; the zero vector stays, with a finite gradient."""
+    """Normalise vectors to length 1, in float32 at least; zero vectors stay zero, with a finite gradient."""
     z = losses.full_precision(z)
     return z * jax.lax.rsqrt(jnp.maximum(jnp.square(z).sum(-1, keepdims=True), 1e-12))
 
 
 def product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
-    """The matrix product in full precision, of which accelerators take less by default."""
+    """Return the matrix product in full precision, since accelerators use less by default."""
     return jnp.matmul(losses.full_precision(a), losses.full_precision(b), precision=jax.lax.Precision.HIGHEST)
 
 
 def with_centre(
     points: Float[Array, "n dim"], present: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, "n dim"], Float[Array, " dim"]]:
-    """Points in float32 at least, and their centre, a constant: an origin that distances do not depend on.
+    """Return points in float32 at least, and their centre, without a gradient.
 
-    Points that are not present, those of padding or of a class without examples, are put at the centre.
+    Distances do not depend on the origin, so callers may subtract the centre. Points that are not present
+    (padding, or a class without examples) are moved to the centre.
     """
     points = losses.full_precision(points)
     fixed = jax.lax.stop_gradient(points)
     if present is None:
-        # Of no points the centre is anywhere.
+        # max(…, 1): for no points, any finite centre will do.
         return points, fixed.sum(0) / max(points.shape[0], 1)
     count = jnp.maximum(present.sum(), 1).astype(points.dtype)
     centre = jnp.where(present[:, None], fixed, 0).sum(0) / count
@@ -261,13 +265,14 @@ def with_centre(
 def squared_distances(
     a: Float[Array, "m dim"], b: Float[Array, "n dim"], present: Bool[Array, " n"] | None = None
 ) -> Float[Array, "m n"]:
-    """‖a_i − b_j‖², by one matrix product, in float32 at least.
+    """Return ‖a_i − b_j‖² by one matrix product, in float32 at least.
 
-    From the centre of `b`: the squares of numbers with a common offset have no room for their differences.
+    The centre of `b` is subtracted first, because a common offset would cancel with a loss of precision.
 
     Args:
-      a, b: points.
-      present: which of `b` count; None for all. The distances from others are those from the centre.
+      a: points, of shape (m, dim).
+      b: points, of shape (n, dim).
+      present: mask of the points of `b`; None for all. Distances to the others are distances to the centre.
     """
     b, centre = with_centre(b, present)
     a, b = losses.full_precision(a) - centre[None], b - centre[None]
@@ -278,16 +283,17 @@ def squared_distances(
 def class_means(
     z: Float[Array, "n dim"], labels: Float[Array, "n ways"]
 ) -> tuple[Float[Array, "ways dim"], Bool[Array, " ways"]]:
-    """The mean embedding of each class, divided by its own number of examples, and whether it has any.
+    """Return the mean embedding of each class, and whether the class has examples.
 
-    The paper's pseudo-code divides by the number of classes, which is a slip.
+    Each sum is divided by the number of examples of its class; the paper's pseudo-code divides by the number
+    of classes, which is an error.
     """
     counts = labels.sum(0)
     return product(labels.T, z) / jnp.maximum(counts, 1)[:, None], counts > 0
 
 
 def only_present(outputs: Float[Array, "m ways"], present: Bool[Array, " ways"]) -> Float[Array, "m ways"]:
-    """−∞, probability zero, for class slots without a support example; of padding alone all are alike."""
-    # With −∞ for all of them, losses and gradients would be NaN.
+    """Set the outputs of class slots without a support example to −∞, probability zero."""
+    # Where all classes are absent (a task of padding), −∞ would make losses and gradients NaN.
     absent = jnp.where(present.any(), -jnp.inf, 0)
     return jnp.where(present[None, :], outputs, absent)

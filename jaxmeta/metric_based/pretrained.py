@@ -1,6 +1,6 @@
-"""Baselines that every method must beat: features of an ordinary classifier, and a simple head on them.
+"""Baselines: the features of an ordinary classifier with a nearest-centroid or fine-tuned head.
 
-Both are trained on the training classes all at once (`jm.tasks.supervised`), never on episodes.
+Both are trained on all training classes at once (`jm.tasks.supervised`), not on episodes.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ Head = Literal["linear", "cosine"]
     rows=ROWS,
     supervised=True,
     distances=True,
-    training=episodic_defaults(own={"meta_batch": 2}),
+    training=episodic_defaults(fixed={"meta_batch": 2}),
 )
 def simple_shot(
     model: Network,
@@ -48,47 +48,59 @@ def simple_shot(
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    """Build the baseline SimpleShot, nearest centroid on a classifier's features (Wang et al. 2019).
+    """Build SimpleShot, which classifies by the nearest centroid of features (Wang et al. 2019).
 
-    Outputs are −‖t(f(x)) − v_c‖², v_c the mean of t(f) over class c. Trained by the cross-entropy of a linear
-    layer on f over all classes of the training tasks: give it `jm.tasks.supervised(tasks)` to train on.
+    Outputs are −‖t(f(x)) − v_c‖², v_c the mean of t(f) over class c. The loss is the cross-entropy of a
+    linear layer on f over all classes of the training tasks: train on `jm.tasks.supervised(tasks)`.
 
-    Params: the features' under "model", the classifier's under "head". Adapted: the centroids.
+    Params: parameters of the features under "model", of the classifier under "head". Adapted: the centroids.
 
     Args:
-      model: the features f.
-      transform: what is done to features first, t: "un", nothing; "l2n", to length one; "cl2n", to length one
-        after the mean feature, of the same examples as the batch statistics, is taken away.
-      norm: whose statistics normalise features, where the network has any; see `jm.prototypical`. The
-        paper's are "population".
-      augment: `(key, x) -> x`, of all images in training.
+      model: feature extractor f.
+      transform: transformation t of features: "un", none; "l2n", normalisation to length 1; "cl2n", the same
+        after subtraction of the mean feature, taken over the same examples as the batch statistics.
+      norm: source of the batch statistics that normalise features; see `jm.prototypical`. The paper uses
+        "population".
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
       ValueError: an unknown name; float targets.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> task = jm.tasks.glyphs(ways=5, shots=1, queries=3).sample(jax.random.key(0))
+      >>> learner = jm.simple_shot(jm.nn.Conv4(filters=8), norm="support")
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
+      >>> adapted["fitted"]["centroids"].shape
+      (5, 8)
 
     References:
       Wang et al., SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning, 2019.
     """
     check_word("transform", transform, get_args(Transform))
 
-    def transformed(z: Array) -> Array:
+    def transform_features(z: Array) -> Array:
         return z if transform == "un" else unit(z)
 
-    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
-        del own, key
-        means, present = class_means(transformed(z), labels)
+    def fit(head_params: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del head_params, key
+        means, present = class_means(transform_features(z), labels)
         return {"centroids": means, "present": present}
 
-    def judge(own: Params, fitted: Params, z: Array) -> Array:
-        del own
-        found = squared_distances(transformed(z), fitted["centroids"], fitted["present"])
-        return only_present(-found, fitted["present"])
+    def classify(head_params: Params, fitted: Params, z: Array) -> Array:
+        del head_params
+        distances = squared_distances(transform_features(z), fitted["centroids"], fitted["present"])
+        return only_present(-distances, fitted["present"])
 
     def learner(model: Network) -> Learner:
         return metric_learner(
             model,
             fit=fit,
-            judge=judge,
+            classify=classify,
             init=_initial_head("linear"),
             objective=_classification("linear", 1.0),
             norm=norm,
@@ -109,7 +121,7 @@ def simple_shot(
     rows=ROWS,
     supervised=True,
     training=episodic_defaults(
-        own={"head": "linear", "scale": 2.0, "eval_steps": 100, "inner_lr": 0.01, "meta_batch": 2}
+        fixed={"head": "linear", "scale": 2.0, "eval_steps": 100, "inner_lr": 0.01, "meta_batch": 2}
     ),
 )
 def fine_tuned_head(
@@ -123,32 +135,44 @@ def fine_tuned_head(
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build Baseline or Baseline++, a new head trained on a classifier's features (Chen et al. 2019).
+    r"""Build Baseline or Baseline++, which train a new head on fixed features (Chen et al. 2019).
 
-    The features are those of a classifier of all training classes, with a head of the same kind: give it
-    `jm.tasks.supervised(tasks)` to train on. "linear": W f(x) + b, from zeros. "cosine": scale · g_c ·
-    cos(f(x), w_c), with w_c from the class mean and g_c from 1.
+    The features come from a classifier of all training classes, with a head of the same kind: train on
+    `jm.tasks.supervised(tasks)`. The new head is "linear", W f(x) + b from zeros, or "cosine",
+    scale · g_c · cos(f(x), w_c) with w_c from the class mean and g_c from 1.
 
-    The released code starts from random weights, and goes through the support set in mini-batches of 4, 100
-    times; here each step has all of it. Its SGD has rate 0.01, weight decay 0.001, and momentum 0.9 with
-    dampening 0.9, which does not make steps longer; ours is the same.
+    The released code starts from random weights and passes over the support set 100 times in mini-batches of
+    4; here each step uses the whole support set. As in the released code, SGD has step size 0.01, weight
+    decay 0.001 and momentum 0.9 with dampening 0.9, which leaves the length of steps unchanged.
 
-    Params: the features' under "model", the classifier's under "head". Adapted: the new head.
+    Params: parameters of the features under "model", of the classifier under "head". Adapted: the new head.
 
     Args:
-      model: the features f.
+      model: feature extractor f.
       head: kind of head, "linear" (Baseline) or "cosine" (Baseline++).
-      scale: factor of the cosines; the released code has 10 where there are more than 200 classes.
-      inner_lr: step size of the head's gradient descent, for the mean loss of the support set.
-      inner_optimizer: optimizer of the head, which takes the place of `inner_lr`: any optax transformation;
-        None for the released code's SGD.
+      scale: factor of the cosines; the released code has 10 for more than 200 classes.
+      inner_lr: step size of the head's gradient descent on the mean loss of the support set.
+      inner_optimizer: optimizer of the head in place of `inner_lr`: any optax transformation; None for the
+        released code's SGD.
       eval_steps: gradient steps of the head, at least 1.
-      norm: whose statistics normalise features, where the network has any; see `jm.prototypical`. The
-        published numbers' are "population".
-      augment: `(key, x) -> x`, of all images in training.
+      norm: source of the batch statistics that normalise features; see `jm.prototypical`. The published
+        numbers are for "population".
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: an unknown name; a negative `inner_lr`; `eval_steps` below 1; float targets.
+      ValueError: an unknown name; negative `inner_lr`; `eval_steps` below 1; float targets.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> task = jm.tasks.glyphs(ways=5, shots=1, queries=3).sample(jax.random.key(0))
+      >>> learner = jm.fine_tuned_head(jm.nn.Conv4(filters=8), eval_steps=5, norm="support")
+      >>> params = learner.init(jax.random.key(1), task)
+      >>> adapted = learner.adapt(params, task.support, jax.random.key(2))
+      >>> adapted["fitted"]["head"]["kernel"].shape
+      (8, 5)
 
     References:
       Chen et al., A Closer Look at Few-shot Classification, 2019, section 3.2.
@@ -159,33 +183,33 @@ def fine_tuned_head(
     check_number("inner_lr", inner_lr, 0)
     if inner_optimizer is not None:
         check_kind("inner_optimizer", inner_optimizer, optax.GradientTransformation, "an optax optimizer")
-    descend = released_sgd(inner_lr) if inner_optimizer is None else inner_optimizer
+    optimizer = _released_sgd(inner_lr) if inner_optimizer is None else inner_optimizer
 
     def head_loss(weights: Params, batch: tuple[Any, ...]) -> Array:
         z, labels = batch
-        # Absent classes are no answer, and padding no question.
+        # Classes without support examples get probability zero; padding has rows of zeros in `labels`.
         return _cross_entropy(only_present(_outputs(head, scale, weights, z), (labels > 0).any(0)), labels)
 
-    descent = inner_loop(head_loss, descend, eval_steps, order="first")
+    descent = inner_loop(head_loss, optimizer, eval_steps, order="first")
 
-    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
-        del own, key
+    def fit(head_params: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del head_params, key
         means, present = class_means(z, labels)
         if head == "linear":
             start = {"kernel": jnp.zeros_like(means.T), "bias": jnp.zeros_like(means[:, 0])}
         else:
             start = {"kernel": unit(means).T, "norm": jnp.ones_like(means[:, 0])}
-        found, _ = descent(start, (z, labels))
-        return {"head": found, "present": present}
+        weights, _ = descent(start, (z, labels))
+        return {"head": weights, "present": present}
 
-    def judge(own: Params, fitted: Params, z: Array) -> Array:
-        del own
+    def classify(head_params: Params, fitted: Params, z: Array) -> Array:
+        del head_params
         return only_present(_outputs(head, scale, fitted["head"], z), fitted["present"])
 
     return metric_learner(
         model,
         fit=fit,
-        judge=judge,
+        classify=classify,
         init=_initial_head(head),
         objective=_classification(head, scale),
         norm=norm,
@@ -193,13 +217,13 @@ def fine_tuned_head(
     )
 
 
-def released_sgd(rate: float) -> optax.GradientTransformation:
-    """SGD with weight decay 0.001 and momentum 0.9 with dampening 0.9."""
+def _released_sgd(rate: float) -> optax.GradientTransformation:
+    """Build SGD with weight decay 0.001 and momentum 0.9 with dampening 0.9."""
     return optax.chain(optax.add_decayed_weights(1e-3), _dampened(0.9), optax.sgd(rate))
 
 
 def _dampened(decay):
-    """Momentum with as much dampening, from the first gradient on, as in torch."""
+    """Build momentum with dampening 1 − decay that starts from the first gradient, as in torch."""
 
     def init(params):
         return {"mean": jax.tree.map(jnp.zeros_like, params), "first": jnp.asarray(True)}
@@ -216,10 +240,10 @@ def _dampened(decay):
 
 def _initial_head(head: str) -> Callable[[Key, int, int], Params]:
     def init(key: Key, dim: int, ways: int) -> Params:
-        own = {"kernel": jax.random.normal(key, (dim, ways)) / jnp.sqrt(dim)}
+        params = {"kernel": jax.random.normal(key, (dim, ways)) / jnp.sqrt(dim)}
         if head == "linear":
-            return {**own, "bias": jnp.zeros(ways)}
-        return {**own, "norm": jnp.ones(ways)}
+            return {**params, "bias": jnp.zeros(ways)}
+        return {**params, "norm": jnp.ones(ways)}
 
     return init
 
@@ -231,13 +255,13 @@ def _outputs(head: str, scale: float, weights: Params, z: Array) -> Array:
 
 
 def _classification(head: str, scale: float) -> Callable[..., tuple[Array, Array]]:
-    """Cross-entropy of a head over all classes; each example counts, of whichever set."""
+    """Build the cross-entropy over all classes, of the examples of support set and queries alike."""
 
     def objective(
-        own: Params, z: Array, labels: Array, z_query: Array, query: Batch, key: Key
+        head_params: Params, z: Array, labels: Array, z_query: Array, query: Batch, key: Key
     ) -> tuple[Array, Array]:
         del key
-        outputs = _outputs(head, scale, own, jnp.concatenate([z, z_query]))
+        outputs = _outputs(head, scale, head_params, jnp.concatenate([z, z_query]))
         value = _cross_entropy(outputs, jnp.concatenate([labels, one_hot(query)]))
         return value, outputs[z.shape[0] :]
 
@@ -245,13 +269,13 @@ def _classification(head: str, scale: float) -> Callable[..., tuple[Array, Array
 
 
 def _cross_entropy(outputs: Array, labels: Array) -> Array:
-    """Mean over the examples whose one-hot label is no row of zeros, which is padding."""
+    """Return the mean cross-entropy over examples, except padding, whose labels are rows of zeros."""
     each = jnp.where(labels > 0, jax.nn.log_softmax(outputs), 0)
     return -each.sum() / jnp.maximum((labels > 0).sum(), 1)
 
 
 def _centred(model: Model) -> Model:
-    """`model` less the mean of its outputs, which is one more batch statistic."""
+    """Return `model` with the mean of its outputs subtracted, as one more batch statistic."""
 
     def apply_norm(
         params: Params,
@@ -261,12 +285,15 @@ def _centred(model: Model) -> Model:
         mask: Array | None = None,
         key: Key | None = None,
     ) -> tuple[Array, PyTree]:
-        own = None if stats is None else stats["model"]
-        z, own = forward(model, params, x, mask=mask, stats=own, key=key)
+        model_stats = None if stats is None else stats["model"]
+        z, model_stats = forward(model, params, x, mask=mask, stats=model_stats, key=key)
         checked_embedding(z, x)
         if stats is None:
             mean, var = moments(z, mask)
-            stats = {"model": {} if own is None else own, "features": {"mean": mean, "var": var}}
+            stats = {
+                "model": {} if model_stats is None else model_stats,
+                "features": {"mean": mean, "var": var},
+            }
         return z - stats["features"]["mean"][None], stats
 
     def apply(params: Params, x: Array, *, key: Key | None = None) -> Array:

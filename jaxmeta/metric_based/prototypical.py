@@ -1,4 +1,4 @@
-"""Prototypical networks: a class is the mean of its embedded examples, or an embedded vector of metadata."""
+"""Prototypical networks: classes as means of embedded examples, or as embedded metadata."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -50,7 +50,7 @@ _ZERO_SHOT_DIM = 128
 def _networks(
     build: Callable[[int | None], Network], tasks: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The embedding, and where there are no examples of a class that of its metadata."""
+    """Build the embedding and, for zero-shot tasks, the embedding of class metadata."""
     if tasks["shots"]:
         return (build(None),), {}
     metadata = MLP(out=_ZERO_SHOT_DIM, hidden=(256, 256), kernel_init=lecun_normal())
@@ -64,8 +64,8 @@ def _networks(
     zero_shot=True,
     distances=True,
     network=_networks,
-    # Ways are dear: a task of 60 has as many images as twelve of five.
-    training=episodic_defaults(60, 3, own={"divergence": "euclidean"}),
+    # A 60-way task has as many images as twelve 5-way tasks, so a third of the meta-steps suffices.
+    training=episodic_defaults(60, 3, fixed={"divergence": "euclidean"}),
 )
 def prototypical(
     model: Network,
@@ -75,7 +75,7 @@ def prototypical(
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build prototypical networks, where a class is the mean of its embedded examples (Snell et al. 2017).
+    r"""Build prototypical networks, which classify by distances to class means (Snell et al. 2017).
 
     P(y = c | x) = softmax_c(−d(f(x), v_c)), v_c the mean of f over class c
 
@@ -83,33 +83,37 @@ def prototypical(
 
     d_φ(z, v) = φ(z) − φ(v) − (z − v)·∇φ(v),
 
-    of which in every case the mean is the point nearest to a set of points. With the squared Euclidean
-    distance this is a linear classifier of f(x), with weights 2 v_c and biases −‖v_c‖².
+    for which the mean minimises the total divergence from a set of points. With the squared Euclidean
+    distance, the classifier is linear in f(x), with weights 2 v_c and biases −‖v_c‖².
 
-    Zero-shot, with `metadata`: v_c = g(m_c) / ‖g(m_c)‖ is embedded from one vector for each class, and f(x)
-    is not normalised.
+    In zero-shot learning (`metadata`), v_c = g(m_c) / ‖g(m_c)‖ is embedded from one vector m_c for each
+    class, and f(x) is not normalised.
 
-    Train with more ways than you test with, and with as many shots (Snell et al.: 60 ways on Omniglot).
+    Train with more ways than at test, and with as many shots (Snell et al.: 60 ways on Omniglot).
 
-    Params: `{"model": …}`, with "metadata" in zero-shot learning and "population" once `jm.calibrate`
-    filled it. Adapted: `{"fitted": {"prototypes": (ways, dim), "present": (ways,)}, "stats"}`; under
-    norm="batch" the support set itself.
+    Params: `{"model": …}`, with "metadata" in zero-shot learning and "population" after `jm.calibrate`.
+    Adapted: `{"fitted": {"prototypes": (ways, dim), "present": (ways,)}, "stats"}`; under norm="batch" the
+    support set itself.
 
     Args:
-      model: the embedding f, `(n, *shape) -> (n, dim)`.
-      divergence: of embeddings from prototypes, d: "euclidean" (squared); "kl", of softmax(f(x)), φ = Σ z ln
-        z; "cosine", 1 − cos, which is no Bregman divergence and which the paper found worse; or a convex
-        function φ of one vector.
-      metadata: the embedding g of class metadata, `(ways, d) -> (ways, dim)`; None for few-shot learning.
-      norm: whose statistics normalise embeddings, where the network has any. "batch": those of support and
-        queries together (transductive). "support": those of the support set (inductive). "population": those
-        filled by `jm.calibrate` (inductive; the published numbers; trains like "batch"). It changes no
-        parameter, so that one trained `params` serves a learner of each.
-      augment: `(key, x) -> x`, of all images in training.
+      model: embedding f, `(n, *shape) -> (n, dim)`.
+      divergence: divergence d of embeddings from prototypes: "euclidean" (squared); "kl", of softmax(f(x)),
+        with φ = Σ z ln z; "cosine", 1 − cos, which is not a Bregman divergence and did worse in the paper. In
+        Python also a convex function φ of one vector.
+      metadata: embedding g of class metadata, `(ways, d) -> (ways, dim)`; None for few-shot learning.
+      norm: source of the batch statistics that normalise embeddings. "batch": support set and queries
+        together (transductive). "support": the support set (inductive). "population": statistics filled by
+        `jm.calibrate` (inductive; the published numbers; trains like "batch"). It changes no parameter, so
+        that learners with any of these can use the same trained `params`.
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
       ValueError: an unknown name; norm="support" in zero-shot learning, whose support set has no images;
-        float targets; embeddings of two widths; "population" asked of params that were not calibrated.
+        float targets; embeddings of two different widths; norm="population" with params that were not
+        calibrated.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -127,20 +131,20 @@ def prototypical(
     """
     embedded, distances = _divergence(divergence)
 
-    def judge(own: Params, fitted: Params, z: Array) -> Array:
-        del own
-        found = distances(embedded(z), fitted["prototypes"], fitted["present"])
-        return only_present(-found, fitted["present"])
+    def classify(head_params: Params, fitted: Params, z: Array) -> Array:
+        del head_params
+        values = distances(embedded(z), fitted["prototypes"], fitted["present"])
+        return only_present(-values, fitted["present"])
 
     if metadata is not None:
-        return _zero_shot(model, metadata, judge, norm, augment)
+        return _zero_shot(model, metadata, classify, norm, augment)
 
-    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
-        del own, key
+    def fit(head_params: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del head_params, key
         means, present = class_means(embedded(z), labels)
         return {"prototypes": means, "present": present}
 
-    return metric_learner(model, fit=fit, judge=judge, norm=norm, augment=augment)
+    return metric_learner(model, fit=fit, classify=classify, norm=norm, augment=augment)
 
 
 def add_class(
@@ -151,17 +155,22 @@ def add_class(
     *,
     divergence: Divergence = "euclidean",
 ) -> PyTree:
-    """An adapted state of `prototypical` that knows one class more, without the old support set.
+    """Add a class to an adapted state of `prototypical`, without the original support set.
 
-    The new class gets the next slot. What is known of the others does not change.
+    The new class gets the next slot. The prototypes of the other classes do not change.
 
     Args:
-      model, params, divergence: of the learner.
-      adapted: by a learner of norm "support" or "population".
-      x: examples of the new class, `(k, *shape)`; they are normalised by the statistics in `adapted`.
+      model: embedding of the learner.
+      params: parameters of the learner.
+      adapted: adapted state of a learner with norm "support" or "population".
+      x: examples of the new class, of shape (k, *shape), normalised by the statistics in `adapted`.
+      divergence: divergence of the learner.
+
+    Returns:
+      The adapted state with one more prototype.
 
     Raises:
-      ValueError: `adapted` has no prototypes, or no statistics of a model that normalises; or `x` has no
+      ValueError: `adapted` has no prototypes, or has no statistics although the model normalises; `x` has no
         examples.
 
     Examples:
@@ -178,7 +187,8 @@ def add_class(
     if "fitted" not in adapted or "prototypes" not in adapted["fitted"]:
         raise ArgumentError(
             "adapted",
-            'got a state without prototypes; take one by jm.prototypical(…, norm="population") or "support"',
+            "got a state without prototypes; it must come from jm.prototypical with norm "
+            '"population" or "support"',
         )
     if x.shape[0] < 1:
         raise ArgumentError("x", f"got shape {x.shape}; it must hold at least one example of the new class")
@@ -187,8 +197,8 @@ def add_class(
     if adapted["stats"] is None and jax.tree.leaves(stats):
         raise ArgumentError(
             "adapted",
-            "got a state without batch statistics, of a model that has some: its learner normalises "
-            'each batch by itself; take one by jm.prototypical(…, norm="population")',
+            "got a state without batch statistics, but the model uses them; it must come from "
+            'jm.prototypical with norm="population"',
         )
     fitted = adapted["fitted"]
     return {
@@ -206,15 +216,17 @@ def bregman(
     v: Float[Array, "n dim"],
     present: Bool[Array, " n"] | None = None,
 ) -> Float[Array, "m n"]:
-    """d_φ(z_i, v_j) = φ(z_i) − φ(v_j) − (z_i − v_j)·∇φ(v_j), in float32 at least.
+    """Return d_φ(z_i, v_j) = φ(z_i) − φ(v_j) − (z_i − v_j)·∇φ(v_j), in float32 at least.
 
-    It is that of φ_c(u) = d_φ(u, c) for any c, and c is the centre of v: where points have a common offset, φ
-    and the products are large, and have no room for the differences.
+    φ is replaced by φ_c(u) = d_φ(u, c), which has the same divergence for any c; c is the centre of v. A
+    common offset of the points would otherwise make φ and the products large, and cancel with a loss of
+    precision.
 
     Args:
-      generator: φ.
-      z, v: points.
-      present: which of `v` count; None for all. The divergences from others are those from the centre.
+      generator: strictly convex function φ of one vector.
+      z: points, of shape (m, dim).
+      v: points, of shape (n, dim).
+      present: mask of the points of `v`; None for all. Divergences from the others are from the centre.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -223,35 +235,35 @@ def bregman(
       [[0.25, 2.25]]
     """
     z, (v, centre) = losses.full_precision(z), with_centre(v, present)
-    own = jax.vmap(lambda u: _from_centre(generator, centre, u))
+    from_centre = jax.vmap(lambda u: _from_centre(generator, centre, u))
     slopes = jax.vmap(jax.grad(generator))(v) - jax.grad(generator)(centre)[None]
-    z_own, v_own = own(z), own(v)
+    z_values, v_values = from_centre(z), from_centre(v)
     z, v = z - centre[None], v - centre[None]
-    at_v = v_own - (v * slopes).sum(-1)
-    return z_own[:, None] - at_v[None, :] - product(z, slopes.T)
+    at_v = v_values - (v * slopes).sum(-1)
+    return z_values[:, None] - at_v[None, :] - product(z, slopes.T)
 
 
 def _from_centre(generator: Generator, centre: Float[Array, " dim"], u: Float[Array, " dim"]):
-    """φ(u) − φ(c) − (u − c)·∇φ(c), also where φ is so large that its values have no room for it.
+    """Return φ(u) − φ(c) − (u − c)·∇φ(c), accurate also where the terms are large.
 
-    Of these it is the difference; or the integral ∫₀¹ (u − c)·(∇φ(c + t (u − c)) − ∇φ(c)) dt by Gauss's rule,
-    where that is known better: where two rules differ by less than the values' last bits.
+    The difference of the terms is used unless the equal integral ∫₀¹ (u − c)·(∇φ(c + t (u − c)) − ∇φ(c)) dt
+    is more accurate: where Gauss rules of 4 and 3 nodes differ by less than the rounding of the terms.
     """
-    way, slope = u - centre, jax.grad(generator)(centre)
+    direction, slope = u - centre, jax.grad(generator)(centre)
 
     def integral(nodes: int) -> Array:
-        places, weights = np.polynomial.legendre.leggauss(nodes)
-        on_the_way = [
-            weight / 2 * (way * (jax.grad(generator)(centre + (place + 1) / 2 * way) - slope)).sum()
-            for place, weight in zip(places.tolist(), weights.tolist(), strict=True)
+        positions, weights = np.polynomial.legendre.leggauss(nodes)
+        terms = [
+            weight / 2 * (direction * (jax.grad(generator)(centre + (t + 1) / 2 * direction) - slope)).sum()
+            for t, weight in zip(positions.tolist(), weights.tolist(), strict=True)
         ]
-        return sum(on_the_way[1:], on_the_way[0])
+        return sum(terms[1:], terms[0])
 
-    values = generator(u), generator(centre), (way * slope).sum()
+    values = generator(u), generator(centre), (direction * slope).sum()
     fine, coarse = integral(4), integral(3)
-    last_bits = jnp.finfo(u.dtype).eps * sum(jnp.abs(value) for value in values)
-    known_better = jax.lax.stop_gradient(jnp.abs(fine - coarse) <= last_bits)
-    return jnp.where(known_better, fine, values[0] - values[1] - values[2])
+    rounding = jnp.finfo(u.dtype).eps * sum(jnp.abs(value) for value in values)
+    use_integral = jax.lax.stop_gradient(jnp.abs(fine - coarse) <= rounding)
+    return jnp.where(use_integral, fine, values[0] - values[1] - values[2])
 
 
 def _negative_entropy(z: Array) -> Array:
@@ -259,30 +271,30 @@ def _negative_entropy(z: Array) -> Array:
 
 
 def _relative_entropy(z, v, present=None):
-    """KL of distributions: without the second derivatives of `bregman`, which overflow near 0."""
+    """Return KL(z‖v), without the second derivatives of `bregman`, which overflow near 0."""
     del present
     z, v = losses.full_precision(z), losses.full_precision(v)
     tiny = jnp.finfo(z.dtype).tiny
     return jax.vmap(_negative_entropy)(z)[:, None] - product(z, jnp.log(jnp.maximum(v, tiny)).T)
 
 
-def _divergence(given: Divergence) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
-    """What is done to an embedding first, and the distances of points to prototypes that are present."""
+def _divergence(divergence: Divergence) -> tuple[Callable[[Array], Array], Callable[..., Array]]:
+    """Return the transformation of embeddings, and `(z, prototypes, present) -> distances`."""
     known: dict[str, tuple[Any, ...]] = {
         "euclidean": (lambda z: z, squared_distances),
         "kl": (jax.nn.softmax, _relative_entropy),
         "cosine": (lambda z: z, lambda z, v, present: 1 - product(unit(z), unit(v).T)),
     }
-    if not callable(given):
-        check_word("divergence", given, known)
-        return known[given]
-    return lambda z: z, lambda z, v, present: bregman(given, z, v, present)
+    if not callable(divergence):
+        check_word("divergence", divergence, known)
+        return known[divergence]
+    return lambda z: z, lambda z, v, present: bregman(divergence, z, v, present)
 
 
 def _zero_shot(
     model: Network,
     metadata: Network,
-    judge: Callable[[Params, PyTree, Array], Array],
+    classify: Callable[[Params, PyTree, Array], Array],
     norm: str,
     augment: Augment | None,
 ) -> Learner:
@@ -307,7 +319,7 @@ def _zero_shot(
         if widths[0] != widths[1]:
             raise ArgumentError(
                 "metadata",
-                f"gives embeddings of shape {widths[1]}, and model of {widths[0]}; both must agree",
+                f"gives embeddings of shape {widths[1]}, and model of {widths[0]}; the shapes must be equal",
             )
         return params
 
@@ -319,7 +331,7 @@ def _zero_shot(
         z, _ = forward(
             model, params["model"], query.x, mask=query.mask, key=dropout if model.stochastic else None
         )
-        outputs = judge({}, prototypes(params, support), z)
+        outputs = classify({}, prototypes(params, support), z)
         value = losses.cross_entropy(outputs, query.y, query.mask)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
 
@@ -330,12 +342,12 @@ def _zero_shot(
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
         z, _ = forward(model, params["model"], x, mask=mask, stats=adapted["stats"])
-        return judge({}, adapted["fitted"], z)
+        return classify({}, adapted["fitted"], z)
 
     def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
         del key
         query = blank_padding(task.query)
         return to_moments(forward(model, params["model"], query.x, mask=query.mask)[1]), jnp.asarray(1.0)
 
-    filled = None if model.apply_norm is None else statistics
-    return Learner(init, adapt, predict, task_loss, filled, model.divisible)
+    statistics_or_none = None if model.apply_norm is None else statistics
+    return Learner(init, adapt, predict, task_loss, statistics_or_none, model.divisible)

@@ -1,4 +1,4 @@
-"""Relation networks: how alike a query and a class are is itself learned, by a network."""
+"""Relation networks: a learned similarity of queries and classes."""
 
 from functools import partial
 from typing import Any, Literal
@@ -13,8 +13,8 @@ from jaxmeta.core import Augment, Batch, Key, Learner, Metrics, Params, PyTree, 
 from jaxmeta.metric_based.metric_learner import (
     ROWS,
     check_norm,
+    concatenated,
     episodic_defaults,
-    joined,
     one_hot,
     only_present,
 )
@@ -28,7 +28,7 @@ from jaxmeta.nn.relation import RelationModule
     head=False,
     rows=ROWS,
     networks=("relation",),
-    training=episodic_defaults(own={"network": "relation", "train_queries": 10, "meta_batch": 2}),
+    training=episodic_defaults(fixed={"network": "relation", "train_queries": 10, "meta_batch": 2}),
 )
 def relation(
     model: Network,
@@ -37,31 +37,34 @@ def relation(
     norm: Literal["batch", "population"] = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build a relation network, which learns how alike a query and a class are (Sung et al. 2018).
+    r"""Build a relation network, which learns the similarity of queries and classes (Sung et al. 2018).
 
     r(x, c) = σ(g([Σ_{x_i ∈ c} f(x_i), f(x)])) is the score of class c for x.
 
-    f gives feature maps, which are put one behind the other, channel by channel. The loss is the mean
-    squared error between the scores and 1 for the true class, 0 for the others. Outputs are the
-    scores before σ: `jax.nn.sigmoid(outputs)` lie in (0, 1) and need not sum to 1.
+    f gives feature maps, which are concatenated along channels. The loss is the mean squared error between
+    the scores and 1 for the true class, 0 for the others. Outputs are the scores before σ:
+    `jax.nn.sigmoid(outputs)` lies in (0, 1), and its rows need not sum to 1.
 
-    The class has the sum of its examples' maps, as in the paper and its code; others average them, which is
-    the same for one shot.
+    A class is the sum of its examples' feature maps, as in the paper and its code; other implementations take
+    the mean, which is equal at 1 shot.
 
-    Params: `{"model", "relation"}`, with "population" once `jm.calibrate` filled it. Adapted: the class maps
-    and the statistics; under norm="batch" the support set.
+    Params: `{"model", "relation"}`, with "population" after `jm.calibrate`. Adapted: the class maps and the
+    statistics; under norm="batch" the support set.
 
     Args:
-      model: f, `(n, *shape) -> (n, h, w, c)`; `jm.nn.RelationEmbedding` is the published one.
-      comparison: g, `(pairs, h, w, 2c) -> (pairs, 1)`; `jm.nn.RelationModule()` if None.
-      norm: whose statistics normalise, where the networks have any. "batch": in f those of support and
-        queries together, in g those of all pairs (transductive; the published numbers). "population": those
-        filled by `jm.calibrate` (inductive; trains like "batch").
-      augment: `(key, x) -> x`, of all images in training.
+      model: embedding f, `(n, *shape) -> (n, h, w, c)`; `jm.nn.RelationEmbedding` is the published one.
+      comparison: relation module g, `(pairs, h, w, 2c) -> (pairs, 1)`; `jm.nn.RelationModule()` if None.
+      norm: source of the batch statistics. "batch": support set and queries together in f, all pairs in g
+        (transductive; the published numbers). "population": statistics filled by `jm.calibrate` (inductive;
+        trains like "batch").
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: another `norm` (of a support set alone there are no pairs to have statistics of); networks
-        of other outputs; float targets.
+      ValueError: another `norm` ("support" has no pairs for the statistics of g); networks whose outputs have
+        other shapes; float targets.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -126,19 +129,19 @@ def relation(
             )
         return only_present(scores.reshape(shape[:2]), present), stats
 
-    def whole(
+    def transductive_outputs(
         params: Params,
         support: tuple[Any, ...],
         query: tuple[Any, ...],
         labels: Array,
         key: Key | None = None,
     ) -> tuple[Array, PyTree]:
-        """Outputs by the statistics of all that is there, and these."""
+        """Return the outputs, normalised by the statistics of support set and queries, and the statistics."""
         first, second = (None, None) if key is None else jax.random.split(key)
-        z, own = embed(params, *joined(*support, *query), key=first)
+        z, embedding_stats = embed(params, *concatenated(*support, *query), key=first)
         count = support[0].shape[0]
-        outputs, pairs = compare(params, class_maps(z[:count], labels), z[count:], query[1], key=second)
-        return outputs, {"model": own, "relation": pairs}
+        outputs, pair_stats = compare(params, class_maps(z[:count], labels), z[count:], query[1], key=second)
+        return outputs, {"model": embedding_stats, "relation": pair_stats}
 
     def init(key: Key, task: Task) -> Params:
         params = {"model": model.init(key, task.support.x)}
@@ -153,7 +156,9 @@ def relation(
         draw, dropout = jax.random.split(key)
         support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
         labels = one_hot(support)
-        outputs, _ = whole(params, (support.x, support.mask), (query.x, query.mask), labels, dropout)
+        outputs, _ = transductive_outputs(
+            params, (support.x, support.mask), (query.x, query.mask), labels, dropout
+        )
         present = (labels > 0).any(0)
         errors = jnp.square(jax.nn.sigmoid(outputs) - one_hot(query))
         value = losses.masked_mean(
@@ -173,7 +178,9 @@ def relation(
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
         if norm == "batch":
-            return whole(params, (adapted["x"], adapted["mask"]), (x, mask), adapted["labels"])[0]
+            return transductive_outputs(
+                params, (adapted["x"], adapted["mask"]), (x, mask), adapted["labels"]
+            )[0]
         stats = adapted["stats"]
         z, _ = embed(params, x, mask, stats["model"])
         return compare(params, adapted["fitted"], z, mask, stats["relation"])[0]
@@ -181,7 +188,9 @@ def relation(
     def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
         del key
         support, query = map(blank_padding, task)
-        _, stats = whole(params, (support.x, support.mask), (query.x, query.mask), one_hot(support))
+        _, stats = transductive_outputs(
+            params, (support.x, support.mask), (query.x, query.mask), one_hot(support)
+        )
         return to_moments(stats), jnp.asarray(1.0)
 
     return Learner(init, adapt, predict, task_loss, statistics, model.divisible)

@@ -20,27 +20,31 @@ def ridge(
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build R2-D2, ridge regression in closed form on a learned embedding (Bertinetto et al. 2019).
+    r"""Build R2-D2, which solves a ridge regression on a learned embedding (Bertinetto et al. 2019).
 
-    A linear classifier of the embedding is found by ridge regression onto one-hot labels.
+    The classifier is linear in the embedding, fitted to one-hot labels in closed form:
 
     W = Zᵀ (Z Zᵀ + λ I)⁻¹ Y,  outputs = scale · f(x) W,
 
-    with Z (n, dim) the embedded support set and Y its one-hot labels: an n × n system, small however wide
-    the embedding. λ and scale are learned with the embedding, through the solution; the paper's additive
-    constant is left out, for it is the same for all classes and drops out of the softmax.
+    with Z (n, dim) the embedded support set and Y its one-hot labels. The n × n system is small however wide
+    the embedding. λ, the scale and the embedding are learned through the solution. The paper's additive
+    constant is omitted, because it is equal for all classes and cancels in the softmax.
 
-    Params: the embedding's under "model"; under "head" `{"log_regularisation", "scale"}`. Adapted: W.
+    Params: parameters of the embedding under "model"; `{"log_regularisation", "scale"}` under "head".
+    Adapted: W.
 
     Args:
-      model: the embedding f.
+      model: embedding f.
       regularisation: initial weight λ of the squared norm of W, above 0; learned as its logarithm.
       scale: initial factor of the outputs, which is learned.
-      norm: whose statistics normalise embeddings, where the network has any; see `jm.prototypical`.
-      augment: `(key, x) -> x`, of all images in training.
+      norm: source of the batch statistics that normalise embeddings; see `jm.prototypical`.
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: a `regularisation` that is not positive; an unknown `norm`; float targets.
+      ValueError: `regularisation` or `scale` not positive; an unknown `norm`; float targets.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -61,14 +65,16 @@ def ridge(
         del key, dim, ways
         return {"log_regularisation": jnp.log(regularisation), "scale": jnp.asarray(float(scale))}
 
-    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
+    def fit(head_params: Params, z: Array, labels: Array, key: Key | None) -> Params:
         del key
         z = jnp.where((labels > 0).any(1, keepdims=True), z, 0)
-        gram = product(z, z.T) + jnp.exp(own["log_regularisation"]) * jnp.eye(z.shape[0], dtype=z.dtype)
+        gram = product(z, z.T) + jnp.exp(head_params["log_regularisation"]) * jnp.eye(
+            z.shape[0], dtype=z.dtype
+        )
         dual = jax.scipy.linalg.solve(gram, labels, assume_a="pos")
         return {"weights": product(z.T, dual), "present": (labels > 0).any(0)}
 
-    def judge(own: Params, fitted: Params, z: Array) -> Array:
-        return only_present(own["scale"] * (z @ fitted["weights"]), fitted["present"])
+    def classify(head_params: Params, fitted: Params, z: Array) -> Array:
+        return only_present(head_params["scale"] * (z @ fitted["weights"]), fitted["present"])
 
-    return metric_learner(model, fit=fit, judge=judge, init=init, norm=norm, augment=augment)
+    return metric_learner(model, fit=fit, classify=classify, init=init, norm=norm, augment=augment)

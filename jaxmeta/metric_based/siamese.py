@@ -1,4 +1,4 @@
-"""Siamese networks: learn whether two images show the same class, and name a query by its best partner."""
+"""Siamese networks: verification of image pairs, and classification by the best-matching support image."""
 
 from typing import NamedTuple
 
@@ -28,39 +28,41 @@ def siamese(
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build siamese networks, which judge whether two images show one class (Koch et al. 2015).
+    r"""Build siamese networks, which predict whether two images show the same class (Koch et al. 2015).
 
-    The probability that both do is p(x_i, x_j) = σ(Σ_d α_d |f(x_i) − f(x_j)|_d + b).
+    The probability of the same class is p(x_i, x_j) = σ(Σ_d α_d |f(x_i) − f(x_j)|_d + b).
 
-    Trained to verify: the loss is the mean binary cross-entropy of pairs of a query and a support image,
+    The loss is the mean binary cross-entropy over pairs of a query and a support image,
 
     L = −½ mean_same log p − ½ mean_different log(1 − p),
 
-    balanced whatever the number of ways. A query is then named by the class of the best-scoring support
-    image. Outputs are normalised: log softmax over classes of the best score, before σ.
+    balanced for any number of ways. A query is classified by the best-scoring support image: outputs are the
+    log softmax over classes of the best score before σ.
 
-    The printed formula has no bias b, and then two equal images always have p = ½, and a pair of one class
-    never more while all α are negative. So there is one, as in all code. The printed objective and update
-    also have the sign of the L2 penalty wrong: add it by the outer optimizer, `optax.add_decayed_weights`,
-    layer by layer with its `mask`.
+    The printed formula has no bias b. Without it, two equal images always have p = ½, and pairs of the same
+    class have p ≤ ½ while all α are negative; so b is included, as in public implementations. The printed
+    objective and update have the wrong sign of the L2 penalty; add the penalty in the outer optimizer by
+    `optax.add_decayed_weights`, with its `mask` for single layers.
 
-    Params: the twin's under "model"; under "head" `{"weights": (dim,), "bias": ()}`, or those of `head`.
-    Adapted: the embedded support set and its one-hot labels.
+    Params: parameters of the embedding under "model"; `{"weights": (dim,), "bias": ()}`, or the parameters of
+    `head`, under "head". Adapted: the embedded support set and its one-hot labels.
 
     Args:
-      model: the twin f; `jm.nn.Koch` is the published one, for images of 105 × 105.
-      head: a network `|difference| (n, dim) -> (n, 1)`, without batch statistics, in place of the weighted
-        sum α, b.
-      use_bias: whether the weighted sum of differences has a bias b.
-      pairs: number of pairs of a task that are drawn for the loss, half of them of one class
-        (`sample_pairs`); None for all pairs of a query and a support image, every query with equal weight.
-      norm: whose statistics normalise embeddings, where the network has any; see `jm.prototypical`.
-      augment: `(key, x) -> x`, of all images in training, each for itself; `jm.tasks.distort` is the
-        paper's.
+      model: embedding f; `jm.nn.Koch` is the published one, for images of 105 × 105.
+      head: network `|difference| (n, dim) -> (n, 1)`, without batch statistics, in place of the weighted sum;
+        None for the weighted sum.
+      use_bias: if True, the weighted sum of differences has a bias b.
+      pairs: number of pairs sampled from each task for the loss, half of them of the same class
+        (`sample_pairs`); None for all pairs of a query and a support image, with equal weight for each query.
+      norm: source of the batch statistics that normalise embeddings; see `jm.prototypical`.
+      augment: augmentation `(key, x) -> x` of all images in training, drawn separately for each image;
+        `jm.tasks.distort` is the paper's.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `pairs` that is no even number of at least 2; `head` that does not give `(n, 1)`; an
-        unknown `norm`.
+      ValueError: `pairs` odd or below 2; `head` with outputs not of shape (n, 1); an unknown `norm`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -77,55 +79,57 @@ def siamese(
     if pairs is not None:
         check_count("pairs", pairs, 2)
         if pairs % 2:
-            raise ArgumentError("pairs", f"got {pairs}; it must be even, half of each kind")
+            raise ArgumentError("pairs", f"got {pairs}; it must be even, for equal numbers of both kinds")
     network = None if head is None else as_model(head, "head")
 
     def init(key: Key, dim: int, ways: int) -> Params:
         del ways
         if network is None:
-            own = {"weights": jax.random.normal(key, (dim,)) / jnp.sqrt(dim)}
-            return {**own, "bias": jnp.zeros(())} if use_bias else own
-        own = network.init(key, jnp.zeros((2, dim)))
-        if jax.eval_shape(lambda: forward(network, own, jnp.zeros((2, dim)))[1]):
+            params = {"weights": jax.random.normal(key, (dim,)) / jnp.sqrt(dim)}
+            return {**params, "bias": jnp.zeros(())} if use_bias else params
+        params = network.init(key, jnp.zeros((2, dim)))
+        if jax.eval_shape(lambda: forward(network, params, jnp.zeros((2, dim)))[1]):
             raise ArgumentError(
-                "head", "got one with batch statistics; scores of pairs must not depend on each other"
+                "head",
+                "got a network with batch statistics; it must have none, so that the scores of pairs do not "
+                "depend on each other",
             )
-        shape = jax.eval_shape(lambda: forward(network, own, jnp.zeros((2, dim)))[0]).shape
+        shape = jax.eval_shape(lambda: forward(network, params, jnp.zeros((2, dim)))[0]).shape
         if shape != (2, 1):
             raise ArgumentError("head", f"gives shape {shape} for 2 pairs; it must be (2, 1)")
-        return own
+        return params
 
-    def scores(own: Params, a: Array, b: Array) -> Array:
-        """Before σ, for every pair of an `a` and a `b`."""
+    def scores(head_params: Params, a: Array, b: Array) -> Array:
+        """Return the scores before σ of all pairs of a row of `a` and a row of `b`."""
         difference = jnp.abs(a[:, None] - b[None, :])
         if network is None:
-            return difference @ own["weights"] + own.get("bias", 0.0)
+            return difference @ head_params["weights"] + head_params.get("bias", 0.0)
         flat = difference.reshape(-1, difference.shape[-1])
-        return forward(network, own, flat)[0].reshape(difference.shape[:2])
+        return forward(network, head_params, flat)[0].reshape(difference.shape[:2])
 
-    def fit(own: Params, z: Array, labels: Array, key: Key | None) -> Params:
-        del own, key
+    def fit(head_params: Params, z: Array, labels: Array, key: Key | None) -> Params:
+        del head_params, key
         return {"z": z, "labels": labels}
 
-    def judge(own: Params, fitted: Params, z: Array) -> Array:
-        return log_probabilities(scores(own, z, fitted["z"]), fitted["labels"], "nearest")
+    def classify(head_params: Params, fitted: Params, z: Array) -> Array:
+        return log_probabilities(scores(head_params, z, fitted["z"]), fitted["labels"], "nearest")
 
     def objective(
-        own: Params, z: Array, labels: Array, z_query: Array, query: Batch, key: Key
+        head_params: Params, z: Array, labels: Array, z_query: Array, query: Batch, key: Key
     ) -> tuple[Array, Array]:
-        found = scores(own, z_query, z)
+        logits = scores(head_params, z_query, z)
         same, different = pair_kinds(labels, one_hot(query))
-        cost = optax.sigmoid_binary_cross_entropy(found, same.astype(found.dtype))
+        cost = optax.sigmoid_binary_cross_entropy(logits, same.astype(logits.dtype))
         if pairs is not None:
-            drawn = sample_pairs(key, same, different, pairs)
-            value = masked_mean(cost[drawn.query, drawn.support], drawn.valid)
+            sampled = sample_pairs(key, same, different, pairs)
+            value = masked_mean(cost[sampled.query, sampled.support], sampled.valid)
         else:
             per_query = (_mean_where(cost, same) + _mean_where(cost, different)) / 2
             value = masked_mean(per_query, query.mask)
-        return value, log_probabilities(found, labels, "nearest")
+        return value, log_probabilities(logits, labels, "nearest")
 
     return metric_learner(
-        model, fit=fit, judge=judge, init=init, objective=objective, norm=norm, augment=augment
+        model, fit=fit, classify=classify, init=init, objective=objective, norm=norm, augment=augment
     )
 
 
@@ -133,9 +137,10 @@ class Pairs(NamedTuple):
     """Pairs of a query and a support image.
 
     Attributes:
-      query, support: which ones.
-      same: whether both are of one class.
-      valid: False where there was no pair of that kind to draw.
+      query: indices of the queries.
+      support: indices of the support images.
+      same: True for pairs of the same class.
+      valid: False where the task has no pair of the kind to sample.
     """
 
     query: Int[Array, " pairs"]
@@ -147,10 +152,11 @@ class Pairs(NamedTuple):
 def pair_kinds(
     support: Float[Array, "n ways"], query: Float[Array, "m ways"]
 ) -> tuple[Bool[Array, "m n"], Bool[Array, "m n"]]:
-    """Which pairs of a query and a support image are of one class, and which of two; padding is of neither.
+    """Return masks of the pairs of the same class, and of different classes; padding is in neither.
 
     Args:
-      support, query: one-hot labels; rows of zeros are padding.
+      support: one-hot labels of the support set; rows of zeros are padding.
+      query: one-hot labels of the queries; rows of zeros are padding.
     """
     same = query @ support.T > 0
     real = query.any(1)[:, None] & support.any(1)[None, :]
@@ -158,19 +164,19 @@ def pair_kinds(
 
 
 def sample_pairs(key: Key, same: Bool[Array, "m n"], different: Bool[Array, "m n"], count: int) -> Pairs:
-    """`count` pairs, the first half of one class, the second of two; each drawn uniformly from its kind.
-
-    A pure function of the key.
+    """Sample `count` pairs: half of the same class, then half of different classes, each uniformly.
 
     Args:
-      same, different: by `pair_kinds`.
-      count: an even number.
+      key: random key.
+      same: mask of the pairs of the same class; see `pair_kinds`.
+      different: mask of the pairs of different classes.
+      count: number of pairs, even.
     """
     halves = []
-    for own, kind in zip(jax.random.split(key), (same, different), strict=True):
-        # Where there is none of a kind, what is drawn instead is not valid.
+    for kind_key, kind in zip(jax.random.split(key), (same, different), strict=True):
+        # If no pair of the kind exists, sample from all pairs and mark the samples as invalid.
         log_weight = jnp.where(kind | ~kind.any(), 0.0, -jnp.inf).reshape(-1)
-        place = jax.random.categorical(own, log_weight, shape=(count // 2,))
+        place = jax.random.categorical(kind_key, log_weight, shape=(count // 2,))
         halves.append(
             (place // kind.shape[1], place % kind.shape[1], jnp.broadcast_to(kind.any(), place.shape))
         )

@@ -1,4 +1,4 @@
-"""Memory-augmented networks: an episode is a sequence, and each label comes one step late."""
+"""Memory-augmented networks: episodes as sequences, in which each label arrives one step late."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ from jaxmeta.tasks.sequences import check_strings
 def _network(
     build: Callable[[int], MemoryNetwork], tasks: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A network as wide as labels are: letters · characters where they are strings."""
+    """Build a network with one output for each class, or letters · characters outputs for strings."""
     strings = tasks.get("strings")
     return (build(math.prod(strings) if strings else tasks["train_ways"]),), {}
 
@@ -46,7 +46,7 @@ def _network(
     rows={"inductive": "none"},
     networks=("lrua", "lrua-feed-forward", "ntm", "lstm", "feed-forward"),
     network=_network,
-    # Up to 10 of 105 pixels and π/16, as in the paper.
+    # As in the paper: shifts up to 10 of 105 pixels, rotations up to π/16.
     augment=partial(distort, rotation=11.25, shear=0.0, scale=0.0, shift=10 / 105, probability=1.0),
     training={
         "network": "lrua",
@@ -54,7 +54,7 @@ def _network(
         "outer_lr": 1e-3,
         "schedule": "constant",
         "meta_batch": 16,
-        # Time is what goes one by one: all sequences of a device take each step together.
+        # Time steps are sequential, so all sequences on a device take each step together.
         "strategy": "vmap",
     },
 )
@@ -66,26 +66,29 @@ def mann(
     augment: Augment | None = None,
     instances: int = 10,
 ) -> Learner:
-    """Build MANN, a recurrent network that writes what it is shown to a memory (Santoro et al. 2016).
+    """Build MANN, a recurrent network that stores the support set in a memory (Santoro et al. 2016).
 
-    It binds examples to labels in its memory while it sees them. The support set is a sequence: at step t the
-    network gets (x_t, y_{t−1}) and is asked for y_t. Queries are each the step after the last one, from the
-    same memory, which they do not change. The loss is the sum of the cross-entropies of all steps and all
-    queries, those included that can only be guessed.
+    The support set is a sequence: at step t the network receives (x_t, y_{t−1}) and predicts y_t, and so
+    binds examples to labels in its memory. Each query is one step after the end of the sequence; queries do
+    not change the memory and do not affect each other. The loss is the sum of the cross-entropies of all
+    steps and all queries, including steps at which the label can only be guessed.
 
     Args:
-      network: its `out` is the number of ways, or letters · characters.
-      strings: letters and characters of labels that are strings, None for class slots; see
+      network: recurrent network, whose `out` is the number of ways, or letters · characters.
+      strings: numbers of letters and characters of string labels; None for class slots. See
         `jm.tasks.sequences`. The network has one softmax for each character, and outputs are joint logits of
         all letters^characters strings.
-      shuffle: whether the support set is put in random order first, as few-shot tasks need, whose support
-        is ordered by class. False keeps the order of `jm.tasks.sequences`, which is a random one already.
-      augment: `(key, x) -> x`, of all images in training.
-      instances: number of presentations of a class that have an accuracy of their own, "instance_1", …;
-        what cannot come up counts nothing.
+      shuffle: if True, the support set is shuffled first, which few-shot tasks need because their support set
+        is ordered by class. False keeps the order of `jm.tasks.sequences`, which is already random.
+      augment: augmentation `(key, x) -> x` of all images in training.
+      instances: number of presentations of a class with separate accuracies, "instance_1", …; a presentation
+        that does not occur has count 0.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: from `init`, a network whose output is not as wide as labels are.
+      ValueError: invalid settings; by `init`, a network whose output width differs from that of the labels.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -113,25 +116,26 @@ def mann(
         width = codes.width(ways_of(support))
         if network.out != width:
             raise ArgumentError(
-                "network", f"got one of out={network.out}, and labels of these tasks need {width}"
+                "network", f"got out={network.out}; the labels of these tasks need out={width}"
             )
         step = jnp.zeros(math.prod(support.x.shape[1:]) + width, losses.full_precision(support.x).dtype)
         return {"network": network.init(key, step)["params"]}
 
-    def present(params: Params, support: Batch, key: Key) -> tuple[PyTree, Batch, Array]:
-        """What is left after the sequence, the sequence, and the outputs at its steps."""
+    def write_support(params: Params, support: Batch, key: Key) -> tuple[PyTree, Batch, Array]:
+        """Return the memory after the sequence, the sequence, and the outputs at its steps."""
         if shuffle:
             support = _shuffled(support, key)
-        # Labels are inputs too, and the memory adds up: bytes, and few bits, would not do.
+        # Full precision, because labels are inputs too and the memory accumulates over steps.
         x = losses.full_precision(flattened(support.x))
         labels = codes.encoded(support.y, ways_of(support)).astype(x.dtype)
         before, last = _label_before(labels, support.mask)
         inputs = jnp.concatenate([x, before], 1)
 
-        def step(state: PyTree, now: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
-            projected, real = now
+        def step(state: PyTree, step_inputs: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
+            projected, real = step_inputs
             after, features = call(params, "step", state, projected)
             if real is not None:
+                # Padding leaves the state unchanged.
                 after = jax.tree.map(partial(jnp.where, real), after, state)
             return after, features
 
@@ -139,11 +143,11 @@ def mann(
         state, features = lax.scan(step, start, (call(params, "project", inputs), support.mask))
         return {"state": state, "last": last}, support, call(params, "outputs", features)
 
-    def ask(params: Params, left: PyTree, x: Array) -> Array:
-        last = jnp.broadcast_to(left["last"], (x.shape[0], left["last"].shape[0]))
+    def answer_queries(params: Params, memory: PyTree, x: Array) -> Array:
+        last = jnp.broadcast_to(memory["last"], (x.shape[0], memory["last"].shape[0]))
         x = losses.full_precision(flattened(x))
         projected = call(params, "project", jnp.concatenate([x, last], 1))
-        features = jax.vmap(lambda now: call(params, "step", left["state"], now)[1])(projected)
+        features = jax.vmap(lambda now: call(params, "step", memory["state"], now)[1])(projected)
         return call(params, "outputs", features)
 
     def task_loss(params: Params, task: Task, key: Key, step: Array | None = None) -> tuple[Array, Metrics]:
@@ -151,26 +155,26 @@ def mann(
         support, query = map(blank_padding, task)
         draw, order = jax.random.split(key)
         support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
-        left, sequence, outputs = present(params, support, order)
-        asked = ask(params, left, query.x)
-        value = codes.loss(outputs, sequence) + codes.loss(asked, query)
-        metrics = _by_instance(codes.right(outputs, sequence.y), sequence, instances)
-        joint = losses.score(codes.joint(asked), query)
+        memory, sequence, outputs = write_support(params, support, order)
+        query_outputs = answer_queries(params, memory, query.x)
+        value = codes.loss(outputs, sequence) + codes.loss(query_outputs, query)
+        metrics = _by_instance(codes.correct(outputs, sequence.y), sequence, instances)
+        joint = losses.score(codes.joint(query_outputs), query)
         return value, {"loss": (value, jnp.ones_like(value)), **joint, **metrics}
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
-        # The order is that of training with the same key.
-        return present(params, blank_padding(support), jax.random.split(key)[1])[0]
+        # The second half of the key, as in `task_loss`: the same key gives the order of training.
+        return write_support(params, blank_padding(support), jax.random.split(key)[1])[0]
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
         del mask
-        return codes.joint(ask(params, adapted, x))
+        return codes.joint(answer_queries(params, adapted, x))
 
     return Learner(init, adapt, predict, task_loss)
 
 
 class _Labels:
-    """How labels go in and come out: class slots, or strings of characters."""
+    """Encoding and decoding of labels, which are class slots or strings of characters."""
 
     def __init__(self, strings: tuple[int, int] | None):
         self.strings = strings
@@ -182,8 +186,8 @@ class _Labels:
         if letters**characters != ways:
             raise ArgumentError(
                 "strings",
-                f"got {self.strings}, {letters**characters} strings, and the tasks have {ways} "
-                "labels; give jm.tasks.sequences the same strings",
+                f"got {self.strings}, {letters**characters} strings, but the tasks have {ways} labels; "
+                "pass the same strings to jm.tasks.sequences",
             )
         return letters * characters
 
@@ -202,18 +206,18 @@ class _Labels:
         return outputs.reshape(outputs.shape[0], outputs.shape[1] // letters, letters)
 
     def loss(self, outputs: Float[Array, "n width"], batch: Batch) -> Float[Array, ""]:
-        """Sum over examples and characters."""
+        """Return the cross-entropy, summed over examples and characters."""
         each = optax.softmax_cross_entropy_with_integer_labels(self._apart(outputs), self.digits(batch.y))
         return losses.masked_sum(each.sum(1), batch.mask)[0]
 
-    def right(self, outputs: Float[Array, "n width"], y: Int[Array, " n"]) -> Bool[Array, " n"]:
-        found = (self._apart(outputs).argmax(-1) == self.digits(y)).all(1)
-        return found & ~jnp.isnan(outputs).any(1)
+    def correct(self, outputs: Float[Array, "n width"], y: Int[Array, " n"]) -> Bool[Array, " n"]:
+        correct = (self._apart(outputs).argmax(-1) == self.digits(y)).all(1)
+        return correct & ~jnp.isnan(outputs).any(1)
 
     def joint(self, outputs: Float[Array, "n width"]) -> Float[Array, "n ways"]:
         if self.strings is None:
             return outputs
-        # The first character is the fastest digit: it goes last.
+        # The first character is the least significant digit, so its axis comes last.
         apart = self._apart(outputs)
         total = apart[:, 0]
         for i in range(1, apart.shape[1]):
@@ -231,22 +235,22 @@ def _shuffled(batch: Batch, key: Key) -> Batch:
 def _label_before(
     labels: Float[Array, "n width"], mask: Bool[Array, " n"] | None
 ) -> tuple[Float[Array, "n width"], Float[Array, " width"]]:
-    """The label of the real step before each, zeros before the first; and that of the last."""
+    """Return the label of the last real step before each step (zeros if none), and the final label."""
     steps = jnp.arange(labels.shape[0])
     latest = steps if mask is None else lax.cummax(jnp.where(mask, steps, -1))
     known = jnp.where(latest[:, None] >= 0, labels[jnp.maximum(latest, 0)], 0)
     return jnp.concatenate([jnp.zeros_like(labels[:1]), known[:-1]]), known[-1]
 
 
-def _by_instance(right: Bool[Array, " n"], sequence: Batch, instances: int) -> Metrics:
-    real = jnp.ones(right.shape, bool) if sequence.mask is None else sequence.mask
+def _by_instance(correct: Bool[Array, " n"], sequence: Batch, instances: int) -> Metrics:
+    real = jnp.ones(correct.shape, bool) if sequence.mask is None else sequence.mask
     same = (sequence.y[:, None] == sequence.y[None, :]) & real[None, :]
     before = jnp.tril(same, -1).sum(1)
-    found = {}
+    metrics = {}
     for i in range(instances):
-        there = real & (before == i)
-        found[f"instance_{i + 1}"] = (
-            jnp.where(there, right, 0).sum().astype(jnp.float32),
-            there.sum().astype(jnp.float32),
+        selected = real & (before == i)
+        metrics[f"instance_{i + 1}"] = (
+            jnp.where(selected, correct, 0).sum().astype(jnp.float32),
+            selected.sum().astype(jnp.float32),
         )
-    return found
+    return metrics

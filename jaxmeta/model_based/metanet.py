@@ -1,4 +1,4 @@
-"""Meta Networks: weights of three time scales, trained, of a task, and of an example."""
+"""Meta Networks: slow weights, with fast weights of a task and of each example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -32,9 +32,9 @@ from jaxmeta.nn.augmented import Augmented, ExampleGenerator, TaskGenerator, as_
 
 EmbeddingLoss = Literal["verification", "contrastive", "xent"]
 TaskWeights = Literal["none", "embedding", "both"]
-# What the official code draws of every support set.
+# Number of samples that the official code draws from every support set.
 SAMPLES = 5
-# Weights that a generator makes at once: on a CPU what its caches hold, elsewhere what memory allows.
+# Weights generated at once: on a CPU limited by its caches, elsewhere by memory.
 CPU_BLOCK, BLOCK = 1 << 10, 1 << 17
 
 
@@ -52,11 +52,11 @@ def _networks(
     training={
         "network": "augmented-cnn",
         "norm": "none",
-        # The paper has it for one example of each class, and the official code always.
+        # The paper uses this loss at 1 shot, the official code always.
         "embedding_loss": "xent",
         "task_weights": "embedding",
         "outer_lr": 1e-3,
-        # As published, many small steps of one task each.
+        # As published: many small meta-steps of one task each.
         "train_queries": 10,
         "meta_batch": 1,
     },
@@ -74,53 +74,57 @@ def metanet(
     queries_at_once: int | None = None,
     augment: Augment | None = None,
 ) -> Learner:
-    r"""Build MetaNet, which makes fast weights of the support set's gradients (Munkhdalai & Yu 2017).
+    r"""Build MetaNet, which generates fast weights from support-set gradients (Munkhdalai & Yu 2017).
 
-    Queries read fast weights by attention. With the embedding u of slow weights Q, the base learner b of W,
-    and generators d of G and m of Z,
+    Queries read fast weights by attention. With an embedding u of slow weights Q, a base learner b of slow
+    weights W, and generators d and m of weights G and Z,
 
-        Q*   = d(G; ∇_Q L_1, …, ∇_Q L_T)              of T samples of the support set, in order
+        Q*   = d(G; ∇_Q L_1, …, ∇_Q L_T)              from T samples of the support set, in order
         W*_i = m(Z; ∇_W CE(b(W, x_i), y_i)),          r_i = u(Q, Q*, x_i)
         W*   = Σ_i softmax_i(cos(r_i, r)) W*_i,       r = u(Q, Q*, x)
         p(y | x) = softmax b(W, W*, x),
 
-    where a layer of both weights sums their activations (see `jm.nn.AugmentedDense`). The loss is the mean
-    cross-entropy of the queries; the official code sums, and clips the norm of that gradient at 10. The
-    gradients that d and m are fed are constants: there are no second derivatives. Weights of convolutions and
-    others have generators of their own, as in the official code.
+    where a layer with slow and fast weights sums their activations (see `jm.nn.AugmentedDense`). The loss is
+    the mean cross-entropy of the queries; the official code takes the sum, and clips the gradient norm at 10.
+    The gradients that enter d and m are constants, so there are no second derivatives. As in the official
+    code, convolutions and dense layers have separate generators.
 
-    Params: "embedding" Q, "base" W, "example_generator" Z; save for `task_weights` "none" also
-    "task_generator" G and, save for "contrastive", "embedding_head", the last layer of the embedding loss. No
-    gradient of the task's loss reaches that one, in the official code as here: it stays as it began. With
-    `task_weights` "both" there is "base_task_generator", too.
+    Params: "embedding" Q, "base" W, "example_generator" Z; except under `task_weights` "none" also
+    "task_generator" G and, except under "contrastive", "embedding_head", the last layer of the embedding
+    loss. As in the official code, no gradient of the task's loss reaches "embedding_head", which keeps its
+    initial value. `task_weights` "both" adds "base_task_generator".
 
-    Adapted: "keys" r_i, "values" W*_i and "mask" of the support set, and the task's fast weights, "embedding"
-    and "base", where they are used.
+    Adapted: "keys" r_i, "values" W*_i and "mask" of the support set, and the task's fast weights "embedding"
+    and "base", where these are used.
 
     Args:
-      embedding: u, `(x, fast=None) -> (n, dim)`; `jm.nn.AugmentedCNN()` is the published one.
-      base: b, `(x, fast=None) -> (n, ways)`; `jm.nn.AugmentedCNN(ways=…)`.
-      embedding_loss: loss L of the embedding u by slow weights alone. "xent": the cross-entropy of a linear
-        layer on ReLU(r), of chunks of the shuffled support set (the official code); "contrastive": d² of a
-        pair of one class and max(0, margin − d)² of two; "verification": the binary cross-entropy of σ(Σ_k
-        α_k |r_i − r_j|_k + β). Pairs are drawn uniformly of two different examples.
-      task_weights: which networks have fast weights of the task: "none" (the paper's MetaNet−), the
-        "embedding", which are Q*, or "both" (MetaNet+). Those of the base learner come from an LSTM like Q*,
-        over the base gradients of the shuffled support set, averaged in T chunks; their activations are added
-        as a third.
-      samples: number T of samples of the support set that the task's fast weights are made of; None for 5, or
-        as many as there are support examples where they are fewer.
+      embedding: embedding u, `(x, fast=None) -> (n, dim)`; `jm.nn.AugmentedCNN()` is the published one.
+      base: base learner b, `(x, fast=None) -> (n, ways)`, such as `jm.nn.AugmentedCNN(ways=…)`.
+      embedding_loss: loss L of the embedding with slow weights only. "xent": the cross-entropy of a linear
+        layer on ReLU(r), for chunks of the shuffled support set (the official code); "contrastive": d² for a
+        pair of the same class, max(0, margin − d)² for a pair of different classes, at distance d;
+        "verification": the binary cross-entropy of σ(Σ_k α_k |r_i − r_j|_k + β). Pairs of two different
+        examples are drawn uniformly.
+      task_weights: networks with fast weights of the task: "none" (the paper's MetaNet−), "embedding" (Q*) or
+        "both" (MetaNet+). Those of the base learner come from an LSTM, as Q* does, over the base gradients of
+        the shuffled support set averaged in T chunks; their activations are added as a third term.
+      samples: number T of samples of the support set that generate the task's fast weights; None for 5, or
+        all support examples if there are fewer.
       hidden: features of the generators of fast weights.
-      margin: distance from which a pair of two classes costs nothing, under embedding loss "contrastive".
-      fast_layers: names of the layers that have fast weights, in either network; None for all.
-      queries_at_once: number of queries whose fast weights, each as large as the base learner, are held at
-        once, in training too; None for all.
-      augment: `(key, x) -> x`, of all images in training.
+      margin: distance beyond which a pair of different classes has zero loss, under embedding loss
+        "contrastive".
+      fast_layers: names of the layers with fast weights, in either network; None for all.
+      queries_at_once: number of queries whose fast weights, each as large as the base learner, are in memory
+        at once, in training too; None for all.
+      augment: augmentation `(key, x) -> x` of all images in training.
+
+    Returns:
+      A `Learner`.
 
     Raises:
       ValueError: an unknown `embedding_loss` or `task_weights`; sizes below 1; `fast_layers` that neither
-        network has; networks that take no fast weights or do not give the outputs above; float targets;
-        `samples` beyond the size of a support set; a support set of one, where pairs are compared.
+        network has; networks without fast weights or with other outputs than above; float targets;
+        `samples` above the size of a support set; a support set of one example where pairs are compared.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -142,16 +146,16 @@ def metanet(
     u, b = as_augmented(embedding, "embedding"), as_augmented(base, "base")
     of_task, of_example = TaskGenerator(hidden), ExampleGenerator(hidden)
     check_word("task_weights", task_weights, get_args(TaskWeights))
-    of_embedding, of_both = task_weights != "none", task_weights == "both"
-    pairs = of_embedding and embedding_loss != "xent"
+    embedding_has_fast, base_has_fast = task_weights != "none", task_weights == "both"
+    compares_pairs = embedding_has_fast and embedding_loss != "xent"
 
     def with_fast(slow: Params) -> Params:
-        """The layers that have fast weights."""
+        """Select the layers that have fast weights."""
         return {name: slow[name] for name in slow if fast_layers is None or name in fast_layers}
 
     def init(key: Key, task: Task) -> Params:
         support = task.support
-        _check_support(support, pairs, samples)
+        _check_support(support, compares_pairs, samples)
         keys = iter(jax.random.split(key, 6))
         params: Params = {"embedding": u.init(next(keys), support.x), "base": b.init(next(keys), support.x)}
         r, outputs = (
@@ -168,29 +172,29 @@ def metanet(
         _check_fast_layers(fast_layers, {**params["embedding"], **params["base"]})
         for_base = _groups_of(with_fast(params["base"]))
         params["example_generator"] = _generators(of_example, next(keys), for_base, 1)
-        if of_embedding:
+        if embedding_has_fast:
             for_embedding = _groups_of(with_fast(params["embedding"]))
             params["task_generator"] = _generators(of_task, next(keys), for_embedding, 2)
             if embedding_loss == "xent":
                 params["embedding_head"] = {"kernel": published_init(next(keys), (r.shape[1], ways))}
             elif embedding_loss == "verification":
-                # No gradient will turn their signs: they begin as those of a similarity.
+                # They receive no gradient, so their fixed values must already be those of a similarity.
                 params["embedding_head"] = {"weights": -jnp.ones(r.shape[1]), "bias": jnp.ones(())}
-        if of_both:
+        if base_has_fast:
             params["base_task_generator"] = _generators(of_task, next(keys), for_base, 2)
         return params
 
     def embedding_losses(
         params: Params, support: Batch, mask: Array, key: Key, count: int
     ) -> tuple[Callable[..., Any], PyTree, Array]:
-        """`(loss(Q, sample), samples, valid)`: what is differentiated, of what, and which of them count."""
+        """Return `(loss, samples, valid)`: `loss(Q, sample)`, its samples, and a mask of the valid ones."""
         head = params.get("embedding_head")
         if embedding_loss == "xent":
             chosen, valid = chunks(key, mask, count)
 
             def of_chunk(slow: Params, sample: tuple[Array, Array]) -> Array:
                 which, real = sample
-                # The official code has this ReLU here, and none where the same layer makes the keys.
+                # As in the official code, this ReLU applies here but not where the same layer gives the keys.
                 outputs = jax.nn.relu(u.apply(slow, support.x[which])) @ head["kernel"]
                 return losses.cross_entropy(outputs, support.y[which], real)
 
@@ -208,7 +212,7 @@ def metanet(
     def task_level(generators: Params, gradients: PyTree, slow: Params, valid: Array) -> Params:
         def generated(kind: str, steps: Array) -> Array:
             return _by_blocks(
-                lambda own: of_task.apply({"params": _of_kind(generators, kind)}, own, valid), steps
+                lambda block: of_task.apply({"params": _of_kind(generators, kind)}, block, valid), steps
             )
 
         groups = _grouped(gradients, slow)
@@ -218,25 +222,25 @@ def metanet(
         def generated(kind: str, each: Array) -> Array:
             row = each.reshape(1, -1)
             return _by_blocks(
-                lambda own: of_example.apply({"params": _of_kind(generators, kind)}, own[0]), row
+                lambda block: of_example.apply({"params": _of_kind(generators, kind)}, block[0]), row
             ).reshape(each.shape)
 
         groups = _grouped(gradients, slow)
         return _ungrouped({kind: generated(kind, each) for kind, each in groups.items()}, slow)
 
-    def learn(params: Params, support: Batch, key: Key) -> PyTree:
-        """What is learned of a blanked support set."""
-        # Rows are looked up in compiled loops, which NumPy's arrays do not allow.
+    def fast_weights(params: Params, support: Batch, key: Key) -> PyTree:
+        """Return the adapted state of a support set whose padding is blanked."""
+        # Traced indices select rows below, which NumPy arrays do not support.
         support = jax.tree.map(jnp.asarray, support)
-        count = _check_support(support, pairs, samples)
+        count = _check_support(support, compares_pairs, samples)
         mask = jnp.ones(support.y.shape, bool) if support.mask is None else support.mask
         for_embedding, for_base = jax.random.split(key)
-        # Meta-information is constant.
+        # The gradients that the generators read are constants.
         frozen: Params = lax.stop_gradient(params)
         slow = {name: with_fast(frozen[name]) for name in ("embedding", "base")}
 
-        def example_loss(own: Params, x: Array, y: Array) -> Array:
-            outputs = b.apply({**frozen["base"], **own}, x[None])[0]
+        def example_loss(weights: Params, x: Array, y: Array) -> Array:
+            outputs = b.apply({**frozen["base"], **weights}, x[None])[0]
             return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
 
         each = jax.vmap(jax.grad(example_loss), (None, 0, 0))(slow["base"], support.x, support.y)
@@ -244,27 +248,27 @@ def metanet(
             "mask": mask,
             "values": example_level(params["example_generator"], each, slow["base"]),
         }
-        if of_embedding:
-            loss, drawn, valid = embedding_losses(frozen, support, mask, for_embedding, count)
+        if embedding_has_fast:
+            loss, samples_drawn, valid = embedding_losses(frozen, support, mask, for_embedding, count)
             gradients = jax.vmap(
-                jax.grad(lambda own, sample: loss({**frozen["embedding"], **own}, sample)), (None, 0)
-            )(slow["embedding"], drawn)
+                jax.grad(lambda weights, sample: loss({**frozen["embedding"], **weights}, sample)), (None, 0)
+            )(slow["embedding"], samples_drawn)
             adapted["embedding"] = task_level(params["task_generator"], gradients, slow["embedding"], valid)
-        if of_both:
+        if base_has_fast:
             which, real = chunks(for_base, mask, count)
             averages = jax.tree.map(lambda leaf: _chunk_means(leaf, which, real), each)
             adapted["base"] = task_level(params["base_task_generator"], averages, slow["base"], real.any(1))
         adapted["keys"] = u.apply(params["embedding"], support.x, adapted.get("embedding"))
         return adapted
 
-    def answer(params: Params, adapted: PyTree, x: Array) -> Array:
+    def classify(params: Params, adapted: PyTree, x: Array) -> Array:
         r = u.apply(params["embedding"], x, adapted.get("embedding"))
         attention = attend(adapted["keys"], adapted["mask"], r)
 
         def of_query(query: tuple[Array, Array]) -> Array:
             x, weights = query
             fast: Any = jax.tree.map(lambda values: jnp.tensordot(weights, values, 1), adapted["values"])
-            if of_both:
+            if base_has_fast:
                 fast = (adapted["base"], fast)
             return b.apply(params["base"], x[None], fast)[0]
 
@@ -277,17 +281,17 @@ def metanet(
         support, query = map(blank_padding, task)
         draw, order = jax.random.split(key)
         support, query = map(partial(augmented, augment), jax.random.split(draw), (support, query))
-        outputs = answer(params, learn(params, support, order), query.x)
+        outputs = classify(params, fast_weights(params, support, order), query.x)
         value = losses.cross_entropy(outputs, query.y, query.mask)
         return value, {"loss": (value, jnp.ones_like(value)), **losses.score(outputs, query)}
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
-        # Order and pairs are those of training with the same key.
-        return learn(params, blank_padding(support), jax.random.split(key)[1])
+        # The second half of the key, as in `task_loss`: the same key gives the samples of training.
+        return fast_weights(params, blank_padding(support), jax.random.split(key)[1])
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
         del mask
-        return answer(params, adapted, x)
+        return classify(params, adapted, x)
 
     return Learner(init, adapt, predict, task_loss)
 
@@ -295,7 +299,9 @@ def metanet(
 def attend(
     keys: Float[Array, "n dim"], mask: Bool[Array, " n"], r: Float[Array, "m dim"]
 ) -> Float[Array, "m n"]:
-    """Softmax of cosines over the unmasked keys; without a temperature: none of n weighs over e²/(n−1+e²).
+    """Return the softmax of cosines over the unmasked keys.
+
+    There is no temperature, so that each of n keys has weight at most e²/(n − 1 + e²).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -303,7 +309,7 @@ def attend(
       >>> attend(keys, mask, jnp.array([[3.0, 1.0]])).tolist()
       [[0.5, 0.5, 0.0]]
     """
-    # Cosines need no maximum taken away first.
+    # Cosines are bounded, so exp cannot overflow and the usual subtraction of the maximum is not needed.
     scores = jnp.where(mask[None, :], jnp.exp(unit(r) @ unit(keys).T), 0)
     return scores / jnp.maximum(scores.sum(-1, keepdims=True), jnp.exp(-2.0))
 
@@ -316,14 +322,15 @@ def pair_loss(
     same: Bool[Array, ""],
     margin: float = 1.0,
 ) -> Float[Array, ""]:
-    """Of one pair of embeddings.
+    """Return the loss of one pair of embeddings.
 
     Args:
-      kind: "contrastive" or "verification".
-      head: {"weights", "bias"} of "verification".
-      a, b: the embeddings.
-      same: whether they are of one class.
-      margin: of "contrastive".
+      kind: loss function, "contrastive" or "verification".
+      head: parameters {"weights", "bias"} of "verification"; None for "contrastive".
+      a: embedding of the first example.
+      b: embedding of the second example.
+      same: True for a pair of the same class.
+      margin: margin of "contrastive".
 
     Examples:
       >>> import jax.numpy as jnp
@@ -343,10 +350,11 @@ def pair_loss(
 def chunks(
     key: Key, mask: Bool[Array, " n"], count: int
 ) -> tuple[Int[Array, "count width"], Bool[Array, "count width"]]:
-    """The unmasked examples in random order, cut in `count` chunks whose sizes differ by one at most.
+    """Shuffle the unmasked examples and split them into `count` chunks of sizes that differ by at most one.
 
     Returns:
-      Indices, and whether there is an example at all: where there are fewer than chunks, some are empty.
+      Indices, and a mask of the entries that hold an example. With fewer examples than chunks, some chunks
+      are empty.
     """
     n = mask.shape[0]
     order = random_order(key, mask)
@@ -358,31 +366,32 @@ def chunks(
 def random_pairs(
     key: Key, mask: Bool[Array, " n"], count: int
 ) -> tuple[Int[Array, "count 2"], Bool[Array, " count"]]:
-    """`count` pairs, each of two different unmasked examples.
+    """Draw `count` pairs, each of two different unmasked examples.
 
-    What is drawn depends on the examples that there are, not on how much padding is among them.
+    The pairs do not depend on the amount of padding.
 
     Returns:
-      Indices, and which pairs count: as many as there are examples, at most, and none of less than two.
+      Indices, and a mask of the valid pairs: at most as many as examples, and none for
+      fewer than two examples.
     """
     real = mask.sum()
-    there = jnp.argsort(~mask, stable=True)
+    real_first = jnp.argsort(~mask, stable=True)
 
     def draw(index: Int[Array, ""]) -> Int[Array, " 2"]:
         first, second = jax.random.split(jax.random.fold_in(key, index))
         i = jax.random.randint(first, (), 0, real)
         j = jax.random.randint(second, (), 0, real - 1)
-        return there[jnp.stack([i, jnp.minimum(j + (j >= i), mask.shape[0] - 1)])]
+        return real_first[jnp.stack([i, jnp.minimum(j + (j >= i), mask.shape[0] - 1)])]
 
     indices = jnp.arange(count)
     return jax.vmap(draw)(indices), (indices < real) & (real > 1)
 
 
 def _by_blocks(make: Callable[[Array], Any], rows: Float[Array, "k n"]) -> Float[Array, " n"]:
-    """`make` of a block of columns after the other, `(k, block) -> (block,)`, recomputed in the gradient.
+    """Apply `make`, `(k, block) -> (block,)`, to blocks of columns in turn, recomputed in the gradient.
 
-    Generators have tens of features for every weight of a network: together they would be hundreds of
-    megabytes, and on a CPU the LSTM's gradient would take three times as long.
+    Generators have tens of features for every weight of a network: for all weights at once these would take
+    hundreds of megabytes, and on a CPU the LSTM's gradient would take three times as long.
     """
 
     def by_blocks(block: int, rows: Array) -> Array:
@@ -399,13 +408,13 @@ def _chunk_means(
     values: Float[Array, " n *shape"], which: Int[Array, "count width"], real: Bool[Array, "count width"]
 ) -> Float[Array, " count *shape"]:
     weights = real / jnp.maximum(real.sum(1, keepdims=True), 1)
-    return jax.vmap(lambda own, indices: jnp.tensordot(own.astype(values.dtype), values[indices], 1))(
+    return jax.vmap(lambda weight, indices: jnp.tensordot(weight.astype(values.dtype), values[indices], 1))(
         weights, which
     )
 
 
-def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
-    """How many samples are drawn of `support`, or a ValueError."""
+def _check_support(support: Batch, compares_pairs: bool, samples: int | None) -> int:
+    """Check the support set, and return the number of samples to draw from it."""
     n = support.x.shape[0]
     if support.y.shape[0] != n:
         raise ArgumentError("tasks", f"got {n} support examples and {support.y.shape[0]} class slots")
@@ -414,12 +423,12 @@ def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
             "tasks", f"got targets of type {support.y.dtype}; metanet needs integer class slots"
         )
     if samples is not None and samples > n:
-        raise ArgumentError("samples", f"got {samples} for {n} support examples; it must be at most that")
-    if pairs and n < 2:
+        raise ArgumentError("samples", f"got {samples} for {n} support examples; it must be at most {n}")
+    if compares_pairs and n < 2:
         raise ArgumentError(
             "tasks",
-            f'got {n} support example; embedding_loss must be "xent" there, or task_weights "none": '
-            "the others compare two",
+            f"got {n} support example, but this embedding_loss compares two; use "
+            'embedding_loss="xent" or task_weights="none"',
         )
     return min(SAMPLES, n) if samples is None else samples
 
@@ -427,7 +436,7 @@ def _check_support(support: Batch, pairs: bool, samples: int | None) -> int:
 def _check_fast_layers(fast_layers: Sequence[str] | None, known: Params) -> None:
     unknown = [name for name in fast_layers or () if name not in known]
     if unknown:
-        raise ArgumentError("fast_layers", f"got {unknown}, and the networks' layers are {tuple(known)}")
+        raise ArgumentError("fast_layers", f"got {unknown}; it must be among the layers {tuple(known)}")
 
 
 def _kind(slow: Array) -> str:
@@ -442,38 +451,38 @@ def _of_kind(generators: Params, kind: str) -> Params:
     if kind not in generators:
         raise ArgumentError(
             "fast_layers",
-            f"got {kind} layers, of whose weights the parameters have no generator; they must be those that "
-            "the learner was initialised with",
+            f"got {kind} layers, for which the parameters hold no generator; pass the fast_layers that the "
+            "parameters were initialised with",
         )
     return generators[kind]
 
 
 def _grouped(tree: PyTree, slow: Params) -> dict[str, Float[Array, "k n"]]:
-    """All weights of a kind in one row, for each entry of the first axis."""
+    """Concatenate all weights of a kind into one row, for each entry of the first axis."""
     parts: dict[str, list[Array]] = {kind: [] for kind in _groups_of(slow)}
-    for leaf, own in zip(jax.tree.leaves(tree), jax.tree.leaves(slow), strict=True):
-        parts[_kind(own)].append(leaf.reshape(leaf.shape[0], -1))
+    for leaf, weights in zip(jax.tree.leaves(tree), jax.tree.leaves(slow), strict=True):
+        parts[_kind(weights)].append(leaf.reshape(leaf.shape[0], -1))
     return {kind: jnp.concatenate(rows, 1) for kind, rows in parts.items()}
 
 
 def _ungrouped(groups: dict[str, Float[Array, "*k n"]], slow: Params) -> Params:
-    """A tree like `slow`, of rows of weights."""
+    """Split rows of weights into a tree with the structure of `slow`."""
     used = dict.fromkeys(groups, 0)
-    found = []
-    for own in jax.tree.leaves(slow):
-        kind = _kind(own)
-        row = groups[kind][..., used[kind] : used[kind] + own.size]
-        found.append(row.reshape(*row.shape[:-1], *own.shape))
-        used[kind] += own.size
-    return jax.tree.unflatten(jax.tree.structure(slow), found)
+    leaves = []
+    for weights in jax.tree.leaves(slow):
+        kind = _kind(weights)
+        row = groups[kind][..., used[kind] : used[kind] + weights.size]
+        leaves.append(row.reshape(*row.shape[:-1], *weights.shape))
+        used[kind] += weights.size
+    return jax.tree.unflatten(jax.tree.structure(slow), leaves)
 
 
 def _generators(
     generator: TaskGenerator | ExampleGenerator, key: Key, kinds: Sequence[str], axes: int
 ) -> Params:
-    """Weights of one generator for each kind of a network's weights."""
+    """Initialise one generator for each kind of weights in a network."""
     keys = jax.random.split(key, len(kinds))
     return {
-        kind: generator.init(own, jnp.zeros((1,) * axes))["params"]
-        for kind, own in zip(kinds, keys, strict=True)
+        kind: generator.init(kind_key, jnp.zeros((1,) * axes))["params"]
+        for kind, kind_key in zip(kinds, keys, strict=True)
     }

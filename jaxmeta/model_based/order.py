@@ -1,4 +1,4 @@
-"""Random orders of examples some of which are padding."""
+"""Random orders of padded examples."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from jaxmeta.core import Key
 
 
 def random_order(key: Key, mask: Bool[Array, " n"]) -> Int[Array, " n"]:
-    """Indices of the examples in random order, padding last.
+    """Return the indices of the examples in random order, padding last.
 
-    What is drawn depends on the examples that there are, not on how much padding is among them.
+    The order of the unmasked examples does not depend on the amount of padding.
     """
     ranks = jnp.maximum(jnp.cumsum(mask) - 1, 0)
     draws = jax.vmap(lambda rank: jax.random.uniform(jax.random.fold_in(key, rank)))(ranks)

@@ -1,7 +1,7 @@
-"""What all methods share that adapt a network by gradient steps on its support set.
+"""Adaptation of a network by gradient steps on a support set, shared by all optimization-based methods.
 
-A method's file makes a `Learner` of the pieces: MAML of all of them as they are, the others with what
-differs.
+Each method's file builds its `Learner` from these functions: MAML uses them unchanged, the others replace
+one or two.
 """
 
 import dataclasses
@@ -44,37 +44,37 @@ from jaxmeta.nn.adapters import Network, as_model, forward
 from jaxmeta.nn.norm import population_of, to_moments
 from jaxmeta.optimization_based.inner_loop import ORDERS, Trace, inner_loop, require_finite_derivative
 from jaxmeta.optimization_based.settings import Adapts, Hyper, InnerOptimizer
-from jaxmeta.optimization_based.trees import merge, partition, paths, picked_by_path
+from jaxmeta.optimization_based.trees import mask_by_path, merge, partition, paths
 from jaxmeta.paths import matching, predicate
 
 NORMS = get_args(InnerLoopNorm)
 # Weight of the newest statistics in the running average of norm="episode" (Ravi & Larochelle's 1-shot code).
 EPISODE_MOMENTUM = 0.9
-# Inner steps fold their number into the key: this is beyond every step.
+# Inner steps fold their index into the key; no step has this index.
 _SHUFFLE = np.uint32(0xFFFFFFFF)
 
 
 class Adaptation(NamedTuple):
-    """A network that adapts to support sets, as pure functions.
+    """Pure functions of a network that adapts to support sets.
 
     Attributes:
-      init: `(key, task) -> params`, with the network's initialisation under "model", and what else is
-        meta-learned: "hyper", "per_step".
+      init: `(key, task) -> params`, with the network's initialisation under "model", and the other
+        meta-learned parameters under "hyper" and "per_step".
       fit: `(params, support, key, *, steps, order, keep_path, stats, state, begin) -> (weights, trace)`: the
-        inner loop, as in training where the rest is left out; `stats` normalise the support set, `state`
-        is the optimizer's and `begin` the number of its steps so far, to go on from.
-      judge: `(weights, batch, key, stats=None, step=inner_steps) -> (loss, metrics)` of adapted weights on a
-        batch, after that many steps.
+        inner loop. Keyword arguments default to their values in training; `stats` normalise the support set;
+        `state` is the optimizer state to continue from, after `begin` steps.
+      query_loss: `(weights, batch, key, stats=None, step=inner_steps) -> (loss, metrics)` of adapted weights
+        on a batch, after `step` inner steps.
       query_statistics: `(params, weights, support, trace) -> stats` that normalise the queries in training;
-        the trace is read where `norm` is "episode".
-      weights_at: `(params, fast, step) -> weights`: a state of the adapted leaves on the inner loop's path
-        as weights of the whole network, with those of step `step` of what every step has its own of.
-      adapt, predict, statistics, metric: of the `Learner`.
+        `trace` is read only under norm="episode".
+      weights_at: `(params, fast, step) -> weights`: weights of the whole network, from the adapted leaves
+        `fast` and the per-step parameters of step `step`.
+      adapt, predict, statistics, metric: functions of the `Learner`.
     """
 
     init: Callable[[Key, Task], Params]
     fit: Callable[..., tuple[Params, Trace]]
-    judge: Callable[..., tuple[jax.Array, Metrics]]
+    query_loss: Callable[..., tuple[jax.Array, Metrics]]
     query_statistics: Callable[..., PyTree]
     weights_at: Callable[[Params, PyTree, Any], Params]
     adapt: Callable[[Params, Batch, Key], PyTree]
@@ -83,7 +83,7 @@ class Adaptation(NamedTuple):
     metric: Metric | None
 
     def learner(self, loss: Callable[..., tuple[jax.Array, Metrics]]) -> Learner:
-        """Return the learner of these pieces that trains by `loss`."""
+        """Return the learner that trains by `loss`."""
         return Learner(self.init, self.adapt, self.predict, loss, self.statistics, metric=self.metric)
 
 
@@ -103,11 +103,11 @@ def adaptation(
     order: Order = "second",
     **engine: Any,
 ) -> Adaptation:
-    """Builds the pieces; the arguments are those of `jm.maml`, and of `jm.inner_loop` (`engine`).
+    """Build the functions of a network that adapts, from the settings of `jm.maml` and `jm.inner_loop`.
 
     Args:
-      per_step: whether every inner step has normalisation layers of its own: scale, bias and population
-        statistics. They are not adapted. The queries are normalised by those of the last step.
+      per_step: whether each inner step has separate normalisation layers: scale, bias and population
+        statistics. They are not adapted. Queries are normalised by the layers of the last step.
     """
     check_word("norm", norm, NORMS)
     check_count("inner_steps", inner_steps)
@@ -125,13 +125,15 @@ def adaptation(
     if order == "implicit":
         _check_implicit(eval_steps, inner_batch, norm)
     patterns = None if callable(adapts) else adapts
-    picked: Callable[[str], bool] | None = None
+    is_adapted: Callable[[str], bool] | None = None
     if adapts is not None:
-        picked = adapts if callable(adapts) else predicate(adapts, "adapts")
+        is_adapted = adapts if callable(adapts) else predicate(adapts, "adapts")
     model = as_model(model, "model")
     eval_steps = inner_steps if eval_steps is None else eval_steps
     if norm == "episode" and eval_steps < 1:
-        raise ArgumentError("norm", '"episode" is an average over inner steps; eval_steps must be at least 1')
+        raise ArgumentError(
+            "norm", 'got "episode", an average over inner steps, with eval_steps=0; it needs at least 1 step'
+        )
 
     def outputs_of(weights: Params, batch: Batch, stats: PyTree = None, key: Key | None = None) -> jax.Array:
         outputs, _ = forward(model, weights, batch.x, mask=batch.mask, stats=stats, key=key)
@@ -144,8 +146,8 @@ def adaptation(
     def key_at(key: Key, step: Any) -> Key | None:
         return jax.random.fold_in(key, step) if model.stochastic else None
 
-    def at(tree: PyTree, step: Any) -> PyTree:
-        """Of what every step has its own of, that of one step."""
+    def at_step(tree: PyTree, step: Any) -> PyTree:
+        """Select the entry of one step in per-step parameters or statistics."""
         return jax.tree.map(lambda leaf: leaf[step], tree) if per_step else tree
 
     def batch_at(batch: tuple[Any, ...], step: Any) -> tuple[Any, ...]:
@@ -154,10 +156,11 @@ def adaptation(
         return minibatch(support, step, inner_batch), key_at(key, step), step
 
     def support_loss(
-        fast: PyTree, batch: tuple[Any, ...], *, frozen: PyTree, own: PyTree, stats: PyTree
+        fast: PyTree, batch: tuple[Any, ...], *, frozen: PyTree, stepwise: PyTree, stats: PyTree
     ) -> jax.Array:
         support, key, step = batch
-        outputs = outputs_of(merge(fast, frozen, at(own, step)), support, at(stats, step), key)
+        weights = merge(fast, frozen, at_step(stepwise, step))
+        outputs = outputs_of(weights, support, at_step(stats, step), key)
         return loss(outputs, support.y, support.mask)
 
     @functools.cache
@@ -172,23 +175,24 @@ def adaptation(
             **engine,
         )
 
+    # Built now so that invalid settings are refused before training, and cached for `fit`.
     for n in (inner_steps, eval_steps):
         loop(n, order, norm == "episode")
 
     def parts_of(params: Params) -> tuple[PyTree, PyTree, PyTree]:
-        """What the inner loop changes, what it leaves, and what every step has its own of."""
+        """Split the parameters into adapted leaves, frozen leaves and per-step leaves."""
         slow = params["model"]
-        own = params.get("per_step", jax.tree.map(lambda _: None, slow))
-        if picked is None:
-            return slow, jax.tree.map(lambda _: None, slow), own
-        return *partition(slow, picked_by_path(slow, picked)), own
+        stepwise = params.get("per_step", jax.tree.map(lambda _: None, slow))
+        if is_adapted is None:
+            return slow, jax.tree.map(lambda _: None, slow), stepwise
+        return *partition(slow, mask_by_path(slow, is_adapted)), stepwise
 
     def weights_at(params: Params, fast: PyTree, step: Any) -> Params:
-        _, frozen, own = parts_of(params)
-        return merge(fast, frozen, at(own, step))
+        _, frozen, stepwise = parts_of(params)
+        return merge(fast, frozen, at_step(stepwise, step))
 
-    def last(step: int) -> int:
-        return max(step - 1, 0)
+    def last_index(steps: int) -> int:
+        return max(steps - 1, 0)
 
     def fit(
         params: Params,
@@ -202,7 +206,7 @@ def adaptation(
         state: PyTree = None,
         begin: Any = 0,
     ) -> tuple[Params, Trace]:
-        fast, frozen, own = parts_of(params)
+        fast, frozen, stepwise = parts_of(params)
         if inner_batch is not None:
             support = shuffled(support, key)
         fast, trace = loop(steps, order, keep_path)(
@@ -211,12 +215,12 @@ def adaptation(
             hyper=params.get("hyper"),
             state=state,
             frozen=frozen,
-            own=own,
+            stepwise=stepwise,
             stats=stats,
         )
-        return weights_at(params, fast, last(steps)), trace
+        return weights_at(params, fast, last_index(steps)), trace
 
-    def judge(
+    def query_loss(
         weights: Params, batch: Batch, key: Key, stats: PyTree = None, step: Any = inner_steps
     ) -> tuple[jax.Array, Metrics]:
         outputs = outputs_of(weights, batch, stats, key_at(key, step))
@@ -229,22 +233,22 @@ def adaptation(
         if norm != "episode":
             return None
         assert trace is not None
-        return running(params, support, trace)
+        return running_average(params, support, trace)
 
     def before_each_step(params: Params, trace: Trace) -> PyTree:
-        """The adapted leaves that each inner step begins with."""
+        """Return the adapted leaves at the start of each inner step."""
         start = parts_of(params)[0]
         return jax.tree.map(lambda s, path: jnp.concatenate([s[None], path[:-1]]), start, trace.path)
 
-    def running(params: Params, support: Batch, trace: Trace) -> PyTree:
-        """The running average over the inner loop's own passes, from zero mean and unit variance."""
+    def running_average(params: Params, support: Batch, trace: Trace) -> PyTree:
+        """Average the statistics of the inner steps, starting from zero mean and unit variance."""
         count = trace.loss.shape[0]
 
-        def one(numbered: tuple[PyTree, jax.Array]) -> PyTree:
-            fast, step = numbered
+        def step_statistics(fast_and_step: tuple[PyTree, jax.Array]) -> PyTree:
+            fast, step = fast_and_step
             return statistics_of(weights_at(params, fast, step), support)
 
-        stats = lax.map(one, (before_each_step(params, trace), jnp.arange(count)))
+        stats = lax.map(step_statistics, (before_each_step(params, trace), jnp.arange(count)))
         decay = 1 - EPISODE_MOMENTUM
         weights = EPISODE_MOMENTUM * decay ** jnp.arange(count - 1, -1, -1.0)
         return jax.tree_util.tree_map_with_path(
@@ -261,15 +265,17 @@ def adaptation(
         jax.eval_shape(outputs_of, slow, task.support)
         params: Params = {"model": slow}
         if per_step:
-            layers = picked_by_path(slow, _in_layers_of(jax.eval_shape(statistics_of, slow, task.support)))
-            own, params["model"] = partition(slow, layers)
-            params["per_step"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * inner_steps), own)
+            layers = mask_by_path(slow, _in_layers_of(jax.eval_shape(statistics_of, slow, task.support)))
+            stepwise, params["model"] = partition(slow, layers)
+            params["per_step"] = jax.tree.map(lambda leaf: jnp.stack([leaf] * inner_steps), stepwise)
         fast, _, _ = parts_of(params)
         if patterns is not None:
             matching(params["model"], patterns, "adapts")
         if not jax.tree.leaves(fast):
             leaves = paths(params["model"])
-            raise ArgumentError("adapts", f"it picks no leaf to adapt; the leaves are {leaves}")
+            raise ArgumentError(
+                "adapts", f"got a selection that matches no leaf; it must match at least one of {leaves}"
+            )
         if hyper is not None:
             params["hyper"] = (
                 hyper(jax.random.fold_in(key, 1), fast)
@@ -286,7 +292,7 @@ def adaptation(
         fixed = population_of(params) if norm == "population" else None
         weights, trace = fit(params, support, key, steps=eval_steps, stats=fixed)
         if norm == "population":
-            return {"model": weights, "stats": at(fixed, last(eval_steps))}
+            return {"model": weights, "stats": at_step(fixed, last_index(eval_steps))}
         return {"model": weights, "stats": query_statistics(params, weights, support, trace)}
 
     def predict(params: Params, adapted: PyTree, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -296,24 +302,24 @@ def adaptation(
     def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, jax.Array]:
         task = Task(*map(blank_padding, task))
         if not per_step:
-            found = [to_moments(statistics_of(params["model"], part)) for part in task]
+            moments = [to_moments(statistics_of(params["model"], part)) for part in task]
         else:
-            # Each step sees the support set before its update, and its result is judged after it.
+            # Step j normalises the support set before its update, and the queries after it.
             _, trace = fit(params, task.support, key, keep_path=True)
             before = before_each_step(params, trace)
-            found = [
+            moments = [
                 lax.map(
-                    lambda numbered: to_moments(statistics_of(weights_at(params, *numbered), part)),  # noqa: B023
+                    lambda state: to_moments(statistics_of(weights_at(params, *state), part)),  # noqa: B023
                     (states, jnp.arange(inner_steps)),
                 )
                 for states, part in ((before, task.support), (trace.path, task.query))
             ]
-        return jax.tree.map(lambda *s: sum(s), *found), jnp.asarray(2.0)
+        return jax.tree.map(lambda *s: sum(s), *moments), jnp.asarray(2.0)
 
     return Adaptation(
         init,
         fit,
-        judge,
+        query_loss,
         query_statistics,
         weights_at,
         adapt,
@@ -323,17 +329,17 @@ def adaptation(
     )
 
 
-def descent(
+def choose_optimizer(
     inner_lr: float,
     inner_optimizer: InnerOptimizer | None,
 ) -> InnerOptimizer:
-    """The inner optimizer: gradient descent of rate `inner_lr`, unless another one is given."""
+    """Return `inner_optimizer`, or gradient descent of step size `inner_lr` where it is None."""
     check_number("inner_lr", inner_lr, 0)
     return optax.sgd(inner_lr) if inner_optimizer is None else inner_optimizer
 
 
 def shuffled(batch: Batch, key: Key) -> Batch:
-    """`batch` in random order, padding last; the same order of its examples whatever the padding."""
+    """Return `batch` in random order, padding last; the order does not depend on the amount of padding."""
     key, count = jax.random.fold_in(key, _SHUFFLE), batch.y.shape[0]
     draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(jnp.arange(count))
     order = jnp.argsort(draws if batch.mask is None else jnp.where(batch.mask, draws, 2.0))
@@ -341,12 +347,12 @@ def shuffled(batch: Batch, key: Key) -> Batch:
 
 
 def minibatch(batch: Batch, step: Any, size: int | None) -> Batch:
-    """The mini-batch of step `step`: the next `size` examples, round and round; all if there are no more.
+    """Return the mini-batch of step `step`: the next `size` examples, cyclically.
 
     Args:
-      batch: padding, if any, comes last.
-      step: of the inner loop, from 0.
-      size: None for all examples.
+      batch: examples, with padding last.
+      step: index of the inner step, from 0.
+      size: examples in a mini-batch; None, or a size of at least the batch's, for all.
     """
     if size is None or size >= batch.y.shape[0]:
         return batch
@@ -359,7 +365,7 @@ def minibatch(batch: Batch, step: Any, size: int | None) -> Batch:
 
 
 def _in_layers_of(stats: PyTree) -> Callable[[str], bool]:
-    """Whether a parameter's path leads into one of the layers that have statistics."""
+    """Return a predicate on paths: whether a parameter belongs to a layer with statistics."""
     layers = {path.rpartition("/")[0] for path in paths(stats)}
     return lambda path: path.rpartition("/")[0] in layers
 
@@ -369,8 +375,8 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
     if fixed and hyper is not None:
         raise ArgumentError(
             "hyper",
-            "got hyperparameters to learn, but inner_optimizer is a fixed transformation; pass a "
-            "function of them, such as optax.sgd",
+            "got hyperparameters to learn, but inner_optimizer is a fixed transformation; pass "
+            "inner_optimizer as a function of them, such as optax.sgd",
         )
     if not fixed and not callable(inner_optimizer):
         check_optimizer("inner_optimizer", inner_optimizer)
@@ -382,16 +388,16 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
             )
         raise ArgumentError(
             "inner_optimizer",
-            f"got {described(inner_optimizer)}, which is no optax transformation; a function of "
-            "hyperparameters needs their initial values: hyper=0.4",
+            f"got {described(inner_optimizer)}; it must be an optax transformation, or a function of "
+            "hyperparameters together with their initial values, such as hyper=0.4",
         )
     if hyper is None:
         return
     if order == "implicit":
         raise ArgumentError(
             "order",
-            'got "implicit", which gives hyperparameters that are to be learned (hyper) no gradient: '
-            'where the minimum lies does not depend on the way there; take "second" or "first"',
+            'got "implicit", under which learned hyperparameters (hyper) receive no gradient, because the '
+            'minimum does not depend on the path to it; use "second" or "first"',
         )
     if order == "second" and not callable(hyper):
         require_finite_derivative(inner_optimizer(jax.tree.map(jnp.asarray, hyper)))
@@ -403,28 +409,31 @@ def _check_implicit(eval_steps: int | None, inner_batch: int | None, norm: str) 
     if inner_batch is not None:
         raise ArgumentError(
             "inner_batch",
-            f'got {inner_batch}; order="implicit" is about the minimum of the loss of all support '
+            f'got {inner_batch}; order="implicit" differentiates the minimum of the loss on all support '
             "examples; leave it out",
         )
     if norm == "episode":
         raise ArgumentError(
-            "norm", 'got "episode", an average over inner steps, of which order="implicit" has none'
+            "norm",
+            'got "episode", an average over inner steps, which order="implicit" does not keep; use '
+            '"batch", "support" or "population"',
         )
 
 
 def _check_loss(loss: Callable[..., Any], batch: Batch) -> None:
-    """Refuse the losses of this library on targets that they are not for."""
+    """Refuse cross_entropy on float targets and mse on class slots."""
     regression = jnp.issubdtype(batch.y.dtype, jnp.floating)
     if regression and loss is losses.cross_entropy:
         raise ArgumentError(
             "loss",
-            f"got cross_entropy, for classes, and the targets are {batch.y.dtype} of shape "
-            f"{batch.y.shape}; for regression give loss=jm.losses.mse",
+            f"got cross_entropy, which needs class slots, for {batch.y.dtype} targets of shape "
+            f"{batch.y.shape}; for regression pass loss=jm.losses.mse",
         )
     if not regression and loss is losses.mse:
         raise ArgumentError(
             "loss",
-            "got mse, for float targets, and the tasks have classes; give loss=jm.losses.cross_entropy",
+            "got mse, which needs float targets, for tasks with class slots; pass "
+            "loss=jm.losses.cross_entropy",
         )
 
 
@@ -433,9 +442,9 @@ def _check_outputs(outputs: Any, batch: Batch) -> None:
     if not isinstance(outputs, jax.Array):
         raise ValueError(f"the model returns {type(outputs).__name__}; it must return one array of outputs")
     if outputs.ndim != 2 or outputs.shape[0] != examples:
-        right = f"({examples}, {'outputs' if ways is None else ways})"
+        expected = f"({examples}, {'outputs' if ways is None else ways})"
         raise ValueError(
-            f"the model returns shape {outputs.shape} for {examples} examples; it must be {right}"
+            f"the model returns shape {outputs.shape} for {examples} examples; it must be {expected}"
         )
     if ways is not None and outputs.shape[1] != ways:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""ANIL: the inner loop adapts the head alone, and the body is shared by all tasks."""
+"""ANIL: MAML whose inner loop adapts only the head."""
 
 from collections.abc import Callable
 from typing import Unpack
@@ -19,20 +19,23 @@ Head = str | Callable[[str], bool]
 @declare.learner()
 @declare.forwards(maml)
 def anil(model: Network, *, head: Head = "head", **settings: Unpack[HeadOrBodySettings]) -> Learner:
-    r"""Build ANIL ("almost no inner loop"), MAML that adapts the head alone (Raghu et al. 2020).
+    r"""Build ANIL ("almost no inner loop"), MAML that adapts only the head (Raghu et al. 2020).
 
     θ = (body ψ, head w):  w_j = w_{j−1} − α ∇_w L^S(ψ, w_{j−1}),  meta-loss L^Q(ψ, w_n)
 
     Both ψ and w are meta-learned; the gradient in ψ passes through the head's inner updates.
 
     Args:
-      model: as of `jm.maml`.
-      head: name of the head, a module in the parameters of `model` ("head", or "decoder/out" for one inside
-        another), or a predicate on a leaf's path such as "head/kernel".
-      **settings: as of `jm.maml`.
+      model: network to meta-learn; see `jm.maml`.
+      head: name of the head, a module in the parameters of `model` ("head", or "decoder/out" for a nested
+        one), or a predicate on a leaf's path such as "head/kernel".
+      **settings: settings of `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `head` names no parameter; and what `jm.maml` raises.
+      ValueError: `head` matches no parameter; errors of `jm.maml`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -51,21 +54,25 @@ def anil(model: Network, *, head: Head = "head", **settings: Unpack[HeadOrBodySe
 
 
 def in_head(head: Head) -> Callable[[str], bool]:
-    """Whether a leaf's path lies in the head."""
+    """Return a predicate on paths: whether a leaf belongs to the head."""
     if not isinstance(head, str):
         return head
     return lambda path: f"/{head}/" in f"/{path}/"
 
 
 def with_head(model: Network, head: Head, learner: Learner, *, body: bool = False) -> Learner:
-    """`learner`, whose `init` refuses a network without the head and, if asked, one without a body."""
+    """Make `learner.init` refuse a network without the head and, under `body`, one without a body."""
 
     def init(key: Key, task: Task) -> Params:
         leaves = paths(jax.eval_shape(as_model(model, "model").init, key, task.support.x))
         inside = [in_head(head)(leaf) for leaf in leaves]
         if not any(inside) or (body and all(inside)):
-            picks = "all" if any(inside) else "none"
-            raise ArgumentError("head", f"got {head!r}, which picks {picks} of the network's leaves {leaves}")
+            matched, expected = ("all", "some but not all") if any(inside) else ("none", "at least one")
+            raise ArgumentError(
+                "head",
+                f"got {head!r}, which matches {matched} of the network's leaves {leaves}; it must match "
+                f"{expected} of them",
+            )
         return learner.init(key, task)
 
     return learner._replace(init=init)

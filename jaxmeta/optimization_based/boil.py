@@ -1,4 +1,4 @@
-"""BOIL: the inner loop adapts the body alone, and the head is shared by all tasks."""
+"""BOIL: MAML whose inner loop adapts only the body."""
 
 from typing import Unpack
 
@@ -13,19 +13,22 @@ from jaxmeta.optimization_based.settings import HeadOrBodySettings
 @declare.learner()
 @declare.forwards(maml)
 def boil(model: Network, *, head: Head = "head", **settings: Unpack[HeadOrBodySettings]) -> Learner:
-    r"""Build BOIL ("body only update in inner loop"), MAML that adapts the body alone (Oh et al. 2021).
+    r"""Build BOIL ("body only update in inner loop"), MAML that adapts only the body (Oh et al. 2021).
 
     θ = (body ψ, head w):  ψ_j = ψ_{j−1} − α ∇_ψ L^S(ψ_{j−1}, w),  meta-loss L^Q(ψ_n, w)
 
-    A head that no task changes makes the body move the features to where the head wants them.
+    Because the head is fixed during adaptation, the body has to change the representation of each task.
 
     Args:
-      model: as of `jm.maml`.
+      model: network to meta-learn; see `jm.maml`.
       head: name of the head, a module in the parameters of `model`, or a predicate on a leaf's path.
-      **settings: as of `jm.maml`.
+      **settings: settings of `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `head` names no parameter, or all; and what `jm.maml` raises.
+      ValueError: `head` matches no parameter, or all of them; errors of `jm.maml`.
 
     Examples:
       >>> import jax, jaxmeta as jm

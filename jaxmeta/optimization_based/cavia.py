@@ -1,4 +1,4 @@
-"""CAVIA: fast context adaptation, where a task changes a few context parameters and no weight."""
+"""CAVIA: fast adaptation of context parameters, with network weights shared by all tasks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Unpack
@@ -16,12 +16,12 @@ from jaxmeta.optimization_based.settings import CaviaSettings
 CONTEXT = "context"
 
 
-def _published(base: Mapping[str, Any]) -> dict[str, Any]:
+def _training(base: Mapping[str, Any]) -> dict[str, Any]:
     steps = 1 if base["kind"] == "regression" else 2
     return {"inner_lr": 1.0, "inner_steps": steps, "eval_steps": steps, "report_steps": ()}
 
 
-@declare.learner(training=_published)
+@declare.learner(training=_training)
 @declare.forwards(maml)
 def cavia(
     model: Network,
@@ -31,27 +31,30 @@ def cavia(
     order: UnrolledOrder = "second",
     **settings: Unpack[CaviaSettings],
 ) -> Learner:
-    r"""Build CAVIA, which adapts context parameters beside the input and no weight (Zintgraf et al. 2019).
+    r"""Build CAVIA, which adapts context parameters concatenated to the input (Zintgraf et al. 2019).
 
     φ_0 = 0,  φ_j = φ_{j−1} − α ∇_φ L^S(θ, φ_{j−1}),  meta-loss L^Q(θ, φ_n)
 
-    The network sees [x, φ]: of vectors φ is concatenated to the input, of images each entry of φ is a channel
-    of one constant. θ is meta-learned and shared by all tasks; φ starts at zero for each.
+    The network's input is [x, φ]: φ is concatenated to vectors; for images, each entry of φ is a constant
+    channel. θ is meta-learned and shared by all tasks; φ starts at zero for each task.
 
-    Params: `{"model": θ}`, with "population" once `jm.calibrate` filled it. Adapted: as of `jm.maml`, where
-    "model" holds θ under "weights" and φ under "context".
+    Params: `{"model": θ}`, with "population" after `jm.calibrate`. Adapted: as in `jm.maml`, where "model"
+    holds θ under "weights" and φ under "context".
 
     Args:
-      model: a network of any kind that `jm.nn.as_model` takes, for inputs with `context` more features, or
-        channels, than the tasks have.
+      model: network, of any kind that `jm.nn.as_model` accepts, for inputs with `context` more features, or
+        channels, than those of the tasks.
       context: number of context parameters.
       inner_lr: step size α of the inner loop.
-      order: derivatives in the meta-gradient: through the inner gradients too ("second"), or without these
-        ("first").
-      **settings: of `jm.maml`.
+      order: order of the meta-gradient: "second" differentiates through the inner gradients, "first" treats
+        them as constants.
+      **settings: settings of `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `context` below 1; and what `jm.maml` raises.
+      ValueError: `context` below 1; errors of `jm.maml`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -66,15 +69,15 @@ def cavia(
     """
     check_count("context", context)
     inner = maml(
-        with_context(as_model(model, "model"), context),
+        _with_context(as_model(model, "model"), context),
         adapts=lambda path: path == CONTEXT,
         inner_lr=inner_lr,
         order=order,
         **settings,
     )
 
-    def begun(params: Params) -> Params:
-        """Return the parameters with a context of zeros, which is no parameter: every task starts there."""
+    def with_zero_context(params: Params) -> Params:
+        # The initial context is not meta-learned: every task starts from zeros.
         dtype = jnp.result_type(*jax.tree.leaves(params["model"]))
         return {**params, "model": {"weights": params["model"], CONTEXT: jnp.zeros(context, dtype)}}
 
@@ -84,18 +87,18 @@ def cavia(
     def from_zeros(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
         if function is None:
             return None
-        return lambda params, *arguments, **more: function(begun(params), *arguments, **more)
+        return lambda params, *args, **kwargs: function(with_zero_context(params), *args, **kwargs)
 
     adapt, predict, loss = map(from_zeros, (inner.adapt, inner.predict, inner.loss))
     statistics = from_zeros(inner.statistics)
     return Learner(init, adapt, predict, loss, statistics, metric=inner.metric)  # type: ignore[arg-type]
 
 
-def with_context(model: Model, size: int) -> Model:
-    """Return a model whose params have a context beside the weights, which is part of its input."""
+def _with_context(model: Model, size: int) -> Model:
+    """Return a model whose parameters hold the weights and a context, which is concatenated to its input."""
 
     def joined(params: Params, x: jax.Array) -> jax.Array:
-        # One constant a context parameter, in a new last axis of features or channels.
+        # Each context parameter becomes one constant feature, or one constant channel.
         constant = jnp.broadcast_to(params[CONTEXT], (*x.shape[:-1], size))
         return jnp.concatenate([x, constant.astype(x.dtype)], -1)
 
@@ -106,7 +109,7 @@ def with_context(model: Model, size: int) -> Model:
     def through(call: Callable[..., Any] | None) -> Callable[..., Any] | None:
         if call is None:
             return None
-        return lambda params, x, **more: call(params["weights"], joined(params, x), **more)
+        return lambda params, x, **kwargs: call(params["weights"], joined(params, x), **kwargs)
 
     apply, apply_norm = through(model.apply), through(model.apply_norm)
     return model._replace(init=init, apply=apply, apply_norm=apply_norm)  # type: ignore[arg-type]

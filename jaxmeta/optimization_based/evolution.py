@@ -1,8 +1,9 @@
-"""Evolution strategies: gradients of losses that cannot, or should not, be differentiated.
+"""Evolution strategies: gradient estimates from loss values alone.
 
-An inner loop may have no derivative (an accuracy, a search, a call out of JAX), too long a chain of them to
-keep, or so rough a one that it misleads. Both estimators here evaluate the loss at perturbed parameters, in
-pairs of opposite signs, and are unbiased for the gradient of the smoothed loss E L(θ + ε), ε ~ N(0, σ² I).
+They serve inner loops that have no derivative (an accuracy, a search, a call out of JAX), that are too long
+to differentiate in memory, or whose derivative is too rough to follow. Both estimators evaluate the loss at
+perturbed parameters in pairs of opposite signs, and are unbiased for the gradient of the smoothed loss
+E L(θ + ε), ε ~ N(0, σ² I).
 """
 
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from jaxmeta.optimization_based.trees import inexact, merge, partition, paths
 
 
 class EvolutionState(NamedTuple):
-    """What one step of persistent evolution strategies hands to the next.
+    """State that one step of persistent evolution strategies passes to the next.
 
     Attributes:
-      carry: of the unroll, with a leading axis of particles: `pairs` of positive sign, then their opposites.
-      total: ξ, the sum of each pair's perturbations so far, of positive sign, with a leading axis of pairs;
-        None for leaves that are not perturbed.
+      carry: state of the unroll, with a leading axis of particles: first all of positive sign, then all of
+        negative sign.
+      total: ξ, the sum of the perturbations of each pair so far, of positive sign, with a leading axis of
+        pairs; None for leaves that are not perturbed.
     """
 
     carry: PyTree
@@ -31,12 +33,12 @@ class EvolutionState(NamedTuple):
 
 
 class PersistentEvolution(NamedTuple):
-    """Persistent evolution strategies as two pure functions; `jm.persistent_evolution` makes them.
+    """Persistent evolution strategies as two pure functions, built by `jm.persistent_evolution`.
 
     Attributes:
-      init: `(params, carry) -> state` at the start of an unroll, where every particle has this `carry`.
-      step: `(params, state, *args, key) -> (value, grads, state)`: the next part of the unroll. `value` is
-        the mean loss of the particles, and `grads` are of the types of `params`.
+      init: `(params, carry) -> state` at the start of an unroll, where all particles share `carry`.
+      step: `(params, state, *args, key) -> (value, grads, state)` for the next part of the unroll. `value`
+        is the mean loss of the particles; `grads` have the dtypes of `params`.
     """
 
     init: Callable[[Params, PyTree], EvolutionState]
@@ -46,33 +48,33 @@ class PersistentEvolution(NamedTuple):
 def evolution_gradient(
     loss: Callable[..., Any], *, sigma: float, pairs: int, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Params]]:
-    r"""Build an estimator by evolution strategies that takes the place of `jax.value_and_grad`.
+    r"""Build a gradient estimator by evolution strategies, in place of `jax.value_and_grad`.
 
     ĝ = 1/(2σ²P) Σ_p (L(θ + ε_p) − L(θ − ε_p)) ε_p,  ε_p ~ N(0, σ² I),  p = 1 … P
 
-    Its mean is the gradient of E L(θ + ε), which for a quadratic L is that of L itself, and otherwise differs
-    from it in the order of σ². Its variance grows with the number of parameters, and falls with P.
+    The estimate has mean ∇E L(θ + ε), which equals ∇L(θ) for a quadratic L and differs from it by O(σ²)
+    otherwise. Its variance grows with the number of parameters and falls with P.
 
-    All evaluations run at once, by `jax.vmap`, on the same arguments: what `loss` draws from a key of its own
-    is common to them. It is no `order` of `jm.inner_loop`, since these say how the adapted parameters
-    are differentiated, and this estimate is of the whole meta-loss and differentiates nothing.
+    All evaluations run at once by `jax.vmap` on the same arguments, so they share any randomness that `loss`
+    draws from a key in them. This estimator is not an `order` of `jm.inner_loop`: an order differentiates the
+    adapted parameters, whereas this estimate covers the whole meta-loss and differentiates nothing.
 
     Args:
       loss: `loss(params, *args, **settings) -> scalar`, or `(scalar, aux)`. It need not have a derivative;
         the scalar may be an integer.
       sigma: standard deviation σ of the perturbations.
       pairs: number P of pairs; `loss` is evaluated 2P + 1 times.
-      has_aux: whether `loss` returns a pair.
+      has_aux: True where `loss` returns `(scalar, aux)`.
 
     Returns:
-      `(params, *args, key, **settings) -> (value, grads)`, under `has_aux` `((value, aux), grads)`; `key` is
-      of the perturbations. `value` and `aux` are of `params` itself. Gradients have the types of their
-      leaves. Perturbations and sums have float32 at least, so that the rounding of a leaf of fewer bits is a
-      part of the loss. Integer leaves are not perturbed and have a gradient of zero.
+      `(params, *args, key, **settings) -> (value, grads)`, or `((value, aux), grads)` under `has_aux`. The
+      perturbations are drawn from `key`; `value` and `aux` are evaluated at `params` itself. Each gradient
+      has the dtype of its leaf. Perturbations and sums have float32 at least, so a leaf of lower precision
+      is rounded inside the loss. Integer leaves are not perturbed and have gradient zero.
 
     Raises:
-      ValueError: `sigma` that is not positive; `pairs` below 1; and by the estimator, complex parameters, no
-        floating-point ones, or a loss that is no scalar.
+      ValueError: `sigma` not positive; `pairs` below 1. By the estimator: complex parameters, no
+        floating-point parameters, or a loss that is not a scalar.
 
     Examples:
       A step on θ², whose derivative at 3 is 6:
@@ -102,16 +104,16 @@ def evolution_gradient(
 
     def value_and_grads(params: Params, *args: Any, key: Key, **settings: Any) -> tuple[Any, Params]:
         floats, rest = _split(params)
-        noise = _draws(key, floats, sigma, pairs)
-        # One program for all, and the first particle is the parameters themselves.
-        every = jax.tree.map(lambda e: jnp.concatenate([jnp.zeros_like(e[:1]), e, -e]), noise)
+        noise = _perturbations(key, floats, sigma, pairs)
+        # The unperturbed parameters are the first particle, so that one program evaluates all.
+        perturbations = jax.tree.map(lambda e: jnp.concatenate([jnp.zeros_like(e[:1]), e, -e]), noise)
 
         def evaluate(perturbation: PyTree) -> tuple[Array, PyTree]:
-            found = loss(_moved(floats, perturbation, rest), *args, **settings)
-            value, aux = found if has_aux else (found, None)
+            result = loss(_perturbed(floats, perturbation, rest), *args, **settings)
+            value, aux = result if has_aux else (result, None)
             return _scalar("loss", value), aux
 
-        values, aux = jax.vmap(evaluate)(every)
+        values, aux = jax.vmap(evaluate)(perturbations)
         grads = _estimate(params, noise, values[1:], sigma)
         if not has_aux:
             return values[0], grads
@@ -123,33 +125,33 @@ def evolution_gradient(
 def persistent_evolution(
     unroll: Callable[..., tuple[Any, PyTree]], *, sigma: float, pairs: int
 ) -> PersistentEvolution:
-    r"""Build persistent evolution strategies, for long unrolls that are taken part by part.
+    r"""Build persistent evolution strategies, for long unrolls that are processed in parts.
 
     ĝ_t = 1/(2σ²P) Σ_p (L_t(s_p⁺, θ + ε_p,t) − L_t(s_p⁻, θ − ε_p,t)) ξ_p,t,  ξ_p,t = Σ_{τ≤t} ε_p,τ
 
-    An outer step after each part of an unroll, from where the last one ended, as truncated backpropagation
-    has it, misses what the parameters did to the state in earlier parts. Here each particle carries a state
-    of its own, s_p⁺ or s_p⁻, and the sum of the perturbations that made it, so that the sum of ĝ_t
-    over an unroll is unbiased for the gradient of its whole smoothed loss, each part with its own ε. With a
-    single part it is `jm.evolution_gradient`.
+    Truncated backpropagation takes an outer step after each part of an unroll and ignores how the parameters
+    shaped the state in earlier parts. Here each particle carries its own state, s_p⁺ or s_p⁻, and the sum of
+    the perturbations that led to it, so that the sum of ĝ_t over an unroll is unbiased for the gradient of
+    the smoothed loss of the whole unroll, with separate ε in each part. For an unroll of one part the
+    estimator equals `jm.evolution_gradient`.
 
-    At the end of an unroll, begin anew with `init`: inside `jax.jit`, by `jax.lax.cond` or `jax.numpy.where`.
+    Restart with `init` at the end of an unroll: inside `jax.jit`, by `jax.lax.cond` or `jax.numpy.where`.
 
     Args:
-      unroll: `unroll(params, carry, *args) -> (loss, carry)`: the next part, and the scalar loss of it alone.
-        It need not have a derivative.
+      unroll: `unroll(params, carry, *args) -> (loss, carry)`: the next part of the unroll and the scalar loss
+        of that part. It need not have a derivative.
       sigma: standard deviation σ of the perturbations.
       pairs: number P of pairs; each step runs `unroll` 2P times, by `jax.vmap`, on the same `args`.
 
     Returns:
-      A `PersistentEvolution`. Types are treated as by `jm.evolution_gradient`.
+      A `PersistentEvolution`. Dtypes are handled as in `jm.evolution_gradient`.
 
     Raises:
-      ValueError: `sigma` that is not positive; `pairs` below 1; and by its functions, complex parameters, no
-        floating-point ones, a loss that is no scalar, or a state of another number of pairs.
+      ValueError: `sigma` not positive; `pairs` below 1. By its functions: complex parameters, no
+        floating-point parameters, a loss that is not a scalar, or a state of another number of pairs.
 
     Examples:
-      Descent on ½x² at a learned rate, four updates of an unroll, the loss after each one:
+      Gradient descent on ½x² with a learned step size: an unroll of four updates, with a loss after each:
 
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
       >>> def unroll(rate, x):
@@ -166,7 +168,7 @@ def persistent_evolution(
       >>> bool(abs(grads.sum() / exact - 1) < 0.1)
       True
 
-      A learned optimizer, with `unroll = jm.learned_optimizer_unroll(…)`, begins from a carry of None:
+      For a learned optimizer, with `unroll = jm.learned_optimizer_unroll(…)` and an initial carry of None:
       `jm.persistent_evolution(lambda params, carry, task, key: unroll(params, task, carry, key), …)`.
 
     References:
@@ -179,32 +181,32 @@ def persistent_evolution(
         floats, _ = _split(params)
         return EvolutionState(
             jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (2 * pairs, *jnp.shape(leaf))), carry),
-            jax.tree.map(lambda leaf: jnp.zeros((pairs, *leaf.shape), _accurate(leaf.dtype)), floats),
+            jax.tree.map(lambda leaf: jnp.zeros((pairs, *leaf.shape), _working_dtype(leaf.dtype)), floats),
         )
 
     def step(
         params: Params, state: EvolutionState, *args: Any, key: Key
     ) -> tuple[Array, Params, EvolutionState]:
         floats, rest = _split(params)
-        wanted = [(pairs, *leaf.shape) for leaf in jax.tree.leaves(floats)]
-        found = [total.shape for total in jax.tree.leaves(state.total)]
-        if found != wanted:
+        expected = [(pairs, *leaf.shape) for leaf in jax.tree.leaves(floats)]
+        shapes = [total.shape for total in jax.tree.leaves(state.total)]
+        if shapes != expected:
             raise ArgumentError(
                 "state",
-                f"got perturbations of shapes {found}, and {pairs} pairs of these parameters have {wanted}; "
-                "begin with `init` of the same parameters and pairs",
+                f"got perturbations of shapes {shapes}; {pairs} pairs of these parameters have shapes "
+                f"{expected}; build the state by `init` with the same parameters and pairs",
             )
-        noise = _draws(key, floats, sigma, pairs)
-        every = jax.tree.map(lambda e: jnp.concatenate([e, -e]), noise)
+        noise = _perturbations(key, floats, sigma, pairs)
+        perturbations = jax.tree.map(lambda e: jnp.concatenate([e, -e]), noise)
 
         def evaluate(perturbation: PyTree, carry: PyTree) -> tuple[Array, PyTree]:
-            value, carry = unroll(_moved(floats, perturbation, rest), carry, *args)
+            value, carry = unroll(_perturbed(floats, perturbation, rest), carry, *args)
             return _scalar("unroll", value), carry
 
-        values, carry = jax.vmap(evaluate)(every, state.carry)
+        values, carry = jax.vmap(evaluate)(perturbations, state.carry)
         total = jax.tree.map(jnp.add, state.total, noise)
         grads = _estimate(params, total, values, sigma)
-        mean = values.astype(_accurate(values.dtype)).mean()
+        mean = values.astype(_working_dtype(values.dtype)).mean()
         return mean, grads, EvolutionState(carry, total)
 
     return PersistentEvolution(init, step)
@@ -216,39 +218,39 @@ def _check(function: Any, argument: str, sigma: Any, pairs: Any) -> None:
     check_count("pairs", pairs)
 
 
-def _accurate(dtype: Any) -> Any:
-    """The type in which perturbations are drawn, and losses subtracted and averaged."""
+def _working_dtype(dtype: Any) -> Any:
+    """Return the dtype in which perturbations are drawn and losses are subtracted and averaged."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def _split(params: Params) -> tuple[PyTree, PyTree]:
-    """The floating-point leaves, which are perturbed, and the others; each has None for the other's."""
+    """Split the parameters into floating-point leaves, which are perturbed, and the others."""
     floats, rest = partition(params, inexact(params))
     floats = jax.tree.map(jnp.asarray, floats)
     named = dict(zip(paths(floats), jax.tree.leaves(floats), strict=True))
-    complex_ones = [path for path, leaf in named.items() if jnp.iscomplexobj(leaf)]
-    if complex_ones:
+    complex_paths = [path for path, leaf in named.items() if jnp.iscomplexobj(leaf)]
+    if complex_paths:
         raise ArgumentError(
-            "params", f"got complex numbers in {complex_ones}; split them into real and imaginary parts"
+            "params", f"got complex numbers in {complex_paths}; split them into real and imaginary parts"
         )
     if not named:
-        raise ArgumentError("params", "got no floating-point leaf; there must be one to perturb")
+        raise ArgumentError("params", "got no floating-point leaf; at least one is needed to perturb")
     return floats, rest
 
 
-def _draws(key: Key, floats: PyTree, sigma: float, pairs: int) -> PyTree:
-    """ε of each pair, for each leaf from a key of its own."""
+def _perturbations(key: Key, floats: PyTree, sigma: float, pairs: int) -> PyTree:
+    """Draw ε for each pair, with a separate key for each leaf."""
     leaves, structure = jax.tree.flatten(floats)
     return jax.tree.unflatten(
         structure,
         [
-            sigma * jax.random.normal(each, (pairs, *leaf.shape), _accurate(leaf.dtype))
-            for each, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
+            sigma * jax.random.normal(leaf_key, (pairs, *leaf.shape), _working_dtype(leaf.dtype))
+            for leaf_key, leaf in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
         ],
     )
 
 
-def _moved(floats: PyTree, perturbation: PyTree, rest: PyTree) -> Params:
+def _perturbed(floats: PyTree, perturbation: PyTree, rest: PyTree) -> Params:
     return merge(jax.tree.map(lambda p, e: (p + e).astype(p.dtype), floats, perturbation), rest)
 
 
@@ -257,14 +259,14 @@ def _scalar(argument: str, value: Any) -> Array:
     if value.shape or jnp.iscomplexobj(value):
         raise ArgumentError(
             argument,
-            f"it returns a loss of shape {value.shape} and type {value.dtype}; it must be a real scalar",
+            f"got a loss of shape {value.shape} and dtype {value.dtype}; it must be a real scalar",
         )
     return value
 
 
 def _estimate(params: Params, weights: PyTree, values: Array, sigma: float) -> Params:
-    """The mean of (L⁺ − L⁻) times the weights of each pair over 2σ²; zero for leaves that have none."""
-    values = values.astype(_accurate(values.dtype))
+    """Average (L⁺ − L⁻)/(2σ²) times the weights of each pair; zero for leaves without weights."""
+    values = values.astype(_working_dtype(values.dtype))
     positive, negative = jnp.split(values, 2)
     factors = (positive - negative) / (2 * sigma**2 * positive.size)
 

@@ -1,4 +1,4 @@
-"""Implicit MAML: the meta-gradient of where the inner loop ends, whatever way it took there."""
+"""iMAML: MAML with implicit meta-gradients, independent of the path of the inner loop."""
 
 from collections.abc import Mapping
 from typing import Any, Unpack
@@ -14,7 +14,7 @@ from jaxmeta.optimization_based.settings import ImamlSettings
 
 
 def _training(base: Mapping[str, Any]) -> dict[str, Any]:
-    found = {
+    defaults = {
         "inner_steps": 16,
         "eval_steps": 16,
         "report_steps": (),
@@ -23,12 +23,12 @@ def _training(base: Mapping[str, Any]) -> dict[str, Any]:
         "damping": 0.0,
     }
     if base["kind"] != "regression":
-        # Images take the weight to be weaker than the paper's 2, which keeps 16 steps too close to the
-        # start, and the damping that the official code has; and the network is iMAML's own.
+        # On images, the paper's weight of 2 keeps 16 steps too close to the initialisation. The damping and
+        # the flattened network are those of the official code.
         flat = {"strided-conv4": "strided-conv4-flat"}
-        found |= {"network": flat.get(base["network"], base["network"])}
-        found |= {"inner_lr": 0.1, "proximal": 0.2, "damping": 1.0}
-    return found
+        defaults |= {"network": flat.get(base["network"], base["network"])}
+        defaults |= {"inner_lr": 0.1, "proximal": 0.2, "damping": 1.0}
+    return defaults
 
 
 @declare.learner(training=_training)
@@ -46,27 +46,30 @@ def imaml(
 ) -> Learner:
     r"""Build iMAML, MAML with implicit gradients (Rajeswaran et al. 2019).
 
-    It is `jm.maml(model, order="implicit")`, with the paper's settings for Omniglot.
+    This is `jm.maml(model, order="implicit")` with the paper's settings for Omniglot.
 
     φ* = argmin_φ L^S(φ) + (λ/2)‖φ − θ‖²,  meta-gradient (I + H/λ)⁻¹ ∇L^Q(φ*),  H = ∇²L^S(φ*)
 
-    The proximal term is in every inner step, in training and at test. (The official code takes its steps
-    without it, then one step on it alone, tests without it, and has conjugate gradients on
-    (1 + damping)v + Hv/(λ + 10); this is the paper's form.) Memory does not grow with the inner steps.
+    As in the paper, the proximal term is part of every inner step, in training and at test. The official code
+    differs: it takes inner steps without the term, then one step on the term alone, tests without it, and
+    solves for (1 + damping)v + Hv/(λ + 10). Memory does not grow with the number of inner steps.
 
     Args:
-      model: as of `jm.maml`.
+      model: network to meta-learn; see `jm.maml`.
       inner_lr: step size α of the inner loop's gradient descent, for the mean loss of the support set.
-      inner_optimizer: optimizer of the inner loop, which takes the place of `inner_lr`: any optax
-        transformation, which need not be differentiable; None for plain gradient descent.
+      inner_optimizer: optimizer of the inner loop in place of `inner_lr`: any optax transformation, which
+        need not be differentiable; None for plain gradient descent.
       proximal: weight λ of the proximal term (λ/2)‖φ − θ‖²; 0.5 for mini-ImageNet in the paper.
-      inner_steps: inner steps in training, at least 1; the more, the nearer to φ* and to its gradient.
-      cg_steps: most steps of conjugate gradients.
-      damping: what is added to the identity in I + H/λ, for Hessians that are not positive.
-      **settings: as of `jm.maml`.
+      inner_steps: inner steps in training, at least 1; more steps come closer to φ* and its exact gradient.
+      cg_steps: maximum number of conjugate gradient steps.
+      damping: number added to the identity in I + H/λ, for Hessians that are not positive definite.
+      **settings: settings of `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: what `jm.maml` raises.
+      ValueError: errors of `jm.maml`.
 
     Examples:
       >>> import jax, jaxmeta as jm

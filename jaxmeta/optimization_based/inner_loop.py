@@ -1,7 +1,7 @@
-"""Gradient descent on one task, as a function that is itself differentiable: the meta-gradient's engine.
+"""Differentiable inner loop: gradient descent on one task, with its meta-gradient.
 
-What is differentiated (a loss, an optimizer, a number of steps) is apart from how (`order`, `memory`,
-`truncation`): memory modes compute the same gradient, orders and truncations other ones.
+The problem (a loss, an optimizer, a number of steps) is separate from its differentiation (`order`, `memory`,
+`truncation`). All memory modes compute the same gradient; orders and truncations change it.
 """
 
 import functools
@@ -26,21 +26,21 @@ PyTree = Any
 ORDERS = get_args(Order)
 MEMORY_MODES = get_args(Memory)
 
-# Beyond these bytes of intermediate values, for all steps of one task, "auto" no longer stores them. On a
-# CPU they would be written to memory and read back, which takes longer than to compute them again. An
-# accelerator has them in reach as long as they fit, and a meta-step holds dozens of tasks at once.
-CPU_STORES = 1 << 23
-ACCELERATOR_STORES = 1 << 28
+# memory="auto" stores the intermediate values of all steps of one task up to these numbers of bytes. On a
+# CPU, larger values leave the caches, and recomputing them is faster than reading them back. On an
+# accelerator the limit keeps dozens of tasks of one meta-step in memory at once.
+CPU_STORE_LIMIT = 1 << 23
+ACCELERATOR_STORE_LIMIT = 1 << 28
 
 
 class Trace(NamedTuple):
-    """What the inner loop saw on its way.
+    """Record of an inner loop.
 
     Attributes:
-      loss: `(steps,)` the inner loss before each update (the proximal term not included). Under "first" it
-        moves with the parameters on the way, and with no other argument; under "implicit" it is constant.
-      path: the parameters after each update, with a leading axis of steps; None unless asked for.
-      state: the optimizer's state after the last update.
+      loss: inner loss before each update, of shape (steps,), without the proximal term. Under "first" its
+        derivative flows only through the parameters at each step; under "implicit" it is constant.
+      path: parameters after each update, with a leading axis of steps; None unless `keep_path` is set.
+      state: optimizer state after the last update.
     """
 
     loss: Float[Array, " steps"]
@@ -48,8 +48,8 @@ class Trace(NamedTuple):
     state: PyTree
 
 
-class _Given(NamedTuple):
-    """What every step sees."""
+class _LoopInputs(NamedTuple):
+    """Inputs shared by all steps."""
 
     batch: PyTree
     extra: dict[str, PyTree]
@@ -71,61 +71,59 @@ def inner_loop(
     damping: float = 0.0,
     keep_path: bool = False,
 ) -> Callable[..., tuple[PyTree, Trace]]:
-    r"""Builds `adapt`: `steps` optimizer steps on one task's loss, differentiable in its arguments.
+    r"""Build `adapt`, which takes `steps` optimizer steps on one task's loss and is differentiable.
 
     θ_0 = params,  θ_j = θ_{j−1} + u(∇_θ [L(θ_{j−1}) + (λ/2)‖θ_{j−1} − θ_0‖²]),  j = 1 … steps
 
-    Everything differentiable comes in as an argument of `adapt` and nothing is closed over, so
-    learning rates, regularizers and a body shared with the head all receive exact gradients.
+    All differentiable values are arguments of `adapt` rather than closed over, so that learning rates,
+    regularizers and a body shared with the head receive exact gradients.
 
     Args:
       loss: `loss(params, batch, **extra) -> scalar`.
-      optimizer: an optax transformation, or a function `hyper -> transformation` where `hyper`
-        (a learning rate, say) is to be learned. It is handed the loss as `value`, too, if it is
-        one of optax's transformations with extra arguments.
+      optimizer: an optax transformation, or a function `hyper -> transformation` to learn `hyper` (a learning
+        rate, say). Optax transformations with extra arguments also receive the loss as `value`.
       steps: number of updates, at least 0.
-      order: "second" differentiates through the inner gradients; "first" treats them as constants,
-        which drops every second derivative. "implicit" takes the adapted parameters for the minimum
-        φ of L(φ) + (λ/2)‖φ − θ‖² and differentiates the condition that its gradient is zero:
-        ∂φ/∂θ = (I + H/λ)⁻¹ with H = ∇²L(φ), whatever way led there. It needs `proximal`, gives exact
-        gradients only where the loop converges, and none to `hyper`.
-      memory: how the backward pass gets at each step's intermediate values, under "second" and "first".
-        "store" keeps them all: memory grows with steps times activations.
-        "recompute" keeps the parameters and the optimizer's state of each step and runs the step's
-        gradient again. "forward_over_reverse" keeps the same, and replaces the backward pass through
-        the gradient by the forward-mode derivative of the gradient (the Hessian is symmetric); it
-        needs a `loss` that supports forward mode (no `jax.custom_vjp` without a JVP rule). Both have
-        reverse-mode rules of their own: only "store" can itself be differentiated in forward mode.
-        "auto" is "store" where what it keeps is small: for a single step, and up to 8 MB on CPUs,
-        256 MB on accelerators; else "recompute". `benchmarks/memory.py` measures all modes.
-      truncation: K, the number of steps between cuts, counted from the last step: no gradient flows from
-        one segment of K steps into the one before, through parameters or the optimizer's state, except
-        that the start of each segment still moves with `params` as in first order. So the
-        meta-gradient in `params` is that of second order through the last K steps, of first order
-        through the others. None cuts nothing.
-      batch_at: `(batch, step) -> batch` picks each step's mini-batch; None is the full batch. "implicit"
-        takes L to be the loss of what it picks for step `steps`, which should be the full batch.
-      proximal: λ above; None leaves the term out.
-      cg_steps: of "implicit": most steps of conjugate gradients, which solve for
-        (I + H/λ)⁻¹ ∇L^Q. As many as there are parameters are exact on a quadratic.
-      damping: of "implicit": added to the identity in I + H/λ, for Hessians that are not positive.
-      keep_path: whether the trace holds the parameters after each update.
+      order: order of the meta-gradient. "second" differentiates through the inner gradients; "first" treats
+        them as constants, which drops every second derivative. "implicit" takes the adapted parameters for
+        the minimum φ of L(φ) + (λ/2)‖φ − θ‖² and differentiates its stationarity condition:
+        ∂φ/∂θ = (I + H/λ)⁻¹ with H = ∇²L(φ), independent of the path. It needs `proximal`, is exact only
+        where the loop converges, and gives `hyper` no gradient.
+      memory: how the backward pass obtains each step's intermediate values, under "second" and "first".
+        "store" keeps all of them: memory grows with steps times activations. "recompute" keeps the parameters
+        and the optimizer state of each step and recomputes the step's gradient. "forward_over_reverse" keeps
+        the same, and replaces the backward pass through the gradient by the forward-mode derivative of the
+        gradient (the Hessian is symmetric); it needs a `loss` that supports forward mode (no `jax.custom_vjp`
+        without a JVP rule). Both define custom reverse-mode rules, so only "store" supports forward-mode
+        differentiation of `adapt`. "auto" is "store" for a single step and for up to 8 MB of intermediate
+        values on CPUs, 256 MB on accelerators; else "recompute". `benchmarks/memory.py` measures all modes.
+      truncation: number K of steps between cuts of the meta-gradient, counted from the last step. No gradient
+        flows from one segment of K steps into the previous one, through parameters or the optimizer state,
+        except that the start of each segment depends on `params` as in first order. The meta-gradient in
+        `params` is thus of second order through the last K steps and of first order through the others. None
+        for no cuts.
+      batch_at: `(batch, step) -> batch`, which selects each step's mini-batch; None for the full batch. Under
+        "implicit", L is the loss on the batch selected for step `steps`, which should be the full batch.
+      proximal: weight λ of the proximal term; None for no such term.
+      cg_steps: maximum number of conjugate gradient steps for (I + H/λ)⁻¹ ∇L^Q, under "implicit". On a
+        quadratic, as many steps as parameters give the exact solution.
+      damping: number added to the identity in I + H/λ, for Hessians that are not positive definite, under
+        "implicit".
+      keep_path: if True, the trace holds the parameters after each update.
 
     Returns:
-      `adapt(params, batch, *, hyper=None, state=None, **extra) -> (adapted, trace)`. With `state`, the
-      optimizer goes on from there (a `trace.state`) in place of its initial state.
+      `adapt(params, batch, *, hyper=None, state=None, **extra) -> (adapted, trace)`. The optimizer starts
+      from `state` (such as an earlier `trace.state`), or from its initial state where that is None.
 
     Raises:
-      ValueError: an unknown `order` or `memory`; `steps` below 0, or below 1 where "implicit";
-        `truncation` or `cg_steps` below 1; negative `damping`; "implicit" without a positive `proximal`, or
-        with `truncation` or `keep_path`; an optimizer that cannot be differentiated: its update has no
-        reverse-mode derivative, or one that is not finite where a gradient is zero, such as that of
-        `optax.adam` without `eps_root` ("second" only). And by `adapt`: no `hyper` for an optimizer that is
-        a function of it, `hyper` for one that is none, or where "implicit".
+      ValueError: an unknown `order` or `memory`; `steps` below 0, or below 1 under "implicit"; `truncation`
+        or `cg_steps` below 1; negative `damping`; "implicit" without a positive `proximal`, or with
+        `truncation` or `keep_path`; an optimizer whose update is not differentiable in reverse mode, or
+        under "second" has no finite derivative at a zero gradient, such as `optax.adam` without `eps_root`.
+        By `adapt`: `hyper` missing for an optimizer that is a function of it, given for one that is not, or
+        given under "implicit".
 
     Examples:
-      One step on ½·2·(θ − 1)², of step size 0.1, from 0; the meta-gradient of ½(θ' − 3)² is
-      (1 − 0.1·2)·(θ' − 3):
+      One step of size 0.1 on ½·2·(θ − 1)² from 0; the meta-gradient of ½(θ' − 3)² is (1 − 0.1·2)·(θ' − 3):
 
       >>> import jax, optax, jaxmeta as jm
       >>> adapt = jm.inner_loop(lambda theta, s: (theta - s) ** 2, optax.sgd(0.1), steps=1)
@@ -133,15 +131,15 @@ def inner_loop(
       >>> print(f"{jax.grad(meta_loss)(0.0):.2f}")
       -2.24
 
-      Any schedule of optax is one of the inner loop, here of the step sizes 0.1 and 0.05; the meta-gradient
-      is (1 − 0.1·2)(1 − 0.05·2)·(θ'' − 3):
+      A schedule of optax, here with the step sizes 0.1 and 0.05, for which the meta-gradient is
+      (1 − 0.1·2)(1 − 0.05·2)·(θ'' − 3):
 
       >>> falling = optax.sgd(optax.linear_schedule(0.1, 0.05, transition_steps=1))
       >>> adapt = jm.inner_loop(lambda theta, s: (theta - s) ** 2, falling, steps=2)
       >>> print(f"{jax.grad(lambda theta: 0.5 * (adapt(theta, 1.0)[0] - 3.0) ** 2)(0.0):.4f}")
       -1.9584
 
-      Gradients accumulated over two mini-batches of one example, which are one step of their mean:
+      Gradients accumulated over two mini-batches of one example, which equals one step of their mean:
 
       >>> optimizer = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2).gradient_transformation()
       >>> loss = lambda theta, s: (theta - s) ** 2
@@ -149,7 +147,7 @@ def inner_loop(
       >>> print(f"{adapt(0.0, jax.numpy.array([1.0, 3.0]))[0]:.2f}")
       0.40
 
-      A learned step size, with the gradient −∇L^S·∇L^Q:
+      A learned step size, whose meta-gradient is −∇L^S·∇L^Q:
 
       >>> adapt = jm.inner_loop(lambda theta, s: (theta - s) ** 2, optax.sgd, steps=1)
       >>> meta_loss = lambda rate: 0.5 * (adapt(0.0, 1.0, hyper=rate)[0] - 3.0) ** 2
@@ -177,10 +175,14 @@ def inner_loop(
         fixed = isinstance(optimizer, optax.GradientTransformation)
         if fixed and hyper is not None:
             raise ArgumentError(
-                "hyper", "got hyperparameters, but the optimizer is a transformation and takes none"
+                "hyper",
+                "got hyperparameters, but the optimizer is a fixed transformation; build inner_loop with a "
+                "function of hyperparameters, such as optax.sgd",
             )
         if not fixed and hyper is None:
-            raise ArgumentError("hyper", "got None, but the optimizer is a function of hyperparameters")
+            raise ArgumentError(
+                "hyper", "got None, but the optimizer is a function of hyperparameters; pass their values"
+            )
         if not fixed and order == "second":
             leaves, structure = jax.tree.flatten(hyper)
             require_finite_derivative(
@@ -190,40 +192,43 @@ def inner_loop(
     def step_of(mode: str) -> Step:
         gradient = value_and_gradient(loss, order, mode)
 
-        def measure(carry: PyTree, index: Array, given: _Given) -> PyTree:
+        def measure(carry: PyTree, index: Array, inputs: _LoopInputs) -> PyTree:
             theta, _ = carry
-            examples = given.batch if batch_at is None else batch_at(given.batch, index)
-            value, grads = gradient(theta, (examples, given.extra))
+            examples = inputs.batch if batch_at is None else batch_at(inputs.batch, index)
+            value, grads = gradient(theta, (examples, inputs.extra))
             return value, grads
 
-        def move(carry: PyTree, measured: PyTree, index: Array, given: _Given) -> tuple[PyTree, PyTree]:
+        def update(
+            carry: PyTree, measured: PyTree, index: Array, inputs: _LoopInputs
+        ) -> tuple[PyTree, PyTree]:
             (theta, state), (value, grads) = carry, measured
             if proximal is not None:
-                grads = jax.tree.map(lambda g, t, s: g + proximal * (t - s), grads, theta, given.start)
-            updates, state = transformation(given.hyper).update(grads, state, theta, value=value)
+                grads = jax.tree.map(lambda g, t, s: g + proximal * (t - s), grads, theta, inputs.start)
+            updates, state = transformation(inputs.hyper).update(grads, state, theta, value=value)
             if order == "first":
-                # The derivative of the loss is at hand: no second pass through the network.
+                # The gradient is already known: attaching it to the constant loss saves a second backward
+                # pass through the network.
                 value = value + _zero_with_gradient(measured[1], theta)
             theta = optax.apply_updates(theta, updates)
             return (theta, state), (value, theta if keep_path else None)
 
-        return Step(measure, move, constant=order != "second")
+        return Step(measure, update, constant=order != "second")
 
     def cut(step: Step, every: int) -> Step:
-        """`step`, which begins a segment by letting go of where its carry came from."""
+        """Return `step` with its carry cut off from earlier steps at the start of each segment."""
 
-        def release(carry: PyTree, index: Array, given: _Given) -> PyTree:
+        def release(carry: PyTree, index: Array, inputs: _LoopInputs) -> PyTree:
             theta, state = carry
             constant = lax.stop_gradient
-            moved = jax.tree.map(lambda t, s: constant(t) + (s - constant(s)), theta, given.start)
+            moved = jax.tree.map(lambda t, s: constant(t) + (s - constant(s)), theta, inputs.start)
             begins = (index > 0) & ((steps - index) % every == 0)
             released = moved, constant(state)
             return jax.tree.map(lambda new, old: jnp.where(begins, new, old), released, carry)
 
         return Step(
-            lambda carry, index, given: step.measure(release(carry, index, given), index, given),
-            lambda carry, measured, index, given: step.move(
-                release(carry, index, given), measured, index, given
+            lambda carry, index, inputs: step.measure(release(carry, index, inputs), index, inputs),
+            lambda carry, measured, index, inputs: step.update(
+                release(carry, index, inputs), measured, index, inputs
             ),
             step.constant,
         )
@@ -232,54 +237,54 @@ def inner_loop(
         if order == "implicit" and hyper is not None:
             raise ArgumentError(
                 "hyper",
-                'got hyperparameters under order="implicit", which gives them no gradient: where the '
-                "minimum lies does not depend on the way there; build the optimizer with fixed ones",
+                'got hyperparameters under order="implicit", which gives them no gradient, because the '
+                "minimum does not depend on the path to it; build the optimizer with fixed ones",
             )
         check_hyper(hyper)
-        params, batch, hyper, extra = jax.tree.map(_strongly_typed, (params, batch, hyper, extra))
+        params, batch, hyper, extra = jax.tree.map(_as_strong_type, (params, batch, hyper, extra))
         state = transformation(hyper).init(params) if state is None else state
-        given = _Given(batch, extra, hyper, params)
-        carry = params, jax.tree.map(_strongly_typed, state)
+        inputs = _LoopInputs(batch, extra, hyper, params)
+        carry = params, jax.tree.map(_as_strong_type, state)
         if order == "implicit":
-            return implicit(given, carry[1])
+            return implicit(inputs, carry[1])
         _require_differentiable(transformation(hyper), carry)
-        mode = memory if memory != "auto" else _chosen_memory(step_of("store"), carry, given, steps)
+        mode = memory if memory != "auto" else _choose_memory(step_of("store"), carry, inputs, steps)
         step = step_of(mode)
         if truncation is None or truncation >= steps:
             parts = [(0, steps)]
         else:
-            # Apart from the last segment, so that where nothing else is differentiated the backward
-            # pass ends with it.
+            # The last segment is a separate loop: where only it is differentiated, the backward pass ends
+            # at its start.
             step, parts = cut(step, truncation), [(0, steps - truncation), (steps - truncation, truncation)]
-        seen = []
+        outputs = []
         for first, count in parts:
-            carry, part = unroll(step, carry, given, first, count, replays=mode != "store")
-            seen.append(part)
-        losses, path = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *seen)
+            carry, part = unroll(step, carry, inputs, first, count, replays=mode != "store")
+            outputs.append(part)
+        losses, path = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
         return carry[0], Trace(losses, path, carry[1])
 
-    def implicit(given: _Given, state: PyTree) -> tuple[PyTree, Trace]:
-        def optimality(phi: PyTree, given: _Given) -> PyTree:
-            """∇[L/λ + ½‖φ − θ‖²], which is zero at the minimum; its derivative in φ is I + H/λ."""
-            batch = given.batch if batch_at is None else batch_at(given.batch, jnp.asarray(steps))
-            grads = jax.grad(loss)(phi, batch, **given.extra)
-            return jax.tree.map(lambda g, p, t: g / proximal + (p - t), grads, phi, given.start)
+    def implicit(inputs: _LoopInputs, state: PyTree) -> tuple[PyTree, Trace]:
+        def optimality(phi: PyTree, inputs: _LoopInputs) -> PyTree:
+            """Return ∇[L/λ + ½‖φ − θ‖²], zero at the minimum and with derivative I + H/λ in φ."""
+            batch = inputs.batch if batch_at is None else batch_at(inputs.batch, jnp.asarray(steps))
+            grads = jax.grad(loss)(phi, batch, **inputs.extra)
+            return jax.tree.map(lambda g, p, t: g / proximal + (p - t), grads, phi, inputs.start)
 
         @jax.custom_vjp
-        def solve(given: _Given, state: PyTree) -> tuple[PyTree, Trace]:
+        def solve(inputs: _LoopInputs, state: PyTree) -> tuple[PyTree, Trace]:
             (phi, state), (losses, _) = unroll(
-                step_of("store"), (given.start, state), given, 0, steps, replays=False
+                step_of("store"), (inputs.start, state), inputs, 0, steps, replays=False
             )
             return phi, Trace(losses, None, state)
 
-        def forward(given: _Given, state: PyTree) -> tuple[PyTree, PyTree]:
-            phi, trace = solve(given, state)
-            return (phi, trace), (phi, given)
+        def forward(inputs: _LoopInputs, state: PyTree) -> tuple[PyTree, PyTree]:
+            phi, trace = solve(inputs, state)
+            return (phi, trace), (phi, inputs)
 
         def backward(residuals: PyTree, cotangents: PyTree) -> tuple[PyTree, None]:
-            phi, given = residuals
-            floats, others = partition(given, inexact(given))
-            _, operator = jax.linearize(lambda phi: optimality(phi, given), phi)
+            phi, inputs = residuals
+            floats, others = partition(inputs, inexact(inputs))
+            _, operator = jax.linearize(lambda phi: optimality(phi, inputs), phi)
 
             def damped(v: PyTree) -> PyTree:
                 return jax.tree.map(lambda a, b: a + damping * b, operator(v), v)
@@ -290,7 +295,7 @@ def inner_loop(
             return *pullback(jax.tree.map(jnp.negative, solved)), None
 
         solve.defvjp(forward, backward)
-        return solve(given, state)
+        return solve(inputs, state)
 
     return adapt
 
@@ -310,36 +315,38 @@ def _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_p
     if not proximal:
         raise ArgumentError(
             "proximal",
-            f'got {proximal}; order="implicit" needs a positive weight of the proximal term, '
-            "without which the minimum does not depend on where the loop starts",
+            f'got {proximal}; order="implicit" needs a positive weight of the proximal term, because '
+            "otherwise the minimum does not depend on the initial parameters",
         )
     if truncation is not None or keep_path:
         name = "truncation" if truncation is not None else "keep_path"
-        raise ArgumentError(name, 'order="implicit" differentiates no step; leave it out')
+        raise ArgumentError(
+            name, 'got a value under order="implicit", which does not differentiate steps; leave it out'
+        )
 
 
 def _zero_with_gradient(gradient, theta):
-    """0, whose derivative in theta is `gradient`."""
+    """Return 0 with derivative `gradient` in theta."""
     products = jax.tree.map(lambda g, t: jnp.vdot(g, t - lax.stop_gradient(t)), gradient, theta)
     return sum(jax.tree.leaves(products))
 
 
-def _strongly_typed(leaf):
-    """As an array whose type a step does not change, as it would a Python scalar's."""
+def _as_strong_type(leaf):
+    """Return the leaf as a strongly typed array, because a step would change the type of a weak one."""
     if isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False):
         return leaf
     return jnp.asarray(leaf, dtype=jnp.result_type(leaf))
 
 
-def _chosen_memory(step: Step, carry: PyTree, given: PyTree, steps: int) -> str:
+def _choose_memory(step: Step, carry: PyTree, inputs: PyTree, steps: int) -> str:
     if steps <= 1:
         return "store"
-    stores = CPU_STORES if jax.default_backend() == "cpu" else ACCELERATOR_STORES
-    return "store" if steps * step.residual_bytes(carry, given) <= stores else "recompute"
+    limit = CPU_STORE_LIMIT if jax.default_backend() == "cpu" else ACCELERATOR_STORE_LIMIT
+    return "store" if steps * step.residual_bytes(carry, inputs) <= limit else "recompute"
 
 
 def _require_differentiable(optimizer, carry):
-    """Refuses an optimizer whose update has no reverse-mode derivative."""
+    """Refuse an optimizer whose update has no reverse-mode derivative."""
     params, state = carry
     floats, others = partition((params, state), inexact((params, state)))
 
@@ -358,19 +365,19 @@ def _require_differentiable(optimizer, carry):
         raise ArgumentError(
             "optimizer",
             f"its update cannot be differentiated in reverse mode: {str(error).splitlines()[0]}; "
-            'take another, or order="implicit", which does not differentiate it',
+            'use another optimizer, or order="implicit", which does not differentiate it',
         ) from error
 
 
 def require_finite_derivative(optimizer: Any, *hyper: Any) -> None:
-    """Refuses an optimizer whose update has no finite derivative where one coordinate's gradient is zero.
+    """Refuse an optimizer whose update has no finite derivative where one coordinate's gradient is zero.
 
-    Gradients that are exactly zero are nothing rare: those of a ReLU that is off, or of padding. An
-    optimizer that takes no tree of one vector, or has traced settings, is let pass.
+    Inactive ReLUs and padding often make gradients exactly zero. The check is skipped for an optimizer that
+    rejects a tree of one vector, or whose settings are traced.
 
     Args:
       optimizer: a transformation, or a function of hyperparameters.
-      hyper: of such a function, structure and `((shape, dtype), …)` of what it takes.
+      *hyper: tree structure and `((shape, dtype), …)` of the hyperparameters, for such a function.
 
     Raises:
       ValueError: the derivative is NaN or infinite.
@@ -382,8 +389,8 @@ def require_finite_derivative(optimizer: Any, *hyper: Any) -> None:
     if not finite:
         raise ArgumentError(
             "optimizer",
-            "the derivative of its update is not finite where a gradient is zero, and neither "
-            "would be the meta-gradient; the square root of optax.adam and its like needs eps_root=1e-8, say",
+            "the derivative of its update is not finite where a gradient is zero, so the meta-gradient would "
+            "not be finite either; optimizers with a square root, such as optax.adam, need eps_root=1e-8",
         )
 
 
@@ -403,5 +410,5 @@ def _has_finite_derivative(optimizer: Any, structure: Any = None, leaves: tuple[
             return partition(out, inexact(out))[0]
 
         out, pullback = jax.vjp(update, grads)
-        (found,) = pullback(jax.tree.map(jnp.ones_like, out))
-        return bool(jnp.isfinite(found["w"]).all())
+        (derivative,) = pullback(jax.tree.map(jnp.ones_like, out))
+        return bool(jnp.isfinite(derivative["w"]).all())

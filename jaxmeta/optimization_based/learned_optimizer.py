@@ -1,4 +1,4 @@
-"""Learning to learn by gradient descent by gradient descent: an optimizer that is a small LSTM."""
+"""Learned optimizer: an LSTM trained by gradient descent to propose parameter updates."""
 
 import functools
 import inspect
@@ -34,16 +34,16 @@ from jaxmeta.nn.coordinatewise import ProposedUpdate
 from jaxmeta.optimization_based.adaptation import adaptation, minibatch, shuffled
 from jaxmeta.optimization_based.trees import inexact, paths
 
-# Inner steps fold their number into the key: this is beyond every step.
+# Inner steps fold their index into the key; no step has this index.
 _START = np.uint32(0xFFFFFFFE)
 
 
 class Carry(NamedTuple):
-    """What one unroll hands to the next.
+    """State that one unroll passes to the next.
 
     Attributes:
-      weights: of the network that is optimized.
-      state: of the learned optimizer.
+      weights: weights of the optimizee.
+      state: state of the learned optimizer.
       step: number of updates so far.
     """
 
@@ -64,7 +64,7 @@ Unroll: TypeAlias = Callable[[Params, Task, Carry | None, Key], tuple[Float[Arra
         "report_steps": (),
         "truncation": 20,
         "order": "first",
-        # As in the paper; the official code has a tenth of it.
+        # The paper's value; the official code has a tenth of it.
         "scale": 0.1,
     }
 )
@@ -85,39 +85,44 @@ def learned_optimizer(
     loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
-    r"""Build an optimizer learned by gradient descent, to train from scratch (Andrychowicz et al. 2016).
+    r"""Build a learned optimizer that trains a network from scratch (Andrychowicz et al. 2016).
 
     θ_{t+1} = θ_t + δ_t,  (δ_t, h_{t+1}) = m(∇f(θ_t), h_t; Θ),  meta-loss Σ_t f(θ_t)
 
-    m is an LSTM on each coordinate by itself (`jm.nn.ProposedUpdate`). A task is one optimization run: f is
-    the loss of `model` on the support set, θ_0 a new initialisation of it. `loss` runs all `inner_steps` in
-    unrolls of `truncation`, between which no gradient flows; it is the sum over unrolls, in each over
-    `truncation + 1` points, the first of which is the last one's end. The published training takes an
-    outer step after each unroll: see `jm.learned_optimizer_unroll`, which carries the run's state. Scores
-    are of the query set, at the end of the run. `jm.learned_optimizer_as_optax` is the optimizer itself.
+    m is an LSTM applied to each coordinate separately (`jm.nn.ProposedUpdate`). A task is one optimization
+    run: f is the loss of `model` on the support set, and θ_0 a random initialisation. `loss` runs all
+    `inner_steps` in unrolls of `truncation` steps, between which no gradient flows. It is the sum of f over
+    all unrolls, each with `truncation + 1` points including the last point of the previous unroll. The
+    published training takes an outer step after each unroll: see `jm.learned_optimizer_unroll`, which carries
+    the state of the run. Scores are measured on the query set at the end of the run. For the optimizer alone,
+    see `jm.learned_optimizer_as_optax`.
 
-    Params: `{"optimizer": Θ}`, whose size does not depend on `model`. Adapted: as of `jm.maml`.
+    Params: `{"optimizer": Θ}`, whose size does not depend on `model`. Adapted: as in `jm.maml`.
 
     Args:
-      model: the optimizee, of any kind that `jm.nn.as_model` takes.
+      model: optimizee, a network of any kind that `jm.nn.as_model` accepts.
       inner_steps: updates of a run in training, a multiple of `truncation`.
       eval_steps: updates at validation and test, in `adapt`; as in training if None.
-      truncation: updates of an unroll, between two of which no gradient flows.
-      inner_batch: support examples of each update, in turns from a random order; all if None.
+      truncation: updates of an unroll; no gradient flows from one unroll into another.
+      inner_batch: support examples in each update, taken cyclically from a random order; all if None.
       layers: features of each LSTM layer of the optimizer m; () for an update that is linear in the gradient.
-      preprocess: p of `jm.nn.log_and_sign`, which gradients pass first; None to hand m the raw gradients.
+      preprocess: constant p of `jm.nn.log_and_sign`, which preprocesses gradients; None for raw gradients.
       scale: factor of the update that m proposes.
-      zero_output: whether m's linear layer starts at zero, and so with no update at all.
-      order: whether ∇f(θ_t) is a constant in the meta-gradient ("first", as published) or differentiated
+      zero_output: if True, m's linear layer starts at zero, so that the first updates are zero.
+      order: order of the meta-gradient: ∇f(θ_t) is a constant ("first", as published) or differentiated
         ("second").
-      memory: how the backward pass gets at the values of each update; see `jm.maml`.
-      norm: whose statistics normalise the queries, where the network has any; see `jm.maml`.
-      loss: f, `(outputs, y, mask) -> scalar`.
-      metric: what is reported beside the loss, as of `jm.maml`.
+      memory: how the backward pass obtains the values of each update; see `jm.maml`.
+      norm: source of the batch statistics that normalise the queries; see `jm.maml`.
+      loss: loss function f, `(outputs, y, mask) -> scalar`.
+      metric: metric reported in addition to the loss; see `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
       ValueError: `truncation` below 1, or one that does not divide `inner_steps`; `order` "implicit"; norm
-        "population" (there is no network to fill statistics of); and what `jm.inner_loop` raises.
+        "population" (the parameters hold no network whose statistics could be filled); errors of
+        `jm.inner_loop`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -129,8 +134,8 @@ def learned_optimizer(
       ['loss', 'mse', 'run']
 
     References:
-      Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016; defaults of
-      the official code, but for its p of 5.
+      Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016. Defaults are those
+      of the official code, except for its p of 5.
     """
     return _parts(
         model,
@@ -170,20 +175,20 @@ class LearnedOptimizerSettings(TypedDict, total=False):
 
 @declare.forwards(learned_optimizer)
 def learned_optimizer_unroll(model: Network, **settings: Unpack[LearnedOptimizerSettings]) -> Unroll:
-    """Build the unroll of a learned optimizer, for training that takes an outer step after each one.
+    """Build the unroll of a learned optimizer, for training with an outer step after each unroll.
 
     Args:
-      model: as of `jm.learned_optimizer`.
-      **settings: as of `jm.learned_optimizer`, to the learner of which the unroll belongs.
+      model: optimizee; see `jm.learned_optimizer`.
+      **settings: settings of `jm.learned_optimizer`, equal to those of the learner.
 
     Returns:
       `(params, task, carry, key) -> (loss, carry)`: the next `truncation` updates of a run and their loss,
-      Σ f(θ_t) over the `truncation + 1` points from the one carried over to the last. A `carry` of None
-      begins the run, whose start and mini-batches are drawn from `key`. No gradient flows from one unroll
-      into the one before.
+      Σ f(θ_t) over the `truncation + 1` points from the carried one to the last. A `carry` of None starts a
+      run, whose initialisation and mini-batches are drawn from `key`. No gradient flows from one unroll into
+      the previous one.
 
     Raises:
-      ValueError: what `jm.learned_optimizer` raises.
+      ValueError: errors of `jm.learned_optimizer`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -195,9 +200,9 @@ def learned_optimizer_unroll(model: Network, **settings: Unpack[LearnedOptimizer
       >>> int(carry.step)
       20
     """
-    given = inspect.signature(learned_optimizer).bind(model, **settings)
-    given.apply_defaults()
-    return _parts(*given.args, **given.kwargs)[1]
+    bound = inspect.signature(learned_optimizer).bind(model, **settings)
+    bound.apply_defaults()
+    return _parts(*bound.args, **bound.kwargs)[1]
 
 
 def learned_optimizer_as_optax(
@@ -211,15 +216,18 @@ def learned_optimizer_as_optax(
     """Return a learned optimizer as an optax transformation, for any model and training loop.
 
     Args:
-      params: of the learner of `jm.learned_optimizer`.
-      layers: as it was trained with, like the rest.
-      preprocess: as of `jm.learned_optimizer`.
-      scale: as of `jm.learned_optimizer`.
-      zero_output: as of `jm.learned_optimizer`.
+      params: parameters of a learner of `jm.learned_optimizer`.
+      layers: features of each LSTM layer; this and the other settings must equal those of the learner.
+      preprocess: constant p of the preprocessing; see `jm.learned_optimizer`.
+      scale: factor of the proposed update; see `jm.learned_optimizer`.
+      zero_output: see `jm.learned_optimizer`; it only affects initialisation.
+
+    Returns:
+      An `optax.GradientTransformation`.
 
     Raises:
-      ValueError: what `jm.learned_optimizer` raises of the same arguments; and by the transformation,
-        integer parameters.
+      ValueError: errors of `jm.learned_optimizer` for these arguments; by the transformation, integer
+        parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jaxmeta as jm
@@ -245,7 +253,7 @@ def _proposal(
 
 
 def _descent(proposal: ProposedUpdate, weights: PyTree) -> optax.GradientTransformation:
-    """`proposal` of these weights as an optimizer."""
+    """Return `proposal` with these weights as an optax transformation."""
     dtype = jnp.result_type(*jax.tree.leaves(weights))
 
     def init(params: PyTree) -> PyTree:
@@ -255,8 +263,8 @@ def _descent(proposal: ProposedUpdate, weights: PyTree) -> optax.GradientTransfo
         if integers:
             raise ArgumentError(
                 "params",
-                f"got integers in {integers}, which have no gradient; a learned optimizer takes "
-                "floating-point parameters (see optax.masked)",
+                f"got integers in {integers}, which have no gradient; pass floating-point parameters only, "
+                "or exclude the integers with optax.masked",
             )
         return proposal.initial(ravel_pytree(params)[0].size, dtype)
 
@@ -287,7 +295,7 @@ def _parts(
     loss: Callable[..., jax.Array],
     metric: Metric | None,
 ) -> tuple[Learner, Unroll]:
-    """The learner, and the unroll that its loss is made of."""
+    """Build the learner, and the unroll of which its loss consists."""
     check_count("truncation", truncation)
     check_count("inner_steps", inner_steps)
     if inner_steps % truncation:
@@ -296,7 +304,7 @@ def _parts(
         )
     if eval_steps is not None:
         check_count("eval_steps", eval_steps)
-    # No "implicit": there is no minimum to reach.
+    # "implicit" is excluded because a learned optimizer need not reach a minimum.
     check_word("order", order, get_args(UnrolledOrder))
     check_word("norm", norm, get_args(_Norm))
     check_function("loss", loss)
@@ -307,7 +315,7 @@ def _parts(
     network = adaptation(
         model,
         inner_optimizer=transformation,
-        # Only there to say that there are some: they come with each call.
+        # Declares that hyperparameters exist; their values are passed with each call.
         hyper=lambda key, fast: None,
         inner_steps=truncation,
         eval_steps=inner_steps if eval_steps is None else eval_steps,
@@ -342,7 +350,7 @@ def _parts(
             if inner_batch is None
             else minibatch(shuffled(support, key), step + truncation, inner_batch)
         )
-        end, _ = network.judge(fitted, last, key, step=step + truncation)
+        end, _ = network.query_loss(fitted, last, key, step=step + truncation)
         return trace.loss.sum() + end, Carry(fitted, trace.state, step + truncation)
 
     def run_loss(
@@ -351,14 +359,14 @@ def _parts(
         del step
         value, carry = unroll(params, task, None, key)
 
-        def more(carry: Carry, _: None) -> tuple[Carry, jax.Array]:
+        def next_unroll(carry: Carry, _: None) -> tuple[Carry, jax.Array]:
             value, carry = unroll(params, task, carry, key)
             return carry, value
 
-        carry, values = lax.scan(more, carry, None, length=inner_steps // truncation - 1)
+        carry, values = lax.scan(next_unroll, carry, None, length=inner_steps // truncation - 1)
         support, query = map(blank_padding, task)
         stats = network.query_statistics({"model": carry.weights}, carry.weights, support, None)
-        _, metrics = network.judge(carry.weights, query, key, stats, carry.step)
+        _, metrics = network.query_loss(carry.weights, query, key, stats, carry.step)
         total = value + values.sum()
         return total, {**metrics, "run": (total, jnp.ones_like(total))}
 

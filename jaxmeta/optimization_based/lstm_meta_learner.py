@@ -1,4 +1,4 @@
-"""The LSTM meta-learner: an optimizer that is itself learned, and the start that suits it."""
+"""LSTM meta-learner: a learned inner optimizer together with a learned initialisation."""
 
 from collections.abc import Mapping
 from typing import Any, Unpack, get_args
@@ -18,15 +18,15 @@ from jaxmeta.optimization_based.settings import LSTMSettings
 
 
 def _training(base: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"inner_steps": 12, "eval_steps": 12, "report_steps": (), "order": "first"}
+    defaults = {"inner_steps": 12, "eval_steps": 12, "report_steps": (), "order": "first"}
     if base["kind"] != "regression":
-        # Its meta-gradient costs far more than MAML's: two LSTMs at every parameter, twelve times.
-        found |= {
+        # The meta-gradient costs far more than MAML's: two LSTMs for every parameter in twelve steps.
+        defaults |= {
             "network": "conv4-32",
             "meta_batch": min(base["meta_batch"], 4),
             "steps": max(base["steps"] // 2, 1),
         }
-    return found
+    return defaults
 
 
 @declare.learner(rows={"transductive": "batch", "inductive": "episode"}, training=_training)
@@ -41,36 +41,41 @@ def lstm_meta_learner(
     order: UnrolledOrder = "first",
     **settings: Unpack[LSTMSettings],
 ) -> Learner:
-    r"""Build an LSTM that is the optimizer, and the start that suits it (Ravi & Larochelle 2017).
+    r"""Build the LSTM meta-learner, which learns the inner optimizer and its start (Ravi & Larochelle 2017).
 
-    Every step of gradient descent is that of an LSTM cell.
+    The inner optimizer is an LSTM cell whose cell state holds the parameters θ:
 
-    θ_t = f_t ⊙ θ_{t−1} − i_t ⊙ ∇_t,  i_t = σ(W_I [∇_t, L_t, θ_{t−1}, i_{t−1}] + b_I),  f_t likewise;
+    θ_t = f_t ⊙ θ_{t−1} − i_t ⊙ ∇_t,
+    i_t = σ(W_I [∇_t, L_t, θ_{t−1}, i_{t−1}] + b_I),  f_t = σ(W_F [∇_t, L_t, θ_{t−1}, f_{t−1}] + b_F)
 
-    θ is the cell state, −∇_t the candidate, i_t the step size and 1 − f_t a decay, for each coordinate its
-    own and all by the same few weights. θ_0 = c_0 is learned with them. Gradients and losses enter
-    preprocessed (`jm.nn.log_and_sign`), and by default through an ordinary LSTM of 20 features first, as in
-    the official code. The meta-loss is L^Q(θ_T).
+    −∇_t is the candidate, i_t the step size and 1 − f_t a weight decay. Each coordinate has separate gates,
+    computed by shared weights, and θ_0 = c_0 is learned with these. Gradients and losses are preprocessed
+    (`jm.nn.log_and_sign`) and by default pass an ordinary LSTM of 20 features first, as in the official
+    code. The meta-loss is L^Q(θ_T).
 
-    Params: `{"model": c_0, "hyper": the cell's weights}`, 2,046 of the latter with `hidden=20`.
+    Params: `{"model": c_0, "hyper": the cell's weights}`; the cell has 2,046 weights with `hidden=20`.
 
     Args:
-      model: as of `jm.maml`.
-      inner_steps: inner steps in training, T, at least 1. In the paper 12 at 1 shot, 5 at 5 shots (8 in its
-        code).
+      model: network to meta-learn; see `jm.maml`.
+      inner_steps: number T of inner steps in training, at least 1. The paper takes 12 at 1 shot and 5 at 5
+        shots (8 in its code).
       hidden: features of the LSTM before the gates; None for the one-layer form.
-      feedback: what of i_{t−1} and f_{t−1} the gates see: "gate" (the paper's formula) or "pre_gate" (the
-        value before σ, as in the official code).
-      gradient_scale: factor of ∇_t before the LSTM. The official code's gradient is the mean loss's divided
-        once more by the number of support examples, 1/5 at 5 ways and 1 shot; by default that is left to b_I.
-      order: whether ∇_t and L_t are constants in the meta-gradient ("first", as published) or differentiated
+      feedback: previous values of i and f that the gates receive: "gate", i_{t−1} and f_{t−1} (the paper's
+        formula), or "pre_gate", their values before σ (the official code).
+      gradient_scale: factor of ∇_t before the LSTM. The official code divides the gradient of the mean loss
+        once more by the number of support examples, which is a factor of 1/5 at 5 ways and 1 shot; with the
+        default of 1, b_I learns the scale.
+      order: order of the meta-gradient: ∇_t and L_t are constants ("first", as published) or differentiated
         ("second").
-      **settings: as of `jm.maml`. With `norm="episode"` the statistics are the published ones of testing: a
-        running average over the inner steps, begun anew for each task (of weight 0.9 for the newest, as at 1
-        shot). Training normalises the queries by their own, which is the default.
+      **settings: settings of `jm.maml`. `norm="episode"` gives the published test statistics: a running
+        average over the inner steps of each task (with weight 0.9 for the newest, as at 1 shot). Training
+        normalises the queries by their own statistics, which is the default.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `hidden` below 1, an unknown `feedback`; and what `jm.maml` raises.
+      ValueError: `hidden` below 1; an unknown `feedback`; errors of `jm.maml`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -85,18 +90,18 @@ def lstm_meta_learner(
     """
     if hidden is not None:
         check_count("hidden", hidden)
-    # No "implicit": the end depends on the way there.
+    # "implicit" is excluded because a learned optimizer need not reach a minimum of the support loss.
     check_word("order", order, get_args(UnrolledOrder))
     check_word("feedback", feedback, FEEDBACKS)
     check_number("gradient_scale", gradient_scale)
     cell = GatedUpdate(hidden, feedback)
 
-    def initial(key: Key, fast: PyTree) -> PyTree:
-        # Shapes do not depend on the number of coordinates.
+    def initial_weights(key: Key, fast: PyTree) -> PyTree:
+        # One coordinate is enough: all coordinates share the cell's weights.
         flat = ravel_pytree(fast)[0][:1]
         return cell.init(key, cell.initial(1, flat.dtype), flat, flat[0], flat)["params"]
 
-    def descend(weights: PyTree) -> optax.GradientTransformationExtraArgs:
+    def as_optimizer(weights: PyTree) -> optax.GradientTransformationExtraArgs:
         dtype = jnp.result_type(*jax.tree.leaves(weights))
 
         def init(params: PyTree) -> PyTree:
@@ -105,13 +110,20 @@ def lstm_meta_learner(
         def update(grads: PyTree, state: PyTree, params: PyTree, *, value: jax.Array, **extra):
             del extra
             gradient, restore = ravel_pytree(grads)
-            seen = (gradient_scale * gradient, value, ravel_pytree(params)[0])
+            features = (gradient_scale * gradient, value, ravel_pytree(params)[0])
             change: Any
-            state, change = cell.apply({"params": weights}, state, *(each.astype(dtype) for each in seen))
+            state, change = cell.apply(
+                {"params": weights}, state, *(feature.astype(dtype) for feature in features)
+            )
             return restore(change.astype(gradient.dtype)), state
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     return maml(
-        model, inner_optimizer=descend, hyper=initial, inner_steps=inner_steps, order=order, **settings
+        model,
+        inner_optimizer=as_optimizer,
+        hyper=initial_weights,
+        inner_steps=inner_steps,
+        order=order,
+        **settings,
     )

@@ -1,4 +1,4 @@
-"""MAML++: how to train your MAML, in five changes."""
+"""MAML++: MAML with per-step losses, step sizes and normalisation layers."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
@@ -29,20 +29,20 @@ from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.adaptation import adaptation
 from jaxmeta.optimization_based.settings import Adapts
 
-# The least weight of a step's loss, times 1/T.
+# Minimum weight of a step's loss, as a multiple of 1/T.
 LEAST_WEIGHT = 0.03
 
 
 def _training(base: Mapping[str, Any]) -> dict[str, Any]:
-    found = {
+    defaults = {
         "inner_steps": 5,
         "eval_steps": 5,
         "report_steps": (),
-        # 10 of the 100 epochs of training, as on Omniglot.
+        # A tenth of training, like the paper's 10 of 100 epochs on Omniglot.
         "anneal_steps": round(0.1 * base["steps"]),
         "first_order_steps": 0,
     }
-    return found if base.get("inner_lr") is None else {**found, "inner_lr": base["inner_lr"]}
+    return defaults if base.get("inner_lr") is None else {**defaults, "inner_lr": base["inner_lr"]}
 
 
 @declare.learner(training=_training)
@@ -61,47 +61,53 @@ def maml_plus_plus(
     loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
-    r"""Build MAML++: a multi-step loss, and step sizes and layers for each step (Antoniou et al. 2019).
+    r"""Build MAML++, MAML with a multi-step loss and per-step settings (Antoniou et al. 2019).
 
-    It is MAML with
+    MAML++ changes MAML by
 
-    - a multi-step loss, Σ_j v_j L^Q(θ_j), whose weights go from 1/T each to the last step's alone (MSL);
+    - a multi-step loss, Σ_j v_j L^Q(θ_j), whose weights are annealed from 1/T each to the last step alone
+      (MSL);
     - a learned step size for each parameter array and each inner step (LSLR);
-    - first order in the first meta-steps (DA, derivative-order annealing);
-    - normalisation layers whose scale, bias and population statistics each inner step has its own of
-      (BNWB, BNRS); they are meta-learned and not adapted;
-    - a cosine schedule of the outer step size (CA), which is the outer optimizer's:
+    - a first-order meta-gradient in the first meta-steps (DA, derivative-order annealing);
+    - separate normalisation layers for each inner step: scale, bias and population statistics (BNWB, BNRS),
+      which are meta-learned and not adapted;
+    - a cosine schedule of the outer step size (CA), which belongs to the outer optimizer:
       `optax.adam(optax.cosine_decay_schedule(1e-3, meta_steps))`.
 
-    The schedules of the first and third read the meta-step that `jm.train` hands to `loss`; without
-    it they are at their end: the last step's loss alone, second order.
+    MSL and DA are scheduled by the meta-step that `jm.train` passes to `loss`. With `step=None` both are at
+    their end: the loss of the last step, second order.
 
-    Params: those of `jm.maml`, without normalisation layers in "model"; "per_step" has theirs, with a
-    leading axis of steps; "hyper" has the step sizes, `(inner_steps,)` for each array that is adapted.
+    Params: as in `jm.maml`, except that normalisation layers are under "per_step" in place of "model", with a
+    leading axis of steps; "hyper" holds the step sizes, of shape (inner_steps,) for each adapted array.
 
     Args:
-      model: as of `jm.maml`.
-      inner_lr: initial step size of every parameter array and inner step. The official code has 0.1 for all
-        data sets, whatever its configurations say.
-      inner_steps: inner steps in training, T, at least 1.
-      eval_steps: inner steps at validation and test, in `adapt`, at most those of training; as many if None.
-      anneal_steps: meta-steps until only the last inner step's loss counts; 0 for from the start. 10 of 100
-        epochs of 500 on Omniglot, 15 on mini-ImageNet.
-      first_order_steps: meta-steps of first order at the beginning. 50 epochs in the paper; the released
-        configurations have none.
-      per_step_norm: whether each inner step has normalisation layers of its own; else they are shared, and
+      model: network to meta-learn; see `jm.maml`.
+      inner_lr: initial step size of every parameter array and inner step. The official code uses 0.1 for all
+        data sets, whatever its configuration files set.
+      inner_steps: number T of inner steps in training, at least 1.
+      eval_steps: inner steps at validation and test, in `adapt`, at most `inner_steps`; as in training if
+        None.
+      anneal_steps: meta-steps until only the last inner step's loss counts; 0 for no annealing. The paper
+        takes 10 of 100 epochs, of 500 meta-steps each, on Omniglot, and 15 on mini-ImageNet.
+      first_order_steps: meta-steps of first order at the beginning. 50 epochs in the paper; 0 in the released
+        configurations.
+      per_step_norm: if True, each inner step has separate normalisation layers; if False, they are shared and
         adapted, as in MAML.
-      memory: how the second-order backward pass gets at the values of each inner step; see `jm.maml`.
-      norm: whose statistics normalise the queries, where the network has any; see `jm.maml`. The
-        published numbers are of "batch": the official code keeps running statistics for each step and then
-        normalises by the batch's.
-      adapts: which of the other parameters the inner loop changes, as of `jm.maml`; all if None.
-      loss: `(outputs, y, mask) -> scalar`, of both loops.
-      metric: what is reported beside the loss, as of `jm.maml`.
+      memory: how the second-order backward pass obtains the values of each inner step; see `jm.maml`.
+      norm: source of the batch statistics that normalise the queries; see `jm.maml`. The published numbers
+        are for "batch": the official code keeps running statistics for each step, but normalises by the
+        statistics of the batch.
+      adapts: parameters that the inner loop changes, except per-step layers; all of these if None; see
+        `jm.maml`.
+      loss: loss function `(outputs, y, mask) -> scalar` of both loops.
+      metric: metric reported in addition to the loss; see `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `inner_steps` below 1; more `eval_steps` than there are step sizes; negative `anneal_steps`
-        or `first_order_steps`; and what `jm.maml` raises of the same arguments.
+      ValueError: `inner_steps` below 1; `eval_steps` above `inner_steps`; negative `anneal_steps` or
+        `first_order_steps`; errors of `jm.maml` for these arguments.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -121,21 +127,21 @@ def maml_plus_plus(
     if eval_steps is not None and eval_steps > inner_steps:
         raise ArgumentError(
             "eval_steps",
-            f"got {eval_steps}; there are learned step sizes for 1 to {inner_steps} steps (the "
-            "`inner_steps` of training)",
+            f"got {eval_steps}; there are learned step sizes for 1 to {inner_steps} steps (inner_steps); it "
+            f"must be at most {inner_steps}",
         )
     for name, count in (("anneal_steps", anneal_steps), ("first_order_steps", first_order_steps)):
         check_count(name, count, 0)
     check_word("norm", norm, get_args(Norm))
 
-    def initial(key: Key, fast: PyTree) -> PyTree:
+    def initial_rates(key: Key, fast: PyTree) -> PyTree:
         del key
         return jax.tree.map(lambda leaf: jnp.full((inner_steps,), inner_lr, leaf.dtype), fast)
 
     network = adaptation(
         model,
         inner_optimizer=descend_by_step,
-        hyper=initial,
+        hyper=initial_rates,
         inner_steps=inner_steps,
         eval_steps=eval_steps,
         norm=norm,
@@ -147,7 +153,7 @@ def maml_plus_plus(
     )
 
     def path_of(params: Params, support, key: Key, step: jax.Array | None) -> PyTree:
-        """The adapted leaves after each inner step."""
+        """Return the adapted leaves after each inner step."""
 
         def fit(order: Order) -> PyTree:
             return network.fit(params, support, key, order=order, keep_path=True)[1].path
@@ -162,20 +168,19 @@ def maml_plus_plus(
         support, query = map(blank_padding, task)
         path = path_of(params, support, key, step)
 
-        def judge(fast: PyTree, j: jax.Array | int) -> tuple[jax.Array, Metrics]:
+        def step_loss(fast: PyTree, j: jax.Array | int) -> tuple[jax.Array, Metrics]:
             weights = network.weights_at(params, fast, j)
-            return network.judge(
-                weights, query, key, network.query_statistics(params, weights, support, None)
-            )
+            stats = network.query_statistics(params, weights, support, None)
+            return network.query_loss(weights, query, key, stats)
 
         def last() -> tuple[jax.Array, Metrics]:
-            return judge(jax.tree.map(lambda leaf: leaf[-1], path), inner_steps - 1)
+            return step_loss(jax.tree.map(lambda leaf: leaf[-1], path), inner_steps - 1)
 
         if step is None or not anneal_steps:
             return last()
 
         def weighted() -> tuple[jax.Array, Metrics]:
-            values, metrics = jax.vmap(judge)(path, jnp.arange(inner_steps))
+            values, metrics = jax.vmap(step_loss)(path, jnp.arange(inner_steps))
             weights = multi_step_weights(inner_steps, step / anneal_steps).astype(values.dtype)
             return jnp.dot(weights, values), jax.tree.map(lambda leaf: leaf[-1], metrics)
 
@@ -185,13 +190,16 @@ def maml_plus_plus(
 
 
 def multi_step_weights(steps: int, progress: Float[Array, ""] | float) -> Float[Array, " steps"]:
-    """v_j of the multi-step loss, which sum to 1.
+    """Return the weights v_j of the multi-step loss, which sum to 1.
 
     v_j = max((1 − p)/T, 0.03/T) for j < T, and v_T = min((1 + p(T − 1))/T, 1 − 0.03(T − 1)/T)
 
     Args:
-      steps: T.
-      progress: p, the part of the annealing that is done, in [0, 1]; with p = 1/3:
+      steps: number T of inner steps.
+      progress: completed fraction p of the annealing, in [0, 1].
+
+    Returns:
+      The weights, of shape (steps,).
 
     Examples:
       >>> print([f"{float(v):.4f}" for v in multi_step_weights(5, 1 / 3)])
@@ -203,7 +211,7 @@ def multi_step_weights(steps: int, progress: Float[Array, ""] | float) -> Float[
 
 
 def descend_by_step(rates: PyTree) -> optax.GradientTransformation:
-    """SGD with a step size `(steps,)` for each array: its entry j in step j."""
+    """Build SGD with a step size for each array and step; `rates` has leaves of shape (steps,)."""
 
     def update(grads: PyTree, step: jax.Array, params: PyTree = None) -> tuple[PyTree, jax.Array]:
         del params

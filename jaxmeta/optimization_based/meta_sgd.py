@@ -1,4 +1,4 @@
-"""Meta-SGD: MAML that learns a step size for every parameter besides."""
+"""Meta-SGD: MAML with a learned step size for every parameter."""
 
 from typing import Unpack, get_args
 
@@ -26,19 +26,23 @@ def meta_sgd(
 
     θ_j = θ_{j−1} − α ⊙ ∇L^S(θ_{j−1});  after one step ∂L^Q/∂α = −∇L^S(θ) ⊙ ∇L^Q(θ_1)
 
-    α may turn negative: direction and size of the update are both learned.
+    α may become negative, so both the direction and the size of the update are learned.
 
-    Params: those of `jm.maml`, with α under "hyper".
+    Params: as in `jm.maml`, with α under "hyper".
 
     Args:
-      model: as of `jm.maml`.
-      inner_lr: initial step size α, one for all parameters, or the range that each is drawn from.
-      order: derivatives in the meta-gradient: through the inner gradients too ("second"), or without these
-        ("first").
-      **settings: as of `jm.maml`. The paper takes a single inner step.
+      model: network to meta-learn; see `jm.maml`.
+      inner_lr: initial step size α: one number for all parameters, or a range (low, high) from which each is
+        drawn uniformly.
+      order: order of the meta-gradient: "second" differentiates through the inner gradients, "first" treats
+        them as constants.
+      **settings: settings of `jm.maml`. The paper takes a single inner step.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: `inner_lr` is an empty range; and what `jm.maml` raises.
+      ValueError: `inner_lr` with low > high; errors of `jm.maml`.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -48,10 +52,10 @@ def meta_sgd(
       (40, 1)
 
     References:
-      Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, algorithm 1; the range is
-      that of public implementations.
+      Li et al., Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, algorithm 1. The default
+      range is taken from public implementations.
     """
-    # No "implicit": where the minimum lies does not depend on the step size.
+    # "implicit" is excluded: the minimum does not depend on the step size, which would get no gradient.
     check_word("order", order, get_args(UnrolledOrder))
     ends = tuple(inner_lr) if isinstance(inner_lr, tuple | list) else (inner_lr, inner_lr)
     if len(ends) != 2:
@@ -60,17 +64,18 @@ def meta_sgd(
     check_number("inner_lr", low, 0)
     check_number("inner_lr", high, 0)
     if low > high:
-        raise ArgumentError("inner_lr", f"got the range {inner_lr}; it must be (low, high)")
+        raise ArgumentError("inner_lr", f"got the range {inner_lr}; it must be (low, high) with low <= high")
 
-    def initial(key: Key, fast: PyTree) -> PyTree:
+    def initial_rates(key: Key, fast: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(fast)
         keys = jax.random.split(key, len(leaves))
-        drawn = [
-            jax.random.uniform(own, leaf.shape, leaf.dtype) for own, leaf in zip(keys, leaves, strict=True)
+        samples = [
+            jax.random.uniform(leaf_key, leaf.shape, leaf.dtype)
+            for leaf_key, leaf in zip(keys, leaves, strict=True)
         ]
-        return jax.tree.map(lambda u: low + (high - low) * u, jax.tree.unflatten(structure, drawn))
+        return jax.tree.map(lambda u: low + (high - low) * u, jax.tree.unflatten(structure, samples))
 
     def descend(rates: PyTree) -> optax.GradientTransformation:
         return optax.stateless(lambda grads, params: jax.tree.map(lambda a, g: -a * g, rates, grads))
 
-    return maml(model, inner_optimizer=descend, hyper=initial, order=order, **settings)
+    return maml(model, inner_optimizer=descend, hyper=initial_rates, order=order, **settings)

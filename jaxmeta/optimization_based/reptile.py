@@ -1,4 +1,4 @@
-"""Reptile: moves the initialisation towards where each task's descent ends."""
+"""Reptile: meta-learning that moves the initialisation towards each task's adapted weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ from jaxmeta.core import (
     blank_padding,
 )
 from jaxmeta.nn.adapters import Network
-from jaxmeta.optimization_based.adaptation import adaptation, descent
+from jaxmeta.optimization_based.adaptation import adaptation, choose_optimizer
 from jaxmeta.optimization_based.settings import Adapts
 
 
@@ -50,36 +50,39 @@ def reptile(
     loss: Loss = losses.cross_entropy,
     metric: Metric | None = None,
 ) -> Learner:
-    r"""Build Reptile, which moves the initialisation towards each task's solution (Nichol et al. 2018).
+    r"""Build Reptile, which moves the initialisation towards adapted weights (Nichol et al. 2018).
 
-    θ ← θ + ε · mean_i(φ_i − θ),  φ = U^n(θ) the adapted weights
+    θ ← θ + ε · mean_i(φ_i − θ),  φ_i = U^n(θ) the adapted weights of task i
 
     `loss` is ½‖θ − φ‖² with φ constant, whose gradient is θ − φ: with `optax.sgd(ε)` as the outer
-    optimizer, a meta-step is the paper's. The query set takes no part in training; the metrics report the
-    loss and score on it, as "loss" and "accuracy" or "mse", and the distance ‖θ − φ‖²/2 as "distance".
+    optimizer, a meta-step is the paper's. The query set is not used for training; the metrics report its
+    loss as "loss", its score as "accuracy" or "mse", and ½‖θ − φ‖² as "distance".
 
-    The official inner optimizer is Adam with β_1 = 0 and a rate of 1e-3 for Omniglot at 5 ways, whose second
-    moments go on from task to task: `inner_optimizer=optax.adam(1e-3, b1=0.0)`. Here each task starts with
-    new ones, so that tasks do not depend on one another. So Adam learns slower, and slower than gradient
-    descent: on Omniglot, 5-way 1-shot, 6,000 meta-steps with `optax.adam(0.01, b1=0.0)` ended at a
-    validation accuracy of 87 %, with `inner_lr=0.5` at 98 %.
+    The official inner optimizer is Adam with β_1 = 0, on Omniglot at 5 ways with a step size of 1e-3
+    (`inner_optimizer=optax.adam(1e-3, b1=0.0)`), whose second moments persist across tasks. Here each task
+    starts with new moments, so that tasks are independent, and Adam learns slower than gradient descent: on
+    Omniglot, 5-way 1-shot, 6,000 meta-steps with `optax.adam(0.01, b1=0.0)` reached a validation accuracy of
+    87 %, with `inner_lr=0.5` 98 %.
 
     Args:
-      model: as of `jm.maml`.
-      inner_lr: step size of the inner loop's gradient descent, for the mean loss of the support set.
-      inner_optimizer: optimizer of the inner loop, which takes the place of `inner_lr`: any optax
-        transformation; None for plain gradient descent.
-      inner_steps: inner steps in training, n, at least 1.
+      model: network to meta-learn; see `jm.maml`.
+      inner_lr: step size of the inner loop's gradient descent on the mean loss of the support set.
+      inner_optimizer: optimizer of the inner loop in place of `inner_lr`: any optax transformation; None for
+        plain gradient descent.
+      inner_steps: number n of inner steps in training, at least 1.
       eval_steps: inner steps at validation and test, in `adapt`, at least 0; as in training if None.
-      inner_batch: support examples in each inner step, in turns from a random order; all if None. Official
-        Omniglot training takes 10 of 5 × 10 in each of 5 steps.
-      norm: whose statistics normalise the queries, where the network has any; see `jm.maml`.
-      adapts: parameters that the inner loop changes, as of `jm.maml`; all if None.
-      loss: `(outputs, y, mask) -> scalar`, of the inner loop.
-      metric: what is reported beside the loss, as of `jm.maml`.
+      inner_batch: support examples in each inner step, taken cyclically from a random order; all if None.
+        Official Omniglot training takes 10 of 5 × 10 in each of 5 steps.
+      norm: source of the batch statistics that normalise the queries; see `jm.maml`.
+      adapts: parameters that the inner loop changes; all if None; see `jm.maml`.
+      loss: loss function `(outputs, y, mask) -> scalar` of the inner loop.
+      metric: metric reported in addition to the loss; see `jm.maml`.
+
+    Returns:
+      A `Learner`.
 
     Raises:
-      ValueError: what `jm.maml` raises of the same arguments.
+      ValueError: errors of `jm.maml` for these arguments.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -95,7 +98,7 @@ def reptile(
     """
     network = adaptation(
         model,
-        inner_optimizer=descent(inner_lr, inner_optimizer),
+        inner_optimizer=choose_optimizer(inner_lr, inner_optimizer),
         inner_steps=inner_steps,
         eval_steps=eval_steps,
         inner_batch=inner_batch,
@@ -115,9 +118,8 @@ def reptile(
         weights, trace = network.fit(constant, support, key)
         moves = jax.tree.map(lambda start, end: jnp.square(start - end).sum(), params["model"], weights)
         distance = jnp.asarray(sum(jax.tree.leaves(moves))) / 2
-        _, metrics = network.judge(
-            weights, query, key, network.query_statistics(constant, weights, support, trace)
-        )
+        stats = network.query_statistics(constant, weights, support, trace)
+        _, metrics = network.query_loss(weights, query, key, stats)
         return distance, {**metrics, "distance": (distance, jnp.ones_like(distance))}
 
     return network.learner(task_loss)

@@ -1,8 +1,8 @@
-"""The settings of `jm.maml` that other factories hand on to it, typed for editors and type checkers.
+"""Typed settings of `jm.maml` that other factories forward to it, for editors and type checkers.
 
-A factory says by `**settings: Unpack[…]` which of them it takes, and `declare.forwards` puts these, with
-their defaults, into its signature. It refuses a setting that `jm.maml` has not, or has of another type; that
-`MamlSettings` leaves none out is a test.
+A factory declares the settings it forwards by `**settings: Unpack[…]`, and `declare.forwards` adds them, with
+their defaults, to its signature. It refuses settings that `jm.maml` does not have or annotates differently; a
+test checks that `MamlSettings` is complete.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,25 +25,25 @@ class AnyLoop(TypedDict, total=False):
 
 
 class TakesSteps(TypedDict, total=False):
-    """Their number in training."""
+    """Number of inner steps in training."""
 
     inner_steps: int
 
 
 class ChoosesParameters(TypedDict, total=False):
-    """Which parameters the inner loop changes."""
+    """Parameters that the inner loop changes."""
 
     adapts: Adapts | None
 
 
 class ChoosesOptimizer(TypedDict, total=False):
-    """Any optax transformation in the inner loop."""
+    """Optimizer of the inner loop."""
 
     inner_optimizer: InnerOptimizer | None
 
 
 class ChoosesDescent(ChoosesOptimizer, total=False):
-    """The inner optimizer, and what is learned of it."""
+    """Optimizer of the inner loop, its step size and its meta-learned hyperparameters."""
 
     inner_lr: float
     hyper: Hyper
@@ -56,19 +56,19 @@ class DrawsBatches(TypedDict, total=False):
 
 
 class Stores(TypedDict, total=False):
-    """How the backward pass gets at the inner steps."""
+    """Memory mode of the backward pass through the inner steps."""
 
     memory: Memory
 
 
 class Truncates(TypedDict, total=False):
-    """How far back it goes."""
+    """Truncation of the backward pass."""
 
     truncation: int | None
 
 
 class ChoosesDerivatives(TypedDict, total=False):
-    """Which derivatives the meta-gradient has."""
+    """Order of the meta-gradient, with the settings of implicit gradients."""
 
     order: Order
     proximal: float | None
@@ -77,29 +77,29 @@ class ChoosesDerivatives(TypedDict, total=False):
 
 
 class CaviaSettings(AnyLoop, TakesSteps, ChoosesOptimizer, Stores, total=False):
-    """Settings that `jm.cavia` hands on."""
+    """Settings that `jm.cavia` forwards."""
 
 
 class ImamlSettings(AnyLoop, ChoosesParameters, total=False):
-    """Settings that `jm.imaml` hands on."""
+    """Settings that `jm.imaml` forwards."""
 
 
 class LSTMSettings(AnyLoop, ChoosesParameters, DrawsBatches, Stores, Truncates, total=False):
-    """Settings that `jm.lstm_meta_learner` hands on."""
+    """Settings that `jm.lstm_meta_learner` forwards."""
 
 
 class MetaSGDSettings(LSTMSettings, TakesSteps, total=False):
-    """Settings that `jm.meta_sgd` hands on."""
+    """Settings that `jm.meta_sgd` forwards."""
 
 
 class FomamlSettings(AnyLoop, TakesSteps, ChoosesParameters, ChoosesDescent, DrawsBatches, total=False):
-    """Settings that `jm.fomaml` hands on."""
+    """Settings that `jm.fomaml` forwards."""
 
 
 class HeadOrBodySettings(
     AnyLoop, TakesSteps, ChoosesDescent, DrawsBatches, Stores, Truncates, ChoosesDerivatives, total=False
 ):
-    """Settings that `jm.anil` and `jm.boil` hand on."""
+    """Settings that `jm.anil` and `jm.boil` forward."""
 
 
 class MamlSettings(HeadOrBodySettings, ChoosesParameters, total=False):

@@ -1,7 +1,7 @@
-"""Loops of optimizer steps that are differentiable, and what their backward pass keeps.
+"""Differentiable loops of optimizer steps, with a choice of residuals for the backward pass.
 
 All memory modes compute the same derivatives. "store" leaves the loop to `jax.lax.scan`, which keeps
-every intermediate value of every step; the others keep the carry of each step, and run the step again.
+every intermediate value of every step; the others keep the carry of each step and run the step again.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ PyTree = Any
 
 
 def value_and_gradient(loss: Callable[..., Any], order: str, memory: str) -> Callable[..., Any]:
-    """`(theta, rest) -> (value, gradient in theta)`, to be differentiated as `order` and `memory` say.
+    """Return `(theta, (batch, extra)) -> (value, gradient in theta)` of `loss(theta, batch, **extra)`.
 
-    `rest` is `(batch, extra)`, with which `loss(theta, batch, **extra)` is called.
+    The result is differentiated according to `order` and `memory`.
     """
 
     def run(theta: PyTree, rest: PyTree) -> PyTree:
@@ -35,29 +35,29 @@ def value_and_gradient(loss: Callable[..., Any], order: str, memory: str) -> Cal
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a loop: `carry, seen = move(carry, measure(carry, index, given), index, given)`.
+    """One step of a loop: `carry, outputs = update(carry, measure(carry, index, inputs), index, inputs)`.
 
     Attributes:
-      measure: the expensive part.
-      move: the rest.
-      constant: whether what is measured has no derivative.
+      measure: the expensive part: the loss and its gradient.
+      update: the optimizer's update.
+      constant: True where the result of `measure` has no derivative.
     """
 
     measure: Callable[[PyTree, jax.Array, PyTree], PyTree]
-    move: Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[PyTree, PyTree]]
+    update: Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[PyTree, PyTree]]
     constant: bool
 
-    def __call__(self, carry: PyTree, index: jax.Array, given: PyTree) -> tuple[PyTree, PyTree]:
-        return self.move(carry, self.measure(carry, index, given), index, given)
+    def __call__(self, carry: PyTree, index: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        return self.update(carry, self.measure(carry, index, inputs), index, inputs)
 
-    def residual_bytes(self, carry: PyTree, given: PyTree) -> int:
-        """What one step leaves for its backward pass, in bytes."""
-        floats, others = partition((carry, given), inexact((carry, given)))
+    def residual_bytes(self, carry: PyTree, inputs: PyTree) -> int:
+        """Return the size of one step's residuals for its backward pass, in bytes."""
+        floats, others = partition((carry, inputs), inexact((carry, inputs)))
 
         def residuals(floats: PyTree) -> PyTree:
             def run(floats: PyTree) -> PyTree:
-                carry, given = merge(floats, others)
-                out = self(carry, jnp.zeros((), jnp.int32), given)
+                carry, inputs = merge(floats, others)
+                out = self(carry, jnp.zeros((), jnp.int32), inputs)
                 return partition(out, inexact(out))[0]
 
             return jax.vjp(run, floats)[1]
@@ -68,102 +68,103 @@ class Step:
 
 
 def unroll(
-    step: Step, carry: PyTree, given: PyTree, first: int, count: int, *, replays: bool
+    step: Step, carry: PyTree, inputs: PyTree, first: int, count: int, *, replays: bool
 ) -> tuple[PyTree, PyTree]:
-    """The steps `first … first + count − 1` of a loop.
+    """Run the steps `first … first + count − 1` of a loop.
 
     Args:
-      step: of the loop.
-      carry: what steps hand on.
-      given: what all steps see; it receives derivatives, too.
+      step: step of the loop.
+      carry: state passed from one step to the next.
+      inputs: arguments shared by all steps, differentiable.
       first: index of the first step.
       count: number of steps.
-      replays: whether the backward pass keeps the carry of each step, and what it measured where that is
-        constant, and runs the step again for the rest.
+      replays: if True, the backward pass keeps only the carry of each step, and its measured values where
+        they are constant, and runs the step again for the rest.
 
     Returns:
-      The last carry, and what the steps have seen, stacked.
+      The last carry, and the stacked outputs of the steps.
     """
     if replays and count > 1:
-        return _replay(step, carry, given, first, count)
+        return _replay(step, carry, inputs, first, count)
     if count == 1:
-        # A scan of one iteration would hide its body from the compiler's fusion with the rest.
-        carry, seen = step(carry, jnp.asarray(first), given)
-        return carry, jax.tree.map(lambda leaf: leaf[None], seen)
-    return lax.scan(lambda carry, index: step(carry, index, given), carry, first + jnp.arange(count))
+        # A scan of one iteration would keep the compiler from fusing its body with the surrounding code.
+        carry, outputs = step(carry, jnp.asarray(first), inputs)
+        return carry, jax.tree.map(lambda leaf: leaf[None], outputs)
+    return lax.scan(lambda carry, index: step(carry, index, inputs), carry, first + jnp.arange(count))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Which leaves are differentiated; it rides along with arrays without being one."""
+class _Differentiated:
+    """Mask of the differentiated leaves, static so that it can be part of the residuals."""
 
     leaves: tuple[bool, ...]
 
 
-def _replay(step, carry, given, first, count):
-    """`unroll` with a reverse-mode rule of its own.
+def _replay(step, carry, inputs, first, count):
+    """Run a loop by `unroll` with a custom reverse-mode rule.
 
-    `jax.checkpoint` in a scan would keep as little. But the backward loop then slices each step's
-    carry out of the stack where it is used, and XLA's CPU backend fuses that slice into whatever uses
-    it: a pass over a layer's activations that reads its biases so was measured to take eleven times as
-    long. Here each iteration fetches the slice for the next one, which makes it an array of its own.
+    `jax.checkpoint` in a scan would keep as little, but its backward loop slices each step's carry out of
+    the stack where it is used, and XLA's CPU backend fuses that slice into its users: a pass over a layer's
+    activations that read its biases this way took eleven times as long. Here each iteration fetches the
+    slice for the next one, so that the slice becomes a separate array.
     """
     indices = first + jnp.arange(count)
 
     @jax.custom_vjp
-    def run(carry, given):
-        return lax.scan(lambda carry, index: step(carry, index, given), carry, indices)
+    def run(carry, inputs):
+        return lax.scan(lambda carry, index: step(carry, index, inputs), carry, indices)
 
-    def forward(carry, given):
+    def forward(carry, inputs):
         carry = jax.tree.map(lambda leaf: leaf.value, carry)
-        wanted = _Wanted(tuple(leaf.perturbed for leaf in jax.tree.leaves(given)))
-        given = jax.tree.map(lambda leaf: leaf.value, given)
+        differentiated = _Differentiated(tuple(leaf.perturbed for leaf in jax.tree.leaves(inputs)))
+        inputs = jax.tree.map(lambda leaf: leaf.value, inputs)
 
         def keep(carry, index):
-            measured = step.measure(carry, index, given)
-            new, seen = step.move(carry, measured, index, given)
-            return new, (seen, (carry, measured if step.constant else None))
+            measured = step.measure(carry, index, inputs)
+            new, outputs = step.update(carry, measured, index, inputs)
+            return new, (outputs, (carry, measured if step.constant else None))
 
-        end, (seen, kept) = lax.scan(keep, carry, indices)
-        return (end, seen), (kept, given, wanted)
+        end, (outputs, kept) = lax.scan(keep, carry, indices)
+        return (end, outputs), (kept, inputs, differentiated)
 
     def backward(residuals, cotangents):
-        kept, given, wanted = residuals
-        wanted = jax.tree.unflatten(jax.tree.structure(given), wanted.leaves)
-        wanted, rest = partition(given, jax.tree.map(lambda *both: all(both), wanted, inexact(given)))
-        end_bar, seen_bar = jax.tree.map(_instantiated, cotangents)
+        kept, inputs, differentiated = residuals
+        mask = jax.tree.unflatten(jax.tree.structure(inputs), differentiated.leaves)
+        mask = jax.tree.map(lambda *both: all(both), mask, inexact(inputs))
+        differentiated, rest = partition(inputs, mask)
+        end_bar, outputs_bar = jax.tree.map(_materialize, cotangents)
 
         def at(place):
             return jax.tree.map(
-                lambda stack: lax.dynamic_index_in_dim(stack, place, 0, keepdims=False), (kept, seen_bar)
+                lambda stack: lax.dynamic_index_in_dim(stack, place, 0, keepdims=False), (kept, outputs_bar)
             )
 
         def body(i, state):
-            carry_bar, given_bar, ((carry, measured), here_bar) = state
+            carry_bar, inputs_bar, ((carry, measured), output_bar) = state
             place = count - 1 - i
             floats, others = partition(carry, inexact(carry))
 
-            def differentiable(floats, wanted):
-                carry, given = merge(floats, others), merge(wanted, rest)
+            def differentiable(floats, differentiated):
+                carry, inputs = merge(floats, others), merge(differentiated, rest)
                 index = first + place
-                known = measured if step.constant else step.measure(carry, index, given)
-                out = step.move(carry, known, index, given)
+                known = measured if step.constant else step.measure(carry, index, inputs)
+                out = step.update(carry, known, index, inputs)
                 return partition(out, inexact(out))[0]
 
-            _, pullback = jax.vjp(differentiable, floats, wanted)
-            carry_bar, more = pullback((carry_bar, here_bar))
-            return carry_bar, jax.tree.map(jnp.add, given_bar, more), at(jnp.maximum(place - 1, 0))
+            _, pullback = jax.vjp(differentiable, floats, differentiated)
+            carry_bar, more = pullback((carry_bar, output_bar))
+            return carry_bar, jax.tree.map(jnp.add, inputs_bar, more), at(jnp.maximum(place - 1, 0))
 
-        start = end_bar, jax.tree.map(jnp.zeros_like, wanted), at(count - 1)
+        start = end_bar, jax.tree.map(jnp.zeros_like, differentiated), at(count - 1)
         return lax.fori_loop(0, count, body, start)[:2]
 
     run.defvjp(forward, backward, symbolic_zeros=True)
-    return run(carry, given)
+    return run(carry, inputs)
 
 
-def _instantiated(cotangent):
-    """A cotangent as an array; None for that of an integer."""
+def _materialize(cotangent):
+    """Return a cotangent as an array, or None for the cotangent of an integer."""
     if cotangent.dtype == jax.dtypes.float0:
         return None
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
@@ -172,7 +173,7 @@ def _instantiated(cotangent):
 
 
 def _forward_over_reverse(loss):
-    """`value_and_grad` in theta whose VJP is the JVP of the gradient.
+    """Return `value_and_grad` in theta with the JVP of the gradient as its VJP.
 
     For cotangents (v̄, ḡ) of (L, ∇_θ L) the pullback to any argument a is
     v̄ ∇_a L + ∇_a ⟨∇_θ L, ḡ⟩, and the second term is d/dε ∇_a L(θ + ε ḡ, …): one forward-mode
@@ -186,8 +187,8 @@ def _forward_over_reverse(loss):
             batch, extra = merge(floats, others)
             return loss(theta, batch, **extra)
 
-        # Integer leaves ride along as an explicit argument: a closure over traced values would
-        # leak them out of the custom rule.
+        # Integer leaves are an explicit argument, because a closure over traced values would leak them out
+        # of the custom rule.
         @jax.custom_vjp
         def value_and_grad(theta, floats, others):
             return jax.value_and_grad(full_loss)(theta, floats, others)

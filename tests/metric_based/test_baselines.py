@@ -1,4 +1,4 @@
-"""Closed-form and fine-tuned heads, and the classifiers whose features they take."""
+"""Ridge, nearest-centroid and fine-tuned heads, and the classifiers that provide their features."""
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,9 @@ def test_ridge_ignores_padding_and_classes_without_examples(x64):
     head = initial(RIDGE, jm.Task(support, query))["head"]
     outputs = predict(RIDGE, support, query.x, head=head)
     holes = padded(batch(support.x, support.y, ways=5), [0, 2, 6])
-    found = predict(RIDGE, holes, query.x, head=head)
-    np.testing.assert_allclose(found[:, :WAYS], outputs, rtol=1e-9)
-    assert (found[:, WAYS:] == -np.inf).all()
+    actual = predict(RIDGE, holes, query.x, head=head)
+    np.testing.assert_allclose(actual[:, :WAYS], outputs, rtol=1e-9)
+    assert (actual[:, WAYS:] == -np.inf).all()
 
 
 def test_a_regularisation_of_ridge_that_is_not_positive_is_refused():
@@ -105,7 +105,7 @@ def test_simple_shot_is_the_nearest_centroid_of_transformed_features(transform, 
     np.testing.assert_allclose(outputs, -distances(features(q), centroids), rtol=1e-9)
 
 
-def test_the_mean_feature_is_of_all_real_examples_and_comes_from_calibration_too(x64):
+def test_the_mean_feature_ignores_padding_and_can_be_calibrated(x64):
     learner = jm.simple_shot(IDENTITY)
     task = jm.Task(padded(SUPPORT, [1]), padded(QUERY, [0, 3]))
     total, count = jax.device_get(jax.jit(learner.statistics)({"model": {}}, task, KEY))
@@ -137,7 +137,7 @@ def test_a_fine_tuned_linear_head_matches_the_released_code_in_torch(x64):
 
 
 @pytest.mark.parametrize("head", ["linear", "cosine"])
-def test_a_fine_tuned_head_descends_its_cross_entropy_by_the_given_optimizer(head, x64):
+def test_a_fine_tuned_head_minimises_its_cross_entropy_by_inner_optimizer(head, x64):
     support, query = (batch(part.x, part.y) for part in unequal())
     learner = jm.fine_tuned_head(IDENTITY, head=head, inner_optimizer=optax.sgd(0.5), eval_steps=3)
     x, q, y = support.x, query.x, support.y
@@ -179,12 +179,12 @@ def test_a_fine_tuned_head_ignores_padding_and_absent_classes(head, x64):
     support, query = (batch(part.x, part.y) for part in unequal())
     learner = jm.fine_tuned_head(IDENTITY, head=head, eval_steps=4)
     outputs = predict(learner, support, query.x)
-    found = predict(learner, padded(batch(support.x, support.y, ways=5), [0, 2, 6]), query.x)
-    np.testing.assert_allclose(found[:, :WAYS], outputs, rtol=1e-9)
-    assert (found[:, WAYS:] == -np.inf).all()
+    actual = predict(learner, padded(batch(support.x, support.y, ways=5), [0, 2, 6]), query.x)
+    np.testing.assert_allclose(actual[:, :WAYS], outputs, rtol=1e-9)
+    assert (actual[:, WAYS:] == -np.inf).all()
 
 
-# Their training, on all classes at once.
+# Training on all classes at once.
 
 
 def pretrained(name, **settings):
@@ -197,7 +197,7 @@ def pretrained(name, **settings):
 
 
 @pytest.mark.parametrize("name", ["simple_shot", "linear", "cosine"])
-def test_pretraining_is_the_cross_entropy_over_all_classes_of_every_example(name, x64):
+def test_the_training_loss_is_the_cross_entropy_over_all_classes(name, x64):
     rng = np.random.default_rng(0)
     classes = 7
     support, query = (
@@ -224,7 +224,7 @@ def test_pretraining_is_the_cross_entropy_over_all_classes_of_every_example(name
     assert known["accuracy"] == metrics["accuracy"]
 
 
-def test_the_transform_of_features_does_not_change_their_training(x64):
+def test_the_feature_transform_does_not_change_training(x64):
     task = jm.Task(*(batch(np.asarray(part.x) + 1, part.y) for part in unequal()))
     params = of_float64(initial(pretrained("simple_shot"), task), 0)
     values = [
@@ -235,7 +235,7 @@ def test_the_transform_of_features_does_not_change_their_training(x64):
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: jm.simple_shot(IDENTITY, transform="l1"), "transform: got 'l1'; it must be one of"),
         (lambda: jm.fine_tuned_head(IDENTITY, head="mlp"), "head: got 'mlp'; it must be one of"),
@@ -243,6 +243,6 @@ def test_the_transform_of_features_does_not_change_their_training(x64):
         (lambda: jm.fine_tuned_head(IDENTITY, norm="layer"), "norm: got .*; it must be one of"),
     ],
 )
-def test_bad_settings_are_refused(make, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""The kernel view, on vectors that embed themselves."""
+"""Kernel classifiers, with the identity as the embedding."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def test_attention_by_cosines_has_the_values_computed_by_hand(support, labels, e
         np.testing.assert_allclose(np.exp(outputs[0, 0]), expected, atol=1e-6)
 
 
-def test_normalised_by_the_sum_a_negative_similarity_has_no_weight():
+def test_negative_similarities_have_no_weight_when_normalised_by_the_sum():
     support = batch([[1, 0], [-1, 0], [0.6, 0.8]], [0, 1, 2], ways=3)
     outputs = predict(kernel(normalise="sum"), support, [[1, 0]])
     np.testing.assert_allclose(np.exp(outputs[0]), [1 / 1.6, 0, 0.6 / 1.6], atol=1e-6)
@@ -67,7 +67,7 @@ def test_prototypes_have_the_value_computed_by_hand():
         np.testing.assert_allclose(np.exp(outputs[0, 0]), 0.880797, atol=1e-6)
 
 
-def test_no_query_of_five_ways_has_a_probability_above_the_bound_of_scale_one():
+def test_probabilities_at_scale_one_stay_below_their_bound():
     bound = np.e / (np.e + 4 / np.e)
     learner = jm.matching(IDENTITY)
     best = batch([[1, 0], [-1, 0], [-1, 0], [-1, 0], [-1, 0]], range(5), ways=5)
@@ -84,7 +84,7 @@ def test_no_query_of_five_ways_has_a_probability_above_the_bound_of_scale_one():
 
 
 def combinations():
-    """In the default run every similarity with the default choices, and every choice with cosines."""
+    """List all combinations; not nightly: each similarity with defaults, each choice with cosines."""
     return [
         pytest.param(
             *row, marks=() if row[0] == "cosine" or row[1:] == ("softmax", "sum") else pytest.mark.nightly
@@ -114,7 +114,7 @@ def test_outputs_are_log_probabilities_and_the_loss_is_their_negative_mean(simil
         ("prototype", [1 / 3] * 3),
     ],
 )
-def test_a_constant_similarity_gives_the_shares_of_the_classes_in_the_support(normalise, reduce, expected):
+def test_a_constant_similarity_gives_the_class_frequencies_of_the_support(normalise, reduce, expected):
     task = unequal()
     learner = kernel(similarity=lambda a, b: jnp.ones((len(a), len(b))), normalise=normalise, reduce=reduce)
     outputs = np.exp(predict(learner, task.support, task.query.x))
@@ -199,9 +199,9 @@ def test_padding_changes_neither_outputs_nor_loss(reduce, x64):
     learner = kernel(similarity="euclidean", reduce=reduce)
     holes = padded(task.support, [0, 3, 3, 6])
     asked = padded(task.query, [1, 5])
-    found, value, metrics = results(learner, {"model": {}}, jm.Task(holes, asked))
+    actual, value, metrics = results(learner, {"model": {}}, jm.Task(holes, asked))
     outputs, expected, known = results(learner, {"model": {}}, task)
-    np.testing.assert_allclose(found[np.asarray(asked.mask)], outputs, rtol=1e-6)
+    np.testing.assert_allclose(actual[np.asarray(asked.mask)], outputs, rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert metrics["accuracy"] == known["accuracy"]
 
@@ -243,7 +243,7 @@ def test_a_siamese_network_is_the_kernel_of_the_nearest_by_the_sum_of_difference
     )
 
 
-def test_a_duplicated_class_gains_probability_only_where_similarities_are_summed():
+def test_duplicated_examples_raise_the_probability_only_where_similarities_are_summed():
     support, query = unequal()
     x, y = np.asarray(support.x), np.asarray(support.y)
     twice = batch(np.concatenate([x, x[y == 1]]), [*y, 1])
@@ -261,7 +261,7 @@ def test_a_duplicated_class_gains_probability_only_where_similarities_are_summed
             np.testing.assert_allclose(after, before, atol=1e-5)
 
 
-def test_the_learned_similarity_starts_as_the_euclidean_one_and_is_a_distance_after_a_linear_map(x64):
+def test_the_learned_similarity_is_euclidean_after_a_linear_map_that_starts_as_identity(x64):
     task = unequal()
     learner = kernel(similarity="learned")
     params = initial(learner, task)
@@ -281,7 +281,7 @@ def test_the_learned_similarity_starts_as_the_euclidean_one_and_is_a_distance_af
     assert np.abs(grads["head"]["similarity"]).max() > 1e-3
 
 
-def test_a_users_similarity_may_have_parameters():
+def test_a_custom_similarity_may_have_parameters():
     task = unequal()
     weighted = jm.Similarity(
         lambda weights, a, b: -(jnp.square(a[:, None] - b[None]) * weights[None, None]).sum(-1),
@@ -297,7 +297,7 @@ def test_a_users_similarity_may_have_parameters():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"similarity": "manhattan"}, "similarity: got 'manhattan'; it must be one of 'cosine'"),
         ({"normalise": "max"}, "normalise: got 'max'; it must be one of"),
@@ -306,19 +306,19 @@ def test_a_users_similarity_may_have_parameters():
         ({"norm": "layer"}, "norm: got 'layer'; it must be one of"),
     ],
 )
-def test_bad_settings_are_refused(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         kernel(**settings)
 
 
-# What holds for any embeddings, in float64.
+# Properties for arbitrary embeddings, in float64.
 
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 SUPPORT, QUERIES = (6, 3), (4, 3)
 
 
 def vectors(shape):
-    """Whole numbers, so that a vector is zero or not nearly so."""
+    """Build a strategy for vectors of whole numbers, so that none is nearly but not exactly zero."""
     return arrays(np.int64, shape, elements=st.integers(-9, 9)).map(lambda x: x.astype(np.float64))
 
 
@@ -335,14 +335,14 @@ def matching_outputs(support, x):
 
 def check(function, before, after, *, times=1.0):
     with jax.enable_x64(True):
-        expected, found = times * function(*before), function(*after)
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-7)
+        expected, actual = times * function(*before), function(*after)
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-7)
 
 
 @settings(max_examples=40, deadline=None)
 @given(vectors(SUPPORT), vectors(QUERIES), st.permutations(range(2)), st.permutations(range(3)))
 def test_prototypes_are_invariant_to_example_order_and_equivariant_to_class_order(support, x, within, names):
-    # Rows are (example, class): examples of a class are permuted, then its slot.
+    # Rows are (example, class): permute the examples of each class, then the class slots.
     moved = support.reshape(2, 3, 3)[list(within)]
     check(prototypical_logits, (support, x), (moved.reshape(6, 3), x))
     with jax.enable_x64(True):

@@ -28,7 +28,7 @@ TASK = unequal()
 
 @functools.cache
 def learner(**settings):
-    """One learner for all tests, whose functions are compiled once."""
+    """Build a learner, cached so that its functions are compiled once."""
     return jm.matching(IDENTITY, context_steps=STEPS, **settings)
 
 
@@ -47,13 +47,13 @@ def test_lstms_with_zero_weights_give_the_simple_network():
     shapes = jax.eval_shape(learner().init, KEY, TASK)
     zeros = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes)
     for scale in (1.0, 10.0):
-        found = outputs_of(learner(scale=scale), zeros, TASK.support, TASK.query.x)
+        actual = outputs_of(learner(scale=scale), zeros, TASK.support, TASK.query.x)
         expected = predict(jm.matching(IDENTITY, scale=scale), TASK.support, TASK.query.x)
-        np.testing.assert_array_equal(found, expected)
+        np.testing.assert_array_equal(actual, expected)
 
 
 def as_torch(cell):
-    """(weight_ih, weight_hh, bias_ih, bias_hh) of a cell of Flax, whose biases are the hidden part's."""
+    """Return (weight_ih, weight_hh, bias_ih, bias_hh) of a Flax cell, whose biases are bias_hh."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
 
     def stacked(parts, side, leaf):
@@ -84,10 +84,10 @@ def test_the_context_of_the_support_matches_torchs_bidirectional_lstm(x64):
     params = head()["support"]
     lstm = filled(torch.nn.LSTM(DIM, DIM, bidirectional=True), params["forward"], params["backward"])
     z = np.random.default_rng(0).normal(size=(6, DIM))
-    found = jax.jit(full_context(DIM, STEPS).support)({"support": params}, z, np.ones(6, bool))
+    actual = jax.jit(full_context(DIM, STEPS).support)({"support": params}, z, np.ones(6, bool))
     with torch.no_grad():
         both = lstm(torch.tensor(z)[:, None])[0][:, 0].numpy()
-    np.testing.assert_allclose(found, both[:, :DIM] + both[:, DIM:] + z, atol=1e-10)
+    np.testing.assert_allclose(actual, both[:, :DIM] + both[:, DIM:] + z, atol=1e-10)
 
 
 def test_the_context_of_a_query_matches_an_attention_lstm_in_torch(x64):
@@ -96,7 +96,7 @@ def test_the_context_of_a_query_matches_an_attention_lstm_in_torch(x64):
     cell = filled(torch.nn.LSTMCell(2 * DIM, DIM), params["attention"])
     rng = np.random.default_rng(0)
     z, g = rng.normal(size=(5, DIM)), rng.normal(size=(6, DIM))
-    found = jax.jit(full_context(DIM, STEPS).query)({"query": params}, z, g, np.ones(6, bool))
+    actual = jax.jit(full_context(DIM, STEPS).query)({"query": params}, z, g, np.ones(6, bool))
     with torch.no_grad():
         f, support = torch.tensor(z), torch.tensor(g)
         h, c = f, torch.zeros_like(f)
@@ -104,7 +104,7 @@ def test_the_context_of_a_query_matches_an_attention_lstm_in_torch(x64):
             r = torch.softmax(h @ support.T, 1) @ support
             h, c = cell(torch.cat([f, r], 1), (h, c))
             h = h + f
-    np.testing.assert_allclose(found, h.numpy(), atol=1e-10)
+    np.testing.assert_allclose(actual, h.numpy(), atol=1e-10)
 
 
 def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
@@ -116,8 +116,8 @@ def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
     g, f = (np.asarray(each) / np.linalg.norm(each, axis=1, keepdims=True) for each in (g, f))
     attention = np.exp(2 * f @ g.T)
     expected = attention / attention.sum(1, keepdims=True) @ np.eye(WAYS)[TASK.support.y]
-    found = predict(learner(scale=2.0), batch(x, TASK.support.y), y, head=own)
-    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-9)
+    actual = predict(learner(scale=2.0), batch(x, TASK.support.y), y, head=own)
+    np.testing.assert_allclose(np.exp(actual), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -135,22 +135,22 @@ def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
 def test_padding_anywhere_in_the_support_changes_nothing(places, value):
     own = head()
     expected = outputs(own, TASK.support, TASK.query.x)
-    found = outputs(own, padded(TASK.support, places, value), TASK.query.x)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    actual = outputs(own, padded(TASK.support, places, value), TASK.query.x)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_the_order_of_the_support_matters_and_that_of_queries_does_not():
+def test_outputs_depend_on_support_order_but_not_on_query_order():
     own = head()
     support, asked = TASK.support, np.asarray(TASK.query.x)
     x, y = np.asarray(support.x), np.asarray(support.y)
-    found = outputs(own, support, asked)
+    actual = outputs(own, support, asked)
     turned = outputs(own, batch(x[::-1], y[::-1]), asked)
-    assert np.abs(turned - found).max() > 1e-3
-    np.testing.assert_allclose(outputs(own, support, asked[::-1]), found[::-1], atol=1e-6)
-    np.testing.assert_allclose(outputs(own, support, asked[:1]), found[:1], atol=1e-6)
+    assert np.abs(turned - actual).max() > 1e-3
+    np.testing.assert_allclose(outputs(own, support, asked[::-1]), actual[::-1], atol=1e-6)
+    np.testing.assert_allclose(outputs(own, support, asked[:1]), actual[:1], atol=1e-6)
 
 
-def test_the_order_of_the_support_is_random_in_training_alone():
+def test_the_support_is_shuffled_only_in_training():
     params = {"model": {}, "head": head()}
     loss = jax.jit(lambda key: learner().loss(params, TASK, key)[0])
     values = [float(loss(key)) for key in jax.random.split(KEY, 4)]
@@ -163,13 +163,13 @@ def test_the_order_of_the_support_is_random_in_training_alone():
 
 def test_permuted_class_slots_permute_the_outputs():
     own, names = head(), np.array([2, 0, 1])
-    found = outputs(own, TASK.support, TASK.query.x)
+    actual = outputs(own, TASK.support, TASK.query.x)
     renamed = outputs(own, batch(TASK.support.x, names[TASK.support.y]), TASK.query.x)
-    np.testing.assert_allclose(renamed[:, names], found, atol=1e-6)
+    np.testing.assert_allclose(renamed[:, names], actual, atol=1e-6)
 
 
 @pytest.mark.nightly
-def test_every_parameter_of_both_contexts_learns():
+def test_every_parameter_of_both_contexts_has_a_gradient():
     params = {"model": {}, "head": head()}
     grads = jax.jit(jax.grad(lambda params: learner().loss(params, TASK, KEY)[0]))(params)
     assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(grads))
@@ -186,7 +186,7 @@ def test_a_learned_scale_starts_at_the_given_one():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"context_steps": 0}, "context_steps: got 0; it must be at least 1"),
         ({"context_steps": 2, "scale": -1.0}, "scale: got -1.0; it must be positive"),
@@ -194,6 +194,6 @@ def test_a_learned_scale_starts_at_the_given_one():
         ({"context_steps": 2, "norm": "layer"}, "norm: got .*; it must be one of"),
     ],
 )
-def test_bad_settings_are_refused(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.matching(IDENTITY, **settings)

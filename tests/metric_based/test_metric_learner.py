@@ -1,4 +1,4 @@
-"""What all methods that compare embeddings share: who is embedded with whom, by whose statistics."""
+"""Properties common to all methods that compare embeddings: batches, statistics, keys and padding."""
 
 import functools
 
@@ -46,7 +46,7 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 
 def rows(*default):
-    """Rows of all methods, of which those that are not named are nightly."""
+    """List all methods as rows, nightly unless named in `default`."""
     return [
         pytest.param(name, marks=() if name in default else pytest.mark.nightly, id=name) for name in METHODS
     ]
@@ -67,13 +67,13 @@ embed = jax.jit(MODEL.apply)
 
 @functools.cache
 def learner_of(method, **settings):
-    """One learner for all tests, whose functions are compiled once."""
+    """Build a learner, cached so that its functions are compiled once."""
     return METHODS[method](network(), **settings)
 
 
 @functools.cache
 def initialised(method):
-    """Random parameters of the right shapes, which are not initialised: that compiles for seconds."""
+    """Return random parameters of the right shapes, without `init`, which takes seconds to compile."""
     shapes = jax.eval_shape(learner_of(method).init, KEY, unequal())
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -82,7 +82,7 @@ def initialised(method):
 
 
 def of_embedded(method, params, z, z_query, y):
-    """What the method makes of vectors that are embedded already."""
+    """Return the outputs of the method for vectors that are already embedded."""
     return outputs_of(METHODS[method](IDENTITY, norm="batch"), {**params, "model": {}}, batch(z, y), z_query)
 
 
@@ -91,20 +91,20 @@ def hidden(params, x):
     return np.asarray(x) @ own["kernel"] + own["bias"]
 
 
-# By each way of a learner to use its embeddings: of classes, of pairs, and of an ordered support.
+# One method for each use of embeddings: by class, by pairs, and by an ordered support set.
 @pytest.mark.parametrize("method", rows("prototypical", "simple_shot"))
-def test_by_batch_support_and_queries_are_embedded_as_one(method):
+def test_norm_batch_embeds_support_and_queries_as_one_batch(method):
     support, query = unequal()
     params = initialised(method)
-    found = outputs_of(learner_of(method), params, support, query.x)
+    actual = outputs_of(learner_of(method), params, support, query.x)
     z = np.asarray(embed(params["model"], np.concatenate([support.x, query.x])))
     np.testing.assert_allclose(
-        found, of_embedded(method, params, z[:6], z[6:], support.y), rtol=1e-8, atol=1e-10
+        actual, of_embedded(method, params, z[:6], z[6:], support.y), rtol=1e-8, atol=1e-10
     )
 
 
 @pytest.mark.parametrize("method", FEW)
-def test_by_support_queries_are_normalised_as_the_support_is(method):
+def test_norm_support_normalises_queries_by_the_support_statistics(method):
     support, query = task = unequal()
     params, learner = initialised(method), learner_of(method, norm="support")
 
@@ -117,7 +117,7 @@ def test_by_support_queries_are_normalised_as_the_support_is(method):
     np.testing.assert_allclose(
         stats["BatchNorm_0"]["mean"], hidden(params["model"], support.x).mean(0), atol=1e-12
     )
-    found, value, _ = results(learner, params, task)
+    actual, value, _ = results(learner, params, task)
     if method == "simple_shot":  # whose mean feature is one of the statistics
         z, z_query = z - z.mean(0), z_query - z.mean(0)
         expected = outputs_of(
@@ -125,16 +125,16 @@ def test_by_support_queries_are_normalised_as_the_support_is(method):
         )
     else:
         expected = of_embedded(method, params, z, z_query, support.y)
-    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    np.testing.assert_allclose(actual, expected, rtol=1e-8)
     alone = outputs_of(learner, params, support, np.asarray(query.x)[2:3])
-    np.testing.assert_allclose(alone, found[2:3], rtol=1e-8)
+    np.testing.assert_allclose(alone, actual[2:3], rtol=1e-8)
     if method != "simple_shot":
-        expected = -np.log(softmax(found)[np.arange(5), query.y]).mean()
+        expected = -np.log(softmax(actual)[np.arange(5), query.y]).mean()
         np.testing.assert_allclose(value, expected, rtol=1e-8)
 
 
 def source():
-    """Tasks that differ in mean and in size."""
+    """Return tasks that differ in mean and in scale."""
 
     def draw(scale, key):
         centre, own = jax.random.split(key)
@@ -145,7 +145,7 @@ def source():
     return jm.TaskDistribution(jax.tree_util.Partial(draw, jnp.asarray(2.0)), jm.ProtocolCard("toy", "train"))
 
 
-def test_by_population_statistics_are_the_means_over_tasks_of_both_moments():
+def test_population_statistics_are_the_means_of_both_moments_over_tasks():
     params, tasks, count = initialised("prototypical"), source(), 5
     filled = jm.calibrate(learner_of("prototypical"), params, tasks, KEY, episodes=count)
     moments = []
@@ -162,7 +162,7 @@ def test_by_population_statistics_are_the_means_over_tasks_of_both_moments():
 
 
 @pytest.mark.parametrize("method", rows("prototypical", "simple_shot"))
-def test_by_population_queries_do_not_see_each_other_and_training_is_by_batch(method):
+def test_norm_population_predicts_queries_independently_and_trains_like_batch(method):
     support, query = task = unequal()
     params = initialised(method)
     learner, trained = learner_of(method, norm="population"), learner_of(method)
@@ -214,19 +214,19 @@ def test_the_gradient_of_relation_networks_matches_finite_differences():
 def test_float_targets_are_refused(method):
     part = jm.Batch(np.ones((3, DIM)), np.ones((3, 1)))
     learner = learner_of(method)
-    says = "got targets of type float64; methods that compare .* integer class slots"
-    with pytest.raises(ValueError, match=says):
+    message = "got targets of type float64; methods that compare .* integer class slots"
+    with pytest.raises(ValueError, match=message):
         learner.init(KEY, jm.Task(part, part))
-    # The targets are looked at before the parameters.
+    # Targets are checked before parameters are used.
     params = {}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         learner.loss(params, jm.Task(part, part), KEY)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         learner.adapt(params, part, KEY)
 
 
 @pytest.mark.parametrize(
-    ("apply", "says"),
+    ("apply", "message"),
     [
         (lambda params, x: (x, None), r"the model returns tuple for 6 examples"),
         (lambda params, x: x[:, :, None, None], r"the model returns \(6, 4, 1, 1\) for 6 examples"),
@@ -234,9 +234,9 @@ def test_float_targets_are_refused(method):
         (lambda params, x: x[:2], r"the model returns \(2, 4\) .* must be \(examples, dim\)"),
     ],
 )
-def test_outputs_that_are_no_embeddings_are_refused_at_init(apply, says):
+def test_outputs_that_are_not_embeddings_are_refused_at_init(apply, message):
     for method in FEW:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             METHODS[method]((IDENTITY[0], apply)).init(KEY, unequal())
 
 
@@ -246,7 +246,7 @@ def test_a_batch_made_by_hand_needs_no_number_of_ways(method):
     task = unequal()
     by_hand = jm.Task(*(jm.Batch(part.x, part.y) for part in task))
     learner = METHODS[method](IDENTITY)
-    # Not in a compiled program: the number of ways is read off the labels.
+    # Not compiled, because the number of ways is read from concrete labels.
     params = learner.init(KEY, by_hand)
     assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(learner.init, KEY, task))
     expected, _ = loss(learner, params, task)
@@ -254,7 +254,7 @@ def test_a_batch_made_by_hand_needs_no_number_of_ways(method):
 
 
 @pytest.mark.parametrize("norm", ["batch", "support"])
-def test_every_draw_in_training_has_a_key_of_its_own(norm):
+def test_every_draw_in_training_uses_a_separate_key(norm):
     seen = []
 
     def apply(params, x, *, key=None):
@@ -284,7 +284,7 @@ def test_every_draw_in_training_has_a_key_of_its_own(norm):
         assert set(seen) == {None}
 
 
-def test_images_are_augmented_in_training_alone():
+def test_images_are_augmented_only_in_training():
     task = unequal()
     learner = jm.prototypical(IDENTITY, augment=lambda key, x: 2 * x)
     doubled = jm.Task(*(batch(2 * np.asarray(part.x), part.y) for part in task))
@@ -321,8 +321,8 @@ def test_logits_and_loss_match_torch_on_the_same_weights(method):
     else:
         attention = torch.softmax(10 * F.cosine_similarity(z[6:, None], z[None, :6], dim=2), 1)
         expected = torch.log(attention @ F.one_hot(y).double())
-    found, value, _ = results(learner, params, task)
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-8)
+    actual, value, _ = results(learner, params, task)
+    np.testing.assert_allclose(actual, expected.numpy(), atol=1e-8)
     asked = torch.tensor(np.array(task.query.y), dtype=torch.long)
     np.testing.assert_allclose(value, F.cross_entropy(expected, asked).item(), rtol=1e-8)
 
@@ -333,7 +333,7 @@ def test_unknown_statistics_are_refused(method):
         METHODS[method](network(), norm="layer")
 
 
-# What is nearest by squared Euclidean distance: a translation of all points changes no answer.
+# Squared Euclidean distances do not change under a translation of all points.
 OF_DISTANCES = {
     "prototypical": jm.prototypical,
     "square": functools.partial(jm.prototypical, divergence=lambda u: (u**2).sum()),
@@ -346,15 +346,15 @@ OF_DISTANCES = {
 
 @pytest.mark.parametrize("offset", [0.0, 5_000.0, -40_000.0])
 @pytest.mark.parametrize("method", OF_DISTANCES)
-def test_a_common_offset_of_all_points_changes_no_answer(method, offset):
+def test_a_common_offset_of_all_points_does_not_change_outputs(method, offset):
     rng = np.random.default_rng(3)
     dim, ways = 16, 5
-    # Multiples of 1/64 are numbers of float32 at these offsets too.
+    # Multiples of 1/64 are exact in float32 at these offsets too.
     centres = np.round(64 * rng.normal(size=(ways, dim))) / 64
     places = np.repeat(np.arange(ways), 2)
     support = centres[places] + np.round(6.4 * rng.normal(size=(2 * ways, dim))) / 64
     query = centres[places] + np.round(25 * rng.normal(size=(2 * ways, dim))) / 64
-    # One slot more than there are classes, and padding that lies elsewhere.
+    # One more slot than classes, and padding far from the points.
     x = np.concatenate([offset + support, np.zeros((3, dim))])
     part = jm.Batch(
         jnp.asarray(x, jnp.float32),
@@ -365,17 +365,17 @@ def test_a_common_offset_of_all_points_changes_no_answer(method, offset):
     learner = OF_DISTANCES[method](IDENTITY)
     head = {"similarity": jnp.eye(dim, dtype=jnp.float32)} if method == "learned" else {}
     params = {"model": {}, "head": head}
-    found = np.asarray(outputs_of(learner, params, part, jnp.asarray(offset + query, jnp.float32)))
+    actual = np.asarray(outputs_of(learner, params, part, jnp.asarray(offset + query, jnp.float32)))
     each = np.square(query[:, None] - support[None]).sum(-1).reshape(len(query), ways, 2)
     to_mean = np.square(query[:, None] - support.reshape(ways, 2, dim).mean(1)[None]).sum(-1)
     nearest = {"nearest": each.min(2), "learned": -np.log(np.exp(-each).mean(2))}.get(method, to_mean)
-    assert np.isneginf(found[:, ways]).all()
-    found = found[:, :ways]
-    # Up to what is the same for all classes.
+    assert np.isneginf(actual[:, ways]).all()
+    actual = actual[:, :ways]
+    # Up to a term that is equal for all classes.
     expected = -(nearest - nearest.mean(1, keepdims=True))
     tolerance = 1e-4 if offset == 0 else 0.2
-    np.testing.assert_allclose(found - found.mean(1, keepdims=True), expected, atol=tolerance)
-    np.testing.assert_array_equal(found.argmax(1), nearest.argmin(1))
+    np.testing.assert_allclose(actual - actual.mean(1, keepdims=True), expected, atol=tolerance)
+    np.testing.assert_array_equal(actual.argmax(1), nearest.argmin(1))
 
 
 def test_distances_have_the_derivatives_of_their_formula():
@@ -389,22 +389,22 @@ def test_distances_have_the_derivatives_of_their_formula():
         return jnp.square(a[:, None] - b[None]).sum(-1)
 
     for order in (jax.grad, jax.hessian):
-        found = jax.jit(order(functools.partial(total, squared_distances), (0, 1)))(a, b)
+        actual = jax.jit(order(functools.partial(total, squared_distances), (0, 1)))(a, b)
         expected = jax.jit(order(functools.partial(total, plain), (0, 1)))(a, b)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), found, expected)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), actual, expected)
 
 
-def test_products_and_distances_of_bfloat16_are_of_float32():
+def test_products_and_distances_of_bfloat16_have_float32():
     rng = np.random.default_rng(5)
     a, b = (jnp.asarray(rng.normal(size=(4, 300)) + 50, jnp.bfloat16) for _ in range(2))
     exact = [np.asarray(each, np.float64) for each in (a, b)]
-    found = squared_distances(a, b)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, np.square(exact[0][:, None] - exact[1][None]).sum(-1), rtol=1e-5)
+    actual = squared_distances(a, b)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, np.square(exact[0][:, None] - exact[1][None]).sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", rows("context", "prototypical", "kernel"))
-def test_a_support_set_of_padding_alone_has_finite_gradients_and_says_nothing(method):
+def test_a_support_set_of_only_padding_has_finite_gradients_and_uniform_outputs(method):
     learner, params = learner_of(method), initialised(method)
     support, query = unequal()
     nothing = batch(np.full_like(support.x, np.nan), support.y, np.zeros(support.y.size))

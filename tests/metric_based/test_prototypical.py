@@ -1,4 +1,4 @@
-"""Prototypical networks and their Bregman divergences, on vectors that embed themselves."""
+"""Prototypical networks and their Bregman divergences, with the identity as the embedding."""
 
 import functools
 
@@ -46,20 +46,20 @@ def embedding():
 
 
 def filled(params, task, model=None):
-    """Params with the statistics of one task for the population's."""
+    """Return params with the statistics of one task as population statistics."""
     learner = jm.prototypical(model or embedding())
     total, count = jax.jit(learner.statistics)(params, task, KEY)
     return {**params, "population": jax.tree.map(lambda leaf: np.asarray(leaf) / count, total)}
 
 
 def total_divergence(divergence, points, candidates):
-    """Σ_i d(z_i, v) of every candidate v, each a class of its own."""
+    """Return Σ_i d(z_i, v) for every candidate v, each a separate class."""
     support = batch(candidates, range(len(candidates)), ways=len(candidates))
     return -predict(jm.prototypical(IDENTITY, divergence=divergence), support, points).sum(0)
 
 
 @pytest.mark.parametrize("divergence", ["euclidean", square, mahalanobis], ids=["euclidean", "φ", "A"])
-def test_the_mean_is_nearest_to_points_by_bregman_divergences(divergence, x64):
+def test_the_mean_minimises_bregman_divergences_from_points(divergence, x64):
     rng = np.random.default_rng(0)
     points = rng.normal(size=(7, DIM))
     others = points.mean(0) + rng.normal(size=(100, DIM)) * np.logspace(-3, 0, 100)[:, None]
@@ -67,7 +67,7 @@ def test_the_mean_is_nearest_to_points_by_bregman_divergences(divergence, x64):
     assert (totals[1:] > totals[0]).all()
 
 
-def test_the_mean_is_nearest_to_distributions_by_their_relative_entropy(x64):
+def test_the_mean_minimises_the_relative_entropy_of_distributions(x64):
     rng = np.random.default_rng(0)
     points = rng.normal(size=(7, DIM))
     mean = softmax(points).mean(0)
@@ -77,20 +77,20 @@ def test_the_mean_is_nearest_to_distributions_by_their_relative_entropy(x64):
     assert (totals[1:] > totals[0]).all()
 
 
-def test_the_mean_is_not_nearest_by_cosines(x64):
+def test_the_mean_does_not_minimise_cosine_distances(x64):
     points = np.array([[10.0, 0], [0, 1]])
     totals = total_divergence("cosine", points, np.stack([points.mean(0), [1.0, 1.0]]))
     assert totals[1] < totals[0] - 0.1
 
 
-def test_the_slope_of_a_divergence_vanishes_at_the_mean_and_the_divergence_at_the_point_itself(x64):
+def test_divergences_vanish_at_equal_points_and_their_total_slope_at_the_mean(x64):
     z = jnp.asarray(np.random.default_rng(0).normal(size=(5, DIM)))
     slope = jax.jit(jax.grad(lambda v: bregman(mahalanobis, z, v[None]).sum()))
     np.testing.assert_allclose(slope(np.mean(z, 0)), 0, atol=1e-12)
     assert np.abs(slope(np.asarray(z)[0])).max() > 0.1
-    found = np.asarray(jax.jit(lambda z: bregman(mahalanobis, z, z))(z))
-    np.testing.assert_allclose(np.diagonal(found), 0, atol=1e-12)
-    assert (found >= -1e-12).all()
+    actual = np.asarray(jax.jit(lambda z: bregman(mahalanobis, z, z))(z))
+    np.testing.assert_allclose(np.diagonal(actual), 0, atol=1e-12)
+    assert (actual >= -1e-12).all()
 
 
 def test_divergences_match_their_formulas(x64):
@@ -136,10 +136,10 @@ def test_prototypes_are_a_linear_classifier(x64):
     np.testing.assert_allclose(np.log(softmax(outputs)), np.log(softmax(linear)), atol=1e-12)
 
 
-def test_each_class_is_divided_by_its_own_number_of_examples_whatever_is_padded(x64):
+def test_each_class_sum_is_divided_by_its_number_of_unpadded_examples(x64):
     support, query = unequal()
     expected = np.stack([np.asarray(support.x)[np.asarray(support.y) == c].mean(0) for c in range(WAYS)])
-    # Three examples a class by shape, of which some are padding.
+    # Three examples in each class, some of them padding.
     x, y, mask = np.full((3, WAYS, DIM), np.nan), np.tile(np.arange(WAYS), (3, 1)), np.zeros((3, WAYS), bool)
     for c in range(WAYS):
         own = np.asarray(support.x)[np.asarray(support.y) == c]
@@ -164,7 +164,7 @@ def test_each_class_is_divided_by_its_own_number_of_examples_whatever_is_padded(
         pytest.param("support", "euclidean", marks=pytest.mark.nightly),
     ],
 )
-def test_an_added_class_has_the_prototype_of_one_known_from_the_start(norm, divergence, x64):
+def test_an_added_class_has_the_same_prototype_as_one_adapted_with_the_others(norm, divergence, x64):
     rng = np.random.default_rng(3)
     support, query = unequal()
     more = rng.normal(size=(4, DIM))
@@ -190,7 +190,7 @@ def test_an_added_class_has_the_prototype_of_one_known_from_the_start(norm, dive
     assert state["fitted"]["prototypes"].shape[0] == WAYS
 
 
-def test_a_class_is_added_only_to_prototypes_and_only_with_examples():
+def test_adding_a_class_needs_prototypes_and_examples():
     support, query = unequal()
     learner = jm.prototypical(embedding())
     params = initial(learner, jm.Task(support, query))
@@ -219,7 +219,7 @@ def described(ways=WAYS, seed=0):
     )
 
 
-def test_prototypes_of_metadata_have_length_one_and_queries_any():
+def test_prototypes_of_metadata_have_length_one_and_queries_are_not_normalised():
     support, query = described()
     x, params = np.asarray(query.x), {"model": {}, "metadata": {}}
     v = np.asarray(adapted(ZERO_SHOT, params, support)["fitted"]["prototypes"])
@@ -256,7 +256,7 @@ def test_class_slots_without_metadata_have_probability_zero():
     np.testing.assert_allclose(predict(ZERO_SHOT, holes, query.x, metadata={}), whole, rtol=1e-6)
 
 
-def test_zero_shot_learning_by_the_populations_statistics_is_inductive(x64):
+def test_zero_shot_learning_by_population_statistics_is_inductive(x64):
     support, query = described()
     learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=(4,)), norm="population")
     params = of_float64(initial(learner, jm.Task(support, query)), 0)
@@ -267,12 +267,12 @@ def test_zero_shot_learning_by_the_populations_statistics_is_inductive(x64):
     joint = outputs_of(learner, params, support, query.x)
     alone = outputs_of(learner, params, support, np.asarray(query.x)[:1])
     np.testing.assert_allclose(alone, joint[:1], rtol=1e-10)
-    # The statistics of one task are its queries' own.
+    # The statistics of one task are those of its queries.
     transductive = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=(4,)))
     np.testing.assert_allclose(outputs_of(transductive, params, support, query.x), joint, rtol=1e-8)
 
 
-def test_no_class_is_added_without_the_statistics_it_would_be_normalised_by():
+def test_adding_a_class_needs_batch_statistics_where_the_model_normalises():
     support, query = described()
     learner = jm.prototypical(embedding(), metadata=jm.nn.MLP(out=3, hidden=()))
     params = initial(learner, jm.Task(support, query))
@@ -303,7 +303,7 @@ def test_widths_of_the_two_networks_must_agree():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"divergence": "manhattan"}, "divergence: got 'manhattan'; it must be one of 'euclidean'"),
         ({"norm": "layer"}, "norm: got 'layer'; it must be one of"),
@@ -313,8 +313,8 @@ def test_widths_of_the_two_networks_must_agree():
         ),
     ],
 )
-def test_bad_settings_are_refused(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.prototypical(IDENTITY, **settings)
 
 
@@ -327,7 +327,7 @@ def test_float_targets_are_refused(learner):
         learner.adapt({"model": {}, "metadata": {}}, part, KEY)
 
 
-def test_a_learner_trained_on_many_ways_predicts_few():
+def test_a_learner_trained_on_many_ways_predicts_fewer():
     def task(ways, seed):
         x = np.random.default_rng(seed).normal(size=(2 * ways, DIM))
         return jm.Task(*(batch(part, np.arange(ways), ways=ways) for part in np.split(x, 2)))
@@ -351,29 +351,29 @@ def quartic(u):
 
 
 @pytest.mark.parametrize("generator", [square, mahalanobis, quartic, relative_entropy])
-def test_divergences_keep_their_differences_at_a_common_offset(generator):
+def test_divergences_are_accurate_at_a_common_offset(generator):
     rng = np.random.default_rng(6)
     z, v = (np.asarray(300 + rng.normal(size=(n, DIM)), np.float32) for n in (6, 3))
     of = jax.jit(functools.partial(bregman, generator))
-    found = np.asarray(of(jnp.asarray(z), jnp.asarray(v)))
+    actual = np.asarray(of(jnp.asarray(z), jnp.asarray(v)))
     with jax.enable_x64(True):
         expected = np.asarray(of(*(jnp.asarray(each, float) for each in (z, v))))
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
-    assert (found.argmin(1) == expected.argmin(1)).all()
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
+    assert (actual.argmin(1) == expected.argmin(1)).all()
 
 
 @pytest.mark.parametrize("generator", [square, quartic, relative_entropy])
-def test_divergences_are_their_formula_where_a_class_is_absent(generator, x64):
+def test_divergences_match_their_formula_where_a_class_is_absent(generator, x64):
     rng = np.random.default_rng(7)
     z, v = (rng.uniform(0.1, 2.0, size=(n, DIM)) for n in (4, 3))
     v[1] = 0  # an absent class, of which φ may have no derivative
     present = jnp.array([True, False, True])
 
-    def found(v):
+    def actual(v):
         return bregman(generator, jnp.asarray(z), v, present)[:, jnp.array([0, 2])]
 
     slopes = jax.vmap(jax.grad(generator))(jnp.asarray(v))
     phi_z, phi_v = (np.asarray(jax.vmap(generator)(jnp.asarray(each))) for each in (z, v))
     expected = phi_z[:, None] - phi_v[None] - np.einsum("mnd,nd->mn", z[:, None] - v[None], slopes)
-    np.testing.assert_allclose(found(jnp.asarray(v)), expected[:, [0, 2]], rtol=1e-9, atol=1e-9)
-    assert np.isfinite(jax.grad(lambda v: found(v).sum())(jnp.asarray(v))).all()
+    np.testing.assert_allclose(actual(jnp.asarray(v)), expected[:, [0, 2]], rtol=1e-9, atol=1e-9)
+    assert np.isfinite(jax.grad(lambda v: actual(v).sum())(jnp.asarray(v))).all()

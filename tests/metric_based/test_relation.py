@@ -1,4 +1,4 @@
-"""Relation networks, against PyTorch and by hand."""
+"""Relation networks against PyTorch and explicit loops."""
 
 import functools
 
@@ -14,7 +14,7 @@ import jaxmeta as jm
 WAYS = 3
 SHAPE = (2, 2, 2)
 
-# A comparison of maps by one hidden layer, without statistics.
+# A relation module with one hidden layer and no batch statistics.
 COMPARISON = (
     lambda key, pair: {
         "w": jax.random.normal(key, (pair[0].size, 5)) / 4,
@@ -41,7 +41,7 @@ def head():
 
 
 def scores(support, query, relation):
-    """Of every query and class, one pair at a time: the class's map first, then the query's."""
+    """Return the scores of all queries and classes, one pair at a time: class map first, then query map."""
     x, y = np.asarray(support.x), np.asarray(support.y)
     score = jax.jit(COMPARISON[1])
     return np.array(
@@ -88,7 +88,7 @@ def test_swapping_two_classes_swaps_two_columns():
 
 
 class Maps(linen.Module):
-    """Maps with batch statistics."""
+    """An embedding with feature maps and batch statistics."""
 
     @linen.compact
     def __call__(self, x, mask=None):
@@ -109,14 +109,14 @@ def small(norm="batch"):
 
 @functools.cache
 def filled():
-    """Parameters of the small network, and the statistics of one task for the population's."""
+    """Return parameters of the small network, with the statistics of one task as population statistics."""
     params = of_float64(initial(small(), maps_task()), 0)
     total, count = jax.jit(small().statistics)(params, maps_task(), KEY)
     assert count == 1
     return {**params, "population": jax.tree.map(np.asarray, total)}
 
 
-def test_a_class_is_represented_by_the_sum_of_its_maps_under_population_statistics(x64):
+def test_a_class_is_the_sum_of_its_maps_under_population_statistics(x64):
     support, query = maps_task()
     params, learner = filled(), small("population")
     outputs = outputs_of(learner, params, support, query.x)
@@ -134,22 +134,22 @@ def test_a_class_is_represented_by_the_sum_of_its_maps_under_population_statisti
         "relation": params["relation"],
         "population": {**params["population"], "model": None},
     }
-    found = outputs_of(after, known, batch(summed, range(WAYS)), embedded(query.x))
-    np.testing.assert_allclose(found, outputs, rtol=1e-9)
+    actual = outputs_of(after, known, batch(summed, range(WAYS)), embedded(query.x))
+    np.testing.assert_allclose(actual, outputs, rtol=1e-9)
     alone = outputs_of(learner, params, support, np.asarray(query.x)[2:3])
     np.testing.assert_allclose(alone, outputs[2:3], rtol=1e-9)
 
 
-def test_statistics_are_of_all_images_in_one_network_and_of_all_pairs_in_the_other(x64):
+def test_statistics_cover_all_images_in_the_embedding_and_all_pairs_in_the_comparison(x64):
     support, query = maps_task()
     params = filled()
     total = params["population"]
     x, y = np.concatenate([support.x, query.x]), np.asarray(support.y)
 
-    def check(found, own, inputs):
+    def check(actual, own, inputs):
         hidden = inputs @ np.asarray(own["kernel"]) + np.asarray(own["bias"])
-        np.testing.assert_allclose(found["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
-        np.testing.assert_allclose(found["mean_of_squares"], np.square(hidden).mean((0, 1, 2)), atol=1e-10)
+        np.testing.assert_allclose(actual["mean"], hidden.mean((0, 1, 2)), atol=1e-10)
+        np.testing.assert_allclose(actual["mean_of_squares"], np.square(hidden).mean((0, 1, 2)), atol=1e-10)
 
     check(total["model"]["BatchNorm_0"], params["model"]["Dense_0"], x)
     z = np.asarray(jax.jit(jm.nn.as_model(Maps()).apply)(params["model"], x))
@@ -179,10 +179,10 @@ def test_padding_and_absent_classes_change_nothing(norm, x64):
         return outputs, jax.value_and_grad(lambda own: learner.loss(own, task, KEY)[0])(trained)
 
     outputs, (expected, known) = jax.device_get(run(maps_task()))
-    found, (value, grads) = jax.device_get(run(ragged))
+    actual, (value, grads) = jax.device_get(run(ragged))
     real = np.asarray(ragged.query.mask)
-    np.testing.assert_allclose(found[real][:, :WAYS], outputs, rtol=1e-8)
-    assert (found[real][:, WAYS:] == -np.inf).all()
+    np.testing.assert_allclose(actual[real][:, :WAYS], outputs, rtol=1e-8)
+    assert (actual[real][:, WAYS:] == -np.inf).all()
     np.testing.assert_allclose(value, expected, rtol=1e-9)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(known), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-9)
@@ -201,7 +201,7 @@ def test_the_published_embedding_has_its_shapes(size, channels, maps):
 
 
 @pytest.mark.parametrize(("padding", "side"), [("SAME", 3), ("VALID", 9)])
-def test_maps_that_poolings_would_shrink_to_nothing_are_refused(padding, side):
+def test_images_too_small_for_the_poolings_are_refused(padding, side):
     module = jm.nn.RelationModule(filters=2, padding=padding)
     with pytest.raises(ValueError, match=f"at least {side + 1}×{side + 1}"):
         jax.eval_shape(module.init, KEY, jnp.zeros((1, side, side + 2, 4)))
@@ -229,7 +229,7 @@ def test_outputs_and_loss_match_torch_on_the_same_weights(x64):
         x = F.relu(F.batch_norm(x, None, None, norm["scale"], norm["bias"], training=True, eps=1e-3))
         return F.max_pool2d(x, 2) if pool else x
 
-    # As published: pooled after the activation. All images are one batch, and all pairs another.
+    # As published, pooling follows the activation. All images form one batch, and all pairs another.
     x = torch.tensor(np.concatenate([part.x for part in task])).permute(0, 3, 1, 2)
     for i in range(4):
         x = block(weights["model"][f"ConvNorm_{i}"], x, 0 if i < 2 else 1, i < 2)
@@ -242,16 +242,16 @@ def test_outputs_and_loss_match_torch_on_the_same_weights(x64):
     first, last = (weights["relation"][f"Dense_{i}"] for i in range(2))
     expected = F.relu(flat @ first["kernel"] + first["bias"]) @ last["kernel"] + last["bias"]
 
-    found, value, _ = results(learner, params, task)
-    np.testing.assert_allclose(found, expected.numpy().reshape(5, WAYS), atol=1e-8)
-    assert np.ptp(found) > 1e-3
+    actual, value, _ = results(learner, params, task)
+    np.testing.assert_allclose(actual, expected.numpy().reshape(5, WAYS), atol=1e-8)
+    assert np.ptp(actual) > 1e-3
     one_hot = F.one_hot(torch.tensor(np.array(task.query.y), dtype=torch.long)).double()
     np.testing.assert_allclose(
         value, F.mse_loss(torch.sigmoid(expected.reshape(5, WAYS)), one_hot).item(), rtol=1e-8
     )
 
 
-def test_networks_of_other_outputs_are_refused_at_init():
+def test_embeddings_that_are_not_feature_maps_are_refused_at_init():
     flat = (IDENTITY[0], lambda params, x: x.reshape(x.shape[0], -1))
     with pytest.raises(ValueError, match=r"the model returns \(6, 8\) for 6 examples; .*feature maps"):
         jm.relation(flat, COMPARISON).init(KEY, maps_task())
@@ -263,7 +263,7 @@ def test_a_comparison_of_another_width_is_refused():
         jm.relation(IDENTITY, wide).loss({"model": {}, "relation": head()}, maps_task(), KEY)
 
 
-def test_statistics_of_the_support_alone_and_float_targets_are_refused():
+def test_norm_support_and_float_targets_are_refused():
     with pytest.raises(ValueError, match="norm: got 'support'; it must be one of 'batch', 'population'"):
         jm.relation(IDENTITY, norm="support")
     part = jm.Batch(jnp.ones((3, *SHAPE)), jnp.ones((3, 1)))
@@ -271,7 +271,7 @@ def test_statistics_of_the_support_alone_and_float_targets_are_refused():
         SIMPLE.loss({"model": {}, "relation": head()}, jm.Task(part, part), KEY)
 
 
-def test_statistics_of_the_population_need_calibration():
+def test_norm_population_needs_calibration():
     params = initial(small(), maps_task())
     with pytest.raises(ValueError, match=r"jm\.calibrate"):
         small("population").adapt(params, maps_task().support, KEY)

@@ -1,4 +1,4 @@
-"""Siamese networks: the pairs, the head, the published twin, and the distortions of its images."""
+"""Siamese networks: pairs, heads, the published network, and image distortions."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def sigmoid(values):
 
 
 def scores(a, b, head=HEAD):
-    """Before σ, by hand."""
+    """Return the scores before σ, by a NumPy formula."""
     differences = np.abs(np.asarray(a)[:, None] - np.asarray(b)[None])
     return differences @ np.asarray(head["weights"]) + float(head.get("bias", 0.0))
 
@@ -33,12 +33,12 @@ def verification_loss(support, query, **own):
 
 
 def log_odds(a, b, **own):
-    """Of p(a, b), from the loss of the only pair, which is of one class."""
+    """Return the log odds of p(a, b), from the loss of a single pair of the same class."""
     half = verification_loss(batch(a, [0], ways=1), batch(b, [0], ways=1), **own)
     return -np.log(np.expm1(2 * half))
 
 
-def test_a_pair_has_one_probability_in_either_order(x64):
+def test_the_probability_of_a_pair_is_symmetric(x64):
     a, b = [[1.0, -2, 0.5, 3]], [[0.0, 1, 2, -1]]
     np.testing.assert_allclose(log_odds(a, b, **HEAD), scores(a, b)[0, 0], rtol=1e-9)
     np.testing.assert_allclose(log_odds(b, a, **HEAD), log_odds(a, b, **HEAD), rtol=1e-12)
@@ -59,16 +59,16 @@ def test_use_bias_decides_whether_the_head_has_a_bias():
     assert own["bias"] == 0
 
 
-def test_a_query_has_the_class_of_its_best_partner():
+def test_a_query_has_the_class_of_its_best_matching_support_image():
     outputs = predict(SIAMESE, TASK.support, TASK.query.x, head=HEAD)
-    found = scores(TASK.query.x, TASK.support.x)
-    np.testing.assert_array_equal(outputs.argmax(1), np.asarray(TASK.support.y)[found.argmax(1)])
-    best = np.stack([found[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
+    actual = scores(TASK.query.x, TASK.support.x)
+    np.testing.assert_array_equal(outputs.argmax(1), np.asarray(TASK.support.y)[actual.argmax(1)])
+    best = np.stack([actual[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
     np.testing.assert_allclose(softmax(outputs), softmax(best), rtol=1e-5)
     np.testing.assert_allclose(np.exp(outputs).sum(1), 1, rtol=1e-5)
 
 
-def test_the_loss_is_balanced_between_pairs_of_one_class_and_of_two():
+def test_the_loss_balances_pairs_of_the_same_and_of_different_classes():
     p = sigmoid(scores(TASK.query.x, TASK.support.x))
     same = np.asarray(TASK.query.y)[:, None] == np.asarray(TASK.support.y)[None]
     each = [
@@ -78,15 +78,15 @@ def test_the_loss_is_balanced_between_pairs_of_one_class_and_of_two():
     np.testing.assert_allclose(verification_loss(*TASK, **HEAD), np.mean(each), rtol=1e-5)
 
 
-def test_the_loss_of_two_pairs_is_that_computed_by_hand():
-    # |Δ| = 1 to the partner of one class, 2 to the other: p = σ(1 − 1) = ½ and σ(1 − 2) = 1/(1 + e).
+def test_the_loss_of_two_pairs_matches_the_value_computed_by_hand():
+    # |Δ| = 1 for the same class and 2 for the other: p = σ(1 − 1) = ½ and σ(1 − 2) = 1/(1 + e).
     support, query = batch([[1.0], [2.0]], [0, 1], ways=2), batch([[0.0]], [0], ways=2)
     head = {"weights": -jnp.ones(1), "bias": jnp.asarray(1.0)}
     expected = (np.log(2) - np.log(1 - 1 / (1 + np.e))) / 2
     np.testing.assert_allclose(verification_loss(support, query, **head), expected, rtol=1e-6)
 
 
-def test_the_gradient_of_a_twin_is_the_sum_over_its_branches(x64):
+def test_the_gradient_is_the_sum_over_both_branches(x64):
     module = jm.nn.as_model(jm.nn.MLP(out=DIM, hidden=(5,), activation=jnp.tanh))
     learner = jm.siamese((module.init, module.apply))
     task = jm.Task(*(batch(part.x, part.y) for part in TASK))
@@ -106,17 +106,17 @@ def test_the_gradient_of_a_twin_is_the_sum_over_its_branches(x64):
         apart = jax.grad(two_branches, (0, 1))(params["model"], params["model"])
         return apart, jax.grad(lambda params: learner.loss(params, task, KEY)[0])(params)["model"]
 
-    (left, right), found = jax.device_get(gradients(params))
-    for whole, one, other in zip(*map(jax.tree.leaves, (found, left, right)), strict=True):
+    (left, right), actual = jax.device_get(gradients(params))
+    for whole, one, other in zip(*map(jax.tree.leaves, (actual, left, right)), strict=True):
         np.testing.assert_allclose(whole, one + other, atol=1e-12)
         assert np.abs(whole - one).max() > 1e-6
 
 
-# Pairs that are drawn.
+# Sampled pairs.
 
 
 def kinds():
-    """Of queries 0, 1, 2, padding and supports 0, padding, 1, 1."""
+    """Return pair kinds for queries of classes 0, 1, 2, padding and supports 0, padding, 1, 1."""
     support, query = np.eye(3)[[0, 0, 1, 1]], np.eye(3)[[0, 1, 2, 2]]
     support[1] = query[3] = 0
     return jax.device_get(jax.jit(pair_kinds)(support, query))
@@ -125,13 +125,13 @@ def kinds():
 draw = jax.jit(sample_pairs, static_argnums=3)
 
 
-def test_pairs_with_padding_are_of_neither_kind():
+def test_pairs_with_padding_belong_to_neither_kind():
     same, different = kinds()
     np.testing.assert_array_equal(same, [[1, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
     np.testing.assert_array_equal(different, [[0, 0, 1, 1], [1, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0]])
 
 
-def test_half_of_the_pairs_are_of_each_kind_each_drawn_uniformly():
+def test_half_of_the_pairs_are_of_each_kind_and_uniform():
     same, different = kinds()
     count = 6000
     drawn = jax.device_get(draw(KEY, same, different, count))
@@ -170,8 +170,8 @@ def test_a_kind_that_does_not_exist_gives_no_valid_pair():
 
 
 @pytest.mark.nightly
-def test_many_drawn_pairs_have_the_balanced_loss_of_all():
-    # With as many partners for every query, the mean over pairs is the mean over queries.
+def test_the_loss_of_many_sampled_pairs_matches_that_of_all_pairs():
+    # All queries have equally many pairs, so the mean over pairs equals the mean over queries.
     even = jm.Task(batch(TASK.support.x, [0, 0, 1, 1, 2, 2]), batch(TASK.query.x, TASK.query.y))
     params = {"model": {}, "head": HEAD}
     expected, _ = loss(SIAMESE, params, even)
@@ -182,7 +182,7 @@ def test_many_drawn_pairs_have_the_balanced_loss_of_all():
     assert few[0] != few[1]
 
 
-def test_pairs_of_one_class_alone_have_their_loss_alone():
+def test_the_loss_covers_one_kind_where_the_other_does_not_exist():
     one = batch(TASK.support.x, [0] * 6, ways=1)
     asked = batch(TASK.query.x, [0] * 5, ways=1)
     params = {"model": {}, "head": HEAD}
@@ -194,30 +194,30 @@ def test_pairs_of_one_class_alone_have_their_loss_alone():
 # Heads.
 
 
-def test_a_network_in_place_of_the_weighted_sum_sees_differences():
+def test_a_head_network_receives_absolute_differences():
     head = jm.nn.MLP(out=1, hidden=(5,), kernel_init=jax.nn.initializers.lecun_normal())
     learner = jm.siamese(IDENTITY, head=head)
     params = initial(learner, TASK)
     outputs = predict(learner, TASK.support, TASK.query.x, **params)
     differences = np.abs(np.asarray(TASK.query.x)[:, None] - np.asarray(TASK.support.x)[None])
     score = jax.jit(jm.nn.as_model(head).apply)
-    found = np.asarray(score(params["head"], differences.reshape(-1, DIM))).reshape(5, 6)
-    best = np.stack([found[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
+    actual = np.asarray(score(params["head"], differences.reshape(-1, DIM))).reshape(5, 6)
+    best = np.stack([actual[:, np.asarray(TASK.support.y) == c].max(1) for c in range(WAYS)], 1)
     np.testing.assert_allclose(outputs, np.log(softmax(best)), atol=1e-5)
     grads = jax.jit(jax.grad(lambda params: learner.loss(params, TASK, KEY)[0]))(params)
     assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"pairs": 3}, "pairs: got 3; it must be even"),
         ({"pairs": 0}, "pairs: got 0; it must be at least 2"),
         ({"norm": "layer"}, "norm: got .*; it must be one of"),
     ],
 )
-def test_bad_settings_are_refused(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.siamese(IDENTITY, **settings)
 
 
@@ -226,7 +226,7 @@ def test_a_head_of_another_width_is_refused_at_init():
         jm.siamese(IDENTITY, head=jm.nn.MLP(out=3, hidden=(5,))).init(KEY, TASK)
 
 
-def test_a_head_that_normalises_by_its_batch_is_refused():
+def test_a_head_with_batch_statistics_is_refused():
     with pytest.raises(ValueError, match="head"):
         jm.siamese(IDENTITY, head=jm.nn.MLP(out=1, hidden=(5,), norm=True)).init(KEY, TASK)
 
@@ -234,7 +234,7 @@ def test_a_head_that_normalises_by_its_batch_is_refused():
 # The published network.
 
 
-def test_the_published_twin_has_its_shapes_and_its_number_of_parameters():
+def test_the_published_network_has_its_shapes_and_number_of_parameters():
     images = jax.ShapeDtypeStruct((2, 105, 105, 1), jnp.float32)
     module = jm.nn.Koch()
 
@@ -266,7 +266,7 @@ def test_the_published_twin_has_its_shapes_and_its_number_of_parameters():
     assert sum(jax.tree.leaves(sizes)) == 38_951_745
 
 
-def test_the_published_twin_takes_its_own_size_of_images_alone():
+def test_the_published_network_refuses_images_of_another_size():
     with pytest.raises(ValueError, match="got images of 28×28; the published network is for 105×105"):
         jax.eval_shape(jm.nn.Koch().init, KEY, jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32))
 
@@ -275,7 +275,7 @@ def test_the_published_twin_takes_its_own_size_of_images_alone():
 
 
 def distort(key, x, **settings):
-    """Distorted images, by one compiled program for each shape and kind of settings."""
+    """Distort images, with one compiled program for each shape and set of settings."""
     return np.asarray(_distort(key, jnp.asarray(x), **settings))
 
 
@@ -291,20 +291,20 @@ def images(count=4):
 
 
 def tracked(x, **settings):
-    """Distorted images, and of each the affine map from its pixels to where they come from."""
+    """Return distorted images, and the affine map from each one's pixels to their source positions."""
     rows, columns = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
     places = np.broadcast_to(np.stack([rows, columns], -1), (len(x), HEIGHT, WIDTH, 2))
     carried = np.concatenate([x, places.astype(np.float32), np.ones_like(x)], -1)
-    found = distort(KEY, carried, **{**NOTHING, **settings}).astype(np.float64)
+    actual = distort(KEY, carried, **{**NOTHING, **settings}).astype(np.float64)
     maps = []
-    for image in found:
+    for image in actual:
         inside = image[..., 3] > 0.9999
         grid = np.stack([rows[inside], columns[inside], np.ones(inside.sum())], 1)
         assert len(grid) > 20
         solution, _, _, _ = np.linalg.lstsq(grid, image[inside][:, 1:3], rcond=None)
         np.testing.assert_allclose(grid @ solution, image[inside][:, 1:3], atol=1e-4)
         maps.append((solution[:2].T, solution[2]))
-    return found[..., :1], maps
+    return actual[..., :1], maps
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,8 @@ def tracked(x, **settings):
 )
 def test_distortions_are_affine_maps_with_bilinear_interpolation_on_zeros(settings):
     x = images()
-    found, maps = tracked(x, **settings)
-    for image, result, (matrix, offset) in zip(np.asarray(x), found, maps, strict=True):
+    actual, maps = tracked(x, **settings)
+    for image, result, (matrix, offset) in zip(np.asarray(x), actual, maps, strict=True):
         expected = affine_transform(
             image[..., 0].astype(np.float64), matrix, offset, order=1, mode="grid-constant"
         )
@@ -331,7 +331,7 @@ def test_distortions_are_affine_maps_with_bilinear_interpolation_on_zeros(settin
 CENTRE = np.array([(HEIGHT - 1) / 2, (WIDTH - 1) / 2])
 
 
-def test_each_component_is_a_map_of_its_kind_within_its_range():
+def test_each_component_is_an_affine_map_within_its_range():
     x = images(30)
     for matrix, offset in tracked(x, rotation=10.0)[1]:
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), atol=1e-4)
@@ -355,29 +355,29 @@ def test_distortions_of_probability_zero_change_nothing():
     np.testing.assert_array_equal(distort(KEY, x, probability=0.0), x)
 
 
-def test_each_component_is_there_in_half_of_the_images():
+def test_each_component_applies_to_half_of_the_images():
     x = np.broadcast_to(images(1), (1000, HEIGHT, WIDTH, 1))
     changed = distort(KEY, x, **{**NOTHING, "rotation": 30.0, "probability": 0.5}) != x
     assert 0.4 < changed.any((1, 2, 3)).mean() < 0.6
 
 
-def test_distorted_images_stay_in_range_and_keep_their_type():
-    found = distort(KEY, images(50), rotation=180.0, shear=1.0, scale=0.5, shift=0.5)
-    assert found.shape == (50, HEIGHT, WIDTH, 1)
-    assert found.dtype == jnp.float32
-    assert float(found.min()) >= 0
-    assert float(found.max()) <= 1 + 1e-6
+def test_distorted_images_stay_in_range_and_keep_their_dtype():
+    actual = distort(KEY, images(50), rotation=180.0, shear=1.0, scale=0.5, shift=0.5)
+    assert actual.shape == (50, HEIGHT, WIDTH, 1)
+    assert actual.dtype == jnp.float32
+    assert float(actual.min()) >= 0
+    assert float(actual.max()) <= 1 + 1e-6
 
 
-def test_each_image_has_a_draw_of_its_own_and_each_key():
+def test_each_image_and_each_key_has_a_separate_draw():
     x = np.broadcast_to(images(1), (6, HEIGHT, WIDTH, 1))
-    found = distort(KEY, x, probability=1.0).reshape(6, -1)
-    assert len(np.unique(found, axis=0)) == 6
+    actual = distort(KEY, x, probability=1.0).reshape(6, -1)
+    assert len(np.unique(actual, axis=0)) == 6
     other = distort(jax.random.key(1), x, probability=1.0).reshape(6, -1)
-    assert len(np.unique(np.concatenate([found, other]), axis=0)) == 12
+    assert len(np.unique(np.concatenate([actual, other]), axis=0)) == 12
 
 
-def test_mapped_distortions_match_a_loop():
+def test_distortions_under_vmap_match_a_loop():
     x, keys = jnp.asarray(images()), jax.random.split(KEY, 2)
     expected = np.stack([distort(key, x) for key in keys])
     np.testing.assert_allclose(

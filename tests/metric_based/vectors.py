@@ -1,4 +1,4 @@
-"""Tasks of a few vectors, whose embedding may be the identity, for the tests of methods that compare."""
+"""Tasks of small vectors for the tests of methods that compare embeddings."""
 
 import functools
 
@@ -19,7 +19,7 @@ def batch(x, y, mask=None, ways=WAYS):
 
 
 def part_of(learner, name):
-    """One function of the learner, as one compiled program: operation by operation is ten times slower."""
+    """Return a function of the learner as one compiled program, which is ten times faster than eager."""
     return _jitted(getattr(learner, name))
 
 
@@ -37,22 +37,22 @@ def adapted(learner, params, support):
 
 
 def loss(learner, params, task, key=KEY):
-    """The loss of a task, and its metrics."""
+    """Return the loss of a task, and its metrics."""
     return jax.device_get(part_of(learner, "loss")(params, task, key))
 
 
 def outputs_of(learner, params, support, x):
-    """What is predicted of the queries `x` after adaptation to the support set."""
+    """Predict the queries `x` after adaptation to the support set."""
     return np.asarray(_outputs(learner, params, support, x))
 
 
 def results(learner, params, task):
-    """Outputs for the queries of a task, its loss and its metrics, in one program."""
+    """Return the query outputs of a task, its loss and its metrics, from one program."""
     return jax.device_get(_results(learner, params, task))
 
 
 def initial_results(learner, task):
-    """Initial parameters, and the results with them."""
+    """Return initial parameters, and the results with them."""
     return jax.device_get(_initial_results(learner, task))
 
 
@@ -75,12 +75,12 @@ def _outputs(learner, params, support, x):
 
 
 def predict(learner, support, x, **params):
-    """Outputs of an embedding without parameters."""
+    """Predict the queries with an embedding that has no parameters."""
     return outputs_of(learner, {"model": {}, **params}, support, jnp.asarray(x, float))
 
 
 def unequal(seed=0):
-    """Three classes of two, one and three examples, out of order, and five queries."""
+    """Build a task of three classes with two, one and three examples, out of order, and five queries."""
     rng = np.random.default_rng(seed)
     return jm.Task(
         batch(rng.normal(size=(6, DIM)), [2, 0, 1, 2, 0, 2]),
@@ -89,7 +89,7 @@ def unequal(seed=0):
 
 
 def padded(part, places, value=np.nan):
-    """`part` with padding before the given examples, of any label."""
+    """Insert padding, with arbitrary labels, before the examples at `places`."""
     x = np.insert(np.asarray(part.x), places, value, axis=0)
     y = np.insert(np.asarray(part.y), places, 1)
     return batch(x, y, np.insert(np.ones(part.y.size, bool), places, False), part.ways)
@@ -105,7 +105,7 @@ def softmax(values):
 
 
 def gradient_check(function, params, seed=0, step=3e-6):
-    """Relative error of the gradient against finite differences along a random direction, and the value."""
+    """Return the gradient's relative error along a random direction by finite differences, and the value."""
     rng = np.random.default_rng(seed)
     direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
 
@@ -121,7 +121,7 @@ def gradient_check(function, params, seed=0, step=3e-6):
 
 
 def of_float64(tree, seed=None):
-    """In float64 and, with a seed, away from initial zeros and ones."""
+    """Convert a tree to float64 and, with a seed, perturb initial zeros and ones."""
     rng = np.random.default_rng(seed)
     noise = 0.0 if seed is None else 0.1
     return jax.tree.map(

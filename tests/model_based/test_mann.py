@@ -32,7 +32,7 @@ def network(out=WAYS, **settings):
 
 
 def episode(steps=STEPS, queries=2, ways=WAYS, seed=0):
-    """Images of 2 by 2 of random classes; the labels are in no order."""
+    """Build an episode of 2×2 images of random classes, with labels in random order."""
     rng = np.random.default_rng(seed)
     return jm.Task(
         batch(rng.normal(size=(steps, 2, 2)), rng.integers(ways, size=steps), ways=ways),
@@ -42,13 +42,13 @@ def episode(steps=STEPS, queries=2, ways=WAYS, seed=0):
 
 @cache
 def weights(controller):
-    """Large enough for the outputs to depend on all there is."""
+    """Draw weights large enough for the outputs to depend on all inputs."""
     learner = jm.mann(network(controller=controller))
     return of_float64(jax.jit(learner.init)(KEY, episode()), 2)
 
 
-class Ready:
-    """A learner, its parameters, and its functions compiled once."""
+class CompiledLearner:
+    """A learner with its parameters and compiled functions."""
 
     def __init__(self, model, params, **settings):
         self.model, self.params, self.strings = model, params, settings.get("strings")
@@ -62,7 +62,7 @@ class Ready:
         return self.predict(params, self.adapt(params, support, key), query.x)
 
     def code(self, label):
-        """What the network is told of a label: a one-hot vector for each character."""
+        """Encode a label as the network's input: a one-hot vector for each character."""
         letters, characters = self.strings or (self.model.out, 1)
         return np.concatenate([np.eye(letters)[label // letters**i % letters] for i in range(characters)])
 
@@ -73,7 +73,7 @@ class Ready:
         return state, call(features, method="outputs")
 
     def by_hand(self, support, query):
-        """Raw outputs at the steps that are real, and for each query, by a loop of the network's methods."""
+        """Return raw outputs at the real steps and for each query, by a loop over the network's methods."""
         kept = range(len(support.y)) if support.mask is None else np.flatnonzero(support.mask)
         state, label, outputs = self.model.initial(), np.zeros(self.model.out), []
         for t in kept:
@@ -84,7 +84,7 @@ class Ready:
         return np.stack(outputs), np.stack(asked)
 
     def cross_entropy(self, output, label):
-        """Summed over characters."""
+        """Return the cross-entropy, summed over characters."""
         characters = 1 if self.strings is None else self.strings[1]
         apart = np.asarray(output).reshape(characters, -1)
         logs = apart - np.log(np.exp(apart).sum(1, keepdims=True))
@@ -94,7 +94,7 @@ class Ready:
 @cache
 def ready(controller="lstm", **settings):
     model = network(controller=controller)
-    return Ready(model, weights(controller), **settings)
+    return CompiledLearner(model, weights(controller), **settings)
 
 
 @cache
@@ -102,7 +102,7 @@ def spelling(letters, characters):
     model, ways = network(letters * characters), letters**characters
     strings = (letters, characters)
     params = jax.jit(jm.mann(model, strings=strings).init)(KEY, episode(ways=ways))
-    return Ready(model, of_float64(params, 2), strings=strings)
+    return CompiledLearner(model, of_float64(params, 2), strings=strings)
 
 
 def unasked(query):
@@ -114,7 +114,7 @@ def unasked(query):
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("controller", ["lstm", "feed_forward"])
-def test_loss_outputs_and_queries_are_those_of_a_plain_loop(controller, x64):
+def test_loss_and_outputs_match_a_plain_loop(controller, x64):
     model, (support, query) = ready(controller), episode()
     outputs, asked = model.by_hand(support, query)
     expected = sum(map(model.cross_entropy, outputs, support.y)) + sum(
@@ -123,8 +123,8 @@ def test_loss_outputs_and_queries_are_those_of_a_plain_loop(controller, x64):
     value, metrics = model.loss(model.params, jm.Task(support, query), KEY)
     np.testing.assert_allclose(value, expected, rtol=1e-10)
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], expected, rtol=1e-6)
-    found = model.outputs(model.params, support, query)
-    np.testing.assert_allclose(found, asked, rtol=1e-9)
+    actual = model.outputs(model.params, support, query)
+    np.testing.assert_allclose(actual, asked, rtol=1e-9)
     right = (asked.argmax(1) == np.asarray(query.y)).sum()
     assert [float(v) for v in metrics["accuracy"]] == [right, 2]
     assert len({tuple(row) for row in asked.tolist()}) == 2
@@ -147,12 +147,12 @@ def test_loss_at_initialisation_is_near_that_of_uniform_probabilities(x64):
     assert abs(value / (STEPS + 2) - np.log(WAYS)) < 0.4
 
 
-# What may be known when.
+# Causality.
 
 
 @cache
 def costs_and_answers():
-    """Functions of a sequence: of its steps, the costs of all labels there might be, and the answers."""
+    """Return functions of a sequence: the cost of each possible label at a step, and the outputs there."""
     learner, params, steps = ready().learner, ready().params, jnp.arange(STEPS)
 
     def loss(support, end, query):
@@ -160,12 +160,12 @@ def costs_and_answers():
         return learner.loss(params, task, KEY)[0]
 
     def cost(support, query, t, label):
-        """Of step t, were its label `label`; the loss of what ends with it, less that of what ends before."""
+        """Return the cost of step t with label `label`: the loss with this step minus the loss without it."""
         support = batch(support.x, jnp.where(steps == t, label, support.y))
         return loss(support, t + 1, query) - loss(support, t, query)
 
     def answer(support, t):
-        """To what comes at step t after the steps before it alone."""
+        """Return the outputs at step t after the earlier steps only."""
         adapted = learner.adapt(params, batch(support.x, support.y, steps < t), KEY)
         return learner.predict(params, adapted, lax.dynamic_slice_in_dim(support.x, t, 1))[0]
 
@@ -186,7 +186,7 @@ def test_an_output_does_not_depend_on_the_label_of_its_own_step(x64):
     np.testing.assert_allclose(np.asarray(costs)[range(STEPS), support.y].sum(), whole, rtol=1e-10)
 
 
-def test_a_label_changes_all_answers_after_its_step_and_no_others(x64):
+def test_a_label_changes_all_outputs_after_its_step_and_no_others(x64):
     model, (support, query) = ready(), episode()
     _, answer = costs_and_answers()
     before = np.asarray(answer(support))
@@ -195,13 +195,13 @@ def test_a_label_changes_all_answers_after_its_step_and_no_others(x64):
         after = np.asarray(answer(other))
         np.testing.assert_array_equal(after[: t + 1], before[: t + 1])
         assert (np.abs(after - before)[t + 1 :].max(1, initial=0) > 1e-8).all()
-        # And these are the answers that training asks for.
+        # These outputs are the ones that the training loss uses.
         value, _ = model.loss(model.params, jm.Task(other, unasked(query)), KEY)
         np.testing.assert_allclose(value, sum(map(model.cross_entropy, after, other.y)), rtol=1e-10)
 
 
 class Echo(jm.nn.MemoryNetwork):
-    """Says the label it is told, and nothing else."""
+    """A network that outputs the label it receives."""
 
     def setup(self):
         self.volume = self.param("volume", linen.initializers.ones, ())
@@ -217,42 +217,42 @@ class Echo(jm.nn.MemoryNetwork):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_network_is_told_the_label_of_the_step_before(masked, x64):
+def test_the_network_receives_the_label_of_the_previous_step(masked, x64):
     learner = jm.mann(Echo(out=WAYS), shuffle=False, instances=STEPS)
     labels, kept = [2, 2, 0, 1, 1, 1], [True, True, False, True, True, True]
     support = batch(np.ones((STEPS, 2, 2)), labels, kept if masked else None)
     query = batch(np.ones((2, 2, 2)), [1, 0])
     params = learner.init(KEY, jm.Task(support, query))
     _, metrics = jax.jit(learner.loss)(params, jm.Task(support, query), KEY)
-    # Right is what repeats the label before: steps 1, 4 and 5, and the query of class 1. At the first it is
-    # told nothing, and its guess is class 0.
+    # Steps that repeat the previous label are correct: 1, 4 and 5, and the query of class 1. The first step
+    # receives no label, and its prediction is class 0.
     expected = [(0, 2 if masked else 3), (2, 2), (1, 1), (0, 0), (0, 0), (0, 0)]
-    found = [[float(v) for v in metrics[f"instance_{i + 1}"]] for i in range(STEPS)]
-    np.testing.assert_array_equal(found, expected)
+    actual = [[float(v) for v in metrics[f"instance_{i + 1}"]] for i in range(STEPS)]
+    np.testing.assert_array_equal(actual, expected)
     np.testing.assert_array_equal([float(v) for v in metrics["accuracy"]], [1, 2])
     # 1000 for each mistake after the first step.
     wrong = 1000 * (1 if masked else 2) + 1000
     np.testing.assert_allclose(metrics["loss"][0], wrong + np.log(3), rtol=1e-6)
-    told = learner.predict(params, learner.adapt(params, support, KEY), query.x)
-    np.testing.assert_array_equal(told, 1000 * np.eye(3)[[1, 1]])
+    outputs = learner.predict(params, learner.adapt(params, support, KEY), query.x)
+    np.testing.assert_array_equal(outputs, 1000 * np.eye(3)[[1, 1]])
 
 
 @pytest.mark.nightly
-def test_queries_are_next_steps_that_leave_no_trace(x64):
+def test_queries_are_next_steps_that_do_not_change_the_memory(x64):
     model, (support, query) = ready(), episode(queries=3)
     adapted = model.adapt(model.params, support, KEY)
-    found = np.asarray(model.predict(model.params, adapted, query.x))
+    actual = np.asarray(model.predict(model.params, adapted, query.x))
     for i in range(3):
         alone = model.predict(model.params, adapted, query.x[i : i + 1])
-        np.testing.assert_allclose(alone[0], found[i], rtol=1e-10)
-    np.testing.assert_allclose(model.predict(model.params, adapted, query.x[::-1]), found[::-1], rtol=1e-10)
+        np.testing.assert_allclose(alone[0], actual[i], rtol=1e-10)
+    np.testing.assert_allclose(model.predict(model.params, adapted, query.x[::-1]), actual[::-1], rtol=1e-10)
     before, _ = model.loss(model.params, jm.Task(support, unasked(query)), KEY)
     together, _ = model.loss(model.params, jm.Task(support, query), KEY)
     total = before
     for i in range(3):
         x, y = (np.concatenate([a, b[i : i + 1]]) for a, b in ((support.x, query.x), (support.y, query.y)))
         value, _ = model.loss(model.params, jm.Task(batch(x, y), unasked(query)), KEY)
-        np.testing.assert_allclose(value - before, model.cross_entropy(found[i], query.y[i]), rtol=1e-8)
+        np.testing.assert_allclose(value - before, model.cross_entropy(actual[i], query.y[i]), rtol=1e-8)
         total += value - before
     np.testing.assert_allclose(together, total, rtol=1e-10)
 
@@ -262,7 +262,7 @@ def test_queries_are_next_steps_that_leave_no_trace(x64):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("strings", [None, (3, 2)])
-def test_there_may_be_no_queries(strings, x64):
+def test_tasks_without_queries_are_allowed(strings, x64):
     ways = WAYS if strings is None else 9
     model = network(out=WAYS if strings is None else 6)
     task = episode(ways=ways)
@@ -301,17 +301,17 @@ def test_episodes_are_independent(x64):
     assert len({float(value) for value in together[0][0]}) == 3
 
 
-def test_an_empty_sequence_leaves_the_memory_as_it_was(x64):
+def test_an_empty_sequence_leaves_the_memory_unchanged(x64):
     model, (support, _) = ready(), episode()
     empty = batch(support.x, support.y, [False] * STEPS)
-    found = model.outputs(model.params, empty, support)[:1]
-    np.testing.assert_allclose(found, model.by_hand(support, support)[0][:1], rtol=1e-10)
+    actual = model.outputs(model.params, empty, support)[:1]
+    np.testing.assert_allclose(actual, model.by_hand(support, support)[0][:1], rtol=1e-10)
 
 
 @pytest.mark.nightly
 def test_permuted_labels_permute_the_outputs(x64):
     model, (support, query) = ready(), episode()
-    found = model.outputs(model.params, support, query)
+    actual = model.outputs(model.params, support, query)
     value, metrics = model.loss(model.params, jm.Task(support, query), KEY)
     for named in itertools.permutations(range(WAYS)):
         to = jnp.array(named)
@@ -326,7 +326,7 @@ def test_permuted_labels_permute_the_outputs(x64):
         }
         renamed = jm.Task(batch(support.x, to[support.y]), batch(query.x, to[query.y]))
         outputs = model.outputs(params, renamed.support, query)
-        np.testing.assert_allclose(outputs[:, to], found, rtol=1e-9)
+        np.testing.assert_allclose(outputs[:, to], actual, rtol=1e-9)
         again, same = model.loss(params, renamed, KEY)
         np.testing.assert_allclose(again, value, rtol=1e-10)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), same, metrics)
@@ -336,7 +336,7 @@ def test_permuted_labels_permute_the_outputs(x64):
 
 
 def holes(part, at):
-    """`part` with NaN and a wrong label put in before the examples `at`."""
+    """Insert padding, with NaN and wrong labels, before the examples `at`."""
     x, y = np.asarray(part.x), np.asarray(part.y)
     return batch(
         np.insert(x, at, np.nan, axis=0), np.insert(y, at, 1), np.insert(np.ones(len(y), bool), at, False)
@@ -360,7 +360,7 @@ def test_padding_changes_nothing(shuffle, at, x64):
 
 
 @pytest.mark.nightly
-def test_few_shot_tasks_are_put_in_random_order(x64):
+def test_few_shot_tasks_are_shuffled(x64):
     model, plain, (support, query) = ready(shuffle=True), ready(), episode(steps=3)
     orders = [list(order) for order in itertools.permutations(range(3))]
     known = [
@@ -372,11 +372,11 @@ def test_few_shot_tasks_are_put_in_random_order(x64):
     )
     near = np.abs(np.asarray(values)[:, None] - np.asarray(known)[None]) < 1e-9
     assert (near.sum(1) == 1).all()
-    # Each of the 6 is as likely: 4 standard errors of 100.
+    # The 6 orders are equally likely: within 4 standard errors of 100.
     assert (np.abs(near.sum(0) - 100) < 4 * np.sqrt(600 * 5 / 36)).all()
 
 
-def test_the_order_of_training_is_that_of_adaptation_with_the_same_key(x64):
+def test_training_and_adaptation_use_the_same_order_for_the_same_key(x64):
     model, (support, query) = ready(shuffle=True), episode()
     for key in jax.random.split(KEY, 3):
         value, _ = model.loss(model.params, jm.Task(support, query), key)
@@ -387,12 +387,12 @@ def test_the_order_of_training_is_that_of_adaptation_with_the_same_key(x64):
 
 
 def brighter(key, x):
-    """Twice as bright, and by chance a little more."""
+    """Double the brightness, plus a small random amount."""
     return 2 * x + jax.random.uniform(key, (x.shape[0], 1, 1))
 
 
 @pytest.mark.nightly
-def test_images_are_augmented_in_training_alone(x64):
+def test_images_are_augmented_only_in_training(x64):
     plain, (support, query) = ready(), episode()
     model = ready(augment=brighter)
     jax.tree.map(
@@ -402,7 +402,7 @@ def test_images_are_augmented_in_training_alone(x64):
     )
     values = [model.loss(model.params, jm.Task(support, query), key)[0] for key in jax.random.split(KEY)]
     assert values[0] != values[1]
-    # All images: those of the support set and of the queries.
+    # Images of the support set and of the queries.
     flat = ready(augment=lambda key, x: jnp.zeros_like(x))
     dark = jm.Task(*(batch(0 * part.x, part.y) for part in (support, query)))
     np.testing.assert_allclose(
@@ -427,7 +427,7 @@ def test_logits_of_strings_are_sums_over_their_characters(x64):
         )
     best = asked.reshape(8, 2, 5).argmax(2)
     np.testing.assert_array_equal(joint.argmax(1), best[:, 0] + 5 * best[:, 1])
-    # The joint softmax is the product of the characters'.
+    # The joint softmax is the product of the characters' softmaxes.
     expected = sum(map(model.cross_entropy, outputs, support.y)) + sum(
         map(model.cross_entropy, asked, query.y)
     )
@@ -440,7 +440,7 @@ def test_logits_of_strings_are_sums_over_their_characters(x64):
     )
 
 
-def test_a_string_is_right_where_all_its_characters_are(x64):
+def test_a_string_is_correct_only_if_all_its_characters_are(x64):
     model, (support, query) = spelling(2, 2), episode(steps=12, queries=9, ways=4, seed=3)
     outputs, asked = model.by_hand(support, query)
 
@@ -469,7 +469,7 @@ def test_the_first_character_of_a_string_varies_fastest(x64):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_instances_are_counted(masked, x64):
+def test_accuracies_are_counted_for_each_presentation(masked, x64):
     model = ready(instances=3)
     rng = np.random.default_rng(4)
     y = np.array([0, 1, 0, 0, 2, 0, 0, 1, 0, 1])
@@ -507,14 +507,14 @@ def test_outputs_that_are_nan_count_as_wrong(x64):
 # Bad input.
 
 
-def test_outputs_are_as_wide_as_labels():
-    with pytest.raises(ValueError, match="network: got one of out=4, and labels of these tasks need 3"):
+def test_a_network_of_another_output_width_is_refused():
+    with pytest.raises(ValueError, match="network: got out=4; the labels of these tasks need out=3"):
         jm.mann(network(4)).init(KEY, episode())
-    with pytest.raises(ValueError, match=r"network: got one of out=25, .* need 10"):
+    with pytest.raises(ValueError, match=r"network: got out=25; .* need out=10"):
         jm.mann(network(25), strings=(5, 2)).init(KEY, episode(ways=25))
 
 
-def test_strings_are_those_of_the_tasks():
+def test_strings_that_do_not_match_the_tasks_are_refused():
     with pytest.raises(ValueError, match=r"strings: got \(5, 2\), 25 strings, .* 3 labels"):
         jm.mann(network(10), strings=(5, 2)).init(KEY, episode())
 
@@ -523,7 +523,7 @@ def test_strings_are_those_of_the_tasks():
 
 
 @pytest.mark.nightly
-def test_second_presentations_are_learned_and_first_ones_cannot_be():
+def test_second_presentations_are_learned_and_first_ones_stay_at_chance():
     ways, shots = 3, 4
     rng = np.random.default_rng(0)
     means = np.repeat(rng.normal(size=(24, 2, 2)), 6, axis=0)

@@ -30,7 +30,7 @@ def softplus(a):
 
 
 def busy(memory, seed=0):
-    """A state of an LRUA in the middle of an episode, without ties in its usage."""
+    """Return a state of an LRUA in the middle of an episode, without ties in its usage."""
     rng = np.random.default_rng(seed)
     read = rng.dirichlet(np.ones(memory.rows), size=memory.heads)
     return {
@@ -44,7 +44,7 @@ def busy(memory, seed=0):
 # Least recently used access.
 
 
-def test_one_step_by_hand():
+def test_one_step_matches_values_computed_by_hand():
     state = {
         "memory": jnp.array([[1.0, 0], [0, 1], [1, 1], [0.5, -0.5]]),
         "usage": jnp.array([0.9, 0.2, 0.5, 0.1]),
@@ -59,7 +59,7 @@ def test_one_step_by_hand():
     close(after["read_weights"], [[0.311209, 0.114487, 0.263095, 0.311209]])
     close(after["reads"], [0.861456, 0.377582])
     close(after["usage"], [1.166209, 0.304487, 1.238095, 0.906209])
-    # w^w is what usage has more than decay and read weights, and the cosines are the weights' logarithms.
+    # w^w is usage minus decayed usage minus read weights, and the cosines are logarithms of the weights.
     written = after["usage"] - 0.95 * state["usage"] - after["read_weights"][0]
     np.testing.assert_allclose(written, [0, 0, 0.5, 0.5], atol=1e-12)
     logs = np.log(after["read_weights"][0])
@@ -132,11 +132,11 @@ def test_gates_choose_between_last_read_and_least_used(least):
         marks[0, first] = marks[1, second] = 1
     for bias, expected in ((60.0, np.asarray(state["read_weights"])), (-60.0, marks)):
         gates = {"kernel": 0 * params["params"]["gates"]["kernel"], "bias": jnp.full(2, bias)}
-        given = {"params": {**params["params"], "gates": gates}}
-        after, _ = memory.apply(given, state, h)
+        variables = {"params": {**params["params"], "gates": gates}}
+        after, _ = memory.apply(variables, state, h)
         written = after["usage"] - memory.decay * state["usage"] - after["read_weights"].sum(0)
         np.testing.assert_allclose(written, expected.sum(0), atol=1e-12)
-        # Rows with no weight are as they were, but for the one that is wiped; others have additions alone.
+        # Rows without weight are unchanged, except the wiped one; the others only have additions.
         before = np.array(state["memory"])
         before[first] = 0
         untouched = expected.sum(0) == 0
@@ -155,9 +155,9 @@ def test_gates_choose_between_last_read_and_least_used(least):
         ([0.5, 0.5, 0.25, 0.5, 0.25], [2, 4, 0]),
     ],
 )
-def test_of_equally_used_rows_the_first_is_least_used(usage, expected):
-    found = least_used(jnp.array(usage), 3)
-    np.testing.assert_array_equal(found, np.eye(5)[expected])
+def test_ties_in_usage_are_broken_by_the_first_row(usage, expected):
+    actual = least_used(jnp.array(usage), 3)
+    np.testing.assert_array_equal(actual, np.eye(5)[expected])
     assert least_used(jnp.array(usage), 1).argmax() == expected[0]
     assert least_used(jnp.array(usage), 5).sum(0).tolist() == [1.0] * 5
 
@@ -179,7 +179,7 @@ def test_least_used_weights_have_no_gradient():
 
 
 def plain_lrua(params, state, h, *, heads, decay, write, least, score, key_strength):
-    """One step of the cell, element by element."""
+    """Take one step of the cell, element by element."""
     memory, usage, previous = (np.array(state[name]) for name in ("memory", "usage", "read_weights"))
     rows, width = memory.shape
 
@@ -222,9 +222,9 @@ def plain_lrua(params, state, h, *, heads, decay, write, least, score, key_stren
     ("write", "least", "score", "key_strength"),
     [*itertools.product(("key", "separate"), ("shared", "per_head"), ("after", "before"), (False, True))],
 )
-def test_the_cell_is_that_of_a_plain_loop(write, least, score, key_strength):
+def test_the_cell_matches_a_plain_loop(write, least, score, key_strength):
     options = {"write": write, "least": least, "score": score, "key_strength": key_strength}
-    # Few steps on many rows: rows that were written alike would tie up to rounding.
+    # Few steps on many rows, because equally written rows would tie up to rounding.
     memory = jm.nn.LRUA(rows=9, width=3, heads=2, decay=0.8, **options)
     uniform = memory.clone(first_read="uniform").initial()
     np.testing.assert_allclose(uniform["read_weights"], 1 / 9, rtol=1e-6)
@@ -241,17 +241,17 @@ def test_the_cell_is_that_of_a_plain_loop(write, least, score, key_strength):
         return lax.scan(step, start, jnp.asarray(h))[1]
 
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
-    found, reads = jax.device_get(jax.jit(jax.vmap(run))(batch))
+    actual, reads = jax.device_get(jax.jit(jax.vmap(run))(batch))
     for b, state in enumerate(starts):
         for t in range(len(h)):
             state = plain_lrua(params["params"], state, h[t], heads=2, decay=0.8, **options)
             for name, expected in state.items():
-                np.testing.assert_allclose(found[name][b, t], expected, atol=1e-10, err_msg=name)
-            np.testing.assert_array_equal(reads[b, t], found["reads"][b, t])
+                np.testing.assert_allclose(actual[name][b, t], expected, atol=1e-10, err_msg=name)
+            np.testing.assert_array_equal(reads[b, t], actual["reads"][b, t])
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"rows": 3, "heads": 4}, "rows: got 3"),
         ({"write": "both"}, "write: got 'both'"),
@@ -260,12 +260,12 @@ def test_the_cell_is_that_of_a_plain_loop(write, least, score, key_strength):
         ({"first_read": "last_row"}, "first_read: got 'last_row'"),
     ],
 )
-def test_bad_settings_are_refused(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.nn.LRUA(**settings)
 
 
-def test_as_many_rows_as_heads_are_enough():
+def test_as_many_rows_as_heads_are_accepted():
     memory = jm.nn.LRUA(rows=2, width=3, heads=2)
     keys = jnp.ones((2, 3))
     after = memory.access(memory.initial(), keys, jnp.array([0.0, 0.0]), keys)
@@ -275,7 +275,7 @@ def test_as_many_rows_as_heads_are_enough():
 # Addressing of the Neural Turing Machine.
 
 
-def drawn_addressing(rng, heads, rows, width, shift):
+def random_addressing(rng, heads, rows, width, shift):
     return {
         "memory": rng.normal(size=(rows, width)),
         "previous": rng.dirichlet(np.ones(rows), size=heads),
@@ -288,10 +288,10 @@ def drawn_addressing(rng, heads, rows, width, shift):
 
 
 def plain_address(memory, previous, keys, strengths, gates, shifts, sharpening):
-    """Equations 5 to 9 of Graves et al. 2014, head by head."""
+    """Compute equations 5 to 9 of Graves et al. 2014, head by head."""
     heads, rows = previous.shape
     reach = shifts.shape[1] // 2
-    found = np.zeros((heads, rows))
+    actual = np.zeros((heads, rows))
     for h in range(heads):
         content = np.zeros(rows)
         for i in range(rows):
@@ -305,31 +305,31 @@ def plain_address(memory, previous, keys, strengths, gates, shifts, sharpening):
                 for s in range(-reach, reach + 1):
                     if (i - j) % rows == s % rows:
                         shifted[i] += gated[j] * shifts[h, s + reach]
-        found[h] = shifted ** sharpening[h] / (shifted ** sharpening[h]).sum()
-    return found
+        actual[h] = shifted ** sharpening[h] / (shifted ** sharpening[h]).sum()
+    return actual
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
-def test_addresses_are_those_of_plain_loops(shift):
-    given = drawn_addressing(np.random.default_rng(shift), heads=3, rows=6, width=4, shift=shift)
-    found = address(**{name: jnp.asarray(value) for name, value in given.items()})
-    np.testing.assert_allclose(found, plain_address(**given), atol=1e-9)
-    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
+def test_addresses_match_plain_loops(shift):
+    arguments = random_addressing(np.random.default_rng(shift), heads=3, rows=6, width=4, shift=shift)
+    actual = address(**{name: jnp.asarray(value) for name, value in arguments.items()})
+    np.testing.assert_allclose(actual, plain_address(**arguments), atol=1e-9)
+    np.testing.assert_allclose(actual.sum(1), 1, rtol=1e-12)
 
 
-def test_a_shift_by_one_moves_weights_to_the_next_row_and_round():
-    given = drawn_addressing(np.random.default_rng(0), heads=2, rows=5, width=3, shift=1)
-    given |= {"gates": np.zeros(2), "shifts": np.eye(3)[[2, 2]], "sharpening": np.ones(2)}
-    given["previous"] = np.eye(5)[[1, 4]]
-    found = address(**{name: jnp.asarray(value) for name, value in given.items()})
-    np.testing.assert_allclose(found, np.eye(5)[[2, 0]], atol=1e-9)
+def test_a_shift_by_one_moves_weights_to_the_next_row_cyclically():
+    arguments = random_addressing(np.random.default_rng(0), heads=2, rows=5, width=3, shift=1)
+    arguments |= {"gates": np.zeros(2), "shifts": np.eye(3)[[2, 2]], "sharpening": np.ones(2)}
+    arguments["previous"] = np.eye(5)[[1, 4]]
+    actual = address(**{name: jnp.asarray(value) for name, value in arguments.items()})
+    np.testing.assert_allclose(actual, np.eye(5)[[2, 0]], atol=1e-9)
 
 
 def test_gradients_are_finite_at_weights_of_zero():
-    given = drawn_addressing(np.random.default_rng(0), heads=2, rows=5, width=3, shift=1)
-    given |= {"gates": np.zeros(2), "shifts": np.eye(3)[[1, 2]], "previous": np.eye(5)[[1, 4]]}
-    given = {name: jnp.asarray(value) for name, value in given.items()}
-    slopes = jax.jit(jax.grad(lambda given: jnp.square(address(**given)).sum()))(given)
+    arguments = random_addressing(np.random.default_rng(0), heads=2, rows=5, width=3, shift=1)
+    arguments |= {"gates": np.zeros(2), "shifts": np.eye(3)[[1, 2]], "previous": np.eye(5)[[1, 4]]}
+    arguments = {name: jnp.asarray(value) for name, value in arguments.items()}
+    slopes = jax.jit(jax.grad(lambda arguments: jnp.square(address(**arguments)).sum()))(arguments)
     for name, slope in slopes.items():
         assert np.isfinite(slope).all(), name
 
@@ -343,8 +343,8 @@ def test_all_heads_erase_before_any_adds():
         expected[i, m] *= 1 - weights[j, i] * erasures[j, m]
     for i, j, m in itertools.product(range(5), range(2), range(3)):
         expected[i, m] += weights[j, i] * additions[j, m]
-    found = erase_and_add(*map(jnp.asarray, (memory, weights, erasures, additions)))
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    actual = erase_and_add(*map(jnp.asarray, (memory, weights, erasures, additions)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 def test_heads_of_the_turing_machine_distribute_and_read_what_was_written():
@@ -374,7 +374,7 @@ def test_heads_of_the_turing_machine_distribute_and_read_what_was_written():
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("memory", [None, jm.nn.LRUA(rows=4, width=2, heads=1)], ids=["none", "LRUA"])
-def test_the_controller_is_an_lstm_of_torch_with_an_open_forget_gate(memory):
+def test_the_controller_matches_a_torch_lstm_with_an_open_forget_gate(memory):
     torch = pytest.importorskip("torch")
     network = jm.nn.MemoryNetwork(out=3, memory=memory, hidden=4)
     params = of_float64(network.init(KEY, jnp.zeros(5)), 1.5)
@@ -383,7 +383,7 @@ def test_the_controller_is_an_lstm_of_torch_with_an_open_forget_gate(memory):
     own = jax.tree.map(np.asarray, params["params"])
     reads = 0 if memory is None else 2
     cell = torch.nn.LSTMCell(5 + reads, 4, dtype=torch.float64)
-    # What comes back, of the controller and then of its memory.
+    # Recurrent input: first the controller's output, then the reads.
     back = own["recurrent"]["kernel"]
     kernels = [own["inputs"]["kernel"], back[4:]]
     bias = own["inputs"]["bias"].copy()
@@ -399,19 +399,21 @@ def test_the_controller_is_an_lstm_of_torch_with_an_open_forget_gate(memory):
     state = network.initial()
     h, c = torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64)
     for t in range(4):
-        given = np.concatenate([x[t], state["memory"]["reads"] if reads else []])
+        inputs = np.concatenate([x[t], state["memory"]["reads"] if reads else []])
         state, features = step(params, state, projected[t])
         with torch.no_grad():
-            h, c = cell(torch.tensor(given)[None], (h, c))
+            h, c = cell(torch.tensor(inputs)[None], (h, c))
         np.testing.assert_allclose(state["h"], h[0], rtol=1e-10)
         np.testing.assert_allclose(state["c"], c[0], rtol=1e-10)
-        # The output sees the controller and what it has just read.
-        seen = np.concatenate([h[0], state["memory"]["reads"] if reads else []])
+        # The output layer receives the controller's output and the new reads.
+        features_and_reads = np.concatenate([h[0], state["memory"]["reads"] if reads else []])
         outputs = network.apply(params, features, method="outputs")
-        np.testing.assert_allclose(outputs, seen @ own["head"]["kernel"] + own["head"]["bias"], rtol=1e-9)
+        np.testing.assert_allclose(
+            outputs, features_and_reads @ own["head"]["kernel"] + own["head"]["bias"], rtol=1e-9
+        )
 
 
-def test_a_feed_forward_controller_remembers_by_its_memory_alone():
+def test_a_feed_forward_controller_keeps_state_only_in_its_memory():
     network = jm.nn.MemoryNetwork(
         out=3, memory=jm.nn.LRUA(rows=4, width=2, heads=1), hidden=4, controller="feed_forward"
     )
@@ -451,7 +453,7 @@ MEMORIES = {
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("name", MEMORIES)
-def test_gradients_from_the_first_step_are_finite_and_right(name):
+def test_gradients_from_the_first_step_are_finite_and_correct(name):
     network = jm.nn.MemoryNetwork(out=3, memory=MEMORIES[name], hidden=4)
     params = of_float64(network.init(KEY, jnp.zeros(5)), 2)
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ def network(out=WAYS, norm=True):
 
 
 def precise_network(**settings):
-    """`network` with weights drawn in float64: Flax draws in float32, which programs round differently."""
+    """Build `network` with float64 weights; Flax draws float32 ones, which programs round differently."""
     model = jm.nn.as_model(network(**settings))
 
     def init(key, x):
@@ -56,13 +56,13 @@ def init(learner, of=None, key=KEY):
 
 
 def adapt(learner, params, of, key=KEY):
-    """What the learner adapts to the task's support set."""
+    """Return the state adapted to the task's support set."""
     return jax.jit(learner.adapt)(params, of.support, key)
 
 
 @functools.cache
 def value_and_gradient(function):
-    """A learner's loss with metrics, and its gradient in the parameters, as one jitted program."""
+    """Return a jitted program of a learner's loss with metrics and its gradient in the parameters."""
 
     @jax.jit
     def run(params, of, step):
@@ -72,18 +72,18 @@ def value_and_gradient(function):
 
 
 def loss(learner, params, of, step=None):
-    """The meta-loss and the metrics."""
+    """Return the meta-loss and the metrics."""
     return value_and_gradient(learner.loss)(params, of, step)[0]
 
 
 def gradient(learner, params, of, step=None):
-    """The meta-gradient."""
+    """Return the meta-gradient."""
     return value_and_gradient(learner.loss)(params, of, step)[1]
 
 
 @functools.cache
 def plain_loss(norm=True):
-    """`(weights, batch) -> (cross-entropy, gradient in the weights)` of `network(norm=norm)` on a batch."""
+    """Return `(weights, batch) -> (cross-entropy, gradient in the weights)` of `network(norm=norm)`."""
     model = jm.nn.as_model(network(norm=norm))
     return jax.jit(
         jax.value_and_grad(
@@ -93,7 +93,7 @@ def plain_loss(norm=True):
 
 
 def descended(weights, support, steps, rate=0.5, norm=True):
-    """The weights after gradient descent on the support loss of `network`, step by step."""
+    """Return the weights after gradient descent on the support loss of `network`, step by step."""
     for _ in range(steps):
         slopes = plain_loss(norm)(weights, support)[1]
         weights = jax.tree.map(lambda w, g: w - rate * g, weights, slopes)
@@ -107,12 +107,12 @@ def _query_loss(norm):
 
 
 def query_loss(weights, of, norm="batch"):
-    """The query loss at given weights and its gradient, by a MAML whose step has size 0."""
+    """Return the query loss at `weights` and its gradient, from a MAML of step size 0."""
     return _query_loss(norm)(weights, of)
 
 
 def finite_differences(function, arguments, step=1e-6):
-    """Of a scalar function, in every entry of its arguments, as one vector."""
+    """Return central differences of a scalar function in every entry of its arguments, as one vector."""
 
     @jax.jit
     def run(arguments):
@@ -126,18 +126,18 @@ def finite_differences(function, arguments, step=1e-6):
 
 
 def flat(tree):
-    """All leaves as one vector."""
+    """Concatenate all leaves into one vector."""
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-# A network of one number θ, which is all its outputs, whatever the input.
+# A network of one number θ, which is its output for every input.
 NUMBER = jm.Model(
     lambda key, x: {"theta": jnp.zeros(())}, lambda params, x: jnp.full((x.shape[0], 2), params["theta"])
 )
 
 
 def number_task(curvature=2.0, centre=1.0, query=3.0):
-    """L^S = ½·curvature·(θ − centre)², L^Q = ½(θ − query)², by `half_square`."""
+    """Build a task with L^S = ½·curvature·(θ − centre)² and L^Q = ½(θ − query)², for `half_square`."""
 
     def part(centre, curvature):
         return jm.Batch(jnp.zeros((1, 1)), jnp.array([[centre, curvature]]))
@@ -146,6 +146,6 @@ def number_task(curvature=2.0, centre=1.0, query=3.0):
 
 
 def half_square(outputs, targets, mask=None):
-    """Of the only example, whose targets are the centre and the curvature."""
+    """Return the loss of the only example, whose targets are the centre and the curvature."""
     del mask
     return 0.5 * targets[0, 1] * (outputs[0, 0] - targets[0, 0]) ** 2

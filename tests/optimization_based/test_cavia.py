@@ -13,7 +13,7 @@ QUERY = np.array([1.5, -0.5]), np.array([0.75, 2.0])
 
 
 def linear():
-    """f([x, φ]) = w x + v φ."""
+    """Build the model f([x, φ]) = w x + v φ."""
     return jm.Model(
         lambda key, x: {"w": jnp.asarray(SLOPE), "v": jnp.asarray(WEIGHT)},
         lambda params, x: x @ jnp.stack([params["w"], params["v"]])[:, None],
@@ -25,7 +25,7 @@ def task():
 
 
 def closed_form(w, v):
-    """φ_1 = −2αv·mean(w x − y), and the loss of the queries there."""
+    """Return φ_1 = −2αv·mean(w x − y), and the query loss at φ_1."""
     (x, y), (x_query, y_query) = SUPPORT, QUERY
     context = -2 * RATE * v * np.mean(w * x - y)
     return context, np.mean((w * x_query + v * context - y_query) ** 2)
@@ -54,19 +54,19 @@ def test_one_step_on_a_linear_model_matches_the_closed_form(learner):
     np.testing.assert_allclose(cavia.loss(params, task(), jax.random.key(1))[0], loss, rtol=1e-12)
 
 
-def test_meta_gradient_goes_through_the_inner_step(learner):
-    found, step = gradient(learner("second")), 1e-6
+def test_meta_gradient_differentiates_the_inner_step(learner):
+    actual, step = gradient(learner("second")), 1e-6
     for name, (dw, dv) in {"w": (step, 0), "v": (0, step)}.items():
         up, down = (closed_form(SLOPE + sign * dw, WEIGHT + sign * dv)[1] for sign in (1, -1))
-        np.testing.assert_allclose(found[name], (up - down) / (2 * step), rtol=1e-7)
+        np.testing.assert_allclose(actual[name], (up - down) / (2 * step), rtol=1e-7)
 
 
-def test_first_order_takes_the_context_as_a_constant(learner):
-    found = gradient(learner("first"))
+def test_first_order_treats_the_context_as_a_constant(learner):
+    actual = gradient(learner("first"))
     context, _ = closed_form(SLOPE, WEIGHT)
     residual = SLOPE * QUERY[0] + WEIGHT * context - QUERY[1]
-    np.testing.assert_allclose(found["w"], np.mean(2 * residual * QUERY[0]), rtol=1e-12)
-    np.testing.assert_allclose(found["v"], np.mean(2 * residual) * context, rtol=1e-12)
+    np.testing.assert_allclose(actual["w"], np.mean(2 * residual * QUERY[0]), rtol=1e-12)
+    np.testing.assert_allclose(actual["v"], np.mean(2 * residual) * context, rtol=1e-12)
 
 
 def test_the_context_is_a_constant_channel_of_images():

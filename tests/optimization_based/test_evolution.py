@@ -17,24 +17,24 @@ KEY = jax.random.key(0)
 
 
 def estimates(gradient, params, *args, count=20_000):
-    """Return gradients of many keys, of one leaf as an array."""
+    """Return the gradient estimates for `count` keys, as one array."""
     return jax.jit(jax.vmap(lambda key: gradient(params, *args, key=key)[1]))(jax.random.split(KEY, count))
 
 
 def assert_mean(samples, expected, most=0.05):
-    """Assert that a mean is the expected one within four of its standard errors, and that these are small."""
+    """Assert that the mean is within four standard errors of the expected one, and that these are small."""
     samples = np.asarray(samples, np.float64)
     error = samples.std(0) / np.sqrt(len(samples))
     assert np.all(error < most * np.linalg.norm(expected)), error
     np.testing.assert_array_less(np.abs(samples.mean(0) - expected), 4 * error)
 
 
-# --- Evolution strategies -----------------------------------------------------------------------------
+# --- Evolution strategies ---------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("sigma", "pairs"), [(0.1, 1), (3.0, 3)])
-def test_estimate_of_a_quadratic_has_its_gradient_for_mean_whatever_sigma(sigma, pairs):
+def test_estimate_of_a_quadratic_is_unbiased_for_any_sigma(sigma, pairs):
     a = np.array([[2.0, 0.5, 0.0], [0.5, 1.0, -0.3], [0.0, -0.3, 0.7]])
     b, theta = np.array([1.0, -2.0, 0.5]), np.array([0.3, -1.0, 2.0])
 
@@ -43,21 +43,21 @@ def test_estimate_of_a_quadratic_has_its_gradient_for_mean_whatever_sigma(sigma,
 
     gradient = jm.evolution_gradient(loss, sigma=sigma, pairs=pairs)
     samples = estimates(gradient, jnp.asarray(theta), jnp.asarray(b))
-    # Of its curvature antithetic pairs see nothing, so that σ does not enter the variance either.
+    # Antithetic pairs cancel the curvature, so σ does not enter the variance either.
     assert_mean(samples, a @ theta + b)
     exact = a @ theta + b
     variance = (exact @ exact + exact**2) / pairs
     np.testing.assert_allclose(np.var(samples, 0), variance, rtol=0.1)
 
 
-def test_estimate_of_an_exponential_is_that_of_the_smoothed_one():
+def test_estimate_of_an_exponential_is_the_gradient_of_its_smoothed_form():
     # E exp(θ + ε) = exp(θ + σ²/2).
     sigma, theta = 0.7, 0.2
     gradient = jm.evolution_gradient(jnp.exp, sigma=sigma, pairs=2)
     assert_mean(estimates(gradient, jnp.asarray(theta)), np.exp(theta + sigma**2 / 2))
 
 
-def test_estimate_of_a_step_of_integers_is_the_density_where_it_steps():
+def test_estimate_of_an_integer_step_function_is_the_density_at_the_step():
     sigma, theta = 0.5, 0.3
     gradient = jm.evolution_gradient(lambda theta: (theta > 0).astype(jnp.int32), sigma=sigma, pairs=2)
     density = np.exp(-0.5 * (theta / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
@@ -65,7 +65,7 @@ def test_estimate_of_a_step_of_integers_is_the_density_where_it_steps():
 
 
 @pytest.mark.usefixtures("x64")
-def test_estimate_with_a_small_sigma_is_that_of_automatic_differentiation():
+def test_estimate_with_a_small_sigma_matches_automatic_differentiation():
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.normal(size=(2, 3))), "b": jnp.asarray(rng.normal(size=2))}
     x = jnp.asarray(rng.normal(size=3))
@@ -79,7 +79,7 @@ def test_estimate_with_a_small_sigma_is_that_of_automatic_differentiation():
         assert_mean(samples[name], np.asarray(exact[name]), most=0.1)
 
 
-def test_values_and_aux_are_those_of_value_and_grad():
+def test_values_and_aux_match_value_and_grad():
     params = {"w": jnp.arange(3.0), "b": jnp.asarray(2.0)}
 
     def loss(params, x, *, factor):
@@ -88,24 +88,24 @@ def test_values_and_aux_are_those_of_value_and_grad():
 
     x = jnp.array([1.0, 0.5, -2.0])
     gradient = jm.evolution_gradient(loss, sigma=0.1, pairs=2, has_aux=True)
-    found, grads = gradient(params, x, factor=3.0, key=KEY)
+    actual, grads = gradient(params, x, factor=3.0, key=KEY)
     expected, exact = jax.value_and_grad(loss, has_aux=True)(params, x, factor=3.0)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, exact)
 
 
-def test_estimate_is_the_formula_of_its_draws():
-    """A linear loss of slopes s has estimate mean_p (s · u_p) u_p, of unit normals u_p drawn by leaf."""
+def test_estimate_matches_the_formula_for_its_draws():
+    """A linear loss with slopes s has estimate mean_p (s · u_p) u_p, for unit normals u_p by leaf."""
     slopes = np.array([1.0, -2.0])
     gradient = jm.evolution_gradient(
         lambda theta: theta @ jnp.asarray(slopes, jnp.float32), sigma=0.3, pairs=5
     )
     units = np.asarray(jax.random.normal(jax.random.split(KEY, 1)[0], (5, 2)), np.float64)
-    found = gradient(jnp.zeros(2), key=KEY)[1]
-    np.testing.assert_allclose(found, ((units @ slopes)[:, None] * units).mean(0), rtol=1e-5)
+    actual = gradient(jnp.zeros(2), key=KEY)[1]
+    np.testing.assert_allclose(actual, ((units @ slopes)[:, None] * units).mean(0), rtol=1e-5)
 
 
-def test_integers_stay_and_other_leaves_keep_their_types():
+def test_integer_leaves_are_unchanged_and_others_keep_their_dtypes():
     with jax.enable_x64(True):
         params = {
             "half": jnp.ones(2, jnp.bfloat16),
@@ -143,14 +143,14 @@ def test_integers_stay_and_other_leaves_keep_their_types():
         assert moved["half"].dtype == jnp.bfloat16
 
 
-def test_rounding_of_bfloat16_parameters_leaves_the_mean_as_it_is():
-    # Near 100 bfloat16 has steps of a half, which is σ here.
+def test_rounding_of_bfloat16_parameters_does_not_bias_the_estimate():
+    # Near 100, bfloat16 numbers are 0.5 apart, which equals σ.
     theta = jnp.full(2, 100, jnp.bfloat16)
     gradient = jm.evolution_gradient(lambda t: t.astype(jnp.float32).sum(), sigma=0.5, pairs=16)
     assert_mean(estimates(gradient, theta, count=5000), [1.0, 1.0])
 
 
-def test_estimates_of_tasks_can_be_mapped():
+def test_estimator_works_under_vmap_over_tasks():
     gradient = jm.evolution_gradient(lambda theta, task: ((theta - task) ** 2).sum(), sigma=0.1, pairs=2)
     theta, tasks, keys = jnp.zeros(2), jnp.arange(6.0).reshape(3, 2), jax.random.split(KEY, 3)
     together = jax.vmap(lambda task, key: gradient(theta, task, key=key))(tasks, keys)
@@ -161,7 +161,7 @@ def test_estimates_of_tasks_can_be_mapped():
 
 
 def test_descent_by_estimates_lowers_the_error_rate_of_a_threshold():
-    """The share of misclassified examples is constant almost everywhere."""
+    """The error rate is constant almost everywhere, so its derivative is zero."""
     x = jnp.linspace(-1, 1, 101)
     wrong = jm.evolution_gradient(lambda t: ((x > t) != (x > 0.4)).mean(), sigma=0.2, pairs=8)
 
@@ -182,7 +182,7 @@ def test_descent_by_estimates_lowers_the_error_rate_of_a_threshold():
         ({"sigma": 0.1, "pairs": 0}, "pairs"),
     ],
 )
-def test_settings_that_estimate_nothing_are_refused(build, settings, name):
+def test_bad_settings_are_refused(build, settings, name):
     with pytest.raises(jm.ArgumentError) as caught:
         build(lambda theta: theta, **settings)
     assert caught.value.name == name
@@ -198,19 +198,19 @@ def test_settings_that_estimate_nothing_are_refused(build, settings, name):
         (lambda t: 0.0, {}, "params"),
     ],
 )
-def test_losses_and_parameters_that_have_no_estimate_are_refused(loss, params, name):
+def test_unsupported_losses_and_parameters_are_refused(loss, params, name):
     with pytest.raises(jm.ArgumentError) as caught:
         jm.evolution_gradient(loss, sigma=0.1, pairs=2)(params, key=KEY)
     assert caught.value.name == name
 
 
-# --- Persistent evolution strategies ------------------------------------------------------------------
+# --- Persistent evolution strategies ----------------------------------------------------------------
 
 STEPS, RATE, SIGMA = 5, 0.1, 0.1
 
 
 def descent(rate, x):
-    """One step of descent on ½x² at a learned rate, and the loss after it: x_t = (1 − rate)^t."""
+    """Take one step of descent on ½x² at a learned rate, with x_t = (1 − rate)^t, and return its loss."""
     x = x - rate * x
     return 0.5 * x**2, x
 
@@ -221,17 +221,17 @@ def unrolls():
     pes = jm.persistent_evolution(descent, sigma=SIGMA, pairs=2)
     rate = jnp.asarray(RATE)
 
-    def one(key):
+    def one_unroll(key):
         def step(state, key):
             _, grads, state = pes.step(rate, state, key=key)
             return state, grads
 
         return jax.lax.scan(step, pes.init(rate, jnp.asarray(1.0)), jax.random.split(key, STEPS))[1]
 
-    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(KEY, 20_000)), np.float64)
+    return np.asarray(jax.jit(jax.vmap(one_unroll))(jax.random.split(KEY, 20_000)), np.float64)
 
 
-def test_persistent_estimates_are_those_of_the_whole_unroll():
+def test_persistent_estimates_are_unbiased_for_the_whole_unroll():
     # E L_t = ½ Π_τ E(1 − r_τ − ε_τ)² = ½ Π_τ ((1 − r_τ)² + σ²), differentiated in every r_τ.
     t = np.arange(1, STEPS + 1)
     exact = -t * (1 - RATE) * ((1 - RATE) ** 2 + SIGMA**2) ** (t - 1)
@@ -240,7 +240,7 @@ def test_persistent_estimates_are_those_of_the_whole_unroll():
     assert_mean(unrolls().sum(1), exact.sum())
 
 
-def test_truncated_backpropagation_has_the_bias_that_persistent_estimates_have_not():
+def test_truncated_backpropagation_is_biased_where_persistent_estimates_are_not():
     def truncated(rate, x):
         loss, x = descent(rate, jax.lax.stop_gradient(x))
         return loss, x
@@ -260,21 +260,21 @@ def test_truncated_backpropagation_has_the_bias_that_persistent_estimates_have_n
     assert abs(samples.mean() - biased) > 50 * error
 
 
-def test_first_part_has_the_estimate_of_evolution_strategies():
+def test_first_part_matches_evolution_gradient():
     rate, x = jnp.asarray(RATE), jnp.asarray(1.0)
     pes = jm.persistent_evolution(descent, sigma=SIGMA, pairs=4)
-    found = pes.step(rate, pes.init(rate, x), key=KEY)[1]
+    actual = pes.step(rate, pes.init(rate, x), key=KEY)[1]
     gradient = jm.evolution_gradient(lambda rate: descent(rate, x)[0], sigma=SIGMA, pairs=4)
-    np.testing.assert_allclose(found, gradient(rate, key=KEY)[1], rtol=1e-5)
+    np.testing.assert_allclose(actual, gradient(rate, key=KEY)[1], rtol=1e-5)
 
 
-def test_an_unroll_begun_anew_forgets_the_one_before():
+def test_a_restarted_unroll_forgets_the_previous_one():
     pes = jm.persistent_evolution(descent, sigma=SIGMA, pairs=3)
     rate, x = jnp.asarray(RATE), jnp.asarray(1.0)
     keys = jax.random.split(KEY, STEPS)
 
-    def step(state, numbered):
-        index, key = numbered
+    def step(state, index_and_key):
+        index, key = index_and_key
         state = jax.lax.cond(index % STEPS == 0, lambda: pes.init(rate, x), lambda: state)
         value, grads, state = pes.step(rate, state, key=key)
         return state, (value, grads)
@@ -287,13 +287,13 @@ def test_an_unroll_begun_anew_forgets_the_one_before():
     _, alone = run(keys)
     np.testing.assert_allclose(values[STEPS:], alone[0], rtol=1e-6)
     np.testing.assert_allclose(grads[STEPS:], alone[1], rtol=1e-6)
-    # The last part's perturbations are all that this unroll has added up, not the one before.
+    # After the restart, the sum holds the perturbations of the second unroll only.
     state, _ = run(jnp.concatenate([keys[::-1], keys]))
     draws = [jax.random.normal(jax.random.split(key, 1)[0], (3,)) for key in keys]
     np.testing.assert_allclose(state.total, SIGMA * np.sum(draws, 0), rtol=1e-5)
 
 
-def test_particles_carry_states_of_their_own_of_any_types():
+def test_each_particle_carries_a_separate_state_of_any_dtype():
     def unroll(params, carry, factor):
         carry = {"x": carry["x"] + factor * params["rate"].astype(jnp.float32), "step": carry["step"] + 1}
         return carry["x"].sum() * params["count"], carry
@@ -309,27 +309,27 @@ def test_particles_carry_states_of_their_own_of_any_types():
     assert grads["rate"].dtype == jnp.bfloat16
     assert grads["count"] == 0
     np.testing.assert_allclose(value, 2 * np.asarray(state.carry["x"]).sum(1).mean(), rtol=1e-6)
-    # Particles of a pair stand on opposite sides of 2 · 4 · 1, but for rounding, near 1, to 1/128.
+    # The particles of a pair lie on opposite sides of 2 · 4 · 1, up to rounding to 1/128 near 1.
     positive, negative = np.split(np.asarray(state.carry["x"]), 2)
     np.testing.assert_allclose((positive + negative) / 2, 8, atol=0.1)
     np.testing.assert_allclose((positive - negative) / 2, 4 * state.total["rate"], atol=0.1)
 
 
-def test_a_state_of_other_pairs_is_refused():
+def test_a_state_of_another_number_of_pairs_is_refused():
     rate, x = jnp.asarray(RATE), jnp.asarray(1.0)
     few, many = (jm.persistent_evolution(descent, sigma=SIGMA, pairs=pairs) for pairs in (2, 3))
     with pytest.raises(jm.ArgumentError, match=r"state: got perturbations of shapes \[\(2,\)\]"):
         many.step(rate, few.init(rate, x), key=KEY)
 
 
-def test_an_unroll_whose_loss_is_no_scalar_is_refused():
+def test_an_unroll_whose_loss_is_not_a_scalar_is_refused():
     pes = jm.persistent_evolution(lambda theta, x: (theta, x), sigma=SIGMA, pairs=2)
-    with pytest.raises(jm.ArgumentError, match=r"unroll: it returns a loss of shape \(2,\)"):
+    with pytest.raises(jm.ArgumentError, match=r"unroll: got a loss of shape \(2,\)"):
         pes.step(jnp.ones(2), pes.init(jnp.ones(2), None), key=KEY)
 
 
 @pytest.mark.nightly
-def test_the_unroll_of_a_learned_optimizer_begins_without_a_carry():
+def test_the_unroll_of_a_learned_optimizer_starts_from_a_carry_of_none():
     network, settings = (
         jm.nn.MLP(out=1, hidden=(4,)),
         {"inner_steps": 4, "truncation": 2, "loss": jm.losses.mse},
@@ -337,7 +337,7 @@ def test_the_unroll_of_a_learned_optimizer_begins_without_a_carry():
     task = jm.tasks.sinusoid(shots=5, queries=5).sample(KEY)
     params = jm.learned_optimizer(network, layers=(4,), **settings).init(KEY, task)
     unroll = jm.learned_optimizer_unroll(network, layers=(4,), **settings)
-    # With so small a σ every particle runs as the parameters themselves do.
+    # With such a small σ every particle follows the unperturbed run.
     pes = jm.persistent_evolution(
         lambda p, carry, task, key: unroll(p, task, carry, key), sigma=1e-6, pairs=2
     )

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def in_each_mode(cases, default):
-    """Every case in every memory mode: nightly, unless (first value, mode) is in `default`."""
+    """Combine every case with every memory mode, as nightly unless (first value, mode) is in `default`."""
     return [
         pytest.param(*case, memory, marks=() if (case[0], memory) in default else nightly)
         for case in cases
@@ -32,7 +32,7 @@ def in_each_mode(cases, default):
     ]
 
 
-# --- Closed forms ----------------------------------------------------------------------------------
+# --- Closed forms -----------------------------------------------------------------------------------
 
 # L^S = ½·2·(θ − 1)², L^Q = ½(θ − 3)², α = 0.1, θ = 0: steps, θ_n, g_FO, g_MAML, L^Q(θ_n).
 QUADRATIC = [
@@ -76,7 +76,7 @@ def test_adaptation_and_meta_gradients_match_closed_form_on_a_quadratic(
 
     for ((value, (adapted, losses)), gradient), expected in zip(run(0.0), (first, second), strict=True):
         np.testing.assert_allclose(adapted, theta, rtol=1e-12)
-        # The loss BEFORE each update: θ_j − s = −0.8^j.
+        # The trace holds the loss before each update: θ_j − s = −0.8^j.
         np.testing.assert_allclose(losses, 0.64 ** np.arange(steps), rtol=1e-12)
         np.testing.assert_allclose(value, query, rtol=1e-12)
         np.testing.assert_allclose(gradient, expected, rtol=1e-12)
@@ -135,8 +135,8 @@ def test_meta_gradient_without_movement_is_the_query_gradient(step_size, steps, 
         adapt = jm.inner_loop(quadratic, optax.sgd(step_size), steps, order=order, memory=memory)
         return quadratic_query(adapt(start, SUPPORT)[0])
 
-    found = jax.jit(lambda start: [jax.grad(meta)(start, order) for order in ("first", "second")])(0.0)
-    np.testing.assert_allclose(found, -3.0, rtol=1e-12)
+    actual = jax.jit(lambda start: [jax.grad(meta)(start, order) for order in ("first", "second")])(0.0)
+    np.testing.assert_allclose(actual, -3.0, rtol=1e-12)
 
 
 def test_orders_agree_where_the_inner_loss_is_linear():
@@ -175,8 +175,8 @@ def test_learned_step_size_has_minus_the_product_of_gradients_as_gradient(memory
         adapt = jm.inner_loop(quadratic, optax.sgd, 1, order=order, memory=memory)
         return quadratic_query(adapt(0.0, SUPPORT, hyper=rate)[0])
 
-    found = jax.jit(lambda rate: [jax.grad(meta)(rate, order) for order in ("first", "second")])(0.1)
-    np.testing.assert_allclose(found, -5.6, rtol=1e-12)
+    actual = jax.jit(lambda rate: [jax.grad(meta)(rate, order) for order in ("first", "second")])(0.1)
+    np.testing.assert_allclose(actual, -5.6, rtol=1e-12)
 
 
 @each_mode
@@ -203,7 +203,7 @@ def test_proximal_term_pulls_the_minimum_towards_the_start(memory):
 
 
 @each_mode
-def test_batch_at_picks_the_mini_batch_of_each_step(memory):
+def test_batch_at_selects_the_mini_batch_of_each_step(memory):
     """(θ − s_j)² with s = 1, −1: θ_1 = θ + 0.2(1 − θ), θ_2 = θ_1 + 0.2(−1 − θ_1) = 0.64θ − 0.04."""
 
     def loop(steps, batch_at):
@@ -228,7 +228,7 @@ def test_batch_at_picks_the_mini_batch_of_each_step(memory):
     np.testing.assert_allclose(one, 0.5 + 0.2 * -1.5, rtol=1e-12)
 
 
-# --- Finite differences ----------------------------------------------------------------------------
+# --- Finite differences -----------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "sgd": lambda hyper: optax.sgd(hyper["rate"]),
@@ -243,7 +243,7 @@ STEPS = 3
 
 
 def problem():
-    """A head to adapt on a shared body, from a batch of integer images, labels, a mask and weights."""
+    """Build a head to adapt on a shared body, and batches of integer images, labels, a mask and weights."""
     rng = np.random.default_rng(0)
     batches = [
         {
@@ -293,7 +293,7 @@ def meta_loss_of(name, proximal, memory, arguments, order="second"):
 
 @functools.cache
 def meta_gradient(name, proximal, memory, order="second"):
-    """The meta-loss and its gradient, as one vector, in one jitted program."""
+    """Return the meta-loss, its gradient as one vector, and as a tree, from one jitted program."""
 
     def loss(arguments):
         return meta_loss_of(name, proximal, memory, arguments, order)
@@ -331,21 +331,21 @@ def differences(name, proximal):
 )
 def test_meta_gradient_matches_finite_differences(name, proximal, memory):
     expected = differences(name, proximal)
-    # All arguments matter, save the weight of the padding, and the decay where there is none.
+    # All arguments have an effect, except the weight of the padding, and the decay where it is not used.
     assert (expected == 0).sum() == (2 if name == "sgd" else 1)
-    _, found, _ = meta_gradient(name, proximal, memory)
-    np.testing.assert_allclose(found, expected, atol=3e-8)
-    np.testing.assert_allclose(found, meta_gradient(name, proximal, "store")[1], atol=1e-10)
+    _, actual, _ = meta_gradient(name, proximal, memory)
+    np.testing.assert_allclose(actual, expected, atol=3e-8)
+    np.testing.assert_allclose(actual, meta_gradient(name, proximal, "store")[1], atol=1e-10)
 
 
 @functools.cache
 def frozen_differences(name, proximal):
-    """The meta-loss by a plain loop, and its finite differences with the inner gradients held fixed."""
+    """Return the meta-loss of a plain loop, and its finite differences with inner gradients held fixed."""
     arguments, support, query = problem()
     support, query = jax.tree.map(jnp.asarray, (support, query))
 
     def loop(gradient_at, arguments):
-        """The inner loop in plain Python, with `gradient_at(step, theta)` for the loss's gradient."""
+        """Run the inner loop in plain Python, with `gradient_at(step, theta)` for the loss's gradient."""
         used = []
 
         def adapt(params, batch, *, hyper, **extra):
@@ -387,8 +387,8 @@ def frozen_differences(name, proximal):
 )
 def test_first_order_matches_finite_differences_with_frozen_inner_gradients(name, proximal, memory):
     value, expected = frozen_differences(name, proximal)
-    found, vector, gradient = meta_gradient(name, proximal, memory, "first")
-    np.testing.assert_allclose(found, value, rtol=1e-12)
+    actual, vector, gradient = meta_gradient(name, proximal, memory, "first")
+    np.testing.assert_allclose(actual, value, rtol=1e-12)
     np.testing.assert_allclose(vector, expected, atol=3e-8)
     # The frozen weights of the support loss reach the query loss through the inner gradients only.
     np.testing.assert_array_equal(gradient["weights"], 0)
@@ -425,8 +425,8 @@ def test_meta_gradient_under_vmap_over_tasks_equals_a_loop(memory):
     alone = jax.jit(gradient)
     for i in range(2):
         expected = alone(arguments, *jax.tree.map(lambda leaf: leaf[i], (supports, queries)))  # noqa: B023
-        found = jax.tree.map(lambda leaf: leaf[i], together)  # noqa: B023
-        np.testing.assert_allclose(flat(found), flat(expected), atol=1e-12)
+        actual = jax.tree.map(lambda leaf: leaf[i], together)  # noqa: B023
+        np.testing.assert_allclose(flat(actual), flat(expected), atol=1e-12)
 
 
 @each_mode
@@ -439,7 +439,7 @@ def test_gradient_flows_into_the_trace_of_losses(memory):
 
 @pytest.mark.nightly
 def test_recomputing_modes_keep_fewer_bytes_for_the_backward_pass():
-    """What grows with the steps: the activations of each, or only its parameters."""
+    """Residuals hold the activations of each step under "store", and only its parameters otherwise."""
 
     def residuals(memory):
         adapt = jm.inner_loop(wide_loss, optax.sgd(0.1), 10, memory=memory)
@@ -454,7 +454,7 @@ def test_recomputing_modes_keep_fewer_bytes_for_the_backward_pass():
     assert residuals("forward_over_reverse") < activations
 
 
-# --- Implicit gradients ----------------------------------------------------------------------------
+# --- Implicit gradients -----------------------------------------------------------------------------
 
 
 def test_implicit_gradient_of_a_quadratic():
@@ -474,19 +474,19 @@ def test_implicit_gradient_of_a_quadratic():
         def run(start, meta=meta, of_the_way=of_the_way):
             return jax.grad(meta, has_aux=True)(start), jax.grad(of_the_way)(start)
 
-        (found, (adapted, losses)), way = run(0.0)
+        (actual, (adapted, losses)), way = run(0.0)
         np.testing.assert_allclose(adapted, minimum, atol=1e-7)
-        np.testing.assert_allclose(found, expected, rtol=1e-7)
+        np.testing.assert_allclose(actual, expected, rtol=1e-7)
         assert losses.shape == (200,)
-        # The way there is not differentiated.
+        # The path to the minimum is not differentiated.
         assert way == 0
 
 
 def test_damping_is_added_to_the_identity_of_the_linear_system():
     """(1 + damping + a/λ) u = ∇L^Q(φ*)."""
     adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 200, order="implicit", proximal=2.0, damping=0.5)
-    found = jax.jit(jax.grad(lambda start: quadratic_query(adapt(start, SUPPORT)[0])))(0.0)
-    np.testing.assert_allclose(found, -2.5 / (1 + 0.5 + 1), rtol=1e-8)
+    actual = jax.jit(jax.grad(lambda start: quadratic_query(adapt(start, SUPPORT)[0])))(0.0)
+    np.testing.assert_allclose(actual, -2.5 / (1 + 0.5 + 1), rtol=1e-8)
 
 
 def curved(dim=6):
@@ -512,15 +512,15 @@ def test_as_many_conjugate_gradient_steps_as_parameters_are_exact_on_a_quadratic
     system = matrix + proximal * np.eye(dim)
     minimum = np.linalg.solve(system, matrix @ centre + proximal * start)
     pulled = np.linalg.solve(system, np.cos(minimum))
-    found = jax.jit(jax.grad(meta, (0, 1, 2)))(start, centre, matrix)
-    np.testing.assert_allclose(found[0], proximal * pulled, rtol=1e-8)
-    # The loss's other arguments move the minimum, too: ∂φ*/∂c = (A + λI)⁻¹ A, and so on.
-    np.testing.assert_allclose(found[1], matrix @ pulled, rtol=1e-8)
+    actual = jax.jit(jax.grad(meta, (0, 1, 2)))(start, centre, matrix)
+    np.testing.assert_allclose(actual[0], proximal * pulled, rtol=1e-8)
+    # The minimum also depends on the other arguments of the loss: ∂φ*/∂c = (A + λI)⁻¹ A, and so on.
+    np.testing.assert_allclose(actual[1], matrix @ pulled, rtol=1e-8)
     # ∇L = ½(A + Aᵀ)(φ − c)
     outer = np.outer(pulled, minimum - centre)
-    np.testing.assert_allclose(found[2], -(outer + outer.T) / 2, rtol=1e-7)
+    np.testing.assert_allclose(actual[2], -(outer + outer.T) / 2, rtol=1e-7)
     fewer = jax.jit(jax.grad(functools.partial(meta, cg_steps=2)))(start, centre, matrix)
-    assert np.abs(fewer - found[0]).max() > 1e-4
+    assert np.abs(fewer - actual[0]).max() > 1e-4
 
 
 def test_implicit_gradient_matches_converged_second_order_and_finite_differences():
@@ -533,17 +533,17 @@ def test_implicit_gradient_matches_converged_second_order_and_finite_differences
             head_loss, optax.sgd(hyper["rate"]), steps, order=order, proximal=0.5, cg_steps=12
         )
         return meta_loss(
-            lambda *given, hyper, **extra: adapt(*given, **extra),
+            lambda *args, hyper, **extra: adapt(*args, **extra),
             {**arguments, "hyper": None},
             support,
             query,
         )
 
     expected = finite_differences(lambda arguments: meta(arguments, "second"), arguments)
-    found = flat(jax.jit(jax.grad(lambda arguments: meta(arguments, "implicit")))(arguments))
-    np.testing.assert_allclose(found, expected, atol=2e-8)
+    actual = flat(jax.jit(jax.grad(lambda arguments: meta(arguments, "implicit")))(arguments))
+    np.testing.assert_allclose(actual, expected, atol=2e-8)
     unrolled = flat(jax.jit(jax.grad(lambda arguments: meta(arguments, "second")))(arguments))
-    np.testing.assert_allclose(found, unrolled, atol=1e-10)
+    np.testing.assert_allclose(actual, unrolled, atol=1e-10)
 
 
 def test_implicit_gradient_under_vmap_over_tasks_equals_a_loop():
@@ -558,7 +558,7 @@ def test_implicit_gradient_under_vmap_over_tasks_equals_a_loop():
 
 
 def test_implicit_needs_no_derivative_of_the_optimizer():
-    """Adam without `eps_root`, which the other orders refuse or cannot go through, finds the same minimum."""
+    """Adam without `eps_root`, which other orders refuse or cannot differentiate, finds the same minimum."""
     adapt = jm.inner_loop(
         quadratic, optax.adam(optax.cosine_decay_schedule(0.1, 500)), 500, order="implicit", proximal=2.0
     )
@@ -572,7 +572,7 @@ def test_implicit_needs_no_derivative_of_the_optimizer():
     np.testing.assert_allclose(gradient, -1.25, rtol=1e-4)
 
 
-# --- Truncation ------------------------------------------------------------------------------------
+# --- Truncation -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -588,50 +588,50 @@ def test_implicit_needs_no_derivative_of_the_optimizer():
     ],
 )
 def test_truncation_keeps_the_factors_of_the_last_steps(steps, truncations, memory):
-    """(1 − αa)^K ∇L^Q(θ_n): from first order (K = 0) to second (K = n)."""
+    """The gradient is (1 − αa)^K ∇L^Q(θ_n), from first order (K = 0) to second (K = n)."""
 
     def meta(start, truncation):
         adapt = jm.inner_loop(quadratic, optax.sgd(0.1), steps, memory=memory, truncation=truncation)
         return quadratic_query(adapt(start, SUPPORT)[0])
 
-    found = jax.jit(lambda start: [jax.grad(meta)(start, truncation) for truncation in truncations])(0.0)
+    actual = jax.jit(lambda start: [jax.grad(meta)(start, truncation) for truncation in truncations])(0.0)
     first = 3.0 - (1 - 0.8**steps)
-    np.testing.assert_allclose(found, [-(0.8 ** min(k, steps)) * first for k in truncations], rtol=1e-12)
+    np.testing.assert_allclose(actual, [-(0.8 ** min(k, steps)) * first for k in truncations], rtol=1e-12)
 
 
-def whole_way(name, arguments, cut):
-    """The losses of five steps in plain Python and the query loss, summed, and what the cuts were given.
+def plain_unroll(name, arguments, cut):
+    """Sum the losses of five plain Python steps and the query loss; also return the arguments of the cuts.
 
-    A segment begins with `cut(step, carry, start)`, before steps 1 and 3.
+    Segments begin before steps 1 and 3, with `cut(step, carry, start)`.
     """
     _, support, query = problem()
     support, query = jax.tree.map(jnp.asarray, (support, query))
     extra = {"body": arguments["body"], "regularizer": arguments["regularizer"], "key": jax.random.key(0)}
     batch = {**support, "weights": arguments["weights"]}
     optimizer = OPTIMIZERS[name](arguments["hyper"])
-    theta, state, total, given = arguments["params"], optimizer.init(arguments["params"]), 0.0, {}
+    theta, state, total, cut_arguments = arguments["params"], optimizer.init(arguments["params"]), 0.0, {}
     for step in range(5):
         if step in (1, 3):
-            given[step] = (theta, state), arguments["params"]
+            cut_arguments[step] = (theta, state), arguments["params"]
             theta, state = cut(step, (theta, state), arguments["params"])
         value, grads = jax.value_and_grad(head_loss)(theta, batch, **extra)
         total += value
         updates, state = optimizer.update(grads, state, theta)
         theta = optax.apply_updates(theta, updates)
-    return total + head_loss(theta, query, **extra), given
+    return total + head_loss(theta, query, **extra), cut_arguments
 
 
 @functools.cache
 def truncated_differences(name):
-    """The value of `whole_way`, and its finite differences with what the cuts let go of held fixed."""
+    """Return the value of `plain_unroll`, and its finite differences with the cut carries held fixed."""
     arguments, _, _ = problem()
-    value, recorded = jax.jit(lambda a: whole_way(name, a, lambda step, carry, start: carry))(arguments)
+    value, recorded = jax.jit(lambda a: plain_unroll(name, a, lambda step, carry, start: carry))(arguments)
 
     def held(step, carry, start):
         (theta, state), start_then = recorded[step]
         return jax.tree.map(lambda t, now, then: t + now - then, theta, start, start_then), state
 
-    return value, finite_differences(lambda arguments: whole_way(name, arguments, held)[0], arguments)
+    return value, finite_differences(lambda arguments: plain_unroll(name, arguments, held)[0], arguments)
 
 
 @pytest.mark.parametrize(
@@ -646,8 +646,8 @@ def truncated_differences(name):
         for memory in MODES[:3]
     ],
 )
-def test_truncated_gradient_matches_finite_differences_with_what_it_cuts_held_fixed(name, memory):
-    """A loss of the whole way, in five steps and segments of two: cuts before steps 1 and 3."""
+def test_truncated_gradient_matches_finite_differences_with_cut_carries_held_fixed(name, memory):
+    """The loss sums over five steps in segments of two, with cuts before steps 1 and 3."""
     arguments, support, query = problem()
     support, query = jax.tree.map(jnp.asarray, (support, query))
 
@@ -663,12 +663,12 @@ def test_truncated_gradient_matches_finite_differences_with_what_it_cuts_held_fi
         return trace.loss.sum() + head_loss(adapted, query, **extra)
 
     value, expected = truncated_differences(name)
-    found, gradient = jax.jit(jax.value_and_grad(truncated))(arguments)
-    np.testing.assert_allclose(found, value, rtol=1e-12)
+    actual, gradient = jax.jit(jax.value_and_grad(truncated))(arguments)
+    np.testing.assert_allclose(actual, value, rtol=1e-12)
     np.testing.assert_allclose(flat(gradient), expected, atol=5e-8)
 
 
-# --- What the trace holds, and what the optimizer is handed ----------------------------------------
+# --- Trace, and arguments of the optimizer ----------------------------------------------------------
 
 
 @each_mode
@@ -690,7 +690,7 @@ def test_path_holds_the_parameters_after_each_update(memory):
 @pytest.mark.parametrize(
     "memory", ["store", "recompute", *(pytest.param(m, marks=nightly) for m in MODES[2:])]
 )
-def test_loop_goes_on_from_a_given_optimizer_state(memory):
+def test_loop_continues_from_an_optimizer_state(memory):
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     @jax.jit
@@ -700,21 +700,21 @@ def test_loop_goes_on_from_a_given_optimizer_state(memory):
         rest = jm.inner_loop(quadratic, optimizer, 3, memory=memory)
         return whole, rest(first, SUPPORT, state=trace.state)[0], rest(first, SUPPORT)[0]
 
-    whole, continued, anew = run(0.0)
+    whole, continued, restarted = run(0.0)
     np.testing.assert_allclose(continued, whole, rtol=1e-12)
-    assert abs(anew - whole) > 1e-3
+    assert abs(restarted - whole) > 1e-3
 
 
 @each_mode
-def test_first_order_losses_move_with_the_parameters_of_their_own_step(memory):
+def test_first_order_losses_depend_only_on_the_parameters_of_their_step(memory):
     """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the second loss does not see the first's curvature.
 
     The proximal term moves the parameters but is no part of the loss; it is zero in the first step.
     """
     for proximal in (None, 0.5):
         adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, order="first", memory=memory, proximal=proximal)
-        found = jax.jit(jax.jacrev(lambda theta, adapt=adapt: adapt(theta, SUPPORT)[1].loss))(0.0)
-        np.testing.assert_allclose(found, [-2.0, -1.6], rtol=1e-12)
+        actual = jax.jit(jax.jacrev(lambda theta, adapt=adapt: adapt(theta, SUPPORT)[1].loss))(0.0)
+        np.testing.assert_allclose(actual, [-2.0, -1.6], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -744,11 +744,11 @@ def test_an_optimizer_with_extra_arguments_receives_the_loss(order, memory):
             theta = theta - 0.1 * loss * slope
         return theta, np.prod(slopes)
 
-    found = jax.jit(jax.value_and_grad(lambda theta: adapt(theta, SUPPORT)[0]))(0.3)
-    np.testing.assert_allclose(found, by_hand(0.3), rtol=1e-12)
+    actual = jax.jit(jax.value_and_grad(lambda theta: adapt(theta, SUPPORT)[0]))(0.3)
+    np.testing.assert_allclose(actual, by_hand(0.3), rtol=1e-12)
 
 
-# --- Which memory mode "auto" is -------------------------------------------------------------------
+# --- Memory mode "auto" -----------------------------------------------------------------------------
 
 
 def wide_loss(theta, x):
@@ -788,15 +788,15 @@ def test_memory_of_implicit_gradients_does_not_grow_with_steps():
         compiled = jax.jit(jax.grad(lambda theta, x: adapt(theta, x)[0].sum())).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # One number a step: its loss.
+    # Each step adds one number, its loss.
     assert temporaries(100) - temporaries(2) <= 2 * 98 * 8
 
 
-# --- Bad input -------------------------------------------------------------------------------------
+# --- Bad input --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"order": "third"}, "order: got 'third'; it must be one of"),
         ({"memory": "none"}, "memory: got 'none'; it must be one of"),
@@ -812,8 +812,8 @@ def test_memory_of_implicit_gradients_does_not_grow_with_steps():
         ({"order": "implicit", "proximal": 1.0, "keep_path": True}, "keep_path: .* leave it out"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_runs(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused_before_anything_runs(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.inner_loop(quadratic, **{"optimizer": optax.sgd(0.1), "steps": 2, **settings})
 
 
@@ -849,7 +849,7 @@ def test_hyperparameters_that_do_not_fit_the_optimizer_are_refused():
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_an_infinite_derivative_is_found_behind_hyperparameters(traced):
+def test_an_infinite_derivative_is_detected_for_an_optimizer_of_hyperparameters(traced):
     adapt = jm.inner_loop(quadratic, lambda rate: optax.adam(jnp.exp(rate)), 2)
     run = jax.jit(lambda rate: adapt(0.0, SUPPORT, hyper=rate)[0]) if traced else None
     with pytest.raises(ValueError, match="eps_root"):

@@ -33,7 +33,7 @@ import jaxmeta as jm
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# --- LSTM meta-learner -----------------------------------------------------------------------------
+# --- LSTM meta-learner ------------------------------------------------------------------------------
 
 
 def logit(p):
@@ -41,7 +41,7 @@ def logit(p):
 
 
 def with_constant_gates(params, forget, enter):
-    """The cell whose gates are constants; a gate of 1 is σ(60), which is 1 in float64."""
+    """Return parameters of a cell with constant gates; a gate of 1 is σ(60), which is 1 in float64."""
     cell = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), params["hyper"])
     cell["forget_bias"] = jnp.asarray(60.0 if forget == 1 else logit(forget))
     cell["input_bias"] = jnp.asarray(logit(enter))
@@ -50,7 +50,7 @@ def with_constant_gates(params, forget, enter):
 
 @functools.cache
 def lstm(hidden, order="first", norm=False):
-    # The default memory mode, "auto", would trace each inner step once more.
+    # "store", because the default "auto" would trace each inner step once more.
     return jm.lstm_meta_learner(network(norm=norm), inner_steps=3, hidden=hidden, order=order, memory="store")
 
 
@@ -67,7 +67,7 @@ def lstm(hidden, order="first", norm=False):
         ),
     ],
 )
-def test_constant_gates_are_gradient_descent_with_weight_decay(hidden, decay, norm, order):
+def test_constant_gates_match_gradient_descent_with_weight_decay(hidden, decay, norm, order):
     """f = 1 − αλ and i = α: SGD of rate α with weight decay λ, and its meta-gradient in either order."""
     rate, of, learner = 0.3, task(), lstm(hidden, order, norm)
     params = with_constant_gates(init(learner), 1 - rate * decay, rate)
@@ -75,8 +75,8 @@ def test_constant_gates_are_gradient_descent_with_weight_decay(hidden, decay, no
     maml = jm.maml(network(norm=norm), inner_optimizer=optimizer, inner_steps=3, order=order)
     start = {"model": params["model"]}
     assert_trees_close(adapt(learner, params, of), adapt(maml, start, of), atol=1e-13)
-    found = gradient(learner, params, of)["model"]
-    assert_trees_close(found, gradient(maml, start, of)["model"], atol=1e-13 if order == "first" else 1e-12)
+    actual = gradient(learner, params, of)["model"]
+    assert_trees_close(actual, gradient(maml, start, of)["model"], atol=1e-13 if order == "first" else 1e-12)
 
 
 @pytest.mark.nightly
@@ -95,13 +95,13 @@ def test_constant_gates_on_one_number_match_closed_form(forget):
     learner = jm.lstm_meta_learner(NUMBER, inner_steps=2, loss=half_square)
     params = with_constant_gates(init(learner, of), forget, 0.1)
     theta = float(adapt(learner, params, of)["model"]["theta"])
-    found = gradient(learner, params, of)
-    np.testing.assert_allclose(found["model"]["theta"], forget**2 * (theta - 3), rtol=1e-12)
+    actual = gradient(learner, params, of)
+    np.testing.assert_allclose(actual["model"]["theta"], forget**2 * (theta - 3), rtol=1e-12)
     if forget == 1:
         np.testing.assert_allclose(theta, 0.36, rtol=1e-12)
-        np.testing.assert_allclose(found["model"]["theta"], -2.64, rtol=1e-12)
+        np.testing.assert_allclose(actual["model"]["theta"], -2.64, rtol=1e-12)
         # i = σ(b): ∂i/∂b = i(1 − i).
-        np.testing.assert_allclose(found["hyper"]["input_bias"] / (0.1 * 0.9), -9.504, rtol=1e-12)
+        np.testing.assert_allclose(actual["hyper"]["input_bias"] / (0.1 * 0.9), -9.504, rtol=1e-12)
 
 
 @pytest.mark.parametrize("hidden", [pytest.param(20, marks=pytest.mark.nightly), None])
@@ -112,7 +112,7 @@ def test_constant_gates_on_one_number_match_closed_form_in_second_order(hidden):
     np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], -1.6896, rtol=1e-12)
 
 
-def stirred(params):
+def perturbed(params):
     rng = np.random.default_rng(3)
     return jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape), params)
 
@@ -136,7 +136,7 @@ def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held
     learner = jm.lstm_meta_learner(
         network(norm=False), inner_steps=2, hidden=hidden, feedback=feedback, memory=memory
     )
-    params = stirred(init(learner))
+    params = perturbed(init(learner))
     cell = jm.nn.GatedUpdate(hidden, feedback)
     measure = plain_loss(norm=False)
 
@@ -163,7 +163,7 @@ def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held
 @pytest.mark.nightly
 def test_second_order_lstm_gradient_matches_plain_finite_differences():
     of, learner, first = task(), lstm(3, "second"), lstm(3)
-    params = stirred(init(learner))
+    params = perturbed(init(learner))
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
     np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=2e-7)
     assert max_difference(gradient(first, params, of), gradient(learner, params, of)) > 1e-3
@@ -176,8 +176,8 @@ def test_cell_has_the_published_size_and_the_network_starts_as_in_maml():
     assert_trees_close(params["model"], init(jm.maml(network()))["model"], rtol=0)
 
 
-def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
-    """The official code's extra 1/B: as if the loss's gradient were 1/B of what it is."""
+def test_gradient_scale_multiplies_the_gradient_before_the_cell():
+    """The scale 1/B of the official code equals a loss gradient divided by B."""
     of = number_task()
     settings = {"inner_steps": 2, "hidden": None, "loss": half_square}
     scaled = jm.lstm_meta_learner(NUMBER, gradient_scale=0.2, **settings)
@@ -188,7 +188,7 @@ def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
         ({"hidden": 0}, "hidden: got .*; it must be at least 1"),
@@ -196,32 +196,32 @@ def test_gradient_scale_multiplies_the_gradient_that_the_cell_sees():
         ({"order": "implicit"}, "order: got 'implicit'; it must be one of 'second', 'first'"),
     ],
 )
-def test_lstm_refuses_bad_settings(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_lstm_refuses_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.lstm_meta_learner(network(), **settings)
 
 
-# --- Learned optimizer -----------------------------------------------------------------------------
+# --- Learned optimizer ------------------------------------------------------------------------------
 
 # f(θ) = θ², from θ = 1.
 SQUARE = jm.Model(lambda key, x: jnp.ones(()), lambda params, x: jnp.full((x.shape[0], 1), params))
 SQUARE_TASK = jm.Task(*(jm.Batch(jnp.zeros((1, 1)), jnp.zeros((1, 1))) for _ in range(2)))
 
 
-class Forms:
-    """A learned optimizer as a learner, as unrolls of runs, and as an optax transformation."""
+class LearnedOptimizer:
+    """A learned optimizer as a learner, as an unroll, and as an optax transformation."""
 
     def __init__(self, model, **settings):
         self.init, self.adapt, self.predict, self.loss = jm.learned_optimizer(model, **settings)[:4]
         self.unroll = jm.learned_optimizer_unroll(model, **settings)
-        own = ("layers", "preprocess", "scale", "zero_output")
-        given = {name: settings[name] for name in own if name in settings}
-        self.as_optax = functools.partial(jm.learned_optimizer_as_optax, **given)
+        names = ("layers", "preprocess", "scale", "zero_output")
+        own = {name: settings[name] for name in names if name in settings}
+        self.as_optax = functools.partial(jm.learned_optimizer_as_optax, **own)
 
 
 def linear_optimizer(steps=20, truncation=5):
-    """δ = w·g + b, from w = b = 0."""
-    return Forms(
+    """Build the optimizer δ = w·g + b, from w = b = 0."""
+    return LearnedOptimizer(
         SQUARE,
         inner_steps=steps,
         truncation=truncation,
@@ -239,7 +239,7 @@ def unroll_program(unroll):
 
 
 def unroll(learner, params, of, carry, key=KEY):
-    """One unroll, as a jitted program that is compiled once for a learner."""
+    """Run one unroll, as a jitted program that is compiled once for a learner."""
     return unroll_program(learner.unroll)(params, of, carry, key)
 
 
@@ -308,14 +308,14 @@ def test_a_linear_optimizer_trained_on_a_square_finds_its_minimum():
 
 @functools.cache
 def learned(net_norm=False, **settings):
-    return Forms(
+    return LearnedOptimizer(
         precise_network(norm=net_norm),
         **{"inner_steps": 6, "truncation": 3, "layers": (3,), "memory": "store", **settings},
     )
 
 
 def start_of(learner, params, of):
-    """Where the learner's run begins: with parameters of zero it makes no update."""
+    """Return the initial weights of the run: with parameters of zero, no step updates them."""
     zero = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), params)
     return unroll(learner, zero, of, None)[1].weights
 
@@ -333,15 +333,15 @@ def start_of(learner, params, of):
         ),
     ],
 )
-def test_unroll_gradient_matches_finite_differences_with_what_it_stops_held_fixed(order, memory, norm):
+def test_unroll_gradient_matches_finite_differences_with_stopped_gradients_held_fixed(order, memory, norm):
     of = task()
     learner = learned(net_norm=norm, order=order, memory=memory, scale=0.3)
-    params = stirred(init(learner))
+    params = perturbed(init(learner))
     _, carry = unroll(learner, params, of, None)
     net = jm.nn.ProposedUpdate((3,), 10.0, 0.3)
 
     def by_hand(params, gradient_at):
-        """The second unroll, from the carry of the first, and the gradients that it used."""
+        """Run the second unroll from the carry of the first; also return the gradients that it used."""
         (theta, restore), state, total, used = ravel_pytree(carry.weights), carry.state, 0.0, []
         for step in range(3):
             value, slope = plain_loss(norm)(restore(theta), of.support)
@@ -357,22 +357,22 @@ def test_unroll_gradient_matches_finite_differences_with_what_it_stops_held_fixe
     value, recorded = jax.jit(lambda params: by_hand(params, exact))(params)
     held = (lambda step, slope: recorded[step]) if order == "first" else exact
     expected = finite_differences(lambda params: by_hand(params, held)[0], params)
-    found, grads = jax.jit(jax.value_and_grad(lambda params: learner.unroll(params, of, carry, KEY)[0]))(
+    actual, grads = jax.jit(jax.value_and_grad(lambda params: learner.unroll(params, of, carry, KEY)[0]))(
         params
     )
-    np.testing.assert_allclose(found, value, rtol=1e-12)
+    np.testing.assert_allclose(actual, value, rtol=1e-12)
     np.testing.assert_allclose(flat(grads), expected, atol=1e-6, rtol=1e-6)
     assert np.abs(expected).max() > 0.01
 
 
 @functools.cache
 def run_of_two_unrolls():
-    """Of a run: the losses of both unrolls, their gradients in what each was given, and the carry between."""
+    """Return the losses of two unrolls, their gradients in both parameters, and the carry in between."""
     of, learner = task(), learned()
 
-    def losses(*given):
-        first, carry = learner.unroll(given[0], of, None, KEY)
-        second, _ = learner.unroll(given[1], of, carry, KEY)
+    def losses(*params):
+        first, carry = learner.unroll(params[0], of, None, KEY)
+        second, _ = learner.unroll(params[1], of, carry, KEY)
         return (first, second), carry
 
     @jax.jit
@@ -384,7 +384,7 @@ def run_of_two_unrolls():
     return run(init(learner))
 
 
-def test_gradient_of_an_unroll_stops_at_its_beginning():
+def test_gradient_of_an_unroll_stops_at_its_start():
     _, (_, (before, _)), _ = run_of_two_unrolls()
     assert_trees_close(before, jax.tree.map(np.zeros_like, before), rtol=0)
 
@@ -398,14 +398,14 @@ def test_gradient_of_an_unroll_in_a_run_equals_that_from_its_carry():
 
 
 def test_last_loss_of_an_unroll_and_first_of_the_next_share_their_key():
-    """Without updates f differs from step to step by its key alone."""
+    """Without updates, f differs between steps only by its key."""
 
     def apply(params, x, *, key=None):
         noise = 0.0 if key is None else jax.random.normal(key)
         return jnp.zeros((x.shape[0], 1)) + noise + 0 * params["w"]
 
     model = jm.Model(lambda key, x: {"w": jnp.zeros(())}, apply, stochastic=True)
-    learner = Forms(model, inner_steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
+    learner = LearnedOptimizer(model, inner_steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
     of = jm.Task(*(jm.Batch(jnp.zeros((3, 2)), jnp.zeros((3, 1))) for _ in range(2)))
     params = init(learner, of)
     keys = jax.vmap(lambda step: jax.random.fold_in(KEY, step))(np.arange(5))
@@ -428,7 +428,7 @@ def test_the_loss_is_the_sum_of_its_unrolls():
 @pytest.mark.nightly
 @pytest.mark.parametrize("inner_batch", [None, 2])
 def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(inner_batch):
-    """A run in two unrolls ends where a plain optax loop ends, and where `adapt` does."""
+    """A run in two unrolls, a plain optax loop and `adapt` end at the same weights."""
     of, learner = task(), learned(inner_batch=inner_batch)
     params = init(learner)
     carry = None
@@ -448,7 +448,7 @@ def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(inner_batc
     assert_trees_close(adapted["model"], weights, atol=1e-12)
 
 
-def test_as_optax_serves_trees_of_any_shapes_and_types():
+def test_as_optax_accepts_trees_of_any_shapes_and_dtypes():
     learner = learned()
     params = init(learner)
     optimizer = optax.chain(optax.clip(1.0), learner.as_optax(params))
@@ -458,10 +458,10 @@ def test_as_optax_serves_trees_of_any_shapes_and_types():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), updates) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), tree
     )
-    # Equal gradients, equal updates, whatever the leaf.
+    # Equal gradients give equal updates in every leaf.
     np.testing.assert_allclose(updates["a"], float(updates["b"][1]), rtol=1e-6)
     update(tree, state, tree)
-    # It masks, schedules and combines as any optax transformation.
+    # It combines with optax's masks and chains like any transformation.
     masked = optax.masked(learner.as_optax(params), {"a": True, "b": False})
     kept, _ = masked.update(tree, masked.init(tree), tree)
     np.testing.assert_array_equal(kept["b"][1], 1.0)
@@ -475,14 +475,14 @@ def test_runs_of_different_keys_start_at_different_weights():
 
 
 @pytest.mark.nightly
-def test_steps_at_test_may_outnumber_those_of_training():
+def test_eval_steps_may_exceed_inner_steps():
     params, of = init(learned()), task()
     longer = learned(eval_steps=12)
     assert max_difference(adapt(longer, params, of), adapt(learned(), params, of)) > 1e-4
 
 
 @pytest.mark.nightly
-def test_learned_parameters_serve_a_wider_network():
+def test_learned_parameters_work_for_a_wider_network():
     params, of = init(learned()), task()
     wide = functools.partial(jm.nn.MLP, out=WAYS, kernel_init=jax.nn.initializers.lecun_normal())
     wider = jm.learned_optimizer(wide(hidden=(9, 7)), inner_steps=3, truncation=3, layers=(3,))
@@ -491,7 +491,7 @@ def test_learned_parameters_serve_a_wider_network():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
         ({"inner_steps": 7}, "inner_steps: got 7; it must be a multiple of truncation = 3"),
@@ -501,8 +501,8 @@ def test_learned_parameters_serve_a_wider_network():
         ({"norm": "population"}, "norm: got 'population'; it must be one of 'batch', 'support'"),
     ],
 )
-def test_learned_optimizer_refuses_bad_settings(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_learned_optimizer_refuses_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
         learned(**settings)
 
 

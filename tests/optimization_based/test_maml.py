@@ -32,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @functools.cache
 def maml(**settings):
-    """MAML of two steps of size 0.5 on the network of a few units, the same learner for the same settings."""
-    # The default memory mode, "auto", would trace each inner step once more.
+    """Build MAML with two steps of size 0.5 on the small network, cached by settings."""
+    # "store", because the default "auto" would trace each inner step once more.
     own = {"inner_lr": 0.5, "inner_steps": 2, "memory": "store"}
     return jm.maml(network(), **{**own, **settings})
 
@@ -43,7 +43,7 @@ def predict(learner, params, adapted, x):
 
 
 def one_by_one(learner, params, adapted, x):
-    """Predictions of each query alone."""
+    """Predict each query separately."""
     return jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(x)
 
 
@@ -67,9 +67,9 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
     learner, of = maml(norm=norm, order="first"), task()
     params = init(learner)
     adapted = adapt(learner, params, of)
-    found = gradient(learner, params, of)
-    assert_trees_close(found, {"model": query_loss(adapted["model"], of, norm)[1]}, atol=1e-12)
-    assert max_difference(found, gradient(maml(norm=norm), params, of)) > 1e-3
+    actual = gradient(learner, params, of)
+    assert_trees_close(actual, {"model": query_loss(adapted["model"], of, norm)[1]}, atol=1e-12)
+    assert max_difference(actual, gradient(maml(norm=norm), params, of)) > 1e-3
 
 
 @pytest.mark.nightly
@@ -91,7 +91,7 @@ def test_adaptation_is_gradient_descent_on_the_support_loss():
 
 
 @pytest.mark.parametrize("order", ["second", "first"])
-def test_only_picked_leaves_adapt_and_the_others_have_a_meta_gradient(order):
+def test_only_selected_leaves_adapt_and_the_others_have_a_meta_gradient(order):
     learner = maml(order=order, adapts=lambda path: path.startswith("head/"))
     params, of = init(learner), task()
     adapted = adapt(learner, params, of)["model"]
@@ -105,7 +105,7 @@ def test_only_picked_leaves_adapt_and_the_others_have_a_meta_gradient(order):
 
 
 @pytest.mark.parametrize("patterns", ["head", ("head/kernel", "head/bias"), ("head/*",)])
-def test_patterns_pick_what_a_predicate_does(patterns):
+def test_patterns_select_the_same_leaves_as_a_predicate(patterns):
     by_pattern, by_predicate = (
         maml(adapts=adapts) for adapts in (patterns, lambda path: path.startswith("head/"))
     )
@@ -113,7 +113,7 @@ def test_patterns_pick_what_a_predicate_does(patterns):
     assert_trees_close(adapt(by_pattern, params, of), adapt(by_predicate, params, of), rtol=0)
 
 
-def test_predicate_sees_the_paths_of_the_leaves():
+def test_predicate_receives_the_paths_of_the_leaves():
     seen = set()
     learner = jm.maml(network(), adapts=lambda path: seen.add(path) or True)
     init(learner)
@@ -123,7 +123,7 @@ def test_predicate_sees_the_paths_of_the_leaves():
 
 
 @pytest.mark.nightly
-def test_steps_at_test_may_differ_from_steps_at_training():
+def test_eval_steps_may_differ_from_inner_steps():
     learner, one, of = maml(inner_steps=1, eval_steps=3), maml(inner_steps=1), task()
     params = init(learner)
     adapted = adapt(learner, params, of)
@@ -146,7 +146,7 @@ def test_norm_modes_share_their_parameters():
 
 
 def hidden(weights, x):
-    """What the network's normalisation sees."""
+    """Return the input of the network's normalisation."""
     return np.asarray(x) @ np.asarray(weights["Dense_0"]["kernel"]) + np.asarray(weights["Dense_0"]["bias"])
 
 
@@ -172,7 +172,7 @@ def test_population_mode_needs_calibration_and_then_is_inductive():
     params, of = init(learner), task()
     with pytest.raises(ValueError, match=r"jm\.calibrate"):
         learner.adapt(params, of.support, KEY)
-    # Tasks that differ in one number: the population's moments are means over tasks and parts.
+    # The tasks differ in one number; population moments are means over tasks, support sets and queries.
     kept = [task(seed) for seed in range(2)]
     sums = [jax.jit(learner.statistics)(params, t, KEY) for t in kept]
     population = jax.tree.map(lambda a, b: (a + b) / (sums[0][1] + sums[1][1]), sums[0][0], sums[1][0])
@@ -183,12 +183,12 @@ def test_population_mode_needs_calibration_and_then_is_inductive():
     adapted = adapt(learner, filled, of)
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["mean"], mean, atol=1e-12)
     np.testing.assert_allclose(adapted["stats"]["BatchNorm_0"]["var"], var, atol=1e-12)
-    # The inner loop is normalised by them too, so no parameter of the net hides behind a batch.
+    # They normalise the inner loop too, so no parameter is cancelled by batch statistics.
     assert max_difference(adapted["model"], adapt(maml(), filled, of)["model"]) > 1e-3
 
 
 @pytest.mark.parametrize(("norm", "leaks"), [("batch", True), ("support", False), ("population", False)])
-def test_predictions_of_queries_alone_and_together_differ_only_where_transductive(norm, leaks):
+def test_predictions_depend_on_other_queries_only_where_transductive(norm, leaks):
     learner, of = maml(norm=norm), task()
     params = init(learner)
     total, count = jax.jit(learner.statistics)(params, of, KEY)
@@ -203,7 +203,7 @@ def test_predictions_of_queries_alone_and_together_differ_only_where_transductiv
 
 
 def test_first_and_second_order_agree_where_the_support_loss_is_linear():
-    """Linear in θ on the support, quadratic on the query: the target's second column says which."""
+    """The loss is linear in θ on support examples and quadratic on queries, by the target's second column."""
 
     def by_flag(outputs, y, mask):
         return (outputs[:, 0] * y[:, 0] + y[:, 1] * jnp.square(outputs[:, 1])).mean()
@@ -213,15 +213,15 @@ def test_first_and_second_order_agree_where_the_support_loss_is_linear():
     of = jm.Task(*(jm.Batch(x, jnp.stack([y, jnp.full(6, flag)], 1)) for flag in (0.0, 1.0)))
     start = {"w": jnp.ones((DIM, 2))}
     model = jm.Model(lambda key, x: start, lambda params, x: x @ params["w"])
-    # The inner steps reach both columns of w: each output is a product with both.
+    # The inner steps update both columns of w: each output depends on both.
     mixed = model._replace(apply=lambda params, x: x @ params["w"] @ jnp.array([[1.0, 1.0], [1.0, 2.0]]))
     for each in (model, mixed):
         make = functools.partial(jm.maml, each, inner_optimizer=optax.sgd(0.3), inner_steps=3, loss=by_flag)
         second, first = make(), make(order="first")
         params = {"model": start}
-        found = gradient(second, params, of)
-        assert_trees_close(found, gradient(first, params, of), rtol=1e-13)
-        assert max_difference(found, jax.tree.map(jnp.zeros_like, found)) > 0.1
+        actual = gradient(second, params, of)
+        assert_trees_close(actual, gradient(first, params, of), rtol=1e-13)
+        assert max_difference(actual, jax.tree.map(jnp.zeros_like, actual)) > 0.1
 
 
 def test_regression_by_a_network_without_statistics():
@@ -252,7 +252,7 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"norm": "layer"}, "norm: got 'layer'; it must be one of"),
         ({"order": "third"}, "order: got .*; it must be one of"),
@@ -263,8 +263,8 @@ def test_a_plain_model_without_batch_statistics_has_none_to_calibrate():
         ({"eval_steps": -2}, "eval_steps: got -2; it must be at least 0"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_runs(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_settings_are_refused_before_anything_runs(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.maml(network(), **settings)
 
 
@@ -280,20 +280,20 @@ def test_bad_settings_are_refused_before_anything_runs(settings, says):
         (jm.fine_tuned_head, "optimizer", "inner_optimizer"),
     ],
 )
-def test_a_former_name_of_an_argument_is_answered_with_the_one_of_today(factory, old, new):
-    says = rf"{factory.__name__}\(\) has no argument '{old}'; it is called {new}$"
-    with pytest.raises(TypeError, match=says):
+def test_a_former_argument_name_raises_with_the_current_name(factory, old, new):
+    message = rf"{factory.__name__}\(\) has no argument '{old}'; it is called {new}$"
+    with pytest.raises(TypeError, match=message):
         factory(network(), **{old: 1})
 
 
-def test_a_name_that_never_was_is_answered_with_those_that_are():
+def test_an_unknown_argument_name_raises_with_the_allowed_names():
     with pytest.raises(
         TypeError, match=r"maml\(\) has no argument 'lr'; it takes inner_lr, inner_optimizer,"
     ):
         jm.maml(network(), lr=0.1)
 
 
-def test_another_inner_optimizer_takes_the_place_of_the_rate():
+def test_inner_optimizer_replaces_inner_lr():
     of = task()
     rate, other = maml(inner_lr=0.25), maml(inner_lr=9.0, inner_optimizer=optax.sgd(0.25))
     params = init(rate)
@@ -306,14 +306,14 @@ def test_a_head_of_another_width_is_refused_at_init():
 
 
 def test_adapting_nothing_is_refused_at_init():
-    with pytest.raises(ValueError, match=r"picks no leaf.*head/kernel"):
+    with pytest.raises(ValueError, match=r"matches no leaf.*head/kernel"):
         jm.maml(network(), adapts=lambda path: "haed" in path).init(KEY, task())
     with pytest.raises(ValueError, match=r"adapts: 'haed' matches nothing; the closest paths are head"):
         jm.maml(network(), adapts=["haed", "head"]).init(KEY, task())
 
 
 @pytest.mark.parametrize(
-    ("apply", "says"),
+    ("apply", "message"),
     [
         (lambda params, x: (x @ params["w"], None), "returns tuple"),
         (lambda params, x: (x @ params["w"])[None], r"returns shape \(1, 6, 3\) for 6 examples"),
@@ -321,12 +321,12 @@ def test_adapting_nothing_is_refused_at_init():
         (lambda params, x: (x @ params["w"])[:2], r"returns shape \(2, 3\)"),
     ],
 )
-def test_outputs_of_a_wrong_shape_are_refused_at_init(apply, says):
-    with pytest.raises(ValueError, match=says):
+def test_outputs_of_a_wrong_shape_are_refused_at_init(apply, message):
+    with pytest.raises(ValueError, match=message):
         jm.maml((lambda key, x: {"w": jnp.ones((DIM, WAYS))}, apply)).init(KEY, task())
 
 
-def test_each_inner_step_and_the_query_draw_with_keys_of_their_own():
+def test_each_inner_step_and_the_query_loss_use_separate_keys():
     def apply(params, x, key=None):
         return (x if key is None else x * jax.random.normal(key, x.shape)) @ params["w"]
 

@@ -37,21 +37,21 @@ pytestmark = pytest.mark.usefixtures("x64")
 SGD = optax.sgd(0.5)
 
 
-# Without normalisation layers, where they do not matter: less to trace and to compile.
+# Tests that do not need normalisation layers omit them, to trace and compile less.
 BARE = network(norm=False)
 
 
 @functools.cache
 def maml(net=BARE, **settings):
-    """MAML of three steps of size 0.5, the same learner for the same settings."""
-    # The default memory mode, "auto", would trace each inner step once more.
+    """Build MAML with three steps of size 0.5, cached by settings."""
+    # "store", because the default "auto" would trace each inner step once more.
     return jm.maml(net, **{"inner_optimizer": SGD, "inner_steps": 3, "memory": "store", **settings})
 
 
 def assert_gradient_matches_finite_differences(learner, params, of, step=None, atol=1e-8):
-    found = flat(gradient(learner, params, of, step))
+    actual = flat(gradient(learner, params, of, step))
     expected = finite_differences(lambda params: learner.loss(params, of, KEY, step)[0], params)
-    np.testing.assert_allclose(found, expected, atol=atol)
+    np.testing.assert_allclose(actual, expected, atol=atol)
     assert np.abs(expected).max() > 0.01
 
 
@@ -59,11 +59,11 @@ def as_maml(params):
     return {"model": params["model"]}
 
 
-# --- ANIL and BOIL ---------------------------------------------------------------------------------
+# --- ANIL and BOIL ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("factory", "adapts_head"), [(jm.anil, True), (jm.boil, False)])
-def test_either_head_or_body_adapts_and_the_other_keeps_its_bits(factory, adapts_head):
+def test_either_head_or_body_adapts_and_the_other_is_unchanged(factory, adapts_head):
     learner, of = factory(network(norm=False), inner_optimizer=SGD, inner_steps=2), task()
     params = init(learner)
     adapted = adapt(learner, params, of)["model"]
@@ -89,7 +89,7 @@ def test_anil_without_a_body_is_maml(order):
     params = init(anil)
     assert_trees_close(adapt(anil, params, of), adapt(maml, params, of), rtol=0)
     assert_trees_close(gradient(anil, params, of), gradient(maml, params, of), rtol=0)
-    with pytest.raises(ValueError, match="head: got 'head', which picks all of the network's leaves"):
+    with pytest.raises(ValueError, match="head: got 'head', which matches all of the network's leaves"):
         init(jm.boil(model))
 
 
@@ -97,13 +97,13 @@ def test_anil_with_step_size_zero_keeps_its_weights_and_has_the_query_gradient()
     learner, of = jm.anil(BARE, inner_optimizer=optax.sgd(0.0), inner_steps=2), task()
     params = init(learner)
     assert_trees_close(adapt(learner, params, of)["model"], params["model"], rtol=0)
-    found = gradient(learner, params, of)["model"]
-    assert_trees_close(found, plain_loss(norm=False)(params["model"], of.query)[1], atol=1e-12)
+    actual = gradient(learner, params, of)["model"]
+    assert_trees_close(actual, plain_loss(norm=False)(params["model"], of.query)[1], atol=1e-12)
 
 
 @pytest.mark.nightly
-def test_one_first_order_step_of_anil_and_boil_together_is_that_of_maml():
-    """Of one first-order step, each leaf's update is that of one of the two."""
+def test_one_first_order_step_of_anil_and_boil_together_matches_maml():
+    """After one first-order step, each leaf's update equals that of one of the two."""
     of = task()
     make = [functools.partial(factory, BARE, inner_optimizer=SGD) for factory in (jm.anil, jm.boil, jm.maml)]
     params = init(make[2]())
@@ -126,15 +126,15 @@ def test_the_head_may_be_a_module_inside_another_or_a_predicate():
         adapted = adapt(learner, params, of)["model"]["net"]
         assert max_difference(adapted["out"], params["model"]["net"]["out"]) > 1e-3
         assert_trees_close(adapted["about"], params["model"]["net"]["about"], rtol=0)
-    # "out" is no part of a name.
+    # "out" must match a whole module name, not part of one.
     for make in (jm.anil, jm.boil):
         with pytest.raises(
-            ValueError, match=r"head: got 'ou', which picks none .* \['net/about/w', 'net/out/w'\]"
+            ValueError, match=r"head: got 'ou', which matches none .* \['net/about/w', 'net/out/w'\]"
         ):
             init(make((init_params, apply), head="ou"))
 
 
-# --- Meta-SGD --------------------------------------------------------------------------------------
+# --- Meta-SGD ---------------------------------------------------------------------------------------
 
 
 def test_meta_sgd_of_one_number_matches_closed_form():
@@ -143,9 +143,9 @@ def test_meta_sgd_of_one_number_matches_closed_form():
     params = init(learner, of)
     np.testing.assert_allclose(adapt(learner, params, of)["model"]["theta"], 0.2, rtol=1e-7)
     params["hyper"]["theta"] = jnp.asarray(0.1)
-    found = gradient(learner, params, of)
-    np.testing.assert_allclose(found["model"]["theta"], -2.24, rtol=1e-12)
-    np.testing.assert_allclose(found["hyper"]["theta"], -5.6, rtol=1e-12)
+    actual = gradient(learner, params, of)
+    np.testing.assert_allclose(actual["model"]["theta"], -2.24, rtol=1e-12)
+    np.testing.assert_allclose(actual["hyper"]["theta"], -5.6, rtol=1e-12)
 
 
 @pytest.mark.nightly
@@ -157,8 +157,8 @@ def test_meta_sgd_with_equal_rates_is_maml(order):
     params = init(learner)
     start = as_maml(params)
     assert_trees_close(adapt(learner, params, of), adapt(plain, start, of), atol=1e-14)
-    found, expected = gradient(learner, params, of), gradient(plain, start, of)
-    assert_trees_close(found["model"], expected["model"], atol=1e-13)
+    actual, expected = gradient(learner, params, of), gradient(plain, start, of)
+    assert_trees_close(actual["model"], expected["model"], atol=1e-13)
     np.testing.assert_allclose(loss(learner, params, of)[0], loss(plain, start, of)[0], rtol=1e-13)
 
 
@@ -184,7 +184,7 @@ def test_one_step_of_meta_sgd_has_minus_the_product_of_gradients_as_gradient_of_
     assert_trees_close(gradient(single, params, of)["hyper"], expected, atol=1e-12)
 
 
-def test_meta_sgd_of_some_leaves_has_rates_of_those():
+def test_meta_sgd_has_rates_for_adapted_leaves_only():
     learner = jm.meta_sgd(BARE, adapts=lambda path: path.startswith("head/"))
     params = init(learner)
     assert [leaf.shape for leaf in jax.tree.leaves(params["hyper"])] == [(WAYS,), (5, WAYS)]
@@ -196,7 +196,7 @@ def test_an_empty_range_of_rates_is_refused():
         jm.meta_sgd(network(), inner_lr=(0.1, 0.05))
 
 
-# --- Implicit MAML ---------------------------------------------------------------------------------
+# --- Implicit MAML ----------------------------------------------------------------------------------
 
 
 def test_imaml_of_one_number_matches_closed_form():
@@ -218,12 +218,12 @@ def test_imaml_at_its_minimum_has_the_gradient_of_unrolled_proximal_maml():
     of, settings = task(), {"inner_optimizer": SGD, "proximal": 0.5, "inner_steps": 500}
     learner = jm.imaml(smooth, cg_steps=DIM * WAYS + WAYS, **settings)
     params = init(learner)
-    found = gradient(learner, params, of)
-    assert_trees_close(found, gradient(jm.maml(smooth, **settings), params, of), atol=1e-9)
+    actual = gradient(learner, params, of)
+    assert_trees_close(actual, gradient(jm.maml(smooth, **settings), params, of), atol=1e-9)
     assert_gradient_matches_finite_differences(learner, params, of)
 
 
-def test_imaml_has_the_settings_of_the_paper_and_takes_those_of_maml():
+def test_imaml_has_the_paper_settings_and_accepts_those_of_maml():
     learner, of = jm.imaml(network(), norm="support", adapts=lambda path: "head" in path), task()
     params = init(learner)
     fast = params["model"]
@@ -242,18 +242,18 @@ def test_imaml_has_the_settings_of_the_paper_and_takes_those_of_maml():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"proximal": 0.0}, "proximal"),
         ({"inner_steps": 0}, "inner_steps: got .*; it must be at least 1"),
     ],
 )
-def test_imaml_refuses_bad_settings(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_imaml_refuses_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.imaml(network(), **settings)
 
 
-# --- Reptile ---------------------------------------------------------------------------------------
+# --- Reptile ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,8 +281,8 @@ def test_one_step_of_reptile_is_the_support_gradient():
     learner, of = jm.reptile(BARE, inner_optimizer=SGD, inner_steps=1, inner_batch=None), task()
     params = init(learner)
     joint = plain_loss(norm=False)(params["model"], of.support)[1]
-    found = jax.tree.map(lambda g: g / 0.5, gradient(learner, params, of)["model"])
-    assert_trees_close(found, joint, atol=1e-12)
+    actual = jax.tree.map(lambda g: g / 0.5, gradient(learner, params, of)["model"])
+    assert_trees_close(actual, joint, atol=1e-12)
 
 
 @pytest.mark.nightly
@@ -292,14 +292,14 @@ def test_reptile_gradient_is_start_minus_adapted_weights():
     adapted = adapt(learner, params, of)["model"]
     expected = jax.tree.map(jnp.subtract, params["model"], adapted)
     assert_trees_close(gradient(learner, params, of)["model"], expected, atol=1e-14)
-    # The loss is half the squared distance to that end, whose gradient this is with the end held fixed.
+    # The loss is half the squared distance to the adapted weights, differentiated with these held fixed.
     distance = np.square(flat(expected)).sum() / 2
     np.testing.assert_allclose(loss(learner, params, of)[0], distance, rtol=1e-12)
 
 
 @pytest.mark.nightly
 def test_reptile_training_lowers_the_loss_after_adaptation_of_an_unseen_task():
-    """Tasks with one rule in common: the loss after adaptation falls on one that was not trained on."""
+    """Tasks share one rule, so training lowers the loss after adaptation on an unseen task."""
 
     def ruled(seed):
         rng = np.random.default_rng(seed)
@@ -348,12 +348,12 @@ def test_fewer_than_one_training_step_is_refused(make):
             make(network(), inner_steps=steps)
 
 
-# --- Mini-batches ----------------------------------------------------------------------------------
+# --- Mini-batches -----------------------------------------------------------------------------------
 
 
 @functools.cache
 def counting_learner(batch_size, steps):
-    """A network of one weight per example, whose loss's gradient counts the examples in use."""
+    """Build a learner with one weight per example, whose loss gradient counts the examples in use."""
     model = jm.Model(
         lambda key, x: jnp.zeros(x.shape[1]), lambda params, x: (x * params[None]).sum(1, keepdims=True)
     )
@@ -366,8 +366,8 @@ def counting_learner(batch_size, steps):
     )
 
 
-def seen_by(batch_size, steps, of, key=KEY):
-    """How much each support example counts over the inner steps."""
+def example_counts(batch_size, steps, of, key=KEY):
+    """Return the weight of each support example over the inner steps."""
     count = of.support.y.shape[0]
     support = jm.Batch(jnp.asarray(np.eye(count)), jnp.asarray(np.zeros((count, 1))), mask=of.support.mask)
     start = {"model": jnp.asarray(np.zeros(count))}
@@ -377,28 +377,28 @@ def seen_by(batch_size, steps, of, key=KEY):
 
 
 @pytest.mark.nightly
-def test_mini_batches_go_through_all_examples_in_turn():
+def test_mini_batches_cycle_through_all_examples():
     of = task()  # 6 support examples
-    once = seen_by(2, 1, of)
+    once = example_counts(2, 1, of)
     assert sorted(np.unique(once)) == [0, 0.5]
-    np.testing.assert_allclose(seen_by(2, 3, of), 0.5)
-    np.testing.assert_allclose(np.sort(seen_by(4, 2, of)), [0.25, 0.25, 0.25, 0.25, 0.5, 0.5])
-    np.testing.assert_allclose(seen_by(10, 2, of), 2 / 6)
-    assert max_difference(once, seen_by(2, 1, of, jax.random.key(1))) > 0
+    np.testing.assert_allclose(example_counts(2, 3, of), 0.5)
+    np.testing.assert_allclose(np.sort(example_counts(4, 2, of)), [0.25, 0.25, 0.25, 0.25, 0.5, 0.5])
+    np.testing.assert_allclose(example_counts(10, 2, of), 2 / 6)
+    assert max_difference(once, example_counts(2, 1, of, jax.random.key(1))) > 0
 
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("inner_batch", [8, 2, 5])
-def test_padding_takes_no_place_in_a_mini_batch(inner_batch):
+def test_mini_batches_contain_no_padding(inner_batch):
     of = task()
     places = np.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
     x, y, mask = np.full((9, DIM), np.nan), np.zeros(9, np.int32), np.zeros(9, bool)
     x[places], y[places], mask[places] = of.support.x, of.support.y, True
     support = jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=WAYS)
-    seen = seen_by(inner_batch, 1, jm.Task(support, of.query))
+    counts = example_counts(inner_batch, 1, jm.Task(support, of.query))
     size = min(inner_batch, 6)
-    assert sorted(seen[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
-    assert np.delete(seen, places).sum() == 0
+    assert sorted(counts[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
+    assert np.delete(counts, places).sum() == 0
     learner = jm.reptile(network(), inner_batch=inner_batch, inner_steps=3)
     params = init(learner)
     assert all(
@@ -407,17 +407,17 @@ def test_padding_takes_no_place_in_a_mini_batch(inner_batch):
     )
 
 
-def test_a_batch_size_below_one_is_refused():
+def test_an_inner_batch_below_one_is_refused():
     with pytest.raises(ValueError, match="inner_batch: got 0; it must be at least 1"):
         jm.maml(network(), inner_batch=0)
 
 
-# --- MAML++ ----------------------------------------------------------------------------------------
+# --- MAML++ -----------------------------------------------------------------------------------------
 
 
 @functools.cache
 def plain(**settings):
-    """MAML++ without what differs from MAML, save what `settings` say."""
+    """Build MAML++ with all changes switched off, except those in `settings`."""
     off = {"inner_lr": 0.5, "inner_steps": 3, "anneal_steps": 0, "per_step_norm": False, "memory": "store"}
     return jm.maml_plus_plus(BARE, **{**off, **settings})
 
@@ -428,8 +428,8 @@ def test_multi_step_weights_match_the_official_code():
         (1 / 3, [0.4 / 3] * 4 + [1.4 / 3]),
         (1.0, [0.006] * 4 + [0.976]),
     ):
-        found = multi_step_weights(5, progress)
-        np.testing.assert_allclose(found, expected, atol=1e-12)
+        actual = multi_step_weights(5, progress)
+        np.testing.assert_allclose(actual, expected, atol=1e-12)
     for steps in (1, 2, 5):
         for progress in np.linspace(0, 1, 7):
             np.testing.assert_allclose(multi_step_weights(steps, progress).sum(), 1, rtol=1e-12)
@@ -437,13 +437,13 @@ def test_multi_step_weights_match_the_official_code():
 
 
 @pytest.mark.nightly
-def test_maml_plus_plus_with_all_rates_alike_is_maml():
+def test_maml_plus_plus_with_equal_rates_matches_maml():
     of, learner = task(), plain()
     params = init(learner)
     assert jax.tree.leaves(params["hyper"])[0].shape == (3,)
     assert_trees_close(adapt(learner, params, of), adapt(maml(), as_maml(params), of), atol=1e-14)
-    found = gradient(learner, params, of)
-    assert_trees_close(found["model"], gradient(maml(), as_maml(params), of)["model"], atol=1e-13)
+    actual = gradient(learner, params, of)
+    assert_trees_close(actual["model"], gradient(maml(), as_maml(params), of)["model"], atol=1e-13)
 
 
 def test_derivative_order_annealing_is_first_order_and_then_second():
@@ -473,7 +473,7 @@ def test_the_multi_step_loss_weighs_the_query_loss_after_each_step():
     np.testing.assert_allclose(loss(learner, params, of)[0], after[-1], rtol=1e-12)
 
 
-def test_each_step_has_rates_of_its_own():
+def test_each_step_has_separate_rates():
     rates, slopes = {"w": jnp.array([0.1, 0.2])}, np.arange(3.0)
     optimizer = descend_by_step(rates)
     state = optimizer.init({"w": jnp.zeros(3)})
@@ -483,12 +483,12 @@ def test_each_step_has_rates_of_its_own():
 
 
 def hidden(weights, x):
-    """What the network's normalisation sees."""
+    """Return the input of the network's normalisation."""
     return np.asarray(x) @ np.asarray(weights["Dense_0"]["kernel"]) + np.asarray(weights["Dense_0"]["bias"])
 
 
-def stirred(params, scale=0.1):
-    """Parameters whose every step differs from the others."""
+def perturbed(params, scale=0.1):
+    """Perturb the parameters, so that all steps differ."""
     flat, restore = ravel_pytree(params)
     return restore(flat + scale * np.random.default_rng(5).normal(size=flat.size))
 
@@ -506,23 +506,23 @@ def test_maml_plus_plus_gradient_matches_finite_differences(norm, step):
     learner = jm.maml_plus_plus(
         network(), inner_lr=0.5, inner_steps=2, anneal_steps=12, norm=norm, memory="store"
     )
-    params = stirred(init(learner))
+    params = perturbed(init(learner))
     step = None if step is None else jnp.asarray(step, jnp.int32)
     assert_gradient_matches_finite_differences(learner, params, of, step)
-    # Every step's own layers and rates count.
-    found = gradient(learner, params, of, step)
-    for path, leaf in jax.tree_util.tree_leaves_with_path((found["per_step"], found["hyper"])):
+    # The layers and rates of every step have an effect.
+    actual = gradient(learner, params, of, step)
+    for path, leaf in jax.tree_util.tree_leaves_with_path((actual["per_step"], actual["hyper"])):
         if jax.tree_util.keystr(path, simple=True, separator="/").endswith("Dense_0/bias"):
-            # Taken away again by the normalisation that follows: zero but for rounding.
+            # The normalisation that follows cancels it: zero up to rounding.
             np.testing.assert_allclose(leaf, 0, atol=1e-12)
             continue
         assert np.abs(leaf).reshape(2, -1).max(1).min() > 0, path
 
 
-def test_each_step_normalises_by_layers_of_its_own():
+def test_each_step_has_separate_normalisation_layers():
     of = task()
     learner = jm.maml_plus_plus(network(), inner_lr=0.5, inner_steps=2, anneal_steps=0)
-    params = stirred(init(learner))
+    params = perturbed(init(learner))
     assert set(params["model"]["Dense_0"]) == {"kernel", "bias"}
     assert jax.tree.leaves(params["model"]["BatchNorm_0"]) == []
     assert [leaf.shape for leaf in jax.tree.leaves(params["per_step"])] == [(2, 5), (2, 5)]
@@ -535,17 +535,17 @@ def test_each_step_normalises_by_layers_of_its_own():
         fast = jax.tree.map(lambda w, g, r: w - r[step] * g, fast, grads, rates)  # noqa: B023
     adapted = adapt(learner, params, of)["model"]
     assert_trees_close(adapted, {**fast, "BatchNorm_0": own}, atol=1e-12)
-    # Fewer steps at test end with that step's layers.
+    # With fewer steps at test, the layers of the last of them normalise the queries.
     fewer = jm.maml_plus_plus(network(), inner_lr=0.5, inner_steps=2, eval_steps=1)
     own = jax.tree.map(lambda leaf: leaf[0], params["per_step"]["BatchNorm_0"])
     assert_trees_close(adapt(fewer, params, of)["model"]["BatchNorm_0"], own, rtol=0)
 
 
-def test_each_step_has_population_statistics_of_its_own():
+def test_each_step_has_separate_population_statistics():
     of = [task(seed) for seed in range(2)]
     make = functools.partial(jm.maml_plus_plus, network(), inner_lr=0.5, inner_steps=2, anneal_steps=0)
     learner, population = make(), make(norm="population")
-    params = stirred(init(learner))
+    params = perturbed(init(learner))
     sums = [jax.jit(learner.statistics)(params, each, KEY) for each in of]
     filled = {
         **params,
@@ -556,7 +556,7 @@ def test_each_step_has_population_statistics_of_its_own():
     stats = filled["population"]["BatchNorm_0"]
     assert stats["mean"].shape == (2, 5)
 
-    # The first set: the support set before the first update, and the queries after it.
+    # Step 0: the support set before the first update, and the queries after it.
     after_one = make(eval_steps=1)
     seen = [
         hidden(params["model"], each.support.x).mean(0)
@@ -580,7 +580,7 @@ def test_a_network_without_normalisation_has_no_per_step_layers():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"inner_steps": 0}, "inner_steps: got 0; it must be at least 1"),
         ({"eval_steps": 6}, "eval_steps: got 6; there are learned step sizes for 1 to 5 steps"),
@@ -590,8 +590,8 @@ def test_a_network_without_normalisation_has_no_per_step_layers():
         ({"norm": "episode"}, "norm: got 'episode'; it must be one of 'batch', 'support', 'population'"),
     ],
 )
-def test_maml_plus_plus_refuses_bad_settings(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_maml_plus_plus_refuses_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.maml_plus_plus(network(), **settings)
 
 
@@ -613,10 +613,10 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"hyper": 0.1}, "hyper: got hyperparameters to learn, but inner_optimizer is a fixed"),
-        ({"inner_optimizer": optax.sgd}, "inner_optimizer: .* needs their initial values"),
+        ({"inner_optimizer": optax.sgd}, "inner_optimizer: .* with their initial values"),
         ({"inner_optimizer": optax.adam, "hyper": 0.1}, "eps_root"),
         (
             {"inner_optimizer": optax.sgd, "hyper": 0.1, "order": "implicit", "proximal": 1.0},
@@ -628,21 +628,21 @@ def test_maml_learns_the_hyperparameters_of_any_inner_optimizer():
             "eval_steps: got .*; it must be at least 1",
         ),
         ({"order": "implicit", "proximal": 1.0, "norm": "episode"}, 'norm: got "episode"'),
-        ({"norm": "episode", "eval_steps": 0}, 'norm: "episode" is an average over inner steps'),
+        ({"norm": "episode", "eval_steps": 0}, 'norm: got "episode", an average over inner steps'),
     ],
 )
-def test_settings_that_do_not_fit_the_optimizer_or_order_are_refused(settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_settings_that_do_not_fit_the_optimizer_or_order_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.maml(network(), **settings)
 
 
-def test_an_optimizer_of_drawn_hyperparameters_with_an_infinite_derivative_is_refused():
+def test_an_optimizer_of_random_hyperparameters_with_an_infinite_derivative_is_refused():
     learner = jm.maml(network(), inner_optimizer=optax.adam, hyper=lambda key, fast: jnp.asarray(0.1))
     with pytest.raises(ValueError, match="eps_root"):
         learner.adapt(init(learner), task().support, KEY)
 
 
-def test_statistics_of_every_step_do_not_see_padding():
+def test_per_step_statistics_ignore_padding():
     learner, of = jm.maml_plus_plus(network(), inner_steps=2, anneal_steps=0), task()
     params = init(learner)
 
@@ -653,8 +653,8 @@ def test_statistics_of_every_step_do_not_see_padding():
 
     statistics = jax.jit(learner.statistics)
     expected, _ = statistics(params, of, KEY)
-    found, _ = statistics(params, jm.Task(*map(padded, of)), KEY)
-    assert_trees_close(found, expected, atol=1e-12)
+    actual, _ = statistics(params, jm.Task(*map(padded, of)), KEY)
+    assert_trees_close(actual, expected, atol=1e-12)
 
 
 def test_episode_statistics_are_a_running_average_over_the_inner_steps():
@@ -664,7 +664,7 @@ def test_episode_statistics_are_a_running_average_over_the_inner_steps():
     for n in range(3):
         seen = hidden(descended(params["model"], of.support, n), of.support.x)
         mean, var = 0.1 * mean + 0.9 * seen.mean(0), 0.1 * var + 0.9 * seen.var(0)
-    found = adapt(learner, params, of)["stats"]["BatchNorm_0"]
-    np.testing.assert_allclose(found["mean"], mean, atol=1e-12)
-    np.testing.assert_allclose(found["var"], var, atol=1e-12)
+    actual = adapt(learner, params, of)["stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(actual["mean"], mean, atol=1e-12)
+    np.testing.assert_allclose(actual["var"], var, atol=1e-12)
     assert_gradient_matches_finite_differences(learner, params, of)
