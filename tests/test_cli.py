@@ -275,16 +275,19 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["train", "--image-size", "28", "--tasks", "omniglot"], "here it is --size"),
         (
             ["train", "--divergence", "kl"],
-            "--divergence: is a setting of prototypical, and not of maml on glyphs",
+            "--divergence: is a setting of prototypical, not of maml on glyphs",
         ),
         (
             ["train", "--strings", "5,5"],
-            "--strings: is a setting of mann, and not of maml on glyphs",
+            "--strings: is a setting of mann, not of maml on glyphs",
         ),
         (["train", "--stream"], "--stream: is a setting of folder:PATH"),
         (["train", "--schedule", "step"], "--decay-every: "),
-        (["train", "--decay-every", "9"], "--decay-every: --schedule is cosine"),
-        (["train", "--outer-momentum", "0.9", "--tasks", "sinusoid"], "--outer-momentum: adam has none"),
+        (["train", "--decay-every", "9"], "--decay-every: got 9, but --schedule is cosine"),
+        (
+            ["train", "--outer-momentum", "0.9", "--tasks", "sinusoid"],
+            "--outer-momentum: got 0.9, but adam has no momentum",
+        ),
         (["train", "--outer-betas", "0.9"], "--outer-betas: got 0.9; it must be 2 numbers with commas"),
         (["train", "--outer-betas", "0.9,2"], "--outer-betas: got 2"),
         (["train", "maml", "anil"], "unexpected argument 'anil'"),
@@ -319,10 +322,10 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
             ["train", "imaml", "--eval-steps", "0", "--tasks", "sinusoid"],
             "--eval-steps: got 0; it must be at least 1",
         ),
-        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], "and not of fomaml on sinusoid"),
+        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], ", not of fomaml on sinusoid"),
         (
             ["train", "--order", "first", "--diagnose", "--tasks", "sinusoid"],
-            "--diagnose: it compares with first order",
+            "--diagnose: compares with the first-order",
         ),
         (["train", "boil", "--norm", "episode"], "--norm: got episode; it must be one of batch, support"),
         (["train", "--shots", "0", "--tasks", "sinusoid"], "--shots"),
@@ -376,7 +379,7 @@ def test_a_run_of_an_older_form_is_refused_with_a_sentence_that_says_so(run, tmp
     for argv in (["evaluate", str(tmp_path)], ["train", "--resume", "--out", str(tmp_path)]):
         assert main(argv) == 2
         said = capsys.readouterr().err
-        assert "is of an older form than this version of jaxmeta reads" in said
+        assert "has format 1, but this version of jaxmeta reads" in said
         assert "jaxmeta 0.1.0" in said
         assert len(said.splitlines()) == 1
 
@@ -505,13 +508,13 @@ def test_a_configuration_is_started_from_with_flags_on_top(run, tmp_path, starte
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--config", "nowhere.json"], "--config: there is no nowhere.json"),
-        (["--config", "text.json"], "--config: text.json is no JSON"),
-        (["--config", "empty.json"], "empty.json is of an older form"),
-        (["--config", "RUN", "--preset", "glyphs"], "--preset: a configuration says all"),
+        (["--config", "nowhere.json"], "--config: nowhere.json does not exist"),
+        (["--config", "text.json"], "--config: text.json is not valid JSON"),
+        (["--config", "empty.json"], "empty.json has format 1, but"),
+        (["--config", "RUN", "--preset", "glyphs"], "--preset: --config has all values"),
         (
             ["--config", "RUN", "--tasks", "glyphs"],
-            "--tasks: got glyphs, and the configuration is for",
+            "--tasks: got glyphs, but the configuration is for",
         ),
         (["--config"], "--config: expects a value"),
     ],
@@ -527,7 +530,7 @@ def test_a_configuration_that_cannot_be_started_from(flags, says, run, tmp_path,
 def test_a_bare_flag_that_two_groups_have_names_both(started, capsys):
     for flag in ("--norm", "--norm=batch"):
         assert main(["train", "--network", "mlp", flag, *([] if "=" in flag else ["batch"])]) == 2
-        assert "say --network.norm or --training.norm" in capsys.readouterr().err
+        assert "give --network.norm or --training.norm" in capsys.readouterr().err
     assert main(["train", "--network", "mlp", "--training.norm", "support", "--no-network.norm"]) == 0
     assert (started[0].training.norm, started[0].network["norm"]) == ("support", False)
 

@@ -122,7 +122,7 @@ def test_the_difference_is_that_of_each_test_task(compared):
 def test_a_comparison_writes_its_files_and_a_true_report(compared):
     assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
     text = (compared / "comparison.md").read_text()
-    assert "Left out for fomaml, which has no such setting: --order." in text
+    assert "fomaml does not have these settings: --order." in text
     guessing = read_json(compared / "maml" / "report.json")["mse_of_mean"]["mean"]
     assert f"Answering with the mean of the support targets: {guessing:.4f} ± " in text
     orders = [
@@ -361,7 +361,7 @@ def test_plot_draws_runs_and_overwrites_nothing(compared, tmp_path, monkeypatch,
     running.mkdir()
     shutil.copy(compared / "maml" / "config.json", running)
     assert main(["plot", str(running), "--out", "running.png"]) == 2
-    assert "no meta-step yet" in capsys.readouterr().err
+    assert "has no rows in metrics.jsonl yet" in capsys.readouterr().err
     rows = (compared / "maml" / "metrics.jsonl").read_text().splitlines()
     (running / "metrics.jsonl").write_text("\n".join([*rows[:3], rows[3][:20]]))
     assert main(["plot", str(running), maml, "--out", "running.png"]) == 0

@@ -205,7 +205,7 @@ def test_folders_of_thumbnails_hide_no_truth(place, tmp_path, capsys):
         (tmp_path / "@eaDir").mkdir(exist_ok=True)
         (tmp_path / "@eaDir" / "0.png").write_bytes(file.read_bytes())
     assert main(["predict", str(place / "transfer"), "--query", str(tmp_path)]) == 0
-    assert "of 10 lie in the folder of the class they are named as" in capsys.readouterr().out
+    assert "of 10 predictions are the class of the image's folder" in capsys.readouterr().out
 
 
 def test_a_table_by_class_marks_wrong_answers(place, tmp_path, capsys):
@@ -337,14 +337,14 @@ def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner,
         ),
         (
             ["evaluate", "{place}/transfer", "--tasks", "glyphs", "--learner", "nosuch"],
-            "--learner: got nosuch, and {place}/transfer is not a run",
+            "--learner: got nosuch, but {place}/transfer is not a run",
         ),
-        (["predict", "{place}/nowhere"], "SOURCE: there is nothing at {place}/nowhere"),
+        (["predict", "{place}/nowhere"], "SOURCE: {place}/nowhere does not exist"),
         (["export", "{place}/run"], "--out: is missing"),
         (["export", "{place}/run", "--out", "{place}/images"], "--out: {place}/images exists"),
         (["evaluate", "{place}/transfer"], "--tasks: is missing"),
         (["evaluate", "{place}/transfer", "--tasks", "sinusoid"], "--tasks: "),
-        (["train", "--init", "{place}/nowhere"], "--init: there is nothing at {place}/nowhere"),
+        (["train", "--init", "{place}/nowhere"], "--init: {place}/nowhere does not exist"),
         (["train", "--init", "{place}/transfer"], "--init: {place}/transfer has another network"),
     ],
 )
@@ -367,7 +367,7 @@ def test_an_export_is_the_source_of_predictions_alone(place, tmp_path, capsys):
     capsys.readouterr()
     for argv in (["transfer", out, "--target", "glyphs"], ["train", "--init", out]):
         assert main(argv) == 2
-        assert f"{out} is an export, which predicts" in capsys.readouterr().err
+        assert f"{out} is an export, which can only predict" in capsys.readouterr().err
     flags = ["--query", str(place / "query"), "--support", str(place / "support")]
     assert main(["predict", out, *flags]) == 2
     assert "--support: " in capsys.readouterr().err

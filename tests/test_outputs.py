@@ -523,7 +523,7 @@ def test_a_folder_in_which_a_process_trains_is_refused(run, capsys):
         assert main(["train", "--resume", "--steps", "4", "--out", str(run)]) == 2
     said = capsys.readouterr().err
     assert f"--out: process {os.getpid()} on " in said
-    assert f"is training in {run} at this moment" in said
+    assert f"is training in {run} now; wait" in said
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -141,7 +141,7 @@ def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path
     for again in (["evaluate", str(run)], ["train", "--resume", "--out", str(run)]):
         capsys.readouterr()
         assert main(again) == 2
-        assert "are no longer those that the run in" in capsys.readouterr().err
+        assert "have changed since the run in" in capsys.readouterr().err
     changed = {path for path, content in before.items() if path.read_bytes() != content}
     assert changed == {file}
 
@@ -239,7 +239,7 @@ def test_queries_in_folders_named_as_classes_are_counted(place, question, capsys
         file.rename(folder / file.name)
     answers = ask(place, question)
     right = sum(answer["file"].startswith(answer["class"] + "/") for answer in answers)
-    assert f"{right} of 6 lie in the folder of the class they are named as" in capsys.readouterr().out
+    assert f"{right} of 6 predictions are the class of the image's folder" in capsys.readouterr().out
 
 
 @pytest.mark.nightly
@@ -295,7 +295,7 @@ def test_a_warning_where_one_s_own_images_seem_inverted(place, question, capsys)
     ask(place, question)
     said = capsys.readouterr().err
     assert "--support: dark and light seem exchanged" in said
-    assert "--invert turns them" in said
+    assert "--invert exchanges them" in said
     assert "--query" not in said
 
 
@@ -349,7 +349,7 @@ def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatc
         ({"--support": "nowhere"}, "--support: "),
         ({"--query": "nowhere"}, "--query: "),
         ({"--support": "query"}, "has no subfolders, one a class; sort the 6 images"),
-        ({"--query": "empty"}, "there is no image in"),
+        ({"--query": "empty"}, "contains no images"),
         ({"--support": "one"}, "got 1 classes; there must be 2 or more to tell apart"),
         ({"--json": "nowhere/answers.json"}, "--json: the folder"),
         ({"--json": "empty"}, "is a folder; name a file"),
@@ -371,7 +371,7 @@ def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(tmp_path), *flags]) == 2
-    assert "trained on sinusoid, which are no images" in capsys.readouterr().err
+    assert "trained on sinusoid, which are not images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -379,10 +379,10 @@ def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
     [
         (["--classes", "0.5,0.5"], "0.5,0.5; it must be three fractions such as 0.64,0.16,0.2"),
         (["--classes", "nan,0.5,0.5"], "--classes: got nan"),
-        (["--workers", "2"], "--workers: processes read a stream; add --stream"),
+        (["--workers", "2"], "--workers: only a stream is read by processes; add --stream"),
         (["--split-seed", "-1"], "--split-seed: got -1"),
         (["--label", "kind"], "--label"),
-        (["--tasks", "folder:"], "put your own PATH after the colon"),
+        (["--tasks", "folder:"], "give your PATH after the colon"),
         (["--classes", "nowhere.json"], "nowhere.json; it must be three fractions"),
         (["--ways", "6"], "ways=6 asks for more classes than split='train' has: 5"),
         (["--shots", "3"], "too few"),

@@ -46,7 +46,7 @@ def test_every_task_source_has_a_preset_of_its_own():
 def test_every_learner_builds_on_every_preset(preset, learner):
     facts = facts_of(names.LEARNERS[learner])
     if preset in ("sinusoid", "harmonic", "quadratics") and "regression" not in facts.kinds:
-        with pytest.raises(ValueError, match=f"learner: {learner} learns classification, and"):
+        with pytest.raises(ValueError, match=f"learner: {learner} learns classification, but"):
             config_of(preset=preset, learner=learner)
         return
     if preset == "glyphs-zero-shot" and not facts.zero_shot:
@@ -199,7 +199,7 @@ def test_clip_bounds_every_entry_before_adam():
     [
         ({}, {"learner": "mamll"}, "learner: there is no 'mamll'; known are maml, imaml, fomaml"),
         ({}, {"tasks": "omniglott"}, "tasks: there is no 'omniglott'; known are omniglot"),
-        ({}, {"tasks": "folder:"}, "tasks: got folder:; put your own PATH after the colon"),
+        ({}, {"tasks": "folder:"}, "tasks: got folder:; give your PATH after the colon"),
         ({}, {"preset": "sinus"}, "preset: there is no 'sinus'; known are sinusoid"),
         (
             {},
@@ -209,7 +209,7 @@ def test_clip_bounds_every_entry_before_adam():
         (
             {},
             {"learner": "prototypical", "tasks": "sinusoid"},
-            "learner: prototypical learns classification, and",
+            "learner: prototypical learns classification, but",
         ),
         ({}, {"learner": "mann", "network": "conv4"}, "network: got conv4; mann works with lrua"),
         ({"norm": "episode"}, {}, "norm: got episode; maml has batch, support"),
@@ -217,11 +217,11 @@ def test_clip_bounds_every_entry_before_adam():
         ({"shots": 0}, {}, "shots: got 0"),
         ({"steps": 0}, {}, "steps: got 0"),
         ({"outer_lr": float("nan")}, {}, "outer_lr: got nan"),
-        ({"decay_every": 3}, {}, "decay_every: --schedule is cosine"),
-        ({"schedule": "step"}, {}, "decay_every: --schedule step needs it"),
-        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: they are labels of sequences; add --sequence"),
-        ({"diagnose": True, "order": "first"}, {}, "diagnose: it compares with first order"),
-        ({"workers": 2}, {"tasks": "folder:x"}, "workers: processes read a stream; add --stream"),
+        ({"decay_every": 3}, {}, "decay_every: got 3, but --schedule is cosine"),
+        ({"schedule": "step"}, {}, "decay_every: is missing; --schedule step needs"),
+        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: needs tasks as sequences; add --sequence"),
+        ({"diagnose": True, "order": "first"}, {}, "diagnose: compares with the first-order"),
+        ({"workers": 2}, {"tasks": "folder:x"}, "workers: only a stream is read by processes; add --stream"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(flags, choice, says):

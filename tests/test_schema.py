@@ -94,7 +94,7 @@ def test_values_of_config_json_come_back_as_they_were():
     checked = schema.checked("learner", values, found)
     assert checked["widths"] == (3,)
     assert checked["scales"] == (1.0, 2.5)
-    with pytest.raises(ArgumentError, match=r"learner\.rat: there is no such setting; there are rate, steps"):
+    with pytest.raises(ArgumentError, match=r"learner\.rat: is unknown; the settings are rate, steps"):
         schema.checked("learner", {**values, "rat": 1}, found)
     del values["rate"]
     with pytest.raises(ArgumentError, match=r"learner\.rate: it is missing"):
@@ -127,7 +127,7 @@ def test_literals_of_numbers_are_checked_and_parsed():
 def test_a_required_parameter_that_can_be_no_flag_is_named():
     def needs(network, *, loss: Callable, rate: float = 1.0): ...
 
-    with pytest.raises(ArgumentError, match="loss: needs requires it, and it can be no flag: it is of type"):
+    with pytest.raises(ArgumentError, match="loss: needs requires it, but it is of type"):
         schema.settings_of(needs)
     assert list(schema.settings_of(needs, ["loss"])) == ["rate"]
 
@@ -211,7 +211,7 @@ def test_a_bare_flag_that_two_groups_have_names_both():
     rate = {"rate": schema.settings_of(method)["rate"]}
     parser = parser_of(("learner", rate), ("network", rate))
     assert parser.parse(["--network.rate", "2"]).values == {"network": {"rate": 2.0}}
-    with pytest.raises(UsageError, match=r"--rate: several .*; say --learner\.rate or --network\.rate"):
+    with pytest.raises(UsageError, match=r"--rate: several .*; give --learner\.rate or --network\.rate"):
         parser.parse(["--rate", "2"])
     with pytest.raises(UsageError, match=r"^--network\.rate: got x; it must be a number"):
         parser.parse(["--network.rate", "x"])
@@ -238,7 +238,7 @@ def test_flags_of_elsewhere_are_understood_as_hints():
             parser.parse([flag, "3"])
     with pytest.raises(UsageError, match="did you mean --meta-batch"):
         parser.parse(["--meta-batchs", "3"])
-    with pytest.raises(UsageError, match="--context-steps: is a setting of matching, and not of this"):
+    with pytest.raises(UsageError, match="--context-steps: is a setting of matching, not of this"):
         parser.parse(["--context-steps", "3"])
 
 
