@@ -22,7 +22,7 @@ from support import read_json
 import jaxmeta as jm
 from jaxmeta.cli import fine_tuning, main, names, run, schema
 from jaxmeta.cli import transfer as transferring
-from jaxmeta.cli.backbones import load_backbone, untrained
+from jaxmeta.cli.backbones import load_backbone, untrained_backbone
 from jaxmeta.cli.config import load_config
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import RECIPES
@@ -318,7 +318,7 @@ def test_an_untrained_network_is_trained_from_scratch(place, tmp_path):
 
 
 def test_maps_are_flattened_for_the_head():
-    model, x = untrained("relation").model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+    model, x = untrained_backbone("relation").model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
     variables = jax.eval_shape(model.init, KEY, x)
     assert jax.eval_shape(model.apply, variables, x).shape == (2, 5 * 5 * 64)
     assert jax.eval_shape(model.train, variables, x, KEY)[0].shape == (2, 5 * 5 * 64)

@@ -131,40 +131,42 @@ class Backbone:
 
         return model._replace(apply=lambda variables, x: flat(model.apply(variables, x)), train=train)
 
-    def input(self, shape: tuple[int, ...], mean: Callable[[int], float], ink: bool, **asked: Any) -> "Input":
+    def input(
+        self, shape: tuple[int, ...], mean: Callable[[int], float], ink: bool, **requested: Any
+    ) -> "Input":
         """Return the conversion of other images into the network's input.
 
         Args:
           shape: shape of one of these images, (height, width, channels).
           mean: `(channels) -> mean` of their pixels in [0, 1], once they have that many channels.
           ink: True where images of their source are strokes, light on dark in training.
-          **asked: `size` and `channels` of the network's input; where one is None or left out, that of the
-            images the network was trained on, or of these images where it does not say.
+          **requested: `size` and `channels` of the network's input; where one is None or left out, it is
+            taken from the images the network was trained on, or else from these images.
 
         Raises:
           ArgumentError: the network does not take such images, or its pixels have another number of channels.
         """
-        size = asked.get("size")
+        size = requested.get("size")
         size = (self.size or shape[0]) if size is None else size
-        channels = self.channels(size, asked.get("channels")) or shape[2]
+        channels = self.channels(size, requested.get("channels")) or shape[2]
         seen = mean(channels)
         known = self.images or ImageSpec(size, channels, seen, ink)
         # Strokes are light on dark in training; a scan of ink on paper is closer to its negative.
         inverted = known.ink and abs(seen - known.mean) > abs(1 - seen - known.mean)
         return Input(known._replace(size=size, channels=channels), inverted, self.pixels)
 
-    def channels(self, size: int, asked: int | None) -> int | None:
+    def channels(self, size: int, requested: int | None) -> int | None:
         """Return the number of channels that images of `size` must have; None where the network does not say.
 
         Raises:
           ArgumentError: the network does not take images of this size, or of this number of channels.
         """
         if self.variables is None:
-            self._shapes(size, asked or 1)
-            return asked
+            self._shapes(size, requested or 1)
+            return requested
         stored = None if self.images is None else self.images.channels
         have = {path: leaf.shape for path, leaf in leaves_by_path(self.variables["params"]).items()}
-        known = asked or stored
+        known = requested or stored
         misfits = {}
         for count in (3, 1) if known is None else (known,):
             wanted = self._shapes(size, count)
@@ -175,7 +177,7 @@ class Backbone:
             kind = "grey" if count == 1 else "colour"
             misfits[kind] = f"its {path} has shape {have.get(path)}, and must have {wanted.get(path)}"
         raise ArgumentError(
-            "channels" if asked not in (None, stored) else "size",
+            "channels" if requested not in (None, stored) else "size",
             f"{self.source} does not take {' or '.join(misfits)} images of {size}×{size}: "
             f"{next(iter(misfits.values()))}",
         )
@@ -192,7 +194,7 @@ def head_logits(head: Params, features: jax.Array) -> jax.Array:
     return features @ head["kernel"] + head["bias"][None]
 
 
-def untrained(name: str) -> Backbone:
+def untrained_backbone(name: str) -> Backbone:
     """Return an untrained network, by its name in `jaxmeta train --network`.
 
     Raises:

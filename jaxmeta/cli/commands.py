@@ -24,7 +24,7 @@ from jaxmeta.cli.config import (
     on_other_tasks,
     resolve,
 )
-from jaxmeta.cli.parser import Given, Group, Parser, UsageError, call, normalized, of_function
+from jaxmeta.cli.parser import Group, ParsedArguments, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.target_data import target_settings
 from jaxmeta.transfer.weight_files import HUB
@@ -109,23 +109,20 @@ def train_parser(base: Base, command: str = "train") -> Parser:
 
 def train(argv: Sequence[str]) -> None:
     """Meta-train a learner, or continue a run."""
-    given_names, learner, resume, out = _first_phase(argv)
+    named, learner, resume, out = _first_phase(argv)
     # Errors in the names themselves come before the run's own parser can be built.
     with _plain_parser().naming_flags():
-        if resume:
-            base = _base_to_resume(given_names, learner, out)
-        else:
-            base = base_of(_chosen(given_names, learner))
+        base = _base_to_resume(named, learner, out) if resume else base_of(_chosen(named, learner))
     parser = train_parser(base)
-    given = parser.parse(argv)
-    if more := given.words[0 if learner is None else 1 :]:
+    parsed = parser.parse(argv)
+    if more := parsed.words[0 if learner is None else 1 :]:
         first = "; the learner's name comes first" if learner is None else ""
         raise UsageError(f"unexpected argument {more[0]!r}{first}; see `jaxmeta train --help`")
-    invocation = run.Invocation(**given.values.get("invocation", {}))
+    invocation = run.Invocation(**parsed.values.get("invocation", {}))
     with parser.naming_flags():
-        values = with_absolute_paths(given.values)
+        values = with_absolute_paths(parsed.values)
         if resume:
-            run.resume_run(Path(str(out)).expanduser(), values, invocation, trusted(given_names, learner))
+            run.resume_run(Path(str(out)).expanduser(), values, invocation, trusted(named, learner))
         else:
             run.new_run(resolve(base, values), invocation)
 
@@ -134,10 +131,10 @@ def _plain_parser() -> Parser:
     return Parser("train", [_name_settings()], words=[("learner", "?", "")])
 
 
-def _chosen(given: Mapping[str, str], learner: str | None) -> Chosen:
+def _chosen(named: Mapping[str, str], learner: str | None) -> Chosen:
     start = None
-    if "config" in given:
-        path = Path(given["config"]).expanduser()
+    if "config" in named:
+        path = Path(named["config"]).expanduser()
         if path.is_dir():
             path = path / "config.json"
         if not path.is_file():
@@ -146,39 +143,39 @@ def _chosen(given: Mapping[str, str], learner: str | None) -> Chosen:
             values = parsed_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"--config: {path} is not valid JSON: {error}") from None
-        start = from_json(values, path, trusted(given, learner))
-        if "preset" in given:
+        start = from_json(values, path, trusted(named, learner))
+        if "preset" in named:
             raise UsageError("--preset: --config has all values of a preset already; leave one of them out")
-    tasks = given.get("tasks")
+    tasks = named.get("tasks")
     return Chosen(
         learner,
-        given.get("network"),
+        named.get("network"),
         None if tasks is None else sources.absolute(tasks),
-        given.get("preset"),
+        named.get("preset"),
         start,
     )
 
 
-def trusted(given: Mapping[str, str], learner: str | None) -> list[str]:
+def trusted(named: Mapping[str, str], learner: str | None) -> list[str]:
     """Return the names in a command line; the user has thereby allowed to import their code."""
-    return [name for name in (learner, given.get("network"), given.get("tasks")) if name is not None]
+    return [name for name in (learner, named.get("network"), named.get("tasks")) if name is not None]
 
 
-def _base_to_resume(given: Mapping[str, str], learner: str | None, out: str | None) -> Base:
+def _base_to_resume(named: Mapping[str, str], learner: str | None, out: str | None) -> Base:
     if out is None:
         raise UsageError("--resume: the run's folder is missing; add --out DIR")
-    if "config" in given:
+    if "config" in named:
         raise UsageError(
             "--config: --resume continues with the run's own configuration; leave one of them out"
         )
     folder = Path(out).expanduser()
-    before = load_config(folder, trusted(given, learner))
-    tasks = given.get("tasks")
+    before = load_config(folder, trusted(named, learner))
+    tasks = named.get("tasks")
     requested = {
         "learner": (learner, before.learner["name"]),
-        "network": (given.get("network"), before.network["name"]),
+        "network": (named.get("network"), before.network["name"]),
         "tasks": (tasks and sources.absolute(tasks), before.tasks["name"]),
-        "preset": (given.get("preset"), before.preset),
+        "preset": (named.get("preset"), before.preset),
     }
     for name, (value, now) in requested.items():
         if value is not None and value != now:
@@ -187,9 +184,9 @@ def _base_to_resume(given: Mapping[str, str], learner: str | None, out: str | No
     return base_of(Chosen(start=before))
 
 
-def with_absolute_paths(given: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def with_absolute_paths(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the values of flags by group, with relative paths made absolute."""
-    kept = {group: dict(given[group]) for group in _SHOWN if group in given}
+    kept = {group: dict(values[group]) for group in _SHOWN if group in values}
     if "data" in kept.get("run", {}):
         kept["run"]["data"] = folders.data_folder(kept["run"]["data"])
     if "init" in kept.get("run", {}):
@@ -264,16 +261,16 @@ def evaluate(argv: Sequence[str]) -> None:
     parser = Parser(
         "evaluate", [*groups, output], words=words, about=str(evaluate.__doc__), owner=config.learner["name"]
     )
-    given = parser.parse(argv)
-    if len(given.words) > 1:
-        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
+    parsed = parser.parse(argv)
+    if len(parsed.words) > 1:
+        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
     with parser.naming_flags():
         run.evaluate_run(
             Path(folder).expanduser(),
-            with_absolute_paths(given.values),
+            with_absolute_paths(parsed.values),
             tasks=tasks,
             trusted=allowed,
-            **_outputs(given),
+            **_outputs(parsed),
         )
 
 
@@ -284,12 +281,12 @@ def _evaluate_checkpoints(
     words: Sequence[tuple[str, str | None, str]],
     output: Group,
 ) -> None:
-    """Evaluate what `jm.train(run_dir=…)` has left, by a method, a network and tasks that flags name."""
+    """Evaluate the parameters of `jm.train(run_dir=…)` with the method, network and tasks in flags."""
     plain = Parser("evaluate", [output], words=words)
     if missing := [schema.flag_of(name) for name in ("learner", "tasks") if name not in named]:
         raise UsageError(
-            f"{missing[0]}: is missing; {folder} has parameters of jm.train(run_dir=…), which do not say "
-            "what they are of: give --learner NAME and --tasks NAME, and --network and settings as they were"
+            f"{missing[0]}: is missing; {folder} was written by jm.train(run_dir=…), without a configuration: "
+            "give --learner NAME and --tasks NAME, and --network and settings as in training"
         )
     with plain.naming_flags():
         chosen = Chosen(named["learner"], named.get("network"), sources.absolute(named["tasks"]))
@@ -298,18 +295,18 @@ def _evaluate_checkpoints(
         group._replace(settings={name: group.settings[name] for name in group.settings if kept(name)})
         for group, kept in _of_checkpoints(base)
     ]
-    about = "Evaluate parameters that jm.train(run_dir=…) has left on test tasks."
+    about = "Evaluate the parameters of jm.train(run_dir=…) on test tasks."
     parser = Parser("evaluate", [*groups, output], words=words, about=about, owner=base.learner)
-    given = parser.parse(argv)
-    if len(given.words) > 1:
-        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
+    parsed = parser.parse(argv)
+    if len(parsed.words) > 1:
+        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
     with parser.naming_flags():
-        config = resolve(base, with_absolute_paths(given.values))
-        run.evaluate_checkpoints(Path(folder).expanduser(), config, **_outputs(given))
+        config = resolve(base, with_absolute_paths(parsed.values))
+        run.evaluate_checkpoints(Path(folder).expanduser(), config, **_outputs(parsed))
 
 
 def _of_checkpoints(base: Base) -> list[tuple[Group, Callable[[str], bool]]]:
-    """Return groups of flags, each with what says of a setting whether it counts in an evaluation."""
+    """Return groups of flags, each with a predicate that selects the settings of an evaluation."""
     counts: dict[str, Callable[[str], bool]] = {
         "learner": lambda name: True,
         "network": lambda name: True,
@@ -342,10 +339,10 @@ def _evaluate_weights(
     ]
     about = str(evaluating.evaluate_weights.__doc__).partition("\n")[0]
     parser = Parser("evaluate", [*of_source, output], words=words, about=about, owner=base.tasks)
-    given = parser.parse(argv)
-    if len(given.words) > 1:
-        raise UsageError(f"unexpected argument {given.words[1]!r}; see `jaxmeta evaluate --help`")
-    own = given.values.get("output", {})
+    parsed = parser.parse(argv)
+    if len(parsed.words) > 1:
+        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
+    own = parsed.values.get("output", {})
     if own.get("learner") is not None:
         raise UsageError(
             f"--learner: got {own['learner']}, but {source} is not a run trained with it; leave it out"
@@ -353,13 +350,13 @@ def _evaluate_weights(
     if own.get("tasks") is None:
         raise UsageError(f"--tasks: is missing; {source} is not a run, which would have tasks of its own")
     with parser.naming_flags():
-        config = resolve(base, with_absolute_paths(given.values))
-        evaluating.evaluate_weights(source, config, network=own.get("network"), **_outputs(given))
+        config = resolve(base, with_absolute_paths(parsed.values))
+        evaluating.evaluate_weights(source, config, network=own.get("network"), **_outputs(parsed))
 
 
-def _outputs(given: Given) -> dict[str, Any]:
+def _outputs(parsed: ParsedArguments) -> dict[str, Any]:
     """Return the outputs of an evaluation in a command line."""
-    own = given.values.get("output", {})
+    own = parsed.values.get("output", {})
     return {name: own[name] for name in ("json", "per_class", "confusion") if name in own}
 
 
@@ -370,15 +367,15 @@ def compare(argv: Sequence[str]) -> None:
     folder for each, comparison.md, comparison.png and comparison.json. A flag applies to the learners that
     have it.
     """
-    given_names, _, _, _ = _first_phase(argv)
+    named, _, _, _ = _first_phase(argv)
     learners = []
     for word in argv:
         if word.startswith("-"):
             break
         learners.append(word)
     with _plain_parser().naming_flags():
-        bases = {name: base_of(_chosen(given_names, name)) for name in learners}
-        common = base_of(_chosen(given_names, None))
+        bases = {name: base_of(_chosen(named, name)) for name in learners}
+        common = base_of(_chosen(named, None))
     merged: dict[str, dict[str, Setting]] = {name: {} for name in _SHOWN}
     for base in bases.values():
         for group in _groups_of(base):
@@ -399,13 +396,13 @@ def compare(argv: Sequence[str]) -> None:
         about=str(compare.__doc__).partition("\n")[0],
         owner=" and ".join(learners) or "compare",
     )
-    given = parser.parse(argv)
-    words = given.words
+    parsed = parser.parse(argv)
+    words = parsed.words
     if words[: len(learners)] != learners or len(words) > len(learners):
         raise UsageError("LEARNER: give the learners first, then the flags")
     with parser.naming_flags():
         comparing.compare(
-            bases, common, given._replace(values={**given.values, **with_absolute_paths(given.values)})
+            bases, common, parsed._replace(values={**parsed.values, **with_absolute_paths(parsed.values)})
         )
 
 

@@ -23,7 +23,7 @@ from jaxmeta.cli.command_line import flags_of
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
 from jaxmeta.cli.config import Base, Config, load_config, read_json, resolve
 from jaxmeta.cli.figures import COMPARED, METRIC_NAMES, Curve, plot_curves
-from jaxmeta.cli.parser import Given
+from jaxmeta.cli.parser import ParsedArguments
 from jaxmeta.cli.signals import Signalled
 from jaxmeta.files import write_json, write_text
 from jaxmeta.training import Evaluation
@@ -88,13 +88,13 @@ class _Trainings:
             raise Signalled(f"by {name} before {learner} was trained; continue with: {self.hint}")
 
 
-def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
+def compare(bases: Mapping[str, Base], common: Base, parsed: ParsedArguments) -> Path:
     """Train learners on the same tasks at the same budget, and write and print a comparison.
 
     Args:
       bases: protocol of each learner's run, by the learner's name; the first learner is the baseline.
       common: protocol with its own learner, whose budget applies to all learners.
-      given: parsed command line; a flag applies to each learner that has it.
+      parsed: parsed command line; a flag applies to each learner that has it.
 
     Returns:
       The comparison's folder, with a run's folder for each learner.
@@ -106,17 +106,17 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
       ChildProcessError: a run failed without printing an error.
     """
     learners = list(bases)
-    if len(given.words) < 2:
+    if len(parsed.words) < 2:
         raise ArgumentError(
             "learners", f"got {' '.join(learners) or 'none'}; a comparison needs at least two"
         )
     for learner in learners:
-        if given.words.count(learner) > 1:
+        if parsed.words.count(learner) > 1:
             raise ArgumentError("learners", f"got {learner} twice; name each learner once")
-    own = given.values.get("comparison", {})
+    own = parsed.values.get("comparison", {})
     resume, out_flag = own.get("resume", False), own.get("out")
-    budget = _budget(common, given)
-    values = {learner: _own_values(bases[learner], given, budget) for learner in learners}
+    budget = _budget(common, parsed)
+    values = {learner: _own_values(bases[learner], parsed, budget) for learner in learners}
     configs = {learner: resolve(bases[learner], values[learner]) for learner in learners}
     for config in configs.values():
         # Invalid settings of any learner raise before the first one is trained.
@@ -128,11 +128,11 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
     for learner in learners:
         _check_stored(out / places[learner], configs[learner], learners)
 
-    left_out = {learner: _left_out(bases[learner], given) for learner in learners}
-    argvs = {learner: _argv(bases[learner], given, budget) for learner in learners}
+    left_out = {learner: _left_out(bases[learner], parsed) for learner in learners}
+    argvs = {learner: _argv(bases[learner], parsed, budget) for learner in learners}
     flags = [
         word
-        for flag, text in given.texts.items()
+        for flag, text in parsed.texts.items()
         if flag not in ("--out", "--resume")
         for word in ([flag] if text is None else [f"{flag}={text}"] if text.startswith("-") else [flag, text])
     ]
@@ -171,26 +171,26 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
     return out
 
 
-def _budget(common: Base, given: Given) -> dict[str, dict[str, Any]]:
+def _budget(common: Base, parsed: ParsedArguments) -> dict[str, dict[str, Any]]:
     """Return the budget of the protocol, with flags in place of its values."""
-    tasks = given.values.get("tasks", {})
+    tasks = parsed.values.get("tasks", {})
     budget: dict[str, dict[str, Any]] = {}
     for group, names in _BUDGET.items():
         for name in names:
             value = tasks.get(name.removeprefix("train_"), common.values[group].get(name))
-            value = given.values.get(group, {}).get(name, value)
+            value = parsed.values.get(group, {}).get(name, value)
             if value is not None:
                 budget.setdefault(group, {})[name] = value
     return budget
 
 
 def _own_values(
-    base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]
+    base: Base, parsed: ParsedArguments, budget: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Return the budget, and the flags that a learner has."""
     groups = base.names().groups()
     own: dict[str, dict[str, Any]] = {}
-    for values in (budget, given.values):
+    for values in (budget, parsed.values):
         for group, settings in values.items():
             for name, value in settings.items():
                 if group in groups and name in groups[group]:
@@ -199,25 +199,25 @@ def _own_values(
     return own
 
 
-def _left_out(base: Base, given: Given) -> list[str]:
+def _left_out(base: Base, parsed: ParsedArguments) -> list[str]:
     """Return the flags that a learner does not have."""
     groups = base.names().groups()
     return [
         schema.flag_of(name)
-        for group, values in given.values.items()
+        for group, values in parsed.values.items()
         if group in groups
         for name in values
         if name not in groups[group]
     ]
 
 
-def _argv(base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _argv(base: Base, parsed: ParsedArguments, budget: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the command line of a learner's training."""
     groups = base.names().groups()
     argv = []
-    for name, value in given.values.get("names", {}).items():
+    for name, value in parsed.values.get("names", {}).items():
         argv += [schema.flag_of(name), value]
-    return argv + flags_of(_own_values(base, given, budget), groups)
+    return argv + flags_of(_own_values(base, parsed, budget), groups)
 
 
 def _folder(out: str | None, name: str, resume: bool) -> Path:

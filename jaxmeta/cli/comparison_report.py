@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmeta.cli import schema
-from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, literal, look
+from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, line_style, literal
 from jaxmeta.cli.report import chance_level, plural, repeated_by, shown
 from jaxmeta.training.metrics import METRICS, read_metrics
 
@@ -108,7 +108,7 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
             for j, (name, test) in enumerate(tested.items()):
                 y = i + 0.3 * (j - (len(tested) - 1) / 2)
                 filled = {"markerfacecolor": "white"} if name == "inductive" else {}
-                bar = {"color": look(i)["color"], "marker": "D", "capsize": 3, **filled}
+                bar = {"color": line_style(i)["color"], "marker": "D", "capsize": 3, **filled}
                 tests.errorbar(scale * test["mean"], y, xerr=scale * test["ci95"], **bar)
                 if name in row["difference"]:
                     mean, ci95 = (scale * row["difference"][name][key] for key in ("mean", "ci95"))
@@ -125,6 +125,6 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.locator_params(axis="x", nbins=5)
             axes.grid(alpha=0.3, axis="x")
-        lines = [Line2D([], [], **look(i), label=literal(name)) for i, name in enumerate(rows)]
+        lines = [Line2D([], [], **line_style(i), label=literal(name)) for i, name in enumerate(rows)]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(rows)))
         figure.suptitle(f"{literal(result['card']['tasks'])}, {plural(result['steps'], 'meta-step')}")

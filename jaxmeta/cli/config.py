@@ -200,7 +200,7 @@ class Names(NamedTuple):
             if name in tasks:
                 # All tasks of a run have one shape, whatever the source could draw.
                 tasks[name] = tasks[name]._replace(hint=int)
-                about = f"--{name} of training tasks; by default that of test tasks."
+                about = f"--{name} of training tasks; follows --{name} unless given."
                 tasks[f"train_{name}"] = Setting(f"train_{name}", int, schema.MISSING, about)
         return {
             "learner": schema.settings_of(self.learner, SUPPLIED_TO_LEARNER),
@@ -487,7 +487,7 @@ def _with_network(base: Base, network: str) -> Base:
     return changed
 
 
-def resolve(base: Base, given: Mapping[str, Mapping[str, Any]]) -> Config:
+def resolve(base: Base, overrides: Mapping[str, Mapping[str, Any]]) -> Config:
     """Return the configuration of a protocol with flags in the place of its values.
 
     `ways`, `shots` (times the learner's `train_shots`) and `queries` apply to training as well unless
@@ -495,7 +495,7 @@ def resolve(base: Base, given: Mapping[str, Mapping[str, Any]]) -> Config:
 
     Args:
       base: protocol.
-      given: values of flags, by group and name.
+      overrides: values of flags, by group and name.
 
     Returns:
       The configuration.
@@ -505,18 +505,18 @@ def resolve(base: Base, given: Mapping[str, Mapping[str, Any]]) -> Config:
     """
     resolved = {group: dict(values) for group, values in base.values.items()}
     facts = base.names().facts
-    training = given.get("training", {})
+    training = overrides.get("training", {})
     if base.facts is not None:
         steps = training.get("steps", resolved["training"]["steps"])
         for name, value in base.facts.defaults({**base.flat, "steps": steps}).items():
             if name in resolved["learner"] and name not in base.explicit:
                 resolved["learner"][name] = value
-    tasks = given.get("tasks", {})
+    tasks = overrides.get("tasks", {})
     for name in OF_TRAINING:
         if name in tasks and f"train_{name}" in resolved["tasks"]:
             factor = facts.train_shots if name == "shots" else 1
             resolved["tasks"][f"train_{name}"] = tasks[name] * factor
-    for group, values in given.items():
+    for group, values in overrides.items():
         resolved[group] |= values
     config = Config(
         base.preset,

@@ -89,17 +89,15 @@ def mesh_of(
         _make_devices_of_cores(wanted, meta_batch, processes or 1)
         if sizes is not None:
             tasks, examples, params = (sizes.get(axis, 1) for axis in AXES)
-            given = make_mesh(tasks=tasks, examples=examples, params=params)
+            requested = make_mesh(tasks=tasks, examples=examples, params=params)
             # Axes that the learner does not support raise where it is built.
-            return given if meta_batch is None else task_mesh(meta_batch, given, divisible=True)
+            return requested if meta_batch is None else task_mesh(meta_batch, requested, divisible=True)
     if connected:
         return task_mesh(jax.device_count() if meta_batch is None else meta_batch)
     local = jax.local_devices()
     if wanted is not None and wanted > len(local):
         more = more_cpus(wanted, local) or f" ({local[0].platform})"
-        raise ArgumentError(
-            "devices", f"got {wanted}; it must be at most {len(local)}, their number here{more}"
-        )
+        raise ArgumentError("devices", f"got {wanted}; there are {len(local)}{more}")
     count = wanted or _sharing(meta_batch, len(local))
     return make_mesh(tasks=count, devices=local)
 

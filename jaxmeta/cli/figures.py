@@ -61,12 +61,12 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
     with drawing(path, 5.0 * (2 + len(compared)), 4 + 0.25 * -(-len(curves) // 2)) as figure:
         left, right, *more = figure.subplots(1, 2 + len(compared))
         for i, curve in enumerate(curves):
-            _draw_training(left, curve, "loss", x, look(i), _with_test(curve))
+            _draw_training(left, curve, "loss", x, line_style(i), _with_test(curve))
         finish_axes(left, curves[0].metric, _X[x][1], "query loss")
         draw_metric(right, curves, x)
         for axes, name in zip(more, compared, strict=True):
             for i, curve in enumerate(curves):
-                _draw_training(axes, curve, name, x, look(i), _with_test(curve))
+                _draw_training(axes, curve, name, x, line_style(i), _with_test(curve))
             finish_axes(axes, name, _X[x][1], COMPARED[name])
         handles, labels = (right if single else left).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
@@ -86,13 +86,13 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
         scale, name = _SCALE.get(curve.metric, 1), f"validation_{curve.metric}"
         validated = [row for row in curve.rows if name in row]
         if single or len(validated) < 2:
-            _draw_training(axes, curve, curve.metric, x, look(i), "training")
+            _draw_training(axes, curve, curve.metric, x, line_style(i), "training")
             drawn.add("plain line: training")
         if validated:
             at = [row[_X[x][0]] for row in validated]
             means = [scale * row[name] for row in validated]
             ci95 = [scale * row[f"{name}_ci95"] for row in validated]
-            style = look(i + single)
+            style = line_style(i + single)
             axes.errorbar(at, means, ci95, **style, **bars, marker="o", label="validation, 95 % CI")
             drawn.add("●: validation")
         if curve.test is not None:
@@ -101,7 +101,7 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
                 1.03 + i * min(0.03, 0.15 / len(curves))
             )
             mean, half = scale * curve.test["mean"], scale * curve.test["ci95"]
-            style = {**look(i + 2 * single), "linestyle": ""}
+            style = {**line_style(i + 2 * single), "linestyle": ""}
             axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")
             drawn.add(f"◆: {test} (beyond the last step)")
     finish_axes(
@@ -185,7 +185,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def look(i: int) -> dict[str, Any]:
+def line_style(i: int) -> dict[str, Any]:
     """Return colour and line style of run i, from Okabe and Ito's palette for colour-blind readers."""
     colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
     return {"color": colors[i % len(colors)], "linestyle": ("-", "--", "-.", ":")[i // len(colors) % 4]}

@@ -101,7 +101,7 @@ RECIPES = {
 }
 
 
-class Learnable(NamedTuple):
+class InitialClassifier(NamedTuple):
     """A classifier of the target with a source's backbone, before training.
 
     Attributes:
@@ -142,9 +142,9 @@ class Fit(NamedTuple):
     probe: dict[str, Any] | None = None
 
 
-def learnable(
+def initial_classifier(
     backbone: Backbone, target: Target, learn: Batch, *, size: int | None, channels: int | None, key: Key
-) -> Learnable:
+) -> InitialClassifier:
     """Return a classifier of the target: an adapter of its images, the backbone, and a new head.
 
     Args:
@@ -175,7 +175,7 @@ def learnable(
         variables = model.init(jax.random.fold_in(key, 1), as_images(learn.x[:1]))
     images = input.images
     layers = layers_in_order(backbone.network, jnp.zeros((1, images.size, images.size, images.channels)))
-    start = Learnable(model, variables, layers, images, input.inverted, None, backbone.report)
+    start = InitialClassifier(model, variables, layers, images, input.inverted, None, backbone.report)
     normalises = STATISTICS in variables
     if backbone.variables is None:
         statistics = "of the target's images, a running average in training" if normalises else None
@@ -223,13 +223,13 @@ def _in_classifier(path: str) -> str:
     return f"{collection}/{BODY}/{rest}"
 
 
-def check_settings(recipe: str, asked: Settings) -> None:
+def check_settings(recipe: str, requested: Settings) -> None:
     """Check that the recipe has the settings that were requested, and that their values are valid.
 
     Raises:
       ArgumentError: the recipe does not have a setting, or its value is invalid.
     """
-    for name, value in asked.given().items():
+    for name, value in requested.given().items():
         if name not in RECIPES[recipe].settings:
             raise ArgumentError(name, f"{recipe} does not have this setting; leave it out")
         if name in ("steps", "batch"):
@@ -238,7 +238,9 @@ def check_settings(recipe: str, asked: Settings) -> None:
             check_number(name, value, 0)
 
 
-def resolved(recipe: str, backbone: Backbone, start: Learnable, examples: int, asked: Settings) -> Settings:
+def resolve_settings(
+    recipe: str, backbone: Backbone, start: InitialClassifier, examples: int, requested: Settings
+) -> Settings:
     """Return the settings of a recipe, with defaults in place of None.
 
     Args:
@@ -246,7 +248,7 @@ def resolved(recipe: str, backbone: Backbone, start: Learnable, examples: int, a
       backbone: backbone, which has a default rate.
       start: classifier to train.
       examples: number of examples to learn from.
-      asked: requested settings.
+      requested: requested settings.
 
     Returns:
       The settings.
@@ -254,26 +256,26 @@ def resolved(recipe: str, backbone: Backbone, start: Learnable, examples: int, a
     Raises:
       ArgumentError: there are too few steps, or a pattern of `train` matches no parameter.
     """
-    batch = asked.batch or _BATCH
+    batch = requested.batch or _BATCH
     least = (min(_GROUPS, len(start.layers)) + 1) * _TRIANGLE
-    steps = asked.steps or max(_LEAST_STEPS, _EPOCHS * examples // batch)
+    steps = requested.steps or max(_LEAST_STEPS, _EPOCHS * examples // batch)
     if recipe == "gradual" and steps < least:
         raise ArgumentError("steps", f"got {steps}; {recipe} needs at least {least}, {_TRIANGLE} a stage")
-    if asked.train is not None:
-        matching(start.variables["params"], asked.train, "train")
+    if requested.train is not None:
+        matching(start.variables["params"], requested.train, "train")
     rate = backbone.rate * (_TOP if recipe == "gradual" else 1)
     values: dict[str, Any] = {
         "steps": steps,
-        "rate": rate if asked.rate is None else asked.rate,
+        "rate": rate if requested.rate is None else requested.rate,
         "batch": batch,
-        "train": asked.train,
-        "l2_sp": asked.l2_sp,
-        "keep_statistics": asked.keep_statistics,
+        "train": requested.train,
+        "l2_sp": requested.l2_sp,
+        "keep_statistics": requested.keep_statistics,
     }
     return Settings(**{name: values[name] for name in RECIPES[recipe].settings})
 
 
-def trained(start: Learnable, settings: Settings) -> list[str]:
+def trained_paths(start: InitialClassifier, settings: Settings) -> list[str]:
     """Return the paths of the parameters that a recipe with these settings trains."""
     patterns = [HEAD] if settings.steps is None else _patterns(settings)
     return matching(start.variables["params"], patterns)
@@ -286,7 +288,7 @@ def _patterns(settings: Settings) -> list[str]:
 
 def fit(
     recipe: str,
-    start: Learnable,
+    start: InitialClassifier,
     learn: Batch,
     settings: Settings,
     key: Key,
@@ -299,7 +301,7 @@ def fit(
       recipe: name in `RECIPES`.
       start: classifier to train.
       learn: examples to learn from.
-      settings: settings as returned by `resolved`.
+      settings: settings as returned by `resolve_settings`.
       key: key of the mini-batches.
       report: `(step, loss)`, called after each twentieth of the steps.
       look: `(step, variables)`, called after `report`; steps are counted from the start of a stage.
@@ -343,7 +345,7 @@ def fit(
 
 
 def _gradually(
-    start: Learnable,
+    start: InitialClassifier,
     learn: Batch,
     steps: int,
     rate: float,

@@ -15,11 +15,11 @@ from jaxmeta.checks import ArgumentError
 _RESUMED = ("run", "comparison")
 
 
-def claim(given: str | None, name: str, kind: str = "run") -> Path:
+def claim(out: str | None, name: str, kind: str = "run") -> Path:
     """Create the folder of a new run, which no other run can get.
 
     Args:
-      given: value of `--out`; None for runs/NAME-TIME, with a number appended where another run was
+      out: value of `--out`; None for runs/NAME-TIME, with a number appended where another run was
         started in the same second.
       name: first part of the name of a folder in runs/.
       kind: kind of output, for errors: "run", "comparison" or "transfer".
@@ -28,10 +28,10 @@ def claim(given: str | None, name: str, kind: str = "run") -> Path:
       The path of the folder.
 
     Raises:
-      FileExistsError: the folder given is not empty.
+      FileExistsError: the folder `out` is not empty.
     """
-    if given is not None:
-        folder = Path(given).expanduser()
+    if out is not None:
+        folder = Path(out).expanduser()
         refuse_used(folder, kind)
         folder.mkdir(parents=True, exist_ok=True)
         return folder

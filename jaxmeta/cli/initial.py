@@ -42,19 +42,19 @@ def initial_params(
     """
     drawn = drawn_params(learner, tasks, key)
     wanted = leaves_by_path(drawn)
-    given = _arrays_of(source)
-    fits = {path: np.shape(leaf) for path, leaf in given.items() if path in wanted}
+    arrays = _arrays_of(source)
+    fits = {path: np.shape(leaf) for path, leaf in arrays.items() if path in wanted}
     taken = [path for path, shape in fits.items() if shape == wanted[path].shape]
     body = [path for path in wanted if path.startswith(f"{_NETWORK}/") and not path.startswith(_HEAD)]
     for path in body or wanted:
         if path not in taken:
-            has = f"there it has {fits[path]}" if path in fits else f"{source} has {some(sorted(given))}"
+            has = f"there it has {fits[path]}" if path in fits else f"{source} has {some(sorted(arrays))}"
             raise ArgumentError(
                 "init",
                 f"{source} has another network than {config.network['name']} here: {path} must have shape "
                 f"{wanted[path].shape}, but {has}",
             )
-    params, report = transplant({path: given[path] for path in taken}, drawn, take=taken, cast=True)
+    params, report = transplant({path: arrays[path] for path in taken}, drawn, take=taken, cast=True)
     new = [str(row.target) for row in report.new]
     if hosts.is_first():
         print(

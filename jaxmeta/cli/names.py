@@ -143,7 +143,7 @@ _own_files: set[str] = set()
 
 
 def _itself(learner: jaxmeta.Learner) -> jaxmeta.Learner:
-    """A learner that is made already."""
+    """Return a learner that is built already, as a factory without settings."""
     return learner
 
 

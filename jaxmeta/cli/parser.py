@@ -72,7 +72,7 @@ class Group(NamedTuple):
     defaults: Mapping[str, Any]
 
 
-class Given(NamedTuple):
+class ParsedArguments(NamedTuple):
     """A parsed command line.
 
     Attributes:
@@ -175,7 +175,7 @@ class Parser:
     def _error(self, message: str) -> None:
         raise UsageError(_without_prefix(message))
 
-    def parse(self, argv: Sequence[str]) -> Given:
+    def parse(self, argv: Sequence[str]) -> ParsedArguments:
         """Parse a command line.
 
         Raises:
@@ -215,21 +215,21 @@ class Parser:
             values.setdefault(self.flags[flag][0], {})[setting.name] = parsed
             switch = flag if value is True else f"--no-{flag[2:]}"
             texts[switch if isinstance(value, bool) else flag] = None if isinstance(value, bool) else value
-        return Given(values, texts, words + left)
+        return ParsedArguments(values, texts, words + left)
 
     def known(self) -> set[str]:
         """Return all flags of the command."""
         switches = {f"--no-{flag[2:]}" for flag, (_, setting) in self.flags.items() if setting.hint is bool}
         return {"--help", *self.flags, *switches}
 
-    def required(self, given: Given) -> None:
-        """Check that every flag without a default is given.
+    def required(self, parsed: ParsedArguments) -> None:
+        """Check that every flag without a default is parsed.
 
         Raises:
           UsageError: a flag is missing.
         """
         for flag, (group, setting) in self.flags.items():
-            if setting.default is schema.MISSING and setting.name not in given.values.get(group, {}):
+            if setting.default is schema.MISSING and setting.name not in parsed.values.get(group, {}):
                 raise UsageError(f"{flag}: is missing; see `jaxmeta {self.command} --help`")
 
     def _unknown(self, flag: str) -> str:
@@ -329,23 +329,23 @@ def call(function: Callable[..., Any], command: str, argv: Sequence[str], more: 
       HelpShown: help was requested, and printed.
     """
     parser = of_function(function, command, more)
-    given = parser.parse(argv)
-    parser.required(given)
+    parsed = parser.parse(argv)
+    parser.required(parsed)
     parameters = inspect.signature(function).parameters.values()
     several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
     needed = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     required = [each for each in needed if each.default is each.empty]
-    if len(given.words) < len(required):
+    if len(parsed.words) < len(required):
         raise UsageError(
-            f"{required[len(given.words)].name.upper()}: is missing; see `jaxmeta {command} --help`"
+            f"{required[len(parsed.words)].name.upper()}: is missing; see `jaxmeta {command} --help`"
         )
-    if not several and len(given.words) > len(needed):
-        raise UsageError(f"unexpected argument {given.words[len(needed)]!r}; see `jaxmeta {command} --help`")
+    if not several and len(parsed.words) > len(needed):
+        raise UsageError(f"unexpected argument {parsed.words[len(needed)]!r}; see `jaxmeta {command} --help`")
     with parser.naming_flags():
         return function(
-            *given.words,
-            **given.values.get("flags", {}),
-            **{group.name: given.values.get(group.name, {}) for group in more},
+            *parsed.words,
+            **parsed.values.get("flags", {}),
+            **{group.name: parsed.values.get(group.name, {}) for group in more},
         )
 
 

@@ -23,7 +23,7 @@ from jaxmeta.cli.backbones import (
     Backbone,
     head_logits,
     load_backbone,
-    untrained,
+    untrained_backbone,
     with_width,
 )
 from jaxmeta.cli.command_line import command_of_call
@@ -31,13 +31,13 @@ from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import (
     RECIPES,
     Fit,
-    Learnable,
+    InitialClassifier,
     Settings,
     check_settings,
     fit,
-    learnable,
-    resolved,
-    trained,
+    initial_classifier,
+    resolve_settings,
+    trained_paths,
 )
 from jaxmeta.cli.signals import Signals, current
 from jaxmeta.cli.sources import file_name
@@ -164,12 +164,12 @@ def transfer(
       FileNotFoundError, ValueError: an argument is invalid.
       FloatingPointError: training diverged.
     """
-    given = dict(locals())
+    arguments = dict(locals())
     started = time.perf_counter()
     recipe = recipe or ("scratch" if source == NONE else "lp-ft")
     common = _options(options)
-    asked = common.fine_tuning(train=train, l2_sp=l2_sp, keep_statistics=keep_statistics or None)
-    check_settings(recipe, asked)
+    requested = common.fine_tuning(train=train, l2_sp=l2_sp, keep_statistics=keep_statistics or None)
+    check_settings(recipe, requested)
     if source == NONE and recipe != "scratch":
         raise ArgumentError("recipe", f"got {recipe}; SOURCE {NONE} allows only scratch")
     if out is not None:
@@ -180,8 +180,8 @@ def transfer(
         backbone = dataclasses.replace(backbone, variables=None)
     images, split = _images(backbone, target, common, reading, key)
     start = _start(backbone, images, images.batch(split.learn), common, key)
-    settings = resolved(recipe, backbone, start, len(split.learn), asked)
-    command = command_of_call(transfer, given, {"reading": target_settings(target)})
+    settings = resolve_settings(recipe, backbone, start, len(split.learn), requested)
+    command = command_of_call(transfer, arguments, {"reading": target_settings(target)})
     plan = _Plan(source, recipe, common, dict(reading), backbone, images, split, start, settings, command)
     report = plan.report()
     folder = folders.claim(out, f"{COMMAND}-{_file_part(source)}-{file_name(target)}", COMMAND)
@@ -224,7 +224,7 @@ class _Plan(NamedTuple):
     backbone: Backbone
     images: Target
     split: ShotSplit
-    start: Learnable
+    start: InitialClassifier
     settings: Settings
     command: str
 
@@ -251,7 +251,7 @@ class _Plan(NamedTuple):
     def report(self) -> dict[str, Any]:
         """Return the content of report.json, without results."""
         sizes = {path: leaf.size for path, leaf in leaves_by_path(self.start.variables["params"]).items()}
-        learned = sum(sizes[path] for path in trained(self.start, self.settings))
+        learned = sum(sizes[path] for path in trained_paths(self.start, self.settings))
         return {
             "source": self.source,
             "target": self.images.name,
@@ -369,11 +369,11 @@ def rank(
       FloatingPointError: fine-tuning diverged.
     """
     common = _options(options)
-    asked = common.fine_tuning()
-    if not fine_tune and asked.given():
-        name = next(iter(asked.given()))
+    requested = common.fine_tuning()
+    if not fine_tune and requested.given():
+        name = next(iter(requested.given()))
         raise ArgumentError(name, "applies to --fine-tune; add that flag, or leave this out")
-    check_settings("lp-ft", asked)
+    check_settings("lp-ft", requested)
     if len(set(sources)) < max(2, len(sources)):
         raise ArgumentError("sources", f"got {' '.join(sources) or 'none'}; give two or more, each once")
     to = folders.output_file("json", json)
@@ -393,8 +393,8 @@ def rank(
         widths.append(features.shape[1])
         candidates[name] = Candidate(features, _source_probs(backbone, features))
         if fine_tune:
-            brief = dataclasses.replace(asked, steps=asked.steps or _RANKED_STEPS)
-            settings = resolved("lp-ft", backbone, start, len(split.learn), brief)
+            brief = dataclasses.replace(requested, steps=requested.steps or _RANKED_STEPS)
+            settings = resolve_settings("lp-ft", backbone, start, len(split.learn), brief)
             print(f"fine-tuning {name} …", flush=True)
             fitted = fit("lp-ft", start, learn, settings, jax.random.fold_in(key, 2))
             accuracies[name] = float((_predictions(start, fitted.variables, scored) == scored.y).mean())
@@ -419,9 +419,9 @@ def rank(
 # --- Source and target ---------------------------------------------------------------------------
 
 
-def _options(given: Mapping[str, Any]) -> Options:
+def _options(options: Mapping[str, Any]) -> Options:
     """Return common options, with the path of the data made absolute."""
-    return Options(**{**given, "data": folders.data_folder(given.get("data"))})
+    return Options(**{**options, "data": folders.data_folder(options.get("data"))})
 
 
 def _backbone(source: str, options: Options, argument: str = "source") -> Backbone:
@@ -432,7 +432,7 @@ def _backbone(source: str, options: Options, argument: str = "source") -> Backbo
     elif options.network is None:
         raise ArgumentError("network", f"is missing; SOURCE {NONE} needs one, such as conv4")
     else:
-        backbone = untrained(options.network)
+        backbone = untrained_backbone(options.network)
     if not isinstance(backbone.network, linen.Module):
         raise ArgumentError(
             "network",
@@ -458,9 +458,9 @@ def _images(
     return images, split_shots(images, options.shots, jax.random.fold_in(key, 0))
 
 
-def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, key: Key) -> Learnable:
+def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, key: Key) -> InitialClassifier:
     key = jax.random.fold_in(key, 1)
-    return learnable(backbone, images, learn, size=options.size, channels=options.channels, key=key)
+    return initial_classifier(backbone, images, learn, size=options.size, channels=options.channels, key=key)
 
 
 def _source_probs(backbone: Backbone, features: jax.Array) -> jax.Array | None:
@@ -487,7 +487,7 @@ def _describable(network: Any) -> Any:
 # --- Learning and scoring -------------------------------------------------------------------------
 
 
-def _predictions(start: Learnable, variables: Variables, data: Batch) -> np.ndarray:
+def _predictions(start: InitialClassifier, variables: Variables, data: Batch) -> np.ndarray:
     logits = np.asarray(predict_logits(start.model, variables, data.x, batch=start.at_once))
     if not np.isfinite(logits).all():
         raise FloatingPointError(
