@@ -323,13 +323,13 @@ def test_init_starts_training_from_a_source(place, tmp_path, capsys, learner, so
         (["predict", "{place}/transfer", "--unknown-above", "-1"], "--unknown-above: got -1.0"),
         (
             ["predict", "{place}/transfer", "--learner", "maml"],
-            "--learner: got maml, and {place}/transfer is no",
+            "--learner: got maml, but {place}/transfer is not",
         ),
         (
             ["predict", "{place}/run", "--support", "{place}/support", "--learner", "maml"],
-            "--learner: got maml, and {place}/run was not trained with it; leave it out",
+            "--learner: got maml, but {place}/run was not trained with it; leave it out",
         ),
-        (["predict", "{place}/run", "--support", "{place}/support", "--size", "8"], "--size: got 8, and"),
+        (["predict", "{place}/run", "--support", "{place}/support", "--size", "8"], "--size: got 8, but"),
         (["predict", "{place}/transfer", "--size", "0"], "--size: got 0; it must be at least 1"),
         (
             ["predict", "{place}/transfer", "--json", "a.json", "--csv", "a.json"],

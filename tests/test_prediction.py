@@ -318,7 +318,7 @@ def test_unreadable_images_are_errors_unless_skipped(place, question, capsys):
     assert "left out" in capsys.readouterr().err
     (question / "support" / "kind 1" / "0.png").write_bytes(b"")
     assert main(["predict", str(place / "run"), *flags, "--skip-unreadable"]) == 2
-    assert "of the class 'kind 1' no image can be read" in capsys.readouterr().err
+    assert "no image of the class 'kind 1' can be read" in capsys.readouterr().err
 
 
 def test_class_names_that_differ_in_case_give_a_warning(place, question, capsys):
@@ -338,7 +338,7 @@ def test_a_diverging_adaptation_is_an_error(place, question, monkeypatch, capsys
     monkeypatch.setattr(classifier.build, "learner_of", diverging)
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(place / "run"), *flags]) == 1
-    assert "diverged: the answers are not finite" in capsys.readouterr().err
+    assert "diverged: the scores are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_diverging_adaptation_is_an_error(place, question, monkeypatch, capsys
         ({"--query": "nowhere"}, "--query: "),
         ({"--support": "query"}, "has no subfolders, one a class; sort the 6 images"),
         ({"--query": "empty"}, "contains no images"),
-        ({"--support": "one"}, "got 1 classes; there must be 2 or more to tell apart"),
+        ({"--support": "one"}, "got 1 class; there must be at least 2"),
         ({"--json": "nowhere/answers.json"}, "--json: the folder"),
         ({"--json": "empty"}, "is a folder; name a file"),
     ],

@@ -210,7 +210,7 @@ _OF_EVALUATION = {
 def evaluate(argv: Sequence[str]) -> None:
     """Evaluate a run's parameters on test tasks: those of its report, or others."""
     about = {
-        "json": "file to write the result to as well",
+        "json": "file to write the result to",
         "confusion": "PNG file to draw the confusion matrix to",
         "learner": "module:name of your own method that the run was trained with; for parameters of "
         "jm.train(run_dir=…), the method, or a jm.Learner by module:name",
@@ -285,8 +285,8 @@ def _evaluate_checkpoints(
     plain = Parser("evaluate", [output], words=words)
     if missing := [schema.flag_of(name) for name in ("learner", "tasks") if name not in named]:
         raise UsageError(
-            f"{missing[0]}: is missing; {folder} was written by jm.train(run_dir=…), without a configuration: "
-            "give --learner NAME and --tasks NAME, and --network and settings as in training"
+            f"{missing[0]}: is missing; {folder} was written by jm.train(run_dir=…) and has no "
+            "config.json; give --learner NAME and --tasks NAME, and --network and settings as in training"
         )
     with plain.naming_flags():
         chosen = Chosen(named["learner"], named.get("network"), sources.absolute(named["tasks"]))

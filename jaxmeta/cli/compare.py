@@ -382,11 +382,11 @@ def _curve(folder: Path, name: str) -> Curve:
 
 
 def _metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the metric of a run that is drawn: that of its validations, or else of its training."""
-    found = dict.fromkeys(name for row in rows for name in row)
-    validated = [name.removeprefix("validation_") for name in found if name.startswith("validation_")]
-    known = [name for name in (*validated, *found) if name in METRIC_NAMES]
-    own = [name for name in found if name not in NO_METRICS and name not in COMPARED]
+    """Return the metric to draw: the validation metric, or else a training metric or the loss."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    validated = [name.removeprefix("validation_") for name in columns if name.startswith("validation_")]
+    known = [name for name in (*validated, *columns) if name in METRIC_NAMES]
+    own = [name for name in columns if name not in NO_METRICS and name not in COMPARED]
     return next(iter([*known, *validated, *own, "loss"]))
 
 

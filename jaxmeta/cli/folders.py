@@ -32,7 +32,7 @@ def claim(out: str | None, name: str, kind: str = "run") -> Path:
     """
     if out is not None:
         folder = Path(out).expanduser()
-        refuse_used(folder, kind)
+        check_empty(folder, kind)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
@@ -48,7 +48,7 @@ def claim(out: str | None, name: str, kind: str = "run") -> Path:
     raise FileExistsError(f"--out: runs/{name}-{moment} and 9,998 numbered folders exist; add --out DIR")
 
 
-def refuse_used(folder: Path, kind: str = "run") -> None:
+def check_empty(folder: Path, kind: str = "run") -> None:
     """Check that an output folder does not exist, or is empty.
 
     Raises:

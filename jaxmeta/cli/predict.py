@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.cli import folders
-from jaxmeta.cli.classifier import load_classifier, say_inverted
+from jaxmeta.cli.classifier import load_classifier, print_inverted
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.own_images import read_images, warn_of_negatives
 from jaxmeta.cli.parser import print_table
@@ -73,7 +73,7 @@ def predict(
     candidates, root = _query_files(Path(query).expanduser())
     with warnings.catch_warnings(record=True) as warned:
         classifier = load_classifier(source, skip_unreadable=skip_unreadable, **reading)
-    say_inverted(classifier, bool(reading.get("invert")))
+    print_inverted(classifier, bool(reading.get("invert")))
     if unknown_above is not None and UNKNOWN in classifier.classes:
         raise ArgumentError(
             "unknown_above",
@@ -92,7 +92,7 @@ def predict(
     seen = 1 - queries if classifier.inverted else queries
     warn_of_negatives("query", classifier.images, seen, [str(file) for file in files])
     probabilities, distances = classifier.with_distances(queries)
-    answers: list[dict[str, Any]] = [
+    predictions: list[dict[str, Any]] = [
         {
             "file": file.relative_to(root).as_posix(),
             "class": classifier.classes[int(np.argmax(row))],
@@ -101,11 +101,11 @@ def predict(
         for file, row in zip(files, probabilities, strict=True)
     ]
     if distances is not None:
-        for answer, distance in zip(answers, distances, strict=True):
-            answer["distance"] = float(distance)
+        for prediction, distance in zip(predictions, distances, strict=True):
+            prediction["distance"] = float(distance)
             if unknown_above is not None and distance > unknown_above:
-                answer["class"] = UNKNOWN
-    truth = _truth(answers)
+                prediction["class"] = UNKNOWN
+    truth = _truth(predictions)
     if picture is not None and truth is None:
         raise ArgumentError(
             "confusion",
@@ -114,34 +114,34 @@ def predict(
     results = folders.Results()
     if target is not None:
         with results.writing(target):
-            write_json(target, answers)
+            write_json(target, predictions)
     if table is not None:
         with results.writing(table):
-            write_text(table, _as_csv(answers))
+            write_text(table, _as_csv(predictions))
     if picture is not None and truth is not None:
         names = [*classifier.classes, *([UNKNOWN] if unknown_above is not None else [])]
         number = {name: index for index, name in enumerate(names)}
-        named = np.array([number[answer["class"]] for answer in answers])
-        matrix = confusion_matrix(named, np.array([number[name] for name in truth]), len(names))
+        predicted = np.array([number[prediction["class"]] for prediction in predictions])
+        matrix = confusion_matrix(predicted, np.array([number[name] for name in truth]), len(names))
         with folders.tolerated(picture) as path:
             plot_confusion(path, matrix, names, f"{query} by {source}")
-    _print(answers, truth)
+    _print(predictions, truth)
     if truth is not None:
-        _print_classes(answers, truth)
+        _print_classes(predictions, truth)
     results.check()
-    return answers
+    return predictions
 
 
-def _as_csv(answers: Sequence[Mapping[str, Any]]) -> str:
+def _as_csv(predictions: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
-    names = list(answers[0]["probabilities"])
-    # By the answers and not by the header: a class may be called "distance".
-    distance = ["distance"] if "distance" in answers[0] else []
+    names = list(predictions[0]["probabilities"])
+    # By the predictions and not by the header: a class may be called "distance".
+    distance = ["distance"] if "distance" in predictions[0] else []
     writer.writerow(["file", "class", *distance, *names])
-    for answer in answers:
-        row = [answer["file"], answer["class"], *(answer[name] for name in distance)]
-        writer.writerow([*row, *(answer["probabilities"][name] for name in names)])
+    for prediction in predictions:
+        row = [prediction["file"], prediction["class"], *(prediction[name] for name in distance)]
+        writer.writerow([*row, *(prediction["probabilities"][name] for name in names)])
     return text.getvalue()
 
 
@@ -169,32 +169,36 @@ def _folders_below(folder: Path) -> list[Path]:
     return sorted(below)
 
 
-def _truth(answers: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def _truth(predictions: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """Return the class of each image by its folder; None where a folder is not named as a class."""
-    folders = [answer["file"].rpartition("/")[0].rpartition("/")[2] for answer in answers]
-    named = all(folder in answer["probabilities"] for folder, answer in zip(folders, answers, strict=True))
-    return folders if named else None
+    folders = [prediction["file"].rpartition("/")[0].rpartition("/")[2] for prediction in predictions]
+    all_classes = all(
+        folder in prediction["probabilities"] for folder, prediction in zip(folders, predictions, strict=True)
+    )
+    return folders if all_classes else None
 
 
-def _print(answers: Sequence[Mapping[str, Any]], truth: Sequence[str] | None) -> None:
-    width = max(len(answer["file"]) for answer in answers)
-    known: Sequence[str | None] = truth or [None] * len(answers)
-    for answer, own in zip(answers, known, strict=True):
-        share = max(answer["probabilities"].values())
-        distance = f"  distance {answer['distance']:.4g}" if "distance" in answer else ""
-        wrong = "  ← wrong" if own is not None and answer["class"] != own else ""
-        print(f"{answer['file']:<{width}}  {answer['class']}  {100 * share:.1f} %{distance}{wrong}")
+def _print(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str] | None) -> None:
+    width = max(len(prediction["file"]) for prediction in predictions)
+    known: Sequence[str | None] = truth or [None] * len(predictions)
+    for prediction, own in zip(predictions, known, strict=True):
+        share = max(prediction["probabilities"].values())
+        distance = f"  distance {prediction['distance']:.4g}" if "distance" in prediction else ""
+        wrong = "  ← wrong" if own is not None and prediction["class"] != own else ""
+        print(f"{prediction['file']:<{width}}  {prediction['class']}  {100 * share:.1f} %{distance}{wrong}")
 
 
-def _print_classes(answers: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> None:
+def _print_classes(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> None:
     """Print the recall of each class, and the accuracy."""
     rows = [("class", "right", "of", "recall")]
     for name in dict.fromkeys(truth):
-        named = [answer["class"] for answer, own in zip(answers, truth, strict=True) if own == name]
-        right = named.count(name)
-        rows.append((name, str(right), str(len(named)), f"{100 * right / len(named):.1f} %"))
+        predicted = [
+            prediction["class"] for prediction, own in zip(predictions, truth, strict=True) if own == name
+        ]
+        right = predicted.count(name)
+        rows.append((name, str(right), str(len(predicted)), f"{100 * right / len(predicted):.1f} %"))
     print()
     print_table(rows)
-    right = sum(answer["class"] == own for answer, own in zip(answers, truth, strict=True))
-    share = 100 * right / len(answers)
-    print(f"{right} of {len(answers)} predictions are the class of the image's folder ({share:.1f} %)")
+    right = sum(prediction["class"] == own for prediction, own in zip(predictions, truth, strict=True))
+    share = 100 * right / len(predictions)
+    print(f"{right} of {len(predictions)} predictions are the class of the image's folder ({share:.1f} %)")

@@ -173,7 +173,7 @@ def transfer(
     if source == NONE and recipe != "scratch":
         raise ArgumentError("recipe", f"got {recipe}; SOURCE {NONE} allows only scratch")
     if out is not None:
-        folders.refuse_used(Path(out).expanduser(), COMMAND)
+        folders.check_empty(Path(out).expanduser(), COMMAND)
     key = jax.random.key(common.seed)
     backbone = _backbone(source, common)
     if recipe == "scratch":
