@@ -1,4 +1,4 @@
-"""`jaxmeta train` and `jaxmeta evaluate`: a run's folder, signals, resumption, and what is refused."""
+"""`jaxmeta train` and `jaxmeta evaluate`: run folders, signals, resumption, and usage errors."""
 
 import concurrent.futures
 import datetime
@@ -63,7 +63,7 @@ def same(a, b):
 
 
 def evaluated_once(run, folder):
-    """The configuration of a run as if it reported its error after one number of inner steps, in `folder`."""
+    """Write the configuration of a run to `folder`, without `report_steps`, which saves evaluations."""
     folder.mkdir()
     kept = read_json(run / "config.json")
     kept["run"]["report_steps"] = []
@@ -71,7 +71,7 @@ def evaluated_once(run, folder):
     return folder
 
 
-def test_a_run_writes_its_files_and_a_true_report(run):
+def test_a_run_writes_its_files_and_a_correct_report(run):
     report = read_json(run / "report.json")
     assert set(LISTED) <= set(report)
     assert (report["learner"], report["tasks"], report["steps"]) == ("maml", "sinusoid", 20)
@@ -87,7 +87,7 @@ def test_a_run_writes_its_files_and_a_true_report(run):
     assert "![learning curve](curve.png)" in text
     assert f"```sh\n{report['command']}\n```" in text
     assert report["command"].startswith("jaxmeta train maml --tasks sinusoid --steps 20 ")
-    # Each task's answer is the mean of its support targets.
+    # The baseline predicts the mean of a task's support targets.
     tasks, values = jm.tasks.sinusoid("test", shots=5, queries=100), []
     for index in range(20):
         task = tasks.sample(jm.core.episode_keys(run_of_command.evaluation_key(0), jnp.array([index]))[0, 0])
@@ -104,7 +104,7 @@ def test_a_run_writes_its_files_and_a_true_report(run):
 
 @pytest.mark.parametrize("tasks", ["folder", pytest.param("glyphs", marks=pytest.mark.nightly)])
 def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_path, monkeypatch, capsys):
-    # A small network that normalises, since convolutions take a minute to compile.
+    # A small network with normalisation, since convolutions take a minute to compile.
     def small(ways):
         return jm.nn.MLP(out=ways, hidden=(8,), norm=True)
 
@@ -121,11 +121,11 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
         flags += ["--tasks", f"folder:{tmp_path / 'images'}", "--classes", "0.5,0,0.5"]
         flags += ["--network", "strided-conv4", "--inner-steps", "1", "--eval-steps", "1", "--devices", "1"]
     assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0
-    said = (
+    message = (
         "read      8 images of 4 classes, by a folder a class; the smallest is 6 × 6 (ant/0.png); none "
         "left out"
     )
-    assert (said in capsys.readouterr().out) == (tasks == "folder")
+    assert (message in capsys.readouterr().out) == (tasks == "folder")
     report = read_json(out / "report.json")
     assert set(LISTED) <= set(report)
     assert (report["learner"], report["ways"], report["queries"]) == ("fomaml", 2, 1)
@@ -140,7 +140,7 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
     assert main(["evaluate", str(out), "--ways", "3"]) == 2
 
 
-def test_evaluate_with_the_run_s_own_protocol_repeats_its_report(run, tmp_path, capsys):
+def test_evaluate_reproduces_the_report_of_a_run(run, tmp_path, capsys):
     again = evaluated_once(run, tmp_path / "run")
     shutil.copytree(run / "checkpoints", again / "checkpoints")
     assert main(["evaluate", str(again), "--json", str(tmp_path / "result.json")]) == 0
@@ -150,24 +150,24 @@ def test_evaluate_with_the_run_s_own_protocol_repeats_its_report(run, tmp_path, 
     assert read_json(tmp_path / "other.json")["mse"] != read_json(tmp_path / "result.json")["mse"]
 
 
-def test_a_run_is_evaluated_on_other_tasks(run, tmp_path, capsys):
+def test_evaluate_takes_other_tasks(run, tmp_path, capsys):
     target = tmp_path / "other.json"
     argv = ["evaluate", str(run), "--tasks", "harmonic", "--episodes", "8", "--json", str(target)]
     assert main(argv) == 0
-    found = read_json(target)
-    assert (found["tasks"], found["card"]["tasks"], found["shots"]) == ("harmonic", "harmonic", 5)
-    assert found["mse"]["mean"] > 0
+    result = read_json(target)
+    assert (result["tasks"], result["card"]["tasks"], result["shots"]) == ("harmonic", "harmonic", 5)
+    assert result["mse"]["mean"] > 0
     capsys.readouterr()
-    for tasks, said in (
+    for tasks, message in (
         ("glyphs", "--tasks: glyphs is classification"),
         ("harmonics", "--tasks: there is no 'harmonics'"),
     ):
         assert main(["evaluate", str(run), "--tasks", tasks]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 class StopAt:
-    """Stands in for `RunLog.__call__`: raises a signal after what a meta-step reports."""
+    """A replacement of `RunLog.__call__` that raises a signal after the report of a meta-step."""
 
     def __init__(self, monkeypatch, step, number):
         self.before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
@@ -176,7 +176,7 @@ class StopAt:
         def stopping(run_log, event):
             log(run_log, event)
             if isinstance(event, Progress) and event.step == step:
-                # Either signal would be handled.
+                # Handlers of both signals are installed in training.
                 assert not any(signal.getsignal(each) is handler for each, handler in self.before.items())
                 signal.raise_signal(number)
 
@@ -189,16 +189,16 @@ class StopAt:
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch, capsys, number):
-    """The run was stopped before its first checkpoint, too, and its five meta-steps are done again."""
+    """An earlier stop came before the first checkpoint, so that five meta-steps are repeated."""
     out = evaluated_once(run, tmp_path / "stopped")
     (out / "metrics.jsonl").write_text("".join((run / "metrics.jsonl").read_text().splitlines(True)[:5]))
     with monkeypatch.context() as patch:
         stop = StopAt(patch, 7, number)
         assert main(["train", "--resume", "--out", str(out)]) == 75
     assert stop.handlers_are_back()
-    said = capsys.readouterr().err
-    assert f"--resume --out {out}" in said
-    assert len(said.splitlines()) == 1
+    message = capsys.readouterr().err
+    assert f"--resume --out {out}" in message
+    assert len(message.splitlines()) == 1
     assert not (out / "report.json").exists()
 
     assert main(["train", "--resume", "--out", str(out), "--steps", "19"]) == 2
@@ -227,7 +227,7 @@ def test_a_new_run_that_was_stopped_resumes_to_the_same_parameters(run, tmp_path
     same(load_params(out), load_params(run))
 
 
-def test_nothing_is_overwritten(run, tmp_path, capsys):
+def test_outputs_are_never_overwritten(run, tmp_path, capsys):
     before = contents(run)
     assert main([*SMALL, "--out", str(run)]) == 2
     assert "--out" in capsys.readouterr().err
@@ -240,22 +240,22 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
 
 def test_a_loss_that_diverges_ends_with_status_1_and_names_the_step(tmp_path, capsys):
     assert main([*SMALL, "--inner-lr", "1e30", "--out", str(tmp_path / "run")]) == 1
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert "meta-step" in said
-    assert "checkpoint" in said
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert "meta-step" in message
+    assert "checkpoint" in message
 
 
-def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
+def test_out_of_memory_errors_give_advice(monkeypatch, capsys):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore.")
 
     monkeypatch.setattr(run_of_command, "new_run", full)
     assert main(["train"]) == 1
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert "--stream" in said
-    assert "99 bytes" in said
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert "--stream" in message
+    assert "99 bytes" in message
 
 
 @pytest.mark.parametrize(
@@ -275,16 +275,19 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["train", "--image-size", "28", "--tasks", "omniglot"], "here it is --size"),
         (
             ["train", "--divergence", "kl"],
-            "--divergence: is a setting of prototypical, and not of maml on glyphs",
+            "--divergence: is a setting of prototypical, not of maml on glyphs",
         ),
         (
             ["train", "--strings", "5,5"],
-            "--strings: is a setting of mann, and not of maml on glyphs",
+            "--strings: is a setting of mann, not of maml on glyphs",
         ),
         (["train", "--stream"], "--stream: is a setting of folder:PATH"),
         (["train", "--schedule", "step"], "--decay-every: "),
-        (["train", "--decay-every", "9"], "--decay-every: --schedule is cosine"),
-        (["train", "--outer-momentum", "0.9", "--tasks", "sinusoid"], "--outer-momentum: adam has none"),
+        (["train", "--decay-every", "9"], "--decay-every: got 9, but --schedule is cosine"),
+        (
+            ["train", "--outer-momentum", "0.9", "--tasks", "sinusoid"],
+            "--outer-momentum: got 0.9, but adam has no momentum",
+        ),
         (["train", "--outer-betas", "0.9"], "--outer-betas: got 0.9; it must be 2 numbers with commas"),
         (["train", "--outer-betas", "0.9,2"], "--outer-betas: got 2"),
         (["train", "maml", "anil"], "unexpected argument 'anil'"),
@@ -319,10 +322,10 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
             ["train", "imaml", "--eval-steps", "0", "--tasks", "sinusoid"],
             "--eval-steps: got 0; it must be at least 1",
         ),
-        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], "and not of fomaml on sinusoid"),
+        (["train", "fomaml", "--diagnose", "--tasks", "sinusoid"], ", not of fomaml on sinusoid"),
         (
             ["train", "--order", "first", "--diagnose", "--tasks", "sinusoid"],
-            "--diagnose: it compares with first order",
+            "--diagnose: compares with the first-order",
         ),
         (["train", "boil", "--norm", "episode"], "--norm: got episode; it must be one of batch, support"),
         (["train", "--shots", "0", "--tasks", "sinusoid"], "--shots"),
@@ -349,17 +352,17 @@ def test_a_full_device_is_told_with_what_helps(monkeypatch, capsys):
         (["plot", "nowhere", "--x", "epochs"], "--x"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2_and_leaves_nothing(argv, says, tmp_path, monkeypatch, capsys):
+def test_usage_errors_are_one_line_with_status_2_and_write_nothing(argv, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("jaxmeta: error: ")
-    assert len(said.splitlines()) == 1
-    assert says in said
+    message = capsys.readouterr().err
+    assert message.startswith("jaxmeta: error: ")
+    assert len(message.splitlines()) == 1
+    assert says in message
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
+def test_damaged_run_folders_are_errors(run, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"learner": "maml"')
@@ -369,16 +372,16 @@ def test_a_run_whose_files_are_damaged_is_refused(run, tmp_path, capsys):
     assert "no checkpoint" in capsys.readouterr().err
 
 
-def test_a_run_of_an_older_form_is_refused_with_a_sentence_that_says_so(run, tmp_path, capsys):
+def test_runs_of_an_older_format_are_errors(run, tmp_path, capsys):
     older = read_json(run / "config.json") | {"jaxmeta": "0.1.0"}
     del older["format"]
     (tmp_path / "config.json").write_text(json.dumps(older))
     for argv in (["evaluate", str(tmp_path)], ["train", "--resume", "--out", str(tmp_path)]):
         assert main(argv) == 2
-        said = capsys.readouterr().err
-        assert "is of an older form than this version of jaxmeta reads" in said
-        assert "jaxmeta 0.1.0" in said
-        assert len(said.splitlines()) == 1
+        message = capsys.readouterr().err
+        assert "has format 1, but this version of jaxmeta reads" in message
+        assert "jaxmeta 0.1.0" in message
+        assert len(message.splitlines()) == 1
 
 
 OF_TRAIN = [*Training.__annotations__, *Run.__annotations__, *Invocation.__annotations__]
@@ -411,21 +414,21 @@ NAMED = ["tasks", "network", "preset", "config"]
 def test_help_mentions_every_flag(argv, flags, run, capsys):
     argv = [str(run) if word == "RUN" else word for word in argv]
     assert main([*argv, "--help"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in flags:
-        assert "--" + name.replace("_", "-") + " " in said.replace("\n", " ").replace(",", " "), name
+        assert "--" + name.replace("_", "-") + " " in output.replace("\n", " ").replace(",", " "), name
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
-def test_without_a_command_help_lists_all_of_them(argv, capsys):
+def test_help_lists_all_commands(argv, capsys):
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert "usage: jaxmeta COMMAND" in said
+    output = capsys.readouterr().out
+    assert "usage: jaxmeta COMMAND" in output
     for name in ("train", "evaluate", "compare", "plot", "predict", "transfer", "rank", "networks"):
-        assert f"  {name} " in said
+        assert f"  {name} " in output
 
 
-def test_the_version_is_that_of_the_package(capsys):
+def test_version_prints_the_versions_of_jaxmeta_and_jax(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"jaxmeta {jm.__version__}, jax {jax.__version__}")
 
@@ -440,8 +443,10 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "supplied"), [pytest.param(*it, id=name) for name, *it in FUNCTIONS])
-def test_every_setting_has_help_of_its_own(function, supplied):
+@pytest.mark.parametrize(
+    ("function", "supplied"), [pytest.param(*each, id=name) for name, *each in FUNCTIONS]
+)
+def test_every_setting_has_help(function, supplied):
     for name, setting in schema.settings_of(function, supplied).items():
         assert setting.help, name
 
@@ -457,13 +462,13 @@ def test_every_setting_has_help_of_its_own(function, supplied):
         ("networks", "mlp", ["--hidden N,… (default: 256,128,64,64)"]),
     ],
 )
-def test_lists_name_what_there_is_and_describe_one(command, name, says, capsys):
+def test_lists_print_names_and_describe_one(command, name, says, capsys):
     assert main([command]) == 0
     assert any(line.split()[0].startswith(name) for line in capsys.readouterr().out.splitlines())
     assert main([command, name]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in says:
-        assert part in said
+        assert part in output
     assert main([command, f"{name}x"]) == 2
     assert f"known are {name}" in capsys.readouterr().err
 
@@ -474,21 +479,21 @@ def test_every_preset_can_be_described(name, capsys):
     assert PRESETS[name]["description"] in capsys.readouterr().out
 
 
-# --- Where a configuration comes from -------------------------------------------------------------------
+# --- Configurations -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Configurations with which a run would be started."""
-    found = []
-    monkeypatch.setattr(run_of_command, "new_run", lambda config, invocation: found.append(config))
-    return found
+    """Return a list to which each new run appends its configuration instead of training."""
+    configs = []
+    monkeypatch.setattr(run_of_command, "new_run", lambda config, invocation: configs.append(config))
+    return configs
 
 
-def test_a_configuration_is_started_from_with_flags_on_top(run, tmp_path, started, capsys):
+def test_config_starts_from_a_file_with_flags_on_top(run, tmp_path, started, capsys):
     shutil.copy(run / "config.json", tmp_path / "mine.json")
     assert main(["train", "--config", str(tmp_path / "mine.json")]) == 0
-    # That of a run, too, by its folder.
+    # A run's configuration is found by its folder.
     assert main(["train", f"--config={run}", "--inner-lr", "0.5", "--shots", "3", "--seed=7"]) == 0
     same, other = started
     before = config.load_config(run)
@@ -505,18 +510,18 @@ def test_a_configuration_is_started_from_with_flags_on_top(run, tmp_path, starte
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--config", "nowhere.json"], "--config: there is no nowhere.json"),
-        (["--config", "text.json"], "--config: text.json is no JSON"),
-        (["--config", "empty.json"], "empty.json is of an older form"),
-        (["--config", "RUN", "--preset", "glyphs"], "--preset: a configuration says all"),
+        (["--config", "nowhere.json"], "--config: nowhere.json does not exist"),
+        (["--config", "text.json"], "--config: text.json is not valid JSON"),
+        (["--config", "empty.json"], "empty.json has format 1, but"),
+        (["--config", "RUN", "--preset", "glyphs"], "--preset: --config has all values"),
         (
             ["--config", "RUN", "--tasks", "glyphs"],
-            "--tasks: got glyphs, and the configuration is for",
+            "--tasks: got glyphs, but the configuration is for",
         ),
         (["--config"], "--config: expects a value"),
     ],
 )
-def test_a_configuration_that_cannot_be_started_from(flags, says, run, tmp_path, monkeypatch, capsys):
+def test_invalid_files_for_config_are_errors(flags, says, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text("inner_lr: 3")
     (tmp_path / "empty.json").write_text("{}")
@@ -524,25 +529,25 @@ def test_a_configuration_that_cannot_be_started_from(flags, says, run, tmp_path,
     assert says in capsys.readouterr().err
 
 
-def test_a_bare_flag_that_two_groups_have_names_both(started, capsys):
+def test_ambiguous_flags_are_errors_that_name_both_groups(started, capsys):
     for flag in ("--norm", "--norm=batch"):
         assert main(["train", "--network", "mlp", flag, *([] if "=" in flag else ["batch"])]) == 2
-        assert "say --network.norm or --training.norm" in capsys.readouterr().err
+        assert "give --network.norm or --training.norm" in capsys.readouterr().err
     assert main(["train", "--network", "mlp", "--training.norm", "support", "--no-network.norm"]) == 0
     assert (started[0].training.norm, started[0].network["norm"]) == ("support", False)
 
 
-def test_flags_may_be_written_with_underscores_behind_the_learner(started, capsys):
+def test_flags_may_have_underscores_and_follow_the_learner(started, capsys):
     flags = ["--inner_lr=0.3", "--outer_betas", "0.5,0.9", "--tasks", "sinusoid", "--report-steps", "1,2"]
     assert main(["train", "anil", *flags]) == 0
-    (found,) = started
+    (resolved,) = started
     assert main(["train", *flags, "anil"]) == 2
     assert "unexpected argument 'anil'; the learner's name comes first" in capsys.readouterr().err
-    assert (found.learner["name"], found.learner["inner_lr"]) == ("anil", 0.3)
-    assert (found.training.outer_betas, found.run.report_steps) == ((0.5, 0.9), (1, 2))
+    assert (resolved.learner["name"], resolved.learner["inner_lr"]) == ("anil", 0.3)
+    assert (resolved.training.outer_betas, resolved.run.report_steps) == ((0.5, 0.9), (1, 2))
 
 
-def test_none_and_switches_are_said_on_the_command_line(started):
+def test_none_and_switches_are_parsed(started):
     assert main(["train", "--preset", "mann-omniglot", "--clip", "none", "--no-distort"]) == 0
     assert (started[0].training.clip, started[0].training.distort) == (None, False)
 
@@ -550,7 +555,7 @@ def test_none_and_switches_are_said_on_the_command_line(started):
 # --- Folders --------------------------------------------------------------------------------------------
 
 
-def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_started_in_the_same_second_get_separate_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     class Clock:
@@ -567,16 +572,16 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, m
         return folders.claim(None, "maml-glyphs")
 
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        found = set(threads.map(claim, range(8)))
-    assert len(found | {first, second}) == 10
-    assert all(folder.is_dir() for folder in found)
+        claimed = set(threads.map(claim, range(8)))
+    assert len(claimed | {first, second}) == 10
+    assert all(folder.is_dir() for folder in claimed)
 
 
-# --- Going on for longer --------------------------------------------------------------------------------
+# --- Extended runs --------------------------------------------------------------------------------------
 
 
 def with_schedule(run, folder, schedule):
-    """A copy of the run as if it had another schedule."""
+    """Copy the run with another schedule, and return the command that resumes it up to `--steps`."""
     shutil.copytree(run, folder)
     kept = read_json(run / "config.json")
     kept["training"] |= {"schedule": schedule, "decay_every": 10 if schedule == "step" else None}
@@ -585,22 +590,22 @@ def with_schedule(run, folder, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_run_whose_schedule_ends_with_its_steps_takes_no_more(schedule, run, tmp_path, capsys):
+def test_runs_with_a_schedule_cannot_be_extended(schedule, run, tmp_path, capsys):
     again = with_schedule(run, tmp_path / "run", schedule)
     before = contents(tmp_path)
     assert main([*again, "22"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("jaxmeta: error: --steps: got 22")
-    assert f"its schedule ({schedule})" in said
+    message = capsys.readouterr().err
+    assert message.startswith("jaxmeta: error: --steps: got 22")
+    assert f"its schedule ({schedule})" in message
     assert contents(tmp_path) == before
 
 
-def test_a_run_cannot_shrink(run, tmp_path, capsys):
+def test_a_run_cannot_be_shortened(run, tmp_path, capsys):
     assert main([*with_schedule(run, tmp_path / "run", "constant"), "19"]) == 2
     assert "--steps: got 19" in capsys.readouterr().err
 
 
-def test_a_run_of_constant_rate_goes_on_for_longer(run, tmp_path, monkeypatch):
+def test_a_run_with_a_constant_rate_can_be_extended(run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_of_command, "plot_curve", lambda *_: None)
     out = evaluated_once(run, tmp_path / "run")
     for name in ("checkpoints", "metrics.jsonl"):
@@ -614,7 +619,7 @@ def test_a_run_of_constant_rate_goes_on_for_longer(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_a_run_that_went_on_is_the_run_that_was_longer(run, tmp_path):
+def test_an_extended_run_equals_a_longer_run(run, tmp_path):
     out = tmp_path / "longer"
     shutil.copytree(run, out)
     assert main(["train", "--resume", "--out", str(out), "--steps", "30"]) == 0
@@ -667,16 +672,16 @@ PRODUCTS = {"b1": 0.5, "b2": 0.7, "eps": 1e-3}
             optax.sgd(lambda step: 0.05 * (1 + jnp.cos(jnp.pi * step / 10))),
         ),
     ],
-    ids=lambda it: "-".join(map(str, it.values())) or "default" if isinstance(it, dict) else "",
+    ids=lambda flags: "-".join(map(str, flags.values())) or "default" if isinstance(flags, dict) else "",
 )
-def test_the_outer_optimizer_is_the_one_that_the_flags_say(training, expected):
+def test_flags_build_the_outer_optimizer(training, expected):
     base = base_of(Chosen("maml", tasks="sinusoid"))
     given = {"training": {"schedule": "constant", "outer_lr": 0.1} | training}
-    found = optimizer_of(resolve(base, given))
+    built = optimizer_of(resolve(base, given))
     params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray(0.5)}
     gradients = [{"a": jnp.asarray([0.3 * i, -1.0]), "b": jnp.asarray(0.1 - i)} for i in range(5)]
     both = []
-    for optimizer in (found, expected):
+    for optimizer in (built, expected):
         here, state, updates = params, optimizer.init(params), []
         for gradient in gradients:
             update, state = optimizer.update(gradient, state, here)
@@ -707,7 +712,7 @@ def test_sigterm_leaves_a_folder_that_resumes(tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.terminate()
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 75, said
-    assert "--resume" in said
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, message
+    assert "--resume" in message
     assert main(["evaluate", str(out)]) == 0

@@ -1,4 +1,4 @@
-"""The commands in reports: they parse, and repeat what the report is of."""
+"""Commands in reports: they parse, and reproduce the run or call of the report."""
 
 import inspect
 import shlex
@@ -17,14 +17,14 @@ from jaxmeta.cli.transfer import rank, transfer
 
 @pytest.fixture
 def started(monkeypatch):
-    """Configurations with which a run would be started."""
-    found = []
-    monkeypatch.setattr(run_of_command, "new_run", lambda config, invocation: found.append(config))
-    return found
+    """Return a list to which each new run appends its configuration instead of training."""
+    configs = []
+    monkeypatch.setattr(run_of_command, "new_run", lambda config, invocation: configs.append(config))
+    return configs
 
 
-def repeated(argv, started):
-    """Return the command for what a command line starts, after a check that it starts the same."""
+def command_for(argv, started):
+    """Return the command for the run that `argv` starts, and assert that it starts the same run."""
     assert main(argv) == 0
     command = command_of_config(started[-1])
     words = shlex.split(command)
@@ -39,16 +39,16 @@ def repeated(argv, started):
 @pytest.mark.parametrize(
     "preset", [name for name, spec in PRESETS.items() if ":" not in str(spec.get("tasks"))]
 )
-def test_every_preset_is_repeated_by_its_name(preset, started):
-    command = repeated(["train", "--preset", preset], started)
-    # Names alone, and no flag, since nothing differs from the protocol.
+def test_every_preset_is_reproduced_by_its_name(preset, started):
+    command = command_for(["train", "--preset", preset], started)
+    # Only names, without flags, since nothing differs from the protocol.
     words = shlex.split(command)[3:]
     assert set(words[::2]) <= {"--preset", "--tasks", "--network"}
     assert len(words) % 2 == 0
 
 
 @pytest.mark.parametrize(
-    ("flags", "found"),
+    ("flags", "expected"),
     [
         ([], "jaxmeta train maml"),
         (["--ways", "20"], "jaxmeta train maml --ways 20"),
@@ -74,19 +74,19 @@ def test_every_preset_is_repeated_by_its_name(preset, started):
         (["simple_shot", "--tasks", "omniglot", "--protocol", "maml"], "--protocol maml"),
     ],
 )
-def test_flags_that_differ_from_their_defaults_are_said(flags, found, started):
-    assert found in repeated(["train", *flags], started)
+def test_commands_have_the_flags_that_differ_from_defaults(flags, expected, started):
+    assert expected in command_for(["train", *flags], started)
 
 
 def test_a_folder_and_data_with_spaces_are_quoted(started, tmp_path):
     folder = tmp_path / "my $photos"
     folder.mkdir()
-    assert f"'folder:{folder}'" in repeated(["train", "--tasks", f"folder:{folder}"], started)
-    command = repeated(["train", "--tasks", "mini_imagenet", "--data", str(folder)], started)
+    assert f"'folder:{folder}'" in command_for(["train", "--tasks", f"folder:{folder}"], started)
+    command = command_for(["train", "--tasks", "mini_imagenet", "--data", str(folder)], started)
     assert f"--data '{folder}'" in command
 
 
-def test_code_of_one_s_own_is_named(started, tmp_path, monkeypatch):
+def test_commands_name_user_defined_code(started, tmp_path, monkeypatch):
     (tmp_path / "mine_to_repeat.py").write_text(
         "import jaxmeta as jm\n"
         "def method(network, *, inner_lr: float = 0.1, rule: str = 'a', loss=None):\n"
@@ -94,19 +94,19 @@ def test_code_of_one_s_own_is_named(started, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    command = repeated(["train", "mine_to_repeat:method", "--rule", "-b c", "--inner-lr", "0.25"], started)
+    command = command_for(["train", "mine_to_repeat:method", "--rule", "-b c", "--inner-lr", "0.25"], started)
     assert command.startswith("jaxmeta train mine_to_repeat:method ")
     assert "--inner-lr 0.25 '--rule=-b c'" in command
 
 
-def test_a_configuration_that_no_flags_give_has_no_command():
-    found = config.resolve(config.base_of(config.Chosen("maml")), {})
-    assert command_of_config(found) == "jaxmeta train maml"
-    # No flag sets it to what another version may have stored.
-    assert command_of_config(found.replaced(learner={"former": 3})) is None
+def test_a_configuration_outside_of_the_flags_has_no_command():
+    resolved = config.resolve(config.base_of(config.Chosen("maml")), {})
+    assert command_of_config(resolved) == "jaxmeta train maml"
+    # A setting of another version has no flag.
+    assert command_of_config(resolved.replaced(learner={"former": 3})) is None
 
 
-def test_a_flag_that_several_groups_have_says_its_group():
+def test_ambiguous_flags_get_their_group_as_prefix():
     one = {"size": Setting("size", int, 1, "")}
     values = {"a": {"size": 2}, "b": {"rate": -0.5, "on": False}}
     groups = {
@@ -120,7 +120,7 @@ READING = {"skip_unreadable": True}
 
 
 @pytest.mark.parametrize(
-    ("function", "words", "given", "found"),
+    ("function", "words", "given", "expected"),
     [
         (transfer, ["runs/a b"], {"target": "digits"}, "jaxmeta transfer 'runs/a b' --target digits"),
         (
@@ -133,17 +133,17 @@ READING = {"skip_unreadable": True}
         (rank, ["a", "b"], {"target": "t", "fine_tune": True, "score": "nce"}, "jaxmeta rank a b --target t"),
     ],
 )
-def test_a_call_is_repeated_by_its_command(function, words, given, found):
+def test_a_call_is_reproduced_by_its_command(function, words, given, expected):
     parameters = inspect.signature(function).parameters
     arguments = {name: each.default for name, each in parameters.items()} | given
     arguments |= {"sources": tuple(words), "source": words[0], "out": "kept out"}
     if function is rank:
         del arguments["out"]
-    # What a function forwards stands in a dictionary.
+    # Forwarded arguments are in a dictionary.
     inner = {name: arguments.pop(name) for name in ("network", "seed", "shots")}
     own = Group("reading", "target", target_settings("folder:x"), {})
     command = command_of_call(function, {**arguments, "options": inner}, {"reading": own.settings})
-    assert found in command
+    assert expected in command
     parsed = parser.of_function(function, function.__name__, [own]).parse(shlex.split(command)[2:])
-    told = {"reading": parsed.values["reading"]} if "reading" in parsed.values else {}
-    assert (parsed.words, {**parsed.values["flags"], **told}) == (words, given)
+    reading = {"reading": parsed.values["reading"]} if "reading" in parsed.values else {}
+    assert (parsed.words, {**parsed.values["flags"], **reading}) == (words, given)

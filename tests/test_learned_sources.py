@@ -1,4 +1,4 @@
-"""Anything that has learned is a source: of predictions, of evaluations, of exports and of trainings."""
+"""Runs, transfers and weights as sources of predictions, evaluations, exports and trainings."""
 
 import json
 from functools import partial
@@ -24,7 +24,7 @@ BRIEF = ["--steps", "20", "--meta-batch", "2", "--episodes", "4", "--devices", "
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Bars to learn and to name; a run, a transfer, and a file of weights of the same network."""
+    """Return a folder with images of bars, a run, a transfer, and a weights file of another network."""
     place = tmp_path_factory.mktemp("sources")
     for number in range(8):
         for seed in range(5):
@@ -77,7 +77,7 @@ def predicted(place, source, *flags, status=0):
 
 
 def nearest(features, support):
-    """Return squared distances to class means, all of length one, in float64."""
+    """Return a function of squared distances to class means of normalised features, in float64."""
 
     def unit(z):
         return z / np.linalg.norm(z, axis=-1, keepdims=True)
@@ -86,7 +86,7 @@ def nearest(features, support):
     return lambda x: ((unit(features(x))[:, None] - means) ** 2).sum(-1)
 
 
-def test_weights_name_images_by_the_nearest_mean_of_their_features(place):
+def test_weights_classify_by_the_nearest_class_mean_of_features(place):
     answers = predicted(
         place, place / "weights.safetensors", "--support", str(place / "support"), "--size", "8"
     )
@@ -109,7 +109,7 @@ def test_weights_name_images_by_the_nearest_mean_of_their_features(place):
     np.testing.assert_allclose(given, shares, rtol=1e-3, atol=1e-6)
 
 
-def test_a_transfer_names_images_by_its_classes_as_its_network_does(place):
+def test_predictions_of_a_transfer_are_those_of_its_network(place):
     answers = predicted(place, place / "transfer")
     assert list(answers[0]["probabilities"]) == [f"kind {number}" for number in range(KINDS)]
     loaded = jm.transfer.load_pretrained(place / "transfer")
@@ -122,7 +122,7 @@ def test_a_transfer_names_images_by_its_classes_as_its_network_does(place):
     assert right == pytest.approx(report["accuracy"]["mean"], abs=0.25)
 
 
-def test_a_run_names_images_as_its_learner_does(place):
+def test_predictions_of_a_run_are_those_of_its_learner(place):
     answers = predicted(place, place / "run", "--support", str(place / "support"))
     learner, params = jm.load_run(place / "run")
     support = read(place / "support")
@@ -135,9 +135,9 @@ def test_a_run_names_images_as_its_learner_does(place):
     np.testing.assert_allclose([answer["distance"] for answer in answers], -outputs.max(-1), rtol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["bytes", "numbers", "with a channel", "in colour", "larger", "files"])
-def test_a_classifier_takes_images_of_every_form(place, form):
-    found = jm.load_classifier(place / "run", support=place / "support")
+@pytest.mark.parametrize("kind", ["bytes", "numbers", "with a channel", "in colour", "larger", "files"])
+def test_a_classifier_accepts_files_and_arrays_of_several_types_and_shapes(place, kind):
+    classifier = jm.load_classifier(place / "run", support=place / "support")
     x = questions(place)
     given = {
         "bytes": x,
@@ -146,14 +146,14 @@ def test_a_classifier_takes_images_of_every_form(place, form):
         "in colour": np.repeat(x[..., None], 3, -1),
         "larger": np.repeat(np.repeat(x, 2, 1), 2, 2),
         "files": sorted((place / "query").rglob("*.png")),
-    }[form]
-    expected = found.predict(x[..., None].astype(np.float32) / 255)
-    tolerance = 0.3 if form == "larger" else 1e-4
-    np.testing.assert_allclose(found.predict(given), expected, atol=tolerance)
-    assert found.label(given) == [found.classes[i] for i in expected.argmax(-1)]
+    }[kind]
+    expected = classifier.predict(x[..., None].astype(np.float32) / 255)
+    tolerance = 0.3 if kind == "larger" else 1e-4
+    np.testing.assert_allclose(classifier.predict(given), expected, atol=tolerance)
+    assert classifier.label(given) == [classifier.classes[i] for i in expected.argmax(-1)]
 
 
-def test_a_support_set_in_memory_is_the_same_as_in_files(place):
+def test_support_sets_of_arrays_and_of_files_give_the_same_classifier(place):
     x = questions(place)
     files, arrays = (
         jm.load_classifier(place / "run", support=support)
@@ -174,10 +174,10 @@ def test_a_support_set_in_memory_is_the_same_as_in_files(place):
         (np.full((1, 8, 8), 7), "images: got int64"),
     ],
 )
-def test_what_is_no_image_is_refused(place, images, says):
-    found = jm.load_classifier(place / "weights.safetensors", support=place / "support", size=SIDE)
+def test_arrays_that_are_not_images_are_errors(place, images, says):
+    classifier = jm.load_classifier(place / "weights.safetensors", support=place / "support", size=SIDE)
     with pytest.raises(ValueError, match=says):
-        found.predict(images)
+        classifier.predict(images)
 
 
 def test_far_images_are_called_unknown(place, capsys):
@@ -189,7 +189,7 @@ def test_far_images_are_called_unknown(place, capsys):
     assert "unknown" in capsys.readouterr().out
 
 
-def test_a_class_that_is_called_unknown_leaves_no_name_for_far_images(place, tmp_path, capsys):
+def test_a_class_called_unknown_conflicts_with_unknown_above(place, tmp_path, capsys):
     for name in ("unknown", "other"):
         draw_bar(tmp_path / name / "0.png", len(name), 3)
     flags = ["--support", str(tmp_path), "--size", "8", "--unknown-above", "1"]
@@ -197,7 +197,7 @@ def test_a_class_that_is_called_unknown_leaves_no_name_for_far_images(place, tmp
     assert "--unknown-above: a class is called unknown" in capsys.readouterr().err
 
 
-def test_folders_of_thumbnails_hide_no_truth(place, tmp_path, capsys):
+def test_thumbnail_folders_are_ignored_in_the_recall(place, tmp_path, capsys):
     for kind in (place / "query").iterdir():
         (tmp_path / kind.name).mkdir()
         for file in kind.iterdir():
@@ -205,35 +205,35 @@ def test_folders_of_thumbnails_hide_no_truth(place, tmp_path, capsys):
         (tmp_path / "@eaDir").mkdir(exist_ok=True)
         (tmp_path / "@eaDir" / "0.png").write_bytes(file.read_bytes())
     assert main(["predict", str(place / "transfer"), "--query", str(tmp_path)]) == 0
-    assert "of 10 lie in the folder of the class they are named as" in capsys.readouterr().out
+    assert "of 10 predictions are the class of the image's folder" in capsys.readouterr().out
 
 
 def test_a_table_by_class_marks_wrong_answers(place, tmp_path, capsys):
     flags = ["--confusion", str(tmp_path / "confusion.png"), "--csv", str(tmp_path / "answers.csv")]
     answers = predicted(place, place / "transfer", *flags)
-    said = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr().out.splitlines()
     wrong = [answer["file"] for answer in answers if not answer["file"].startswith(answer["class"] + "/")]
-    assert [line.split("  ")[0] for line in said if line.endswith("← wrong")] == wrong
+    assert [line.split("  ")[0] for line in output if line.endswith("← wrong")] == wrong
     for number in range(KINDS):
         own = [answer for answer in answers if answer["file"].startswith(f"kind {number}/")]
         right = sum(answer["class"] == f"kind {number}" for answer in own)
-        row = next(line for line in said if line.startswith(f"kind {number} ") and line.endswith("%"))
+        row = next(line for line in output if line.startswith(f"kind {number} ") and line.endswith("%"))
         assert row.split()[2:] == [str(right), "2", f"{50 * right:.1f}", "%"]
     assert Image.open(tmp_path / "confusion.png").size[0] > 100
     assert (tmp_path / "answers.csv").read_text().startswith("file,class,kind 0,")
 
 
 @pytest.mark.parametrize("of", ["transfer", "run"])
-def test_an_export_answers_as_its_source_does(place, tmp_path, of):
+def test_an_export_predicts_as_its_source(place, tmp_path, of):
     flags = [] if of == "transfer" else ["--support", str(place / "support")]
     assert main(["export", str(place / of), "--out", str(tmp_path / "out"), *flags]) == 0
-    told = read_json(tmp_path / "out" / "config.json")
-    assert told["classes"] == [f"kind {number}" for number in range(KINDS)]
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["classes"] == [f"kind {number}" for number in range(KINDS)]
     answers, exported = predicted(place, place / of, *flags), predicted(place, tmp_path / "out")
     for answer, other in zip(answers, exported, strict=True):
         assert answer["class"] == other["class"]
         assert other["probabilities"] == pytest.approx(answer["probabilities"], rel=1e-3, abs=1e-5)
-    # By JAX alone, for any number of images.
+    # The program needs only JAX, and takes any number of images.
     program = jax.export.deserialize(bytearray((tmp_path / "out" / "classifier.stablehlo").read_bytes()))
     x = questions(place)[:3, :, :, None].astype(np.float32) / 255
     np.testing.assert_allclose(
@@ -260,44 +260,44 @@ def test_weights_and_transfers_are_evaluated_on_other_tasks(place, tmp_path):
     assert (result["ways"], result["shots"], result["queries"], result["episodes"]) == (3, 1, 2, 20)
     assert result["accuracy"]["inductive"]["mean"] > 0.5
 
-    # By the library: the backbone's features of length one, and their class means.
+    # The same by the library: class means of the backbone's normalised features.
     loaded = jm.transfer.load_pretrained(place / "transfer")
     variables = {**loaded.variables, "params": {**loaded.variables["params"]}}
     del variables["params"]["head"]
     body = loaded.network.clone(out=None)
     model = jm.Model(lambda key, x: {}, lambda variables, x: body.apply(variables, x))
     test = jm.tasks.from_folder(place / "images", "test", classes=(0.0, 0.0, 1.0), ways=3, shots=1, queries=2)
-    found = jm.evaluate(
+    evaluation = jm.evaluate(
         jm.simple_shot(model, transform="l2n"),
         {"model": variables},
         test,
         episodes=20,
         key=run_of_command.evaluation_key(5),
     )
-    assert result["accuracy"]["inductive"]["mean"] == pytest.approx(found.mean, abs=0.02)
+    assert result["accuracy"]["inductive"]["mean"] == pytest.approx(evaluation.mean, abs=0.02)
 
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("learner", "source"), [("prototypical", "run"), ("maml", "run"), ("maml", "transfer")]
 )
-def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner, source):
+def test_init_starts_training_from_a_source(place, tmp_path, capsys, learner, source):
     tasks = ["--tasks", f"folder:{place / 'images'}", "--ways", "2", "--queries", "2"]
     brief = [*BRIEF, "--classes", "0.5,0,0.5", "--outer-lr", "1e-9", "--steps", "1"]
     out = tmp_path / "out"
     assert main(["train", learner, *tasks, *brief, "--init", str(place / source), "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert f"init      {place / source}: " in said
-    assert ("new: model/head/bias" in said) == (learner == "maml")
-    found = leaves_by_path(params_of(out, load_config(out))["model"])
+    output = capsys.readouterr().out
+    assert f"init      {place / source}: " in output
+    assert ("new: model/head/bias" in output) == (learner == "maml")
+    trained = leaves_by_path(params_of(out, load_config(out))["model"])
     if source == "run":
         begun = params_of(place / "run", load_config(place / "run"))["model"]
     else:
         begun = jm.transfer.load_pretrained(place / source).variables["params"]
     for path, leaf in leaves_by_path(begun).items():
         if not path.startswith("head"):
-            np.testing.assert_allclose(found[path], leaf, atol=1e-6)
-    # A checkpoint is there: what it started from may be gone.
+            np.testing.assert_allclose(trained[path], leaf, atol=1e-6)
+    # A run with a checkpoint resumes even where its source is gone.
     config = read_json(out / "config.json")
     config["run"]["init"] = "gone"
     (out / "config.json").write_text(json.dumps(config))
@@ -323,13 +323,13 @@ def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner,
         (["predict", "{place}/transfer", "--unknown-above", "-1"], "--unknown-above: got -1.0"),
         (
             ["predict", "{place}/transfer", "--learner", "maml"],
-            "--learner: got maml, and {place}/transfer is no",
+            "--learner: got maml, but {place}/transfer is not",
         ),
         (
             ["predict", "{place}/run", "--support", "{place}/support", "--learner", "maml"],
-            "--learner: got maml, and {place}/run was not trained with it; leave it out",
+            "--learner: got maml, but {place}/run was not trained with it; leave it out",
         ),
-        (["predict", "{place}/run", "--support", "{place}/support", "--size", "8"], "--size: got 8, and"),
+        (["predict", "{place}/run", "--support", "{place}/support", "--size", "8"], "--size: got 8, but"),
         (["predict", "{place}/transfer", "--size", "0"], "--size: got 0; it must be at least 1"),
         (
             ["predict", "{place}/transfer", "--json", "a.json", "--csv", "a.json"],
@@ -337,18 +337,18 @@ def test_training_starts_from_what_was_learned(place, tmp_path, capsys, learner,
         ),
         (
             ["evaluate", "{place}/transfer", "--tasks", "glyphs", "--learner", "nosuch"],
-            "--learner: got nosuch, and {place}/transfer is not a run",
+            "--learner: got nosuch, but {place}/transfer is not a run",
         ),
-        (["predict", "{place}/nowhere"], "SOURCE: there is nothing at {place}/nowhere"),
+        (["predict", "{place}/nowhere"], "SOURCE: {place}/nowhere does not exist"),
         (["export", "{place}/run"], "--out: is missing"),
         (["export", "{place}/run", "--out", "{place}/images"], "--out: {place}/images exists"),
         (["evaluate", "{place}/transfer"], "--tasks: is missing"),
         (["evaluate", "{place}/transfer", "--tasks", "sinusoid"], "--tasks: "),
-        (["train", "--init", "{place}/nowhere"], "--init: there is nothing at {place}/nowhere"),
+        (["train", "--init", "{place}/nowhere"], "--init: {place}/nowhere does not exist"),
         (["train", "--init", "{place}/transfer"], "--init: {place}/transfer has another network"),
     ],
 )
-def test_what_a_source_cannot_do_is_refused_in_one_line(place, tmp_path, monkeypatch, capsys, argv, says):
+def test_unsupported_uses_of_a_source_are_one_line_errors(place, tmp_path, monkeypatch, capsys, argv, says):
     monkeypatch.chdir(tmp_path)
     given = [word.format(place=place) for word in argv]
     if given[0] == "predict":
@@ -361,13 +361,13 @@ def test_what_a_source_cannot_do_is_refused_in_one_line(place, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_is_the_source_of_predictions_alone(place, tmp_path, capsys):
+def test_an_export_can_only_predict(place, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", str(place / "transfer"), "--out", out]) == 0
     capsys.readouterr()
     for argv in (["transfer", out, "--target", "glyphs"], ["train", "--init", out]):
         assert main(argv) == 2
-        assert f"{out} is an export, which predicts" in capsys.readouterr().err
+        assert f"{out} is an export, which can only predict" in capsys.readouterr().err
     flags = ["--query", str(place / "query"), "--support", str(place / "support")]
     assert main(["predict", out, *flags]) == 2
     assert "--support: " in capsys.readouterr().err

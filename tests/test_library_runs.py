@@ -109,14 +109,14 @@ def test_what_is_missing_to_load_a_run_is_said(here, tmp_path):
     folder, _, _ = here
     with pytest.raises(FileNotFoundError, match=r"no config\.json.*jm\.load_run\(folder, learner=learner\)"):
         jm.load_run(folder / "run")
-    with pytest.raises(FileNotFoundError, match=r"is no run: there is no .*checkpoints"):
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: .*checkpoints does not exist"):
         jm.load_run(tmp_path, learner=LEARNER)
     with pytest.raises(ValueError, match=r"^learner: got the function maml; it must be a jm\.Learner"):
         jm.load_run(folder / "run", learner=jm.maml)
     other = jm.maml(jm.nn.MLP(out=1, hidden=(5,)), loss=jm.losses.mse)
     with pytest.raises(ValueError, match=r"^run_dir: .* has other parameters: .*\[4\] in the stored one"):
         jm.load_run(folder / "run", learner=other, tasks=TASKS)
-    with pytest.raises(ValueError, match=r"^tasks: got tasks themselves, which go with a learner itself"):
+    with pytest.raises(ValueError, match=r"^tasks: got tasks; give their name, or"):
         jm.load_run(folder / "run", tasks=TASKS)
 
 
@@ -129,7 +129,7 @@ def test_parameters_of_other_nodes_are_loaded_by_the_shapes_of_tasks(tmp_path):
     )
     settings = {"steps": 1, "meta_batch": 1, "key": KEY, "run_dir": tmp_path}
     state = jm.train(learner, TASKS, optax.sgd(0.1), **settings)
-    with pytest.raises(ValueError, match=r"^tasks: got None, and .* not only dicts, .*; give tasks"):
+    with pytest.raises(ValueError, match=r"^tasks: got None, but .* other nodes than dicts, .*; give tasks"):
         jm.load_run(tmp_path, learner=learner)
     same(jm.load_run(tmp_path, learner=learner, tasks=TASKS)[1], state.params)
 
@@ -139,7 +139,7 @@ def test_the_metrics_are_plotted(here, capsys):
     assert main(["plot", "run", "--out", "curve.png"]) == 0
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", "nowhere"]) == 2
-    assert "nowhere is no run: there is no nowhere/metrics.jsonl" in capsys.readouterr().err
+    assert "nowhere is not a run folder: nowhere/metrics.jsonl does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -184,20 +184,20 @@ def test_a_method_of_the_library_is_named_with_its_network_and_settings(here, ca
     assert read_json(folder / "found.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert "--learner: maml with the network mlp-40 does not fit what was trained in run;" in said
+    assert "--learner: maml with the network mlp-40 does not have the parameters in run;" in said
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["evaluate", "run"], "--learner: is missing; run has parameters of jm.train(run_dir=…)"),
-        (["evaluate", "run", "--learner", "maml"], "--tasks: is missing; run has parameters of jm.train"),
+        (["evaluate", "run"], "--learner: is missing; run was written by jm.train(run_dir=…)"),
+        (["evaluate", "run", "--learner", "maml"], "--tasks: is missing; run was written by jm.train"),
         (
             ["evaluate", "run", "--learner", "my_module:other", "--tasks", "sinusoid"],
             "--learner: my_module:other with the network",
         ),
         (["evaluate", "run", "--learner", "my_module:none", "--tasks", "sinusoid"], "has no function 'none'"),
-        (["train", "--resume", "--out", "run"], "no config.json, in which `jaxmeta train` keeps learner"),
+        (["train", "--resume", "--out", "run"], "no config.json, in which `jaxmeta train` stores learner"),
         (["predict", "run", "--support", ".", "--query", "."], "no config.json, in which `jaxmeta train`"),
     ],
 )

@@ -121,7 +121,7 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--mesh", "tasks=2", "--devices", "2"], "--mesh: tasks=2 says how many devices there are"),
+        (["--mesh", "tasks=2", "--devices", "2"], "--mesh: got tasks=2, which sets the number of devices"),
         (
             ["--mesh", "tasks=64,params=9"],
             "--mesh: tasks=64 x params=9: these are 576 devices, and there are",
@@ -130,7 +130,7 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
             ["--mesh", "tasks=2", "--meta-batch", "3"],
             "--mesh: got a mesh of tasks=2, which must divide the 3",
         ),
-        (["--mesh", "tasks=100000,params=9"], "--mesh: tasks=100000,params=9: these are 900,000 devices"),
+        (["--mesh", "tasks=100000,params=9"], "--mesh: got tasks=100000,params=9, which is 900,000 devices"),
         (["--mesh", "model=2"], "--mesh: got 'model=2'; it must be like tasks=8"),
         (["--mesh", "examples=2"], "--mesh: got a mesh of examples=2; only where learner.divisible"),
     ],

@@ -65,7 +65,7 @@ def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--strings", "5,5"], "--strings: they are labels of sequences; add --sequence T"),
+        (["--strings", "5,5"], "--strings: needs tasks as sequences; add --sequence T"),
         (
             ["--sequence", "12", "--strings", "5"],
             "--strings: got 5; it must be 2 whole numbers with commas",
@@ -84,7 +84,7 @@ def test_bad_flags_are_named(flags, says, tmp_path, capsys):
 
 def test_other_learners_have_no_sequences(tmp_path, capsys):
     assert main(["train", "maml", "--sequence", "10", "--out", str(tmp_path / "run")]) == 2
-    assert "--sequence: is a setting of mann, and not of maml on glyphs" in capsys.readouterr().err
+    assert "--sequence: is a setting of mann, not of maml on glyphs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mann-omniglot", "mann-omniglot-strings"])
@@ -135,12 +135,12 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
         (
             "maml",
             ["--embedding-loss", "xent"],
-            "--embedding-loss: is a setting of metanet, and not of maml on glyphs",
+            "--embedding-loss: is a setting of metanet, not of maml on glyphs",
         ),
         (
             "mann",
             ["--task-weights", "none"],
-            "--task-weights: is a setting of metanet, and not of mann on glyphs",
+            "--task-weights: is a setting of metanet, not of mann on glyphs",
         ),
         ("metanet", ["--network", "conv4"], "--network: got conv4; metanet works with augmented-cnn"),
     ],

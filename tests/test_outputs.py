@@ -1,4 +1,4 @@
-"""What a command writes and prints: nothing that fails after a training costs the training."""
+"""Outputs of commands: a failure to write or print never loses a training."""
 
 import io
 import json
@@ -25,10 +25,10 @@ from jaxmeta.cli.run import params_of
 from jaxmeta.training import Progress, checkpoint, metrics
 from jaxmeta.training import progress as training_progress
 
-# As small as a run can be.
+# The smallest possible run.
 TINY = ["train", "--tasks", "sinusoid", "--steps", "2", "--meta-batch", "2", "--validate-every", "2"]
 TINY += ["--episodes", "4", "--report-steps", "none", "--schedule", "constant", "--devices", "1"]
-# What has a meaning to matplotlib, or no glyph.
+# Names with a special meaning in matplotlib, or without a glyph.
 NAMES = [
     "a$b^c_{",
     r"\frac{",
@@ -46,14 +46,14 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on which all went well."""
+    """Return the folder of a run without failures."""
     out = tmp_path_factory.mktemp("runs") / "well"
     assert main([*TINY, "--out", str(out)]) == 0
     return out
 
 
-def same_parameters(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def same_parameters(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- Figures --------------------------------------------------------------------------------------------
@@ -67,30 +67,30 @@ ROWS += [
 
 @pytest.fixture
 def texts(monkeypatch):
-    """All text of the figures that were drawn."""
+    """Return a list of all texts of the figures that are saved."""
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-    found = []
+    collected = []
     save = Figure.savefig
 
     def saving(figure, *arguments, **settings):
         save(figure, *arguments, **settings)
-        found.extend(text for text in figure.findobj(Text) if text.get_text())
+        collected.extend(text for text in figure.findobj(Text) if text.get_text())
 
     monkeypatch.setattr(Figure, "savefig", saving)
-    return found
+    return collected
 
 
 def drawn(path, texts):
-    """Return the text of a figure as it was drawn, and check that none of it was taken for mathematics."""
+    """Return the texts of a figure, and assert that none was parsed as mathematics."""
     assert path.read_bytes().startswith(b"\x89PNG")
     assert not any(text.get_parse_math() or text.get_usetex() for text in texts)
     return [text.get_text() for text in texts]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_drawn_as_it_is(name, tmp_path, texts):
+def test_names_are_drawn_literally(name, tmp_path, texts):
     path = tmp_path / "curve.png"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,13 +98,13 @@ def test_a_name_is_drawn_as_it_is(name, tmp_path, texts):
         curves = [Curve(name, ROWS, "accuracy", {"mean": 0.5, "ci95": 0.1}), Curve("other", ROWS, "accuracy")]
         plot_curves(path, curves, "seconds")
         plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), [name, "b"], f"from {name}")
-    found = " | ".join(drawn(path, texts))
+    joined = " | ".join(drawn(path, texts))
     shown = name.replace("\n", "\ufffd").replace("\t", "\ufffd").replace("\udce9", "\ufffd")
     for text in (f"{shown} on tasks", f"{shown}: test 50.00 ± 10.00 %", f"from {shown}"):
-        assert text in found
+        assert text in joined
 
 
-def test_a_comparison_draws_names_as_they_are(tmp_path, texts):
+def test_comparisons_draw_names_literally(tmp_path, texts):
     learners = {}
     for index, name in enumerate(NAMES[:6]):
         folder = tmp_path / f"run {index}"
@@ -121,15 +121,15 @@ def test_a_comparison_draws_names_as_they_are(tmp_path, texts):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         draw_comparison(path, tmp_path, {**result, "card": {"tasks": r"\tasks_{$"}})
-    found = drawn(path, texts)
-    assert r"\tasks_{$, 1 meta-step" in found
-    assert f"minus {NAMES[0]} (percentage points)" in found
+    all_texts = drawn(path, texts)
+    assert r"\tasks_{$, 1 meta-step" in all_texts
+    assert f"minus {NAMES[0]} (percentage points)" in all_texts
     for name in learners:
-        # Two ticks and an entry of the legend.
-        assert sum(text.removeprefix("\u200b") == name for text in found) > 2
+        # Two tick labels and a legend entry.
+        assert sum(text.removeprefix("\u200b") == name for text in all_texts) > 2
 
 
-def test_numbers_on_logarithmic_axes_are_still_numbers(tmp_path, texts):
+def test_logarithmic_axes_have_plain_numbers(tmp_path, texts):
     rows = [{"step": i, "loss": 10.0**i, "mse": 10.0**i, "elapsed_s": i} for i in range(-2, 3)]
     plot_curve(tmp_path / "curve.png", rows, "mse", "run")
     assert {"0.01", "1", "100"} <= set(drawn(tmp_path / "curve.png", texts))
@@ -138,8 +138,8 @@ def test_numbers_on_logarithmic_axes_are_still_numbers(tmp_path, texts):
 # --- Standard output ------------------------------------------------------------------------------------
 
 
-class Full(io.StringIO):
-    """A stream on a full disk: writing or flushing fails."""
+class FailingStream(io.StringIO):
+    """A stream that fails: `write` on a full disk, or `flush` to a closed pipe."""
 
     def __init__(self, fails):
         super().__init__()
@@ -162,15 +162,15 @@ def closed():
 
 
 STREAMS = {
-    "full": lambda: Full("write"),
-    "pipe": lambda: Full("flush"),
+    "full": lambda: FailingStream("write"),
+    "pipe": lambda: FailingStream("flush"),
     "closed": closed,
     "none": lambda: None,
 }
 
 
 @pytest.mark.parametrize("kind", STREAMS)
-def test_a_stream_that_fails_is_remembered_and_raises_nothing(kind):
+def test_a_stream_records_its_failure_and_raises_nothing(kind):
     out = Output(STREAMS[kind]())
     print("one", file=out, flush=True)
     first = out.error
@@ -193,27 +193,36 @@ def test_characters_that_a_terminal_cannot_show_are_replaced(encoding, shown, mo
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("kind", STREAMS)
-def test_a_run_whose_output_goes_nowhere_is_whole_and_says_so(kind, run, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_output_fails_is_whole_and_says_so(kind, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", STREAMS[kind]())
     out = tmp_path / "run"
-    assert main([*TINY, "--out", str(out)]) == 1
-    assert "not all of the output could be written" in capsys.readouterr().err
+    # A reader that closes a pipe, such as `head`, has seen enough: that is not an error.
+    assert main([*TINY, "--out", str(out)]) == (0 if kind == "pipe" else 1)
+    error = capsys.readouterr().err
+    assert ("not all of the output could be written" in error) == (kind != "pipe")
     assert {path.name for path in out.iterdir()} == {path.name for path in run.iterdir()}
     assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
 
 
-def test_a_usage_error_keeps_its_status_where_nothing_can_be_printed(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Full("write"))
-    monkeypatch.setattr(sys, "stdout", Full("write"))
+def test_usage_errors_keep_their_status_where_nothing_can_be_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", FailingStream("write"))
+    monkeypatch.setattr(sys, "stdout", FailingStream("write"))
     assert main(["trian"]) == 2
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("redirection", "status"),
-    [("> /dev/full", 1), (">&-", 1), ("| true", 0), ("> /dev/full 2>&1", 1), ("> /dev/null", 0), ("2>&-", 0)],
+    [
+        ("> /dev/full", 1),
+        (">&-", 1),
+        ("| true", 0),
+        ("> /dev/full 2>&1", 1),
+        ("> /dev/null", 0),
+        ("2>&-", 0),
+    ],
 )
-def test_a_program_whose_output_is_redirected_ends_with_a_true_status(redirection, status, tmp_path):
+def test_redirected_programs_end_with_the_right_status(redirection, status, tmp_path):
     out = tmp_path / "run"
     command = shlex.join([sys.executable, "-m", "jaxmeta.cli", *TINY, "--out", str(out)])
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
@@ -227,7 +236,17 @@ def test_a_program_whose_output_is_redirected_ends_with_a_true_status(redirectio
     assert not any("test mse" in path.read_text() for path in out.glob("*.json*"))
 
 
-# --- What fails after a training, or beside it ----------------------------------------------------------
+def test_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    # The program itself, since only the interpreter's exit flushes the stream's buffer for the last time.
+    command = [sys.executable, "-c", "from jaxmeta.cli import program; program()", "--help"]
+    with os.fdopen(write, "wb") as pipe:
+        ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# --- Failures during or after training ------------------------------------------------------------------
 
 
 def fail(*_, **__):
@@ -239,7 +258,7 @@ def crash(*_, **__):
 
 
 class Crash:
-    """Stands in for TensorBoard's writer."""
+    """A replacement of TensorBoard's writer that fails."""
 
     def __init__(self, *_, **__):
         pass
@@ -251,7 +270,7 @@ class Crash:
 
 
 def without(name):
-    """Return a `write_…` that fails for files of that name."""
+    """Return a patch that makes a `write_…` function fail for files of this name."""
 
     def patch(write):
         def writing(path, *arguments):
@@ -262,7 +281,7 @@ def without(name):
     return patch
 
 
-# Each: what is patched and by what, the status, the file that is missing, and what is said.
+# Name of a fault: object, attribute and patch, expected status, missing file, and part of the message.
 FAULTS = {
     "checkpoint": (checkpoint, "save_checkpoint", lambda _: fail, 1, "checkpoints", "parameters.npz"),
     "report": (
@@ -315,17 +334,17 @@ FAULTS = {
 
 @pytest.mark.nightly_rows(after=4)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_fails_after_a_training_fails_alone(fault, run, tmp_path, monkeypatch, capsys):
+def test_a_failure_after_training_does_not_spread(fault, run, tmp_path, monkeypatch, capsys):
     where, name, patch, status, missing, says = FAULTS[fault]
     out = tmp_path / "run"
     with monkeypatch.context() as patching:
         patching.setattr(where, name, patch(getattr(where, name)))
         assert main([*TINY, "--out", str(out)]) == status
-    said = capsys.readouterr()
-    assert says in said.err
-    assert len(said.err.splitlines()) <= 2
-    # The result is printed whatever is not written.
-    assert f"test mse  {read_json(run / 'report.json')['mse']['mean']:.4f}" in said.out
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert len(printed.err.splitlines()) <= 2
+    # The result is printed even where a file is not written.
+    assert f"test mse  {read_json(run / 'report.json')['mse']['mean']:.4f}" in printed.out
     left = {path.name for path in out.iterdir()} - {"parameters.npz", "checkpoints", "tensorboard"}
     assert {path.name for path in run.iterdir()} - {"checkpoints", "tensorboard"} - left == (
         {missing} - {"checkpoints", None}
@@ -344,8 +363,8 @@ def progress(step):
 
 
 @pytest.mark.parametrize("part", ["enter", "show"])
-def test_a_progress_bar_that_fails_is_done_without(part, tmp_path, monkeypatch):
-    """Nothing is lost of the numbers, and one warning tells."""
+def test_training_continues_without_a_progress_bar_that_fails(part, tmp_path, monkeypatch):
+    """All rows are counted, and there is one warning."""
 
     class Bar:
         def __enter__(self):
@@ -363,14 +382,14 @@ def test_a_progress_bar_that_fails_is_done_without(part, tmp_path, monkeypatch):
             for step in (2, 4):
                 log(progress(step))
 
-    with pytest.warns(UserWarning, match="the progress bar could not be written") as told:
+    with pytest.warns(UserWarning, match="the progress bar could not be written") as warned:
         train()
-    assert len(told) == 1
+    assert len(warned) == 1
     assert (log.steps_per_second, log.compile_s) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize("function", ["start_trace", "stop_trace"])
-def test_a_profiler_that_fails_is_done_without(function, tmp_path, monkeypatch):
+def test_training_continues_without_a_profiler_that_fails(function, tmp_path, monkeypatch):
     for name in ("start_trace", "stop_trace"):
         monkeypatch.setattr(jax.profiler, name, crash if name == function else lambda *_, **__: None)
     seen = []
@@ -385,12 +404,12 @@ def test_a_profiler_that_fails_is_done_without(function, tmp_path, monkeypatch):
     assert [event.step for event in seen] == [1, 2, 3]
 
 
-def test_a_bar_or_a_line_s_end_in_a_name_ends_no_cell():
+def test_table_cells_escape_bars_and_line_breaks():
     assert report.cell("a|b\nc\t| d") == r"a\|b c \| d"
 
 
-def test_a_run_goes_on_where_its_rows_cannot_be_written(run, tmp_path, monkeypatch, capsys):
-    """What could not be written is, once it can."""
+def test_training_continues_where_rows_cannot_be_written(run, tmp_path, monkeypatch, capsys):
+    """Rows that could not be written follow as soon as they can be."""
     opened = open
 
     class Stubborn(io.StringIO):
@@ -408,8 +427,8 @@ def test_a_run_goes_on_where_its_rows_cannot_be_written(run, tmp_path, monkeypat
 
     monkeypatch.setattr(metrics, "open", lambda *_, **__: Stubborn(), raising=False)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 0
-    (said,) = capsys.readouterr().err.splitlines()
-    assert "metrics.jsonl could not be written, and training goes on" in said
+    (message,) = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl could not be written, and training goes on" in message
     steps = [
         [row["step"] for row in metrics.read_metrics(each / "metrics.jsonl")]
         for each in (tmp_path / "run", run)
@@ -433,7 +452,7 @@ def test_a_run_whose_folder_is_removed_while_it_trains_can_be_loaded(run, tmp_pa
 
 
 @pytest.mark.nightly
-def test_an_error_that_ends_a_training_says_how_it_goes_on(tmp_path, monkeypatch, capsys):
+def test_an_error_in_training_says_how_to_continue(tmp_path, monkeypatch, capsys):
     save = checkpoint.save_checkpoint
 
     def second_fails(folder, state, **settings):
@@ -444,24 +463,24 @@ def test_an_error_that_ends_a_training_says_how_it_goes_on(tmp_path, monkeypatch
     with monkeypatch.context() as patching:
         patching.setattr(checkpoint, "save_checkpoint", second_fails)
         assert main(flags) == 1
-    said = capsys.readouterr().err
-    assert "No space left" in said
-    assert "saved at meta-step 2 is kept; continue with: jaxmeta train" in said
-    assert main(shlex.split(said.split("continue with: ")[1])[1:]) == 0
+    message = capsys.readouterr().err
+    assert "No space left" in message
+    assert "saved at meta-step 2 is kept; continue with: jaxmeta train" in message
+    assert main(shlex.split(message.split("continue with: ")[1])[1:]) == 0
     assert read_json(out / "report.json")["steps"] == 6
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("step", ["_results", "_with_population"])
-def test_an_evaluation_that_fails_says_that_the_training_has_ended(step, run, tmp_path, monkeypatch, capsys):
+def test_a_failed_evaluation_says_that_training_has_ended(step, run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with monkeypatch.context() as patching:
         patching.setattr(run_of_command, step, fail)
         assert main([*TINY, "--out", str(out)]) == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         f"training has ended, its evaluation has not; continue with: jaxmeta train --resume --out {out}"
-        in said
+        in message
     )
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
@@ -470,12 +489,12 @@ def test_an_evaluation_that_fails_says_that_the_training_has_ended(step, run, tm
 def test_an_evaluation_that_cannot_be_written_is_printed(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_of_command, "write_json", fail)
     assert main(["evaluate", str(run), "--json", str(tmp_path / "result.json")]) == 1
-    said = capsys.readouterr()
-    assert "test mse" in said.out
-    assert "result.json could not be written (No space left on device)" in said.err
+    printed = capsys.readouterr()
+    assert "test mse" in printed.out
+    assert "result.json could not be written (No space left on device)" in printed.err
 
 
-def test_results_that_fail_are_named_together():
+def test_failed_results_are_raised_together():
     results = folders.Results()
     results.check()
     for name, error in (("a.json", OSError(28, "full")), ("b.md", KeyError("x")), ("c.md", RuntimeError())):
@@ -493,7 +512,7 @@ def changed(tree):
     return jax.tree.unflatten(structure, [leaves[0] + 1, *leaves[1:]])
 
 
-def test_parameters_are_compared_with_the_ones_on_disk(run, tmp_path):
+def test_saved_parameters_are_compared_with_those_in_memory(run, tmp_path):
     params = params_of(run, run_of_command.load_config(run))
     checkpoint.check_saved(run, params)
     with pytest.raises(ValueError, match=r"has other parameters: .* differs"):
@@ -517,17 +536,17 @@ def test_numbers_that_are_not_finite_are_compared_bit_for_bit(tmp_path):
 # --- Locks ----------------------------------------------------------------------------------------------
 
 
-def test_a_folder_in_which_a_process_trains_is_refused(run, capsys):
+def test_a_folder_in_use_by_another_process_is_an_error(run, capsys):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with folders.locked(run):
         assert main(["train", "--resume", "--steps", "4", "--out", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert f"--out: process {os.getpid()} on " in said
-    assert f"is training in {run} at this moment" in said
+    message = capsys.readouterr().err
+    assert f"--out: process {os.getpid()} on " in message
+    assert f"is training in {run} now; wait" in message
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_the_lock_of_a_process_that_dies_is_free(tmp_path):
+def test_the_lock_of_a_killed_process_is_released(tmp_path):
     program = (
         "import os, sys, pathlib, jaxmeta.cli.folders as folders\n"
         "with folders.locked(pathlib.Path(sys.argv[1])):\n"
@@ -553,7 +572,7 @@ def test_the_lock_of_a_process_that_dies_is_free(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
+def test_locks_are_skipped_on_file_systems_without_them(tmp_path, monkeypatch):
     import fcntl
 
     def unsupported(*_):
@@ -569,7 +588,7 @@ def test_a_file_system_without_locks_has_none(tmp_path, monkeypatch):
 # --- Figures by name ------------------------------------------------------------------------------------
 
 
-def test_a_figure_gets_the_first_number_that_is_free(run, tmp_path, monkeypatch, capsys):
+def test_a_figure_gets_the_first_free_number(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.png").write_text("mine")
     (tmp_path / "mine-1.png").symlink_to("nowhere.png")
@@ -580,7 +599,7 @@ def test_a_figure_gets_the_first_number_that_is_free(run, tmp_path, monkeypatch,
     assert compare._new_file(tmp_path / "other.png") == tmp_path / "other.png"
 
 
-def test_the_program_keeps_the_numbers_of_standard_streams_that_are_closed(tmp_path):
+def test_descriptors_of_closed_standard_streams_are_reserved(tmp_path):
     program = (
         "import os, sys\n"
         "from jaxmeta.cli import output\n"

@@ -1,4 +1,4 @@
-"""Methods, networks and tasks of one's own by the name `module:name`."""
+"""User-defined methods, networks and tasks by the name `module:name`."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from jaxmeta.cli import main
 from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.cli.data import ImageSpec, with_image_settings
 
-METHOD = '''"""A method of one's own."""
+METHOD = '''"""A user-defined method."""
 import jaxmeta as jm
 
 
 def cavia(network, *, context: int = 5, rate=0.5, loss=jm.losses.cross_entropy, norm="batch"):
-    """Build CAVIA, as one writes it at home.
+    """Build CAVIA with a setting of another name.
 
     Args:
       context: number of context parameters.
@@ -33,10 +33,10 @@ NETWORK = '''from flax import linen
 
 
 class Net(linen.Module):
-    """A network of one's own.
+    """A user-defined network.
 
     Attributes:
-      width: of its hidden layer.
+      width: width of the hidden layer.
     """
 
     out: int
@@ -70,7 +70,7 @@ SMALL = ["--steps", "2", "--meta-batch", "2", "--episodes", "4", "--ways", "3", 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with modules of one's own, in which commands are run."""
+    """Return the working folder, which has user-defined modules."""
     for name, text in (("my_cavia", METHOD), ("my_net", NETWORK), ("my_source", TASKS)):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ def here(tmp_path, monkeypatch):
 ALL = ["my_cavia:cavia", "--context", "3", "--network", "my_net:Net", "--tasks", "my_source:my_tasks"]
 
 
-def test_method_network_and_tasks_of_one_s_own_train_evaluate_and_predict(here, capsys):
+def test_user_defined_method_network_and_tasks_train_evaluate_and_predict(here, capsys):
     assert main(["train", *ALL, *SMALL, "--side", "9", "--width", "4", "--out", "run"]) == 0, (
         capsys.readouterr()
     )
@@ -96,21 +96,21 @@ def test_method_network_and_tasks_of_one_s_own_train_evaluate_and_predict(here, 
     assert "context" in (here / "run" / "report.md").read_text()
     assert 0 <= report["accuracy"]["inductive"]["mean"] <= 1
 
-    # A folder brings no code to be run: whoever reads it names what may be imported.
+    # A run folder imports no code by itself: the user names the modules that may be imported.
     capsys.readouterr()
     assert main(["evaluate", "run"]) == 2
     assert "--learner my_cavia:cavia" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="code that jaxmeta does not bring"):
+    with pytest.raises(ValueError, match="code outside of jaxmeta"):
         jm.load_run("run")
     named = ["--learner", "my_cavia:cavia", "--network", "my_net:Net"]
     assert main(["evaluate", "run", *named, "--tasks", "my_source:my_tasks", "--json", "again.json"]) == 0
     assert read_json("again.json")["accuracy"] == report["accuracy"]
 
-    # Code that has changed since is told.
+    # Code that has changed since gives a warning.
     config["own"]["my_cavia:cavia"] = "0" * 64
     (here / "run" / "config.json").write_text(json.dumps(config))
     main(["evaluate", "run", *named, "--tasks", "my_source:my_tasks", "--episodes", "2"])
-    assert "my_cavia:cavia is no longer the code that run was trained with" in capsys.readouterr().err
+    assert "the code of my_cavia:cavia has changed since run was trained" in capsys.readouterr().err
 
     for part in ("support/one", "support/two", "query"):
         (here / part).mkdir(parents=True)
@@ -121,8 +121,7 @@ def test_method_network_and_tasks_of_one_s_own_train_evaluate_and_predict(here, 
     assert set(read_json("answers.json")[0]["probabilities"]) == {"one", "two"}
 
 
-def test_a_folder_that_someone_sends_imports_nothing(here, capsys):
-    """Whatever its configuration says of itself."""
+def test_loading_a_run_folder_imports_no_code(here, capsys):
     (here / "my_broken.py").write_text("raise SystemExit('imported')\n")
     config = resolve(base_of(Chosen(tasks="sinusoid")), {}).to_json()
     for group, name in (("learner", "my_broken:it"), ("network", "my_broken:Net"), ("tasks", "my_broken:f")):
@@ -130,22 +129,22 @@ def test_a_folder_that_someone_sends_imports_nothing(here, capsys):
         (here / "sent").mkdir(exist_ok=True)
         (here / "sent" / "config.json").write_text(json.dumps(sent))
         assert main(["evaluate", "sent"]) == 2
-        assert f"was trained with {name}, which is code that jaxmeta does not" in capsys.readouterr().err
+        assert f"was trained with {name}, which is code outside of jaxmeta" in capsys.readouterr().err
         with pytest.raises(ValueError, match="to allow its import, name it"):
             jm.load_run("sent")
 
 
-def test_settings_of_one_s_own_tasks_are_not_those_of_the_protocol(here):
+def test_settings_of_user_defined_tasks_are_not_set_by_the_protocol(here):
     text = TASKS.replace("side: int = 8", "side: int = 8, steps: int = 7, size: int = 1000")
     (here / "my_source.py").write_text(text)
     config = resolve(base_of(Chosen(tasks="my_source:my_tasks")), {})
     assert config.preset is None
     assert (config.tasks["steps"], config.training.steps) == (7, 2000)
-    # What a source calls its size need not be that of images.
+    # A setting called `size` need not be the size of images.
     assert with_image_settings(config, ImageSpec(8, 1, 0.5, False)).tasks["size"] == 1000
 
 
-def test_a_method_has_the_rows_that_it_says(here):
+def test_a_method_declares_its_report_rows(here):
     method = METHOD.replace(
         "import jaxmeta as jm\n", "import jaxmeta as jm\n\n\n@jm.learner(rows={'inductive': 'support'})", 1
     )
@@ -157,45 +156,45 @@ def test_a_method_has_the_rows_that_it_says(here):
 
 
 @pytest.mark.nightly
-def test_a_method_of_one_s_own_is_compared_with_ours(here, capsys):
+def test_a_user_defined_method_can_be_compared(here, capsys):
     argv = ["compare", "maml", "my_cavia:cavia", "--tasks", "sinusoid", *SMALL[:6]]
     assert main([*argv, "--context", "2", "--out", "both"]) == 0, capsys.readouterr()
-    found = read_json("both/comparison.json")["learners"]
-    assert set(found) == {"maml", "my_cavia:cavia"}
-    assert found["maml"]["left_out"] == ["--context"]
+    rows = read_json("both/comparison.json")["learners"]
+    assert set(rows) == {"maml", "my_cavia:cavia"}
+    assert rows["maml"]["left_out"] == ["--context"]
     shutil.rmtree("both")
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "pattern"),
     [
-        (["my_nowhere:it"], "LEARNER: got 'my_nowhere:it', and there is no module 'my_nowhere' in"),
+        (["my_nowhere:it"], "LEARNER: got 'my_nowhere:it', but there is no module 'my_nowhere' in"),
         (
             ["my_cavia:maml"],
-            "LEARNER: got 'my_cavia:maml', and .*my_cavia.py has no function 'maml'; it has cavia",
+            "LEARNER: got 'my_cavia:maml', but .*my_cavia.py has no function 'maml'; it has cavia",
         ),
-        (["--network", "my_net:Nett"], "--network: got 'my_net:Nett', and"),
+        (["--network", "my_net:Nett"], "--network: got 'my_net:Nett', but"),
         (["my_cavia:cavia", "--contxt", "3"], "did you mean --context"),
         (["my_cavia:cavia", "--context", "x"], "--context: got x; it must be a whole number"),
         (["my_cavia:cavia", "--context", "99"], r"so many are not wanted \(.*my_cavia.py, line 13\)"),
         (
             ["my_broken:it"],
-            r"LEARNER: got 'my_broken:it', and its module has an error: .*\(.*my_broken.py, line 2\)",
+            r"LEARNER: got 'my_broken:it', but its module has a syntax error: .*\(.*my_broken.py, line 2\)",
         ),
     ],
 )
-def test_errors_of_one_s_own_code_say_where_they_are(here, capsys, argv, said):
+def test_errors_in_user_defined_code_name_file_and_line(here, capsys, argv, pattern):
     (here / "my_broken.py").write_text("import jaxmeta\ndef it(:\n")
     assert main(["train", *argv, *SMALL]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     import re
 
-    assert re.search(said, error), error
+    assert re.search(pattern, error), error
     assert not (here / "runs").exists()
 
 
-def test_a_required_parameter_that_can_be_no_flag_is_named(here, capsys):
+def test_a_required_parameter_without_a_plain_type_is_an_error(here, capsys):
     (here / "my_broken.py").write_text("def it(network, *, table: dict): ...\n")
     assert main(["train", "my_broken:it", *SMALL]) == 2
-    assert "table: it requires it, and it can be no flag: it is of type dict" in capsys.readouterr().err
+    assert "table: it requires it, but it is of type dict, which cannot be a flag" in capsys.readouterr().err

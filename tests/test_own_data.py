@@ -65,7 +65,7 @@ def test_training_on_arrays(tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "other", f"arrays:{tmp_path / 'own.npz'}")[0] == 2
     assert "--tasks: " + str(tmp_path / "own.npz") + " lacks y" in capsys.readouterr().err
     assert train(tmp_path / "other", "arrays:FILE")[0] == 2
-    assert "put your own FILE after the colon" in capsys.readouterr().err
+    assert "give your FILE after the colon" in capsys.readouterr().err
 
 
 def test_sources_of_files_of_one_s_own(tmp_path):
@@ -119,7 +119,10 @@ def test_arrays_of_features_ask_for_a_network_that_takes_them(tmp_path, capsys):
     flags = ("--ways", "2", "--queries", "1", "--classes", "0.5,0,0.5", "--network", "conv4")
     assert train(tmp_path / "run", f"arrays:{tmp_path / 'own.npz'}", *flags)[0] == 2
     said = capsys.readouterr().err
-    assert "--network: got conv4, which does not take examples of shape (16,); networks of conv" in said
+    assert (
+        "--network: got conv4, which does not take examples of shape (16,); convolutional networks take"
+        in said
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -194,7 +197,7 @@ def test_a_target_of_arrays(tmp_path):
     with pytest.raises(ValueError, match=r"^target: .*none\.npz is no file"):
         read_target(f"arrays:{tmp_path / 'none.npz'}", {}, 1, KEY, size=None, channels=None)
     np.savez(tmp_path / "own.npz", x=X.reshape(24, 16), y=Y)
-    with pytest.raises(ValueError, match=r"has examples of shape \(16,\), which are no images"):
+    with pytest.raises(ValueError, match=r"has examples of shape \(16,\); images have shape"):
         read_target(f"arrays:{tmp_path / 'own.npz'}", {}, 1, KEY, size=None, channels=None)
 
 

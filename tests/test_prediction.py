@@ -1,4 +1,4 @@
-"""`jaxmeta predict`, and training on a folder of one's own images before it."""
+"""`jaxmeta predict`, and training on a folder of images before it."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def command(place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Images of eight classes, and a run trained on some of them."""
+    """Return a folder with images of eight classes, and a run trained on four of them."""
     place = tmp_path_factory.mktemp("prediction")
     for number in range(8):
         for seed in range(5):
@@ -59,7 +59,7 @@ def ask(place, folder, *more):
 
 @pytest.fixture
 def question(place, tmp_path):
-    """Three new classes, one, two and three examples of them, and six images to name."""
+    """Return a folder with a support set of three classes with 1, 2 and 3 examples, and six queries."""
     for slot, number in enumerate((1, 4, 6)):
         for seed in range(slot + 1):
             draw_bar(tmp_path / "support" / f"kind {number}" / f"{seed}.png", number, 100 + seed)
@@ -68,17 +68,15 @@ def question(place, tmp_path):
     return tmp_path
 
 
-def test_answers_are_written_as_a_table(place, question, tmp_path):
+def test_csv_has_the_predictions_of_json(place, question, tmp_path):
     answers = ask(place, question, "--csv", str(tmp_path / "answers.csv"))
     rows = list(csv.DictReader((tmp_path / "answers.csv").open(newline="")))
     assert [(row.pop("file"), row.pop("class")) for row in rows] == [(a["file"], a["class"]) for a in answers]
-    found = [{name: float(value) for name, value in row.items()} for row in rows]
-    assert found == [answer["probabilities"] for answer in answers]
+    table = [{name: float(value) for name, value in row.items()} for row in rows]
+    assert table == [answer["probabilities"] for answer in answers]
 
 
-def test_answers_that_cannot_be_written_are_printed_and_written_elsewhere(
-    place, question, tmp_path, monkeypatch, capsys
-):
+def test_predictions_that_cannot_be_written_are_printed(place, question, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -86,9 +84,9 @@ def test_answers_that_cannot_be_written_are_printed_and_written_elsewhere(
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     files = ["--json", str(tmp_path / "answers.json"), "--csv", str(tmp_path / "answers.csv")]
     assert main(["predict", str(place / "run"), *flags, *files]) == 1
-    said = capsys.readouterr()
-    assert "answers.json could not be written (No space left on device)" in said.err
-    assert said.out.count("  kind ") == 6
+    printed = capsys.readouterr()
+    assert "answers.json could not be written (No space left on device)" in printed.err
+    assert printed.out.count("  kind ") == 6
     assert len((tmp_path / "answers.csv").read_text().splitlines()) == 7
 
 
@@ -106,7 +104,7 @@ def test_a_stream_of_the_folder_gives_the_same_report(place):
 
 
 @pytest.mark.nightly
-def test_a_run_s_configuration_keeps_the_form_of_its_images(place):
+def test_the_configuration_has_the_size_and_channels_of_images(place):
     config = read_json(place / "run" / "config.json")
     assert config["images"].items() >= {"size": SIDE, "channels": 1, "ink": False}.items()
     assert (config["tasks"]["size"], config["tasks"]["channels"]) == (SIDE, 1)
@@ -114,8 +112,8 @@ def test_a_run_s_configuration_keeps_the_form_of_its_images(place):
 
 
 @pytest.mark.parametrize("split", ["by name", pytest.param("by fractions", marks=pytest.mark.nightly)])
-def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path, capsys, split):
-    """A stream of the folder is trained on, with its classes split by a file or at random."""
+def test_evaluation_and_resumption_check_that_the_data_are_the_same(place, tmp_path, capsys, split):
+    """Training streams the folder, with classes split by a file or at random."""
     shutil.copytree(place / "images", tmp_path / "images")
     file, run = tmp_path / "split.json", tmp_path / "run"
     names = {"train": [f"bar{i}" for i in range(4)], "test": [f"bar{i}" for i in range(4, 8)]}
@@ -141,19 +139,19 @@ def test_evaluation_and_resumption_want_the_data_of_the_training(place, tmp_path
     for again in (["evaluate", str(run)], ["train", "--resume", "--out", str(run)]):
         capsys.readouterr()
         assert main(again) == 2
-        assert "are no longer those that the run in" in capsys.readouterr().err
+        assert "have changed since the run in" in capsys.readouterr().err
     changed = {path for path, content in before.items() if path.read_bytes() != content}
     assert changed == {file}
 
 
-def test_omniglot_s_drawings_are_read_as_in_training(tmp_path):
-    """Ink is 0 in the files and 1 in training; both resize to one grey level."""
+def test_omniglot_files_are_read_as_in_training(tmp_path):
+    """Ink is 0 in the files and 1 in training; resized greys agree to one level."""
     ink = np.random.default_rng(0).random((2, 105, 105)) < 0.2
     trained = shrink(ink, 28)
     for number, drawing in enumerate(ink):
         Image.fromarray(~drawing).save(tmp_path / f"{number}.png")
-        asked = decode(tmp_path / f"{number}.png", "", channels=1, size=28)[..., 0]
-        assert np.abs(255 - asked.astype(int) - trained[number]).max() <= 1
+        read = decode(tmp_path / f"{number}.png", "", channels=1, size=28)[..., 0]
+        assert np.abs(255 - read.astype(int) - trained[number]).max() <= 1
     glyphs = image_spec(jm.tasks.glyphs(), sources.source_of("glyphs").ink)
     assert (glyphs.size, glyphs.channels, glyphs.ink) == (28, 1, True)
     assert 0 < glyphs.mean < 0.3
@@ -172,7 +170,7 @@ def test_new_classes_are_learned_from_unequal_shots(place, question, capsys):
     assert "4-1.png" in capsys.readouterr().out
 
 
-def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
+def test_a_prediction_does_not_depend_on_other_queries(place, question):
     together = {answer["file"]: answer for answer in ask(place, question)}
     for file in sorted((question / "query").iterdir())[1:]:
         file.unlink()
@@ -182,7 +180,7 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(place, question):
     assert alone["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-5)
 
 
-# As users run it: unoptimised code, which tests have, rounds one query and many differently.
+# Run as users do: the tests' unoptimised code rounds one query and many differently.
 OPTIMISED = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -199,7 +197,7 @@ assert main(["predict", sys.argv[2], *flags, "--json", sys.argv[3] + "/one.json"
 
 
 @pytest.mark.nightly
-def test_answers_of_optimised_code_do_not_depend_on_what_else_is_asked(place, question):
+def test_predictions_of_optimised_code_do_not_depend_on_other_queries(place, question):
     folders = [question]
     for file in sorted((question / "query").iterdir())[::3]:
         alone = question / f"alone-{file.name}"
@@ -219,7 +217,7 @@ def test_answers_of_optimised_code_do_not_depend_on_what_else_is_asked(place, qu
     assert read_json(question / "one.json") == [together[file.name]]
 
 
-def test_fewer_classes_than_the_network_has_outputs(place, question, capsys):
+def test_a_support_set_may_have_fewer_classes_but_not_more(place, question, capsys):
     shutil.rmtree(question / "support" / "kind 1")
     answers = ask(place, question)
     assert set(answers[0]["probabilities"]) == {"kind 4", "kind 6"}
@@ -239,12 +237,12 @@ def test_queries_in_folders_named_as_classes_are_counted(place, question, capsys
         file.rename(folder / file.name)
     answers = ask(place, question)
     right = sum(answer["file"].startswith(answer["class"] + "/") for answer in answers)
-    assert f"{right} of 6 lie in the folder of the class they are named as" in capsys.readouterr().out
+    assert f"{right} of 6 predictions are the class of the image's folder" in capsys.readouterr().out
 
 
 @pytest.mark.nightly
-def test_the_same_by_the_functions(place, question):
-    """Adapt once, save, load, predict later."""
+def test_load_run_adapt_and_predict_give_the_same(place, question):
+    """The adapted state is saved and loaded in between."""
     learner, params = jm.load_run(place / "run")
     files = sorted((question / "support").rglob("*.png"))
     x = np.stack([np.asarray(Image.open(file), np.float32)[..., None] / 255 for file in files])
@@ -259,7 +257,7 @@ def test_the_same_by_the_functions(place, question):
 
 
 def ink_run(place, folder):
-    """The run as if its training images had been light strokes on dark."""
+    """Copy the run with a configuration of light strokes on dark."""
     shutil.copytree(place / "run", folder / "run")
     config = read_json(folder / "run" / "config.json")
     config["images"] |= {"ink": True, "mean": 1 - config["images"]["mean"]}
@@ -267,7 +265,7 @@ def ink_run(place, folder):
     return folder
 
 
-def test_ink_is_turned_to_that_of_the_training_images(place, question, capsys):
+def test_strokes_are_inverted_to_match_the_training_images(place, question, capsys):
     folder = ink_run(place, question)
     dark_on_light = ask(folder, question)
     assert "all images are inverted" in capsys.readouterr().out
@@ -283,35 +281,35 @@ def test_ink_is_turned_to_that_of_the_training_images(place, question, capsys):
     odd = question / "query" / "4-0.png"
     Image.fromarray(255 - np.asarray(Image.open(odd))).save(odd)
     ask(folder, question)
-    said = capsys.readouterr().err
-    assert "--query: dark and light seem exchanged" in said
-    assert "4-0.png; --invert" in said
-    assert "4-1.png" not in said
+    message = capsys.readouterr().err
+    assert "--query: dark and light seem exchanged" in message
+    assert "4-0.png; --invert" in message
+    assert "4-1.png" not in message
 
 
-def test_a_warning_where_one_s_own_images_seem_inverted(place, question, capsys):
+def test_images_that_seem_inverted_give_a_warning(place, question, capsys):
     for file in (question / "support").rglob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
     ask(place, question)
-    said = capsys.readouterr().err
-    assert "--support: dark and light seem exchanged" in said
-    assert "--invert turns them" in said
-    assert "--query" not in said
+    message = capsys.readouterr().err
+    assert "--support: dark and light seem exchanged" in message
+    assert "--invert exchanges them" in message
+    assert "--query" not in message
 
 
-def test_colour_is_turned_to_grey_with_a_warning(place, question, capsys):
+def test_colour_images_are_converted_to_grey_with_a_warning(place, question, capsys):
     grey = ask(place, question)
     capsys.readouterr()
     for file in question.rglob("*.png"):
         Image.open(file).convert("RGB").save(file)
     assert ask(place, question) == grey
-    assert "colour" not in capsys.readouterr().err  # an RGB file of greys is none
+    assert "colour" not in capsys.readouterr().err  # an RGB file of greys is not colour
     Image.new("RGB", (SIDE, SIDE), (255, 0, 0)).save(question / "query" / "4-0.png")
     ask(place, question)
     assert "--query: 4-0.png in colour" in capsys.readouterr().err
 
 
-def test_unreadable_images_are_named_and_left_out_on_request_only(place, question, capsys):
+def test_unreadable_images_are_errors_unless_skipped(place, question, capsys):
     (question / "query" / "4-0.png").write_bytes(b"no image")
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(place / "run"), *flags]) == 2
@@ -320,18 +318,18 @@ def test_unreadable_images_are_named_and_left_out_on_request_only(place, questio
     assert "left out" in capsys.readouterr().err
     (question / "support" / "kind 1" / "0.png").write_bytes(b"")
     assert main(["predict", str(place / "run"), *flags, "--skip-unreadable"]) == 2
-    assert "of the class 'kind 1' no image can be read" in capsys.readouterr().err
+    assert "no image of the class 'kind 1' can be read" in capsys.readouterr().err
 
 
-def test_names_that_differ_in_case_are_two_classes_and_a_warning(place, question, capsys):
+def test_class_names_that_differ_in_case_give_a_warning(place, question, capsys):
     (question / "support" / "kind 4").rename(question / "support" / "KIND 1")
     if not (question / "support" / "kind 1").is_dir() or len(list((question / "support").iterdir())) < 3:
-        pytest.skip("the file system knows no case")
+        pytest.skip("the file system ignores case")
     assert "KIND 1" in ask(place, question)[0]["probabilities"]
     assert "'KIND 1' and 'kind 1' differ only in case; they are two" in capsys.readouterr().err
 
 
-def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatch, capsys):
+def test_a_diverging_adaptation_is_an_error(place, question, monkeypatch, capsys):
     build = classifier.build.learner_of
 
     def diverging(config, norm):
@@ -340,7 +338,7 @@ def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatc
     monkeypatch.setattr(classifier.build, "learner_of", diverging)
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(place / "run"), *flags]) == 1
-    assert "diverged: the answers are not finite" in capsys.readouterr().err
+    assert "diverged: the scores are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -349,29 +347,29 @@ def test_an_adaptation_that_diverges_gives_no_answer(place, question, monkeypatc
         ({"--support": "nowhere"}, "--support: "),
         ({"--query": "nowhere"}, "--query: "),
         ({"--support": "query"}, "has no subfolders, one a class; sort the 6 images"),
-        ({"--query": "empty"}, "there is no image in"),
-        ({"--support": "one"}, "got 1 classes; there must be 2 or more to tell apart"),
+        ({"--query": "empty"}, "contains no images"),
+        ({"--support": "one"}, "got 1 class; there must be at least 2"),
         ({"--json": "nowhere/answers.json"}, "--json: the folder"),
         ({"--json": "empty"}, "is a folder; name a file"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(place, question, changes, says, capsys):
+def test_usage_errors_are_one_line_with_status_2(place, question, changes, says, capsys):
     (question / "empty").mkdir()
     draw_bar(question / "one" / "only" / "0.png", 1, 1)
     flags = {"--support": "support", "--query": "query"} | changes
     argv = [part for flag, path in flags.items() for part in (flag, str(question / path))]
     assert main(["predict", str(place / "run"), *argv]) == 2
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert says in said
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert says in message
 
 
-def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
+def test_a_run_on_other_data_than_images_is_an_error(place, question, tmp_path, capsys):
     config = resolve(base_of(Chosen(tasks="sinusoid")), {})
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(tmp_path), *flags]) == 2
-    assert "trained on sinusoid, which are no images" in capsys.readouterr().err
+    assert "was trained on sinusoid, which are no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -379,10 +377,10 @@ def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
     [
         (["--classes", "0.5,0.5"], "0.5,0.5; it must be three fractions such as 0.64,0.16,0.2"),
         (["--classes", "nan,0.5,0.5"], "--classes: got nan"),
-        (["--workers", "2"], "--workers: processes read a stream; add --stream"),
+        (["--workers", "2"], "--workers: only a stream is read by processes; add --stream"),
         (["--split-seed", "-1"], "--split-seed: got -1"),
         (["--label", "kind"], "--label"),
-        (["--tasks", "folder:"], "put your own PATH after the colon"),
+        (["--tasks", "folder:"], "give your PATH after the colon"),
         (["--classes", "nowhere.json"], "nowhere.json; it must be three fractions"),
         (["--ways", "6"], "ways=6 asks for more classes than split='train' has: 5"),
         (["--shots", "3"], "too few"),
@@ -392,7 +390,7 @@ def test_a_run_on_no_images_is_refused(place, question, tmp_path, capsys):
         (["--network", "resnet"], "known are resnet12"),
     ],
 )
-def test_bad_settings_of_a_folder(place, flags, says, tmp_path, monkeypatch, capsys):
+def test_invalid_settings_of_a_folder_are_errors(place, flags, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "2", *flags]
     assert main(command) == 2
@@ -400,7 +398,7 @@ def test_bad_settings_of_a_folder(place, flags, says, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_no_class_split_is_refused(place, tmp_path, capsys):
+def test_invalid_class_split_files_are_errors(place, tmp_path, capsys):
     file = tmp_path / "split.json"
     command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "3", "--steps", "1"]
     command += ["--classes", str(file), "--out", str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""Protocols by name, what other learners, tasks and flags make of them, and the optimizer that they say."""
+"""Presets, configurations from presets with other learners, tasks and flags, and outer optimizers."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def test_every_preset_resolves():
         assert preset["description"]
 
 
-def test_every_task_source_has_a_preset_of_its_own():
+def test_every_task_source_has_its_preset():
     for key, source in sources.TASKS.items():
         assert PRESETS[source.preset]["tasks"] == key
 
@@ -38,7 +38,7 @@ def test_every_task_source_has_a_preset_of_its_own():
 @pytest.mark.parametrize(
     "learner",
     [
-        # The laws build each learner by default.
+        # The tests of all learners' laws build each one by default.
         pytest.param(name, marks=[] if name in ("maml", "prototypical", "mann") else pytest.mark.nightly)
         for name in names.LEARNERS
     ],
@@ -46,14 +46,14 @@ def test_every_task_source_has_a_preset_of_its_own():
 def test_every_learner_builds_on_every_preset(preset, learner):
     facts = facts_of(names.LEARNERS[learner])
     if preset in ("sinusoid", "harmonic", "quadratics") and "regression" not in facts.kinds:
-        with pytest.raises(ValueError, match=f"learner: {learner} learns classification, and"):
+        with pytest.raises(ValueError, match=f"learner: {learner} learns classification, but"):
             config_of(preset=preset, learner=learner)
         return
     if preset == "glyphs-zero-shot" and not facts.zero_shot:
         with pytest.raises(ValueError, match=r"shots: got 0"):
             config_of(preset=preset, learner=learner)
         return
-    # Learned optimizers minimise these by a network without weights to spare.
+    # On quadratics a learned optimizer trains a linear network, and other learners need another one.
     network = "mlp-40" if preset == "quadratics" else None
     config = config_of(preset=preset, learner=learner, network=network)
     if learner == "cavia" and preset == "quadratics":
@@ -77,7 +77,7 @@ def test_every_method_has_its_preset_on_omniglot(name):
     by_learner = config_of(learner=name, preset="omniglot")
     for group in ("learner", "network", "tasks", "training", "run"):
         assert by_preset.settings(group) == by_learner.settings(group)
-    # The same tasks, and the same budget but for the dearest, so that methods can be compared.
+    # The same tasks, and the same budget except for the most expensive, so that methods can be compared.
     maml = config_of(preset="omniglot")
     assert by_preset.run.episodes == maml.run.episodes
     for field in ("ways", "shots", "queries", "protocol"):
@@ -87,7 +87,7 @@ def test_every_method_has_its_preset_on_omniglot(name):
         assert (by_preset.training.steps, by_preset.training.meta_batch) == (6000, 16)
 
 
-def test_a_learner_keeps_its_settings_on_another_s_preset_unless_told_otherwise():
+def test_a_learner_keeps_its_settings_on_another_s_preset_unless_set():
     config = config_of(learner="imaml", preset="glyphs")
     assert (config.learner["proximal"], config.learner["inner_steps"]) == (0.2, 16)
     assert "order" not in config.learner
@@ -95,9 +95,9 @@ def test_a_learner_keeps_its_settings_on_another_s_preset_unless_told_otherwise(
     assert (config.learner["proximal"], config.learner["inner_steps"]) == (0.2, 7)
 
 
-def test_settings_of_a_preset_go_for_methods_that_share_a_factory():
+def test_settings_of_a_preset_apply_to_methods_that_share_a_factory():
     assert config_of(learner="anil", tasks="sinusoid").learner["inner_lr"] == 0.002
-    # CAVIA's step size is of other parameters.
+    # CAVIA's step size is that of other parameters.
     assert config_of(learner="cavia", tasks="sinusoid").learner["inner_lr"] == 1.0
 
 
@@ -110,7 +110,7 @@ def test_anneal_steps_follow_the_number_of_meta_steps():
 
 
 @pytest.mark.parametrize("choice", [{"learner": "reptile"}, {"preset": "omniglot-reptile"}])
-def test_reptile_trains_with_ten_shots_for_each(choice):
+def test_reptile_trains_with_ten_times_the_shots(choice):
     choice = {"preset": "omniglot", **choice}
     for flags, shots, train_shots in (
         ({}, 1, 10),
@@ -128,7 +128,7 @@ def test_reptile_trains_with_ten_shots_for_each(choice):
     ("ways", "shots", "step_size", "steps"),
     [(5, 1, 2.0, 1), (5, 5, 2.0, 1), (20, 1, 2.0, 5), (20, 5, 2.0, 5)],
 )
-def test_official_omniglot_presets_carry_the_factor_of_ways(ways, shots, step_size, steps):
+def test_official_omniglot_presets_scale_the_step_size_by_ways(ways, shots, step_size, steps):
     config = config_of(preset=f"maml-omniglot-{ways}way-{shots}shot")
     assert config.learner["inner_lr"] == pytest.approx(step_size)
     assert (config.learner["inner_steps"], config.training.steps) == (steps, 60_000)
@@ -138,18 +138,18 @@ def test_official_omniglot_presets_carry_the_factor_of_ways(ways, shots, step_si
     assert config.tasks["protocol"] == "maml"
 
 
-def test_test_protocol_goes_for_training_unless_told_otherwise():
+def test_training_has_the_shape_of_test_tasks_unless_set():
     tasks = config_of({"ways": 7, "shots": 2, "queries": 4, "train_shots": 3}).tasks
     assert (tasks["ways"], tasks["shots"], tasks["queries"]) == (7, 2, 4)
     assert (tasks["train_ways"], tasks["train_shots"], tasks["train_queries"]) == (7, 3, 4)
 
 
-def test_a_preset_keeps_its_training_protocol_where_nothing_is_told():
+def test_a_preset_keeps_its_shape_of_training_tasks_by_default():
     tasks = config_of(preset="sinusoid").tasks
     assert (tasks["shots"], tasks["train_shots"]) == (5, 10)
 
 
-def test_tasks_follow_the_protocol_of_their_part():
+def test_tasks_have_the_shape_of_their_split():
     config = config_of({"queries": 4, "train_queries": 2}, tasks="glyphs")
     assert sources.tasks_of(config, "train").card.queries == 2
     assert sources.tasks_of(config, "test").card.queries == 4
@@ -162,13 +162,13 @@ def test_a_split_without_validation_classes_has_no_validation_tasks(protocol, va
     assert (sources.validation_tasks_of(config) is not None) is validates
 
 
-def test_a_configuration_comes_back_from_json(tmp_path):
+def test_configurations_survive_json(tmp_path):
     for chosen in ({"preset": "mann-omniglot-strings"}, {"learner": "metanet"}, {"tasks": "sinusoid"}):
         config = config_of(**chosen)
         assert from_json(config.to_json(), tmp_path / "config.json") == config
 
 
-def test_schedules_end_where_they_say():
+def test_schedules_end_at_their_last_rate():
     for schedule, last in (("cosine", 0.0), ("linear", 0.0), ("constant", 1e-3), ("step", 0.25e-3)):
         flags = {"schedule": schedule, "outer_lr": 1e-3, "steps": 2}
         flags |= {"decay_every": 1} if schedule == "step" else {}
@@ -199,7 +199,7 @@ def test_clip_bounds_every_entry_before_adam():
     [
         ({}, {"learner": "mamll"}, "learner: there is no 'mamll'; known are maml, imaml, fomaml"),
         ({}, {"tasks": "omniglott"}, "tasks: there is no 'omniglott'; known are omniglot"),
-        ({}, {"tasks": "folder:"}, "tasks: got folder:; put your own PATH after the colon"),
+        ({}, {"tasks": "folder:"}, "tasks: got folder:; give your PATH after the colon"),
         ({}, {"preset": "sinus"}, "preset: there is no 'sinus'; known are sinusoid"),
         (
             {},
@@ -209,7 +209,7 @@ def test_clip_bounds_every_entry_before_adam():
         (
             {},
             {"learner": "prototypical", "tasks": "sinusoid"},
-            "learner: prototypical learns classification, and",
+            "learner: prototypical learns classification, but",
         ),
         ({}, {"learner": "mann", "network": "conv4"}, "network: got conv4; mann works with lrua"),
         ({"norm": "episode"}, {}, "norm: got episode; maml has batch, support"),
@@ -217,14 +217,14 @@ def test_clip_bounds_every_entry_before_adam():
         ({"shots": 0}, {}, "shots: got 0"),
         ({"steps": 0}, {}, "steps: got 0"),
         ({"outer_lr": float("nan")}, {}, "outer_lr: got nan"),
-        ({"decay_every": 3}, {}, "decay_every: --schedule is cosine"),
-        ({"schedule": "step"}, {}, "decay_every: --schedule step needs it"),
-        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: they are labels of sequences; add --sequence"),
-        ({"diagnose": True, "order": "first"}, {}, "diagnose: it compares with first order"),
-        ({"workers": 2}, {"tasks": "folder:x"}, "workers: processes read a stream; add --stream"),
+        ({"decay_every": 3}, {}, "decay_every: got 3, but --schedule is cosine"),
+        ({"schedule": "step"}, {}, "decay_every: is missing; --schedule step needs"),
+        ({"strings": (5, 5)}, {"learner": "mann"}, "strings: needs tasks as sequences; add --sequence"),
+        ({"diagnose": True, "order": "first"}, {}, "diagnose: compares with the first-order"),
+        ({"workers": 2}, {"tasks": "folder:x"}, "workers: only a stream is read by processes; add --stream"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused_by_name(flags, choice, says):
+def test_incompatible_settings_are_errors_that_name_one(flags, choice, says):
     with pytest.raises(ValueError, match=says):
         config_of(flags, **choice)
 
@@ -249,7 +249,7 @@ def test_a_run_has_no_settings_of_other_methods_and_tasks(choice, absent):
         assert not any(name in settings for settings in groups.values()), name
 
 
-def test_every_setting_of_ours_is_described():
+def test_every_built_in_setting_has_help():
     """Flags have their help from docstrings."""
     factories = [*names.LEARNERS.values(), *names.NETWORKS.values()]
     factories += [source.function for source in sources.TASKS.values()]

@@ -1,4 +1,4 @@
-"""Settings as a function's signature and docstring have them, and flags made of them."""
+"""Settings from signatures and docstrings, and parsers built from them."""
 
 import functools
 from collections.abc import Callable
@@ -28,22 +28,22 @@ def method(
     """Build a method.
 
     Args:
-      network: any.
+      network: any network.
       rate: step size. It must not be negative.
-      steps, order: of the descent.
-      widths: of layers.
+      steps, order: settings of the descent.
+      widths: widths of layers.
     """
 
 
 def test_settings_are_the_keyword_only_parameters_of_plain_type():
-    found = schema.settings_of(method)
-    assert list(found) == ["rate", "steps", "order", "widths", "scales", "shared", "picks"]
-    assert found["rate"].default == 0.1
-    assert found["rate"].help == "step size"
-    assert found["rate"].about == "step size. It must not be negative."
-    assert found["steps"].about == found["order"].about == "of the descent."
-    # Of a union the plain members count.
-    assert found["picks"].hint == str | None
+    settings = schema.settings_of(method)
+    assert list(settings) == ["rate", "steps", "order", "widths", "scales", "shared", "picks"]
+    assert settings["rate"].default == 0.1
+    assert settings["rate"].help == "step size"
+    assert settings["rate"].about == "step size. It must not be negative."
+    assert settings["steps"].about == settings["order"].about == "settings of the descent."
+    # Members of a union that are not plain are ignored.
+    assert settings["picks"].hint == str | None
     assert next(iter(schema.settings_of(method, ["rate", "widths"]))) == "steps"
 
 
@@ -60,13 +60,13 @@ def test_settings_are_the_keyword_only_parameters_of_plain_type():
     ],
 )
 def test_text_of_a_flag_becomes_a_value_of_its_type(name, text, value):
-    found = schema.settings_of(method)[name].parse(text)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = schema.settings_of(method)[name].parse(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "expected"),
     [
         ("rate", "fast", "rate: got fast; it must be a number"),
         ("steps", "1.5", "steps: got 1.5; it must be a whole number or none"),
@@ -75,59 +75,63 @@ def test_text_of_a_flag_becomes_a_value_of_its_type(name, text, value):
         ("scales", "1,2,3", "scales: got 1,2,3; it must be 2 numbers with commas between them"),
     ],
 )
-def test_text_of_another_type_is_refused(name, text, said):
+def test_text_of_another_type_is_an_error(name, text, expected):
     with pytest.raises(ArgumentError) as error:
         schema.settings_of(method)[name].parse(text)
-    assert str(error.value) == said
+    assert str(error.value) == expected
 
 
 @pytest.mark.parametrize("value", ["1", 1.5, True, [1], {"a": 1}])
-def test_values_of_config_json_are_asked_for_their_type(value):
+def test_values_of_config_json_are_checked_for_their_type(value):
     with pytest.raises(ArgumentError, match="steps: got"):
         schema.settings_of(method)["steps"].check(value)
 
 
-def test_values_of_config_json_come_back_as_they_were():
-    found = schema.settings_of(method)
+def test_values_of_config_json_are_restored():
+    settings = schema.settings_of(method)
     values = {"rate": 1, "steps": None, "order": "first", "widths": [3], "scales": [1, 2.5]}
     values |= {"shared": True, "picks": None}
-    checked = schema.checked("learner", values, found)
+    checked = schema.checked("learner", values, settings)
     assert checked["widths"] == (3,)
     assert checked["scales"] == (1.0, 2.5)
-    with pytest.raises(ArgumentError, match=r"learner\.rat: there is no such setting; there are rate, steps"):
-        schema.checked("learner", {**values, "rat": 1}, found)
+    with pytest.raises(ArgumentError, match=r"learner\.rat: is unknown; the settings are rate, steps"):
+        schema.checked("learner", {**values, "rat": 1}, settings)
     del values["rate"]
-    with pytest.raises(ArgumentError, match=r"learner\.rate: it is missing"):
-        schema.checked("learner", values, found)
+    with pytest.raises(ArgumentError, match=r"learner\.rate: is missing"):
+        schema.checked("learner", values, settings)
     with pytest.raises(ArgumentError, match="learner: got 3"):
-        schema.checked("learner", 3, found)
+        schema.checked("learner", 3, settings)
 
 
 @pytest.mark.parametrize("value", [0.0012345678, 1e-8, 3.0, (0.5, 1e30), (), None, 7, "a"])
-def test_a_shown_value_is_read_back_as_it_was(value):
-    def function(*, it: float | int | tuple[float, ...] | str | None = None): ...
+def test_the_text_of_a_value_parses_to_the_value(value):
+    def function(*, setting: float | int | tuple[float, ...] | str | None = None): ...
 
     hints = {float: float, int: int, str: str, type(None): int | None, tuple: tuple[float, ...]}
-    setting = schema.settings_of(function)["it"]._replace(hint=hints[type(value)])
+    setting = schema.settings_of(function)["setting"]._replace(hint=hints[type(value)])
     assert setting.parse(schema.shown_value(value)) == value
 
 
 def test_literals_of_numbers_are_checked_and_parsed():
     def function(*, share: Literal[0.1, 0.5] = 0.1, kind: int | Literal["auto"] = "auto"): ...
 
-    found = schema.settings_of(function)
-    assert found["share"].parse("0.5") == found["share"].check(0.5) == 0.5
-    assert (found["kind"].parse("3"), found["kind"].check("auto"), found["kind"].check(3)) == (3, "auto", 3)
+    settings = schema.settings_of(function)
+    assert settings["share"].parse("0.5") == settings["share"].check(0.5) == 0.5
+    assert (settings["kind"].parse("3"), settings["kind"].check("auto"), settings["kind"].check(3)) == (
+        3,
+        "auto",
+        3,
+    )
     with pytest.raises(ArgumentError, match=r"share: got 0\.2; it must be one of 0\.1, 0\.5"):
-        found["share"].check(0.2)
+        settings["share"].check(0.2)
     with pytest.raises(ArgumentError, match="kind: got"):
-        found["kind"].check("slow")
+        settings["kind"].check("slow")
 
 
-def test_a_required_parameter_that_can_be_no_flag_is_named():
+def test_a_required_parameter_without_a_plain_type_is_an_error():
     def needs(network, *, loss: Callable, rate: float = 1.0): ...
 
-    with pytest.raises(ArgumentError, match="loss: needs requires it, and it can be no flag: it is of type"):
+    with pytest.raises(ArgumentError, match="loss: needs requires it, but it is of type"):
         schema.settings_of(needs)
     assert list(schema.settings_of(needs, ["loss"])) == ["rate"]
 
@@ -135,15 +139,19 @@ def test_a_required_parameter_that_can_be_no_flag_is_named():
 def test_parameters_without_annotation_have_the_type_of_their_default():
     def plain(network, *, context=5, rate=0.5, name="a", loss=max): ...
 
-    found = schema.settings_of(plain)
-    assert {name: each.hint for name, each in found.items()} == {"context": int, "rate": float, "name": str}
+    settings = schema.settings_of(plain)
+    assert {name: each.hint for name, each in settings.items()} == {
+        "context": int,
+        "rate": float,
+        "name": str,
+    }
 
 
 class Net(linen.Module):
     """A network.
 
     Attributes:
-      width: of its layer.
+      width: width of the layer.
     """
 
     out: int | None = None
@@ -152,10 +160,10 @@ class Net(linen.Module):
 
 
 def test_fields_of_a_flax_module_are_settings():
-    found = schema.settings_of(Net, ["out"])
-    assert list(found) == ["width"]
-    assert found["width"].help == "of its layer"
-    # A variant has its own defaults, and what is no plain value is fixed by it.
+    settings = schema.settings_of(Net, ["out"])
+    assert list(settings) == ["width"]
+    assert settings["width"].help == "width of the layer"
+    # A variant has its own defaults, and fixes the values that are not plain.
     variant = functools.partial(Net, width=3, activation=linen.tanh)
     assert schema.settings_of(variant, ["out"])["width"].default == 3
 
@@ -163,17 +171,17 @@ def test_fields_of_a_flax_module_are_settings():
 def test_a_factory_that_forwards_has_its_parent_s_settings():
     @forwards(method, without=("order",))
     def first(network, *, rate: float = 0.5, **settings):
-        """Build a method of first order.
+        """Build a first-order method.
 
         Args:
-          rate: its own.
+          rate: another step size.
         """
         return method(network, rate=rate, order="first", **settings)
 
-    found = schema.settings_of(first)
-    assert "order" not in found
-    assert (found["rate"].default, found["rate"].help) == (0.5, "its own")
-    assert found["widths"].help == "of layers"
+    settings = schema.settings_of(first)
+    assert "order" not in settings
+    assert (settings["rate"].default, settings["rate"].help) == (0.5, "another step size")
+    assert settings["widths"].help == "widths of layers"
     with pytest.raises(TypeError, match=r"first\(\) has no argument 'order'; it takes rate, steps"):
         first(None, order="second")
 
@@ -197,34 +205,33 @@ def parser_of(*groups):
     return Parser("train", [Group(name, name, settings, {}) for name, settings in groups], owner="this")
 
 
-def test_what_was_given_is_told_from_defaults():
+def test_parsed_values_contain_no_defaults():
     parser = parser_of(("learner", schema.settings_of(method)))
     given = parser.parse(["--rate", "2", "--shared", "--widths=1,2"])
     assert given.values == {"learner": {"rate": 2.0, "shared": True, "widths": (1, 2)}}
     assert given.texts == {"--rate": "2", "--shared": None, "--widths": "1,2"}
     assert parser.parse(["--no-shared"]).values == {"learner": {"shared": False}}
-    # Python's spelling of a name is understood.
     assert parser_of(("learner", schema.settings_of(method))).parse([]).values == {}
 
 
-def test_a_bare_flag_that_two_groups_have_names_both():
+def test_ambiguous_flags_are_errors_that_name_both_groups():
     rate = {"rate": schema.settings_of(method)["rate"]}
     parser = parser_of(("learner", rate), ("network", rate))
     assert parser.parse(["--network.rate", "2"]).values == {"network": {"rate": 2.0}}
-    with pytest.raises(UsageError, match=r"--rate: several .*; say --learner\.rate or --network\.rate"):
+    with pytest.raises(UsageError, match=r"--rate: several .*; give --learner\.rate or --network\.rate"):
         parser.parse(["--rate", "2"])
     with pytest.raises(UsageError, match=r"^--network\.rate: got x; it must be a number"):
         parser.parse(["--network.rate", "x"])
     shared = {"shared": schema.settings_of(method)["shared"]}
     switches = parser_of(("learner", shared), ("network", shared))
     with pytest.raises(
-        UsageError, match=r"--no-shared: .*; say --no-learner\.shared or --no-network\.shared"
+        UsageError, match=r"--no-shared: .*; give --no-learner\.shared or --no-network\.shared"
     ):
         switches.parse(["--no-shared"])
     assert switches.parse(["--no-network.shared"]).values == {"network": {"shared": False}}
 
 
-def test_flags_of_elsewhere_are_understood_as_hints():
+def test_flags_of_other_libraries_give_hints():
     def train(*, steps: int = 1, outer_lr: float = 0.1, inner_lr: float = 0.1, meta_batch: int = 4): ...
 
     parser = parser_of(("training", schema.settings_of(train)))
@@ -238,11 +245,11 @@ def test_flags_of_elsewhere_are_understood_as_hints():
             parser.parse([flag, "3"])
     with pytest.raises(UsageError, match="did you mean --meta-batch"):
         parser.parse(["--meta-batchs", "3"])
-    with pytest.raises(UsageError, match="--context-steps: is a setting of matching, and not of this"):
+    with pytest.raises(UsageError, match="--context-steps: is a setting of matching, not of this"):
         parser.parse(["--context-steps", "3"])
 
 
-def test_errors_about_arguments_are_said_of_flags():
+def test_errors_about_arguments_name_flags():
     parser = parser_of(("learner", schema.settings_of(method)))
     with pytest.raises(UsageError, match=r"^--rate: got -1; it must be at least 0$"), parser.naming_flags():
         raise ArgumentError("rate", "got -1; it must be at least 0")
@@ -255,12 +262,12 @@ def test_help_shows_groups_choices_and_values(capsys):
     parser = Parser("train", [Group("learner", "method: this", settings, {"rate": 0.25})])
     with pytest.raises(HelpShown):
         parser.parse(["--help"])
-    said = capsys.readouterr().out
-    assert "method: this" in said
-    assert "--rate X" in said
-    assert "step size (default: 0.25)" in said
-    assert "{second,first}" in said
-    assert "It must not be negative" not in said
+    output = capsys.readouterr().out
+    assert "method: this" in output
+    assert "--rate X" in output
+    assert "step size (default: 0.25)" in output
+    assert "{second,first}" in output
+    assert "It must not be negative" not in output
 
 
 def test_a_command_is_described_by_its_function():
@@ -268,8 +275,8 @@ def test_a_command_is_described_by_its_function():
         """Draw runs.
 
         Args:
-          runs: their folders.
-          out: the figure.
+          runs: folders of runs.
+          out: path of the figure.
         """
 
     parser = of_function(draw, "draw")

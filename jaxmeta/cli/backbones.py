@@ -1,4 +1,4 @@
-"""Load the source of a transfer: a network without its head, and the images that it takes."""
+"""Pretrained backbones: a network without its head, and the images that it takes."""
 
 import contextlib
 import dataclasses
@@ -26,16 +26,16 @@ from jaxmeta.transfer.subtree import Report, leaves_by_path
 from jaxmeta.transfer.weight_files import HUB
 
 NONE = "none"
-# Of a transfer's folder: its weights, and what its config.json says it is.
+# File of weights in a transfer's folder, and the `command` in its config.json.
 WEIGHTS, COMMAND = "weights.safetensors", "transfer"
 HEAD = "head"
-# Of an export's folder.
+# Command that writes an export, and the program in its folder.
 EXPORT, PROGRAM = "export", "classifier.stablehlo"
 _IMAGENET_SIZE, _PRETRAINED_RATE, _RATE = 224, 1e-4, 1e-3
 
 
 class Pixels(NamedTuple):
-    """How pixels in [0, 1] enter a network: (x − mean) / std, by channel."""
+    """Normalisation of pixels in [0, 1] before they enter a network: (x − mean) / std, by channel."""
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
@@ -55,12 +55,12 @@ PIXELS = {
 
 
 class Input(NamedTuple):
-    """How images are brought to a network.
+    """Conversion of images into a network's input.
 
     Attributes:
-      images: that the network takes.
-      inverted: whether dark is turned to light.
-      pixels: how they enter.
+      images: images that the network takes.
+      inverted: True to exchange dark and light.
+      pixels: normalisation of their pixels.
     """
 
     images: ImageSpec
@@ -68,10 +68,10 @@ class Input(NamedTuple):
     pixels: Pixels
 
     def adapter(self) -> Model:
-        """Return the adapter that does it.
+        """Return the adapter that does this conversion.
 
         Raises:
-          ArgumentError: pixels by another number of channels.
+          ArgumentError: `pixels` has another number of channels than the images.
         """
         with renaming({"mean": "pixels", "std": "pixels"}):
             return input_adapter(
@@ -88,20 +88,19 @@ class Backbone:
     """A network without its head.
 
     Attributes:
-      source: as the user named it.
-      argument: that named it, for errors: "source" or "sources".
-      about: the same in a few words.
-      network: a module.
-      variables: "params" and, where they are known, "batch_stats"; None of a network that nothing was learned
-        with.
-      head: of the classes that it was trained on, `{"kernel", "bias"}`; None where there were none.
-      classes: their names, where they are known.
-      images: that it was trained on; None where the source does not say.
-      size: of the images it takes; None for any.
-      pixels: how they enter.
-      inverted: whether a transfer has turned dark to light in the images that its head was fitted to.
-      report: of the leaves that were read.
-      rate: step size to fine-tune it with, where none is asked for.
+      source: name of the source, as the user gave it.
+      argument: argument that named it, for errors: "source", "sources" or "init".
+      about: description of the source, for reports.
+      network: module without a head.
+      variables: "params" and, where they are known, "batch_stats"; None for an untrained network.
+      head: linear head of the classes that it was trained on, `{"kernel", "bias"}`; None where it has none.
+      images: images that it was trained on; None where the source does not say.
+      size: side of the images it takes, in pixels; None for any.
+      pixels: normalisation of the pixels it takes.
+      report: report on the leaves that were read.
+      rate: default step size of fine-tuning.
+      classes: names of the classes of `head`, where they are known.
+      inverted: True where a transfer fitted the head to images with dark and light exchanged.
     """
 
     source: str
@@ -120,7 +119,7 @@ class Backbone:
 
     @property
     def model(self) -> StatefulModel:
-        """Return the network as the body of a classifier: maps are flattened."""
+        """Return the network as the body of a classifier, with feature maps flattened."""
         model = as_stateful(self.network)
 
         def flat(z: jax.Array) -> jax.Array:
@@ -132,40 +131,42 @@ class Backbone:
 
         return model._replace(apply=lambda variables, x: flat(model.apply(variables, x)), train=train)
 
-    def input(self, shape: tuple[int, ...], mean: Callable[[int], float], ink: bool, **asked: Any) -> "Input":
-        """Return what makes of other images those that the network takes.
+    def input(
+        self, shape: tuple[int, ...], mean: Callable[[int], float], ink: bool, **requested: Any
+    ) -> "Input":
+        """Return the conversion of other images into the network's input.
 
         Args:
-          shape: of one of these images, (height, width, channels).
-          mean: of their pixels, in [0, 1], once they have that many channels.
-          ink: whether images of their source are strokes, light on dark.
-          **asked: `size` and `channels` of what the network is given; None, or none, for what it was trained
-            on, or as the images are where it does not say.
+          shape: shape of one of these images, (height, width, channels).
+          mean: `(channels) -> mean` of their pixels in [0, 1], once they have that many channels.
+          ink: True where images of their source are strokes, light on dark in training.
+          **requested: `size` and `channels` of the network's input; where one is None or left out, it is
+            taken from the images the network was trained on, or else from these images.
 
         Raises:
-          ArgumentError: the network takes no such images, or its pixels have another number of channels.
+          ArgumentError: the network does not take such images, or its pixels have another number of channels.
         """
-        size = asked.get("size")
+        size = requested.get("size")
         size = (self.size or shape[0]) if size is None else size
-        channels = self.channels(size, asked.get("channels")) or shape[2]
+        channels = self.channels(size, requested.get("channels")) or shape[2]
         seen = mean(channels)
         known = self.images or ImageSpec(size, channels, seen, ink)
-        # Strokes are light on dark in training.
+        # Strokes are light on dark in training; a scan of ink on paper is closer to its negative.
         inverted = known.ink and abs(seen - known.mean) > abs(1 - seen - known.mean)
         return Input(known._replace(size=size, channels=channels), inverted, self.pixels)
 
-    def channels(self, size: int, asked: int | None) -> int | None:
-        """Return how many channels images of `size` must have; None where the network does not say.
+    def channels(self, size: int, requested: int | None) -> int | None:
+        """Return the number of channels that images of `size` must have; None where the network does not say.
 
         Raises:
-          ArgumentError: it takes no such images.
+          ArgumentError: the network does not take images of this size, or of this number of channels.
         """
         if self.variables is None:
-            self._shapes(size, asked or 1)
-            return asked
-        told = None if self.images is None else self.images.channels
+            self._shapes(size, requested or 1)
+            return requested
+        stored = None if self.images is None else self.images.channels
         have = {path: leaf.shape for path, leaf in leaves_by_path(self.variables["params"]).items()}
-        known = asked or told
+        known = requested or stored
         misfits = {}
         for count in (3, 1) if known is None else (known,):
             wanted = self._shapes(size, count)
@@ -176,8 +177,8 @@ class Backbone:
             kind = "grey" if count == 1 else "colour"
             misfits[kind] = f"its {path} has shape {have.get(path)}, and must have {wanted.get(path)}"
         raise ArgumentError(
-            "channels" if asked not in (None, told) else "size",
-            f"{self.source} takes no {' or '.join(misfits)} images of {size}×{size}: "
+            "channels" if requested not in (None, stored) else "size",
+            f"{self.source} does not take {' or '.join(misfits)} images of {size}×{size}: "
             f"{next(iter(misfits.values()))}",
         )
 
@@ -193,19 +194,20 @@ def head_logits(head: Params, features: jax.Array) -> jax.Array:
     return features @ head["kernel"] + head["bias"][None]
 
 
-def untrained(name: str) -> Backbone:
-    """Return a network of `jaxmeta train --network` with nothing learned.
+def untrained_backbone(name: str) -> Backbone:
+    """Return an untrained network, by its name in `jaxmeta train --network`.
 
     Raises:
-      ArgumentError: there is none of that name, or it embeds no images.
+      ArgumentError: no network has this name, or it does not embed images.
     """
-    nothing = Report((), (), (), ())
+    empty = Report((), (), (), ())
     network = _embedding(name)
-    return Backbone(NONE, "source", f"nothing, {name}", network, None, None, None, None, Pixels(), nothing)
+    return Backbone(NONE, "source", f"nothing, {name}", network, None, None, None, None, Pixels(), empty)
 
 
 def _embedding(name: str) -> Any:
-    """Return a network of images without its head, by name; those of model-based methods read labels, too."""
+    """Return a network of images without its head, by name."""
+    # Networks of model-based methods read labels in addition to images.
     facts = [facts_of(factory) for factory in LEARNERS.values()]
     others = {each for known in facts if known.network is not None for each in known.networks or ()}
     embeddings: dict[str, Callable[..., Any]] = {
@@ -222,20 +224,25 @@ def load_backbone(
     """Load the backbone of a run, of a transfer, or of a file of weights.
 
     Args:
-      source: a folder or file, whatever `jm.transfer.load_pretrained` reads.
-      network: a name of `jaxmeta networks`, of a file that does not tell it.
+      source: folder, file or `hf:owner/name`, as `jm.transfer.load_pretrained` reads.
+      network: name in `jaxmeta networks`, for a file that does not name its network.
       size: side of a vision transformer's images, for which its position embeddings are interpolated.
-      argument: that named the source, for errors.
+      argument: argument that named the source, for errors.
+
+    Returns:
+      The backbone.
 
     Raises:
-      ArgumentError: there is no such source; it cannot be read, was not trained on images, or does not say
-        what network it is of.
+      ArgumentError: the source does not exist, cannot be read, was not trained on images, or does not name
+        its network.
     """
     path = Path(source).expanduser()
     if not source.startswith(HUB) and not path.exists():
-        raise ArgumentError(argument, f"there is nothing at {source}; {_where_weights_are(source)}")
+        raise ArgumentError(argument, f"{source} does not exist; {_where_weights_are(source)}")
     if (path / PROGRAM).is_file():
-        raise ArgumentError(argument, f"{source} is an export, which predicts and can learn nothing else")
+        raise ArgumentError(
+            argument, f"{source} is an export, which can only predict; give the run or transfer it came from"
+        )
     with renaming({"path": argument, "run_dir": argument, "image_size": "size"}):
         try:
             loaded = load_pretrained(source)
@@ -245,11 +252,11 @@ def load_backbone(
             raise ArgumentError(argument, str(error)) from error
     backbone = _without_head(source, argument, loaded, network)
     if (path / "checkpoints").is_dir():
-        return _of_run(backbone, path)
-    told = _transfer_config(path)
+        return _from_run(backbone, path)
+    config = _transfer_config(path)
     about = f"{source}, {type(backbone.network).__name__}"
-    if told is not None:
-        return _of_transfer(dataclasses.replace(backbone, about=about), told)
+    if config is not None:
+        return _from_transfer(dataclasses.replace(backbone, about=about), config)
     side = _side(source, backbone.network)
     layout = layout_of(
         {str(row.source): None for row in (*loaded.report.taken, *loaded.report.dropped)}, "auto", path
@@ -266,7 +273,7 @@ def load_backbone(
     )
 
 
-# Names of architectures whose weights can be read: as torchvision has them, and as timm has.
+# Names of architectures whose weights can be read: of torchvision, of timm, and of others.
 _TORCHVISION = re.compile(r"resnet(18|34|50|101|152)|vit_([bl]_(16|32)|h_14)")
 _TIMM = re.compile(r"((tv_|gluon_)?resnet\d+|(vit|deit)_\w+_patch\d+_\d+)(\.\w+)?")
 _OTHERS = re.compile(
@@ -276,38 +283,36 @@ _OTHERS = re.compile(
 
 
 def _where_weights_are(source: str) -> str:
-    """Return what to do about a source that is not there, which may be the name of an architecture."""
-    on_hub = f"what is on the Hugging Face Hub is {HUB}owner/name"
-    named = f"{source} names an architecture, and its weights are needed"
+    """Return advice on a source that does not exist, which may be the name of an architecture."""
+    on_hub = f"for weights on the Hugging Face Hub, give {HUB}owner/name"
+    named = f"{source} is the name of an architecture, and its weights are needed"
     if source in NETWORKS:
-        return f"{source} is a network with nothing learned, which is {NONE} with --network {source}"
+        return f"{source} is a network; to use it untrained, give {NONE} with --network {source}"
     if "/" in source or source.endswith((".safetensors", ".msgpack")):
         return on_hub
     if _TORCHVISION.fullmatch(source):
-        made = _written("torchvision", f"models.{source}(weights='DEFAULT')", source)
-        return f"{named}. Those of torchvision are written to a file by: {made}; {on_hub}"
+        save = _save_command("torchvision", f"models.{source}(weights='DEFAULT')", source)
+        return f"{named}. To write torchvision's to a file: {save}; {on_hub}"
     if _TIMM.fullmatch(source):
-        made = _written("timm", f"create_model('{source}', pretrained=True)", source)
-        return f"{named}. Those of timm are {HUB}timm/{source}, or written to a file by: {made}"
+        save = _save_command("timm", f"create_model('{source}', pretrained=True)", source)
+        return f"{named}. Give timm's as {HUB}timm/{source}, or write them to a file: {save}"
     if _OTHERS.match(source.lower()):
         return (
-            f"{named}, in a .safetensors file. Those of a ResNet or ViT can be read, as torchvision, timm "
-            f"and transformers have them, and those of a network of jaxmeta; {on_hub}"
+            f"{named}, in a .safetensors file. Weights of a ResNet or ViT from torchvision, timm or "
+            f"transformers can be read, and weights of a network of jaxmeta; {on_hub}"
         )
     return on_hub
 
 
-def _written(package: str, model: str, name: str) -> str:
-    """Return the command that writes the weights of a model in PyTorch to a file."""
+def _save_command(package: str, model: str, name: str) -> str:
+    """Return the shell command that writes the weights of a PyTorch model to a file."""
     code = f"st.save_file({package}.{model}.state_dict(), '{name}.safetensors')"
     return f'python -c "import {package}, safetensors.torch as st; {code}"'
 
 
-def _of_run(backbone: Backbone, folder: Path) -> Backbone:
-    """Return the backbone with what a run says of its images and classes.
-
-    Its configuration is read as JSON: that of a run with code of one's own would have to import it.
-    """
+def _from_run(backbone: Backbone, folder: Path) -> Backbone:
+    """Return the backbone with the images and the head of a run."""
+    # Read as JSON: loading a configuration with user-defined code would import that code.
     try:
         config = parsed_json((folder / "config.json").read_text(encoding="utf-8"))
         learner, tasks, network = (config[group]["name"] for group in ("learner", "tasks", "network"))
@@ -317,26 +322,26 @@ def _of_run(backbone: Backbone, folder: Path) -> Backbone:
     if images is None:
         raise ArgumentError(
             backbone.argument,
-            f"{backbone.source} was trained on {tasks}, which are no images; its network is of no use",
+            f"{backbone.source} was trained on {tasks}, which are not images; give one trained on images",
         )
     head = None
-    # The outputs of meta-learned networks are slots of a task, and no classes.
+    # The outputs of a meta-learned network are slots of a task, not classes of its own.
     if learner in LEARNERS and facts_of(LEARNERS[learner]).supervised:
         head = _linear(load_params(folder).get(HEAD))
     about = f"{backbone.source}, {learner} on {tasks}, {network}"
     return dataclasses.replace(backbone, about=about, head=head, images=images, size=images.size)
 
 
-def _of_transfer(backbone: Backbone, told: Mapping[str, Any]) -> Backbone:
-    """Return the backbone with what a transfer says of its images."""
+def _from_transfer(backbone: Backbone, config: Mapping[str, Any]) -> Backbone:
+    """Return the backbone with the images and classes in a transfer's config.json."""
     try:
-        images, pixels = ImageSpec(**told["images"]), Pixels(*map(tuple, told["pixels"]))
-        classes, inverted = tuple(map(str, told["classes"])), bool(told.get("inverted", False))
+        images, pixels = ImageSpec(**config["images"]), Pixels(*map(tuple, config["pixels"]))
+        classes, inverted = tuple(map(str, config["classes"])), bool(config.get("inverted", False))
     except (TypeError, KeyError) as error:
         raise ArgumentError(
             backbone.argument, f"the config.json of {backbone.source} is damaged: {error!r}"
         ) from None
-    stopped = told.get("stopped_at")
+    stopped = config.get("stopped_at")
     return dataclasses.replace(
         backbone,
         about=backbone.about if stopped is None else f"{backbone.about}, stopped after step {stopped}",
@@ -349,15 +354,13 @@ def _of_transfer(backbone: Backbone, told: Mapping[str, Any]) -> Backbone:
 
 
 def _without_head(source: str, argument: str, loaded: Pretrained, name: str | None) -> Backbone:
-    """Return the backbone of what was loaded, which keeps the head apart."""
+    """Return loaded weights as a backbone, with the head apart from it."""
     if loaded.network is None and name is None:
         raise ArgumentError(
-            "network", f"{source} does not say which network it is of; name it, as of `jaxmeta train`"
+            "network", f"{source} does not name its network; name it, as of `jaxmeta networks`"
         )
     if loaded.network is not None and name is not None:
-        raise ArgumentError(
-            "network", f"{source} says itself which network it is of; got {name}, which is to be left out"
-        )
+        raise ArgumentError("network", f"got {name}, but {source} names its network itself; leave it out")
     network = _embedding(name) if name is not None else with_width(loaded.network, None)
     variables = {
         kind: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
@@ -365,14 +368,14 @@ def _without_head(source: str, argument: str, loaded: Pretrained, name: str | No
     }
     params = dict(variables["params"])
     head = _linear(params.pop(HEAD, None))
-    found: dict[str, Any] = {"params": params}
+    body: dict[str, Any] = {"params": params}
     if variables.get(STATISTICS):
-        found[STATISTICS] = variables[STATISTICS]
-    return Backbone(source, argument, source, network, found, head, None, None, Pixels(), loaded.report)
+        body[STATISTICS] = variables[STATISTICS]
+    return Backbone(source, argument, source, network, body, head, None, None, Pixels(), loaded.report)
 
 
 def with_width(network: Any, classes: int | None) -> Any:
-    """Return the network with a head of so many classes, or without one; one that never has any as it is."""
+    """Return the network with a head of `classes` outputs, or without a head where `classes` is None."""
     width = width_name(type(network))
     return network if width is None else network.clone(**{width: classes})
 
@@ -382,15 +385,15 @@ def _linear(head: Any) -> Params | None:
 
 
 def _transfer_config(path: Path) -> dict[str, Any] | None:
-    """Return the config.json of the transfer whose folder, or file of weights, this is."""
+    """Return the config.json of the transfer that wrote a folder or file of weights; None for others."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file() or (path.is_file() and path.name != WEIGHTS):
         return None
     try:
-        found = parsed_json(file.read_text(encoding="utf-8"))
+        config = parsed_json(file.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return found if isinstance(found, dict) and found.get("command") == COMMAND else None
+    return config if isinstance(config, dict) and config.get("command") == COMMAND else None
 
 
 def _side(source: str, network: Any) -> int | None:
@@ -400,27 +403,27 @@ def _side(source: str, network: Any) -> int | None:
     if height != width:
         raise ArgumentError(
             "size",
-            f"{source} takes images of {height}×{width}, and here they are square; give their side, for "
-            "which its position embeddings are interpolated",
+            f"{source} takes images of {height}×{width}, and only square ones are supported; give their "
+            "side, for which its position embeddings are interpolated",
         )
     return height
 
 
 def _pixels(path: Path, layout: str) -> Pixels:
-    """Return how its makers let pixels in: by the files beside the weights, else as the layout has it."""
+    """Return the normalisation in the files next to the weights, else the usual one of the layout."""
     for name, keys in (
         ("preprocessor_config.json", ("image_mean", "image_std")),
         ("config.json", ("mean", "std")),
     ):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = parsed_json((path / name).read_text(encoding="utf-8"))
-            mean, std = (found.get("pretrained_cfg", found)[key] for key in keys)
+            config = parsed_json((path / name).read_text(encoding="utf-8"))
+            mean, std = (config.get("pretrained_cfg", config)[key] for key in keys)
             return Pixels(tuple(map(float, mean)), tuple(map(float, std)))
     return PIXELS["symmetric" if layout in ("huggingface-vit", "timm-vit") else "imagenet"]
 
 
 def _labels(path: Path) -> tuple[str, ...] | None:
-    """Return the names of the classes that a folder of weights was trained on, where its config.json says."""
+    """Return the class names in the config.json of a folder of weights; None where it has none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         names = parsed_json((path / "config.json").read_text(encoding="utf-8"))["id2label"]
         return tuple(str(names[str(number)]) for number in range(len(names)))

@@ -1,4 +1,4 @@
-"""What a configuration stands for: its learner, network and outer optimizer."""
+"""Learners, networks and outer optimizers, built from a configuration."""
 
 import inspect
 from collections.abc import Callable
@@ -20,22 +20,25 @@ def learner_of(
     """Build the learner of a configuration.
 
     Args:
-      config: of a run.
-      norm: in place of training's; learners of all norms share one set of parameters.
-      network: `(output width) -> network`, in place of the configuration's.
+      config: configuration of a run.
+      norm: statistics of batch normalisation; None for those of training. It changes no parameter.
+      network: `(output width) -> network`; None for the configuration's.
+
+    Returns:
+      The learner.
 
     Raises:
-      ArgumentError: what the factory or the network refuses.
+      ArgumentError: the factory or the network does not accept a setting.
     """
-    found = config.names()
-    factory, facts = found.learner, found.facts
+    objects = config.names()
+    factory, facts = objects.learner, objects.facts
     supplied = {
         "norm": norm or config.training.norm,
-        "loss": losses.mse if kind_of(found.source) == "regression" else losses.cross_entropy,
+        "loss": losses.mse if kind_of(objects.source) == "regression" else losses.cross_entropy,
         "augment": (facts.augment or distort) if config.training.distort else None,
         "strings": config.tasks.get("strings"),
     }
-    given = {name: value for name, value in supplied.items() if schema.accepts(factory, name)}
+    supplied = {name: value for name, value in supplied.items() if schema.accepts(factory, name)}
     build = network or network_builder(config)
     if facts.network is not None:
         arguments, keywords = facts.network(build, config.tasks)
@@ -43,8 +46,8 @@ def learner_of(
         arguments, keywords = (build(output_width(config)),), {}
     else:
         arguments, keywords = (), {}
-    learner = factory(*arguments, **keywords, **given, **config.settings("learner"))
-    # Reports and comparisons are of accuracy or mean squared error, whatever else a method of one's own has.
+    learner = factory(*arguments, **keywords, **supplied, **config.settings("learner"))
+    # Reports and comparisons use accuracy or mean squared error, even for a learner with its own metric.
     return learner._replace(metric=None) if isinstance(learner, Learner) else learner
 
 
@@ -55,7 +58,7 @@ def takes_network(factory: Callable[..., Any]) -> bool:
 
 
 def output_width(config: Config) -> int | None:
-    """Return how many outputs the network has: None for an embedding, and one a target for regression."""
+    """Return the network's number of outputs: ways, regression targets, or None for an embedding."""
     if not config.names().facts.head:
         return None
     ways = config.tasks.get("train_ways")
@@ -65,56 +68,62 @@ def output_width(config: Config) -> int | None:
 
 
 def network_builder(config: Config) -> Callable[[int | None], Any]:
-    """Return what builds the configuration's network with a given output width."""
+    """Return a function that builds the configuration's network with a given output width."""
     network = config.names().network
     settings, width = config.settings("network"), names.width_name(network)
 
     def build(out: int | None) -> Any:
         supplied = {} if width is None else {width: out}
-        made = network(**supplied, **settings)
+        built = network(**supplied, **settings)
         if config.training.precision == "float32":
-            return made
-        return nn.in_precision(nn.as_model(made), config.training.precision)
+            return built
+        return nn.in_precision(nn.as_model(built), config.training.precision)
 
     return build
 
 
 def first_order_of(config: Config) -> Learner | None:
-    """Build the first-order version of the learner, where meta-gradients are to be compared with its own."""
+    """Build the first-order version of the learner that --diagnose compares with; None without --diagnose."""
     return learner_of(config.replaced(learner={"order": "first"})) if config.training.diagnose else None
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
     """Build the outer optimizer, with its schedule, clipping and weight decay."""
-    it = config.training
-    rate: float | optax.Schedule = it.outer_lr
-    if it.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(it.outer_lr, it.steps)
-    if it.schedule == "linear":
-        rate = optax.linear_schedule(it.outer_lr, 0.0, it.steps)
-    if it.schedule == "step":
-        assert it.decay_every is not None
-        rate = optax.exponential_decay(it.outer_lr, it.decay_every, it.decay_factor, staircase=True)
-    b1, b2 = it.outer_betas
-    momentum = it.outer_momentum or None
-    match it.outer_optimizer:
-        case "adam":
-            descend = optax.adam(rate, b1=b1, b2=b2, eps=it.outer_eps)
-        case "adamw":
-            descend = optax.adamw(rate, b1=b1, b2=b2, eps=it.outer_eps, weight_decay=it.weight_decay)
-        case "sgd":
-            descend = optax.sgd(rate, momentum=momentum)
-        case "rmsprop":
-            descend = optax.rmsprop(rate, eps=it.outer_eps, momentum=momentum)
-    if it.outer_momentum and it.outer_optimizer in ("adam", "adamw"):
-        raise ArgumentError(
-            "outer_momentum", f"{it.outer_optimizer} has none; give --outer-betas, or take sgd or rmsprop"
+    training = config.training
+    rate: float | optax.Schedule = training.outer_lr
+    if training.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(training.outer_lr, training.steps)
+    if training.schedule == "linear":
+        rate = optax.linear_schedule(training.outer_lr, 0.0, training.steps)
+    if training.schedule == "step":
+        assert training.decay_every is not None
+        rate = optax.exponential_decay(
+            training.outer_lr, training.decay_every, training.decay_factor, staircase=True
         )
-    before = []
-    if it.clip is not None:
-        before.append(optax.clip(it.clip))
-    if it.clip_norm is not None:
-        before.append(optax.clip_by_global_norm(it.clip_norm))
-    if it.weight_decay and it.outer_optimizer != "adamw":
-        before.append(optax.add_decayed_weights(it.weight_decay))
-    return optax.chain(*before, descend) if before else descend
+    b1, b2 = training.outer_betas
+    momentum = training.outer_momentum or None
+    match training.outer_optimizer:
+        case "adam":
+            update = optax.adam(rate, b1=b1, b2=b2, eps=training.outer_eps)
+        case "adamw":
+            update = optax.adamw(
+                rate, b1=b1, b2=b2, eps=training.outer_eps, weight_decay=training.weight_decay
+            )
+        case "sgd":
+            update = optax.sgd(rate, momentum=momentum)
+        case "rmsprop":
+            update = optax.rmsprop(rate, eps=training.outer_eps, momentum=momentum)
+    if training.outer_momentum and training.outer_optimizer in ("adam", "adamw"):
+        raise ArgumentError(
+            "outer_momentum",
+            f"got {training.outer_momentum:g}, but {training.outer_optimizer} has no momentum; give "
+            "--outer-betas, or choose sgd or rmsprop",
+        )
+    transforms = []
+    if training.clip is not None:
+        transforms.append(optax.clip(training.clip))
+    if training.clip_norm is not None:
+        transforms.append(optax.clip_by_global_norm(training.clip_norm))
+    if training.weight_decay and training.outer_optimizer != "adamw":
+        transforms.append(optax.add_decayed_weights(training.weight_decay))
+    return optax.chain(*transforms, update) if transforms else update

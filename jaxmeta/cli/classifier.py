@@ -1,6 +1,6 @@
-"""Classifiers of images: what `predict` and `jm.load_classifier` make of anything that has learned.
+"""Classifiers of images for `jaxmeta predict`, `jaxmeta export` and `jm.load_classifier`.
 
-A source is a run of `train`, a transfer, a file or folder of weights, or an export. Each becomes one function
+A source is a run of `train`, a transfer, a file or folder of weights, or an export. Each becomes a function
 from images to the scores of named classes.
 """
 
@@ -23,6 +23,7 @@ from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, head_logits,
 from jaxmeta.cli.config import Config, is_run, load_config, read_json
 from jaxmeta.cli.data import ImageSpec, images_of
 from jaxmeta.cli.own_images import read_images, seem_inverted, warn_of_negatives
+from jaxmeta.cli.report import plural
 from jaxmeta.cli.run import params_of
 from jaxmeta.core import Batch, Learner, Model, Params, PyTree
 from jaxmeta.declare import forwards
@@ -34,9 +35,9 @@ from jaxmeta.tasks.splits import in_order, warn_of_case
 from jaxmeta.training.export import program_of
 from jaxmeta.transfer import adabn, input_adapter
 
-# Of squared distances between features of length one, which lie in [0, 4].
+# Factor of squared distances between normalised features, which lie in [0, 4], in the softmax.
 _SHARPNESS = 10.0
-# Images at once where statistics are taken.
+# Batch size of images from which batch statistics are computed.
 _AT_ONCE = 64
 
 Scores = Callable[[PyTree, Float[Array, "n h w c"]], Float[Array, "n classes"]]
@@ -47,15 +48,14 @@ class Classifier:
     """A classifier of images, as `load_classifier` returns it.
 
     Attributes:
-      classes: names, in the order of `predict`'s columns.
-      images: size, channels and mean of the images that it was trained on.
-      inverted: whether dark is turned to light before the network sees an image.
-      about: where it comes from, in a few words.
-      measures: whether its scores are minus distances, so that `distances` says how far an image is from the
-        nearest class.
+      classes: names of the classes, in the order of `predict`'s columns.
+      images: specification of the images that the source was trained on.
+      inverted: whether dark and light of an image are exchanged before the network gets it.
+      about: source, for error messages.
+      scores: `(values, x) -> (n, classes)` for images as specified by `images`.
+      values: trained parameters and adapted state, the first argument of `scores`.
+      measures: whether scores are negative distances, so that `distances` is available.
       sharpness: factor of the scores in the softmax.
-      scores: `(values, x) -> (n, classes)`, of images as `images` describes them.
-      values: what it has learned.
     """
 
     classes: tuple[str, ...]
@@ -70,23 +70,26 @@ class Classifier:
     def predict(self, images: Any) -> Float[np.ndarray, "n classes"]:
         """Return the probability of each class for each image.
 
-        The answer for an image depends on that image alone. Probabilities rank classes; they are as well
-        calibrated as the method that gives them, and say nothing of images of none of the classes.
+        The prediction for an image depends on that image alone. Probabilities rank classes; they are as well
+        calibrated as the method is, and carry no information about images of none of the classes.
 
         Args:
-          images: `(n, height, width, channels)` or `(n, height, width)`, bytes or numbers in [0, 1], of any
-            size and 1 or 3 channels; or paths of image files.
+          images: images of shape (n, height, width, channels) or (n, height, width), as bytes or floats in
+            [0, 1], of any size and with 1 or 3 channels; or paths of image files.
+
+        Returns:
+          Probabilities of shape (n, classes).
 
         Raises:
-          ArgumentError: images of another shape, or values outside [0, 1].
-          FloatingPointError: the answers are not finite.
+          ArgumentError: images have another shape, or values outside [0, 1].
+          FloatingPointError: the scores are not finite.
         """
         return self.with_distances(images)[0]
 
     def with_distances(
         self, images: Any
     ) -> tuple[Float[np.ndarray, "n classes"], Float[np.ndarray, " n"] | None]:
-        """Return what `predict` does, and `distances` where the method measures any."""
+        """Return the results of `predict` and of `distances`, None where the method measures no distances."""
         scores = self._scores(images)
         return _softmax(self.sharpness * scores), -scores.max(-1) if self.measures else None
 
@@ -95,22 +98,26 @@ class Classifier:
         return [self.classes[index] for index in self._scores(images).argmax(-1)]
 
     def distances(self, images: Any) -> Float[np.ndarray, " n"]:
-        """Return how far each image is from the nearest class, in the units of the method's distances.
+        """Return the distance of each image from the nearest class, in the units of the method.
 
         Raises:
           ArgumentError: the method measures no distances.
         """
-        found = self.with_distances(images)[1]
-        if found is None:
-            raise ArgumentError("source", f"{self.about} measures no distances; take a method that does")
-        return found
+        distances = self.with_distances(images)[1]
+        if distances is None:
+            raise ArgumentError(
+                "source",
+                f"{self.about} measures no distances; choose a method that does, such as prototypical",
+            )
+        return distances
 
     def _scores(self, images: Any) -> Float[np.ndarray, "n classes"]:
         x = _as_images(images, self.images)
-        found = np.asarray(_one_by_one(self.scores, self.values, jnp.asarray(1 - x if self.inverted else x)))
-        if np.isnan(found).any() or (found == np.inf).any():
-            raise FloatingPointError(f"{self.about}: learning diverged: the answers are not finite")
-        return found
+        scores = np.asarray(_one_by_one(self.scores, self.values, jnp.asarray(1 - x if self.inverted else x)))
+        # A log-probability may be −∞.
+        if np.isnan(scores).any() or (scores == np.inf).any():
+            raise FloatingPointError(f"{self.about}: adaptation diverged: the scores are not finite")
+        return scores
 
 
 def load_classifier(
@@ -124,38 +131,41 @@ def load_classifier(
     network: str | None = None,
     tasks: str | None = None,
 ) -> Classifier:
-    """Load what a source has learned as a classifier of images.
+    """Load a source as a classifier of images.
 
-    | source | without `support` | with it |
+    | source | without `support` | with `support` |
     | --- | --- | --- |
-    | a folder of `jaxmeta train` | refused: its classes come from the support set | its learner adapts |
+    | a folder of `jaxmeta train` | error: its classes come from the support set | its learner adapts |
     | a folder of `jaxmeta transfer` | the classes that it was trained on | nearest prototypes |
     | weights with a head | the classes of the head | nearest prototypes |
-    | weights without one | refused | nearest prototypes |
-    | a folder of `jaxmeta export` | the classes that were exported | refused |
+    | weights without a head | error | nearest prototypes |
+    | a folder of `jaxmeta export` | the classes that were exported | error |
 
-    Nearest prototypes: a class is the mean of its features of length one, and an image belongs to the class
-    whose mean is nearest to its own feature of length one (Wang et al. 2019, SimpleShot, L2N).
+    Nearest prototypes: a class is the mean of its normalised features, and an image is assigned to the class
+    whose mean is nearest to its own normalised feature (Wang et al. 2019, SimpleShot, L2N).
 
     Args:
       source: one of these; weights are a .safetensors or .msgpack file, a folder of Hugging Face's
         `save_pretrained`, or "hf:owner/name".
-      support: folder of images to learn classes from, with one subfolder a class. In Python also a
+      support: folder of images to learn classes from, with a subfolder for each class. In Python also a
         dictionary of images by class, as `Classifier.predict` takes them.
-      invert: whether to turn dark to light in all images. Without it images of strokes are turned where the
-        support set says so, since training images have light ink on dark.
+      invert: whether to exchange dark and light in all images. By default this is done for strokes where the
+        support set is dark on light, since training images are light on dark.
       skip_unreadable: whether to leave out files of the support set that cannot be read.
-      size: side of the images that weights are given, in pixels; without it what they were trained on.
-      learner: module:name of a method of one's own that the run was trained with. A folder makes no code be
-        imported by itself.
-      network: module:name of a network of one's own that the run was trained with; or the name of the
-        network of weights that do not say it.
-      tasks: module:name of tasks of one's own that the run was trained with.
+      size: side in pixels of the images that the network of weights gets; by default of its training images.
+      learner: module:name of your own method that the run was trained with. A run folder does not import code
+        by itself.
+      network: module:name of your own network that the run was trained with; or the name of the network of
+        weights that do not name it.
+      tasks: module:name of your own tasks that the run was trained with.
+
+    Returns:
+      The classifier.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: a folder that is not there.
-      ArgumentError: a source that cannot be used in this way; classes or images that cannot be used; more
-        classes than the learner can tell apart.
+      FileNotFoundError, NotADirectoryError: a folder does not exist.
+      ArgumentError: the source, the classes or the images cannot be used, or there are more classes than the
+        learner can distinguish.
 
     Examples:
       >>> classifier = jm.load_classifier("weights.safetensors", support="pets")  # doctest: +SKIP
@@ -169,62 +179,63 @@ def load_classifier(
         check_count("size", size)
     named = {"learner": learner, "network": network, "tasks": tasks}
     if (folder / PROGRAM).is_file():
-        _refuse_given({"size": size, **named}, f"{source} is an export, which has what it was made with")
+        _check_unused({"size": size, **named}, f"{source} is an export, whose settings are fixed")
         return _exported(folder, reading)
     if is_run(folder):
-        _refuse_given({"size": size}, f"{source} is a run, which says itself what images it takes")
+        _check_unused({"size": size}, f"{source} is a run, which has the size of its images")
         config = load_config(folder, [name for name in named.values() if name is not None])
         own = {config.learner["name"], config.network["name"], config.tasks["name"]}
         foreign = {name: value for name, value in named.items() if value not in own}
-        _refuse_given(foreign, f"{source} was not trained with it")
-        return _of_run(folder, config, reading)
-    _refuse_given({"learner": learner, "tasks": tasks}, f"{source} is not a run that was trained with it")
-    return _of_weights(load_backbone(os.fspath(source), network=network, size=size), size, reading)
+        _check_unused(foreign, f"{source} was not trained with it")
+        return _from_run(folder, config, reading)
+    _check_unused({"learner": learner, "tasks": tasks}, f"{source} is not a run trained with it")
+    return _from_weights(load_backbone(os.fspath(source), network=network, size=size), size, reading)
 
 
-def say_inverted(classifier: Classifier, invert: bool) -> None:
-    """Print that dark is turned to light in all images, where nobody has asked for it."""
+def print_inverted(classifier: Classifier, invert: bool) -> None:
+    """Print that all images are inverted, where the user has not requested it."""
     if classifier.inverted and not invert:
         print("ink       dark on light in --support, light on dark in training: all images are inverted")
 
 
-def _refuse_given(given: Mapping[str, Any], why: str) -> None:
-    """Refuse arguments that the source has no use for.
+def _check_unused(arguments: Mapping[str, Any], why: str) -> None:
+    """Check that arguments that do not apply to the source are None.
 
     Raises:
-      ArgumentError: one is not None.
+      ArgumentError: an argument is given.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is not None:
-            raise ArgumentError(name, f"got {value}, and {why}; leave it out")
+            raise ArgumentError(name, f"got {value}, but {why}; leave it out")
 
 
 # --- The support set ----------------------------------------------------------------------------------------
 
 
 class _Reading(NamedTuple):
-    """Where the support set comes from, and how it is read."""
+    """Support set, and settings to read it."""
 
     support: str | os.PathLike[str] | Mapping[str, Any] | None
     invert: bool
     skip_unreadable: bool
 
-    def needed(self, source: str) -> None:
+    def check_given(self, source: str) -> None:
+        """Check that there is a support set."""
         if self.support is None:
             raise ArgumentError(
                 "support",
-                f"{source} learns its classes from examples; name a folder with one subfolder a class",
+                f"{source} learns its classes from examples; give a folder with a subfolder for each class",
             )
 
 
 class _Support(NamedTuple):
-    """Examples of classes.
+    """A support set.
 
     Attributes:
-      classes: names.
+      classes: names of the classes.
       x: examples, as the network takes them.
-      y: their classes.
-      inverted: whether dark has been turned to light in them.
+      y: class indices.
+      inverted: whether dark and light were exchanged in `x`.
     """
 
     classes: tuple[str, ...]
@@ -241,39 +252,41 @@ def _class_names(reading: _Reading) -> tuple[str, ...]:
 
 
 def _by_class(reading: _Reading) -> Mapping[str, Any]:
-    """Return files, or images, by class."""
+    """Return files or images of the support set by class."""
     if isinstance(reading.support, Mapping):
-        found: Mapping[str, Any] = reading.support
+        by_class: Mapping[str, Any] = reading.support
     else:
         assert reading.support is not None
         files = class_files(Path(reading.support).expanduser(), "support")
-        found = {name: files[name] for name in in_order(files)}
-        warn_of_case("--support", dict(found))
-    if len(found) < 2:
-        raise ArgumentError("support", f"got {len(found)} classes; there must be 2 or more to tell apart")
-    return found
+        by_class = {name: files[name] for name in in_order(files)}
+        warn_of_case("--support", dict(by_class))
+    if len(by_class) < 2:
+        raise ArgumentError("support", f"got {plural(len(by_class), 'class')}; there must be at least 2")
+    return by_class
 
 
 def _read_support(reading: _Reading, spec: ImageSpec) -> _Support:
-    """Read the support set as images of `spec`, turned where they are negatives of strokes.
+    """Read the support set as images of `spec`, inverted where they are negatives of strokes.
 
     Raises:
-      ArgumentError: a class of which no image can be read.
+      ArgumentError: no image of a class can be read.
     """
-    given = _by_class(reading)
-    classes = tuple(given)
+    by_class = _by_class(reading)
+    classes = tuple(by_class)
     if isinstance(reading.support, Mapping):
-        parts = [_as_images(given[name], spec, f"support[{name!r}]") for name in classes]
+        parts = [_as_images(by_class[name], spec, f"support[{name!r}]") for name in classes]
         sizes, files = [len(part) for part in parts], None
         x = np.concatenate(parts)
         y = np.repeat(np.arange(len(classes), dtype=np.int32), sizes)
     else:
-        files = [file for name in classes for file in given[name]]
+        files = [file for name in classes for file in by_class[name]]
         x, kept = read_images(files, spec, reading.skip_unreadable, "support")
-        y = np.repeat(np.arange(len(classes), dtype=np.int32), [len(given[name]) for name in classes])[kept]
+        y = np.repeat(np.arange(len(classes), dtype=np.int32), [len(by_class[name]) for name in classes])[
+            kept
+        ]
         files = [files[index] for index in kept]
     if empty := sorted(set(range(len(classes))) - set(y.tolist())):
-        raise ArgumentError("support", f"of the class {classes[empty[0]]!r} no image can be read")
+        raise ArgumentError("support", f"no image of the class {classes[empty[0]]!r} can be read")
     inverted = reading.invert
     if not inverted and spec.ink and seem_inverted(spec, float(x.mean())):
         inverted = True
@@ -283,26 +296,26 @@ def _read_support(reading: _Reading, spec: ImageSpec) -> _Support:
     return _Support(classes, x, y, inverted)
 
 
-# --- One source after another -------------------------------------------------------------------------------
+# --- Sources ------------------------------------------------------------------------------------------------
 
 
-def _of_run(folder: Path, config: Config, reading: _Reading) -> Classifier:
+def _from_run(folder: Path, config: Config, reading: _Reading) -> Classifier:
     spec = images_of(config)
     method = config.learner["name"]
     if spec is None:
         raise ArgumentError(
             "source",
-            f"{folder} was trained on {config.tasks['name']}, which are no images; nothing to predict",
+            f"{folder} was trained on {config.tasks['name']}, which are not images; give a run on images",
         )
-    reading.needed(f"{folder}, a run of {method},")
+    reading.check_given(f"{folder}, a run of {method},")
     facts = config.names().facts
     classes = len(_class_names(reading))
     ways = config.tasks["train_ways"] if facts.head else classes
     if classes > ways:
         raise ArgumentError(
             "support",
-            f"got {classes} classes; {method} was trained with {ways} ways and tells "
-            + (f"2 to {ways} apart" if ways > 2 else "2 apart"),
+            f"got {classes} classes; {method} was trained with {ways} ways, so there must be "
+            + (f"2 to {ways}" if ways > 2 else "2"),
         )
     support = _read_support(reading, spec)
     learner = build.learner_of(config, facts.rows["inductive"])
@@ -323,9 +336,9 @@ def _adapted(learner: Learner, params: Params, support: Batch) -> PyTree:
     return learner.adapt(params, support, jax.random.key(0))
 
 
-def _of_weights(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
+def _from_weights(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
     if reading.support is None:
-        return _by_its_head(backbone, size, reading)
+        return _with_head(backbone, size, reading)
     spec = _spec(backbone, size)
     support = _read_support(reading, spec)
     learner, params = by_prototypes(backbone, Input(spec, False, backbone.pixels), support.x)
@@ -348,15 +361,18 @@ def _of_weights(backbone: Backbone, size: int | None, reading: _Reading) -> Clas
 
 
 def by_prototypes(
-    backbone: Backbone, input: Input, shown: Float[np.ndarray, "n h w c"]
+    backbone: Backbone, input: Input, examples: Float[np.ndarray, "n h w c"]
 ) -> tuple[Learner, Params]:
-    """Return the learner that compares a backbone's features of length one with their class means.
+    """Return a learner that compares a backbone's normalised features with their class means.
 
     Args:
-      backbone: of a source; its features are those of inference.
-      input: what brings images to it.
-      shown: images as they come, whose statistics a backbone gets that has batch normalisation and no
-        statistics.
+      backbone: backbone of a source, used in inference mode.
+      input: conversion of images into its input.
+      examples: images before conversion; a backbone with batch normalisation but without statistics gets
+        theirs.
+
+    Returns:
+      The learner and its parameters.
     """
     adapter, model = input.adapter(), backbone.model
     variables = backbone.variables
@@ -366,7 +382,7 @@ def by_prototypes(
     wanted = jax.eval_shape(model.init, jax.random.key(0), example)
     if STATISTICS in wanted and STATISTICS not in variables:
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), wanted[STATISTICS])
-        seen = adapter.apply({}, jnp.asarray(shown, jnp.float32))
+        seen = adapter.apply({}, jnp.asarray(examples, jnp.float32))
         variables = adabn(model, {**variables, STATISTICS: blank}, seen, batch=_AT_ONCE)
     features = Model(
         lambda key, x: variables, lambda variables, x: model.apply(variables, adapter.apply({}, x))
@@ -374,9 +390,9 @@ def by_prototypes(
     return simple_shot(features, transform="l2n"), {"model": variables}
 
 
-def _by_its_head(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
+def _with_head(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
     if backbone.head is None:
-        reading.needed(f"{backbone.source} has no head of classes and")
+        reading.check_given(f"{backbone.source} has no head of classes and")
     spec, model = _spec(backbone, size), backbone.model
     adapter = Input(spec, False, backbone.pixels).adapter()
     assert backbone.head is not None
@@ -395,16 +411,16 @@ def _by_its_head(backbone: Backbone, size: int | None, reading: _Reading) -> Cla
 
 
 def _spec(backbone: Backbone, size: int | None) -> ImageSpec:
-    """Return the images that a backbone takes.
+    """Return the specification of the images that a backbone takes.
 
     Raises:
-      ArgumentError: neither it nor the user says their size.
+      ArgumentError: neither the backbone nor the user gives their size.
     """
     side = backbone.size if size is None else size
     if side is None:
         raise ArgumentError("size", f"{backbone.source} does not say the size of its images; give it")
     channels = backbone.channels(side, None) or 3
-    # Of weights whose images nobody knows the mean tells nothing.
+    # A mean of 0.5 makes no difference between images and their negatives.
     known = backbone.images or ImageSpec(side, channels, 0.5, False)
     return known._replace(size=side, channels=channels)
 
@@ -412,26 +428,26 @@ def _spec(backbone: Backbone, size: int | None) -> ImageSpec:
 # --- Images and scores --------------------------------------------------------------------------------------
 
 
-def _as_images(given: Any, spec: ImageSpec, name: str = "images") -> Float[np.ndarray, "n h w c"]:
-    """Return images in [0, 1] of the size and channels of `spec`.
+def _as_images(images: Any, spec: ImageSpec, name: str = "images") -> Float[np.ndarray, "n h w c"]:
+    """Return images in [0, 1] with the size and channels of `spec`.
 
     Raises:
-      ArgumentError: they are none.
+      ArgumentError: the argument is not images.
     """
-    if isinstance(given, str | os.PathLike):
-        given = [given]
-    if isinstance(given, Sequence) and given and all(isinstance(each, str | os.PathLike) for each in given):
-        return read_images([Path(each).expanduser() for each in given], spec, None, name)[0]
+    if isinstance(images, str | os.PathLike):
+        images = [images]
+    if isinstance(images, Sequence) and images and all(isinstance(x, str | os.PathLike) for x in images):
+        return read_images([Path(one).expanduser() for one in images], spec, None, name)[0]
     try:
-        x = np.asarray(given)
+        x = np.asarray(images)
     except ValueError as error:
-        raise ArgumentError(name, f"they must have one size: {error}") from None
+        raise ArgumentError(name, f"got images of several sizes; they must have the same: {error}") from None
     x = x[..., None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[3] not in (1, 3) or not x.size:
         raise ArgumentError(
             name,
-            f"got shape {np.shape(given)}; images must be (n, height, width) or (n, height, width, channels) "
-            "with 1 or 3 channels, or paths of files",
+            f"got shape {np.shape(images)}; images must be (n, height, width) or (n, height, width, "
+            "channels) with 1 or 3 channels, or paths of files",
         )
     if x.dtype == np.uint8:
         x = x.astype(np.float32) / 255
@@ -448,8 +464,8 @@ def _as_images(given: Any, spec: ImageSpec, name: str = "images") -> Float[np.nd
 
 @partial(jax.jit, static_argnums=0)
 def _one_by_one(scores: Scores, values: PyTree, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-    # In a batch the order of float32 sums, and with it the last digit of an answer, could depend on what else
-    # is asked.
+    # In a batch, the order of float32 sums, and with it the last digits of a score, could depend on the other
+    # images.
     return jax.lax.map(lambda image: scores(values, image[None])[0], x)
 
 
@@ -465,33 +481,35 @@ def _softmax(scores: Float[np.ndarray, "n classes"]) -> Float[np.ndarray, "n cla
 def export(source: str, *, out: str, **reading: Any) -> Path:
     """Write a classifier as a program that runs without jaxmeta.
 
-    The folder gets classifier.stablehlo, which `jax.export.deserialize` reads on CPUs, GPUs and TPUs, with
-    all that was learned in it, and config.json, which says what goes in and what comes out. It can be a
-    SOURCE of `predict`.
+    The folder gets classifier.stablehlo, which contains the parameters and which `jax.export.deserialize`
+    reads on CPUs, GPUs and TPUs, and config.json, which describes its input and output. It can be a SOURCE of
+    `predict`.
 
     Args:
-      source: what has learned, as of `predict`.
-      out: the folder to make.
-      **reading: as of `load_classifier`.
+      source: source of the classifier, as in `predict`.
+      out: output folder.
+      **reading: settings of `load_classifier`.
 
     Returns:
-      The folder.
+      The output folder.
 
     Raises:
-      FileNotFoundError, ValueError: as of `load_classifier`; a folder that is used already.
+      FileNotFoundError, ValueError: as in `load_classifier`; or the output folder is not empty.
     """
-    folders.refuse_used(Path(out).expanduser(), EXPORT)
-    found = load_classifier(source, **reading)
-    say_inverted(found, bool(reading.get("invert")))
-    spec = found.images
+    folders.check_empty(Path(out).expanduser(), EXPORT)
+    classifier = load_classifier(source, **reading)
+    print_inverted(classifier, bool(reading.get("invert")))
+    spec = classifier.images
 
     def probabilities(x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-        return jax.nn.softmax(found.sharpness * found.scores(found.values, 1 - x if found.inverted else x))
+        return jax.nn.softmax(
+            classifier.sharpness * classifier.scores(classifier.values, 1 - x if classifier.inverted else x)
+        )
 
     example = jax.ShapeDtypeStruct((1, spec.size, spec.size, spec.channels), jnp.float32)
     written = program_of(probabilities, example)
-    # What comes in, before it is turned.
-    images = spec._replace(mean=1 - spec.mean) if found.inverted else spec
+    # The specification of the program's input, which the program itself inverts.
+    images = spec._replace(mean=1 - spec.mean) if classifier.inverted else spec
     folder = folders.claim(out, EXPORT, EXPORT)
     with replacing(folder / PROGRAM) as unfinished:
         unfinished.write_bytes(written)
@@ -503,11 +521,11 @@ def export(source: str, *, out: str, **reading: Any) -> Path:
             "source": source,
             "input": f"float32 (n, {spec.size}, {spec.size}, {spec.channels}) in [0, 1]",
             "output": "float32 (n, classes), probabilities",
-            "classes": found.classes,
+            "classes": classifier.classes,
             "images": images._asdict(),
         },
     )
-    print(f"{len(found.classes)} classes, images of {spec}")
+    print(f"{len(classifier.classes)} classes, images of {spec}")
     print(f"folder: {folder}  ({PROGRAM}, config.json)")
     return folder
 
@@ -515,16 +533,16 @@ def export(source: str, *, out: str, **reading: Any) -> Path:
 def _exported(folder: Path, reading: _Reading) -> Classifier:
     if reading.support is not None:
         raise ArgumentError("support", f"{folder} is an export, whose classes are fixed; leave it out")
-    told = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     try:
-        classes, spec = tuple(map(str, told["classes"])), ImageSpec(**told["images"])
+        classes, spec = tuple(map(str, config["classes"])), ImageSpec(**config["images"])
         program = jax.export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
     except Exception as error:
         raise ArgumentError("source", f"{folder} is damaged: {error!r}") from error
 
     def scores(values: PyTree, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
         del values
-        # Their softmax is the probabilities again.
+        # The softmax of log-probabilities is the probabilities.
         return jnp.log(program.call(x))
 
     return Classifier(classes, spec, reading.invert, str(folder), scores, None)

@@ -1,4 +1,4 @@
-"""Command lines that repeat what was done."""
+"""Command lines that reproduce a call or a run."""
 
 import contextlib
 import inspect
@@ -13,7 +13,8 @@ from jaxmeta.cli.config import GROUPS, OF_TRAINING, Base, Chosen, Config, base_o
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import source_of
 
-# What others follow from where no flag says them: these are told first, and what follows is left out.
+# Defaults of other settings follow from these. They come first, so that flags for values that follow from
+# them are left out.
 _LEADING = ("steps", *OF_TRAINING)
 
 Values = Mapping[str, Mapping[str, Any]]
@@ -23,8 +24,11 @@ def flags_of(values: Values, groups: Mapping[str, Mapping[str, Setting]]) -> lis
     """Return settings by group and name as the words of a command line.
 
     Args:
-      values: of the settings.
-      groups: all that the command has, since a name that several of them have needs its group.
+      values: values of the settings, by group and name.
+      groups: all settings of the command. A name that several groups have gets its group as prefix.
+
+    Returns:
+      The words.
     """
     words = []
     for group, settings in values.items():
@@ -47,12 +51,15 @@ def command_of_call(
     given: Mapping[str, Any],
     more: Mapping[str, Mapping[str, Setting]] = MappingProxyType({}),
 ) -> str:
-    """Return the command that calls a function with these arguments, but for its `--out`.
+    """Return the command that calls a function with these arguments, without `--out`.
 
     Args:
-      function: whose signature describes the command of its name.
-      given: arguments by name, those that it forwards in a dictionary of their own.
-      more: settings of flags besides those of the signature, by the argument that takes them as a dictionary.
+      function: function whose signature describes the command of its name.
+      given: arguments by name. Forwarded ones are in a dictionary under the name of their `**` parameter.
+      more: settings of flags in addition to the signature's, by the argument that takes them as a dictionary.
+
+    Returns:
+      The command, quoted for a shell.
     """
     forwarded = {
         name: value
@@ -67,21 +74,21 @@ def command_of_call(
         elif each.kind is each.POSITIONAL_OR_KEYWORD:
             words.append(flat[each.name])
     settings = schema.settings_of(function)
-    told = {name: flat[name] for name in settings if name in flat and flat[name] != settings[name].default}
-    told.pop("out", None)
+    changed = {name: flat[name] for name in settings if name in flat and flat[name] != settings[name].default}
+    changed.pop("out", None)
     values = {
         group: {name: value for name, value in given[group].items() if value != known[name].default}
         for group, known in more.items()
     }
-    flags = flags_of({"flags": told, **values}, {"flags": settings, **more})
+    flags = flags_of({"flags": changed, **values}, {"flags": settings, **more})
     return shlex.join(["jaxmeta", function.__name__, *words, *flags])
 
 
 def command_of_config(config: Config) -> str | None:
-    """Return the `jaxmeta train` of a configuration: names, and the flags that differ from their defaults.
+    """Return the `jaxmeta train` command of a configuration, with the flags that differ from their defaults.
 
     Returns:
-      The command; None where no flags give this configuration.
+      The command, quoted for a shell; None where no flags give this configuration.
     """
     learner, network, tasks = (each["name"] for each in (config.learner, config.network, config.tasks))
     words = [learner]
@@ -95,7 +102,7 @@ def command_of_config(config: Config) -> str | None:
         if base.network != network:
             base = base_of(Chosen(learner, network, tasks, preset))
             words += ["--network", network]
-        given = _given(base, config)
+        flags = _changed_flags(base, config)
     except ArgumentError:
         return None
     groups = base.names().groups()
@@ -104,31 +111,31 @@ def command_of_config(config: Config) -> str | None:
             name: value if isinstance(value, bool) else groups[group][name].parse(schema.shown_value(value))
             for name, value in values.items()
         }
-        for group, values in given.items()
+        for group, values in flags.items()
     }
     if base.preset != config.preset or _differences(config, resolve(base, parsed)):
         return None
-    return shlex.join(["jaxmeta", "train", *words, *flags_of(given, groups)])
+    return shlex.join(["jaxmeta", "train", *words, *flags_of(flags, groups)])
 
 
-def _given(base: Base, config: Config) -> dict[str, dict[str, Any]]:
-    """Return the flags that make of a protocol this configuration."""
+def _changed_flags(base: Base, config: Config) -> dict[str, dict[str, Any]]:
+    """Return the flags that turn a protocol into this configuration."""
     groups = base.names().groups()
-    given: dict[str, dict[str, Any]] = {}
-    # Twice all, since a flag may change what follows from it.
-    for told in (_LEADING, None, None):
-        found: Config | None = None
-        # Flags that are told later may be those that make these valid.
+    flags: dict[str, dict[str, Any]] = {}
+    # All settings are compared twice, since a flag may change the defaults of others.
+    for only in (_LEADING, None, None):
+        so_far: Config | None = None
+        # These flags may be valid only together with later ones.
         with contextlib.suppress(ArgumentError):
-            found = resolve(base, given)
-        before = base.values if found is None else {group: found.settings(group) for group in GROUPS}
+            so_far = resolve(base, flags)
+        before = base.values if so_far is None else {group: so_far.settings(group) for group in GROUPS}
         for group in GROUPS:
             wanted = config.settings(group)
             for name in groups[group]:
                 differs = name in wanted and wanted[name] != before[group].get(name)
-                if differs and (told is None or name in told):
-                    given.setdefault(group, {})[name] = wanted[name]
-    return given
+                if differs and (only is None or name in only):
+                    flags.setdefault(group, {})[name] = wanted[name]
+    return flags
 
 
 def _differences(a: Config, b: Config) -> list[str]:

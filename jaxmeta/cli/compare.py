@@ -1,7 +1,7 @@
-"""Several runs side by side: what `jaxmeta compare` and `jaxmeta plot` do.
+"""Comparison of several runs: `jaxmeta compare` and `jaxmeta plot`.
 
-A comparison trains every learner in a process of its own, so that its peak memory and its
-compilation are its own, and pairs the results episode by episode: all saw the same test tasks.
+A comparison trains every learner in a separate process, so that peak memory and compilation are measured
+for each, and pairs the results episode by episode: all learners get the same test tasks.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from jaxmeta.cli.command_line import flags_of
 from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, results_of
 from jaxmeta.cli.config import Base, Config, load_config, read_json, resolve
 from jaxmeta.cli.figures import COMPARED, METRIC_NAMES, Curve, plot_curves
-from jaxmeta.cli.parser import Given
+from jaxmeta.cli.parser import ParsedArguments
 from jaxmeta.cli.signals import Signalled
 from jaxmeta.files import write_json, write_text
 from jaxmeta.training import Evaluation
 from jaxmeta.training.metrics import METRICS, NO_METRICS, read_metrics
 
-# What every learner of a comparison has as the protocol says, what some have of their own notwithstanding.
+# Settings that all learners of a comparison take from the protocol, in place of a learner's own defaults.
 _BUDGET = {"training": ("steps", "meta_batch"), "tasks": ("train_ways", "train_queries")}
 
 
 class _Trainings:
-    """Runs `jaxmeta train`, one process after the other; a signal to this one stops the one that runs.
+    """Processes of `jaxmeta train`, one after the other; a signal to this process stops the running one.
 
     Args:
-      hint: the command that continues.
+      hint: command that continues the comparison.
     """
 
     def __init__(self, hint: str):
@@ -47,7 +47,7 @@ class _Trainings:
 
     def __call__(self, number: int, frame: Any) -> None:
         del frame
-        # The end of the terminal, too, is a reason to save.
+        # SIGHUP is passed on as SIGTERM: a closed terminal, too, is a reason to save.
         self.signal = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
         if self.process is not None:
             self.process.send_signal(self.signal)
@@ -55,7 +55,7 @@ class _Trainings:
     @contextlib.contextmanager
     def handled(self) -> Iterator["_Trainings"]:
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not by nohup
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self) for number in numbers}
         try:
@@ -65,73 +65,74 @@ class _Trainings:
                 signal.signal(number, handler)
 
     def run(self, learner: str, argv: Sequence[str]) -> None:
+        """Train a learner in a process, and wait for its end."""
         self.check(learner)
         command = [sys.executable, "-m", "jaxmeta.cli", "train", learner, *argv]
         # The process gets a session of its own, so that an interrupt at the terminal reaches it once.
         self.process = subprocess.Popen(command, start_new_session=True)
-        if self.signal is not None:  # it came while the process was not there yet
+        if self.signal is not None:  # it came before the process was started
             self.process.send_signal(self.signal)
         status = self.process.wait()
         self.process = None
         if status == 75 or (self.signal is not None and status not in (1, 2)):
-            raise Signalled(f"while {learner} was trained; continue with: {self.hint}")
+            raise Signalled(f"while {learner} was being trained; continue with: {self.hint}")
         if status in (1, 2):
             raise SystemExit(status)
         if status:
-            raise ChildProcessError(f"{learner}: its training ended with status {status}")
+            raise ChildProcessError(f"the training of {learner} ended with status {status}")
 
     def check(self, learner: str) -> None:
-        """Stop before a training where a signal came since the last one."""
+        """Raise `Signalled` where a signal came since the last training."""
         if self.signal is not None:
             name = signal.Signals(self.signal).name
             raise Signalled(f"by {name} before {learner} was trained; continue with: {self.hint}")
 
 
-def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
-    """Train learners on the same tasks at the same budget, and write and print how they compare.
+def compare(bases: Mapping[str, Base], common: Base, parsed: ParsedArguments) -> Path:
+    """Train learners on the same tasks at the same budget, and write and print a comparison.
 
     Args:
-      bases: what the run of each learner starts from, by its name; the others are compared to the first.
-      common: the protocol as it is, whose budget goes for all.
-      given: flags, of which each goes to the learners that have it.
+      bases: protocol of each learner's run, by the learner's name; the first learner is the baseline.
+      common: protocol with its own learner, whose budget applies to all learners.
+      parsed: parsed command line; a flag applies to each learner that has it.
 
     Returns:
       The comparison's folder, with a run's folder for each learner.
 
     Raises:
-      ArgumentError: learners or settings that do not go together, or a run in the folder that has others.
-      Signalled: a signal stopped the run that was on.
-      SystemExit: a run failed with that status, and has said why.
-      ChildProcessError: a run failed without a word.
+      ArgumentError: learners or settings are incompatible, or a run in the folder has other settings.
+      Signalled: a signal stopped the run in progress.
+      SystemExit: a run failed with that status, and has printed its error.
+      ChildProcessError: a run failed without printing an error.
     """
     learners = list(bases)
-    if len(given.words) < 2:
+    if len(parsed.words) < 2:
         raise ArgumentError(
             "learners", f"got {' '.join(learners) or 'none'}; a comparison needs at least two"
         )
     for learner in learners:
-        if given.words.count(learner) > 1:
+        if parsed.words.count(learner) > 1:
             raise ArgumentError("learners", f"got {learner} twice; name each learner once")
-    own = given.values.get("comparison", {})
-    resume, given_out = own.get("resume", False), own.get("out")
-    budget = _budget(common, given)
-    values = {learner: _own_values(bases[learner], given, budget) for learner in learners}
+    own = parsed.values.get("comparison", {})
+    resume, out_flag = own.get("resume", False), own.get("out")
+    budget = _budget(common, parsed)
+    values = {learner: _own_values(bases[learner], parsed, budget) for learner in learners}
     configs = {learner: resolve(bases[learner], values[learner]) for learner in learners}
     for config in configs.values():
-        # What one of them refuses is refused before the first is trained.
+        # Invalid settings of any learner raise before the first one is trained.
         build.learner_of(config)
     name = "-".join(["compare", *(learner.rpartition(":")[2] for learner in learners)])
     tasks = configs[learners[0]].tasks["name"]
-    out = _folder(given_out, f"{name}-{sources.file_name(tasks)}", resume)
+    out = _folder(out_flag, f"{name}-{sources.file_name(tasks)}", resume)
     places = {learner: learner.replace(":", ".") for learner in learners}
     for learner in learners:
         _check_stored(out / places[learner], configs[learner], learners)
 
-    left_out = {learner: _left_out(bases[learner], given) for learner in learners}
-    argvs = {learner: _argv(bases[learner], given, budget) for learner in learners}
+    left_out = {learner: _left_out(bases[learner], parsed) for learner in learners}
+    argvs = {learner: _argv(bases[learner], parsed, budget) for learner in learners}
     flags = [
         word
-        for flag, text in given.texts.items()
+        for flag, text in parsed.texts.items()
         if flag not in ("--out", "--resume")
         for word in ([flag] if text is None else [f"{flag}={text}"] if text.startswith("-") else [flag, text])
     ]
@@ -150,10 +151,10 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
                 trainings.run(learner, [*argvs[learner], *resumed, "--out", str(folder)])
             except SystemExit:
                 if (folder / "report.json").exists():
-                    # It has said itself what it could not write or print.
-                    results.fail(f"{learner} was trained, and its command failed after that")
+                    # Its process has printed what it could not write.
+                    results.fail(f"{learner} was trained, but its command failed after that")
                     continue
-                # Where the first training was refused, nothing is in the folder made for it.
+                # Where the first training had invalid settings, the new folder is empty.
                 with contextlib.suppress(OSError):
                     out.rmdir()
                 raise
@@ -170,62 +171,62 @@ def compare(bases: Mapping[str, Base], common: Base, given: Given) -> Path:
     return out
 
 
-def _budget(common: Base, given: Given) -> dict[str, dict[str, Any]]:
-    """Return the budget of the protocol, as far as no flag says another."""
-    tasks = given.values.get("tasks", {})
-    found: dict[str, dict[str, Any]] = {}
+def _budget(common: Base, parsed: ParsedArguments) -> dict[str, dict[str, Any]]:
+    """Return the budget of the protocol, with flags in place of its values."""
+    tasks = parsed.values.get("tasks", {})
+    budget: dict[str, dict[str, Any]] = {}
     for group, names in _BUDGET.items():
         for name in names:
             value = tasks.get(name.removeprefix("train_"), common.values[group].get(name))
-            value = given.values.get(group, {}).get(name, value)
+            value = parsed.values.get(group, {}).get(name, value)
             if value is not None:
-                found.setdefault(group, {})[name] = value
-    return found
+                budget.setdefault(group, {})[name] = value
+    return budget
 
 
 def _own_values(
-    base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]
+    base: Base, parsed: ParsedArguments, budget: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the flags that a learner has, and the budget."""
+    """Return the budget, and the flags that a learner has."""
     groups = base.names().groups()
-    found: dict[str, dict[str, Any]] = {}
-    for values in (budget, given.values):
-        for group, its in values.items():
-            for name, value in its.items():
+    own: dict[str, dict[str, Any]] = {}
+    for values in (budget, parsed.values):
+        for group, settings in values.items():
+            for name, value in settings.items():
                 if group in groups and name in groups[group]:
-                    # Of one name learners may take different values.
-                    found.setdefault(group, {})[name] = groups[group][name].check(value)
-    return found
+                    # Settings of the same name may allow different values in different learners.
+                    own.setdefault(group, {})[name] = groups[group][name].check(value)
+    return own
 
 
-def _left_out(base: Base, given: Given) -> list[str]:
+def _left_out(base: Base, parsed: ParsedArguments) -> list[str]:
     """Return the flags that a learner does not have."""
     groups = base.names().groups()
     return [
         schema.flag_of(name)
-        for group, values in given.values.items()
+        for group, values in parsed.values.items()
         if group in groups
         for name in values
         if name not in groups[group]
     ]
 
 
-def _argv(base: Base, given: Given, budget: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _argv(base: Base, parsed: ParsedArguments, budget: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the command line of a learner's training."""
     groups = base.names().groups()
     argv = []
-    for name, value in given.values.get("names", {}).items():
+    for name, value in parsed.values.get("names", {}).items():
         argv += [schema.flag_of(name), value]
-    return argv + flags_of(_own_values(base, given, budget), groups)
+    return argv + flags_of(_own_values(base, parsed, budget), groups)
 
 
 def _folder(out: str | None, name: str, resume: bool) -> Path:
     if not resume:
         return folders.claim(out, name, "comparison")
     if out is None:
-        raise ArgumentError("resume", "needs the comparison's folder; add --out DIR")
+        raise ArgumentError("resume", "the comparison's folder is missing; add --out DIR")
     if not Path(out).expanduser().is_dir():
-        raise ArgumentError("out", f"{out} does not exist, so that there is nothing to resume")
+        raise ArgumentError("out", f"{out} does not exist; give the folder of the comparison to resume")
     return Path(out).expanduser()
 
 
@@ -233,9 +234,9 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
     """Draw the learning curves of runs, finished or not, as one PNG.
 
     Args:
-      runs: their folders. That of a comparison stands for its runs.
-      out: the figure. Where the file exists, the new one gets a number: curves-1.png.
-      x: against what.
+      runs: folders of runs, or of comparisons, which are replaced by their runs.
+      out: path of the PNG file. Where it exists, the new one gets a number: curves-1.png.
+      x: horizontal axis.
 
     Returns:
       The path of the PNG.
@@ -253,8 +254,8 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
         if curve.metric != curves[0].metric:
             raise ArgumentError(
                 "runs",
-                f"{places[0]} measures {curves[0].metric} and {folder} {curve.metric}; they do not fit in "
-                "one figure",
+                f"{places[0]} measures {curves[0].metric} and {folder} {curve.metric}; one figure shows "
+                "one metric",
             )
     path = _new_file(path)
     plot_curves(path, curves, x)
@@ -263,7 +264,7 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
 
 
 def _new_file(path: Path) -> Path:
-    """Return the path where there is no file yet, else the first one with a number that there is none at."""
+    """Return the path, with the smallest number appended that makes it a new file."""
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
     return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
 
@@ -276,7 +277,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _check_stored(folder: Path, config: Config, trusted: Sequence[str]) -> None:
-    """Raise where the run in a folder, if there is one, has other settings."""
+    """Check that the run in a folder, if any, has the settings of `config`."""
     if not (folder / "config.json").exists():
         return
     before = load_config(folder, [*trusted, config.network["name"], config.tasks["name"]])
@@ -289,7 +290,7 @@ def _check_stored(folder: Path, config: Config, trusted: Sequence[str]) -> None:
             wanted[group, name] = (value, before.settings(group).get(name))
     wanted[("run", "episodes")] = (config.run.episodes, before.run.episodes)
     for (group, name), (value, had) in wanted.items():
-        # Those of one's own images are known once they were read.
+        # Size and channels of the user's images are unset until the images are read.
         if value != had and not (group == "tasks" and name in ("size", "channels") and value is None):
             raise ArgumentError(
                 name,
@@ -299,7 +300,7 @@ def _check_stored(folder: Path, config: Config, trusted: Sequence[str]) -> None:
 
 
 def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return what `comparison.json` holds."""
+    """Return the content of `comparison.json`."""
     learners = list(places)
     reports = {learner: _read(out / places[learner] / "report.json") for learner in learners}
     episodes = {
@@ -315,8 +316,8 @@ def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[
         for name, value in _shared(report).items():
             if value != shared[name]:
                 raise ValueError(
-                    f"{out / places[learner]}: its {name} is {value}, and {first}'s {shared[name]}; "
-                    "they cannot be compared"
+                    f"{out / places[learner]}: its {name} is {value}, but {first}'s is {shared[name]}; "
+                    "compared runs must agree in it"
                 )
         for values in episodes[learner].values():
             if values.size != shared["episodes"]:
@@ -357,40 +358,40 @@ def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[
 
 
 def _shared(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two runs must agree in to be compared."""
+    """Return the entries of a report in which compared runs must agree."""
     names = ("tasks", "preset", "seed", "steps", "episodes", "card")
     return {name: report[name] for name in names} | {"meta_batch": report["config"]["training"]["meta_batch"]}
 
 
 def _difference(values: np.ndarray, to: np.ndarray) -> dict[str, float]:
-    """Return the mean over episodes of the difference in each, and its confidence interval."""
-    found = Evaluation.of(values - to)
-    return {"mean": found.mean, "ci95": found.ci95}
+    """Return the mean of the episodes' paired differences, and its confidence interval."""
+    result = Evaluation.of(values - to)
+    return {"mean": result.mean, "ci95": result.ci95}
 
 
 def _curve(folder: Path, name: str) -> Curve:
     # Runs of jm.train(run_dir=…) have no config.json.
     if not any((folder / name).exists() for name in ("config.json", "checkpoints", METRICS)):
-        raise FileNotFoundError(f"{folder} is no run: there is no {folder / METRICS}")
+        raise FileNotFoundError(f"{folder} is not a run folder: {folder / METRICS} does not exist")
     rows = read_metrics(folder / METRICS)
     if not rows:
-        raise ArgumentError("runs", f"{folder} has no meta-step yet: there is nothing in {METRICS}")
+        raise ArgumentError("runs", f"{folder} has no rows in {METRICS} yet; wait for its first meta-steps")
     metric = _metric_of(rows)
     report = _read(folder / "report.json") if (folder / "report.json").exists() else None
     return Curve(name, rows, metric, report and next(iter(results_of(report, metric).values())))
 
 
 def _metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the metric of a run that is drawn: that of its validations, or else of its training."""
-    found = dict.fromkeys(name for row in rows for name in row)
-    validated = [name.removeprefix("validation_") for name in found if name.startswith("validation_")]
-    known = [name for name in (*validated, *found) if name in METRIC_NAMES]
-    own = [name for name in found if name not in NO_METRICS and name not in COMPARED]
+    """Return the metric to draw: the validation metric, or else a training metric or the loss."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    validated = [name.removeprefix("validation_") for name in columns if name.startswith("validation_")]
+    known = [name for name in (*validated, *columns) if name in METRIC_NAMES]
+    own = [name for name in columns if name not in NO_METRICS and name not in COMPARED]
     return next(iter([*known, *validated, *own, "loss"]))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, as long as telling them apart takes, without the words that all share."""
+    """Return the shortest names that distinguish the folders, without the words that all share."""
     parts = [folder.resolve().parts for folder in folders]
     for part, folder in zip(parts, folders, strict=True):
         if parts.count(part) > 1:
@@ -405,5 +406,5 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no run: there is no {path}")
+        raise FileNotFoundError(f"{path.parent} is not a finished run or comparison: {path} does not exist")
     return read_json(path)

@@ -1,22 +1,22 @@
-"""A comparison of learners for people: a table and a figure."""
+"""Report of a comparison of learners: a Markdown table and a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxmeta.cli import schema
-from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, literal, look
+from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, line_style, literal
 from jaxmeta.cli.report import chance_level, plural, repeated_by, shown
 from jaxmeta.training.metrics import METRICS, read_metrics
 
 
 def results_of(row: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
-    """Return the results of a learner by the name that they have among the episodes."""
+    """Return the results of a learner by their names in episodes.json."""
     return row[metric] if metric == "accuracy" else {metric: row[metric]}
 
 
 def comparison_markdown(result: Mapping[str, Any]) -> str:
-    """Return a comparison as Markdown that is readable as it is."""
+    """Return a comparison as Markdown with aligned columns."""
     metric, first, card = result["metric"], result["compared_to"], result["card"]
     accuracy = metric == "accuracy"
     networks = _networks({learner: row["network"] for learner, row in result["learners"].items()})
@@ -43,7 +43,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
                 ]
             )
     ways = "" if card["ways"] is None else f"{card['ways']}-way "
-    of = {row["peak_memory"] for row in result["learners"].values()}
+    measured = {row["peak_memory"] for row in result["learners"].values()}
     lines = [
         f"# {', '.join(result['learners'])} on {card['tasks']}",
         "",
@@ -57,17 +57,17 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
         f"± is the half-width of a 95 % confidence interval over test tasks; minus {first} is the difference "
         f"within each test task{', in percentage points' if accuracy else ''}.",
         "Training includes compiling and validation; memory is the peak of the "
-        f"{' or '.join(sorted(of))}, evaluation included.",
+        f"{' or '.join(sorted(measured))}, evaluation included.",
     ]
     for learner, row in result["learners"].items():
         if row["left_out"]:
-            lines.append(f"Left out for {learner}, which has no such setting: {', '.join(row['left_out'])}.")
+            lines.append(f"{learner} does not have these settings: {', '.join(row['left_out'])}.")
     lines += [*repeated_by(result["command"]), "", "![curves, results, differences](comparison.png)"]
     return "\n".join(lines) + "\n"
 
 
 def _networks(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return what tells the networks of learners apart, names and settings; none where all have one."""
+    """Return each learner's network by name and distinctive settings; empty where all have the same."""
     if all(network == next(iter(networks.values())) for network in networks.values()):
         return {}
 
@@ -80,7 +80,7 @@ def _networks(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _table(head: list[str], rows: list[list[str]], texts: int) -> list[str]:
-    """Return a Markdown table that is readable as it is: columns of text, then of numbers."""
+    """Return the lines of a Markdown table with aligned columns: `texts` of text, then numbers."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:
@@ -104,11 +104,11 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
             [Curve(name, read_metrics(out / rows[name]["run"] / METRICS), metric) for name in rows],
         )
         for i, row in enumerate(rows.values()):
-            found = results_of(row, metric)
-            for j, (name, test) in enumerate(found.items()):
-                y = i + 0.3 * (j - (len(found) - 1) / 2)
+            tested = results_of(row, metric)
+            for j, (name, test) in enumerate(tested.items()):
+                y = i + 0.3 * (j - (len(tested) - 1) / 2)
                 filled = {"markerfacecolor": "white"} if name == "inductive" else {}
-                bar = {"color": look(i)["color"], "marker": "D", "capsize": 3, **filled}
+                bar = {"color": line_style(i)["color"], "marker": "D", "capsize": 3, **filled}
                 tests.errorbar(scale * test["mean"], y, xerr=scale * test["ci95"], **bar)
                 if name in row["difference"]:
                     mean, ci95 = (scale * row["difference"][name][key] for key in ("mean", "ci95"))
@@ -125,6 +125,6 @@ def draw_comparison(path: Path, out: Path, result: Mapping[str, Any]) -> None:
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.locator_params(axis="x", nbins=5)
             axes.grid(alpha=0.3, axis="x")
-        lines = [Line2D([], [], **look(i), label=literal(name)) for i, name in enumerate(rows)]
+        lines = [Line2D([], [], **line_style(i), label=literal(name)) for i, name in enumerate(rows)]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(6, len(rows)))
         figure.suptitle(f"{literal(result['card']['tasks'])}, {plural(result['steps'], 'meta-step')}")

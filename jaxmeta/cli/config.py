@@ -1,7 +1,7 @@
 """The configuration of a run: five groups of settings, from flags, from a protocol, and as config.json.
 
-`learner`, `network` and `tasks` hold a name and the settings of what it names, whose signature is the schema;
-`training` and `run` are dataclasses. A protocol by name (a preset) gives values to some of them.
+`learner`, `network` and `tasks` hold a name and the settings of the function with this name, whose signature
+is the schema; `training` and `run` are dataclasses. A named protocol (a preset) gives values to some of them.
 """
 
 import dataclasses
@@ -20,48 +20,49 @@ from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import Sequences, Source, Streaming, is_own, key_of, source_of
 from jaxmeta.declare import Facts, facts_of, parent_of
 
-# The form of config.json, one higher whenever a setting comes or goes; 0.1 had none.
+# Format of config.json, increased whenever a setting is added or removed; files of 0.1 have none.
 FORMAT = 3
 GROUPS = ("learner", "network", "tasks", "training", "run")
-# What a run hands to a factory, and no setting is.
+# Arguments that a run supplies to factories; they are not settings.
 SUPPLIED_TO_LEARNER = ("norm", "loss", "augment", "strings")
 SUPPLIED_TO_NETWORK = ("ways", "out")
 SUPPLIED_TO_TASKS = ("split", "data")
 OF_TRAINING = ("ways", "shots", "queries")
-# What a method may have defaults of, and not every run has.
+# Settings that a method may have defaults for although not every run has them.
 _SOMETIMES = ("network", "distort", "report_steps", "train_ways", "train_shots", "train_queries")
-# The norms of a method that does not choose statistics.
+# Norms of a method without a choice of statistics.
 _CHOOSES_NONE = ("none",)
-# Where a name goes that several groups have, where a protocol or a method gives its value.
+# Groups in the order in which a protocol's or a method's value looks for a setting of its name.
 _ORDER = ("training", "run", "tasks", "learner", "network")
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How parameters are meta-trained.
+    """Settings of meta-training.
 
     Attributes:
       steps: meta-steps.
       meta_batch: tasks per meta-step.
       outer_lr: step size of the outer optimizer.
-      outer_optimizer: the outer optimizer. adam has weight decay added to the gradient, adamw apart from it.
-      schedule: how --outer-lr changes over the run: cosine and linear fall to zero, step multiplies it by
+      outer_optimizer: optimizer of the meta-parameters. adam adds weight decay to the gradient, adamw
+        decouples it.
+      schedule: schedule of --outer-lr over the run: cosine and linear fall to zero, step multiplies it by
         --decay-factor every --decay-every meta-steps.
-      norm: what batch normalisation takes its statistics from in training: the batch itself, the support set
-        (for `jaxmeta predict`), the training tasks as a population, or the episode's inner steps.
+      norm: statistics of batch normalisation in training: of the batch itself, of the support set (for
+        `jaxmeta predict`), of the training tasks as a population, or of the episode's inner steps.
       validate_every: meta-steps between validations and between checkpoints.
       clip: largest absolute value of an entry of the meta-gradient.
       clip_norm: largest global norm of the meta-gradient.
-      distort: whether training images are turned, sheared, scaled and shifted at random.
-      precision: what the network computes in. Parameters and gradients stay in float32.
+      distort: whether to rotate, shear, scale and shift training images at random.
+      precision: type that the network computes in. Parameters and gradients stay in float32.
       decay_every: meta-steps between decays of --schedule step.
       decay_factor: factor of --outer-lr at each decay of --schedule step.
-      weight_decay: weight of the parameters in the gradient, or of adamw in the update.
+      weight_decay: weight of the parameters in the gradient, or in the update of adamw.
       outer_momentum: momentum of sgd and rmsprop.
       outer_betas: decay rates of Adam's moments.
       outer_eps: ε of adam, adamw and rmsprop.
-      diagnose: whether cosine and ratio of norms between the meta-gradient and the first-order one are
-        reported.
+      diagnose: whether to report the cosine and the ratio of norms between the meta-gradient and its
+        first-order approximation.
     """
 
     steps: int = 60_000
@@ -95,29 +96,36 @@ class Training:
             if beta >= 1:
                 raise ArgumentError("outer_betas", f"got {beta}; both must be below 1")
         if self.schedule == "step" and self.decay_every is None:
-            raise ArgumentError("decay_every", "--schedule step needs it: meta-steps between decays")
+            raise ArgumentError(
+                "decay_every", "is missing; --schedule step needs a number of meta-steps between decays"
+            )
         if self.decay_every is not None:
             check_count("decay_every", self.decay_every)
             if self.schedule != "step":
-                raise ArgumentError("decay_every", f"--schedule is {self.schedule}; only step decays so")
+                raise ArgumentError(
+                    "decay_every",
+                    f"got {self.decay_every}, but --schedule is {self.schedule}; choose step or leave it out",
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Where a run starts, and where it finds its data and devices. Only seed and init change parameters.
+    """Settings of a run's start, data, devices and outputs. Only seed and init change the parameters.
 
     Attributes:
       seed: seed of the initial parameters and of all episodes.
-      data: folder with the data set's files; without it they come from the cache, or a download.
-      init: start from what a source has learned, a folder of `train` or `transfer`, or weights; without it
-        from random parameters.
-      episodes: test tasks.
-      report_steps: numbers of inner steps to report beside --eval-steps.
-      strategy: how a device goes through its tasks: auto, vmap, scan, or that many at once.
-      devices: number of devices that share the tasks, on CPUs of cores; without it as many as are of use.
-      mesh: how devices share the work: tasks=8, or with parameters split as well tasks=4,params=2.
-      workers: processes that read a stream. 0 reads in threads.
-      non_finite: what to do where the loss of a meta-step is not finite: stop the run, or skip the step.
+      data: folder with the data set's files; by default the cache, or a download.
+      init: source of the initial parameters, a folder of `train` or `transfer`, or weights; by default they
+        are random.
+      episodes: number of test tasks.
+      report_steps: numbers of inner steps to report in addition to --eval-steps.
+      strategy: order in which a device computes its tasks: all at once (vmap), one by one (scan), a number at
+        once, or auto.
+      devices: number of devices that share the tasks, which are cores on a CPU; by default as many as share
+        them evenly.
+      mesh: axes of the devices, such as tasks=8, or tasks=4,params=2 to shard parameters as well.
+      workers: number of processes that read a stream; 0 reads in threads.
+      non_finite: response to a meta-step whose loss is not finite: stop the run, or skip the step.
       log_every: meta-steps between rows of metrics.jsonl.
     """
 
@@ -145,12 +153,12 @@ class Run:
 
 
 class Names(NamedTuple):
-    """What the names of a configuration stand for.
+    """Objects that the names in a configuration refer to.
 
     Attributes:
-      learner: the factory.
-      network: what builds the network.
-      source: of tasks.
+      learner: factory of the learner.
+      network: factory of the network.
+      source: source of tasks.
     """
 
     learner: Callable[..., Any]
@@ -162,27 +170,27 @@ class Names(NamedTuple):
         return facts_of(self.learner)
 
     def groups(self) -> dict[str, dict[str, Setting]]:
-        """Return the settings of each group that a run of these can be told, by name."""
-        found = self.stored_groups()
+        """Return the settings of each group that have a flag in a run of these, by name."""
+        groups = self.stored_groups()
         if not schema.accepts(self.learner, "augment"):
-            del found["training"]["distort"]
+            del groups["training"]["distort"]
         if not can_be_of_first_order(self.learner):
-            del found["training"]["diagnose"]
+            del groups["training"]["diagnose"]
         classification = kind_of(self.source) == "classification"
         if classification or not schema.accepts(self.learner, "eval_steps"):
-            del found["run"]["report_steps"]
+            del groups["run"]["report_steps"]
         norms = tuple(dict.fromkeys(self.facts.rows.values()))
         if not classification and norms != _CHOOSES_NONE:
             norms = ("batch",)
-        found["training"]["norm"] = found["training"]["norm"]._replace(hint=Literal[norms])
+        groups["training"]["norm"] = groups["training"]["norm"]._replace(hint=Literal[norms])
         if self.source.images is None:
-            del found["run"]["workers"]
+            del groups["run"]["workers"]
         if not schema.accepts(self.source.function, "data"):
-            del found["run"]["data"]
-        return found
+            del groups["run"]["data"]
+        return groups
 
     def stored_groups(self) -> dict[str, dict[str, Setting]]:
-        """Return the settings of each group that config.json has, by name."""
+        """Return the settings of each group in config.json, by name."""
         tasks = schema.settings_of(self.source.function, SUPPLIED_TO_TASKS)
         if schema.accepts(self.learner, "strings"):
             tasks |= schema.settings_of(Sequences)
@@ -190,9 +198,9 @@ class Names(NamedTuple):
             tasks |= schema.settings_of(Streaming)
         for name in OF_TRAINING:
             if name in tasks:
-                # All tasks of a run have one shape.
+                # All tasks of a run have one shape, whatever the source could draw.
                 tasks[name] = tasks[name]._replace(hint=int)
-                about = f"--{name} in training only; without it as there."
+                about = f"--{name} of training tasks; follows --{name} unless given."
                 tasks[f"train_{name}"] = Setting(f"train_{name}", int, schema.MISSING, about)
         return {
             "learner": schema.settings_of(self.learner, SUPPLIED_TO_LEARNER),
@@ -209,7 +217,7 @@ def _width(network: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def can_be_of_first_order(learner: Callable[..., Any]) -> bool:
-    """Return whether a method has another order than the first, which it can be compared with."""
+    """Return whether a method has a first-order version, for --diagnose to compare with."""
     order = schema.settings_of(learner, SUPPLIED_TO_LEARNER).get("order")
     return order is not None and "first" in getattr(order.hint, "__args__", ())
 
@@ -219,12 +227,13 @@ class Config:
     """A resolved configuration.
 
     Attributes:
-      preset: the protocol it began from; None for tasks of one's own.
-      learner, network, tasks: `name` and its settings.
+      preset: name of the protocol it started from; None for user-defined tasks.
+      learner, network, tasks: `name` and settings of each.
       training, run: the other groups.
-      own: the SHA-256 of the file of each `module:name` in it.
-      split_hash, images: of the data, once they are known; see `cli.data`.
-      model: the network as `jm.transfer.load_pretrained` builds it; None where it cannot.
+      own: SHA-256 of the file of each `module:name`.
+      split_hash: hash of the class split, once the data are read.
+      images: fields of the data's `ImageSpec`, once the data are read; None for other data than images.
+      model: description of the network for `jm.transfer.load_pretrained`; None where it has none.
     """
 
     preset: str | None
@@ -242,29 +251,29 @@ class Config:
         return find_names(self.learner["name"], self.network["name"], self.tasks["name"])
 
     def settings(self, group: str) -> dict[str, Any]:
-        """Return the settings of a group without its name."""
-        found = getattr(self, group)
-        if isinstance(found, Training | Run):
-            return dataclasses.asdict(found)
-        return {name: value for name, value in found.items() if name != "name"}
+        """Return the settings of a group, without its name."""
+        settings = getattr(self, group)
+        if isinstance(settings, Training | Run):
+            return dataclasses.asdict(settings)
+        return {name: value for name, value in settings.items() if name != "name"}
 
     def replaced(self, **groups: Mapping[str, Any]) -> "Config":
         """Return the configuration with some settings of its groups replaced."""
-        found: dict[str, Any] = {}
+        replaced: dict[str, Any] = {}
         for group, values in groups.items():
             now = getattr(self, group)
             is_dataclass = isinstance(now, Training | Run)
-            found[group] = dataclasses.replace(now, **values) if is_dataclass else {**now, **values}
-        return dataclasses.replace(self, **found)
+            replaced[group] = dataclasses.replace(now, **values) if is_dataclass else {**now, **values}
+        return dataclasses.replace(self, **replaced)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what config.json holds."""
+        """Return the content of config.json."""
         values = {"jaxmeta": version("jaxmeta"), "format": FORMAT, **dataclasses.asdict(self)}
         return json.loads(json.dumps(values))
 
 
 def find_names(learner: str, network: str, tasks: str) -> Names:
-    """Return what three names stand for."""
+    """Return the objects that three names refer to."""
     return Names(
         names.find("learner", learner, names.LEARNERS),
         names.find("network", network, names.NETWORKS),
@@ -276,7 +285,7 @@ def find_names(learner: str, network: str, tasks: str) -> Names:
 
 
 class Chosen(NamedTuple):
-    """The names that a command was given, None where it was not; and a configuration to start from."""
+    """Names in a command line, None where it has none; and a configuration to start from."""
 
     learner: str | None = None
     network: str | None = None
@@ -289,13 +298,13 @@ class Base(NamedTuple):
     """A protocol with another learner, tasks or network in it, before flags.
 
     Attributes:
-      preset: its name.
+      preset: name of the protocol; None for user-defined tasks.
       learner, network, tasks: names.
-      values: of settings, by group.
-      facts: of a method that is not the one the protocol was made for, whose defaults may depend on the
-        number of meta-steps.
-      flat: what those defaults are asked with.
-      explicit: settings that the protocol states for that method.
+      values: values of settings, by group and name.
+      facts: facts of a learner other than the protocol's own, whose defaults may depend on the number of
+        meta-steps; None for the protocol's own.
+      flat: settings by bare name, the argument of `facts.defaults`.
+      explicit: settings that the protocol sets for that learner, which its defaults do not replace.
     """
 
     preset: str | None
@@ -315,7 +324,8 @@ def base_of(chosen: Chosen) -> Base:
     """Return the protocol that a run starts from.
 
     Raises:
-      ArgumentError: an unknown name; a protocol of other tasks; a learner that learns no such tasks.
+      ArgumentError: a name is unknown, the protocol is for other tasks, or the learner does not learn
+        tasks of this kind.
     """
     if chosen.start is not None:
         return _from_config(chosen.start, chosen)
@@ -325,10 +335,10 @@ def base_of(chosen: Chosen) -> Base:
     )
     names.lookup("preset", preset, PRESETS)
     if tasks is not None and chosen.preset is not None:
-        made_for = _tasks_of_preset(preset)
-        if key_of(tasks) != key_of(made_for):
+        preset_tasks = _tasks_of_preset(preset)
+        if key_of(tasks) != key_of(preset_tasks):
             raise ArgumentError(
-                "tasks", f"got {tasks}, but preset {preset} is for {made_for}; leave one of them out"
+                "tasks", f"got {tasks}, but preset {preset} is for {preset_tasks}; leave one of them out"
             )
     base = _of_preset(preset, tasks)
     if chosen.learner is not None and chosen.learner != base.learner:
@@ -344,7 +354,7 @@ def _tasks_of_preset(preset: str) -> str:
 
 
 def _of_preset(preset: str, tasks: str | None = None) -> Base:
-    """Return a preset as it is, or with the path that tasks of its kind were given."""
+    """Return a preset, with the path of `tasks` in place of its placeholder."""
     spec = dict(PRESETS[preset])
     spec.pop("description")
     if (parent := spec.pop("base", None)) is not None:
@@ -360,8 +370,7 @@ def _of_preset(preset: str, tasks: str | None = None) -> Base:
         return base._replace(preset=preset, explicit=base.explicit | set(spec))
     learner, network = spec.pop("learner", "maml"), spec.pop("network")
     source = spec.pop("tasks")
-    found = find_names(learner, network, tasks or source)
-    groups = found.groups()
+    groups = find_names(learner, network, tasks or source).groups()
     values = {group: schema.defaults_of(groups[group]) for group in GROUPS}
     base = Base(None if is_own(tasks or source) else preset, learner, network, tasks or source, values)
     for name, value in spec.items():
@@ -371,7 +380,7 @@ def _of_preset(preset: str, tasks: str | None = None) -> Base:
 
 
 def _fill_training_shape(base: Base, spec: Mapping[str, Any]) -> None:
-    """Give training the shape of test tasks where a protocol states none."""
+    """Set the shape of training tasks to that of test tasks where a protocol does not set it."""
     for name in OF_TRAINING:
         if name in base.values["tasks"] and f"train_{name}" not in spec:
             factor = base.names().facts.train_shots if name == "shots" else 1
@@ -379,13 +388,13 @@ def _fill_training_shape(base: Base, spec: Mapping[str, Any]) -> None:
 
 
 def _assign(base: Base, name: str, value: Any) -> None:
-    """Set a value in the group before the name's dot, or in the first one that has such a setting."""
+    """Set a value in the group named before the dot, or in the first group of `_ORDER` with this setting."""
     groups = base.names().groups()
     group, dot, of_group = name.partition(".")
     if dot:
         base.values[group][of_group] = value
         return
-    # Tasks of one's own start from a protocol that was made for others, which knows of their shape alone.
+    # User-defined tasks start from another source's protocol; only the shape of its tasks applies to them.
     own = is_own(base.tasks)
     for group in _ORDER:
         if own and group == "tasks" and name.removeprefix("train_") not in OF_TRAINING:
@@ -394,17 +403,17 @@ def _assign(base: Base, name: str, value: Any) -> None:
             base.values[group][name] = value
             return
     if not own:
-        raise ArgumentError(name, f"no group of a run of {base.learner} on {base.tasks} has such a setting")
+        raise ArgumentError(name, f"a run of {base.learner} on {base.tasks} does not have this setting")
 
 
 def _flat(base: Base) -> dict[str, Any]:
     """Return the settings of a protocol by their bare names, for a method's own defaults."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for group in reversed(_ORDER):
-        found |= base.values[group]
+        settings |= base.values[group]
     facts = base.names().facts
     return {
-        **found,
+        **settings,
         "learner": base.learner,
         "network": base.network,
         "tasks": base.tasks,
@@ -415,50 +424,51 @@ def _flat(base: Base) -> dict[str, Any]:
 
 
 def kind_of(source: Source) -> str:
+    """Return the kind of a source's tasks: "classification" where they have ways, else "regression"."""
     return (
         "classification" if "ways" in schema.settings_of(source.function, SUPPLIED_TO_TASKS) else "regression"
     )
 
 
 def _with_learner(base: Base, learner: str) -> Base:
-    """Return the protocol with another learner: without settings of the old one, and with its own."""
+    """Return the protocol with another learner, its settings in place of the old learner's."""
     factory = names.find("learner", learner, names.LEARNERS)
     facts, kind = facts_of(factory), kind_of(base.names().source)
     if kind not in facts.kinds:
         raise ArgumentError(
-            "learner", f"{learner} learns {' and '.join(facts.kinds)}, and {base.tasks} tasks are {kind}"
+            "learner", f"{learner} learns {' and '.join(facts.kinds)}, but {base.tasks} tasks are {kind}"
         )
     flat, before = _flat(base), base.names()
     own = facts.defaults(flat)
     network = own.get("network", base.network)
-    found = base._replace(learner=learner, network=network, facts=facts, flat=flat, values={})
-    groups = found.names().groups()
+    changed = base._replace(learner=learner, network=network, facts=facts, flat=flat, values={})
+    groups = changed.names().groups()
     for group in ("tasks", "training", "run", "network"):
         kept = {} if group == "network" and network != base.network else base.values[group]
         values = schema.defaults_of(groups[group])
-        found.values[group] = values | {name: kept[name] for name in kept if name in groups[group]}
+        changed.values[group] = values | {name: kept[name] for name in kept if name in groups[group]}
     values = schema.defaults_of(groups["learner"])
     if _forwards_to(factory, before.learner):
         theirs = base.values["learner"]
         values |= {name: theirs[name] for name in theirs if name in groups["learner"]}
-    found.values["learner"] = values
+    changed.values["learner"] = values
     if facts.outer != before.facts.outer:
-        found.values["training"]["outer_optimizer"] = facts.outer
-    if "train_shots" in found.values["tasks"]:
+        changed.values["training"]["outer_optimizer"] = facts.outer
+    if "train_shots" in changed.values["tasks"]:
         shots = base.values["tasks"]["train_shots"] * facts.train_shots // before.facts.train_shots
-        found.values["tasks"]["train_shots"] = shots
-    if found.values["training"]["norm"] not in facts.rows.values():
-        found.values["training"]["norm"] = next(iter(facts.rows.values()))
+        changed.values["tasks"]["train_shots"] = shots
+    if changed.values["training"]["norm"] not in facts.rows.values():
+        changed.values["training"]["norm"] = next(iter(facts.rows.values()))
     for name, value in own.items():
         if any(name in groups[group] for group in GROUPS):
-            _assign(found, name, value)
+            _assign(changed, name, value)
         elif name not in _SOMETIMES:
-            raise ArgumentError("training", f"got {name!r}, which is no setting of a run of {learner}")
-    return found
+            raise ArgumentError("training", f"got {name!r}; a run of {learner} does not have this setting")
+    return changed
 
 
 def _forwards_to(factory: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Return whether one of two factories hands its settings on to the other, or both to one."""
+    """Return whether two factories forward to the same factory, or one to the other."""
 
     def root(each: Callable[..., Any]) -> Callable[..., Any]:
         parent = parent_of(each)
@@ -468,46 +478,53 @@ def _forwards_to(factory: Callable[..., Any], other: Callable[..., Any]) -> bool
 
 
 def _with_network(base: Base, network: str) -> Base:
-    found = base._replace(network=network, values={**base.values})
-    groups = found.names().groups()
+    changed = base._replace(network=network, values={**base.values})
+    groups = changed.names().groups()
     values, before = schema.defaults_of(groups["network"]), base.values["network"]
     if names.NETWORKS.get(network) is names.NETWORKS.get(base.network, ()):
         values |= before
-    found.values["network"] = values
-    return found
+    changed.values["network"] = values
+    return changed
 
 
-def resolve(base: Base, given: Mapping[str, Mapping[str, Any]]) -> Config:
+def resolve(base: Base, overrides: Mapping[str, Mapping[str, Any]]) -> Config:
     """Return the configuration of a protocol with flags in the place of its values.
 
-    `ways`, `shots` (times what the learner trains with) and `queries` go for training too unless `train_…`
-    is given.
+    `ways`, `shots` (times the learner's `train_shots`) and `queries` apply to training as well unless
+    `train_…` is given.
+
+    Args:
+      base: protocol.
+      overrides: values of flags, by group and name.
+
+    Returns:
+      The configuration.
 
     Raises:
-      ArgumentError: values that do not go together.
+      ArgumentError: values are invalid, or incompatible.
     """
-    found = {group: dict(values) for group, values in base.values.items()}
+    resolved = {group: dict(values) for group, values in base.values.items()}
     facts = base.names().facts
-    training = given.get("training", {})
+    training = overrides.get("training", {})
     if base.facts is not None:
-        steps = training.get("steps", found["training"]["steps"])
+        steps = training.get("steps", resolved["training"]["steps"])
         for name, value in base.facts.defaults({**base.flat, "steps": steps}).items():
-            if name in found["learner"] and name not in base.explicit:
-                found["learner"][name] = value
-    tasks = given.get("tasks", {})
+            if name in resolved["learner"] and name not in base.explicit:
+                resolved["learner"][name] = value
+    tasks = overrides.get("tasks", {})
     for name in OF_TRAINING:
-        if name in tasks and f"train_{name}" in found["tasks"]:
+        if name in tasks and f"train_{name}" in resolved["tasks"]:
             factor = facts.train_shots if name == "shots" else 1
-            found["tasks"][f"train_{name}"] = tasks[name] * factor
-    for group, values in given.items():
-        found[group] |= values
+            resolved["tasks"][f"train_{name}"] = tasks[name] * factor
+    for group, values in overrides.items():
+        resolved[group] |= values
     config = Config(
         base.preset,
-        {"name": base.learner, **found["learner"]},
-        {"name": base.network, **found["network"]},
-        {"name": base.tasks, **found["tasks"]},
-        Training(**found["training"]),
-        Run(**found["run"]),
+        {"name": base.learner, **resolved["learner"]},
+        {"name": base.network, **resolved["network"]},
+        {"name": base.tasks, **resolved["tasks"]},
+        Training(**resolved["training"]),
+        Run(**resolved["run"]),
         {name: names.file_hash(name) for name in _own(base.learner, base.network, base.tasks)},
     )
     check(config)
@@ -515,24 +532,27 @@ def resolve(base: Base, given: Mapping[str, Mapping[str, Any]]) -> Config:
 
 
 def _own(learner: str, network: str, tasks: str) -> list[str]:
-    """Return those of three names that are `module:name` of code that is not ours."""
+    """Return the names that are `module:name` of user-defined code."""
     own = [name for name in (learner, network) if names.is_own(name)]
     return own + ([tasks] if is_own(tasks) else [])
 
 
 def on_other_tasks(config: Config, tasks: str) -> Config:
-    """Return the configuration of a run with other tasks to be evaluated on, of the same shape.
+    """Return the configuration of a run with other test tasks, of the same shape.
 
     Raises:
-      ArgumentError: there are none of that name, or they are of another kind.
+      ArgumentError: no tasks have this name, or they are of another kind.
     """
     kinds = [kind_of(source_of(name)) for name in (tasks, config.tasks["name"])]
     if kinds[0] != kinds[1]:
-        raise ArgumentError("tasks", f"{tasks} is {kinds[0]}, and the run was trained for {kinds[1]}")
+        raise ArgumentError(
+            "tasks",
+            f"{tasks} is {kinds[0]}, but the run was trained for {kinds[1]}; choose tasks of that kind",
+        )
     base = base_of(Chosen(config.learner["name"], tasks=tasks))
     shape = [*OF_TRAINING, *(f"train_{name}" for name in OF_TRAINING)]
     kept = {name: config.tasks[name] for name in shape if name in config.tasks}
-    # Images are read as the run's were, where their source can.
+    # Images get the size and channels of the run's, where their source has these settings.
     kept |= {name: config.images[name] for name in ("size", "channels")} if config.images else {}
     values = base.values["tasks"] | {name: kept[name] for name in kept if name in base.values["tasks"]}
     data = dataclasses.replace(config.run, data=None)
@@ -540,18 +560,18 @@ def on_other_tasks(config: Config, tasks: str) -> Config:
 
 
 def check(config: Config) -> None:
-    """Refuse settings that do not go together, and values that no group can check by itself.
+    """Check the settings that depend on other groups.
 
     Raises:
-      ArgumentError: there are some.
+      ArgumentError: settings are incompatible.
     """
-    found = config.names()
-    facts, kind = found.facts, kind_of(found.source)
+    objects = config.names()
+    facts, kind = objects.facts, kind_of(objects.source)
     learner = config.learner["name"]
     if kind not in facts.kinds:
         raise ArgumentError(
             "learner",
-            f"{learner} learns {' and '.join(facts.kinds)}, and {config.tasks['name']} tasks are {kind}",
+            f"{learner} learns {' and '.join(facts.kinds)}, but {config.tasks['name']} tasks are {kind}",
         )
     network = config.network["name"]
     if facts.networks is not None and network in names.NETWORKS and network not in facts.networks:
@@ -565,18 +585,23 @@ def check(config: Config) -> None:
             "norm", f"got {config.training.norm}; {learner} has {', '.join(facts.rows.values())}"
         )
     if kind == "regression" and config.training.norm not in ("batch", *_CHOOSES_NONE):
-        raise ArgumentError("norm", f"got {config.training.norm}; networks of regression normalise nothing")
+        raise ArgumentError(
+            "norm", f"got {config.training.norm}; networks of regression have no normalisation, leave it out"
+        )
     if config.training.diagnose and config.learner.get("order") == "first":
         raise ArgumentError(
-            "diagnose", "it compares with first order, and --order is first; take another order"
+            "diagnose",
+            "compares with the first-order meta-gradient, but --order is first already; choose another order",
         )
     if config.tasks.get("strings") is not None and config.tasks.get("sequence") is None:
-        raise ArgumentError("strings", "they are labels of sequences; add --sequence T")
+        raise ArgumentError("strings", "needs tasks as sequences; add --sequence T")
     if config.run.workers and not config.tasks.get("stream"):
-        raise ArgumentError("workers", "processes read a stream; add --stream")
+        raise ArgumentError("workers", "only a stream is read by processes; add --stream")
     for name in ("shots", "train_shots"):
         if config.tasks.get(name) == 0 and not facts.zero_shot:
-            raise ArgumentError(name, f"got 0, and {learner} learns from support examples; at least 1")
+            raise ArgumentError(
+                name, f"got 0, but {learner} learns from support examples; it must be at least 1"
+            )
     if config.tasks.get("train_ways") is not None:
         check_count(
             "train_ways" if config.tasks["ways"] != config.tasks["train_ways"] else "ways",
@@ -585,7 +610,7 @@ def check(config: Config) -> None:
     if facts.head and config.tasks.get("ways") != config.tasks.get("train_ways"):
         raise ArgumentError(
             "ways",
-            f"got {config.tasks.get('ways')}, and {learner}'s network has one output for each of "
+            f"got {config.tasks.get('ways')}, but {learner}'s network has one output for each of the "
             f"{config.tasks.get('train_ways')} training ways; both must be equal",
         )
 
@@ -594,7 +619,7 @@ def check(config: Config) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is one of `train`, whole or not."""
+    """Return whether a folder is a run of `train`, finished or not."""
     if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
         return (folder / "checkpoints").is_dir()
     values = read_json(folder / "config.json")
@@ -610,32 +635,35 @@ def load_config(folder: Path, trusted: Iterable[str] = ()) -> Config:
     """Return the configuration of the run in a folder.
 
     Args:
-      folder: of a run.
-      trusted: `module:name`s that the user named, and that may be imported: a folder that someone sent must
-        not bring code to be run.
+      folder: folder of a run.
+      trusted: each `module:name` that the user has named, whose code may be imported. A folder from someone
+        else must not run code by itself.
+
+    Returns:
+      The configuration.
 
     Raises:
-      FileNotFoundError: there is no run.
-      ValueError: its config.json cannot be read, is of another form, or names code that is not trusted.
+      FileNotFoundError: the folder has no config.json.
+      ValueError: config.json cannot be read, has another format, or names code that is not trusted.
     """
     path = folder / "config.json"
     if not path.is_file():
         if holds_checkpoints(folder):
             raise FileNotFoundError(
                 f"{folder} holds parameters and metrics, as jm.train(run_dir=…) writes them, but no "
-                "config.json, in which `jaxmeta train` keeps learner, network and tasks. In Python, "
+                "config.json, in which `jaxmeta train` stores learner, network and tasks. In Python, "
                 "jm.load_run(folder, learner=learner) loads them; on the command line, `jaxmeta evaluate "
                 "FOLDER --learner NAME --tasks NAME` evaluates them, and `jaxmeta plot FOLDER` draws metrics"
             )
-        raise FileNotFoundError(f"{folder} is no run: there is no {path}")
+        raise FileNotFoundError(f"{folder} is not a run folder: {path} does not exist")
     return from_json(read_json(path), path, trusted)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file of a run holds.
+    """Return the content of a JSON file of a run.
 
     Raises:
-      ValueError: it holds no JSON.
+      ValueError: the file is not valid JSON.
     """
     try:
         return parsed_json(path.read_text(encoding="utf-8"))
@@ -644,21 +672,21 @@ def read_json(path: Path) -> Any:
 
 
 def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
-    """Return the configuration that JSON holds (see `load_config`)."""
+    """Return the configuration in parsed JSON (see `load_config`)."""
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no configuration")
+        raise ValueError(f"{path} is damaged: it must be an object of settings")
     if values.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is of an older form than this version of jaxmeta reads (form {values.get('format', 1)}, "
-            f"and it reads {FORMAT}); train again, or use the version that wrote it "
+            f"{path} has format {values.get('format', 1)}, but this version of jaxmeta reads "
+            f"format {FORMAT}; train again, or use the version that wrote it "
             f"(jaxmeta {values.get('jaxmeta', 'unknown')})"
         )
     try:
         chosen = {group: values[group]["name"] for group in ("learner", "network", "tasks")}
         hashes = dict(values["own"])
         if not all(isinstance(each, str) for pair in (*chosen.items(), *hashes.items()) for each in pair):
-            raise TypeError("a name that is no text")
-        # By the names alone: what the file says of itself is not to be trusted.
+            raise TypeError("names must be text")
+        # The names alone decide which code is user-defined: the file's own list is not to be trusted.
         own = {name: str(hashes.get(name, "")) for name in _own(**chosen)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
@@ -666,19 +694,19 @@ def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
         if name in own and name not in set(trusted):
             raise ArgumentError(
                 kind,
-                f"the run in {path.parent} was trained with {name}, which is code that jaxmeta does not "
-                f"bring; to allow its import, name it"
+                f"the run in {path.parent} was trained with {name}, which is code outside of jaxmeta; to "
+                f"allow its import, name it"
                 + (" as LEARNER of train, elsewhere by" if kind == "learner" else ":")
                 + f" --{kind} {name}",
             )
-    found = find_names(**chosen)
+    objects = find_names(**chosen)
     for name, before in own.items():
         if name in chosen.values() and names.file_hash(name) != before:
-            warnings.warn(f"{name} is no longer the code that {path.parent} was trained with", stacklevel=2)
+            warnings.warn(f"the code of {name} has changed since {path.parent} was trained", stacklevel=2)
     try:
         groups = {
             group: schema.checked(group, {k: v for k, v in values[group].items() if k != "name"}, settings)
-            for group, settings in found.stored_groups().items()
+            for group, settings in objects.stored_groups().items()
         }
         config = Config(
             values["preset"],
@@ -696,7 +724,9 @@ def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, or of another version of jaxmeta: {error}") from None
+        raise ValueError(
+            f"{path} is damaged, or was written by another version of jaxmeta: {error}"
+        ) from None
     return config
 
 
@@ -706,7 +736,7 @@ def _from_config(start: Config, chosen: Chosen) -> Base:
     base = Base(start.preset, start.learner["name"], start.network["name"], start.tasks["name"], values)
     if chosen.tasks is not None and chosen.tasks != base.tasks:
         raise ArgumentError(
-            "tasks", f"got {chosen.tasks}, and the configuration is for {base.tasks}; leave one of them out"
+            "tasks", f"got {chosen.tasks}, but the configuration is for {base.tasks}; leave one of them out"
         )
     if chosen.learner is not None and chosen.learner != base.learner:
         base = _with_learner(base, chosen.learner)

@@ -1,4 +1,4 @@
-"""What a run keeps of its data, to know them again and to read other images alike."""
+"""The images of a run: their specification, and checks that the data are still the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,13 @@ from jaxmeta.training.sharding import sample_of
 
 
 class ImageSpec(NamedTuple):
-    """What images a run was trained on.
+    """Specification of the images that a run was trained on.
 
     Attributes:
       size: side in pixels.
-      channels: 1 or 3.
-      mean: of all pixels, in [0, 1].
-      ink: whether they are strokes, light on dark.
+      channels: number of channels, 1 or 3.
+      mean: mean of all pixels, in [0, 1].
+      ink: True where they are strokes, light on dark.
     """
 
     size: int
@@ -33,7 +33,7 @@ class ImageSpec(NamedTuple):
 
 
 def image_spec(tasks: TaskDistribution | TaskStream, ink: bool) -> ImageSpec | None:
-    """Return what images tasks are of; None where they are of something else."""
+    """Return the specification of the images of tasks; None for tasks of other data."""
     shape = _shape(tasks)
     if len(shape) != 4 or shape[-1] not in (1, 3):
         return None
@@ -45,10 +45,10 @@ def image_spec(tasks: TaskDistribution | TaskStream, ink: bool) -> ImageSpec | N
 
 
 def images_of(config: Config) -> ImageSpec | None:
-    """Return what images a stored run was trained on.
+    """Return the specification of the images that a stored run was trained on; None for other data.
 
     Raises:
-      ValueError: its configuration says something else of them.
+      ValueError: the entry `images` of its configuration is damaged.
     """
     if config.images is None:
         return None
@@ -60,9 +60,9 @@ def images_of(config: Config) -> ImageSpec | None:
 
 
 def with_image_settings(config: Config, images: ImageSpec | None) -> Config:
-    """Return the configuration with the size and channels that one's own images turned out to have.
+    """Return the configuration with the size and channels that were read from the user's images.
 
-    Kept with the run, they hold when images of another kind join the folder.
+    They are stored with the run, so that images added to the folder later do not change them.
     """
     if images is None:
         return config
@@ -72,11 +72,11 @@ def with_image_settings(config: Config, images: ImageSpec | None) -> Config:
 
 
 def check_data(config: Config, tasks: TaskDistribution | TaskStream, folder: Path) -> None:
-    """Refuse data that are no longer those that the run in `folder` was trained on.
+    """Check that the data are still the data that the run in `folder` was trained on.
 
     Raises:
-      ArgumentError: the classes are shared out otherwise, so that a class to test on may be one that was
-        trained on; or the images have another shape.
+      ArgumentError: the classes are split differently, so that a test class may have been trained on; or the
+        images have another shape.
     """
     name = config.tasks["name"]
     check_images(config, tasks, folder, name)
@@ -84,16 +84,17 @@ def check_data(config: Config, tasks: TaskDistribution | TaskStream, folder: Pat
     if config.split_hash != now:
         raise ArgumentError(
             "tasks",
-            f"the classes of {name}, or how they are split, are no longer those that the run in {folder} was "
-            f"trained on (split {str(config.split_hash)[:8]} then, {str(now)[:8]} now)",
+            f"the classes of {name}, or their split, have changed since the run in {folder} was trained "
+            f"(split {str(config.split_hash)[:8]} then, {str(now)[:8]} now); restore them, or "
+            "train a new run",
         )
 
 
 def check_images(config: Config, tasks: TaskDistribution | TaskStream, folder: Path, name: str) -> None:
-    """Refuse images of another shape than those that the run in `folder` was trained on.
+    """Check that images have the shape that the run in `folder` was trained on.
 
     Raises:
-      ArgumentError: they have another.
+      ArgumentError: they have another shape.
     """
     images = images_of(config)
     if images is None:
@@ -103,8 +104,7 @@ def check_images(config: Config, tasks: TaskDistribution | TaskStream, folder: P
     if shape != before:
         raise ArgumentError(
             "tasks",
-            f"the images of {name} have shape {shape}, and those that the run in {folder} was trained "
-            f"on {before}",
+            f"the images of {name} have shape {shape}, but the run in {folder} was trained on shape {before}",
         )
 
 
@@ -113,7 +113,7 @@ def _shape(tasks: TaskDistribution | TaskStream) -> tuple[int, ...]:
     return jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape
 
 
-# The sampler, and with it the data, is an argument: closed over, it would be compiled in as a constant.
+# The sampler, and with it the data, is an argument: in a closure it would be compiled in as a constant.
 @jax.jit
 def _mean(sample: Callable[[Key], Task], keys: Array) -> Any:
     return jax.vmap(lambda key: sample(key).support.x.mean())(keys).mean()

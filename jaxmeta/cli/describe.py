@@ -1,4 +1,4 @@
-"""Lists of presets, tasks, learners and networks, and descriptions of one."""
+"""Lists and descriptions of presets, tasks, learners and networks."""
 
 import inspect
 import textwrap
@@ -26,10 +26,12 @@ def presets(name: str | None = None) -> None:
     """List the protocols, or describe one.
 
     Args:
-      name: of a preset.
+      name: name of a preset.
     """
     if name is None:
-        print_table((each, _of(each), preset["description"]) for each, preset in PRESETS.items())
+        print_table(
+            (each, _learner_on_tasks(each), preset["description"]) for each, preset in PRESETS.items()
+        )
         return
     preset = names.lookup("name", name, PRESETS)
     kind, colon, _ = preset.get("tasks", "").partition(":")
@@ -54,10 +56,10 @@ def presets(name: str | None = None) -> None:
 
 
 def tasks(name: str | None = None) -> None:
-    """List where tasks may come from, or describe one source.
+    """List the sources of tasks, or describe one.
 
     Args:
-      name: of a source, or module:name of your own.
+      name: name of a source, or module:name of your own.
     """
     if name is None:
         print_table((key, source.description) for key, source in sources.TASKS.items())
@@ -72,7 +74,7 @@ def learners(name: str | None = None) -> None:
     """List the methods, or describe one.
 
     Args:
-      name: of a method, or module:name of your own.
+      name: name of a method, or module:name of your own.
     """
     if name is None:
         print_table(
@@ -90,7 +92,7 @@ def networks(name: str | None = None) -> None:
     """List the networks, or describe one.
 
     Args:
-      name: of a network, or module:name of your own.
+      name: name of a network, or module:name of your own.
     """
     if name is None:
         print_table(
@@ -104,20 +106,20 @@ def networks(name: str | None = None) -> None:
 
 
 def _variant(network: Callable[..., Any]) -> str:
-    """Return what a variant of a network is built with."""
+    """Return the fixed settings of a variant of a network."""
     keywords = getattr(network, "keywords", {})
-    shown = ", ".join(f"{name} {schema.shown_value(value)}".split("(")[0] for name, value in keywords.items())
-    return f": {shown}" if shown else ""
+    text = ", ".join(f"{name} {schema.shown_value(value)}".split("(")[0] for name, value in keywords.items())
+    return f": {text}" if text else ""
 
 
-def _of(preset: str) -> str:
-    """Return learner and tasks of a preset."""
+def _learner_on_tasks(preset: str) -> str:
+    """Return learner and tasks of a preset, which may come from its base."""
     spec: Mapping[str, Any] = PRESETS[preset]
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     while True:
-        found = {**spec, **found}
+        merged = {**spec, **merged}
         if "base" not in spec:
-            return f"{found.get('learner', 'maml')} on {found['tasks']}"
+            return f"{merged.get('learner', 'maml')} on {merged['tasks']}"
         spec = PRESETS[spec["base"]]
 
 
@@ -127,7 +129,7 @@ def _family(factory: Callable[..., Any]) -> str:
 
 
 def _describe(function: Callable[..., Any], supplied: tuple[str, ...]) -> None:
-    """Print the settings of a function, each with its whole description."""
+    """Print the settings of a function with their descriptions."""
     settings = schema.settings_of(function, supplied)
     if not settings:
         print("It has no settings.")

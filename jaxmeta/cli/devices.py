@@ -1,4 +1,4 @@
-"""Devices and processes of a command, and what its report says of them."""
+"""Devices and processes of a command, and their description in its report."""
 
 import contextlib
 import math
@@ -19,24 +19,29 @@ from jaxmeta.training.sharding import AXES, more_cpus, num_shards, parse_axes, t
 if TYPE_CHECKING:
     from jaxmeta.cli.run import Invocation
 
-# More devices than anyone has: so many threads a CPU could not be given.
+# Upper limit of a number of devices: a CPU cannot be given as many threads.
 _MOST = 2**12
 
 
 def connect(invocation: "Invocation") -> None:
-    """Join the other processes of the run, if the flags speak of any.
+    """Join the other processes of the run, if the flags name any.
 
     Raises:
-      ArgumentError: flags that do not go together, or no cluster.
+      ArgumentError: flags are incompatible, or no cluster was found.
     """
     names = ("coordinator", "processes", "process")
     given = [name for name in names if getattr(invocation, name) is not None]
     if not given and not invocation.distributed:
         return
     if given and invocation.distributed:
-        raise ArgumentError("distributed", f"asks the cluster what --{given[0]} says; leave one out")
+        raise ArgumentError(
+            "distributed", f"takes from the cluster what --{given[0]} sets; leave one of them out"
+        )
     if invocation.out is None:
-        raise ArgumentError("out", "several processes need one folder, which all of them see; add --out DIR")
+        raise ArgumentError(
+            "out",
+            "is missing; several processes need one folder that all of them can write to; add --out DIR",
+        )
     try:
         hosts.connect(*(getattr(invocation, name) for name in names))
     except ArgumentError:
@@ -48,49 +53,58 @@ def connect(invocation: "Invocation") -> None:
 def mesh_of(
     devices: int | None, mesh: str | None, meta_batch: int | None, processes: int | None = None
 ) -> Mesh:
-    """Return the devices to use: those asked for, else as many as share the tasks evenly.
+    """Return the mesh of the devices to use, by default as many as share the tasks evenly.
 
-    On CPUs the cores serve as devices, if JAX has not started yet and nobody set their number.
+    On CPUs each core becomes a device, if JAX has not started yet and XLA_FLAGS does not set their number.
 
     Args:
-      devices: their number.
-      mesh: how they share the work, such as "tasks=4,params=2".
-      meta_batch: tasks to share; None for an evaluation's, which all devices can.
-      processes: how many there are, as far as that is known before JAX has started.
+      devices: number of devices; None for the default.
+      mesh: axes of the mesh, such as "tasks=4,params=2"; None for tasks alone.
+      meta_batch: number of tasks to share; None for an evaluation, which any number can share.
+      processes: number of processes; None where it is unknown before JAX starts.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      ArgumentError: there are fewer devices, or the tasks are not divisible among them.
     """
     if mesh is not None and devices is not None:
-        raise ArgumentError("mesh", f"{mesh} says how many devices there are; leave out --devices")
+        raise ArgumentError("mesh", f"got {mesh}, which sets the number of devices; leave out --devices")
     if devices is not None:
         check_count("devices", devices, 1, _MOST)
     connected = jax.distributed.is_initialized()
     if devices is not None and connected:
-        raise ArgumentError("devices", "is of one process; with several say --mesh tasks=N, of all devices")
-    with _of_mesh():
+        raise ArgumentError(
+            "devices",
+            "applies to a single process; with several give --mesh tasks=N, N the number of all devices",
+        )
+    with _renamed_to_mesh():
         sizes = None if mesh is None else parse_axes(mesh)
         wanted = devices if sizes is None else math.prod(sizes.values())
         if wanted is not None and wanted > _MOST:
             raise ArgumentError(
-                "mesh", f"{mesh}: these are {wanted:,} devices; at most {_MOST:,} are possible"
+                "mesh", f"got {mesh}, which is {wanted:,} devices; it must be at most {_MOST:,}"
             )
         _make_devices_of_cores(wanted, meta_batch, processes or 1)
         if sizes is not None:
             tasks, examples, params = (sizes.get(axis, 1) for axis in AXES)
-            found = make_mesh(tasks=tasks, examples=examples, params=params)
-            # What the learner cannot do it says itself.
-            return found if meta_batch is None else task_mesh(meta_batch, found, divisible=True)
+            requested = make_mesh(tasks=tasks, examples=examples, params=params)
+            # Axes that the learner does not support raise where it is built.
+            return requested if meta_batch is None else task_mesh(meta_batch, requested, divisible=True)
     if connected:
         return task_mesh(jax.device_count() if meta_batch is None else meta_batch)
     local = jax.local_devices()
     if wanted is not None and wanted > len(local):
         more = more_cpus(wanted, local) or f" ({local[0].platform})"
-        raise ArgumentError("devices", f"got {wanted}, and there are {len(local)}{more}")
+        raise ArgumentError("devices", f"got {wanted}; there are {len(local)}{more}")
     count = wanted or _sharing(meta_batch, len(local))
     return make_mesh(tasks=count, devices=local)
 
 
 @contextlib.contextmanager
-def _of_mesh() -> Iterator[None]:
-    """Say of the mesh what is wrong with devices and axes."""
+def _renamed_to_mesh() -> Iterator[None]:
+    """Name `mesh` as the argument of errors about devices and axes."""
     try:
         yield
     except ArgumentError as error:
@@ -100,7 +114,7 @@ def _of_mesh() -> Iterator[None]:
 
 
 def described(mesh: Mesh) -> str:
-    """Return the devices in words."""
+    """Return the devices of a mesh in words."""
     axes = {name: size for name, size in mesh.shape.items() if size > 1}
     shares = f" ({', '.join(f'{name}={size}' for name, size in axes.items())})" if axes else ""
     processes = f" of {jax.process_count()} processes" if hosts.are_many() else ""
@@ -108,7 +122,7 @@ def described(mesh: Mesh) -> str:
 
 
 def machine(mesh: Mesh) -> dict[str, Any]:
-    """Return what a report says of the devices, and of the versions of what ran on them."""
+    """Return the entries of a report about devices and versions."""
     first = mesh.devices.flat[0]
     axes = {name: size for name, size in mesh.shape.items() if size > 1}
     return {
@@ -126,7 +140,7 @@ def machine(mesh: Mesh) -> dict[str, Any]:
 
 
 def peak_memory(mesh: Mesh) -> dict[str, Any]:
-    """Return the most memory in use so far: of this process's fullest accelerator, or of itself on CPUs."""
+    """Return the peak memory in bytes, of this process's fullest accelerator, or of the process on CPUs."""
     if mesh.devices.flat[0].platform != "cpu":
         own = mesh.local_devices
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in own]

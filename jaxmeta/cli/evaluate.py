@@ -1,4 +1,4 @@
-"""Evaluate pretrained features on episodes, by nearest prototypes."""
+"""Evaluation of pretrained features on episodes, by nearest prototypes."""
 
 import dataclasses
 from pathlib import Path
@@ -23,10 +23,10 @@ from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import Evaluation, evaluate_classes, evaluate_episodes
 from jaxmeta.training.sharding import sample_of
 
-# The method that weights are evaluated by; its settings are not asked for.
+# Method that evaluates weights; its settings have no flags.
 METHOD = "simple_shot"
-# Tasks whose support sets give a network batch statistics that has none.
-_SHOWN = 16
+# Number of support sets from which a network without batch statistics gets them.
+_STATISTICS_TASKS = 16
 
 
 def evaluate_weights(
@@ -40,19 +40,22 @@ def evaluate_weights(
 ) -> dict[str, Any]:
     """Evaluate the features of a source on test tasks, and print the result.
 
-    A query belongs to the class whose mean feature is nearest to its own, all of length one; nothing is
-    trained.
+    A query is assigned to the class whose mean feature is nearest to its own, with features normalised to
+    length 1. Nothing is trained.
 
     Args:
-      source: a transfer, or a file or folder of weights.
-      config: whose tasks, episodes, seed and devices count.
-      network: of weights that do not say which network they are of.
-      json: also write the result here.
-      per_class: whether accuracy and confusions of each class are among the result.
-      confusion: also draw the confusions here.
+      source: transfer, or file or folder of weights.
+      config: configuration of tasks, episodes, seed and devices.
+      network: name of the network of weights that do not name it.
+      json: file to write the result to.
+      per_class: whether the result has accuracy and confusions of each class.
+      confusion: PNG file to draw the confusion matrix to.
+
+    Returns:
+      The result, as in report.json.
 
     Raises:
-      ArgumentError: tasks of something else than images; a source that takes no such images.
+      ArgumentError: the tasks have no images, or the source does not take such images.
     """
     target, picture = folders.output_file("json", json), folders.output_file("confusion", confusion)
     backbone = load_backbone(source, network=network)
@@ -61,23 +64,23 @@ def evaluate_weights(
     test = sources.tasks_of(config, "test", key)
     images = image_spec(test, config.names().source.ink)
     if images is None:
-        raise ArgumentError("tasks", f"{config.tasks['name']} are no images")
+        raise ArgumentError("tasks", f"{config.tasks['name']} has no images; give tasks of images")
     by_class = per_class or picture is not None
     if by_class:
         per_class_report.check_named(test, "per_class" if per_class else "confusion")
     shape = (images.size, images.size, images.channels)
     input = backbone.input(shape, lambda channels: images.mean, images.ink)
-    shown = jax.vmap(lambda key: sample_of(test)(key).support.x)(jax.random.split(key, _SHOWN))
-    learner, params = by_prototypes(backbone, input, np.asarray(shown).reshape(-1, *shape))
+    supports = jax.vmap(lambda key: sample_of(test)(key).support.x)(jax.random.split(key, _STATISTICS_TASKS))
+    learner, params = by_prototypes(backbone, input, np.asarray(supports).reshape(-1, *shape))
     episodes = config.run.episodes
     drawn: dict[str, Any] = {"episodes": episodes, "key": key, "devices": mesh}
     classes = {"inductive": evaluate_classes(learner, params, test, **drawn)} if by_class else {}
     values = classes["inductive"].scores if by_class else evaluate_episodes(learner, params, test, **drawn)
-    found = Evaluation.of(values)
+    evaluation = Evaluation.of(values)
     normalises = STATISTICS in params["model"]
     norm = "population" if normalises else "none"
     card = card_of(test)
-    accuracy = {"inductive": {"mean": found.mean, "ci95": found.ci95, "norm": norm}}
+    accuracy = {"inductive": {"mean": evaluation.mean, "ci95": evaluation.ci95, "norm": norm}}
     result = {
         "source": source,
         "learner": METHOD,
@@ -97,8 +100,8 @@ def evaluate_weights(
     print(f"nearest prototypes of the features of {backbone.about}")
     if normalises:
         own = STATISTICS in (backbone.variables or {})
-        whose = "those of the source" if own else f"of {_SHOWN} support sets: the source has none"
-        print(f"batch statistics: {whose}")
+        origin = "of the source" if own else f"of {_STATISTICS_TASKS} support sets: the source has none"
+        print(f"batch statistics: {origin}")
     print(f"{sentence(card)}; {plural(episodes, 'task')}, seed {config.run.seed}")
     print_results(result, config)
     if target is not None:

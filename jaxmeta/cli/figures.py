@@ -1,4 +1,4 @@
-"""Learning curves of runs, and confusions of classes, drawn as PNG."""
+"""Figures as PNG files: learning curves of runs, and confusion matrices."""
 
 import contextlib
 import unicodedata
@@ -19,20 +19,20 @@ COMPARED = {
     "cosine": "cosine: true, first-order",
     "norm_ratio": "‖true‖ / ‖first-order‖",
 }
-# Classes that a confusion matrix has the numbers of, and the names of.
+# Largest numbers of classes for which a confusion matrix shows counts, and class names.
 _NUMBERED, _NAMED = 20, 30
 _LONGEST_NAME = 24
 _X = {"steps": ("step", "meta-step"), "seconds": ("elapsed_s", "seconds, compiling included")}
 
 
 class Curve(NamedTuple):
-    """A run, as it is drawn.
+    """Learning curve of a run.
 
     Attributes:
-      name: in the legend.
-      rows: of its `metrics.jsonl`.
+      name: name in the legend.
+      rows: rows of the run's `metrics.jsonl`.
       metric: "accuracy" or "mse".
-      test: mean and ci95 of that metric on test tasks, once there.
+      test: mean and ci95 of that metric on test tasks; None before the run has ended.
     """
 
     name: str
@@ -47,26 +47,26 @@ def plot_curve(path: Path, rows: Sequence[dict[str, Any]], metric: str, title: s
 
 
 def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
-    """Draw runs as a PNG, their training loss on the left, then their metric; see `draw_metric`.
+    """Draw the training loss and the metric of runs as a PNG; see `draw_metric`.
 
-    Where runs have compared meta-gradients, cosine and ratio of norms stand to the right.
+    Runs trained with --diagnose add the cosine and the ratio of norms of meta-gradients.
 
     Args:
-      path: of the PNG.
-      curves: all of one metric.
-      x: "steps" or "seconds".
+      path: path of the PNG file.
+      curves: runs, all with the same metric.
+      x: horizontal axis, "steps" or "seconds".
     """
     single = len(curves) == 1
     compared = [name for name in COMPARED if any(name in row for curve in curves for row in curve.rows)]
     with drawing(path, 5.0 * (2 + len(compared)), 4 + 0.25 * -(-len(curves) // 2)) as figure:
         left, right, *more = figure.subplots(1, 2 + len(compared))
         for i, curve in enumerate(curves):
-            _draw_training(left, curve, "loss", x, look(i), _with_test(curve))
+            _draw_training(left, curve, "loss", x, line_style(i), _with_test(curve))
         finish_axes(left, curves[0].metric, _X[x][1], "query loss")
         draw_metric(right, curves, x)
         for axes, name in zip(more, compared, strict=True):
             for i, curve in enumerate(curves):
-                _draw_training(axes, curve, name, x, look(i), _with_test(curve))
+                _draw_training(axes, curve, name, x, line_style(i), _with_test(curve))
             finish_axes(axes, name, _X[x][1], COMPARED[name])
         handles, labels = (right if single else left).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
@@ -77,7 +77,7 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
 def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
     """Draw the metric on validation tasks and, as a diamond, on test tasks, with 95 % intervals.
 
-    Of a single run, and of one with fewer than two validations, draws that on training tasks, too.
+    The metric on training tasks is added for a single run, and for runs with fewer than two validations.
     """
     single, drawn = len(curves) == 1, set()
     test = "transductive test" if curves[0].metric == "accuracy" else "test"
@@ -86,35 +86,35 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
         scale, name = _SCALE.get(curve.metric, 1), f"validation_{curve.metric}"
         validated = [row for row in curve.rows if name in row]
         if single or len(validated) < 2:
-            _draw_training(axes, curve, curve.metric, x, look(i), "training")
+            _draw_training(axes, curve, curve.metric, x, line_style(i), "training")
             drawn.add("plain line: training")
         if validated:
             at = [row[_X[x][0]] for row in validated]
             means = [scale * row[name] for row in validated]
             ci95 = [scale * row[f"{name}_ci95"] for row in validated]
-            style = look(i + single)
+            style = line_style(i + single)
             axes.errorbar(at, means, ci95, **style, **bars, marker="o", label="validation, 95 % CI")
             drawn.add("●: validation")
         if curve.test is not None:
-            # Beyond the curve's end, and clear of the other runs' diamonds.
+            # Beyond the curve's end, and apart from the other runs' diamonds.
             beyond = max((row[_X[x][0]] for row in curve.rows), default=0) * (
                 1.03 + i * min(0.03, 0.15 / len(curves))
             )
             mean, half = scale * curve.test["mean"], scale * curve.test["ci95"]
-            style = {**look(i + 2 * single), "linestyle": ""}
+            style = {**line_style(i + 2 * single), "linestyle": ""}
             axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")
             drawn.add(f"◆: {test} (beyond the last step)")
     finish_axes(
         axes, curves[0].metric, _X[x][1], METRIC_NAMES.get(curves[0].metric, f"query {curves[0].metric}")
     )
     if not single:
-        said = [*sorted(drawn, reverse=True), "bars: 95 % CI"]
-        rows = [said[:-2], said[-2:]] if len(said) > 2 else [said]
+        key = [*sorted(drawn, reverse=True), "bars: 95 % CI"]
+        rows = [key[:-2], key[-2:]] if len(key) > 2 else [key]
         axes.set_title("\n".join("   ".join(row) for row in rows), fontsize="small")
 
 
 def _draw_training(axes: Any, curve: Curve, name: str, x: str, style: dict[str, Any], label: str) -> None:
-    """Draw a metric of training faintly, and its running mean over a twentieth of the run."""
+    """Draw a training metric faintly, and its running mean over a twentieth of the run."""
     rows = [row for row in curve.rows if name in row]
     if not rows:
         return
@@ -137,16 +137,16 @@ def _with_test(curve: Curve) -> str:
 def plot_confusion(
     path: Path, matrix: Int[np.ndarray, "classes classes"], names: Sequence[str], title: str
 ) -> None:
-    """Draw how often each class was named as each other, as a PNG.
+    """Draw a confusion matrix as a PNG.
 
-    The colour of a cell is its part of the row. Up to 20 classes cells have their number of examples, and up
-    to 30 classes their names; of more, every tenth or so is numbered, from 0.
+    The colour of a cell is its share of the row. Up to 20 classes, cells show their number of examples; up to
+    30 classes, the axes show class names, and otherwise class indices.
 
     Args:
-      path: of the PNG.
-      matrix: examples of class i (row) that were named j (column).
-      names: of the classes.
-      title: of the figure.
+      path: path of the PNG file.
+      matrix: number of examples of class i (row) that were predicted as class j (column).
+      names: names of the classes.
+      title: title of the figure.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, PowerNorm
@@ -157,12 +157,12 @@ def plot_confusion(
     with drawing(path, side + 1.0, side + 0.4) as figure:
         figure.set_layout_engine("compressed")
         axes = figure.subplots()
-        # A single error must be seen among two hundred classes.
+        # The palette starts at a visible blue, so that a single error shows among 200 classes.
         blues = ListedColormap(colormaps["Blues"](np.linspace(0.2, 1, 256)))
         image = axes.imshow(
             np.ma.masked_equal(share, 0), cmap=blues, norm=PowerNorm(0.5, 0, 1), interpolation="nearest"
         )
-        bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02, label="part of the class, %")
+        bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02, label="share of the class, %")
         bar.set_ticks([0, 0.05, 0.2, 0.5, 1], labels=["0", "5", "20", "50", "100"])
         if count <= _NUMBERED:
             for (row, column), examples in np.ndenumerate(matrix):
@@ -177,7 +177,7 @@ def plot_confusion(
             axes.set_xticks(range(count), shown_names, rotation=90 if upright else 0)
             axes.set_yticks(range(count), shown_names)
             axes.tick_params(labelsize="small", length=0)
-        axes.set(xlabel="named as", ylabel="class")
+        axes.set(xlabel="predicted class", ylabel="class")
         figure.suptitle(literal(title), fontsize="medium", wrap=True)
 
 
@@ -185,24 +185,24 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def look(i: int) -> dict[str, Any]:
-    """Return colour and dashes of run i, of Okabe and Ito's palette, which the colour-blind tell apart."""
+def line_style(i: int) -> dict[str, Any]:
+    """Return colour and line style of run i, from Okabe and Ito's palette for colour-blind readers."""
     colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
     return {"color": colors[i % len(colors)], "linestyle": ("-", "--", "-.", ":")[i // len(colors) % 4]}
 
 
 @contextlib.contextmanager
 def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
-    """Give a figure of that many inches, written to `path` as a PNG on leaving, whole or not at all.
+    """Yield a figure of `width` × `height` inches, and write it to `path` as a PNG on exit, atomically.
 
-    All text in it is drawn as it is: a dollar sign or a backslash in a user's name starts no formula.
+    Text is drawn literally: a dollar sign or a backslash in a user's name does not start a formula.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context({"text.parse_math": False, "text.usetex": False}), warnings.catch_warnings():
-        # A box stands for a character that the font does not have.
+        # Characters that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -212,9 +212,9 @@ def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
 
 
 def literal(name: str) -> str:
-    """Return a user's name as a figure draws it: in one line, without control characters.
+    """Return a user's name for a figure: in one line, without control characters.
 
-    A legend leaves out names that begin with an underscore, unless something of no width is before it.
+    A leading underscore gets a zero-width space before it, since legends leave out names that begin with one.
     """
     drawn = (unicodedata.category(each) not in ("Cc", "Cs") for each in name)
     text = "".join(each if has_glyph else "\ufffd" for each, has_glyph in zip(name, drawn, strict=True))
@@ -222,7 +222,7 @@ def literal(name: str) -> str:
 
 
 def finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:
-    """Set labels, grid and, for squared errors, a logarithmic scale, once all is drawn."""
+    """Set labels, grid and, for squared errors, a logarithmic scale, after everything is drawn."""
     from matplotlib.ticker import LogLocator
 
     axes.set(xlabel=xlabel, ylabel=ylabel)

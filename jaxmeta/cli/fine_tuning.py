@@ -1,4 +1,4 @@
-"""The recipes of `jaxmeta transfer` by name: a source's backbone, a new head, and what is trained of them."""
+"""Recipes of `jaxmeta transfer`: ways to fine-tune a source's backbone and a new head."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -36,26 +36,27 @@ from jaxmeta.transfer.classifier import BODY, HEAD, as_images
 from jaxmeta.transfer.subtree import Report, leaves_by_path
 from jaxmeta.transfer.subtree import Row as Leaf
 
+# Default batch size, and default number of steps: that of so many epochs, but at least so many.
 _BATCH, _LEAST_STEPS, _EPOCHS = 32, 200, 10
-# Groups of layers that gradual unfreezing has below the head, and the fewest steps of a slanted triangle.
+# Groups of layers of gradual unfreezing below the head, and the fewest steps of a slanted triangle.
 _GROUPS, _TRIANGLE = 4, 10
-# Of the rate of gradual unfreezing, whose lowest group has 1 / 2.6⁴ of it.
+# Factor of the largest rate of gradual unfreezing, whose lowest group has 1 / 2.6⁴ of it.
 _TOP = 10
-# Pixels at once in inference: those of 256 images of 84×84.
+# Pixels of a batch in inference, which bounds its memory: 256 images of 84×84.
 _AT_ONCE = 256 * 84 * 84
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a recipe learns: what was asked for, or what it runs with; None of what a recipe does not have.
+    """Settings of a recipe, as requested or as resolved; None where unset, or where the recipe has none.
 
     Attributes:
-      steps: mini-batches.
+      steps: number of mini-batches.
       rate: largest step size of Adam.
-      batch: examples in each mini-batch.
+      batch: number of examples in a mini-batch.
       train: patterns of the parts of the backbone that are trained; None for all.
-      l2_sp: weight of what pulls the backbone towards the source's.
-      keep_statistics: whether the backbone keeps the batch statistics that it has.
+      l2_sp: weight of the penalty that pulls the backbone towards the source's.
+      keep_statistics: whether to keep the backbone's batch statistics.
     """
 
     steps: int | None = None
@@ -66,21 +67,21 @@ class Settings:
     keep_statistics: bool | None = None
 
     def given(self) -> dict[str, Any]:
-        """Return what is not None, by name."""
+        """Return the settings that are not None, by name."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 _TRAINED = ("steps", "rate", "batch")
-# Of recipes that train what has learned already.
+# Additional settings of recipes that train a pretrained backbone.
 _PRETRAINED = ("l2_sp", "keep_statistics")
 
 
 class Recipe(NamedTuple):
-    """One way to learn a target.
+    """A way to learn a target.
 
     Attributes:
-      description: what is trained, and how.
-      settings: names of the `Settings` that it has.
+      description: trained parts and method, for reports.
+      settings: names of its fields of `Settings`.
     """
 
     description: str
@@ -88,28 +89,29 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "feature-extraction": Recipe("the backbone as it is, a ridge head on its features in closed form"),
-    "linear-probe": Recipe("the backbone as it is, a logistic head on its features at its minimum"),
+    "feature-extraction": Recipe("the backbone frozen, a ridge head on its features in closed form"),
+    "linear-probe": Recipe("the backbone frozen, a logistic head on its features at its minimum"),
     "fine-tune": Recipe("backbone and a new head together", (*_TRAINED, "train", *_PRETRAINED)),
     "lp-ft": Recipe("a linear probe, then backbone and head together", (*_TRAINED, "train", *_PRETRAINED)),
     "gradual": Recipe(
-        "from the head down one group of layers after another, lower ones slower", (*_TRAINED, *_PRETRAINED)
+        "unfreezing one group of layers after another from the head down, at lower rates for lower ones",
+        (*_TRAINED, *_PRETRAINED),
     ),
-    "scratch": Recipe("the network with nothing learned before", _TRAINED),
+    "scratch": Recipe("the untrained network", _TRAINED),
 }
 
 
-class Learnable(NamedTuple):
-    """A classifier of the target with a source's backbone, before it learns.
+class InitialClassifier(NamedTuple):
+    """A classifier of the target with a source's backbone, before training.
 
     Attributes:
-      model: of adapter, backbone and head.
-      variables: the backbone's, and a new head.
-      layers: of the backbone, from the lowest up.
-      images: those that the backbone takes, as later transfers from it want to know.
-      inverted: whether dark is turned to light.
-      statistics: whose batch statistics the backbone has, in words; None where it has none.
-      leaves: what became of the source's.
+      model: adapter, backbone and head.
+      variables: variables of the backbone and of a new head.
+      layers: names of the backbone's layers, from the lowest up.
+      images: specification of the backbone's input, for later transfers from the result.
+      inverted: whether dark and light are exchanged.
+      statistics: origin of the backbone's batch statistics, in words; None where it has none.
+      leaves: report on the source's leaves.
     """
 
     model: StatefulModel
@@ -122,17 +124,17 @@ class Learnable(NamedTuple):
 
     @property
     def at_once(self) -> int:
-        """Return how many images inference takes at once."""
+        """Return the batch size of inference."""
         return max(1, min(256, _AT_ONCE // self.images.size**2))
 
 
 class Fit(NamedTuple):
-    """What a recipe ends with.
+    """Result of a recipe.
 
     Attributes:
-      variables: of the model.
-      losses: of each step.
-      probe: the variables after the linear probe that it began with; None where it did not.
+      variables: trained variables of the model.
+      losses: loss of each step.
+      probe: variables after the linear probe of lp-ft; None for other recipes.
     """
 
     variables: dict[str, Any]
@@ -140,23 +142,25 @@ class Fit(NamedTuple):
     probe: dict[str, Any] | None = None
 
 
-def learnable(
+def initial_classifier(
     backbone: Backbone, target: Target, learn: Batch, *, size: int | None, channels: int | None, key: Key
-) -> Learnable:
-    """Return the backbone with a new head, behind what makes of the target's images those that it takes.
+) -> InitialClassifier:
+    """Return a classifier of the target: an adapter of its images, the backbone, and a new head.
 
     Args:
-      backbone: of a source.
-      target: what to learn.
-      learn: images to learn from, whose mean says whether strokes are dark on light, and whose statistics a
-        backbone gets that has none.
-      size: side of the images that the backbone is given; None for its own, or the target's where it does not
-        say.
-      channels: likewise.
-      key: of what is new.
+      backbone: backbone of a source.
+      target: data to learn.
+      learn: images to learn from. Their mean decides whether strokes are dark on light, and a backbone
+        without batch statistics gets theirs.
+      size: side of the backbone's input; None for that of the source, or else of the target.
+      channels: number of channels of the backbone's input; None as for `size`.
+      key: key of the new variables.
+
+    Returns:
+      The classifier.
 
     Raises:
-      ArgumentError: the backbone takes no such images, or pixels by another number of channels.
+      ArgumentError: the backbone does not take such images, or `pixels` has another number of channels.
     """
     input = backbone.input(
         target.x.shape[1:],
@@ -165,38 +169,41 @@ def learnable(
         size=size,
         channels=channels,
     )
-    # Its pixels are looked at with the first images.
+    # The number of channels of `pixels` is checked when the adapter sees the first image.
     with renaming({"mean": "pixels", "std": "pixels"}):
         model = classifier(backbone.model, len(target.classes), adapter=input.adapter())
         variables = model.init(jax.random.fold_in(key, 1), as_images(learn.x[:1]))
     images = input.images
     layers = layers_in_order(backbone.network, jnp.zeros((1, images.size, images.size, images.channels)))
-    start = Learnable(model, variables, layers, images, input.inverted, None, backbone.report)
+    start = InitialClassifier(model, variables, layers, images, input.inverted, None, backbone.report)
     normalises = STATISTICS in variables
     if backbone.variables is None:
-        whose = "of the target's images, a running average in training" if normalises else None
-        return start._replace(statistics=whose, leaves=_leaves(Report((), (), (), ()), variables))
+        statistics = "of the target's images, a running average in training" if normalises else None
+        return start._replace(statistics=statistics, leaves=_leaves(Report((), (), (), ()), variables))
     source = {STATISTICS: variables[STATISTICS][BODY]} if normalises else {}
     try:
         variables = with_body(variables, {**source, **backbone.variables})
     except ValueError as error:
         raise ArgumentError(backbone.argument, f"{backbone.source}: {error}") from error
-    whose = "of the source" if normalises else None
+    statistics = "of the source" if normalises else None
     if normalises and STATISTICS not in backbone.variables:
-        whose = "of the target's images to learn from, by AdaBN: the source has none"
+        statistics = "of the target's images to learn from, by AdaBN: the source has none"
         variables = adabn(model, variables, learn.x, batch=start.at_once)
-    return start._replace(variables=variables, statistics=whose, leaves=_leaves(backbone.report, variables))
+    return start._replace(
+        variables=variables, statistics=statistics, leaves=_leaves(backbone.report, variables)
+    )
 
 
 def _mean_of(x: np.ndarray, channels: int) -> float:
-    """Return the mean of images as the backbone gets them, in [0, 1]; luma is linear in the colours."""
+    """Return the mean of images in [0, 1] once they have `channels` channels."""
+    # Luma is linear in the colours, so that the mean colour is enough.
     colours = x.mean((0, 1, 2), keepdims=True) / (255 if x.dtype == np.uint8 else 1)
     seen = input_adapter(channels=channels).apply({}, jnp.asarray(colours, jnp.float32))
     return round(float(seen.mean()), 4)
 
 
 def _leaves(read: Report, variables: Mapping[str, Any]) -> Report:
-    """Return what became of a source's leaves, from what became of them when they were read."""
+    """Return the report on a source's leaves in the classifier, from the report on reading them."""
     present = leaves_by_path(variables)
     into = {row: _in_classifier(str(row.target)) for row in read.taken}
     taken = tuple(row._replace(target=path) for row, path in into.items() if path in present)
@@ -216,79 +223,94 @@ def _in_classifier(path: str) -> str:
     return f"{collection}/{BODY}/{rest}"
 
 
-def check_settings(recipe: str, asked: Settings) -> None:
-    """Check that the recipe has the settings, and that their values are valid.
+def check_settings(recipe: str, requested: Settings) -> None:
+    """Check that the recipe has the settings that were requested, and that their values are valid.
 
     Raises:
-      ArgumentError: there is one.
+      ArgumentError: the recipe does not have a setting, or its value is invalid.
     """
-    for name, value in asked.given().items():
+    for name, value in requested.given().items():
         if name not in RECIPES[recipe].settings:
-            raise ArgumentError(name, f"{recipe} has no such setting")
+            raise ArgumentError(name, f"{recipe} does not have this setting; leave it out")
         if name in ("steps", "batch"):
             check_count(name, value)
         if name in ("rate", "l2_sp"):
             check_number(name, value, 0)
 
 
-def resolved(recipe: str, backbone: Backbone, start: Learnable, examples: int, asked: Settings) -> Settings:
-    """Return the settings of a recipe, as asked for or by default.
+def resolve_settings(
+    recipe: str, backbone: Backbone, start: InitialClassifier, examples: int, requested: Settings
+) -> Settings:
+    """Return the settings of a recipe, with defaults in place of None.
+
+    Args:
+      recipe: name in `RECIPES`.
+      backbone: backbone, which has a default rate.
+      start: classifier to train.
+      examples: number of examples to learn from.
+      requested: requested settings.
+
+    Returns:
+      The settings.
 
     Raises:
-      ArgumentError: too few steps, or a pattern of `train` that matches no parameter.
+      ArgumentError: there are too few steps, or a pattern of `train` matches no parameter.
     """
-    batch = asked.batch or _BATCH
+    batch = requested.batch or _BATCH
     least = (min(_GROUPS, len(start.layers)) + 1) * _TRIANGLE
-    steps = asked.steps or max(_LEAST_STEPS, _EPOCHS * examples // batch)
+    steps = requested.steps or max(_LEAST_STEPS, _EPOCHS * examples // batch)
     if recipe == "gradual" and steps < least:
         raise ArgumentError("steps", f"got {steps}; {recipe} needs at least {least}, {_TRIANGLE} a stage")
-    if asked.train is not None:
-        matching(start.variables["params"], asked.train, "train")
+    if requested.train is not None:
+        matching(start.variables["params"], requested.train, "train")
     rate = backbone.rate * (_TOP if recipe == "gradual" else 1)
     values: dict[str, Any] = {
         "steps": steps,
-        "rate": rate if asked.rate is None else asked.rate,
+        "rate": rate if requested.rate is None else requested.rate,
         "batch": batch,
-        "train": asked.train,
-        "l2_sp": asked.l2_sp,
-        "keep_statistics": asked.keep_statistics,
+        "train": requested.train,
+        "l2_sp": requested.l2_sp,
+        "keep_statistics": requested.keep_statistics,
     }
     return Settings(**{name: values[name] for name in RECIPES[recipe].settings})
 
 
-def trained(start: Learnable, settings: Settings) -> list[str]:
-    """Return the paths of the parameters that a recipe of these settings trains."""
+def trained_paths(start: InitialClassifier, settings: Settings) -> list[str]:
+    """Return the paths of the parameters that a recipe with these settings trains."""
     patterns = [HEAD] if settings.steps is None else _patterns(settings)
     return matching(start.variables["params"], patterns)
 
 
 def _patterns(settings: Settings) -> list[str]:
-    # Of a new head that is not trained nothing could come.
+    # The head is new, so it is always trained.
     return ["**"] if settings.train is None else [*settings.train, HEAD]
 
 
 def fit(
     recipe: str,
-    start: Learnable,
+    start: InitialClassifier,
     learn: Batch,
     settings: Settings,
     key: Key,
     report: Callable[[int, float], None] | None = None,
     look: Callable[[int, Variables], None] | None = None,
 ) -> Fit:
-    """Learn by a recipe.
+    """Train a classifier by a recipe.
 
     Args:
-      recipe: a name in `RECIPES`.
-      start: what to learn from.
-      learn: the examples.
-      settings: as of `resolved`.
-      key: of mini-batches.
-      report: called with step and loss after each twentieth of the steps.
-      look: called likewise, after `report`, with the variables; the step is that of the stage.
+      recipe: name in `RECIPES`.
+      start: classifier to train.
+      learn: examples to learn from.
+      settings: settings as returned by `resolve_settings`.
+      key: key of the mini-batches.
+      report: `(step, loss)`, called after each twentieth of the steps.
+      look: `(step, variables)`, called after `report`; steps are counted from the start of a stage.
+
+    Returns:
+      The trained variables and the losses.
 
     Raises:
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: the loss is not finite.
     """
     model, variables = start.model, start.variables
     if recipe in ("feature-extraction", "linear-probe"):
@@ -323,7 +345,7 @@ def fit(
 
 
 def _gradually(
-    start: Learnable,
+    start: InitialClassifier,
     learn: Batch,
     steps: int,
     rate: float,
@@ -333,11 +355,11 @@ def _gradually(
     parts = np.array_split(np.array(start.layers), _GROUPS)
     groups = [*([f"{BODY}/{layer}" for layer in part] for part in parts if part.size), [HEAD]]
     stage_steps = steps // len(groups)
-    before, last = 0, 0
+    before, last = 0, 0  # steps of earlier stages, and of the current one
 
     def counted(step: int, loss: float) -> None:
         nonlocal before, last
-        # Each stage counts its own steps.
+        # Each stage counts from its own start: a smaller number is the next stage's.
         before, last = (before + last if step <= last else before), step
         if report is not None:
             report(before + step, loss)

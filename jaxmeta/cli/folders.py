@@ -1,4 +1,4 @@
-"""Folders that a command writes to, and files that it is told to write."""
+"""Output folders and output files of commands."""
 
 import contextlib
 import errno
@@ -11,45 +11,48 @@ from pathlib import Path
 
 from jaxmeta.checks import ArgumentError
 
-# What can be continued.
+# Kinds of folders that --resume can continue.
 _RESUMED = ("run", "comparison")
 
 
-def claim(given: str | None, name: str, kind: str = "run") -> Path:
-    """Make and return the folder of a new run, which no other run can get.
+def claim(out: str | None, name: str, kind: str = "run") -> Path:
+    """Create the folder of a new run, which no other run can get.
 
     Args:
-      given: of `--out`; None for one in runs/ named by `name` and the time, with a number behind it where
-        another run was started in the same second.
-      name: what a folder in runs/ is called.
-      kind: what the folder is of, for errors.
+      out: value of `--out`; None for runs/NAME-TIME, with a number appended where another run was
+        started in the same second.
+      name: first part of the name of a folder in runs/.
+      kind: kind of output, for errors: "run", "comparison" or "transfer".
+
+    Returns:
+      The path of the folder.
 
     Raises:
-      FileExistsError: the given folder is not empty.
+      FileExistsError: the folder `out` is not empty.
     """
-    if given is not None:
-        folder = Path(given).expanduser()
-        refuse_used(folder, kind)
+    if out is not None:
+        folder = Path(out).expanduser()
+        check_empty(folder, kind)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     moment = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     for number in range(1, 10_000):
         folder = Path("runs") / f"{name}-{moment}{'' if number == 1 else f'-{number}'}"
         try:
-            # The one that makes a folder has it: `mkdir` is atomic.
+            # `mkdir` is atomic: a folder belongs to the process that creates it.
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
         except FileExistsError:
             continue
         return folder
-    raise FileExistsError(f"--out: there are 10,000 folders runs/{name}-{moment}; choose one by --out")
+    raise FileExistsError(f"--out: runs/{name}-{moment} and 9,998 numbered folders exist; add --out DIR")
 
 
-def refuse_used(folder: Path, kind: str = "run") -> None:
-    """Refuse a folder that holds something.
+def check_empty(folder: Path, kind: str = "run") -> None:
+    """Check that an output folder does not exist, or is empty.
 
     Raises:
-      FileExistsError: it does.
+      FileExistsError: the folder is not empty, or is a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         go_on = f", or continue its {kind} with --resume" if kind in _RESUMED else ""
@@ -57,10 +60,14 @@ def refuse_used(folder: Path, kind: str = "run") -> None:
 
 
 def output_file(name: str, path: str | None) -> Path | None:
-    """Return where a file is written to that a flag names.
+    """Return the absolute path of an output file; None where the flag is not given.
+
+    Args:
+      name: name of the flag's argument, for errors.
+      path: value of the flag.
 
     Raises:
-      ArgumentError: it is a folder, or the folder that it lies in does not exist.
+      ArgumentError: the path is a folder, or its parent folder does not exist.
     """
     if path is None:
         return None
@@ -73,10 +80,10 @@ def output_file(name: str, path: str | None) -> Path | None:
 
 
 def data_folder(data: str | None) -> str | None:
-    """Return the path of `--data` as it is good in every folder.
+    """Return the absolute path of `--data`; None where the flag is not given.
 
     Raises:
-      FileNotFoundError: it does not exist.
+      FileNotFoundError: the path does not exist.
     """
     if data is None:
         return None
@@ -87,7 +94,7 @@ def data_folder(data: str | None) -> str | None:
 
 
 class Results:
-    """What a command has found, written one file after the other: one that fails costs no other.
+    """Result files of a command, written one after the other; a failure does not stop the others.
 
     Examples:
       >>> results = Results()
@@ -103,22 +110,22 @@ class Results:
 
     @contextlib.contextmanager
     def writing(self, path: str | os.PathLike[str]) -> Iterator[None]:
-        """Write one of them inside."""
+        """Write a file inside the context, and record a failure."""
         try:
             yield
         except Exception as error:
-            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self.fail(f"{os.fspath(path)} could not be written ({said or type(error).__name__})")
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self.fail(f"{os.fspath(path)} could not be written ({reason or type(error).__name__})")
 
     def fail(self, problem: str) -> None:
-        """Note what is not as it should be, for `check` to say."""
+        """Record a problem, which `check` will raise."""
         self._problems.append(problem)
 
     def check(self) -> None:
-        """Say what could not be written.
+        """Raise the recorded problems.
 
         Raises:
-          OSError: there is something.
+          OSError: a file could not be written.
         """
         if self._problems:
             raise OSError("; ".join(self._problems))
@@ -126,26 +133,25 @@ class Results:
 
 @contextlib.contextmanager
 def tolerated(path: Path) -> Iterator[Path]:
-    """Write a picture, or what else a command can do without: where it fails, warn and go on."""
+    """Write an optional output, such as a picture, inside the context; a failure is a warning."""
     try:
         yield path
     except Exception as error:
         warnings.warn(f"{path} could not be written: {error!r}", stacklevel=3)
 
 
-# Held by a process that trains in a folder.
+# File in a run's folder that the process training there has locked.
 _LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder while inside.
+    """Keep other processes from training in a folder inside the context.
 
-    The operating system frees the lock of a process that dies. Where a file system has no locks, there is
-    none.
+    The operating system frees the lock of a process that dies. A file system without locks locks nothing.
 
     Raises:
-      ArgumentError: another process has it.
+      ArgumentError: another process has locked the folder.
     """
     held = _lock(folder / _LOCK)
     try:
@@ -177,11 +183,12 @@ def _lock(path: Path) -> int | None:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ArgumentError(
                     "out",
-                    f"{owner or 'another process'} is training in {path.parent} at this moment; wait until "
-                    "it has ended, or stop it",
+                    f"{owner or 'another process'} is training in {path.parent} now; wait for its end, or "
+                    "stop it",
                 ) from None
             return None
-        # The process that had it may have removed the file since it was opened.
+        # The previous owner may have removed the file after it was opened here. A lock on a removed file
+        # keeps nobody out, so the loop tries again.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(held), os.stat(path)):
                 with contextlib.suppress(OSError):

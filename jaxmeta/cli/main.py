@@ -1,4 +1,4 @@
-"""The command line: `jaxmeta train`, `evaluate`, `transfer`, `rank`, …"""
+"""Entry point of the command line: `jaxmeta train`, `evaluate`, `transfer`, `rank`, …"""
 
 import contextlib
 import importlib
@@ -15,18 +15,18 @@ from jaxmeta.cli.signals import Signals
 EXIT_OTHER, EXIT_USER, EXIT_STOPPED = 1, 2, 75
 
 
-# Each command: its module, and what it does. A module is imported when its command runs.
+# Module and description of each command. A module is imported when its command runs, to start quickly.
 COMMANDS = {
     "train": ("commands", "meta-train a learner and evaluate it on test tasks"),
     "evaluate": ("commands", "evaluate a run on test tasks: those of its report, or others"),
     "compare": ("commands", "train learners on the same tasks at the same budget, and compare them"),
     "plot": ("compare", "draw the learning curves of runs"),
-    "predict": ("predict", "name images by classes that a source has learned, or learns from examples"),
+    "predict": ("predict", "classify images by a source's classes, or by classes with a folder of examples"),
     "export": ("classifier", "write a classifier as a program that runs without jaxmeta"),
-    "transfer": ("commands", "learn labelled images from what a source has learned"),
-    "rank": ("commands", "rank sources by how well they promise to transfer to a target"),
+    "transfer": ("commands", "train a classifier of labelled images on a source's backbone"),
+    "rank": ("commands", "rank sources by their estimated transferability to a target"),
     "presets": ("describe", "list the protocols, or describe one"),
-    "tasks": ("describe", "list where tasks come from, or describe one source"),
+    "tasks": ("describe", "list the sources of tasks, or describe one"),
     "learners": ("describe", "list the methods, or describe one"),
     "networks": ("describe", "list the networks, or describe one"),
 }
@@ -35,28 +35,31 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
+    Args:
+      argv: words of the command line; None for those of this process.
+
     Returns:
-      0 done, 2 the user's input is at fault, 75 stopped by a signal after saving, 1 anything else.
+      The exit status: 0 done, 2 usage error, 75 stopped by a signal after saving, 1 anything else.
     """
     with output.forgiving() as out:
         status = _status(sys.argv[1:] if argv is None else argv)
         out.flush()
-        if out.error is not None:
-            said = f"error: not all of the output could be written ({out.error})"
-            status = _say(f"{said}; what is in files is whole", status or EXIT_OTHER)
+        if out.failed:
+            message = f"error: not all of the output could be written ({out.error})"
+            status = _say(f"{message}; the files written are whole", status or EXIT_OTHER)
         return status
 
 
 def _status(argv: Sequence[str]) -> int:
-    """Run a command, and say on standard error what went wrong."""
+    """Run a command, print an error in one line on standard error, and return the exit status."""
     try:
         with _warnings_in_one_line(), Signals(None).handled():
             _run(argv)
         return 0
     except KeyboardInterrupt as stop:
-        # What a run was told to stop by says how it goes on; anything else has saved nothing.
+        # A message says how to continue; without one nothing was saved.
         return _say(f"stopped: {str(stop) or 'interrupted'}", EXIT_STOPPED if str(stop) else EXIT_OTHER)
-    except SystemExit as ended:  # a process that we started has printed its error
+    except SystemExit as ended:  # a subprocess has printed its error
         return int(ended.code or 0)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         return _say(f"error: {error}{_place(error)}", EXIT_USER)
@@ -102,7 +105,7 @@ def _run(argv: Sequence[str]) -> None:
     function = getattr(importlib.import_module(f"jaxmeta.cli.{module}"), argv[0])
     with contextlib.suppress(HelpShown):
         if module == "commands":
-            # Those parse their flags themselves, which depend on names.
+            # These commands parse their own flags, which depend on names.
             function(argv[1:])
         else:
             call(function, argv[0], argv[1:])
@@ -117,7 +120,7 @@ def _print_help() -> None:
 
 
 def _place(error: BaseException) -> str:
-    """Return where in one's own code an error comes from, as part of its message."""
+    """Return the place in user-defined code that raised an error, to append to its message."""
     if "jaxmeta.cli.names" not in sys.modules:
         return ""
     place = sys.modules["jaxmeta.cli.names"].place_in_own_code(error)
@@ -126,18 +129,18 @@ def _place(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Print our warnings in one line: the user of a command has no use for a line of our code."""
-    said = set()
+    """Print each warning of jaxmeta once and in one line, without the line of code that raised it."""
+    printed = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         del category, where, more
-        if str(message) not in said:
-            said.add(str(message))
+        if str(message) not in printed:
+            printed.add(str(message))
             _say(f"warning: {message}", 0)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", module="jaxmeta")
-        # Our own warning names an image that cannot be read.
+        # jaxmeta's own warning names an image that cannot be read.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.showwarning = show
         yield

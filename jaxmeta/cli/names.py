@@ -1,4 +1,4 @@
-"""Learners and networks by name, and names of one's own: `module:name` is imported."""
+"""Learners and networks by name; a user-defined one, `module:name`, is imported."""
 
 import difflib
 import hashlib
@@ -64,26 +64,29 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "augmented-cnn-32": partial(nn.AugmentedCNN, filters=32),
 }
 
-# What a network calls the width of its output.
+# Parameter names for the output width of a network.
 _WIDTHS = ("ways", "out")
 
 
 def is_own(name: str) -> bool:
-    """Return whether a name is `module:name`, of code that is not ours."""
+    """Return whether a name is `module:name`, of user-defined code."""
     module, colon, attribute = name.partition(":")
     return bool(colon) and attribute.isidentifier() and all(map(str.isidentifier, module.split(".")))
 
 
 def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return what a name stands for: an entry of the table, or what `module:name` imports.
+    """Return the factory that a name refers to: an entry of the table, or what `module:name` imports.
 
     Args:
-      kind: of the argument, for errors: "learner", "network" or "tasks".
-      name: as given.
-      table: of the names that are ours.
+      kind: argument, for errors: "learner", "network" or "tasks".
+      name: name, as given.
+      table: built-in factories by name.
+
+    Returns:
+      The factory.
 
     Raises:
-      ArgumentError: there is none; or its module cannot be imported.
+      ArgumentError: the name is unknown, or its module cannot be imported.
     """
     if name in table:
         return table[name]
@@ -93,26 +96,26 @@ def find(kind: str, name: str, table: Mapping[str, Callable[..., Any]]) -> Calla
 
 
 def lookup(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """Return `table[name]`, or raise an ArgumentError that lists what there is, the closest first."""
+    """Return `table[name]`, or raise an ArgumentError that lists the names, the closest first."""
     if name in table:
         return table[name]
     raise ArgumentError(kind, f"there is no {name!r}; {known(name, table)}")
 
 
 def known(name: str, names: Iterable[str]) -> str:
-    """Return "known are …", those most like `name` first."""
+    """Return "known are …" with the names, those most similar to `name` first."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     return "known are " + ", ".join([*close, *(other for other in names if other not in close)])
 
 
 def width_name(network: Callable[..., Any]) -> str | None:
-    """Return what a network calls its output width: "ways", "out", or its first required parameter."""
-    found = inspect.signature(network).parameters
+    """Return a network's parameter for the output width: "ways", "out", or its first required parameter."""
+    parameters = inspect.signature(network).parameters
     for name in _WIDTHS:
-        if name in found:
+        if name in parameters:
             return name
-    for parameter in found.values():
+    for parameter in parameters.values():
         positional = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         if positional and parameter.default is parameter.empty:
             return parameter.name
@@ -120,14 +123,14 @@ def width_name(network: Callable[..., Any]) -> str | None:
 
 
 def file_hash(name: str) -> str:
-    """Return the SHA-256 of the file that an own name's module comes from."""
+    """Return the SHA-256 of the file of a `module:name`; empty for a module without a file."""
     module = sys.modules[name.partition(":")[0]]
     file = getattr(module, "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def place_in_own_code(error: BaseException) -> str | None:
-    """Return the file and line of one's own module that an error comes from; None where it is ours."""
+    """Return the file and line in user-defined code that an error comes from; None for errors of jaxmeta."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):
         if os.path.realpath(frame.filename) in _own_files:
@@ -135,12 +138,12 @@ def place_in_own_code(error: BaseException) -> str | None:
     return None
 
 
-# Files of modules that `module:name` named.
+# Files of imported user-defined modules.
 _own_files: set[str] = set()
 
 
 def _itself(learner: jaxmeta.Learner) -> jaxmeta.Learner:
-    """A learner that is made already."""
+    """Return a learner that is built already, as a factory without settings."""
     return learner
 
 
@@ -148,38 +151,38 @@ def _imported(kind: str, name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     here = os.getcwd()
     if here not in sys.path:
-        # The folder comes last, so that a file in it cannot replace a module of ours.
+        # The folder comes last, so that a file in it cannot shadow an installed module.
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and module_name.split(".")[0] == error.name.split(".")[0]:
             raise ArgumentError(
-                kind, f"got {name!r}, and there is no module {module_name!r} in {here} or installed"
+                kind, f"got {name!r}, but there is no module {module_name!r} in {here} or installed"
             ) from None
         raise ArgumentError(kind, f"got {name!r}, whose module needs {error.name!r}: {error}") from error
     except SyntaxError as error:
         where = f"{error.filename}, line {error.lineno}"
         raise ArgumentError(
-            kind, f"got {name!r}, and its module has an error: {error.msg} ({where})"
+            kind, f"got {name!r}, but its module has a syntax error: {error.msg} ({where})"
         ) from None
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ArgumentError(
             kind,
-            f"got {name!r}, and its module raises {type(error).__name__}: {error} "
+            f"got {name!r}, but its module raises {type(error).__name__}: {error} "
             f"({frame.filename}, line {frame.lineno})",
         ) from error
     if getattr(module, "__file__", None):
         _own_files.add(os.path.realpath(str(module.__file__)))
-    found = getattr(module, attribute, None)
-    if kind == "learner" and isinstance(found, jaxmeta.Learner):
-        return partial(_itself, found)
-    if not callable(found):
+    factory = getattr(module, attribute, None)
+    if kind == "learner" and isinstance(factory, jaxmeta.Learner):
+        return partial(_itself, factory)
+    if not callable(factory):
         functions = [each for each, value in vars(module).items() if inspect.isfunction(value)]
         raise ArgumentError(
             kind,
-            f"got {name!r}, and {module.__file__ or module_name} has no function {attribute!r}; "
+            f"got {name!r}, but {module.__file__ or module_name} has no function {attribute!r}; "
             f"it has {', '.join(functions) or 'none'}",
         )
-    return found
+    return factory

@@ -1,7 +1,8 @@
-"""Standard output and error that cannot end a command.
+"""Standard output and error whose failures do not end a command.
 
-Characters that the terminal cannot show are replaced. What cannot be written at all, since the reader of a
-pipe has gone or a disk is full, is left out: the command goes on, and its exit status tells.
+Characters that the terminal cannot show are replaced. Where the reader of a pipe has gone or a disk is full,
+further output is dropped and the command goes on, so that the files it writes are whole. A full disk is
+reported at the end; a closed pipe is not, since `| head` closes it on purpose.
 """
 
 import contextlib
@@ -12,13 +13,13 @@ from typing import Any
 
 
 class Output:
-    """A text stream whose failure to write is remembered instead of raised.
+    """A text stream that records a failure to write instead of raising it.
 
     Args:
-      stream: None where the process was started without it.
+      stream: stream to write to; None where the process was started without it.
 
     Attributes:
-      error: why something could not be written; None where all was.
+      error: first error of writing; None where everything was written.
     """
 
     def __init__(self, stream: Any):
@@ -38,6 +39,11 @@ class Output:
 
     def flush(self) -> None:
         self._try("flush")
+
+    @property
+    def failed(self) -> bool:
+        """Return whether output was lost for another reason than a closed pipe."""
+        return self.error is not None and not isinstance(self.error, BrokenPipeError)
 
     def isatty(self) -> bool:
         try:
@@ -59,7 +65,7 @@ class Output:
             self.error = error
 
     def discard(self) -> None:
-        """Leave out what the stream still holds, which the interpreter would try to write at its end."""
+        """Drop the stream's buffer, which the interpreter would otherwise try to write when it exits."""
         if self.error is None or self.stream is None or self.stream not in (sys.__stdout__, sys.__stderr__):
             return
         with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -70,7 +76,7 @@ class Output:
 
 @contextlib.contextmanager
 def forgiving() -> Iterator[Output]:
-    """Make the standard streams forgiving while inside, and give standard output."""
+    """Replace the standard streams inside the context, and yield standard output."""
     before = sys.stdout, sys.stderr
     out, err = Output(sys.stdout), Output(sys.stderr)
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
@@ -84,7 +90,10 @@ def forgiving() -> Iterator[Output]:
 
 
 def hold_places() -> None:
-    """Open what of the standard streams is closed, so that no file of ours gets its number and its prints."""
+    """Open closed standard streams on the null device.
+
+    Otherwise the next file that is opened gets the stream's descriptor, and with it everything printed there.
+    """
     place = os.open(os.devnull, os.O_RDWR)
     while place <= 2:
         place = os.open(os.devnull, os.O_RDWR)

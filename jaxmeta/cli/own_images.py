@@ -1,4 +1,4 @@
-"""Read image files of one's own as a trained network takes them, and warn where they seem to be others."""
+"""Reading of the user's image files for a trained network, with warnings where they differ from its own."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,22 +21,23 @@ def read_images(
     """Read images in [0, 1].
 
     Args:
-      files: of the images.
-      spec: size and channels to read them with.
-      skip: whether to leave out files that cannot be read, with a warning; None where nobody can ask for it.
-      name: of the argument that named them, for messages.
+      files: paths of the images.
+      spec: size and channels of the result.
+      skip: whether to leave out files that cannot be read, with a warning; None for no, where the caller
+        has no such option.
+      name: argument that named the files, for messages.
 
     Returns:
-      The images, and which of the files they are.
+      The images, and their indices in `files`.
 
     Raises:
-      ArgumentError: a file that cannot be read.
+      ArgumentError: a file cannot be read.
     """
     images, kept, problems, coloured = [], [], [], []
     for index, file in enumerate(files):
         try:
             images.append(decode(file, str(file), channels=spec.channels, size=spec.size))
-            # Files of greys are often stored in colour.
+            # Grey images are often stored as colour files, so that the values decide.
             if in_colour(file):
                 colours = decode(file, str(file), channels=3, size=None).astype(np.int32)
                 if np.ptp(colours, axis=-1).max() > _COLOUR:
@@ -52,17 +53,17 @@ def read_images(
         warnings.warn(f"--{name}: left out {some(problems)}", stacklevel=3)
     if coloured and spec.channels == 1:
         warnings.warn(
-            f"--{name}: {some(coloured)} in colour, and the training images are grey; turned to grey",
+            f"--{name}: {some(coloured)} in colour, but the training images are grey; converted to grey",
             stacklevel=3,
         )
     if spec.channels == 3 and not coloured:
-        warnings.warn(f"--{name}: the images are grey, and the training images are in colour", stacklevel=3)
+        warnings.warn(f"--{name}: the images are grey, but the training images are in colour", stacklevel=3)
     return np.stack(images).astype(np.float32) / 255, kept
 
 
 def seem_inverted(spec: ImageSpec, mean: float) -> bool:
-    """Return whether images of this mean look more like the negatives of the training images."""
-    # Of strokes the paper decides; other images must differ clearly, since an image may just be bright.
+    """Return whether images of this mean are closer to the negatives of the training images."""
+    # The paper decides for strokes; other images may be bright, so that the difference must be clear.
     margin = 0.0 if spec.ink else 0.25
     return abs(mean - spec.mean) - abs(1 - mean - spec.mean) > margin
 
@@ -71,14 +72,14 @@ def warn_of_negatives(
     name: str, spec: ImageSpec, images: Float[np.ndarray, "n h w c"], files: Sequence[str]
 ) -> None:
     """Warn of images in which dark and light seem exchanged."""
-    found = [
+    inverted = [
         file
         for file, mean in zip(files, images.mean((1, 2, 3)), strict=True)
         if seem_inverted(spec, float(mean))
     ]
-    if found:
+    if inverted:
         warnings.warn(
             f"--{name}: dark and light seem exchanged, compared to the training images (mean "
-            f"{spec.mean:.2f}), in {some(found)}; --invert turns them in all images",
+            f"{spec.mean:.2f}), in {some(inverted)}; --invert exchanges them in all images",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Parsers made of settings: flags in groups, errors of one line, and hints for flags of elsewhere."""
+"""Parsers built from settings: flags in groups, one-line errors, and hints for other libraries' flags."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import names, schema
 from jaxmeta.cli.schema import Setting
 
-# What other libraries call settings, and what they are called here.
+# Flags of other libraries, and their names here.
 ELSEWHERE = {
     "--lr": "--outer-lr or --inner-lr",
     "--learning-rate": "--outer-lr or --inner-lr",
@@ -44,26 +44,26 @@ ELSEWHERE = {
     "--anneal": "--anneal-steps",
     "--first-order": "--order first",
 }
-# Arguments of the library that a command has under another name.
-_SAID_AS = {"path": "tasks", "length": "sequence"}
+# Arguments of the library that have another name on the command line.
+_FLAG_NAMES = {"path": "tasks", "length": "sequence"}
 
 
 class UsageError(ValueError):
-    """An error of a command's input, in the words of its flags."""
+    """An invalid command line; the message names flags."""
 
 
 class HelpShown(Exception):
-    """Help was printed; there is nothing to do."""
+    """Help was printed, and the command ends."""
 
 
 class Group(NamedTuple):
     """Flags under one heading.
 
     Attributes:
-      name: of the group in a configuration.
-      title: of the heading.
-      settings: by name.
-      defaults: values in place of those of the signature.
+      name: name of the group in a configuration.
+      title: heading in help.
+      settings: settings by name.
+      defaults: defaults by name, in place of the signature's.
     """
 
     name: str
@@ -72,13 +72,13 @@ class Group(NamedTuple):
     defaults: Mapping[str, Any]
 
 
-class Given(NamedTuple):
-    """What was given on a command line.
+class ParsedArguments(NamedTuple):
+    """A parsed command line.
 
     Attributes:
-      values: by group and name.
-      texts: flags as they were written, with their value: None of a switch.
-      words: arguments that are no flags.
+      values: values of flags, by group and name.
+      texts: text of the value of each flag, None for a switch.
+      words: positional arguments.
     """
 
     values: dict[str, dict[str, Any]]
@@ -95,11 +95,11 @@ class Parser:
     """A parser of one command.
 
     Args:
-      command: its name.
-      groups: of flags.
-      words: arguments that are no flags, as `(name, number, help)` with the number as argparse has it.
-      about: what the command does.
-      owner: whose settings the groups have, for errors, such as "maml".
+      command: name of the command.
+      groups: groups of flags.
+      words: positional arguments as `(name, nargs, help)`, with `nargs` as in argparse.
+      about: description of the command.
+      owner: owner of the settings, for errors, such as "maml on glyphs".
     """
 
     def __init__(
@@ -112,8 +112,8 @@ class Parser:
         owner: str | None = None,
     ):
         self.command, self.owner = command, owner or command
-        shown = {None: "{}", "?": "[{}]", "*": "{} …"}
-        usage = [shown[number].format(name.upper()) for name, number, _ in words]
+        templates = {None: "{}", "?": "[{}]", "*": "{} …"}
+        usage = [templates[number].format(name.upper()) for name, number, _ in words]
         self._parser = argparse.ArgumentParser(
             prog=f"jaxmeta {command}",
             usage=" ".join(["jaxmeta", command, *usage, "[FLAGS]"]),
@@ -125,8 +125,8 @@ class Parser:
         )
         self._parser.error = self._error  # type: ignore[method-assign,assignment]
         self.words = [name for name, _, _ in words]
-        for name, number, about_it in words:
-            self._parser.add_argument(name, nargs=number, help=about_it, metavar=name.upper())
+        for name, number, help_text in words:
+            self._parser.add_argument(name, nargs=number, help=help_text, metavar=name.upper())
         self.flags: dict[str, tuple[str, Setting]] = {}
         owners: dict[str, list[str]] = {}
         for group in groups:
@@ -154,11 +154,11 @@ class Parser:
         section.add_argument("-h", "--help", action="store_true", help="show this help")
 
     def _add(self, section: Any, flag: str, dest: str, setting: Setting, default: Any) -> None:
-        shown = "(required)" if default is schema.MISSING else ""
+        suffix = "(required)" if default is schema.MISSING else ""
         if default is not schema.MISSING and default is not None:
-            shown = f"(default: {schema.shown_value(default)})"
-        # Docstrings speak of Python's None.
-        about = f"{setting.help.replace('None', 'none')} {shown}".strip().replace("%", "%%")
+            suffix = f"(default: {schema.shown_value(default)})"
+        # Docstrings write Python's None, and flags take none.
+        about = f"{setting.help.replace('None', 'none')} {suffix}".strip().replace("%", "%%")
         if setting.hint is bool:
             section.add_argument(
                 flag, dest=dest, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=about
@@ -173,14 +173,14 @@ class Parser:
             )
 
     def _error(self, message: str) -> None:
-        raise UsageError(_in_our_words(message))
+        raise UsageError(_without_prefix(message))
 
-    def parse(self, argv: Sequence[str]) -> Given:
-        """Return what a command line gives.
+    def parse(self, argv: Sequence[str]) -> ParsedArguments:
+        """Parse a command line.
 
         Raises:
-          UsageError: a flag that the command does not have, or a value that it cannot have.
-          HelpShown: help was asked for, and printed.
+          UsageError: the command does not have a flag, or a value is invalid.
+          HelpShown: help was requested, and printed.
         """
         argv = [normalized(word) for word in argv]
         if "-h" in argv or "--help" in argv:
@@ -190,21 +190,21 @@ class Parser:
             flag = word.partition("=")[0]
             if flag in self.shared:
                 named = " or ".join(self.shared[flag])
-                raise UsageError(f"{flag}: several groups have such a setting; say {named}")
+                raise UsageError(f"{flag}: several groups have this setting; give {named}")
             if flag.startswith("--") and flag != "--" and flag not in self.known():
                 raise UsageError(self._unknown(flag))
         try:
-            found, left = self._parser.parse_known_args(argv)
+            parsed_args, left = self._parser.parse_known_args(argv)
         except argparse.ArgumentError as error:
-            raise UsageError(_in_our_words(str(error))) from None
+            raise UsageError(_without_prefix(str(error))) from None
         values: dict[str, dict[str, Any]] = {}
         texts: dict[str, str | None] = {}
         by_dest = {f"{group}.{each.name}": (flag, each) for flag, (group, each) in self.flags.items()}
         words: list[str] = []
         for name in self.words:
-            word = getattr(found, name)
+            word = getattr(parsed_args, name)
             words += word if isinstance(word, list) else [] if word is None else [word]
-        for dest, value in vars(found).items():
+        for dest, value in vars(parsed_args).items():
             if dest not in by_dest:
                 continue
             flag, setting = by_dest[dest]
@@ -215,21 +215,21 @@ class Parser:
             values.setdefault(self.flags[flag][0], {})[setting.name] = parsed
             switch = flag if value is True else f"--no-{flag[2:]}"
             texts[switch if isinstance(value, bool) else flag] = None if isinstance(value, bool) else value
-        return Given(values, texts, words + left)
+        return ParsedArguments(values, texts, words + left)
 
     def known(self) -> set[str]:
-        """Return the flags that there are."""
+        """Return all flags of the command."""
         switches = {f"--no-{flag[2:]}" for flag, (_, setting) in self.flags.items() if setting.hint is bool}
         return {"--help", *self.flags, *switches}
 
-    def required(self, given: Given) -> None:
-        """Refuse what lacks a flag without a default.
+    def required(self, parsed: ParsedArguments) -> None:
+        """Check that every flag without a default is parsed.
 
         Raises:
-          UsageError: one is missing.
+          UsageError: a flag is missing.
         """
         for flag, (group, setting) in self.flags.items():
-            if setting.default is schema.MISSING and setting.name not in given.values.get(group, {}):
+            if setting.default is schema.MISSING and setting.name not in parsed.values.get(group, {}):
                 raise UsageError(f"{flag}: is missing; see `jaxmeta {self.command} --help`")
 
     def _unknown(self, flag: str) -> str:
@@ -241,33 +241,33 @@ class Parser:
         whose = owners_of(flag)
         if whose and self.command == "evaluate":
             can = ", ".join(sorted(self.flags))
-            return f"{flag}: is fixed by the run; evaluate can be told {can}"
+            return f"{flag}: is fixed by the run; evaluate takes {can}"
         if whose and self.command in ("train", "compare", "transfer", "rank"):
-            return f"{flag}: is a setting of {whose}, and not of {self.owner}; {see}"
+            return f"{flag}: is a setting of {whose}, not of {self.owner}; {see}"
         close = difflib.get_close_matches(flag, sorted(self.known()), n=3)
         meant = f"did you mean {' or '.join(close)}? See" if close else "see"
         return f"{self.command} has no {flag}; {meant} `jaxmeta {self.command} --help`"
 
     @contextlib.contextmanager
     def naming_flags(self) -> Iterator[None]:
-        """Say of flags what the library says of its arguments: the one place where these change names."""
+        """Translate an `ArgumentError` into a `UsageError` that names the flag in place of the argument."""
         try:
             yield
         except ArgumentError as error:
-            said = ", ".join(self._as_flag(name) for name in error.name.split(", "))
-            raise UsageError(f"{said}: {error.problem}") from error
+            flags = ", ".join(self._as_flag(name) for name in error.name.split(", "))
+            raise UsageError(f"{flags}: {error.problem}") from error
 
     def _as_flag(self, name: str) -> str:
-        name = _SAID_AS.get(name, name)
+        name = _FLAG_NAMES.get(name, name)
         group, dot, rest = name.rpartition(".")
-        for flag, (its_group, setting) in self.flags.items():
-            if setting.name == (rest if dot else name) and (not dot or its_group == group):
+        for flag, (flag_group, setting) in self.flags.items():
+            if setting.name == (rest if dot else name) and (not dot or flag_group == group):
                 return flag
         return name.upper() if name in self.words else name
 
 
 def owners_of(flag: str) -> str | None:
-    """Return which methods, networks or tasks of ours have a flag as a setting; None where none has."""
+    """Return the built-in methods, networks or tasks that have a flag, in words; None where none has it."""
     from jaxmeta.cli import sources
     from jaxmeta.cli.config import find_names
 
@@ -276,7 +276,7 @@ def owners_of(flag: str) -> str | None:
     def has(learner: str = "maml", network: str = "conv4", tasks: str = "glyphs") -> bool:
         return any(name in settings for settings in find_names(learner, network, tasks).groups().values())
 
-    # A source with a path of its own is asked with any path.
+    # Settings do not depend on the path of a source, so any path will do.
     kinds = {key: f"{key.partition(':')[0]}:x" if ":" in key else key for key in sources.TASKS}
     for having in (
         [learner for learner in names.LEARNERS if has(learner=learner)],
@@ -289,7 +289,7 @@ def owners_of(flag: str) -> str | None:
 
 
 def normalized(word: str) -> str:
-    """Return a word of a command line with hyphens in a flag's name."""
+    """Return a word of a command line with hyphens in place of underscores in a flag's name."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
@@ -297,7 +297,7 @@ def normalized(word: str) -> str:
 
 
 def of_function(function: Callable[..., Any], command: str, more: Sequence[Group] = ()) -> Parser:
-    """Return the parser of a command that a function's signature describes, and of more flags."""
+    """Return the parser of a command described by a function's signature, with more groups of flags."""
     words: list[tuple[str, str | None, str]] = []
     described = schema.descriptions(function)
     for parameter in inspect.signature(function).parameters.values():
@@ -312,45 +312,52 @@ def of_function(function: Callable[..., Any], command: str, more: Sequence[Group
 
 
 def call(function: Callable[..., Any], command: str, argv: Sequence[str], more: Sequence[Group] = ()) -> Any:
-    """Parse a command line by a function's signature, and call it.
+    """Parse a command line by a function's signature, and call the function.
 
     Args:
-      function: to be called.
-      command: its name.
-      argv: the command line.
-      more: groups of flags besides those of the signature, each of which the function takes as a dictionary
-        under the group's name.
+      function: function to call.
+      command: name of the command.
+      argv: words of the command line.
+      more: groups of flags in addition to the signature's. The function takes each as a dictionary, by an
+        argument of the group's name.
+
+    Returns:
+      The function's result.
+
+    Raises:
+      UsageError: the command line is invalid.
+      HelpShown: help was requested, and printed.
     """
     parser = of_function(function, command, more)
-    given = parser.parse(argv)
-    parser.required(given)
+    parsed = parser.parse(argv)
+    parser.required(parsed)
     parameters = inspect.signature(function).parameters.values()
     several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
     needed = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     required = [each for each in needed if each.default is each.empty]
-    if len(given.words) < len(required):
+    if len(parsed.words) < len(required):
         raise UsageError(
-            f"{required[len(given.words)].name.upper()}: is missing; see `jaxmeta {command} --help`"
+            f"{required[len(parsed.words)].name.upper()}: is missing; see `jaxmeta {command} --help`"
         )
-    if not several and len(given.words) > len(needed):
-        raise UsageError(f"unexpected argument {given.words[len(needed)]!r}; see `jaxmeta {command} --help`")
+    if not several and len(parsed.words) > len(needed):
+        raise UsageError(f"unexpected argument {parsed.words[len(needed)]!r}; see `jaxmeta {command} --help`")
     with parser.naming_flags():
         return function(
-            *given.words,
-            **given.values.get("flags", {}),
-            **{group.name: given.values.get(group.name, {}) for group in more},
+            *parsed.words,
+            **parsed.values.get("flags", {}),
+            **{group.name: parsed.values.get(group.name, {}) for group in more},
         )
 
 
-def _in_our_words(message: str) -> str:
-    """Return argparse's message, without its prefix."""
-    flag, colon, said = message.removeprefix("argument ").partition(": ")
+def _without_prefix(message: str) -> str:
+    """Return argparse's message without the prefix "argument"."""
+    flag, colon, problem = message.removeprefix("argument ").partition(": ")
     flag = flag.partition(",")[0]
-    return f"{flag}: {said}" if colon else message
+    return f"{flag}: {problem}" if colon else message
 
 
 def print_table(rows: Iterable[tuple[str, ...]]) -> None:
-    """Print rows in columns."""
+    """Print rows in aligned columns."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

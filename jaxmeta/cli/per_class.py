@@ -1,4 +1,4 @@
-"""Which classes an evaluation names rightly, and which it confuses: as a table, in JSON and as a figure."""
+"""Accuracy and confusions of each class of an evaluation, as a table, as JSON and as a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,34 +15,36 @@ from jaxmeta.tasks.class_names import have_names, unnamed
 from jaxmeta.training import ClassEvaluation
 from jaxmeta.training.evaluate import metric_name
 
-# Rows that are printed: of classes, and of confusions.
+# Largest numbers of printed rows of classes and of confusions.
 _CLASSES, _CONFUSIONS = 30, 10
 
 
 def check_named(tasks: TaskDistribution | TaskStream, flag: str) -> None:
-    """Refuse tasks whose classes cannot be told apart by name.
+    """Check that the classes of tasks have names.
 
     Args:
-      tasks: the test tasks.
-      flag: the argument that asks for classes.
+      tasks: test tasks.
+      flag: argument that requests results by class, for errors.
 
     Raises:
-      ArgumentError: they are of regression, or have no names.
+      ArgumentError: the tasks are regression tasks, or their classes have no names.
     """
     if metric_name(tasks) != "accuracy":
-        raise ArgumentError(flag, f"{card_of(tasks).tasks} tasks are of regression, which has no classes")
+        raise ArgumentError(
+            flag, f"{card_of(tasks).tasks} tasks are regression, which has no classes; leave it out"
+        )
     if not have_names(tasks):
         raise ArgumentError(flag, unnamed(tasks).problem)
 
 
-def as_json(found: Mapping[str, ClassEvaluation]) -> dict[str, list[dict[str, Any]]]:
-    """Return for each row of a report its classes, with accuracy, queries and what they are taken for."""
-    return {row: _classes(each) for row, each in found.items()}
+def as_json(results: Mapping[str, ClassEvaluation]) -> dict[str, list[dict[str, Any]]]:
+    """Return accuracy, queries and confusions of each class, by row of the report."""
+    return {row: _classes(each) for row, each in results.items()}
 
 
-def _classes(found: ClassEvaluation) -> list[dict[str, Any]]:
-    taken: dict[str, dict[str, int]] = {name: {} for name in found.classes}
-    for name, other, queries in found.mistakes():
+def _classes(result: ClassEvaluation) -> list[dict[str, Any]]:
+    taken: dict[str, dict[str, int]] = {name: {} for name in result.classes}
+    for name, other, queries in result.mistakes():
         taken[name][other] = queries
     return [
         {
@@ -51,20 +53,20 @@ def _classes(found: ClassEvaluation) -> list[dict[str, Any]]:
             "queries": int(queries),
             "taken_for": taken[name],
         }
-        for name, accuracy, queries in zip(found.classes, found.accuracy, found.queries, strict=True)
+        for name, accuracy, queries in zip(result.classes, result.accuracy, result.queries, strict=True)
     ]
 
 
-def print_classes(found: Mapping[str, ClassEvaluation]) -> None:
+def print_classes(results: Mapping[str, ClassEvaluation]) -> None:
     """Print the accuracy of each class, the lowest first, and the most frequent confusions.
 
-    Both are in the order of the last row of the report, the inductive one.
+    Both follow the last row of the report, the inductive one.
     """
-    last_row, last = list(found.items())[-1]
+    last_row, last = list(results.items())[-1]
     order = [place for place in np.argsort(last.accuracy, kind="stable") if last.queries[place]]
-    rows = [("class", "queries", *found)]
+    rows = [("class", "queries", *results)]
     for place in order[:_CLASSES]:
-        shares = (f"{100 * each.accuracy[place]:.1f} %" for each in found.values())
+        shares = (f"{100 * each.accuracy[place]:.1f} %" for each in results.values())
         rows.append((last.classes[place], str(last.queries[place]), *shares))
     print()
     print_table(rows)
@@ -86,8 +88,8 @@ def print_classes(found: Mapping[str, ClassEvaluation]) -> None:
     )
 
 
-def draw_classes(path: Path, found: Mapping[str, ClassEvaluation], title: str) -> None:
+def draw_classes(path: Path, results: Mapping[str, ClassEvaluation], title: str) -> None:
     """Draw the confusions of the last row of a report as a PNG; a failure is a warning."""
-    row, last = list(found.items())[-1]
+    row, last = list(results.items())[-1]
     with folders.tolerated(path) as picture:
         plot_confusion(picture, last.confusion, last.classes, f"{title}, {row}")

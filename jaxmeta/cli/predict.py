@@ -1,4 +1,4 @@
-"""Predict: name images by the classes that a source has learned, or learns from examples."""
+"""Classification of images by a source: `jaxmeta predict`."""
 
 import csv as csv_format
 import io
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError, check_number
 from jaxmeta.cli import folders
-from jaxmeta.cli.classifier import load_classifier, say_inverted
+from jaxmeta.cli.classifier import load_classifier, print_inverted
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.own_images import read_images, warn_of_negatives
 from jaxmeta.cli.parser import print_table
@@ -35,61 +35,64 @@ def predict(
     skip_unreadable: bool = False,
     **reading: Any,
 ) -> list[dict[str, Any]]:
-    """Name images by the classes that a source has learned, or learns from a folder of examples.
+    """Classify images by a source's classes, or by classes with a folder of examples.
 
-    The answer for an image depends on what was learned and on itself, never on what else is asked.
+    The prediction for an image depends on the classifier and on the image alone, not on the other images.
 
     Args:
-      source: a folder of `train`, which needs --support; of `transfer` or `export`; a .safetensors or
-        .msgpack file; a folder of Hugging Face's save_pretrained, or hf:owner/name. With --support, classes
-        of the last three are the nearest means of their features of length one.
-      query: images to name: a folder, with subfolders or without, or a single image.
-      json: also write the answers here, with the probability of each class.
-      csv: also write the answers here, as a table of file, class and probabilities.
-      confusion: also draw here which classes are taken for which, where the queries lie in folders that are
-        named as the classes.
+      source: folder of `train`, which needs --support; folder of `transfer` or `export`; .safetensors or
+        .msgpack file; folder of Hugging Face's save_pretrained, or hf:owner/name. With --support, the last
+        three classify by the nearest class mean of features normalised to length 1.
+      query: images to classify: a folder, with or without subfolders, or a single image.
+      json: file to write the predictions to, with the probability of each class.
+      csv: file to write the predictions to, as a table of file, class and probabilities.
+      confusion: PNG file to draw the confusion matrix to, where the images lie in folders named as the
+        classes.
       unknown_above: distance to the nearest class above which an image is called unknown, for methods that
-        measure distances. It has no natural scale: look at the distances of images that you know first.
+        measure distances. It has no natural scale: look at the distances of known images first.
       skip_unreadable: whether to leave out images that cannot be read.
-      **reading: as of `jm.load_classifier`.
+      **reading: settings of `jm.load_classifier`.
 
     Returns:
       `{file, class, probabilities: {class: p}}` for each image, `file` relative to `query`; and `distance` to
-      the nearest class where the method measures any.
+      the nearest class where the method measures distances.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: a folder that is not there.
-      ValueError: a source that cannot be used in this way; classes or images that cannot be used; more
-        classes than the learner can tell apart.
+      FileNotFoundError, NotADirectoryError: a folder does not exist.
+      ValueError: the source, the classes or the images cannot be used, or there are more classes than the
+        learner can distinguish.
       FloatingPointError: learning from the support set diverged.
     """
     target, table = folders.output_file("json", json), folders.output_file("csv", csv)
     picture = folders.output_file("confusion", confusion)
     outputs = [path for path in (target, table, picture) if path is not None]
     if len(set(outputs)) < len(outputs):
-        raise ArgumentError("json, csv, confusion", "two of them name one file; each needs its own")
+        raise ArgumentError("json, csv, confusion", "two of them name the same file; give each its own")
     if unknown_above is not None:
         check_number("unknown_above", unknown_above, 0)
-    asked, root = _query_files(Path(query).expanduser())
+    candidates, root = _query_files(Path(query).expanduser())
     with warnings.catch_warnings(record=True) as warned:
         classifier = load_classifier(source, skip_unreadable=skip_unreadable, **reading)
-    say_inverted(classifier, bool(reading.get("invert")))
+    print_inverted(classifier, bool(reading.get("invert")))
     if unknown_above is not None and UNKNOWN in classifier.classes:
-        raise ArgumentError("unknown_above", f"a class is called {UNKNOWN}, as images that are far would be")
+        raise ArgumentError(
+            "unknown_above",
+            f"a class is called {UNKNOWN}, the name for images far from all classes; rename the class",
+        )
     if unknown_above is not None and not classifier.measures:
         raise ArgumentError(
             "unknown_above",
             f"{source} measures no distances; prototypical, simple_shot and weights with --support do",
         )
-    questions, readable = read_images(asked, classifier.images, skip_unreadable, "query")
-    # Only once nothing is refused any more, which is said in one line.
+    queries, readable = read_images(candidates, classifier.images, skip_unreadable, "query")
+    # Warnings come after the last check, so that a usage error is the only line on standard error.
     for warning in warned:
         warnings.warn(str(warning.message), stacklevel=2)
-    files = [asked[index] for index in readable]
-    seen = 1 - questions if classifier.inverted else questions
+    files = [candidates[index] for index in readable]
+    seen = 1 - queries if classifier.inverted else queries
     warn_of_negatives("query", classifier.images, seen, [str(file) for file in files])
-    probabilities, distances = classifier.with_distances(questions)
-    answers: list[dict[str, Any]] = [
+    probabilities, distances = classifier.with_distances(queries)
+    predictions: list[dict[str, Any]] = [
         {
             "file": file.relative_to(root).as_posix(),
             "class": classifier.classes[int(np.argmax(row))],
@@ -98,97 +101,104 @@ def predict(
         for file, row in zip(files, probabilities, strict=True)
     ]
     if distances is not None:
-        for answer, distance in zip(answers, distances, strict=True):
-            answer["distance"] = float(distance)
+        for prediction, distance in zip(predictions, distances, strict=True):
+            prediction["distance"] = float(distance)
             if unknown_above is not None and distance > unknown_above:
-                answer["class"] = UNKNOWN
-    truth = _truth(answers)
+                prediction["class"] = UNKNOWN
+    truth = _truth(predictions)
     if picture is not None and truth is None:
-        raise ArgumentError("confusion", f"the images in {query} do not lie in folders named as the classes")
+        raise ArgumentError(
+            "confusion",
+            f"the images in {query} do not lie in folders named as the classes; leave it out",
+        )
     results = folders.Results()
     if target is not None:
         with results.writing(target):
-            write_json(target, answers)
+            write_json(target, predictions)
     if table is not None:
         with results.writing(table):
-            write_text(table, _as_csv(answers))
+            write_text(table, _as_csv(predictions))
     if picture is not None and truth is not None:
         names = [*classifier.classes, *([UNKNOWN] if unknown_above is not None else [])]
         number = {name: index for index, name in enumerate(names)}
-        named = np.array([number[answer["class"]] for answer in answers])
-        matrix = confusion_matrix(named, np.array([number[name] for name in truth]), len(names))
+        predicted = np.array([number[prediction["class"]] for prediction in predictions])
+        matrix = confusion_matrix(predicted, np.array([number[name] for name in truth]), len(names))
         with folders.tolerated(picture) as path:
             plot_confusion(path, matrix, names, f"{query} by {source}")
-    _print(answers, truth)
+    _print(predictions, truth)
     if truth is not None:
-        _print_classes(answers, truth)
+        _print_classes(predictions, truth)
     results.check()
-    return answers
+    return predictions
 
 
-def _as_csv(answers: Sequence[Mapping[str, Any]]) -> str:
+def _as_csv(predictions: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
-    names = list(answers[0]["probabilities"])
-    # A class may be called as a column is.
-    distance = ["distance"] if "distance" in answers[0] else []
+    names = list(predictions[0]["probabilities"])
+    # By the predictions and not by the header: a class may be called "distance".
+    distance = ["distance"] if "distance" in predictions[0] else []
     writer.writerow(["file", "class", *distance, *names])
-    for answer in answers:
-        row = [answer["file"], answer["class"], *(answer[name] for name in distance)]
-        writer.writerow([*row, *(answer["probabilities"][name] for name in names)])
+    for prediction in predictions:
+        row = [prediction["file"], prediction["class"], *(prediction[name] for name in distance)]
+        writer.writerow([*row, *(prediction["probabilities"][name] for name in names)])
     return text.getvalue()
 
 
 def _query_files(query: Path) -> tuple[list[Path], Path]:
-    """Return the images to name, and the folder their names are relative to."""
+    """Return the images to classify, and the folder that their names are relative to."""
     if query.is_file():
         return [query], query.parent
     if not query.exists():
-        raise ArgumentError("query", f"there is no {query}")
+        raise ArgumentError("query", f"{query} does not exist")
     files = [file for folder in _folders_below(query) for file in image_files(folder)]
     if not files:
-        raise ArgumentError("query", f"there is no image in {query}")
+        raise ArgumentError("query", f"{query} contains no images")
     return files, query
 
 
 def _folders_below(folder: Path) -> list[Path]:
-    """Return a folder and those in it, of which links that lead back into it are left out."""
-    found, ahead, seen = [], [folder], set()
+    """Return a folder and all its subfolders, without links that lead back into it."""
+    below, ahead, seen = [], [folder], set()
     while ahead:
         each = ahead.pop(0)
         if each.resolve() not in seen:
             seen.add(each.resolve())
-            found.append(each)
+            below.append(each)
             ahead += subfolders(each)
-    return sorted(found)
+    return sorted(below)
 
 
-def _truth(answers: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return the class of each image where all lie in folders that are named as the classes."""
-    folders = [answer["file"].rpartition("/")[0].rpartition("/")[2] for answer in answers]
-    named = all(folder in answer["probabilities"] for folder, answer in zip(folders, answers, strict=True))
-    return folders if named else None
+def _truth(predictions: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """Return the class of each image by its folder; None where a folder is not named as a class."""
+    folders = [prediction["file"].rpartition("/")[0].rpartition("/")[2] for prediction in predictions]
+    all_classes = all(
+        folder in prediction["probabilities"] for folder, prediction in zip(folders, predictions, strict=True)
+    )
+    return folders if all_classes else None
 
 
-def _print(answers: Sequence[Mapping[str, Any]], truth: Sequence[str] | None) -> None:
-    width = max(len(answer["file"]) for answer in answers)
-    known: Sequence[str | None] = truth or [None] * len(answers)
-    for answer, own in zip(answers, known, strict=True):
-        share = max(answer["probabilities"].values())
-        distance = f"  distance {answer['distance']:.4g}" if "distance" in answer else ""
-        wrong = "  ← wrong" if own is not None and answer["class"] != own else ""
-        print(f"{answer['file']:<{width}}  {answer['class']}  {100 * share:.1f} %{distance}{wrong}")
+def _print(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str] | None) -> None:
+    width = max(len(prediction["file"]) for prediction in predictions)
+    known: Sequence[str | None] = truth or [None] * len(predictions)
+    for prediction, own in zip(predictions, known, strict=True):
+        share = max(prediction["probabilities"].values())
+        distance = f"  distance {prediction['distance']:.4g}" if "distance" in prediction else ""
+        wrong = "  ← wrong" if own is not None and prediction["class"] != own else ""
+        print(f"{prediction['file']:<{width}}  {prediction['class']}  {100 * share:.1f} %{distance}{wrong}")
 
 
-def _print_classes(answers: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> None:
-    """Print how many images of each class are named rightly, and of all."""
+def _print_classes(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> None:
+    """Print the recall of each class, and the accuracy."""
     rows = [("class", "right", "of", "recall")]
     for name in dict.fromkeys(truth):
-        named = [answer["class"] for answer, own in zip(answers, truth, strict=True) if own == name]
-        right = named.count(name)
-        rows.append((name, str(right), str(len(named)), f"{100 * right / len(named):.1f} %"))
+        predicted = [
+            prediction["class"] for prediction, own in zip(predictions, truth, strict=True) if own == name
+        ]
+        right = predicted.count(name)
+        rows.append((name, str(right), str(len(predicted)), f"{100 * right / len(predicted):.1f} %"))
     print()
     print_table(rows)
-    right = sum(answer["class"] == own for answer, own in zip(answers, truth, strict=True))
-    share = 100 * right / len(answers)
-    print(f"{right} of {len(answers)} lie in the folder of the class they are named as ({share:.1f} %)")
+    right = sum(prediction["class"] == own for prediction, own in zip(predictions, truth, strict=True))
+    share = 100 * right / len(predictions)
+    print(f"{right} of {len(predictions)} predictions are the class of the image's folder ({share:.1f} %)")

@@ -1,7 +1,7 @@
-"""Protocols by name: whole trainings, as values of settings in place of the defaults.
+"""Named protocols (presets): values of settings for a complete training.
 
-A protocol is a dictionary by the bare names of settings; `base` is another one that it changes. Where it
-takes another learner than its base, the method's own defaults come in between.
+A protocol is a dictionary by the bare names of settings; `base` names another protocol that it modifies.
+Where its learner is not the base's, that learner's own defaults are applied before the protocol's values.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ Protocol = dict[str, Any]
 
 
 def _official_omniglot(ways: int, shots: int) -> Protocol:
-    # The official code sums the mean losses of the N classes where we take one mean: α_ours = N·α.
+    # The official code sums the mean losses of the N classes where jaxmeta takes one mean: α_here = N·α.
     inner: Protocol = (
         {"inner_lr": 5 * 0.4, "inner_steps": 1, "eval_steps": 3, "meta_batch": 32}
         if ways == 5
@@ -80,7 +80,7 @@ _FINN_MINI_IMAGENET: Protocol = _ONE_SHOT | {
     "episodes": 600,
 }
 
-# Ten classes to draw from are soon known.
+# With only ten classes to draw from, a short training is enough.
 _TEN_DIGITS: Protocol = _ONE_SHOT | {
     "train_queries": 3,
     "queries": 5,
@@ -90,7 +90,8 @@ _TEN_DIGITS: Protocol = _ONE_SHOT | {
     "meta_batch": 8,
 }
 
-# For one's own images: trained as `jaxmeta predict` will use it, each query by the support set alone.
+# For user images: normalised by the support set, as `jaxmeta predict` uses the result, which treats each
+# query alone.
 _OWN_IMAGES: Protocol = _ONE_SHOT | {
     "queries": 5,
     "train_queries": 5,
@@ -110,7 +111,7 @@ _OWN_IMAGES: Protocol = _ONE_SHOT | {
 PRESETS: dict[str, Protocol] = {
     "glyphs": _ONE_SHOT
     | {
-        "description": "MAML on drawn characters in minutes on a laptop; what `jaxmeta train` runs",
+        "description": "MAML on drawn characters in minutes on a laptop; the default of `jaxmeta train`",
         "tasks": "glyphs",
         "queries": 5,
         "train_queries": 3,
@@ -127,8 +128,8 @@ PRESETS: dict[str, Protocol] = {
         "tasks": "omniglot",
         "train_queries": 3,
         "protocol": "vinyals",
-        # Half the tasks of the paper's meta-step and three times its rate: at a laptop's budget
-        # more and larger steps are worth more than steadier ones.
+        # Half the tasks of the paper's meta-step and three times its rate: in a laptop's budget
+        # more and larger steps gain more than less noisy ones.
         "outer_lr": 3e-3,
         "schedule": "cosine",
         "steps": 6000,
@@ -136,8 +137,8 @@ PRESETS: dict[str, Protocol] = {
     },
     "omniglot-alphabet": _ONE_SHOT
     | {
-        "description": "MAML on Omniglot's background set, 20-way 1-shot, to name an alphabet's letters by "
-        "`predict`",
+        "description": "MAML on Omniglot's background set, 20-way 1-shot, to classify an alphabet's letters "
+        "by `predict`",
         "tasks": "omniglot",
         "ways": 20,
         "train_ways": 20,
@@ -162,8 +163,8 @@ PRESETS: dict[str, Protocol] = {
     "maml-omniglot-5way-5shot": _official_omniglot(5, 5),
     "maml-omniglot-20way-1shot": _official_omniglot(20, 1),
     "maml-omniglot-20way-5shot": _official_omniglot(20, 5),
-    # The paper's α = 0.01 (its code's default is 0.001) lets a few test tasks of 5 points diverge
-    # within 10 steps, and their error is then the mean. A fifth of it does not, and adapts as well.
+    # With the paper's α = 0.01 (its code's default is 0.001) some test tasks of 5 points diverge within 10
+    # steps and dominate the mean error. A fifth of it does not diverge, and adapts as well.
     "sinusoid": _REGRESSION
     | {
         "description": "MAML on sine waves, trained with 10 points, tested with 5 (Finn et al. 2017)",
@@ -194,12 +195,12 @@ PRESETS: dict[str, Protocol] = {
         "log_every": 25,
     },
     "folder": _OWN_IMAGES
-    | {"description": "MAML on a folder of one's own images, 5-way 1-shot", "tasks": "folder:PATH"},
+    | {"description": "MAML on a folder of your own images, 5-way 1-shot", "tasks": "folder:PATH"},
     "arrays": _OWN_IMAGES
-    | {"description": "MAML on one's own labelled arrays, 5-way 1-shot", "tasks": "arrays:FILE"},
+    | {"description": "MAML on your own labelled arrays, 5-way 1-shot", "tasks": "arrays:FILE"},
     "table": _REGRESSION
     | {
-        "description": "MAML on a table of one's own regression tasks, 5 examples to learn from, 5 to score",
+        "description": "MAML on a table of your own regression tasks, 5 support and 5 query examples",
         "tasks": "table:FILE",
         "queries": 5,
         "train_shots": 5,
@@ -211,7 +212,7 @@ PRESETS: dict[str, Protocol] = {
         "log_every": 50,
     },
     "tfds": _OWN_IMAGES
-    | {"description": "MAML on a set of tensorflow-datasets, 5-way 1-shot", "tasks": "tfds:NAME"},
+    | {"description": "MAML on a data set of tensorflow-datasets, 5-way 1-shot", "tasks": "tfds:NAME"},
     "mini-imagenet": _FINN_MINI_IMAGENET
     | {
         "description": "Finn et al. 2017: mini-ImageNet, 5-way 1-shot, 60,000 meta-steps",
@@ -243,7 +244,7 @@ PRESETS: dict[str, Protocol] = {
         "train_ways": 20,
         "protocol": "lake-validation",
         "within_alphabet": True,
-        # Of 2×2 places at the end, where 28 pixels leave one; with 48 far more steps would be needed.
+        # 32 pixels give a final map of 2×2, where 28 give 1×1; with 48 far more steps would be needed.
         "size": 32,
         "distort": True,
         "steps": 10_000,
@@ -281,8 +282,8 @@ PRESETS: dict[str, Protocol] = {
     },
 }
 
-# Each method as `train METHOD --tasks omniglot` has it; a network of this size is too large to learn
-# an optimizer on in hours.
+# The protocol of `train METHOD --tasks omniglot` for each method. learned_optimizer is left out: a network of
+# this size would take it far longer than hours.
 PRESETS |= {
     f"omniglot-{name.replace('_', '-')}": {
         "description": f"Omniglot, 5-way 1-shot: {summary(factory)}",

@@ -1,7 +1,7 @@
 """Progress, metrics and reports of a run.
 
-`jm.train` writes `metrics.jsonl` while the run goes on; every other file is written beside its place and
-renamed, so that what is there is whole.
+`jm.train` writes `metrics.jsonl` during the run; every other file is written under another name and renamed,
+so that no reader sees half of it.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from jaxmeta.training.events import Event, Progress, Resumed, Validated
 from jaxmeta.training.metrics import Forgiving, read_metrics, row_of
 from jaxmeta.training.progress import ProgressBar, shown
 
-# Folder of its scalars, beside `metrics.jsonl`.
+# Folder of TensorBoard's scalars, next to `metrics.jsonl`.
 TENSORBOARD = "tensorboard"
-# Of a row of `metrics.jsonl`, what is no curve.
+# Entries of a row of `metrics.jsonl` that are not curves.
 _NO_SCALARS = ("step", "best", "compile_s")
 
 
 class RunLog:
-    """The `report=` of `jm.train` in a run: shows how far it is, and keeps what its report says.
+    """A `report=` of `jm.train` that shows the progress of a run, and keeps what its report needs.
 
-    The numbers of `metrics.jsonl` go to `tensorboard/` beside it, for `tensorboard --logdir`.
+    The numbers of `metrics.jsonl` go to `tensorboard/` next to it, for `tensorboard --logdir`.
 
     Args:
-      path: of `metrics.jsonl`.
-      steps: meta-steps in all.
+      path: path of `metrics.jsonl`.
+      steps: number of meta-steps of the whole run.
       metric: "accuracy" or "mse".
     """
 
@@ -51,12 +51,12 @@ class RunLog:
 
     @property
     def elapsed_s(self) -> float:
-        """Return the seconds the run took so far, those before a resumption included."""
+        """Return the seconds of the run so far, including those before a resumption."""
         return self._spent_before + time.perf_counter() - self._started
 
     @contextlib.contextmanager
     def showing(self) -> Iterator["RunLog"]:
-        """Show progress while inside."""
+        """Open the log and show progress inside the context."""
         self._started = time.perf_counter()
         with self._bar.showing(self.steps):
             try:
@@ -85,7 +85,7 @@ class RunLog:
         self._stepping_s += taken / row["steps_per_second"]
         self.steps_per_second = self._last_step / self._stepping_s
         self.compile_s = row["compile_s"]
-        # Rows of an earlier version have none.
+        # Rows of earlier versions do not have `skipped`.
         self.skipped += row.get("skipped", 0)
 
     def _write_scalars(self, row: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class RunLog:
         self._scalars.flush()
 
     def _rewind(self, step: int) -> None:
-        """Begin with what the run had come to, of which `jm.train` has dropped the later rows."""
+        """Restore the counts of the rows that a resumed run keeps."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         self._void_from = step + 1
         self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0
@@ -113,7 +113,7 @@ class RunLog:
     def _tensorboard(self) -> Any:
         from tensorboardX import SummaryWriter
 
-        # Files are named by the second, and two of one second would be one.
+        # Files are named by the second: the suffix keeps two of the same second apart.
         return SummaryWriter(
             str(self.path.parent / TENSORBOARD),
             purge_step=self._void_from,
@@ -123,9 +123,9 @@ class RunLog:
 
 @contextlib.contextmanager
 def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callable[[Event], None]]:
-    """Give `report` with JAX's profiler on between its first two `Progress` events, writing to `folder`.
+    """Yield `report` with JAX's profiler on between its first two `Progress` events, writing to `folder`.
 
-    After the first all is compiled; and what a trace takes of memory and disk grows with its length.
+    After the first event everything is compiled. A trace ends at the second, since its size grows with time.
     """
     import jax
 
@@ -152,7 +152,7 @@ def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callabl
         stop()
 
 
-# Whose statistics, by `norm` of the learner.
+# Descriptions of the statistics of batch normalisation, by the learner's `norm`.
 NORMALISED = {
     "none": "no batch normalisation",
     "batch": "batch normalisation by the evaluated batch",
@@ -222,7 +222,7 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
 
 
 def chance_level(result: Mapping[str, Any]) -> str | None:
-    """Return what a learner must beat in words; None where the number of classes varies."""
+    """Return the baseline of guessing in words; None where the number of classes varies."""
     if "mse_of_mean" in result:
         return f"Answering with the mean of the support targets: {shown(result['mse_of_mean'], 'mse')}"
     ways = result["card"]["ways"]
@@ -230,17 +230,17 @@ def chance_level(result: Mapping[str, Any]) -> str | None:
 
 
 def cell(text: Any) -> str:
-    """Return a text as a cell of a table in Markdown, which a line's end or a bar would end."""
+    """Return a text as a cell of a Markdown table, without line breaks and with bars escaped."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
 def repeated_by(command: str) -> list[str]:
-    """Return the lines of a report that give the command to repeat it."""
-    return ["", "The command that repeats it:", "", "```sh", command, "```"]
+    """Return the lines of a report with the command that reproduces it."""
+    return ["", "The command that reproduces it:", "", "```sh", command, "```"]
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a number with its noun.
+    """Return a number with its noun in singular or plural.
 
     Examples:
       >>> plural(1, "inner step"), plural(2000, "class"), plural(5, "query")

@@ -1,4 +1,4 @@
-"""Train and evaluate: `jaxmeta train`, `jaxmeta evaluate`, and the output directory of a run."""
+"""Runs: `jaxmeta train`, `jaxmeta evaluate`, and the output directory of a run."""
 
 import contextlib
 import dataclasses
@@ -73,9 +73,9 @@ from jaxmeta.training.sharding import process_share, sample_of
 from jaxmeta.training.step import validation_key
 from jaxmeta.transfer.architectures import described as described_network
 
-# Where a run keeps the population statistics of its learner; and its parameters, where no checkpoint does.
+# Folder of a run's population statistics, and file of its parameters where checkpoints cannot be read.
 POPULATION, SPARE = "population", "parameters.npz"
-# Settings of training that a resumed run may change where nothing is scheduled by them.
+# The setting of training that a resumed run may increase where no schedule depends on it.
 _GROWS = "steps"
 _TEST = np.uint32(0xFFFFFFFD)
 _POPULATION = np.uint32(0xFFFFFFFC)
@@ -83,16 +83,16 @@ _POPULATION = np.uint32(0xFFFFFFFC)
 
 @dataclasses.dataclass(frozen=True)
 class Invocation:
-    """What one invocation of `train` is told besides its configuration.
+    """Flags of one call of `train` that are not part of the configuration.
 
     Attributes:
-      out: the run's output directory; without it runs/<learner>-<tasks>-<date and time>.
-      resume: continue the run in --out from its last checkpoint.
-      profile: let JAX's profiler watch some meta-steps: profile/ in the output directory.
+      out: output directory of the run; by default runs/<learner>-<tasks>-<date and time>.
+      resume: whether to continue the run in --out from its last checkpoint.
+      profile: whether to trace some meta-steps by JAX's profiler, into profile/ of the output directory.
       coordinator: HOST:PORT of the first of several processes, each of which is started with its --process.
-      processes: how many processes there are.
-      process: which of several processes this is, from 0.
-      distributed: join several processes as Slurm, Kubernetes or a TPU pod started them.
+      processes: number of processes.
+      process: index of this process, from 0.
+      distributed: whether to join the processes that Slurm, Kubernetes or a TPU pod started.
     """
 
     out: str | None = None
@@ -105,9 +105,9 @@ class Invocation:
 
 
 def new_run(config: Config, invocation: Invocation) -> Path:
-    """Train, evaluate and report a configuration in a new output directory, which is returned."""
+    """Train and evaluate a configuration, and return the new output directory."""
     if invocation.out is not None:
-        folders.refuse_used(Path(invocation.out).expanduser())
+        folders.check_empty(Path(invocation.out).expanduser())
     return _train(config, None, invocation)
 
 
@@ -120,14 +120,17 @@ def resume_run(
     """Continue the run in a folder from its last checkpoint.
 
     Args:
-      folder: of the run.
-      given: flags by group, which must not contradict the run, save those that change no parameter, and
-        `steps` where nothing is scheduled by it.
-      invocation: of the command.
-      trusted: names of code of one's own that may be imported.
+      folder: folder of the run.
+      given: values of flags by group. They must equal the run's, except for settings that change no
+        parameter, and `steps` where no schedule depends on it.
+      invocation: other flags of the command.
+      trusted: each `module:name` that may be imported.
+
+    Returns:
+      The folder of the run.
 
     Raises:
-      ArgumentError: a flag that contradicts the run.
+      ArgumentError: a flag differs from the run's value.
     """
     before = load_config(folder, trusted)
     allowed: dict[str, dict[str, Any]] = {}
@@ -147,7 +150,7 @@ def resume_run(
                     f"got {schema.shown_value(value)}, but the run in {folder} has "
                     f"{schema.shown_value(now)}; leave it out",
                 )
-    # Either says which devices.
+    # Each of the two flags sets the devices, so it also replaces the run's value of the other.
     run = allowed.get("run", {})
     if run.get("devices") is not None or run.get("mesh") is not None:
         run = {"devices": None, "mesh": None} | run
@@ -157,33 +160,38 @@ def resume_run(
 
 
 def _check_growth(config: Config, steps: int, folder: Path) -> None:
-    """Refuse more meta-steps of a run whose settings were derived from their number.
+    """Check that a run can be extended to a number of meta-steps.
 
     Raises:
-      ArgumentError: a schedule, or fewer steps than before.
+      ArgumentError: the run's schedule depends on its steps, or it has more steps already.
     """
     before = config.training.steps
     if config.training.schedule in ("cosine", "linear"):
         raise ArgumentError(
             _GROWS,
             f"got {steps}, but the run in {folder} has {before}, and its schedule "
-            f"({config.training.schedule}) ends with them; train anew, or with --schedule constant",
+            f"({config.training.schedule}) ends with them; start a new run, or use --schedule constant",
         )
     if steps < before:
-        raise ArgumentError(_GROWS, f"got {steps}, but the run in {folder} has {before}; it can only grow")
+        raise ArgumentError(
+            _GROWS, f"got {steps}, but the run in {folder} has {before}; it must be at least that"
+        )
 
 
 class _Parts(NamedTuple):
-    """What a configuration stands for.
+    """Objects built from a configuration.
 
     Attributes:
-      config: completed by what is known of the data.
+      config: configuration, completed with properties of the data.
       mesh: devices.
-      tasks, validation, test: of the three parts.
-      learner, optimizer: what is trained, and by what.
-      compared_to: the first-order learner, where meta-gradients are compared.
-      parameters: their number.
-      start: parameters to start from; None for random ones.
+      tasks: training tasks.
+      validation: validation tasks; None where the split has none.
+      test: test tasks.
+      learner: learner.
+      optimizer: outer optimizer.
+      compared_to: first-order learner for --diagnose; None without it.
+      parameters: number of parameters.
+      start: initial parameters; None for random ones.
     """
 
     config: Config
@@ -199,10 +207,10 @@ class _Parts(NamedTuple):
 
 
 def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Parts:
-    """Build what a configuration says: all that can be refused is, before there is a folder."""
+    """Build the objects of a configuration, and raise its errors before a folder is created."""
     training, run = config.training, config.run
     mesh = mesh_of(run.devices, run.mesh, training.meta_batch, processes)
-    # All have looked for the folder before one makes it.
+    # Every process has checked that the folder is new before one creates it.
     hosts.barrier("start")
     key = jax.random.key(run.seed)
     tasks = sources.tasks_of(config, "train", key, process=process_share(mesh))
@@ -222,7 +230,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
     learner, optimizer = build.learner_of(config), build.optimizer_of(config)
     compared_to = build.first_order_of(config)
     with sources.renaming({"devices": "mesh"} if run.mesh is not None else {}):
-        # For what it raises.
+        # Called for its checks only.
         meta_step(learner, optimizer, training.meta_batch, run.strategy, devices=mesh)
     try:
         parameters = _parameters(learner, tasks)
@@ -233,8 +241,8 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
             raise
         raise ArgumentError(
             "network",
-            f"got {config.network['name']}, which does not take examples of shape {shape}; networks of "
-            "convolutions take images (h, w, c), and mlp takes any",
+            f"got {config.network['name']}, which does not take examples of shape {shape}; convolutional "
+            "networks take images (h, w, c), and mlp takes any shape",
         ) from error
     start = None
     if run.init is not None and (resumed is None or not checkpoint_steps(resumed)):
@@ -243,7 +251,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
 
 
 def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path:
-    """Train what a configuration says, and write the report."""
+    """Train a configuration, and write the report."""
     connect(invocation)
     parts = _parts(config, resumed, invocation.processes)
     config, run, first = parts.config, parts.config.run, hosts.is_first()
@@ -261,7 +269,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         if first:
             _write_config(out, config, resumed is not None)
             if not checkpoint_steps(out):
-                # What a run has shown that ended before it could save: this one starts again.
+                # A run that ended before its first checkpoint starts again, so its curves are removed.
                 shutil.rmtree(log.path.parent / TENSORBOARD, ignore_errors=True)
         hosts.barrier("folder")
         state = _fit(parts, out, log, signals, invocation.profile)
@@ -298,13 +306,13 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
 
 
 def _read_back(out: Path, config: Config, params: Params, results: folders.Results, hint: str) -> None:
-    """Read the last checkpoint, and where it does not hold `params`, keep these in a file of another form.
+    """Read the last checkpoint, and where it does not contain `params`, write these as an npz file.
 
     Every process reads, since Orbax waits for all of them; the first one writes.
     """
     first = hosts.is_first()
     if first and not (out / "config.json").exists():
-        # Somebody has removed the folder, and the checkpoints after that are in a new one.
+        # The folder was removed during training; later checkpoints have created it again.
         with results.writing(out / "config.json"):
             write_json(out / "config.json", config.to_json())
     try:
@@ -314,18 +322,18 @@ def _read_back(out: Path, config: Config, params: Params, results: folders.Resul
             return
         spare = out / SPARE
         results.fail(
-            f"{out / 'checkpoints'} does not hold the parameters that training ended with ({error}); they "
-            f"are in {spare}, as NumPy arrays by their paths; {hint}"
+            f"{out / 'checkpoints'} does not contain the final parameters ({error}); they are in {spare}, as "
+            f"NumPy arrays by their paths; {hint}"
         )
         with results.writing(spare), replacing(spare) as unfinished:
             np.savez(unfinished, allow_pickle=False, **arrays_by_path(params))
 
 
 def _fit(parts: _Parts, out: Path, log: RunLog, signals: Signals, profile: bool) -> TrainState:
-    """Meta-train, from the last checkpoint of the folder where it has one.
+    """Meta-train, from the last checkpoint of the folder if it has one.
 
     Raises:
-      Signalled: a signal has stopped it, after what there was had been saved.
+      Signalled: a signal stopped training, after a checkpoint was saved.
     """
     training, run, first = parts.config.training, parts.config.run, hosts.is_first()
     with log.showing() if first else contextlib.nullcontext(), contextlib.ExitStack() as watching:
@@ -361,7 +369,7 @@ def _fit(parts: _Parts, out: Path, log: RunLog, signals: Signals, profile: bool)
             if not (kept := checkpoint_steps(out)):
                 raise
             raise OSError(
-                f"{error}; what was saved at meta-step {kept[-1]} is kept; {signals.hint}"
+                f"{error}; the checkpoint saved at meta-step {kept[-1]} is kept; {signals.hint}"
             ) from error
         signals.training = False
     if signals.asked:
@@ -370,7 +378,7 @@ def _fit(parts: _Parts, out: Path, log: RunLog, signals: Signals, profile: bool)
 
 
 def _report(parts: _Parts, log: RunLog, training_s: float, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what report.json holds."""
+    """Return the content of report.json."""
     return {
         **_what(parts.config, parts.test),
         "preset": parts.config.preset,
@@ -393,17 +401,17 @@ def _report(parts: _Parts, log: RunLog, training_s: float, results: Mapping[str,
 
 def _output_directory(config: Config, invocation: Invocation, first: bool) -> Path:
     if not first:
-        # Several processes are told one folder.
+        # All processes get the same --out.
         return Path(str(invocation.out)).expanduser()
     learner = config.learner["name"].rpartition(":")[2]
     return folders.claim(invocation.out, f"{learner}-{sources.file_name(config.tasks['name'])}")
 
 
 def _write_config(out: Path, config: Config, resumed: bool) -> None:
-    """Write config.json, which of two runs that were given one folder only the first one can.
+    """Write config.json; of two new runs with the same folder only the first one can.
 
     Raises:
-      ArgumentError: another run has the folder.
+      ArgumentError: another run has written its config.json since.
     """
     if resumed:
         write_json(out / "config.json", config.to_json())
@@ -415,7 +423,7 @@ def _write_config(out: Path, config: Config, resumed: bool) -> None:
 
 
 def _command(config: Config, out: Path) -> str:
-    """Return the command that continues a run: code of one's own is named again to be imported."""
+    """Return the command that continues a run, with the names of user-defined code to import."""
     learner, network, tasks = (each["name"] for each in (config.learner, config.network, config.tasks))
     words = ["jaxmeta", "train", *([learner] if learner in config.own else []), "--resume", "--out", str(out)]
     for flag, name in (("--network", network), ("--tasks", tasks)):
@@ -424,7 +432,7 @@ def _command(config: Config, out: Path) -> str:
 
 
 def _network_text(config: Config) -> str | None:
-    """Return the network as `jm.transfer.load_pretrained` builds it; None where it is of another package."""
+    """Return the description of the network for `jm.transfer.load_pretrained`; None where it has none."""
     if config.names().facts.network is not None and config.names().facts.networks is not None:
         return None
     plain = config.replaced(training={"precision": "float32"})
@@ -435,7 +443,7 @@ def _network_text(config: Config) -> str | None:
 
 
 def as_trained(config: Config) -> dict[str, Any]:
-    """Return what of a configuration is kept with each checkpoint, and must be the same to go on with it."""
+    """Return the part of a configuration that is stored with checkpoints and must be equal to resume."""
     kept = config.to_json()
     training = {name: value for name, value in kept["training"].items() if name != _GROWS}
     groups = {name: kept[name] for name in ("learner", "network", "tasks", "own", "split_hash", "images")}
@@ -443,11 +451,11 @@ def as_trained(config: Config) -> dict[str, Any]:
 
 
 def params_of(folder: Path, config: Config) -> Params:
-    """Return the parameters of the run in `folder`, with population statistics where a row is of such.
+    """Return the parameters of the run in `folder`, with population statistics where a report row uses them.
 
     Raises:
-      ValueError: they cannot be read, or are of another learner, network, number of ways or seed than
-        `config`; or the run has not ended, since it fills these statistics last.
+      ValueError: the parameters cannot be read, or belong to another learner, network or seed than `config`;
+        or the run has not ended, and population statistics are computed at its end.
     """
     kept = as_trained(config)
     params = load_params(folder, config={name: kept[name] for name in ("learner", "network", "seed")})
@@ -455,8 +463,8 @@ def params_of(folder: Path, config: Config) -> Params:
         return params
     if not (folder / POPULATION).exists():
         raise ValueError(
-            f"{folder}: the run has not ended, and {config.learner['name']} is used with statistics that are "
-            f"taken at its end; continue it with: {_command(config, folder)}"
+            f"{folder}: the run has not ended, but {config.learner['name']} needs the statistics that are "
+            f"computed at its end; continue it with: {_command(config, folder)}"
         )
     return {**params, **load(folder / POPULATION)}
 
@@ -474,13 +482,20 @@ def evaluate_run(
     """Evaluate the parameters of a run on test tasks that flags may change, and print the result.
 
     Args:
-      folder: of the run.
-      given: flags by group.
-      tasks: name of other tasks than those of the run.
-      json: also write the result here.
-      per_class: whether accuracy and confusions of each class are among the result.
-      confusion: also draw the confusions here.
-      trusted: names of code of one's own that may be imported.
+      folder: folder of the run.
+      given: values of flags by group.
+      tasks: name of other tasks of the same kind; None for the run's.
+      json: file to write the result to.
+      per_class: whether the result has accuracy and confusions of each class.
+      confusion: PNG file to draw the confusion matrix to.
+      trusted: each `module:name` that may be imported.
+
+    Returns:
+      The result, as in report.json.
+
+    Raises:
+      ArgumentError: a flag is invalid, or the data are not those that the run was trained on.
+      ValueError: the parameters cannot be read.
     """
     before = load_config(folder, trusted)
     target, picture = folders.output_file("json", json), folders.output_file("confusion", confusion)
@@ -492,7 +507,7 @@ def evaluate_run(
     )
     check(config)
     seed = config.run.seed
-    # What is drawn is another seed's; the parameters are those of the run's own.
+    # --seed changes the test tasks; the parameters are loaded with the run's own seed.
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
     test = sources.tasks_of(config, "test", evaluation_key(seed))
     if other:
@@ -511,14 +526,17 @@ def evaluate_checkpoints(
     per_class: bool = False,
     confusion: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate parameters that `jm.train(run_dir=…)` has left in a folder, and print the result.
+    """Evaluate the parameters that `jm.train(run_dir=…)` has saved in a folder, and print the result.
 
-    Population statistics, which it does not fill, are taken from training tasks.
+    Population statistics, which `jm.train` does not compute, are computed from training tasks.
 
     Args:
-      folder: of the run.
-      config: says what the parameters are of, and which tasks they are evaluated on.
-      json, per_class, confusion: as of `evaluate_run`.
+      folder: folder of the run.
+      config: configuration of the learner, the network and the test tasks.
+      json, per_class, confusion: as in `evaluate_run`.
+
+    Returns:
+      The result, as in report.json.
 
     Raises:
       ArgumentError: the learner of the configuration has other parameters.
@@ -532,8 +550,8 @@ def evaluate_checkpoints(
     except ValueError as error:
         raise ArgumentError(
             "learner",
-            f"{config.learner['name']} with the network {config.network['name']} does not fit what was "
-            f"trained in {folder}; give method, network and settings as they were ({error})",
+            f"{config.learner['name']} with the network {config.network['name']} does not have the "
+            f"parameters in {folder}; give method, network and settings as in training ({error})",
         ) from error
     if "population" in config.names().facts.rows.values() and "population" not in params:
         params = {**params, **_population(learner, config, params, jax.random.key(config.run.seed))}
@@ -582,7 +600,7 @@ def _evaluated(
 
 
 def _what(config: Config, test: TaskDistribution | TaskStream) -> dict[str, Any]:
-    """Return what a report is of."""
+    """Return the entries of a report about learner and test tasks."""
     card = card_of(test)
     return {
         "learner": config.learner["name"],
@@ -606,19 +624,23 @@ def load_run(
     """Load the learner of a run of `jaxmeta train`, or of `jm.train(run_dir=…)`, and its parameters.
 
     Args:
-      run: the run's folder.
-      row: of its report: "inductive", whose answers depend on no other query, or "transductive".
-      learner: the learner itself, which `jm.train` does not keep in the folder; it is returned as it is. Or
-        `module:name` of a method of one's own, of a run of `jaxmeta train` that was trained with it: a folder
-        makes no code be imported by itself.
-      network: `module:name` of a network of one's own, likewise.
-      tasks: likewise of tasks. Beside a learner itself, tasks that it was made for, whose shapes tell whether
-        the parameters are its own; needed where these have other nodes than dicts, lists and tuples.
+      run: folder of the run.
+      row: row of its report: "inductive", where predictions do not depend on other queries, or
+        "transductive".
+      learner: learner to return, for a run of `jm.train`, which does not store it. For a run of `jaxmeta
+        train` with a user-defined method, its `module:name`: a run folder does not import code by itself.
+      network: `module:name` of the run's user-defined network.
+      tasks: `module:name` of the run's user-defined tasks. With a `Learner`, tasks that it was built for, to
+        check the shapes of the parameters; they are needed where the parameters contain other nodes than
+        dicts, lists and tuples.
+
+    Returns:
+      The learner and its parameters.
 
     Raises:
-      FileNotFoundError: there is no run, or one of `jm.train`, and no learner is given.
-      ValueError: its files cannot be read, another `row`, code of one's own that is not named, or parameters
-        that are not those of the learner.
+      FileNotFoundError: the folder is not a run, or it is a run of `jm.train` and `learner` is None.
+      ValueError: its files cannot be read, `row` is unknown, user-defined code is not named, or the
+        parameters do not belong to the learner.
 
     Examples:
       >>> learner, params = jm.load_run("runs/alphabet")  # doctest: +SKIP
@@ -629,24 +651,24 @@ def load_run(
     if learner is not None and not isinstance(learner, str):
         check_kind("learner", learner, Learner, "a jm.Learner, or module:name of a method of your own")
         if not (folder / "checkpoints").is_dir():
-            raise FileNotFoundError(f"{folder} is no run: there is no {folder / 'checkpoints'}")
+            raise FileNotFoundError(f"{folder} is not a run folder: {folder / 'checkpoints'} does not exist")
         if isinstance(tasks, str):
             raise ArgumentError(
-                "tasks", f"got {tasks!r}; beside a learner itself, they must be tasks themselves"
+                "tasks", f"got {tasks!r}; with a jm.Learner as learner, they must be tasks, not a name"
             )
         return learner, _params_like(folder, learner, tasks)
     if tasks is not None and not isinstance(tasks, str):
-        raise ArgumentError("tasks", "got tasks themselves, which go with a learner itself (learner=)")
+        raise ArgumentError("tasks", "got tasks; give their name, or a jm.Learner as learner in addition")
     config = load_config(folder, [name for name in (learner, network, tasks) if name is not None])
     norm = names.lookup("row", row, config.names().facts.rows)
     return build.learner_of(config, norm), params_of(folder, config)
 
 
 def _params_like(folder: Path, learner: Learner, tasks: TaskDistribution | TaskStream | None) -> Params:
-    """Return what a run ended with, if the learner has such parameters on tasks of these shapes.
+    """Return the final parameters of a run, and check their shapes where tasks are given.
 
     Raises:
-      ValueError: it has others, or they cannot be read.
+      ValueError: the learner has other parameters, or they cannot be read.
     """
     like = None
     if tasks is not None:
@@ -659,9 +681,10 @@ def _params_like(folder: Path, learner: Learner, tasks: TaskDistribution | TaskS
     except ArgumentError as error:
         if error.name != "like":
             raise
-        said = f"{folder} has parameters that are not only dicts, lists and tuples"
         raise ArgumentError(
-            "tasks", f"got None, and {said}; give tasks that the learner was made for"
+            "tasks",
+            f"got None, but the parameters in {folder} contain other nodes than dicts, lists and tuples; "
+            "give tasks that the learner was built for",
         ) from None
     return {**params, **load(folder / POPULATION)} if (folder / POPULATION).exists() else params
 
@@ -680,7 +703,7 @@ def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:
 def _with_population(
     learner: Learner, config: Config, params: Params, key: Key, out: Path, results: folders.Results
 ) -> Params:
-    """Return the parameters with the population statistics of the training tasks, which the folder keeps."""
+    """Return the parameters with population statistics of the training tasks, and save the statistics."""
     if "population" not in config.names().facts.rows.values():
         return params
     filled = _population(learner, config, params, key)
@@ -691,7 +714,7 @@ def _with_population(
 
 
 def _population(learner: Learner, config: Config, params: Params, key: Key) -> Params:
-    """Return the population statistics of the training tasks, of a run with `key`."""
+    """Return the population statistics of the training tasks of a run with `key`."""
     if learner.statistics is None:
         return {"population": {}}
     key = jax.random.fold_in(key, _POPULATION)
@@ -708,17 +731,18 @@ def _results(
     *,
     by_class: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, ClassEvaluation]]:
-    """Return accuracy by row, or mean squared error by number of inner steps; and those of each episode.
+    """Return results, values by episode, and results by class.
 
-    The third are the results of each class by row, where they are asked for.
+    Results are accuracy by row, or mean squared error by number of inner steps. Results by class are empty
+    unless `by_class`.
     """
     drawn: dict[str, Any] = {"episodes": config.run.episodes, "key": evaluation_key(seed), "devices": mesh}
 
-    def of(learner: Learner, params: Params) -> np.ndarray:
+    def evaluate(learner: Learner, params: Params) -> np.ndarray:
         return evaluate_episodes(learner, params, test, **drawn)
 
     def values(config: Config, norm: str) -> np.ndarray:
-        return of(build.learner_of(config, norm), params)
+        return evaluate(build.learner_of(config, norm), params)
 
     def row(values: np.ndarray) -> dict[str, float]:
         found = Evaluation.of(values)
@@ -742,14 +766,14 @@ def _results(
             results["chance"] = 1 / ways
         if config.tasks.get("sequence") is not None:
             assert isinstance(test, TaskDistribution)
-            # Its loss, which counts presentations, distorts where training does.
+            # The loss counts presentations; it would distort images as training does.
             learner = build.learner_of(config.replaced(training={"distort": False}))
             key = evaluation_key(seed)
             found = evaluate_metrics(learner, params, test, episodes=config.run.episodes, key=key)
             results["accuracy_by_instance"] = {
                 str(number): found[f"instance_{number}"]
                 for number in range(1, len(found))
-                # Those that never came up are NaN.
+                # Presentations that never occurred are NaN.
                 if found.get(f"instance_{number}", math.nan) >= 0
             }
     else:
@@ -760,7 +784,7 @@ def _results(
         own_steps = config.learner.get("eval_steps")
         own = by_step[own_steps] if own_steps in by_step else values(config, "batch")
         episodes, results["mse"] = {"mse": own}, row(own)
-        results["mse_of_mean"] = row(of(_MEAN, {}))
+        results["mse_of_mean"] = row(evaluate(_MEAN, {}))
         if by_step:
             results["mse_by_step"] = {str(steps): row(found) for steps, found in by_step.items()}
     return results, {name: found.tolist() for name, found in episodes.items()}, classes
@@ -776,7 +800,7 @@ def _repeated(params: Params, mean: Array, x: Array, mask: Array | None = None) 
     return jnp.broadcast_to(mean, (x.shape[0], *mean.shape))
 
 
-# What a learner of regression must beat: it answers with the mean of the support targets.
+# Baseline of regression: the mean of the support targets.
 _MEAN = Learner(
     init=lambda key, task: {},
     adapt=_mean_of_targets,
@@ -808,7 +832,7 @@ def _announce(parts: _Parts, out: Path) -> None:
 
 
 def _own_values(config: Config) -> dict[str, Any]:
-    """Return the settings of the learner that are not its factory's defaults, and its inner loop's."""
+    """Return the settings of the inner loop, and others that differ from the factory's defaults."""
     known = config.names().groups()["learner"]
     always = ("inner_lr", "inner_steps", "eval_steps")
     values = config.settings("learner")
@@ -816,7 +840,7 @@ def _own_values(config: Config) -> dict[str, Any]:
 
 
 def sentence(card: ProtocolCard) -> str:
-    """Return in one line which tasks a card is of."""
+    """Return a protocol card in one line."""
     shape = f"{card.shots}-shot" if card.ways is None else f"{card.ways}-way {card.shots}-shot"
     queries = plural(card.queries, "query")
     classes = f", {plural(card.classes, 'class')}" if card.classes else ""
@@ -826,6 +850,7 @@ def sentence(card: ProtocolCard) -> str:
 
 
 def print_results(results: Mapping[str, Any], config: Config) -> None:
+    """Print the test results of a report."""
     if "accuracy" in results:
         for name, row in results["accuracy"].items():
             print(

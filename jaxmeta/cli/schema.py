@@ -1,8 +1,8 @@
-"""The settings of a function, read from its signature and docstring: the only schema that settings have.
+"""The settings of a function, read from its signature and docstring, which are their only schema.
 
-Flags, their help, config.json and its validation all come from here. A setting is a keyword-only parameter of
+Flags, their help, config.json and its validation are derived here. A setting is a keyword-only parameter of
 a function, or a field of a Flax module or dataclass, whose type is plain: int, float, str, bool, Literal,
-tuples of these, and unions of these with None. Of other unions the plain members count.
+tuples of these, and unions of these with None. Members of a union that are not plain are ignored.
 """
 
 import functools
@@ -30,10 +30,10 @@ class Setting(NamedTuple):
     """One setting.
 
     Attributes:
-      name: in Python, in config.json and, with hyphens, as a flag.
-      hint: its type, without members that are not plain.
-      default: `MISSING` where it is required.
-      about: its description in the docstring, in one line.
+      name: name in Python, in config.json and, with hyphens, as a flag.
+      hint: type, without members that are not plain.
+      default: default value; `MISSING` where it is required.
+      about: description in the docstring, in one line.
     """
 
     name: str
@@ -47,15 +47,15 @@ class Setting(NamedTuple):
 
     @property
     def help(self) -> str:
-        """Return the first sentence of the description, without what points to the library."""
+        """Return the first sentence of the description, without references to Python names."""
         first = self.about.partition(". ")[0].removesuffix(".")
         return _POINTER.sub("", first)
 
     def parse(self, text: str) -> Any:
-        """Return the value that a flag's text stands for.
+        """Return the value of a flag's text.
 
         Raises:
-          ArgumentError: it stands for none.
+          ArgumentError: the text is not a value of the setting's type.
         """
         kinds = members(self.hint)
         if types.NoneType in kinds and text.lower() == "none":
@@ -70,9 +70,9 @@ class Setting(NamedTuple):
         plain = [kind for kind in kinds if kind in (int, float, bool)]
         plain += [kind for kind in kinds if get_origin(kind) is tuple]
         for kind in plain:
-            given: Any = [part.strip() for part in text.split(",")] if get_origin(kind) is tuple else text
+            parts: Any = [part.strip() for part in text.split(",")] if get_origin(kind) is tuple else text
             try:
-                return msgspec.convert(given, kind, strict=False)
+                return msgspec.convert(parts, kind, strict=False)
             except msgspec.ValidationError:
                 continue
         if str in kinds:
@@ -80,10 +80,10 @@ class Setting(NamedTuple):
         raise self.problem(text)
 
     def check(self, value: Any) -> Any:
-        """Return a value of config.json as its type, a list as the tuple that it was.
+        """Return a value of config.json, with lists as tuples.
 
         Raises:
-          ArgumentError: it is none of its types.
+          ArgumentError: the value does not have the setting's type.
         """
         for kind in members(self.hint):
             if get_origin(kind) is Literal:
@@ -97,19 +97,23 @@ class Setting(NamedTuple):
         raise self.problem(value)
 
     def problem(self, value: Any) -> ArgumentError:
-        given = value if isinstance(value, str) else shown(value)
-        return ArgumentError(self.name, f"got {given}; it must be {spelled(self.hint)}")
+        """Return the error for an invalid value."""
+        text = value if isinstance(value, str) else shown(value)
+        return ArgumentError(self.name, f"got {text}; it must be {spelled(self.hint)}")
 
 
 def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> dict[str, Setting]:
     """Return the settings of a factory, a task source, a network or a dataclass, by name.
 
     Args:
-      function: or class, or a `functools.partial` of one.
-      supplied: parameters that the caller fills in, which are no settings.
+      function: function or class, or a `functools.partial` of one.
+      supplied: names of parameters that the caller supplies, which are not settings.
+
+    Returns:
+      The settings by name.
 
     Raises:
-      ArgumentError: a parameter without a default that is neither plain nor supplied.
+      ArgumentError: a parameter without a default is neither plain nor supplied.
 
     Examples:
       >>> def cavia(network, *, context: int = 5, loss: Callable = max):
@@ -125,7 +129,7 @@ def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> d
     """
     left_out = set(supplied)
     described = descriptions(function)
-    found = {}
+    settings = {}
     for parameter in parameters(function):
         name = parameter.name
         if name in left_out:
@@ -135,12 +139,12 @@ def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> d
             if parameter.default is MISSING:
                 raise ArgumentError(
                     name,
-                    f"{name_of(function)} requires it, and it can be no flag: it is "
-                    f"{_annotation(parameter)}; give it a default",
+                    f"{name_of(function)} requires it, but it is {_annotation(parameter)}, which cannot be a "
+                    "flag; give it a default",
                 )
             continue
-        found[name] = Setting(name, hint, parameter.default, described.get(name, ""))
-    return found
+        settings[name] = Setting(name, hint, parameter.default, described.get(name, ""))
+    return settings
 
 
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -150,27 +154,28 @@ def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         signature = inspect.signature(function, eval_str=not isinstance(function, functools.partial))
     except NameError as error:
         raise ArgumentError(
-            name_of(function), f"its annotations cannot be read: {error}; import what they name"
+            name_of(function), f"its annotations cannot be read: {error}; import the names that they use"
         ) from error
     kinds: set[Any] = {inspect.Parameter.KEYWORD_ONLY}
     if isinstance(base, type):
         kinds.add(inspect.Parameter.POSITIONAL_OR_KEYWORD)
     fixed = set(function.keywords) if isinstance(function, functools.partial) else set()
     is_module = isinstance(base, type) and hasattr(base, "apply")
-    found = [
+    fields = [
         each
         for each in signature.parameters.values()
         if each.kind in kinds and not (is_module and each.name in _OF_MODULES)
     ]
     if isinstance(function, functools.partial):
-        # A partial makes keyword-only what follows its keywords; its defaults are those of the variant.
+        # `inspect` makes parameters after a partial's keywords keyword-only, so the base decides which are
+        # settings; their defaults are the partial's.
         names = {each.name for each in parameters(base)} if not isinstance(base, functools.partial) else None
-        found = [each for each in found if names is None or each.name in names]
+        fields = [each for each in fields if names is None or each.name in names]
         hints = {each.name: each.annotation for each in parameters(base)}
-        found = [each.replace(annotation=hints.get(each.name, each.annotation)) for each in found]
-        # A variant fixes the values that are not plain.
-        found = [each for each in found if each.name not in fixed or _is_plain_value(each.default)]
-    return found
+        fields = [each.replace(annotation=hints.get(each.name, each.annotation)) for each in fields]
+        # Values that are not plain cannot be flags: the variant has fixed them.
+        fields = [each for each in fields if each.name not in fixed or _is_plain_value(each.default)]
+    return fields
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
@@ -182,15 +187,15 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
 @functools.cache
 def _documented(function: Callable[..., Any]) -> Mapping[str, str]:
     parsed = docstring_parser.parse(inspect.getdoc(function) or "")
-    found = {}
+    texts = {}
     for entry in parsed.params:
         for name in entry.arg_name.split(","):
-            found[name.strip()] = " ".join((entry.description or "").split())
-    return found
+            texts[name.strip()] = " ".join((entry.description or "").split())
+    return texts
 
 
 def descriptions(function: Callable[..., Any]) -> dict[str, str]:
-    """Return what docstrings say of parameters: the function's own, and those it forwards to."""
+    """Return the descriptions of parameters in a function's docstring and in those it forwards to."""
     base = function.func if isinstance(function, functools.partial) else function
     parent = parent_of(base)
     return {**({} if parent is None else descriptions(parent)), **_documented(base)}
@@ -203,34 +208,35 @@ def summary(function: Callable[..., Any]) -> str:
 
 
 def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function, or of the function in a partial."""
     base = function.func if isinstance(function, functools.partial) else function
     return getattr(base, "__name__", repr(base))
 
 
 def defaults_of(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return the defaults of those that have one."""
+    """Return the defaults of the settings that have one."""
     return {name: each.default for name, each in settings.items() if each.default is not MISSING}
 
 
 def checked(group: str, values: Any, settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return a group of config.json with each value as its type.
+    """Return the values of a group of config.json after checking them.
 
     Raises:
-      ArgumentError: it is no dictionary of exactly these settings, or a value has another type.
+      ArgumentError: the values are not a dictionary of exactly these settings, or a value has another type.
     """
     if not isinstance(values, dict):
         raise ArgumentError(group, f"got {shown(values)}; it must be a dictionary of settings")
     for name in values:
         if name not in settings:
-            raise ArgumentError(f"{group}.{name}", f"there is no such setting; there are {_list(settings)}")
+            raise ArgumentError(f"{group}.{name}", f"is unknown; the settings are {_list(settings)}")
     for name in settings:
         if name not in values:
-            raise ArgumentError(f"{group}.{name}", "it is missing")
+            raise ArgumentError(f"{group}.{name}", "is missing")
     return {name: settings[name].check(values[name]) for name in settings}
 
 
 def flag_of(name: str) -> str:
-    """Return what the command line calls a setting."""
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
@@ -242,47 +248,47 @@ def members(hint: Any) -> tuple[Any, ...]:
 def spelled(hint: Any) -> str:
     """Return a type in words, for errors."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    found = []
+    parts = []
     for kind in members(hint):
         if kind is types.NoneType:
-            found.append("none")
+            parts.append("none")
         elif get_origin(kind) is Literal:
-            found.append(f"one of {', '.join(map(str, get_args(kind)))}")
+            parts.append(f"one of {', '.join(map(str, get_args(kind)))}")
         elif get_origin(kind) is tuple:
             inner = get_args(kind)[0]
             count = "" if Ellipsis in get_args(kind) else f"{len(get_args(kind))} "
             plural = {int: "whole numbers", float: "numbers", str: "words"}.get(inner, "values")
-            found.append(f"{count}{plural} with commas between them")
+            parts.append(f"{count}{plural} with commas between them")
         else:
-            found.append(words[kind])
-    return " or ".join(found)
+            parts.append(words[kind])
+    return " or ".join(parts)
 
 
 def metavar(hint: Any) -> str:
-    """Return how help shows a value of a type."""
+    """Return the placeholder of a type's value in help."""
     names = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
-    found = []
+    parts = []
     for kind in members(hint):
         if get_origin(kind) is Literal:
-            found.append("{" + ",".join(map(str, get_args(kind))) + "}")
+            parts.append("{" + ",".join(map(str, get_args(kind))) + "}")
         elif get_origin(kind) is tuple:
             inner, rest = get_args(kind)[0], get_args(kind)[1:]
             each = names.get(inner, "VALUE")
-            found.append(f"{each},…" if Ellipsis in rest else ",".join([each] * (1 + len(rest))))
+            parts.append(f"{each},…" if Ellipsis in rest else ",".join([each] * (1 + len(rest))))
         elif kind is not types.NoneType:
-            found.append(names[kind])
-    return "|".join(found)
+            parts.append(names[kind])
+    return "|".join(parts)
 
 
 def shown_value(value: Any) -> str:
-    """Return a setting's value as a flag takes it."""
+    """Return a setting's value as the text of a flag."""
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
-    # All digits: who reads it back gets the same number.
+    # `repr` has all digits, so that the text parses to the same number.
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
@@ -304,7 +310,7 @@ def _is_plain_value(value: Any) -> bool:
 def _plain(hint: Any, default: Any) -> Any:
     """Return the plain part of a type, or None where it has none."""
     if hint is MISSING:
-        # An own function without annotations says by its default what it takes.
+        # The default gives the type of a user-defined parameter without an annotation.
         hint = type(default) if type(default) in _SCALARS else None
     kinds = [kind for kind in map(_plain_member, members(hint)) if kind is not None]
     if not kinds or set(kinds) == {types.NoneType}:

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop: it saves first where there is something to save."""
+"""Handling of signals that stop a command: training saves its state first."""
 
 import contextlib
 import signal
@@ -7,23 +7,23 @@ from typing import Any
 
 
 class Signalled(KeyboardInterrupt):
-    """Raise where a command was told to stop: how, and how it can go on.
+    """A command was stopped by a signal.
 
-    Without a message nothing has been saved that a command could go on with.
+    The message names the signal and the way to continue. Without a message nothing was saved.
     """
 
 
 class Signals:
-    """SIGTERM and SIGINT: noted while training saves what there is, raised anywhere else.
+    """A handler of SIGTERM and SIGINT: deferred in training, which saves its state, and raised otherwise.
 
     A second signal is raised at once.
 
     Args:
-      hint: how the command can go on; None where there is nothing yet to go on with.
+      hint: instruction to continue the command; None before there is anything to continue.
 
     Attributes:
-      training: whether signals are noted.
-      asked: the name of the signal that was noted.
+      training: whether signals are deferred.
+      asked: name of the deferred signal; None before there is one.
     """
 
     def __init__(self, hint: str | None):
@@ -38,15 +38,15 @@ class Signals:
         self.asked = name
 
     def stopped(self, name: str | None = None) -> Signalled:
-        """Return what to raise for a signal, by its name; without one for the signal that was noted."""
+        """Return the exception for a signal by its name; None for the deferred signal."""
         return Signalled(*(() if self.hint is None else (f"by {name or self.asked}; {self.hint}",)))
 
     @contextlib.contextmanager
     def handled(self) -> Iterator["Signals"]:
-        """Handle both signals while inside."""
+        """Handle both signals inside the context."""
         try:
             before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread, which alone may handle signals
+        except ValueError:  # only the main thread may handle signals
             before = {}
         _handling.append(self)
         try:
@@ -61,5 +61,5 @@ _handling: list[Signals] = []
 
 
 def current() -> Signals:
-    """Return what handles signals now: those of the command; outside of a command nothing does."""
+    """Return the handler of the running command; outside of a command, one that handles nothing."""
     return _handling[-1] if _handling else Signals(None)

@@ -1,4 +1,4 @@
-"""Where tasks come from, by name: functions whose signature has their settings."""
+"""Sources of tasks by name: functions whose signatures have their settings."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ from jaxmeta.tasks.splits import check_part, class_split
 if TYPE_CHECKING:
     from jaxmeta.cli.config import Config
 
-# The key of a source that is `module:name`.
+# Key of user-defined sources.
 OWN = "module:name"
-# Episodes at once in an evaluation from a stream.
+# Episodes in a batch of an evaluation from a stream.
 _STREAMED = 20
-# Bytes that an evaluation keeps of each episode, at the least: two keys, and its result.
+# Bytes that an evaluation keeps for each episode, at least: two keys, and the result.
 _KEYS = 20
-# Images of a mini-batch, of which each device has its own.
+# Images in a mini-batch of supervised training, on each device.
 _SUPERVISED_BATCH = 64
 
 
@@ -39,19 +39,19 @@ class Source(NamedTuple):
     """A source of tasks.
 
     Attributes:
-      key: its entry of `TASKS`.
-      function: `(split, *, …) -> tasks`, or `(path, split, *, …)` where a path stands after the colon.
-      description: one line.
-      preset: the protocol that `train --tasks NAME` runs.
+      key: key in `TASKS`.
+      function: `(split, *, …) -> tasks`, or `(path, split, *, …)` for names with a path after the colon.
+      description: description in one line.
+      preset: protocol of `train --tasks NAME`.
       ink: whether its images are strokes, light on dark.
-      images: `(argument, settings, data) -> SplitImages`, of sources that can also be streamed from disk.
-      files: whether these are image files of one's own, of which some may be left out.
-      arrays: `(path) -> LabelledArrays`, of sources that read labelled arrays from a file.
-      columns: `(path, settings) -> settings` that a table turns out to have, of sources that read one.
-      metadata: `(data) -> {class: vector}` of images that zero-shot tasks can be made of.
-      argument: what stands after the colon.
-      copied: whether the images are read from a copy of one's own, which `--data` names.
-      validates: whether there are classes to choose parameters by, unless the class split says otherwise.
+      images: `(argument, settings, data) -> SplitImages`, for sources that can also be streamed from disk.
+      files: whether it reads the user's image files, some of which may be left out.
+      arrays: `(path) -> LabelledArrays`, for sources that read labelled arrays from a file.
+      columns: `(path, settings) -> settings` with the columns of a table, for sources that read a table.
+      metadata: `(data) -> {class: vector}`, for sources that have zero-shot tasks.
+      argument: part of the name after the colon.
+      copied: whether it reads the user's copy of the data, which `--data` names.
+      validates: whether it has validation classes, unless the class split says otherwise.
     """
 
     key: str
@@ -147,8 +147,8 @@ TASKS: dict[str, Source] = {
         Source(
             "folder:PATH",
             tasks.from_folder,
-            "a folder of one's own images: a subfolder a class, folders train, val, test of such, or csv "
-            "lists",
+            "a folder of your own images: a subfolder for each class, these in folders train, val and test, "
+            "or csv lists",
             "folder",
             images=_folder,
             files=True,
@@ -156,21 +156,21 @@ TASKS: dict[str, Source] = {
         Source(
             "arrays:FILE",
             tasks.from_npz,
-            "one's own labelled arrays: an npz file with x and y",
+            "your own labelled arrays: an npz file with x and y",
             "arrays",
             arrays=_arrays,
         ),
         Source(
             "table:FILE",
             tasks.from_table,
-            "regression of one's own: a csv or npz file with columns task, x… and y…",
+            "your own regression tasks: a csv or npz file with columns task, x… and y…",
             "table",
             columns=_columns,
         ),
         Source(
             "tfds:NAME",
             tasks.from_tfds,
-            "an image classification set of tensorflow-datasets; --data DIR is its data_dir",
+            "an image classification data set of tensorflow-datasets; --data DIR is its data_dir",
             "tfds",
             images=_tfds,
         ),
@@ -209,8 +209,9 @@ class Sequences:
     """Settings of tasks that are presented as sequences (`jm.tasks.sequences`).
 
     Attributes:
-      sequence: length of the sequence that a task's support set is shown as, with labels one step late.
-      strings: letters and characters of labels that are strings, such as 5,5; without it labels are classes.
+      sequence: length of the sequence of a task's support examples, with labels one step late.
+      strings: numbers of letters and of characters of labels that are strings, such as 5,5; by default labels
+        are classes.
     """
 
     sequence: int | None = None
@@ -219,27 +220,27 @@ class Sequences:
 
 @dataclasses.dataclass(frozen=True)
 class Streaming:
-    """Settings of images that can be read step by step (`jm.tasks.stream`).
+    """Settings of images that can be streamed (`jm.tasks.stream`).
 
     Attributes:
-      stream: whether images are read from disk step by step: for data larger than the device.
+      stream: whether to read images from disk step by step, for data larger than a device's memory.
     """
 
     stream: bool = False
 
 
 def source_of(name: str) -> Source:
-    """Return the source that a name means: what stands after a colon is its own, "folder:PATH".
+    """Return the source that a name refers to, with the part after a colon as its argument.
 
     Raises:
-      ArgumentError: there is none of that name, or nothing stands after its colon.
+      ArgumentError: no source has this name, or the part after the colon is missing.
     """
     kind, colon, argument = name.partition(":")
     for key, source in TASKS.items():
-        ours, its_colon, placeholder = key.partition(":")
-        if (kind, colon) == (ours, its_colon):
+        key_kind, key_colon, placeholder = key.partition(":")
+        if (kind, colon) == (key_kind, key_colon):
             if colon and argument in ("", placeholder):
-                raise ArgumentError("tasks", f"got {name}; put your own {placeholder} after the colon")
+                raise ArgumentError("tasks", f"got {name}; give your {placeholder} after the colon")
             return source._replace(argument=argument)
     if is_own(name):
         function = names.find("tasks", name, {})
@@ -250,13 +251,13 @@ def source_of(name: str) -> Source:
 
 
 def is_own(name: str) -> bool:
-    """Return whether a name is `module:name` of code that is not ours; nothing is imported for it."""
+    """Return whether a name is `module:name` of user-defined code, without importing it."""
     kind, colon, _ = name.partition(":")
     return names.is_own(name) and not any(key.startswith(kind + colon) for key in TASKS)
 
 
 def key_of(name: str) -> str:
-    """Return the entry of `TASKS` that a name means, or `OWN`; one with a placeholder means itself."""
+    """Return the key in `TASKS` of a name, or `OWN`; a key with its placeholder is its own key."""
     return OWN if is_own(name) else name if name in TASKS else source_of(name).key
 
 
@@ -267,14 +268,21 @@ def tasks_of(
     for_evaluation: bool | None = None,
     process: tuple[int, int] = (0, 1),
 ) -> TaskDistribution | TaskStream:
-    """Build the tasks of a part: the training protocol for "train", else the test protocol.
+    """Build the tasks of a split, with the shape of training tasks for "train", else that of test tasks.
 
     Args:
-      config: of the run.
+      config: configuration of the run.
       split: "train", "validation" or "test".
-      key: that a stream's episodes are drawn with: of the run for "train", else of the evaluation.
-      for_evaluation: whether a stream numbers its episodes as an evaluation does; None: all but "train".
-      process: (index, count) of those that share a stream to train on; each gets its part of every batch.
+      key: key of a stream's episodes, of the run for "train" and of the evaluation otherwise.
+      for_evaluation: whether a stream numbers its episodes as an evaluation does; None for all splits but
+        "train".
+      process: (index, count) of the processes that share a training stream; each gets its part of a batch.
+
+    Returns:
+      The tasks.
+
+    Raises:
+      ArgumentError: a setting is invalid, or the tasks do not fit in memory.
     """
     names = config.names()
     training = split == "train"
@@ -285,23 +293,24 @@ def tasks_of(
     if supervised and settings.get("stream"):
         raise ArgumentError(
             "stream",
-            f"{config.learner['name']} trains on mini-batches of all classes, which must be in memory",
+            f"{config.learner['name']} trains on mini-batches of all classes, which must be in "
+            "memory; leave it out",
         )
-    with renaming(_told_apart(config) if training else {}):
-        found = _drawn(config, names.source, split, settings, key, for_evaluation, process)
+    with renaming(_training_names(config) if training else {}):
+        built = _build(config, names.source, split, settings, key, for_evaluation, process)
     if settings.get("sequence") is not None:
-        if not isinstance(found, TaskDistribution):
-            raise ArgumentError("stream", "sequences are drawn from memory only; leave it out")
+        if not isinstance(built, TaskDistribution):
+            raise ArgumentError("stream", "sequences need all images in memory; leave it out")
         with renaming({"length": "sequence"}):
-            found = tasks.sequences(found, length=settings["sequence"], strings=settings["strings"])
+            built = tasks.sequences(built, length=settings["sequence"], strings=settings["strings"])
     if supervised:
-        found = tasks.supervised(found, batch=_SUPERVISED_BATCH)
-    if isinstance(found, TaskDistribution):
-        _check_memory(found, config, split)
-    return found
+        built = tasks.supervised(built, batch=_SUPERVISED_BATCH)
+    if isinstance(built, TaskDistribution):
+        _check_memory(built, config, split)
+    return built
 
 
-def _drawn(
+def _build(
     config: "Config",
     source: Source,
     split: str,
@@ -342,13 +351,13 @@ def _drawn(
     if not settings["stream"]:
         return tasks.from_prepared(images.prepared, **protocol)
     if not shape["shots"]:
-        raise ArgumentError("stream", "zero-shot tasks are drawn from memory only; leave it out")
+        raise ArgumentError("stream", "zero-shot tasks need all images in memory; leave it out")
     return tasks.stream(
         images.prepared,
         key=jax.random.key(0) if key is None else key,
         meta_batch=_STREAMED if for_evaluation else config.training.meta_batch,
         for_evaluation=for_evaluation,
-        # Evaluations are short: to start processes for each would take longer than reading does.
+        # An evaluation is short: starting processes for it would take longer than reading.
         workers=0 if for_evaluation else config.run.workers,
         process=(0, 1) if for_evaluation else process,
         **protocol,
@@ -356,7 +365,7 @@ def _drawn(
 
 
 def with_columns(config: "Config") -> "Config":
-    """Return the configuration with the columns that a table of one's own turned out to have."""
+    """Return the configuration with the columns that were read from the user's table."""
     source = config.names().source
     if source.columns is None:
         return config
@@ -364,16 +373,16 @@ def with_columns(config: "Config") -> "Config":
 
 
 def summary_of(config: "Config") -> ReadSummary | None:
-    """Return what was read of image files of one's own; None where there are none."""
+    """Return a summary of the user's image files that were read; None for other sources."""
     source, settings = config.names().source, config.settings("tasks")
-    # Of others to prepare them again, if only to find them in the cache, would be long.
+    # Other sources are skipped: preparing them once more takes long, even from the cache.
     if source.images is None or not source.files:
         return None
     return source.images(source.argument, settings, config.run.data).prepared.summary
 
 
 def validation_tasks_of(config: "Config", key: Key | None = None) -> TaskDistribution | TaskStream | None:
-    """Build tasks to choose parameters by; None where the class split has no validation part."""
+    """Build the validation tasks; None where the class split has no validation part."""
     if not config.names().source.validates:
         return None
     try:
@@ -382,29 +391,29 @@ def validation_tasks_of(config: "Config", key: Key | None = None) -> TaskDistrib
         if isinstance(error, ArgumentError) and error.name == "split":
             return None
         if is_own(config.tasks["name"]):
-            # Who writes a source has no name of ours to refuse a part by.
-            warnings.warn(f"there are no validation tasks: {error}", stacklevel=2)
+            # User-defined sources may raise any ValueError for a split that they do not have.
+            warnings.warn(f"training goes on without validation tasks: {error}", stacklevel=2)
             return None
         raise
 
 
-def _told_apart(config: "Config") -> dict[str, str]:
-    """Return the settings of training tasks by what tasks call them, where those of test tasks differ.
+def _training_names(config: "Config") -> dict[str, str]:
+    """Return names of settings for errors about training tasks: `train_ways` for `ways`, and so on.
 
-    Where they do not, a user who gave one has given the test tasks'.
+    Settings that equal the test tasks' keep their names, since the user has given only those.
     """
     factors = {"ways": 1, "shots": config.names().facts.train_shots, "queries": 1}
-    found = config.tasks
+    settings = config.tasks
     return {
         name: f"train_{name}"
         for name, factor in factors.items()
-        if name in found and found[f"train_{name}"] != found[name] * factor
+        if name in settings and settings[f"train_{name}"] != settings[name] * factor
     }
 
 
 @contextlib.contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Name arguments in errors as `names` says, inside the block."""
+    """Rename arguments in errors by `names` inside the context."""
     try:
         yield
     except ArgumentError as error:
@@ -414,36 +423,36 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         raise ArgumentError(renamed, error.problem) from error
 
 
-def _check_memory(found: TaskDistribution, config: "Config", split: str) -> None:
-    """Refuse tasks that would fill the memory by themselves, before anything is compiled for them."""
-    drawn = jax.eval_shape(found.sample, jax.random.key(0))
+def _check_memory(distribution: TaskDistribution, config: "Config", split: str) -> None:
+    """Check that the tasks fit in memory, before anything is compiled for them."""
+    drawn = jax.eval_shape(distribution.sample, jax.random.key(0))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drawn))
-    # Of a meta-step all tasks are drawn at once, of an evaluation the keys of all.
+    # A meta-step draws all its tasks at once, an evaluation only the keys of all.
     if split == "train":
         name, number = "meta_batch", config.training.meta_batch
         total, prefix = size * number, "train_"
     else:
         name, number = "episodes", config.run.episodes
         total, prefix = size + number * _KEYS, ""
-    there = memory()
-    if total > there:
+    available = memory()
+    if total > available:
         shape = ", ".join(schema.flag_of(prefix + field) for field in ("ways", "shots", "queries"))
         raise ArgumentError(
             name,
-            f"got {number}; so many tasks of {size / 1e6:,.1f} MB ({shape}) take {total / 1e9:,.0f} GB, and "
-            f"there are {there / 1e9:,.0f}; fewer or smaller ones would fit",
+            f"got {number}; so many tasks of {size / 1e6:,.1f} MB ({shape}) take {total / 1e9:,.0f} GB of "
+            f"{available / 1e9:,.0f} GB of memory; give fewer or smaller ones",
         )
 
 
 def memory() -> int:
-    """Return the bytes of memory of this machine, or of all its devices where that is more."""
+    """Return the bytes of memory of this machine, or of all its devices where they have more."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(host, sum(each.get("bytes_limit", 0) for each in stats))
 
 
 def absolute(name: str) -> str:
-    """Return the name of a source with the path of its folder or file good in every folder."""
+    """Return the name of a source with the path of its folder or file made absolute."""
     kind, colon, path = name.partition(":")
     of_path = any(f"{kind}:{placeholder}" in TASKS for placeholder in ("PATH", "FILE"))
     if not of_path or not path or name in TASKS:
@@ -452,7 +461,7 @@ def absolute(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """Return a source's name as part of a file name: of a folder its last part."""
+    """Return a source's name as part of a file name, with only the last part of a path."""
     kind, _, rest = name.partition(":")
     last = rest.rstrip("/").rpartition("/")[2]
     own = "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip("-.")

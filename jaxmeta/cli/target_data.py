@@ -1,4 +1,4 @@
-"""Read the target of a transfer: all images of a set of classes, some to learn from and the rest to score."""
+"""Target data of a transfer: labelled images, split into those to learn from and those to score."""
 
 import contextlib
 import warnings
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from jaxmeta.checks import ArgumentError, check_count, check_finite, some
 from jaxmeta.cli import schema
+from jaxmeta.cli.report import plural
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import OWN, Source, renaming, source_of
 from jaxmeta.core import Batch, Key, card_of
@@ -22,31 +23,30 @@ from jaxmeta.tasks.splits import PARTS, in_order, split_classes, split_of_parts
 
 ALL = "all"
 _SHOTS = 20
-# Of sources that draw images, those of a class that are drawn to be scored.
+# Images of each class to score, for sources that draw any number of images.
 _DRAWN = 15
-# Every task source has these, and no labelled set depends on them.
+# The shape of episodes, which every task source needs although its labelled images do not depend on it.
 _EPISODE = {"ways": 2, "shots": 1, "queries": 1}
-# Every class, as it is.
+# Settings that read every class, unchanged, into the test classes.
 _WHOLE = {"classes": (0.0, 0.0, 1.0), "rotations": "none", "split_seed": 0, "within_alphabet": False}
-# What a transfer chooses for the source's network.
+# Settings that a transfer chooses for the source's network.
 _OF_IMAGES = ("size", "channels")
 
 Shots = int | Literal["all"] | None
 
 
 class Target(NamedTuple):
-    """Labelled images.
+    """Labelled images of a target.
 
     Attributes:
-      name: as the user named it.
-      protocol: one sentence on which images these are.
-      x: in [0, 1], or bytes.
-      y: their classes.
-      classes: names.
+      name: name of the target, as the user gave it.
+      protocol: selection of the images, in words.
+      x: images in [0, 1], or bytes.
+      y: class indices.
+      classes: names of the classes.
       ink: whether images of this source are strokes, light on dark.
-      scored: of each image, whether it is one of those that its source has to score by; None where the source
-        says nothing of it.
-      summary: what was read of one's own files, and what was left out.
+      scored: True for each image that the source reserves for scoring; None where it has no such parts.
+      summary: summary of the user's files that were read and left out; None for other sources.
     """
 
     name: str
@@ -59,16 +59,17 @@ class Target(NamedTuple):
     summary: ReadSummary | None = None
 
     def batch(self, rows: Int[np.ndarray, " m"]) -> Batch:
+        """Return the images of these rows and their classes."""
         return Batch(self.x[rows], self.y[rows])
 
 
 class ShotSplit(NamedTuple):
-    """Which images are learned from.
+    """Split of a target's images.
 
     Attributes:
       learn: rows of the images to learn from.
-      score: rows of all others.
-      description: how many there are of each class, in words.
+      score: rows of the images to score.
+      description: number of images to learn from of each class, in words.
     """
 
     learn: Int[np.ndarray, " learn"]
@@ -77,17 +78,17 @@ class ShotSplit(NamedTuple):
 
 
 def target_settings(name: str) -> dict[str, Setting]:
-    """Return the settings of a target that a transfer can be told: those of its source.
+    """Return the settings of a target's source that a transfer has flags for.
 
-    Left out are the shape of episodes, which a transfer has none of, and what every class is read with.
+    The shape of episodes is left out, and so are the settings that a transfer fixes to read every class.
 
     Raises:
-      ArgumentError: there is no such source.
+      ArgumentError: no source has this name.
     """
-    with _of_target():
+    with _renamed_to_target():
         source = source_of(name)
     fixed = (*_fixed(source), *_OF_IMAGES, "split", "data")
-    # A required one is missed in words of its own, once it is known that the target has images.
+    # `_settings` checks that required ones are given, after the check that the target has images.
     return {
         each: setting._replace(default=None) if setting.default is schema.MISSING else setting
         for each, setting in schema.settings_of(source.function, fixed).items()
@@ -95,11 +96,11 @@ def target_settings(name: str) -> dict[str, Setting]:
 
 
 def _fixed(source: Source) -> dict[str, Any]:
-    # What settings of these names mean elsewhere, only their author knows.
+    # In a user-defined source these names may mean something else.
     return _EPISODE if source.key == OWN else {**_EPISODE, **_WHOLE}
 
 
-def _of_target() -> contextlib.AbstractContextManager[None]:
+def _renamed_to_target() -> contextlib.AbstractContextManager[None]:
     return renaming({"tasks": "target", "path": "target", "name": "target"})
 
 
@@ -113,40 +114,44 @@ def read_target(
     size: int | None,
     channels: int | None,
 ) -> Target:
-    """Read all images of all classes; of sets with an official class split those of its test classes.
+    """Read all images of all classes; for data with an official class split, of its test classes.
 
-    A folder's own parts count: where those to learn from (train and validation) and the one to score (test,
-    or else validation) have the same classes, they are kept apart; where no part shares a class with another,
-    they are a class split, and the images those of its test classes.
+    The parts of a folder are respected. Where the parts to learn from (train and validation) and the part to
+    score (test, or else validation) have the same classes, they stay apart. Where no two parts share a class,
+    they are a class split, and the images of its test classes are read.
 
     Args:
-      name: as of `train --tasks`.
-      reading: settings of its source, in place of their defaults (see `target_settings`).
-      shots: as of `split_shots`, for sources that draw as many images as they are asked for.
-      key: of these drawings.
+      name: name of the source, as in `train --tasks`.
+      reading: settings of the source, in place of their defaults (see `target_settings`).
+      shots: number of images of each class to learn from (see `split_shots`), for sources that draw images.
+      key: key of the images drawn.
       data: folder with the source's files.
-      size: to read images with, where the source has such a setting; None for its own.
-      channels: likewise.
+      size: side of the images, where the source has this setting; None for the source's own.
+      channels: number of channels, where the source has this setting; None for the source's own.
+
+    Returns:
+      The target.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: there are no such images.
-      ArgumentError: a source of something else than images with labels; a setting that it does not have; a
-        single class.
+      FileNotFoundError, NotADirectoryError: the images do not exist.
+      ArgumentError: the source has no labelled images, does not have a setting, or has a single class.
     """
     scored = summary = None
-    with _of_target():
+    with _renamed_to_target():
         source = source_of(name)
         if not schema.accepts(source.function, "ways"):
-            raise ArgumentError("target", f"{name} has no images with labels")
+            raise ArgumentError(
+                "target", f"{name} has no labelled images; give a source of classification tasks"
+            )
         if source.key == "folder:PATH" and not Path(source.argument).expanduser().exists():
             raise ArgumentError("target", f"{source.argument} does not exist")
         settings = _settings(name, source, reading, data, size, channels)
         if source.images is not None:
-            found = source.images(source.argument, settings, data)
-            rows = _rows_of(found)
-            x, y, classes = found.prepared.read(rows.rows), rows.y, rows.classes
-            protocol = found.protocol or rows.protocol
-            scored, summary = rows.scored, found.prepared.summary
+            images = source.images(source.argument, settings, data)
+            rows = _rows_of(images)
+            x, y, classes = images.prepared.read(rows.rows), rows.y, rows.classes
+            protocol = images.protocol or rows.protocol
+            scored, summary = rows.scored, images.prepared.summary
         elif source.arrays is not None:
             arrays = source.arrays(source.argument)
             rows = _rows_by_parts(
@@ -169,14 +174,17 @@ def read_target(
         target = _without_small_classes(target, 1 if shots is None or shots == ALL else int(shots))
     classes = target.classes
     if len(classes) < 2:
-        raise ArgumentError("target", f"{name} has {len(classes)} class; there must be 2 to tell apart")
+        raise ArgumentError("target", f"{name} has {plural(len(classes), 'class')}; it must have at least 2")
     if x.ndim != 4:
-        raise ArgumentError("target", f"{name} has examples of shape {x.shape[1:]}, which are no images")
+        raise ArgumentError(
+            "target",
+            f"{name} has examples of shape {x.shape[1:]}; images have shape (height, width, channels)",
+        )
     return target
 
 
 def _without_small_classes(target: Target, shots: int) -> Target:
-    """Return a target without the classes that have fewer images than are learned from and one to score."""
+    """Return a target without classes that have too few images to learn from and to score."""
     if target.scored is None:
         sizes, needed = np.bincount(target.y, minlength=len(target.classes)), shots + 1
     else:
@@ -211,7 +219,7 @@ def _settings(
     if source.copied and data is None:
         raise ArgumentError("data", f"{source.key} is read from your own copy; add --data DIR")
     if data is not None and not schema.accepts(source.function, "data"):
-        raise ArgumentError("data", f"{name} has no such setting")
+        raise ArgumentError("data", f"{name} does not have this setting; leave it out")
     known = schema.settings_of(source.function, ("split", "data"))
     shape = {"size": size, "channels": channels}
     fixed = {**_fixed(source), **{each: value for each, value in shape.items() if value is not None}}
@@ -220,36 +228,36 @@ def _settings(
     )
     missing = [each for each in known if each not in values]
     if missing:
-        raise ArgumentError("target", f"{name} has no default for {missing[0]}; give it one by a flag")
+        raise ArgumentError("target", f"{name} needs {schema.flag_of(missing[0])}; add it")
     return values
 
 
 def _labelled(
     name: str, source: Source, settings: Mapping[str, Any], data: str | None, shots: Shots, key: Key
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the images of a source in memory, their labels, and which images they are."""
+    """Return the images of a source in memory, their labels, and its protocol."""
     supplied = {"data": data} if schema.accepts(source.function, "data") else {}
-    found = source.function("test", **settings, **supplied)
+    distribution = source.function("test", **settings, **supplied)
     if source.key != "glyphs":
-        x, y = labelled(found)
+        x, y = labelled(distribution)
     elif shots == ALL:
-        raise ArgumentError("shots", f"got {ALL}, and {name} are drawn without end; give a number")
+        raise ArgumentError("shots", f"got {ALL}, but {name} draws any number of images; give a number")
     else:
         count = _SHOTS if shots is None else int(shots)
         check_count("shots", count)
-        x, y = labelled(found, per_class=_DRAWN + count, key=key)
-    return np.asarray(x), np.asarray(y), card_of(found).protocol
+        x, y = labelled(distribution, per_class=_DRAWN + count, key=key)
+    return np.asarray(x), np.asarray(y), card_of(distribution).protocol
 
 
 class _Rows(NamedTuple):
-    """Which examples are a target.
+    """Selection of the examples of a target.
 
     Attributes:
-      rows: of the examples.
-      y: their classes.
-      classes: names.
-      scored: as of `Target`.
-      protocol: one sentence on which these are; empty where they are all.
+      rows: indices of the examples.
+      y: class indices.
+      classes: names of the classes.
+      scored: as in `Target`.
+      protocol: selection in words; empty where it is all examples.
     """
 
     rows: Int[np.ndarray, " n"]
@@ -260,7 +268,7 @@ class _Rows(NamedTuple):
 
 
 def _rows_of(images: SplitImages) -> _Rows:
-    """Return which of prepared images are a target, without reading any."""
+    """Select the prepared images of a target, without reading them."""
     prepared = images.prepared
     if prepared.parts:
         names = np.repeat(np.array(prepared.classes), prepared.sizes)
@@ -276,28 +284,28 @@ def _rows_of(images: SplitImages) -> _Rows:
 
 
 def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
-    """Return which examples are a target, by the class name and the part of each."""
-    there = [part for part in PARTS if (parts == part).any()]
+    """Select the examples of a target by the class name and the part of each."""
+    present = [part for part in PARTS if (parts == part).any()]
     every = tuple(in_order(set(names.tolist())))
-    if not there:
+    if not present:
         return _Rows(np.arange(len(names)), _places(names, every), every)
-    members = {part: set(names[parts == part].tolist()) for part in there}
+    members = {part: set(names[parts == part].tolist()) for part in present}
     split = split_of_parts(members)
     if split is not None and split.test:
         rows = np.flatnonzero(parts == "test")
         classes = tuple(in_order(split.test, every))
         return _Rows(rows, _places(names[rows], classes), classes, None, "its test classes")
     y, rows = _places(names, every), np.arange(len(names))
-    last = there[-1]
+    last = present[-1]
     scored = parts == last
     if split is not None or members[last] != set(every) or set(names[~scored].tolist()) != set(every):
-        return _Rows(rows, y, every, None, f"the images of {', '.join(there)} together")
-    learned = " and ".join(there[:-1])
+        return _Rows(rows, y, every, None, f"the images of {', '.join(present)} together")
+    learned = " and ".join(present[:-1])
     return _Rows(rows, y, every, scored, f"its images for {learned} to learn from, those for {last} to score")
 
 
 def _places(names: np.ndarray, classes: tuple[str, ...]) -> Int[np.ndarray, " n"]:
-    """Return the place of each name among the classes."""
+    """Return the index of each name among the classes."""
     place = {name: index for index, name in enumerate(classes)}
     return np.array([place[name] for name in names.tolist()])
 
@@ -310,16 +318,20 @@ def _class_names(source: Source, settings: Mapping[str, Any], classes: int) -> t
 
 
 def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
-    """Draw random examples of each class to learn from.
+    """Draw random examples of each class to learn from; the others are scored.
 
     Args:
-      target: of whose images.
-      shots: how many of each class; "all" for four fifths of each, the others to be scored; None for 20, and
-        not more than four fifths of the smallest class.
-      key: of the draw.
+      target: labelled images.
+      shots: number of examples of each class; "all" for four fifths of each class; None for 20, but at most
+        four fifths of the smallest class. Where the source reserves images for scoring, "all" and None are
+        all other images.
+      key: key of the draw.
+
+    Returns:
+      The split.
 
     Raises:
-      ArgumentError: a class with too few images.
+      ArgumentError: a class has too few images.
     """
     if target.scored is not None:
         return _split_by_source(target, target.scored, shots, key)
@@ -330,8 +342,8 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
     if least < 2:
         raise ArgumentError(
             "target",
-            f"{named} has a single image; there must be one to learn from and another; skip_small_classes "
-            "leaves such classes out, where the source has it",
+            f"{named} has a single image; it must have one to learn from and one to score; "
+            "--skip-small-classes leaves such classes out, where the source has this setting",
         )
     parts = np.maximum(4 * sizes // 5, 1)
     if shots == ALL:
@@ -342,9 +354,9 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
         if count >= least:
             raise ArgumentError(
                 "shots",
-                f"got {count}, and {named} has {least} images, of which one must be left to score; it must "
-                f"be at most {least - 1}, or skip_small_classes leaves smaller classes out, where the source "
-                "has it",
+                f"got {count}, but {named} has {least} images, one of which is needed to score; it must be "
+                f"at most {least - 1}, or --skip-small-classes leaves smaller classes out, where the source "
+                "has this setting",
             )
         take, description = np.full_like(sizes, count), f"{count} of each class"
     chosen, rest = _draw(target.y, take, key)
@@ -352,18 +364,18 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
 
 
 def _split_by_source(target: Target, scored: Bool[np.ndarray, " n"], shots: Shots, key: Key) -> ShotSplit:
-    """Draw examples to learn from among those that the source has for it; the others are as it says."""
+    """Draw examples to learn from among the images that the source does not reserve for scoring."""
     learn, score = np.flatnonzero(~scored), np.flatnonzero(scored)
     if shots is None or shots == ALL:
-        return ShotSplit(learn, score, "all that the data has to learn from")
+        return ShotSplit(learn, score, "all images that the data has to learn from")
     check_count("shots", int(shots))
     sizes = np.bincount(target.y[learn])
     smallest = int(sizes.argmin())
     if int(shots) > sizes[smallest]:
         raise ArgumentError(
             "shots",
-            f"got {shots}, and the class {target.classes[smallest]!r} of {target.name} has {sizes[smallest]} "
-            "images to learn from",
+            f"got {shots}, but the class {target.classes[smallest]!r} of {target.name} has {sizes[smallest]} "
+            f"images to learn from; it must be at most {sizes[smallest]}",
         )
     chosen, _ = _draw(target.y[learn], np.full_like(sizes, int(shots)), key)
     return ShotSplit(learn[chosen], score, f"{shots} of each class")
@@ -372,8 +384,9 @@ def _split_by_source(target: Target, scored: Bool[np.ndarray, " n"], shots: Shot
 def _draw(
     y: Int[np.ndarray, " n"], take: Int[np.ndarray, " classes"], key: Key
 ) -> tuple[Int[np.ndarray, " chosen"], Int[np.ndarray, " rest"]]:
-    """Return the rows of so many random examples of each class, and the other rows, both ascending."""
+    """Return the rows of `take` random examples of each class, and the other rows, both ascending."""
     sizes = np.bincount(y)
+    # Random order within each class: a stable sort by class of a random permutation.
     order = np.asarray(jax.random.permutation(key, len(y)))
     order = order[np.argsort(y[order], kind="stable")]
     place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)

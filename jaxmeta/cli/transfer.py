@@ -23,7 +23,7 @@ from jaxmeta.cli.backbones import (
     Backbone,
     head_logits,
     load_backbone,
-    untrained,
+    untrained_backbone,
     with_width,
 )
 from jaxmeta.cli.command_line import command_of_call
@@ -31,13 +31,13 @@ from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import (
     RECIPES,
     Fit,
-    Learnable,
+    InitialClassifier,
     Settings,
     check_settings,
     fit,
-    learnable,
-    resolved,
-    trained,
+    initial_classifier,
+    resolve_settings,
+    trained_paths,
 )
 from jaxmeta.cli.signals import Signals, current
 from jaxmeta.cli.sources import file_name
@@ -68,34 +68,32 @@ from jaxmeta.transfer.classifier import BODY, HEAD
 from jaxmeta.transfer.ranking import Candidate, Ranking
 from jaxmeta.transfer.subtree import leaves_by_path
 
-# Fine-tuning of `rank` is brief.
+# Default number of steps of the brief fine-tuning of `rank`.
 _RANKED_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `transfer` and `rank` are both told.
+    """Settings that `transfer` and `rank` share.
 
     Attributes:
-      data: folder with the target's files. Without it they are looked for in the cache, or downloaded.
-      shots: random examples of each class to learn from, or all for four fifths of each; the others are
-        scored. By default 20, and at most four fifths of the smallest class. Where the data itself has images
-        to learn from and others to score (folders or lists train and test of the same classes), those to
-        learn from are drawn from the former, by default all, and the latter are scored.
-      size: side of the images that the source is given, in pixels; without it what the source was trained on.
-        Where the source does not say, it is 224 of ResNet and ViT files, and that of the target's images of
-        others.
-      channels: channels of the images that the source is given, 1 for grey and 3 for colour; without it what
-        the source was trained on.
-      pixels: how the source is given pixels; without it as it was trained. plain is in [0, 1], imagenet less
-        ImageNet's mean and by its standard deviation, symmetric in [-1, 1].
-      network: the network of a file that does not say which it is of, or with nothing learned, a name as of
-        `train`.
-      steps: mini-batches of fine-tuning; without it as many as ten epochs have, and at least 200; 100 of
-        `rank`.
-      rate: largest step size of Adam, which falls to zero; without it 0.001, and 0.0001 of ResNet and ViT
-        files. That of gradual is ten times as large.
-      batch: examples in each mini-batch; without it 32.
+      data: folder with the target's files; by default the cache, or a download.
+      shots: number of random examples of each class to learn from, or all for four fifths of each; the others
+        are scored. By default 20, but at most four fifths of the smallest class. Where the data has parts to
+        learn from and to score (folders or lists train and test of the same classes), examples are drawn from
+        the former, by default all, and the latter is scored.
+      size: side in pixels of the images that the source's network gets; by default of the source's images.
+        Where the source does not say, it is 224 for ResNet and ViT files, and the target's size for others.
+      channels: channels of the images that the source's network gets, 1 for grey and 3 for colour; by default
+        of the source's images.
+      pixels: normalisation of the pixels; by default the source's. plain is in [0, 1], imagenet subtracts
+        ImageNet's mean and divides by its standard deviation, symmetric is in [-1, 1].
+      network: network of a weights file that does not name its network, or of SOURCE none; a name in
+        `jaxmeta networks`.
+      steps: number of mini-batches of fine-tuning; by default ten epochs, but at least 200; 100 for `rank`.
+      rate: largest step size of Adam, which falls to zero; by default 0.001, 0.0001 for ResNet and ViT files,
+        and ten times that for gradual.
+      batch: number of examples in a mini-batch; by default 32.
       seed: seed of the examples to learn from, the new head and the mini-batches.
     """
 
@@ -116,7 +114,7 @@ class Options:
             check_count("size", self.size)
 
     def fine_tuning(self, **more: Any) -> Settings:
-        """Return how fine-tuning was asked to learn."""
+        """Return the requested settings of fine-tuning."""
         return Settings(self.steps, self.rate, self.batch, **more)
 
 
@@ -134,66 +132,67 @@ def transfer(
     reading: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Path:
-    """Learn labelled images from what a source has learned, and report how well.
+    """Train a classifier of labelled images on a source's backbone, and report its accuracy.
 
-    The folder gets weights.safetensors, config.json, report.json, report.md and confusion.png, and can be a
-    source again.
+    The output folder gets weights.safetensors, config.json, report.json, report.md and confusion.png, and can
+    be a source again.
 
     Args:
-      source: a folder of `train` or `transfer`; a .safetensors or .msgpack file; a folder of Hugging Face's
-        save_pretrained, or hf:owner/name; or none for a --network with nothing learned.
-      target: where labelled images come from, as `train --tasks`. All classes are taken, of a class split (a
-        published one, or folders train, val and test of different classes) the test classes.
-      recipe: what is trained, and how; without it lp-ft, and scratch where SOURCE is none.
-        feature-extraction: the backbone frozen, a ridge head in closed form. linear-probe: likewise, a
-        logistic head. fine-tune: backbone and a new head together. lp-ft: a linear probe, then fine-tuning.
-        gradual: unfreezing from the head down, at rates that fall by 2.6 a group. scratch: the source's
-        network with nothing learned.
-      train: parts of the backbone that fine-tune and lp-ft train beside the head, such as body/ConvNorm_3;
-        without it all. They are paths as in report.md without params/, with * within a name and ** across.
-      l2_sp: weight of ½‖w − w⁰‖², which pulls the backbone towards the source's.
-      keep_statistics: whether fine-tune, lp-ft and gradual keep the backbone's batch statistics and normalise
-        by them; otherwise mini-batches normalise themselves, and the statistics become the target's.
-      out: the transfer's folder. Without it runs/transfer-<source>-<target>-<date and time>.
+      source: folder of `train` or `transfer`; .safetensors or .msgpack file; folder of Hugging Face's
+        save_pretrained, or hf:owner/name; or none for an untrained --network.
+      target: source of the labelled images, as in `train --tasks`. All classes are taken, or the test classes
+        of a class split (a published one, or folders train, val and test of different classes).
+      recipe: way to train; by default lp-ft, or scratch where SOURCE is none. feature-extraction: a ridge
+        head in closed form on the frozen backbone. linear-probe: a logistic head on the frozen backbone.
+        fine-tune: backbone and a new head together. lp-ft: a linear probe, then fine-tuning. gradual:
+        unfreezing from the head down, at rates that fall by a factor of 2.6 for each group. scratch: the
+        source's network, untrained.
+      train: parts of the backbone that fine-tune and lp-ft train in addition to the head, such as
+        body/ConvNorm_3; by default all. They are paths as in report.md without params/, with * within a name
+        and ** across names.
+      l2_sp: weight of the penalty ½‖w − w⁰‖², which pulls the backbone towards the source's.
+      keep_statistics: whether fine-tune, lp-ft and gradual normalise by the backbone's batch statistics and
+        keep them; otherwise by those of mini-batches, and the statistics become the target's.
+      out: output folder; by default runs/transfer-<source>-<target>-<date and time>.
       reading: settings of the target's source, in place of their defaults.
-      **options: as of `Options`.
+      **options: settings in `Options`.
 
     Returns:
-      The transfer's folder.
+      The output folder.
 
     Raises:
-      FileNotFoundError, ValueError: the user's input is at fault.
-      FloatingPointError: learning diverged.
+      FileNotFoundError, ValueError: an argument is invalid.
+      FloatingPointError: training diverged.
     """
-    given = dict(locals())
+    arguments = dict(locals())
     started = time.perf_counter()
     recipe = recipe or ("scratch" if source == NONE else "lp-ft")
     common = _options(options)
-    asked = common.fine_tuning(train=train, l2_sp=l2_sp, keep_statistics=keep_statistics or None)
-    check_settings(recipe, asked)
+    requested = common.fine_tuning(train=train, l2_sp=l2_sp, keep_statistics=keep_statistics or None)
+    check_settings(recipe, requested)
     if source == NONE and recipe != "scratch":
-        raise ArgumentError("recipe", f"got {recipe}; with SOURCE {NONE} there is only scratch")
+        raise ArgumentError("recipe", f"got {recipe}; SOURCE {NONE} allows only scratch")
     if out is not None:
-        folders.refuse_used(Path(out).expanduser(), COMMAND)
+        folders.check_empty(Path(out).expanduser(), COMMAND)
     key = jax.random.key(common.seed)
     backbone = _backbone(source, common)
     if recipe == "scratch":
         backbone = dataclasses.replace(backbone, variables=None)
     images, split = _images(backbone, target, common, reading, key)
     start = _start(backbone, images, images.batch(split.learn), common, key)
-    settings = resolved(recipe, backbone, start, len(split.learn), asked)
-    command = command_of_call(transfer, given, {"reading": target_settings(target)})
+    settings = resolve_settings(recipe, backbone, start, len(split.learn), requested)
+    command = command_of_call(transfer, arguments, {"reading": target_settings(target)})
     plan = _Plan(source, recipe, common, dict(reading), backbone, images, split, start, settings, command)
     report = plan.report()
     folder = folders.claim(out, f"{COMMAND}-{_file_part(source)}-{file_name(target)}", COMMAND)
-    for name, said in settings_in_words(report).items():
-        print(f"{name:<16}  {said}")
+    for name, text in settings_in_words(report).items():
+        print(f"{name:<16}  {text}")
     print(f"{'folder':<16}  {folder}", flush=True)
 
     results = folders.Results()
     fitted = _learn(plan, folder, results, jax.random.fold_in(key, 2))
-    found, confusion = _scores(plan, fitted)
-    report |= found | {
+    scores, confusion = _scores(plan, fitted)
+    report |= scores | {
         "wall_s": round(time.perf_counter() - started, 3),
         "device": jax.local_devices()[0].device_kind,
         "versions": {name: version(name) for name in ("jaxmeta", "jax")},
@@ -208,9 +207,7 @@ def transfer(
         plot_confusion(picture, confusion, images.classes, title)
     print(f"accuracy          {in_percent(report['accuracy'])}")
     if "probe_accuracy" in report:
-        print(
-            f"  linear probe    {in_percent(report['probe_accuracy'])}, the backbone's weights as they were"
-        )
+        print(f"  linear probe    {in_percent(report['probe_accuracy'])}, the backbone's weights unchanged")
     print(f"{report['wall_s']:.0f} s in all")
     print(f"folder: {folder}  (report.md, confusion.png)")
     results.check()
@@ -218,7 +215,7 @@ def transfer(
 
 
 class _Plan(NamedTuple):
-    """A transfer before it learns: all that can be refused has been."""
+    """A transfer before training, with all arguments checked."""
 
     source: str
     recipe: str
@@ -227,12 +224,12 @@ class _Plan(NamedTuple):
     backbone: Backbone
     images: Target
     split: ShotSplit
-    start: Learnable
+    start: InitialClassifier
     settings: Settings
     command: str
 
     def config(self) -> dict[str, Any]:
-        """Return what config.json holds."""
+        """Return the content of config.json."""
         return {
             "jaxmeta": version("jaxmeta"),
             "command": COMMAND,
@@ -252,9 +249,9 @@ class _Plan(NamedTuple):
         }
 
     def report(self) -> dict[str, Any]:
-        """Return what report.json holds, before there are results."""
+        """Return the content of report.json, without results."""
         sizes = {path: leaf.size for path, leaf in leaves_by_path(self.start.variables["params"]).items()}
-        learned = sum(sizes[path] for path in trained(self.start, self.settings))
+        learned = sum(sizes[path] for path in trained_paths(self.start, self.settings))
         return {
             "source": self.source,
             "target": self.images.name,
@@ -280,10 +277,10 @@ class _Plan(NamedTuple):
 
 
 def _learn(plan: _Plan, folder: Path, results: folders.Results, key: Key) -> Fit:
-    """Learn, and write config.json and weights; those so far where a signal stops it.
+    """Train, and write config.json and weights; where a signal stops training, write the weights so far.
 
     Raises:
-      Signalled: a signal has stopped it.
+      Signalled: a signal stopped training.
     """
     network = _describable(with_width(plan.backbone.network, len(plan.images.classes)))
     steps = plan.settings.steps
@@ -302,7 +299,7 @@ def _learn(plan: _Plan, folder: Path, results: folders.Results, key: Key) -> Fit
         save(progress.variables)
         signals.hint = (
             f"after step {progress.step} of {steps}; the weights so far are in {folder}, which can be a "
-            f"SOURCE; repeat all with: {plan.command}"
+            f"SOURCE; start again with: {plan.command}"
         )
         raise signals.stopped() from None
     signals.training = False
@@ -311,31 +308,31 @@ def _learn(plan: _Plan, folder: Path, results: folders.Results, key: Key) -> Fit
     with results.writing(folder / WEIGHTS):
         save(fitted.variables)
         _read_back(folder / WEIGHTS, fitted.variables)
-        signals.hint = f"the weights are in {folder}, and no report is; repeat with: {plan.command}"
+        signals.hint = f"the weights are in {folder}, without a report; start again with: {plan.command}"
     if signals.asked is not None:
         raise signals.stopped()
     return fitted
 
 
 def _scores(plan: _Plan, fitted: Fit) -> tuple[dict[str, Any], Int[np.ndarray, "classes classes"]]:
-    """Return the results of report.json, and the confusion matrix, of the images that were not learned."""
+    """Return the results of report.json, and the confusion matrix, on held-out images."""
     start, classes = plan.start, plan.images.classes
     score = plan.images.batch(plan.split.score)
     confusion = confusion_matrix(_predictions(start, fitted.variables, score), score.y, len(classes))
     recalls = np.diag(confusion) / confusion.sum(1)
-    found: dict[str, Any] = {"accuracy": wilson(int(np.trace(confusion)), len(score.y))}
+    scores: dict[str, Any] = {"accuracy": wilson(int(np.trace(confusion)), len(score.y))}
     if plan.backbone.variables is not None and plan.settings.steps is not None:
-        # What training is measured by, of LP-FT its very start.
+        # The baseline of fine-tuning; LP-FT has fitted it already.
         learn = plan.images.batch(plan.split.learn)
         probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
         right = _predictions(start, probe, score) == score.y
-        found["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
-    found |= {
+        scores["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
+    scores |= {
         "recalls": dict(zip(classes, map(float, recalls), strict=True)),
         "losses": [round(float(loss), 6) for loss in fitted.losses],
         "leaves": {group: len(rows) for group, rows in leaves_by_fate(start.leaves).items()},
     }
-    return found, confusion
+    return scores, confusion
 
 
 @forwards(Options)
@@ -348,35 +345,37 @@ def rank(
     reading: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Ranking:
-    """Rank sources by how well they promise to transfer to a target, without training.
+    """Rank sources by their estimated transferability to a target, without training.
 
-    Scores by the features of the examples to learn from; leep and nce by the classes that the source was
-    trained on, where it was an ordinary classifier.
+    log_me and h_score are computed from the features of the examples to learn from; leep and nce from the
+    predictions of the source's own classes, for sources trained as ordinary classifiers.
 
     Args:
-      sources: two or more, as of `transfer`.
-      target: where labelled images come from, as `train --tasks`. All classes are taken, of a class split (a
-        published one, or folders train, val and test of different classes) the test classes.
+      sources: two or more sources, as in `transfer`.
+      target: source of the labelled images, as in `train --tasks`. All classes are taken, or the test classes
+        of a class split (a published one, or folders train, val and test of different classes).
       score: score to order by.
-      fine_tune: whether to fine-tune each source briefly as well (lp-ft), to see which score would have told.
-      json: file to write the table to as well.
+      fine_tune: whether to fine-tune each source briefly as well (lp-ft), and report how the scores correlate
+        with its accuracy.
+      json: file to write the table to.
       reading: settings of the target's source, in place of their defaults.
-      **options: as of `Options`.
+      **options: settings in `Options`.
+
+    Returns:
+      The ranking.
 
     Raises:
-      FileNotFoundError, ValueError: the user's input is at fault.
+      FileNotFoundError, ValueError: an argument is invalid.
       FloatingPointError: fine-tuning diverged.
     """
     common = _options(options)
-    asked = common.fine_tuning()
-    if not fine_tune and asked.given():
-        name = next(iter(asked.given()))
-        raise ArgumentError(name, "is of --fine-tune; add it, or leave this out")
-    check_settings("lp-ft", asked)
+    requested = common.fine_tuning()
+    if not fine_tune and requested.given():
+        name = next(iter(requested.given()))
+        raise ArgumentError(name, "applies to --fine-tune; add that flag, or leave this out")
+    check_settings("lp-ft", requested)
     if len(set(sources)) < max(2, len(sources)):
-        raise ArgumentError(
-            "sources", f"got {' '.join(sources) or 'none'}; there must be two or more, each once"
-        )
+        raise ArgumentError("sources", f"got {' '.join(sources) or 'none'}; give two or more, each once")
     to = folders.output_file("json", json)
     key = jax.random.key(common.seed)
     backbones = {name: _backbone(name, common, "sources") for name in sources}
@@ -394,12 +393,12 @@ def rank(
         widths.append(features.shape[1])
         candidates[name] = Candidate(features, _source_probs(backbone, features))
         if fine_tune:
-            brief = dataclasses.replace(asked, steps=asked.steps or _RANKED_STEPS)
-            settings = resolved("lp-ft", backbone, start, len(split.learn), brief)
+            brief = dataclasses.replace(requested, steps=requested.steps or _RANKED_STEPS)
+            settings = resolve_settings("lp-ft", backbone, start, len(split.learn), brief)
             print(f"fine-tuning {name} …", flush=True)
             fitted = fit("lp-ft", start, learn, settings, jax.random.fold_in(key, 2))
             accuracies[name] = float((_predictions(start, fitted.variables, scored) == scored.y).mean())
-    # Any features of so many dimensions would separate so few examples.
+    # With as many dimensions as examples, any features separate the classes: the covariance needs shrinkage.
     shrinkage: Literal["ledoit-wolf"] | None = "ledoit-wolf" if max(widths) >= len(learn.y) - 1 else None
     ranking = rank_sources(
         candidates, (None, learn.y), score=score, shrinkage=shrinkage, accuracies=accuracies or None
@@ -420,23 +419,24 @@ def rank(
 # --- Source and target ---------------------------------------------------------------------------
 
 
-def _options(given: Mapping[str, Any]) -> Options:
-    """Return common options, with the path of the data good in every folder."""
-    return Options(**{**given, "data": folders.data_folder(given.get("data"))})
+def _options(options: Mapping[str, Any]) -> Options:
+    """Return common options, with the path of the data made absolute."""
+    return Options(**{**options, "data": folders.data_folder(options.get("data"))})
 
 
 def _backbone(source: str, options: Options, argument: str = "source") -> Backbone:
     if source != NONE:
         backbone = load_backbone(source, network=options.network, size=options.size, argument=argument)
     elif argument != "source":
-        raise ArgumentError(argument, f"got {NONE}, which has nothing to transfer")
+        raise ArgumentError(argument, f"got {NONE}, which has no trained parameters to rank")
     elif options.network is None:
-        raise ArgumentError("network", f"SOURCE {NONE} needs one, such as conv4")
+        raise ArgumentError("network", f"is missing; SOURCE {NONE} needs one, such as conv4")
     else:
-        backbone = untrained(options.network)
+        backbone = untrained_backbone(options.network)
     if not isinstance(backbone.network, linen.Module):
         raise ArgumentError(
-            "network", f"got {options.network}, which is no flax.linen.Module; transfer needs its layers"
+            "network",
+            f"got {options.network}, which is not a flax.linen.Module; transfer needs the layers of one",
         )
     if options.pixels is None:
         return backbone
@@ -446,7 +446,7 @@ def _backbone(source: str, options: Options, argument: str = "source") -> Backbo
 def _images(
     backbone: Backbone, target: str, options: Options, reading: Mapping[str, Any], key: Key
 ) -> tuple[Target, ShotSplit]:
-    """Return the target's images, read as the backbone takes them where they can be."""
+    """Return the target's images, read with the backbone's size and channels where it has some."""
     size = backbone.size if options.size is None else options.size
     channels: int | None = options.channels
     if size is not None:
@@ -458,9 +458,9 @@ def _images(
     return images, split_shots(images, options.shots, jax.random.fold_in(key, 0))
 
 
-def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, key: Key) -> Learnable:
+def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, key: Key) -> InitialClassifier:
     key = jax.random.fold_in(key, 1)
-    return learnable(backbone, images, learn, size=options.size, channels=options.channels, key=key)
+    return initial_classifier(backbone, images, learn, size=options.size, channels=options.channels, key=key)
 
 
 def _source_probs(backbone: Backbone, features: jax.Array) -> jax.Array | None:
@@ -476,7 +476,7 @@ def _file_part(source: str) -> str:
 
 
 def _describable(network: Any) -> Any:
-    """Return the network where a file can describe it; None of one of another package."""
+    """Return the network where a weights file can describe it; None for user-defined networks."""
     try:
         described(network)
     except ArgumentError:
@@ -487,40 +487,40 @@ def _describable(network: Any) -> Any:
 # --- Learning and scoring -------------------------------------------------------------------------
 
 
-def _predictions(start: Learnable, variables: Variables, data: Batch) -> np.ndarray:
+def _predictions(start: InitialClassifier, variables: Variables, data: Batch) -> np.ndarray:
     logits = np.asarray(predict_logits(start.model, variables, data.x, batch=start.at_once))
     if not np.isfinite(logits).all():
         raise FloatingPointError(
-            "the answers are not finite; try a smaller --rate, or other weights where no step was taken"
+            "the predictions are not finite; try a smaller --rate, or other weights if nothing was fine-tuned"
         )
     return logits.argmax(-1)
 
 
 def _whole(variables: Variables) -> Variables:
-    """Return backbone and head as variables of one network, which is what others load."""
+    """Return backbone and head as variables of one network, the layout of weight files."""
     whole = {name: dict(tree.get(BODY, {})) for name, tree in variables.items()}
     whole["params"][HEAD] = variables["params"][HEAD]
     return {name: tree for name, tree in whole.items() if tree}
 
 
 def _read_back(path: Path, variables: Variables) -> None:
-    """Read a file of weights, and raise where they are others than those in memory."""
-    found = leaves_by_path(read_weights(path))
+    """Read a file of weights, and raise where they differ from those in memory."""
+    stored = leaves_by_path(read_weights(path))
     for name, leaf in leaves_by_path(_whole(variables)).items():
-        if np.asarray(found.get(name)).tobytes() != np.asarray(leaf).tobytes():
-            raise OSError(f"it was read back, and {name} is another")
+        if np.asarray(stored.get(name)).tobytes() != np.asarray(leaf).tobytes():
+            raise OSError(f"after reading it back, {name} differs")
 
 
 class _Stopped(Exception):
-    """A signal asked fitting to stop."""
+    """A signal asked training to stop."""
 
 
 class _Progress:
-    """How far fitting is, with what has been learned so far; it stops where a signal asked it to.
+    """Progress of training with the variables so far; it raises `_Stopped` after a signal.
 
     Args:
-      steps: of all.
-      signals: of the command.
+      steps: number of all steps.
+      signals: handler of the command's signals.
     """
 
     def __init__(self, steps: int | None, signals: Signals):

@@ -1,4 +1,4 @@
-"""Reports of `jaxmeta transfer` and `jaxmeta rank`, in words and as JSON."""
+"""Reports of `jaxmeta transfer` and `jaxmeta rank`, as Markdown and JSON."""
 
 import math
 from collections.abc import Mapping
@@ -8,16 +8,21 @@ from jaxmeta.cli.report import cell, plural, repeated_by
 from jaxmeta.transfer.ranking import SCORES, Ranking
 from jaxmeta.transfer.subtree import Report
 
+# Number of classes in the table of lowest recalls.
 _WORST = 5
-# Of the standard normal distribution, for 95 %.
+# Quantile of the standard normal distribution for 95 %.
 _Z = 1.959964
 
 
 def wilson(right: int, n: int) -> dict[str, float]:
-    """Return a part of `n` independent examples, and Wilson's interval of 95 % around it.
+    """Return the share of `right` in `n` independent examples, and Wilson's 95 % interval around it.
 
-    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), which, unlike the normal approximation, stays in [0, 1]
-    and is no point where all are right.
+    The interval (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n) stays in [0, 1], and has a width where p is
+    0 or 1, unlike the normal approximation.
+
+    Args:
+      right: number of correct examples.
+      n: number of examples.
 
     Returns:
       "mean", "low" and "high", and "ci95", half of the interval's width.
@@ -48,8 +53,12 @@ def settings_in_words(report: Mapping[str, Any]) -> dict[str, str]:
         "read": report["read"],
         "images": f"{images['size']} × {images['size']}, {'grey' if images['channels'] == 1 else 'colour'}, "
         + report["pixels"]
-        + ("; dark on light, the source's light on dark: all are inverted" if report["inverted"] else ""),
-        "batch statistics": f"{report['statistics']}; they are kept"
+        + (
+            "; dark on light, but the source's are light on dark: all are inverted"
+            if report["inverted"]
+            else ""
+        ),
+        "batch statistics": f"{report['statistics']}; kept"
         if report["statistics"] and report.get("keep_statistics")
         else report["statistics"],
         "recipe": f"{report['recipe']}: {about['recipe']}"
@@ -64,39 +73,39 @@ def settings_in_words(report: Mapping[str, Any]) -> dict[str, str]:
         else f"α = {report['l2_sp']:g}, and 0.01 towards zero for the head",
         "seed": report["seed"],
     }
-    return {name: str(said) for name, said in rows.items() if said is not None}
+    return {name: str(text) for name, text in rows.items() if text is not None}
 
 
 def in_percent(row: Mapping[str, float]) -> str:
-    """Return an accuracy and its interval."""
+    """Return an accuracy and its interval as text."""
     return f"{100 * row['mean']:.2f} %  (95 % CI {100 * row['low']:.2f} to {100 * row['high']:.2f})"
 
 
 def leaves_by_fate(leaves: Report) -> dict[str, tuple[Any, ...]]:
-    """Return the rows of a report by what became of their leaves."""
+    """Return the rows of a report on leaves by its parts, such as "taken" and "new"."""
     return {group: getattr(leaves, group) for group in ("taken", "new", "left_over", "dropped")}
 
 
 def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
-    """Return what report.md holds: report.json for people, and the table of leaves."""
+    """Return the content of report.md: the results of report.json, and the table of leaves."""
     lines = [
         f"# {report['target']} from {report['source']}, {report['recipe']}",
         "",
         "| accuracy | 95 % CI | |",
         "| --- | --- | --- |",
     ]
-    said = {
+    labels = {
         "accuracy": report["recipe"],
-        "probe_accuracy": "for comparison: a linear probe, the backbone's weights as they were",
+        "probe_accuracy": "for comparison: a linear probe, the backbone's weights unchanged",
     }
-    for name, what in said.items():
+    for name, label in labels.items():
         if name in report:
             mean, low, high = (f"{100 * report[name][part]:.2f}" for part in ("mean", "low", "high"))
-            lines.append(f"| **{mean} %** | {low} to {high} | {what} |")
+            lines.append(f"| **{mean} %** | {low} to {high} | {label} |")
     lines += [
         "",
-        f"Of {plural(report['scored'], 'image')} that were not learned from. Wilson's interval: it is about "
-        "these images, and not about other draws of those to learn from. "
+        f"Accuracy on {plural(report['scored'], 'held-out image')}. Wilson's interval is over these images, "
+        "not over other draws of the images to learn from. "
         f"Guessing: {100 / report['classes']:.2f} %, one of {plural(report['classes'], 'class')}.",
         "",
         "![confusion of the classes](confusion.png)",
@@ -111,18 +120,18 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
     worst = sorted(report["recalls"].items(), key=lambda pair: pair[1])[:_WORST]
     lines += [
         "",
-        "The classes that are named rightly least often:",
+        "The classes with the lowest recall:",
         "",
         "| class | recall |",
         "| --- | --- |",
     ]
     lines += [f"| {cell(name)} | {100 * recall:.1f} % |" for name, recall in worst]
-    lines += ["", "What became of the source's leaves; new ones are not of the source:", ""]
+    lines += ["", "Leaves of the source, and new ones that the source does not have:", ""]
     return "\n".join(lines) + "\n" + leaves.markdown() + "\n"
 
 
 def ranking_as_json(ranking: Ranking, target: str, shots: str, shrinkage: str | None) -> dict[str, Any]:
-    """Return what `rank --json` writes; scores that are not finite are null."""
+    """Return the content of the file of `rank --json`; scores that are not finite are null."""
 
     def finite(values: Mapping[str, float]) -> dict[str, float | None]:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -140,5 +149,7 @@ def ranking_as_json(ranking: Ranking, target: str, shots: str, shrinkage: str | 
             }
             for row in ranking.rows
         ],
-        "correlations": {score: finite(found._asdict()) for score, found in ranking.correlations.items()},
+        "correlations": {
+            score: finite(correlation._asdict()) for score, correlation in ranking.correlations.items()
+        },
     }

@@ -231,7 +231,7 @@ def test_a_flag_of_any_process_is_that_of_all(flags, monkeypatch):
     ("flags", "named"),
     [
         (["--distributed"], NO_CLUSTER),
-        (["--distributed", "--process", "0"], "--distributed: asks the cluster what --process says"),
+        (["--distributed", "--process", "0"], "--distributed: takes from the cluster what --process sets"),
         (["--coordinator", "127.0.0.1:1"], "--processes: is missing"),
     ],
 )

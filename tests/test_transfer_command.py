@@ -22,7 +22,7 @@ from support import read_json
 import jaxmeta as jm
 from jaxmeta.cli import fine_tuning, main, names, run, schema
 from jaxmeta.cli import transfer as transferring
-from jaxmeta.cli.backbones import load_backbone, untrained
+from jaxmeta.cli.backbones import load_backbone, untrained_backbone
 from jaxmeta.cli.config import load_config
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.fine_tuning import RECIPES
@@ -48,7 +48,7 @@ def draw_bars(folder, kinds, of_each, *, stray=3, across=False, **shades):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Lying bars, a run that is trained on them, a copy of it, and standing bars, which are the target."""
+    """Return a folder with lying bars, a run trained on them, a copy of it, and standing bars as target."""
     place = tmp_path_factory.mktemp("transferring")
     draw_bars(place / "lying", 8, 8)
     draw_bars(place / "standing", 5, 10, across=True)
@@ -64,7 +64,7 @@ def place(tmp_path_factory):
 
 
 def trained(place, learner, steps, *flags):
-    """Train a learner on lying bars; return its run."""
+    """Train a learner on lying bars, and return the run's folder."""
     out = place / learner
     flags += ("--tasks", f"folder:{place / 'lying'}", "--ways", "2", "--queries", "2", "--episodes", "4")
     flags += ("--classes", "0.75,0,0.25", "--meta-batch", "2", "--devices", "1")
@@ -75,13 +75,13 @@ def trained(place, learner, steps, *flags):
 
 @pytest.fixture(scope="module")
 def fomaml(place):
-    """A run without statistics of a population."""
+    """Return a run without population statistics."""
     return trained(place, "fomaml", 2, "--inner-steps", "1", "--eval-steps", "1")
 
 
 @pytest.fixture(scope="module")
 def simple_shot(place):
-    """A run of an ordinary classifier."""
+    """Return a run of an ordinary classifier."""
     return trained(place, "simple_shot", 60)
 
 
@@ -94,21 +94,21 @@ def transfer(place, out, *flags, source=None, target=None, status=0):
 
 @pytest.fixture(scope="module")
 def probed(place):
-    """A linear probe of the prototypical run: its folder and its report."""
+    """Return folder and report of a linear probe on the prototypical run."""
     flags = ["--recipe", "linear-probe", "--shots", "5", "--seed", "3"]
     return place / "probed", transfer(place, place / "probed", *flags)
 
 
 @pytest.fixture(scope="module")
 def partly_tuned(place):
-    """The prototypical run with its second layer fine-tuned: its folder and its report."""
+    """Return folder and report of a transfer that fine-tunes the second layer."""
     flags = ["--recipe", "fine-tune", "--train", "body/Dense_1,body/BatchNorm_1", "--steps", "3"]
     flags += ["--l2-sp", "0.1"]
     return place / "partly_tuned", transfer(place, place / "partly_tuned", *flags)
 
 
 def body_of(run):
-    """Parameters and statistics of a run's network, without its head."""
+    """Return parameters and statistics of a run's network, without its head."""
     params = params_of(run, load_config(run))
     leaves = {f"params/{path}": leaf for path, leaf in jm.transfer.leaves_by_path(params["model"]).items()}
     if "population" in params:
@@ -129,7 +129,7 @@ REPORTED = ("source", "target", "recipe", "seed", "classes", "shots", "learned_f
 REPORTED += ("inverted", "statistics", "parameters", "accuracy", "recalls", "losses", "leaves", "wall_s")
 
 
-def test_the_command_line_knows_all_recipes_and_scores():
+def test_flags_list_all_recipes_and_scores():
     flags, ranking = schema.settings_of(transferring.transfer), schema.settings_of(transferring.rank)
     assert set(get_args(schema.members(flags["recipe"].hint)[0])) == set(RECIPES) == set(RECIPE_FLAGS)
     assert get_args(ranking["score"].hint) == SCORES
@@ -140,14 +140,14 @@ def test_every_flag_has_help():
         assert all(setting.help for setting in schema.settings_of(command).values())
 
 
-def test_a_target_brings_the_flags_of_its_source(own):
+def test_a_target_adds_the_flags_of_its_source(own):
     assert set(target_settings("omniglot")) == {"protocol"}
     assert {"image", "label", "tfds_splits"} <= set(target_settings("tfds:some"))
-    # What of one's own function an episode would have is no flag, nor what the source's network decides.
+    # The shape of episodes has no flags, and neither have settings that the source's network decides.
     assert set(target_settings("own_bars:bars")) == {"folder"}
 
 
-def test_commands_share_the_flags_of_images():
+def test_transfer_and_rank_share_flags():
     flags, ranking = schema.settings_of(transferring.transfer), schema.settings_of(transferring.rank)
     of_transfer = {"recipe", "train", "l2_sp", "keep_statistics", "out"}
     assert set(flags) - of_transfer == set(ranking) - {"score", "fine_tune", "json"}
@@ -196,7 +196,7 @@ def test_each_recipe_learns_standing_bars_from_lying_ones(place, tmp_path, capsy
 
 
 def test_the_written_weights_give_the_reported_accuracy(place, probed):
-    """By the network that the file describes, on images read from their files."""
+    """The network is the one that the file describes, on images read independently."""
     out, report = probed
     loaded = jm.transfer.load_pretrained(out)
     assert loaded.network == jm.nn.MLP(out=5, hidden=(24, 16), norm=True)
@@ -212,7 +212,7 @@ def test_the_written_weights_give_the_reported_accuracy(place, probed):
     assert np.mean(np.array(right)[score]) == report["accuracy"]["mean"]
 
 
-def test_only_what_train_names_and_the_head_are_trained(place, partly_tuned):
+def test_only_the_parts_in_train_and_the_head_are_trained(place, partly_tuned):
     out, report = partly_tuned
     written, source = load_file(out / "weights.safetensors"), body_of(place / "prototypical")
     changed = {path for path, leaf in source.items() if not np.array_equal(written[path], leaf)}
@@ -221,7 +221,7 @@ def test_only_what_train_names_and_the_head_are_trained(place, partly_tuned):
 
 
 @pytest.mark.parametrize("file", ["", pytest.param("weights.safetensors", marks=pytest.mark.nightly)])
-def test_a_transfer_is_a_source_again(place, tmp_path, partly_tuned, file):
+def test_a_transfer_can_be_a_source(place, tmp_path, partly_tuned, file):
     folder, first = partly_tuned
     written = load_file(folder / "weights.safetensors")
     report = transfer(
@@ -241,7 +241,7 @@ def test_a_transfer_is_a_source_again(place, tmp_path, partly_tuned, file):
 
 
 @pytest.mark.nightly
-def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place, fomaml, tmp_path):
+def test_a_backbone_without_statistics_gets_those_of_the_target(place, fomaml, tmp_path):
     report = transfer(place, tmp_path / "out", "--recipe", "linear-probe", source=fomaml)
     assert "by AdaBN" in report["statistics"]
     assert "by AdaBN" in (tmp_path / "out" / "report.md").read_text()
@@ -258,7 +258,7 @@ def test_a_body_without_statistics_gets_those_of_the_images_it_learns_from(place
 
 @pytest.fixture(scope="module")
 def strokes(place):
-    """A run as if of strokes, light on dark, and the same strokes as light and as dark images."""
+    """Return a folder with a run configured for light strokes, and the same strokes light and dark."""
     folder = place / "strokes"
     shutil.copytree(place / "prototypical", folder / "ink")
     config = read_json(folder / "ink" / "config.json")
@@ -273,8 +273,8 @@ def probe_of(place, out, source, target):
     return transfer(place, out, "--recipe", "linear-probe", source=source, target=f"folder:{target}")
 
 
-def test_strokes_are_turned_to_those_that_the_source_knows(place, strokes, tmp_path):
-    """Light on dark and dark on light are the same to a source of strokes."""
+def test_strokes_are_inverted_to_match_the_source(place, strokes, tmp_path):
+    """A source of strokes gives the same for light on dark and dark on light."""
     heads, inverted = {}, {}
     for name in ("light", "dark"):
         out = tmp_path / f"out-{name}"
@@ -285,18 +285,18 @@ def test_strokes_are_turned_to_those_that_the_source_knows(place, strokes, tmp_p
     assert "all are inverted" in (tmp_path / "out-dark" / "report.md").read_text()
 
 
-def test_images_are_not_turned_for_a_source_of_others(probed):
+def test_images_are_not_inverted_for_a_source_of_other_images(probed):
     assert not probed[1]["inverted"]
 
 
 @pytest.mark.nightly
-def test_a_transfer_of_strokes_knows_as_a_source_how_they_are_drawn(place, strokes, tmp_path):
+def test_a_transfer_of_strokes_inverts_as_a_source(place, strokes, tmp_path):
     probe_of(place, tmp_path / "first", strokes / "ink", strokes / "dark")
     again = probe_of(place, tmp_path / "again", tmp_path / "first", strokes / "light")
     assert (again["inverted"], again["images"]["ink"]) == (False, True)
 
 
-def test_a_network_with_nothing_learned(place, tmp_path):
+def test_an_untrained_network_is_trained_from_scratch(place, tmp_path):
     flags = [
         "--network",
         "conv4-32",
@@ -318,14 +318,14 @@ def test_a_network_with_nothing_learned(place, tmp_path):
 
 
 def test_maps_are_flattened_for_the_head():
-    model, x = untrained("relation").model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
+    model, x = untrained_backbone("relation").model, jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
     variables = jax.eval_shape(model.init, KEY, x)
     assert jax.eval_shape(model.apply, variables, x).shape == (2, 5 * 5 * 64)
     assert jax.eval_shape(model.train, variables, x, KEY)[0].shape == (2, 5 * 5 * 64)
 
 
 def torchvision_file(path):
-    """Random weights under torchvision's names, of one block of four channels and three classes."""
+    """Write random weights with torchvision's names: one block, four channels, three classes."""
     rng = np.random.default_rng(0)
     shapes = {"conv1": (4, 3, 7, 7), "layer1.0.conv1": (4, 4, 3, 3), "layer1.0.conv2": (4, 4, 3, 3)}
     weights = {f"{name}.weight": rng.normal(size=shape) for name, shape in shapes.items()}
@@ -337,14 +337,14 @@ def torchvision_file(path):
 
 
 @pytest.mark.nightly
-def test_a_pretrained_file_sees_images_as_it_was_trained(place, tmp_path):
+def test_pretrained_files_get_images_with_their_normalisation(place, tmp_path):
     torchvision_file(tmp_path / "resnet.safetensors")
     flags = ["--recipe", "linear-probe", "--size", "32"]
     report = transfer(place, tmp_path / "out", *flags, source=tmp_path / "resnet.safetensors")
     assert "mean 0.485, 0.456, 0.406, std 0.229" in report["pixels"]
     assert (report["images"]["size"], report["images"]["channels"]) == (32, 3)
     assert report["leaves"] == {"taken": 15, "new": 2, "left_over": 0, "dropped": 2}
-    # The head of the features that the file's network has of normalised images.
+    # The head is fitted to the features that the file's network has of normalised images.
     target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=32, channels=3)
     learn = target.batch(split_shots(target, None, jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
@@ -368,7 +368,7 @@ def vision_transformer_file(path):
     jm.transfer.save_pretrained(path, variables, network=network)
 
 
-def test_a_vision_transformer_refuses_a_size_that_its_patches_do_not_tile(place, tmp_path, capsys):
+def test_vision_transformers_need_a_size_that_patches_tile(place, tmp_path, capsys):
     vision_transformer_file(tmp_path / "vit.safetensors")
     source = tmp_path / "vit.safetensors"
     transfer(place, tmp_path / "none", *VIT_FLAGS, "13", source=source, status=2)
@@ -385,7 +385,7 @@ def test_a_vision_transformer_takes_another_size(place, tmp_path):
     assert written["params/position_embedding"].shape == (1, 1 + 3 * 3, 8)
 
 
-def test_a_file_that_does_not_say_its_network_is_told_it(place, probed, tmp_path, capsys):
+def test_a_file_without_a_network_needs_the_flag(place, probed, tmp_path, capsys):
     from flax.serialization import msgpack_serialize
 
     run = place / "prototypical"
@@ -394,9 +394,9 @@ def test_a_file_that_does_not_say_its_network_is_told_it(place, probed, tmp_path
     file = tmp_path / "weights.msgpack"
     file.write_bytes(msgpack_serialize(jax.tree.map(np.asarray, variables)))
     flags = ["--recipe", "linear-probe", "--shots", "5", "--seed", "3"]
-    told = transfer(place, tmp_path / "told", *flags, "--network", "conv4-32", source=file)
-    assert told["accuracy"] == probed[1]["accuracy"]
-    transfer(place, tmp_path / "untold", *flags, source=file, status=2)
+    report = transfer(place, tmp_path / "out", *flags, "--network", "conv4-32", source=file)
+    assert report["accuracy"] == probed[1]["accuracy"]
+    transfer(place, tmp_path / "none", *flags, source=file, status=2)
     assert "--network:" in capsys.readouterr().err
 
 
@@ -404,15 +404,15 @@ def test_shots_are_of_each_class_and_the_others_are_scored():
     y = np.repeat(np.arange(3), [4, 10, 7])
     target = Target("t", "", np.zeros((21, 1, 1, 1), np.uint8), y, ("a", "b", "c"), False)
     for shots, counts in ((2, [2, 2, 2]), ("all", [3, 8, 5]), (None, [3, 3, 3])):
-        found = split_shots(target, shots, KEY)
-        assert np.bincount(y[found.learn]).tolist() == counts
-        assert sorted([*found.learn, *found.score]) == list(range(21))
+        split = split_shots(target, shots, KEY)
+        assert np.bincount(y[split.learn]).tolist() == counts
+        assert sorted([*split.learn, *split.score]) == list(range(21))
     draws = [tuple(split_shots(target, 2, jax.random.key(seed)).learn) for seed in range(5)]
     assert len(set(draws)) > 1
 
 
 def parts_of_bars(root, **counts):
-    """Folders of parts: `train=(3, 2)` puts 3 images of bar 0 and 2 of bar 1 into train."""
+    """Write folders of parts: `train=(3, 2)` puts 3 images of bar 0 and 2 of bar 1 into train."""
     for part, each in counts.items():
         for kind, count in enumerate(each):
             for number in range(count):
@@ -420,7 +420,7 @@ def parts_of_bars(root, **counts):
     return f"folder:{root}"
 
 
-def test_the_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch):
+def test_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
     name = parts_of_bars(tmp_path / "bars", train=(4, 3, 5), val=(1, 0, 2), test=(2, 3, 1))
     target = read_target(name, {}, None, KEY, size=None, channels=None)
@@ -433,10 +433,10 @@ def test_the_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch
         assert np.bincount(target.y[split.score]).tolist() == [2, 3, 1]
         assert not set(split.learn) & set(split.score)
     with pytest.raises(
-        ValueError, match=r"shots: got 4, and the class 'bar 1' of .* has 3 images to learn from"
+        ValueError, match=r"shots: got 4, but the class 'bar 1' of .* has 3 images to learn from"
     ):
         split_shots(target, 4, KEY)
-    # The rows to score are those of the folder test, read by hand.
+    # The images to score are those in the folder test.
     kind, file = 2, tmp_path / "bars" / "test" / "bar 2" / "test0.png"
     row = split_shots(target, None, KEY).score[target.y[split.score] == kind][0]
     np.testing.assert_array_equal(target.x[row, :, :, 0], np.asarray(Image.open(file).convert("L")))
@@ -466,9 +466,7 @@ def test_the_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch
         ({"train": (2, 3)}, 2, [2, 3], "all classes of folder:"),
     ],
 )
-def test_which_images_of_a_folder_in_parts_are_the_target(
-    tmp_path, monkeypatch, counts, classes, sizes, protocol
-):
+def test_a_folder_with_parts_selects_its_images(tmp_path, monkeypatch, counts, classes, sizes, protocol):
     monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
     target = read_target(parts_of_bars(tmp_path / "bars", **counts), {}, None, KEY, size=None, channels=None)
     assert len(target.classes) == classes
@@ -478,7 +476,7 @@ def test_which_images_of_a_folder_in_parts_are_the_target(
 
 
 @pytest.mark.nightly
-def test_transfer_to_a_folder_in_parts_says_what_was_read(place, tmp_path, capsys):
+def test_transfer_to_a_folder_with_parts_reports_the_files_read(place, tmp_path, capsys):
     target = parts_of_bars(tmp_path / "bars", train=(4, 4), test=(3, 5))
     (tmp_path / "bars" / "test" / "bar 0" / "notes.txt").write_text("no image")
     report = transfer(place, tmp_path / "out", "--recipe", "feature-extraction", target=target)
@@ -489,7 +487,7 @@ def test_transfer_to_a_folder_in_parts_says_what_was_read(place, tmp_path, capsy
     assert "left out: 1 file that is no image (test/bar 0/notes.txt)" in capsys.readouterr().out
 
 
-def test_a_target_is_what_labelled_tasks_are(place):
+def test_a_target_equals_labelled_tasks(place):
     target = read_target(f"folder:{place / 'standing'}", {}, None, KEY, size=None, channels=None)
     x, y = jm.tasks.labelled(jm.tasks.from_folder(place / "standing", classes=None, ways=2))
     np.testing.assert_allclose(target.x / 255, x, atol=1e-6)
@@ -497,32 +495,32 @@ def test_a_target_is_what_labelled_tasks_are(place):
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (7, 9), (1800, 1957), (12, 12)])
-def test_the_interval_is_that_of_wilson(right, n):
+def test_the_interval_is_wilson_s(right, n):
     expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    found = wilson(right, n)
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
-    assert found["mean"] == right / n
+    interval = wilson(right, n)
+    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert interval["mean"] == right / n
 
 
 @pytest.mark.parametrize("classes", [2, pytest.param(30, marks=pytest.mark.nightly), 200])
-def test_a_single_error_is_seen_among_any_number_of_classes(tmp_path, classes):
+def test_a_single_error_is_visible_among_any_number_of_classes(tmp_path, classes):
     pictures = []
     for errors in (0, 1):
         matrix = 30 * np.eye(classes, dtype=np.int64)
         matrix[0, classes - 1] = errors
         plot_confusion(tmp_path / "confusion.png", matrix, [f"class {i}" for i in range(classes)], "t")
         pictures.append(np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int))
-    without, found = pictures
-    assert found.shape == without.shape
-    assert max(found.shape) < 1500
-    rows, columns = np.nonzero((found - without).any(2))
-    # Beside its cell the diagonal's first has changed, which lies to the left.
-    beyond = columns > found.shape[1] / 2
+    without, with_error = pictures
+    assert with_error.shape == without.shape
+    assert max(with_error.shape) < 1500
+    rows, columns = np.nonzero((with_error - without).any(2))
+    # The first cell of the diagonal, which has changed as well, lies to the left.
+    beyond = columns > with_error.shape[1] / 2
     rows, columns = rows[beyond], columns[beyond]
     assert min(np.ptp(rows), np.ptp(columns)) >= 2
     assert np.median(without[rows, columns]) == 255
-    assert np.median(found[rows, columns, 2] - found[rows, columns, 0]) > 20
-    assert rows.max() < found.shape[0] / 2
+    assert np.median(with_error[rows, columns, 2] - with_error[rows, columns, 0]) > 20
+    assert rows.max() < with_error.shape[0] / 2
 
 
 def random_file(path):
@@ -542,63 +540,63 @@ def test_an_informative_source_ranks_above_a_random_one(place, simple_shot, tmp_
     sources = [tmp_path / "random.safetensors", place / "prototypical", simple_shot]
     flags = ["--shots", "5", "--fine-tune", "--steps", "20", "--json", str(tmp_path / "ranking.json")]
     rank(place, *flags, sources=sources)
-    found = read_json(tmp_path / "ranking.json")
-    assert [row["source"] for row in found["sources"]][-1] == str(sources[0])
-    by_name = {row["source"]: row for row in found["sources"]}
-    # Only an ordinary classifier has classes of its own.
+    ranking = read_json(tmp_path / "ranking.json")
+    assert [row["source"] for row in ranking["sources"]][-1] == str(sources[0])
+    by_name = {row["source"]: row for row in ranking["sources"]}
+    # Only the ordinary classifier has a head of its own classes.
     assert [by_name[str(source)]["leep"] is None for source in sources] == [True, True, False]
     accuracies = [by_name[str(source)]["accuracy"] for source in sources]
     assert accuracies[0] < min(accuracies[1:])
-    assert found["correlations"]["log_me"]["pearson"] > 0.5
-    assert found["shrinkage"] is None
+    assert ranking["correlations"]["log_me"]["pearson"] > 0.5
+    assert ranking["shrinkage"] is None
     table = capsys.readouterr().out
     assert "weighted kendall" in table
     assert [line.split()[0] for line in table.splitlines() if line.startswith("/")] == [
-        row["source"] for row in found["sources"]
+        row["source"] for row in ranking["sources"]
     ]
 
 
-def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
+def test_leep_uses_the_probabilities_of_the_source_s_head(place, tmp_path):
     for name in ("a", "b"):
         torchvision_file(tmp_path / f"{name}.safetensors")
     flags = ["--score", "leep", "--size", "32", "--shots", "3", "--json", str(tmp_path / "r.json")]
     rank(place, *flags, sources=[tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
-    found = read_json(tmp_path / "r.json")
+    ranking = read_json(tmp_path / "r.json")
     target = read_target(f"folder:{place / 'noisy'}", {}, None, KEY, size=32, channels=3)
     learn = target.batch(split_shots(target, 3, jax.random.fold_in(KEY, 0)).learn)
     x = (learn.x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
     loaded = jm.transfer.load_pretrained(tmp_path / "a.safetensors")
     probs = jax.nn.softmax(jax.jit(loaded.network.apply)(loaded.variables, x.astype(np.float32)))
-    assert found["sources"][0]["leep"] == pytest.approx(jm.transfer.leep(probs, learn.y), abs=1e-4)
+    assert ranking["sources"][0]["leep"] == pytest.approx(jm.transfer.leep(probs, learn.y), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["nowhere"], "SOURCE: there is nothing at nowhere"),
+        (["nowhere"], "SOURCE: nowhere does not exist"),
         (["--target", "folder:{place}/nowhere"], "--target: {place}/nowhere does not exist"),
-        (["--target", "sinusoid"], "--target: sinusoid has no images with labels"),
+        (["--target", "sinusoid"], "--target: sinusoid has no labelled images"),
         (["--target", "omniglotte"], "--target: there is no 'omniglotte'; known are omniglot"),
         (["--target", "folder:"], "--target: "),
-        (["--target", "folder:{place}/one"], "has 1 class; there must be 2"),
+        (["--target", "folder:{place}/one"], "has 1 class; it must have at least 2"),
         (["--target", "mnist"], "--data: mnist is read from your own copy"),
-        (["--data", "{place}"], "--data: folder:{place}/standing has no such setting"),
-        (["--protocol", "lake"], "--protocol: is a setting of omniglot, and not of transfer"),
-        (["--shots", "10"], "--shots: got 10, and the class 'bar 0'"),
+        (["--data", "{place}"], "--data: folder:{place}/standing does not have this setting"),
+        (["--protocol", "lake"], "--protocol: is a setting of omniglot, not of transfer"),
+        (["--shots", "10"], "--shots: got 10, but the class 'bar 0'"),
         (["--shots", "0"], "--shots: got 0; it must be at least 1"),
         (["--shots", "many"], "--shots: got many; it must be"),
         (["--recipe", "fine-tune", "--train", "body/Conv_9"], "--train: 'body/Conv_9' matches nothing"),
         (["--recipe", "distil"], "--recipe"),
-        (["--recipe", "linear-probe", "--steps", "5"], "--steps: linear-probe has no such setting"),
-        (["--recipe", "gradual", "--train", "head"], "--train: gradual has no such setting"),
+        (["--recipe", "linear-probe", "--steps", "5"], "--steps: linear-probe does not have this setting"),
+        (["--recipe", "gradual", "--train", "head"], "--train: gradual does not have this setting"),
         (["--recipe", "gradual", "--steps", "5"], "--steps: got 5; gradual needs at least 50"),
         (["--steps", "0"], "--steps: got 0; it must be at least 1"),
         (["--rate", "nan"], "--rate: got nan"),
-        (["--size", "9"], "--size: {place}/prototypical takes no grey images of 9×9"),
-        (["--channels", "3"], "--channels: {place}/prototypical takes no colour images"),
-        (["--network", "conv4"], "--network: {place}/prototypical says itself which network it is of"),
+        (["--size", "9"], "--size: {place}/prototypical does not take grey images of 9×9"),
+        (["--channels", "3"], "--channels: {place}/prototypical does not take colour images"),
+        (["--network", "conv4"], "--network: got conv4, but {place}/prototypical names its network"),
         (["--pixels", "imagenet"], "--pixels: got 3 values; the images have 1 channels"),
-        (["none"], "--network: SOURCE none needs one"),
+        (["none"], "--network: is missing; SOURCE none needs one"),
         (["none", "--recipe", "lp-ft", "--network", "conv4"], "--recipe: got lp-ft"),
         (["none", "--network", "lrua"], "--network: there is no 'lrua'"),
         (
@@ -609,12 +607,14 @@ def test_source_probabilities_are_those_of_the_source_s_head(place, tmp_path):
         (["--recepi", "x"], "transfer has no --recepi; did you mean --recipe"),
         (["--image-size", "8"], "transfer has no --image-size; here it is --size"),
         (["--seed", "-1"], "--seed: got -1; it must be at least 0"),
-        (["--label", "kind"], "--label: is a setting of tfds:NAME, and not of transfer"),
-        (["--target", "quadratics"], "--target: quadratics has no images with labels"),
-        (["--target", "glyphs", "--shots", "all"], "--shots: got all, and glyphs are drawn without end"),
+        (["--label", "kind"], "--label: is a setting of tfds:NAME, not of transfer"),
+        (["--target", "quadratics"], "--target: quadratics has no labelled images"),
+        (["--target", "glyphs", "--shots", "all"], "--shots: got all, but glyphs draws any number"),
     ],
 )
-def test_bad_flags_of_transfer_are_refused_by_name(place, tmp_path, monkeypatch, capsys, flags, says):
+def test_invalid_flags_of_transfer_are_errors_that_name_the_flag(
+    place, tmp_path, monkeypatch, capsys, flags, says
+):
     monkeypatch.chdir(tmp_path)
     (place / "one").mkdir(exist_ok=True)
     if not (place / "one" / "bar 0").exists():
@@ -630,26 +630,26 @@ def test_bad_flags_of_transfer_are_refused_by_name(place, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_on_no_images_has_nothing_to_transfer(place, tmp_path, capsys):
+def test_a_run_on_other_data_than_images_is_an_error(place, tmp_path, capsys):
     shutil.copytree(place / "prototypical", tmp_path / "run")
     config = read_json(tmp_path / "run" / "config.json") | {"images": None, "tasks": {"name": "sinusoid"}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     transfer(place, tmp_path / "out", source=tmp_path / "run", status=2)
-    assert "was trained on sinusoid, which are no images" in capsys.readouterr().err
+    assert "was trained on sinusoid, which are not images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--score", "leep"], "--score: leep needs a head of the source's own classes; {place}/prototypical"),
-        (["--rate", "0.1"], "--rate: is of --fine-tune"),
-        (["{place}/copy"], "SOURCES: got {place}/copy; there must be two or more"),
-        (["{place}/copy", "none"], "SOURCES: got none, which has nothing"),
-        (["{place}/copy", "nowhere"], "SOURCES: there is nothing at nowhere"),
+        (["--rate", "0.1"], "--rate: applies to --fine-tune"),
+        (["{place}/copy"], "SOURCES: got {place}/copy; give two or more"),
+        (["{place}/copy", "none"], "SOURCES: got none, which has no trained parameters"),
+        (["{place}/copy", "nowhere"], "SOURCES: nowhere does not exist"),
         (["--json", "nowhere/table.json"], "--json: the folder"),
     ],
 )
-def test_bad_flags_of_rank_are_refused_by_name(place, capsys, flags, says):
+def test_invalid_flags_of_rank_are_errors_that_name_the_flag(place, capsys, flags, says):
     given = [flag.format(place=place) for flag in flags]
     sources = [] if not given[0].startswith("-") else [str(place / "prototypical"), str(place / "copy")]
     target = ["--target", f"folder:{place / 'standing'}"]
@@ -661,8 +661,8 @@ def test_bad_flags_of_rank_are_refused_by_name(place, capsys, flags, says):
 
 
 @pytest.mark.nightly
-def test_digits_of_usps_from_a_run(place, tmp_path, data_folder):
-    """Real images, brought to the 8×8 that the run knows."""
+def test_usps_digits_are_learned_from_a_run(place, tmp_path, data_folder):
+    """Images are resized to the 8×8 of the run."""
     flags = ["--data", str(data_folder), "--shots", "5", "--steps", "60", "--rate", "0.01"]
     report = transfer(place, tmp_path / "out", *flags, target="usps")
     assert (report["classes"], report["learned_from"], report["scored"]) == (10, 50, 1957)
@@ -696,7 +696,7 @@ def hungry(split, *, ways: int, depth: int):
 
 @pytest.fixture
 def own(place, tmp_path, monkeypatch):
-    """A folder with a module of one's own, in which commands run."""
+    """Return the working folder, which has a user-defined module."""
     (tmp_path / "own_bars.py").write_text(OWN_TARGET.format(folder=str(place / "standing")))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -704,7 +704,7 @@ def own(place, tmp_path, monkeypatch):
     sys.modules.pop("own_bars", None)
 
 
-def test_a_target_of_one_s_own_is_a_function_of_its_module(place, own):
+def test_a_target_can_be_a_user_defined_function(place, own):
     flags = ["--recipe", "feature-extraction", "--shots", "5"]
     report = transfer(place, own / "out", *flags, target="own_bars:bars")
     assert (report["classes"], report["learned_from"], report["scored"]) == (5, 25, 25)
@@ -716,20 +716,20 @@ def test_a_target_of_one_s_own_is_a_function_of_its_module(place, own):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("waves", "own_bars:waves has no images with labels"),
+        ("waves", "own_bars:waves has no labelled images"),
         ("streamed", "got regression tasks of 'quadratics'"),
-        ("hungry", "own_bars:hungry has no default for depth; give it one"),
+        ("hungry", "own_bars:hungry needs --depth; add it"),
         ("missing", "has no function 'missing'"),
     ],
 )
-def test_a_function_of_one_s_own_that_is_no_target_is_refused(place, own, capsys, name, says):
+def test_user_defined_functions_without_labelled_images_are_errors(place, own, capsys, name, says):
     transfer(place, own / "out", target=f"own_bars:{name}", status=2)
     error = capsys.readouterr().err
     assert "--target: " in error
     assert says in error
 
 
-def test_a_run_with_code_of_one_s_own_is_a_source_without_that_code(place, tmp_path):
+def test_a_run_with_user_defined_code_is_a_source_without_that_code(place, tmp_path):
     shutil.copytree(place / "prototypical", tmp_path / "run")
     config = read_json(tmp_path / "run" / "config.json")
     config["tasks"]["name"] = "not_here:tasks"
@@ -740,26 +740,26 @@ def test_a_run_with_code_of_one_s_own_is_a_source_without_that_code(place, tmp_p
     assert "prototypical on not_here:tasks" in report["about"]["source"]
 
 
-def test_a_run_of_another_package_s_network_is_told_it(place, tmp_path, capsys):
+def test_a_run_without_a_described_network_needs_the_flag(place, tmp_path, capsys):
     shutil.copytree(place / "prototypical", tmp_path / "run")
     config = read_json(tmp_path / "run" / "config.json") | {"model": None}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     flags = ["--recipe", "feature-extraction", "--shots", "5"]
     transfer(place, tmp_path / "none", *flags, source=tmp_path / "run", status=2)
-    assert "does not say which network it is of" in capsys.readouterr().err
+    assert "does not name its network" in capsys.readouterr().err
     transfer(place, tmp_path / "out", *flags, "--network", "conv4-32", source=tmp_path / "run")
 
 
-def test_a_run_of_an_older_form_is_refused(place, tmp_path, capsys):
+def test_a_run_of_an_older_format_is_an_error(place, tmp_path, capsys):
     shutil.copytree(place / "prototypical", tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text('{"learner": "prototypical"}')
     transfer(place, tmp_path / "out", source=tmp_path / "run", status=2)
     assert "SOURCE: " in (error := capsys.readouterr().err)
-    assert "older form" in error
+    assert "older" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_that_fails_costs_nothing_else(place, tmp_path, monkeypatch, capsys):
+def test_a_figure_that_fails_does_not_stop_the_transfer(place, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no fonts")
 
@@ -771,30 +771,30 @@ def test_a_picture_that_fails_costs_nothing_else(place, tmp_path, monkeypatch, c
     assert (tmp_path / "out" / "weights.safetensors").is_file()
 
 
-def test_a_transfer_may_keep_the_statistics_of_its_source(place, tmp_path):
+def test_keep_statistics_keeps_those_of_the_source(place, tmp_path):
     flags = ["--recipe", "lp-ft", "--steps", "3", "--shots", "5", "--keep-statistics"]
     report = transfer(place, tmp_path / "out", *flags)
     written, source = load_file(tmp_path / "out" / "weights.safetensors"), body_of(place / "prototypical")
     same = {path for path, leaf in source.items() if np.array_equal(written[path], leaf)}
     assert same == {path for path in source if path.startswith("batch_stats")}
     assert report["keep_statistics"]
-    assert "; they are kept |" in (tmp_path / "out" / "report.md").read_text()
+    assert "; kept |" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_recipes_that_train_no_backbone_of_a_source_have_no_statistics_to_keep(place, tmp_path, capsys):
+def test_keep_statistics_needs_a_recipe_that_trains_the_backbone(place, tmp_path, capsys):
     for recipe in ("linear-probe", "scratch"):
         flags = ["--recipe", recipe, "--keep-statistics"]
         transfer(place, tmp_path / "out", *flags, status=2)
-        assert f"--keep-statistics: {recipe} has no such setting" in capsys.readouterr().err
+        assert f"--keep-statistics: {recipe} does not have this setting" in capsys.readouterr().err
 
 
-def test_lp_ft_at_a_rate_of_nothing_scores_as_its_probe(place, tmp_path):
+def test_lp_ft_at_a_tiny_rate_scores_as_its_probe(place, tmp_path):
     flags = ["--recipe", "lp-ft", "--shots", "5", "--steps", "60", "--rate", "1e-9"]
     report = transfer(place, tmp_path / "out", *flags)
     assert report["accuracy"]["mean"] == pytest.approx(report["probe_accuracy"]["mean"], abs=0.05)
 
 
-# --- Transfers that are stopped, or cannot write -------------------------------------------------------
+# --- Stopped transfers, and failures to write ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -804,7 +804,7 @@ def test_lp_ft_at_a_rate_of_nothing_scores_as_its_probe(place, tmp_path):
         pytest.param(signal.SIGTERM, ["--recipe", "gradual", "--steps", "50"], marks=pytest.mark.nightly),
     ],
 )
-def test_a_transfer_that_is_stopped_keeps_its_weights_and_says_what_repeats_it(
+def test_a_stopped_transfer_keeps_its_weights_and_prints_its_command(
     place, tmp_path, monkeypatch, capsys, number, flags
 ):
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -820,32 +820,32 @@ def test_a_transfer_that_is_stopped_keeps_its_weights_and_says_what_repeats_it(
         patching.setattr(transferring._Progress, "report", stopping)
         transfer(place, tmp_path / "out", *flags, status=75)
     assert {each: signal.getsignal(each) for each in before} == before
-    said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1
-    assert f"by {number.name}; after step 20 of " in said
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1
+    assert f"by {number.name}; after step 20 of " in message
     assert not (tmp_path / "out" / "report.json").exists()
     kept = read_json(tmp_path / "out" / "config.json")
     assert (kept["stopped_at"], kept["command"]) == (20, "transfer")
 
     whole = transfer(place, tmp_path / "whole", *flags)
-    # It was on the way from where it began to where it would have ended.
+    # The weights are neither those at the start nor those at the end.
     source = body_of(place / "prototypical")
     stopped, ended = (load_file(tmp_path / name / "weights.safetensors") for name in ("out", "whole"))
     assert stopped.keys() == ended.keys()
     assert not np.array_equal(stopped["params/head/kernel"], ended["params/head/kernel"])
     assert any(not np.array_equal(stopped[path], leaf) for path, leaf in source.items())
 
-    command = shlex.split(said.split("repeat all with: ")[1])
+    command = shlex.split(message.split("start again with: ")[1])
     assert command == shlex.split(whole["command"])
     assert main([*command[1:], "--out", str(tmp_path / "again")]) == 0
     assert read_json(tmp_path / "again" / "report.json")["accuracy"] == whole["accuracy"]
-    # What was kept is a source, which says that it was stopped.
+    # The stopped transfer is a source, whose description says so.
     flags = ["--recipe", "feature-extraction", "--shots", "5"]
     report = transfer(place, tmp_path / "on", *flags, source=tmp_path / "out")
     assert "stopped after step 20" in report["about"]["source"]
 
 
-def test_a_transfer_that_is_stopped_after_its_training_has_its_weights(place, tmp_path, monkeypatch, capsys):
+def test_a_transfer_stopped_after_training_has_its_weights(place, tmp_path, monkeypatch, capsys):
     def stopped(*_):
         signal.raise_signal(signal.SIGINT)
 
@@ -856,7 +856,7 @@ def test_a_transfer_that_is_stopped_after_its_training_has_its_weights(place, tm
     assert "stopped_at" not in read_json(tmp_path / "out" / "config.json")
 
 
-def test_a_transfer_that_is_stopped_before_it_learns_has_nothing(place, tmp_path, monkeypatch, capsys):
+def test_a_transfer_stopped_before_training_has_no_folder(place, tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         signal.raise_signal(signal.SIGTERM)
 
@@ -866,7 +866,7 @@ def test_a_transfer_that_is_stopped_before_it_learns_has_nothing(place, tmp_path
 
 
 @pytest.mark.parametrize("name", ["config.json", "weights.safetensors", "report.json", "report.md"])
-def test_what_of_a_transfer_cannot_be_written_costs_nothing_else(place, tmp_path, monkeypatch, capsys, name):
+def test_a_file_that_cannot_be_written_does_not_stop_the_others(place, tmp_path, monkeypatch, capsys, name):
     def failing(write):
         def writing(path, *arguments, **settings):
             if path.name == name:
@@ -879,25 +879,25 @@ def test_what_of_a_transfer_cannot_be_written_costs_nothing_else(place, tmp_path
         monkeypatch.setattr(transferring, function, failing(getattr(transferring, function)))
     flags = ["--recipe", "feature-extraction", "--shots", "5"]
     transfer(place, tmp_path / "out", *flags, status=1)
-    said = capsys.readouterr()
-    assert f"{name} could not be written (No space left on device)" in said.err
-    assert "accuracy  " in said.out
+    printed = capsys.readouterr()
+    assert f"{name} could not be written (No space left on device)" in printed.err
+    assert "accuracy  " in printed.out
     written = {"config.json", "weights.safetensors", "report.json", "report.md", "confusion.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == written - {name}
 
 
-def test_weights_are_read_back(place, probed, tmp_path):
+def test_written_weights_are_read_back(place, probed, tmp_path):
     variables = jm.transfer.load_pretrained(probed[0]).variables
     body = {path: tree for path, tree in variables["params"].items() if path != "head"}
     split = {"params": {"body": body, "head": variables["params"]["head"]}}
     split["batch_stats"] = {"body": variables["batch_stats"]}
     transferring._read_back(probed[0] / "weights.safetensors", split)
     other = {**split, "params": jax.tree.map(lambda leaf: leaf + 1, split["params"])}
-    with pytest.raises(OSError, match=r"read back, and params/\S+ is another"):
+    with pytest.raises(OSError, match=r"after reading it back, params/\S+ differs"):
         transferring._read_back(probed[0] / "weights.safetensors", other)
 
 
-def test_a_ranking_that_cannot_be_written_is_printed(place, tmp_path, monkeypatch, capsys):
+def test_rankings_that_cannot_be_written_are_printed(place, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -911,9 +911,9 @@ def test_a_ranking_that_cannot_be_written_is_printed(place, tmp_path, monkeypatc
         str(tmp_path / "ranks.json"),
     ]
     assert main(["rank", str(place / "prototypical"), str(place / "copy"), *flags]) == 1
-    said = capsys.readouterr()
-    assert "ranks.json could not be written" in said.err
-    assert "log_me" in said.out
+    printed = capsys.readouterr()
+    assert "ranks.json could not be written" in printed.err
+    assert "log_me" in printed.out
 
 
 # --- Names of architectures -----------------------------------------------------------------------------
@@ -927,33 +927,31 @@ def test_a_ranking_that_cannot_be_written_is_printed(place, tmp_path, monkeypatc
             "st.save_file(torchvision.models.resnet18(weights='DEFAULT').state_dict(), 'resnet18.safe",
         ),
         ("vit_b_16", "torchvision.models.vit_b_16(weights='DEFAULT')"),
-        ("resnet50.a1_in1k", "Those of timm are hf:timm/resnet50.a1_in1k, or "),
-        ("resnet14t", "Those of a ResNet or ViT can be read"),
+        ("resnet50.a1_in1k", "Give timm's as hf:timm/resnet50.a1_in1k, or "),
+        ("resnet14t", "Weights of a ResNet or ViT from"),
         ("vit_base_patch16_224", "timm.create_model('vit_base_patch16_224', pretrained=True)"),
         ("deit_tiny_patch16_224.fb_in1k", "hf:timm/deit_tiny_patch16_224.fb_in1k"),
-        ("clip", "Those of a ResNet or ViT can be read"),
+        ("clip", "Weights of a ResNet or ViT from"),
         ("convnext_tiny", "in a .safetensors file"),
         ("DINOv2", "in a .safetensors file"),
-        ("conv4", "conv4 is a network with nothing learned, which is none with --network conv4"),
+        ("conv4", "to use it untrained, give none with --network conv4"),
         ("resnet12", "none with --network resnet12"),
-        ("runs/resnet18", "Hub is hf:owner/name"),
-        ("resnet18.safetensors", "Hub is hf:owner/name"),
-        ("maml-folder", "Hub is hf:owner/name"),
+        ("runs/resnet18", "Hub, give hf:owner/name"),
+        ("resnet18.safetensors", "Hub, give hf:owner/name"),
+        ("maml-folder", "Hub, give hf:owner/name"),
     ],
 )
-def test_the_name_of_an_architecture_is_answered_with_where_its_weights_are(
-    source, says, tmp_path, monkeypatch
-):
+def test_names_of_architectures_give_advice_on_their_weights(source, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"^source: there is nothing at {source}; ") as error:
+    with pytest.raises(ValueError, match=f"^source: {source} does not exist; ") as error:
         load_backbone(source)
     assert says in str(error.value)
-    named = "names an architecture" in str(error.value)
-    assert named == (not any(text in says for text in ("Hub is", "none with")))
+    named = "is the name of an architecture" in str(error.value)
+    assert named == (not any(text in says for text in ("Hub, give", "none with")))
 
 
 @pytest.mark.parametrize("source", ["resnet18", "vit_base_patch16_224"])
-def test_the_command_that_writes_weights_is_python(source):
+def test_the_command_that_saves_weights_is_valid_python(source):
     with pytest.raises(ValueError, match="python -c") as error:
         load_backbone(source)
     command = re.search('python -c "(.*?)"', str(error.value))[1]
