@@ -11,7 +11,8 @@ A source of tasks is one pure function, and a learner is four:
 | what | names |
 | --- | --- |
 | tasks | `jaxmeta.tasks`: drawn, published data sets, your own images, arrays and tables |
-| networks | `jaxmeta.nn`: convolutional, residual and transformer networks, and adapters for Flax Linen, Flax NNX, Equinox and plain functions |
+| networks | `jaxmeta.nn`: convolutional, residual and transformer networks, and adapters for Flax Linen, \
+  Flax NNX, Equinox and plain functions |
 | learners by gradient descent | `maml`, `fomaml`, `anil`, `boil`, `meta_sgd`, `reptile`, `imaml`, \
   `maml_plus_plus`, `cavia`, `lstm_meta_learner`, `learned_optimizer` |
 | learners by distances | `prototypical`, `matching`, `relation`, `siamese`, `kernel_classifier`, `ridge`, \

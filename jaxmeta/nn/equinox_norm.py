@@ -105,7 +105,7 @@ def with_explicit_statistics(module: eqx.Module) -> tuple[Any, dict[Path, BatchN
         return norms[path]
 
     def is_leaf(node: Any) -> bool:
-        return isinstance(node, eqx.nn.BatchNorm | eqx.nn.StateIndex[Any])
+        return isinstance(node, eqx.nn.BatchNorm | eqx.nn.StateIndex)
 
     module = jax.tree_util.tree_map_with_path(replaced, module, is_leaf=is_leaf)
     if others:

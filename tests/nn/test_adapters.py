@@ -644,7 +644,7 @@ def stack_of_equinox():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: lambda x: x, "network: got <function"),
+        (lambda: lambda x: x, "network: got the function"),
         (Stateful, "Stateful keeps mutable state: calls of the collection batch_stats, spectral/inner"),
         (Restless, "Restless draws random numbers where it should be deterministic"),
         (Asking, r"Asking.__call__ requires \['context'\]"),
