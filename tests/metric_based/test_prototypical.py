@@ -173,8 +173,8 @@ def test_an_added_class_has_the_same_prototype_as_one_adapted_with_the_others(no
     state = adapted(learner, params, support)
     add = jax.jit(lambda state, x: jm.add_class(embedding(), params, state, x, divergence=divergence))
     larger = add(state, more)
-    judge = jax.jit(learner.predict)
-    before, after = (np.asarray(judge(params, each, query.x)) for each in (state, larger))
+    predict_with = jax.jit(learner.predict)
+    before, after = (np.asarray(predict_with(params, each, query.x)) for each in (state, larger))
     assert after.shape == (5, WAYS + 1)
     np.testing.assert_allclose(after[:, :WAYS], before, rtol=1e-12)
     if norm == "population":
