@@ -25,7 +25,8 @@ jaxmeta plot runs/maml runs/fomaml
 jaxmeta evaluate runs/maml --shots 5 --seed 7
 ```
 
-`evaluate --tasks harmonic` tests the parameters of a run on sine waves on other tasks. `compare` trains each
+`evaluate --per-class --confusion confusion.png` lists the accuracy of each class and the most frequent
+confusions; in Python, `jm.evaluate_classes`. `evaluate --tasks harmonic` tests the parameters of a run on sine waves on other tasks. `compare` trains each
 learner in a process of its own. Its column "minus maml" is the mean of the difference
 within each task, whose 95 % interval tells two methods apart better than two intervals of their means.
 
@@ -59,7 +60,7 @@ character01/0965_02.png  character01  99.9 %
 character01/0965_03.png  character01  99.6 %
 …
 character20/0984_20.png  character20  98.4 %
-313 of 380 lie in the folder of the class they are named as (82.4 %)
+313 of 380 predictions are the class of the image's folder (82.4 %)
 ```
 
 The subfolders of `--support` name the classes, which need not be among those of the training; each holds any

@@ -31,7 +31,8 @@ Each class needs 6 images, 1 to learn from and 5 to be tested on (`--queries 2` 
 
 - The split may be given: by folders `train`, `val` and `test` of such subfolders; by lists such as
   `train.csv` with columns `filename` and `label`, or `base.json`; or by `--classes split.json`, a JSON file
-  with lists of names under `train`, `validation` and `test`. `--split-seed` draws another random split.
+  with lists of names under `train`, `validation` and `test`, which in Python may also be a dictionary or a
+  `ClassSplit`. `--split-seed` draws another random split.
 - Images are resized to squares once and kept in the cache folder: as large as the smallest image (not
   counting a few that are far smaller than the others), at most 84 pixels a side, or `--size N`.
 - An image that cannot be read is an error that names it; `--skip-unreadable` leaves such images out. One line

@@ -23,6 +23,9 @@ examples, for learners that compare embeddings (`--devices N`, or `meta_step(…
 devices=jax.local_devices())`). A network of yours declares that it can be divided so by the class attribute
 `divisible = True`: its examples must interact nowhere but in `jm.nn.BatchNorm`.
 
+JAX sees a CPU as one device, however many cores it has: `JAX_NUM_CPU_DEVICES=8 python train.py` makes eight of
+it, and `jaxmeta train` chooses the number itself.
+
 **More hosts.**
 
 ```sh
@@ -49,7 +52,9 @@ parameters and optimizer as they were for that step, and counts it.
 **Precision.** `--precision bfloat16` (`jm.nn.in_precision(network)`) computes the network in bfloat16, with
 parameters, inner and meta-gradients and batch statistics in float32. `benchmarks/README.md` has the accuracy.
 
-**Watching a run.** `tensorboard --logdir runs` shows its curves; `--profile` records some meta-steps with
+**Watching a run.** `jm.train(…, report=jm.progress_bar(), run_dir="runs/mine")` shows what `jaxmeta train`
+shows, and keeps checkpoints and `metrics.jsonl`; `jaxmeta plot runs/mine` draws the curves and
+`jm.load_run("runs/mine", learner=learner)` loads the parameters. `tensorboard --logdir runs` shows its curves; `--profile` records some meta-steps with
 JAX's profiler, for TensorBoard or ui.perfetto.dev. Peak memory and compile time are in the report.
 `--diagnose` reports how far first-order gradients are from second-order ones (`meta_gradient_alignment`).
 
