@@ -15,6 +15,7 @@ from flax import linen, nnx
 from trees import max_difference
 
 import jaxmeta as jm
+from jaxmeta.nn.shared import EXAMPLES
 
 WAYS, DIM, HIDDEN = 3, 4, 5
 KEY = jax.random.key(0)
@@ -673,6 +674,13 @@ def test_padding_that_a_normalising_network_cannot_see_is_refused():
     assert set(stats) == {"BatchNorm_0"}
     with pytest.raises(ValueError, match="must take `mask`"):
         model.apply_norm(params, x, mask=jnp.array([True, False]))
+
+
+def test_a_batch_shared_by_devices_is_refused_by_flax_linen_batch_norm():
+    model, x = jm.nn.as_model(FlaxNet(norm=True)), task().query.x
+    params = model.init(KEY, x)
+    with pytest.raises(ValueError, match=r"norm is a flax\.linen\.BatchNorm, .* use jaxmeta\.nn\.BatchNorm"):
+        jax.vmap(lambda _: model.apply(params, x), axis_name=EXAMPLES)(jnp.arange(2))
 
 
 def test_padding_that_nnx_batch_norm_cannot_see_is_refused():
