@@ -13,12 +13,12 @@
 # %% [markdown]
 # # Memories and fast weights
 #
-# A network may learn a new task without any gradient step at all: it is *shown* the examples, and what it has
-# seen changes what it does next. Where is what it has seen? This notebook looks at two answers,
+# A network may learn a new task without any gradient step at all: it is *shown* the examples, and they change
+# what it does next. Where does it keep them? This notebook looks at two answers,
 #
 # 1. an external **memory**: rows that are written and read (memory-augmented networks, Santoro et al. 2016),
 #    first by hand, then with a network that has learned to use it,
-# 2. **fast weights**: weights made for one task, and others for one query, beside those that were trained
+# 2. **fast weights**: weights made for one task, and others for one query, next to those that were trained
 #    (Meta Networks, Munkhdalai & Yu 2017).
 #
 # It runs in about a minute on two CPU cores; the last cell prints the time it took.
@@ -64,7 +64,7 @@ SHARP = jnp.array([20.0])
 
 
 def play(story, ring=False):
-    """What is written, read, used and kept at each step; as a `ring`, rows are taken in turn instead."""
+    """Return writes, reads, usage and rows of each step; with `ring`, rows are written in turn instead."""
     state, log = memory.initial(), {"write": [], "read": [], "usage": [], "memory": []}
     told = 0
     for letter in story:
@@ -101,7 +101,7 @@ _ = panels[3].set(title="memory at the end", xticks=range(6), yticks=range(5), x
 _ = panels[3].set_xticklabels(list("ABCDEF"))
 
 # %% [markdown]
-# A to E fill the rows. When F comes, the row to lose is the one that has been idle longest: B's. A is older,
+# A to E fill the rows. When F comes, it overwrites the row that has been idle longest, B's. A is older,
 # but it was asked for in between, and being read counts as use. So the last two questions find A and no
 # longer B: for B's key no row is better than any other, and the reading is spread over all of them.
 #
@@ -128,10 +128,10 @@ assert log["memory"][-1].max(0).tolist() == [1, 0, 0, 1, 1, 1]
 # examples of a few new classes, and at step $t$ the network gets $x_t$ and the label of the step *before*,
 # $y_{t-1}$. To be right it must keep $x_{t-1}$ until its label comes, bind the two, and find the pair again
 # when the class comes back. Labels are shuffled from one episode to the next, so that weights cannot know
-# them: only the memory of this episode can.
+# them: only the memory of this episode can hold them.
 #
-# The first time a class comes one can only guess. The best guess takes a label not seen yet, of $j$ that are
-# left, so the first presentations of $N$ classes are right with probability $\frac1N \sum_{j=1}^N \frac1j$ at
+# The first time a class comes one can only guess. The best guess takes one of the $j$ labels not seen yet, so
+# the first presentations of $N$ classes are right with probability $\frac1N \sum_{j=1}^N \frac1j$ at
 # best: 61 % for three. From the second on all can be right.
 #
 # Our examples are points: a class is a direction in 12 dimensions, an example is a noisy copy of it.
@@ -153,8 +153,8 @@ support = test.sample(jax.random.key(8)).support
 print("classes of one episode:", "".join("ABC"[y] for y in support.y))
 
 # %% [markdown]
-# Two networks. One has an LSTM as its controller, which has a state of its own and could do without a memory.
-# The other's is feed-forward: it knows the present step and what it reads, and nothing else.
+# We train two networks. The controller of one is an LSTM, which has a state of its own and could do without a
+# memory. The controller of the other is feed-forward: it sees only the present step and what it reads.
 # For comparison, the LSTM also trains with no memory at all.
 
 # %%
@@ -362,7 +362,7 @@ print(f"trained for {time.perf_counter() - begun:.0f} s")
 
 
 def without(adapted, *parts):
-    """What has been learned of a task, with fast weights of zero."""
+    """Return the adapted state of a task with the fast weights set to zero."""
     return {**adapted, **{part: jax.tree.map(jnp.zeros_like, adapted[part]) for part in parts}}
 
 
@@ -388,19 +388,20 @@ assert abs(right["slow alone"] - 1 / CLASSES) < 0.05
 assert abs(right["no fast weights of examples"] - 1 / CLASSES) < 0.05
 
 # %% [markdown]
-# Labels mean nothing outside their task, so the slow base learner alone can be no better than chance: all it
-# knows of *this* task is in $W^*$. Taking $Q^*$ from the embedding costs next to nothing: an embedding serves
-# many tasks as it is. In the paper, trained without, it is half a point (98.4 % in place of 98.95 %).
+# Labels mean nothing outside their task, so the slow base learner alone can be no better than chance: all its
+# information about *this* task is in $W^*$. Taking $Q^*$ from the embedding costs next to nothing: an
+# embedding serves many tasks as it is. In the paper, trained without, it is half a point (98.4 % in place of
+# 98.95 %).
 #
-# Where does a task live? For each layer of the base learner, how large the slow weights are, and how far the
-# fast ones of queries are from their mean over 100 tasks, as roots of mean squares:
+# Where does a task live? For each layer of the base learner, we compare the size of the slow weights with the
+# distance of the queries' fast weights from their mean over 100 tasks, as roots of mean squares:
 
 # %%
 
 
 @jax.jit
 def fast_weights(key):
-    """Of the first query of each class of a task."""
+    """Return the fast weights for the first query of each class of a task."""
     support, query = fresh.sample(key)
     adapted = learner.adapt(meta, support, key)
     first = query.x[::5]
@@ -440,7 +441,7 @@ _ = panels[0].set(ylabel="class", yticks=range(CLASSES))
 # fast weights even outweigh the slow ones. They differ from task to task, as a task's labels demand, and less
 # from query to query: attention without a temperature mixes all examples nearly evenly.
 #
-# And what they do: the probabilities of the 25 queries of one task, five of each class, before and after.
+# Their effect is in the probabilities of the 25 queries of one task, five of each class, before and after.
 
 # %%
 fig, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")

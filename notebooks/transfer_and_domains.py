@@ -68,8 +68,8 @@ for axes, images, title in (
 # *An ordinary classifier* of all 256 characters; what we keep of it is its **body**, everything below the
 # last layer. `jm.transfer.classifier` is a body and a linear head.
 #
-# *A prototypical network*, which practises what will be asked of it: tasks of 20 characters, one example of
-# each to learn from and four to be judged on. The same network, the same 5,120 drawings, as many
+# *A prototypical network*, which practises what will be asked of it: tasks of 20 characters, one support
+# example and four queries of each. The same network, the same 5,120 drawings, as many
 # steps, and as many images in a step: $20 \cdot (1 + 4) = 100$.
 
 # %%
@@ -209,7 +209,7 @@ _ = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 #   a body that knows strokes need not be trained.
 # - **A random head costs much of what was transferred.** With one example of each character, fine-tuning from
 #   a random head is far behind the probe, which leaves the body as it is. With the *probe's* head to begin
-#   with, the same steps of the same optimizer do well. Section 2 is about the reason.
+#   with, the same steps of the same optimizer do well. Section 2 explains why.
 # - **From five examples on** it is worth training all layers, after a probe: LP-FT leaves the probe behind.
 # - **Meta-learning** is worth most where examples are fewest: it has practised for just that.
 # - **With twenty examples** the advantage of whatever was learned before shrinks.
@@ -229,7 +229,7 @@ assert all((row[1:] > row[:-1]).all() for row in mean.values())
 #
 # Kumar et al. (2022) explain it with a network that is linear in both layers, features $Bx$ and outputs
 # $V Bx$, and so can we. Inputs have 40 numbers and four classes that depend on six features, $B^\star x$.
-# Pretraining has found these features but for an error, $B_0 \approx B^\star$. The labelled examples of the
+# Pretraining has found these features up to an error, $B_0 \approx B^\star$. The labelled examples of the
 # target, however, have **zeros in their last 20 inputs**: think of photos taken by day. In distribution
 # means more such examples, out of distribution means all 40 inputs at work: the photos by night.
 #
@@ -245,7 +245,7 @@ first_linear, sgd = jax.jit(linear.init), optax.sgd(0.05)
 
 
 def linear_task(seed, error=0.3):
-    """Training data, test data in and out of distribution, and where training starts."""
+    """Return training data, test data in and out of distribution, and the initial parameters."""
     rng = np.random.default_rng(seed)
     true = np.linalg.qr(rng.normal(size=(INPUTS, FEATURES)))[0] * np.sqrt(INPUTS / FEATURES)
     head = rng.normal(size=(FEATURES, KINDS))
@@ -266,7 +266,7 @@ def linear_task(seed, error=0.3):
 
 
 def moved(variables, start):
-    """How far the features are from where they were, of inputs that training sees and of the others."""
+    """Return how far the features have moved, for inputs that training sees and for the others."""
     now, before = (v["params"]["body"]["head"]["kernel"] for v in (variables, start))
     sizes = [jnp.linalg.norm(now[rows] - before[rows]) for rows in (slice(SEEN), slice(SEEN, None))]
     return [float(size / jnp.linalg.norm(before[:SEEN])) for size in sizes]
@@ -326,8 +326,8 @@ for column, (axes, title) in enumerate(
 _ = panels[0].legend(loc="lower right")
 
 # %% [markdown]
-# - **In distribution** both kinds of fine-tuning beat the probe, for they repair the error of $B_0$. One who
-#   measures only there sees no difference between them.
+# - **In distribution** both kinds of fine-tuning beat the probe, because they repair the error of $B_0$. A
+#   measurement only there shows no difference between them.
 # - **Out of distribution** fine-tuning from a random head falls below the probe, which trained next to
 #   nothing. Its features of seen inputs have moved far, towards what a random head could use; those of unseen
 #   inputs are, to the last bit, where they were, and no longer fit.
@@ -359,7 +359,7 @@ assert tuned_unseen == both_unseen == 0
 # | --- | --- |
 # | CORAL | the difference of means and covariances |
 # | MMD | the distance of mean embeddings under Gaussian kernels: all moments |
-# | DANN | a second head tells the domains apart, and the features are trained against it |
+# | DANN | a second head classifies the domains, and the features are trained against it |
 #
 # The features are two numbers, so that we can look at them.
 
@@ -368,7 +368,7 @@ TURN, ALIGN_STEPS, SEEDS = np.deg2rad(30), 800, range(3)
 
 
 def moons(rng, n):
-    """Two half-moons about the origin, and their labels."""
+    """Return two half-moons about the origin, and their labels."""
     labels = rng.permutation(np.arange(n) % 2)
     angle, side = rng.uniform(0, np.pi, n), 1 - 2 * labels
     points = np.stack([side * (np.cos(angle) - 0.5), side * (np.sin(angle) - 0.25)], 1)
@@ -398,7 +398,7 @@ fall = optax.adam(optax.cosine_decay_schedule(3e-3, ALIGN_STEPS))
 
 
 def adapted_to(target, alignment, source, seed, steps=ALIGN_STEPS, optimizer=fall):
-    """Variables learned from a labelled source, and from a target without its labels."""
+    """Return variables learned from a labelled source and an unlabelled target."""
     begin = first_planar(jax.random.key(seed), source.x[:1])
     settings = {"optimizer": optimizer, "steps": steps, "batch_size": 128, "key": jax.random.key(seed)}
     if alignment is None:
@@ -410,7 +410,7 @@ distance_of = jax.jit(jm.transfer.mmd2)
 
 
 def apart(variables, source, target):
-    """MMD² of the features, in units of their spread: to shrink them is no alignment."""
+    """Return MMD² of the features, in units of their spread, so that shrinking them does not count."""
     z, w = (jm.transfer.extract_features(planar, variables, data.x, batch=400) for data in (source, target))
     return float(distance_of(z / z.std(), w / z.std()))
 
@@ -479,8 +479,8 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 # - **Source only** is right wherever the target lies as the source does, and wrong at the tips.
 # - **CORAL** makes two moments agree, and so the features come nearer. But the same moments are not the same
 #   distribution, and the accuracy gains nothing.
-# - **MMD** compares all moments: in its feature plane crosses lie on dots of the same colour, and nobody told
-#   it the colours. **DANN** compares whatever a small network can tell apart.
+# - **MMD** compares all moments: in its feature plane crosses lie on dots of the same colour, although it
+#   does not know the colours. **DANN** compares whatever a small network can tell apart.
 # - The trainings of a method differ, and without target labels one cannot pick the best. (The table on
 #   digits in `benchmarks/README.md` chooses by the accuracy on the source.)
 
@@ -504,15 +504,15 @@ assert distance["DANN"] < distance["source only"]
 #
 # $$P_t(y \mid x) \propto w_y\, P_s(y \mid x), \qquad w_y = P_t(y) / P_s(y),$$
 #
-# so that the source's classifier needs no training at all, only $w$, and $w$ can be had from *unlabelled*
-# target examples. **BBSE** solves $\hat C w = \hat\mu$, with the confusions $\hat C$ on held-out source
-# examples and the shares $\hat\mu$ of what the classifier predicts on the target; **EM** finds the most
-# likely proportions of calibrated probabilities.
+# so that the source's classifier needs no training at all, only $w$, and $w$ can be estimated from
+# *unlabelled* target examples. **BBSE** solves $\hat C w = \hat\mu$, with the confusions $\hat C$ on held-out
+# source examples and the shares $\hat\mu$ of what the classifier predicts on the target; **EM** finds the
+# most likely proportions of calibrated probabilities.
 
 
 # %%
 def clouds(rng, n, share):
-    """Two clouds that overlap, a part `share` of the examples in the first."""
+    """Return two clouds that overlap, with a part `share` of the examples in the first."""
     labels = rng.permutation((np.arange(n) >= round(n * share)).astype(int))
     return as_batch(np.array([[-1.0, 0], [1.0, 0]])[labels] + rng.normal(size=(n, 2)), labels)
 
@@ -534,7 +534,7 @@ for share in SHARES:
     bbse = jm.transfer.bbse(confusion, logits.argmax(1))
     em = jm.transfer.em_prior(probabilities, np.array([0.5, 0.5])).target_prior / 0.5
     estimates[share] = bbse, em
-    # The source drawn anew, with classes as frequent as BBSE says they are in the target.
+    # The source resampled to the class proportions that BBSE estimates for the target.
     again = jax.random.choice(jax.random.key(0), len(even.y), (len(even.y),), p=bbse[even.y])
     redrawn = jm.Batch(even.x[again], even.y[again], ways=2)
     answers = {
@@ -584,7 +584,7 @@ _ = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 # %% [markdown]
 # - With equal proportions alignment is harmless and useless: nothing differed.
 # - At 90 % it costs much of the accuracy of a classifier that was better before.
-# - The corrections train nothing, and gain what better-known proportions are worth.
+# - The corrections need no training, and gain as much as better proportions are worth.
 # - If one must align, as appearance changes too, first give the source the proportions of the target. Here,
 #   where BBSE's assumption holds, redrawing it repairs the alignment.
 
@@ -603,7 +603,7 @@ for share, (bbse, em) in estimates.items():
 # %% [markdown]
 # ## 4. Your situation, and what to do
 #
-# All names are of `jm.transfer`, the last row's aside.
+# All names without `jm.` are in `jm.transfer`.
 #
 # | the target | do | with | seen in |
 # | --- | --- | --- | --- |
