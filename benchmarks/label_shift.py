@@ -44,8 +44,8 @@ def estimates(probs, labels, target_probs, source_prior) -> dict[str, np.ndarray
 
 def table(rows: dict) -> str:
     lines = ["| class weights | error of the weights | accuracy on the target, % |", "| --- | --- | --- |"]
-    for name, found in rows.items():
-        errors, accuracies = (np.array([row[what] for row in found]) for what in ("error", "accuracy"))
+    for name, results in rows.items():
+        errors, accuracies = (np.array([row[key] for row in results]) for key in ("error", "accuracy"))
         cells = [
             f"{each.mean():.{digits}f} ± {each.std(ddof=1):.{digits}f}"
             for each, digits in ((errors, 3), (100 * accuracies, 2))

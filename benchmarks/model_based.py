@@ -64,15 +64,15 @@ def draw(rows: dict, path: Path) -> None:
 
 
 def table(rows: dict) -> str:
-    """Of accuracy by presentation, in percent; what was published stands below each network."""
-    shown = [1, 2, 3, 4, 5, 10]
+    """Return a table of accuracy by presentation, in percent, with published rows below each network's."""
+    presentations = [1, 2, 3, 4, 5, 10]
     heads = ["1st", "2nd", "3rd", "4th", "5th", "10th"]
-    lines = [f"| network | {' | '.join(heads)} | minutes |", "| --- |" + " --- |" * (len(shown) + 1)]
+    lines = [f"| network | {' | '.join(heads)} | minutes |", "| --- |" + " --- |" * (len(presentations) + 1)]
     for network, row in rows.items():
-        cells = [f"{100 * row['accuracy_by_instance'][str(i)]:.1f}" for i in shown]
+        cells = [f"{100 * row['accuracy_by_instance'][str(i)]:.1f}" for i in presentations]
         lines.append(f"| {NAMES[network]} | {' | '.join(cells)} | {row['training_s'] / 60:.0f} |")
         if network in PUBLISHED:
-            cells = [f"{100 * PUBLISHED[network][i]:.1f}" for i in shown]
+            cells = [f"{100 * PUBLISHED[network][i]:.1f}" for i in presentations]
             lines.append(f"| the same, published | {' | '.join(cells)} | |")
     return "\n".join(lines)
 

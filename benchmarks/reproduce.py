@@ -159,7 +159,7 @@ def table(rows: dict) -> str:
         "published, %",
         "budget",
     ]
-    found = []
+    lines = []
     for method, row in rows.items():
         difference = row.get("minus_maml", {}).get("transductive")
         signed = (
@@ -173,11 +173,11 @@ def table(rows: dict) -> str:
         published = row.get("published", "")
         if row.get("published_budget"):
             published += f" ({row['published_budget']})"
-        found.append([f"`{method}`", *accuracies, signed, published, budget(row)])
-    # A column that no row has an entry of is left out.
-    used = [i for i in range(len(head)) if any(cells[i] for cells in found)]
-    lines = [[head[i] for i in used], ["---"] * len(used), *([cells[i] for i in used] for cells in found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([f"`{method}`", *accuracies, signed, published, budget(row)])
+    # Empty columns are left out.
+    used = [i for i in range(len(head)) if any(cells[i] for cells in lines)]
+    kept = [[head[i] for i in used], ["---"] * len(used), *([cells[i] for i in used] for cells in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in kept)
 
 
 def main(argv=None) -> None:
