@@ -1,4 +1,4 @@
-"""Draw README's picture: what a learner predicts for one task before and after it has adapted.
+"""Draw README's picture: a learner's predictions for one task before and after adaptation.
 
     jaxmeta train --out runs/maml && python benchmarks/picture.py runs/maml --png picture.png
 

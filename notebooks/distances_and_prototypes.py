@@ -318,15 +318,17 @@ def minimiser(distance, z=z, steps=3000):
     return jnp.exp(jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)[0][0])
 
 
-found, excess = {}, {}
+minimisers, excess = {}, {}
 with jax.enable_x64(True):
     points = jnp.asarray(z, jnp.float64)
     print(f"{'distance':27s}  minimiser          total there   at the mean {mean.round(3)}")
     for name, distance in distances.items():
-        found[name] = np.asarray(minimiser(distance, points))
-        least, there = (float(total(distance, v, points)) for v in (found[name], mean))
+        minimisers[name] = np.asarray(minimiser(distance, points))
+        least, there = (float(total(distance, v, points)) for v in (minimisers[name], mean))
         excess[name] = there / least - 1
-        print(f"{name:27s} ({found[name][0]:.4f}, {found[name][1]:.4f}) {least:12.4f} {there:12.4f}")
+        print(
+            f"{name:27s} ({minimisers[name][0]:.4f}, {minimisers[name][1]:.4f}) {least:12.4f} {there:12.4f}"
+        )
 
 # %%
 side_v = jnp.linspace(0.25, 4.4, 90), jnp.linspace(0.25, 2.2, 60)
@@ -339,10 +341,17 @@ for axes, (name, distance) in zip(panels.flat, distances.items(), strict=True):
     axes.plot(*z.T, "o", color="0.25", mec="w", markersize=6, label="points $z_i$")
     axes.plot(*mean, "*", color="#E69F00", mec="k", markersize=17, label="mean")
     axes.plot(
-        *found[name], "x", color="#CC0033", mew=2.5, markersize=9, label="minimiser of $\\sum_i d(z_i, v)$"
+        *minimisers[name],
+        "x",
+        color="#CC0033",
+        mew=2.5,
+        markersize=9,
+        label="minimiser of $\\sum_i d(z_i, v)$",
     )
     if name == "cosine":
-        axes.plot([0, 4.4], [0, 4.4 * found[name][1] / found[name][0]], "--", color="#CC0033", linewidth=1)
+        axes.plot(
+            [0, 4.4], [0, 4.4 * minimisers[name][1] / minimisers[name][0]], "--", color="#CC0033", linewidth=1
+        )
     axes.set(title=f"Bregman: {name}" if name in FAMILY else name, xlim=(0.25, 4.4), ylim=(0.25, 2.2))
     axes.grid(False)
 for axes in panels[:, 0]:
@@ -366,15 +375,15 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 
 # %%
 for name in FAMILY:
-    np.testing.assert_allclose(found[name], mean, atol=1e-3)
+    np.testing.assert_allclose(minimisers[name], mean, atol=1e-3)
     assert excess[name] < 1e-6
 for name in set(distances) - set(FAMILY):
-    assert np.linalg.norm(found[name] - mean) > 0.1, name
+    assert np.linalg.norm(minimisers[name] - mean) > 0.1, name
     assert excess[name] > 0.01, name
 units = np.asarray(z / jnp.linalg.norm(z, axis=1, keepdims=True)).sum(0)
-np.testing.assert_allclose(found["cosine"][1] / found["cosine"][0], units[1] / units[0], rtol=1e-3)
-np.testing.assert_allclose(found["Kullback-Leibler, swapped"], np.exp(np.log(z).mean(0)), rtol=1e-3)
-median = found["Euclidean, not squared"]  # the unit vectors from it to the points balance
+np.testing.assert_allclose(minimisers["cosine"][1] / minimisers["cosine"][0], units[1] / units[0], rtol=1e-3)
+np.testing.assert_allclose(minimisers["Kullback-Leibler, swapped"], np.exp(np.log(z).mean(0)), rtol=1e-3)
+median = minimisers["Euclidean, not squared"]  # the unit vectors from it to the points balance
 pulls = (np.asarray(z) - median) / np.linalg.norm(np.asarray(z) - median, axis=1, keepdims=True)
 np.testing.assert_allclose(pulls.sum(0), 0, atol=1e-3)
 with jax.enable_x64(True):  # the far point goes twice as far
@@ -451,8 +460,8 @@ for event in progress:
     print(f"step {event.step:4d}   20-way accuracy in training {event.metrics['accuracy']:.2f}")
 
 params = {
-    name: jm.calibrate(trainer, given, train_tasks, jax.random.key(1), episodes=50)
-    for name, given in (("untrained network", untrained), ("trained network", state.params))
+    name: jm.calibrate(trainer, variables, train_tasks, jax.random.key(1), episodes=50)
+    for name, variables in (("untrained network", untrained), ("trained network", state.params))
 }
 
 # %% [markdown]
@@ -464,10 +473,10 @@ pixels = jm.kernel_classifier(identity, similarity="euclidean", reduce="nearest"
 contestants = {"pixels, nearest": (pixels, {"model": {}}), **{n: (tester, p) for n, p in params.items()}}
 accuracy = {
     name: {
-        shots: jm.evaluate(learner, given, tasks, episodes=200, key=jax.random.key(2))
+        shots: jm.evaluate(learner, variables, tasks, episodes=200, key=jax.random.key(2))
         for shots, tasks in test_tasks.items()
     }
-    for name, (learner, given) in contestants.items()
+    for name, (learner, variables) in contestants.items()
 }
 print("accuracy in %         5 ways, 1 shot   5 ways, 5 shots      (chance: 20)")
 for name, row in accuracy.items():
@@ -494,26 +503,26 @@ assert accuracy["trained network"][1].mean > accuracy["pixels, nearest"][5].mean
 
 
 # %%
-def embedded(learner, embedding, given, task):
+def embedded(learner, embedding, variables, task):
     """Return queries, prototypes, and the predicted class of each query."""
 
-    def run(given, task):
-        adapted = learner.adapt(given, task.support, KEY)
-        chosen = learner.predict(given, adapted, task.query.x).argmax(1)
+    def run(variables, task):
+        adapted = learner.adapt(variables, task.support, KEY)
+        chosen = learner.predict(variables, adapted, task.query.x).argmax(1)
         if embedding.apply_norm is None:
-            queries = embedding.apply(given["model"], task.query.x)
+            queries = embedding.apply(variables["model"], task.query.x)
         else:
-            queries, _ = embedding.apply_norm(given["model"], task.query.x, stats=adapted["stats"])
+            queries, _ = embedding.apply_norm(variables["model"], task.query.x, stats=adapted["stats"])
         return queries, adapted["fitted"]["prototypes"], chosen
 
-    return tuple(map(np.asarray, jax.jit(run)(given, task)))
+    return tuple(map(np.asarray, jax.jit(run)(variables, task)))
 
 
 def project(points, *others):
     centre = points.mean(0)
     _, values, directions = np.linalg.svd(points - centre, full_matrices=False)
-    shown = (values[:2] ** 2).sum() / (values**2).sum()
-    return shown, *((given - centre) @ directions[:2].T for given in (points, *others))
+    explained = (values[:2] ** 2).sum() / (values**2).sum()
+    return explained, *((each - centre) @ directions[:2].T for each in (points, *others))
 
 
 def scatter(axes, queries, prototypes, wrong, labels):
@@ -529,17 +538,17 @@ def scatter(axes, queries, prototypes, wrong, labels):
 
 views = {
     "pixels": embedded(jm.prototypical(identity), identity, {"model": {}}, episode),
-    **{name: embedded(tester, model, given, episode) for name, given in params.items()},
+    **{name: embedded(tester, model, trained, episode) for name, trained in params.items()},
 }
 labels = np.asarray(episode.query.y)
 fig, panels = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
 ratio, right = {}, {}
 for axes, (name, (queries, prototypes, chosen)) in zip(panels, views.items(), strict=True):
-    shown, flat, stars = project(queries, prototypes)
+    explained, flat, stars = project(queries, prototypes)
     scatter(axes, flat, stars, chosen != labels, labels)
     right[name] = (chosen == labels).mean()
     axes.set_title(f"{name}: {right[name]:.0%} of these right")
-    axes.set_xlabel(f"2 of {queries.shape[1]} dimensions, {shown:.0%} of the variance")
+    axes.set_xlabel(f"2 of {queries.shape[1]} dimensions, {explained:.0%} of the variance")
     d = ((queries[:, None] - prototypes[None]) ** 2).sum(-1)
     own = d[np.arange(len(d)), labels]
     other = np.where(np.eye(5, dtype=bool)[labels], np.inf, d).min(1)
@@ -593,7 +602,7 @@ for new in range(FIRST, ALL):
     adapted = jax.vmap(lambda old, x: jm.add_class(model, trained, old, x))(adapted, images[:, new])
 at_once = jax.jit(jax.vmap(lambda support: tester.adapt(trained, support, KEY)))(episodes.support)
 
-stored = [np.asarray(given["fitted"]["prototypes"]) for given in (first_adapted, adapted, at_once)]
+stored = [np.asarray(fitted["fitted"]["prototypes"]) for fitted in (first_adapted, adapted, at_once)]
 np.testing.assert_array_equal(stored[1][:, :FIRST], stored[0])  # what is known of a class never changes
 np.testing.assert_allclose(stored[1], stored[2], atol=1e-4)
 
@@ -604,8 +613,8 @@ np.testing.assert_allclose(stored[1], stored[2], atol=1e-4)
 # %%
 predict = jax.jit(jax.vmap(lambda adapted, x: tester.predict(trained, adapted, x)))
 outputs = {
-    name: np.asarray(predict(given, episodes.query.x))
-    for name, given in (("one by one", adapted), ("at once", at_once))
+    name: np.asarray(predict(fitted, episodes.query.x))
+    for name, fitted in (("one by one", adapted), ("at once", at_once))
 }
 truth = np.asarray(episodes.query.y)
 
@@ -621,7 +630,7 @@ grown, whole = (
 )
 oldest = np.array([accuracy_among(outputs["one by one"], n, FIRST) for n in ways])
 fig, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-axes.plot(ways, whole, "o", mfc="none", mec="#E69F00", mew=2, markersize=10, label="all given at once")
+axes.plot(ways, whole, "o", mfc="none", mec="#E69F00", mew=2, markersize=10, label="all at once")
 axes.plot(ways, grown, ".-", color="#0072B2", label="added one by one")
 axes.plot(ways, oldest, "^:", color="#CC79A7", markersize=5, label="queries of the first five classes only")
 axes.plot(ways, 1 / ways, "--", color="0.4", label="chance")

@@ -66,16 +66,16 @@ SHARP = jnp.array([20.0])
 def play(story, ring=False):
     """Return writes, reads, usage and rows of each step; with `ring`, rows are written in turn instead."""
     state, log = memory.initial(), {"write": [], "read": [], "usage": [], "memory": []}
-    told = 0
+    facts_written = 0
     for letter in story:
-        tells = letter.isupper()
+        is_fact = letter.isupper()
         key = jax.nn.one_hot("abcdef".index(letter.lower()), 6)[None]
         used = state["usage"]
         if ring:
-            used = (jnp.arange(5) - told) % 5 + 0.0
-            told += tells
-        addition = key if tells else jnp.zeros_like(key)
-        gate = jnp.array([0.0 if tells else 1.0])
+            used = (jnp.arange(5) - facts_written) % 5 + 0.0
+            facts_written += is_fact
+        addition = key if is_fact else jnp.zeros_like(key)
+        gate = jnp.array([0.0 if is_fact else 1.0])
         state = memory.access({**state, "usage": used}, key, gate, addition, SHARP)
         log["write"].append(state["usage"] - memory.decay * used - state["read_weights"][0])
         log["read"].append(state["read_weights"][0])
@@ -110,10 +110,10 @@ _ = panels[3].set_xticklabels(list("ABCDEF"))
 
 # %%
 ring = play(STORY, ring=True)
-last_told = STORY.index("F")
+step_of_f = STORY.index("F")
 held = {}
-for name, found in (("least recently used", log), ("ring buffer", ring)):
-    best = found["memory"][last_told].max(0)
+for name, record in (("least recently used", log), ("ring buffer", ring)):
+    best = record["memory"][step_of_f].max(0)
     held[name] = "".join(letter for letter, value in zip("ABCDEF", best, strict=True) if value > 0.5)
     print(f"{name:20s} holds {held[name]} when F has come")
 assert held == {"least recently used": "ACDEF", "ring buffer": "BCDEF"}
@@ -144,8 +144,8 @@ def points(seed, classes):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(classes, 1, DIM)) + 0.15 * rng.normal(size=(classes, 8, DIM))
     x = (x / np.sqrt(DIM)).astype(np.float32).reshape(-1, DIM)
-    few = jm.tasks.from_arrays(x, np.repeat(np.arange(classes), 8), ways=WAYS, shots=5, queries=1)
-    return jm.tasks.sequences(few, length=STEPS)
+    tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(classes), 8), ways=WAYS, shots=5, queries=1)
+    return jm.tasks.sequences(tasks, length=STEPS)
 
 
 train, test = points(seed=0, classes=1000), points(seed=1, classes=300)
@@ -167,8 +167,8 @@ def network(memory, controller):
 
 def by_presentation(network, params):
     learner = jm.mann(network, shuffle=False, instances=5)
-    found = jm.evaluate_metrics(learner, params, test, episodes=1000, key=KEY)
-    return np.array([found[f"instance_{i}"] for i in range(1, 6)])
+    metrics = jm.evaluate_metrics(learner, params, test, episodes=1000, key=KEY)
+    return np.array([metrics[f"instance_{i}"] for i in range(1, 6)])
 
 
 networks = {
@@ -233,12 +233,12 @@ broken = {
     for controller, name in (("lstm", "LSTM, memory"), ("feed_forward", "feed-forward, memory"))
 }
 fig, panels = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
-for axes, (controller, found) in zip(panels, broken.items(), strict=True):
-    for (kind, values), color in zip(found.items(), ["k", *COLORS], strict=False):
+for axes, (controller, accuracies) in zip(panels, broken.items(), strict=True):
+    for (kind, values), color in zip(accuracies.items(), ["k", *COLORS], strict=False):
         axes.plot(range(1, 6), 100 * values, "o-", color=color, label=kind, linewidth=2)
     axes.axhline(100 / WAYS, color="0.6", linestyle=":")
     axes.set(title=f"controller: {controller.replace('_', '-')}", xticks=range(1, 6), ylim=(20, 102))
-    axes.set_xlabel("how often the class has come")
+    axes.set_xlabel("presentation of the class")
     axes.grid(alpha=0.3)
 panels[0].plot(range(1, 6), 100 * accuracy["LSTM alone"], "s--", color="0.5", label="trained without one")
 panels[0].set_ylabel("accuracy, %")
@@ -354,9 +354,11 @@ CLASSES = 5
 embedding, base = (jm.nn.AugmentedCNN(ways, filters=8, blocks=3, features=32) for ways in (None, CLASSES))
 learner = jm.metanet(embedding, base, embedding_loss="xent")
 slow_keys = jm.metanet(embedding, base, embedding_loss="xent", task_weights="none")
-few, fresh = (jm.tasks.glyphs(part, ways=CLASSES, queries=5, size=14) for part in ("train", "test"))
+train_glyphs, test_glyphs = (
+    jm.tasks.glyphs(part, ways=CLASSES, queries=5, size=14) for part in ("train", "test")
+)
 begun = time.perf_counter()
-state = jm.train(learner, few, optax.adam(3e-3), steps=150, key=KEY, meta_batch=4)
+state = jm.train(learner, train_glyphs, optax.adam(3e-3), steps=150, key=KEY, meta_batch=4)
 meta = state.params
 print(f"trained for {time.perf_counter() - begun:.0f} s")
 
@@ -368,15 +370,15 @@ def without(adapted, *parts):
 
 @jax.jit
 def answers(key):
-    support, query = fresh.sample(key)
+    support, query = test_glyphs.sample(key)
     both, task_less = (each.adapt(meta, support, key) for each in (learner, slow_keys))
-    found = {
+    outputs = {
         "slow and fast": learner.predict(meta, both, query.x),
         "no fast weights of the task": slow_keys.predict(meta, task_less, query.x),
         "no fast weights of examples": learner.predict(meta, without(both, "values"), query.x),
         "slow alone": slow_keys.predict(meta, without(task_less, "values"), query.x),
     }
-    return found, query.y
+    return outputs, query.y
 
 
 logits, truth = jax.lax.map(answers, jax.random.split(KEY, 200))
@@ -402,7 +404,7 @@ assert abs(right["no fast weights of examples"] - 1 / CLASSES) < 0.05
 @jax.jit
 def fast_weights(key):
     """Return the fast weights for the first query of each class of a task."""
-    support, query = fresh.sample(key)
+    support, query = test_glyphs.sample(key)
     adapted = learner.adapt(meta, support, key)
     first = query.x[::5]
     r = embedding.apply({"params": meta["embedding"]}, first, adapted["embedding"])

@@ -120,8 +120,8 @@ print(f"prototypical network: in {time.perf_counter() - clock:.0f} s")
 # %%
 TUNING = 80
 model = jm.transfer.classifier(body, WAYS)
-fresh = jax.jit(model.init)(jax.random.key(5), source.x[:1])
-start = jm.transfer.with_body(fresh, pretrained)
+random_start = jax.jit(model.init)(jax.random.key(5), source.x[:1])
+start = jm.transfer.with_body(random_start, pretrained)
 adam = optax.adam(optax.cosine_decay_schedule(1e-3, TUNING))
 tuning = {"optimizer": adam, "steps": TUNING, "batch_size": 32, "key": jax.random.key(6)}
 
@@ -135,7 +135,7 @@ def repeated(data):
 
 
 def scratch(data, images):
-    return classify(jm.transfer.fine_tune(model, fresh, repeated(data), **tuning).variables, images)
+    return classify(jm.transfer.fine_tune(model, random_start, repeated(data), **tuning).variables, images)
 
 
 def ridge(data, images):
@@ -179,7 +179,7 @@ for column, shots in enumerate(SHOTS):
             named = learn(data, task.query.x).argmax(1)
             scores[name][column, trial] = (named == task.query.y).mean()
 
-mean = {name: found.mean(1) for name, found in scores.items()}
+mean = {name: values.mean(1) for name, values in scores.items()}
 print("accuracy, %, by examples a class" + "".join(f"{shots:8d}" for shots in SHOTS))
 for name, row in mean.items():
     print(f"{name:32s}" + "".join(f"{100 * value:8.1f}" for value in row))
@@ -255,13 +255,13 @@ def linear_task(seed, error=0.3):
         return jm.Batch(jnp.array(x, jnp.float32), jnp.array((x @ true @ head).argmax(1), jnp.int32))
 
     train, inside, outside = draw(EXAMPLES, False), draw(2000, False), draw(2000, True)
-    found = true + error * rng.normal(size=true.shape) / np.sqrt(FEATURES)
+    estimate = true + error * rng.normal(size=true.shape) / np.sqrt(FEATURES)
     start = first_linear(jax.random.key(seed), train.x)
     return (
         train,
         inside,
         outside,
-        jm.transfer.with_body(start, {"params": {"head": {"kernel": jnp.float32(found)}}}),
+        jm.transfer.with_body(start, {"params": {"head": {"kernel": jnp.float32(estimate)}}}),
     )
 
 
@@ -422,11 +422,11 @@ aligned = {
 on_target, distance = {}, {}
 print(f"accuracy, %{'source':>12s}{'target':>9s}   of each training{'':12s}features apart (MMD²)")
 for name, trainings in aligned.items():
-    on_source = np.mean([jm.transfer.accuracy(planar, found, here) for found in trainings])
-    each = [jm.transfer.accuracy(planar, found, there) for found in trainings]
+    on_source = np.mean([jm.transfer.accuracy(planar, variables, here) for variables in trainings])
+    each = [jm.transfer.accuracy(planar, variables, there) for variables in trainings]
     on_target[name], distance[name] = (
         np.mean(each),
-        np.mean([apart(found, here, there) for found in trainings]),
+        np.mean([apart(variables, here, there) for variables in trainings]),
     )
     listed = "  ".join(f"{100 * value:.1f}" for value in each)
     print(f"{name:12s}{100 * on_source:11.1f}{100 * on_target[name]:9.1f}   {listed:28s}{distance[name]:.3f}")
@@ -445,19 +445,20 @@ def scatter(axes, source, target, labels_of_source, labels_of_target):
 
 fig, panels = plt.subplots(2, 4, figsize=(11, 5.6), layout="constrained")
 for (above, below), (name, trainings) in zip(panels.T, aligned.items(), strict=True):
-    found = trainings[0]
-    logits = jm.transfer.predict_logits(planar, found, plane, batch=len(plane))
+    variables = trainings[0]
+    logits = jm.transfer.predict_logits(planar, variables, plane, batch=len(plane))
     p = np.asarray(jax.nn.softmax(logits)[:, 1]).reshape(len(side), -1)
     above.contourf(side, side, p, levels=[0, 0.5, 1], colors=[BLUE, RED], alpha=0.12)
     above.contour(side, side, p, levels=[0.5], colors="k", linewidths=1.5)
     scatter(above, here.x, there.x, here.y, there.y)
-    share = jm.transfer.accuracy(planar, found, there)
+    share = jm.transfer.accuracy(planar, variables, there)
     above.set(title=f"{name}: {100 * share:.0f} %", aspect="equal", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
     z, w = (
-        np.asarray(jm.transfer.extract_features(planar, found, data.x, batch=400)) for data in (here, there)
+        np.asarray(jm.transfer.extract_features(planar, variables, data.x, batch=400))
+        for data in (here, there)
     )
     low, high = (edge(np.concatenate([z, w]), axis=0) for edge in (np.min, np.max))
-    head = jax.tree.map(np.asarray, found["params"]["head"])
+    head = jax.tree.map(np.asarray, variables["params"]["head"])
     normal, offset = head["kernel"][:, 1] - head["kernel"][:, 0], head["bias"][1] - head["bias"][0]
     middle = -offset * normal / (normal @ normal)
     scatter(below, z, w, here.y, there.y)
@@ -549,8 +550,8 @@ for share in SHARES:
         "corrected by EM": jm.transfer.adjust(probabilities, em),
         "corrected by the truth": jm.transfer.adjust(probabilities, np.array([share, 1 - share]) / 0.5),
     }
-    for name, found in answers.items():
-        results.setdefault(name, []).append(float((found.argmax(1) == target.y).mean()))
+    for name, predictions in answers.items():
+        results.setdefault(name, []).append(float((predictions.argmax(1) == target.y).mean()))
 
 print("accuracy, %; class 0 is of the target" + "".join(f"{share:8.0%}" for share in SHARES))
 for name, row in results.items():

@@ -50,15 +50,15 @@ def mutants():
     return listed
 
 
-def copy_of(tree, place):
+def copy_of(tree, target):
     """Copy a tree's library and tests, so that mutants never change the original."""
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     for name in ("jaxmeta", "tests", "benchmarks", "notebooks", ".ci"):
-        shutil.copytree(tree / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(tree / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in tree.iterdir():
         if file.is_file():
-            shutil.copy(file, place / file.name)
-    return place
+            shutil.copy(file, target / file.name)
+    return target
 
 
 def pytest(tree, *arguments, timeout=None, **variables):
@@ -74,13 +74,17 @@ def pytest(tree, *arguments, timeout=None, **variables):
 
 def cover(tree, work):
     """Run the complete suite once and record which test runs which line."""
-    place = copy_of(tree, work / "cover")
+    target = copy_of(tree, work / "cover")
     (work / "settings.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
     arguments = ["-n", "auto", "-m", "not slow", "--cov=jaxmeta", "--cov-context=test", "--cov-report="]
     command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'settings.ini'}"]
     data = ROOT.parent / "shared" / "data"
-    variables = {"COVERAGE_FILE": str(work / "coverage"), "PYTHONPATH": str(place), "JAXMETA_DATA": str(data)}
-    subprocess.run(command, cwd=place, env={"MPLBACKEND": "Agg"} | os.environ | variables)
+    variables = {
+        "COVERAGE_FILE": str(work / "coverage"),
+        "PYTHONPATH": str(target),
+        "JAXMETA_DATA": str(data),
+    }
+    subprocess.run(command, cwd=target, env={"MPLBACKEND": "Agg"} | os.environ | variables)
 
 
 def lines_of(bits):
@@ -154,8 +158,8 @@ def run_tests(tree, tests, devices, cache, *markers):
 
 
 def run(tree, work, part, of, most, only):
-    place = copy_of(tree, work / f"tree-{part}")
-    coverage, default, complete = tests_by_line(work), collected(place), collected(place, "-m", "not slow")
+    target = copy_of(tree, work / f"tree-{part}")
+    coverage, default, complete = tests_by_line(work), collected(target), collected(target, "-m", "not slow")
     results = work / "results.jsonl"
     done = (
         {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
@@ -170,21 +174,21 @@ def run(tree, work, part, of, most, only):
         row["left_out"] = len(tests) - row["tests"]
         devices = mutant.get("devices", 2)
         started = time.monotonic()
-        original = (place / mutant["file"]).read_text()
-        (place / mutant["file"]).write_text(mutant["text"])
+        original = (target / mutant["file"]).read_text()
+        (target / mutant["file"]).write_text(mutant["text"])
         try:
             row["default"], row["by"] = SURVIVED, ""
             if quick:
-                row["default"], row["by"] = run_tests(place, quick, devices, work / "cache")
+                row["default"], row["by"] = run_tests(target, quick, devices, work / "cache")
             row["complete"] = row["default"]
             if row["default"] == SURVIVED and tests:
                 # The default tests again, because the complete run also checks annotations.
                 complete_run = ("-m", "not slow")
                 row["complete"], row["by"] = run_tests(
-                    place, [*nightly, *quick], devices, work / "cache", *complete_run
+                    target, [*nightly, *quick], devices, work / "cache", *complete_run
                 )
         finally:
-            (place / mutant["file"]).write_text(original)
+            (target / mutant["file"]).write_text(original)
         row["seconds"] = round(time.monotonic() - started)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")

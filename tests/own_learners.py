@@ -41,7 +41,7 @@ def slope():
 
     def loss(params, task, key):
         distance = params["w"] - task.query.y[0, 0] / task.query.x[0, 0]
-        return distance**2, {"apart": jnp.abs(distance)}
+        return distance**2, {"slope_error": jnp.abs(distance)}
 
     return jm.Learner(init, adapt, predict, loss)
 

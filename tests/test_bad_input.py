@@ -59,14 +59,14 @@ class Setting(NamedTuple):
     examples: tuple = ("?",)
 
 
-NOT_NUMERIC = st.one_of(st.text(max_size=5), st.binary(max_size=3), st.lists(st.floats(), max_size=3))
-NOT_A_NUMBER = st.one_of(NOT_NUMERIC, st.sampled_from([math.nan, math.inf, -math.inf, 1j, {}, object()]))
+OTHER_TYPES = st.one_of(st.text(max_size=5), st.binary(max_size=3), st.lists(st.floats(), max_size=3))
+NOT_FINITE = st.one_of(OTHER_TYPES, st.sampled_from([math.nan, math.inf, -math.inf, 1j, {}, object()]))
 
 
 def count(least=1, most=None, none=False):
     """Build the setting of an integer; counts of 2³¹ and more are invalid."""
     fractions = st.floats(width=16).map(lambda value: value + 0.5 if value == least else value)
-    wrong = [st.integers(max_value=least - 1), fractions, st.booleans(), NOT_A_NUMBER]
+    wrong = [st.integers(max_value=least - 1), fractions, st.booleans(), NOT_FINITE]
     wrong += [st.integers(min_value=most + 1)] if most else [st.integers(min_value=2**31)]
     wrong += [] if none else [st.none()]
     right = (least, np.int64(least), *([None] if none else []))
@@ -76,7 +76,8 @@ def count(least=1, most=None, none=False):
 
 
 def number(least=None, above=None, most=None, below=None, none=False, right=()):
-    wrong = [NOT_A_NUMBER, st.just(np.ones(2))]
+    """Build the setting of a real number in [least, most] or between `above` and `below`, exclusive."""
+    wrong = [NOT_FINITE, st.just(np.ones(2))]
     if least is not None:
         wrong.append(st.floats(max_value=least, exclude_max=True))
     if above is not None:
@@ -94,6 +95,7 @@ def number(least=None, above=None, most=None, below=None, none=False, right=()):
 
 
 def choice(*known):
+    """Build the setting of one of several values."""
     other = st.one_of(st.text(max_size=6), st.integers(4), st.lists(st.text(max_size=2), max_size=2))
     return Setting(other.filter(lambda value: value not in known), known, ("?", 7))
 
@@ -103,7 +105,7 @@ def interval():
     ends = st.tuples(st.floats(), st.floats()).filter(
         lambda ends: not -math.inf < ends[0] < ends[1] < math.inf
     )
-    wrong = st.one_of(ends, NOT_NUMERIC, st.just((0, 1, 2)), st.none())
+    wrong = st.one_of(ends, OTHER_TYPES, st.just((0, 1, 2)), st.none())
     return Setting(wrong, ((0, 1), (-2.5, 3.0)), ((1, 0), (0, math.nan), (0, 1, 2)))
 
 
@@ -117,7 +119,7 @@ def listed(wrong, right):
     return Setting(st.sampled_from(wrong), right, tuple(wrong))
 
 
-def or_pair(setting):
+def count_or_range(setting):
     """Build the setting of a count or of an inclusive range of counts."""
     pairs = [(2, 1), (0, 1), (1, 2, 3), (), (1.0, 2), ("a", "b"), (1, None)]
     wrong = st.one_of(setting.wrong.filter(lambda value: not isinstance(value, list)), st.sampled_from(pairs))
@@ -151,13 +153,13 @@ SPLIT = choice("train", "validation", "test")
 PHOTOS = np.zeros((24, 4, 4, 1), np.uint8)
 
 
-def with_defaults(function, *positional, **given):
+def with_defaults(function, *positional, **defaults):
     """Return `function` with default arguments, so that a test passes only one setting."""
-    return lambda **own: function(*positional, **{**given, **own})
+    return lambda **setting: function(*positional, **{**defaults, **setting})
 
 
-def learner_with_defaults(name, **given):
-    return with_defaults(getattr(jm, name), **{"model": MLP, **given})
+def learner_with_defaults(name, **defaults):
+    return with_defaults(getattr(jm, name), **{"model": MLP, **defaults})
 
 
 LEARNERS: dict[str, tuple[Callable, dict[str, Setting]]] = {
@@ -190,7 +192,7 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "meta_sgd": (
         learner_with_defaults("meta_sgd"),
         {
-            "inner_lr": Setting(NOT_A_NUMBER.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))),
+            "inner_lr": Setting(NOT_FINITE.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))),
             "inner_steps": count(),
             "order": choice("second", "first"),
         },
@@ -375,8 +377,8 @@ TASKS: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "from_arrays": (
         with_defaults(jm.tasks.from_arrays, **ARRAYS),
         {
-            "ways": or_pair(count()),
-            "shots": or_pair(count()),
+            "ways": count_or_range(count()),
+            "shots": count_or_range(count()),
             "queries": count(),
             "split": SPLIT,
             "split_seed": SEED,
@@ -906,11 +908,11 @@ def test_a_bad_array_is_refused_by_its_name(function, arrays, name, ways):
 
 
 @pytest.mark.parametrize(
-    ("function", "arrays"), [pytest.param(*given[:2], id=owner) for owner, given in DATA_OF.items()]
+    ("function", "arrays"), [pytest.param(*row[:2], id=owner) for owner, row in DATA_OF.items()]
 )
 def test_good_arrays_give_finite_results(function, arrays):
-    found = function(**arrays)
-    for leaf in jax.tree.leaves(found):
+    result = function(**arrays)
+    for leaf in jax.tree.leaves(result):
         if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             assert np.isfinite(leaf).all()
 
@@ -1031,15 +1033,15 @@ def test_the_message_names_the_class_module_or_number_in_place_of_an_object():
 
 
 def test_transfer_refuses_arguments_of_another_type_by_name():
-    given = {"model": LINEAR, "variables": VARIABLES, "data": DATA, **FIT}
-    for name, value, said in (
+    arguments = {"model": LINEAR, "variables": VARIABLES, "data": DATA, **FIT}
+    for name, value, message in (
         ("optimizer", 1e-3, r"got 0\.001 \(float\); it must be an optax transformation"),
         ("key", 0, r"got 0 \(int\); it must be a single key of JAX"),
         ("model", jm.nn.MLP(out=2), r"got MLP\(…\); it must be of jm\.transfer\.classifier"),
         ("data", (FEATURES, LABELS), r"got tuple\(…\); it must be jm\.Batch\(x, y\)"),
     ):
-        with pytest.raises(ValueError, match=f"^{name}: {said}"):
-            transfer.fine_tune(**given | {name: value})
+        with pytest.raises(ValueError, match=f"^{name}: {message}"):
+            transfer.fine_tune(**arguments | {name: value})
     assert_refused(lambda: transfer.freeze(1e-3, PARAMS, "a"), "optimizer")
     assert_refused(lambda: jm.tasks.labelled(GLYPHS, per_class=1, key=0), "key")
     assert_refused(lambda: jm.tasks.split_per_class(Y, 1, 0), "key")

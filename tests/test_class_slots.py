@@ -138,7 +138,7 @@ def test_labels_of_other_processes_and_other_types_are_not_checked():
 
 
 def tasks_with_labels(support_y, query_y):
-    """Return a learner of vectors, its parameters, and tasks some of which have the given labels."""
+    """Return a learner of vectors, its parameters, and tasks of which about half have the given labels."""
     learner, params = made("prototypical")
 
     def draw(wrong, key):

@@ -136,7 +136,7 @@ def test_a_minimal_learner_trains_and_evaluates_as_by_hand(strategy):
     slopes = np.array([own.slope_of(tasks, key, None, i) for i in range(4)])
     np.testing.assert_allclose(result.mean, np.mean((slopes - w) ** 2 * own.SQUARE), rtol=1e-5)
     metrics = jm.evaluate_metrics(learner, state.params, tasks, episodes=4, key=key)
-    np.testing.assert_allclose(metrics["apart"], np.mean(np.abs(slopes - w)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["slope_error"], np.mean(np.abs(slopes - w)), rtol=1e-5)
 
 
 def test_validation_and_alignment_take_a_minimal_learner():
@@ -187,6 +187,6 @@ def test_a_decorated_factory_may_return_a_minimal_learner():
     value, metrics = learner.loss(params, task, KEY, step=3)
     slope = float(task.query.y[0, 0] / task.query.x[0, 0])
     assert value == pytest.approx((2.0 - slope) ** 2, rel=1e-5)
-    assert set(metrics) == {"apart"}
+    assert set(metrics) == {"slope_error"}
     outputs = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.x, None)
     np.testing.assert_allclose(outputs, 2.0 * task.query.x)

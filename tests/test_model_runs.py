@@ -21,12 +21,12 @@ def small(out):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model-runs")
+    workspace = tmp_path_factory.mktemp("model-runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS, "lrua", small)
         settings = ["--steps", "4", "--meta-batch", "2", "--episodes", "20", "--distort"]
-        assert main(["train", "mann", *ARGUMENTS, *settings, "--out", str(place / "run")]) == 0
-        yield place / "run"
+        assert main(["train", "mann", *ARGUMENTS, *settings, "--out", str(workspace / "run")]) == 0
+        yield workspace / "run"
 
 
 @pytest.mark.nightly

@@ -135,7 +135,7 @@ def test_evaluation_uses_the_loss_the_learner_s_metric_or_another_metric():
     targets = [np.asarray(task.query.y) for task in drawn]
     by_loss = [nll_by_numpy(o, y) for o, y in zip(outputs, targets, strict=True)]
     near = [np.mean(np.abs(o[:, 0] - y[:, 0]) <= 1) for o, y in zip(outputs, targets, strict=True)]
-    apart = [np.mean(np.abs(o[:, 0] - y[:, 0])) for o, y in zip(outputs, targets, strict=True)]
+    distances = [np.mean(np.abs(o[:, 0] - y[:, 0])) for o, y in zip(outputs, targets, strict=True)]
 
     def evaluated(metric=None, **settings):
         return jm.evaluate_episodes(
@@ -146,7 +146,7 @@ def test_evaluation_uses_the_loss_the_learner_s_metric_or_another_metric():
     np.testing.assert_allclose(evaluated(within), near, rtol=1e-5)
     np.testing.assert_allclose(evaluated(metric=within, batch=2), near, rtol=1e-5)
     other = jm.evaluate(learner_of("maml", within), params, tasks, episodes=3, key=KEY, metric=distance)
-    np.testing.assert_allclose(other.mean, np.mean(apart), rtol=1e-5)
+    np.testing.assert_allclose(other.mean, np.mean(distances), rtol=1e-5)
     assert metric_name(tasks, learner_of("maml"), params) == "loss"
     assert metric_name(tasks, learner_of("maml", within), params) == "within"
 
