@@ -114,7 +114,7 @@ def _convolution(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
     Along each spatial axis, count the pairs of an output and a kernel position that read an input entry.
     """
     of_lhs, of_rhs, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
-    # A TPU's compiler writes matrix products as convolutions, with no window or with the batch as one.
+    # A TPU's compiler writes matrix products as convolutions without a window, or with the batch as window.
     window = dict(re.findall(r"[{ ](\w+)=([\dx_\-]+)", "".join(re.findall(r"window=\{[^}]*\}", attributes))))
     count = out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
     for axis, size in enumerate(window["size"].split("x") if "size" in window else ()):
@@ -123,13 +123,13 @@ def _convolution(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
             return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
 
         stride, kernel_holes, holes = (field(name, 1) for name in ("stride", "rhs_dilate", "lhs_dilate"))
-        places = (
+        positions = (
             o * stride + k * kernel_holes - field("pad", 0)
             for o in range(out[of_out.index(str(axis))])
             for k in range(int(size))
         )
         length = lhs[of_lhs.index(str(axis))]
-        count *= sum(place % holes == 0 and 0 <= place // holes < length for place in places)
+        count *= sum(at % holes == 0 and 0 <= at // holes < length for at in positions)
     return count
 
 

@@ -141,9 +141,9 @@ def tasks_with_labels(support_y, query_y):
     """Return a learner of vectors, its parameters, and tasks of which about half have the given labels."""
     learner, params = made("prototypical")
 
-    def draw(wrong, key):
+    def draw(labels, key):
         x = jax.random.normal(key, (6, 4))
-        parts = (jnp.where(x[0, 0] > 0, jnp.asarray(each), Y) for each in wrong)
+        parts = (jnp.where(x[0, 0] > 0, jnp.asarray(each), Y) for each in labels)
         return jm.Task(*(jm.Batch(x, y, ways=WAYS) for y in parts))
 
     sample = jax.tree_util.Partial(draw, (support_y, query_y))
@@ -185,7 +185,7 @@ def variables():
     return jax.jit(MODEL.init)(KEY, X)
 
 
-def uses(variables):
+def transfer_calls(variables):
     def head(features, labels, classes):
         return {"kernel": jnp.zeros((features.shape[1], classes)), "bias": jnp.zeros(classes)}
 
@@ -216,9 +216,9 @@ def uses(variables):
     }
 
 
-@pytest.mark.parametrize("use", uses(None))
-def test_transfer_refuses_labels_without_a_class(use, variables):
-    name, function = uses(variables)[use]
+@pytest.mark.parametrize("call", transfer_calls(None))
+def test_transfer_refuses_labels_without_a_class(call, variables):
+    name, function = transfer_calls(variables)[call]
     for y, message in (
         (Y - 1, "-1 to 1"),
         (Y + 1, "1 to 3"),
