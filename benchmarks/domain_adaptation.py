@@ -1,19 +1,19 @@
-"""Digits of one kind with labels, of another without: what unsupervised domain adaptation brings.
+"""Benchmark of unsupervised domain adaptation between MNIST and USPS digits.
 
     python benchmarks/domain_adaptation.py --data DIR [--directions usps-mnist mnist-usps] [--methods …]
         [--seeds N] [--steps N] [--json FILE] [--png FILE]
 
-DIR holds `mnist/t10k-…` and `usps/zip.….gz`. USPS, 16×16, is resized to 28×28. Of MNIST's 10,000 test images
-a fixed 8,000 are for training or unlabelled, 2,000 to score; of USPS its own training and test part. One
-network for all, Conv4 with 32 channels; Adam; weights of the penalties fixed beforehand, the same in both
-directions.
+DIR holds `mnist/t10k-…` and `usps/zip.….gz`. USPS images, 16×16, are resized to 28×28. MNIST's 10,000 test
+images are split once into 8,000 for training, with or without labels, and 2,000 for testing; USPS has its own
+training and test parts. All methods share one network, Conv4 with 32 channels, trained by Adam. The weights
+of the penalties were fixed beforehand and are the same in both directions.
 
-Six times in a training the model is looked at. "chosen" is the look with the highest accuracy on the source's
-test part, later ones winning ties: no target label is read. "oracle" is the look with the highest accuracy on
-the target's test part, which nobody has in practice. "last" is the end. Mean and standard deviation over
-seeds.
+Each model is evaluated six times during training. "chosen" is the evaluation with the highest accuracy on
+the source's test part, the latest one in a tie; it reads no target label. "oracle" is the evaluation with the
+highest accuracy on the target's test part, which is unknown in practice. "last" is the end of training. The
+table shows mean and standard deviation over seeds.
 
-Rows that --json has already, of the same settings, are not computed again.
+Results that the --json file already holds for the same settings are not computed again.
 """
 
 import argparse
@@ -47,7 +47,7 @@ NAMES = {
 
 
 def mnist_parts(data: Path) -> tuple[jm.Batch, jm.Batch]:
-    """Of MNIST's 10,000 test images a fixed 8,000 to train on, 2,000 to score; in [0, 1]."""
+    """Return 8,000 training and 2,000 test images of MNIST's test part, with values in [0, 1]."""
     x, y = jm.tasks.mnist_images(data)
     order = np.random.default_rng(0).permutation(len(y))
     x = x.astype(np.float32) / 255
@@ -56,14 +56,14 @@ def mnist_parts(data: Path) -> tuple[jm.Batch, jm.Batch]:
 
 
 def usps_part(data: Path, part: str) -> jm.Batch:
-    """USPS in 28×28, in [0, 1]."""
+    """Return a part of USPS, resized to 28×28, with values in [0, 1]."""
     x, y = jm.tasks.usps_images(data, part)
     pixels = x.astype(np.float32) / 255
     return jm.Batch(np.asarray(jax.image.resize(pixels, (len(pixels), 28, 28, 1), "linear")), y)
 
 
 class Trial:
-    """One source, one target, one network and optimizer for all trainings, so that each compiles once."""
+    """One source and one target; all methods share a network and an optimizer, so that each compiles once."""
 
     def __init__(self, images: dict, direction: str, steps: int):
         source, target = direction.split("-")
@@ -81,10 +81,11 @@ class Trial:
         variables = self.model.init(key, self.source.x[:1])
         settings = {"optimizer": self.optimizer, "steps": self.steps, "batch_size": BATCH, "key": key}
         every = -(-self.steps // LOOKS)
-        looks: list[tuple[float, float]] = []
+        evaluations: list[tuple[float, float]] = []
 
-        def look(source, target) -> None:
-            looks.append((self.accuracy(source, self.source_test), self.accuracy(target, self.target_test)))
+        def evaluate(source, target) -> None:
+            accuracies = self.accuracy(source, self.source_test), self.accuracy(target, self.target_test)
+            evaluations.append(accuracies)
 
         if method in ALIGNMENTS:
             jm.transfer.align(
@@ -94,25 +95,26 @@ class Trial:
                 self.unlabelled,
                 ALIGNMENTS[method],
                 every=every,
-                look=lambda step, found: look(found.source, found.target),
+                look=lambda step, variables: evaluate(variables.source, variables.target),
                 **settings,
             )
         else:
             data = self.labelled if method == "target" else self.source
 
-            def watched(step, found):
-                # AdaBN changes nothing about training: it is the source's model, normalised anew.
-                look(found, self.renormalised(found) if method == "adabn" else found)
+            def evaluate_step(step, variables):
+                # AdaBN leaves training as it is and replaces the batch statistics of the source's model.
+                evaluate(variables, self.renormalised(variables) if method == "adabn" else variables)
 
-            jm.transfer.fine_tune(self.model, variables, data, every=every, look=watched, **settings)
-        source, target = np.array(looks).T
+            jm.transfer.fine_tune(self.model, variables, data, every=every, look=evaluate_step, **settings)
+        source, target = np.array(evaluations).T
+        # Reversed, because argmax returns the first of several maxima.
         chosen = len(source) - 1 - int(np.argmax(source[::-1]))
         return {
             "chosen": float(target[chosen]),
             "oracle": float(target.max()),
             "last": float(target[-1]),
             "source": float(source[chosen]),
-            "looks": [[round(a, 4), round(b, 4)] for a, b in looks],
+            "looks": [[round(a, 4), round(b, 4)] for a, b in evaluations],
         }
 
     def renormalised(self, variables):
@@ -135,9 +137,9 @@ def table(rows: dict) -> str:
     for direction, methods in rows.items():
         source, target = (name.upper() for name in direction.split("-"))
         for method, runs in methods.items():
-            found = summary(runs)
+            results = summary(runs)
             cells = [
-                f"{100 * found[n][0]:.1f} ± {100 * found[n][1]:.1f}"
+                f"{100 * results[n][0]:.1f} ± {100 * results[n][1]:.1f}"
                 for n in ("chosen", "oracle", "last", "source")
             ]
             lines.append(f"| {source} → {target} | {NAMES[method]} | {' | '.join(cells)} |")
@@ -149,15 +151,17 @@ def draw(rows: dict, path: Path) -> None:
         1, len(rows), figsize=(5 * len(rows), 3.6), layout="constrained", squeeze=False
     )
     for axes, (direction, methods) in zip(panels[0], rows.items(), strict=True):
-        found = {NAMES[method]: summary(runs) for method, runs in methods.items()}
-        places = np.arange(len(found))
-        mean, spread = 100 * np.array([row["chosen"] for row in found.values()]).T
+        summaries = {NAMES[method]: summary(runs) for method, runs in methods.items()}
+        places = np.arange(len(summaries))
+        mean, spread = 100 * np.array([row["chosen"] for row in summaries.values()]).T
         axes.barh(
             places, mean, xerr=spread, color="#0072B2", height=0.6, label="chosen without target labels"
         )
-        oracle = [100 * row["oracle"][0] for row in found.values()]
+        oracle = [100 * row["oracle"][0] for row in summaries.values()]
         axes.plot(oracle, places, "|", color="#D55E00", markersize=16, markeredgewidth=2.5, label="oracle")
-        axes.set(yticks=places, yticklabels=list(found), xlim=(40, 100), xlabel="accuracy on the target, %")
+        axes.set(
+            yticks=places, yticklabels=list(summaries), xlim=(40, 100), xlabel="accuracy on the target, %"
+        )
         axes.set_title(" → ".join(name.upper() for name in direction.split("-")))
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
@@ -175,14 +179,14 @@ def main(argv=None) -> None:
     add("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
     add("--seeds", type=int, default=5)
     add("--steps", type=int, default=600)
-    add("--json", type=Path, help="also write the results here, run by run")
-    add("--png", type=Path, help="also draw them here")
+    add("--json", type=Path, help="also write the results to this file, after each run")
+    add("--png", type=Path, help="also draw the results into this file")
     args = parser.parse_args(argv)
     settings = {"steps": args.steps, "batch": BATCH, "rate": RATE, "network": "Conv4, 32 channels"}
     rows: dict = {}
     if args.json and args.json.exists():
-        before = json.loads(args.json.read_text())
-        rows = before["rows"] if before["settings"] == settings else {}
+        previous = json.loads(args.json.read_text())
+        rows = previous["rows"] if previous["settings"] == settings else {}
     images = {
         "usps": (usps_part(args.data, "train"), usps_part(args.data, "test")),
         "mnist": mnist_parts(args.data),

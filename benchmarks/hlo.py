@@ -1,7 +1,7 @@
-"""What a compiled program does, read from the text of its optimised HLO (`compiled.as_text()`).
+"""Operations, memory traffic and collectives of a compiled program, from its HLO (`compiled.as_text()`).
 
-`compiled.cost_analysis()` counts the body of a loop once, does not tell a TPU's on-chip memory from its main
-one, and knows no collectives. Here everything counts as often as a step runs it.
+`compiled.cost_analysis()` counts the body of a loop once, does not separate a TPU's on-chip memory from its
+main memory, and leaves collectives out. Here each instruction counts as often as a step runs it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute
 
 
 class Shape(NamedTuple):
-    """An array's type, dimensions, and memory: 0 is the main one of the device."""
+    """An array's type, dimensions and memory space, 0 for the main memory of the device."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -27,12 +27,12 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass
 class Instruction:
-    """One of a compiled program.
+    """An instruction of a compiled program.
 
     Attributes:
-      shapes: of the result; several of a tuple, nested ones in a row.
-      times: how often a step runs it.
-      inside: whether it is part of another instruction, such as a fusion, and itself touches no memory.
+      shapes: shapes of the result; a tuple has several, and nested tuples are flattened.
+      times: number of times that a step runs the instruction.
+      inside: True for a part of another instruction, such as a fusion, which touches no memory itself.
     """
 
     name: str
@@ -56,10 +56,10 @@ _NO_TRAFFIC = (*COLLECTIVES, *_CONTROL, "parameter", "constant", "bitcast", "tup
 
 
 def read_program(text: str) -> dict[str, Instruction]:
-    """All instructions of an optimised HLO module by name, which is unique in it.
+    """Return all instructions of an optimised HLO module by their names, which are unique in a module.
 
     Raises:
-      ValueError: a loop whose length the compiler does not know.
+      ValueError: the compiler does not know the length of a loop.
     """
     computations: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
@@ -67,33 +67,33 @@ def read_program(text: str) -> dict[str, Instruction]:
             name = header[2]
             computations[name] = []
             entry = name if header[1] else None
-        elif computations and (found := _INSTRUCTION.match(line)):
+        elif computations and (match := _INSTRUCTION.match(line)):
             shapes = [
                 Shape(dtype, tuple(int(size) for size in dims.split(",") if size), int(memory or 0))
-                for dtype, dims, memory in _SHAPE.findall(found[2])
+                for dtype, dims, memory in _SHAPE.findall(match[2])
             ]
-            operands = re.findall(r"%([\w.\-]+)", found[4])
-            computations[name].append(Instruction(found[1], shapes, found[3], operands, found[5]))
+            operands = re.findall(r"%([\w.\-]+)", match[4])
+            computations[name].append(Instruction(match[1], shapes, match[3], operands, match[5]))
     times, inside = dict.fromkeys(computations, 0), dict.fromkeys(computations, False)
     times[entry] = 1
-    # Callers stand below what they call.
+    # A module lists a computation before its callers: in reverse, each caller's count is complete first.
     for name, instructions in reversed(computations.items()):
         for each in instructions:
-            each.times, each.inside = often, within = times[name], inside[name]
-            if each.opcode == "while" and often:
+            each.times, each.inside = count, within = times[name], inside[name]
+            if each.opcode == "while" and count:
                 if (length := _LENGTH.search(each.attributes)) is None:
                     raise ValueError(f"{each.name}: the compiler does not know the length of this loop")
-                often *= int(length[1])
+                count *= int(length[1])
             for called in _CALLED.findall(each.attributes):
                 for callee in re.findall(r"[\w.\-]+", called):
                     if callee in times:
-                        times[callee] += often
+                        times[callee] += count
                         inside[callee] = within or each.opcode not in _CONTROL
     return {each.name: each for instructions in computations.values() for each in instructions}
 
 
 def operations(program: dict[str, Instruction]) -> int:
-    """2 × multiply-adds of matrix products and convolutions, without zeros of padding and of dilation."""
+    """Return 2 × multiply-adds of matrix products and convolutions, without zeros of padding and dilation."""
     count = 0
     for each in program.values():
         if each.opcode in ("dot", "convolution") and each.times:
@@ -109,9 +109,12 @@ def _dot(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
 
 
 def _convolution(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
-    """Along each spatial axis, pairs of places of output and kernel that meet an entry of the input."""
+    """Return the multiply-adds of a convolution.
+
+    Along each spatial axis, count the pairs of an output and a kernel position that read an input entry.
+    """
     of_lhs, of_rhs, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
-    # A TPU's compiler writes matrix products as convolutions, with no window or with the batch as one.
+    # A TPU's compiler writes matrix products as convolutions without a window, or with the batch as window.
     window = dict(re.findall(r"[{ ](\w+)=([\dx_\-]+)", "".join(re.findall(r"window=\{[^}]*\}", attributes))))
     count = out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
     for axis, size in enumerate(window["size"].split("x") if "size" in window else ()):
@@ -120,36 +123,36 @@ def _convolution(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
             return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
 
         stride, kernel_holes, holes = (field(name, 1) for name in ("stride", "rhs_dilate", "lhs_dilate"))
-        places = (
+        positions = (
             o * stride + k * kernel_holes - field("pad", 0)
             for o in range(out[of_out.index(str(axis))])
             for k in range(int(size))
         )
         length = lhs[of_lhs.index(str(axis))]
-        count *= sum(place % holes == 0 and 0 <= place // holes < length for place in places)
+        count *= sum(at % holes == 0 and 0 <= at // holes < length for at in positions)
     return count
 
 
 def collectives(program: dict[str, Instruction]) -> list[dict]:
-    """Those that join several devices; equal ones once, with their number."""
-    found: dict[tuple, int] = {}
+    """Return the collectives between devices; identical ones are one row with a count."""
+    counts: dict[tuple, int] = {}
     for each in program.values():
         kind = each.opcode.removesuffix("-start")
         if kind in COLLECTIVES and each.times:
             size = sum(shape.bytes for name in each.operands for shape in program[name].shapes)
-            listed = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])", each.attributes)
-            together = None if listed is None else int(listed[2] or len(listed[1].split(",")))
-            if together != 1:
-                found[kind, size, together] = found.get((kind, size, together), 0) + each.times
+            groups = re.search(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])", each.attributes)
+            devices = None if groups is None else int(groups[2] or len(groups[1].split(",")))
+            if devices != 1:
+                counts[kind, size, devices] = counts.get((kind, size, devices), 0) + each.times
     names = ("kind", "bytes", "devices", "times")
-    return [dict(zip(names, (*key, times), strict=True)) for key, times in found.items()]
+    return [dict(zip(names, (*key, times), strict=True)) for key, times in counts.items()]
 
 
 def traffic(program: dict[str, Instruction]) -> int:
-    """Bytes between main memory and the rest, each operand read and each result written as a whole.
+    """Return the bytes read from and written to main memory, counting every operand and result in full.
 
-    A TPU's program says what lies in its on-chip memory, and copies it there by instructions of their own.
-    Collectives are left out: theirs is part of their transfer.
+    A TPU's program marks arrays in on-chip memory and copies them there by separate instructions. Collectives
+    are left out, because their traffic is part of their transfer time.
     """
     count = 0
     for each in program.values():
@@ -157,7 +160,7 @@ def traffic(program: dict[str, Instruction]) -> int:
         if each.inside or opcode.endswith("-done") or opcode.removesuffix("-start") in _NO_TRAFFIC:
             continue
         if opcode in ("copy-start", "slice-start"):
-            ends = each.shapes[:2]  # of a slice, one of them is all it is taken from
+            ends = each.shapes[:2]  # a slice's operand is the whole array, so take the smaller end
             moved = min(end.bytes for end in ends) * sum(end.memory == 0 for end in ends)
         else:
             touched = [shape for name in (each.name, *each.operands) for shape in program[name].shapes]
@@ -167,6 +170,8 @@ def traffic(program: dict[str, Instruction]) -> int:
 
 
 def cycles(program: dict[str, Instruction]) -> int:
-    """Cycles that a TPU's compiler itself expects of its instructions, one after the other; else 0."""
-    found = ((each.times, _CYCLES.search(each.attributes)) for each in program.values() if not each.inside)
-    return sum(times * int(match[1]) for times, match in found if match)
+    """Return the sum of a TPU compiler's cycle estimates, or 0 where the program has none."""
+    estimates = (
+        (each.times, _CYCLES.search(each.attributes)) for each in program.values() if not each.inside
+    )
+    return sum(times * int(match[1]) for times, match in estimates if match)

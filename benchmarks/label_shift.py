@@ -1,12 +1,13 @@
-"""Label shift: USPS digits in other proportions than those trained on, and how well these are found again.
+"""Benchmark of label-shift estimators on USPS digits whose class proportions change.
 
     python benchmarks/label_shift.py --data DIR [--seeds N] [--steps N] [--json FILE]
 
-A Conv4 with 32 channels learns 5,291 of USPS's 7,291 training images; the other 2,000 calibrate it (one
-temperature) and give the confusion matrix. The target are 2,000 images drawn from its 2,007 test images by
-proportions of digits that are Dirichlet(1) for each seed: P(X|Y) stays, P(Y) changes, which is what label
-shift is. Each estimate is held against the true weights P_t(y) / P_s(y) by its root mean squared error,
-weighted by P_s(y); accuracy is after the classifier's outputs are corrected by it.
+A Conv4 with 32 channels is trained on 5,291 of USPS's 7,291 training images; the other 2,000 calibrate it
+(one temperature) and give the confusion matrix. The target is 2,000 images drawn from the 2,007 test images
+with class proportions from Dirichlet(1), one draw for each seed: P(X|Y) stays and P(Y) changes, the
+definition of label shift. The error of an estimate is its root mean squared difference from the true weights
+P_t(y) / P_s(y), weighted by P_s(y). The accuracy is that of the classifier with outputs corrected by the
+estimated weights.
 """
 
 import argparse
@@ -24,7 +25,7 @@ HELD_OUT, TARGETS = 2000, 2000
 
 
 def estimates(probs, labels, target_probs, source_prior) -> dict[str, np.ndarray]:
-    """Weights by every method, from calibrated probabilities of held-out source and of target examples."""
+    """Return each method's weights, from calibrated probabilities of held-out source and target examples."""
     transfer = jm.transfer
     hard = transfer.joint_confusion(probs.argmax(1), labels, 10)
     soft = transfer.joint_confusion(probs, labels, 10)
@@ -43,8 +44,8 @@ def estimates(probs, labels, target_probs, source_prior) -> dict[str, np.ndarray
 
 def table(rows: dict) -> str:
     lines = ["| class weights | error of the weights | accuracy on the target, % |", "| --- | --- | --- |"]
-    for name, found in rows.items():
-        errors, accuracies = (np.array([row[what] for row in found]) for what in ("error", "accuracy"))
+    for name, results in rows.items():
+        errors, accuracies = (np.array([row[key] for row in results]) for key in ("error", "accuracy"))
         cells = [
             f"{each.mean():.{digits}f} ± {each.std(ddof=1):.{digits}f}"
             for each, digits in ((errors, 3), (100 * accuracies, 2))
@@ -61,10 +62,10 @@ def main(argv=None) -> None:
     add("--data", type=Path, required=True, help="folder with usps/")
     add("--seeds", type=int, default=5)
     add("--steps", type=int, default=300)
-    add("--json", type=Path, help="also write the results here")
+    add("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     if args.seeds < 2:
-        parser.error(f"--seeds: got {args.seeds}; a spread needs at least 2")
+        parser.error(f"--seeds: got {args.seeds}; it must be at least 2, for a standard deviation")
     (x, y), (x_test, y_test) = (jm.tasks.usps_images(args.data, part) for part in ("train", "test"))
     model = jm.transfer.classifier(jm.nn.Conv4(filters=32), 10)
     optimizer = optax.adam(1e-3)
@@ -89,8 +90,8 @@ def main(argv=None) -> None:
         t = jm.transfer.temperature(logits(x[held_out]), y[held_out])
         probs = np.asarray(jax.nn.softmax(logits(x[held_out]) / t))
         source_prior = np.bincount(y[held_out], minlength=10) / HELD_OUT
-        wanted = rng.dirichlet(np.ones(10))
-        digits = rng.choice(10, TARGETS, p=wanted)
+        proportions = rng.dirichlet(np.ones(10))
+        digits = rng.choice(10, TARGETS, p=proportions)
         drawn = np.array([rng.choice(np.flatnonzero(y_test == digit)) for digit in digits])
         true = np.bincount(y_test[drawn], minlength=10) / TARGETS / source_prior
         target_probs = np.asarray(jax.nn.softmax(logits(x_test[drawn]) / t))

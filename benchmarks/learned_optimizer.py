@@ -1,20 +1,23 @@
-"""A learned optimizer beside SGD, momentum, RMSProp and Adam with tuned rates (Andrychowicz et al. 2016).
+"""Benchmark of a learned optimizer against SGD, momentum, RMSProp and Adam with tuned learning rates.
+
+The experiments of Andrychowicz et al. 2016.
 
     python benchmarks/learned_optimizer.py [--problems quadratics digits] [--data DIR] [--json FILE]
                                            [--plot FILE]
 
-`jm.learned_optimizer` is trained as published: runs of 100 steps in 5 unrolls of 20, after each of which the
-optimizer's weights take an Adam step while the run goes on. It is then an optax optimizer like the others.
+`jm.learned_optimizer` is trained as published: each run of 100 steps is 5 unrolls of 20 steps, and the
+optimizer's weights take an Adam step after each unroll while the run continues. Afterwards it is used as an
+optax optimizer like the others.
 
-- quadratics: ‖Wθ − y‖² of 10 variables, 32 at a time; then twice as many steps.
-- digits: the cross-entropy of an MLP of 20 sigmoid units on mini-batches of 128 digits: the test part of
-  MNIST in --data (8,000 images to train on, 2,000 to test), else scikit-learn's digits. Then, without
-  training again: twice as many steps, 40 units, two layers, ReLU.
+- quadratics: ‖Wθ − y‖² of 10 variables, 32 problems at a time; then with twice as many steps.
+- digits: the cross-entropy of an MLP of 20 sigmoid units on mini-batches of 128 digits, from the test part of
+  MNIST in --data (8,000 images for training, 2,000 for testing), or else scikit-learn's digits. The same
+  weights are then tested with twice as many steps, 40 units, two layers, and ReLU.
 
-Each hand-made optimizer takes its rate from a grid of 21 between 10⁻⁴ and 10, in each case anew, by its mean
-final loss over other problems, as many as it is then tried on. All see the same starts and
-mini-batches. Reported is the mean loss over 100 problems not seen in training (of digits: 20 starts,
-each with mini-batches of its own), at the end of the run and on the way.
+The learning rate of each hand-designed optimizer is tuned for each case on a grid of 21 values between 10⁻⁴
+and 10, by the mean final loss over as many validation problems as there are test problems. All optimizers get
+the same initial weights and mini-batches. The tables report the mean loss over 100 test problems (for digits,
+20 initialisations with different mini-batches) at the end of the run and halfway.
 """
 
 import argparse
@@ -35,7 +38,7 @@ import jaxmeta as jm
 
 STEPS, TRUNCATION = 100, 20
 RATES = np.logspace(-4, 1, 21)
-HAND_MADE = {
+HAND_DESIGNED = {
     "SGD": optax.sgd,
     "momentum": functools.partial(optax.sgd, momentum=0.9),
     "NAG": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
@@ -46,7 +49,7 @@ HAND_MADE = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What an optimizer is tried on."""
+    """A network to train and a number of steps, for testing an optimizer."""
 
     name: str
     network: object
@@ -55,17 +58,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What an optimizer is trained on, and tried on: `cases`, of which the first is the one of training.
+    """A family of optimization problems, for training and testing optimizers.
 
     Attributes:
       tasks: `(split) -> TaskDistribution`.
-      loss: of one mini-batch.
-      batch_size: of mini-batches; None for all examples.
-      settings: of the learned optimizer.
-      episodes: problems that every optimizer is tried on, after tuning on as many others.
-      at_once: runs in training.
-      runs: training runs.
-      outer_lr: of training.
+      loss: loss of one mini-batch.
+      cases: test cases; the first one is also the training case.
+      batch_size: examples in a mini-batch; None for all examples.
+      settings: settings of the learned optimizer.
+      episodes: number of test problems, and of validation problems for tuning.
+      at_once: training runs in parallel.
+      runs: number of training runs.
+      outer_lr: learning rate of the optimizer's own training.
     """
 
     tasks: Callable
@@ -78,8 +82,8 @@ class Problem:
     runs: int
     outer_lr: float
 
-    def made_by(self, factory: Callable, case: Case):
-        """`jm.learned_optimizer` of a case, or the unroll of it."""
+    def build(self, factory: Callable, case: Case):
+        """Build `jm.learned_optimizer` or its unroll for a case."""
         return factory(
             case.network,
             inner_steps=STEPS,
@@ -105,7 +109,7 @@ def mlp(hidden, activation=jax.nn.sigmoid):
 
 
 def read_digits(data: Path | None):
-    """Images `(n, d)` in [0, 1] and labels, in random order, and where they are from."""
+    """Return images `(n, d)` in [0, 1] and labels, in random order, and the name of their source."""
     folder = None if data is None else data / "mnist"
     if folder is not None and folder.is_dir():
         images, y = jm.tasks.mnist_images(folder)
@@ -120,7 +124,7 @@ def read_digits(data: Path | None):
 
 
 def digits_tasks(x, y):
-    """One task, whatever the key: four fifths to train on, the rest to test."""
+    """Return a distribution of a single task: four fifths of the examples as support, the rest as query."""
     count = len(y) * 4 // 5
     parts = [jm.Batch(x[part], y[part], ways=10) for part in (slice(None, count), slice(count, None))]
     sample = jax.tree_util.Partial(lambda task, key: task, jm.Task(*parts))
@@ -167,10 +171,14 @@ def problems(args) -> dict[str, Problem]:
 
 
 def train(problem: Problem, key, validate_every: int):
-    """The optimizer's weights with the best mean final loss over 20 runs apart, as they were looked at."""
+    """Train a learned optimizer.
+
+    Returns:
+      The weights with the lowest mean final loss over 20 validation runs, the history, and the seconds.
+    """
     case = problem.cases[0]
     learner, next_unroll = (
-        problem.made_by(factory, case) for factory in (jm.learned_optimizer, jm.learned_optimizer_unroll)
+        problem.build(factory, case) for factory in (jm.learned_optimizer, jm.learned_optimizer_unroll)
     )
     tasks = problem.tasks("train")
     init_key, key = jax.random.split(key)
@@ -180,8 +188,8 @@ def train(problem: Problem, key, validate_every: int):
 
     def unroll(params, tasks, carries, keys):
         def mean(params):
-            values, after = jax.vmap(lambda *run: next_unroll(params, *run))(tasks, carries, keys)
-            return values.mean(), after
+            values, new_carries = jax.vmap(lambda *run: next_unroll(params, *run))(tasks, carries, keys)
+            return values.mean(), new_carries
 
         return jax.value_and_grad(mean, has_aux=True)(params)
 
@@ -211,8 +219,8 @@ def train(problem: Problem, key, validate_every: int):
         final = mean_curve(problem, case, problem.optimizer(state[0]), 20, "validation")[0][-1]
         history.append((done + count, float(values.mean()), float(final)))
         print(
-            f"  {done + count:5d} runs, {time.perf_counter() - started:6.0f} s: mean loss on the way "
-            f"{values.mean() / STEPS:.4f}, at the end (validation) {final:.4f}",
+            f"  {done + count:5d} runs, {time.perf_counter() - started:6.0f} s: mean training loss "
+            f"{values.mean() / STEPS:.4f}, final validation loss {final:.4f}",
             flush=True,
         )
         if best is None or final < best[0]:
@@ -220,11 +228,11 @@ def train(problem: Problem, key, validate_every: int):
     return best[1], history, time.perf_counter() - started
 
 
-# --- Trying ------------------------------------------------------------------------------------------
+# --- Testing -----------------------------------------------------------------------------------------
 
 
 def runs_of(problem: Problem, case: Case, optimizer, episodes: int, split: str):
-    """`(losses, accuracies)` of runs: f at each of steps + 1 points, and the score on the query set."""
+    """Return the loss of each run at its steps + 1 points, and the score on the query set."""
     model = jm.nn.as_model(case.network)
     tasks = problem.tasks(split)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(99), len(split)), episodes)
@@ -264,7 +272,7 @@ def mean_curve(problem: Problem, case: Case, optimizer, episodes: int, split: st
 
 
 def tuned_rate(problem: Problem, case: Case, make) -> float:
-    """The rate of the grid with the least mean final loss over problems apart."""
+    """Return the learning rate of the grid with the lowest mean final loss over validation problems."""
 
     def final(rate):
         losses, _ = runs_of(problem, case, make(rate), problem.episodes, "validation")
@@ -274,9 +282,9 @@ def tuned_rate(problem: Problem, case: Case, make) -> float:
     return float(RATES[np.nanargmin(np.where(np.isfinite(finals), finals, np.inf))])
 
 
-def try_all(problem: Problem, case: Case, params) -> dict:
+def test_all(problem: Problem, case: Case, params) -> dict:
     rows = {}
-    for name, make in {"learned": None, **HAND_MADE}.items():
+    for name, make in {"learned": None, **HAND_DESIGNED}.items():
         rate = None if make is None else tuned_rate(problem, case, make)
         optimizer = problem.optimizer(params) if make is None else make(rate)
         losses, scores = runs_of(problem, case, optimizer, problem.episodes, "test")
@@ -307,25 +315,25 @@ def print_table(case: Case, rows: dict) -> None:
         )
 
 
-def plot(path: Path, tried: dict) -> None:
+def plot(path: Path, results: dict) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(len(tried), 4)
-    rows = -(-len(tried) // columns)
+    columns = min(len(results), 4)
+    rows = -(-len(results) // columns)
     figure, panels = plt.subplots(
         rows, columns, squeeze=False, figsize=(4 * columns, 3.6 * rows + 0.4), layout="constrained"
     )
-    for axes, (case, found) in zip(panels.flat, tried.items(), strict=False):
-        for name, row in found["rows"].items():
+    for axes, (case, result) in zip(panels.flat, results.items(), strict=False):
+        for name, row in result["rows"].items():
             style = {"color": "k", "linewidth": 2} if name == "learned" else {"linewidth": 1.2}
             label = name if row["rate"] is None else f"{name}, tuned rate"
             axes.plot(row["curve"], label=label, **style)
         axes.set(title=case, xlabel="step", ylabel="mean loss", yscale="log")
         axes.grid(alpha=0.3)
-    for axes in list(panels.flat)[len(tried) :]:
+    for axes in list(panels.flat)[len(results) :]:
         axes.axis("off")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
@@ -337,23 +345,23 @@ def main(argv=None) -> None:
     )
     add = parser.add_argument
     add("--problems", nargs="+", choices=("quadratics", "digits"), default=["quadratics", "digits"])
-    add("--runs", type=int, help="training runs (default: 2,000 batches of quadratics, 200 of digits)")
-    add("--episodes", type=int, default=100, help="problems to try on, at most 20 of digits")
-    add("--seed", type=int, default=0, help="of training")
-    add("--data", type=Path, help="folder that holds mnist/, as ../shared/data")
-    add("--json", type=Path, help="also write the results here")
-    add("--plot", type=Path, help="draw the learning curves into this PNG")
+    add("--runs", type=int, help="training runs (default: 2,000 batches of quadratics, 200 runs on digits)")
+    add("--episodes", type=int, default=100, help="test problems, at most 20 for digits")
+    add("--seed", type=int, default=0, help="seed of training")
+    add("--data", type=Path, help="folder with mnist/, such as ../shared/data")
+    add("--json", type=Path, help="also write the results to this file")
+    add("--plot", type=Path, help="also draw the learning curves into this PNG file")
     args = parser.parse_args(argv)
-    tried = {}
-    found = problems(args)
+    results = {}
+    known = problems(args)
     for name in args.problems:
-        problem = found[name]
+        problem = known[name]
         print(f"\ntraining on {name}: {problem.runs} runs of {STEPS} steps, {problem.at_once} at once")
         params, history, seconds = train(problem, jax.random.key(args.seed), max(1, problem.runs // 10))
         for case in problem.cases:
-            rows = try_all(problem, case, params)
+            rows = test_all(problem, case, params)
             print_table(case, rows)
-            tried[case.name] = {
+            results[case.name] = {
                 "steps": case.steps,
                 "episodes": problem.episodes,
                 "training_s": seconds,
@@ -365,11 +373,11 @@ def main(argv=None) -> None:
             "machine": {**describe_machine(jax.local_devices()[:1]), "cores": cores()},
             "jaxmeta": jm.__version__,
             "seed": args.seed,
-            "cases": tried,
+            "cases": results,
         }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        plot(args.plot, tried)
+        plot(args.plot, results)
 
 
 if __name__ == "__main__":

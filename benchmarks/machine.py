@@ -1,4 +1,4 @@
-"""What the benchmarks state about the machine: its parts, and its own matrix-product rate."""
+"""Description of the machine of a benchmark, and its matrix-product rate."""
 
 import os
 import platform
@@ -12,7 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class MatrixProduct:
-    """The machine's float32 matrix-product rate, in operations per second: the best size and spread."""
+    """The float32 matrix product with the highest rate among several sizes and numbers of devices.
+
+    Attributes:
+      run: measures the rate once, in operations per second.
+      size: rows and columns of the matrices.
+      devices: number of devices that share the rows.
+    """
 
     def __init__(self, devices):
         self.run, best = None, 0.0
@@ -42,6 +48,7 @@ class MatrixProduct:
 
 
 def describe_machine(devices) -> dict:
+    """Return processor, cores, devices and versions, for the JSON file of a benchmark."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -59,4 +66,5 @@ def describe_machine(devices) -> dict:
 
 
 def cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

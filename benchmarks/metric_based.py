@@ -1,16 +1,16 @@
-"""What runs of metric-based methods do beyond their own test: more ways, other images, no images at all.
+"""Benchmark of metric-based methods beyond their training tasks: more ways, other images, zero-shot tasks.
 
     python benchmarks/metric_based.py [--omniglot RUN …] [--mnist DIR] [--zero-shot RUN] [--json FILE]
 
---omniglot: folders of runs of `jaxmeta train METHOD --tasks omniglot`, of any number of training ways. Each
+--omniglot: run folders of `jaxmeta train METHOD --tasks omniglot`, with any number of training ways. Each run
 is tested on Omniglot, 20-way 1-shot, and on MNIST's test part in DIR, 10-way 1-shot with 10 queries a digit,
-whose digits it has never seen. Beside it, nearest neighbours on pixels.
+without training on digits. The baseline is nearest neighbours on pixels.
 
---zero-shot: the folder of a run of `jaxmeta train --preset glyphs-zero-shot`. Beside it, a linear map from
-metadata to pixels, least squares over drawings of all training classes, with the nearest of the predicted
-images.
+--zero-shot: the run folder of `jaxmeta train --preset glyphs-zero-shot`. The baseline is a linear map from
+metadata to pixels, fitted by least squares to drawings of all training classes; it predicts the class whose
+predicted image is nearest to the query.
 
-1,000 tasks each, with the seed of the run, inductive and transductive.
+Each test has 1,000 tasks, uses the seed of the run, and is inductive and transductive.
 """
 
 import argparse
@@ -31,25 +31,25 @@ EPISODES = 1000
 
 
 def pixels() -> jm.Learner:
-    """Nearest neighbours on pixels; there is nothing to learn."""
+    """Build a learner without parameters: nearest neighbours on pixels."""
     flat = lambda key, x: {}, lambda params, x: x.reshape(len(x), -1)
     return jm.kernel_classifier(flat, similarity="euclidean", reduce="nearest", norm="support")
 
 
 def linear_map(tasks: jm.TaskDistribution, key, batches: int = 200) -> tuple[jm.Learner, np.ndarray]:
-    """A learner that predicts each class's image from its metadata, and its least-squares map."""
+    """Return a learner that predicts a class's image from its metadata, and its least-squares parameters."""
 
     @jax.jit
     def examples(key):
         support, query = tasks.sample(key)
         return support.x[query.y], query.x.reshape(query.x.shape[0], -1)
 
-    given, wanted = zip(
+    metadata, images = zip(
         *(jax.device_get(examples(each)) for each in jax.random.split(key, batches)), strict=True
     )
-    x = np.concatenate(given).astype(np.float64)
+    x = np.concatenate(metadata).astype(np.float64)
     x = np.concatenate([x, np.ones((len(x), 1))], 1)
-    y = np.concatenate(wanted).astype(np.float64)
+    y = np.concatenate(images).astype(np.float64)
     params = jnp.asarray(np.linalg.lstsq(x, y, rcond=None)[0], jnp.float32)
 
     def adapt(params, support, key):
@@ -64,23 +64,24 @@ def linear_map(tasks: jm.TaskDistribution, key, batches: int = 200) -> tuple[jm.
     return jm.Learner(lambda key, task: params, adapt, predict, lambda *args: None), params
 
 
-def evaluated(learner, params, tasks, seed: int) -> dict:
-    found = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=evaluation_key(seed))
-    return {"mean": found.mean, "ci95": found.ci95}
+def evaluate(learner, params, tasks, seed: int) -> dict:
+    result = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=evaluation_key(seed))
+    return {"mean": result.mean, "ci95": result.ci95}
 
 
-def both(folder: Path, tasks) -> dict:
-    """Transductive and inductive accuracy of a run on `tasks`."""
+def evaluate_run(folder: Path, tasks) -> dict:
+    """Return the transductive and the inductive accuracy of a run on `tasks`."""
     config = load_config(folder)
     params = params_of(folder, config)
     return {
-        row: evaluated(build.learner_of(config, norm), params, tasks, config.run.seed)
+        row: evaluate(build.learner_of(config, norm), params, tasks, config.run.seed)
         for row, norm in config.names().facts.rows.items()
     }
 
 
-def in_words(found: dict) -> str:
-    return ", ".join(f"{row} {100 * v['mean']:.2f} ± {100 * v['ci95']:.2f} %" for row, v in found.items())
+def format_accuracies(accuracies: dict) -> str:
+    cells = (f"{row} {100 * v['mean']:.2f} ± {100 * v['ci95']:.2f} %" for row, v in accuracies.items())
+    return ", ".join(cells)
 
 
 def main(argv=None) -> None:
@@ -88,10 +89,10 @@ def main(argv=None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--omniglot", nargs="+", type=Path, default=[], help="folders of runs")
+    add("--omniglot", nargs="+", type=Path, default=[], help="run folders")
     add("--mnist", type=Path, help="folder with MNIST's test part, t10k-*-ubyte.gz")
-    add("--zero-shot", type=Path, help="folder of a run")
-    add("--json", type=Path, help="also write the results here")
+    add("--zero-shot", type=Path, help="run folder")
+    add("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", cores())
     rows: dict = {}
@@ -99,25 +100,27 @@ def main(argv=None) -> None:
     for folder in args.omniglot:
         config = load_config(folder)
         learner, more = config.learner["name"], config.replaced(tasks={"ways": 20})
-        rows[learner] = {"omniglot 20-way 1-shot": both(folder, sources.tasks_of(more, "test"))}
+        rows[learner] = {"omniglot 20-way 1-shot": evaluate_run(folder, sources.tasks_of(more, "test"))}
         if digits is not None:
-            rows[learner]["mnist 10-way 1-shot"] = both(folder, digits)
-        for test, found in rows[learner].items():
-            print(f"{learner}, {test}: {in_words(found)}", flush=True)
+            rows[learner]["mnist 10-way 1-shot"] = evaluate_run(folder, digits)
+        for test, accuracies in rows[learner].items():
+            print(f"{learner}, {test}: {format_accuracies(accuracies)}", flush=True)
     if digits is not None:
-        rows["pixels"] = {"mnist 10-way 1-shot": {"inductive": evaluated(pixels(), {"model": {}}, digits, 0)}}
-        print(f"nearest pixels, mnist 10-way 1-shot: {in_words(rows['pixels']['mnist 10-way 1-shot'])}")
+        rows["pixels"] = {"mnist 10-way 1-shot": {"inductive": evaluate(pixels(), {"model": {}}, digits, 0)}}
+        print(
+            f"nearest pixels, mnist 10-way 1-shot: {format_accuracies(rows['pixels']['mnist 10-way 1-shot'])}"
+        )
     if args.zero_shot is not None:
         config = load_config(args.zero_shot)
         test = sources.tasks_of(config, "test")
         linear, params = linear_map(sources.tasks_of(config, "train"), jax.random.key(0))
         name = f"glyphs {config.ways}-way zero-shot"
         rows["zero-shot"] = {
-            name: both(args.zero_shot, test),
-            f"{name}, linear map to pixels": {"inductive": evaluated(linear, params, test, config.run.seed)},
+            name: evaluate_run(args.zero_shot, test),
+            f"{name}, linear map to pixels": {"inductive": evaluate(linear, params, test, config.run.seed)},
         }
-        for test, found in rows["zero-shot"].items():
-            print(f"{test}: {in_words(found)}")
+        for test, accuracies in rows["zero-shot"].items():
+            print(f"{test}: {format_accuracies(accuracies)}")
     if args.json:
         machine = describe_machine(jax.local_devices())
         report = {"machine": machine, "jaxmeta": jm.__version__, "episodes": EPISODES, "rows": rows}

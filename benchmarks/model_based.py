@@ -1,12 +1,12 @@
-"""Memories side by side: accuracy by presentation of a class, as a figure like that of Santoro et al. 2016.
+"""Benchmark of memory networks: accuracy by presentation of a class, as in Santoro et al. 2016.
 
     python benchmarks/model_based.py [--networks lrua lstm ntm] [--steps N] [--data DIR] [--out DIR]
         [--seed S] [--json FILE] [--png FILE]
 
-Each network is `jaxmeta train mann --preset mann-omniglot --network …` in a process of its own: Omniglot,
-sequences of 50 images of 5 classes, labels one step late, as many meta-steps for all. All are tested on the
-same tasks, 1,000 sequences of new classes. A run that is there already, in --out, is not trained again, one
-that was stopped goes on.
+Each network is trained by `jaxmeta train mann --preset mann-omniglot --network …` in a separate process:
+Omniglot, sequences of 50 images of 5 classes, labels one step late, with the same number of meta-steps for
+all. All networks are tested on the same 1,000 sequences of new classes. Complete runs in --out are used as
+they are, and interrupted runs are resumed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ COLORS = dict(zip(NAMES, ("#0072B2", "#D55E00", "0.4", "#009E73", "#CC79A7"), st
 
 
 def educated_guess(ways: int) -> float:
-    """Best expected accuracy on first presentations: a label not yet seen."""
+    """Return the best expected accuracy on first presentations: the guess of a label not yet seen."""
     return sum(1 / j for j in range(1, ways + 1)) / ways
 
 
@@ -50,9 +50,9 @@ def draw(rows: dict, path: Path) -> None:
         if network in PUBLISHED:
             x, y = zip(*((i, 100 * value) for i, value in PUBLISHED[network].items()), strict=True)
             axes.plot(x, y, "x", color=COLORS[network], markersize=8, label="published")
-    axes.axhline(100 * educated_guess(5), color="0.7", linestyle=":", label="the best guess at a first one")
+    axes.axhline(100 * educated_guess(5), color="0.7", linestyle=":", label="best guess, 1st presentation")
     axes.set(
-        xlabel="how often the class has come",
+        xlabel="presentation of the class",
         ylabel="accuracy, %",
         xticks=range(1, 11),
         ylim=(0, 102),
@@ -64,15 +64,15 @@ def draw(rows: dict, path: Path) -> None:
 
 
 def table(rows: dict) -> str:
-    """Of accuracy by presentation, in percent; what was published stands below each network."""
-    shown = [1, 2, 3, 4, 5, 10]
+    """Return a table of accuracy by presentation, in percent, with published rows below each network's."""
+    presentations = [1, 2, 3, 4, 5, 10]
     heads = ["1st", "2nd", "3rd", "4th", "5th", "10th"]
-    lines = [f"| network | {' | '.join(heads)} | minutes |", "| --- |" + " --- |" * (len(shown) + 1)]
+    lines = [f"| network | {' | '.join(heads)} | minutes |", "| --- |" + " --- |" * (len(presentations) + 1)]
     for network, row in rows.items():
-        cells = [f"{100 * row['accuracy_by_instance'][str(i)]:.1f}" for i in shown]
+        cells = [f"{100 * row['accuracy_by_instance'][str(i)]:.1f}" for i in presentations]
         lines.append(f"| {NAMES[network]} | {' | '.join(cells)} | {row['training_s'] / 60:.0f} |")
         if network in PUBLISHED:
-            cells = [f"{100 * PUBLISHED[network][i]:.1f}" for i in shown]
+            cells = [f"{100 * PUBLISHED[network][i]:.1f}" for i in presentations]
             lines.append(f"| the same, published | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
@@ -84,15 +84,19 @@ def main(argv=None) -> None:
     add = parser.add_argument
     known = facts_of(jm.mann).networks
     add("--networks", nargs="+", choices=known, default=["lrua", "ntm", "lstm"])
-    add("--steps", type=int, default=PRESETS["mann-omniglot"]["steps"], help="meta-steps of each")
-    add("--data", type=Path, help="folder with Omniglot's archives (default: the cache, or a download)")
-    add("--out", type=Path, default=Path("runs/model-based"), help="folder of the runs")
+    add("--steps", type=int, default=PRESETS["mann-omniglot"]["steps"], help="meta-steps of each network")
+    add("--data", type=Path, help="folder with Omniglot's archives (default: downloaded to the cache)")
+    add("--out", type=Path, default=Path("runs/model-based"), help="folder for the runs")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="also write the results here, beside those of other networks")
-    add("--png", type=Path, help="also draw them here")
+    add(
+        "--json",
+        type=Path,
+        help="also write the results to this file, next to other networks' results",
+    )
+    add("--png", type=Path, help="also draw the results into this file")
     args = parser.parse_args(argv)
-    earlier = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
-    rows = {name: row for name, row in earlier.items() if name not in args.networks}
+    previous = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
+    rows = {name: row for name, row in previous.items() if name not in args.networks}
     for network in args.networks:
         settings = ["mann", "--preset", "mann-omniglot", "--network", network, "--steps", str(args.steps)]
         report = json.loads((train(network, settings, args) / "report.json").read_text())

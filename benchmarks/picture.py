@@ -1,4 +1,4 @@
-"""Draw README's picture: what a learner predicts for one task before and after it has adapted.
+"""Draw README's picture: a learner's predictions for one task before and after adaptation.
 
     jaxmeta train --out runs/maml && python benchmarks/picture.py runs/maml --png picture.png
 
@@ -29,7 +29,7 @@ def first_of_each_class(labels: np.ndarray, ways: int) -> list[int]:
 
 
 def show(axes, image: np.ndarray, title: str = "") -> None:
-    """Draw an image without axes: grey ones dark on light, as ink on paper."""
+    """Draw an image without axes; grey images are inverted, to look like ink on paper."""
     grey = image.shape[-1] == 1
     axes.imshow(1 - image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])
@@ -76,7 +76,7 @@ def draw(path: Path, task: jm.Task, before: np.ndarray, after: np.ndarray) -> No
 
 
 def probabilities(learner: jm.Learner, params, task: jm.Task) -> jax.Array:
-    """Return the probability of each class for each query, of a learner that saw the support set."""
+    """Return the class probabilities of each query, after adaptation to the support set."""
     adapted = learner.adapt(params, task.support, jax.random.key(0))
     return jax.nn.softmax(learner.predict(params, adapted, task.query.x))
 
@@ -85,9 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="folder of a run of `jaxmeta train`")
-    parser.add_argument("--png", type=Path, default=Path("picture.png"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("run", type=Path, help="run folder of `jaxmeta train`")
+    parser.add_argument("--png", type=Path, default=Path("picture.png"), help="file for the picture")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the task")
     args = parser.parse_args()
 
     adapting, params = jm.load_run(args.run)

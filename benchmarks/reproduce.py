@@ -1,14 +1,14 @@
-"""Trains every method by its preset and writes its numbers down beside the published ones.
+"""Train every method by its preset and compare its accuracy with the published one.
 
     python benchmarks/reproduce.py [--rows maml anil …] [--data DIR] [--out DIR] [--seed S] [--json FILE]
 
-Each row is `jaxmeta train --preset …` in a process of its own: Omniglot, 5-way 1-shot, class split
-`vinyals`, 1,000 test tasks. With one seed all rows are tested on the same tasks, so that "minus maml" is the
-mean over tasks of the difference within each, with its 95 % confidence interval. A run that is there
-already, in --out, is not trained again, one that was stopped goes on.
+Each row is `jaxmeta train --preset …` in a separate process: Omniglot, 5-way 1-shot, class split `vinyals`,
+1,000 test tasks. All rows share a seed and so the test tasks: "minus maml" is the mean of the paired
+differences between tasks, with its 95 % confidence interval. Complete runs in --out are used as they are, and
+interrupted runs are resumed.
 
-The LSTM meta-learner also has its control, "fine-tuning": as many steps of plain SGD on the same tasks,
-from the random initialisation that its own training began with, with the best of 9 rates on validation
+The control for the LSTM meta-learner is "fine-tuning": as many steps of plain SGD on the same tasks, from the
+random initialisation of the meta-learner's own training, with the best of 9 learning rates on validation
 tasks.
 """
 
@@ -28,7 +28,7 @@ from jaxmeta.cli import build, sources
 from jaxmeta.cli.config import load_config
 from jaxmeta.cli.run import evaluation_key
 
-# method -> (preset, what was published of 5-way 1-shot, its budget)
+# method -> (preset, published 5-way 1-shot accuracy in %, published budget)
 ROWS = {
     "maml": ("omniglot", "98.7 ± 0.4 transductive", "60,000 meta-steps of 32 tasks"),
     "fomaml": ("omniglot-fomaml", "98.3 ± 0.5 transductive", "60,000 meta-steps of 32 tasks"),
@@ -57,7 +57,7 @@ CONTROL_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 def train(name: str, settings: list[str], args) -> Path:
-    """Folder of the run `name` in `args.out`, which is trained if it is not there or not whole."""
+    """Return the folder of the run `name` in `args.out`, after training it if it is missing or incomplete."""
     folder = args.out / name
     if (folder / "report.json").exists():
         return folder
@@ -94,12 +94,14 @@ def row_of(method: str, folder: Path) -> dict:
     }
 
 
-def differences(row: dict, folder: Path, to: Path) -> None:
-    """Adds to a row of results their difference to another run's, within each test task."""
-    own, others = (json.loads((each / "episodes.json").read_text()) for each in (folder, to))
-    cards = [json.loads((each / "report.json").read_text())["card"] for each in (folder, to)]
+def add_differences(row: dict, folder: Path, reference: Path) -> None:
+    """Add the mean difference to a reference run, paired by test task, to a row of results."""
+    own, others = (json.loads((each / "episodes.json").read_text()) for each in (folder, reference))
+    cards = [json.loads((each / "report.json").read_text())["card"] for each in (folder, reference)]
     if cards[0] != cards[1]:
-        raise ValueError(f"{folder} and {to} were tested on other tasks")
+        raise ValueError(
+            f"{folder} and {reference} were tested on different tasks: train both with the same settings"
+        )
     row["minus_maml"] = {
         name: jm.Evaluation.of(np.asarray(values) - np.asarray(others[name]))._asdict()
         for name, values in own.items()
@@ -107,7 +109,7 @@ def differences(row: dict, folder: Path, to: Path) -> None:
 
 
 def control(folder: Path, devices) -> dict:
-    """Plain fine-tuning from where the LSTM meta-learner began: accuracy by row, and the rate."""
+    """Return accuracy and learning rate of plain fine-tuning from the LSTM meta-learner's initialisation."""
     config = load_config(folder)
     key = jax.random.key(config.run.seed)
     tasks = sources.tasks_of(config, "train")
@@ -119,8 +121,8 @@ def control(folder: Path, devices) -> dict:
 
     def accuracy(rate, norm, split, episodes, key):
         tuned = jm.maml(network, inner_lr=rate, inner_steps=steps, norm=norm)
-        of = sources.tasks_of(config, split)
-        return jm.evaluate(tuned, params, of, episodes=episodes, key=key, devices=devices)
+        tasks = sources.tasks_of(config, split)
+        return jm.evaluate(tuned, params, tasks, episodes=episodes, key=key, devices=devices)
 
     validation = jm.training.validation_key(key)
     rate = max(CONTROL_RATES, key=lambda rate: accuracy(rate, "batch", "validation", 200, validation).mean)
@@ -157,7 +159,7 @@ def table(rows: dict) -> str:
         "published, %",
         "budget",
     ]
-    found = []
+    lines = []
     for method, row in rows.items():
         difference = row.get("minus_maml", {}).get("transductive")
         signed = (
@@ -171,11 +173,11 @@ def table(rows: dict) -> str:
         published = row.get("published", "")
         if row.get("published_budget"):
             published += f" ({row['published_budget']})"
-        found.append([f"`{method}`", *accuracies, signed, published, budget(row)])
-    # A column that no row has an entry of is left out.
-    used = [i for i in range(len(head)) if any(cells[i] for cells in found)]
-    lines = [[head[i] for i in used], ["---"] * len(used), *([cells[i] for i in used] for cells in found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([f"`{method}`", *accuracies, signed, published, budget(row)])
+    # Empty columns are left out.
+    used = [i for i in range(len(head)) if any(cells[i] for cells in lines)]
+    kept = [[head[i] for i in used], ["---"] * len(used), *([cells[i] for i in used] for cells in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in kept)
 
 
 def main(argv=None) -> None:
@@ -184,10 +186,10 @@ def main(argv=None) -> None:
     )
     add = parser.add_argument
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    add("--data", type=Path, help="folder with Omniglot's archives (default: the cache, or a download)")
-    add("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
+    add("--data", type=Path, help="folder with Omniglot's archives (default: downloaded to the cache)")
+    add("--out", type=Path, default=Path("runs/reproduce"), help="folder for the runs")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="also write the results here")
+    add("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     folders = {method: train(method, ["--preset", ROWS[method][0]], args) for method in args.rows}
     jax.config.update("jax_num_cpu_devices", cores())
@@ -195,7 +197,7 @@ def main(argv=None) -> None:
     for method, folder in folders.items():
         rows[method] = row_of(method, folder)
         if method != "maml" and "maml" in folders:
-            differences(rows[method], folder, folders["maml"])
+            add_differences(rows[method], folder, folders["maml"])
     if "lstm_meta_learner" in folders:
         rows["fine-tuning"] = control(folders["lstm_meta_learner"], jax.local_devices())
     print(table(rows))

@@ -1,8 +1,8 @@
-"""What `throughput.py` times: shapes, fixed tasks, and how many operations a meta-step of them is.
+"""Shapes, fixed tasks and operation counts of the meta-steps that `throughput.py` times.
 
-Operations are multiplications and additions of matrix products and convolutions, borders' products with
-zeros included, as is usual. Not counted: normalisation, activations, pooling, losses, updates, and whatever
-an implementation computes twice to save memory.
+Operations are the multiplications and additions of matrix products and convolutions, including products with
+padding zeros, as is usual. Normalisation, activations, pooling, losses, updates and recomputation to save
+memory are not counted.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import jaxmeta as jm
 
 @dataclasses.dataclass(frozen=True)
 class ConvRow:
-    """MAML's meta-step; without inner steps that of prototypical networks, which have no head.
+    """The meta-step of MAML or, with 0 inner steps, of prototypical networks, which have no head.
 
-    `features` is the width of what the linear head sees.
+    `features` is the input width of the linear head.
     """
 
     image: tuple[int, int, int]
@@ -34,7 +34,7 @@ class ConvRow:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Those of `torch_peers.PEERS` that can do it."""
+        """Names in `torch_peers.PEERS` of the libraries that can compute this row."""
         maml = ("torch.func", "torch.autograd", "higher", "learn2learn")
         return maml if self.inner_steps else ("torch.autograd",)
 
@@ -56,7 +56,7 @@ class ConvRow:
         return _tasks(self, count, seed)
 
     def operations(self, order: str) -> int:
-        """Floating-point operations of one meta-step: 2 × multiply-adds of convolutions and head.
+        """Return the floating-point operations of one meta-step: 2 × multiply-adds of convolutions and head.
 
         A linear layer is y = A(x, w). Per image and layer, in units of one forward pass (M multiply-adds):
 
@@ -66,14 +66,14 @@ class ConvRow:
             the gradient's gradient: of w̄ to ȳ and x, of x̄
             to ȳ and w, of y to x and w                           2             6
 
-        The first layer's input is data: x̄ and every term that starts from it or leads to it are absent.
-        Of the third line it keeps w̄ to ȳ and y to w. Forward-over-reverse has as many: each of the three
-        bilinear maps has two tangents.
+        The first layer's input is data, so x̄ and every term from or to it are absent: the third line keeps
+        w̄ to ȳ and y to w. Forward-over-reverse mode needs as many units, because each of the three bilinear
+        maps has two tangents.
 
-        Support images take part in every inner step: 1 + 1 + 2 units there (first layer) or 1 + 2 + 6
-        (others) in second order, 1 + 1 or 1 + 2 in first. Query images take part once, in the outer
-        gradient: 1 + 1 or 1 + 2. Prototypical networks have one pass over all images and its gradient,
-        1 + 1 or 1 + 2, and the distances.
+        Support images take part in every inner step, with 1 + 1 + 2 units (first layer) or 1 + 2 + 6
+        (other layers) in second order, and 1 + 1 or 1 + 2 in first order. Query images take part once, in the
+        outer gradient: 1 + 1 or 1 + 2. Prototypical networks have one forward and one backward pass over all
+        images, 1 + 1 or 1 + 2, and the distances.
         """
         layers = _conv_layers(self.image, self.filters, blocks=4, strided=self.strided)
         if not self.inner_steps:
@@ -91,7 +91,7 @@ class ConvRow:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceRow:
-    """The meta-step of memory-augmented networks, on sequences without queries after them."""
+    """The meta-step of memory-augmented networks, on sequences with an empty query set."""
 
     image: tuple[int, int, int] = (20, 20, 1)
     ways: int = 5
@@ -102,7 +102,7 @@ class SequenceRow:
     heads: int = 4
     meta_batch: int = 16
     outer_lr: float = 1e-3
-    # All sequences of a device take each step together, as in the registry.
+    # All sequences of a device advance together, as the learner declares.
     strategy: str | int = "vmap"
     peers = ("torch.autograd",)
 
@@ -128,22 +128,22 @@ class SequenceRow:
         return jm.Task(batch(self.length), batch(0))
 
     def operations(self, order: str) -> int:
-        """Products of the controller, the heads and the memory, once forward and twice for the gradient.
+        """Return the operations of controller, heads and memory: one unit forward and two for the gradient.
 
-        What comes in from outside is data, whose gradient is not needed: once and once.
+        The inputs are data and need no gradient: their products take one unit forward and one backward.
         """
         del order
         gates, reads = 4 * self.hidden, self.heads * self.width
-        outside = (np.prod(self.image) + self.ways) * gates
-        # Written, compared and read: three products of a memory's size for each head.
-        inside = (self.hidden + reads) * gates + self.hidden * (reads + self.heads) + 3 * reads * self.rows
+        inputs = (np.prod(self.image) + self.ways) * gates
+        # Each head has three products of the memory's size: write, compare and read.
+        recurrent = (self.hidden + reads) * gates + self.hidden * (reads + self.heads) + 3 * reads * self.rows
         outputs = (self.hidden + reads) * self.ways
-        return int(2 * self.meta_batch * self.length * (2 * outside + 3 * (inside + outputs)))
+        return int(2 * self.meta_batch * self.length * (2 * inputs + 3 * (recurrent + outputs)))
 
 
 @dataclasses.dataclass(frozen=True)
 class FastWeightsRow:
-    """The meta-step of Meta Networks, as published for Omniglot; nothing else maintained computes it."""
+    """The meta-step of Meta Networks, as published for Omniglot; no maintained peer implements it."""
 
     image: tuple[int, int, int] = (28, 28, 1)
     filters: int = 64
@@ -176,12 +176,12 @@ class FastWeightsRow:
         return _tasks(self, count, seed)
 
     def operations(self, order: str) -> int:
-        """Both networks, both generators, and the mixtures of examples' weights that queries read.
+        """Return the operations of both networks, both generators, and the mixtures that queries read.
 
-        Gradients of the support set are those of slow weights alone, and nothing is differentiated through
-        them: one pass and its gradient. After that every layer has two products, of slow and of fast
-        weights, with a pass and its gradient for both, in the embedding for support set and queries, in the
-        base learner for queries. The first layer's images need no gradient.
+        The support gradients are with respect to the slow weights only and are not differentiated: one
+        forward and one backward pass. Afterwards every layer has two products, with slow and with fast
+        weights, each with a forward and a backward pass: in the embedding for support and query set, in the
+        base learner for the query set. The first layer's images need no gradient.
         """
         del order
         layers = _conv_layers(self.image, self.filters, blocks=5, ceil=True)
@@ -203,7 +203,7 @@ class FastWeightsRow:
 
 
 def _conv_layers(image, filters, blocks, *, strided=False, ceil=False) -> list[int]:
-    """Multiply-adds of each 3×3 convolution for one image."""
+    """Return the multiply-adds of each 3×3 convolution for one image."""
     (height, width, channels), layers = image, []
     for _ in range(blocks):
         if strided:
@@ -216,7 +216,7 @@ def _conv_layers(image, filters, blocks, *, strided=False, ceil=False) -> list[i
 
 
 def _tasks(row: ConvRow | FastWeightsRow, count: int, seed: int) -> jm.Task:
-    """`count` fixed tasks of random images, one class apart from the next by its own mean image."""
+    """Return `count` fixed tasks of random images; each class has its own mean image."""
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(count, row.ways, 1, *row.image))
 

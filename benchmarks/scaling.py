@@ -1,28 +1,27 @@
-"""What a meta-step asks of 1 to 256 devices: counted in compiled programs, then predicted for accelerators.
+"""Cost of a meta-step on 1 to 256 devices, counted in compiled programs, and predicted step times.
 
     python benchmarks/scaling.py [--models conv4 …] [--devices 1 2 8 64 256] [--topology v5e:2x4 …]
                                  [--json FILE] [--png FILE]
 
-Nothing is run and nothing is measured. `jm.meta_step` is lowered with shapes in place of arrays and compiled,
-for virtual devices that this machine's CPU stands in for and, where the package libtpu of `jax[tpu]` is
-installed, by the TPU's own compiler for a TPU topology, without a TPU. Tasks a device stay the same (weak
-scaling); all tasks of a device are taken at once, as accelerators do. Of one device's program are counted, by
-`hlo.py`:
+Nothing is run or measured. `jm.meta_step` is lowered with shapes in place of arrays and compiled for virtual
+CPU devices and, where the package libtpu of `jax[tpu]` is installed, by the TPU compiler for a TPU topology,
+which needs no TPU. The number of tasks per device is constant (weak scaling), and all tasks of a device run
+at once, as on accelerators. For the program of one device, `hlo.py` counts:
 
-- collectives: their kind, number, operand bytes and devices together, each as often as a step runs it. Only
-  gradients, loss and metrics should cross devices, once a meta-step;
-- bytes moved: what a device sends in a ring all-reduce of S bytes, 2 (n − 1)/n · S;
-- operations: 2 × multiply-adds of matrix products and convolutions, without those with a zero of padding or
+- collectives: kind, number, operand bytes and devices, each as often as a step runs it. Only gradients, loss
+  and metrics should cross devices, once per meta-step;
+- bytes moved: 2 (n − 1)/n · S, the bytes that a device sends in a ring all-reduce of S bytes;
+- operations: 2 × multiply-adds of matrix products and convolutions, without products with zeros of padding or
   dilation;
-- memory: arguments, results that do not take an argument's place, and temporaries;
-- traffic of main memory: what a TPU's program reads and writes there. A CPU's is no guide to another's; an
-  estimate takes its place: arguments and results once, temporaries written once and read once;
-- cycles: how long a TPU's compiler itself expects its program to take.
+- memory: arguments, results that do not reuse an argument's buffer, and temporaries;
+- main-memory traffic: bytes that a TPU's program reads and writes there. A CPU's program says little about
+  other hardware, so its traffic is estimated: arguments and results once, temporaries written and read once;
+- cycles: the TPU compiler's own estimate of the program's run time.
 
-A step is predicted to take its work and then the all-reduce, nothing overlapping; efficiency is the part that
-is work. The work is a roofline, max(operations / peak, traffic / memory bandwidth), about the least it can
-take, which makes efficiency the least, too; and, of a TPU's own program, what its compiler expects. Left out:
-input, the host, devices that wait for one another, other traffic on the network.
+A predicted step is its work followed by the all-reduce, without overlap; efficiency is the share of work. The
+work is a roofline, max(operations / peak, traffic / memory bandwidth), a lower bound, which makes the
+efficiency a lower bound as well; for a TPU's program it is also the compiler's estimate. Left out are input,
+the host, devices that wait for one another, and other traffic on the network.
 """
 
 import argparse
@@ -52,7 +51,7 @@ ROOFLINE, COMPILER = "roofline", "compiler's cycles"
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A learner and the tasks of one device; `queries` and `shots` a class."""
+    """A learner and the tasks of one device, with `shots` and `queries` per class."""
 
     description: str
     learner: Callable[[], jm.Learner]
@@ -63,7 +62,7 @@ class Model:
     shots: int = 1
 
     def batch(self, tasks: int) -> jm.Task:
-        """Shapes of a batch of tasks."""
+        """Return the shapes of a batch of tasks."""
 
         def part(each: int) -> jm.Batch:
             x = jax.ShapeDtypeStruct((tasks, self.ways * each, *self.image), jnp.float32)
@@ -99,15 +98,15 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """Published rates of one device, a second, and its network.
+    """Published rates of a device and of its network.
 
     Attributes:
-      peak: operations on float32 arrays in JAX's default precision of matrix products.
-      bandwidth: of its memory, in bytes.
-      capacity: of its memory, in bytes.
+      peak: operations per second on float32 arrays, in JAX's default precision of matrix products.
+      bandwidth: memory bandwidth, in bytes per second.
+      capacity: memory, in bytes.
       all_reduce: `(bytes, devices) -> (seconds of transfer, seconds of latency)`.
-      kind: JAX's name of such a device, whose own program is used where there is one.
-      clock: cycles.
+      kind: JAX's name of the device kind, to find programs compiled for it; None if there are none.
+      clock: cycles per second; None where the compiler estimates no cycles.
     """
 
     peak: float
@@ -119,16 +118,16 @@ class Accelerator:
 
 
 def ring_bytes(size: float, devices: int) -> float:
-    """What a device sends in a ring all-reduce of `size` bytes: scattered sums, then gathered."""
+    """Return the bytes that a device sends in a ring all-reduce of `size` bytes."""
     return 2 * (devices - 1) / devices * size
 
 
 def torus(size: int, devices: int) -> tuple[float, float]:
-    """All-reduce on a slice of TPU v5e, a grid as square as can be, along both of its axes at a time.
+    """Return the seconds of an all-reduce on a TPU v5e slice, along both axes of a near-square grid at once.
 
-    A chip has 4 ports, two an axis; 1,600 Gbit/s a chip are 50 GB/s a port each way. An axis shorter than the
-    pod's 16 chips is a line, not a ring, and half as fast. Google publishes no latency: 1 µs a hop is the
-    Scaling Book's.
+    A chip has 4 ports, two per axis; 1,600 Gbit/s per chip are 50 GB/s per port and direction. An axis
+    shorter than the pod's 16 chips is a line, not a ring, and half as fast. Google publishes no latency: 1 µs
+    per hop is the Scaling Book's figure.
     """
     side = max(k for k in range(1, math.isqrt(devices) + 1) if devices % k == 0)
     axes = [k for k in (side, devices // side) if k > 1]
@@ -138,11 +137,11 @@ def torus(size: int, devices: int) -> tuple[float, float]:
 
 
 def nodes_of_eight(size: int, devices: int) -> tuple[float, float]:
-    """All-reduce within nodes of 8 H100 (NVLink), of an eighth each across nodes (InfiniBand).
+    """Return the seconds of an all-reduce in nodes of 8 H100 (NVLink) and between nodes (InfiniBand).
 
-    900 GB/s of NVLink are both directions; 400 Gbit/s of a GPU's own InfiniBand adapter are one. Where
-    latency matters NCCL takes a tree, which needs a logarithm of the nodes where a ring needs their number;
-    its latency is that of the model by which NCCL chooses (src/graph/tuning.cc, LL128).
+    NVLink's 900 GB/s are the sum of both directions; the 400 Gbit/s of a GPU's InfiniBand adapter are one
+    direction. Where latency matters NCCL uses a tree, whose latency grows with the logarithm of the number of
+    nodes rather than linearly; the constants are those of NCCL's own cost model (src/graph/tuning.cc, LL128).
     """
     within, nodes = min(devices, 8), math.ceil(devices / 8)
     transfer = ring_bytes(size, within) / 450e9 + ring_bytes(size / within, nodes) / 50e9
@@ -150,10 +149,10 @@ def nodes_of_eight(size: int, devices: int) -> tuple[float, float]:
 
 
 # TPU v5e: https://cloud.google.com/tpu/docs/v5e and, for latency, https://jax-ml.github.io/scaling-book/sharding.
-# Products of float32 are by default one bfloat16 pass of 4 matrix units of 128 × 128; so the clock, which is
-# not published, is 197e12 / (2 · 4 · 128²).
+# By default a float32 product is one bfloat16 pass on 4 matrix units of 128 × 128. The clock rate is not
+# published; these figures give 197e12 / (2 · 4 · 128²).
 # H100 SXM: https://www.nvidia.com/en-us/data-center/h100 and the DGX SuperPOD reference architecture.
-# Products of float32 are by default TensorFloat-32, at half of the data sheet's 989 TFLOP/s with sparsity.
+# By default a float32 product is TensorFloat-32, at half of the data sheet's 989 TFLOP/s with sparsity.
 ACCELERATORS = {
     "TPU v5e": Accelerator(197e12, 819e9, 16e9, torus, kind="TPU v5 lite", clock=1.5e9),
     "H100 SXM": Accelerator(494.5e12, 3.35e12, 80e9, nodes_of_eight),
@@ -161,7 +160,7 @@ ACCELERATORS = {
 
 
 def compile_row(model: Model, devices: list[jax.Device]) -> dict:
-    """Compiles a meta-step on these devices and counts what it asks of one."""
+    """Compile a meta-step for these devices and count the cost of one device."""
     count = len(devices)
     learner, optimizer, tasks = model.learner(), optax.adam(1e-3), model.tasks * count
     step = jm.meta_step(learner, optimizer, tasks, "vmap", devices=devices)
@@ -180,7 +179,7 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
     state = placed(jax.eval_shape(start, batch), PartitionSpec())
     lowered = jax.jit(step, donate_argnums=0).lower(state, placed(batch, PartitionSpec(sharding.TASKS)))
     cpu = devices[0].platform == "cpu"
-    # Machine code that is not run need not be fast. What XLA does before that stays.
+    # The program is never run, so LLVM's optimisations are wasted; XLA's passes on HLO stay as they are.
     compiled = lowered.compile({"xla_backend_optimization_level": 0} if cpu else None)
     program, memory = read_program(compiled.as_text()), compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes
@@ -200,7 +199,7 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
         "argument_bytes": arguments,
         "result_bytes": results,
         "temporary_bytes": temporaries,
-        # A TPU's peak is not the sum: it is of main memory, and some temporaries are on the chip.
+        # On a TPU some temporaries lie on the chip, so the peak of main memory is less than the sum.
         "memory_bytes": arguments + results + temporaries if cpu else memory.peak_memory_in_bytes,
         "operations": operations(program),
         "operations_loops_once": compiled.cost_analysis()["flops"],
@@ -210,7 +209,7 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
 
 
 def roofline(row: dict, accelerator: Accelerator) -> dict[str, float]:
-    """Seconds that the work of a step takes at least, by what bounds it."""
+    """Return lower bounds of the seconds of a step's work, by name of the limiting resource."""
     return {
         "arithmetic": row["operations"] / accelerator.peak,
         "memory traffic": row["traffic_bytes"] / accelerator.bandwidth,
@@ -218,7 +217,7 @@ def roofline(row: dict, accelerator: Accelerator) -> dict[str, float]:
 
 
 def predict(work: float, size: int, accelerator: Accelerator, devices: int) -> dict:
-    """Seconds of a step of `work` seconds and an all-reduce of `size` bytes; the part that is work."""
+    """Return seconds and efficiency of a step of `work` seconds and an all-reduce of `size` bytes."""
     transfer, latency = accelerator.all_reduce(size, devices)
     step = work + transfer + latency
     seconds = {"work": work, "transfer": transfer, "latency": latency, "step": step}
@@ -226,65 +225,65 @@ def predict(work: float, size: int, accelerator: Accelerator, devices: int) -> d
 
 
 def predictions_of(rows: list[dict]) -> list[dict]:
-    """Weak scaling of each model on each accelerator, by its own program where there is one."""
-    found = []
+    """Predict the weak scaling of each model on each accelerator, from its own program where available."""
+    predictions = []
     for model in dict.fromkeys(row["model"] for row in rows):
         for name, accelerator in ACCELERATORS.items():
             shared = [row for row in rows if row["model"] == model and row["devices"] > 1]
             own = [row for row in shared if row["kind"] == accelerator.kind]
-            # A device's share is the same on any number of devices.
+            # In weak scaling one device's program is the same for any number of devices: take the last row.
             row = next(reversed(own or [row for row in shared if row["kind"] == "cpu"]), None)
             if row is None:
                 continue
             if others := {each["kind"] for each in row["collectives"]} - {"all-reduce"}:
                 raise ValueError(
-                    f"{model}: {', '.join(others)} cross devices, too, of which no cost is known"
+                    f"{model}: {', '.join(others)} cross devices; only an all-reduce has a cost model"
                 )
             bounds = roofline(row, accelerator)
             bound = max(bounds, key=bounds.get)
-            ways = {ROOFLINE: (bounds[bound], bound)}
+            estimates = {ROOFLINE: (bounds[bound], bound)}
             if own:
-                ways[COMPILER] = row["cycles"] / accelerator.clock, "its cycles"
-            for way, (work, bound) in ways.items():
+                estimates[COMPILER] = row["cycles"] / accelerator.clock, "its cycles"
+            for estimate, (work, bound) in estimates.items():
                 points = [predict(work, row["all_reduced_bytes"], accelerator, n) for n in PREDICTED]
-                said = say_bound(MODELS[model], row, bound, accelerator.capacity, points[-1])
-                about = {"model": model, "accelerator": name, "program": row["kind"], "work": way}
-                found.append(about | {"label": LABEL, "points": points, "bound": said})
-    return found
+                text = describe_bound(MODELS[model], row, bound, accelerator.capacity, points[-1])
+                about = {"model": model, "accelerator": name, "program": row["kind"], "work": estimate}
+                predictions.append(about | {"label": LABEL, "points": points, "bound": text})
+    return predictions
 
 
-def say_bound(model: Model, row: dict, bound: str, capacity: float, last: dict) -> str:
-    """What bounds the step on the largest number of devices."""
+def describe_bound(model: Model, row: dict, bound: str, capacity: float, last: dict) -> str:
+    """Describe the bottleneck of a step on the largest number of devices."""
     seconds = last["seconds"]
     work, crossing = seconds["work"], seconds["transfer"] + seconds["latency"]
     part = "latency" if seconds["latency"] > seconds["transfer"] else "bandwidth"
-    most = bound if work > crossing else f"the {part} of the all-reduce"
-    # Of a step of t tasks a device, t · work / tasks are work.
+    bottleneck = bound if work > crossing else f"the {part} of the all-reduce"
+    # With t tasks per device the work is t · work / tasks; 19 times the all-reduce is an efficiency of 95 %.
     enough = math.ceil(19 * crossing / (work / model.tasks))
     fits = "fits in" if row["memory_bytes"] < capacity else "does NOT fit in"
     return (
-        f"on {last['devices']} devices it is bound by {most}: work {1e3 * work:.3g} ms ({bound}), all-reduce "
-        f"{1e3 * crossing:.3g} ms, mostly {part}. Tasks a device for 95% efficiency: about {enough}. "
-        f"A device needs {row['memory_bytes'] / 1e9:.2g} GB, which {fits} {capacity / 1e9:.0f} GB."
+        f"on {last['devices']} devices it is bound by {bottleneck}: work {1e3 * work:.3g} ms ({bound}), "
+        f"all-reduce {1e3 * crossing:.3g} ms, mostly {part}. Tasks a device for 95% efficiency: about "
+        f"{enough}. A device needs {row['memory_bytes'] / 1e9:.2g} GB, which {fits} {capacity / 1e9:.0f} GB."
     )
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU topology such as "v5e:2x4", of which there need be none.
+    """Return the devices of a TPU topology such as "v5e:2x4", which need not exist.
 
     Raises:
-      SystemExit: this installation cannot describe it.
+      SystemExit: this installation cannot describe the topology.
     """
     from jax.experimental import topologies
 
-    # Or libtpu asks the network what machine it is on.
+    # Otherwise libtpu queries the cloud's metadata server, which a machine outside of the cloud lacks.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:  # whatever the plugin raises
         raise SystemExit(
-            f"--topology: got {name}, which this JAX cannot describe: {error}. It takes the TPU's compiler, "
-            "pip install 'jax[tpu]', and a name such as v5e:2x4; leave it out for virtual devices only"
+            f"--topology: got {name}, which this JAX cannot describe: {error}. Install the TPU compiler, "
+            "pip install 'jax[tpu]', and give a name such as v5e:2x4; omit the flag for virtual devices only"
         ) from error
 
 
@@ -292,9 +291,9 @@ def print_row(row: dict) -> None:
     kinds = {}
     for each in row["collectives"]:
         kinds[each["kind"]] = kinds.get(each["kind"], 0) + each["times"]
-    said = ", ".join(f"{times} {kind}" for kind, times in kinds.items()) or "none"
+    summary = ", ".join(f"{times} {kind}" for kind, times in kinds.items()) or "none"
     print(
-        f"{row['model']:10}{row['kind']:12}{row['devices']:8d}{row['tasks']:7d}  {said:14}"
+        f"{row['model']:10}{row['kind']:12}{row['devices']:8d}{row['tasks']:7d}  {summary:14}"
         f"{row['all_reduced_bytes']:13,d}{row['moved_bytes'] / 1e6:10.3f}{row['memory_bytes'] / 1e6:10.1f}"
         f"{row['traffic_bytes'] / 1e9:9.3f}{row['operations'] / 1e9:11.3f}{row['cycles'] / 1e6:9.1f}",
         flush=True,
@@ -310,7 +309,7 @@ def print_predictions(predictions: list[dict]) -> None:
     for each in predictions:
         shares = "".join(f"{100 * point['efficiency']:7.1f}" for point in each["points"])
         print(f"{each['model']:10}{each['accelerator']:13}{each['program']:13}{each['work']:19}{shares}")
-    print(f"\nWhat bounds it ({LABEL}):\n")
+    print(f"\nBottlenecks ({LABEL}):\n")
     for each in predictions:
         print(f"- {each['model']}, {each['accelerator']}, work by {each['work']}: {each['bound']}")
 
@@ -357,20 +356,26 @@ def main(argv=None) -> None:
     )
     add = parser.add_argument
     add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    add("--devices", type=number_of_devices, nargs="*", default=[1, 2, 8, 64, 256], help="virtual ones")
-    add("--topology", nargs="*", default=[], help="TPU topologies to compile for besides, such as v5e:2x4")
-    add("--json", type=Path, help="also write the result here")
-    add("--png", type=Path, help="draw the predicted efficiency here")
+    add(
+        "--devices",
+        type=number_of_devices,
+        nargs="*",
+        default=[1, 2, 8, 64, 256],
+        help="numbers of virtual devices",
+    )
+    add("--topology", nargs="*", default=[], help="also compile for these TPU topologies, such as v5e:2x4")
+    add("--json", type=Path, help="also write the results to this file")
+    add("--png", type=Path, help="also draw the predicted efficiency into this file")
     args = parser.parse_args(argv)
-    # Also where there are accelerators: none is needed.
+    # CPU devices are enough, even where accelerators are visible.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(args.devices, default=1))
-    # Of a program from the cache there is less to be read.
+    # The text and statistics of a program from the cache are incomplete.
     jax.config.update("jax_enable_compilation_cache", False)
     sets = [jax.devices()[:count] for count in args.devices] + [topology_devices(n) for n in args.topology]
     machine = describe_machine(jax.devices()[:1])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print("\nCompiled, not run; of one device, a meta-step:\n")
+    print("\nCompiled, not run; one device, one meta-step:\n")
     print(
         f"{'':39}{'all-reduced':>27}{'moved':>10}{'memory':>10}{'traffic':>9}{'operations':>11}{'cycles':>9}"
         f"\n{'model':10}{'compiled for':12}{'devices':>8}{'tasks':>7}  {'collectives':14}"

@@ -1,11 +1,11 @@
-"""Times training from a stream of records on disk beside training from the device's memory.
+"""Compare the speed of training from a stream of records on disk with training from device memory.
 
     python benchmarks/streaming.py [--images N] [--steps N] [--rounds R] [--workers W] [--json FILE]
 
-Both are `jm.train` on the same prepared images, mini-ImageNet's shapes: second-order MAML, 5-way 1-shot,
-15 queries, Conv4-32, 5 inner steps, 4 tasks of 84×84×3. They take turns, round after round; the rate is
-that of the steps without compilation (`Progress.steps_per_second`), the ratio the median over rounds. The
-time to read one batch, by itself, tells how far the stream is from being what bounds the training.
+Both are `jm.train` on the same prepared images with mini-ImageNet's shapes: second-order MAML, 5-way 1-shot,
+15 queries, Conv4-32, 5 inner steps, 4 tasks of 84×84×3. They alternate in each round. The rate leaves out
+compilation (`Progress.steps_per_second`), and the ratio is the median over rounds. The time to read one batch
+alone shows how far the stream is from limiting the training.
 """
 
 import argparse
@@ -26,13 +26,13 @@ import jaxmeta as jm
 from jaxmeta.tasks.prepared import prepare
 
 CLASSES, SHAPE = 64, (84, 84, 3)
-WARM_UP = 8  # steps before those that are timed, and between reports
+WARM_UP = 8  # untimed first steps, and steps between reports
 PROTOCOL = {"ways": 5, "shots": 1, "queries": 15}
 META_BATCH = 4
 
 
 def make_images(count: int) -> jm.tasks.Prepared:
-    """As many classes as mini-ImageNet's training part, of `count` images of noise each."""
+    """Return prepared noise images, `count` for each of mini-ImageNet's 64 training classes."""
     rng = np.random.default_rng(0)
     images = (
         (f"class{i:02d}", rng.integers(0, 256, SHAPE, np.uint8)) for i in range(CLASSES) for _ in range(count)
@@ -41,7 +41,7 @@ def make_images(count: int) -> jm.tasks.Prepared:
 
 
 def rate_of(tasks, steps: int, key) -> float:
-    """Meta-steps per second of `jm.train`, its last `steps` steps alone."""
+    """Return the meta-steps per second of `jm.train` over its last `steps` steps."""
     rates = []
     learner = jm.maml(jm.nn.Conv4(ways=5, filters=32), inner_lr=0.05, inner_steps=5)
     jm.train(
@@ -54,7 +54,7 @@ def rate_of(tasks, steps: int, key) -> float:
         log_every=WARM_UP,
         report=lambda event: rates.append(event.steps_per_second),
     )
-    # The first report has the first, cold steps in it.
+    # The first report includes compilation and cold caches.
     return statistics.harmonic_mean(rates[1:])
 
 
@@ -63,12 +63,12 @@ def main(argv=None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--images", type=int, default=100, help="of each of the 64 classes (mini-ImageNet: 600)"
+        "--images", type=int, default=100, help="images of each of the 64 classes (mini-ImageNet: 600)"
     )
-    parser.add_argument("--steps", type=int, default=16, help="meta-steps in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: threads")
-    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--steps", type=int, default=16, help="timed meta-steps in a round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to take the median over")
+    parser.add_argument("--workers", type=int, default=0, help="reader processes; 0: threads")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", min(cores(), META_BATCH))
 

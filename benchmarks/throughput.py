@@ -1,20 +1,21 @@
-"""Times our meta-steps beside PyTorch's, on the same shapes, in one run: second-order MAML's, and those of
-prototypical, memory-augmented and Meta Networks.
+"""Benchmark of jaxmeta's meta-steps against PyTorch's on the same shapes.
+
+The rows are second-order MAML, prototypical networks, memory-augmented networks and Meta Networks.
 
     python benchmarks/throughput.py [--rows omniglot …] [--no-peers] [--loop] [--json FILE]
 
-What is compared: one meta-step = the tasks' loss, its meta-gradient averaged over them, Adam update; same
-network, same number of weights, same batch statistics, same number format. Before anything is timed,
-each peer's meta-gradient is compared with ours at the same weights.
+A meta-step is the loss of the tasks, its meta-gradient averaged over them, and an Adam update, with the same
+network, number of weights, batch statistics and number format. Before the timing each peer's meta-gradient is
+compared with ours at the same weights.
 
-How: every contender does its steps in turn, round after round, so that what else the machine does
-falls on all alike. A ratio is the median over rounds of peer's time / our time in the same round.
-Ours is `jm.meta_step` in one compiled loop over steps, as `jm.train` runs it, task sampling included,
-on as many devices as divide the tasks, or, where a task's examples can be shared, on all
-(`jm.train(devices=…)`); the peers get their tasks ready-made. Where PyTorch is absent ours is timed alone.
+The contenders take turns in each round, so that other load on the machine affects all of them alike. A ratio
+is the median over rounds of the peer's time divided by our time in the same round. Ours is `jm.meta_step` in
+one compiled loop over steps, as `jm.train` runs it, task sampling included, on as many devices as divide the
+tasks or, where a task's examples can be sharded, on all devices (`jm.train(devices=…)`); the peers get their
+tasks ready-made. Without PyTorch only ours is timed.
 
-Shapes, and the count of operations, are in rows.py. Their share of the machine's limit is against the best
-float32 matrix product found in the same run, timed in the same rounds.
+Shapes and operation counts are in rows.py. The share of the machine's limit is relative to its fastest
+float32 matrix product, timed in the same rounds.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import statistics
 import time
 from pathlib import Path
 
-# Leaves room on a GPU for the peers.
+# JAX would otherwise reserve most of a GPU's memory, which the peers need.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -48,7 +49,7 @@ def draw(pool, key):
 
 
 def as_distribution(pool: jm.Task) -> jm.TaskDistribution:
-    """Draws from the fixed tasks; they are an argument of the compiled step, as real data are."""
+    """Return a distribution over fixed tasks, which are an argument of the compiled step as real data are."""
     sample = jax.tree_util.Partial(draw, jax.tree.map(jnp.asarray, pool))
     return jm.TaskDistribution(sample, jm.ProtocolCard(tasks="fixed random images", split="train"))
 
@@ -81,17 +82,17 @@ class Ours:
         self.compile_s = time.perf_counter() - started
 
     def gradient(self, params, pool):
-        """Mean meta-gradient over the tasks of `pool` at `params`, through the meta-step itself."""
-        # An outer optimizer that keeps the gradient, in a batch of as many copies of one task.
+        """Return the mean meta-gradient over the tasks of `pool` at `params`, by the meta-step itself."""
+        # This outer optimizer stores the gradient; the meta-batch consists of copies of one task.
         keep = optax.trace(decay=0.0)
         step = jax.jit(jm.meta_step(self.learner, keep, self.row.meta_batch, self.strategy))
         count, total = len(pool.support.y), None
         for i in range(count):
             one = as_distribution(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], pool))
-            now = jax.tree.map(jnp.asarray, params)
-            state = jm.TrainState(jnp.int32(0), now, keep.init(now), jax.random.key(i))
-            found = jax.device_get(step(state, one.sample)[0].opt_state.trace)
-            total = found if total is None else jax.tree.map(np.add, total, found)
+            start = jax.tree.map(jnp.asarray, params)
+            state = jm.TrainState(jnp.int32(0), start, keep.init(start), jax.random.key(i))
+            gradient = jax.device_get(step(state, one.sample)[0].opt_state.trace)
+            total = gradient if total is None else jax.tree.map(np.add, total, gradient)
         return jax.tree.map(lambda leaf: leaf / count, total)
 
     def steps(self, count):
@@ -102,30 +103,30 @@ class Ours:
 
 
 def gradient_error(ours: dict, theirs: dict) -> float:
-    """‖ours − theirs‖ / ‖ours‖ over all arrays.
+    """Return ‖ours − theirs‖ / ‖ours‖ over all arrays.
 
-    In float32 a max-pool or ReLU within rounding of a tie may choose differently in two
-    implementations, and the gradient then jumps by that pixel's share: hence the tolerance of the
-    pooled row. tests/test_torch_parity.py makes the same comparison in float64.
+    In float32 two implementations may resolve a near-tie of a max-pool or ReLU differently, and the gradient
+    then jumps by that pixel's share: hence the tolerance. tests/test_torch_parity.py makes the same
+    comparison in float64.
     """
     difference = sum(np.square(leaf - theirs[name]).sum() for name, leaf in ours.items())
     return float(np.sqrt(difference / sum(np.square(leaf).sum() for leaf in ours.values())))
 
 
 def make_peers(row, ours, order, pool, device, names):
-    """The peers that can be imported, checked against our gradient, each in its faster memory format."""
+    """Return the named peers, checked against our gradient, each in its faster memory format."""
     import torch_peers
 
     kind = torch_peers.kind_of(row)
     rng = np.random.default_rng(1)
-    # Away from the initial zeros and ones, so that no term of the gradient is missing by accident.
+    # At the initial zeros and ones some terms of the gradient vanish, and their errors would go unnoticed.
     params = jax.tree.map(
         lambda leaf: leaf + rng.normal(scale=0.1, size=leaf.shape).astype(np.float32) * max(leaf.std(), 0.5),
         ours.params,
     )
-    few = jax.tree.map(lambda leaf: leaf[:2], pool)
-    expected = kind.from_ours(ours.gradient(params, few), row)
-    flat = [(t.support.x, t.support.y, t.query.x, t.query.y) for t in (few, pool)]
+    two = jax.tree.map(lambda leaf: leaf[:2], pool)
+    expected = kind.from_ours(ours.gradient(params, two), row)
+    flat = [(t.support.x, t.support.y, t.query.x, t.query.y) for t in (two, pool)]
     peers = {}
     for name in names:
         candidates = []
@@ -153,7 +154,7 @@ def make_peers(row, ours, order, pool, device, names):
 
 
 def time_rounds(contenders: dict, rate, repeats: int, seconds: float) -> tuple[dict, list[float]]:
-    """Seconds a step of each contender in each round, and the matrix-product rate of each round."""
+    """Return the seconds per step of each contender, and the matrix-product rate, in each round."""
     counts = {}
     for name, steps in contenders.items():
         steps(1)
@@ -171,10 +172,10 @@ def time_rounds(contenders: dict, rate, repeats: int, seconds: float) -> tuple[d
 
 
 def time_loop(row, ours, repeats, steps):
-    """Rate of `jm.train` relative to the bare compiled step: the median over rounds, each both ways."""
+    """Return the rate of `jm.train` relative to the bare compiled step, one ratio per round."""
     ratios = []
     for repeat in range(repeats):
-        seen = []
+        events = []
         jm.train(
             ours.learner,
             ours.tasks,
@@ -183,11 +184,11 @@ def time_loop(row, ours, repeats, steps):
             key=jax.random.key(repeat),
             meta_batch=row.meta_batch,
             strategy=ours.strategy,
-            report=seen.append,
+            report=events.append,
         )
         in_loop = steps / sum(
             (event.step - before) / event.steps_per_second
-            for before, event in zip([0, *(e.step for e in seen)], seen, strict=False)
+            for before, event in zip([0, *(e.step for e in events)], events, strict=False)
         )
         started = time.perf_counter()
         ours.steps(steps)
@@ -196,20 +197,20 @@ def time_loop(row, ours, repeats, steps):
 
 
 def torch_setting(platform_name, precision):
-    """`(device, description)` of the peers, or `(None, why not)`."""
+    """Return `(device, description)` of the peers, or `(None, reason)` where they cannot run."""
     if importlib.util.find_spec("torch") is None:
-        return None, "PyTorch is not installed: ours alone"
+        return None, "PyTorch is not installed: only ours is timed"
     import torch
     import torch_peers
 
     device = {"cpu": "cpu", "gpu": "cuda" if torch.cuda.is_available() else None}.get(platform_name)
     if device is None:
-        return None, f"PyTorch cannot use this {platform_name}: ours alone"
+        return None, f"PyTorch cannot use this {platform_name}: only ours is timed"
     return device, torch_peers.configure(cores(), precision in ("highest", "float32"))
 
 
 def run_row(name, args, torch_device, matrix) -> dict:
-    """Times one row and prints its table."""
+    """Time one row and print its table."""
     row = ROWS[name]
     pool = row.tasks(row.meta_batch, seed=0)
     ours = Ours(row, pool, args.order, args.strategy)
@@ -217,7 +218,7 @@ def run_row(name, args, torch_device, matrix) -> dict:
     if torch_device is not None:
         names = [peer for peer in args.peer_names if peer in row.peers]
         peers = make_peers(row, ours, args.order, pool, torch_device, names) if names else {}
-    contenders = {"jaxmeta": ours.steps, **{peer: found["steps"] for peer, found in peers.items()}}
+    contenders = {"jaxmeta": ours.steps, **{name: peer["steps"] for name, peer in peers.items()}}
     times, rates = time_rounds(contenders, matrix.run, args.repeats, args.seconds)
     if not ours.finite():
         raise AssertionError(f"{name}: our parameters became non-finite")
@@ -236,14 +237,14 @@ def run_row(name, args, torch_device, matrix) -> dict:
     }
     for contender, seconds in times.items():
         ratios = [s / own for s, own in zip(seconds, times["jaxmeta"], strict=True)]
-        found = peers.get(contender, {})
+        peer = peers.get(contender, {})
         result["contenders"][contender] = {
             "median_s": statistics.median(seconds),
             "min_s": min(seconds),
             "tasks_per_s": row.meta_batch / statistics.median(seconds),
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
-            **{key: found[key] for key in ("gradient_error", "channels_last") if key in found},
+            **{key: peer[key] for key in ("gradient_error", "channels_last") if key in peer},
             "seconds": seconds,
         }
     print_row(result)
@@ -260,19 +261,19 @@ def print_row(result: dict) -> None:
     row = ROWS[result["row"]]
     print(f"\n{result['row']}: {row.describe()}, tasks {row.meta_batch}")
     print(f"  {'':15}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}  gradient against ours")
-    for name, found in result["contenders"].items():
+    for name, times in result["contenders"].items():
         note = ""
-        if "gradient_error" in found:
-            layout = ", channels last" if found["channels_last"] else ""
-            note = f"  differs by {found['gradient_error']:.0e}{layout}"
+        if "gradient_error" in times:
+            layout = ", channels last" if times["channels_last"] else ""
+            note = f"  differs by {times['gradient_error']:.0e}{layout}"
         print(
-            f"  {name:15}{1e3 * found['median_s']:10.1f}{1e3 * found['min_s']:9.1f}"
-            f"{found['tasks_per_s']:9.1f}{found['ratio']:8.2f}{note}"
+            f"  {name:15}{1e3 * times['median_s']:10.1f}{1e3 * times['min_s']:9.1f}"
+            f"{times['tasks_per_s']:9.1f}{times['ratio']:8.2f}{note}"
         )
     print(
-        f"  {result['operations'] / 1e9:.2f} G operations would take {1e3 * result['limit_s']:.1f} ms at the "
-        f"{result['matrix_product_flops'] / 1e9:.0f} G/s of this machine's matrix product: "
-        f"ours is at {result['share_of_matrix_product']:.0%} of the limit; compiled in "
+        f"  {result['operations'] / 1e9:.2f} GFLOP would take {1e3 * result['limit_s']:.1f} ms at the "
+        f"{result['matrix_product_flops'] / 1e9:.0f} GFLOP/s of this machine's matrix product: "
+        f"ours reaches {result['share_of_matrix_product']:.0%} of the limit; compiled in "
         f"{result['compile_s']:.1f} s",
         flush=True,
     )
@@ -284,17 +285,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="shapes to time")
-    add("--repeats", type=int, default=9, help="rounds; a number is the median over them")
-    add("--seconds", type=float, default=0.5, help="about how long each contender runs in a round")
-    add("--order", choices=("second", "first"), default="second", help="of the meta-gradient")
-    add("--strategy", help="auto, scan, vmap, or a number of tasks at a time; each row's own unless given")
-    add("--precision", default="highest", help="of JAX's matrix products; highest is float32")
-    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time PyTorch too")
-    add("--loop", action=argparse.BooleanOptionalAction, default=False, help="time jm.train's loop too")
-    add("--loop-steps", type=int, default=100, help="meta-steps of each jm.train")
+    add("--repeats", type=int, default=9, help="rounds to take the median over")
+    add("--seconds", type=float, default=0.5, help="approximate time of each contender in a round")
+    add("--order", choices=("second", "first"), default="second", help="order of the meta-gradient")
+    add("--strategy", help="auto, scan, vmap, or a number of tasks at a time (default: as each row sets)")
+    add("--precision", default="highest", help="precision of JAX's matrix products; highest is float32")
+    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="also time PyTorch")
+    add("--loop", action=argparse.BooleanOptionalAction, default=False, help="also time jm.train")
+    add("--loop-steps", type=int, default=100, help="meta-steps of each run of jm.train")
     add("--loop-rounds", type=int, default=3, help="runs of jm.train")
-    add("--devices", type=int, default=cores(), help="on a CPU, how many devices the cores serve as")
-    add("--json", type=Path, help="file to write the results to")
+    add("--devices", type=int, default=cores(), help="number of devices to divide a CPU into")
+    add("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     if args.strategy is not None and args.strategy.isdigit():
         args.strategy = int(args.strategy)
@@ -305,12 +306,12 @@ def main(argv=None) -> None:
     args = parse_arguments(argv)
     jax.config.update("jax_num_cpu_devices", args.devices)
     jax.config.update("jax_default_matmul_precision", args.precision)
-    # Compile times would otherwise be those of reading a file.
+    # With the cache, compile times would measure reading a file.
     jax.config.update("jax_enable_compilation_cache", False)
     devices = jax.local_devices()
     machine = describe_machine(devices)
     torch_device, torch_note = (
-        torch_setting(devices[0].platform, args.precision) if args.peers else (None, "peers not asked for")
+        torch_setting(devices[0].platform, args.precision) if args.peers else (None, "peers not timed")
     )
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(f"MAML in {args.order} order; matrix products in {args.precision!r} precision; {torch_note}")
@@ -320,7 +321,7 @@ def main(argv=None) -> None:
         absent = [peer for peer in torch_peers.PEERS if importlib.util.find_spec(peer.split(".")[0]) is None]
         args.peer_names = [peer for peer in torch_peers.PEERS if peer not in absent]
         for peer in absent:
-            print(f"{peer} cannot be imported: not timed")
+            print(f"{peer} is not installed: not timed")
     matrix = MatrixProduct(devices)
     rows = [run_row(name, args, torch_device, matrix) for name in args.rows]
     if args.json:

@@ -1,8 +1,8 @@
-"""Meta-steps in PyTorch, MAML's in four ways, as a careful user of each library writes them.
+"""Meta-steps in PyTorch, with four libraries for MAML, as a careful user of each library writes them.
 
-Every peer is a function `backward(net, tasks)` that adds the mean meta-gradient over `tasks` to the
-`.grad` of `net`'s parameters. They share one network, which holds the same numbers as ours, the same batch
-statistics in its normalisation, and a fused Adam. A subclass of `Peer` is for one kind of rows.
+Every peer has a function `backward(net, tasks)`, which adds the mean meta-gradient over `tasks` to the
+`.grad` of `net`'s parameters. The peers share a network with the same parameter values as ours, the same
+batch statistics, and a fused Adam. Each subclass of `Peer` implements one kind of rows.
 """
 
 import importlib
@@ -87,7 +87,7 @@ def with_func(row, order):
 
 
 def with_autograd(row, order):
-    """Plain autograd: a loop over tasks, `create_graph=True`, nothing between user and engine."""
+    """Plain autograd: a loop over tasks with `create_graph=True`, without another library."""
     if not row.inner_steps:
         return prototypical(row)
 
@@ -114,7 +114,7 @@ def prototypical(row):
         for xs, _, xq, yq in zip(*tasks, strict=True):
             z = net(torch.cat([xs, xq]))
             means, queries = z[: len(xs)].unflatten(0, (row.ways, row.shots)).mean(1), z[len(xs) :]
-            # ‖query‖² is the same for all classes, and drops out of the softmax.
+            # ‖query‖² is the same for all classes and cancels in the softmax.
             logits = 2 * queries @ means.T - means.square().sum(1)
             (F.cross_entropy(logits, yq) / len(tasks[0])).backward()
 
@@ -122,7 +122,7 @@ def prototypical(row):
 
 
 def with_higher(row, order):
-    """higher: a loop over tasks, with the initial weights not copied so that they receive gradients."""
+    """higher: a loop over tasks; the initial weights are not copied, so that they receive gradients."""
     higher = importlib.import_module("higher")
 
     def constants(grads):
@@ -178,21 +178,21 @@ class Peer:
 
     @staticmethod
     def formats(name):
-        """Values of `channels_last` to be tried."""
+        """Return the values of `channels_last` to try."""
         del name
         return (False,)
 
     @staticmethod
     def from_ours(params, row):
-        """Our parameters as a dict of numpy arrays under torch's names."""
+        """Return our parameters as a dict of NumPy arrays by torch's names."""
         raise NotImplementedError
 
     def make(self, name, order):
-        """The network, and the function that gives it gradients."""
+        """Return the network and its function `backward`."""
         raise NotImplementedError
 
     def tensors(self, tasks):
-        """`(xs, ys, xq, yq)` numpy arrays with a leading task axis, as tensors of torch's layout."""
+        """Return NumPy arrays `(xs, ys, xq, yq)` with a leading task axis as tensors in torch's layout."""
         raise NotImplementedError
 
     def load(self, params):
@@ -203,13 +203,13 @@ class Peer:
         self.net.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def gradient(self, tasks):
-        """Mean meta-gradient over `tasks` (numpy), as numpy arrays under torch's names."""
+        """Return the mean meta-gradient over `tasks` (NumPy) as NumPy arrays by torch's names."""
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(self.net, self.tensors(tasks))
         return {name: p.grad.cpu().numpy() for name, p in self.net.named_parameters()}
 
     def steps(self, count, tensors):
-        """`count` meta-steps, finished when it returns."""
+        """Run `count` meta-steps and wait for the device."""
         for _ in range(count):
             self.optimizer.zero_grad(set_to_none=True)
             self.backward(self.net, tensors)
@@ -227,15 +227,15 @@ class ConvPeer(Peer):
 
     @staticmethod
     def formats(name):
-        # Loops over tasks may hold images channels-last; under vmap the format has no meaning.
+        # Only loops over tasks can use channels-last; under vmap the format has no meaning.
         return (False,) if name == "torch.func" else (False, True)
 
     @staticmethod
     def from_ours(params, row):
-        """With stride 2, SAME padding sits at an image's end, and torch's `padding=1` at its start.
+        """Return our parameters by torch's names, with mirrored kernels where the network is strided.
 
-        Torch's network sees images and kernels mirrored, and so computes the same function with no
-        padding pass.
+        With stride 2, SAME pads the end of an image and torch's `padding=1` its start. On mirrored images and
+        kernels torch's network computes the same function without a separate padding pass.
         """
         params, out = params["model"], {}
         for i in range(4):
@@ -269,7 +269,7 @@ class ConvPeer(Peer):
 
 
 class MemoryNet(nn.Module):
-    """An LSTM with a memory of least recently used access, over a batch of sequences."""
+    """An LSTM with a memory of least recently used access (LRUA), on a batch of sequences."""
 
     def __init__(self, row):
         super().__init__()
@@ -282,7 +282,7 @@ class MemoryNet(nn.Module):
         self.head = nn.Linear(row.hidden + reads, row.ways)
 
     def forward(self, inputs):
-        """`(time, batch, width)` to `(time, batch, ways)`."""
+        """Map `(time, batch, width)` to `(time, batch, ways)`."""
         row, batch = self.row, inputs.shape[1]
         memory = inputs.new_zeros(batch, row.rows, row.width)
         usage = inputs.new_zeros(batch, row.rows)
@@ -291,7 +291,7 @@ class MemoryNet(nn.Module):
         reads = inputs.new_zeros(batch, row.heads * row.width)
         h = c = inputs.new_zeros(batch, row.hidden)
         features = []
-        # Of all steps at once: faster than an LSTMCell, which has them in the loop.
+        # Projecting the inputs of all steps at once is faster than an LSTMCell in the loop.
         for projected in self.inputs(inputs):
             gates = projected + self.recurrent(torch.cat([h, reads], 1))
             enter, forget, candidate, leave = gates.chunk(4, 1)
@@ -316,7 +316,7 @@ def unit(x):
 
 
 class SequencePeer(Peer):
-    """Memory-augmented networks: all sequences take each step together."""
+    """Memory-augmented networks; all sequences advance together."""
 
     def make(self, name, order):
         del name, order
@@ -345,12 +345,12 @@ class SequencePeer(Peer):
 
 
 def kind_of(row):
-    """The subclass of `Peer` for it."""
+    """Return the subclass of `Peer` for a row."""
     return SequencePeer if isinstance(row, SequenceRow) else ConvPeer
 
 
 def configure(threads, full_precision):
-    """Sets threads and matrix-product precision; returns what is used, in words."""
+    """Set threads and matrix-product precision; return a description."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest" if full_precision else "high")
     torch.backends.cudnn.allow_tf32 = not full_precision

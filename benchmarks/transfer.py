@@ -1,23 +1,23 @@
-"""Recipes of transfer learning, and transfer learning beside meta-learning, on real characters.
+"""Benchmark of transfer-learning recipes, and of transfer learning against meta-learning, on characters.
 
     python benchmarks/transfer.py --data DIR [--what recipes few-shot rank] [--out DIR] [--seeds N]
         [--json FILE] [--png FILE]
 
-DIR holds Omniglot's archives (or `omniglot/` with them), `mnist/t10k-…` and `usps/zip.….gz`. In --out are
-the runs that all of it starts from, each `jaxmeta train --preset …` on Omniglot's training classes, made if
-they are not there: simple_shot, an ordinary classifier of all classes, whose Conv4 is the pretrained body;
-maml; prototypical.
+DIR holds Omniglot's archives (directly or in `omniglot/`), `mnist/t10k-…` and `usps/zip.….gz`. All parts
+start from runs of `jaxmeta train --preset …` on Omniglot's training classes, in --out, which are trained if
+they are missing: simple_shot, an ordinary classifier of all classes, whose Conv4 is the pretrained backbone;
+maml; and prototypical.
 
-recipes: that body on MNIST, at 1, 5, 20 and 100 labels a digit: each recipe, and the same network from
-scratch with as many steps. Labels are drawn from a fixed 8,000 of MNIST's 10,000 test images, scores are of
-the other 2,000.
+recipes: the backbone on MNIST with 1, 5, 20 and 100 labels per digit, by each recipe, and the same network
+trained from scratch with as many steps. Labels are drawn from a fixed 8,000 of MNIST's 10,000 test images;
+the other 2,000 are the test set.
 
-few-shot: 5-way tasks, of Omniglot's test classes and of MNIST's digits, each query judged by the support
-set alone. Fine-tuning starts from the body, "from scratch" from the random network; rate and number of
-steps of both are the best of few on Omniglot's validation classes. Omniglot has 20 drawings of a class: 15
-to learn from leave 5 for queries.
+few-shot: 5-way tasks with Omniglot's test classes and with MNIST's digits, in inductive evaluation.
+Fine-tuning starts from the backbone, "from scratch" from a random network; the learning rate and the number
+of steps of both are the best of 6 pairs on Omniglot's validation classes. Omniglot has 20 drawings per class:
+15 for the support set leave 5 for queries.
 
-rank: transferability scores of several Conv4 for MNIST, against their accuracy after fine-tuning.
+rank: transferability scores of several Conv4 backbones for MNIST, against their accuracy after fine-tuning.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SCHEDULE = optax.cosine_decay_schedule(RATE, STEPS)
 
 
 class Recipes:
-    """The recipes on one network, with the same functions in each trial, so that each compiles once."""
+    """The recipes on one network; trials share its functions, so that each recipe compiles once."""
 
     def __init__(self, pretrained):
         self.model = jm.transfer.classifier(pretrained.network, 10)
@@ -97,7 +97,7 @@ class Recipes:
 
 
 def recipes_on_mnist(pretrained, data: Path, seeds: int) -> dict:
-    """Accuracy by recipe, number of labels and seed."""
+    """Return the accuracies by recipe, number of labels and seed."""
     pool, test = mnist_parts(data)
     recipes = Recipes(pretrained)
     rows: dict = {name: {} for name in RECIPES}
@@ -106,8 +106,8 @@ def recipes_on_mnist(pretrained, data: Path, seeds: int) -> dict:
             chosen, _ = jm.tasks.split_per_class(pool.y, labels, jax.random.key(seed))
             drawn = jm.Batch(pool.x[chosen], pool.y[chosen])
             for name in RECIPES:
-                found = jm.transfer.accuracy(recipes.model, recipes.fit(name, drawn, seed), test)
-                rows[name].setdefault(str(labels), []).append(found)
+                accuracy = jm.transfer.accuracy(recipes.model, recipes.fit(name, drawn, seed), test)
+                rows[name].setdefault(str(labels), []).append(accuracy)
             print(labels, seed, {name: round(rows[name][str(labels)][-1], 3) for name in RECIPES}, flush=True)
     return rows
 
@@ -119,7 +119,8 @@ def recipes_table(rows: dict) -> str:
     ]
     for name, by_labels in rows.items():
         cells = [
-            f"{100 * np.mean(found):.1f} ± {100 * np.std(found, ddof=1):.1f}" for found in by_labels.values()
+            f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+            for values in by_labels.values()
         ]
         lines.append(f"| {RECIPES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -139,59 +140,60 @@ def tasks_of(where: str, data: Path, shots: int, split: str = "test"):
 
 
 def five_way(body_params, key) -> dict:
-    """Parameters of a 5-way Conv4 with that body, and with a head of zeros, which favours no class."""
+    """Return parameters of a 5-way Conv4 with the given body, or a random one, and a head of zeros."""
     network = jm.nn.Conv4(ways=5)
-    fresh = network.init(key, jnp.zeros((1, 28, 28, 1)))["params"]
+    params = network.init(key, jnp.zeros((1, 28, 28, 1)))["params"]
     if body_params is not None:
-        fresh, _ = jm.transfer.transplant(body_params, fresh, strict=False)
-    return {"model": jm.transfer.swap_subtree(fresh, "head", jax.tree.map(jnp.zeros_like, fresh["head"]))}
+        params, _ = jm.transfer.transplant(body_params, params, strict=False)
+    return {"model": jm.transfer.swap_subtree(params, "head", jax.tree.map(jnp.zeros_like, params["head"]))}
 
 
 @cache
 def tuned(rate: float, steps: int):
-    """Fine-tuning on a support set is what MAML does at test time, from another start."""
+    """Build a learner that fine-tunes on the support set: MAML's adaptation with another initialisation."""
     return jm.maml(jm.nn.Conv4(ways=5), inner_lr=rate, inner_steps=steps, order="first", norm="support")
 
 
 def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, seed: int):
-    """Accuracy by method, source of tasks, and examples a class: all that is known after each of them."""
+    """Yield the accuracies so far, by method, data set and shots, after each number of shots."""
     key, test = jax.random.key(seed), evaluation_key(seed)
     starts = {
         "from scratch": five_way(None, key),
         "fine-tuning": five_way(pretrained.variables["params"], key),
     }
-    classifier, of_classifier = jm.load_run(folders["simple_shot"])
-    own = {**of_classifier, "population": of_classifier["population"]["model"]}
+    classifier, classifier_params = jm.load_run(folders["simple_shot"])
+    # `fine_tuned_head` reads the population statistics of the model one level higher.
+    head_params = {**classifier_params, "population": classifier_params["population"]["model"]}
     head = jm.fine_tuned_head(
         jm.nn.Conv4(), norm="population", inner_optimizer=optax.sgd(0.1, momentum=0.9), eval_steps=100
     )
     fixed = {
-        "nearest centroid of features": (classifier, of_classifier),
-        "logistic head on features": (head, own),
+        "nearest centroid of features": (classifier, classifier_params),
+        "logistic head on features": (head, head_params),
         **{name: jm.load_run(folders[name]) for name in ("maml", "prototypical")},
     }
     rows: dict = {}
-    for place, known in enumerate(SHOTS["omniglot"]):
-        validation = tasks_of("omniglot", data, known, "validation")
+    for index, shots in enumerate(SHOTS["omniglot"]):
+        validation = tasks_of("omniglot", data, shots, "validation")
 
         def on_validation(descent, params, validation=validation):
-            found = jm.evaluate(
+            result = jm.evaluate(
                 tuned(*descent), params, validation, episodes=max(20, episodes // 10), key=validation_key(key)
             )
-            return found.mean
+            return result.mean
 
         best = {
             name: max(DESCENTS, key=partial(on_validation, params=params)) for name, params in starts.items()
         }
         methods = {name: (tuned(*best[name]), params) for name, params in starts.items()} | fixed
         for where, numbers in SHOTS.items():
-            tasks = tasks_of(where, data, numbers[place])
+            tasks = tasks_of(where, data, numbers[index])
             for name, (learner, params) in methods.items():
                 row = jm.evaluate(learner, params, tasks, episodes=episodes, key=test)._asdict()
                 row |= {"descent": best[name]} if name in best else {}
-                rows.setdefault(name, {}).setdefault(where, {})[str(numbers[place])] = row
-                shown = f"{100 * row['mean']:.2f} ± {100 * row['ci95']:.2f}"
-                print(f"{where} {numbers[place]} {name}: {shown}", flush=True)
+                rows.setdefault(name, {}).setdefault(where, {})[str(numbers[index])] = row
+                accuracy = f"{100 * row['mean']:.2f} ± {100 * row['ci95']:.2f}"
+                print(f"{where} {numbers[index]} {name}: {accuracy}", flush=True)
             yield rows
 
 
@@ -199,18 +201,18 @@ def few_shot_table(rows: dict) -> str:
     columns = [(where, str(n)) for where, numbers in SHOTS.items() for n in numbers]
     names = [f"{where}, {n} a class" for where, n in columns]
     lines = [f"| method | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
-    for method, found in rows.items():
-        cells = [found[where][n] for where, n in columns]
-        shown = [f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}" for row in cells]
-        lines.append(f"| {method} | {' | '.join(shown)} |")
+    for method, results in rows.items():
+        accuracies = [results[where][n] for where, n in columns]
+        cells = [f"{100 * row['mean']:.1f} ± {100 * row['ci95']:.1f}" for row in accuracies]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-# --- Which source to take ------------------------------------------------------------------------
+# --- Source ranking ------------------------------------------------------------------------------
 
 
 def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: int = 20):
-    """Bodies of several origins, scored by features of MNIST, and fine-tuned there."""
+    """Rank backbones by transferability scores of their MNIST features, and by accuracy after fine-tuning."""
     pool, test = mnist_parts(data)
     chosen, _ = jm.tasks.split_per_class(pool.y, labels, jax.random.key(seed))
     drawn = jm.Batch(pool.x[chosen], pool.y[chosen])
@@ -238,10 +240,10 @@ def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: in
     for name, body in candidates.items():
         start = jm.transfer.with_body(model.init(key, usps.x[:1]), body)
         features[name] = jm.transfer.Candidate(jm.transfer.extract_features(model, start, drawn.x))
-        found = jm.transfer.linear_probe_then_fine_tune(
+        result = jm.transfer.linear_probe_then_fine_tune(
             model, start, drawn, optimizer=tuning, steps=STEPS, key=key, batch_size=BATCH
         )
-        accuracies[name] = jm.transfer.accuracy(model, found.variables, test)
+        accuracies[name] = jm.transfer.accuracy(model, result.variables, test)
     return jm.transfer.rank_sources(features, (None, drawn.y), accuracies=accuracies)
 
 
@@ -249,7 +251,7 @@ def draw(rows: dict, path: Path) -> None:
     fig, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
     colors = ["0.5", "#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#F0E442"]
     for (name, by_labels), color in zip(rows.items(), colors, strict=True):
-        mean = [100 * np.mean(found) for found in by_labels.values()]
+        mean = [100 * np.mean(values) for values in by_labels.values()]
         axes.plot([int(n) for n in by_labels], mean, "o-", color=color, linewidth=2, label=RECIPES[name])
     axes.set(
         xscale="log",
@@ -257,7 +259,7 @@ def draw(rows: dict, path: Path) -> None:
         xticklabels=LABELS,
         xlabel="labelled examples a digit",
         ylabel="accuracy on MNIST, %",
-        title="A Conv4 that has learned Omniglot learns MNIST",
+        title="MNIST with a Conv4 pretrained on Omniglot",
     )
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -273,12 +275,12 @@ def main(argv=None) -> None:
     everything = ("recipes", "few-shot", "rank")
     add("--data", type=Path, required=True, help="folder with omniglot/, mnist/ and usps/")
     add("--what", nargs="+", choices=everything, default=list(everything))
-    add("--out", type=Path, default=Path("runs/transfer"), help="folder of the runs")
-    add("--seed", type=int, default=1, help="of the runs and of few-shot tasks")
-    add("--seeds", type=int, default=3, help="of the recipes")
-    add("--episodes", type=int, default=600, help="few-shot tasks")
-    add("--json", type=Path, help="also write the results here")
-    add("--png", type=Path, help="also draw the recipes here")
+    add("--out", type=Path, default=Path("runs/transfer"), help="folder for the runs")
+    add("--seed", type=int, default=1, help="seed of the runs and of the few-shot tasks")
+    add("--seeds", type=int, default=3, help="number of seeds of the recipes")
+    add("--episodes", type=int, default=600, help="number of few-shot tasks")
+    add("--json", type=Path, help="also write the results to this file")
+    add("--png", type=Path, help="also draw the recipes into this file")
     args = parser.parse_args(argv)
     presets = {
         "simple_shot": "omniglot-simple-shot",
@@ -313,7 +315,7 @@ def main(argv=None) -> None:
     if "rank" in args.what:
         ranking = rank(pretrained, folders, args.data, args.seed)
         print(ranking)
-        correlations = {name: found._asdict() for name, found in ranking.correlations.items()}
+        correlations = {name: each._asdict() for name, each in ranking.correlations.items()}
         keep("rank", {"rows": [row._asdict() for row in ranking.rows], "correlations": correlations})
 
 

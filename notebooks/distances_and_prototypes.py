@@ -18,7 +18,7 @@
 # over many tasks. This notebook
 #
 # 1. draws what such a comparison does in the plane, for three similarities and four ways to sum them up,
-# 2. shows why the *mean* stands for a class, and for which distances it is right to do so,
+# 2. shows why the *mean* represents a class, and for which distances it is the right choice,
 # 3. trains an embedding on drawn characters and looks at it before and after,
 # 4. adds classes later, without the examples of the old ones.
 #
@@ -56,9 +56,10 @@ KEY = jax.random.key(0)
 # | `dot` | $a \cdot b$ |
 # | `euclidean` | $-\lVert a - b \rVert^2$ |
 #
-# and `reduce` says what a class has of its examples: the `sum` of their $\kappa_i$, their `mean`, the
-# `nearest` one's, or $\kappa$ of their mean embedding, the `prototype`. (For more than one example per class
-# the last is not of the form above, as the mean of embeddings is not the mean of kernels.)
+# and `reduce` says how a class combines its examples: the `sum` of their $\kappa_i$, their `mean`, the
+# $\kappa_i$ of the `nearest` example, or $\kappa$ of their mean embedding, the `prototype`. (For more than
+# one example per class the last is not of the form above, as the mean of embeddings is not the mean of
+# kernels.)
 #
 # With points in the plane we need no network: $f$ is the identity. Any pair of functions `(init, apply)`
 # is a model.
@@ -88,9 +89,9 @@ def batch(points, labels):
 # $\tfrac14$ and $\tfrac94$, so $P_1 = 1 / (1 + e^{-2}) = 0.8808$.
 #
 # *Counting.* $A$ at $(1, 0)$, $B$ at $(0, 1)$ and a query at $(3, 4)$: the cosines are $0.6$ and $0.8$, so
-# $P_A = 1/(1 + e^{0.2}) = 0.4502$. Now put a *second copy* of $A$'s example into the support set. Nothing new
-# is known of $A$, but it votes twice: $P_A = 2e^{0.6} / (2e^{0.6} + e^{0.8}) = 0.6208$, and the answer flips.
-# A prototype does not change when it is averaged with itself.
+# $P_A = 1/(1 + e^{0.2}) = 0.4502$. Now put a *second copy* of $A$'s example into the support set. It adds no
+# information about $A$, but it votes twice: $P_A = 2e^{0.6} / (2e^{0.6} + e^{0.8}) = 0.6208$, and the answer
+# flips. A prototype does not change when it is averaged with itself.
 
 # %%
 pair = batch([[0.0, 0.0], [2.0, 0.0]], [0, 1])
@@ -118,7 +119,7 @@ for name, (before, after) in counted.items():
 # ### One episode under every kernel
 #
 # Class $A$ has two examples and $B$ six, one of them a stray among $A$'s. The colour is $P(A)$, the line is
-# where the two classes are equally likely, and the number is the share of the square that is given to $A$.
+# where the two classes are equally likely, and the number is the share of the square that is assigned to $A$.
 
 # %%
 A, B = (
@@ -155,11 +156,11 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 # %% [markdown]
 # What there is to see:
 #
-# - **Rows.** The cosine knows directions only, so its maps are constant along rays from the origin. The dot
-#   product rewards length: far out, the longest examples win, and an example need not be most similar to
-#   itself. The Euclidean distance alone knows *where* the examples are.
+# - **Rows.** The cosine depends on directions only, so its maps are constant along rays from the origin. The
+#   dot product rewards length: far out, the longest examples win, and an example need not be most similar to
+#   itself. Only the Euclidean distance depends on *where* the examples are.
 # - **`sum` and `mean`** differ by the class's count: by $\log \tfrac26$ in the log-odds, everywhere. Cosines
-#   differ by 2 at most, so at scale 1 the count outweighs what they have to say: `sum` gives $A$ next to
+#   differ by 2 at most, so at scale 1 the count outweighs them: `sum` gives $A$ next to
 #   nothing, and the other maps are pale. That is why implementations multiply cosines by 10 or more.
 # - **`prototype`** with the Euclidean distance has a straight boundary. Indeed
 #   $-\lVert z - v_c \rVert^2 = -\lVert z \rVert^2 + 2 v_c \cdot z - \lVert v_c \rVert^2$, whose first term is
@@ -168,7 +169,7 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 #   origin.
 # - **The stray.** For `nearest` it owns a piece of the plane; the prototype takes it as one voice in six.
 #
-# Each of these, as a check:
+# The next cell checks each of these statements:
 
 # %%
 log_odds = {name: np.asarray(out[:, 0] - out[:, 1], np.float64) for name, out in outputs.items()}
@@ -176,14 +177,14 @@ everything = np.column_stack([grid, np.ones(len(grid))])
 
 
 def bend(values):
-    """How far the values are from the best affine function of the plane."""
+    """Return the largest distance of the values from the best affine function of the plane."""
     return np.abs(values - everything @ np.linalg.lstsq(everything, values, rcond=None)[0]).max()
 
 
 for similarity in SIMILARITIES:
     shift = log_odds[similarity, "sum"] - log_odds[similarity, "mean"]
     np.testing.assert_allclose(shift, np.log(len(A) / len(B)), atol=1e-4)
-for reduce in REDUCTIONS:  # a ray: the query's length is nothing to the cosine
+for reduce in REDUCTIONS:  # a ray: the cosine ignores the query's length
     far = log_probabilities(kernel("cosine", reduce), support, 3 * grid)
     np.testing.assert_allclose(jnp.exp(far), jnp.exp(outputs["cosine", reduce]), atol=1e-5)
 bends = {name: bend(values) for name, values in log_odds.items()}
@@ -196,7 +197,7 @@ assert all(b > 0.1 for name, b in bends.items() if name[1] != "prototype" or nam
 
 squared = ((grid[:, None] - support.x[None]) ** 2).sum(-1)
 by_hand = support.y[squared.argmin(1)]
-assert (outputs["euclidean", "nearest"].argmax(1) == by_hand).mean() > 0.999  # but for ties
+assert (outputs["euclidean", "nearest"].argmax(1) == by_hand).mean() > 0.999  # except for ties
 for learner, name in (
     (jm.prototypical(identity), ("euclidean", "prototype")),
     (jm.matching(identity), ("cosine", "sum")),
@@ -245,8 +246,8 @@ assert (np.abs(cut[1e3] - one_nearest) < 0.5).all()
 # %% [markdown]
 # ## 2. Why the mean?
 #
-# A prototype should be the point nearest to the examples it stands for: the $v$ that minimises
-# $\sum_i d(z_i, v)$. For the *squared* Euclidean distance that is the mean, as every student knows. It is one
+# A prototype should be the point nearest to the examples it represents: the $v$ that minimises
+# $\sum_i d(z_i, v)$. For the *squared* Euclidean distance that is the mean, a well-known result. It is one
 # of a family. For a strictly convex $\varphi$, the **Bregman divergence**
 #
 # $$d_\varphi(z, v) = \varphi(z) - \varphi(v) - (z - v) \cdot \nabla\varphi(v)$$
@@ -305,7 +306,7 @@ def total(distance, v, z=z):
 
 
 def minimiser(distance, z=z, steps=3000):
-    """By Adam, over log v, so that v stays positive as some of these distances want it."""
+    """Return the minimiser, by Adam over log v, so that v stays positive as some distances require."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
 
     def step(carry, _):
@@ -317,15 +318,17 @@ def minimiser(distance, z=z, steps=3000):
     return jnp.exp(jax.lax.scan(step, (start, optimizer.init(start)), None, length=steps)[0][0])
 
 
-found, excess = {}, {}
+minimisers, excess = {}, {}
 with jax.enable_x64(True):
     points = jnp.asarray(z, jnp.float64)
     print(f"{'distance':27s}  minimiser          total there   at the mean {mean.round(3)}")
     for name, distance in distances.items():
-        found[name] = np.asarray(minimiser(distance, points))
-        least, there = (float(total(distance, v, points)) for v in (found[name], mean))
+        minimisers[name] = np.asarray(minimiser(distance, points))
+        least, there = (float(total(distance, v, points)) for v in (minimisers[name], mean))
         excess[name] = there / least - 1
-        print(f"{name:27s} ({found[name][0]:.4f}, {found[name][1]:.4f}) {least:12.4f} {there:12.4f}")
+        print(
+            f"{name:27s} ({minimisers[name][0]:.4f}, {minimisers[name][1]:.4f}) {least:12.4f} {there:12.4f}"
+        )
 
 # %%
 side_v = jnp.linspace(0.25, 4.4, 90), jnp.linspace(0.25, 2.2, 60)
@@ -338,10 +341,17 @@ for axes, (name, distance) in zip(panels.flat, distances.items(), strict=True):
     axes.plot(*z.T, "o", color="0.25", mec="w", markersize=6, label="points $z_i$")
     axes.plot(*mean, "*", color="#E69F00", mec="k", markersize=17, label="mean")
     axes.plot(
-        *found[name], "x", color="#CC0033", mew=2.5, markersize=9, label="minimiser of $\\sum_i d(z_i, v)$"
+        *minimisers[name],
+        "x",
+        color="#CC0033",
+        mew=2.5,
+        markersize=9,
+        label="minimiser of $\\sum_i d(z_i, v)$",
     )
     if name == "cosine":
-        axes.plot([0, 4.4], [0, 4.4 * found[name][1] / found[name][0]], "--", color="#CC0033", linewidth=1)
+        axes.plot(
+            [0, 4.4], [0, 4.4 * minimisers[name][1] / minimisers[name][0]], "--", color="#CC0033", linewidth=1
+        )
     axes.set(title=f"Bregman: {name}" if name in FAMILY else name, xlim=(0.25, 4.4), ylim=(0.25, 2.2))
     axes.grid(False)
 for axes in panels[:, 0]:
@@ -355,25 +365,25 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 #
 # - Without the square the minimiser is the *median* of the points, which one far point hardly moves.
 # - The cosine distance has no single minimiser but a ray of them, along the mean of the points' *unit*
-#   vectors. The mean lies beside it, drawn aside by the long vector.
+#   vectors. The mean lies off the ray, pulled aside by the long vector.
 # - Even for a Bregman divergence the side matters: as *first* argument the best point is not the mean. For
 #   Kullback-Leibler it is the geometric mean.
 #
 # So a prototypical network with squared Euclidean distances is consistent with itself, and with cosines it is
-# not. The paper found that this counts: on mini-ImageNet (5 ways, 5 shots, trained with 20 ways) 68.20 %
+# not. The paper found that this matters: on mini-ImageNet (5 ways, 5 shots, trained with 20 ways) 68.20 %
 # against 51.48 %. `jm.prototypical` takes any $\varphi$ as its `divergence`.
 
 # %%
 for name in FAMILY:
-    np.testing.assert_allclose(found[name], mean, atol=1e-3)
+    np.testing.assert_allclose(minimisers[name], mean, atol=1e-3)
     assert excess[name] < 1e-6
 for name in set(distances) - set(FAMILY):
-    assert np.linalg.norm(found[name] - mean) > 0.1, name
+    assert np.linalg.norm(minimisers[name] - mean) > 0.1, name
     assert excess[name] > 0.01, name
 units = np.asarray(z / jnp.linalg.norm(z, axis=1, keepdims=True)).sum(0)
-np.testing.assert_allclose(found["cosine"][1] / found["cosine"][0], units[1] / units[0], rtol=1e-3)
-np.testing.assert_allclose(found["Kullback-Leibler, swapped"], np.exp(np.log(z).mean(0)), rtol=1e-3)
-median = found["Euclidean, not squared"]  # the unit vectors from it to the points balance
+np.testing.assert_allclose(minimisers["cosine"][1] / minimisers["cosine"][0], units[1] / units[0], rtol=1e-3)
+np.testing.assert_allclose(minimisers["Kullback-Leibler, swapped"], np.exp(np.log(z).mean(0)), rtol=1e-3)
+median = minimisers["Euclidean, not squared"]  # the unit vectors from it to the points balance
 pulls = (np.asarray(z) - median) / np.linalg.norm(np.asarray(z) - median, axis=1, keepdims=True)
 np.testing.assert_allclose(pulls.sum(0), 0, atol=1e-3)
 with jax.enable_x64(True):  # the far point goes twice as far
@@ -383,7 +393,7 @@ with jax.enable_x64(True):  # the far point goes twice as far
 print(f"far point twice as far: the mean moves by {mean_shift:.2f}, the median by {median_shift:.2f}")
 assert median_shift < 0.1 * mean_shift
 
-# The package's distances are these: with one example per class, outputs are -d(z, v_c).
+# The library uses the same distances: with one example per class, outputs are -d(z, v_c).
 prototypes = batch([[0.5, 1.0], [2.0, 0.7]], [0, 1])
 for phi in (square, negative_entropy, burg):
     learner = jm.prototypical(identity, divergence=phi)
@@ -450,8 +460,8 @@ for event in progress:
     print(f"step {event.step:4d}   20-way accuracy in training {event.metrics['accuracy']:.2f}")
 
 params = {
-    name: jm.calibrate(trainer, given, train_tasks, jax.random.key(1), episodes=50)
-    for name, given in (("untrained network", untrained), ("trained network", state.params))
+    name: jm.calibrate(trainer, variables, train_tasks, jax.random.key(1), episodes=50)
+    for name, variables in (("untrained network", untrained), ("trained network", state.params))
 }
 
 # %% [markdown]
@@ -463,10 +473,10 @@ pixels = jm.kernel_classifier(identity, similarity="euclidean", reduce="nearest"
 contestants = {"pixels, nearest": (pixels, {"model": {}}), **{n: (tester, p) for n, p in params.items()}}
 accuracy = {
     name: {
-        shots: jm.evaluate(learner, given, tasks, episodes=200, key=jax.random.key(2))
+        shots: jm.evaluate(learner, variables, tasks, episodes=200, key=jax.random.key(2))
         for shots, tasks in test_tasks.items()
     }
-    for name, (learner, given) in contestants.items()
+    for name, (learner, variables) in contestants.items()
 }
 print("accuracy in %         5 ways, 1 shot   5 ways, 5 shots      (chance: 20)")
 for name, row in accuracy.items():
@@ -481,38 +491,38 @@ assert accuracy["trained network"][1].mean > 0.75
 assert accuracy["trained network"][1].mean > accuracy["pixels, nearest"][5].mean
 
 # %% [markdown]
-# An untrained network is *worse* than pixels: random filters and pooling throw away what tells characters
-# apart. Trained, it does better from one example than pixels from five.
+# An untrained network is *worse* than pixels: random filters and pooling discard what distinguishes
+# characters. Trained, it does better from one example than pixels from five.
 #
-# ### The episode, seen
+# ### The episode, drawn
 #
 # We project the embeddings of the queries onto their two directions of largest variance (by the singular
-# value decomposition), and the prototypes with them. A hollow mark is a query given to the wrong class. The
-# decision is taken in all dimensions, not in the two that can be drawn. For comparison the same is done with
+# value decomposition), and the prototypes with them. A hollow mark is a misclassified query. The
+# decision is taken in all dimensions, not in the two that can be drawn. For comparison we do the same with
 # pixels, whose prototypes are mean images.
 
 
 # %%
-def embedded(learner, embedding, given, task):
-    """Queries, prototypes, and the class given to each query."""
+def embedded(learner, embedding, variables, task):
+    """Return queries, prototypes, and the predicted class of each query."""
 
-    def run(given, task):
-        adapted = learner.adapt(given, task.support, KEY)
-        chosen = learner.predict(given, adapted, task.query.x).argmax(1)
+    def run(variables, task):
+        adapted = learner.adapt(variables, task.support, KEY)
+        chosen = learner.predict(variables, adapted, task.query.x).argmax(1)
         if embedding.apply_norm is None:
-            queries = embedding.apply(given["model"], task.query.x)
+            queries = embedding.apply(variables["model"], task.query.x)
         else:
-            queries, _ = embedding.apply_norm(given["model"], task.query.x, stats=adapted["stats"])
+            queries, _ = embedding.apply_norm(variables["model"], task.query.x, stats=adapted["stats"])
         return queries, adapted["fitted"]["prototypes"], chosen
 
-    return tuple(map(np.asarray, jax.jit(run)(given, task)))
+    return tuple(map(np.asarray, jax.jit(run)(variables, task)))
 
 
 def project(points, *others):
     centre = points.mean(0)
     _, values, directions = np.linalg.svd(points - centre, full_matrices=False)
-    shown = (values[:2] ** 2).sum() / (values**2).sum()
-    return shown, *((given - centre) @ directions[:2].T for given in (points, *others))
+    explained = (values[:2] ** 2).sum() / (values**2).sum()
+    return explained, *((each - centre) @ directions[:2].T for each in (points, *others))
 
 
 def scatter(axes, queries, prototypes, wrong, labels):
@@ -528,17 +538,17 @@ def scatter(axes, queries, prototypes, wrong, labels):
 
 views = {
     "pixels": embedded(jm.prototypical(identity), identity, {"model": {}}, episode),
-    **{name: embedded(tester, model, given, episode) for name, given in params.items()},
+    **{name: embedded(tester, model, trained, episode) for name, trained in params.items()},
 }
 labels = np.asarray(episode.query.y)
 fig, panels = plt.subplots(1, 3, figsize=(10, 3.9), layout="constrained")
 ratio, right = {}, {}
 for axes, (name, (queries, prototypes, chosen)) in zip(panels, views.items(), strict=True):
-    shown, flat, stars = project(queries, prototypes)
+    explained, flat, stars = project(queries, prototypes)
     scatter(axes, flat, stars, chosen != labels, labels)
     right[name] = (chosen == labels).mean()
     axes.set_title(f"{name}: {right[name]:.0%} of these right")
-    axes.set_xlabel(f"2 of {queries.shape[1]} dimensions, {shown:.0%} of the variance")
+    axes.set_xlabel(f"2 of {queries.shape[1]} dimensions, {explained:.0%} of the variance")
     d = ((queries[:, None] - prototypes[None]) ** 2).sum(-1)
     own = d[np.arange(len(d)), labels]
     other = np.where(np.eye(5, dtype=bool)[labels], np.inf, d).min(1)
@@ -566,9 +576,9 @@ assert right["trained network"] > max(right["pixels"], right["untrained network"
 # ## 4. Classes that come later
 #
 # A prototypical classifier is a list of class means. A new class is one more row, and the old examples are
-# not needed: they may be gone. `jm.add_class` embeds the new class's examples and appends their mean. We tell
-# the learner of 5 classes first, then of 15 more, one after another, in 40 test episodes, and compare with a
-# learner that is given all 20 at once.
+# not needed: they may be gone. `jm.add_class` embeds the new class's examples and appends their mean. The
+# learner gets 5 classes first, then 15 more, one after another, in 40 test episodes, and we compare it with a
+# learner that gets all 20 at once.
 
 # %%
 FIRST, ALL, SHOTS = 5, 20, 5
@@ -592,7 +602,7 @@ for new in range(FIRST, ALL):
     adapted = jax.vmap(lambda old, x: jm.add_class(model, trained, old, x))(adapted, images[:, new])
 at_once = jax.jit(jax.vmap(lambda support: tester.adapt(trained, support, KEY)))(episodes.support)
 
-stored = [np.asarray(given["fitted"]["prototypes"]) for given in (first_adapted, adapted, at_once)]
+stored = [np.asarray(fitted["fitted"]["prototypes"]) for fitted in (first_adapted, adapted, at_once)]
 np.testing.assert_array_equal(stored[1][:, :FIRST], stored[0])  # what is known of a class never changes
 np.testing.assert_allclose(stored[1], stored[2], atol=1e-4)
 
@@ -603,14 +613,14 @@ np.testing.assert_allclose(stored[1], stored[2], atol=1e-4)
 # %%
 predict = jax.jit(jax.vmap(lambda adapted, x: tester.predict(trained, adapted, x)))
 outputs = {
-    name: np.asarray(predict(given, episodes.query.x))
-    for name, given in (("one by one", adapted), ("at once", at_once))
+    name: np.asarray(predict(fitted, episodes.query.x))
+    for name, fitted in (("one by one", adapted), ("at once", at_once))
 }
 truth = np.asarray(episodes.query.y)
 
 
 def accuracy_among(outputs, ways, of):
-    """Of the queries of the first `of` classes, where `ways` are known."""
+    """Return the accuracy on queries of the first `of` classes, with `ways` known classes."""
     return (outputs[..., :ways].argmax(-1) == truth)[truth < of].mean()
 
 
@@ -620,7 +630,7 @@ grown, whole = (
 )
 oldest = np.array([accuracy_among(outputs["one by one"], n, FIRST) for n in ways])
 fig, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-axes.plot(ways, whole, "o", mfc="none", mec="#E69F00", mew=2, markersize=10, label="all given at once")
+axes.plot(ways, whole, "o", mfc="none", mec="#E69F00", mew=2, markersize=10, label="all at once")
 axes.plot(ways, grown, ".-", color="#0072B2", label="added one by one")
 axes.plot(ways, oldest, "^:", color="#CC79A7", markersize=5, label="queries of the first five classes only")
 axes.plot(ways, 1 / ways, "--", color="0.4", label="chance")
@@ -635,9 +645,9 @@ assert grown[-1] > 0.6
 assert np.abs(oldest - grown).max() < 0.04
 
 # %% [markdown]
-# Added one by one or given at once, the classifier is the same. Accuracy falls slowly, because there are
-# more classes to confuse, and for the first five classes no more than for the rest: nothing is *forgotten*.
-# A network that is fine-tuned on each new class has no such guarantee.
+# Whether classes are added one by one or all at once, the classifier is the same. Accuracy falls slowly,
+# because there are more classes to confuse, and for the first five classes no more than for the rest: nothing
+# is *forgotten*. A network that is fine-tuned on each new class has no such guarantee.
 #
 # This needs statistics that do not depend on the other images: `norm="population"` (or `"support"`, which
 # keeps those of the first support set). With `norm="batch"` there is no prototype to keep, since the next

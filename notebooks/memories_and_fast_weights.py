@@ -13,12 +13,12 @@
 # %% [markdown]
 # # Memories and fast weights
 #
-# A network may learn a new task without any gradient step at all: it is *shown* the examples, and what it has
-# seen changes what it does next. Where is what it has seen? This notebook looks at two answers,
+# A network may learn a new task without any gradient step at all: it is *shown* the examples, and they change
+# what it does next. Where does it keep them? This notebook looks at two answers,
 #
 # 1. an external **memory**: rows that are written and read (memory-augmented networks, Santoro et al. 2016),
 #    first by hand, then with a network that has learned to use it,
-# 2. **fast weights**: weights made for one task, and others for one query, beside those that were trained
+# 2. **fast weights**: weights made for one task, and others for one query, next to those that were trained
 #    (Meta Networks, Munkhdalai & Yu 2017).
 #
 # It runs in about a minute on two CPU cores; the last cell prints the time it took.
@@ -64,18 +64,18 @@ SHARP = jnp.array([20.0])
 
 
 def play(story, ring=False):
-    """What is written, read, used and kept at each step; as a `ring`, rows are taken in turn instead."""
+    """Return writes, reads, usage and rows of each step; with `ring`, rows are written in turn instead."""
     state, log = memory.initial(), {"write": [], "read": [], "usage": [], "memory": []}
-    told = 0
+    facts_written = 0
     for letter in story:
-        tells = letter.isupper()
+        is_fact = letter.isupper()
         key = jax.nn.one_hot("abcdef".index(letter.lower()), 6)[None]
         used = state["usage"]
         if ring:
-            used = (jnp.arange(5) - told) % 5 + 0.0
-            told += tells
-        addition = key if tells else jnp.zeros_like(key)
-        gate = jnp.array([0.0 if tells else 1.0])
+            used = (jnp.arange(5) - facts_written) % 5 + 0.0
+            facts_written += is_fact
+        addition = key if is_fact else jnp.zeros_like(key)
+        gate = jnp.array([0.0 if is_fact else 1.0])
         state = memory.access({**state, "usage": used}, key, gate, addition, SHARP)
         log["write"].append(state["usage"] - memory.decay * used - state["read_weights"][0])
         log["read"].append(state["read_weights"][0])
@@ -101,7 +101,7 @@ _ = panels[3].set(title="memory at the end", xticks=range(6), yticks=range(5), x
 _ = panels[3].set_xticklabels(list("ABCDEF"))
 
 # %% [markdown]
-# A to E fill the rows. When F comes, the row to lose is the one that has been idle longest: B's. A is older,
+# A to E fill the rows. When F comes, it overwrites the row that has been idle longest, B's. A is older,
 # but it was asked for in between, and being read counts as use. So the last two questions find A and no
 # longer B: for B's key no row is better than any other, and the reading is spread over all of them.
 #
@@ -110,10 +110,10 @@ _ = panels[3].set_xticklabels(list("ABCDEF"))
 
 # %%
 ring = play(STORY, ring=True)
-last_told = STORY.index("F")
+step_of_f = STORY.index("F")
 held = {}
-for name, found in (("least recently used", log), ("ring buffer", ring)):
-    best = found["memory"][last_told].max(0)
+for name, record in (("least recently used", log), ("ring buffer", ring)):
+    best = record["memory"][step_of_f].max(0)
     held[name] = "".join(letter for letter, value in zip("ABCDEF", best, strict=True) if value > 0.5)
     print(f"{name:20s} holds {held[name]} when F has come")
 assert held == {"least recently used": "ACDEF", "ring buffer": "BCDEF"}
@@ -128,10 +128,10 @@ assert log["memory"][-1].max(0).tolist() == [1, 0, 0, 1, 1, 1]
 # examples of a few new classes, and at step $t$ the network gets $x_t$ and the label of the step *before*,
 # $y_{t-1}$. To be right it must keep $x_{t-1}$ until its label comes, bind the two, and find the pair again
 # when the class comes back. Labels are shuffled from one episode to the next, so that weights cannot know
-# them: only the memory of this episode can.
+# them: only the memory of this episode can hold them.
 #
-# The first time a class comes one can only guess. The best guess takes a label not seen yet, of $j$ that are
-# left, so the first presentations of $N$ classes are right with probability $\frac1N \sum_{j=1}^N \frac1j$ at
+# The first time a class comes one can only guess. The best guess takes one of the $j$ labels not seen yet, so
+# the first presentations of $N$ classes are right with probability $\frac1N \sum_{j=1}^N \frac1j$ at
 # best: 61 % for three. From the second on all can be right.
 #
 # Our examples are points: a class is a direction in 12 dimensions, an example is a noisy copy of it.
@@ -144,8 +144,8 @@ def points(seed, classes):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(classes, 1, DIM)) + 0.15 * rng.normal(size=(classes, 8, DIM))
     x = (x / np.sqrt(DIM)).astype(np.float32).reshape(-1, DIM)
-    few = jm.tasks.from_arrays(x, np.repeat(np.arange(classes), 8), ways=WAYS, shots=5, queries=1)
-    return jm.tasks.sequences(few, length=STEPS)
+    tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(classes), 8), ways=WAYS, shots=5, queries=1)
+    return jm.tasks.sequences(tasks, length=STEPS)
 
 
 train, test = points(seed=0, classes=1000), points(seed=1, classes=300)
@@ -153,8 +153,8 @@ support = test.sample(jax.random.key(8)).support
 print("classes of one episode:", "".join("ABC"[y] for y in support.y))
 
 # %% [markdown]
-# Two networks. One has an LSTM as its controller, which has a state of its own and could do without a memory.
-# The other's is feed-forward: it knows the present step and what it reads, and nothing else.
+# We train two networks. The controller of one is an LSTM, which has a state of its own and could do without a
+# memory. The controller of the other is feed-forward: it sees only the present step and what it reads.
 # For comparison, the LSTM also trains with no memory at all.
 
 # %%
@@ -167,8 +167,8 @@ def network(memory, controller):
 
 def by_presentation(network, params):
     learner = jm.mann(network, shuffle=False, instances=5)
-    found = jm.evaluate_metrics(learner, params, test, episodes=1000, key=KEY)
-    return np.array([found[f"instance_{i}"] for i in range(1, 6)])
+    metrics = jm.evaluate_metrics(learner, params, test, episodes=1000, key=KEY)
+    return np.array([metrics[f"instance_{i}"] for i in range(1, 6)])
 
 
 networks = {
@@ -233,12 +233,12 @@ broken = {
     for controller, name in (("lstm", "LSTM, memory"), ("feed_forward", "feed-forward, memory"))
 }
 fig, panels = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
-for axes, (controller, found) in zip(panels, broken.items(), strict=True):
-    for (kind, values), color in zip(found.items(), ["k", *COLORS], strict=False):
+for axes, (controller, accuracies) in zip(panels, broken.items(), strict=True):
+    for (kind, values), color in zip(accuracies.items(), ["k", *COLORS], strict=False):
         axes.plot(range(1, 6), 100 * values, "o-", color=color, label=kind, linewidth=2)
     axes.axhline(100 / WAYS, color="0.6", linestyle=":")
     axes.set(title=f"controller: {controller.replace('_', '-')}", xticks=range(1, 6), ylim=(20, 102))
-    axes.set_xlabel("how often the class has come")
+    axes.set_xlabel("presentation of the class")
     axes.grid(alpha=0.3)
 panels[0].plot(range(1, 6), 100 * accuracy["LSTM alone"], "s--", color="0.5", label="trained without one")
 panels[0].set_ylabel("accuracy, %")
@@ -354,29 +354,31 @@ CLASSES = 5
 embedding, base = (jm.nn.AugmentedCNN(ways, filters=8, blocks=3, features=32) for ways in (None, CLASSES))
 learner = jm.metanet(embedding, base, embedding_loss="xent")
 slow_keys = jm.metanet(embedding, base, embedding_loss="xent", task_weights="none")
-few, fresh = (jm.tasks.glyphs(part, ways=CLASSES, queries=5, size=14) for part in ("train", "test"))
+train_glyphs, test_glyphs = (
+    jm.tasks.glyphs(part, ways=CLASSES, queries=5, size=14) for part in ("train", "test")
+)
 begun = time.perf_counter()
-state = jm.train(learner, few, optax.adam(3e-3), steps=150, key=KEY, meta_batch=4)
+state = jm.train(learner, train_glyphs, optax.adam(3e-3), steps=150, key=KEY, meta_batch=4)
 meta = state.params
 print(f"trained for {time.perf_counter() - begun:.0f} s")
 
 
 def without(adapted, *parts):
-    """What has been learned of a task, with fast weights of zero."""
+    """Return the adapted state of a task with the fast weights set to zero."""
     return {**adapted, **{part: jax.tree.map(jnp.zeros_like, adapted[part]) for part in parts}}
 
 
 @jax.jit
 def answers(key):
-    support, query = fresh.sample(key)
+    support, query = test_glyphs.sample(key)
     both, task_less = (each.adapt(meta, support, key) for each in (learner, slow_keys))
-    found = {
+    outputs = {
         "slow and fast": learner.predict(meta, both, query.x),
         "no fast weights of the task": slow_keys.predict(meta, task_less, query.x),
         "no fast weights of examples": learner.predict(meta, without(both, "values"), query.x),
         "slow alone": slow_keys.predict(meta, without(task_less, "values"), query.x),
     }
-    return found, query.y
+    return outputs, query.y
 
 
 logits, truth = jax.lax.map(answers, jax.random.split(KEY, 200))
@@ -388,20 +390,21 @@ assert abs(right["slow alone"] - 1 / CLASSES) < 0.05
 assert abs(right["no fast weights of examples"] - 1 / CLASSES) < 0.05
 
 # %% [markdown]
-# Labels mean nothing outside their task, so the slow base learner alone can be no better than chance: all it
-# knows of *this* task is in $W^*$. Taking $Q^*$ from the embedding costs next to nothing: an embedding serves
-# many tasks as it is. In the paper, trained without, it is half a point (98.4 % in place of 98.95 %).
+# Labels mean nothing outside their task, so the slow base learner alone can be no better than chance: all its
+# information about *this* task is in $W^*$. Taking $Q^*$ from the embedding costs next to nothing: an
+# embedding serves many tasks as it is. In the paper, trained without, it is half a point (98.4 % in place of
+# 98.95 %).
 #
-# Where does a task live? For each layer of the base learner, how large the slow weights are, and how far the
-# fast ones of queries are from their mean over 100 tasks, as roots of mean squares:
+# Where does a task live? For each layer of the base learner, we compare the size of the slow weights with the
+# distance of the queries' fast weights from their mean over 100 tasks, as roots of mean squares:
 
 # %%
 
 
 @jax.jit
 def fast_weights(key):
-    """Of the first query of each class of a task."""
-    support, query = fresh.sample(key)
+    """Return the fast weights for the first query of each class of a task."""
+    support, query = test_glyphs.sample(key)
     adapted = learner.adapt(meta, support, key)
     first = query.x[::5]
     r = embedding.apply({"params": meta["embedding"]}, first, adapted["embedding"])
@@ -440,7 +443,7 @@ _ = panels[0].set(ylabel="class", yticks=range(CLASSES))
 # fast weights even outweigh the slow ones. They differ from task to task, as a task's labels demand, and less
 # from query to query: attention without a temperature mixes all examples nearly evenly.
 #
-# And what they do: the probabilities of the 25 queries of one task, five of each class, before and after.
+# Their effect is in the probabilities of the 25 queries of one task, five of each class, before and after.
 
 # %%
 fig, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")

@@ -44,8 +44,8 @@ COLORS = {"second": "C0", "second, recompute": "C3", "first": "C1", "implicit": 
 # - **second order, `memory="recompute"`**: the parameters after each step. The step is run again on the way
 #   back, and the gradient is the same to rounding;
 # - **first order**: nothing at all, since the inner gradients are constants;
-# - **implicit**: where the loop ended. The gradient is $(I + H/\lambda)^{-1}\nabla L^Q$ there, found by a
-#   few steps of conjugate gradients, whatever way led there.
+# - **implicit**: the point where the loop ended. The gradient is $(I + H/\lambda)^{-1}\nabla L^Q$ there,
+#   computed by a few steps of conjugate gradients, whatever path led there.
 #
 # The compiler states how much temporary memory a compiled program takes. We compile the meta-gradient of a
 # small network for 1, 4 and 16 inner steps.
@@ -68,7 +68,7 @@ params = jm.maml(network).init(jax.random.key(1), task)
 
 
 def measure(settings, steps):
-    """Temporary memory in MB and milliseconds of one meta-gradient."""
+    """Return the temporary memory of one meta-gradient in MB, and its time in milliseconds."""
     learner = jm.maml(network, inner_lr=0.1, inner_steps=steps, **settings)
     gradient = jax.jit(jax.grad(lambda params, key: learner.loss(params, task, key)[0]))
     compiled = gradient.lower(params, jax.random.key(2)).compile()
@@ -107,9 +107,9 @@ assert growth["implicit"] < 1.1, "implicit memory does not"
 #
 # ## 2. What each order buys
 #
-# Characters drawn by the program, 5 ways and 1 shot; each learner trains for the same number of meta-steps
-# on the same tasks, and is tested on 400 tasks of characters it has not seen. One short training each, of
-# one seed: enough to see the size of things, not to rank methods.
+# Characters drawn by the program, 5 ways and 1 shot; each learner trains for the same number of meta-steps on
+# the same tasks, and is tested on 400 tasks of characters it has not seen. Each has one short training with
+# one seed: enough to see the size of the differences, not to rank methods.
 
 # %%
 META_STEPS = 60
@@ -136,8 +136,8 @@ assert min(result.mean for result in results.values()) > 0.3, "chance is 0.2"
 # ## 3. How far apart they are, while training
 #
 # `jm.train` reports the cosine and the ratio of norms between the meta-gradient and that of another learner
-# of the same parameters, if it is given one: here the first-order version. It costs that other gradient in
-# each meta-step. (On the command line: `jaxmeta train --diagnose`.)
+# with the same parameters, if there is one: here the first-order version. The comparison costs a second
+# gradient in each meta-step. (On the command line: `jaxmeta train --diagnose`.)
 
 # %%
 STEP_SIZES = (0.1, 0.4)
@@ -178,8 +178,8 @@ assert means[0.1] > means[0.4], "the larger the inner steps, the more their deri
 
 # %% [markdown]
 # The factors of the meta-gradient are $I - \alpha H_j$: the larger the inner step, the further from the
-# identity, and the further first order is off. A ratio that grows without bound would tell of an $\alpha$
-# that is too large.
+# identity, and the further first order is off. A ratio that grows without bound would be a sign of
+# an $\alpha$ that is too large.
 #
 # ### From first order to second, step by step
 #
@@ -209,13 +209,13 @@ assert cosines["K = 3"] > cosines["first order"]
 #
 # MAML learns where gradient descent starts. *Learning to learn by gradient descent by gradient descent*
 # (Andrychowicz et al., 2016) learns the descent: an LSTM, one for all coordinates with a state for each,
-# sees a coordinate's gradient and says what to add to it. Its meta-loss is the loss along a whole run,
+# sees a coordinate's gradient and returns its update. Its meta-loss is the loss along a whole run,
 # $\sum_t f(\theta_t)$, and it is trained through unrolls of that run, between which the gradient is cut.
 #
-# We train it on functions of two variables, so that its way can be drawn: $f(\theta) = \|W\theta - y\|^2$
+# We train it on functions of two variables, so that its path can be drawn: $f(\theta) = \|W\theta - y\|^2$
 # with random $W$ and $y$, most of them long narrow valleys (in the figure, the darker the lower).
 # `jm.learned_optimizer_unroll` gives the next part of a run and its loss; after each, the optimizer's weights
-# take a step of Adam, and the run goes on.
+# take a step of Adam, and the run continues.
 
 # %%
 STEPS, TRUNCATION, RUNS, AT_ONCE = 40, 10, 400, 32
@@ -267,15 +267,15 @@ print(f"trained in {time.perf_counter() - clock:.0f} s")
 print(f"loss of a run's last unroll: {losses[0]:.2f} at first, {losses[-20:].mean():.3f} at the end")
 
 # %% [markdown]
-# `jm.learned_optimizer_as_optax` makes an optax optimizer like any other of it. Beside it: SGD, momentum and
-# Adam, each with the best of 25 rates for the mean final loss on 100 other functions.
+# `jm.learned_optimizer_as_optax` turns it into an optax optimizer like any other. We compare it with SGD,
+# momentum and Adam, each with the best of 25 rates for the mean final loss on 100 other functions.
 
 # %%
 unseen = jm.tasks.quadratics("test", dim=2)
 
 
 def descend(optimizer, theta, task):
-    """θ_0 … θ_n and their losses."""
+    """Return θ_0 … θ_n and their losses."""
 
     def f(theta):
         return squares(apply({"theta": theta}, task.support.x), task.support.y)
@@ -339,9 +339,9 @@ _ = fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center
 assert tried["learned"][1][:, -1].mean() < tried["SGD"][1][:, -1].mean()
 
 # %% [markdown]
-# The learned optimizer knows the family it was trained on, and nothing else:
-# `benchmarks/learned_optimizer.py` tries it on an MLP on real digits, on more steps, on wider and deeper
-# networks, and on another activation function.
+# The learned optimizer is fitted to the family it was trained on. `benchmarks/learned_optimizer.py` trains
+# one on an MLP with real digits and tests it with more steps, with wider and deeper networks, and with
+# another activation function.
 #
 # ### To try
 #

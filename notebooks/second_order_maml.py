@@ -44,7 +44,7 @@ MAML, FOMAML = "C0", "C1"
 # %% [markdown]
 # ## 1. Two losses, one gradient
 #
-# A task has a *support* set to learn from and a *query* set to be judged on, with losses $L^S$ and
+# A task has a *support* set to learn from and a *query* set for evaluation, with losses $L^S$ and
 # $L^Q$. The **inner loop** takes $n$ gradient steps on the support loss, starting from $\theta$:
 #
 # $$\theta_0 = \theta, \qquad
@@ -118,13 +118,13 @@ with jax.enable_x64(True):
 
 # %% [markdown]
 # Both gradients point the same way here, and differ by the factor $(1-\alpha a)^n$. Its meaning: after
-# $n$ steps the end $\theta_n$ remembers only that fraction of where it started. MAML knows that moving
-# the start is of little use once adaptation has forgotten it; FOMAML does not.
+# $n$ steps the end $\theta_n$ remembers only that fraction of where it started. MAML takes into account that
+# moving the start is of little use once adaptation has forgotten it; FOMAML does not.
 #
 # ### Does a positive factor matter? With two tasks, yes
 #
-# On *one* task both gradients vanish at the same $\theta$. Now let two tasks have different curvatures
-# $a_i$ and let each be judged where it is taught ($q_i = s_i$, $b = 1$). With $r_i = (1-\alpha a_i)^n$,
+# On *one* task both gradients vanish at the same $\theta$. Now let two tasks have different curvatures $a_i$
+# and let support and query loss have the same minimum ($q_i = s_i$, $b = 1$). With $r_i = (1-\alpha a_i)^n$,
 #
 # $$g_\text{MAML} = \sum_i r_i^2\,(\theta - s_i), \qquad g_\text{FOMAML} = \sum_i r_i\,(\theta - s_i),$$
 #
@@ -196,8 +196,8 @@ _ = right.legend()
 #   H = \begin{pmatrix} 2y & 2x \\ 2x & 0 \end{pmatrix}, \qquad
 #   g_\text{MAML} = (I - \alpha H_0)(I - \alpha H_1) \begin{pmatrix} 1 \\ 2 \end{pmatrix}.$$
 #
-# The factor of the **first** step stands leftmost: reverse-mode differentiation starts at the query
-# loss, meets the last step first, and the first step last.
+# The factor of the **first** step is leftmost: reverse-mode differentiation starts at the query loss and
+# passes the last step first and the first step last.
 
 # %%
 with jax.enable_x64(True):
@@ -263,8 +263,8 @@ learners = {"MAML": build(jm.maml), "FOMAML": build(jm.fomaml)}
 colors = {"MAML": MAML, "FOMAML": FOMAML}
 
 # %% [markdown]
-# `jm.train` tells its `report` function what happens: `Progress` at every look at the loss, `Saved` after
-# each checkpoint. We keep the loss for the learning curve and the parameters for later.
+# `jm.train` passes events to its `report` function: `Progress` whenever it logs the loss, `Saved` after each
+# checkpoint. We keep the loss for the learning curve and the parameters for later.
 
 # %%
 curves, snapshots, states = {}, {}, {}
@@ -317,7 +317,7 @@ _ = axes.legend()
 # deviation 0.01), and first the network finds the best *fixed* answer. Then it discovers that it can
 # arrange its weights so that one gradient step bends the curve onto the points.
 #
-# ### Adaptation, seen
+# ### Adaptation, drawn
 #
 # One tall test wave. The start (dotted) is not a good fit to anything; it is a good place to leave from.
 # `eval_steps` may differ from the number of steps in training.
@@ -386,7 +386,8 @@ for row in by_steps.values():
 #
 # At each saved $\theta$ we compute both meta-gradients over the same 2,000 tasks. `loss` of a learner is one
 # task's meta-loss and its plain gradient *is* the meta-gradient, so this is one call of `jax.grad` each. We
-# compare direction (the cosine) and size (the ratio of norms), on the way of MAML and on the way of FOMAML.
+# compare direction (the cosine) and size (the ratio of norms), along the path of MAML and along the path of
+# FOMAML.
 
 
 # %%
@@ -440,7 +441,7 @@ for axes in (left, right):
 # - Set `inner_steps=5` in `build`: the product has five factors. How does the cosine change?
 # - Halve $\alpha$: by the formula, what should happen to the gap, and does it?
 # - Replace `inner_lr=0.01` by `inner_optimizer=optax.sgd(0.01, momentum=0.9)` and use 5 steps: which matrix
-#   stands in the place of $I - \alpha H$ now?
+#   takes the place of $I - \alpha H$ now?
 
 # %%
 print(f"running time: {time.perf_counter() - started:.0f} s")

@@ -68,8 +68,8 @@ for axes, images, title in (
 # *An ordinary classifier* of all 256 characters; what we keep of it is its **body**, everything below the
 # last layer. `jm.transfer.classifier` is a body and a linear head.
 #
-# *A prototypical network*, which practises what will be asked of it: tasks of 20 characters, one example of
-# each to learn from and four to be judged on. The same network, the same 5,120 drawings, as many
+# *A prototypical network*, which practises what will be asked of it: tasks of 20 characters, one support
+# example and four queries of each. The same network, the same 5,120 drawings, as many
 # steps, and as many images in a step: $20 \cdot (1 + 4) = 100$.
 
 # %%
@@ -120,8 +120,8 @@ print(f"prototypical network: in {time.perf_counter() - clock:.0f} s")
 # %%
 TUNING = 80
 model = jm.transfer.classifier(body, WAYS)
-fresh = jax.jit(model.init)(jax.random.key(5), source.x[:1])
-start = jm.transfer.with_body(fresh, pretrained)
+random_start = jax.jit(model.init)(jax.random.key(5), source.x[:1])
+start = jm.transfer.with_body(random_start, pretrained)
 adam = optax.adam(optax.cosine_decay_schedule(1e-3, TUNING))
 tuning = {"optimizer": adam, "steps": TUNING, "batch_size": 32, "key": jax.random.key(6)}
 
@@ -135,7 +135,7 @@ def repeated(data):
 
 
 def scratch(data, images):
-    return classify(jm.transfer.fine_tune(model, fresh, repeated(data), **tuning).variables, images)
+    return classify(jm.transfer.fine_tune(model, random_start, repeated(data), **tuning).variables, images)
 
 
 def ridge(data, images):
@@ -179,7 +179,7 @@ for column, shots in enumerate(SHOTS):
             named = learn(data, task.query.x).argmax(1)
             scores[name][column, trial] = (named == task.query.y).mean()
 
-mean = {name: found.mean(1) for name, found in scores.items()}
+mean = {name: values.mean(1) for name, values in scores.items()}
 print("accuracy, %, by examples a class" + "".join(f"{shots:8d}" for shots in SHOTS))
 for name, row in mean.items():
     print(f"{name:32s}" + "".join(f"{100 * value:8.1f}" for value in row))
@@ -209,7 +209,7 @@ _ = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 #   a body that knows strokes need not be trained.
 # - **A random head costs much of what was transferred.** With one example of each character, fine-tuning from
 #   a random head is far behind the probe, which leaves the body as it is. With the *probe's* head to begin
-#   with, the same steps of the same optimizer do well. Section 2 is about the reason.
+#   with, the same steps of the same optimizer do well. Section 2 explains why.
 # - **From five examples on** it is worth training all layers, after a probe: LP-FT leaves the probe behind.
 # - **Meta-learning** is worth most where examples are fewest: it has practised for just that.
 # - **With twenty examples** the advantage of whatever was learned before shrinks.
@@ -229,7 +229,7 @@ assert all((row[1:] > row[:-1]).all() for row in mean.values())
 #
 # Kumar et al. (2022) explain it with a network that is linear in both layers, features $Bx$ and outputs
 # $V Bx$, and so can we. Inputs have 40 numbers and four classes that depend on six features, $B^\star x$.
-# Pretraining has found these features but for an error, $B_0 \approx B^\star$. The labelled examples of the
+# Pretraining has found these features up to an error, $B_0 \approx B^\star$. The labelled examples of the
 # target, however, have **zeros in their last 20 inputs**: think of photos taken by day. In distribution
 # means more such examples, out of distribution means all 40 inputs at work: the photos by night.
 #
@@ -245,7 +245,7 @@ first_linear, sgd = jax.jit(linear.init), optax.sgd(0.05)
 
 
 def linear_task(seed, error=0.3):
-    """Training data, test data in and out of distribution, and where training starts."""
+    """Return training data, test data in and out of distribution, and the initial parameters."""
     rng = np.random.default_rng(seed)
     true = np.linalg.qr(rng.normal(size=(INPUTS, FEATURES)))[0] * np.sqrt(INPUTS / FEATURES)
     head = rng.normal(size=(FEATURES, KINDS))
@@ -255,18 +255,18 @@ def linear_task(seed, error=0.3):
         return jm.Batch(jnp.array(x, jnp.float32), jnp.array((x @ true @ head).argmax(1), jnp.int32))
 
     train, inside, outside = draw(EXAMPLES, False), draw(2000, False), draw(2000, True)
-    found = true + error * rng.normal(size=true.shape) / np.sqrt(FEATURES)
+    estimate = true + error * rng.normal(size=true.shape) / np.sqrt(FEATURES)
     start = first_linear(jax.random.key(seed), train.x)
     return (
         train,
         inside,
         outside,
-        jm.transfer.with_body(start, {"params": {"head": {"kernel": jnp.float32(found)}}}),
+        jm.transfer.with_body(start, {"params": {"head": {"kernel": jnp.float32(estimate)}}}),
     )
 
 
 def moved(variables, start):
-    """How far the features are from where they were, of inputs that training sees and of the others."""
+    """Return how far the features have moved, for inputs that training sees and for the others."""
     now, before = (v["params"]["body"]["head"]["kernel"] for v in (variables, start))
     sizes = [jnp.linalg.norm(now[rows] - before[rows]) for rows in (slice(SEEN), slice(SEEN, None))]
     return [float(size / jnp.linalg.norm(before[:SEEN])) for size in sizes]
@@ -326,8 +326,8 @@ for column, (axes, title) in enumerate(
 _ = panels[0].legend(loc="lower right")
 
 # %% [markdown]
-# - **In distribution** both kinds of fine-tuning beat the probe, for they repair the error of $B_0$. One who
-#   measures only there sees no difference between them.
+# - **In distribution** both kinds of fine-tuning beat the probe, because they repair the error of $B_0$. A
+#   measurement only there shows no difference between them.
 # - **Out of distribution** fine-tuning from a random head falls below the probe, which trained next to
 #   nothing. Its features of seen inputs have moved far, towards what a random head could use; those of unseen
 #   inputs are, to the last bit, where they were, and no longer fit.
@@ -359,7 +359,7 @@ assert tuned_unseen == both_unseen == 0
 # | --- | --- |
 # | CORAL | the difference of means and covariances |
 # | MMD | the distance of mean embeddings under Gaussian kernels: all moments |
-# | DANN | a second head tells the domains apart, and the features are trained against it |
+# | DANN | a second head classifies the domains, and the features are trained against it |
 #
 # The features are two numbers, so that we can look at them.
 
@@ -368,7 +368,7 @@ TURN, ALIGN_STEPS, SEEDS = np.deg2rad(30), 800, range(3)
 
 
 def moons(rng, n):
-    """Two half-moons about the origin, and their labels."""
+    """Return two half-moons about the origin, and their labels."""
     labels = rng.permutation(np.arange(n) % 2)
     angle, side = rng.uniform(0, np.pi, n), 1 - 2 * labels
     points = np.stack([side * (np.cos(angle) - 0.5), side * (np.sin(angle) - 0.25)], 1)
@@ -398,7 +398,7 @@ fall = optax.adam(optax.cosine_decay_schedule(3e-3, ALIGN_STEPS))
 
 
 def adapted_to(target, alignment, source, seed, steps=ALIGN_STEPS, optimizer=fall):
-    """Variables learned from a labelled source, and from a target without its labels."""
+    """Return variables learned from a labelled source and an unlabelled target."""
     begin = first_planar(jax.random.key(seed), source.x[:1])
     settings = {"optimizer": optimizer, "steps": steps, "batch_size": 128, "key": jax.random.key(seed)}
     if alignment is None:
@@ -410,7 +410,7 @@ distance_of = jax.jit(jm.transfer.mmd2)
 
 
 def apart(variables, source, target):
-    """MMD² of the features, in units of their spread: to shrink them is no alignment."""
+    """Return MMD² of the features, in units of their spread, so that shrinking them does not count."""
     z, w = (jm.transfer.extract_features(planar, variables, data.x, batch=400) for data in (source, target))
     return float(distance_of(z / z.std(), w / z.std()))
 
@@ -422,11 +422,11 @@ aligned = {
 on_target, distance = {}, {}
 print(f"accuracy, %{'source':>12s}{'target':>9s}   of each training{'':12s}features apart (MMD²)")
 for name, trainings in aligned.items():
-    on_source = np.mean([jm.transfer.accuracy(planar, found, here) for found in trainings])
-    each = [jm.transfer.accuracy(planar, found, there) for found in trainings]
+    on_source = np.mean([jm.transfer.accuracy(planar, variables, here) for variables in trainings])
+    each = [jm.transfer.accuracy(planar, variables, there) for variables in trainings]
     on_target[name], distance[name] = (
         np.mean(each),
-        np.mean([apart(found, here, there) for found in trainings]),
+        np.mean([apart(variables, here, there) for variables in trainings]),
     )
     listed = "  ".join(f"{100 * value:.1f}" for value in each)
     print(f"{name:12s}{100 * on_source:11.1f}{100 * on_target[name]:9.1f}   {listed:28s}{distance[name]:.3f}")
@@ -445,19 +445,20 @@ def scatter(axes, source, target, labels_of_source, labels_of_target):
 
 fig, panels = plt.subplots(2, 4, figsize=(11, 5.6), layout="constrained")
 for (above, below), (name, trainings) in zip(panels.T, aligned.items(), strict=True):
-    found = trainings[0]
-    logits = jm.transfer.predict_logits(planar, found, plane, batch=len(plane))
+    variables = trainings[0]
+    logits = jm.transfer.predict_logits(planar, variables, plane, batch=len(plane))
     p = np.asarray(jax.nn.softmax(logits)[:, 1]).reshape(len(side), -1)
     above.contourf(side, side, p, levels=[0, 0.5, 1], colors=[BLUE, RED], alpha=0.12)
     above.contour(side, side, p, levels=[0.5], colors="k", linewidths=1.5)
     scatter(above, here.x, there.x, here.y, there.y)
-    share = jm.transfer.accuracy(planar, found, there)
+    share = jm.transfer.accuracy(planar, variables, there)
     above.set(title=f"{name}: {100 * share:.0f} %", aspect="equal", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
     z, w = (
-        np.asarray(jm.transfer.extract_features(planar, found, data.x, batch=400)) for data in (here, there)
+        np.asarray(jm.transfer.extract_features(planar, variables, data.x, batch=400))
+        for data in (here, there)
     )
     low, high = (edge(np.concatenate([z, w]), axis=0) for edge in (np.min, np.max))
-    head = jax.tree.map(np.asarray, found["params"]["head"])
+    head = jax.tree.map(np.asarray, variables["params"]["head"])
     normal, offset = head["kernel"][:, 1] - head["kernel"][:, 0], head["bias"][1] - head["bias"][0]
     middle = -offset * normal / (normal @ normal)
     scatter(below, z, w, here.y, there.y)
@@ -479,8 +480,8 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 # - **Source only** is right wherever the target lies as the source does, and wrong at the tips.
 # - **CORAL** makes two moments agree, and so the features come nearer. But the same moments are not the same
 #   distribution, and the accuracy gains nothing.
-# - **MMD** compares all moments: in its feature plane crosses lie on dots of the same colour, and nobody told
-#   it the colours. **DANN** compares whatever a small network can tell apart.
+# - **MMD** compares all moments: in its feature plane crosses lie on dots of the same colour, although it
+#   does not know the colours. **DANN** compares whatever a small network can tell apart.
 # - The trainings of a method differ, and without target labels one cannot pick the best. (The table on
 #   digits in `benchmarks/README.md` chooses by the accuracy on the source.)
 
@@ -504,15 +505,15 @@ assert distance["DANN"] < distance["source only"]
 #
 # $$P_t(y \mid x) \propto w_y\, P_s(y \mid x), \qquad w_y = P_t(y) / P_s(y),$$
 #
-# so that the source's classifier needs no training at all, only $w$, and $w$ can be had from *unlabelled*
-# target examples. **BBSE** solves $\hat C w = \hat\mu$, with the confusions $\hat C$ on held-out source
-# examples and the shares $\hat\mu$ of what the classifier predicts on the target; **EM** finds the most
-# likely proportions of calibrated probabilities.
+# so that the source's classifier needs no training at all, only $w$, and $w$ can be estimated from
+# *unlabelled* target examples. **BBSE** solves $\hat C w = \hat\mu$, with the confusions $\hat C$ on held-out
+# source examples and the shares $\hat\mu$ of what the classifier predicts on the target; **EM** finds the
+# most likely proportions of calibrated probabilities.
 
 
 # %%
 def clouds(rng, n, share):
-    """Two clouds that overlap, a part `share` of the examples in the first."""
+    """Return two clouds that overlap, with a part `share` of the examples in the first."""
     labels = rng.permutation((np.arange(n) >= round(n * share)).astype(int))
     return as_batch(np.array([[-1.0, 0], [1.0, 0]])[labels] + rng.normal(size=(n, 2)), labels)
 
@@ -534,7 +535,7 @@ for share in SHARES:
     bbse = jm.transfer.bbse(confusion, logits.argmax(1))
     em = jm.transfer.em_prior(probabilities, np.array([0.5, 0.5])).target_prior / 0.5
     estimates[share] = bbse, em
-    # The source drawn anew, with classes as frequent as BBSE says they are in the target.
+    # The source resampled to the class proportions that BBSE estimates for the target.
     again = jax.random.choice(jax.random.key(0), len(even.y), (len(even.y),), p=bbse[even.y])
     redrawn = jm.Batch(even.x[again], even.y[again], ways=2)
     answers = {
@@ -549,8 +550,8 @@ for share in SHARES:
         "corrected by EM": jm.transfer.adjust(probabilities, em),
         "corrected by the truth": jm.transfer.adjust(probabilities, np.array([share, 1 - share]) / 0.5),
     }
-    for name, found in answers.items():
-        results.setdefault(name, []).append(float((found.argmax(1) == target.y).mean()))
+    for name, predictions in answers.items():
+        results.setdefault(name, []).append(float((predictions.argmax(1) == target.y).mean()))
 
 print("accuracy, %; class 0 is of the target" + "".join(f"{share:8.0%}" for share in SHARES))
 for name, row in results.items():
@@ -584,7 +585,7 @@ _ = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 # %% [markdown]
 # - With equal proportions alignment is harmless and useless: nothing differed.
 # - At 90 % it costs much of the accuracy of a classifier that was better before.
-# - The corrections train nothing, and gain what better-known proportions are worth.
+# - The corrections need no training, and gain as much as better proportions are worth.
 # - If one must align, as appearance changes too, first give the source the proportions of the target. Here,
 #   where BBSE's assumption holds, redrawing it repairs the alignment.
 
@@ -603,7 +604,7 @@ for share, (bbse, em) in estimates.items():
 # %% [markdown]
 # ## 4. Your situation, and what to do
 #
-# All names are of `jm.transfer`, the last row's aside.
+# All names without `jm.` are in `jm.transfer`.
 #
 # | the target | do | with | seen in |
 # | --- | --- | --- | --- |

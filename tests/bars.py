@@ -1,4 +1,4 @@
-"""Small images of bars, and small networks that learn them, for tests of the command line."""
+"""Small images of bars and a small network for them, for tests of the command line."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ SIDE = 8
 
 
 def draw_bar(path, kind, seed, *, stray=1, ink=0, paper=255, across=False):
-    """Write an image of a bar, whose place is its class, and of some stray pixels of its own."""
+    """Write an image with a bar, whose row depends on the class, and `stray` random pixels."""
     pixels = np.full((SIDE, SIDE), paper, np.uint8)
     pixels[kind % SIDE] = ink
     rng = np.random.default_rng(seed)
@@ -20,5 +20,5 @@ def draw_bar(path, kind, seed, *, stray=1, ink=0, paper=255, across=False):
 
 
 def small_mlp(out, hidden=(16,)):
-    """Return a network with batch normalisation, in place of convolutions, which take long to compile."""
+    """Return an MLP with batch normalisation, which compiles faster than a convolutional network."""
     return jm.nn.MLP(out=out, hidden=hidden, norm=True, kernel_init=jax.nn.initializers.lecun_normal())

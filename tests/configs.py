@@ -1,4 +1,4 @@
-"""Configurations of runs for tests, with settings by bare names."""
+"""Run configurations for tests, with settings by names without their groups."""
 
 from jaxmeta.cli.config import Chosen, base_of, resolve
 
@@ -6,11 +6,11 @@ ORDER = ("tasks", "training", "run", "learner", "network")
 
 
 def config_of(flags=None, **chosen):
-    """Return the configuration of a run of chosen names, with flags by bare names in place of its values."""
+    """Return a run configuration for chosen names, with `flags` replacing its values."""
     base = base_of(Chosen(**chosen))
     groups = base.names().groups()
-    given = {}
+    overrides = {}
     for name, value in (flags or {}).items():
         group = next(group for group in ORDER if name in groups[group])
-        given.setdefault(group, {})[name] = value
-    return resolve(base, given)
+        overrides.setdefault(group, {})[name] = value
+    return resolve(base, overrides)

@@ -1,4 +1,4 @@
-"""Strict settings for every test: shapes checked, no silent rank promotion, two CPU devices if not told."""
+"""Strict settings for every test: run-time type checks, no rank promotion, two CPU devices by default."""
 
 import collections
 import gc
@@ -25,9 +25,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-# Modules whose annotations the complete run checks at run time. Left out: `core`, whose dataclass JAX
-# rebuilds with leaves that are no arrays (axes, structures), and `nn.layers`, which subclasses Flax's Conv,
-# whose annotations cannot be checked at run time.
+# Modules whose annotations the complete run checks at run time. `core` is left out because JAX rebuilds its
+# dataclass with leaves that are not arrays (axes, structures), and `nn.layers` because it subclasses Flax's
+# Conv, whose annotations do not work at run time.
 CHECKED = [
     "jaxmeta.losses",
     "jaxmeta.metric_based",
@@ -53,12 +53,12 @@ CHECKED = [
     "jaxmeta.training",
     "jaxmeta.transfer",
 ]
-# The default run checks these alone, since checking takes a tenth of its time.
+# The default run checks only these, because checking all takes a tenth of its time.
 CHECKED_BY_DEFAULT = ["jaxmeta.losses", "jaxmeta.nn.norm"]
 
-# Where an accelerator is visible, its memory serves one process; a CPU serves one process per core.
+# Upper bound of pytest-xdist's workers on a CPU.
 MOST_WORKERS = 8
-# Seconds of call time from which a test of the default run is reported.
+# Tests of the default run with longer calls, in seconds, are reported.
 SLOW_CALL = 3.0
 
 
@@ -68,48 +68,50 @@ def pytest_addoption(parser):
         action="append",
         default=[],
         metavar="MODULE:NAME",
-        help="run the laws of tests/test_learner_laws.py on a learner of your own",
+        help="run the laws of tests/test_learner_laws.py on your own learner",
     )
 
 
 def pytest_configure(config):
     support.own_learners[:] = config.getoption("--learner")
     default = "not nightly" in config.option.markexpr
-    install_import_hook(CHECKED_BY_DEFAULT if default else CHECKED, "words.checked")
+    install_import_hook(CHECKED_BY_DEFAULT if default else CHECKED, "type_checker.typecheck")
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Return what `-n auto` means: one worker beside an accelerator, else one per core, at most eight."""
+    """Return the workers of `-n auto`: one with an accelerator, else one per core, at most eight."""
+    # The memory of an accelerator is enough for one process.
     return 1 if accelerator_is_visible() else min(cores(), MOST_WORKERS)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark rows nightly by `nightly_rows`; keep a file's tests on one worker, where they share programs.
+    """Mark rows nightly by `nightly_rows`, and assign the tests of a file to one worker.
 
-    `@pytest.mark.nightly_rows(after=n)` leaves the first `n` rows of a parametrised test to the default run.
+    `@pytest.mark.nightly_rows(after=n)` keeps the first `n` rows of a parametrised test in the default run.
+    The tests of a file share compiled programs.
     """
     rows = collections.Counter()
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             name = item.nodeid.split("::")[0].removeprefix("tests/").removesuffix(".py")
             item.add_marker(pytest.mark.xdist_group(name))
-        if rule := item.get_closest_marker("nightly_rows"):
+        if marker := item.get_closest_marker("nightly_rows"):
             test = item.nodeid.split("[")[0]
             rows[test] += 1
-            if rows[test] > rule.kwargs["after"]:
+            if rows[test] > marker.kwargs["after"]:
                 item.add_marker(pytest.mark.nightly)
 
 
 def pytest_collection_finish():
-    """Let the garbage collector look less often, and never at what importing and collecting have made."""
+    """Run the garbage collector less often, and exempt the objects of imports and collection from it."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Report tests of the default run that take longer than a test of it should."""
+    """Report tests of the default run that take longer than `SLOW_CALL`."""
     slow = [
         report
         for report in terminalreporter.getreports("passed")
@@ -123,11 +125,11 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_programs():
-    """Clear JAX's caches after a file of tests, which share compiled programs.
+    """Clear JAX's caches after each test file, whose tests share compiled programs.
 
-    Each program takes several memory maps, of which a process may have 65,530, and megabytes of memory.
+    Each program takes megabytes of memory and several memory maps, of which a process may have 65,530.
     """
-    # A command may choose the number of devices where nothing has used them yet.
+    # Initialise JAX first: until then a command of the test may change the number of devices.
     jax.devices()
     yield
     jax.clear_caches()
@@ -135,16 +137,16 @@ def forget_compiled_programs():
 
 @pytest.fixture
 def x64():
-    """Float64 for the length of one test."""
+    """Enable float64 for one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def data_folder():
-    """The folder of real data sets; the test is skipped where it is absent."""
+    """Return the folder of real data sets; skip the test where it is missing."""
     root = pathlib.Path(__file__).resolve().parents[1]
     folder = pathlib.Path(os.environ.get("JAXMETA_DATA", root.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set JAXMETA_DATA")
+        pytest.skip(f"no data sets at {folder}; set JAXMETA_DATA")
     return folder

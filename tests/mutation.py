@@ -1,19 +1,18 @@
 """Measure the tests by mutants: small mistakes put into a copy of the library, one at a time.
 
-`tests/mutants.toml` lists the mutants: a file, lines of it, and what stands there instead. Each is put into a
-copy of the tree, and meets only the tests that run its lines, as coverage.py's contexts tell. Tests of the
-default run come first, those marked nightly after them, and the run of a mutant ends with its first failure.
-Results are appended to a file as they come; mutants that stand in it are skipped when the program is started
-again.
+`tests/mutants.toml` lists the mutants: a file, lines of it, and their replacement. Each mutant is put into a
+copy of the tree and tested by the tests that run its lines, according to coverage.py's contexts. Tests of the
+default run come first and nightly tests after them, and a mutant's run ends with its first failure. Results
+are appended to a file as they come; a restarted run skips the mutants in it.
 
     pip install -e '.[dev]' pytest-cov
     python tests/mutation.py cover runs/mutation          # once: which test runs which line
     python tests/mutation.py run runs/mutation            # in two processes: --part 0/2 and --part 1/2
     python tests/mutation.py report runs/mutation
 
-`--only ID …` runs the mutants of these names alone. The suite of another version is measured by `--tree`, a
-folder with that version's `tests`. With `--most N` a mutant meets the N tests of each run nearest to its
-file, and may survive where others would catch it: the report counts such survivors.
+`--only ID …` runs only these mutants. `--tree FOLDER` measures the suite of another version, with its `tests`
+in that folder. With `--most N` a mutant is tested by the N tests of each run nearest to its file, and may
+survive where other tests would catch it: the report counts such survivors.
 """
 
 import argparse
@@ -29,14 +28,14 @@ import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Seconds for a run and for each of its tests. A mutant whose tests take longer, many times what they should,
-# is caught: whoever waits for them notices.
+# Time limit in seconds: a constant and a part for each test. It is many times what the tests take, so a
+# mutant that exceeds it is caught: a developer would notice.
 FOR_A_RUN, FOR_A_TEST = 120, 5
 CAUGHT, SURVIVED = "caught", "survived"
 
 
 def mutants():
-    """Return the mutants of the list, each with the lines that it changes and the text of its file."""
+    """Return the listed mutants, each with the changed lines and the new text of its file."""
     listed = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())["mutant"]
     for mutant in listed:
         text = (ROOT / mutant["file"]).read_text()
@@ -51,19 +50,19 @@ def mutants():
     return listed
 
 
-def copy_of(tree, place):
-    """Copy a tree's library and tests, never to be changed in place."""
-    shutil.rmtree(place, ignore_errors=True)
+def copy_of(tree, target):
+    """Copy a tree's library and tests, so that mutants never change the original."""
+    shutil.rmtree(target, ignore_errors=True)
     for name in ("jaxmeta", "tests", "benchmarks", "notebooks", ".ci"):
-        shutil.copytree(tree / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(tree / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in tree.iterdir():
         if file.is_file():
-            shutil.copy(file, place / file.name)
-    return place
+            shutil.copy(file, target / file.name)
+    return target
 
 
 def pytest(tree, *arguments, timeout=None, **variables):
-    """Run pytest in a tree, whose library goes before an installed one."""
+    """Run pytest in a tree, whose library takes precedence over an installed one."""
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *arguments]
     data = ROOT.parent / "shared" / "data"
     environment = {"JAXMETA_DATA": str(data), "MPLBACKEND": "Agg"} | os.environ | variables
@@ -74,24 +73,28 @@ def pytest(tree, *arguments, timeout=None, **variables):
 
 
 def cover(tree, work):
-    """Run the complete suite once, and record which test runs which line."""
-    place = copy_of(tree, work / "cover")
+    """Run the complete suite once and record which test runs which line."""
+    target = copy_of(tree, work / "cover")
     (work / "settings.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
     arguments = ["-n", "auto", "-m", "not slow", "--cov=jaxmeta", "--cov-context=test", "--cov-report="]
     command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'settings.ini'}"]
     data = ROOT.parent / "shared" / "data"
-    variables = {"COVERAGE_FILE": str(work / "coverage"), "PYTHONPATH": str(place), "JAXMETA_DATA": str(data)}
-    subprocess.run(command, cwd=place, env={"MPLBACKEND": "Agg"} | os.environ | variables)
+    variables = {
+        "COVERAGE_FILE": str(work / "coverage"),
+        "PYTHONPATH": str(target),
+        "JAXMETA_DATA": str(data),
+    }
+    subprocess.run(command, cwd=target, env={"MPLBACKEND": "Agg"} | os.environ | variables)
 
 
 def lines_of(bits):
-    """Return the line numbers that coverage.py packs into a blob."""
+    """Return the line numbers in a bit field of coverage.py."""
     return {8 * i + j for i, byte in enumerate(bits) for j in range(8) if byte & (1 << j)}
 
 
 def tests_by_line(work):
-    """Return, for each file of the library, the tests that run each line of it."""
-    found = collections.defaultdict(lambda: collections.defaultdict(set))
+    """Return the tests that run each line, by file and line number."""
+    tests = collections.defaultdict(lambda: collections.defaultdict(set))
     with sqlite3.connect(work / "coverage") as database:
         query = (
             "select file.path, context.context, line_bits.numbits from line_bits "
@@ -101,42 +104,42 @@ def tests_by_line(work):
             name = "jaxmeta/" + path.rpartition("/jaxmeta/")[2]
             test = context.partition("|")[0].partition("@")[0]
             for line in lines_of(bits) if test else ():
-                found[name][line].add(test)
-    return found
+                tests[name][line].add(test)
+    return tests
 
 
 def collected(tree, *arguments):
-    """Return the names of the tests that a run has."""
+    """Return the names of the tests that pytest collects."""
     listed = pytest(tree, "--collect-only", *arguments).stdout.decode().splitlines()
     return {line.strip() for line in listed if line.startswith("tests/") and "::" in line}
 
 
 def tests_of(mutant, coverage, complete):
-    """Return the tests that a mutant meets, those named after its file first.
+    """Return the tests for a mutant, those named after its file first.
 
-    They are the tests that run its lines, and those of the same files and parameters, with which they share
-    compiled programs: only the first test of a program traces its lines. A mutant may name a file of tests
-    that run its lines in processes of their own, or on more devices than the run that was recorded had.
+    They are the tests that run its lines, and tests of the same file and parameters, with which they share
+    compiled programs: only the first test of a program traces its lines. A mutant may also name a test file
+    that runs its lines in separate processes, or on more devices than the recorded run had.
     """
 
     def kind(test):
         file, _, name = test.partition("::")
         return file, name.partition("[")[2]
 
-    found = set().union(*(coverage[mutant["file"]][line] for line in mutant["lines"]))
+    direct = set().union(*(coverage[mutant["file"]][line] for line in mutant["lines"]))
     if "tests" in mutant:
-        found |= {test for test in complete if test.startswith(mutant["tests"])}
-    kinds = {kind(test) for test in found}
+        direct |= {test for test in complete if test.startswith(mutant["tests"])}
+    kinds = {kind(test) for test in direct}
     stem, folder = pathlib.PurePath(mutant["file"]).stem, pathlib.PurePath(mutant["file"]).parent.name
 
     def distance(test):
-        return stem not in test.partition("::")[0], folder not in test, test not in found, test
+        return stem not in test.partition("::")[0], folder not in test, test not in direct, test
 
-    return sorted((test for test in complete if test in found or kind(test) in kinds), key=distance)
+    return sorted((test for test in complete if test in direct or kind(test) in kinds), key=distance)
 
 
-def meet(tree, tests, devices, cache, *markers):
-    """Run tests up to the first failure; return what came of it."""
+def run_tests(tree, tests, devices, cache, *markers):
+    """Run tests up to the first failure; return the outcome and the failed test."""
     arguments = tree / "arguments.txt"
     arguments.write_text("\n".join(tests) + "\n")
     try:
@@ -144,19 +147,19 @@ def meet(tree, tests, devices, cache, *markers):
         timeout = FOR_A_RUN + FOR_A_TEST * len(tests)
         done = pytest(tree, "-x", "--tb=line", *markers, f"@{arguments}", timeout=timeout, **variables)
     except subprocess.TimeoutExpired:
-        return CAUGHT, "did not end"
-    said = done.stdout.decode()
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return CAUGHT, "timed out"
+    output = done.stdout.decode()
+    failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode == 0:
         return SURVIVED, ""
     if not failed:
-        raise RuntimeError(said[-2000:])
+        raise RuntimeError(output[-2000:])
     return CAUGHT, failed[0].split(" - ")[0].split()[-1]
 
 
 def run(tree, work, part, of, most, only):
-    place = copy_of(tree, work / f"tree-{part}")
-    coverage, default, complete = tests_by_line(work), collected(place), collected(place, "-m", "not slow")
+    target = copy_of(tree, work / f"tree-{part}")
+    coverage, default, complete = tests_by_line(work), collected(target), collected(target, "-m", "not slow")
     results = work / "results.jsonl"
     done = (
         {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
@@ -171,21 +174,21 @@ def run(tree, work, part, of, most, only):
         row["left_out"] = len(tests) - row["tests"]
         devices = mutant.get("devices", 2)
         started = time.monotonic()
-        original = (place / mutant["file"]).read_text()
-        (place / mutant["file"]).write_text(mutant["text"])
+        original = (target / mutant["file"]).read_text()
+        (target / mutant["file"]).write_text(mutant["text"])
         try:
             row["default"], row["by"] = SURVIVED, ""
             if quick:
-                row["default"], row["by"] = meet(place, quick, devices, work / "cache")
+                row["default"], row["by"] = run_tests(target, quick, devices, work / "cache")
             row["complete"] = row["default"]
             if row["default"] == SURVIVED and tests:
-                # All of them: the complete run checks annotations as well.
+                # The default tests again, because the complete run also checks annotations.
                 complete_run = ("-m", "not slow")
-                row["complete"], row["by"] = meet(
-                    place, [*nightly, *quick], devices, work / "cache", *complete_run
+                row["complete"], row["by"] = run_tests(
+                    target, [*nightly, *quick], devices, work / "cache", *complete_run
                 )
         finally:
-            (place / mutant["file"]).write_text(original)
+            (target / mutant["file"]).write_text(original)
         row["seconds"] = round(time.monotonic() - started)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -198,26 +201,26 @@ def report(work):
     print(f"{'mutant':22} {'kind':24} {'default':9} {'complete':9} first failure, or why it is equivalent")
     for mutant in listed:
         row = rows[mutant["id"]]
-        said = mutant.get("equivalent") or row["by"]
-        print(f"{mutant['id']:22} {mutant['kind']:24} {row['default']:9} {row['complete']:9} {said}")
+        reason = mutant.get("equivalent") or row["by"]
+        print(f"{mutant['id']:22} {mutant['kind']:24} {row['default']:9} {row['complete']:9} {reason}")
     real = [rows[mutant["id"]] for mutant in listed if "equivalent" not in mutant]
     complete = sum(row["complete"] == CAUGHT for row in real)
     default = sum(row["default"] == CAUGHT for row in real)
-    print(f"{len(real)} mutants, {len(listed) - len(real)} equivalent ones set aside")
+    print(f"{len(real)} mutants, {len(listed) - len(real)} equivalent ones left out")
     print(f"complete run: {complete} caught; default run: {default}")
     capped = sum(row["complete"] == SURVIVED and row.get("left_out", 0) > 0 for row in real)
     if capped:
-        print(f"{capped} survivors met only the tests nearest to their file (--most)")
+        print(f"{capped} survivors ran only the tests nearest to their file (--most)")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["cover", "run", "report"])
-    parser.add_argument("work", type=pathlib.Path, help="folder of coverage, copies and results")
-    parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="the version that is measured")
-    parser.add_argument("--part", default="0/1", help="which of how many processes this is, as 0/2")
-    parser.add_argument("--most", type=int, help="of each run the nearest tests, up to this many")
-    parser.add_argument("--only", nargs="+", metavar="ID", help="run these mutants alone")
+    parser.add_argument("work", type=pathlib.Path, help="folder for coverage, copies and results")
+    parser.add_argument("--tree", type=pathlib.Path, default=ROOT, help="source tree to measure")
+    parser.add_argument("--part", default="0/1", help="index and number of processes, such as 0/2")
+    parser.add_argument("--most", type=int, help="limit on tests per run, nearest to the file first")
+    parser.add_argument("--only", nargs="+", metavar="ID", help="run only these mutants")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

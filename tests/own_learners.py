@@ -1,4 +1,4 @@
-"""A learner as a researcher writes it first, and tasks whose results one has by hand."""
+"""A minimal user-defined learner, and tasks whose results have closed forms."""
 
 import functools
 
@@ -9,13 +9,13 @@ import numpy as np
 import jaxmeta as jm
 
 X = np.array([[1.0], [2.0], [-2.0]], np.float32)
-# The mean square of the queries.
+# Mean square of the query inputs.
 SQUARE = 3.0
 
 
 @functools.cache
 def lines():
-    """Lines through the origin, y = slope · x, of a slope drawn for each task."""
+    """Return tasks of lines through the origin, y = slope · x, with a random slope for each task."""
 
     def draw(x, key):
         y = jax.random.uniform(key, (), minval=1.0, maxval=3.0) * x
@@ -28,7 +28,7 @@ def lines():
 
 @functools.cache
 def slope():
-    """y = w · x without any adaptation; no mask, no step, and a metric without a count."""
+    """Return a learner y = w · x without adaptation, mask or step, and with a metric without a count."""
 
     def init(key, task):
         return {"w": jnp.zeros(())}
@@ -41,7 +41,7 @@ def slope():
 
     def loss(params, task, key):
         distance = params["w"] - task.query.y[0, 0] / task.query.x[0, 0]
-        return distance**2, {"apart": jnp.abs(distance)}
+        return distance**2, {"slope_error": jnp.abs(distance)}
 
     return jm.Learner(init, adapt, predict, loss)
 

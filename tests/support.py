@@ -1,4 +1,4 @@
-"""What tests of several folders share."""
+"""Helpers for tests of several folders."""
 
 import importlib.metadata
 import json
@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 
-# Learners that `--learner` names, for the laws; conftest.py fills it in before tests are collected.
+# Learners from `--learner`, for the laws; conftest.py fills the list before tests are collected.
 own_learners: list[str] = []
 
 
@@ -19,16 +19,16 @@ def accelerator_is_visible():
 
 
 def cores():
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fast_compilation():
-    """Return XLA's flags under which a CPU compiles two to five times faster.
+    """Return XLA flags with which a CPU compiles two to five times faster.
 
-    They are: no LLVM optimisations, one LLVM module per program, and the older emitters of fused loops. What
-    XLA does to a program before that stays as users have it. XLA ends the process at a flag that it does not
-    know, so the last one is set only for the versions of jaxlib that have it.
+    The flags turn LLVM's optimisations off, build one LLVM module per program, and use the older emitters of
+    fused loops; XLA's passes on HLO stay as users have them. XLA aborts at an unknown flag, so the last one
+    is set only for the versions of jaxlib that have it.
     """
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
     if importlib.metadata.version("jaxlib").startswith("0.10."):

@@ -1,4 +1,4 @@
-"""What an argument of a public function cannot be is refused by its name, and what it can be is taken."""
+"""Argument validation of the public functions: invalid values are refused by name, valid ones accepted."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from jaxmeta import transfer
 from jaxmeta.tasks import ClassSplit
 
 KEY = jax.random.key(0)
-EACH = settings(
+SEARCH = settings(
     max_examples=4,
     derandomize=True,
     deadline=None,
@@ -29,52 +29,55 @@ EACH = settings(
 
 
 @pytest.fixture(autouse=True)
-def as_users_have_it():
-    """Users have no type checker, which would be first to speak."""
+def without_type_checks():
+    """Turn run-time type checks off: users do not have them, and they would refuse arguments first."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def refused(call, *names):
-    """That `call` raises a ValueError of one line, which begins with one of the names of what is wrong."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it says is looked at here
+def assert_refused(call, *names):
+    """Assert that `call` raises a ValueError with a message of one line, which begins with one of `names`."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked below
         call()
-    said = str(caught.value)
-    head = re.match(r"[\w., ]*", said)[0]
-    assert set(names) & set(re.findall(r"\w+", head)), said
-    assert re.match(r"[\w., ]*: \S", said), said
-    assert len(said.splitlines()) == 1
-    assert len(said) < 400
+    message = str(caught.value)
+    head = re.match(r"[\w., ]*", message)[0]
+    assert set(names) & set(re.findall(r"\w+", head)), message
+    assert re.match(r"[\w., ]*: \S", message), message
+    assert len(message.splitlines()) == 1
+    assert len(message) < 400
 
 
-# --- Settings: counts, numbers and words ---------------------------------------------------------------
+# --- Settings: counts, numbers and choices -------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """What a setting cannot be, as a search and as some examples of it, and some values that it can have."""
+class Setting(NamedTuple):
+    """Invalid values of a setting, as a search strategy and as examples, and some valid values."""
 
     wrong: st.SearchStrategy
     right: tuple
     examples: tuple = ("?",)
 
 
-NOTHING = st.one_of(st.text(max_size=5), st.binary(max_size=3), st.lists(st.floats(), max_size=3))
-NO_NUMBER = st.one_of(NOTHING, st.sampled_from([math.nan, math.inf, -math.inf, 1j, {}, object()]))
+OTHER_TYPES = st.one_of(st.text(max_size=5), st.binary(max_size=3), st.lists(st.floats(), max_size=3))
+NOT_FINITE = st.one_of(OTHER_TYPES, st.sampled_from([math.nan, math.inf, -math.inf, 1j, {}, object()]))
 
 
 def count(least=1, most=None, none=False):
-    """A whole number; 2³¹ of anything are refused where they would be made."""
+    """Build the setting of an integer; counts of 2³¹ and more are invalid."""
     fractions = st.floats(width=16).map(lambda value: value + 0.5 if value == least else value)
-    wrong = [st.integers(max_value=least - 1), fractions, st.booleans(), NO_NUMBER]
+    wrong = [st.integers(max_value=least - 1), fractions, st.booleans(), NOT_FINITE]
     wrong += [st.integers(min_value=most + 1)] if most else [st.integers(min_value=2**31)]
     wrong += [] if none else [st.none()]
     right = (least, np.int64(least), *([None] if none else []))
-    return Kind(st.one_of(wrong), right, (least - 1, least + 0.5, "?", 2**31 if most is None else most + 1))
+    return Setting(
+        st.one_of(wrong), right, (least - 1, least + 0.5, "?", 2**31 if most is None else most + 1)
+    )
 
 
 def number(least=None, above=None, most=None, below=None, none=False, right=()):
-    wrong = [NO_NUMBER, st.just(np.ones(2))]
+    """Build the setting of a real number in [least, most] or between `above` and `below`, exclusive."""
+    wrong = [NOT_FINITE, st.just(np.ones(2))]
     if least is not None:
         wrong.append(st.floats(max_value=least, exclude_max=True))
     if above is not None:
@@ -88,54 +91,55 @@ def number(least=None, above=None, most=None, below=None, none=False, right=()):
     right = (*(right or (low, np.float32(low))), *([None] if none else []))
     beyond = [edge + sign for edge, sign in ((least, -1), (most, 1)) if edge is not None]
     beyond += [edge for edge in (above, below) if edge is not None]
-    return Kind(st.one_of(wrong), right, (math.nan, "?", *beyond))
+    return Setting(st.one_of(wrong), right, (math.nan, "?", *beyond))
 
 
-def word(*known):
+def choice(*known):
+    """Build the setting of one of several values."""
     other = st.one_of(st.text(max_size=6), st.integers(4), st.lists(st.text(max_size=2), max_size=2))
-    return Kind(other.filter(lambda value: value not in known), known, ("?", 7))
+    return Setting(other.filter(lambda value: value not in known), known, ("?", 7))
 
 
 def interval():
-    """(low, high), finite, low below high."""
+    """Build the setting of an interval (low, high), finite and with low < high."""
     ends = st.tuples(st.floats(), st.floats()).filter(
         lambda ends: not -math.inf < ends[0] < ends[1] < math.inf
     )
-    wrong = st.one_of(ends, NOTHING, st.just((0, 1, 2)), st.none())
-    return Kind(wrong, ((0, 1), (-2.5, 3.0)), ((1, 0), (0, math.nan), (0, 1, 2)))
+    wrong = st.one_of(ends, OTHER_TYPES, st.just((0, 1, 2)), st.none())
+    return Setting(wrong, ((0, 1), (-2.5, 3.0)), ((1, 0), (0, math.nan), (0, 1, 2)))
 
 
-def thing(*right):
-    """A network, a function or an optimizer."""
-    return Kind(st.one_of(st.integers(), st.text(max_size=3), st.just([]), st.just({})), right, (3, "?"))
+def instance(*right):
+    """Build the setting of a network, a function or an optimizer."""
+    return Setting(st.one_of(st.integers(), st.text(max_size=3), st.just([]), st.just({})), right, (3, "?"))
 
 
 def listed(wrong, right):
-    """A setting with few interesting values that it cannot have."""
-    return Kind(st.sampled_from(wrong), right, tuple(wrong))
+    """Build a setting with a list of invalid values."""
+    return Setting(st.sampled_from(wrong), right, tuple(wrong))
 
 
-def or_pair(kind):
-    """A count, or an inclusive range of them."""
+def count_or_range(setting):
+    """Build the setting of a count or of an inclusive range of counts."""
     pairs = [(2, 1), (0, 1), (1, 2, 3), (), (1.0, 2), ("a", "b"), (1, None)]
-    wrong = st.one_of(kind.wrong.filter(lambda value: not isinstance(value, list)), st.sampled_from(pairs))
-    return Kind(wrong, kind.right, (*kind.examples, *pairs))
+    wrong = st.one_of(setting.wrong.filter(lambda value: not isinstance(value, list)), st.sampled_from(pairs))
+    return Setting(wrong, setting.right, (*setting.examples, *pairs))
 
 
 MLP = jm.nn.MLP(out=2, hidden=())
 IDENTITY = (lambda key, x: {}, lambda params, x: x)
 X = np.repeat(np.eye(6, dtype=np.float32), 4, axis=0)
 Y = np.repeat(np.arange(6), 4)
-NORMS = word("batch", "support")
-OPTIMIZER = thing(optax.sgd(0.1))
-LOSS = thing(jm.losses.cross_entropy)
+NORMS = choice("batch", "support")
+OPTIMIZER = instance(optax.sgd(0.1))
+LOSS = instance(jm.losses.cross_entropy)
 MAML = {
-    "model": thing(MLP),
+    "model": instance(MLP),
     "inner_lr": number(0),
     "inner_steps": count(),
     "eval_steps": count(0, none=True),
     "inner_batch": count(none=True),
-    "memory": word("auto", "store", "recompute", "forward_over_reverse"),
+    "memory": choice("auto", "store", "recompute", "forward_over_reverse"),
     "truncation": count(none=True),
     "proximal": number(0, none=True),
     "cg_steps": count(),
@@ -145,38 +149,38 @@ MAML = {
 }
 UNROLLED = ("memory", "truncation", "proximal", "cg_steps", "damping")
 TASK = {"ways": count(), "shots": count(), "queries": count()}
-SPLIT = word("train", "validation", "test")
+SPLIT = choice("train", "validation", "test")
 PHOTOS = np.zeros((24, 4, 4, 1), np.uint8)
 
 
-def on(function, *positional, **given):
-    """`function` of settings alone, the rest given."""
-    return lambda **own: function(*positional, **{**given, **own})
+def with_defaults(function, *positional, **defaults):
+    """Return `function` with default arguments, so that a test passes only one setting."""
+    return lambda **setting: function(*positional, **{**defaults, **setting})
 
 
-def of_learner(name, **given):
-    return on(getattr(jm, name), **{"model": MLP, **given})
+def learner_with_defaults(name, **defaults):
+    return with_defaults(getattr(jm, name), **{"model": MLP, **defaults})
 
 
-LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
+LEARNERS: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "maml": (
-        of_learner("maml"),
-        {**MAML, "order": word("second", "first"), "inner_optimizer": OPTIMIZER},
+        learner_with_defaults("maml"),
+        {**MAML, "order": choice("second", "first"), "inner_optimizer": OPTIMIZER},
     ),
     "fomaml": (
-        of_learner("fomaml"),
+        learner_with_defaults("fomaml"),
         {
             **{key: MAML[key] for key in MAML if key not in UNROLLED},
             "inner_optimizer": OPTIMIZER,
         },
     ),
-    "anil": (of_learner("anil"), {**MAML, "inner_optimizer": OPTIMIZER}),
+    "anil": (learner_with_defaults("anil"), {**MAML, "inner_optimizer": OPTIMIZER}),
     "boil": (
-        of_learner("boil", model=jm.nn.MLP(out=2, hidden=(3,))),
+        learner_with_defaults("boil", model=jm.nn.MLP(out=2, hidden=(3,))),
         {key: MAML[key] for key in ("inner_steps", "norm")},
     ),
     "imaml": (
-        of_learner("imaml"),
+        learner_with_defaults("imaml"),
         {
             "inner_lr": number(0),
             "inner_steps": count(),
@@ -186,19 +190,19 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "meta_sgd": (
-        of_learner("meta_sgd"),
+        learner_with_defaults("meta_sgd"),
         {
-            "inner_lr": Kind(NO_NUMBER.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))),
+            "inner_lr": Setting(NOT_FINITE.filter(lambda r: r != [0.0, 0.0]), (0.1, (0.0, 1.0))),
             "inner_steps": count(),
-            "order": word("second", "first"),
+            "order": choice("second", "first"),
         },
     ),
     "reptile": (
-        of_learner("reptile"),
+        learner_with_defaults("reptile"),
         {key: MAML[key] for key in MAML if key not in UNROLLED},
     ),
     "maml_plus_plus": (
-        of_learner("maml_plus_plus"),
+        learner_with_defaults("maml_plus_plus"),
         {
             "inner_lr": number(0),
             "inner_steps": count(),
@@ -206,21 +210,21 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "anneal_steps": count(0),
             "first_order_steps": count(0),
             "memory": MAML["memory"],
-            "norm": word("batch", "support", "population"),
+            "norm": choice("batch", "support", "population"),
         },
     ),
     "lstm_meta_learner": (
-        of_learner("lstm_meta_learner"),
+        learner_with_defaults("lstm_meta_learner"),
         {
             "inner_steps": count(),
             "hidden": count(none=True),
-            "feedback": word("gate"),
+            "feedback": choice("gate"),
             "gradient_scale": number(),
-            "order": word("first", "second"),
+            "order": choice("first", "second"),
         },
     ),
     "learned_optimizer": (
-        of_learner("learned_optimizer", truncation=1),
+        learner_with_defaults("learned_optimizer", truncation=1),
         {
             "inner_steps": count(),
             "eval_steps": count(none=True),
@@ -229,40 +233,50 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "preprocess": number(above=0, none=True),
             "scale": number(),
             "layers": listed([(0,), 3, "ab", (1.5,), (-1, 2), None], ((), (2, 3), [4])),
-            "order": word("second", "first"),
+            "order": choice("second", "first"),
             "norm": NORMS,
         },
     ),
     "kernel_classifier": (
-        of_learner("kernel_classifier"),
+        learner_with_defaults("kernel_classifier"),
         {
-            "model": thing(MLP),
-            "similarity": word("cosine", "dot", "euclidean", "learned"),
-            "normalise": word("softmax"),
-            "reduce": word("sum", "mean", "nearest", "prototype"),
+            "model": instance(MLP),
+            "similarity": choice("cosine", "dot", "euclidean", "learned"),
+            "normalise": choice("softmax"),
+            "reduce": choice("sum", "mean", "nearest", "prototype"),
             "scale": number(above=0),
-            "norm": word("batch", "support", "population"),
+            "norm": choice("batch", "support", "population"),
         },
     ),
-    "matching": (of_learner("matching"), {"scale": number(above=0), "context_steps": count(none=True)}),
+    "matching": (
+        learner_with_defaults("matching"),
+        {"scale": number(above=0), "context_steps": count(none=True)},
+    ),
     "prototypical": (
-        of_learner("prototypical"),
-        {"model": thing(MLP), "divergence": word("euclidean", "cosine"), "norm": word("batch", "support")},
+        learner_with_defaults("prototypical"),
+        {
+            "model": instance(MLP),
+            "divergence": choice("euclidean", "cosine"),
+            "norm": choice("batch", "support"),
+        },
     ),
     "relation": (
-        of_learner("relation"),
-        {"comparison": thing(MLP, None), "norm": word("batch", "population")},
+        learner_with_defaults("relation"),
+        {"comparison": instance(MLP, None), "norm": choice("batch", "population")},
     ),
-    "ridge": (of_learner("ridge"), {"regularisation": number(above=0), "scale": number(above=0)}),
+    "ridge": (learner_with_defaults("ridge"), {"regularisation": number(above=0), "scale": number(above=0)}),
     "siamese": (
-        of_learner("siamese"),
-        {"pairs": count(2, none=True)._replace(right=(None, 2, 4)), "head": thing(MLP, None)},
+        learner_with_defaults("siamese"),
+        {"pairs": count(2, none=True)._replace(right=(None, 2, 4)), "head": instance(MLP, None)},
     ),
-    "simple_shot": (of_learner("simple_shot"), {"transform": word("un", "l2n", "cl2n"), "norm": NORMS}),
+    "simple_shot": (
+        learner_with_defaults("simple_shot"),
+        {"transform": choice("un", "l2n", "cl2n"), "norm": NORMS},
+    ),
     "fine_tuned_head": (
-        of_learner("fine_tuned_head"),
+        learner_with_defaults("fine_tuned_head"),
         {
-            "head": word("linear", "cosine"),
+            "head": choice("linear", "cosine"),
             "eval_steps": count(),
             "scale": number(above=0),
             "inner_lr": number(0),
@@ -270,20 +284,20 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "mann": (
-        on(jm.mann, network=jm.nn.MemoryNetwork(2)),
+        with_defaults(jm.mann, network=jm.nn.MemoryNetwork(2)),
         {
-            "network": thing(jm.nn.MemoryNetwork(2)),
+            "network": instance(jm.nn.MemoryNetwork(2)),
             "instances": count(0),
             "strings": listed([3, "5,5", (5,), (1, 5), (5, 0), (5, 99), (2.0, 2)], (None, (5, 5))),
         },
     ),
     "metanet": (
-        on(jm.metanet, embedding=jm.nn.AugmentedCNN(2), base=jm.nn.AugmentedCNN(2)),
+        with_defaults(jm.metanet, embedding=jm.nn.AugmentedCNN(2), base=jm.nn.AugmentedCNN(2)),
         {
-            "embedding": thing(jm.nn.AugmentedCNN(2)),
-            "base": thing(jm.nn.AugmentedCNN(2)),
-            "embedding_loss": word("verification", "contrastive", "xent"),
-            "task_weights": word("none", "embedding", "both"),
+            "embedding": instance(jm.nn.AugmentedCNN(2)),
+            "base": instance(jm.nn.AugmentedCNN(2)),
+            "embedding_loss": choice("verification", "contrastive", "xent"),
+            "task_weights": choice("none", "embedding", "both"),
             "samples": count(none=True),
             "hidden": count(),
             "margin": number(above=0),
@@ -291,10 +305,10 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "inner_loop": (
-        on(jm.inner_loop, lambda params, batch: 0.0, optax.sgd(0.1), steps=1),
+        with_defaults(jm.inner_loop, lambda params, batch: 0.0, optax.sgd(0.1), steps=1),
         {
             "steps": count(0),
-            "order": word("second", "first"),
+            "order": choice("second", "first"),
             "memory": MAML["memory"],
             "truncation": count(none=True),
             "proximal": number(0, none=True),
@@ -313,7 +327,7 @@ SEED = count(0, most=2**63 - 1)
 GLYPHS = jm.tasks.glyphs(ways=2, shots=2)
 SEQUENCES = jm.tasks.sequences(GLYPHS, length=4)
 
-TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
+TASKS: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "sinusoid": (
         jm.tasks.sinusoid,
         {
@@ -342,38 +356,38 @@ TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "sequences": (
-        on(jm.tasks.sequences, GLYPHS),
+        with_defaults(jm.tasks.sequences, GLYPHS),
         {
-            "length": Kind(
+            "length": Setting(
                 count(2).wrong.filter(lambda length: length is not None), (2, 4, None), count(2).examples
             ),
             "strings": LEARNERS["mann"][1]["strings"],
         },
     ),
-    "with_ways": (on(jm.tasks.with_ways, SEQUENCES), {"ways": count(1, most=2)}),
+    "with_ways": (with_defaults(jm.tasks.with_ways, SEQUENCES), {"ways": count(1, most=2)}),
     "supervised": (
-        on(jm.tasks.supervised, GLYPHS),
-        {"batch": Kind(st.one_of(count(2).wrong, st.just(3)), (2, 64), (3, *count(2).examples))},
+        with_defaults(jm.tasks.supervised, GLYPHS),
+        {"batch": Setting(st.one_of(count(2).wrong, st.just(3)), (2, 64), (3, *count(2).examples))},
     ),
     "labelled": (
-        on(jm.tasks.labelled, GLYPHS, key=KEY),
-        {"per_class": Kind(count().wrong.filter(lambda value: value != 2**31), (), (0, 1.5, "?"))},
+        with_defaults(jm.tasks.labelled, GLYPHS, key=KEY),
+        {"per_class": Setting(count().wrong.filter(lambda value: value != 2**31), (), (0, 1.5, "?"))},
     ),
-    "split_per_class": (on(jm.tasks.split_per_class, Y, key=KEY), {"shots": count()}),
+    "split_per_class": (with_defaults(jm.tasks.split_per_class, Y, key=KEY), {"shots": count()}),
     "from_arrays": (
-        on(jm.tasks.from_arrays, **ARRAYS),
+        with_defaults(jm.tasks.from_arrays, **ARRAYS),
         {
-            "ways": or_pair(count()),
-            "shots": or_pair(count()),
+            "ways": count_or_range(count()),
+            "shots": count_or_range(count()),
             "queries": count(),
             "split": SPLIT,
             "split_seed": SEED,
-            "rotations": word("none"),
+            "rotations": choice("none"),
             "classes": FRACTIONS,
         },
     ),
     "from_regression": (
-        on(jm.tasks.from_regression, Y, X, Y, shots=1, queries=1),
+        with_defaults(jm.tasks.from_regression, Y, X, Y, shots=1, queries=1),
         {
             "shots": count(),
             "queries": count(),
@@ -382,9 +396,9 @@ TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "task_split": FRACTIONS,
         },
     ),
-    "from_fractions": (on(ClassSplit.from_fractions, "abcd"), {"fractions": FRACTIONS}),
+    "from_fractions": (with_defaults(ClassSplit.from_fractions, "abcd"), {"fractions": FRACTIONS}),
     "from_counts": (
-        on(ClassSplit.from_counts, "abcd", counts=(2, 1, 1)),
+        with_defaults(ClassSplit.from_counts, "abcd", counts=(2, 1, 1)),
         {
             "counts": listed([(2, 1), (5, -1, 0), (2.0, 1, 1), "abc", 4, (1, 1, 1)], ((4, 0, 0),)),
             "seed": SEED,
@@ -392,10 +406,10 @@ TASKS: dict[str, tuple[Callable, dict[str, Kind]]] = {
     ),
     "omniglot_split": (
         jm.tasks.omniglot_split,
-        {"protocol": word("vinyals", "lake"), "split_seed": SEED},
+        {"protocol": choice("vinyals", "lake"), "split_seed": SEED},
     ),
     "distort": (
-        on(jm.tasks.distort, KEY, jnp.zeros((2, 4, 4, 1))),
+        with_defaults(jm.tasks.distort, KEY, jnp.zeros((2, 4, 4, 1))),
         {
             "rotation": number(0),
             "shear": number(0),
@@ -416,44 +430,44 @@ PARAMS = {"a": jnp.ones(2), "head": jnp.ones(2)}
 FIT = {"optimizer": optax.sgd(0.1), "steps": 1, "key": KEY}
 FITTED = {"steps": count(), "batch_size": count(), "every": count(none=True)}
 
-# Of one class, a message may name the labels as well.
+# With labels of two classes, a message about a wrong number of classes may name the labels instead.
 CLASSES_OF_TWO = count(2)._replace(examples=(0, 2.5, "?", 2**31))
-TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
+TRANSFER: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "classifier": (
-        on(transfer.classifier, MLP, classes=2),
+        with_defaults(transfer.classifier, MLP, classes=2),
         {"classes": count(2), "momentum": number(0, below=1)},
     ),
     "input_adapter": (
         transfer.input_adapter,
         {
-            "channels": word(1, 3, None),
+            "channels": choice(1, 3, None),
             "size": listed([0, -1, 1.5, "a", (1,), (1, 2, 3), (0, 1), True], (None, 4, (2, 3))),
             "mean": listed([math.nan, "a", [[0.0]], None, [math.inf]], (0.5, [0.1, 0.2, 0.3])),
             "std": listed([0.0, -1.0, math.nan, "a", [[1.0]], None], (0.5, [0.1, 0.2, 0.3])),
-            "method": word("linear", "nearest", "cubic"),
+            "method": choice("linear", "nearest", "cubic"),
         },
     ),
     "learned_stem": (
-        on(transfer.learned_stem, channels=2),
+        with_defaults(transfer.learned_stem, channels=2),
         {
             "channels": count(),
-            "kernel": Kind(st.one_of(count().wrong, st.just(2)), (1, 3), (2, *count().examples)),
+            "kernel": Setting(st.one_of(count().wrong, st.just(2)), (1, 3), (2, *count().examples)),
         },
     ),
-    "coral": (transfer.coral, {"weight": number(0), "variant": word("paper", "mean+cov")}),
+    "coral": (transfer.coral, {"weight": number(0), "variant": choice("paper", "mean+cov")}),
     "mmd": (transfer.mmd, {"weight": number(0)}),
     "dann": (
         transfer.dann,
         {"weight": number(0), "gamma": number(), "hidden": LEARNERS["learned_optimizer"][1]["layers"]},
     ),
-    "dann_strength": (on(transfer.dann_strength, 0.5), {"gamma": number()}),
-    "dann_schedule": (on(transfer.dann_schedule, steps=3), {"steps": count()}),
+    "dann_strength": (with_defaults(transfer.dann_strength, 0.5), {"gamma": number()}),
+    "dann_schedule": (with_defaults(transfer.dann_schedule, steps=3), {"steps": count()}),
     "gradient_reversal": (
-        on(transfer.gradient_reversal, jnp.ones(2)),
+        with_defaults(transfer.gradient_reversal, jnp.ones(2)),
         {"strength": number(right=(0.0, 1.0))},
     ),
     "align": (
-        on(
+        with_defaults(
             transfer.align,
             LINEAR,
             VARIABLES,
@@ -462,23 +476,25 @@ TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
             transfer.coral(),
             **{**FIT, "batch_size": 4},
         ),
-        {**FITTED, "batch_size": count()._replace(right=(4,)), "norm": word("separate", "joint")},
+        {**FITTED, "batch_size": count()._replace(right=(4,)), "norm": choice("separate", "joint")},
     ),
-    "fine_tune": (on(transfer.fine_tune, LINEAR, VARIABLES, DATA, **FIT), FITTED),
+    "fine_tune": (with_defaults(transfer.fine_tune, LINEAR, VARIABLES, DATA, **FIT), FITTED),
     "feature_extraction": (
-        on(transfer.feature_extraction, LINEAR, VARIABLES, DATA),
-        {"head": word("logistic", "ridge")},
+        with_defaults(transfer.feature_extraction, LINEAR, VARIABLES, DATA),
+        {"head": choice("logistic", "ridge")},
     ),
     "gradual_unfreezing": (
-        on(transfer.gradual_unfreezing, LINEAR, VARIABLES, DATA, ["head", "**"], stage_steps=10, key=KEY),
+        with_defaults(
+            transfer.gradual_unfreezing, LINEAR, VARIABLES, DATA, ["head", "**"], stage_steps=10, key=KEY
+        ),
         {"stage_steps": count(10), "last_steps": count(10, none=True), "rate": number(above=0)},
     ),
     "discriminative": (
-        on(transfer.discriminative, optax.sgd(0.1), PARAMS, ["a", "head"]),
+        with_defaults(transfer.discriminative, optax.sgd(0.1), PARAMS, ["a", "head"]),
         {"decay": number(1)},
     ),
     "slanted_triangular": (
-        on(transfer.slanted_triangular, steps=100),
+        with_defaults(transfer.slanted_triangular, steps=100),
         {
             "steps": count()._replace(right=(100,)),
             "peak": number(),
@@ -486,12 +502,12 @@ TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "ratio": number(1),
         },
     ),
-    "l2_sp": (on(transfer.l2_sp, PARAMS), {"alpha": number(0), "beta": number(0)}),
+    "l2_sp": (with_defaults(transfer.l2_sp, PARAMS), {"alpha": number(0), "beta": number(0)}),
     "ridge_head": (
-        on(transfer.ridge_head, FEATURES, LABELS, classes=2),
+        with_defaults(transfer.ridge_head, FEATURES, LABELS, classes=2),
         {
             "classes": count(2),
-            "penalty": Kind(
+            "penalty": Setting(
                 number(above=0).wrong.filter(lambda p: not isinstance(p, list) or not all(p)),
                 (0.1, [0.1, 1.0], np.float32(1)),
                 number(above=0).examples,
@@ -499,11 +515,11 @@ TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "logistic_head": (
-        on(transfer.logistic_head, FEATURES, LABELS, classes=2),
+        with_defaults(transfer.logistic_head, FEATURES, LABELS, classes=2),
         {"classes": count(2), "penalty": number(0, right=(0.1,)), "steps": count(), "tolerance": number(0)},
     ),
     "density_ratio": (
-        on(transfer.density_ratio, FEATURES, FEATURES[::2] + 0.5, tolerance=1e-6),
+        with_defaults(transfer.density_ratio, FEATURES, FEATURES[::2] + 0.5, tolerance=1e-6),
         {
             "regularisation": number(above=0),
             "tolerance": number(0, right=(1e-6,)),
@@ -511,7 +527,7 @@ TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "kernel_mean_matching": (
-        on(transfer.kernel_mean_matching, FEATURES, FEATURES[::2]),
+        with_defaults(transfer.kernel_mean_matching, FEATURES, FEATURES[::2]),
         {
             "bandwidth": number(above=0, none=True),
             "bound": number(1, right=(2.0,)),
@@ -520,22 +536,28 @@ TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "steps": count()._replace(right=(20000,)),
         },
     ),
-    "joint_confusion": (on(transfer.joint_confusion, LABELS, LABELS), {"classes": CLASSES_OF_TWO}),
-    "bbse": (on(transfer.bbse, CONFUSION, LABELS), {"max_condition": number(1, right=(100.0,))}),
+    "joint_confusion": (with_defaults(transfer.joint_confusion, LABELS, LABELS), {"classes": CLASSES_OF_TWO}),
+    "bbse": (with_defaults(transfer.bbse, CONFUSION, LABELS), {"max_condition": number(1, right=(100.0,))}),
     "rlls": (
-        on(transfer.rlls, CONFUSION, LABELS, penalty=0.1),
+        with_defaults(transfer.rlls, CONFUSION, LABELS, penalty=0.1),
         {"penalty": number(above=0), "shrink": number(0, most=1)},
     ),
     "em_prior": (
-        on(transfer.em_prior, CONFUSION / CONFUSION.sum(1)[:, None], np.array([0.5, 0.5])),
+        with_defaults(transfer.em_prior, CONFUSION / CONFUSION.sum(1)[:, None], np.array([0.5, 0.5])),
         {"tolerance": number(0, right=(1e-3,)), "steps": count()._replace(right=(10000,))},
     ),
-    "coral_loss": (on(transfer.coral_loss, FEATURES, FEATURES), {"variant": word("paper", "mean+cov")}),
-    "coral_transform": (on(transfer.coral_transform, FEATURES, FEATURES), {"regularisation": number(0)}),
+    "coral_loss": (
+        with_defaults(transfer.coral_loss, FEATURES, FEATURES),
+        {"variant": choice("paper", "mean+cov")},
+    ),
+    "coral_transform": (
+        with_defaults(transfer.coral_transform, FEATURES, FEATURES),
+        {"regularisation": number(0)},
+    ),
     "mmd2": (
-        on(transfer.mmd2, FEATURES, FEATURES),
+        with_defaults(transfer.mmd2, FEATURES, FEATURES),
         {
-            "estimator": word("biased", "unbiased", "linear"),
+            "estimator": choice("biased", "unbiased", "linear"),
             "bandwidth": listed(
                 [0.0, -1.0, math.nan, math.inf, "max", [], [1.0, -1.0], None, [[1.0]]],
                 ("mean", "median", 1.0, [1.0, 2.0]),
@@ -545,15 +567,23 @@ TRANSFER: dict[str, tuple[Callable, dict[str, Kind]]] = {
         },
     ),
     "h_score": (
-        on(transfer.h_score, FEATURES, LABELS),
+        with_defaults(transfer.h_score, FEATURES, LABELS),
         {"shrinkage": number(0, below=1, none=True, right=(0.5, "ledoit-wolf"))},
     ),
     "rank_sources": (
-        on(transfer.rank_sources, {"a": lambda x: transfer.Candidate(features=x)}, (FEATURES, LABELS)),
-        {"score": word("log_me", "h_score")},
+        with_defaults(
+            transfer.rank_sources, {"a": lambda x: transfer.Candidate(features=x)}, (FEATURES, LABELS)
+        ),
+        {"score": choice("log_me", "h_score")},
     ),
-    "predict_logits": (on(transfer.predict_logits, LINEAR, VARIABLES, FEATURES), {"batch": count()}),
-    "confusion_matrix": (on(jm.transfer.confusion_matrix, LABELS, LABELS), {"classes": CLASSES_OF_TWO}),
+    "predict_logits": (
+        with_defaults(transfer.predict_logits, LINEAR, VARIABLES, FEATURES),
+        {"batch": count()},
+    ),
+    "confusion_matrix": (
+        with_defaults(jm.transfer.confusion_matrix, LABELS, LABELS),
+        {"classes": CLASSES_OF_TWO},
+    ),
 }
 
 SINUSOID = jm.tasks.sinusoid(shots=2, queries=2)
@@ -563,13 +593,13 @@ FEW = {"episodes": 2, "key": KEY}
 
 
 def steps(least, none=False):
-    """As `count`; a training by each value that can be would take long."""
+    """Build a count without valid values, because each would train or evaluate a learner."""
     return count(least, none=none)._replace(right=())
 
 
-TRAINING: dict[str, tuple[Callable, dict[str, Kind]]] = {
+TRAINING: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "train": (
-        on(jm.train, REGRESSOR, SINUSOID, optax.sgd(0.1), steps=1, key=KEY),
+        with_defaults(jm.train, REGRESSOR, SINUSOID, optax.sgd(0.1), steps=1, key=KEY),
         {
             "steps": steps(1),
             "meta_batch": steps(1),
@@ -577,27 +607,27 @@ TRAINING: dict[str, tuple[Callable, dict[str, Kind]]] = {
             "validation_episodes": steps(2),
             "checkpoint_every": steps(1, none=True),
             "log_every": steps(1),
-            "strategy": Kind(st.text(max_size=5), ()),
+            "strategy": Setting(st.text(max_size=5), ()),
         },
     ),
     "meta_step": (
-        on(jm.meta_step, REGRESSOR, optax.sgd(0.1), 2),
+        with_defaults(jm.meta_step, REGRESSOR, optax.sgd(0.1), 2),
         {
-            "strategy": Kind(
+            "strategy": Setting(
                 st.one_of(st.text(max_size=5), st.integers(max_value=0)), ("auto", "vmap", "scan", 1)
             )
         },
     ),
     "evaluate": (
-        on(jm.evaluate, REGRESSOR, REGRESSION, SINUSOID, **FEW),
+        with_defaults(jm.evaluate, REGRESSOR, REGRESSION, SINUSOID, **FEW),
         {"episodes": steps(2), "batch": steps(1, none=True)},
     ),
     "evaluate_episodes": (
-        on(jm.evaluate_episodes, REGRESSOR, REGRESSION, SINUSOID, **FEW),
+        with_defaults(jm.evaluate_episodes, REGRESSOR, REGRESSION, SINUSOID, **FEW),
         {"episodes": steps(1), "batch": steps(1, none=True)},
     ),
     "evaluate_metrics": (
-        on(jm.evaluate_metrics, REGRESSOR, REGRESSION, SINUSOID, **FEW),
+        with_defaults(jm.evaluate_metrics, REGRESSOR, REGRESSION, SINUSOID, **FEW),
         {"episodes": steps(1)},
     ),
 }
@@ -605,45 +635,45 @@ TRAINING: dict[str, tuple[Callable, dict[str, Kind]]] = {
 
 def settings_of(*tables):
     return [
-        pytest.param(function, name, kind, id=f"{owner}-{name}")
+        pytest.param(function, name, setting, id=f"{owner}-{name}")
         for table in tables
-        for owner, (function, kinds) in table.items()
-        for name, kind in kinds.items()
+        for owner, (function, parameters) in table.items()
+        for name, setting in parameters.items()
     ]
 
 
-# To take a setting of these is to fit or train with it.
+# Accepting a value of these settings fits or trains a model.
 TRAINED = settings_of(TRANSFER, TRAINING)
 SETTINGS = [*settings_of(LEARNERS, TASKS), *TRAINED]
 
 
-@pytest.mark.parametrize(("function", "name", "kind"), SETTINGS)
-def test_a_setting_outside_its_range_is_refused_by_its_name(function, name, kind):
-    for value in kind.examples:
-        refused(lambda value=value: function(**{name: value}), name)
+@pytest.mark.parametrize(("function", "name", "setting"), SETTINGS)
+def test_a_setting_outside_its_range_is_refused_by_its_name(function, name, setting):
+    for value in setting.examples:
+        assert_refused(lambda value=value: function(**{name: value}), name)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("function", "name", "kind"), SETTINGS)
-def test_a_search_finds_no_setting_outside_its_range_that_is_taken(function, name, kind):
-    @EACH
-    @given(value=kind.wrong)
+@pytest.mark.parametrize(("function", "name", "setting"), SETTINGS)
+def test_a_search_finds_no_accepted_setting_outside_its_range(function, name, setting):
+    @SEARCH
+    @given(value=setting.wrong)
     def check(value):
-        refused(lambda: function(**{name: value}), name)
+        assert_refused(lambda: function(**{name: value}), name)
 
     check()
 
 
 @pytest.mark.parametrize(
-    ("function", "name", "kind"),
+    ("function", "name", "setting"),
     [
         pytest.param(*each.values, id=each.id, marks=pytest.mark.nightly if each in TRAINED else ())
         for each in SETTINGS
         if each.values[2].right
     ],
 )
-def test_a_setting_at_the_edge_of_its_range_is_taken(function, name, kind):
-    for value in kind.right:
+def test_a_setting_at_the_edge_of_its_range_is_accepted(function, name, setting):
+    for value in setting.right:
         function(**{name: value})
 
 
@@ -663,13 +693,13 @@ def cut(array):
     return array[:-1]
 
 
-FLAT = (np.ravel, lambda a: a[None], lambda a: a[:0], lambda a: a[:, :0])
-NO_NUMBERS = (lambda a: a.astype(str), lambda a: a.astype(complex), lambda a: a.astype(bool))
+WRONG_SHAPES = (np.ravel, lambda a: a[None], lambda a: a[:0], lambda a: a[:, :0])
+WRONG_TYPES = (lambda a: a.astype(str), lambda a: a.astype(complex), lambda a: a.astype(bool))
 RAGGED = (lambda a: [[0.0], [0.0, 1.0]], lambda a: [None] * len(a))
-UNTOLD = (with_value(math.nan), with_value(math.inf), with_value(-math.inf))
-# Of values, and of shapes alone where values may be traced.
-FEATURE = (*FLAT, *NO_NUMBERS, *RAGGED, *UNTOLD)
-SHAPE = (*FLAT, *NO_NUMBERS)
+NON_FINITE = (with_value(math.nan), with_value(math.inf), with_value(-math.inf))
+# Functions that may be traced check only shapes and types.
+FEATURE = (*WRONG_SHAPES, *WRONG_TYPES, *RAGGED, *NON_FINITE)
+SHAPE = (*WRONG_SHAPES, *WRONG_TYPES)
 LABEL = (
     lambda y: y + 0.5,
     lambda y: y - 1,
@@ -686,7 +716,7 @@ SHARE = (with_value(math.nan), with_value(2.0), with_value(-1.0), cut, lambda p:
 PROBS = CONFUSION[[0, 1, 0, 1]] / CONFUSION[[0, 1, 0, 1]].sum(1)[:, None]
 PRIOR = np.array([0.5, 0.5])
 
-# Function, its arrays, and of each the ways to spoil it.
+# A function, valid arrays for it, and for each array the ways to spoil it.
 DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callable, ...]]]] = {
     "nce": (
         transfer.nce,
@@ -712,12 +742,12 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         },
     ),
     "ridge_head": (
-        on(transfer.ridge_head, classes=2),
+        with_defaults(transfer.ridge_head, classes=2),
         {"features": FEATURES, "labels": LABELS},
         {"features": FEATURE, "labels": (*LABEL, MANY, np.zeros_like)},
     ),
     "logistic_head": (
-        on(transfer.logistic_head, classes=2),
+        with_defaults(transfer.logistic_head, classes=2),
         {"features": FEATURES, "labels": LABELS, "weights": np.ones(4, np.float32)},
         {
             "features": FEATURE,
@@ -726,7 +756,7 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         },
     ),
     "density_ratio": (
-        on(transfer.density_ratio, tolerance=1e-6),
+        with_defaults(transfer.density_ratio, tolerance=1e-6),
         {"source": FEATURES, "target": FEATURES + 0.5},
         {"source": FEATURE, "target": FEATURE},
     ),
@@ -741,7 +771,7 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         {"weights": (lambda w: w[None], lambda w: w[:0], with_value(-1.0), lambda w: w[0])},
     ),
     "joint_confusion": (
-        on(transfer.joint_confusion, classes=2),
+        with_defaults(transfer.joint_confusion, classes=2),
         {"predictions": LABELS, "labels": LABELS},
         {"predictions": LABEL, "labels": LABEL},
     ),
@@ -761,7 +791,7 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         },
     ),
     "rlls": (
-        on(transfer.rlls, penalty=0.1),
+        with_defaults(transfer.rlls, penalty=0.1),
         {"joint_confusion": CONFUSION, "target_predictions": PRIOR},
         {"joint_confusion": (np.ravel, cut, with_value(math.nan)), "target_predictions": SHARE},
     ),
@@ -781,7 +811,7 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         {"logits": FEATURE, "labels": (*LABEL, MANY)},
     ),
     "confusion_matrix": (
-        on(transfer.confusion_matrix, classes=2),
+        with_defaults(transfer.confusion_matrix, classes=2),
         {"predictions": LABELS, "labels": LABELS},
         {"predictions": LABEL, "labels": LABEL},
     ),
@@ -807,20 +837,20 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         {"source": (lambda s: s[:0], lambda s: s[None], lambda s: s.astype(str))},
     ),
     "predict_logits": (
-        on(transfer.predict_logits, LINEAR, VARIABLES),
+        with_defaults(transfer.predict_logits, LINEAR, VARIABLES),
         {"x": FEATURES},
         {"x": (lambda x: x[:0], lambda x: x.astype(str), lambda x: x.astype(complex))},
     ),
     "from_arrays": (
-        on(jm.tasks.from_arrays, ways=2, shots=1),
+        with_defaults(jm.tasks.from_arrays, ways=2, shots=1),
         {"x": X, "y": Y},
         {
-            "x": (*UNTOLD, cut, lambda x: x[:0], lambda x: x.astype(complex), lambda x: x > 0),
+            "x": (*NON_FINITE, cut, lambda x: x[:0], lambda x: x.astype(complex), lambda x: x > 0),
             "y": (cut, lambda y: y + 0.5, lambda y: y[None], lambda y: y[:0], lambda y: [None] * len(y)),
         },
     ),
     "from_regression": (
-        on(jm.tasks.from_regression, shots=1, queries=1),
+        with_defaults(jm.tasks.from_regression, shots=1, queries=1),
         {"task": Y, "x": X, "y": Y},
         {
             "task": (cut, lambda t: t + 0.5, lambda t: t[None], lambda t: t[:0], lambda t: [None] * len(t)),
@@ -850,48 +880,48 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         {"mask": (cut, lambda m: m[None], lambda m: m.astype(float))},
     ),
     "distort": (
-        on(jm.tasks.distort, KEY),
+        with_defaults(jm.tasks.distort, KEY),
         {"x": jnp.zeros((2, 4, 4, 1))},
         {"x": (jnp.ravel, lambda x: x[0], lambda x: x[..., 0])},
     ),
     "split_per_class": (
-        on(jm.tasks.split_per_class, shots=1, key=KEY),
+        with_defaults(jm.tasks.split_per_class, shots=1, key=KEY),
         {"y": Y},
         {"y": (lambda y: y[:0], lambda y: y[None], lambda y: y + 0.5, lambda y: [None] * len(y))},
     ),
 }
-SPOILT = [
+SPOILED = [
     pytest.param(function, arrays, name, ways, id=f"{owner}-{name}")
     for owner, (function, arrays, spoiled) in DATA_OF.items()
     for name, ways in spoiled.items()
 ]
 
 
-@pytest.mark.parametrize(("function", "arrays", "name", "ways"), SPOILT)
+@pytest.mark.parametrize(("function", "arrays", "name", "ways"), SPOILED)
 def test_a_bad_array_is_refused_by_its_name(function, arrays, name, ways):
-    # Of a number that differs the message may name either.
+    # Where lengths differ, the message may name either array.
     others = [other for other in arrays if other != name]
 
     for spoil in ways:
         named = (name, *others) if spoil is cut else (name,)
-        refused(lambda spoil=spoil: function(**{**arrays, name: spoil(arrays[name])}), *named)
+        assert_refused(lambda spoil=spoil: function(**{**arrays, name: spoil(arrays[name])}), *named)
 
 
 @pytest.mark.parametrize(
-    ("function", "arrays"), [pytest.param(*given[:2], id=owner) for owner, given in DATA_OF.items()]
+    ("function", "arrays"), [pytest.param(*row[:2], id=owner) for owner, row in DATA_OF.items()]
 )
 def test_good_arrays_give_finite_results(function, arrays):
-    found = function(**arrays)
-    for leaf in jax.tree.leaves(found):
+    result = function(**arrays)
+    for leaf in jax.tree.leaves(result):
         if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact):
             assert np.isfinite(leaf).all()
 
 
-# --- Arguments of another kind, and in the wrong order ---------------------------------------------------
+# --- Arguments of another type, and in the wrong order ---------------------------------------------------
 
 OPTIMIZER_OF_TRAINING = optax.sgd(0.1)
 STATE = jm.init_state(REGRESSOR, OPTIMIZER_OF_TRAINING, SINUSOID, KEY)
-OF_TRAINING = {
+VALID = {
     "learner": REGRESSOR,
     "tasks": SINUSOID,
     "optimizer": OPTIMIZER_OF_TRAINING,
@@ -899,18 +929,24 @@ OF_TRAINING = {
     "key": KEY,
 }
 CALLS: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "train": (on(jm.train, steps=1), ("learner", "tasks", "optimizer", "key")),
+    "train": (with_defaults(jm.train, steps=1), ("learner", "tasks", "optimizer", "key")),
     "init_state": (jm.init_state, ("learner", "optimizer", "tasks", "key")),
-    "meta_step": (on(jm.meta_step, meta_batch=1), ("learner", "optimizer")),
-    "evaluate": (on(jm.evaluate, episodes=2), ("learner", "params", "tasks", "key")),
-    "evaluate_episodes": (on(jm.evaluate_episodes, episodes=2), ("learner", "params", "tasks", "key")),
-    "evaluate_metrics": (on(jm.evaluate_metrics, episodes=2), ("learner", "params", "tasks", "key")),
-    "run_episodes": (on(jm.run_episodes, episodes=2), ("learner", "params", "tasks", "key")),
+    "meta_step": (with_defaults(jm.meta_step, meta_batch=1), ("learner", "optimizer")),
+    "evaluate": (with_defaults(jm.evaluate, episodes=2), ("learner", "params", "tasks", "key")),
+    "evaluate_episodes": (
+        with_defaults(jm.evaluate_episodes, episodes=2),
+        ("learner", "params", "tasks", "key"),
+    ),
+    "evaluate_metrics": (
+        with_defaults(jm.evaluate_metrics, episodes=2),
+        ("learner", "params", "tasks", "key"),
+    ),
+    "run_episodes": (with_defaults(jm.run_episodes, episodes=2), ("learner", "params", "tasks", "key")),
     "calibrate": (jm.calibrate, ("learner", "params", "tasks", "key")),
     "check_learner": (jm.check_learner, ("learner", "tasks")),
 }
-# What stands in the place of each argument, and what is said of it.
-MISTAKEN: dict[str, tuple[tuple[object, str], ...]] = {
+# Wrong values of each argument, with a pattern of the message.
+WRONG_ARGUMENTS: dict[str, tuple[tuple[object, str], ...]] = {
     "learner": (
         (jm.maml, r"got the function maml; .*jm\.Learner.*; call maml\(…\) to make one"),
         (SINUSOID, r"got TaskDistribution\(…\); it must be a jm\.Learner"),
@@ -948,30 +984,30 @@ MISTAKEN: dict[str, tuple[tuple[object, str], ...]] = {
 @pytest.mark.parametrize(
     ("owner", "name"), [(owner, name) for owner, (_, names) in CALLS.items() for name in names]
 )
-def test_an_argument_of_another_kind_is_refused_by_its_name(owner, name):
+def test_an_argument_of_another_type_is_refused_by_its_name(owner, name):
     function, names = CALLS[owner]
-    given = {each: OF_TRAINING[each] for each in names}
-    for value, said in MISTAKEN[name]:
-        refused(lambda value=value: function(**given | {name: value}), name)
-        with pytest.raises(ValueError, match=f"^{name}: .*{said}"):
-            function(**given | {name: value})
+    arguments = {each: VALID[each] for each in names}
+    for value, message in WRONG_ARGUMENTS[name]:
+        assert_refused(lambda value=value: function(**arguments | {name: value}), name)
+        with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
+            function(**arguments | {name: value})
 
 
 def test_arguments_in_the_wrong_order_are_refused_by_the_name_of_one_of_them():
     learner, tasks, optimizer = REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING
     once = {"steps": 1, "key": KEY}
-    refused(lambda: jm.train(tasks, learner, optimizer, **once), "learner")
-    refused(lambda: jm.train(learner, optimizer, tasks, **once), "tasks")
-    refused(lambda: jm.meta_step(optimizer, learner, 1), "learner")
-    refused(lambda: jm.init_state(learner, tasks, optimizer, KEY), "tasks", "optimizer")
-    refused(lambda: jm.check_learner(tasks, learner), "learner")
+    assert_refused(lambda: jm.train(tasks, learner, optimizer, **once), "learner")
+    assert_refused(lambda: jm.train(learner, optimizer, tasks, **once), "tasks")
+    assert_refused(lambda: jm.meta_step(optimizer, learner, 1), "learner")
+    assert_refused(lambda: jm.init_state(learner, tasks, optimizer, KEY), "tasks", "optimizer")
+    assert_refused(lambda: jm.check_learner(tasks, learner), "learner")
     for function in (jm.evaluate, jm.run_episodes, jm.evaluate_episodes, jm.evaluate_metrics):
-        refused(lambda function=function: function(learner, tasks, REGRESSION, **FEW), "tasks")
-        refused(lambda function=function: function(REGRESSION, learner, tasks, **FEW), "learner")
-    refused(lambda: jm.calibrate(learner, tasks, REGRESSION, KEY), "tasks")
+        assert_refused(lambda function=function: function(learner, tasks, REGRESSION, **FEW), "tasks")
+        assert_refused(lambda function=function: function(REGRESSION, learner, tasks, **FEW), "learner")
+    assert_refused(lambda: jm.calibrate(learner, tasks, REGRESSION, KEY), "tasks")
 
 
-def test_classes_modules_and_numbers_in_the_place_of_what_is_due_are_named_as_what_they_are():
+def test_the_message_names_the_class_module_or_number_in_place_of_an_object():
     network = jm.nn.MLP(out=2)
     for factory in (jm.maml, jm.prototypical, jm.learned_optimizer):
         with pytest.raises(ValueError, match=r"^model: got the class Conv4; .*call Conv4\(…\) to make one"):
@@ -990,31 +1026,31 @@ def test_classes_modules_and_numbers_in_the_place_of_what_is_due_are_named_as_wh
     with pytest.raises(ValueError, match=r"^devices: got 8 \(int\); .*make_mesh.*JAX_NUM_CPU_DEVICES=8"):
         jm.train(REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING, steps=1, key=KEY, devices=8)
     for function in (jm.tasks.supervised, jm.tasks.labelled, jm.tasks.sequences):
-        refused(lambda function=function: function(jm.tasks.glyphs), "tasks")
+        assert_refused(lambda function=function: function(jm.tasks.glyphs), "tasks")
     support = SINUSOID.sample(KEY).support
     with pytest.raises(ValueError, match=r"^support: got dict\(…\); it must be a jm\.Batch of examples"):
         REGRESSOR.adapt(support, REGRESSION, KEY)
 
 
-def test_transfer_refuses_arguments_of_another_kind_by_their_names():
-    given = {"model": LINEAR, "variables": VARIABLES, "data": DATA, **FIT}
-    for name, value, said in (
+def test_transfer_refuses_arguments_of_another_type_by_name():
+    arguments = {"model": LINEAR, "variables": VARIABLES, "data": DATA, **FIT}
+    for name, value, message in (
         ("optimizer", 1e-3, r"got 0\.001 \(float\); it must be an optax transformation"),
         ("key", 0, r"got 0 \(int\); it must be a single key of JAX"),
         ("model", jm.nn.MLP(out=2), r"got MLP\(…\); it must be of jm\.transfer\.classifier"),
         ("data", (FEATURES, LABELS), r"got tuple\(…\); it must be jm\.Batch\(x, y\)"),
     ):
-        with pytest.raises(ValueError, match=f"^{name}: {said}"):
-            transfer.fine_tune(**given | {name: value})
-    refused(lambda: transfer.freeze(1e-3, PARAMS, "a"), "optimizer")
-    refused(lambda: jm.tasks.labelled(GLYPHS, per_class=1, key=0), "key")
-    refused(lambda: jm.tasks.split_per_class(Y, 1, 0), "key")
-    refused(lambda: jm.tasks.stream("photos", key=KEY, meta_batch=1, ways=2, shots=1), "prepared")
-    refused(lambda: jm.tasks.classes_of(GLYPHS, 0), "key")
+        with pytest.raises(ValueError, match=f"^{name}: {message}"):
+            transfer.fine_tune(**arguments | {name: value})
+    assert_refused(lambda: transfer.freeze(1e-3, PARAMS, "a"), "optimizer")
+    assert_refused(lambda: jm.tasks.labelled(GLYPHS, per_class=1, key=0), "key")
+    assert_refused(lambda: jm.tasks.split_per_class(Y, 1, 0), "key")
+    assert_refused(lambda: jm.tasks.stream("photos", key=KEY, meta_batch=1, ways=2, shots=1), "prepared")
+    assert_refused(lambda: jm.tasks.classes_of(GLYPHS, 0), "key")
 
 
 def test_tasks_need_no_card():
-    """What has been drawn is the same with and without one."""
+    """Check that results are the same with and without a card."""
     bare = jm.TaskDistribution(SINUSOID.sample)
     assert bare.card is None
     jm.check_learner(REGRESSOR, bare)
@@ -1025,4 +1061,4 @@ def test_tasks_need_no_card():
     )
     assert jm.run_episodes(REGRESSOR, state.params, bare, **FEW).scores.shape == (2,)
     for function in (jm.tasks.supervised, jm.tasks.labelled, jm.tasks.sequences):
-        refused(lambda function=function: function(bare), "tasks")
+        assert_refused(lambda function=function: function(bare), "tasks")

@@ -1,4 +1,4 @@
-"""Class slots that do not exist are refused by every learner, wherever their values are known."""
+"""Labels without a class slot are refused by every learner, wherever their values are concrete."""
 
 import functools
 
@@ -21,8 +21,8 @@ X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 Y = np.array([0, 1, 2, 0, 1, 2], np.int32)
 
 
-def of_vectors(name):
-    """A learner of vectors, of the small networks that it works with."""
+def vector_learner(name):
+    """Build a learner of vectors with small networks of the kind that it works with."""
     factory = names.find("learner", name, names.LEARNERS)
     if name == "mann":
         return factory(jm.nn.MemoryNetwork(WAYS, jm.nn.LRUA(rows=4, width=3, heads=1), hidden=3))
@@ -45,16 +45,16 @@ def batch(y, ways=WAYS, name="", mask=None):
 
 @functools.cache
 def made(name):
-    learner, good = of_vectors(name), batch(Y, name=name)
+    learner, good = vector_learner(name), batch(Y, name=name)
     shapes = jax.eval_shape(learner.init, KEY, jm.Task(good, good))
     return learner, jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype), shapes)
 
 
 @pytest.mark.parametrize("name", names.LEARNERS)
-def test_learners_refuse_slots_that_do_not_exist(name):
+def test_learners_refuse_labels_without_a_slot(name):
     learner, params = made(name)
     good = batch(Y, name=name)
-    for y, ways, found in (
+    for y, ways, message in (
         (Y - 1, WAYS, "from -1 to 1"),
         (Y + 1, WAYS, "from 1 to 3"),
         (jnp.asarray(Y + 1), None, "from 1 to 3; they are counted from 0"),
@@ -62,26 +62,26 @@ def test_learners_refuse_slots_that_do_not_exist(name):
         (np.where(Y == 2, 77, Y).astype(np.uint8), WAYS, "from 0 to 77"),
     ):
         wrong = batch(y, ways, name)
-        with pytest.raises(ArgumentError, match=f"support: got classes {found}"):
+        with pytest.raises(ArgumentError, match=f"support: got classes {message}"):
             learner.adapt(params, wrong, KEY)
-        with pytest.raises(ArgumentError, match=f"support: got classes {found}"):
+        with pytest.raises(ArgumentError, match=f"support: got classes {message}"):
             learner.loss(params, jm.Task(wrong, good), KEY)
         with pytest.raises(ArgumentError, match="query: got classes" if ways else "support: got"):
             learner.loss(params, jm.Task(good if ways else wrong, wrong), KEY)
 
 
 @pytest.mark.parametrize("name", ["maml", "prototypical"])
-def test_slots_of_padding_may_be_any(name):
+def test_labels_of_padding_may_have_any_value(name):
     learner, params = made(name)
     mask = np.arange(6) < 3
     padded = batch(np.where(mask, Y, -1), mask=mask)
     with_zeros = batch(np.where(mask, Y, 0), mask=mask)
-    found, expected = (learner.adapt(params, each, KEY) for each in (padded, with_zeros))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    result, expected = (learner.adapt(params, each, KEY) for each in (padded, with_zeros))
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
-def test_gradient_learners_compare_slots_with_outputs_where_ways_are_not_given():
-    # With mini-batches labels are traced inside of the inner loop.
+def test_gradient_learners_compare_labels_with_outputs_without_ways():
+    # With mini-batches, labels are traced inside the inner loop.
     learner = jm.maml(jm.nn.MLP(out=WAYS, hidden=()), inner_batch=2)
     good = batch(Y)
     params = learner.init(KEY, jm.Task(good, good))
@@ -90,22 +90,22 @@ def test_gradient_learners_compare_slots_with_outputs_where_ways_are_not_given()
     learner.adapt(params, batch(Y, None), KEY)
 
 
-def test_compiled_functions_are_let_pass_without_a_look_at_values():
+def test_compiled_functions_do_not_check_values():
     learner, params = made("ridge")
     wrong = batch(Y + 1)
     adapt = jax.jit(learner.adapt)
     jaxpr = str(jax.make_jaxpr(learner.adapt)(params, wrong, KEY))
     assert "callback" not in jaxpr
-    # As padding: no example of the slot that does not exist.
+    # Examples with other labels count as padding.
     labels = adapt(params, wrong, KEY)["labels"]
     assert labels.sum(0).tolist() == [0, 2, 2]
     jax.vmap(learner.adapt, (None, 0, None))(params, jax.tree.map(lambda leaf: leaf[None], wrong), KEY)
-    # What is constant within a compiled function is seen.
+    # Constants in a compiled function are concrete and checked.
     with pytest.raises(ArgumentError, match="support"):
         jax.jit(lambda params: learner.adapt(params, batch(Y + 1), KEY))(params)
 
 
-def test_a_learner_is_given_its_checks_once():
+def test_checks_are_added_to_a_learner_once():
     learner, _ = made("matching")
     assert checks_slots(learner) is learner
 
@@ -122,7 +122,7 @@ def test_losses_and_scores_refuse_labels_without_an_output():
         jm.losses.cross_entropy(outputs, jnp.asarray(y), jnp.asarray(kept))
 
 
-def test_labels_of_other_processes_and_of_no_whole_numbers_are_let_pass():
+def test_labels_of_other_processes_and_other_types_are_not_checked():
     class Elsewhere:
         is_fully_addressable, dtype = False, np.dtype(np.int32)
 
@@ -137,13 +137,13 @@ def test_labels_of_other_processes_and_of_no_whole_numbers_are_let_pass():
 # --- Evaluation and training -----------------------------------------------------------------------
 
 
-def nearest(support_y, query_y):
-    """Tasks of given labels, with the second episode's as given, and a learner of vectors."""
+def tasks_with_labels(support_y, query_y):
+    """Return a learner of vectors, its parameters, and tasks of which about half have the given labels."""
     learner, params = made("prototypical")
 
-    def draw(wrong, key):
+    def draw(labels, key):
         x = jax.random.normal(key, (6, 4))
-        parts = (jnp.where(x[0, 0] > 0, jnp.asarray(each), Y) for each in wrong)
+        parts = (jnp.where(x[0, 0] > 0, jnp.asarray(each), Y) for each in labels)
         return jm.Task(*(jm.Batch(x, y, ways=WAYS) for y in parts))
 
     sample = jax.tree_util.Partial(draw, (support_y, query_y))
@@ -151,13 +151,13 @@ def nearest(support_y, query_y):
 
 
 @pytest.mark.parametrize("part", ["support", "query"])
-def test_an_evaluation_refuses_slots_that_do_not_exist_though_it_is_compiled(part):
+def test_a_compiled_evaluation_refuses_labels_without_a_slot(part):
     wrong = np.where(Y == 2, 3, Y)
-    given = (wrong, Y) if part == "support" else (Y, Y - 1)
-    learner, params, tasks = nearest(*given)
+    labels = (wrong, Y) if part == "support" else (Y, Y - 1)
+    learner, params, tasks = tasks_with_labels(*labels)
     with pytest.raises(ArgumentError, match=r"tasks: got \d+ examples in \d+ of 8 episodes"):
         jm.evaluate(learner, params, tasks, episodes=8, key=KEY)
-    learner, params, tasks = nearest(Y, Y)
+    learner, params, tasks = tasks_with_labels(Y, Y)
     assert jm.evaluate(learner, params, tasks, episodes=8, key=KEY).episodes == 8
 
 
@@ -185,7 +185,7 @@ def variables():
     return jax.jit(MODEL.init)(KEY, X)
 
 
-def uses(variables):
+def transfer_calls(variables):
     def head(features, labels, classes):
         return {"kernel": jnp.zeros((features.shape[1], classes)), "bias": jnp.zeros(classes)}
 
@@ -216,19 +216,19 @@ def uses(variables):
     }
 
 
-@pytest.mark.parametrize("use", uses(None))
-def test_transfer_refuses_labels_of_no_class(use, variables):
-    name, function = uses(variables)[use]
-    for y, found in (
+@pytest.mark.parametrize("call", transfer_calls(None))
+def test_transfer_refuses_labels_without_a_class(call, variables):
+    name, function = transfer_calls(variables)[call]
+    for y, message in (
         (Y - 1, "-1 to 1"),
         (Y + 1, "1 to 3"),
         (np.where(Y == 1, 9, Y), "0 to 9"),
     ):
-        with pytest.raises(ArgumentError, match=f"{name}: got classes (from )?{found}"):
+        with pytest.raises(ArgumentError, match=f"{name}: got classes (from )?{message}"):
             function(jnp.asarray(y))
 
 
-def test_a_loss_of_ones_own_takes_the_integers_that_it_likes(variables):
+def test_a_user_defined_loss_may_take_any_integers(variables):
     def loss(outputs, y):
         return jnp.abs(outputs.sum(1) - y)
 

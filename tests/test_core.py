@@ -1,4 +1,4 @@
-"""The types: batches as pytrees, the number of ways, and static cards."""
+"""Batches as pytrees, the number of ways, and static protocol cards."""
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ def test_a_batch_is_a_pytree_with_static_ways():
     assert jax.tree.structure(full) != jax.tree.structure(batch(mask=full.mask, ways=4))
 
 
-def test_mask_and_ways_of_a_batch_are_given_by_name():
+def test_mask_and_ways_of_a_batch_are_keyword_only():
     with pytest.raises(TypeError, match="positional argument"):
         jm.Batch(jnp.zeros((2, 1)), jnp.array([0, 1]), jnp.ones(2, bool))
 
 
-def test_ways_are_given_or_one_more_than_the_largest_label():
+def test_ways_default_to_one_more_than_the_largest_label():
     assert ways_of(batch(ways=7)) == 7
     assert ways_of(batch()) == 3
     gap = jm.Batch(jnp.zeros((2, 1)), jnp.array([0, 4]))
@@ -35,7 +35,7 @@ def test_ways_are_given_or_one_more_than_the_largest_label():
     assert jax.jit(lambda b: jnp.zeros(ways_of(b)))(batch(ways=7)).shape == (7,)
 
 
-def test_ways_of_traced_labels_must_be_given():
+def test_traced_labels_require_ways():
     with pytest.raises(ValueError, match=r"pass Batch\(\.\.\., ways=N\)"):
         jax.jit(ways_of)(batch())
 
@@ -47,6 +47,6 @@ def test_a_card_is_static():
     assert jax.jit(lambda c: jnp.asarray(c.shots))(card) == 1
 
 
-def test_a_learner_takes_no_statistics_by_default():
+def test_a_learner_has_no_statistics_by_default():
     assert jm.Learner(None, None, None, None).statistics is None
     assert jm.Model(None, None).apply_norm is None

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files."""
 
 import json
 import stat
@@ -8,21 +8,21 @@ import pytest
 from jaxmeta.files import replacing, write_json, write_new_json, write_text
 
 
-def test_a_file_is_replaced_by_what_was_written(tmp_path):
-    path = tmp_path / "some.json"
+def test_a_write_replaces_the_file(tmp_path):
+    path = tmp_path / "file.json"
     for content in ({"a": [1, "é"]}, {"a": []}):
         write_json(path, content)
         assert json.loads(path.read_text(encoding="utf-8")) == content
     write_text(path, "text")
     assert path.read_text(encoding="utf-8") == "text"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["some.json"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
     other = tmp_path / "other"
     other.write_text("")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
-def test_what_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "some.npz"
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file.npz"
     path.write_bytes(b"old")
 
     def fail():
@@ -37,8 +37,8 @@ def test_what_fails_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path):
-    path = tmp_path / "some.txt"
+def test_two_writers_of_one_file_do_not_interfere(tmp_path):
+    path = tmp_path / "file.txt"
     with replacing(path) as first, replacing(path) as second:
         first.write_text("1")
         second.write_text("2")
@@ -46,7 +46,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_new_file_is_written_by_the_first_alone(tmp_path):
+def test_only_the_first_writer_creates_a_new_file(tmp_path):
     path = tmp_path / "config.json"
     write_new_json(path, {"first": 1})
     with pytest.raises(FileExistsError):

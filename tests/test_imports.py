@@ -1,4 +1,4 @@
-"""The direction of imports: the library below, the command line above, and no cycle between them."""
+"""The layers of the package: each file imports from its own layer and those below."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1] / "jaxmeta"
-# From the bottom up. A file imports from its own layer and from those below.
+# From the bottom up.
 LAYERS = [
     ("core", "checks", "files", "losses", "declare", "paths", "learner_form"),
     ("nn",),
@@ -22,7 +22,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(path):
-    """Return the modules of ours that a file imports, wherever in it, but for what only types need."""
+    """Return the modules of jaxmeta that a file imports anywhere, except under `TYPE_CHECKING`."""
     tree = ast.parse(path.read_text())
     for_types = {
         id(inside)
@@ -30,33 +30,33 @@ def imports_of(path):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
         for inside in ast.walk(node)
     }
-    found = set()
+    modules = set()
     for node in ast.walk(tree):
         if id(node) in for_types:
             continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "jaxmeta"}
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in modules if name.split(".")[0] == "jaxmeta"}
 
 
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_from_no_layer_above_its_own(path):
+def test_a_file_does_not_import_from_a_layer_above(path):
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for name in imports_of(path):
         layer = name.split(".")[1] if "." in name else None
         if layer is None or layer not in HEIGHT:
-            # `from jaxmeta import maml`, which all that is above the library may.
+            # `from jaxmeta import maml` imports the whole library, allowed only above it.
             assert own == "cli", f"{path} imports {name}"
             continue
-        assert HEIGHT[layer] <= HEIGHT[own], f"{path} imports {name}, which lies above it"
+        assert HEIGHT[layer] <= HEIGHT[own], f"{path} imports {name}, which is in a higher layer"
 
 
-def test_importing_the_library_imports_no_command_line():
+def test_importing_the_library_does_not_import_the_command_line():
     program = (
         "import sys, jaxmeta\n"
         "loaded = [name for name in sys.modules if name.split('.')[0] in "

@@ -1,4 +1,4 @@
-"""Learners of one's own: what their functions may leave out, and how they train and evaluate all the same."""
+"""User-defined learners: optional arguments and return values, training and evaluation."""
 
 import functools
 
@@ -16,7 +16,7 @@ from jaxmeta.learner_form import normalized
 KEY = jax.random.key(0)
 
 
-def test_mask_and_step_go_on_where_the_functions_take_them():
+def test_mask_and_step_are_passed_to_functions_that_take_them():
     def call(predict):
         learner = normalized(jm.Learner(None, None, predict, None))
         return learner.predict("params", "adapted", "x", "mask")
@@ -27,7 +27,7 @@ def test_mask_and_step_go_on_where_the_functions_take_them():
     assert call(lambda params, adapted, x, *, mask=None: (x, mask)) == ("x", "mask")
     assert call(lambda params, adapted, x, **more: (x, more)) == ("x", {"mask": "mask"})
     assert call(lambda *arguments: arguments) == ("params", "adapted", "x", "mask")
-    # A setting of the function's own is not the mask; what stands for None, or must be given, is.
+    # A parameter with another default is not the mask; one with default None, or without a default, is.
     assert call(lambda params, adapted, x, temperature=2.0: (x, temperature)) == ("x", 2.0)
     assert call(lambda params, adapted, x, m=None: (x, m)) == ("x", "mask")
     assert call(lambda params, adapted, x, real: (x, real)) == ("x", "mask")
@@ -41,7 +41,7 @@ def test_mask_and_step_go_on_where_the_functions_take_them():
     assert loss(lambda params, task, key, rate=0.5: (rate, {})) == (0.5, {})
 
 
-def test_a_wrapper_takes_what_it_names_itself():
+def test_a_wrapper_s_own_signature_counts():
     def inner(params, adapted, x, mask=None):
         return x, mask
 
@@ -76,7 +76,7 @@ def test_a_loss_may_return_its_value_alone_and_metrics_without_counts(returned, 
 
 
 @pytest.mark.parametrize(
-    ("metrics", "said"),
+    ("metrics", "message"),
     [
         ({"far": np.zeros(3)}, r"an array of shape \(3,\) and type float64 for the metric 'far'"),
         ({"far": (1, 2, 3)}, r"a tuple of 3: 1, 2, 3 for the metric 'far'"),
@@ -86,15 +86,15 @@ def test_a_loss_may_return_its_value_alone_and_metrics_without_counts(returned, 
         ([1.0], "a list of 1: 1.0 for the metrics of the loss; they must be a dict"),
     ],
 )
-def test_metrics_of_another_form_are_named(metrics, said):
+def test_invalid_metrics_are_refused_by_name(metrics, message):
     learner = normalized(jm.Learner(None, None, None, lambda params, task, key: (1.0, metrics)))
-    with pytest.raises(jm.ArgumentError, match=f"^learner: got {said}"):
+    with pytest.raises(jm.ArgumentError, match=f"^learner: got {message}"):
         learner.loss(None, None, None)
 
 
-def test_what_is_no_learner_is_refused():
+def test_other_objects_are_refused_as_learners():
     tasks = own.lines()
-    # Run-time checks of types, where they are on, refuse it before.
+    # Run-time type checks, where they are on, come first.
     with pytest.raises((jm.ArgumentError, TypeCheckError), match=r"\(1, 2\)"):
         jm.evaluate((1, 2), {}, tasks, key=KEY)
     with pytest.raises((jm.ArgumentError, TypeCheckError), match="learner"):
@@ -103,7 +103,7 @@ def test_what_is_no_learner_is_refused():
         normalized((1, 2))
 
 
-def test_normalized_learners_are_equal_and_library_ones_stay_as_they_are():
+def test_normalized_learners_are_equal_and_library_learners_are_unchanged():
     learner = own.slope()
     assert normalized(learner) == normalized(learner)
     assert hash(normalized(learner)) == hash(normalized(learner))
@@ -114,7 +114,7 @@ def test_normalized_learners_are_equal_and_library_ones_stay_as_they_are():
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "scan"])
-def test_a_learner_of_the_shortest_form_trains_and_evaluates_as_by_hand(strategy):
+def test_a_minimal_learner_trains_and_evaluates_as_by_hand(strategy):
     learner, tasks = own.slope(), own.lines()
     state = jm.train(
         learner,
@@ -126,7 +126,7 @@ def test_a_learner_of_the_shortest_form_trains_and_evaluates_as_by_hand(strategy
         strategy=strategy,
         devices=jax.devices()[:1],
     )
-    # The same by NumPy: the loss is the mean of (w − slope)², and its gradient 2 (w − mean slope).
+    # In NumPy: the loss is the mean of (w − slope)², and its gradient 2 (w − mean slope).
     w = 0.0
     for step in range(3):
         w -= 0.1 * 2 * np.mean([w - own.slope_of(tasks, KEY, step, i) for i in range(2)])
@@ -135,11 +135,11 @@ def test_a_learner_of_the_shortest_form_trains_and_evaluates_as_by_hand(strategy
     result = jm.evaluate(learner, state.params, tasks, episodes=4, key=key)
     slopes = np.array([own.slope_of(tasks, key, None, i) for i in range(4)])
     np.testing.assert_allclose(result.mean, np.mean((slopes - w) ** 2 * own.SQUARE), rtol=1e-5)
-    found = jm.evaluate_metrics(learner, state.params, tasks, episodes=4, key=key)
-    np.testing.assert_allclose(found["apart"], np.mean(np.abs(slopes - w)), rtol=1e-5)
+    metrics = jm.evaluate_metrics(learner, state.params, tasks, episodes=4, key=key)
+    np.testing.assert_allclose(metrics["slope_error"], np.mean(np.abs(slopes - w)), rtol=1e-5)
 
 
-def test_validation_and_alignment_take_the_shortest_form():
+def test_validation_and_alignment_take_a_minimal_learner():
     learner, tasks = own.slope(), own.lines()
     events = []
     jm.train(
@@ -155,11 +155,13 @@ def test_validation_and_alignment_take_the_shortest_form():
         devices=jax.devices()[:1],
     )
     assert [event.metric for event in events if hasattr(event, "metric")] == ["mse"]
-    found = jm.meta_gradient_alignment(learner, own.slope(), {"w": jnp.zeros(())}, tasks, episodes=2, key=KEY)
-    assert found.cosine == pytest.approx(1.0)
+    result = jm.meta_gradient_alignment(
+        learner, own.slope(), {"w": jnp.zeros(())}, tasks, episodes=2, key=KEY
+    )
+    assert result.cosine == pytest.approx(1.0)
 
 
-def test_an_evaluation_of_an_own_learner_is_compiled_once():
+def test_an_evaluation_of_a_user_defined_learner_is_compiled_once():
     traces = []
 
     def predict(params, adapted, x):
@@ -174,7 +176,7 @@ def test_an_evaluation_of_an_own_learner_is_compiled_once():
     assert len(traces) == count
 
 
-def test_a_decorated_factory_takes_the_shortest_form():
+def test_a_decorated_factory_may_return_a_minimal_learner():
     @jm.learner(kinds=("regression",))
     def method(network, *, start: float = 0.5):
         return own.slope()._replace(init=lambda key, task: {"w": jnp.asarray(start)})
@@ -185,6 +187,6 @@ def test_a_decorated_factory_takes_the_shortest_form():
     value, metrics = learner.loss(params, task, KEY, step=3)
     slope = float(task.query.y[0, 0] / task.query.x[0, 0])
     assert value == pytest.approx((2.0 - slope) ** 2, rel=1e-5)
-    assert set(metrics) == {"apart"}
+    assert set(metrics) == {"slope_error"}
     outputs = learner.predict(params, learner.adapt(params, task.support, KEY), task.query.x, None)
     np.testing.assert_allclose(outputs, 2.0 * task.query.x)

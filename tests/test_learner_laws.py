@@ -1,10 +1,10 @@
-"""Laws that every learner keeps, in every row of its report and on both kinds of tasks.
+"""Laws for every learner, with every kind of batch statistics and on both kinds of tasks.
 
-A new learner joins by its line in `jaxmeta.cli.names.LEARNERS`; one of your own is tested by
-`pytest tests/test_learner_laws.py --learner my_module:my_learner`. Where a learner breaks a law for a good
-reason, it says so in `EXEMPT`.
+A new learner is tested by its entry in `jaxmeta.cli.names.LEARNERS`, and your own learner by
+`pytest tests/test_learner_laws.py --learner my_module:my_learner`. `EXEMPT` lists the exceptions with their
+reasons.
 
-The default run checks each learner on one row of classification, and MAML on regression, too; laws that
+The default run checks each learner on inductive classification, and MAML also on regression; laws that
 compile a second program run on one learner of each family. The nightly run checks all.
 """
 
@@ -32,12 +32,12 @@ IMAGE = (6, 6, 1)
 # Support and query both end with examples that are padding.
 PADDING = 2
 
-# (law, learner) -> why it does not hold.
+# (law, learner) -> reason why it does not hold.
 EXEMPT: dict[tuple[str, str], str] = {
     (
         "permuted_classes_permute_outputs",
         "learned_optimizer",
-    ): "it begins with a fresh random network, not with parameters that could be renamed along",
+    ): "it starts from a new random network, whose parameters cannot be permuted along",
     **{
         ("loss_metrics_match_predictions", name): "trains a classifier of all training classes, and "
         "predicts by the classes of a support set"
@@ -46,43 +46,42 @@ EXEMPT: dict[tuple[str, str], str] = {
     (
         "permuted_classes_permute_outputs",
         "mann",
-    ): "labels go in, too, by rows of a kernel; tests/model_based/test_mann.py renames those along",
+    ): "labels are also inputs, by rows of a kernel; tests/model_based/test_mann.py permutes those along",
     (
         "example_order_has_no_effect",
         "mann",
-    ): "what is shown later is remembered otherwise, that being what a sequence is",
+    ): "it reads a sequence, and its memory depends on the order",
     (
         "example_order_has_no_effect",
         "metanet",
-    ): "an LSTM reads gradients in order; tests/model_based/test_metanet.py has what no order moves",
+    ): "an LSTM reads gradients in order; tests/model_based/test_metanet.py tests what order does not change",
     (
         "gradient_steps_lower_the_loss",
         "reptile",
-    ): "its loss is the distance to where descent ends, and its gradient "
-    "holds that end fixed; tests/optimization_based/test_reptile.py has what falls instead",
+    ): "its loss is the distance to the adapted parameters, which its gradient holds constant; "
+    "tests/optimization_based/test_reptile.py tests the loss that falls",
 }
 
 # learner -> settings in place of the small ones below.
 SETTINGS: dict[str, dict[str, Any]] = {
     "reptile": {"inner_lr": 0.01, "inner_batch": None},
-    # Two steps come near the minimum, which the gradient is about, where the proximal term is strong.
+    # The implicit gradient assumes a minimum, which two steps reach only with a strong proximal term.
     "imaml": {"proximal": 2.0, "damping": 0.0},
     "learned_optimizer": {"inner_steps": 4, "eval_steps": 4, "truncation": 2},
 }
 
-# Leaves whose gradient is zero by mathematics, not by mistake.
+# Leaves whose gradient is zero by design.
 ZERO_GRADIENT = {
-    "^population/": "no loss depends on what jm.calibrate fills in after training",
+    "^population/": "no loss depends on the statistics that jm.calibrate fills in after training",
     "^embedding_head/": "MetaNet's gradients of the support set are constants to the task's loss",
-    r"ConvNorm_\d+/bias$": "the bias of a convolution is taken away again by the batch normalisation "
-    "that follows, whose statistics are of a batch with the same bias",
+    r"ConvNorm_\d+/bias$": "batch normalisation subtracts the batch mean, and the convolution's bias with it",
 }
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 class TinyConv(linen.Module):
-    """One block of the published kind."""
+    """A network with one block of Conv4's kind."""
 
     ways: int | None
 
@@ -98,7 +97,7 @@ def tiny_mlp(out):
 
 
 class TinyMaps(linen.Module):
-    """One block, for methods that compare maps."""
+    """An embedding of one block, for methods that compare feature maps."""
 
     @linen.compact
     def __call__(self, x, mask=None):
@@ -106,7 +105,7 @@ class TinyMaps(linen.Module):
 
 
 def tiny_network(case):
-    """Return what builds the small network of a case with a given output width."""
+    """Return a function that builds the small network of a case for an output width."""
 
     def build(out):
         if case.kind == "regression":
@@ -120,22 +119,22 @@ def tiny_network(case):
             return TinyMaps()
         return TinyConv(out)
 
-    return starting_in_float64(build) if case.name == "learned_optimizer" else build
+    return with_float64_init(build) if case.name == "learned_optimizer" else build
 
 
-def starting_in_float64(build):
-    def rounded(out):
+def with_float64_init(build):
+    def build_rounded(out):
         model = jm.nn.as_model(build(out))
 
         def init(key, x):
-            # Draws are of float32, and may differ in their last bit from one program to the next.
+            # Random numbers are float32 and may differ in the last bit between programs: round them.
             return jax.tree.map(
                 lambda leaf: jnp.round(1024 * leaf.astype(jnp.float64)) / 1024, model.init(key, x)
             )
 
         return model._replace(init=init)
 
-    return rounded
+    return build_rounded
 
 
 def factory_of(name):
@@ -159,15 +158,15 @@ CASES = [
     for name in support.own_learners or names.LEARNERS
     for row in facts_of(factory_of(name)).rows
     for kind in facts_of(factory_of(name)).kinds
-    # Without batch statistics the rows of a report are one and the same.
+    # The networks for regression have no batch statistics, so all rows are the same.
     if kind == "classification" or row == "inductive"
 ]
-# One learner of each family, for laws whose cost is a further compilation.
+# One learner of each family, for laws that compile another program.
 REPRESENTATIVES = ("maml", "prototypical", "mann", *support.own_learners)
 
 
 def one_row(case):
-    """Say whether a case is of classification by inductive statistics, or MAML's of regression."""
+    """Return whether a case is inductive classification, or MAML's regression."""
     return case.row == "inductive" and (case.kind == "classification" or case.name == "maml")
 
 
@@ -176,7 +175,7 @@ def one_row_of_representatives(case):
 
 
 def law(where=lambda case: True, default=one_row):
-    """Run `test_LAW` on the cases of `where` that are not exempt from LAW; nightly, if not in `default`."""
+    """Run `test_LAW` on the cases of `where` that are not exempt, nightly if not in `default`."""
 
     def mark(test):
         name = test.__name__.removeprefix("test_")
@@ -184,7 +183,7 @@ def law(where=lambda case: True, default=one_row):
             pytest.param(
                 case,
                 id=str(case),
-                # Tests of one learner share its compiled program.
+                # Tests of one learner share its compiled program, so they run on one worker.
                 marks=[
                     pytest.mark.xdist_group(f"laws of {case.name}"),
                     *([] if default(case) else [pytest.mark.nightly]),
@@ -208,7 +207,7 @@ def learner_of(case):
     settings = {name: value for name, value in small.items() if name in known}
     tasks = {"ways": WAYS, "train_ways": WAYS} if classification else {}
     config = resolve(base, {"learner": settings, "tasks": tasks, "training": {"distort": False}})
-    # One of your own may take no mask and no step.
+    # User-defined learners may take no mask or step.
     return normalized(built(config, norm_of(case), tiny_network(case)))
 
 
@@ -234,8 +233,8 @@ def task_of(case, seed=0):
     return jm.Task(part(SHOTS), part(QUERIES))
 
 
-def stirred(params):
-    """Parameters away from symmetric starts (zero biases, unit scales), where laws could hold by accident."""
+def perturb(params):
+    """Move parameters away from zero biases and unit scales, where laws could hold by accident."""
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.1 * rng.normal(size=leaf.shape)), params)
 
@@ -243,7 +242,7 @@ def stirred(params):
 @functools.cache
 def params_of(case):
     params = jax.jit(learner_of(case).init)(jax.random.key(0), task_of(case))
-    params = stirred(params)
+    params = perturb(params)
     if not on_population(case):
         return params
     statistics = jax.jit(learner_of(case).statistics)
@@ -251,12 +250,12 @@ def params_of(case):
 
 
 def on_population(case):
-    """Whether it predicts by statistics other than those it trains with, which `jm.calibrate` fills."""
+    """Return whether the learner predicts with population statistics, which `jm.calibrate` fills in."""
     return norm_of(case) == "population"
 
 
 class Run(NamedTuple):
-    """All that a learner says of one task; entries of padding are zeroed."""
+    """All results of a learner on one task; outputs of padding are zeroed."""
 
     loss: Any
     metrics: Any
@@ -279,7 +278,7 @@ def results(learner, params, task, key, step=None):
 
 @functools.cache
 def program(case):
-    """`results` of the case's learner, compiled, and the list that grows by one each time it is traced."""
+    """Return the compiled `results` of a case's learner, and a list that grows with each trace."""
     traces = []
 
     def traced(params, task, key, step):
@@ -289,7 +288,7 @@ def program(case):
     return jax.jit(traced), traces
 
 
-# Schedules over meta-steps have ended by then, as they have for a loss that is told no step.
+# A meta-step after the end of all schedules, which a loss without a step also assumes.
 LATE = np.int32(10**6)
 
 
@@ -370,7 +369,7 @@ def test_padded_task_matches_task_without_padding(case):
     kept = jm.Task(*(jm.Batch(p.x[:-PADDING], p.y[:-PADDING], ways=p.ways) for p in task_of(case)))
     bare = run(case, kept)
     if not facts_of(factory_of(case.name)).head or case.name == "metanet":
-        # What has been learned may be the examples, padding and all.
+        # The adapted state may hold the examples themselves, including padding.
         bare = bare._replace(adapted=expected.adapted)
     assert_equal(bare._replace(outputs=expected.outputs), expected)
     assert_equal(bare.outputs, expected.outputs[:-PADDING])
@@ -378,26 +377,26 @@ def test_padded_task_matches_task_without_padding(case):
 
 @law(lambda case: case.kind == "classification")
 def test_permuted_classes_permute_outputs(case):
-    """Slots renamed c -> σ(c), and the head's columns along: so are outputs; all else stays."""
+    """Permute the class slots c -> σ(c) and the head's columns: outputs permute, all else is unchanged."""
     sigma = np.array([2, 0, 1], np.int32)
-    moved = np.argsort(sigma)  # where column σ(c) = old column c comes from
+    moved = np.argsort(sigma)  # column σ(c) is the old column c
 
-    def rename(tree):
-        """Slots are the last axis of what is under a head, if it has as many entries."""
+    def permute(tree):
+        """Permute the last axis of the leaves under a head that have one entry per class."""
 
         def columns(path, leaf):
-            has = "head" in jax.tree_util.keystr(path) and leaf.shape[-1:] == (WAYS,)
-            return leaf[..., moved] if has else leaf
+            has_slots = "head" in jax.tree_util.keystr(path) and leaf.shape[-1:] == (WAYS,)
+            return leaf[..., moved] if has_slots else leaf
 
         return jax.tree_util.tree_map_with_path(columns, tree)
 
     expected = run(case)
     task = jm.Task(*(jm.Batch(p.x, jnp.asarray(sigma[p.y]), mask=p.mask, ways=p.ways) for p in task_of(case)))
-    found = run(case, task, rename(params_of(case)))
-    assert_equal(found.outputs, expected.outputs[:, moved])
+    permuted = run(case, task, permute(params_of(case)))
+    assert_equal(permuted.outputs, expected.outputs[:, moved])
     assert np.ptp(expected.outputs[:-PADDING], axis=1).min() > 1e-3
-    assert_equal(found.gradient, rename(expected.gradient))
-    assert_equal((found.loss, found.metrics), (expected.loss, expected.metrics))
+    assert_equal(permuted.gradient, permute(expected.gradient))
+    assert_equal((permuted.loss, permuted.metrics), (expected.loss, expected.metrics))
 
 
 @law()
@@ -406,9 +405,9 @@ def test_example_order_has_no_effect(case):
     for which in ("query", "support"):
         order = np.roll(np.arange(getattr(task, which).y.shape[0])[::-1], 2)
         part = jax.tree.map(lambda leaf: leaf[order], getattr(task, which))  # noqa: B023
-        found = run(case, task._replace(**{which: part}))
+        reordered = run(case, task._replace(**{which: part}))
         outputs = expected.outputs[order] if which == "query" else expected.outputs
-        assert_equal(found._replace(adapted=expected.adapted), expected._replace(outputs=outputs))
+        assert_equal(reordered._replace(adapted=expected.adapted), expected._replace(outputs=outputs))
 
 
 @law(default=lambda case: one_row(case) or case.name in REPRESENTATIVES)
@@ -437,7 +436,7 @@ def test_saved_and_loaded_learner_predicts_the_same(case, tmp_path):
     expected, learner, params = run(case), learner_of(case), params_of(case)
     tree = {"params": params, "adapted": expected.adapted}
     jm.save(tmp_path / "saved", tree)
-    # Without `like`: who predicts later may have nothing to make one from.
+    # Without `like`, because a program that only predicts may not have a tree of that structure.
     loaded = jm.load(tmp_path / "saved")
     assert_equal(loaded, tree, 0)
     query = task_of(case).query
@@ -451,7 +450,7 @@ def test_gradient_reaches_every_parameter(case):
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         assert np.isfinite(leaf).all(), name
-        # Averages over inner steps are of other biases than the ones in use.
+        # With statistics averaged over inner steps the bias does not cancel.
         averaged = norm_of(case) == "episode"
         if not averaged and any(re.search(pattern, name) for pattern in ZERO_GRADIENT):
             np.testing.assert_allclose(leaf, 0, atol=1e-12, err_msg=name)
@@ -464,24 +463,24 @@ def test_gradient_reaches_every_parameter(case):
     default=lambda case: one_row(case) or case.name in REPRESENTATIVES,
 )
 def test_loss_metrics_match_predictions(case):
-    found, query = run(case), task_of(case).query
+    result, query = run(case), task_of(case).query
     name = "mse" if case.kind == "regression" else "accuracy"
-    expected = jm.losses.score(found.outputs, query)
-    assert_equal(found.metrics[name], expected[name])
-    assert found.metrics[name][1] == WAYS * QUERIES
-    assert all(np.shape(part) == () for metric in found.metrics.values() for part in metric)
+    expected = jm.losses.score(result.outputs, query)
+    assert_equal(result.metrics[name], expected[name])
+    assert result.metrics[name][1] == WAYS * QUERIES
+    assert all(np.shape(part) == () for metric in result.metrics.values() for part in metric)
 
 
 @law()
 def test_gradient_steps_lower_the_loss(case):
-    """The one law that is not an identity: a few short gradient steps on the meta-loss lower it."""
+    """Check that three short gradient steps on the meta-loss lower it."""
     params, losses = params_of(case), []
     for _ in range(4):
-        found = run(case, params=params)
-        losses.append(float(found.loss))
-        norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(found.gradient)))
+        result = run(case, params=params)
+        losses.append(float(result.loss))
+        norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(result.gradient)))
         step = 0.02 / max(1, norm)
-        params = jax.tree.map(lambda p, g: jnp.asarray(p - step * np.asarray(g)), params, found.gradient)  # noqa: B023
+        params = jax.tree.map(lambda p, g: jnp.asarray(p - step * np.asarray(g)), params, result.gradient)  # noqa: B023
     assert losses[-1] < losses[0]
 
 

@@ -1,4 +1,4 @@
-"""What the command line offers those who leave a laptop: devices, steps that fail, and a run to watch."""
+"""Long runs from the command line: meshes, non-finite steps, TensorBoard, profiles and bfloat16."""
 
 import contextlib
 import gzip
@@ -29,44 +29,44 @@ SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "1
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on a mesh of two devices that is profiled, and told of seven meta-steps that were skipped."""
-    # Before a command can make do with fewer.
+    """Train on a mesh of two devices with a profile, reporting seven meta-steps as skipped."""
+    # Initialise JAX with all devices before a command sets a smaller number.
     assert len(jax.devices()) > 1
     out = tmp_path_factory.mktemp("runs") / "sinusoid"
-    count, seen = RunLog.__call__, []
+    log, steps = RunLog.__call__, []
 
-    def as_if_skipped(self, event):
+    def log_as_skipped(self, event):
         if isinstance(event, Progress) and event.step in (3, 4):
             event = Progress(**{**vars(event), "skipped": event.step})
-            seen.append(event.step)
-        count(self, event)
+            steps.append(event.step)
+        log(self, event)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "__call__", as_if_skipped)
-        # One evaluation of the run, in place of one for each number of inner steps.
+        patch.setattr(RunLog, "__call__", log_as_skipped)
+        # Evaluate the run once, not once for each number of inner steps.
         sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
         patch.setitem(PRESETS, "sinusoid", sinusoid)
         flags = ["--mesh", "tasks=2", "--profile", "--non-finite", "skip"]
         assert main([*SMALL, *flags, "--out", str(out)]) == 0
-    assert seen == [3, 4]
+    assert steps == [3, 4]
     return out
 
 
 @pytest.mark.nightly
-def test_a_report_says_on_which_mesh_its_run_was(run):
+def test_a_report_names_the_mesh_of_its_run(run):
     report = read_json(run / "report.json")
     assert (report["devices"], report["mesh"], report["processes"]) == (2, {"tasks": 2}, 1)
     assert read_json(run / "config.json")["run"]["mesh"] == "tasks=2"
 
 
 @pytest.mark.nightly
-def test_a_report_counts_the_meta_steps_that_were_skipped(run):
+def test_a_report_counts_the_skipped_meta_steps(run):
     assert read_json(run / "report.json")["skipped"] == 7
     assert "| meta-steps skipped | 7 |" in (run / "report.md").read_text()
 
 
 @pytest.mark.nightly
-def test_a_run_on_a_mesh_is_the_run_on_one_device(run, tmp_path, capsys):
+def test_a_run_on_a_mesh_matches_a_run_on_one_device(run, tmp_path, capsys):
     out = tmp_path / "one"
     assert main([*SMALL, "--mesh", "tasks=1", "--out", str(out)]) == 0
     assert "devices   1 x cpu" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_devices_are_described_by_their_number_kind_and_mesh():
     assert described(jm.make_mesh(tasks=2)) == "2 x cpu (tasks=2)"
 
 
-def test_a_resumed_run_takes_the_mesh_or_the_devices_that_are_given(run, monkeypatch):
+def test_a_resumed_run_takes_a_new_mesh_or_number_of_devices(run, monkeypatch):
     trained = []
     monkeypatch.setattr(run_of_command, "_train", lambda config, *_: trained.append(config.run))
     for flags, mesh, devices in (
@@ -99,7 +99,7 @@ def test_a_resumed_run_takes_the_mesh_or_the_devices_that_are_given(run, monkeyp
 
 
 @pytest.mark.nightly
-def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
+def test_a_run_may_be_resumed_on_another_mesh(tmp_path, monkeypatch):
     out = tmp_path / "run"
     log = RunLog.__call__
 
@@ -114,12 +114,12 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
     assert main(["train", "--resume", "--mesh", "tasks=1", "--out", str(out)]) == 0
     assert read_json(out / "config.json")["run"]["mesh"] == "tasks=1"
     assert main(["train", "--resume", "--devices", "2", "--out", str(out)]) == 0
-    found = read_json(out / "config.json")["run"]
-    assert (found["mesh"], found["devices"]) == (None, 2)
+    config = read_json(out / "config.json")["run"]
+    assert (config["mesh"], config["devices"]) == (None, 2)
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("flags", "message"),
     [
         (["--mesh", "tasks=2", "--devices", "2"], "--mesh: got tasks=2, which sets the number of devices"),
         (
@@ -135,18 +135,18 @@ def test_a_run_may_go_on_on_another_mesh(tmp_path, monkeypatch):
         (["--mesh", "examples=2"], "--mesh: got a mesh of examples=2; only where learner.divisible"),
     ],
 )
-def test_a_mesh_that_does_not_suit_is_refused(flags, named, tmp_path, capsys):
+def test_an_unsuitable_mesh_is_refused(flags, message, tmp_path, capsys):
     assert main([*SMALL, *flags, "--out", str(tmp_path / "run")]) == 2
-    assert named in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.nightly
-def test_steps_that_are_all_not_finite_end_a_run_though_they_may_be_skipped(tmp_path, capsys):
-    hopeless = [*SMALL, "--inner-lr", "1e30"]
-    assert main([*hopeless, "--out", str(tmp_path / "stops")]) == 1
+def test_a_run_of_only_non_finite_steps_ends_even_if_they_may_be_skipped(tmp_path, capsys):
+    diverging = [*SMALL, "--inner-lr", "1e30"]
+    assert main([*diverging, "--out", str(tmp_path / "stops")]) == 1
     assert "became non-finite in meta-step 1;" in capsys.readouterr().err
-    assert main([*hopeless, "--non-finite", "skip", "--out", str(tmp_path / "skips")]) == 1
+    assert main([*diverging, "--non-finite", "skip", "--out", str(tmp_path / "skips")]) == 1
     assert "became non-finite in meta-step 1;" in capsys.readouterr().err
 
 
@@ -158,18 +158,18 @@ def scalars(folder):
     }
 
 
-def test_tensorboard_has_what_metrics_has(run):
-    found, rows = scalars(run), read_metrics(run / "metrics.jsonl")
+def test_tensorboard_has_the_values_of_the_metrics_file(run):
+    logged, rows = scalars(run), read_metrics(run / "metrics.jsonl")
     for tag, name in (("training/loss", "loss"), ("validation/mse", "validation_mse")):
         expected = [(row["step"], row[name]) for row in rows if name in row]
-        assert [step for step, _ in found[tag]] == [step for step, _ in expected]
+        assert [step for step, _ in logged[tag]] == [step for step, _ in expected]
         np.testing.assert_allclose(
-            [value for _, value in found[tag]], [value for _, value in expected], rtol=1e-6
+            [value for _, value in logged[tag]], [value for _, value in expected], rtol=1e-6
         )
-    assert not {"training/step", "validation/best"} & set(found)
+    assert not {"training/step", "validation/best"} & set(logged)
 
 
-def test_of_a_run_that_went_on_tensorboard_shows_each_step_once(tmp_path):
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
     def progress(step, loss):
         return Progress(step, 10, {"loss": loss}, 1.0, 1.0)
 
@@ -215,16 +215,16 @@ def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatc
     assert main(["train", "--resume", "--precision", "float32", "--out", str(out)]) == 2
 
 
-def test_precision_is_of_the_network_and_not_of_its_parameters():
-    given = {"training": {"precision": "bfloat16"}, "tasks": {"ways": 2, "queries": 1}}
-    learner = build.learner_of(resolve(base_of(Chosen("prototypical", network="mlp")), given))
+def test_precision_applies_to_computation_and_not_to_parameters():
+    overrides = {"training": {"precision": "bfloat16"}, "tasks": {"ways": 2, "queries": 1}}
+    learner = build.learner_of(resolve(base_of(Chosen("prototypical", network="mlp")), overrides))
     task = jm.Task(*(jm.Batch(jnp.zeros((2, 4, 4, 1)), jnp.arange(2), ways=2) for _ in range(2)))
     params = jax.eval_shape(learner.init, jax.random.key(0), task)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     assert "bf16" in str(jax.make_jaxpr(learner.loss)(params, task, jax.random.key(0)))
 
 
-def test_a_memory_has_no_other_precision():
+def test_memory_networks_require_float32():
     with pytest.raises(
         ValueError, match=r"^precision: got bfloat16; the networks of mann compute in float32"
     ):
@@ -232,7 +232,7 @@ def test_a_memory_has_no_other_precision():
 
 
 @pytest.mark.nightly
-def test_a_command_refuses_another_precision_of_a_memory(tmp_path, capsys):
+def test_a_command_refuses_bfloat16_for_a_memory_network(tmp_path, capsys):
     flags = ["--precision", "bfloat16", "--out", str(tmp_path / "run")]
     assert main(["train", "mann", "--tasks", "glyphs", *flags]) == 2
     assert "--precision: got bfloat16; the networks of mann compute in float32" in capsys.readouterr().err

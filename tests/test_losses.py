@@ -1,4 +1,4 @@
-"""Masked means, cross-entropy, squared error, and what is reported of predictions."""
+"""Masked means, losses and scores."""
 
 import inspect
 
@@ -27,9 +27,9 @@ def test_without_a_mask_every_value_counts():
 
 def test_mean_over_an_empty_mask_and_its_gradient_are_zero():
     values = jnp.array([1.0, 2.0])
-    nothing = jnp.zeros(2, bool)
-    assert masked_mean(values, nothing) == 0
-    np.testing.assert_array_equal(jax.grad(masked_mean)(values, nothing), 0)
+    empty = jnp.zeros(2, bool)
+    assert masked_mean(values, empty) == 0
+    np.testing.assert_array_equal(jax.grad(masked_mean)(values, empty), 0)
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability():
@@ -53,7 +53,7 @@ def test_mse_is_a_mean_over_examples_and_dimensions():
 
 
 def test_targets_of_another_shape_are_refused_not_broadcast():
-    # Without the run-time type checks, which users do not have.
+    # Unwrapped, because users do not have the tests' run-time type checks.
     with pytest.raises(ValueError, match=r"\(4, 1\) and \(4, 2\)"):
         inspect.unwrap(mse)(jnp.zeros((4, 1)), jnp.zeros((4, 2)))
 
@@ -67,7 +67,7 @@ def test_score_is_accuracy_of_labels_and_squared_error_of_targets():
     assert score(outputs, targets) == {"mse": (2.0, 4.0)}
 
 
-def test_score_counts_an_example_with_nan_as_wrong_and_no_other():
+def test_score_counts_only_the_examples_with_nan_as_wrong():
     outputs = jnp.array([[jnp.nan, 1.0], [0.0, 1.0], [0.0, jnp.nan], [5.0, 1.0]])
     labels = jm.Batch(outputs, jnp.array([0, 1, 1, 0], jnp.int32))
     assert score(outputs, labels) == {"accuracy": (2.0, 4.0)}
@@ -76,7 +76,7 @@ def test_score_counts_an_example_with_nan_as_wrong_and_no_other():
 @pytest.mark.parametrize(
     ("dtype", "n", "wrong"), [("bfloat16", 301, 150), ("float16", 70_000, 1), ("bfloat16", 5001, 7)]
 )
-def test_accuracy_counts_examples_one_by_one_whatever_the_outputs_are_in(dtype, n, wrong):
+def test_accuracy_counts_are_exact_in_every_output_type(dtype, n, wrong):
     outputs = jnp.zeros((n, 2), dtype).at[:, 0].set(1)
     labels = jnp.where(jnp.arange(n) < wrong, 1, 0).astype(jnp.int32)
     assert score(outputs, jm.Batch(outputs, labels)) == {"accuracy": (n - wrong, n)}
@@ -85,7 +85,7 @@ def test_accuracy_counts_examples_one_by_one_whatever_the_outputs_are_in(dtype, 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_means_of_few_bits_are_those_of_float64(dtype):
+def test_means_of_half_precision_values_match_float64(dtype):
     rng = np.random.default_rng(0)
     n = 1001
     outputs, targets = (jnp.asarray(300 * rng.normal(size=(n, 3)), dtype) for _ in range(2))
@@ -96,10 +96,10 @@ def test_means_of_few_bits_are_those_of_float64(dtype):
     np.testing.assert_allclose(total / count, expected, rtol=1e-5)
     assert count == n
     labels = rng.integers(3, size=n)
-    of_labels = exact[0] - exact[0].max(1, keepdims=True)
-    losses = np.log(np.exp(of_labels).sum(1)) - of_labels[np.arange(n), labels]
-    found = cross_entropy(outputs, jnp.asarray(labels, jnp.int32))
-    np.testing.assert_allclose(found, losses.mean(), rtol=1e-5)
+    logits = exact[0] - exact[0].max(1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(n), labels]
+    result = cross_entropy(outputs, jnp.asarray(labels, jnp.int32))
+    np.testing.assert_allclose(result, losses.mean(), rtol=1e-5)
     values = jnp.ones(n, dtype)
     assert masked_sum(values) == (n, n)
     assert masked_mean(values, jnp.ones(n, bool)) == 1
@@ -114,8 +114,8 @@ def test_gradients_have_the_type_of_the_outputs():
     )
 
 
-def test_scores_of_no_examples_are_sums_of_nothing():
-    nothing = jm.Batch(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32))
-    assert score(jnp.zeros((0, 3)), nothing) == {"accuracy": (0, 0)}
+def test_scores_of_an_empty_batch_are_zero():
+    empty = jm.Batch(jnp.zeros((0, 4)), jnp.zeros(0, jnp.int32))
+    assert score(jnp.zeros((0, 3)), empty) == {"accuracy": (0, 0)}
     targets = jm.Batch(jnp.zeros((0, 4)), jnp.zeros((0, 3)))
     assert score(jnp.zeros((0, 3)), targets) == {"mse": (0, 0)}

@@ -1,4 +1,4 @@
-"""Runs of methods that compare embeddings: their statistics are filled at the end, and stay with the run."""
+"""Runs of metric-based methods: population statistics, prediction and invalid flags."""
 
 import shutil
 
@@ -17,24 +17,24 @@ from jaxmeta.training import load_params
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Images of eight classes, bars whose place is the class, and runs trained on some of them."""
-    place = tmp_path_factory.mktemp("metric-runs")
+def workspace(tmp_path_factory):
+    """Write images of eight classes, bars whose row is the class, into a folder for data and runs."""
+    workspace = tmp_path_factory.mktemp("metric-runs")
     for number in range(8):
         for seed in range(5):
             pixels = np.full((8, 8), 255, np.uint8)
             pixels[number] = 0
             pixels[tuple(np.random.default_rng(10 * number + seed).integers(8, size=2))] = 0
-            path = place / "images" / f"bar{number}" / f"{seed}.png"
+            path = workspace / "images" / f"bar{number}" / f"{seed}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXMETA_CACHE", str(place / "cache"))
+        patch.setenv("JAXMETA_CACHE", str(workspace / "cache"))
         patch.setitem(NETWORKS, "conv4-32", small_mlp)
-        yield place
+        yield workspace
 
 
-def train(place, learner, name, *more):
+def train(workspace, learner, name, *more):
     arguments = [
         "--ways",
         "3",
@@ -47,20 +47,20 @@ def train(place, learner, name, *more):
         "--episodes",
         "20",
     ]
-    tasks = f"folder:{place / 'images'}"
-    return main(["train", learner, "--tasks", tasks, *arguments, *more, "--out", str(place / name)])
+    tasks = f"folder:{workspace / 'images'}"
+    return main(["train", learner, "--tasks", tasks, *arguments, *more, "--out", str(workspace / name)])
 
 
 @pytest.fixture(scope="module")
-def prototypical(place):
-    assert train(place, "prototypical", "prototypical") == 0
-    return place / "prototypical"
+def prototypical(workspace):
+    assert train(workspace, "prototypical", "prototypical") == 0
+    return workspace / "prototypical"
 
 
 @pytest.mark.nightly
-def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
+def test_the_inductive_row_uses_statistics_of_the_training_tasks(prototypical):
     report = read_json(prototypical / "report.json")
-    assert {row: found["norm"] for row, found in report["accuracy"].items()} == {
+    assert {row: entry["norm"] for row, entry in report["accuracy"].items()} == {
         "transductive": "batch",
         "inductive": "population",
     }
@@ -69,7 +69,7 @@ def test_the_inductive_row_is_by_statistics_of_the_training_tasks(prototypical):
 
 
 @pytest.mark.nightly
-def test_the_statistics_stay_with_the_run(prototypical, tmp_path):
+def test_the_statistics_are_saved_with_the_run(prototypical, tmp_path):
     target = tmp_path / "again.json"
     assert main(["evaluate", str(prototypical), "--json", str(target)]) == 0
     assert read_json(target)["accuracy"] == read_json(prototypical / "report.json")["accuracy"]
@@ -82,13 +82,13 @@ def test_the_statistics_stay_with_the_run(prototypical, tmp_path):
 
 
 @pytest.mark.nightly
-def test_more_classes_than_it_was_trained_with_are_named(prototypical, place, tmp_path, capsys):
+def test_predict_takes_more_classes_than_training_had(prototypical, workspace, tmp_path, capsys):
     for number in range(5):
         for part, seed in (("support", 0), ("query", 1)):
             folder = tmp_path / part / f"bar{number}"
             folder.mkdir(parents=True)
             (folder / "image.png").write_bytes(
-                (place / "images" / f"bar{number}" / f"{seed}.png").read_bytes()
+                (workspace / "images" / f"bar{number}" / f"{seed}.png").read_bytes()
             )
     command = ["predict", str(prototypical), "--support", str(tmp_path / "support")]
     target = tmp_path / "answers.json"
@@ -100,7 +100,7 @@ def test_more_classes_than_it_was_trained_with_are_named(prototypical, place, tm
 
 
 @pytest.mark.nightly
-def test_a_run_that_has_not_ended_says_how_to_end_it(prototypical, tmp_path, capsys):
+def test_a_run_without_statistics_can_be_finished(prototypical, tmp_path, capsys):
     shutil.copytree(prototypical, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "population")
     assert main(["evaluate", str(tmp_path / "run")]) == 2
@@ -113,21 +113,21 @@ def test_a_run_that_has_not_ended_says_how_to_end_it(prototypical, tmp_path, cap
 
 
 @pytest.mark.nightly
-def test_a_stream_fills_the_statistics_too(place):
-    assert train(place, "prototypical", "streamed", "--stream") == 0
-    accuracy = read_json(place / "streamed" / "report.json")["accuracy"]
+def test_a_stream_computes_the_statistics_too(workspace):
+    assert train(workspace, "prototypical", "streamed", "--stream") == 0
+    accuracy = read_json(workspace / "streamed" / "report.json")["accuracy"]
     assert accuracy["inductive"]["mean"] > 0.8
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("learner", ["simple_shot", "fine_tuned_head"])
-def test_baselines_train_on_all_classes_at_once(place, learner, capsys):
-    assert train(place, learner, learner) == 0
+def test_baselines_train_on_all_classes_at_once(workspace, learner, capsys):
+    assert train(workspace, learner, learner) == 0
     assert "4-way" in capsys.readouterr().out.split("training")[1].split("\n")[0]
-    report = read_json(place / learner / "report.json")
+    report = read_json(workspace / learner / "report.json")
     assert report["ways"] == report["card"]["ways"] == 3
     assert report["accuracy"]["inductive"]["mean"] > 0.6
-    assert train(place, learner, f"{learner}-streamed", "--stream") == 2
+    assert train(workspace, learner, f"{learner}-streamed", "--stream") == 2
     assert f"--stream: {learner} trains on mini-batches of all classes" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
 
 @pytest.mark.nightly_rows(after=2)
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (
             ["train", "prototypical", "--tasks", "sinusoid"],
@@ -162,8 +162,8 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
         ),
     ],
 )
-def test_bad_flags_are_refused_by_name(argv, says, tmp_path, monkeypatch, capsys):
+def test_bad_flags_are_refused_by_name(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Runs on sequences: their report says how accuracy rises from one presentation of a class to the next."""
+"""Runs of model-based methods: sequences, accuracy by presentation, and Meta Networks."""
 
 import json
 
@@ -10,7 +10,7 @@ import jaxmeta as jm
 from jaxmeta.cli import build, main
 from jaxmeta.cli.config import Chosen, base_of, resolve
 from jaxmeta.cli.names import NETWORKS
-from jaxmeta.cli.run import evaluation_key as key_of_test
+from jaxmeta.cli.run import evaluation_key
 
 ARGUMENTS = ["--tasks", "glyphs", "--ways", "3", "--shots", "4", "--queries", "1", "--sequence", "12"]
 
@@ -21,19 +21,19 @@ def small(out):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    place = tmp_path_factory.mktemp("model-runs")
+    workspace = tmp_path_factory.mktemp("model-runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(NETWORKS, "lrua", small)
         settings = ["--steps", "4", "--meta-batch", "2", "--episodes", "20", "--distort"]
-        assert main(["train", "mann", *ARGUMENTS, *settings, "--out", str(place / "run")]) == 0
-        yield place / "run"
+        assert main(["train", "mann", *ARGUMENTS, *settings, "--out", str(workspace / "run")]) == 0
+        yield workspace / "run"
 
 
 @pytest.mark.nightly
-def test_accuracy_by_presentation_is_of_test_images_as_they_are(run):
+def test_accuracy_by_presentation_uses_undistorted_test_images(run):
     report = json.loads((run / "report.json").read_text())
     assert report["accuracy"].keys() == {"inductive"}
-    # No class can come more often than there are steps.
+    # Presentations are counted from 1 without gaps.
     assert (
         list(report["accuracy_by_instance"])
         == [str(number) for number in range(1, 11)][: len(report["accuracy_by_instance"])]
@@ -41,19 +41,19 @@ def test_accuracy_by_presentation_is_of_test_images_as_they_are(run):
     learner, params = jm.load_run(run)
     plain = jm.mann(small(3))
     tasks = jm.tasks.sequences(jm.tasks.glyphs("test", ways=3, shots=4, queries=1), length=12)
-    expected = jm.evaluate_metrics(plain, params, tasks, episodes=20, key=key_of_test(0))
+    expected = jm.evaluate_metrics(plain, params, tasks, episodes=20, key=evaluation_key(0))
     for number, value in report["accuracy_by_instance"].items():
         np.testing.assert_allclose(value, expected[f"instance_{number}"], rtol=1e-6)
-    # Queries after the sequence, by the same memory.
-    found = jm.evaluate(learner, params, tasks, episodes=20, key=key_of_test(0)).mean
-    np.testing.assert_allclose(found, expected["accuracy"], rtol=1e-6)
+    # Queries after the sequence read the same memory.
+    accuracy = jm.evaluate(learner, params, tasks, episodes=20, key=evaluation_key(0)).mean
+    np.testing.assert_allclose(accuracy, expected["accuracy"], rtol=1e-6)
     text = (run / "report.md").read_text()
     assert "inductive: no batch normalisation" in text
     assert "Accuracy by presentation of a class" in text
 
 
 @pytest.mark.nightly
-def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
+def test_a_second_evaluation_gives_the_same_accuracies(run, tmp_path):
     target = tmp_path / "again.json"
     assert main(["evaluate", str(run), "--json", str(target)]) == 0
     report = json.loads((run / "report.json").read_text())
@@ -63,7 +63,7 @@ def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--strings", "5,5"], "--strings: needs tasks as sequences; add --sequence T"),
         (
@@ -76,21 +76,20 @@ def test_the_run_can_be_evaluated_again_and_on_other_seeds(run, tmp_path):
         (["--network", "conv4"], "--network: got conv4; mann works with lrua"),
     ],
 )
-def test_bad_flags_are_named(flags, says, tmp_path, capsys):
+def test_bad_flags_are_refused_by_name(flags, message, tmp_path, capsys):
     assert main(["train", "mann", "--tasks", "glyphs", *flags, "--out", str(tmp_path / "run")]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_other_learners_have_no_sequences(tmp_path, capsys):
+def test_other_learners_refuse_sequences(tmp_path, capsys):
     assert main(["train", "maml", "--sequence", "10", "--out", str(tmp_path / "run")]) == 2
     assert "--sequence: is a setting of mann, not of maml on glyphs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mann-omniglot", "mann-omniglot-strings"])
-def test_the_published_settings(name):
+def test_the_presets_have_the_published_settings(name):
     config = resolve(base_of(Chosen(preset=name)), {})
-    # The "lrua" of ours, which the runs above replace.
     network = config.names().facts.network(build.network_builder(config), config.tasks)[0][0]
     memory = network.memory
     assert (memory.rows, memory.width, memory.heads, memory.decay) == (128, 40, 4, 0.99)
@@ -121,8 +120,8 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
     report = json.loads((run / "report.json").read_text())
     assert report["accuracy"].keys() == {"inductive"}
     test = jm.tasks.glyphs("test", ways=3, queries=1)
-    found = jm.evaluate(learner, params, test, episodes=20, key=key_of_test(0)).mean
-    np.testing.assert_allclose(found, report["accuracy"]["inductive"]["mean"], rtol=1e-6)
+    accuracy = jm.evaluate(learner, params, test, episodes=20, key=evaluation_key(0)).mean
+    np.testing.assert_allclose(accuracy, report["accuracy"]["inductive"]["mean"], rtol=1e-6)
     text = (run / "report.md").read_text()
     assert f"| learner | embedding_loss | {'contrastive' if flags else 'xent'} |" in text
     assert f"| learner | task_weights | {'none' if flags else 'embedding'} |" in text
@@ -130,7 +129,7 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
-    ("learner", "flags", "says"),
+    ("learner", "flags", "message"),
     [
         (
             "maml",
@@ -145,6 +144,6 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
         ("metanet", ["--network", "conv4"], "--network: got conv4; metanet works with augmented-cnn"),
     ],
 )
-def test_settings_of_meta_networks_are_its_own(learner, flags, says, tmp_path, capsys):
+def test_settings_of_meta_networks_are_refused_elsewhere(learner, flags, message, tmp_path, capsys):
     assert main(["train", learner, "--tasks", "glyphs", *flags, "--out", str(tmp_path / "run")]) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Data of one's own on the command line: images in parts, arrays and tables."""
+"""User-defined data on the command line: folders of images, arrays and tables."""
 
 import json
 
@@ -35,7 +35,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
-    """Networks that compile at once, and a cache of the test's own."""
+    """Use a network that compiles quickly, and a separate cache for each test."""
     monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(names.NETWORKS, "conv4-32", lambda ways: jm.nn.MLP(out=ways, hidden=(8,), norm=True))
     monkeypatch.setattr(run, "plot_curve", lambda *_: None)
@@ -56,7 +56,7 @@ def test_training_on_arrays(tmp_path, capsys, monkeypatch):
     assert status == 0
     assert config["tasks"]["name"] == f"arrays:{tmp_path / 'own.npz'}"
     assert (config["images"]["size"], config["images"]["channels"]) == (4, 1)
-    # The path is good in every folder.
+    # The stored path is absolute.
     monkeypatch.chdir("/")
     np.savez(tmp_path / "own.npz", x=X)
     capsys.readouterr()
@@ -68,7 +68,7 @@ def test_training_on_arrays(tmp_path, capsys, monkeypatch):
     assert "give your FILE after the colon" in capsys.readouterr().err
 
 
-def test_sources_of_files_of_one_s_own(tmp_path):
+def test_sources_of_user_defined_files(tmp_path):
     np.savez(tmp_path / "own.npz", x=X, y=Y)
     flags = {"ways": 2, "queries": 2, "classes": (0.5, 0.0, 0.5)}
     config = config_of(flags, tasks=f"arrays:{tmp_path / 'own.npz'}")
@@ -114,20 +114,20 @@ def test_training_on_a_table_of_two_targets(tmp_path, capsys):
     assert "--task-column: " in capsys.readouterr().err
 
 
-def test_arrays_of_features_ask_for_a_network_that_takes_them(tmp_path, capsys):
+def test_arrays_of_features_need_a_network_that_takes_them(tmp_path, capsys):
     np.savez(tmp_path / "own.npz", x=X.reshape(24, 16) / 255, y=Y)
     flags = ("--ways", "2", "--queries", "1", "--classes", "0.5,0,0.5", "--network", "conv4")
     assert train(tmp_path / "run", f"arrays:{tmp_path / 'own.npz'}", *flags)[0] == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         "--network: got conv4, which does not take examples of shape (16,); convolutional networks take"
-        in said
+        in message
     )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.nightly
-def test_columns_that_a_table_turned_out_to_have_are_kept(tmp_path):
+def test_columns_found_in_a_table_are_stored_in_the_configuration(tmp_path):
     np.savez(
         tmp_path / "own.npz", task=np.repeat(np.arange(9), 5), x=RNG.random((45, 2)), y=RNG.random((45, 3))
     )
@@ -161,24 +161,25 @@ def test_training_on_folders_of_parts(tmp_path, capsys):
     )
     status, config = train(tmp_path / "run", tasks, *flags, "--skip-small-classes")
     assert status == 0
-    shown = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        "read      19 images of 7 classes, by folders train, val, test, a folder a class in each" in shown.out
+        "read      19 images of 7 classes, by folders train, val, test, a folder a class in each"
+        in output.out
     )
     assert (
-        "1 of 3 classes of split='test' have fewer than 3 examples and are left out: test2 (1)" in shown.err
+        "1 of 3 classes of split='test' have fewer than 3 examples and are left out: test2 (1)" in output.err
     )
     assert config["tasks"]["classes"] == "auto"
     assert config["split_hash"] == jm.tasks.prepare_folder(tmp_path / "own").split.hash
 
 
-def test_folders_without_a_part_to_test_on_say_what_would_do(tmp_path, capsys):
+def test_folders_without_a_test_part_are_refused_with_the_available_parts(tmp_path, capsys):
     tasks = write_images(tmp_path / "own", train={"a": 3, "b": 3}, val={"c": 3, "d": 3})
     assert train(tmp_path / "run", tasks, "--ways", "2", "--queries", "2")[0] == 2
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
         "got 'test', which has no classes in this class split; it has train (2), validation (2); another"
-        in said
+        in message
     )
 
 
@@ -201,7 +202,7 @@ def test_a_target_of_arrays(tmp_path):
         read_target(f"arrays:{tmp_path / 'own.npz'}", {}, 1, KEY, size=None, channels=None)
 
 
-def test_paths_of_sources_are_good_in_every_folder(tmp_path, monkeypatch):
+def test_paths_of_sources_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind in ("folder", "arrays", "table"):
         assert sources.absolute(f"{kind}:own") == f"{kind}:{tmp_path / 'own'}"

@@ -1,4 +1,4 @@
-"""Metrics and losses of one's own, in training and evaluation."""
+"""User-defined metrics and losses in training and evaluation."""
 
 import functools
 
@@ -22,7 +22,7 @@ OUTPUTS = jnp.array([[1.0, 0.0], [0.0, 1.0], [jnp.nan, jnp.nan]], jnp.float32)
 
 
 def nll(outputs, y, mask=None):
-    """Return the mean negative log-likelihood of a normal distribution: mean and log-variance for each y."""
+    """Return the mean negative log-likelihood of normal distributions; outputs are mean and log-variance."""
     mean, log_variance = outputs[:, :1], outputs[:, 1:]
     each = 0.5 * (jnp.log(2 * jnp.pi) + log_variance + (y - mean) ** 2 / jnp.exp(log_variance))
     return jm.losses.masked_mean(each[:, 0], mask)
@@ -36,12 +36,12 @@ def nll_by_numpy(outputs, y):
 
 
 def within(outputs, y, mask):
-    """Return how many means are within 1 of the target, as sum and count."""
+    """Return the number of means within 1 of the target, as sum and count."""
     return jm.losses.masked_sum((jnp.abs(outputs[:, 0] - y[:, 0]) <= 1).astype(jnp.float32), mask)
 
 
 def distance(outputs, y, mask):
-    """Return the mean distance of the first output."""
+    """Return the mean distance of the first output from the target."""
     return jm.losses.masked_mean(jnp.abs(outputs[:, 0] - y[:, 0]), mask)
 
 
@@ -52,18 +52,18 @@ def test_a_metric_is_reported_as_sum_and_count_by_hand():
     assert {k: tuple(map(float, v)) for k, v in scores(OUTPUTS, batch, distance).items()} == {
         "distance": (1, 1)
     }
-    found = scores(OUTPUTS, batch, lambda outputs, y, mask: 2.5)
-    assert {k: tuple(map(float, v)) for k, v in found.items()} == {"metric": (2.5, 1)}
-    nothing = jm.Batch(Y, jnp.asarray(Y), mask=jnp.zeros(3, bool))
-    assert [*map(float, scores(OUTPUTS, nothing, lambda *_: jnp.nan)["metric"])] == [0, 0]
+    constant = scores(OUTPUTS, batch, lambda outputs, y, mask: 2.5)
+    assert {k: tuple(map(float, v)) for k, v in constant.items()} == {"metric": (2.5, 1)}
+    empty = jm.Batch(Y, jnp.asarray(Y), mask=jnp.zeros(3, bool))
+    assert [*map(float, scores(OUTPUTS, empty, lambda *_: jnp.nan)["metric"])] == [0, 0]
 
 
-def test_a_loss_stands_for_the_score_where_that_does_not_fit():
+def test_the_loss_is_the_score_where_outputs_do_not_fit_targets():
     batch = jm.Batch(Y, jnp.asarray(Y))
-    found = scores(OUTPUTS[:2], jm.Batch(Y[:2], jnp.asarray(Y[:2])), ScoreOrLoss(nll))
+    result = scores(OUTPUTS[:2], jm.Batch(Y[:2], jnp.asarray(Y[:2])), ScoreOrLoss(nll))
     # ½ log 2π + ½ (0 + 0), and ½ log 2π + ½ (1 + 4/e).
     expected = 0.5 * np.log(2 * np.pi) + 0.25 * (1 + 4 / np.e)
-    assert {k: (pytest.approx(float(t)), c) for k, (t, c) in found.items()} == {"loss": (expected, 1.0)}
+    assert {k: (pytest.approx(float(t)), c) for k, (t, c) in result.items()} == {"loss": (expected, 1.0)}
     fitting = scores(jnp.zeros((3, 1)), batch, ScoreOrLoss(nll))
     assert {k: tuple(map(float, v)) for k, v in fitting.items()} == {"mse": (21, 3)}
     y = jnp.array([0, 1, 1])
@@ -71,7 +71,7 @@ def test_a_loss_stands_for_the_score_where_that_does_not_fit():
     assert {k: tuple(map(float, v)) for k, v in classes.items()} == {"accuracy": (2, 3)}
 
 
-def test_a_metric_without_a_name_of_its_own_never_hides_the_loss():
+def test_a_metric_without_its_own_name_is_labelled_metric():
     def loss(outputs, y, mask):
         return 0.0
 
@@ -114,7 +114,7 @@ def adapted_by_numpy(params, task):
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_two_outputs_for_one_target_train_by_a_loss_of_one_s_own(name):
+def test_two_outputs_for_one_target_train_with_a_user_defined_loss(name):
     learner, tasks = learner_of(name), own.lines()
     task = tasks.sample(KEY)
     params = learner.init(KEY, task)
@@ -127,7 +127,7 @@ def test_two_outputs_for_one_target_train_by_a_loss_of_one_s_own(name):
     assert metrics["within"][1] == 3
 
 
-def test_evaluation_is_of_the_loss_the_learner_s_metric_or_another_one():
+def test_evaluation_uses_the_loss_the_learner_s_metric_or_another_metric():
     tasks = own.lines()
     params = learner_of("maml").init(KEY, tasks.sample(KEY))
     drawn = [tasks.sample(jax.random.split(jax.random.fold_in(KEY, i))[0]) for i in range(3)]
@@ -135,18 +135,18 @@ def test_evaluation_is_of_the_loss_the_learner_s_metric_or_another_one():
     targets = [np.asarray(task.query.y) for task in drawn]
     by_loss = [nll_by_numpy(o, y) for o, y in zip(outputs, targets, strict=True)]
     near = [np.mean(np.abs(o[:, 0] - y[:, 0]) <= 1) for o, y in zip(outputs, targets, strict=True)]
-    apart = [np.mean(np.abs(o[:, 0] - y[:, 0])) for o, y in zip(outputs, targets, strict=True)]
+    distances = [np.mean(np.abs(o[:, 0] - y[:, 0])) for o, y in zip(outputs, targets, strict=True)]
 
-    def found(metric=None, **settings):
+    def evaluated(metric=None, **settings):
         return jm.evaluate_episodes(
             learner_of("maml", metric), params, tasks, episodes=3, key=KEY, **settings
         )
 
-    np.testing.assert_allclose(found(), by_loss, rtol=1e-5)
-    np.testing.assert_allclose(found(within), near, rtol=1e-5)
-    np.testing.assert_allclose(found(metric=within, batch=2), near, rtol=1e-5)
+    np.testing.assert_allclose(evaluated(), by_loss, rtol=1e-5)
+    np.testing.assert_allclose(evaluated(within), near, rtol=1e-5)
+    np.testing.assert_allclose(evaluated(metric=within, batch=2), near, rtol=1e-5)
     other = jm.evaluate(learner_of("maml", within), params, tasks, episodes=3, key=KEY, metric=distance)
-    np.testing.assert_allclose(other.mean, np.mean(apart), rtol=1e-5)
+    np.testing.assert_allclose(other.mean, np.mean(distances), rtol=1e-5)
     assert metric_name(tasks, learner_of("maml"), params) == "loss"
     assert metric_name(tasks, learner_of("maml", within), params) == "within"
 
@@ -170,8 +170,8 @@ def trained(learner, **settings):
     return state, [event for event in events if isinstance(event, Validated)]
 
 
-def test_validation_looks_for_the_larger_or_the_smaller_metric_as_it_is_told():
-    """Of the weight itself as the metric, which training raises from 0 towards the mean slope."""
+def test_validation_maximizes_or_minimizes_the_metric_as_set():
+    """Check with the weight itself as the metric, which training raises from 0 towards the mean slope."""
 
     def weight(outputs, y, mask):
         return outputs[0, 0]
@@ -193,7 +193,7 @@ def test_validation_looks_for_the_larger_or_the_smaller_metric_as_it_is_told():
     [(learner_of("maml"), "loss"), (own.slope()._replace(metric=jm.losses.mse), "mse")],
     ids=["loss", "mse"],
 )
-def test_validation_by_a_loss_is_for_the_smallest(learner, name):
+def test_validation_minimizes_a_loss(learner, name):
     _, events = trained(learner)
     assert {event.metric for event in events} == {name}
     best = min(events, key=lambda event: event.evaluation.mean)
@@ -201,13 +201,13 @@ def test_validation_by_a_loss_is_for_the_smallest(learner, name):
 
 
 @pytest.mark.parametrize("make", [jm.maml, jm.reptile, jm.learned_optimizer, jm.cavia])
-def test_regression_without_its_loss_is_told_by_name(make):
+def test_regression_with_cross_entropy_is_refused_by_name(make):
     learner = make(jm.nn.MLP(out=1, hidden=(3,)))
     with pytest.raises(jm.ArgumentError, match=r"loss: got cross_entropy, .* give loss=jm.losses.mse"):
         learner.init(KEY, own.lines().sample(KEY))
 
 
-def test_classification_by_squared_errors_is_told_by_name():
+def test_classification_with_squared_error_is_refused_by_name():
     task = jm.Task(*[jm.Batch(jnp.zeros((4, 2)), jnp.array([0, 1, 0, 1]), ways=2)] * 2)
     with pytest.raises(jm.ArgumentError, match=r"loss: got mse, .* give loss=jm.losses.cross_entropy"):
         jm.maml(jm.nn.MLP(out=2), loss=jm.losses.mse).init(KEY, task)
@@ -215,15 +215,15 @@ def test_classification_by_squared_errors_is_told_by_name():
 
 @pytest.fixture
 def unchecked_types():
-    """Arguments of any type, which only the tests' own type checker would refuse."""
+    """Turn the tests' run-time type checker off, so that the library's checks see every argument."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_a_metric_that_is_no_function_is_refused():
-    with pytest.raises(jm.ArgumentError, match="metric: got 'f1'; it must be a function"):
+def test_a_metric_that_is_not_a_function_is_refused():
+    with pytest.raises(jm.ArgumentError, match=r"metric: got 'f1' \(str\); it must be a function"):
         jm.evaluate(learner_of("maml"), {}, own.lines(), key=KEY, metric="f1")
-    with pytest.raises(jm.ArgumentError, match="metric: got 'f1'; it must be a function"):
+    with pytest.raises(jm.ArgumentError, match=r"metric: got 'f1' \(str\); it must be a function"):
         jm.maml(jm.nn.MLP(out=1), metric="f1")

@@ -1,4 +1,4 @@
-"""Whole presets against published numbers: minutes each, so by hand, with `pytest -m slow`."""
+"""Complete training runs of presets against published numbers: minutes each, with `pytest -m slow`."""
 
 import pytest
 from support import read_json
@@ -15,9 +15,9 @@ def report_of(folder, *arguments):
     return read_json(folder / "report.json")
 
 
-# Per preset: the row of its report; mean and half-width of the 95 % interval, in per cent, of the run in
-# benchmarks/README.md; and the published number, in per cent, with its reference. The runs are of one seed
-# and a smaller budget than the published ones.
+# For each preset: the row of its report; mean and half-width of the 95 % interval, in per cent, of the run in
+# benchmarks/README.md; and the published number, in per cent, with its reference. The runs have one seed and
+# a smaller budget than the published ones.
 OMNIGLOT = {
     "omniglot": ("transductive", 97.96, 0.44, "98.7, Finn et al. 2017"),
     "omniglot-meta-sgd": ("transductive", 98.60, 0.35, "99.53, Li et al. 2017"),

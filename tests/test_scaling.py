@@ -1,4 +1,4 @@
-"""What benchmarks/scaling.py counts in compiled programs, and what it makes of the counts."""
+"""Counts and predictions of benchmarks/scaling.py."""
 
 import pathlib
 import sys
@@ -14,14 +14,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks
 import hlo
 import scaling
 
-# Also where there are accelerators, whose compilers write products in other ways.
+# On CPUs even where accelerators are visible, because their compilers write products in other ways.
 CPUS = jax.devices("cpu")
 
 
 def program_of(function, *shapes):
-    place = jax.sharding.SingleDeviceSharding(CPUS[0])
-    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in shapes]
-    return hlo.read_program(jax.jit(function).lower(*given).compile().as_text())
+    device = jax.sharding.SingleDeviceSharding(CPUS[0])
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=device) for shape in shapes]
+    return hlo.read_program(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 def toy():
@@ -32,7 +32,7 @@ MODEL = scaling.Model("a small network", toy, image=(6,), queries=2, tasks=2, wa
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_one_all_reduce_a_step_holds_gradients_loss_and_metrics(count):
+def test_one_all_reduce_per_step_carries_gradients_loss_and_metrics(count):
     if len(CPUS) < count:
         pytest.skip("needs 2 devices: JAX_NUM_CPU_DEVICES=2 pytest tests/test_scaling.py")
     row = scaling.compile_row(MODEL, CPUS[:count])
@@ -48,7 +48,7 @@ def test_one_all_reduce_a_step_holds_gradients_loss_and_metrics(count):
     assert row["all_reduced_bytes"] == row["moved_bytes"] == (size if count == 2 else 0)
 
 
-def test_a_product_of_matrices_counts_two_operations_a_multiply_add():
+def test_a_matrix_product_counts_two_operations_per_multiply_add():
     assert hlo.operations(program_of(jnp.matmul, (32, 48), (48, 80))) == 2 * 32 * 48 * 80
     batched = program_of(jnp.matmul, (3, 32, 48), (3, 48, 80))
     assert hlo.operations(batched) == 2 * 3 * 32 * 48 * 80
@@ -57,8 +57,8 @@ def test_a_product_of_matrices_counts_two_operations_a_multiply_add():
 @pytest.mark.parametrize(
     ("stride", "pairs"),
     [
-        (1, 2 + 3 + 3 + 3 + 2),  # of 5 places, the outer two see one zero each
-        (2, 2 + 3 + 2),  # places 0, 2, 4
+        (1, 2 + 3 + 3 + 3 + 2),  # of 5 positions, the outer two read one zero each
+        (2, 2 + 3 + 2),  # positions 0, 2, 4
     ],
 )
 def test_operations_of_a_convolution_and_its_gradients_leave_out_padding(stride, pairs):
@@ -72,7 +72,7 @@ def test_operations_of_a_convolution_and_its_gradients_leave_out_padding(stride,
     expected = 2 * 4 * 6 * 7 * pairs**2
     assert hlo.operations(program_of(forward, x, kernel)) == expected
 
-    # The convolution is linear in each, and each pair of places appears once in all three.
+    # A convolution is bilinear, and its gradients use the same pairs of positions.
     def to_x(x, kernel, by):
         return jax.vjp(lambda x: forward(x, kernel), x)[1](by)
 
@@ -107,7 +107,7 @@ def test_a_loop_of_unknown_length_is_an_error():
         program_of(halve, (4,))
 
 
-# As a TPU's compiler writes them: S(1) is memory on the chip, products are convolutions.
+# Written like a TPU compiler's output: S(1) is on-chip memory, and products are convolutions.
 ON_CHIP = """
 HloModule step
 
@@ -205,11 +205,11 @@ def test_predictions_of_a_tpu_use_its_own_program_and_compiler_cycles():
         "traffic_bytes": 2 * 819e6,
     }
     rows = [row | {"kind": "cpu", "cycles": 0}, row | {"kind": "TPU v5 lite", "cycles": 4.5e6}]
-    found = scaling.predictions_of(rows)
-    work = {(each["accelerator"], each["work"]): each["points"][0]["seconds"]["work"] for each in found}
+    predictions = scaling.predictions_of(rows)
+    work = {(each["accelerator"], each["work"]): each["points"][0]["seconds"]["work"] for each in predictions}
     expected = {("TPU v5e", "roofline"): 2e-3, ("TPU v5e", "compiler's cycles"): 3e-3}
     assert work == pytest.approx(expected | {("H100 SXM", "roofline"): 2 * 819e6 / 3.35e12})
-    assert {each["label"] for each in found} == {"predicted, not measured"}
+    assert {each["label"] for each in predictions} == {"predicted, not measured"}
     assert scaling.predictions_of([row | {"kind": "cpu", "devices": 1}]) == []
     gathered = {"kind": "all-gather", "bytes": 4, "devices": 8, "times": 1}
     with pytest.raises(ValueError, match="all-gather cross devices"):

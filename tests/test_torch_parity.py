@@ -1,4 +1,4 @@
-"""The meta-gradient of PyTorch's autograd, on the same weights, is ours."""
+"""Meta-gradients against PyTorch's autograd on the same weights."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 
 def same_padding(x):
-    """XLA's SAME for a 3×3 kernel of stride 2: the odd zero goes to the end."""
+    """Pad like XLA's SAME for a 3×3 kernel of stride 2, with an odd zero at the end."""
     pads = [max((-(-size // 2) - 1) * 2 + 3 - size, 0) for size in x.shape[2:]]
     (top, bottom), (left, right) = ((pad // 2, pad - pad // 2) for pad in pads)
     return F.pad(x, (left, right, top, bottom))
 
 
 def torch_conv(params, x, pooled):
-    """`Conv4` (pooled, flattened) or `StridedConv4` (averaged) on our parameters and our layout."""
+    """Apply `Conv4` (pooled, flattened) or `StridedConv4` (averaged) with jaxmeta's parameters and layout."""
     x = x.permute(0, 3, 1, 2)
     for i in range(4):
         block = params[f"ConvNorm_{i}"]
@@ -77,7 +77,7 @@ def make_task(shape, dtype):
 
 
 def torch_loss_and_gradient(forward, params, task, order):
-    """Two SGD steps on the support loss, then the query loss and its gradient in the initial weights."""
+    """Return the query loss after two SGD steps, and its gradient with respect to the initial weights."""
     leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), params))
     start = [leaf.requires_grad_() for leaf in leaves]
     (xs, ys), (xq, yq) = (
@@ -94,12 +94,12 @@ def torch_loss_and_gradient(forward, params, task, order):
     return value.item(), jax.tree.unflatten(tree, [grad.numpy() for grad in grads])
 
 
-def relative_error(found, expected):
-    """‖found − expected‖ / ‖expected‖ over the whole gradient."""
-    found, expected = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (found, expected)
+def relative_error(actual, expected):
+    """Return ‖actual − expected‖ / ‖expected‖ over the whole gradient."""
+    actual, expected = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (actual, expected)
     )
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def relative_error(found, expected):
         ),
     ],
 )
-def test_two_step_meta_gradient_matches_that_of_torch(network, order, precision):
+def test_two_step_meta_gradient_matches_torch(network, order, precision):
     dtype, tolerance = np.dtype(precision), TOLERANCE[precision]
     module, forward, shape = NETWORKS[network]
     with jax.enable_x64(precision == "float64"):
         task = make_task(shape, dtype)
         learner = jm.maml(jm.nn.as_model(module), inner_lr=LR, inner_steps=STEPS, order=order)
         rng = np.random.default_rng(1)
-        # Away from the initial zeros and ones, so that no term is missing by accident.
+        # At the initial zeros and ones some terms vanish, and their errors would go unnoticed.
         params = jax.tree.map(
             lambda leaf: jnp.asarray((leaf + 0.1 * rng.normal(size=leaf.shape)).astype(dtype)),
             learner.init(jax.random.key(0), task),
@@ -144,7 +144,7 @@ def test_two_step_meta_gradient_matches_that_of_torch(network, order, precision)
 
 @pytest.mark.nightly
 def test_first_and_second_order_differ_on_these_tasks():
-    """Otherwise agreement with torch would say nothing about the second-order term."""
+    """Check that agreement with torch depends on the second-order term."""
     module, forward, shape = NETWORKS["strided"]
     task = make_task(shape, np.float32)
     params = jm.nn.as_model(module).init(jax.random.key(0), task.support.x)
