@@ -132,7 +132,7 @@ def test_a_run_may_be_resumed_on_another_mesh(tmp_path, monkeypatch):
         ),
         (["--mesh", "tasks=100000,params=9"], "--mesh: got tasks=100000,params=9, which is 900,000 devices"),
         (["--mesh", "model=2"], "--mesh: got 'model=2'; it must be like tasks=8"),
-        (["--mesh", "examples=2"], "--mesh: got a mesh of examples=2; only where learner.divisible"),
+        (["--mesh", "examples=2"], "--mesh: got a mesh of examples=2; several devices may share"),
     ],
 )
 def test_an_unsuitable_mesh_is_refused(flags, message, tmp_path, capsys):

@@ -100,13 +100,13 @@ def forward(
     """
     n, split = x.shape[0], model.divisible and shared.num_shards() > 1
     if split:
-        x, mask = shared.own_share(jnp.asarray(x), None if mask is None else jnp.asarray(mask))
+        x, mask = shared.shard(jnp.asarray(x), None if mask is None else jnp.asarray(mask))
     randomness = {"key": key} if model.stochastic else {}
     if model.apply_norm is None:
         outputs = model.apply(params, x, **randomness)
     else:
         outputs, stats = model.apply_norm(params, x, stats=stats, mask=mask, **randomness)
-    return shared.joined_shares(outputs, n) if split else outputs, stats
+    return shared.gather_shards(outputs, n) if split else outputs, stats
 
 
 def _from_linen(network):

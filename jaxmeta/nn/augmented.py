@@ -1,12 +1,12 @@
-"""Layers with two time scales: slow weights that are trained, and fast weights that are handed in.
+"""Layers with slow weights, which are trained, and fast weights, which are passed in.
 
-A layer is called with `(x, fast=None)`. Each set of fast weights has an activation of its own, which is
-added to that of the slow ones,
+A layer is called with `(x, fast=None)`. Each set of fast weights W* is applied separately, and the
+activations are added, not the weights:
 
-    z = a(W h) + a(W* h),
+    z = a(W h) + a(W* h).
 
-a sum of activations and not of weights. Without fast weights, or with fast weights of zero, a layer is its
-slow self. Two modules that make fast weights from gradients, one coordinate at a time, are here too.
+With no fast weights, or with fast weights of zero, a layer computes a(W h). Two modules that generate fast
+weights from gradients, one coordinate at a time, are here too.
 """
 
 import inspect
@@ -34,12 +34,12 @@ PREPROCESS = 7.0
 
 
 def published_init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32) -> Array:
-    """U[−0.1, 0.1), which all slow weights of the published networks begin from."""
+    """Draw from U[−0.1, 0.1), as all slow weights of the published networks are initialised."""
     return jax.random.uniform(key, shape, dtype, -0.1, 0.1)
 
 
 def fast_of_layer(fast: Fast, name: str) -> Any:
-    """The part of a network's fast weights that is of its layer `name`; None where there is none.
+    """Return the fast weights of the layer `name` of a network; None where it has none.
 
     Examples:
       >>> fast_of_layer({"fc": {"kernel": 1}}, "fc"), fast_of_layer({"fc": {"kernel": 1}}, "head")
@@ -53,17 +53,17 @@ def fast_of_layer(fast: Fast, name: str) -> Any:
 
 
 def _kernels(slow: Array, fast: Fast) -> list[Array]:
-    """The slow kernel, and those of all fast weights."""
+    """Return the slow kernel and the kernel of each set of fast weights."""
     sets = fast if isinstance(fast, tuple) else (fast,)
-    given = [each["kernel"] for each in sets if each is not None]
-    for kernel in given:
+    kernels = [each["kernel"] for each in sets if each is not None]
+    for kernel in kernels:
         if kernel.shape != slow.shape:
             raise ArgumentError(
                 "fast",
-                f"got a kernel of shape {kernel.shape} for a layer whose own is {slow.shape}; they "
-                "must agree; jax.vmap over examples gives each fast weights of its own",
+                f"got a kernel of shape {kernel.shape} for a layer whose own is {slow.shape}; they must "
+                "agree; for fast weights that differ between examples, use jax.vmap over the examples",
             )
-    return [slow, *given]
+    return [slow, *kernels]
 
 
 def _sum_of_activations(
@@ -82,9 +82,9 @@ class AugmentedDense(linen.Module):
     """A linear layer without bias, a(W h) + a(W* h).
 
     Attributes:
-      features: of the output.
-      activation: a; None for W h + W* h.
-      kernel_init: of the slow weights.
+      features: width of the output.
+      activation: the activation a; None for W h + W* h.
+      kernel_init: initialiser of the slow weights.
 
     Raises:
       ValueError: fast weights of another shape than the slow ones.
@@ -113,15 +113,16 @@ class AugmentedDense(linen.Module):
 class AugmentedConv(linen.Module):
     """A convolution without bias, a(W ∗ h) + a(W* ∗ h).
 
-    Under `jax.vmap` over examples that have fast weights of their own the slow kernel stays one.
+    Under `jax.vmap` over examples, each with its own fast weights, the slow kernel is still applied to all
+    examples in one convolution.
 
     Attributes:
       features: output channels.
       kernel_size: height and width of the kernel.
       strides: step of the window along height and width.
       padding: "SAME" or "VALID".
-      activation: a; None for a sum of convolutions.
-      kernel_init: of the slow weights.
+      activation: the activation a; None for a sum of convolutions.
+      kernel_init: initialiser of the slow weights.
 
     Raises:
       ValueError: fast weights of another shape than the slow ones.
@@ -141,14 +142,14 @@ class AugmentedConv(linen.Module):
     def __call__(self, x: Float[Array, "n h w c"], fast: Fast = None) -> Float[Array, "n h2 w2 features"]:
         kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
 
-        def convolved(x: Array, own: Array) -> Array:
-            return conv(x, own, self.strides, self.padding)
+        def convolve(x: Array, kernel: Array) -> Array:
+            return conv(x, kernel, self.strides, self.padding)
 
-        return _sum_of_activations(convolved, x, _kernels(kernel, fast), self.activation)
+        return _sum_of_activations(convolve, x, _kernels(kernel, fast), self.activation)
 
 
 def max_pool_2x2_ceil(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """2×2 maximum with stride 2; an odd last row or column is a window of its own.
+    """Pool by 2×2 maxima with stride 2; an odd last row or column is padded to a window of its own.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -160,19 +161,20 @@ def max_pool_2x2_ceil(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
 
 
 class AugmentedCNN(linen.Module):
-    """Meta Networks' network for Omniglot: 3×3 convolutions with ReLU and 2×2 max-pooling, and linear layers.
+    """The Omniglot network of Meta Networks.
 
-    No biases, no normalisation. 28×28 images shrink to 14, 7, 4, 2 and 1. With `ways`, a base learner: "fc"
-    has a ReLU and "head" is linear; 148,032 weights of convolutions and 4,416 others for 5 ways, 152,448.
-    Without, an embedding, whose last layer "fc" is linear.
+    3×3 convolutions with ReLU and 2×2 max-pooling are followed by linear layers; there are neither biases nor
+    normalisation. 28×28 images shrink to 14, 7, 4, 2 and 1. With `ways` it is a base learner: "fc" has a ReLU
+    and "head" is linear; for 5 ways it has 152,448 weights, 148,032 of them in convolutions. With `ways=None`
+    it is an embedding, whose last layer "fc" is linear.
 
     Attributes:
       ways: width of the linear layer "head"; None for an embedding without one.
       filters: channels of every convolution.
-      blocks: how many convolutions there are, "conv_0", …; with none, a network of linear layers, for inputs
-        of any shape.
+      blocks: number of convolutions, "conv_0", …; 0 for a network of linear layers, which takes inputs of
+        any shape.
       features: width of the linear layer "fc".
-      kernel_init: of the slow weights.
+      kernel_init: initialiser of the slow weights.
 
     Raises:
       ValueError: fast weights of another shape than the slow ones.
@@ -229,15 +231,15 @@ class Augmented(NamedTuple):
 
 
 def as_augmented(network: Any, argument: str = "network") -> Augmented:
-    """`network` as an `Augmented`, which passes through unchanged.
+    """Return `network` as an `Augmented`.
 
     Args:
       network: a module of flax.linen that is called with `(x, fast=None)`, made of `AugmentedConv` and
-        `AugmentedDense`; or pure functions that take `fast` likewise.
-      argument: what errors name.
+        `AugmentedDense`; or an object with pure functions `init(key, x)` and `apply(slow, x, fast=None)`.
+      argument: name of the argument in errors.
 
     Raises:
-      ValueError: `network` takes no `fast`; or, at `init`, keeps state besides its weights.
+      ValueError: `network` takes no `fast`; or, at `init`, it keeps state in addition to its weights.
     """
     call = type(network).__call__ if isinstance(network, linen.Module) else getattr(network, "apply", None)
     if call is None or "fast" not in inspect.signature(call).parameters:
@@ -265,17 +267,17 @@ def as_augmented(network: Any, argument: str = "network") -> Augmented:
 
 
 class TaskGenerator(linen.Module):
-    """Fast weights of a task, from the gradients of a few samples: an LSTM over them, then a linear layer.
+    """The generator of a task's fast weights: an LSTM over the gradients of samples, then a linear layer.
 
-    Every coordinate has a state of its own and all share the weights. Only the last output counts.
+    Every coordinate has its own state, and all share the weights. The output is that after the last sample.
 
     Attributes:
-      hidden: features of the LSTM.
-      preprocess: p of `log_and_sign`.
-      kernel_init: of both layers.
+      hidden: width of the LSTM's state.
+      preprocess: the constant p of `log_and_sign`.
+      kernel_init: initialiser of the kernels of both layers.
 
     References:
-      Munkhdalai & Yu, Meta Networks, 2017, section 3.1, where it is d of weights G.
+      Munkhdalai & Yu, Meta Networks, 2017, section 3.1: the function d with weights G.
     """
 
     hidden: int = 20
@@ -286,7 +288,7 @@ class TaskGenerator(linen.Module):
     def __call__(
         self, gradients: Float[Array, "steps n"], valid: Bool[Array, " steps"] | None = None
     ) -> Float[Array, " n"]:
-        """`valid` is False for steps that are left out."""
+        """Return the fast weights; steps at which `valid` is False do not change the state."""
         steps, n = gradients.shape
         if valid is None:
             valid = jnp.ones(steps, bool)
@@ -298,25 +300,25 @@ class TaskGenerator(linen.Module):
         lstm, weights = cell.unbind()
         zeros = jnp.zeros((self.hidden, n), jnp.result_type(gradients, *jax.tree.leaves(weights)))
 
-        def step(state: Any, now: tuple[Array, Array]) -> tuple[Any, None]:
-            gradient, counts = now
-            after, _ = lstm.apply(weights, state, log_and_sign(gradient, self.preprocess))
-            return jax.tree.map(lambda new, old: jnp.where(counts, new, old), after, state), None
+        def step(state: Any, inputs: tuple[Array, Array]) -> tuple[Any, None]:
+            gradient, is_valid = inputs
+            new_state, _ = lstm.apply(weights, state, log_and_sign(gradient, self.preprocess))
+            return jax.tree.map(lambda new, old: jnp.where(is_valid, new, old), new_state, state), None
 
         (h, _), _ = jax.lax.scan(step, (zeros, zeros), (gradients, valid))
         return _linear(self, "output", h, 1)[0]
 
 
 class ExampleGenerator(linen.Module):
-    """Fast weights of examples, from the gradient of each: an MLP on every coordinate.
+    """The generator of an example's fast weights: an MLP on every coordinate of its gradient.
 
     Attributes:
-      hidden: features of both hidden layers.
-      preprocess: p of `log_and_sign`.
-      kernel_init: of all layers.
+      hidden: width of both hidden layers.
+      preprocess: the constant p of `log_and_sign`.
+      kernel_init: initialiser of the kernels of all layers.
 
     References:
-      Munkhdalai & Yu, Meta Networks, 2017, section 3.2, where it is m of weights Z.
+      Munkhdalai & Yu, Meta Networks, 2017, section 3.2: the function m with weights Z.
     """
 
     hidden: int = 20
@@ -332,7 +334,7 @@ class ExampleGenerator(linen.Module):
 
 
 def _linear(module: Any, name: str, x: Float[Array, "d n"], features: int) -> Float[Array, "features n"]:
-    """A linear layer with bias over coordinates, which are last."""
+    """Apply a linear layer with bias to each coordinate; coordinates are the last axis."""
     kernel = module.param(f"{name}_kernel", module.kernel_init, (x.shape[0], features))
     bias = module.param(f"{name}_bias", linen.initializers.zeros, (features,))
     return jnp.tensordot(kernel, x, (0, 0)) + bias[:, None]

@@ -1,23 +1,23 @@
-"""Task-batched convolution: fast where every task has kernels of its own.
+"""Task-batched convolution, fast where every task has its own kernels.
 
-Meta-learning asks three things of a convolution that frameworks are not built for.
+Meta-learning makes three demands on a convolution that frameworks are not built for.
 
-1. Kernels differ from task to task. Under `vmap` `lax.conv_general_dilated` becomes a grouped
-   convolution, whose gradients XLA's CPU backend runs some hundred times slower than a matrix
+1. Kernels differ between tasks. Under `vmap`, `lax.conv_general_dilated` becomes a grouped
+   convolution, whose gradients take XLA's CPU backend about a hundred times as long as a matrix
    product, and which is slow on GPUs too.
 2. Second derivatives. A convolution is trilinear, T(x, w, y) = Σ y · conv(x, w), so its three
    partial maps
 
        forward(x, w) -> y      input_grad(y, w) -> x      kernel_grad(x, y) -> w
 
-   are each other's derivatives, to any order. What autodiff makes of `lax.conv`'s gradients is
-   a correct but slow member of this family.
+   are each other's derivatives, to any order. Differentiating `lax.conv`'s gradients gives
+   correct but slow members of this family.
 3. Forward mode over reverse mode, for memory-saving Hessian-vector products, which rules out
    `jax.custom_vjp`.
 
-So the three maps are three JAX primitives with bilinear differentiation rules. Each map has one
-implementation per platform, chosen by measurement, and a `vmap` over tasks becomes a leading
-task axis, or, where only one operand is batched, more images or more channels of one product.
+The three maps are therefore three JAX primitives with bilinear differentiation rules. Each map has
+one implementation per platform, chosen by measurement. A `vmap` over tasks becomes a leading task
+axis or, where only one operand is batched, more images or more channels of one product.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-# A core's second-level cache is about a megabyte; patches that overflow it cost more to write
-# and read back than the product they feed.
+# A core's second-level cache holds about a megabyte. Patches that overflow it take longer to write
+# and read back than the matrix product of which they are an operand.
 CPU_PATCH_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """The static part of a 2-D convolution: what is left once the arrays are taken away."""
+    """The static parameters of a 2-D convolution: everything but its arrays and their dtype."""
 
     image: tuple[int, ...]
     kernel: tuple[int, ...]
@@ -61,24 +61,27 @@ class Geometry:
 
     @property
     def transposed(self) -> "Geometry":
-        """The stride-1 convolution, with flipped kernel, that computes the input gradient."""
+        """Geometry of the stride-1 convolution with flipped kernel that computes the input gradient."""
         padding = tuple(
             (k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(self.kernel, self.padding, strict=True)
         )
         return dataclasses.replace(self, image=self.out, padding=padding)
 
 
-# --- How one convolution is computed: x (n, h, w, c), kernel (kh, kw, c, o) ----------------------
+# --- Implementations for one kernel: x (n, h, w, c), w (kh, kw, c, o), y (n, h', w', o) -----------
+# Channels are last: a pixel's channels are contiguous, so that a patch is kh·kw contiguous runs, and images
+# and kernels become the operands of a matrix product by reshaping.
 
 
-def _lax_form(x, w, geometry):
+def _lax_conv(x, w, geometry):
     return lax.conv_general_dilated(
         x, w, geometry.strides, geometry.padding, dimension_numbers=NHWC, precision=geometry.precision
     )
 
 
 def _patches(x, geometry):
-    """(n, h, w, c) -> (n, h', w', kh·kw·c) by shifted slices, which cost a copy and no arithmetic."""
+    """Return the patches (n, h', w', kh·kw·c) of images (n, h, w, c)."""
+    # Shifted slices of the padded images cost a copy and no arithmetic.
     (kh, kw), (sh, sw), (ho, wo) = geometry.kernel, geometry.strides, geometry.out
     x = lax.pad(
         x, jnp.zeros((), x.dtype), ((0, 0, 0), *((lo, hi, 0) for lo, hi in geometry.padding), (0, 0, 0))
@@ -97,14 +100,12 @@ def _patches(x, geometry):
 
 
 def _matrix(x):
-    """All axes but the last as one.
-
-    Products are of matrices: a contraction over several axes is first transposed, in a copy.
-    """
+    """Merge all axes but the last, so that products are of matrices."""
+    # XLA transposes the operands of a contraction over several axes first, which copies them.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _patch_form(x, w, geometry):
+def _patch_conv(x, w, geometry):
     out = jnp.matmul(_matrix(_patches(x, geometry)), _matrix(w), precision=geometry.precision)
     return out.reshape(x.shape[0], *geometry.out, w.shape[-1])
 
@@ -125,7 +126,7 @@ def _patch_kernel_grad(x, y, geometry):
 
 
 def _transposed_kernel_grad(x, y, geometry):
-    """The same with output channels first."""
+    """Return the kernel gradient with output channels first, (o, kh, kw, c)."""
     w = jnp.matmul(_matrix(y).T, _matrix(_patches(x, geometry)), precision=geometry.precision)
     return w.reshape(y.shape[3], *geometry.kernel, x.shape[3])
 
@@ -135,7 +136,7 @@ def _flip(w):
 
 
 def _image_chunks(x, geometry, channels):
-    """Images per chunk: the most that keep the patches in a core's cache, and divide n."""
+    """Return the largest divisor of n for which the patches of so many images fit in a core's cache."""
     patch_bytes = x.dtype.itemsize * math.prod(geometry.out) * math.prod(geometry.kernel) * channels
     most = max(1, CPU_PATCH_BYTES // patch_bytes)
     n = x.shape[0]
@@ -151,8 +152,8 @@ def _images(array, index, chunk):
 
 def _cpu_input_grad(y, w, geometry):
     if geometry.strides == (1, 1):
-        return _lax_form(y, _flip(w), geometry.transposed)
-    return _transpose_of_x(_patch_form, y, w, geometry)
+        return _lax_conv(y, _flip(w), geometry.transposed)
+    return _transpose_of_x(_patch_conv, y, w, geometry)
 
 
 def _cpu_kernel_grad(x, y, geometry):
@@ -160,14 +161,15 @@ def _cpu_kernel_grad(x, y, geometry):
     if math.prod(geometry.kernel) * x.shape[3] <= y.shape[3]:
         part, shape = _patch_kernel_grad, (*geometry.kernel, x.shape[3], y.shape[3])
     else:
-        # The product is a third faster where the narrower of its operands is the one read by columns.
+        # The product is a third faster where the narrower operand is the one that is transposed.
         part, shape = _transposed_kernel_grad, (y.shape[3], *geometry.kernel, x.shape[3])
 
     def accumulate(index, total):
         return total + part(_images(x, index, chunk), _images(y, index, chunk), geometry)
 
     if chunk == n:
-        # The barrier keeps the compiler from exchanging the operands of product and transposition again.
+        # Without the barrier the compiler merges the transposition below into the product, which swaps its
+        # operands back to the slower order.
         total = lax.optimization_barrier(part(x, y, geometry))
     else:
         total = lax.fori_loop(0, n // chunk, accumulate, jnp.zeros(shape, x.dtype))
@@ -175,6 +177,8 @@ def _cpu_kernel_grad(x, y, geometry):
 
 
 def _over_tasks_one_by_one(one):
+    """Return the map `one` over a leading task axis, one task at a time."""
+
     def run(a, b, *, geometry):
         if a.shape[0] == 1:
             return one(a[0], b[0], geometry)[None]
@@ -188,12 +192,12 @@ def _over_tasks_one_by_one(one):
 
 def _patch_input_grad(y, w, geometry):
     if geometry.strides == (1, 1):
-        return _patch_form(y, _flip(w), geometry.transposed)
-    return _transpose_of_x(_patch_form, y, w, geometry)
+        return _patch_conv(y, _flip(w), geometry.transposed)
+    return _transpose_of_x(_patch_conv, y, w, geometry)
 
 
 def _over_tasks_as_product(one, batched):
-    """The backend's own convolution for one kernel, batched matrix products for several."""
+    """Return the backend's own convolution for one task, batched matrix products for several."""
 
     def run(a, b, *, geometry):
         if a.shape[0] == 1:
@@ -209,15 +213,15 @@ def _over_tasks_as_product(one, batched):
 def _primitive(name, out_shape, cpu, default):
     primitive = Primitive(name)
 
-    def also_of_nothing(run):
-        """Zeros where there are no images, or no tasks: a sum over nothing."""
+    def handle_empty(run):
+        """Return `run` extended to operands without images or tasks, for which the result is zero."""
 
-        def whole(a, b, *, geometry):
+        def run_or_zeros(a, b, *, geometry):
             if a.size and b.size:
                 return run(a, b, geometry=geometry)
             return jnp.zeros((a.shape[0], *out_shape(a, b, geometry)), a.dtype)
 
-        return whole
+        return run_or_zeros
 
     @primitive.def_abstract_eval
     def _(a, b, *, geometry):
@@ -231,7 +235,7 @@ def _primitive(name, out_shape, cpu, default):
 
     primitive.def_impl(eager)
     for run, platform in ((default, None), (cpu, "cpu")):
-        lowering = mlir.lower_fun(also_of_nothing(run), multiple_results=False)
+        lowering = mlir.lower_fun(handle_empty(run), multiple_results=False)
         mlir.register_lowering(primitive, lowering, platform=platform)
     return primitive
 
@@ -240,20 +244,20 @@ def _primitive(name, out_shape, cpu, default):
 _forward_p = _primitive(
     "task_conv",
     lambda x, w, geometry: (x.shape[1], *geometry.out, w.shape[4]),
-    _over_tasks_one_by_one(_lax_form),
-    _over_tasks_as_product(_lax_form, _patch_form),
+    _over_tasks_one_by_one(_lax_conv),
+    _over_tasks_as_product(_lax_conv, _patch_conv),
 )
 _input_grad_p = _primitive(
     "task_conv_input_grad",
     lambda y, w, geometry: (y.shape[1], *geometry.image, w.shape[3]),
     _over_tasks_one_by_one(_cpu_input_grad),
-    _over_tasks_as_product(functools.partial(_transpose_of_x, _lax_form), _patch_input_grad),
+    _over_tasks_as_product(functools.partial(_transpose_of_x, _lax_conv), _patch_input_grad),
 )
 _kernel_grad_p = _primitive(
     "task_conv_kernel_grad",
     lambda x, y, geometry: (*geometry.kernel, x.shape[4], y.shape[4]),
     _over_tasks_one_by_one(_cpu_kernel_grad),
-    _over_tasks_as_product(functools.partial(_transpose_of_w, _lax_form), _patch_kernel_grad),
+    _over_tasks_as_product(functools.partial(_transpose_of_w, _lax_conv), _patch_kernel_grad),
 )
 
 
@@ -287,15 +291,16 @@ ad.defbilinear(
 
 
 def _batch_rule(primitive, a_free, a_out, b_free, b_out):
-    """`vmap` of a bilinear map.
+    """Register the `vmap` rule of a bilinear map.
 
-    Both operands batched: the new axis joins the task axis. One batched: it joins that operand's
-    free axis (`a_free`, `b_free`), which reappears in the output at (`a_out`, `b_out`), so that a
-    kernel shared by all tasks stays one kernel and one large product.
+    If both operands are batched, the new axis joins the task axis. If one is, it joins that operand's free
+    axis (`a_free`, `b_free`), which is axis `a_out` or `b_out` of the output, so that a kernel shared by all
+    tasks stays one kernel of one large product.
     """
 
     def fold(operand, dim, axis):
-        """The operand with two axes as one, and the sizes of both, which a product of 0 does not tell."""
+        """Move axis `dim` to `axis` and merge it with the next; return the operand and both sizes."""
+        # The sizes are returned because a merged axis of size 0 does not determine them.
         operand = jnp.moveaxis(operand, dim, axis)
         sizes = operand.shape[axis : axis + 2]
         return operand.reshape(*operand.shape[:axis], math.prod(sizes), *operand.shape[axis + 2 :]), sizes
@@ -338,20 +343,26 @@ def conv(
     *,
     precision: str | lax.Precision | None = None,
 ) -> Float[Array, "n h2 w2 o"]:
-    """2-D convolution (cross-correlation), fast under `vmap` over tasks and to any derivative.
+    """Return the 2-D convolution (cross-correlation) of `x` with `kernel`.
+
+    It is fast under `vmap` over tasks with different kernels, and in derivatives of any order.
 
     Args:
       x: images.
-      kernel: filters. Under `vmap` they may differ from task to task.
+      kernel: filters; under `vmap` they may differ between tasks.
       strides: step of the window along height and width.
       padding: "SAME", "VALID", or (low, high) zeros along height and width.
-      precision: of the matrix products; None takes `jax.default_matmul_precision`.
+      precision: precision of the matrix products; None for `jax.default_matmul_precision`.
 
     Returns:
-      The same values as `jax.lax.conv_general_dilated`, to rounding.
+      The values of `jax.lax.conv_general_dilated`, up to rounding.
 
     Raises:
       ValueError: the shapes do not fit, or a kernel is larger than the padded image.
+
+    Examples:
+      >>> conv(jnp.ones((1, 3, 3, 1)), jnp.ones((2, 2, 1, 4)), padding="VALID").shape
+      (1, 2, 2, 4)
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
         raise ValueError(
@@ -363,7 +374,7 @@ def conv(
         kernel=window,
         strides=tuple(strides),
         padding=_explicit_padding(padding, image, window, strides),
-        # Read here and not when the primitive is lowered: by then its context is gone.
+        # Read here, because the context manager that sets it has exited when the primitive is lowered.
         precision=jax.config.jax_default_matmul_precision if precision is None else precision,  # type: ignore[attr-defined]
     )
     if min(geometry.out) < 1:

@@ -1,7 +1,7 @@
-"""Default activations and initialisers of networks, as plain functions.
+"""Default activations and initialisers of networks, as named functions.
 
-JAX's own have no name that help could show: `jax.nn.relu` prints as an object at an address, and an
-initialiser as a local function of the one that made it.
+Help texts and generated reference pages print defaults by name. JAX's own have none: `jax.nn.relu` prints as
+an object at an address, and an initialiser as a local function of its factory.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ _TRUNCATED_NORMAL = linen.initializers.truncated_normal(0.01)
 
 
 def relu(x: Array) -> Array:
-    """Return max(x, 0), by `jax.nn.relu`."""
+    """Return max(x, 0)."""
     return jax.nn.relu(x)
 
 
 def lecun_normal(key: PRNGKeyArray, shape: tuple[int, ...], *dtype: Any) -> Array:
-    """Draw from a truncated normal of variance 1/n for n inputs, as `jax.nn.initializers.lecun_normal()`."""
+    """Draw from a truncated normal distribution of variance 1/n for n inputs."""
     return _LECUN_NORMAL(key, shape, *dtype)
 
 
 def narrow_normal(key: PRNGKeyArray, shape: tuple[int, ...], *dtype: Any) -> Array:
-    """Draw from a truncated normal of standard deviation 0.01, as MAML's official code."""
+    """Draw from a truncated normal distribution of standard deviation 0.01, as MAML's official code does."""
     return _TRUNCATED_NORMAL(key, shape, *dtype)

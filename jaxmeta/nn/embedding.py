@@ -1,4 +1,4 @@
-"""The networks of the literature, in the exact shapes whose numbers were published."""
+"""Networks of the few-shot literature: Conv4, MAML's strided network, and multilayer perceptrons."""
 
 import math
 from collections.abc import Callable
@@ -16,27 +16,31 @@ from jaxmeta.nn.norm import BatchNorm
 
 
 def max_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """2×2 maximum with stride 2; an odd last row or column is dropped.
+    """Pool by 2×2 maxima with stride 2; an odd last row or column is dropped.
 
-    Of equal maxima the first takes the gradient.
+    Where values of a window are equal, the first maximum takes the gradient.
+
+    Examples:
+      >>> max_pool_2x2(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
+      [[5.0, 7.0], [13.0, 15.0]]
     """
     return _window_max(_windows(x))
 
 
 @jax.custom_jvp
 def _window_max(windows):
-    # Not as a reduction, which the CPU's compiler keeps apart from what goes before: it would write
-    # all of its operand.
+    # Elementwise maxima fuse with the operations before them; XLA's CPU backend does not fuse a reduction
+    # with its operand, which would then be written to memory.
     (a, b), (c, d) = _corners(windows)
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
 
 
 @_window_max.defjvp
 def _window_max_jvp(primals, tangents):
-    # Selecting by the winner's index makes the gradient a masked broadcast. That of strided slices
-    # is a padding with holes, and that of a window reduction a scatter: many times slower on CPUs.
-    # The winner comes from the four values and never from comparing them with the maximum: the
-    # compiler may compute a value twice and round it differently, and then none would equal it.
+    # Selecting by the winner's index makes the gradient a masked broadcast. The gradient of strided slices
+    # is an interior padding and that of a window reduction a scatter, both many times slower on CPUs.
+    # The winner is found by comparing the four values with each other, never with the maximum: the
+    # compiler may compute a value twice with different rounding, and then none would equal the maximum.
     (windows,), (tangent,) = primals, tangents
     (a, b), (c, d) = _corners(windows)
     winner = jnp.where(
@@ -52,19 +56,19 @@ def _corners(windows):
 
 
 def _windows(x):
-    """(n, h, w, c) -> (n, h/2, 2, w/2, 2, c), an odd last row or column dropped."""
+    """Split images (n, h, w, c) into 2×2 windows (n, h/2, 2, w/2, 2, c)."""
     n, h, w, c = x.shape
     return x[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
 
 
 def flattened(x: Shaped[Array, " n *shape"]) -> Shaped[Array, "n d"]:
-    """Each example as a vector."""
-    # Not by −1, which is no size where there are no examples.
+    """Return each example as a vector."""
+    # A size of −1 could not be inferred for a batch without examples.
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def require_images(x: Any) -> None:
-    """Refuses what is no batch of images with channels."""
+    """Raise an error unless `x` is a batch of images with channels."""
     if x.ndim != 4:
         hint = " (grey images need an axis of channels: x[..., None])" if x.ndim == 3 else ""
         raise ArgumentError(
@@ -73,9 +77,9 @@ def require_images(x: Any) -> None:
 
 
 def require_size(x: Float[Array, "n h w c"], least: int) -> None:
-    """Refuses what is no batch of images, or ones that poolings would shrink to nothing.
+    """Raise an error unless `x` is a batch of images of at least `least`×`least` pixels.
 
-    Their features would be constant.
+    Pooling would shrink smaller ones to empty maps, whose features are constant.
     """
     require_images(x)
     if min(x.shape[1:3]) < least:
@@ -85,20 +89,20 @@ def require_size(x: Float[Array, "n h w c"], least: int) -> None:
 
 
 def linear_head(x: Float[Array, "n d"], ways: int | None) -> Float[Array, "n out"]:
-    """The linear layer "head" of the module it is called in; `x` itself where `ways` is None."""
+    """Apply a linear layer "head" of the calling module; return `x` unchanged where `ways` is None."""
     return x if ways is None else linen.Dense(ways, name="head")(x)
 
 
 class ConvNorm(linen.Module):
-    """3×3 convolution with bias, batch normalisation, and, if asked, 2×2 max-pooling.
+    """A 3×3 convolution with bias, batch normalisation, and optional 2×2 max-pooling.
 
     Attributes:
       filters: output channels.
       strides: step of the convolution's window.
-      pool: whether to pool.
-      use_scale: whether the normalisation has a scale.
-      epsilon: added to the variance in the batch normalisation.
-      padding: of the convolution, "SAME" or "VALID".
+      pool: True for max-pooling after the normalisation.
+      use_scale: True for a learned scale in the normalisation.
+      epsilon: constant added to the variance in the batch normalisation.
+      padding: padding of the convolution, "SAME" or "VALID".
     """
 
     filters: int
@@ -122,8 +126,8 @@ class ConvNorm(linen.Module):
             return norm(x, mask, bias)
         if x.shape[1] % 2 or x.shape[2] % 2:
             return norm(x, mask, bias, max_pool_2x2)
-        # In the shape that pooling wants from the start: a reshape within the fused gradient would
-        # cost every element a division of its index.
+        # Split into windows before normalising: a reshape inside the fused gradient would cost an integer
+        # division for the index of every element.
         return norm(_windows(x), mask, bias, _window_max)
 
 
@@ -136,10 +140,16 @@ class Conv4(linen.Module):
     Attributes:
       ways: width of the linear head; None for an embedding without one.
       filters: channels of every block.
-      epsilon: added to the variance in the batch normalisation.
+      epsilon: constant added to the variance in the batch normalisation.
 
     Raises:
       ValueError: images smaller than 16×16.
+
+    Examples:
+      >>> network, x = Conv4(ways=5, filters=8), jnp.zeros((2, 28, 28, 1))
+      >>> params = jax.jit(network.init)(jax.random.key(0), x)
+      >>> jax.jit(network.apply)(params, x).shape
+      (2, 5)
 
     References:
       Vinyals et al., Matching Networks, 2016; Snell et al., Prototypical Networks, 2017 (64
@@ -158,24 +168,24 @@ class Conv4(linen.Module):
     ) -> Float[Array, "n d"]:
         require_size(x, 16)
         for _ in range(4):
-            # ReLU and pooling commute, and pooling first leaves a quarter of the pixels.
+            # ReLU and max-pooling commute, and after pooling ReLU has a quarter of the pixels to process.
             x = jax.nn.relu(ConvNorm(self.filters, pool=True, epsilon=self.epsilon)(x, mask))
         return linear_head(flattened(x), self.ways)
 
 
 class StridedConv4(linen.Module):
-    """Four blocks of 3×3 stride-2 convolution, batch normalisation and ReLU; MAML's Omniglot net.
+    """Four blocks of 3×3 stride-2 convolution, batch normalisation and ReLU: MAML's Omniglot network.
 
     28×28 images shrink to 14, 7, 4 and 2; the 2×2 map is averaged (the paper's "last hidden layer
-    is 64-dimensional") or flattened (Reptile, iMAML). 112,261 parameters for 5 ways; the official
-    code has no scale in its normalisation, 112,005.
+    is 64-dimensional") or flattened (Reptile, iMAML). For 5 ways it has 112,261 parameters, or
+    112,005 with `use_scale=False`, as in the official code.
 
     Attributes:
       ways: width of the linear head; None for an embedding without one.
       filters: channels of every block.
-      flatten: whether to keep the last map's pixels apart instead of averaging them.
-      use_scale: whether the batch normalisation has a scale.
-      epsilon: added to the variance in the batch normalisation.
+      flatten: True to concatenate the pixels of the last map instead of averaging them.
+      use_scale: True for a learned scale in the batch normalisation.
+      epsilon: constant added to the variance in the batch normalisation.
 
     References:
       Finn et al., Model-Agnostic Meta-Learning, 2017, section 5.2.
@@ -202,18 +212,23 @@ class StridedConv4(linen.Module):
 
 
 class MLP(linen.Module):
-    """Fully connected network.
+    """A fully connected network.
 
     Attributes:
-      out: width of the output layer (named "head"); None for an embedding without one.
-      hidden: widths of the hidden layers. (40, 40) is MAML's sinusoid network, 1,761 parameters;
-        (256, 128, 64, 64) with `norm` its Omniglot network without convolutions.
-      norm: whether there is batch normalisation before every activation.
-      activation: after every hidden layer.
-      use_bias: whether layers have biases.
-      kernel_init: of every layer. The default is that of MAML's official code, a truncated normal
-        distribution of standard deviation 0.01, from which the first thousand meta-steps on
-        sinusoids show little progress.
+      out: width of the output layer "head"; None for an embedding without one.
+      hidden: widths of the hidden layers. (40, 40) is MAML's sinusoid network with 1,761 parameters;
+        (256, 128, 64, 64) with `norm` is its Omniglot network without convolutions.
+      norm: True for batch normalisation before every activation.
+      activation: activation after every hidden layer.
+      use_bias: True for layers with biases.
+      kernel_init: initialiser of the kernel of every layer. The default is that of MAML's official
+        code, a truncated normal distribution of standard deviation 0.01, from which the first
+        thousand meta-steps on sinusoids show little progress.
+
+    Examples:
+      >>> network, x = MLP(out=5, hidden=(16,)), jnp.zeros((2, 8))
+      >>> network.apply(network.init(jax.random.key(0), x), x).shape
+      (2, 5)
     """
 
     divisible = True

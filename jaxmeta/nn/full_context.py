@@ -1,4 +1,4 @@
-"""Full context embeddings: LSTMs through which embeddings see the whole support set."""
+"""Full context embeddings: LSTMs that make each embedding depend on the whole support set."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from jaxmeta.core import Key, Params
 
 
 class SupportContext(linen.Module):
-    """g(x_i, S) = h→_i + h←_i + g'(x_i), of a bidirectional LSTM over the support set.
+    """A bidirectional LSTM over the support set: g(x_i, S) = h→_i + h←_i + g'(x_i).
 
     References:
       Vinyals et al., Matching Networks, 2016, appendix A.2.
@@ -23,7 +23,7 @@ class SupportContext(linen.Module):
         def step(cell, carry, example):
             z, real = example
             new, h = cell(carry, z)
-            # Padding leaves no trace.
+            # Padding does not change the state.
             return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, carry), h
 
         total = z
@@ -38,10 +38,10 @@ class SupportContext(linen.Module):
 
 
 class QueryContext(linen.Module):
-    """f(x, S): an LSTM that attends to the support set for `steps` steps.
+    """An LSTM that embeds a query, f(x, S), by attending to the support set for `steps` steps.
 
     Attributes:
-      steps: K, at least 1.
+      steps: number of attention steps K, at least 1.
 
     References:
       Vinyals et al., Matching Networks, 2016, appendix A.1.
@@ -56,9 +56,10 @@ class QueryContext(linen.Module):
         cell = linen.OptimizedLSTMCell(z.shape[1], name="attention")
         c, h = jnp.zeros_like(z), z
         for _ in range(self.steps):
-            # Of padding alone there is nothing to attend to, and a softmax of −∞ would be NaN.
-            seen = mask | ~mask.any()
-            attention = jax.nn.softmax(jnp.where(seen[None, :], h @ support.T, -jnp.inf))
+            # Where all examples are padding, the softmax is taken over all of them, since one over −∞ alone
+            # is NaN; its weights are set to zero after it.
+            attended = mask | ~mask.any()
+            attention = jax.nn.softmax(jnp.where(attended[None, :], h @ support.T, -jnp.inf))
             attention = jnp.where(mask[None, :], attention, 0)
             (c, new), _ = cell((c, h), jnp.concatenate([z, attention @ support], axis=1))
             h = new + z
@@ -66,7 +67,7 @@ class QueryContext(linen.Module):
 
 
 class FullContext(NamedTuple):
-    """Both as pure functions of one tree of parameters.
+    """The embeddings of support set and queries as pure functions of one tree of parameters.
 
     Attributes:
       init: `(key) -> params`.
@@ -80,21 +81,21 @@ class FullContext(NamedTuple):
 
 
 def full_context(dim: int, steps: int) -> FullContext:
-    """Full context embeddings of width `dim`, with `steps` attention steps."""
-    over_support, of_query = SupportContext(), QueryContext(steps)
+    """Build full context embeddings of width `dim`, with `steps` attention steps."""
+    support_context, query_context = SupportContext(), QueryContext(steps)
 
     def init(key: Key) -> Params:
         z, mask = jnp.zeros((1, dim)), jnp.ones(1, bool)
         keys = jax.random.split(key)
         return {
-            "support": over_support.init(keys[0], z, mask)["params"],
-            "query": of_query.init(keys[1], z, z, mask)["params"],
+            "support": support_context.init(keys[0], z, mask)["params"],
+            "query": query_context.init(keys[1], z, z, mask)["params"],
         }
 
     def support(params: Params, z: Array, mask: Array) -> Array:
-        return jnp.asarray(over_support.apply({"params": params["support"]}, z, mask))
+        return jnp.asarray(support_context.apply({"params": params["support"]}, z, mask))
 
     def query(params: Params, z: Array, examples: Array, mask: Array) -> Array:
-        return jnp.asarray(of_query.apply({"params": params["query"]}, z, examples, mask))
+        return jnp.asarray(query_context.apply({"params": params["query"]}, z, examples, mask))
 
     return FullContext(init, support, query)

@@ -1,4 +1,4 @@
-"""The twin of the published Siamese network."""
+"""The embedding network of Koch et al.'s Siamese network."""
 
 import jax
 from flax import linen
@@ -12,16 +12,17 @@ SIDE = 105
 
 
 class Koch(linen.Module):
-    """The twin, for images of 105×105: 38,947,648 parameters, and 4,097 of `jm.siamese`.
+    """The embedding network of Koch et al. for images of 105×105.
 
-    Convolutions without padding, with ReLU: 10×10 to 64 channels (96×96, pooled to 48), 7×7 to 128 (42,
-    pooled to 21), 4×4 to 128 (18, pooled to 9), 4×4 to 256 (6×6); then a linear layer of 4,096 sigmoids.
+    It has 38,947,648 parameters; `jm.siamese` adds 4,097. Convolutions without padding are followed by ReLU:
+    10×10 to 64 channels (96×96, pooled to 48), 7×7 to 128 (42, pooled to 21), 4×4 to 128 (18, pooled to 9),
+    4×4 to 256 (6×6). A linear layer with 4,096 sigmoids follows.
 
-    Initialised as published: convolutions from N(0, 0.01²), of the linear layer from N(0, 0.2²),
-    with which its 9,216 inputs can saturate the sigmoids; biases from N(0.5, 0.01²).
+    It is initialised as published: kernels of convolutions from N(0, 0.01²), that of the linear layer from
+    N(0, 0.2²), with which its 9,216 inputs can saturate the sigmoids, and biases from N(0.5, 0.01²).
 
     Raises:
-      ValueError: images of another size.
+      ValueError: images of another size than 105×105.
 
     References:
       Koch, Zemel & Salakhutdinov, Siamese Neural Networks for One-shot Image Recognition, 2015, section 3.

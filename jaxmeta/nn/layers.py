@@ -1,4 +1,4 @@
-"""Flax layers that a user's own network needs to be fast: change one import."""
+"""Drop-in replacements for Flax layers that are fast under `vmap` over tasks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,13 +28,14 @@ def conv_general_dilated(
     preferred_element_type: DTypeLike | None = None,
     **kwargs: Any,
 ) -> Array:
-    """`jax.lax.conv_general_dilated`, by `conv` wherever that can serve.
+    """Return `jax.lax.conv_general_dilated` of the same arguments, by `conv` where it applies.
 
-    Dilated, grouped, and other than two-dimensional NHWC convolutions go to `jax.lax` unchanged.
+    Dilated or grouped convolutions, and those that are not two-dimensional in NHWC layout, are passed to
+    `jax.lax` unchanged.
     """
     dims = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     undilated = all(d in (None, 1) for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    served = (
+    is_supported = (
         dims == lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), NHWC)
         and undilated
         and feature_group_count == batch_group_count == 1
@@ -42,7 +43,7 @@ def conv_general_dilated(
         and preferred_element_type in (None, lhs.dtype)
         and not kwargs
     )
-    if served:
+    if is_supported:
         rows, columns = window_strides
         return conv(lhs, rhs, (rows, columns), padding, precision=precision)
     return lax.conv_general_dilated(
@@ -62,9 +63,15 @@ def conv_general_dilated(
 
 
 class Conv(linen.Conv):
-    """Drop-in for `flax.linen.Conv`, fast where every task has kernels of its own.
+    """A drop-in replacement for `flax.linen.Conv` that is fast where every task has its own kernels.
 
-    Same arguments, parameters and results; only how a convolution is computed differs.
+    Arguments, parameters and results are the same; only the implementation of the convolution differs.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = Conv(8, (3, 3))
+      >>> layer.init_with_output(jax.random.key(0), jnp.zeros((1, 5, 5, 1)))[0].shape
+      (1, 5, 5, 8)
     """
 
     conv_general_dilated: Callable[..., Any] | None = conv_general_dilated

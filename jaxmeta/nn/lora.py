@@ -1,4 +1,4 @@
-"""Low-rank adaptation: a network whose kernels change by the product of two thin factors."""
+"""Low-rank adaptation: a network whose kernels change by the product of two low-rank factors."""
 
 import math
 from typing import Any
@@ -15,43 +15,44 @@ from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.paths import Patterns, leaves_by_path, matching, shortened
 
 NETWORK, FACTORS = "network", "lora"
-# What Equinox calls a kernel, of which outputs are the first axis.
+# Equinox's name for a kernel, whose first axis is the outputs.
 _OUTPUTS_FIRST = "weight"
-# Axes of a dense layer's kernel and of a convolution's.
+# Number of axes of a dense layer's kernel and of a 2-D convolution's.
 _AXES = (2, 4)
-# Beyond every key that the network's initialisation is known to fold in.
-_DRAW = np.uint32(0xFFFFFFFD)
+# Folded into the key for the factors' draws. No known initialisation folds in this number itself, so that the
+# factors are independent of the network's parameters.
+_FACTORS_KEY = np.uint32(0xFFFFFFFD)
 
 
 def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: Patterns = "**") -> Model:
-    r"""Build a `Model` of `network` with low-rank factors beside its kernels (Hu et al. 2021).
+    r"""Build a `Model` of `network` with low-rank factors added to its kernels.
 
-    W' = W + (α/r) A B,  A ∈ R^{m×r} from N(0, 1/m),  B ∈ R^{r×n} zero at first
+    W' = W + (α/r) A B,  A ∈ R^{m×r} from N(0, 1/m),  B ∈ R^{r×n}, initially zero
 
-    W is a kernel as a matrix of m inputs and n outputs: of a dense layer as it is, of a convolution with
-    height × width × channels as its inputs. At initialisation the outputs are those of `network` with the
-    same key.
+    W is a kernel as a matrix of m inputs and n outputs; the inputs of a convolution are
+    height × width × channels. At initialisation the outputs are equal to those of `network` initialised with
+    the same key.
 
-    Params: `{"network": those of network, "lora": {…: {"a", "b"}}}`, where the factors of the kernel
-    "network/Dense_0/kernel" are "lora/Dense_0/kernel/a" and "…/b". So `jm.maml(…, adapts="lora")` adapts the
-    factors alone, `jm.anil` those of the head with the head, and `jm.transfer.fine_tune(…, train="lora")`
-    trains them alone, of a `jm.transfer.classifier` with `train=["body/lora", "head"]`. Batch statistics
-    likewise are under "network". Pretrained parameters of `network` take the place of those under "network":
-    `jm.transfer.swap_subtree(params, "network", pretrained)`.
+    The parameters are `{"network": params of network, "lora": {…: {"a", "b"}}}`, where the factors of the
+    kernel "network/Dense_0/kernel" are "lora/Dense_0/kernel/a" and "lora/Dense_0/kernel/b". Hence
+    `jm.maml(…, adapts="lora")` adapts the factors alone, `jm.anil` adapts the head and its factors, and
+    `jm.transfer.fine_tune(…, train="lora")` trains the factors alone (`train=["body/lora", "head"]` for a
+    `jm.transfer.classifier`). Batch statistics are under "network", too. To start from pretrained parameters
+    of `network`, use `jm.transfer.swap_subtree(params, "network", pretrained)`.
 
     Args:
-      network: of any kind that `jm.nn.as_model` takes.
-      rank: r, the most that the rank of a kernel's change can be. The factors of a kernel with a smaller side
-        have the rank of that side.
-      alpha: α, by which a change of rank does not need another step size; as `rank` if None.
-      where: patterns of what gets factors, such as "head" or "**/query/kernel": of the leaves that they match
-        those of 2 or 4 axes, which are the kernels of dense layers and of convolutions. See
-        `jm.transfer.matching`. Outputs are the first axis of a leaf called "weight", as in Equinox, and the
-        last of any other.
+      network: network of any kind that `jm.nn.as_model` takes.
+      rank: rank r of the factors, an upper bound on the rank of a kernel's change. A kernel with a side
+        shorter than r has factors of that side's length.
+      alpha: scale α, with which `rank` can be changed at the same step size; None for `rank`.
+      where: patterns of the kernels that get factors, such as "head" or "**/query/kernel" (see
+        `jm.transfer.matching`). Of the matching leaves, the floating-point ones of 2 or 4 axes count: kernels
+        of dense layers and of convolutions. Outputs are the first axis of a leaf named "weight", as in
+        Equinox, and the last axis of any other.
 
     Raises:
-      ValueError: `rank` below 1; `alpha` that is not positive; what `jm.nn.as_model` raises; and at `init`,
-        a pattern that matches no leaf, or patterns that match none of 2 or 4 axes.
+      ValueError: `rank` is below 1; `alpha` is not positive; `jm.nn.as_model` refuses the network; or, at
+        `init`, a pattern matches no leaf, or no matching leaf is a kernel.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -72,7 +73,7 @@ def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: 
 
     def init(key: Key, x: Any) -> Params:
         params = model.init(key, x)
-        draw = jax.random.fold_in(key, _DRAW)
+        draw = jax.random.fold_in(key, _FACTORS_KEY)
         factors = {}
         for number, (path, kernel) in enumerate(_kernels(params, where).items()):
             inputs, outputs = _sides(path, kernel.shape)
@@ -87,7 +88,7 @@ def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: 
         )
         return {NETWORK: params, FACTORS: nested}
 
-    def changed(params: Params) -> Params:
+    def merge(params: Params) -> Params:
         factors = leaves_by_path(params[FACTORS])
         leaves, structure = jax.tree.flatten(params[NETWORK])
         return jax.tree.unflatten(
@@ -101,22 +102,23 @@ def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: 
         )
 
     def apply(params: Params, x: Any, **settings: Any) -> Any:
-        return model.apply(changed(params), x, **settings)
+        return model.apply(merge(params), x, **settings)
 
     def apply_norm(
         params: Params, x: Any, *, stats: PyTree | None = None, **settings: Any
     ) -> tuple[Any, PyTree]:
         assert model.apply_norm is not None
-        # Under the same name as the parameters, by whose paths layers and their statistics are found.
-        given = None if stats is None else stats.get(NETWORK)
-        outputs, found = model.apply_norm(changed(params), x, stats=given, **settings)
-        return outputs, {NETWORK: found}
+        # Statistics have the prefix of the parameters, because learners match layers with their statistics by
+        # path.
+        network_stats = None if stats is None else stats.get(NETWORK)
+        outputs, network_stats = model.apply_norm(merge(params), x, stats=network_stats, **settings)
+        return outputs, {NETWORK: network_stats}
 
     return model._replace(init=init, apply=apply, apply_norm=None if model.apply_norm is None else apply_norm)
 
 
 def _kernels(params: Params, where: Patterns) -> dict[str, Any]:
-    """The leaves that get factors, by their paths."""
+    """Return the kernels that get factors, by their paths."""
     leaves = leaves_by_path(params)
     kernels = {path: leaves[path] for path in matching(params, where, "where") if _is_kernel(leaves[path])}
     if not kernels:
@@ -134,7 +136,7 @@ def _is_kernel(leaf: Any) -> bool:
 
 
 def _sides(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Number of inputs and of outputs of a kernel."""
+    """Return the numbers of inputs and outputs of a kernel."""
     outputs = shape[0 if _is_outputs_first(path) else -1]
     return math.prod(shape) // max(outputs, 1), outputs
 

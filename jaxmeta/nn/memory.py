@@ -1,8 +1,8 @@
-"""External memories of a recurrent controller, and the network of the two.
+"""External memories, and networks of a controller with an external memory.
 
-A memory is a module with two methods: `initial()`, its state before an episode, and a call
-`(state, h) -> (state, reads)` that writes and reads by what the controller's output `h` asks for. Its
-states are dicts of arrays of one sequence: sequences are batched by `vmap`, and time is the caller's scan.
+A memory is a module with a method `initial()`, which returns its state before an episode, and a call
+`(state, h) -> (state, reads)`, which writes and reads at addresses computed from the controller's output `h`.
+States are dicts of arrays for one sequence: the caller batches sequences by `vmap` and scans over time.
 """
 
 from collections.abc import Mapping
@@ -24,65 +24,74 @@ def content_weights(
     keys: Float[Array, "heads width"],
     strengths: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "heads rows"]:
-    """Softmax over rows of β cos(key, row); β is 1 where `strengths` are None.
+    """Return the softmax over rows of β cos(key, row).
 
-    Without strengths weights are nearly flat: of 128 rows none can weigh more than 0.055.
+    With β = 1 the weights are nearly uniform: with 128 rows, none exceeds e² / (e² + 127) = 0.055.
+
+    Args:
+      memory: memory of shape (rows, width).
+      keys: one key for each head.
+      strengths: β of each head; None for 1.
 
     References:
       Graves et al., Neural Turing Machines, 2014, equations 5 and 6; Santoro et al., 2016, equations 2 and 3.
     """
-    # Lengths divide the products, few numbers, and not the memory, many. Written so that a gradient keeps the
-    # memory itself: a transpose, or the derivative of a square, would be arrays of its size, too.
+    # The norms divide the products, which are few numbers, instead of the rows of the memory. The formula is
+    # written so that the backward pass keeps the memory itself and no other array of its size, such as a
+    # transpose or the derivative of a square.
     products = jnp.einsum("hw,rw->hr", keys, memory)
     similarity = products * _per_length(keys)[:, None] * _per_length(memory)[None, :]
     return jax.nn.softmax(similarity if strengths is None else strengths[:, None] * similarity)
 
 
 def _per_length(rows):
-    # Within the root: the derivative of a norm at a row of zeros, as every memory has, would be infinite.
+    # The constant is inside the root: the derivative of a norm at a row of zeros, with which every memory
+    # starts, would be infinite.
     return lax.rsqrt((rows * rows).sum(-1) + 1e-12)
 
 
 def least_used(usage: Float[Array, " rows"], count: int) -> Float[Array, "count rows"]:
-    """The `count` rows of smallest usage as one-hot vectors, the least used first; of equal ones the first.
+    """Return the `count` rows of smallest usage as one-hot vectors, the least used first.
 
-    They are constants to every gradient.
+    Of rows with equal usage the first comes first. Gradients do not flow through the choice.
     """
-    left, found = lax.stop_gradient(usage), []
+    remaining, rows = lax.stop_gradient(usage), []
     for _ in range(count):
-        row = jax.nn.one_hot(left.argmin(), usage.shape[0], dtype=usage.dtype)
-        left = jnp.where(row > 0, jnp.inf, left)
-        found.append(row)
-    return jnp.stack(found)
+        row = jax.nn.one_hot(remaining.argmin(), usage.shape[0], dtype=usage.dtype)
+        remaining = jnp.where(row > 0, jnp.inf, remaining)
+        rows.append(row)
+    return jnp.stack(rows)
 
 
 class LRUA(linen.Module):
-    """Least recently used access: an episode's new facts overwrite what is not needed, or what was just read.
+    """Least recently used access: a memory that overwrites the rows least used, or those just read.
 
-    With keys k_j, gates g_j = σ(α_j) and additions a_j of head j, all linear in the controller's output:
+    Head j has a key k_j, a gate g_j = σ(α_j) and an addition a_j, computed from the controller's output by
+    linear layers (with tanh after those of k_j and a_j):
 
-        w^w_j = g_j w^r_j + (1 − g_j) w^lu        where the last step read, or the least used rows
-        M     = M without its least used row + Σ_j w^w_j a_jᵀ
+        w^w_j = g_j w^r_j + (1 − g_j) w^lu        (w^r_j of the previous step; w^lu marks the least used rows)
+        M     = M with its least used row set to zero + Σ_j w^w_j a_jᵀ
         w^r_j = softmax cos(k_j, M),   r_j = w^r_j M
         w^u   = γ w^u + Σ_j w^r_j + Σ_j w^w_j
 
-    Published descriptions leave questions open; defaults are the paper's text.
+    Where published descriptions differ, an attribute chooses; the defaults follow the paper's text.
 
     Attributes:
       rows: number of rows of the memory.
       width: number of values of a row of the memory.
-      heads: number of reads of each step, and of writes.
-      decay: γ, what is left of the usage after a step; 0.95 in every public implementation.
-      write: what is added to the memory, a_j: the "key", or something "separate".
-      least: which least used rows w^lu marks: "shared", as many as there are heads, for all of them; or
-        "per_head", for head j the j-th least used.
-      score: which memory keys are compared with: that "after" the write, or "before" it. Read is always what
-        is there after it.
-      key_strength: whether heads sharpen their reads by β = 1 + softplus, as the Neural Turing Machine does.
-      first_read: where an episode begins to read: at the "first_row", or in all, "uniform".
+      heads: number of reads, and of writes, in each step.
+      decay: factor γ of the usage in each step; 0.95 in every public implementation.
+      write: additions a_j to the memory: "key" for the key k_j, "separate" for an output of their own.
+      least: least used rows that w^lu marks: "shared" for the `heads` least used rows in every head,
+        "per_head" for the j-th least used row in head j.
+      score: memory with which keys are compared: the one "after" the write, or "before" it. Reads are always
+        from the memory after the write.
+      key_strength: True to sharpen reads by a strength β = 1 + softplus of each head, as the Neural Turing
+        Machine does.
+      first_read: read weights before the first step: "first_row", or "uniform" over all rows.
 
     Raises:
-      ValueError: an unknown choice; fewer rows than heads, whose least used rows are asked for.
+      ValueError: an unknown choice, or fewer rows than heads.
 
     References:
       Santoro et al., Meta-Learning with Memory-Augmented Neural Networks, 2016, section 3.2.
@@ -109,12 +118,12 @@ class LRUA(linen.Module):
                 raise ArgumentError(name, f"got {getattr(self, name)!r}; it must be one of {known}")
         if self.rows < self.heads:
             raise ArgumentError(
-                "rows", f"got {self.rows}; {self.heads} heads ask for as many least used rows, at least that"
+                "rows", f"got {self.rows}; it must be at least the number of heads, {self.heads}"
             )
         super().__post_init__()
 
     def initial(self) -> State:
-        """An empty memory, of which the first row was used and read last."""
+        """Return the state of an empty memory whose first row was the last one used."""
         first = jax.nn.one_hot(0, self.rows)
         read = first if self.first_read == "first_row" else jnp.full(self.rows, 1 / self.rows)
         return {
@@ -144,33 +153,41 @@ class LRUA(linen.Module):
         additions: Float[Array, "heads width"],
         strengths: Float[Array, " heads"] | None = None,
     ) -> State:
-        """The state after one step, `gates` being those after the sigmoid."""
+        """Return the state after one step.
+
+        Args:
+          state: state before the step.
+          keys: k_j of each head.
+          gates: g_j of each head, in [0, 1].
+          additions: a_j of each head.
+          strengths: β of each head; None for 1.
+        """
         memory, usage = state["memory"], state["usage"]
         rows = least_used(usage, self.heads)
         marked = rows if self.least == "per_head" else rows.sum(0, keepdims=True)
         gate = gates[:, None]
         written = gate * state["read_weights"] + (1 - gate) * marked
-        after = memory * (1 - rows[0])[:, None] + jnp.einsum("hr,hw->rw", written, additions)
-        read = content_weights(after if self.score == "after" else memory, keys, strengths)
+        new_memory = memory * (1 - rows[0])[:, None] + jnp.einsum("hr,hw->rw", written, additions)
+        read = content_weights(new_memory if self.score == "after" else memory, keys, strengths)
         return {
-            "memory": after,
+            "memory": new_memory,
             "usage": self.decay * usage + read.sum(0) + written.sum(0),
             "read_weights": read,
-            "reads": (read @ after).reshape(-1),
+            "reads": (read @ new_memory).reshape(-1),
         }
 
 
 class NTM(linen.Module):
-    """Addressing of the Neural Turing Machine, by content and by place, with one write beside every read.
+    """The memory of the Neural Turing Machine, addressed by content and by location.
 
-    Each head interpolates the weights of its content with those of its last step, shifts them and
-    sharpens them; write heads erase before they add.
+    Each head interpolates its content weights with its weights of the previous step, shifts them and
+    sharpens them. In each step all heads write, then all read; writes erase before they add.
 
     Attributes:
       rows: number of rows of the memory.
       width: number of values of a row of the memory.
       heads: number of read heads, and of write heads.
-      shift: the farthest that a head shifts in one step.
+      shift: largest shift of a head in one step, in rows.
 
     References:
       Graves, Wayne & Danihelka, Neural Turing Machines, 2014, sections 3.1 to 3.3.
@@ -182,7 +199,7 @@ class NTM(linen.Module):
     shift: int = 1
 
     def initial(self) -> State:
-        """A nearly empty memory, with all heads at its first row."""
+        """Return the state of a nearly empty memory with all heads at its first row."""
         first = jnp.broadcast_to(jax.nn.one_hot(0, self.rows), (self.heads, self.rows))
         return {
             "memory": jnp.full((self.rows, self.width), 1e-6),
@@ -226,15 +243,18 @@ def address(
     shifts: Float[Array, "heads offsets"],
     sharpening: Float[Array, " heads"],
 ) -> Float[Array, "heads rows"]:
-    """Weights by content (equations 5 and 6), interpolated (7), shifted (8) and sharpened (9).
+    """Return the weights of the Neural Turing Machine's heads.
+
+    Content weights (equations 5 and 6) are interpolated (7), shifted (8) and sharpened (9).
 
     Args:
-      memory: what the keys are compared with.
-      previous: weights of the last step.
-      keys, strengths: of the content.
-      gates: how much of the content and not of `previous`, in [0, 1].
-      shifts: distribution over shifts −s … s.
-      sharpening: power, at least 1.
+      memory: memory of shape (rows, width).
+      previous: weights of the previous step.
+      keys: key of each head.
+      strengths: key strength β of each head.
+      gates: weight of the content weights, in [0, 1]; `previous` has the rest.
+      shifts: distribution over shifts −s … s of each head.
+      sharpening: exponent of each head, at least 1.
     """
     gate = gates[:, None]
     weights = gate * content_weights(memory, keys, strengths) + (1 - gate) * previous
@@ -243,7 +263,7 @@ def address(
         shifts[:, i, None] * jnp.roll(weights, offset, axis=1)
         for i, offset in enumerate(range(-reach, reach + 1))
     )
-    # Powers through logarithms, whose gradient at 0 must be finite.
+    # A power as exp(γ log w) is differentiable in γ; the constant keeps the gradient at w = 0 finite.
     powers = jnp.exp(sharpening[:, None] * jnp.log(shifted + 1e-12))
     return powers / powers.sum(-1, keepdims=True)
 
@@ -254,23 +274,23 @@ def erase_and_add(
     erasures: Float[Array, "heads width"],
     additions: Float[Array, "heads width"],
 ) -> Float[Array, "rows width"]:
-    """M Π_j (1 − w_j e_jᵀ) + Σ_j w_j a_jᵀ: all heads erase before any adds (section 3.2)."""
+    """Return M Π_j (1 − w_j e_jᵀ) + Σ_j w_j a_jᵀ: all heads erase before any adds (section 3.2)."""
     kept = (1 - weights[:, :, None] * erasures[:, None, :]).prod(0)
     return memory * kept + weights.T @ additions
 
 
 class MemoryNetwork(linen.Module):
-    """A controller with an external memory, or without one, for comparison.
+    """A controller with an external memory or, for comparison, without one.
 
-    Three methods: `project` what comes in from outside, of all steps at once; `step` by step through
-    memory and controller; `outputs` from the features of all steps at once. Only what depends on the
-    step before is in the loop.
+    It has three methods, so that a loop over time contains only what depends on the previous step: `project`
+    maps the inputs of all steps at once, `step` advances controller and memory by one step, and `outputs`
+    maps the features of all steps at once.
 
     Attributes:
       out: width of the output layer.
-      memory: external memory: `LRUA`, `NTM`, or None.
+      memory: external memory, an `LRUA` or an `NTM`; None for a controller alone.
       hidden: width of the controller's state.
-      controller: kind of controller: "lstm" or "feed_forward".
+      controller: kind of controller, "lstm" or "feed_forward".
 
     Raises:
       ValueError: an unknown controller.
@@ -292,12 +312,12 @@ class MemoryNetwork(linen.Module):
     def setup(self) -> None:
         gates = 4 if self.controller == "lstm" else 1
         self.inputs: linen.Dense = linen.Dense(gates * self.hidden)
-        # Of the controller's last output and of what it read, in one product.
+        # One product for the controller's previous output and its previous reads.
         self.recurrent: linen.Dense = linen.Dense(gates * self.hidden, use_bias=False)
         self.head: linen.Dense = linen.Dense(self.out)
 
     def initial(self) -> State:
-        """State before an episode."""
+        """Return the state before an episode."""
         state: State = {}
         if self.controller == "lstm":
             state |= {"c": jnp.zeros(self.hidden), "h": jnp.zeros(self.hidden)}
@@ -306,34 +326,34 @@ class MemoryNetwork(linen.Module):
         return state
 
     def project(self, x: Float[Array, "*steps d"]) -> Float[Array, "*steps gates"]:
-        """What the controller has of its inputs, for each step."""
+        """Return the contribution of the inputs to the controller's gates, for each step."""
         return self.inputs(x)
 
     def step(self, state: Mapping[str, Any], projected: Float[Array, " gates"]) -> tuple[State, Array]:
-        """The state after a step, and the features `outputs` needs of it."""
-        after: State = {}
-        before = [state["h"]] if self.controller == "lstm" else []
+        """Return the state after a step, and its features for `outputs`."""
+        new_state: State = {}
+        previous = [state["h"]] if self.controller == "lstm" else []
         if self.memory is not None:
-            before.append(state["memory"]["reads"])
-        if before:
-            projected = projected + self.recurrent(jnp.concatenate(before))
+            previous.append(state["memory"]["reads"])
+        if previous:
+            projected = projected + self.recurrent(jnp.concatenate(previous))
         if self.controller == "lstm":
             i, f, g, o = jnp.split(projected, 4)
-            # A forget gate that begins open.
+            # The 1 opens the forget gate at first, so that the state is kept.
             c = jax.nn.sigmoid(f + 1) * state["c"] + jax.nn.sigmoid(i) * jnp.tanh(g)
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            after |= {"c": c, "h": h}
+            new_state |= {"c": c, "h": h}
         else:
             h = jnp.tanh(projected)
         if self.memory is None:
-            return after, h
-        after["memory"], reads = self.memory(state["memory"], h)
-        return after, jnp.concatenate([h, reads])
+            return new_state, h
+        new_state["memory"], reads = self.memory(state["memory"], h)
+        return new_state, jnp.concatenate([h, reads])
 
     def outputs(self, features: Float[Array, "*steps features"]) -> Float[Array, "*steps out"]:
-        """Outputs from the features of `step`."""
+        """Return the outputs for features of `step`."""
         return self.head(features)
 
     def __call__(self, x: Float[Array, " d"]) -> Float[Array, " out"]:
-        """Outputs of a first step."""
+        """Return the outputs of the first step of an episode."""
         return self.outputs(self.step(self.initial(), self.project(x))[1])

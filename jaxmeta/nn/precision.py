@@ -1,4 +1,4 @@
-"""Networks that compute in fewer bits than their parameters have."""
+"""Mixed precision: networks that compute in fewer bits than their parameters have."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from jaxmeta.nn.adapters import Network, as_model
 
 
 def in_precision(network: Network, dtype: DTypeLike = jnp.bfloat16) -> Model:
-    """`network` as a `Model` that computes in `dtype`; all that enters or leaves it stays in float32.
+    """Return `network` as a `Model` that computes in `dtype` and has float32 parameters and outputs.
 
-    Parameters, inner and outer gradients, optimizer state, losses and batch statistics are float32:
-    parameters and examples are rounded where they are used, and outputs are float32 again. `jm.nn.BatchNorm`
-    takes means and variances in float32, and normalises in it.
+    Parameters and examples are cast to `dtype` where they are used, and outputs are cast to float32, so that
+    inner and outer gradients, optimizer state, losses and batch statistics are float32. `jm.nn.BatchNorm`
+    computes means and variances in float32, and normalises in it.
 
     Args:
-      network: see `as_model`.
-      dtype: bfloat16, or any other floating-point type.
+      network: network of any kind that `jm.nn.as_model` takes.
+      dtype: floating-point type of the computation.
 
     Raises:
-      ValueError: `dtype` is no floating-point type; see also `as_model`.
+      ValueError: `dtype` is not a floating-point type, or `jm.nn.as_model` refuses the network.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -51,7 +51,7 @@ def in_precision(network: Network, dtype: DTypeLike = jnp.bfloat16) -> Model:
 
 
 def _as(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """`tree` with its floating-point arrays in `dtype`."""
+    """Cast the floating-point arrays of `tree` to `dtype`."""
 
     def cast(leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)

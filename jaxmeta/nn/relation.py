@@ -1,4 +1,4 @@
-"""The two networks of relation networks."""
+"""The embedding and the relation module of relation networks."""
 
 from typing import Literal
 
@@ -10,9 +10,10 @@ from jaxmeta.nn.embedding import ConvNorm, flattened, require_size
 
 
 class RelationEmbedding(linen.Module):
-    """Four blocks of 3×3 convolution, batch normalisation and ReLU, of which the first two shrink the image.
+    """Four blocks of 3×3 convolution, batch normalisation and ReLU.
 
-    These have no padding and are pooled: 28×28×1 gives maps of 5×5×64, 84×84×3 of 19×19×64.
+    The first two blocks have no padding and end in 2×2 max-pooling: images of 28×28×1 give maps of 5×5×64,
+    images of 84×84×3 maps of 19×19×64.
 
     Attributes:
       filters: channels of every block.
@@ -40,14 +41,18 @@ class RelationEmbedding(linen.Module):
 
 
 class RelationModule(linen.Module):
-    """Two pooled blocks of convolution, and two linear layers, of widths 8 and 1; before the sigmoid.
+    """Two blocks of convolution and pooling, then linear layers of widths 8 and 1, without the final sigmoid.
 
     Attributes:
       filters: channels of both blocks.
-      padding: of their convolutions: "SAME" in the published Omniglot network, "VALID" in the one for 84×84.
+      padding: padding of the convolutions: "SAME" in the published Omniglot network, "VALID" in the one for
+        84×84 images.
+
+    Raises:
+      ValueError: maps smaller than 4×4 with "SAME", or than 10×10 with "VALID".
 
     References:
-      Sung et al., Relation Network, 2018, figure 2; initialisation of the linear layers as in its code.
+      Sung et al., Relation Network, 2018, figure 2; the linear layers are initialised as in its code.
     """
 
     divisible = True

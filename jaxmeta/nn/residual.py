@@ -1,4 +1,4 @@
-"""ResNet-18, -34 and -50 as in torchvision and Hugging Face's transformers, whose weights fit them."""
+"""ResNet-18, -34 and -50, compatible with the weights of torchvision and Hugging Face's transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ from jaxmeta.nn.norm import BatchNorm
 
 
 def max_pool_3x3(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """3×3 maximum with stride 2, one place of padding around the map.
-
-    Over columns of the maximum over rows, each of slices: the gradient of `linen.max_pool`, a scatter, takes
-    four times as long on CPUs.
-    """
+    """Pool by 3×3 maxima with stride 2 and a padding of 1."""
+    # Maxima of slices, over rows and then over columns: the gradient of `linen.max_pool` is a scatter, which
+    # takes four times as long on CPUs.
     return _max_of_three(_max_of_three(x, 1), 2)
 
 
@@ -31,15 +29,16 @@ def _max_of_three(x, axis):
 
 
 class Block(linen.Module):
-    """Two 3×3 convolutions, or a 3×3 one between two 1×1 of a quarter of the channels, beside a shortcut.
+    """A residual block: two 3×3 convolutions, or a bottleneck of 1×1, 3×3 and 1×1 ones, and a shortcut.
 
-    The shortcut is the identity where nothing changes shape, otherwise a 1×1 convolution. The stride is in
-    the first 3×3 convolution.
+    The first two convolutions of a bottleneck have a quarter of the channels. The shortcut is the identity
+    where input and output have the same shape, otherwise a 1×1 convolution. The stride is in the first 3×3
+    convolution.
 
     Attributes:
-      channels: of the output.
+      channels: output channels.
       stride: 1, or 2 to halve the map.
-      bottleneck: whether to have three convolutions.
+      bottleneck: True for the bottleneck.
     """
 
     channels: int
@@ -51,7 +50,7 @@ class Block(linen.Module):
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n h2 w2 channels"]:
         def conv_norm(x, filters, size, stride, name):
-            # As in torch, and unlike "SAME", which at stride 2 pads the far side only.
+            # PyTorch's padding, on both sides; "SAME" with stride 2 would pad the far side only.
             padding = ((size // 2, size // 2),) * 2
             return _conv_norm(x, mask, filters, size, stride, padding, name)
 
@@ -70,28 +69,32 @@ class Block(linen.Module):
 
 
 def _conv_norm(x, mask, filters, size, stride, padding, name, pool=None):
-    # He's initialisation, as torchvision has it: by fan-out, and not truncated.
+    # He initialisation as in torchvision: by fan-out, from a normal distribution that is not truncated.
     init = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
     conv = Conv(filters, (size, size), stride, padding, use_bias=False, kernel_init=init, name=f"{name}_conv")
     return BatchNorm(epsilon=1e-5, name=f"{name}_norm")(conv(x), mask, pool=pool)
 
 
 class ResNet(linen.Module):
-    """A residual network for images of about 224×224, averaged over space.
+    """A residual network for images of about 224×224.
 
-    A 7×7 convolution of stride 2 and 3×3 max-pooling of stride 2, then stages of blocks, of which each but
-    the first halves the map. The bottleneck's stride is in its 3×3 convolution ("v1.5", as in torchvision),
-    and not in its first 1×1 one (the paper).
+    A 7×7 convolution and a 3×3 max-pooling, both of stride 2, are followed by stages of blocks, of which each
+    but the first halves the map, and by an average over space. The stride of a bottleneck is in its 3×3
+    convolution ("v1.5", as in torchvision), not in its first 1×1 convolution as in the paper.
 
-    Without given statistics it normalises by those of the batch. Pretrained ones are given as values:
-    `network.apply({"params": ..., "batch_stats": ...}, x)`; see `jm.transfer.load_pretrained`.
+    `network.apply({"params": …}, x)` normalises by the statistics of the batch, and
+    `network.apply({"params": …, "batch_stats": …}, x)` by the given ones, such as pretrained ones (see
+    `jm.transfer.load_pretrained`).
 
     Attributes:
       ways: width of the linear layer "head"; None for an embedding without one.
       depths: number of blocks of each stage.
       channels: output channels of each stage.
-      bottleneck: whether blocks have three convolutions instead of two.
+      bottleneck: True for blocks of three convolutions instead of two.
       stem: channels of the first convolution.
+
+    Raises:
+      ValueError: `channels` and `depths` differ in length.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -118,7 +121,8 @@ class ResNet(linen.Module):
     ) -> Float[Array, "n d"]:
         if len(self.channels) != len(self.depths):
             raise ArgumentError(
-                "channels", f"got {self.channels}; one for each stage of depths, {self.depths}"
+                "channels",
+                f"got {self.channels}; it must have one entry for each stage of depths, {self.depths}",
             )
         require_images(x)
         x = _conv_norm(x, mask, self.stem, 7, 2, ((3, 3), (3, 3)), "stem", max_pool_3x3)

@@ -14,13 +14,19 @@ from jaxmeta.nn.norm import BatchNorm
 def drop_block(
     x: Float[Array, "n h w c"], key: Key, drop_rate: float, block_size: int
 ) -> Float[Array, "n h w c"]:
-    r"""Dropout of square blocks of each channel's map, the rest scaled up to keep the mean.
+    r"""Drop square blocks of each channel's map, and scale the rest up to keep the mean.
 
-    Each place where a block fits inside the map starts one with probability
+    Each place at which a block fits inside the map starts one with probability
 
     γ = (drop_rate / block_size²) · h·w / ((h − block_size + 1)(w − block_size + 1)),
 
-    for which about a part `drop_rate` of the map is dropped. A block is no larger than the map.
+    so that about a share `drop_rate` of the map is dropped. A block that is larger than the map is cut to it.
+
+    Args:
+      x: maps of shape (n, h, w, c).
+      key: random key.
+      drop_rate: expected share of each map that is dropped.
+      block_size: side of the blocks.
 
     References:
       Ghiasi, Lin & Le, DropBlock, 2018, algorithm 1.
@@ -36,12 +42,12 @@ def drop_block(
 
 
 class ResidualBlock(linen.Module):
-    """Three 3×3 convolutions and a 1×1 shortcut, 2×2 max-pooling, then dropout or DropBlock.
+    """Three 3×3 convolutions with a 1×1 shortcut, then 2×2 max-pooling, then dropout or DropBlock.
 
     Attributes:
       filters: output channels.
-      drop_rate: of what is dropped after pooling.
-      block_size: of DropBlock; None for dropout.
+      drop_rate: share of the pooled map that is dropped in training.
+      block_size: side of the blocks of DropBlock; None for dropout of single values.
     """
 
     filters: int
@@ -53,7 +59,7 @@ class ResidualBlock(linen.Module):
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None, deterministic: bool = True
     ) -> Float[Array, "n h2 w2 filters"]:
         def conv_norm(x, size, name):
-            # He's initialisation, as published: by fan-out, and not truncated.
+            # He initialisation as published: by fan-out, from a normal distribution that is not truncated.
             init = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
             x = Conv(self.filters, (size, size), use_bias=False, kernel_init=init, name=f"{name}_conv")(x)
             return BatchNorm(epsilon=1e-5, name=f"{name}_norm")(x, mask)
@@ -71,17 +77,17 @@ class ResidualBlock(linen.Module):
 
 
 class ResNet12(linen.Module):
-    """Four residual blocks, averaged over space: 640 features, 12,424,320 parameters without a head.
+    """ResNet-12 as in MetaOptNet: four residual blocks, averaged over space.
 
-    As in MetaOptNet, which drops single values after its first two blocks and blocks of 5×5
-    after the last two (and lets the rate of the latter grow from 0 in training, which is left out
-    here). Images of 84×84 shrink to 42, 21, 10 and 5. TADAM has channels (64, 128, 256, 512).
+    It gives 640 features and has 12,424,320 parameters without a head. In training, single values
+    are dropped after the first two blocks and squares of 5×5 after the last two; MetaOptNet raises
+    the rate of the latter from 0 in the course of training, which is not done here. Images of 84×84
+    shrink to 42, 21, 10 and 5. TADAM's channels are (64, 128, 256, 512).
 
     Attributes:
       ways: width of the linear head; None for an embedding without one.
       channels: output channels of each block.
-      drop_rate: share of each block's output that is dropped in training. 0.1 in MetaOptNet; 0 drops
-        nothing.
+      drop_rate: share of each block's output that is dropped in training; 0.1 in MetaOptNet.
 
     Raises:
       ValueError: images smaller than 16×16.

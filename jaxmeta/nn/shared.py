@@ -1,7 +1,8 @@
-"""One batch of examples on several devices, each of which computes the network's outputs for its share.
+"""Collectives for a batch of examples that several devices share.
 
-Where this happens is decided by the meta-step, which runs its body on a mesh with the axis `EXAMPLES`.
-Outside of it, or with one device a task, all of this does nothing.
+Each device computes the network's outputs for its shard of the examples. The meta-step decides whether
+examples are sharded: it then runs its body on a mesh with the axis `EXAMPLES`. Outside of such a mesh the
+number of shards is 1.
 """
 
 import jax
@@ -16,39 +17,37 @@ EXAMPLES = "examples"
 
 
 def num_shards() -> int:
-    """How many devices share the examples of a task."""
+    """Return the number of devices that share the examples of a task."""
     try:
         return lax.axis_size(EXAMPLES)
     except NameError:
         return 1
 
 
-def own_share(
+def shard(
     x: Shaped[Array, " n *shape"], mask: Bool[Array, " n"] | None
 ) -> tuple[Shaped[Array, " m *shape"], Bool[Array, " m"] | None]:
-    """The running device's examples, as many as every other's, and which of them are no padding."""
+    """Return the examples of the running device and their mask, padded to shards of equal size."""
     devices, n = num_shards(), x.shape[0]
-    own = -(-n // devices)
-    missing = own * devices - n
-    if missing:
+    size = -(-n // devices)
+    padding = size * devices - n
+    if padding:
         mask = jnp.ones(n, bool) if mask is None else mask
-        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-        mask = jnp.pad(mask, (0, missing))
-    start = lax.axis_index(EXAMPLES) * own
-    x = lax.dynamic_slice_in_dim(x, start, own)
-    return x, None if mask is None else lax.dynamic_slice_in_dim(mask, start, own)
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        mask = jnp.pad(mask, (0, padding))
+    start = lax.axis_index(EXAMPLES) * size
+    x = lax.dynamic_slice_in_dim(x, start, size)
+    return x, None if mask is None else lax.dynamic_slice_in_dim(mask, start, size)
 
 
-def joined_shares(x: Shaped[Array, " m *shape"], n: int) -> Shaped[Array, " n *shape"]:
-    """The devices' shares as one batch of `n` examples, the padding of `own_share` dropped."""
+def gather_shards(x: Shaped[Array, " m *shape"], n: int) -> Shaped[Array, " n *shape"]:
+    """Return the shards of all devices as one batch of `n` examples, without the padding of `shard`."""
     return lax.all_gather(x, EXAMPLES, tiled=True)[:n]
 
 
 def total(tree: PyTree, axes: str | tuple[str, ...] = EXAMPLES) -> PyTree:
-    """Sum of `tree` over the devices of mesh `axes`.
-
-    By one collective for all leaves. On CPUs each one blocks a thread of a pool as large as the
-    machine has cores: two at a time, met in a different order by two devices, wait forever.
-    """
+    """Sum `tree` over the devices along the mesh axes `axes`."""
+    # One collective for all leaves. On CPUs a collective blocks one thread of a pool that has as many threads
+    # as the machine has cores, so that two collectives which two devices enter in a different order deadlock.
     flat, restore = ravel_pytree(tree)
     return restore(jax.lax.psum(flat, axes))

@@ -1,4 +1,4 @@
-"""The vision transformer as in Hugging Face's transformers and in timm, whose weights fit it."""
+"""The vision transformer, compatible with the weights of Hugging Face's transformers and of timm."""
 
 import math
 from typing import Literal
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, check_word
 from jaxmeta.nn.embedding import linear_head, require_images
 from jaxmeta.nn.layers import Conv
 
@@ -20,18 +20,22 @@ def resize_positions(
     grid: tuple[int, int],
     old_grid: tuple[int, int] | None = None,
 ) -> Float[Array, "1 new_tokens width"]:
-    """Position embeddings of a ViT for images of another size, by bicubic interpolation.
+    """Interpolate the position embeddings of a ViT for images of another size.
 
-    Keys' cubic (a = −1/2), with a wider kernel where the grid shrinks: as in timm. Hugging Face's
-    `interpolate_pos_encoding` takes a = −3/4 and no wider kernel, which gives slightly other numbers.
+    Interpolation is bicubic as in timm: Keys' cubic (a = −1/2), with a wider kernel where the grid shrinks.
+    Hugging Face's `interpolate_pos_encoding` uses a = −3/4 without a wider kernel, which gives slightly
+    different numbers.
 
     Args:
-      positions: the class token's, then those of the patches, row by row.
-      grid: number of patches along height and width of the new images.
-      old_grid: the same of those that `positions` is for; None where they are square.
+      positions: embedding of the class token, then those of the patches row by row.
+      grid: numbers of patches along height and width for the new images.
+      old_grid: numbers of patches along height and width in `positions`; None for a square grid.
+
+    Returns:
+      The embedding of the class token, unchanged, then those of the new patches row by row.
 
     Raises:
-      ValueError: `positions` is not of as many tokens as `old_grid` asks, or of no square.
+      ValueError: the number of patches in `positions` does not fit `old_grid`, or is not a square number.
 
     Examples:
       >>> import jax.numpy as jnp, jaxmeta as jm
@@ -44,8 +48,8 @@ def resize_positions(
     if math.prod(old_grid) != patches:
         raise ArgumentError(
             "positions",
-            f"got a class token and {patches} patches; {old_grid[0]}×{old_grid[1]} would be "
-            f"{math.prod(old_grid)}: name the grid as old_grid",
+            f"got a class token and {patches} patches; a grid of {old_grid[0]}×{old_grid[1]} has "
+            f"{math.prod(old_grid)}; pass the grid as old_grid",
         )
     if tuple(grid) == tuple(old_grid):
         return positions
@@ -55,11 +59,11 @@ def resize_positions(
 
 
 class Attention(linen.Module):
-    """Multi-head self-attention: softmax(q kᵀ / √d) v of each head, d its width.
+    """Multi-head self-attention: softmax(q kᵀ / √d) v in each head, where d is the width of a head.
 
     Attributes:
-      heads: their number, which divides the width.
-      qkv_bias: whether query, key and value have biases.
+      heads: number of heads, which divides the width.
+      qkv_bias: True for biases in query, key and value.
     """
 
     heads: int
@@ -80,7 +84,7 @@ class Attention(linen.Module):
 
 
 class TransformerBlock(linen.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), with GELU: a pre-norm transformer layer."""
+    """A pre-norm transformer layer with GELU: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     heads: int
     mlp: int
@@ -100,35 +104,37 @@ class TransformerBlock(linen.Module):
 
 
 def _layer_norm(epsilon, name):
-    # E[x²] − E[x]² in float32 would cost more digits than an epsilon of 1e-12 can hide.
+    # The fast variance, E[x²] − E[x]², loses digits by cancellation in float32, and an epsilon of 1e-12 is
+    # too small to cover the error.
     return linen.LayerNorm(epsilon, use_fast_variance=False, name=name)
 
 
 class ViT(linen.Module):
-    """Vision transformer: non-overlapping patches as tokens, a class token, learned position embeddings.
+    """A vision transformer with non-overlapping patches, a class token and learned position embeddings.
 
-    The defaults are ViT-B/16. Others by (width, depth, heads, mlp): Ti (192, 12, 3, 768), S (384, 12, 6,
-    1536), L (1024, 24, 16, 4096), H (1280, 32, 16, 5120).
+    The defaults are those of ViT-B/16. Other sizes are, as (width, depth, heads, mlp): Ti (192, 12, 3, 768),
+    S (384, 12, 6, 1536), L (1024, 24, 16, 4096), H (1280, 32, 16, 5120).
 
     Attributes:
       patch: side of a patch in pixels.
-      width: number of values of a token.
-      depth: number of blocks.
-      heads: number of heads of each attention, which divides `width`.
-      mlp: width of each block's hidden layer.
-      image_size: side of the images in pixels, or height and width, as the position embeddings have them; for
-        another size, see `resize_positions`.
+      width: width of the tokens.
+      depth: number of transformer layers.
+      heads: number of attention heads, which divides `width`.
+      mlp: width of the hidden layer of each MLP.
+      image_size: side of the images in pixels, or height and width. The position embeddings are for this
+        size; for another one, see `resize_positions`.
       ways: width of the linear layer "head"; None for the features.
-      pooling: what the features are: "cls", the class token, normalised; or "mean", of the patches'
-        tokens, then normalised (timm's `global_pool="avg"`).
-      epsilon: added to the variance in the layer normalisation: 1e-12 in Hugging Face's configurations, 1e-6
-        in timm.
-      dropout: share of values that are dropped in training, after position embeddings, attention and MLP,
-        where `deterministic` is False.
-      qkv_bias: whether query, key and value have biases.
+      pooling: "cls" for the class token, normalised, as the features; "mean" for the mean of the patches'
+        tokens, normalised (timm's `global_pool="avg"`).
+      epsilon: constant added to the variance in the layer normalisation; 1e-12 in Hugging Face's
+        configurations, 1e-6 in timm.
+      dropout: share of values that are dropped after position embeddings, attention and MLP where
+        `deterministic` is False.
+      qkv_bias: True for biases in query, key and value.
 
     Raises:
-      ValueError: images of another size; a size that patches do not tile; `heads` that do not divide `width`.
+      ValueError: images of another size than `image_size`; an `image_size` that is not a multiple of `patch`;
+        `heads` that do not divide `width`; an unknown `pooling`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -155,7 +161,7 @@ class ViT(linen.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Number of patches along height and width."""
+        """Numbers of patches along height and width."""
         height, width = self.sides
         return height // self.patch, width // self.patch
 
@@ -181,15 +187,14 @@ class ViT(linen.Module):
                 self.heads, self.mlp, self.epsilon, self.dropout, self.qkv_bias, name=f"block{i}"
             )
             x = block(x, deterministic)
-        # Each token is normalised by itself, so that only the one that is read need be.
+        # Layer normalisation is per token, so that only one token need be normalised after pooling.
         x = x[:, 0] if self.pooling == "cls" else x[:, 1:].mean(1)
         return linear_head(_layer_norm(self.epsilon, "norm")(x), self.ways)
 
     def _check(self, x):
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {POOLINGS}, got {self.pooling!r}")
+        check_word("pooling", self.pooling, POOLINGS)
         if self.width % self.heads:
-            raise ArgumentError("heads", f"got {self.heads}; they must divide the width, {self.width}")
+            raise ArgumentError("heads", f"got {self.heads}; it must divide the width, {self.width}")
         height, width = self.sides
         if height % self.patch or width % self.patch:
             raise ArgumentError("image_size", f"got {height}×{width}; patches of {self.patch} must tile it")
@@ -197,7 +202,7 @@ class ViT(linen.Module):
         if x.shape[1:3] != (height, width):
             raise ArgumentError(
                 "x",
-                f"got images of {x.shape[1]}×{x.shape[2]}, and position_embedding is of {height}×{width}: "
+                f"got images of {x.shape[1]}×{x.shape[2]}, but position_embedding is for {height}×{width}; "
                 "resize the images, or build the network with their image_size and pass position_embedding "
                 "through jaxmeta.nn.resize_positions",
             )

@@ -1,4 +1,4 @@
-"""What keeps a learner of one's own from training and evaluation, found from shapes alone."""
+"""Validation of user-defined learners by abstract evaluation."""
 
 import sysconfig
 import traceback
@@ -17,29 +17,31 @@ from jaxmeta.core import Batch, Key, Learner, Params, PyTree, Task, TaskDistribu
 from jaxmeta.learner_form import is_library_made, normalized
 from jaxmeta.training.sharding import sample_of
 
-_OURS = Path(losses.__file__).parent
+_LIBRARY = Path(losses.__file__).parent
 _INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib"))
 
 
 def check_learner(learner: Learner, tasks: TaskDistribution | TaskStream) -> None:
-    """Check that a learner can be trained on tasks and evaluated on them, and list all that is wrong with it.
+    """Check that a learner can be trained and evaluated on tasks, and list all problems.
 
-    Only shapes and types are computed, so that it takes no more time than tracing does. `jm.train` checks a
-    learner of one's own so before anything else, but for what is said of several shots.
+    Only shapes and dtypes are computed, so that the check takes no longer than tracing. It checks that
 
-    - `init` gives a tree of floating-point arrays.
-    - `adapt` gives a tree of one structure, whatever the number of shots.
-    - `predict` gives `(n, ways)` outputs for `n` queries, or outputs of the targets' shape for regression, or
-      what the learner's metric takes.
-    - `loss` is a floating-point scalar that has a gradient, and its metrics are numbers or `(sum, count)`.
+    - `init` returns a tree of floating-point arrays,
+    - `adapt` returns a tree of the same structure for any number of shots,
+    - `predict` returns outputs of shape `(n, ways)` for `n` queries, outputs of the targets' shape for
+      regression, or outputs that the learner's metric takes,
+    - `loss` returns a floating-point scalar that has a gradient, and metrics that are numbers or
+      `(sum, count)`.
+
+    `jm.train` makes these checks of a user-defined learner, too, except that of several numbers of shots.
 
     Args:
-      learner: its functions may leave `mask` and `step` out; see `jm.Learner`.
-      tasks: only shapes of one task are read.
+      learner: learner whose functions may omit `mask` and `step` (see `jm.Learner`).
+      tasks: tasks to train on; only the shapes of one task are read.
 
     Raises:
-      ArgumentError: something of that does not hold. The message has a line for each, with the first line of
-        the error that came up and where it did.
+      ArgumentError: a check fails. The message has one line for each problem, with the first line of the
+        underlying error and its place in the learner's code.
 
     Examples:
       >>> import jaxmeta as jm
@@ -57,12 +59,12 @@ def check_learner(learner: Learner, tasks: TaskDistribution | TaskStream) -> Non
 
 
 def check_functions(learner: Learner, sample: Callable[[Key], Task], key: Key) -> None:
-    """Check what `jm.train` calls of a normalized learner.
+    """Check the functions of a normalized learner that `jm.train` calls.
 
-    What a factory of the library made is tried on the tasks, and its own errors are raised as they are.
+    A learner made by a factory of this library is traced, and its errors are raised unchanged.
 
     Raises:
-      ValueError: that the learner raises; or all that is wrong with one of the user's own.
+      ValueError: such an error, or the list of problems of a user-defined learner.
     """
     if not is_library_made(learner):
         _refuse(_problems(learner, sample, key, all_shots=False))
@@ -87,45 +89,45 @@ def _step() -> jax.ShapeDtypeStruct:
 
 
 def _problems(learner: Learner, sample: Callable[[Key], Task], key: Key, *, all_shots: bool) -> list[str]:
-    """Return what is wrong with a normalized learner, a line for each."""
-    found = [
+    """Return the problems of a normalized learner, one line each."""
+    problems = [
         f"{name}: got {getattr(learner, name)!r}; it must be a function"
         for name in ("init", "adapt", "predict", "loss")
         if not callable(getattr(learner, name))
     ]
     if not callable(learner.init):
-        return found
+        return problems
     task = jax.eval_shape(sample, key)
     try:
         params = jax.eval_shape(learner.init, key, task)
     except Exception as error:
-        # Without parameters nothing else can be tried.
-        return [*found, f"init: {_said(error)}"]
-    found += _params_problems(params)
+        # Without parameters none of the other functions can be traced.
+        return [*problems, f"init: {_describe(error)}"]
+    problems += _params_problems(params)
     if callable(learner.adapt):
-        found += _adaptation_problems(learner, params, task, key, all_shots=all_shots)
+        problems += _adaptation_problems(learner, params, task, key, all_shots=all_shots)
     if callable(learner.loss):
-        found += _loss_problems(learner, params, task, key)
-    return found
+        problems += _loss_problems(learner, params, task, key)
+    return problems
 
 
 def _adaptation_problems(
     learner: Learner, params: Params, task: Task, key: Key, *, all_shots: bool
 ) -> list[str]:
-    """Return what is wrong with `adapt` and `predict`."""
+    """Return the problems of `adapt` and `predict`."""
     try:
         adapted = jax.eval_shape(learner.adapt, params, task.support, key)
     except Exception as error:
-        return [f"adapt: {_said(error)}"]
-    found = _shots_problems(learner, params, task.support, key, adapted) if all_shots else []
+        return [f"adapt: {_describe(error)}"]
+    problems = _shots_problems(learner, params, task.support, key, adapted) if all_shots else []
     if not callable(learner.predict):
-        return found
+        return problems
     query = task.query
     try:
         outputs = jax.eval_shape(learner.predict, params, adapted, query.x, query.mask)
     except Exception as error:
-        return [*found, f"predict: {_said(error)}"]
-    return [*found, *_outputs_problems(learner, outputs, query)]
+        return [*problems, f"predict: {_describe(error)}"]
+    return [*problems, *_outputs_problems(learner, outputs, query)]
 
 
 def _params_problems(params: PyTree) -> list[str]:
@@ -141,64 +143,64 @@ def _params_problems(params: PyTree) -> list[str]:
 
 
 def _shots_problems(learner: Learner, params: Params, support: Batch, key: Key, adapted: PyTree) -> list[str]:
-    """Compare the structure of what `adapt` gives for twice the examples."""
+    """Compare the structures that `adapt` returns for the support set and for one twice as large."""
 
-    def twice(batch: Batch) -> Batch:
+    def doubled(batch: Batch) -> Batch:
         return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), batch)
 
     try:
         other = jax.eval_shape(
-            lambda params, support, key: learner.adapt(params, twice(support), key), params, support, key
+            lambda params, support, key: learner.adapt(params, doubled(support), key), params, support, key
         )
     except Exception:
-        # A method may be made for one number of shots.
+        # A method may be restricted to one number of shots.
         return []
-    one: Any = jax.tree.structure(adapted)
-    two: Any = jax.tree.structure(other)
-    if one == two:
+    structure: Any = jax.tree.structure(adapted)
+    other_structure: Any = jax.tree.structure(other)
+    if structure == other_structure:
         return []
     shots = support.y.shape[0]
     return [
-        f"adapt: gives {_shortened(one)} for {shots} support examples and {_shortened(two)} for {2 * shots}; "
-        "the structure must be one, where the shapes may differ"
+        f"adapt: gives {_shorten(structure)} for {shots} support examples and {_shorten(other_structure)} "
+        f"for {2 * shots}; the structure must be the same, only shapes may differ"
     ]
 
 
 def _outputs_problems(learner: Learner, outputs: PyTree, query: Batch) -> list[str]:
     n = query.y.shape[0]
     if not isinstance(outputs, jax.ShapeDtypeStruct):
-        given = _shortened(jax.tree.structure(outputs))
-        return [f"predict: gives {given}; it must give one array of outputs"]
+        structure = _shorten(jax.tree.structure(outputs))
+        return [f"predict: gives {structure}; it must give one array of outputs"]
     if learner.metric is not None:
         try:
             jax.eval_shape(partial(losses.scores, metric=learner.metric), outputs, query)
         except Exception as error:
             shapes = f"of outputs {outputs.shape} and targets {query.y.shape}"
-            return [f"metric: {shapes}: {_said(error)}"]
+            return [f"metric: {shapes}: {_describe(error)}"]
         return []
-    given = f"predict: gives {outputs.dtype} of shape {outputs.shape} for {n} queries"
+    actual = f"predict: gives {outputs.dtype} of shape {outputs.shape} for {n} queries"
     if jnp.issubdtype(query.y.dtype, jnp.integer):
-        right = outputs.ndim == 2 and outputs.shape[0] == n and query.ways in (None, outputs.shape[1])
-        wanted = f"of shape ({n}, {'ways' if query.ways is None else query.ways})"
+        fits = outputs.ndim == 2 and outputs.shape[0] == n and query.ways in (None, outputs.shape[1])
+        expected = f"of shape ({n}, {'ways' if query.ways is None else query.ways})"
     else:
-        right = outputs.shape == query.y.shape
-        wanted = f"of the targets' shape, {query.y.shape}"
+        fits = outputs.shape == query.y.shape
+        expected = f"of the targets' shape, {query.y.shape}"
         if outputs.ndim == 2 and outputs.shape[0] == n:
-            wanted += ", or the learner must have a metric= for such outputs"
-    if not right:
-        return [f"{given}; it must be {wanted}"]
+            expected += ", or the learner must have a metric= for such outputs"
+    if not fits:
+        return [f"{actual}; it must be {expected}"]
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
-        return [f"{given}; outputs are floating-point numbers"]
+        return [f"{actual}; outputs are floating-point numbers"]
     return []
 
 
 def _loss_problems(learner: Learner, params: Params, task: Task, key: Key) -> list[str]:
-    """Check value, metrics and gradient of the loss by one trace."""
-    shapes: list[Any] = []
+    """Return the problems of the loss, its metrics and its gradient, found by one trace."""
+    values: list[Any] = []
 
     def loss(params: Params, task: Task, key: Key, step: Array) -> tuple[Array, Any]:
         value, metrics = learner.loss(params, task, key, step=step)
-        shapes.append(value)
+        values.append(value)
         return jnp.asarray(value), metrics
 
     def gradient(params: Params, task: Task, key: Key, step: Array) -> Any:
@@ -206,14 +208,14 @@ def _loss_problems(learner: Learner, params: Params, task: Task, key: Key) -> li
         return pull(jnp.ones_like(value)) if _scalar_problem(value) is None else value
 
     try:
-        # Parameters that are no floats have no gradient, which has been said.
+        # A gradient with respect to integers fails; `_params_problems` has reported these parameters.
         jax.eval_shape(loss if _params_problems(params) else gradient, params, task, key, _step())
     except Exception as error:
-        if not shapes:
-            return [f"loss: {_said(error)}"]
-        if _scalar_problem(shapes[0]) is None:
-            return [f"loss: its gradient: {_said(error)}"]
-    problem = _scalar_problem(shapes[0])
+        if not values:
+            return [f"loss: {_describe(error)}"]
+        if _scalar_problem(values[0]) is None:
+            return [f"loss: its gradient: {_describe(error)}"]
+    problem = _scalar_problem(values[0])
     return [] if problem is None else [f"loss: {problem}"]
 
 
@@ -223,19 +225,19 @@ def _scalar_problem(value: Any) -> str | None:
             value = jnp.asarray(value)
         except (TypeError, ValueError):
             kind = type(value).__name__
-            return f"gives {kind}; it must give a floating-point scalar, or that and its metrics"
+            return f"gives {kind}; it must give a floating-point scalar, alone or with metrics"
     if value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
         return None
     return f"gives {value.dtype} of shape {value.shape} for one task; it must be a floating-point scalar"
 
 
-def _shortened(structure: Any) -> str:
+def _shorten(structure: Any) -> str:
     text = str(structure).removeprefix("PyTreeDef(").removesuffix(")")
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _said(error: Exception) -> str:
-    """Return the first line of an error and the line of code of the user's that it comes from."""
+def _describe(error: Exception) -> str:
+    """Return the first line of an error and the line of the user's code that raised it."""
     if isinstance(error, ArgumentError) and error.name == "learner":
         return error.problem.splitlines()[0]
     text = str(error).strip()
@@ -246,11 +248,11 @@ def _said(error: Exception) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Return the deepest line of the trace that is neither installed code nor of this library."""
+    """Return the innermost line of the traceback outside of this library and of installed packages."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
         if frame.filename.startswith("<frozen"):
             continue
-        if not any(file.is_relative_to(each) for each in (_OURS, *_INSTALLED)):
+        if not any(file.is_relative_to(each) for each in (_LIBRARY, *_INSTALLED)):
             return f"{frame.filename}, line {frame.lineno}"
     return ""

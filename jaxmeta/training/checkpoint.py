@@ -1,14 +1,13 @@
-"""Files of arrays: a run's checkpoints, and `jm.save` / `jm.load` of any pytree.
+"""Checkpoints of runs, and `jm.save` and `jm.load` for any pytree.
 
-Orbax writes the arrays, into a folder beside the final one that is then renamed: what has its
-final name is whole. A manifest in JSON holds the tree, each leaf's path, shape and type, and a
-checkpoint's configuration; SHA256SUMS, in the form of `sha256sum --check`, tells what is whole no longer.
-Nothing is pickled. Where there are several processes, they see one file system: each writes its parts of the
-arrays, the first all else.
+Orbax writes the arrays into a temporary folder, which is renamed when it is complete, so that a folder with
+its final name is never half written. A JSON manifest holds the tree, the path, shape and dtype of each leaf,
+and the configuration of a checkpoint. SHA256SUMS, in the format of `sha256sum --check`, reveals later damage.
+Nothing is pickled. Several processes must share one file system: each writes its parts of the arrays, and the
+first writes everything else.
 
-Orbax's own CheckpointManager would count steps and remove old ones, which are ten lines here; but it gives a
-folder its final name before sums could be added, and under a path with a pattern in it, such as "run[1]", its
-arrays are not found again.
+Orbax's CheckpointManager is not used: it renames a folder before checksums could be added, and it does not
+find arrays again under a path with glob characters, such as "run[1]".
 """
 
 import errno
@@ -34,13 +33,13 @@ from jaxmeta.training.step import TrainState
 
 _KEPT = 2
 _SUMS = "SHA256SUMS"
-# How TensorStore says what the operating system said.
+# The operating system's error number in TensorStore's messages.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _STEP = re.compile(r"step-(\d+)")
 
 
 class Best(NamedTuple):
-    """The best validation of a run so far, and the parameters it was of."""
+    """The best validation of a run so far, with its step and parameters."""
 
     step: int
     evaluation: Evaluation
@@ -48,20 +47,27 @@ class Best(NamedTuple):
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, overwrite: bool = False) -> None:
-    """Writes a pytree of arrays and Python scalars, such as parameters or an adapted state.
+    """Write a pytree of arrays and Python scalars, such as parameters or an adapted state.
 
-    Of several processes all must call it, with the same tree.
+    Where there are several processes, all must call it with the same tree.
 
     Args:
-      path: the folder to make.
-      tree: dicts, lists, tuples and None come back from `load` as they were; other nodes
-        (a NamedTuple, a dataclass) need its `like`.
-      overwrite: replace what is at `path`.
+      path: path of the folder to create.
+      tree: tree to write. `load` restores dicts, lists, tuples and None; other nodes (a NamedTuple, a
+        dataclass) need its argument `like`.
+      overwrite: True to replace an existing `path`.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is False.
-      OSError: not enough room on the disk; what was at `path` stays.
-      ValueError: a leaf that is neither array nor scalar.
+      OSError: the disk is full or cannot be written; an existing `path` is left as it was.
+      ValueError: a leaf is neither an array nor a scalar.
+
+    Examples:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(folder + "/params", {"w": jnp.ones(2), "layers": [3]})
+      ...     load(folder + "/params")
+      {'w': Array([1., 1.], dtype=float32), 'layers': [3]}
     """
     path = Path(path).absolute()
     if path.exists() and not overwrite:
@@ -70,17 +76,17 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, overwrite: bool = False)
 
 
 def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
-    """Reads what `save` wrote, as jax arrays.
+    """Return the pytree that `save` wrote, with arrays as JAX arrays.
 
     Args:
-      path: the folder `save` made.
-      like: a tree of the same structure, as arrays or `jax.eval_shape` of them; only needed
-        where it has other nodes than dicts, lists and tuples.
+      path: path of the folder that `save` created.
+      like: tree of the same structure, of arrays or their shapes (`jax.eval_shape`); None for a tree of
+        dicts, lists and tuples.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`.
-      ValueError: it is damaged or no tree of ours, it needs a `like`, or `like` differs
-        (naming the first leaf that does).
+      FileNotFoundError: `path` does not exist.
+      ValueError: `path` is damaged or was not written by `save`, the tree needs `like`, or it differs
+        from `like` (the message names the first leaf that does).
     """
     path = Path(path).absolute()
     if not path.exists():
@@ -89,7 +95,7 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
         leaves, manifest = _read(path)
     except Exception as error:
         raise ArgumentError(
-            "path", f"{path} is damaged, or not written by jm.save: {_line(error)}"
+            "path", f"{path} is damaged, or was not written by jm.save: {_first_line(error)}"
         ) from error
     if like is not None:
         return _fill(like, leaves, f"path: {path} differs from like")
@@ -103,18 +109,18 @@ def save_checkpoint(
     best: Best | None = None,
     config: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `run_dir/checkpoints/step-N`, and removes all but the last two.
+    """Write `run_dir/checkpoints/step-N`, and remove all but the last two checkpoints.
 
-    A checkpoint is whole in itself: it holds the best parameters so far beside the last ones.
+    A checkpoint is complete: it contains the last parameters and the best ones so far.
     """
     folder = _folder(run_dir)
     tree = {"state": state, "params": state.params, "best": best.params if best else None}
-    # The last parameters once, under a name that `load_params` finds without a template.
+    # The last parameters are written once, as "params", which `load_params` can read without a template.
     tree["state"] = state._replace(params=None)
     step = int(state.step)
     extra = {
         "step": step,
-        "config": _plain(config),
+        "config": _as_json(config),
         "best": {"step": best.step, "evaluation": list(best.evaluation)} if best else None,
     }
     path = folder / f"step-{step:08d}"
@@ -126,7 +132,7 @@ def save_checkpoint(
 
 
 def save_best(run_dir: str | os.PathLike[str], best: Best) -> Path:
-    """Writes the best parameters to `run_dir/checkpoints/best`, for `jm.load`."""
+    """Write the best parameters to `run_dir/checkpoints/best`, for `jm.load`."""
     path = _folder(run_dir) / "best"
     save(path, best.params, overwrite=True)
     return path
@@ -135,22 +141,22 @@ def save_best(run_dir: str | os.PathLike[str], best: Best) -> Path:
 def restore_checkpoint(
     run_dir: str | os.PathLike[str], like: TrainState, *, config: dict[str, Any] | None = None
 ) -> tuple[TrainState, Best | None]:
-    """The newest checkpoint of `run_dir` that can be read, all of it or nothing.
+    """Return the state and the best validation of the newest readable checkpoint of a run.
 
-    Where newer ones cannot, a warning names them and what is wrong with them.
+    A warning names newer checkpoints that cannot be read, and why.
 
     Args:
-      run_dir: the run's folder.
-      like: a freshly initialised state of the run to be continued.
-      config: must equal the one the checkpoint was saved with, as JSON; None is not compared.
+      run_dir: folder of the run.
+      like: initial state of the run that is resumed.
+      config: configuration that must be equal, as JSON, to that of the checkpoint; None for any.
 
     Raises:
-      ValueError: no checkpoint can be read, or it is of another configuration; then the
-        message names the first key, or the first leaf's path and shape, that differs.
+      ValueError: no checkpoint can be read, or it is of another configuration (the message names the
+        first key, or the path and shape of the first leaf, that differs).
     """
     path, leaves, manifest = _newest(run_dir)
     if config is not None:
-        _same_config(manifest["config"], _plain(config), path)
+        _check_config(manifest["config"], _as_json(config), path)
     saved = manifest["best"]
     template = {
         "state": like._replace(params=None),
@@ -166,22 +172,22 @@ def restore_checkpoint(
 def load_params(
     run_dir: str | os.PathLike[str], *, config: dict[str, Any] | None = None, like: Params | None = None
 ) -> Params:
-    """The parameters a run ended with: the best validated ones, else those of its last checkpoint.
+    """Return the final parameters of a run: the best validated ones, else those of its last checkpoint.
 
     Args:
-      run_dir: the run's folder.
-      config: what must be so in the one the checkpoint was saved with, as JSON; None is not compared.
-      like: parameters of the same structure, as arrays or `jax.eval_shape` of them; only needed where there
-        are other nodes than dicts, lists and tuples.
+      run_dir: folder of the run.
+      config: entries that the configuration of the checkpoint must have, as JSON; None for any.
+      like: parameters of the same structure, of arrays or their shapes (`jax.eval_shape`); None for
+        parameters of dicts, lists and tuples.
 
     Raises:
-      ValueError: `run_dir` has no checkpoint that can be read, or needs `like`, or differs from it; or the
+      ValueError: no checkpoint of `run_dir` can be read, the parameters need `like` or differ from it, or the
         checkpoint is of another configuration.
     """
     path, leaves, manifest = _newest(run_dir)
     if config is not None:
         stored = {name: manifest["config"].get(name) for name in config}
-        _same_config(stored, _plain(config), path)
+        _check_config(stored, _as_json(config), path)
     entry = "best" if manifest["best"] else "params"
     if like is None:
         return _decode(manifest["tree"]["dict"], leaves, path, entry)
@@ -189,41 +195,41 @@ def load_params(
 
 
 def check_saved(run_dir: str | os.PathLike[str], params: Params) -> None:
-    """Check that the newest checkpoint can be read, and that a run that ended with `params` has these in it.
+    """Check that the newest checkpoint of a run can be read and contains its final parameters.
 
     Args:
-      run_dir: the run's folder.
-      params: what `load_params` must give, bit for bit.
+      run_dir: folder of the run.
+      params: parameters that `load_params` must return, bit for bit.
 
     Raises:
-      ValueError: no checkpoint can be read, or it holds others.
+      ValueError: no checkpoint can be read, or it contains other parameters.
     """
     path, leaves, manifest = _newest(run_dir)
     stored = _below(leaves, "best" if manifest["best"] else "params")
-    found = arrays_by_path(_fill(params, stored, f"{path} has other parameters"))
+    stored_arrays = arrays_by_path(_fill(params, stored, f"{path} has other parameters"))
     for name, array in arrays_by_path(params).items():
-        if found[name].tobytes() != array.tobytes():
+        if stored_arrays[name].tobytes() != array.tobytes():
             raise ValueError(f"{path} has other parameters: {name} differs")
 
 
 def _below(leaves: dict[str, Any], entry: str) -> dict[str, Any]:
-    """Return the leaves of an entry of a checkpoint by their paths in it."""
+    """Return the leaves below an entry of a checkpoint, by their paths relative to it."""
     prefix = f"['{entry}']"
     return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
 def arrays_by_path(tree: PyTree) -> dict[str, np.ndarray]:
-    """Return the leaves of a tree as NumPy arrays, keys as their data, by their paths."""
-    found = {}
+    """Return the leaves of a tree as NumPy arrays, by their paths; random keys as their data."""
+    arrays = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        found[jax.tree_util.keystr(keys)] = np.asarray(leaf)
-    return found
+        arrays[jax.tree_util.keystr(keys)] = np.asarray(leaf)
+    return arrays
 
 
 def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
-    """Steps of the checkpoints in `run_dir`, ascending; empty where there is none."""
+    """Return the steps of the checkpoints in `run_dir`, in ascending order."""
     folder = _folder(run_dir)
     if not folder.is_dir():
         return []
@@ -231,7 +237,7 @@ def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises the OSError of a full disk if `needed` bytes do not fit where `folder` is or will be."""
+    """Raise the OSError of a full disk if `needed` bytes do not fit on the disk of `folder`."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -243,7 +249,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def nbytes(tree: PyTree) -> int:
-    """Bytes of disk that `save` of `tree` takes, generously."""
+    """Return an upper estimate of the bytes that `save` of `tree` takes on disk."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes")) * 11 // 10 + 2**20
 
 
@@ -258,16 +264,16 @@ def _newest(run_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict
         try:
             leaves, manifest = _read(path)
         except Exception as error:
-            problems.append(f"{path.name}: {_line(error)}")
+            problems.append(f"{path.name}: {_first_line(error)}")
             continue
         if problems:
             warnings.warn(
-                f"{'; '.join(problems)}; {path.name} before it in {path.parent} is whole and is used",
+                f"{'; '.join(problems)}; {path.name} before it in {path.parent} is intact and is used",
                 stacklevel=3,
             )
         return path, leaves, manifest
-    found = "; ".join(problems) if problems else "there is none"
-    raise ArgumentError("run_dir", f"no checkpoint can be read in {_folder(run_dir)} ({found})")
+    reason = "; ".join(problems) if problems else "there is none"
+    raise ArgumentError("run_dir", f"no checkpoint can be read in {_folder(run_dir)} ({reason})")
 
 
 def _write(path: Path, tree: PyTree, extra: dict[str, Any]) -> None:
@@ -285,9 +291,9 @@ def _write(path: Path, tree: PyTree, extra: dict[str, Any]) -> None:
             if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 entry["key"] = str(jax.random.key_impl(leaf))
                 leaf = jax.random.key_data(leaf)
-            # Orbax refuses empty arrays, and their shape says everything.
+            # Orbax refuses empty arrays, which are determined by shape and dtype.
             if leaf.size:
-                # What each process has whole it writes as its own; of what is spread each has a part.
+                # One process writes a NumPy array; all processes write an array whose shards they hold.
                 whole = getattr(leaf, "is_fully_addressable", True)
                 arrays[str(len(leaves))] = np.asarray(leaf) if whole else leaf
         else:
@@ -300,10 +306,11 @@ def _write(path: Path, tree: PyTree, extra: dict[str, Any]) -> None:
     if hosts.is_first():
         _remove_leftovers(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+    # No process may write before the first one has removed what an interrupted write has left.
     hosts.barrier(f"before {path}")
     try:
-        # Orbax gathers what processes wrote into one database by a pattern made of the path, and finds none
-        # where that holds characters of patterns: there each array stays a folder of its own.
+        # Orbax merges the files of all processes into one database, and finds them by a glob pattern made of
+        # the path. A path with glob characters does not match itself; there each array gets its own folder.
         one_database = glob.escape(str(path)) == str(path)
         handler = ocp.CompositeCheckpointHandler(
             manifest=ocp.JsonCheckpointHandler(),
@@ -313,30 +320,31 @@ def _write(path: Path, tree: PyTree, extra: dict[str, Any]) -> None:
             checkpointer.save(unfinished, args=ocp.args.Composite(**items))
         if hosts.is_first():
             (unfinished / _SUMS).write_text(_sums(unfinished), encoding="utf-8")
-    except (OSError, ValueError) as error:  # the latter is what TensorStore calls a full disk
+    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
         _remove_leftovers(path)
         named = _OS_ERROR.search(str(error))
         number = int(named[1]) if named else getattr(error, "errno", None)
-        said = os.strerror(number) if number else _line(error)
+        reason = os.strerror(number) if number else _first_line(error)
         raise OSError(
-            number or errno.EIO, f"cannot be written ({said}); nothing was replaced", str(path)
+            number or errno.EIO, f"cannot be written ({reason}); nothing was replaced", str(path)
         ) from error
     if hosts.is_first():
         if path.exists():
             os.rename(path, replaced)
         os.rename(unfinished, path)
         shutil.rmtree(replaced, ignore_errors=True)
+    # No process may read, or return from saving, before the first one has renamed the folder.
     hosts.barrier(f"after {path}")
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What writing `path`, cut short, has left beside it, be it ours or Orbax's."""
+    """Remove the temporary folders, our own and Orbax's, that an interrupted write of `path` has left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _sums(folder: Path) -> str:
-    """SHA-256 and name of each file below, sorted by name."""
+    """Return a line with SHA-256 and relative path for each file in `folder`, sorted by path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
     lines = []
     for path in files:
@@ -347,16 +355,17 @@ def _sums(folder: Path) -> str:
 
 
 def _check_sums(path: Path) -> None:
-    """Raises ValueError if anything below is not as it was written."""
+    """Raise ValueError if a file below `path` was changed, added or removed."""
     try:
         stored = (path / _SUMS).read_bytes()
     except OSError as error:
         raise ValueError(f"its {_SUMS} cannot be read") from error
-    found = _sums(path).encode()
-    if stored == found:
+    actual = _sums(path).encode()
+    if stored == actual:
         return
-    wrong = sorted({line[66:] for line in {*stored.splitlines()} ^ {*found.splitlines()}})
-    raise ValueError(f"by {_SUMS} not as it was written: {', '.join(map(_printable, wrong[:3])) or _SUMS}")
+    # A line is 64 digits, two spaces and the path.
+    changed = sorted({line[66:] for line in {*stored.splitlines()} ^ {*actual.splitlines()}})
+    raise ValueError(f"it does not match {_SUMS}: {', '.join(map(_printable, changed[:3])) or _SUMS}")
 
 
 def _printable(name: bytes) -> str:
@@ -364,7 +373,7 @@ def _printable(name: bytes) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Leaves by path, and the manifest."""
+    """Return the leaves by path, and the manifest."""
     import orbax.checkpoint as ocp
 
     if not (path / "manifest").is_dir():
@@ -374,9 +383,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         manifest = checkpointer.restore(path, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))[
             "manifest"
         ]
-        # As numpy, whatever devices they were written from.
+        # Restored as NumPy arrays, because the devices that wrote them may not exist here.
         arrays = {
-            str(index): np.empty(*_stored_form(entry))
+            str(index): np.empty(*_stored_spec(entry))
             for index, entry in enumerate(manifest["leaves"])
             if "value" not in entry and 0 not in entry["shape"]
         }
@@ -399,7 +408,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _encode(node: PyTree, keys: tuple[Any, ...]) -> Any:
-    """The structure of a tree in JSON, leaves as their paths."""
+    """Return the structure of a tree as JSON, with leaves as their paths."""
     if node is None:
         return None
     if type(node) is dict and all(isinstance(key, str) for key in node):
@@ -415,7 +424,7 @@ def _encode(node: PyTree, keys: tuple[Any, ...]) -> Any:
 
 
 def _decode(node: Any, leaves: dict[str, Any], path: Path, entry: str | None = None) -> PyTree:
-    """The tree that `_encode` encoded; `entry`: of a dict's children, that one only."""
+    """Return the tree that `_encode` encoded, or its child `entry`."""
     if entry is not None:
         node = node[entry]
     if node is None:
@@ -427,7 +436,7 @@ def _decode(node: Any, leaves: dict[str, Any], path: Path, entry: str | None = N
         return {key: _decode(child, leaves, path) for key, child in content.items()}
     if kind == "other":
         raise ArgumentError(
-            "like", f"the tree in {path} holds a {content}; pass a tree of its structure as like"
+            "like", f"the tree in {path} contains a {content}; pass a tree of the same structure as like"
         )
     children = [_decode(child, leaves, path) for child in content]
     return tuple(children) if kind == "tuple" else children
@@ -437,8 +446,8 @@ def _signature(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _stored_form(entry: dict[str, Any]) -> tuple[tuple[int, ...], str]:
-    """Shape and type of a leaf as it is written: of keys, their data."""
+def _stored_spec(entry: dict[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Return shape and dtype of a leaf as written; random keys are written as their data."""
     if "key" not in entry:
         return tuple(entry["shape"]), entry["dtype"]
     data = jax.random.key_data(jax.random.key(0, impl=entry["key"]))
@@ -446,38 +455,40 @@ def _stored_form(entry: dict[str, Any]) -> tuple[tuple[int, ...], str]:
 
 
 def _fill(template: PyTree, leaves: dict[str, Any], problem: str) -> PyTree:
-    """`template` with the stored leaves in place of its own, if all fit."""
-    wanted = {
+    """Return `template` with its leaves replaced by the stored ones, which must fit."""
+    expected = {
         jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(template)
     }
-    for path in [*wanted, *leaves]:
-        if path not in leaves or path not in wanted:
-            raise ValueError(f"{problem}: {path} is only in the {'new' if path in wanted else 'stored'} one")
-        here, there = wanted[path], leaves[path]
-        if hasattr(here, "shape") != hasattr(there, "shape"):
+    for path in [*expected, *leaves]:
+        if path not in leaves or path not in expected:
+            place = "new" if path in expected else "stored"
+            raise ValueError(f"{problem}: {path} is only in the {place} one")
+        new, stored = expected[path], leaves[path]
+        if hasattr(new, "shape") != hasattr(stored, "shape"):
             raise ValueError(f"{problem}: {path} is an array in only one of them")
-        if hasattr(here, "shape") and _signature(here) != _signature(there):
+        if hasattr(new, "shape") and _signature(new) != _signature(stored):
             raise ValueError(
-                f"{problem}: {path} is {there.dtype}{list(there.shape)} in the stored one, "
-                f"{here.dtype}{list(here.shape)} in the new one"
+                f"{problem}: {path} is {stored.dtype}{list(stored.shape)} in the stored one, "
+                f"{new.dtype}{list(new.shape)} in the new one"
             )
-    return jax.tree.unflatten(jax.tree.structure(template), [leaves[path] for path in wanted])
+    return jax.tree.unflatten(jax.tree.structure(template), [leaves[path] for path in expected])
 
 
-def _plain(config: dict[str, Any] | None) -> dict[str, Any]:
+def _as_json(config: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `config` as it is read back from JSON: tuples as lists."""
     return json.loads(json.dumps(config or {}))
 
 
-def _same_config(stored: Any, given: Any, path: Path, name: str = "config") -> None:
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in [*given, *stored]:
-            _same_config(stored.get(key), given.get(key), path, f"{name}[{key!r}]")
-    elif stored != given:
+def _check_config(stored: Any, new: Any, path: Path, name: str = "config") -> None:
+    if isinstance(stored, dict) and isinstance(new, dict):
+        for key in [*new, *stored]:
+            _check_config(stored.get(key), new.get(key), path, f"{name}[{key!r}]")
+    elif stored != new:
         raise ValueError(
             f"{path} is a checkpoint of another configuration: {name} is {stored!r} in the stored one, "
-            f"{given!r} in the new one"
+            f"{new!r} in the new one"
         )
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

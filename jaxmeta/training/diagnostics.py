@@ -1,4 +1,4 @@
-"""How far two meta-gradients of the same parameters are apart: the true one and the first-order one, say."""
+"""Comparison of two meta-gradients at the same parameters, such as the exact and the first-order one."""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,12 +15,11 @@ from jaxmeta.training import sharding
 
 
 class Alignment(NamedTuple):
-    """Of two meta-gradients.
+    """The alignment of two meta-gradients g and h.
 
     Attributes:
-      cosine: of the angle between them: 1 where they point the same way, 0 where either is zero.
-      norm_ratio: ‖the first‖ / ‖the second‖: beyond all bounds where the second alone is zero, 1 where
-        both are.
+      cosine: cosine of the angle between g and h; 0 where either is zero.
+      norm_ratio: ‖g‖ / ‖h‖; unboundedly large where h alone is zero, 1 where both are zero.
     """
 
     cosine: Float[Array, ""] | float
@@ -28,10 +27,10 @@ class Alignment(NamedTuple):
 
 
 def alignment(first: PyTree, second: PyTree) -> Alignment:
-    """Cosine and ratio of norms of two trees of one structure."""
+    """Return the cosine and the ratio of norms of two trees of the same structure."""
 
     def unit(tree: PyTree) -> tuple[PyTree, Array, Array]:
-        # The largest entry comes out first: the square of 1e-20 is zero in float32.
+        # Scaled by the largest entry first, because the square of 1e-30 underflows in float32.
         largest = jnp.maximum(optax.tree.norm(tree, ord="inf"), jnp.finfo(dtype).tiny)
         scaled = optax.tree.scale(1 / largest, tree)
         return scaled, largest, jnp.maximum(optax.tree.norm(scaled), jnp.finfo(dtype).tiny)
@@ -50,25 +49,25 @@ def meta_gradient_alignment(
     episodes: int = 200,
     key: Key,
 ) -> Alignment:
-    r"""Compares the mean meta-gradients of two learners over the same episodes.
+    r"""Compare the mean meta-gradients of two learners over the same episodes.
 
-    With MAML and its first-order version, cos(g_MAML, g_FOMAML) tells how far first order is off course,
-    and ‖g_MAML‖ / ‖g_FOMAML‖ how much the factors ∏(I − αH_j) shrink or stretch: a ratio that grows
-    without bound is that of an inner step size too large.
+    For MAML and its first-order version, cos(g_MAML, g_FOMAML) measures the error in the direction of the
+    first-order gradient, and ‖g_MAML‖ / ‖g_FOMAML‖ how much the factors ∏(I − αH_j) shrink or stretch it. A
+    ratio that grows without bound indicates an inner step size α that is too large.
 
     Args:
-      learner: of which `loss` gives the first meta-gradient.
-      compared_to: another one of the same parameters.
-      params: where both are taken.
-      tasks: episode i is drawn with `fold_in(key, i)`.
-      episodes: over which both are averaged.
-      key: of the whole comparison.
+      learner: learner whose `loss` gives the first meta-gradient.
+      compared_to: learner of the same parameters, whose `loss` gives the second meta-gradient.
+      params: parameters at which both gradients are taken.
+      tasks: tasks whose episode i is drawn with `fold_in(key, i)`.
+      episodes: number of episodes over which both gradients are averaged.
+      key: key of the episodes.
 
     Returns:
-      An `Alignment` of two numbers. To follow them in training, give `compared_to` to `jm.train`.
+      An `Alignment` of two numbers. To log them during training, pass `compared_to` to `jm.train`.
 
     Raises:
-      ValueError: `episodes` below 1.
+      ValueError: `episodes` is below 1.
 
     Examples:
       >>> import optax
@@ -77,16 +76,16 @@ def meta_gradient_alignment(
       >>> network = jm.nn.MLP(out=1)
       >>> maml, fomaml = (make(network, loss=jm.losses.mse) for make in (jm.maml, jm.fomaml))
       >>> params = maml.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
-      >>> found = meta_gradient_alignment(maml, fomaml, params, tasks, episodes=20, key=jax.random.key(2))
-      >>> -1 <= found.cosine <= 1
+      >>> result = meta_gradient_alignment(maml, fomaml, params, tasks, episodes=20, key=jax.random.key(2))
+      >>> -1 <= result.cosine <= 1
       True
     """
     check_count("episodes", episodes)
     learner, compared_to = normalized(learner), normalized(compared_to)
     check_tasks(tasks)
     check_key("key", key)
-    found = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
-    return Alignment(*map(float, found))
+    result = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
+    return Alignment(*map(float, result))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,4 +1,4 @@
-"""What a training reports while it goes on."""
+"""Events that a training run reports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,15 @@ from jaxmeta.training.evaluate import Evaluation
 
 @dataclass(frozen=True)
 class Progress:
-    """Reported at every `log_every` steps: means over the steps since the last report.
+    """The event of every `log_every` meta-steps, with means over the steps since the previous one.
 
-    `compile_s` is the time the compiled chunk took to build, the same in every report;
-    `steps_per_second` has neither it nor validation and saving in it. `skipped` steps were not finite,
-    and are in no mean.
+    Attributes:
+      step: number of meta-steps done.
+      steps: number of meta-steps of the run.
+      metrics: means of the loss and of the learner's metrics over the steps that were finite.
+      steps_per_second: speed without compilation, validation and saving.
+      compile_s: compile time of the run in seconds, the same in every event.
+      skipped: number of steps that were skipped because they were not finite.
     """
 
     step: int
@@ -25,7 +29,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Validated:
-    """Reported after each validation: `metric` is what `jm.evaluate` measures, `best` if none was better."""
+    """The event of a validation.
+
+    Attributes:
+      step: number of meta-steps done.
+      metric: name of the metric.
+      evaluation: result of `jm.evaluate`.
+      best: True if it is the best validation so far.
+    """
 
     step: int
     metric: str
@@ -35,7 +46,7 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
-    """Reported after each checkpoint."""
+    """The event of a checkpoint, written to `path` after meta-step `step`."""
 
     step: int
     path: Path
@@ -43,7 +54,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Resumed:
-    """Reported once, before anything else, by a run that continues: rows after `step` are void."""
+    """The first event of a resumed run, which invalidates earlier events of steps after `step`."""
 
     step: int
 

@@ -1,7 +1,6 @@
-"""Several processes that train together, by `jax.distributed`; of a single one nothing here does anything.
+"""Training in several processes by `jax.distributed`; in a single process these functions do nothing.
 
-What happens to one of them happens to all: a process that is lost is missed by the others after `_MISSED_S`
-seconds at the latest, and they end too.
+If one process is lost, the others notice it within `_MISSED_S` seconds and end, too.
 """
 
 import contextlib
@@ -16,37 +15,40 @@ import numpy as np
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 
-# Seconds without a sign of life after which a process is lost; seconds to wait for the others at the end,
+# Seconds without a heartbeat after which a process counts as lost; seconds to wait for the others at the end,
 # and at the start, when a scheduler may not have started them yet.
 _MISSED_S, _PARTING_S, _STARTING_S = 30, 60, 600
 
-# What gloo, NCCL and JAX's own service say of a process that is not there.
+# Words in the errors of gloo, NCCL and JAX's coordination service when a process is lost.
 _LOST = re.compile(r"gloo|nccl|connection|heartbeat|coordination|unavailable", re.IGNORECASE)
 
 
 class Lost(KeyboardInterrupt):
-    """Another process is no longer there: the run has stopped, and can be continued."""
+    """Raised when another process is lost: the run has stopped and can be resumed."""
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Joins the processes of a run. To be called before anything asks JAX for its devices.
+    """Join the processes of a run.
 
-    On CPUs they talk by gloo.
+    Call it before anything asks JAX for its devices. On CPUs the processes communicate by gloo. Where all
+    three arguments are None, their values come from the cluster: Slurm, Kubernetes, Open MPI or TPU pods.
 
     Args:
-      coordinator: "host:port" of the first process, free there; None, as of the others, to ask the cluster:
-        Slurm, Kubernetes, Open MPI, TPU pods.
-      processes: how many there are.
-      process: which of them this is, from 0.
+      coordinator: address of the first process as "host:port", with a port that is free there.
+      processes: number of processes.
+      process: number of this process, from 0.
 
     Raises:
-      ValueError: some of the three are missing or cannot be, there is no cluster, or JAX has started.
-      RuntimeError: the others did not come.
+      ValueError: one or two arguments are missing, a value is not allowed, no cluster was detected, or JAX
+        has already been used.
+      RuntimeError: the other processes did not connect in time.
     """
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    missing = [name for name, value in given.items() if value is None]
+    arguments = {"coordinator": coordinator, "processes": processes, "process": process}
+    missing = [name for name, value in arguments.items() if value is None]
     if missing and len(missing) < 3:
-        raise ArgumentError(missing[0], f"is missing; give all of {', '.join(given)}, or none in a cluster")
+        raise ArgumentError(
+            missing[0], f"is missing; give all of {', '.join(arguments)}, or none in a cluster"
+        )
     if not missing:
         assert coordinator is not None
         assert processes is not None
@@ -68,7 +70,7 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
             shutdown_timeout_seconds=_PARTING_S,
         )
     except ValueError as error:
-        raise ValueError(f"there is no cluster to be found ({error}); give {', '.join(given)}") from None
+        raise ValueError(f"no cluster was detected ({error}); give {', '.join(arguments)}") from None
     except RuntimeError as error:
         if "must be called before" in str(error):
             raise ArgumentError("coordinator", f"{error}") from None
@@ -76,10 +78,8 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
 
 
 def leave_at_once(status: int) -> None:
-    """Ends a process that failed, if it has joined others.
-
-    To end in good order it would first wait for them, and they for it.
-    """
+    """End this process with exit status `status` if it has joined others."""
+    # The usual exit waits for the other processes, which wait for this one in a collective.
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -88,35 +88,39 @@ def leave_at_once(status: int) -> None:
 
 @contextlib.contextmanager
 def detect_lost_peer(hint: str) -> Iterator[None]:
-    """Inside, an error of the connection to another process becomes one that says what is to be done.
+    """Convert connection errors inside the block to `Lost`.
 
     Args:
-      hint: what to do.
+      hint: advice to the user, which ends the message.
 
     Raises:
-      Lost: a process is no longer there.
+      Lost: another process is lost.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not are_many() or not _LOST.search(str(error)):
             raise
-        said = str(error).splitlines()[0][:200]
-        raise Lost(f"another process of this run is lost ({said}); {hint}") from error
+        message = str(error).splitlines()[0][:200]
+        raise Lost(f"another process of this run is lost ({message}); {hint}") from error
 
 
 def are_many() -> bool:
-    """Whether there are several processes."""
+    """Return whether there are several processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Return whether this is the process that writes files."""
     return jax.process_index() == 0
 
 
 def barrier(where: str) -> None:
-    """Waits until every process has come here."""
+    """Wait until every process has reached this call.
+
+    Args:
+      where: name of the barrier, the same in all processes; different names in two processes are an error.
+    """
     if are_many():
         from jax.experimental import multihost_utils
 
@@ -124,7 +128,7 @@ def barrier(where: str) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` holds in any process."""
+    """Return whether `flag` is True in any process; all processes must call it."""
     if not are_many():
         return flag
     from jax.experimental import multihost_utils
@@ -133,15 +137,16 @@ def any_of(flag: bool) -> bool:
 
 
 def gathered(tree: PyTree) -> PyTree:
-    """`tree` on the host, whole, in every process."""
+    """Return `tree` with all of its arrays whole, on the host, in every process."""
     if not are_many():
         return tree
     from jax.experimental import multihost_utils
 
     leaves, structure = jax.tree.flatten(tree)
-    # What a process has whole, such as parameters that were read from a checkpoint, would be stacked.
+    # `process_allgather` would stack arrays of which each process has a whole copy, such as parameters that
+    # were read from a checkpoint.
     spread = [i for i, leaf in enumerate(leaves) if not getattr(leaf, "is_fully_addressable", True)]
-    found = multihost_utils.process_allgather([leaves[i] for i in spread], tiled=True) if spread else []
-    for i, leaf in zip(spread, found, strict=True):
+    whole = multihost_utils.process_allgather([leaves[i] for i in spread], tiled=True) if spread else []
+    for i, leaf in zip(spread, whole, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(structure, leaves)

@@ -1,4 +1,4 @@
-"""What a training reports, row by row in a file."""
+"""The metrics file of a run, with a JSON row for each event."""
 
 import contextlib
 import json
@@ -11,14 +11,14 @@ from typing import IO, Any
 from jaxmeta.files import write_text
 from jaxmeta.training.events import Event, Progress, Resumed, Validated
 
-# The file of a run's folder.
+# Name of the file in a run's folder.
 METRICS = "metrics.jsonl"
-# Of a row of training, what is no metric of the learner's.
+# Keys of a row that are not metrics of the learner.
 NO_METRICS = ("step", "loss", "steps_per_second", "compile_s", "skipped", "best", "elapsed_s")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`; a last line that was cut off is left out."""
+    """Return the rows of a `metrics.jsonl`, without a last line that was cut off."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -28,7 +28,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def row_of(event: Event) -> dict[str, Any] | None:
-    """Return the row that an event is in the file; None where it is in none."""
+    """Return the row of an event; None for an event without a row."""
     match event:
         case Progress():
             return {
@@ -46,15 +46,15 @@ def row_of(event: Event) -> dict[str, Any] | None:
 
 
 class Forgiving:
-    """Write what a training can do without: where it fails, say so once and go on.
+    """A context manager for optional output: an error inside it is a warning, once for each output.
 
     Examples:
       >>> forgiving = Forgiving()
-      >>> with warnings.catch_warnings(record=True) as said:
+      >>> with warnings.catch_warnings(record=True) as caught:
       ...     for _ in range(2):
       ...         with forgiving("the progress bar"):
       ...             raise OSError("the terminal has gone")
-      >>> len(said)
+      >>> len(caught)
       1
     """
 
@@ -63,7 +63,7 @@ class Forgiving:
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Write `what` inside."""
+        """Run the block, which writes the output named `what`."""
         try:
             yield
         except Exception as error:
@@ -73,12 +73,12 @@ class Forgiving:
 
 
 class MetricsLog:
-    """Write a row for each event of a training that has one.
+    """A `report` for `jm.train` that writes rows to a file.
 
-    A run that continues drops the rows that it is about to write again; any other one begins a new file.
+    A resumed run removes the rows of the steps that it repeats; any other run starts a new file.
 
     Args:
-      path: of the file.
+      path: path of the file.
     """
 
     def __init__(self, path: Path):
@@ -98,12 +98,12 @@ class MetricsLog:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self.path, self._mode, encoding="utf-8")  # noqa: SIM115 - see `close`
             elapsed = self._spent_before + time.perf_counter() - self._started
-            # What cannot be written stays in the file's buffer for the next time.
+            # After a failed write the row stays in the file's buffer and is written with the next one.
             self._file.write(json.dumps({**row, "elapsed_s": round(elapsed, 3)}) + "\n")
             self._file.flush()
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         with self._forgiving(str(self.path)):
             if self._file is not None:
                 self._file.close()

@@ -1,4 +1,4 @@
-"""How far a training is, on a terminal or line by line."""
+"""Progress of a training run, as a bar on a terminal or line by line."""
 
 import contextlib
 import sys
@@ -13,11 +13,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def progress_bar() -> "ProgressBar":
-    """Return what shows how far `jm.train` is, for its `report=`.
+    """Return a `report=` for `jm.train` that shows its progress, as `jaxmeta train` does.
 
-    On a terminal it is a bar with loss, metrics, steps per second and the time that is left, elsewhere a line
-    every ten seconds; and there is a line for each validation. It is what `jaxmeta train` shows. The bar
-    needs the package rich; without it there are lines.
+    On a terminal it shows a bar with loss, metrics, steps per second and the remaining time, elsewhere it
+    prints a line every ten seconds. Each validation has a line, too. The bar needs the package rich; without
+    it, lines are printed.
 
     Examples:
       >>> import jax, optax
@@ -33,9 +33,9 @@ def progress_bar() -> "ProgressBar":
 
 
 class ProgressBar:
-    """The `report=` of `jm.train` that `progress_bar` returns; `jm.train` shows the bar while it runs.
+    """The `report=` that `progress_bar` returns.
 
-    Called by another function instead, it prints lines.
+    `jm.train` shows the bar while it runs. Called with events by any other function, it prints lines.
     """
 
     def __init__(self) -> None:
@@ -46,17 +46,17 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def showing(self, steps: int) -> Iterator[None]:
-        """Show a bar of `steps` meta-steps while inside, where standard output is a terminal."""
-        with contextlib.ExitStack() as shown_on:
+        """Show a bar of `steps` meta-steps inside the block if standard output is a terminal."""
+        with contextlib.ExitStack() as stack:
             self._shown_at = -float("inf")
             if sys.stdout.isatty():
                 with self._forgiving("the progress bar"):
-                    self._show, self._say = shown_on.enter_context(_bar(steps))
+                    self._show, self._say = stack.enter_context(_bar(steps))
             try:
                 yield
             finally:
                 with self._forgiving("the progress bar"):
-                    shown_on.close()
+                    stack.close()
                 self._show, self._say = self._plain, print
 
     def __call__(self, event: Event) -> None:
@@ -86,7 +86,7 @@ class ProgressBar:
 
 
 def showing(report: Any, steps: int) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a progress bar is shown; that of another `report` does nothing."""
+    """Return the context of a progress bar; for any other `report`, one that does nothing."""
     return report.showing(steps) if isinstance(report, ProgressBar) else contextlib.nullcontext()
 
 
@@ -118,14 +118,14 @@ def _bar(steps: int) -> Iterator[tuple[Any, ...]]:
 
 
 def _values(event: Progress) -> str:
-    shown = [f"loss {event.metrics['loss']:.4f}"]
+    values = [f"loss {event.metrics['loss']:.4f}"]
     if "accuracy" in event.metrics:
-        shown.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
+        values.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
     if "mse" in event.metrics:
-        shown.append(f"mse {event.metrics['mse']:.4f}")
+        values.append(f"mse {event.metrics['mse']:.4f}")
     if event.skipped:
-        shown.append(f"{event.skipped} skipped")
-    return "  ".join(shown)
+        values.append(f"{event.skipped} skipped")
+    return "  ".join(values)
 
 
 def _duration(seconds: float) -> str:
@@ -134,6 +134,6 @@ def _duration(seconds: float) -> str:
 
 
 def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
-    """Return mean ± half-width of the confidence interval, accuracy in %."""
+    """Return "mean ± half-width of the confidence interval", with accuracy in %."""
     digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
     return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"

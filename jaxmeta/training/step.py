@@ -1,4 +1,4 @@
-"""One meta-step: draw tasks, average the gradient of `learner.loss` over them, update."""
+"""The meta-step: draw tasks, average the gradient of `learner.loss` over them, and update."""
 
 import contextlib
 import itertools
@@ -37,19 +37,22 @@ from jaxmeta.training.sharding import Devices, sample_of
 
 Strategy: TypeAlias = Literal["auto", "vmap", "scan"] | int
 
-# Steps fold their number, an int32, into the key: these two are beyond every step.
+# Meta-steps fold their number, an int32, into the run's key. These two numbers are larger than any int32, so
+# that initialisation and validation share no key with a meta-step.
 _INIT = np.uint32(0xFFFFFFFF)
 _VALIDATION = np.uint32(0xFFFFFFFE)
 
 
 class TrainState(NamedTuple):
-    """All that training carries from one meta-step to the next; a pytree, donated by `jm.train`.
+    """The state that training carries from one meta-step to the next, a pytree.
+
+    `jm.train` donates its buffers to each compiled step, which updates them in place.
 
     Attributes:
       step: number of meta-steps done, int32.
-      params: the learner's meta-parameters.
+      params: meta-parameters of the learner.
       opt_state: state of the outer optax optimizer.
-      key: the run's key, constant: episode `index` of meta-step `step` is a pure function of
+      key: key of the run, which is constant: episode `index` of meta-step `step` is a pure function of
         `(key, step, index)`.
     """
 
@@ -68,26 +71,35 @@ def init_state(
     params: Params | None = None,
     devices: Mesh | None = None,
 ) -> TrainState:
-    """State before the first meta-step.
+    """Return the state before the first meta-step.
 
     Args:
-      learner: what is trained.
-      optimizer: the outer optax optimizer.
-      tasks: the training tasks; only their shapes are read.
-      key: the run's key, typed (`jax.random.key`) or raw.
-      params: parameters to start from, as `learner.init` gives them; None for those that it draws.
-      devices: a mesh of `jm.make_mesh`, to have the state made where it is to lie, split over "params"; None
-        for the default device.
+      learner: learner to train.
+      optimizer: outer optax optimizer.
+      tasks: training tasks, of which only shapes are read.
+      key: key of the run, typed (`jax.random.key`) or raw.
+      params: parameters to start from, of the structure that `learner.init` returns; None to draw them.
+      devices: mesh of `jm.make_mesh` on which the state is created, split over "params"; None for the default
+        device.
+
+    Returns:
+      A `TrainState` at step 0.
 
     Raises:
-      ValueError: what `jm.check_learner` says of a learner of one's own; what one of the library raises on
-        tasks it cannot work on; `params` have another structure, shape or dtype than the learner's. All
-        before anything is compiled.
+      ValueError: `learner` does not suit `tasks` (for a user-defined learner, see `jm.check_learner`), or
+        `params` differ from the learner's in structure, shape or dtype. Raised before anything is compiled.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> learner = jm.maml(jm.nn.MLP(out=1), loss=jm.losses.mse)
+      >>> state = init_state(learner, optax.adam(1e-3), jm.tasks.sinusoid(), jax.random.key(0))
+      >>> int(state.step)
+      0
     """
 
-    def init(sample: Callable[[Key], Task], key: Key, given: Params | None) -> tuple[Params, PyTree]:
-        start = _draw(learner, sample, key) if given is None else given
-        return start, optimizer.init(start)
+    def init(sample: Callable[[Key], Task], key: Key, params: Params | None) -> tuple[Params, PyTree]:
+        params = _draw(learner, sample, key) if params is None else params
+        return params, optimizer.init(params)
 
     learner = normalized(learner)
     check_tasks(tasks)
@@ -99,14 +111,15 @@ def init_state(
     if params is not None:
         check_params_kind(params)
         check_params(params, drawn)
-    # Compiled as a whole: `init` reads the task's shapes only, so that drawing it is dead code.
+    # Compiled as a whole: `init` reads only the task's shapes, so that the compiler removes its sampling.
     if devices is None or devices.size == 1:
-        start, opt_state = jax.jit(init)(sample, key, params)
-        return TrainState(jnp.zeros((), jnp.int32), start, opt_state, key)
-    placed = sharding.shardings(jax.eval_shape(init, sample, key, params), devices)
+        params, opt_state = jax.jit(init)(sample, key, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+    # With output shardings each device creates its own part, so that no device need hold all parameters.
+    out_shardings = sharding.shardings(jax.eval_shape(init, sample, key, params), devices)
     sample, key, params = sharding.replicate((sample, key, params), devices)
-    start, opt_state = jax.jit(init, out_shardings=placed)(sample, key, params)
-    return TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), start, opt_state, key)
+    params, opt_state = jax.jit(init, out_shardings=out_shardings)(sample, key, params)
+    return TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), params, opt_state, key)
 
 
 def drawn_params(learner: Learner, tasks: TaskDistribution | TaskStream, key: Key) -> Params:
@@ -120,30 +133,34 @@ def _draw(learner: Learner, sample: Callable[[Key], Task], key: Key) -> Params:
 
 
 def check_params_kind(params: Params) -> None:
-    """Refuse for parameters what is known to be something else.
+    """Raise an error where `params` is an object of the library or a function instead of parameters.
 
     Raises:
-      ArgumentError: it is.
+      ArgumentError: `params` is such an object.
     """
     if isinstance(params, TrainState):
         raise ArgumentError("params", "got TrainState(…); it must be the parameters in it, state.params")
     if isinstance(params, Learner | TaskDistribution | TaskStream | Task | Batch) or callable(params):
         raise ArgumentError(
             "params",
-            f"got {described(params)}; it must be parameters, as learner.init gives them",
+            f"got {described(params)}; it must be parameters, as learner.init returns them",
         )
 
 
 def check_params(params: Params, drawn: Params) -> None:
-    """Refuse parameters to start from that are not of the learner.
+    """Check that parameters to start from fit the learner.
+
+    Args:
+      params: parameters to start from.
+      drawn: parameters that the learner draws, as arrays or shapes.
 
     Raises:
-      ArgumentError: another structure, or a leaf of another shape or dtype, or with NaN in it.
+      ArgumentError: the structure, or the shape or dtype of a leaf differs, or a leaf is not finite.
     """
-    got: Any = jax.tree.structure(params)
-    wanted: Any = jax.tree.structure(drawn)
-    if got != wanted:
-        raise ArgumentError("params", f"got {got}; the learner has {wanted}")
+    structure: Any = jax.tree.structure(params)
+    expected_structure: Any = jax.tree.structure(drawn)
+    if structure != expected_structure:
+        raise ArgumentError("params", f"got {structure}; the learner has {expected_structure}")
     for (path, leaf), expected in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(drawn), strict=True
     ):
@@ -153,17 +170,18 @@ def check_params(params: Params, drawn: Params) -> None:
                 f"got {jnp.result_type(leaf)} of shape {jnp.shape(leaf)} at {jax.tree_util.keystr(path)}; "
                 f"the learner has {expected.dtype} of shape {expected.shape}",
             )
-        known = getattr(leaf, "is_fully_addressable", True) and not isinstance(leaf, jax.core.Tracer)
-        if known and jnp.issubdtype(expected.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
+        # Values of traced arrays and of shards in other processes are not known here.
+        is_known = getattr(leaf, "is_fully_addressable", True) and not isinstance(leaf, jax.core.Tracer)
+        if is_known and jnp.issubdtype(expected.dtype, jnp.inexact) and not jnp.isfinite(leaf).all():
             where = jax.tree_util.keystr(path)
             raise ArgumentError("params", f"got values at {where} that are not finite")
 
 
 @contextlib.contextmanager
 def stream_batches(stream: TaskStream, start: int) -> Iterator[Iterator[Task]]:
-    """The batches of a stream from `start` on, read ahead where it can, until the block ends.
+    """Iterate over the batches of a stream from `start` on, and close the iterator when the block ends.
 
-    Class slots that are on the host are checked; to look at those on a device would be to wait for it.
+    Class slots that are on the host are checked; checking those on a device would wait for the device.
     """
     batches = map(stream.at, itertools.count(start)) if stream.batches is None else stream.batches(start)
 
@@ -181,15 +199,15 @@ def stream_batches(stream: TaskStream, start: int) -> Iterator[Iterator[Task]]:
 
 
 def check_stream(tasks: TaskDistribution | TaskStream, key: Key, *, for_evaluation: bool, name: str) -> None:
-    """Refuses a stream whose episodes are known to be others than those that `key` stands for."""
+    """Raise an error if `tasks` is a stream whose episodes are numbered otherwise than by `key`."""
     if not isinstance(tasks, TaskStream) or tasks.key is None:
         return
-    own, given = (np.asarray(jax.random.key_data(each)) for each in (tasks.key, key))
-    if tasks.for_evaluation != for_evaluation or not np.array_equal(own, given):
+    stream_bits, bits = (np.asarray(jax.random.key_data(each)) for each in (tasks.key, key))
+    if tasks.for_evaluation != for_evaluation or not np.array_equal(stream_bits, bits):
         raise ArgumentError(
             name,
             f"got a stream whose episodes are of another key, or numbered otherwise; build "
-            f"it with the key used here ({given.tolist()} as data) and for_evaluation={for_evaluation}",
+            f"it with the key used here ({bits.tolist()} as data) and for_evaluation={for_evaluation}",
         )
 
 
@@ -202,36 +220,47 @@ def meta_step(
     devices: Devices = None,
     compared_to: Learner | None = None,
 ) -> Callable[[TrainState, Source], tuple[TrainState, dict[str, Float[Array, ""]]]]:
-    """One meta-step as a pure function, to be compiled by the caller.
+    """Build one meta-step as a pure function, for the caller to compile.
 
     φ ← update(φ, 1/B Σ_i ∇_φ loss(φ, task_i)), with task_i drawn on the device from the key
-    `fold_in(fold_in(key, step), i)`: the same tasks on one device and on eight, and under
-    every strategy. Results agree up to the order of a float32 sum.
+    `fold_in(fold_in(key, step), i)`. The tasks are the same on any number of devices and under
+    every strategy, and results agree up to the order of a float32 sum.
+
+    Compile it with `jax.jit(step, donate_argnums=0)` to update the state in place.
 
     Args:
-      learner: what is trained; the plain gradient of its `loss` is the meta-gradient.
-      optimizer: any optax optimizer, clipped, scheduled or chained.
-      meta_batch: tasks per meta-step, B.
-      strategy: how a device goes through its tasks. "vmap": all at once. "scan": one at a
-        time, gradients accumulated, so that memory does not grow with their number. An int:
-        that many at a time. "auto": "scan" on CPUs, whose grouped convolutions are slow,
-        "vmap" on accelerators.
-      devices: that share the tasks; None for as many as divide `meta_batch`. Of a learner that is
-        `divisible` there may be more of them than tasks: they share the examples of each. Or a mesh of
-        `jm.make_mesh`.
-      compared_to: a learner of the same parameters, such as the first-order version of `learner`, whose
-        meta-gradient on the same tasks is computed besides, and not used: the metrics get "cosine" and
+      learner: learner to train; the plain gradient of its `loss` is the meta-gradient.
+      optimizer: outer optax optimizer.
+      meta_batch: number of tasks B in a meta-step.
+      strategy: order in which a device processes its tasks: "vmap" for all at once; "scan" for one
+        after the other with accumulated gradients, so that memory does not grow with their number;
+        an int for that many at a time; "auto" for "scan" on CPUs, whose grouped convolutions are
+        slow, and "vmap" on accelerators.
+      devices: devices that share the tasks, or a mesh of `jm.make_mesh`; None for as many as divide
+        `meta_batch`. For a learner that is `divisible` there may be more devices than tasks, which then
+        share the examples of each task.
+      compared_to: learner of the same parameters, such as the first-order version of `learner`. Its
+        meta-gradient on the same tasks is computed for comparison only: the metrics get "cosine" and
         "norm_ratio" between the two (see `jm.meta_gradient_alignment`).
 
     Returns:
-      `step(state, tasks.sample) -> (state, metrics)`, or `step(state, stream.at(i))` with a batch of
-      `meta_batch` tasks. `metrics` has "loss", the mean of the
-      learner's loss, and the mean of each of the learner's own metrics over all tasks (which
-      replaces "loss" where the learner reports one by that name).
+      A function `step(state, tasks.sample) -> (state, metrics)`, or `step(state, stream.at(i))` with a
+      batch of `meta_batch` tasks. `metrics` has "loss", the mean of the learner's loss, and the mean of
+      each of the learner's own metrics over all tasks; one named "loss" replaces it.
 
     Raises:
-      ValueError: `meta_batch` below 1, an unknown `strategy`, or a number of devices or of
-        tasks at a time that does not divide.
+      ValueError: `meta_batch` is below 1, `strategy` is unknown, or a number of devices or of tasks at
+        a time does not divide the number of tasks.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> learner, optimizer = jm.maml(jm.nn.MLP(out=1), loss=jm.losses.mse), optax.adam(1e-3)
+      >>> tasks = jm.tasks.sinusoid()
+      >>> state = jm.init_state(learner, optimizer, tasks, jax.random.key(0))
+      >>> step = jax.jit(meta_step(learner, optimizer, 4, "vmap", devices=jax.devices()[:1]))
+      >>> state, metrics = step(state, tasks.sample)
+      >>> int(state.step), sorted(metrics)
+      (1, ['loss', 'mse'])
     """
     check_count("meta_batch", meta_batch)
     learner = normalized(learner)
@@ -244,11 +273,11 @@ def meta_step(
     def gradient(
         learner: Learner, params: Params, step: Array, tasks: Task, keys: Array
     ) -> tuple[Params, tuple[Array, Any]]:
-        """Sums over `at_once` tasks: their gradients; their losses and metrics, in float32 at least."""
+        """Return sums over `at_once` tasks of gradients, and of losses and metrics in float32 or float64."""
 
         def total(params: Params) -> tuple[Array, Any]:
             if at_once == 1:
-                # Without the batch axis: a vmap, even of 1, makes convolutions grouped ones.
+                # Without a batch axis, because a vmap, even over one task, makes convolutions grouped.
                 task, key = jax.tree.map(lambda leaf: leaf[0], (tasks, keys))
                 value, metrics = jax.tree.map(full_precision, learner.loss(params, task, key, step=step))
                 return value, (value, metrics)
@@ -260,21 +289,21 @@ def meta_step(
 
         return jax.grad(total, has_aux=True)(params)
 
-    def gradients(*given: Any) -> tuple[list[Params], tuple[Array, Any]]:
-        """Those of all learners; the losses and metrics of the one that is trained."""
-        found = [gradient(each, *given) for each in (learner, compared_to) if each is not None]
-        return [grads for grads, _ in found], found[0][1]
+    def gradients(*arguments: Any) -> tuple[list[Params], tuple[Array, Any]]:
+        """Return the gradients of both learners, and the losses and metrics of the trained one."""
+        results = [gradient(each, *arguments) for each in (learner, compared_to) if each is not None]
+        return [grads for grads, _ in results], results[0][1]
 
     def step(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         first = sharding.first_task(mesh, own)
         keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(own))
-        # All tasks are drawn before the scan over them: drawn inside it, many tiny operations
-        # per task made the sinusoid's meta-step twice as long. What grows with the number of
-        # tasks is then their examples only, not their activations.
+        # All tasks are drawn before the scan: drawing them inside it, by many tiny operations for each,
+        # doubled the time of the sinusoid's meta-step. Memory then grows with the number of tasks by
+        # their examples only, not by their activations.
         tasks = source if isinstance(source, Task) else jax.vmap(source)(keys[:, 0])
-        if (given := tasks.query.y.shape[0]) != own:
+        if (size := tasks.query.y.shape[0]) != own:
             raise ArgumentError(
-                "tasks", f"got a batch of {given * meta_batch // own}, and meta_batch is {meta_batch}"
+                "tasks", f"got a batch of {size * meta_batch // own}, and meta_batch is {meta_batch}"
             )
         if at_once == own:
             sums = gradients(state.params, state.step, tasks, keys[:, 1])
@@ -301,17 +330,18 @@ def meta_step(
             {"loss": loss / meta_batch, **means},
         )
 
-    shared = sharding.over_tasks(step, mesh, out=PartitionSpec())
+    sharded_step = sharding.over_tasks(step, mesh, out=PartitionSpec())
 
-    def placed(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        state, metrics = shared(state, source)
+    def placed_step(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        state, metrics = sharded_step(state, source)
+        # The new state has the sharding of the old one, whose donated buffers it reuses.
         return sharding.keep_placed(state, mesh), metrics
 
-    return placed
+    return placed_step
 
 
 def validation_key(key: Key) -> Key:
-    """Key of the validation episodes of a run with `key`: the same at every validation."""
+    """Return the key of the validation episodes of a run with `key`, the same at every validation."""
     return jax.random.fold_in(key, _VALIDATION)
 
 

@@ -1,4 +1,4 @@
-"""Layers of slow and fast weights, and the two generators of fast weights."""
+"""Tests of layers with slow and fast weights, and of the generators of fast weights."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def slow_of(network, x):
 
 
 def run(network, slow, x, fast=None):
-    """The network's output, as one jitted program."""
+    """Return the network's outputs, computed by one compiled program."""
     return jax.jit(lambda slow, x, fast: network.apply({"params": slow}, x, fast))(slow, x, fast)
 
 
@@ -74,14 +74,14 @@ def test_augmented_layers_match_their_formula(activation):
             )
         )
 
-    found = layer.apply({"params": {"kernel": w}}, x, {"kernel": v})
-    np.testing.assert_allclose(found, plain(w) + plain(v), atol=1e-12)
+    outputs = layer.apply({"params": {"kernel": w}}, x, {"kernel": v})
+    np.testing.assert_allclose(outputs, plain(w) + plain(v), atol=1e-12)
     both = layer.apply({"params": {"kernel": w}}, x, ({"kernel": t}, {"kernel": v}))
     np.testing.assert_allclose(both, plain(w) + plain(t) + plain(v), atol=1e-12)
 
     h, w, v = normal(2, 3), normal(3, 4), normal(4, 3).T
-    found = AugmentedDense(4, activation).apply({"params": {"kernel": w}}, h, {"kernel": v})
-    np.testing.assert_allclose(found, a(h @ w) + a(h @ v), atol=1e-12)
+    outputs = AugmentedDense(4, activation).apply({"params": {"kernel": w}}, h, {"kernel": v})
+    np.testing.assert_allclose(outputs, a(h @ w) + a(h @ v), atol=1e-12)
 
 
 def test_the_omniglot_network_has_as_many_weights_as_the_paper():
@@ -98,7 +98,7 @@ def test_the_omniglot_network_has_as_many_weights_as_the_paper():
     assert list(embedding[1]["params"]) == [name for name in shapes if name != "head"]
 
 
-def test_weights_begin_in_the_published_range():
+def test_weights_are_initialised_in_the_published_range():
     params = jax.jit(AugmentedCNN(ways=5).init)(jax.random.key(0), jnp.ones((2, 8, 8, 1)))["params"]
     weights = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
     assert weights.min() >= -0.1
@@ -107,7 +107,7 @@ def test_weights_begin_in_the_published_range():
 
 
 @pytest.mark.parametrize("ways", [None, 3])
-def test_zero_fast_weights_leave_the_slow_network_exactly(ways):
+def test_zero_fast_weights_do_not_change_the_outputs(ways):
     network, x = small_network(ways), normal(3, 9, 9, 1)
     slow = slow_of(network, x)
     expected = run(network, slow, x)
@@ -128,13 +128,13 @@ def test_the_last_layer_is_linear_and_the_one_before_a_head_is_not():
     np.testing.assert_array_equal(embedding.apply({"params": {"fc": params["fc"]}}, x), -2)
 
 
-def test_layers_without_fast_weights_use_their_slow_ones_only():
+def test_layers_missing_from_the_fast_weights_use_their_slow_weights_only():
     network, x = small_network(), normal(2, 8, 8, 1)
     slow = slow_of(network, x)
     fast = drawn_like(slow)
-    some = {"fc": fast["fc"]}
+    partial = {"fc": fast["fc"]}
     filled = {name: fast[name] if name == "fc" else jax.tree.map(np.zeros_like, slow[name]) for name in slow}
-    np.testing.assert_array_equal(run(network, slow, x, some), run(network, slow, x, filled))
+    np.testing.assert_array_equal(run(network, slow, x, partial), run(network, slow, x, filled))
 
 
 def test_vmap_over_fast_weights_equals_a_loop_in_outputs_and_gradients():
@@ -147,19 +147,19 @@ def test_vmap_over_fast_weights_equals_a_loop_in_outputs_and_gradients():
         return jax.vmap(lambda x, fast: network.apply({"params": slow}, x[None], fast)[0])(x, stacked)
 
     def loop(slow, stacked):
-        own = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(4)]  # noqa: B023
-        return jnp.concatenate([network.apply({"params": slow}, x[i : i + 1], own[i]) for i in range(4)])
+        fasts = [jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(4)]  # noqa: B023
+        return jnp.concatenate([network.apply({"params": slow}, x[i : i + 1], fasts[i]) for i in range(4)])
 
-    def of_squares(outputs_of):
+    def gradients_and_outputs(function):
         def loss(slow, stacked):
-            outputs = outputs_of(slow, stacked)
+            outputs = function(slow, stacked)
             return jnp.square(outputs).sum(), outputs
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(slow, stacked)
 
-    (found, outputs), (expected, expected_outputs) = map(of_squares, (together, loop))
+    (actual, outputs), (expected, expected_outputs) = map(gradients_and_outputs, (together, loop))
     np.testing.assert_allclose(outputs, expected_outputs, atol=1e-12)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), actual, expected)
 
 
 def test_pooling_keeps_the_last_odd_row_and_has_finite_gradients():
@@ -180,14 +180,14 @@ def generators():
     return [(TaskGenerator(4), g), (ExampleGenerator(4), g[0])]
 
 
-def test_preprocessing_of_gradients_at_the_values_of_the_paper():
-    found = jm.nn.log_and_sign(jnp.array([0, 1, -0.01, 1e-6]), TaskGenerator().preprocess)
-    np.testing.assert_allclose(found, [[-1, 0, -0.657881, -1], [0, 1, -1, 0.00109663]], atol=1e-6)
+def test_preprocessing_of_gradients_with_p_of_the_paper():
+    features = jm.nn.log_and_sign(jnp.array([0, 1, -0.01, 1e-6]), TaskGenerator().preprocess)
+    np.testing.assert_allclose(features, [[-1, 0, -0.657881, -1], [0, 1, -1, 0.00109663]], atol=1e-6)
     assert ExampleGenerator().preprocess == TaskGenerator().preprocess == 7.0
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["task", "example"])
-def test_generators_treat_coordinates_apart_and_alike(which):
+def test_generators_are_permutation_equivariant_and_do_not_mix_coordinates(which):
     generator, g = generators()[which]
     params = drawn_like(jax.eval_shape(generator.init, jax.random.key(0), g))
     apply = jax.jit(generator.apply)
@@ -196,8 +196,8 @@ def test_generators_treat_coordinates_apart_and_alike(which):
     order = np.random.default_rng(3).permutation(12)
     np.testing.assert_allclose(apply(params, g[..., order]), out[order], atol=1e-14)
     jacobian = jax.jit(jax.jacrev(lambda g: generator.apply(params, g)))(g)
-    crossed = np.asarray(jacobian if which else jacobian.sum(1))
-    np.testing.assert_array_equal(crossed * (1 - np.eye(12)), 0)
+    between = np.asarray(jacobian if which else jacobian.sum(1))
+    np.testing.assert_array_equal(between * (1 - np.eye(12)), 0)
     sizes = [
         jax.tree.map(
             jnp.shape,
@@ -210,7 +210,7 @@ def test_generators_treat_coordinates_apart_and_alike(which):
     assert sizes[0] == sizes[1]
 
 
-def test_generators_have_the_published_sizes():
+def test_generators_have_the_published_numbers_of_parameters():
     task, example = (
         jax.tree.map(lambda leaf: leaf.size, jax.eval_shape(generator.init, jax.random.key(0), x)["params"])
         for generator, x in ((TaskGenerator(), jnp.ones((1, 1))), (ExampleGenerator(), jnp.ones(1)))
@@ -227,12 +227,12 @@ def test_generators_with_a_zero_last_layer_generate_zeros(which):
     np.testing.assert_array_equal(jax.jit(generator.apply)({"params": params}, g), 0)
 
 
-def test_masked_steps_do_not_count():
+def test_masked_steps_change_no_output():
     generator, g = generators()[0]
     params = drawn_like(jax.eval_shape(generator.init, jax.random.key(0), g))
     apply = jax.jit(generator.apply)
-    found = apply(params, g, jnp.array([True, False, True]))
-    np.testing.assert_allclose(found, apply(params, g[::2]), atol=1e-14)
+    masked = apply(params, g, jnp.array([True, False, True]))
+    np.testing.assert_allclose(masked, apply(params, g[::2]), atol=1e-14)
     assert np.abs(apply(params, g) - apply(params, g[::-1])).max() > 1e-3
 
 

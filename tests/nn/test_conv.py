@@ -1,4 +1,4 @@
-"""`jm.nn.conv` against `lax.conv_general_dilated`: values, derivatives, and every transformation."""
+"""Tests of `jm.nn.conv` against `lax.conv_general_dilated`: values, derivatives and transformations."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 import jaxmeta as jm
 
-# The package's attribute of this name is the function.
+# `jaxmeta.nn.conv` as an attribute is the function, not the module.
 module = importlib.import_module("jaxmeta.nn.conv")
 conv = jm.nn.conv
 nightly = pytest.mark.nightly
@@ -32,7 +32,7 @@ def draws(seed, *shapes, dtype=None):
 
 
 def assert_close(actual, expected, tolerance):
-    """Equal to `tolerance` of the largest entry: a sum's rounding scales with its terms."""
+    """Compare to `tolerance` times the largest entry, since rounding scales with the terms of a sum."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.shape == e.shape
@@ -51,7 +51,7 @@ GEOMETRIES = [
     ((5, 4), 2, 2, (4, 4), (1, 1), "SAME"),
     # The window never reaches the last row and column.
     ((6, 6), 2, 3, (1, 2), (3, 3), ((0, 0), (0, 0))),
-    # Padding of more than the kernel, and of less than nothing.
+    # Padding wider than the kernel, and negative padding.
     ((3, 3), 2, 3, (2, 2), (1, 1), ((3, 2), (0, 3))),
     ((7, 8), 2, 3, (3, 3), (1, 1), ((-1, 0), (1, -2))),
 ]
@@ -64,7 +64,7 @@ def operands(geometry, seed=0, dtype=None, n=3):
 
 
 def geometries_of(*default):
-    """All geometries; those whose places are not in `default` are nightly."""
+    """Parametrize by all geometries; those whose index is not in `default` are nightly."""
     return pytest.mark.parametrize(
         "geometry",
         [pytest.param(g, marks=() if i in default else nightly) for i, g in enumerate(GEOMETRIES)],
@@ -83,7 +83,7 @@ def test_values_in_float32(geometry):
 
 
 def derivatives(function, x, w, directions):
-    """Values and derivatives to the third order, by nestings of forward and reverse mode."""
+    """Return values and derivatives up to third order, by nested forward and reverse mode."""
     (dx, dw), (ex, ew) = directions
 
     def loss(x, w):
@@ -180,7 +180,7 @@ def test_vmap_equals_a_loop(strides, channels, batched, x64):
 
 def test_nested_vmap_over_any_axis(x64):
     xs, ws = draws(0, (2, 3, 5, 4, 3, 2), (3, 2, 2, 3, 4))
-    # Outer: first axis of xs, one set of kernels. Inner: tasks, axis 3 of what is left of xs and of ws.
+    # Outer: the first axis of xs, with the same kernels. Inner: tasks, on axis 3 of each of xs and of ws.
     actual = jax.jit(jax.vmap(jax.vmap(conv, (3, 3), -1), (0, None)))(xs, ws)
     one = jax.jit(reference)
     xs, ws = np.asarray(xs), np.asarray(ws)
@@ -230,15 +230,15 @@ def test_accelerator_rules_equal_those_of_the_cpu(geometry, x64):
     x, w, y = draws(0, (2, 3, *image, c), (2, *window, c, o), (2, 3, *geometry.out, o))
     product = module._over_tasks_as_product
     rules = [
-        (product(module._lax_form, module._patch_form), module._forward, x, w),
+        (product(module._lax_conv, module._patch_conv), module._forward, x, w),
         (
-            product(functools.partial(module._transpose_of_x, module._lax_form), module._patch_input_grad),
+            product(functools.partial(module._transpose_of_x, module._lax_conv), module._patch_input_grad),
             module._input_grad,
             y,
             w,
         ),
         (
-            product(functools.partial(module._transpose_of_w, module._lax_form), module._patch_kernel_grad),
+            product(functools.partial(module._transpose_of_w, module._lax_conv), module._patch_kernel_grad),
             module._kernel_grad,
             x,
             y,
@@ -289,7 +289,7 @@ def test_no_platform_gets_a_grouped_convolution():
 def test_gradients_in_chunks_of_images_match_transposition(limit, channels, strides, monkeypatch, x64):
     monkeypatch.setattr(module, "CPU_PATCH_BYTES", limit)
     geometry = module.Geometry((5, 5), (3, 3), (strides, strides), ((1, 1), (1, 1)))
-    # Six images go in chunks of 1, 2, 3 or 6.
+    # Six images are split into chunks of 1, 2, 3 or 6.
     x, w, y = draws(0, (6, 5, 5, channels), (3, 3, channels, 4), (6, *geometry.out, 4))
 
     @jax.jit
@@ -297,8 +297,8 @@ def test_gradients_in_chunks_of_images_match_transposition(limit, channels, stri
         return (
             (module._cpu_kernel_grad(x, y, geometry), module._cpu_input_grad(y, w, geometry)),
             (
-                module._transpose_of_w(module._lax_form, x, y, geometry),
-                module._transpose_of_x(module._lax_form, y, w, geometry),
+                module._transpose_of_w(module._lax_conv, x, y, geometry),
+                module._transpose_of_x(module._lax_conv, y, w, geometry),
             ),
         )
 
@@ -315,7 +315,8 @@ def test_chunk_is_the_largest_divisor_that_fits(monkeypatch, x64):
 
 @pytest.mark.parametrize(("channels", "strides"), [(3, 1), pytest.param(20, 2, marks=nightly)])
 def test_derivatives_match_where_images_are_split_into_chunks(channels, strides):
-    """10 images of 3·3·32·32·channels float32 patches: 110 kB each with 3 channels, 184 kB with 20."""
+    # The patches of one image have 3·3·h·w·channels float32 values: 110 kB for 3 channels and stride 1,
+    # 184 kB for 20 channels and stride 2.
     x, w, direction = draws(
         0, (10, 32, 32, channels), (3, 3, channels, 8), (3, 3, channels, 8), dtype=jnp.float32
     )
@@ -375,7 +376,7 @@ def test_scan_over_steps_differentiates(x64):
     assert_close(actual, expected, 1e-10)
 
 
-def test_bfloat16_keeps_its_type():
+def test_bfloat16_operands_give_bfloat16_outputs():
     x, w = draws(0, (2, 5, 5, 3), (3, 3, 3, 4), dtype=jnp.bfloat16)
     actual = conv(x, w)
     assert actual.dtype == jnp.bfloat16
@@ -400,7 +401,7 @@ def test_precision_of_the_context_reaches_the_primitive():
 
 
 @pytest.mark.parametrize(
-    ("x", "kernel", "padding", "says"),
+    ("x", "kernel", "padding", "message"),
     [
         ((2, 5, 5, 3), (3, 3, 4, 8), "SAME", r"\(2, 5, 5, 3\) and \(3, 3, 4, 8\)"),
         ((5, 5, 3), (3, 3, 3, 8), "SAME", "conv takes x"),
@@ -408,13 +409,13 @@ def test_precision_of_the_context_reaches_the_primitive():
         ((2, 2, 5, 3), (3, 3, 3, 8), "VALID", r"no room for a \(3, 3\) kernel in a \(2, 5\) image"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(x, kernel, padding, says):
-    # Without the run-time type checks, which users do not have.
-    with pytest.raises(ValueError, match=says):
+def test_shapes_that_do_not_fit_are_refused(x, kernel, padding, message):
+    # Unwrapped, because jaxtyping's run-time checks, which only tests enable, would raise first.
+    with pytest.raises(ValueError, match=message):
         inspect.unwrap(conv)(jnp.zeros(x), jnp.zeros(kernel), padding=padding)
 
 
-def test_operands_of_two_types_are_refused():
+def test_operands_of_different_dtypes_are_refused():
     with pytest.raises(TypeError, match="one dtype"):
         conv(jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1), jnp.bfloat16))
 
@@ -423,7 +424,7 @@ def test_operands_of_two_types_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("settings", "served"),
+    ("settings", "is_supported"),
     [
         ({"kernel_size": (3, 3)}, True),
         ({"kernel_size": (3, 3), "strides": 2, "use_bias": False}, True),
@@ -439,7 +440,7 @@ def test_operands_of_two_types_are_refused():
         pytest.param({"kernel_size": (2, 2, 2)}, False, marks=nightly),
     ],
 )
-def test_conv_layer_matches_that_of_flax(settings, served):
+def test_conv_layer_matches_that_of_flax(settings, is_supported):
     spatial = (6, 5, 4)[: len(settings["kernel_size"])]
     (x,) = draws(0, (2, *spatial, 4))
     ours, theirs = jm.nn.Conv(8, **settings), linen.Conv(8, **settings)
@@ -456,10 +457,10 @@ def test_conv_layer_matches_that_of_flax(settings, served):
 
     params, results = run(x, ours)
     assert_close((params, results), run(x, theirs), 1e-5)
-    assert ("task_conv" in str(jax.make_jaxpr(ours.apply)(params, x))) == served
+    assert ("task_conv" in str(jax.make_jaxpr(ours.apply)(params, x))) == is_supported
 
 
-def test_conv_layer_takes_images_without_a_batch_axis_and_with_two():
+def test_conv_layer_takes_zero_or_two_batch_axes():
     layer, flax_layer = jm.nn.Conv(3, (3, 3)), linen.Conv(3, (3, 3))
     for shape in ((5, 5, 2), (2, 3, 5, 5, 2)):
         (x,) = draws(0, shape)

@@ -1,4 +1,4 @@
-"""The learned optimizers' networks: preprocessing, the LSTM against torch's, parameter counts."""
+"""Tests of the learned optimizers' networks: preprocessing, the LSTM against PyTorch, parameter counts."""
 
 import functools
 
@@ -46,21 +46,21 @@ def test_preprocessing_is_continuous_and_has_finite_derivatives():
     assert np.isfinite(slopes).all()
 
 
-def test_coordinatewise_lstm_matches_that_of_torch():
+def test_coordinatewise_lstm_matches_torch():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     features, inputs, n, steps = 3, 2, 7, 4
     rng = np.random.default_rng(0)
     layer = jm.nn.CoordinatewiseLSTM(features, forget_bias=1.0)
     kernel, bias = rng.normal(size=(inputs + features, 4 * features)), rng.normal(size=4 * features)
     cell = torch.nn.LSTMCell(inputs, features, dtype=torch.float64)
-    # Ours: input, candidate, forget, output; torch: input, forget, candidate, output.
+    # Our gates are ordered input, candidate, forget, output; torch's input, forget, candidate, output.
     order = np.concatenate([np.arange(features) + features * block for block in (0, 2, 1, 3)])
-    moved, shifted = kernel[:, order].T, bias[order].copy()
-    shifted[features : 2 * features] += 1.0
+    torch_kernel, torch_bias = kernel[:, order].T, bias[order].copy()
+    torch_bias[features : 2 * features] += 1.0
     with torch.no_grad():
-        cell.weight_ih.copy_(torch.tensor(moved[:, :inputs]))
-        cell.weight_hh.copy_(torch.tensor(moved[:, inputs:]))
-        cell.bias_ih.copy_(torch.tensor(shifted))
+        cell.weight_ih.copy_(torch.tensor(torch_kernel[:, :inputs]))
+        cell.weight_hh.copy_(torch.tensor(torch_kernel[:, inputs:]))
+        cell.bias_ih.copy_(torch.tensor(torch_bias))
         cell.bias_hh.zero_()
     state = (jnp.zeros((features, n)), jnp.zeros((features, n)))
     theirs = None
@@ -118,7 +118,7 @@ def test_gated_update_has_the_parameters_of_the_paper():
     assert -5 <= params["input_bias"] <= -4
     rest = [leaf for name, leaf in params.items() if "bias" not in name]
     assert all(np.abs(leaf).max() <= 0.01 for leaf in jax.tree.leaves(rest))
-    # One layer: φ(L), φ(∇), θ and the gate itself.
+    # The one-layer form has weights for φ(L), φ(∇), θ and the gate, and a bias.
     assert count(gated(hidden=None)[1]) == 2 * (6 + 1)
 
 
@@ -152,7 +152,7 @@ def test_one_layer_form_matches_formulas_in_numpy(feedback):
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("hidden", [20, None])
-def test_coordinates_are_treated_alike_and_apart(hidden):
+def test_gated_update_is_permutation_equivariant_and_does_not_mix_coordinates(hidden):
     net, params = gated(hidden)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.3 * rng.normal(size=leaf.shape), params)

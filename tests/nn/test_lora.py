@@ -1,4 +1,4 @@
-"""Low-rank factors beside a network's kernels: equal at first, of low rank, and all that a task adapts."""
+"""Tests of low-rank adaptation: initial outputs, rank of the change, and adaptation of the factors alone."""
 
 import functools
 
@@ -23,7 +23,7 @@ def dense(**settings):
 
 
 def by_hand():
-    """Return a network of functions, whose parameters are a list."""
+    """Return a network as a pair of functions, whose parameters are a list."""
 
     def init(key, x):
         return [jax.random.normal(key, (x.shape[1], WAYS)), jnp.ones(WAYS)]
@@ -56,7 +56,7 @@ def moved(params, seed=1):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_network_with_factors_begins_as_the_network_bit_for_bit(name):
+def test_initial_outputs_equal_those_of_the_network_bit_for_bit(name):
     build, shape = NETWORKS[name]
     network, x = build(), inputs(shape)
     plain, model = jm.nn.as_model(network), jm.nn.lora(network, rank=2)
@@ -64,10 +64,10 @@ def test_network_with_factors_begins_as_the_network_bit_for_bit(name):
     jax.tree.map(np.testing.assert_array_equal, params["network"], expected)
     mask = jnp.array([True] * 5 + [False]) if plain.apply_norm is not None else None
     outputs, stats = jax.jit(functools.partial(forward, model))(params, x, mask=mask)
-    wanted, wanted_stats = jax.jit(functools.partial(forward, plain))(expected, x, mask=mask)
-    np.testing.assert_array_equal(outputs, wanted)
-    if wanted_stats is not None:
-        jax.tree.map(np.testing.assert_array_equal, stats, {"network": wanted_stats})
+    expected_outputs, expected_stats = jax.jit(functools.partial(forward, plain))(expected, x, mask=mask)
+    np.testing.assert_array_equal(outputs, expected_outputs)
+    if expected_stats is not None:
+        jax.tree.map(np.testing.assert_array_equal, stats, {"network": expected_stats})
     assert (model.stochastic, model.divisible) == (plain.stochastic, plain.divisible)
 
 
@@ -104,7 +104,7 @@ def identity(shape, name="kernel"):
         ((6, 4, 3, 2), "weight", (24, 6)),
     ],
 )
-def test_change_of_a_kernel_has_no_higher_rank_than_asked(shape, name, sides):
+def test_change_of_a_kernel_has_at_most_the_requested_rank(shape, name, sides):
     model = jm.nn.lora(identity(shape, name), rank=2)
     params = moved(model.init(KEY, jnp.zeros(())))
     factors = params["lora"]["layer"][name]
@@ -119,7 +119,7 @@ def test_change_of_a_kernel_has_no_higher_rank_than_asked(shape, name, sides):
 def test_first_factor_has_the_variance_of_one_over_the_inputs_and_the_second_is_zero():
     params = jm.nn.lora(identity((3, 3, 100, 8)), rank=8).init(KEY, jnp.zeros(()))["lora"]["layer"]["kernel"]
     a = np.asarray(params["a"])
-    # 7,200 draws: the variance has a standard error of sqrt(2 / 7200) of itself.
+    # The sample variance of 7,200 draws has a relative standard error of sqrt(2 / 7200).
     np.testing.assert_allclose(a.var() * 900, 1, atol=4 * np.sqrt(2 / 7200))
     assert not params["b"].any()
 
@@ -133,7 +133,7 @@ def test_factors_of_two_kernels_of_one_shape_differ():
     ("network", "shape", "rank", "count"),
     [
         (jm.nn.MLP(5, (32,)), (8,), 4, 4 * (8 + 32) + 4 * (32 + 5)),
-        # Of sides below the rank, factors have the rank of the side.
+        # A side shorter than the rank limits the rank of the factors.
         (jm.nn.MLP(1, (40, 40)), (1,), 4, 1 * (1 + 40) + 4 * (40 + 40) + 1 * (40 + 1)),
         (jm.nn.StridedConv4(2, filters=6), (16, 16, 1), 1, (9 + 6) + 3 * (54 + 6) + (6 + 2)),
     ],
@@ -173,7 +173,7 @@ def test_settings_that_give_no_factors_are_refused(settings, name):
     assert caught.value.name == name
 
 
-def test_statistics_that_are_handed_in_normalise():
+def test_given_statistics_normalise():
     network, x = dense(norm=True), inputs((4,))
     plain, model = jm.nn.as_model(network), jm.nn.lora(network)
     params = moved(model.init(KEY, x))
@@ -219,13 +219,13 @@ def episode():
     return jm.Task(batch, batch)
 
 
-def test_maml_adapts_the_factors_alone_and_learns_all():
+def test_maml_adapts_the_factors_alone_and_meta_learns_all_parameters():
     task = episode()
     learner = jm.maml(jm.nn.lora(dense(norm=True), rank=2), inner_lr=0.5, inner_steps=2, adapts="lora")
     params = learner.init(KEY, task)
     adapted = jax.jit(learner.adapt)(params, task.support, KEY)["model"]
     jax.tree.map(np.testing.assert_array_equal, adapted["network"], params["model"]["network"])
-    # The first step moves what was zero, and the second what this is multiplied by.
+    # The first step changes B, which was zero; A has a gradient only from the second step on.
     for before, after in zip(
         jax.tree.leaves(params["model"]["lora"]), jax.tree.leaves(adapted["lora"]), strict=True
     ):
@@ -236,8 +236,8 @@ def test_maml_adapts_the_factors_alone_and_learns_all():
         assert leaf.any()
 
 
-def test_first_inner_step_is_that_of_the_gradient_in_the_kernel():
-    """∂L/∂B = Aᵀ ∂L/∂W, where B is zero and A stays."""
+def test_first_inner_step_follows_the_gradient_in_the_kernel():
+    # While B is zero, ∂L/∂B = Aᵀ ∂L/∂W and ∂L/∂A = 0.
     task = episode()
     learner = jm.maml(jm.nn.lora(jm.nn.MLP(WAYS, ()), rank=2), inner_lr=0.5, adapts="lora")
     params = learner.init(KEY, task)
@@ -304,7 +304,7 @@ def test_one_meta_step_on_glyphs_in_which_tasks_adapt_the_factors():
     assert jm.evaluate(learner, state.params, tasks, key=KEY, episodes=2) is not None
 
 
-def test_parameters_of_numpy_get_factors_in_their_own_bits():
+def test_factors_have_the_dtype_of_numpy_parameters():
     kernel = np.arange(8, dtype=np.float16).reshape(4, 2)
     model = jm.nn.lora((lambda key, x: {"w": kernel}, lambda params, x: x @ params["w"]), rank=1)
     x = jnp.ones((3, 4), jnp.float16)

@@ -1,4 +1,4 @@
-"""The published networks, batch normalisation and pooling."""
+"""Tests of the published networks, batch normalisation and pooling."""
 
 import functools
 
@@ -37,19 +37,19 @@ def test_widths_and_parameter_counts(network, image, width, count):
     assert jax.eval_shape(model.apply, params, x).shape == (2, width)
 
 
-def test_mlp_of_sinusoids_has_the_initialisation_of_the_paper():
+def test_sinusoid_mlp_has_the_published_initialisation():
     params = jax.jit(jm.nn.as_model(jm.nn.MLP(out=1)).init)(jax.random.key(0), jnp.zeros((1, 1)))
     params = jax.tree.map(np.asarray, params)
     for layer in params.values():
         np.testing.assert_array_equal(layer["bias"], 0)
-    # Standard deviation 0.01 before it is truncated at 0.02, which leaves 0.0088, as in TensorFlow.
+    # A normal distribution of standard deviation 0.01, truncated at 0.02, has standard deviation 0.0088.
     kernel = params["Dense_1"]["kernel"]
     assert kernel.std() == pytest.approx(0.0088, rel=0.05)
     assert 0.018 < np.abs(kernel).max() <= 0.02
 
 
 def test_conv4_pools_after_the_relu(x64):
-    """Against the published order of its block: convolution with bias, normalisation, ReLU, pooling."""
+    """Compare with the published order: convolution with bias, normalisation, ReLU, pooling."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 17, 16, 2))
     model = jm.nn.as_model(jm.nn.Conv4(filters=4))
@@ -97,29 +97,30 @@ def test_batch_norm_matches_the_formula(spatial, masked, offset, x64):
     layer = jm.nn.BatchNorm()
     others = (jnp.asarray(mask) if masked else None, jnp.asarray(shift) if offset else 0.0)
     params = jax.tree.map(jnp.asarray, params)
-    # Statistics handed in are those of the inputs WITH the offset, and win over the batch's.
-    handed = {"mean": mean + 1, "var": 2 * var}
+    # Given statistics are those of the inputs WITH the offset, and replace those of the batch.
+    given = {"mean": mean + 1, "var": 2 * var}
 
     @jax.jit
-    def run(params, handed, x):
+    def run(params, given, x):
         return (
             layer.apply({"params": params}, x, *others, mutable=[STATISTICS]),
             layer.apply({"params": params}, x, *others),
-            layer.apply({"params": params, STATISTICS: handed}, x, *others),
+            layer.apply({"params": params, STATISTICS: given}, x, *others),
         )
 
-    (outputs, state), alone, by_handed = run(params, handed, x)
+    (outputs, state), immutable, normalised_by_given = run(params, given, x)
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
     np.testing.assert_allclose(state[STATISTICS]["mean"], mean, atol=1e-12)
     np.testing.assert_allclose(state[STATISTICS]["var"], var, atol=1e-12)
-    np.testing.assert_allclose(alone, expected, atol=1e-12)
+    np.testing.assert_allclose(immutable, expected, atol=1e-12)
     expected = batch_norm(x + shift, params, mean + 1, 2 * var)
-    np.testing.assert_allclose(by_handed, expected, atol=1e-12)
+    np.testing.assert_allclose(normalised_by_given, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [pytest.param((5, 4, 6, 3), marks=pytest.mark.nightly), (5, 5, 7, 3)])
 def test_pooling_within_normalisation_is_pooling_after_it(shape, x64):
-    """To the second derivative; a channel may be turned around by its scale, or be all one number."""
+    # Up to second derivatives. A negative scale reverses the order of a channel's values; a scale of 0 makes
+    # them equal.
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=s)) for s in (shape, (5, shape[1] // 2, shape[2] // 2, 3)))
     layer = jm.nn.BatchNorm()
@@ -138,7 +139,8 @@ def test_pooling_within_normalisation_is_pooling_after_it(shape, x64):
         return function(params, x), slopes
 
     np.testing.assert_allclose(run(within, params, x)[0], run(after, params, x)[0], atol=1e-12)
-    # Where the scale is 0 all places are equal, and which one takes the gradient is anybody's choice.
+    # Derivatives are compared with a small scale in place of 0, because equal values may share a gradient in
+    # different ways.
     params = params | {"scale": jnp.array([1.5, -0.7, 1e-3])}
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10),
@@ -200,7 +202,7 @@ def test_padding_changes_no_output_or_statistic_of_a_block(x64):
         pytest.param((3, 2), marks=pytest.mark.nightly),
     ],
 )
-def test_max_pool_is_a_window_maximum_to_the_second_derivative(size, x64):
+def test_max_pool_is_a_window_maximum_up_to_second_derivatives(size, x64):
     x, dx = jax.random.normal(jax.random.key(0), (2, 2, *size, 3))
 
     def reference(x):
@@ -222,7 +224,7 @@ def test_max_pool_is_a_window_maximum_to_the_second_derivative(size, x64):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-def test_of_equal_maxima_the_first_takes_the_gradient():
+def test_first_of_equal_maxima_takes_the_gradient():
     x = jnp.array([[1.0, 1.0], [1.0, 1.0]])[None, :, :, None]
     gradient = jax.jit(jax.grad(lambda x: jm.nn.max_pool_2x2(x).sum()))(x)
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0], [0, 0]])

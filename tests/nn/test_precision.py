@@ -1,4 +1,4 @@
-"""A network in bfloat16: what it computes with is rounded, and nothing that enters or leaves it."""
+"""Tests of networks that compute in bfloat16 with float32 parameters, outputs and statistics."""
 
 import functools
 
@@ -36,24 +36,24 @@ LEARNERS = {
     ],
     ids=["maml-mlp", "maml-conv4", "prototypical-conv4"],
 )
-def test_bfloat16_loss_and_gradient_are_float32_and_close_to_those_of_float32(name, network):
+def test_loss_and_gradient_in_bfloat16_are_close_to_float32(name, network):
     task = episode()
     exact, rounded = (LEARNERS[name](each) for each in (network, jm.nn.in_precision(network)))
     params = jax.jit(exact.init)(KEY, task)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, jax.eval_shape(rounded.init, KEY, task))
-    (expected, found) = (
+    (expected, actual) = (
         jax.jit(jax.value_and_grad(lambda params, learner=learner: learner.loss(params, task, KEY)[0]))(
             params
         )
         for learner in (exact, rounded)
     )
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
-    assert found[0] != expected[0]
-    np.testing.assert_allclose(found[0], expected[0], rtol=0.02)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(actual)} == {"float32"}
+    assert actual[0] != expected[0]
+    np.testing.assert_allclose(actual[0], expected[0], rtol=0.02)
     a, b = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]) for _, grads in (found, expected)
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]) for _, grads in (actual, expected)
     )
-    # A second-order gradient through a batch of three is the more sensitive one.
+    # A loose bound: a second-order gradient through batch statistics of three examples amplifies rounding.
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.9
 
 
@@ -62,13 +62,13 @@ def test_convolutions_and_products_run_in_bfloat16():
     x = jax.ShapeDtypeStruct((2, 28, 28, 1), jnp.float32)
     params = jax.eval_shape(model.init, KEY, x)
     text = jax.jit(model.apply).lower(params, x).as_text()
-    kinds = [line for line in text.splitlines() if "convolution(" in line or "dot_general" in line]
-    assert kinds
-    assert all("bf16" in line and "f32" not in line.replace("bf16", "") for line in kinds)
+    operations = [line for line in text.splitlines() if "convolution(" in line or "dot_general" in line]
+    assert operations
+    assert all("bf16" in line and "f32" not in line.replace("bf16", "") for line in operations)
 
 
 def test_moments_of_bfloat16_values_are_summed_in_float32():
-    """Of 4,096 numbers around 100 a sum in bfloat16 stops at a few thousand, and their spread is lost."""
+    # In bfloat16, a sum of 4,096 numbers around 100 stops growing at some thousands and loses their variance.
     x = (100 + jax.random.normal(KEY, (4096, 2))).astype(jnp.bfloat16)
     mean, var = moments(x)
     assert mean.dtype == var.dtype == jnp.float32
@@ -85,6 +85,6 @@ def test_batch_statistics_and_outputs_are_float32(network):
     assert {leaf.dtype.name for leaf in jax.tree.leaves((outputs, stats))} == {"float32"}
 
 
-def test_a_dtype_that_is_no_float_is_refused():
+def test_integer_dtype_is_refused():
     with pytest.raises(ValueError, match="dtype: got int8; it must be a floating-point type"):
         jm.nn.in_precision(jm.nn.MLP(out=1), jnp.int8)

@@ -1,4 +1,4 @@
-"""ResNet and ViT as networks of their own; their outputs are held against PyTorch in tests/transfer."""
+"""Tests of ResNet and ViT; tests/transfer compares their outputs with PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_max_pooling_and_its_gradient_equal_those_of_flax(height, width):
 
 
 @pytest.mark.parametrize("bottleneck", [pytest.param(False, marks=pytest.mark.nightly), True])
-def test_a_resnet_normalises_by_the_batch_or_by_the_statistics_it_is_given(bottleneck):
+def test_resnet_normalises_by_the_batch_or_by_given_statistics(bottleneck):
     network = tiny_resnet(3, bottleneck=bottleneck)
     x, other = noise(4, 33, 32, 3), noise(4, 33, 32, 3, seed=1)
     apply = jax.jit(lambda variables, x: network.apply(variables, x, mutable=["batch_stats"]))
@@ -72,14 +72,14 @@ def test_a_resnet_normalises_by_the_batch_or_by_the_statistics_it_is_given(bottl
     by_batch, state = apply({"params": params}, x)
     given = {"params": params, **state}
     np.testing.assert_allclose(apply(given, x)[0], by_batch, rtol=1e-4, atol=1e-5)
-    # By given statistics an image's output does not depend on the others.
+    # With given statistics, the outputs of an image do not depend on the other images.
     replaced = other.at[1:].set(0)
     np.testing.assert_allclose(apply(given, other)[0][0], apply(given, replaced)[0][0], rtol=1e-4, atol=1e-5)
     assert not np.allclose(apply(given, other)[0], apply({"params": params}, other)[0], atol=1e-3)
 
 
 @pytest.mark.nightly
-def test_padding_changes_no_output_of_a_resnet():
+def test_padding_changes_no_resnet_output():
     model = jm.nn.as_model(tiny_resnet(3))
     x = noise(3, 32, 32, 3)
     params = jax.jit(model.init)(KEY, x)
@@ -112,7 +112,7 @@ def test_maml_gradient_through_a_resnet_matches_finite_differences(channels, x64
     assert abs(slope) > 1e-2
 
 
-def test_stages_and_channels_must_be_as_many():
+def test_depths_and_channels_of_different_lengths_are_refused():
     with pytest.raises(ValueError, match=r"channels: got \(4, 8\).*\(1, 1, 1\)"):
         tiny_resnet(depths=(1, 1, 1)).init(KEY, jnp.zeros((1, 32, 32, 3)))
 
@@ -120,19 +120,19 @@ def test_stages_and_channels_must_be_as_many():
 @pytest.mark.parametrize(
     ("settings", "side", "message"),
     [
-        ({}, 12, "x: got images of 12×12, and position_embedding is of 8×8"),
-        ({"heads": 3}, 8, "heads: got 3; they must divide the width, 8"),
+        ({}, 12, "x: got images of 12×12, but position_embedding is for 8×8"),
+        ({"heads": 3}, 8, "heads: got 3; it must divide the width, 8"),
         ({"image_size": 10}, 10, "image_size: got 10×10; patches of 4 must tile it"),
-        ({"pooling": "max"}, 8, "pooling must be one of"),
+        ({"pooling": "max"}, 8, "pooling: got 'max'; it must be one of 'cls', 'mean'"),
     ],
 )
-def test_a_vit_refuses_bad_settings(settings, side, message):
+def test_invalid_vit_settings_are_refused(settings, side, message):
     with pytest.raises(ValueError, match=message):
         jm.nn.ViT(**{**TINY_VIT, **settings}).init(KEY, jnp.zeros((1, side, side, 3)))
 
 
 @pytest.mark.nightly
-def test_a_vit_drops_only_with_a_key():
+def test_vit_dropout_needs_a_key():
     x = noise(2, 8, 12, 3)
     network = jm.nn.ViT(**{**TINY_VIT, "image_size": (8, 12), "dropout": 0.5, "ways": 3})
     model = jm.nn.as_model(network)
@@ -146,7 +146,7 @@ def test_a_vit_drops_only_with_a_key():
 
 
 @pytest.mark.nightly
-def test_without_position_embeddings_the_order_of_patches_does_not_count():
+def test_patch_order_changes_no_output_without_position_embeddings():
     network = jm.nn.ViT(**TINY_VIT, pooling="mean")
     x = noise(2, 8, 8, 3)
     apply = jax.jit(network.apply)
@@ -166,20 +166,20 @@ def test_without_position_embeddings_the_order_of_patches_does_not_count():
         pytest.param((4, 8), marks=pytest.mark.nightly),
     ],
 )
-def test_positions_are_resized_as_torch_does(grid):
+def test_resized_positions_match_torch(grid):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     positions = np.random.default_rng(0).normal(size=(1, 1 + 6 * 6, 5)).astype(np.float32)
     old = torch.tensor(positions[:, 1:]).reshape(1, 6, 6, 5).permute(0, 3, 1, 2)
-    # As timm's `resample_abs_pos_embed` has it.
+    # The interpolation of timm's `resample_abs_pos_embed`.
     new = torch.nn.functional.interpolate(old, size=grid, mode="bicubic", antialias=True)
     resized = jm.nn.resize_positions(jnp.asarray(positions), grid)
     np.testing.assert_array_equal(resized[:, :1], positions[:, :1])
     np.testing.assert_allclose(resized[:, 1:], new.permute(0, 2, 3, 1).reshape(1, -1, 5), atol=1e-5)
 
 
-def test_resizing_positions_of_a_grid_that_is_not_square_needs_the_grid():
+def test_resizing_positions_of_a_rectangular_grid_needs_old_grid():
     positions = noise(1, 1 + 2 * 3, 4)
-    with pytest.raises(ValueError, match="6 patches; 2×2 would be 4: name the grid as old_grid"):
+    with pytest.raises(ValueError, match="6 patches; a grid of 2×2 has 4; pass the grid as old_grid"):
         jm.nn.resize_positions(positions, (4, 6))
     assert jm.nn.resize_positions(positions, (2, 3), (2, 3)) is positions
     assert jm.nn.resize_positions(positions, (4, 6), (2, 3)).shape == (1, 25, 4)

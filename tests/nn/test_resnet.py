@@ -1,4 +1,4 @@
-"""ResNet-12 against PyTorch, DropBlock against its definition."""
+"""Tests of ResNet-12 against PyTorch, and of DropBlock against its definition."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def torch_resnet12(channels, ways=None):
-    """In the form of MetaOptNet's code."""
+    """Build ResNet-12 as in MetaOptNet's code."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     from torch import nn
 
@@ -40,7 +40,7 @@ def torch_resnet12(channels, ways=None):
 
 
 def torch_tensors(network):
-    """Our name -> (torch's parameter, the axes that turn ours into its)."""
+    """Return a dict from our parameters' paths to (torch parameter, axes that transpose ours into it)."""
     *blocks, _, _, head = network
     tensors = {("head", "kernel"): (head.weight, (1, 0)), ("head", "bias"): (head.bias, (0,))}
     for i, block in enumerate(blocks):
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_match_those_of_torch(x64):
     torch = pytest.importorskip("torch")
     channels = (4, 3, 5, 6)
     rng = np.random.default_rng(0)
-    # Odd maps on the way: 19 and 17 shrink to 9 and 8, 4 and 4, 2, 1.
+    # 19×17 gives maps with odd sides: it shrinks to 9×8, 4×4, 2×2 and 1×1.
     x, weights = rng.normal(size=(3, 19, 17, 3)), rng.normal(size=(3, WAYS))
     theirs = torch_resnet12(channels, WAYS)
     tensors = torch_tensors(theirs)
@@ -82,8 +82,8 @@ def test_outputs_and_gradients_match_those_of_torch(x64):
         outputs = model.apply(params, jnp.asarray(x))
         return jnp.vdot(outputs, jnp.asarray(weights)), outputs
 
-    gradient, found = jax.jit(jax.grad(loss, has_aux=True))(params)
-    np.testing.assert_allclose(found, outputs.detach().numpy(), rtol=1e-9)
+    gradient, our_outputs = jax.jit(jax.grad(loss, has_aux=True))(params)
+    np.testing.assert_allclose(our_outputs, outputs.detach().numpy(), rtol=1e-9)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         tensor, axes = tensors[path_of(path)]
         np.testing.assert_allclose(
@@ -102,12 +102,13 @@ def test_widths_and_parameter_counts():
         assert jax.eval_shape(model.apply, params, x).shape == (2, width)
 
 
-def test_convolutions_start_by_fan_out():
+def test_convolutions_are_initialised_by_fan_out():
     params = jax.jit(ResidualBlock(64, 0.0, None).init)(KEY, jnp.zeros((1, 2, 2, 8)))["params"]
     for name, size in (("layer0", 3), ("layer1", 3), ("shortcut", 1)):
         kernel = params[f"{name}_conv"]["kernel"]
         assert kernel.std() == pytest.approx(np.sqrt(2 / (size**2 * 64)), rel=0.1)
-    assert np.abs(params["layer1_conv"]["kernel"]).max() > 3 * params["layer1_conv"]["kernel"].std()  # whole
+    # The distribution is not truncated.
+    assert np.abs(params["layer1_conv"]["kernel"]).max() > 3 * params["layer1_conv"]["kernel"].std()
 
 
 @pytest.mark.nightly
@@ -157,14 +158,14 @@ def test_drop_block_drops_squares_at_the_rate():
     x = jnp.ones((200, size, size, 10))
     out = np.asarray(jax.jit(drop_block, static_argnums=(2, 3))(x, KEY, rate, block))
     dropped = out == 0
-    # A dropped place is in a wholly dropped square: those squares, found one by one, cover all.
+    # Every dropped place lies in a square that is dropped as a whole: such squares cover all dropped places.
     covered = np.zeros_like(dropped)
     for i in range(size - block + 1):
         for j in range(size - block + 1):
             whole = dropped[:, i : i + block, j : j + block].all((1, 2), keepdims=True)
             covered[:, i : i + block, j : j + block] |= whole
     np.testing.assert_array_equal(covered, dropped)
-    # Each place is spared by all squares that reach it, each of which comes with probability γ.
+    # A place is kept if none of the squares that cover it is dropped, each with probability γ.
     gamma = rate / block**2 * size**2 / (size - block + 1) ** 2
     reach = np.minimum(np.minimum(np.arange(size) + 1, size - np.arange(size)), block)
     expected = 1 - (1 - gamma) ** np.outer(reach, reach)
@@ -173,15 +174,15 @@ def test_drop_block_drops_squares_at_the_rate():
     assert out.mean() == pytest.approx(1, rel=1e-5)
 
 
-def test_drop_block_is_cut_to_the_size_of_its_map():
+def test_blocks_larger_than_the_map_are_cut_to_it():
     out = np.asarray(drop_block(jnp.ones((50, 2, 3, 8)), KEY, 0.3, 5))
-    whole = (out == 0).reshape(50, 2, 3, 8)
-    # 2×2 blocks on a map of height 2: columns are dropped whole.
-    np.testing.assert_array_equal(whole[:, 0], whole[:, 1])
-    assert 0.15 < whole.mean() < 0.35
+    dropped = (out == 0).reshape(50, 2, 3, 8)
+    # Blocks of 2×2 on a map of height 2 drop whole columns.
+    np.testing.assert_array_equal(dropped[:, 0], dropped[:, 1])
+    assert 0.15 < dropped.mean() < 0.35
 
 
 @pytest.mark.parametrize("network", [jm.nn.ResNet12(), jm.nn.Conv4()])
-def test_images_that_pooling_would_shrink_to_nothing_are_refused(network):
+def test_images_too_small_for_the_poolings_are_refused(network):
     with pytest.raises(ValueError, match=r"images of 16×15; they must be at least 16×16"):
         jm.nn.as_model(network).init(KEY, jnp.zeros((1, 16, 15, 3)))

@@ -1,4 +1,4 @@
-"""One of several processes that train together: a program, started by `test_hosts`.
+"""A program, started by `test_hosts`, that is one of several processes that train together.
 
 python tests/training/member.py PORT PROCESSES PROCESS FOLDER NAME…
 
@@ -17,15 +17,15 @@ from jaxmeta.training import hosts, sharding
 def main(port: int, processes: int, process: int, folder: Path, names: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     hosts.connect(f"127.0.0.1:{port}", processes, process)
-    # It makes keys, and before that JAX must know the others.
+    # Imported here, because it creates keys, and the processes must be connected before JAX is used.
     import meta_runs
 
     share = sharding.process_share(sharding.task_mesh(meta_runs.BATCH))
     assert share == (process, processes)
-    found = {name: hosts.gathered(meta_runs.RUNS[name](folder / name, share)) for name in names}
-    # An array of the process's own, beside those that all have parts of.
-    found["own"] = jax.numpy.arange(3.0)
-    jm.save(folder / f"found-{processes}", found)
+    results = {name: hosts.gathered(meta_runs.RUNS[name](folder / name, share)) for name in names}
+    # An array that every process has whole, in addition to those of which each has a part.
+    results["own"] = jax.numpy.arange(3.0)
+    jm.save(folder / f"results-{processes}", results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trainings whose results must not depend on how many processes share them."""
+"""Training runs whose results must not depend on the number of processes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def images() -> jm.TaskDistribution:
 
 
 def streamed(key, share, for_evaluation=False) -> TaskStream:
-    """The same tasks from the host: of each batch those of one process, or all of an evaluation's."""
+    """Return the same tasks as a stream: a process's share of training batches, or all of an evaluation."""
     tasks = images()
     index, count = ONE if for_evaluation else share
     own = BATCH // count
@@ -40,7 +40,7 @@ def streamed(key, share, for_evaluation=False) -> TaskStream:
 
 
 def trained(folder: Path | None, steps: int = STEPS, resume: bool = False, width: int = 64, devices=None):
-    """Parameters that are checkpointed on the way, and chosen by validation."""
+    """Return the parameters of a run with checkpoints and validation."""
     state = jm.train(
         toys.maml(width=width),
         toys.sinusoid(),
@@ -59,13 +59,13 @@ def trained(folder: Path | None, steps: int = STEPS, resume: bool = False, width
 
 
 def split(folder: Path | None):
-    """Parameters of which each process has a part."""
+    """Return the parameters of a run whose parameters are split between the processes."""
     devices = jm.make_mesh(params=jax.process_count(), devices=jax.devices()[: jax.process_count()])
     return trained(folder, width=1024, devices=devices)
 
 
 def from_a_stream(share):
-    """Parameters learned from each process's own part of a stream, and their score on another."""
+    """Return the parameters of a run in which each process reads its share of a stream."""
     learner = jm.prototypical(jm.nn.MLP(out=8, hidden=(16,)))
     state = jm.train(
         learner,
@@ -82,7 +82,7 @@ def from_a_stream(share):
 
 
 def in_float64():
-    """Parameters and loss after one meta-step in float64."""
+    """Return the parameters after one meta-step in float64."""
     with jax.enable_x64(True):
         single = toys.sinusoid()
 

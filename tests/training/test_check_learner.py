@@ -1,4 +1,4 @@
-"""What `jm.check_learner` says of learners that cannot be trained or evaluated."""
+"""Tests of the problems that `jm.check_learner` reports."""
 
 import re
 
@@ -14,7 +14,7 @@ KEY = jax.random.key(0)
 
 
 def problems(learner, tasks):
-    """Return the lines of what is wrong with a learner."""
+    """Return the lines of the problems of a learner."""
     with pytest.raises(jm.ArgumentError) as raised:
         jm.check_learner(learner, tasks)
     assert raised.value.name == "learner"
@@ -35,7 +35,7 @@ def problems(learner, tasks):
         (jm.prototypical(jm.nn.MLP(out=4, hidden=(5,))), toys.clusters()),
     ],
 )
-def test_a_sound_learner_passes(learner, tasks):
+def test_valid_learners_pass(learner, tasks):
     assert jm.check_learner(learner, tasks) is None
 
 
@@ -46,16 +46,16 @@ def test_a_stream_is_checked_by_its_first_task():
     assert len(problems(toys.maml()._replace(init=lambda key, task: {}), stream)) >= 1
 
 
-def test_all_problems_are_listed_at_once_with_the_places_they_come_from():
+def test_all_problems_are_listed_with_their_source_lines():
     def adapt(params, support, key):
         return params["scle"]
 
     def loss(params, task, key):
         return jnp.zeros(2), {}
 
-    found = problems(toys.nearest_mean()._replace(adapt=adapt, loss=loss), toys.clusters())
+    lines = problems(toys.nearest_mean()._replace(adapt=adapt, loss=loss), toys.clusters())
     line = adapt.__code__.co_firstlineno + 1
-    assert found == [
+    assert lines == [
         f"adapt: KeyError: 'scle' ({__file__}, line {line})",
         "loss: gives float32 of shape (2,) for one task; it must be a floating-point scalar",
     ]
@@ -66,7 +66,7 @@ def failing(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("part", "function", "said"),
+    ("part", "function", "pattern"),
     [
         ("init", None, r"init: got None; it must be a function"),
         ("adapt", 3, r"adapt: got 3; it must be a function"),
@@ -119,15 +119,15 @@ def failing(*_, **__):
         ),
     ],
 )
-def test_each_problem_is_named(part, function, said):
+def test_each_problem_is_reported(part, function, pattern):
     learner = toys.nearest_mean()._replace(**{part: function})
     if part == "adapt":
         learner = learner._replace(predict=lambda params, adapted, x: jnp.zeros((6, 3)))
-    found = problems(learner, toys.clusters())
-    assert any(re.match(said, line) for line in found), found
+    lines = problems(learner, toys.clusters())
+    assert any(re.match(pattern, line) for line in lines), lines
 
 
-def test_outputs_of_regression_have_the_shape_of_the_targets_or_a_metric():
+def test_regression_outputs_have_the_shape_of_the_targets_or_a_metric():
     def predict(params, adapted, x):
         return jnp.concatenate([x, x], -1)
 
@@ -135,15 +135,15 @@ def test_outputs_of_regression_have_the_shape_of_the_targets_or_a_metric():
     (line,) = problems(learner, toys.sinusoid())
     assert line.startswith("predict: gives float32 of shape (7, 2) for 7 queries; it must be of the targets'")
     assert line.endswith("(7, 1), or the learner must have a metric= for such outputs")
-    own = learner._replace(metric=lambda outputs, y, mask: jnp.abs(outputs[:, :1] - y).mean())
-    assert jm.check_learner(own, toys.sinusoid()) is None
+    with_metric = learner._replace(metric=lambda outputs, y, mask: jnp.abs(outputs[:, :1] - y).mean())
+    assert jm.check_learner(with_metric, toys.sinusoid()) is None
     (line,) = problems(learner._replace(metric=lambda outputs, y, mask: outputs - y[:3]), toys.sinusoid())
     assert line.startswith("metric: of outputs (7, 2) and targets (7, 1): TypeError: ")
     (line,) = problems(learner._replace(metric=lambda outputs, y, mask: outputs), toys.sinusoid())
     assert "got an array of shape (7, 2) and type float32 for the metric 'metric'" in line
 
 
-def test_training_refuses_such_a_learner_before_its_first_step():
+def test_training_refuses_an_invalid_learner_before_its_first_step():
     learner = toys.maml()._replace(predict=lambda params, x: x)
     with pytest.raises(jm.ArgumentError, match=r"learner: got one .*\n  - predict: TypeError: .*argument"):
         jm.train(learner, toys.sinusoid(), optax.sgd(0.1), steps=300, key=KEY)

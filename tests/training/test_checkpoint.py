@@ -1,4 +1,4 @@
-"""Files: round trips, damage, other configurations, and a full disk."""
+"""Tests of checkpoint files: round trips, damage, other configurations, and a full disk."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ Point = namedtuple("Point", "x y")
 
 
 @cache
-def fresh(width=8, optimizer=None, key=None):
+def new_state(width=8, optimizer=None, key=None):
     return init_state(
         toys.maml(width),
         optimizer or toys.adam(),
@@ -63,7 +63,7 @@ def test_a_tree_without_arrays_is_saved_and_loaded(tmp_path):
 def test_trees_with_other_nodes_load_only_with_like(tmp_path):
     tree = {"point": Point(jnp.ones(2), jnp.zeros(3))}
     save(tmp_path / "tree", tree)
-    with pytest.raises(ValueError, match=r"like: .* holds a Point"):
+    with pytest.raises(ValueError, match=r"like: .* contains a Point"):
         load(tmp_path / "tree")
     assert_same(load(tmp_path / "tree", jax.eval_shape(lambda: tree)), tree)
     with pytest.raises(ValueError, match=r"\['point'\].y is float32\[3\] in the stored one, float32\[4\]"):
@@ -71,7 +71,7 @@ def test_trees_with_other_nodes_load_only_with_like(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a[1]", "b*", "c?"])
-def test_paths_with_characters_of_patterns_are_taken_literally(tmp_path, name):
+def test_paths_with_glob_characters_are_taken_literally(tmp_path, name):
     tree = {"a": np.arange(3.0), "b": {"c": np.ones((2, 2), np.int32)}}
     path = tmp_path / name / name
     path.parent.mkdir()
@@ -81,7 +81,7 @@ def test_paths_with_characters_of_patterns_are_taken_literally(tmp_path, name):
     assert [each.name for each in path.parent.iterdir()] == [name]
 
 
-def test_save_overwrites_only_when_told(tmp_path):
+def test_save_overwrites_only_with_overwrite_true(tmp_path):
     save(tmp_path / "tree", {"a": jnp.ones(1)})
     with pytest.raises(FileExistsError, match="overwrite=True"):
         save(tmp_path / "tree", {"a": jnp.zeros(1)})
@@ -91,13 +91,13 @@ def test_save_overwrites_only_when_told(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["tree"]
 
 
-def test_save_refuses_a_leaf_that_is_no_array_by_its_path(tmp_path):
+def test_save_names_the_path_of_a_leaf_that_is_not_an_array(tmp_path):
     with pytest.raises(ValueError, match=r"tree\['f'\]: got function"):
         save(tmp_path / "tree", {"f": assert_same})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_load_refuses_an_absent_path_and_a_foreign_folder(tmp_path):
+def test_load_refuses_a_missing_path_and_another_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing at"):
         load(tmp_path / "absent")
     (tmp_path / "photos").mkdir()
@@ -108,50 +108,50 @@ def test_load_refuses_an_absent_path_and_a_foreign_folder(tmp_path):
 @pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
 def test_checkpoint_round_trip(tmp_path, key):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(1e-2, 9)))
-    state = fresh(optimizer=optimizer, key=key)._replace(step=jnp.int32(4))
+    state = new_state(optimizer=optimizer, key=key)._replace(step=jnp.int32(4))
     best = Best(3, Evaluation(0.1 + 0.2, 0.05, 20), jax.tree.map(lambda leaf: leaf + 1, state.params))
     save_checkpoint(tmp_path, state, best=best, config={"ways": (5, 3)})
     restored, restored_best = restore_checkpoint(
-        tmp_path, fresh(optimizer=optimizer, key=key), config={"ways": [5, 3]}
+        tmp_path, new_state(optimizer=optimizer, key=key), config={"ways": [5, 3]}
     )
     assert_same(restored, state)
     assert restored_best[:2] == best[:2]
     assert_same(restored_best.params, best.params)
     assert_same(load_params(tmp_path), best.params)
     save_checkpoint(tmp_path, state._replace(step=jnp.int32(5)))
-    assert restore_checkpoint(tmp_path, fresh(optimizer=optimizer, key=key))[1] is None
+    assert restore_checkpoint(tmp_path, new_state(optimizer=optimizer, key=key))[1] is None
     assert_same(load_params(tmp_path), state.params)
 
 
 def test_the_last_two_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
-        save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(step)))
+        save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(step)))
     assert checkpoint_steps(tmp_path) == [3, 10]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     for step in (1, 2):
-        save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(step)))
+        save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(step)))
     newest = tmp_path / "checkpoints" / "step-00000002"
     for file in (newest / "arrays").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:10])
-    with pytest.warns(UserWarning, match=r"step-00000002: by SHA256SUMS not as it was written: arrays/"):
-        assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
+    with pytest.warns(UserWarning, match=r"step-00000002: it does not match SHA256SUMS: arrays/"):
+        assert int(restore_checkpoint(tmp_path, new_state())[0].step) == 1
     shutil.rmtree(newest / "manifest")
     with pytest.warns(UserWarning, match=r"has no manifest; step-00000001 before it in .* is used"):
-        assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
+        assert int(restore_checkpoint(tmp_path, new_state())[0].step) == 1
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001" / "manifest")
     with pytest.raises(ValueError, match=r"no checkpoint can be read in .*step-00000002: it has no manifest"):
-        restore_checkpoint(tmp_path, fresh())
+        restore_checkpoint(tmp_path, new_state())
 
 
-def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
-    save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(1)))
+def test_unfinished_checkpoints_are_ignored(tmp_path):
+    save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(1)))
     unfinished = tmp_path / "checkpoints" / ".step-00000002.unfinished"
     shutil.copytree(tmp_path / "checkpoints" / "step-00000001", unfinished)
     assert checkpoint_steps(tmp_path) == [1]
-    save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(2)))
+    save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(2)))
     assert not unfinished.exists()
     assert checkpoint_steps(tmp_path) == [1, 2]
 
@@ -159,46 +159,46 @@ def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
 def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     import orbax.checkpoint as ocp
 
-    save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(1)))
+    save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(1)))
 
-    for error, said in ((OSError("power cut"), "power cut"), (OSError(27, "no room"), os.strerror(27))):
+    for error, reason in ((OSError("power cut"), "power cut"), (OSError(27, "no room"), os.strerror(27))):
 
         def crash(*args, error=error, **kwargs):
             raise error
 
         monkeypatch.setattr(ocp.Checkpointer, "save", crash)
-        with pytest.raises(OSError, match=rf"cannot be written \({said}\); nothing was replaced"):
-            save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(2)))
+        with pytest.raises(OSError, match=rf"cannot be written \({reason}\); nothing was replaced"):
+            save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(2)))
     monkeypatch.undo()
-    assert int(restore_checkpoint(tmp_path, fresh())[0].step) == 1
+    assert int(restore_checkpoint(tmp_path, new_state())[0].step) == 1
 
 
 def test_restoring_without_a_checkpoint_raises(tmp_path):
     with pytest.raises(ValueError, match=r"run_dir: no checkpoint can be read in .*there is none"):
-        restore_checkpoint(tmp_path, fresh())
+        restore_checkpoint(tmp_path, new_state())
 
 
-def test_another_configuration_is_refused_by_name(tmp_path):
-    save_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5, "shots": 1}})
+def test_a_different_configuration_is_refused_by_key(tmp_path):
+    save_checkpoint(tmp_path, new_state(), config={"tasks": {"ways": 5, "shots": 1}})
     with pytest.raises(ValueError, match=r"config\['tasks'\]\['shots'\] is 1 in the stored one, 5"):
-        restore_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5, "shots": 5}})
+        restore_checkpoint(tmp_path, new_state(), config={"tasks": {"ways": 5, "shots": 5}})
     with pytest.raises(ValueError, match=r"config\['order'\] is None in the stored one, 'first'"):
-        restore_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5, "shots": 1}, "order": "first"})
+        restore_checkpoint(tmp_path, new_state(), config={"tasks": {"ways": 5, "shots": 1}, "order": "first"})
     with pytest.raises(ValueError, match=r"config\['tasks'\]\['shots'\] is 1 in the stored one, None"):
-        restore_checkpoint(tmp_path, fresh(), config={"tasks": {"ways": 5}})
+        restore_checkpoint(tmp_path, new_state(), config={"tasks": {"ways": 5}})
     with pytest.raises(
         ValueError, match=r"bias.* is float32\[8\] in the stored one, float32\[9\] in the new"
     ):
-        restore_checkpoint(tmp_path, fresh(width=9))
+        restore_checkpoint(tmp_path, new_state(width=9))
     with pytest.raises(ValueError, match=r"\['state'\].opt_state.* is only in the stored one"):
-        restore_checkpoint(tmp_path, fresh(optimizer=optax.sgd(0.1)))
+        restore_checkpoint(tmp_path, new_state(optimizer=optax.sgd(0.1)))
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(1)))
+    save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(1)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 300_000))
     with pytest.raises(OSError, match=r"too little disk: 1.0 MB needed, 0.3 MB free"):
-        save_checkpoint(tmp_path, fresh()._replace(step=jnp.int32(2)))
+        save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(2)))
     assert checkpoint_steps(tmp_path) == [1]
     with pytest.raises(OSError, match="too little disk"):
         save(tmp_path / "deep" / "tree", {"a": jnp.ones(3)})
@@ -206,5 +206,5 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_nothing_is_pickled(tmp_path):
-    path = save_checkpoint(tmp_path, fresh())
+    path = save_checkpoint(tmp_path, new_state())
     assert not [file for file in Path(path).rglob("*") if file.suffix in (".pkl", ".pickle", ".npy")]

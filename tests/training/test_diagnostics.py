@@ -1,4 +1,4 @@
-"""Cosine and ratio of norms between two meta-gradients: closed forms, and as a training metric."""
+"""Tests of the alignment of two meta-gradients: closed forms, and its use as a training metric."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 
 
 def from_support_loss(support_loss, query_loss, params, steps, rate, order):
-    """A learner of fixed losses, whatever the task."""
+    """Build a learner whose losses do not depend on the task."""
     adapt = jm.inner_loop(lambda theta, _: support_loss(theta), optax.sgd(rate), steps, order=order)
 
     def loss(params, task, key, step=None):
@@ -27,35 +27,37 @@ def from_support_loss(support_loss, query_loss, params, steps, rate, order):
     return jm.Learner(lambda key, task: params, lambda *_: None, lambda *_: None, loss)
 
 
-def both(*arguments):
+def second_and_first_order(*arguments):
     return [from_support_loss(*arguments, order) for order in ("second", "first")]
 
 
 def test_alignment_of_quadratics_on_a_line_matches_the_closed_form():
-    """g_MAML = (1 − αa)^n g_FOMAML: a cosine of ±1."""
+    # g_MAML = (1 − αa)^n g_FOMAML, so that the cosine is ±1.
     for rate, steps, cosine, ratio in (
         (0.1, 1, 1, 0.8),
         (0.1, 3, 1, 0.512),
         (0.7, 1, -1, 0.4),
         (0.7, 2, 1, 0.16),
     ):
-        learners = both(lambda t: (t - 1) ** 2, lambda t: 0.5 * (t - 3) ** 2, jnp.zeros(()), steps, rate)
-        found = jm.meta_gradient_alignment(*learners, jnp.zeros(()), toys.sinusoid(), episodes=3, key=KEY)
-        np.testing.assert_allclose(found, (cosine, ratio), rtol=1e-5)
+        learners = second_and_first_order(
+            lambda t: (t - 1) ** 2, lambda t: 0.5 * (t - 3) ** 2, jnp.zeros(()), steps, rate
+        )
+        result = jm.meta_gradient_alignment(*learners, jnp.zeros(()), toys.sinusoid(), episodes=3, key=KEY)
+        np.testing.assert_allclose(result, (cosine, ratio), rtol=1e-5)
 
 
 def test_alignment_in_the_plane_matches_the_closed_form():
-    """g_MAML = (−0.148, 1.804) and g_FOMAML = (1, 2)."""
+    # g_MAML = (−0.148, 1.804) and g_FOMAML = (1, 2).
     start = jnp.array([1.0, 2.0])
-    learners = both(lambda t: t[0] ** 2 * t[1], lambda t: t[0] + 2 * t[1], start, 2, 0.1)
-    found = jm.meta_gradient_alignment(*learners, start, toys.sinusoid(), episodes=2, key=KEY)
+    learners = second_and_first_order(lambda t: t[0] ** 2 * t[1], lambda t: t[0] + 2 * t[1], start, 2, 0.1)
+    result = jm.meta_gradient_alignment(*learners, start, toys.sinusoid(), episodes=2, key=KEY)
     true, first = np.array([-0.148, 1.804]), np.array([1.0, 2.0])
     norms = np.linalg.norm(true), np.linalg.norm(first)
-    np.testing.assert_allclose(found, (true @ first / (norms[0] * norms[1]), norms[0] / norms[1]), rtol=1e-5)
+    np.testing.assert_allclose(result, (true @ first / (norms[0] * norms[1]), norms[0] / norms[1]), rtol=1e-5)
 
 
 def weighted_by_key(learner):
-    """The learner with a loss whose weight is drawn from the key, as a loss with dropout depends on it."""
+    """Weight the loss by a random number drawn from the key, on which a loss with dropout depends, too."""
 
     def loss(params, task, key, step=None):
         value, metrics = learner.loss(params, task, key, step)
@@ -64,11 +66,11 @@ def weighted_by_key(learner):
     return learner._replace(loss=loss)
 
 
-def test_alignment_is_of_the_mean_gradients_over_the_episodes():
+def test_alignment_compares_the_mean_gradients_over_the_episodes():
     maml, fomaml = weighted_by_key(toys.maml()), weighted_by_key(toys.maml(order="first"))
     tasks = toys.sinusoid()
     params = maml.init(KEY, tasks.sample(KEY))
-    found = jm.meta_gradient_alignment(maml, fomaml, params, tasks, episodes=5, key=KEY)
+    result = jm.meta_gradient_alignment(maml, fomaml, params, tasks, episodes=5, key=KEY)
     means = []
     for learner in (maml, fomaml):
 
@@ -85,14 +87,14 @@ def test_alignment_is_of_the_mean_gradients_over_the_episodes():
             )
         )
     norms = [np.linalg.norm(mean) for mean in means]
-    np.testing.assert_allclose(found.cosine, means[0] @ means[1] / np.prod(norms), rtol=1e-4)
-    np.testing.assert_allclose(found.norm_ratio, norms[0] / norms[1], rtol=1e-4)
-    assert found.cosine < 0.999
+    np.testing.assert_allclose(result.cosine, means[0] @ means[1] / np.prod(norms), rtol=1e-4)
+    np.testing.assert_allclose(result.norm_ratio, norms[0] / norms[1], rtol=1e-4)
+    assert result.cosine < 0.999
     same = jm.meta_gradient_alignment(maml, maml, params, tasks, episodes=5, key=KEY)
     np.testing.assert_allclose(same, (1, 1), rtol=1e-5)
 
 
-def test_gradients_whose_squares_leave_float32_and_zeros_are_aligned():
+def test_alignment_of_tiny_huge_and_zero_gradients():
     for size in (1e-30, 1.0, 1e30):
         a, b = {"w": size * jnp.array([1.0, 1.0])}, {"w": size * jnp.array([2.0, 0.0])}
         np.testing.assert_allclose(alignment(a, b), (0.5**0.5, 0.5**0.5), rtol=1e-5)
@@ -104,7 +106,7 @@ def test_gradients_whose_squares_leave_float32_and_zeros_are_aligned():
 
 @cache
 def meta_gradient_of_sgd(order):
-    """What a step of SGD with a learning rate of 0.1 subtracts from the parameters."""
+    """Return the change of the parameters in one step of SGD with a learning rate of 0.1."""
     tasks, optimizer = toys.sinusoid(), optax.sgd(0.1)
     state = jm.init_state(toys.maml(), optimizer, tasks, KEY)
     learner = toys.maml() if order == "second" else toys.maml(order=order)
@@ -144,14 +146,14 @@ def test_alignment_as_a_training_metric_changes_no_parameter(strategy, devices):
 
 @pytest.mark.nightly
 def test_train_reports_the_alignment():
-    seen = []
+    events = []
     jm.train(
         toys.maml(), toys.sinusoid(), optax.sgd(0.1), steps=2, meta_batch=2, key=KEY, log_every=1,
-        compared_to=toys.maml(order="first"), report=seen.append,
+        compared_to=toys.maml(order="first"), report=events.append,
     )  # fmt: skip
-    assert all(0 < event.metrics["cosine"] <= 1.0001 and event.metrics["norm_ratio"] > 0 for event in seen)
+    assert all(0 < event.metrics["cosine"] <= 1.0001 and event.metrics["norm_ratio"] > 0 for event in events)
 
 
-def test_no_episodes_are_refused():
+def test_zero_episodes_are_refused():
     with pytest.raises(ValueError, match="episodes: got 0"):
         jm.meta_gradient_alignment(toys.maml(), toys.maml(), {}, toys.sinusoid(), episodes=0, key=KEY)

@@ -1,4 +1,4 @@
-"""Evaluation: fixed episodes whatever the batch, closed forms, masks, calibration."""
+"""Tests of evaluation: fixed episodes for any batch size, closed forms, masks, calibration."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_the_confidence_interval_divides_by_n_minus_1():
 
 
 @pytest.mark.parametrize("make", ["classification", "regression"])
-def test_each_value_is_of_the_episode_of_its_index(make):
+def test_values_are_in_the_order_of_the_episodes(make):
     learner, tasks = (
         (toys.nearest_mean(), toys.clusters()) if make == "classification" else (toys.maml(), toys.sinusoid())
     )
@@ -60,7 +60,7 @@ def test_each_value_is_of_the_episode_of_its_index(make):
         assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_metrics_are_sums_over_all_episodes_by_counts_over_all():
+def test_metrics_are_the_sum_over_all_episodes_divided_by_the_count():
     tasks = toys.clusters()
     keys = [jax.random.split(jax.random.fold_in(KEY, index))[0] for index in range(8)]
     sums = np.array([jnp.nansum(tasks.sample(key).query.x) for key in keys])
@@ -105,7 +105,7 @@ def test_episodes_do_not_depend_on_batch_and_devices(batch, devices):
     np.testing.assert_allclose(values, reference, rtol=1e-5)
 
 
-def test_more_episodes_begin_with_the_fewer():
+def test_first_episodes_do_not_depend_on_their_number():
     learner, tasks = toys.nearest_mean(), toys.clusters()
     params = prepared(learner, tasks)
     few = evaluate_episodes(learner, params, tasks, episodes=4, key=KEY)
@@ -140,13 +140,13 @@ def test_an_evaluation_with_other_parameters_and_task_data_is_not_traced_again()
     assert result != first
 
 
-def test_predictions_that_are_nan_count_as_wrong():
+def test_nan_predictions_count_as_wrong():
     learner, tasks = toys.nearest_mean(), toys.clusters()
     params = {"scale": jnp.full(4, jnp.nan)}
     assert evaluate(learner, params, tasks, episodes=4, key=KEY).mean == 0.0
 
 
-def test_the_metric_is_accuracy_of_classes_and_mse_of_numbers():
+def test_default_metric_is_accuracy_for_classes_and_mse_for_floats():
     assert metric_name(toys.clusters()) == "accuracy"
     assert metric_name(toys.sinusoid()) == "mse"
 
@@ -155,7 +155,7 @@ def test_the_metric_is_accuracy_of_classes_and_mse_of_numbers():
     ("settings", "named"),
     [({"episodes": 1}, "episodes: got 1"), ({"batch": 0}, "batch: got 0")],
 )
-def test_bad_settings_are_named(settings, named):
+def test_invalid_settings_are_named(settings, named):
     learner, tasks = toys.nearest_mean(), toys.clusters()
     with pytest.raises(ValueError, match=named):
         evaluate(learner, prepared(learner, tasks), tasks, key=KEY, **settings)
@@ -213,7 +213,7 @@ def test_calibrate_needs_statistics_and_episodes():
 
 
 def partly_without_queries(without):
-    """Toy tasks of which those of `without(first random number)` have masked queries alone."""
+    """Return toy tasks; where `without(first random number)` is true, all queries are masked."""
     tasks = toys.clusters()
 
     def draw(sample, key):
@@ -253,7 +253,7 @@ def test_an_evaluation_without_any_query_is_refused():
         evaluate(learner, params, nothing, episodes=3, key=KEY)
 
 
-def test_metrics_of_few_bits_are_added_up_in_float32():
+def test_metrics_in_bfloat16_are_summed_in_float32():
     tasks = toys.clusters()
     one = jnp.ones((), jnp.bfloat16)
     learner = toys.nearest_mean()._replace(
@@ -264,7 +264,7 @@ def test_metrics_of_few_bits_are_added_up_in_float32():
 
 
 @pytest.mark.parametrize("make", ["distribution", "stream"])
-def test_episodes_to_look_at_are_those_of_the_evaluation(make):
+def test_run_episodes_returns_the_episodes_of_evaluate(make):
     learner, tasks = toys.nearest_mean(), toys.clusters()
     params = prepared(learner, tasks)
     keys = episode_keys(KEY, jnp.arange(8))
@@ -291,7 +291,7 @@ def test_episodes_to_look_at_are_those_of_the_evaluation(make):
         assert part.scores == pytest.approx(right)
 
 
-def test_episodes_to_look_at_without_a_query_have_no_score():
+def test_run_episodes_gives_no_score_without_queries():
     learner = toys.nearest_mean()
     some = partly_without_queries(lambda draw: draw < 0.4)
     params = prepared(learner, some)
@@ -303,7 +303,7 @@ def test_episodes_to_look_at_without_a_query_have_no_score():
     np.testing.assert_array_equal(found.scores[~empty], kept)
 
 
-def test_episodes_to_look_at_need_a_number_and_existing_slots():
+def test_run_episodes_refuses_zero_episodes_and_invalid_slots():
     learner, tasks = toys.nearest_mean(), toys.clusters()
     params = prepared(learner, tasks)
     with pytest.raises(ValueError, match="episodes: got 0"):
@@ -320,7 +320,7 @@ def among_two(outputs, y, mask):
     return (((best == y[:, None]).any(-1)) & mask).sum(), mask.sum()
 
 
-def test_a_metric_of_one_s_own_scores_classes_as_by_numpy():
+def test_user_defined_metric_matches_numpy():
     learner, tasks = toys.nearest_mean(), toys.clusters(noise=2.0)
     params = prepared(learner, tasks)
     found = run_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
@@ -335,7 +335,7 @@ def test_a_metric_of_one_s_own_scores_classes_as_by_numpy():
     assert metric_name(tasks, learner._replace(metric=among_two)) == "among_two"
 
 
-def test_slots_that_no_class_has_are_refused_whatever_the_metric():
+def test_invalid_class_slots_are_refused_under_any_metric():
     learner, tasks = toys.nearest_mean(), toys.clusters()
 
     def draw(sample, key):
@@ -351,7 +351,7 @@ def test_slots_that_no_class_has_are_refused_whatever_the_metric():
 
 
 def answering(outputs_of):
-    """A learner that learns nothing, and gives the outputs `(params, x, ways)`."""
+    """Return a learner without adaptation, whose outputs are `outputs_of(params, x, ways)`."""
 
     def predict(params, ways, x, mask=None):
         return outputs_of(params, x, ways.shape[0])
@@ -415,7 +415,7 @@ def test_classes_are_counted_by_an_oracle_where_ways_vary_and_slots_are_padding(
     assert last.confusion.sum() == 2 * sum((row != "").sum() for row in names if row[-1] != "")
 
 
-def test_outputs_that_are_not_a_number_name_no_class():
+def test_nan_outputs_predict_no_class():
     lost = answering(lambda params, x, ways: jnp.full((x.shape[0], ways), jnp.nan))
     found = evaluate_classes(lost, NOTHING, five_classes(ways=3), episodes=4, key=KEY)
     assert found.queries.sum() == 4 * 3 * 2

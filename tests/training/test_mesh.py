@@ -1,4 +1,4 @@
-"""A mesh of devices changes where a meta-step is computed, and nothing else.
+"""Tests of device meshes: the result of a meta-step does not depend on the mesh.
 
 JAX_NUM_CPU_DEVICES=8 pytest tests/training/test_mesh.py
 """
@@ -35,7 +35,7 @@ def glyphs():
 
 
 def stored():
-    """Images of bytes, as Omniglot's are."""
+    """Return tasks of stored uint8 images."""
     x = np.random.default_rng(0).integers(0, 256, (60, 9, 9, 1), np.uint8)
     return jm.tasks.from_arrays(
         x, np.arange(60) % 12, ways=3, shots=1, queries=2, rotations="random", split_seed=1
@@ -48,19 +48,19 @@ def as_bytes(x):
 
 @cache
 def witness():
-    """A learner whose gradient is every byte of the episode and of its own random numbers."""
+    """Return a learner whose gradient is all bytes of the episode and of its own random numbers."""
 
-    def seen(task, key):
+    def bytes_of(task, key):
         bits = jax.random.bits(key, (16,), jnp.uint8).astype(jnp.float32)
         return jnp.concatenate(
             [as_bytes(task.support.x), as_bytes(task.query.x), as_bytes(task.query.y), bits]
         )
 
     def init(key, task):
-        return {"w": jnp.zeros(seen(task, key).shape)}
+        return {"w": jnp.zeros(bytes_of(task, key).shape)}
 
     def loss(params, task, key, step=None):
-        return params["w"] @ seen(task, key), {}
+        return params["w"] @ bytes_of(task, key), {}
 
     def adapt(params, support, key):
         return {}
@@ -86,18 +86,18 @@ def after_a_step(learner, distribution, optimizer, **axes):
 @needs_eight
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_draws_the_same_episodes_bit_for_bit(name):
-    # Sums of eight bytes are exact in any order.
-    found, expected = (
+    # In float32 a sum of eight bytes is exact in any order.
+    actual, expected = (
         np.asarray(after_a_step(witness(), stored(), optax.sgd(1.0), **axes)[0].params["w"])
         for axes in (MESHES[name], {})
     )
-    assert len(np.unique(found)) > 100
-    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(actual)) > 100
+    np.testing.assert_array_equal(actual, expected)
 
 
-def assert_close(found, expected, tolerance):
+def assert_close(actual, expected, tolerance):
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(jax.device_get(found)),
+        jax.tree_util.tree_leaves_with_path(jax.device_get(actual)),
         jax.tree.leaves(jax.device_get(expected)),
         strict=True,
     ):
@@ -108,21 +108,21 @@ def assert_close(found, expected, tolerance):
 @needs_eight
 @pytest.mark.parametrize("name", MESHES)
 def test_a_meta_step_agrees_to_one_part_in_1e5(name):
-    found, expected = (after_a_step(maml(), glyphs(), optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
-    assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-5)
+    actual, expected = (after_a_step(maml(), glyphs(), optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
+    assert_close((actual[0].params, actual[1]), (expected[0].params, expected[1]), 1e-5)
 
 
 @needs_eight
 def test_a_meta_step_with_all_axes_agrees_to_one_part_in_1e5():
-    axes = {"tasks": 2, "examples": 2, "params": 2}
-    # Biases are left out, since a common translation of embeddings has no gradient.
+    all_axes = {"tasks": 2, "examples": 2, "params": 2}
+    # Without biases, because a common translation of the embeddings has zero gradient, up to rounding.
     initialiser = jax.nn.initializers.lecun_normal()
     network = jm.nn.MLP(out=8, hidden=(16,), use_bias=False, kernel_init=initialiser)
     tasks = jm.tasks.glyphs("train", ways=4, shots=1, queries=2, size=8)
-    found, expected = (
-        after_a_step(jm.prototypical(network), tasks, optax.sgd(1.0), **given) for given in (axes, {})
+    actual, expected = (
+        after_a_step(jm.prototypical(network), tasks, optax.sgd(1.0), **axes) for axes in (all_axes, {})
     )
-    assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-5)
+    assert_close((actual[0].params, actual[1]), (expected[0].params, expected[1]), 1e-5)
 
 
 @needs_eight
@@ -139,13 +139,13 @@ def test_a_meta_step_in_float64_agrees_to_one_part_in_1e12(name, x64):
     )
     plain = toys.maml(width=1024)
     learner = plain._replace(init=lambda key, task: double(plain.init(key, task)))
-    found, expected = (after_a_step(learner, tasks, optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
-    assert found[0].params["hidden"].dtype == jnp.float64
-    assert_close((found[0].params, found[1]), (expected[0].params, expected[1]), 1e-12)
+    actual, expected = (after_a_step(learner, tasks, optax.sgd(0.1), **axes) for axes in (MESHES[name], {}))
+    assert actual[0].params["hidden"].dtype == jnp.float64
+    assert_close((actual[0].params, actual[1]), (expected[0].params, expected[1]), 1e-12)
 
 
 @needs_eight
-def test_parameters_and_moments_lie_split_before_and_after():
+def test_parameters_and_moments_are_split_before_and_after_a_step():
     mesh = jm.make_mesh(tasks=2, params=4)
     optimizer = optax.adam(1e-3)
     learner, tasks = toys.maml(width=2048), toys.sinusoid()
@@ -161,13 +161,13 @@ def test_parameters_and_moments_lie_split_before_and_after():
 
 
 @needs_eight
-def test_a_run_on_one_mesh_is_continued_on_another(tmp_path):
+def test_a_run_on_one_mesh_is_resumed_on_another(tmp_path):
     settings = {"key": KEY, "meta_batch": BATCH, "validation": toys.sinusoid(), "validation_episodes": 11}
     settings |= {"validate_every": 3, "run_dir": tmp_path}
     learner, optimizer = toys.maml(width=1024), toys.adam()
     first = jm.make_mesh(tasks=2, params=4)
     jm.train(learner, toys.sinusoid(), optimizer, steps=3, devices=first, **settings)
-    found = jm.train(
+    actual = jm.train(
         learner, toys.sinusoid(), optimizer, steps=6, devices=jm.make_mesh(tasks=8), resume=True, **settings
     )
     alone = jm.train(
@@ -178,12 +178,12 @@ def test_a_run_on_one_mesh_is_continued_on_another(tmp_path):
         devices=jax.devices()[:1],
         **settings | {"run_dir": None},
     )
-    assert_close(found.params, alone.params, 1e-4)
+    assert_close(actual.params, alone.params, 1e-4)
 
 
 @needs_eight
-def test_under_pmap_it_is_the_same_step():
-    """For programs built on `pmap`: tasks are handed in, and the optimizer averages gradients."""
+def test_meta_step_under_pmap():
+    # Programs built on `pmap` pass tasks in, and average gradients in the optimizer.
     learner, tasks, inner = maml(), glyphs(), optax.sgd(0.1)
     mean = optax.GradientTransformation(
         lambda params: optax.EmptyState(),
@@ -196,13 +196,13 @@ def test_under_pmap_it_is_the_same_step():
     batch = jax.tree.map(
         lambda leaf: leaf.reshape(8, BATCH // 8, *leaf.shape[1:]), jax.vmap(tasks.sample)(keys)
     )
-    found, _ = jax.pmap(step, axis_name="i", in_axes=(None, 0))(state, batch)
+    actual, _ = jax.pmap(step, axis_name="i", in_axes=(None, 0))(state, batch)
     expected, _ = after_a_step(learner, tasks, inner, tasks=8)
-    assert_close(jax.tree.map(lambda leaf: leaf[0], found.params), expected.params, 1e-5)
+    assert_close(jax.tree.map(lambda leaf: leaf[0], actual.params), expected.params, 1e-5)
 
 
 @pytest.mark.parametrize(
-    ("axes", "named"),
+    ("axes", "message"),
     [
         ({"tasks": 0}, "tasks: got 0"),
         ({"params": -1}, "params: got -1"),
@@ -214,29 +214,31 @@ def test_under_pmap_it_is_the_same_step():
         ({"tasks": 64, "params": 64}, "tasks=64 x params=64: these are 4096 devices"),
     ],
 )
-def test_bad_axes_of_a_mesh_are_refused(axes, named):
-    with pytest.raises(ValueError, match=named):
+def test_invalid_mesh_axes_are_refused(axes, message):
+    with pytest.raises(ValueError, match=message):
         jm.make_mesh(**axes)
 
 
-def test_a_mesh_that_does_not_suit_is_refused():
+def test_unsuitable_meshes_are_refused():
     devices = [jax.devices()[0]] * 3
     learner, optimizer = toys.maml(), optax.sgd(0.1)
     with pytest.raises(ValueError, match=r"a mesh of tasks=3, which must divide the 8 tasks"):
         jm.meta_step(learner, optimizer, BATCH, devices=jm.make_mesh(tasks=3, devices=devices))
-    with pytest.raises(ValueError, match=r"a mesh of examples=3; only where learner.divisible"):
+    with pytest.raises(
+        ValueError, match=r"a mesh of examples=3; several devices may share .* learner.divisible is True"
+    ):
         jm.meta_step(learner, optimizer, BATCH, devices=jm.make_mesh(examples=3, devices=devices))
-    with pytest.raises(ValueError, match=r"a mesh of \('model',\); make one with jm.make_mesh"):
+    with pytest.raises(ValueError, match=r"a mesh with axes \('model',\); build it by jm.make_mesh"):
         jm.meta_step(learner, optimizer, BATCH, devices=Mesh(np.array(devices), ("model",)))
 
 
 @pytest.mark.parametrize(
     "text", ["", "8", "tasks", "tasks=0", "tasks=-1", "tasks=x", "model=2", "tasks=2,tasks=2"]
 )
-def test_axes_that_cannot_be_read_are_refused(text):
+def test_axes_in_another_form_are_refused(text):
     with pytest.raises(ValueError, match="it must be like tasks=8"):
         sharding.parse_axes(text)
 
 
-def test_axes_are_written_as_they_are_read():
+def test_parse_axes():
     assert sharding.parse_axes("tasks=4, params=2") == {"tasks": 4, "params": 2}

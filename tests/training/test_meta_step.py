@@ -1,4 +1,4 @@
-"""The meta-step: one result under every strategy and number of devices, and its bad input."""
+"""Tests of the meta-step: same result under every strategy and number of devices, and invalid arguments."""
 
 from functools import cache
 
@@ -17,7 +17,7 @@ TASKS = 6
 
 @cache
 def compiled(strategy, devices, learner, tasks, optimizer):
-    """The state before the first step, and the step."""
+    """Return the initial state and the compiled step."""
     devices = jax.devices()[:devices]
     step = jax.jit(meta_step(learner, optimizer, TASKS, strategy, devices=devices))
     state = init_state(learner, optimizer, tasks(), jax.random.key(0))
@@ -69,7 +69,7 @@ def test_strategies_and_device_counts_agree(strategy, devices):
 
 @pytest.mark.parametrize("strategy", [pytest.param("vmap", marks=pytest.mark.nightly), "scan"])
 def test_metrics_are_weighted_by_their_counts(strategy):
-    # Five of six queries are real, so a mean over all six would be no multiple of 1/5.
+    # Five of six queries are real; a mean over all six would not be a multiple of 1/5.
     (_, metrics), _ = run(strategy, learner=toys.nearest_mean(), tasks=toys.clusters, steps=1)
     right = float(metrics["accuracy"]) * 5 * TASKS
     assert right == pytest.approx(round(right), abs=1e-4)
@@ -87,16 +87,16 @@ def test_raw_and_typed_keys_draw_the_same_episodes():
     jax.tree.map(np.testing.assert_array_equal, typed, jax.device_get((state.params, metrics)))
 
 
-def test_each_step_draws_other_episodes_and_the_state_keeps_its_key():
-    still = optax.sgd(0.0)
-    (_, first), _ = run("vmap", steps=1, optimizer=still)
-    (_, second), state = run("vmap", steps=2, optimizer=still)
+def test_each_step_draws_new_episodes_and_keeps_the_key():
+    constant = optax.sgd(0.0)
+    (_, first), _ = run("vmap", steps=1, optimizer=constant)
+    (_, second), state = run("vmap", steps=2, optimizer=constant)
     assert first["loss"] != second["loss"]
     assert (jax.random.key_data(state.key) == jax.random.key_data(jax.random.key(0))).all()
 
 
 def test_clipping_and_schedules_of_optax_apply_to_the_meta_gradient():
-    # The gradient is longer than 1e-3, and the second step's learning rate is half the first's.
+    # The norm of the gradient is above 1e-3, and the second step has half the learning rate of the first.
     schedule = optax.piecewise_constant_schedule(1.0, {1: 0.5})
     optimizer = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(schedule))
     start = init_state(toys.maml(), optimizer, toys.sinusoid(), jax.random.key(0)).params
@@ -108,7 +108,7 @@ def test_clipping_and_schedules_of_optax_apply_to_the_meta_gradient():
 
 
 @pytest.mark.parametrize(
-    ("meta_batch", "strategy", "devices", "named"),
+    ("meta_batch", "strategy", "devices", "message"),
     [
         (0, "auto", 1, "meta_batch: got 0"),
         (4, "loop", 1, "strategy: got 'loop'"),
@@ -119,18 +119,18 @@ def test_clipping_and_schedules_of_optax_apply_to_the_meta_gradient():
         (3, "scan", 2, "devices: got 2"),
     ],
 )
-def test_bad_settings_are_named(meta_batch, strategy, devices, named):
-    with pytest.raises(ValueError, match=named):
+def test_invalid_settings_are_named(meta_batch, strategy, devices, message):
+    with pytest.raises(ValueError, match=message):
         meta_step(toys.maml(), optax.sgd(0.1), meta_batch, strategy, devices=[jax.devices()[0]] * devices)
 
 
-def test_init_state_wants_a_scalar_loss():
+def test_init_state_refuses_a_loss_that_is_not_scalar():
     learner = toys.maml()._replace(loss=lambda params, task, key, step=None: (params["bias"], {}))
     with pytest.raises(ValueError, match="scalar"):
         init_state(learner, optax.sgd(0.1), toys.sinusoid(), jax.random.key(0))
 
 
-def test_init_state_raises_what_the_learner_raises():
+def test_init_state_raises_the_error_of_the_learner():
     def loss(params, task, key, step=None):
         raise ValueError("model: got outputs of width 4, but the task has 3 ways")
 
@@ -141,8 +141,8 @@ def test_init_state_raises_what_the_learner_raises():
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "scan"])
-def test_losses_and_metrics_of_few_bits_are_averaged_in_float32(strategy):
-    # 300 = 256 + 44 tasks, more than bfloat16 counts one by one.
+def test_losses_and_metrics_in_bfloat16_are_averaged_in_float32(strategy):
+    # 300 tasks: counting by ones in bfloat16 stops at 256.
     tasks, learner = toys.sinusoid(), toys.maml()
 
     def loss(params, task, key, step=None):

@@ -1,4 +1,4 @@
-"""Several devices that share the examples of a task give the result of one."""
+"""Tests of devices that share the examples of a task: same results as on one device."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ def normalised_mlp():
     return jm.nn.MLP(None, (8,), norm=True)
 
 
-# By name: a learner, and the side of its images.
+# Functions by name that return a learner and the side of its images.
 LEARNERS = {
     "prototypical": lambda: (jm.prototypical(normalised_mlp()), 4),
     "prototypical by the support set": lambda: (jm.prototypical(normalised_mlp(), norm="support"), 4),
@@ -42,7 +42,7 @@ def two_devices():
 
 
 def traced_step(learner, side, meta_batch, devices, *, ways=4, shots=1, queries=2, strategy="auto"):
-    """How to make the state of a meta-step, its tasks, and the step, traced and not compiled."""
+    """Return a function that creates the initial state, the tasks, and the traced meta-step."""
     x = np.random.default_rng(0).random((CLASSES * EACH, side, side, 1), np.float32)
     tasks = jm.tasks.from_arrays(
         x, np.repeat(np.arange(CLASSES), EACH), ways=ways, shots=shots, queries=queries
@@ -58,7 +58,7 @@ def traced_step(learner, side, meta_batch, devices, *, ways=4, shots=1, queries=
 
 @cache
 def meta_gradient(name, meta_batch, devices, **settings):
-    """The meta-gradient, the metrics and the jaxpr of one step."""
+    """Return the meta-gradient, the metrics and the jaxpr of one step."""
     init, tasks, traced = traced_step(*LEARNERS[name](), meta_batch, devices, **settings)
     state = init()
     after, metrics = traced.lower().compile()(state, tasks.sample)
@@ -66,16 +66,18 @@ def meta_gradient(name, meta_batch, devices, **settings):
     return gradient, metrics, str(traced.jaxpr)
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
         where = jax.tree_util.keystr(path)
-        # Entries that are zero but for rounding, such as gradients of a bias before normalisation.
+        # The absolute tolerance is for entries that are zero up to rounding, such as the gradient of a bias
+        # before normalisation.
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5 + 1e-4 * np.abs(b).max(), err_msg=where)
 
 
-# How a network's examples are shared does not depend on the learner; whether they are is tested for each.
+# Sharding of examples is independent of the learner, so that one learner suffices in the default run; that
+# examples are sharded at all is tested for each.
 IN_THE_DEFAULT_RUN = ("prototypical",)
 
 
@@ -87,10 +89,11 @@ IN_THE_DEFAULT_RUN = ("prototypical",)
     ],
 )
 def test_two_devices_on_one_task_give_the_meta_gradient_of_one(name):
-    found, metrics, text = meta_gradient(name, 1, 2)
+    actual, metrics, text = meta_gradient(name, 1, 2)
     expected, expected_metrics, _ = meta_gradient(name, 1, 1)
-    assert "all_gather" in text  # and not each of the two all of it
-    assert_same(found, expected)
+    # Each device embeds its share of the examples, not all of them.
+    assert "all_gather" in text
+    assert_same(actual, expected)
     assert_same(metrics, expected_metrics)
 
 
@@ -112,16 +115,16 @@ def test_two_devices_on_one_task_share_its_examples(name):
     ],
 )
 def test_examples_that_do_not_divide_and_tasks_of_unequal_size(shots, queries):
-    """5 or fewer classes of 3, 4 or 5 examples: an odd number, or one whose padding is in the middle."""
+    # 3 to 5 classes of 3 to 5 examples: an odd number of examples, or padding in the middle.
     settings = {"ways": (3, 5), "shots": shots, "queries": queries}
-    found, expected = (meta_gradient("prototypical", 1, devices, **settings)[0] for devices in (2, 1))
-    assert_same(found, expected)
+    actual, expected = (meta_gradient("prototypical", 1, devices, **settings)[0] for devices in (2, 1))
+    assert_same(actual, expected)
 
 
 @pytest.mark.nightly
-def test_three_tasks_one_after_another_are_each_shared():
-    found, expected = (meta_gradient("prototypical", 3, devices)[:2] for devices in (2, 1))
-    assert_same(found, expected)
+def test_devices_share_each_of_three_successive_tasks():
+    actual, expected = (meta_gradient("prototypical", 3, devices)[:2] for devices in (2, 1))
+    assert_same(actual, expected)
 
 
 def test_as_many_devices_as_tasks_share_no_examples():
@@ -143,7 +146,7 @@ def test_training_and_evaluation_on_more_devices_than_tasks():
 
 
 class Mixing(linen.Module):
-    """Its examples meet elsewhere than in the moments."""
+    """A network whose outputs depend on other examples not only through the moments of `BatchNorm`."""
 
     @linen.compact
     def __call__(self, x):
@@ -156,7 +159,7 @@ class Mixing(linen.Module):
     [jm.prototypical(Mixing()), jm.maml(jm.nn.MLP(4, (8,)), inner_optimizer=optax.sgd(0.1), inner_steps=1)],
     ids=["a network that mixes examples", "an inner loop"],
 )
-def test_learners_whose_examples_cannot_be_shared_are_refused(learner):
+def test_learners_that_are_not_divisible_are_refused(learner):
     with pytest.raises(ValueError, match="devices: got 2 of them, which must divide the 1 tasks"):
         traced_step(learner, 4, 1, 2)
 
@@ -167,7 +170,7 @@ def test_the_mesh_splits_tasks_first():
         assert sharding.task_mesh(tasks, [device] * devices, divisible=True).devices.shape == shape
 
 
-def test_outside_of_a_mesh_nothing_is_shared():
+def test_outside_of_a_mesh_there_is_one_shard():
     assert jm.nn.shared.num_shards() == 1
     x = jnp.arange(6.0).reshape(3, 2)
     np.testing.assert_allclose(jm.nn.norm.moments(x)[0], x.mean(0))

@@ -1,4 +1,4 @@
-"""The training loop: resumption, best parameters, failures, stops, and how often it traces."""
+"""Tests of the training loop: resuming, best parameters, failures, stopping, and number of traces."""
 
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ KEY = jax.random.key(0)
 
 
 def run(learner=None, tasks=None, optimizer=None, **settings):
-    """The state and the events of a training, on one device where `devices` does not say otherwise."""
+    """Return the final state and the events of a training run, by default on one device."""
     events = []
     defaults = {"steps": 12, "key": KEY, "meta_batch": 4, "log_every": 4, "validation_episodes": 8}
     settings = defaults | {"devices": jax.devices()[:1]} | settings
@@ -47,11 +47,11 @@ def run(learner=None, tasks=None, optimizer=None, **settings):
 
 @cache
 def ten_steps():
-    """The state after ten meta-steps without an interruption."""
+    """Return the state after ten uninterrupted meta-steps."""
     return run(steps=10)[0]
 
 
-def of(events, kind):
+def events_of(events, kind):
     return [event for event in events if isinstance(event, kind)]
 
 
@@ -62,12 +62,12 @@ def assert_equal(a, b):
 def test_training_starts_from_given_parameters():
     drawn = init_state(toys.maml(), toys.adam(), toys.sinusoid(), KEY).params
     assert_equal(run(steps=2, params=drawn)[0].params, run(steps=2)[0].params)
-    moved = jax.tree.map(lambda leaf: leaf + 1, drawn)
-    still = run(steps=1, params=moved, optimizer=optax.sgd(0.0))[0]
-    assert_equal(still.params, moved)
+    shifted = jax.tree.map(lambda leaf: leaf + 1, drawn)
+    state = run(steps=1, params=shifted, optimizer=optax.sgd(0.0))[0]
+    assert_equal(state.params, shifted)
 
 
-def test_given_parameters_must_be_the_learner_s():
+def test_given_parameters_must_fit_the_learner():
     drawn = init_state(toys.maml(), toys.adam(), toys.sinusoid(), KEY).params
     wider = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), drawn)
     with pytest.raises(ValueError, match=r"params: got float32 of shape .* the learner has float32 of shape"):
@@ -100,7 +100,7 @@ def test_training_repeats_the_meta_step():
 
 def test_training_learns():
     _, events = run(steps=200, log_every=20, meta_batch=8)
-    losses = [event.metrics["loss"] for event in of(events, Progress)]
+    losses = [event.metrics["loss"] for event in events_of(events, Progress)]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
 
 
@@ -123,7 +123,7 @@ def test_the_loss_is_traced_once_in_the_whole_run(tmp_path):
         run_dir=tmp_path,
         checkpoint_every=3,
     )
-    # Once to check that it is a scalar, before anything is compiled, and once to compile it.
+    # One trace checks the loss before anything is compiled, the other one compiles it.
     assert len(traces) == 2
 
 
@@ -149,8 +149,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, devices):
     assert isinstance(events[0], Resumed)
     assert events[0].step == 8
     for kind, fields in ((Progress, ("step", "metrics")), (Validated, ("step", "evaluation", "best"))):
-        rest = [event for event in of(whole_events, kind) if event.step > 8]
-        assert [[getattr(e, f) for f in fields] for e in of(events, kind)] == [
+        rest = [event for event in events_of(whole_events, kind) if event.step > 8]
+        assert [[getattr(e, f) for f in fields] for e in events_of(events, kind)] == [
             [getattr(e, f) for f in fields] for e in rest
         ]
     assert_equal(load(tmp_path / "halves/checkpoints/best"), load(tmp_path / "whole/checkpoints/best"))
@@ -160,7 +160,7 @@ def test_resuming_from_the_middle_of_a_chunk_is_exact(tmp_path):
     run(steps=3, run_dir=tmp_path)
     rest, events = run(steps=10, run_dir=tmp_path, resume=True)
     assert_equal(rest.params, ten_steps().params)
-    assert [event.step for event in of(events, Progress)] == [4, 8, 10]
+    assert [event.step for event in events_of(events, Progress)] == [4, 8, 10]
 
 
 def test_resuming_a_finished_run_returns_it(tmp_path):
@@ -175,7 +175,7 @@ def test_resuming_a_finished_run_returns_it(tmp_path):
 
 def test_the_best_parameters_are_returned_and_saved(tmp_path):
     learner, tasks = toys.worsening(), toys.clusters()
-    # scale goes 1, 0.9, …: accuracy stays what it was until the sum's sign turns after step 10.
+    # `scale` is 1, 0.9, …: accuracy is constant until the sign of the sum changes after step 10.
     state, events = run(
         learner,
         tasks,
@@ -185,7 +185,7 @@ def test_the_best_parameters_are_returned_and_saved(tmp_path):
         validate_every=4,
         run_dir=tmp_path,
     )
-    validated = of(events, Validated)
+    validated = events_of(events, Validated)
     assert [event.step for event in validated] == [4, 8, 12, 16]
     assert [event.best for event in validated] == [True, False, False, False]
     assert validated[0].metric == "accuracy"
@@ -198,10 +198,10 @@ def test_the_best_parameters_are_returned_and_saved(tmp_path):
     np.testing.assert_allclose(last.params["scale"], -0.6, rtol=1e-5)
 
 
-def test_of_mse_the_lowest_validation_is_the_best():
+def test_lowest_mse_is_the_best_validation():
     validation = toys.sinusoid(split="validation")
     _, events = run(steps=60, meta_batch=8, validation=validation, validate_every=10, validation_episodes=50)
-    validated = of(events, Validated)
+    validated = events_of(events, Validated)
     best = np.inf
     for event in validated:
         assert event.metric == "mse"
@@ -210,16 +210,16 @@ def test_of_mse_the_lowest_validation_is_the_best():
     assert sum(event.best for event in validated) > 1
 
 
-def test_validation_at_the_end_and_checkpoints_where_asked(tmp_path):
+def test_validation_at_the_end_and_checkpoints_at_their_interval(tmp_path):
     _, events = run(
         steps=9, validation=toys.sinusoid(), validate_every=4, run_dir=tmp_path, checkpoint_every=3
     )
-    assert [event.step for event in of(events, Validated)] == [4, 8, 9]
-    saved = of(events, Saved)
+    assert [event.step for event in events_of(events, Validated)] == [4, 8, 9]
+    saved = events_of(events, Saved)
     assert [event.step for event in saved] == [3, 6, 9]
     assert checkpoint_steps(tmp_path) == [6, 9]
     assert Path(saved[-1].path).is_dir()
-    assert [event.step for event in of(events, Progress)] == [3, 4, 6, 8, 9]
+    assert [event.step for event in events_of(events, Progress)] == [3, 4, 6, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
     assert error.value.step == first_bad
     good = [step for step in (4, 8) if step < first_bad][-2:]
     assert checkpoint_steps(tmp_path) == good
-    assert all(np.isfinite(event.metrics["loss"]) for event in of(events, Progress))
+    assert all(np.isfinite(event.metrics["loss"]) for event in events_of(events, Progress))
     if good:
         assert str(error.value.checkpoint) in str(error.value)
         assert error.value.checkpoint.name == f"step-{good[-1]:08d}"
@@ -261,13 +261,13 @@ def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_non_finite_step_can_be_skipped_without_a_trace(devices):
-    """All but the number of the step stays as it was, and only what was computed is in the means."""
+    # A skipped step changes only the step number, and is not part of the means.
     bad = jnp.array([0, 5, 6])
     learner = toys.maml(poison=lambda step: jnp.where((step == bad).any(), jnp.nan, 0.0))
     tasks, optimizer = toys.sinusoid(), toys.adam()
     settings = {"non_finite": "skip", "devices": jax.devices()[:devices]}
     state, events = run(learner, tasks, optimizer, **settings)
-    assert [event.skipped for event in of(events, Progress)] == [1, 2, 0]
+    assert [event.skipped for event in events_of(events, Progress)] == [1, 2, 0]
     expected = init_state(learner, optimizer, tasks, KEY)
     step, losses = jax.jit(meta_step(learner, optimizer, 4, devices=settings["devices"])), []
     for number in range(12):
@@ -282,10 +282,12 @@ def test_a_non_finite_step_can_be_skipped_without_a_trace(devices):
         (expected.params, expected.opt_state),
     )
     means = [np.mean(part) for part in (losses[:3], losses[3:5], losses[5:])]
-    np.testing.assert_allclose([event.metrics["loss"] for event in of(events, Progress)], means, rtol=1e-5)
+    np.testing.assert_allclose(
+        [event.metrics["loss"] for event in events_of(events, Progress)], means, rtol=1e-5
+    )
 
 
-def test_training_that_only_skips_steps_ends():
+def test_training_stops_when_all_steps_are_skipped():
     learner = toys.maml(poison=lambda step: jnp.where(step >= 5, jnp.nan, 0.0))
     with pytest.raises(NonFiniteLoss, match="in meta-step 12;"):
         run(learner, steps=40, non_finite="skip")
@@ -293,8 +295,8 @@ def test_training_that_only_skips_steps_ends():
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
-def test_a_loss_that_never_was_finite_is_no_matter_of_the_outer_rate(non_finite):
-    """The initial parameters give it already; later on it is one."""
+def test_message_for_a_loss_that_was_never_finite_does_not_blame_the_learning_rate(non_finite):
+    # The loss of the initial parameters is NaN; one that becomes NaN later may be due to the learning rate.
     learner = toys.maml(poison=lambda step: jnp.where(step >= 0, jnp.nan, 0.0))
     with pytest.raises(NonFiniteLoss, match=r"outer learning rate is not the cause: .*jax_debug_nans"):
         run(learner, steps=4, non_finite=non_finite)
@@ -309,7 +311,7 @@ def forward(w, y):
 
 
 def backward(w, y):
-    """The loss is 0, and its gradient is not finite."""
+    """Return a loss of 0 whose gradient is not finite."""
     return jnp.sqrt(w * (0 * y.sum()))
 
 
@@ -321,7 +323,7 @@ def backward(w, y):
         (forward, "stream", f"nan) encountered in log, by {__file__}, line "),
     ],
 )
-def test_the_operation_of_the_first_nan_is_named_where_jax_is_debugged(loss, kind, says):
+def test_the_operation_of_the_first_nan_is_named_under_debug_nans(loss, kind, says):
 
     def of_task(params, task, key, step=None):
         del key, step
@@ -342,7 +344,7 @@ def test_the_operation_of_the_first_nan_is_named_where_jax_is_debugged(loss, kin
     assert says in str(error.value)
 
 
-def test_the_last_state_is_returned_though_it_cannot_be_saved(tmp_path, monkeypatch):
+def test_the_last_state_is_returned_if_it_cannot_be_saved(tmp_path, monkeypatch):
     def full(folder, state, **_):
         raise OSError(28, f"cannot be written at step {state.step}", str(folder))
 
@@ -362,7 +364,7 @@ def test_a_non_finite_parameter_stops_training():
     assert error.value.step == 5
 
 
-def test_a_run_that_should_stop_is_saved_and_can_be_resumed(tmp_path):
+def test_a_stopped_run_is_saved_and_can_be_resumed(tmp_path):
     calls = []
 
     def should_stop():
@@ -379,13 +381,13 @@ def test_a_run_that_should_stop_is_saved_and_can_be_resumed(tmp_path):
         run(should_stop=lambda: True)
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_existing_runs_are_not_overwritten(tmp_path):
     run(steps=4, run_dir=tmp_path)
     with pytest.raises(ValueError, match="holds a run already, with a checkpoint of step 4"):
         run(steps=4, run_dir=tmp_path)
 
 
-def test_a_resumption_of_another_configuration_is_refused(tmp_path):
+def test_resuming_with_another_configuration_is_refused(tmp_path):
     run(steps=4, run_dir=tmp_path, config={"shots": 1})
     with pytest.raises(ValueError, match=r"config\['shots'\] is 1 in the stored one, 5 in the new one"):
         run(steps=8, run_dir=tmp_path, config={"shots": 5}, resume=True)
@@ -396,7 +398,7 @@ def test_a_resumption_of_another_configuration_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "message"),
     [
         ({"steps": 0}, "steps: got 0"),
         ({"meta_batch": 0}, "meta_batch: got 0"),
@@ -407,6 +409,6 @@ def test_a_resumption_of_another_configuration_is_refused(tmp_path):
         ({"resume": True}, "run_dir: got None"),
     ],
 )
-def test_bad_settings_are_named(settings, named):
-    with pytest.raises(ValueError, match=named):
+def test_invalid_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
         run(**settings)

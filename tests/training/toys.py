@@ -1,7 +1,7 @@
 """Small hand-written learners and tasks, so that these tests need no learner of the library.
 
-Cached, since a learner made anew is another program to the compiler. Each draws its random numbers at once,
-since most of what is compiled of so small a program is the drawing.
+They are cached, because JAX compiles the functions of a new learner again. Each draws its random numbers by
+one call, because most of the compile time of so small a program is that of drawing.
 """
 
 from functools import cache, partial
@@ -18,7 +18,7 @@ WAYS = 3
 
 @cache
 def sinusoid(shots=5, queries=7, split="train"):
-    """y = amplitude · sin(x + phase)."""
+    """Return tasks y = amplitude · sin(x + phase)."""
 
     def draw(ranges, key):
         drawn = jax.random.uniform(key, (2 + shots + queries, 1))
@@ -33,7 +33,7 @@ def sinusoid(shots=5, queries=7, split="train"):
 
 @cache
 def clusters(dim=4, queries=2, noise=0.5):
-    """Classes are random points; the last query of a task is padding, with NaN for its input."""
+    """Return tasks of Gaussian clusters, whose last query is padding with NaN as its input."""
 
     def draw(scale, key):
         drawn = jax.random.normal(key, (WAYS, 2 + queries, dim))
@@ -56,7 +56,7 @@ def network(params, x):
 
 @cache
 def maml(width=8, step_size=0.05, poison=None, on_trace=None, order="second"):
-    """One-step MAML of a small network; `poison(step)` is added to the loss."""
+    """Return one-step MAML of a small network; `poison(step)` is added to the loss."""
 
     def init(key, task):
         inputs, outputs = task.support.x.shape[-1], task.support.y.shape[-1]
@@ -89,7 +89,7 @@ def maml(width=8, step_size=0.05, poison=None, on_trace=None, order="second"):
 
 @cache
 def nearest_mean():
-    """Classifies by the nearest scaled support example of each class."""
+    """Return a classifier by the nearest support example, with scaled features."""
 
     def init(key, task):
         return {"scale": jnp.ones(task.support.x.shape[-1])}
@@ -113,11 +113,11 @@ def nearest_mean():
 
 @cache
 def worsening():
-    """A nearest-mean classifier whose accuracy training can only ruin: its loss is `scale`'s sum."""
+    """Return a nearest-mean classifier whose accuracy training reduces: its loss is the sum of `scale`."""
     learner = nearest_mean()
 
     def predict(params, adapted, x, mask=None):
-        # Below a scale of 0 the sign of the distance turns: the farthest class is chosen.
+        # A negative sum of `scale` reverses the sign of the distances, so that the farthest class is chosen.
         return jnp.sign(params["scale"].sum()) * learner.predict(params, adapted, x, mask)
 
     def loss(params, task, key, step=None):

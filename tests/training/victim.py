@@ -1,9 +1,9 @@
-"""A training to be killed: a program, started by `test_faults`.
+"""A program, started by `test_faults`, whose training run is killed.
 
     python tests/training/victim.py FOLDER STEPS LIMIT
 
-It saves after every second meta-step and says so. LIMIT: no file may grow beyond so many bytes after the
-first checkpoint, as on a disk that is full; 0 for no limit.
+It saves a checkpoint after every second meta-step and prints its step. After the first checkpoint no file may
+grow beyond LIMIT bytes, which simulates a full disk; 0 for no limit.
 """
 
 import sys
