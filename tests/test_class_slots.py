@@ -239,6 +239,6 @@ def test_scores_and_class_arrays_refuse_labels_below_0():
     for score in (transfer.log_me, transfer.h_score):
         with pytest.raises(ArgumentError, match="labels"):
             score(X, Y - 1)
-    with pytest.raises(ArgumentError, match="y: got 2 labels below 0"):
+    with pytest.raises(ArgumentError, match="y: got 2 negative labels"):
         jm.tasks.from_arrays(X, Y - 1, ways=2, shots=1)
     jm.tasks.from_arrays(X, (Y - 1).astype(str), ways=2, shots=1)

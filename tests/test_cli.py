@@ -122,7 +122,7 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
         flags += ["--network", "strided-conv4", "--inner-steps", "1", "--eval-steps", "1", "--devices", "1"]
     assert main(["train", "fomaml", *flags, "--out", str(out)]) == 0
     message = (
-        "read      8 images of 4 classes, by a folder a class; the smallest is 6 × 6 (ant/0.png); none "
+        "read      8 images of 4 classes, by one folder per class; the smallest is 6 × 6 (ant/0.png); none "
         "left out"
     )
     assert (message in capsys.readouterr().out) == (tasks == "folder")

@@ -157,13 +157,13 @@ def test_training_on_folders_of_parts(tmp_path, capsys):
     flags = ("--ways", "2", "--queries", "2")
     assert train(tmp_path / "run", tasks, *flags)[0] == 2
     assert (
-        "1 of 3: test2 (1); fewer shots or queries would do, or skip_small_classes" in capsys.readouterr().err
+        "1 of 3 classes have fewer: test2 (1); use fewer shots or queries, or skip" in capsys.readouterr().err
     )
     status, config = train(tmp_path / "run", tasks, *flags, "--skip-small-classes")
     assert status == 0
     output = capsys.readouterr()
     assert (
-        "read      19 images of 7 classes, by folders train, val, test, a folder a class in each"
+        "read      19 images of 7 classes, by folders train, val, test, each with one folder per class"
         in output.out
     )
     assert (
@@ -195,7 +195,7 @@ def test_a_target_of_arrays(tmp_path):
     np.savez(tmp_path / "own.npz", x=X, y=Y)
     target = read_target(f"arrays:{tmp_path / 'own.npz'}", {}, 1, KEY, size=None, channels=None)
     assert (target.scored, target.y.tolist()) == (None, Y.tolist())
-    with pytest.raises(ValueError, match=r"^target: .*none\.npz is no file"):
+    with pytest.raises(ValueError, match=r"^target: .*none\.npz is not a file"):
         read_target(f"arrays:{tmp_path / 'none.npz'}", {}, 1, KEY, size=None, channels=None)
     np.savez(tmp_path / "own.npz", x=X.reshape(24, 16), y=Y)
     with pytest.raises(ValueError, match=r"has examples of shape \(16,\); images have shape"):

@@ -346,7 +346,7 @@ def test_a_diverging_adaptation_is_an_error(place, question, monkeypatch, capsys
     [
         ({"--support": "nowhere"}, "--support: "),
         ({"--query": "nowhere"}, "--query: "),
-        ({"--support": "query"}, "has no subfolders, one a class; sort the 6 images"),
+        ({"--support": "query"}, "one subfolder per class, into which to sort its 6 images"),
         ({"--query": "empty"}, "contains no images"),
         ({"--support": "one"}, "got 1 class; there must be at least 2"),
         ({"--json": "nowhere/answers.json"}, "--json: the folder"),
@@ -382,8 +382,8 @@ def test_a_run_on_other_data_than_images_is_an_error(place, question, tmp_path, 
         (["--label", "kind"], "--label"),
         (["--tasks", "folder:"], "give your PATH after the colon"),
         (["--classes", "nowhere.json"], "nowhere.json; it must be three fractions"),
-        (["--ways", "6"], "ways=6 asks for more classes than split='train' has: 5"),
-        (["--shots", "3"], "too few"),
+        (["--ways", "6"], "ways=6 is more than the classes of split='train': 5"),
+        (["--shots", "3"], "classes have fewer"),
         (["--size", "0"], "--size: got 0"),
         (["--protocol", "lake"], "--protocol"),
         (["--data", "."], "--data"),
@@ -404,7 +404,7 @@ def test_invalid_class_split_files_are_errors(place, tmp_path, capsys):
     command += ["--classes", str(file), "--out", str(tmp_path / "run")]
     for content, flags, says in (
         ({"train": ["bar0", "bar1", "bar2"], "test": ["bar0"]}, [], "overlaps"),
-        ({"train": "bar", "test": ["bar0"]}, [], "is no class split in JSON"),
+        ({"train": "bar", "test": ["bar0"]}, [], "is not a class split in JSON"),
         (
             {"train": ["bar0", "bar1", "bar2"], "test": ["bar5", "bar6", "bar7"]},
             ["--split-seed", "3"],

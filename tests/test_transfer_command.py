@@ -482,9 +482,9 @@ def test_transfer_to_a_folder_with_parts_reports_the_files_read(place, tmp_path,
     report = transfer(place, tmp_path / "out", "--recipe", "feature-extraction", target=target)
     assert (report["learned_from"], report["scored"]) == (8, 8)
     assert report["read"].startswith(
-        "16 images of 2 classes, by folders train, test, a folder a class in each"
+        "16 images of 2 classes, by folders train, test, each with one folder per class"
     )
-    assert "left out: 1 file that is no image (test/bar 0/notes.txt)" in capsys.readouterr().out
+    assert "left out: 1 file that is not an image (test/bar 0/notes.txt)" in capsys.readouterr().out
 
 
 def test_a_target_equals_labelled_tasks(place):

@@ -1,7 +1,7 @@
-"""Omniglot's two archives: read, verified, stored as tensorflow-datasets records, decoded to an array.
+"""Omniglot's two archives: reading, verification, storage as records, decoding to one array.
 
-The chain is archives -> ArrayRecord files (see `records`) -> one uint8 array. Containers may be
-rewritten, so what is verified is the content: names, counts, and a digest over every pixel.
+The chain is archives -> ArrayRecord files (see `records`) -> one uint8 array. Archives may have been
+repacked, so their content is verified: names, counts, and a digest over every pixel.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ _LARGEST_MEMBER = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Edition:
-    """What the archives must hold.
+    """The expected content of the archives.
 
     Attributes:
-      characters: of each part, "Alphabet/characterNN", sorted.
+      characters: sorted character names "Alphabet/characterNN" by part.
       digest: SHA-256 of the content, see `content_digest`.
-      md5: of the two official archives, checked after a download.
+      md5: MD5 of the official archive by part, checked after a download.
     """
 
     characters: Mapping[str, tuple[str, ...]]
@@ -53,22 +53,24 @@ class Edition:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All characters, background before evaluation: the order of the array."""
+        """Return all characters in the order of the array: background, then evaluation."""
         return tuple(name for part in PARTS for name in self.characters[part])
 
 
 def content_digest(names: tuple[str, ...], ink: Bool[np.ndarray, "*n side side"]) -> str:
-    """SHA-256 (hex) over the names of the characters and every drawing's pixels, in that order."""
+    """Return the SHA-256 (hex) over the character names, then over the pixels of every drawing."""
     digest = hashlib.sha256("\n".join(names).encode())
     digest.update(np.packbits(ink).tobytes())
     return digest.hexdigest()
 
 
 def find_archives(data: Path) -> dict[str, Path]:
-    """The two archives in `data`, or the two folders they unpack to; else those in its folder `omniglot`.
+    """Return the paths of the two archives, packed or unpacked, by part.
+
+    `data` itself and its folders `omniglot` and `python` are searched.
 
     Raises:
-      FileNotFoundError: they are not there.
+      FileNotFoundError: `data` does not exist or does not contain both archives.
     """
     if not data.exists():
         raise MissingFileError("data", f"{data} does not exist")
@@ -79,16 +81,16 @@ def find_archives(data: Path) -> dict[str, Path]:
                 return paths
     raise MissingFileError(
         "data",
-        f"{data} holds no images_background.zip and images_evaluation.zip, nor folders of these names, nor "
-        "does its folder omniglot",
+        f"{data} must contain images_background.zip and images_evaluation.zip, or the folders they unpack "
+        "to, either directly or in a folder omniglot; they are missing",
     )
 
 
 def read_archive(path: Path, part: str, characters: tuple[str, ...]) -> dict[str, bytes]:
-    """The PNG files of one archive, packed or not, by "Alphabet/characterNN/DD", DD the drawer.
+    """Return the PNG files of one archive, packed or unpacked, by "Alphabet/characterNN/DD", DD the drawer.
 
     Raises:
-      ValueError: a bad archive, or other drawings than 20 of each expected character.
+      ValueError: the archive is damaged, or does not hold exactly 20 drawings of each expected character.
     """
     images = _read_folder(path) if path.is_dir() else _read_zip(path, part)
     expected = {f"{name}/{drawer:02d}" for name in characters for drawer in range(1, DRAWERS + 1)}
@@ -96,13 +98,14 @@ def read_archive(path: Path, part: str, characters: tuple[str, ...]) -> dict[str
         missing, extra = sorted(expected - images.keys()), sorted(images.keys() - expected)
         raise ValueError(
             f"{path}: not Omniglot's images_{part}: {len(missing)} of {len(expected)} drawings missing "
-            f"(such as {missing[:2]}), {len(extra)} unexpected (such as {extra[:2]})"
+            f"(for example {missing[:2]}), {len(extra)} unexpected (for example {extra[:2]})"
         )
     return images
 
 
 def _read_folder(path: Path) -> dict[str, bytes]:
-    """The PNG files of an unpacked archive, which may lie in a folder of its own name in it."""
+    """Return the PNG files of an unpacked archive."""
+    # Some programs unpack images_background.zip to images_background/images_background.
     inner = path / path.name
     root = inner if inner.is_dir() else path
     return {
@@ -113,10 +116,10 @@ def _read_folder(path: Path) -> dict[str, bytes]:
 
 
 def _read_zip(path: Path, part: str) -> dict[str, bytes]:
-    """The PNG files of one archive by "Alphabet/characterNN/DD", DD the drawer; nothing is extracted.
+    """Return the PNG files of a packed archive, without extracting it to disk.
 
     Raises:
-      ValueError: not a whole zip file, or a member whose path leaves its folder.
+      ValueError: the zip file is damaged, or a member is too large or has a path outside the archive.
     """
     images: dict[str, bytes] = {}
     try:
@@ -124,18 +127,20 @@ def _read_zip(path: Path, part: str) -> dict[str, bytes]:
             for member in archive.infolist():
                 steps = PurePosixPath(member.filename.replace("\\", "/"))
                 if steps.is_absolute() or ".." in steps.parts or ":" in member.filename:
-                    raise ValueError(f"{path}: refused, its member {member.filename!r} leaves the archive")
+                    raise ValueError(f"{path}: member {member.filename!r} has a path outside the archive")
                 if member.is_dir() or steps.suffix != ".png" or "__MACOSX" in steps.parts:
                     continue
                 if member.file_size > _LARGEST_MEMBER:
-                    raise ValueError(f"{path}: refused, its member {member.filename!r} is too large")
+                    raise ValueError(
+                        f"{path}: member {member.filename!r} is larger than {_LARGEST_MEMBER} bytes"
+                    )
                 if len(steps.parts) == 4 and steps.parts[0] == f"images_{part}":
                     drawer = steps.stem.rpartition("_")[2]
                     images["/".join((*steps.parts[1:3], drawer))] = archive.read(member)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise ValueError(
-            f"{path}: corrupted or half-downloaded archive ({error}); get it again, or leave data out "
-            "to download it"
+            f"{path}: the archive is damaged or incomplete ({error}); download it again, or omit data to "
+            "have it downloaded"
         ) from error
     return images
 
@@ -143,10 +148,10 @@ def _read_zip(path: Path, part: str) -> dict[str, bytes]:
 def decode(
     examples: Examples, edition: Edition, size: int, where: object
 ) -> UInt8[np.ndarray, "characters drawers size size"]:
-    """One array of all drawings, ink = 255 on 0, `size` pixels a side (Lanczos, as in MAML's code).
+    """Return all drawings as one array, ink 255 on 0, resized to `size` pixels (Lanczos, as in MAML's code).
 
     Raises:
-      ValueError: a drawing does not decode to 105×105 black and white, or the content is not Omniglot's.
+      ValueError: a drawing does not decode to 105×105 pixels, or the content is not Omniglot's.
     """
     from PIL import Image
 
@@ -159,27 +164,27 @@ def decode(
             try:
                 with Image.open(io.BytesIO(examples[part][name]), formats=["PNG"]) as image:
                     if image.size != (SIDE, SIDE):
-                        raise ValueError(f"is {image.size}, not {(SIDE, SIDE)}")
+                        raise ValueError(f"size {image.size}, expected {(SIDE, SIDE)}")
                     ink[row, drawer] = np.asarray(image.convert("L")) == 0
             except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, …
                 raise ValueError(
-                    f"{where}: the image images_{part}/{name} does not decode ({error}); get it again"
+                    f"{where}: the image images_{part}/{name} cannot be decoded ({error}); download it again"
                 ) from error
         array[row] = shrink(ink[row], size)
-    found = content_digest(edition.names, ink)
-    if found != edition.digest:
+    digest = content_digest(edition.names, ink)
+    if digest != edition.digest:
         raise ValueError(
-            f"{where}: the drawings are not Omniglot's (content digest {found[:16]}…, expected "
-            f"{edition.digest[:16]}…); get the official archives"
+            f"{where}: the drawings are not Omniglot's (content digest {digest[:16]}…, expected "
+            f"{edition.digest[:16]}…); download the official archives"
         )
     return array
 
 
 def shrink(ink: Bool[np.ndarray, "n side side"], size: int) -> UInt8[np.ndarray, "n size size"]:
-    """Drawings as ink = 255 on 0, resized by Lanczos' filter, which is linear in rows and in columns.
+    """Return drawings with ink 255 on 0, resized by Lanczos' filter, which is separable.
 
-    Rounded once, at the end: turning by 90° before or after is then the same to one grey level, whereas
-    Pillow's 8-bit filter cuts off overshoots between its two passes.
+    Values are rounded once, at the end, so that rotating by 90° before or after resizing agrees to one grey
+    level. Pillow's 8-bit filter clips overshoots between its two passes.
     """
     weights = _lanczos(size)
     resized = weights @ (np.float32(255) * ink) @ weights.T
@@ -190,33 +195,34 @@ def shrink(ink: Bool[np.ndarray, "n side side"], size: int) -> UInt8[np.ndarray,
 def _lanczos(size: int) -> Float[np.ndarray, "size side"]:
     from PIL import Image
 
+    # Resizing the identity matrix along one axis gives the filter's weights.
     identity = Image.fromarray(np.eye(SIDE, dtype=np.float32))
     return np.asarray(identity.resize((SIDE, size), Image.Resampling.LANCZOS))
 
 
 def array_path(size: int) -> Path:
-    """Where the prepared array of this size is kept."""
+    """Return the path of the prepared array of this size in the cache."""
     return cache_folder() / f"omniglot-{size}.npz"
 
 
 def load_array(path: Path, edition: Edition, size: int) -> tuple[np.ndarray, set[str]]:
-    """The array of a prepared file, and the SHA-256 of the archives it was verified against.
+    """Return the array of a prepared file, and the fingerprints of the archives it was verified against.
 
     Raises:
-      ValueError: not such a file, or one for another size. Pickles are never loaded.
+      ValueError: the file is not a prepared array, or has another size. Pickles are never loaded.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             array, names, sources = file["images"], file["names"], file["sources"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
-            f"{path}: not a prepared Omniglot array ({error}); remove it to prepare it anew"
+            f"{path}: not a prepared Omniglot array ({error}); remove it to prepare it again"
         ) from error
     expected = (len(edition.names), DRAWERS, size, size)
     if array.shape != expected or array.dtype != np.uint8 or tuple(names.tolist()) != edition.names:
         raise ValueError(
-            f"{path}: not Omniglot with size={size}: array {array.dtype} {array.shape} of {len(names)} "
-            f"characters, expected uint8 {expected} of {len(edition.names)}"
+            f"{path}: not Omniglot with size={size}: got {array.dtype} {array.shape} with {len(names)} "
+            f"characters, expected uint8 {expected} with {len(edition.names)}"
         )
     return array, set(sources.tolist())
 
@@ -229,14 +235,21 @@ def _save_array(path: Path, array: np.ndarray, edition: Edition, sources: set[st
 def prepare(
     edition: Edition, size: int, data: Path | None, source: str = SOURCE
 ) -> UInt8[np.ndarray, "characters drawers size size"]:
-    """The array of all drawings: from the cache, else from `data`, else downloaded; then cached.
+    """Return the array of all drawings from the cache, from `data` or from a download, and cache it.
 
-    `data` is a folder with the two archives, packed or not, or a prepared array file. Archives are trusted
-    only if the array in the cache was verified against these very files; others go through the whole chain.
+    The cached array is used without reading the archives in `data` only if it was verified against the same
+    files; other archives are verified in full.
+
+    Args:
+      edition: expected content.
+      size: side of the images in pixels.
+      data: folder with the two archives, packed or unpacked, or a prepared array file; None: the cache, or a
+        download where the cache is empty.
+      source: address of the archives, with `{}` for the part.
 
     Raises:
-      ValueError: an archive, an image or the array file is not what it should be.
-      OSError: a path that does not exist, too little disk, no connection.
+      ValueError: an archive, an image or the array file is damaged or not Omniglot's.
+      OSError: a path that does not exist, too little disk space, or no connection.
     """
     if data is not None and data.is_file():
         return load_array(data, edition, size)[0]
@@ -266,13 +279,14 @@ def prepare(
             array = decode(read_records(Path(temporary)), edition, size, archives["background"].parent)
             if not (kept / DATA_SET).exists():
                 kept.mkdir(exist_ok=True)
-                with contextlib.suppress(OSError):  # another process may have been first
+                with contextlib.suppress(OSError):  # another process may have stored them first
                     os.replace(Path(temporary) / DATA_SET, kept / DATA_SET)
     _save_array(target, array, edition, known | ({fingerprint} if fingerprint else set()))
     return array
 
 
 def _fingerprint(archives: dict[str, Path]) -> str:
+    """Return a SHA-256 (hex) over the files of the archives as they are, packed or unpacked."""
     digest = hashlib.sha256()
     for part in PARTS:
         path = archives[part]

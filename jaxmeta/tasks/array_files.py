@@ -1,4 +1,4 @@
-"""One's own arrays: examples and labels in an npz file."""
+"""Examples and labels in an npz file."""
 
 import os
 import warnings
@@ -23,21 +23,21 @@ from jaxmeta.tasks.splits import (
     warn_of_pooled_parts,
 )
 
-# What arrays of examples, labels and parts are called, in any case.
+# Names of the arrays of examples, labels and parts, in any case.
 _X = ("x", "images", "image", "data", "inputs")
 _Y = ("y", "labels", "label", "targets", "target")
 _SPLIT = ("split", "part", "parts", "splits")
-# Floating-point images of larger values are not in [0, 1].
+# Floating-point images with larger values are taken to be in [0, 255] rather than [0, 1].
 _LARGE = 16
 
 
 class LabelledArrays(NamedTuple):
-    """Examples with the class and the part of each.
+    """Examples with their classes and parts.
 
     Attributes:
-      x: `(n, *shape)` as in the file; of grey images without a channel axis with one.
-      y: `(n,)` names of classes.
-      parts: `(n,)` "train", "validation" or "test"; None where the file does not say.
+      x: `(n, *shape)` examples of the file; `(n, h, w)` images get a channel axis.
+      y: `(n,)` class names.
+      parts: `(n,)` "train", "validation" or "test"; None where the file has no parts.
     """
 
     x: Shaped[np.ndarray, "n ..."]
@@ -46,7 +46,7 @@ class LabelledArrays(NamedTuple):
 
     @property
     def split(self) -> ClassSplit | None:
-        """The class split that the file's parts make; None without any, or where these share classes."""
+        """Return the class split of the file's parts; None without parts or where they share classes."""
         if self.parts is None:
             return None
         return split_of_parts({part: self.y[self.parts == part].tolist() for part in PARTS})
@@ -64,46 +64,46 @@ def from_npz(
     rotations: Rotations = "none",
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
-    """Few-shot tasks from the arrays of an npz file.
+    """Return few-shot tasks from the arrays of an npz file.
 
-    The file has examples `x`, `(n, h, w, c)` or `(n, h, w)` images or `(n, d)` features, uint8 or floating
-    point, and their labels `y`, integers or names; and, where it says which are for what, `split` with
-    "train", "val" or "test" for each example, or `x_train, y_train, x_val, y_val, x_test, y_test` in place of
-    `x` and `y`. uint8 examples come out as float32 in [0, 1]. Parts that share no class are the class split;
-    where they do, the examples of all parts are pooled, and the classes shared out at random.
+    The file holds examples `x`, `(n, h, w, c)` or `(n, h, w)` images or `(n, d)` features, uint8 or floating
+    point, and their labels `y`, integers or names. Optionally it also holds `split`, with "train", "val" or
+    "test" for each example, or has `x_train, y_train, x_val, y_val, x_test, y_test` in place of `x` and `y`.
+    uint8 examples are returned as float32 in [0, 1]. Parts that share no class form the class split;
+    otherwise the examples of all parts are pooled and the classes are split at random.
 
-    Pickles are not read, since they can run code. What is in one, such as mini-ImageNet's
-    `mini-imagenet-cache-train.pkl`, is written as npz by
+    Pickles are not read, since they can run code. The content of a pickle, such as mini-ImageNet's
+    `mini-imagenet-cache-train.pkl`, is converted to npz by
 
         d = pickle.load(open("mini-imagenet-cache-train.pkl", "rb"))
         rows = [(row, name) for name, rows in d["class_dict"].items() for row in rows]
         numpy.savez("train.npz", x=d["image_data"][[r for r, _ in rows]], y=[name for _, name in rows])
 
     Args:
-      path: the file.
+      path: path of the npz file.
       split: "train", "validation" or "test".
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to evaluate on.
-      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
-        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
-        also such a mapping, or a `ClassSplit`. "auto" is that of the file's own parts where these share no
-        class, else the fractions 0.64,0.16,0.2. None draws from every class, whatever `split` says.
-      split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
-        A split by name takes none.
-      rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
-        of its own; or "random", one rotation for each drawn class in each episode.
-      skip_small_classes: whether to leave out, with a warning, classes with too few examples for shots and
-        queries, after the classes are split.
+      classes: class split: the fractions of train, validation and test for a random split seeded by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`;
+        in Python also such a mapping or a `ClassSplit`. "auto": the file's own parts where these share no
+        class, else the fractions 0.64,0.16,0.2. None: every part draws from all classes.
+      split_seed: seed of the random class split; must be 0 where `classes` names the classes. Episodes depend
+        only on the key given to `sample`.
+      rotations: rotations of the images: "none"; "classes", each class rotated by 90, 180 and 270° is an
+        additional class; or "random", one random rotation per class and episode.
+      skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries examples,
+        after the classes are split.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is no npz file, lacks an array, or has arrays that do not fit together or hold objects;
-        too few classes, or a class with too few examples, for the episodes.
+      FileNotFoundError: `path` does not exist.
+      ValueError: the file is not an npz file, lacks an array, or has arrays of objects or of inconsistent
+        shapes; or it has too few classes, or a class has too few examples, for the episodes.
 
     Examples:
       >>> import tempfile, jax
-      >>> path = tempfile.mkdtemp() + "/own.npz"
+      >>> path = tempfile.mkdtemp() + "/images.npz"
       >>> np.savez(path, x=np.zeros((30, 8, 8), np.uint8), y=np.repeat(np.arange(10), 3))
       >>> from_npz(path, ways=5, shots=1, queries=2).sample(jax.random.key(0)).support.x.shape
       (5, 8, 8, 1)
@@ -113,11 +113,11 @@ def from_npz(
     arrays = read_npz(file)
     protocol = ""
     if classes == "auto":
-        own = arrays.split
-        if own is None and arrays.parts is not None:
+        file_split = arrays.split
+        if file_split is None and arrays.parts is not None:
             warn_of_pooled_parts(f"arrays:{file.name}", [part for part in PARTS if part in arrays.parts])
-        classes = FRACTIONS if own is None else own
-        protocol = "" if own is None else "class split of the file's own parts"
+        classes = FRACTIONS if file_split is None else file_split
+        protocol = "" if file_split is None else "class split of the file's own parts"
     return from_arrays(
         arrays.x,
         arrays.y,
@@ -135,7 +135,7 @@ def from_npz(
 
 
 def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
-    """Read examples and labels from an npz file; see `from_npz`.
+    """Read the examples and labels of an npz file; see `from_npz`.
 
     Raises:
       FileNotFoundError, ValueError: see `from_npz`.
@@ -146,91 +146,98 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
         kind, part = _meaning(name)
         if kind is not None:
             if kind in by_part.setdefault(part, {}):
-                raise ArgumentError(argument, f"{path} has several arrays for {kind}, of which one is {name}")
+                raise ArgumentError(
+                    argument, f"{path} has several arrays for {kind}, one of them {name}; keep one"
+                )
             by_part[part][kind] = array
     parts: list[str] = [part for part in PARTS if part in by_part]
     if "" in by_part and parts:
         raise ArgumentError(
-            argument, f"{path} has x or y beside those of parts ({', '.join(parts)}); leave one of them out"
+            argument, f"{path} has both x or y and arrays of the parts {', '.join(parts)}; remove one kind"
         )
     read = []
     for part in [*parts] or [""]:
-        found = by_part.get(part, {})
+        members = by_part.get(part, {})
         suffix = f"_{part}" if part else ""
-        lacking = [name for name in ("x", "y") if name not in found]
-        if lacking:
+        missing = [name for name in ("x", "y") if name not in members]
+        if missing:
             raise ArgumentError(
                 argument,
-                f"{path} lacks {' and '.join(name + suffix for name in lacking)}; it has "
-                f"{some(arrays) or 'nothing'}; write it by numpy.savez(path, x=…, y=…), with the examples as "
-                "x and their labels as y",
+                f"{path} lacks {' and '.join(name + suffix for name in missing)}; it has "
+                f"{some(arrays) or 'no arrays'}; write it by numpy.savez(path, x=…, y=…), with the examples "
+                "as x and their labels as y",
             )
-        x, y = _examples(path, argument, found["x"]), _labels(path, argument, found["y"])
+        x, y = _examples(path, argument, members["x"]), _labels(path, argument, members["y"])
         if len(x) != len(y):
             raise ArgumentError(
                 argument,
                 f"{path} has {len(x)} examples x{suffix} and {len(y)} labels y{suffix}; there must be one "
-                "label each",
+                "label per example",
             )
-        own = found.get("split")
-        told = np.full(len(x), part) if own is None else _parts(path, argument, own, len(x))
-        read.append((x, y, told))
+        column = members.get("split")
+        example_parts = np.full(len(x), part) if column is None else _parts(path, argument, column, len(x))
+        read.append((x, y, example_parts))
     shapes = {x.shape[1:] for x, _, _ in read}
     if len(shapes) > 1:
         raise ArgumentError(
-            argument, f"{path} has examples of several shapes: {some(map(str, sorted(shapes)))}"
+            argument, f"{path} has examples of several shapes: {some(map(str, sorted(shapes)))}; give all one"
         )
     kinds = {x.dtype == np.uint8 for x, _, _ in read}
     if len(kinds) > 1:
         raise ArgumentError(
             argument,
-            f"{path} has bytes in some parts and floats in others; give all one type, by x / 255 of bytes",
+            f"{path} has uint8 in some parts and floats in others; use one type, x / 255 for the uint8 parts",
         )
-    xs, ys, told = zip(*read, strict=True)
-    # Arrays of one part are not copied.
+    xs, ys, parts_by_file = zip(*read, strict=True)
+    # A single array is not copied.
     x = xs[0] if len(xs) == 1 else np.concatenate(xs)
-    labels, all_parts = np.concatenate(ys), np.concatenate(told)
+    labels, all_parts = np.concatenate(ys), np.concatenate(parts_by_file)
     has_parts = bool(parts) or "split" in by_part.get("", {})
     if has_parts and len(set(all_parts.tolist())) < 2:
         has_parts = False
-        warnings.warn(f"{path} names a single part, {all_parts[0]}, which splits nothing", stacklevel=4)
+        warnings.warn(f"{path} has a single part, {all_parts[0]}, which defines no split", stacklevel=4)
     return LabelledArrays(x, labels, all_parts if has_parts else None)
 
 
 def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
-    """Return the arrays of an npz file, of which none may hold objects.
+    """Return the arrays of an npz file by name; arrays of objects are refused.
+
+    Args:
+      path: path of the npz file.
+      argument: name of the caller's argument, for the messages.
 
     Raises:
-      FileNotFoundError, ArgumentError: there is none, or it cannot be read.
+      FileNotFoundError: `path` does not exist.
+      ArgumentError: the file cannot be read as npz.
     """
     if not path.is_file():
-        raise MissingFileError(argument, f"{path} is no file")
+        raise MissingFileError(argument, f"{path} is not a file")
     suffix = path.suffix.lower()
     if suffix in (".pkl", ".pickle", ".p"):
         raise ArgumentError(argument, f"{path}: {pickle_advice(path)}")
     if suffix == ".npy":
         raise ArgumentError(
             argument,
-            f"{path} holds one array, and labels are needed with it; write both by numpy.savez(path, x=…, "
+            f"{path} holds a single array, and labels are needed too; write both by numpy.savez(path, x=…, "
             "y=…)",
         )
-    found = {}
+    arrays = {}
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("it is one array")
+            raise ValueError("it is a single array")
         with loaded as file:
             for name in file.files:
                 try:
-                    found[name] = file[name]
+                    arrays[name] = file[name]
                 except ValueError as error:
                     if "allow_pickle" not in str(error):
                         raise
                     raise ArgumentError(
                         argument,
-                        f"{path}: {name} is an array of objects, which is a pickle, and none is read; give "
-                        f"it a type: {name}.astype(str) of names, numpy.stack(list({name})) of arrays of one "
-                        "shape",
+                        f"{path}: {name} is an array of objects, stored as a pickle, which is not read; "
+                        f"convert it: {name}.astype(str) for names, numpy.stack(list({name})) for arrays of "
+                        "one shape",
                     ) from None
     except ArgumentError:
         raise
@@ -241,11 +248,11 @@ def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
         if "pickle" in reason:
             reason = pickle_advice(path)
         raise ArgumentError(argument, f"{path} cannot be read as an npz file ({reason})") from error
-    return found
+    return arrays
 
 
 def _meaning(name: str) -> tuple[str | None, str]:
-    """Return what an array is ("x", "y", "split" or None) and of which part, by its name."""
+    """Return the kind of an array ("x", "y", "split" or None) and its part ("" for none), by its name."""
     words = name.casefold().replace("-", "_")
     for kind, names in (("x", _X), ("y", _Y), ("split", _SPLIT)):
         if words in names:
@@ -267,12 +274,12 @@ def _examples(path: Path, argument: str, x: np.ndarray) -> np.ndarray:
     if x.dtype != np.uint8 and x.dtype.kind != "f":
         raise ArgumentError(
             argument,
-            f"{path}: x has type {x.dtype}; it must be uint8 (0 to 255), by x.astype('uint8'), or floating "
-            "point",
+            f"{path}: x has type {x.dtype}; it must be uint8 (0 to 255), such as x.astype('uint8'), or "
+            "floating point",
         )
     if x.ndim == 4 and x.shape[-1] not in (1, 3) and x.shape[1] in (1, 3):
         raise ArgumentError(
-            argument, f"{path}: x has shape {x.shape}; channels come last, by x.transpose(0, 2, 3, 1)"
+            argument, f"{path}: x has shape {x.shape}; channels must come last: x.transpose(0, 2, 3, 1)"
         )
     if (
         x.ndim >= 3
@@ -282,8 +289,8 @@ def _examples(path: Path, argument: str, x: np.ndarray) -> np.ndarray:
         and float(np.nanmin(x)) >= 0
     ):
         warnings.warn(
-            f"{path}: x has values up to {float(np.nanmax(x)):g}; images in floating point are best in [0, "
-            "1], and those of 0 to 255 as uint8",
+            f"{path}: x has values up to {float(np.nanmax(x)):g}; floating-point images should be in [0, "
+            "1], and images in 0 to 255 should be uint8",
             stacklevel=4,
         )
     return x[..., None] if x.ndim == 3 else x
@@ -293,33 +300,33 @@ def _labels(path: Path, argument: str, y: np.ndarray) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
-        more = ", of vectors with a single one by y.argmax(1)" if y.ndim == 2 else ""
+        more = "; convert one-hot labels by y.argmax(1)" if y.ndim == 2 else ""
         raise ArgumentError(
-            argument, f"{path}: y has shape {y.shape}; it must be (n,), one label an example{more}"
+            argument, f"{path}: y has shape {y.shape}; it must be (n,), one label per example{more}"
         )
     y = decoded(path, argument, "y", y)
     if y.dtype.kind not in "iuU":
         raise ArgumentError(
-            argument, f"{path}: y has type {y.dtype}; labels must be integers or names, by y.astype(int)"
+            argument, f"{path}: y has type {y.dtype}; labels must be integers or names, such as y.astype(int)"
         )
     labels = y.astype(str)
     if (labels == "").any():
-        raise ArgumentError(argument, f"{path}: y[{int(np.argmax(labels == ''))}] is an empty name")
+        raise ArgumentError(argument, f"{path}: y[{int(np.argmax(labels == ''))}] is an empty class name")
     return labels
 
 
 def decoded(path: Path, argument: str, name: str, array: np.ndarray) -> np.ndarray:
-    """Return an array with text for bytes.
+    """Return an array of bytes decoded to text, and any other array as it is.
 
     Raises:
-      ArgumentError: bytes that are no UTF-8.
+      ArgumentError: the bytes are not UTF-8.
     """
     if array.dtype.kind != "S":
         return array
     try:
         return np.char.decode(array, "utf-8")
     except UnicodeDecodeError:
-        raise ArgumentError(argument, f"{path}: {name} holds bytes that are no UTF-8") from None
+        raise ArgumentError(argument, f"{path}: {name} holds bytes that are not UTF-8") from None
 
 
 def _parts(path: Path, argument: str, split: np.ndarray, n: int) -> np.ndarray:
@@ -327,14 +334,14 @@ def _parts(path: Path, argument: str, split: np.ndarray, n: int) -> np.ndarray:
     if split.shape != (n,) or split.dtype.kind != "U":
         raise ArgumentError(
             argument,
-            f"{path}: split has shape {split.shape} and type {split.dtype}; it must be ({n},) names of parts",
+            f"{path}: split has shape {split.shape} and type {split.dtype}; it must be ({n},) part names",
         )
     names = split.astype(str)
-    found = {name: part_of(name) for name in set(names.tolist())}
-    wrong = sorted(name for name, part in found.items() if part is None)
+    part_by_name = {name: part_of(name) for name in set(names.tolist())}
+    wrong = sorted(name for name, part in part_by_name.items() if part is None)
     if wrong:
         row = int(np.argmax(names == wrong[0]))
         raise ArgumentError(
             argument, f"{path}: split[{row}] is {wrong[0]!r}; it must be 'train', 'val' or 'test'"
         )
-    return np.array([found[name] for name in names.tolist()])
+    return np.array([part_by_name[name] for name in names.tolist()])

@@ -1,4 +1,4 @@
-"""CUB-200-2011's class attributes: what zero-shot tasks are told of a bird they have not seen."""
+"""CUB-200-2011's class attributes, the class metadata of zero-shot tasks."""
 
 import os
 from pathlib import Path
@@ -12,22 +12,22 @@ _CLASSES, _ATTRIBUTES = 200, 312
 
 
 def cub_attributes(data: str | os.PathLike[str]) -> dict[str, Float[np.ndarray, "312"]]:
-    """The 312 continuous attributes of each of CUB-200-2011's classes, float32 in [0, 1].
+    """Return the 312 continuous attributes of each CUB-200-2011 class, float32 in [0, 1].
 
-    An attribute is the share of people who, asked about images of the class, said that a bird has it:
-    the official percentages, divided by 100.
+    An attribute is the share of annotators who saw it in images of the class: the official percentages,
+    divided by 100.
 
     Args:
-      data: the folder CUB_200_2011 as in the official archive, or its folder images. It must have
-        classes.txt and attributes/class_attribute_labels_continuous.txt. The list attributes.txt, in it
-        or beside it, is checked where it is there.
+      data: folder CUB_200_2011 of the official archive, or its folder images. It must contain classes.txt
+        and attributes/class_attribute_labels_continuous.txt. The list attributes.txt, in the folder or next
+        to it, is checked where it exists.
 
     Returns:
-      Class name, such as "001.Black_footed_Albatross", to its attributes.
+      Attributes `(312,)` by class name, such as "001.Black_footed_Albatross".
 
     Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: a file does not hold what it should.
+      FileNotFoundError: a file does not exist.
+      ValueError: a file has an unexpected number of lines, columns or names, or values outside [0, 100].
 
     Examples:
       >>> attributes = cub_attributes("CUB_200_2011")  # doctest: +SKIP
@@ -41,9 +41,9 @@ def cub_attributes(data: str | os.PathLike[str]) -> dict[str, Float[np.ndarray, 
     if folder.name == "images" and not (folder / "classes.txt").is_file():
         folder = folder.parent
     names = _listed(folder / "classes.txt", _CLASSES)
-    for beside in (folder, folder.parent):
-        if (beside / "attributes.txt").is_file():
-            _listed(beside / "attributes.txt", _ATTRIBUTES)
+    for place in (folder, folder.parent):
+        if (place / "attributes.txt").is_file():
+            _listed(place / "attributes.txt", _ATTRIBUTES)
     table = _percentages(folder / "attributes" / "class_attribute_labels_continuous.txt")
     return dict(zip(names, table / np.float32(100), strict=True))
 
@@ -52,27 +52,29 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise MissingFileError(
             "data",
-            f"there is no {path}; the attributes are those of the official archive CUB_200_2011, with "
-            "classes.txt and attributes/class_attribute_labels_continuous.txt",
+            f"{path} does not exist; data must be the official folder CUB_200_2011, with classes.txt and "
+            "attributes/class_attribute_labels_continuous.txt",
         )
     return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
 
 
 def _listed(path: Path, expected: int) -> list[str]:
-    """The names of a file with lines "id name", ids from 1 to `expected` in order."""
+    """Return the names of a file with lines "id name", ids from 1 to `expected` in order."""
     pairs = [line.split(maxsplit=1) for line in _lines(path)]
     if [pair[0] for pair in pairs] != [f"{number}" for number in range(1, expected + 1)]:
-        raise ArgumentError("data", f"{path} must have {expected} lines, 1 to {expected}, got {len(pairs)}")
+        raise ArgumentError(
+            "data", f"{path} must have {expected} lines, numbered 1 to {expected}, got {len(pairs)}"
+        )
     names = {pair[1].strip() for pair in pairs if len(pair) == 2}
     if len(names) != expected:
-        raise ArgumentError("data", f"{path} must name {expected} different things, got {len(names)}")
+        raise ArgumentError("data", f"{path} must list {expected} distinct names, got {len(names)}")
     return [pair[1].strip() for pair in pairs]
 
 
 def _percentages(path: Path) -> Float[np.ndarray, "classes attributes"]:
     rows = [line.split() for line in _lines(path)]
     if len(rows) != _CLASSES:
-        raise ArgumentError("data", f"{path} must have {_CLASSES} lines, one a class, got {len(rows)}")
+        raise ArgumentError("data", f"{path} must have {_CLASSES} lines, one per class, got {len(rows)}")
     for number, row in enumerate(rows, start=1):
         if len(row) != _ATTRIBUTES:
             raise ArgumentError(

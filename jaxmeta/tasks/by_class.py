@@ -1,4 +1,4 @@
-"""What is known of classes by their names, in the order in which episodes keep them."""
+"""Groups and metadata of classes, from mappings by class name to arrays in the order of episodes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -15,14 +15,16 @@ Vector = Array | np.ndarray | Sequence[float | int]
 def grouped(
     names: Sequence[str], groups: Mapping[str, str], ways: int, split: SplitName
 ) -> tuple[list[str], Int[np.ndarray, "groups 2"]]:
-    """The classes of all groups that have at least `ways`, group after group.
+    """Return the classes of all groups with at least `ways` classes, sorted by group.
 
     Args:
-      names: of the classes of the part `split`.
-      groups: name of the group of each class.
+      names: class names of the part `split`.
+      groups: group name of each class.
+      ways: number of classes that a group must have.
+      split: name of the part, for the messages.
 
     Returns:
-      The names of the classes; first class and number of classes of each group.
+      Class names, and the first class and number of classes of each group.
 
     Raises:
       ValueError: a class has no group, or no group has as many classes.
@@ -40,8 +42,8 @@ def grouped(
     if not chosen:
         largest = max(members, key=lambda group: len(members[group]))
         raise ValueError(
-            f"ways={ways} asks for more classes than any group (groups) of split={split!r} has: the largest, "
-            f"{largest!r}, has {len(members[largest])}; fewer ways would do"
+            f"ways={ways} is more than the classes of any group (groups) of split={split!r}: the largest, "
+            f"{largest!r}, has {len(members[largest])}; use fewer ways"
         )
     counts = np.array([len(classes) for classes in chosen])
     return list(chain.from_iterable(chosen)), np.stack([np.cumsum(counts) - counts, counts], axis=1)
@@ -50,10 +52,10 @@ def grouped(
 def vectors_of(
     metadata: Mapping[str, Vector], names: Sequence[str], split: SplitName
 ) -> Float[np.ndarray, "classes d"]:
-    """The vectors of the classes `names` of the part `split`, in their order, as float32.
+    """Return the vectors of the classes `names` of the part `split`, in order, as float32.
 
     Raises:
-      ValueError: a class has none, they are of different lengths, or not all are finite numbers.
+      ValueError: a class has no vector, or the vectors differ in length or are not finite numbers.
 
     Examples:
       >>> vectors_of({"cat": [1, 0.5], "dog": [0, 1], "owl": [2, 2]}, ["dog", "cat"], "train").tolist()
@@ -64,13 +66,13 @@ def vectors_of(
         vectors = np.array([np.asarray(metadata[name], np.float32) for name in names])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"metadata must have one vector of numbers a class, all of one length ({error})"
+            f"metadata must have one vector of numbers per class, all of one length ({error})"
         ) from error
     if vectors.ndim != 2 or vectors.shape[1] == 0:
-        raise ValueError(f"metadata must have one vector a class, got arrays of shape {vectors.shape[1:]}")
+        raise ValueError(f"metadata must have one vector per class, got arrays of shape {vectors.shape[1:]}")
     wrong = [name for name, finite in zip(names, np.isfinite(vectors).all(1), strict=True) if not finite]
     if wrong:
-        raise ValueError(f"metadata must be finite, it is not for {some(map(repr, wrong))}")
+        raise ValueError(f"metadata must be finite; it is not for {some(map(repr, wrong))}")
     return vectors
 
 
@@ -78,6 +80,6 @@ def _check_named(argument: str, values: Mapping[str, object], names: Sequence[st
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(
-            f"{argument} must name every class of split={split!r} by str(label), it lacks {len(missing)} of "
+            f"{argument} must have every class of split={split!r} by str(label); it lacks {len(missing)} of "
             f"{len(names)}: {some(map(repr, missing))}"
         )

@@ -1,4 +1,4 @@
-"""The cache folder."""
+"""The cache folder of prepared data."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where prepared data are kept: $JAXMETA_CACHE, else `jaxmeta` in the platform's cache folder."""
+    """Return the folder of prepared data: $JAXMETA_CACHE, else `jaxmeta` in the platform's cache folder."""
     chosen = os.environ.get("JAXMETA_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -19,20 +19,25 @@ def cache_folder() -> Path:
 
 
 def make_room(folder: Path, needed: int, what: str) -> None:
-    """Makes `folder` and checks that `needed` bytes are free there.
+    """Create `folder` and check that it has enough free disk space.
+
+    Args:
+      folder: folder to create.
+      needed: bytes that must be free.
+      what: purpose of the space, for the message.
 
     Raises:
-      OSError: too little disk, or the folder cannot be made.
+      OSError: too little disk space, or the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"cannot make the cache folder {folder} ({error.strerror}); set JAXMETA_CACHE to another"
+            f"cannot create the cache folder {folder} ({error.strerror}); set JAXMETA_CACHE to another folder"
         ) from error
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"too little disk for {what}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} free in {folder}; "
-            "free some, or set JAXMETA_CACHE to another folder"
+            f"too little disk space for {what}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free in "
+            f"{folder}; free some, or set JAXMETA_CACHE to another folder"
         )

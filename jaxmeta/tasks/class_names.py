@@ -1,4 +1,4 @@
-"""Which classes stand behind the slots of few-shot tasks, by name."""
+"""Names of the classes of few-shot tasks, by episode and slot."""
 
 from functools import partial
 
@@ -14,16 +14,17 @@ from jaxmeta.tasks.sequences import DrawSequence
 
 
 def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
-    """Return the names of the classes of one episode, slot after slot.
+    """Return the class names of one episode, in the order of its slots.
 
     Args:
-      tasks: of `glyphs`, of `from_arrays`, or of what builds on it (`omniglot`, `mnist`, `from_folder`, …).
-      key: the one that `tasks.sample` draws the episode by: that of episode i of `jm.evaluate(key=key)` is
+      tasks: tasks from `glyphs`, `from_arrays` or a source built on it (`omniglot`, `mnist`, `from_folder`,
+        …).
+      key: key passed to `tasks.sample`; for episode i of `jm.evaluate(key=key)` it is
         `jax.random.split(jax.random.fold_in(key, i))[0]`. `jm.run_episodes` gives the names of all episodes.
 
     Returns:
-      A name for each slot, with " turned by 90°" and so on after that of a class whose turns are classes of
-      their own; an empty text for slots that are padding.
+      A name per slot. With rotations="classes" the names of rotated classes have " turned by 90°" (180°,
+      270°) appended; padding has an empty name.
 
     Raises:
       ValueError: tasks of another source.
@@ -49,8 +50,8 @@ def unnamed(tasks: TaskDistribution | TaskStream) -> ArgumentError:
     """Return the error for tasks whose classes have no names."""
     return ArgumentError(
         "tasks",
-        f"got tasks of {card_of(tasks).tasks!r}, whose classes have no names; it must be few-shot tasks of "
-        "glyphs, of from_arrays, or of a source of images (omniglot, from_folder, stream, …)",
+        f"got tasks of {card_of(tasks).tasks!r}, whose classes have no names; it must be few-shot tasks "
+        "from glyphs, from_arrays or a source of images (omniglot, from_folder, stream, …)",
     )
 
 
@@ -62,17 +63,17 @@ def have_names(tasks: TaskDistribution | TaskStream) -> bool:
 
 
 def slot_names(tasks: TaskDistribution, keys: Key) -> Shaped[np.ndarray, "n ways"] | None:
-    """Return the names of the classes of episodes by their keys; None where they have no names.
+    """Return the class names of episodes by their keys; None where classes have no names.
 
     Args:
-      tasks: as of `classes_of`, or sequences of them whose labels are slots.
-      keys: `(n,)`, one for each episode.
+      tasks: tasks with class names, see `classes_of`, or sequences of them with slots as labels.
+      keys: `(n,)` key of each episode.
     """
     sample, classes = tasks.sample, tasks.classes
     if not isinstance(sample, jax.tree_util.Partial) or not classes:
         return None
     if isinstance(sample.func, DrawSequence):
-        # The labels of strings are no slots.
+        # String labels are not slots.
         if sample.func.strings is not None:
             return None
         inner = TaskDistribution(sample.args[0], tasks.card, classes)

@@ -1,4 +1,4 @@
-"""MNIST and USPS: handwritten digits to transfer to and from, read from the published files."""
+"""MNIST and USPS: handwritten digits for transfer, read from the published files."""
 
 import dataclasses
 import gzip
@@ -26,10 +26,10 @@ class _Files(NamedTuple):
     """The published files of a data set.
 
     Attributes:
-      name: of the source, and of the folder they may lie in.
-      title: what people call it.
-      parts: file names of "train" and of "test", without the ".gz" that they may end in.
-      address: where to get them.
+      name: name of the source, and of the folder that may contain the files.
+      title: name of the data set in messages.
+      parts: file names of "train" and "test", without an optional ending ".gz".
+      address: place to download them from.
     """
 
     name: str
@@ -37,36 +37,36 @@ class _Files(NamedTuple):
     parts: Mapping[str, tuple[str, ...]]
     address: str
 
-    def found(self, data: str | os.PathLike[str], part: str) -> list[dict[str, Path]]:
-        """By name, what there is of a part's files in `data`, and in its folder of the set's name."""
+    def existing(self, data: str | os.PathLike[str], part: str) -> list[dict[str, Path]]:
+        """Return the existing files of a part by name, for `data` and for its folder `name`."""
         check_word("part", part, (*self.parts, None))
         folder = Path(data).expanduser()
         if not folder.is_dir():
-            raise MissingFileError("data", f"{folder} is no folder")
+            raise MissingFileError("data", f"{folder} is not a folder")
         return [
             {
                 name: path
                 for name in self.parts[part]
-                for path in (place / f"{name}.gz", place / name)  # the last one there counts
+                for path in (place / f"{name}.gz", place / name)  # the unpacked file has precedence
                 if path.is_file()
             }
             for place in (folder, folder / self.name)
         ]
 
     def paths(self, data: str | os.PathLike[str], part: str) -> list[Path]:
-        """The files of a part, all from one folder.
+        """Return the paths of the files of a part, all in one folder.
 
         Raises:
-          FileNotFoundError: they are not there.
+          FileNotFoundError: a file is missing.
         """
         names = self.parts.get(part, ())
-        for files in self.found(data, part):
+        for files in self.existing(data, part):
             if len(files) == len(names):
                 return [files[name] for name in names]
         raise MissingFileError(
             "data",
-            f"{Path(data).expanduser()} holds no {' and '.join(f'{name}[.gz]' for name in names)}, nor "
-            f"does its folder {self.name}; {self.title} is to be had from {self.address}",
+            f"{Path(data).expanduser()} must contain {' and '.join(f'{name}[.gz]' for name in names)}, "
+            f"directly or in a folder {self.name}; download {self.title} from {self.address}",
         )
 
 
@@ -90,17 +90,20 @@ _USPS = _Files(
 def mnist_images(
     data: str | os.PathLike[str], part: Literal["train", "test"] = "test"
 ) -> tuple[UInt8[np.ndarray, "n 28 28 1"], Int32[np.ndarray, " n"]]:
-    """MNIST's images and their digits, in the order of the files; ink = 255 on 0.
+    """Return MNIST's images and labels in the order of the files, ink 255 on 0.
 
     Args:
-      data: a folder with the official files, or whose folder `mnist` has them: train-images-idx3-ubyte and
-        train-labels-idx1-ubyte, or t10k-… of both, each as it is or with .gz. Nothing is downloaded.
-      part: "train" (60,000) or "test" (10,000).
+      data: folder that contains the official files, directly or in a folder `mnist`: train-images-idx3-ubyte
+        and train-labels-idx1-ubyte, or their t10k-… counterparts, plain or with .gz. Nothing is downloaded.
+      part: "train" (60,000 images) or "test" (10,000 images).
+
+    Returns:
+      Images `(n, 28, 28, 1)`, uint8, and labels `(n,)`, int32.
 
     Raises:
-      FileNotFoundError: they are not there.
-      ValueError: another part; a file that is cut off, or does not hold images of 28×28 pixels, or as many
-        digits from 0 to 9.
+      FileNotFoundError: a file is missing.
+      ValueError: an unknown part; a truncated file; images of another size than 28×28 pixels; or labels of
+        another number, or not from 0 to 9.
 
     Examples:
       >>> images, labels = mnist_images("../shared/data")  # doctest: +SKIP
@@ -110,35 +113,38 @@ def mnist_images(
     References:
       LeCun, Bottou, Bengio, Haffner, Gradient-based learning applied to document recognition, 1998.
     """
-    of_images, of_labels = _MNIST.paths(data, part)
-    images, labels = _idx(of_images, 3), _idx(of_labels, 1)
+    image_path, label_path = _MNIST.paths(data, part)
+    images, labels = _idx(image_path, 3), _idx(label_path, 1)
     if images.shape[1:] != (28, 28):
         raise ArgumentError(
-            "data", f"{of_images} must hold images of 28x28 pixels, got {images.shape[1]}x{images.shape[2]}"
+            "data", f"{image_path} must hold images of 28x28 pixels, got {images.shape[1]}x{images.shape[2]}"
         )
     if len(images) != len(labels):
         raise ArgumentError(
-            "data", f"{of_images} holds {len(images)} images and {of_labels} {len(labels)} labels"
+            "data", f"{image_path} holds {len(images)} images and {label_path} {len(labels)} labels"
         )
-    _check_digits(of_labels, labels)
+    _check_digits(label_path, labels)
     return images[..., None], labels.astype(np.int32)
 
 
 def usps_images(
     data: str | os.PathLike[str], part: Literal["train", "test"] = "test"
 ) -> tuple[UInt8[np.ndarray, "n 16 16 1"], Int32[np.ndarray, " n"]]:
-    """The images of USPS and their digits, in the order of the files; ink = 255 on 0.
+    """Return USPS's images and labels in the order of the files, ink 255 on 0.
 
-    The grey values v in [−1, 1] of the files, in which ink is 1 and paper −1, are rounded to 255·(v + 1)/2.
+    The files' grey values v in [−1, 1], ink 1 on −1, are mapped to 255·(v + 1)/2 and rounded.
 
     Args:
-      data: a folder with zip.train.gz and zip.test.gz of The Elements of Statistical Learning, or whose
-        folder `usps` has them; unpacked ones (zip.train, zip.test) are read, too. Nothing is downloaded.
-      part: "train" (7,291) or "test" (2,007).
+      data: folder that contains zip.train.gz and zip.test.gz of The Elements of Statistical Learning,
+        directly or in a folder `usps`, packed or unpacked. Nothing is downloaded.
+      part: "train" (7,291 images) or "test" (2,007 images).
+
+    Returns:
+      Images `(n, 16, 16, 1)`, uint8, and labels `(n,)`, int32.
 
     Raises:
-      FileNotFoundError: they are not there.
-      ValueError: another part; a file that is cut off, or a line of it that is not a digit from 0 to 9 and
+      FileNotFoundError: the file is missing.
+      ValueError: an unknown part; a truncated file; or a line that is not a digit from 0 to 9 followed by
         256 numbers in [−1, 1].
 
     Examples:
@@ -158,7 +164,7 @@ def usps_images(
         if len(columns) != _USPS_COLUMNS:
             raise ArgumentError(
                 "data",
-                f"line {number} of {path} has {len(columns)} columns; it must have {_USPS_COLUMNS}, a "
+                f"line {number} of {path} has {len(columns)} columns; it must have {_USPS_COLUMNS}: a "
                 "digit and 16x16 grey values",
             )
         try:
@@ -169,7 +175,7 @@ def usps_images(
             ) from error
     labels, values = table[:, 0], table[:, 1:]
     _check_digits(path, labels)
-    # Written so that NaN fails.
+    # Negated, so that NaN is refused.
     wrong = np.flatnonzero(~(np.abs(values) <= 1).all(axis=1))
     if wrong.size:
         raise ArgumentError("data", f"line {wrong[0] + 1} of {path} has grey values outside [-1, 1]")
@@ -187,24 +193,23 @@ def mnist(
     size: int = 28,
     part: Literal["train", "test"] | None = None,
 ) -> TaskDistribution:
-    """Few-shot tasks over MNIST's ten digits: classes that no character set was trained on.
+    """Return few-shot tasks over MNIST's ten digits, for transfer from other data.
 
-    Made for transfer, such as 10-way 1-shot by a model trained on Omniglot: there is no class split, and
-    all ten digits are in every part. So who was meta-trained on "train" is not meta-tested by "test": the
-    digits are the same, and only where the images differ (see `part`) are those new. The card says so, and
-    has no split hash.
+    Every part contains all ten digits: there is no class split, and the card has no split hash. A model
+    trained on Omniglot is evaluated on new classes, for example 10-way 1-shot; a model meta-trained on
+    MNIST's "train" part is not, since "test" differs only in its images (see `part`).
 
-    Images are `(size, size, 1)` float32 in [0, 1], ink = 1 on 0.
+    Images are `(size, size, 1)` float32 in [0, 1], ink 1 on 0.
 
     Args:
-      split: "train", "validation" or "test"; for the card, and for `part`.
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      split: "train", "validation" or "test"; recorded on the card; also sets the default of `part`.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
+      queries: examples per class to evaluate on.
       data: folder with the files of MNIST, see `mnist_images`.
-      size: side of the images in pixels, by Lanczos' filter where it is not 28.
-      part: which of the official images: "train" or "test". None for the training images where split="train"
-        and `data` has them, and for the test images everywhere else.
+      size: side of the images in pixels; resized by Lanczos' filter unless 28.
+      part: official images to use, "train" or "test"; None: the training images if split="train" and `data`
+        has them, else the test images.
 
     Raises:
       FileNotFoundError, ValueError: see `mnist_images`, `from_arrays`.
@@ -231,17 +236,17 @@ def usps(
     size: int = 28,
     part: Literal["train", "test"] | None = None,
 ) -> TaskDistribution:
-    """Few-shot tasks over the ten digits of USPS, as `mnist` has them; of 28×28 pixels, as MNIST's.
+    """Return few-shot tasks over the ten digits of USPS, as `mnist` does, resized to MNIST's 28×28 pixels.
 
     Args:
-      split: "train", "validation" or "test"; for the card, and for `part`.
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      split: "train", "validation" or "test"; recorded on the card; also sets the default of `part`.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
+      queries: examples per class to evaluate on.
       data: folder with the files of USPS, see `usps_images`.
-      size: side of the images in pixels, by Lanczos' filter where it is not 16.
-      part: which of the official images: "train" or "test". None for the training images where split="train"
-        and `data` has them, and for the test images everywhere else.
+      size: side of the images in pixels; resized by Lanczos' filter unless 16.
+      part: official images to use, "train" or "test"; None: the training images if split="train" and `data`
+        has them, else the test images.
 
     Raises:
       FileNotFoundError, ValueError: see `usps_images`, `from_arrays`.
@@ -266,7 +271,7 @@ def _tasks(
     check_part(split)
     check_count("size", size, 1)
     if part is None:
-        part = "train" if split == "train" and any(files.found(data, "train")) else "test"
+        part = "train" if split == "train" and any(files.existing(data, "train")) else "test"
     images, labels = read(data, part)
     if images.shape[1] != size:
         images = np.stack([resized(image, int(size)) for image in images])
@@ -280,12 +285,12 @@ def _tasks(
         "ten digits in every part, so not for meta-testing after meta-training on it",
         **shape,
     )
-    # There is no class split to tell from others: whoever trains and tests here does so on the same classes.
+    # All parts share their classes, so a split hash would suggest a split that does not exist.
     return tasks._replace(card=dataclasses.replace(card_of(tasks), split_hash=None))
 
 
 def _content(path: Path) -> bytes:
-    """Of a file, unpacked where it is packed, whatever its name says."""
+    """Return the content of a file, decompressed where it is gzip, regardless of its name."""
     content = path.read_bytes()
     if not content.startswith(b"\x1f\x8b"):
         return content
@@ -293,25 +298,25 @@ def _content(path: Path) -> bytes:
         return gzip.decompress(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ArgumentError(
-            "data", f"{path} is corrupted or half-downloaded ({error}); get it again"
+            "data", f"{path} is damaged or incomplete ({error}); download it again"
         ) from error
 
 
 def _idx(path: Path, rank: int) -> UInt8[np.ndarray, "..."]:
-    """The array of an IDX file of bytes: a magic number, `rank` sizes, and the bytes themselves."""
+    """Return the array of an IDX file of bytes: a magic number, `rank` sizes, and the bytes."""
     content, start = _content(path), 4 * (1 + rank)
     magic, *sizes = (int.from_bytes(content[place : place + 4], "big") for place in range(0, start, 4))
     if len(content) < start or magic != 0x800 + rank:
         raise ArgumentError(
             "data",
-            f"{path} is no IDX file of bytes in {rank} dimensions, which begins with "
-            f"{0x800 + rank:#010x} and {rank} sizes; it begins with 0x{content[:4].hex()}",
+            f"{path} is not an IDX file of bytes of rank {rank}, which starts with {0x800 + rank:#010x} and "
+            f"the sizes; it starts with 0x{content[:4].hex()}",
         )
     if len(content) - start != math.prod(sizes):
         raise ArgumentError(
             "data",
-            f"{path} holds {len(content) - start} bytes after its header, which says "
-            f"{' x '.join(map(str, sizes))}; get it again",
+            f"{path} holds {len(content) - start} bytes after its header, which declares "
+            f"{' x '.join(map(str, sizes))}; download it again",
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
 
@@ -322,5 +327,5 @@ def _check_digits(path: Path, labels: Shaped[np.ndarray, " n"]) -> None:
     wrong = np.flatnonzero(~np.isin(labels, np.arange(10)))
     if wrong.size:
         raise ArgumentError(
-            "data", f"{path} must hold digits from 0 to 9, and its label {wrong[0] + 1} is {labels[wrong[0]]}"
+            "data", f"{path} must hold digits from 0 to 9; its label {wrong[0] + 1} is {labels[wrong[0]]}"
         )

@@ -1,8 +1,8 @@
 """Episodes from class-indexed examples: N ways, K shots, Q queries, drawn on the device.
 
 An episode (Vinyals et al. 2016, arXiv 1606.04080) draws N classes of the split without
-replacement, K + Q examples of each without replacement, and names the classes 0..N−1 in random
-order: with a fixed order a model could learn which slot a class sits in.
+replacement, K + Q examples of each without replacement, and labels the classes 0..N−1 in random
+order: with a fixed order a model could learn the slot of a class.
 """
 
 import dataclasses
@@ -23,16 +23,15 @@ from jaxmeta.tasks.subset import ordered_subset
 
 
 class EpisodeData(NamedTuple):
-    """The examples of one part of a split, grouped by class; lives on the device.
+    """The examples of one part of a split on the device, grouped by class.
 
     Attributes:
-      x: `(n, size)` uint8 or float32, one flat row an example: rows gather several times faster
-        than small images.
-      offsets: `(classes,)` where each class starts in `x`.
+      x: `(n, size)` uint8 or float32 examples, flattened: rows gather several times faster than small images.
+      offsets: `(classes,)` first row of each class in `x`.
       sizes: `(classes,)` number of examples of each class.
-      groups: `(groups, 2)` first class and number of classes of each group; None where the classes of
-        an episode may be any.
-      metadata: `(classes, d)` what zero-shot tasks are told of each class; None for other tasks.
+      groups: `(groups, 2)` first class and number of classes of each group; None: any classes may share an
+        episode.
+      metadata: `(classes, d)` class metadata of zero-shot tasks; None for other tasks.
     """
 
     x: Array
@@ -45,9 +44,15 @@ class EpisodeData(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class EpisodeShape:
-    """What is static about an episode; a pair is an inclusive range, `example` the shape of one.
+    """The static part of an episode.
 
-    `paired` is whether the examples of all classes have the same places within their classes.
+    Attributes:
+      ways: inclusive range of the number of classes.
+      shots: inclusive range of the support examples per class.
+      queries: query examples per class.
+      rotations: see `from_arrays`.
+      example: shape of an example.
+      paired: whether all classes of an episode use the same example indices.
     """
 
     ways: tuple[int, int]
@@ -68,24 +73,33 @@ class EpisodeShape:
         paired: bool = False,
         zero_shot: bool = False,
     ) -> "EpisodeShape":
-        """From the arguments of `from_arrays`, or a ValueError; `zero_shot` is whether there is metadata."""
+        """Build the shape from the arguments of `from_arrays`.
+
+        Args:
+          ways, shots, queries, rotations, paired: see `from_arrays`.
+          example: shape of an example.
+          zero_shot: whether class metadata replaces the support set.
+
+        Raises:
+          ValueError: an argument is out of range, or the arguments contradict each other.
+        """
         ways = _range("ways", ways)
         if zero_shot:
-            for name, got, right in (
+            for name, value, expected in (
                 ("shots", shots, 0),
                 ("ways", _compact(ways), ways[1]),
                 ("rotations", rotations, "none"),
             ):
-                if got != right:
+                if value != expected:
                     raise ValueError(
-                        "metadata takes the place of the support set of zero-shot tasks, which have "
-                        f'shots=0, one number of ways and rotations="none"; got {name}={got!r}'
+                        "metadata replaces the support set of zero-shot tasks, which need shots=0, a single "
+                        f'number of ways and rotations="none"; got {name}={value!r}'
                     )
             shots = 0, 0
         elif shots == 0:
             raise ArgumentError(
                 "shots",
-                "got 0; it must be at least 1: zero-shot tasks need one vector of every class, "
+                "got 0; it must be at least 1, except in zero-shot tasks, which need one vector per class: "
                 "from_arrays(shots=0, metadata=...)",
             )
         else:
@@ -101,7 +115,7 @@ class EpisodeShape:
 
     @property
     def needed(self) -> int:
-        """The number of examples that every class must have."""
+        """Return the number of examples that every class must have."""
         return self.shots[1] + self.queries
 
     def usable(
@@ -112,12 +126,20 @@ class EpisodeShape:
         source: str,
         skip_small: bool,
     ) -> list[int]:
-        """Return which classes episodes are drawn from; with `skip_small` those with enough examples.
+        """Return the indices of the classes to draw episodes from.
 
-        What is left out is warned of. Where no class has enough, all are returned, to be refused.
+        With `skip_small` classes with too few examples are skipped with a warning. If no class has enough
+        examples, all indices are returned, so that `card_for` refuses them.
+
+        Args:
+          names: class names.
+          sizes: number of examples of each class.
+          split: part of the classes, for the warning.
+          source: name of the source, for the warning.
+          skip_small: whether to skip classes with too few examples.
         """
         needed = self.needed
-        kept = [place for place, size in enumerate(sizes) if size >= needed]
+        kept = [index for index, size in enumerate(sizes) if size >= needed]
         if not skip_small or not kept:
             return list(range(len(names)))
         small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
@@ -138,26 +160,33 @@ class EpisodeShape:
         source: str,
         protocol: str,
     ) -> ProtocolCard:
-        """The protocol card of such episodes from these classes.
+        """Return the protocol card of episodes from these classes.
+
+        Args:
+          names: class names.
+          sizes: number of examples of each class.
+          split: part of the classes.
+          split_hash: hash of the class split.
+          source: name of the source.
+          protocol: sentence on the protocol.
 
         Raises:
-          ValueError: there are too few of them, one has too few examples, or not all have as many where
-            that is needed.
+          ValueError: too few classes, a class with too few examples, or paired classes of unequal size.
         """
         classes = len(names) * (4 if self.rotations == "classes" else 1)
         if classes < self.ways[1]:
             raise ValueError(
-                f"ways={_compact(self.ways)} asks for more classes than split={split!r} has: {classes}; a "
-                "class split (classes) that gives it more would do, or fewer ways. To tell apart a few "
-                "classes that stay the same is a case for `jaxmeta transfer` or `predict`"
+                f"ways={_compact(self.ways)} is more than the classes of split={split!r}: {classes}; "
+                "use fewer ways, or a class split (classes) with more classes in this part. To distinguish a "
+                "small fixed set of classes, use `jaxmeta transfer` or `predict`"
             )
         needed = self.needed
         small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
         if small:
             raise ValueError(
-                f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed of every "
-                f"class, too few in {len(small)} of {len(names)}: {some(small)}; fewer shots or queries "
-                "would do, or skip_small_classes, which leaves such classes out, where the source has it"
+                f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed per "
+                f"class; {len(small)} of {len(names)} classes have fewer: {some(small)}; use fewer shots or "
+                "queries, or skip these classes with skip_small_classes where the source has this setting"
             )
         if self.paired and len(set(sizes)) > 1:
             fewest, most = int(np.argmin(sizes)), int(np.argmax(sizes))
@@ -196,49 +225,48 @@ def from_arrays(
     metadata: Mapping[str, Vector] | None = None,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
-    """Few-shot classification tasks from any array of examples with class labels.
+    """Return few-shot classification tasks from an array of examples with class labels.
 
     `sample(key)` draws N distinct classes uniformly, K + Q distinct examples of each (the first K
-    are the support set), and gives the classes the slots 0..N−1 in random order. Support and query
-    are ordered by slot. uint8 examples stay uint8 on the device and come out as float32 in
+    are the support set), and assigns the slots 0..N−1 to the classes in random order. Support and
+    query are ordered by slot. uint8 examples stay uint8 on the device and are returned as float32 in
     [0, 1]. Only the examples of the chosen part are stored.
 
-    With a range of ways (shots), one number per task is drawn uniformly from it; arrays keep the
-    size of the largest, and what is missing is zero and masked.
+    With a range of ways (shots), one number per task is drawn uniformly from it; arrays have the
+    size of the largest, and the padding is zero and masked.
 
     With `shots=0` and `metadata` the tasks are zero-shot: the support set is one metadata vector per
     class, `support.x` `(N, d)` and `support.y = arange(N)`.
 
     Args:
-      x: `(n, *shape)` uint8 or float, in any order.
-      y: `(n,)` integer or string class labels; a label's class name is `str(label)`. Classes are in the
-        order of their names, as numbers where all of them are, otherwise as text.
-      ways: classes of a task, N, or an inclusive range (low, high).
+      x: `(n, *shape)` uint8 or float examples, in any order.
+      y: `(n,)` integer or string class labels; the class name of a label is `str(label)`. Classes are
+        sorted by name, numerically if all names are numbers, otherwise as text.
+      ways: classes per task, N, or an inclusive range (low, high).
       shots: examples per class to learn from, K, or an inclusive range (low, high); 0 with `metadata`.
-      queries: examples per class to be judged on, Q.
+      queries: examples per class to evaluate on, Q.
       split: "train", "validation" or "test".
-      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
-        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
-        also such a mapping, or a `ClassSplit`. None draws from every class, whatever `split` says.
-      split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
-        A split by name takes none.
-      rotations: how examples are turned: "none"; "classes", every class turned by 90, 180 and 270° is a
-        class of its own (Snell et al. 2017); or "random", one rotation for each drawn class in each episode,
-        so that two rotations of one class never meet (Finn et al. 2017). The first two axes of an example
-        are turned counter-clockwise and must be equal.
+      classes: class split: the fractions of train, validation and test for a random split seeded by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`;
+        in Python also such a mapping or a `ClassSplit`. None: every part draws from all classes.
+      split_seed: seed of the random class split; must be 0 where `classes` names the classes. Episodes depend
+        only on the key given to `sample`.
+      rotations: rotations of the examples: "none"; "classes", each class rotated by 90, 180 and 270° is an
+        additional class (Snell et al. 2017); or "random", one random rotation per class and episode, so
+        that an episode never has two rotations of one class (Finn et al. 2017). The first two axes of an
+        example must be equal; they are rotated counter-clockwise.
       name: name of the source, for the protocol card.
-      protocol: one sentence for the protocol card; where it is empty, the card says how classes are
-        split and grouped.
-      groups: name of the group of each class, such as the alphabet of a character: the classes of an
-        episode are then of one group, drawn uniformly from those with at least `ways` classes (the
-        others are left out). With rotations="classes" a group turned as a whole is a group of its own.
-      paired: whether the examples of all classes of an episode have the same places within their
-        classes, in the order of `x`: where a place is a drawer, some draw the support set and others
-        the queries, of every class.
-      metadata: a vector of each class, for zero-shot tasks; all of one length. Needs one number of ways
-        and no rotations.
-      skip_small_classes: whether classes with too few examples for shots and queries are left out, with a
-        warning, after the classes are split.
+      protocol: one sentence for the protocol card; if empty, the card describes how classes are split
+        and grouped.
+      groups: group name of each class, such as the alphabet of a character: the classes of an episode
+        then belong to one group, drawn uniformly from the groups with at least `ways` classes; smaller
+        groups are skipped. With rotations="classes" each rotation of a group is an additional group.
+      paired: whether all classes of an episode use the same example indices, counted within the class in
+        the order of `x`. If the index is the drawer, support and queries then have different drawers.
+      metadata: vector of each class, all of one length, for zero-shot tasks. Needs a single number of
+        ways and rotations="none".
+      skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries
+        examples, after the classes are split.
 
     Returns:
       TaskDistribution whose `sample` is a pytree: pass it to a compiled function as an argument.
@@ -246,7 +274,8 @@ def from_arrays(
     Raises:
       ValueError: too few classes for `ways`, or no group with as many; a class with fewer than shots +
         queries examples, or paired classes of unequal size; a class without group or metadata; metadata
-        with shots or shots=0 without; lengths or types that do not fit, an unknown split or rotation.
+        with shots > 0, or shots=0 without metadata; inconsistent lengths or types; an unknown split or
+        rotation.
 
     Examples:
       >>> import jax, numpy as np
@@ -261,26 +290,27 @@ def from_arrays(
     )
     x, labels = _checked_examples(x, y)
     present, label = np.unique(labels, return_inverse=True)
-    said = protocol
+    own_protocol = protocol
     parts, protocol = split_classes(present.tolist(), classes, split_seed, split, protocol)
     names, spans = parts.ordered(split), None
     if skip_small_classes:
         counts = np.bincount(label)[np.searchsorted(present, names)]
-        names = [names[place] for place in shape.usable(names, counts, split, name, True)]
+        names = [names[index] for index in shape.usable(names, counts, split, name, True)]
     if groups is not None:
         names, spans = grouped(names, groups, shape.ways[1], split)
-    if not said:
+    if not own_protocol:
         within = "classes within one group" if groups is not None else ""
         places = "the same places in every class" if paired else ""
         protocol = ", ".join(filter(None, (protocol, within, places)))
 
-    place_of = np.full(len(present), -1)
-    place_of[np.searchsorted(present, names)] = np.arange(len(names))
-    place = place_of[label]
-    order = np.argsort(place, kind="stable")[np.sum(place < 0) :]
-    sizes = np.bincount(place[order])
+    # Index of each class among those kept; -1 for other classes, whose examples sort first and are dropped.
+    index_of = np.full(len(present), -1)
+    index_of[np.searchsorted(present, names)] = np.arange(len(names))
+    index = index_of[label]
+    order = np.argsort(index, kind="stable")[np.sum(index < 0) :]
+    sizes = np.bincount(index[order])
     card = shape.card_for(names, sizes.tolist(), split, parts.hash, name, protocol)
-    if not np.array_equal(order, np.arange(len(x))):  # a copy of what may fill half of the memory
+    if not np.array_equal(order, np.arange(len(x))):  # indexing copies an array that may fill half the memory
         x = x[order]
     data = EpisodeData(
         jnp.asarray(x.reshape(len(x), -1)),
@@ -293,21 +323,21 @@ def from_arrays(
 
 
 class Drawn(NamedTuple):
-    """Which examples an episode is made of.
+    """The random choices of an episode.
 
     Attributes:
-      classes: of each slot.
-      rows: of the examples, the support set first, then the queries.
-      turns: quarter turns of the examples of each slot.
-      real: whether a support example is none of the padding; None where there is no padding.
-      asked: the same of the queries.
+      classes: class of each slot.
+      rows: row of each example in the data, the support set first, then the queries.
+      turns: number of quarter turns of each slot.
+      support_mask: False for padding of the support set; None without padding.
+      query_mask: False for padding of the queries; None without padding.
     """
 
     classes: Int[Array, "*b ways"]
     rows: Int[Array, "*b ways count"]
     turns: Int[Array, "*b ways"]
-    real: Bool[Array, "*b ways shots"] | None
-    asked: Bool[Array, "*b ways queries"] | None
+    support_mask: Bool[Array, "*b ways shots"] | None
+    query_mask: Bool[Array, "*b ways queries"] | None
 
 
 def draw_rows(
@@ -317,10 +347,13 @@ def draw_rows(
     key: Key,
     groups: Int[Array, "groups 2"] | None = None,
 ) -> Drawn:
-    """The random part of an episode; all its random bits come from a single call of the generator."""
+    """Draw the classes, examples and rotations of an episode.
+
+    A single call of the random generator gives all bits, since each call costs compile time.
+    """
     ways, shots, queries = shape.ways[1], shape.shots[1], shape.queries
     each = shots + queries
-    # One number more only where it is used: how many are drawn decides what they are.
+    # Their number affects their values: the extra one, only with groups, leaves other episodes unchanged.
     bits = jax.random.bits(key, (ways * (each + 2) + (2 if groups is None else 3),), jnp.uint32)
     class_bits, turn_bits, example_bits, other_bits = jnp.split(
         bits, (ways, 2 * ways, ways * (each + 2)), axis=0
@@ -345,31 +378,31 @@ def draw_rows(
         example_bits = jnp.broadcast_to(example_bits[:1], (ways, each))
     rows = offsets[classes][:, None] + jax.vmap(ordered_subset)(example_bits, sizes[classes])
 
-    real = asked = None
+    support_mask = query_mask = None
     if shape.ways[0] < ways or shape.shots[0] < shots:
         present = (jnp.arange(ways) < _uniform(other_bits[0], shape.ways))[:, None]
-        real = present & (jnp.arange(shots) < _uniform(other_bits[1], shape.shots))[None, :]
+        support_mask = present & (jnp.arange(shots) < _uniform(other_bits[1], shape.shots))[None, :]
         if shape.ways[0] < ways:
-            asked = jnp.broadcast_to(present, (ways, queries))
-    return Drawn(classes, rows, turns, real, asked)
+            query_mask = jnp.broadcast_to(present, (ways, queries))
+    return Drawn(classes, rows, turns, support_mask, query_mask)
 
 
 def names_of_slots(
     shape: EpisodeShape, classes: Sequence[str], drawn: Drawn
 ) -> Shaped[np.ndarray, "tasks ways"]:
-    """Return the name of the class of each slot of drawn episodes, "" for slots that are padding.
+    """Return the class name of each slot of drawn episodes, "" for padding.
 
-    A turn that is a class of its own has " turned by 90°" and so on behind the name.
+    With rotations="classes" the names of rotated classes have " turned by 90°" (180°, 270°) appended.
     """
     names = np.array(classes)[np.asarray(drawn.classes)]
     if shape.rotations == "classes":
         turned = np.array(["", *(f" turned by {90 * turn}°" for turn in (1, 2, 3))])
         names = np.char.add(names, turned[np.asarray(drawn.turns)])
-    return names if drawn.asked is None else np.where(np.asarray(drawn.asked).any(-1), names, "")
+    return names if drawn.query_mask is None else np.where(np.asarray(drawn.query_mask).any(-1), names, "")
 
 
 def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
-    """One episode from examples on the device."""
+    """Draw one episode from examples on the device."""
     drawn = draw_rows(shape, data.offsets, data.sizes, key, data.groups)
     shots, ways = shape.shots[1], shape.ways[1]
     task = make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
@@ -386,7 +419,7 @@ def make_task(
     support: Shaped[Array, "ways shots size"],
     query: Shaped[Array, "ways queries size"],
 ) -> Task:
-    """The episode `drawn`, from its examples as stored."""
+    """Build the episode `drawn` from its stored examples."""
     ways = shape.ways[1]
 
     def batch(x: Shaped[Array, "ways count size"], mask: Bool[Array, "ways count"] | None) -> Batch:
@@ -395,21 +428,21 @@ def make_task(
         y = jnp.repeat(jnp.arange(ways, dtype=jnp.int32), count)
         if mask is None:
             return Batch(x.reshape(ways * count, *shape.example), y, ways=ways)
-        # Padding is cleared, so that a learner that forgets the mask cannot gain from it.
+        # Padding is zeroed, so that a learner that ignores the mask gains nothing from it.
         x = jnp.where(mask[:, :, None], x, 0)
         return Batch(x.reshape(ways * count, *shape.example), y, mask=mask.reshape(-1), ways=ways)
 
-    return Task(batch(support, drawn.real), batch(query, drawn.asked))
+    return Task(batch(support, drawn.support_mask), batch(query, drawn.query_mask))
 
 
 def turned_floats(
     shape: EpisodeShape, x: Shaped[Array, "ways count size"], turns: Int[Array, " ways"]
 ) -> Float[Array, "ways count size"]:
-    """Stored examples as tasks have them, those of slot i turned by 90° · turns[i] counter-clockwise."""
+    """Return stored examples as float32, those of slot i rotated by 90° · turns[i] counter-clockwise."""
     if shape.rotations != "none":
         images = x.reshape(*x.shape[:2], *shape.example)
         which = turns.reshape((-1,) + (1,) * (images.ndim - 1))
-        # A quarter turn and a half turn: two selects in place of four.
+        # A quarter turn and then a half turn need two selects instead of four.
         images = jnp.where(which % 2 == 1, jnp.rot90(images, axes=(2, 3)), images)
         x = jnp.where(which >= 2, jnp.flip(images, axis=(2, 3)), images).reshape(x.shape)
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
@@ -425,12 +458,12 @@ def _range(argument: str, value: int | tuple[int, int]) -> tuple[int, int]:
         check_count(argument, value)
         return int(value), int(value)
     if len(value) != 2:
-        raise ArgumentError(argument, f"got {shown(value)}; it must be one number, or a pair (low, high)")
+        raise ArgumentError(argument, f"got {shown(value)}; it must be a number or a pair (low, high)")
     low, high = value
     check_count(argument, low)
     check_count(argument, high)
     if high < low:
-        raise ArgumentError(argument, f"got {value}; of a pair (low, high) low must not be above high")
+        raise ArgumentError(argument, f"got {value}; in a pair (low, high), low must not exceed high")
     return int(low), int(high)
 
 
@@ -439,7 +472,7 @@ def _compact(inclusive: tuple[int, int]) -> int | tuple[int, int]:
 
 
 def _checked_examples(x, y) -> tuple[np.ndarray, np.ndarray]:
-    """`x` as uint8 or float32 and the labels as strings, or a ValueError."""
+    """Return `x` as uint8 or float32 and the labels as strings, or raise a ValueError."""
     x, y = np.asarray(x), np.asarray(y)
     if y.ndim != 1 or x.ndim < 1 or len(x) != len(y):
         raise ArgumentError(
@@ -461,7 +494,7 @@ def _checked_examples(x, y) -> tuple[np.ndarray, np.ndarray]:
     if y.dtype.kind == "i" and y.min() < 0:
         raise ArgumentError(
             "y",
-            f"got {np.count_nonzero(y < 0)} labels below 0, which elsewhere stand for no label; leave these "
-            "examples out, or name the classes by strings",
+            f"got {np.count_nonzero(y < 0)} negative labels, which often mark unlabelled examples; remove "
+            "these examples, or use strings as class names",
         )
     return x, y.astype(str)

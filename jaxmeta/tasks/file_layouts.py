@@ -1,6 +1,6 @@
-"""Which image files of a folder are of which class: every layout that people have, in one form.
+"""Layouts of image folders: class folders, folders of parts, and lists in csv or JSON.
 
-A layout is a function from a folder to a `Listing`, or to None where the folder is laid out otherwise.
+A layout is a function from a folder to a `Listing`, or to None where the folder has another layout.
 `list_images` tries them in turn.
 """
 
@@ -23,13 +23,13 @@ from jaxmeta.tasks.images import (
 )
 from jaxmeta.tasks.splits import PARTS, SplitName
 
-# What folders, lists and cells call the parts.
+# Names of the parts in folders, lists and cells.
 _PART_NAMES: dict[str, SplitName] = {
     **dict.fromkeys(("train", "training", "base", "meta-train", "metatrain"), PARTS[0]),
     **dict.fromkeys(("val", "valid", "validation", "dev", "meta-val", "metaval"), PARTS[1]),
     **dict.fromkeys(("test", "testing", "novel", "meta-test", "metatest"), PARTS[2]),
 }
-# Headers of columns, the first that there is counts.
+# Column headers in order of precedence.
 _FILE = (
     "filename",
     "file_name",
@@ -44,7 +44,7 @@ _FILE = (
 )
 _LABEL = ("label", "labels", "class", "class_name", "classname", "category")
 _SPLIT = ("split", "subset", "partition", "set")
-# Where lists lie, and images that they name.
+# Folders that may contain lists.
 _LIST_FOLDERS = ("", "split", "splits")
 _LISTS = (".csv", ".tsv")
 _PICKLES = (".pkl", ".pickle", ".p")
@@ -54,24 +54,24 @@ class Listing(NamedTuple):
     """Image files by class.
 
     Attributes:
-      folder: that all of them are in, and that their names are relative to.
-      classes: files by class and part; the part is "" where the layout has none.
-      layout: what the files were told apart by, in words.
-      left_out: files that were not taken.
+      folder: folder that contains all files; names in messages are relative to it.
+      classes: files by class and part; the part is "" where the layout has no parts.
+      layout: description of the layout.
+      left_out: files that were skipped.
     """
 
     folder: Path
     classes: Mapping[str, Mapping[str, Sequence[Path]]]
-    layout: str = "a folder a class"
+    layout: str = "one folder per class"
     left_out: tuple[LeftOut, ...] = ()
 
     @classmethod
     def of_classes(cls, folder: Path, files: Mapping[str, Sequence[Path]]) -> "Listing":
-        """Return the listing of files by class, without parts."""
+        """Build a listing without parts from files by class."""
         return cls(folder, {name: {"": paths} for name, paths in files.items()})
 
     def files_of(self, name: str) -> list[Path]:
-        """Return the files of a class, those for training first."""
+        """Return the files of a class in the order train, validation, test."""
         return [file for part in ("", *PARTS) for file in self.classes[name].get(part, ())]
 
     def classes_of(self, part: str) -> set[str]:
@@ -79,46 +79,46 @@ class Listing(NamedTuple):
         return {name for name, files in self.classes.items() if files.get(part)}
 
     def parts(self) -> list[str]:
-        """Return the parts that the layout has."""
+        """Return the parts that have images."""
         return [part for part in PARTS if self.classes_of(part)]
 
 
 def list_images(path: Path, argument: str = "path", *, skip_missing: bool = False) -> Listing:
-    """Return which image files of a folder are of which class.
+    """Return the image files of a folder by class and part.
 
-    These layouts are known, and tried in this order:
+    The supported layouts are tried in this order:
 
     - lists named `train`, `val` and `test` (or base, val, novel), as csv files with columns such as
-      `filename` and `label` or as JSON with `label_names`, `image_names` and `image_labels` or `class_names`
-      and `class_roots`; beside the images, or in a folder `split` or `splits`. The images lie in the folder,
-      in its folder `images`, or beside the list;
-    - folders `train`, `val` and `test` with one subfolder a class in each;
+      `filename` and `label`, or as JSON with `label_names`, `image_names` and `image_labels` or with
+      `class_names` and `class_roots`; in the folder itself, or in its folder `split` or `splits`. File names
+      are relative to the folder, to its folder `images`, or to the folder of the list;
+    - folders `train`, `val` and `test`, each with one subfolder per class;
     - one such list, with or without a column `split`, where there are no class folders;
-    - one subfolder a class.
+    - one subfolder per class.
 
     Args:
-      path: the folder, or one list.
-      argument: that named it, for the messages.
-      skip_missing: whether images that are listed and not there are left out.
+      path: path of the folder, or of one list.
+      argument: name of the caller's argument, for the messages.
+      skip_missing: whether to skip listed images that do not exist.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: `path` does not exist, or is a file of another kind.
-      ArgumentError: no layout fits; or a list has a row that cannot be used, which is named.
+      FileNotFoundError, NotADirectoryError: `path` does not exist, or is another kind of file.
+      ArgumentError: no layout matches; or a list has an invalid row, which the message names.
     """
     if not path.exists():
         raise MissingFileError(argument, f"{path} does not exist")
-    # So that a row of a list is inside of the folder or not, however the folder was named.
+    # Resolved, so that the check that a listed file lies inside of the folder is reliable.
     path = path.resolve()
     if not path.is_dir():
         if path.suffix.lower() in (*_LISTS, ".json"):
-            # Lists that lie in a folder of their own name images beside that.
+            # Images listed in split/train.csv lie next to the folder split.
             folder = path.parent.parent if path.parent.name in _LIST_FOLDERS[1:] else path.parent
             reader = _Reader(folder, argument, skip_missing)
             return reader.listing({"": path}, f"the list {path.name}")
         raise NotAFolderError(argument, f"{path} is a file, not a folder of images{_other_file(path)}")
-    found = list_parts(path, argument, skip_missing=skip_missing)
-    if found is not None:
-        return found
+    listing = list_parts(path, argument, skip_missing=skip_missing)
+    if listing is not None:
+        return listing
     if not subfolders(path):
         refuse_other_files(path, argument)
     files = class_files(path, argument)
@@ -127,31 +127,31 @@ def list_images(path: Path, argument: str = "path", *, skip_missing: bool = Fals
 
 
 def list_parts(folder: Path, argument: str = "path", *, skip_missing: bool = False) -> Listing | None:
-    """Return what `list_images` does of a folder with lists or parts; None of any other.
+    """Return the listing of a folder with lists or parts; None for other layouts. See `list_images`.
 
     Raises:
       ArgumentError: see `list_images`.
     """
     reader = _Reader(folder.resolve(), argument, skip_missing)
     for layout in (_named_lists, _part_folders, _single_list):
-        found = layout(reader)
-        if found is not None:
-            return found
+        listing = layout(reader)
+        if listing is not None:
+            return listing
     return None
 
 
 def part_of(name: str) -> SplitName | None:
-    """Return the part that a folder, a file or a cell is named as, in any case; None for other names."""
+    """Return the part named by a folder, file or cell, in any case; None for other names."""
     return _PART_NAMES.get(name.strip().casefold().replace("_", "-"))
 
 
 def pickle_advice(path: Path) -> str:
-    """Return how what is in a pickle can be read."""
+    """Return instructions for converting a pickle, for error messages."""
     return (
-        f"{path.name} is a pickle, which can run code as it is read, so that none is; if you trust who made "
-        f"it, write its arrays as npz in Python: import numpy, pickle; d = pickle.load(open({path.name!r}, "
-        "'rb')); numpy.savez('data.npz', x=…, y=…) with the images (n, h, w, c) as x and their labels as y, "
-        "and name that file as arrays:data.npz (jm.tasks.from_npz has an example)"
+        f"{path.name} is a pickle; pickles are not read, since loading one can run code. If you trust its "
+        f"source, convert it in Python: import numpy, pickle; d = pickle.load(open({path.name!r}, 'rb')); "
+        "numpy.savez('data.npz', x=…, y=…) with the images (n, h, w, c) as x and their labels as y; then use "
+        "arrays:data.npz (jm.tasks.from_npz has an example)"
     )
 
 
@@ -159,7 +159,7 @@ def pickle_advice(path: Path) -> str:
 
 
 def _named_lists(reader: "_Reader") -> Listing | None:
-    """Lists that are named as parts."""
+    """Match lists named after parts."""
     for place in _LIST_FOLDERS:
         where = reader.folder / place
         if not where.is_dir():
@@ -172,40 +172,40 @@ def _named_lists(reader: "_Reader") -> Listing | None:
                     if part in lists:
                         raise ArgumentError(
                             reader.argument,
-                            f"{lists[part]} and {path} both list images for {part}; leave one of them",
+                            f"{lists[part]} and {path} both list images for {part}; keep one of them",
                         )
                     lists[part] = path
             if PARTS[0] not in lists or len(lists) < 2:
                 continue
-            # A table beside class folders may hold anything else than a list of images.
+            # A csv file next to class folders need not be a list of images.
             if ".json" in suffixes or _is_csv_list(lists[PARTS[0]]) or not _has_class_folders(reader.folder):
                 return reader.listing(lists, f"the lists {', '.join(_in_order(lists))}")
     return None
 
 
 def _part_folders(reader: "_Reader") -> Listing | None:
-    """Folders that are named as parts, each with one subfolder a class."""
+    """Match folders named after parts, each with one subfolder per class."""
     folder = reader.folder
     if not any(part_of(path.name) for path in subfolders(folder)):
         return None
     with_images = [path for path in subfolders(folder) if _holds_images(path)]
     if not with_images or not all(part_of(path.name) for path in with_images):
         return None
-    found: dict[str, Path] = {}
+    folder_of: dict[str, Path] = {}
     for path in with_images:
         part = str(part_of(path.name))
         inner = [each for each in subfolders(path) if files_of_class(each)]
-        # A folder called images is not a class: its files have no labels.
+        # A folder named images is not a class: its files have no labels.
         if not inner or (len(inner) == 1 and inner[0].name.casefold() in IMAGE_FOLDERS):
             return None
-        if part in found:
+        if part in folder_of:
             raise ArgumentError(
-                reader.argument, f"{found[part]} and {path} are both for {part}; leave one of them"
+                reader.argument, f"{folder_of[part]} and {path} are both for {part}; keep one of them"
             )
-        found[part] = path
+        folder_of[part] = path
     classes: dict[str, dict[str, Sequence[Path]]] = {}
     left_out: list[LeftOut] = []
-    for part, path in found.items():
+    for part, path in folder_of.items():
         files = {each.name: files_of_class(each) for each in subfolders(path)}
         for name, paths in files.items():
             if paths:
@@ -217,14 +217,14 @@ def _part_folders(reader: "_Reader") -> Listing | None:
             (f"{path.name}/{name}" for name, paths in files.items() if not paths),
         )
     left_out += LeftOut.of(
-        "image beside the folders", "images beside the folders", (path.name for path in image_files(folder))
+        "image outside the folders", "images outside the folders", (path.name for path in image_files(folder))
     )
-    said = f"folders {', '.join(_in_order(found))}, a folder a class in each"
-    return _listing(folder, classes, said, left_out)
+    layout = f"folders {', '.join(_in_order(folder_of))}, each with one folder per class"
+    return _listing(folder, classes, layout, left_out)
 
 
 def _single_list(reader: "_Reader") -> Listing | None:
-    """One list of all images, in a folder that has no class folders."""
+    """Match a single list of all images, in a folder without class folders."""
     folder = reader.folder
     others = [path for path in subfolders(folder) if image_files(path)]
     if len(others) > 1 and not all(part_of(path.name) for path in others):
@@ -240,14 +240,15 @@ def _single_list(reader: "_Reader") -> Listing | None:
         if lists:
             raise ArgumentError(
                 reader.argument,
-                f"{folder} has {len(lists)} lists of images ({some(path.name for path in lists)}); name one "
-                "of them",
+                f"{folder} has {len(lists)} lists of images ({some(path.name for path in lists)}); give the "
+                "path of one",
             )
         return None
     return reader.listing({"": lists[0]}, f"the list {lists[0].name}")
 
 
 def _in_order(parts: Mapping[str, Path]) -> list[str]:
+    """Return the file names of parts in the order train, validation, test."""
     return [parts[part].name for part in PARTS if part in parts]
 
 
@@ -257,11 +258,11 @@ def _listing(
     layout: str,
     left_out: Sequence[LeftOut],
 ) -> Listing:
-    """Return the listing, without parts where there is a single one."""
-    found = Listing(folder, {name: classes[name] for name in sorted(classes)}, layout, tuple(left_out))
-    if len(found.parts()) > 1:
-        return found
-    return found._replace(classes={name: {"": found.files_of(name)} for name in found.classes})
+    """Build the listing; a single part counts as no part."""
+    listing = Listing(folder, {name: classes[name] for name in sorted(classes)}, layout, tuple(left_out))
+    if len(listing.parts()) > 1:
+        return listing
+    return listing._replace(classes={name: {"": listing.files_of(name)} for name in listing.classes})
 
 
 def _has_class_folders(folder: Path) -> bool:
@@ -271,7 +272,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _holds_images(folder: Path, depth: int = 3) -> bool:
-    """Return whether there are images in a folder, to a depth: links may lead round in a circle."""
+    """Return whether a folder holds images down to `depth`, which is bounded since links may form cycles."""
     if image_files(folder):
         return True
     return depth > 0 and any(_holds_images(path, depth - 1) for path in subfolders(folder))
@@ -284,47 +285,45 @@ def _visible_files(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
 
 
 def _other_file(path: Path) -> str:
-    """Return what to do with a file that was named in place of a folder of images."""
+    """Return the end of an error message: what to do with a file given instead of a folder of images."""
     suffix = path.suffix.lower()
     if suffix in _PICKLES:
         return f"; {pickle_advice(path)}"
     if suffix == ".npz":
-        return f"; name arrays as arrays:{path.name}"
+        return f"; use arrays:{path.name}"
     if suffix == ".npy":
-        return (
-            "; write arrays and their labels by numpy.savez('data.npz', x=…, y=…), and name arrays:data.npz"
-        )
+        return "; write arrays and their labels by numpy.savez('data.npz', x=…, y=…), and use arrays:data.npz"
     if suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z"):
-        return "; unpack it, and name the folder"
-    return " nor a list of some (.csv, .json)"
+        return "; unpack it, and give the folder"
+    return " or a list of images (.csv, .json)"
 
 
 def refuse_other_files(folder: Path, argument: str) -> None:
-    """Refuse a folder that holds images in files of another kind, such as pickles.
+    """Refuse a folder that holds data in another format, such as pickles, and no images.
 
     Raises:
-      ArgumentError: it does; the message says how such files are read.
+      ArgumentError: the folder holds such files; the message says how to use them.
     """
-    for suffixes, said in (
+    for suffixes, kind in (
         (_PICKLES, "pickles"),
         ((".npz", ".npy"), "arrays"),
         ((".zip", ".tar", ".gz", ".tgz"), "archives"),
     ):
         files = sorted(_visible_files(folder, suffixes))
         if files and not image_files(folder):
-            raise ArgumentError(argument, f"{folder} holds {said} and no images{_other_file(files[0])}")
+            raise ArgumentError(argument, f"{folder} holds {kind} and no images{_other_file(files[0])}")
 
 
 # --- Lists --------------------------------------------------------------------------------------------------
 
 
 class _Row(NamedTuple):
-    """One image of a list, as it stands there.
+    """One row of a list of images.
 
     Attributes:
-      where: its place in the list, such as "line 7".
-      file, label: as given.
-      part: "" where the list does not say.
+      where: position in the list, such as "line 7".
+      file, label: cells of the row.
+      part: part of the image; "" where the list has no parts.
     """
 
     where: str
@@ -334,31 +333,32 @@ class _Row(NamedTuple):
 
 
 class _Reader(NamedTuple):
-    """Reads lists of the images of a folder.
+    """A reader of lists of images.
 
     Attributes:
-      folder: that no image may lie outside of.
-      argument: that named it, for the messages.
-      skip_missing: whether images that are not there are left out.
+      folder: folder that must contain all listed images.
+      argument: name of the caller's argument, for the messages.
+      skip_missing: whether to skip listed images that do not exist.
     """
 
     folder: Path
     argument: str
     skip_missing: bool
 
-    def refuse(self, path: Path, problem: str) -> ArgumentError:
+    def error(self, path: Path, problem: str) -> ArgumentError:
+        """Return the error for a problem with the list at `path`."""
         return ArgumentError(self.argument, f"{path}{problem}")
 
     def listing(self, lists: Mapping[str, Path], layout: str) -> Listing:
-        """Return what lists say, by part."""
+        """Return the listing of the lists, which are given by part."""
         classes: dict[str, dict[str, list[Path]]] = {}
         seen: dict[Path, tuple[str, str, str]] = {}
         absent: list[str] = []
-        twice: list[str] = []
+        duplicates: list[str] = []
         for part, path in lists.items():
             rows = list(self._rows(path))
             if not rows:
-                raise self.refuse(path, " lists no images")
+                raise self.error(path, " lists no images")
             find = _Finder(self, path)
             missing = []
             for row in rows:
@@ -367,25 +367,27 @@ class _Reader(NamedTuple):
                     missing.append(f"{row.where}: {row.file!r}")
                     continue
                 if file.is_dir():
-                    raise self.refuse(path, f", {row.where}: {row.file!r} is a folder; it must be an image")
+                    raise self.error(
+                        path, f", {row.where}: {row.file!r} is a folder; it must be an image file"
+                    )
                 entry = (row.label, row.part or part, f"{path.name}, {row.where}")
                 before = seen.setdefault(file, entry)
                 if before is not entry:
                     if before[:2] != entry[:2]:
-                        raise self.refuse(
+                        raise self.error(
                             path,
-                            f", {row.where}: {row.file!r} is of {_said(entry)}, and of {_said(before)} in "
-                            f"{before[2]}; an image has one class and one part",
+                            f", {row.where}: {row.file!r} is of {_describe(entry)}, but of "
+                            f"{_describe(before)} in {before[2]}; an image must have one class and one part",
                         )
-                    twice.append(f"{path.name}, {row.where}")
+                    duplicates.append(f"{path.name}, {row.where}")
                     continue
                 classes.setdefault(row.label, {}).setdefault(row.part or part, []).append(file)
             if len(missing) == len(rows) or (missing and not self.skip_missing):
-                looked = ", ".join(dict.fromkeys(str(root.relative_to(self.folder)) for root in find.roots))
-                raise self.refuse(
+                places = ", ".join(dict.fromkeys(str(root.relative_to(self.folder)) for root in find.roots))
+                raise self.error(
                     path,
-                    f": {len(missing)} of the {len(rows)} images that it lists are not there (looked in "
-                    f"{looked} of {self.folder}): {some(missing)}",
+                    f": {len(missing)} of {len(rows)} listed images do not exist (searched in {places} of "
+                    f"{self.folder}): {some(missing)}",
                 )
             absent += [f"{path.name}, {each}" for each in missing]
         for parts in classes.values():
@@ -398,9 +400,9 @@ class _Reader(NamedTuple):
             if file not in seen
         )
         left_out = [
-            *LeftOut.of("listed image that is not there", "listed images that are not there", absent),
-            *LeftOut.of("row that is there twice", "rows that are there twice", twice),
-            *LeftOut.of("image that no list names", "images that no list names", others),
+            *LeftOut.of("listed image that does not exist", "listed images that do not exist", absent),
+            *LeftOut.of("duplicate row", "duplicate rows", duplicates),
+            *LeftOut.of("image that is not listed", "images that are not listed", others),
         ]
         return _listing(self.folder, classes, layout, left_out)
 
@@ -411,25 +413,25 @@ class _Reader(NamedTuple):
         header, rows = read_csv(path, self.argument, _known_columns)
         file_column, label_column = _column(header, _FILE), _column(header, _LABEL)
         if file_column is None or label_column is None:
-            lacking = " and the ".join(
+            missing = " and the ".join(
                 what for what, place in (("file", file_column), ("label", label_column)) if place is None
             )
-            raise self.refuse(
+            raise self.error(
                 path,
-                f" has the columns {some(map(repr, header), 8)}, and none for the {lacking} of an image; "
-                f"there must be one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
+                f" has the columns {some(map(repr, header), 8)} and lacks one for the {missing} of an image; "
+                f"it needs one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
             )
         split = _column(header, _SPLIT)
         for line, cells in rows:
             where, file, label = f"line {line}", cells[file_column], cells[label_column].strip()
             if not file.strip() or not label:
-                raise self.refuse(path, f", {where}: the {'label' if file.strip() else 'file'} is empty")
+                raise self.error(path, f", {where}: the {'label' if file.strip() else 'file'} is empty")
             yield _Row(where, file, label, "" if split is None else self._part(path, where, cells[split]))
 
     def _part(self, path: Path, where: str, cell: str) -> str:
         part = part_of(cell)
         if part is None:
-            raise self.refuse(
+            raise self.error(
                 path, f", {where}: got the split {cell.strip()!r}; it must be train, val or test"
             )
         return part
@@ -437,73 +439,77 @@ class _Reader(NamedTuple):
     def _json_rows(self, path: Path) -> Iterator[_Row]:
         values = _json(path)
         if not isinstance(values, dict):
-            raise self.refuse(path, " is no list of images in JSON")
+            raise self.error(path, " is not a list of images in JSON")
         names = values.get("label_names", values.get("class_names"))
-        if names is not None and not _are_texts(names):
-            raise self.refuse(path, ": the names of the classes must be a list of texts")
+        if names is not None and not _are_strings(names):
+            raise self.error(path, ": the class names must be a list of strings")
         roots, images = values.get("class_roots"), values.get("image_names")
         labels = values.get("image_labels")
         if images is None and roots is not None:
             yield from self._rooted(path, names, roots)
             return
-        if not _are_texts(images) or not isinstance(labels, list):
-            raise self.refuse(
+        if not _are_strings(images) or not isinstance(labels, list):
+            raise self.error(
                 path,
                 " must hold image_names, a list of files, and image_labels, or class_names and class_roots",
             )
         if len(images) != len(labels):
-            raise self.refuse(path, f": got {len(images)} image_names and {len(labels)} image_labels")
+            raise self.error(
+                path,
+                f": got {len(images)} image_names and {len(labels)} image_labels; each image needs a label",
+            )
         for place, (file, label) in enumerate(zip(images, labels, strict=True)):
             where = f"image_names[{place}]"
             if not file.strip():
-                raise self.refuse(path, f", {where}: the file is empty")
+                raise self.error(path, f", {where}: the file is empty")
             if isinstance(label, int) and not isinstance(label, bool):
                 if names is not None:
                     if not 0 <= label < len(names):
-                        raise self.refuse(
-                            path, f", image_labels[{place}]: got {label}, and there are {len(names)} names"
+                        raise self.error(
+                            path,
+                            f", image_labels[{place}]: got {label}; it must be below {len(names)}",
                         )
                     label = names[label]
             elif not isinstance(label, str):
-                raise self.refuse(
+                raise self.error(
                     path, f", image_labels[{place}]: got {label!r}; it must be a number or a name"
                 )
             if not str(label).strip():
-                raise self.refuse(path, f", image_labels[{place}]: the label is empty")
+                raise self.error(path, f", image_labels[{place}]: the label is empty")
             yield _Row(where, file, str(label).strip(), "")
 
     def _rooted(self, path: Path, names: Any, roots: Any) -> Iterator[_Row]:
-        """Yield the images of the folders that a list names, one a class."""
-        if not _are_texts(names) or not _are_texts(roots) or len(roots) != len(names):
-            raise self.refuse(path, ": class_names and class_roots must be lists of texts of one length")
+        """Yield the images of the listed folders, one per class."""
+        if not _are_strings(names) or not _are_strings(roots) or len(roots) != len(names):
+            raise self.error(path, ": class_names and class_roots must be lists of strings of one length")
         find = _Finder(self, path)
         for place, (name, root) in enumerate(zip(names, roots, strict=True)):
             where = f"class_roots[{place}]"
             folder = find(_Row(where, root, name, ""))
             if folder is None or not folder.is_dir():
-                raise self.refuse(path, f", {where}: there is no folder {root!r}")
+                raise self.error(path, f", {where}: {root!r} is not a folder")
             for file in image_files(folder):
                 yield _Row(where, str(file), name, "")
 
 
 class _Finder:
-    """Finds the images of one list, none of which may lie outside of the folder."""
+    """A function that finds the file of a row and refuses files outside of the folder."""
 
     def __init__(self, reader: _Reader, path: Path):
         self.reader, self.path = reader, path
         folder = reader.folder
         candidates = (folder / "images", folder, path.parent, folder / path.stem)
         self.roots = [root for root in dict.fromkeys(candidates) if root.is_dir()]
-        # Leading parts of absolute paths that were written where the folder lay elsewhere.
+        # Prefix to strip from absolute paths that were written on another machine.
         self.prefix: tuple[str, ...] | None = None
 
     def __call__(self, row: _Row) -> Path | None:
-        """Return the file or folder that a row names; None where it is not there."""
-        # A name may hold any character here, so it is first taken as it is.
+        """Return the file or folder named by a row; None if it does not exist."""
+        # Blanks and backslashes can be part of a file name, so the name is tried unchanged first.
         for text in dict.fromkeys((row.file, row.file.strip(), row.file.strip().replace("\\", "/"))):
             if "\0" in text:
                 raise self._outside(row, "holds a zero byte")
-            # Elsewhere than on Windows a backslash is part of a name.
+            # On other systems than Windows a backslash is part of the name.
             is_name = "\\" in text and not text.startswith("/")
             if (
                 is_name
@@ -512,9 +518,9 @@ class _Finder:
             ):
                 continue
             find = self._relative if is_name or not _is_absolute(text) else self._absolute
-            found = find(row, text)
-            if found is not None:
-                return found
+            path = find(row, text)
+            if path is not None:
+                return path
         return None
 
     def _relative(self, row: _Row, text: str) -> Path | None:
@@ -523,7 +529,7 @@ class _Finder:
             path = Path(os.path.normpath(root / text))
             if path.is_relative_to(self.reader.folder):
                 inside = True
-                # A broken link is there, and is an image that cannot be read.
+                # A broken link exists: it is an image that cannot be read.
                 if os.path.lexists(path):
                     return path
         if not inside:
@@ -539,22 +545,24 @@ class _Finder:
         if ".." in steps:
             raise self._outside(row, f"lies outside of {folder}")
         if self.prefix is None:
-            # One file name alone would fit too easily.
+            # At least a folder and a file name must match: a file name alone would match too easily.
             for length in range(1, len(steps) - 1):
                 if any(os.path.lexists(root.joinpath(*steps[length:])) for root in self.roots):
                     self.prefix = steps[:length]
                     break
         if self.prefix is None or steps[: len(self.prefix)] != self.prefix:
-            raise self._outside(row, f"lies outside of {folder}, and no folder and file in it are named so")
+            raise self._outside(
+                row, f"lies outside of {folder}, and no file in it has the same folder and name"
+            )
         return self._relative(row, "/".join(steps[len(self.prefix) :]))
 
     def _outside(self, row: _Row, problem: str) -> ArgumentError:
-        return self.reader.refuse(
-            self.path, f", {row.where}: {row.file!r} {problem}; only what is in it is read"
+        return self.reader.error(
+            self.path, f", {row.where}: {row.file!r} {problem}; only files in it are read"
         )
 
 
-def _said(entry: tuple[str, str, str]) -> str:
+def _describe(entry: tuple[str, str, str]) -> str:
     label, part, _ = entry
     return f"the class {label!r}" + (f" in {part}" if part else "")
 
@@ -573,7 +581,7 @@ def _known_columns(header: Sequence[str]) -> int:
 
 
 def _is_csv_list(path: Path) -> bool:
-    """Return whether a file's first line names columns of files and labels."""
+    """Return whether the header of a file has columns for files and labels."""
     return _known_columns(read_header(path, _known_columns)) == 2
 
 
@@ -589,5 +597,5 @@ def _is_json_list(path: Path) -> bool:
     return isinstance(values, dict) and ("image_names" in values or "class_roots" in values)
 
 
-def _are_texts(values: Any) -> TypeGuard[list[str]]:
+def _are_strings(values: Any) -> TypeGuard[list[str]]:
     return isinstance(values, list) and all(isinstance(each, str) for each in values)

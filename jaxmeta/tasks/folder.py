@@ -1,4 +1,4 @@
-"""One's own images: a folder with one subfolder a class, with such folders for each part, or with lists."""
+"""Image folders: one subfolder per class, folders of parts, or lists of files."""
 
 import dataclasses
 import hashlib
@@ -16,12 +16,20 @@ from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder
 from jaxmeta.tasks.file_layouts import Listing, list_images
-from jaxmeta.tasks.images import Header, LeftOut, UnreadableImage, check_form, decode, default_side, header
+from jaxmeta.tasks.images import (
+    Header,
+    LeftOut,
+    UnreadableImage,
+    check_image_spec,
+    decode,
+    default_side,
+    header,
+)
 from jaxmeta.tasks.prepared import Prepared, ReadSummary, from_prepared, prepare
 from jaxmeta.tasks.splits import Classes, check_part
 
-# Of what is kept in the cache; another number has all prepared anew.
-_FORM = 2
+# Version of the cached format; changing it makes all folders be prepared again.
+_CACHE_VERSION = 2
 
 
 def prepare_folder(
@@ -31,26 +39,34 @@ def prepare_folder(
     channels: Literal[1, 3] | None = None,
     skip_unreadable: bool = False,
 ) -> Prepared:
-    """The images of a folder, decoded once and kept in the cache.
+    """Decode the images of a folder once and keep them in the cache.
 
-    Which image is of which class is told by one subfolder a class, by folders `train`, `val` and `test` of
-    such subfolders, or by lists in csv or JSON (see `list_images`); where parts share no class, they are the
-    class split (`prepared.split`). All that Pillow opens as an image is taken, by the rules of `decode`:
-    images are squeezed to squares. `prepared.summary` says what was read and what was left out. Images are
-    prepared anew when a file is added, removed or changed (by its size and time).
+    The layout is one subfolder per class, folders `train`, `val` and `test` of such subfolders, or lists in
+    csv or JSON (see `list_images`); parts that share no class form the class split (`prepared.split`). All
+    formats that Pillow opens as images are read; images that are not square are resized to squares without
+    cropping (see `decode`). `prepared.summary` reports what was read and what was skipped. Images are
+    prepared again when a file is added, removed or changed, by its size and time.
 
     Args:
-      path: the folder, or one list of its images.
-      size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
+      path: path of the folder, or of one list of its images.
+      size: side of the images in pixels; None: the shorter side of the smallest image, at most 84, ignoring
         images far smaller than the others (see `default_side`).
-      channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
-      skip_unreadable: whether to leave out, with a warning, what cannot be decoded, or is listed and not
-        there.
+      channels: 1 for grey, 3 for colour; None: 3 if the header of any file declares colour, else 1.
+      skip_unreadable: whether to skip, with a warning, images that cannot be decoded and listed images that
+        do not exist.
+
+    Returns:
+      Handle of the images in the cache, for `from_prepared` and `stream`.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
-      ValueError: no classes, a class without images, images that cannot be decoded, a size or number of
-        channels that cannot be.
+      FileNotFoundError, NotADirectoryError: `path` does not exist, or is another kind of file.
+      ValueError: no classes, a class without images, images that cannot be decoded, or an invalid size or
+        number of channels.
+
+    Examples:
+      >>> images = prepare_folder("birds", size=84)  # doctest: +SKIP
+      >>> len(images), images.shape  # doctest: +SKIP
+      (11788, (84, 84, 3))
     """
     folder = Path(path).expanduser().resolve()
     listing = list_images(folder, skip_missing=skip_unreadable)
@@ -68,15 +84,15 @@ def prepare_files(
     skip_unreadable: bool = False,
     argument: str = "path",
 ) -> Prepared:
-    """The listed images of a folder, decoded once and kept in the cache; `prepare_folder` lists all.
+    """Decode the listed images of a folder once and keep them in the cache; see `prepare_folder`.
 
     Args:
-      name: of the source, for the protocol card.
-      listing: of the images; no class is without.
+      name: name of the source, for the protocol card.
+      listing: images by class; every class must have some.
       size, channels, skip_unreadable: see `prepare_folder`.
-      argument: that named the folder, for the messages.
+      argument: name of the caller's argument for the folder, for the messages.
     """
-    check_form(size, channels)
+    check_image_spec(size, channels)
     folder, parts = listing.folder, listing.parts()
     entries = [
         _Entry(class_name, part, file, file.relative_to(folder).as_posix())
@@ -84,10 +100,10 @@ def prepare_files(
         for part in ("", *parts)
         for file in listing.classes[class_name].get(part, ())
     ]
-    # Without size and channels: who asks for those that were found gets the same images.
-    digest = hashlib.sha256(f"{_FORM}\n{folder}\n{skip_unreadable}".encode(errors="surrogateescape"))
+    # Without size and channels: `prepare` hashes the shape, so explicit defaults hit the same cache entry.
+    digest = hashlib.sha256(f"{_CACHE_VERSION}\n{folder}\n{skip_unreadable}".encode(errors="surrogateescape"))
     for entry in entries:
-        # A broken link is an image that cannot be read, which is for later.
+        # A broken link is reported as an unreadable image when it is opened.
         stat = entry.file.stat() if entry.file.exists() else None
         line = (
             f"\n{entry.class_name},{entry.part},{entry.name}\n{stat and f'{stat.st_size},{stat.st_mtime_ns}'}"
@@ -96,31 +112,30 @@ def prepare_files(
     fingerprint = digest.hexdigest()
     where = (argument, folder)
 
-    # What the headers said and what was left out, so that a second call opens no image at all.
-    findings = cache_folder() / "prepared" / f"folder-{fingerprint[:32]}.json"
-    found: dict[str, Any] = {}
-    if findings.is_file():
-        found = json.loads(findings.read_text(encoding="utf-8"))
+    # Headers and skipped images are stored next to the images, so that a second call opens no image file.
+    scan_path = cache_folder() / "prepared" / f"folder-{fingerprint[:32]}.json"
+    scan: dict[str, Any] = {}
+    if scan_path.is_file():
+        scan = json.loads(scan_path.read_text(encoding="utf-8"))
     else:
-        found = _look(where, entries, skip_unreadable)
-    side = int(size or found["side"])
-    shape = side, side, int(channels or found["channels"])
+        scan = _scan_headers(where, entries, skip_unreadable)
+    side = int(size or scan["side"])
+    shape = side, side, int(channels or scan["channels"])
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
         unreadable: list[str] = []
         counts = {part: dict.fromkeys(listing.classes, 0) for part in parts}
-        left = {class_name: len(listing.files_of(class_name)) for class_name in listing.classes}
+        remaining = {class_name: len(listing.files_of(class_name)) for class_name in listing.classes}
         for entry in entries:
             try:
                 image = decode(entry.file, entry.name, channels=shape[2], size=shape[0])
             except UnreadableImage as error:
                 unreadable.append(str(error))
-                left[entry.class_name] -= 1
-                if skip_unreadable and not left[entry.class_name]:
+                remaining[entry.class_name] -= 1
+                if skip_unreadable and not remaining[entry.class_name]:
                     raise ArgumentError(
                         argument,
-                        f"of the class {entry.class_name!r} in {folder} no image can be read, such as "
-                        f"{error}",
+                        f"none of the images of class {entry.class_name!r} in {folder} can be read: {error}",
                     ) from error
             else:
                 if entry.part:
@@ -128,41 +143,41 @@ def prepare_files(
                 yield entry.class_name, image
         if not skip_unreadable:
             _refuse(unreadable, where, len(entries))
-        found["unreadable"] = unreadable
-        found["parts"] = {part: [each[of] for of in sorted(each)] for part, each in counts.items()}
-        write_json(findings, found)
+        scan["unreadable"] = unreadable
+        scan["parts"] = {part: [each[name] for name in sorted(each)] for part, each in counts.items()}
+        write_json(scan_path, scan)
 
     prepared = prepare(name, fingerprint, shape, images(), expected=len(entries))
-    if "parts" not in found:
-        # The cache has the images, and somebody removed what was found out about them.
+    if "parts" not in scan:
+        # The cache has the images, but the file of the scan was removed: decode again to rebuild it.
         for _ in images():
             pass
-    unreadable = found["unreadable"]
+    unreadable = scan["unreadable"]
     if unreadable:
         warnings.warn(
             f"{prepared.name}: {len(unreadable)} of {len(entries)} images are left out: "
             + some(unreadable, separator="; "),
             stacklevel=3,
         )
-    if size is None and found["small"]:
+    if size is None and scan["small"]:
         warnings.warn(
-            f"{prepared.name}: {len(found['small'])} of {len(entries)} images are far smaller than the "
-            f"others, and are enlarged to {shape[0]} × {shape[0]}: {some(found['small'])}",
+            f"{prepared.name}: {len(scan['small'])} of {len(entries)} images are far smaller than the "
+            f"others and are enlarged to {shape[0]} × {shape[0]}: {some(scan['small'])}",
             stacklevel=3,
         )
     left_out = (
         *listing.left_out,
-        # Before its first colon such a message names the file.
+        # The message of an unreadable image starts with its name and a colon.
         *LeftOut.of(
             "image that cannot be read",
             "images that cannot be read",
             (each.partition(": ")[0] for each in unreadable),
         ),
     )
-    smallest = found["smallest"]
+    smallest = scan["smallest"]
     return dataclasses.replace(
         prepared,
-        parts=tuple((part, tuple(found["parts"][part])) for part in parts),
+        parts=tuple((part, tuple(scan["parts"][part])) for part in parts),
         summary=ReadSummary(
             listing.layout,
             len(prepared),
@@ -174,7 +189,7 @@ def prepare_files(
 
 
 class _Entry(NamedTuple):
-    """One image file, and its name in messages."""
+    """An image file, and its name in messages."""
 
     class_name: str
     part: str
@@ -197,41 +212,41 @@ def from_folder(
     skip_unreadable: bool = False,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
-    """Few-shot tasks from a folder of one's own images.
+    """Return few-shot tasks from a folder of images.
 
-    Its layout is one subfolder a class; or folders train, val and test with one subfolder a class in each; or
-    lists of files and labels, train.csv, val.csv and test.csv, or base.json, val.json and novel.json, or a
-    single csv or JSON file (see `list_images`). Parts that share no class are the class split; where they do,
-    the images of all parts are pooled, and the classes shared out at random. Images are `(size, size,
-    channels)` float32 in [0, 1]; those of the chosen part are held on the device.
+    The layout is one subfolder per class; or folders train, val and test, each with one subfolder per class;
+    or lists of files and labels: train.csv, val.csv and test.csv, or base.json, val.json and novel.json, or a
+    single csv or JSON file (see `list_images`). Parts that share no class form the class split; otherwise the
+    images of all parts are pooled and the classes are split at random. Images are `(size, size, channels)`
+    float32 in [0, 1]; those of the chosen part are stored on the device.
 
     Args:
-      path: the folder, or one list of its images.
+      path: path of the folder, or of one list of its images.
       split: "train", "validation" or "test".
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
-      size: side of the images in pixels; None for the shorter side of the smallest, at most 84, not counting
+      queries: examples per class to evaluate on.
+      size: side of the images in pixels; None: the shorter side of the smallest image, at most 84, ignoring
         images far smaller than the others.
-      channels: 1 for grey, 3 for colour; None for 3 if the header of any file says colour.
-      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
-        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
-        also such a mapping, or a `ClassSplit`. "auto" is that of the data's own parts (folders or lists
-        train, val and test) where these share no class, else the fractions 0.64,0.16,0.2. None draws from
-        every class, whatever `split` says.
-      split_seed: seed of the random class split; episodes depend on the key given to `sample` alone.
-        A split by name takes none.
-      rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
-        of its own; or "random", one rotation for each drawn class in each episode.
-      skip_unreadable: whether to leave out, with a warning, what cannot be decoded, or is listed and not
-        there.
-      skip_small_classes: whether to leave out, with a warning, classes with too few images for shots and
-        queries, after the classes are split.
+      channels: 1 for grey, 3 for colour; None: 3 if the header of any file declares colour, else 1.
+      classes: class split: the fractions of train, validation and test for a random split seeded by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`;
+        in Python also such a mapping or a `ClassSplit`. "auto": the data's own parts (folders or lists
+        train, val and test) where these share no class, else the fractions 0.64,0.16,0.2. None: every part
+        draws from all classes.
+      split_seed: seed of the random class split; must be 0 where `classes` names the classes. Episodes depend
+        only on the key given to `sample`.
+      rotations: rotations of the images: "none"; "classes", each class rotated by 90, 180 and 270° is an
+        additional class; or "random", one random rotation per class and episode.
+      skip_unreadable: whether to skip, with a warning, images that cannot be decoded and listed images that
+        do not exist.
+      skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries images,
+        after the classes are split.
 
     Raises:
-      FileNotFoundError, NotADirectoryError: `path` is not there, or a file.
-      ValueError: images that cannot be used, see `prepare_folder`; too few classes, or a class with too
-        few images, for the episodes.
+      FileNotFoundError, NotADirectoryError: `path` does not exist, or is another kind of file.
+      ValueError: invalid images, see `prepare_folder`; too few classes, or a class with too few images, for
+        the episodes.
 
     Examples:
       >>> tasks = from_folder("birds", "test", ways=5, shots=1, size=84)  # doctest: +SKIP
@@ -252,8 +267,8 @@ def from_folder(
     )
 
 
-def _look(where: tuple[str, Path], entries: list[_Entry], skip_unreadable: bool) -> dict[str, Any]:
-    """Return what the headers of all images say: the shape that all get by default, and which are small."""
+def _scan_headers(where: tuple[str, Path], entries: list[_Entry], skip_unreadable: bool) -> dict[str, Any]:
+    """Return the default shape from the headers, the smallest image, and the images below that size."""
     headers: dict[str, Header] = {}
     unreadable = []
     for entry in entries:
@@ -280,7 +295,7 @@ def _refuse(unreadable: list[str], where: tuple[str, Path], total: int) -> None:
         argument, folder = where
         raise ArgumentError(
             argument,
-            f"{len(unreadable)} of {total} images in {folder} cannot be used: "
-            f"{some(unreadable, separator='; ')}; mend or remove them"
-            + (", or leave them out with skip_unreadable=True" * (argument == "path")),
+            f"{len(unreadable)} of {total} images in {folder} cannot be read: "
+            f"{some(unreadable, separator='; ')}; repair or remove them"
+            + (", or skip them with skip_unreadable=True" * (argument == "path")),
         )

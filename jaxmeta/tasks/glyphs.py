@@ -1,4 +1,4 @@
-"""Drawn characters of classes without end: few-shot classification that needs no data."""
+"""Procedurally drawn characters: few-shot classification without data files."""
 
 import dataclasses
 import functools
@@ -14,36 +14,36 @@ from jaxmeta.tasks.splits import ClassSplit, check_part
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
 from jaxmeta.tasks.subset import ordered_subset
 
-# Class integers of each part of the split: disjoint, so that test characters are new.
+# Class ids of each part of the split, disjoint, so that test characters are new.
 CLASSES = {"train": range(0, 4096), "validation": range(4096, 5120), "test": range(5120, 6144)}
 
 
 def glyphs(
     split: SplitName = "train", *, ways: int = 5, shots: int = 1, queries: int = 1, size: int = 28
 ) -> TaskDistribution:
-    """Tasks of telling procedurally drawn characters apart.
+    """Return classification tasks of procedurally drawn characters.
 
-    A class is an integer that seeds two or three smooth strokes; an example is those strokes with a
-    drawer's wobble, rotation, slant, proportions, place, size and pen, drawn on the device inside the
-    compiled step. `ways` classes are drawn without replacement and in random order, so a label slot
-    says nothing about the class; examples of a class are independent, so support and query share none.
+    A class is an integer that seeds two or three smooth strokes; an example is these strokes with a
+    drawer's wobble, rotation, slant, proportions, position, size and pen, drawn on the device inside the
+    compiled step. `ways` classes are drawn without replacement and in random order, so that a label slot
+    is independent of the class; the examples of a class are independent drawings.
 
-    With `shots=0` the support set holds, in place of images, one `glyph_metadata` vector per class
-    (zero-shot), and `support.y = arange(ways)`.
+    With `shots=0` the tasks are zero-shot: the support set is one `glyph_metadata` vector per class and
+    `support.y = arange(ways)`.
 
     Args:
-      split: "train" (4,096 classes), "validation" or "test" (1,024 each); no class is in two.
-      ways: classes of a task.
-      shots: images per class to learn from, or 0 for a vector of each class in their place.
-      queries: images per class to be judged on.
+      split: "train" (4,096 classes), "validation" or "test" (1,024 classes each); the parts are disjoint.
+      ways: classes per task.
+      shots: images per class to learn from, or 0 for one metadata vector per class.
+      queries: images per class to evaluate on.
       size: height and width of the images, in pixels.
 
     Returns:
       Tasks with images `(ways * n, size, size, 1)`, float32 in [0, 1] with ink 1, ordered by slot.
 
     Raises:
-      ValueError: an unknown split; fewer than one way or query, fewer than zero shots; more ways than
-        the split has classes; a size under 8 pixels, in which no stroke can be made out.
+      ValueError: an unknown split; fewer than one way or query, or fewer than zero shots; more ways than
+        classes in the split; or a size below 8 pixels, too small to render strokes.
 
     Examples:
       >>> import jax
@@ -53,7 +53,7 @@ def glyphs(
 
     References:
       Lake et al., Human-level concept learning through probabilistic program induction, 2015, for
-      characters as programs of strokes. The characters and their distribution are ours.
+      characters as programs of strokes. The characters and their distribution are specific to jaxmeta.
     """
     check_part(split)
     check_count("ways", ways, 1)
@@ -83,28 +83,28 @@ def glyphs(
 
 
 def glyph_metadata(class_id: Int[Array | np.ndarray, "*batch"] | int) -> Float[Array, "*batch metadata"]:
-    """What is known of a class without seeing a drawing: its strokes, as vectors of about unit scale.
+    """Return the metadata of classes: their strokes, as vectors of about unit scale.
 
     Args:
-      class_id: one class, or an array of them.
+      class_id: class id, or an array of ids.
 
     Returns:
-      Control points of the strokes before any drawer's hand, absent strokes 0, and ±1 for whether the
-      last stroke is there; float32, `(25,)` for one class.
+      Control points of the strokes before a drawer's variation, with absent strokes 0, and ±1 for whether
+      the last stroke is present; float32, `(25,)` for one class.
 
     Raises:
-      ValueError: a class that is not in 0 … 6,143. Traced classes are not checked.
+      ValueError: a class id outside 0 … 6,143. Traced ids are not checked.
 
     Examples:
       >>> glyph_metadata(7).shape
       (25,)
     """
     if not isinstance(class_id, jax.core.Tracer):
-        given, end = np.asarray(class_id), max(classes.stop for classes in CLASSES.values())
-        if not np.issubdtype(given.dtype, np.integer) or ((given < 0) | (given >= end)).any():
+        ids, end = np.asarray(class_id), max(classes.stop for classes in CLASSES.values())
+        if not np.issubdtype(ids.dtype, np.integer) or ((ids < 0) | (ids >= end)).any():
             raise ArgumentError("class_id", f"got {shown(class_id)}; it must be integers from 0 to {end - 1}")
-    ids = jnp.asarray(class_id, jnp.int32)
-    return _metadata(ids.reshape(-1)).reshape(*ids.shape, -1)
+    class_ids = jnp.asarray(class_id, jnp.int32)
+    return _metadata(class_ids.reshape(-1)).reshape(*class_ids.shape, -1)
 
 
 @jax.jit
@@ -115,7 +115,7 @@ def _metadata(class_ids: Int[Array, " n"]) -> Float[Array, "n metadata"]:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class GlyphShape:
-    """What is static about a task of characters."""
+    """The static part of a task of characters."""
 
     ways: int
     shots: int
@@ -124,12 +124,12 @@ class GlyphShape:
 
 
 def draw_classes(shape: GlyphShape, count: Int[Array, ""], key: Key) -> Int[Array, " ways"]:
-    """Return which of `count` classes the task of a key has, slot after slot."""
+    """Return the classes of the task of a key, by slot, out of `count` classes."""
     return _drawn_bits(shape, count, key)[0]
 
 
 def draw_glyphs(shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key) -> Task:
-    """One task from the `count` classes that start at `first`."""
+    """Draw one task from the `count` classes that start at `first`."""
     ways, each = shape.ways, shape.shots + shape.queries
     drawn, bits = _drawn_bits(shape, count, key)
     hands = hands_of(bits).reshape(ways, each, HAND)
@@ -154,9 +154,9 @@ def draw_glyphs(shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""],
 def _drawn_bits(
     shape: GlyphShape, count: Int[Array, ""], key: Key
 ) -> tuple[Int[Array, " ways"], UInt32[Array, " bits"]]:
-    """Return the classes of a task, and the random bits of the hands that draw its examples."""
+    """Return the classes of a task, and the random bits of the drawers of its examples."""
     ways, each = shape.ways, shape.shots + shape.queries
-    # One call of the generator: each costs compile time.
+    # One call of the random generator: each costs compile time.
     bits = jax.random.bits(key, (ways + ways * each * HAND,), jnp.uint32)
     return ordered_subset(bits[:ways], count), bits[ways:]
 

@@ -1,4 +1,4 @@
-"""Sums of two sine waves: regression tasks of five unknowns."""
+"""Sums of two sine waves: regression tasks with five unknowns."""
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +11,20 @@ from jaxmeta.tasks.sinusoid import PointCounts, check_noise, regression_card, sp
 def harmonic(
     split: SplitName = "train", *, shots: int = 10, queries: int = 10, noise: float = 0.0
 ) -> TaskDistribution:
-    """Regression tasks `y = a₁ sin(ωx + b₁) + a₂ sin(2ωx + b₂) + ε`.
+    """Return regression tasks `y = a₁ sin(ωx + b₁) + a₂ sin(2ωx + b₂) + ε`.
 
-    A task draws `ω ~ U[5, 7]`, `b₁, b₂ ~ U[0, 2π]`, `a₁, a₂ ~ N(0, 1)` and its own place on the line,
+    A task draws `ω ~ U[5, 7]`, `b₁, b₂ ~ U[0, 2π]`, `a₁, a₂ ~ N(0, 1)` and the centre of its inputs
     `μ ~ U[−4, 4]`; every `x ~ N(μ, 1)`, `ε ~ N(0, noise²)`. Harder than `sinusoid`: the wave oscillates
-    several times between two support points, so the family has to be learned. No fixed predictor
-    beats 0, whose mean squared error is `1 + noise²`.
+    several times between two support points, so that the family must be learned. The best fixed
+    predictor is 0, with mean squared error `1 + noise²`.
 
     Args:
-      split: "train", "validation" or "test". Nothing is held out but the random stream: one key
-        gives other tasks in each.
+      split: "train", "validation" or "test". The parts differ only in their random streams: one key gives
+        different tasks in each.
       shots: points of a task to learn from.
-      queries: points of a task to be judged on.
-      noise: standard deviation of the noise on support and query targets alike; none by default,
-        as in the `Harmonic` data set of the Torchmeta library.
+      queries: points of a task to evaluate on.
+      noise: standard deviation of the noise on support and query targets; 0 by default, as in the
+        `Harmonic` data set of the Torchmeta library.
 
     Returns:
       Tasks with `x` `(n, 1)` and `y` `(n, 1)`, float32.
@@ -45,12 +45,12 @@ def harmonic(
     card = regression_card("harmonic", split, shots, queries, "Lacoste et al. 2018, up to the noise given")
     check_noise(noise)
     counts = PointCounts(shots, queries)
-    sample = jax.tree_util.Partial(draw_harmonic, counts, jnp.float32(noise), split_stream(split))
+    sample = jax.tree_util.Partial(_draw_harmonic, counts, jnp.float32(noise), split_stream(split))
     return TaskDistribution(sample, card)
 
 
-def draw_harmonic(counts: PointCounts, noise: Float[Array, ""], stream: Int[Array, ""], key: Key) -> Task:
-    """One task of two sine waves."""
+def _draw_harmonic(counts: PointCounts, noise: Float[Array, ""], stream: Int[Array, ""], key: Key) -> Task:
+    """Draw one task of two sine waves."""
     keys = jax.random.split(jax.random.fold_in(key, stream), 6)
     centre = jax.random.uniform(keys[0], (), jnp.float32, -4.0, 4.0)
     frequency = jax.random.uniform(keys[1], (), jnp.float32, 5.0, 7.0)

@@ -1,4 +1,4 @@
-"""Image files as tasks want them: uint8 arrays of one size, grey or in colour."""
+"""Image files: which files are images, and decoding to uint8 arrays of one size."""
 
 import contextlib
 import errno
@@ -14,32 +14,32 @@ from jaxtyping import UInt8
 
 from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, check_count, check_word, some
 
-# Formats that Pillow knows and that are no images: pages and drawings that other programs must paint, film,
-# and tables that only plugins of one's own can open.
-_NO_IMAGES = frozenset(["BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"])
-# Folders that programs leave beside one's own.
-_NOT_ONES_OWN = frozenset(["__MACOSX", "@eaDir", "__pycache__"])
-# Folders that say of what is in them only that it is images.
+# Formats that Pillow registers but that are not read: pages and drawings rendered by external programs,
+# videos, and formats that need a plugin.
+_EXCLUDED_FORMATS = frozenset(["BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"])
+# Folders created by other programs.
+_EXCLUDED_FOLDERS = frozenset(["__MACOSX", "@eaDir", "__pycache__"])
+# Names of folders that are not class names.
 IMAGE_FOLDERS = ("images", "imgs", "img", "image")
-# Side of images where none is asked for and theirs is larger: that of mini-ImageNet.
+# Largest default side: that of mini-ImageNet.
 LARGEST_DEFAULT = 84
-# PIL takes images of more pixels for files that are made to fill the memory.
+# PIL refuses images with many more pixels as decompression bombs.
 _LARGEST = 8192
-# Files that are named of those that were left out.
-_SHOWN = 3
+# Number of skipped files named in a report.
+_NUM_EXAMPLES = 3
 _GREY_MODES = ("1", "L", "LA", "La", "F")
 
 
 class UnreadableImage(ValueError):
-    """A file that is damaged, or no image; the message is one line and begins with its name."""
+    """Raise for a file that is damaged or not an image; the message is one line that starts with its name."""
 
 
 class Header(NamedTuple):
-    """What an image file says before its pixels.
+    """The header of an image file.
 
     Attributes:
-      in_colour: False for grey modes and for palettes of greys.
-      width, height: in pixels.
+      in_colour: False for grey modes and palettes of greys.
+      width, height: size in pixels.
     """
 
     in_colour: bool
@@ -52,12 +52,12 @@ class Header(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Files that were not taken, and why.
+    """Files that were skipped for one reason.
 
     Attributes:
-      reason: what they are.
-      number: how many there are.
-      examples: names of the first.
+      reason: description of the files.
+      number: number of files.
+      examples: names of the first files.
     """
 
     reason: str
@@ -66,16 +66,16 @@ class LeftOut(NamedTuple):
 
     @classmethod
     def of(cls, one: str, several: str, names: Iterable[str]) -> "list[LeftOut]":
-        """Return the entry for these names in a list; an empty list where there are none.
+        """Return a list with the entry for these names, or an empty list without names.
 
         Args:
-          one: what one of them is.
-          several: what several are.
-          names: of the files.
+          one: description of a single file.
+          several: description of several files.
+          names: file names.
         """
         names = sorted(names)
         reason = one if len(names) == 1 else several
-        return [cls(reason, len(names), tuple(names[:_SHOWN]))] if names else []
+        return [cls(reason, len(names), tuple(names[:_NUM_EXAMPLES]))] if names else []
 
     def __str__(self) -> str:
         more = ", …" * (self.number > len(self.examples))
@@ -83,7 +83,7 @@ class LeftOut(NamedTuple):
 
 
 def printable(name: str) -> str:
-    """Return a file's name in one line that can be printed: it may hold any bytes.
+    """Return a file name with characters that cannot be printed, such as line breaks, escaped.
 
     Examples:
       >>> printable("Käfer.png"), printable("a\\n1.png")
@@ -92,85 +92,86 @@ def printable(name: str) -> str:
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in name)
 
 
-def check_form(size: int | None, channels: int | None) -> None:
-    """Refuses a size or a number of channels that images cannot have; None is to be found out."""
+def check_image_spec(size: int | None, channels: int | None) -> None:
+    """Check the size and the number of channels of images; None is allowed for both."""
     if size is not None:
         check_count("size", size, 1, _LARGEST)
     check_word("channels", channels, (1, 3, None))
 
 
 @functools.cache
-def image_formats() -> tuple[str, ...]:
-    """Return the names of the formats that the installed Pillow opens as images."""
+def _image_formats() -> tuple[str, ...]:
+    """Return the formats that the installed Pillow opens as images."""
     from PIL import Image
 
     Image.init()
-    return tuple(name for name in Image.ID if name not in _NO_IMAGES)
+    return tuple(name for name in Image.ID if name not in _EXCLUDED_FORMATS)
 
 
 @functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of files that the installed Pillow opens as images, in lower case."""
+def _image_suffixes() -> frozenset[str]:
+    """Return the lower-case suffixes of the files that the installed Pillow opens as images."""
     from PIL import Image
 
-    # What several cameras write as .mpo is opened as the JPEG that it begins with.
-    formats = {*image_formats(), "MPO"}
+    # Pillow opens .mpo files, written by some cameras, as the JPEG they start with.
+    formats = {*_image_formats(), "MPO"}
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images directly in `folder`, sorted by name.
+    """Return the images directly in `folder`, sorted by name.
 
-    An image is a file that ends in one of `image_suffixes`, in any case, and is not hidden (a leading
-    dot); whatever else lies there is none.
+    An image is a file with one of `_image_suffixes`, in any case, that is not hidden by a leading dot.
     """
     with os.scandir(folder) as entries:
-        # Not is_file(): a broken link is an image that cannot be read, not one that may be passed over.
+        # Not is_file(): a broken link counts as an unreadable image and must not be skipped silently.
         names = [
             entry.name
             for entry in entries
-            if is_image_name(entry.name) and not entry.name.startswith(".") and not entry.is_dir()
+            if _is_image_name(entry.name) and not entry.name.startswith(".") and not entry.is_dir()
         ]
     return [folder / name for name in sorted(names)]
 
 
-def is_image_name(name: str) -> bool:
-    """Return whether a file is an image by its suffix."""
-    return os.path.splitext(name)[1].lower() in image_suffixes()
+def _is_image_name(name: str) -> bool:
+    """Return whether a file name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in _image_suffixes()
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders directly in `folder` that are one's own, sorted by name: none that is hidden."""
-    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted((path for path in found if path.name not in _NOT_ONES_OWN), key=lambda path: path.name)
+    """Return the folders directly in `folder`, sorted by name, without hidden folders and system folders."""
+    visible = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        (path for path in visible if path.name not in _EXCLUDED_FOLDERS), key=lambda path: path.name
+    )
 
 
 def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
-    """The images of a folder with one subfolder a class, by class, sorted by name.
+    """Return the images of a folder with one subfolder per class, by class, sorted by name.
 
-    Hidden subfolders are no classes; images beside the subfolders are not taken, nor are those further down,
-    save where a class has no others than those in its folder `images`.
+    Hidden subfolders are ignored, and so are images outside the subfolders or in deeper folders; a class
+    without images of its own may have them in a folder `images`.
 
     Args:
-      path: the folder.
-      argument: that named it, for the messages.
+      path: path of the folder.
+      argument: name of the caller's argument, for the messages.
 
     Raises:
       FileNotFoundError: `path` does not exist.
       NotADirectoryError: `path` is a file.
-      ValueError: no subfolders, or one without images.
+      ValueError: no subfolders, or a subfolder without images.
     """
     if not path.exists():
         raise MissingFileError(argument, f"{path} does not exist")
     if not path.is_dir():
-        raise NotAFolderError(argument, f"{path} is a file, not a folder with one subfolder a class")
+        raise NotAFolderError(argument, f"{path} is a file; it must be a folder with one subfolder per class")
     folders = subfolders(path)
     if not folders:
         loose = len(image_files(path))
         raise ArgumentError(
             argument,
-            f"{path} has no subfolders, one a class"
-            + (f"; sort the {loose} images that lie directly in it into such" if loose else ""),
+            f"{path} has no subfolders; it must have one subfolder per class"
+            + (f", into which to sort its {loose} image{'s' * (loose != 1)}" if loose else ""),
         )
     files = {folder.name: files_of_class(folder) for folder in folders}
     empty = [folder for folder in folders if not files[folder.name]]
@@ -179,14 +180,14 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
         raise ArgumentError(
             argument,
             f"{len(empty)} of {len(folders)} class folders in {path} hold no images "
-            f"(.png, .jpg and all else that Pillow reads): {some(repr(folder.name) for folder in empty)}"
-            + ("; there are further folders in it: name the one whose subfolders are the classes" * deeper),
+            f"(.png, .jpg and other formats of Pillow): {some(repr(folder.name) for folder in empty)}"
+            + ("; some have subfolders: give the folder whose subfolders are the classes" * deeper),
         )
     return files
 
 
 def files_of_class(folder: Path) -> list[Path]:
-    """The images of one class folder: those directly in it, or else those in its folder `images`."""
+    """Return the images of a class folder, directly in it or else in its folder `images`."""
     files = image_files(folder)
     if files:
         return files
@@ -195,12 +196,12 @@ def files_of_class(folder: Path) -> list[Path]:
 
 
 def left_out_of(root: Path, classes: Path, taken: Iterable[Path]) -> list[LeftOut]:
-    """Return which visible files of a folder of class folders are not taken, by reason.
+    """Return the skipped files of a folder of class folders by reason; hidden files are ignored.
 
     Args:
-      root: that names of files are relative to.
-      classes: the folder with one subfolder a class.
-      taken: files that are.
+      root: folder that the reported names are relative to.
+      classes: folder with one subfolder per class.
+      taken: files that are used.
     """
     kept = set(map(str, taken))
 
@@ -211,20 +212,20 @@ def left_out_of(root: Path, classes: Path, taken: Iterable[Path]) -> list[LeftOu
     deeper: list[str] = []
     for folder in subfolders(classes):
         for file in _visible(str(folder)):
-            (deeper if is_image_name(file) else others).append(file)
+            (deeper if _is_image_name(file) else others).append(file)
     return [
         *LeftOut.of(
-            "image beside the class folders",
-            "images beside the class folders",
-            names(filter(is_image_name, others)),
+            "image outside the class folders",
+            "images outside the class folders",
+            names(filter(_is_image_name, others)),
         ),
         *LeftOut.of(
-            "image in a folder of a class folder", "images in folders of a class folder", names(deeper)
+            "image in a subfolder of a class folder", "images in subfolders of a class folder", names(deeper)
         ),
         *LeftOut.of(
-            "file that is no image",
-            "files that are no images",
-            names(file for file in others if not is_image_name(file)),
+            "file that is not an image",
+            "files that are not images",
+            names(file for file in others if not _is_image_name(file)),
         ),
     ]
 
@@ -237,15 +238,15 @@ def _visible(folder: str) -> Iterator[str]:
                 continue
             if not entry.is_dir():
                 yield entry.path
-            elif not entry.is_symlink():  # links may lead round in a circle
+            elif not entry.is_symlink():  # links may form cycles
                 yield from _visible(entry.path)
 
 
 def default_side(sides: Sequence[int]) -> int:
-    """Return the side that images are given where none is asked for, by the shorter sides of all.
+    """Return the default side of images from their shorter sides, each capped at 84.
 
-    It is the smallest of them, at most 84, among those that are at least half of the median: a few images
-    that are far smaller than the others do not shrink these.
+    It is the smallest side of at least half the median, so that a few far smaller images do not shrink the
+    others.
 
     Examples:
       >>> default_side([28, 28, 28]), default_side([300, 200, 90]), default_side([60, 50, 70, 1])
@@ -258,10 +259,14 @@ def default_side(sides: Sequence[int]) -> int:
 
 
 def header(source: Path | bytes, name: str) -> Header:
-    """The header of an image file, or of its bytes; no pixel is decoded.
+    """Read the header of an image file without decoding its pixels.
+
+    Args:
+      source: path, or the bytes of the file.
+      name: name of the image, at the start of the error message.
 
     Raises:
-      UnreadableImage: it is no image, and then `name` begins the message.
+      UnreadableImage: the file is not an image.
     """
     with _opened(source, name) as image:
         if image.mode in ("P", "PA"):
@@ -272,29 +277,34 @@ def header(source: Path | bytes, name: str) -> Header:
 
 
 def in_colour(source: Path | bytes) -> bool:
-    """Whether an image file, or its bytes, is in colour by its header: an RGB file of greys is.
+    """Return whether the header of an image file, or of its bytes, declares colour.
+
+    An RGB file with only grey pixels counts as colour.
 
     Raises:
-      UnreadableImage: it is no image.
+      UnreadableImage: the file is not an image.
     """
     return header(source, source.name if isinstance(source, Path) else "image").in_colour
 
 
 def decode(source: Path | bytes, name: str, *, channels: int, size: int | None) -> UInt8[np.ndarray, "h w c"]:
-    """The pixels of an image file, or of its bytes: upright, opaque, 8 bits a channel, of one size.
+    """Decode an image to 8 bits per channel.
 
-    Turned as its EXIF orientation says; transparency is laid over white; of 16 bits of grey the upper 8
-    are kept, rounded; of an animation the first frame. An image that is not square is squeezed into
-    one, as in MAML's and Ravi's scripts for mini-ImageNet: its aspect ratio is lost, nothing is cut off.
+    The EXIF orientation is applied; transparency is composited over white; 16-bit grey values are rounded to
+    8 bits; animations give their first frame. An image that is not square is resized to a square without
+    cropping, which changes its aspect ratio, as in MAML's and Ravi's scripts for mini-ImageNet.
 
     Args:
       source: path, or the bytes of the file.
-      name: to begin an error's message with.
+      name: name of the image, at the start of the error message.
       channels: 1 for grey (luma, ITU-R 601), 3 for RGB.
-      size: both sides in pixels, by Lanczos' filter, rounded once; None leaves it as it is.
+      size: side in pixels, resized by Lanczos' filter and rounded once; None: no resizing.
+
+    Returns:
+      Pixels `(height, width, channels)`, uint8.
 
     Raises:
-      UnreadableImage: PIL cannot decode it, or its samples are of 32 bits and have no known range.
+      UnreadableImage: PIL cannot decode the file, or it has 32-bit samples, whose range is unknown.
     """
     from PIL import ImageOps
 
@@ -306,10 +316,10 @@ def decode(source: Path | bytes, name: str, *, channels: int, size: int | None) 
 
 
 def resized(pixels: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
-    """Both sides `size` pixels, by Lanczos' filter, rounded once."""
+    """Resize to `size` × `size` pixels by Lanczos' filter, rounded once."""
     from PIL import Image
 
-    # In float: Pillow's 8-bit filter rounds and cuts off overshoots between its two passes.
+    # In floating point: Pillow's 8-bit filter rounds and clips between its two passes.
     planes = [
         Image.fromarray(plane).resize((size, size), Image.Resampling.LANCZOS)
         for plane in np.moveaxis(pixels.astype(np.float32), -1, 0)
@@ -319,13 +329,13 @@ def resized(pixels: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, 
 
 
 def _opaque(image):
-    """A PIL image of 8 bits a channel, transparency laid over white."""
+    """Return a PIL image with 8 bits per channel, transparency composited over white."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit samples have no known range: save it with 8 or 16")
+            raise ValueError("32-bit samples have no known range: save the image with 8 or 16 bits")
         values = np.where(values == image.info.get("transparency", -1), 65535, values)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -337,7 +347,7 @@ def _opaque(image):
 def _palette_in_colour(image) -> bool:
     from PIL import Image
 
-    # A copy, for `getpalette` of the image itself would decode its pixels.
+    # A copy of the palette: `getpalette` of the image itself would decode its pixels.
     copy = Image.new("P", (1, 1))
     copy.putpalette(image.palette)
     colours = np.array(copy.getpalette("RGB")).reshape(-1, 3)
@@ -346,20 +356,20 @@ def _palette_in_colour(image) -> bool:
 
 @contextlib.contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[Any]:
-    """The PIL image; all that goes wrong with it is an `UnreadableImage`."""
+    """Open a PIL image; errors of decoding are raised as `UnreadableImage`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        # A file is opened by what is in it, whatever its name: a page must not start another program.
-        with Image.open(file, formats=image_formats()) as image:
+        # Restricted to image formats: Pillow goes by content, and an EPS page would start Ghostscript.
+        with Image.open(file, formats=_image_formats()) as image:
             yield image
     except MemoryError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, …
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            raise  # the disk or the rights are at fault, and not the image
+            raise  # an error of the disk or of permissions, not of the image
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):  # its own words hold the address of an object
+        if isinstance(error, UnidentifiedImageError):  # its message contains the address of an object
             reason = "unknown format"
         raise UnreadableImage(f"{name}: cannot be read as an image ({' '.join(reason.split())})") from error

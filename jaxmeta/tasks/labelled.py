@@ -1,4 +1,4 @@
-"""All examples of few-shot tasks as one labelled set: what transfer learning trains on and is judged on."""
+"""All examples of few-shot tasks as one labelled data set, for transfer learning."""
 
 import functools
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxmeta.checks import ArgumentError, check_count, check_key, check_labels, some
+from jaxmeta.checks import ArgumentError, check_count, check_key, check_labels, shown, some
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -19,8 +19,8 @@ class LabelledImages(NamedTuple):
     """Examples and their classes.
 
     Attributes:
-      x: `(n, *shape)` as tasks show them; of uint8 images float32 in [0, 1].
-      y: `(n,)` labels 0..C−1, ascending; every class has examples.
+      x: `(n, *shape)` examples, as in the tasks; uint8 images are float32 in [0, 1].
+      y: `(n,)` labels 0..C−1 in ascending order; every class has examples.
     """
 
     x: Float[Array, "n ..."]
@@ -30,23 +30,23 @@ class LabelledImages(NamedTuple):
 def labelled(
     tasks: TaskDistribution | TaskStream, *, per_class: int | None = None, key: Key | None = None
 ) -> LabelledImages:
-    """All examples of all classes that few-shot `tasks` are drawn from, each once, with its class.
+    """Return every example of all classes of few-shot `tasks` once, with its label.
 
-    Labels are those of `supervised`: 0..C−1 in the order of the class names (group after group, where there
-    are groups). With rotations="classes" each turn of a class is one of the C, C/4 apart, as it is to the
-    tasks: of n stored examples there are 4n. The arrays are float32 and whole, four times as large as uint8
-    images are stored.
+    Labels are the same as in `supervised`: 0..C−1 in the order of the class names, sorted by group first
+    where there are groups. With rotations="classes" each rotation of a class is one of the C classes, with
+    labels C/4 apart, so that n stored examples give 4n. The arrays are float32, four times the size of
+    stored uint8 images.
 
     Args:
-      tasks: of `from_arrays`, of what builds on it (`omniglot`, `mnist`, `from_folder`, …), or of `glyphs`.
-        Their ways, shots and queries play no part.
-      per_class: for `glyphs`, whose examples have no end: how many to draw of each class.
-      key: for `glyphs`, of these drawings; those of a class depend on `key` and the class alone.
+      tasks: tasks from `from_arrays`, a source built on it (`omniglot`, `mnist`, `from_folder`, …), or
+        `glyphs`. Their ways, shots and queries are not used.
+      per_class: for `glyphs` only: number of drawings of each class.
+      key: for `glyphs` only: random key; the drawings of a class depend only on `key` and the class.
 
     Raises:
-      ValueError: tasks of another source, whose classes or examples are not at hand; rotations="random", with
-        which an example has no turn of its own; `per_class` and `key` missing for `glyphs`, or given for
-        others.
+      ValueError: tasks from a source that does not store classes and examples; rotations="random", where an
+        example has no fixed rotation; or `per_class` and `key` missing for `glyphs`, or given for other
+        sources.
 
     Examples:
       >>> import numpy as np
@@ -62,40 +62,39 @@ def labelled(
         kind = "a stream" if isinstance(tasks, TaskStream) else f"{card.kind} tasks"
         raise ArgumentError(
             "tasks",
-            f"got {kind} of {card.tasks!r}, whose classes and examples are not at hand; it must "
-            "be few-shot tasks of from_arrays, of a source that holds its examples in memory (omniglot, "
-            "mnist, from_folder, from_tfds, from_prepared, …) or of glyphs",
+            f"got {kind} of {card.tasks!r}, whose classes and examples are not in memory; it must "
+            "be few-shot tasks from from_arrays, from a source that holds its examples in memory (omniglot, "
+            "mnist, from_folder, from_tfds, from_prepared, …) or from glyphs",
         )
     if sample.func is draw_glyphs:
         if per_class is None or key is None:
             raise ArgumentError(
-                "per_class, key", f"glyphs are drawn, which takes both; got {per_class}, {key}"
+                "per_class, key", f"got {shown(per_class)}, {shown(key)}; drawing glyphs needs both"
             )
         check_count("per_class", per_class, 1)
         check_key("key", key)
-        return _of_glyphs(*sample.args, per_class=int(per_class), key=key)
+        return _label_glyphs(*sample.args, per_class=int(per_class), key=key)
     if per_class is not None or key is not None:
-        raise ArgumentError("per_class, key", f"are for glyphs; of {card.tasks!r} all examples are taken")
-    return _of_arrays(*sample.args)
+        raise ArgumentError("per_class, key", f"only apply to glyphs, not to {card.tasks!r}; omit them")
+    return _label_arrays(*sample.args)
 
 
 def split_per_class(
     y: Int[Array | np.ndarray, " n"], shots: int, key: Key
 ) -> tuple[Int[np.ndarray, " chosen"], Int[np.ndarray, " rest"]]:
-    """Rows of `shots` random examples of each class, to learn from, and the rows of all others.
+    """Return the rows of `shots` random examples per class, and the rows of all other examples.
 
     Args:
-      y: labels, any integers; the classes are those that occur.
-      shots: K, examples of each class.
-      key: of the draw.
+      y: `(n,)` integer labels; the classes are the labels that occur.
+      shots: number of examples per class, K.
+      key: random key.
 
     Returns:
-      `(C · K,)` rows class after class in ascending order of the labels, those of a class in the order they
-      were drawn in; and the other rows, ascending.
+      `(C · K,)` rows sorted by label, in random order within a class; and the other rows in ascending order.
 
     Raises:
-      ValueError: no labels, fewer than one shot, or a class with fewer than K + 1 examples, of which none
-        would be left.
+      ValueError: no labels, fewer than one shot, or a class with fewer than K + 1 examples, which would leave
+        none for the second set.
 
     Examples:
       >>> import jax, numpy as np
@@ -109,31 +108,31 @@ def split_per_class(
     check_labels("y", labels)
     if not labels.size:
         raise ArgumentError("y", "got no example")
-    classes, place, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     small = [f"{label} ({size})" for label, size in zip(classes, sizes, strict=True) if size <= shots]
     if small:
         raise ArgumentError(
             "shots",
-            f"got {shots}, which takes classes of at least {shots + 1} examples, one of them to be "
-            f"judged on; too few in {len(small)} of {len(classes)} (label and size): {some(small)}",
+            f"got {shots}, which needs at least {shots + 1} examples per class, so that one is left to "
+            f"evaluate on; {len(small)} of {len(classes)} classes have fewer (label and size): {some(small)}",
         )
     order = np.asarray(jax.random.permutation(key, len(labels)))
-    order = order[np.argsort(place[order], kind="stable")]
+    order = order[np.argsort(index[order], kind="stable")]
     starts = np.cumsum(sizes) - sizes
     chosen = order[np.add.outer(starts, np.arange(shots)).reshape(-1)]
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
 
 
-# Compiled, so that integers, quotients and turns are not all held at once.
+# Compiled, so that the uint8 array, the floats and their rotation are not all in memory at once.
 _floats = jax.jit(turned_floats)
 
 
-def _of_arrays(shape: EpisodeShape, data: EpisodeData) -> LabelledImages:
+def _label_arrays(shape: EpisodeShape, data: EpisodeData) -> LabelledImages:
     if shape.rotations == "random":
         raise ArgumentError(
             "tasks",
-            'got rotations="random", with which every task turns an example otherwise; it must be '
-            '"none", or "classes" for the turns to be classes of their own',
+            'got rotations="random", where an example has no fixed rotation; it must be "none", or "classes" '
+            "to count rotations as additional classes",
         )
     y = jnp.repeat(jnp.arange(data.sizes.shape[0], dtype=jnp.int32), data.sizes)
     turns = range(4 if shape.rotations == "classes" else 1)
@@ -144,7 +143,7 @@ def _of_arrays(shape: EpisodeShape, data: EpisodeData) -> LabelledImages:
     )
 
 
-def _of_glyphs(
+def _label_glyphs(
     shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], *, per_class: int, key: Key
 ) -> LabelledImages:
     labels = jnp.arange(int(count), dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The published class splits of CIFAR-FS, mini-ImageNet and CUB, and tasks from one's own copies of them."""
+"""The published class splits of CIFAR-FS, mini-ImageNet and CUB, and tasks from local copies of the data."""
 
 import dataclasses
 import hashlib
@@ -23,9 +23,9 @@ from jaxmeta.tasks.splits import PARTS, ClassSplit, check_part
 from jaxmeta.tasks.tfds import prepare_tfds
 
 _CIFAR_IMAGES = 60_000
-# Where ImageNet's class folders lie.
+# Folders in which ImageNet's class folders are searched.
 _IMAGENET = ("", "train", "ILSVRC/Data/CLS-LOC/train")
-_EACH = 600  # images of every class of mini-ImageNet
+_EACH = 600  # images per class of mini-ImageNet
 
 _CIFAR_FS = {
     "train": """
@@ -69,7 +69,7 @@ _MINI_IMAGENET = {
 
 
 def cifar_fs_split() -> ClassSplit:
-    """CIFAR-FS: 64, 16 and 20 of CIFAR-100's fine classes.
+    """Return the class split of CIFAR-FS: 64, 16 and 20 of CIFAR-100's fine classes.
 
     Examples:
       >>> cifar_fs_split().sizes
@@ -82,9 +82,10 @@ def cifar_fs_split() -> ClassSplit:
 
 
 def mini_imagenet_split() -> ClassSplit:
-    """mini-ImageNet: 64, 16 and 20 classes of ILSVRC-2012 by their WordNet ids.
+    """Return the class split of mini-ImageNet: 64, 16 and 20 classes of ILSVRC-2012 by WordNet id.
 
-    The lists of Ravi and Larochelle, which all later work uses; Vinyals' own were others.
+    These are the lists of Ravi and Larochelle, which later work uses; the original lists of Vinyals et al.
+    differ.
 
     Examples:
       >>> mini_imagenet_split().sizes
@@ -97,13 +98,15 @@ def mini_imagenet_split() -> ClassSplit:
 
 
 def cub_split(folders: Iterable[str]) -> ClassSplit:
-    """CUB-200-2011: of the class folders in order, every second for training, the others in turn.
+    """Return the class split of CUB-200-2011: 100, 50 and 50 of the class folders.
+
+    In sorted order every second class is for training; the others alternate between validation and test.
 
     Args:
       folders: names of the 200 class folders, "001.Black_footed_Albatross" and so on, in any order.
 
     Raises:
-      ValueError: they are not the 200.
+      ValueError: the names are not those of the 200 classes.
 
     Examples:
       >>> split = cub_split(f"{number:03d}.Bird" for number in range(1, 201))
@@ -115,13 +118,13 @@ def cub_split(folders: Iterable[str]) -> ClassSplit:
     """
     names = sorted(folders)
     numbers = [f"{number:03d}" for number in range(1, 201)]
-    found = [name.partition(".")[0] for name in names]
-    if found != numbers:
-        missing = sorted(set(numbers) - set(found))
+    prefixes = [name.partition(".")[0] for name in names]
+    if prefixes != numbers:
+        missing = sorted(set(numbers) - set(prefixes))
         raise ValueError(
             "folders must be CUB-200-2011's 200 class folders, '001.Black_footed_Albatross' to "
             f"'200.Common_Yellowthroat', got {len(names)}"
-            + (f"; missing are the numbers {some(missing)}" if missing else "")
+            + (f"; missing numbers: {some(missing)}" if missing else "")
         )
     return ClassSplit(tuple(names[0::2]), tuple(names[1::4]), tuple(names[3::4]))
 
@@ -134,22 +137,22 @@ def cifar_fs(
     queries: int = 15,
     data: str | os.PathLike[str] | None = None,
 ) -> TaskDistribution:
-    """CIFAR-FS tasks: CIFAR-100, its 600 images of every class, by the published class split.
+    """Return CIFAR-FS tasks: all 600 images per class of CIFAR-100, by the published class split.
 
     Images are `(32, 32, 3)` float32 in [0, 1].
 
     Args:
       split: "train", "validation" or "test".
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
-      data: folder with CIFAR-100's official archive cifar-100-binary.tar.gz, or with what is in it; or with
-        images in class folders, in it, in `data`, in `cifar100/data` (as Bertinetto's), or in folders train,
-        val and test; or where tensorflow-datasets keeps its prepared `cifar100`; None for its default.
+      queries: examples per class to evaluate on.
+      data: folder with CIFAR-100's official archive cifar-100-binary.tar.gz or its files; or with class
+        folders of images, directly, in `data`, in `cifar100/data` (as in Bertinetto's code), or in folders
+        train, val and test; or with `cifar100` as prepared by tensorflow-datasets. None: the default folder
+        of tensorflow-datasets.
 
     Raises:
-      ValueError: the archive does not hold CIFAR-100; or see `prepare_tfds`, which needs TensorFlow to
-        prepare it.
+      ValueError: the archive does not hold CIFAR-100; or see `prepare_tfds`.
       OSError: see `prepare_tfds`.
 
     Examples:
@@ -173,26 +176,25 @@ def mini_imagenet(
     data: str | os.PathLike[str],
     size: int = 84,
 ) -> TaskDistribution:
-    """mini-ImageNet tasks from one's own copy, by the class split of Ravi and Larochelle.
+    """Return mini-ImageNet tasks from a local copy, by the class split of Ravi and Larochelle.
 
-    Images are `(size, size, 3)` float32 in [0, 1]. Only the 100 classes are read. Of an ImageNet copy
-    the first 600 images of each by name are taken, and the card's protocol says so: which images were
-    published only the csv lists tell.
+    Images are `(size, size, 3)` float32 in [0, 1]. Only the 100 classes are read. From a copy of ImageNet
+    the first 600 images of each class by name are used, as recorded in the card's protocol: only the csv
+    lists define the published images.
 
     Args:
       split: "train", "validation" or "test".
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
+      queries: examples per class to evaluate on.
       data: folder with images/ and train.csv, val.csv, test.csv (columns filename, label), in it or in
-        split/; or with base.json, val.json, novel.json; or one with class folders named by WordNet id: in
-        folders train, val and test, or the 100, or ImageNet's in it, in its folder train or in
-        ILSVRC/Data/CLS-LOC/train.
+        split/; or with base.json, val.json, novel.json; or with class folders named by WordNet id: in
+        folders train, val and test, or all 100 of them directly, in train or in ILSVRC/Data/CLS-LOC/train.
       size: side of the images in pixels.
 
     Raises:
-      FileNotFoundError: `data` is no folder, or has a folder images without the three lists.
-      ValueError: classes or images are missing, or cannot be decoded.
+      FileNotFoundError: `data` is not a folder, or has a folder images without the three lists.
+      ValueError: classes or images are missing, or images cannot be decoded.
 
     Examples:
       >>> tasks = mini_imagenet("test", ways=5, shots=5, data="imagenet")  # doctest: +SKIP
@@ -215,27 +217,26 @@ def cub(
     data: str | os.PathLike[str],
     size: int = 84,
 ) -> TaskDistribution:
-    """CUB-200-2011 tasks from one's own copy, by the class split of `cub_split`.
+    """Return CUB-200-2011 tasks from a local copy, by the class split of `cub_split`.
 
-    Images are `(size, size, 3)` float32 in [0, 1], whole, without the bounding boxes.
+    Images are `(size, size, 3)` float32 in [0, 1], not cropped to the bounding boxes.
 
     With `shots=0` the tasks are zero-shot: the support set holds `cub_attributes`, one vector per class.
-    The split is the same, whereas published zero-shot results use another of 100/50/50 classes, whose
-    list is not here; with one of your own, give features or images, `cub_attributes` and a `ClassSplit`
-    to `from_arrays`.
+    Published zero-shot results use a different 100/50/50 split, which is not included; to use your own
+    split, pass features or images, `cub_attributes` and a `ClassSplit` to `from_arrays`.
 
     Args:
       split: "train", "validation" or "test".
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
-      data: folder CUB_200_2011, or its folder images; or a folder with lists of the images, base.json,
-        val.json and novel.json or csv files.
+      queries: examples per class to evaluate on.
+      data: folder CUB_200_2011, or its folder images; or a folder with lists of the images (base.json,
+        val.json and novel.json, or csv files).
       size: side of the images in pixels.
 
     Raises:
-      FileNotFoundError: `data` is no folder, or has no attributes where `shots=0`.
-      ValueError: classes are missing, or images cannot be decoded; see `cub_attributes`.
+      FileNotFoundError: `data` is not a folder, or has no attributes where `shots=0`.
+      ValueError: classes are missing, or images cannot be decoded; see also `cub_attributes`.
 
     Examples:
       >>> tasks = cub("test", ways=5, shots=5, data="CUB_200_2011")  # doctest: +SKIP
@@ -257,7 +258,7 @@ def _tasks(images: SplitImages, split: SplitName, **shape: Any) -> TaskDistribut
 
 
 def cifar_fs_images(data: str | os.PathLike[str] | None = None) -> SplitImages:
-    """What `cifar_fs` draws from."""
+    """Return the images, class split and protocol of `cifar_fs`."""
     rows = None if data is None else _cifar_rows(Path(data).expanduser())
     listing = None if data is None or rows is not None else _cifar_listing(Path(data).expanduser().resolve())
     if listing is not None:
@@ -265,7 +266,7 @@ def cifar_fs_images(data: str | os.PathLike[str] | None = None) -> SplitImages:
     elif rows is None:
         prepared = prepare_tfds("cifar100", size=32, channels=3, image="image", label="label", data=data)
     else:
-        # The label of a class is its place in the alphabet.
+        # The labels of the official files number the classes alphabetically.
         names = sorted(name for part in PARTS for name in cifar_fs_split().part(part))
         order = np.argsort(rows[:, 1], kind="stable")
         images = (
@@ -282,7 +283,7 @@ def cifar_fs_images(data: str | os.PathLike[str] | None = None) -> SplitImages:
 
 
 def mini_imagenet_images(data: str | os.PathLike[str], size: int = 84) -> SplitImages:
-    """What `mini_imagenet` draws from."""
+    """Return the images, class split and protocol of `mini_imagenet`."""
     folder = _folder(data)
     listing = _mini_imagenet_listing(folder)
     protocol = "mini-ImageNet, class split of Ravi & Larochelle 2017"
@@ -298,7 +299,7 @@ def mini_imagenet_images(data: str | os.PathLike[str], size: int = 84) -> SplitI
 
 
 def cub_images(data: str | os.PathLike[str], size: int = 84) -> SplitImages:
-    """What `cub` draws from."""
+    """Return the images, class split and protocol of `cub`."""
     folder = _folder(data)
     root = folder / "images" if (folder / "images").is_dir() else folder
     listing = None if len(subfolders(root)) > 1 else list_parts(folder, "data")
@@ -317,9 +318,9 @@ def cub_images(data: str | os.PathLike[str], size: int = 84) -> SplitImages:
 
 
 def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
-    """CIFAR-100's images, those for training first: superclass, class, then red, green and blue.
+    """Return the records of CIFAR-100's official files, training set first.
 
-    None where `data` holds none of its official files.
+    A record is superclass, class, and the red, green and blue planes. None if `data` has no official file.
     """
     members = ("train.bin", "test.bin")
     archive = data if data.is_file() else data / "cifar-100-binary.tar.gz"
@@ -329,18 +330,20 @@ def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
     elif archive.is_file():
         try:
             with tarfile.open(archive) as files:
-                found = (files.extractfile(f"cifar-100-binary/{name}") for name in members)
-                content = b"".join(file.read() for file in found if file is not None)
+                extracted = (files.extractfile(f"cifar-100-binary/{name}") for name in members)
+                content = b"".join(file.read() for file in extracted if file is not None)
         except (tarfile.TarError, EOFError, KeyError, zlib.error) as error:
-            raise ArgumentError("data", f"{archive} is no whole cifar-100-binary.tar.gz ({error})") from error
+            raise ArgumentError(
+                "data", f"{archive} is not a complete cifar-100-binary.tar.gz ({error}); download it again"
+            ) from error
     else:
         return None
     expected = _CIFAR_IMAGES * 3074
     if len(content) != expected:
         raise ArgumentError(
             "data",
-            f"{' and '.join(members)} of {folder or archive} hold {len(content)} bytes; CIFAR-100's "
-            f"have {expected}",
+            f"{' and '.join(members)} in {folder or archive} have {len(content)} bytes; CIFAR-100 has "
+            f"{expected}",
         )
     return np.frombuffer(content, np.uint8).reshape(-1, 3074)
 
@@ -348,12 +351,12 @@ def _cifar_rows(data: Path) -> UInt8[np.ndarray, "n 3074"] | None:
 def _folder(data: str | os.PathLike[str]) -> Path:
     folder = Path(data).expanduser().resolve()
     if not folder.is_dir():
-        raise MissingFileError("data", f"{folder} is no folder")
+        raise MissingFileError("data", f"{folder} is not a folder")
     return folder
 
 
 def _mini_imagenet_listing(data: Path) -> Listing:
-    """The images of mini-ImageNet's classes: by class folders, by folders of parts, or by lists."""
+    """Return the images of mini-ImageNet's classes from class folders, folders of parts, or lists."""
     split = mini_imagenet_split()
     listing = _class_folders(data, split, _IMAGENET)
     if listing is not None:
@@ -363,21 +366,23 @@ def _mini_imagenet_listing(data: Path) -> Listing:
         _check_parts(listing, split, data, "Ravi & Larochelle")
         return listing
     if (data / "images").is_dir():
-        raise MissingFileError("data", f"{data} has a folder images, but no train.csv, val.csv and test.csv")
+        raise MissingFileError(
+            "data", f"{data} has a folder images, but lacks train.csv, val.csv and test.csv"
+        )
     refuse_other_files(data, "data")
     names = _names(split)
     roots = [data / place for place in _IMAGENET]
     missing = min(([name for name in names if not (root / name).is_dir()] for root in roots), key=len)
     raise ArgumentError(
         "data",
-        f"{data} holds no images with train.csv, val.csv and test.csv, no folders train, val and test, and "
-        f"of mini-ImageNet's 100 class folders it lacks {len(missing)} (in it, in train, in "
-        f"ILSVRC/Data/CLS-LOC/train): {some(missing)}",
+        f"{data} must contain images with train.csv, val.csv and test.csv, folders train, val and test, or "
+        "mini-ImageNet's 100 class folders (directly, in train or in ILSVRC/Data/CLS-LOC/train), of which "
+        f"{len(missing)} are missing: {some(missing)}",
     )
 
 
 def _cifar_listing(data: Path) -> Listing | None:
-    """CIFAR-FS's images as files, in class folders or in folders of parts; None without any."""
+    """Return CIFAR-FS's image files from class folders or folders of parts; None if there are none."""
     if not data.is_dir():
         return None
     listing = _class_folders(data, cifar_fs_split(), ("", "data", "cifar100/data"))
@@ -394,10 +399,10 @@ def _names(split: ClassSplit) -> list[str]:
 
 
 def _class_folders(data: Path, split: ClassSplit, places: Iterable[str]) -> Listing | None:
-    """The images of all classes of a split in class folders of one of some places; None where one lacks.
+    """Return the images of a split from the first of `places` with all class folders; None without one.
 
     Raises:
-      ArgumentError: they are there, and some are empty.
+      ArgumentError: a class folder has no images.
     """
     names = _names(split)
     for root in (data / place for place in places):
@@ -412,22 +417,22 @@ def _class_folders(data: Path, split: ClassSplit, places: Iterable[str]) -> List
 
 
 def _check_parts(listing: Listing, split: ClassSplit, data: Path, authors: str) -> None:
-    """Refuse a listing whose classes are not those of a published split, part by part where it has parts.
+    """Check that the classes of a listing match a published split, part by part where it has parts.
 
     Raises:
-      ArgumentError: that names some.
+      ArgumentError: classes are missing or unexpected.
     """
     parts = listing.parts()
     missing = [part for part in PARTS if part not in parts]
     if parts and missing:
         raise MissingFileError(
-            "data", f"{data} has {listing.layout}, and nothing for {' and '.join(missing)}"
+            "data", f"{data} has {listing.layout}, but no data for {' and '.join(missing)}"
         )
-    wanted = {part: set(split.part(part)) for part in parts} or {"": set(_names(split))}
-    for part, names in wanted.items():
+    expected = {part: set(split.part(part)) for part in parts} or {"": set(_names(split))}
+    for part, names in expected.items():
         if wrong := listing.classes_of(part) ^ names:
             raise ArgumentError(
                 "data",
-                f"{data}, by {listing.layout}, does not have the {part + ' ' if part else ''}classes of "
-                f"{authors}; too many or missing are {some(sorted(wrong))}",
+                f"{data}, read by {listing.layout}, does not have the {part + ' ' if part else ''}classes of "
+                f"{authors}; unexpected or missing: {some(sorted(wrong))}",
             )

@@ -1,4 +1,4 @@
-"""Omniglot (Lake et al. 2015): 1623 handwritten characters, 20 drawings each, in every published split."""
+"""Omniglot (Lake et al. 2015): 1623 handwritten characters, 20 drawings each, in the published splits."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from jaxmeta.tasks.archives import DRAWERS, Edition, prepare
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.splits import ClassSplit, check_part
 
-# Number of characters of every alphabet.
+# Number of characters per alphabet.
 BACKGROUND = {
     "Alphabet_of_the_Magi": 20,
     "Anglo-Saxon_Futhorc": 29,
@@ -88,7 +88,7 @@ EDITION = Edition(
 
 _Protocol = Literal["vinyals", "vinyals-trainval", "maml", "reptile", "lake", "lake-validation"]
 
-# Default rotations of train, validation and test, and what the protocol card says.
+# Default rotations of train, validation and test, and the sentence for the protocol card.
 _PROTOCOLS: dict[_Protocol, tuple[tuple[Rotations, Rotations, Rotations], str]] = {
     "vinyals": (("classes", "classes", "classes"), "Vinyals et al. 2016 / Snell et al. 2017, 1028/172/423"),
     "vinyals-trainval": (
@@ -109,25 +109,29 @@ def omniglot_split(
     protocol: _Protocol = "vinyals",
     split_seed: int = 0,
 ) -> ClassSplit:
-    """The class split of a published Omniglot protocol; names are "Alphabet/characterNN".
+    """Return the class split of a published Omniglot protocol; class names are "Alphabet/characterNN".
 
-    | protocol | train/validation/test | which |
+    | protocol | train/validation/test | classes |
     | --- | --- | --- |
-    | vinyals | 1028/172/423 | all background and the first 236 evaluation characters, of which five whole \
-background alphabets validate; the other evaluation characters test |
-    | vinyals-trainval | 1200/0/423 | the same, trained on train and validation together |
-    | maml | 1100/100/423 | random, by `split_seed` |
-    | reptile | 1200/0/423 | random, by `split_seed` |
-    | lake | 964/0/659 | background trains, evaluation tests |
-    | lake-validation | 792/172/659 | the same, vinyals' validation alphabets held out of training |
+    | vinyals | 1028/172/423 | train and validation: all background and the first 236 evaluation characters, \
+with five background alphabets for validation; test: the other evaluation characters |
+    | vinyals-trainval | 1200/0/423 | as vinyals, with validation added to train |
+    | maml | 1100/100/423 | random, seeded by `split_seed` |
+    | reptile | 1200/0/423 | random, seeded by `split_seed` |
+    | lake | 964/0/659 | train: background; test: evaluation |
+    | lake-validation | 792/172/659 | as lake, with the validation alphabets of vinyals held out of train |
 
-    Leakage: Lake's evaluation alphabets, and with them the official 20 one-shot runs, may only judge
-    models trained by "lake" or "lake-validation". Vinyals' training set contains Atlantean, Ge_ez,
-    Glagolitic and most of Gurmukhi. `ClassSplit.assert_disjoint` and the argument `trained_on` of
+    Leakage: Lake's evaluation alphabets, and with them the official 20 one-shot runs, may only be used to
+    evaluate models trained by "lake" or "lake-validation". The training set of "vinyals" contains Atlantean,
+    Ge_ez, Glagolitic and most of Gurmukhi. `ClassSplit.assert_disjoint` and the argument `trained_on` of
     `omniglot` refuse such a comparison.
 
+    Args:
+      protocol: one of the protocols above.
+      split_seed: seed of the random splits "maml" and "reptile".
+
     Raises:
-      ValueError: another protocol.
+      ValueError: an unknown protocol.
 
     Examples:
       >>> omniglot_split("vinyals").sizes
@@ -167,42 +171,43 @@ def omniglot(
     trained_on: ClassSplit | ProtocolCard | None = None,
     within_alphabet: bool = False,
 ) -> TaskDistribution:
-    """Few-shot tasks of handwritten characters, by one of the published protocols.
+    """Return few-shot tasks of handwritten characters, by one of the published protocols.
 
-    Images are `(size, size, 1)` float32, ink = 1 on 0, resized from 105×105 by Lanczos' filter, as in
-    MAML's code, then turned. They are decoded once and kept in the cache folder ($JAXMETA_CACHE, else
-    the platform's); a file found there is enough without tensorflow-datasets.
+    Images are `(size, size, 1)` float32, ink 1 on 0, resized from 105×105 by Lanczos' filter, as in
+    MAML's code, then rotated. They are decoded once and kept in the cache folder ($JAXMETA_CACHE, else
+    the platform's); tensorflow-datasets is needed only to fill the cache.
 
-    Rotations by default: vinyals, as extra classes in every part, also at test; maml, one random
-    rotation per drawn class in every part; reptile and lake, extra classes in training, none at
-    validation and test.
+    Default rotations: vinyals, additional classes in every part, including test; maml, one random
+    rotation per class and episode in every part; reptile and lake, additional classes in training, none
+    in validation and test.
 
-    With `within_alphabet` an episode has characters of one alphabet only, drawn uniformly from those
-    with enough, and its queries are by other drawers than its support set, the same of every character,
-    as in Lake's 20-way runs. That is harder: letters of one alphabet look alike, and the hand does not
-    give the answer away. Turned alphabets are alphabets of their own where turned characters are classes.
+    With `within_alphabet` all characters of an episode belong to one alphabet, drawn uniformly from those
+    with enough characters, and support and queries are by different drawers, the same drawers for every
+    character, as in Lake's 20-way runs. These tasks are harder: characters of one alphabet are similar, and
+    the handwriting does not identify the character. With rotations="classes" each rotation of an alphabet
+    is an additional alphabet.
 
     Args:
       split: "train", "validation" or "test".
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on; five in Snell et al.
-      data: a folder with images_background.zip and images_evaluation.zip, or with the folders they unpack to
-        (or whose folder `omniglot` has them), or a prepared array file; None for the cache, and a download
-        where it is empty.
+      queries: examples per class to evaluate on; five in Snell et al.
+      data: folder with images_background.zip and images_evaluation.zip or the folders they unpack to,
+        directly or in a folder `omniglot`; or a prepared array file. None: the cache, or a download if the
+        cache is empty.
       protocol: published class split, see `omniglot_split`.
-      rotations: how images are turned: "none", "classes" or "random", see `from_arrays`; None for the
-        protocol's own.
+      rotations: rotations of the images, "none", "classes" or "random", see `from_arrays`; None: those of
+        the protocol.
       size: side of the images in pixels.
-      split_seed: seed of the random class splits "maml" and "reptile"; episodes depend on the key alone.
-      trained_on: split, or training card, of the model to be judged on these tasks.
-      within_alphabet: whether the characters of an episode are of one alphabet, and support and queries
-        by different drawers.
+      split_seed: seed of the random class splits "maml" and "reptile"; episodes depend only on the key.
+      trained_on: class split or training card of the model to evaluate on these tasks, to check for leakage.
+      within_alphabet: whether all characters of an episode belong to one alphabet, with different drawers
+        for support and queries.
 
     Raises:
-      ValueError: an unknown protocol, a part that the protocol does not have, corrupted data, a model
-        that has seen classes it is to be judged on; no alphabet with enough characters.
-      OSError: a path that does not exist, too little disk, no connection.
+      ValueError: an unknown protocol, a part that the protocol does not have, damaged data, a model that
+        was trained on classes to evaluate on, or no alphabet with enough characters.
+      OSError: a path that does not exist, too little disk space, or no connection.
 
     Examples:
       >>> tasks = omniglot("test", ways=5, shots=1, data="../shared/data")  # doctest: +SKIP
@@ -240,7 +245,7 @@ def omniglot(
 
 
 def _split_of(trained_on: ClassSplit | ProtocolCard, split_seed: int) -> ClassSplit:
-    """The class names a training card stands for, found by its hash."""
+    """Return the class split of a training card, identified by its hash."""
     if isinstance(trained_on, ClassSplit):
         return trained_on
     for protocol in _PROTOCOLS:
@@ -249,7 +254,7 @@ def _split_of(trained_on: ClassSplit | ProtocolCard, split_seed: int) -> ClassSp
             return candidate
     raise ArgumentError(
         "trained_on",
-        f"the card of {trained_on.tasks!r} tasks has split hash {trained_on.split_hash}, which "
-        f"is no Omniglot protocol's (with split_seed={split_seed}); give the ClassSplit the model was "
-        "trained with",
+        f"the card of {trained_on.tasks!r} tasks has split hash {trained_on.split_hash}, which does not "
+        f"belong to any Omniglot protocol with split_seed={split_seed}; pass the ClassSplit that the model "
+        "was trained with",
     )

@@ -1,7 +1,7 @@
-"""A labelled image data set in its final form: one shape, grouped by class, one file of records.
+"""Prepared image data sets: images of one shape, grouped by class, in one file of records.
 
-Every source of one's own images ends here. What is on disk is decoded and resized once; tasks are
-then drawn from memory (`from_prepared`) or, where the data set is larger, from the records.
+All sources of user images are converted to this form. Images are decoded and resized once; tasks are
+then drawn from memory (`from_prepared`) or, for larger data sets, from the records on disk (`stream`).
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from jaxmeta.tasks.splits import (
 )
 
 _RECORDS, _INDEX, _FORMAT = "images.array_record", "index.json", 1
-_AT_ONCE = 4096  # images read together
+_AT_ONCE = 4096  # images per read
 
 
 class ReadSummary(NamedTuple):
-    """What was read of one's own images, and what was not; as text it is one line.
+    """A summary of the images that were read and of the files that were skipped; `str` gives one line.
 
     Attributes:
-      layout: what the images' classes were told apart by.
-      images, classes: how many there are.
-      left_out: files that are not among the images, by reason.
-      smallest: name, width and height of the smallest image; None where it is not known.
+      layout: description of the layout of the source.
+      images, classes: numbers of images and classes.
+      left_out: skipped files by reason.
+      smallest: name, width and height of the smallest image; None if unknown.
     """
 
     layout: str
@@ -56,12 +56,12 @@ class ReadSummary(NamedTuple):
     smallest: tuple[str, int, int] | None = None
 
     def __str__(self) -> str:
-        said = f"{self.images:,} images of {self.classes:,} classes, by {self.layout}"
+        text = f"{self.images:,} images of {self.classes:,} classes, by {self.layout}"
         if self.smallest is not None:
             name, width, height = self.smallest
-            said += f"; the smallest is {width} × {height} ({printable(name)})"
+            text += f"; the smallest is {width} × {height} ({printable(name)})"
         return (
-            said
+            text
             + "; "
             + ("left out: " + ", ".join(map(str, self.left_out)) if self.left_out else "none left out")
         )
@@ -69,17 +69,17 @@ class ReadSummary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Images of one shape by class, as records on disk; a handle, cheap to keep and to pass on.
+    """A handle of images of one shape, stored by class as records on disk.
 
     Attributes:
-      folder: of the records and their index.
-      name: of the source, for the protocol card.
+      folder: folder of the records and their index.
+      name: name of the source, for the protocol card.
       classes: class names, sorted.
       sizes: number of images of each class. Rows are numbered class after class.
       shape: (height, width, channels) of every image.
-      parts: where the source says which images are for which part, `(part, number of images of each class)`;
-        those of a class are numbered part after part.
-      summary: what was read and what was left out, of a source that is one's own files.
+      parts: `(part, number of images of each class)` for each part of the source; empty without parts. The
+        rows of a class are numbered part after part.
+      summary: summary of the read files; None for other sources.
     """
 
     folder: Path
@@ -95,12 +95,12 @@ class Prepared:
 
     @property
     def offsets(self) -> Int[np.ndarray, " classes"]:
-        """Row of the first image of each class."""
+        """Return the row of the first image of each class."""
         return np.cumsum([0, *self.sizes[:-1]])
 
     @property
     def split(self) -> ClassSplit | None:
-        """The class split that the source makes; None where it has no parts, or these share classes."""
+        """Return the class split of the source's parts; None without parts or where they share classes."""
         return split_of_parts(
             {
                 part: [name for name, count in zip(self.classes, counts, strict=True) if count]
@@ -109,47 +109,46 @@ class Prepared:
         )
 
     def class_split(self, classes: Classes) -> tuple[Any, str]:
-        """Return what `classes` stands for where it is "auto", and a sentence on it for the protocol card.
+        """Resolve `classes` if it is "auto", and return it with a sentence for the protocol card.
 
-        "auto" is the source's own class split, or fractions where it has none.
+        "auto" is the class split of the source's parts, or the default fractions where there is none.
         """
         if classes != "auto":
             return classes, ""
-        own = self.split
-        if own is None:
+        source_split = self.split
+        if source_split is None:
             if self.parts:
                 warn_of_pooled_parts(self.name, [part for part, _ in self.parts])
             return FRACTIONS, ""
-        return own, "class split of the data's own " + ", ".join(part for part, _ in self.parts)
+        return source_split, "class split of the data's own " + ", ".join(part for part, _ in self.parts)
 
     def rows_of(self, names: Sequence[str]) -> Int[np.ndarray, " n"]:
-        """Rows of the images of the classes `names`, in the order of `names`."""
-        place = {name: index for index, name in enumerate(self.classes)}
+        """Return the rows of all images of the classes `names`, in that order."""
+        index_of = {name: index for index, name in enumerate(self.classes)}
         offsets = self.offsets
-        ranges = [offsets[place[name]] + np.arange(self.sizes[place[name]]) for name in names]
+        ranges = [offsets[index_of[name]] + np.arange(self.sizes[index_of[name]]) for name in names]
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
     def read(
         self, rows: Int[np.ndarray, " n"] | Sequence[int]
     ) -> UInt8[np.ndarray, "n height width channels"]:
-        """The images of these rows, in any order and with repetitions.
+        """Read images by row, in any order and with repetitions.
 
         Raises:
-          ValueError: a row that is not there; or the records are damaged: each is verified by its
-            checksum.
+          ValueError: a row is out of range; or the records are damaged, as detected by their checksums.
         """
         rows = np.asarray(rows, np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise ValueError(f"rows must be in [0, {len(self)}), got {rows.min()} to {rows.max()}")
         images = np.empty((rows.size, *self.shape), np.uint8)
         try:
-            # A reader an access: it holds an open file, which neither pickles nor survives a fork.
+            # A new reader per call: its open file can neither be pickled nor shared after a fork.
             with contextlib.closing(
                 _array_record().ArrayRecordReader(
                     str(self.folder / _RECORDS), options="readahead_buffer_size:0"
                 )
             ) as reader:
-                # In blocks, so that the images of a large part are held once and not twice.
+                # In blocks, so that a large part is not in memory twice.
                 for start in range(0, rows.size, _AT_ONCE):
                     records = reader.read(rows[start : start + _AT_ONCE].tolist())
                     block = np.frombuffer(b"".join(records), np.uint8)
@@ -157,17 +156,17 @@ class Prepared:
         except RuntimeError as error:
             raise ValueError(
                 f"{self.folder / _RECORDS}: cannot be read ({str(error).partition(';')[0]}); remove its "
-                "folder to prepare the images anew"
+                "folder to prepare the images again"
             ) from error
         return images
 
 
 class SplitImages(NamedTuple):
-    """Prepared images and how their classes are shared out, to be drawn from memory or from disk.
+    """Prepared images and their class split, for tasks from memory or from disk.
 
     Attributes:
-      prepared: the images.
-      classes: the class split, the fractions of a random one, or "auto" for the images' own.
+      prepared: prepared images.
+      classes: class split, the fractions of a random split, or "auto" for the parts of the images.
       protocol: one sentence for the protocol card.
     """
 
@@ -184,18 +183,18 @@ def prepare(
     *,
     expected: int,
 ) -> Prepared:
-    """The data set with this fingerprint from the cache; else `images` written there, one at a time.
+    """Return the data set with this fingerprint from the cache, or write `images` there first.
 
     Args:
-      name: of the source; part of the folder's name.
-      fingerprint: hex digest of all that the images depend on: their files, shape and selection.
-      shape: of every image.
-      images: (class, image), sorted by class. Not touched where the cache has the data set.
-      expected: number of images, for the room on the disk.
+      name: name of the source; part of the folder name.
+      fingerprint: hex digest of everything that the images depend on.
+      shape: shape of every image.
+      images: pairs (class, image), sorted by class; not consumed if the cache has the data set.
+      expected: number of images, to check the disk space.
 
     Raises:
-      ValueError: no images, classes that are not grouped, or an image of another shape.
-      OSError: too little disk.
+      ValueError: no images, images not sorted by class, or an image of another shape or type.
+      OSError: too little disk space.
     """
     parent = cache_folder() / "prepared"
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
@@ -207,17 +206,17 @@ def prepare(
         try:
             sizes = _write(unfinished / _RECORDS, shape, images)
             if not sizes:
-                raise ArgumentError(name, "there are no images in it")
+                raise ArgumentError(name, "it has no images")
             index = {"name": name, "classes": list(sizes), "sizes": list(sizes.values()), "shape": shape}
             (unfinished / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-            # A temporary folder is its maker's alone; a cache may be shared.
+            # mkdtemp makes the folder private, but a cache may be shared.
             unfinished.chmod(parent.stat().st_mode)
             if folder.exists() and not (folder / _INDEX).is_file():
-                shutil.rmtree(folder)  # somebody removed half of it
+                shutil.rmtree(folder)  # incomplete: its index was removed
             try:
                 os.replace(unfinished, folder)
             except OSError:
-                # Another process was first, and prepared the same.
+                # Another process stored the same data set first.
                 if not (folder / _INDEX).is_file():
                     raise
         finally:
@@ -241,25 +240,33 @@ def from_prepared(
     metadata: Mapping[str, Vector] | None = None,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
-    """Few-shot tasks from prepared images, those of one part of the split in memory.
+    """Return few-shot tasks from prepared images, with the images of one part in memory.
 
-    Arguments, errors and episodes are those of `from_arrays`; `jm.tasks.stream` draws the same
-    episodes from the disk. `classes="auto"` is the class split of the images' own parts (`prepared.split`),
-    or (0.64, 0.16, 0.2) where there is none.
+    Episodes are the same as in `from_arrays`; `jm.tasks.stream` draws the same episodes from disk.
+
+    Args:
+      prepared: images from `prepare_folder` or `prepare_tfds`.
+      classes: see `from_arrays`; "auto": the class split of the images' parts (`prepared.split`), or the
+        fractions (0.64, 0.16, 0.2) where there is none.
+      ways, shots, queries, split, split_seed, rotations, protocol, metadata, skip_small_classes: see
+        `from_arrays`.
+
+    Raises:
+      ValueError: see `from_arrays`.
     """
     shape = EpisodeShape.checked(
         ways, shots, queries, rotations, prepared.shape, zero_shot=metadata is not None
     )
-    classes, said = prepared.class_split(classes)
-    classes, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or said)
+    classes, sentence = prepared.class_split(classes)
+    classes, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or sentence)
     chosen = set(classes.part(split))
     sizes = {
         name: size for name, size in zip(prepared.classes, prepared.sizes, strict=True) if name in chosen
     }
-    # Before images are read, and for what it raises.
     names = list(sizes)
     kept = shape.usable(names, list(sizes.values()), split, prepared.name, skip_small_classes)
-    sizes = {names[place]: sizes[names[place]] for place in kept}
+    sizes = {names[index]: sizes[names[index]] for index in kept}
+    # Raises errors before any image is read.
     shape.card_for(list(sizes), list(sizes.values()), split, classes.hash, prepared.name, protocol)
     tasks = from_arrays(
         prepared.read(prepared.rows_of(list(sizes))),
@@ -274,12 +281,13 @@ def from_prepared(
         protocol=protocol,
         metadata=metadata,
     )
-    # The hash is of the whole split, of which only a part was read.
+    # The card has the hash of the whole split, although only one part was read.
     return tasks._replace(card=dataclasses.replace(card_of(tasks), split_hash=classes.hash))
 
 
 def _write(path: Path, shape: tuple[int, int, int], images: Iterable[Any]) -> dict[str, int]:
-    # One record a group: episodes read single images, far apart.
+    """Write the records and return the number of images by class."""
+    # One record per group, since episodes read single images at random places.
     writer = _array_record().ArrayRecordWriter(str(path), "group_size:1")
     sizes: dict[str, int] = {}
     last = None
@@ -305,8 +313,7 @@ def _array_record():
         from array_record.python import array_record_module
     except ImportError as error:
         raise MissingPackageError(
-            f"images of one's own are kept as records, which needs array-record (pip install array-record; "
-            f"not on Windows): {error}"
+            f"storing prepared images needs array-record (pip install array-record; not on Windows): {error}"
         ) from error
     return array_record_module
 

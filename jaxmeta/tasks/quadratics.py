@@ -1,4 +1,4 @@
-"""Random quadratic functions: what learned optimizers are first tried on."""
+"""Random quadratic functions, a first benchmark of learned optimizers."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,15 @@ from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_stream
 
 
 def quadratics(split: SplitName = "train", *, dim: int = 10) -> TaskDistribution:
-    """Functions `f(θ) = ‖Wθ − y‖²` of `dim` variables, with entries of `W` and `y` ~ U[0, 1).
+    """Return tasks of functions `f(θ) = ‖Wθ − y‖²` of `dim` variables, with entries of `W`, `y` ~ U[0, 1).
 
-    As a regression task the rows of `W` are its examples and `θ` a linear network without bias,
-    `jm.nn.MLP(out=1, hidden=(), use_bias=False)`: `jm.losses.mse` is then `f/dim`. A function has nothing
-    to be judged on but itself: the query set is the support set.
+    As a regression task the rows of `W` are the examples and `θ` is a linear network without bias,
+    `jm.nn.MLP(out=1, hidden=(), use_bias=False)`; `jm.losses.mse` is then `f/dim`. The query set equals the
+    support set.
 
     Args:
-      split: "train", "validation" or "test". Nothing is held out but the random stream: one key
-        gives other functions in each.
+      split: "train", "validation" or "test". The parts differ only in their random streams: one key gives
+        different functions in each.
       dim: number of variables, and of rows of `W`; 10 in the paper.
 
     Returns:
@@ -34,8 +34,8 @@ def quadratics(split: SplitName = "train", *, dim: int = 10) -> TaskDistribution
       ((10, 10), (10, 1))
 
     References:
-      Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016, section 3.1; the
-      distribution is the official code's (the paper has Gaussian entries).
+      Andrychowicz et al., Learning to learn by gradient descent by gradient descent, 2016, section 3.1, with
+      the distribution of the official code (the paper has Gaussian entries).
     """
     check_count("dim", dim)
     check_size("dim", (dim, dim + 1), "a function")
@@ -43,12 +43,12 @@ def quadratics(split: SplitName = "train", *, dim: int = 10) -> TaskDistribution
         "quadratics", split, dim, dim, "Andrychowicz et al. 2016, section 3.1, as in its code"
     )
     return TaskDistribution(
-        jax.tree_util.Partial(draw_quadratic, PointCounts(dim, dim), split_stream(split)), card
+        jax.tree_util.Partial(_draw_quadratic, PointCounts(dim, dim), split_stream(split)), card
     )
 
 
-def draw_quadratic(counts: PointCounts, stream: Int[Array, ""], key: Key) -> Task:
-    """One function."""
+def _draw_quadratic(counts: PointCounts, stream: Int[Array, ""], key: Key) -> Task:
+    """Draw one function."""
     dim = counts.shots
     values = jax.random.uniform(jax.random.fold_in(key, stream), (dim, dim + 1), jnp.float32)
     batch = Batch(values[:, :dim], values[:, dim:])

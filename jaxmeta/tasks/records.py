@@ -1,4 +1,4 @@
-"""Omniglot as a tensorflow-datasets data set of PNG bytes, in ArrayRecord files, without TensorFlow."""
+"""Omniglot as a tensorflow-datasets data set of PNG files in ArrayRecord format, without TensorFlow."""
 
 import contextlib
 import functools
@@ -20,10 +20,19 @@ Examples = dict[str, dict[str, bytes]]  # part -> "Alphabet/characterNN/DD" -> P
 
 
 def download(md5: Mapping[str, str], source: str = SOURCE) -> dict[str, Path]:
-    """The official archives, downloaded once by tensorflow-datasets' download manager, MD5 verified.
+    """Download the official archives with tensorflow-datasets' download manager and verify their MD5.
+
+    Files that were downloaded before are reused.
+
+    Args:
+      md5: expected MD5 by part.
+      source: address of the archives, with `{}` for the part.
+
+    Returns:
+      Path of the archive by part.
 
     Raises:
-      OSError: no connection, or a file that is not the official one (which is then removed).
+      OSError: no connection, or a file with another MD5, which is removed.
     """
     tfds = _tfds()
     folder = cache_folder() / "downloads"
@@ -34,30 +43,31 @@ def download(md5: Mapping[str, str], source: str = SOURCE) -> dict[str, Path]:
         paths = {part: Path(path) for part, path in manager.download(urls).items()}
     except Exception as error:
         raise OSError(
-            f"cannot download Omniglot from {urls['background']} ({type(error).__name__}); get "
-            "images_background.zip and images_evaluation.zip by other means and name their folder with data"
+            f"cannot download Omniglot from {urls['background']} ({type(error).__name__}); download "
+            "images_background.zip and images_evaluation.zip by other means and pass their folder as data"
         ) from error
     for part, path in paths.items():
-        found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-        if found != md5[part]:
+        digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        if digest != md5[part]:
             for file in (path, path.with_name(path.name + ".INFO")):
                 file.unlink(missing_ok=True)
             raise OSError(
-                f"{urls[part]}: MD5 {found}, the official archive has {md5[part]}; the download was "
-                "removed, try again"
+                f"{urls[part]}: got MD5 {digest}, expected {md5[part]}; the download was removed, try again"
             )
     return paths
 
 
 def tensorflow_datasets(needed: str, otherwise: str = "") -> ModuleType:
-    """The package, which is imported where it is used: it is optional, and takes seconds.
+    """Import and return tensorflow-datasets.
+
+    It is imported on use, since it is optional and its import takes seconds.
 
     Args:
-      needed: what it is needed for, to begin an error's message with.
-      otherwise: what to do without it, to end the message with.
+      needed: start of the error message: the purpose of the package.
+      otherwise: end of the error message: an alternative.
 
     Raises:
-      MissingPackageError: it is not installed.
+      MissingPackageError: the package is not installed.
     """
     try:
         import tensorflow_datasets as tfds
@@ -69,7 +79,7 @@ def tensorflow_datasets(needed: str, otherwise: str = "") -> ModuleType:
 def _tfds():
     return tensorflow_datasets(
         "preparing Omniglot needs tensorflow-datasets",
-        "; without it, give another machine's prepared array file as data",
+        "; alternatively pass an array file prepared on another machine as data",
     )
 
 
@@ -78,7 +88,7 @@ def _builder():
     tfds = _tfds()
 
     class JaxmetaOmniglot(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        """Omniglot as PNG bytes: the stock builder decodes with TensorFlow, this one needs none."""
+        """Omniglot as PNG files; unlike the builder of tensorflow-datasets it does not need TensorFlow."""
 
         VERSION = tfds.core.Version("1.0.0")
 
@@ -105,15 +115,15 @@ def _builder():
 
 
 def write_records(folder: Path, examples: Examples) -> None:
-    """Stores the drawings under `folder` as the tensorflow-datasets data set `jaxmeta_omniglot`."""
+    """Store the drawings in `folder` as the tensorflow-datasets data set `jaxmeta_omniglot`."""
     builder = _builder()(examples=examples, data_dir=folder, file_format="array_record")
-    # A second's work: its progress bars and prints would only disturb the caller's own.
+    # It takes a second: progress bars and prints would only clutter the caller's output.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare()
 
 
 def read_records(folder: Path) -> Examples:
-    """The drawings that `write_records` stored."""
+    """Return the drawings stored by `write_records`."""
     skip = _tfds().decode.SkipDecoding()
     builder = _builder()(data_dir=folder, file_format="array_record")
     examples: Examples = {}

@@ -1,4 +1,4 @@
-"""Regression tasks from one's own examples: any number of them for each task."""
+"""Regression tasks from arrays or tables with any number of examples per task."""
 
 import dataclasses
 import math
@@ -27,13 +27,13 @@ _TASK = "task"
 _SPLIT = "split"
 
 
-class RegressionData(NamedTuple):
-    """The examples of one part of a split, grouped by task; lives on the device.
+class _RegressionData(NamedTuple):
+    """The examples of one part of a split on the device, grouped by task.
 
     Attributes:
       x: `(n, *shape)` inputs.
       y: `(n, d)` targets.
-      offsets: `(tasks,)` where each task starts.
+      offsets: `(tasks,)` first row of each task.
       sizes: `(tasks,)` number of examples of each task.
     """
 
@@ -56,11 +56,11 @@ def from_regression(
     name: str = "regression",
     skip_small_tasks: bool = False,
 ) -> TaskDistribution:
-    """Few-shot regression tasks from examples of any number of tasks.
+    """Return few-shot regression tasks from the examples of several tasks.
 
-    `sample(key)` draws a task uniformly from those of the part, and K + Q distinct examples of it, of which
-    the first K are the support set. Tasks may have any numbers of examples, of at least K + Q. As classes
-    are, tasks are shared out to the parts, and none is in two.
+    `sample(key)` draws a task of the part uniformly, and K + Q distinct examples of it, of which the first K
+    are the support set. Tasks may have different numbers of examples, at least K + Q. The split assigns each
+    task to one part.
 
     Args:
       task: `(n,)` task of each example, integers or names.
@@ -69,25 +69,25 @@ def from_regression(
       shots: examples of a task to learn from, K.
       queries: examples of a task to evaluate on, Q.
       split: "train", "validation" or "test".
-      task_split: which tasks are for what: the fractions of train, validation and test for a random split by
-        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`.
-        In Python also such a mapping, or a `ClassSplit`. None draws from every task, whatever `split` says.
-      split_seed: seed of the random split; episodes depend on the key given to `sample` alone.
-      name: of the source, for the protocol card.
-      skip_small_tasks: whether to leave out, with a warning, tasks with fewer than K + Q examples.
+      task_split: split of the tasks: the fractions of train, validation and test for a random split seeded by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`;
+        in Python also such a mapping or a `ClassSplit`. None: every part draws from all tasks.
+      split_seed: seed of the random split; episodes depend only on the key given to `sample`.
+      name: name of the source, for the protocol card.
+      skip_small_tasks: whether to skip, with a warning, tasks with fewer than K + Q examples.
 
     Returns:
-      Tasks with `x` `(n, *shape)`, `(n, 1)` where inputs are numbers, and `y` `(n, d)`, float32.
+      Tasks with `x` `(n, *shape)`, or `(n, 1)` for `(n,)` inputs, and `y` `(n, d)`, float32.
 
     Raises:
-      ValueError: lengths or types that do not fit, values that are not finite, no tasks in a part, or tasks
+      ValueError: inconsistent lengths or types, values that are not finite, no tasks in the part, or tasks
         with too few examples.
 
     Examples:
       >>> x = np.linspace(0, 9, 60)
       >>> tasks = from_regression(np.repeat(np.arange(10), 6), x, np.sin(x), shots=2, queries=3)
-      >>> drawn = tasks.sample(jax.random.key(0))
-      >>> drawn.support.x.shape, drawn.query.y.shape
+      >>> support, query = tasks.sample(jax.random.key(0))
+      >>> support.x.shape, query.y.shape
       ((2, 1), (3, 1))
     """
     regression_card(name, split, shots, queries, "")
@@ -107,7 +107,7 @@ def from_regression(
         raise ArgumentError(
             "shots, queries",
             f"got {shots} + {queries} = {needed} examples, too many for {len(small)} of {len(names)} tasks: "
-            f"{some(small)}; fewer would do, or skip_small_tasks, which leaves such tasks out",
+            f"{some(small)}; use fewer, or skip these tasks with skip_small_tasks",
         )
     if small:
         warnings.warn(
@@ -121,33 +121,33 @@ def from_regression(
     protocol = protocol.replace("class split", "task split")
     sentence = f"{len(kept)} tasks" + (f", {protocol}" if protocol else "")
     card = dataclasses.replace(regression_card(name, split, shots, queries, sentence), split_hash=parts.hash)
-    data = RegressionData(
+    data = _RegressionData(
         jnp.asarray(inputs[rows]),
         jnp.asarray(targets[rows]),
         jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32),
         jnp.asarray(sizes, jnp.int32),
     )
-    sample = jax.tree_util.Partial(draw_regression, PointCounts(int(shots), int(queries)), data)
+    sample = jax.tree_util.Partial(_draw_regression, PointCounts(int(shots), int(queries)), data)
     return TaskDistribution(sample, card)
 
 
-def draw_regression(counts: PointCounts, data: RegressionData, key: Key) -> Task:
-    """One regression task, and distinct examples of it."""
+def _draw_regression(counts: PointCounts, data: _RegressionData, key: Key) -> Task:
+    """Draw one regression task and distinct examples of it."""
     bits = jax.random.bits(key, (1 + counts.shots + counts.queries,), jnp.uint32)
-    which = (bits[0] % data.sizes.shape[0]).astype(jnp.int32)
-    rows = data.offsets[which] + ordered_subset(bits[1:], data.sizes[which])
+    index = (bits[0] % data.sizes.shape[0]).astype(jnp.int32)
+    rows = data.offsets[index] + ordered_subset(bits[1:], data.sizes[index])
     return split_points(data.x[rows], data.y[rows], counts.shots)
 
 
 class Table(NamedTuple):
-    """A file of examples of regression tasks.
+    """The content of a file of regression examples.
 
     Attributes:
-      task: `(n,)` names of tasks.
-      x: `(n, inputs)`.
-      y: `(n, targets)`.
-      inputs, targets: names of the columns.
-      split: the parts of the tasks, where the file says them.
+      task: `(n,)` task names.
+      x: `(n, inputs)` inputs.
+      y: `(n, targets)` targets.
+      inputs, targets: column names.
+      split: split given by the column split; None without one.
     """
 
     task: Shaped[np.ndarray, " n"]
@@ -171,30 +171,36 @@ def from_table(
     split_seed: int = 0,
     skip_small_tasks: bool = False,
 ) -> TaskDistribution:
-    """Few-shot regression tasks from a table: a csv file with a row an example, or an npz file.
+    """Return few-shot regression tasks from a table: a csv file with one row per example, or an npz file.
 
-    Columns of a csv file are told by its header; of an npz file each array `(n,)` is a column, and an array
-    `(n, d)` of the name `x` is the columns `x1` to `xd`. Episodes are those of `from_regression`.
+    The header of a csv file names its columns; in an npz file each array `(n,)` is a column, and an array `x`
+    of shape `(n, d)` is the columns `x1` to `xd`. Episodes are those of `from_regression`.
 
     Args:
-      path: the file.
+      path: path of the file.
       split: "train", "validation" or "test".
       shots: examples of a task to learn from.
       queries: examples of a task to evaluate on.
-      task_column: column that names the task of an example.
-      inputs: columns of inputs, in their order; without any all whose name begins with x.
-      targets: columns of targets, in their order; without any all whose name begins with y.
-      task_split: which tasks are for what: the fractions of train, validation and test for a random split by
-        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`.
-        In Python also such a mapping, or a `ClassSplit`. "auto" is what the column split says, "train", "val"
-        or "test", else the fractions 0.64,0.16,0.2. None draws from every task, whatever `split` says.
-      split_seed: seed of the random split; episodes depend on the key given to `sample` alone.
-      skip_small_tasks: whether to leave out, with a warning, tasks with fewer than shots + queries examples.
+      task_column: column with the task of each example.
+      inputs: input columns, in order; default: the columns x, x1, x2, ….
+      targets: target columns, in order; default: the columns y, y1, y2, ….
+      task_split: split of the tasks: the fractions of train, validation and test for a random split seeded by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`;
+        in Python also such a mapping or a `ClassSplit`. "auto": the column split ("train", "val" or
+        "test"), else the fractions 0.64,0.16,0.2. None: every part draws from all tasks.
+      split_seed: seed of the random split; episodes depend only on the key given to `sample`.
+      skip_small_tasks: whether to skip, with a warning, tasks with fewer than shots + queries examples.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: columns that are not there, cells that are no numbers, which are named by their line; and
-        see `from_regression`.
+      FileNotFoundError: `path` does not exist.
+      ValueError: a missing column, or a cell that is not a number; or see `from_regression`.
+
+    Examples:
+      >>> import tempfile
+      >>> path = tempfile.mkdtemp() + "/table.npz"
+      >>> np.savez(path, task=np.repeat(np.arange(10), 4), x=np.arange(40), y=np.arange(40) % 3)
+      >>> from_table(path, shots=2, queries=2).sample(jax.random.key(0)).support.x.shape
+      (2, 1)
     """
     file = Path(path).expanduser()
     table = read_table(file, task_column=task_column, inputs=inputs, targets=targets)
@@ -217,14 +223,14 @@ def from_table(
 def read_table(
     path: Path, *, task_column: str = _TASK, inputs: Sequence[str] = (), targets: Sequence[str] = ()
 ) -> Table:
-    """Read a table of examples of regression tasks; see `from_table`.
+    """Read a table of regression examples; see `from_table`.
 
     Raises:
       FileNotFoundError, ValueError: see `from_table`.
     """
     if not path.is_file():
-        raise MissingFileError("path", f"{path} is no file")
-    # Which rows of which lines, for errors; None of arrays.
+        raise MissingFileError("path", f"{path} is not a file")
+    # Line number of each row, for errors; None for npz files.
     lines: list[int] | None = None
     if path.suffix.lower() in (".csv", ".tsv", ".txt"):
         columns, lines = _csv_columns(path, (task_column, *inputs, *targets))
@@ -232,41 +238,41 @@ def read_table(
         columns = _npz_columns(path)
     names = tuple(columns)
 
-    def chosen(argument: str, asked: Sequence[str], letter: str) -> tuple[str, ...]:
-        # Not all that begins so: "year" and "y_std" are no targets.
+    def select(argument: str, requested: Sequence[str], letter: str) -> tuple[str, ...]:
+        # A prefix is not enough: "year" and "y_std" are not targets.
         numbered = re.compile(rf"{letter}[_ ]?\d*", re.IGNORECASE)
-        found = tuple(asked) or tuple(
+        selected = tuple(requested) or tuple(
             name for name in names if numbered.fullmatch(name) and name != task_column
         )
-        missing = [name for name in found if name not in columns]
-        if missing or not found:
-            said = (
+        missing = [name for name in selected if name not in columns]
+        if missing or not selected:
+            problem = (
                 f"{path} has no column {missing[0]!r}"
                 if missing
-                else f"no column of {path} is called {letter}, {letter}1, {letter}2, …"
+                else f"{path} has no column {letter}, {letter}1, {letter}2, …"
             )
-            raise ArgumentError(argument, f"{said}; it has {some(map(repr, names), 10)}; name the columns")
-        return found
+            raise ArgumentError(argument, f"{problem}; it has {some(map(repr, names), 10)}; name the columns")
+        return selected
 
     if task_column not in columns:
         raise ArgumentError(
             "task_column",
             f"{path} has no column {task_column!r}; it has {some(map(repr, names), 10)}; name the column "
-            "that tells the task of an example",
+            "with the task of each example",
         )
-    inputs, targets = chosen("inputs", inputs, "x"), chosen("targets", targets, "y")
+    inputs, targets = select("inputs", inputs, "x"), select("targets", targets, "y")
     both = sorted(set(inputs) & set(targets))
     if both:
-        raise ArgumentError("targets", f"{both[0]!r} is an input and a target; it can be one of them")
+        raise ArgumentError("targets", f"{both[0]!r} is both an input and a target; use it as one of them")
     task = columns[task_column].astype(str)
     if not len(task):
         raise ArgumentError("path", f"{path} has no rows")
     empty = np.flatnonzero(np.char.strip(task) == "")
     if len(empty):
-        raise ArgumentError("path", f"{path}{_place(lines, empty[0])}: the task is empty")
+        raise ArgumentError("path", f"{path}{_position(lines, empty[0])}: the task is empty")
     x, y = (
-        np.stack([_numbers(path, name, columns[name], lines) for name in chosen_names], axis=1)
-        for chosen_names in (inputs, targets)
+        np.stack([_numbers(path, name, columns[name], lines) for name in selected], axis=1)
+        for selected in (inputs, targets)
     )
     return Table(
         np.char.strip(task), x, y, tuple(inputs), tuple(targets), _split_of(path, task, columns, lines)
@@ -275,9 +281,9 @@ def read_table(
 
 def _csv_columns(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarray], list[int]]:
     header, rows = read_csv(path, "path", lambda names: sum(name in names for name in wanted))
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise ArgumentError("path", f"{path} has several columns {twice[0]!r}; each needs a name of its own")
+    duplicates = sorted({name for name in header if header.count(name) > 1})
+    if duplicates:
+        raise ArgumentError("path", f"{path} has several columns {duplicates[0]!r}; column names must differ")
     lines, cells = [], []
     for line, row in rows:
         lines.append(line)
@@ -287,34 +293,34 @@ def _csv_columns(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarra
 
 
 def _npz_columns(path: Path) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {}
     arrays = npz_arrays(path, "path")
     for name, array in arrays.items():
         array = decoded(path, "path", name, array)
         if array.ndim == 1:
-            found[name] = array
+            columns[name] = array
         elif array.ndim >= 2:
             flat = array.reshape(len(array), math.prod(array.shape[1:]))
-            found |= (
+            columns |= (
                 {name: flat[:, 0]}
                 if flat.shape[1] == 1
                 else {f"{name}{place + 1}": flat[:, place] for place in range(flat.shape[1])}
             )
-    lengths = {len(column) for column in found.values()}
+    lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:
-        said = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ArgumentError(
-            "path", f"{path} has arrays of several lengths ({said}); each needs a row an example"
+            "path", f"{path} has arrays of several lengths ({shapes}); each must have one row per example"
         )
-    return found
+    return columns
 
 
-def _place(lines: Sequence[int] | None, row: int | np.integer) -> str:
+def _position(lines: Sequence[int] | None, row: int | np.integer) -> str:
     return f", row {int(row)}" if lines is None else f", line {lines[int(row)]}"
 
 
 def _numbers(path: Path, name: str, column: np.ndarray, lines: Sequence[int] | None) -> np.ndarray:
-    """Return a column as float32, or refuse the first cell that is no finite number."""
+    """Return a column as float32; the first cell that is not a finite number is an error."""
     if column.dtype.kind in "US":
         numbers = np.empty(len(column), np.float64)
         for row, cell in enumerate(column.tolist()):
@@ -323,7 +329,7 @@ def _numbers(path: Path, name: str, column: np.ndarray, lines: Sequence[int] | N
             except ValueError:
                 raise ArgumentError(
                     "path",
-                    f"{path}{_place(lines, row)}: got {cell!r} in the column {name}; it must be a number "
+                    f"{path}{_position(lines, row)}: got {cell!r} in the column {name}; it must be a number "
                     "such as 0.5",
                 ) from None
     elif column.dtype.kind in "fiub":
@@ -333,21 +339,21 @@ def _numbers(path: Path, name: str, column: np.ndarray, lines: Sequence[int] | N
             "path", f"{path}: the column {name} has type {column.dtype}; it must hold numbers"
         )
     with np.errstate(over="ignore"):
-        found = numbers.astype(np.float32)
-    wrong = np.flatnonzero(~np.isfinite(found))
+        values = numbers.astype(np.float32)
+    wrong = np.flatnonzero(~np.isfinite(values))
     if len(wrong):
         raise ArgumentError(
             "path",
-            f"{path}{_place(lines, wrong[0])}: got {numbers[wrong[0]]} in the column {name}; it must be a "
-            "finite number of float32",
+            f"{path}{_position(lines, wrong[0])}: got {numbers[wrong[0]]} in the column {name}; it must be a "
+            "finite float32 number",
         )
-    return found
+    return values
 
 
 def _split_of(
     path: Path, task: np.ndarray, columns: dict[str, np.ndarray], lines: Sequence[int] | None
 ) -> ClassSplit | None:
-    """Return the parts that the column split gives to the tasks; None without one."""
+    """Return the split given by the column split; None without one."""
     if _SPLIT not in columns or columns[_SPLIT].dtype.kind != "U":
         return None
     members: dict[str, str] = {}
@@ -355,17 +361,18 @@ def _split_of(
         part = part_of(cell)
         if part is None:
             raise ArgumentError(
-                "path", f"{path}{_place(lines, row)}: got the split {cell!r}; it must be train, val or test"
+                "path",
+                f"{path}{_position(lines, row)}: got the split {cell!r}; it must be train, val or test",
             )
         if members.setdefault(name.strip(), part) != part:
             raise ArgumentError(
                 "path",
-                f"{path}{_place(lines, row)}: the task {name!r} is in {part}, and in {members[name.strip()]} "
-                "before",
+                f"{path}{_position(lines, row)}: task {name!r} is in {part}, but in "
+                f"{members[name.strip()]} in an earlier row",
             )
     if len(set(members.values())) == 1:
         warnings.warn(
-            f"{path} names a single part, {next(iter(members.values()))}, which splits nothing", stacklevel=4
+            f"{path} has a single part, {next(iter(members.values()))}, which defines no split", stacklevel=4
         )
     return split_of_parts(
         {part: [name for name in members if members[name] == part] for part in members.values()}
@@ -374,14 +381,14 @@ def _split_of(
 
 def _rows(ids: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Return the rows of the tasks `names`, task after task."""
-    place = np.full(len(ids), -1)
+    index = np.full(len(ids), -1)
     inside = np.isin(ids, names)
-    place[inside] = np.searchsorted(names, ids[inside])
-    return np.argsort(place, kind="stable")[np.sum(~inside) :]
+    index[inside] = np.searchsorted(names, ids[inside])
+    return np.argsort(index, kind="stable")[np.sum(~inside) :]
 
 
 def _checked(task, x, y) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Task names, inputs and targets as float32, or a ValueError."""
+    """Return task names, and inputs and targets as float32, or raise a ValueError."""
     task, x, y = np.asarray(task), np.asarray(x), np.asarray(y)
     if task.dtype.kind == "O" and all(isinstance(each, str) for each in task.ravel()):
         task = task.astype(str)
@@ -390,20 +397,20 @@ def _checked(task, x, y) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             "task",
             f"got shape {task.shape} and type {task.dtype}; it must be (n,) integers or names of tasks",
         )
-    found = []
+    arrays = []
     for name, array in (("x", x), ("y", y)):
         if array.ndim < 1 or len(array) != len(task):
             raise ArgumentError(
                 f"task, {name}",
-                f"got {task.shape} tasks and {array.shape} of {name}; there must be one for each",
+                f"got shapes {task.shape} and {array.shape}; they must have one row per example",
             )
         if array.dtype.kind not in "fiub":
             raise ArgumentError(name, f"got {array.dtype}; it must hold numbers")
         array = array.astype(np.float32)
         check_finite(name, array)
-        found.append(array[:, None] if array.ndim == 1 else array)
-    if found[1].ndim != 2:
+        arrays.append(array[:, None] if array.ndim == 1 else array)
+    if arrays[1].ndim != 2:
         raise ArgumentError("y", f"got shape {y.shape}; it must be (n,) or (n, d)")
     if not len(task):
         raise ArgumentError("task", "got no examples")
-    return task.astype(str), found[0], found[1]
+    return task.astype(str), arrays[0], arrays[1]

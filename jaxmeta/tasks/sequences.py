@@ -1,4 +1,4 @@
-"""Sequences of examples whose labels come one step late."""
+"""Sequences of examples whose labels are shown one step later."""
 
 import dataclasses
 
@@ -18,29 +18,28 @@ def sequences(
     even: bool = False,
     strings: tuple[int, int] | None = None,
 ) -> TaskDistribution:
-    """Few-shot tasks whose support set is a sequence, for learners that see one example after another.
+    """Return few-shot tasks whose support set is a sequence, for learners that read examples in order.
 
-    The support set is ordered: example t is of a class drawn at random, and its j-th example if the class
-    has come j times. A learner of sequences is shown it with the label of step t − 1, and asked for that of
-    step t (Santoro et al. 2016). Queries are as in `tasks`, of classes that the sequence may have.
+    Step t of the support set has a random class, and the next example of this class. A sequence learner
+    receives example t with the label of step t − 1 and predicts the label of step t (Santoro et al. 2016).
+    Queries are those of `tasks`.
 
     Args:
-      tasks: few-shot classification with K shots, of one number of ways and shots. A class that comes more
-        often than K times shows its examples again.
-      length: number of steps of a sequence, T; None for ways · K.
-      ways: number of classes in use, of those of `tasks`; None for all. Shapes stay: the last steps, T/N for
-        each class that is missing, and queries of other classes are masked. For a curriculum, see
-        `with_ways`.
-      even: whether every class comes equally often, and not by chance.
-      strings: `(letters, characters)` of labels that are random strings, (5, 5) in the paper; None for class
-        slots. A label is the number Σ_i d_i · letters^i of its digits, and ways = letters^characters.
+      tasks: few-shot classification tasks with fixed ways N and shots K. A class that occurs more than K
+        times repeats its examples.
+      length: number of steps of a sequence, T; None: N · K.
+      ways: number of classes in use, at most N; None: all. Shapes do not change: the last T/N steps per
+        unused class and the queries of unused classes are masked. For a curriculum, see `with_ways`.
+      even: whether every class occurs T/N times; otherwise classes are drawn independently.
+      strings: `(letters, characters)` of random strings used as labels, (5, 5) in the paper; None: class
+        slots. A string with digits d_i has the label Σ_i d_i · letters^i, and ways = letters^characters.
 
     Returns:
-      TaskDistribution whose support has `(T, *shape)` examples.
+      TaskDistribution whose support set has `(T, *shape)` examples.
 
     Raises:
-      ValueError: regression or ragged tasks; a sequence shorter than its classes, or that does not divide
-        among them; too few strings for the classes, or `ways` out of range.
+      ValueError: regression or ragged tasks; a length that is not a multiple of the number of classes; fewer
+        strings than classes; or `ways` out of range.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -51,52 +50,52 @@ def sequences(
     """
     check_tasks(tasks)
     if not isinstance(tasks, TaskDistribution):
-        raise ArgumentError(
-            "tasks", f"got {type(tasks).__name__}; sequences are made of a jm.TaskDistribution"
-        )
+        raise ArgumentError("tasks", f"got {type(tasks).__name__}; it must be a jm.TaskDistribution")
     if tasks.card is None:
-        raise ArgumentError("tasks", "got tasks without a card, whose ways and shots sequences are made of")
+        raise ArgumentError("tasks", "got tasks without a card; its ways and shots are needed")
     card = tasks.card
-    most, shots = card.ways, card.shots
-    if not isinstance(most, int) or not isinstance(shots, int) or shots < 1:
+    num_classes, shots = card.ways, card.shots
+    if not isinstance(num_classes, int) or not isinstance(shots, int) or shots < 1:
         raise ArgumentError(
             "tasks",
-            f"got ways={most}, shots={shots}; sequences are made of classification tasks with one "
-            "number of each, and examples to show",
+            f"got ways={num_classes}, shots={shots}; it must be classification tasks with fixed ways and at "
+            "least one shot",
         )
-    length = most * shots if length is None else length
+    length = num_classes * shots if length is None else length
     check_count("length", length)
-    # Of each pair of steps it is asked whether they are of one class.
+    # All pairs of steps are compared to number the occurrences of each class.
     check_size("length", (length, length), "pairs of steps")
     check_strings(strings)
-    if length < most:
-        raise ArgumentError("length", f"got {length} steps for {most} classes; each class needs at least one")
-    if length % most:
-        raise ArgumentError("length", f"got {length} steps, which must divide among {most} classes")
-    if strings is not None and strings[0] ** strings[1] < most:
+    if length < num_classes:
+        raise ArgumentError(
+            "length", f"got {length} steps for {num_classes} classes; it must be at least one step per class"
+        )
+    if length % num_classes:
+        raise ArgumentError("length", f"got {length}; it must be a multiple of the {num_classes} classes")
+    if strings is not None and strings[0] ** strings[1] < num_classes:
         raise ArgumentError(
             "strings",
-            f"got {strings[1]} characters of {strings[0]} letters, {strings[0] ** strings[1]} "
-            f"strings for {most} classes; more letters or characters",
+            f"got {strings[1]} characters of {strings[0]} letters, which is {strings[0] ** strings[1]} "
+            f"strings for {num_classes} classes; use more letters or characters",
         )
     labels = "" if strings is None else f", labels of {strings[1]} characters of {strings[0]} letters"
-    said = f"sequences of {length} examples, labels one step late{labels}"
-    card = dataclasses.replace(card, protocol=", ".join(filter(None, (card.protocol, said))))
+    sentence = f"sequences of {length} examples, labels one step late{labels}"
+    card = dataclasses.replace(card, protocol=", ".join(filter(None, (card.protocol, sentence))))
     draw = DrawSequence(length, even, strings)
-    found = TaskDistribution(jax.tree_util.Partial(draw, tasks.sample, None), card, tasks.classes)
-    return found if ways is None else with_ways(found, ways)
+    result = TaskDistribution(jax.tree_util.Partial(draw, tasks.sample, None), card, tasks.classes)
+    return result if ways is None else with_ways(result, ways)
 
 
 def check_strings(strings: tuple[int, int] | None) -> None:
-    """Refuses what is neither None nor a number of letters and a number of characters.
+    """Check that `strings` is None or a pair (letters, characters).
 
     Raises:
-      ValueError: so it is, or there are too many strings to be numbered.
+      ValueError: it is not, or it gives too many strings for int32 labels.
     """
     if strings is None:
         return
     if not isinstance(strings, tuple | list) or len(strings) != 2:
-        raise ArgumentError("strings", f"got {shown(strings)}; it must be (letters, characters), or None")
+        raise ArgumentError("strings", f"got {shown(strings)}; it must be (letters, characters) or None")
     letters, characters = strings
     check_count("strings", letters, 2)
     check_count("strings", characters, 1, 31)
@@ -104,14 +103,26 @@ def check_strings(strings: tuple[int, int] | None) -> None:
 
 
 def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
-    """`tasks`, of `sequences`, with other `ways` in use; what is compiled once then serves for any number.
+    """Return tasks of `sequences` with another number of classes in use.
+
+    The number is an array, so that a compiled function serves all numbers: useful for a curriculum.
+
+    Args:
+      tasks: tasks from `sequences`.
+      ways: number of classes in use.
 
     Raises:
-      ValueError: they are not of `sequences`, or have not as many classes.
+      ValueError: `tasks` are not from `sequences`, or have fewer classes.
+
+    Examples:
+      >>> import jax, jaxmeta as jm
+      >>> tasks = sequences(jm.tasks.glyphs("train", ways=5, shots=2, queries=1))
+      >>> jax.eval_shape(with_ways(tasks, 3).sample, jax.random.key(0)).support.mask.shape
+      (10,)
     """
     sample = getattr(tasks, "sample", None)
     if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, DrawSequence):
-        raise ArgumentError("tasks", "must be of jm.tasks.sequences")
+        raise ArgumentError("tasks", "it must be tasks from jm.tasks.sequences")
     check_count("ways", ways)
     most = card_of(tasks).ways
     if ways > most:  # type: ignore[operator]
@@ -137,28 +148,31 @@ class DrawSequence:
     def __call__(self, sample, ways: Int[Array, ""] | None, key: Key) -> Task:
         _, order, names = jax.random.split(key, 3)
         support, query = sample(self.episode_key(key))
-        most = support.ways
-        shots, each = support.y.shape[0] // most, self.length // most
+        num_classes = support.ways
+        shots, each = support.y.shape[0] // num_classes, self.length // num_classes
         steps = jnp.arange(self.length)
         real = None if ways is None else steps < ways * each
         if self.even:
-            # What is not in use goes to the end.
+            # Masked steps sort to the end.
             keys = jax.random.uniform(order, (self.length,))
             classes = jnp.argsort(keys if real is None else jnp.where(real, keys, 2.0)) // each
         else:
             bits = jax.random.bits(order, (self.length,), jnp.uint32)
-            classes = (bits % jnp.asarray(most if ways is None else ways, jnp.uint32)).astype(jnp.int32)
+            classes = (bits % jnp.asarray(num_classes if ways is None else ways, jnp.uint32)).astype(
+                jnp.int32
+            )
+        # Number of earlier steps of the same class.
         times = jnp.tril(classes[:, None] == classes[None, :], -1).sum(1)
         x = support.x[classes * shots + times % shots]
-        label = jnp.arange(most, dtype=jnp.int32)
-        slots = most
+        label = jnp.arange(num_classes, dtype=jnp.int32)
+        slots = num_classes
         if self.strings is not None:
             letters, characters = self.strings
             slots = letters**characters
-            # Different strings for different classes.
-            label = jax.random.choice(names, slots, (most,), replace=False).astype(jnp.int32)
-        asked = query.mask if ways is None else query.y < ways
+            # Without replacement: classes have different strings.
+            label = jax.random.choice(names, slots, (num_classes,), replace=False).astype(jnp.int32)
+        query_mask = query.mask if ways is None else query.y < ways
         return Task(
             blank_padding(Batch(x, label[classes], mask=real, ways=slots)),
-            blank_padding(Batch(query.x, label[query.y], mask=asked, ways=slots)),
+            blank_padding(Batch(query.x, label[query.y], mask=query_mask, ways=slots)),
         )

@@ -23,28 +23,28 @@ def sinusoid(
     inputs: tuple[float, float] = (-5.0, 5.0),
     noise: float = 0.0,
 ) -> TaskDistribution:
-    """Regression tasks `y = A sin(x − φ) + ε`, one amplitude and phase a task.
+    """Return regression tasks `y = A sin(x − φ) + ε` with one amplitude and phase per task.
 
     `A ~ U[amplitude]`, `φ ~ U[phase]`, every `x ~ U[inputs]`, `ε ~ N(0, noise²)`. The defaults are
-    MAML's. Predicting 0 has a mean squared error of 4.25167; the best predictor that does not look
-    at the support set, `−1.62338 cos x`, has 3.00567: a learner is worth what it gains on these.
-    `phase=(0, 2π)` gives Reptile's tasks `a sin(x + b)`, a full circle of phases having no sign.
+    MAML's, for which predicting 0 has a mean squared error of 4.25167, and the best predictor that
+    ignores the support set, `−1.62338 cos x`, has 3.00567. `phase=(0, 2π)` gives Reptile's tasks
+    `a sin(x + b)`, since the sign of a phase uniform on the full circle does not matter.
 
     Args:
-      split: "train", "validation" or "test". Nothing is held out but the random stream: one key
-        gives other tasks in each.
+      split: "train", "validation" or "test". The parts differ only in their random streams: one key gives
+        different tasks in each.
       shots: points of a task to learn from.
-      queries: points of a task to be judged on. The paper evaluates with 5, 10 and 20 of either.
+      queries: points of a task to evaluate on. The paper evaluates with 5, 10 and 20 of either.
       amplitude: range of the amplitude `A`.
       phase: range of the phase `φ`, in radians.
       inputs: range of the inputs `x`.
-      noise: standard deviation of the noise on support and query targets alike.
+      noise: standard deviation of the noise on support and query targets.
 
     Returns:
       Tasks with `x` `(n, 1)` and `y` `(n, 1)`, float32.
 
     Raises:
-      ValueError: an unknown split, fewer than one shot or query, a range that is empty, or a
+      ValueError: an unknown split, fewer than one shot or query, an empty range, or a
         negative noise.
 
     Examples:
@@ -55,7 +55,7 @@ def sinusoid(
 
     References:
       Finn et al., Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017, section
-      5.1. Nichol et al., On First-Order Meta-Learning Algorithms, 2018, section 3 for the full circle.
+      5.1. Nichol et al., On First-Order Meta-Learning Algorithms, 2018, section 3, for the full circle.
     """
     card = regression_card(
         "sinusoid", split, shots, queries, "Finn et al. 2017, section 5.1, up to the ranges and noise given"
@@ -66,23 +66,23 @@ def sinusoid(
     check_noise(noise)
     data = {name: jnp.asarray(value, jnp.float32) for name, value in ranges.items()}
     data["noise"] = jnp.float32(noise)
-    sample = jax.tree_util.Partial(draw_sinusoid, PointCounts(shots, queries), data, split_stream(split))
+    sample = jax.tree_util.Partial(_draw_sinusoid, PointCounts(shots, queries), data, split_stream(split))
     return TaskDistribution(sample, card)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PointCounts:
-    """What is static about a regression task."""
+    """The static part of a regression task."""
 
     shots: int
     queries: int
 
 
-def draw_sinusoid(
+def _draw_sinusoid(
     counts: PointCounts, data: Mapping[str, Float[Array, "..."]], stream: Int[Array, ""], key: Key
 ) -> Task:
-    """One sinusoid task; `data` holds the ranges and the noise."""
+    """Draw one sinusoid task; `data` holds the ranges and the noise."""
     keys = jax.random.split(jax.random.fold_in(key, stream), 4)
     amplitude = _uniform(keys[0], (), data["amplitude"])
     phase = _uniform(keys[1], (), data["phase"])
@@ -96,17 +96,17 @@ def _uniform(key: Key, shape: tuple[int, ...], bounds: Float[Array, "2"]) -> Arr
 
 
 def split_points(x: Float[Array, "n ..."], y: Float[Array, "n d"], shots: int) -> Task:
-    """A regression task whose first `shots` points are the support set."""
+    """Build a regression task whose first `shots` points are the support set."""
     return Task(Batch(x[:shots], y[:shots]), Batch(x[shots:], y[shots:]))
 
 
 def split_stream(split: SplitName) -> Int[Array, ""]:
-    """What to fold into a key, so that one key gives other tasks in each split."""
+    """Return a number to fold into a key, so that one key gives different tasks in each split."""
     return jnp.int32(PARTS.index(check_part(split)))
 
 
 def regression_card(tasks: str, split: SplitName, shots: int, queries: int, protocol: str) -> ProtocolCard:
-    """The card of a regression source, its arguments checked."""
+    """Check the arguments of a regression source and return its protocol card."""
     check_part(split)
     check_count("shots", shots)
     check_count("queries", queries)
@@ -115,7 +115,7 @@ def regression_card(tasks: str, split: SplitName, shots: int, queries: int, prot
 
 
 def check_noise(noise: float) -> None:
-    """Raises a `ValueError` unless `noise` is a standard deviation."""
+    """Check that `noise` is a standard deviation."""
     check_number("noise", noise, 0)
 
 

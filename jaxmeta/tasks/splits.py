@@ -1,4 +1,4 @@
-"""Class splits: which classes are for training, which for validation, which for testing."""
+"""Class splits: the classes for training, validation and testing."""
 
 import dataclasses
 import hashlib
@@ -22,12 +22,12 @@ from jaxmeta.checks import (
 from jaxmeta.core import SplitName
 
 PARTS: tuple[SplitName, ...] = get_args(SplitName)
-# Of a random class split where nothing is said: as mini-ImageNet's.
+# Default fractions of a random class split: those of mini-ImageNet.
 FRACTIONS = (0.64, 0.16, 0.2)
 
 
 def check_part(split: str) -> SplitName:
-    """`split` itself, or a ValueError if it is not "train", "validation" or "test"."""
+    """Return `split`, or raise a ValueError if it is not "train", "validation" or "test"."""
     check_word("split", split, PARTS)
     return cast(SplitName, split)
 
@@ -48,11 +48,11 @@ def _check_fractions(name: str, fractions: Sequence[float]) -> None:
 
 
 def in_order(names: Iterable[str], of: Iterable[str] | None = None) -> list[str]:
-    """Class names in the order in which episodes keep classes: as numbers where they all are, else as text.
+    """Return class names in the order of episodes: sorted as numbers if all are numbers, else as text.
 
     Args:
       names: class names.
-      of: all names that there are, which decide whether they are numbers; None for `names`.
+      of: all class names, which decide whether names are numbers; None: `names`.
 
     Examples:
       >>> in_order(["10", "2", "1"]), in_order(["10", "2", "1"], ["1", "2", "10", "cat"])
@@ -72,15 +72,15 @@ def _named(names: Iterable[str]) -> str:
 class ClassSplit:
     """Three disjoint sets of class names.
 
-    Few-shot generalisation is measured on classes never trained on, so the parts may not meet:
-    neither within one split nor, see `assert_disjoint`, between the split a model was trained
-    with and the one it is judged on.
+    Few-shot generalisation is measured on classes that were not used for training, so the parts must be
+    disjoint, both within one split and between the split a model was trained with and the one it is
+    evaluated on (see `assert_disjoint`).
 
     Args:
       train, validation, test: class names; a part may be empty.
 
     Raises:
-      ValueError: a class is named twice, in one part or in two.
+      ValueError: a class name occurs twice, in one part or in two.
 
     Examples:
       >>> split = ClassSplit(train=("cat", "dog"), validation=("fox",), test=("owl",))
@@ -100,14 +100,14 @@ class ClassSplit:
 
     def __post_init__(self) -> None:
         for part in PARTS:
-            given = getattr(self, part)
-            if isinstance(given, str):
-                raise ValueError(f"{part} must be a sequence of class names, got the string {given!r}")
-            names = tuple(str(name) for name in given)
+            value = getattr(self, part)
+            if isinstance(value, str):
+                raise ValueError(f"{part} must be a sequence of class names, got the string {value!r}")
+            names = tuple(str(name) for name in value)
             object.__setattr__(self, part, names)
             if len(set(names)) < len(names):
-                twice = {name for name in names if names.count(name) > 1}
-                raise ValueError(f"the class split repeats classes within {part}: {_named(twice)}")
+                duplicates = {name for name in names if names.count(name) > 1}
+                raise ValueError(f"the class split repeats classes within {part}: {_named(duplicates)}")
         for i, first in enumerate(PARTS):
             for second in PARTS[i + 1 :]:
                 both = set(getattr(self, first)) & set(getattr(self, second))
@@ -118,14 +118,14 @@ class ClassSplit:
     def from_fractions(
         cls, names: Iterable[str], fractions: Sequence[float] = (0.64, 0.16, 0.2), seed: int = 0
     ) -> "ClassSplit":
-        """Random split of `names`: a permutation, cut at the rounded cumulative fractions.
+        """Return a random split of `names`: a permutation, cut at the rounded cumulative fractions.
 
         The result depends on the set of names and on `seed` only, not on the order of `names`.
 
         Args:
           names: class names, each once.
-          fractions: of train, validation and test; non-negative, summing to 1.
-          seed: of the permutation.
+          fractions: fractions of train, validation and test; non-negative, with sum 1.
+          seed: seed of the permutation.
 
         Raises:
           ValueError: fractions that are not three, negative, or do not sum to 1.
@@ -142,7 +142,7 @@ class ClassSplit:
 
     @classmethod
     def from_counts(cls, names: Iterable[str], counts: Sequence[int], seed: int = 0) -> "ClassSplit":
-        """Random split of `names` into parts of exactly `counts` classes.
+        """Return a random split of `names` into parts of exactly `counts` classes.
 
         Raises:
           ValueError: `counts` are not three, negative, or do not sum to the number of names.
@@ -164,10 +164,10 @@ class ClassSplit:
         return cls(tuple(shuffled[: counts[0]]), tuple(shuffled[counts[0] : cut]), tuple(shuffled[cut:]))
 
     def part(self, split: str) -> tuple[str, ...]:
-        """The class names of one part.
+        """Return the class names of one part.
 
         Raises:
-          ValueError: `split` is another word, or the part has no classes.
+          ValueError: an unknown part, or a part without classes.
         """
         names = getattr(self, check_part(split))
         if not names:
@@ -180,23 +180,23 @@ class ClassSplit:
         return names
 
     def ordered(self, split: str) -> list[str]:
-        """The class names of one part in the order in which episodes keep them, by `in_order` of all names.
+        """Return the class names of one part in the order of episodes, by `in_order` of all names.
 
         Raises:
-          ValueError: as `part`.
+          ValueError: see `part`.
         """
         return in_order(self.part(split), [*self.train, *self.validation, *self.test])
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Number of classes of train, validation and test."""
+        """Return the numbers of classes of train, validation and test."""
         return len(self.train), len(self.validation), len(self.test)
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) over the sorted names of each part: two rows with one hash saw the same classes.
+        """Return the SHA-256 (hex) over the sorted names of each part; equal hashes mean equal splits.
 
-        Every part and every name is preceded by its length, so that no two splits encode alike.
+        Every part and every name is preceded by its length, so that different splits encode differently.
         """
         digest = hashlib.sha256()
         for part in PARTS:
@@ -208,9 +208,9 @@ class ClassSplit:
         return digest.hexdigest()
 
     def assert_disjoint(self, other: "ClassSplit") -> None:
-        """Checks that a model trained with this split may be judged on `other`'s test classes.
+        """Check that a model trained with this split has not seen the test classes of `other`.
 
-        Validation classes choose the checkpoint, so they count as seen.
+        Validation classes select the checkpoint, so they count as seen.
 
         Raises:
           ValueError: classes of `other.test` were seen; the message names some.
@@ -224,7 +224,7 @@ class ClassSplit:
             )
 
 
-# What a user can give for a class split.
+# Class splits as given by a user.
 Classes = ClassSplit | Mapping[str, Iterable[str | int]] | tuple[float, float, float] | str | None
 _CLASSES = (
     'three fractions such as 0.64,0.16,0.2, a JSON file {"train": [names], "validation": [names], "test": '
@@ -240,7 +240,7 @@ def class_split(
     Three fractions, "auto" and None are returned as they are.
 
     Raises:
-      ValueError: `classes` is none of these, there is no such file, or it holds no `{"train": [names],
+      ValueError: `classes` is none of these, or the file does not exist or does not hold `{"train": [names],
         "validation": [names], "test": [names]}`, of which parts may be missing.
 
     Examples:
@@ -253,7 +253,7 @@ def class_split(
         try:
             return _of_parts(classes)
         except (TypeError, ValueError) as error:
-            raise ArgumentError("classes", f"got a mapping that is no class split: {error}") from None
+            raise ArgumentError("classes", f"got a mapping that is not a class split: {error}") from None
     if not isinstance(classes, str):
         if not isinstance(classes, tuple | list) or len(classes) != 3:
             raise ArgumentError("classes", f"got {shown(classes)}; it must be {_CLASSES}")
@@ -265,7 +265,7 @@ def class_split(
     try:
         return _of_parts(parsed_json(path.read_text(encoding="utf-8")))
     except (AttributeError, TypeError, ValueError) as error:
-        raise ArgumentError("classes", f"{path} is no class split in JSON: {error}") from None
+        raise ArgumentError("classes", f"{path} is not a class split in JSON: {error}") from None
 
 
 def _of_parts(parts: Mapping[str, Iterable[str | int]]) -> ClassSplit:
@@ -280,29 +280,32 @@ def _of_parts(parts: Mapping[str, Iterable[str | int]]) -> ClassSplit:
 def split_of_parts(
     parts: Mapping[SplitName, Iterable[str]] | Mapping[str, Iterable[str]],
 ) -> ClassSplit | None:
-    """Return the class split that examples in parts make, by the classes of each.
+    """Return the class split given by the classes of each part.
+
+    Args:
+      parts: class names of the examples of each part.
 
     Returns:
-      The split; None where there is a single part, or two share a class, so that they are parts of the
-      examples and none of the classes.
+      Class split; None if there is a single part, or if two parts share a class: then the parts split the
+      examples and not the classes.
 
     Examples:
       >>> split_of_parts({"train": ["ant", "bee"], "test": ["cow"]}).sizes
       (2, 0, 1)
       >>> split_of_parts({"train": ["ant", "bee"], "test": ["bee"]})
     """
-    found = {part: tuple(sorted(set(names))) for part, names in parts.items()}
-    every = [name for names in found.values() for name in names]
-    if sum(map(bool, found.values())) < 2 or len(set(every)) < len(every):
+    classes = {part: tuple(sorted(set(names))) for part, names in parts.items()}
+    all_names = [name for names in classes.values() for name in names]
+    if sum(map(bool, classes.values())) < 2 or len(set(all_names)) < len(all_names):
         return None
-    return ClassSplit(**found)
+    return ClassSplit(**classes)
 
 
 def warn_of_pooled_parts(source: str, parts: Iterable[str]) -> None:
-    """Warn that the parts that a source has are no class split, so that they count for nothing."""
+    """Warn that the parts of a source share classes and are therefore pooled."""
     warnings.warn(
         f"{source}: {', '.join(parts)} share classes, which few-shot tasks must not; the examples of all "
-        "parts are pooled, and the classes shared out at random",
+        "parts are pooled, and the classes are split at random",
         stacklevel=4,
     )
 
@@ -314,18 +317,18 @@ def split_classes(
     split: str,
     protocol: str,
 ) -> tuple[ClassSplit, str]:
-    """The class split that `classes` stands for, and the protocol card's sentence.
+    """Resolve `classes` to a class split, and return it with the sentence for the protocol card.
 
     Args:
-      present: names of the classes that there are.
-      classes: a split by name, a mapping or the path of a JSON file with one; three fractions for a random
-        one by `split_seed`; None to draw from every class, whatever `split` says.
-      split_seed: seed of the random split; a split by name takes none.
-      split: the part to draw from.
-      protocol: the sentence so far.
+      present: names of the existing classes.
+      classes: class split, a mapping or the path of a JSON file with one; three fractions for a random split
+        seeded by `split_seed`; None: all classes in the part `split`.
+      split_seed: seed of the random split; must be 0 for a split by names.
+      split: part to draw from.
+      protocol: sentence of the source; "" for the default.
 
     Raises:
-      ValueError: the part is empty, or names classes that there are not; a seed of a split by name.
+      ValueError: the part is empty or has unknown classes; or a seed with a split by names.
     """
     check_part(split)
     check_count("split_seed", split_seed, 0, LARGEST_SEED)
@@ -348,7 +351,7 @@ def split_classes(
 
 
 def warn_of_case(source: str, classes: Iterable[str]) -> None:
-    """Warns where two class names differ in nothing but case: they are two classes, perhaps by mistake."""
+    """Warn about class names that differ only in case, which may be a mistake."""
     seen: dict[str, str] = {}
     for name in classes:
         other = seen.setdefault(name.casefold(), name)

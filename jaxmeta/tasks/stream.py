@@ -1,4 +1,4 @@
-"""Episodes from data larger than the device: planned by their keys, read ahead by Grain."""
+"""Episodes from data larger than the device memory, read ahead by Grain."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task, na
 from jaxmeta.tasks.prepared import Prepared
 from jaxmeta.tasks.splits import Classes, split_classes
 
-# Steps are int32 keys of episodes, so that a stream has an end that nobody reaches.
+# Steps are int32, so the stream has a formal end.
 _END = 2**31 - 1
 
 
@@ -38,42 +38,42 @@ def stream(
     ahead: int = 4,
     process: tuple[int, int] = (0, 1),
 ) -> TaskStream:
-    """Few-shot tasks drawn from records on disk, for data that do not fit on the device.
+    """Return few-shot tasks drawn from records on disk, for data that do not fit on the device.
 
-    The episodes are those that `from_prepared` draws from memory: `jm.train` with the same `key`
-    sees the same tasks from both. The keys tell which images a step needs; they are read and
-    assembled while the device computes earlier steps.
+    The episodes are the same as those that `from_prepared` draws from memory: `jm.train` with the same
+    `key` uses the same tasks. The keys determine the images of a step, which are read and assembled while
+    the device computes earlier steps.
 
     Args:
-      prepared: the images, from `prepare_folder` or `prepare_tfds`.
-      key: of the run (the `key` of `jm.train`), or of the evaluation.
-      meta_batch: tasks per meta-step, of all processes together.
-      ways: classes of a task, or an inclusive range (low, high) to draw their number from.
+      prepared: images from `prepare_folder` or `prepare_tfds`.
+      key: key of the run (the `key` of `jm.train`) or of the evaluation.
+      meta_batch: tasks per meta-step, summed over all processes.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
-      queries: examples per class to be judged on.
+      queries: examples per class to evaluate on.
       split: "train", "validation" or "test".
-      classes: class split: the fractions of train, validation and test for a random split by `split_seed`,
-        or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`. In Python
-        also such a mapping, or a `ClassSplit`. "auto" is that of the data's own parts (folders or lists
-        train, val and test) where these share no class, else the fractions 0.64,0.16,0.2. None draws from
-        every class, whatever `split` says.
-      split_seed: seed of the random class split; episodes depend on the key of the stream alone.
-        A split by name takes none.
-      rotations: how images are turned: "none"; "classes", every class turned by 90, 180 and 270° is a class
-        of its own; or "random", one rotation for each drawn class in each episode.
-      protocol: one sentence for the protocol card; where it is empty, the card says how classes are split.
-      skip_small_classes: whether classes with too few images for shots and queries are left out, after the
-        classes are split.
+      classes: class split: the fractions of train, validation and test for a random split seeded by
+        `split_seed`, or the path of a JSON file `{"train": [names], "validation": [names], "test": [names]}`;
+        in Python also such a mapping or a `ClassSplit`. "auto": the data's own parts (folders or lists
+        train, val and test) where these share no class, else the fractions 0.64,0.16,0.2. None: every part
+        draws from all classes.
+      split_seed: seed of the random class split; must be 0 where `classes` names the classes. Episodes depend
+        only on the key of the stream.
+      rotations: rotations of the images: "none"; "classes", each class rotated by 90, 180 and 270° is an
+        additional class; or "random", one random rotation per class and episode.
+      protocol: one sentence for the protocol card; if empty, the card describes how classes are split.
+      skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries images,
+        after the classes are split.
       for_evaluation: whether to number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
-      workers: processes that read images; 0 reads in threads, which is enough for records of this form.
-        Processes are started anew, so that a script needs `if __name__ == "__main__":`.
-      ahead: batches that are read ahead; each worker process keeps as many again for handing over.
-      process: (index, count) of this process among those that share every batch, such as
-        `(jax.process_index(), jax.process_count())`: the stream then gives its share, which is what
-        `jm.train` needs of each, or the whole batch.
+      workers: number of processes that read images; 0: threads, which are enough for prepared images.
+        Processes are spawned, so a script needs `if __name__ == "__main__":`.
+      ahead: number of batches to read ahead; each worker process buffers as many in addition.
+      process: (index, count) of this process among the processes that divide each batch, such as
+        `(jax.process_index(), jax.process_count())`. The stream then yields the share of this process;
+        `jm.train` accepts either the share or the whole batch.
 
     Raises:
-      ValueError: see `from_arrays`; a `meta_batch` that the processes cannot share evenly.
+      ValueError: see `from_arrays`; or a `meta_batch` that is not a multiple of the number of processes.
 
     Examples:
       >>> images = jm.tasks.prepare_folder("photos", size=84)  # doctest: +SKIP
@@ -83,13 +83,13 @@ def stream(
     check_kind("prepared", prepared, Prepared, "images of prepare_folder or prepare_tfds")
     check_key("key", key)
     shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
-    classes, said = prepared.class_split(classes)
-    parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or said)
+    classes, sentence = prepared.class_split(classes)
+    parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or sentence)
     index_of = {name: index for index, name in enumerate(prepared.classes)}
     chosen = [index_of[name] for name in parts.ordered(split)]
     names = [prepared.classes[index] for index in chosen]
     kept = shape.usable(names, np.array(prepared.sizes)[chosen], split, prepared.name, skip_small_classes)
-    chosen, kept_names = [chosen[place] for place in kept], [names[place] for place in kept]
+    chosen, kept_names = [chosen[index] for index in kept], [names[index] for index in kept]
     sizes = np.array(prepared.sizes)[chosen]
     card = shape.card_for(kept_names, sizes, split, parts.hash, prepared.name, protocol)
     check_count("meta_batch", meta_batch)
@@ -138,7 +138,7 @@ def stream(
 
 
 class _Reader:
-    """`(step) -> which examples, and the examples as stored`; pickles, for worker processes."""
+    """The function `step -> (drawn, stored examples)`; it can be pickled for worker processes."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class _Reader:
     ):
         self.prepared, self.shape, self.for_evaluation = prepared, shape, for_evaluation
         self.offsets, self.sizes = offsets.astype(np.int32), sizes.astype(np.int32)
-        # As numbers, which a worker process takes without a device.
+        # As numbers, since a key array would need a device in the worker process.
         self.key_impl, self.key_data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
         self.meta_batch, self.first, self.own = meta_batch, first, own
 
@@ -188,7 +188,7 @@ def _assemble(shape: EpisodeShape, drawn: Drawn, images: Array) -> Task:
 
 
 def _on_host() -> contextlib.AbstractContextManager[None]:
-    """The keys' arithmetic is the CPU's wherever training is: the host needs the result now."""
+    """Return a context that computes on the CPU, since the host needs the drawn rows immediately."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS leaves it out
@@ -196,15 +196,15 @@ def _on_host() -> contextlib.AbstractContextManager[None]:
 
 
 def _set_up_worker(partitionable: bool, worker: int, workers: int) -> None:
-    """Before a worker's first use of JAX: accelerators belong to the process that trains."""
+    """Configure JAX in a worker process: accelerators belong to the training process."""
     del worker, workers
     jax.config.update("jax_platforms", "cpu")
-    # The setting that changes what a key stands for.
+    # This setting changes the random numbers of a key.
     jax.config.update("jax_threefry_partitionable", partitionable)
 
 
 def _parse_flags() -> None:
-    """Grain's worker processes read absl's flags, which only an absl program has parsed."""
+    """Parse absl's flags, which Grain's worker processes read, if the program has not done so."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

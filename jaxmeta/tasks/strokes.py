@@ -1,8 +1,8 @@
-"""Pen strokes: what a drawn character is made of, and how it becomes an image.
+"""Pen strokes of procedurally drawn characters, and their rendering.
 
-A class of characters is an integer: it seeds two or three smooth strokes. An example of the class
-is those strokes as one drawer happens to draw them. Everything is a pure function of integers and
-random bits, so characters cost no memory and are drawn where they are used.
+A class of characters is an integer that seeds two or three smooth strokes. An example of the class
+is these strokes with the random variation of one drawer. Everything is a pure function of integers and
+random bits, so that characters need no memory and are drawn on the device.
 """
 
 import functools
@@ -12,53 +12,53 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-STROKES = 3  # at most; the last one is there in three classes of five
-SAMPLES = 11  # vertices of the polygon that stands for a stroke
-_DOTS = 48  # evenly spaced along all strokes together: about a pixel apart at 28 x 28, as a rule
-HAND = STROKES * 4 * 2 + 7  # random numbers that make one drawing
+_STROKES = 3  # maximum per character; the last one is present in 60 % of the classes
+_SAMPLES = 11  # vertices of the polyline that approximates a stroke
+_DOTS = 48  # points along all strokes together: about one pixel apart at 28 x 28
+HAND = _STROKES * 4 * 2 + 7  # random numbers per drawing
 
-# The generator is named, so that a class looks the same whatever `jax_default_prng_impl` says.
+# The generator is fixed, so that classes do not depend on `jax_default_prng_impl`.
 _ALPHABET = functools.partial(jax.random.key, 20_180_801, impl="threefry2x32")
 
-# The drawer's freedom. Chosen so that the nearest neighbour in pixels finds 5-way 1-shot about as
-# hard as it finds Omniglot (41.7 %), while the character stays recognisable to the eye.
+# The variation between drawers, chosen so that nearest neighbours on pixels have about the same 5-way
+# 1-shot accuracy as on Omniglot (41.7 %), while characters remain recognisable.
 _WOBBLE = 0.05  # standard deviation of a control point; the character has height or width 1
 _ANGLE = 0.20  # standard deviation of the rotation, radians
 _SLANT = 0.20  # standard deviation of the shear
-_STRETCH = 0.12  # standard deviation of the log of width : height
-_EXTENT = (0.56, 0.86)  # size of the character, in images
-_SHIFT = 0.12  # largest shift either way, in images
-_PEN = (0.95, 1.45)  # half the width of the line, in pixels of a 28 x 28 image
+_STRETCH = 0.12  # standard deviation of log(width / height)
+_EXTENT = (0.56, 0.86)  # size of the character, as a fraction of the image
+_SHIFT = 0.12  # largest shift in each direction, as a fraction of the image
+_PEN = (0.95, 1.45)  # half the line width, in pixels of a 28 x 28 image
 
 
 def class_strokes(
     class_id: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "strokes 4 2"], Bool[Array, " strokes"]]:
-    """Strokes of one class: control points of cubic Bézier curves, and which strokes are there.
+    """Return the strokes of a class: control points of cubic Bézier curves, and a mask of present strokes.
 
-    A stroke leads from one place to a distant node of a loose 3 x 3 grid, straight, as an arc or as
-    an S. The second and third often start on the stroke before them, as the strokes of letters do.
+    A stroke leads from a point to a distant node of a jittered 3 x 3 grid, straight, as an arc or as
+    an S. The second and third often start on the previous stroke, as in letters.
 
     Args:
-      class_id: the class.
+      class_id: class id.
 
     Returns:
-      Control points `(x, y)`, `y` downwards, centred, the larger side of the character 1; and the
-      mask of the strokes that are drawn.
+      Control points `(x, y)`, `y` downwards, centred, scaled so that the larger side of the character is 1;
+      and the mask of the strokes that are drawn.
     """
-    # One call of the generator: each costs compile time.
-    numbers = jax.random.uniform(jax.random.fold_in(_ALPHABET(), class_id), (STROKES, 19), jnp.float32)
+    # One call of the random generator: each costs compile time.
+    numbers = jax.random.uniform(jax.random.fold_in(_ALPHABET(), class_id), (_STROKES, 19), jnp.float32)
     ticks = jnp.arange(3, dtype=jnp.float32) / 2
     nodes = jnp.stack(jnp.meshgrid(ticks, ticks), -1).reshape(9, 2)
 
     strokes: list[Array] = []
-    for i in range(STROKES):
+    for i in range(_STROKES):
         start, jitter, scores = numbers[i, :2], numbers[i, 2:4], numbers[i, 4:13]
         attach, where, kind, bend, side, count = numbers[i, 13:]
         if strokes:
-            before = _along(strokes[-1])[:: (SAMPLES - 1) // 2]  # its two ends and its middle
+            before = _along(strokes[-1])[:: (_SAMPLES - 1) // 2]  # both ends and the middle
             start = jnp.where(attach < 0.7, before[(3 * where).astype(jnp.int32)], start)
-        # A node nearer than this would make a dot rather than a stroke.
+        # A nearer node would give a dot rather than a stroke.
         far = jnp.linalg.norm(nodes - start[None], axis=-1) > 0.45
         goal = nodes[jnp.argmax(jnp.where(far, scores, -1.0))] + 0.24 * (jitter - 0.5)
         bend = jnp.where(kind < 0.35, 0.0, jnp.where(side < 0.5, -1.0, 1.0) * (0.35 + bend / 2))
@@ -70,7 +70,7 @@ def class_strokes(
         strokes.append(jnp.concatenate([start[None], inner, goal[None]]))
 
     points = jnp.stack(strokes)
-    present = jnp.arange(STROKES) < jnp.where(count < 0.6, STROKES, STROKES - 1)
+    present = jnp.arange(_STROKES) < jnp.where(count < 0.6, _STROKES, _STROKES - 1)
     low, high = _bounds(jax.vmap(_along)(points), present)
     return (points - ((low + high) / 2)[None, None]) / jnp.max(high - low), present
 
@@ -78,13 +78,13 @@ def class_strokes(
 def metadata_of(
     points: Float[Array, "strokes 4 2"], present: Bool[Array, " strokes"]
 ) -> Float[Array, " metadata"]:
-    """The strokes as one vector of mean about 0 and standard deviation about 1; absent strokes are 0."""
+    """Return the strokes as one vector of mean about 0 and standard deviation about 1, absent strokes 0."""
     placed = jnp.where(present[:, None, None], points, 0.0) / 0.35
     return jnp.concatenate([placed.reshape(-1), jnp.where(present[-1:], 1.0, -1.0)])
 
 
 def hands_of(bits: UInt32[Array, "*batch hand"]) -> Float[Array, "*batch hand"]:
-    """Random bits as what `draw_example` needs to know of a drawer: `HAND` numbers uniform in (−1, 1)."""
+    """Convert random bits to the drawer of `draw_example`: `HAND` numbers uniform in (−1, 1)."""
     # Midpoints of 2²³ cells: exact in float32, and never ±1, where the inverse error function is infinite.
     return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
 
@@ -95,15 +95,15 @@ def draw_example(
     present: Bool[Array, " strokes"],
     size: int,
 ) -> Float[Array, "size size 1"]:
-    """One drawing of a character: ink 1 on paper 0, never touching the border.
+    """Draw a character with ink 1 on 0, at least one pixel away from the border.
 
     Args:
-      hand: the drawer, from `hands_of`: wobble, rotation, slant, proportions, place, size and pen.
-      points, present: the character, from `class_strokes`.
+      hand: drawer from `hands_of`: wobble, rotation, slant, proportions, position, size and pen.
+      points, present: character from `class_strokes`.
       size: height and width of the image, in pixels.
 
     Returns:
-      The image; a pixel is the share of it that the line covers, to first order.
+      Image whose pixels are, to first order, the fraction covered by the line.
     """
     extent, pen, *shift = hand[:4]
     turn, slant, stretch, *_ = wobble = np.sqrt(2).astype(np.float32) * jax.lax.erf_inv(hand[4:])
@@ -117,7 +117,7 @@ def draw_example(
     pen = _between(_PEN, pen) / 28
     curve = jax.vmap(_along)(points)
     low, high = _bounds(curve, present)
-    # The line ends a pixel before the border, whatever the drawer does: nothing is cut off.
+    # The line stays a pixel away from the border for any drawer, so that nothing is cut off.
     room = 1 - 2 * (pen + 1 / size)
     scale = jnp.minimum(_between(_EXTENT, extent), room) / jnp.max(high - low)
     slack = (room - scale * (high - low)) / 2
@@ -133,22 +133,22 @@ def draw_example(
 
 
 def _between(bounds: tuple[float, float], place: Float[Array, ""]) -> Float[Array, ""]:
-    """From the lower bound at −1 to the upper at 1."""
+    """Interpolate linearly from the lower bound at −1 to the upper bound at 1."""
     return (bounds[0] + bounds[1]) / 2 + (bounds[1] - bounds[0]) / 2 * place
 
 
 def _along(points: Float[Array, "4 2"]) -> Float[Array, "samples 2"]:
-    """Points along a cubic Bézier curve."""
-    t = np.linspace(0, 1, SAMPLES)
+    """Return points along a cubic Bézier curve."""
+    t = np.linspace(0, 1, _SAMPLES)
     weights = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3]).astype(np.float32)
-    # Not a matrix product: those are rounded coarsely by default on some accelerators.
+    # Not a matrix product, which some accelerators compute in low precision by default.
     return sum(weights[i][:, None] * points[i][None] for i in range(4))
 
 
 def _dots(
     curve: Float[Array, "strokes samples 2"], present: Bool[Array, " strokes"]
 ) -> Float[Array, "dots 2"]:
-    """Points evenly spaced along the strokes that are there, so that thin lines are not dotted ones."""
+    """Return evenly spaced points along the present strokes, so that thin lines have no gaps."""
     start, step = curve[:, :-1], curve[:, 1:] - curve[:, :-1]
     length = jnp.where(present[:, None], jnp.linalg.norm(step, axis=-1), 0.0).reshape(-1)
     end = jnp.cumsum(length)
@@ -161,6 +161,6 @@ def _dots(
 def _bounds(
     curve: Float[Array, "strokes samples 2"], present: Bool[Array, " strokes"]
 ) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
-    """Smallest and largest coordinates of the strokes that are there."""
-    there = present[:, None, None]
-    return jnp.where(there, curve, jnp.inf).min((0, 1)), jnp.where(there, curve, -jnp.inf).max((0, 1))
+    """Return the smallest and largest coordinates of the present strokes."""
+    mask = present[:, None, None]
+    return jnp.where(mask, curve, jnp.inf).min((0, 1)), jnp.where(mask, curve, -jnp.inf).max((0, 1))

@@ -1,4 +1,4 @@
-"""Drawing without replacement, inside compiled code."""
+"""Sampling without replacement inside compiled code."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,17 @@ from jaxtyping import Array, Int, UInt32
 
 
 def ordered_subset(bits: UInt32[Array, " m"], bound: Int[Array, ""]) -> Int[Array, " m"]:
-    """m distinct integers of [0, bound) in uniformly random order, without touching all of them.
+    """Return m distinct integers of [0, bound) in uniformly random order.
 
-    The first m steps of the Fisher–Yates shuffle (step i swaps places i and j_i, j_i uniform in
-    [i, bound)), with the array of `bound` places never written down: what step i takes from place
-    j_i is found by following the earlier swaps backwards. O(m²) and independent of `bound`, which
-    may be traced, where a permutation would cost O(bound log bound). Reducing 32 bits modulo the
-    bound favours no value by more than a factor 1 + bound/2³².
+    These are the first m steps of the Fisher–Yates shuffle (step i swaps positions i and j_i, j_i uniform in
+    [i, bound)) without building the array of `bound` integers: the value at position j_i is computed by
+    following the earlier swaps backwards. The cost is O(m²), independent of `bound`, which may be traced; a
+    permutation would cost O(bound log bound). Reducing 32 bits modulo the bound favours no value by more
+    than a factor 1 + bound/2³².
+
+    Args:
+      bits: one random number per integer.
+      bound: exclusive upper bound, at least m.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -27,6 +31,6 @@ def ordered_subset(bits: UInt32[Array, " m"], bound: Int[Array, ""]) -> Int[Arra
         earlier = bits.shape[0] - 2 - back
         return jnp.where((step > earlier) & (place == swapped[earlier]), earlier, place)
 
-    # A loop and not an unrolled chain: XLA would fuse the chain into the gather that uses the result and
-    # compute it anew for every pixel.
+    # A loop instead of an unrolled chain, which XLA would fuse into the gather that uses the result and
+    # recompute for every pixel.
     return jax.lax.fori_loop(0, bits.shape[0] - 1, before, swapped)

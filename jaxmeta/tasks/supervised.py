@@ -1,4 +1,4 @@
-"""Ordinary classification over all classes of few-shot tasks: what transfer baselines pretrain on."""
+"""Ordinary classification over all classes of few-shot tasks, for pretraining."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,26 +15,25 @@ from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
 
 
 def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDistribution:
-    """One ordinary classification task over all classes that few-shot `tasks` are drawn from.
+    """Return ordinary classification over all classes of few-shot `tasks`, as a task distribution.
 
-    Every sample is a mini-batch of it: for each example a class uniformly, then an example of that
-    class uniformly, all independently; the first half is the support set, the second the queries.
-    Labels are the classes' own, the same in every sample: 0..C−1 in the order of the class names (group
-    after group, where there are groups). With rotations="classes" each turn of a class is one of the C,
-    C/4 apart; with "random" every example is turned at random.
+    Every sample is a mini-batch: each example has a uniformly random class and is a uniformly random
+    example of this class, all independent; the first half is the support set, the second half the queries.
+    Labels are the same in every sample: 0..C−1 in the order of the class names, sorted by group first where
+    there are groups. With rotations="classes" each rotation of a class is one of the C classes, with labels
+    C/4 apart; with "random" every example is rotated at random.
 
     Args:
-      tasks: of `from_arrays`, of what builds on it (`omniglot`, `from_folder`, `from_tfds`, `cub`, …), or
-        of `glyphs`. Their ways, shots and queries play no part.
-      batch: number of examples of a mini-batch, B; even.
+      tasks: tasks from `from_arrays`, a source built on it (`omniglot`, `from_folder`, `from_tfds`, `cub`,
+        …), or `glyphs`. Their ways, shots and queries are not used.
+      batch: number of examples per mini-batch, B; even.
 
     Returns:
-      Tasks with `ways` = C, whose card is that of `tasks` otherwise. A class has no fixed number of
-      examples in a sample: the card's shots and queries say 1, its protocol the size of the mini-batch.
+      Tasks with `ways` = C and otherwise the card of `tasks`. Since classes have no fixed number of examples
+      in a mini-batch, the card's shots and queries are 1; its protocol gives the size of the mini-batch.
 
     Raises:
-      ValueError: tasks of another source, whose classes or examples are not at hand; an odd or too small
-        `batch`.
+      ValueError: tasks from a source that does not store classes and examples; an odd or too small `batch`.
 
     Examples:
       >>> import jax, numpy as np
@@ -56,45 +55,45 @@ def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDis
     classes = card.classes
     draw = None
     if isinstance(sample, jax.tree_util.Partial):
-        draw = next((ours for theirs, ours in _DRAWS if theirs is sample.func), None)
+        draw = next((batch_draw for task_draw, batch_draw in _DRAWS if task_draw is sample.func), None)
     if sample is None or draw is None or classes is None:
         kind = "a stream" if isinstance(tasks, TaskStream) else f"{card.kind} tasks"
         raise ArgumentError(
             "tasks",
-            f"got {kind} of {card.tasks!r}, whose classes and examples are not at hand; it must "
-            "be tasks of from_arrays, of a source that holds its examples in memory (omniglot, from_folder, "
-            "from_tfds, from_prepared, …) or of glyphs",
+            f"got {kind} of {card.tasks!r}, whose classes and examples are not in memory; it must "
+            "be tasks from from_arrays, from a source that holds its examples in memory (omniglot, "
+            "from_folder, from_tfds, from_prepared, …) or from glyphs",
         )
-    said = f"all {classes:,} classes at once, mini-batches of {batch}"
+    sentence = f"all {classes:,} classes at once, mini-batches of {batch}"
     card = dataclasses.replace(
         card,
         ways=classes,
         shots=1,
         queries=1,
-        # How episodes are drawn, which that sentence may tell, is true of the classes alone.
-        protocol=f"{said}, of: {card.protocol}" if card.protocol else said,
+        # The protocol of the episodes still describes the classes.
+        protocol=f"{sentence}, of: {card.protocol}" if card.protocol else sentence,
     )
-    return TaskDistribution(jax.tree_util.Partial(draw, MiniBatch(classes, int(batch)), *sample.args), card)
+    return TaskDistribution(jax.tree_util.Partial(draw, _MiniBatch(classes, int(batch)), *sample.args), card)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class MiniBatch:
-    """What is static about a sample: number of classes, and of examples."""
+class _MiniBatch:
+    """The static part of a mini-batch: its numbers of classes and examples."""
 
     classes: int
     size: int
 
     def halves(self, x: Float[Array, "n ..."], y: Int[Array, " n"]) -> Task:
-        """The first half of the examples to learn from, the second to be judged on."""
+        """Build a task with the first half of the examples as support set and the second half as queries."""
         half = self.size // 2
         return Task(
             *(Batch(x[part], y[part], ways=self.classes) for part in (slice(half), slice(half, None)))
         )
 
 
-def draw_array_batch(batch: MiniBatch, shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
-    """A mini-batch from examples on the device."""
+def _draw_array_batch(batch: _MiniBatch, shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
+    """Draw a mini-batch from examples on the device."""
     label_bits, example_bits, turn_bits = jax.random.bits(key, (3, batch.size), jnp.uint32)
     labels = (label_bits % batch.classes).astype(jnp.int32)
     stored = data.sizes.shape[0]
@@ -105,10 +104,10 @@ def draw_array_batch(batch: MiniBatch, shape: EpisodeShape, data: EpisodeData, k
     return batch.halves(x.reshape(batch.size, *shape.example), labels)
 
 
-def draw_glyph_batch(
-    batch: MiniBatch, shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key
+def _draw_glyph_batch(
+    batch: _MiniBatch, shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key
 ) -> Task:
-    """A mini-batch of characters."""
+    """Draw a mini-batch of characters."""
     bits = jax.random.bits(key, (batch.size, 1 + HAND), jnp.uint32)
     labels = (bits[:, 0] % count.astype(jnp.uint32)).astype(jnp.int32)
 
@@ -118,8 +117,8 @@ def draw_glyph_batch(
     return batch.halves(jax.vmap(drawn)(hands_of(bits[:, 1:]), first + labels), labels)
 
 
-# How episodes are drawn, and how to draw examples of all their classes from the same data.
+# Functions that draw episodes, each with the function that draws mini-batches from the same data.
 _DRAWS: tuple[tuple[Callable[..., Task], Callable[..., Task]], ...] = (
-    (draw_episode, draw_array_batch),
-    (draw_glyphs, draw_glyph_batch),
+    (draw_episode, _draw_array_batch),
+    (draw_glyphs, _draw_glyph_batch),
 )

@@ -1,4 +1,4 @@
-"""CUB's attributes from a small copy of the official layout, and zero-shot tasks of them."""
+"""Tests of CUB's attributes in a small copy of the official layout, and of zero-shot tasks with them."""
 
 import numpy as np
 import pytest
@@ -9,14 +9,14 @@ from jaxmeta.tasks import cub, cub_attributes, cub_split, from_arrays
 
 pytestmark = pytest.mark.usefixtures("cache")
 NAMES = [f"{number:03d}.Bird_{number % 7}" for number in range(1, 201)]
-# As in the official file: percentages of people, with many digits.
+# Percentages, as in the official file.
 PERCENT = np.random.default_rng(0).integers(0, 10_001, (200, 312)) / 100
 TABLE = "attributes/class_attribute_labels_continuous.txt"
 
 
 @pytest.fixture
 def tables(tmp_path):
-    """CUB_200_2011 without its images."""
+    """Write CUB_200_2011 without its images."""
     root = tmp_path / "CUB_200_2011"
     (root / "attributes").mkdir(parents=True)
     (root / "images").mkdir()
@@ -38,7 +38,7 @@ def tables(tmp_path):
 
 @pytest.fixture
 def data(tables):
-    """CUB_200_2011 with two images a class, each of one colour that tells class and image."""
+    """Write CUB_200_2011 with two images per class, whose colour encodes class and image."""
     for number, name in enumerate(NAMES):
         (tables / "images" / name).mkdir()
         for image in range(2):
@@ -47,7 +47,7 @@ def data(tables):
     return tables
 
 
-def test_attributes_are_given_by_class(tables, tmp_path):
+def test_attributes_by_class(tables, tmp_path):
     attributes = cub_attributes(tables)
     assert list(attributes) == NAMES
     for name, percent in zip(NAMES, PERCENT, strict=True):
@@ -59,7 +59,7 @@ def test_attributes_are_given_by_class(tables, tmp_path):
     assert list(cub_attributes(tables)) == NAMES
 
 
-def test_zero_shot_tasks_of_birds_have_the_attributes_of_their_classes(data):
+def test_zero_shot_support_has_the_attributes_of_the_classes(data):
     tasks = cub("test", ways=50, shots=0, queries=2, data=data, size=4)
     assert (tasks.card.tasks, tasks.card.ways, tasks.card.shots, tasks.card.classes) == ("cub", 50, 0, 50)
     assert tasks.card.split_hash == cub_split(NAMES).hash
@@ -72,8 +72,8 @@ def test_zero_shot_tasks_of_birds_have_the_attributes_of_their_classes(data):
     assert drawn(with_images).support.x.shape == (50, 4, 4, 3)
 
 
-def test_zero_shot_tasks_of_features_with_an_own_split(tables):
-    """Image features in place of images, as the published zero-shot results use them."""
+def test_zero_shot_tasks_of_features_with_a_custom_split(tables):
+    """Published zero-shot results use image features instead of images."""
     features = np.random.default_rng(1).normal(size=(600, 1024)).astype(np.float32)
     labels = np.repeat(NAMES, 3)
     split = jm.tasks.ClassSplit(tuple(NAMES[:100]), tuple(NAMES[100:150]), tuple(NAMES[150:]))
@@ -96,19 +96,19 @@ def test_zero_shot_tasks_of_features_with_an_own_split(tables):
 
 
 @pytest.mark.parametrize("name", ["classes.txt", TABLE])
-def test_an_absent_table_is_refused_where_attributes_are_asked_for(name, data):
+def test_a_missing_table_is_an_error_only_in_zero_shot_tasks(name, data):
     (data / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"data: there is no .*{name}; the attributes are"):
+    with pytest.raises(FileNotFoundError, match=rf"data: .*{name} does not exist; data must be"):
         cub_attributes(data)
-    with pytest.raises(FileNotFoundError, match="data: there is no"):
+    with pytest.raises(FileNotFoundError, match=r"data: .* does not exist"):
         cub("test", shots=0, data=data, size=4)
     cub("test", ways=2, shots=1, queries=1, data=data, size=4)
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "message"),
+    ("name", "corrupt", "message"),
     [
-        (TABLE, lambda lines: lines[:-1], r"must have 200 lines, one a class, got 199"),
+        (TABLE, lambda lines: lines[:-1], r"must have 200 lines, one per class, got 199"),
         (
             TABLE,
             lambda lines: [*lines[:4], lines[4] + " 1", *lines[5:]],
@@ -121,18 +121,22 @@ def test_an_absent_table_is_refused_where_attributes_are_asked_for(name, data):
             lambda lines: ["-1" + lines[0][lines[0].index(" ") :], *lines[1:]],
             r"0 to 100, got -1\.0 to",
         ),
-        ("classes.txt", lambda lines: lines[1:], r"classes.txt must have 200 lines, 1 to 200, got 199"),
-        ("classes.txt", lambda lines: [*lines[:-1], "200"], r"must name 200 different things, got 199"),
-        ("classes.txt", lambda lines: [*lines[:-1], f"200 {NAMES[0]}"], r"200 different things, got 199"),
+        (
+            "classes.txt",
+            lambda lines: lines[1:],
+            r"classes.txt must have 200 lines, numbered 1 to 200, got 199",
+        ),
+        ("classes.txt", lambda lines: [*lines[:-1], "200"], r"must list 200 distinct names, got 199"),
+        ("classes.txt", lambda lines: [*lines[:-1], f"200 {NAMES[0]}"], r"200 distinct names, got 199"),
         (
             "../attributes.txt",
             lambda lines: lines[:-1],
-            r"attributes.txt must have 312 lines, 1 to 312, got 311",
+            r"attributes.txt must have 312 lines, numbered 1 to 312, got 311",
         ),
     ],
 )
-def test_spoilt_tables_are_refused(name, spoil, message, tables):
+def test_invalid_tables_are_refused(name, corrupt, message, tables):
     path = tables / name
-    path.write_text("\n".join(spoil(path.read_text().splitlines())))
+    path.write_text("\n".join(corrupt(path.read_text().splitlines())))
     with pytest.raises(ValueError, match=r"data: .*" + message):
         cub_attributes(tables)

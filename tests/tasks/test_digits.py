@@ -1,4 +1,4 @@
-"""MNIST and USPS: the real files against other readers, and files that are not what they should be."""
+"""Tests of MNIST and USPS: the real files compared with other readers, and invalid files."""
 
 import gzip
 import struct
@@ -12,7 +12,7 @@ from PIL import Image
 from jaxmeta.cli import main, sources
 from jaxmeta.tasks import labelled, mnist, mnist_images, usps, usps_images
 
-# The table of zip.info.txt; that of MNIST is well known.
+# Counts by digit: USPS as in zip.info.txt; MNIST as published.
 USPS = {
     "train": [1194, 1005, 731, 658, 652, 556, 664, 645, 542, 644],
     "test": [359, 264, 198, 166, 200, 160, 170, 147, 166, 177],
@@ -56,20 +56,20 @@ def test_usps_has_the_images_and_labels_of_its_files(real, part):
     assert np.bincount(labels).tolist() == USPS[part]
     assert (images.shape, images.dtype, labels.dtype) == ((len(table), 16, 16, 1), np.uint8, np.int32)
     assert (images.min(), images.max()) == (0, 255)
-    # Half a grey level, in the units of the file.
+    # Rounding error of half a grey level, in the units of the file.
     assert np.abs(images.reshape(-1, 256) / 127.5 - 1 - table[:, 1:]).max() <= 0.5 / 127.5 + 1e-9
 
 
-def test_ink_is_light_on_dark(real):
+def test_images_are_light_on_dark(real):
     for images, labels in (mnist_images(real), usps_images(real, "train")):
         assert np.bincount(images.ravel()).argmax() == 0
         assert (images > 127).mean() < 0.3
-        # A one is a stroke from top to bottom.
+        # A one is a vertical stroke.
         ones, middle = images[labels == 1], images.shape[1] // 2
         assert ones[:, :, middle - 1 : middle + 1].mean() > 20 * ones[:, :, [0, 1, -2, -1]].mean()
 
 
-def test_tasks_show_the_images_of_the_files(real):
+def test_tasks_contain_the_images_of_the_files(real):
     images, labels = usps_images(real, "train")
     known = dict(zip((image.tobytes() for image in images), labels, strict=True))
     tasks = usps("train", ways=10, shots=2, queries=3, data=real, size=16)
@@ -78,7 +78,7 @@ def test_tasks_show_the_images_of_the_files(real):
     assert task.query.x.shape == (30, 16, 16, 1)
     assert (float(task.query.x.min()), float(task.query.x.max())) == (0, 1)
     digits = [known[np.rint(255 * image).astype(np.uint8).tobytes()] for batch in task for image in batch.x]
-    # Each slot is one digit, in support and query alike.
+    # Each slot is one digit, in both support and query.
     slots = np.concatenate([task.support.y, task.query.y])
     assert len(set(zip(slots.tolist(), digits, strict=True))) == 10
 
@@ -91,11 +91,11 @@ def test_usps_is_resized_to_the_pixels_of_mnist(real):
         np.asarray(Image.fromarray(image[..., 0]).resize((28, 28), Image.Resampling.LANCZOS))
         for image in images[order]
     ]
-    found = np.rint(255 * np.asarray(labelled(usps(data=real)).x[..., 0]))
-    # Pillow's own rounds and cuts off once more, between its passes along rows and along columns.
-    apart = np.abs(found - np.stack(expected))
-    assert apart.mean() < 1
-    assert np.quantile(apart, 0.99) <= 10
+    resized = np.rint(255 * np.asarray(labelled(usps(data=real)).x[..., 0]))
+    # Pillow also rounds and clips between its passes along rows and columns.
+    difference = np.abs(resized - np.stack(expected))
+    assert difference.mean() < 1
+    assert np.quantile(difference, 0.99) <= 10
 
 
 @pytest.mark.nightly_rows(after=1)
@@ -118,29 +118,29 @@ def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
 
 
 @pytest.mark.nightly
-def test_a_run_on_digits_is_evaluated_on_new_images_of_them(real, tmp_path, capsys):
+def test_a_run_on_usps_is_evaluated_on_its_test_images(real, tmp_path, capsys):
     out = str(tmp_path / "run")
     small = ["--steps", "2", "--meta-batch", "2", "--episodes", "4", "--network", "mlp"]
     command = ["train", "prototypical", "--tasks", "usps", "--data", str(real), "--size", "16"]
     assert main([*command, "--out", out, *small]) == 0
     assert main(["evaluate", out, "--ways", "10"]) == 0
-    said = capsys.readouterr().out
-    assert "no validation classes in this split" in said
-    assert "usps test, 10-way" in said
+    output = capsys.readouterr().out
+    assert "no validation classes in this split" in output
+    assert "usps test, 10-way" in output
 
 
 # --- the sources --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mnist", "usps"])
-def test_a_source_needs_the_folder_of_its_files(name, tmp_path):
+def test_a_source_needs_a_folder_with_its_files(name, tmp_path):
     with pytest.raises(ValueError, match=f"data: {name} is read from your own copy; add --data DIR"):
         sources.tasks_of(config_of(tasks=name), "train")
-    with pytest.raises(FileNotFoundError, match=r"^data: .* holds no .*https://"):
+    with pytest.raises(FileNotFoundError, match=r"^data: .* must contain .*https://"):
         sources.tasks_of(config_of({"data": str(tmp_path)}, tasks=name), "train")
 
 
-def test_a_source_gives_tasks_of_its_files(tmp_path):
+def test_a_source_reads_its_files(tmp_path):
     for part in ("train", "test"):
         lines = [usps_line(number % 10, np.full(256, number / 20)) for number in range(20)]
         (tmp_path / f"zip.{part}").write_text("".join(lines))
@@ -177,15 +177,15 @@ def usps_line(label, values):
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize("inner", ["", "mnist"])
-def test_mnist_is_found_plain_or_packed_and_in_an_inner_folder(tmp_path, ending, inner):
+def test_mnist_is_read_plain_or_packed_and_from_an_inner_folder(tmp_path, ending, inner):
     images, labels = digits(30)
     write_mnist(tmp_path / inner, idx(images), idx(labels), ending=ending)
-    found, numbers = mnist_images(str(tmp_path))
-    np.testing.assert_array_equal(found[..., 0], images)
-    np.testing.assert_array_equal(numbers, labels)
+    read_images, read_labels = mnist_images(str(tmp_path))
+    np.testing.assert_array_equal(read_images[..., 0], images)
+    np.testing.assert_array_equal(read_labels, labels)
 
 
-def test_training_tasks_take_the_training_images_where_there_are_any(tmp_path):
+def test_training_tasks_use_the_training_images_if_present(tmp_path):
     images, labels = digits(30)
     write_mnist(tmp_path, idx(images), idx(labels))
     assert mnist("train", queries=1, data=tmp_path).card.protocol.startswith("MNIST's 30 test images")
@@ -196,7 +196,7 @@ def test_training_tasks_take_the_training_images_where_there_are_any(tmp_path):
     assert mnist("validation", **shape).card.protocol.startswith("MNIST's 30 test images")
     assert mnist("train", part="test", **shape).card.protocol.startswith("MNIST's 30 test images")
     assert mnist("test", part="train", **shape).card.protocol.startswith("MNIST's 40 training images")
-    # Half of a part is no reason to take the other.
+    # An incomplete part is an error; the other part is not used instead.
     (tmp_path / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
         mnist("train", **shape)
@@ -206,17 +206,17 @@ GOOD = [idx(part) for part in digits(20)]
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "says"),
+    ("images", "labels", "message"),
     [
-        (GOOD[1], GOOD[1], r"t10k-images-idx3-ubyte is no IDX file .* begins with 0x00000801"),
-        (GOOD[0], GOOD[0], r"t10k-labels-idx1-ubyte is no IDX file .* begins with 0x00000803"),
-        (b"<html>not found</html>", GOOD[1], "images-idx3-ubyte is no IDX file"),
-        (b"", GOOD[1], "images-idx3-ubyte is no IDX file"),
-        (GOOD[0][:10], GOOD[1], "images-idx3-ubyte is no IDX file"),
+        (GOOD[1], GOOD[1], r"t10k-images-idx3-ubyte is not an IDX file .*; it starts with 0x00000801"),
+        (GOOD[0], GOOD[0], r"t10k-labels-idx1-ubyte is not an IDX file .*; it starts with 0x00000803"),
+        (b"<html>not found</html>", GOOD[1], "images-idx3-ubyte is not an IDX file"),
+        (b"", GOOD[1], "images-idx3-ubyte is not an IDX file"),
+        (GOOD[0][:10], GOOD[1], "images-idx3-ubyte is not an IDX file"),
         (GOOD[0][:-1], GOOD[1], "images-idx3-ubyte holds 15679 bytes after its header.* 20 x 28 x 28"),
         (GOOD[0] + b"\0", GOOD[1], "images-idx3-ubyte holds 15681 bytes"),
-        (gzip.compress(GOOD[0])[:-9], GOOD[1], "images-idx3-ubyte is corrupted or half-downloaded"),
-        (gzip.compress(GOOD[0])[:-8] + b"\0" * 8, GOOD[1], "corrupted or half-downloaded"),
+        (gzip.compress(GOOD[0])[:-9], GOOD[1], "images-idx3-ubyte is damaged or incomplete"),
+        (gzip.compress(GOOD[0])[:-8] + b"\0" * 8, GOOD[1], "damaged or incomplete"),
         (gzip.compress(GOOD[0]), GOOD[1][:-3], "labels-idx1-ubyte holds 17 bytes"),
         (idx(digits(20, 16)[0]), GOOD[1], "must hold images of 28x28 pixels, got 16x16"),
         (idx(digits(21)[0]), GOOD[1], "holds 21 images and .*labels-idx1-ubyte 20 labels"),
@@ -224,14 +224,14 @@ GOOD = [idx(part) for part in digits(20)]
         (idx(digits(0)[0]), idx([]), "labels-idx1-ubyte is empty"),
     ],
 )
-def test_bad_mnist_files_are_refused(tmp_path, images, labels, says):
+def test_bad_mnist_files_are_refused(tmp_path, images, labels, message):
     write_mnist(tmp_path, images, labels)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         mnist_images(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (usps_line(3, [0.0] * 255), "line 1 of .*zip.test has 256 columns; it must have 257"),
         (usps_line(3, [0.0] * 256) + usps_line(3, [0.0] * 257), "line 2 of .*zip.test has 258 columns"),
@@ -244,13 +244,13 @@ def test_bad_mnist_files_are_refused(tmp_path, images, labels, says):
         ("", "zip.test is empty"),
     ],
 )
-def test_bad_usps_files_are_refused(tmp_path, content, says):
+def test_bad_usps_files_are_refused(tmp_path, content, message):
     (tmp_path / "zip.test").write_text(content)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         usps_images(tmp_path)
 
 
-def test_grey_values_of_usps_are_rounded_to_bytes(tmp_path):
+def test_grey_values_of_usps_are_rounded_to_uint8(tmp_path):
     values = np.linspace(-1, 1, 256)
     (tmp_path / "zip.test").write_text(usps_line(7, values))
     images, labels = usps_images(tmp_path)
@@ -261,25 +261,25 @@ def test_grey_values_of_usps_are_rounded_to_bytes(tmp_path):
 def test_a_truncated_usps_file_is_refused(tmp_path):
     packed = gzip.compress(usps_line(3, np.linspace(-1, 1, 256)).encode())
     (tmp_path / "zip.train.gz").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(ValueError, match=r"zip.train.gz is corrupted or half-downloaded"):
+    with pytest.raises(ValueError, match=r"zip.train.gz is damaged or incomplete"):
         usps_images(tmp_path, "train")
 
 
-def test_absent_files_are_errors_that_name_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is no folder"):
+def test_missing_files_raise_errors_that_name_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is not a folder"):
         mnist_images(tmp_path / "nowhere")
     with pytest.raises(
         FileNotFoundError,
-        match=r"holds no t10k-images-idx3-ubyte\[.gz\] and t10k-labels-idx1-ubyte\[.gz\], nor does its",
+        match=r"must contain t10k-images-idx3-ubyte\[.gz\] and t10k-labels-idx1-ubyte\[.gz\], directly or",
     ):
         mnist(data=tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"holds no zip.train\[.gz\], .* Elements of Statistical Learn"
+        FileNotFoundError, match=r"must contain zip.train\[.gz\], .* Elements of Statistical Learn"
     ):
         usps_images(tmp_path, "train")
 
 
-def test_bad_arguments_are_refused_by_name(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"part: got 'validation'; it must be one of 'train', 'test', None"):
         mnist_images(tmp_path, "validation")
     with pytest.raises(ValueError, match="split: got 'val'"):

@@ -1,4 +1,4 @@
-"""Episodes are disjoint, balanced, uniform, shuffled, pure, masked where ragged, and turned as asked."""
+"""Tests of episodes: disjoint, balanced, uniform, shuffled, pure, masked where ragged, and rotated."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from jaxmeta.tasks.subset import ordered_subset
 
 
 def check_episode(sizes, ways, shots, queries, seed):
-    """Assert that each class has its shots and queries, all different examples, and one label."""
+    """Assert that each class has one label and its shots and queries, all distinct examples."""
     x, y = numbered(sizes)
     support, query = drawn(from_arrays(x, y, ways=ways, shots=shots, queries=queries), seed)
     assert support.ways == query.ways == ways
@@ -33,10 +33,10 @@ def check_episode(sizes, ways, shots, queries, seed):
     assert all(0 <= i < sizes[c] for c, i in rows)
     classes = np.concatenate([support.x, query.x])[:, 0]
     slots = np.concatenate([support.y, query.y])
-    assert len(set(zip(classes, slots, strict=True))) == ways  # one class a slot, one slot a class
+    assert len(set(zip(classes, slots, strict=True))) == ways  # slots and classes correspond one to one
 
 
-def test_each_class_gives_shots_and_queries_disjoint():
+def test_support_and_queries_are_disjoint():
     for seed in range(20):
         check_episode([4, 7, 9, 5, 6], 3, 2, 2, seed)
 
@@ -50,12 +50,12 @@ def test_each_class_gives_shots_and_queries_disjoint():
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=12, deadline=None)
-def test_each_class_gives_shots_and_queries_disjoint_for_random_sizes(sizes, ways, shots, queries, seed):
+def test_support_and_queries_are_disjoint_for_random_sizes(sizes, ways, shots, queries, seed):
     check_episode(sizes, ways, shots, queries, seed)
 
 
 def shuffled(bits, bound):
-    """The first places of the Fisher–Yates shuffle of [0, bound) by these numbers."""
+    """Return the first positions of the Fisher–Yates shuffle of [0, bound) with these random numbers."""
     places = list(range(bound))
     for i, b in enumerate(bits):
         j = i + int(b) % (bound - i)
@@ -68,7 +68,7 @@ SUBSET = jax.jit(ordered_subset)
 
 @given(m=st.sampled_from([1, 2, 5, 9]), extra=st.integers(0, 5), seed=st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_ordered_subset_is_fisher_yates(m, extra, seed):
+def test_ordered_subset_is_a_fisher_yates_shuffle(m, extra, seed):
     bound = m + extra
     bits = np.random.default_rng(seed).integers(0, 2**32, m, dtype=np.uint32)
     assert SUBSET(bits, np.int32(bound)).tolist() == shuffled(bits, bound)
@@ -124,7 +124,7 @@ def test_a_batch_of_episodes_equals_episodes_drawn_one_by_one(rotations, compile
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
 
 
-def test_uint8_stays_on_the_device_and_comes_out_in_unit_range():
+def test_uint8_is_stored_on_the_device_and_scaled_to_the_unit_interval():
     x = np.array([0, 51, 255] * 4, np.uint8)[:, None]
     tasks = from_arrays(x, [0] * 6 + [1] * 6, ways=2, shots=3, queries=3)
     assert tasks.sample.args[1].x.dtype == jnp.uint8
@@ -168,7 +168,7 @@ def test_ragged_tasks_are_full_tasks_with_padding_masked():
         counts = np.bincount(numbers, minlength=high + 1)
         assert counts[:low].sum() == 0
         assert stats.chisquare(counts[low:]).pvalue > 1e-3
-    # The first slots are the classes there are, each with the task's number of shots and all its queries.
+    # The first slots are the classes of the task, each with its number of shots and all queries.
     np.testing.assert_array_equal(present, np.arange(4)[None] < ways[:, None])
     expected = present[:, :, None] & (np.arange(3)[None, None] < shots[:, None, None])
     np.testing.assert_array_equal(real, expected)
@@ -197,22 +197,22 @@ def test_ways_and_shots_of_ragged_tasks_are_drawn_independently():
 
 
 def images(classes=5, each=4, side=3):
-    """Square images, no two alike in any rotation; pixel values name class and example."""
+    """Return random square images, distinct in all rotations, and their classes."""
     x = np.random.default_rng(0).random((classes * each, side, side, 2), dtype=np.float32)
     return x, np.repeat(np.arange(classes), each)
 
 
 def identify(x, image):
-    """(row, quarter turns) of the stored image that `image` is."""
+    """Return the row of a stored image and its number of quarter turns."""
     for turns in range(4):
         hit = np.flatnonzero((np.rot90(x, turns, axes=(1, 2)) == image).all((1, 2, 3)))
         if len(hit):
             return hit[0], turns
-    raise AssertionError("not a stored image in any rotation")
+    raise AssertionError("image is not stored in any rotation")
 
 
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_all_images_of_a_class_are_turned_alike_and_by_every_angle(rotations):
+def test_images_of_a_class_share_a_rotation_and_all_rotations_are_equally_likely(rotations):
     x, y = images()
     tasks = from_arrays(x, y, ways=4, shots=1, queries=2, rotations=rotations)
     assert tasks.card.classes == (20 if rotations == "classes" else 5)
@@ -220,25 +220,27 @@ def test_all_images_of_a_class_are_turned_alike_and_by_every_angle(rotations):
     support, query = sampled(tasks, 150)
     seen, met = np.zeros((5, 4), int), False
     for t in range(150):
-        found = []
+        members = []
         for slot in range(4):
             members = [support.x[t, slot], *query.x[t, 2 * slot : 2 * slot + 2]]
             hits = [identify(x, image) for image in members]
             assert len({(y[row], turns) for row, turns in hits}) == 1
             assert len({row for row, _ in hits}) == 3
-            found.append((y[hits[0][0]], hits[0][1]))
-            seen[found[-1]] += 1
-        assert len(set(found)) == 4
-        met |= len({c for c, _ in found}) < 4
+            members.append((y[hits[0][0]], hits[0][1]))
+            seen[members[-1]] += 1
+        assert len(set(members)) == 4
+        met |= len({c for c, _ in members}) < 4
     assert stats.chisquare(seen.ravel()).pvalue > 1e-3
-    assert met == (rotations == "classes")  # two rotations of one class meet only as classes of their own
+    assert met == (
+        rotations == "classes"
+    )  # an episode has two rotations of a class only if these are classes
 
 
 def test_rotated_classes_allow_more_ways_than_classes():
     x, y = images(classes=3)
     support, _ = drawn(from_arrays(x, y, ways=12, shots=1, rotations="classes"))
-    found = [identify(x, image) for image in support.x]
-    assert len({(y[row], turns) for row, turns in found}) == 12
+    members = [identify(x, image) for image in support.x]
+    assert len({(y[row], turns) for row, turns in members}) == 12
 
 
 def test_only_the_classes_of_the_split_are_on_the_device():
@@ -273,21 +275,21 @@ def test_random_split_by_fractions_is_one_split_for_all_parts():
 
 
 X, Y = numbered([4, 4, 2])
-TOLD = {name: [float(name), 1.0] for name in "012"}
+METADATA = {name: [float(name), 1.0] for name in "012"}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ways": 4, "shots": 1}, "ways=4 asks for more classes than split='train' has: 3"),
-        ({"shots": 2}, r"shots \+ queries = 2 \+ 1 = 3 .* too few in 1 of 3: 2 \(2\)"),
+        ({"ways": 4, "shots": 1}, "ways=4 is more than the classes of split='train': 3"),
+        ({"shots": 2}, r"shots \+ queries = 2 \+ 1 = 3 .* 1 of 3 classes have fewer: 2 \(2\)"),
         ({"shots": (1, 9)}, r"= 10 examples .* 0 \(4\), 1 \(4\), 2 \(2\)"),
         ({"y": Y[:-1]}, r"x, y: got shapes \(10, 2\) and \(9,\); .* one label per example"),
         ({"x": X[:0], "y": Y[:0]}, "x, y: got no examples"),
         ({"x": X.astype(np.int32)}, "x: got int32; it must be uint8"),
         ({"y": Y.astype(float)}, "y: got float64; it must hold integer or string class labels"),
         ({"ways": 0}, "ways: got 0; it must be at least 1"),
-        ({"shots": (3, 2)}, r"shots: got \(3, 2\); of a pair .* low must not be above high"),
+        ({"shots": (3, 2)}, r"shots: got \(3, 2\); in a pair .* low must not exceed high"),
         ({"shots": 0}, "shots: got 0; it must be at least 1"),
         ({"queries": 0}, "queries: got 0; it must be at least 1"),
         ({"split": "val"}, "split: got 'val'"),
@@ -296,34 +298,37 @@ TOLD = {name: [float(name), 1.0] for name in "012"}
         ({"classes": ClassSplit(train=("0", "1", "9"))}, "no example of 1 classes .* '9'"),
         ({"classes": ClassSplit(test=("0", "1"))}, "split: got 'train', which has no classes"),
         ({"classes": (0.5, 0.6, 0.0)}, "classes: got"),
-        ({"groups": {"0": "a", "1": "a"}}, r"groups must name every class .* lacks 1 of 3: '2'"),
+        ({"groups": {"0": "a", "1": "a"}}, r"groups must have every class .* lacks 1 of 3: '2'"),
         (
             {"groups": {"0": "a", "1": "b", "2": "c"}},
-            r"ways=2 asks for more classes than any group \(groups\) .* the largest, 'a', has 1",
+            r"ways=2 is more than the classes of any group \(groups\) .* the largest, 'a', has 1",
         ),
-        ({"groups": {"0": "a", "1": "b", "2": "b"}, "shots": 2}, r"too few in 1 of 2: 2 \(2\)"),
+        ({"groups": {"0": "a", "1": "b", "2": "b"}, "shots": 2}, r"1 of 2 classes have fewer: 2 \(2\)"),
         ({"paired": True}, r"paired=True needs classes with the same number .* got 2 \(2\) and 0 \(4\)"),
-        ({"shots": 0}, r"zero-shot tasks need one vector of every class"),
-        ({"metadata": TOLD}, "zero-shot tasks, which have shots=0.*; got shots=1"),
-        ({"metadata": TOLD, "shots": (0, 1)}, r"got shots=\(0, 1\)"),
-        ({"metadata": TOLD, "shots": 0, "ways": (1, 2)}, r"one number of ways.*; got ways=\(1, 2\)"),
-        ({"metadata": TOLD, "shots": 0, "rotations": "random"}, "got rotations='random'"),
-        ({"metadata": {"0": [1.0]}, "shots": 0}, "metadata must name every class .* lacks 2 of 3: '1', '2'"),
-        ({"metadata": TOLD | {"1": [0.0]}, "shots": 0}, "one vector of numbers a class, all of one length"),
-        ({"metadata": TOLD | {"1": ["a", "b"]}, "shots": 0}, "one vector of numbers a class"),
-        ({"metadata": TOLD | {"1": [0.0, np.nan]}, "shots": 0}, "finite, it is not for '1'"),
+        ({"shots": 0}, r"zero-shot tasks, which need one vector per class"),
+        ({"metadata": METADATA}, "zero-shot tasks, which need shots=0.*; got shots=1"),
+        ({"metadata": METADATA, "shots": (0, 1)}, r"got shots=\(0, 1\)"),
+        ({"metadata": METADATA, "shots": 0, "ways": (1, 2)}, r"a single number of ways.*; got ways=\(1, 2\)"),
+        ({"metadata": METADATA, "shots": 0, "rotations": "random"}, "got rotations='random'"),
+        ({"metadata": {"0": [1.0]}, "shots": 0}, "metadata must have every class .* lacks 2 of 3: '1', '2'"),
+        (
+            {"metadata": METADATA | {"1": [0.0]}, "shots": 0},
+            "one vector of numbers per class, all of one length",
+        ),
+        ({"metadata": METADATA | {"1": ["a", "b"]}, "shots": 0}, "one vector of numbers per class"),
+        ({"metadata": METADATA | {"1": [0.0, np.nan]}, "shots": 0}, "finite; it is not for '1'"),
         (
             {"metadata": dict.fromkeys("012", np.ones((1, 2))), "shots": 0},
-            r"one vector a class, got arrays of shape \(1, 2\)",
+            r"one vector per class, got arrays of shape \(1, 2\)",
         ),
     ],
 )
-def test_bad_arguments_are_refused_by_name(changes, message):
+def test_invalid_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         from_arrays(**({"x": X, "y": Y, "ways": 2, "shots": 1} | changes))
 
 
-def test_a_constant_predictor_is_at_chance_and_an_oracle_perfect():
+def test_a_constant_predictor_is_at_chance_and_an_oracle_is_perfect():
     x, y = numbered([3] * 10)
     support, query = sampled(from_arrays(x, y, ways=5, shots=1, queries=2), 200)
     assert (query.y == 0).mean() == pytest.approx(1 / 5)
@@ -333,8 +338,8 @@ def test_a_constant_predictor_is_at_chance_and_an_oracle_perfect():
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["none", "classes", "random"])
-def test_episodes_of_a_key_follow_the_published_rule(rotations):
-    """The rule written anew: what a published row drew, a later version draws as well."""
+def test_episodes_of_a_key_do_not_change_between_versions(rotations):
+    """An independent implementation of the draw: published results stay reproducible in later versions."""
     sizes, ways, shots, queries = [5, 6, 7, 5, 8], 3, 1, 2
     x = np.arange(sum(sizes) * 4, dtype=np.float32).reshape(-1, 2, 2, 1)
     tasks = from_arrays(
@@ -357,14 +362,14 @@ def test_episodes_of_a_key_follow_the_published_rule(rotations):
         np.testing.assert_array_equal(task.query.x, np.concatenate(query))
 
 
-# --- groups, and examples paired by their places ------------------------------------------------------------
+# --- groups, and examples paired by index ------------------------------------------------------------
 
-# Vowels and consonants lie mixed among the classes 0 … 8, which have eight examples each.
+# Groups of the classes 0 … 8; "u" has only two.
 GROUPS = {str(c): {0: "u", 4: "u", 1: "v", 3: "v", 8: "v"}.get(c, "w") for c in range(9)}
 
 
 def drawn_classes(tasks, count):
-    """Classes, places of the support examples and places of the queries, by episode and slot."""
+    """Return the classes and the indices of the support examples and queries, by episode and slot."""
     support, query = sampled(tasks, count)
     ways = support.ways
     rows = [batch.x.reshape(count, ways, -1, 2).astype(int) for batch in (support, query)]
@@ -373,10 +378,13 @@ def drawn_classes(tasks, count):
     return classes[:, :, 0], rows[0][..., 1], rows[1][..., 1]
 
 
-def test_classes_of_an_episode_are_of_one_group():
+def test_classes_of_an_episode_belong_to_one_group():
     x, y = numbered([8] * 9)
     tasks = from_arrays(x, y, ways=3, shots=1, queries=2, groups=GROUPS)
-    assert (tasks.card.classes, tasks.card.protocol) == (7, "classes within one group")  # "u" has but two
+    assert (tasks.card.classes, tasks.card.protocol) == (
+        7,
+        "classes within one group",
+    )  # "u" has only two classes
     assert tasks.sample.args[1].x.shape == (56, 2)
     classes, _, _ = drawn_classes(tasks, 6000)
     which = np.vectorize(lambda c: GROUPS[str(c)])(classes)
@@ -400,7 +408,7 @@ def test_groups_are_restricted_to_the_classes_of_the_split():
     assert (tasks.card.classes, tasks.card.split_hash, tasks.card.protocol) == (3, split.hash, "mine")
 
 
-def test_one_group_of_all_classes_draws_as_without_groups():
+def test_a_single_group_is_equivalent_to_no_groups():
     x, y = numbered([4] * 6)
     tasks = from_arrays(x, y, ways=2, shots=1, groups=dict.fromkeys("012345", "all"))
     classes, _, _ = drawn_classes(tasks, 6000)
@@ -411,7 +419,7 @@ def test_one_group_of_all_classes_draws_as_without_groups():
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_groups_are_turned_as_a_whole_where_turned_classes_are_classes(rotations):
+def test_groups_are_rotated_as_a_whole_with_rotated_classes(rotations):
     x, y = images()
     groups = {"0": "a", "3": "a", "1": "b", "2": "b", "4": "c"}
     tasks = from_arrays(x, y, ways=2, shots=1, queries=1, rotations=rotations, groups=groups)
@@ -420,20 +428,20 @@ def test_groups_are_turned_as_a_whole_where_turned_classes_are_classes(rotations
     seen, one_turn = {}, []
     for t in range(240):
         hits = [identify(x, image) for image in (*support.x[t], *query.x[t])]
-        found = [(groups[str(y[row])], turns) for row, turns in hits]
-        assert len({group for group, _ in found}) == 1
-        assert found[:2] == found[2:]
-        one_turn.append(len(set(found)) == 1)
-        seen[found[0]] = seen.get(found[0], 0) + 1
+        members = [(groups[str(y[row])], turns) for row, turns in hits]
+        assert len({group for group, _ in members}) == 1
+        assert members[:2] == members[2:]
+        one_turn.append(len(set(members)) == 1)
+        seen[members[0]] = seen.get(members[0], 0) + 1
     assert len(seen) == 8
     assert stats.chisquare(list(seen.values())).pvalue > 1e-3
     assert np.mean(one_turn) == 1 if rotations == "classes" else 0.1 < np.mean(one_turn) < 0.4
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS])
-def test_paired_examples_have_the_same_places_in_every_class(groups):
+def test_paired_examples_have_the_same_indices_in_every_class(groups):
     x, y = numbered([6] * 9)
-    order = np.lexsort((x[:, 1], y))  # so that an example's number is its place
+    order = np.lexsort((x[:, 1], y))  # the index of an example within its class is its number
     tasks = from_arrays(x[order], y[order], ways=3, shots=2, queries=2, groups=groups, paired=True)
     assert tasks.card.protocol.endswith("the same places in every class")
     classes, support, query = drawn_classes(tasks, 6000)
@@ -466,10 +474,10 @@ def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("options", [{}, {"groups": GROUPS, "paired": True}])
-def test_zero_shot_support_is_the_metadata_of_the_drawn_classes(options):
+def test_zero_shot_support_is_the_metadata_of_the_classes(options):
     x, y = numbered([4] * 9)
-    told = {str(c): np.array([c, c**2, 0.5]) for c in range(9)}
-    tasks = from_arrays(x, y, ways=3, shots=0, queries=2, metadata=told, **options)
+    metadata = {str(c): np.array([c, c**2, 0.5]) for c in range(9)}
+    tasks = from_arrays(x, y, ways=3, shots=0, queries=2, metadata=metadata, **options)
     assert (tasks.card.ways, tasks.card.shots, tasks.card.queries) == (3, 0, 2)
     support, query = sampled(tasks, 500)
     assert (support.x.shape, support.x.dtype, support.y.dtype) == ((500, 3, 3), np.float32, np.int32)
@@ -484,59 +492,59 @@ def test_zero_shot_support_is_the_metadata_of_the_drawn_classes(options):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7], b), (support, query), tuple(one))
 
 
-def test_zero_shot_needs_no_more_examples_than_queries_and_metadata_of_its_part_alone():
+def test_zero_shot_needs_examples_for_queries_and_metadata_for_its_part_only():
     x = np.random.default_rng(0).random((8, 1024), dtype=np.float32)
     y = np.repeat(list("abcd"), 2)
     split = ClassSplit(train=("a", "c"), test=("b", "d"))
-    told = {"d": np.ones(5), "b": np.zeros(5), "elsewhere": np.ones(7)}
-    tasks = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=told, split="test", classes=split)
+    metadata = {"d": np.ones(5), "b": np.zeros(5), "elsewhere": np.ones(7)}
+    tasks = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=metadata, split="test", classes=split)
     support, query = drawn(tasks)
     assert query.x.shape == (4, 1024)
     slot = int(support.x[1, 0])  # where "d" is
     np.testing.assert_array_equal(np.sort(query.x[2 * slot : 2 * slot + 2], 0), np.sort(x[6:], 0))
     with pytest.raises(ValueError, match=r"shots \+ queries = 0 \+ 3 = 3"):
-        from_arrays(x, y, ways=2, shots=0, queries=3, metadata=told, split="test", classes=split)
+        from_arrays(x, y, ways=2, shots=0, queries=3, metadata=metadata, split="test", classes=split)
 
 
-# --- The order of classes, and their names ------------------------------------------------------------
+# --- class order and class names ------------------------------------------------------------
 
 
-def of_labels(labels, split="train", **settings):
-    """Classes of two examples, whose pixels are their labels."""
+def tasks_of_labels(labels, split="train", **settings):
+    """Return tasks with two examples per class, whose pixel is the label."""
     labels = np.repeat(labels, 2)
     x = np.array([float(label) for label in labels], np.float32)[:, None]
     return from_arrays(x, labels, ways=3, shots=1, split=split, **settings)
 
 
 @pytest.mark.parametrize("kind", [int, str, np.uint8])
-def test_classes_that_are_numbers_are_in_numeric_order(kind):
-    tasks = of_labels([kind(label) for label in (20, 1, 3, 10, 2, 100)])
+def test_numeric_class_names_are_sorted_numerically(kind):
+    tasks = tasks_of_labels([kind(label) for label in (20, 1, 3, 10, 2, 100)])
     assert tasks.classes == ("1", "2", "3", "10", "20", "100")
     x, y = labelled(tasks)
     assert x[:, 0].tolist() == [1, 1, 2, 2, 3, 3, 10, 10, 20, 20, 100, 100]
     assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
-def test_classes_of_which_not_all_are_numbers_keep_the_order_of_text():
+def test_mixed_class_names_are_sorted_as_text():
     assert in_order(["b", "10", "2"]) == ["10", "2", "b"]
     assert in_order(["10", "9", "08"]) == ["08", "9", "10"]
-    # The whole split decides, so that no part is of another order than it.
+    # The names of the whole split decide, so that all parts have the same order.
     split = ClassSplit(train=("10", "2"), test=("x",))
     assert (split.ordered("train"), split.ordered("test")) == (["10", "2"], ["x"])
     assert ClassSplit(train=("10", "2"), test=("7",)).ordered("train") == ["2", "10"]
 
 
-def test_the_order_of_classes_changes_no_split_and_no_hash():
+def test_split_and_hash_do_not_depend_on_the_class_order():
     names = [str(label) for label in range(30)]
     split = ClassSplit.from_fractions(names)
-    parts = [of_labels(list(range(30)), part, classes=(0.64, 0.16, 0.2)) for part in PARTS]
+    parts = [tasks_of_labels(list(range(30)), part, classes=(0.64, 0.16, 0.2)) for part in PARTS]
     for name, tasks in zip(PARTS, parts, strict=True):
         assert tasks.card.split_hash == split.hash
         assert tasks.classes == tuple(sorted(split.part(name), key=int))
 
 
 @pytest.mark.parametrize("ways", [3, (2, 4)])
-def test_the_classes_of_an_episode_have_names_by_slot(ways):
+def test_class_names_of_an_episode_by_slot(ways):
     labels = np.repeat([20, 1, 3, 10, 2, 100], 3)
     x = labels.astype(np.float32)[:, None]
     tasks = from_arrays(x, labels, ways=ways, shots=1, queries=2)
@@ -546,13 +554,13 @@ def test_the_classes_of_an_episode_have_names_by_slot(ways):
         names = classes_of(tasks, jax.random.key(seed))
         for part in (support, query):
             real = np.ones(part.y.size, bool) if part.mask is None else np.asarray(part.mask)
-            shown = np.asarray(part.x)[real, 0]
-            assert shown.tolist() == [float(names[slot]) for slot in np.asarray(part.y)[real]]
+            pixels = np.asarray(part.x)[real, 0]
+            assert pixels.tolist() == [float(names[slot]) for slot in np.asarray(part.y)[real]]
         padded += names.count("")
     assert bool(padded) == (ways != 3)
 
 
-def test_turned_classes_have_names_that_say_so_and_tasks_without_names_are_refused():
+def test_names_of_rotated_classes_and_tasks_without_class_names():
     x = np.arange(48, dtype=np.float32).reshape(12, 2, 2)
     tasks = from_arrays(x, np.repeat([*"abcdef"], 2), ways=4, shots=1, rotations="classes")
     names = classes_of(tasks, jax.random.key(1))

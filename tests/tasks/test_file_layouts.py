@@ -1,4 +1,4 @@
-"""Which file is of which class and part, in all layouts; and rows that are refused by line."""
+"""Tests of image folder layouts: classes and parts of files, and errors that name the line of a list."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def put(root, *names):
-    """Images of 4 x 4, each of one grey level that tells its place in `names`."""
+    """Write 4 x 4 images whose grey level is their index in `names`."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4), number).save(root / name, "PNG")
@@ -32,8 +32,8 @@ def write(path, header, *rows, delimiter=","):
         csv.writer(file, delimiter=delimiter).writerows([header, *rows])
 
 
-def found(path, **settings):
-    """{class: {part: names of files}}."""
+def layout_of(path, **settings):
+    """Return {class: {part: file names}}."""
     listing = list_images(path, **settings)
     return {
         name: {
@@ -44,7 +44,8 @@ def found(path, **settings):
     }
 
 
-def said(path, **settings):
+def skipped(path, **settings):
+    """Return the descriptions of the skipped files."""
     return [str(each) for each in list_images(path, **settings).left_out]
 
 
@@ -54,18 +55,18 @@ def said(path, **settings):
 @pytest.mark.parametrize(
     "names", [("train", "val", "test"), ("Train", "VALID", "Test"), ("base", "validation", "novel")]
 )
-def test_folders_named_as_parts_are_the_class_split(tmp_path, names):
+def test_folders_named_after_parts_form_the_class_split(tmp_path, names):
     first, second, third = names
     put(tmp_path, *(f"{first}/ant/{i}.png" for i in range(3)), *(f"{first}/bee/{i}.png" for i in range(3)))
     put(tmp_path, f"{second}/cow/0.png", f"{second}/doe/0.png", f"{third}/elk/0.png", f"{third}/fox/a b.png")
     put(tmp_path, f"{first}/loose.png", f"{third}/fox/deep/1.png", "beside.png")
     (tmp_path / third / "fox" / "notes.txt").write_text("no image")
-    assert found(tmp_path)["ant"] == {"train": [f"{first}/ant/{i}.png" for i in range(3)]}
-    assert sorted(said(tmp_path)) == [
-        "1 file that is no image (" + f"{third}/fox/notes.txt)",
-        f"1 image beside the class folders ({first}/loose.png)",
-        "1 image beside the folders (beside.png)",
-        f"1 image in a folder of a class folder ({third}/fox/deep/1.png)",
+    assert layout_of(tmp_path)["ant"] == {"train": [f"{first}/ant/{i}.png" for i in range(3)]}
+    assert sorted(skipped(tmp_path)) == [
+        "1 file that is not an image (" + f"{third}/fox/notes.txt)",
+        f"1 image in a subfolder of a class folder ({third}/fox/deep/1.png)",
+        f"1 image outside the class folders ({first}/loose.png)",
+        "1 image outside the folders (beside.png)",
     ]
     prepared = prepare_folder(tmp_path)
     assert prepared.split == ClassSplit(("ant", "bee"), ("cow", "doe"), ("elk", "fox"))
@@ -91,44 +92,42 @@ def test_parts_that_share_classes_are_pooled_for_few_shot_tasks(tmp_path):
         tasks = from_folder(tmp_path, "train", ways=2, shots=2, queries=3)
     assert tasks.card.protocol == "random class split (0.64, 0.16, 0.2), seed 0"
     assert tasks.card.classes == 2
-    # Those to train on come first within a class: each image is of the level that its place in `put` gave it.
+    # Within a class the training images come first; the grey level of an image is its index in `put`.
     levels = prepared.read(prepared.rows_of(["bee"]))[:, 0, 0, 0].tolist()
     assert levels == [3, 4, 5, 2, 3]
 
 
-def test_a_class_that_is_called_as_a_part_is_a_class(tmp_path):
+def test_classes_may_be_named_like_parts(tmp_path):
     put(tmp_path, "test/1.png", "train/1.png", "bus/1.png")
-    assert set(found(tmp_path)) == {"test", "train", "bus"}
+    assert set(layout_of(tmp_path)) == {"test", "train", "bus"}
     put(tmp_path / "deeper", "test/a/1.png", "train/a/1.png", "bus/1.png")
-    with pytest.raises(
-        ValueError, match=r"2 of 3 class folders .*'test', 'train'; there are further folders"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 3 class folders .*'test', 'train'; some have subfolders"):
         list_images(tmp_path / "deeper")
     put(tmp_path / "two", "train/1.png", "test/1.png", "test/2.png")
-    assert set(found(tmp_path / "two")) == {"train", "test"}
+    assert set(layout_of(tmp_path / "two")) == {"train", "test"}
 
 
-def test_a_single_part_is_no_part(tmp_path):
+def test_a_single_part_is_ignored(tmp_path):
     put(tmp_path, "train/ant/1.png", "train/bee/1.png")
-    assert found(tmp_path) == {"ant": {"": ["train/ant/1.png"]}, "bee": {"": ["train/bee/1.png"]}}
+    assert layout_of(tmp_path) == {"ant": {"": ["train/ant/1.png"]}, "bee": {"": ["train/bee/1.png"]}}
 
 
 def test_two_folders_for_one_part_are_refused(tmp_path):
     put(tmp_path, "val/ant/1.png", "valid/bee/1.png", "train/cow/1.png")
     with pytest.raises(
-        ValueError, match=r"path: .*val and .*valid are both for validation; leave one of them"
+        ValueError, match=r"path: .*val and .*valid are both for validation; keep one of them"
     ):
         list_images(tmp_path)
 
 
-def test_images_without_labels_are_no_class(tmp_path):
+def test_folders_named_images_are_not_classes(tmp_path):
     put(tmp_path, "train/ant/images/1.png", "train/bee/images/1.png", "val/images/1.png", "test/images/1.png")
-    with pytest.raises(ValueError, match=r"name the one whose subfolders are the classes"):
+    with pytest.raises(ValueError, match=r"give the folder whose subfolders are the classes"):
         list_images(tmp_path)
-    assert found(tmp_path / "train")["ant"] == {"": ["ant/images/1.png"]}
+    assert layout_of(tmp_path / "train")["ant"] == {"": ["ant/images/1.png"]}
 
 
-def test_images_of_several_folders_of_a_class_are_counted_and_not_taken(tmp_path):
+def test_images_in_subfolders_of_a_class_are_reported_and_skipped(tmp_path):
     put(
         tmp_path,
         "ant/1.png",
@@ -138,11 +137,13 @@ def test_images_of_several_folders_of_a_class_are_counted_and_not_taken(tmp_path
         ".git/x.png",
         "__MACOSX/ant/1.png",
     )
-    assert found(tmp_path)["ant"] == {"": ["ant/1.png"]}
-    assert said(tmp_path) == ["2 images in folders of a class folder (ant/more/2.png, ant/most/of/3.png)"]
+    assert layout_of(tmp_path)["ant"] == {"": ["ant/1.png"]}
+    assert skipped(tmp_path) == [
+        "2 images in subfolders of a class folder (ant/more/2.png, ant/most/of/3.png)"
+    ]
     put(tmp_path / "other", "ant/one/1.png", "ant/two/1.png", "bee/1.png")
     with pytest.raises(
-        ValueError, match=r"1 of 2 class folders .* hold no images .*'ant'; there are further"
+        ValueError, match=r"1 of 2 class folders .* hold no images .*'ant'; some have subfolders"
     ):
         list_images(tmp_path / "other")
 
@@ -155,24 +156,24 @@ def test_images_of_several_folders_of_a_class_are_counted_and_not_taken(tmp_path
     ("header", "delimiter"),
     [(("filename", "label"), ","), (("Path", "Class Name"), ";"), (("id", "image", "class"), "\t")],
 )
-def test_lists_named_as_parts(tmp_path, place, header, delimiter):
+def test_lists_named_after_parts(tmp_path, place, header, delimiter):
     put(tmp_path / "images", *(f"{i}.png" for i in range(7)))
     rows = {"train": [("0.png", "ant"), ("1.png", "bee"), ("2.png", "ant")], "val": [("3.png", "cow")]}
     rows["test"] = [("5.png", "elk"), ("4.png", "elk")]
     for part, lines in rows.items():
         lines = [(7, *line) for line in lines] if len(header) == 3 else lines
         write(tmp_path / place / f"{part}.csv", header, *lines, delimiter=delimiter)
-    assert found(tmp_path) == {
+    assert layout_of(tmp_path) == {
         "ant": {"train": ["images/0.png", "images/2.png"]},
         "bee": {"train": ["images/1.png"]},
         "cow": {"validation": ["images/3.png"]},
         "elk": {"test": ["images/4.png", "images/5.png"]},
     }
-    assert said(tmp_path) == ["1 image that no list names (images/6.png)"]
-    assert set(found(tmp_path / place / "train.csv")) == {"ant", "bee"}
+    assert skipped(tmp_path) == ["1 image that is not listed (images/6.png)"]
+    assert set(layout_of(tmp_path / place / "train.csv")) == {"ant", "bee"}
     assert prepare_folder(tmp_path).split == ClassSplit(("ant", "bee"), ("cow",), ("elk",))
-    shown = drawn(from_folder(tmp_path, "test", ways=1, shots=1, queries=1))
-    levels = np.rint(255 * np.concatenate([shown.support.x, shown.query.x])[:, 0, 0, 0])
+    task = drawn(from_folder(tmp_path, "test", ways=1, shots=1, queries=1))
+    levels = np.rint(255 * np.concatenate([task.support.x, task.query.x])[:, 0, 0, 0])
     assert sorted(levels.tolist()) == [4, 5]
 
 
@@ -180,53 +181,55 @@ def test_one_list_with_and_without_a_split(tmp_path):
     put(tmp_path / "photos", "a.png", "b.png", "c.png")
     rows = [("photos/a.png", "0", "train"), ("photos/b.png", "1", "Test"), ("photos/c.png", "0", "train")]
     write(tmp_path / "labels.csv", ("file", "label", "split"), *rows)
-    wanted = {"0": {"train": ["photos/a.png", "photos/c.png"]}, "1": {"test": ["photos/b.png"]}}
-    assert found(tmp_path) == wanted
-    assert found(tmp_path / "labels.csv") == wanted
+    expected = {"0": {"train": ["photos/a.png", "photos/c.png"]}, "1": {"test": ["photos/b.png"]}}
+    assert layout_of(tmp_path) == expected
+    assert layout_of(tmp_path / "labels.csv") == expected
     write(tmp_path / "labels.csv", ("file", "label"), *(row[:2] for row in rows))
-    assert found(tmp_path) == {"0": {"": ["photos/a.png", "photos/c.png"]}, "1": {"": ["photos/b.png"]}}
+    assert layout_of(tmp_path) == {"0": {"": ["photos/a.png", "photos/c.png"]}, "1": {"": ["photos/b.png"]}}
     write(tmp_path / "more.csv", ("file", "label"), *(row[:2] for row in rows[:1]))
-    assert found(tmp_path / "more.csv") == {"0": {"": ["photos/a.png"]}}
+    assert layout_of(tmp_path / "more.csv") == {"0": {"": ["photos/a.png"]}}
 
 
-def test_a_table_beside_class_folders_changes_nothing(tmp_path):
+def test_a_table_next_to_class_folders_is_ignored(tmp_path):
     put(tmp_path, "ant/1.png", "bee/1.png")
     write(tmp_path / "labels.csv", ("file", "label"), ("ant/1.png", "x"))
     write(tmp_path / "train.csv", ("id", "text"), ("1", "x"))
     write(tmp_path / "test.csv", ("id", "text"), ("1", "x"))
-    assert found(tmp_path) == {"ant": {"": ["ant/1.png"]}, "bee": {"": ["bee/1.png"]}}
+    assert layout_of(tmp_path) == {"ant": {"": ["ant/1.png"]}, "bee": {"": ["bee/1.png"]}}
 
 
-def chen(names, files, labels):
+def json_list(names, files, labels):
     return json.dumps({"label_names": names, "image_names": files, "image_labels": labels})
 
 
-def test_lists_in_json_as_few_shot_code_writes_them(tmp_path):
+def test_json_lists_of_published_few_shot_code(tmp_path):
     put(tmp_path / "CUB" / "images", "001.ant/a.jpg", "001.ant/b.jpg", "002.bee/a.jpg", "003.cow/a.jpg")
-    there = "/home/other/filelists/CUB/images/"
+    prefix = "/home/other/filelists/CUB/images/"
     names = ["001.ant", "002.bee", "003.cow"]
     for part, files, labels in (
         ("base", ["001.ant/a.jpg", "001.ant/b.jpg"], [0, 0]),
         ("val", ["002.bee/a.jpg"], [1]),
         ("novel", ["003.cow/a.jpg"], [2]),
     ):
-        (tmp_path / "CUB" / f"{part}.json").write_text(chen(names, [there + file for file in files], labels))
-    assert found(tmp_path / "CUB") == {
+        (tmp_path / "CUB" / f"{part}.json").write_text(
+            json_list(names, [prefix + file for file in files], labels)
+        )
+    assert layout_of(tmp_path / "CUB") == {
         "001.ant": {"train": ["images/001.ant/a.jpg", "images/001.ant/b.jpg"]},
         "002.bee": {"validation": ["images/002.bee/a.jpg"]},
         "003.cow": {"test": ["images/003.cow/a.jpg"]},
     }
-    (tmp_path / "CUB" / "val.json").write_text(chen(names, [there + "002.bee/a.jpg"], [3]))
-    with pytest.raises(ValueError, match=r"val\.json, image_labels\[0\]: got 3, and there are 3 names"):
+    (tmp_path / "CUB" / "val.json").write_text(json_list(names, [prefix + "002.bee/a.jpg"], [3]))
+    with pytest.raises(ValueError, match=r"val\.json, image_labels\[0\]: got 3; it must be below 3"):
         list_images(tmp_path / "CUB")
 
 
-def test_classes_and_their_folders_in_json(tmp_path):
+def test_json_lists_of_class_folders(tmp_path):
     put(tmp_path, "data/a/1.png", "data/a/2.png", "data/b/1.png")
     (tmp_path / "set.json").write_text(
         json.dumps({"class_names": ["x", "y"], "class_roots": ["data/a", "data/b"]})
     )
-    assert found(tmp_path / "set.json") == {
+    assert layout_of(tmp_path / "set.json") == {
         "x": {"": ["data/a/1.png", "data/a/2.png"]},
         "y": {"": ["data/b/1.png"]},
     }
@@ -234,7 +237,7 @@ def test_classes_and_their_folders_in_json(tmp_path):
     with pytest.raises(ValueError, match=r"class_roots\[0\]: '../other' lies outside of"):
         list_images(tmp_path / "set.json")
     for text, message in (
-        ("{", "is no list of images in JSON"),
+        ("{", "is not a list of images in JSON"),
         ('{"image_names": ["a"], "image_labels": []}', "got 1 image_names and 0 image_labels"),
         (
             '{"image_names": ["a"], "image_labels": [1.5]}',
@@ -248,13 +251,16 @@ def test_classes_and_their_folders_in_json(tmp_path):
             list_images(tmp_path / "set.json")
 
 
-# --- names of files in lists --------------------------------------------------------------------------------
+# --- file names in lists --------------------------------------------------------------------------------
 
 
 def listed(root, text):
     (root / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     return [
-        file for parts in found(root / "labels.csv").values() for files in parts.values() for file in files
+        file
+        for parts in layout_of(root / "labels.csv").values()
+        for files in parts.values()
+        for file in files
     ]
 
 
@@ -274,7 +280,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_file_names_with_odd_characters_come_out_right(tmp_path, name):
+def test_file_names_with_special_characters(tmp_path, name):
     put(tmp_path, name)
     quoted = '"' + name.replace('"', '""') + '"'
     assert listed(tmp_path, f"file,label\r\n{quoted},x\r\n") == [name]
@@ -289,7 +295,7 @@ def test_file_names_with_odd_characters_come_out_right(tmp_path, name):
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_file_names_come_out_right(tmp_path_factory, names, delimiter, encoding):
+def test_random_file_names(tmp_path_factory, names, delimiter, encoding):
     root = tmp_path_factory.mktemp("names")
     for name in names:
         (root / name).write_bytes(b"")
@@ -314,12 +320,12 @@ def test_any_file_names_come_out_right(tmp_path_factory, names, delimiter, encod
         "file,label\nants/1.png,x\n".encode("utf-16"),
     ],
 )
-def test_ways_to_write_one_file(tmp_path, text):
+def test_dialects_of_lists(tmp_path, text):
     put(tmp_path, "ants/1.png")
     assert listed(tmp_path, text) == ["ants/1.png"]
 
 
-def test_the_absolute_path_of_a_file_in_the_folder(tmp_path):
+def test_absolute_paths_inside_of_the_folder(tmp_path):
     put(tmp_path, "ants/1.png")
     assert listed(tmp_path, f"file,label\n{tmp_path}/ants/1.png,x\n") == ["ants/1.png"]
 
@@ -337,15 +343,15 @@ def test_the_absolute_path_of_a_file_in_the_folder(tmp_path):
         ("file,label\n1.png,x\n\n2.png,\n", r"line 4: the label is empty"),
         ("file,label\n ,x\n", r"line 2: the file is empty"),
         ("file,label\n1.png,x\n.,x\n", r"line 3: '\.' is a folder; it must be an image"),
-        ("file,label\n1.png,x\n2.png\n", r"line 3: got 1 cells, and there are 2 columns"),
-        ("file,label\n1, 2.png,x\n", r"line 2: got 3 cells, and there are 2 columns"),
+        ("file,label\n1.png,x\n2.png\n", r"line 3: expected 2 cells, got 1"),
+        ("file,label\n1, 2.png,x\n", r"line 2: expected 2 cells, got 3"),
         (
             "file,label\n1.png,x\n1.png,y\n",
-            r"line 3: '1.png' is of the class 'y', and of the class 'x' in labels.csv, line 2",
+            r"line 3: '1.png' is of the class 'y', but of the class 'x' in labels.csv, line 2",
         ),
         (
             "file,label,split\n1.png,x,train\n1.png,x,test\n",
-            r"line 3: .* of the class 'x' in test, and of .* in train",
+            r"line 3: .* of the class 'x' in test, but of .* in train",
         ),
         (
             "file,label,split\n1.png,x,holdout\n",
@@ -354,17 +360,20 @@ def test_the_absolute_path_of_a_file_in_the_folder(tmp_path):
         ("file,label,split\n1.png,x,\n", r"line 2: got the split ''; it must be"),
         (
             "file,label\n1.png,x\n9.png,x\n",
-            r"1 of the 2 images that it lists are not there .*: line 3: '9.png'",
+            r"1 of 2 listed images do not exist .*: line 3: '9.png'",
         ),
-        ("file,colour\n1.png,x\n", r"has the columns 'file', 'colour', and none for the label of an image"),
+        (
+            "file,colour\n1.png,x\n",
+            r"has the columns 'file', 'colour' and lacks one for the label of an image",
+        ),
         ("file,label\n", "lists no images"),
-        ("", "none for the file and the label"),
+        ("", "lacks one for the file and the label"),
         ('file,label\n"1.png,x\n', "line 2: cannot be read as csv"),
-        (b"file,label\n1.png,x\n\xff.png,x\n", r"line 3: is not UTF-8; save the file as such"),
+        (b"file,label\n1.png,x\n\xff.png,x\n", r"line 3: not UTF-8; save the file as UTF-8"),
         (b"file,label\n1\x00.png,x\n", r"line 2: .*(zero byte|csv)"),
     ],
 )
-def test_rows_that_cannot_be_used_are_refused_by_line(tmp_path, text, message):
+def test_invalid_rows_raise_errors_that_name_the_line(tmp_path, text, message):
     put(tmp_path / "set", "1.png", "2.png")
     put(tmp_path, "secret.png")
     with pytest.raises(ValueError, match=message) as caught:
@@ -372,25 +381,25 @@ def test_rows_that_cannot_be_used_are_refused_by_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_listed_images_that_are_not_there_can_be_left_out(tmp_path):
+def test_missing_listed_images_can_be_skipped(tmp_path):
     put(tmp_path, "1.png", "2.png", "3.png")
     (tmp_path / "labels.csv").write_text("file,label\n1.png,x\n9.png,x\n2.png,y\n1.png,x\n")
-    assert found(tmp_path, skip_missing=True) == {"x": {"": ["1.png"]}, "y": {"": ["2.png"]}}
-    assert said(tmp_path, skip_missing=True) == [
-        "1 listed image that is not there (labels.csv, line 3: '9.png')",
-        "1 row that is there twice (labels.csv, line 5)",
-        "1 image that no list names (3.png)",
+    assert layout_of(tmp_path, skip_missing=True) == {"x": {"": ["1.png"]}, "y": {"": ["2.png"]}}
+    assert skipped(tmp_path, skip_missing=True) == [
+        "1 listed image that does not exist (labels.csv, line 3: '9.png')",
+        "1 duplicate row (labels.csv, line 5)",
+        "1 image that is not listed (3.png)",
     ]
 
 
-def test_links_are_images_of_the_folder(tmp_path):
+def test_links_to_images_are_read(tmp_path):
     put(tmp_path, "elsewhere/1.png")
     (tmp_path / "set").mkdir()
     os.symlink(tmp_path / "elsewhere" / "1.png", tmp_path / "set" / "1.png")
     assert listed(tmp_path / "set", "file,label\n1.png,x\n") == ["1.png"]
 
 
-def test_names_that_cannot_be_printed_do_not_stop_a_run(tmp_path):
+def test_unprintable_file_names_are_escaped(tmp_path):
     names = [os.fsdecode(b"ant/\xff.png"), "ant/a\nb.png", "bee/1.png", "bee/\x1b[31m.txt"]
     put(tmp_path, *names)
     summary = prepare_folder(tmp_path, size=4).summary
@@ -400,29 +409,29 @@ def test_names_that_cannot_be_printed_do_not_stop_a_run(tmp_path):
     assert r"bee/\x1b[31m.txt" in str(summary)
 
 
-def test_links_that_lead_round_in_a_circle_are_not_followed_for_ever(tmp_path):
+def test_cyclic_links_are_not_followed(tmp_path):
     put(tmp_path, "train/ant/1.png", "train/bee/1.png", "test/cow/1.png")
     for name in ("train/ant/back", "test/back"):
         os.symlink(tmp_path, tmp_path / name)
-    assert set(found(tmp_path)) == {"ant", "bee", "cow"}
+    assert set(layout_of(tmp_path)) == {"ant", "bee", "cow"}
 
 
 @pytest.mark.parametrize("folders", [["images"], ["train", "test"]])
-def test_of_several_lists_one_must_be_named(tmp_path, folders):
+def test_several_lists_are_ambiguous(tmp_path, folders):
     put(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in range(2)))
     for name in ("train.csv", "submission.csv"):
         write(tmp_path / name, ("file", "label"), ("0.png", "x"), ("1.png", "y"))
     with pytest.raises(
-        ValueError, match=r"has 2 lists of images \(submission\.csv, train\.csv\); name one of them"
+        ValueError, match=r"has 2 lists of images \(submission\.csv, train\.csv\); give the path of one"
     ):
         list_images(tmp_path)
-    assert found(tmp_path / "train.csv") == {
+    assert layout_of(tmp_path / "train.csv") == {
         "x": {"": [f"{folders[0]}/0.png"]},
         "y": {"": [f"{folders[0]}/1.png"]},
     }
 
 
-# --- folders of something else ------------------------------------------------------------------------------
+# --- folders of other files ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -432,12 +441,12 @@ def test_of_several_lists_one_must_be_named(tmp_path, folders):
             "mini-imagenet-cache-train.pkl",
             r"holds pickles and no images; .*pickle\.load.*numpy\.savez.*arrays:data\.npz",
         ),
-        ("images.npz", r"holds arrays and no images; name arrays as arrays:images\.npz"),
-        ("images.npy", r"holds arrays and no images; .*numpy\.savez.* and name arrays:data\.npz"),
-        ("images.zip", "holds archives and no images; unpack it, and name the folder"),
+        ("images.npz", r"holds arrays and no images; use arrays:images\.npz"),
+        ("images.npy", r"holds arrays and no images; .*numpy\.savez.* and use arrays:data\.npz"),
+        ("images.zip", "holds archives and no images; unpack it, and give the folder"),
     ],
 )
-def test_folders_of_other_files_say_what_to_do(tmp_path, file, message):
+def test_errors_for_folders_of_other_files_say_what_to_do(tmp_path, file, message):
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(ValueError, match=message):
         list_images(tmp_path)

@@ -1,4 +1,4 @@
-"""Drawn characters: whole images, as hard as Omniglot, of classes that are uniform and distinct."""
+"""Tests of glyphs: complete images, about as hard as Omniglot, of uniform and distinct classes."""
 
 import functools
 
@@ -20,31 +20,31 @@ def keys():
 
 @pytest.fixture(scope="module")
 def episodes(keys):
-    """5-way 1-shot tasks of the test classes."""
+    """Draw 5-way 1-shot tasks of the test classes."""
     return jax.jit(jax.vmap(glyphs("test", ways=5, shots=1, queries=3).sample))(keys)
 
 
 @pytest.fixture(scope="module")
 def zero_shot(keys):
-    """Tasks that tell their classes by their strokes."""
+    """Draw zero-shot tasks, whose support set is the metadata of the classes."""
     return jax.jit(jax.vmap(glyphs("test", ways=5, shots=0, queries=4).sample))(keys)
 
 
 @pytest.fixture(scope="module")
 def metadata():
-    """Of every class there is."""
+    """Return the metadata of all classes."""
     return np.asarray(glyph_metadata(np.arange(CLASSES["test"].stop)))
 
 
 @pytest.fixture(scope="module")
 def classes(zero_shot, metadata):
-    """Which class sits in each slot of each episode, `(episodes, 5)`, told from its metadata."""
+    """Return the class of each slot of each episode, `(episodes, 5)`, by nearest metadata."""
     table = metadata[np.array(CLASSES["test"])]
-    found = np.asarray(zero_shot.support.x).reshape(-1, table.shape[1])
-    distance = np.square(found).sum(1)[:, None] - 2 * found @ table.T + np.square(table).sum(1)[None]
+    vectors = np.asarray(zero_shot.support.x).reshape(-1, table.shape[1])
+    distance = np.square(vectors).sum(1)[:, None] - 2 * vectors @ table.T + np.square(table).sum(1)[None]
     ids = distance.argmin(1)
-    # A class has the same strokes in whatever episode it appears.
-    np.testing.assert_allclose(table[ids], found, atol=1e-5)
+    # A class has the same strokes in every episode.
+    np.testing.assert_allclose(table[ids], vectors, atol=1e-5)
     return ids.reshape(-1, 5)
 
 
@@ -100,7 +100,7 @@ def test_classes_are_distinct_uniform_and_independent_of_slots(classes):
     assert abs(chi2 - 1023) < 5 * (2 * 1023) ** 0.5
     sigma = 1024 / 12**0.5 / EPISODES**0.5
     np.testing.assert_allclose(classes.mean(0), 1023 / 2, atol=5 * sigma)
-    # Nor does a slot say anything of its neighbour: order, too, is random.
+    # Neighbouring slots are independent: the order of the classes is random.
     assert (np.diff(classes, axis=1) > 0).mean() == pytest.approx(0.5, abs=0.06)
 
 
@@ -130,7 +130,7 @@ def test_zero_shot_tasks_have_the_metadata_as_support(zero_shot):
 def test_images_follow_the_class_across_episodes(zero_shot, classes):
     ids = np.repeat(classes.ravel(), 4)
     images = np.asarray(zero_shot.query.x).reshape(len(ids), -1)
-    # Pairs of images from different episodes, of one class and of two classes.
+    # Pairs of images from different episodes, of the same class and of different classes.
     order = np.argsort(ids, kind="stable")
     pairs = np.stack([order[:-4], order[4:]])
     pairs = pairs[:, pairs[0] // 20 != pairs[1] // 20]
@@ -145,7 +145,7 @@ def test_all_examples_differ(episodes):
     assert len(np.unique(images, axis=0)) == len(images)
 
 
-def test_every_image_has_ink_away_from_the_border_and_at_full_pressure(episodes):
+def test_every_image_has_full_ink_and_an_empty_border(episodes):
     for batch in episodes:
         x = np.asarray(batch.x)
         assert x.min() == 0
@@ -155,12 +155,12 @@ def test_every_image_has_ink_away_from_the_border_and_at_full_pressure(episodes)
         assert ink.max() < 0.40
         border = np.concatenate([x[..., 0, :, 0], x[..., -1, :, 0], x[..., :, 0, 0], x[..., :, -1, 0]])
         assert border.max() < 1e-3
-        # Somewhere in each image the pen has pressed fully: no ghosts.
+        # Every image has fully inked pixels.
         assert x.max((-3, -2, -1)).min() > 0.9
 
 
 @pytest.mark.nightly
-def test_the_size_changes_the_resolution_only():
+def test_the_size_only_changes_the_resolution():
     hands = hands_of(jax.random.bits(jax.random.key(0), (5, HAND), jnp.uint32))
     strokes = jax.jit(jax.vmap(class_strokes))(jnp.arange(5))
     small, large = (
@@ -170,8 +170,8 @@ def test_the_size_changes_the_resolution_only():
     assert jnp.abs(small[..., 0] - pooled).mean() < 0.03
 
 
-def test_nearest_neighbours_on_pixels_are_about_as_bad_as_on_omniglot(episodes):
-    """1-nearest-neighbour is about as bad as on Omniglot (41.7 %), and far from chance (20 %)."""
+def test_nearest_neighbours_on_pixels_have_about_the_accuracy_of_omniglot(episodes):
+    """The accuracy of 1-nearest-neighbour is close to Omniglot's (41.7 %) and well above chance (20 %)."""
     support = np.asarray(episodes.support.x).reshape(EPISODES, 5, -1)
     query = np.asarray(episodes.query.x).reshape(EPISODES, 15, -1)
     products = query @ support.transpose(0, 2, 1)
@@ -192,12 +192,12 @@ def test_nearest_neighbours_on_pixels_are_about_as_bad_as_on_omniglot(episodes):
         ({"size": 4}, "size: got 4; it must be at least 8"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(settings, message):
+def test_invalid_arguments_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         glyphs(**settings)
 
 
 @pytest.mark.parametrize("class_id", [-1, 6144, np.array([0, 7000])])
-def test_metadata_of_unknown_classes_are_refused(class_id):
+def test_metadata_of_unknown_classes_raises_an_error(class_id):
     with pytest.raises(ValueError, match=r"class_id: got .*; it must be integers from 0 to 6143"):
         glyph_metadata(class_id)

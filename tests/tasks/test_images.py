@@ -1,4 +1,4 @@
-"""Image files: what counts as one, grey or colour by the header, and pixels against PIL and by hand."""
+"""Tests of image files: which files are images, colour by the header, and pixels compared with PIL."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def png(pixels, **settings):
 # --- which files ----------------------------------------------------------------------------------------
 
 
-def test_images_of_a_folder(tmp_path):
+def test_image_files_of_a_folder(tmp_path):
     for name in ("b.PNG", "a.jpeg", "C.TiF", ".hidden.png", "notes.txt", "png", "labels.csv", ".png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
@@ -37,7 +37,7 @@ def test_images_of_a_folder(tmp_path):
     assert [path.name for path in image_files(tmp_path)] == ["C.TiF", "a.jpeg", "b.PNG", "lost.png"]
 
 
-def test_classes_of_a_folder(tmp_path):
+def test_class_files_of_a_folder(tmp_path):
     for name in (
         "owl/2.png",
         "owl/10.png",
@@ -49,28 +49,30 @@ def test_classes_of_a_folder(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = class_files(tmp_path)
+    files = class_files(tmp_path)
     if len(list((tmp_path / "owl").iterdir())) == 3:
-        pytest.skip("the file system does not tell Owl from owl")
-    assert list(found) == ["Owl", "elk", "owl"]
-    assert [path.name for path in found["owl"]] == ["10.png", "2.png"]
-    assert [path.name for path in found["elk"]] == ["1.bmp"]
+        pytest.skip("the file system is not case-sensitive")
+    assert list(files) == ["Owl", "elk", "owl"]
+    assert [path.name for path in files["owl"]] == ["10.png", "2.png"]
+    assert [path.name for path in files["elk"]] == ["1.bmp"]
 
 
-def test_folders_that_are_no_data_set(tmp_path):
+def test_folders_without_class_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^support: .*none does not exist"):
         class_files(tmp_path / "none", "support")
-    with pytest.raises(ValueError, match=r"^path: .* has no subfolders, one a class$"):
+    with pytest.raises(
+        ValueError, match=r"^path: .* has no subfolders; it must have one subfolder per class$"
+    ):
         class_files(tmp_path)
     (tmp_path / "1.png").write_bytes(b"")
     with pytest.raises(NotADirectoryError, match=r"1\.png is a file"):
         class_files(tmp_path / "1.png")
-    with pytest.raises(ValueError, match=r"no subfolders.*sort the 1 images that lie directly in it"):
+    with pytest.raises(ValueError, match=r"no subfolders.* into which to sort its 1 image$"):
         class_files(tmp_path)
     for name in ("train/owl", "train/elk"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "1.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="'train'; there are further folders in it"):
+    with pytest.raises(ValueError, match="'train'; some have subfolders"):
         class_files(tmp_path)
     (tmp_path / "train" / "ox").mkdir()
     (tmp_path / "train" / "ox" / "notes.txt").write_text("none yet")
@@ -86,27 +88,27 @@ def test_folders_that_are_no_data_set(tmp_path):
         (".jp2", "JPEG2000", 60), (".avif", "AVIF", 60), (".ico", "ICO", 60),
     ],
 )  # fmt: skip
-def test_formats_that_pillow_opens_are_taken_and_read(tmp_path, suffix, form, loss):
+def test_formats_that_pillow_opens_are_read(tmp_path, suffix, form, loss):
     Image.init()
     if form not in Image.SAVE or (form == "AVIF" and not features.check("avif")):
-        pytest.skip(f"this Pillow writes no {form}")
+        pytest.skip(f"this Pillow does not write {form}")
     smooth = np.dstack([np.add.outer(np.arange(32), np.arange(32) * k).astype(np.uint8) for k in (1, 2, 3)])
     image = Image.fromarray(smooth)
     image.convert("L" if suffix == ".pgm" else "RGB").save(tmp_path / f"a{suffix}", form)
     assert [path.name for path in image_files(tmp_path)] == [f"a{suffix}"]
-    found = decode(tmp_path / f"a{suffix}", "a", channels=3, size=None).astype(int)
+    decoded = decode(tmp_path / f"a{suffix}", "a", channels=3, size=None).astype(int)
     wanted = np.asarray(image.convert("L").convert("RGB")) if suffix == ".pgm" else smooth
-    assert np.abs(found - wanted).max() <= loss
+    assert np.abs(decoded - wanted).max() <= loss
 
 
-def test_pages_films_and_tables_are_no_images(tmp_path):
+def test_documents_videos_and_tables_are_not_images(tmp_path):
     for suffix in (".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".mp4", ".h5", ".wmf", ".csv", ".npy", ".pkl"):
         (tmp_path / f"a{suffix}").write_bytes(b"")
     assert image_files(tmp_path) == []
 
 
-def test_a_page_that_is_named_as_an_image_is_not_opened(monkeypatch):
-    # To open it would start Ghostscript.
+def test_a_document_with_the_suffix_of_an_image_is_not_opened(monkeypatch):
+    # Opening it would start Ghostscript.
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     monkeypatch.setattr("subprocess.check_call", None)
     with pytest.raises(UnreadableImage, match="unknown format"):
@@ -151,7 +153,7 @@ def test_colour_by_the_header(image, form, colour, tmp_path):
     assert in_colour(tmp_path / "file") is colour
 
 
-def test_the_header_alone_tells_the_colour():
+def test_colour_is_read_from_the_header_alone():
     for image in (Image.fromarray(COLOURS), Image.fromarray(COLOURS).quantize(256)):
         data = encoded(image, "PNG")
         cut = data[: data.index(b"IDAT") + 100]
@@ -175,8 +177,8 @@ def test_plain_images_are_untouched():
 
 def test_grey_values_are_the_luma_of_rec_601():
     expected = COLOURS @ np.array([0.299, 0.587, 0.114])
-    found = decode(png(COLOURS), "x", channels=1, size=None)[..., 0]
-    assert np.abs(found - expected).max() <= 0.51
+    decoded = decode(png(COLOURS), "x", channels=1, size=None)[..., 0]
+    assert np.abs(decoded - expected).max() <= 0.51
 
 
 def test_orientation_is_applied():
@@ -186,17 +188,17 @@ def test_orientation_is_applied():
     np.testing.assert_array_equal(decode(png(turned, exif=exif), "x", channels=3, size=None), COLOURS)
 
 
-def test_transparency_lies_over_white():
+def test_transparency_is_composited_over_white():
     alpha = np.linspace(0, 255, GREYS.size).reshape(GREYS.shape).round().astype(np.uint8)
     share = alpha[..., None] / 255
     rgba = decode(png(np.dstack([COLOURS, alpha])), "x", channels=3, size=None)
     assert np.abs(rgba - (share * COLOURS + (1 - share) * 255)).max() <= 1
     la = Image.merge("LA", [Image.fromarray(GREYS), Image.fromarray(alpha)])
-    found = decode(encoded(la, "PNG"), "x", channels=1, size=None)
-    assert np.abs(found - (share * GREYS[..., None] + (1 - share) * 255)).max() <= 1
+    decoded = decode(encoded(la, "PNG"), "x", channels=1, size=None)
+    assert np.abs(decoded - (share * GREYS[..., None] + (1 - share) * 255)).max() <= 1
 
 
-def test_one_transparent_colour():
+def test_a_transparent_colour_becomes_white():
     steps = (GREYS // 64 * 64).astype(np.uint8)
     expected = np.where(steps == 64, 255, steps)[..., None]
     for image in (Image.fromarray(steps), Image.fromarray(steps).convert("P")):
@@ -208,7 +210,7 @@ def test_one_transparent_colour():
     np.testing.assert_array_equal(decode(colours, "x", channels=1, size=None), expected)
 
 
-def test_sixteen_bits_become_eight():
+def test_sixteen_bits_are_rounded_to_eight():
     deep = RNG.integers(0, 65536, (9, 7), np.uint16)
     expected = np.rint(deep / 65535 * 255)[..., None]
     for form in ("PNG", "TIFF"):
@@ -218,7 +220,7 @@ def test_sixteen_bits_become_eight():
     np.testing.assert_array_equal(decode(wide, "x", channels=1, size=None), expected)
 
 
-def test_cmyk_and_palettes_go_through_rgb():
+def test_cmyk_and_palettes_are_converted_to_rgb():
     cmyk = Image.fromarray(RNG.integers(0, 256, (8, 8, 4), np.uint8), "CMYK")
     by_hand = np.asarray(cmyk.convert("RGB"))
     np.testing.assert_array_equal(decode(encoded(cmyk, "TIFF"), "x", channels=3, size=None), by_hand)
@@ -227,23 +229,23 @@ def test_cmyk_and_palettes_go_through_rgb():
     np.testing.assert_array_equal(decode(encoded(palette, "GIF"), "x", channels=3, size=None), by_hand)
 
 
-def test_the_first_frame_of_an_animation():
+def test_an_animation_gives_its_first_frame():
     frames = [Image.fromarray(np.full((5, 5), value, np.uint8)) for value in (40, 200)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(decode(data, "x", channels=1, size=None), 40)
 
 
 @pytest.mark.parametrize("size", [28, 20, 105, 110])
-def test_an_omniglot_drawing_shrinks_as_omniglot_does(size):
+def test_an_omniglot_drawing_is_resized_as_in_omniglot(size):
     ink = np.zeros((SIDE, SIDE), bool)
     ink[20:80, 30:34] = ink[50:53, 10:95] = True
     ink[np.arange(60), np.arange(60) + 20] = True
-    found = decode(encoded(Image.fromarray(~ink), "PNG"), "x", channels=1, size=size)
-    assert found.shape == (size, size, 1)
-    assert np.abs(255 - found[..., 0].astype(int) - shrink(ink[None], size)[0]).max() <= 1
+    decoded = decode(encoded(Image.fromarray(~ink), "PNG"), "x", channels=1, size=size)
+    assert decoded.shape == (size, size, 1)
+    assert np.abs(255 - decoded[..., 0].astype(int) - shrink(ink[None], size)[0]).max() <= 1
 
 
-def test_an_image_that_is_not_square_is_squeezed():
+def test_an_image_that_is_not_square_is_resized_to_a_square():
     across, down = np.meshgrid(np.linspace(0, 6, 90), np.linspace(0, 5, 40))
     smooth = np.dstack([127 + 100 * np.sin(across), 127 + 100 * np.cos(down), 20 * across + 20 * down])
     image = Image.fromarray(smooth.astype(np.uint8))
@@ -251,11 +253,11 @@ def test_an_image_that_is_not_square_is_squeezed():
     assert np.abs(decode(encoded(image, "PNG"), "x", channels=3, size=16) - by_hand).max() <= 1
 
 
-# --- what cannot be read --------------------------------------------------------------------------------
+# --- unreadable files --------------------------------------------------------------------------------
 
 
-def lying_png():
-    """Claims 60000 x 60000 pixels."""
+def oversized_png():
+    """Return a PNG file whose header declares 60000 x 60000 pixels."""
     data = png(GREYS)
     head = b"IHDR" + struct.pack(">II", 60_000, 60_000) + data[24:29]
     return data[:12] + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
@@ -268,13 +270,13 @@ def lying_png():
         (b"<html>404</html>", "unknown format"),
         (png(COLOURS)[:3000], "truncated"),
         (encoded(Image.fromarray(COLOURS), "JPEG")[:1500], "truncated"),
-        (lying_png(), "exceeds limit"),
+        (oversized_png(), "exceeds limit"),
         (encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF"), "32-bit samples"),
         (encoded(Image.fromarray(GREYS.astype(np.int32) * 2**20), "TIFF"), "32-bit samples"),
     ],
     ids=["empty", "html", "half a png", "half a jpeg", "bomb", "float", "32 bits"],
 )
-def test_unreadable_files_are_refused_by_name(data, reason, tmp_path):
+def test_unreadable_files_raise_errors_that_name_them(data, reason, tmp_path):
     (tmp_path / "1.png").write_bytes(data)
     for source in (data, tmp_path / "1.png"):
         with pytest.raises(UnreadableImage, match=rf"^owl/1\.png: cannot be read .* \(.*{reason}") as error:
@@ -283,6 +285,6 @@ def test_unreadable_files_are_refused_by_name(data, reason, tmp_path):
         assert "0x" not in str(error.value)
 
 
-def test_a_path_that_is_not_there(tmp_path):
+def test_a_missing_path(tmp_path):
     with pytest.raises(UnreadableImage, match=r"^owl\.png: .*\(No such file or directory\)$"):
         in_colour(tmp_path / "owl.png")

@@ -1,4 +1,4 @@
-"""The published splits compared with other sources, and tasks from folders laid out as users have them."""
+"""Tests of the published splits against other sources, and of tasks from the usual folder layouts."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from jaxmeta.tasks.official import (
 )
 from jaxmeta.tasks.splits import PARTS
 
-# CIFAR-100's 20 superclasses of five, as its own page lists them (Krizhevsky 2009).
+# CIFAR-100's 20 superclasses of five classes, as listed on its page (Krizhevsky 2009).
 TABLE = """
     beaver dolphin otter seal whale                     aquarium_fish flatfish ray shark trout
     orchid poppy rose sunflower tulip                   bottle bowl can cup plate
@@ -55,7 +55,7 @@ def png(number, image, side=4):
 
 
 def fill(root, names, each):
-    """Class folders under `root`: of class i, image j is of one colour that tells i and j."""
+    """Write class folders to `root`; image j of class i has a colour that encodes i and j."""
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
         for image in range(each):
@@ -63,21 +63,21 @@ def fill(root, names, each):
 
 
 def colours(tasks):
-    """The colours of an episode's images, each once."""
+    """Return the set of colours of the images of an episode."""
     task = drawn(tasks)
     x = np.concatenate([task.support.x, task.query.x])
     assert (x == x[:, :1, :1]).all()
     return {tuple(np.rint(255 * pixel).astype(int).tolist()) for pixel in x[:, 0, 0]}
 
 
-def every(names, chosen, images):
+def expected_colours(names, chosen, images):
     return {colour(names.index(name), image) for name in chosen for image in images}
 
 
 # --- the splits -------------------------------------------------------------------------------------------
 
 
-def test_cifar_fs_is_all_of_cifar_100():
+def test_cifar_fs_has_all_classes_of_cifar_100():
     split = cifar_fs_split()
     assert split.sizes == (64, 16, 20)
     assert len(set(SUPERCLASSES)) == 100
@@ -85,7 +85,7 @@ def test_cifar_fs_is_all_of_cifar_100():
     assert split.hash == "d80bd0a31abe220ab8d63eb801f9e1f795475df9195418359bf57cf0a7068187"
 
 
-def test_mini_imagenet():
+def test_mini_imagenet_split():
     split = mini_imagenet_split()
     assert split.sizes == (64, 16, 20)
     assert len(set(MINI)) == 100
@@ -93,13 +93,13 @@ def test_mini_imagenet():
     assert split.hash == "a3efbbc0132b502049ad8fc2a7146236d24f91ab10bf207e15559657927bb107"
 
 
-def test_cub_follows_the_index_of_the_sorted_folders():
+def test_cub_split_follows_the_order_of_the_folders():
     split = cub_split(reversed(CUB))
     for index, name in enumerate(sorted(CUB)):
         part = "train" if index % 2 == 0 else "validation" if index % 4 == 1 else "test"
         assert name in split.part(part)
     assert split.sizes == (100, 50, 50)
-    with pytest.raises(ValueError, match=r"200 class folders, .*, got 199; missing are the numbers 003$"):
+    with pytest.raises(ValueError, match=r"200 class folders, .*, got 199; missing numbers: 003$"):
         cub_split(CUB[:2] + CUB[3:])
 
 
@@ -116,7 +116,7 @@ def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
         (root / "n00000001").mkdir()
         (root / "n00000001" / "n00000001_1.JPEG").write_bytes(b"never opened")
     tasks = mini_imagenet("test", ways=20, shots=1, queries=1, data=tmp_path / "data", size=4)
-    assert colours(tasks) == every(MINI, mini_imagenet_split().test, (0, 1))
+    assert colours(tasks) == expected_colours(MINI, mini_imagenet_split().test, (0, 1))
     assert tasks.card.split_hash == mini_imagenet_split().hash
     assert (tasks.card.tasks, tasks.card.classes) == ("mini_imagenet", 20)
     assert tasks.card.protocol.startswith("mini-ImageNet, class split of Ravi & Larochelle 2017")
@@ -124,7 +124,7 @@ def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
 
 
 def write_lists(data, each=2):
-    """The common layout: all images in one folder, three lists."""
+    """Write the common layout: all images in one folder, and three lists."""
     (data / "images").mkdir(parents=True)
     for part, name in (("train", "train.csv"), ("validation", "val.csv"), ("test", "test.csv")):
         rows = [
@@ -140,41 +140,44 @@ def test_mini_imagenet_from_lists(tmp_path):
     write_lists(tmp_path / "data")
     (tmp_path / "data" / "images" / "not_listed.jpg").write_bytes(b"never opened")
     tasks = mini_imagenet("validation", ways=16, shots=1, queries=1, data=tmp_path / "data", size=4)
-    assert colours(tasks) == every(MINI, mini_imagenet_split().validation, (0, 1))
+    assert colours(tasks) == expected_colours(MINI, mini_imagenet_split().validation, (0, 1))
     assert "not the published" not in tasks.card.protocol
 
     lists = tmp_path / "data" / "val.csv"
     content = lists.read_text()
-    some = mini_imagenet_split().validation[0]
-    for spoilt, message in [
+    label = mini_imagenet_split().validation[0]
+    for corrupted, message in [
         (
-            content.replace(f",{some}", ",n00000001"),
-            rf"not have the validation classes of Ravi .* n00000001, {some}",
+            content.replace(f",{label}", ",n00000001"),
+            rf"not have the validation classes of Ravi .* n00000001, {label}",
         ),
         (
             content.replace("00001.jpg", "00007.jpg"),
-            r"val.csv: 16 of the 32 images that it lists are not there .*00007.jpg', …",
+            r"val.csv: 16 of 32 listed images do not exist .*00007.jpg', …",
         ),
-        (content + content.splitlines()[1].replace(some, "x") + "\n", r"are not there .*: line 34: "),
-        (content.replace("filename", "colour"), r"val.csv has the columns 'colour', 'label', and none for"),
+        (content + content.splitlines()[1].replace(label, "x") + "\n", r"do not exist .*: line 34: "),
+        (
+            content.replace("filename", "colour"),
+            r"val.csv has the columns 'colour', 'label' and lacks one for",
+        ),
     ]:
-        lists.write_text(spoilt)
+        lists.write_text(corrupted)
         with pytest.raises(ValueError, match=message):
             mini_imagenet("test", data=tmp_path / "data")
     lists.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"has the lists train.csv, test.csv, and nothing for validation"
+        FileNotFoundError, match=r"has the lists train.csv, test.csv, but no data for validation"
     ):
         mini_imagenet("test", data=tmp_path / "data")
     for name in ("train.csv", "test.csv"):
         (tmp_path / "data" / name).unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"has a folder images, but no train.csv, val.csv and test.csv"
+        FileNotFoundError, match=r"has a folder images, but lacks train.csv, val.csv and test.csv"
     ):
         mini_imagenet("test", data=tmp_path / "data")
 
 
-def test_pickles_of_mini_imagenet_say_how_they_are_read(tmp_path):
+def test_the_error_for_pickles_of_mini_imagenet_says_how_to_convert_them(tmp_path):
     (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(b"never opened")
     with pytest.raises(
         ValueError, match=r"^data: .* holds pickles and no images; .*pickle\.load.*arrays:data\.npz"
@@ -197,39 +200,41 @@ def test_mini_imagenet_in_parts(tmp_path, layout):
             with (data / "split" / f"{names[part]}.csv").open("w", newline="") as file:
                 csv.writer(file).writerows([("filename", "label"), *rows])
         elif layout == "json":
-            found = {"label_names": MINI, "image_names": [file for file, _ in rows]}
-            found["image_labels"] = [MINI.index(label) for _, label in rows]
-            (data / f"{names[part]}.json").write_text(json.dumps(found))
-    shown = colours(mini_imagenet("validation", ways=16, shots=1, queries=1, data=data, size=4))
-    # Colours of a part of classes tell their place in it.
-    assert shown == every(list(split.validation), split.validation, (0, 1))
+            content = {"label_names": MINI, "image_names": [file for file, _ in rows]}
+            content["image_labels"] = [MINI.index(label) for _, label in rows]
+            (data / f"{names[part]}.json").write_text(json.dumps(content))
+    actual = colours(mini_imagenet("validation", ways=16, shots=1, queries=1, data=data, size=4))
+    # The colours encode the index of a class within its part.
+    assert actual == expected_colours(list(split.validation), split.validation, (0, 1))
 
 
 def test_an_incomplete_mini_imagenet_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is not a folder"):
         mini_imagenet("test", data=tmp_path / "nowhere")
     fill(tmp_path / "data", MINI, each=1)
     (tmp_path / "data" / MINI[7] / f"{MINI[7]}_0.JPEG").unlink()
     with pytest.raises(ValueError, match=rf"data: 1 class folders in .* hold no images: {MINI[7]}"):
         mini_imagenet("test", data=tmp_path / "data")
     (tmp_path / "data" / MINI[7]).rmdir()
-    with pytest.raises(ValueError, match=rf"100 class folders it lacks 1 .*: {MINI[7]}$"):
+    with pytest.raises(ValueError, match=rf"100 class folders .*, of which 1 are missing: {MINI[7]}$"):
         mini_imagenet("test", data=tmp_path / "data")
     (tmp_path / "data" / MINI[7]).mkdir()
     (tmp_path / "data" / MINI[7] / "a.jpg").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=rf"data: 1 of 100 images .*{MINI[7]}/a.jpg.*; mend or remove them$"):
+    with pytest.raises(
+        ValueError, match=rf"data: 1 of 100 images .*{MINI[7]}/a.jpg.*; repair or remove them$"
+    ):
         mini_imagenet("test", data=tmp_path / "data")
 
 
 # --- CUB and CIFAR-FS ---------------------------------------------------------------------------------------
 
 
-def test_cub_from_its_folder_and_its_images_folder(tmp_path):
+def test_cub_from_its_folder_or_its_folder_images(tmp_path):
     fill(tmp_path / "CUB_200_2011" / "images", CUB, each=2)
     (tmp_path / "CUB_200_2011" / "attributes").mkdir()
     for data in (tmp_path / "CUB_200_2011", tmp_path / "CUB_200_2011" / "images"):
         tasks = cub("test", ways=50, shots=1, queries=1, data=data, size=4)
-        assert colours(tasks) == every(CUB, CUB[3::4], (0, 1))
+        assert colours(tasks) == expected_colours(CUB, CUB[3::4], (0, 1))
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cub", cub_split(CUB).hash)
     assert "Chen et al. 2019" in tasks.card.protocol
     with pytest.raises(ValueError, match=r"data: .*CUB_200_2011/attributes has no subfolders"):
@@ -243,7 +248,7 @@ def test_cifar_fs_from_tensorflow_datasets(tmp_path):
     names = sorted(SUPERCLASSES)
 
     class Cifar100(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        """A stand-in with one training and one test image of every class."""
+        """A substitute with one training and one test image per class."""
 
         VERSION = tfds.core.Version("3.0.2")
 
@@ -266,7 +271,7 @@ def test_cifar_fs_from_tensorflow_datasets(tmp_path):
 
     Cifar100(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
     tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path / "tfds")
-    assert colours(tasks) == every(names, cifar_fs_split().test, (0, 1))
+    assert colours(tasks) == expected_colours(names, cifar_fs_split().test, (0, 1))
     assert drawn(tasks).query.x.shape == (20, 32, 32, 3)
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", cifar_fs_split().hash)
     assert "Bertinetto et al. 2019" in tasks.card.protocol
@@ -284,12 +289,12 @@ def test_cifar_fs_from_images_in_folders(tmp_path, place):
     else:
         fill(tmp_path / place, names, each=2)
     tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path)
-    assert colours(tasks) == every(names, split.test, (0, 1))
+    assert colours(tasks) == expected_colours(names, split.test, (0, 1))
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", split.hash)
     if place == "parts":
         (tmp_path / "val" / split.validation[0]).rename(tmp_path / "train" / split.validation[0])
         with pytest.raises(
-            ValueError, match=rf"not have the train classes of Bertinetto.* missing are {split.validation[0]}"
+            ValueError, match=rf"not have the train classes of Bertinetto.* missing: {split.validation[0]}"
         ):
             cifar_fs("test", data=tmp_path)
 
@@ -302,16 +307,16 @@ def test_cub_from_lists(tmp_path):
             f"/home/a/CUB_200_2011/images/{each}/{each}_{i}.JPEG" for each in split.part(part) for i in (0, 1)
         ]
         labels = [CUB.index(each) for each in split.part(part) for _ in (0, 1)]
-        found = {"label_names": CUB, "image_names": files, "image_labels": labels}
-        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+        content = {"label_names": CUB, "image_names": files, "image_labels": labels}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     tasks = cub("test", ways=50, shots=1, queries=1, data=tmp_path, size=4)
-    assert colours(tasks) == every(list(split.test), split.test, (0, 1))
+    assert colours(tasks) == expected_colours(list(split.test), split.test, (0, 1))
     assert tasks.card.split_hash == split.hash
 
 
 @pytest.mark.parametrize("layout", ["folder", "inner folder", "archive"])
 def test_cifar_fs_from_the_official_binary_files(tmp_path, monkeypatch, layout):
-    """Two images a class, one of each file: a record is two labels, then the planes of red, green, blue."""
+    """Two images per class, one in each file; a record is two labels and the red, green and blue planes."""
     monkeypatch.setattr(official, "_CIFAR_IMAGES", 200)
     names = sorted(SUPERCLASSES)
     root = (
@@ -329,14 +334,14 @@ def test_cifar_fs_from_the_official_binary_files(tmp_path, monkeypatch, layout):
             archive.add(root, "cifar-100-binary")
         shutil.rmtree(root)
     tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path)
-    assert colours(tasks) == every(names, cifar_fs_split().test, (0, 1))
+    assert colours(tasks) == expected_colours(names, cifar_fs_split().test, (0, 1))
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", cifar_fs_split().hash)
 
 
-def test_cifar_files_that_are_cut_short_are_refused(tmp_path):
+def test_truncated_cifar_files_are_refused(tmp_path):
     (tmp_path / "train.bin").write_bytes(bytes(3074))
-    with pytest.raises(ValueError, match=r"hold 3074 bytes; CIFAR-100's have 184440000"):
+    with pytest.raises(ValueError, match=r"have 3074 bytes; CIFAR-100 has 184440000"):
         cifar_fs(data=tmp_path)
     (tmp_path / "train.bin").rename(tmp_path / "cifar-100-binary.tar.gz")
-    with pytest.raises(ValueError, match=r"is no whole cifar-100-binary\.tar\.gz"):
+    with pytest.raises(ValueError, match=r"is not a complete cifar-100-binary\.tar\.gz"):
         cifar_fs(data=tmp_path)

@@ -1,4 +1,4 @@
-"""Omniglot: the published splits, the archives' verification, the cache, and the real data where they are."""
+"""Tests of Omniglot: published splits, verification of the archives, the cache, and the real data."""
 
 import hashlib
 import http.server
@@ -88,7 +88,7 @@ def test_random_splits_follow_their_seed():
     assert omniglot_split("maml", 1).hash != omniglot_split("maml", 2).hash
 
 
-def test_absent_parts_and_unknown_words_are_refused():
+def test_missing_parts_and_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="split: got 'validation', which has no classes"):
         omniglot("validation", protocol="vinyals-trainval")
     with pytest.raises(ValueError, match="protocol: got 'snell'; it must be one of 'vinyals'"):
@@ -99,7 +99,7 @@ def test_absent_parts_and_unknown_words_are_refused():
         omniglot(size=0)
 
 
-# --- archives that look like the official ones ------------------------------------------------------------
+# --- small archives in the official format ------------------------------------------------------------
 
 
 CHARACTERS = {
@@ -110,7 +110,7 @@ CHARACTERS = {
 
 @pytest.fixture(scope="module")
 def drawings():
-    """Ink of every drawing, and the files of the two archives by member name."""
+    """Return the ink of every drawing, and the members of the two archives by part and name."""
     rng = np.random.default_rng(0)
     ink = rng.random((5 * DRAWERS, SIDE, SIDE)) < 0.2
     files, row = {}, 0
@@ -131,8 +131,8 @@ def pack(path, files):
 
 
 @pytest.fixture
-def look_alike(drawings, tmp_path, monkeypatch):
-    """A data folder with the two small archives, their Edition, and an empty cache folder."""
+def small_archives(drawings, tmp_path, monkeypatch):
+    """Write two small archives, set an empty cache folder, and return the data folder and the Edition."""
     ink, files = drawings
     folder = tmp_path / "data" / "omniglot"
     folder.mkdir(parents=True)
@@ -149,8 +149,8 @@ def cached_files():
     return sorted(path.name for path in cache.cache_folder().rglob("*") if path.is_file())
 
 
-def test_archives_become_one_array_through_records(look_alike, drawings):
-    data, edition = look_alike
+def test_archives_become_one_array_through_records(small_archives, drawings):
+    data, edition = small_archives
     array = prepare(edition, 28, data)
     assert array.shape == (5, DRAWERS, 28, 28)
     assert array.dtype == np.uint8
@@ -168,10 +168,10 @@ def test_archives_become_one_array_through_records(look_alike, drawings):
     )
 
 
-def test_cache_is_reused_without_archives_or_tensorflow_datasets(look_alike, monkeypatch):
-    data, edition = look_alike
+def test_cache_is_reused_without_archives_or_tensorflow_datasets(small_archives, monkeypatch):
+    data, edition = small_archives
     first = prepare(edition, 28, data)
-    monkeypatch.setattr(archives, "read_archive", None)  # anything but the array file would fail now
+    monkeypatch.setattr(archives, "read_archive", None)  # reading anything but the array file fails now
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     np.testing.assert_array_equal(prepare(edition, 28, data), first)
     shutil.rmtree(data)
@@ -179,19 +179,19 @@ def test_cache_is_reused_without_archives_or_tensorflow_datasets(look_alike, mon
     elsewhere = shutil.copy(cache.cache_folder() / "omniglot-28.npz", data.parent / "prepared.npz")
     shutil.rmtree(cache.cache_folder())
     np.testing.assert_array_equal(prepare(edition, 28, Path(elsewhere)), first)
-    with pytest.raises(ValueError, match="not Omniglot with size=20: array uint8"):
+    with pytest.raises(ValueError, match="not Omniglot with size=20: got uint8"):
         prepare(edition, 20, Path(elsewhere))
 
 
-def test_another_size_is_decoded_from_the_records(look_alike):
-    data, edition = look_alike
+def test_another_size_is_decoded_from_cached_records(small_archives):
+    data, edition = small_archives
     prepare(edition, 28, data)
     shutil.rmtree(data)
     assert prepare(edition, 20, None).shape == (5, DRAWERS, 20, 20)
 
 
-def test_without_tensorflow_datasets_the_error_says_what_to_do(look_alike, monkeypatch):
-    data, edition = look_alike
+def test_the_error_without_tensorflow_datasets_says_what_to_do(small_archives, monkeypatch):
+    data, edition = small_archives
     records._builder.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxmeta\[tfds\]'"):
@@ -217,22 +217,25 @@ def flipped(path, files):
     path.write_bytes(bytes(raw))
 
 
-SPOILT = {
-    "truncated": (truncated, "corrupted or half-downloaded archive"),
-    "flipped": (flipped, "corrupted or half-downloaded archive"),
-    "empty": (lambda path, files: path.write_bytes(b""), "corrupted or half-downloaded archive"),
+CORRUPTED = {
+    "truncated": (truncated, "the archive is damaged or incomplete"),
+    "flipped": (flipped, "the archive is damaged or incomplete"),
+    "empty": (lambda path, files: path.write_bytes(b""), "the archive is damaged or incomplete"),
     "upward": (
         lambda path, files: pack(path, files | {"../evil.png": b"x"}),
-        "refused, .*'../evil.png' leaves",
+        "member '../evil.png' has a path outside the archive",
     ),
     "absolute": (
         lambda path, files: pack(path, files | {"/evil.png": b"x"}),
-        "refused, .*'/evil.png' leaves",
+        "member '/evil.png' has a path outside the archive",
     ),
-    "drive": (lambda path, files: pack(path, files | {"C:\\evil.png": b"x"}), "refused, .* leaves"),
+    "drive": (
+        lambda path, files: pack(path, files | {"C:\\evil.png": b"x"}),
+        "member .* has a path outside the archive",
+    ),
     "bomb": (
         lambda path, files: pack(path, replaced(files, MEMBER, bytes(2 << 20))),
-        "refused, .* too large",
+        "member .* is larger than 1048576 bytes",
     ),
     "missing": (
         lambda path, files: pack(path, {n: f for n, f in files.items() if n != MEMBER}),
@@ -244,15 +247,15 @@ SPOILT = {
     ),
     "no image": (
         lambda path, files: pack(path, replaced(files, MEMBER, b"not a PNG")),
-        "image images_background/Alef/character02/03 does not decode",
+        "image images_background/Alef/character02/03 cannot be decoded",
     ),
     "half an image": (
         lambda path, files: pack(path, replaced(files, MEMBER, files[MEMBER][:-60])),
-        "image images_background/Alef/character02/03 does not decode",
+        "image images_background/Alef/character02/03 cannot be decoded",
     ),
     "small image": (
         lambda path, files: pack(path, replaced(files, MEMBER, png(np.ones((28, 28), bool)))),
-        r"Alef/character02/03 does not decode \(is \(28, 28\), not \(105, 105\)\)",
+        r"Alef/character02/03 cannot be decoded \(size \(28, 28\), expected \(105, 105\)\)",
     ),
     "other drawing": (
         lambda path, files: pack(path, replaced(files, MEMBER, png(np.ones((SIDE, SIDE), bool)))),
@@ -263,15 +266,15 @@ SPOILT = {
 
 @pytest.mark.nightly_rows(after=8)
 @pytest.mark.parametrize("warm", [False, True], ids=["cold cache", "warm cache"])
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_spoilt_archives_are_refused_and_leave_nothing(spoilt, warm, look_alike, drawings):
-    data, edition = look_alike
+@pytest.mark.parametrize("corruption", CORRUPTED)
+def test_corrupted_archives_are_refused_and_leave_no_files(corruption, warm, small_archives, drawings):
+    data, edition = small_archives
     if warm:
         prepare(edition, 28, data)
     before = {path: path.read_bytes() for path in cache.cache_folder().rglob("*") if path.is_file()}
-    spoil, message = SPOILT[spoilt]
+    corrupt, message = CORRUPTED[corruption]
     path = data / "omniglot" / "images_background.zip"
-    spoil(path, drawings[1]["background"])
+    corrupt(path, drawings[1]["background"])
     with pytest.raises(ValueError, match=message) as caught:
         prepare(edition, 28, data)
     assert "\n" not in str(caught.value)
@@ -281,8 +284,8 @@ def test_spoilt_archives_are_refused_and_leave_nothing(spoilt, warm, look_alike,
     assert not list(data.parent.rglob("evil*"))
 
 
-def test_repacked_archives_of_the_same_drawings_are_accepted(look_alike, drawings):
-    data, edition = look_alike
+def test_repacked_archives_of_the_same_drawings_are_accepted(small_archives, drawings):
+    data, edition = small_archives
     first = prepare(edition, 28, data)
     path = data / "omniglot" / "images_background.zip"
     files = {"images_background/": b"", "__MACOSX/images_background/x.png": b""}
@@ -293,8 +296,8 @@ def test_repacked_archives_of_the_same_drawings_are_accepted(look_alike, drawing
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_unpacked_archives_are_read_as_packed_ones(look_alike, inner):
-    data, edition = look_alike
+def test_unpacked_archives_give_the_same_array(small_archives, inner):
+    data, edition = small_archives
     first = prepare(edition, 28, data)
     for part in PARTS:
         path = data / "omniglot" / f"images_{part}.zip"
@@ -314,36 +317,38 @@ def test_unpacked_archives_are_read_as_packed_ones(look_alike, inner):
         prepare(edition, 28, data)
 
 
-def test_absent_paths_and_archives_are_errors(look_alike):
-    data, edition = look_alike
+def test_missing_paths_and_archives_are_refused(small_archives):
+    data, edition = small_archives
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         prepare(edition, 28, data / "nowhere")
     (data / "omniglot" / "images_evaluation.zip").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"holds no images_background\.zip and images_evaluation\.zip"
+        FileNotFoundError, match=r"must contain images_background\.zip and images_evaluation\.zip"
     ):
         prepare(edition, 28, data)
 
 
-def test_too_little_disk_is_an_error_before_anything_is_written(look_alike, monkeypatch):
-    data, edition = look_alike
+def test_too_little_disk_space_is_an_error_before_anything_is_written(small_archives, monkeypatch):
+    data, edition = small_archives
     usage = shutil.disk_usage(data)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(OSError, match=r"too little disk for preparing Omniglot: 60 MB needed, 1 free"):
+    with pytest.raises(
+        OSError, match=r"too little disk space for preparing Omniglot: 60 MB needed, 1 MB free"
+    ):
         prepare(edition, 28, data)
     assert cached_files() == []
 
 
-def test_a_cache_folder_that_cannot_be_made(look_alike, monkeypatch):
-    data, edition = look_alike
+def test_a_cache_folder_that_cannot_be_created(small_archives, monkeypatch):
+    data, edition = small_archives
     (data / "file").touch()
     monkeypatch.setenv("JAXMETA_CACHE", str(data / "file" / "cache"))
     with pytest.raises(OSError, match="set JAXMETA_CACHE"):
         prepare(edition, 28, data)
 
 
-def test_an_interrupted_write_leaves_no_half_file(look_alike, monkeypatch):
-    data, edition = look_alike
+def test_an_interrupted_write_leaves_no_partial_file(small_archives, monkeypatch):
+    data, edition = small_archives
 
     def half(path, **arrays):
         Path(path).write_bytes(b"half")
@@ -356,8 +361,8 @@ def test_an_interrupted_write_leaves_no_half_file(look_alike, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["garbage", "pickle", "truncated"])
-def test_a_spoilt_array_file_is_refused_and_pickles_never_load(content, look_alike):
-    data, edition = look_alike
+def test_a_corrupted_array_file_is_refused_and_pickles_are_not_loaded(content, small_archives):
+    data, edition = small_archives
     prepare(edition, 28, data)
     path = archives.array_path(28)
     if content == "garbage":
@@ -370,58 +375,58 @@ def test_a_spoilt_array_file_is_refused_and_pickles_never_load(content, look_ali
         prepare(edition, 28, data)
 
 
-# --- the download, from a server of our own ---------------------------------------------------------------
+# --- the download, from a local server ---------------------------------------------------------------
 
 
 @pytest.fixture
-def server(look_alike):
-    """An http server for the archives: (address with a place for the part, paths asked for)."""
-    data, _ = look_alike
-    asked = []
+def server(small_archives):
+    """Serve the archives; return the address with a placeholder for the part, and the requested paths."""
+    data, _ = small_archives
+    requested = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=data / "omniglot")
 
         def log_message(self, *args):
-            asked.append(self.path)
+            requested.append(self.path)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/images_{{}}.zip", asked
+        yield f"http://127.0.0.1:{running.server_port}/images_{{}}.zip", requested
         running.shutdown()
 
 
-def test_archives_are_downloaded_once_and_verified(look_alike, server, drawings):
-    data, edition = look_alike
-    address, asked = server
+def test_archives_are_downloaded_once_and_verified(small_archives, server, drawings):
+    data, edition = small_archives
+    address, requested = server
     first = prepare(edition, 28, None, address)
-    assert len(asked) == 2
+    assert len(requested) == 2
     np.testing.assert_array_equal(first, prepare(edition, 28, None, address))
-    assert len(asked) == 2
+    assert len(requested) == 2
     np.testing.assert_array_equal(first, prepare(edition, 28, data))
 
 
-def test_a_download_with_another_md5_is_removed(look_alike, server, drawings):
-    data, edition = look_alike
+def test_a_download_with_another_md5_is_removed(small_archives, server, drawings):
+    data, edition = small_archives
     pack(data / "omniglot" / "images_evaluation.zip", dict(reversed(drawings[1]["evaluation"].items())))
-    with pytest.raises(OSError, match=r"images_evaluation\.zip: MD5 .* was removed, try again"):
+    with pytest.raises(OSError, match=r"images_evaluation\.zip: got MD5 .* was removed, try again"):
         prepare(edition, 28, None, server[0])
     assert not any("evaluation" in name for name in cached_files())
     assert not any("npz" in name for name in cached_files())
 
 
-def test_a_failed_download_is_an_error_that_names_the_alternative(look_alike, server):
-    _, edition = look_alike
-    with pytest.raises(OSError, match=r"cannot download Omniglot from .* name their folder with data"):
+def test_the_error_of_a_failed_download_names_the_alternative(small_archives, server):
+    _, edition = small_archives
+    with pytest.raises(OSError, match=r"cannot download Omniglot from .* pass their folder as data"):
         prepare(edition, 28, None, server[0].replace("images_", "absent_"))
 
 
 # --- leakage -----------------------------------------------------------------------------------------------
 
 
-def test_models_trained_on_lakes_evaluation_characters_are_refused(monkeypatch):
-    monkeypatch.setattr(MODULE, "prepare", lambda *args: pytest.fail("the data were touched"))
+def test_models_trained_on_evaluation_characters_of_lake_are_refused(monkeypatch):
+    monkeypatch.setattr(MODULE, "prepare", lambda *args: pytest.fail("the data were read"))
     for seen in (omniglot_split("vinyals"), omniglot_split("maml", 3), omniglot_split("vinyals-trainval")):
         with pytest.raises(ValueError, match=r"the model has seen \d+ of the 659 test classes"):
             omniglot("test", protocol="lake", trained_on=seen)
@@ -433,7 +438,7 @@ def fake_images(*args):
     return np.zeros((1623, DRAWERS, 4, 4), np.uint8)
 
 
-def test_a_card_of_a_trained_model_stands_for_its_split(monkeypatch):
+def test_a_training_card_identifies_its_split(monkeypatch):
     monkeypatch.setattr(MODULE, "prepare", fake_images)
     trained = {p: omniglot("train", protocol=p, size=4).card for p in ("lake", "lake-validation", "vinyals")}
     for protocol in ("lake", "lake-validation"):
@@ -441,7 +446,7 @@ def test_a_card_of_a_trained_model_stands_for_its_split(monkeypatch):
         omniglot("test", protocol="vinyals", size=4, trained_on=trained[protocol])
     with pytest.raises(ValueError, match="the model has seen"):
         omniglot("test", protocol="lake", size=4, trained_on=trained["vinyals"])
-    with pytest.raises(ValueError, match=r"no Omniglot protocol's .* give the ClassSplit"):
+    with pytest.raises(ValueError, match=r"not belong to any Omniglot protocol .* pass the ClassSplit"):
         omniglot("test", size=4, trained_on=omniglot("train", protocol="maml", split_seed=5, size=4).card)
     omniglot("test", protocol="lake", size=4, trained_on=ClassSplit(train=("elsewhere",)))
 
@@ -476,24 +481,24 @@ def test_protocols_have_their_rotations_and_cards(protocol, split, rotations, cl
         ("lake-validation", "validation", 172),
         ("lake-validation", "test", 659),
         ("lake", "train", 4 * (964 - 14 - 14 - 16 - 17)),  # four alphabets have fewer than 20 characters
-        ("vinyals", "test", 4 * (423 - 4)),  # nor has what is left of Gurmukhi
+        ("vinyals", "test", 4 * (423 - 4)),  # and so has the rest of Gurmukhi
     ],
 )
-def test_classes_of_alphabets_that_are_large_enough(protocol, split, classes, monkeypatch):
+def test_alphabets_with_too_few_characters_are_skipped(protocol, split, classes, monkeypatch):
     monkeypatch.setattr(MODULE, "prepare", fake_images)
     options = {"protocol": protocol, "size": 4, "ways": 20}
     card = omniglot(split, within_alphabet=True, **options).card
     elsewhere = omniglot(split, **options).card
     assert (card.classes, card.split_hash) == (classes, elsewhere.split_hash)
-    said = ", within one alphabet, different drawers for support and query"
-    assert card.protocol == elsewhere.protocol + said
+    suffix = ", within one alphabet, different drawers for support and query"
+    assert card.protocol == elsewhere.protocol + suffix
     assert card.rotations == elsewhere.rotations
     with pytest.raises(ValueError, match=r"ways=60 .* any group .* the largest, '.*', has"):
         omniglot(split, within_alphabet=True, **options | {"ways": 60})
 
 
 def labelled_images(*args):
-    """An array whose images tell character and drawer by two pixels, and their turn by a third."""
+    """Return images that encode character and drawer in two pixels, and their rotation in a third."""
     images = np.zeros((1623, DRAWERS, 4, 4), np.uint8)
     numbers = np.arange(1623 * DRAWERS).reshape(1623, DRAWERS)
     images[..., 0, 0], images[..., 0, 1], images[..., 0, 2] = 255, numbers // 256, numbers % 256
@@ -534,7 +539,7 @@ def test_episodes_within_an_alphabet_have_different_drawers_for_support_and_quer
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The cache folder with the real array in it; preparing it verifies names, counts and every pixel."""
+    """Prepare the real array, which verifies names, counts and every pixel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield prepare(EDITION, 28, DATA)
@@ -542,15 +547,15 @@ def real(tmp_path_factory):
 
 @pytest.mark.nightly
 @needs_data
-def test_the_real_images_are_whole_bright_on_dark_and_different(real):
+def test_the_real_images_are_complete_bright_on_dark_and_distinct(real):
     assert real.shape == (1623, 20, 28, 28)
-    assert 0.03 < (real > 127).mean() < 0.12  # ink is the small part, and it is the bright one
+    assert 0.03 < (real > 127).mean() < 0.12  # ink covers the smaller part and is bright
     flat = np.unique(real.reshape(32460, -1), axis=0)
-    assert len(flat) >= 32459 - 5  # one pair of originals is identical; few more may be once small
+    assert len(flat) >= 32459 - 5  # one pair of originals is identical; a few more may be after resizing
 
 
 @needs_data
-def test_turning_commutes_with_resizing():
+def test_rotation_commutes_with_resizing():
     archive = archives.find_archives(DATA)["evaluation"]
     with zipfile.ZipFile(archive) as file:
         members = [name for name in file.namelist() if name.endswith(".png")][::300]
@@ -564,8 +569,8 @@ def test_turning_commutes_with_resizing():
 @needs_data
 @pytest.mark.parametrize(("ways", "published", "tolerance"), [(5, 41.7, 3.0), (20, 26.7, 5.0)])
 def test_nearest_neighbour_on_pixels_is_near_the_published_number(ways, published, tolerance, real):
-    # How the published baseline resized its images is not known and decides several points: Euclidean
-    # distance gives 42.1 and 22.8 with our filter (cosine 47.1 and 28.2), 36.1 and 16.9 with "nearest".
+    # The resizing of the published baseline is unknown and changes the accuracy by several points: Euclidean
+    # distance gives 42.1 and 22.8 with Lanczos (cosine 47.1 and 28.2), 36.1 and 16.9 with "nearest".
     tasks = omniglot("test", ways=ways, shots=1, queries=1, rotations="none", data=DATA)
 
     def correct(sample, key):
@@ -582,7 +587,7 @@ def test_nearest_neighbour_on_pixels_is_near_the_published_number(ways, publishe
 @pytest.mark.nightly
 @needs_data
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_real_episodes_within_an_alphabet_have_drawers_of_their_own(split, real):
+def test_real_episodes_within_an_alphabet_have_different_drawers(split, real):
     tasks = omniglot(
         split, ways=20, shots=1, queries=2, protocol="lake-validation", data=DATA, within_alphabet=True
     )
@@ -594,20 +599,20 @@ def test_real_episodes_within_an_alphabet_have_drawers_of_their_own(split, real)
     for t in range(20):
         images = np.concatenate([support.x[t].reshape(20, 1, 28, 28), query.x[t].reshape(20, 2, 28, 28)], 1)
         images = np.rint(255 * images).astype(np.uint8)
-        # Turned back by the one turn there is for all of the episode.
+        # All images of an episode have the same rotation.
         turned = (np.rot90(images, -turns, axes=(2, 3)) for turns in range(4 if split == "train" else 1))
-        found = [
+        places = [
             [[place.get(np.ascontiguousarray(image).tobytes()) for image in row] for row in candidate]
             for candidate in turned
         ]
-        found = next(rows for rows in found if all(hit for row in rows for hit in row))
-        names = [row[0][0] for row in found]
+        places = next(rows for rows in places if all(hit for row in rows for hit in row))
+        names = [row[0][0] for row in places]
         assert len(set(names)) == 20
         assert set(names) <= set(parts)
-        assert all(name == row[0][0] for row in found for name, _ in row)
+        assert all(name == row[0][0] for row in places for name, _ in row)
         assert len({name.split("/")[0] for name in names}) == 1
-        drawers = {tuple(drawer for _, drawer in row) for row in found}
+        drawers = {tuple(drawer for _, drawer in row) for row in places}
         assert len(drawers) == 1  # the same for every character
-        assert len(set(*drawers)) == 3  # support and queries by different ones
+        assert len(set(*drawers)) == 3  # different for support and queries
         seen.add(names[0].split("/")[0])
     assert len(seen) > 3

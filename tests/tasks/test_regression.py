@@ -1,4 +1,4 @@
-"""Sinusoid and harmonic tasks are the published ones, and obey the laws of samplers."""
+"""Tests of sinusoid, harmonic and quadratic tasks: published distributions, and laws of samplers."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SOURCES = [sinusoid, harmonic]
 
 
 def residual(features, y):
-    """Of the least-squares fit of `y` by `features`, relative to `y`; one number a task."""
+    """Return the relative residual of the least-squares fit of `y` by `features`, one number per task."""
     fits = (np.linalg.lstsq(f, t, rcond=None)[0] for f, t in zip(features, y, strict=True))
     return np.array(
         [np.linalg.norm(f @ c - t) / np.linalg.norm(t) for f, c, t in zip(features, fits, y, strict=True)]
@@ -80,7 +80,7 @@ def test_constant_predictors_of_sinusoids_have_the_published_errors():
     best = -2 * 2.55 / np.pi
     assert best == pytest.approx(-1.62338, abs=1e-5)
     assert mse(jnp.asarray(best * np.cos(x)), jnp.asarray(y)) == pytest.approx(3.00567, abs=0.07)
-    # No multiple of cos x does better: the regression of y on cos x finds the same coefficient.
+    # No multiple of cos x is better: the regression of y on cos x has the same coefficient.
     assert (y * np.cos(x)).sum() / np.square(np.cos(x)).sum() == pytest.approx(best, abs=0.05)
 
 
@@ -101,10 +101,10 @@ def test_sinusoid_tasks_are_single_sinusoids_in_range():
         assert values.std() == pytest.approx((high - low) / 12**0.5, rel=0.06)
 
 
-def test_sinusoids_of_all_phases_have_the_mean_zero():
+def test_sinusoids_of_all_phases_have_mean_zero():
     tasks = sampled(sinusoid(shots=5, queries=5, phase=(0.0, 2 * np.pi)), 20_000)
     x, y = tasks.query.x, tasks.query.y
-    # Nothing is left for a fixed predictor: the mean curve is 0 everywhere.
+    # The best fixed predictor is 0, the mean curve.
     assert (y * np.cos(x)).mean() == pytest.approx(0, abs=0.05)
     assert np.square(y).mean() == pytest.approx(4.25167, abs=0.13)
 
@@ -130,7 +130,7 @@ def test_harmonic_tasks_are_two_sines_at_frequency_ratio_two(count):
         fits = residual(waves, np.broadcast_to(ys, angle.shape))
         assert fits.min() < 0.01
         assert 5 - 0.01 < frequencies[fits.argmin()] < 7 + 0.01
-        # One sine alone is not enough.
+        # A single sine does not fit.
         assert residual(waves[..., :2], np.broadcast_to(ys, angle.shape)).min() > 0.02
 
 
@@ -142,7 +142,7 @@ def test_moments_of_harmonic_tasks():
     assert x.std(1, ddof=1).mean() == pytest.approx(0.9727, abs=0.01)  # E[s] of 10 standard normals
     assert x.mean() == pytest.approx(0, abs=0.1)
     assert x.var() == pytest.approx(8**2 / 12 + 1, rel=0.03)
-    # One draw of the line's place serves support and query.
+    # Support and query share the centre of the inputs.
     assert np.abs(x.mean(1) - np.asarray(tasks.support.x[..., 0]).mean(1)).mean() < 0.5
 
 
@@ -157,7 +157,7 @@ def test_moments_of_harmonic_tasks():
         ({"noise": float("nan")}, "noise"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(source, settings, message):
+def test_invalid_arguments_are_refused(source, settings, message):
     with pytest.raises(ValueError, match=f"{message}: got"):
         source(**settings)
 
@@ -168,7 +168,7 @@ def test_empty_ranges_are_refused(name):
         sinusoid(**{name: (2.0, 1.0)})
 
 
-def test_quadratics_are_those_of_the_official_code():
+def test_quadratics_have_the_distribution_of_the_official_code():
     tasks = quadratics("test")
     assert (tasks.card.tasks, tasks.card.kind, tasks.card.shots) == ("quadratics", "regression", 10)
     batch = sampled(tasks, 500)
@@ -178,7 +178,7 @@ def test_quadratics_are_those_of_the_official_code():
         assert 0.99 < values.max() < 1
         np.testing.assert_allclose((values.mean(), values.var()), (1 / 2, 1 / 12), atol=0.01)
     jax.tree.map(np.testing.assert_array_equal, batch.support, batch.query)
-    # ‖Wθ − y‖², as the loss of a linear network.
+    # The loss of a linear network is ‖Wθ − y‖² / dim.
     task = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch)
     theta = np.random.default_rng(0).normal(size=10)
     outputs = jm.nn.as_model(jm.nn.MLP(out=1, hidden=(), use_bias=False)).apply(

@@ -1,4 +1,4 @@
-"""Sequences: examples in random order, whose labels hold for the sequence alone."""
+"""Tests of sequences: random order of the examples, and labels that are specific to a sequence."""
 
 import itertools
 
@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 
 
 def few_shot(ways=WAYS, shots=SHOTS, queries=2, classes=9, **settings):
-    """Tasks whose examples tell their class and number, both from 1, since padding is 0."""
+    """Return tasks whose examples are (class, number), both from 1, since padding is 0."""
     each = 8
     x = np.array([(c, i) for c in range(classes) for i in range(each)], np.float32) + 1
     return jm.tasks.from_arrays(
@@ -24,7 +24,7 @@ def few_shot(ways=WAYS, shots=SHOTS, queries=2, classes=9, **settings):
 
 
 def real(batch, i):
-    """What is not padding of the i-th task: classes, numbers and labels."""
+    """Return the classes, numbers and labels of the i-th task without padding."""
     kept = np.ones(batch.y.shape[1], bool) if batch.mask is None else batch.mask[i]
     return [*batch.x[i, kept].astype(int).T.tolist(), batch.y[i, kept].tolist()]
 
@@ -46,7 +46,7 @@ def test_shapes_and_types(length, steps):
     assert query.mask is None
 
 
-def test_the_key_decides_the_sequence_alone_and_in_a_batch():
+def test_the_key_determines_the_sequence_alone_and_in_a_batch():
     tasks = jm.tasks.sequences(few_shot(), strings=(3, 2), ways=3)
     one, again, other = (drawn(tasks, seed) for seed in (0, 0, 1))
     same(one, again)
@@ -67,18 +67,19 @@ def test_a_class_has_one_label_and_its_next_example_each_time(settings):
     orders = set()
     for i in range(40):
         classes, numbers, labels = real(support, i)
-        of_query = real(query, i)
-        pairs = {*zip(classes, labels, strict=True), *zip(of_query[0], of_query[2], strict=True)}
-        # One label for a class and one class for a label, in the sequence and in the queries.
+        query_rows = real(query, i)
+        pairs = {*zip(classes, labels, strict=True), *zip(query_rows[0], query_rows[2], strict=True)}
+        # Classes and labels correspond one to one, in the sequence and in the queries.
         assert len({c for c, _ in pairs}) == len({label for _, label in pairs}) == len(pairs)
         assert len(pairs) <= settings.get("ways", WAYS)
         for c in set(classes):
-            shown = [number for k, number in zip(classes, numbers, strict=True) if k == c]
-            assert len(set(shown[:SHOTS])) == min(len(shown), SHOTS)
-            assert set(shown) == set(shown[:SHOTS])  # the same again, once all have been shown
-            asked = [number for k, number in zip(*of_query[:2], strict=True) if k == c]
-            assert len(asked) == 2
-            assert not set(asked) & set(shown)
+            support_numbers = [number for k, number in zip(classes, numbers, strict=True) if k == c]
+            first = set(support_numbers[:SHOTS])
+            assert len(first) == min(len(support_numbers), SHOTS)
+            assert set(support_numbers) == first  # examples repeat once all have been used
+            query_numbers = [number for k, number in zip(*query_rows[:2], strict=True) if k == c]
+            assert len(query_numbers) == 2
+            assert not set(query_numbers) & set(support_numbers)
         orders.add(tuple(labels))
     assert len(orders) > 30
 
@@ -90,20 +91,20 @@ def test_classes_of_steps_are_uniform_and_independent():
     pairs = np.zeros((WAYS, WAYS), int)
     np.add.at(pairs, (support.y[:, ::2].ravel(), support.y[:, 1::2].ravel()), 1)
     assert stats.chisquare(pairs.ravel()).pvalue > 1e-3
-    # The counts of a sequence are by chance: multinomial, of variance T p (1 − p).
+    # The counts of a sequence are multinomial, with variance T p (1 − p).
     counts = (support.y == 0).sum(1)
     assert abs(counts.var() - 1.5) < 4 * 1.5 * np.sqrt(2 / 4000)
 
 
 @pytest.mark.parametrize("ways", [None, 2])
-def test_even_sequences_show_classes_equally_often_in_any_order(ways):
+def test_even_sequences_have_equal_counts_in_random_order(ways):
     tasks = few_shot(ways=2 if ways is None else 3)
     support, _ = sampled(
         jm.tasks.sequences(tasks, length=4 if ways is None else 6, even=True, ways=ways), 3000
     )
     orders = {order: 0 for order in set(itertools.permutations([0, 0, 1, 1]))}
     for row in map(tuple, support.y[:, :4].tolist()):
-        orders[row] += 1  # a KeyError where a class does not come twice
+        orders[row] += 1  # a KeyError if a class does not occur twice
     assert stats.chisquare(list(orders.values())).pvalue > 1e-3
 
 
@@ -116,11 +117,11 @@ def test_strings_are_distinct_and_uniform():
     assert labels.min() == 0
     assert labels.max() == 8
     np.testing.assert_array_equal(np.stack([np.unique(row) for row in query.y]), labels)
-    # The string of the first class of the queries; those of a task are not independent.
+    # Only the string of the first query: those of one task are not independent.
     assert stats.chisquare(np.bincount(query.y[:, 0], minlength=9)).pvalue > 1e-3
 
 
-def test_all_strings_are_used_where_there_are_as_many_as_classes():
+def test_all_strings_are_used_if_there_are_as_many_as_classes():
     support, _ = sampled(jm.tasks.sequences(few_shot(), strings=(2, 2), even=True), 20)
     assert all(set(row) == {0, 1, 2, 3} for row in support.y.tolist())
 
@@ -155,16 +156,16 @@ def test_labels_of_the_classes_in_use_are_uniform():
         assert stats.chisquare(np.bincount(support.y[:, t], minlength=3)).pvalue > 1e-3
 
 
-def test_with_ways_gives_the_tasks_of_that_number_of_ways():
+def test_with_ways_equals_sequences_with_these_ways():
     tasks = jm.tasks.sequences(few_shot(), even=True)
     for ways in (2, 4):
         expected = drawn(jm.tasks.sequences(few_shot(), even=True, ways=ways))
         same(drawn(jm.tasks.with_ways(tasks, ways)), expected)
         same(drawn(jm.tasks.with_ways(jm.tasks.with_ways(tasks, 3), ways)), expected)
-    assert drawn(tasks).support.mask is None  # the tasks given are as they were
+    assert drawn(tasks).support.mask is None  # the original tasks are unchanged
 
 
-def test_one_program_serves_any_number_of_ways():
+def test_one_compiled_program_serves_all_numbers_of_ways():
     traced = []
 
     @jax.jit
@@ -179,10 +180,10 @@ def test_one_program_serves_any_number_of_ways():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "settings", "says"),
+    ("tasks", "settings", "message"),
     [
         ({}, {"length": 3}, "length: got 3 steps for 4 classes"),
-        ({}, {"length": 10}, "length: got 10 steps, which must divide among 4"),
+        ({}, {"length": 10}, "length: got 10; it must be a multiple of the 4 classes"),
         ({}, {"strings": (3, 1)}, "strings: .*3 strings for 4 classes"),
         ({}, {"ways": 0}, "ways: got 0"),
         ({}, {"ways": 5}, "ways: got 5"),
@@ -191,8 +192,8 @@ def test_one_program_serves_any_number_of_ways():
     ],
     ids=str,
 )
-def test_bad_sequences_are_refused(tasks, settings, says):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_settings_are_refused(tasks, settings, message):
+    with pytest.raises(ValueError, match=message):
         jm.tasks.sequences(few_shot(**tasks), **settings)
 
 
@@ -201,11 +202,11 @@ def test_regression_is_refused():
         jm.tasks.sequences(jm.tasks.sinusoid("train"))
 
 
-def test_ways_of_sequences_alone_can_be_changed():
-    with pytest.raises(ValueError, match=r"tasks: must be of jm\.tasks\.sequences"):
+def test_with_ways_refuses_other_tasks():
+    with pytest.raises(ValueError, match=r"tasks: it must be tasks from jm\.tasks\.sequences"):
         jm.tasks.with_ways(few_shot(), 2)
     tasks = jm.tasks.sequences(few_shot())
-    with pytest.raises(ValueError, match="tasks: must be of"):
+    with pytest.raises(ValueError, match="tasks: it must be tasks from"):
         jm.tasks.with_ways(tasks._replace(sample=lambda key: tasks.sample(key)), 2)
     for ways in (0, 5):
         with pytest.raises(ValueError, match=f"ways: got {ways}"):

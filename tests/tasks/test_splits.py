@@ -1,4 +1,4 @@
-"""Class splits: disjoint, hashed without ambiguity, reproducible."""
+"""Tests of class splits: disjoint, unambiguously hashed, reproducible."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_duplicates_and_bare_strings_are_refused():
         ClassSplit(train="cat")
 
 
-def test_parts_are_found_by_name():
+def test_parts_by_name():
     split = ClassSplit(train=("a",), test=("b",))
     assert split.part("test") == ("b",)
     with pytest.raises(ValueError, match="split: got 'val'; it must be one of 'train', 'validation', 'test'"):
@@ -66,11 +66,11 @@ def test_bad_counts_are_refused():
 
 
 def test_assert_disjoint_counts_validation_as_seen():
-    judged = ClassSplit(train=("x",), test=("a", "b"))
-    ClassSplit(train=("c",), validation=("d",), test=("a",)).assert_disjoint(judged)
+    evaluation = ClassSplit(train=("x",), test=("a", "b"))
+    ClassSplit(train=("c",), validation=("d",), test=("a",)).assert_disjoint(evaluation)
     for part in ("train", "validation"):
         with pytest.raises(ValueError, match=r"has seen 1 of the 2 test classes.*'a'"):
-            ClassSplit(**{part: ("a", "c")}).assert_disjoint(judged)
+            ClassSplit(**{part: ("a", "c")}).assert_disjoint(evaluation)
 
 
 def test_a_split_is_read_from_a_json_file(tmp_path):
@@ -88,15 +88,15 @@ def test_a_split_is_read_from_a_json_file(tmp_path):
     ("content", "says"),
     [
         (None, r"got .*split\.json; it must be three fractions such as 0\.64,0\.16,0\.2, a JSON file"),
-        ("{", r"split\.json is no class split in JSON: "),
-        ("[]", r"is no class split in JSON: "),
-        ('{"training": ["a"]}', r"is no class split in JSON: .*training"),
-        ('{"train": "abc"}', r"is no class split in JSON: train must be a sequence"),
-        ('{"train": ["a"], "test": ["a"]}', r"is no class split in JSON: .* overlaps"),
-        ("[" * 100_000, r"is no class split in JSON: it is nested too deeply"),
+        ("{", r"split\.json is not a class split in JSON: "),
+        ("[]", r"is not a class split in JSON: "),
+        ('{"training": ["a"]}', r"is not a class split in JSON: .*training"),
+        ('{"train": "abc"}', r"is not a class split in JSON: train must be a sequence"),
+        ('{"train": ["a"], "test": ["a"]}', r"is not a class split in JSON: .* overlaps"),
+        ("[" * 100_000, r"is not a class split in JSON: it is nested too deeply"),
     ],
 )
-def test_what_is_no_file_of_a_split_is_refused(tmp_path, content, says):
+def test_invalid_split_files_are_refused(tmp_path, content, says):
     path = tmp_path / "split.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")
@@ -120,7 +120,7 @@ def test_a_split_is_taken_as_a_mapping_of_labels_as_the_class_split_it_stands_fo
     [
         (
             {"training": ["a"]},
-            r"got a mapping that is no class split: part: got 'training'; it must be",
+            r"got a mapping that is not a class split: part: got 'training'; it must be",
         ),
         ({"train": "ab"}, r"train must be a sequence of class names, got 'ab'"),
         ({"train": 3}, r"train must be a sequence of class names, got 3"),

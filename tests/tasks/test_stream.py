@@ -1,4 +1,4 @@
-"""Streams: the episodes of memory, for the same keys, in any number of processes and from any step."""
+"""Tests of streams: the same episodes as from memory, in any number of processes and from any step."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ def close(a, b):
 
 @jax.jit
 def from_memory(sample, step):
-    """The four tasks that a stream reads for a meta-step."""
+    """Draw the four tasks of a meta-step from memory."""
     return jax.vmap(sample)(episode_keys(jax.random.fold_in(KEY, step), jnp.arange(4))[:, 0])
 
 
@@ -70,7 +70,7 @@ def test_batches_start_from_any_step(images):
 
 @pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.nightly)])
 def read_by_workers(request, images):
-    """A stream, its batches as worker processes read them, the first of them read, and the processes."""
+    """Return a stream, an iterator over batches read by workers, and a function that lists the workers."""
     others = set(multiprocessing.active_children())
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, workers=request.param, ahead=1, **SHAPE)
     batches = stream.batches(3)
@@ -79,7 +79,7 @@ def read_by_workers(request, images):
     batches.close()
 
 
-def test_worker_processes_read_the_same_and_end_with_the_iterator(read_by_workers):
+def test_worker_processes_read_the_same_episodes_and_end_with_the_iterator(read_by_workers):
     stream, batches, processes = read_by_workers
     for step in range(4, 8):
         same(next(batches), stream.at(step))
@@ -99,7 +99,7 @@ def test_the_shares_of_processes_make_up_the_whole_batch(images, for_evaluation)
     same(jax.tree.map(lambda *parts: np.concatenate(parts), *shares), whole.at(2))
 
 
-# Compiled in less time than any other learner.
+# The learner that compiles fastest.
 LEARNER = jm.prototypical(jm.nn.MLP(out=4, hidden=()))
 
 
@@ -119,23 +119,23 @@ def trained(tasks, reports=None, **settings):
 
 @pytest.fixture(scope="module")
 def from_stream(images):
-    """A training from a stream: the last state and the events."""
+    """Train from a stream and return the last state and the events."""
     events = []
     return trained(jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE), events), events
 
 
 @pytest.mark.nightly
-def test_training_from_a_stream_is_training_from_memory(images, from_stream):
-    (state, events), known_events = from_stream, []
-    known = trained(jm.tasks.from_prepared(images, **SHAPE), known_events)
-    close(known.params, state.params)
-    assert [event.step for event in events] == [event.step for event in known_events] == [3, 6, 7]
-    for a, b in zip(known_events, events, strict=True):
+def test_training_from_a_stream_equals_training_from_memory(images, from_stream):
+    (state, events), expected_events = from_stream, []
+    expected = trained(jm.tasks.from_prepared(images, **SHAPE), expected_events)
+    close(expected.params, state.params)
+    assert [event.step for event in events] == [event.step for event in expected_events] == [3, 6, 7]
+    for a, b in zip(expected_events, events, strict=True):
         assert a.metrics == pytest.approx(b.metrics, rel=1e-5)
 
 
 @pytest.mark.nightly
-def test_a_stopped_training_from_a_stream_resumes_bit_for_bit(images, from_stream, tmp_path):
+def test_interrupted_training_from_a_stream_resumes_bit_for_bit(images, from_stream, tmp_path):
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     run = {"run_dir": tmp_path / "run", "checkpoint_every": 3}
     stopped = iter([False, True])
@@ -145,13 +145,13 @@ def test_a_stopped_training_from_a_stream_resumes_bit_for_bit(images, from_strea
 
 
 @pytest.mark.nightly
-def test_evaluation_from_a_stream_is_evaluation_from_memory(images):
+def test_evaluation_from_a_stream_equals_evaluation_from_memory(images):
     memory = jm.tasks.from_prepared(images, **SHAPE)
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, for_evaluation=True, **SHAPE)
-    # With batch statistics, which calibrate fills.
+    # With batch statistics, which `calibrate` sets.
     method = jm.prototypical(jm.nn.MLP(out=4, hidden=(6,), norm=True))
     params = jax.jit(method.init)(jax.random.key(0), draw(memory.sample, KEY))
-    # 11 is no multiple of 4: of the last batch only what is asked counts.
+    # 11 is not a multiple of 4: only part of the last batch counts.
     expected = jm.evaluate_episodes(method, params, memory, episodes=11, key=KEY)
     np.testing.assert_allclose(jm.evaluate_episodes(method, params, stream, episodes=11, key=KEY), expected)
     filled = [jm.calibrate(method, params, tasks, KEY, episodes=8) for tasks in (memory, stream)]
@@ -159,7 +159,7 @@ def test_evaluation_from_a_stream_is_evaluation_from_memory(images):
     assert jax.tree.structure(filled[1]) != jax.tree.structure(params)
 
 
-def test_a_stream_of_an_own_loader_trains_and_its_batches_are_checked(images):
+def test_a_stream_of_a_custom_loader_trains_and_its_batches_are_checked(images):
     own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     calls = []
 
@@ -208,9 +208,9 @@ def test_divergence_within_a_stream_names_the_step(images):
         support, query = own.at(step)
         return jm.Task(support, dataclasses.replace(query, x=query.x * (1 if step < 4 else jnp.nan)))
 
-    spoilt = jm.TaskStream(at, own.card)
+    diverging = jm.TaskStream(at, own.card)
     with pytest.raises(jm.training.NonFiniteLoss, match="meta-step 5"):
-        jm.train(LEARNER, spoilt, optax.adam(1e-2), steps=8, meta_batch=4, key=KEY, log_every=4)
+        jm.train(LEARNER, diverging, optax.adam(1e-2), steps=8, meta_batch=4, key=KEY, log_every=4)
 
 
 @pytest.mark.parametrize(
@@ -220,18 +220,18 @@ def test_divergence_within_a_stream_names_the_step(images):
         ({"meta_batch": 3, "process": (0, 2)}, "multiple of the number of processes"),
         ({"workers": -1}, "workers: got -1"),
         ({"ahead": 0}, "ahead: got 0"),
-        ({"ways": 6}, "ways=6 asks for more classes"),
+        ({"ways": 6}, "ways=6 is more than the classes"),
         ({"process": (0, 0)}, "process 0 of 0"),
         ({"key": jax.random.key(0, impl="rbg")}, "got rbg; episodes are numbered with Threefry keys"),
-        ({"shots": 4}, r"too few in 2 of 5: ant \(5\), eel \(5\)"),
+        ({"shots": 4}, r"2 of 5 classes have fewer: ant \(5\), eel \(5\)"),
         ({"split": "tset"}, "split: got 'tset'; it must be one of"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(images, changes, message):
+def test_invalid_arguments_are_refused(images, changes, message):
     with pytest.raises(ValueError, match=message):
         jm.tasks.stream(images, **{"key": KEY, "meta_batch": 4, **SHAPE, **changes}).at(0)
 
 
-def test_batches_do_not_end_with_an_epoch(images):
+def test_batches_continue_after_an_epoch(images):
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, ahead=1, **SHAPE)
     assert len(list(itertools.islice(stream.batches(0), 12))) == 12

@@ -1,4 +1,4 @@
-"""All classes at once: whole, uniform, labelled the same in every mini-batch, in every rotation."""
+"""Tests of `supervised`: all classes, uniform, with the same labels in every mini-batch and rotation."""
 
 import sys
 
@@ -29,12 +29,12 @@ def test_classes_and_their_examples_are_uniform_under_fixed_labels():
         )  # fmt: skip
         assert batch.y.dtype == np.int32
         np.testing.assert_array_equal(batch.y, batch.x[..., 0])
-        # A class is drawn as often as any other, however many examples share its draws.
+        # Classes are uniform, whatever their number of examples.
         expected = np.concatenate([[10 * count / 4 / size] * size for size in SIZES])
         places = batch.x[..., 1] + (np.cumsum(SIZES) - SIZES)[batch.y]
         counts = np.bincount(places.astype(int).ravel(), minlength=sum(SIZES))
         assert stats.chisquare(counts, expected).pvalue > 1e-3
-    # Support says nothing of the queries.
+    # Support and queries are independent.
     table = np.zeros((4, 4), int)
     np.add.at(table, (task.support.y, task.query.y), 1)
     assert stats.chi2_contingency(table).pvalue > 1e-3
@@ -80,7 +80,7 @@ def test_drawing_is_pure_under_jit_and_vmap_and_compiled_once():
 
 
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-def test_rotated_classes_have_labels_of_their_own_and_random_turns_have_none(rotations):
+def test_rotated_classes_have_separate_labels_and_random_rotations_share_them(rotations):
     x = np.random.default_rng(0).integers(0, 256, (6, 3, 3, 1), dtype=np.uint8)
     few = from_arrays(x, np.repeat(np.arange(3), 2), ways=2, shots=1, rotations=rotations)
     tasks = supervised(few, batch=2400)
@@ -97,16 +97,16 @@ def test_rotated_classes_have_labels_of_their_own_and_random_turns_have_none(rot
     assert stats.chisquare(counts.ravel()).pvalue > 1e-3
 
 
-def test_grouped_paired_and_zero_shot_tasks_give_all_their_classes():
+def test_grouped_paired_and_zero_shot_tasks_have_all_their_classes():
     x, y = numbered([4, 4, 4, 4, 4])
-    told = {str(c): [float(c)] for c in range(5)}
+    metadata = {str(c): [float(c)] for c in range(5)}
     groups = {"0": "b", "1": "a", "2": "c", "3": "a", "4": "b"}
-    few = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=told, groups=groups, paired=True)
+    few = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=metadata, groups=groups, paired=True)
     tasks = supervised(few, batch=400)
     support, query = drawn(tasks)
     assert support.x.shape == (200, 2)
     assert tasks.card.ways == 4
-    # Group after group, without the group that has a single class.
+    # Sorted by group; the group with a single class is skipped.
     np.testing.assert_array_equal(query.x[:, 0], np.array([1, 3, 0, 4])[query.y])
 
 
@@ -121,32 +121,32 @@ def test_mini_batches_of_glyphs_are_new_drawings_of_all_classes():
     labels = np.concatenate([task.support.y, task.query.y]).ravel()
     assert (labels.min() >= 0, labels.max() < 1024) == (True, True)
     assert stats.chisquare(np.bincount(labels // 128, minlength=8)).pvalue > 1e-3
-    assert len(np.unique(task.query.x.reshape(-1, 144), axis=0)) == 960  # a drawing each
+    assert len(np.unique(task.query.x.reshape(-1, 144), axis=0)) == 960  # all drawings differ
 
 
 @pytest.mark.nightly
-def test_glyphs_are_drawn_from_the_strokes_of_their_labels(monkeypatch):
-    """With a hand that does not tremble a drawing is its class's own."""
+def test_glyphs_have_the_strokes_of_their_labels(monkeypatch):
+    """Without variation of the drawer, a drawing is determined by its class."""
     monkeypatch.setattr(MODULE, "hands_of", lambda bits: jnp.zeros((*bits.shape[:-1], HAND), jnp.float32))
     tasks = supervised(glyphs("test", ways=2, size=16), batch=8)
     batch = jax.jit(tasks.sample)(jax.random.key(1)).query
-    still = jnp.zeros(HAND, jnp.float32)
-    draw = jax.jit(jax.vmap(lambda class_id: draw_example(still, *class_strokes(class_id), 16)))
+    neutral = jnp.zeros(HAND, jnp.float32)
+    draw = jax.jit(jax.vmap(lambda class_id: draw_example(neutral, *class_strokes(class_id), 16)))
     np.testing.assert_allclose(batch.x, draw(CLASSES["test"].start + batch.y), atol=1e-4)
     assert len(set(batch.y.tolist())) > 1
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3, -2, True])
-def test_bad_batch_sizes_are_refused(batch):
+def test_invalid_batch_sizes_are_refused(batch):
     with pytest.raises(ValueError, match=r"batch: got .*; it must be (at least 2|even|a whole number)"):
         supervised(glyphs(ways=2), batch)
 
 
 def test_tasks_of_other_sources_are_refused():
-    with pytest.raises(ValueError, match=r"tasks: got regression tasks of 'sinusoid', .* or of glyphs"):
+    with pytest.raises(ValueError, match=r"tasks: got regression tasks of 'sinusoid', .* or from glyphs"):
         supervised(sinusoid())
     own = glyphs(ways=2)._replace(sample=lambda key: None)
-    with pytest.raises(ValueError, match=r"tasks: got classification tasks of 'glyphs', .* of from_arrays"):
+    with pytest.raises(ValueError, match=r"tasks: got classification tasks of 'glyphs', .* from from_arrays"):
         supervised(own)
     with pytest.raises(ValueError, match="tasks: got classification tasks"):
         supervised(supervised(glyphs(ways=2)))

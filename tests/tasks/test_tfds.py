@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets: the episodes against its own reading, the cache, what is missing."""
+"""Tests of tensorflow-datasets sources: episodes compared with its own reader, the cache, and errors."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ NAMES = ["wren", "owl", "jay", "tit", "emu", "kea", "auk", "ibis"]
 
 
 def builder_class(data_set, features, examples, supervised=None, version="1.0.0", registered=False):
-    """A builder of its own, whose examples (split -> list of features) need no download."""
+    """Return a builder of in-memory examples, given as split -> list of features."""
 
     class Generated(tfds.core.GeneratorBasedBuilder, skip_registration=not registered):
         name = data_set
@@ -53,15 +53,14 @@ def write(data_dir, *args, **kwargs):
 
 
 def as_tfds_reads(data_dir, name, image="image"):
-    """All examples in the order of the data set, decoded by tensorflow-datasets itself."""
+    """Return all examples in the order of the data set, decoded by tensorflow-datasets."""
     builder = tfds.builder(name, data_dir=data_dir)
     return [example for part in builder.info.splits for example in builder.as_data_source(part)]
 
 
-def assert_same_episodes(found, expected, atol=0.0):
+def assert_same_episodes(tasks, expected, atol=0.0):
     for key in range(3):
-        mine, theirs = (drawn(source, key) for source in (found, expected))
-        for a, b in zip(mine, theirs, strict=True):
+        for a, b in zip(drawn(tasks, key), drawn(expected, key), strict=True):
             assert a.x.shape == b.x.shape
             np.testing.assert_allclose(a.x, b.x, rtol=0, atol=atol)
             np.testing.assert_array_equal(a.y, b.y)
@@ -86,21 +85,21 @@ FEATURES = {
 # --- episodes -------------------------------------------------------------------------------------------
 
 
-def test_class_labels_of_all_splits_pooled_by_name_alone(tmp_path):
+def test_all_splits_are_pooled_by_class_name(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": birds(3), "test": birds(2, seed=1)})
     protocol = {"ways": 3, "shots": 2, "queries": 3, "classes": (0.5, 0.25, 0.25), "split_seed": 5}
     examples = as_tfds_reads(tmp_path, "tiny_birds")
     x, y = np.stack([e["image"] for e in examples]), np.array([NAMES[e["kind"]] for e in examples])
-    found = from_tfds("tiny_birds", "train", **protocol, data=tmp_path)
+    tasks = from_tfds("tiny_birds", "train", **protocol, data=tmp_path)
     expected = from_arrays(x, y, split="train", **protocol, name="tfds:tiny_birds/1.0.0")
-    assert found.card == expected.card
-    assert_same_episodes(found, expected)
+    assert tasks.card == expected.card
+    assert_same_episodes(tasks, expected)
     assert "tensorflow" not in sys.modules
 
     prepared = prepare_tfds("tiny_birds:1.0.0", data=tmp_path)
     assert (prepared.classes, set(prepared.sizes), prepared.shape) == (tuple(sorted(NAMES)), {5}, (9, 9, 3))
     assert set(prepare_tfds("tiny_birds", data=tmp_path, tfds_splits="test").sizes) == {2}
-    # Any integer names classes where the caller says so; a grey image is the luma.
+    # Any integer feature can hold the class if named; grey images are the luma.
     grey = prepare_tfds("tiny_birds", data=tmp_path, label="n", channels=1, tfds_splits=["test", "train"])
     assert grey.classes == tuple(sorted(str(10 * i) for i in range(8)))
     assert grey.shape == (9, 9, 1)
@@ -109,7 +108,7 @@ def test_class_labels_of_all_splits_pooled_by_name_alone(tmp_path):
     np.testing.assert_array_equal(grey.read([row])[0, :, :, 0], Image.fromarray(first["image"]).convert("L"))
 
 
-def test_texts_are_labels_and_grey_images_of_mixed_sizes_are_resized(tmp_path):
+def test_text_labels_and_grey_images_of_several_sizes(tmp_path):
     rng = np.random.default_rng(0)
     shapes = [(12, 11), (8, 15), (20, 7)]
     examples = [
@@ -125,11 +124,11 @@ def test_texts_are_labels_and_grey_images_of_mixed_sizes_are_resized(tmp_path):
         for e in read
     ]
     x = np.clip(np.rint(np.stack([np.asarray(image) for image in x])), 0, 255).astype(np.uint8)[..., None]
-    found = from_tfds("tiny_marks", **protocol, data=tmp_path)
-    assert_same_episodes(found, from_arrays(x, [e["label"].decode() for e in read], **protocol))
+    tasks = from_tfds("tiny_marks", **protocol, data=tmp_path)
+    assert_same_episodes(tasks, from_arrays(x, [e["label"].decode() for e in read], **protocol))
 
 
-def test_examples_read_in_several_groups_keep_their_order(tmp_path, monkeypatch):
+def test_examples_read_in_several_blocks_keep_their_order(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_AT_ONCE", 7)
     write(tmp_path, "tiny_birds", FEATURES, {"a": birds(2), "b": birds(1, 1), "c": birds(3, 2)})
     read = as_tfds_reads(tmp_path, "tiny_birds")
@@ -139,7 +138,7 @@ def test_examples_read_in_several_groups_keep_their_order(tmp_path, monkeypatch)
 
 
 @pytest.mark.nightly
-def test_omniglot_as_an_own_data_set_gives_the_same_episodes(tmp_path, data_folder):
+def test_omniglot_as_a_custom_data_set_gives_the_same_episodes(tmp_path, data_folder):
     archive = data_folder / "omniglot" / "images_background.zip"
     if not archive.exists():
         pytest.skip(f"no {archive}")
@@ -156,8 +155,8 @@ def test_omniglot_as_an_own_data_set_gives_the_same_episodes(tmp_path, data_fold
     read = as_tfds_reads(tmp_path, "some_characters")
     ink = np.stack([e["image"][:, :, 0] == 0 for e in read])
     expected = from_arrays(255 - shrink(ink, 28)[..., None], [e["name"].decode() for e in read], **protocol)
-    found = from_tfds("some_characters", **protocol, size=28, data=tmp_path)
-    assert_same_episodes(found, expected, atol=1.01 / 255)
+    tasks = from_tfds("some_characters", **protocol, size=28, data=tmp_path)
+    assert_same_episodes(tasks, expected, atol=1.01 / 255)
 
 
 # --- the cache ------------------------------------------------------------------------------------------
@@ -177,10 +176,10 @@ def test_a_second_call_reads_no_image(tmp_path, monkeypatch, shape):
     assert prepare_tfds("tiny_birds", data=tmp_path / "other").folder != first.folder
 
 
-# --- found, or prepared now -------------------------------------------------------------------------------
+# --- finding and preparing data sets --------------------------------------------------------------------
 
 
-def test_an_older_version_on_disk_is_found_though_the_code_is_newer(tmp_path):
+def test_an_older_version_on_disk_is_used_with_newer_code(tmp_path):
     write(tmp_path, "moved_birds", FEATURES, {"train": birds(2)})
     builder_class("moved_birds", FEATURES, {"train": birds(3)}, version="2.0.0", registered=True)
     assert prepare_tfds("moved_birds", data=tmp_path).name == "tfds:moved_birds/1.0.0"
@@ -190,13 +189,13 @@ def test_an_older_version_on_disk_is_found_though_the_code_is_newer(tmp_path):
         prepare_tfds("moved_birds:3.0.0", data=tmp_path)
 
 
-def test_data_that_need_tensorflow_are_refused_without_it(tmp_path):
+def test_data_sets_that_need_tensorflow_are_refused_without_it(tmp_path):
     if importlib.util.find_spec("tensorflow"):
-        pytest.skip("TensorFlow is there")
+        pytest.skip("TensorFlow is installed")
     examples = [{"image": np.zeros((9, 9, 3), np.uint8), "kind": "owl", "n": 0}]
     builder_class("array_birds", FEATURES, {"train": examples}, registered=True)
     with pytest.raises(
-        ValueError, match=r"without TensorFlow; pip install tensorflow, or prepare it elsewhere"
+        ValueError, match=r"without TensorFlow; pip install tensorflow, or prepare it on another machine"
     ):
         prepare_tfds("array_birds", data=tmp_path)
     builder = write(tmp_path, "tiny_birds", FEATURES, {"train": birds(2)})
@@ -215,14 +214,14 @@ def test_a_failed_download_is_an_error_of_one_line(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-# --- what is wrong ----------------------------------------------------------------------------------------
+# --- invalid data and settings --------------------------------------------------------------------------
 
 
-def test_absent_features_and_splits_are_refused_by_name(tmp_path):
+def test_missing_features_and_splits_raise_errors_that_name_them(tmp_path):
     features = {"image": FEATURES["image"], "id": tfds.features.Text(), "back": tfds.features.Image()}
     picture = png(np.zeros((9, 9, 3), np.uint8))
     write(tmp_path, "plain", features, {"train": [{"image": picture, "id": "a", "back": picture}]})
-    with pytest.raises(ValueError, match=r"plain/1.0.0 has no labels; name .* image \(Image\)") as raised:
+    with pytest.raises(ValueError, match=r"plain/1.0.0 has no labels; pass .* image \(Image\)") as raised:
         prepare_tfds("plain", data=tmp_path)
     assert "id (Text)" in str(raised.value)
     with pytest.raises(ValueError, match=r"label: plain/1.0.0 has no label 'back'"):
@@ -230,18 +229,20 @@ def test_absent_features_and_splits_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"image: plain/1.0.0 has no image 'id'"):
         prepare_tfds("plain", data=tmp_path, label="id", image="id")
     assert prepare_tfds("plain", data=tmp_path, label="id", image="back").classes == ("a",)
-    with pytest.raises(ValueError, match="tfds_splits must be some of train, each once, got 'test'"):
+    with pytest.raises(ValueError, match="tfds_splits must be distinct splits out of train, got 'test'"):
         prepare_tfds("plain", data=tmp_path, label="id", tfds_splits="test")
 
 
 def test_examples_without_label_are_refused(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": birds(2), "test": [birds(1)[0] | {"kind": -1}]})
-    with pytest.raises(ValueError, match=r"1 examples of test have no kind; name the splits .* tfds_splits"):
+    with pytest.raises(
+        ValueError, match=r"1 examples of test have no kind; pass the labelled splits as tfds_splits"
+    ):
         prepare_tfds("tiny_birds", data=tmp_path)
     assert len(prepare_tfds("tiny_birds", data=tmp_path, tfds_splits=("train",))) == 16
 
 
-def test_damaged_images_and_bad_arguments_are_refused_by_name(tmp_path):
+def test_damaged_images_and_invalid_arguments_are_refused(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": [birds(1)[0] | {"image": b"gone"}]})
     with pytest.raises(ValueError, match=r"tiny_birds/1.0.0 train\[0\]: cannot be read as an image"):
         prepare_tfds("tiny_birds", data=tmp_path)
@@ -251,12 +252,12 @@ def test_damaged_images_and_bad_arguments_are_refused_by_name(tmp_path):
         prepare_tfds("tiny_birds", channels=2)
     with pytest.raises(ValueError, match="split: got 'val'"):
         from_tfds("tiny_birds", "val")
-    with pytest.raises(ValueError, match="no data set 'no_birds', nor is one prepared in") as raised:
+    with pytest.raises(ValueError, match="no data set 'no_birds', and none is prepared in") as raised:
         prepare_tfds("no_birds", data=tmp_path)
     assert len(str(raised.value)) < 300
 
 
-def test_a_source_takes_a_set_by_name(tmp_path, capsys):
+def test_a_source_reads_a_data_set_by_name(tmp_path, capsys):
     write(tmp_path, "little_birds", FEATURES, {"train": birds()})
     flags = {"ways": 2, "queries": 2, "classes": (0.5, 0.0, 0.5), "data": str(tmp_path)}
     card = sources.tasks_of(config_of(flags, tasks="tfds:little_birds"), "test").card
@@ -266,7 +267,7 @@ def test_a_source_takes_a_set_by_name(tmp_path, capsys):
 
 
 @pytest.mark.nightly
-def test_the_command_line_takes_a_set_by_name(tmp_path, capsys):
+def test_the_command_line_reads_a_data_set_by_name(tmp_path, capsys):
     write(tmp_path / "sets", "little_birds", FEATURES, {"train": birds()})
     command = ["train", "--tasks", "tfds:little_birds", "--data", str(tmp_path / "sets"), "--network", "mlp"]
     command += ["--ways", "2", "--queries", "2", "--classes", "0.5,0,0.5", "--steps", "2", "--episodes", "4"]
