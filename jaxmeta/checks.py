@@ -1,6 +1,6 @@
 """Argument validation, before anything is traced.
 
-Traced values are let pass, since they have no value yet.
+Traced arrays pass the checks of values, which they do not have yet.
 """
 
 import json
@@ -13,21 +13,20 @@ from typing import Any
 import jax
 import numpy as np
 
-# The largest int32: what steps, shapes and the places of an array on a device are counted in.
+# The largest int32, the type of step numbers, sizes and array indices on a device.
 LARGEST = 2**31 - 1
-# The largest that JAX and NumPy both take for a seed.
+# The largest seed that both JAX and NumPy accept.
 LARGEST_SEED = 2**63 - 1
 
 
 class ArgumentError(ValueError):
-    """Raise for an argument that cannot be used.
+    """The error for an argument that is not allowed, with the message `name: problem`.
 
-    The message is `name: problem`. What speaks to a user in other words, such as the command line of its
-    flags, reads the two parts.
+    Both parts are attributes, so that the command line can name the flag instead of the argument.
 
     Args:
-      name: of the argument; of several, with commas between them.
-      problem: what was given, what is allowed, what to do.
+      name: name of the argument, or names separated by commas.
+      problem: given value, allowed values, and what to do.
 
     Examples:
       >>> raise ArgumentError("shots", "got 0; it must be at least 1")
@@ -45,22 +44,22 @@ class ArgumentError(ValueError):
 
 
 class MissingFileError(ArgumentError, FileNotFoundError):
-    """Raise for an argument that names a file or folder that is not there."""
+    """The error for an argument that names a missing file or folder."""
 
 
 class MissingPackageError(ImportError):
-    """Raise where an optional package is not installed; the message has the command that installs it."""
+    """The error for a missing optional package; the message has the command that installs it."""
 
 
 class NotAFolderError(ArgumentError, NotADirectoryError):
-    """Raise for an argument that names a file where it must name a folder."""
+    """The error for an argument that names a file where it must name a folder."""
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> None:
     """Check that `value` is a whole number from `least` to `most`.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
 
     Examples:
       >>> check_count("shots", 0)
@@ -82,7 +81,7 @@ def check_number(
     """Check that `value` is a finite number from `least` to `most`, and above `above`.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
 
     Examples:
       >>> check_number("damping", float("nan"), 0)
@@ -107,7 +106,7 @@ def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
     """Check that `value` is one of `known`.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
 
     Examples:
       >>> check_word("order", "third", ("second", "first"))
@@ -115,7 +114,8 @@ def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
       jaxmeta.checks.ArgumentError: order: got 'third'; it must be one of 'second', 'first'
     """
     known = tuple(known)
-    if not any(type(value) is type(one) and value == one for one in known):
+    # Types are compared, too, because True == 1.
+    if not any(type(value) is type(word) and value == word for word in known):
         raise ArgumentError(name, f"got {shown(value)}; it must be one of {', '.join(map(repr, known))}")
 
 
@@ -123,17 +123,17 @@ def check_function(name: str, value: Any, wanted: str = "a function") -> None:
     """Check that `value` can be called.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
     """
     if not callable(value):
         raise ArgumentError(name, f"got {described(value)}; it must be {wanted}")
 
 
 def check_kind(name: str, value: Any, kind: type | types.UnionType, wanted: str) -> None:
-    """Check that `value` is of type `kind`, which a user knows as `wanted`.
+    """Check that `value` is of type `kind`, which the message describes as `wanted`.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
     """
     if not isinstance(value, kind):
         raise ArgumentError(name, f"got {described(value)}; it must be {wanted}{call_of(value)}")
@@ -143,7 +143,7 @@ def check_optimizer(name: str, value: Any) -> None:
     """Check that `value` is an optax transformation, or has its functions `init` and `update`.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
 
     Examples:
       >>> check_optimizer("optimizer", 1e-3)
@@ -160,7 +160,7 @@ def check_key(name: str, key: Any) -> None:
     """Check that `key` is a single key of `jax.random`, typed or raw.
 
     Raises:
-      ValueError: that calls `key` by `name`.
+      ArgumentError: `key` is something else; the error names the argument `name`.
 
     Examples:
       >>> check_key("key", 7)
@@ -183,24 +183,24 @@ def check_widths(name: str, value: Any) -> None:
     """Check that `value` is a tuple or list of widths, one for each layer.
 
     Raises:
-      ValueError: that calls `value` by `name`.
+      ArgumentError: `value` is something else; the error names the argument `name`.
     """
     if not isinstance(value, tuple | list):
-        raise ArgumentError(name, f"got {shown(value)}; it must be a tuple, with the width of each layer")
+        raise ArgumentError(name, f"got {shown(value)}; it must be a tuple with the width of each layer")
     for width in value:
         check_count(name, width)
 
 
 def check_size(names: str, sizes: Iterable[int], what: str) -> None:
-    """Check that an array of these sizes has no more values than its places can be counted in.
+    """Check that an array with these sizes has at most as many values as an int32 can index.
 
     Args:
-      names: of the arguments that `sizes` come from.
-      sizes: whose product it has.
-      what: it is.
+      names: names of the arguments that determine `sizes`.
+      sizes: factors of the number of values.
+      what: name of the array in the message.
 
     Raises:
-      ValueError: that calls them by `names`.
+      ArgumentError: there are more values; the error names the arguments `names`.
 
     Examples:
       >>> check_size("x", (2**40,), "x")
@@ -209,15 +209,15 @@ def check_size(names: str, sizes: Iterable[int], what: str) -> None:
     """
     sizes = tuple(map(int, sizes))
     if math.prod(sizes) > LARGEST:
-        said = " x ".join(map(str, sizes))
-        raise ArgumentError(names, f"got {what} of {said} values; at most {LARGEST} fit in an array")
+        product = " x ".join(map(str, sizes))
+        raise ArgumentError(names, f"got {what} of {product} values; at most {LARGEST} fit in an array")
 
 
 def check_real(name: str, values: Any, *, whole: bool = False) -> None:
-    """Check that `values` is an array of real numbers, or of `whole` ones; of a traced one the type counts.
+    """Check that `values` is an array of real numbers, or, if `whole`, of integers.
 
     Raises:
-      ValueError: that calls `values` by `name`.
+      ArgumentError: `values` is something else; the error names the argument `name`.
     """
     number = jax.numpy.integer if whole else jax.numpy.number
     dtype = getattr(values, "dtype", None)
@@ -232,14 +232,14 @@ def check_labels(
     """Check that `labels` has an integer class in [0, `classes`) for each of `n` examples.
 
     Args:
-      name: of the argument.
-      labels: one for each example.
+      name: name of the argument.
+      labels: labels, one for each example.
       n: number of examples; None for any.
-      classes: their number; None for any labels.
-      mask: False marks padding, whose labels may be anything.
+      classes: number of classes; None for any labels.
+      mask: mask whose False marks padding, which may have any label.
 
     Raises:
-      ValueError: that calls `labels` by `name`.
+      ArgumentError: `labels` is something else; the error names the argument `name`.
     """
     check_real(name, labels, whole=True)
     if labels.ndim != 1 or (n is not None and labels.shape != (n,)):
@@ -252,17 +252,17 @@ def check_labels(
 def check_slots(name: str, labels: Any, classes: int | None, mask: Any = None) -> None:
     """Check that class labels of any shape are in [0, `classes`), where their values are known.
 
-    Labels that are traced, of no whole numbers, or on devices of another process are let pass.
+    Labels that are traced, are not integers, or are on devices of other processes pass.
 
     Args:
-      name: of the argument.
+      name: name of the argument.
       labels: class labels.
-      classes: their number. Where it is None, no class may be below 0, and some example must be of class 0:
-        labels that are counted from 1 would seem to have one class more.
-      mask: False marks padding, whose labels may be anything.
+      classes: number of classes. With None, no class may be below 0, and class 0 must have an example,
+        because labels counted from 1 would seem to have one class more.
+      mask: mask whose False marks padding, which may have any label.
 
     Raises:
-      ValueError: that calls `labels` by `name`.
+      ArgumentError: `labels` is something else; the error names the argument `name`.
 
     Examples:
       >>> check_slots("support", np.array([1, 2, 3]), 3)
@@ -274,44 +274,44 @@ def check_slots(name: str, labels: Any, classes: int | None, mask: Any = None) -
             return
     if not jax.numpy.issubdtype(getattr(labels, "dtype", object), np.integer):
         return
-    # By NumPy: inside of a compiled function what JAX computes is traced, be it of constants.
-    found = np.asarray(labels)
-    if mask is not None and np.shape(mask) == found.shape:
-        found = found[np.asarray(mask)]
-    if not found.size:
+    # In NumPy, because inside a compiled function JAX traces even operations on constants.
+    known = np.asarray(labels)
+    if mask is not None and np.shape(mask) == known.shape:
+        known = known[np.asarray(mask)]
+    if not known.size:
         return
-    low, high = int(found.min()), int(found.max())
+    low, high = int(known.min()), int(known.max())
     if low < 0 or (classes is not None and high >= classes):
         wanted = "at least 0" if classes is None else f"from 0 to {classes - 1}"
         raise ArgumentError(name, f"got classes from {low} to {high}; they must be {wanted}")
     if classes is None and low > 0:
         raise ArgumentError(
             name,
-            f"got classes from {low} to {high}; they are counted from 0, to {high - low} here. Where there "
-            f"is no example of class 0, say how many there are: Batch(…, ways={high + 1})",
+            f"got classes from {low} to {high}; they must be counted from 0, to {high - low} here. If class "
+            f"0 has no example, pass the number of classes: Batch(…, ways={high + 1})",
         )
 
 
 def check_finite(name: str, values: Any) -> None:
-    """Check that floating-point arrays have no NaN or infinity in them.
+    """Check that a floating-point array contains neither NaN nor infinity.
 
     Raises:
-      ValueError: that calls `values` by `name`.
+      ArgumentError: `values` is something else; the error names the argument `name`.
     """
     if isinstance(values, jax.core.Tracer) or not jax.numpy.issubdtype(values.dtype, np.inexact):
         return
-    wrong = values.size - int(np.isfinite(values).sum())
-    if wrong:
+    count = values.size - int(np.isfinite(values).sum())
+    if count:
         raise ArgumentError(
-            name, f"got NaN or infinity in {wrong} of {values.size} places; all must be finite"
+            name, f"got NaN or infinity in {count} of {values.size} places; all must be finite"
         )
 
 
 def parsed_json(text: str) -> Any:
-    """What a file of JSON holds, which others may have written.
+    """Parse JSON from an untrusted file.
 
     Raises:
-      ValueError: it is none, or nested so deeply that it is made to do harm.
+      ValueError: `text` is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -320,7 +320,7 @@ def parsed_json(text: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`value` in an error's message, of one line however large it is."""
+    """Return `value` as at most 80 characters of one line, for an error message."""
     if isinstance(value, jax.Array | np.ndarray) and value.ndim:
         return f"an array of shape {value.shape} and type {value.dtype}"
     text = " ".join(repr(value).split())
@@ -328,7 +328,7 @@ def shown(value: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """`value` in an error's message where one of another kind is due: with its type, or as what it is.
+    """Return `value` with its type, for an error message about a value of a wrong type.
 
     Examples:
       >>> described(0.5), described(max), described(dict), described(json), described([0] * 99)
@@ -347,7 +347,7 @@ def described(value: Any) -> str:
         return f"{shown(value)} ({name})"
     if type(value) in (tuple, list, dict, set) and len(repr(value)) <= 40:
         return shown(value)
-    # What a container of arrays or functions holds would fill the message.
+    # The contents of a container of arrays or functions would fill the message.
     return f"{name}(…)"
 
 
@@ -356,13 +356,13 @@ def _is_function(value: Any) -> bool:
 
 
 def call_of(value: Any) -> str:
-    """What to do with a class or function that was given in the place of what it makes."""
-    made = isinstance(value, type) or _is_function(value)
-    return f"; call {value.__name__}(…) to make one" if made else ""
+    """Return a hint, to be appended to an error, to call a class or function that was given; else ""."""
+    is_callable = isinstance(value, type) or _is_function(value)
+    return f"; call {value.__name__}(…) to make one" if is_callable else ""
 
 
 def some(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
-    """The first `most` of `names` for an error's message, with an ellipsis in place of any others.
+    """Join the first `most` of `names` for an error message, with an ellipsis in place of the others.
 
     Examples:
       >>> some(["a", "b", "c"]), some(["a", "b", "c"], 2)

@@ -1,15 +1,14 @@
-"""The types every other file speaks.
+"""The types that all modules share.
 
-A learning algorithm for few examples is four pure functions, a `Learner`; a source of
-few-example problems is one pure function, a `TaskDistribution`:
+A few-shot learning algorithm is four pure functions, a `Learner`; a source of few-shot tasks is one pure
+function, a `TaskDistribution`:
 
     tasks.sample(key)                     -> Task(support, query)
     learner.adapt(params, support, key)   -> adapted
     learner.predict(params, adapted, x)   -> outputs
     learner.loss(params, task, key, step) -> (scalar, metrics)
 
-The plain gradient of `loss` IS the meta-gradient, so one training step serves them all.
-This file imports nothing of ours.
+The plain gradient of `loss` is the meta-gradient, so that one training step serves all learners.
 """
 
 import dataclasses
@@ -31,17 +30,17 @@ Adapted = PyTree
 Key = PRNGKeyArray
 Metrics = dict[str, tuple[Array, Array]]
 Augment = Callable[[Key, Array], Array]
-# Of outputs: `(outputs, y, mask) -> scalar`.
+# A loss of outputs: `(outputs, y, mask) -> scalar`.
 Loss: TypeAlias = Callable[[Array, Array, Array | None], Array]
-# What scores outputs: `(outputs, y, mask) -> scalar or (sum, count)`.
+# A metric of outputs: `(outputs, y, mask) -> scalar or (sum, count)`.
 Metric: TypeAlias = Callable[[Array, Array, Array | None], ArrayLike | tuple[ArrayLike, ArrayLike]]
 
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """An optax optimizer: an `optax.GradientTransformation`, in a type that type checkers know.
+    """The interface of an `optax.GradientTransformation`.
 
-    optax declares none of its types to them, so that a learning rate in the place of an optimizer would pass.
+    optax has no types that type checkers read, so that they would accept a learning rate as an optimizer.
     """
 
     @property
@@ -53,20 +52,20 @@ class Optimizer(Protocol):
         """Return the function `(gradients, state, params) -> (updates, state)`."""
 
 
-# Choices that several methods or sources of tasks have; `typing.get_args` gives their words.
+# Choices shared by several learners or task sources; `typing.get_args` returns their values.
 SplitName = Literal["train", "validation", "test"]
 Kind = Literal["classification", "regression"]
 Rotations = Literal["none", "classes", "random"]
-# Whose statistics normalise: of an embedding, and after an inner loop.
+# Batch statistics that normalise an embedding, and a network after an inner loop.
 Norm = Literal["batch", "support", "population"]
 InnerLoopNorm = Literal["batch", "support", "population", "episode"]
-# Which derivatives the meta-gradient has: of any inner loop, and of one that is differentiated step by step.
+# Order of the meta-gradient: of any inner loop, and of one that is differentiated step by step.
 Order = Literal["second", "first", "implicit"]
 UnrolledOrder = Literal["second", "first"]
-# How a backward pass gets at the values of the inner steps.
+# Source of the inner steps' values in the backward pass.
 Memory = Literal["auto", "store", "recompute", "forward_over_reverse"]
-# Attribute of the functions of a learner that `checks_slots` made: the function itself, so that one which
-# merely wraps it, and has a copy of its attributes, does not count as one.
+# Attribute of a learner's functions that `checks_slots` made. Its value is the function itself, so that a
+# wrapper, to which `functools.wraps` copies attributes, is not taken for such a function.
 _CHECKS = "__jaxmeta_checks__"
 
 
@@ -78,15 +77,20 @@ class Batch:
     Attributes:
       x: inputs, `(n, *shape)`.
       y: class slots `(n,)` int32 in `[0, ways)`, or regression targets `(n, d)` float. Learners, losses and
-        scores refuse other class slots where they can see them, which is outside `jax.jit` and `jax.vmap`,
-        and `jm.evaluate` and `jm.transfer.fine_tune` do in any case. A compiled function cannot see values,
-        and checking them would cost a wait for the device at each call: there an example of a slot that
-        does not exist is as padding to methods that compare with one-hot labels, and to a cross-entropy
-        NaN, or where it is negative a slot counted from the end. So check what you compile yourself.
-      mask: `(n,)` bool, or None where every example is real. False marks padding, which
-        changes no result; it is how ragged ways and shots keep one shape.
-      ways: number of class slots, static. None for regression, and for a batch made by hand,
-        where it is read from a concrete `y` (see `ways_of`).
+        scores raise an error for other class slots where values are known, which is outside of `jax.jit`
+        and `jax.vmap`; `jm.evaluate` and `jm.transfer.fine_tune` always do. Inside a compiled function,
+        where a check would wait for the device at each call, invalid slots are not detected: methods that
+        compare with one-hot labels treat them as padding, and a cross-entropy is NaN or, for negative
+        ones, counts slots from the end. Check the labels that you pass to functions you compile yourself.
+      mask: `(n,)` bool; None where every example is real. False marks padding, which changes no result, so
+        that tasks of different ways and shots have the same shape.
+      ways: number of class slots, static; None for regression. None is allowed for a batch built by hand,
+        too, where the number is read from concrete values of `y` (see `ways_of`).
+
+    Examples:
+      >>> batch = Batch(jnp.zeros((4, 28, 28, 1)), jnp.array([0, 0, 1, 1]), ways=2)
+      >>> batch.x.shape, batch.ways
+      ((4, 28, 28, 1), 2)
     """
 
     x: Array
@@ -97,10 +101,9 @@ class Batch:
 
 
 class Task(NamedTuple):
-    """One few-example problem: learn from `support`, be judged on `query`.
+    """One few-shot task: a learner adapts to `support` and is evaluated on `query`.
 
-    Zero-shot tasks carry one metadata vector per class as `support.x`, and
-    `support.y = arange(ways)`.
+    In zero-shot tasks `support.x` has one metadata vector for each class, and `support.y` is `arange(ways)`.
     """
 
     support: Batch
@@ -108,24 +111,24 @@ class Task(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """A learning algorithm for few examples, as pure functions.
+    """A few-shot learning algorithm as pure functions.
 
     Attributes:
-      init: `(key, task) -> params`; reads shapes from `task`, never its values.
-      adapt: `(params, support, key) -> adapted`; what is learned from the support set.
-      predict: `(params, adapted, x, mask=None) -> outputs`; argmax is the class, softmax its
-        distribution; regression values where the targets are float.
-      loss: `(params, task, key, step=None) -> (scalar, metrics)` of one task. `step` is the
-        global meta-step (never vmapped); None puts every schedule at its end.
+      init: `(key, task) -> params`, which reads the shapes of `task`, never its values.
+      adapt: `(params, support, key) -> adapted`, the result of learning from the support set.
+      predict: `(params, adapted, x, mask=None) -> outputs`. For classification, argmax gives the class and
+        softmax the class probabilities; for float targets, outputs are the predicted values.
+      loss: `(params, task, key, step=None) -> (scalar, metrics)` for one task. `step` is the number of the
+        meta-step (never vmapped); with None every schedule has its final value.
       statistics: `(params, task, key) -> (sum, count)` of the batch statistics that
         `jm.calibrate` averages over tasks; None where the learner has none to fill.
-      divisible: whether `loss` embeds the examples by a model that is divisible, and differentiates
-        nothing itself, so that several devices may share a task.
-      metric: `(outputs, y, mask) -> scalar or (sum, count)`, what `jm.evaluate` measures; None for the
+      divisible: True if several devices may share a task: `loss` embeds the examples by a model that is
+        divisible, and computes no gradients itself.
+      metric: `(outputs, y, mask) -> scalar or (sum, count)`, the metric of `jm.evaluate`; None for the
         accuracy of class slots and the mean squared error of float targets.
 
-    A learner of one's own may leave `mask` and `step` out, return the loss without metrics, and give a
-    metric as a number, whose count is then 1. `jm.check_learner` says what keeps one from training.
+    Your own learner may omit the arguments `mask` and `step`, return the loss without metrics, and return a
+    metric as a number, which then has a count of 1. `jm.check_learner` lists the problems of such a learner.
     """
 
     init: Callable[[Key, Task], Params]
@@ -143,15 +146,14 @@ class Model(NamedTuple):
     Attributes:
       init: `(key, x) -> params`.
       apply: `(params, x) -> outputs`, normalised by the statistics of `x` itself.
-      apply_norm: `(params, x, *, stats=None, mask=None) -> (outputs, stats)`. Normalises by
-        `stats`, and those layers that it has none for, which are all where it is None, by the (masked)
-        statistics of `x`; returns what each layer was normalised by. None where the model has no batch
-        statistics.
-      stochastic: whether `apply` and `apply_norm` also take a keyword `key`, the source of
-        their randomness (dropout, say); with `key=None` they are deterministic.
-      divisible: whether the outputs of an example depend on the others through the moments of
-        `jm.nn.BatchNorm` only, so that several devices may share a batch. A module of flax.linen says
-        so by a class attribute `divisible = True`, and takes `mask` if it normalises.
+      apply_norm: `(params, x, *, stats=None, mask=None) -> (outputs, stats)`. It normalises layers that
+        are in `stats` by these statistics, and all others by the masked statistics of `x`, and returns the
+        statistics by which each layer was normalised. None for a model without batch statistics.
+      stochastic: True if `apply` and `apply_norm` also take a keyword `key`, the source of their randomness
+        (such as dropout); with `key=None` they are deterministic.
+      divisible: True if an example's outputs depend on the other examples only through the moments of
+        `jm.nn.BatchNorm`, so that several devices may share a batch. A module of flax.linen declares it by a
+        class attribute `divisible = True`, and takes `mask` if it normalises.
     """
 
     init: Callable[[Key, Array], Params]
@@ -164,19 +166,19 @@ class Model(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ProtocolCard:
-    """What a published row must state about its tasks. Static and hashable.
+    """The description of tasks that a published result must state; static and hashable.
 
     Attributes:
       tasks: name of the source, e.g. "omniglot".
       split: "train", "validation" or "test"; "unknown" for tasks without a card.
       kind: "classification" or "regression".
-      ways, shots, queries: classes, support and query examples per class; for regression
-        `ways` is None. A pair is an inclusive range (ragged tasks).
-      classes: number of classes the tasks are drawn from; None where there are none.
-      split_hash: SHA-256 (hex) over the class names of all parts of the split, so that two
-        rows with one hash have seen the same classes.
-      rotations: how rotations enter ("none", "classes", "random").
-      protocol: one sentence that names the published protocol followed.
+      ways, shots, queries: number of classes, of support and of query examples per class; `ways` is None for
+        regression. A pair is an inclusive range (ragged tasks).
+      classes: number of classes that the tasks are drawn from; None for tasks without classes.
+      split_hash: SHA-256 (hex) over the class names of all parts of the split; results with the same hash
+        have the same classes.
+      rotations: use of rotated images: "none", "classes" (as further classes) or "random".
+      protocol: sentence that names the published protocol.
     """
 
     tasks: str
@@ -194,16 +196,14 @@ class ProtocolCard:
 class TaskDistribution(NamedTuple):
     """A source of tasks: `sample(key) -> Task`, pure, usable under `jit` and `vmap`.
 
-    `sample` is a `jax.tree_util.Partial(draw, data)`: a pytree, so that the data travel as an
-    argument of the compiled step and are never baked into it as a constant.
+    `sample` is a `jax.tree_util.Partial(draw, data)`, a pytree, so that the data are an argument of the
+    compiled step and not a constant in it.
 
     Attributes:
       sample: `(key) -> Task`.
-      card: what a published row must state.
+      card: protocol card, which only reports need; None for tasks without one.
       classes: names of the classes that tasks are drawn from, in the order of the labels of
-        `jm.tasks.labelled`; None where they have no names. See `jm.tasks.classes_of`.
-
-    Tasks of one's own may leave the card out, which only reports need.
+        `jm.tasks.labelled`; None for classes without names. See `jm.tasks.classes_of`.
     """
 
     sample: Callable[[Key], Task]
@@ -212,20 +212,20 @@ class TaskDistribution(NamedTuple):
 
 
 class TaskStream(NamedTuple):
-    """A source of tasks too large for the device: one batch of tasks for each meta-step.
+    """A source of tasks that do not fit on the device: one batch of tasks for each meta-step.
 
     Attributes:
-      at: `(step) -> tasks`, one `Task` whose leaves have a leading axis of tasks: in training those
-        of meta-step `step`, in an evaluation the `step`-th batch of episodes. A pure function, so
-        that a run can go on at any step.
-      card: as of a `TaskDistribution`; it may be left out.
-      batches: `(start) -> iterator` over `at(start), at(start + 1), …`, read ahead, which is closed
-        where it has a `close`; None: `at` is called step by step.
-      key: that the episodes are numbered from by `episode_keys`, where they are: what trains or
-        evaluates with another refuses the stream.
-      for_evaluation: whether they are numbered as an evaluation does.
-      names: `(step) -> names`, of the classes of the tasks that `at(step)` gives: an array `(tasks, ways)` of
-        texts, slot after slot, "" for slots that are padding. None where classes have no names.
+      at: `(step) -> tasks`, a `Task` whose leaves have a leading axis of tasks: the tasks of meta-step
+        `step` in training, the `step`-th batch of episodes in an evaluation. It is a pure function, so
+        that a run can be resumed at any step.
+      card: protocol card, which only reports need; None for tasks without one.
+      batches: `(start) -> iterator` over `at(start), at(start + 1), …` that reads ahead; it is closed
+        if it has a method `close`. None to call `at` for each step.
+      key: key from which `episode_keys` numbers the episodes; training and evaluation with another key
+        refuse the stream. None for episodes that are not numbered.
+      for_evaluation: True if episodes are numbered as in an evaluation.
+      names: `(step) -> names`, the class names of the tasks of `at(step)`: an array `(tasks, ways)` of
+        strings by slot, "" for slots that are padding. None for classes without names.
     """
 
     at: Callable[[int], Task]
@@ -237,7 +237,7 @@ class TaskStream(NamedTuple):
 
 
 def card_of(tasks: TaskDistribution | TaskStream) -> ProtocolCard:
-    """Return the card of tasks, or where they have none one that says so.
+    """Return the card of tasks, by default one that states that there is none.
 
     Examples:
       >>> card_of(TaskDistribution(lambda key: None)).tasks
@@ -250,7 +250,7 @@ def check_tasks(tasks: Any, name: str = "tasks") -> None:
     """Check that `tasks` is a source of tasks.
 
     Raises:
-      ValueError: that calls it by `name`.
+      ArgumentError: `tasks` is something else; the error names the argument `name`.
     """
     if isinstance(tasks, jax.tree_util.Partial):
         raise ArgumentError(name, "got a sampler; it must be tasks: jm.TaskDistribution(sample)")
@@ -258,20 +258,25 @@ def check_tasks(tasks: Any, name: str = "tasks") -> None:
     check_kind(name, tasks, TaskDistribution | TaskStream, wanted)
 
 
-# What a compiled step draws from: a sampler, or the tasks of one batch.
+# The source of a compiled step's tasks: a sampler, or one batch of tasks.
 Source = Callable[[Key], Task] | Task
 
 
 def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
-    """For each index `(n, 2)` keys: of the task, and of what the learner does with it.
+    """Return `(n, 2)` keys: for each episode that of its task, and that of the learner.
 
-    The one rule by which episodes are numbered: episode `index` of meta-step `step` is that of
-    `fold_in(key, step)`, and of an evaluation that of its key.
+    In training, `key` is `fold_in(run_key, step)`; in an evaluation, it is the key of the evaluation.
+
+    Args:
+      key: key from which episodes are numbered.
+      indices: numbers of the episodes.
 
     Raises:
-      ValueError: the key is of another generator than Threefry, whose numbers would depend on how
-        many are drawn together: on devices, strategy and shares.
+      ArgumentError: `key` is of another generator than Threefry.
     """
+    # `fold_in` of the index, instead of a `split` into as many keys as there are tasks, makes an episode
+    # independent of the numbers of tasks, devices and processes. The numbers of other generators than
+    # Threefry depend on how many are drawn together, that is on devices and strategy.
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if (str(jax.random.key_impl(key)) != "threefry2x32") if typed else (key.shape != (2,)):
         raise ArgumentError(
@@ -283,10 +288,10 @@ def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
 
 
 def blank_padding(batch: Batch) -> Batch:
-    """`batch` with zeros for its padded examples; itself where it has no mask.
+    """Return `batch` with zeros in the place of its padded examples.
 
-    Padding may hold anything, NaN included, and masking a loss keeps no 0 · NaN out of its
-    gradient: a learner blanks what it is given before it computes with it.
+    Padding may have any values, such as NaN, and a mask in the loss does not remove 0 · NaN from its
+    gradient. Therefore learners apply this function to their inputs first.
     """
     mask = batch.mask
     if mask is None:
@@ -299,15 +304,15 @@ def blank_padding(batch: Batch) -> Batch:
 
 
 def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
-    """`batch` with `augment` applied to its images."""
+    """Return `batch` with `augment` applied to its images."""
     return batch if augment is None else dataclasses.replace(batch, x=augment(key, batch.x))
 
 
 def checks_slots(learner: Learner) -> Learner:
-    """`learner`, which refuses class slots that do not exist, where their values are known.
+    """Return `learner` with functions that refuse invalid class slots where values are known.
 
-    It also takes examples as NumPy arrays, in which compiled loops cannot look up rows. Every factory that
-    `jm.learner` decorates returns such a learner.
+    These functions also convert NumPy arrays to JAX arrays, because traced indices cannot index NumPy arrays.
+    Every factory that `jm.learner` decorates returns such a learner.
     """
     if is_checked(learner.adapt):
         return learner
@@ -341,18 +346,18 @@ def is_checked(function: Callable[..., Any]) -> bool:
 
 
 def _on_device(batch: Batch) -> Batch:
-    """`batch` with JAX's arrays for NumPy's; class slots that `ways_of` has to read stay as they are."""
-    known = batch.ways is not None or not jnp.issubdtype(batch.y.dtype, jnp.integer)
+    """Convert NumPy arrays of `batch` to JAX arrays, except class slots that `ways_of` has to read."""
+    is_known = batch.ways is not None or not jnp.issubdtype(batch.y.dtype, jnp.integer)
     return dataclasses.replace(
         batch,
         x=jnp.asarray(batch.x),
-        y=jnp.asarray(batch.y) if known else batch.y,
+        y=jnp.asarray(batch.y) if is_known else batch.y,
         mask=None if batch.mask is None else jnp.asarray(batch.mask),
     )
 
 
 def ways_of(batch: Batch) -> int:
-    """Number of class slots of `batch`: its static `ways`, or one more than the largest label.
+    """Return the number of class slots of `batch`: its static `ways`, or one more than the largest label.
 
     Raises:
       ValueError: `ways` is None and `y` is traced, so that its values cannot be read.

@@ -1,9 +1,9 @@
-"""Declare what a method is beside its signature: `@learner` and `@forwards`.
+"""Decorators of learner factories: `@learner` for facts about a method, `@forwards` for its arguments.
 
-The keyword-only parameters of plain type of a learner factory are its settings, and its docstring describes
-them. What is no setting, such as the kinds of tasks that it learns, stands in `@learner(...)` on the factory,
-where every line has a default that fits an ordinary method. A factory that hands its keyword arguments on to
-another says so by `@forwards(other)`.
+The keyword-only parameters of plain type of a factory are its settings, which its docstring describes. Facts
+that are not settings, such as the kinds of tasks that the method learns, are arguments of `@learner(...)`,
+all with defaults that fit an ordinary method. A factory that passes its keyword arguments on to another one
+is decorated by `@forwards(other)`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class Decorator(Protocol):
-    """A decorator that keeps the parameters of what it decorates."""
+    """A decorator that keeps the parameters of the decorated function."""
 
     def __call__(self, factory: Callable[P, R], /) -> Callable[P, R]:
         """Decorate a function."""
@@ -33,7 +33,7 @@ class Decorator(Protocol):
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FACTS, _PARENT = "__jaxmeta_facts__", "__jaxmeta_parent__"
 
-# Former names of parameters, each with what it may be called now: the first one that a factory has.
+# Former names of parameters with their present names, of which the first that a factory has applies.
 RENAMED = {
     "steps": ("inner_steps", "eval_steps"),
     "batch_size": ("inner_batch",),
@@ -50,29 +50,29 @@ def _rows() -> Mapping[str, str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Facts about a method that are no settings.
+    """Facts about a method that are not settings.
 
     Attributes:
-      kinds: of tasks that it learns: "classification", "regression".
-      head: whether its network ends in one output for each way; otherwise it is an embedding.
-      rows: of a report, each with the `norm` of the learner that it evaluates.
-      supervised: whether it trains on mini-batches of all training classes (`jm.tasks.supervised`), not on
-        episodes.
-      zero_shot: whether it can learn classes from their metadata alone.
-      distances: whether its outputs are minus the distances between a query and the classes.
-      networks: names of the networks that it works with; None for all.
-      network: `(build, tasks) -> arguments`: what the factory is called with first, as a tuple of positional
-        arguments and a dictionary of keyword arguments. `build(out)` makes the chosen network with that
-        output width, None for an embedding, and `tasks` has the settings of the tasks. None: the network
-        alone, with a head by `head`.
-      augment: `(key, x) -> x`, what `--distort` hands to the factory as `augment`; None for `distort` of
-        `jaxmeta.tasks.distortions`.
-      outer: the outer optimizer by default.
-      train_shots: support examples in training for each one of the test protocol.
-      training: defaults in place of those of the protocol that a run starts from: a dictionary by the names
-        of settings, or a function of that protocol's settings, likewise a dictionary, that returns one.
-        The function sees four more keys: "kind" of tasks, "tasks" and "network", their names, and
-        "made_for_embeddings", whether the protocol's own method compares embeddings.
+      kinds: kinds of tasks that the method learns: "classification", "regression".
+      head: True for a network with one output for each way, False for an embedding.
+      rows: rows of a report, each with the `norm` of the learner that it evaluates.
+      supervised: True for training on mini-batches of all training classes (`jm.tasks.supervised`) instead
+        of episodes.
+      zero_shot: True if the method can learn classes from their metadata alone.
+      distances: True if outputs are the negative distances between a query and the classes.
+      networks: names of the networks that the method works with; None for all.
+      network: function `(build, tasks) -> arguments` that returns the factory's first arguments, as a tuple
+        of positional arguments and a dictionary of keyword arguments. `build(out)` makes the chosen network
+        with output width `out` (None for an embedding), and `tasks` has the settings of the tasks. None for
+        the network alone, with a head as in `head`.
+      augment: function `(key, x) -> x` that `--distort` passes to the factory as `augment`; None for
+        `distort` of `jaxmeta.tasks.distortions`.
+      outer: default outer optimizer.
+      train_shots: number of support examples in training for each one of the test protocol.
+      training: defaults that replace those of the protocol from which a run starts: a dictionary by names of
+        settings, or a function from the dictionary of the protocol's settings to such a dictionary. The
+        function's argument has four more keys: "kind", the kind of tasks; "tasks" and "network", their names;
+        and "made_for_embeddings", True if the protocol's own method compares embeddings.
     """
 
     kinds: tuple[Kind, ...] = KINDS
@@ -98,40 +98,41 @@ class Facts:
             raise ArgumentError("rows", "got none; a report has at least one row")
 
     def defaults(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the method's own defaults in the place of those of a protocol."""
+        """Return the defaults of the method that replace those of the protocol `base`."""
         return dict(self.training(base) if callable(self.training) else self.training)
 
 
 def _takes(facts: Callable[Q, Facts]) -> Callable[[Callable[..., Decorator]], Callable[Q, Decorator]]:
     """Give a function of `**facts` the parameters of `facts`, for type checkers and for help."""
 
-    def taking(function: Callable[..., Decorator]) -> Callable[Q, Decorator]:
-        made = {
+    def decorate(function: Callable[..., Decorator]) -> Callable[Q, Decorator]:
+        defaults = {
             field.name: field.default_factory()
             for field in dataclasses.fields(Facts)
             if field.default_factory is not dataclasses.MISSING
         }
-        found = inspect.signature(facts)
+        signature = inspect.signature(facts)
         parameters = [
-            each.replace(default=made.get(each.name, each.default)) for each in found.parameters.values()
+            each.replace(default=defaults.get(each.name, each.default))
+            for each in signature.parameters.values()
         ]
-        function.__signature__ = found.replace(  # type: ignore[attr-defined]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=parameters, return_annotation=Decorator
         )
         return function
 
-    return taking
+    return decorate
 
 
 @_takes(Facts)
 def learner(**facts: Any) -> Decorator:
     """Decorate a learner factory with the facts about its method (see `Facts`).
 
-    The factory then says of a keyword argument that has been renamed what it is called now, and its learner
-    refuses class slots that do not exist (see `Batch`).
+    The decorated factory raises an error with the new name of a keyword argument that was renamed, and its
+    learner refuses invalid class slots (see `Batch`).
 
     Raises:
-      ValueError: a fact that there is none of, or a value that it cannot have.
+      ValueError: an unknown fact, or a value that is not allowed.
 
     Examples:
       >>> @learner(kinds=("regression",), rows={"inductive": "support"})
@@ -143,18 +144,18 @@ def learner(**facts: Any) -> Decorator:
     known = [field.name for field in dataclasses.fields(Facts)]
     for name in facts:
         check_word("fact", name, known)
-    found = Facts(**facts)
+    declared_facts = Facts(**facts)
 
-    def declared(factory: Callable[P, R]) -> Callable[P, R]:
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
         checked = _checked(factory, inspect.signature(factory))
-        setattr(checked, _FACTS, found)
+        setattr(checked, _FACTS, declared_facts)
         return checked
 
-    return declared
+    return decorate
 
 
 def _checked(factory: Callable[P, R], signature: inspect.Signature) -> Callable[P, R]:
-    """Return `factory`, which refuses keyword arguments that are not in `signature`."""
+    """Return `factory` with an error for keyword arguments that are not in `signature`."""
     known = signature.parameters.values()
     keywords = [each.name for each in known if each.kind is each.KEYWORD_ONLY]
     takes_all = any(each.kind is each.VAR_KEYWORD for each in known)
@@ -164,20 +165,20 @@ def _checked(factory: Callable[P, R], signature: inspect.Signature) -> Callable[
         for name in settings:
             if name in signature.parameters or takes_all:
                 continue
-            now = next((new for new in RENAMED.get(name, ()) if new in keywords), None)
-            said = f"it takes {', '.join(keywords)}" if now is None else f"it is called {now}"
-            raise TypeError(f"{factory.__name__}() has no argument {name!r}; {said}")
-        made = factory(*arguments, **settings)
-        return checks_slots(normalized(made)) if isinstance(made, Learner) else made
+            new_name = next((new for new in RENAMED.get(name, ()) if new in keywords), None)
+            hint = f"it takes {', '.join(keywords)}" if new_name is None else f"it is called {new_name}"
+            raise TypeError(f"{factory.__name__}() has no argument {name!r}; {hint}")
+        result = factory(*arguments, **settings)
+        return checks_slots(normalized(result)) if isinstance(result, Learner) else result
 
     checked.__signature__ = signature  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]
 
 
 def facts_of(factory: Callable[..., Any]) -> Facts:
-    """Return the facts about a method, those of an ordinary one where nothing is declared.
+    """Return the facts about a method, by default those of an ordinary one.
 
-    A factory that forwards to another has the facts of that one, unless it declares its own.
+    A factory that forwards to another one has the facts of that one, unless it declares its own.
     """
     if hasattr(factory, _FACTS):
         return getattr(factory, _FACTS)
@@ -190,19 +191,19 @@ def facts_of(factory: Callable[..., Any]) -> Facts:
 
 
 def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Decorator:
-    """Decorate a factory that hands keyword arguments on to `parent`.
+    """Decorate a factory that passes keyword arguments on to `parent`.
 
-    Its signature then has the keyword-only parameters of `parent` in the place of its `**settings`, save
-    those of its own and those `without`; settings, defaults and descriptions are read from there. Where the
-    settings are typed, as `**settings: Unpack[Settings]` with a `typing.TypedDict`, it has those of this type
-    alone, and editors and type checkers know them too.
+    In the signature of the decorated factory, its `**settings` are replaced by the keyword-only parameters of
+    `parent`, except those in `without` and those that the factory has itself. Settings, defaults and help are
+    read from this signature. If the settings are typed as `**settings: Unpack[Settings]`, with a
+    `typing.TypedDict`, only the names of that type are added, which editors and type checkers know, too.
 
     Args:
-      parent: what the keyword arguments are handed on to.
+      parent: factory to which the keyword arguments are passed.
       without: names of keyword-only parameters of `parent` that the factory does not take.
 
     Raises:
-      TypeError: the type of the settings has one that `parent` has not, or has of another type.
+      TypeError: the type of the settings has a name that `parent` does not have, or has with another type.
 
     Examples:
       >>> def parent(network, *, rate: float = 0.1, order: str = "second"):
@@ -216,24 +217,24 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Deco
       Traceback (most recent call last):
       TypeError: first() has no argument 'order'; it takes rate
     """
-    left_out = set(without)
+    excluded = set(without)
 
-    def forwarding(factory: Callable[P, R]) -> Callable[P, R]:
-        # With annotations as values: those of the parent come from another module.
+    def decorate(factory: Callable[P, R]) -> Callable[P, R]:
+        # Annotations are evaluated, because those of the parent are from another module.
         own = inspect.signature(factory, eval_str=True)
         mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
         known = inspect.signature(parent, eval_str=True).parameters.values()
         offered = {each.name: each for each in known if each.kind is each.KEYWORD_ONLY}
         names = _typed_settings(factory, own, parent, offered)
         if names is None:
-            names = offered.keys() - left_out - {each.name for each in mine}
+            names = offered.keys() - excluded - {each.name for each in mine}
         theirs = [each for name, each in offered.items() if name in names]
         signature = own.replace(parameters=[*mine, *theirs])
         checked = _checked(factory, signature)
         setattr(checked, _PARENT, parent)
         return checked
 
-    return forwarding
+    return decorate
 
 
 def _typed_settings(
@@ -242,13 +243,13 @@ def _typed_settings(
     parent: Callable[..., Any],
     offered: Mapping[str, inspect.Parameter],
 ) -> Set[str] | None:
-    """Return the names in the type of `**settings`, after a comparison with `parent`; None where untyped."""
+    """Return the names in the type of `**settings`, checked against `parent`; None where it is not typed."""
     hints = (each.annotation for each in own.parameters.values() if each.kind is each.VAR_KEYWORD)
     kinds = [get_args(hint)[0] for hint in hints if get_origin(hint) is Unpack]
     if not kinds:
         return None
-    found = get_type_hints(kinds[0])
-    for name, hint in found.items():
+    settings = get_type_hints(kinds[0])
+    for name, hint in settings.items():
         if name not in offered:
             problem = f"has no keyword-only parameter {name!r}"
         elif hint != offered[name].annotation:
@@ -256,9 +257,9 @@ def _typed_settings(
         else:
             continue
         raise TypeError(f"{factory.__name__}() takes {kinds[0].__name__}, but {parent.__name__}() {problem}")
-    return found.keys()
+    return settings.keys()
 
 
 def parent_of(factory: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return the factory that this one forwards to; None where it forwards to none."""
+    """Return the factory to which this one forwards, or None."""
     return getattr(factory, _PARENT, None)

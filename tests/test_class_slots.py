@@ -57,7 +57,7 @@ def test_learners_refuse_labels_without_a_slot(name):
     for y, ways, message in (
         (Y - 1, WAYS, "from -1 to 1"),
         (Y + 1, WAYS, "from 1 to 3"),
-        (jnp.asarray(Y + 1), None, "from 1 to 3; they are counted from 0"),
+        (jnp.asarray(Y + 1), None, "from 1 to 3; they must be counted from 0"),
         (np.where(Y == 2, -7, Y), None, "from -7 to 1"),
         (np.where(Y == 2, 77, Y).astype(np.uint8), WAYS, "from 0 to 77"),
     ):

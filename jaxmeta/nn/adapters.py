@@ -1,8 +1,8 @@
-"""From a framework's network to a `Model` of pure functions.
+"""Adapters that make a `Model` of pure functions from the networks of several frameworks.
 
-Whatever the framework, parameters are a plain nested dict with strings as keys, so that paths
-pick them, optimizers update them and checkpoints hold them; batch statistics are values handed in
-and out; randomness comes from an explicit key, and without one there is none.
+For every framework, parameters are a plain nested dict with string keys, so that patterns of paths,
+optimizers and checkpoints work with them; batch statistics are explicit inputs and outputs; and randomness
+comes from an explicit key, without which a model is deterministic.
 """
 
 import inspect
@@ -21,33 +21,33 @@ from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS, entering
 
-# The modules of NNX and Equinox are callables: neither is imported before its user does.
+# Modules of NNX and Equinox are typed as callables, because neither package is imported before a user does.
 Network = Model | linen.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]]
 SWITCHES = ("deterministic", "train")
 _AVERAGING = "use_running_average"
 
 
 def as_model(network: Network, argument: str = "network") -> Model:
-    """`network` as a `Model`; a `Model` passes through unchanged.
+    """Return `network` as a `Model`; a `Model` is returned unchanged.
 
     Args:
-      network: one of
+      network: network of one of these kinds:
 
         - a `flax.linen.Module` of `(x)`, and of `mask`, `deterministic`, `train` or `use_running_average`
-          where its `__call__` names them. One that names `deterministic` or `train` is stochastic: it may
-          call `make_rng` where it is not deterministic. Batch normalisation is that of `jm.nn.BatchNorm`, or
-          of `flax.linen.BatchNorm`, which normalises by the batch it is given or by the statistics it is
-          handed, whatever its call says of running averages, which are not used.
-        - a `flax.nnx.Module` (see `from_nnx`) or an `equinox.Module` (see `from_equinox`), whose own
-          parameters are the initialisation, whatever the key; of the pair `(module, state)` that
-          `equinox.nn.make_with_state` gives, the module.
+          where its `__call__` has them. A module with `deterministic` or `train` is stochastic: it may call
+          `make_rng` where it is not deterministic. Batch normalisation is by `jm.nn.BatchNorm`, or by
+          `flax.linen.BatchNorm`, which then normalises by its batch or by given statistics and never by its
+          running averages.
+        - a `flax.nnx.Module` (see `from_nnx`) or an `equinox.Module` (see `from_equinox`), whose parameters
+          are the initial ones for every key; or the pair `(module, state)` of `equinox.nn.make_with_state`,
+          whose state is not used.
         - a pair of functions `init(key, x) -> params` and `apply(params, x) -> outputs`.
-      argument: what errors call it.
+      argument: name of the argument in errors.
 
     Raises:
-      ValueError: `network` is none of these, or its `__call__` requires another argument; or, at
-        `init`, it keeps mutable state of its own other than batch statistics, or draws random numbers where
-        it should be deterministic.
+      ValueError: `network` is of another kind, or its `__call__` requires another argument; or, at
+        `init`, it keeps mutable state other than batch statistics, or draws random numbers where it should
+        be deterministic.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -86,17 +86,20 @@ def forward(
     stats: PyTree | None = None,
     key: Key | None = None,
 ) -> tuple[Any, PyTree | None]:
-    """Outputs and batch statistics of any model, which is handed only what it takes.
+    """Return outputs and batch statistics of a model.
+
+    Where several devices share the examples of a task, each computes its shard, if the model is divisible.
 
     Args:
-      model: statistics are None where it has none, and `key` is unused where it is deterministic.
-      params: of `model`.
+      model: model, which gets only those of the following arguments that it takes.
+      params: parameters of `model`.
       x: examples.
-      mask: False marks padding.
-      stats: what normalises; None for the statistics of `x`, which are returned.
-      key: of dropout and the like, which None turns off.
+      mask: mask whose False marks padding.
+      stats: statistics that normalise; None for those of `x`, which are returned.
+      key: key of dropout and other randomness; None to turn it off.
 
-    Where several devices share the examples of a task, each computes its share, if the model is divisible.
+    Returns:
+      The outputs, and the statistics that normalised, None for a model without statistics.
     """
     n, split = x.shape[0], model.divisible and shared.num_shards() > 1
     if split:
@@ -114,7 +117,7 @@ def _from_linen(network):
     taken = call_arguments(network, "mask", *SWITCHES, _AVERAGING)
 
     def call(variables, x, mask=None, key=None):
-        # A stream of any other name falls back on "params".
+        # Flax uses the stream "params" in the place of streams with other names, such as "dropout".
         rngs = {} if key is None else {"params": key}
         handed = set(traverse_util.flatten_dict(variables.get(STATISTICS, {})))
         with linen.intercept_methods(_explicit_statistics(handed)):
@@ -162,14 +165,14 @@ def _from_linen(network):
 
 
 def _explicit_statistics(statistics, fresh=False):
-    """What makes each `flax.linen.BatchNorm` called beneath normalise by statistics that are values.
+    """Return an interceptor that makes `flax.linen.BatchNorm` normalise by explicit statistics.
 
-    The running averages of Flax carry no gradient, and statistics of a support set must.
+    Flax's running averages carry no gradient, which statistics of a support set must.
 
     Args:
-      statistics: paths of the statistics that the network is handed; other layers normalise by those of
-        their batch, and record them as they are.
-      fresh: whether the network is being initialised: then the paths of its layers' statistics are added.
+      statistics: set of the paths of given statistics. Layers without given statistics normalise by their
+        batch, and record its statistics.
+      fresh: True while the network is initialised, when the paths of all layers are added to `statistics`.
     """
 
     def intercept(call, args, kwargs, context):
@@ -194,36 +197,39 @@ def _explicit_statistics(statistics, fresh=False):
 
 
 def call_in_inference(call, layer, switch, args, kwargs):
-    """Call a layer of Flax in inference, whatever its attribute and its caller say.
+    """Call a layer of Flax in inference mode, against its attribute and its caller's argument.
 
     Args:
-      call: the call that was intercepted, with its arguments.
-      layer: of which `switch` is an attribute and an argument.
+      call: intercepted call.
+      layer: layer that is called.
+      switch: name of the layer's attribute and argument for inference mode.
+      args: positional arguments of the call.
+      kwargs: keyword arguments of the call.
     """
-    told = getattr(layer, switch)
+    attribute = getattr(layer, switch)
+    # Flax raises an error where both the attribute and the argument are set; modules are frozen dataclasses.
     object.__setattr__(layer, switch, None)
     try:
         return call(*args[:1], **{**kwargs, switch: True})
     finally:
-        object.__setattr__(layer, switch, told)
+        object.__setattr__(layer, switch, attribute)
 
 
 def from_nnx(network: Callable[..., Any]) -> Model:
-    """A `Model` of a Flax NNX module.
+    """Return a `Model` of a Flax NNX module.
 
-    Its parameters are its `nnx.Param`. `nnx.BatchNorm` normalises by the batch it is given or by
-    the statistics it is handed, whatever its call says of running averages, which are not used.
-    Random streams (of `nnx.Dropout`) start anew from the explicit key in each call.
+    Its parameters are its `nnx.Param`. `nnx.BatchNorm` normalises by its batch or by given statistics, never
+    by its running averages. Random streams (of `nnx.Dropout`) restart from the explicit key in each call.
 
     Args:
-      network: a function `nnx.Rngs -> flax.nnx.Module`, called for each initialisation; or a module,
-        which is never changed, and whose own parameters are every initialisation. The module is
+      network: function `nnx.Rngs -> flax.nnx.Module`, called for each initialisation; or a module,
+        which is never changed, and whose parameters are the initial ones for every key. The module is
         called with `x`, and with `mask`, `deterministic`, `train` and `use_running_average` where its
         `__call__` takes them.
 
     Raises:
-      ValueError: `network` makes no NNX module; `__call__` requires another argument; an `nnx.Dropout`
-        has no `rngs`; or a call changes state other than `nnx.BatchNorm`'s.
+      ValueError: `network` does not make an NNX module; `__call__` requires another argument; an
+        `nnx.Dropout` has no `rngs`; or a call changes state other than `nnx.BatchNorm`'s.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -254,7 +260,7 @@ def from_nnx(network: Callable[..., Any]) -> Model:
             raise ValueError(f"{name} has an nnx.Dropout without a random stream; build it with rngs=rngs")
 
     def state(module):
-        """Parameters, statistics, random streams, and the rest."""
+        """Return parameters, statistics, random streams, and all other state."""
         parts = nnx.split(module, nnx.Param, nnx.BatchStat, nnx.RngState, ...)[1:]
         return [nnx.to_pure_dict(part) for part in parts]
 
@@ -300,7 +306,7 @@ def from_nnx(network: Callable[..., Any]) -> Model:
     def init(key, x):
         params = _to_dict(own if given else state(network(nnx.Rngs(key)))[0])
         jax.eval_shape(run, params, x)
-        # A training loop that donates its parameters must not delete the module's.
+        # Copied, because a training loop that donates its parameters would delete those of the module.
         return jax.tree.map(jnp.copy, params)
 
     def apply(params, x, *, key=None):
@@ -310,30 +316,28 @@ def from_nnx(network: Callable[..., Any]) -> Model:
 
 
 def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model:
-    """A `Model` of an Equinox module.
+    """Return a `Model` of an Equinox module.
 
-    Its parameters are its inexact arrays. It is stochastic where its `__call__` takes `key`: each
-    example then gets a key of its own, and without one `key` is None and the module is in
-    `equinox.nn.inference_mode`.
+    Its parameters are its inexact arrays. A module whose `__call__` takes `key` is stochastic: each example
+    gets its own key. Without a key, `key` is None and the module is in `equinox.nn.inference_mode`.
 
-    A network with `equinox.nn.BatchNorm` has a `__call__` of `x` and `state`, and returns outputs and state,
-    as Equinox asks. Each such layer normalises by the batch, or by the statistics it is handed, whatever its
-    mode; its running averages are not used. Padding is left out of the statistics without a `mask` in the
-    network.
+    The `__call__` of a network with `equinox.nn.BatchNorm` takes `x` and `state` and returns outputs and
+    state, as is usual in Equinox. Each such layer normalises by the batch or by given statistics in any mode,
+    never by its running averages. Padding does not enter the statistics; the network needs no `mask` for it.
 
-    Images come as `(h, w, c)`, and Equinox's convolutions want `(c, h, w)`: transpose in `__call__`.
+    Images have the shape `(h, w, c)`, and Equinox's convolutions take `(c, h, w)`: transpose in `__call__`.
 
     Args:
-      network: a function `key -> equinox.Module`, called for each initialisation; or a module,
-        whose own parameters are every initialisation. The function may return what
+      network: function `key -> equinox.Module`, called for each initialisation; or a module, whose
+        parameters are the initial ones for every key. The function may return a pair `(module, state)`, as
         `equinox.nn.make_with_state` does.
-      batched: whether the module takes all examples at once; otherwise it is called for each, by
-        `jax.vmap`.
+      batched: True for a module that takes all examples at once; otherwise it is called for each example
+        by `jax.vmap`.
 
     Raises:
-      ValueError: `network` makes no Equinox module; `__call__` requires another argument, or takes or returns
-        no state where a layer is an `equinox.nn.BatchNorm`; another layer is stateful; or, not `batched`, two
-        layers normalise over axes of different names.
+      ValueError: `network` does not make an Equinox module; `__call__` requires another argument, or does not
+        take and return state although a layer is an `equinox.nn.BatchNorm`; another layer is stateful; or,
+        unless `batched`, two layers normalise over axes of different names.
 
     Examples:
       >>> import equinox as eqx, jax, jax.numpy as jnp, jaxmeta as jm
@@ -378,7 +382,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
     def init(key, x):
         del x
         params = own if given else eqx.filter(module_of(network(key))[0], eqx.is_inexact_array)
-        # A training loop that donates its parameters must not delete the module's.
+        # Copied, because a training loop that donates its parameters would delete those of the module.
         return jax.tree.map(jnp.copy, _to_dict(params))
 
     axis = next(iter(axes), None)
@@ -419,20 +423,20 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
 
 
 def _is_module_of(network: Network, package: str) -> TypeGuard[Callable[..., Any]]:
-    """Whether `network` is a module of a framework that its user, but not this file, has imported."""
+    """Return whether `network` is a module of a framework, without importing the framework."""
     framework = sys.modules.get(package)
     return framework is not None and isinstance(network, framework.Module)
 
 
 def switches(network: Any, training: bool) -> dict[str, Any]:
-    """Those arguments of a module's call that say whether it is being trained, with their values."""
+    """Return the arguments that switch a module's call between training and inference, with their values."""
     values = {"deterministic": not training, "train": training, "use_running_average": not training}
     taken = inspect.signature(network.__call__).parameters
     return {name: value for name, value in values.items() if name in taken}
 
 
 def call_arguments(network: Any, *offered: str) -> set[str]:
-    """Which arguments on offer the network's `__call__` takes beside the examples."""
+    """Return which of the `offered` arguments the network's `__call__` takes in addition to the examples."""
     rest = list(inspect.signature(network.__call__).parameters.values())[1:]
     required = [
         p.name for p in rest if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
@@ -440,7 +444,7 @@ def call_arguments(network: Any, *offered: str) -> set[str]:
     unknown = sorted(set(required) - set(offered))
     if unknown:
         raise ValueError(
-            f"{type(network).__name__}.__call__ requires {unknown}; beside the examples it may take {offered}"
+            f"{type(network).__name__}.__call__ requires {unknown}; it may take the examples and {offered}"
         )
     return {p.name for p in rest if p.name in offered}
 
@@ -463,27 +467,27 @@ def _strings(path):
 
 
 def _to_dict(tree):
-    """The leaves of any tree in a plain nested dict whose keys are strings."""
+    """Return the leaves of any tree as a plain nested dict with string keys."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return traverse_util.unflatten_dict({_strings(path): leaf for path, leaf in leaves})
 
 
 def _from_dict(values, tree):
-    """`tree` with its leaves replaced by those of `values`: the inverse of `_to_dict`."""
+    """Return `tree` with the leaves of `values`, the inverse of `_to_dict`."""
     flat = traverse_util.flatten_dict(values)
     return jax.tree_util.tree_map_with_path(lambda path, _: flat[_strings(path)], tree)
 
 
 def _with_explicit_statistics(batch_norm):
-    """An `nnx.BatchNorm` like the given one, told only by its attribute which statistics to use.
+    """Return an `nnx.BatchNorm` like `batch_norm` whose attribute alone chooses the statistics.
 
-    It records those of the batch as they are: the running averages of NNX carry no gradient, and
-    those of a support set must.
+    It records those of the batch themselves: NNX's running averages carry no gradient, which statistics of a
+    support set must.
     """
 
     class BatchNorm(type(batch_norm)):  # type: ignore[misc]
         def __init__(self, given):
-            # NNX's own records of a module are there before, and stay.
+            # NNX has already set attributes of its own, which must stay.
             for name, value in vars(given).items():
                 if name not in vars(self):
                     setattr(self, name, value)
@@ -499,7 +503,7 @@ def _with_explicit_statistics(batch_norm):
 
 
 def _restarted(streams, key):
-    """NNX's random streams at their start, each with a key of its own."""
+    """Return NNX's random streams at their start, each with its own key."""
     keys = iter(jax.random.split(key, len(jax.tree.leaves(streams))))
 
     def restarted(leaf):
@@ -512,6 +516,6 @@ def _restarted(streams, key):
 
 
 def _changed(before, after):
-    """Where two nested dicts do not hold the very same arrays."""
+    """Return the paths at which two nested dicts do not have the identical array."""
     before, after = map(traverse_util.flatten_dict, (before, after))
     return {path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)}

@@ -15,17 +15,19 @@ Path = tuple[str, ...]
 
 
 class BatchNorm(eqx.nn.StatefulLayer):
-    """An `equinox.nn.BatchNorm` that normalises by the statistics it is handed, or else by the batch's.
+    """A replacement for `equinox.nn.BatchNorm` that normalises by given statistics or by those of the batch.
 
-    The latter it writes to the state as they are: the running averages of Equinox mix several batches.
+    Statistics of the batch are written to the state themselves, because Equinox's running averages mix
+    several batches.
 
     Attributes:
-      weight, bias: of the layer it stands for, under whose names they are parameters.
-      index: of mean and variance in the state.
-      handed: mean and variance; None for those of the batch.
-      mask: `(n,)` of the whole batch, False where an example is padding; None before it is `filled`.
-      path: of the layer in the network.
-      axis_name, eps: of the layer it stands for.
+      weight, bias: parameters of the replaced layer, under the same names.
+      index: index of mean and variance in the state.
+      handed: given mean and variance; None for those of the batch.
+      mask: mask `(n,)` of the whole batch, False for padding; None before `filled`.
+      path: path of the layer in the network.
+      size: number of channels.
+      axis_name, eps: settings of the replaced layer.
     """
 
     weight: Array | None
@@ -75,15 +77,15 @@ class BatchNorm(eqx.nn.StatefulLayer):
         count = jnp.maximum(lax.psum(real.astype(x.dtype), self.axis_name), 1)
         x = jnp.where(real, x, 0)
         mean = lax.psum(x.mean(space), self.axis_name) / count
-        apart = jnp.where(real, x - mean.reshape(-1, *(1,) * len(space)), 0)
-        return mean, lax.psum(jnp.square(apart).mean(space), self.axis_name) / count
+        deviations = jnp.where(real, x - mean.reshape(-1, *(1,) * len(space)), 0)
+        return mean, lax.psum(jnp.square(deviations).mean(space), self.axis_name) / count
 
 
 def with_explicit_statistics(module: eqx.Module) -> tuple[Any, dict[Path, BatchNorm]]:
-    """Return a module with a `BatchNorm` of this file for each one of Equinox, and these by their paths.
+    """Return a module with each `equinox.nn.BatchNorm` replaced, and the new layers by their paths.
 
     Raises:
-      ValueError: another layer keeps state; or layers are stacked, as `equinox.filter_vmap` makes them.
+      ValueError: another layer keeps state, or layers are stacked, as by `equinox.filter_vmap`.
     """
     norms: dict[Path, BatchNorm] = {}
     others: list[str] = []
@@ -117,7 +119,7 @@ def with_explicit_statistics(module: eqx.Module) -> tuple[Any, dict[Path, BatchN
 
 
 def filled(module: Any, stats: Mapping[Path, Array], mask: Array) -> Any:
-    """Return a module whose layers have the statistics they are handed, and the mask of the batch."""
+    """Return a module whose layers have the given statistics and the mask of the batch."""
 
     def fill(node: Any) -> Any:
         if not isinstance(node, BatchNorm):
@@ -142,18 +144,18 @@ def new_state(norms: Mapping[Path, BatchNorm], dtype: Any) -> eqx.nn.State:
 
 
 def statistics(module: Any, state: eqx.nn.State) -> dict[Path, Array]:
-    """Return what each layer of a `filled` module was normalised by."""
-    found: dict[Path, Array] = {}
+    """Return the statistics by which each layer of a `filled` module was normalised."""
+    result: dict[Path, Array] = {}
     layers = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, BatchNorm))
     for layer in layers:
         if isinstance(layer, BatchNorm):
             used: PyTree = state.get(layer.index) if layer.handed is None else layer.handed
-            found |= {(*layer.path, name): value for name, value in zip(("mean", "var"), used, strict=True)}
-    return found
+            result |= {(*layer.path, name): value for name, value in zip(("mean", "var"), used, strict=True)}
+    return result
 
 
 def _index(path: Path, init: Any = None) -> eqx.nn.StateIndex[Any]:
-    """Return the place in a state that belongs to the layer at `path`, in whatever copy of the network."""
+    """Return the index in a state of the layer at `path`, the same in all copies of the network."""
     index = eqx.nn.StateIndex(init)
     # As `equinox.nn.make_with_state` does.
     object.__setattr__(index, "marker", "/".join(path))

@@ -1,9 +1,8 @@
 """Batch normalisation with its statistics as values, not as hidden state.
 
-Which statistics normalise a batch is a choice that changes published numbers by points, so it is
-made outside the network, by the learner (`norm="batch" | "support" | "population"`): the module
-uses the statistics it is handed, and otherwise those of the very batch it is given, which it
-reports.
+The choice of the statistics changes published accuracies by percentage points. Therefore the learner makes
+it explicitly (`norm="batch" | "support" | "population"`): the module normalises by given statistics,
+otherwise by those of its batch, which it returns.
 """
 
 import math
@@ -25,9 +24,10 @@ STATISTICS = "batch_stats"
 def moments(
     x: Float[Array, "n *spatial c"], mask: Bool[Array, " n"] | None = None
 ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and (biased) variance of each channel over examples where `mask` holds and over space.
+    """Return the mean and (biased) variance of each channel over space and the examples in `mask`.
 
-    Over those of all devices, where several share a batch; in float32 at least, whatever `x` is in.
+    They are computed over the examples of all devices that share a batch, in float32 or, for float64 inputs,
+    in float64.
     """
     axes = tuple(range(x.ndim - 1))
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -35,23 +35,23 @@ def moments(
     if mask is not None:
         x = jnp.where(mask.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0)
         examples = mask.sum().astype(x.dtype)
-    # E[x²] − E[x]² reads x once, where centring first would read it twice and write it once.
+    # E[x²] − E[x]² reads x once; centring first would read it twice and write it once.
     sums = x.sum(axes), jnp.square(x).sum(axes), examples
-    of_x, of_squares, examples = sums if shared.num_shards() == 1 else shared.total(sums)
+    total, total_of_squares, examples = sums if shared.num_shards() == 1 else shared.total(sums)
     count = jnp.maximum(examples, 1) * math.prod(x.shape[1:-1])
-    mean = of_x / count
-    return mean, jnp.maximum(of_squares / count - jnp.square(mean), 0)
+    mean = total / count
+    return mean, jnp.maximum(total_of_squares / count - jnp.square(mean), 0)
 
 
 def entering(
     x: Array | np.ndarray, axis: int | Sequence[int] = -1, mask: Array | np.ndarray | None = None
 ) -> dict[str, Array]:
-    """Return the mean and (biased) variance of each channel, as under "batch_stats", of a layer of Flax.
+    """Return the mean and (biased) variance of each channel of a Flax layer's inputs, as in "batch_stats".
 
     Args:
-      x: what enters the layer.
-      axis: of the channels; several where the layer has several.
-      mask: of examples, or of any shape that broadcasts to that of `x`; False is left out.
+      x: inputs of the layer.
+      axis: axis, or axes, of the channels.
+      mask: mask of the examples, or of any shape that broadcasts to that of `x`; False marks padding.
     """
     x = jnp.asarray(x)
     channels = {each % x.ndim for each in ((axis,) if isinstance(axis, int) else axis)}
@@ -63,7 +63,7 @@ def entering(
 
 
 def to_moments(stats: PyTree) -> PyTree:
-    """Statistics as first and second moments, which, unlike variances, may be averaged over batches."""
+    """Return statistics as first and second moments, which, unlike variances, average over batches."""
     return jax.tree.map(
         lambda s: {"mean": s["mean"], "mean_of_squares": s["var"] + jnp.square(s["mean"])},
         stats,
@@ -72,9 +72,9 @@ def to_moments(stats: PyTree) -> PyTree:
 
 
 def from_moments(moments: PyTree) -> PyTree:
-    """Inverse of `to_moments`."""
+    """Return statistics from first and second moments, the inverse of `to_moments`."""
     return jax.tree.map(
-        # Not below zero, where the rounding of a constant channel may take it.
+        # Rounding may make the variance of a constant channel negative.
         lambda m: {
             "mean": m["mean"],
             "var": jnp.maximum(m["mean_of_squares"] - jnp.square(m["mean"]), 0),
@@ -85,10 +85,10 @@ def from_moments(moments: PyTree) -> PyTree:
 
 
 def population_of(params: Params) -> PyTree:
-    """The statistics that `jm.calibrate` filled in a learner's `params`.
+    """Return the population statistics that `jm.calibrate` added to a learner's `params`.
 
     Raises:
-      ValueError: it was not called.
+      ValueError: `params` have no population statistics.
     """
     if "population" not in params:
         raise ValueError('norm="population" needs filled statistics: call jm.calibrate on these params first')
@@ -100,17 +100,17 @@ def _is_statistics(node):
 
 
 class BatchNorm(linen.Module):
-    """Normalises each channel to zero mean and unit variance, then scales and shifts it.
+    """Batch normalisation with explicit statistics and without running averages.
 
-    y = scale · (x − mean) / sqrt(var + epsilon) + bias, with mean and var from the collection
-    `batch_stats` where the caller hands one in, otherwise of `x` over examples and space; the
-    latter are written to that collection where it is mutable. There is no running average:
-    population statistics are filled once, after training, by `jm.calibrate`.
+    y = scale · (x − mean) / sqrt(var + epsilon) + bias for each channel, with mean and var from the
+    collection `batch_stats` if it is given, otherwise of `x` over examples and space. The latter are written
+    to that collection where it is mutable. Population statistics are computed once, after training, by
+    `jm.calibrate`.
 
     Attributes:
-      epsilon: added to the variance. 1e-3 is MAML's official code, 1e-5 torch's default.
-      use_scale: whether γ is learned (MAML's official code has none).
-      use_bias: whether β is learned.
+      epsilon: constant added to the variance; 1e-3 in MAML's official code, 1e-5 by default in PyTorch.
+      use_scale: True for a learned scale (MAML's official code has none).
+      use_bias: True for a learned bias.
 
     References:
       Ioffe & Szegedy, Batch Normalization, 2015.
@@ -128,14 +128,14 @@ class BatchNorm(linen.Module):
         offset: Float[Array, " c"] | float = 0.0,
         pool: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "n *pooled c"]:
-        """Normalises `x + offset`, then pools.
+        """Return `x + offset`, normalised and then pooled.
 
         Args:
           x: examples.
-          mask: which of them are none of the padding.
-          offset: of each channel. It moves the mean alone, so it costs no pass over `x`.
-          pool: a maximum over places, such as max-pooling. Normalising keeps the order of numbers, or
-            reverses it, so that the maximum is taken first and only its result is normalised.
+          mask: mask whose False marks padding.
+          offset: offset of each channel. It is added to the mean, which costs no pass over `x`.
+          pool: maximum over places, such as max-pooling. Normalisation keeps or reverses the order of a
+            channel's values, so that the maximum is taken first and only its result is normalised.
         """
         channels = x.shape[-1]
         if self.has_variable(STATISTICS, "mean"):
@@ -154,9 +154,9 @@ class BatchNorm(linen.Module):
         if self.use_bias:
             shift = shift + self.param("bias", linen.initializers.zeros, (channels,))
         if pool is not None:
-            # Of a channel with a negative gain the smallest number becomes the largest.
+            # A negative gain makes the smallest value of a channel the largest.
             sign = jnp.where(gain < 0, -1, 1).astype(x.dtype)
             x, gain = pool(x * sign.reshape((1,) * (x.ndim - 1) + (-1,))), gain * sign
         per_channel = (1,) * (x.ndim - 1) + (-1,)
-        # Statistics have float32 where `x` may have less, in which the difference would be lost.
+        # Computed in the statistics' float32: in bfloat16 the small difference x − mean would be lost.
         return (x * gain.reshape(per_channel) + shift.reshape(per_channel)).astype(x.dtype)

@@ -1,8 +1,8 @@
-"""Networks as they are trained outside few-shot learning: running statistics, dropout, frozen layers.
+"""Networks with state for transfer learning: running statistics, dropout and frozen layers.
 
-In few-shot learning batch statistics are values, chosen by the learner, and nothing is kept from one batch
-to the next (`jm.nn.as_model`). Transfer learning trains as any Flax program does: in training a batch
-normalises itself and leaves its mark on a running average, which normalises in inference.
+In few-shot learning, batch statistics are chosen by the learner, and no state is kept between batches
+(`jm.nn.as_model`). Transfer learning trains as usual in Flax: a batch is normalised by its own statistics and
+updates a running average, which normalises in inference.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,20 +30,20 @@ Variables = dict[str, PyTree]
 
 
 class StatefulModel(NamedTuple):
-    """A network with state, as pure functions; `jm.nn.as_stateful` makes one.
+    """A network with state as pure functions; `jm.nn.as_stateful` makes one.
 
     Attributes:
-      init: `(key, x) -> variables`, of which "params" are trained, and the other collections, such as
+      init: `(key, x) -> variables`. Of these, "params" are trained; the other collections, such as
         "batch_stats", are the network's state.
-      apply: `(variables, x) -> outputs`, in inference: by the running statistics, without dropout.
-      train: `(variables, x, key, *, frozen=None, keep_statistics=False) -> (outputs, state)`, in training:
-        by the statistics of `x`, with dropout; `state` are the other collections afterwards. `frozen` is a
-        tree of Python bools like the parameters: a layer all of whose parameters are frozen stays in
-        inference, its statistics as they are. With `keep_statistics` every batch normalisation normalises by
-        its running statistics, which stay.
-      features: the network without its last part, on the same variables; None where it has no parts.
-      network: `() -> network` that the model was made of; None where it has parts. A function, for models are
-        compared and hashed, and not every network can be.
+      apply: `(variables, x) -> outputs` in inference: by the running statistics, without dropout.
+      train: `(variables, x, key, *, frozen=None, keep_statistics=False) -> (outputs, state)` in training:
+        by the statistics of `x`, with dropout. `state` has the new values of the collections other than
+        "params". `frozen` is a tree of Python bools like the parameters: a layer all of whose parameters are
+        frozen is in inference, and its statistics do not change. With `keep_statistics`, every batch
+        normalisation normalises by its running statistics, which do not change.
+      features: the network without its last part, with the same variables; None for a network without parts.
+      network: function `() -> network` that returns the original network; None for a network with parts. It
+        is a function because models are compared and hashed, which not all networks support.
       parts: names and models of a `chain`.
     """
 
@@ -56,21 +56,21 @@ class StatefulModel(NamedTuple):
 
 
 def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> StatefulModel:
-    """`network` as a `StatefulModel`; one passes through unchanged.
+    """Return `network` as a `StatefulModel`; a `StatefulModel` is returned unchanged.
 
-    Of a `flax.linen.Module`, `flax.linen.BatchNorm`, `jm.nn.BatchNorm`, dropout and other mutable collections
-    all work, and frozen layers are in inference one by one. Its `__call__` may take `mask`, `deterministic`,
-    `train` or `use_running_average`. Networks of other kinds are those of `jm.nn.as_model`; their dropout is
-    of the whole network, in frozen layers too unless all are frozen.
+    In a `flax.linen.Module`, `flax.linen.BatchNorm`, `jm.nn.BatchNorm`, dropout and other mutable collections
+    are supported, and each frozen layer is in inference. The module's `__call__` may take `mask`,
+    `deterministic`, `train` or `use_running_average`. Other networks are converted by `jm.nn.as_model`; their
+    dropout is on in frozen layers, too, unless all layers are frozen.
 
     Args:
-      network: of any kind that `jm.nn.as_model` takes, or a `flax.linen.Module` with mutable state.
-      momentum: weight of the past in the running statistics of `jm.nn.BatchNorm`, as in
-        `flax.linen.BatchNorm`, whose own is its attribute.
+      network: network of any kind that `jm.nn.as_model` takes, or a `flax.linen.Module` with mutable state.
+      momentum: weight of the previous value in the running statistics of `jm.nn.BatchNorm`;
+        `flax.linen.BatchNorm` has its own attribute.
 
     Raises:
-      ValueError: as `jm.nn.as_model`, mutable state of a `flax.linen.Module` aside; `momentum` outside
-        [0, 1).
+      ValueError: `jm.nn.as_model` refuses the network for a reason other than mutable state, or `momentum` is
+        outside [0, 1).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -93,12 +93,17 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
 
 
 def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9) -> StatefulModel:
-    """Networks one after the other; each collection of its variables has one subtree a part.
+    """Return a model that applies networks in sequence.
 
-    `features` are what the last part reads.
+    Each collection of its variables has one subtree for each part. Its `features` are the inputs of the last
+    part.
+
+    Args:
+      parts: networks by name, in order.
+      momentum: see `as_stateful`.
 
     Raises:
-      ValueError: no parts.
+      ValueError: `parts` is empty.
     """
     if not parts:
         raise ArgumentError("parts", "got none; there must be at least one network")
@@ -126,7 +131,7 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
             keep_statistics: bool = False,
         ) -> tuple[jax.Array, Variables]:
             states = {}
-            # A model made by hand may not have the choice.
+            # Passed on only if set, because a user-defined model may not take it.
             settings = {"keep_statistics": True} if keep_statistics else {}
             for index, name in enumerate(names):
                 part = None if frozen is None else frozen[name]
@@ -142,29 +147,32 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
 
 
 def of_part(variables: Variables, part: str) -> Variables:
-    """The variables of one part of a `chain`."""
+    """Return the variables of one part of a `chain`."""
     return {name: tree[part] for name, tree in variables.items() if part in tree}
 
 
 def joined(of_parts: Mapping[str, Variables]) -> Variables:
-    """The variables of a `chain` from those of its parts."""
-    names = dict.fromkeys(name for found in of_parts.values() for name in found)
-    return {name: {part: found[name] for part, found in of_parts.items() if name in found} for name in names}
+    """Return the variables of a `chain` from those of its parts."""
+    names = dict.fromkeys(name for variables in of_parts.values() for name in variables)
+    return {
+        name: {part: variables[name] for part, variables in of_parts.items() if name in variables}
+        for name in names
+    }
 
 
 def layers_in_order(network: linen.Module, x: PyTree) -> tuple[str, ...]:
-    """Names of the parameters' top-level layers, in the order in which `network` computes them.
+    """Return the names of the top-level layers in the order in which `network` computes them.
 
-    A layer is what the network's parameters have as a first key.
+    The layers are the first keys of the network's parameters; parameters of the network itself come first.
     """
     seen: dict[str, None] = {}
 
-    def note(call, args, kwargs, context):
+    def record(call, args, kwargs, context):
         if context.module.path:
             seen.setdefault(context.module.path[0])
         return call(*args, **kwargs)
 
-    with linen.intercept_methods(note):
+    with linen.intercept_methods(record):
         params = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, **switches(network, False)), x)[
             "params"
         ]
@@ -177,17 +185,17 @@ def _zeros(shaped: PyTree) -> PyTree:
 
 
 def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
-    def ours(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-        """The statistics of `jm.nn.BatchNorm`, which no collection holds of itself."""
+    def own_statistics(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+        """Return the shapes of the statistics of `jm.nn.BatchNorm`, which `network.init` does not return."""
         paths = set()
 
-        def note(call, args, kwargs, context):
+        def record(call, args, kwargs, context):
             if isinstance(context.module, BatchNorm):
                 paths.add(context.module.path)
             return call(*args, **kwargs)
 
         def run(variables, x):
-            with linen.intercept_methods(note):
+            with linen.intercept_methods(record):
                 return network.apply(variables, x, mutable=[STATISTICS], **switches(network, False))[1]
 
         found = traverse_util.flatten_dict(jax.eval_shape(run, variables, x).get(STATISTICS, {}))
@@ -197,7 +205,7 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         variables = network.init(key, x, **switches(network, False))
         variables = jax.tree.map(lambda leaf: leaf, dict(variables))
         try:
-            started = _start(ours(variables, x))
+            started = _start(own_statistics(variables, x))
         except InvalidRngError:
             raise ValueError(
                 f"{type(network).__name__} draws random numbers in inference; its __call__ must take "
@@ -219,23 +227,27 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         frozen: PyTree | None = None,
         keep_statistics: bool = False,
     ) -> tuple[jax.Array, Variables]:
-        still = frozen_layers(frozen)
+        is_frozen = frozen_layers(frozen)
 
-        def kept(layer: tuple[str, ...]) -> bool:
-            return keep_statistics or still(layer)
+        def keeps_statistics(layer: tuple[str, ...]) -> bool:
+            return keep_statistics or is_frozen(layer)
 
         stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        own = [place for place in ours(variables, x) if not kept(place[:-1])] if stats else []
+        own = (
+            [place for place in own_statistics(variables, x) if not keeps_statistics(place[:-1])]
+            if stats
+            else []
+        )
         handed = {place: leaf for place, leaf in stats.items() if place not in own}
         given = {name: tree for name, tree in variables.items() if name != STATISTICS}
         if handed:
             given[STATISTICS] = traverse_util.unflatten_dict(handed)
 
         def inference(call, args, kwargs, context):
-            # Of a frozen layer; what it was told by its caller concerns the whole network.
+            # A frozen layer runs in inference, although its caller passes the network's training mode.
             module, switch = context.module, _switch_of(context.module)
-            rests = kept if isinstance(module, linen.BatchNorm) else still
-            if switch is None or context.method_name != "__call__" or not rests(module.path):
+            freezes = keeps_statistics if isinstance(module, linen.BatchNorm) else is_frozen
+            if switch is None or context.method_name != "__call__" or not freezes(module.path):
                 return call(*args, **kwargs)
             return call_in_inference(call, module, switch, args, kwargs)
 
@@ -247,20 +259,20 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         after = traverse_util.flatten_dict(state.get(STATISTICS, {}))
         for place in own:
             after[place] = momentum * stats[place] + (1 - momentum) * after[place]
-        # A frozen layer of flax.linen keeps its statistics, and a frozen network all of its state.
-        after = {path: stats[path] if kept(path[:-1]) else leaf for path, leaf in after.items()}
-        at_rest = {name: variables[name] for name in mutable if still(())}
+        # Frozen layers of flax.linen keep their statistics, and a wholly frozen network keeps all its state.
+        after = {path: stats[path] if keeps_statistics(path[:-1]) else leaf for path, leaf in after.items()}
+        unchanged = {name: variables[name] for name in mutable if is_frozen(())}
         return outputs, {
             **state,
             **({STATISTICS: traverse_util.unflatten_dict(after)} if after else {}),
-            **at_rest,
+            **unchanged,
         }
 
     return StatefulModel(init, apply, train)
 
 
 def _start(statistics: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> dict[tuple[str, ...], jax.Array]:
-    """Running statistics before any batch, as those of `flax.linen.BatchNorm`."""
+    """Return the initial running statistics, those of `flax.linen.BatchNorm`: mean 0, variance 1."""
     return {
         place: (jnp.ones if place[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
         for place, leaf in statistics.items()
@@ -268,31 +280,31 @@ def _start(statistics: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> dict[t
 
 
 def _switch_of(module: linen.Module) -> str | None:
-    """The attribute, and argument, that puts a layer of Flax into inference."""
+    """Return the name of the attribute and argument that puts a layer of Flax into inference mode."""
     if isinstance(module, linen.BatchNorm):
         return "use_running_average"
     return "deterministic" if isinstance(module, linen.Dropout) else None
 
 
 def frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
-    """Whether a layer's path leads to one all of whose parameters are frozen.
+    """Return a predicate of paths: whether all parameters of the layer are frozen.
 
-    A layer without parameters, such as dropout, goes with the one it is in.
+    A layer without parameters, such as dropout, is frozen if the layer that contains it is.
     """
-    # Those of plain functions may be any tree.
+    # By `keystr`, because the parameters of plain functions may be any tree.
     leaves = {
         tuple(jax.tree_util.keystr((entry,), simple=True) for entry in place): value
         for place, value in jax.tree_util.tree_leaves_with_path(frozen)
     }
 
-    def still(path: tuple[str, ...]) -> bool:
+    def is_frozen(path: tuple[str, ...]) -> bool:
         for depth in range(len(path), -1, -1):
             beneath = [value for place, value in leaves.items() if place[:depth] == path[:depth]]
             if beneath:
                 return all(beneath)
         return False
 
-    return still
+    return is_frozen
 
 
 def _from_model(model: Any, momentum: float) -> StatefulModel:
@@ -318,15 +330,15 @@ def _from_model(model: Any, momentum: float) -> StatefulModel:
         frozen: PyTree | None = None,
         keep_statistics: bool = False,
     ) -> tuple[jax.Array, Variables]:
-        still = frozen_layers(frozen)
+        is_frozen = frozen_layers(frozen)
         before = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        handed = {path: leaf for path, leaf in before.items() if keep_statistics or still(path[:-1])}
+        handed = {path: leaf for path, leaf in before.items() if keep_statistics or is_frozen(path[:-1])}
         outputs, stats = forward(
             model,
             variables["params"],
             x,
             stats=traverse_util.unflatten_dict(handed) or None,
-            key=None if still(()) else key,
+            key=None if is_frozen(()) else key,
         )
         if not before:
             return outputs, {}

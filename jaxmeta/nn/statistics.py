@@ -1,8 +1,8 @@
-"""What enters the batch normalisations of a network, measured and replaced from outside.
+"""Measurement and replacement of the batch statistics of a network.
 
-For networks that keep running averages (`flax.linen.BatchNorm`) and for those that are handed their
-statistics (`jaxmeta.nn.BatchNorm`) alike: the network is called as for inference, and before or after
-each of these layers its statistics are overwritten.
+It works for networks with running averages (`flax.linen.BatchNorm`) and with explicit statistics
+(`jaxmeta.nn.BatchNorm`): the network is called in inference mode, and the statistics of each of these layers
+are overwritten before or after its call.
 """
 
 import inspect
@@ -27,25 +27,25 @@ Variables = Mapping[str, Any]
 def measure(
     network: Network, variables: Variables, x: Array | np.ndarray, *, own: bool = True, **arguments: Any
 ) -> tuple[Any, PyTree]:
-    """Outputs in inference, and the mean and variance of what enters each batch normalisation.
+    """Return outputs in inference mode, and the mean and variance of the inputs of each batch normalisation.
 
-    Of each channel, over examples and space; the variance is the biased one.
+    They are those of each channel over examples and space; the variance is the biased one.
 
     Args:
-      network: a module of `flax.linen`, or what `jm.nn.as_model` takes.
-      variables: `{"params": …}`, and the statistics under "batch_stats" if it has them already.
+      network: module of `flax.linen`, or network of any kind that `jm.nn.as_model` takes.
+      variables: `{"params": …}`, with statistics under "batch_stats" if the network has them already.
       x: examples.
-      own: whether each layer normalises by the very statistics measured on it; otherwise by those in
-        `variables`, which needs a module of `flax.linen`.
-      arguments: of the network's call. `deterministic`, `train` and `use_running_average` are set as
-        for inference where it takes them.
+      own: True to normalise each layer by the statistics measured on it; False for those in `variables`,
+        which needs a module of `flax.linen`.
+      arguments: further arguments of the network's call. `deterministic`, `train` and
+        `use_running_average` are set for inference where the call takes them.
 
     Returns:
-      The outputs, and a nested dict with `{"mean", "var"}` of each layer, as under "batch_stats".
+      The outputs, and a nested dict with `{"mean", "var"}` of each layer, as in "batch_stats".
 
     Raises:
-      ValueError: the network has no batch normalisation; or one that normalises by its batch when the
-        network is called with `arguments`, is masked, or is called twice.
+      ValueError: the network has no batch normalisation; or a batch normalisation normalises by its batch
+        when the network is called with `arguments`, is masked, or is called twice.
     """
     if isinstance(network, linen.Module):
         outputs, stats = _of_module(network, variables, x, own, arguments)
@@ -65,7 +65,7 @@ def measure(
 
 
 def with_statistics(variables: Variables, stats: PyTree) -> dict[str, Any]:
-    """`variables` with these layers' statistics replaced and all else as it was."""
+    """Return `variables` with the statistics of these layers replaced."""
     kept = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
     return {
         **variables,
@@ -74,9 +74,9 @@ def with_statistics(variables: Variables, stats: PyTree) -> dict[str, Any]:
 
 
 def pooled(stats: Sequence[PyTree], sizes: Sequence[int]) -> PyTree:
-    """Statistics of all examples from those of batches of these sizes: var = within + between.
+    """Return the statistics of all examples from those of batches of these sizes.
 
-    mean = Σ_b p_b mean_b and var = Σ_b p_b (var_b + (mean_b − mean)²), with p_b a batch's part of all.
+    mean = Σ_b p_b mean_b and var = Σ_b p_b (var_b + (mean_b − mean)²), where p_b is the share of batch b.
     """
     parts = np.asarray(sizes) / np.sum(sizes)
 
@@ -90,7 +90,7 @@ def pooled(stats: Sequence[PyTree], sizes: Sequence[int]) -> PyTree:
 
 
 def layers(stats: PyTree) -> int:
-    """How many layers these statistics are of; those of `flax.linen.scan` lie on a leading axis."""
+    """Return the number of layers in `stats`; layers of `flax.linen.scan` are stacked on a leading axis."""
     return sum(math.prod(layer["mean"].shape[:-1]) for layer in jax.tree.leaves(stats, is_leaf=_is_layer))
 
 
@@ -106,11 +106,12 @@ def _of_module(network, variables, x, own, arguments):
         layer = context.module
         if context.method_name != "__call__" or not isinstance(layer, linen.BatchNorm | BatchNorm):
             return call(*args, **kwargs)
-        # A transformation (scan, remat) may trace a layer more than once, each time from a root of its own.
+        # A transformation (scan, remat) may trace a layer several times, each time below another root scope.
         origin: Any = layer.scope
         if any(origin.root is root and layer.path == path for root, path in called):
             raise ArgumentError(
-                "network", f"its layer {_named(layer)} is called twice; statistics are those of one call"
+                "network",
+                f"its layer {_named(layer)} is called twice; statistics can be measured for one call only",
             )
         called.append((origin.root, layer.path))
         stats = _entering(layer, *args, **kwargs)
@@ -131,16 +132,14 @@ def _entering(layer, *args, **kwargs):
     bound.apply_defaults()
     given = bound.arguments
     if given.get("mask") is not None:
-        raise ArgumentError(
-            "network", f"its layer {_named(layer)} is given a mask; hand over real examples only"
-        )
+        raise ArgumentError("network", f"its layer {_named(layer)} is given a mask; pass real examples only")
     if isinstance(layer, linen.BatchNorm):
         running = given["use_running_average"]
         if not (layer.use_running_average if running is None else running):
             raise ArgumentError(
                 "network",
-                f"its layer {_named(layer)} normalises by its batch; hand over the argument with "
-                "which the network does inference (training=False, say)",
+                f"its layer {_named(layer)} normalises by its batch; pass the argument with which the "
+                "network runs in inference mode (such as training=False)",
             )
     stats = entering(given["x"], getattr(layer, "axis", -1))
     return stats | {"mean": stats["mean"] + given.get("offset", 0.0)}

@@ -1,4 +1,4 @@
-"""One small network in every form that `as_model` takes: each learns by MAML as the others do."""
+"""Tests of `as_model`: a small network of every framework has the same meta-gradients."""
 
 import functools
 import itertools
@@ -135,7 +135,8 @@ def with_norm(change, scale="scale"):
     return changed
 
 
-# form -> ((norm, rate) -> network, LinenNet's parameters -> its own, and back).
+# By framework: a function (norm, rate) -> network, a conversion of LinenNet's parameters to its own, and the
+# inverse conversion.
 FORMS = {
     "linen": (lambda norm, rate: LinenNet(norm, rate), same, same),
     "nnx": (
@@ -173,7 +174,7 @@ def reference_params(norm=False):
 
 
 def make_learner(network, **settings):
-    # The default memory mode, "auto", would trace each inner step once more.
+    # The default memory mode, "auto", would trace each inner step twice.
     return jm.maml(
         network, **{"inner_optimizer": optax.sgd(0.5), "inner_steps": 2, "memory": "store", **settings}
     )
@@ -185,7 +186,7 @@ def loss_and_gradient(learner, params, of):
 
 @functools.cache
 def reference_loss_and_gradient(norm, masked):
-    """Those of the network in Linen."""
+    """Return loss and gradient of the network in Linen."""
     learner = make_learner(LinenNet(norm is not None), norm=norm or "batch")
     return loss_and_gradient(learner, reference_params(norm is not None), task(masked=masked))
 
@@ -206,7 +207,7 @@ def reference_loss_and_gradient(norm, masked):
         ("functions", None, True),
     ],
 )
-def test_meta_gradient_equals_that_of_the_same_network_in_linen(form, norm, masked):
+def test_meta_gradient_matches_linen(form, norm, masked):
     make, into, back = FORMS[form]
     params, of = reference_params(norm is not None), task(masked=masked)
     value, gradient = reference_loss_and_gradient(norm, masked)
@@ -229,7 +230,8 @@ def test_dropout_is_determined_by_the_key(form):
     assert max_difference(one, other) > 0.1
     expected = jax.jit(plain_apply)(reference_params(), x)
     np.testing.assert_allclose(apply(params, x), expected, atol=1e-12)
-    # Half of the hidden units are dropped and the others doubled, independently for each example.
+    # Half of the hidden units are dropped and the others doubled, independently for each example, so that the
+    # mean is the output without dropout.
     many = np.tile(x[:1], (4000, 1))
     mean = np.asarray(apply(params, many, key=KEY)).mean(0)
     np.testing.assert_allclose(mean, expected[0], atol=0.1)

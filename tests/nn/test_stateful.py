@@ -1,4 +1,4 @@
-"""Networks in training: running statistics are Flax's, frozen layers are in inference, state is handed on."""
+"""Tests of networks with state: running statistics as in Flax, frozen layers in inference, chains."""
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +24,22 @@ def same_bits(a, b):
     return a == b
 
 
-# --- Two blocks of a linear layer, normalisation, ReLU and dropout, told in every way --------------
+# --- Two blocks of a linear layer, normalisation, ReLU and dropout, by every way to set the mode ---
 
 
 class Block(linen.Module):
-    told: str
+    switching: str
     rate: float
 
     @linen.compact
     def __call__(self, x, training):
         x = linen.Dense(6, name="dense")(x)
-        still, attributes = not training, self.told == "attributes"
-        if self.told == "ours":
+        still, attributes = not training, self.switching == "attributes"
+        if self.switching == "ours":
             x = jm.nn.BatchNorm(epsilon=1e-5, name="norm")(x)
         elif attributes:
             x = linen.BatchNorm(use_running_average=still, momentum=0.9, name="norm")(x)
-        elif self.told == "keywords":
+        elif self.switching == "keywords":
             x = linen.BatchNorm(momentum=0.9, name="norm")(x=x, use_running_average=still)
         else:
             x = linen.BatchNorm(momentum=0.9, name="norm")(x, still)
@@ -49,12 +49,12 @@ class Block(linen.Module):
 
 
 class ByTrain(linen.Module):
-    told: str = "attributes"
+    switching: str = "attributes"
     rates: tuple = (0.5, 0.0)
 
     def blocks(self, x, training):
         for i, rate in enumerate(self.rates):
-            x = Block(self.told, rate, name=f"block{i}")(x, training)
+            x = Block(self.switching, rate, name=f"block{i}")(x, training)
         return x
 
     @linen.compact
@@ -87,8 +87,8 @@ def network(request):
     return NETWORKS[request.param]
 
 
-def started(model, x=X):
-    """Variables of a network that has seen something: no scale is one, no mean zero."""
+def perturbed_variables(model, x=X):
+    """Return initial variables plus random numbers, so that no scale is one and no mean zero."""
     variables = jax.jit(model.init)(jax.random.key(1), x)
     leaves, structure = jax.tree.flatten(variables)
     rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def started(model, x=X):
 
 
 def by_hand(params, x, mean, var):
-    """A block without dropout, normalised by these statistics or, where None, by those of the batch."""
+    """Return the outputs of a block without dropout, normalised by given statistics or those of the batch."""
     params, mean, var = jax.tree.map(np.asarray, (params, mean, var))
     x = x @ params["dense"]["kernel"] + params["dense"]["bias"]
     mean, var = (x.mean(0), x.var(0)) if mean is None else (mean, var)
@@ -112,7 +112,7 @@ def by_hand(params, x, mean, var):
 @pytest.mark.nightly_rows(after=1)
 def test_frozen_block_normalises_by_its_running_statistics_without_dropout(network):
     model = as_stateful(network)
-    variables = started(model)
+    variables = perturbed_variables(model)
     params, before = jax.tree.map(np.asarray, (variables["params"], variables["batch_stats"]))
     frozen = {"block0": jax.tree.map(lambda _: True, params["block0"])}
     frozen["block1"] = jax.tree.map(lambda _: False, params["block1"])
@@ -125,7 +125,7 @@ def test_frozen_block_normalises_by_its_running_statistics_without_dropout(netwo
         state["batch_stats"]["block1"]["norm"],
         jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before["block1"]["norm"], batch),
     )
-    # Of a layer that is not frozen as a whole both go on.
+    # A layer that is not frozen as a whole normalises by its batch and updates its statistics.
     frozen["block0"]["norm"]["bias"] = False
     outputs, state = model.train(variables, X, KEY, frozen=frozen)
     assert not np.allclose(outputs, expected, atol=1e-2)
@@ -135,7 +135,7 @@ def test_frozen_block_normalises_by_its_running_statistics_without_dropout(netwo
 @pytest.mark.nightly_rows(after=2)
 def test_inference_and_wholly_frozen_training_use_the_running_statistics(network):
     model = as_stateful(network)
-    variables = started(model)
+    variables = perturbed_variables(model)
     stats = jax.tree.map(np.asarray, variables["batch_stats"])
     hidden, _ = by_hand(variables["params"]["block0"], X, **stats["block0"]["norm"])
     expected, _ = by_hand(variables["params"]["block1"], hidden, **stats["block1"]["norm"])
@@ -147,9 +147,9 @@ def test_inference_and_wholly_frozen_training_use_the_running_statistics(network
 
 
 def test_training_steps_match_those_of_flax():
-    """Outputs, dropout and running averages of three batches, whichever way the network is told."""
+    # Outputs, dropout and running averages of three batches, for every way to set the mode.
     own = ByTrain(rates=(0.5, 0.3))
-    start = started(as_stateful(own))
+    start = perturbed_variables(as_stateful(own))
     for network in (own, ByDeterministic("arguments", (0.5, 0.3)), ByRunningAverage("keywords", (0.5, 0.3))):
         model, variables, theirs = as_stateful(network), start, start
         for step in range(3):
@@ -185,7 +185,7 @@ def test_conv4_normalises_by_its_batch_in_training_and_by_running_statistics_in_
     known, stats = jax.jit(values.apply_norm)(variables["params"], x)
     close(outputs, known, 1e-6)
     close(state["batch_stats"], stats, 1e-6)
-    # What was kept of the batch normalises it alike.
+    # With momentum 0 the running statistics are those of the batch.
     close(jax.jit(model.apply)({**variables, **state}, x), known)
 
 
@@ -224,9 +224,9 @@ class Scanned(linen.Module):
         return x
 
 
-def test_scanned_layers_have_the_statistics_of_the_same_layers_one_by_one():
+def test_scanned_layers_have_the_statistics_of_separate_layers():
     scanned, single = as_stateful(Scanned(True)), as_stateful(Scanned(False))
-    variables = started(scanned)
+    variables = perturbed_variables(scanned)
     apart = {
         name: {f"layer{i}": jax.tree.map(lambda leaf, i=i: leaf[i], tree["layers"]) for i in range(3)}
         for name, tree in variables.items()
@@ -267,7 +267,7 @@ def test_running_statistics_of_nnx_networks_match_those_of_nnx():
     close(model.apply(variables, X), module(X))
     norm = module.norms[1]
     close(variables["batch_stats"]["norms"]["1"], {"mean": norm.mean[...], "var": norm.var[...]})
-    # The lower layers frozen: those of their statistics stay, and normalise.
+    # Frozen lower layers normalise by their running statistics, which do not change.
     frozen = {
         name: {"0": jax.tree.map(lambda _: True, variables["params"][name]["0"])}
         for name in ("layers", "norms")
@@ -326,7 +326,7 @@ def test_networks_without_state_have_parameters_only():
 # --- Chains and layers ----------------------------------------------------------------------------
 
 
-def test_chain_applies_its_parts_in_turn_with_a_subtree_for_each():
+def test_chain_applies_its_parts_in_sequence():
     parts = {"adapter": (plain_init, plain_apply), "body": ByTrain(rates=(0.0, 0.0)), "head": linen.Dense(2)}
     model = chain(parts)
     assert as_stateful(model) is model
@@ -352,7 +352,7 @@ def test_chain_applies_its_parts_in_turn_with_a_subtree_for_each():
     assert same_bits(state["batch_stats"], variables["batch_stats"])
 
 
-def test_parts_of_a_chain_have_keys_of_their_own():
+def test_parts_of_a_chain_have_different_keys():
     def train(variables, x, key, *, frozen=None):
         return x + jax.random.normal(key, x.shape), variables
 
@@ -365,7 +365,7 @@ def test_parts_of_a_chain_have_keys_of_their_own():
 
 
 class Unordered(linen.Module):
-    """Its layers are computed in another order than that of names, and of their declaration."""
+    """A network whose layers are computed in another order than they are named and declared."""
 
     def setup(self):
         self.a, self.z = linen.Dense(5), linen.Dense(5)
@@ -441,8 +441,8 @@ def test_padding_needs_no_mask_only_where_all_statistics_are_given():
         outputs, _ = model.apply_norm(params, X, stats=stats, mask=mask)
         close(outputs, model.apply(params, X), 1e-4)
         first, *_ = stats
-        some = {first: stats[first]} if first == "block0" else {first: {"0": stats[first]["0"]}}
-        for partial in (None, some):
+        first_layer = {first: stats[first]} if first == "block0" else {first: {"0": stats[first]["0"]}}
+        for partial in (None, first_layer):
             with pytest.raises(ValueError, match="must take `mask`"):
                 model.apply_norm(params, X, stats=partial, mask=mask)
 
@@ -462,7 +462,7 @@ class Restless(linen.Module):
         return linen.Dropout(0.5, deterministic=False)(linen.Dense(2)(x))
 
 
-def test_networks_that_cannot_be_trained_are_refused_by_name():
+def test_unsuitable_networks_are_named():
     for momentum in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"momentum: got {momentum}"):
             as_stateful(jm.nn.BatchNorm(), momentum=momentum)
@@ -477,10 +477,10 @@ def test_networks_that_cannot_be_trained_are_refused_by_name():
 @pytest.mark.nightly_rows(after=2)
 def test_kept_statistics_normalise_in_training_with_dropout_on(network):
     model = as_stateful(network)
-    variables = started(model)
+    variables = perturbed_variables(model)
     outputs, state = model.train(variables, X, KEY, keep_statistics=True)
     assert same_bits(state, {"batch_stats": variables["batch_stats"]})
-    # Dropout stays on; without it training would be inference.
+    # Dropout is on, so that the outputs differ from those of inference.
     assert not np.allclose(outputs, model.apply(variables, X), atol=1e-2)
     chained = chain({"net": model})
     within = {name: {"net": tree} for name, tree in variables.items()}
@@ -489,8 +489,8 @@ def test_kept_statistics_normalise_in_training_with_dropout_on(network):
     )
 
 
-def test_training_by_kept_statistics_is_inference_where_there_is_no_dropout():
+def test_training_by_kept_statistics_without_dropout_equals_inference():
     model = as_stateful(ByTrain("keywords", rates=(0.0, 0.0)))
-    variables = started(model)
+    variables = perturbed_variables(model)
     outputs, _ = model.train(variables, X, KEY, keep_statistics=True)
     close(outputs, model.apply(variables, X))
