@@ -71,7 +71,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int = LARGEST) -> N
     except TypeError:
         whole = None
     if whole is None:
-        raise ArgumentError(name, f"got {shown(value)}; it must be a whole number of at least {least}")
+        raise ArgumentError(name, f"got {format_value(value)}; it must be a whole number of at least {least}")
     _check_range(name, value, whole, least, most)
 
 
@@ -95,10 +95,10 @@ def check_number(
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ArgumentError(name, f"got {shown(value)}; it must be a finite number")
+        raise ArgumentError(name, f"got {format_value(value)}; it must be a finite number")
     if above is not None and not number > above:
         wanted = "positive" if above == 0 else f"above {above}"
-        raise ArgumentError(name, f"got {shown(value)}; it must be {wanted}")
+        raise ArgumentError(name, f"got {format_value(value)}; it must be {wanted}")
     _check_range(name, value, number, least, most)
 
 
@@ -116,7 +116,9 @@ def check_word(name: str, value: Any, known: Iterable[Any]) -> None:
     known = tuple(known)
     # Types are compared, too, because True == 1.
     if not any(type(value) is type(word) and value == word for word in known):
-        raise ArgumentError(name, f"got {shown(value)}; it must be one of {', '.join(map(repr, known))}")
+        raise ArgumentError(
+            name, f"got {format_value(value)}; it must be one of {', '.join(map(repr, known))}"
+        )
 
 
 def check_function(name: str, value: Any, wanted: str = "a function") -> None:
@@ -186,7 +188,9 @@ def check_widths(name: str, value: Any) -> None:
       ArgumentError: `value` is something else; the error names the argument `name`.
     """
     if not isinstance(value, tuple | list):
-        raise ArgumentError(name, f"got {shown(value)}; it must be a tuple with the width of each layer")
+        raise ArgumentError(
+            name, f"got {format_value(value)}; it must be a tuple with the width of each layer"
+        )
     for width in value:
         check_count(name, width)
 
@@ -223,7 +227,7 @@ def check_real(name: str, values: Any, *, whole: bool = False) -> None:
     dtype = getattr(values, "dtype", None)
     if dtype is None or not jax.numpy.issubdtype(dtype, number) or dtype.kind == "c":
         wanted = "integers" if whole else "real numbers"
-        raise ArgumentError(name, f"got {shown(values)}; it must be an array of {wanted}")
+        raise ArgumentError(name, f"got {format_value(values)}; it must be an array of {wanted}")
 
 
 def check_labels(
@@ -319,7 +323,7 @@ def parsed_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return `value` as at most 80 characters of one line, for an error message."""
     if isinstance(value, jax.Array | np.ndarray) and value.ndim:
         return f"an array of shape {value.shape} and type {value.dtype}"
@@ -341,12 +345,12 @@ def described(value: Any) -> str:
     if _is_function(value):
         return f"the function {value.__name__}"
     if value is None or isinstance(value, jax.Array | np.ndarray):
-        return shown(value)
+        return format_value(value)
     name = type(value).__name__
     if isinstance(value, bool | int | float | complex | str | bytes):
-        return f"{shown(value)} ({name})"
+        return f"{format_value(value)} ({name})"
     if type(value) in (tuple, list, dict, set) and len(repr(value)) <= 40:
-        return shown(value)
+        return format_value(value)
     # The contents of a container of arrays or functions would fill the message.
     return f"{name}(…)"
 
@@ -361,11 +365,11 @@ def call_of(value: Any) -> str:
     return f"; call {value.__name__}(…) to make one" if is_callable else ""
 
 
-def some(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
+def join_names(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     """Join the first `most` of `names` for an error message, with an ellipsis in place of the others.
 
     Examples:
-      >>> some(["a", "b", "c"]), some(["a", "b", "c"], 2)
+      >>> join_names(["a", "b", "c"]), join_names(["a", "b", "c"], 2)
       ('a, b, c', 'a, b, …')
     """
     names = [*names]
@@ -374,6 +378,6 @@ def some(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
 
 def _check_range(name: str, value: Any, number: float, least: float, most: float) -> None:
     if number < least:
-        raise ArgumentError(name, f"got {shown(value)}; it must be at least {least}")
+        raise ArgumentError(name, f"got {format_value(value)}; it must be at least {least}")
     if number > most:
-        raise ArgumentError(name, f"got {shown(value)}; it must be at most {most}")
+        raise ArgumentError(name, f"got {format_value(value)}; it must be at most {most}")

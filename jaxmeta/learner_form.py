@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError, check_kind, shown
+from jaxmeta.checks import ArgumentError, check_kind, format_value
 from jaxmeta.core import Adapted, Key, Learner, Metrics, Params, Task, is_checked
 
 
@@ -166,4 +166,4 @@ def _described(value: Any) -> str:
         return f"an array of shape {tuple(value.shape)} and type {value.dtype}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}: {', '.join(map(_described, value[:3]))}"
-    return shown(value)
+    return format_value(value)

@@ -16,7 +16,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_labels, check_slots, shown
+from jaxmeta.checks import ArgumentError, check_labels, check_slots, format_value
 from jaxmeta.core import Batch, Metric, Metrics
 from jaxmeta.learner_form import counted
 
@@ -55,7 +55,7 @@ def masked_sum(
       (4.0, 2.0)
     """
     if mask is not None and (mask.shape != values.shape or mask.dtype != jnp.bool):
-        raise ArgumentError("mask", f"got {shown(mask)}; it must be bool, of shape {values.shape}")
+        raise ArgumentError("mask", f"got {format_value(mask)}; it must be bool, of shape {values.shape}")
     values = full_precision(values)
     if mask is None:
         return values.sum(), jnp.asarray(values.size, values.dtype)
@@ -82,7 +82,7 @@ def cross_entropy(
       1.6094
     """
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ArgumentError("logits", f"got {shown(logits)}; it must be floats, of shape (n, ways)")
+        raise ArgumentError("logits", f"got {format_value(logits)}; it must be floats, of shape (n, ways)")
     check_labels("labels", labels, logits.shape[0], logits.shape[1], mask)
     each = optax.softmax_cross_entropy_with_integer_labels(full_precision(logits), labels)
     return masked_mean(each, mask)

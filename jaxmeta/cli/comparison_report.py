@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxmeta.cli import schema
 from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, line_style, literal
-from jaxmeta.cli.report import chance_level, plural, repeated_by, shown
+from jaxmeta.cli.report import chance_level, format_interval, plural, repeated_by
 from jaxmeta.training.metrics import METRICS, read_metrics
 
 
@@ -35,8 +35,8 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
                     learner,
                     *([networks[learner]] if networks else []),
                     *([name] if accuracy else []),
-                    shown(test, metric),
-                    "" if difference is None else shown(difference, metric, "+"),
+                    format_interval(test, metric),
+                    "" if difference is None else format_interval(difference, metric, "+"),
                     f"{row['training_s']:,.1f}",
                     "" if row["steps_per_second"] is None else f"{row['steps_per_second']:,.1f}",
                     "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e6:,.0f}",

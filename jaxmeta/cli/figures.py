@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxmeta.cli.report import shown
+from jaxmeta.cli.report import format_interval
 from jaxmeta.files import replacing
 
 METRIC_NAMES = {"accuracy": "query accuracy, %", "mse": "query mean squared error"}
@@ -131,7 +131,7 @@ def _draw_training(axes: Any, curve: Curve, name: str, x: str, style: dict[str, 
 
 def _with_test(curve: Curve) -> str:
     name, unit = literal(curve.name), " %" if curve.metric == "accuracy" else ""
-    return name if curve.test is None else f"{name}: test {shown(curve.test, curve.metric)}{unit}"
+    return name if curve.test is None else f"{name}: test {format_interval(curve.test, curve.metric)}{unit}"
 
 
 def plot_confusion(

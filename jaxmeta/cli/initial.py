@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, some
+from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.cli.backbones import load_backbone
 from jaxmeta.cli.config import Config, is_run
 from jaxmeta.cli.sources import renaming
@@ -48,7 +48,9 @@ def initial_params(
     body = [path for path in wanted if path.startswith(f"{_NETWORK}/") and not path.startswith(_HEAD)]
     for path in body or wanted:
         if path not in taken:
-            has = f"there it has {fits[path]}" if path in fits else f"{source} has {some(sorted(arrays))}"
+            has = (
+                f"there it has {fits[path]}" if path in fits else f"{source} has {join_names(sorted(arrays))}"
+            )
             raise ArgumentError(
                 "init",
                 f"{source} has another network than {config.network['name']} here: {path} must have shape "
@@ -59,7 +61,7 @@ def initial_params(
     if hosts.is_first():
         print(
             f"init      {source}: {len(taken)} of {len(wanted)} arrays"
-            + (f"; new: {some(new)}" if new else "")
+            + (f"; new: {join_names(new)}" if new else "")
         )
     return params
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from jaxmeta.checks import ArgumentError, some
+from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.cli.data import ImageSpec
 from jaxmeta.tasks.images import UnreadableImage, decode, in_colour
 
@@ -48,12 +48,13 @@ def read_images(
             kept.append(index)
     if problems and (not skip or not kept):
         hint = "" if skip is None else "; --skip-unreadable leaves such images out"
-        raise ArgumentError(name, f"{some(problems)}{hint}")
+        raise ArgumentError(name, f"{join_names(problems)}{hint}")
     if problems:
-        warnings.warn(f"--{name}: left out {some(problems)}", stacklevel=3)
+        warnings.warn(f"--{name}: left out {join_names(problems)}", stacklevel=3)
     if coloured and spec.channels == 1:
         warnings.warn(
-            f"--{name}: {some(coloured)} in colour, but the training images are grey; converted to grey",
+            f"--{name}: {join_names(coloured)} in colour, but the training images are grey; "
+            "converted to grey",
             stacklevel=3,
         )
     if spec.channels == 3 and not coloured:
@@ -80,6 +81,6 @@ def warn_of_negatives(
     if inverted:
         warnings.warn(
             f"--{name}: dark and light seem exchanged, compared to the training images (mean "
-            f"{spec.mean:.2f}), in {some(inverted)}; --invert exchanges them in all images",
+            f"{spec.mean:.2f}), in {join_names(inverted)}; --invert exchanges them in all images",
             stacklevel=3,
         )

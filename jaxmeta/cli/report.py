@@ -16,7 +16,7 @@ from jaxmeta.cli.data import ImageSpec
 from jaxmeta.cli.folders import tolerated
 from jaxmeta.training.events import Event, Progress, Resumed, Validated
 from jaxmeta.training.metrics import Forgiving, read_metrics, row_of
-from jaxmeta.training.progress import ProgressBar, shown
+from jaxmeta.training.progress import ProgressBar, format_interval
 
 # Folder of TensorBoard's scalars, next to `metrics.jsonl`.
 TENSORBOARD = "tensorboard"
@@ -224,7 +224,9 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
 def chance_level(result: Mapping[str, Any]) -> str | None:
     """Return the baseline of guessing in words; None where the number of classes varies."""
     if "mse_of_mean" in result:
-        return f"Answering with the mean of the support targets: {shown(result['mse_of_mean'], 'mse')}"
+        return (
+            f"Answering with the mean of the support targets: {format_interval(result['mse_of_mean'], 'mse')}"
+        )
     ways = result["card"]["ways"]
     return f"Guessing: {100 / ways:.2f} %, one of {ways} classes" if isinstance(ways, int) else None
 

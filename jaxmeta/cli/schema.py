@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 import docstring_parser
 import msgspec
 
-from jaxmeta.checks import ArgumentError, shown
+from jaxmeta.checks import ArgumentError, format_value
 from jaxmeta.declare import parent_of
 
 MISSING = inspect.Parameter.empty
@@ -98,7 +98,7 @@ class Setting(NamedTuple):
 
     def problem(self, value: Any) -> ArgumentError:
         """Return the error for an invalid value."""
-        text = value if isinstance(value, str) else shown(value)
+        text = value if isinstance(value, str) else format_value(value)
         return ArgumentError(self.name, f"got {text}; it must be {spelled(self.hint)}")
 
 
@@ -225,7 +225,7 @@ def checked(group: str, values: Any, settings: Mapping[str, Setting]) -> dict[st
       ArgumentError: the values are not a dictionary of exactly these settings, or a value has another type.
     """
     if not isinstance(values, dict):
-        raise ArgumentError(group, f"got {shown(values)}; it must be a dictionary of settings")
+        raise ArgumentError(group, f"got {format_value(values)}; it must be a dictionary of settings")
     for name in values:
         if name not in settings:
             raise ArgumentError(f"{group}.{name}", f"is unknown; the settings are {_list(settings)}")

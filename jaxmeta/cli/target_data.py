@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jaxmeta.checks import ArgumentError, check_count, check_finite, some
+from jaxmeta.checks import ArgumentError, check_count, check_finite, join_names
 from jaxmeta.cli import schema
 from jaxmeta.cli.report import plural
 from jaxmeta.cli.schema import Setting
@@ -195,7 +195,7 @@ def _without_small_classes(target: Target, shots: int) -> Target:
     small = [f"{target.classes[place]} ({sizes[place]})" for place in np.flatnonzero(sizes < needed)]
     warnings.warn(
         f"{target.name}: {len(small)} of {len(sizes)} classes have fewer than {needed} images and are left "
-        f"out: {some(small)}",
+        f"out: {join_names(small)}",
         stacklevel=3,
     )
     rows = np.isin(target.y, kept)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, shown
+from jaxmeta.checks import ArgumentError, check_count, check_number, format_value
 from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn.adapters import Network, as_model
 from jaxmeta.paths import Patterns, leaves_by_path, matching, shortened
@@ -125,7 +125,7 @@ def _kernels(params: Params, where: Patterns) -> dict[str, Any]:
         shapes = [f"{path} {jnp.shape(leaf)}" for path, leaf in leaves.items()]
         raise ArgumentError(
             "where",
-            f"got {shown(where)}, which matches no floating-point leaf of 2 or 4 axes; the leaves are "
+            f"got {format_value(where)}, which matches no floating-point leaf of 2 or 4 axes; the leaves are "
             f"{', '.join(shortened(shapes))}",
         )
     return kernels

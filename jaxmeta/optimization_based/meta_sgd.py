@@ -6,7 +6,7 @@ import jax
 import optax
 
 from jaxmeta import declare
-from jaxmeta.checks import ArgumentError, check_number, check_word, shown
+from jaxmeta.checks import ArgumentError, check_number, check_word, format_value
 from jaxmeta.core import Key, Learner, PyTree, UnrolledOrder
 from jaxmeta.nn.adapters import Network
 from jaxmeta.optimization_based.maml import maml
@@ -59,7 +59,7 @@ def meta_sgd(
     check_word("order", order, get_args(UnrolledOrder))
     ends = tuple(inner_lr) if isinstance(inner_lr, tuple | list) else (inner_lr, inner_lr)
     if len(ends) != 2:
-        raise ArgumentError("inner_lr", f"got {shown(inner_lr)}; it must be a number or (low, high)")
+        raise ArgumentError("inner_lr", f"got {format_value(inner_lr)}; it must be a number or (low, high)")
     low, high = ends
     check_number("inner_lr", low, 0)
     check_number("inner_lr", high, 0)

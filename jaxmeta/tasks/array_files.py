@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxmeta.checks import ArgumentError, MissingFileError, some
+from jaxmeta.checks import ArgumentError, MissingFileError, join_names
 from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.file_layouts import part_of, pickle_advice
@@ -164,7 +164,8 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
             raise ArgumentError(
                 argument,
                 f"{path} lacks {' and '.join(name + suffix for name in missing)}; it has "
-                f"{some(arrays) or 'no arrays'}; write it by numpy.savez(path, x=…, y=…), with the examples "
+                f"{join_names(arrays) or 'no arrays'}; write it by numpy.savez(path, x=…, y=…), "
+                "with the examples "
                 "as x and their labels as y",
             )
         x, y = _examples(path, argument, members["x"]), _labels(path, argument, members["y"])
@@ -180,7 +181,8 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
     shapes = {x.shape[1:] for x, _, _ in read}
     if len(shapes) > 1:
         raise ArgumentError(
-            argument, f"{path} has examples of several shapes: {some(map(str, sorted(shapes)))}; give all one"
+            argument,
+            f"{path} has examples of several shapes: {join_names(map(str, sorted(shapes)))}; give all one",
         )
     kinds = {x.dtype == np.uint8 for x, _, _ in read}
     if len(kinds) > 1:

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import some
+from jaxmeta.checks import join_names
 from jaxmeta.core import SplitName
 
 Vector = Array | np.ndarray | Sequence[float | int]
@@ -72,7 +72,7 @@ def vectors_of(
         raise ValueError(f"metadata must have one vector per class, got arrays of shape {vectors.shape[1:]}")
     wrong = [name for name, finite in zip(names, np.isfinite(vectors).all(1), strict=True) if not finite]
     if wrong:
-        raise ValueError(f"metadata must be finite; it is not for {some(map(repr, wrong))}")
+        raise ValueError(f"metadata must be finite; it is not for {join_names(map(repr, wrong))}")
     return vectors
 
 
@@ -81,5 +81,5 @@ def _check_named(argument: str, values: Mapping[str, object], names: Sequence[st
     if missing:
         raise ValueError(
             f"{argument} must have every class of split={split!r} by str(label); it lacks {len(missing)} of "
-            f"{len(names)}: {some(map(repr, missing))}"
+            f"{len(names)}: {join_names(map(repr, missing))}"
         )

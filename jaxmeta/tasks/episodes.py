@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown, some
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, format_value, join_names
 from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
 from jaxmeta.tasks.splits import Classes, split_classes
@@ -146,7 +146,7 @@ class EpisodeShape:
         if small:
             warnings.warn(
                 f"{source}: {len(small)} of {len(names)} classes of split={split!r} have fewer than {needed} "
-                f"examples and are left out: {some(small)}",
+                f"examples and are left out: {join_names(small)}",
                 stacklevel=3,
             )
         return kept
@@ -185,7 +185,8 @@ class EpisodeShape:
         if small:
             raise ValueError(
                 f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed per "
-                f"class; {len(small)} of {len(names)} classes have fewer: {some(small)}; use fewer shots or "
+                f"class; {len(small)} of {len(names)} classes have fewer: {join_names(small)}; use "
+                "fewer shots or "
                 "queries, or skip these classes with skip_small_classes where the source has this setting"
             )
         if self.paired and len(set(sizes)) > 1:
@@ -458,7 +459,7 @@ def _range(argument: str, value: int | tuple[int, int]) -> tuple[int, int]:
         check_count(argument, value)
         return int(value), int(value)
     if len(value) != 2:
-        raise ArgumentError(argument, f"got {shown(value)}; it must be a number or a pair (low, high)")
+        raise ArgumentError(argument, f"got {format_value(value)}; it must be a number or a pair (low, high)")
     low, high = value
     check_count(argument, low)
     check_count(argument, high)

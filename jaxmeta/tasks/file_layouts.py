@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, parsed_json, some
+from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, join_names, parsed_json
 from jaxmeta.tasks.csv_files import read_csv, read_header
 from jaxmeta.tasks.images import (
     IMAGE_FOLDERS,
@@ -240,7 +240,8 @@ def _single_list(reader: "_Reader") -> Listing | None:
         if lists:
             raise ArgumentError(
                 reader.argument,
-                f"{folder} has {len(lists)} lists of images ({some(path.name for path in lists)}); give the "
+                f"{folder} has {len(lists)} lists of images "
+                f"({join_names(path.name for path in lists)}); give the "
                 "path of one",
             )
         return None
@@ -387,7 +388,7 @@ class _Reader(NamedTuple):
                 raise self.error(
                     path,
                     f": {len(missing)} of {len(rows)} listed images do not exist (searched in {places} of "
-                    f"{self.folder}): {some(missing)}",
+                    f"{self.folder}): {join_names(missing)}",
                 )
             absent += [f"{path.name}, {each}" for each in missing]
         for parts in classes.values():
@@ -418,7 +419,8 @@ class _Reader(NamedTuple):
             )
             raise self.error(
                 path,
-                f" has the columns {some(map(repr, header), 8)} and lacks one for the {missing} of an image; "
+                f" has the columns {join_names(map(repr, header), 8)} and lacks one for the "
+                f"{missing} of an image; "
                 f"it needs one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
             )
         split = _column(header, _SPLIT)

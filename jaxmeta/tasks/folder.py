@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, some
+from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder
@@ -156,13 +156,13 @@ def prepare_files(
     if unreadable:
         warnings.warn(
             f"{prepared.name}: {len(unreadable)} of {len(entries)} images are left out: "
-            + some(unreadable, separator="; "),
+            + join_names(unreadable, separator="; "),
             stacklevel=3,
         )
     if size is None and scan["small"]:
         warnings.warn(
             f"{prepared.name}: {len(scan['small'])} of {len(entries)} images are far smaller than the "
-            f"others and are enlarged to {shape[0]} × {shape[0]}: {some(scan['small'])}",
+            f"others and are enlarged to {shape[0]} × {shape[0]}: {join_names(scan['small'])}",
             stacklevel=3,
         )
     left_out = (
@@ -296,6 +296,6 @@ def _refuse(unreadable: list[str], where: tuple[str, Path], total: int) -> None:
         raise ArgumentError(
             argument,
             f"{len(unreadable)} of {total} images in {folder} cannot be read: "
-            f"{some(unreadable, separator='; ')}; repair or remove them"
+            f"{join_names(unreadable, separator='; ')}; repair or remove them"
             + (", or skip them with skip_unreadable=True" * (argument == "path")),
         )

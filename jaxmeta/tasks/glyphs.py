@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxmeta.checks import ArgumentError, check_count, check_size, shown
+from jaxmeta.checks import ArgumentError, check_count, check_size, format_value
 from jaxmeta.core import Batch, Key, ProtocolCard, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.splits import ClassSplit, check_part
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of, metadata_of
@@ -102,7 +102,9 @@ def glyph_metadata(class_id: Int[Array | np.ndarray, "*batch"] | int) -> Float[A
     if not isinstance(class_id, jax.core.Tracer):
         ids, end = np.asarray(class_id), max(classes.stop for classes in CLASSES.values())
         if not np.issubdtype(ids.dtype, np.integer) or ((ids < 0) | (ids >= end)).any():
-            raise ArgumentError("class_id", f"got {shown(class_id)}; it must be integers from 0 to {end - 1}")
+            raise ArgumentError(
+                "class_id", f"got {format_value(class_id)}; it must be integers from 0 to {end - 1}"
+            )
     class_ids = jnp.asarray(class_id, jnp.int32)
     return _metadata(class_ids.reshape(-1)).reshape(*class_ids.shape, -1)
 

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, check_count, check_word, some
+from jaxmeta.checks import (
+    ArgumentError,
+    MissingFileError,
+    NotAFolderError,
+    check_count,
+    check_word,
+    join_names,
+)
 
 # Formats that Pillow registers but that are not read: pages and drawings rendered by external programs,
 # videos, and formats that need a plugin.
@@ -180,7 +187,7 @@ def class_files(path: Path, argument: str = "path") -> dict[str, list[Path]]:
         raise ArgumentError(
             argument,
             f"{len(empty)} of {len(folders)} class folders in {path} hold no images "
-            f"(.png, .jpg and other formats of Pillow): {some(repr(folder.name) for folder in empty)}"
+            f"(.png, .jpg and other formats of Pillow): {join_names(repr(folder.name) for folder in empty)}"
             + ("; some have subfolders: give the folder whose subfolders are the classes" * deeper),
         )
     return files

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from jaxmeta.checks import ArgumentError, check_count, check_key, check_labels, shown, some
+from jaxmeta.checks import ArgumentError, check_count, check_key, check_labels, format_value, join_names
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
@@ -69,7 +69,8 @@ def labelled(
     if sample.func is draw_glyphs:
         if per_class is None or key is None:
             raise ArgumentError(
-                "per_class, key", f"got {shown(per_class)}, {shown(key)}; drawing glyphs needs both"
+                "per_class, key",
+                f"got {format_value(per_class)}, {format_value(key)}; drawing glyphs needs both",
             )
         check_count("per_class", per_class, 1)
         check_key("key", key)
@@ -114,7 +115,8 @@ def split_per_class(
         raise ArgumentError(
             "shots",
             f"got {shots}, which needs at least {shots + 1} examples per class, so that one is left to "
-            f"evaluate on; {len(small)} of {len(classes)} classes have fewer (label and size): {some(small)}",
+            f"evaluate on; {len(small)} of {len(classes)} classes have fewer (label and size): "
+            f"{join_names(small)}",
         )
     order = np.asarray(jax.random.permutation(key, len(labels)))
     order = order[np.argsort(index[order], kind="stable")]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxmeta.checks import ArgumentError, MissingFileError, some
+from jaxmeta.checks import ArgumentError, MissingFileError, join_names
 from jaxmeta.core import SplitName, TaskDistribution
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.file_layouts import Listing, list_parts, refuse_other_files
@@ -124,7 +124,7 @@ def cub_split(folders: Iterable[str]) -> ClassSplit:
         raise ValueError(
             "folders must be CUB-200-2011's 200 class folders, '001.Black_footed_Albatross' to "
             f"'200.Common_Yellowthroat', got {len(names)}"
-            + (f"; missing numbers: {some(missing)}" if missing else "")
+            + (f"; missing numbers: {join_names(missing)}" if missing else "")
         )
     return ClassSplit(tuple(names[0::2]), tuple(names[1::4]), tuple(names[3::4]))
 
@@ -377,7 +377,7 @@ def _mini_imagenet_listing(data: Path) -> Listing:
         "data",
         f"{data} must contain images with train.csv, val.csv and test.csv, folders train, val and test, or "
         "mini-ImageNet's 100 class folders (directly, in train or in ILSVRC/Data/CLS-LOC/train), of which "
-        f"{len(missing)} are missing: {some(missing)}",
+        f"{len(missing)} are missing: {join_names(missing)}",
     )
 
 
@@ -411,7 +411,9 @@ def _class_folders(data: Path, split: ClassSplit, places: Iterable[str]) -> List
         files = {name: image_files(root / name) for name in names}
         empty = [name for name in names if not files[name]]
         if empty:
-            raise ArgumentError("data", f"{len(empty)} class folders in {root} hold no images: {some(empty)}")
+            raise ArgumentError(
+                "data", f"{len(empty)} class folders in {root} hold no images: {join_names(empty)}"
+            )
         return Listing.of_classes(data, files)
     return None
 
@@ -434,5 +436,5 @@ def _check_parts(listing: Listing, split: ClassSplit, data: Path, authors: str) 
             raise ArgumentError(
                 "data",
                 f"{data}, read by {listing.layout}, does not have the {part + ' ' if part else ''}classes of "
-                f"{authors}; unexpected or missing: {some(sorted(wrong))}",
+                f"{authors}; unexpected or missing: {join_names(sorted(wrong))}",
             )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxmeta.checks import ArgumentError, MissingFileError, check_finite, some
+from jaxmeta.checks import ArgumentError, MissingFileError, check_finite, join_names
 from jaxmeta.core import Key, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.array_files import decoded, npz_arrays
 from jaxmeta.tasks.csv_files import read_csv
@@ -107,12 +107,12 @@ def from_regression(
         raise ArgumentError(
             "shots, queries",
             f"got {shots} + {queries} = {needed} examples, too many for {len(small)} of {len(names)} tasks: "
-            f"{some(small)}; use fewer, or skip these tasks with skip_small_tasks",
+            f"{join_names(small)}; use fewer, or skip these tasks with skip_small_tasks",
         )
     if small:
         warnings.warn(
             f"{name}: {len(small)} of {len(names)} tasks of split={split!r} have fewer than {needed} "
-            f"examples and are left out: {some(small)}",
+            f"examples and are left out: {join_names(small)}",
             stacklevel=2,
         )
     kept = [each for each, count in zip(names, counts, strict=True) if count >= needed]
@@ -251,13 +251,16 @@ def read_table(
                 if missing
                 else f"{path} has no column {letter}, {letter}1, {letter}2, …"
             )
-            raise ArgumentError(argument, f"{problem}; it has {some(map(repr, names), 10)}; name the columns")
+            raise ArgumentError(
+                argument, f"{problem}; it has {join_names(map(repr, names), 10)}; name the columns"
+            )
         return selected
 
     if task_column not in columns:
         raise ArgumentError(
             "task_column",
-            f"{path} has no column {task_column!r}; it has {some(map(repr, names), 10)}; name the column "
+            f"{path} has no column {task_column!r}; it has {join_names(map(repr, names), 10)}; name "
+            "the column "
             "with the task of each example",
         )
     inputs, targets = select("inputs", inputs, "x"), select("targets", targets, "y")

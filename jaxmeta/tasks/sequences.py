@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxmeta.checks import ArgumentError, check_count, check_size, shown
+from jaxmeta.checks import ArgumentError, check_count, check_size, format_value
 from jaxmeta.core import Batch, Key, Task, TaskDistribution, blank_padding, card_of, check_tasks
 
 
@@ -95,7 +95,9 @@ def check_strings(strings: tuple[int, int] | None) -> None:
     if strings is None:
         return
     if not isinstance(strings, tuple | list) or len(strings) != 2:
-        raise ArgumentError("strings", f"got {shown(strings)}; it must be (letters, characters) or None")
+        raise ArgumentError(
+            "strings", f"got {format_value(strings)}; it must be (letters, characters) or None"
+        )
     letters, characters = strings
     check_count("strings", letters, 2)
     check_count("strings", characters, 1, 31)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, check_size, shown
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_size, format_value
 from jaxmeta.core import Batch, Key, ProtocolCard, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.splits import PARTS, check_part
 
@@ -121,9 +121,9 @@ def check_noise(noise: float) -> None:
 
 def _check_interval(name: str, interval: tuple[float, float]) -> None:
     if not isinstance(interval, tuple | list) or len(interval) != 2:
-        raise ArgumentError(name, f"got {shown(interval)}; it must be (low, high)")
+        raise ArgumentError(name, f"got {format_value(interval)}; it must be (low, high)")
     low, high = interval
     check_number(name, low)
     check_number(name, high)
     if not low < high:
-        raise ArgumentError(name, f"got {shown(interval)}; it must be (low, high) with low < high")
+        raise ArgumentError(name, f"got {format_value(interval)}; it must be (low, high) with low < high")

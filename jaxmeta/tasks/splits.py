@@ -15,9 +15,9 @@ from jaxmeta.checks import (
     check_count,
     check_number,
     check_word,
+    format_value,
+    join_names,
     parsed_json,
-    shown,
-    some,
 )
 from jaxmeta.core import SplitName
 
@@ -34,7 +34,9 @@ def check_part(split: str) -> SplitName:
 
 def _check_three(name: str, parts: Sequence[Any]) -> None:
     if not isinstance(parts, Sequence) or isinstance(parts, str) or len(parts) != 3:
-        raise ArgumentError(name, f"got {shown(parts)}; it must be three numbers (train, validation, test)")
+        raise ArgumentError(
+            name, f"got {format_value(parts)}; it must be three numbers (train, validation, test)"
+        )
 
 
 def _check_fractions(name: str, fractions: Sequence[float]) -> None:
@@ -65,7 +67,7 @@ def in_order(names: Iterable[str], of: Iterable[str] | None = None) -> list[str]
 
 
 def _named(names: Iterable[str]) -> str:
-    return some(map(repr, sorted(names)))
+    return join_names(map(repr, sorted(names)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,7 @@ def class_split(
             raise ArgumentError("classes", f"got a mapping that is not a class split: {error}") from None
     if not isinstance(classes, str):
         if not isinstance(classes, tuple | list) or len(classes) != 3:
-            raise ArgumentError("classes", f"got {shown(classes)}; it must be {_CLASSES}")
+            raise ArgumentError("classes", f"got {format_value(classes)}; it must be {_CLASSES}")
         _check_fractions("classes", classes)
         return classes
     path = Path(classes).expanduser()
@@ -273,7 +275,7 @@ def _of_parts(parts: Mapping[str, Iterable[str | int]]) -> ClassSplit:
     for part, names in parts.items():
         check_word("part", part, PARTS)
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise ValueError(f"{part} must be a sequence of class names, got {shown(names)}")
+            raise ValueError(f"{part} must be a sequence of class names, got {format_value(names)}")
     return ClassSplit(**{part: tuple(map(str, names)) for part, names in parts.items()})
 
 

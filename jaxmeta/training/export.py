@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, check_count, shown
+from jaxmeta.checks import ArgumentError, check_count, format_value
 from jaxmeta.core import Adapted, Learner, Params
 from jaxmeta.files import replacing, write_new
 from jaxmeta.learner_form import normalized
@@ -108,7 +108,7 @@ def program_of(
     platforms = tuple(platforms)
     if not platforms or not {*platforms} <= {*PLATFORMS}:
         raise ArgumentError(
-            "platforms", f"got {shown(platforms)}; it must be one or more of {', '.join(PLATFORMS)}"
+            "platforms", f"got {format_value(platforms)}; it must be one or more of {', '.join(PLATFORMS)}"
         )
     x = x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
     if not x.ndim:

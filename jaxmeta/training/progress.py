@@ -68,7 +68,7 @@ class ProgressBar:
                     self._show(event)
             case Validated():
                 marker = "  (best so far)" if event.best else ""
-                result = shown(event.evaluation._asdict(), event.metric)
+                result = format_interval(event.evaluation._asdict(), event.metric)
                 unit = " %" if event.metric == "accuracy" else ""
                 self._say(f"step {event.step:>6}  validation {event.metric} {result}{unit}{marker}")
 
@@ -133,7 +133,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def shown(row: dict[str, Any], metric: str, sign: str = "") -> str:
+def format_interval(row: dict[str, Any], metric: str, sign: str = "") -> str:
     """Return "mean ± half-width of the confidence interval", with accuracy in %."""
     digits, scale = (2, 100) if metric == "accuracy" else (4, 1)
     return f"{scale * row['mean']:{sign}z.{digits}f} ± {scale * row['ci95']:.{digits}f}"

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from jaxmeta.checks import ArgumentError, check_finite, check_number, check_real, check_word, shown
+from jaxmeta.checks import ArgumentError, check_finite, check_number, check_real, check_word, format_value
 from jaxmeta.transfer import host
 
 Features = Float[Array | np.ndarray, "_ _"]
@@ -306,7 +306,7 @@ def _positive(name: str, values: Bandwidth) -> Float[Array, " kernels"]:
     positive = isinstance(array, jax.core.Tracer) or (array > 0).all()
     if not positive or array.ndim > 1 or not array.size:
         raise ArgumentError(
-            name, f"got {shown(values)}; it must be a positive number, or one for each kernel"
+            name, f"got {format_value(values)}; it must be a positive number, or one for each kernel"
         )
     return jnp.atleast_1d(jnp.asarray(array, float))
 

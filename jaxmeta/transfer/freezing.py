@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, some
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, join_names
 from jaxmeta.core import Optimizer, Params, PyTree
 from jaxmeta.paths import Patterns, leaves_by_path, mask, matching
 
@@ -90,7 +90,7 @@ def layer_labels(params: Params, groups: Sequence[Patterns]) -> PyTree:
     if wrong:
         raise ArgumentError(
             "groups",
-            f"every leaf must be in exactly one group; {some(wrong)}",
+            f"every leaf must be in exactly one group; {join_names(wrong)}",
         )
     return jax.tree.unflatten(jax.tree.structure(params), [numbers[0] for numbers in groups_of.values()])
 

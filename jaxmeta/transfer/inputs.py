@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmeta import nn
-from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, shown
+from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, format_value
 from jaxmeta.core import Key, Model, Params
 from jaxmeta.transfer import host
 
@@ -61,7 +61,9 @@ def input_adapter(
     sides = size if size is None or isinstance(size, tuple | list) else (size, size)
     if sides is not None:
         if len(sides) != 2:
-            raise ArgumentError("size", f"got {shown(size)}; it must be one number, or height and width")
+            raise ArgumentError(
+                "size", f"got {format_value(size)}; it must be one number, or height and width"
+            )
         for side in sides:
             check_count("size", side)
         sides = int(sides[0]), int(sides[1])
