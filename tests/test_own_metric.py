@@ -203,13 +203,13 @@ def test_validation_minimizes_a_loss(learner, name):
 @pytest.mark.parametrize("make", [jm.maml, jm.reptile, jm.learned_optimizer, jm.cavia])
 def test_regression_with_cross_entropy_is_refused_by_name(make):
     learner = make(jm.nn.MLP(out=1, hidden=(3,)))
-    with pytest.raises(jm.ArgumentError, match=r"loss: got cross_entropy, .* give loss=jm.losses.mse"):
+    with pytest.raises(jm.ArgumentError, match=r"loss: got cross_entropy, .* pass loss=jm.losses.mse"):
         learner.init(KEY, own.lines().sample(KEY))
 
 
 def test_classification_with_squared_error_is_refused_by_name():
     task = jm.Task(*[jm.Batch(jnp.zeros((4, 2)), jnp.array([0, 1, 0, 1]), ways=2)] * 2)
-    with pytest.raises(jm.ArgumentError, match=r"loss: got mse, .* give loss=jm.losses.cross_entropy"):
+    with pytest.raises(jm.ArgumentError, match=r"loss: got mse, .* pass loss=jm.losses.cross_entropy"):
         jm.maml(jm.nn.MLP(out=2), loss=jm.losses.mse).init(KEY, task)
 
 
