@@ -119,13 +119,13 @@ def _from_linen(network):
     def call(variables, x, mask=None, key=None):
         # Flax uses the stream "params" in the place of streams with other names, such as "dropout".
         rngs = {} if key is None else {"params": key}
-        handed = set(traverse_util.flatten_dict(variables.get(STATISTICS, {})))
-        with linen.intercept_methods(_explicit_statistics(handed)):
+        given_stats = set(traverse_util.flatten_dict(variables.get(STATISTICS, {})))
+        with linen.intercept_methods(_explicit_statistics(given_stats)):
             return network.apply(variables, x, rngs=rngs, mutable=[STATISTICS], **_chosen(taken, mask, key))
 
     def init(key, x):
         norms: set[tuple[str, ...]] = set()
-        with linen.intercept_methods(_explicit_statistics(norms, fresh=True)):
+        with linen.intercept_methods(_explicit_statistics(norms, initializing=True)):
             variables = network.init(key, x, **_chosen(taken, None, None))
         kept = {
             f"{'/'.join(path)} of the collection {collection}"
@@ -151,12 +151,12 @@ def _from_linen(network):
         return call({"params": params}, x, key=key)[0]
 
     def apply_norm(params, x, *, stats=None, mask=None, key=None):
-        given = {} if stats is None else {STATISTICS: stats}
-        outputs, state = call({"params": params, **given}, x, mask, key)
-        found = state.get(STATISTICS, {})
-        if len(jax.tree.leaves(found)) > len(jax.tree.leaves(stats)):
+        collections = {} if stats is None else {STATISTICS: stats}
+        outputs, state = call({"params": params, **collections}, x, mask, key)
+        new_stats = state.get(STATISTICS, {})
+        if len(jax.tree.leaves(new_stats)) > len(jax.tree.leaves(stats)):
             _require_mask(name, taken, mask, "its batch normalisation")
-        return outputs, found
+        return outputs, new_stats
 
     stochastic = not taken.isdisjoint(SWITCHES)
     # One key for all examples would give every device's share the same dropout.
@@ -164,7 +164,7 @@ def _from_linen(network):
     return Model(init, apply, apply_norm, stochastic, divisible)
 
 
-def _explicit_statistics(statistics, fresh=False):
+def _explicit_statistics(statistics, initializing=False):
     """Return an interceptor that makes `flax.linen.BatchNorm` normalise by explicit statistics.
 
     Flax's running averages carry no gradient, which statistics of a support set must.
@@ -172,7 +172,8 @@ def _explicit_statistics(statistics, fresh=False):
     Args:
       statistics: set of the paths of given statistics. Layers without given statistics normalise by their
         batch, and record its statistics.
-      fresh: True while the network is initialised, when the paths of all layers are added to `statistics`.
+      initializing: True while the network is initialised; the paths of all layers are then added to
+        `statistics`.
     """
 
     def intercept(call, args, kwargs, context):
@@ -180,7 +181,7 @@ def _explicit_statistics(statistics, fresh=False):
         if context.method_name != "__call__" or not isinstance(layer, linen.BatchNorm):
             return call(*args, **kwargs)
         places = {(*layer.path, statistic) for statistic in ("mean", "var")}
-        if fresh:
+        if initializing:
             statistics.update(places)
         elif not places <= statistics:
             if shared.num_shards() > 1:
@@ -188,8 +189,8 @@ def _explicit_statistics(statistics, fresh=False):
                     f"{'/'.join(layer.path)} is a flax.linen.BatchNorm, which knows only the examples of one "
                     "device, in a network with divisible = True; use jaxmeta.nn.BatchNorm"
                 )
-            given = inspect.signature(layer.__call__).bind(*args, **kwargs).arguments
-            for statistic, value in entering(given["x"], layer.axis, given.get("mask")).items():
+            arguments = inspect.signature(layer.__call__).bind(*args, **kwargs).arguments
+            for statistic, value in entering(arguments["x"], layer.axis, arguments.get("mask")).items():
                 layer.put_variable(STATISTICS, statistic, value)
         return call_in_inference(call, layer, _AVERAGING, args, kwargs)
 
@@ -243,8 +244,8 @@ def from_nnx(network: Callable[..., Any]) -> Model:
     """
     from flax import nnx
 
-    given = isinstance(network, nnx.Module)
-    template = nnx.clone(network) if given else network(nnx.Rngs(0))
+    is_module = isinstance(network, nnx.Module)
+    template = nnx.clone(network) if is_module else network(nnx.Rngs(0))
     name = type(template).__name__
     if not isinstance(template, nnx.Module):
         raise ValueError(f"network must be a flax.nnx.Module or make one, got one that makes {name}")
@@ -273,18 +274,18 @@ def from_nnx(network: Callable[..., Any]) -> Model:
     averaged = traverse_util.flatten_dict(_to_dict(averages))
 
     def run(params, x, *, stats=None, mask=None, key=None):
-        handed = traverse_util.flatten_dict({} if stats is None else stats)
+        given_stats = traverse_util.flatten_dict({} if stats is None else stats)
         module = nnx.merge(
             definition,
             _from_dict(params, own),
-            _from_dict(traverse_util.unflatten_dict({**averaged, **handed}), averages),
+            _from_dict(traverse_util.unflatten_dict({**averaged, **given_stats}), averages),
             streams if key is None else _restarted(streams, key),
             rest,
         )
         module.set_attributes(deterministic=key is None, raise_if_not_found=False)
         for path, layer in nnx.iter_modules(module):
             if path in norms:
-                layer.use_running_average = (*map(str, path), "mean") in handed  # type: ignore[attr-defined]
+                layer.use_running_average = (*map(str, path), "mean") in given_stats  # type: ignore[attr-defined]
         before = state(module)
         outputs = module(x, **_chosen(taken, mask, key))
         after = state(module)
@@ -299,12 +300,12 @@ def from_nnx(network: Callable[..., Any]) -> Model:
                 f"{name} draws random numbers where it should be deterministic; leave `deterministic` of its "
                 "layers to their attribute"
             )
-        if len(handed) < len(averaged):
+        if len(given_stats) < len(averaged):
             _require_mask(name, taken, mask, "nnx.BatchNorm")
         return outputs, _to_dict(after[1])
 
     def init(key, x):
-        params = _to_dict(own if given else state(network(nnx.Rngs(key)))[0])
+        params = _to_dict(own if is_module else state(network(nnx.Rngs(key)))[0])
         jax.eval_shape(run, params, x)
         # Copied, because a training loop that donates its parameters would delete those of the module.
         return jax.tree.map(jnp.copy, params)
@@ -352,7 +353,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
 
     from jaxmeta.nn import equinox_norm
 
-    given = isinstance(network, eqx.Module)
+    is_module = isinstance(network, eqx.Module)
 
     def module_of(made: Any) -> Any:
         module = made[0] if isinstance(made, tuple) and len(made) == 2 else made
@@ -362,7 +363,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
             )
         return equinox_norm.with_explicit_statistics(module)
 
-    template, norms = module_of(network if given else network(jax.random.key(0)))
+    template, norms = module_of(network if is_module else network(jax.random.key(0)))
     name = type(template).__name__
     taken = call_arguments(template, "key", "state")
     if norms and "state" not in taken:
@@ -381,7 +382,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
 
     def init(key, x):
         del x
-        params = own if given else eqx.filter(module_of(network(key))[0], eqx.is_inexact_array)
+        params = own if is_module else eqx.filter(module_of(network(key))[0], eqx.is_inexact_array)
         # Copied, because a training loop that donates its parameters would delete those of the module.
         return jax.tree.map(jnp.copy, _to_dict(params))
 
@@ -391,9 +392,9 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
         module = eqx.combine(_from_dict(params, own), rest)
         if stochastic:
             module = eqx.nn.inference_mode(module, value=key is None)
-        handed = traverse_util.flatten_dict({} if stats is None else stats)
+        given_stats = traverse_util.flatten_dict({} if stats is None else stats)
         real = jnp.ones(x.shape[0], bool) if mask is None else jnp.asarray(mask)
-        module = equinox_norm.filled(module, handed, real)
+        module = equinox_norm.filled(module, given_stats, real)
         floats = [leaf for leaf in jax.tree.leaves((params, x)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
         def call(x, key):
@@ -413,8 +414,8 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
         else:
             keys = None if key is None or not stochastic else jax.random.split(key, x.shape[0])
             outputs, state = jax.vmap(call, out_axes=(0, None), axis_name=axis)(x, keys)
-        found = equinox_norm.statistics(module, state)
-        return outputs, traverse_util.unflatten_dict(found)
+        new_stats = equinox_norm.statistics(module, state)
+        return outputs, traverse_util.unflatten_dict(new_stats)
 
     def apply(params, x, *, key=None):
         return run(params, x, key=key)[0]

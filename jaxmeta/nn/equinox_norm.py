@@ -23,7 +23,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     Attributes:
       weight, bias: parameters of the replaced layer, under the same names.
       index: index of mean and variance in the state.
-      handed: given mean and variance; None for those of the batch.
+      given_stats: given mean and variance; None for those of the batch.
       mask: mask `(n,)` of the whole batch, False for padding; None before `filled`.
       path: path of the layer in the network.
       size: number of channels.
@@ -33,7 +33,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     weight: Array | None
     bias: Array | None
     index: eqx.nn.StateIndex[Any]
-    handed: tuple[Array, Array] | None
+    given_stats: tuple[Array, Array] | None
     mask: Array | None
     path: Path = eqx.field(static=True)
     size: int = eqx.field(static=True)
@@ -50,12 +50,12 @@ class BatchNorm(eqx.nn.StatefulLayer):
     ) -> tuple[Array, eqx.nn.State]:
         """Normalise one example `(channels, *space)` of a batch under `jax.vmap`."""
         del key, inference
-        if self.handed is None:
+        if self.given_stats is None:
             mean, var = self._of_batch(x)
             dtype = state.get(self.index)[0].dtype
             state = state.set(self.index, (mean.astype(dtype), var.astype(dtype)))
         else:
-            mean, var = self.handed
+            mean, var = self.given_stats
 
         def per_channel(values: Array) -> Array:
             return values.reshape(-1, *(1,) * (x.ndim - 1))
@@ -125,9 +125,14 @@ def filled(module: Any, stats: Mapping[Path, Array], mask: Array) -> Any:
         if not isinstance(node, BatchNorm):
             return node
         places = [(*node.path, statistic) for statistic in ("mean", "var")]
-        handed = tuple(stats[place] for place in places) if all(place in stats for place in places) else None
+        given_stats = (
+            tuple(stats[place] for place in places) if all(place in stats for place in places) else None
+        )
         return eqx.tree_at(
-            lambda layer: (layer.handed, layer.mask), node, (handed, mask), is_leaf=lambda leaf: leaf is None
+            lambda layer: (layer.given_stats, layer.mask),
+            node,
+            (given_stats, mask),
+            is_leaf=lambda leaf: leaf is None,
         )
 
     return jax.tree.map(fill, module, is_leaf=lambda node: isinstance(node, BatchNorm))
@@ -149,7 +154,7 @@ def statistics(module: Any, state: eqx.nn.State) -> dict[Path, Array]:
     layers = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, BatchNorm))
     for layer in layers:
         if isinstance(layer, BatchNorm):
-            used: PyTree = state.get(layer.index) if layer.handed is None else layer.handed
+            used: PyTree = state.get(layer.index) if layer.given_stats is None else layer.given_stats
             result |= {(*layer.path, name): value for name, value in zip(("mean", "var"), used, strict=True)}
     return result
 

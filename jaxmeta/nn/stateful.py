@@ -198,8 +198,8 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
             with linen.intercept_methods(record):
                 return network.apply(variables, x, mutable=[STATISTICS], **switches(network, False))[1]
 
-        found = traverse_util.flatten_dict(jax.eval_shape(run, variables, x).get(STATISTICS, {}))
-        return {place: leaf for place, leaf in found.items() if place[:-1] in paths}
+        shapes = traverse_util.flatten_dict(jax.eval_shape(run, variables, x).get(STATISTICS, {}))
+        return {place: leaf for place, leaf in shapes.items() if place[:-1] in paths}
 
     def init(key: Key, x: Any) -> Variables:
         variables = network.init(key, x, **switches(network, False))
@@ -238,10 +238,10 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
             if stats
             else []
         )
-        handed = {place: leaf for place, leaf in stats.items() if place not in own}
-        given = {name: tree for name, tree in variables.items() if name != STATISTICS}
-        if handed:
-            given[STATISTICS] = traverse_util.unflatten_dict(handed)
+        given_stats = {place: leaf for place, leaf in stats.items() if place not in own}
+        inputs = {name: tree for name, tree in variables.items() if name != STATISTICS}
+        if given_stats:
+            inputs[STATISTICS] = traverse_util.unflatten_dict(given_stats)
 
         def inference(call, args, kwargs, context):
             # A frozen layer runs in inference, although its caller passes the network's training mode.
@@ -254,7 +254,7 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
         mutable = [name for name in variables if name != "params"]
         rngs = {"dropout": key, "params": key}
         with linen.intercept_methods(inference):
-            outputs, state = network.apply(given, x, rngs=rngs, mutable=mutable, **switches(network, True))
+            outputs, state = network.apply(inputs, x, rngs=rngs, mutable=mutable, **switches(network, True))
         state = jax.tree.map(lambda leaf: leaf, dict(state))
         after = traverse_util.flatten_dict(state.get(STATISTICS, {}))
         for place in own:
@@ -332,18 +332,18 @@ def _from_model(model: Any, momentum: float) -> StatefulModel:
     ) -> tuple[jax.Array, Variables]:
         is_frozen = frozen_layers(frozen)
         before = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        handed = {path: leaf for path, leaf in before.items() if keep_statistics or is_frozen(path[:-1])}
+        given_stats = {path: leaf for path, leaf in before.items() if keep_statistics or is_frozen(path[:-1])}
         outputs, stats = forward(
             model,
             variables["params"],
             x,
-            stats=traverse_util.unflatten_dict(handed) or None,
+            stats=traverse_util.unflatten_dict(given_stats) or None,
             key=None if is_frozen(()) else key,
         )
         if not before:
             return outputs, {}
         after = {
-            path: before[path] if path in handed else momentum * before[path] + (1 - momentum) * leaf
+            path: before[path] if path in given_stats else momentum * before[path] + (1 - momentum) * leaf
             for path, leaf in traverse_util.flatten_dict(stats).items()
         }
         return outputs, {STATISTICS: traverse_util.unflatten_dict(after)}

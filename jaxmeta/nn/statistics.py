@@ -130,19 +130,19 @@ def _of_module(network, variables, x, own, arguments):
 def _entering(layer, *args, **kwargs):
     bound = inspect.signature(layer.__call__).bind(*args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    if given.get("mask") is not None:
+    arguments = bound.arguments
+    if arguments.get("mask") is not None:
         raise ArgumentError("network", f"its layer {_named(layer)} is given a mask; pass real examples only")
     if isinstance(layer, linen.BatchNorm):
-        running = given["use_running_average"]
+        running = arguments["use_running_average"]
         if not (layer.use_running_average if running is None else running):
             raise ArgumentError(
                 "network",
                 f"its layer {_named(layer)} normalises by its batch; pass the argument with which the "
                 "network runs in inference mode (such as training=False)",
             )
-    stats = entering(given["x"], getattr(layer, "axis", -1))
-    return stats | {"mean": stats["mean"] + given.get("offset", 0.0)}
+    stats = entering(arguments["x"], getattr(layer, "axis", -1))
+    return stats | {"mean": stats["mean"] + arguments.get("offset", 0.0)}
 
 
 def _named(layer):

@@ -1,7 +1,7 @@
-"""Adapted predictors as programs that run without this library.
+"""Export of adapted predictors as programs that run without this library.
 
-`jax.export` writes a function as StableHLO, portable to later versions of JAX and to other platforms, with
-the arrays that it closes over as constants in it.
+`jax.export` writes a function as StableHLO, which later versions of JAX and other platforms can run, with the
+arrays of its closure as constants.
 """
 
 import importlib.util
@@ -35,26 +35,26 @@ def export(
 ) -> None:
     """Write an adapted predictor as a program that JAX alone can run.
 
-    The file holds x ↦ `learner.predict(params, adapted, x)` as StableHLO, `params` and `adapted` as constants
-    in it. `jax.export.deserialize` reads it where jaxmeta, Flax and optax are not installed. Where `predict`
-    is transductive (norm="batch"), so is the program.
+    The program is x ↦ `learner.predict(params, adapted, x)` as StableHLO, with `params` and `adapted` as
+    constants. `jax.export.deserialize` reads it without jaxmeta, Flax or optax. If `predict` is transductive
+    (norm="batch"), so is the program.
 
     Args:
-      path: the file to make; folders on the way are made, too.
-      learner: its `predict` is traced; the other functions are not used.
-      params: what it has meta-learned.
-      adapted: what its `adapt` gave for a support set.
-      x: examples `(n, *shape)`, or a `jax.ShapeDtypeStruct` of them. Only shape and type are read.
-      batch: number of examples that the program takes; None for any number. A `predict` that asks for the
-        number of examples as an integer cannot be written for any number.
-      platforms: what the program can run on, of "cpu", "cuda", "rocm" and "tpu".
-      overwrite: whether to replace a file that is at `path`.
+      path: path of the file to write; missing parent folders are created.
+      learner: learner whose `predict` is traced; its other functions are not used.
+      params: meta-learned parameters.
+      adapted: result of `learner.adapt` for a support set.
+      x: examples `(n, *shape)`, or their `jax.ShapeDtypeStruct`, of which shape and dtype are read.
+      batch: number of examples that the program takes; None for any number. A `predict` that needs the
+        number of examples as an integer must be exported for one number.
+      platforms: platforms on which the program can run, of "cpu", "cuda", "rocm" and "tpu".
+      overwrite: True to replace an existing file.
 
     Raises:
-      FileExistsError: there is a file at `path` and `overwrite` is False; or a folder.
-      ImportError: the package flatbuffers is missing, which `jax.export` writes with.
-      ArgumentError: `x` has no axis of examples; `batch` below 1; an unknown platform; or `predict` works
-        and still cannot be written, for any number of examples or for these platforms.
+      FileExistsError: `path` is a folder, or exists and `overwrite` is False.
+      ImportError: the package flatbuffers, which `jax.export` needs, is not installed.
+      ArgumentError: `x` has no axis of examples, `batch` is below 1, a platform is unknown, or `predict`
+        cannot be exported for any number of examples or for these platforms.
 
     Examples:
       >>> import pathlib, tempfile
@@ -66,7 +66,7 @@ def export(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     file = pathlib.Path(folder, "wave.stablehlo")
       ...     jm.export(file, learner, params, adapted, task.query.x)
-      ...     program = jax.export.deserialize(bytearray(file.read_bytes()))  # of any process that has JAX
+      ...     program = jax.export.deserialize(bytearray(file.read_bytes()))  # in any process with JAX
       >>> program.call(task.query.x[:7]).shape
       (7, 1)
     """
@@ -100,7 +100,7 @@ def program_of(
     batch: int | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> bytes:
-    """Return a function of a batch of examples as `jax.export` serializes it; see `export`."""
+    """Return a function of a batch of examples as serialized by `jax.export`; see `export`."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError("writing a program needs a package: pip install flatbuffers")
     if batch is not None:
@@ -119,24 +119,24 @@ def program_of(
         example = jax.ShapeDtypeStruct((n, *x.shape[1:]), dtype)
         return bytes(jax.export.export(jax.jit(function), platforms=platforms)(example).serialize())
     except Exception as error:
-        # What the learner refuses for these very examples is its own error, raised as it is.
+        # An error for examples of this very shape is the learner's own, and is raised unchanged.
         jax.eval_shape(function, jax.ShapeDtypeStruct(x.shape, dtype))
         raise ArgumentError("learner", _problem(error, batch, x.shape[0], platforms)) from error
 
 
 def _problem(error: Exception, batch: int | None, count: int, platforms: Sequence[str]) -> str:
-    said = (str(error).strip() or "no message").splitlines()[0]
+    message = (str(error).strip() or "no message").splitlines()[0]
     number, advice = (
         ("any number of", f"their number as batch={count}, say, or ") if batch is None else (batch, "")
     )
     return (
         f"its predict cannot be written for {number} examples on {', '.join(platforms)} "
-        f"({type(error).__name__}: {said}); give {advice}other platforms"
+        f"({type(error).__name__}: {message}); give {advice}other platforms"
     )
 
 
 def _on_one_device(leaf: Any) -> Any:
-    """Return an array as a constant of a program for one device: of NumPy, or spread over devices."""
+    """Return an array, of NumPy or on several devices, as a constant for a program on one device."""
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     return jnp.asarray(np.asarray(leaf)) if isinstance(leaf, jax.Array | np.ndarray | np.generic) else leaf

@@ -212,8 +212,8 @@ def test_meta_gradient_matches_linen(form, norm, masked):
     params, of = reference_params(norm is not None), task(masked=masked)
     value, gradient = reference_loss_and_gradient(norm, masked)
     learner = make_learner(make(norm is not None, 0.0), norm=norm or "batch")
-    found, theirs = loss_and_gradient(learner, into(params), of)
-    np.testing.assert_allclose(found, value, rtol=1e-9)
+    actual, theirs = loss_and_gradient(learner, into(params), of)
+    np.testing.assert_allclose(actual, value, rtol=1e-9)
     assert_trees_close(back(theirs["model"]), gradient["model"], atol=1e-9)
     assert max_difference(gradient, jax.tree.map(jnp.zeros_like, gradient)) > 0.01
 
@@ -380,15 +380,15 @@ def test_running_averages_of_flax_linen_are_never_used():
         "second": {"mean": first.mean(0), "var": first.var(0)},
     }
     expected = normalised(first, first.mean(0), first.var(0), 0, 1e-3)
-    outputs, found = model.apply_norm(params, x)
-    assert_trees_close(found, stats, atol=1e-6)
+    outputs, actual = model.apply_norm(params, x)
+    assert_trees_close(actual, stats, atol=1e-6)
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
     np.testing.assert_array_equal(outputs, model.apply(params, x))
     # Handed statistics of one layer leave the other to its batch.
-    handed = {"first": {"mean": np.full(DIM, 1.0), "var": np.full(DIM, 4.0)}}
-    outputs, found = model.apply_norm(params, x, stats=handed)
-    first = normalised(x, handed["first"]["mean"], handed["first"]["var"], (0, 2), 1e-5)
-    assert_trees_close(found["first"], handed["first"], rtol=0)
+    given_stats = {"first": {"mean": np.full(DIM, 1.0), "var": np.full(DIM, 4.0)}}
+    outputs, actual = model.apply_norm(params, x, stats=given_stats)
+    first = normalised(x, given_stats["first"]["mean"], given_stats["first"]["var"], (0, 2), 1e-5)
+    assert_trees_close(actual["first"], given_stats["first"], rtol=0)
     np.testing.assert_allclose(outputs, normalised(first, first.mean(0), first.var(0), 0, 1e-3), atol=1e-5)
 
 
@@ -447,10 +447,12 @@ def test_running_averages_of_equinox_are_never_used(mode, batched):
         assert_trees_close(stats, {"norm": {"mean": kept.mean(0), "var": kept.var(0)}}, atol=1e-12)
         np.testing.assert_allclose(outputs, answers(kept.mean(0), kept.var(0)), atol=1e-12)
     np.testing.assert_array_equal(model.apply(params, x), model.apply_norm(params, x)[0])
-    handed = {"norm": {"mean": hidden.mean(0) + 1, "var": 4 * hidden.var(0)}}
-    outputs, stats = model.apply_norm(params, x, stats=handed)
-    assert_trees_close(stats, handed, rtol=0)
-    np.testing.assert_allclose(outputs, answers(handed["norm"]["mean"], handed["norm"]["var"]), atol=1e-12)
+    given_stats = {"norm": {"mean": hidden.mean(0) + 1, "var": 4 * hidden.var(0)}}
+    outputs, stats = model.apply_norm(params, x, stats=given_stats)
+    assert_trees_close(stats, given_stats, rtol=0)
+    np.testing.assert_allclose(
+        outputs, answers(given_stats["norm"]["mean"], given_stats["norm"]["var"]), atol=1e-12
+    )
 
 
 def test_images_are_normalised_over_examples_and_space_by_equinox():
@@ -645,7 +647,7 @@ def stack_of_equinox():
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: lambda x: x, "network: got the function"),
         (Stateful, "Stateful keeps mutable state: calls of the collection batch_stats, spectral/inner"),
@@ -663,8 +665,8 @@ def stack_of_equinox():
         (lambda: jm.nn.from_equinox(lambda key: key), "one that makes"),
     ],
 )  # fmt: skip
-def test_unsuitable_networks_are_refused_at_init(make, says):
-    with pytest.raises(ValueError, match=says):
+def test_unsuitable_networks_are_refused_at_init(make, message):
+    with pytest.raises(ValueError, match=message):
         jm.nn.as_model(make()).init(KEY, jnp.zeros((2, DIM)))
 
 

@@ -408,25 +408,25 @@ def test_layers_come_in_the_order_of_computation(network, x, expected):
 @pytest.mark.parametrize("given", [0, 1])
 def test_layers_without_given_statistics_normalise_by_their_batch(given):
     linen_model, nnx_model = jm.nn.as_model(ByTrain("ours")), jm.nn.as_model(NNXNet(0.0, nnx.Rngs(0)))
-    handed = {"mean": np.full(6, 0.3, np.float32), "var": np.full(6, 1.7, np.float32)}
+    given_stats = {"mean": np.full(6, 0.3, np.float32), "var": np.full(6, 1.7, np.float32)}
     params = linen_model.init(KEY, X)
-    outputs, stats = linen_model.apply_norm(params, X, stats={f"block{given}": {"norm": handed}})
+    outputs, stats = linen_model.apply_norm(params, X, stats={f"block{given}": {"norm": given_stats}})
     hidden, expected = X, {}
     for i in range(2):
-        which = handed if i == given else {"mean": None, "var": None}
+        which = given_stats if i == given else {"mean": None, "var": None}
         hidden, used = by_hand(params[f"block{i}"], hidden, **which)
         expected[f"block{i}"] = {"norm": used}
     close(outputs, hidden)
     close(stats, expected)
 
     params, width = nnx_model.init(KEY, X), (6, 4)[given]
-    handed = {name: leaf[:width] for name, leaf in handed.items()}
-    outputs, stats = nnx_model.apply_norm(params, X, stats={"norms": {str(given): handed}})
+    given_stats = {name: leaf[:width] for name, leaf in given_stats.items()}
+    outputs, stats = nnx_model.apply_norm(params, X, stats={"norms": {str(given): given_stats}})
     hidden, expected = X, {}
     for i in "01":
         layer = params["layers"][i]
         hidden = hidden @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-        used = handed if i == str(given) else {"mean": hidden.mean(0), "var": hidden.var(0)}
+        used = given_stats if i == str(given) else {"mean": hidden.mean(0), "var": hidden.var(0)}
         hidden, expected[i] = (hidden - used["mean"]) / np.sqrt(used["var"] + 1e-5), used
     close(outputs, hidden)
     close(stats, {"norms": expected})

@@ -72,9 +72,9 @@ def test_metrics_are_the_sum_over_all_episodes_divided_by_the_count():
         return jnp.zeros(()), {"sum": (counted * value, counted), "never": (counted * 0, counted * 0)}
 
     learner = toys.nearest_mean()._replace(loss=loss)
-    found = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=8, key=KEY)
-    assert found["sum"] == pytest.approx(sums[sums > limit].mean(), rel=1e-5)
-    assert np.isnan(found["never"])
+    result = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=8, key=KEY)
+    assert result["sum"] == pytest.approx(sums[sums > limit].mean(), rel=1e-5)
+    assert np.isnan(result["never"])
     with pytest.raises(ValueError, match="episodes: got 0"):
         evaluate_metrics(learner, {}, tasks, episodes=0, key=KEY)
 
@@ -152,12 +152,12 @@ def test_default_metric_is_accuracy_for_classes_and_mse_for_floats():
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("settings", "message"),
     [({"episodes": 1}, "episodes: got 1"), ({"batch": 0}, "batch: got 0")],
 )
-def test_invalid_settings_are_named(settings, named):
+def test_invalid_settings_are_named(settings, message):
     learner, tasks = toys.nearest_mean(), toys.clusters()
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         evaluate(learner, prepared(learner, tasks), tasks, key=KEY, **settings)
 
 
@@ -259,8 +259,8 @@ def test_metrics_in_bfloat16_are_summed_in_float32():
     learner = toys.nearest_mean()._replace(
         loss=lambda params, task, key, step=None: (one, {"count": (one, one), "half": (0.5, 1)})
     )
-    found = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=301, key=KEY)
-    assert found == {"count": 1.0, "half": 0.5}
+    result = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=301, key=KEY)
+    assert result == {"count": 1.0, "half": 0.5}
 
 
 @pytest.mark.parametrize("make", ["distribution", "stream"])
@@ -273,12 +273,12 @@ def test_run_episodes_returns_the_episodes_of_evaluate(make):
         tasks = TaskStream(
             lambda step: jax.vmap(toys.clusters().sample)(keys[4 * step : 4 * step + 4, 0]), tasks.card
         )
-    found = run_episodes(learner, params, tasks, episodes=6, key=KEY)
-    np.testing.assert_array_equal(found.scores, expected)
-    assert found.scores.mean() == pytest.approx(evaluate(learner, params, tasks, episodes=6, key=KEY).mean)
+    result = run_episodes(learner, params, tasks, episodes=6, key=KEY)
+    np.testing.assert_array_equal(result.scores, expected)
+    assert result.scores.mean() == pytest.approx(evaluate(learner, params, tasks, episodes=6, key=KEY).mean)
     for i in range(6):
         task = toys.clusters().sample(keys[i, 0])
-        part = jax.tree.map(lambda leaf: leaf[i], found)  # noqa: B023
+        part = jax.tree.map(lambda leaf: leaf[i], result)  # noqa: B023
         np.testing.assert_allclose(part.tasks.support.x, task.support.x, rtol=1e-6)
         assert part.tasks.support.ways == task.support.ways
         np.testing.assert_allclose(part.adapted, task.support.x, rtol=1e-6)
@@ -295,12 +295,12 @@ def test_run_episodes_gives_no_score_without_queries():
     learner = toys.nearest_mean()
     some = partly_without_queries(lambda draw: draw < 0.4)
     params = prepared(learner, some)
-    found = run_episodes(learner, params, some, episodes=12, key=KEY)
-    empty = ~np.asarray(found.tasks.query.mask).any(1)
+    result = run_episodes(learner, params, some, episodes=12, key=KEY)
+    empty = ~np.asarray(result.tasks.query.mask).any(1)
     assert 0 < empty.sum() < 12
-    np.testing.assert_array_equal(np.isnan(found.scores), empty)
+    np.testing.assert_array_equal(np.isnan(result.scores), empty)
     kept = evaluate_episodes(learner, params, some, episodes=12, key=KEY)
-    np.testing.assert_array_equal(found.scores[~empty], kept)
+    np.testing.assert_array_equal(result.scores[~empty], kept)
 
 
 def test_run_episodes_refuses_zero_episodes_and_invalid_slots():
@@ -323,14 +323,14 @@ def among_two(outputs, y, mask):
 def test_user_defined_metric_matches_numpy():
     learner, tasks = toys.nearest_mean(), toys.clusters(noise=2.0)
     params = prepared(learner, tasks)
-    found = run_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
+    result = run_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
     values = evaluate_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
-    real = np.asarray(found.tasks.query.mask)
+    real = np.asarray(result.tasks.query.mask)
     for i in range(5):
-        outputs, y = np.asarray(found.outputs[i])[real[i]], np.asarray(found.tasks.query.y[i])[real[i]]
+        outputs, y = np.asarray(result.outputs[i])[real[i]], np.asarray(result.tasks.query.y[i])[real[i]]
         # A class is among the two best if it is not the last of three.
         assert values[i] == pytest.approx(np.mean(outputs.argmin(-1) != y))
-    np.testing.assert_array_equal(found.scores, values)
+    np.testing.assert_array_equal(result.scores, values)
     assert 0.5 < values.mean() < 1
     assert metric_name(tasks, learner._replace(metric=among_two)) == "among_two"
 
@@ -381,18 +381,18 @@ def names_of(tasks, episodes):
 @pytest.mark.parametrize("batch", [None, 7])
 def test_the_classes_named_by_a_learner_that_always_answers_the_first_slot_are_those_in_it(batch):
     tasks, episodes = five_classes(ways=5), 20
-    found = evaluate_classes(FIRST_SLOT, NOTHING, tasks, episodes=episodes, key=KEY, batch=batch)
+    result = evaluate_classes(FIRST_SLOT, NOTHING, tasks, episodes=episodes, key=KEY, batch=batch)
     first = names_of(tasks, episodes)[:, 0].tolist()
-    assert found.classes == tuple("abcde")
-    assert found.queries.tolist() == [2 * episodes] * 5
+    assert result.classes == tuple("abcde")
+    assert result.queries.tolist() == [2 * episodes] * 5
     # Every class is in every episode, and is taken for that in the first slot.
     times = np.array([2 * first.count(name) for name in "abcde"])
-    np.testing.assert_array_equal(found.confusion, np.tile(times, (5, 1)))
-    np.testing.assert_allclose(found.accuracy, times / (2 * episodes))
-    np.testing.assert_allclose(found.scores, 1 / 5)
+    np.testing.assert_array_equal(result.confusion, np.tile(times, (5, 1)))
+    np.testing.assert_allclose(result.accuracy, times / (2 * episodes))
+    np.testing.assert_allclose(result.scores, 1 / 5)
     most = max(times[i] for i in range(5))
-    assert found.mistakes(1)[0][2] == most
-    assert sum(count for _, _, count in found.mistakes()) == 4 * 2 * episodes
+    assert result.mistakes(1)[0][2] == most
+    assert sum(count for _, _, count in result.mistakes()) == 4 * 2 * episodes
 
 
 def test_classes_are_counted_by_an_oracle_where_ways_vary_and_slots_are_padding():
@@ -401,12 +401,12 @@ def test_classes_are_counted_by_an_oracle_where_ways_vary_and_slots_are_padding(
     names = names_of(tasks, episodes)
     padded = (names == "").any()
     assert padded
-    found = evaluate_classes(oracle, NOTHING, tasks, episodes=episodes, key=KEY)
+    result = evaluate_classes(oracle, NOTHING, tasks, episodes=episodes, key=KEY)
     queries = [2 * int((names == name).sum()) for name in "abcde"]
-    assert found.queries.tolist() == queries
+    assert result.queries.tolist() == queries
     # Of equal outputs the first is the largest.
-    assert found.confusion.sum() == sum(queries)
-    assert found.confusion.sum(0).tolist() == [
+    assert result.confusion.sum() == sum(queries)
+    assert result.confusion.sum(0).tolist() == [
         int(2 * sum((row != "").sum() for row in names if row[0] == name)) for name in "abcde"
     ]
     padding = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, -1].set(1.0))
@@ -417,11 +417,11 @@ def test_classes_are_counted_by_an_oracle_where_ways_vary_and_slots_are_padding(
 
 def test_nan_outputs_predict_no_class():
     lost = answering(lambda params, x, ways: jnp.full((x.shape[0], ways), jnp.nan))
-    found = evaluate_classes(lost, NOTHING, five_classes(ways=3), episodes=4, key=KEY)
-    assert found.queries.sum() == 4 * 3 * 2
-    assert not found.confusion.any()
-    assert found.mistakes() == []
-    assert (found.accuracy[found.queries > 0] == 0).all()
+    result = evaluate_classes(lost, NOTHING, five_classes(ways=3), episodes=4, key=KEY)
+    assert result.queries.sum() == 4 * 3 * 2
+    assert not result.confusion.any()
+    assert result.mistakes() == []
+    assert (result.accuracy[result.queries > 0] == 0).all()
 
 
 def test_episodes_hold_the_names_by_which_evaluate_classes_counts():
@@ -445,19 +445,19 @@ def test_episodes_hold_the_names_by_which_evaluate_classes_counts():
 
 def test_drawn_characters_have_the_names_of_their_classes():
     tasks = glyphs("test", ways=3, shots=0, queries=1, size=8)
-    found = run_episodes(FIRST_SLOT, NOTHING, tasks, episodes=2, key=KEY)
+    result = run_episodes(FIRST_SLOT, NOTHING, tasks, episodes=2, key=KEY)
     # A zero-shot task tells what is known of its classes, which follows from their numbers.
-    for support, names in zip(np.asarray(found.tasks.support.x), found.classes, strict=True):
+    for support, names in zip(np.asarray(result.tasks.support.x), result.classes, strict=True):
         numbers = np.array([int(name.removeprefix("glyph")) for name in names])
         np.testing.assert_allclose(support, glyph_metadata(numbers), atol=1e-6)
 
 
 def test_sequences_have_the_names_of_their_slots_unless_labels_are_strings():
     tasks = five_classes(ways=3)
-    found = run_episodes(FIRST_SLOT, NOTHING, sequences(tasks, length=6), episodes=4, key=KEY)
-    for part in (found.tasks.support, found.tasks.query):
+    result = run_episodes(FIRST_SLOT, NOTHING, sequences(tasks, length=6), episodes=4, key=KEY)
+    for part in (result.tasks.support, result.tasks.query):
         shown = ["edcba"[int(x)] for x in np.asarray(part.x).ravel()]
-        assert np.take_along_axis(found.classes, np.asarray(part.y), 1).ravel().tolist() == shown
+        assert np.take_along_axis(result.classes, np.asarray(part.y), 1).ravel().tolist() == shown
     strings = sequences(tasks, length=6, strings=(3, 2))
     assert run_episodes(FIRST_SLOT, NOTHING, strings, episodes=2, key=KEY).classes is None
 
@@ -472,9 +472,9 @@ def test_a_stream_has_the_names_of_the_tasks_that_it_gives(tmp_path):
     prepared_images = prepare_folder(str(tmp_path / "photos"))
     shape = {"ways": 3, "shots": 1, "queries": 2, "classes": None}
     given = stream(prepared_images, key=KEY, meta_batch=2, for_evaluation=True, **shape)
-    found = run_episodes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
-    grey = np.asarray(found.tasks.support.x)[:, :, 0, 0, 0]
-    np.testing.assert_array_equal(found.classes, np.array([*"abcd"])[np.rint(grey * 255 / 60).astype(int)])
+    result = run_episodes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
+    grey = np.asarray(result.tasks.support.x)[:, :, 0, 0, 0]
+    np.testing.assert_array_equal(result.classes, np.array([*"abcd"])[np.rint(grey * 255 / 60).astype(int)])
     counted = evaluate_classes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
     assert counted.queries.sum() == 3 * 3 * 2
 

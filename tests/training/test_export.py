@@ -41,7 +41,7 @@ def waves(count=9):
 
 
 def nearest_mean():
-    """A learner of one's own, as README has it: no mask, no step."""
+    """Return a user-defined learner, as in README, without `mask` and `step`."""
 
     def init(key, task):
         return {"scale": jnp.ones((1, *task.support.x.shape[1:]))}
