@@ -220,20 +220,19 @@ def test_images_of_a_class_share_a_rotation_and_all_rotations_are_equally_likely
     support, query = sampled(tasks, 150)
     seen, met = np.zeros((5, 4), int), False
     for t in range(150):
-        members = []
+        rotated = []
         for slot in range(4):
             members = [support.x[t, slot], *query.x[t, 2 * slot : 2 * slot + 2]]
             hits = [identify(x, image) for image in members]
             assert len({(y[row], turns) for row, turns in hits}) == 1
             assert len({row for row, _ in hits}) == 3
-            members.append((y[hits[0][0]], hits[0][1]))
-            seen[members[-1]] += 1
-        assert len(set(members)) == 4
-        met |= len({c for c, _ in members}) < 4
+            rotated.append((y[hits[0][0]], hits[0][1]))
+            seen[rotated[-1]] += 1
+        assert len(set(rotated)) == 4
+        met |= len({c for c, _ in rotated}) < 4
     assert stats.chisquare(seen.ravel()).pvalue > 1e-3
-    assert met == (
-        rotations == "classes"
-    )  # an episode has two rotations of a class only if these are classes
+    # An episode has two rotations of a class only if rotations are classes.
+    assert met == (rotations == "classes")
 
 
 def test_rotated_classes_allow_more_ways_than_classes():
