@@ -309,7 +309,7 @@ FAULTS = {
         "curve.png could not be written",
     ),
     "read back": (run_of_command, "check_saved", lambda _: crash, 1, None, "parameters.npz"),
-    "best": (checkpoint, "save_best", lambda _: fail, 0, None, "the state at the end is returned"),
+    "best": (checkpoint, "save_best", lambda _: fail, 0, None, "the trained state is returned"),
     "episodes": (run_of_command, "write_text", without("episodes.json"), 1, "episodes.json", "No space left"),
     "report.md": (
         run_of_command,

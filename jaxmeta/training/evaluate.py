@@ -1,4 +1,4 @@
-"""What a learner has learned: mean and 95 % confidence interval over fixed episodes."""
+"""Evaluation of a learner over fixed episodes: means with 95 % confidence intervals."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -34,17 +34,18 @@ from jaxmeta.training import sharding
 from jaxmeta.training.sharding import Devices, sample_of
 from jaxmeta.training.step import check_params_kind, check_stream, stream_batches
 
-# Episodes at once on an accelerator: enough to fill it, few enough for its memory.
+# Number of episodes computed at once on an accelerator: enough to fill it, few enough for its memory.
 _VMAPPED = 100
 
 
 class Evaluation(NamedTuple):
-    """Mean over episodes of the accuracy, in [0, 1], the mean squared error, or a metric of one's own.
+    """Mean over episodes of the accuracy, in [0, 1], the mean squared error, or another metric.
 
     Attributes:
-      mean: over episodes.
-      ci95: half-width of its 95 % confidence interval, 1.96·s/√E with s of ddof 1.
-      episodes: E, of those that have a query.
+      mean: mean over episodes.
+      ci95: half-width of the 95 % confidence interval of the mean, 1.96·s/√E, with the sample standard
+        deviation s (ddof 1).
+      episodes: number E of episodes that have a query.
     """
 
     mean: float
@@ -53,7 +54,7 @@ class Evaluation(NamedTuple):
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " episodes"]) -> "Evaluation":
-        """Of one value per episode.
+        """Return the evaluation of one value per episode.
 
         Examples:
           >>> result = Evaluation.of(np.array([0.6, 0.7, 0.8, 0.5, 0.9]))
@@ -75,31 +76,42 @@ def evaluate(
     devices: Devices = None,
     metric: Metric | None = None,
 ) -> Evaluation:
-    """Adapts to the support set of fixed episodes and scores their queries.
+    """Adapt to the support sets of fixed episodes and score their queries.
 
-    Accuracy where the targets are integers, mean squared error where they are float, or the metric that is
-    given; masked queries do not count, nor do episodes all of whose queries are masked. Whether the number is
-    transductive is the learner's `norm`.
+    The score is the accuracy for integer targets, the mean squared error for float targets, or `metric`.
+    Masked queries do not count, nor do episodes whose queries are all masked. The learner's `norm` decides
+    whether the result is transductive.
 
     Args:
-      learner: gives `adapt` and `predict`.
+      learner: learner to evaluate.
       params: meta-parameters.
-      tasks: episode i is drawn with `fold_in(key, i)`, whatever `batch` and `devices` are; those of
-        a stream are its first, in its order.
-      episodes: E, at least 2.
-      key: of the whole evaluation.
-      batch: most episodes in one call of the compiled function; None for all of them on CPUs
-        and 100 on accelerators; a stream has its own.
-      devices: that share the episodes; None for all. Or a mesh of `jm.make_mesh`, whose devices have
-        episodes of their own where they do not share parameters.
-      metric: `(outputs, y, mask) -> scalar or (sum, count)` of the queries of an episode, in place of the
-        learner's own; None for that. Defined once, not anew for each call, it is compiled once.
+      tasks: test tasks. Episode i is drawn with `fold_in(key, i)`, whatever `batch` and `devices` are; a
+        stream gives its first episodes, in order.
+      episodes: number of episodes E, at least 2.
+      key: key of the evaluation.
+      batch: most episodes in one call of the compiled function; None for all of them on CPUs and 100 on
+        accelerators. A stream has its own batches.
+      devices: devices that share the episodes; None for all. Or a mesh of `jm.make_mesh`, whose axis "tasks"
+        shares them.
+      metric: `(outputs, y, mask) -> scalar or (sum, count)` of the queries of an episode; None for the
+        learner's own metric. Define it once: a new function for each call is compiled each time.
+
+    Returns:
+      An `Evaluation`: mean, half-width of its 95 % confidence interval, and number of episodes.
 
     Raises:
-      ValueError: too few `episodes`, with a query or at all; `batch` below 1; outputs of a wrong shape; or
-        a class slot that is none of theirs.
+      ValueError: fewer than two episodes, or fewer than two with a query; `batch` below 1; outputs of a wrong
+        shape; or a class slot without an output.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid("test", shots=5, queries=8)
+      >>> learner = jm.maml(jm.nn.MLP(out=1, hidden=(8,)), loss=jm.losses.mse)
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> jm.evaluate(learner, params, tasks, episodes=5, key=jax.random.key(2)).episodes
+      5
     """
-    # A confidence interval needs two.
+    # A confidence interval needs two values.
     check_count("episodes", episodes, 2)
     values = evaluate_episodes(
         learner, params, tasks, episodes=episodes, key=key, batch=batch, devices=devices, metric=metric
@@ -123,21 +135,24 @@ def evaluate_episodes(
     devices: Devices = None,
     metric: Metric | None = None,
 ) -> Float[np.ndarray, " scored"]:
-    """Return the accuracy, mean squared error or metric of each episode, as averaged by `evaluate`.
+    """Return the score of each episode, whose mean `evaluate` returns.
 
-    With one key two learners see the same episodes, so that their values can be paired. Episodes all of whose
-    queries are masked are left out.
+    With the same key two learners see the same episodes, so that their scores can be paired. Episodes whose
+    queries are all masked are left out. For the arguments see `evaluate`.
+
+    Returns:
+      An array with one score for each episode that has a query.
 
     Raises:
       ValueError: as `evaluate`; or no episode has a query.
     """
     learner = _with_metric(learner, metric)
-    found = _over_episodes(_scores_alone, learner, params, tasks, episodes, key, batch, devices)
-    return _scored(found, episodes)
+    results = _over_episodes(_scores_alone, learner, params, tasks, episodes, key, batch, devices)
+    return _scored(results, episodes)
 
 
 def _over_episodes(
-    kept: Callable[["_Outcome"], PyTree],
+    select: Callable[["_Outcome"], PyTree],
     learner: Learner,
     params: Params,
     tasks: TaskDistribution | TaskStream,
@@ -146,7 +161,7 @@ def _over_episodes(
     batch: int | None,
     devices: Devices,
 ) -> Any:
-    """Return what `kept` keeps of each of the first `episodes` episodes, or of a few more, on the host."""
+    """Return `select(outcome)` of at least the first `episodes` episodes, as NumPy arrays."""
     check_count("episodes", episodes)
     if batch is not None:
         check_count("batch", batch)
@@ -156,40 +171,42 @@ def _over_episodes(
     arguments = sharding.place(params, mesh), sharding.replicate(key, mesh)
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
-        waiting: PyTree = None
-        found: list[PyTree] = []
-        for start, given in _numbered(tasks, episodes):
-            count, given = given.query.y.shape[0], sharding.pad_to_devices(given, mesh)
-            own = given.query.y.shape[0] // mesh.shape[sharding.TASKS]
-            shared = sharding.share(given, mesh)
-            value = _episodes(kept, learner, own, not on_cpu, mesh, arguments, shared, start)
+        queued: PyTree = None
+        results: list[PyTree] = []
+        for start, batch_of_tasks in _numbered(tasks, episodes):
+            count = batch_of_tasks.query.y.shape[0]
+            padded = sharding.pad_to_devices(batch_of_tasks, mesh)
+            per_device = padded.query.y.shape[0] // mesh.shape[sharding.TASKS]
+            shared = sharding.share(padded, mesh)
+            value = _episodes(select, learner, per_device, not on_cpu, mesh, arguments, shared, start)
             value = jax.tree.map(lambda leaf, count=count: leaf[:count], value)
-            # One batch behind: the device is never idle, and holds no more than two.
-            found += [] if waiting is None else [_on_host(waiting)]
-            waiting = value
-        return _joined([*found, _on_host(waiting)])
+            # Read one batch behind, so that the device is never idle and holds at most two batches.
+            results += [] if queued is None else [_on_host(queued)]
+            queued = value
+        return _concatenate([*results, _on_host(queued)])
     most = batch or (episodes if on_cpu else _VMAPPED)
     calls = -(-episodes // most)
-    apart = mesh.shape[sharding.TASKS]
-    own = -(-episodes // (calls * apart))
+    shards = mesh.shape[sharding.TASKS]
+    per_device = -(-episodes // (calls * shards))
     sample = sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     values = [
-        _episodes(kept, learner, own, not on_cpu, mesh, arguments, sample, call * own * apart)
+        _episodes(
+            select, learner, per_device, not on_cpu, mesh, arguments, sample, call * per_device * shards
+        )
         for call in range(calls)
     ]
-    return _joined(list(map(_on_host, values)))
+    return _concatenate(list(map(_on_host, values)))
 
 
 class Episodes(NamedTuple):
-    """What a learner made of test episodes; every leaf has a leading axis of episodes.
+    """Test episodes with a learner's results; every leaf has a leading axis of episodes.
 
     Attributes:
-      tasks: their support and query sets.
-      adapted: what `learner.adapt` learned from each support set.
-      outputs: of `learner.predict` for each query set.
-      scores: what `evaluate` averages; NaN for an episode without a query, which it leaves out.
-      classes: the name of the class behind each slot, "" for slots that are padding; None where the classes
-        of the tasks have no names.
+      tasks: support and query sets.
+      adapted: adapted state of each support set, from `learner.adapt`.
+      outputs: outputs for each query set, from `learner.predict`.
+      scores: score of each episode, whose mean is that of `evaluate`; NaN for an episode without a query.
+      classes: class name of each slot, "" for padding; None if the classes of the tasks have no names.
     """
 
     tasks: Task
@@ -208,18 +225,20 @@ def run_episodes(
     key: Key,
     metric: Metric | None = None,
 ) -> Episodes:
-    """Run the first episodes of an evaluation, and return all of them to be looked at.
+    """Run the first episodes of an evaluation and return tasks, adapted states, outputs and scores.
 
-    With the same key they are those of `evaluate`, which is the mean of the scores. All are held in memory,
-    adapted states included, on one device.
+    With the same key the episodes are those of `evaluate`. Everything is held in the memory of one device.
 
     Args:
-      learner: gives `adapt` and `predict`.
+      learner: learner to evaluate.
       params: meta-parameters.
-      tasks: episode i is drawn with `fold_in(key, i)`; those of a stream are its first, in its order.
-      episodes: their number, at least 1.
-      key: of the whole evaluation.
-      metric: as of `evaluate`.
+      tasks: test tasks. Episode i is drawn with `fold_in(key, i)`; a stream gives its first episodes.
+      episodes: number of episodes, at least 1.
+      key: key of the evaluation.
+      metric: see `evaluate`.
+
+    Returns:
+      An `Episodes`.
 
     Raises:
       ValueError: as `evaluate`.
@@ -229,19 +248,20 @@ def run_episodes(
       >>> tasks = jm.tasks.sinusoid("test", shots=5, queries=8)
       >>> learner = jm.maml(jm.nn.MLP(out=1), loss=jm.losses.mse)
       >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
-      >>> found = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
-      >>> found.tasks.support.x.shape, found.outputs.shape, found.scores.shape
+      >>> result = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
+      >>> result.tasks.support.x.shape, result.outputs.shape, result.scores.shape
       ((3, 5, 1), (3, 8, 1), (3,))
 
-      Which classes are taken for which, by name; `jm.evaluate_classes` counts over any number of episodes:
+      Names of true and predicted classes; `jm.evaluate_classes` counts them over any number of episodes:
 
-      >>> tasks = jm.tasks.glyphs("test", ways=3, shots=1, queries=2)
+      >>> x, y = np.eye(4, dtype=np.float32).repeat(3, 0), np.repeat(["ant", "bee", "cow", "doe"], 3)
+      >>> tasks = jm.tasks.from_arrays(x, y, ways=3, shots=1, queries=2)
       >>> learner = jm.prototypical(jm.nn.MLP(out=4))
       >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
-      >>> found = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
-      >>> right = np.take_along_axis(found.classes, np.asarray(found.tasks.query.y), 1)
-      >>> named = np.take_along_axis(found.classes, np.asarray(found.outputs.argmax(-1)), 1)
-      >>> right.shape, np.allclose((named == right).mean(1), found.scores)
+      >>> result = jm.run_episodes(learner, params, tasks, episodes=3, key=jax.random.key(2))
+      >>> true = np.take_along_axis(result.classes, np.asarray(result.tasks.query.y), 1)
+      >>> predicted = np.take_along_axis(result.classes, np.asarray(result.outputs.argmax(-1)), 1)
+      >>> true.shape, np.allclose((predicted == true).mean(1), result.scores)
       ((3, 6), True)
     """
     check_count("episodes", episodes)
@@ -250,8 +270,8 @@ def run_episodes(
     if isinstance(tasks, TaskStream):
         check_stream(tasks, key, for_evaluation=True, name="tasks")
         parts = [
-            _run(learner, given.query.y.shape[0], params, key, given, start)
-            for start, given in _numbered(tasks, episodes)
+            _run(learner, batch.query.y.shape[0], params, key, batch, start)
+            for start, batch in _numbered(tasks, episodes)
         ]
     else:
         parts = [_run(learner, episodes, params, key, sharding.as_argument(tasks.sample), 0)]
@@ -263,14 +283,14 @@ def run_episodes(
 
 
 class ClassEvaluation(NamedTuple):
-    """Which classes test episodes ask for, and which ones a learner takes them for.
+    """True and predicted classes of the queries of test episodes.
 
     Attributes:
-      classes: names of all classes that episodes were made of, C of them.
-      queries: how often each was asked for.
-      confusion: how many queries of class i (row) were named j (column). Queries whose outputs have a NaN, or
-        that were given a slot of no class, are in no column.
-      scores: accuracy of each episode that has a query, as of `jm.evaluate_episodes`.
+      classes: names of the C classes of the episodes.
+      queries: number of queries of each class.
+      confusion: number of queries of class i (row) that were predicted as class j (column). Queries whose
+        outputs have a NaN, or whose predicted slot has no class, are in no column.
+      scores: accuracy of each episode that has a query, as `jm.evaluate_episodes` returns it.
     """
 
     classes: tuple[str, ...]
@@ -280,12 +300,12 @@ class ClassEvaluation(NamedTuple):
 
     @property
     def accuracy(self) -> Float[np.ndarray, " classes"]:
-        """Return the part of each class's queries that was named rightly; NaN where there was none."""
+        """Return the accuracy for the queries of each class; NaN for a class without queries."""
         with np.errstate(invalid="ignore"):
             return np.diag(self.confusion) / self.queries
 
     def mistakes(self, most: int | None = None) -> list[tuple[str, str, int]]:
-        """Return `(class, taken for, queries)`, the most frequent first, and `most` of them at the most."""
+        """Return `(true class, predicted class, queries)` of errors, the `most` most frequent first."""
         wrong = self.confusion * (1 - np.eye(len(self.classes), dtype=np.int64))
         rows, columns = np.nonzero(wrong)
         order = np.argsort(-wrong[rows, columns], kind="stable")[:most]
@@ -304,18 +324,22 @@ def evaluate_classes(
     batch: int | None = None,
     devices: Devices = None,
 ) -> ClassEvaluation:
-    """Count for each class how many queries of fixed episodes are named rightly, and what it is taken for.
+    """Count true and predicted classes of the queries of fixed episodes.
 
-    The episodes are those of `jm.evaluate` with the same key. A class has a name where the source knows it,
-    whatever slot it has in an episode: `glyphs`, `from_arrays` and what builds on it, and streams.
+    The episodes are those of `jm.evaluate` with the same key. The source of the tasks must know the class of
+    each slot by name: `glyphs`, `from_arrays` and the sources built on it, and streams do.
 
     Args:
-      learner: gives `adapt` and `predict`; the largest output is the class, whatever its metric.
+      learner: learner to evaluate; its largest output is the predicted class.
       params: meta-parameters.
       tasks: classification tasks whose classes have names.
-      episodes: their number, at least 1.
-      key: of the whole evaluation.
-      batch, devices: as of `jm.evaluate`.
+      episodes: number of episodes, at least 1.
+      key: key of the evaluation.
+      batch: most episodes in one call; see `jm.evaluate`.
+      devices: devices that share the episodes; see `jm.evaluate`.
+
+    Returns:
+      A `ClassEvaluation`.
 
     Raises:
       ValueError: as `jm.evaluate_episodes`; or the classes of the tasks have no names.
@@ -325,33 +349,34 @@ def evaluate_classes(
       >>> x = np.array([[0.0], [0.1], [9.0], [9.1], [9.2], [5.2]], np.float32)
       >>> tasks = jm.tasks.from_arrays(x, ["ant", "ant", "bee", "bee", "cow", "cow"], ways=3, shots=1)
       >>> learner = jm.simple_shot((lambda key, x: {}, lambda params, x: x), transform="un")
-      >>> found = jm.evaluate_classes(learner, {"model": {}}, tasks, episodes=50, key=jax.random.key(0))
-      >>> found.classes, found.queries.tolist()
+      >>> result = jm.evaluate_classes(learner, {"model": {}}, tasks, episodes=50, key=jax.random.key(0))
+      >>> result.classes, result.queries.tolist()
       (('ant', 'bee', 'cow'), [50, 50, 50])
-      >>> float(found.accuracy[0]), found.mistakes(1)[0][:2]
+      >>> float(result.accuracy[0]), result.mistakes(1)[0][:2]
       (1.0, ('cow', 'bee'))
     """
     check_tasks(tasks)
     learner = normalized(learner)._replace(metric=None)
     if not jnp.issubdtype(jax.eval_shape(sample_of(tasks), jax.random.key(0)).query.y.dtype, jnp.integer):
-        raise ArgumentError("tasks", "got tasks of regression, which have no classes")
+        raise ArgumentError("tasks", "got regression tasks, which have no classes; use jm.evaluate")
     check_key("key", key)
     check_count("episodes", episodes)
     names = _names(tasks, key, episodes)
     if names is None:
         raise unnamed(tasks)
-    scores, right, named = _over_episodes(
+    results, true, predicted = _over_episodes(
         _scores_and_slots, learner, params, tasks, episodes, key, batch, devices
     )
-    values = _scored(scores, episodes)
-    right, named = right[:episodes], named[:episodes]
+    values = _scored(results, episodes)
+    true, predicted = true[:episodes], predicted[:episodes]
     classes = in_order(set(np.unique(names).tolist()) - {""})
-    # The last number is that of no class, which slots have that are padding, and none at all.
+    # The last number means no class: for slots that are padding, and for slot −1, which indexes the last
+    # column that is added here.
     number = {name: place for place, name in enumerate(classes)} | {"": len(classes)}
     numbers = np.vectorize(number.__getitem__, otypes=[np.int64])(names)
     numbers = np.concatenate([numbers, np.full((len(names), 1), len(classes))], axis=1)
     counts = np.zeros((len(classes) + 1,) * 2, np.int64)
-    rows, columns = (np.take_along_axis(numbers, each, axis=1) for each in (right, named))
+    rows, columns = (np.take_along_axis(numbers, slots, axis=1) for slots in (true, predicted))
     np.add.at(counts, (rows, columns), 1)
     return ClassEvaluation(tuple(classes), counts[:-1].sum(1), counts[:-1, :-1], values)
 
@@ -359,26 +384,26 @@ def evaluate_classes(
 def _names(
     tasks: TaskDistribution | TaskStream, key: Key, episodes: int
 ) -> Shaped[np.ndarray, "episodes ways"] | None:
-    """Return the names of the classes of each episode, slot after slot; None where they have no names."""
+    """Return the class name of each slot of each episode; None if the classes have no names."""
     if isinstance(tasks, TaskDistribution):
         return slot_names(tasks, episode_keys(key, jnp.arange(episodes))[:, 0])
     if tasks.names is None:
         return None
-    found: list[np.ndarray] = []
-    while sum(map(len, found)) < episodes:
-        found.append(tasks.names(len(found)))
-    return np.concatenate(found)[:episodes]
+    batches: list[np.ndarray] = []
+    while sum(map(len, batches)) < episodes:
+        batches.append(tasks.names(len(batches)))
+    return np.concatenate(batches)[:episodes]
 
 
 def _check_arguments(params: Params, tasks: TaskDistribution | TaskStream, key: Key) -> None:
-    # The tasks first: two arguments in the wrong order are then named by what stands where tasks are due.
+    # Check the tasks first, so that swapped arguments are reported as such.
     check_tasks(tasks)
     check_params_kind(params)
     check_key("key", key)
 
 
 def _with_metric(learner: Learner, metric: Metric | None) -> Learner:
-    """Return `learner` in the form that evaluation takes, with `metric`, if any, in place of its own."""
+    """Return `learner` in full form (see `normalized`), with `metric` in place of its own if it is given."""
     learner = normalized(learner)
     if metric is None:
         return learner
@@ -387,12 +412,12 @@ def _with_metric(learner: Learner, metric: Metric | None) -> Learner:
 
 
 class _Scores(NamedTuple):
-    """What came of each episode.
+    """Scores of episodes.
 
     Attributes:
-      value: mean score.
-      queries: number of queries.
-      wrong: number of examples, of either set, whose class slot does not exist.
+      value: mean score of the queries.
+      queries: number of queries that count.
+      wrong: number of support and query examples whose class slot does not exist.
     """
 
     value: Float[Array | np.ndarray, " episodes"]
@@ -400,7 +425,7 @@ class _Scores(NamedTuple):
     wrong: Int[Array | np.ndarray, " episodes"]
 
 
-# Of an episode: its task, what is learned from it, the outputs, and what came of it.
+# Task, adapted state, outputs and scores of an episode.
 _Outcome = tuple[Task, PyTree, Array, _Scores]
 
 
@@ -409,35 +434,35 @@ def _scores_alone(outcome: _Outcome) -> _Scores:
 
 
 def _scores_and_slots(outcome: _Outcome) -> tuple[_Scores, Array, Array]:
-    """Return the scores, and of each query its slot and the one it is given: −1 for none, and of padding."""
-    (_, query), _, outputs, found = outcome
-    asked = jnp.ones(query.y.shape, bool) if query.mask is None else query.mask
-    given = asked & ~jnp.isnan(outputs).any(-1)
-    return found, jnp.where(asked, query.y, -1), jnp.where(given, outputs.argmax(-1), -1)
+    """Return the scores, and the true and the predicted slot of each query; −1 for padding and NaN."""
+    (_, query), _, outputs, results = outcome
+    real = jnp.ones(query.y.shape, bool) if query.mask is None else query.mask
+    valid = real & ~jnp.isnan(outputs).any(-1)
+    return results, jnp.where(real, query.y, -1), jnp.where(valid, outputs.argmax(-1), -1)
 
 
 def _on_host(tree: PyTree) -> PyTree:
     return jax.tree.map(np.asarray, tree)
 
 
-def _joined(parts: list[PyTree]) -> PyTree:
+def _concatenate(parts: list[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def _scored(found: _Scores, episodes: int) -> Float[np.ndarray, " scored"]:
-    """The values of the first `episodes` episodes, without those that have no query to score."""
-    found = _Scores(*(leaf[:episodes] for leaf in found))
-    _check_slots_exist(found, episodes)
-    scored = found.queries > 0
+def _scored(results: _Scores, episodes: int) -> Float[np.ndarray, " scored"]:
+    """Return the scores of the first `episodes` episodes, without those that have no query."""
+    results = _Scores(*(leaf[:episodes] for leaf in results))
+    _check_slots_exist(results, episodes)
+    scored = results.queries > 0
     if not scored.any():
         raise ArgumentError(
             "tasks", f"got {episodes} episodes without a query: all are masked, or there are none"
         )
-    return np.asarray(found.value)[scored]
+    return np.asarray(results.value)[scored]
 
 
-def _check_slots_exist(found: _Scores, episodes: int) -> None:
-    wrong = np.asarray(found.wrong)
+def _check_slots_exist(results: _Scores, episodes: int) -> None:
+    wrong = np.asarray(results.wrong)
     if wrong.any():
         raise ArgumentError(
             "tasks",
@@ -447,7 +472,7 @@ def _check_slots_exist(found: _Scores, episodes: int) -> None:
 
 
 def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
-    """Batches of the stream with the number of their first episode, until there are enough."""
+    """Yield batches of the stream with the number of their first episode, until there are enough."""
     start = 0
     with stream_batches(stream, 0) as batches:
         while start < episodes:
@@ -461,13 +486,13 @@ def _numbered(stream: TaskStream, episodes: int) -> Iterator[tuple[int, Task]]:
 def metric_name(
     tasks: TaskDistribution | TaskStream, learner: Learner | None = None, params: Params | None = None
 ) -> str:
-    """Return the name of what `evaluate` measures on `tasks`: "accuracy", "mse" or that of a metric.
+    """Return the name of the metric that `evaluate` measures on `tasks`: "accuracy", "mse" or a custom one.
 
     Args:
-      tasks: whose targets are integers or floats.
-      learner: with a metric of its own, perhaps.
-      params: its parameters, or their shapes, which are read where its metric is one for outputs that may not
-        have the targets' shape.
+      tasks: tasks with integer or float targets.
+      learner: learner that may have its own metric.
+      params: parameters of the learner or their shapes; they are needed for a learner with a custom loss,
+        whose metric depends on the shape of its outputs.
     """
     metric = None if learner is None else learner.metric
     if isinstance(metric, ScoreOrLoss):
@@ -487,15 +512,19 @@ def evaluate_metrics(
     episodes: int = 600,
     key: Key,
 ) -> dict[str, float]:
-    """The metrics of `learner.loss` on test episodes, those of `evaluate` with the same key.
+    """Return the metrics of `learner.loss` on the test episodes of `evaluate`.
+
+    A metric is Σ sum / Σ count over all episodes, or NaN if its count is 0.
 
     Args:
-      learner: its metrics are sums and counts; a metric is Σ sum / Σ count over all episodes, and NaN where
-        nothing counted.
+      learner: learner to evaluate.
       params: meta-parameters.
-      tasks: the test tasks.
-      episodes: their number, at least 1.
-      key: episode i is drawn with `fold_in(key, i)`.
+      tasks: test tasks. Episode i is drawn with `fold_in(key, i)`.
+      episodes: number of episodes, at least 1.
+      key: key of the evaluation.
+
+    Returns:
+      A dictionary from names to values.
     """
     check_count("episodes", episodes)
     learner = normalized(learner)
@@ -507,7 +536,7 @@ def evaluate_metrics(
     }
 
 
-# One function for a learner, so that what was compiled for it is found again.
+# The same function for the same learner, so that JAX finds the compiled program again.
 @lru_cache
 def _metrics_of(learner: Learner) -> Callable[..., Any]:
     return lambda params, task, key: learner.loss(params, task, key)[1]
@@ -516,21 +545,21 @@ def _metrics_of(learner: Learner) -> Callable[..., Any]:
 def calibrate(
     learner: Learner, params: Params, tasks: TaskDistribution | TaskStream, key: Key, *, episodes: int = 200
 ) -> Params:
-    """Fills the population batch statistics: their mean over training tasks, weights fixed.
+    """Compute population batch statistics: the mean over the examples of many tasks, with fixed weights.
 
     Args:
-      learner: its `statistics(params, task, key) -> (sum, count)` gives a pytree summed over
-        the examples of one task, and their number.
-      params: meta-parameters, a dict.
-      tasks: the tasks the statistics are of, usually the training tasks.
-      key: episode i is drawn with `fold_in(key, i)`; a stream gives its first tasks, whole batches.
+      learner: learner whose `statistics(params, task, key)` returns `(sum, count)`: a pytree of sums over the
+        examples of one task, and their number.
+      params: meta-parameters, a dictionary.
+      tasks: tasks of which the statistics are taken, usually the training tasks.
+      key: key of the tasks. Task i is drawn with `fold_in(key, i)`; a stream gives its first batches.
       episodes: number of tasks.
 
     Returns:
-      `params` with `params["population"]` = Σ sum / Σ count, all other entries as they were.
+      `params` with `params["population"]` = Σ sum / Σ count. Other entries are unchanged.
 
     Raises:
-      ValueError: the learner has no statistics to fill, or `episodes` is below 1.
+      ValueError: the learner has no batch statistics, or `episodes` is below 1.
     """
     learner = normalized(learner)
     _check_arguments(params, tasks, key)
@@ -543,9 +572,9 @@ def calibrate(
         check_stream(tasks, key, for_evaluation=True, name="tasks")
         sums = [
             jax.block_until_ready(
-                _sums(learner.statistics, given.query.y.shape[0], params, given, key, start)
+                _sums(learner.statistics, batch.query.y.shape[0], params, batch, key, start)
             )
-            for start, given in _numbered(tasks, episodes)
+            for start, batch in _numbered(tasks, episodes)
         ]
     else:
         sums = [_sums(learner.statistics, episodes, params, sharding.as_argument(tasks.sample), key, 0)]
@@ -553,33 +582,34 @@ def calibrate(
     return {**params, "population": jax.tree.map(lambda leaf: leaf / count, total)}
 
 
-# Learner and mesh are static and the data are arguments: validation calls these every
-# thousand steps and must find what it compiled the first time.
+# Learner and mesh are static, and data are arguments: validation calls these functions again and again, and
+# must not compile them each time.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _episodes(
-    kept: Callable[[_Outcome], PyTree],
+    select: Callable[[_Outcome], PyTree],
     learner: Learner,
-    own: int,
+    per_device: int,
     vmapped: bool,
     mesh: Mesh,
     arguments: tuple[Params, Key],
     source: Source,
     start: Array | int,
 ) -> PyTree:
-    """What is kept of `own` episodes from `start` on, on each device."""
+    """Return `select(outcome)` of `per_device` episodes on each device, the first of which is `start`."""
 
-    def each(arguments: tuple[Params, Key], source: Source, start: Array) -> PyTree:
+    def on_one_device(arguments: tuple[Params, Key], source: Source, start: Array) -> PyTree:
         params, key = arguments
-        indices = start + sharding.first_task(mesh, own) + jnp.arange(own)
+        indices = start + sharding.first_task(mesh, per_device) + jnp.arange(per_device)
 
-        def one(numbered: tuple[Array, Task | None]) -> PyTree:
-            return kept(_adapted_and_scored(learner, params, key, source, *numbered))
+        def run_one(numbered: tuple[Array, Task | None]) -> PyTree:
+            return select(_adapt_and_score(learner, params, key, source, *numbered))
 
         numbered = indices, source if isinstance(source, Task) else None
-        return jax.vmap(one)(numbered) if vmapped else jax.lax.map(one, numbered)
+        return jax.vmap(run_one)(numbered) if vmapped else jax.lax.map(run_one, numbered)
 
-    values = sharding.over_tasks(each, mesh, out=PartitionSpec(sharding.TASKS))(arguments, source, start)
-    # On all devices, for each process to read.
+    over_tasks = sharding.over_tasks(on_one_device, mesh, out=PartitionSpec(sharding.TASKS))
+    values = over_tasks(arguments, source, start)
+    # Replicate the values, since every process reads all of them.
     return sharding.replicated(values, mesh)
 
 
@@ -587,21 +617,21 @@ def _episodes(
 def _run(
     learner: Learner, episodes: int, params: Params, key: Key, source: Source, start: Array | int
 ) -> _Outcome:
-    """All of `episodes` episodes from `start` on."""
+    """Return the outcomes of `episodes` episodes, the first of which is `start`."""
 
-    def one(numbered: tuple[Array, Task | None]) -> _Outcome:
-        return _adapted_and_scored(learner, params, key, source, *numbered)
+    def run_one(numbered: tuple[Array, Task | None]) -> _Outcome:
+        return _adapt_and_score(learner, params, key, source, *numbered)
 
     numbered = start + jnp.arange(episodes), source if isinstance(source, Task) else None
     on_cpu = jax.default_backend() == "cpu"
-    return jax.lax.map(one, numbered, batch_size=None if on_cpu else _VMAPPED)
+    return jax.lax.map(run_one, numbered, batch_size=None if on_cpu else _VMAPPED)
 
 
-def _adapted_and_scored(
-    learner: Learner, params: Params, key: Key, source: Source, index: Array, given: Task | None
+def _adapt_and_score(
+    learner: Learner, params: Params, key: Key, source: Source, index: Array, streamed: Task | None
 ) -> _Outcome:
-    """Episode `index`: its task, what is learned from it, the outputs, and what came of it."""
-    task, adapt_key = _episode(source, key, index, given)
+    """Return task, adapted state, outputs and scores of episode `index`."""
+    task, adapt_key = _episode(source, key, index, streamed)
     adapted = learner.adapt(params, task.support, adapt_key)
     outputs = learner.predict(params, adapted, task.query.x, task.query.mask)
     ((total, count),) = scores(outputs, task.query, learner.metric).values()
@@ -610,7 +640,7 @@ def _adapted_and_scored(
 
 
 def _scores_of(learner: Learner, params: Params, sample: Callable[[Key], Task]) -> PyTree:
-    """Return what `evaluate` measures of one task."""
+    """Return the metric that `evaluate` measures, for one task."""
     task = sample(jax.random.key(0))
     adapted = learner.adapt(params, task.support, jax.random.key(0))
     outputs = normalized(learner).predict(params, adapted, task.query.x, task.query.mask)
@@ -618,13 +648,13 @@ def _scores_of(learner: Learner, params: Params, sample: Callable[[Key], Task]) 
 
 
 def _classes(batch: Batch, outputs: Array, metric: Metric | None) -> int | None:
-    """Return the number of class slots; None where only a metric of one's own knows."""
+    """Return the number of class slots; None if only a custom metric knows it."""
     own = metric is not None and not isinstance(metric, ScoreOrLoss)
     return batch.ways if own else outputs.shape[-1]
 
 
 def _wrong_slots(batch: Batch, classes: int | None) -> Int[Array, ""]:
-    """How many examples have a class slot that does not exist; none of regression."""
+    """Return the number of examples whose class slot does not exist; 0 for regression."""
     if classes is None or not jnp.issubdtype(batch.y.dtype, jnp.integer):
         return jnp.zeros((), jnp.int32)
     wrong = (batch.y < 0) | (batch.y >= classes)
@@ -640,28 +670,28 @@ def _sums(
     key: Key,
     start: Array | int,
 ) -> PyTree:
-    """The statistics of `episodes` tasks, added up."""
+    """Return the sum of the statistics of `episodes` tasks."""
 
-    def one(numbered: tuple[Array, Task | None]) -> PyTree:
+    def statistics_of(numbered: tuple[Array, Task | None]) -> PyTree:
         task, learner_key = _episode(source, key, *numbered)
         return jax.tree.map(full_precision, statistics(params, task, learner_key))
 
     numbered = start + jnp.arange(episodes), source if isinstance(source, Task) else None
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], numbered)),
+        jax.eval_shape(statistics_of, jax.tree.map(lambda leaf: leaf[0], numbered)),
     )
 
     def accumulate(total: PyTree, numbered: tuple[Array, Task | None]) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, one(numbered)), None
+        return jax.tree.map(jnp.add, total, statistics_of(numbered)), None
 
     return jax.lax.scan(accumulate, zeros, numbered)[0]
 
 
-def _episode(source: Source, key: Key, index: Array, given: Task | None) -> tuple[Task, Key]:
-    """Episode `index`, drawn or as given, and the learner's key for it."""
+def _episode(source: Source, key: Key, index: Array, streamed: Task | None) -> tuple[Task, Key]:
+    """Return episode `index`, drawn or from a stream, and the learner's key for it."""
     ((task_key, learner_key),) = episode_keys(key, index[None])
     if not isinstance(source, Task):
         return source(task_key), learner_key
-    assert given is not None
-    return given, learner_key
+    assert streamed is not None
+    return streamed, learner_key

@@ -52,10 +52,10 @@ from jaxmeta.training.step import (
     validation_key,
 )
 
-# Calls of the compiled chunk that may wait on the device: each holds batches of a stream there.
+# Calls of the compiled chunk that may be queued on the device, where each holds its batches of a stream.
 _QUEUED = 2
-# Meta-steps of a stream in one call, as long as their tasks are no larger: every call allocates its
-# temporary arrays anew, which took a tenth of the time of calls of a single step on a CPU.
+# Meta-steps of a stream in one call, and the most bytes of their tasks. Each call allocates its temporary
+# arrays again, which took a tenth of the time of calls with a single step on a CPU.
 _STEPS_AT_ONCE, _BYTES_AT_ONCE = 8, 2**28
 
 
@@ -78,25 +78,25 @@ class NonFiniteLoss(FloatingPointError):
         """Build the message.
 
         Args:
-          step: that was not finite.
-          checkpoint: the last one that was saved.
-          initial: whether the parameters were still those that training began with.
-          of_loss: whether it was the loss; otherwise its gradient, or the update that followed.
-          operation: what gave the first NaN, where it was looked for.
+          step: number of the meta-step.
+          checkpoint: the last checkpoint; None if there is none.
+          initial: whether the parameters were still the initial ones.
+          of_loss: whether the loss was not finite; otherwise its gradient or the update was not.
+          operation: description of the operation that gave the first NaN; None if unknown.
         """
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
         advice = "A smaller learning rate (inner or outer) or gradient clipping usually helps"
         if initial:
             debug = operation or (
-                "With JAX_DEBUG_NANS=1 (jax_debug_nans) the operation is named that gives a NaN"
+                "Set JAX_DEBUG_NANS=1 (jax_debug_nans) to find the operation that gives the first NaN"
             )
             advice = (
-                "The parameters were still those that training began with, so that the outer learning rate "
-                "is not the cause: look at the inputs and targets, the loss, the network and the inner "
-                f"learning rate. {debug}"
+                "The parameters were still the initial ones, so the outer learning rate is not the cause: "
+                "check the inputs and targets, the loss, the network and the inner learning rate. "
+                f"{debug}"
                 if of_loss or operation
-                else "The loss was finite, and its gradient was not, or the step that the outer optimizer "
-                f"took. {debug}"
+                else "The loss was finite, but its gradient or the update of the outer optimizer was not. "
+                f"{debug}"
             )
         super().__init__(f"the loss or a parameter became non-finite in meta-step {step}; {kept}. {advice}")
         self.step = step
@@ -104,7 +104,12 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class Stopped(Exception):
-    """`should_stop` said so after meta-step `step`; `checkpoint` is where the state was saved."""
+    """Training stopped after meta-step `step`, because `should_stop` returned True.
+
+    Attributes:
+      step: number of the last meta-step.
+      checkpoint: path of the saved state; None without `run_dir`.
+    """
 
     def __init__(self, step: int, checkpoint: Path | None):
         saved = f"saved in {checkpoint}" if checkpoint else "nothing saved (no run_dir)"
@@ -138,57 +143,71 @@ def train(
     non_finite: NonFinite = "stop",
     maximize: bool | None = None,
 ) -> TrainState:
-    """Meta-trains a learner.
+    """Train a learner.
 
-    Every episode is a pure function of `(key, step, index)`, so a run that was stopped and
-    resumed ends in the same bits as one that was not, given the same devices and versions.
+    Every episode is a pure function of `(key, step, index)`, so a run that is stopped and resumed ends with
+    the same bits as an uninterrupted one, on the same devices and versions.
 
     Args:
-      learner: what is trained.
-      tasks: training tasks; their data are an argument of the compiled step. A stream must be built
-        with the same `key` and `meta_batch`.
-      optimizer: any optax optimizer of the meta-parameters, clipped, scheduled or chained.
-      steps: meta-steps in all, those before a resumption included.
-      key: of the whole run.
-      params: parameters to start from, as `learner.init` gives them; None for those that it draws. A run
-        that is resumed goes on from its checkpoint.
-      meta_batch, strategy, devices, compared_to: see `meta_step`. Small dense networks are fastest with
-        strategy="vmap", on CPUs too; "auto" is made for convolutions. CPUs are one device, whatever their
-        cores, unless `JAX_NUM_CPU_DEVICES=N` in the environment, or `jax.config.update("jax_num_cpu_devices",
-        N)` before JAX is first used, makes N of them.
-      validation: tasks to choose the best parameters by; None to keep the last. A stream must be
+      learner: the learner to train.
+      tasks: training tasks. A stream must be built with the same `key` and `meta_batch`.
+      optimizer: optax optimizer of the meta-parameters.
+      steps: total number of meta-steps, including those before a resumption.
+      key: key of the run.
+      params: initial parameters, in the form that `learner.init` returns; None to draw them. A resumed run
+        continues from its checkpoint.
+      meta_batch: number of tasks in a meta-step; see `meta_step`.
+      strategy: how the tasks of one device are computed; see `meta_step`. "auto" suits convolutions; small
+        dense networks are fastest with "vmap", also on CPUs.
+      devices: devices that share the tasks; see `meta_step`. JAX sees a CPU as one device, whatever its
+        number of cores, unless `JAX_NUM_CPU_DEVICES=N` is in the environment, or
+        `jax.config.update("jax_num_cpu_devices", N)` is called before JAX is first used.
+      compared_to: learner whose meta-gradient is compared with this one's; see `meta_step`.
+      validation: tasks by which the best parameters are chosen; None to keep the last ones. A stream must be
         built with `jm.training.validation_key(key)` and `for_evaluation=True`.
-      validation_episodes: fixed episodes in a validation, at least 2.
-      validate_every: meta-steps between validations; there is one more at the end.
-      run_dir: folder of the run; its `checkpoints/` gets the last two states, and the best
-        parameters as `best` (for `jm.load`), its `metrics.jsonl` what is reported. `jm.load_run(run_dir,
+      validation_episodes: number of episodes of a validation, at least 2. They are the same every time.
+      validate_every: meta-steps between validations; the last meta-step is followed by one, too.
+      run_dir: folder of the run; None to write nothing. Its `checkpoints/` holds the last two states and the
+        best parameters as `best` (for `jm.load`), its `metrics.jsonl` the events. `jm.load_run(run_dir,
         learner=learner)` and `jaxmeta plot RUN_DIR` read it, and `jaxmeta evaluate RUN_DIR --learner NAME
-        --tasks NAME` evaluates it. None: nothing is written.
-      checkpoint_every: meta-steps between checkpoints; None for `validate_every`. There is one
-        more at the end and when stopped.
-      resume: continue from the newest readable checkpoint of `run_dir`.
-      report: is called with each event: `Resumed`, `Progress`, `Validated`, `Saved`. `jm.progress_bar()`
-        shows them; `print` prints them.
-      log_every: meta-steps between `Progress` events; the host looks at the loss, and at
-        `should_stop`, this often.
-      config: JSON-like dict stored in each checkpoint; a resumption with another one is refused.
-      should_stop: asked between chunks; True, in any process, saves and raises `Stopped`.
-      non_finite: what becomes of a meta-step whose loss or parameters are not finite. "stop" raises; "skip"
-        leaves parameters and optimizer state as they were, and counts it in `Progress.skipped`.
-      maximize: whether a larger result of validation is the better one. None where that is known: it is of
-        accuracy, and is not of a loss or an error of `jm.losses`.
+        --tasks NAME` evaluates it.
+      checkpoint_every: meta-steps between checkpoints; None for `validate_every`. There is one more
+        at the end, and when training is stopped.
+      resume: whether to continue from the newest readable checkpoint of `run_dir`.
+      report: function that is called with each event (`Resumed`, `Progress`, `Validated`, `Saved`), such as
+        `jm.progress_bar()` or `print`.
+      log_every: meta-steps between `Progress` events, at which the host also reads the loss and calls
+        `should_stop`.
+      config: JSON-like dictionary stored in each checkpoint; resuming with another one is an error.
+      should_stop: function called between chunks of meta-steps; if it returns True in any process, the state
+        is saved and `Stopped` raised.
+      non_finite: what to do at a meta-step whose loss or parameters are not finite. "stop" raises an error;
+        "skip" keeps parameters and optimizer state, and counts the step in `Progress.skipped`.
+      maximize: whether larger results of validation are better. None chooses by the metric: yes for accuracy,
+        no for the losses of `jm.losses`.
 
     Returns:
-      The last state; with `validation`, its `params` are the best ones instead of the last.
+      The last state. With `validation`, its `params` are the best ones.
 
     Raises:
-      ValueError: a setting out of range, tasks the learner cannot work on, a `run_dir` that
-        holds a run already, or a checkpoint that is absent or of another configuration.
-      NonFiniteLoss: the loss or a parameter is no longer finite, or, with "skip", is not in any of the
-        `log_every` steps of a report. No bad state is ever saved.
+      ValueError: a setting is out of range, the learner cannot work on the tasks, `run_dir` holds a run
+        already, or the checkpoint to resume from is absent or has another configuration.
+      NonFiniteLoss: the loss or a parameter became NaN or infinite; with "skip", in all steps since the last
+        report. Such a state is never saved.
       Stopped: `should_stop` returned True.
-      OSError: a checkpoint cannot be written; earlier ones stay. Where it is the last one, a warning says so
-        and the state is returned.
+      OSError: a checkpoint could not be written; earlier ones remain. At the end of training this is only a
+        warning, and the state is returned.
+
+    Examples:
+      >>> import optax
+      >>> import jaxmeta as jm
+      >>> learner = jm.maml(jm.nn.MLP(out=1, hidden=(8,)), inner_lr=0.01, loss=jm.losses.mse)
+      >>> tasks = jm.tasks.sinusoid("train", shots=5, queries=5)
+      >>> state = jm.train(
+      ...     learner, tasks, optax.adam(1e-3), steps=2, meta_batch=2, strategy="vmap", key=jax.random.key(0)
+      ... )
+      >>> int(state.step)
+      2
     """
     checkpoint_every = validate_every if checkpoint_every is None else checkpoint_every
     folder = None if run_dir is None else Path(run_dir).absolute()
@@ -208,13 +227,13 @@ def train(
         maximize = _is_maximized(learner)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
     step = jax.jit(meta_step(learner, optimizer, meta_batch, strategy, devices=mesh, compared_to=compared_to))
-    # Of several processes the first one writes.
+    # Only the first of several processes writes the log.
     log = MetricsLog(folder / METRICS) if folder is not None and hosts.is_first() else None
 
     def emit(event: Event) -> None:
-        for each in (log, report):
-            if each is not None:
-                each(event)
+        for receive in (log, report):
+            if receive is not None:
+                receive(event)
 
     episodes_key = validation_key(key)
     check_stream(tasks, key, for_evaluation=False, name="tasks")
@@ -223,21 +242,21 @@ def train(
     source = _first_source(tasks, meta_batch, mesh)
     state, best = init_state(learner, optimizer, tasks, key, params=params, devices=mesh), None
     if folder is not None:
-        # The last two states, one being written, the best parameters likewise.
+        # Space for the last two states and the one being written, and as many copies of the best parameters.
         checkpoint.require_space(folder, 3 * checkpoint.nbytes((state, state.params)))
     if resume and folder is not None:
         state, best = checkpoint.restore_checkpoint(folder, state, config=config)
         if best is not None:
-            # A kill while it was being replaced may have left none.
+            # Write it again: a process killed while replacing the file may have left none.
             checkpoint.save_best(folder, best)
         emit(Resumed(int(state.step)))
     done, saved_at = int(state.step), _last_checkpoint(folder)
     if done > steps:
         raise ArgumentError(
-            "steps", f"got {steps}, but the checkpoint to resume from is of step {done} already"
+            "steps", f"got {steps}, but the checkpoint to resume from is of step {done}; give at least {done}"
         )
 
-    # A copy, since the chunk's first call consumes its argument, and the key is the caller's.
+    # Copy the state: the chunk donates its argument, which includes the caller's key.
     state = sharding.place(jax.tree.map(jnp.copy, state), mesh)
     if validation is not None:
         metric = metric_name(validation, learner, state.params)
@@ -254,7 +273,7 @@ def train(
         return NonFiniteLoss(step, saved_at, initial=initial, of_loss=of_loss, operation=operation)
 
     def read(start: int, until: int, outs: list[dict[str, PyTree]]) -> None:
-        """Waits for a chunk, and reports it."""
+        """Wait for a chunk and report its metrics."""
         nonlocal clock
         outs, count, skipped = jax.device_get(outs), 0, 0
         for out in outs:
@@ -280,13 +299,13 @@ def train(
 
     @contextlib.contextmanager
     def last_is_kept() -> Iterator[None]:
-        """At the end a file that cannot be written costs nothing else: the caller gets the state."""
+        """Turn an OSError into a warning once training is complete, so that the caller gets the state."""
         try:
             yield
         except OSError as error:
             if done < steps:
                 raise
-            warnings.warn(f"{error}; the state at the end is returned all the same", stacklevel=3)
+            warnings.warn(f"{error}; the trained state is returned all the same", stacklevel=3)
 
     pending: tuple[int, int, list[dict[str, Any]]] | None = None
     queue: deque[Array] = deque()
@@ -311,14 +330,14 @@ def train(
             )
             outs: list[dict[str, Any]] = []
             for source, until in calls(start, done):
-                # What JAX says of a NaN in the whole program names no operation in it.
+                # jax_debug_nans cannot name the operation in a compiled program; `_first_nan` finds it.
                 with jax.debug_nans(False):
                     state, out = chunk(state, source, jnp.int32(until))
                 outs.append(out)
                 queue.append(out["count"])
                 if len(queue) > _QUEUED:
                     jax.block_until_ready(queue.popleft())
-            # The device has its next chunk before the host reads the last one: it never waits.
+            # Read the last chunk after the next one is queued, so that the device never waits for the host.
             if pending:
                 read(*pending)
             pending = start, done, outs
@@ -356,16 +375,16 @@ def train(
 
 
 def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: Mesh) -> Source | list[Task]:
-    """What the compiled chunk draws from: a sampler, or the tasks of some meta-steps."""
+    """Return what the compiled chunk draws from: a sampler, or the tasks of several meta-steps."""
     if isinstance(tasks, TaskDistribution):
         return sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     batch = tasks.at(0)
     own = meta_batch // jax.process_count()
     if not isinstance(batch, Task) or batch.query.y.shape[0] not in (own, meta_batch):
-        found = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
+        actual = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
         raise ArgumentError(
             "tasks",
-            f"the stream gives {found} a step; it must be a Task whose leaves have a leading axis of "
+            f"the stream gives {actual} a step; it must be a Task whose leaves have a leading axis of "
             f"meta_batch = {meta_batch} tasks"
             + (f", or of {own}, this process's share" if own < meta_batch else ""),
         )
@@ -377,9 +396,10 @@ def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: M
 def _calls(
     tasks: TaskDistribution | TaskStream, first: Source | list[Task], mesh: Mesh, meta_batch: int, done: int
 ) -> Iterator[Callable[[int, int], Iterable[tuple[Source | list[Task], int]]]]:
-    """`(start, until) -> (source, until) of each call of the chunk`, for a run that starts at `done`.
+    """Yield a function `(start, until)` that gives `(source, until)` for each call of the chunk.
 
-    From memory one call, whose meta-steps draw for themselves; from a stream one for every few.
+    Tasks in memory need one call, whose meta-steps draw their own tasks. A stream needs a call for every few
+    meta-steps. `done` is the number of meta-steps before the run starts.
     """
     if not isinstance(first, list):
         yield lambda start, until: [(first, until)]
@@ -387,44 +407,46 @@ def _calls(
     assert isinstance(tasks, TaskStream)
     with stream_batches(tasks, done) as batches:
 
-        def each(start: int, until: int) -> Iterator[tuple[list[Task], int]]:
+        def calls(start: int, until: int) -> Iterator[tuple[list[Task], int]]:
             while start < until:
-                given = [
+                read = [
                     sharding.share(batch, mesh, meta_batch)
                     for batch in itertools.islice(batches, min(len(first), until - start))
                 ]
-                if not given:
+                if not read:
                     raise ArgumentError("tasks", f"the stream ended before meta-step {start + 1}")
-                start += len(given)
-                # Of a call of fewer steps the last tasks fill the places that it does not come to.
-                yield given + given[-1:] * (len(first) - len(given)), start
+                start += len(read)
+                # Pad a shorter call with copies of its last tasks, which it does not reach.
+                yield read + read[-1:] * (len(first) - len(read)), start
 
-        yield each
+        yield calls
 
 
 def _chunk(step: Callable[..., Any], *, skip: bool) -> Callable[..., Any]:
-    """Meta-steps until a given one, or until one that is not finite, as one compiled loop.
+    """Build the loop over meta-steps, up to a given one or to the first that is not finite.
 
-    The end is an argument and not a shape, so that chunks of every length are one program:
-    nothing is compiled twice, and a resumed run, whose chunks may be cut elsewhere, computes
-    the same bits. `source` is a sampler, or a list of the tasks of one meta-step after another.
-    `skip`: a step that is not finite leaves all but its number as it was, and the loop goes on.
+    The last step is an argument and not a shape, so that chunks of every length are one program: nothing is
+    compiled twice, and a resumed run, whose chunks may begin elsewhere, computes the same bits. `source` is a
+    sampler, or a list with the tasks of each meta-step. With `skip`, a step that is not finite changes
+    nothing but the step number, and the loop continues.
     """
 
     def chunk(
         state: TrainState, source: Source | list[Task], until: Array
     ) -> tuple[TrainState, dict[str, PyTree]]:
         start = state.step
-        given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *source) if isinstance(source, list) else None
+        stacked = (
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *source) if isinstance(source, list) else None
+        )
 
         def source_at(step: Array) -> Any:
-            return source if given is None else jax.tree.map(lambda leaf: leaf[step - start], given)
+            return source if stacked is None else jax.tree.map(lambda leaf: leaf[step - start], stacked)
 
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, state, source_at(start))[1]
         )
 
-        def going(carry: tuple[Any, ...]) -> Array:
+        def unfinished(carry: tuple[Any, ...]) -> Array:
             state, _, finite, _ = carry
             return (state.step < until) & finite
 
@@ -441,7 +463,7 @@ def _chunk(step: Callable[..., Any], *, skip: bool) -> Callable[..., Any]:
             return state, jax.tree.map(jnp.add, totals, metrics), finite, skipped
 
         first = state, zeros, jnp.bool_(True), jnp.int32(0)
-        state, totals, finite, skipped = jax.lax.while_loop(going, body, first)
+        state, totals, finite, skipped = jax.lax.while_loop(unfinished, body, first)
         out = {"metrics": totals, "finite": finite, "count": state.step - start, "skipped": skipped}
         return state, out
 
@@ -456,7 +478,7 @@ def _first_nan(
     params: Params | None,
     meta_batch: int,
 ) -> str | None:
-    """Say which operation gives the first NaN of the first meta-step, by a run without compilation."""
+    """Return which operation gives the first NaN of the first meta-step, found by running it uncompiled."""
 
     def gradient(params: PyTree, task: Task, key: Key) -> PyTree:
         return jax.value_and_grad(lambda params: learner.loss(params, task, key, step=jnp.int32(0))[0])(
@@ -478,13 +500,13 @@ def _first_nan(
                 with jax.debug_nans(True), jax.disable_jit():
                     gradient(params, task, keys[index, 1])
             except FloatingPointError as error:
-                return f"Of task {index} {error}, {_place(error)}"
+                return f"In task {index}: {error}, {_place(error)}"
             break
     return None
 
 
 def _place(error: BaseException) -> str:
-    """Return the line of the user's, or of a network's, code that an error of JAX comes from."""
+    """Return the line of a loss or network that an error of JAX comes from."""
     packages = [Path(str(module.__file__)).parent for module in (jax, jaxtyping)]
     machinery = tuple(f"{folder}{os.sep}" for folder in (*packages, Path(__file__).parent))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -498,7 +520,7 @@ def _where(condition: Array, one: PyTree, other: PyTree) -> PyTree:
 
 
 def _still_finite(before: PyTree, after: PyTree) -> Array:
-    """Whether all numbers are finite that were so before: an optimizer may begin with an infinite one."""
+    """Return whether all values that were finite still are; an optimizer may start with infinite ones."""
     lost = [
         (jnp.isfinite(a) & ~jnp.isfinite(b)).any()
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
@@ -515,10 +537,10 @@ def _all_finite(tree: PyTree) -> Array:
 
 
 def _is_maximized(learner: Learner) -> bool | None:
-    """Return whether validation looks for a large value of the learner's metric; None: if it is accuracy.
+    """Return whether validation maximizes the learner's metric; None for the default metric.
 
     Raises:
-      ArgumentError: it is a metric of one's own.
+      ArgumentError: the metric is user-defined.
     """
     metric = learner.metric
     if metric is None or isinstance(metric, ScoreOrLoss):
@@ -527,13 +549,13 @@ def _is_maximized(learner: Learner) -> bool | None:
         return False
     raise ArgumentError(
         "maximize",
-        f"got None, and the learner's metric is {metric_label(metric)!r}, of which validation has to know "
-        "whether more is better (maximize=True) or less (maximize=False)",
+        f"got None, but the learner has its own metric {metric_label(metric)!r}; pass maximize=True if "
+        "larger values are better, maximize=False if smaller values are",
     )
 
 
 def _better(maximize: bool, new: float, old: float) -> bool:
-    # With a NaN in place of a number to beat, any number is better.
+    # Any number is better than NaN.
     if old != old:
         return new == new
     return new > old if maximize else new < old

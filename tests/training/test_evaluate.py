@@ -484,5 +484,5 @@ def test_classes_without_names_are_refused():
     assert run_episodes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY).classes is None
     with pytest.raises(ValueError, match=r"^tasks: got tasks of 'tasks without a card', whose classes have"):
         evaluate_classes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY)
-    with pytest.raises(ValueError, match=r"^tasks: got tasks of regression, which have no classes"):
+    with pytest.raises(ValueError, match=r"^tasks: got regression tasks, which have no classes"):
         evaluate_classes(toys.maml(), NOTHING, toys.sinusoid(), episodes=2, key=KEY)

@@ -339,7 +339,7 @@ def test_the_operation_of_the_first_nan_is_named_under_debug_nans(loss, kind, sa
     if kind == "stream":
         keys = jax.random.split(KEY, 2)
         tasks = TaskStream(lambda step, given=tasks: jax.vmap(given.sample)(keys), tasks.card)
-    with jax.debug_nans(True), pytest.raises(NonFiniteLoss, match=r"Of task \d invalid value") as error:
+    with jax.debug_nans(True), pytest.raises(NonFiniteLoss, match=r"In task \d: invalid value") as error:
         run(learner, tasks, steps=3, meta_batch=2)
     assert says in str(error.value)
 
@@ -349,7 +349,7 @@ def test_the_last_state_is_returned_if_it_cannot_be_saved(tmp_path, monkeypatch)
         raise OSError(28, f"cannot be written at step {state.step}", str(folder))
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", full)
-    with pytest.warns(UserWarning, match="at step 10: .*; the state at the end is returned"):
+    with pytest.warns(UserWarning, match="at step 10: .*; the trained state is returned"):
         state, _ = run(steps=10, run_dir=tmp_path)
     assert_equal(state.params, ten_steps().params)
     assert not checkpoint_steps(tmp_path)
