@@ -141,6 +141,17 @@ def check_kind(name: str, value: Any, kind: type | types.UnionType, wanted: str)
         raise ArgumentError(name, f"got {described(value)}; it must be {wanted}{call_of(value)}")
 
 
+def is_optimizer(value: Any) -> bool:
+    """Return whether `value` has the functions `init` and `update` of an optax transformation.
+
+    Examples:
+      >>> import optax
+      >>> is_optimizer(optax.sgd(0.1)), is_optimizer(optax.sgd)
+      (True, False)
+    """
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
 def check_optimizer(name: str, value: Any) -> None:
     """Check that `value` is an optax transformation, or has its functions `init` and `update`.
 
@@ -153,7 +164,7 @@ def check_optimizer(name: str, value: Any) -> None:
       jaxmeta.checks.ArgumentError: optimizer: got 0.001 (float); it must be an optax transformation, such \
 as optax.adam(1e-3)
     """
-    if not (callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))):
+    if not is_optimizer(value):
         wanted = "an optax transformation, such as optax.adam(1e-3)"
         raise ArgumentError(name, f"got {described(value)}; it must be {wanted}{call_of(value)}")
 

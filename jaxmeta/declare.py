@@ -203,7 +203,8 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Deco
       without: names of keyword-only parameters of `parent` that the factory does not take.
 
     Raises:
-      TypeError: the type of the settings has a name that `parent` does not have, or has with another type.
+      TypeError: the type of the settings has a name that `parent` does not have or has with another type, or
+        that is in `without` or among the factory's own parameters.
 
     Examples:
       >>> def parent(network, *, rate: float = 0.1, order: str = "second"):
@@ -225,7 +226,7 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Deco
         mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
         known = inspect.signature(parent, eval_str=True).parameters.values()
         offered = {each.name: each for each in known if each.kind is each.KEYWORD_ONLY}
-        names = _typed_settings(factory, own, parent, offered)
+        names = _typed_settings(factory, own, parent, offered, excluded)
         if names is None:
             names = offered.keys() - excluded - {each.name for each in mine}
         theirs = [each for name, each in offered.items() if name in names]
@@ -242,6 +243,7 @@ def _typed_settings(
     own: inspect.Signature,
     parent: Callable[..., Any],
     offered: Mapping[str, inspect.Parameter],
+    excluded: Set[str],
 ) -> Set[str] | None:
     """Return the names in the type of `**settings`, checked against `parent`; None where it is not typed."""
     hints = (each.annotation for each in own.parameters.values() if each.kind is each.VAR_KEYWORD)
@@ -257,6 +259,12 @@ def _typed_settings(
         else:
             continue
         raise TypeError(f"{factory.__name__}() takes {kinds[0].__name__}, but {parent.__name__}() {problem}")
+    twice = sorted(settings.keys() & (excluded | own.parameters.keys()))
+    if twice:
+        raise TypeError(
+            f"{factory.__name__}() takes {kinds[0].__name__}, whose {twice[0]!r} is also excluded by "
+            "without= or a parameter of its own; remove it from one of the two"
+        )
     return settings.keys()
 
 

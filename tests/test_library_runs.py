@@ -114,7 +114,7 @@ def test_what_is_missing_to_load_a_run_is_said(here, tmp_path):
     with pytest.raises(ValueError, match=r"^learner: got the function maml; it must be a jm\.Learner"):
         jm.load_run(folder / "run", learner=jm.maml)
     other = jm.maml(jm.nn.MLP(out=1, hidden=(5,)), loss=jm.losses.mse)
-    with pytest.raises(ValueError, match=r"^run_dir: .* has other parameters: .*\[4\] in the stored one"):
+    with pytest.raises(ValueError, match=r"^.* has other parameters: .*\[4\] in the stored one"):
         jm.load_run(folder / "run", learner=other, tasks=TASKS)
     with pytest.raises(ValueError, match=r"^tasks: got tasks; give their name, or"):
         jm.load_run(folder / "run", tasks=TASKS)
@@ -248,6 +248,28 @@ def bars(monkeypatch):
 
     monkeypatch.setattr(progress, "_bar", bar)
     return shown
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        ({"mae": 0.5}, "loss 1.0000  mae 0.5000"),
+        ({"accuracy": 0.5, "instance_1": 0.2, "cosine": 0.9}, "loss 1.0000  accuracy 50.0 %"),
+        ({"instance_1": 0.1, "instance_2": 0.2, "instance_3": 0.3}, "instance_1 0.1000  instance_2 0.2000"),
+    ],
+)
+def test_progress_has_the_metrics_of_the_learner(metrics, shown, capsys):
+    jm.progress_bar()(jm.training.Progress(5, 5, {"loss": 1.0, **metrics}, 1.0, 0.0, 0))
+    line = capsys.readouterr().out
+    assert shown in line
+    assert "cosine" not in line
+    assert "instance_3" not in line
+
+
+def test_a_learner_has_its_own_norm_and_network(here):
+    for name, value in {"row": "transductive", "network": "conv4"}.items():
+        with pytest.raises(jm.ArgumentError, match=f"^{name}: got '{value}'; leave it out"):
+            jm.load_run(here[0] / "run", learner=LEARNER, **{name: value})
 
 
 def test_a_bar_is_shown_while_it_trains_and_closed_however_that_ends(bars, monkeypatch):

@@ -183,7 +183,9 @@ def test_validation_maximizes_or_minimizes_the_metric_as_set():
         means = [event.evaluation.mean for event in events]
         assert len(set(means)) == 4
         np.testing.assert_allclose(state.params["w"], max(means) if maximize else min(means), rtol=1e-5)
-    with pytest.raises(jm.ArgumentError, match="maximize: got None, but the learner has its own metric 'weight'"):
+    with pytest.raises(
+        jm.ArgumentError, match="maximize: got None, but the learner has its own metric 'weight'"
+    ):
         trained(learner)
 
 

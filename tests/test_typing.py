@@ -207,6 +207,20 @@ def test_settings_that_the_parent_has_not_are_refused():
         def child(network, **settings: typing.Unpack[Settings]): ...
 
 
+def test_settings_that_are_excluded_or_the_factory_s_own_are_refused():
+    class Settings(typing.TypedDict, total=False):
+        rate: float
+
+    def child(network, **settings: typing.Unpack[Settings]): ...
+
+    def with_its_own(network, *, rate: float = 0.2, **settings: typing.Unpack[Settings]): ...
+
+    with pytest.raises(TypeError, match="'rate' is also excluded by without="):
+        declare.forwards(parent, without=("rate",))(child)
+    with pytest.raises(TypeError, match="'rate' is also excluded by without= or a parameter of its own"):
+        declare.forwards(parent)(with_its_own)
+
+
 def test_help_of_the_decorator_shows_the_facts():
     found = inspect.signature(jm.learner).parameters
     assert set(found) == {field.name for field in dataclasses.fields(declare.Facts)}

@@ -507,7 +507,13 @@ def export(source: str, *, out: str, **reading: Any) -> Path:
         )
 
     example = jax.ShapeDtypeStruct((1, spec.size, spec.size, spec.channels), jnp.float32)
-    written = program_of(probabilities, example)
+    try:
+        written = program_of(probabilities, example)
+    except ArgumentError as error:
+        reason = str(error.__cause__).strip().partition("\n")[0]
+        raise ArgumentError(
+            "source", f"got {source}, which cannot be written as a program: {reason}"
+        ) from error
     # The specification of the program's input, which the program itself inverts.
     images = spec._replace(mean=1 - spec.mean) if classifier.inverted else spec
     folder = folders.claim(out, EXPORT, EXPORT)

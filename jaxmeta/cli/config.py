@@ -619,7 +619,7 @@ def check(config: Config) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run of `train`, finished or not."""
+    """Return whether a folder is a run of `jaxmeta train` or of `jm.train`, finished or not."""
     if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
         return (folder / "checkpoints").is_dir()
     values = read_json(folder / "config.json")

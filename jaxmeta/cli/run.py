@@ -626,7 +626,7 @@ def load_run(
     Args:
       run: folder of the run.
       row: row of its report: "inductive", where predictions do not depend on other queries, or
-        "transductive".
+        "transductive". A `Learner` has its own norm and takes no row.
       learner: learner to return, for a run of `jm.train`, which does not store it. For a run of `jaxmeta
         train` with a user-defined method, its `module:name`: a run folder does not import code by itself.
       network: `module:name` of the run's user-defined network.
@@ -640,7 +640,7 @@ def load_run(
     Raises:
       FileNotFoundError: the folder is not a run, or it is a run of `jm.train` and `learner` is None.
       ValueError: its files cannot be read, `row` is unknown, user-defined code is not named, or the
-        parameters do not belong to the learner.
+        parameters do not belong to the learner, which is checked with `tasks`.
 
     Examples:
       >>> learner, params = jm.load_run("runs/alphabet")  # doctest: +SKIP
@@ -656,6 +656,11 @@ def load_run(
             raise ArgumentError(
                 "tasks", f"got {tasks!r}; with a jm.Learner as learner, they must be tasks, not a name"
             )
+        for name, value, default in (("row", row, "inductive"), ("network", network, None)):
+            if value != default:
+                raise ArgumentError(
+                    name, f"got {value!r}; leave it out, because the jm.Learner has its own network and norm"
+                )
         return learner, _params_like(folder, learner, tasks)
     if tasks is not None and not isinstance(tasks, str):
         raise ArgumentError("tasks", "got tasks; give their name, or a jm.Learner as learner in addition")

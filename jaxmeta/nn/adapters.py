@@ -365,7 +365,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
 
     template, norms = module_of(network if is_module else network(jax.random.key(0)))
     name = type(template).__name__
-    taken = call_arguments(template, "key", "state")
+    taken = call_arguments(template, "key", *(["state"] if norms else []))
     if norms and "state" not in taken:
         raise ValueError(
             f"{name} has an equinox.nn.BatchNorm, {'/'.join(next(iter(norms)))}; its __call__ must take "

@@ -54,8 +54,8 @@ def entering(
       mask: mask of the examples, or of any shape that broadcasts to that of `x`; False marks padding.
     """
     x = jnp.asarray(x)
-    channels = {each % x.ndim for each in ((axis,) if isinstance(axis, int) else axis)}
-    axes = tuple(each for each in range(x.ndim) if each not in channels)
+    channels = {int(channel) % x.ndim for channel in np.atleast_1d(axis)}
+    axes = tuple(dim for dim in range(x.ndim) if dim not in channels)
     if mask is not None and mask.ndim == 1:
         mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
     values = x.astype(jnp.promote_types(x.dtype, jnp.float32))

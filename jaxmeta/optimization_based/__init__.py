@@ -19,7 +19,7 @@
 
 | `order` | the meta-gradient | a setting of |
 | --- | --- | --- |
-| `"second"` | goes through every inner step; with `truncation=K` through the last K | `maml` `anil` `boil` `meta_sgd` `lstm_meta_learner` `learned_optimizer` |
+| `"second"` | goes through every inner step; with `truncation=K` through the last K | `maml` `anil` `boil` `meta_sgd` `cavia` `lstm_meta_learner` `learned_optimizer` |
 | `"first"` | takes the inner gradients for constants | the same; `fomaml` is `maml` with it |
 | `"implicit"` | that of the minimum which the inner loop approaches, by conjugate gradients; needs `proximal=λ` | `maml` `anil` `boil`; `imaml` is `maml` with it |
 

@@ -25,6 +25,7 @@ from jaxmeta.checks import (
     check_slots,
     check_word,
     described,
+    is_optimizer,
 )
 from jaxmeta.core import (
     Batch,
@@ -371,7 +372,7 @@ def _in_layers_of(stats: PyTree) -> Callable[[str], bool]:
 
 
 def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
-    fixed = isinstance(inner_optimizer, optax.GradientTransformation)
+    fixed = is_optimizer(inner_optimizer)
     if fixed and hyper is not None:
         raise ArgumentError(
             "hyper",
@@ -381,11 +382,6 @@ def _check_hyper(inner_optimizer: Any, hyper: PyTree, order: str) -> None:
     if not fixed and not callable(inner_optimizer):
         check_optimizer("inner_optimizer", inner_optimizer)
     if not fixed and hyper is None:
-        if isinstance(inner_optimizer, optax.MultiSteps):
-            raise ArgumentError(
-                "inner_optimizer",
-                "got an optax.MultiSteps, which is no transformation; pass its .gradient_transformation()",
-            )
         raise ArgumentError(
             "inner_optimizer",
             f"got {described(inner_optimizer)}; it must be an optax transformation, or a function of "

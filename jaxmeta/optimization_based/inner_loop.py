@@ -16,7 +16,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, check_word
+from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, check_word, is_optimizer
 from jaxmeta.core import Memory, Order
 from jaxmeta.optimization_based.settings import InnerOptimizer
 from jaxmeta.optimization_based.trees import inexact, merge, partition
@@ -141,7 +141,7 @@ def inner_loop(
 
       Gradients accumulated over two mini-batches of one example, which equals one step of their mean:
 
-      >>> optimizer = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2).gradient_transformation()
+      >>> optimizer = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
       >>> loss = lambda theta, s: (theta - s) ** 2
       >>> adapt = jm.inner_loop(loss, optimizer, steps=2, batch_at=lambda batch, step: batch[step])
       >>> print(f"{adapt(0.0, jax.numpy.array([1.0, 3.0]))[0]:.2f}")
@@ -163,16 +163,15 @@ def inner_loop(
     if not callable(optimizer):
         check_optimizer("optimizer", optimizer)
     _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_path)
-    if order == "second" and isinstance(optimizer, optax.GradientTransformation):
+    fixed = is_optimizer(optimizer)
+    if order == "second" and fixed:
         require_finite_derivative(optimizer)
 
     def transformation(hyper: PyTree) -> optax.GradientTransformationExtraArgs:
-        fixed = isinstance(optimizer, optax.GradientTransformation)
         built = optimizer if fixed else optimizer(hyper)  # type: ignore[operator]
         return optax.with_extra_args_support(built)
 
     def check_hyper(hyper: PyTree) -> None:
-        fixed = isinstance(optimizer, optax.GradientTransformation)
         if fixed and hyper is not None:
             raise ArgumentError(
                 "hyper",
@@ -397,7 +396,7 @@ def require_finite_derivative(optimizer: Any, *hyper: Any) -> None:
 @functools.lru_cache(maxsize=128)
 def _has_finite_derivative(optimizer: Any, structure: Any = None, leaves: tuple[Any, ...] = ()) -> bool:
     with jax.ensure_compile_time_eval():
-        if not isinstance(optimizer, optax.GradientTransformation):
+        if not is_optimizer(optimizer):
             optimizer = optimizer(
                 jax.tree.unflatten(structure, [jnp.full(shape, 0.1, dtype) for shape, dtype in leaves])
             )

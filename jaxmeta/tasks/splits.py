@@ -249,7 +249,7 @@ def class_split(
       >>> class_split({"train": ["cat", "dog"], "test": [7]})
       ClassSplit(train=('cat', 'dog'), validation=(), test=('7',))
     """
-    if classes is None or classes == "auto" or isinstance(classes, ClassSplit):
+    if classes is None or isinstance(classes, ClassSplit) or (isinstance(classes, str) and classes == "auto"):
         return classes  # type: ignore[return-value]
     if isinstance(classes, Mapping):
         try:

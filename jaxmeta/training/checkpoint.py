@@ -191,7 +191,7 @@ def load_params(
     entry = "best" if manifest["best"] else "params"
     if like is None:
         return _decode(manifest["tree"]["dict"], leaves, path, entry)
-    return _fill(like, _below(leaves, entry), f"run_dir: {path} has other parameters")
+    return _fill(like, _below(leaves, entry), f"{path} has other parameters")
 
 
 def check_saved(run_dir: str | os.PathLike[str], params: Params) -> None:

@@ -368,7 +368,8 @@ def evaluate_classes(
         _scores_and_slots, learner, params, tasks, episodes, key, batch, devices
     )
     values = _scored(results, episodes)
-    true, predicted = true[:episodes], predicted[:episodes]
+    # An output beyond the slots of the episode, of a wider head, has no class.
+    true, predicted = true[:episodes], np.where(predicted < names.shape[1], predicted, -1)[:episodes]
     classes = in_order(set(np.unique(names).tolist()) - {""})
     # The last number means no class: for slots that are padding, and for slot −1, which indexes the last
     # column that is added here.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, check_count, format_value
+from jaxmeta.checks import ArgumentError, MissingPackageError, check_count, format_value
 from jaxmeta.core import Adapted, Learner, Params
 from jaxmeta.files import replacing, write_new
 from jaxmeta.learner_form import normalized
@@ -52,7 +52,7 @@ def export(
 
     Raises:
       FileExistsError: `path` is a folder, or exists and `overwrite` is False.
-      ImportError: the package flatbuffers, which `jax.export` needs, is not installed.
+      MissingPackageError: the package flatbuffers, which `jax.export` needs, is not installed.
       ArgumentError: `x` has no axis of examples, `batch` is below 1, a platform is unknown, or `predict`
         cannot be exported for any number of examples or for these platforms.
 
@@ -102,10 +102,10 @@ def program_of(
 ) -> bytes:
     """Return a function of a batch of examples as serialized by `jax.export`; see `export`."""
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ImportError("writing a program needs a package: pip install flatbuffers")
+        raise MissingPackageError("writing a program requires a package: pip install flatbuffers")
     if batch is not None:
         check_count("batch", batch)
-    platforms = tuple(platforms)
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     if not platforms or not {*platforms} <= {*PLATFORMS}:
         raise ArgumentError(
             "platforms", f"got {format_value(platforms)}; it must be one or more of {', '.join(PLATFORMS)}"

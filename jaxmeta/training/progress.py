@@ -6,18 +6,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxmeta.training import hosts
+from jaxmeta.training.diagnostics import Alignment
 from jaxmeta.training.events import Event, Progress, Resumed, Validated
 from jaxmeta.training.metrics import Forgiving
 
 _SECONDS_BETWEEN_LINES = 10.0
+_MOST_METRICS = 2
 
 
 def progress_bar() -> "ProgressBar":
     """Return a `report=` for `jm.train` that shows its progress, as `jaxmeta train` does.
 
     On a terminal it shows a bar with loss, metrics, steps per second and the remaining time, elsewhere it
-    prints a line every ten seconds. Each validation has a line, too. The bar needs the package rich; without
-    it, lines are printed.
+    prints a line every ten seconds. Each validation has a line, too. Only the first of several processes
+    prints. The bar needs the package rich; without it, lines are printed.
 
     Examples:
       >>> import jax, optax
@@ -47,6 +50,9 @@ class ProgressBar:
     @contextlib.contextmanager
     def showing(self, steps: int) -> Iterator[None]:
         """Show a bar of `steps` meta-steps inside the block if standard output is a terminal."""
+        if not hosts.is_first():
+            yield
+            return
         with contextlib.ExitStack() as stack:
             self._shown_at = -float("inf")
             if sys.stdout.isatty():
@@ -60,6 +66,8 @@ class ProgressBar:
                 self._show, self._say = self._plain, print
 
     def __call__(self, event: Event) -> None:
+        if not hosts.is_first():
+            return
         match event:
             case Resumed(step):
                 self._say(f"continuing after meta-step {step}")
@@ -119,10 +127,11 @@ def _bar(steps: int) -> Iterator[tuple[Any, ...]]:
 
 def _values(event: Progress) -> str:
     values = [f"loss {event.metrics['loss']:.4f}"]
-    if "accuracy" in event.metrics:
-        values.append(f"accuracy {100 * event.metrics['accuracy']:.1f} %")
-    if "mse" in event.metrics:
-        values.append(f"mse {event.metrics['mse']:.4f}")
+    custom = [name for name in event.metrics if name not in ("loss", *Alignment._fields)]
+    # A learner may report many metrics, such as the accuracy of each presentation of a sequence.
+    for name in [name for name in ("accuracy", "mse") if name in custom] or custom[:_MOST_METRICS]:
+        value = event.metrics[name]
+        values.append(f"{name} {100 * value:.1f} %" if name == "accuracy" else f"{name} {value:.4f}")
     if event.skipped:
         values.append(f"{event.skipped} skipped")
     return "  ".join(values)

@@ -10,7 +10,7 @@ holds its part of every array.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,7 +85,9 @@ def more_cpus(needed: int, available: Sequence[jax.Device]) -> str:
 def _check_devices(devices: object) -> None:
     if devices is None or isinstance(devices, Mesh):
         return
-    if not isinstance(devices, Iterable) or not all(isinstance(each, jax.Device) for each in devices):
+    each = list(devices.flat) if isinstance(devices, np.ndarray) else devices
+    # A generator is refused, since it would be empty after this check.
+    if not isinstance(each, Sequence) or not all(isinstance(device, jax.Device) for device in each):
         raise ArgumentError(
             "devices",
             f"got {described(devices)}; it must be devices, such as jax.devices()[:2], or a mesh of "

@@ -133,14 +133,17 @@ def _draw(learner: Learner, sample: Callable[[Key], Task], key: Key) -> Params:
 
 
 def check_params_kind(params: Params) -> None:
-    """Raise an error where `params` is an object of the library or a function instead of parameters.
+    """Check that `params` is not another object of the library, nor a function.
+
+    Modules are accepted: an Equinox module is callable and a pytree of parameters, too.
 
     Raises:
       ArgumentError: `params` is such an object.
     """
     if isinstance(params, TrainState):
         raise ArgumentError("params", "got TrainState(…); it must be the parameters in it, state.params")
-    if isinstance(params, Learner | TaskDistribution | TaskStream | Task | Batch) or callable(params):
+    is_function = callable(params) and jax.tree_util.all_leaves([params])
+    if isinstance(params, Learner | TaskDistribution | TaskStream | Task | Batch) or is_function:
         raise ArgumentError(
             "params",
             f"got {described(params)}; it must be parameters, as learner.init returns them",

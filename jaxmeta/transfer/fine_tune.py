@@ -385,12 +385,13 @@ def gradual_unfreezing(
 
 
 def check_model_and_data(model: Any, data: Any, name: str) -> None:
-    """Refuse what is no network with state, and what are no examples.
+    """Check the kinds of `model` and `data`.
 
     Raises:
-      ArgumentError: it names the argument.
+      ArgumentError: `model` is not a `StatefulModel`, or `data` not a `Batch`; the latter is called `name`.
     """
-    check_kind("model", model, StatefulModel, "of jm.transfer.classifier, or a network by jm.nn.as_stateful")
+    wanted = "a model of jm.transfer.classifier, or one made by jm.nn.as_stateful"
+    check_kind("model", model, StatefulModel, wanted)
     check_kind(name, data, Batch, "jm.Batch(x, y)")
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxtyping import TypeCheckError
 from problems import KEY, adapt, finite_differences, flat, gradient, init, loss, network, plain_loss, task
 
 import jaxmeta as jm
@@ -97,10 +96,17 @@ def test_meta_gradient_through_accumulation_matches_finite_differences():
     np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
-def test_multi_steps_itself_is_refused_with_what_to_pass():
-    # The complete run checks types before the library does.
-    with pytest.raises((jm.ArgumentError, TypeCheckError), match=r"MultiSteps"):
-        jm.maml(network(), inner_optimizer=optax.MultiSteps(optax.sgd(0.1), 2))
+def test_any_object_with_init_and_update_is_an_inner_optimizer():
+    # optax.MultiSteps has both functions and is not a GradientTransformation.
+    wrapped = optax.MultiSteps(optax.sgd(0.1), 2, accumulator_dtype=jnp.float64)
+    transformation = wrapped.gradient_transformation()
+    assert not isinstance(wrapped, optax.GradientTransformation)
+    learners = [learner_of(each, inner_steps=4, inner_batch=4) for each in (wrapped, transformation)]
+    params, of = init(learners[0]), task()
+    expected, actual = (flat(gradient(learner, params, of)) for learner in learners)
+    np.testing.assert_array_equal(actual, expected)
+    with pytest.raises(jm.ArgumentError, match="hyper: got hyperparameters"):
+        jm.maml(network(), inner_optimizer=wrapped, hyper=0.1)
 
 
 # --- Gradient accumulation of the meta-gradient ----------------------------------------------------

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
 
+import jaxmeta as jm
 from jaxmeta.core import Learner, TaskDistribution, TaskStream, episode_keys
 from jaxmeta.tasks import classes_of, from_arrays, glyph_metadata, glyphs, prepare_folder, sequences, stream
 from jaxmeta.training import (
@@ -486,3 +488,37 @@ def test_classes_without_names_are_refused():
         evaluate_classes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY)
     with pytest.raises(ValueError, match=r"^tasks: got regression tasks, which have no classes"):
         evaluate_classes(toys.maml(), NOTHING, toys.sinusoid(), episodes=2, key=KEY)
+
+
+def test_outputs_beyond_the_slots_of_an_episode_have_no_class():
+    # A head of ten outputs on tasks of three ways, which always answers with its last output.
+    learner = jm.Learner(
+        init=lambda key, task: {},
+        adapt=lambda params, support, key: {},
+        predict=lambda params, adapted, x: jax.nn.one_hot(jnp.full(x.shape[0], 9), 10),
+        loss=lambda params, task, key: jnp.zeros(()),
+    )
+    tasks = jm.tasks.from_arrays(
+        np.zeros((12, 2), np.float32), np.repeat([*"abcd"], 3), ways=3, shots=1, queries=2
+    )
+    result = jm.evaluate_classes(learner, {}, tasks, episodes=4, key=jax.random.key(0))
+    assert result.queries.sum() == 4 * 3 * 2
+    assert not result.confusion.any()
+    assert not result.scores.any()
+
+
+def test_parameters_may_be_a_module_that_is_callable():
+    linear = eqx.nn.Linear(1, 1, key=jax.random.key(0))
+    learner = jm.Learner(
+        init=lambda key, task: linear,
+        adapt=lambda params, support, key: {},
+        predict=lambda params, adapted, x: jax.vmap(params)(x),
+        loss=lambda params, task, key: ((jax.vmap(params)(task.query.x) - task.query.y) ** 2).mean(),
+    )
+    tasks = jm.tasks.sinusoid("test", shots=2, queries=4)
+    result = jm.evaluate(learner, linear, tasks, episodes=3, key=jax.random.key(1))
+    keys = jm.episode_keys(jax.random.key(1), jnp.arange(3))[:, 0]
+    losses = [learner.loss(linear, tasks.sample(key), None) for key in keys]
+    np.testing.assert_allclose(result.mean, np.mean(losses), rtol=1e-6)
+    with pytest.raises(jm.ArgumentError, match=r"^params: got"):
+        jm.evaluate(learner, jnp.sin, tasks, episodes=3, key=jax.random.key(1))
