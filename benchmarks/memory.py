@@ -1,16 +1,17 @@
-"""What a meta-gradient takes, in memory and time, against the number of inner steps, by memory mode.
+"""Benchmark of the memory and time of a meta-gradient, by number of inner steps and memory mode.
 
     python benchmarks/memory.py [--network conv4|vit] [--steps 1 2 5 10 20 50 100] [--rounds R] [--json FILE]
 
-One task of 5 ways and 1 shot with one query a class, inner SGD. Of each mode: the compiled program's
-temporary memory, which the compiler states, the bytes of what the inner loop adapts, and the time of one
-meta-gradient. Modes take turns, round after round, so that what else the machine does falls on all alike;
-times are medians over rounds, "× first" is the ratio to the first mode, of times the median over rounds of
-the ratio within a round.
+The task has 5 ways, 1 shot and one query per class; the inner optimizer is SGD. For each mode the results
+are the temporary memory of the compiled program, according to the compiler, the bytes of the parameters that
+the inner loop adapts, and the time of one meta-gradient. The modes are timed in alternation, so that other
+load on the machine affects all of them equally. Times are medians over rounds. "× first" is the ratio to the
+first mode; for times it is the median over rounds of the ratio within a round.
 
-conv4: Conv4-32 on 84×84×3, as of mini-ImageNet, by each mode of `jm.inner_loop`, by first order and by
-implicit gradients. vit: a vision transformer on 32×32×3 (patches of 8, width 384, 6 heads, 6 blocks), of
-which the inner loop adapts all leaves, or the factors of `jm.nn.lora` alone. Both meta-learn all leaves.
+conv4: Conv4-32 on 84×84×3 images, as in mini-ImageNet, with each memory mode of `jm.inner_loop`, with
+first-order and with implicit gradients. vit: a vision transformer on 32×32×3 images (patches of 8, width 384,
+6 heads, 6 blocks), of which the inner loop adapts all leaves, or only the factors of `jm.nn.lora`. Both
+meta-learn all leaves.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from machine import describe_machine
 import jaxmeta as jm
 
 LORA = {"adapts": "lora"}
-# network -> mode -> settings of MAML. The network of a mode that adapts "lora" has such factors.
+# network -> mode -> settings of MAML. The network has LoRA factors in modes that adapt "lora".
 MODES = {
     "conv4": {
         "store": {"memory": "store"},
@@ -50,7 +51,7 @@ IMAGE = {"conv4": 84, "vit": 32}
 
 
 def make_task(image: int) -> jm.Task:
-    """Random images, the classes apart by their means."""
+    """Draw a task of random images whose classes differ in their means."""
     rng = np.random.default_rng(0)
     means = rng.normal(size=(5, image, image, 3))
 
@@ -75,7 +76,7 @@ def adapted_bytes(params: dict, settings: dict) -> int:
 
 
 def compile_gradient(settings: dict, steps: int, task: jm.Task, args: argparse.Namespace):
-    """The meta-gradient of MAML as a compiled program, its arguments, and the seconds it took to compile."""
+    """Compile the meta-gradient of MAML; return the program, its arguments and the compile time in s."""
     learner = jm.maml(make_network(args, settings), inner_lr=0.01, inner_steps=steps, **settings)
     params = jax.jit(learner.init)(jax.random.key(0), task)
 
@@ -89,12 +90,12 @@ def compile_gradient(settings: dict, steps: int, task: jm.Task, args: argparse.N
 
 
 def run_row(steps: int, args: argparse.Namespace, task: jm.Task) -> dict:
-    programs, found, gradients = {}, {}, {}
+    programs, results, gradients = {}, {}, {}
     modes = MODES[args.network]
     for mode in args.modes:
         compiled, arguments, compile_s = compile_gradient(modes[mode], steps, task, args)
         gradients[mode] = ravel_pytree(jax.block_until_ready(compiled(*arguments)))[0]
-        found[mode] = {
+        results[mode] = {
             "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
             "adapted_bytes": adapted_bytes(arguments[0], modes[mode]),
             "compile_s": compile_s,
@@ -105,22 +106,22 @@ def run_row(steps: int, args: argparse.Namespace, task: jm.Task) -> dict:
         for mode, (compiled, arguments) in programs.items():
             started = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
-            found[mode]["seconds"].append(time.perf_counter() - started)
+            results[mode]["seconds"].append(time.perf_counter() - started)
     first = args.modes[0]
-    for mode, row in found.items():
+    for mode, row in results.items():
         row["median_s"] = statistics.median(row["seconds"])
-        pairs = zip(row["seconds"], found[first]["seconds"], strict=True)
-        row["time_ratio"] = statistics.median(own / other for own, other in pairs)
-        row["memory_ratio"] = row["temp_bytes"] / found[first]["temp_bytes"]
-        if all("memory" in modes[each] and modes[each].get("adapts") is None for each in (mode, first)):
-            # They are one gradient; 100 steps in float32 drift apart, the more the longer.
+        pairs = zip(row["seconds"], results[first]["seconds"], strict=True)
+        row["time_ratio"] = statistics.median(seconds / first_s for seconds, first_s in pairs)
+        row["memory_ratio"] = row["temp_bytes"] / results[first]["temp_bytes"]
+        if all("memory" in modes[name] and modes[name].get("adapts") is None for name in (mode, first)):
+            # Both compute the same gradient; float32 rounding errors grow with the number of steps.
             difference = jnp.linalg.norm(gradients[mode] - gradients[first])
             row["difference"] = float(difference / jnp.linalg.norm(gradients[first]))
-    return found
+    return results
 
 
-def print_row(steps: int, found: dict) -> None:
-    for mode, row in found.items():
+def print_row(steps: int, results: dict) -> None:
+    for mode, row in results.items():
         print(
             f"{steps:5d}  {mode:21}{row['adapted_bytes'] / 1e6:11.2f}{row['temp_bytes'] / 1e6:9.1f}"
             f"{1e3 * row['median_s']:10.1f}{row['memory_ratio']:9.3f}{row['time_ratio']:9.2f}",
@@ -133,21 +134,21 @@ def main(argv=None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--network", choices=list(MODES), default="conv4")
+    add("--network", choices=list(MODES), default="conv4", help="network to measure")
     add("--steps", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50, 100], help="inner steps")
-    add("--modes", nargs="+", help="of the network's; all if not given")
-    add("--rounds", type=int, default=7)
+    add("--modes", nargs="+", help="modes to measure; by default all of the network")
+    add("--rounds", type=int, default=7, help="number of timing rounds")
     add("--filters", type=int, default=32, help="channels of conv4's layers")
-    add("--width", type=int, default=384, help="values of a token of vit")
-    add("--rank", type=int, default=4, help="of the factors of vit's kernels")
-    add("--image", type=int, help="side of the images; 84 for conv4, 32 for vit if not given")
-    add("--json", type=Path, help="also write the result here")
+    add("--width", type=int, default=384, help="width of vit's tokens")
+    add("--rank", type=int, default=4, help="rank of the LoRA factors of vit")
+    add("--image", type=int, help="side of the images in pixels; by default 84 for conv4, 32 for vit")
+    add("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     args.modes = args.modes or list(MODES[args.network])
     args.image = args.image or IMAGE[args.network]
     if unknown := sorted({*args.modes} - MODES[args.network].keys()):
         parser.error(f"--modes: got {unknown}; {args.network} has {list(MODES[args.network])}")
-    # Compile times would otherwise be those of reading a file.
+    # With the cache, compile times would be times of reading a file.
     jax.config.update("jax_enable_compilation_cache", False)
     machine = describe_machine(jax.local_devices()[:1])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))

@@ -114,7 +114,7 @@ def recipes_on_mnist(pretrained, data: Path, seeds: int) -> dict:
 
 def recipes_table(rows: dict) -> str:
     lines = [
-        f"| recipe | {' | '.join(f'{n} a digit' for n in LABELS)} |",
+        f"| recipe | {' | '.join(f'{n} per digit' for n in LABELS)} |",
         f"| --- |{' --- |' * len(LABELS)}",
     ]
     for name, by_labels in rows.items():
@@ -199,7 +199,7 @@ def few_shot(pretrained, folders: dict[str, Path], data: Path, episodes: int, se
 
 def few_shot_table(rows: dict) -> str:
     columns = [(where, str(n)) for where, numbers in SHOTS.items() for n in numbers]
-    names = [f"{where}, {n} a class" for where, n in columns]
+    names = [f"{where}, {n} per class" for where, n in columns]
     lines = [f"| method | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     for method, results in rows.items():
         accuracies = [results[where][n] for where, n in columns]
@@ -257,7 +257,7 @@ def draw(rows: dict, path: Path) -> None:
         xscale="log",
         xticks=LABELS,
         xticklabels=LABELS,
-        xlabel="labelled examples a digit",
+        xlabel="labelled examples per digit",
         ylabel="accuracy on MNIST, %",
         title="MNIST with a Conv4 pretrained on Omniglot",
     )
@@ -274,7 +274,7 @@ def main(argv=None) -> None:
     add = parser.add_argument
     everything = ("recipes", "few-shot", "rank")
     add("--data", type=Path, required=True, help="folder with omniglot/, mnist/ and usps/")
-    add("--what", nargs="+", choices=everything, default=list(everything))
+    add("--what", nargs="+", choices=everything, default=list(everything), help="parts to run")
     add("--out", type=Path, default=Path("runs/transfer"), help="folder for the runs")
     add("--seed", type=int, default=1, help="seed of the runs and of the few-shot tasks")
     add("--seeds", type=int, default=3, help="number of seeds of the recipes")
@@ -315,7 +315,7 @@ def main(argv=None) -> None:
     if "rank" in args.what:
         ranking = rank(pretrained, folders, args.data, args.seed)
         print(ranking)
-        correlations = {name: each._asdict() for name, each in ranking.correlations.items()}
+        correlations = {name: value._asdict() for name, value in ranking.correlations.items()}
         keep("rank", {"rows": [row._asdict() for row in ranking.rows], "correlations": correlations})
 
 

@@ -96,7 +96,7 @@ def find(tree: PyTree, path: str) -> Node:
     depth = next(n for n in range(len(parts), -1, -1) if n == 0 or any(p[:n] == parts[:n] for p in leaves))
     onward = dict.fromkeys(p[depth] for p in leaves if p[:depth] == parts[:depth] and p[depth:] and p[depth])
     where = f'"{"/".join(parts[:depth])}"' if depth else "its root"
-    what = f"has {', '.join(shortened(list(onward)))}" if onward else "has nothing beneath it"
+    what = f"has {', '.join(shortened(list(onward)))}" if onward else "has no children"
     raise ArgumentError("path", f'got "{path}", which the tree does not have; {where} {what}')
 
 
@@ -162,18 +162,18 @@ def _regex_of(pattern: Pattern, argument: str) -> re.Pattern[str]:
 
 
 def several(patterns: Patterns) -> Sequence[Pattern]:
-    """Return the patterns as a sequence; a single one becomes a list of one."""
+    """Return the patterns as a sequence; a single pattern becomes a list."""
     return [patterns] if isinstance(patterns, str | re.Pattern) else patterns
 
 
 def predicate(patterns: Patterns, argument: str = "patterns") -> Callable[[str], bool]:
-    """Return a function that tells whether any of the patterns matches a path."""
+    """Return a predicate: whether any of the patterns matches a path."""
     regexes = [_regex_of(pattern, argument) for pattern in several(patterns)]
     return lambda path: any(regex.fullmatch(path) for regex in regexes)
 
 
 def _nothing_matches(argument: str, pattern: Pattern, leaves: dict[str, Any]) -> ArgumentError:
-    """Return the error of a pattern without a match, with the closest paths."""
+    """Return the error for a pattern that matches nothing, with the closest paths."""
     text = pattern if isinstance(pattern, str) else pattern.pattern
     nodes = {
         "/".join(parts[:n]) for parts in (p.split("/") for p in leaves) for n in range(1, len(parts) + 1)
@@ -207,7 +207,7 @@ def matching(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> li
     for pattern in several(patterns):
         regex = _regex_of(pattern, argument)
         paths = [path for path in leaves if regex.fullmatch(path)]
-        # "**" matches every leaf, also of a tree that has none.
+        # "**" matches every leaf, so it is valid even for a tree without leaves.
         if not paths and (leaves or not regex.fullmatch("")):
             raise _nothing_matches(argument, pattern, leaves)
         matched.update(paths)
@@ -233,7 +233,7 @@ def mask(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> PyTree
 def _renamer(
     pattern: Pattern, replacement: str | None, argument: str
 ) -> tuple[Callable[[str], object], Callable[[str], str | None]]:
-    """Return a function that tells whether a rule applies to a path, and one that returns the new path."""
+    """Return two functions of a path: whether a rule applies to it, and its new path."""
     regex = _regex_of(pattern, argument)
     applies = regex.search if isinstance(pattern, re.Pattern) else regex.fullmatch
     if replacement is None:
@@ -247,7 +247,7 @@ def _renamer(
         raise ArgumentError(
             argument,
             f"got {replacement!r} for {pattern!r}, which has {wildcards} wildcard(s); "
-            f"it must have as many, or none, or name them \\1, \\2, …",
+            f"the replacement must have as many, or none, or refer to them as \\1, \\2, …",
         )
 
     def write(path: str) -> str:
@@ -316,8 +316,7 @@ def rename(tree: PyTree, rules: Rules) -> dict[str, Any]:
             if through in old_path:
                 raise ArgumentError(
                     "rules",
-                    f'"{old}" would become "{new}", beneath "{through}", as which '
-                    f'"{old_path[through]}" is a leaf',
+                    f'"{old}" would become "{new}", below "{through}", the new path of "{old_path[through]}"',
                 )
             node = node.setdefault(parent, {})
         node[name] = leaves[old]

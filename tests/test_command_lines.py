@@ -41,7 +41,7 @@ def command_for(argv, started):
 )
 def test_every_preset_is_reproduced_by_its_name(preset, started):
     command = command_for(["train", "--preset", preset], started)
-    # Only names, without flags, since nothing differs from the protocol.
+    # The command has only names and no flags, since nothing differs from the protocol.
     words = shlex.split(command)[3:]
     assert set(words[::2]) <= {"--preset", "--tasks", "--network"}
     assert len(words) % 2 == 0
@@ -107,11 +107,11 @@ def test_a_configuration_outside_of_the_flags_has_no_command():
 
 
 def test_ambiguous_flags_get_their_group_as_prefix():
-    one = {"size": Setting("size", int, 1, "")}
+    size = {"size": Setting("size", int, 1, "")}
     values = {"a": {"size": 2}, "b": {"rate": -0.5, "on": False}}
     groups = {
-        "a": one,
-        "b": {**one, "rate": Setting("rate", float, 0.0, ""), "on": Setting("on", bool, True, "")},
+        "a": size,
+        "b": {**size, "rate": Setting("rate", float, 0.0, ""), "on": Setting("on", bool, True, "")},
     }
     assert flags_of(values, groups) == ["--a.size", "2", "--rate=-0.5", "--no-on"]
 
@@ -120,7 +120,7 @@ READING = {"skip_unreadable": True}
 
 
 @pytest.mark.parametrize(
-    ("function", "words", "given", "expected"),
+    ("function", "words", "settings", "expected"),
     [
         (transfer, ["runs/a b"], {"target": "digits"}, "jaxmeta transfer 'runs/a b' --target digits"),
         (
@@ -133,10 +133,10 @@ READING = {"skip_unreadable": True}
         (rank, ["a", "b"], {"target": "t", "fine_tune": True, "score": "nce"}, "jaxmeta rank a b --target t"),
     ],
 )
-def test_a_call_is_reproduced_by_its_command(function, words, given, expected):
+def test_a_call_is_reproduced_by_its_command(function, words, settings, expected):
     parameters = inspect.signature(function).parameters
-    arguments = {name: each.default for name, each in parameters.items()} | given
-    arguments |= {"sources": tuple(words), "source": words[0], "out": "kept out"}
+    arguments = {name: parameter.default for name, parameter in parameters.items()} | settings
+    arguments |= {"sources": tuple(words), "source": words[0], "out": "left out"}
     if function is rank:
         del arguments["out"]
     # Forwarded arguments are in a dictionary.
@@ -146,4 +146,4 @@ def test_a_call_is_reproduced_by_its_command(function, words, given, expected):
     assert expected in command
     parsed = parser.of_function(function, function.__name__, [own]).parse(shlex.split(command)[2:])
     reading = {"reading": parsed.values["reading"]} if "reading" in parsed.values else {}
-    assert (parsed.words, {**parsed.values["flags"], **reading}) == (words, given)
+    assert (parsed.words, {**parsed.values["flags"], **reading}) == (words, settings)

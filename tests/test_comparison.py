@@ -124,7 +124,7 @@ def test_a_comparison_writes_its_files_and_a_correct_report(compared):
     text = (compared / "comparison.md").read_text()
     assert "fomaml does not have these settings: --order." in text
     guessing = read_json(compared / "maml" / "report.json")["mse_of_mean"]["mean"]
-    assert f"Answering with the mean of the support targets: {guessing:.4f} ± " in text
+    assert f"Prediction by the mean of the support targets: {guessing:.4f} ± " in text
     orders = [
         read_json(compared / name / "config.json")["learner"].get("order") for name in ("maml", "fomaml")
     ]

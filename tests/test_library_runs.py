@@ -1,4 +1,4 @@
-"""Folders of `jm.train(run_dir=…)`: loaded, plotted and evaluated as those of `jaxmeta train` are."""
+"""Tests of run folders of `jm.train(run_dir=…)`: loading, plotting, evaluation; and of the progress bar."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def squared_error(params, task, key):
     return value, {"mse": value}
 
 
-# One that compiles at once.
+# A learner that compiles quickly.
 SLOPE = jm.Learner(
     lambda key, task: {"w": jnp.ones(())},
     lambda params, support, key: params,
@@ -43,15 +43,15 @@ learner = jm.maml(jm.nn.MLP(out=1, hidden=(4,)), inner_lr=0.01, loss=jm.losses.m
 other = jm.maml(jm.nn.MLP(out=1, hidden=(5,)), inner_lr=0.01, loss=jm.losses.mse)
 
 
-def made():
-    """Make the learner, which brings its own network."""
+def factory():
+    """Build the learner, which has its own network."""
     return learner
 '''
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with the run `run`, and a module of one's own."""
+    """Return a folder with a run and a user-defined module, the final state and the reported events."""
     folder = tmp_path_factory.mktemp("library")
     validation = jm.tasks.sinusoid("validation", shots=5, queries=5)
     settings = {"meta_batch": 2, "log_every": 2, "validate_every": 3, "validation_episodes": 4}
@@ -66,12 +66,12 @@ def here(tmp_path_factory):
     sys.modules.pop("my_module", None)
 
 
-def same(a, b):
+def assert_trees_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_the_folder_has_a_row_for_each_report(here):
+def test_metrics_have_a_row_for_each_report(here):
     folder, _, events = here
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     reported = [event for event in events if hasattr(event, "metrics") or hasattr(event, "evaluation")]
@@ -84,12 +84,12 @@ def test_the_folder_has_a_row_for_each_report(here):
     assert [row["elapsed_s"] for row in rows] == sorted(row["elapsed_s"] for row in rows)
 
 
-def test_a_resumed_run_goes_on_in_its_file_and_a_new_one_begins_it(tmp_path):
+def test_a_resumed_run_appends_to_its_metrics_and_a_new_run_overwrites_them(tmp_path):
     settings = {"meta_batch": 1, "log_every": 1, "key": KEY, "run_dir": tmp_path, "checkpoint_every": 2}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 7.0, "elapsed_s": 1.0}\n')
     jm.train(SLOPE, TASKS, optax.sgd(0.0), steps=2, **settings)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        # Of a meta-step after the last checkpoint, before the run was killed.
+        # A row after the last checkpoint, as if the run had been killed then.
         file.write(json.dumps({"step": 3, "loss": 9.0, "elapsed_s": 2.0}) + "\n")
     jm.train(SLOPE, TASKS, optax.sgd(0.0), steps=4, resume=True, **settings)
     rows = read_metrics(tmp_path / "metrics.jsonl")
@@ -97,15 +97,15 @@ def test_a_resumed_run_goes_on_in_its_file_and_a_new_one_begins_it(tmp_path):
     assert not {7.0, 9.0} & {row["loss"] for row in rows}
 
 
-def test_a_learner_of_one_s_own_is_loaded_with_the_best_parameters(here):
+def test_a_user_defined_learner_is_loaded_with_the_best_parameters(here):
     folder, state, _ = here
     for tasks in (None, TASKS):
         learner, params = jm.load_run(folder / "run", learner=LEARNER, tasks=tasks)
         assert learner is LEARNER
-        same(params, state.params)
+        assert_trees_equal(params, state.params)
 
 
-def test_what_is_missing_to_load_a_run_is_said(here, tmp_path):
+def test_errors_of_load_run_name_what_is_missing(here, tmp_path):
     folder, _, _ = here
     with pytest.raises(FileNotFoundError, match=r"no config\.json.*jm\.load_run\(folder, learner=learner\)"):
         jm.load_run(folder / "run")
@@ -120,7 +120,7 @@ def test_what_is_missing_to_load_a_run_is_said(here, tmp_path):
         jm.load_run(folder / "run", tasks=TASKS)
 
 
-def test_parameters_of_other_nodes_are_loaded_by_the_shapes_of_tasks(tmp_path):
+def test_parameters_with_custom_nodes_are_loaded_with_the_shapes_of_tasks(tmp_path):
     learner = jm.Learner(
         lambda key, task: optax.EmaState(jnp.ones(()), {"w": jnp.ones(2)}),
         lambda params, support, key: params,
@@ -131,7 +131,7 @@ def test_parameters_of_other_nodes_are_loaded_by_the_shapes_of_tasks(tmp_path):
     state = jm.train(learner, TASKS, optax.sgd(0.1), **settings)
     with pytest.raises(ValueError, match=r"^tasks: got None, but .* other nodes than dicts, .*; give tasks"):
         jm.load_run(tmp_path, learner=learner)
-    same(jm.load_run(tmp_path, learner=learner, tasks=TASKS)[1], state.params)
+    assert_trees_equal(jm.load_run(tmp_path, learner=learner, tasks=TASKS)[1], state.params)
 
 
 def test_the_metrics_are_plotted(here, capsys):
@@ -151,7 +151,7 @@ def test_the_metrics_are_plotted(here, capsys):
         ({"loss": 1.0, "cosine": 0.5, "validation_regret": 2.0, "validation_regret_ci95": 1.0}, "regret"),
     ],
 )
-def test_a_metric_of_one_s_own_is_plotted(row, metric, tmp_path):
+def test_a_user_defined_metric_is_plotted(row, metric, tmp_path):
     from jaxmeta.cli.compare import _metric_of
 
     rows = [{"step": step, "elapsed_s": 1.0 * step, "best": True, **row} for step in (1, 2)]
@@ -161,34 +161,34 @@ def test_a_metric_of_one_s_own_is_plotted(row, metric, tmp_path):
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize("learner", ["my_module:made", "my_module:learner"])
-def test_the_parameters_are_evaluated_with_a_learner_that_is_named(learner, here, capsys):
+@pytest.mark.parametrize("learner", ["my_module:factory", "my_module:learner"])
+def test_parameters_are_evaluated_with_a_learner_given_by_name(learner, here, capsys):
     folder, state, _ = here
     argv = ["evaluate", "run", "--learner", learner, "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
-    assert main([*argv, "--episodes", "6", "--json", "found.json"]) == 0
+    assert main([*argv, "--episodes", "6", "--json", "result.json"]) == 0
     tasks = jm.tasks.sinusoid("test", shots=5, queries=5)
     expected = jm.evaluate(LEARNER, state.params, tasks, episodes=6, key=evaluation_key(0))
-    assert read_json(folder / "found.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
+    assert read_json(folder / "result.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
     assert "test mse" in capsys.readouterr().out
 
 
 @pytest.mark.nightly
-def test_a_method_of_the_library_is_named_with_its_network_and_settings(here, capsys):
+def test_evaluate_takes_a_method_with_its_network_and_settings(here, capsys):
     folder, state, _ = here
     argv = ["evaluate", "run", "--learner", "maml", "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
     argv += ["--network", "mlp-40", "--inner-lr", "0.01", "--inner-steps", "1", "--eval-steps", "1"]
-    argv += ["--episodes", "6", "--json", "found.json"]
+    argv += ["--episodes", "6", "--json", "result.json"]
     assert main([*argv, "--hidden", "4"]) == 0
     tasks = jm.tasks.sinusoid("test", shots=5, queries=5)
     expected = jm.evaluate(LEARNER, state.params, tasks, episodes=6, key=evaluation_key(0))
-    assert read_json(folder / "found.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
+    assert read_json(folder / "result.json")["mse"]["mean"] == pytest.approx(expected.mean, rel=1e-5)
     assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert "--learner: maml with the network mlp-40 does not have the parameters in run;" in said
+    message = capsys.readouterr().err
+    assert "--learner: maml with the network mlp-40 does not have the parameters in run;" in message
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
         (["evaluate", "run"], "--learner: is missing; run was written by jm.train(run_dir=…)"),
         (["evaluate", "run", "--learner", "maml"], "--tasks: is missing; run was written by jm.train"),
@@ -201,24 +201,24 @@ def test_a_method_of_the_library_is_named_with_its_network_and_settings(here, ca
         (["predict", "run", "--support", ".", "--query", "."], "no config.json, in which `jaxmeta train`"),
     ],
 )
-def test_what_is_missing_is_said_by_the_command_line(argv, says, here, capsys):
+def test_errors_of_the_command_line_name_what_is_missing(argv, expected, here, capsys):
     assert main(argv) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert len(said.splitlines()) == 1
+    message = capsys.readouterr().err
+    assert expected in message
+    assert len(message.splitlines()) == 1
 
 
 # --- The progress bar -----------------------------------------------------------------------------------
 
 
-def trained_with(report, **settings):
+def train_with(report, **settings):
     settings = {"steps": 4, "meta_batch": 1, "log_every": 2, "key": KEY, **settings}
     return jm.train(SLOPE, TASKS, optax.sgd(0.0), report=report, **settings)
 
 
-def test_progress_is_printed_line_by_line_where_there_is_no_terminal(capsys):
+def test_progress_is_printed_as_lines_without_a_terminal(capsys):
     validation = {"validation": TASKS, "validation_episodes": 2, "validate_every": 4}
-    trained_with(jm.progress_bar(), **validation)
+    train_with(jm.progress_bar(), **validation)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "2/4"], ["step", "4/4"], ["step", "4"]]
     assert all(word in lines[1] for word in ("loss ", "mse ", "steps/s", "0:00 left"))
@@ -227,7 +227,7 @@ def test_progress_is_printed_line_by_line_where_there_is_no_terminal(capsys):
 
 
 class Terminal(io.StringIO):
-    """Standard output that is a terminal."""
+    """A stand-in for standard output on a terminal."""
 
     def isatty(self):
         return True
@@ -235,7 +235,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """What became of each bar that was shown on a terminal."""
+    """Return a list of the calls of each bar: its steps, events and lines, and whether it was closed."""
     shown = []
 
     @contextlib.contextmanager
@@ -272,13 +272,13 @@ def test_a_learner_has_its_own_norm_and_network(here):
             jm.load_run(here[0] / "run", learner=LEARNER, **{name: value})
 
 
-def test_a_bar_is_shown_while_it_trains_and_closed_however_that_ends(bars, monkeypatch):
+def test_a_bar_is_shown_during_training_and_always_closed(bars, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     report = jm.progress_bar()
-    trained_with(report)
+    train_with(report)
     assert bars == [[4, 2, 4, "closed"]]
     with pytest.raises(jm.training.Stopped):
-        trained_with(report, should_stop=lambda: True)
+        train_with(report, should_stop=lambda: True)
     assert bars[1:] == [[4, "closed"]]
 
 
@@ -288,15 +288,15 @@ def test_a_real_bar_shows_the_numbers_of_the_last_step(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    trained_with(jm.progress_bar())
-    said = terminal.getvalue()
-    assert "4/4" in said
-    assert "loss " in said
+    train_with(jm.progress_bar())
+    output = terminal.getvalue()
+    assert "4/4" in output
+    assert "loss " in output
 
 
-def test_without_rich_there_are_lines(monkeypatch):
+def test_without_rich_progress_is_printed_as_lines(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setattr(sys, "stdout", Terminal())
     with pytest.warns(UserWarning, match="the progress bar could not be written, and training goes on"):
-        trained_with(jm.progress_bar())
+        train_with(jm.progress_bar())
     assert "4/4" in sys.stdout.getvalue()

@@ -151,9 +151,9 @@ def write_images(root, **parts):
 
 @pytest.mark.nightly
 def test_training_on_folders_of_parts(tmp_path, capsys):
-    each = {part: {f"{part}{i}": 3 for i in range(2)} for part in ("train", "val", "test")}
-    each["test"]["test2"] = 1
-    tasks = write_images(tmp_path / "own", **each)
+    sizes = {part: {f"{part}{i}": 3 for i in range(2)} for part in ("train", "val", "test")}
+    sizes["test"]["test2"] = 1
+    tasks = write_images(tmp_path / "own", **sizes)
     flags = ("--ways", "2", "--queries", "2")
     assert train(tmp_path / "run", tasks, *flags)[0] == 2
     assert (

@@ -1,4 +1,4 @@
-"""`jaxmeta evaluate --per-class`: accuracy and confusions of classes by their names."""
+"""Tests of `jaxmeta evaluate --per-class`: accuracy and confusions of named classes."""
 
 import sys
 
@@ -16,7 +16,7 @@ import jaxmeta as jm
 
 
 def first_slot(network):
-    """Answer with the first slot, whatever is asked."""
+    """Build a learner that predicts the first class slot for every query."""
 
     def predict(params, ways, x, mask=None):
         return jnp.zeros((x.shape[0], ways.shape[0])).at[:, 0].set(1.0)
@@ -35,7 +35,7 @@ SHAPE = {"ways": 3, "shots": 1, "queries": 2}
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with the run of a learner of one's own on arrays of one's own."""
+    """Return a folder with a run of a user-defined learner on user-defined arrays."""
     folder = tmp_path_factory.mktemp("per_class")
     (folder / "my_first_slot.py").write_text(LEARNER)
     x = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
@@ -87,14 +87,14 @@ def test_classes_of_a_learner_that_always_answers_the_first_slot(trained, capsys
     assert (trained / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_evaluation_without_the_flag_is_as_before(trained, capsys):
+def test_an_evaluation_without_the_flag_has_no_classes(trained, capsys):
     assert evaluated("--episodes", "2", "--json", "plain.json") == 0
     assert "per_class" not in read_json(trained / "plain.json")
     assert "taken for" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--per-class", "--confusion"])
-def test_what_has_no_classes_by_name_is_refused(trained, flag, capsys):
+def test_tasks_without_class_names_are_refused(trained, flag, capsys):
     (trained / "my_unnamed.py").write_text(
         "import jaxmeta as jm\n\n\n"
         "def unnamed(split, *, ways: int = 3, shots: int = 1, queries: int = 2):\n"
@@ -105,6 +105,6 @@ def test_what_has_no_classes_by_name_is_refused(trained, flag, capsys):
     argv = ["--episodes", "2", "--tasks", "my_unnamed:unnamed"]
     assert evaluated(*argv) == 0
     assert evaluated(*argv, flag, *(["out.png"] if flag == "--confusion" else [])) == 2
-    said = capsys.readouterr().err
-    assert f"{flag}: got tasks of 'my_unnamed:unnamed', whose classes have no names" in said
+    message = capsys.readouterr().err
+    assert f"{flag}: got tasks of 'my_unnamed:unnamed', whose classes have no names" in message
     sys.modules.pop("my_unnamed", None)

@@ -71,8 +71,8 @@ def test_text_of_a_flag_becomes_a_value_of_its_type(name, text, value):
         ("rate", "fast", "rate: got fast; it must be a number"),
         ("steps", "1.5", "steps: got 1.5; it must be a whole number or none"),
         ("order", "third", "order: got third; it must be one of second, first"),
-        ("widths", "4,x", "widths: got 4,x; it must be whole numbers with commas between them"),
-        ("scales", "1,2,3", "scales: got 1,2,3; it must be 2 numbers with commas between them"),
+        ("widths", "4,x", "widths: got 4,x; it must be whole numbers separated by commas"),
+        ("scales", "1,2,3", "scales: got 1,2,3; it must be 2 numbers separated by commas"),
     ],
 )
 def test_text_of_another_type_is_an_error(name, text, expected):
@@ -140,7 +140,7 @@ def test_parameters_without_annotation_have_the_type_of_their_default():
     def plain(network, *, context=5, rate=0.5, name="a", loss=max): ...
 
     settings = schema.settings_of(plain)
-    assert {name: each.hint for name, each in settings.items()} == {
+    assert {name: setting.hint for name, setting in settings.items()} == {
         "context": int,
         "rate": float,
         "name": str,
@@ -188,12 +188,12 @@ def test_a_factory_that_forwards_has_its_parent_s_settings():
 
 def test_facts_are_declared_and_inherited():
     @learner(kinds=("classification",), head=False)
-    def one(network, *, rate: float = 0.1): ...
+    def parent(network, *, rate: float = 0.1): ...
 
-    @forwards(one)
-    def two(network, **settings): ...
+    @forwards(parent)
+    def child(network, **settings): ...
 
-    assert facts_of(one).head is facts_of(two).head is False
+    assert facts_of(parent).head is facts_of(child).head is False
     assert facts_of(method).kinds == ("classification", "regression")
     with pytest.raises(ValueError, match="fact: got 'kind'"):
         learner(kind="classification")
@@ -207,9 +207,9 @@ def parser_of(*groups):
 
 def test_parsed_values_contain_no_defaults():
     parser = parser_of(("learner", schema.settings_of(method)))
-    given = parser.parse(["--rate", "2", "--shared", "--widths=1,2"])
-    assert given.values == {"learner": {"rate": 2.0, "shared": True, "widths": (1, 2)}}
-    assert given.texts == {"--rate": "2", "--shared": None, "--widths": "1,2"}
+    parsed = parser.parse(["--rate", "2", "--shared", "--widths=1,2"])
+    assert parsed.values == {"learner": {"rate": 2.0, "shared": True, "widths": (1, 2)}}
+    assert parsed.texts == {"--rate": "2", "--shared": None, "--widths": "1,2"}
     assert parser.parse(["--no-shared"]).values == {"learner": {"shared": False}}
     assert parser_of(("learner", schema.settings_of(method))).parse([]).values == {}
 
@@ -280,6 +280,6 @@ def test_a_command_is_described_by_its_function():
         """
 
     parser = of_function(draw, "draw")
-    given = parser.parse(["a", "b", "--out", "c.png"])
-    assert given.words == ["a", "b"]
-    assert given.values == {"flags": {"out": "c.png"}}
+    parsed = parser.parse(["a", "b", "--out", "c.png"])
+    assert parsed.words == ["a", "b"]
+    assert parsed.values == {"flags": {"out": "c.png"}}

@@ -642,7 +642,7 @@ def test_a_run_on_other_data_than_images_is_an_error(place, tmp_path, capsys):
     ("flags", "says"),
     [
         (["--score", "leep"], "--score: leep needs a head of the source's own classes; {place}/prototypical"),
-        (["--rate", "0.1"], "--rate: applies to --fine-tune"),
+        (["--rate", "0.1"], "--rate: applies to --fine-tune only"),
         (["{place}/copy"], "SOURCES: got {place}/copy; give two or more"),
         (["{place}/copy", "none"], "SOURCES: got none, which has no trained parameters"),
         (["{place}/copy", "nowhere"], "SOURCES: nowhere does not exist"),

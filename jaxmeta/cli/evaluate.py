@@ -23,9 +23,9 @@ from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import Evaluation, evaluate_classes, evaluate_episodes
 from jaxmeta.training.sharding import sample_of
 
-# Method that evaluates weights; its settings have no flags.
+# Method with which weights are evaluated; its settings have no flags.
 METHOD = "simple_shot"
-# Number of support sets from which a network without batch statistics gets them.
+# Number of support sets to compute batch statistics from, if the source has none.
 _STATISTICS_TASKS = 16
 
 
@@ -44,11 +44,11 @@ def evaluate_weights(
     length 1. Nothing is trained.
 
     Args:
-      source: transfer, or file or folder of weights.
+      source: output folder of a transfer, or a file or folder of weights.
       config: configuration of tasks, episodes, seed and devices.
-      network: name of the network of weights that do not name it.
+      network: name of the network, for weights that do not name it.
       json: file to write the result to.
-      per_class: whether the result has accuracy and confusions of each class.
+      per_class: whether to add accuracy and confusions of each class to the result.
       confusion: PNG file to draw the confusion matrix to.
 
     Returns:
@@ -100,7 +100,7 @@ def evaluate_weights(
     print(f"nearest prototypes of the features of {backbone.about}")
     if normalises:
         own = STATISTICS in (backbone.variables or {})
-        origin = "of the source" if own else f"of {_STATISTICS_TASKS} support sets: the source has none"
+        origin = "of the source" if own else f"of {_STATISTICS_TASKS} support sets, since the source has none"
         print(f"batch statistics: {origin}")
     print(f"{sentence(card)}; {plural(episodes, 'task')}, seed {config.run.seed}")
     print_results(result, config)

@@ -1,7 +1,7 @@
 """Named protocols (presets): values of settings for a complete training.
 
-A protocol is a dictionary by the bare names of settings; `base` names another protocol that it modifies.
-Where its learner is not the base's, that learner's own defaults are applied before the protocol's values.
+A protocol maps names of settings, without their groups, to values; `base` names a protocol that it modifies.
+If its learner differs from the base's, that learner's own defaults are applied before the protocol's values.
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def _official_omniglot(ways: int, shots: int) -> Protocol:
     }
 
 
-# MAML on images, one support example a class.
+# MAML on images, with one support example per class.
 _ONE_SHOT: Protocol = {
     "ways": 5,
     "shots": 1,
@@ -90,8 +90,8 @@ _TEN_DIGITS: Protocol = _ONE_SHOT | {
     "meta_batch": 8,
 }
 
-# For user images: normalised by the support set, as `jaxmeta predict` uses the result, which treats each
-# query alone.
+# For user images: normalised with the support set's statistics, since `jaxmeta predict` classifies each query
+# independently.
 _OWN_IMAGES: Protocol = _ONE_SHOT | {
     "queries": 5,
     "train_queries": 5,
@@ -138,7 +138,7 @@ PRESETS: dict[str, Protocol] = {
     "omniglot-alphabet": _ONE_SHOT
     | {
         "description": "MAML on Omniglot's background set, 20-way 1-shot, to classify an alphabet's letters "
-        "by `predict`",
+        "with `predict`",
         "tasks": "omniglot",
         "ways": 20,
         "train_ways": 20,
@@ -153,10 +153,10 @@ PRESETS: dict[str, Protocol] = {
         "meta_batch": 8,
     },
     "mnist": _TEN_DIGITS
-    | {"description": "MAML on MNIST's ten digits, 5-way 1-shot, as a source of transfer", "tasks": "mnist"},
+    | {"description": "MAML on MNIST's ten digits, 5-way 1-shot, as a source for transfer", "tasks": "mnist"},
     "usps": _TEN_DIGITS
     | {
-        "description": "MAML on the ten digits of USPS, 5-way 1-shot, as a source of transfer",
+        "description": "MAML on the ten digits of USPS, 5-way 1-shot, as a source for transfer",
         "tasks": "usps",
     },
     "maml-omniglot-5way-1shot": _official_omniglot(5, 1),
@@ -164,7 +164,7 @@ PRESETS: dict[str, Protocol] = {
     "maml-omniglot-20way-1shot": _official_omniglot(20, 1),
     "maml-omniglot-20way-5shot": _official_omniglot(20, 5),
     # With the paper's α = 0.01 (its code's default is 0.001) some test tasks of 5 points diverge within 10
-    # steps and dominate the mean error. A fifth of it does not diverge, and adapts as well.
+    # steps and dominate the mean error. A fifth of this α does not diverge, and adapts as well.
     "sinusoid": _REGRESSION
     | {
         "description": "MAML on sine waves, trained with 10 points, tested with 5 (Finn et al. 2017)",
@@ -237,7 +237,7 @@ PRESETS: dict[str, Protocol] = {
         "train_shots": 0,
     },
     "omniglot-within-alphabet": {
-        "description": "Omniglot's classical test: 20 letters of one new alphabet, queries by another hand",
+        "description": "Omniglot's classical test: 20 letters of one new alphabet, queries by another writer",
         "base": "omniglot",
         "learner": "matching",
         "ways": 20,
@@ -272,7 +272,7 @@ PRESETS: dict[str, Protocol] = {
         "strings": (5, 5),
     },
     "omniglot-koch": {
-        "description": "Koch et al. 2015: their Siamese network for 105x105 on the same test; for a GPU",
+        "description": "Koch et al. 2015: Siamese network for 105x105 images on the same test; needs a GPU",
         "base": "omniglot-within-alphabet",
         "learner": "siamese",
         "network": "koch",
@@ -282,8 +282,8 @@ PRESETS: dict[str, Protocol] = {
     },
 }
 
-# The protocol of `train METHOD --tasks omniglot` for each method. learned_optimizer is left out: a network of
-# this size would take it far longer than hours.
+# The protocol of `train METHOD --tasks omniglot` for each method. learned_optimizer is left out, since its
+# training on a network of this size would take many times longer.
 PRESETS |= {
     f"omniglot-{name.replace('_', '-')}": {
         "description": f"Omniglot, 5-way 1-shot: {summary(factory)}",

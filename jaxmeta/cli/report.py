@@ -1,7 +1,7 @@
 """Progress, metrics and reports of a run.
 
 `jm.train` writes `metrics.jsonl` during the run; every other file is written under another name and renamed,
-so that no reader sees half of it.
+so that no reader sees a partial file.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ _NO_SCALARS = ("step", "best", "compile_s")
 
 
 class RunLog:
-    """A `report=` of `jm.train` that shows the progress of a run, and keeps what its report needs.
+    """A `report` callback of `jm.train` that shows the progress of a run and keeps numbers for its report.
 
-    The numbers of `metrics.jsonl` go to `tensorboard/` next to it, for `tensorboard --logdir`.
+    The numbers of `metrics.jsonl` are also written to `tensorboard/` next to it, for `tensorboard --logdir`.
 
     Args:
       path: path of `metrics.jsonl`.
@@ -46,7 +46,7 @@ class RunLog:
         self._stepping_s, self._last_step = 0.0, 0
         self._bar = ProgressBar()
         self._scalars: Any = None
-        self._void_from: int | None = None
+        self._purge_from: int | None = None
         self._forgiving = Forgiving()
 
     @property
@@ -102,7 +102,7 @@ class RunLog:
     def _rewind(self, step: int) -> None:
         """Restore the counts of the rows that a resumed run keeps."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        self._void_from = step + 1
+        self._purge_from = step + 1
         self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0
         for row in rows:
             if "loss" in row:
@@ -113,19 +113,19 @@ class RunLog:
     def _tensorboard(self) -> Any:
         from tensorboardX import SummaryWriter
 
-        # Files are named by the second: the suffix keeps two of the same second apart.
+        # File names contain the time in seconds; the suffix makes them unique within a second.
         return SummaryWriter(
             str(self.path.parent / TENSORBOARD),
-            purge_step=self._void_from,
+            purge_step=self._purge_from,
             filename_suffix=f".{time.time_ns()}",
         )
 
 
 @contextlib.contextmanager
 def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callable[[Event], None]]:
-    """Yield `report` with JAX's profiler on between its first two `Progress` events, writing to `folder`.
+    """Yield `report`, with JAX's profiler writing to `folder` between its first two `Progress` events.
 
-    After the first event everything is compiled. A trace ends at the second, since its size grows with time.
+    After the first event everything is compiled. The trace ends at the second event to limit its size.
     """
     import jax
 
@@ -155,10 +155,10 @@ def profiling(report: Callable[[Event], None], folder: Path) -> Iterator[Callabl
 # Descriptions of the statistics of batch normalisation, by the learner's `norm`.
 NORMALISED = {
     "none": "no batch normalisation",
-    "batch": "batch normalisation by the evaluated batch",
-    "population": "batch normalisation by the training tasks",
-    "support": "batch normalisation by the support set",
-    "episode": "batch normalisation by the support set, a running average over the inner steps",
+    "batch": "batch normalisation with statistics of the evaluated batch",
+    "population": "batch normalisation with statistics of the training tasks",
+    "support": "batch normalisation with statistics of the support set",
+    "episode": "batch normalisation with running statistics of the support set over the inner steps",
 }
 
 
@@ -190,10 +190,10 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
         "split": f"{card['split']}, {plural(card['classes'], 'class')}" if card["classes"] else card["split"],
         "split hash": card["split_hash"],
         "images": None if config.images is None else ImageSpec(**config.images),
-        "parameters": f"{report['parameters']:,}, tested as after meta-step {report['best_step']}",
+        "parameters": f"{report['parameters']:,}; tested after meta-step {report['best_step']}",
         "meta-steps skipped": report["skipped"] or None,
         "speed": report["steps_per_second"] and f"{report['steps_per_second']:.1f} meta-steps/s",
-        "time": f"{report['wall_s']:.1f} s, compiling the meta-step {report['compile_s'] or 0:.1f} s of it",
+        "time": f"{report['wall_s']:.1f} s, with {report['compile_s'] or 0:.1f} s to compile the meta-step",
         "peak memory": report["peak_memory_bytes"]
         and f"{report['peak_memory_bytes'] / 1e6:,.0f} MB of the {report['peak_memory']}",
         "device": f"{report['devices']} × {report['device']}",
@@ -206,7 +206,7 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
         lines += repeated_by(report["command"])
     lines += [
         "",
-        "Settings, by the names of their flags:",
+        "Settings, named like their flags:",
         "",
         "| group | setting | value |",
         "| --- | --- | --- |",
@@ -222,10 +222,10 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
 
 
 def chance_level(result: Mapping[str, Any]) -> str | None:
-    """Return the baseline of guessing in words; None where the number of classes varies."""
+    """Return a line with the result of guessing; None if the number of classes varies."""
     if "mse_of_mean" in result:
         return (
-            f"Answering with the mean of the support targets: {format_interval(result['mse_of_mean'], 'mse')}"
+            f"Prediction by the mean of the support targets: {format_interval(result['mse_of_mean'], 'mse')}"
         )
     ways = result["card"]["ways"]
     return f"Guessing: {100 / ways:.2f} %, one of {ways} classes" if isinstance(ways, int) else None

@@ -87,7 +87,7 @@ class Setting(NamedTuple):
         """
         for kind in members(self.hint):
             if get_origin(kind) is Literal:
-                if any(type(each) is type(value) and each == value for each in get_args(kind)):
+                if any(type(choice) is type(value) and choice == value for choice in get_args(kind)):
                     return value
                 continue
             try:
@@ -162,19 +162,19 @@ def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     fixed = set(function.keywords) if isinstance(function, functools.partial) else set()
     is_module = isinstance(base, type) and hasattr(base, "apply")
     fields = [
-        each
-        for each in signature.parameters.values()
-        if each.kind in kinds and not (is_module and each.name in _OF_MODULES)
+        field
+        for field in signature.parameters.values()
+        if field.kind in kinds and not (is_module and field.name in _OF_MODULES)
     ]
     if isinstance(function, functools.partial):
         # `inspect` makes parameters after a partial's keywords keyword-only, so the base decides which are
         # settings; their defaults are the partial's.
-        names = {each.name for each in parameters(base)} if not isinstance(base, functools.partial) else None
-        fields = [each for each in fields if names is None or each.name in names]
-        hints = {each.name: each.annotation for each in parameters(base)}
-        fields = [each.replace(annotation=hints.get(each.name, each.annotation)) for each in fields]
-        # Values that are not plain cannot be flags: the variant has fixed them.
-        fields = [each for each in fields if each.name not in fixed or _is_plain_value(each.default)]
+        names = None if isinstance(base, functools.partial) else {field.name for field in parameters(base)}
+        fields = [field for field in fields if names is None or field.name in names]
+        hints = {field.name: field.annotation for field in parameters(base)}
+        fields = [field.replace(annotation=hints.get(field.name, field.annotation)) for field in fields]
+        # Values that the partial fixes and that are not plain cannot be flags.
+        fields = [field for field in fields if field.name not in fixed or _is_plain_value(field.default)]
     return fields
 
 
@@ -215,7 +215,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def defaults_of(settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Return the defaults of the settings that have one."""
-    return {name: each.default for name, each in settings.items() if each.default is not MISSING}
+    return {name: setting.default for name, setting in settings.items() if setting.default is not MISSING}
 
 
 def checked(group: str, values: Any, settings: Mapping[str, Setting]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def spelled(hint: Any) -> str:
             inner = get_args(kind)[0]
             count = "" if Ellipsis in get_args(kind) else f"{len(get_args(kind))} "
             plural = {int: "whole numbers", float: "numbers", str: "words"}.get(inner, "values")
-            parts.append(f"{count}{plural} with commas between them")
+            parts.append(f"{count}{plural} separated by commas")
         else:
             parts.append(words[kind])
     return " or ".join(parts)

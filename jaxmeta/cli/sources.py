@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OWN = "module:name"
 # Episodes in a batch of an evaluation from a stream.
 _STREAMED = 20
-# Bytes that an evaluation keeps for each episode, at least: two keys, and the result.
+# Minimum number of bytes that an evaluation keeps per episode: two keys and the result.
 _KEYS = 20
 # Images in a mini-batch of supervised training, on each device.
 _SUPERVISED_BATCH = 64
@@ -147,8 +147,8 @@ TASKS: dict[str, Source] = {
         Source(
             "folder:PATH",
             tasks.from_folder,
-            "a folder of your own images: a subfolder for each class, these in folders train, val and test, "
-            "or csv lists",
+            "a folder of your own images: one subfolder per class, optionally inside folders train, val and "
+            "test, or csv lists",
             "folder",
             images=_folder,
             files=True,
@@ -210,8 +210,8 @@ class Sequences:
 
     Attributes:
       sequence: length of the sequence of a task's support examples, with labels one step late.
-      strings: numbers of letters and of characters of labels that are strings, such as 5,5; by default labels
-        are classes.
+      strings: size of the alphabet and length of labels that are strings, such as 5,5; by default labels are
+        class numbers.
     """
 
     sequence: int | None = None
@@ -329,13 +329,13 @@ def _build(
         values = {name: settings[name] for name in own} | shape
         if schema.accepts(source.function, "data"):
             values["data"] = data
-        found = source.function(*([source.argument] if source.argument else []), split, **values)
-        check_tasks(found)
-        if found.card is None:
+        built = source.function(*([source.argument] if source.argument else []), split, **values)
+        check_tasks(built)
+        if built.card is None:
             kind: Kind = "classification" if "ways" in own else "regression"
             shape = {name: value for name, value in shape.items() if value is not schema.MISSING}
-            found = found._replace(card=ProtocolCard(config.tasks["name"], check_part(split), kind, **shape))
-        return found
+            built = built._replace(card=ProtocolCard(config.tasks["name"], check_part(split), kind, **shape))
+        return built
     images = source.images(source.argument, settings, data)
     protocol: dict[str, Any] = {
         "split": split,
@@ -392,7 +392,7 @@ def validation_tasks_of(config: "Config", key: Key | None = None) -> TaskDistrib
             return None
         if is_own(config.tasks["name"]):
             # User-defined sources may raise any ValueError for a split that they do not have.
-            warnings.warn(f"training goes on without validation tasks: {error}", stacklevel=2)
+            warnings.warn(f"training continues without validation tasks: {error}", stacklevel=2)
             return None
         raise
 
@@ -439,8 +439,8 @@ def _check_memory(distribution: TaskDistribution, config: "Config", split: str) 
         shape = ", ".join(schema.flag_of(prefix + field) for field in ("ways", "shots", "queries"))
         raise ArgumentError(
             name,
-            f"got {number}; so many tasks of {size / 1e6:,.1f} MB ({shape}) take {total / 1e9:,.0f} GB of "
-            f"{available / 1e9:,.0f} GB of memory; give fewer or smaller ones",
+            f"got {number}; that many tasks of {size / 1e6:,.1f} MB ({shape}) need {total / 1e9:,.0f} GB of "
+            f"memory, but there are {available / 1e9:,.0f} GB; give fewer or smaller tasks",
         )
 
 
@@ -448,7 +448,7 @@ def memory() -> int:
     """Return the bytes of memory of this machine, or of all its devices where they have more."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return max(host, sum(each.get("bytes_limit", 0) for each in stats))
+    return max(host, sum(device.get("bytes_limit", 0) for device in stats))
 
 
 def absolute(name: str) -> str:

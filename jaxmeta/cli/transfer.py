@@ -78,21 +78,22 @@ class Options:
 
     Attributes:
       data: folder with the target's files; by default the cache, or a download.
-      shots: number of random examples of each class to learn from, or all for four fifths of each; the others
-        are scored. By default 20, but at most four fifths of the smallest class. Where the data has parts to
-        learn from and to score (folders or lists train and test of the same classes), examples are drawn from
-        the former, by default all, and the latter is scored.
-      size: side in pixels of the images that the source's network gets; by default of the source's images.
-        Where the source does not say, it is 224 for ResNet and ViT files, and the target's size for others.
-      channels: channels of the images that the source's network gets, 1 for grey and 3 for colour; by default
-        of the source's images.
+      shots: number of random examples per class to learn from, or all for four fifths of each class; the
+        others are scored. By default 20, but at most four fifths of the smallest class. If the data has parts
+        train and test of the same classes (folders or lists), examples are drawn from train, by default all,
+        and test is scored.
+      size: side in pixels of the network's input images; by default that of the source's images. If the
+        source does not specify it, it is 224 for ResNet and ViT files, and the target's size for others.
+      channels: channels of the network's input images, 1 for grey and 3 for colour; by default those of the
+        source's images.
       pixels: normalisation of the pixels; by default the source's. plain is in [0, 1], imagenet subtracts
         ImageNet's mean and divides by its standard deviation, symmetric is in [-1, 1].
-      network: network of a weights file that does not name its network, or of SOURCE none; a name in
+      network: network, for a weights file that does not name it and for SOURCE none; a name in
         `jaxmeta networks`.
-      steps: number of mini-batches of fine-tuning; by default ten epochs, but at least 200; 100 for `rank`.
-      rate: largest step size of Adam, which falls to zero; by default 0.001, 0.0001 for ResNet and ViT files,
-        and ten times that for gradual.
+      steps: number of mini-batches of fine-tuning; by default ten epochs but at least 200 steps, or 100 steps
+        for `rank`.
+      rate: initial step size of Adam, which decays to zero; by default 0.001, 0.0001 for ResNet and ViT
+        files, and ten times that for gradual.
       batch: number of examples in a mini-batch; by default 32.
       seed: seed of the examples to learn from, the new head and the mini-batches.
     """
@@ -134,8 +135,8 @@ def transfer(
 ) -> Path:
     """Train a classifier of labelled images on a source's backbone, and report its accuracy.
 
-    The output folder gets weights.safetensors, config.json, report.json, report.md and confusion.png, and can
-    be a source again.
+    The output folder contains weights.safetensors, config.json, report.json, report.md and confusion.png, and
+    can be used as a source.
 
     Args:
       source: folder of `train` or `transfer`; .safetensors or .msgpack file; folder of Hugging Face's
@@ -145,14 +146,14 @@ def transfer(
       recipe: way to train; by default lp-ft, or scratch where SOURCE is none. feature-extraction: a ridge
         head in closed form on the frozen backbone. linear-probe: a logistic head on the frozen backbone.
         fine-tune: backbone and a new head together. lp-ft: a linear probe, then fine-tuning. gradual:
-        unfreezing from the head down, at rates that fall by a factor of 2.6 for each group. scratch: the
-        source's network, untrained.
+        unfreezing from the head down, with rates that fall by a factor of 2.6 per group. scratch: the
+        source's network from a random initialisation.
       train: parts of the backbone that fine-tune and lp-ft train in addition to the head, such as
         body/ConvNorm_3; by default all. They are paths as in report.md without params/, with * within a name
         and ** across names.
       l2_sp: weight of the penalty ½‖w − w⁰‖², which pulls the backbone towards the source's.
-      keep_statistics: whether fine-tune, lp-ft and gradual normalise by the backbone's batch statistics and
-        keep them; otherwise by those of mini-batches, and the statistics become the target's.
+      keep_statistics: whether fine-tune, lp-ft and gradual normalise with the backbone's batch statistics and
+        keep them; otherwise mini-batch statistics are used, and the stored ones become the target's.
       out: output folder; by default runs/transfer-<source>-<target>-<date and time>.
       reading: settings of the target's source, in place of their defaults.
       **options: settings in `Options`.
@@ -322,7 +323,7 @@ def _scores(plan: _Plan, fitted: Fit) -> tuple[dict[str, Any], Int[np.ndarray, "
     recalls = np.diag(confusion) / confusion.sum(1)
     scores: dict[str, Any] = {"accuracy": wilson(int(np.trace(confusion)), len(score.y))}
     if plan.backbone.variables is not None and plan.settings.steps is not None:
-        # The baseline of fine-tuning; LP-FT has fitted it already.
+        # The linear probe is the baseline of fine-tuning; LP-FT has already fitted it.
         learn = plan.images.batch(plan.split.learn)
         probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
         right = _predictions(start, probe, score) == score.y
@@ -372,10 +373,10 @@ def rank(
     requested = common.fine_tuning()
     if not fine_tune and requested.given():
         name = next(iter(requested.given()))
-        raise ArgumentError(name, "applies to --fine-tune; add that flag, or leave this out")
+        raise ArgumentError(name, "applies to --fine-tune only; add that flag, or leave this one out")
     check_settings("lp-ft", requested)
     if len(set(sources)) < max(2, len(sources)):
-        raise ArgumentError("sources", f"got {' '.join(sources) or 'none'}; give two or more, each once")
+        raise ArgumentError("sources", f"got {' '.join(sources) or 'none'}; give two or more different ones")
     to = folders.output_file("json", json)
     key = jax.random.key(common.seed)
     backbones = {name: _backbone(name, common, "sources") for name in sources}
@@ -420,7 +421,7 @@ def rank(
 
 
 def _options(options: Mapping[str, Any]) -> Options:
-    """Return common options, with the path of the data made absolute."""
+    """Return the common options, with an absolute path of the data."""
     return Options(**{**options, "data": folders.data_folder(options.get("data"))})
 
 
@@ -436,7 +437,7 @@ def _backbone(source: str, options: Options, argument: str = "source") -> Backbo
     if not isinstance(backbone.network, linen.Module):
         raise ArgumentError(
             "network",
-            f"got {options.network}, which is not a flax.linen.Module; transfer needs the layers of one",
+            f"got {options.network}, which is not a flax.linen.Module; transfer needs one",
         )
     if options.pixels is None:
         return backbone
@@ -446,7 +447,7 @@ def _backbone(source: str, options: Options, argument: str = "source") -> Backbo
 def _images(
     backbone: Backbone, target: str, options: Options, reading: Mapping[str, Any], key: Key
 ) -> tuple[Target, ShotSplit]:
-    """Return the target's images, read with the backbone's size and channels where it has some."""
+    """Return the target's images, with the backbone's size and channels if it specifies them."""
     size = backbone.size if options.size is None else options.size
     channels: int | None = options.channels
     if size is not None:
@@ -504,7 +505,7 @@ def _whole(variables: Variables) -> Variables:
 
 
 def _read_back(path: Path, variables: Variables) -> None:
-    """Read a file of weights, and raise where they differ from those in memory."""
+    """Read a file of weights, and raise an error if they differ from those in memory."""
     stored = leaves_by_path(read_weights(path))
     for name, leaf in leaves_by_path(_whole(variables)).items():
         if np.asarray(stored.get(name)).tobytes() != np.asarray(leaf).tobytes():
@@ -516,10 +517,10 @@ class _Stopped(Exception):
 
 
 class _Progress:
-    """Progress of training with the variables so far; it raises `_Stopped` after a signal.
+    """Callbacks that print progress, keep the variables so far and raise `_Stopped` after a signal.
 
     Args:
-      steps: number of all steps.
+      steps: total number of steps.
       signals: handler of the command's signals.
     """
 

@@ -1,8 +1,8 @@
-"""Methods whose network itself learns from what it is shown: memories and fast weights.
+"""Model-based methods: networks that learn a task through a memory or fast weights.
 
 | learner | how a task is learned |
 | --- | --- |
-| `mann` | a recurrent network writes what it is shown to a memory, and classifies the next example by what it reads (Santoro et al. 2016) |
+| `mann` | a recurrent network writes the examples to a memory, and classifies the next example from what it reads (Santoro et al. 2016) |
 | `metanet` | gradients of the support set become fast weights, which queries read by attention (Munkhdalai & Yu 2017) |
 
 **Sequences.** A memory-augmented network sees one example after another, each with the label of the one
@@ -26,9 +26,9 @@ True
 `instance_1` is the accuracy when a class is new, `instance_3` when it has been seen twice. Santoro's network
 has `LRUA(rows=128, width=40, heads=4)`, `hidden=200` and sequences of 50 images.
 
-`jm.nn.NTM()` in place of `LRUA` is the addressing of the Neural Turing Machine, `None` an LSTM alone. Labels
-can be strings (`strings=(5, 5)`), and `jm.tasks.with_ways(shown, n)` is a curriculum over which nothing is
-compiled anew. Santoro's experiments are `jaxmeta train --preset mann-omniglot` and `jaxmeta train --preset
+`memory=jm.nn.NTM()` selects the addressing of the Neural Turing Machine, and `memory=None` an LSTM without a
+memory. Labels can be strings (`strings=(5, 5)`), and `jm.tasks.with_ways(shown, n)` allows a curriculum without
+recompilation. Santoro's experiments are `jaxmeta train --preset mann-omniglot` and `jaxmeta train --preset
 mann-omniglot-strings`; `benchmarks/README.md` compares the memories.
 """  # noqa: E501
 

@@ -13,7 +13,7 @@ from jaxmeta.nn.norm import BatchNorm
 
 
 def max_pool_3x3(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Pool by 3×3 maxima with stride 2 and a padding of 1."""
+    """Apply 3×3 max-pooling with stride 2 and a padding of 1."""
     # Maxima of slices, over rows and then over columns: the gradient of `linen.max_pool` is a scatter, which
     # takes four times as long on CPUs.
     return _max_of_three(_max_of_three(x, 1), 2)
@@ -37,7 +37,7 @@ class Block(linen.Module):
 
     Attributes:
       channels: output channels.
-      stride: 1, or 2 to halve the map.
+      stride: 1, or 2 to halve the resolution.
       bottleneck: True for the bottleneck.
     """
 
@@ -69,7 +69,7 @@ class Block(linen.Module):
 
 
 def _conv_norm(x, mask, filters, size, stride, padding, name, pool=None):
-    # He initialisation as in torchvision: by fan-out, from a normal distribution that is not truncated.
+    # He initialisation as in torchvision: with fan-out, from a normal distribution without truncation.
     init = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
     conv = Conv(filters, (size, size), stride, padding, use_bias=False, kernel_init=init, name=f"{name}_conv")
     return BatchNorm(epsilon=1e-5, name=f"{name}_norm")(conv(x), mask, pool=pool)
@@ -78,13 +78,13 @@ def _conv_norm(x, mask, filters, size, stride, padding, name, pool=None):
 class ResNet(linen.Module):
     """A residual network for images of about 224×224.
 
-    A 7×7 convolution and a 3×3 max-pooling, both of stride 2, are followed by stages of blocks, of which each
-    but the first halves the map, and by an average over space. The stride of a bottleneck is in its 3×3
+    A 7×7 convolution and a 3×3 max-pooling, both of stride 2, are followed by stages of blocks and by global
+    average pooling. Each stage but the first halves the resolution. The stride of a bottleneck is in its 3×3
     convolution ("v1.5", as in torchvision), not in its first 1×1 convolution as in the paper.
 
-    `network.apply({"params": …}, x)` normalises by the statistics of the batch, and
-    `network.apply({"params": …, "batch_stats": …}, x)` by the given ones, such as pretrained ones (see
-    `jm.transfer.load_pretrained`).
+    `network.apply({"params": …}, x)` normalises with the statistics of the batch, and
+    `network.apply({"params": …, "batch_stats": …}, x)` with the given statistics, such as pretrained ones
+    (see `jm.transfer.load_pretrained`).
 
     Attributes:
       ways: width of the linear layer "head"; None for an embedding without one.

@@ -90,10 +90,10 @@ def list_images(path: Path, argument: str = "path", *, skip_missing: bool = Fals
 
     - lists named `train`, `val` and `test` (or base, val, novel), as csv files with columns such as
       `filename` and `label`, or as JSON with `label_names`, `image_names` and `image_labels` or with
-      `class_names` and `class_roots`; in the folder itself, or in its folder `split` or `splits`. File names
-      are relative to the folder, to its folder `images`, or to the folder of the list;
+      `class_names` and `class_roots`; in the folder itself, or in its subfolder `split` or `splits`. File
+      names are relative to the folder, to its subfolder `images`, or to the folder of the list;
     - folders `train`, `val` and `test`, each with one subfolder per class;
-    - one such list, with or without a column `split`, where there are no class folders;
+    - one such list, with or without a column `split`, if there are no class folders;
     - one subfolder per class.
 
     Args:
@@ -194,7 +194,7 @@ def _part_folders(reader: "_Reader") -> Listing | None:
     folder_of: dict[str, Path] = {}
     for path in with_images:
         part = str(part_of(path.name))
-        inner = [each for each in subfolders(path) if files_of_class(each)]
+        inner = [subfolder for subfolder in subfolders(path) if files_of_class(subfolder)]
         # A folder named images is not a class: its files have no labels.
         if not inner or (len(inner) == 1 and inner[0].name.casefold() in IMAGE_FOLDERS):
             return None
@@ -206,7 +206,7 @@ def _part_folders(reader: "_Reader") -> Listing | None:
     classes: dict[str, dict[str, Sequence[Path]]] = {}
     left_out: list[LeftOut] = []
     for part, path in folder_of.items():
-        files = {each.name: files_of_class(each) for each in subfolders(path)}
+        files = {subfolder.name: files_of_class(subfolder) for subfolder in subfolders(path)}
         for name, paths in files.items():
             if paths:
                 classes.setdefault(name, {})[part] = paths
@@ -293,7 +293,7 @@ def _other_file(path: Path) -> str:
     if suffix == ".npz":
         return f"; use arrays:{path.name}"
     if suffix == ".npy":
-        return "; write arrays and their labels by numpy.savez('data.npz', x=…, y=…), and use arrays:data.npz"
+        return "; write arrays and labels with numpy.savez('data.npz', x=…, y=…), and use arrays:data.npz"
     if suffix in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".rar", ".7z"):
         return "; unpack it, and give the folder"
     return " or a list of images (.csv, .json)"
@@ -377,8 +377,8 @@ class _Reader(NamedTuple):
                     if before[:2] != entry[:2]:
                         raise self.error(
                             path,
-                            f", {row.where}: {row.file!r} is of {_describe(entry)}, but of "
-                            f"{_describe(before)} in {before[2]}; an image must have one class and one part",
+                            f", {row.where}: {row.file!r} has {_describe(entry)}, but {_describe(before)} in "
+                            f"{before[2]}; an image must have one class and one part",
                         )
                     duplicates.append(f"{path.name}, {row.where}")
                     continue
@@ -390,7 +390,7 @@ class _Reader(NamedTuple):
                     f": {len(missing)} of {len(rows)} listed images do not exist (searched in {places} of "
                     f"{self.folder}): {join_names(missing)}",
                 )
-            absent += [f"{path.name}, {each}" for each in missing]
+            absent += [f"{path.name}, {row}" for row in missing]
         for parts in classes.values():
             for files in parts.values():
                 files.sort()
@@ -415,11 +415,11 @@ class _Reader(NamedTuple):
         file_column, label_column = _column(header, _FILE), _column(header, _LABEL)
         if file_column is None or label_column is None:
             missing = " and the ".join(
-                what for what, place in (("file", file_column), ("label", label_column)) if place is None
+                name for name, column in (("file", file_column), ("label", label_column)) if column is None
             )
             raise self.error(
                 path,
-                f" has the columns {join_names(map(repr, header), 8)} and lacks one for the "
+                f" has the columns {join_names(map(repr, header), 8)} and no column for the "
                 f"{missing} of an image; "
                 f"it needs one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
             )
@@ -483,7 +483,7 @@ class _Reader(NamedTuple):
     def _rooted(self, path: Path, names: Any, roots: Any) -> Iterator[_Row]:
         """Yield the images of the listed folders, one per class."""
         if not _are_strings(names) or not _are_strings(roots) or len(roots) != len(names):
-            raise self.error(path, ": class_names and class_roots must be lists of strings of one length")
+            raise self.error(path, ": class_names and class_roots must be lists of strings, of equal length")
         find = _Finder(self, path)
         for place, (name, root) in enumerate(zip(names, roots, strict=True)):
             where = f"class_roots[{place}]"
@@ -511,7 +511,7 @@ class _Finder:
         for text in dict.fromkeys((row.file, row.file.strip(), row.file.strip().replace("\\", "/"))):
             if "\0" in text:
                 raise self._outside(row, "holds a zero byte")
-            # On other systems than Windows a backslash is part of the name.
+            # On systems other than Windows, a backslash is part of the name.
             is_name = "\\" in text and not text.startswith("/")
             if (
                 is_name
@@ -600,4 +600,4 @@ def _is_json_list(path: Path) -> bool:
 
 
 def _are_strings(values: Any) -> TypeGuard[list[str]]:
-    return isinstance(values, list) and all(isinstance(each, str) for each in values)
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

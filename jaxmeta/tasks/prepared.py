@@ -69,7 +69,7 @@ class ReadSummary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A handle of images of one shape, stored by class as records on disk.
+    """A handle to images of one shape, stored by class as records on disk.
 
     Attributes:
       folder: folder of the records and their index.
@@ -120,7 +120,7 @@ class Prepared:
             if self.parts:
                 warn_of_pooled_parts(self.name, [part for part, _ in self.parts])
             return FRACTIONS, ""
-        return source_split, "class split of the data's own " + ", ".join(part for part, _ in self.parts)
+        return source_split, "class split by the data's parts " + ", ".join(part for part, _ in self.parts)
 
     def rows_of(self, names: Sequence[str]) -> Int[np.ndarray, " n"]:
         """Return the rows of all images of the classes `names`, in that order."""
@@ -148,7 +148,7 @@ class Prepared:
                     str(self.folder / _RECORDS), options="readahead_buffer_size:0"
                 )
             ) as reader:
-                # In blocks, so that a large part is not in memory twice.
+                # Reads in blocks, so that a large part is not in memory twice.
                 for start in range(0, rows.size, _AT_ONCE):
                     records = reader.read(rows[start : start + _AT_ONCE].tolist())
                     block = np.frombuffer(b"".join(records), np.uint8)
@@ -266,7 +266,7 @@ def from_prepared(
     names = list(sizes)
     kept = shape.usable(names, list(sizes.values()), split, prepared.name, skip_small_classes)
     sizes = {names[index]: sizes[names[index]] for index in kept}
-    # Raises errors before any image is read.
+    # Invalid arguments raise here, before any image is read.
     shape.card_for(list(sizes), list(sizes.values()), split, classes.hash, prepared.name, protocol)
     tasks = from_arrays(
         prepared.read(prepared.rows_of(list(sizes))),

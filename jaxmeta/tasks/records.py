@@ -20,19 +20,19 @@ Examples = dict[str, dict[str, bytes]]  # part -> "Alphabet/characterNN/DD" -> P
 
 
 def download(md5: Mapping[str, str], source: str = SOURCE) -> dict[str, Path]:
-    """Download the official archives with tensorflow-datasets' download manager and verify their MD5.
+    """Download the official archives with tensorflow-datasets' download manager and verify their MD5 sums.
 
     Files that were downloaded before are reused.
 
     Args:
-      md5: expected MD5 by part.
+      md5: expected MD5 sum by part.
       source: address of the archives, with `{}` for the part.
 
     Returns:
       Path of the archive by part.
 
     Raises:
-      OSError: no connection, or a file with another MD5, which is removed.
+      OSError: no connection, or a file with another MD5 sum, which is removed.
     """
     tfds = _tfds()
     folder = cache_folder() / "downloads"
@@ -117,7 +117,7 @@ def _builder():
 def write_records(folder: Path, examples: Examples) -> None:
     """Store the drawings in `folder` as the tensorflow-datasets data set `jaxmeta_omniglot`."""
     builder = _builder()(examples=examples, data_dir=folder, file_format="array_record")
-    # It takes a second: progress bars and prints would only clutter the caller's output.
+    # Writing takes a second, and its progress bars would clutter the caller's output.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         builder.download_and_prepare()
 

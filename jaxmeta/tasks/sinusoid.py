@@ -34,7 +34,7 @@ def sinusoid(
       split: "train", "validation" or "test". The parts differ only in their random streams: one key gives
         different tasks in each.
       shots: points of a task to learn from.
-      queries: points of a task to evaluate on. The paper evaluates with 5, 10 and 20 of either.
+      queries: points of a task to evaluate on. The paper evaluates with 5, 10 and 20 of each.
       amplitude: range of the amplitude `A`.
       phase: range of the phase `φ`, in radians.
       inputs: range of the inputs `x`.
@@ -58,7 +58,7 @@ def sinusoid(
       5.1. Nichol et al., On First-Order Meta-Learning Algorithms, 2018, section 3, for the full circle.
     """
     card = regression_card(
-        "sinusoid", split, shots, queries, "Finn et al. 2017, section 5.1, up to the ranges and noise given"
+        "sinusoid", split, shots, queries, "Finn et al. 2017, section 5.1, with the given ranges and noise"
     )
     ranges = {"amplitude": amplitude, "phase": phase, "inputs": inputs}
     for name, interval in ranges.items():
@@ -73,7 +73,7 @@ def sinusoid(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PointCounts:
-    """The static part of a regression task."""
+    """Numbers of points of a regression task, as a static node of a pytree."""
 
     shots: int
     queries: int

@@ -46,8 +46,8 @@ def export(
       adapted: result of `learner.adapt` for a support set.
       x: examples `(n, *shape)`, or their `jax.ShapeDtypeStruct`, of which shape and dtype are read.
       batch: number of examples that the program takes; None for any number. A `predict` that needs the
-        number of examples as an integer must be exported for one number.
-      platforms: platforms on which the program can run, of "cpu", "cuda", "rocm" and "tpu".
+        number of examples as an integer cannot be exported with None.
+      platforms: platforms on which the program can run, out of "cpu", "cuda", "rocm" and "tpu".
       overwrite: True to replace an existing file.
 
     Raises:
@@ -73,7 +73,7 @@ def export(
     learner = normalized(learner)
     path = Path(path).absolute()
     if path.is_dir():
-        raise FileExistsError(f"path: {path} is a folder; name a file")
+        raise FileExistsError(f"path: {path} is a folder; give a file")
     if path.exists() and not overwrite:
         raise FileExistsError(_exists(path))
     params, adapted = jax.tree.map(_on_one_device, (params, adapted))
@@ -127,10 +127,10 @@ def program_of(
 def _problem(error: Exception, batch: int | None, count: int, platforms: Sequence[str]) -> str:
     message = (str(error).strip() or "no message").splitlines()[0]
     number, advice = (
-        ("any number of", f"their number as batch={count}, say, or ") if batch is None else (batch, "")
+        ("any number of", f"a fixed number, such as batch={count}, or ") if batch is None else (batch, "")
     )
     return (
-        f"its predict cannot be written for {number} examples on {', '.join(platforms)} "
+        f"its predict cannot be exported for {number} examples on {', '.join(platforms)} "
         f"({type(error).__name__}: {message}); give {advice}other platforms"
     )
 

@@ -28,7 +28,7 @@ DomainNorm = Literal["separate", "joint"]
 
 
 class Alignment(NamedTuple):
-    """A penalty that makes the features of two domains alike; see `coral`, `mmd` and `dann`.
+    """A penalty that makes the features of two domains similar; see `coral`, `mmd` and `dann`.
 
     Attributes:
       init: function `(key, dim) -> own` of the penalty's own parameters, which are trained together with the
@@ -90,7 +90,7 @@ def mmd(weight: float = 1.0, **settings: Unpack[MMDSettings]) -> Alignment:
 
 
 def dann(*, hidden: tuple[int, ...] = (100,), weight: float = 1.0, gamma: float = 10.0) -> Alignment:
-    """Return the domain-adversarial penalty (DANN): features from which a domain head cannot tell the domain.
+    """Return the domain-adversarial penalty (DANN), for features that do not reveal their domain.
 
     The domain head is trained together with the network, with weight 1. It reads the features through
     `jm.transfer.gradient_reversal` of strength weight · λ_p, where p is the progress of the whole training.
@@ -210,7 +210,7 @@ def align(
 
     Raises:
       ValueError: if `norm` is unknown, the model has no features, or `target` is empty or has another shape
-        than the source; and as in `fine_tune`.
+        than the source; and the errors of `fine_tune`.
       FloatingPointError: if the loss becomes NaN or infinite.
 
     Examples:

@@ -105,7 +105,7 @@ def spelling(letters, characters):
     return CompiledLearner(model, of_float64(params, 2), strings=strings)
 
 
-def unasked(query):
+def masked_out(query):
     return batch(query.x, query.y, np.zeros(len(query.y), bool))
 
 
@@ -180,10 +180,10 @@ def costs_and_answers():
 def test_an_output_does_not_depend_on_the_label_of_its_own_step(x64):
     model, (support, query) = ready(), episode()
     cost, answer = costs_and_answers()
-    costs, answers = cost(support, unasked(query)), answer(support)
+    costs, answers = cost(support, masked_out(query)), answer(support)
     np.testing.assert_allclose(costs, -jax.nn.log_softmax(answers), atol=1e-10)
-    whole, _ = model.loss(model.params, jm.Task(support, unasked(query)), KEY)
-    np.testing.assert_allclose(np.asarray(costs)[range(STEPS), support.y].sum(), whole, rtol=1e-10)
+    total, _ = model.loss(model.params, jm.Task(support, masked_out(query)), KEY)
+    np.testing.assert_allclose(np.asarray(costs)[range(STEPS), support.y].sum(), total, rtol=1e-10)
 
 
 def test_a_label_changes_all_outputs_after_its_step_and_no_others(x64):
@@ -196,7 +196,7 @@ def test_a_label_changes_all_outputs_after_its_step_and_no_others(x64):
         np.testing.assert_array_equal(after[: t + 1], before[: t + 1])
         assert (np.abs(after - before)[t + 1 :].max(1, initial=0) > 1e-8).all()
         # These outputs are the ones that the training loss uses.
-        value, _ = model.loss(model.params, jm.Task(other, unasked(query)), KEY)
+        value, _ = model.loss(model.params, jm.Task(other, masked_out(query)), KEY)
         np.testing.assert_allclose(value, sum(map(model.cross_entropy, after, other.y)), rtol=1e-10)
 
 
@@ -246,12 +246,12 @@ def test_queries_are_next_steps_that_do_not_change_the_memory(x64):
         alone = model.predict(model.params, adapted, query.x[i : i + 1])
         np.testing.assert_allclose(alone[0], actual[i], rtol=1e-10)
     np.testing.assert_allclose(model.predict(model.params, adapted, query.x[::-1]), actual[::-1], rtol=1e-10)
-    before, _ = model.loss(model.params, jm.Task(support, unasked(query)), KEY)
+    before, _ = model.loss(model.params, jm.Task(support, masked_out(query)), KEY)
     together, _ = model.loss(model.params, jm.Task(support, query), KEY)
     total = before
     for i in range(3):
         x, y = (np.concatenate([a, b[i : i + 1]]) for a, b in ((support.x, query.x), (support.y, query.y)))
-        value, _ = model.loss(model.params, jm.Task(batch(x, y), unasked(query)), KEY)
+        value, _ = model.loss(model.params, jm.Task(batch(x, y), masked_out(query)), KEY)
         np.testing.assert_allclose(value - before, model.cross_entropy(actual[i], query.y[i]), rtol=1e-8)
         total += value - before
     np.testing.assert_allclose(together, total, rtol=1e-10)
@@ -272,7 +272,7 @@ def test_tasks_without_queries_are_allowed(strings, x64):
     loss, metrics = jax.jit(learner.loss)(params, alone, KEY)
     outputs = jax.jit(learner.predict)(params, learner.adapt(params, task.support, KEY), task.query.x)
     asked = jm.losses.cross_entropy(outputs, task.query.y) * 2
-    # Joint logits, whose cross-entropy is the sum over characters.
+    # The cross-entropy of joint logits is the sum over characters.
     np.testing.assert_allclose(loss + asked, jax.jit(learner.loss)(params, task, KEY)[0], rtol=1e-9)
     assert metrics["accuracy"][1] == 0
     assert learner.predict(params, learner.adapt(params, task.support, KEY), alone.query.x).shape == (0, ways)
@@ -284,15 +284,15 @@ def test_episodes_are_independent(x64):
     tasks = [episode(seed=seed) for seed in range(3)]
     keys = jax.random.split(KEY, 3)
 
-    def one(task, key):
+    def evaluate(task, key):
         adapted = model.learner.adapt(model.params, task.support, key)
         return model.learner.loss(model.params, task, key), model.learner.predict(
             model.params, adapted, task.query.x
         )
 
-    together = jax.jit(jax.vmap(one))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks), keys)
-    alone = jax.jit(one)
-    for i in (2, 0, 1, 0):  # whatever ran before
+    together = jax.jit(jax.vmap(evaluate))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks), keys)
+    alone = jax.jit(evaluate)
+    for i in (2, 0, 1, 0):  # in any order
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-9),
             together,
@@ -313,8 +313,8 @@ def test_permuted_labels_permute_the_outputs(x64):
     model, (support, query) = ready(), episode()
     actual = model.outputs(model.params, support, query)
     value, metrics = model.loss(model.params, jm.Task(support, query), KEY)
-    for named in itertools.permutations(range(WAYS)):
-        to = jnp.array(named)
+    for permutation in itertools.permutations(range(WAYS)):
+        to = jnp.array(permutation)
         own = model.params["network"]
         kernel = own["inputs"]["kernel"]
         params = {
@@ -327,15 +327,15 @@ def test_permuted_labels_permute_the_outputs(x64):
         renamed = jm.Task(batch(support.x, to[support.y]), batch(query.x, to[query.y]))
         outputs = model.outputs(params, renamed.support, query)
         np.testing.assert_allclose(outputs[:, to], actual, rtol=1e-9)
-        again, same = model.loss(params, renamed, KEY)
-        np.testing.assert_allclose(again, value, rtol=1e-10)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), same, metrics)
+        new_value, new_metrics = model.loss(params, renamed, KEY)
+        np.testing.assert_allclose(new_value, value, rtol=1e-10)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), new_metrics, metrics)
 
 
 # Order and padding.
 
 
-def holes(part, at):
+def with_padding(part, at):
     """Insert padding, with NaN and wrong labels, before the examples `at`."""
     x, y = np.asarray(part.x), np.asarray(part.y)
     return batch(
@@ -348,13 +348,13 @@ def holes(part, at):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_padding_changes_nothing(shuffle, at, x64):
     model, (support, query) = ready(shuffle=shuffle), episode()
-    padded = jm.Task(holes(support, at), holes(query, [1]))
+    padded = jm.Task(with_padding(support, at), with_padding(query, [1]))
     for key in jax.random.split(KEY, 2):
         (value, metrics), slopes = model.slopes(model.params, jm.Task(support, query), key)
-        (same, also), same_slopes = model.slopes(model.params, padded, key)
-        np.testing.assert_allclose(same, value, rtol=1e-10)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), also, metrics)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-10), same_slopes, slopes)
+        (new_value, new_metrics), new_slopes = model.slopes(model.params, padded, key)
+        np.testing.assert_allclose(new_value, value, rtol=1e-10)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), new_metrics, metrics)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-10), new_slopes, slopes)
         outputs = [model.outputs(model.params, part, query, key) for part in (support, padded.support)]
         np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-9)
 
@@ -380,7 +380,7 @@ def test_training_and_adaptation_use_the_same_order_for_the_same_key(x64):
     model, (support, query) = ready(shuffle=True), episode()
     for key in jax.random.split(KEY, 3):
         value, _ = model.loss(model.params, jm.Task(support, query), key)
-        rest, _ = model.loss(model.params, jm.Task(support, unasked(query)), key)
+        rest, _ = model.loss(model.params, jm.Task(support, masked_out(query)), key)
         outputs = model.outputs(model.params, support, query, key)
         expected = sum(map(model.cross_entropy, outputs, query.y))
         np.testing.assert_allclose(value - rest, expected, rtol=1e-8)
@@ -402,7 +402,7 @@ def test_images_are_augmented_only_in_training(x64):
     )
     values = [model.loss(model.params, jm.Task(support, query), key)[0] for key in jax.random.split(KEY)]
     assert values[0] != values[1]
-    # Images of the support set and of the queries.
+    # Both the images of the support set and those of the queries are augmented.
     flat = ready(augment=lambda key, x: jnp.zeros_like(x))
     dark = jm.Task(*(batch(0 * part.x, part.y) for part in (support, query)))
     np.testing.assert_allclose(
@@ -534,11 +534,11 @@ def test_second_presentations_are_learned_and_first_ones_stay_at_chance():
     learner, optimizer = jm.mann(model, shuffle=False), optax.adam(1e-2)
 
     def losses(params, sample, key, count):
-        def one(key):
-            drawn, used = jax.random.split(key)
-            return learner.loss(params, sample(drawn), used)
+        def episode_loss(key):
+            task_key, loss_key = jax.random.split(key)
+            return learner.loss(params, sample(task_key), loss_key)
 
-        return jax.vmap(one)(jax.random.split(key, count))
+        return jax.vmap(episode_loss)(jax.random.split(key, count))
 
     @jax.jit
     def trained(params, sample, key):

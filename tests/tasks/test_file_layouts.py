@@ -72,7 +72,7 @@ def test_folders_named_after_parts_form_the_class_split(tmp_path, names):
     assert prepared.split == ClassSplit(("ant", "bee"), ("cow", "doe"), ("elk", "fox"))
     tasks = from_folder(tmp_path, "train", ways=2, queries=2)
     assert (tasks.card.classes, tasks.card.split_hash) == (2, prepared.split.hash)
-    assert tasks.card.protocol == "class split of the data's own train, validation, test"
+    assert tasks.card.protocol == "class split by the data's parts train, validation, test"
     with pytest.raises(ValueError, match="split_seed: a class split by names needs none"):
         from_folder(tmp_path, "train", ways=2, split_seed=3)
     other = from_folder(tmp_path, "test", ways=1, classes=ClassSplit(test=("ant", "bee")))
@@ -347,11 +347,11 @@ def test_absolute_paths_inside_of_the_folder(tmp_path):
         ("file,label\n1, 2.png,x\n", r"line 2: expected 2 cells, got 3"),
         (
             "file,label\n1.png,x\n1.png,y\n",
-            r"line 3: '1.png' is of the class 'y', but of the class 'x' in labels.csv, line 2",
+            r"line 3: '1.png' has the class 'y', but the class 'x' in labels.csv, line 2",
         ),
         (
             "file,label,split\n1.png,x,train\n1.png,x,test\n",
-            r"line 3: .* of the class 'x' in test, but of .* in train",
+            r"line 3: .* has the class 'x' in test, but .* in train",
         ),
         (
             "file,label,split\n1.png,x,holdout\n",

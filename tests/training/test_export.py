@@ -1,4 +1,4 @@
-"""`jm.export`: an adapted predictor in a file that JAX alone runs."""
+"""Tests of `jm.export`: programs of adapted predictors that need only JAX."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 import jaxmeta as jm
 
 KEY = jax.random.key(0)
-# What the process that runs the programs must do without.
+# Packages that the process that runs the programs must not import.
 BLOCKED = ("jaxmeta", "flax", "optax", "jaxtyping", "chex")
 RUNNER = f"""
 import pathlib, sys
@@ -92,7 +92,7 @@ def test_programs_run_without_this_library_and_answer_as_predict_does(names, tmp
         np.save(folder / f"{name}.npy", x)
         for count in (1, 7):
             expected[f"{name}.{count}.npy"] = jax.jit(learner.predict)(params, adapted, x[:count])
-    # Nothing that is half written stays.
+    # No partial file is left.
     assert len(list(folder.iterdir())) == 2 * len(names)
     done = subprocess.run([sys.executable, "-c", RUNNER, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -132,7 +132,7 @@ def test_a_predict_for_one_number_of_examples_says_how_to_write_it(tmp_path):
     learner = learner._replace(predict=lambda params, adapted, x: jnp.stack([row.sum()[None] for row in x]))
     path, x = tmp_path / "some.stablehlo", images().x
     with pytest.raises(
-        jm.ArgumentError, match=r"any number of examples .*; give their number as batch=9, say"
+        jm.ArgumentError, match=r"any number of examples .*; give a fixed number, such as batch=9"
     ):
         jm.export(path, learner, params, adapted, x)
     assert not path.exists()

@@ -255,7 +255,7 @@ def test_none_can_be_taken_and_swapped_though_it_is_not_a_leaf():
     [
         ("body/layer9/kernel", '"body" has layer0, layer1'),
         ("hed", "its root has body, head"),
-        ("head/bias/x", '"head/bias" has nothing beneath it'),
+        ("head/bias/x", '"head/bias" has no children'),
     ],
 )
 def test_a_missing_path_is_rejected_with_the_existing_children(path, message):
@@ -343,12 +343,12 @@ def test_the_first_rule_that_matches_wins_and_none_drops():
     [
         ([("a/x", "b/y")], 'rules: "a/x" and "b/y" would both become "b/y"'),
         ([("*/*", "c/d")], 'rules: "a/x" and "b/y" would both become "c/d"'),
-        ([("a/x", "b/y/z")], 'rules: "a/x" would become "b/y/z", beneath "b/y", as which "b/y" is a leaf'),
-        ([("b/y", "a")], 'rules: "a/x" would become "a/x", beneath "a", as which "b/y" is a leaf'),
+        ([("a/x", "b/y/z")], 'rules: "a/x" would become "b/y/z", below "b/y", the new path of "b/y"'),
+        ([("b/y", "a")], 'rules: "a/x" would become "a/x", below "a", the new path of "b/y"'),
         ([("a", "c"), ("c", "d")], "rules[1]: 'c' matches nothing; the closest paths are "),
         (
             [("*/*", "c/*")],
-            "rules[0]: got 'c/*' for '*/*', which has 2 wildcard(s); it must have as many, or none",
+            "rules[0]: got 'c/*' for '*/*', which has 2 wildcard(s); the replacement must have as many",
         ),
         (
             [("a/*", r"c/\2")],
