@@ -364,10 +364,10 @@ def test_absolute_paths_inside_of_the_folder(tmp_path):
         ),
         (
             "file,colour\n1.png,x\n",
-            r"has the columns 'file', 'colour' and lacks one for the label of an image",
+            r"has the columns 'file', 'colour' and no column for the label of an image",
         ),
         ("file,label\n", "lists no images"),
-        ("", "lacks one for the file and the label"),
+        ("", "no column for the file and the label"),
         ('file,label\n"1.png,x\n', "line 2: cannot be read as csv"),
         (b"file,label\n1.png,x\n\xff.png,x\n", r"line 3: not UTF-8; save the file as UTF-8"),
         (b"file,label\n1\x00.png,x\n", r"line 2: .*(zero byte|csv)"),

@@ -158,7 +158,7 @@ def test_mini_imagenet_from_lists(tmp_path):
         (content + content.splitlines()[1].replace(label, "x") + "\n", r"do not exist .*: line 34: "),
         (
             content.replace("filename", "colour"),
-            r"val.csv has the columns 'colour', 'label' and lacks one for",
+            r"val.csv has the columns 'colour', 'label' and no column for",
         ),
     ]:
         lists.write_text(corrupted)
