@@ -36,14 +36,14 @@ class Source(str):
 def public_names():
     """Return the public name of each public class and function, by its identity."""
     modules = [getattr(jaxmeta, name) for name in jaxmeta.__all__]
-    modules = [each for each in modules if isinstance(each, types.ModuleType)]
-    found = {}
+    modules = [module for module in modules if isinstance(module, types.ModuleType)]
+    names = {}
     for module in [*modules, jaxmeta]:
         for name in getattr(module, "__all__", vars(module)):
             value = getattr(module, name)
             if getattr(value, "__module__", "").startswith("jaxmeta"):
-                found[id(value)] = f"{module.__name__}.{name}"
-    return found
+                names[id(value)] = f"{module.__name__}.{name}"
+    return names
 
 
 class Qualified(ast.NodeTransformer):
@@ -74,56 +74,56 @@ def source(node, scope):
 def of_function(function):
     """Return `{parameter or "return": (annotation, default)}` of a function, as nodes with their scope."""
     parent = parent_of(function)
-    found = of_function(parent) if parent else {}
+    parts = of_function(parent) if parent else {}
     function = inspect.unwrap(function)
     node, scope = pdoc.doc_ast.parse(function), getattr(function, "__globals__", {})
     arguments = node.args
-    if not hasattr(arguments, "args"):  # there is no source: a constructor that was made from fields
+    if not hasattr(arguments, "args"):  # a generated constructor has no source
         return {}
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
     pairs = [*zip(positional, defaults, strict=True)]
     pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     pairs += [(each, None) for each in (arguments.vararg, arguments.kwarg) if each]
-    found |= {each.arg: (each.annotation, default, scope) for each, default in pairs}
-    return found | {"return": (node.returns, None, scope)}
+    parts |= {each.arg: (each.annotation, default, scope) for each, default in pairs}
+    return parts | {"return": (node.returns, None, scope)}
 
 
-def of_class(found_class):
-    """Return the same of the fields of a class, for the constructor that is made from them."""
-    found = {}
-    for each in reversed(found_class.__mro__):
+def of_class(owner):
+    """Return the same for the fields of a class, which are the parameters of its generated constructor."""
+    parts = {}
+    for each in reversed(owner.__mro__):
         scope = vars(sys.modules.get(each.__module__, builtins))
         for node in pdoc.doc_ast.parse(each).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                # `dataclasses.field(…)` describes a default, and is none.
+                # `dataclasses.field(…)` describes a default and is not one.
                 called = isinstance(node.value, ast.Call) and ast.unparse(node.value.func)
                 default = None if called and called.endswith("field") else node.value
-                found[node.target.id] = (node.annotation, default, scope)
-    return found
+                parts[node.target.id] = (node.annotation, default, scope)
+    return parts
 
 
 def signature(documented):
     """Return the signature of a function or constructor, annotations and defaults as in the source."""
     function = getattr(documented.wrapped, "__func__", documented.wrapped)  # of a class method
-    found = of_function(function)
+    parts = of_function(function)
     left_out = set()
     if documented.name == "__init__":
         owner = vars(sys.modules[documented.modulename])[documented.qualname.partition(".")[0]]
-        found = found or of_class(owner)
+        parts = parts or of_class(owner)
         if issubclass(owner, linen.Module):
             left_out = {"parent", "name"}
     shown = inspect.signature(function)
     parameters = []
     for name, parameter in shown.parameters.items():
-        annotation, default, scope = found.get(name, (None, None, {}))
+        annotation, default, scope = parts.get(name, (None, None, {}))
         if annotation is not None:
             parameter = parameter.replace(annotation=source(annotation, scope))
         if default is not None and parameter.default is not parameter.empty:
             parameter = parameter.replace(default=source(default, scope))
         if name not in left_out:
             parameters.append(parameter)
-    returns, _, scope = found.get("return", (None, None, {}))
+    returns, _, scope = parts.get("return", (None, None, {}))
     if returns is None or documented.name == "__init__":
         returned = inspect.Signature.empty
     else:
@@ -149,8 +149,8 @@ def without_boilerplate(docstring):
     """Leave out the docstring that Python gives to the constructor of a named tuple."""
 
     def text(documented):
-        found = docstring(documented)
-        return "" if found.startswith("Create new instance of") else found
+        content = docstring(documented)
+        return "" if content.startswith("Create new instance of") else content
 
     return text
 

@@ -653,7 +653,7 @@ _SHORT = {
 
 
 def short_table() -> str:
-    """Return the results table of the top README: ours beside published."""
+    """Return the results table of the top README, with ours next to the published numbers."""
     maml, of_cavia = read(SINUSOID), cavia()
     published = maml["published"]["mse_by_step"]["1"]
     rows = [
@@ -676,7 +676,7 @@ def short_table() -> str:
         found = read(name)["rows"]
         for method in methods:
             row = found[method]
-            # Of several published values, the first: "97.68 ± 0.04 transductive, …".
+            # The first of several published values: "97.68 ± 0.04 transductive, …".
             value, part = row["published"].split(",")[0].rsplit(" ", 1)
             rows.append(
                 [

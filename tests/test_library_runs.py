@@ -297,6 +297,6 @@ def test_a_real_bar_shows_the_numbers_of_the_last_step(monkeypatch):
 def test_without_rich_progress_is_printed_as_lines(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with pytest.warns(UserWarning, match="the progress bar could not be written, and training goes on"):
+    with pytest.warns(UserWarning, match="the progress bar could not be written; training continues"):
         train_with(jm.progress_bar())
     assert "4/4" in sys.stdout.getvalue()

@@ -298,7 +298,7 @@ FAULTS = {
         lambda _: Crash,
         0,
         None,
-        "tensorboard could not be written, and training goes on",
+        "tensorboard could not be written; training continues",
     ),
     "figure": (
         run_of_command,
@@ -428,7 +428,7 @@ def test_training_continues_where_rows_cannot_be_written(run, tmp_path, monkeypa
     monkeypatch.setattr(metrics, "open", lambda *_, **__: Stubborn(), raising=False)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 0
     (message,) = capsys.readouterr().err.splitlines()
-    assert "metrics.jsonl could not be written, and training goes on" in message
+    assert "metrics.jsonl could not be written; training continues" in message
     steps = [
         [row["step"] for row in metrics.read_metrics(each / "metrics.jsonl")]
         for each in (tmp_path / "run", run)

@@ -112,7 +112,7 @@ pytest tests/test_learner_laws.py --learner cavia:cavia
 ```
 
 A task function is `f(split, *, ways, shots, queries, …)`. What is not a setting, such as the kinds of tasks
-that a method learns, stands in a decorator on the function, `@jm.learner(kinds=("classification",), …)`. A
+that a method learns, belongs in a decorator on the function, `@jm.learner(kinds=("classification",), …)`. A
 run keeps the module's name and its file's hash; code of a folder that someone sends is imported only where
 you name it. Tasks with padding need `predict(…, mask=None)` and losses that take `task.query.mask`; schedules
 need `loss(…, step=None)`. A loss or a metric of your own, `jm.maml(network, loss=my_loss, metric=my_metric)`

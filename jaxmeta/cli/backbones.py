@@ -357,7 +357,7 @@ def _without_head(source: str, argument: str, loaded: Pretrained, name: str | No
     """Return loaded weights as a backbone, with the head apart from it."""
     if loaded.network is None and name is None:
         raise ArgumentError(
-            "network", f"{source} does not name its network; name it, as of `jaxmeta networks`"
+            "network", f"{source} does not name its network; give one that `jaxmeta networks` lists"
         )
     if loaded.network is not None and name is not None:
         raise ArgumentError("network", f"got {name}, but {source} names its network itself; leave it out")

@@ -52,7 +52,7 @@ def learner_of(
 
 
 def takes_network(factory: Callable[..., Any]) -> bool:
-    """Return whether a factory has a parameter for a network: one of one's own may bring its own."""
+    """Return whether a factory takes a network; a user-defined one may build its own."""
     kinds = {each.kind for each in inspect.signature(factory).parameters.values()}
     return bool(kinds - {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD})
 

@@ -1,7 +1,7 @@
 """Standard output and error whose failures do not end a command.
 
 Characters that the terminal cannot show are replaced. Where the reader of a pipe has gone or a disk is full,
-further output is dropped and the command goes on, so that the files it writes are whole. A full disk is
+further output is dropped and the command continues, so that the files it writes are whole. A full disk is
 reported at the end; a closed pipe is not, since `| head` closes it on purpose.
 """
 

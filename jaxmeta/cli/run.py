@@ -280,12 +280,12 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
         _read_back(out, config, params, results, hint)
         try:
             params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
-            found, episodes, _ = _results(config, params, parts.test, run.seed, parts.mesh)
+            test_results, episodes, _ = _results(config, params, parts.test, run.seed, parts.mesh)
         except Exception:
             warnings.warn(f"training has ended, its evaluation has not; {hint}", stacklevel=2)
             raise
         if first:
-            report = _report(parts, log, training_s, found)
+            report = _report(parts, log, training_s, test_results)
             with results.writing(out / "episodes.json"):
                 write_text(out / "episodes.json", json.dumps(episodes) + "\n")
             with results.writing(out / "report.json"):
@@ -297,7 +297,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
                 plot_curve(picture, read_metrics(log.path), log.metric, title)
         hosts.barrier("report")
     if first:
-        print_results(found, config)
+        print_results(test_results, config)
         speed = f", {log.steps_per_second:.1f} meta-steps/s" if log.steps_per_second else ""
         print(f"{log.elapsed_s:.0f} s in all, training {training_s:.0f} s{speed}")
         print(f"run folder: {out}  (report.md, curve.png)")
@@ -572,13 +572,13 @@ def _evaluated(
     seed, by_class = config.run.seed, per_class or picture is not None
     if by_class:
         per_class_report.check_named(test, "per_class" if per_class else "confusion")
-    found, _, classes = _results(config, params, test, seed, mesh, by_class=by_class)
+    test_results, _, classes = _results(config, params, test, seed, mesh, by_class=by_class)
     result = {
         "run": str(folder),
         **_what(config, test),
         "eval_steps": config.learner.get("eval_steps"),
         "seed": seed,
-        **found,
+        **test_results,
         **({"per_class": per_class_report.as_json(classes)} if classes else {}),
         **machine(mesh),
     }
@@ -750,8 +750,8 @@ def _results(
         return evaluate(build.learner_of(config, norm), params)
 
     def row(values: np.ndarray) -> dict[str, float]:
-        found = Evaluation.of(values)
-        return {"mean": found.mean, "ci95": found.ci95}
+        evaluation = Evaluation.of(values)
+        return {"mean": evaluation.mean, "ci95": evaluation.ci95}
 
     results: dict[str, Any] = {}
     classes: dict[str, ClassEvaluation] = {}
@@ -763,7 +763,7 @@ def _results(
                 name: evaluate_classes(build.learner_of(config, norm), params, test, **drawn)
                 for name, norm in rows.items()
             }
-            episodes = {name: found.scores for name, found in classes.items()}
+            episodes = {name: result.scores for name, result in classes.items()}
         else:
             episodes = {name: values(config, norm) for name, norm in rows.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in rows.items()}
@@ -774,12 +774,12 @@ def _results(
             # The loss counts presentations; it would distort images as training does.
             learner = build.learner_of(config.replaced(training={"distort": False}))
             key = evaluation_key(seed)
-            found = evaluate_metrics(learner, params, test, episodes=config.run.episodes, key=key)
+            metrics = evaluate_metrics(learner, params, test, episodes=config.run.episodes, key=key)
             results["accuracy_by_instance"] = {
-                str(number): found[f"instance_{number}"]
-                for number in range(1, len(found))
+                str(number): metrics[f"instance_{number}"]
+                for number in range(1, len(metrics))
                 # Presentations that never occurred are NaN.
-                if found.get(f"instance_{number}", math.nan) >= 0
+                if metrics.get(f"instance_{number}", math.nan) >= 0
             }
     else:
         by_step = {
@@ -791,8 +791,8 @@ def _results(
         episodes, results["mse"] = {"mse": own}, row(own)
         results["mse_of_mean"] = row(evaluate(_MEAN, {}))
         if by_step:
-            results["mse_by_step"] = {str(steps): row(found) for steps, found in by_step.items()}
-    return results, {name: found.tolist() for name, found in episodes.items()}, classes
+            results["mse_by_step"] = {str(steps): row(scores) for steps, scores in by_step.items()}
+    return results, {name: scores.tolist() for name, scores in episodes.items()}, classes
 
 
 def _mean_of_targets(params: Params, support: Batch, key: Key) -> Array:

@@ -16,7 +16,7 @@ parameters are evaluated under each.
 
 The reports of `jaxmeta train` give transductive and inductive accuracy side by side. `jm.load_run` and
 the command `predict` are inductive. Statistics are values, not hidden state: `BatchNorm` uses those that it is
-handed, and otherwise those of the batch, which it returns.
+given, and otherwise those of the batch, which it returns.
 
 >>> import jax
 >>> import jaxmeta as jm
@@ -60,7 +60,7 @@ Parameters come out as nested dicts. jaxmeta does not install Equinox: `pip inst
 ...     def __call__(self, x):
 ...         return self.mlp(x.reshape(-1))
 >>> networks = {
-...     "Flax NNX": jm.nn.from_nnx(Net),  # made anew, from the key, at each initialisation
+...     "Flax NNX": jm.nn.from_nnx(Net),  # called with the key at each initialisation
 ...     "Equinox": jm.nn.from_equinox(lambda key: Mlp(eqx.nn.MLP(784, 5, 16, 1, key=key))),
 ...     "functions": (init, apply),
 ...     "Flax Linen": jm.nn.MLP(out=5, hidden=(16,), norm=True),
@@ -75,7 +75,7 @@ Equinox (15, 5)
 functions (15, 5)
 Flax Linen (15, 5)
 
-A network with dropout draws from the learner's key, anew in every inner step, and is deterministic in
+A network with dropout draws new random numbers in every inner step, and is deterministic in
 `predict`. `jaxmeta networks` lists the networks of this package; `--network my_module:Net` takes one of
 yours.
 

@@ -369,7 +369,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
     if norms and "state" not in taken:
         raise ValueError(
             f"{name} has an equinox.nn.BatchNorm, {'/'.join(next(iter(norms)))}; its __call__ must take "
-            "`state`, hand it to that layer, and return outputs and state"
+            "`state`, pass it to that layer, and return outputs and state"
         )
     axes = {layer.axis_name for layer in norms.values()}
     if len(axes) > 1 and not batched:
@@ -459,7 +459,7 @@ def _require_mask(name, taken, mask, layer):
     if mask is not None and "mask" not in taken:
         raise ValueError(
             f"{name} normalises by batch statistics, and this batch is padded: its "
-            f"__call__ must take `mask` and hand it to {layer}"
+            f"__call__ must take `mask` and pass it to {layer}"
         )
 
 

@@ -9,7 +9,7 @@
 | `meta_sgd` | MAML with a learned step size for every parameter (Li et al. 2017) |
 | `imaml` | MAML with implicit gradients (Rajeswaran et al. 2019) |
 | `maml_plus_plus` | MAML with a multi-step loss, and learned step sizes for each layer and step (Antoniou et al. 2019) |
-| `cavia` | MAML that adapts a few context parameters beside the input, and no weights (Zintgraf et al. 2019) |
+| `cavia` | MAML that adapts context parameters, which are further inputs, and no weights (Zintgraf et al. 2019) |
 | `reptile` | an initialisation that moves towards each task's solution (Nichol et al. 2018) |
 | `lstm_meta_learner` | an LSTM as the optimizer, and the initialisation that suits it (Ravi & Larochelle 2017) |
 | `learned_optimizer` | gradient descent learned by gradient descent, for training from scratch (Andrychowicz et al. 2016) |

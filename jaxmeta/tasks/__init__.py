@@ -14,7 +14,7 @@
 
 `sequences` turns the tasks of any of these into sequences for memory-augmented networks, `supervised` into
 mini-batches of all training classes at once. `jaxmeta tasks` lists the sources; `--tasks my_module:my_tasks`
-takes a function `f(split, *, ways, shots, queries, …)` of yours.
+takes your own function `f(split, *, ways, shots, queries, …)`.
 
 **Folders of images.** A folder has one subfolder a class, with images of every format that Pillow opens, grey
 or colour, of any size:
@@ -56,7 +56,7 @@ preparing most of the stock ones needs TensorFlow.
 
 **Omniglot.** The two official archives come from
 [brendenlake/omniglot](https://github.com/brendenlake/omniglot) at first use, with their MD5 sums checked, or
-from a folder of yours with `--data DIR`. Every drawing is verified, decoded once and kept as one array in the
+from your own folder with `--data DIR`. Every drawing is verified, decoded once and kept as one array in the
 cache folder: `$JAXMETA_CACHE`, else `jaxmeta` in the platform's cache folder (on Linux `~/.cache/jaxmeta`).
 
 **Zero-shot tasks.** With `shots=0` a support set holds one vector of metadata for each class in place of

@@ -69,7 +69,7 @@ class Forgiving:
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                warnings.warn(f"{what} could not be written, and training goes on: {error!r}", stacklevel=4)
+                warnings.warn(f"{what} could not be written; training continues: {error!r}", stacklevel=4)
 
 
 class MetricsLog:

@@ -65,7 +65,7 @@ jaxmeta rank runs/characters runs/digits --target usps --fine-tune
 The target is a set of images by its name for `--tasks`, or a folder with a subfolder a class
 (`folder:photos`). `transfer` learns from some examples of each class and scores all others; of folders
 `train` and `test` of the same classes it learns from one and scores the other. It leaves a report with a
-confidence interval and with what became of each leaf of the source, a picture of the confusions, and weights
+confidence interval and with what happened to each leaf of the source, a picture of the confusions, and weights
 that can be a source again. With `--keep-statistics` fine-tuning keeps the source's batch statistics.
 
 **Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet and ViT,

@@ -691,7 +691,7 @@ def test_padding_that_nnx_batch_norm_cannot_see_is_refused():
     module = nnx.BatchNorm(DIM, rngs=nnx.Rngs(0))
     network = nnx.Sequential(module)
     model, x = jm.nn.as_model(network), jnp.ones((2, DIM))
-    with pytest.raises(ValueError, match=r"must take `mask` and hand it to nnx\.BatchNorm"):
+    with pytest.raises(ValueError, match=r"must take `mask` and pass it to nnx\.BatchNorm"):
         model.apply_norm(model.init(KEY, x), x, mask=jnp.array([True, False]))
 
 
