@@ -129,6 +129,20 @@ class Learner(NamedTuple):
 
     Your own learner may omit the arguments `mask` and `step`, return the loss without metrics, and return a
     metric as a number, which then has a count of 1. `jm.check_learner` lists the problems of such a learner.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxmeta as jm
+      >>> def predict(params, adapted, x):
+      ...     return jnp.broadcast_to(adapted, x.shape)
+      >>> mean_of_support = jm.Learner(
+      ...     init=lambda key, task: {},
+      ...     adapt=lambda params, support, key: support.y.mean(),
+      ...     predict=predict,
+      ...     loss=lambda params, task, key: ((task.query.y - task.support.y.mean()) ** 2).mean(),
+      ... )
+      >>> support = jm.Batch(jnp.zeros((2, 1)), jnp.array([[1.0], [3.0]]))
+      >>> print(mean_of_support.predict({}, mean_of_support.adapt({}, support, None), jnp.zeros((1, 1))))
+      [[2.]]
     """
 
     init: Callable[[Key, Task], Params]
@@ -204,6 +218,15 @@ class TaskDistribution(NamedTuple):
       card: protocol card, which only reports need; None for tasks without one.
       classes: names of the classes that tasks are drawn from, in the order of the labels of
         `jm.tasks.labelled`; None for classes without names. See `jm.tasks.classes_of`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> def sample(key):
+      ...     slope, x = jax.random.normal(key), jnp.linspace(-1.0, 1.0, 6)[:, None]
+      ...     return jm.Task(jm.Batch(x[::2], slope * x[::2]), jm.Batch(x[1::2], slope * x[1::2]))
+      >>> tasks = jm.TaskDistribution(sample)
+      >>> tasks.sample(jax.random.key(0)).query.x.shape
+      (3, 1)
     """
 
     sample: Callable[[Key], Task]
@@ -273,6 +296,11 @@ def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
 
     Raises:
       ArgumentError: `key` is of another generator than Threefry.
+
+    Examples:
+      >>> keys = episode_keys(jax.random.key(0), jnp.arange(3))
+      >>> keys.shape  # a key of the task and a key of the learner for each episode
+      (3, 2)
     """
     # `fold_in` of the index, instead of a `split` into as many keys as there are tasks, makes an episode
     # independent of the numbers of tasks, devices and processes. The numbers of other generators than

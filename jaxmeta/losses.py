@@ -126,6 +126,12 @@ def score(outputs: Array, batch: Batch) -> Metrics:
 
     Raises:
       ValueError: another shape of `outputs`, or a label without a logit.
+
+    Examples:
+      >>> batch = Batch(x=jnp.zeros((2, 1)), y=jnp.array([0, 1]), ways=2)
+      >>> total, count = score(jnp.array([[2.0, 1.0], [3.0, 0.0]]), batch)["accuracy"]
+      >>> float(total), float(count)
+      (1.0, 2.0)
     """
     if jnp.issubdtype(batch.y.dtype, jnp.integer):
         if outputs.ndim != 2 or outputs.shape[0] != batch.y.shape[0]:

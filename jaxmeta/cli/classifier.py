@@ -533,6 +533,7 @@ def export(source: str, *, out: str, **reading: Any) -> Path:
     )
     print(f"{len(classifier.classes)} classes, images of {spec}")
     print(f"folder: {folder}  ({PROGRAM}, config.json)")
+    print(f'run it:  jax.export.deserialize(bytearray(open("{folder / PROGRAM}", "rb").read())).call(images)')
     return folder
 
 

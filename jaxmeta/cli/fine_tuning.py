@@ -331,6 +331,9 @@ def fit(
     if recipe == "gradual":
         return _gradually(start, learn, steps, rate, report, common)
     common["train"] = _patterns(settings)
+    if recipe == "lp-ft":
+        # Features of all examples, and a compilation: minutes for a large backbone on a CPU.
+        print("fitting the linear probe …", flush=True)
     probe = fine_tuning_probe(model, variables, learn, **common) if recipe == "lp-ft" else None
     fitted = fine_tune(
         model,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmeta.checks import ArgumentError, check_number
+from jaxmeta.checks import ArgumentError, check_number, join_names
 from jaxmeta.cli import folders
 from jaxmeta.cli.classifier import load_classifier, print_inverted
 from jaxmeta.cli.figures import plot_confusion
@@ -128,6 +128,9 @@ def predict(
     _print(predictions, truth)
     if truth is not None:
         _print_classes(predictions, truth)
+    elif any("/" in prediction["file"] for prediction in predictions):
+        classes = join_names(classifier.classes)
+        print(f"no accuracy: the folders of {query} are not all named as the classes ({classes})")
     results.check()
     return predictions
 

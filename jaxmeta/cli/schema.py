@@ -202,9 +202,11 @@ def descriptions(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def summary(function: Callable[..., Any]) -> str:
-    """Return the first line of a docstring, without its full stop."""
+    """Return the first line of a docstring, without its full stop, and without "Build" of a factory."""
     base = function.func if isinstance(function, functools.partial) else function
-    return (inspect.getdoc(base) or "").partition("\n")[0].strip().removesuffix(".")
+    line = (inspect.getdoc(base) or "").partition("\n")[0].strip().removesuffix(".")
+    built = re.sub(r"^Build (an? )?", "", line)
+    return built[:1].upper() + built[1:]
 
 
 def name_of(function: Callable[..., Any]) -> str:

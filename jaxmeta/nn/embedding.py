@@ -187,6 +187,12 @@ class StridedConv4(linen.Module):
       use_scale: True for a learned scale in the batch normalisation.
       epsilon: constant added to the variance in the batch normalisation.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> network, x = StridedConv4(ways=5), jnp.zeros((2, 28, 28, 1))
+      >>> jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x)[0], x).shape
+      (2, 5)
+
     References:
       Finn et al., Model-Agnostic Meta-Learning, 2017, section 5.2.
     """

@@ -92,6 +92,12 @@ class ResNet12(linen.Module):
     Raises:
       ValueError: images smaller than 16×16.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> network, x = ResNet12(), jnp.zeros((2, 84, 84, 3))
+      >>> jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x)[0], x).shape
+      (2, 640)
+
     References:
       Lee et al., Meta-Learning with Differentiable Convex Optimization (MetaOptNet), 2019; Oreshkin
       et al., TADAM, 2018.

@@ -145,6 +145,14 @@ def evaluate_episodes(
 
     Raises:
       ValueError: as `evaluate`; or no episode has a query.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid("test", shots=5, queries=8)
+      >>> learner = jm.maml(jm.nn.MLP(out=1, hidden=(8,)), loss=jm.losses.mse)
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> jm.evaluate_episodes(learner, params, tasks, episodes=5, key=jax.random.key(2)).shape
+      (5,)
     """
     learner = _with_metric(learner, metric)
     results = _over_episodes(_scores_alone, learner, params, tasks, episodes, key, batch, devices)
@@ -526,6 +534,14 @@ def evaluate_metrics(
 
     Returns:
       A dictionary from names to values.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> tasks = jm.tasks.sinusoid("test", shots=5, queries=8)
+      >>> learner = jm.maml(jm.nn.MLP(out=1, hidden=(8,)), loss=jm.losses.mse)
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> list(jm.evaluate_metrics(learner, params, tasks, episodes=5, key=jax.random.key(2)))
+      ['loss', 'mse']
     """
     check_count("episodes", episodes)
     learner = normalized(learner)
@@ -561,6 +577,16 @@ def calibrate(
 
     Raises:
       ValueError: the learner has no batch statistics, or `episodes` is below 1.
+
+    Examples:
+      >>> import jaxmeta as jm
+      >>> x, y = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32), np.repeat([*"abcd"], 3)
+      >>> tasks = jm.tasks.from_arrays(x, y, ways=3, shots=1, queries=2)
+      >>> learner = jm.prototypical(jm.nn.MLP(out=4, hidden=(8,), norm=True), norm="population")
+      >>> params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+      >>> params = jm.calibrate(learner, params, tasks, jax.random.key(2), episodes=10)
+      >>> sorted(params)
+      ['model', 'population']
     """
     learner = normalized(learner)
     _check_arguments(params, tasks, key)
