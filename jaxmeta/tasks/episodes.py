@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, format_value, join_names
 from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
-from jaxmeta.tasks.splits import Classes, split_classes
+from jaxmeta.tasks.splits import Classes, hash_for_card, split_classes
 from jaxmeta.tasks.subset import ordered_subset
 
 
@@ -310,7 +310,7 @@ def from_arrays(
     index = index_of[label]
     order = np.argsort(index, kind="stable")[np.sum(index < 0) :]
     sizes = np.bincount(index[order])
-    card = shape.card_for(names, sizes.tolist(), split, parts.hash, name, protocol)
+    card = shape.card_for(names, sizes.tolist(), split, hash_for_card(parts, split, classes), name, protocol)
     if not np.array_equal(order, np.arange(len(x))):  # indexing copies an array that may fill half the memory
         x = x[order]
     data = EpisodeData(

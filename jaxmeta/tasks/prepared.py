@@ -29,6 +29,7 @@ from jaxmeta.tasks.splits import (
     FRACTIONS,
     Classes,
     ClassSplit,
+    hash_for_card,
     split_classes,
     split_of_parts,
     warn_of_case,
@@ -258,8 +259,9 @@ def from_prepared(
         ways, shots, queries, rotations, prepared.shape, zero_shot=metadata is not None
     )
     classes, sentence = prepared.class_split(classes)
-    classes, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or sentence)
-    chosen = set(classes.part(split))
+    parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or sentence)
+    split_hash = hash_for_card(parts, split, classes)
+    chosen = set(parts.part(split))
     sizes = {
         name: size for name, size in zip(prepared.classes, prepared.sizes, strict=True) if name in chosen
     }
@@ -267,7 +269,7 @@ def from_prepared(
     kept = shape.usable(names, list(sizes.values()), split, prepared.name, skip_small_classes)
     sizes = {names[index]: sizes[names[index]] for index in kept}
     # Invalid arguments raise here, before any image is read.
-    shape.card_for(list(sizes), list(sizes.values()), split, classes.hash, prepared.name, protocol)
+    shape.card_for(list(sizes), list(sizes.values()), split, split_hash, prepared.name, protocol)
     tasks = from_arrays(
         prepared.read(prepared.rows_of(list(sizes))),
         np.repeat(np.array(list(sizes)), list(sizes.values())),
@@ -282,7 +284,7 @@ def from_prepared(
         metadata=metadata,
     )
     # The card has the hash of the whole split, although only one part was read.
-    return tasks._replace(card=dataclasses.replace(card_of(tasks), split_hash=classes.hash))
+    return tasks._replace(card=dataclasses.replace(card_of(tasks), split_hash=split_hash))
 
 
 def _write(path: Path, shape: tuple[int, int, int], images: Iterable[Any]) -> dict[str, int]:

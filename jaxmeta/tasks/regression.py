@@ -20,7 +20,7 @@ from jaxmeta.tasks.array_files import decoded, npz_arrays
 from jaxmeta.tasks.csv_files import read_csv
 from jaxmeta.tasks.file_layouts import part_of
 from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_points
-from jaxmeta.tasks.splits import Classes, ClassSplit, split_classes, split_of_parts
+from jaxmeta.tasks.splits import Classes, ClassSplit, hash_for_card, split_classes, split_of_parts
 from jaxmeta.tasks.subset import ordered_subset
 
 _TASK = "task"
@@ -120,7 +120,10 @@ def from_regression(
     sizes = counts[counts >= needed]
     protocol = protocol.replace("class split", "task split")
     sentence = f"{len(kept)} tasks" + (f", {protocol}" if protocol else "")
-    card = dataclasses.replace(regression_card(name, split, shots, queries, sentence), split_hash=parts.hash)
+    card = dataclasses.replace(
+        regression_card(name, split, shots, queries, sentence),
+        split_hash=hash_for_card(parts, split, task_split),
+    )
     data = _RegressionData(
         jnp.asarray(inputs[rows]),
         jnp.asarray(targets[rows]),

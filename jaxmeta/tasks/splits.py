@@ -352,6 +352,19 @@ def split_classes(
     return classes, protocol
 
 
+def hash_for_card(parts: ClassSplit, split: str, classes: object) -> str:
+    """Return the hash of a split for the protocol card.
+
+    Without a class split (`classes` is None) every part has all classes, and its hash is the same.
+
+    Examples:
+      >>> train, test = ClassSplit(train=("a", "b")), ClassSplit(test=("a", "b"))
+      >>> hash_for_card(train, "train", None) == hash_for_card(test, "test", None)
+      True
+    """
+    return (ClassSplit(train=parts.part(split)) if classes is None else parts).hash
+
+
 def warn_of_case(source: str, classes: Iterable[str]) -> None:
     """Warn about class names that differ only in case, which may be a mistake."""
     seen: dict[str, str] = {}

@@ -13,7 +13,7 @@ from jaxmeta.checks import ArgumentError, check_count, check_key, check_kind
 from jaxmeta.core import Key, Rotations, SplitName, Task, TaskStream, episode_keys
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task, names_of_slots
 from jaxmeta.tasks.prepared import Prepared
-from jaxmeta.tasks.splits import Classes, split_classes
+from jaxmeta.tasks.splits import Classes, hash_for_card, split_classes
 
 # Steps are int32, so the stream has a formal end.
 _END = 2**31 - 1
@@ -91,7 +91,8 @@ def stream(
     kept = shape.usable(names, np.array(prepared.sizes)[chosen], split, prepared.name, skip_small_classes)
     chosen, kept_names = [chosen[index] for index in kept], [names[index] for index in kept]
     sizes = np.array(prepared.sizes)[chosen]
-    card = shape.card_for(kept_names, sizes, split, parts.hash, prepared.name, protocol)
+    split_hash = hash_for_card(parts, split, classes)
+    card = shape.card_for(kept_names, sizes, split, split_hash, prepared.name, protocol)
     check_count("meta_batch", meta_batch)
     check_count("workers", workers, 0)
     check_count("ahead", ahead)

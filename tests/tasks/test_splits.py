@@ -145,3 +145,15 @@ def test_a_split_by_name_takes_no_seed(tmp_path):
             ArgumentError, match="split_seed: a class split by names needs none; leave it out"
         ):
             from_arrays(x, y, ways=2, shots=1, classes=classes, split_seed=1)
+
+
+def test_without_a_class_split_all_parts_have_the_same_hash():
+    # A run that trains on all classes is evaluated on the same ones, and its data have not changed.
+    x, y = np.zeros((12, 2), np.float32), np.repeat([*"abcd"], 3)
+    shape = {"ways": 2, "shots": 1, "queries": 1, "classes": None}
+    train, test = (from_arrays(x, y, split=split, **shape).card for split in ("train", "test"))
+    assert train.split_hash == test.split_hash
+    other = from_arrays(x[:9], y[:9], split="test", **shape).card
+    assert other.split_hash != test.split_hash
+    split = from_arrays(x, y, split="train", **shape | {"classes": (0.5, 0.0, 0.5)}).card
+    assert split.split_hash != train.split_hash
