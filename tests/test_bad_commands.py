@@ -60,10 +60,10 @@ def place(tmp_path_factory):
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def rows(values, *, each):
-    """Return parameters of a test: the first of every `each` values by default, the others nightly."""
+def rows(values, *, every):
+    """Return parameters of a test: the first of `every` values by default, the others nightly."""
     return [
-        pytest.param(*value, marks=pytest.mark.nightly if number % each else ())
+        pytest.param(*value, marks=pytest.mark.nightly if number % every else ())
         for number, value in enumerate(values)
     ]
 
@@ -168,7 +168,7 @@ def test_values_that_are_not_numbers_are_errors_that_name_the_flag(place, flag, 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("command", "flag", "values"), [pytest.param(*each, id=each[1][2:]) for each in FLAGS]
+    ("command", "flag", "values"), [pytest.param(*case, id=case[1][2:]) for case in FLAGS]
 )
 def test_generated_invalid_values_are_errors_that_name_the_flag(place, command, flag, values):
     @EACH
@@ -181,7 +181,7 @@ def test_generated_invalid_values_are_errors_that_name_the_flag(place, command, 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    rows(itertools.product(["--ways", "--shots", "--queries", "--train-queries"], ABSURD), each=len(ABSURD)),
+    rows(itertools.product(["--ways", "--shots", "--queries", "--train-queries"], ABSURD), every=len(ABSURD)),
 )
 def test_tasks_larger_than_memory_are_errors(place, flag, value):
     assert_error(place, ["train", flag, value], flag, flag.replace("--", "--train-"))
@@ -228,7 +228,7 @@ def test_truncated_configurations_are_errors(place, part):
                 *("{'a': 1}", '{"format": 3, "learner": {"name": "maml"}}', '{"format": []}', "{}", "NaN"),
             ]
         ),
-        each=3,
+        every=3,
     ),
 )
 def test_other_json_in_place_of_a_configuration_is_an_error(place, content):
@@ -436,7 +436,7 @@ CLASSES += ['{"train": [], "other": []}', '{"train": "ab"}', '{"train": 3}', "["
 
 
 @pytest.mark.parametrize(
-    "content", rows(zip(CLASSES), each=3), ids=[str(number) for number in range(len(CLASSES))]
+    "content", rows(zip(CLASSES), every=3), ids=[str(number) for number in range(len(CLASSES))]
 )
 def test_invalid_class_split_files_are_errors(place, content):
     file = place / f"classes{next(FOLDERS)}.json"
@@ -467,7 +467,7 @@ MEMBERS += [
             ([], 0.0),
             ([], 0.5),
         ],
-        each=3,
+        every=3,
     ),
 )
 def test_truncated_archives_and_paths_outside_are_errors(place, members, keep):
@@ -508,7 +508,7 @@ TAR_MEMBERS = {
             *(("a link to itself", keep) for keep in (0.0, 1.0, 0.5)),
             *(("a link to another file", keep) for keep in (1.0, 0.5, 0.0)),
         ],
-        each=3,
+        every=3,
     ),
 )
 def test_truncated_tar_archives_and_links_are_errors(place, member, keep):

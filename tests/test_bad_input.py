@@ -667,9 +667,9 @@ def test_a_search_finds_no_accepted_setting_outside_its_range(function, name, se
 @pytest.mark.parametrize(
     ("function", "name", "setting"),
     [
-        pytest.param(*each.values, id=each.id, marks=pytest.mark.nightly if each in TRAINED else ())
-        for each in SETTINGS
-        if each.values[2].right
+        pytest.param(*row.values, id=row.id, marks=pytest.mark.nightly if row in TRAINED else ())
+        for row in SETTINGS
+        if row.values[2].right
     ],
 )
 def test_a_setting_at_the_edge_of_its_range_is_accepted(function, name, setting):
@@ -986,7 +986,7 @@ WRONG_ARGUMENTS: dict[str, tuple[tuple[object, str], ...]] = {
 )
 def test_an_argument_of_another_type_is_refused_by_its_name(owner, name):
     function, names = CALLS[owner]
-    arguments = {each: VALID[each] for each in names}
+    arguments = {argument: VALID[argument] for argument in names}
     for value, message in WRONG_ARGUMENTS[name]:
         assert_refused(lambda value=value: function(**arguments | {name: value}), name)
         with pytest.raises(ValueError, match=f"^{name}: .*{message}"):

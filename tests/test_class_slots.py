@@ -76,7 +76,7 @@ def test_labels_of_padding_may_have_any_value(name):
     mask = np.arange(6) < 3
     padded = batch(np.where(mask, Y, -1), mask=mask)
     with_zeros = batch(np.where(mask, Y, 0), mask=mask)
-    result, expected = (learner.adapt(params, each, KEY) for each in (padded, with_zeros))
+    result, expected = (learner.adapt(params, part, KEY) for part in (padded, with_zeros))
     jax.tree.map(np.testing.assert_array_equal, result, expected)
 
 
@@ -143,7 +143,7 @@ def tasks_with_labels(support_y, query_y):
 
     def draw(labels, key):
         x = jax.random.normal(key, (6, 4))
-        parts = (jnp.where(x[0, 0] > 0, jnp.asarray(each), Y) for each in labels)
+        parts = (jnp.where(x[0, 0] > 0, jnp.asarray(y), Y) for y in labels)
         return jm.Task(*(jm.Batch(x, y, ways=WAYS) for y in parts))
 
     sample = jax.tree_util.Partial(draw, (support_y, query_y))

@@ -170,20 +170,20 @@ class StopAt:
     """A replacement of `RunLog.__call__` that raises a signal after the report of a meta-step."""
 
     def __init__(self, monkeypatch, step, number):
-        self.before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
         log = run_of_command.RunLog.__call__
 
         def stopping(run_log, event):
             log(run_log, event)
             if isinstance(event, Progress) and event.step == step:
                 # Handlers of both signals are installed in training.
-                assert not any(signal.getsignal(each) is handler for each, handler in self.before.items())
+                assert not any(signal.getsignal(signum) is handler for signum, handler in self.before.items())
                 signal.raise_signal(number)
 
         monkeypatch.setattr(run_of_command.RunLog, "__call__", stopping)
 
     def handlers_are_back(self):
-        return all(signal.getsignal(each) is handler for each, handler in self.before.items())
+        return all(signal.getsignal(signum) is handler for signum, handler in self.before.items())
 
 
 @pytest.mark.nightly
@@ -211,7 +211,7 @@ def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch
     rows = [
         list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())) for folder in (out, run)
     ]
-    losses = [[row["loss"] for row in each if "loss" in row] for each in rows]
+    losses = [[row["loss"] for row in run_rows if "loss" in row] for run_rows in rows]
     assert losses[0] == losses[1]
     assert len(rows[0]) == 22
     assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
@@ -259,7 +259,7 @@ def test_out_of_memory_errors_give_advice(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
         (["trian"], "known are train"),
         (["train", "mamml"], "known are maml"),
@@ -352,13 +352,15 @@ def test_out_of_memory_errors_give_advice(monkeypatch, capsys):
         (["plot", "nowhere", "--x", "epochs"], "--x"),
     ],
 )
-def test_usage_errors_are_one_line_with_status_2_and_write_nothing(argv, says, tmp_path, monkeypatch, capsys):
+def test_usage_errors_are_one_line_with_status_2_and_write_nothing(
+    argv, expected, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     message = capsys.readouterr().err
     assert message.startswith("jaxmeta: error: ")
     assert len(message.splitlines()) == 1
-    assert says in message
+    assert expected in message
     assert not list(tmp_path.iterdir())
 
 
@@ -434,9 +436,9 @@ def test_version_prints_the_versions_of_jaxmeta_and_jax(capsys):
 
 
 FUNCTIONS = [
-    *((f"learner {name}", each, SUPPLIED_TO_LEARNER) for name, each in LEARNERS.items()),
-    *((f"network {name}", each, SUPPLIED_TO_NETWORK) for name, each in NETWORKS.items()),
-    *((f"tasks {name}", each.function, SUPPLIED_TO_TASKS) for name, each in TASKS.items()),
+    *((f"learner {name}", function, SUPPLIED_TO_LEARNER) for name, function in LEARNERS.items()),
+    *((f"network {name}", function, SUPPLIED_TO_NETWORK) for name, function in NETWORKS.items()),
+    *((f"tasks {name}", entry.function, SUPPLIED_TO_TASKS) for name, entry in TASKS.items()),
     ("training", Training, ()),
     ("run", Run, ()),
     ("invocation", Invocation, ()),
@@ -444,7 +446,7 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("function", "supplied"), [pytest.param(*each, id=name) for name, *each in FUNCTIONS]
+    ("function", "supplied"), [pytest.param(*values, id=name) for name, *values in FUNCTIONS]
 )
 def test_every_setting_has_help(function, supplied):
     for name, setting in schema.settings_of(function, supplied).items():
@@ -452,7 +454,7 @@ def test_every_setting_has_help(function, supplied):
 
 
 @pytest.mark.parametrize(
-    ("command", "name", "says"),
+    ("command", "name", "expected"),
     [
         ("presets", "sinusoid", ["MAML on sine waves", "--outer-lr", "0.003", "--train-shots", "10"]),
         ("presets", "folder", ["--classes", "conv4-32"]),
@@ -462,12 +464,12 @@ def test_every_setting_has_help(function, supplied):
         ("networks", "mlp", ["--hidden N,… (default: 256,128,64,64)"]),
     ],
 )
-def test_lists_print_names_and_describe_one(command, name, says, capsys):
+def test_lists_print_names_and_describe_one(command, name, expected, capsys):
     assert main([command]) == 0
     assert any(line.split()[0].startswith(name) for line in capsys.readouterr().out.splitlines())
     assert main([command, name]) == 0
     output = capsys.readouterr().out
-    for part in says:
+    for part in expected:
         assert part in output
     assert main([command, f"{name}x"]) == 2
     assert f"known are {name}" in capsys.readouterr().err
@@ -508,7 +510,7 @@ def test_config_starts_from_a_file_with_flags_on_top(run, tmp_path, started, cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "expected"),
     [
         (["--config", "nowhere.json"], "--config: nowhere.json does not exist"),
         (["--config", "text.json"], "--config: text.json is not valid JSON"),
@@ -521,12 +523,12 @@ def test_config_starts_from_a_file_with_flags_on_top(run, tmp_path, started, cap
         (["--config"], "--config: expects a value"),
     ],
 )
-def test_invalid_files_for_config_are_errors(flags, says, run, tmp_path, monkeypatch, capsys):
+def test_invalid_files_for_config_are_errors(flags, expected, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text("inner_lr: 3")
     (tmp_path / "empty.json").write_text("{}")
     assert main(["train", *(str(run) if word == "RUN" else word for word in flags)]) == 2
-    assert says in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_ambiguous_flags_are_errors_that_name_both_groups(started, capsys):
@@ -676,8 +678,8 @@ PRODUCTS = {"b1": 0.5, "b2": 0.7, "eps": 1e-3}
 )
 def test_flags_build_the_outer_optimizer(training, expected):
     base = base_of(Chosen("maml", tasks="sinusoid"))
-    given = {"training": {"schedule": "constant", "outer_lr": 0.1} | training}
-    built = optimizer_of(resolve(base, given))
+    settings = {"training": {"schedule": "constant", "outer_lr": 0.1} | training}
+    built = optimizer_of(resolve(base, settings))
     params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray(0.5)}
     gradients = [{"a": jnp.asarray([0.3 * i, -1.0]), "b": jnp.asarray(0.1 - i)} for i in range(5)]
     both = []

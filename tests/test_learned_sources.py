@@ -105,8 +105,8 @@ def test_weights_classify_by_the_nearest_class_mean_of_features(place):
     assert [answer["class"] for answer in answers] == [f"kind {i}" for i in expected.argmin(-1)]
     np.testing.assert_allclose([answer["distance"] for answer in answers], expected.min(-1), rtol=1e-4)
     shares = np.exp(-10 * expected) / np.exp(-10 * expected).sum(-1, keepdims=True)
-    given = [list(answer["probabilities"].values()) for answer in answers]
-    np.testing.assert_allclose(given, shares, rtol=1e-3, atol=1e-6)
+    probabilities = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(probabilities, shares, rtol=1e-3, atol=1e-6)
 
 
 def test_predictions_of_a_transfer_are_those_of_its_network(place):
@@ -115,8 +115,8 @@ def test_predictions_of_a_transfer_are_those_of_its_network(place):
     loaded = jm.transfer.load_pretrained(place / "transfer")
     x = jnp.asarray(questions(place)[..., None], jnp.float32) / 255
     logits = loaded.network.apply(loaded.variables, x)
-    given = [list(answer["probabilities"].values()) for answer in answers]
-    np.testing.assert_allclose(given, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
+    probabilities = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
     report = read_json(place / "transfer" / "report.json")
     right = np.mean([answer["file"].startswith(answer["class"] + "/") for answer in answers])
     assert right == pytest.approx(report["accuracy"]["mean"], abs=0.25)
@@ -130,8 +130,8 @@ def test_predictions_of_a_run_are_those_of_its_learner(place):
     batch = jm.Batch(jnp.asarray(x), jnp.repeat(jnp.arange(KINDS), 2), ways=KINDS)
     adapted = learner.adapt(params, batch, jax.random.key(0))
     outputs = learner.predict(params, adapted, jnp.asarray(questions(place)[..., None], jnp.float32) / 255)
-    given = [list(answer["probabilities"].values()) for answer in answers]
-    np.testing.assert_allclose(given, jax.nn.softmax(outputs), rtol=1e-3, atol=1e-5)
+    probabilities = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(outputs), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose([answer["distance"] for answer in answers], -outputs.max(-1), rtol=1e-3)
 
 
@@ -139,7 +139,7 @@ def test_predictions_of_a_run_are_those_of_its_learner(place):
 def test_a_classifier_accepts_files_and_arrays_of_several_types_and_shapes(place, kind):
     classifier = jm.load_classifier(place / "run", support=place / "support")
     x = questions(place)
-    given = {
+    images = {
         "bytes": x,
         "numbers": x / 255,
         "with a channel": x[..., None],
@@ -149,8 +149,8 @@ def test_a_classifier_accepts_files_and_arrays_of_several_types_and_shapes(place
     }[kind]
     expected = classifier.predict(x[..., None].astype(np.float32) / 255)
     tolerance = 0.3 if kind == "larger" else 1e-4
-    np.testing.assert_allclose(classifier.predict(given), expected, atol=tolerance)
-    assert classifier.label(given) == [classifier.classes[i] for i in expected.argmax(-1)]
+    np.testing.assert_allclose(classifier.predict(images), expected, atol=tolerance)
+    assert classifier.label(images) == [classifier.classes[i] for i in expected.argmax(-1)]
 
 
 def test_support_sets_of_arrays_and_of_files_give_the_same_classifier(place):
@@ -164,7 +164,7 @@ def test_support_sets_of_arrays_and_of_files_give_the_same_classifier(place):
 
 
 @pytest.mark.parametrize(
-    ("images", "says"),
+    ("images", "message"),
     [
         (np.zeros((2, 8, 8, 5)), r"images: got shape \(2, 8, 8, 5\)"),
         (np.zeros((8, 8)), r"images: got shape \(8, 8\)"),
@@ -174,9 +174,9 @@ def test_support_sets_of_arrays_and_of_files_give_the_same_classifier(place):
         (np.full((1, 8, 8), 7), "images: got int64"),
     ],
 )
-def test_arrays_that_are_not_images_are_errors(place, images, says):
+def test_arrays_that_are_not_images_are_errors(place, images, message):
     classifier = jm.load_classifier(place / "weights.safetensors", support=place / "support", size=SIDE)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         classifier.predict(images)
 
 
@@ -305,7 +305,7 @@ def test_init_starts_training_from_a_source(place, tmp_path, capsys, learner, so
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "expected"),
     [
         (
             ["predict", "{place}/run"],
@@ -348,15 +348,17 @@ def test_init_starts_training_from_a_source(place, tmp_path, capsys, learner, so
         (["train", "--init", "{place}/transfer"], "--init: {place}/transfer has another network"),
     ],
 )
-def test_unsupported_uses_of_a_source_are_one_line_errors(place, tmp_path, monkeypatch, capsys, argv, says):
+def test_unsupported_uses_of_a_source_are_one_line_errors(
+    place, tmp_path, monkeypatch, capsys, argv, expected
+):
     monkeypatch.chdir(tmp_path)
-    given = [word.format(place=place) for word in argv]
-    if given[0] == "predict":
-        given += ["--query", str(place / "query")]
+    arguments = [word.format(place=place) for word in argv]
+    if arguments[0] == "predict":
+        arguments += ["--query", str(place / "query")]
     capsys.readouterr()
-    assert main(given) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert says.format(place=place) in error
+    assert expected.format(place=place) in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

@@ -78,7 +78,9 @@ def test_mann_initialises_in_float32_from_examples_of_every_type(dtype):
     shapes = jax.eval_shape(learner.init, KEY, jm.Task(part, part))
     assert jax.tree.map(lambda leaf: leaf.dtype.name, shapes) == jax.tree.map(lambda _: "float32", shapes)
     adapted = jax.jit(learner.adapt)
-    result, expected = (adapted(params, each, KEY) for each in (part, batch_of_type(np.float32, "mann")))
+    result, expected = (
+        adapted(params, support, KEY) for support in (part, batch_of_type(np.float32, "mann"))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result, expected)
 
 
@@ -106,7 +108,7 @@ def test_empty_query_sets_have_empty_outputs(name):
         return outputs, loss(params)
 
     outputs, value_and_gradient = results(params)
-    assert [each.shape for each in outputs] == [(0, WAYS)] * 2
+    assert [output.shape for output in outputs] == [(0, WAYS)] * 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value_and_gradient))
 
 

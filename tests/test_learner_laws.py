@@ -218,16 +218,16 @@ def norm_of(case):
 def task_of(case, seed=0):
     rng = np.random.default_rng(seed)
 
-    def part(each):
+    def part(per_class):
         if case.kind == "regression":
-            x = rng.uniform(-2, 2, size=(WAYS * each + PADDING, 1))
+            x = rng.uniform(-2, 2, size=(WAYS * per_class + PADDING, 1))
             y, ways = np.sin(x + seed), None
         else:
-            labels = np.arange(WAYS * each + PADDING) % WAYS
+            labels = np.arange(WAYS * per_class + PADDING) % WAYS
             x = rng.normal(size=(labels.size, *IMAGE)) + 0.5 * labels.reshape(-1, 1, 1, 1)
             y, ways = labels.astype(np.int32), WAYS
         return jm.Batch(
-            jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(np.arange(len(x)) < WAYS * each), ways=ways
+            jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(np.arange(len(x)) < WAYS * per_class), ways=ways
         )
 
     return jm.Task(part(SHOTS), part(QUERIES))

@@ -89,7 +89,7 @@ def test_means_of_half_precision_values_match_float64(dtype):
     rng = np.random.default_rng(0)
     n = 1001
     outputs, targets = (jnp.asarray(300 * rng.normal(size=(n, 3)), dtype) for _ in range(2))
-    exact = [np.asarray(each, np.float64) for each in (outputs, targets)]
+    exact = [np.asarray(array, np.float64) for array in (outputs, targets)]
     expected = np.square(exact[0] - exact[1]).mean()
     np.testing.assert_allclose(mse(outputs, targets), expected, rtol=1e-5)
     total, count = score(outputs, jm.Batch(outputs, targets))["mse"]

@@ -94,7 +94,7 @@ def test_the_presets_have_the_published_settings(name):
     memory = network.memory
     assert (memory.rows, memory.width, memory.heads, memory.decay) == (128, 40, 4, 0.99)
     assert network.hidden == 200
-    ways, shots, sequence = (config.tasks[each] for each in ("ways", "shots", "sequence"))
+    ways, shots, sequence = (config.tasks[name] for name in ("ways", "shots", "sequence"))
     strings = config.tasks["strings"]
     assert network.out == (5 if strings is None else 25)
     assert sequence == 10 * ways

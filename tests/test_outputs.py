@@ -335,13 +335,13 @@ FAULTS = {
 @pytest.mark.nightly_rows(after=4)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failure_after_training_does_not_spread(fault, run, tmp_path, monkeypatch, capsys):
-    where, name, patch, status, missing, says = FAULTS[fault]
+    where, name, patch, status, missing, expected = FAULTS[fault]
     out = tmp_path / "run"
     with monkeypatch.context() as patching:
         patching.setattr(where, name, patch(getattr(where, name)))
         assert main([*TINY, "--out", str(out)]) == status
     printed = capsys.readouterr()
-    assert says in printed.err
+    assert expected in printed.err
     assert len(printed.err.splitlines()) <= 2
     # The result is printed even where a file is not written.
     assert f"test mse  {read_json(run / 'report.json')['mse']['mean']:.4f}" in printed.out
@@ -352,7 +352,7 @@ def test_a_failure_after_training_does_not_spread(fault, run, tmp_path, monkeypa
     config = run_of_command.load_config(run)
     if missing != "checkpoints":
         same_parameters(params_of(out, run_of_command.load_config(out)), params_of(run, config))
-    if status and says == "parameters.npz":
+    if status and expected == "parameters.npz":
         with np.load(out / "parameters.npz") as spare:
             kept = dict(spare)
         same_parameters(kept, checkpoint.arrays_by_path(params_of(run, config)))
@@ -430,8 +430,8 @@ def test_training_continues_where_rows_cannot_be_written(run, tmp_path, monkeypa
     (message,) = capsys.readouterr().err.splitlines()
     assert "metrics.jsonl could not be written; training continues" in message
     steps = [
-        [row["step"] for row in metrics.read_metrics(each / "metrics.jsonl")]
-        for each in (tmp_path / "run", run)
+        [row["step"] for row in metrics.read_metrics(folder / "metrics.jsonl")]
+        for folder in (tmp_path / "run", run)
     ]
     assert steps[0] == steps[1]
 
@@ -447,7 +447,7 @@ def test_a_run_whose_folder_is_removed_while_it_trains_can_be_loaded(run, tmp_pa
 
     monkeypatch.setattr(run_of_command, "train", removing)
     assert main([*TINY, "--out", str(out)]) == 0
-    same_parameters(*(params_of(each, run_of_command.load_config(each)) for each in (out, run)))
+    same_parameters(*(params_of(folder, run_of_command.load_config(folder)) for folder in (out, run)))
     assert read_json(out / "report.json")["mse"] == read_json(run / "report.json")["mse"]
 
 

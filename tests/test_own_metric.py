@@ -24,8 +24,8 @@ OUTPUTS = jnp.array([[1.0, 0.0], [0.0, 1.0], [jnp.nan, jnp.nan]], jnp.float32)
 def nll(outputs, y, mask=None):
     """Return the mean negative log-likelihood of normal distributions; outputs are mean and log-variance."""
     mean, log_variance = outputs[:, :1], outputs[:, 1:]
-    each = 0.5 * (jnp.log(2 * jnp.pi) + log_variance + (y - mean) ** 2 / jnp.exp(log_variance))
-    return jm.losses.masked_mean(each[:, 0], mask)
+    losses = 0.5 * (jnp.log(2 * jnp.pi) + log_variance + (y - mean) ** 2 / jnp.exp(log_variance))
+    return jm.losses.masked_mean(losses[:, 0], mask)
 
 
 def nll_by_numpy(outputs, y):

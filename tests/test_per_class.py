@@ -51,13 +51,13 @@ def trained(tmp_path_factory):
     sys.modules.pop("my_first_slot", None)
 
 
-def evaluated(*argv):
+def evaluate(*argv):
     return main(["evaluate", "run", "--learner", "my_first_slot:first_slot", *argv])
 
 
-def test_classes_of_a_learner_that_always_answers_the_first_slot(trained, capsys):
+def test_results_per_class_of_a_learner_that_always_predicts_the_first_slot(trained, capsys):
     argv = ["--per-class", "--episodes", str(EPISODES), "--json", "out.json", "--confusion", "out.png"]
-    assert evaluated(*argv) == 0
+    assert evaluate(*argv) == 0
     printed = capsys.readouterr().out
     with np.load(trained / "mine.npz") as mine:
         tasks = jm.tasks.from_arrays(mine["x"], mine["y"], split="test", classes=(0.5, 0.0, 0.5), **SHAPE)
@@ -65,16 +65,16 @@ def test_classes_of_a_learner_that_always_answers_the_first_slot(trained, capsys
     first = [jm.tasks.classes_of(tasks, key)[0] for key in keys]
     result = read_json(trained / "out.json")
     assert result["accuracy"]["inductive"]["mean"] == pytest.approx(1 / 3)
-    (found,) = result["per_class"].values()
-    # With three test classes and three ways, each class is in each task, and asked for twice.
-    assert [each["class"] for each in found] == list(tasks.classes)
-    for each in found:
-        assert each["queries"] == 2 * EPISODES
-        assert each["accuracy"] == pytest.approx(first.count(each["class"]) / EPISODES)
-        assert each["taken_for"] == {
+    (classes,) = result["per_class"].values()
+    # With three test classes and three ways, each task has two queries of each class.
+    assert [entry["class"] for entry in classes] == list(tasks.classes)
+    for entry in classes:
+        assert entry["queries"] == 2 * EPISODES
+        assert entry["accuracy"] == pytest.approx(first.count(entry["class"]) / EPISODES)
+        assert entry["taken_for"] == {
             name: 2 * first.count(name)
             for name in tasks.classes
-            if name != each["class"] and first.count(name)
+            if name != entry["class"] and first.count(name)
         }
     rows = [line.split() for line in printed.splitlines()]
     lowest = min(tasks.classes, key=first.count)
@@ -87,8 +87,8 @@ def test_classes_of_a_learner_that_always_answers_the_first_slot(trained, capsys
     assert (trained / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_evaluation_without_the_flag_has_no_classes(trained, capsys):
-    assert evaluated("--episodes", "2", "--json", "plain.json") == 0
+def test_an_evaluation_without_the_flag_has_no_results_per_class(trained, capsys):
+    assert evaluate("--episodes", "2", "--json", "plain.json") == 0
     assert "per_class" not in read_json(trained / "plain.json")
     assert "taken for" not in capsys.readouterr().out
 
@@ -98,13 +98,13 @@ def test_tasks_without_class_names_are_refused(trained, flag, capsys):
     (trained / "my_unnamed.py").write_text(
         "import jaxmeta as jm\n\n\n"
         "def unnamed(split, *, ways: int = 3, shots: int = 1, queries: int = 2):\n"
-        '    """Draw characters that have lost their names."""\n'
+        '    """Draw characters without class names."""\n'
         "    tasks = jm.tasks.glyphs(split, ways=ways, shots=shots, queries=queries, size=8)\n"
         "    return jm.TaskDistribution(tasks.sample)\n"
     )
     argv = ["--episodes", "2", "--tasks", "my_unnamed:unnamed"]
-    assert evaluated(*argv) == 0
-    assert evaluated(*argv, flag, *(["out.png"] if flag == "--confusion" else [])) == 2
+    assert evaluate(*argv) == 0
+    assert evaluate(*argv, flag, *(["out.png"] if flag == "--confusion" else [])) == 2
     message = capsys.readouterr().err
     assert f"{flag}: got tasks of 'my_unnamed:unnamed', whose classes have no names" in message
     sys.modules.pop("my_unnamed", None)

@@ -342,7 +342,7 @@ def test_a_diverging_adaptation_is_an_error(place, question, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "expected"),
     [
         ({"--support": "nowhere"}, "--support: "),
         ({"--query": "nowhere"}, "--query: "),
@@ -353,7 +353,7 @@ def test_a_diverging_adaptation_is_an_error(place, question, monkeypatch, capsys
         ({"--json": "empty"}, "is a folder; name a file"),
     ],
 )
-def test_usage_errors_are_one_line_with_status_2(place, question, changes, says, capsys):
+def test_usage_errors_are_one_line_with_status_2(place, question, changes, expected, capsys):
     (question / "empty").mkdir()
     draw_bar(question / "one" / "only" / "0.png", 1, 1)
     flags = {"--support": "support", "--query": "query"} | changes
@@ -361,7 +361,7 @@ def test_usage_errors_are_one_line_with_status_2(place, question, changes, says,
     assert main(["predict", str(place / "run"), *argv]) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
-    assert says in message
+    assert expected in message
 
 
 def test_a_run_on_other_data_than_images_is_an_error(place, question, tmp_path, capsys):
@@ -373,7 +373,7 @@ def test_a_run_on_other_data_than_images_is_an_error(place, question, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "expected"),
     [
         (["--classes", "0.5,0.5"], "0.5,0.5; it must be three fractions such as 0.64,0.16,0.2"),
         (["--classes", "nan,0.5,0.5"], "--classes: got nan"),
@@ -390,11 +390,11 @@ def test_a_run_on_other_data_than_images_is_an_error(place, question, tmp_path, 
         (["--network", "resnet"], "known are resnet12"),
     ],
 )
-def test_invalid_settings_of_a_folder_are_errors(place, flags, says, tmp_path, monkeypatch, capsys):
+def test_invalid_settings_of_a_folder_are_errors(place, flags, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "2", *flags]
     assert main(command) == 2
-    assert says in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -402,7 +402,7 @@ def test_invalid_class_split_files_are_errors(place, tmp_path, capsys):
     file = tmp_path / "split.json"
     command = ["train", "--tasks", f"folder:{place / 'images'}", "--ways", "3", "--steps", "1"]
     command += ["--classes", str(file), "--out", str(tmp_path / "run")]
-    for content, flags, says in (
+    for content, flags, expected in (
         ({"train": ["bar0", "bar1", "bar2"], "test": ["bar0"]}, [], "overlaps"),
         ({"train": "bar", "test": ["bar0"]}, [], "is not a class split in JSON"),
         (
@@ -413,4 +413,4 @@ def test_invalid_class_split_files_are_errors(place, tmp_path, capsys):
     ):
         file.write_text(json.dumps(content))
         assert main([*command, *flags]) == 2
-        assert says in capsys.readouterr().err
+        assert expected in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_clip_bounds_every_entry_before_adam():
 
 
 @pytest.mark.parametrize(
-    ("flags", "choice", "says"),
+    ("flags", "choice", "message"),
     [
         ({}, {"learner": "mamll"}, "learner: there is no 'mamll'; known are maml, imaml, fomaml"),
         ({}, {"tasks": "omniglott"}, "tasks: there is no 'omniglott'; known are omniglot"),
@@ -224,8 +224,8 @@ def test_clip_bounds_every_entry_before_adam():
         ({"workers": 2}, {"tasks": "folder:x"}, "workers: only a stream is read by processes; add --stream"),
     ],
 )
-def test_incompatible_settings_are_errors_that_name_one(flags, choice, says):
-    with pytest.raises(ValueError, match=says):
+def test_incompatible_settings_are_errors_that_name_one(flags, choice, message):
+    with pytest.raises(ValueError, match=message):
         config_of(flags, **choice)
 
 

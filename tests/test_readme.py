@@ -1,6 +1,6 @@
-"""What the pages and the packages' docstrings say is run: Python, commands' flags, and names they mention.
+"""Tests of pages and package docstrings: Python examples, commands with their flags, and names in the text.
 
-Examples in docstrings (`>>>`) are doctests of their own.
+Examples in docstrings (`>>>`) run as doctests.
 """
 
 import ast
@@ -42,7 +42,7 @@ def blocks(language, text=README):
 
 
 def lines_of_shell(text):
-    """Return the commands of a text, of its blocks and of its prose."""
+    """Return the shell commands in the code blocks and in the prose of a text."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks("sh", text) for line in block.splitlines()]
     spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
@@ -62,7 +62,7 @@ assert int(waves.step) == 2  # of the learner with a network of Equinox
 
 @pytest.mark.nightly
 def test_the_python_examples_run(tmp_path):
-    # In a process of its own, without the settings of these tests, as a reader would run them.
+    # A separate process without the settings of these tests, as a reader would run the examples.
     script = tmp_path / "readme.py"
     script.write_text("\n".join([*blocks("python"), CHECKS]), encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
@@ -73,7 +73,7 @@ def test_the_python_examples_run(tmp_path):
 
 def test_the_python_example_of_a_learner_runs():
     (block,) = (block for block in blocks("python") if "jm.Learner(init, adapt, predict, loss)" in block)
-    # With small arrays in place of characters, which take longer to compile; the nightly test draws these.
+    # Small arrays replace the characters, which take longer to compile; the nightly test draws characters.
     classes = np.random.default_rng(0).normal(size=(20, 4))
     y = np.arange(80) // 4
     x = (classes[y] + 0.3 * np.random.default_rng(1).normal(size=(80, 4))).astype(np.float32)
@@ -93,7 +93,7 @@ def test_the_python_example_of_a_learner_runs():
     assert accuracy.mean > 0.8
 
 
-def test_readme_fits_its_length():
+def test_readme_has_at_most_200_lines():
     assert README.count("\n") <= 200
 
 
@@ -104,7 +104,7 @@ def test_names_of_the_library_in_python_examples_exist(number):
             operator.attrgetter(ast.unparse(node).removeprefix("jm."))(jm)
 
 
-# What each command of the command line calls, in its module.
+# Functions that the commands call, by module.
 CALLED = {
     run: ("new_run", "resume_run", "evaluate_run"),
     compare: ("compare", "plot"),
@@ -114,19 +114,19 @@ CALLED = {
 }
 
 
-def noting(function, called):
-    """What notes a call of a function, with its signature, which the flags are made of."""
+def recorder(function, called):
+    """Return a function that records its calls and has the given signature, from which the flags derive."""
 
     @functools.wraps(function)
-    def noted(*_, **__):
+    def recording(*_, **__):
         called.append(function.__name__)
 
-    return noted
+    return recording
 
 
-# What stands for NAME in a command.
+# Values for NAME in a command.
 NAME = {"train": "maml", "learners": "maml", "presets": "glyphs", "tasks": "glyphs", "networks": "conv4"}
-# Modules of a reader's own.
+# User-defined modules that the texts mention.
 OWN = {
     "cavia": "from jaxmeta import cavia",
     "my_module": "from jaxmeta import maml as my_learner, prototypical as nearest_mean\n"
@@ -136,7 +136,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
-def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys, name):
+def test_the_command_line_accepts_the_commands(tmp_path, monkeypatch, capsys, name):
     for own, content in OWN.items():
         (tmp_path / f"{own}.py").write_text(content)
     monkeypatch.chdir(tmp_path)
@@ -147,9 +147,10 @@ def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys, name
         assert len(commands) > 3
     called = []
     for module, functions in CALLED.items():
-        for each in functions:
-            monkeypatch.setattr(module, each, noting(getattr(module, each), called))
-    # Of folders that the text speaks of, and that are not here.
+        for name_of_function in functions:
+            function = getattr(module, name_of_function)
+            monkeypatch.setattr(module, name_of_function, recorder(function, called))
+    # The data and run folders in the text do not exist here.
     monkeypatch.setattr(folders, "data_folder", lambda data: data)
     monkeypatch.setattr(
         commands_of_names, "load_config", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
@@ -167,18 +168,18 @@ def test_the_command_line_takes_the_commands(tmp_path, monkeypatch, capsys, name
         sys.modules.pop(own, None)
 
 
-def found_in_texts(pattern):
-    """Return what matches in any text, each once."""
+def matches_in_texts(pattern):
+    """Return the distinct matches of a pattern in all texts."""
     return sorted({match for text in TEXTS.values() for match in re.findall(pattern, text)})
 
 
-@pytest.mark.parametrize("name", found_in_texts(r"`jm\.([\w.]+)"))
+@pytest.mark.parametrize("name", matches_in_texts(r"`jm\.([\w.]+)"))
 def test_names_of_the_library_in_the_text_exist(name):
     operator.attrgetter(name.rstrip("."))(jm)
 
 
 @pytest.mark.parametrize(
-    "path", found_in_texts(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|tests|\.ci)/[\w./-]+)")
+    "path", matches_in_texts(r"(?:`|python )((?:jaxmeta|notebooks|benchmarks|tests|\.ci)/[\w./-]+)")
 )
 def test_files_that_the_text_names_exist(path):
     assert (ROOT / path).exists()
@@ -190,7 +191,7 @@ def test_files_that_the_text_names_exist(path):
         {line for text in TEXTS.values() for line in lines_of_shell(text) if "python benchmarks/" in line}
     ),
 )
-def test_benchmarks_take_the_flags_of_the_text(command):
+def test_benchmarks_have_the_flags_in_the_text(command):
     program, *words = command[command.index("benchmarks/") :].split()
     flags = {word for word in words if word.startswith("--")}
     source = (ROOT / program).read_text(encoding="utf-8")
@@ -198,7 +199,7 @@ def test_benchmarks_take_the_flags_of_the_text(command):
 
 
 @pytest.mark.nightly
-def test_the_functions_in_docstrings_learn_from_a_folder_of_photos(tmp_path, monkeypatch):
+def test_functions_in_docstrings_run_on_a_folder_of_photos(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
     photos, rng = tmp_path / "photos", np.random.default_rng(0)
     for name in range(27):

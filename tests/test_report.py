@@ -1,4 +1,4 @@
-"""The page of results, and the short table of README.md, are what their JSON files say."""
+"""Tests of the page of results and the short table of README.md, which benchmarks/report.py generates."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ import report
 
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
-    """Pages and results in a folder of their own, which may be changed."""
+    """Return a folder with copies of pages and results, which a test may change."""
     (tmp_path / "results").mkdir()
     for path in report.RESULTS.glob("*.json"):
         (tmp_path / "results" / path.name).write_bytes(path.read_bytes())
@@ -28,15 +28,15 @@ def copies(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_pages_are_what_the_program_writes():
+def test_the_pages_match_their_results():
     assert report.differing() == []
 
 
-def test_another_number_in_a_file_of_results_is_another_page(copies, capsys):
+def test_a_changed_result_changes_the_page(copies, capsys):
     path = copies / "results" / report.GRADIENT
-    kept = json.loads(path.read_text())
-    kept["rows"]["maml"]["accuracy"]["transductive"]["mean"] = 0.12345
-    path.write_text(json.dumps(kept))
+    results = json.loads(path.read_text())
+    results["rows"]["maml"]["accuracy"]["transductive"]["mean"] = 0.12345
+    path.write_text(json.dumps(results))
     before = report.PAGE.read_text()
     assert report.main(["--check"]) == 1
     assert str(report.PAGE) in capsys.readouterr().err
@@ -50,11 +50,11 @@ def test_another_number_in_a_file_of_results_is_another_page(copies, capsys):
     assert "12.3 ± 0.4" in report.TOP.read_text()
 
 
-def test_the_short_table_stands_between_its_markers_alone(copies):
+def test_the_short_table_is_written_only_between_its_markers(copies):
     report.main([])
     text = report.TOP.read_text()
-    found = re.fullmatch(r"before\n<!-- results -->\n(.*)\n<!-- /results -->\nafter\n", text, re.DOTALL)
-    lines = found[1].splitlines()
+    match = re.fullmatch(r"before\n<!-- results -->\n(.*)\n<!-- /results -->\nafter\n", text, re.DOTALL)
+    lines = match[1].splitlines()
     assert {line.count("|") for line in lines} == {6}
     assert any("| 98.7 ± 0.4 | 98.0 ± 0.4 |" in line for line in lines)  # MAML on Omniglot
     report.TOP.write_text("no markers\n")
@@ -62,33 +62,33 @@ def test_the_short_table_stands_between_its_markers_alone(copies):
     assert report.TOP.read_text() == "no markers\n"
 
 
-def test_a_file_of_results_that_no_section_reads_is_an_error(copies):
+def test_an_unused_file_of_results_is_an_error(copies):
     (copies / "results" / "new.json").write_text("{}")
     with pytest.raises(ValueError, match=r"new\.json"):
         report.main(["--check"])
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "named"),
+    ("old", "new", "message"),
     [
         ("{{memory.table}}", "", r"memory\.table"),
         ("{{memory.table}}", "{{memory.tables}}", r"memory\.tables"),
     ],
 )
-def test_placeholders_and_values_must_match(copies, old, new, named):
+def test_placeholders_and_values_must_match(copies, old, new, message):
     report.TEMPLATE.write_text(report.TEMPLATE.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=message):
         report.main([])
 
 
-def test_figures_and_data_that_the_page_links_to_exist():
+def test_linked_figures_and_data_exist():
     links = re.findall(r"\]\((results/[^)]+)\)", report.PAGE.read_text())
     assert len(links) > 20
     for link in links:
         assert (report.HERE / link).is_file(), link
 
 
-def test_the_contents_of_the_page_link_to_its_headings():
+def test_the_table_of_contents_links_to_headings():
     text = report.PAGE.read_text()
     headings = {
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

@@ -206,10 +206,13 @@ def test_predictions_of_a_tpu_use_its_own_program_and_compiler_cycles():
     }
     rows = [row | {"kind": "cpu", "cycles": 0}, row | {"kind": "TPU v5 lite", "cycles": 4.5e6}]
     predictions = scaling.predictions_of(rows)
-    work = {(each["accelerator"], each["work"]): each["points"][0]["seconds"]["work"] for each in predictions}
+    work = {
+        (prediction["accelerator"], prediction["work"]): prediction["points"][0]["seconds"]["work"]
+        for prediction in predictions
+    }
     expected = {("TPU v5e", "roofline"): 2e-3, ("TPU v5e", "compiler's cycles"): 3e-3}
     assert work == pytest.approx(expected | {("H100 SXM", "roofline"): 2 * 819e6 / 3.35e12})
-    assert {each["label"] for each in predictions} == {"predicted, not measured"}
+    assert {prediction["label"] for prediction in predictions} == {"predicted, not measured"}
     assert scaling.predictions_of([row | {"kind": "cpu", "devices": 1}]) == []
     gathered = {"kind": "all-gather", "bytes": 4, "devices": 8, "times": 1}
     with pytest.raises(ValueError, match="all-gather cross devices"):

@@ -413,8 +413,8 @@ def test_shots_are_of_each_class_and_the_others_are_scored():
 
 def parts_of_bars(root, **counts):
     """Write folders of parts: `train=(3, 2)` puts 3 images of bar 0 and 2 of bar 1 into train."""
-    for part, each in counts.items():
-        for kind, count in enumerate(each):
+    for part, per_class in counts.items():
+        for kind, count in enumerate(per_class):
             for number in range(count):
                 draw_bar(root / part / f"bar {kind}" / f"{part}{number}.png", kind, 99 * kind + number)
     return f"folder:{root}"
@@ -571,7 +571,7 @@ def test_leep_uses_the_probabilities_of_the_source_s_head(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "expected"),
     [
         (["nowhere"], "SOURCE: nowhere does not exist"),
         (["--target", "folder:{place}/nowhere"], "--target: {place}/nowhere does not exist"),
@@ -613,19 +613,19 @@ def test_leep_uses_the_probabilities_of_the_source_s_head(place, tmp_path):
     ],
 )
 def test_invalid_flags_of_transfer_are_errors_that_name_the_flag(
-    place, tmp_path, monkeypatch, capsys, flags, says
+    place, tmp_path, monkeypatch, capsys, flags, expected
 ):
     monkeypatch.chdir(tmp_path)
     (place / "one").mkdir(exist_ok=True)
     if not (place / "one" / "bar 0").exists():
         draw_bars(place / "one", 1, 3)
-    given = [flag.format(place=place) for flag in flags]
-    source = [] if not given[0].startswith("-") else [str(place / "prototypical")]
-    target = [] if "--target" in given else ["--target", f"folder:{place / 'standing'}"]
+    arguments = [flag.format(place=place) for flag in flags]
+    source = [] if not arguments[0].startswith("-") else [str(place / "prototypical")]
+    target = [] if "--target" in arguments else ["--target", f"folder:{place / 'standing'}"]
     capsys.readouterr()
-    assert main(["transfer", *source, *given, *target]) == 2
+    assert main(["transfer", *source, *arguments, *target]) == 2
     error = capsys.readouterr().err
-    assert says.format(place=place) in error
+    assert expected.format(place=place) in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -639,7 +639,7 @@ def test_a_run_on_other_data_than_images_is_an_error(place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "expected"),
     [
         (["--score", "leep"], "--score: leep needs a head of the source's own classes; {place}/prototypical"),
         (["--rate", "0.1"], "--rate: applies to --fine-tune only"),
@@ -649,14 +649,14 @@ def test_a_run_on_other_data_than_images_is_an_error(place, tmp_path, capsys):
         (["--json", "nowhere/table.json"], "--json: the folder"),
     ],
 )
-def test_invalid_flags_of_rank_are_errors_that_name_the_flag(place, capsys, flags, says):
-    given = [flag.format(place=place) for flag in flags]
-    sources = [] if not given[0].startswith("-") else [str(place / "prototypical"), str(place / "copy")]
+def test_invalid_flags_of_rank_are_errors_that_name_the_flag(place, capsys, flags, expected):
+    arguments = [flag.format(place=place) for flag in flags]
+    sources = [] if not arguments[0].startswith("-") else [str(place / "prototypical"), str(place / "copy")]
     target = ["--target", f"folder:{place / 'standing'}"]
     capsys.readouterr()
-    assert main(["rank", *sources, *given, *target]) == 2
+    assert main(["rank", *sources, *arguments, *target]) == 2
     error = capsys.readouterr().err
-    assert says.format(place=place) in error
+    assert expected.format(place=place) in error
     assert len(error.splitlines()) == 1
 
 
@@ -714,7 +714,7 @@ def test_a_target_can_be_a_user_defined_function(place, own):
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "expected"),
     [
         ("waves", "own_bars:waves has no labelled images"),
         ("streamed", "got regression tasks of 'quadratics'"),
@@ -722,11 +722,11 @@ def test_a_target_can_be_a_user_defined_function(place, own):
         ("missing", "has no function 'missing'"),
     ],
 )
-def test_user_defined_functions_without_labelled_images_are_errors(place, own, capsys, name, says):
+def test_user_defined_functions_without_labelled_images_are_errors(place, own, capsys, name, expected):
     transfer(place, own / "out", target=f"own_bars:{name}", status=2)
     error = capsys.readouterr().err
     assert "--target: " in error
-    assert says in error
+    assert expected in error
 
 
 def test_a_run_with_user_defined_code_is_a_source_without_that_code(place, tmp_path):
@@ -807,7 +807,7 @@ def test_lp_ft_at_a_tiny_rate_scores_as_its_probe(place, tmp_path):
 def test_a_stopped_transfer_keeps_its_weights_and_prints_its_command(
     place, tmp_path, monkeypatch, capsys, number, flags
 ):
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     show = transferring._Progress.report
 
     def stopping(progress, step, loss):
@@ -819,7 +819,7 @@ def test_a_stopped_transfer_keeps_its_weights_and_prints_its_command(
     with monkeypatch.context() as patching:
         patching.setattr(transferring._Progress, "report", stopping)
         transfer(place, tmp_path / "out", *flags, status=75)
-    assert {each: signal.getsignal(each) for each in before} == before
+    assert {signum: signal.getsignal(signum) for signum in before} == before
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
     assert f"by {number.name}; after step 20 of " in message
@@ -920,7 +920,7 @@ def test_rankings_that_cannot_be_written_are_printed(place, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "expected"),
     [
         (
             "resnet18",
@@ -941,13 +941,13 @@ def test_rankings_that_cannot_be_written_are_printed(place, tmp_path, monkeypatc
         ("maml-folder", "Hub, give hf:owner/name"),
     ],
 )
-def test_names_of_architectures_give_advice_on_their_weights(source, says, tmp_path, monkeypatch):
+def test_names_of_architectures_give_advice_on_their_weights(source, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"^source: {source} does not exist; ") as error:
         load_backbone(source)
-    assert says in str(error.value)
+    assert expected in str(error.value)
     named = "is the name of an architecture" in str(error.value)
-    assert named == (not any(text in says for text in ("Hub, give", "none with")))
+    assert named == (not any(text in expected for text in ("Hub, give", "none with")))
 
 
 @pytest.mark.parametrize("source", ["resnet18", "vit_base_patch16_224"])

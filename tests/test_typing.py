@@ -1,4 +1,4 @@
-"""What type checkers, editors and `help` know of the public functions."""
+"""Tests of the types and signatures of public functions, as type checkers, editors and `help` show them."""
 
 import dataclasses
 import inspect
@@ -31,8 +31,8 @@ PUBLIC = {
     for name in module.__all__
     if callable(getattr(module, name))
 }
-# Of these, types that jax itself does not declare to type checkers: devices, shapes, and jaxtyping's trees.
-OF_JAX = {
+# Public functions with types that jax does not declare: devices, shapes, and jaxtyping's trees.
+PARTLY_UNTYPED = {
     *("evaluate", "evaluate_episodes", "make_mesh", "meta_step", "train"),
     *("transfer.gradient_reversal", "transfer.load_pretrained"),
 }
@@ -41,7 +41,7 @@ OF_JAX = {
 def mypy(*names):
     """Return the lines of the scripts in which mypy finds an error, with the messages."""
     pytest.importorskip("mypy", reason="mypy is not installed")
-    # As a user's who has no configuration. optax has no types of its own, and jaxmeta must do without.
+    # Without configuration, as a user may run mypy. optax has no type annotations.
     command = [
         sys.executable,
         "-m",
@@ -53,8 +53,8 @@ def mypy(*names):
     command += ["--follow-imports=silent", *(str(SCRIPTS / name) for name in names)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    found = re.findall(r"^(\S+\.py):(\d+): error: (.*)$", done.stdout, re.MULTILINE)
-    return {(pathlib.Path(path).name, int(line)): message for path, line, message in found}
+    matches = re.findall(r"^(\S+\.py):(\d+): error: (.*)$", done.stdout, re.MULTILINE)
+    return {(pathlib.Path(path).name, int(line)): message for path, line, message in matches}
 
 
 def basedpyright(folder, *names):
@@ -63,15 +63,15 @@ def basedpyright(folder, *names):
         "include": [str(SCRIPTS / name) for name in names],
         "extraPaths": [str(ROOT)],
         "typeCheckingMode": "strict",
-        # jax.numpy's own functions are of partly unknown types.
+        # The types of jax.numpy's functions are partly unknown.
         "reportUnknownMemberType": False,
         "reportMissingTypeStubs": False,
     }
     (folder / "pyrightconfig.json").write_text(json.dumps(config))
     report = run_basedpyright("--project", str(folder))
     return {
-        (pathlib.Path(each["file"]).name, each["range"]["start"]["line"] + 1): each["message"]
-        for each in report["generalDiagnostics"]
+        (pathlib.Path(entry["file"]).name, entry["range"]["start"]["line"] + 1): entry["message"]
+        for entry in report["generalDiagnostics"]
     }
 
 
@@ -91,7 +91,7 @@ def wrong_lines():
 
 @pytest.fixture(scope="module", params=["mypy", "basedpyright"])
 def errors(request, tmp_path_factory):
-    """What a type checker finds in the two scripts."""
+    """Return the errors that a type checker reports in the two scripts."""
     scripts = "right_calls.py", "wrong_calls.py"
     if request.param == "mypy":
         return mypy(*scripts)
@@ -99,35 +99,35 @@ def errors(request, tmp_path_factory):
 
 
 @pytest.mark.nightly
-def test_type_checkers_find_nothing_in_a_users_script(errors):
-    assert {place: said for place, said in errors.items() if place[0] == "right_calls.py"} == {}
+def test_type_checkers_report_no_error_in_a_users_script(errors):
+    assert {line: message for line, message in errors.items() if line[0] == "right_calls.py"} == {}
 
 
 @pytest.mark.nightly
-def test_type_checkers_find_every_wrong_call_and_no_other(errors):
-    found = {line for name, line in errors if name == "wrong_calls.py"}
+def test_type_checkers_report_exactly_the_wrong_calls(errors):
+    lines = {line for name, line in errors if name == "wrong_calls.py"}
     wrong = wrong_lines()
-    assert not {wrong[line] for line in wrong.keys() - found}
-    assert not found - wrong.keys()
+    assert not {wrong[line] for line in wrong.keys() - lines}
+    assert not lines - wrong.keys()
 
 
 @pytest.mark.nightly
-def test_the_types_of_all_public_names_are_known_to_type_checkers():
+def test_type_checkers_know_the_types_of_all_public_names():
     report = run_basedpyright("--verifytypes", "jaxmeta", "--ignoreexternal")["typeCompleteness"]
-    known = {each["name"]: each["isTypeKnown"] for each in report["symbols"]}
+    known = {symbol["name"]: symbol["isTypeKnown"] for symbol in report["symbols"]}
     unknown = {name for name in PUBLIC if not known.get(f"jaxmeta.{name}", True)}
-    assert unknown <= OF_JAX
+    assert unknown <= PARTLY_UNTYPED
     assert {"maml", "anil", "tasks.glyphs", "transfer.fine_tune"} <= {
         name.removeprefix("jaxmeta.") for name in known
     }
 
 
-def test_the_package_says_that_it_is_typed():
+def test_the_package_contains_py_typed():
     assert (pathlib.Path(jm.__file__).parent / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_defaults_print_as_what_they_are(name):
+def test_printed_defaults_are_readable(name):
     try:
         signature = inspect.signature(PUBLIC[name])
     except (TypeError, ValueError):
@@ -140,7 +140,7 @@ def test_defaults_print_as_what_they_are(name):
             assert not re.search(r"<lambda>|<locals>| object at 0x", shown), f"{parameter.name} = {shown}"
 
 
-# What a parent takes by name alone, and the type that says so to those that hand it on.
+# Functions and the TypedDicts of their keyword-only parameters, which forwarding functions use.
 SCHEMAS = [
     (jm.maml, MamlSettings),
     (jm.learned_optimizer, LearnedOptimizerSettings),
@@ -151,22 +151,24 @@ SCHEMAS = [
 ]
 
 
-@pytest.mark.parametrize(("parent", "settings"), SCHEMAS, ids=lambda each: each.__name__)
-def test_the_type_of_the_settings_is_the_signature(parent, settings):
+@pytest.mark.parametrize(("parent", "settings"), SCHEMAS, ids=lambda value: value.__name__)
+def test_typed_settings_match_the_signature(parent, settings):
     parameters = {
-        each.name: each
-        for each in inspect.signature(parent, eval_str=True).parameters.values()
-        if each.kind is each.KEYWORD_ONLY
+        parameter.name: parameter
+        for parameter in inspect.signature(parent, eval_str=True).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
     }
-    assert typing.get_type_hints(settings) == {name: each.annotation for name, each in parameters.items()}
-    needed = {name for name, each in parameters.items() if each.default is each.empty}
+    assert typing.get_type_hints(settings) == {
+        name: parameter.annotation for name, parameter in parameters.items()
+    }
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     assert settings.__required_keys__ == needed
 
 
-def test_a_factory_has_the_settings_of_its_type_with_the_parents_defaults():
-    found = inspect.signature(jm.anil).parameters
-    assert set(found) == {"model", "head", *typing.get_type_hints(HeadOrBodySettings)}
-    assert found["inner_steps"] == inspect.signature(jm.maml, eval_str=True).parameters["inner_steps"]
+def test_a_factory_has_the_typed_settings_with_the_parents_defaults():
+    parameters = inspect.signature(jm.anil).parameters
+    assert set(parameters) == {"model", "head", *typing.get_type_hints(HeadOrBodySettings)}
+    assert parameters["inner_steps"] == inspect.signature(jm.maml, eval_str=True).parameters["inner_steps"]
 
 
 def parent(network, *, rate: float = 0.1, steps: int = 1):
@@ -184,7 +186,7 @@ def forwarding(hint):
     return child
 
 
-def test_only_typed_settings_are_handed_on():
+def test_only_typed_settings_are_forwarded():
     child = forwarding(float)
     assert str(inspect.signature(child)) == "(network, *, rate: float = 0.1)"
     assert child(None, rate=0.2) == (0.2, 1)
@@ -197,7 +199,7 @@ def test_settings_of_another_type_than_the_parents_are_refused():
         forwarding(int)
 
 
-def test_settings_that_the_parent_has_not_are_refused():
+def test_settings_that_the_parent_does_not_have_are_refused():
     class Settings(typing.TypedDict, total=False):
         rates: float
 
@@ -207,38 +209,38 @@ def test_settings_that_the_parent_has_not_are_refused():
         def child(network, **settings: typing.Unpack[Settings]): ...
 
 
-def test_settings_that_are_excluded_or_the_factory_s_own_are_refused():
+def test_excluded_and_redefined_settings_are_refused():
     class Settings(typing.TypedDict, total=False):
         rate: float
 
     def child(network, **settings: typing.Unpack[Settings]): ...
 
-    def with_its_own(network, *, rate: float = 0.2, **settings: typing.Unpack[Settings]): ...
+    def redefining(network, *, rate: float = 0.2, **settings: typing.Unpack[Settings]): ...
 
     with pytest.raises(TypeError, match="'rate' is also excluded by without="):
         declare.forwards(parent, without=("rate",))(child)
     with pytest.raises(TypeError, match="'rate' is also excluded by without= or a parameter of its own"):
-        declare.forwards(parent)(with_its_own)
+        declare.forwards(parent)(redefining)
 
 
-def test_help_of_the_decorator_shows_the_facts():
-    found = inspect.signature(jm.learner).parameters
-    assert set(found) == {field.name for field in dataclasses.fields(declare.Facts)}
-    assert found["rows"].default == {"transductive": "batch", "inductive": "support"}
+def test_the_signature_of_the_decorator_shows_the_facts():
+    parameters = inspect.signature(jm.learner).parameters
+    assert set(parameters) == {field.name for field in dataclasses.fields(declare.Facts)}
+    assert parameters["rows"].default == {"transductive": "batch", "inductive": "support"}
 
 
-def test_the_names_of_layouts_are_those_that_there_are():
+def test_layout_names_match_the_layouts():
     assert typing.get_args(LayoutName) == tuple(LAYOUTS)
 
 
-def test_the_words_of_a_choice_are_literal():
-    """A parameter with a word for its default takes these words alone, or says so here."""
+def test_choices_have_literal_types():
+    """A parameter whose default is a string has a `Literal` type, unless it is listed here."""
     free = {"head", "name", "protocol", "task_column", "train", "shared", "take", "where", "outer"}
     free |= {"argument", "row", "classes", "task_split", "kernel", "padding"}
     for name, function in PUBLIC.items():
         if not inspect.isfunction(function):
             continue
-        for each in inspect.signature(function, eval_str=True).parameters.values():
-            if isinstance(each.default, str) and each.name not in free:
-                kinds = typing.get_args(each.annotation) or (each.annotation,)
-                assert str not in kinds, f"{name}: {each}"
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if isinstance(parameter.default, str) and parameter.name not in free:
+                kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+                assert str not in kinds, f"{name}: {parameter}"

@@ -157,16 +157,18 @@ def test_a_class_slot_without_examples_has_probability_zero_and_gradients_are_fi
     support, query = unequal()
     learner = kernel(normalise=normalise, reduce=reduce)
     names = np.array([0, 1, 3])
-    wider, asked = (batch(part.x, names[part.y], ways=5) for part in (support, query))
+    wide_support, wide_query = (batch(part.x, names[part.y], ways=5) for part in (support, query))
 
     def value(support_x, query_x):
-        task = jm.Task(*(batch(x, part.y, ways=5) for x, part in ((support_x, wider), (query_x, asked))))
+        task = jm.Task(
+            *(batch(x, part.y, ways=5) for x, part in ((support_x, wide_support), (query_x, wide_query)))
+        )
         return learner.loss({"model": {}}, task, KEY)[0]
 
     @jax.jit
     def run():
-        adapted = (learner.adapt({"model": {}}, part, KEY) for part in (wider, support))
-        outputs = [learner.predict({"model": {}}, each, query.x) for each in adapted]
+        adapted = (learner.adapt({"model": {}}, part, KEY) for part in (wide_support, support))
+        outputs = [learner.predict({"model": {}}, state, query.x) for state in adapted]
         return outputs, jax.grad(value, (0, 1))(support.x, query.x)
 
     (outputs, expected), slopes = jax.device_get(run())
@@ -198,10 +200,10 @@ def test_padding_changes_neither_outputs_nor_loss(reduce, x64):
     task = unequal()
     learner = kernel(similarity="euclidean", reduce=reduce)
     holes = padded(task.support, [0, 3, 3, 6])
-    asked = padded(task.query, [1, 5])
-    actual, value, metrics = results(learner, {"model": {}}, jm.Task(holes, asked))
+    query = padded(task.query, [1, 5])
+    actual, value, metrics = results(learner, {"model": {}}, jm.Task(holes, query))
     outputs, expected, known = results(learner, {"model": {}}, task)
-    np.testing.assert_allclose(actual[np.asarray(asked.mask)], outputs, rtol=1e-6)
+    np.testing.assert_allclose(actual[np.asarray(query.mask)], outputs, rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     assert metrics["accuracy"] == known["accuracy"]
 
@@ -254,7 +256,7 @@ def test_duplicated_examples_raise_the_probability_only_where_similarities_are_s
         (kernel(reduce="sum"), True),
         (jm.matching(IDENTITY), True),
     ):
-        before, after = (predict(learner, each, query.x) for each in (support, twice))
+        before, after = (predict(learner, examples, query.x) for examples in (support, twice))
         if moves:
             assert (after[:, 1] > before[:, 1] + 0.1).all()
         else:

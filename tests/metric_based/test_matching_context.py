@@ -113,7 +113,7 @@ def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
     x, y = (np.asarray(part.x, float) for part in TASK)
     g = jax.jit(context.support)(own, x, real)
     f = jax.jit(context.query)(own, y, g, real)
-    g, f = (np.asarray(each) / np.linalg.norm(each, axis=1, keepdims=True) for each in (g, f))
+    g, f = (np.asarray(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (g, f))
     attention = np.exp(2 * f @ g.T)
     expected = attention / attention.sum(1, keepdims=True) @ np.eye(WAYS)[TASK.support.y]
     actual = predict(learner(scale=2.0), batch(x, TASK.support.y), y, head=own)
@@ -141,13 +141,13 @@ def test_padding_anywhere_in_the_support_changes_nothing(places, value):
 
 def test_outputs_depend_on_support_order_but_not_on_query_order():
     own = head()
-    support, asked = TASK.support, np.asarray(TASK.query.x)
+    support, queries = TASK.support, np.asarray(TASK.query.x)
     x, y = np.asarray(support.x), np.asarray(support.y)
-    actual = outputs(own, support, asked)
-    turned = outputs(own, batch(x[::-1], y[::-1]), asked)
+    actual = outputs(own, support, queries)
+    turned = outputs(own, batch(x[::-1], y[::-1]), queries)
     assert np.abs(turned - actual).max() > 1e-3
-    np.testing.assert_allclose(outputs(own, support, asked[::-1]), actual[::-1], atol=1e-6)
-    np.testing.assert_allclose(outputs(own, support, asked[:1]), actual[:1], atol=1e-6)
+    np.testing.assert_allclose(outputs(own, support, queries[::-1]), actual[::-1], atol=1e-6)
+    np.testing.assert_allclose(outputs(own, support, queries[:1]), actual[:1], atol=1e-6)
 
 
 def test_the_support_is_shuffled_only_in_training():

@@ -323,8 +323,8 @@ def test_logits_and_loss_match_torch_on_the_same_weights(method):
         expected = torch.log(attention @ F.one_hot(y).double())
     actual, value, _ = results(learner, params, task)
     np.testing.assert_allclose(actual, expected.numpy(), atol=1e-8)
-    asked = torch.tensor(np.array(task.query.y), dtype=torch.long)
-    np.testing.assert_allclose(value, F.cross_entropy(expected, asked).item(), rtol=1e-8)
+    query_y = torch.tensor(np.array(task.query.y), dtype=torch.long)
+    np.testing.assert_allclose(value, F.cross_entropy(expected, query_y).item(), rtol=1e-8)
 
 
 @methods
@@ -366,9 +366,9 @@ def test_a_common_offset_of_all_points_does_not_change_outputs(method, offset):
     head = {"similarity": jnp.eye(dim, dtype=jnp.float32)} if method == "learned" else {}
     params = {"model": {}, "head": head}
     actual = np.asarray(outputs_of(learner, params, part, jnp.asarray(offset + query, jnp.float32)))
-    each = np.square(query[:, None] - support[None]).sum(-1).reshape(len(query), ways, 2)
+    squared = np.square(query[:, None] - support[None]).sum(-1).reshape(len(query), ways, 2)
     to_mean = np.square(query[:, None] - support.reshape(ways, 2, dim).mean(1)[None]).sum(-1)
-    nearest = {"nearest": each.min(2), "learned": -np.log(np.exp(-each).mean(2))}.get(method, to_mean)
+    nearest = {"nearest": squared.min(2), "learned": -np.log(np.exp(-squared).mean(2))}.get(method, to_mean)
     assert np.isneginf(actual[:, ways]).all()
     actual = actual[:, :ways]
     # Up to a term that is equal for all classes.
@@ -397,7 +397,7 @@ def test_distances_have_the_derivatives_of_their_formula():
 def test_products_and_distances_of_bfloat16_have_float32():
     rng = np.random.default_rng(5)
     a, b = (jnp.asarray(rng.normal(size=(4, 300)) + 50, jnp.bfloat16) for _ in range(2))
-    exact = [np.asarray(each, np.float64) for each in (a, b)]
+    exact = [np.asarray(array, np.float64) for array in (a, b)]
     actual = squared_distances(a, b)
     assert actual.dtype == jnp.float32
     np.testing.assert_allclose(actual, np.square(exact[0][:, None] - exact[1][None]).sum(-1), rtol=1e-5)

@@ -145,12 +145,12 @@ def test_each_class_sum_is_divided_by_its_number_of_unpadded_examples(x64):
         own = np.asarray(support.x)[np.asarray(support.y) == c]
         x[: len(own), c], mask[: len(own), c] = own, True
     ragged = batch(x.reshape(-1, DIM), y.reshape(-1), mask.reshape(-1))
-    for given in (support, ragged):
-        fitted = adapted(PROTOTYPICAL, {"model": {}}, given)["fitted"]
+    for examples in (support, ragged):
+        fitted = adapted(PROTOTYPICAL, {"model": {}}, examples)["fitted"]
         np.testing.assert_allclose(fitted["prototypes"], expected, atol=1e-12)
         assert fitted["present"].all()
         np.testing.assert_allclose(
-            predict(PROTOTYPICAL, given, query.x), -distances(query.x, expected), rtol=1e-10
+            predict(PROTOTYPICAL, examples, query.x), -distances(query.x, expected), rtol=1e-10
         )
 
 
@@ -174,7 +174,7 @@ def test_an_added_class_has_the_same_prototype_as_one_adapted_with_the_others(no
     add = jax.jit(lambda state, x: jm.add_class(embedding(), params, state, x, divergence=divergence))
     larger = add(state, more)
     predict_with = jax.jit(learner.predict)
-    before, after = (np.asarray(predict_with(params, each, query.x)) for each in (state, larger))
+    before, after = (np.asarray(predict_with(params, fitted, query.x)) for fitted in (state, larger))
     assert after.shape == (5, WAYS + 1)
     np.testing.assert_allclose(after[:, :WAYS], before, rtol=1e-12)
     if norm == "population":
@@ -357,7 +357,7 @@ def test_divergences_are_accurate_at_a_common_offset(generator):
     of = jax.jit(functools.partial(bregman, generator))
     actual = np.asarray(of(jnp.asarray(z), jnp.asarray(v)))
     with jax.enable_x64(True):
-        expected = np.asarray(of(*(jnp.asarray(each, float) for each in (z, v))))
+        expected = np.asarray(of(*(jnp.asarray(value, float) for value in (z, v))))
     np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
     assert (actual.argmin(1) == expected.argmin(1)).all()
 
@@ -373,7 +373,7 @@ def test_divergences_match_their_formula_where_a_class_is_absent(generator, x64)
         return bregman(generator, jnp.asarray(z), v, present)[:, jnp.array([0, 2])]
 
     slopes = jax.vmap(jax.grad(generator))(jnp.asarray(v))
-    phi_z, phi_v = (np.asarray(jax.vmap(generator)(jnp.asarray(each))) for each in (z, v))
+    phi_z, phi_v = (np.asarray(jax.vmap(generator)(jnp.asarray(value))) for value in (z, v))
     expected = phi_z[:, None] - phi_v[None] - np.einsum("mnd,nd->mn", z[:, None] - v[None], slopes)
     np.testing.assert_allclose(actual(jnp.asarray(v)), expected[:, [0, 2]], rtol=1e-9, atol=1e-9)
     assert np.isfinite(jax.grad(lambda v: actual(v).sum())(jnp.asarray(v))).all()

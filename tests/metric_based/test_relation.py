@@ -184,8 +184,8 @@ def test_padding_and_absent_classes_change_nothing(norm, x64):
     np.testing.assert_allclose(actual[real][:, :WAYS], outputs, rtol=1e-8)
     assert (actual[real][:, WAYS:] == -np.inf).all()
     np.testing.assert_allclose(value, expected, rtol=1e-9)
-    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(known), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-9)
+    for actual_leaf, expected_leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(known), strict=True):
+        np.testing.assert_allclose(actual_leaf, expected_leaf, atol=1e-9)
 
 
 @pytest.mark.parametrize(("size", "channels", "maps"), [(28, 1, 5), (84, 3, 19)])

@@ -71,11 +71,11 @@ def test_a_query_has_the_class_of_its_best_matching_support_image():
 def test_the_loss_balances_pairs_of_the_same_and_of_different_classes():
     p = sigmoid(scores(TASK.query.x, TASK.support.x))
     same = np.asarray(TASK.query.y)[:, None] == np.asarray(TASK.support.y)[None]
-    each = [
+    losses = [
         (-np.log(row[kind]).mean() - np.log(1 - row[~kind]).mean()) / 2
         for row, kind in zip(p, same, strict=True)
     ]
-    np.testing.assert_allclose(verification_loss(*TASK, **HEAD), np.mean(each), rtol=1e-5)
+    np.testing.assert_allclose(verification_loss(*TASK, **HEAD), np.mean(losses), rtol=1e-5)
 
 
 def test_the_loss_of_two_pairs_matches_the_value_computed_by_hand():
@@ -107,9 +107,9 @@ def test_the_gradient_is_the_sum_over_both_branches(x64):
         return apart, jax.grad(lambda params: learner.loss(params, task, KEY)[0])(params)["model"]
 
     (left, right), actual = jax.device_get(gradients(params))
-    for whole, one, other in zip(*map(jax.tree.leaves, (actual, left, right)), strict=True):
-        np.testing.assert_allclose(whole, one + other, atol=1e-12)
-        assert np.abs(whole - one).max() > 1e-6
+    for whole, left_branch, right_branch in zip(*map(jax.tree.leaves, (actual, left, right)), strict=True):
+        np.testing.assert_allclose(whole, left_branch + right_branch, atol=1e-12)
+        assert np.abs(whole - left_branch).max() > 1e-6
 
 
 # Sampled pairs.
@@ -149,8 +149,8 @@ def test_pairs_are_a_pure_function_of_the_key():
     first, again, other = (
         jax.device_get(draw(key, *kinds(), 20)) for key in (KEY, jax.random.key(0), jax.random.key(1))
     )
-    for one, same in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one, same)
+    for drawn, repeated in zip(first, again, strict=True):
+        np.testing.assert_array_equal(drawn, repeated)
     assert (first.query != other.query).any()
 
 
@@ -183,10 +183,10 @@ def test_the_loss_of_many_sampled_pairs_matches_that_of_all_pairs():
 
 
 def test_the_loss_covers_one_kind_where_the_other_does_not_exist():
-    one = batch(TASK.support.x, [0] * 6, ways=1)
-    asked = batch(TASK.query.x, [0] * 5, ways=1)
+    support = batch(TASK.support.x, [0] * 6, ways=1)
+    query = batch(TASK.query.x, [0] * 5, ways=1)
     params = {"model": {}, "head": HEAD}
-    value, _ = loss(jm.siamese(IDENTITY, pairs=2000), params, jm.Task(one, asked))
+    value, _ = loss(jm.siamese(IDENTITY, pairs=2000), params, jm.Task(support, query))
     expected = -np.log(sigmoid(scores(TASK.query.x, TASK.support.x))).mean()
     np.testing.assert_allclose(value, expected, rtol=0.1)
 

@@ -80,8 +80,8 @@ class CompiledLearner:
             state, output = self.next_step(state, label, support.x[t])
             label = self.code(int(support.y[t]))
             outputs.append(output)
-        asked = [self.next_step(state, label, x)[1] for x in query.x]
-        return np.stack(outputs), np.stack(asked)
+        query_outputs = [self.next_step(state, label, x)[1] for x in query.x]
+        return np.stack(outputs), np.stack(query_outputs)
 
     def cross_entropy(self, output, label):
         """Return the cross-entropy, summed over characters."""
@@ -116,18 +116,18 @@ def masked_out(query):
 @pytest.mark.parametrize("controller", ["lstm", "feed_forward"])
 def test_loss_and_outputs_match_a_plain_loop(controller, x64):
     model, (support, query) = ready(controller), episode()
-    outputs, asked = model.by_hand(support, query)
+    outputs, query_outputs = model.by_hand(support, query)
     expected = sum(map(model.cross_entropy, outputs, support.y)) + sum(
-        map(model.cross_entropy, asked, query.y)
+        map(model.cross_entropy, query_outputs, query.y)
     )
     value, metrics = model.loss(model.params, jm.Task(support, query), KEY)
     np.testing.assert_allclose(value, expected, rtol=1e-10)
     np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], expected, rtol=1e-6)
     actual = model.outputs(model.params, support, query)
-    np.testing.assert_allclose(actual, asked, rtol=1e-9)
-    right = (asked.argmax(1) == np.asarray(query.y)).sum()
+    np.testing.assert_allclose(actual, query_outputs, rtol=1e-9)
+    right = (query_outputs.argmax(1) == np.asarray(query.y)).sum()
     assert [float(v) for v in metrics["accuracy"]] == [right, 2]
-    assert len({tuple(row) for row in asked.tolist()}) == 2
+    assert len({tuple(row) for row in query_outputs.tolist()}) == 2
 
 
 @pytest.mark.nightly
@@ -271,9 +271,9 @@ def test_tasks_without_queries_are_allowed(strings, x64):
     params = of_float64(jax.jit(learner.init)(KEY, task), 2)
     loss, metrics = jax.jit(learner.loss)(params, alone, KEY)
     outputs = jax.jit(learner.predict)(params, learner.adapt(params, task.support, KEY), task.query.x)
-    asked = jm.losses.cross_entropy(outputs, task.query.y) * 2
+    query_loss = jm.losses.cross_entropy(outputs, task.query.y) * 2
     # The cross-entropy of joint logits is the sum over characters.
-    np.testing.assert_allclose(loss + asked, jax.jit(learner.loss)(params, task, KEY)[0], rtol=1e-9)
+    np.testing.assert_allclose(loss + query_loss, jax.jit(learner.loss)(params, task, KEY)[0], rtol=1e-9)
     assert metrics["accuracy"][1] == 0
     assert learner.predict(params, learner.adapt(params, task.support, KEY), alone.query.x).shape == (0, ways)
 
@@ -418,37 +418,37 @@ def test_images_are_augmented_only_in_training(x64):
 @pytest.mark.nightly
 def test_logits_of_strings_are_sums_over_their_characters(x64):
     model, (support, query) = spelling(5, 2), episode(ways=25, queries=8)
-    outputs, asked = model.by_hand(support, query)
+    outputs, query_outputs = model.by_hand(support, query)
     joint = model.outputs(model.params, support, query)
     assert joint.shape == (8, 25)
     for m, first, second in itertools.product(range(8), range(5), range(5)):
         np.testing.assert_allclose(
-            joint[m, first + 5 * second], asked[m, first] + asked[m, 5 + second], atol=1e-10
+            joint[m, first + 5 * second], query_outputs[m, first] + query_outputs[m, 5 + second], atol=1e-10
         )
-    best = asked.reshape(8, 2, 5).argmax(2)
+    best = query_outputs.reshape(8, 2, 5).argmax(2)
     np.testing.assert_array_equal(joint.argmax(1), best[:, 0] + 5 * best[:, 1])
     # The joint softmax is the product of the characters' softmaxes.
     expected = sum(map(model.cross_entropy, outputs, support.y)) + sum(
-        map(model.cross_entropy, asked, query.y)
+        map(model.cross_entropy, query_outputs, query.y)
     )
     value, _ = model.loss(model.params, jm.Task(support, query), KEY)
     np.testing.assert_allclose(value, expected, rtol=1e-10)
     np.testing.assert_allclose(
         8 * jm.losses.cross_entropy(joint, query.y),
-        sum(map(model.cross_entropy, asked, query.y)),
+        sum(map(model.cross_entropy, query_outputs, query.y)),
         rtol=1e-10,
     )
 
 
 def test_a_string_is_correct_only_if_all_its_characters_are(x64):
     model, (support, query) = spelling(2, 2), episode(steps=12, queries=9, ways=4, seed=3)
-    outputs, asked = model.by_hand(support, query)
+    outputs, query_outputs = model.by_hand(support, query)
 
     def right(output, label):
         return all(output.reshape(2, 2).argmax(1) == [label % 2, label // 2])
 
     _, metrics = model.loss(model.params, jm.Task(support, query), KEY)
-    assert float(metrics["accuracy"][0]) == sum(map(right, asked, query.y.tolist())) > 0
+    assert float(metrics["accuracy"][0]) == sum(map(right, query_outputs, query.y.tolist())) > 0
     total = sum(float(metrics[f"instance_{i}"][0]) for i in range(1, 11))
     assert total == sum(map(right, outputs, support.y.tolist())) > 0
 

@@ -105,13 +105,13 @@ def test_weights_without_strengths_are_bounded():
     for rows in (4, 128):
         low, high = 1 / e / (1 / e + (rows - 1) * e), e / (e + (rows - 1) / e)
         key = rng.normal(size=3)
-        one = -np.outer(rng.uniform(1, 2, size=rows), key)
-        one[2] = 0.5 * key
-        weights = content_weights(jnp.asarray(one), jnp.asarray([key, -key]))
+        memory = -np.outer(rng.uniform(1, 2, size=rows), key)
+        memory[2] = 0.5 * key
+        weights = content_weights(jnp.asarray(memory), jnp.asarray([key, -key]))
         np.testing.assert_allclose(weights[0, 2], high, rtol=1e-9)
         np.testing.assert_allclose(weights[1, 2], low, rtol=1e-9)
         near = content_weights(
-            jnp.asarray(one + rng.normal(size=one.shape)), jnp.asarray(rng.normal(size=(50, 3)))
+            jnp.asarray(memory + rng.normal(size=memory.shape)), jnp.asarray(rng.normal(size=(50, 3)))
         )
         assert (near > low).all()
         assert (near < high).all()
@@ -183,11 +183,11 @@ def plain_lrua(params, state, h, *, heads, decay, write, least, score, key_stren
     memory, usage, previous = (np.array(state[name]) for name in ("memory", "usage", "read_weights"))
     rows, width = memory.shape
 
-    def linear(name, each, j):
+    def linear(name, size, j):
         kernel, bias = np.asarray(params[name]["kernel"]), np.asarray(params[name]["bias"])
         return [
-            sum(h[k] * kernel[k, j * each + i] for k in range(len(h))) + bias[j * each + i]
-            for i in range(each)
+            sum(h[k] * kernel[k, j * size + i] for k in range(len(h))) + bias[j * size + i]
+            for i in range(size)
         ]
 
     keys = [np.tanh(linear("keys", width, j)) for j in range(heads)]

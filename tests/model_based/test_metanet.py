@@ -42,8 +42,8 @@ def task_of(seed=0, blocks=0, shots=SHOTS, ways=WAYS):
     rng = np.random.default_rng(seed)
     shape = INPUTS[blocks]
 
-    def part(each):
-        labels = np.repeat(np.arange(ways), each)
+    def part(per_class):
+        labels = np.repeat(np.arange(ways), per_class)
         x = rng.normal(size=(labels.size, *shape)) + 0.5 * labels.reshape(-1, *(1,) * len(shape))
         return jm.Batch(jnp.asarray(x), jnp.asarray(labels, jnp.int32), ways=ways)
 
@@ -168,18 +168,18 @@ class Torch:
         slow = self.params["embedding"], self.params["base"]
         samples = [self.gradient(self.sample_loss(s, xs, ys), slow[0]) for s in self.draws["samples"]]
         fast = self.task_fast(self.params["task_generator"], samples)
-        each = [
+        gradients = [
             self.gradient(functional.cross_entropy(self.base(xs[i : i + 1]), ys[i : i + 1]), slow[1])
             for i in range(len(ys))
         ]
         extra = []
         if self.task_weights == "both":
             means = [
-                {name: sum(each[i][name] for i in chunk) / len(chunk) for name in each[0]}
+                {name: sum(gradients[i][name] for i in chunk) / len(chunk) for name in gradients[0]}
                 for chunk in self.draws["chunks"]
             ]
             extra = [self.task_fast(self.params["base_task_generator"], means)]
-        values = [self.example_fast(g) for g in each]
+        values = [self.example_fast(g) for g in gradients]
         keys = self.embed(xs, [fast])
         total = 0.0
         for i in range(len(yq)):
@@ -331,7 +331,7 @@ def test_gradients_that_generate_fast_weights_are_constants():
         r = embedding.apply({"params": slow}, support.x[which])
         return pair_loss("contrastive", None, r[0], r[1], support.y[which[0]] == support.y[which[1]])
 
-    def one(slow, x, y):
+    def example_loss(slow, x, y):
         logits = base.apply({"params": slow}, x[None])[0]
         return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
@@ -339,7 +339,7 @@ def test_gradients_that_generate_fast_weights_are_constants():
         jax.tree.map(np.array, jax.jit(jax.vmap(jax.grad(loss), in_axes))(params[name], *inputs))
         for loss, in_axes, name, inputs in (
             (pair, (None, 0), "embedding", (pairs,)),
-            (one, (None, 0, 0), "base", (support.x, support.y)),
+            (example_loss, (None, 0, 0), "base", (support.x, support.y)),
         )
     )
 

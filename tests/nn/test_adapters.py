@@ -225,9 +225,9 @@ def test_dropout_is_determined_by_the_key(form):
     model = jm.nn.as_model(make(False, 0.5))
     assert model.stochastic
     apply = jax.jit(model.apply)
-    one, again, other = (apply(params, x, key=jax.random.key(seed)) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
-    assert max_difference(one, other) > 0.1
+    first, again, other = (apply(params, x, key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert max_difference(first, other) > 0.1
     expected = jax.jit(plain_apply)(reference_params(), x)
     np.testing.assert_allclose(apply(params, x), expected, atol=1e-12)
     # Half of the hidden units are dropped and the others doubled, independently for each example, so that the
@@ -264,11 +264,11 @@ def test_dropout_in_both_loops_is_determined_by_the_key_in_every_memory_mode(for
         results.append(jax.jit(jax.vmap(run))(keys))
     for other in results[1:]:
         assert_trees_close(other, results[0], atol=1e-12)
-    one, other, again = (jax.tree.map(lambda leaf: leaf[i], results[0]) for i in range(3))  # noqa: B023
-    assert_trees_close(one, again, rtol=0)
-    for a, b in zip(one, other, strict=True):
+    first, other, again = (jax.tree.map(lambda leaf: leaf[i], results[0]) for i in range(3))  # noqa: B023
+    assert_trees_close(first, again, rtol=0)
+    for a, b in zip(first, other, strict=True):
         assert max_difference(a, b) > 1e-3
-    *_, adapted, outputs = one
+    *_, adapted, outputs = first
     still = make_learner(make(False, 0.0))
     expected = jax.jit(still.predict)(params, adapted, of.query.x)
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
@@ -362,7 +362,7 @@ class FlaxNorms(linen.Module):
 
 
 def normalised(x, mean, var, axes, epsilon):
-    mean, var = (np.expand_dims(each, axes) for each in (mean, var))
+    mean, var = (np.expand_dims(moment, axes) for moment in (mean, var))
     return (x - mean) / np.sqrt(var + epsilon)
 
 

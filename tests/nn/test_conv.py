@@ -173,8 +173,8 @@ def test_vmap_equals_a_loop(strides, channels, batched, x64):
         return conv(x, w, (strides, strides)), jax.jvp(gradient, (x, w), tuple(directions))
 
     args = tuple(a if axis == 0 else a[0] for a, axis in zip((xs, ws), axes, strict=True))
-    one = jax.jit(function)
-    loop = [one(*(a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True))) for i in range(3)]
+    jitted = jax.jit(function)
+    loop = [jitted(*(a[i] if axis == 0 else a for a, axis in zip(args, axes, strict=True))) for i in range(3)]
     assert_close(jax.jit(jax.vmap(function, axes))(*args), stacked(loop), 1e-10)
 
 
@@ -182,9 +182,9 @@ def test_nested_vmap_over_any_axis(x64):
     xs, ws = draws(0, (2, 3, 5, 4, 3, 2), (3, 2, 2, 3, 4))
     # Outer: the first axis of xs, with the same kernels. Inner: tasks, on axis 3 of each of xs and of ws.
     actual = jax.jit(jax.vmap(jax.vmap(conv, (3, 3), -1), (0, None)))(xs, ws)
-    one = jax.jit(reference)
+    jitted = jax.jit(reference)
     xs, ws = np.asarray(xs), np.asarray(ws)
-    expected = np.stack([np.stack([one(x[..., j, :], ws[..., j, :]) for j in range(3)], -1) for x in xs])
+    expected = np.stack([np.stack([jitted(x[..., j, :], ws[..., j, :]) for j in range(3)], -1) for x in xs])
     assert_close(actual, expected, 1e-10)
 
 
@@ -212,10 +212,10 @@ def test_each_map_batches_in_each_operand(name, strides, x64):
             jax.vmap(function, (None, 0))(a[0], b),
         )
 
-    one = jax.jit(function)
+    jitted = jax.jit(function)
     pairs = [(i, i) for i in range(3)], [(i, 0) for i in range(3)], [(0, i) for i in range(3)]
     a, b = np.asarray(a), np.asarray(b)
-    loops = tuple(np.stack([one(a[i], b[j]) for i, j in each]) for each in pairs)
+    loops = tuple(np.stack([jitted(a[i], b[j]) for i, j in indices]) for indices in pairs)
     assert_close(batched(a, b), loops, 1e-12)
 
 

@@ -205,12 +205,14 @@ def test_dropout_passes_through():
 def test_factors_of_many_tasks_share_one_network():
     model, x = jm.nn.lora(dense(norm=True), rank=2), inputs((4,))
     params = [moved(model.init(KEY, x), seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each["lora"] for each in params))
+    stacked = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(task_params["lora"] for task_params in params)
+    )
     together = jax.vmap(model.apply, ({"network": None, "lora": 0}, None))(
         {"network": params[0]["network"], "lora": stacked}, x
     )
-    for outputs, each in zip(together, params, strict=True):
-        np.testing.assert_allclose(outputs, model.apply(each, x), rtol=1e-4, atol=1e-5)
+    for outputs, task_params in zip(together, params, strict=True):
+        np.testing.assert_allclose(outputs, model.apply(task_params, x), rtol=1e-4, atol=1e-5)
 
 
 def episode():

@@ -98,17 +98,17 @@ def test_batch_norm_matches_the_formula(spatial, masked, offset, x64):
     others = (jnp.asarray(mask) if masked else None, jnp.asarray(shift) if offset else 0.0)
     params = jax.tree.map(jnp.asarray, params)
     # Given statistics are those of the inputs WITH the offset, and replace those of the batch.
-    given = {"mean": mean + 1, "var": 2 * var}
+    statistics = {"mean": mean + 1, "var": 2 * var}
 
     @jax.jit
-    def run(params, given, x):
+    def run(params, statistics, x):
         return (
             layer.apply({"params": params}, x, *others, mutable=[STATISTICS]),
             layer.apply({"params": params}, x, *others),
-            layer.apply({"params": params, STATISTICS: given}, x, *others),
+            layer.apply({"params": params, STATISTICS: statistics}, x, *others),
         )
 
-    (outputs, state), immutable, normalised_by_given = run(params, given, x)
+    (outputs, state), immutable, normalised_by_given = run(params, statistics, x)
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
     np.testing.assert_allclose(state[STATISTICS]["mean"], mean, atol=1e-12)
     np.testing.assert_allclose(state[STATISTICS]["var"], var, atol=1e-12)

@@ -38,7 +38,7 @@ LEARNERS = {
 )
 def test_loss_and_gradient_in_bfloat16_are_close_to_float32(name, network):
     task = episode()
-    exact, rounded = (LEARNERS[name](each) for each in (network, jm.nn.in_precision(network)))
+    exact, rounded = (LEARNERS[name](model) for model in (network, jm.nn.in_precision(network)))
     params = jax.jit(exact.init)(KEY, task)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, jax.eval_shape(rounded.init, KEY, task))
     (expected, actual) = (

@@ -70,12 +70,14 @@ def test_resnet_normalises_by_the_batch_or_by_given_statistics(bottleneck):
     apply = jax.jit(lambda variables, x: network.apply(variables, x, mutable=["batch_stats"]))
     params = jax.jit(network.init)(KEY, x)["params"]
     by_batch, state = apply({"params": params}, x)
-    given = {"params": params, **state}
-    np.testing.assert_allclose(apply(given, x)[0], by_batch, rtol=1e-4, atol=1e-5)
+    variables = {"params": params, **state}
+    np.testing.assert_allclose(apply(variables, x)[0], by_batch, rtol=1e-4, atol=1e-5)
     # With given statistics, the outputs of an image do not depend on the other images.
     replaced = other.at[1:].set(0)
-    np.testing.assert_allclose(apply(given, other)[0][0], apply(given, replaced)[0][0], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(apply(given, other)[0], apply({"params": params}, other)[0], atol=1e-3)
+    np.testing.assert_allclose(
+        apply(variables, other)[0][0], apply(variables, replaced)[0][0], rtol=1e-4, atol=1e-5
+    )
+    assert not np.allclose(apply(variables, other)[0], apply({"params": params}, other)[0], atol=1e-3)
 
 
 @pytest.mark.nightly
@@ -153,7 +155,7 @@ def test_patch_order_changes_no_output_without_position_embeddings():
     params = jax.jit(network.init)(KEY, x)["params"]
     swapped = jnp.concatenate([x[:, 4:], x[:, :4]], 1)
     without = params | {"position_embedding": jnp.zeros_like(params["position_embedding"])}
-    outputs = [[apply({"params": p}, each) for each in (x, swapped)] for p in (without, params)]
+    outputs = [[apply({"params": p}, images) for images in (x, swapped)] for p in (without, params)]
     np.testing.assert_allclose(*outputs[0], atol=1e-5)
     assert not np.allclose(*outputs[1], atol=1e-3)
 

@@ -285,9 +285,9 @@ def test_running_statistics_of_nnx_networks_match_those_of_nnx():
 def test_nnx_dropout_is_on_in_training_only_unless_all_is_frozen():
     model = as_stateful(NNXNet(0.5, nnx.Rngs(0)))
     variables = model.init(KEY, X)
-    one, other = (model.train(variables, X, jax.random.key(seed))[0] for seed in (1, 2))
-    assert 0.2 < (np.asarray(one) == 0).mean() < 0.8
-    assert not np.array_equal(one, other)
+    first, second = (model.train(variables, X, jax.random.key(seed))[0] for seed in (1, 2))
+    assert 0.2 < (np.asarray(first) == 0).mean() < 0.8
+    assert not np.array_equal(first, second)
     frozen = jax.tree.map(lambda _: True, variables["params"])
     outputs, state = model.train(variables, X, KEY, frozen=frozen)
     np.testing.assert_array_equal(outputs, model.apply(variables, X))
@@ -405,28 +405,28 @@ def test_layers_come_in_the_order_of_computation(network, x, expected):
 # --- Statistics of some layers only ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [0, 1])
-def test_layers_without_given_statistics_normalise_by_their_batch(given):
+@pytest.mark.parametrize("index", [0, 1])
+def test_layers_without_given_statistics_normalise_by_their_batch(index):
     linen_model, nnx_model = jm.nn.as_model(ByTrain("ours")), jm.nn.as_model(NNXNet(0.0, nnx.Rngs(0)))
     given_stats = {"mean": np.full(6, 0.3, np.float32), "var": np.full(6, 1.7, np.float32)}
     params = linen_model.init(KEY, X)
-    outputs, stats = linen_model.apply_norm(params, X, stats={f"block{given}": {"norm": given_stats}})
+    outputs, stats = linen_model.apply_norm(params, X, stats={f"block{index}": {"norm": given_stats}})
     hidden, expected = X, {}
     for i in range(2):
-        which = given_stats if i == given else {"mean": None, "var": None}
+        which = given_stats if i == index else {"mean": None, "var": None}
         hidden, used = by_hand(params[f"block{i}"], hidden, **which)
         expected[f"block{i}"] = {"norm": used}
     close(outputs, hidden)
     close(stats, expected)
 
-    params, width = nnx_model.init(KEY, X), (6, 4)[given]
+    params, width = nnx_model.init(KEY, X), (6, 4)[index]
     given_stats = {name: leaf[:width] for name, leaf in given_stats.items()}
-    outputs, stats = nnx_model.apply_norm(params, X, stats={"norms": {str(given): given_stats}})
+    outputs, stats = nnx_model.apply_norm(params, X, stats={"norms": {str(index): given_stats}})
     hidden, expected = X, {}
     for i in "01":
         layer = params["layers"][i]
         hidden = hidden @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-        used = given_stats if i == str(given) else {"mean": hidden.mean(0), "var": hidden.var(0)}
+        used = given_stats if i == str(index) else {"mean": hidden.mean(0), "var": hidden.var(0)}
         hidden, expected[i] = (hidden - used["mean"]) / np.sqrt(used["var"] + 1e-5), used
     close(outputs, hidden)
     close(stats, {"norms": expected})

@@ -154,8 +154,8 @@ def test_estimator_works_under_vmap_over_tasks():
     gradient = jm.evolution_gradient(lambda theta, task: ((theta - task) ** 2).sum(), sigma=0.1, pairs=2)
     theta, tasks, keys = jnp.zeros(2), jnp.arange(6.0).reshape(3, 2), jax.random.split(KEY, 3)
     together = jax.vmap(lambda task, key: gradient(theta, task, key=key))(tasks, keys)
-    for i, (task, each) in enumerate(zip(tasks, keys, strict=True)):
-        value, grads = gradient(theta, task, key=each)
+    for i, (task, key) in enumerate(zip(tasks, keys, strict=True)):
+        value, grads = gradient(theta, task, key=key)
         np.testing.assert_allclose(together[0][i], value, rtol=1e-5)
         np.testing.assert_allclose(together[1][i], grads, rtol=1e-5)
 

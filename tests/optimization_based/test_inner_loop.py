@@ -217,15 +217,15 @@ def test_batch_at_selects_the_mini_batch_of_each_step(memory):
 
     @jax.jit
     def run(start, targets):
-        one, _ = loop(1, lambda batch, step: batch[step + 1])(start, targets)
-        return jax.value_and_grad(adapt, (0, 1), has_aux=True)(start, targets), one
+        single, _ = loop(1, lambda batch, step: batch[step + 1])(start, targets)
+        return jax.value_and_grad(adapt, (0, 1), has_aux=True)(start, targets), single
 
-    ((adapted, losses), (to_start, to_targets)), one = run(0.5, np.array([1.0, -1.0]))
+    ((adapted, losses), (to_start, to_targets)), single = run(0.5, np.array([1.0, -1.0]))
     np.testing.assert_allclose(adapted, 0.28, rtol=1e-12)
     np.testing.assert_allclose(losses, [0.25, 1.6**2], rtol=1e-12)
     np.testing.assert_allclose(to_start, 0.64, rtol=1e-12)
     np.testing.assert_allclose(to_targets, [0.16, 0.2], rtol=1e-12)
-    np.testing.assert_allclose(one, 0.5 + 0.2 * -1.5, rtol=1e-12)
+    np.testing.assert_allclose(single, 0.5 + 0.2 * -1.5, rtol=1e-12)
 
 
 # --- Finite differences -----------------------------------------------------------------------------

@@ -124,12 +124,12 @@ def test_predicate_receives_the_paths_of_the_leaves():
 
 @pytest.mark.nightly
 def test_eval_steps_may_differ_from_inner_steps():
-    learner, one, of = maml(inner_steps=1, eval_steps=3), maml(inner_steps=1), task()
+    learner, single, of = maml(inner_steps=1, eval_steps=3), maml(inner_steps=1), task()
     params = init(learner)
     adapted = adapt(learner, params, of)
     assert_trees_close(adapted, adapt(maml(inner_steps=3), params, of), rtol=1e-12)
-    assert max_difference(adapted, adapt(one, params, of)) > 1e-3
-    np.testing.assert_allclose(loss(learner, params, of)[0], loss(one, params, of)[0], rtol=1e-12)
+    assert max_difference(adapted, adapt(single, params, of)) > 1e-3
+    np.testing.assert_allclose(loss(learner, params, of)[0], loss(single, params, of)[0], rtol=1e-12)
     assert_trees_close(adapt(maml(eval_steps=0), params, of)["model"], params["model"], rtol=0)
 
 
@@ -215,8 +215,10 @@ def test_first_and_second_order_agree_where_the_support_loss_is_linear():
     model = jm.Model(lambda key, x: start, lambda params, x: x @ params["w"])
     # The inner steps update both columns of w: each output depends on both.
     mixed = model._replace(apply=lambda params, x: x @ params["w"] @ jnp.array([[1.0, 1.0], [1.0, 2.0]]))
-    for each in (model, mixed):
-        make = functools.partial(jm.maml, each, inner_optimizer=optax.sgd(0.3), inner_steps=3, loss=by_flag)
+    for variant in (model, mixed):
+        make = functools.partial(
+            jm.maml, variant, inner_optimizer=optax.sgd(0.3), inner_steps=3, loss=by_flag
+        )
         second, first = make(), make(order="first")
         params = {"model": start}
         actual = gradient(second, params, of)

@@ -107,7 +107,7 @@ def test_one_first_order_step_of_anil_and_boil_together_matches_maml():
     of = task()
     make = [functools.partial(factory, BARE, inner_optimizer=SGD) for factory in (jm.anil, jm.boil, jm.maml)]
     params = init(make[2]())
-    head, body, both = (adapt(each(), params, of)["model"] for each in make)
+    head, body, both = (adapt(factory(), params, of)["model"] for factory in make)
     assert_trees_close({**body, "head": head["head"]}, both, rtol=1e-12)
 
 
@@ -546,7 +546,7 @@ def test_each_step_has_separate_population_statistics():
     make = functools.partial(jm.maml_plus_plus, network(), inner_lr=0.5, inner_steps=2, anneal_steps=0)
     learner, population = make(), make(norm="population")
     params = perturbed(init(learner))
-    sums = [jax.jit(learner.statistics)(params, each, KEY) for each in of]
+    sums = [jax.jit(learner.statistics)(params, episode, KEY) for episode in of]
     filled = {
         **params,
         "population": jax.tree.map(
@@ -559,9 +559,9 @@ def test_each_step_has_separate_population_statistics():
     # Step 0: the support set before the first update, and the queries after it.
     after_one = make(eval_steps=1)
     seen = [
-        hidden(params["model"], each.support.x).mean(0)
-        + hidden(adapt(after_one, params, each)["model"], each.query.x).mean(0)
-        for each in of
+        hidden(params["model"], episode.support.x).mean(0)
+        + hidden(adapt(after_one, params, episode)["model"], episode.query.x).mean(0)
+        for episode in of
     ]
     np.testing.assert_allclose(stats["mean"][0], sum(seen) / 4, atol=1e-12)
     adapted = adapt(population, filled, of[0])

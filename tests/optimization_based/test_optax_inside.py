@@ -1,4 +1,4 @@
-"""Schedules and gradient accumulation of optax, in both loops, against loops written by hand."""
+"""Tests of optax schedules and gradient accumulation in the inner and outer loop, against explicit loops."""
 
 import functools
 
@@ -19,7 +19,7 @@ each_mode = pytest.mark.parametrize(
     "memory",
     ["store", pytest.param("recompute", marks=nightly), pytest.param("forward_over_reverse", marks=nightly)],
 )
-# Schedules compute in float32, which has these numbers exactly.
+# Schedules compute in float32, which represents these numbers exactly.
 RATES = (0.75, 0.5, 0.25)
 SCHEDULE = optax.linear_schedule(0.75, 0.25, 2)
 
@@ -33,13 +33,13 @@ def learner_of(optimizer, **settings):
     return jm.maml(network(norm=False), inner_optimizer=optimizer, **{"memory": "store", **settings})
 
 
-def moved(weights, support, rate):
-    slopes = plain_loss(norm=False)(weights, support)[1]
-    return jax.tree.map(lambda w, g: w - rate * g, weights, slopes)
+def gradient_step(weights, support, rate):
+    gradients = plain_loss(norm=False)(weights, support)[1]
+    return jax.tree.map(lambda w, g: w - rate * g, weights, gradients)
 
 
-def assert_close(found, expected, tolerance):
-    np.testing.assert_allclose(flat(found), flat(expected), atol=tolerance)
+def assert_close(actual, expected, tolerance):
+    np.testing.assert_allclose(flat(actual), flat(expected), atol=tolerance)
 
 
 # --- Schedules in the inner loop -------------------------------------------------------------------
@@ -49,22 +49,22 @@ def assert_close(found, expected, tolerance):
 def test_meta_gradient_under_a_schedule_matches_the_closed_form_on_a_quadratic(memory):
     # L^S = ½·a·(θ − 1)²: θ_n − 1 = Π (1 − a·α_j) (θ_0 − 1), which is linear in θ_0.
     loop = jm.inner_loop(lambda t, a: 0.5 * a * (t - 1.0) ** 2, optax.sgd(SCHEDULE), 3, memory=memory)
-    adapted, slope = jax.value_and_grad(lambda theta: loop(theta, 0.5)[0])(3.0)
-    shrunk = np.prod([1 - 0.5 * rate for rate in RATES])
-    np.testing.assert_allclose(adapted, 1 + 2 * shrunk, rtol=1e-12)
-    np.testing.assert_allclose(slope, shrunk, rtol=1e-12)
+    adapted, derivative = jax.value_and_grad(lambda theta: loop(theta, 0.5)[0])(3.0)
+    factor = np.prod([1 - 0.5 * rate for rate in RATES])
+    np.testing.assert_allclose(adapted, 1 + 2 * factor, rtol=1e-12)
+    np.testing.assert_allclose(derivative, factor, rtol=1e-12)
 
 
-def test_a_network_adapts_by_the_schedule_as_a_loop_by_hand_does():
+def test_adaptation_with_a_schedule_matches_an_explicit_loop():
     learner, of = learner_of(optax.sgd(SCHEDULE), inner_steps=3), task()
     params = init(learner)
     weights = params["model"]
     for rate in RATES:
-        weights = moved(weights, of.support, rate)
+        weights = gradient_step(weights, of.support, rate)
     assert_close(adapt(learner, params, of)["model"], weights, 1e-12)
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
     np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
-    # A loop of the first rate alone ends elsewhere.
+    # A constant rate gives other weights.
     constant = adapt(learner_of(optax.sgd(RATES[0]), inner_steps=3), params, of)["model"]
     assert np.abs(flat(constant) - flat(weights)).max() > 1e-2
 
@@ -74,34 +74,36 @@ def test_a_network_adapts_by_the_schedule_as_a_loop_by_hand_does():
 
 @each_mode
 def test_accumulated_mini_batches_are_one_step_of_the_mean_gradient(memory):
-    # Six support examples, two a step: three steps have seen each of them once.
+    # Six support examples, two per step: three steps are one pass over them.
     settings = {"inner_batch": 2, "memory": memory}
     learner = learner_of(accumulated(optax.sgd(0.5), 3), inner_steps=6, **settings)
     whole, of = learner_of(optax.sgd(0.5), inner_steps=2), task()
     params = init(learner)
-    expected = moved(moved(params["model"], of.support, 0.5), of.support, 0.5)
+    expected = gradient_step(gradient_step(params["model"], of.support, 0.5), of.support, 0.5)
     assert_close(adapt(learner, params, of)["model"], expected, 1e-12)
     np.testing.assert_allclose(loss(learner, params, of)[0], loss(whole, params, of)[0], rtol=1e-12)
     assert_close(gradient(learner, params, of), gradient(whole, params, of), 1e-12)
 
 
 def test_meta_gradient_through_accumulation_matches_finite_differences():
-    # Two updates of the mean of two mini-batches, by two step sizes, and a gradient that is never applied.
+    # Two updates by the mean of two mini-batches, with two step sizes, and a gradient that is never applied.
     schedule = optax.linear_schedule(0.5, 0.25, 1)
     learner = learner_of(accumulated(optax.sgd(schedule), 2), inner_steps=5, inner_batch=4)
     params, of = init(learner), task()
     expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
-    found = flat(gradient(learner, params, of))
-    assert np.abs(found).max() > 0.01
-    np.testing.assert_allclose(found, expected, atol=1e-8)
+    actual = flat(gradient(learner, params, of))
+    assert np.abs(actual).max() > 0.01
+    np.testing.assert_allclose(actual, expected, atol=1e-8)
 
 
 def test_any_object_with_init_and_update_is_an_inner_optimizer():
-    # optax.MultiSteps has both functions and is not a GradientTransformation.
+    # optax.MultiSteps has both methods and is not a GradientTransformation.
     wrapped = optax.MultiSteps(optax.sgd(0.1), 2, accumulator_dtype=jnp.float64)
     transformation = wrapped.gradient_transformation()
     assert not isinstance(wrapped, optax.GradientTransformation)
-    learners = [learner_of(each, inner_steps=4, inner_batch=4) for each in (wrapped, transformation)]
+    learners = [
+        learner_of(optimizer, inner_steps=4, inner_batch=4) for optimizer in (wrapped, transformation)
+    ]
     params, of = init(learners[0]), task()
     expected, actual = (flat(gradient(learner, params, of)) for learner in learners)
     np.testing.assert_array_equal(actual, expected)
@@ -130,11 +132,11 @@ def test_accumulated_meta_steps_are_one_step_of_the_mean_meta_gradient():
         return jax.grad(mean_loss)(params)
 
     start = params = state.params
-    slopes = [mean_gradient(start, number) for number in range(every)]
+    gradients = [mean_gradient(start, number) for number in range(every)]
     for number in range(every):
         state, _ = step(state, tasks.sample)
         if number < every - 1:
             jax.tree.map(np.testing.assert_array_equal, state.params, start)
-    params = jax.tree.map(lambda p, *g: p - rate * sum(g) / every, start, *slopes)
+    params = jax.tree.map(lambda p, *g: p - rate * sum(g) / every, start, *gradients)
     assert_close(state.params, params, 1e-7)
     assert np.abs(flat(params) - flat(start)).max() > 1e-3

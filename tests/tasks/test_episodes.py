@@ -105,9 +105,9 @@ def test_examples_are_uniform_in_classes_of_unequal_size():
 def test_the_key_decides_the_episode():
     x, y = numbered([5] * 20)
     tasks = from_arrays(x, y, ways=5, shots=1, queries=2)
-    one, same, other = (drawn(tasks, seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one.support.x, same.support.x)
-    assert not np.array_equal(one.support.x, other.support.x)
+    first, same, other = (drawn(tasks, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.support.x, same.support.x)
+    assert not np.array_equal(first.support.x, other.support.x)
 
 
 @pytest.mark.nightly_rows(after=1)
@@ -120,8 +120,8 @@ def test_a_batch_of_episodes_equals_episodes_drawn_one_by_one(rotations, compile
     )
     batch = sampled(tasks, 6)
     for i, key in enumerate(jax.random.split(jax.random.key(0), 6)):
-        one = draw(tasks.sample, key) if compiled else tasks.sample(key)
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
+        task = draw(tasks.sample, key) if compiled else tasks.sample(key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, task)
 
 
 def test_uint8_is_stored_on_the_device_and_scaled_to_the_unit_interval():
@@ -196,10 +196,10 @@ def test_ways_and_shots_of_ragged_tasks_are_drawn_independently():
     assert set(sizes) == {(2, 1), (2, 2), (3, 1), (3, 2)}
 
 
-def images(classes=5, each=4, side=3):
+def images(classes=5, per_class=4, side=3):
     """Return random square images, distinct in all rotations, and their classes."""
-    x = np.random.default_rng(0).random((classes * each, side, side, 2), dtype=np.float32)
-    return x, np.repeat(np.arange(classes), each)
+    x = np.random.default_rng(0).random((classes * per_class, side, side, 2), dtype=np.float32)
+    return x, np.repeat(np.arange(classes), per_class)
 
 
 def identify(x, image):
@@ -463,8 +463,8 @@ def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
     tasks = from_arrays(x, y, **{"ways": 3, "shots": 1, "queries": 2} | options)
     batch = sampled(tasks, 4)
     for i, key in enumerate(jax.random.split(jax.random.key(0), 4)):
-        one = draw(tasks.sample, key)
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
+        task = draw(tasks.sample, key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, task)
     assert len(np.unique(batch.query.x, axis=0)) == 4
 
 
@@ -487,8 +487,8 @@ def test_zero_shot_support_is_the_metadata_of_the_classes(options):
     for column, of_class in enumerate((classes, classes**2, 0 * classes + 0.5)):
         np.testing.assert_array_equal(support.x[..., column, None].repeat(2, 2), of_class)
     assert set(classes.ravel().tolist()) == (set(range(9)) - {0, 4} if options else set(range(9)))
-    one = draw(tasks.sample, jax.random.split(jax.random.key(0), 500)[7])
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7], b), (support, query), tuple(one))
+    task = draw(tasks.sample, jax.random.split(jax.random.key(0), 500)[7])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[7], b), (support, query), tuple(task))
 
 
 def test_zero_shot_needs_examples_for_queries_and_metadata_for_its_part_only():
@@ -567,6 +567,6 @@ def test_names_of_rotated_classes_and_tasks_without_class_names():
     for image, name in zip(images, names, strict=True):
         own = x["abcdef".index(name[0]) * 2 :][:2]
         turns = int(name.split()[-1][:-1]) // 90 if "turned" in name else 0
-        assert any(np.array_equal(image, np.rot90(each, turns)) for each in own)
+        assert any(np.array_equal(image, np.rot90(stored, turns)) for stored in own)
     with pytest.raises(ValueError, match="tasks: got tasks of 'sinusoid', whose classes have no names"):
         classes_of(jm.tasks.sinusoid(), jax.random.key(0))

@@ -46,7 +46,7 @@ def layout_of(path, **settings):
 
 def skipped(path, **settings):
     """Return the descriptions of the skipped files."""
-    return [str(each) for each in list_images(path, **settings).left_out]
+    return [str(entry) for entry in list_images(path, **settings).left_out]
 
 
 # --- folders of parts -------------------------------------------------------------------------------------
@@ -80,9 +80,10 @@ def test_folders_named_after_parts_form_the_class_split(tmp_path, names):
 
 
 def test_parts_that_share_classes_are_pooled_for_few_shot_tasks(tmp_path):
-    for part, each in (("train", 3), ("test", 2)):
+    for part, count in (("train", 3), ("test", 2)):
         put(
-            tmp_path, *(f"{part}/{name}/{part}{i}.png" for name in ("ant", "bee", "cow") for i in range(each))
+            tmp_path,
+            *(f"{part}/{name}/{part}{i}.png" for name in ("ant", "bee", "cow") for i in range(count)),
         )
     prepared = prepare_folder(tmp_path)
     assert prepared.split is None

@@ -252,12 +252,12 @@ def test_the_summary_reports_read_and_skipped_files_also_from_the_cache(photos, 
     (photos / "bee" / "notes.txt").write_text("no image")
     (photos / "bee" / "old").mkdir()
     picture(1, 9, 9).save(photos / "bee" / "old" / "1.png")
-    picture(1, 9, 9).save(photos / "beside.png")
+    picture(1, 9, 9).save(photos / "loose.png")
     with pytest.warns(UserWarning, match="1 of 18 images are left out"):
         first = prepare_folder(photos, skip_unreadable=True).summary
     assert (first.images, first.classes, first.smallest) == (17, 6, ("ant/0.png", 12, 9))
-    assert {each.reason: (each.number, each.examples) for each in first.left_out} == {
-        "image outside the class folders": (1, ("beside.png",)),
+    assert {entry.reason: (entry.number, entry.examples) for entry in first.left_out} == {
+        "image outside the class folders": (1, ("loose.png",)),
         "image in a subfolder of a class folder": (1, ("bee/old/1.png",)),
         "file that is not an image": (1, ("bee/notes.txt",)),
         "image that cannot be read": (1, ("fox/2.JPG",)),

@@ -54,11 +54,11 @@ def png(number, image, side=4):
     return file.getvalue()
 
 
-def fill(root, names, each):
+def fill(root, names, per_class):
     """Write class folders to `root`; image j of class i has a colour that encodes i and j."""
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        for image in range(each):
+        for image in range(per_class):
             (root / name / f"{name}_{image}.JPEG").write_bytes(png(number, image))
 
 
@@ -110,7 +110,7 @@ def test_cub_split_follows_the_order_of_the_folders():
 @pytest.mark.parametrize("inner", ["", "train", "ILSVRC/Data/CLS-LOC/train"])
 def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
     root = tmp_path / "data" / inner
-    fill(root, MINI, each=3 if inner else 2)
+    fill(root, MINI, per_class=3 if inner else 2)
     monkeypatch.setattr(official, "_EACH", 2)
     if inner:
         (root / "n00000001").mkdir()
@@ -123,17 +123,19 @@ def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
     assert ("not the published choice of images" in tasks.card.protocol) == bool(inner)
 
 
-def write_lists(data, each=2):
+def write_lists(data, per_class=2):
     """Write the common layout: all images in one folder, and three lists."""
     (data / "images").mkdir(parents=True)
     for part, name in (("train", "train.csv"), ("validation", "val.csv"), ("test", "test.csv")):
         rows = [
-            (f"{label}0000{i}.jpg", label) for label in mini_imagenet_split().part(part) for i in range(each)
+            (f"{label}0000{i}.jpg", label)
+            for label in mini_imagenet_split().part(part)
+            for i in range(per_class)
         ]
         with (data / name).open("w", newline="") as file:
             csv.writer(file).writerows([("filename", "label"), *rows])
         for i, (filename, label) in enumerate(rows):
-            (data / "images" / filename).write_bytes(png(MINI.index(label), i % each))
+            (data / "images" / filename).write_bytes(png(MINI.index(label), i % per_class))
 
 
 def test_mini_imagenet_from_lists(tmp_path):
@@ -191,9 +193,9 @@ def test_mini_imagenet_in_parts(tmp_path, layout):
     names = {"train": "base", "validation": "val", "test": "novel"}
     for part in PARTS:
         if layout == "parts":
-            fill(data / {"validation": "val"}.get(part, part), split.part(part), each=2)
+            fill(data / {"validation": "val"}.get(part, part), split.part(part), per_class=2)
         else:
-            fill(data / "images", split.part(part), each=2)
+            fill(data / "images", split.part(part), per_class=2)
         rows = [(f"{label}/{label}_{i}.JPEG", label) for label in split.part(part) for i in range(2)]
         if layout == "lists in split":
             (data / "split").mkdir(exist_ok=True)
@@ -211,7 +213,7 @@ def test_mini_imagenet_in_parts(tmp_path, layout):
 def test_an_incomplete_mini_imagenet_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data: .*nowhere is not a folder"):
         mini_imagenet("test", data=tmp_path / "nowhere")
-    fill(tmp_path / "data", MINI, each=1)
+    fill(tmp_path / "data", MINI, per_class=1)
     (tmp_path / "data" / MINI[7] / f"{MINI[7]}_0.JPEG").unlink()
     with pytest.raises(ValueError, match=rf"data: 1 class folders in .* hold no images: {MINI[7]}"):
         mini_imagenet("test", data=tmp_path / "data")
@@ -230,7 +232,7 @@ def test_an_incomplete_mini_imagenet_is_refused(tmp_path):
 
 
 def test_cub_from_its_folder_or_its_folder_images(tmp_path):
-    fill(tmp_path / "CUB_200_2011" / "images", CUB, each=2)
+    fill(tmp_path / "CUB_200_2011" / "images", CUB, per_class=2)
     (tmp_path / "CUB_200_2011" / "attributes").mkdir()
     for data in (tmp_path / "CUB_200_2011", tmp_path / "CUB_200_2011" / "images"):
         tasks = cub("test", ways=50, shots=1, queries=1, data=data, size=4)
@@ -284,10 +286,10 @@ def test_cifar_fs_from_images_in_folders(tmp_path, place):
     names, split = sorted(SUPERCLASSES), cifar_fs_split()
     if place == "parts":
         for part in PARTS:
-            fill(tmp_path / {"validation": "val"}.get(part, part), split.part(part), each=2)
+            fill(tmp_path / {"validation": "val"}.get(part, part), split.part(part), per_class=2)
         names = list(split.test)
     else:
-        fill(tmp_path / place, names, each=2)
+        fill(tmp_path / place, names, per_class=2)
     tasks = cifar_fs("test", ways=20, shots=1, queries=1, data=tmp_path)
     assert colours(tasks) == expected_colours(names, split.test, (0, 1))
     assert (tasks.card.tasks, tasks.card.split_hash) == ("cifar_fs", split.hash)
@@ -302,11 +304,13 @@ def test_cifar_fs_from_images_in_folders(tmp_path, place):
 def test_cub_from_lists(tmp_path):
     split = cub_split(CUB)
     for part, name in (("train", "base"), ("validation", "val"), ("test", "novel")):
-        fill(tmp_path / "CUB_200_2011" / "images", split.part(part), each=2)
+        fill(tmp_path / "CUB_200_2011" / "images", split.part(part), per_class=2)
         files = [
-            f"/home/a/CUB_200_2011/images/{each}/{each}_{i}.JPEG" for each in split.part(part) for i in (0, 1)
+            f"/home/a/CUB_200_2011/images/{label}/{label}_{i}.JPEG"
+            for label in split.part(part)
+            for i in (0, 1)
         ]
-        labels = [CUB.index(each) for each in split.part(part) for _ in (0, 1)]
+        labels = [CUB.index(label) for label in split.part(part) for _ in (0, 1)]
         content = {"label_names": CUB, "image_names": files, "image_labels": labels}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     tasks = cub("test", ways=50, shots=1, queries=1, data=tmp_path, size=4)

@@ -16,10 +16,10 @@ KEY = jax.random.key(0)
 
 def few_shot(ways=WAYS, shots=SHOTS, queries=2, classes=9, **settings):
     """Return tasks whose examples are (class, number), both from 1, since padding is 0."""
-    each = 8
-    x = np.array([(c, i) for c in range(classes) for i in range(each)], np.float32) + 1
+    per_class = 8
+    x = np.array([(c, i) for c in range(classes) for i in range(per_class)], np.float32) + 1
     return jm.tasks.from_arrays(
-        x, np.repeat(np.arange(classes), each), ways=ways, shots=shots, queries=queries, **settings
+        x, np.repeat(np.arange(classes), per_class), ways=ways, shots=shots, queries=queries, **settings
     )
 
 
@@ -48,9 +48,9 @@ def test_shapes_and_types(length, steps):
 
 def test_the_key_determines_the_sequence_alone_and_in_a_batch():
     tasks = jm.tasks.sequences(few_shot(), strings=(3, 2), ways=3)
-    one, again, other = (drawn(tasks, seed) for seed in (0, 0, 1))
-    same(one, again)
-    assert not np.array_equal(one.support.x, other.support.x)
+    first, again, other = (drawn(tasks, seed) for seed in (0, 0, 1))
+    same(first, again)
+    assert not np.array_equal(first.support.x, other.support.x)
     batch = sampled(tasks, 3, seed=5)
     for i, key in enumerate(jax.random.split(jax.random.key(5), 3)):
         same(jax.tree.map(lambda leaf, i=i: leaf[i], batch), jax.device_get(draw(tasks.sample, key)))

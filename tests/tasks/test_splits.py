@@ -80,12 +80,12 @@ def test_a_split_is_read_from_a_json_file(tmp_path):
     x, y = np.zeros((8, 2), np.float32), list("abcdabcd")
     tasks = from_arrays(x, y, ways=2, shots=1, split="test", classes=str(path))
     assert (tasks.card.classes, tasks.card.split_hash) == (2, split.hash)
-    for given in (split, (1.0, 0.0, 0.0), None):
-        assert class_split(given) is given
+    for classes in (split, (1.0, 0.0, 0.0), None):
+        assert class_split(classes) is classes
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (None, r"got .*split\.json; it must be three fractions such as 0\.64,0\.16,0\.2, a JSON file"),
         ("{", r"split\.json is not a class split in JSON: "),
@@ -96,11 +96,11 @@ def test_a_split_is_read_from_a_json_file(tmp_path):
         ("[" * 100_000, r"is not a class split in JSON: it is nested too deeply"),
     ],
 )
-def test_invalid_split_files_are_refused(tmp_path, content, says):
+def test_invalid_split_files_are_refused(tmp_path, content, message):
     path = tmp_path / "split.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    with pytest.raises(ArgumentError, match=says) as raised:
+    with pytest.raises(ArgumentError, match=message) as raised:
         class_split(str(path))
     assert raised.value.name == "classes"
 
@@ -110,13 +110,15 @@ def test_a_split_is_taken_as_a_mapping_of_labels_as_the_class_split_it_stands_fo
     mapping = {"train": [3, 10], "test": np.array([20, 7])}
     split = ClassSplit(train=("3", "10"), test=("20", "7"))
     assert class_split(mapping) == split
-    tasks = [from_arrays(x, y, ways=2, shots=1, split="test", classes=each) for each in (mapping, split)]
+    tasks = [
+        from_arrays(x, y, ways=2, shots=1, split="test", classes=classes) for classes in (mapping, split)
+    ]
     assert tasks[0].classes == tasks[1].classes == ("7", "20")
     assert tasks[0].card == tasks[1].card
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("classes", "message"),
     [
         (
             {"training": ["a"]},
@@ -130,9 +132,9 @@ def test_a_split_is_taken_as_a_mapping_of_labels_as_the_class_split_it_stands_fo
         ({"train": ["z"]}, r"there is no example of 1 classes of split='train': 'z'"),
     ],
 )
-def test_what_is_no_class_split_is_refused_by_the_name_of_the_argument(given, says):
-    with pytest.raises(ArgumentError, match=says) as raised:
-        from_arrays(np.zeros((4, 2), np.float32), list("abab"), ways=1, shots=1, classes=given)
+def test_invalid_class_splits_are_refused_by_the_name_of_the_argument(classes, message):
+    with pytest.raises(ArgumentError, match=message) as raised:
+        from_arrays(np.zeros((4, 2), np.float32), list("abab"), ways=1, shots=1, classes=classes)
     assert raised.value.name == "classes"
 
 

@@ -73,8 +73,8 @@ def test_drawing_is_pure_under_jit_and_vmap_and_compiled_once():
         batch = draw_batch(tasks.sample, keys)
     assert len(traces) == 1
     for i, key in enumerate(keys):
-        one = draw(tasks.sample, key)
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, one)
+        task = draw(tasks.sample, key)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batch, task)
     closed = jax.make_jaxpr(lambda sample, key: sample(key))(tasks.sample, keys[0])
     assert sum(np.size(constant) for constant in closed.consts) < 10
 

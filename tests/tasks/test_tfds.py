@@ -66,12 +66,12 @@ def assert_same_episodes(tasks, expected, atol=0.0):
             np.testing.assert_array_equal(a.y, b.y)
 
 
-def birds(each=4, seed=0):
+def birds(per_class=4, seed=0):
     rng = np.random.default_rng(seed)
     return [
         {"image": png(rng.integers(0, 256, (9, 9, 3), np.uint8)), "kind": name, "n": 10 * i}
         for i, name in enumerate(NAMES)
-        for _ in range(each)
+        for _ in range(per_class)
     ]
 
 

@@ -78,7 +78,7 @@ def test_paths_with_glob_characters_are_taken_literally(tmp_path, name):
     save(path, tree)
     save(path, tree, overwrite=True)
     jax.tree.map(np.testing.assert_array_equal, load(path), tree)
-    assert [each.name for each in path.parent.iterdir()] == [name]
+    assert [file.name for file in path.parent.iterdir()] == [name]
 
 
 def test_save_overwrites_only_with_overwrite_true(tmp_path):

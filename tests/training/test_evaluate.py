@@ -438,9 +438,9 @@ def test_episodes_hold_the_names_by_which_evaluate_classes_counts():
         right.ravel(), ["edcba"[int(x)] for x in np.asarray(episodes.tasks.query.x).ravel()]
     )
     counted = evaluate_classes(learner, params, tasks, episodes=6, key=KEY)
-    for i, one in enumerate(counted.classes):
-        for j, other in enumerate(counted.classes):
-            assert counted.confusion[i, j] == ((right == one) & (named == other)).sum()
+    for i, label in enumerate(counted.classes):
+        for j, prediction in enumerate(counted.classes):
+            assert counted.confusion[i, j] == ((right == label) & (named == prediction)).sum()
     values = evaluate_episodes(learner, params, tasks, episodes=6, key=KEY)
     np.testing.assert_array_equal(counted.scores, values)
 
@@ -473,11 +473,11 @@ def test_a_stream_has_the_names_of_the_tasks_that_it_gives(tmp_path):
             images.fromarray(grey).save(tmp_path / "photos" / name / f"{place}.png")
     prepared_images = prepare_folder(str(tmp_path / "photos"))
     shape = {"ways": 3, "shots": 1, "queries": 2, "classes": None}
-    given = stream(prepared_images, key=KEY, meta_batch=2, for_evaluation=True, **shape)
-    result = run_episodes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
+    tasks = stream(prepared_images, key=KEY, meta_batch=2, for_evaluation=True, **shape)
+    result = run_episodes(FIRST_SLOT, NOTHING, tasks, episodes=3, key=KEY)
     grey = np.asarray(result.tasks.support.x)[:, :, 0, 0, 0]
     np.testing.assert_array_equal(result.classes, np.array([*"abcd"])[np.rint(grey * 255 / 60).astype(int)])
-    counted = evaluate_classes(FIRST_SLOT, NOTHING, given, episodes=3, key=KEY)
+    counted = evaluate_classes(FIRST_SLOT, NOTHING, tasks, episodes=3, key=KEY)
     assert counted.queries.sum() == 3 * 3 * 2
 
 

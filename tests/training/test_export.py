@@ -1,4 +1,4 @@
-"""Tests of `jm.export`: programs of adapted predictors that need only JAX."""
+"""Tests of `jm.export`: exported programs of adapted learners, which need only JAX."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 import jaxmeta as jm
 
 KEY = jax.random.key(0)
-# Packages that the process that runs the programs must not import.
+# Packages that the process with the exported programs must not import.
 BLOCKED = ("jaxmeta", "flax", "optax", "jaxtyping", "chex")
 RUNNER = f"""
 import pathlib, sys
@@ -59,7 +59,9 @@ def nearest_mean():
     return jm.Learner(init, adapt, predict, None)
 
 
-def learned(learner, batch):
+def adapted_learner(learner, batch):
+    """Return a learner, its initial parameters, and the result of adaptation to a batch."""
+
     def run(batch):
         params = learner.init(KEY, jm.Task(batch, batch))
         return params, learner.adapt(params, batch, KEY)
@@ -82,11 +84,11 @@ CASES = {
 @pytest.mark.parametrize(
     "names", [("own",), pytest.param(("regression", "support", "prototypical"), marks=pytest.mark.nightly)]
 )
-def test_programs_run_without_this_library_and_answer_as_predict_does(names, tmp_path):
-    folder, expected = tmp_path / "on the way", {}
+def test_programs_run_without_jaxmeta_and_match_predict(names, tmp_path):
+    folder, expected = tmp_path / "new folder", {}
     for name in names:
         make, examples = CASES[name]
-        learner, params, adapted = learned(make(), examples())
+        learner, params, adapted = adapted_learner(make(), examples())
         x = examples().x
         jm.export(folder / f"{name}.stablehlo", learner, params, adapted, x[:2])
         np.save(folder / f"{name}.npy", x)
@@ -101,9 +103,9 @@ def test_programs_run_without_this_library_and_answer_as_predict_does(names, tmp
         np.testing.assert_allclose(np.load(folder / name), outputs, rtol=1e-5, atol=1e-5)
 
 
-def test_a_file_is_replaced_only_on_demand(tmp_path):
-    learner, params, adapted = learned(nearest_mean(), images())
-    path, x = tmp_path / "some.stablehlo", images().x
+def test_a_file_is_replaced_only_with_overwrite_true(tmp_path):
+    learner, params, adapted = adapted_learner(nearest_mean(), images())
+    path, x = tmp_path / "program.stablehlo", images().x
     jm.export(path, learner, params, adapted, x)
     with pytest.raises(FileExistsError, match=r"path: .* exists; pass overwrite=True"):
         jm.export(path, learner, params, adapted, x)
@@ -115,22 +117,22 @@ def test_a_file_is_replaced_only_on_demand(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_arrays_of_numpy_and_shapes_alone_will_do(tmp_path):
-    learner, _, adapted = learned(nearest_mean(), images())
+def test_export_accepts_numpy_arrays_and_shapes(tmp_path):
+    learner, _, adapted = adapted_learner(nearest_mean(), images())
     learner = learner._replace(predict=lambda params, adapted, x: params["table"][(x > 0).sum((1, 2, 3))])
     table = np.random.default_rng(0).normal(size=(37, 3)).astype(np.float32)
     x = images().x
-    path = tmp_path / "some.stablehlo"
+    path = tmp_path / "program.stablehlo"
     jm.export(path, learner, {"table": table}, adapted, jax.ShapeDtypeStruct((1, 6, 6, 1), np.float64))
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     np.testing.assert_array_equal(program.call(x), table[np.asarray(x > 0).sum((1, 2, 3))])
     assert set(program.platforms) == {"cpu", "cuda", "rocm", "tpu"}
 
 
-def test_a_predict_for_one_number_of_examples_says_how_to_write_it(tmp_path):
-    learner, params, adapted = learned(nearest_mean(), images())
+def test_a_predict_for_a_fixed_number_of_examples_needs_batch(tmp_path):
+    learner, params, adapted = adapted_learner(nearest_mean(), images())
     learner = learner._replace(predict=lambda params, adapted, x: jnp.stack([row.sum()[None] for row in x]))
-    path, x = tmp_path / "some.stablehlo", images().x
+    path, x = tmp_path / "program.stablehlo", images().x
     with pytest.raises(
         jm.ArgumentError, match=r"any number of examples .*; give a fixed number, such as batch=9"
     ):
@@ -144,7 +146,7 @@ def test_a_predict_for_one_number_of_examples_says_how_to_write_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"x": 1.0}, r"x: got shape \(\)"),
         ({"batch": 0}, "batch: got 0; it must be at least 1"),
@@ -152,22 +154,22 @@ def test_a_predict_for_one_number_of_examples_says_how_to_write_it(tmp_path):
         ({"platforms": ()}, "platforms: got"),
     ],
 )
-def test_invalid_arguments_are_refused_by_name(tmp_path, settings, says):
-    learner, params, adapted = learned(nearest_mean(), images())
-    given = {"learner": learner, "params": params, "adapted": adapted, "x": images().x, **settings}
-    with pytest.raises(jm.ArgumentError, match=says):
-        jm.export(tmp_path / "some.stablehlo", **given)
+def test_invalid_arguments_are_refused_by_name(tmp_path, settings, message):
+    learner, params, adapted = adapted_learner(nearest_mean(), images())
+    arguments = {"learner": learner, "params": params, "adapted": adapted, "x": images().x, **settings}
+    with pytest.raises(jm.ArgumentError, match=message):
+        jm.export(tmp_path / "program.stablehlo", **arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_error_of_a_predict_that_does_not_work_is_its_own(tmp_path):
-    learner, params, adapted = learned(nearest_mean(), images())
+def test_an_error_in_predict_is_not_replaced(tmp_path):
+    learner, params, adapted = adapted_learner(nearest_mean(), images())
     with pytest.raises(TypeError, match="incompatible shapes"):
-        jm.export(tmp_path / "some.stablehlo", learner, params, adapted, jnp.zeros((2, 5, 5, 1)))
+        jm.export(tmp_path / "program.stablehlo", learner, params, adapted, jnp.zeros((2, 5, 5, 1)))
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    learner, params, adapted = learned(nearest_mean(), images())
+    learner, params, adapted = adapted_learner(nearest_mean(), images())
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(ImportError, match="pip install flatbuffers"):
-        jm.export(tmp_path / "some.stablehlo", learner, params, adapted, images().x)
+        jm.export(tmp_path / "program.stablehlo", learner, params, adapted, images().x)

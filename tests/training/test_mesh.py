@@ -153,8 +153,8 @@ def test_parameters_and_moments_are_split_before_and_after_a_step():
     after, _ = jax.jit(jm.meta_step(learner, optimizer, BATCH, devices=mesh))(
         state, sharding.replicate(tasks.sample, mesh)
     )
-    for each in (state, after):
-        for tree in (each.params, each.opt_state[0].mu, each.opt_state[0].nu):
+    for train_state in (state, after):
+        for tree in (train_state.params, train_state.opt_state[0].mu, train_state.opt_state[0].nu):
             for leaf in jax.tree.leaves(tree):
                 parts = 4 if leaf.size >= 1024 else 1
                 assert leaf.addressable_shards[0].data.size == leaf.size // parts, leaf.shape

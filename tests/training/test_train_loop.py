@@ -316,14 +316,14 @@ def backward(w, y):
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind", "says"),
+    ("loss", "kind", "expected"),
     [
         (forward, "distribution", f"nan) encountered in log, by {__file__}, line "),
         (backward, "distribution", "nan) encountered in mul, in the gradient of the loss"),
         (forward, "stream", f"nan) encountered in log, by {__file__}, line "),
     ],
 )
-def test_the_operation_of_the_first_nan_is_named_under_debug_nans(loss, kind, says):
+def test_the_operation_of_the_first_nan_is_named_under_debug_nans(loss, kind, expected):
 
     def of_task(params, task, key, step=None):
         del key, step
@@ -338,10 +338,10 @@ def test_the_operation_of_the_first_nan_is_named_under_debug_nans(loss, kind, sa
     tasks = toys.sinusoid()
     if kind == "stream":
         keys = jax.random.split(KEY, 2)
-        tasks = TaskStream(lambda step, given=tasks: jax.vmap(given.sample)(keys), tasks.card)
+        tasks = TaskStream(lambda step, distribution=tasks: jax.vmap(distribution.sample)(keys), tasks.card)
     with jax.debug_nans(True), pytest.raises(NonFiniteLoss, match=r"In task \d: invalid value") as error:
         run(learner, tasks, steps=3, meta_batch=2)
-    assert says in str(error.value)
+    assert expected in str(error.value)
 
 
 def test_the_last_state_is_returned_if_it_cannot_be_saved(tmp_path, monkeypatch):

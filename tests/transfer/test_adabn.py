@@ -143,13 +143,13 @@ def test_conv4_gets_the_statistics_of_the_target():
     batched = adabn(network, {"params": params}, x, batch=7)
     apply = jax.jit(jm.nn.as_model(network).apply_norm)
     outputs, stats = apply(params, x)
-    for found in (whole, batched):
+    for result in (whole, batched):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found["batch_stats"], stats
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), result["batch_stats"], stats
         )
-        inference = apply(params, x, stats=found["batch_stats"])[0]
+        inference = apply(params, x, stats=result["batch_stats"])[0]
         np.testing.assert_allclose(inference, outputs, rtol=1e-2, atol=1e-3)
-        np.testing.assert_array_equal(jax.jit(network.apply)(found, x), inference)
+        np.testing.assert_array_equal(jax.jit(network.apply)(result, x), inference)
 
 
 @pytest.mark.nightly
@@ -157,8 +157,8 @@ def test_bytes_are_scaled_to_zero_to_one():
     network = Deep(ours=False)
     variables = trained(network, images(12))
     x = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 2), dtype=np.uint8)
-    found, expected = (adabn(network, variables, z)["batch_stats"] for z in (x, x.astype(np.float32) / 255))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    actual, expected = (adabn(network, variables, z)["batch_stats"] for z in (x, x.astype(np.float32) / 255))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
 class Stem(linen.Module):
@@ -217,9 +217,9 @@ def test_an_nnx_model_is_adapted_in_one_batch_or_in_one_pass(x64):
     np.testing.assert_allclose(outputs.mean(0), 0, atol=1e-6)
     pooled = adabn(model, {"params": params}, x, batch=4, exact=False)["batch_stats"]
     first = x @ np.asarray(params["first"]["kernel"]) + np.asarray(params["first"]["bias"])[None]
-    for found in (stats, pooled):
-        np.testing.assert_allclose(found["norm"]["mean"], first.mean(0), rtol=1e-6)
-        np.testing.assert_allclose(found["norm"]["var"], first.var(0), rtol=1e-6)
+    for result in (stats, pooled):
+        np.testing.assert_allclose(result["norm"]["mean"], first.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(result["norm"]["var"], first.var(0), rtol=1e-6)
     with pytest.raises(ValueError, match=r"network: got Model; .* its layers can only"):
         adabn(model, {"params": params}, x, batch=4)
 

@@ -65,18 +65,18 @@ def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
     weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
     settings = {**SETTINGS, "optimizer": optax.adam(0.01), "weights": weights}
     known = fine_tune(model, variables, SOURCE, **settings)
-    found = align(model, variables, SOURCE, TARGET.x, coral(0.0), norm="separate", **settings)
-    close(found.losses, known.losses, 1e-5)
-    close(found.source, known.variables, 1e-5)
+    result = align(model, variables, SOURCE, TARGET.x, coral(0.0), norm="separate", **settings)
+    close(result.losses, known.losses, 1e-5)
+    close(result.source, known.variables, 1e-5)
     # The target's statistics come from its own batches, whose means before the normalisation differ.
-    close(found.target["params"], known.variables["params"], 1e-5)
+    close(result.target["params"], known.variables["params"], 1e-5)
     apart = (
-        found.target["batch_stats"]["body"]["norm"]["mean"]
-        - found.source["batch_stats"]["body"]["norm"]["mean"]
+        result.target["batch_stats"]["body"]["norm"]["mean"]
+        - result.source["batch_stats"]["body"]["norm"]["mean"]
     )
     assert np.abs(apart).max() > 0.1
     assert same_bits(variables, before)
-    assert_every_leaf_moved(before, found.target)
+    assert_every_leaf_moved(before, result.target)
 
 
 @pytest.mark.nightly_rows(after=1)
@@ -90,8 +90,8 @@ def test_batch_statistics_are_separate_or_joint(model):
         entering = np.asarray(x) @ np.asarray(hidden["kernel"]) + np.asarray(hidden["bias"])
         return {"mean": 0.1 * entering.mean(0), "var": 0.9 + 0.1 * entering.var(0)}
 
-    def running(found):
-        return found["batch_stats"]["body"]["norm"]
+    def running(result):
+        return result["batch_stats"]["body"]["norm"]
 
     # 48 target and 64 source examples: the step has all of them.
     separate = align(model, variables, SOURCE, TARGET.x, CORAL, norm="separate", **settings)
@@ -109,7 +109,7 @@ def test_batch_statistics_are_separate_or_joint(model):
 def test_frozen_parameters_and_statistics_stay_in_both_domains(model, norm):
     variables = initialised(model, SOURCE.x)
     variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
-    found = align(
+    result = align(
         model,
         variables,
         SOURCE,
@@ -120,7 +120,7 @@ def test_frozen_parameters_and_statistics_stay_in_both_domains(model, norm):
         optimizer=optax.adamw(0.1, weight_decay=0.5),
         **SETTINGS,
     )
-    for side in (found.source, found.target):
+    for side in (result.source, result.target):
         assert same_bits(side["params"]["body"], variables["params"]["body"])
         assert same_bits(side["batch_stats"], variables["batch_stats"])
         assert not np.array_equal(side["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
@@ -139,8 +139,8 @@ def test_losses_of_coral_and_mmd_are_their_weighted_discrepancies():
             (alignment.loss({}, source, target, jnp.array(0.5)), known) for alignment, known in pairs.items()
         ]
 
-    for found, known in computed_and_expected(SOURCE.x, TARGET.x):
-        np.testing.assert_allclose(found, known, rtol=1e-6)
+    for actual, known in computed_and_expected(SOURCE.x, TARGET.x):
+        np.testing.assert_allclose(actual, known, rtol=1e-6)
     assert coral().init(KEY, 2) == mmd().init(KEY, 2) == {}
 
 
@@ -163,7 +163,7 @@ def test_training_in_pieces_equals_uninterrupted_training_bit_for_bit(model, ali
         alignment,
         **settings,
         every=4,
-        look=lambda step, found: (steps.append(step), seen.append(found)),
+        look=lambda step, result: (steps.append(step), seen.append(result)),
         report=lambda step, loss: reports.append((step, loss)),
     )
     assert same_bits(whole, pieces)
@@ -198,7 +198,7 @@ def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(wei
         return own
 
     rate, steps = 0.1, 2
-    found = align(
+    result = align(
         model, {"params": params}, jm.Batch(source, SOURCE.y), target, alignment._replace(init=init),
         optimizer=optax.sgd(rate), steps=steps, key=KEY, batch_size=64,
     )  # fmt: skip
@@ -230,8 +230,8 @@ def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(wei
         params = jax.tree.map(lambda w, g: np.asarray(w) - rate * g, params, moves)
         head = jax.tree.map(lambda w, g: np.asarray(w) - rate * g, head, by_head)
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(by_body)) > 1e-3
-    close(found.losses, np.array(losses), 1e-9)
-    close(found.target["params"], params, 1e-9)
+    close(result.losses, np.array(losses), 1e-9)
+    close(result.target["params"], params, 1e-9)
 
 
 # --- Effect on the target --------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def source_only():
 )
 def test_alignment_brings_domains_together_and_classifies_the_target_better(source_only, alignment):
     model, start, plain, settings = source_only
-    found = align(model, start, SOURCE, TARGET.x, alignment, **settings)
+    result = align(model, start, SOURCE, TARGET.x, alignment, **settings)
 
     @jax.jit
     def apart(variables):
@@ -267,17 +267,17 @@ def test_alignment_brings_domains_together_and_classifies_the_target_better(sour
         scale = source.std()
         return jm.transfer.mmd2(source / scale, target / scale)
 
-    assert apart(found.target) < 0.5 * apart(plain)
-    assert accuracy(model, found.target, TARGET) > 0.95
-    assert accuracy(model, found.source, SOURCE) > 0.95
+    assert apart(result.target) < 0.5 * apart(plain)
+    assert accuracy(model, result.target, TARGET) > 0.95
+    assert accuracy(model, result.source, SOURCE) > 0.95
 
 
 @pytest.mark.nightly
 def test_separate_batch_statistics_alone_align_the_target():
     model = jm.transfer.classifier(Net(rate=0.0), 2)
     settings = {"optimizer": optax.adam(0.02), "steps": 100, "key": KEY, "batch_size": 32}
-    found = align(model, initialised(model, SOURCE.x), SOURCE, TARGET.x, coral(0.0), **settings)
-    own, sources = accuracy(model, found.target, TARGET), accuracy(model, found.source, TARGET)
+    result = align(model, initialised(model, SOURCE.x), SOURCE, TARGET.x, coral(0.0), **settings)
+    own, sources = accuracy(model, result.target, TARGET), accuracy(model, result.source, TARGET)
     assert own > 0.95
     assert own > sources + 0.1
 
@@ -293,9 +293,9 @@ def small():
 def test_weights_count_for_the_source_as_in_fine_tuning(small):
     model, variables, settings = small
     weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
-    found = align(model, variables, SOURCE, TARGET.x, coral(0.0), weights=weights, **settings)
+    result = align(model, variables, SOURCE, TARGET.x, coral(0.0), weights=weights, **settings)
     known = fine_tune(model, variables, SOURCE, weights=weights, **settings)
-    close(found.source, known.variables, 1e-5)
+    close(result.source, known.variables, 1e-5)
 
 
 @pytest.mark.nightly
@@ -353,6 +353,6 @@ def test_bad_arguments_are_rejected_with_their_name(small):
 def test_training_moves_every_leaf_and_leaves_the_given_variables_unchanged(model):
     variables = initialised(model, SOURCE.x)
     before = jax.tree.map(np.array, variables)
-    found = align(model, variables, SOURCE, TARGET.x, mmd(), optimizer=optax.adam(0.1), **SETTINGS)
+    result = align(model, variables, SOURCE, TARGET.x, mmd(), optimizer=optax.adam(0.1), **SETTINGS)
     assert same_bits(variables, before)
-    assert_every_leaf_moved(before, found.target)
+    assert_every_leaf_moved(before, result.target)

@@ -142,8 +142,8 @@ def by_loops(x, y, sigma, estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_mmd_equals_its_definition_pair_by_pair(estimator, x64):
     x, y = samples(6, 6) if estimator == "linear" else samples(7, 4)
-    found = mmd(x, y, bandwidth=1.3, estimator=estimator)
-    np.testing.assert_allclose(found, by_loops(x, y, 1.3, estimator), rtol=1e-10)
+    result = mmd(x, y, bandwidth=1.3, estimator=estimator)
+    np.testing.assert_allclose(result, by_loops(x, y, 1.3, estimator), rtol=1e-10)
     # Several kernels: their mean by default, and their weighted sum with given β.
     parts = np.array([by_loops(x, y, sigma, estimator) for sigma in (0.5, 1.3, 4.0)])
     several = {"bandwidth": (0.5, 1.3, 4.0), "estimator": estimator}
@@ -194,8 +194,8 @@ def test_a_measured_bandwidth_is_of_the_pooled_sample_and_has_no_gradient(kind, 
     x, y = samples(6, 6)
     sigmas = measured_bandwidths(x, y, kind)
     settings = {"bandwidth": kind, "estimator": estimator}
-    found, gradients = jax.jit(jax.value_and_grad(partial(mmd2, **settings), argnums=(0, 1)))(x, y)
-    np.testing.assert_allclose(found, np.mean([by_loops(x, y, s, estimator) for s in sigmas]), rtol=1e-10)
+    result, gradients = jax.jit(jax.value_and_grad(partial(mmd2, **settings), argnums=(0, 1)))(x, y)
+    np.testing.assert_allclose(result, np.mean([by_loops(x, y, s, estimator) for s in sigmas]), rtol=1e-10)
 
     def fixed(x, y):
         return np.mean([by_loops(x, y, sigma, estimator) for sigma in sigmas])
@@ -259,8 +259,8 @@ def test_unbiased_and_linear_estimates_average_to_the_true_mmd_of_gaussians(x64)
     expected = true_mmd2(mean, s, t, sigma)
 
     def error(estimator, y):
-        found = jax.jit(jax.vmap(lambda x, y: mmd2(x, y, bandwidth=sigma, estimator=estimator)))(x, y)
-        return float(found.mean() - expected) / (float(found.std()) / np.sqrt(draws))
+        result = jax.jit(jax.vmap(lambda x, y: mmd2(x, y, bandwidth=sigma, estimator=estimator)))(x, y)
+        return float(result.mean() - expected) / (float(result.std()) / np.sqrt(draws))
 
     assert abs(error("unbiased", y)) < 4  # standard errors
     assert abs(error("linear", y[:, :4])) < 4
@@ -272,8 +272,8 @@ def test_dan_is_the_sum_of_the_mmd_of_the_layers(x64):
     source, target = zip(*layers, strict=True)
     for settings in ({}, {"bandwidth": (0.5, 2.0), "weights": (0.3, 0.6), "estimator": "unbiased"}):
         expected = sum(float(mmd(x, y, **settings)) for x, y in layers)
-        found = jax.jit(partial(dan_loss, **settings))(source, target)
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        result = jax.jit(partial(dan_loss, **settings))(source, target)
+        np.testing.assert_allclose(result, expected, rtol=1e-12)
 
 
 # --- Bad input ------------------------------------------------------------------------------------

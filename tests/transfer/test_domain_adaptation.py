@@ -91,11 +91,11 @@ def test_dann_descends_the_domain_loss_by_its_head_and_ascends_it_by_the_feature
     by_label, by_domain = jax.device_get([jax.jit(jax.grad(f))(params) for f in (of_labels, of_domains)])
     gradient = jax.jit(jax.grad(dann(x_source, jnp.asarray(labels), x_target)))
     for strength in (0.0, 0.6):
-        found = gradient(params, strength)
-        np.testing.assert_allclose(found["label"], by_label["label"], rtol=1e-9)
-        np.testing.assert_allclose(found["domain"], by_domain["domain"], rtol=1e-9)
+        gradients = gradient(params, strength)
+        np.testing.assert_allclose(gradients["label"], by_label["label"], rtol=1e-9)
+        np.testing.assert_allclose(gradients["domain"], by_domain["domain"], rtol=1e-9)
         np.testing.assert_allclose(
-            found["features"], by_label["features"] - strength * by_domain["features"], rtol=1e-9
+            gradients["features"], by_label["features"] - strength * by_domain["features"], rtol=1e-9
         )
 
 
@@ -123,12 +123,12 @@ def test_strength_and_rate_have_the_values_of_the_paper():
 
 def test_the_schedule_follows_the_rate_and_stays_constant_after_the_end():
     optimizer = optax.sgd(dann_schedule(4, initial=0.5, a=3.0, b=2.0))
-    state, found = optimizer.init(0.0), []
+    state, rates = optimizer.init(0.0), []
     for _ in range(6):
         update, state = jax.jit(optimizer.update)(1.0, state)
-        found.append(-update)
+        rates.append(-update)
     expected = [0.5 / (1 + 3 * p) ** 2 for p in (0, 0.25, 0.5, 0.75, 1, 1)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
     with pytest.raises(ValueError, match="steps: got 0"):
         dann_schedule(0)
 

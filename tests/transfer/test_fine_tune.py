@@ -77,7 +77,7 @@ class Spy:
 
     def __call__(self, outputs, numbers):
         self.traces += 1
-        jax.debug.callback(lambda found: self.batches.append(np.asarray(found)), numbers, ordered=True)
+        jax.debug.callback(lambda fitted: self.batches.append(np.asarray(fitted)), numbers, ordered=True)
         return optax.softmax_cross_entropy_with_integer_labels(outputs, Y[numbers])
 
 
@@ -133,8 +133,8 @@ def test_bytes_are_scaled_to_zero_to_one(body):
     variables = initialised(model, np.zeros((2, 16, 16, 1), np.float32))
     settings = {"optimizer": optax.sgd(0.1), "steps": 4, "key": KEY, "batch_size": 5}
     fitted = [
-        fine_tune(model, variables, jm.Batch(given, Y[:12]), **settings)
-        for given in (x, (x / 255).astype(np.float32))
+        fine_tune(model, variables, jm.Batch(inputs, Y[:12]), **settings)
+        for inputs in (x, (x / 255).astype(np.float32))
     ]
     close(*fitted, 1e-5)
 
@@ -330,10 +330,10 @@ def test_feature_extraction_fits_the_head_on_inference_features_and_changes_noth
         ({"penalty": 0.1}, logistic_head(features, Y, 3, penalty=0.1)),
         ({"head": custom, "value": 2.0}, custom(features, Y, 3, value=2.0)),
     ):
-        found = feature_extraction(model, variables, DATA, **settings)
-        close(found["params"]["head"], expected, 1e-4)
-        assert found["batch_stats"] is variables["batch_stats"]
-        bodies = (tree["params"]["body"] for tree in (found, variables))
+        fitted = feature_extraction(model, variables, DATA, **settings)
+        close(fitted["params"]["head"], expected, 1e-4)
+        assert fitted["batch_stats"] is variables["batch_stats"]
+        bodies = (tree["params"]["body"] for tree in (fitted, variables))
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, bodies), strict=True))
 
 
@@ -342,13 +342,13 @@ def test_lp_ft_is_fine_tuning_from_a_probed_head(flax, smooth):
         (flax, {"head": "ridge", "penalty": 0.1}, MOMENTUM),
         (smooth, None, PLAIN),
     ):
-        found = linear_probe_then_fine_tune(model, variables, DATA, probe=probe, **settings)
+        fitted = linear_probe_then_fine_tune(model, variables, DATA, probe=probe, **settings)
         probed = fine_tuning_probe(model, variables, DATA, probe=probe, **settings)
-        assert same_bits(found, fine_tune(model, probed, DATA, **settings))
-        assert not same_bits(probed["params"]["body"], found.variables["params"]["body"])
+        assert same_bits(fitted, fine_tune(model, probed, DATA, **settings))
+        assert not same_bits(probed["params"]["body"], fitted.variables["params"]["body"])
     assert same_bits(probed, feature_extraction(model, variables, DATA))
     # Without normalisation, training starts with the probe's features and so with a low loss.
-    assert found.losses[0] < fine_tune(model, variables, DATA, **settings).losses[0]
+    assert fitted.losses[0] < fine_tune(model, variables, DATA, **settings).losses[0]
 
 
 def test_each_stage_of_gradual_unfreezing_has_its_own_keys(smooth):
@@ -452,7 +452,7 @@ def test_lp_ft_at_a_tiny_rate_stays_at_the_probe(body, keep, batch_size):
     probe = fine_tuning_probe(model, variables, SHIFTED, **settings, probe={"penalty": 1e-4})
     settings |= {"optimizer": optax.sgd(1e-9), "steps": 80, "probe": {"penalty": 1e-4}}
     fitted = linear_probe_then_fine_tune(model, variables, SHIFTED, **settings)
-    before, after = (model.apply(each, SHIFTED.x) for each in (probe, fitted.variables))
+    before, after = (model.apply(tree, SHIFTED.x) for tree in (probe, fitted.variables))
     exact = keep or batch_size > len(Y)
     # With mini-batches, a running average covers mainly the last of them.
     close(after, before, (1e-3 if exact else 0.15) * float(jnp.abs(before).max()))
@@ -478,7 +478,7 @@ def test_a_probe_keeps_the_statistics_of_layers_that_are_not_trained():
     model, variables = adapted_model("flax")
     train = ["body/dense1", "body/norm1", "head"]
     probe = fine_tuning_probe(model, variables, SHIFTED, key=KEY, batch_size=100, train=train)
-    stats, before = (jax.device_get(each["batch_stats"]["body"]) for each in (probe, variables))
+    stats, before = (jax.device_get(tree["batch_stats"]["body"]) for tree in (probe, variables))
     assert same_bits(stats["norm0"], before["norm0"])
     # By hand: the first layer keeps its statistics, and the second is measured on its outputs.
     body = jax.device_get(variables["params"]["body"])

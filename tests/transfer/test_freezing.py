@@ -102,10 +102,10 @@ def test_frozen_leaves_keep_their_bits_and_others_their_dtype():
     params = {"still": jnp.asarray(odd), "moving": jnp.asarray([1.0, 2.0], jnp.bfloat16)}
     updates = {"still": jnp.zeros(3), "moving": jnp.array([0.5, 0.5])}
     frozen = frozen_mask(params, "moving")
-    found = jax.jit(lambda params, updates: apply_unfrozen(params, updates, frozen))(params, updates)
-    assert bits(found["still"]) == odd.tobytes()
-    assert found["moving"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found["moving"].astype(float), [1.5, 2.5])
+    actual = jax.jit(lambda params, updates: apply_unfrozen(params, updates, frozen))(params, updates)
+    assert bits(actual["still"]) == odd.tobytes()
+    assert actual["moving"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(actual["moving"].astype(float), [1.5, 2.5])
 
 
 def test_patterns_that_match_nothing_are_rejected():
@@ -171,8 +171,8 @@ def test_slanted_triangular_takes_the_published_values():
     lines = [optax.linear_schedule(0.05, 0.5, 50), optax.linear_schedule(0.5, 0.05, 150)]
     joined = optax.join_schedules(lines, [50])
     steps = np.arange(201)
-    found, expected = (jax.jit(jax.vmap(schedule))(steps) for schedule in (rate, joined))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual, expected = (jax.jit(jax.vmap(schedule))(steps) for schedule in (rate, joined))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_bad_arguments_of_slanted_triangular_are_rejected_with_their_name():
@@ -198,8 +198,8 @@ def parameters(seed):
 @pytest.mark.parametrize("with_fisher", [False, True])
 def test_l2_sp_pulls_shared_leaves_to_their_start_and_new_ones_to_zero(with_fisher, x64):
     start, w, fisher = parameters(0), parameters(1), jax.tree.map(np.square, parameters(2))
-    given = {"fisher": fisher} if with_fisher else {}
-    penalty = l2_sp(start, shared="body", alpha=0.3, beta=0.07, **given)
+    settings = {"fisher": fisher} if with_fisher else {}
+    penalty = l2_sp(start, shared="body", alpha=0.3, beta=0.07, **settings)
     weight = fisher["body"]["w"] if with_fisher else 1.0
     expected = (
         0.15 * (weight * (w["body"]["w"] - start["body"]["w"]) ** 2).sum() + 0.035 * (w["head"] ** 2).sum()
@@ -211,14 +211,14 @@ def test_l2_sp_pulls_shared_leaves_to_their_start_and_new_ones_to_zero(with_fish
     np.testing.assert_allclose(at_start["head"], 0.07 * start["head"], rtol=1e-12)
     # Central differences are exact for a square.
     leaves, structure = jax.tree.flatten(w)
-    for place, found in enumerate(jax.tree.leaves(gradient(w))):
+    for place, slopes in enumerate(jax.tree.leaves(gradient(w))):
         for index in np.ndindex(leaves[place].shape):
             values = []
             for step in (1e-3, -1e-3):
                 moved = [leaf.copy() for leaf in leaves]
                 moved[place][index] += step
                 values.append(float(value(jax.tree.unflatten(structure, moved))))
-            np.testing.assert_allclose(found[index], (values[0] - values[1]) / 2e-3, rtol=1e-8, atol=1e-10)
+            np.testing.assert_allclose(slopes[index], (values[0] - values[1]) / 2e-3, rtol=1e-8, atol=1e-10)
 
 
 def test_l2_sp_pulls_all_leaves_to_their_start_by_default():

@@ -163,8 +163,8 @@ def test_the_logistic_head_ends_at_its_tolerance_or_after_its_steps(x64):
     kernel, _ = scikit_logistic(z, y, 1e-2)
 
     def distance(**settings):
-        found = logistic_head(z, y, 3, penalty=1e-2, **settings)
-        return np.abs(np.asarray(found["kernel"]) - kernel).max()
+        result = logistic_head(z, y, 3, penalty=1e-2, **settings)
+        return np.abs(np.asarray(result["kernel"]) - kernel).max()
 
     loose, tight, short = (
         distance(tolerance=1e-2),
@@ -270,10 +270,10 @@ def test_outputs_do_not_depend_on_the_batch_size_and_bytes_are_scaled_to_zero_to
 ):
     model, variables = trained
     x, floats, known_logits, known_features = known_outputs
-    for given in (x, floats):
-        logits = np.asarray(predict_logits(model, variables, given, batch=batch))
+    for inputs in (x, floats):
+        logits = np.asarray(predict_logits(model, variables, inputs, batch=batch))
         np.testing.assert_allclose(logits, known_logits, rtol=1e-5, atol=1e-6)
-        features = np.asarray(extract_features(model, variables, given, batch=batch))
+        features = np.asarray(extract_features(model, variables, inputs, batch=batch))
         np.testing.assert_allclose(features, known_features, rtol=1e-5, atol=1e-6)
     head = jax.device_get(variables["params"]["head"])
     np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, rtol=1e-4, atol=1e-6)
@@ -284,8 +284,8 @@ def test_accuracy_and_confusion_equal_scikit_learns(trained):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 4, 4, 1)), jnp.float32)
     y = np.arange(40) % 3
     predictions = np.asarray(jax.jit(model.apply)(variables, x)).argmax(1)
-    found = accuracy(model, variables, jm.Batch(x, jnp.asarray(y)), batch=16)
-    np.testing.assert_allclose(found, accuracy_score(y, predictions), rtol=1e-6)
+    result = accuracy(model, variables, jm.Batch(x, jnp.asarray(y)), batch=16)
+    np.testing.assert_allclose(result, accuracy_score(y, predictions), rtol=1e-6)
     np.testing.assert_array_equal(
         confusion_matrix(predictions, y, 4), known_confusion(y, predictions, labels=range(4))
     )

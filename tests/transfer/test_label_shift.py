@@ -57,10 +57,10 @@ def test_joint_confusion_counts_predictions_by_row_and_labels_by_column():
 def test_soft_confusion_averages_probabilities_within_each_label(x64):
     x, y = draw_examples(SOURCE, 200, 0)
     probs = posterior(x, SOURCE)
-    found = joint_confusion(probs, y, 3)
+    result = joint_confusion(probs, y, 3)
     for label in range(3):
-        np.testing.assert_allclose(found[:, label], probs[y == label].sum(0) / 200, rtol=1e-12)
-    np.testing.assert_allclose(found.sum(0), np.bincount(y) / 200, rtol=1e-12)
+        np.testing.assert_allclose(result[:, label], probs[y == label].sum(0) / 200, rtol=1e-12)
+    np.testing.assert_allclose(result.sum(0), np.bincount(y) / 200, rtol=1e-12)
 
 
 # BBSE.
@@ -74,8 +74,8 @@ def test_bbse_solves_the_worked_example(x64):
 
 def test_target_predictions_are_classes_probabilities_or_their_distribution(x64):
     classes = np.repeat([0, 1], [17, 33])
-    for given in (classes, np.eye(2)[classes], np.tile(MU, (5, 1)), jnp.asarray(classes, jnp.int32)):
-        np.testing.assert_allclose(bbse(CONFUSION, given), [0.4, 1.6], rtol=1e-12)
+    for predictions in (classes, np.eye(2)[classes], np.tile(MU, (5, 1)), jnp.asarray(classes, jnp.int32)):
+        np.testing.assert_allclose(bbse(CONFUSION, predictions), [0.4, 1.6], rtol=1e-12)
 
 
 def test_bbse_returns_any_weights_that_made_the_predictions(x64):
@@ -128,11 +128,11 @@ def test_rlls_minimises_the_sum_of_its_two_norms(seeds, x64):
 
         theta = np.asarray(rlls(confusion, mu, penalty=penalty, clip=False)) - 1
         for start in (theta, np.zeros(5), np.linalg.pinv(confusion) @ b):
-            found = minimize(objective, start, method="Powell", options={"ftol": 1e-14, "xtol": 1e-10})
-            found = minimize(
-                objective, found.x, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}
+            result = minimize(objective, start, method="Powell", options={"ftol": 1e-14, "xtol": 1e-10})
+            result = minimize(
+                objective, result.x, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}
             )
-            assert objective(theta) <= found.fun + 1e-9
+            assert objective(theta) <= result.fun + 1e-9
         residual, length = np.linalg.norm(confusion @ theta - b), np.linalg.norm(theta)
         cases.add("none" if length < 1e-9 else "exact" if residual < 1e-9 else "between")
         half = rlls(confusion, mu, penalty=penalty, shrink=0.5, clip=False)
@@ -161,7 +161,7 @@ def test_em_never_lowers_the_likelihood_and_ends_at_scipys_maximum(x64):
     steps = [np.asarray(em_prior(probs, SOURCE, steps=k, tolerance=0.0).target_prior) for k in range(1, 30)]
     values = [log_likelihood(prior, probs, SOURCE) for prior in [SOURCE, *steps]]
     assert (np.diff(values) >= -1e-14).all()
-    found, taken = em_prior(probs, SOURCE, tolerance=1e-12)
+    result, taken = em_prior(probs, SOURCE, tolerance=1e-12)
     assert 30 < taken < 10_000
 
     def loss(z):
@@ -169,8 +169,8 @@ def test_em_never_lowers_the_likelihood_and_ends_at_scipys_maximum(x64):
         return -log_likelihood(prior, probs, SOURCE)
 
     known = minimize(loss, np.zeros(3), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14})
-    np.testing.assert_allclose(found, np.exp(known.x) / np.exp(known.x).sum(), atol=1e-6)
-    assert found.sum() == pytest.approx(1, rel=1e-12)
+    np.testing.assert_allclose(result, np.exp(known.x) / np.exp(known.x).sum(), atol=1e-6)
+    assert result.sum() == pytest.approx(1, rel=1e-12)
 
 
 def test_one_step_of_em_is_the_mean_posterior(x64):
@@ -197,9 +197,9 @@ def test_every_estimate_recovers_a_simulated_shift_within_its_sampling_error():
         "rlls": rlls(hard, probs_t.argmax(1), penalty=1e-3),
         "em": em_prior(probs_t, SOURCE).target_prior / SOURCE,
     }
-    for name, found in estimates.items():
+    for name, estimate in estimates.items():
         # In 30 other draws of this size the largest errors were 0.17, and 0.06 for EM.
-        assert np.abs(found - weights).max() < (0.08 if name == "em" else 0.2), name
+        assert np.abs(estimate - weights).max() < (0.08 if name == "em" else 0.2), name
     # BBSE needs no calibration; EM does.
     sharp = probs_t**3 / (probs_t**3).sum(1, keepdims=True)
     biased = em_prior(sharp, SOURCE).target_prior / SOURCE
@@ -208,17 +208,17 @@ def test_every_estimate_recovers_a_simulated_shift_within_its_sampling_error():
 
 def test_adjusted_predictions_are_the_targets_posterior(x64):
     x = draw_examples(TARGET, 50, 4)[0]
-    found = adjust(posterior(x, SOURCE), TARGET / SOURCE)
-    np.testing.assert_allclose(found, posterior(x, TARGET), rtol=1e-9)
-    np.testing.assert_allclose(adjust(posterior(x, SOURCE), 7 * TARGET / SOURCE), found, rtol=1e-12)
+    result = adjust(posterior(x, SOURCE), TARGET / SOURCE)
+    np.testing.assert_allclose(result, posterior(x, TARGET), rtol=1e-9)
+    np.testing.assert_allclose(adjust(posterior(x, SOURCE), 7 * TARGET / SOURCE), result, rtol=1e-12)
     compiled = jax.jit(adjust)(posterior(x, SOURCE)[None], TARGET / SOURCE)
-    np.testing.assert_allclose(compiled[0], found, rtol=1e-12)
+    np.testing.assert_allclose(compiled[0], result, rtol=1e-12)
 
 
 def test_a_row_of_impossible_classes_is_unchanged():
     probs = jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-    found = adjust(probs, jnp.array([0.0, 1.0, 1.0]))
-    np.testing.assert_array_equal(found, [[1, 0, 0], [0, 1, 0]])
+    result = adjust(probs, jnp.array([0.0, 1.0, 1.0]))
+    np.testing.assert_array_equal(result, [[1, 0, 0], [0, 1, 0]])
 
 
 # Temperature.
@@ -234,9 +234,9 @@ def test_temperature_equals_scipys_minimum_and_undoes_a_scale():
 
     for scale in (1.0, 4.0, 0.25):
         known = minimize_scalar(loss, bracket=(-3, np.log(scale), 3), args=(scale * logits,))
-        found = temperature(scale * logits + 3, y)
-        assert found == pytest.approx(np.exp(known.x), rel=1e-5)
-        assert found == pytest.approx(scale, rel=0.1)  # the logits are calibrated, up to sampling
+        result = temperature(scale * logits + 3, y)
+        assert result == pytest.approx(np.exp(known.x), rel=1e-5)
+        assert result == pytest.approx(scale, rel=0.1)  # the logits are calibrated, up to sampling
 
 
 def test_temperature_ends_at_its_bounds_where_no_finite_one_is_best():

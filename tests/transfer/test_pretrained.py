@@ -258,10 +258,10 @@ def test_half_precision_is_cast_to_the_dtypes_of_a_passed_network(tmp_path):
     model.save_pretrained(tmp_path)
     built = load_pretrained(tmp_path)
     assert built.variables["params"]["head"]["kernel"].dtype == jnp.float16
-    given = load_pretrained(tmp_path, built.network)
-    assert {leaf.dtype for leaf in jax.tree.leaves(given.variables)} == {jnp.dtype("float32")}
-    assert len(given.report.cast) == len(given.report.taken)
-    assert_same_leaves(jax.tree.map(lambda leaf: leaf.astype(jnp.float16), given.variables), built.variables)
+    loaded = load_pretrained(tmp_path, built.network)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.variables)} == {jnp.dtype("float32")}
+    assert len(loaded.report.cast) == len(loaded.report.taken)
+    assert_same_leaves(jax.tree.map(lambda leaf: leaf.astype(jnp.float16), loaded.variables), built.variables)
 
 
 @pytest.mark.usefixtures("torch")
@@ -272,14 +272,14 @@ def test_positions_are_interpolated_only_on_request(tmp_path):
     expected = jm.nn.resize_positions(plain.variables["params"][name], (4, 2))
     np.testing.assert_allclose(resized.variables["params"][name], expected, atol=1e-6)
     assert outputs(resized, images(16, 8)).shape == (2, 5)
-    given = plain.network.clone(image_size=(16, 8))
-    assert_same_leaves(load_pretrained(tmp_path, given, image_size=(16, 8)).variables, resized.variables)
+    network = plain.network.clone(image_size=(16, 8))
+    assert_same_leaves(load_pretrained(tmp_path, network, image_size=(16, 8)).variables, resized.variables)
     with pytest.raises(
         ValueError, match=rf'"params/{name}".*\(1, 10, 16\); it must be \(1, 9, 16\); image_size='
     ):
-        load_pretrained(tmp_path, given)
+        load_pretrained(tmp_path, network)
     with pytest.raises(ValueError, match=r"image_size: got 20; the passed network is for \(16, 8\)"):
-        load_pretrained(tmp_path, given, image_size=20)
+        load_pretrained(tmp_path, network, image_size=20)
 
 
 # --- Networks that differ from the file's ---------------------------------------------------------

@@ -45,9 +45,9 @@ def test_a_function_of_the_examples_is_called_for_its_candidate():
     body = RNG.normal(size=(7, 5))
     functions = {"linear": lambda x: Candidate(np.tanh(x @ body)), "given": MODELS["signal 2.0"]}
     arrays = {"linear": Candidate(np.tanh(x @ body)), "given": MODELS["signal 2.0"]}
-    found = rank_sources(functions, (x, LABELS), shrinkage="ledoit-wolf")
-    assert found == rank_sources(arrays, (None, LABELS), shrinkage="ledoit-wolf")
-    assert found.rows[0].scores["h_score"] == h_score(
+    result = rank_sources(functions, (x, LABELS), shrinkage="ledoit-wolf")
+    assert result == rank_sources(arrays, (None, LABELS), shrinkage="ledoit-wolf")
+    assert result.rows[0].scores["h_score"] == h_score(
         MODELS["signal 2.0"].features, LABELS, shrinkage="ledoit-wolf"
     )
 
@@ -57,11 +57,11 @@ def test_correlations_with_accuracies_equal_scipys_with_ties(accuracies):
     known = dict(zip(MODELS, accuracies, strict=True))
     ranking = rank_sources(MODELS, (None, LABELS), accuracies=known)
     assert set(ranking.correlations) == {"log_me", "h_score", "leep", "nce"}
-    for score, found in ranking.correlations.items():
+    for score, coefficients in ranking.correlations.items():
         pairs = np.array([(row.scores[score], known[row.name]) for row in ranking.rows]).T
         assert [row.accuracy for row in ranking.rows] == pairs[1].tolist()
         expected = [measure(*pairs).statistic for measure in (pearsonr, kendalltau, weightedtau)]
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        np.testing.assert_allclose(coefficients, expected, rtol=1e-9)
 
 
 def test_tied_scores_and_many_models_correlate_as_in_scipy():
@@ -69,10 +69,10 @@ def test_tied_scores_and_many_models_correlate_as_in_scipy():
     models["again"] = models["3"]
     accuracies = {name: float(RNG.integers(5)) for name in models}
     ranking = rank_sources(models, (None, LABELS), accuracies=accuracies)
-    for score, found in ranking.correlations.items():
+    for score, coefficients in ranking.correlations.items():
         pairs = np.array([(row.scores[score], row.accuracy) for row in ranking.rows]).T
         expected = [measure(*pairs).statistic for measure in (pearsonr, kendalltau, weightedtau)]
-        np.testing.assert_allclose(found, expected, rtol=1e-9)
+        np.testing.assert_allclose(coefficients, expected, rtol=1e-9)
 
 
 def test_equal_accuracies_have_no_correlation():

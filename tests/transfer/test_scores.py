@@ -62,8 +62,8 @@ def test_an_uninformative_source_scores_minus_the_entropy_of_the_labels():
     constant = np.tile(softmax(RNG.normal(size=(1, 5))), (40, 1))
     assert leep(constant, LABELS) == pytest.approx(-entropy(LABELS), rel=1e-12)
     assert leep(constant[:2], np.array([0, 1])) == pytest.approx(-np.log(2), rel=1e-12)
-    independent, each = np.repeat([0, 1, 2], 40), np.tile(LABELS, 3)
-    assert nce(independent, each) == pytest.approx(-entropy(LABELS), rel=1e-12)
+    independent, labels = np.repeat([0, 1, 2], 40), np.tile(LABELS, 3)
+    assert nce(independent, labels) == pytest.approx(-entropy(LABELS), rel=1e-12)
 
 
 def test_nce_is_zero_iff_the_source_class_determines_the_label_and_lies_within_its_bounds():
@@ -115,8 +115,8 @@ def test_h_score_is_the_rank_where_classes_do_not_vary_within(d, rank):
 
 @pytest.mark.parametrize("d", [1, 2, 8, 60])
 def test_h_score_is_at_most_the_smaller_of_dimension_and_classes_minus_one(d):
-    found = h_score(features_of(LABELS, d), LABELS)
-    assert 0 < found <= min(d, 3) + 1e-9
+    result = h_score(features_of(LABELS, d), LABELS)
+    assert 0 < result <= min(d, 3) + 1e-9
     if d == 60:  # more dimensions than examples separate anything
         assert h_score(RNG.normal(size=(40, d)), LABELS) == pytest.approx(3, rel=1e-9)
 
@@ -127,8 +127,8 @@ def test_dependent_features_count_once_in_h_score_and_log_me(dtype):
     wide = basis.astype(dtype) @ RNG.normal(size=(4, 30)).astype(dtype)
     assert h_score(wide, LABELS) == pytest.approx(h_score(basis, LABELS), rel=1e-4)
     orthogonal = np.linalg.qr(RNG.normal(size=(30, 30)))[0][:4]
-    found = log_me((basis @ orthogonal).astype(dtype), LABELS)
-    assert found == pytest.approx(log_me(basis, LABELS), rel=1e-5)
+    result = log_me((basis @ orthogonal).astype(dtype), LABELS)
+    assert result == pytest.approx(log_me(basis, LABELS), rel=1e-5)
 
 
 @pytest.mark.parametrize("d", [3, 60])
@@ -168,9 +168,9 @@ SHAPES = [(40, 5, 5), (12, 30, 12), (20, 20, 20), (40, 15, 6), (12, 30, 6)]
 
 def test_log_me_has_the_value_of_the_worked_example():
     features, y = np.array([[1.0], [2.0], [3.0]]), np.array([1.0, 2.0, 2.5])
-    found = maximal_evidence(features, y[:, None])
-    assert found.alpha[0] == pytest.approx(1.259438, abs=1e-6)
-    assert found.beta[0] == pytest.approx(22.4, rel=1e-9)
+    result = maximal_evidence(features, y[:, None])
+    assert result.alpha[0] == pytest.approx(1.259438, abs=1e-6)
+    assert result.beta[0] == pytest.approx(22.4, rel=1e-9)
     assert log_me(features, y) == pytest.approx(-0.784652, abs=1e-6)
 
 
@@ -179,8 +179,8 @@ def test_evidence_is_the_density_of_the_targets_and_largest_at_its_alpha_and_bet
     finite = 0
     for seed in range(3):
         features, targets = regression(n, d, rank, seed)
-        found = maximal_evidence(features, targets)
-        for y, value, alpha, beta in zip(targets.T, *found, strict=True):
+        result = maximal_evidence(features, targets)
+        for y, value, alpha, beta in zip(targets.T, *result, strict=True):
             if max(alpha, beta) > 1e9:  # a limit, tested separately
                 continue
             finite += 1
@@ -200,8 +200,8 @@ def test_evidence_is_the_density_of_the_targets_and_largest_at_its_alpha_and_bet
 @pytest.mark.parametrize(("n", "d", "rank"), SHAPES)
 def test_evidence_equals_that_of_scikit_learns_bayesian_ridge_without_hyperpriors(n, d, rank):
     features, targets = regression(n, d, rank)
-    found = maximal_evidence(features, targets)
-    for y, value, alpha, beta in zip(targets.T, *found, strict=True):
+    result = maximal_evidence(features, targets)
+    for y, value, alpha, beta in zip(targets.T, *result, strict=True):
         known = BayesianRidge(
             alpha_1=0, alpha_2=0, lambda_1=0, lambda_2=0, fit_intercept=False, compute_score=True,
             tol=1e-12, max_iter=20_000,
@@ -213,10 +213,10 @@ def test_evidence_equals_that_of_scikit_learns_bayesian_ridge_without_hyperprior
 
 def test_log_me_of_classes_is_the_mean_over_their_one_hot_columns_in_nats_per_example():
     features = features_of(LABELS, 6)
-    found = maximal_evidence(features, np.eye(4)[LABELS])
+    result = maximal_evidence(features, np.eye(4)[LABELS])
     densities = [
         log_density(features, y, alpha, beta)
-        for y, alpha, beta in zip(np.eye(4)[LABELS].T, found.alpha, found.beta, strict=True)
+        for y, alpha, beta in zip(np.eye(4)[LABELS].T, result.alpha, result.beta, strict=True)
     ]
     assert log_me(features, LABELS) == pytest.approx(np.mean(densities) / 40, rel=1e-9)
     assert log_me(features, 3 * LABELS) == log_me(features, LABELS)  # with absent classes
@@ -226,8 +226,8 @@ def test_log_me_of_classes_is_the_mean_over_their_one_hot_columns_in_nats_per_ex
 def test_log_me_in_float32_equals_that_in_float64():
     features = features_of(LABELS, 100) + 30
     for dtype in (jnp.float32, np.float32):
-        found = log_me(jnp.asarray(features, dtype), jnp.asarray(LABELS))
-        assert found == pytest.approx(log_me(features, LABELS), rel=1e-5)
+        result = log_me(jnp.asarray(features, dtype), jnp.asarray(LABELS))
+        assert result == pytest.approx(log_me(features, LABELS), rel=1e-5)
 
 
 def test_log_me_does_not_depend_on_the_features_basis_or_unit():
@@ -253,9 +253,9 @@ def test_a_perfect_fit_is_finite_and_better_than_any_other():
     assert log_me(features, LABELS) < nearly < perfect < np.inf
     # As many independent features as examples: the limit of no noise, N(y; 0, α⁻¹ F Fᵀ).
     square, y = np.diag([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0])
-    found = maximal_evidence(square, y[:, None])
-    assert found.alpha[0] == pytest.approx(1, rel=1e-6)
-    assert found.log_evidence[0] == pytest.approx(multivariate_normal(cov=square**2).logpdf(y), rel=1e-9)
+    result = maximal_evidence(square, y[:, None])
+    assert result.alpha[0] == pytest.approx(1, rel=1e-6)
+    assert result.log_evidence[0] == pytest.approx(multivariate_normal(cov=square**2).logpdf(y), rel=1e-9)
 
 
 # Bad input, without the run-time type checks of the tests, which users do not have.

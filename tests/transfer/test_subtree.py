@@ -154,11 +154,11 @@ def test_the_mask_of_a_union_is_the_union_of_masks_and_that_of_the_rest_its_comp
     picked_paths = data.draw(st.lists(st.sampled_from(everything), min_size=1, unique=True))
     whole = mask(tree, picked_paths)
     assert jax.tree.structure(whole) == jax.tree.structure(tree)
-    union = jax.tree.map(lambda *each: any(each), *(mask(tree, one) for one in picked_paths))
+    union = jax.tree.map(lambda *masks: any(masks), *(mask(tree, path) for path in picked_paths))
     assert union == whole
     rest = [path for path in leaves_by_path(tree) if path not in matching(tree, picked_paths)]
     assert mask(tree, rest) == jax.tree.map(lambda picked: not picked, whole)
-    as_regex = re.compile("|".join(f"{re.escape(one)}(/.*)?" for one in picked_paths))
+    as_regex = re.compile("|".join(f"{re.escape(path)}(/.*)?" for path in picked_paths))
     assert mask(tree, as_regex) == whole
 
 
@@ -377,20 +377,22 @@ def test_a_tree_transplanted_into_itself_is_taken_whole(tree):
 
 @for_all(EQUAL_LEAVES, EQUAL_LEAVES, st.data())
 def test_every_leaf_of_both_trees_is_in_the_report_once_and_where_the_table_says(source, target, data):
-    given, wanted = leaves_by_path(source), leaves_by_path(target)
-    assume(wanted)
-    dropped = data.draw(st.sets(st.sampled_from(list(given)))) if given else set()
-    take = data.draw(st.lists(st.sampled_from(list(wanted)), min_size=1, unique=True))
+    source_leaves, target_leaves = leaves_by_path(source), leaves_by_path(target)
+    assume(target_leaves)
+    dropped = data.draw(st.sets(st.sampled_from(list(source_leaves)))) if source_leaves else set()
+    take = data.draw(st.lists(st.sampled_from(list(target_leaves)), min_size=1, unique=True))
     rules = [(path, None) for path in dropped]
     tree, report = transplant(source, target, rules=rules, take=take, strict=False)
-    taken = given.keys() & set(take) - dropped
+    taken = source_leaves.keys() & set(take) - dropped
     assert {row.target for row in report.taken} == taken
-    assert [row.target for row in report.new] == [path for path in wanted if path not in taken]
-    assert [row.source for row in report.left_over] == [p for p in given if p not in taken | dropped]
+    assert [row.target for row in report.new] == [path for path in target_leaves if path not in taken]
+    assert [row.source for row in report.left_over] == [p for p in source_leaves if p not in taken | dropped]
     assert {row.source for row in report.dropped} == dropped
-    assert len(report.taken) + len(report.left_over) + len(report.dropped) == len(given)
-    assert len(report.taken) + len(report.new) == len(wanted)
-    assert same_objects(leaves_by_path(tree), {p: given[p] if p in taken else wanted[p] for p in wanted})
+    assert len(report.taken) + len(report.left_over) + len(report.dropped) == len(source_leaves)
+    assert len(report.taken) + len(report.new) == len(target_leaves)
+    assert same_objects(
+        leaves_by_path(tree), {p: source_leaves[p] if p in taken else target_leaves[p] for p in target_leaves}
+    )
     if taken == set(take):
         # `take` names leaves alone, so no source leaf that the target lacks can be among them.
         assert transplant(source, target, rules=rules, take=take)[1] == report
@@ -420,8 +422,8 @@ def test_every_misfit_of_a_transplant_is_named():
         "scale": zeros((1,)),
         "ghost": zeros((2,)),
     }
-    found = misfits(source, target, rules=[("conv", "body")])
-    assert found == [
+    result = misfits(source, target, rules=[("conv", "body")])
+    assert result == [
         '"body" (the source\'s "conv"): got shape (3, 4); the target\'s is (3, 5)',
         '"count": got float32; the target\'s is int32, and the cast would lose information',
         '"ghost": got a ShapeDtypeStruct for an array; it must be an array too',
@@ -432,7 +434,7 @@ def test_every_misfit_of_a_transplant_is_named():
         "by `take`, or ignore it by strict=False",
     ]
     # With strict=False and cast=True, only misfits of shape, kind and values remain.
-    assert misfits(source, target, rules=[("conv", "body")], strict=False, cast=True) == found[:3]
+    assert misfits(source, target, rules=[("conv", "body")], strict=False, cast=True) == result[:3]
     assert misfits({"a": zeros()}, {"a": zeros(), "b": jax.ShapeDtypeStruct((1,), np.int32)}, take="a") == [
         '"b": the target has only a ShapeDtypeStruct, which must be filled'
     ]
@@ -618,7 +620,7 @@ def test_an_equinox_module_is_a_tree_like_any_other():
     assert wider(jnp.ones(3)).shape == (9,)
     with pytest.raises(ValueError, match=r'"activation": got .*; leaves must be arrays.* as eqx.filter does'):
         transplant(other, module)
-    (arrays, static), given = eqx.partition(module, eqx.is_array), eqx.filter(other, eqx.is_array)
-    tree, report = transplant(given, arrays, take="layers/[01]")
+    (arrays, static), source = eqx.partition(module, eqx.is_array), eqx.filter(other, eqx.is_array)
+    tree, report = transplant(source, arrays, take="layers/[01]")
     assert len(report.taken) == 4
     assert eqx.combine(tree, static).layers[2].weight is module.layers[2].weight

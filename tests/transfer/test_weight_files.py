@@ -226,8 +226,8 @@ def test_a_run_is_loaded_with_its_network_and_statistics(tmp_path):
     save_pretrained(again, loaded.variables)
     start = jax.nn.initializers.lecun_normal()
     own = jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=start)
-    given = load_pretrained(again, own, x=(1, 28, 28, 1))
-    assert_same_leaves(given.variables, loaded.variables)
+    reloaded = load_pretrained(again, own, x=(1, 28, 28, 1))
+    assert_same_leaves(reloaded.variables, loaded.variables)
 
 
 @pytest.mark.usefixtures("torch")
@@ -377,10 +377,10 @@ def test_only_safetensors_and_their_json_are_fetched_from_the_hub(tmp_path, monk
     hub = pytest.importorskip("huggingface_hub")
     from huggingface_hub.utils import filter_repo_objects
 
-    asked = {}
+    requested = {}
 
     def fetch(repository, *, revision, allow_patterns):
-        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        requested.update(repository=repository, revision=revision, patterns=allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
@@ -388,7 +388,7 @@ def test_only_safetensors_and_their_json_are_fetched_from_the_hub(tmp_path, monk
         load_pretrained("hf:someone/vit")
     vit().save_pretrained(tmp_path)
     loaded = load_pretrained("hf:someone/vit", revision="v2")
-    assert (asked["repository"], asked["revision"]) == ("someone/vit", "v2")
+    assert (requested["repository"], requested["revision"]) == ("someone/vit", "v2")
     assert loaded.network.heads == 2
     wanted = [
         "config.json",
@@ -397,10 +397,10 @@ def test_only_safetensors_and_their_json_are_fetched_from_the_hub(tmp_path, monk
         "model.safetensors.index.json",
     ]
     unwanted = ["pytorch_model.bin", "model.pkl", "tf_model.h5", "optimizer.pt", "modeling.py"]
-    assert list(filter_repo_objects([*wanted, *unwanted], allow_patterns=asked["patterns"])) == wanted
+    assert list(filter_repo_objects([*wanted, *unwanted], allow_patterns=requested["patterns"])) == wanted
 
 
-def test_the_hub_without_a_connection_or_its_package_raises_an_error_that_says_so(monkeypatch):
+def test_errors_of_the_hub_name_a_missing_connection_or_package(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hf:nobody/nothing cannot be fetched .* without a network"):
@@ -410,7 +410,7 @@ def test_the_hub_without_a_connection_or_its_package_raises_an_error_that_says_s
         load_pretrained("hf:nobody/nothing")
 
 
-def test_safetensors_without_the_package_raise_an_error_that_says_so(tmp_path, small, monkeypatch):
+def test_errors_of_safetensors_name_the_missing_package(tmp_path, small, monkeypatch):
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, small)
     monkeypatch.setitem(sys.modules, "safetensors", None)

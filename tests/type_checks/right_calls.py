@@ -1,4 +1,4 @@
-"""A user's script, in which type checkers find nothing; `test_typing.py` runs them, and nothing runs it."""
+"""A user's script without type errors, which `test_typing.py` checks and does not run."""
 
 from typing import assert_type
 
@@ -20,7 +20,7 @@ task = tasks.sample(jax.random.key(0))
 assert_type(task.support, jm.Batch)
 assert_type(task.support.x, jax.Array)
 
-# Learners: a factory, and those that hand settings on to another.
+# Learners: a factory, and factories that forward settings to it.
 network = jm.nn.StridedConv4(ways=5)
 learner = jm.maml(network, inner_lr=0.4, inner_steps=2, order="first", norm="batch")
 assert_type(learner, jm.Learner)
@@ -34,11 +34,11 @@ state = jm.train(learner, tasks, optax.adam(1e-3), steps=10, key=jax.random.key(
 assert_type(state, jm.TrainState)
 assert_type(state.step, jax.Array)
 test_tasks = jm.tasks.glyphs("test", ways=5)
-found = jm.evaluate(learner, state.params, test_tasks, episodes=50, key=jax.random.key(1))
-assert_type(found, jm.Evaluation)
-assert_type(found.mean, float)
-each = jm.evaluate_episodes(learner, state.params, test_tasks, key=jax.random.key(1))
-assert_type(each.size, int)
+result = jm.evaluate(learner, state.params, test_tasks, episodes=50, key=jax.random.key(1))
+assert_type(result, jm.Evaluation)
+assert_type(result.mean, float)
+scores = jm.evaluate_episodes(learner, state.params, test_tasks, key=jax.random.key(1))
+assert_type(scores.size, int)
 support = jm.Batch(jnp.zeros((5, 28, 28, 1)), jnp.arange(5), mask=jnp.ones(5, bool), ways=5)
 adapted = learner.adapt(state.params, support, jax.random.key(2))
 outputs = learner.predict(state.params, adapted, task.query.x)
@@ -47,7 +47,7 @@ value, metrics = learner.loss(state.params, task, jax.random.key(3))
 assert_type(metrics, dict[str, tuple[jax.Array, jax.Array]])
 
 
-# A learner of one's own, and an own factory on top of a parent's settings.
+# A user-defined learner.
 @jm.learner(kinds=("regression",), rows={"inductive": "none"})
 def mean_target(*, scale: float = 1.0) -> jm.Learner:
     """Predict the support set's mean."""

@@ -1,4 +1,4 @@
-"""Wrong calls: type checkers find each line that ends in `# wrong`, and no other."""
+"""Wrong calls: type checkers report exactly the lines that end in `# wrong`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ learner = jm.maml(network)
 batch = jm.Batch(jnp.zeros((2, 1)), jnp.arange(2))
 model = jm.transfer.classifier(network, 5)
 
-# Misspelt settings, also of factories that hand them on.
+# Misspelt settings, also of factories that forward them.
 jm.maml(network, inner_stpes=3)  # wrong
 jm.anil(network, inner_stpes=3)  # wrong
 jm.boil(network, adapts=("head",))  # wrong
@@ -26,7 +26,7 @@ jm.learned_optimizer_unroll(network, trunc=3)  # wrong
 jm.learner(kind=("regression",))  # wrong
 jm.transfer.mmd(estimaotr="biased")  # wrong
 
-# Values of another type, and words that are none of the choices.
+# Values of another type, and strings that are not among the choices.
 jm.anil(network, inner_steps="3")  # wrong
 jm.maml(network, order="third")  # wrong
 jm.maml(network, inner_optimizer=0.1)  # wrong
