@@ -68,7 +68,7 @@ def pytest_addoption(parser):
         action="append",
         default=[],
         metavar="MODULE:NAME",
-        help="run the laws of tests/test_learner_laws.py on your own learner",
+        help="run the properties of tests/test_learner_laws.py on a user-defined learner",
     )
 
 

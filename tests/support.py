@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 
-# Learners from `--learner`, for the laws; conftest.py fills the list before tests are collected.
+# Learners from `--learner` for test_learner_laws.py; conftest.py fills the list before tests are collected.
 own_learners: list[str] = []
 
 

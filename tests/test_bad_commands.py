@@ -46,7 +46,7 @@ def place(tmp_path_factory):
         patch.chdir(place)
         patch.setenv("JAXMETA_CACHE", str(above / "cache"))
         patch.setattr(run_of_command, "plot_curve", lambda *_: None)
-        # One evaluation of the run, in place of one for each number of inner steps.
+        # One evaluation of the run instead of one for each number of inner steps.
         sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
         patch.setitem(PRESETS, "sinusoid", sinusoid)
         patch.setitem(NETWORKS, "conv4", functools.partial(small_mlp, hidden=()))

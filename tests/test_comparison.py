@@ -42,7 +42,7 @@ def compared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare.subprocess, "Popen", InThisProcess)
         patch.setattr(run_of_command, "plot_curve", lambda *_: None)
-        # One evaluation of each run, in place of one for each number of inner steps.
+        # One evaluation of each run instead of one for each number of inner steps.
         sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
         patch.setitem(PRESETS, "sinusoid", sinusoid)
         assert main([*COMPARE, "--out", str(out)]) == 0

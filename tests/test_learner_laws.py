@@ -1,10 +1,10 @@
-"""Laws for every learner, with every kind of batch statistics and on both kinds of tasks.
+"""Properties of every learner, with every kind of batch statistics and on both kinds of tasks.
 
 A new learner is tested by its entry in `jaxmeta.cli.names.LEARNERS`, and your own learner by
 `pytest tests/test_learner_laws.py --learner my_module:my_learner`. `EXEMPT` lists the exceptions with their
 reasons.
 
-The default run checks each learner on inductive classification, and MAML also on regression; laws that
+The default run checks each learner on inductive classification, and MAML also on regression; properties that
 compile a second program run on one learner of each family. The nightly run checks all.
 """
 
@@ -32,7 +32,7 @@ IMAGE = (6, 6, 1)
 # Support and query both end with examples that are padding.
 PADDING = 2
 
-# (law, learner) -> reason why it does not hold.
+# (property, learner) -> reason why it does not hold.
 EXEMPT: dict[tuple[str, str], str] = {
     (
         "permuted_classes_permute_outputs",
@@ -62,7 +62,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     "tests/optimization_based/test_reptile.py tests the loss that falls",
 }
 
-# learner -> settings in place of the small ones below.
+# learner -> settings that replace the small ones below.
 SETTINGS: dict[str, dict[str, Any]] = {
     "reptile": {"inner_lr": 0.01, "inner_batch": None},
     # The implicit gradient assumes a minimum, which two steps reach only with a strong proximal term.
@@ -161,7 +161,7 @@ CASES = [
     # The networks for regression have no batch statistics, so all rows are the same.
     if kind == "classification" or row == "inductive"
 ]
-# One learner of each family, for laws that compile another program.
+# One learner of each family, for properties that compile another program.
 REPRESENTATIVES = ("maml", "prototypical", "mann", *support.own_learners)
 
 
@@ -234,7 +234,7 @@ def task_of(case, seed=0):
 
 
 def perturb(params):
-    """Move parameters away from zero biases and unit scales, where laws could hold by accident."""
+    """Move parameters away from zero biases and unit scales, where properties could hold by accident."""
     rng = np.random.default_rng(2)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.1 * rng.normal(size=leaf.shape)), params)
 
@@ -484,9 +484,9 @@ def test_gradient_steps_lower_the_loss(case):
     assert losses[-1] < losses[0]
 
 
-def test_exemptions_name_existing_laws_and_learners():
-    laws = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
-    for (law_name, learner), reason in EXEMPT.items():
-        assert law_name in laws
+def test_exemptions_name_existing_properties_and_learners():
+    properties = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    for (property_name, learner), reason in EXEMPT.items():
+        assert property_name in properties
         assert learner in names.LEARNERS
         assert reason

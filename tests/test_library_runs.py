@@ -105,7 +105,7 @@ def test_a_user_defined_learner_is_loaded_with_the_best_parameters(here):
         assert_trees_equal(params, state.params)
 
 
-def test_errors_of_load_run_name_what_is_missing(here, tmp_path):
+def test_load_run_reports_missing_and_unsuitable_arguments(here, tmp_path):
     folder, _, _ = here
     with pytest.raises(FileNotFoundError, match=r"no config\.json.*jm\.load_run\(folder, learner=learner\)"):
         jm.load_run(folder / "run")
@@ -201,7 +201,7 @@ def test_evaluate_takes_a_method_with_its_network_and_settings(here, capsys):
         (["predict", "run", "--support", ".", "--query", "."], "no config.json, in which `jaxmeta train`"),
     ],
 )
-def test_errors_of_the_command_line_name_what_is_missing(argv, expected, here, capsys):
+def test_the_command_line_reports_missing_and_unsuitable_arguments(argv, expected, here, capsys):
     assert main(argv) == 2
     message = capsys.readouterr().err
     assert expected in message
@@ -227,7 +227,7 @@ def test_progress_is_printed_as_lines_without_a_terminal(capsys):
 
 
 class Terminal(io.StringIO):
-    """A stand-in for standard output on a terminal."""
+    """A substitute for standard output on a terminal."""
 
     def isatty(self):
         return True
@@ -266,7 +266,7 @@ def test_progress_has_the_metrics_of_the_learner(metrics, shown, capsys):
     assert "instance_3" not in line
 
 
-def test_a_learner_has_its_own_norm_and_network(here):
+def test_load_run_refuses_row_and_network_with_a_learner(here):
     for name, value in {"row": "transductive", "network": "conv4"}.items():
         with pytest.raises(jm.ArgumentError, match=f"^{name}: got '{value}'; leave it out"):
             jm.load_run(here[0] / "run", learner=LEARNER, **{name: value})

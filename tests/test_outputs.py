@@ -193,7 +193,7 @@ def test_characters_that_a_terminal_cannot_show_are_replaced(encoding, shown, mo
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("kind", STREAMS)
-def test_a_run_whose_output_fails_is_whole_and_says_so(kind, run, tmp_path, monkeypatch, capsys):
+def test_a_run_whose_output_fails_is_complete_and_warns(kind, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", STREAMS[kind]())
     out = tmp_path / "run"
     # A reader that closes a pipe, such as `head`, has seen enough: that is not an error.
@@ -452,7 +452,7 @@ def test_a_run_whose_folder_is_removed_while_it_trains_can_be_loaded(run, tmp_pa
 
 
 @pytest.mark.nightly
-def test_an_error_in_training_says_how_to_continue(tmp_path, monkeypatch, capsys):
+def test_an_error_in_training_names_the_command_to_resume(tmp_path, monkeypatch, capsys):
     save = checkpoint.save_checkpoint
 
     def second_fails(folder, state, **settings):
@@ -472,7 +472,9 @@ def test_an_error_in_training_says_how_to_continue(tmp_path, monkeypatch, capsys
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("step", ["_results", "_with_population"])
-def test_a_failed_evaluation_says_that_training_has_ended(step, run, tmp_path, monkeypatch, capsys):
+def test_the_error_of_a_failed_evaluation_reports_that_training_has_ended(
+    step, run, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     with monkeypatch.context() as patching:
         patching.setattr(run_of_command, step, fail)

@@ -38,7 +38,7 @@ def test_every_task_source_has_its_preset():
 @pytest.mark.parametrize(
     "learner",
     [
-        # The tests of all learners' laws build each one by default.
+        # tests/test_learner_laws.py builds each learner by default.
         pytest.param(name, marks=[] if name in ("maml", "prototypical", "mann") else pytest.mark.nightly)
         for name in names.LEARNERS
     ],

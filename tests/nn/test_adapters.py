@@ -1,4 +1,4 @@
-"""Tests of `as_model`: a small network of every framework has the same meta-gradients."""
+"""Tests of `as_model`: the same small network in every framework has the same meta-gradients."""
 
 import functools
 import itertools
@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-# --- The network: two layers, with batch normalisation or without, and dropout --------------------
+# --- The network: two layers with dropout, with or without batch normalisation --------------------
 
 
 class LinenNet(linen.Module):
@@ -41,7 +41,7 @@ class LinenNet(linen.Module):
 
 
 class FlaxNet(linen.Module):
-    """The same with `flax.linen.BatchNorm`, as Flax's examples have it."""
+    """The same network with `flax.linen.BatchNorm`, in the form of Flax's examples."""
 
     norm: bool = False
     rate: float = 0.0
@@ -125,7 +125,7 @@ def same(layer):
 
 
 def with_norm(change, scale="scale"):
-    """`change`, and the parameters of the normalisation, whose scale is called `scale` afterwards."""
+    """Return `change` extended to the parameters of the normalisation, with scale renamed to `scale`."""
 
     def changed(params, turn):
         norm = params.get("norm", {})
@@ -186,7 +186,7 @@ def loss_and_gradient(learner, params, of):
 
 @functools.cache
 def reference_loss_and_gradient(norm, masked):
-    """Return loss and gradient of the network in Linen."""
+    """Return loss and gradient of the Linen network."""
     learner = make_learner(LinenNet(norm is not None), norm=norm or "batch")
     return loss_and_gradient(learner, reference_params(norm is not None), task(masked=masked))
 
@@ -208,20 +208,20 @@ def reference_loss_and_gradient(norm, masked):
     ],
 )
 def test_meta_gradient_matches_linen(form, norm, masked):
-    make, into, back = FORMS[form]
+    make, from_linen, to_linen = FORMS[form]
     params, of = reference_params(norm is not None), task(masked=masked)
     value, gradient = reference_loss_and_gradient(norm, masked)
     learner = make_learner(make(norm is not None, 0.0), norm=norm or "batch")
-    actual, theirs = loss_and_gradient(learner, into(params), of)
+    actual, actual_gradient = loss_and_gradient(learner, from_linen(params), of)
     np.testing.assert_allclose(actual, value, rtol=1e-9)
-    assert_trees_close(back(theirs["model"]), gradient["model"], atol=1e-9)
+    assert_trees_close(to_linen(actual_gradient["model"]), gradient["model"], atol=1e-9)
     assert max_difference(gradient, jax.tree.map(jnp.zeros_like, gradient)) > 0.01
 
 
 @pytest.mark.parametrize("form", ["linen", "nnx", "equinox"])
 def test_dropout_is_determined_by_the_key(form):
-    make, into, _ = FORMS[form]
-    params, x = into(reference_params()), task().query.x
+    make, from_linen, _ = FORMS[form]
+    params, x = from_linen(reference_params()), task().query.x
     model = jm.nn.as_model(make(False, 0.5))
     assert model.stochastic
     apply = jax.jit(model.apply)
@@ -249,8 +249,8 @@ def test_dropout_is_determined_by_the_key(form):
     ],
 )
 def test_dropout_in_both_loops_is_determined_by_the_key_in_every_memory_mode(form, modes):
-    make, into, _ = FORMS[form]
-    params, of = {"model": into(reference_params())}, task()
+    make, from_linen, _ = FORMS[form]
+    params, of = {"model": from_linen(reference_params())}, task()
     results = []
     for memory in modes:
         learner = make_learner(make(False, 0.5), memory=memory)
@@ -269,8 +269,8 @@ def test_dropout_in_both_loops_is_determined_by_the_key_in_every_memory_mode(for
     for a, b in zip(first, other, strict=True):
         assert max_difference(a, b) > 1e-3
     *_, adapted, outputs = first
-    still = make_learner(make(False, 0.0))
-    expected = jax.jit(still.predict)(params, adapted, of.query.x)
+    deterministic = make_learner(make(False, 0.0))
+    expected = jax.jit(deterministic.predict)(params, adapted, of.query.x)
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
 
 
@@ -279,7 +279,7 @@ def test_a_model_is_returned_unchanged():
     assert jm.nn.as_model(model) is model
 
 
-def test_a_network_without_statistics_reports_none():
+def test_a_network_without_normalisation_has_no_statistics():
     model, x = jm.nn.as_model(jm.nn.MLP(out=2)), jnp.ones((3, 1))
     params = jax.jit(model.init)(jax.random.key(0), x)
 
@@ -298,20 +298,20 @@ def test_a_network_without_statistics_reports_none():
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", ["nnx", "flax", "equinox"])
 def test_batch_norm_is_transductive_in_batch_mode_only(form):
-    make, into, _ = FORMS[form]
-    of, params = task(), {"model": into(reference_params(norm=True))}
-    for norm, leaks in (("batch", True), ("support", False)):
+    make, from_linen, _ = FORMS[form]
+    of, params = task(), {"model": from_linen(reference_params(norm=True))}
+    for norm, transductive in (("batch", True), ("support", False)):
         learner = make_learner(make(True, 0.5), norm=norm)
         adapted = jax.jit(learner.adapt)(params, of.support, KEY)
         joint = jax.jit(learner.predict)(params, adapted, of.query.x)
         alone = jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(of.query.x)  # noqa: B023
-        assert (max_difference(joint, alone) > 1e-2) == leaks
-        if not leaks:
+        assert (max_difference(joint, alone) > 1e-2) == transductive
+        if not transductive:
             np.testing.assert_allclose(joint, alone, atol=1e-12)
 
 
 @pytest.mark.nightly
-def test_calibration_of_every_batch_norm_equals_that_of_ours():
+def test_calibration_of_every_batch_norm_matches_jaxmeta_batch_norm():
     tasks = jm.TaskDistribution(
         jax.tree_util.Partial(
             lambda x, key: jm.Task(*(jm.Batch(x + k, x[:, :WAYS]) for k in jax.random.normal(key, (2,)))),
@@ -354,7 +354,7 @@ def test_nnx_running_averages_are_never_used():
 class FlaxNorms(linen.Module):
     @linen.compact
     def __call__(self, x, use_running_average):
-        # The average is fixed in one layer, given in the call to the other, which has channels on two axes.
+        # `use_running_average` is a field of one layer and an argument of the other, with two channel axes.
         x = linen.BatchNorm(use_running_average=True, axis=1, name="first")(x)
         return linen.BatchNorm(axis=(1, 2), epsilon=1e-3, use_bias=False, name="second")(
             x, use_running_average=use_running_average
@@ -384,7 +384,7 @@ def test_running_averages_of_flax_linen_are_never_used():
     assert_trees_close(actual, stats, atol=1e-6)
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
     np.testing.assert_array_equal(outputs, model.apply(params, x))
-    # Handed statistics of one layer leave the other to its batch.
+    # With given statistics of one layer, the other still uses those of its batch.
     given_stats = {"first": {"mean": np.full(DIM, 1.0), "var": np.full(DIM, 4.0)}}
     outputs, actual = model.apply_norm(params, x, stats=given_stats)
     first = normalised(x, given_stats["first"]["mean"], given_stats["first"]["var"], (0, 2), 1e-5)
@@ -392,7 +392,7 @@ def test_running_averages_of_flax_linen_are_never_used():
     np.testing.assert_allclose(outputs, normalised(first, first.mean(0), first.var(0), 0, 1e-3), atol=1e-5)
 
 
-def test_pretrained_running_averages_of_flax_linen_may_be_handed_over():
+def test_pretrained_running_averages_of_flax_linen_can_be_passed():
     network, x = FlaxNet(norm=True), task().query.x
     variables = network.init(KEY, x, train=False)
     _, state = network.apply(variables, 2 * x + 1, train=True, mutable=["batch_stats"], rngs={"dropout": KEY})
@@ -401,7 +401,7 @@ def test_pretrained_running_averages_of_flax_linen_may_be_handed_over():
     np.testing.assert_allclose(outputs, network.apply(variables, x, train=False), rtol=1e-6)
 
 
-def test_layers_of_a_scan_have_statistics_of_their_own():
+def test_each_layer_of_a_scan_has_its_own_statistics():
     class Layer(linen.Module):
         @linen.compact
         def __call__(self, x, _):
@@ -435,7 +435,7 @@ def test_running_averages_of_equinox_are_never_used(mode, batched):
     reference = reference_params(norm=True)
     hidden = x @ reference["first"]["kernel"] + reference["first"]["bias"][None]
 
-    def answers(mean, var):
+    def expected_outputs(mean, var):
         scaled = normalised(hidden, mean, var, 0, 1e-5) * reference["norm"]["scale"][None]
         scaled = jax.nn.relu(scaled + reference["norm"]["bias"][None])
         return scaled @ reference["head"]["kernel"] + reference["head"]["bias"][None]
@@ -445,13 +445,13 @@ def test_running_averages_of_equinox_are_never_used(mode, batched):
         kept = hidden if real is None else hidden[real]
         outputs, stats = model.apply_norm(params, x, mask=real)
         assert_trees_close(stats, {"norm": {"mean": kept.mean(0), "var": kept.var(0)}}, atol=1e-12)
-        np.testing.assert_allclose(outputs, answers(kept.mean(0), kept.var(0)), atol=1e-12)
+        np.testing.assert_allclose(outputs, expected_outputs(kept.mean(0), kept.var(0)), atol=1e-12)
     np.testing.assert_array_equal(model.apply(params, x), model.apply_norm(params, x)[0])
     given_stats = {"norm": {"mean": hidden.mean(0) + 1, "var": 4 * hidden.var(0)}}
     outputs, stats = model.apply_norm(params, x, stats=given_stats)
     assert_trees_close(stats, given_stats, rtol=0)
     np.testing.assert_allclose(
-        outputs, answers(given_stats["norm"]["mean"], given_stats["norm"]["var"]), atol=1e-12
+        outputs, expected_outputs(given_stats["norm"]["mean"], given_stats["norm"]["var"]), atol=1e-12
     )
 
 
@@ -480,7 +480,7 @@ def framework_params(form, key):
 
 
 @pytest.mark.parametrize("form", ["nnx", "equinox"])
-def test_a_factory_initialises_by_the_key_and_a_module_by_its_own_weights(form):
+def test_a_factory_is_initialised_by_the_key_and_a_module_by_its_weights(form):
     of = task()
     if form == "nnx":
         factory = jm.nn.from_nnx(lambda rngs: NNXNet(rngs=rngs))
@@ -496,17 +496,17 @@ def test_a_factory_initialises_by_the_key_and_a_module_by_its_own_weights(form):
             assert_trees_close(params, {"model": framework_params(form, expected)}, rtol=1e-6)
             shapes = jax.eval_shape(learner.init, key, of)
             assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
-    # Donated parameters are copies: the module outlives them.
+    # Parameters are copies, so donating them does not delete the module's arrays.
     jax.tree.map(lambda leaf: leaf.delete(), jm.nn.as_model(module).init(KEY, of.support.x))
     assert_trees_close(jm.nn.as_model(module).init(KEY, of.support.x), params["model"], rtol=0)
 
 
 @pytest.mark.parametrize("form", ["nnx", "equinox"])
-def test_paths_pick_leaves_and_checkpoints_restore_them(form, tmp_path):
+def test_adapts_selects_leaves_by_path_and_checkpoints_restore_them(form, tmp_path):
     norm = form == "nnx"
-    make, into, _ = FORMS[form]
+    make, from_linen, _ = FORMS[form]
     learner = make_learner(make(norm, 0.0), norm="support", adapts=lambda path: path.startswith("layers/1/"))
-    of, params = task(), {"model": into(reference_params(norm))}
+    of, params = task(), {"model": from_linen(reference_params(norm))}
     adapted = jax.jit(learner.adapt)(params, of.support, KEY)
     assert max_difference(adapted["model"]["layers"]["0"], params["model"]["layers"]["0"]) == 0
     assert max_difference(adapted["model"]["layers"]["1"], params["model"]["layers"]["1"]) > 1e-3
@@ -528,14 +528,14 @@ def test_nnx_module_of_the_user_is_left_unchanged():
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(str, (a, b))), after, before)
 
 
-def test_an_equinox_module_may_take_all_examples_at_once():
+def test_an_equinox_module_can_take_a_batch():
     params, x = FORMS["equinox"][1](reference_params()), task().query.x
     model = jm.nn.from_equinox(equinox_net(rate=0.5, batched=True), batched=True)
     np.testing.assert_allclose(model.apply(params, x), plain_apply(reference_params(), x), atol=1e-12)
     assert max_difference(model.apply(params, x, key=KEY), model.apply(params, x)) > 0.1
 
 
-def test_linen_networks_may_take_train_in_place_of_deterministic():
+def test_linen_networks_can_take_train_instead_of_deterministic():
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x, train):
@@ -547,7 +547,7 @@ def test_linen_networks_may_take_train_in_place_of_deterministic():
     assert set(np.unique(model.apply({}, x, key=KEY))) == {0.0, 2.0}
 
 
-# --- What is refused -------------------------------------------------------------------------------
+# --- Unsuitable networks ---------------------------------------------------------------------------
 
 
 class Stateful(linen.Module):
@@ -564,13 +564,13 @@ class Unmasked(linen.Module):
         return jm.nn.BatchNorm()(x)
 
 
-class Restless(linen.Module):
+class AlwaysStochastic(linen.Module):
     @linen.compact
     def __call__(self, x):
         return linen.Dropout(0.5, deterministic=False)(x)
 
 
-class Asking(linen.Module):
+class WithContext(linen.Module):
     @linen.compact
     def __call__(self, x, context):
         return x + context
@@ -608,29 +608,29 @@ def stateful_equinox():
 
 
 def stateless_equinox():
-    """A network that has a layer with state, and takes none."""
+    """Return a network with a stateful layer whose `__call__` does not take the state."""
     eqx = pytest.importorskip("equinox")
 
-    class Forgetful(eqx.Module):
+    class WithoutState(eqx.Module):
         norm: eqx.nn.BatchNorm
 
         def __call__(self, x):
             return x
 
-    return Forgetful(eqx.nn.BatchNorm(DIM, "batch", mode="batch"))
+    return WithoutState(eqx.nn.BatchNorm(DIM, "batch", mode="batch"))
 
 
-def losing_equinox():
-    """A network that does not return its state."""
+def state_not_returned_equinox():
+    """Return a network that does not return its state."""
     eqx = pytest.importorskip("equinox")
 
-    class Losing(eqx.Module):
+    class StateNotReturned(eqx.Module):
         norm: eqx.nn.BatchNorm
 
         def __call__(self, x, state):
             return self.norm(x, state)[0]
 
-    model = jm.nn.as_model(Losing(eqx.nn.BatchNorm(DIM, "batch", mode="batch")))
+    model = jm.nn.as_model(StateNotReturned(eqx.nn.BatchNorm(DIM, "batch", mode="batch")))
     return model._replace(init=lambda key, x: model.apply(model.init(key, x), x))
 
 
@@ -651,14 +651,14 @@ def stack_of_equinox():
     [
         (lambda: lambda x: x, "network: got the function"),
         (Stateful, "Stateful keeps mutable state: calls of the collection batch_stats, spectral/inner"),
-        (Restless, "Restless draws random numbers where it should be deterministic"),
-        (Asking, r"Asking.__call__ requires \['context'\]"),
+        (AlwaysStochastic, "AlwaysStochastic draws random numbers where it should be deterministic"),
+        (WithContext, r"WithContext.__call__ requires \['context'\]"),
         (Counting, r"Counting changes \[\('calls',\)\]"),
         (Whitening, r"Whitening keeps statistics in \[\('covariance',\)\]"),
         (Stochastic, "nnx.Dropout without a random stream"),
         (stateful_equinox, "Sequential keeps mutable state: layers/1/uv_index; "),
-        (stateless_equinox, "Forgetful has an equinox.nn.BatchNorm, norm; its __call__ must take `state`"),
-        (losing_equinox, "Losing .* returns no pair of outputs and state"),
+        (stateless_equinox, "WithoutState has an equinox.nn.BatchNorm, norm; its __call__ must take `state`"),
+        (state_not_returned_equinox, "StateNotReturned .* returns no pair of outputs and state"),
         (axes_of_equinox, r"axes of different names, \['batch', 'examples'\]"),
         (stack_of_equinox, r"layers/0 is a stack of equinox.nn.BatchNorm, with weights of shape \(2, 4\)"),
         (lambda: jm.nn.from_nnx(lambda rngs: LinenNet()), "one that makes LinenNet"),
@@ -670,7 +670,7 @@ def test_unsuitable_networks_are_refused_at_init(make, message):
         jm.nn.as_model(make()).init(KEY, jnp.zeros((2, DIM)))
 
 
-def test_padding_that_a_normalising_network_cannot_see_is_refused():
+def test_masks_for_normalising_networks_without_mask_are_refused():
     model, x = jm.nn.as_model(Unmasked()), jnp.ones((2, 3))
     params = model.init(jax.random.key(0), x)
     outputs, stats = model.apply_norm(params, x)
@@ -680,14 +680,14 @@ def test_padding_that_a_normalising_network_cannot_see_is_refused():
         model.apply_norm(params, x, mask=jnp.array([True, False]))
 
 
-def test_a_batch_shared_by_devices_is_refused_by_flax_linen_batch_norm():
+def test_flax_linen_batch_norm_is_refused_for_a_batch_shared_by_devices():
     model, x = jm.nn.as_model(FlaxNet(norm=True)), task().query.x
     params = model.init(KEY, x)
     with pytest.raises(ValueError, match=r"norm is a flax\.linen\.BatchNorm, .* use jaxmeta\.nn\.BatchNorm"):
         jax.vmap(lambda _: model.apply(params, x), axis_name=EXAMPLES)(jnp.arange(2))
 
 
-def test_padding_that_nnx_batch_norm_cannot_see_is_refused():
+def test_masks_for_nnx_batch_norm_without_mask_are_refused():
     module = nnx.BatchNorm(DIM, rngs=nnx.Rngs(0))
     network = nnx.Sequential(module)
     model, x = jm.nn.as_model(network), jnp.ones((2, DIM))

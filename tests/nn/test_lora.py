@@ -48,7 +48,7 @@ def inputs(shape, n=6):
 
 
 def moved(params, seed=1):
-    """`params` with random factors in place of zeros."""
+    """Return `params` with random factors instead of zeros."""
     leaves, structure = jax.tree.flatten(params["lora"])
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     factors = [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]

@@ -139,7 +139,7 @@ def test_pooling_within_normalisation_is_pooling_after_it(shape, x64):
         return function(params, x), slopes
 
     np.testing.assert_allclose(run(within, params, x)[0], run(after, params, x)[0], atol=1e-12)
-    # Derivatives are compared with a small scale in place of 0, because equal values may share a gradient in
+    # Derivatives are compared with a small scale instead of 0, because equal values may share a gradient in
     # different ways.
     params = params | {"scale": jnp.array([1.5, -0.7, 1e-3])}
     jax.tree.map(

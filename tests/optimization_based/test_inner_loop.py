@@ -709,7 +709,7 @@ def test_loop_continues_from_an_optimizer_state(memory):
 def test_first_order_losses_depend_only_on_the_parameters_of_their_step(memory):
     """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the second loss does not see the first's curvature.
 
-    The proximal term moves the parameters but is no part of the loss; it is zero in the first step.
+    The proximal term moves the parameters but is not part of the loss; it is zero in the first step.
     """
     for proximal in (None, 0.5):
         adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, order="first", memory=memory, proximal=proximal)

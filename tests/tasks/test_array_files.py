@@ -179,7 +179,7 @@ def content_of(function, array, **settings):
         ("cache.pkl", b"\x80\x04]\x94.", r"cache\.pkl is a pickle; .*numpy\.savez.*arrays:data\.npz"),
     ],
 )
-def test_errors_for_other_kinds_of_files_say_what_to_do(tmp_path, name, content, message):
+def test_errors_for_other_kinds_of_files_give_advice(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^path: .*{message}") as caught:
         jm.tasks.from_npz(tmp_path / name)

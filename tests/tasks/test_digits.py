@@ -100,7 +100,7 @@ def test_usps_is_resized_to_the_pixels_of_mnist(real):
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("split", ["test", "train", "validation"])
-def test_all_ten_digits_are_in_every_part_and_the_card_says_so(real, split):
+def test_all_ten_digits_are_in_every_part_and_in_the_card(real, split):
     card = mnist(split, ways=10, data=real).card
     assert (card.tasks, card.split, card.ways, card.classes, card.split_hash) == (
         "mnist",

@@ -447,7 +447,7 @@ def test_several_lists_are_ambiguous(tmp_path, folders):
         ("images.zip", "holds archives and no images; unpack it, and give the folder"),
     ],
 )
-def test_errors_for_folders_of_other_files_say_what_to_do(tmp_path, file, message):
+def test_errors_for_folders_of_other_files_give_advice(tmp_path, file, message):
     (tmp_path / file).write_bytes(b"")
     with pytest.raises(ValueError, match=message):
         list_images(tmp_path)

@@ -179,7 +179,7 @@ def test_mini_imagenet_from_lists(tmp_path):
         mini_imagenet("test", data=tmp_path / "data")
 
 
-def test_the_error_for_pickles_of_mini_imagenet_says_how_to_convert_them(tmp_path):
+def test_the_error_for_pickles_of_mini_imagenet_describes_the_conversion(tmp_path):
     (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(b"never opened")
     with pytest.raises(
         ValueError, match=r"^data: .* holds pickles and no images; .*pickle\.load.*arrays:data\.npz"

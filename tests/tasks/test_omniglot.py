@@ -190,7 +190,7 @@ def test_another_size_is_decoded_from_cached_records(small_archives):
     assert prepare(edition, 20, None).shape == (5, DRAWERS, 20, 20)
 
 
-def test_the_error_without_tensorflow_datasets_says_what_to_do(small_archives, monkeypatch):
+def test_the_error_without_tensorflow_datasets_gives_advice(small_archives, monkeypatch):
     data, edition = small_archives
     records._builder.cache_clear()
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)

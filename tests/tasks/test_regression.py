@@ -1,4 +1,4 @@
-"""Tests of sinusoid, harmonic and quadratic tasks: published distributions, and laws of samplers."""
+"""Tests of sinusoid, harmonic and quadratic tasks: published distributions, and properties of samplers."""
 
 import jax
 import jax.numpy as jnp

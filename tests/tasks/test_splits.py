@@ -105,7 +105,7 @@ def test_invalid_split_files_are_refused(tmp_path, content, message):
     assert raised.value.name == "classes"
 
 
-def test_a_split_is_taken_as_a_mapping_of_labels_as_the_class_split_it_stands_for():
+def test_a_split_can_be_a_mapping_of_labels():
     x, y = np.arange(16, dtype=np.float32).reshape(8, 2), np.repeat([3, 10, 20, 7], 2)
     mapping = {"train": [3, 10], "test": np.array([20, 7])}
     split = ClassSplit(train=("3", "10"), test=("20", "7"))

@@ -26,7 +26,7 @@ from jaxmeta.training.evaluate import metric_name
 KEY = jax.random.key(5)
 
 
-def prepared(learner, tasks):
+def initial_params(learner, tasks):
     return learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
 
 
@@ -42,7 +42,7 @@ def test_values_are_in_the_order_of_the_episodes(make):
     learner, tasks = (
         (toys.nearest_mean(), toys.clusters()) if make == "classification" else (toys.maml(), toys.sinusoid())
     )
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     values = evaluate_episodes(learner, params, tasks, episodes=5, key=KEY)
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_metrics_are_the_sum_over_all_episodes_divided_by_the_count():
         return jnp.zeros(()), {"sum": (counted * value, counted), "never": (counted * 0, counted * 0)}
 
     learner = toys.nearest_mean()._replace(loss=loss)
-    result = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=8, key=KEY)
+    result = evaluate_metrics(learner, initial_params(learner, tasks), tasks, episodes=8, key=KEY)
     assert result["sum"] == pytest.approx(sums[sums > limit].mean(), rel=1e-5)
     assert np.isnan(result["never"])
     with pytest.raises(ValueError, match="episodes: got 0"):
@@ -97,7 +97,7 @@ def test_episodes_do_not_depend_on_batch_and_devices(batch, devices):
     if len(jax.devices()) < devices:
         pytest.skip("needs 2 devices (jax_num_cpu_devices)")
     learner, tasks = toys.maml(), toys.sinusoid()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     reference = evaluate_episodes(learner, params, tasks, episodes=7, key=KEY, devices=jax.devices()[:1])
     values = evaluate_episodes(
         learner, params, tasks, episodes=7, key=KEY, batch=batch, devices=jax.devices()[:devices]
@@ -107,9 +107,9 @@ def test_episodes_do_not_depend_on_batch_and_devices(batch, devices):
     np.testing.assert_allclose(values, reference, rtol=1e-5)
 
 
-def test_first_episodes_do_not_depend_on_their_number():
+def test_the_first_episodes_do_not_depend_on_the_number_of_episodes():
     learner, tasks = toys.nearest_mean(), toys.clusters()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     few = evaluate_episodes(learner, params, tasks, episodes=4, key=KEY)
     many = evaluate_episodes(learner, params, tasks, episodes=9, key=KEY)
     np.testing.assert_array_equal(many[:4], few)
@@ -117,14 +117,14 @@ def test_first_episodes_do_not_depend_on_their_number():
 
 def test_evaluate_is_the_mean_over_its_episodes():
     learner, tasks = toys.nearest_mean(), toys.clusters()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     result = evaluate(learner, params, tasks, episodes=40, key=KEY)
     assert result == Evaluation.of(evaluate_episodes(learner, params, tasks, episodes=40, key=KEY))
     assert 0.6 < result.mean < 1.0
     assert result.ci95 > 0
 
 
-def test_an_evaluation_with_other_parameters_and_task_data_is_not_traced_again():
+def test_other_parameters_and_task_data_do_not_cause_retracing():
     traces = []
 
     def predict(params, adapted, x, mask=None):
@@ -132,7 +132,7 @@ def test_an_evaluation_with_other_parameters_and_task_data_is_not_traced_again()
         return toys.nearest_mean().predict(params, adapted, x, mask)
 
     learner, tasks = toys.nearest_mean()._replace(predict=predict), toys.clusters()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     first = evaluate(learner, params, tasks, episodes=6, key=KEY)
     before = len(traces)
     assert before > 0
@@ -160,14 +160,14 @@ def test_default_metric_is_accuracy_for_classes_and_mse_for_floats():
 def test_invalid_settings_are_named(settings, message):
     learner, tasks = toys.nearest_mean(), toys.clusters()
     with pytest.raises(ValueError, match=message):
-        evaluate(learner, prepared(learner, tasks), tasks, key=KEY, **settings)
+        evaluate(learner, initial_params(learner, tasks), tasks, key=KEY, **settings)
 
 
 def test_outputs_of_a_wrong_shape_are_named():
     learner, tasks = toys.maml(), toys.sinusoid()
     wrong = learner._replace(predict=lambda params, adapted, x, mask=None: x[:, 0])
     with pytest.raises(ValueError, match=r"outputs of shape \(7,\) for targets of shape \(7, 1\)"):
-        evaluate(wrong, prepared(learner, tasks), tasks, key=KEY, episodes=2)
+        evaluate(wrong, initial_params(learner, tasks), tasks, key=KEY, episodes=2)
 
 
 def with_moments() -> Learner:
@@ -180,7 +180,7 @@ def with_moments() -> Learner:
 
 def test_calibrate_averages_over_the_examples_of_all_tasks():
     learner, tasks = with_moments(), toys.clusters()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     filled = calibrate(learner, params, tasks, KEY, episodes=5)
     x = np.concatenate(
         [tasks.sample(jax.random.split(jax.random.fold_in(KEY, index))[0]).support.x for index in range(5)]
@@ -228,31 +228,31 @@ def partly_without_queries(without):
 
 def test_episodes_without_a_query_are_left_out_of_mean_and_count():
     learner, tasks = toys.nearest_mean(), toys.clusters()
-    params = prepared(learner, tasks)
-    all_of_them = evaluate_episodes(learner, params, tasks, episodes=12, key=KEY)
+    params = initial_params(learner, tasks)
+    values = evaluate_episodes(learner, params, tasks, episodes=12, key=KEY)
     drawn = [
         float(jax.random.uniform(jax.random.fold_in(jax.random.split(jax.random.fold_in(KEY, i))[0], 7)))
         for i in range(12)
     ]
-    some = partly_without_queries(lambda draw: draw < 0.4)
-    kept = all_of_them[np.array(drawn) >= 0.4]
+    tasks_with_gaps = partly_without_queries(lambda draw: draw < 0.4)
+    kept = values[np.array(drawn) >= 0.4]
     assert 2 <= len(kept) < 12
     np.testing.assert_array_equal(
-        evaluate_episodes(learner, params, some, episodes=12, key=KEY, batch=5), kept
+        evaluate_episodes(learner, params, tasks_with_gaps, episodes=12, key=KEY, batch=5), kept
     )
-    result = evaluate(learner, params, some, episodes=12, key=KEY)
+    result = evaluate(learner, params, tasks_with_gaps, episodes=12, key=KEY)
     assert result == Evaluation.of(kept)
     assert result.episodes == len(kept)
 
 
-def test_an_evaluation_without_any_query_is_refused():
+def test_an_evaluation_without_queries_is_refused():
     learner = toys.nearest_mean()
-    nothing = partly_without_queries(lambda draw: draw < 2)
-    params = prepared(learner, nothing)
+    tasks = partly_without_queries(lambda draw: draw < 2)
+    params = initial_params(learner, tasks)
     with pytest.raises(ValueError, match="tasks: got 3 episodes without a query"):
-        evaluate_episodes(learner, params, nothing, episodes=3, key=KEY)
+        evaluate_episodes(learner, params, tasks, episodes=3, key=KEY)
     with pytest.raises(ValueError, match="tasks: got 3 episodes without a query"):
-        evaluate(learner, params, nothing, episodes=3, key=KEY)
+        evaluate(learner, params, tasks, episodes=3, key=KEY)
 
 
 def test_metrics_in_bfloat16_are_summed_in_float32():
@@ -261,14 +261,14 @@ def test_metrics_in_bfloat16_are_summed_in_float32():
     learner = toys.nearest_mean()._replace(
         loss=lambda params, task, key, step=None: (one, {"count": (one, one), "half": (0.5, 1)})
     )
-    result = evaluate_metrics(learner, prepared(learner, tasks), tasks, episodes=301, key=KEY)
+    result = evaluate_metrics(learner, initial_params(learner, tasks), tasks, episodes=301, key=KEY)
     assert result == {"count": 1.0, "half": 0.5}
 
 
 @pytest.mark.parametrize("make", ["distribution", "stream"])
 def test_run_episodes_returns_the_episodes_of_evaluate(make):
     learner, tasks = toys.nearest_mean(), toys.clusters()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     keys = episode_keys(KEY, jnp.arange(8))
     expected = evaluate_episodes(learner, params, tasks, episodes=6, key=KEY)
     if make == "stream":
@@ -293,24 +293,24 @@ def test_run_episodes_returns_the_episodes_of_evaluate(make):
         assert part.scores == pytest.approx(right)
 
 
-def test_run_episodes_gives_no_score_without_queries():
+def test_run_episodes_scores_episodes_without_queries_as_nan():
     learner = toys.nearest_mean()
-    some = partly_without_queries(lambda draw: draw < 0.4)
-    params = prepared(learner, some)
-    result = run_episodes(learner, params, some, episodes=12, key=KEY)
+    tasks_with_gaps = partly_without_queries(lambda draw: draw < 0.4)
+    params = initial_params(learner, tasks_with_gaps)
+    result = run_episodes(learner, params, tasks_with_gaps, episodes=12, key=KEY)
     empty = ~np.asarray(result.tasks.query.mask).any(1)
     assert 0 < empty.sum() < 12
     np.testing.assert_array_equal(np.isnan(result.scores), empty)
-    kept = evaluate_episodes(learner, params, some, episodes=12, key=KEY)
+    kept = evaluate_episodes(learner, params, tasks_with_gaps, episodes=12, key=KEY)
     np.testing.assert_array_equal(result.scores[~empty], kept)
 
 
 def test_run_episodes_refuses_zero_episodes_and_invalid_slots():
     learner, tasks = toys.nearest_mean(), toys.clusters()
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     with pytest.raises(ValueError, match="episodes: got 0"):
         run_episodes(learner, params, tasks, episodes=0, key=KEY)
-    # Of class 2, which two outputs have not: one support example and one query that is no padding.
+    # Two outputs have no slot for class 2, which has one support example and one query without padding.
     two = learner._replace(predict=lambda params, adapted, x: jnp.zeros((x.shape[0], 2)))
     with pytest.raises(ValueError, match="tasks: got 6 examples in 3 of 3 episodes with a class slot"):
         run_episodes(two, params, tasks, episodes=3, key=KEY)
@@ -324,7 +324,7 @@ def among_two(outputs, y, mask):
 
 def test_user_defined_metric_matches_numpy():
     learner, tasks = toys.nearest_mean(), toys.clusters(noise=2.0)
-    params = prepared(learner, tasks)
+    params = initial_params(learner, tasks)
     result = run_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
     values = evaluate_episodes(learner, params, tasks, episodes=5, key=KEY, metric=among_two)
     real = np.asarray(result.tasks.query.mask)
@@ -346,13 +346,13 @@ def test_invalid_class_slots_are_refused_under_any_metric():
 
     wrong = tasks._replace(sample=jax.tree_util.Partial(draw, tasks.sample))
     with pytest.raises(ValueError, match="tasks: got 2 examples in 2 of 2 episodes with a class slot"):
-        evaluate(learner, prepared(learner, tasks), wrong, episodes=2, key=KEY, metric=among_two)
+        evaluate(learner, initial_params(learner, tasks), wrong, episodes=2, key=KEY, metric=among_two)
 
 
 # --- Classes by name ------------------------------------------------------------------------------------
 
 
-def answering(outputs_of):
+def constant_learner(outputs_of):
     """Return a learner without adaptation, whose outputs are `outputs_of(params, x, ways)`."""
 
     def predict(params, ways, x, mask=None):
@@ -366,8 +366,8 @@ def answering(outputs_of):
     )
 
 
-NOTHING = {"w": jnp.zeros(())}
-FIRST_SLOT = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, 0].set(1.0))
+PARAMS = {"w": jnp.zeros(())}
+FIRST_SLOT = constant_learner(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, 0].set(1.0))
 
 
 def five_classes(ways, queries=2):
@@ -381,13 +381,13 @@ def names_of(tasks, episodes):
 
 
 @pytest.mark.parametrize("batch", [None, 7])
-def test_the_classes_named_by_a_learner_that_always_answers_the_first_slot_are_those_in_it(batch):
+def test_a_learner_that_predicts_the_first_slot_predicts_the_class_in_it(batch):
     tasks, episodes = five_classes(ways=5), 20
-    result = evaluate_classes(FIRST_SLOT, NOTHING, tasks, episodes=episodes, key=KEY, batch=batch)
+    result = evaluate_classes(FIRST_SLOT, PARAMS, tasks, episodes=episodes, key=KEY, batch=batch)
     first = names_of(tasks, episodes)[:, 0].tolist()
     assert result.classes == tuple("abcde")
     assert result.queries.tolist() == [2 * episodes] * 5
-    # Every class is in every episode, and is taken for that in the first slot.
+    # Every episode has every class, and all queries are predicted as the class in the first slot.
     times = np.array([2 * first.count(name) for name in "abcde"])
     np.testing.assert_array_equal(result.confusion, np.tile(times, (5, 1)))
     np.testing.assert_allclose(result.accuracy, times / (2 * episodes))
@@ -397,43 +397,43 @@ def test_the_classes_named_by_a_learner_that_always_answers_the_first_slot_are_t
     assert sum(count for _, _, count in result.mistakes()) == 4 * 2 * episodes
 
 
-def test_classes_are_counted_by_an_oracle_where_ways_vary_and_slots_are_padding():
+def test_classes_are_counted_where_ways_vary_and_slots_are_padding():
     tasks, episodes = five_classes(ways=(2, 4)), 12
-    oracle = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)))
+    equal = constant_learner(lambda params, x, ways: jnp.zeros((x.shape[0], ways)))
     names = names_of(tasks, episodes)
     padded = (names == "").any()
     assert padded
-    result = evaluate_classes(oracle, NOTHING, tasks, episodes=episodes, key=KEY)
+    result = evaluate_classes(equal, PARAMS, tasks, episodes=episodes, key=KEY)
     queries = [2 * int((names == name).sum()) for name in "abcde"]
     assert result.queries.tolist() == queries
-    # Of equal outputs the first is the largest.
+    # Equal outputs predict the first slot.
     assert result.confusion.sum() == sum(queries)
     assert result.confusion.sum(0).tolist() == [
         int(2 * sum((row != "").sum() for row in names if row[0] == name)) for name in "abcde"
     ]
-    padding = answering(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, -1].set(1.0))
-    last = evaluate_classes(padding, NOTHING, tasks, episodes=episodes, key=KEY)
+    padding = constant_learner(lambda params, x, ways: jnp.zeros((x.shape[0], ways)).at[:, -1].set(1.0))
+    last = evaluate_classes(padding, PARAMS, tasks, episodes=episodes, key=KEY)
     assert last.queries.tolist() == queries
     assert last.confusion.sum() == 2 * sum((row != "").sum() for row in names if row[-1] != "")
 
 
 def test_nan_outputs_predict_no_class():
-    lost = answering(lambda params, x, ways: jnp.full((x.shape[0], ways), jnp.nan))
-    result = evaluate_classes(lost, NOTHING, five_classes(ways=3), episodes=4, key=KEY)
+    learner = constant_learner(lambda params, x, ways: jnp.full((x.shape[0], ways), jnp.nan))
+    result = evaluate_classes(learner, PARAMS, five_classes(ways=3), episodes=4, key=KEY)
     assert result.queries.sum() == 4 * 3 * 2
     assert not result.confusion.any()
     assert result.mistakes() == []
     assert (result.accuracy[result.queries > 0] == 0).all()
 
 
-def test_episodes_hold_the_names_by_which_evaluate_classes_counts():
+def test_class_names_of_episodes_match_evaluate_classes():
     tasks, learner = five_classes(ways=3), toys.nearest_mean()
     params = {"scale": jnp.zeros(1)}
     episodes = run_episodes(learner, params, tasks, episodes=6, key=KEY)
     np.testing.assert_array_equal(episodes.classes, names_of(tasks, 6))
     right = np.take_along_axis(episodes.classes, np.asarray(episodes.tasks.query.y), 1)
     named = np.take_along_axis(episodes.classes, np.asarray(episodes.outputs.argmax(-1)), 1)
-    # The inputs tell which class an example is of.
+    # Inputs are the numbers of their classes.
     np.testing.assert_array_equal(
         right.ravel(), ["edcba"[int(x)] for x in np.asarray(episodes.tasks.query.x).ravel()]
     )
@@ -447,8 +447,8 @@ def test_episodes_hold_the_names_by_which_evaluate_classes_counts():
 
 def test_drawn_characters_have_the_names_of_their_classes():
     tasks = glyphs("test", ways=3, shots=0, queries=1, size=8)
-    result = run_episodes(FIRST_SLOT, NOTHING, tasks, episodes=2, key=KEY)
-    # A zero-shot task tells what is known of its classes, which follows from their numbers.
+    result = run_episodes(FIRST_SLOT, PARAMS, tasks, episodes=2, key=KEY)
+    # The support set of a zero-shot task is the metadata of its classes, a function of their numbers.
     for support, names in zip(np.asarray(result.tasks.support.x), result.classes, strict=True):
         numbers = np.array([int(name.removeprefix("glyph")) for name in names])
         np.testing.assert_allclose(support, glyph_metadata(numbers), atol=1e-6)
@@ -456,42 +456,42 @@ def test_drawn_characters_have_the_names_of_their_classes():
 
 def test_sequences_have_the_names_of_their_slots_unless_labels_are_strings():
     tasks = five_classes(ways=3)
-    result = run_episodes(FIRST_SLOT, NOTHING, sequences(tasks, length=6), episodes=4, key=KEY)
+    result = run_episodes(FIRST_SLOT, PARAMS, sequences(tasks, length=6), episodes=4, key=KEY)
     for part in (result.tasks.support, result.tasks.query):
         shown = ["edcba"[int(x)] for x in np.asarray(part.x).ravel()]
         assert np.take_along_axis(result.classes, np.asarray(part.y), 1).ravel().tolist() == shown
     strings = sequences(tasks, length=6, strings=(3, 2))
-    assert run_episodes(FIRST_SLOT, NOTHING, strings, episodes=2, key=KEY).classes is None
+    assert run_episodes(FIRST_SLOT, PARAMS, strings, episodes=2, key=KEY).classes is None
 
 
-def test_a_stream_has_the_names_of_the_tasks_that_it_gives(tmp_path):
+def test_a_stream_has_the_class_names_of_its_tasks(tmp_path):
     images = pytest.importorskip("PIL.Image")
     for number, name in enumerate("abcd"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for place in range(3):
             grey = np.full((8, 8), 60 * number, np.uint8)
             images.fromarray(grey).save(tmp_path / "photos" / name / f"{place}.png")
-    prepared_images = prepare_folder(str(tmp_path / "photos"))
+    photos = prepare_folder(str(tmp_path / "photos"))
     shape = {"ways": 3, "shots": 1, "queries": 2, "classes": None}
-    tasks = stream(prepared_images, key=KEY, meta_batch=2, for_evaluation=True, **shape)
-    result = run_episodes(FIRST_SLOT, NOTHING, tasks, episodes=3, key=KEY)
+    tasks = stream(photos, key=KEY, meta_batch=2, for_evaluation=True, **shape)
+    result = run_episodes(FIRST_SLOT, PARAMS, tasks, episodes=3, key=KEY)
     grey = np.asarray(result.tasks.support.x)[:, :, 0, 0, 0]
     np.testing.assert_array_equal(result.classes, np.array([*"abcd"])[np.rint(grey * 255 / 60).astype(int)])
-    counted = evaluate_classes(FIRST_SLOT, NOTHING, tasks, episodes=3, key=KEY)
+    counted = evaluate_classes(FIRST_SLOT, PARAMS, tasks, episodes=3, key=KEY)
     assert counted.queries.sum() == 3 * 3 * 2
 
 
 def test_classes_without_names_are_refused():
     unnamed = TaskDistribution(five_classes(ways=3).sample)
-    assert run_episodes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY).classes is None
+    assert run_episodes(FIRST_SLOT, PARAMS, unnamed, episodes=2, key=KEY).classes is None
     with pytest.raises(ValueError, match=r"^tasks: got tasks of 'tasks without a card', whose classes have"):
-        evaluate_classes(FIRST_SLOT, NOTHING, unnamed, episodes=2, key=KEY)
+        evaluate_classes(FIRST_SLOT, PARAMS, unnamed, episodes=2, key=KEY)
     with pytest.raises(ValueError, match=r"^tasks: got regression tasks, which have no classes"):
-        evaluate_classes(toys.maml(), NOTHING, toys.sinusoid(), episodes=2, key=KEY)
+        evaluate_classes(toys.maml(), PARAMS, toys.sinusoid(), episodes=2, key=KEY)
 
 
-def test_outputs_beyond_the_slots_of_an_episode_have_no_class():
-    # A head of ten outputs on tasks of three ways, which always answers with its last output.
+def test_outputs_beyond_the_class_slots_predict_no_class():
+    # A head with ten outputs on tasks of three ways, which always predicts its last output.
     learner = jm.Learner(
         init=lambda key, task: {},
         adapt=lambda params, support, key: {},
@@ -507,7 +507,7 @@ def test_outputs_beyond_the_slots_of_an_episode_have_no_class():
     assert not result.scores.any()
 
 
-def test_parameters_may_be_a_module_that_is_callable():
+def test_parameters_can_be_a_callable_module():
     linear = eqx.nn.Linear(1, 1, key=jax.random.key(0))
     learner = jm.Learner(
         init=lambda key, task: linear,

@@ -47,7 +47,7 @@ def alpha_of(z, penalty):
 
 
 def chosen_penalty(z, y, head, classes=3):
-    """Return the penalty that a head was fitted with, found by scikit-learn's fits with each."""
+    """Return the penalty that a head was fitted with, by comparison with scikit-learn's fits."""
     fits = [Ridge(alpha=alpha_of(z, penalty)).fit(z, np.eye(classes)[y]).coef_.T for penalty in PENALTIES]
     return PENALTIES[np.argmin([np.abs(fit - np.asarray(head["kernel"])).max() for fit in fits])]
 

@@ -29,7 +29,7 @@ def small():
     return small_variables()
 
 
-# --- Our own files -------------------------------------------------------------------------------
+# --- Files of jaxmeta -------------------------------------------------------------------------------
 
 
 def test_a_saved_file_keeps_every_bit_and_dtype(tmp_path):
