@@ -288,7 +288,10 @@ def test_out_of_memory_errors_give_advice(monkeypatch, capsys):
             ["train", "--outer-momentum", "0.9", "--tasks", "sinusoid"],
             "--outer-momentum: got 0.9, but adam has no momentum",
         ),
-        (["train", "--outer-betas", "0.9"], "--outer-betas: got 0.9; it must be 2 numbers with commas"),
+        (
+            ["train", "--outer-betas", "0.9"],
+            "--outer-betas: got 0.9; it must be 2 numbers separated by commas",
+        ),
         (["train", "--outer-betas", "0.9,2"], "--outer-betas: got 2"),
         (["train", "maml", "anil"], "unexpected argument 'anil'"),
         (["train", "--steps"], "--steps: expected one argument"),

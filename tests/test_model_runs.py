@@ -68,7 +68,7 @@ def test_a_second_evaluation_gives_the_same_accuracies(run, tmp_path):
         (["--strings", "5,5"], "--strings: needs tasks as sequences; add --sequence T"),
         (
             ["--sequence", "12", "--strings", "5"],
-            "--strings: got 5; it must be 2 whole numbers with commas",
+            "--strings: got 5; it must be 2 whole numbers separated by commas",
         ),
         (["--sequence", "4", "--ways", "5"], "--sequence: got 4 steps for 5 classes"),
         (["--sequence", "15", "--strings", "2,2"], "--strings: got 2 characters of 2 letters, 4 strings"),
