@@ -62,6 +62,10 @@ MOST_WORKERS = 8
 SLOW_CALL = 3.0
 
 
+# Scripts for the type checkers, which `--doctest-modules` would import and so run.
+collect_ignore = ["type_checks"]
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--learner",

@@ -1037,7 +1037,7 @@ def test_transfer_refuses_arguments_of_another_type_by_name():
     for name, value, message in (
         ("optimizer", 1e-3, r"got 0\.001 \(float\); it must be an optax transformation"),
         ("key", 0, r"got 0 \(int\); it must be a single key of JAX"),
-        ("model", jm.nn.MLP(out=2), r"got MLP\(…\); it must be of jm\.transfer\.classifier"),
+        ("model", jm.nn.MLP(out=2), r"got MLP\(…\); it must be a model of jm\.transfer\.classifier"),
         ("data", (FEATURES, LABELS), r"got tuple\(…\); it must be jm\.Batch\(x, y\)"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: {message}"):

@@ -71,7 +71,10 @@ def test_a_second_evaluation_gives_the_same_accuracies(run, tmp_path):
             "--strings: got 5; it must be 2 whole numbers separated by commas",
         ),
         (["--sequence", "4", "--ways", "5"], "--sequence: got 4 steps for 5 classes"),
-        (["--sequence", "15", "--strings", "2,2"], "--strings: got 2 characters of 2 letters, 4 strings"),
+        (
+            ["--sequence", "15", "--strings", "2,2"],
+            "--strings: got 2 characters of 2 letters, which is 4 strings",
+        ),
         (["--sequence", "0"], "--sequence: got 0; it must be at least 1"),
         (["--network", "conv4"], "--network: got conv4; mann works with lrua"),
     ],

@@ -33,7 +33,7 @@ PUBLIC = {
 }
 # Public functions with types that jax does not declare: devices, shapes, and jaxtyping's trees.
 PARTLY_UNTYPED = {
-    *("evaluate", "evaluate_episodes", "make_mesh", "meta_step", "train"),
+    *("evaluate", "evaluate_classes", "evaluate_episodes", "make_mesh", "meta_step", "train"),
     *("transfer.gradient_reversal", "transfer.load_pretrained"),
 }
 

@@ -139,7 +139,8 @@ def metanet(
       Munkhdalai & Yu, Meta Networks, 2017.
     """
     check_word("embedding_loss", embedding_loss, get_args(EmbeddingLoss))
-    for name, size in (("samples", samples), ("hidden", hidden), ("queries_at_once", queries_at_once)):
+    check_count("hidden", hidden)
+    for name, size in (("samples", samples), ("queries_at_once", queries_at_once)):
         if size is not None:
             check_count(name, size)
     check_number("margin", margin, above=0)

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Array, Shaped
 
 from jaxmeta.checks import ArgumentError, check_key
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
@@ -62,7 +62,7 @@ def have_names(tasks: TaskDistribution | TaskStream) -> bool:
     return slot_names(tasks, jax.random.key(0)[None]) is not None
 
 
-def slot_names(tasks: TaskDistribution, keys: Key) -> Shaped[np.ndarray, "n ways"] | None:
+def slot_names(tasks: TaskDistribution, keys: Array) -> Shaped[np.ndarray, "n ways"] | None:
     """Return the class names of episodes by their keys; None where classes have no names.
 
     Args:
@@ -88,5 +88,5 @@ def slot_names(tasks: TaskDistribution, keys: Key) -> Shaped[np.ndarray, "n ways
 
 
 @partial(jax.jit, static_argnums=0)
-def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Key) -> Drawn:
+def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
     return jax.vmap(lambda key: draw_rows(shape, data.offsets, data.sizes, key, data.groups))(keys)

@@ -23,7 +23,7 @@ random blobs; `load_pretrained("resnet18.safetensors", head=False)` reads one fr
 >>> centres = np.random.default_rng(0).normal(0, 3, (10, 8)).astype(np.float32)
 >>> labels = np.arange(400) % 10
 >>> noise = np.random.default_rng(1).normal(size=(400, 8)).astype(np.float32)
->>> blobs = centres[labels] + noise
+>>> blobs = jax.numpy.asarray(centres[labels] + noise)
 >>> source = jm.transfer.classifier(body, classes=10)
 >>> learned = jm.transfer.fine_tune(
 ...     source,

@@ -69,7 +69,9 @@ def ridge_head(
       [0, 0, 1, 1]
     """
     z, y = _checked(features, labels, classes)
-    values = list(penalty) if isinstance(penalty, Sequence) and not isinstance(penalty, str) else [penalty]
+    values = (
+        list(penalty) if isinstance(penalty, Sequence) and not isinstance(penalty, str | bytes) else [penalty]
+    )
     if not values:
         raise ArgumentError("penalty", "got none; pass one value, or several to choose from")
     for value in values:

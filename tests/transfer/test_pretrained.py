@@ -292,7 +292,7 @@ def test_positions_are_interpolated_only_on_request(tmp_path):
         ({"hidden_act": "relu"}, "hidden_act is 'relu' .* ViT has 'gelu'"),
         ({"model_type": "deit"}, "model_type is 'deit'"),
         ({"num_attention_heads": "many"}, "has heads='many'"),
-        ({"num_attention_heads": 5}, "heads: got 5; they must divide"),
+        ({"num_attention_heads": 5}, "heads: got 5; it must divide"),
         ({"image_size": [1, 2, 3]}, r"has image_size=\[1, 2, 3\]"),
         ({"model_type": None, "architecture": "vit_relpos_small"}, "model_type is None"),
     ],

@@ -12,6 +12,7 @@ import jaxmeta as jm
 # Tasks, from the library and from arrays.
 tasks = jm.tasks.glyphs("train", ways=5, shots=1, queries=3)
 assert_type(tasks, jm.TaskDistribution)
+assert tasks.card is not None  # only tasks of your own may have no card
 assert_type(tasks.card.rotations == "none", bool)
 images, labels = np.zeros((60, 28, 28, 1), np.float32), np.repeat(np.arange(6), 10)
 own_tasks = jm.tasks.from_arrays(images, labels, ways=3, shots=1, rotations="classes")
