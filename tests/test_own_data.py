@@ -191,7 +191,7 @@ def test_a_target_of_arrays(tmp_path):
     split = split_shots(target, None, KEY)
     np.testing.assert_array_equal(np.flatnonzero(parts == "test"), split.score)
     np.testing.assert_array_equal(target.x, X[..., None])
-    assert target.protocol == "its images for train to learn from, those for test to score"
+    assert target.protocol == "learning from its train images, scoring on its test images"
     np.savez(tmp_path / "own.npz", x=X, y=Y)
     target = read_target(f"arrays:{tmp_path / 'own.npz'}", {}, 1, KEY, size=None, channels=None)
     assert (target.scored, target.y.tolist()) == (None, Y.tolist())

@@ -14,7 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "benchmarks
 import hlo
 import scaling
 
-# On CPUs even where accelerators are visible, because their compilers write products in other ways.
+# Programs are compiled for CPUs even where accelerators are visible, because compilers for accelerators
+# express matrix products differently.
 CPUS = jax.devices("cpu")
 
 
@@ -73,14 +74,14 @@ def test_operations_of_a_convolution_and_its_gradients_leave_out_padding(stride,
     assert hlo.operations(program_of(forward, x, kernel)) == expected
 
     # A convolution is bilinear, and its gradients use the same pairs of positions.
-    def to_x(x, kernel, by):
-        return jax.vjp(lambda x: forward(x, kernel), x)[1](by)
+    def grad_x(x, kernel, cotangent):
+        return jax.vjp(lambda x: forward(x, kernel), x)[1](cotangent)
 
-    def to_kernel(x, kernel, by):
-        return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](by)
+    def grad_kernel(x, kernel, cotangent):
+        return jax.vjp(lambda kernel: forward(x, kernel), kernel)[1](cotangent)
 
-    assert hlo.operations(program_of(to_x, x, kernel, out.shape)) == expected
-    assert hlo.operations(program_of(to_kernel, x, kernel, out.shape)) == expected
+    assert hlo.operations(program_of(grad_x, x, kernel, out.shape)) == expected
+    assert hlo.operations(program_of(grad_kernel, x, kernel, out.shape)) == expected
 
 
 def test_operations_of_a_loop_count_once_per_iteration():

@@ -424,7 +424,7 @@ def test_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
     name = parts_of_bars(tmp_path / "bars", train=(4, 3, 5), val=(1, 0, 2), test=(2, 3, 1))
     target = read_target(name, {}, None, KEY, size=None, channels=None)
-    assert target.protocol == "its images for train and validation to learn from, those for test to score"
+    assert target.protocol == "learning from its train and validation images, scoring on its test images"
     assert target.classes == ("bar 0", "bar 1", "bar 2")
     assert np.bincount(target.y).tolist() == [7, 6, 8]
     for shots, counts in ((None, [5, 3, 7]), ("all", [5, 3, 7]), (3, [3, 3, 3])):
@@ -453,7 +453,7 @@ def test_parts_of_a_folder_are_learned_from_and_scored(tmp_path, monkeypatch):
             {"train": (2, 2), "val": (3, 1)},
             2,
             [5, 3],
-            "its images for train to learn from, those for validation",
+            "learning from its train images, scoring on its validation",
         ),
         ({"train": (2, 2, 0, 0), "test": (0, 0, 3, 4)}, 2, [3, 4], "its test classes"),
         ({"train": (2, 2, 0), "test": (0, 3, 4)}, 3, [2, 5, 4], "the images of train, test together"),
@@ -472,7 +472,7 @@ def test_a_folder_with_parts_selects_its_images(tmp_path, monkeypatch, counts, c
     assert len(target.classes) == classes
     assert np.bincount(target.y).tolist() == sizes
     assert target.protocol.startswith(protocol)
-    assert (target.scored is not None) == ("to score" in target.protocol)
+    assert (target.scored is not None) == ("scoring on" in target.protocol)
 
 
 @pytest.mark.nightly

@@ -301,7 +301,7 @@ def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
     if split is not None or members[last] != set(every) or set(names[~scored].tolist()) != set(every):
         return _Rows(rows, y, every, None, f"the images of {', '.join(present)} together")
     learned = " and ".join(present[:-1])
-    return _Rows(rows, y, every, scored, f"its images for {learned} to learn from, those for {last} to score")
+    return _Rows(rows, y, every, scored, f"learning from its {learned} images, scoring on its {last} images")
 
 
 def _places(names: np.ndarray, classes: tuple[str, ...]) -> Int[np.ndarray, " n"]:

@@ -2,7 +2,7 @@
 
 In few-shot learning, batch statistics are chosen by the learner, and no state is kept between batches
 (`jm.nn.as_model`). Transfer learning trains as usual in Flax: a batch is normalised by its own statistics and
-updates a running average, which normalises in inference.
+updates a running average, which is used in inference.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,12 +35,14 @@ class StatefulModel(NamedTuple):
     Attributes:
       init: `(key, x) -> variables`. Of these, "params" are trained; the other collections, such as
         "batch_stats", are the network's state.
-      apply: `(variables, x) -> outputs` in inference: by the running statistics, without dropout.
-      train: `(variables, x, key, *, frozen=None, keep_statistics=False) -> (outputs, state)` in training:
-        by the statistics of `x`, with dropout. `state` has the new values of the collections other than
-        "params". `frozen` is a tree of Python bools like the parameters: a layer all of whose parameters are
-        frozen is in inference, and its statistics do not change. With `keep_statistics`, every batch
-        normalisation normalises by its running statistics, which do not change.
+      apply: `(variables, x) -> outputs` in inference mode: batch normalisation uses the running statistics,
+        and dropout is off.
+      train: `(variables, x, key, *, frozen=None, keep_statistics=False) -> (outputs, state)` in training
+        mode: batch normalisation uses the statistics of its batch, and dropout is on. `state` holds the new
+        values of the collections other than "params". `frozen` is a tree of Python bools with the structure
+        of the parameters: a layer all of whose parameters are frozen runs in inference mode, and its
+        statistics do not change. With `keep_statistics`, every batch normalisation uses its running
+        statistics, which do not change.
       features: the network without its last part, with the same variables; None for a network without parts.
       network: function `() -> network` that returns the original network; None for a network with parts. It
         is a function because models are compared and hashed, which not all networks support.
@@ -58,10 +60,10 @@ class StatefulModel(NamedTuple):
 def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> StatefulModel:
     """Return `network` as a `StatefulModel`; a `StatefulModel` is returned unchanged.
 
-    In a `flax.linen.Module`, `flax.linen.BatchNorm`, `jm.nn.BatchNorm`, dropout and other mutable collections
-    are supported, and each frozen layer is in inference. The module's `__call__` may take `mask`,
+    A `flax.linen.Module` may contain `flax.linen.BatchNorm`, `jm.nn.BatchNorm`, dropout and layers with other
+    mutable collections; each frozen layer runs in inference mode. The module's `__call__` may take `mask`,
     `deterministic`, `train` or `use_running_average`. Other networks are converted by `jm.nn.as_model`; their
-    dropout is on in frozen layers, too, unless all layers are frozen.
+    dropout stays on in frozen layers, unless all layers are frozen.
 
     Args:
       network: network of any kind that `jm.nn.as_model` takes, or a `flax.linen.Module` with mutable state.
@@ -95,8 +97,8 @@ def as_stateful(network: Network | StatefulModel, *, momentum: float = 0.9) -> S
 def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9) -> StatefulModel:
     """Return a model that applies networks in sequence.
 
-    Each collection of its variables has one subtree for each part. Its `features` are the inputs of the last
-    part.
+    Each collection of its variables has one subtree for each part. Its `features` is the chain without the
+    last part.
 
     Args:
       parts: networks by name, in order.
@@ -131,7 +133,7 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
             keep_statistics: bool = False,
         ) -> tuple[jax.Array, Variables]:
             states = {}
-            # Passed on only if set, because a user-defined model may not take it.
+            # `keep_statistics` is passed on only if set, because a user-defined model may not take it.
             settings = {"keep_statistics": True} if keep_statistics else {}
             for index, name in enumerate(names):
                 part = None if frozen is None else frozen[name]
@@ -163,7 +165,7 @@ def joined(of_parts: Mapping[str, Variables]) -> Variables:
 def layers_in_order(network: linen.Module, x: PyTree) -> tuple[str, ...]:
     """Return the names of the top-level layers in the order in which `network` computes them.
 
-    The layers are the first keys of the network's parameters; parameters of the network itself come first.
+    The names are the top-level keys of the parameters; parameters of the network itself come first.
     """
     seen: dict[str, None] = {}
 
@@ -287,11 +289,11 @@ def _switch_of(module: linen.Module) -> str | None:
 
 
 def frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
-    """Return a predicate of paths: whether all parameters of the layer are frozen.
+    """Return a predicate that tells whether all parameters of the layer at a path are frozen.
 
     A layer without parameters, such as dropout, is frozen if the layer that contains it is.
     """
-    # By `keystr`, because the parameters of plain functions may be any tree.
+    # Path entries are converted by `keystr`, because the parameters of plain functions may be any pytree.
     leaves = {
         tuple(jax.tree_util.keystr((entry,), simple=True) for entry in place): value
         for place, value in jax.tree_util.tree_leaves_with_path(frozen)

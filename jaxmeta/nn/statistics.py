@@ -1,8 +1,8 @@
 """Measurement and replacement of the batch statistics of a network.
 
-It works for networks with running averages (`flax.linen.BatchNorm`) and with explicit statistics
-(`jaxmeta.nn.BatchNorm`): the network is called in inference mode, and the statistics of each of these layers
-are overwritten before or after its call.
+Both work for layers with running averages (`flax.linen.BatchNorm`) and with explicit statistics
+(`jaxmeta.nn.BatchNorm`): the network is called in inference mode, and the statistics of each such layer are
+overwritten before or after the layer is called.
 """
 
 import inspect
@@ -29,14 +29,14 @@ def measure(
 ) -> tuple[Any, PyTree]:
     """Return outputs in inference mode, and the mean and variance of the inputs of each batch normalisation.
 
-    They are those of each channel over examples and space; the variance is the biased one.
+    Mean and variance are per channel, over examples and spatial positions; the variance is biased.
 
     Args:
       network: module of `flax.linen`, or network of any kind that `jm.nn.as_model` takes.
       variables: `{"params": …}`, with statistics under "batch_stats" if the network has them already.
       x: examples.
-      own: True to normalise each layer by the statistics measured on it; False for those in `variables`,
-        which needs a module of `flax.linen`.
+      own: True to normalise the inputs of each layer by the statistics measured on them; False to normalise
+        by the statistics in `variables`, which needs a module of `flax.linen`.
       arguments: further arguments of the network's call. `deterministic`, `train` and
         `use_running_average` are set for inference where the call takes them.
 
@@ -52,9 +52,8 @@ def measure(
     elif not own or arguments:
         raise ArgumentError(
             "network",
-            f"got {type(network).__name__}; without a module of flax.linen its layers can only "
-            f"normalise by their own statistics (own=True, got {own}), and its call takes no other "
-            f"arguments, got {sorted(arguments)}",
+            f"got {type(network).__name__} with own={own} and further arguments {sorted(arguments)}; a "
+            "network that is not a module of flax.linen supports only own=True and no further arguments",
         )
     else:
         model = as_model(network)
@@ -65,7 +64,7 @@ def measure(
 
 
 def with_statistics(variables: Variables, stats: PyTree) -> dict[str, Any]:
-    """Return `variables` with the statistics of these layers replaced."""
+    """Return `variables` with the statistics in `stats`; layers not in `stats` keep theirs."""
     kept = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
     return {
         **variables,
@@ -74,7 +73,7 @@ def with_statistics(variables: Variables, stats: PyTree) -> dict[str, Any]:
 
 
 def pooled(stats: Sequence[PyTree], sizes: Sequence[int]) -> PyTree:
-    """Return the statistics of all examples from those of batches of these sizes.
+    """Combine the statistics of batches of the given sizes into the statistics of all examples.
 
     mean = Σ_b p_b mean_b and var = Σ_b p_b (var_b + (mean_b − mean)²), where p_b is the share of batch b.
     """
@@ -106,7 +105,7 @@ def _of_module(network, variables, x, own, arguments):
         layer = context.module
         if context.method_name != "__call__" or not isinstance(layer, linen.BatchNorm | BatchNorm):
             return call(*args, **kwargs)
-        # A transformation (scan, remat) may trace a layer several times, each time below another root scope.
+        # A transformation (scan, remat) may trace a layer several times, each time under a new root scope.
         origin: Any = layer.scope
         if any(origin.root is root and layer.path == path for root, path in called):
             raise ArgumentError(

@@ -17,8 +17,8 @@ from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
 def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDistribution:
     """Return ordinary classification over all classes of few-shot `tasks`, as a task distribution.
 
-    Every sample is a mini-batch: each example has a uniformly random class and is a uniformly random
-    example of this class, all independent; the first half is the support set, the second half the queries.
+    Every sample is a mini-batch: for each example, a class is drawn uniformly at random, then an example of
+    this class, independently of the others. The first half is the support set, the second half the queries.
     Labels are the same in every sample: 0..C−1 in the order of the class names, sorted by group first where
     there are groups. With rotations="classes" each rotation of a class is one of the C classes, with labels
     C/4 apart; with "random" every example is rotated at random.
@@ -29,8 +29,8 @@ def supervised(tasks: TaskDistribution | TaskStream, batch: int = 64) -> TaskDis
       batch: number of examples per mini-batch, B; even.
 
     Returns:
-      Tasks with `ways` = C and otherwise the card of `tasks`. Since classes have no fixed number of examples
-      in a mini-batch, the card's shots and queries are 1; its protocol gives the size of the mini-batch.
+      Tasks with the card of `tasks`, except that `ways` = C, shots and queries are 1, since classes have no
+      fixed number of examples in a mini-batch, and the protocol gives the size of the mini-batch.
 
     Raises:
       ValueError: tasks from a source that does not store classes and examples; an odd or too small `batch`.

@@ -31,10 +31,10 @@ class Alignment(NamedTuple):
     """A penalty that makes the features of two domains similar; see `coral`, `mmd` and `dann`.
 
     Attributes:
-      init: function `(key, dim) -> own` of the penalty's own parameters, which are trained together with the
-        network's.
-      loss: function `(own, source, target, progress) -> scalar` of features of shapes `(n_s, dim)` and
-        `(n_t, dim)`; progress in [0, 1) is the completed fraction of the training.
+      init: function `(key, dim) -> own` that returns the penalty's own parameters for features of width
+        `dim`; they are trained together with the network's.
+      loss: function `(own, source, target, progress) -> scalar`, where `source` and `target` are features of
+        shapes `(n_s, dim)` and `(n_t, dim)`, and progress in [0, 1) is the completed fraction of training.
     """
 
     init: Callable[[Key, int], Params]
@@ -179,7 +179,7 @@ def align(
 ) -> Aligned:
     """Train a classifier on a labelled source while aligning its features with an unlabelled target.
 
-    Minimises mean CE(source) + alignment.loss(features of source, features of target) over the network.
+    Training minimises mean CE(source) + alignment.loss(features of source, features of target).
 
     Alignment assumes that classes have the same frequencies in both domains; where they differ, it aligns
     examples of different classes. `weights` enter the cross-entropy alone and do not correct this: first
@@ -193,24 +193,24 @@ def align(
       alignment: penalty on the features: `jm.transfer.coral()`, `mmd()` or `dann()`.
       optimizer: optax transformation; see `fine_tune`.
       steps: number of mini-batches; each holds `batch_size` examples of each domain.
-      key: key of mini-batches, augmentation, dropout and the alignment's parameters.
+      key: random key for mini-batches, augmentation, dropout and the alignment's initial parameters.
       train: patterns of the parameters to train; see `fine_tune`.
       norm: batch statistics in training and inference. "separate": each domain has its own, which already
         aligns the first two moments, as AdaBN does. "joint": both domains form one batch, as in most code.
       batch_size: examples of each domain in a mini-batch.
       weights: weights of the source examples in the cross-entropy; None for equal weights.
       augment: function `(key, x) -> x`, applied to both domains; None for no augmentation.
-      report: function of step and loss, called after every `every` steps.
-      look: function of step and an `Aligned` with empty losses, called after every `every` steps, for model
-        selection.
+      report: function `(step, loss)`, called every `every` steps.
+      look: function `(step, aligned)` for model selection, called every `every` steps with the current
+        variables as an `Aligned` with empty losses.
       every: steps between two calls of `look` and `report`; None for about 20 calls.
 
     Returns:
       An `Aligned`: variables for each domain, and the loss of each step.
 
     Raises:
-      ValueError: if `norm` is unknown, the model has no features, or `target` is empty or has another shape
-        than the source; and the errors of `fine_tune`.
+      ValueError: if `norm` is unknown, the model has no features, `target` is empty or its examples differ
+        in shape from the source's, or for one of the reasons listed in `fine_tune`.
       FloatingPointError: if the loss becomes NaN or infinite.
 
     Examples:
@@ -239,7 +239,7 @@ def align(
     arrays, shape = examples(source, weights, classes=classes, name="source"), source.x.shape[1:]
     if target.shape[0] == 0 or target.shape[1:] != shape:
         raise ArgumentError("target", f"got shape {target.shape}; it must be (examples, *{shape})")
-    # Steps fold their number into the key; this number is larger than any step's.
+    # Each step folds its number into the key; this constant is larger than any step number.
     own = alignment.init(jax.random.fold_in(key, np.uint32(0xFFFFFFF0)), dim)
     frozen = frozen_mask(variables["params"], train)
     leaves, structure = jax.tree.flatten(frozen)
@@ -274,7 +274,7 @@ def align(
 
 @lru_cache(maxsize=64)
 def _objective(model, alignment, augment, norm, frozen_leaves, structure):
-    """Return the objective, cached by its settings, so that equal trainings share one compiled loop."""
+    """Return the objective, cached so that runs with equal settings share one compiled loop."""
     frozen = jax.tree.unflatten(structure, frozen_leaves)
 
     def embed(params, state, x, key):

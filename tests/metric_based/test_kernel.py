@@ -84,7 +84,7 @@ def test_probabilities_at_scale_one_stay_below_their_bound():
 
 
 def combinations():
-    """List all combinations; not nightly: each similarity with defaults, each choice with cosines."""
+    """Return all combinations, marked nightly unless the similarity is cosine or the rest are defaults."""
     return [
         pytest.param(
             *row, marks=() if row[0] == "cosine" or row[1:] == ("softmax", "sum") else pytest.mark.nightly
@@ -320,7 +320,7 @@ SUPPORT, QUERIES = (6, 3), (4, 3)
 
 
 def vectors(shape):
-    """Build a strategy for vectors of whole numbers, so that none is nearly but not exactly zero."""
+    """Return a strategy for integer-valued vectors: each is either zero or of norm at least 1."""
     return arrays(np.int64, shape, elements=st.integers(-9, 9)).map(lambda x: x.astype(np.float64))
 
 
@@ -362,7 +362,7 @@ def test_prototypes_are_invariant_to_a_common_translation_and_rotation(support, 
 
 @settings(max_examples=40, deadline=None)
 @given(vectors(SUPPORT), vectors(QUERIES), st.floats(0.1, 10))
-def test_scaling_embeddings_scales_logits_of_prototypes_by_its_square(support, x, scale):
+def test_scaling_embeddings_scales_logits_of_prototypes_by_the_square(support, x, scale):
     check(prototypical_logits, (support, x), (scale * support, scale * x), times=scale**2)
 
 
@@ -373,5 +373,5 @@ def test_scaling_embeddings_scales_logits_of_prototypes_by_its_square(support, x
     arrays(np.float64, (6, 1), elements=st.floats(0.1, 10)),
     arrays(np.float64, (4, 1), elements=st.floats(0.1, 10)),
 )
-def test_cosines_are_invariant_to_the_length_of_any_embedding(support, x, lengths, more):
-    check(matching_outputs, (support, x), (lengths * support, more * x))
+def test_cosines_are_invariant_to_the_length_of_any_embedding(support, x, support_scales, query_scales):
+    check(matching_outputs, (support, x), (support_scales * support, query_scales * x))

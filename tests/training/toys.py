@@ -1,7 +1,7 @@
 """Small hand-written learners and tasks, so that these tests need no learner of the library.
 
-They are cached, because JAX compiles the functions of a new learner again. Each draws its random numbers by
-one call, because most of the compile time of so small a program is that of drawing.
+They are cached, because JAX compiles the functions of every new learner anew. Each draws its random numbers
+in a single call, because random number generation dominates the compile time of such small programs.
 """
 
 from functools import cache, partial
@@ -89,7 +89,7 @@ def maml(width=8, step_size=0.05, poison=None, on_trace=None, order="second"):
 
 @cache
 def nearest_mean():
-    """Return a classifier by the nearest support example, with scaled features."""
+    """Return a nearest-mean classifier on scaled features; the support set has one example per class."""
 
     def init(key, task):
         return {"scale": jnp.ones(task.support.x.shape[-1])}
@@ -113,7 +113,7 @@ def nearest_mean():
 
 @cache
 def worsening():
-    """Return a nearest-mean classifier whose accuracy training reduces: its loss is the sum of `scale`."""
+    """Return a nearest-mean classifier that training makes worse: its loss is the sum of `scale`."""
     learner = nearest_mean()
 
     def predict(params, adapted, x, mask=None):

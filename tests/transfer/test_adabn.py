@@ -220,7 +220,7 @@ def test_an_nnx_model_is_adapted_in_one_batch_or_in_one_pass(x64):
     for result in (stats, pooled):
         np.testing.assert_allclose(result["norm"]["mean"], first.mean(0), rtol=1e-6)
         np.testing.assert_allclose(result["norm"]["var"], first.var(0), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"network: got Model; .* its layers can only"):
+    with pytest.raises(ValueError, match=r"network: got Model with own=False .* supports only own=True"):
         adabn(model, {"params": params}, x, batch=4)
 
 
