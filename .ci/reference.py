@@ -23,7 +23,7 @@ from flax import linen
 import jaxmeta
 from jaxmeta.declare import parent_of
 
-# The function `jaxmeta.nn.conv` hides a module of that name, which is no page.
+# The function `jaxmeta.nn.conv` hides the module of the same name, which gets no page.
 PAGES = ("jaxmeta", r"!jaxmeta\.\w+\.", "jaxmeta.declare")
 
 
@@ -65,7 +65,7 @@ class Qualified(ast.NodeTransformer):
 
 
 def source(node, scope):
-    """Return an expression's text; that of a type in quotes without them."""
+    """Return the text of an expression; quotes around a type are removed."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in scope:
         node = ast.Name(node.value)
     return Source(ast.unparse(Qualified(scope).visit(node)))

@@ -65,7 +65,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def percent(found: dict | None, digits: int = 1) -> str:
-    """Return a mean in percent, with its interval where it has one; nothing where there is no mean."""
+    """Return a mean in percent with its interval, if it has one; "" if there is no mean."""
     if found is None:
         return ""
     text = f"{100 * found['mean']:.{digits}f}"

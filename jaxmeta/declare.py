@@ -176,7 +176,7 @@ def _checked(factory: Callable[P, R], signature: inspect.Signature) -> Callable[
 
 
 def facts_of(factory: Callable[..., Any]) -> Facts:
-    """Return the facts about a method, by default those of an ordinary one.
+    """Return the facts about a method; a method that declares none has the defaults of `Facts`.
 
     A factory that forwards to another one has the facts of that one, unless it declares its own.
     """
@@ -221,7 +221,7 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Deco
     excluded = set(without)
 
     def decorate(factory: Callable[P, R]) -> Callable[P, R]:
-        # Annotations are evaluated, because those of the parent are from another module.
+        # Evaluate the annotations, because the parent may be defined in another module.
         own = inspect.signature(factory, eval_str=True)
         mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
         known = inspect.signature(parent, eval_str=True).parameters.values()

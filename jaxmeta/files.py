@@ -46,7 +46,7 @@ def write_new_json(path: Path, content: Any) -> None:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write bytes, whole, where there is no file yet.
+    """Write bytes atomically to a file that does not exist yet.
 
     Raises:
       FileExistsError: there is one: another process came first.

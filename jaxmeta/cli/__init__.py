@@ -27,7 +27,7 @@ jaxmeta evaluate runs/maml --shots 5 --seed 7
 
 `evaluate --per-class --confusion confusion.png` lists the accuracy of each class and the most frequent
 confusions; in Python, `jm.evaluate_classes`. `evaluate --tasks harmonic` tests the parameters of a run on sine waves on other tasks. `compare` trains each
-learner in a process of its own. Its column "minus maml" is the mean of the difference
+learner in its own process. Its column "minus maml" is the mean of the difference
 within each task, whose 95 % interval tells two methods apart better than two intervals of their means.
 
 **Learn from a few images, name others.** Train on Omniglot's background characters, 20 at a time, one drawing
@@ -96,7 +96,7 @@ jaxmeta train prototypical --tasks omniglot --init runs/characters
 
 The last two test the features of a transfer on episodes, and start meta-training from an ordinary classifier.
 `--unknown-above` calls images unknown that are further from every class. `predict` prints the distances,
-which have no scale of their own: look at those of images that you know first.
+which have no fixed scale: compare them with the distances of known images.
 
 **Names of your own.** A learner is a function that takes a network, then settings by keyword, and returns a
 `jm.Learner`. Whatever can be imported is a name on the command line, without registration; keyword-only

@@ -348,7 +348,7 @@ def _evaluate_weights(
             f"--learner: got {own['learner']}, but {source} is not a run trained with it; leave it out"
         )
     if own.get("tasks") is None:
-        raise UsageError(f"--tasks: is missing; {source} is not a run, which would have tasks of its own")
+        raise UsageError(f"--tasks: is missing; {source} is not a run and has no tasks")
     with parser.naming_flags():
         config = resolve(base, with_absolute_paths(parsed.values))
         evaluating.evaluate_weights(source, config, network=own.get("network"), **_outputs(parsed))
@@ -363,7 +363,7 @@ def _outputs(parsed: ParsedArguments) -> dict[str, Any]:
 def compare(argv: Sequence[str]) -> None:
     """Train learners on the same tasks at the same budget, and compare them on the same test tasks.
 
-    Each learner is trained in a process of its own, one after the other. The comparison's folder gets a run's
+    Learners are trained one after the other, each in its own process. The comparison's folder gets a run's
     folder for each, comparison.md, comparison.png and comparison.json. A flag applies to the learners that
     have it.
     """

@@ -36,7 +36,7 @@ from jaxmeta.transfer.classifier import BODY, HEAD, as_images
 from jaxmeta.transfer.subtree import Report, leaves_by_path
 from jaxmeta.transfer.subtree import Row as Leaf
 
-# Default batch size, and default number of steps: that of so many epochs, but at least so many.
+# Default batch size; by default ten epochs of steps, but at least 200.
 _BATCH, _LEAST_STEPS, _EPOCHS = 32, 200, 10
 # Groups of layers of gradual unfreezing below the head, and the fewest steps of a slanted triangle.
 _GROUPS, _TRIANGLE = 4, 10
