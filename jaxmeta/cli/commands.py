@@ -261,9 +261,7 @@ def evaluate(argv: Sequence[str]) -> None:
     parser = Parser(
         "evaluate", [*groups, output], words=words, about=str(evaluate.__doc__), owner=config.learner["name"]
     )
-    parsed = parser.parse(argv)
-    if len(parsed.words) > 1:
-        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
+    parsed = _parse_source(parser, argv)
     with parser.naming_flags():
         run.evaluate_run(
             Path(folder).expanduser(),
@@ -272,6 +270,18 @@ def evaluate(argv: Sequence[str]) -> None:
             trusted=allowed,
             **_outputs(parsed),
         )
+
+
+def _parse_source(parser: Parser, argv: Sequence[str]) -> ParsedArguments:
+    """Parse the flags of `evaluate`, whose only word is the source.
+
+    Raises:
+      UsageError: there is another word, or a flag is invalid.
+    """
+    parsed = parser.parse(argv)
+    if len(parsed.words) > 1:
+        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
+    return parsed
 
 
 def _evaluate_checkpoints(
@@ -297,9 +307,7 @@ def _evaluate_checkpoints(
     ]
     about = "Evaluate the parameters of jm.train(run_dir=…) on test tasks."
     parser = Parser("evaluate", [*groups, output], words=words, about=about, owner=base.learner)
-    parsed = parser.parse(argv)
-    if len(parsed.words) > 1:
-        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
+    parsed = _parse_source(parser, argv)
     with parser.naming_flags():
         config = resolve(base, with_absolute_paths(parsed.values))
         run.evaluate_checkpoints(Path(folder).expanduser(), config, **_outputs(parsed))
@@ -339,9 +347,7 @@ def _evaluate_weights(
     ]
     about = str(evaluating.evaluate_weights.__doc__).partition("\n")[0]
     parser = Parser("evaluate", [*of_source, output], words=words, about=about, owner=base.tasks)
-    parsed = parser.parse(argv)
-    if len(parsed.words) > 1:
-        raise UsageError(f"unexpected argument {parsed.words[1]!r}; see `jaxmeta evaluate --help`")
+    parsed = _parse_source(parser, argv)
     own = parsed.values.get("output", {})
     if own.get("learner") is not None:
         raise UsageError(
