@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
@@ -59,6 +60,8 @@ def here(tmp_path_factory):
     events = []
     state = jm.train(LEARNER, TASKS, optax.adam(1e-3), report=events.append, **settings)
     (folder / "my_module.py").write_text(MODULE)
+    (folder / "images").mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(folder / "images" / "0.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
@@ -198,7 +201,10 @@ def test_evaluate_takes_a_method_with_its_network_and_settings(here, capsys):
         ),
         (["evaluate", "run", "--learner", "my_module:none", "--tasks", "sinusoid"], "has no function 'none'"),
         (["train", "--resume", "--out", "run"], "no config.json, in which `jaxmeta train` stores learner"),
-        (["predict", "run", "--support", ".", "--query", "."], "no config.json, in which `jaxmeta train`"),
+        (
+            ["predict", "run", "--support", "images", "--query", "images"],
+            "no config.json, in which `jaxmeta train`",
+        ),
     ],
 )
 def test_the_command_line_reports_missing_and_unsuitable_arguments(argv, expected, here, capsys):
