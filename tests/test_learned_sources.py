@@ -14,6 +14,7 @@ from support import read_json
 import jaxmeta as jm
 from jaxmeta.cli import main, names
 from jaxmeta.cli import run as run_of_command
+from jaxmeta.cli.backbones import load_backbone
 from jaxmeta.cli.config import load_config
 from jaxmeta.cli.run import params_of
 from jaxmeta.transfer import leaves_by_path, save_pretrained
@@ -304,6 +305,32 @@ def test_init_starts_training_from_a_source(place, tmp_path, capsys, learner, so
     assert main(["train", "--resume", "--out", str(out)]) == 0
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("train", [["--train", "Dense_0"], ["--lora", "2"]])
+def test_init_from_weights_takes_their_network_and_freezes_parameters(place, tmp_path, train):
+    tasks = ["--tasks", f"folder:{place / 'images'}", "--ways", "2", "--queries", "2"]
+    brief = ["--steps", "3", "--meta-batch", "2", "--episodes", "4", "--devices", "1"]
+    source, out = place / "transfer", tmp_path / "out"
+    argv = ["train", "prototypical", *tasks, *brief, "--classes", "0.5,0,0.5", "--init", str(source), *train]
+    assert main([*argv, "--input-mean", "0.25", "--out", str(out)]) == 0
+    config = load_config(out)
+    begun = leaves_by_path(jm.transfer.load_pretrained(source).variables["params"])
+    # The transfer's network is an MLP, which has this name without its settings.
+    assert (config.network["name"], tuple(config.network["hidden"])) == ("mlp-40", (16,))
+    trained = leaves_by_path(params_of(out, config)["model"])
+    prefix = "network/" if "--lora" in train else ""
+    changed = {path for path in begun if f"{prefix}{path}" in trained}
+    changed = {path for path in changed if not np.array_equal(trained[f"{prefix}{path}"], begun[path])}
+    if "--lora" in train:
+        assert not changed
+        assert any(np.any(leaf) for path, leaf in trained.items() if path.endswith("/b"))
+    else:
+        assert changed
+        assert all(path.startswith("Dense_0") for path in changed)
+    assert load_backbone(str(out)).pixels.mean == (0.25,)
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -345,7 +372,14 @@ def test_init_starts_training_from_a_source(place, tmp_path, capsys, learner, so
         (["evaluate", "{place}/transfer"], "--tasks: is missing"),
         (["evaluate", "{place}/transfer", "--tasks", "sinusoid"], "--tasks: "),
         (["train", "--init", "{place}/nowhere"], "--init: {place}/nowhere does not exist"),
-        (["train", "--init", "{place}/transfer"], "--init: {place}/transfer has another network"),
+        (
+            ["train", "--init", "{place}/transfer", "--network", "strided-conv4"],
+            "--init: {place}/transfer has another network",
+        ),
+        (["train", "--lora", "0"], "--lora: got 0; it must be at least 1"),
+        (["train", "--train", "no_such_layer"], "--train: "),
+        (["train", "--input-std", "0"], "--input-std: "),
+        (["train", "mann", "--preset", "omniglot-mann", "--lora", "2"], "--lora: got 2, but mann builds"),
     ],
 )
 def test_unsupported_uses_of_a_source_are_one_line_errors(

@@ -317,6 +317,9 @@ def _from_run(backbone: Backbone, folder: Path) -> Backbone:
         config = parsed_json((folder / "config.json").read_text(encoding="utf-8"))
         learner, tasks, network = (config[group]["name"] for group in ("learner", "tasks", "network"))
         images = None if config["images"] is None else ImageSpec(**config["images"])
+        training = config["training"]
+        pixels = Pixels(tuple(training["input_mean"]), tuple(training["input_std"]))
+        size, channels = training["input_size"], training["input_channels"]
     except (ValueError, TypeError, KeyError) as error:
         raise ArgumentError(backbone.argument, f"{folder / 'config.json'} is damaged: {error!r}") from None
     if images is None:
@@ -329,7 +332,10 @@ def _from_run(backbone: Backbone, folder: Path) -> Backbone:
     if learner in LEARNERS and facts_of(LEARNERS[learner]).supervised:
         head = _linear(load_params(folder).get(HEAD))
     about = f"{backbone.source}, {learner} on {tasks}, {network}"
-    return dataclasses.replace(backbone, about=about, head=head, images=images, size=images.size)
+    images = images._replace(size=size or images.size, channels=channels or images.channels)
+    return dataclasses.replace(
+        backbone, about=about, head=head, images=images, size=images.size, pixels=pixels
+    )
 
 
 def _from_transfer(backbone: Backbone, config: Mapping[str, Any]) -> Backbone:

@@ -1,17 +1,24 @@
 """Learners, networks and outer optimizers, built from a configuration."""
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 
 from jaxmeta import losses, nn
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import names, schema
-from jaxmeta.cli.config import Config, kind_of
-from jaxmeta.core import Learner
+from jaxmeta.cli.config import INPUT, Config, kind_of
+from jaxmeta.cli.sources import renaming
+from jaxmeta.core import Learner, Model, Params, PyTree
+from jaxmeta.nn.lora import FACTORS, NETWORK
 from jaxmeta.tasks.distortions import distort
+from jaxmeta.transfer import frozen_mask, input_adapter
+from jaxmeta.transfer.freezing import only_unfrozen
+
+# Name of the network in a learner's parameters.
+MODEL = "model"
 
 
 def learner_of(
@@ -42,19 +49,13 @@ def learner_of(
     build = network or network_builder(config)
     if facts.network is not None:
         arguments, keywords = facts.network(build, config.tasks)
-    elif takes_network(factory):
+    elif names.takes_network(factory):
         arguments, keywords = (build(output_width(config)),), {}
     else:
         arguments, keywords = (), {}
     learner = factory(*arguments, **keywords, **supplied, **config.settings("learner"))
     # Reports and comparisons use accuracy or mean squared error, even for a learner with its own metric.
     return learner._replace(metric=None) if isinstance(learner, Learner) else learner
-
-
-def takes_network(factory: Callable[..., Any]) -> bool:
-    """Return whether a factory takes a network; a user-defined one may build its own."""
-    kinds = {each.kind for each in inspect.signature(factory).parameters.values()}
-    return bool(kinds - {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD})
 
 
 def output_width(config: Config) -> int | None:
@@ -71,15 +72,42 @@ def network_builder(config: Config) -> Callable[[int | None], Any]:
     """Return a function that builds the configuration's network with a given output width."""
     network = config.names().network
     settings, width = config.settings("network"), names.width_name(network)
+    training, adapter = config.training, input_adapter_of(config)
 
     def build(out: int | None) -> Any:
         supplied = {} if width is None else {width: out}
         built = network(**supplied, **settings)
-        if config.training.precision == "float32":
-            return built
-        return nn.in_precision(nn.as_model(built), config.training.precision)
+        if training.lora is not None:
+            built = nn.lora(built, rank=training.lora)
+        if training.precision != "float32":
+            built = nn.in_precision(nn.as_model(built), training.precision)
+        # Outermost, so that images are resized and scaled in float32.
+        return built if adapter is None else nn.preprocessed(built, adapter)
 
     return build
+
+
+def input_adapter_of(config: Config) -> Model | None:
+    """Return the conversion of images before the network; None where there is none."""
+    training = config.training
+    if all(getattr(training, name) == default for name, default in INPUT.items()):
+        return None
+    with renaming({name.removeprefix("input_"): name for name in INPUT}):
+        return input_adapter(
+            size=training.input_size,
+            channels=training.input_channels,
+            mean=training.input_mean,
+            std=training.input_std,
+        )
+
+
+def trained_patterns(config: Config) -> tuple[str, ...] | None:
+    """Return the patterns of the network's parameters that are trained; None for all of them."""
+    training = config.training
+    if training.train is not None or training.lora is None:
+        return training.train
+    # The head of a meta-learned network is new, so that it is trained beside the factors.
+    return (FACTORS, f"{NETWORK}/head") if config.names().facts.head else (FACTORS,)
 
 
 def first_order_of(config: Config) -> Learner | None:
@@ -126,4 +154,15 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
         transforms.append(optax.clip_by_global_norm(training.clip_norm))
     if training.weight_decay and training.outer_optimizer != "adamw":
         transforms.append(optax.add_decayed_weights(training.weight_decay))
-    return optax.chain(*transforms, update) if transforms else update
+    optimizer = optax.chain(*transforms, update) if transforms else update
+    patterns = trained_patterns(config)
+    if patterns is None:
+        return optimizer
+
+    def frozen(params: Params) -> PyTree:
+        none = jax.tree.map(lambda leaf: False, params)
+        if not (isinstance(params, Mapping) and MODEL in params):
+            return frozen_mask(params, patterns)
+        return {**none, MODEL: frozen_mask(params[MODEL], patterns)}
+
+    return only_unfrozen(optimizer, frozen)

@@ -24,6 +24,7 @@ from jaxmeta.cli.config import (
     on_other_tasks,
     resolve,
 )
+from jaxmeta.cli.initial import with_network_of
 from jaxmeta.cli.parser import Group, ParsedArguments, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.target_data import target_settings
@@ -59,7 +60,7 @@ def _first_phase(argv: Sequence[str]) -> tuple[dict[str, str], str | None, bool,
     """Return the names in a command line, its first word, whether it resumes, and `--out`."""
     named: dict[str, str] = {}
     words = [normalized(word) for word in argv]
-    wanted = {schema.flag_of(name): name for name in (*_NAMES, "out", "learner", "target")}
+    wanted = {schema.flag_of(name): name for name in (*_NAMES, "init", "out", "learner", "target")}
     for place, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in wanted:
@@ -113,6 +114,9 @@ def train(argv: Sequence[str]) -> None:
     # Errors in the names themselves come before the run's own parser can be built.
     with _plain_parser().naming_flags():
         base = _base_to_resume(named, learner, out) if resume else base_of(_chosen(named, learner))
+        if "init" in named and not resume and not {"network", "config"} & set(named):
+            with train_parser(base).naming_flags():
+                base = with_network_of(base, named["init"])
     parser = train_parser(base)
     parsed = parser.parse(argv)
     if more := parsed.words[0 if learner is None else 1 :]:

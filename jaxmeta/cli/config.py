@@ -13,7 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from jaxmeta.checks import LARGEST_SEED, ArgumentError, check_count, check_number, parsed_json
+from jaxmeta.checks import (
+    LARGEST_SEED,
+    ArgumentError,
+    check_count,
+    check_number,
+    format_value,
+    parsed_json,
+)
 from jaxmeta.cli import names, schema
 from jaxmeta.cli.presets import PRESETS
 from jaxmeta.cli.schema import Setting
@@ -21,7 +28,7 @@ from jaxmeta.cli.sources import Sequences, Source, Streaming, is_own, key_of, so
 from jaxmeta.declare import Facts, facts_of, parent_of
 
 # Format of config.json, increased whenever a setting is added or removed; files of 0.1 have none.
-FORMAT = 3
+FORMAT = 4
 GROUPS = ("learner", "network", "tasks", "training", "run")
 # Arguments that a run supplies to factories; they are not settings.
 SUPPLIED_TO_LEARNER = ("norm", "loss", "augment", "strings")
@@ -55,6 +62,17 @@ class Training:
       clip_norm: largest global norm of the meta-gradient.
       distort: whether to rotate, shear, scale and shift training images at random.
       precision: type that the network computes in. Parameters and gradients stay in float32.
+      input_size: side in pixels to which images are resized before the network; by default their own, or that
+        of the weights that --init names.
+      input_channels: number of channels that images are converted to before the network, 1 or 3; by default
+        their own.
+      input_mean: mean that is subtracted from pixels in [0, 1] before the network, for each channel or for
+        all.
+      input_std: standard deviation that pixels are divided by after that.
+      train: patterns of the network's parameters to train, such as head or stage3_**; by default all. The
+        others keep their initial values; parameters outside the network are always trained.
+      lora: rank of low-rank factors that are added to the network's kernels; with it, --train is lora unless
+        given, so that only the factors are trained.
       decay_every: meta-steps between decays of --schedule step.
       decay_factor: factor of --outer-lr at each decay of --schedule step.
       weight_decay: weight of the parameters in the gradient, or in the update of adamw.
@@ -76,6 +94,12 @@ class Training:
     clip_norm: float | None = None
     distort: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    input_size: int | None = None
+    input_channels: Literal[1, 3] | None = None
+    input_mean: tuple[float, ...] = (0.0,)
+    input_std: tuple[float, ...] = (1.0,)
+    train: tuple[str, ...] | None = None
+    lora: int | None = None
     decay_every: int | None = None
     decay_factor: float = 0.5
     weight_decay: float = 0.0
@@ -91,6 +115,9 @@ class Training:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0)
         check_number("decay_factor", self.decay_factor, above=0)
+        for name in ("input_size", "lora"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         for beta in self.outer_betas:
             check_number("outer_betas", beta, 0)
             if beta >= 1:
@@ -106,6 +133,12 @@ class Training:
                     "decay_every",
                     f"got {self.decay_every}, but --schedule is {self.schedule}; choose step or leave it out",
                 )
+
+
+# Settings of `Training` that convert images before the network, with their defaults.
+INPUT = {
+    field.name: field.default for field in dataclasses.fields(Training) if field.name.startswith("input_")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +212,8 @@ class Names(NamedTuple):
         classification = kind_of(self.source) == "classification"
         if classification or not schema.accepts(self.learner, "eval_steps"):
             del groups["run"]["report_steps"]
+        for name in () if classification else INPUT:
+            del groups["training"][name]
         norms = tuple(dict.fromkeys(self.facts.rows.values()))
         if not classification and norms != _CHOOSES_NONE:
             norms = ("batch",)
@@ -580,6 +615,14 @@ def check(config: Config) -> None:
         raise ArgumentError(
             "precision", f"got {config.training.precision}; the networks of {learner} compute in float32"
         )
+    if facts.networks is not None or not names.takes_network(objects.learner):
+        for name in (*INPUT, "train", "lora"):
+            if getattr(config.training, name) != INPUT.get(name):
+                raise ArgumentError(
+                    name,
+                    f"got {format_value(getattr(config.training, name))}, but {learner} builds its own "
+                    "network; leave it out",
+                )
     if kind == "classification" and config.training.norm not in facts.rows.values():
         raise ArgumentError(
             "norm", f"got {config.training.norm}; {learner} has {', '.join(facts.rows.values())}"

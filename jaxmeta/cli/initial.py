@@ -7,15 +7,69 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.cli.backbones import load_backbone
-from jaxmeta.cli.config import Config, is_run
+from jaxmeta.cli.build import MODEL
+from jaxmeta.cli.config import INPUT, Base, Config, is_run, kind_of, read_json
+from jaxmeta.cli.names import NETWORKS
 from jaxmeta.cli.sources import renaming
 from jaxmeta.core import Key, Learner, Params, TaskDistribution, TaskStream
+from jaxmeta.nn.lora import NETWORK
 from jaxmeta.training import hosts, load_params
 from jaxmeta.training.step import drawn_params
 from jaxmeta.transfer.subtree import leaves_by_path, transplant
 
-# Paths of the network in a learner's parameters, and of its head, which is new where the classes are.
-_NETWORK, _HEAD = "model", "model/head"
+
+def with_network_of(base: Base, source: str) -> Base:
+    """Return the protocol with the network of a source of parameters, and with the input that it takes.
+
+    The protocol is returned as it is where the source's network is user-defined code or has no name.
+
+    Args:
+      base: protocol of a run.
+      source: folder of `train` or `transfer`, or weights.
+
+    Returns:
+      The protocol.
+
+    Raises:
+      ArgumentError: the source cannot be read.
+    """
+    folder = Path(source).expanduser()
+    if base.names().facts.networks is not None:
+        return base
+    if is_run(folder):
+        if not (folder / "config.json").is_file():
+            return base  # of jm.train, which does not store its network
+        # As JSON: loading the configuration of user-defined code would import that code.
+        stored = read_json(folder / "config.json")
+        try:
+            settings = dict(stored["network"])
+            name, input = settings.pop("name"), {each: stored["training"][each] for each in INPUT}
+        except (KeyError, TypeError) as error:
+            raise ArgumentError("init", f"{folder / 'config.json'} is damaged: {error!r}") from None
+        if name not in NETWORKS:
+            return base
+    else:
+        backbone = load_backbone(source, argument="init")
+        network = backbone.network
+        found = [each for each, factory in NETWORKS.items() if factory is type(network)]
+        if not found:
+            return base
+        name = found[0]
+        known = base._replace(network=name).names().groups()["network"]
+        settings = {each: getattr(network, each) for each in known}
+        channels = None if backbone.images is None else backbone.images.channels
+        input = {
+            "input_size": backbone.size,
+            "input_channels": channels or backbone.channels(backbone.size or _ANY_SIDE, None),
+            "input_mean": backbone.pixels.mean,
+            "input_std": backbone.pixels.std,
+        }
+    training = base.values["training"] | (input if kind_of(base.names().source) == "classification" else {})
+    return base._replace(network=name, values={**base.values, "network": settings, "training": training})
+
+
+# Side of images with which the channels of a network for any size are looked up.
+_ANY_SIDE = 64
 
 
 def initial_params(
@@ -42,10 +96,16 @@ def initial_params(
     """
     drawn = drawn_params(learner, tasks, key)
     wanted = leaves_by_path(drawn)
-    arrays = _arrays_of(source)
+    # Low-rank factors are new; what they are added to comes from the source.
+    network = MODEL if config.training.lora is None else f"{MODEL}/{NETWORK}"
+    head = f"{network}/head"
+    arrays = {
+        f"{network}{path.removeprefix(MODEL)}" if path.startswith(f"{MODEL}/") else path: leaf
+        for path, leaf in _arrays_of(source).items()
+    }
     fits = {path: np.shape(leaf) for path, leaf in arrays.items() if path in wanted}
     taken = [path for path, shape in fits.items() if shape == wanted[path].shape]
-    body = [path for path in wanted if path.startswith(f"{_NETWORK}/") and not path.startswith(_HEAD)]
+    body = [path for path in wanted if path.startswith(f"{network}/") and not path.startswith(head)]
     for path in body or wanted:
         if path not in taken:
             has = (
@@ -73,9 +133,7 @@ def _arrays_of(source: str) -> dict[str, Any]:
             return leaves_by_path(load_params(folder))
     backbone = load_backbone(source, argument="init")
     assert backbone.variables is not None
-    arrays = {
-        f"{_NETWORK}/{path}": leaf for path, leaf in leaves_by_path(backbone.variables["params"]).items()
-    }
+    arrays = {f"{MODEL}/{path}": leaf for path, leaf in leaves_by_path(backbone.variables["params"]).items()}
     if backbone.head is not None:
-        arrays |= {f"{_HEAD}/{name}": leaf for name, leaf in backbone.head.items()}
+        arrays |= {f"{MODEL}/head/{name}": leaf for name, leaf in backbone.head.items()}
     return arrays

@@ -122,6 +122,12 @@ def width_name(network: Callable[..., Any]) -> str | None:
     return None
 
 
+def takes_network(factory: Callable[..., Any]) -> bool:
+    """Return whether a factory of a learner takes a network; a user-defined one may build its own."""
+    kinds = {each.kind for each in inspect.signature(factory).parameters.values()}
+    return bool(kinds - {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD})
+
+
 def file_hash(name: str) -> str:
     """Return the SHA-256 of the file of a `module:name`; empty for a module without a file."""
     module = sys.modules[name.partition(":")[0]]

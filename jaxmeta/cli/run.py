@@ -23,7 +23,7 @@ from jaxmeta.checks import ArgumentError, check_kind
 from jaxmeta.cli import build, folders, names, schema, sources
 from jaxmeta.cli import per_class as per_class_report
 from jaxmeta.cli.command_line import command_of_config
-from jaxmeta.cli.config import Config, check, load_config, on_other_tasks
+from jaxmeta.cli.config import INPUT, Config, check, load_config, on_other_tasks
 from jaxmeta.cli.data import check_data, check_images, image_spec, images_of, with_image_settings
 from jaxmeta.cli.devices import connect, described, machine, mesh_of, peak_memory
 from jaxmeta.cli.figures import plot_curve
@@ -43,6 +43,7 @@ from jaxmeta.core import (
     Learner,
     Params,
     ProtocolCard,
+    PyTree,
     TaskDistribution,
     TaskStream,
     card_of,
@@ -233,7 +234,7 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
         # Called for its checks only.
         meta_step(learner, optimizer, training.meta_batch, run.strategy, devices=mesh)
     try:
-        parameters = _parameters(learner, tasks)
+        shapes = _shapes(learner, tasks)
     except (IndexError, TypeError, ValueError) as error:
         shape = jax.eval_shape(sample_of(tasks), jax.random.key(0)).support.x.shape[1:]
         of_settings = isinstance(error, ArgumentError) and error.name != "x"
@@ -244,6 +245,8 @@ def _parts(config: Config, resumed: Path | None, processes: int | None) -> _Part
             f"got {config.network['name']}, which does not take examples of shape {shape}; convolutional "
             "networks take images (h, w, c), and mlp takes any shape",
         ) from error
+    jax.eval_shape(optimizer.init, shapes)  # for its checks, such as that each pattern of --train matches
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     start = None
     if run.init is not None and (resumed is None or not checkpoint_steps(resumed)):
         start = initial_params(run.init, config, learner, tasks, key)
@@ -435,7 +438,7 @@ def _network_text(config: Config) -> str | None:
     """Return the description of the network for `jm.transfer.load_pretrained`; None where it has none."""
     if config.names().facts.network is not None and config.names().facts.networks is not None:
         return None
-    plain = config.replaced(training={"precision": "float32"})
+    plain = config.replaced(training={"precision": "float32", "lora": None, **INPUT})
     try:
         return described_network(build.network_builder(plain)(build.output_width(config)))
     except ValueError:
@@ -699,10 +702,10 @@ def evaluation_key(seed: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), _TEST)
 
 
-def _parameters(learner: Learner, tasks: TaskDistribution | TaskStream) -> int:
+def _shapes(learner: Learner, tasks: TaskDistribution | TaskStream) -> PyTree:
+    """Return the shapes of a learner's parameters."""
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, sample_of(tasks))
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return jax.eval_shape(lambda key, sample: learner.init(key, sample(key)), key, sample_of(tasks))
 
 
 def _with_population(

@@ -92,10 +92,11 @@ from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedU
 from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
 from jaxmeta.nn.koch import Koch
 from jaxmeta.nn.layers import Conv, conv_general_dilated
-from jaxmeta.nn.lora import lora
+from jaxmeta.nn.lora import lora, merge_lora
 from jaxmeta.nn.memory import LRUA, NTM, MemoryNetwork
 from jaxmeta.nn.norm import BatchNorm
 from jaxmeta.nn.precision import in_precision
+from jaxmeta.nn.preprocessed import preprocessed
 from jaxmeta.nn.relation import RelationEmbedding, RelationModule
 from jaxmeta.nn.residual import ResNet, ResNet18, ResNet34, ResNet50
 from jaxmeta.nn.resnet import ResNet12
@@ -140,5 +141,7 @@ __all__ = [
     "log_and_sign",
     "lora",
     "max_pool_2x2",
+    "merge_lora",
+    "preprocessed",
     "resize_positions",
 ]

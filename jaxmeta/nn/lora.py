@@ -88,21 +88,8 @@ def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: 
         )
         return {NETWORK: params, FACTORS: nested}
 
-    def merge(params: Params) -> Params:
-        factors = leaves_by_path(params[FACTORS])
-        leaves, structure = jax.tree.flatten(params[NETWORK])
-        return jax.tree.unflatten(
-            structure,
-            [
-                leaf + scale * _product(path, leaf.shape, factors[f"{path}/a"], factors[f"{path}/b"])
-                if f"{path}/a" in factors
-                else leaf
-                for path, leaf in zip(leaves_by_path(params[NETWORK]), leaves, strict=True)
-            ],
-        )
-
     def apply(params: Params, x: Any, **settings: Any) -> Any:
-        return model.apply(merge(params), x, **settings)
+        return model.apply(merge_lora(params, scale), x, **settings)
 
     def apply_norm(
         params: Params, x: Any, *, stats: PyTree | None = None, **settings: Any
@@ -111,10 +98,42 @@ def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: 
         # Statistics have the prefix of the parameters, because learners match layers with their statistics by
         # path.
         network_stats = None if stats is None else stats.get(NETWORK)
-        outputs, network_stats = model.apply_norm(merge(params), x, stats=network_stats, **settings)
+        outputs, network_stats = model.apply_norm(
+            merge_lora(params, scale), x, stats=network_stats, **settings
+        )
         return outputs, {NETWORK: network_stats}
 
     return model._replace(init=init, apply=apply, apply_norm=None if model.apply_norm is None else apply_norm)
+
+
+def merge_lora(params: Params, scale: float = 1.0) -> Params:
+    """Return the network's parameters with the products of the low-rank factors added to its kernels.
+
+    Args:
+      params: parameters of a model of `jm.nn.lora`.
+      scale: α/r of that model, 1 by default.
+
+    Returns:
+      Parameters of the network inside it, with which it gives the same outputs.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxmeta as jm
+      >>> network = jm.nn.MLP(out=5, hidden=(32,))
+      >>> params = jm.nn.lora(network, rank=2).init(jax.random.key(0), jnp.zeros((3, 8)))
+      >>> network.apply({"params": jm.nn.merge_lora(params)}, jnp.zeros((3, 8))).shape
+      (3, 5)
+    """
+    factors = leaves_by_path(params[FACTORS])
+    leaves, structure = jax.tree.flatten(params[NETWORK])
+    return jax.tree.unflatten(
+        structure,
+        [
+            leaf + scale * _product(path, leaf.shape, factors[f"{path}/a"], factors[f"{path}/b"])
+            if f"{path}/a" in factors
+            else leaf
+            for path, leaf in zip(leaves_by_path(params[NETWORK]), leaves, strict=True)
+        ],
+    )
 
 
 def _kernels(params: Params, where: Patterns) -> dict[str, Any]:

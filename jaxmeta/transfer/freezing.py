@@ -1,7 +1,7 @@
 """Frozen parameters, learning rates by layer and by step, and the L2-SP penalty."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,15 @@ def freeze(optimizer: Optimizer, params: Params, train: Patterns) -> optax.Gradi
     return only_unfrozen(optimizer, frozen_mask(params, train))
 
 
-def only_unfrozen(optimizer: Optimizer, frozen: PyTree) -> optax.GradientTransformation:
-    """Apply `optimizer` where `frozen` is False, and zero updates without state where it is True."""
+def only_unfrozen(
+    optimizer: Optimizer, frozen: PyTree | Callable[[Params], PyTree]
+) -> optax.GradientTransformation:
+    """Apply `optimizer` where `frozen` is False, and zero updates without state where it is True.
+
+    Args:
+      optimizer: any optax transformation.
+      frozen: tree of bools, or a function from the parameters to it.
+    """
     return optax.partition({False: optimizer, True: optax.set_to_zero()}, frozen)
 
 

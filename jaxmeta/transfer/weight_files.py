@@ -14,6 +14,7 @@ import numpy as np
 from jaxmeta.checks import ArgumentError, MissingFileError, MissingPackageError, parsed_json
 from jaxmeta.core import PyTree
 from jaxmeta.files import replacing
+from jaxmeta.nn.lora import FACTORS, NETWORK, merge_lora
 from jaxmeta.nn.norm import STATISTICS, from_moments
 from jaxmeta.training.checkpoint import load, load_params
 from jaxmeta.transfer.architectures import build_described
@@ -27,7 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 INDEX = "model.safetensors.index.json"
 HUB = "hf:"
 # Format of a run's config.json and folder of its population statistics, as the command line writes them.
-_RUN_FORMAT, _POPULATION = 3, "population"
+_RUN_FORMAT, _POPULATION = 4, "population"
 
 
 class Stored(NamedTuple):
@@ -238,11 +239,15 @@ def _run(folder: Path) -> Stored:
             f"{folder} is a run of {learner}, whose parameters are not those of a single network: "
             f"{sorted(params)}",
         )
-    variables = {"params": params["model"]}
+    model = params["model"]
+    if set(model) == {NETWORK, FACTORS}:  # of --lora
+        model = merge_lora(model)
+    variables = {"params": model}
     if "population" in params:
         statistics = from_moments(params["population"])
         # A learner may have statistics of its own in addition to the network's.
-        variables[STATISTICS] = statistics.get("model", statistics)
+        statistics = statistics.get("model", statistics)
+        variables[STATISTICS] = statistics.get(NETWORK, statistics)
     # A network of another package has no description; the caller of `load_pretrained` passes it.
     network = None if text is None else build_described(str(text), folder / "config.json")
     return Stored(leaves_by_path(variables), folder, network=network)

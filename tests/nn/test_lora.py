@@ -313,3 +313,13 @@ def test_factors_have_the_dtype_of_numpy_parameters():
     params = model.init(KEY, x)
     assert {leaf.dtype.name for leaf in jax.tree.leaves((params, model.apply(params, x)))} == {"float16"}
     np.testing.assert_array_equal(model.apply(params, x), np.ones((3, 4)) @ kernel)
+
+
+def test_merged_factors_give_the_outputs_of_the_model():
+    network = jm.nn.MLP(out=3, hidden=(8,), norm=True)
+    model = jm.nn.lora(network, rank=2, alpha=6.0)
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    params = model.init(jax.random.key(1), x)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    expected = jm.nn.as_model(network).apply(jm.nn.merge_lora(params, scale=3.0), x)
+    np.testing.assert_allclose(model.apply(params, x), expected, atol=1e-5)

@@ -189,7 +189,7 @@ def test_variables_of_a_run_are_its_model_and_the_statistics_of_its_population(t
     params = {"model": model, "population": population}
     (tmp_path / "checkpoints").mkdir()
     config = {
-        "format": 3,
+        "format": 4,
         "learner": {"name": "simple_shot"},
         "network": {"name": "mlp"},
         "run": {"seed": 0},
