@@ -1,7 +1,8 @@
 """Networks and layers; the only part of the package that imports Flax.
 
 **Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `ViT`, `MLP`,
-`RelationEmbedding`, `Koch`; `MemoryNetwork` with the memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
+`RelationEmbedding`, `Koch`; `Identity`, for features that are already computed; `MemoryNetwork` with the
+memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
 
 **Normalisation.** Which statistics normalise the queries moves published numbers by points, so it is a
 setting of the learner, `norm=`, and every report states it. It changes no parameter: the same trained
@@ -89,7 +90,7 @@ from jaxmeta.nn.adapters import Network, as_model, from_equinox, from_nnx
 from jaxmeta.nn.augmented import AugmentedCNN, AugmentedConv, AugmentedDense
 from jaxmeta.nn.conv import conv
 from jaxmeta.nn.coordinatewise import CoordinatewiseLSTM, GatedUpdate, ProposedUpdate, log_and_sign
-from jaxmeta.nn.embedding import MLP, Conv4, StridedConv4, max_pool_2x2
+from jaxmeta.nn.embedding import MLP, Conv4, Identity, StridedConv4, max_pool_2x2
 from jaxmeta.nn.koch import Koch
 from jaxmeta.nn.layers import Conv, conv_general_dilated
 from jaxmeta.nn.lora import lora, merge_lora
@@ -115,6 +116,7 @@ __all__ = [
     "Conv4",
     "CoordinatewiseLSTM",
     "GatedUpdate",
+    "Identity",
     "Koch",
     "MemoryNetwork",
     "Network",

@@ -257,3 +257,19 @@ class MLP(linen.Module):
         if self.out is None:
             return x
         return linen.Dense(self.out, self.use_bias, kernel_init=self.kernel_init, name="head")(x)
+
+
+class Identity(linen.Module):
+    """An embedding without parameters: each example as a vector, for features that are already computed.
+
+    Examples:
+      >>> network, x = Identity(), jnp.ones((2, 8))
+      >>> network.apply({}, x).shape
+      (2, 8)
+    """
+
+    divisible = True
+
+    @linen.compact
+    def __call__(self, x: Float[Array, " n *shape"]) -> Float[Array, "n d"]:
+        return flattened(x)

@@ -228,3 +228,21 @@ def test_first_of_equal_maxima_takes_the_gradient():
     x = jnp.array([[1.0, 1.0], [1.0, 1.0]])[None, :, :, None]
     gradient = jax.jit(jax.grad(lambda x: jm.nn.max_pool_2x2(x).sum()))(x)
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0], [0, 0]])
+
+
+def test_identity_returns_features_as_vectors_and_has_no_parameters(x64):
+    model = jm.nn.as_model(jm.nn.Identity())
+    x = np.random.default_rng(0).normal(size=(4, 2, 3))
+    params = model.init(jax.random.key(0), jnp.asarray(x))
+    assert jax.tree.leaves(params) == []
+    np.testing.assert_array_equal(model.apply(params, jnp.asarray(x)), x.reshape(4, 6))
+    tasks = jm.tasks.from_arrays(
+        np.repeat(np.eye(4, dtype=np.float32), 3, axis=0),
+        np.repeat(np.arange(4), 3),
+        ways=2,
+        shots=1,
+        queries=2,
+    )
+    learner = jm.prototypical(jm.nn.Identity())
+    params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(1)))
+    assert jm.evaluate(learner, params, tasks, episodes=3, key=jax.random.key(2)).mean == 1
