@@ -16,7 +16,7 @@ A source of tasks is one pure function, and a learner is four:
 | learners by gradient descent | `maml`, `fomaml`, `anil`, `boil`, `meta_sgd`, `reptile`, `imaml`, \
   `maml_plus_plus`, `cavia`, `lstm_meta_learner`, `learned_optimizer` |
 | learners by distances | `prototypical`, `matching`, `relation`, `siamese`, `kernel_classifier`, `ridge`, \
- and the baselines `simple_shot` and `fine_tuned_head` |
+  `mahalanobis`, and the baselines `simple_shot` and `fine_tuned_head` |
 | learners by memory | `mann`, `metanet` |
 | a learner of your own | `Learner`, `inner_loop`, `learner`, `forwards`, `check_learner` |
 | training | `train`, `progress_bar`, `meta_step`, `make_mesh`, `save`, `load`; more in `jaxmeta.training` |
@@ -65,6 +65,7 @@ from jaxmeta.metric_based import (
     add_class,
     fine_tuned_head,
     kernel_classifier,
+    mahalanobis,
     matching,
     prototypical,
     relation,
@@ -167,6 +168,7 @@ __all__ = [
     "load_run",
     "losses",
     "lstm_meta_learner",
+    "mahalanobis",
     "make_mesh",
     "maml",
     "maml_plus_plus",

@@ -265,6 +265,10 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Setting]]] = {
         {"comparison": instance(MLP, None), "norm": choice("batch", "population")},
     ),
     "ridge": (learner_with_defaults("ridge"), {"regularisation": number(above=0), "scale": number(above=0)}),
+    "mahalanobis": (
+        learner_with_defaults("mahalanobis"),
+        {"regularisation": number(above=0), "transform": choice("un", "l2n"), "norm": NORMS},
+    ),
     "siamese": (
         learner_with_defaults("siamese"),
         {"pairs": count(2, none=True)._replace(right=(None, 2, 4)), "head": instance(MLP, None)},

@@ -36,6 +36,7 @@ LEARNERS: dict[str, Callable[..., Any]] = {
         "relation",
         "kernel_classifier",
         "ridge",
+        "mahalanobis",
         "simple_shot",
         "fine_tuned_head",
         "mann",

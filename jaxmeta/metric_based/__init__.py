@@ -8,6 +8,7 @@
 | `siamese` | a network decides whether two images show one class, and the best partner names the query (Koch et al. 2015) |
 | `relation` | a network scores how alike a query and a class are (Sung et al. 2018) |
 | `ridge` | R2-D2: ridge regression in closed form on a learned embedding (Bertinetto et al. 2019) |
+| `mahalanobis` | by a distance with the regularised covariance of each class, as in Simple CNAPS (Bateni et al. 2020) |
 | `simple_shot` | baseline: the nearest centroid on the features of an ordinary classifier (Wang et al. 2019) |
 | `fine_tuned_head` | baseline: a new linear or cosine head on such features, Baseline and Baseline++ (Chen et al. 2019) |
 
@@ -57,6 +58,7 @@ features.
 """  # noqa: E501
 
 from jaxmeta.metric_based.kernel import Similarity, kernel_classifier
+from jaxmeta.metric_based.mahalanobis import mahalanobis
 from jaxmeta.metric_based.matching import matching
 from jaxmeta.metric_based.pretrained import fine_tuned_head, simple_shot
 from jaxmeta.metric_based.prototypical import add_class, prototypical
@@ -69,6 +71,7 @@ __all__ = [
     "add_class",
     "fine_tuned_head",
     "kernel_classifier",
+    "mahalanobis",
     "matching",
     "prototypical",
     "relation",

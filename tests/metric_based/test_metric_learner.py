@@ -38,6 +38,7 @@ METHODS = {
     "context": functools.partial(jm.matching, context_steps=2),
     "siamese": jm.siamese,
     "ridge": jm.ridge,
+    "mahalanobis": jm.mahalanobis,
     "simple_shot": jm.simple_shot,
     "fine_tuned_head": functools.partial(jm.fine_tuned_head, eval_steps=3),
 }
