@@ -16,7 +16,7 @@ A source of tasks is one pure function, and a learner is four:
 | learners by gradient descent | `maml`, `fomaml`, `anil`, `boil`, `meta_sgd`, `reptile`, `imaml`, \
   `maml_plus_plus`, `cavia`, `lstm_meta_learner`, `learned_optimizer` |
 | learners by distances | `prototypical`, `matching`, `relation`, `siamese`, `kernel_classifier`, `ridge`, \
-  `mahalanobis`, and the baselines `simple_shot` and `fine_tuned_head` |
+  `mahalanobis`, `soft_kmeans`, `label_propagation`, and the baselines `simple_shot` and `fine_tuned_head` |
 | learners by memory | `mann`, `metanet` |
 | a learner of your own | `Learner`, `inner_loop`, `learner`, `forwards`, `check_learner` |
 | training | `train`, `progress_bar`, `meta_step`, `make_mesh`, `save`, `load`; more in `jaxmeta.training` |
@@ -65,6 +65,7 @@ from jaxmeta.metric_based import (
     add_class,
     fine_tuned_head,
     kernel_classifier,
+    label_propagation,
     mahalanobis,
     matching,
     prototypical,
@@ -72,6 +73,7 @@ from jaxmeta.metric_based import (
     ridge,
     siamese,
     simple_shot,
+    soft_kmeans,
 )
 from jaxmeta.model_based import mann, metanet
 from jaxmeta.optimization_based import (
@@ -158,6 +160,7 @@ __all__ = [
     "init_state",
     "inner_loop",
     "kernel_classifier",
+    "label_propagation",
     "learned_optimizer",
     "learned_optimizer_as_optax",
     "learned_optimizer_unroll",
@@ -189,6 +192,7 @@ __all__ = [
     "save",
     "siamese",
     "simple_shot",
+    "soft_kmeans",
     "tasks",
     "train",
     "training",

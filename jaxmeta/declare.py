@@ -60,6 +60,8 @@ class Facts:
         of episodes.
       zero_shot: True if the method can learn classes from their metadata alone.
       distances: True if outputs are the negative distances between a query and the classes.
+      transductive: True if the prediction for a query depends on the other queries by the method itself,
+        under every `norm`. Its report has the row "transductive" alone, and `jm.load_classifier` refuses it.
       networks: names of the networks that the method works with; None for all.
       network: function `(build, tasks) -> arguments` that returns the factory's first arguments, as a tuple
         of positional arguments and a dictionary of keyword arguments. `build(out)` makes the chosen network
@@ -81,6 +83,7 @@ class Facts:
     supervised: bool = False
     zero_shot: bool = False
     distances: bool = False
+    transductive: bool = False
     networks: tuple[str, ...] | None = None
     network: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     augment: Callable[..., Any] | None = None
@@ -96,6 +99,14 @@ class Facts:
         check_kind("rows", self.rows, Mapping, 'a dictionary such as {"inductive": "support"}')
         if not self.rows:
             raise ArgumentError("rows", "got none; a report has at least one row")
+        if self.transductive and self.rows == _rows():
+            object.__setattr__(self, "rows", {"transductive": "batch"})
+        if self.transductive and list(self.rows) != ["transductive"]:
+            raise ArgumentError(
+                "rows",
+                f"got {', '.join(map(str, self.rows))}; a transductive method has one row, "
+                '{"transductive": "batch"} or with another norm',
+            )
 
     def defaults(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """Return the defaults of the method that replace those of the protocol `base`."""

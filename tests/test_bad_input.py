@@ -269,6 +269,19 @@ LEARNERS: dict[str, tuple[Callable, dict[str, Setting]]] = {
         learner_with_defaults("mahalanobis"),
         {"regularisation": number(above=0), "transform": choice("un", "l2n"), "norm": NORMS},
     ),
+    "soft_kmeans": (
+        learner_with_defaults("soft_kmeans"),
+        {"refinement_steps": count(0), "scale": number(above=0), "norm": NORMS},
+    ),
+    "label_propagation": (
+        learner_with_defaults("label_propagation"),
+        {
+            "alpha": number(above=0, below=1),
+            "neighbours": count(),
+            "sigma": number(above=0, none=True),
+            "norm": NORMS,
+        },
+    ),
     "siamese": (
         learner_with_defaults("siamese"),
         {"pairs": count(2, none=True)._replace(right=(None, 2, 4)), "head": instance(MLP, None)},

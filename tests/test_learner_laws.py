@@ -4,8 +4,9 @@ A new learner is tested by its entry in `jaxmeta.cli.names.LEARNERS`, and your o
 `pytest tests/test_learner_laws.py --learner my_module:my_learner`. `EXEMPT` lists the exceptions with their
 reasons.
 
-The default run checks each learner on inductive classification, and MAML also on regression; properties that
-compile a second program run on one learner of each family. The nightly run checks all.
+The default run checks each learner on inductive classification (a transductive method on its only row), and
+MAML also on regression; properties that compile a second program run on one learner of each family. The
+nightly run checks all.
 """
 
 import functools
@@ -165,9 +166,15 @@ CASES = [
 REPRESENTATIVES = ("maml", "prototypical", "mann", *support.own_learners)
 
 
+def transductive(case):
+    """Return whether predictions depend on the other queries by the method itself, under every `norm`."""
+    return facts_of(factory_of(case.name)).transductive
+
+
 def one_row(case):
     """Return whether a case is inductive classification, or MAML's regression."""
-    return case.row == "inductive" and (case.kind == "classification" or case.name == "maml")
+    inductive = case.row == "inductive" or transductive(case)
+    return inductive and (case.kind == "classification" or case.name == "maml")
 
 
 def one_row_of_representatives(case):
@@ -199,6 +206,10 @@ def law(where=lambda case: True, default=one_row):
 
 @functools.cache
 def learner_of(case):
+    return learner_with(case, norm_of(case))
+
+
+def learner_with(case, norm):
     classification = case.kind == "classification"
     base = base_of(Chosen(learner=case.name, tasks="glyphs" if classification else "sinusoid"))
     small = {"inner_steps": 2, "eval_steps": 2, "inner_lr": 0.3 if classification else 0.02}
@@ -208,7 +219,7 @@ def learner_of(case):
     tasks = {"ways": WAYS, "train_ways": WAYS} if classification else {}
     config = resolve(base, {"learner": settings, "tasks": tasks, "training": {"distort": False}})
     # User-defined learners may take no mask or step.
-    return normalized(built(config, norm_of(case), tiny_network(case)))
+    return normalized(built(config, norm, tiny_network(case)))
 
 
 def norm_of(case):
@@ -420,6 +431,22 @@ def test_other_queries_matter_only_if_transductive(case):
         assert_equal(joint.outputs[real], alone[real])
     else:
         assert np.abs(joint.outputs[real] - alone[real]).max() > 1e-3
+
+
+@law(transductive)
+def test_transductive_methods_use_the_other_queries_by_themselves_but_not_their_order(case):
+    """Without batch statistics of the queries, a prediction still depends on the other queries."""
+    learner, params, query = learner_with(case, "support"), params_of(case), task_of(case).query
+    adapted = jax.jit(learner.adapt)(params, task_of(case).support, KEY)
+    predict = jax.jit(lambda x, mask: learner.predict(params, adapted, x, mask))
+    joint, real = predict(query.x, query.mask), np.flatnonzero(query.mask)
+    order = np.roll(np.arange(query.x.shape[0])[::-1], 2)
+    reordered = predict(query.x[order], query.mask[order])
+    assert_equal(reordered[np.argsort(order)][real], joint[real])
+    for index in real:
+        alone = predict(query.x, query.mask & (np.arange(query.x.shape[0]) == index))
+        assert np.isfinite(alone[index]).all()
+        assert np.abs(alone[index] - joint[index]).max() > 1e-3
 
 
 @law()

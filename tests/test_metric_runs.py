@@ -133,6 +133,37 @@ def test_baselines_train_on_all_classes_at_once(workspace, learner, capsys):
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("learner", ["soft_kmeans", "label_propagation"])
+def test_transductive_methods_report_one_row_and_predict_refuses_them(workspace, learner, capsys):
+    out = workspace / learner
+    assert train(workspace, learner, learner, "--devices", "1") == 0
+    assert " inductive" not in (out / "report.md").read_text()
+    accuracy = read_json(out / "report.json")["accuracy"]
+    assert {row: entry["norm"] for row, entry in accuracy.items()} == {"transductive": "batch"}
+    assert accuracy["transductive"]["mean"] > 0.6
+    assert main(["evaluate", str(out), "--json", str(workspace / "again.json")]) == 0
+    assert read_json(workspace / "again.json")["accuracy"] == accuracy
+
+    images = str(workspace / "images")
+    capsys.readouterr()
+    assert main(["predict", str(out), "--support", images, "--query", images]) == 2
+    assert (
+        f"a run of {learner}, whose prediction for an image depends on the other" in capsys.readouterr().err
+    )
+    assert main(["export", str(out), "--support", images, "--out", str(workspace / "program")]) == 2
+    with pytest.raises(jm.ArgumentError, match=r"^source: .* depends on the other images"):
+        jm.load_classifier(out, support=images)
+    with pytest.raises(jm.ArgumentError, match=f'^row: .* {learner} is transductive: .* row="transductive"'):
+        jm.load_run(out)
+    method, params = jm.load_run(out, "transductive")
+    support = jm.Batch(
+        np.eye(3, 64, dtype=np.float32).reshape(3, 8, 8, 1), np.arange(3, dtype=np.int32), ways=3
+    )
+    adapted = method.adapt(params, support, jax.random.key(0))
+    assert method.predict(params, adapted, support.x).shape == (3, 3)
+
+
+@pytest.mark.nightly
 def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
     flags = ["--steps", "3", "--ways", "3", "--queries", "2", "--episodes", "4", "--network", "strided-conv4"]
     assert main(["train", "--preset", "glyphs-zero-shot", *flags, "--out", str(tmp_path / "run")]) == 0

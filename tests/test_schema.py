@@ -201,6 +201,19 @@ def test_facts_are_declared_and_inherited():
         learner(kinds=("ranking",))
 
 
+def test_a_transductive_method_has_one_row():
+    @learner(transductive=True)
+    def by_default(network): ...
+
+    @learner(transductive=True, rows={"transductive": "population"})
+    def by_population(network): ...
+
+    assert facts_of(by_default).rows == {"transductive": "batch"}
+    assert facts_of(by_population).rows == {"transductive": "population"}
+    with pytest.raises(ValueError, match="rows: got inductive; a transductive method has one row"):
+        learner(transductive=True, rows={"inductive": "support"})
+
+
 def parser_of(*groups):
     return Parser("train", [Group(name, name, settings, {}) for name, settings in groups], owner="this")
 

@@ -307,8 +307,15 @@ def _from_run(folder: Path, config: Config, reading: _Reading) -> Classifier:
             "source",
             f"{folder} was trained on {config.tasks['name']}, which are not images; give a run on images",
         )
-    reading.check_given(f"{folder}, a run of {method},")
     facts = config.names().facts
+    if "inductive" not in facts.rows:
+        raise ArgumentError(
+            "source",
+            f"{folder} is a run of {method}, whose prediction for an image depends on the other images of "
+            "the same call; give a run of another method, or predict in Python by the learner of "
+            'jm.load_run(source, row="transductive")',
+        )
+    reading.check_given(f"{folder}, a run of {method},")
     classes = len(_class_names(reading))
     ways = config.tasks["train_ways"] if facts.head else classes
     if classes > ways:

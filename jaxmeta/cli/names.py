@@ -37,6 +37,8 @@ LEARNERS: dict[str, Callable[..., Any]] = {
         "kernel_classifier",
         "ridge",
         "mahalanobis",
+        "soft_kmeans",
+        "label_propagation",
         "simple_shot",
         "fine_tuned_head",
         "mann",

@@ -60,7 +60,7 @@ def _classes(result: ClassEvaluation) -> list[dict[str, Any]]:
 def print_classes(results: Mapping[str, ClassEvaluation]) -> None:
     """Print the accuracy of each class, the lowest first, and the most frequent confusions.
 
-    Both follow the last row of the report, the inductive one.
+    Both follow the last row of the report, the inductive one where there is one.
     """
     last_row, last = list(results.items())[-1]
     order = [place for place in np.argsort(last.accuracy, kind="stable") if last.queries[place]]

@@ -629,7 +629,8 @@ def load_run(
     Args:
       run: folder of the run.
       row: row of its report: "inductive", where predictions do not depend on other queries, or
-        "transductive". A `Learner` has its own norm and takes no row.
+        "transductive". A method that is transductive by itself has the second alone, which must be given. A
+        `Learner` has its own norm and takes no row.
       learner: learner to return, for a run of `jm.train`, which does not store it. For a run of `jaxmeta
         train` with a user-defined method, its `module:name`: a run folder does not import code by itself.
       network: `module:name` of the run's user-defined network.
@@ -668,7 +669,14 @@ def load_run(
     if tasks is not None and not isinstance(tasks, str):
         raise ArgumentError("tasks", "got tasks; give their name, or a jm.Learner as learner in addition")
     config = load_config(folder, [name for name in (learner, network, tasks) if name is not None])
-    norm = names.lookup("row", row, config.names().facts.rows)
+    rows = config.names().facts.rows
+    if row == "inductive" and list(rows) == ["transductive"]:
+        raise ArgumentError(
+            "row",
+            f"got 'inductive', but {config.learner['name']} is transductive: predictions depend on the other "
+            'queries; give row="transductive"',
+        )
+    norm = names.lookup("row", row, rows)
     return build.learner_of(config, norm), params_of(folder, config)
 
 

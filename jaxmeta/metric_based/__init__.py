@@ -9,6 +9,8 @@
 | `relation` | a network scores how alike a query and a class are (Sung et al. 2018) |
 | `ridge` | R2-D2: ridge regression in closed form on a learned embedding (Bertinetto et al. 2019) |
 | `mahalanobis` | by a distance with the regularised covariance of each class, as in Simple CNAPS (Bateni et al. 2020) |
+| `soft_kmeans` | a class is a mean of its examples and of the queries that are near them (Ren et al. 2018) |
+| `label_propagation` | labels spread over a graph of support set and queries (Zhou et al. 2004, Liu et al. 2019) |
 | `simple_shot` | baseline: the nearest centroid on the features of an ordinary classifier (Wang et al. 2019) |
 | `fine_tuned_head` | baseline: a new linear or cosine head on such features, Baseline and Baseline++ (Chen et al. 2019) |
 
@@ -52,12 +54,17 @@ A class is added without the old examples, and the other classes stay as they ar
 `jaxmeta.tasks` lists the tasks with such vectors. `jaxmeta train --preset glyphs-zero-shot` trains on
 strokes.
 
+**Transduction.** `soft_kmeans` and `label_propagation` also learn from the queries: their prediction for a
+query depends on the other queries of the same call, under every `norm`. Their reports have the row
+"transductive" alone, and `jaxmeta predict` refuses them.
+
 **Baselines.** `simple_shot` and `fine_tuned_head` train an ordinary classifier of all training classes at
 once (`jm.tasks.supervised(tasks)` makes its mini-batches of any few-shot tasks) and put a simple head on its
 features.
 """  # noqa: E501
 
 from jaxmeta.metric_based.kernel import Similarity, kernel_classifier
+from jaxmeta.metric_based.label_propagation import label_propagation
 from jaxmeta.metric_based.mahalanobis import mahalanobis
 from jaxmeta.metric_based.matching import matching
 from jaxmeta.metric_based.pretrained import fine_tuned_head, simple_shot
@@ -65,12 +72,14 @@ from jaxmeta.metric_based.prototypical import add_class, prototypical
 from jaxmeta.metric_based.relation import relation
 from jaxmeta.metric_based.ridge import ridge
 from jaxmeta.metric_based.siamese import siamese
+from jaxmeta.metric_based.soft_kmeans import soft_kmeans
 
 __all__ = [
     "Similarity",
     "add_class",
     "fine_tuned_head",
     "kernel_classifier",
+    "label_propagation",
     "mahalanobis",
     "matching",
     "prototypical",
@@ -78,4 +87,5 @@ __all__ = [
     "ridge",
     "siamese",
     "simple_shot",
+    "soft_kmeans",
 ]

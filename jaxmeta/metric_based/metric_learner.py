@@ -42,9 +42,10 @@ def metric_learner(
     model: Network,
     *,
     fit: Callable[..., PyTree],
-    classify: Callable[[Params, PyTree, Array], Array],
+    classify: Callable[..., Array],
     init: Callable[[Key, int, int], Params] | None = None,
     objective: Callable[..., tuple[Array, Array]] | None = None,
+    transductive: bool = False,
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
@@ -61,6 +62,8 @@ def metric_learner(
       init: `(key, dim, ways) -> head_params`; None for a method without such parameters.
       objective: `(head_params, z_support, labels, z_query, query, key) -> (loss, outputs)`, the training
         loss; None for the cross-entropy of the outputs of `fit` and `classify`.
+      transductive: True if outputs for a query depend on the other queries under every `norm`. `classify`
+        then takes a fourth argument, the queries' mask `(m,)`, which is False for padding.
       norm: source of the batch statistics: "batch", support set and queries together (transductive);
         "support", the support set (inductive); "population", statistics filled by `jm.calibrate` (inductive;
         trains like "batch").
@@ -82,6 +85,13 @@ def metric_learner(
 
     def head_params_of(params: Params) -> Params:
         return params.get("head", {})
+
+    def outputs_of(head_params: Params, fitted: PyTree, z: Array, mask: Array | None) -> Array:
+        if not transductive:
+            return classify(head_params, fitted, z)
+        mask = jnp.ones(z.shape[0], bool) if mask is None else mask
+        # The embedding of padding may be NaN, which a weight of zero would not remove.
+        return classify(head_params, fitted, jnp.where(mask[:, None], z, 0), mask)
 
     def initial(key: Key, task: Task) -> Params:
         check_labels(task.support)
@@ -108,7 +118,7 @@ def metric_learner(
         head_params, labels = head_params_of(params), one_hot(support)
         z, z_query = embed_task(params, Task(support, query), dropout)
         if objective is None:
-            outputs = classify(head_params, fit(head_params, z, labels, shuffle), z_query)
+            outputs = outputs_of(head_params, fit(head_params, z, labels, shuffle), z_query, query.mask)
             value = losses.cross_entropy(outputs, query.y, query.mask)
         else:
             value, outputs = objective(head_params, z, labels, z_query, query, shuffle)
@@ -128,10 +138,12 @@ def metric_learner(
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
         head_params = head_params_of(params)
         if norm != "batch":
-            return classify(head_params, adapted["fitted"], embed(params, x, mask, adapted["stats"])[0])
+            z, _ = embed(params, x, mask, adapted["stats"])
+            return outputs_of(head_params, adapted["fitted"], z, mask)
         z, _ = embed(params, *concatenated(adapted["x"], adapted["mask"], x, mask))
         count = adapted["x"].shape[0]
-        return classify(head_params, fit(head_params, z[:count], adapted["labels"], None), z[count:])
+        fitted = fit(head_params, z[:count], adapted["labels"], None)
+        return outputs_of(head_params, fitted, z[count:], mask)
 
     def statistics(params: Params, task: Task, key: Key) -> tuple[PyTree, Array]:
         del key

@@ -37,7 +37,7 @@ def export(
 
     The program is x ↦ `learner.predict(params, adapted, x)` as StableHLO, with `params` and `adapted` as
     constants. `jax.export.deserialize` reads it without jaxmeta, Flax or optax. If `predict` is transductive
-    (norm="batch"), so is the program.
+    (norm="batch", or a method such as `jm.soft_kmeans`), so is the program.
 
     Args:
       path: path of the file to write; missing parent folders are created.
