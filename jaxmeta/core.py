@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxmeta.checks import ArgumentError, check_kind, check_slots
+from jaxmeta.checks import ArgumentError, check_key, check_kind, check_slots
 
 PyTree = Any
 Params = PyTree
@@ -339,9 +339,13 @@ def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
 def checks_slots(learner: Learner) -> Learner:
     """Return `learner` with functions that refuse invalid class slots where values are known.
 
-    These functions also convert NumPy arrays to JAX arrays, because traced indices cannot index NumPy arrays.
-    Every factory that `jm.learner` decorates returns such a learner.
+    These functions also convert NumPy arrays to JAX arrays, because traced indices cannot index NumPy arrays,
+    and `init` raises an error for a seed in place of a key. Every factory that `jm.learner` decorates returns
+    such a learner.
     """
+    # A factory that forwards to another one may replace `init` of that one's learner.
+    if not is_checked(learner.init):
+        learner = learner._replace(init=_checks_key(learner.init))
     if is_checked(learner.adapt):
         return learner
 
@@ -366,6 +370,18 @@ def checks_slots(learner: Learner) -> Learner:
     for each in (adapt, predict, loss):
         setattr(each, _CHECKS, each)
     return learner._replace(adapt=adapt, predict=predict, loss=loss)
+
+
+def _checks_key(init: Callable[[Key, Task], Params]) -> Callable[[Key, Task], Params]:
+    """Return `init` with a check of its key."""
+
+    @functools.wraps(init)
+    def checked(key: Key, task: Task) -> Params:
+        check_key("key", key)
+        return init(key, task)
+
+    setattr(checked, _CHECKS, checked)
+    return checked
 
 
 def is_checked(function: Callable[..., Any]) -> bool:

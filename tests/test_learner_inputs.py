@@ -54,6 +54,14 @@ def compiled(name):
     return results
 
 
+@pytest.mark.parametrize("name", names.LEARNERS)
+def test_init_refuses_a_seed_in_place_of_a_key(name):
+    learner, _ = made(name)
+    part = batch_of_type(np.float32, name)
+    with pytest.raises(jm.checks.ArgumentError, match=r"key: got 0 \(int\); .* jax\.random\.key\(0\)"):
+        learner.init(0, jm.Task(part, part))
+
+
 @pytest.mark.parametrize("name", rows())
 def test_examples_of_every_type_give_the_results_of_float32(name):
     expected = compiled(name)(batch_of_type(np.float32, name))
