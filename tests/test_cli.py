@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from support import read_json
 
 import jaxmeta as jm
 from jaxmeta import cli
-from jaxmeta.cli import config, folders, main, schema
+from jaxmeta.cli import commands, config, folders, main, schema
 from jaxmeta.cli import run as run_of_command
 from jaxmeta.cli.build import optimizer_of
 from jaxmeta.cli.config import (
@@ -87,6 +88,11 @@ def test_a_run_writes_its_files_and_a_correct_report(run):
     assert "![learning curve](curve.png)" in text
     assert f"```sh\n{report['command']}\n```" in text
     assert report["command"].startswith("jaxmeta train maml --tasks sinusoid --steps 20 ")
+    flags = re.findall(r"^\| \w+ \| (--\S+) \|", text, re.MULTILINE)
+    assert {"--inner-steps", "--eval-steps", "--train-shots", "--outer-lr", "--seed"} <= set(flags)
+    # Settings of images, and of streams of them.
+    assert not {"--distort", "--workers", "--data"} & set(flags)
+    assert set(flags) <= commands.train_parser(base_of(Chosen("maml", tasks="sinusoid"))).known()
     # The baseline predicts the mean of a task's support targets.
     tasks, values = jm.tasks.sinusoid("test", shots=5, queries=100), []
     for index in range(20):
@@ -532,6 +538,21 @@ def test_invalid_files_for_config_are_errors(flags, expected, run, tmp_path, mon
     (tmp_path / "empty.json").write_text("{}")
     assert main(["train", *(str(run) if word == "RUN" else word for word in flags)]) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("learner", "described", "left_out"),
+    [
+        ("maml", ("batch itself", "support set"), ("population", "inner steps")),
+        ("prototypical", ("batch itself", "population"), ("support set", "inner steps")),
+    ],
+)
+def test_help_describes_the_norms_of_the_method_only(learner, described, left_out, capsys):
+    assert main(["train", learner, "--help"]) == 0
+    text = capsys.readouterr().out
+    text = " ".join(text[text.index("--norm {") : text.index("--validate-every")].split())
+    assert all(words in text for words in described)
+    assert not any(words in text for words in left_out)
 
 
 def test_ambiguous_flags_are_errors_that_name_both_groups(started, capsys):

@@ -210,7 +210,7 @@ def test_a_network_in_bfloat16_trains_from_the_command_line(tmp_path, monkeypatc
         "4",
     ]
     assert main(["train", "prototypical", *flags, "--out", str(out)]) == 0
-    assert "| training | precision | bfloat16 |" in (out / "report.md").read_text()
+    assert "| training | --precision | bfloat16 |" in (out / "report.md").read_text()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(load_params(out))} == {"float32"}
     assert main(["train", "--resume", "--precision", "float32", "--out", str(out)]) == 2
 

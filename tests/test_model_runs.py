@@ -126,8 +126,8 @@ def test_meta_networks_run_from_the_command_line(flags, tmp_path, monkeypatch):
     accuracy = jm.evaluate(learner, params, test, episodes=20, key=evaluation_key(0)).mean
     np.testing.assert_allclose(accuracy, report["accuracy"]["inductive"]["mean"], rtol=1e-6)
     text = (run / "report.md").read_text()
-    assert f"| learner | embedding_loss | {'contrastive' if flags else 'xent'} |" in text
-    assert f"| learner | task_weights | {'none' if flags else 'embedding'} |" in text
+    assert f"| learner | --embedding-loss | {'contrastive' if flags else 'xent'} |" in text
+    assert f"| learner | --task-weights | {'none' if flags else 'embedding'} |" in text
 
 
 @pytest.mark.nightly_rows(after=1)

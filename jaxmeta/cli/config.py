@@ -39,6 +39,14 @@ OF_TRAINING = ("ways", "shots", "queries")
 _SOMETIMES = ("network", "distort", "report_steps", "train_ways", "train_shots", "train_queries")
 # Norms of a method without a choice of statistics.
 _CHOOSES_NONE = ("none",)
+# Descriptions of the choices of --norm for its help, which lists those of the method only.
+_NORMS = {
+    "none": "no normalisation (none)",
+    "batch": "of the batch itself (batch)",
+    "support": "of the support set, as in `jaxmeta predict` (support)",
+    "population": "of the training tasks as a population (population)",
+    "episode": "of the episode's inner steps (episode)",
+}
 # Groups in the order in which a protocol's or a method's value looks for a setting of its name.
 _ORDER = ("training", "run", "tasks", "learner", "network")
 
@@ -55,8 +63,7 @@ class Training:
         decouples it.
       schedule: schedule of --outer-lr over the run: cosine and linear fall to zero, step multiplies it by
         --decay-factor every --decay-every meta-steps.
-      norm: statistics of batch normalisation in training: of the batch itself, of the support set (for
-        `jaxmeta predict`), of the training tasks as a population, or of the episode's inner steps.
+      norm: statistics of batch normalisation in training; `Names.groups` describes the choices of a method.
       validate_every: meta-steps between validations and between checkpoints.
       clip: largest absolute value of an entry of the meta-gradient.
       clip_norm: largest global norm of the meta-gradient.
@@ -217,7 +224,10 @@ class Names(NamedTuple):
         norms = tuple(dict.fromkeys(self.facts.rows.values()))
         if not classification and norms != _CHOOSES_NONE:
             norms = ("batch",)
-        groups["training"]["norm"] = groups["training"]["norm"]._replace(hint=Literal[norms])
+        choices = ", or ".join(_NORMS.get(norm, norm) for norm in norms)
+        groups["training"]["norm"] = groups["training"]["norm"]._replace(
+            hint=Literal[norms], about=f"statistics of batch normalisation in training: {choices}"
+        )
         if self.source.images is None:
             del groups["run"]["workers"]
         if not schema.accepts(self.source.function, "data"):

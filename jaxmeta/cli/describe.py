@@ -39,20 +39,12 @@ def presets(name: str | None = None) -> None:
     print(f"{name}: {preset['description']}\n")
     chosen = {"learner": base.learner, "network": base.network, "tasks": base.tasks}
     groups = base.names().groups()
-    shared = {
-        each
-        for settings in groups.values()
-        for each in settings
-        if sum(each in other for other in groups.values()) > 1
-    }
+    flags = schema.flags_of(groups)
     for group, settings in groups.items():
         print(f"{group}{f': {chosen[group]}' if group in chosen else ''}")
         rows = [(each, base.values[group].get(each, settings[each].default)) for each in settings]
         if rows:
-            flags = {each: f"{group}.{each}" if each in shared else each for each in settings}
-            print_table(
-                (f"  {schema.flag_of(flags[each])}", schema.shown_value(value)) for each, value in rows
-            )
+            print_table((f"  {flags[group][each]}", schema.shown_value(value)) for each, value in rows)
 
 
 def tasks(name: str | None = None) -> None:

@@ -206,18 +206,18 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
         lines += repeated_by(report["command"])
     lines += [
         "",
-        "Settings, named like their flags:",
+        "Settings by their flags:",
         "",
-        "| group | setting | value |",
+        "| group | flag | value |",
         "| --- | --- | --- |",
     ]
-    known = config.names().stored_groups()
-    for group in known:
-        named = getattr(config, group)
+    # config.json also stores settings that have no effect in this run; `groups` leaves them out.
+    for group, flags in schema.flags_of(config.names().groups()).items():
+        named, values = getattr(config, group), config.settings(group)
         if isinstance(named, dict):
             lines.append(f"| {group} | | **{cell(named['name'])}** |")
-        for name, value in config.settings(group).items():
-            lines.append(f"| {group} | {name} | {cell(schema.shown_value(value))} |")
+        for name, flag in flags.items():
+            lines.append(f"| {group} | {flag} | {cell(schema.shown_value(values[name]))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ a function, or a field of a Flax module or dataclass, whose type is plain: int, 
 tuples of these, and unions of these with None. Members of a union that are not plain are ignored.
 """
 
+import collections
 import functools
 import inspect
 import re
@@ -240,6 +241,20 @@ def checked(group: str, values: Any, settings: Mapping[str, Setting]) -> dict[st
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def flags_of(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the flags of all settings by group and name; those of names in several groups begin with theirs.
+
+    Examples:
+      >>> flags_of({"learner": {"inner_steps": 1, "norm": 2}, "network": {"norm": 3}})["learner"]
+      {'inner_steps': '--inner-steps', 'norm': '--learner.norm'}
+    """
+    counts = collections.Counter(name for settings in groups.values() for name in settings)
+    return {
+        group: {name: flag_of(name if counts[name] == 1 else f"{group}.{name}") for name in settings}
+        for group, settings in groups.items()
+    }
 
 
 def members(hint: Any) -> tuple[Any, ...]:
