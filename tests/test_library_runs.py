@@ -232,6 +232,19 @@ def test_progress_is_printed_as_lines_without_a_terminal(capsys):
     assert "(best so far)" in lines[2]
 
 
+def test_counts_are_printed_with_the_remaining_time(monkeypatch, capsys):
+    clock = iter([0.0, 9.0, 14.0, 16.0, 29.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    count = progress.CountLines("features", "images")
+    for done in (100, 200, 300, 1000):
+        count(done, 1200)
+    # The first 100 images take 9 s, with compilation, and are left out: 100 in 5 s, then 900 in 20 s.
+    assert capsys.readouterr().out.splitlines() == [
+        "features  200/1,200 images  0:50 left",
+        "features  1,000/1,200 images  0:04 left",
+    ]
+
+
 class Terminal(io.StringIO):
     """A substitute for standard output on a terminal."""
 

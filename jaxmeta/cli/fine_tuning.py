@@ -19,6 +19,7 @@ from jaxmeta.core import Batch, Key
 from jaxmeta.nn import StatefulModel, layers_in_order
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.nn.stateful import Variables
+from jaxmeta.training.progress import CountLines
 from jaxmeta.transfer import (
     adabn,
     classifier,
@@ -315,7 +316,16 @@ def fit(
     model, variables = start.model, start.variables
     if recipe in ("feature-extraction", "linear-probe"):
         head: Literal["ridge", "logistic"] = "ridge" if recipe == "feature-extraction" else "logistic"
-        return Fit(feature_extraction(model, variables, learn, head=head), np.zeros(0, np.float32))
+        print(f"fitting a {head} head on the frozen backbone's features …", flush=True)
+        fitted_head = feature_extraction(
+            model,
+            variables,
+            learn,
+            head=head,
+            batch=start.at_once,
+            progress=CountLines("features of the images to learn from", "images"),
+        )
+        return Fit(fitted_head, np.zeros(0, np.float32))
     steps, rate = settings.steps, settings.rate
     assert steps is not None
     assert rate is not None
@@ -331,10 +341,19 @@ def fit(
     if recipe == "gradual":
         return _gradually(start, learn, steps, rate, report, common)
     common["train"] = _patterns(settings)
+    probe = None
     if recipe == "lp-ft":
-        # Features of all examples, and a compilation: minutes for a large backbone on a CPU.
         print("fitting the linear probe …", flush=True)
-    probe = fine_tuning_probe(model, variables, learn, **common) if recipe == "lp-ft" else None
+        # Passes over mini-batches for their statistics, and over all images for their features, take minutes
+        # for a large backbone on a CPU.
+        probe = fine_tuning_probe(
+            model,
+            variables,
+            learn,
+            probe={"batch": start.at_once},
+            progress=CountLines("linear probe", "images"),
+            **common,
+        )
     fitted = fine_tune(
         model,
         probe or variables,

@@ -54,6 +54,7 @@ from jaxmeta.core import Batch, Key
 from jaxmeta.declare import forwards
 from jaxmeta.files import write_json, write_text
 from jaxmeta.nn.stateful import Variables
+from jaxmeta.training.progress import CountLines
 from jaxmeta.transfer import (
     confusion_matrix,
     extract_features,
@@ -325,7 +326,13 @@ def _scores(plan: _Plan, fitted: Fit) -> tuple[dict[str, Any], Int[np.ndarray, "
     if plan.backbone.variables is not None and plan.settings.steps is not None:
         # The linear probe is the baseline of fine-tuning; LP-FT has already fitted it.
         learn = plan.images.batch(plan.split.learn)
-        probe = fitted.probe or feature_extraction(start.model, start.variables, learn)
+        probe = fitted.probe or feature_extraction(
+            start.model,
+            start.variables,
+            learn,
+            batch=start.at_once,
+            progress=CountLines("linear probe for comparison", "images"),
+        )
         right = _predictions(start, probe, score) == score.y
         scores["probe_accuracy"] = wilson(int(right.sum()), len(score.y))
     scores |= {
@@ -390,7 +397,13 @@ def rank(
         images, split = _images(backbone, target, common, reading, key)
         learn, scored = images.batch(split.learn), images.batch(split.score)
         start = _start(backbone, images, learn, common, key)
-        features = extract_features(start.model, start.variables, learn.x, batch=start.at_once)
+        features = extract_features(
+            start.model,
+            start.variables,
+            learn.x,
+            batch=start.at_once,
+            progress=CountLines(f"features of {name}", "images"),
+        )
         widths.append(features.shape[1])
         candidates[name] = Candidate(features, _source_probs(backbone, features))
         if fine_tune:
@@ -489,7 +502,9 @@ def _describable(network: Any) -> Any:
 
 
 def _predictions(start: InitialClassifier, variables: Variables, data: Batch) -> np.ndarray:
-    logits = np.asarray(predict_logits(start.model, variables, data.x, batch=start.at_once))
+    progress = CountLines("predictions of the images to score", "images")
+    outputs = predict_logits(start.model, variables, data.x, batch=start.at_once, progress=progress)
+    logits = np.asarray(outputs)
     if not np.isfinite(logits).all():
         raise FloatingPointError(
             "the predictions are not finite; try a smaller --rate, or other weights if nothing was fine-tuned"

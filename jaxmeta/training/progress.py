@@ -93,6 +93,41 @@ class ProgressBar:
         )
 
 
+class CountLines:
+    """A callback `(done, total)` that prints a line every ten seconds, for work on many examples.
+
+    Work of less than ten seconds has no line. The remaining time is estimated without the first call, whose
+    duration includes compilation. Only the first of several processes prints.
+
+    Args:
+      work: name of the work at the start of each line.
+      noun: name of what is counted, in the plural.
+
+    Examples:
+      >>> count = CountLines("features", "images", seconds=0)
+      >>> count(0, 64)
+      features  0/64 images
+    """
+
+    def __init__(self, work: str, noun: str, *, seconds: float = _SECONDS_BETWEEN_LINES) -> None:
+        self._work, self._noun, self._seconds = work, noun, seconds
+        self._shown_at = time.perf_counter()
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = done, now
+        if now - self._shown_at < self._seconds or not hosts.is_first():
+            return
+        self._shown_at = now
+        line = f"{self._work}  {done:,}/{total:,} {self._noun}"
+        before, since = self._first
+        if done > before:
+            line += f"  {_duration((total - done) * (now - since) / (done - before))} left"
+        print(line, flush=True)
+
+
 def showing(report: Any, steps: int) -> contextlib.AbstractContextManager[Any]:
     """Return the context of a progress bar; for any other `report`, one that does nothing."""
     return report.showing(steps) if isinstance(report, ProgressBar) else contextlib.nullcontext()

@@ -1,5 +1,6 @@
 """Classifiers with a pretrained body and a new head, and inference in batches."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmeta import losses
-from jaxmeta.checks import ArgumentError, check_count, check_real
+from jaxmeta.checks import ArgumentError, check_count, check_function, check_real
 from jaxmeta.core import Batch, Key
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.layers import Dense
@@ -123,7 +124,11 @@ def as_images(x: Array | np.ndarray) -> Array:
 
 
 def in_batches(
-    function: Any, variables: Variables, x: Array | np.ndarray, batch: int = EVAL_BATCH
+    function: Any,
+    variables: Variables,
+    x: Array | np.ndarray,
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Float[Array, "n ..."]:
     """Return `function(variables, x)` of many examples, computed in batches; bytes become numbers in [0, 1].
 
@@ -134,12 +139,15 @@ def in_batches(
       variables: first argument of the function.
       x: examples of shape `(n, *shape)`.
       batch: examples at a time.
+      progress: function of the number of finished examples and of `n`, called after each batch.
 
     Raises:
       ValueError: if `x` has no examples or `batch` is below 1.
     """
     check_count("batch", batch)
     check_real("x", x)
+    if progress is not None:
+        check_function("progress", progress)
     n = x.shape[0]
     if n == 0:
         raise ArgumentError("x", "got no examples")
@@ -150,6 +158,10 @@ def in_batches(
     for start in starts:
         pieces.append(_one_batch(function, variables, jnp.asarray(x[start : start + batch]))[done - start :])
         done = start + batch
+        if progress is not None:
+            # Without this barrier, all batches would count as finished once they are dispatched.
+            jax.block_until_ready(pieces[-1])
+            progress(done, n)
     return jnp.concatenate(pieces)
 
 
@@ -159,7 +171,12 @@ def _one_batch(function, variables, x):
 
 
 def extract_features(
-    model: StatefulModel, variables: Variables, x: Array | np.ndarray, *, batch: int = EVAL_BATCH
+    model: StatefulModel,
+    variables: Variables,
+    x: Array | np.ndarray,
+    *,
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Float[Array, "n d"]:
     """Return the features of the frozen body in inference mode, to compute once and reuse.
 
@@ -168,6 +185,8 @@ def extract_features(
       variables: variables of the model.
       x: inputs of shape `(n, *shape)`, bytes or floats.
       batch: examples at a time.
+      progress: function of the number of finished examples and of `n`, called after each batch; None for no
+        calls.
 
     Returns:
       Features of shape `(n, d)`, the inputs of the head.
@@ -184,11 +203,16 @@ def extract_features(
     """
     if model.features is None:
         raise ArgumentError("model", "has no features; build it with jm.transfer.classifier")
-    return in_batches(model.features.apply, variables, x, batch)
+    return in_batches(model.features.apply, variables, x, batch, progress)
 
 
 def predict_logits(
-    model: StatefulModel, variables: Variables, x: Array | np.ndarray, *, batch: int = EVAL_BATCH
+    model: StatefulModel,
+    variables: Variables,
+    x: Array | np.ndarray,
+    *,
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Float[Array, "n classes"]:
     """Return the outputs of a model in inference mode.
 
@@ -197,6 +221,8 @@ def predict_logits(
       variables: variables of the model.
       x: inputs of shape `(n, *shape)`, bytes or floats.
       batch: examples at a time.
+      progress: function of the number of finished examples and of `n`, called after each batch; None for no
+        calls.
 
     Returns:
       Logits of shape `(n, classes)`.
@@ -211,7 +237,7 @@ def predict_logits(
       >>> predict_logits(model, variables, jnp.ones((5, 3))).shape
       (5, 2)
     """
-    return in_batches(model.apply, variables, x, batch)
+    return in_batches(model.apply, variables, x, batch, progress)
 
 
 def accuracy(model: StatefulModel, variables: Variables, data: Batch, *, batch: int = EVAL_BATCH) -> float:

@@ -10,13 +10,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError, check_count, check_kind, check_labels, check_number, check_word
+from jaxmeta.checks import (
+    ArgumentError,
+    check_count,
+    check_function,
+    check_kind,
+    check_labels,
+    check_number,
+    check_word,
+)
 from jaxmeta.core import Augment, Batch, Key, Optimizer, Params
 from jaxmeta.declare import forwards
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.nn.stateful import StatefulModel, Variables, frozen_layers
 from jaxmeta.paths import Patterns, several
-from jaxmeta.transfer.classifier import HEAD, as_images, extract_features
+from jaxmeta.transfer.classifier import EVAL_BATCH, HEAD, as_images, extract_features
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.freezing import frozen_mask, slanted_triangular
 from jaxmeta.transfer.heads import ExampleWeights, LogisticSettings, RidgeSettings, logistic_head, ridge_head
@@ -173,6 +181,8 @@ def feature_extraction(
     data: Batch,
     *,
     head: Literal["logistic"] = "logistic",
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
     **settings: Unpack[LogisticSettings],
 ) -> Variables: ...
 
@@ -184,6 +194,8 @@ def feature_extraction(
     data: Batch,
     *,
     head: Literal["ridge"],
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
     **settings: Unpack[RidgeSettings],
 ) -> Variables: ...
 
@@ -195,6 +207,8 @@ def feature_extraction(
     data: Batch,
     *,
     head: Callable[..., Params],
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Variables: ...
 
@@ -205,6 +219,8 @@ def feature_extraction(
     data: Batch,
     *,
     head: Head | Callable[..., Params] = "logistic",
+    batch: int = EVAL_BATCH,
+    progress: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> Variables:
     """Fit a new head to the features of the frozen body, which are computed once in inference mode.
@@ -212,9 +228,12 @@ def feature_extraction(
     Args:
       model: a `jm.transfer.classifier`.
       variables: variables of the model; they are not changed.
-      data: arrays examples; see `fine_tune`.
+      data: labelled examples; see `fine_tune`.
       head: "ridge" for `jm.transfer.ridge_head`, in closed form; "logistic" for `jm.transfer.logistic_head`,
         by gradients; or a function `(features, labels, classes, **settings) -> {"kernel", "bias"}`.
+      batch: examples at a time in the body.
+      progress: function of the number of finished examples and of all examples, called after each batch of
+        features; None for no calls.
       **settings: keyword arguments of the head's function.
 
     Returns:
@@ -238,7 +257,8 @@ def feature_extraction(
     classes = variables["params"][HEAD]["kernel"].shape[1]
     arrays = examples(data, classes=classes)
     fit = head if callable(head) else heads[head]
-    new_head = fit(extract_features(model, variables, arrays["x"]), arrays["y"], classes, **settings)
+    features = extract_features(model, variables, arrays["x"], batch=batch, progress=progress)
+    new_head = fit(features, arrays["y"], classes, **settings)
     return {**variables, "params": swap_subtree(variables["params"], HEAD, new_head)}
 
 
@@ -283,6 +303,7 @@ def fine_tuning_probe(
     augment: Augment | None = None,
     keep_statistics: bool = False,
     probe: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     **others: object,
 ) -> Variables:
     """Fit a linear probe with the batch statistics that fine-tuning starts with.
@@ -302,6 +323,8 @@ def fine_tuning_probe(
       augment: augmentation of fine-tuning; None for no augmentation.
       keep_statistics: whether fine-tuning keeps the running statistics.
       probe: keyword arguments of `feature_extraction`; None for its defaults.
+      progress: function of the number of finished examples and of all examples, where those of the measured
+        mini-batches count, too; None for no calls.
       **others: further keyword arguments of `fine_tune`, which are ignored, so that both take the same ones.
 
     Returns:
@@ -313,9 +336,21 @@ def fine_tuning_probe(
     """
     if unknown := sorted(set(others) - set(inspect.signature(fine_tune).parameters)):
         raise TypeError(f"fine_tuning_probe() and fine_tune() have no argument {unknown[0]!r}")
+    settings = {"progress": progress, **(probe or {})}
     if variables.get(STATISTICS) and not keep_statistics:
-        variables = _with_batch_statistics(model, variables, data, key, train, batch_size, augment)
-    return feature_extraction(model, variables, data, **(probe or {}))
+        check_count("batch_size", batch_size)
+        n = data.x.shape[0]
+        steps, size = (1 if n <= batch_size and augment is None else _MEASURED), min(batch_size, n)
+        measured = steps * size
+        report: Callable[[int, float], None] | None = None
+        if progress is not None:
+            check_function("progress", progress)
+            report = lambda step, _: progress(step * size, measured + n)  # noqa: E731
+            settings["progress"] = lambda done, _: progress(measured + done, measured + n)
+        variables = _with_batch_statistics(
+            model, variables, data, key, train, batch_size, augment, steps, report
+        )
+    return feature_extraction(model, variables, data, **settings)
 
 
 @forwards(fine_tune)
@@ -482,9 +517,10 @@ def _with_batch_statistics(
     train: Patterns,
     batch_size: int,
     augment: Augment | None,
+    steps: int,
+    report: Callable[[int, float], None] | None,
 ) -> Variables:
     """Return `variables` with the running statistics that `fine_tune` reaches at unchanged parameters."""
-    check_count("batch_size", batch_size)
     arrays = {"x": examples(data)["x"]}
     leaves, structure = jax.tree.flatten(frozen_mask(variables["params"], train))
     stats = variables[STATISTICS]
@@ -501,8 +537,9 @@ def _with_batch_statistics(
         optax.set_to_zero(),
         frozen=jax.tree.map(lambda _: True, variables["params"]),
         data={"examples": Batches(arrays, batch_size)},
-        steps=1 if data.x.shape[0] <= batch_size and augment is None else _MEASURED,
+        steps=steps,
         key=key,
+        report=report,
     )
 
     def measured(before: Array, low: Array, high: Array) -> Array:

@@ -337,6 +337,26 @@ def test_feature_extraction_fits_the_head_on_inference_features_and_changes_noth
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, bodies), strict=True))
 
 
+def test_progress_of_a_probe_counts_measured_and_all_examples(flax):
+    model, variables = flax
+    n, calls = len(Y), []
+    settings = {"key": KEY, "batch_size": 8}
+    count = lambda done, total: calls.append((done, total))  # noqa: E731
+    probe = fine_tuning_probe(model, variables, DATA, progress=count, probe={"batch": 10}, **settings)
+    total = 50 * 8 + n  # 50 mini-batches are measured
+    assert {each for _, each in calls} == {total}
+    done = [each for each, _ in calls]
+    assert done == sorted(set(done))
+    assert done[-1] == total
+    assert [each for each in done if each > 50 * 8] == [
+        50 * 8 + min(10 * k, n) for k in range(1, -(-n // 10) + 1)
+    ]
+    assert same_bits(probe, fine_tuning_probe(model, variables, DATA, probe={"batch": 10}, **settings))
+    calls.clear()
+    fine_tuning_probe(model, variables, DATA, progress=count, keep_statistics=True, **settings)
+    assert calls == [(n, n)]
+
+
 def test_lp_ft_is_fine_tuning_from_a_probed_head(flax, smooth):
     for (model, variables), probe, settings in (
         (flax, {"head": "ridge", "penalty": 0.1}, MOMENTUM),

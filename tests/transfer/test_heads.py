@@ -279,6 +279,18 @@ def test_outputs_do_not_depend_on_the_batch_size_and_bytes_are_scaled_to_zero_to
     np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, rtol=1e-4, atol=1e-6)
 
 
+def test_progress_counts_the_examples_of_each_batch(trained, known_outputs):
+    model, variables = trained
+    x = known_outputs[0][:10]
+    for compute in (predict_logits, extract_features):
+        calls = []
+        counted = compute(model, variables, x, batch=4, progress=lambda *call, to=calls: to.append(call))
+        assert calls == [(4, 10), (8, 10), (10, 10)]
+        np.testing.assert_array_equal(counted, compute(model, variables, x, batch=4))
+        with pytest.raises(jm.checks.ArgumentError, match="progress: got 3"):
+            compute(model, variables, x, progress=3)
+
+
 def test_accuracy_and_confusion_equal_scikit_learns(trained):
     model, variables = trained
     x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 4, 4, 1)), jnp.float32)
