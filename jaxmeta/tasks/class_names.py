@@ -89,4 +89,6 @@ def slot_names(tasks: TaskDistribution, keys: Array) -> Shaped[np.ndarray, "n wa
 
 @partial(jax.jit, static_argnums=0)
 def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
-    return jax.vmap(lambda key: draw_rows(shape, data.offsets, data.sizes, key, data.groups))(keys)
+    return jax.vmap(lambda key: draw_rows(shape, data.offsets, data.sizes, key, data.groups, data.domains))(
+        keys
+    )

@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from jaxmeta.checks import ArgumentError, check_count, check_finite, check_word, format_value, join_names
 from jaxmeta.core import Batch, Key, ProtocolCard, Rotations, SplitName, Task, TaskDistribution
 from jaxmeta.tasks.by_class import Vector, grouped, vectors_of
-from jaxmeta.tasks.splits import Classes, hash_for_card, split_classes
+from jaxmeta.tasks.domains import DomainNames, DomainTable, PartDomains, draw_across, part_domains
+from jaxmeta.tasks.splits import Classes, check_part, hash_for_card, split_classes
 from jaxmeta.tasks.subset import ordered_subset
 
 
@@ -32,6 +33,8 @@ class EpisodeData(NamedTuple):
       groups: `(groups, 2)` first class and number of classes of each group; None: any classes may share an
         episode.
       metadata: `(classes, d)` class metadata of zero-shot tasks; None for other tasks.
+      domains: number of examples of each class and domain, where support and queries are from different
+        domains; None: from any domains.
     """
 
     x: Array
@@ -39,6 +42,7 @@ class EpisodeData(NamedTuple):
     sizes: Int[Array, " classes"]
     groups: Int[Array, "groups 2"] | None = None
     metadata: Float[Array, "classes d"] | None = None
+    domains: DomainTable | None = None
 
 
 @jax.tree_util.register_static
@@ -52,7 +56,6 @@ class EpisodeShape:
       queries: query examples per class.
       rotations: see `from_arrays`.
       example: shape of an example.
-      paired: whether all classes of an episode use the same example indices.
     """
 
     ways: tuple[int, int]
@@ -60,7 +63,6 @@ class EpisodeShape:
     queries: int
     rotations: Rotations
     example: tuple[int, ...]
-    paired: bool = False
 
     @classmethod
     def checked(
@@ -70,13 +72,12 @@ class EpisodeShape:
         queries: int,
         rotations: Rotations,
         example: tuple[int, ...],
-        paired: bool = False,
         zero_shot: bool = False,
     ) -> "EpisodeShape":
         """Build the shape from the arguments of `from_arrays`.
 
         Args:
-          ways, shots, queries, rotations, paired: see `from_arrays`.
+          ways, shots, queries, rotations: see `from_arrays`.
           example: shape of an example.
           zero_shot: whether class metadata replaces the support set.
 
@@ -111,7 +112,7 @@ class EpisodeShape:
                 f"rotations={rotations!r} needs square images (side, side, ...), got examples of "
                 f"shape {tuple(example)}"
             )
-        return cls(ways, shots, int(queries), rotations, tuple(example), paired)
+        return cls(ways, shots, int(queries), rotations, tuple(example))
 
     @property
     def needed(self) -> int:
@@ -125,6 +126,7 @@ class EpisodeShape:
         split: SplitName,
         source: str,
         skip_small: bool,
+        domains: DomainTable | None = None,
     ) -> list[int]:
         """Return the indices of the classes to draw episodes from.
 
@@ -137,19 +139,36 @@ class EpisodeShape:
           split: part of the classes, for the warning.
           source: name of the source, for the warning.
           skip_small: whether to skip classes with too few examples.
+          domains: numbers of examples by domain, where support and queries are from different domains.
         """
-        needed = self.needed
-        kept = [index for index, size in enumerate(sizes) if size >= needed]
+        lacking = self._lacking(sizes, domains)
+        kept = [index for index, count in enumerate(lacking) if count <= 0]
         if not skip_small or not kept:
             return list(range(len(names)))
-        small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
+        small = [f"{name} ({size})" for name, size, n in zip(names, sizes, lacking, strict=True) if n > 0]
         if small:
+            few = f"fewer than {self.needed} examples"
+            if domains is not None:
+                few = f"too few examples for support and queries from different domains, {self._in_words},"
             warnings.warn(
-                f"{source}: {len(small)} of {len(names)} classes of split={split!r} have fewer than {needed} "
-                f"examples and are left out: {join_names(small)}",
+                f"{source}: {len(small)} of {len(names)} classes of split={split!r} have {few} and are left "
+                f"out: {join_names(small)}",
                 stacklevel=3,
             )
         return kept
+
+    @property
+    def _in_words(self) -> str:
+        return f"shots + queries = {self.shots[1]} + {self.queries}"
+
+    def _lacking(
+        self, sizes: Sequence[int] | Int[np.ndarray, " classes"], domains: DomainTable | None
+    ) -> list[int]:
+        """Return the number of examples that each class lacks; at most 0 for classes with enough."""
+        if domains is None:
+            return [self.needed - int(size) for size in sizes]
+        remaining = domains.remaining(self.shots[1])
+        return (self.queries - remaining).tolist()
 
     def card_for(
         self,
@@ -159,6 +178,7 @@ class EpisodeShape:
         split_hash: str,
         source: str,
         protocol: str,
+        domains: DomainTable | None = None,
     ) -> ProtocolCard:
         """Return the protocol card of episodes from these classes.
 
@@ -169,9 +189,10 @@ class EpisodeShape:
           split_hash: hash of the class split.
           source: name of the source.
           protocol: sentence on the protocol.
+          domains: numbers of examples by domain, where support and queries are from different domains.
 
         Raises:
-          ValueError: too few classes, a class with too few examples, or paired classes of unequal size.
+          ValueError: too few classes, or a class with too few examples.
         """
         classes = len(names) * (4 if self.rotations == "classes" else 1)
         if classes < self.ways[1]:
@@ -180,20 +201,21 @@ class EpisodeShape:
                 "use fewer ways, or a class split (classes) with more classes in this part. To distinguish a "
                 "small fixed set of classes, use `jaxmeta transfer` or `predict`"
             )
-        needed = self.needed
-        small = [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < needed]
+        lacking = self._lacking(sizes, domains)
+        small = [f"{name} ({size})" for name, size, n in zip(names, sizes, lacking, strict=True) if n > 0]
         if small:
+            needed = f"{self._in_words} = {self.needed} examples are needed per class"
+            fewer = f"{len(small)} of {len(names)} classes have fewer"
+            if domains is not None:
+                needed += ", the queries from other domains than the support set"
+                fewer = (
+                    f"{len(small)} of {len(names)} classes have too few"
+                    if domains.held is not None
+                    else f"{len(small)} of {len(names)} classes have too few in some order of the domains"
+                )
             raise ValueError(
-                f"shots + queries = {self.shots[1]} + {self.queries} = {needed} examples are needed per "
-                f"class; {len(small)} of {len(names)} classes have fewer: {join_names(small)}; use "
-                "fewer shots or "
+                f"{needed}; {fewer}: {join_names(small)}; use fewer shots or "
                 "queries, or skip these classes with skip_small_classes where the source has this setting"
-            )
-        if self.paired and len(set(sizes)) > 1:
-            fewest, most = int(np.argmin(sizes)), int(np.argmax(sizes))
-            raise ValueError(
-                "paired=True needs classes with the same number of examples, got "
-                f"{names[fewest]} ({sizes[fewest]}) and {names[most]} ({sizes[most]})"
             )
         return ProtocolCard(
             tasks=source,
@@ -222,7 +244,9 @@ def from_arrays(
     name: str = "arrays",
     protocol: str = "",
     groups: Mapping[str, str] | None = None,
-    paired: bool = False,
+    domains: DomainNames | None = None,
+    across: bool = False,
+    test_domains: Sequence[str] | None = None,
     metadata: Mapping[str, Vector] | None = None,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
@@ -238,6 +262,13 @@ def from_arrays(
 
     With `shots=0` and `metadata` the tasks are zero-shot: the support set is one metadata vector per
     class, `support.x` `(N, d)` and `support.y = arange(N)`.
+
+    With `domains` and `across=True` the support set and the queries of a class are from different domains,
+    such as a catalogue in one style and photographs in another. A random order of the domains is drawn for
+    the episode. The support set of each class is drawn from the first domains that together have at least
+    K of its examples, the queries from the other domains. If all classes have equally many examples of
+    every domain, all classes of an episode use the same domains, and support and queries of the episode
+    share none. Otherwise the domains of one class's support set may be those of another one's queries.
 
     Args:
       x: `(n, *shape)` uint8 or float examples, in any order.
@@ -258,12 +289,16 @@ def from_arrays(
         example must be equal; they are rotated counter-clockwise.
       name: name of the source, for the protocol card.
       protocol: one sentence for the protocol card; if empty, the card describes how classes are split
-        and grouped.
+        and grouped, and which domains are used.
       groups: group name of each class, such as the alphabet of a character: the classes of an episode
         then belong to one group, drawn uniformly from the groups with at least `ways` classes; smaller
         groups are skipped. With rotations="classes" each rotation of a group is an additional group.
-      paired: whether all classes of an episode use the same example indices, counted within the class in
-        the order of `x`. If the index is the drawer, support and queries then have different drawers.
+      domains: `(n,)` domain name of each example, such as its style, camera or writer; None: the examples
+        have no domains.
+      across: whether the support set and the queries of a class are from different domains.
+      test_domains: names of domains held out for test: "train" and "validation" use examples of the other
+        domains only. "test" uses these domains only; with `across`, its queries are from these domains and
+        its support sets from the others.
       metadata: vector of each class, all of one length, for zero-shot tasks. Needs a single number of
         ways and rotations="none".
       skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries
@@ -274,9 +309,9 @@ def from_arrays(
 
     Raises:
       ValueError: too few classes for `ways`, or no group with as many; a class with fewer than shots +
-        queries examples, or paired classes of unequal size; a class without group or metadata; metadata
-        with shots > 0, or shots=0 without metadata; inconsistent lengths or types; an unknown split or
-        rotation.
+        queries examples, or too few in other domains than those of the support set; a class without group
+        or metadata; metadata with shots > 0, or shots=0 without metadata; inconsistent lengths or types; an
+        unknown split, rotation or domain, or too few domains.
 
     Examples:
       >>> import jax, numpy as np
@@ -285,32 +320,91 @@ def from_arrays(
       >>> support, query = tasks.sample(jax.random.key(0))
       >>> support.x.shape, query.x.shape, support.y.tolist()
       ((5, 2), (10, 2), [0, 1, 2, 3, 4])
+
+      >>> styles = {"domains": np.tile(["photo", "drawing", "icon"], 10), "test_domains": ("icon",)}
+      >>> tasks = from_arrays(x, np.repeat(np.arange(10), 3), ways=5, shots=1, across=True, **styles)
+      >>> tasks.card.protocol
+      'support and query from different domains, without icon, held out for test'
     """
     shape = EpisodeShape.checked(
-        ways, shots, queries, rotations, np.shape(x)[1:], paired, metadata is not None
+        ways, shots, queries, rotations, np.shape(x)[1:], zero_shot=metadata is not None
     )
     x, labels = _checked_examples(x, y)
+    own_domains = part_domains(domains, len(x), check_part(split), across, test_domains)
+    return tasks_of_examples(
+        x,
+        labels,
+        shape,
+        own_domains,
+        split=split,
+        classes=classes,
+        split_seed=split_seed,
+        name=name,
+        protocol=protocol,
+        groups=groups,
+        metadata=metadata,
+        skip_small_classes=skip_small_classes,
+    )
+
+
+def tasks_of_examples(
+    x: Shaped[np.ndarray, "n ..."],
+    labels: Shaped[np.ndarray, " n"],
+    shape: EpisodeShape,
+    own_domains: PartDomains | None,
+    *,
+    split: SplitName,
+    classes: Classes,
+    split_seed: int = 0,
+    name: str,
+    protocol: str,
+    groups: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Vector] | None = None,
+    skip_small_classes: bool = False,
+) -> TaskDistribution:
+    """Return few-shot tasks from checked examples; see `from_arrays`.
+
+    Args:
+      x: uint8 or float32 examples.
+      labels: class names of the examples.
+      shape: static part of an episode.
+      own_domains: domains of the examples in the part `split`; None for examples without domains.
+      split, classes, split_seed, name, protocol, groups, metadata, skip_small_classes: see `from_arrays`.
+    """
     present, label = np.unique(labels, return_inverse=True)
     own_protocol = protocol
     parts, protocol = split_classes(present.tolist(), classes, split_seed, split, protocol)
     names, spans = parts.ordered(split), None
+    used = np.ones(len(x), bool) if own_domains is None else own_domains.rows >= 0
+    table = None
+    if own_domains is not None and own_domains.across:
+        table = own_domains.table(label, len(present))
+
+    def table_of(classes: Sequence[str]) -> DomainTable | None:
+        return None if table is None else table.of(np.searchsorted(present, classes))
+
     if skip_small_classes:
-        counts = np.bincount(label)[np.searchsorted(present, names)]
-        names = [names[index] for index in shape.usable(names, counts, split, name, True)]
+        counts = np.bincount(label[used], minlength=len(present))[np.searchsorted(present, names)]
+        kept = shape.usable(names, counts, split, name, True, table_of(names))
+        names = [names[index] for index in kept]
     if groups is not None:
         names, spans = grouped(names, groups, shape.ways[1], split)
     if not own_protocol:
         within = "classes within one group" if groups is not None else ""
-        places = "the same places in every class" if paired else ""
-        protocol = ", ".join(filter(None, (protocol, within, places)))
+        domain_sentence = "" if own_domains is None else own_domains.sentence
+        protocol = ", ".join(filter(None, (protocol, within, domain_sentence)))
 
     # Index of each class among those kept; -1 for other classes, whose examples sort first and are dropped.
     index_of = np.full(len(present), -1)
     index_of[np.searchsorted(present, names)] = np.arange(len(names))
-    index = index_of[label]
-    order = np.argsort(index, kind="stable")[np.sum(index < 0) :]
-    sizes = np.bincount(index[order])
-    card = shape.card_for(names, sizes.tolist(), split, hash_for_card(parts, split, classes), name, protocol)
+    index = np.where(used, index_of[label], -1)
+    if own_domains is None or table is None:
+        order = np.argsort(index, kind="stable")[np.sum(index < 0) :]
+    else:
+        order = np.lexsort((own_domains.rows, index))[np.sum(index < 0) :]
+    sizes, own_table = np.bincount(index[order], minlength=len(names)), table_of(names)
+    split_hash = hash_for_card(parts, split, classes)
+    card = shape.card_for(names, sizes.tolist(), split, split_hash, name, protocol, own_table)
     if not np.array_equal(order, np.arange(len(x))):  # indexing copies an array that may fill half the memory
         x = x[order]
     data = EpisodeData(
@@ -319,6 +413,7 @@ def from_arrays(
         jnp.asarray(sizes, jnp.int32),
         None if spans is None else jnp.asarray(spans, jnp.int32),
         None if metadata is None else jnp.asarray(vectors_of(metadata, names, split)),
+        None if own_table is None else own_table.on_device(),
     )
     return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card, tuple(names))
 
@@ -347,6 +442,7 @@ def draw_rows(
     sizes: Int[Array, " classes"],
     key: Key,
     groups: Int[Array, "groups 2"] | None = None,
+    domains: DomainTable | None = None,
 ) -> Drawn:
     """Draw the classes, examples and rotations of an episode.
 
@@ -354,8 +450,11 @@ def draw_rows(
     """
     ways, shots, queries = shape.ways[1], shape.shots[1], shape.queries
     each = shots + queries
-    # Their number affects their values: the extra one, only with groups, leaves other episodes unchanged.
-    bits = jax.random.bits(key, (ways * (each + 2) + (2 if groups is None else 3),), jnp.uint32)
+    # Their number affects their values: the extra ones, only with groups or domains, leave other episodes
+    # unchanged.
+    extra = 2 if groups is None else 3
+    more = 0 if domains is None else domains.counts.shape[1] + ways
+    bits = jax.random.bits(key, (ways * (each + 2) + extra + more,), jnp.uint32)
     class_bits, turn_bits, example_bits, other_bits = jnp.split(
         bits, (ways, 2 * ways, ways * (each + 2)), axis=0
     )
@@ -375,9 +474,13 @@ def draw_rows(
         turns = (turn_bits >> 30).astype(jnp.int32)
 
     example_bits = example_bits.reshape(ways, each)
-    if shape.paired:
-        example_bits = jnp.broadcast_to(example_bits[:1], (ways, each))
-    rows = offsets[classes][:, None] + jax.vmap(ordered_subset)(example_bits, sizes[classes])
+    if domains is None:
+        rows = offsets[classes][:, None] + jax.vmap(ordered_subset)(example_bits, sizes[classes])
+    else:
+        domain_bits, shift_bits = other_bits[extra:-ways], other_bits[-ways:]
+        rows = draw_across(
+            domains, offsets[classes], classes, shots, (domain_bits, example_bits[0], shift_bits)
+        )
 
     support_mask = query_mask = None
     if shape.ways[0] < ways or shape.shots[0] < shots:
@@ -404,7 +507,7 @@ def names_of_slots(
 
 def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     """Draw one episode from examples on the device."""
-    drawn = draw_rows(shape, data.offsets, data.sizes, key, data.groups)
+    drawn = draw_rows(shape, data.offsets, data.sizes, key, data.groups, data.domains)
     shots, ways = shape.shots[1], shape.ways[1]
     task = make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
     if data.metadata is None:

@@ -240,7 +240,8 @@ def omniglot(
         + (", within one alphabet, different drawers for support and query" if within_alphabet else ""),
         groups={name: name.split("/")[0] for name in EDITION.names} if within_alphabet else None,
         # The drawings of a character are stored by drawer.
-        paired=within_alphabet,
+        domains=np.tile(np.arange(1, DRAWERS + 1), len(EDITION.names)) if within_alphabet else None,
+        across=within_alphabet,
     )
 
 

@@ -23,7 +23,8 @@ from jaxmeta.checks import ArgumentError, MissingPackageError
 from jaxmeta.core import Rotations, SplitName, TaskDistribution, card_of
 from jaxmeta.tasks.by_class import Vector
 from jaxmeta.tasks.cache import cache_folder, make_room
-from jaxmeta.tasks.episodes import EpisodeShape, from_arrays
+from jaxmeta.tasks.domains import DomainTable, PartDomains, part_domains
+from jaxmeta.tasks.episodes import EpisodeShape, tasks_of_examples
 from jaxmeta.tasks.images import LeftOut, printable
 from jaxmeta.tasks.splits import (
     FRACTIONS,
@@ -81,6 +82,7 @@ class Prepared:
       parts: `(part, number of images of each class)` for each part of the source; empty without parts. The
         rows of a class are numbered part after part.
       summary: summary of the read files; None for other sources.
+      domains: domain of each row; empty without domains.
     """
 
     folder: Path
@@ -90,6 +92,7 @@ class Prepared:
     shape: tuple[int, int, int]
     parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
     summary: ReadSummary | None = None
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -130,6 +133,42 @@ class Prepared:
         ranges = [offsets[index_of[name]] + np.arange(self.sizes[index_of[name]]) for name in names]
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
+    def part_rows(
+        self,
+        names: Sequence[str],
+        shape: EpisodeShape,
+        split: SplitName,
+        *,
+        across: bool,
+        test_domains: Sequence[str] | None,
+        skip_small_classes: bool,
+    ) -> "PartRows":
+        """Return the rows of the part `split`, whose classes are `names`.
+
+        Raises:
+          ArgumentError: see `from_arrays` about domains.
+        """
+        domains = part_domains(self.domains or None, len(self), split, across, test_domains)
+        chosen = [self.rows_of([name]) for name in names]
+        table = None
+        if domains is not None:
+            chosen = [rows[domains.rows[rows] >= 0] for rows in chosen]
+            if across:
+                chosen = [rows[np.argsort(domains.rows[rows], kind="stable")] for rows in chosen]
+                index = np.full(len(self), -1)
+                for place, rows in enumerate(chosen):
+                    index[rows] = place
+                table = domains.table(index, len(names))
+        sizes = [len(rows) for rows in chosen]
+        kept = shape.usable(names, sizes, split, self.name, skip_small_classes, table)
+        return PartRows(
+            tuple(names[place] for place in kept),
+            np.concatenate([np.zeros(0, np.int64), *(chosen[place] for place in kept)]),
+            tuple(sizes[place] for place in kept),
+            domains,
+            None if table is None else table.of(kept),
+        )
+
     def read(
         self, rows: Int[np.ndarray, " n"] | Sequence[int]
     ) -> UInt8[np.ndarray, "n height width channels"]:
@@ -160,6 +199,29 @@ class Prepared:
                 "folder to prepare the images again"
             ) from error
         return images
+
+
+class PartRows(NamedTuple):
+    """The rows of one part of prepared images.
+
+    Attributes:
+      names: class names.
+      rows: rows of all images, class after class, sorted by domain where support and queries are from
+        different domains.
+      sizes: number of images of each class.
+      domains: domains of all images; None without domains.
+      table: images by class and domain, where support and queries are from different domains; else None.
+    """
+
+    names: tuple[str, ...]
+    rows: Int[np.ndarray, " n"]
+    sizes: tuple[int, ...]
+    domains: PartDomains | None
+    table: DomainTable | None
+
+    def protocol(self, sentence: str) -> str:
+        """Return the sentence for the protocol card, with the use of the domains."""
+        return ", ".join(filter(None, (sentence, "" if self.domains is None else self.domains.sentence)))
 
 
 class SplitImages(NamedTuple):
@@ -238,6 +300,8 @@ def from_prepared(
     split_seed: int = 0,
     rotations: Rotations = "none",
     protocol: str = "",
+    across: bool = False,
+    test_domains: Sequence[str] | None = None,
     metadata: Mapping[str, Vector] | None = None,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
@@ -249,8 +313,8 @@ def from_prepared(
       prepared: images from `prepare_folder` or `prepare_tfds`.
       classes: see `from_arrays`; "auto": the class split of the images' parts (`prepared.split`), or the
         fractions (0.64, 0.16, 0.2) where there is none.
-      ways, shots, queries, split, split_seed, rotations, protocol, metadata, skip_small_classes: see
-        `from_arrays`.
+      ways, shots, queries, split, split_seed, rotations, protocol, across, test_domains, metadata,
+        skip_small_classes: see `from_arrays`. Domains are those of the images (`prepared.domains`).
 
     Raises:
       ValueError: see `from_arrays`.
@@ -262,23 +326,24 @@ def from_prepared(
     parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or sentence)
     split_hash = hash_for_card(parts, split, classes)
     chosen = set(parts.part(split))
-    sizes = {
-        name: size for name, size in zip(prepared.classes, prepared.sizes, strict=True) if name in chosen
-    }
-    names = list(sizes)
-    kept = shape.usable(names, list(sizes.values()), split, prepared.name, skip_small_classes)
-    sizes = {names[index]: sizes[names[index]] for index in kept}
+    part = prepared.part_rows(
+        [name for name in prepared.classes if name in chosen],
+        shape,
+        split,
+        across=across,
+        test_domains=test_domains,
+        skip_small_classes=skip_small_classes,
+    )
+    names, sizes, protocol = part.names, part.sizes, part.protocol(protocol)
     # Invalid arguments raise here, before any image is read.
-    shape.card_for(list(sizes), list(sizes.values()), split, split_hash, prepared.name, protocol)
-    tasks = from_arrays(
-        prepared.read(prepared.rows_of(list(sizes))),
-        np.repeat(np.array(list(sizes)), list(sizes.values())),
-        ways=ways,
-        shots=shots,
-        queries=queries,
+    shape.card_for(names, sizes, split, split_hash, prepared.name, protocol, part.table)
+    tasks = tasks_of_examples(
+        prepared.read(part.rows),
+        np.repeat(np.array(names), sizes),
+        shape,
+        None if part.domains is None else part.domains._replace(rows=part.domains.rows[part.rows]),
         split=split,
-        classes=ClassSplit(**{split: tuple(sizes)}),
-        rotations=rotations,
+        classes=ClassSplit(**{split: names}),
         name=prepared.name,
         protocol=protocol,
         metadata=metadata,

@@ -1,18 +1,19 @@
 """Episodes from data larger than the device memory, read ahead by Grain."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, UInt8
 
 from jaxmeta.checks import ArgumentError, check_count, check_key, check_kind
 from jaxmeta.core import Key, Rotations, SplitName, Task, TaskStream, episode_keys
+from jaxmeta.tasks.domains import DomainTable
 from jaxmeta.tasks.episodes import Drawn, EpisodeShape, draw_rows, make_task, names_of_slots
-from jaxmeta.tasks.prepared import Prepared
+from jaxmeta.tasks.prepared import PartRows, Prepared
 from jaxmeta.tasks.splits import Classes, hash_for_card, split_classes
 
 # Steps are int32, so the stream has a formal end.
@@ -32,6 +33,8 @@ def stream(
     split_seed: int = 0,
     rotations: Rotations = "none",
     protocol: str = "",
+    across: bool = False,
+    test_domains: Sequence[str] | None = None,
     skip_small_classes: bool = False,
     for_evaluation: bool = False,
     workers: int = 0,
@@ -62,6 +65,8 @@ def stream(
       rotations: rotations of the images: "none"; "classes", each class rotated by 90, 180 and 270° is an
         additional class; or "random", one random rotation per class and episode.
       protocol: one sentence for the protocol card; if empty, the card describes how classes are split.
+      across: whether support and queries of a class are from different domains, see `from_arrays`.
+      test_domains: names of domains held out for test, see `from_arrays`.
       skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries images,
         after the classes are split.
       for_evaluation: whether to number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
@@ -85,14 +90,17 @@ def stream(
     shape = EpisodeShape.checked(ways, shots, queries, rotations, prepared.shape)
     classes, sentence = prepared.class_split(classes)
     parts, protocol = split_classes(prepared.classes, classes, split_seed, split, protocol or sentence)
-    index_of = {name: index for index, name in enumerate(prepared.classes)}
-    chosen = [index_of[name] for name in parts.ordered(split)]
-    names = [prepared.classes[index] for index in chosen]
-    kept = shape.usable(names, np.array(prepared.sizes)[chosen], split, prepared.name, skip_small_classes)
-    chosen, kept_names = [chosen[index] for index in kept], [names[index] for index in kept]
-    sizes = np.array(prepared.sizes)[chosen]
+    part = prepared.part_rows(
+        parts.ordered(split),
+        shape,
+        split,
+        across=across,
+        test_domains=test_domains,
+        skip_small_classes=skip_small_classes,
+    )
     split_hash = hash_for_card(parts, split, classes)
-    card = shape.card_for(kept_names, sizes, split, split_hash, prepared.name, protocol)
+    protocol = part.protocol(protocol)
+    card = shape.card_for(part.names, part.sizes, split, split_hash, prepared.name, protocol, part.table)
     check_count("meta_batch", meta_batch)
     check_count("workers", workers, 0)
     check_count("ahead", ahead)
@@ -104,12 +112,10 @@ def stream(
             "a multiple of the number of processes",
         )
     own = meta_batch // count
-    reader = _Reader(
-        prepared, shape, prepared.offsets[chosen], sizes, key, meta_batch, index * own, own, for_evaluation
-    )
+    reader = _Reader(prepared, shape, part, key, meta_batch, index * own, own, for_evaluation)
 
     def names_at(step: int) -> np.ndarray:
-        return names_of_slots(shape, kept_names, reader.plan(step))
+        return names_of_slots(shape, part.names, reader.plan(step))
 
     def assembled(read: tuple[Drawn, np.ndarray]) -> Task:
         return _assemble(shape, *read)
@@ -145,8 +151,7 @@ class _Reader:
         self,
         prepared: Prepared,
         shape: EpisodeShape,
-        offsets: Int[np.ndarray, " classes"],
-        sizes: Int[np.ndarray, " classes"],
+        part: PartRows,
         key: Key,
         meta_batch: int,
         first: int,
@@ -154,7 +159,11 @@ class _Reader:
         for_evaluation: bool,
     ):
         self.prepared, self.shape, self.for_evaluation = prepared, shape, for_evaluation
-        self.offsets, self.sizes = offsets.astype(np.int32), sizes.astype(np.int32)
+        self.rows, self.sizes = part.rows, np.array(part.sizes, np.int32)
+        self.offsets = np.cumsum(self.sizes) - self.sizes
+        self.domains = None
+        if part.table is not None:
+            self.domains = part.table._replace(counts=np.asarray(part.table.counts, np.int32))
         # As numbers, since a key array would need a device in the worker process.
         self.key_impl, self.key_data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
         self.meta_batch, self.first, self.own = meta_batch, first, own
@@ -166,20 +175,27 @@ class _Reader:
             key = jax.random.wrap_key_data(jnp.asarray(self.key_data), impl=self.key_impl)
             fold = None if self.for_evaluation else jnp.uint32(step)
             indices = first + jnp.arange(self.own)
-            return jax.device_get(_plan(self.shape, self.offsets, self.sizes, key, fold, indices))
+            plan = _plan(self.shape, self.offsets, self.sizes, self.domains, key, fold, indices)
+            return jax.device_get(plan)
 
     def __call__(self, step: int) -> tuple[Drawn, UInt8[np.ndarray, "tasks ways count size"]]:
         drawn = self.plan(step)
-        images = self.prepared.read(np.asarray(drawn.rows).reshape(-1))
+        images = self.prepared.read(self.rows[np.asarray(drawn.rows).reshape(-1)])
         return drawn, images.reshape(*drawn.rows.shape, -1)
 
 
 @partial(jax.jit, static_argnums=0)
 def _plan(
-    shape: EpisodeShape, offsets: Array, sizes: Array, key: Key, fold: Array | None, indices: Array
+    shape: EpisodeShape,
+    offsets: Array,
+    sizes: Array,
+    domains: DomainTable | None,
+    key: Key,
+    fold: Array | None,
+    indices: Array,
 ) -> Drawn:
     keys = episode_keys(key if fold is None else jax.random.fold_in(key, fold), indices)[:, 0]
-    return jax.vmap(partial(draw_rows, shape, offsets, sizes))(keys)
+    return jax.vmap(partial(draw_rows, shape, offsets, sizes, domains=domains))(keys)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -303,7 +303,6 @@ METADATA = {name: [float(name), 1.0] for name in "012"}
             r"ways=2 is more than the classes of any group \(groups\) .* the largest, 'a', has 1",
         ),
         ({"groups": {"0": "a", "1": "b", "2": "b"}, "shots": 2}, r"1 of 2 classes have fewer: 2 \(2\)"),
-        ({"paired": True}, r"paired=True needs classes with the same number .* got 2 \(2\) and 0 \(4\)"),
         ({"shots": 0}, r"zero-shot tasks, which need one vector per class"),
         ({"metadata": METADATA}, "zero-shot tasks, which need shots=0.*; got shots=1"),
         ({"metadata": METADATA, "shots": (0, 1)}, r"got shots=\(0, 1\)"),
@@ -361,7 +360,7 @@ def test_episodes_of_a_key_do_not_change_between_versions(rotations):
         np.testing.assert_array_equal(task.query.x, np.concatenate(query))
 
 
-# --- groups, and examples paired by index ------------------------------------------------------------
+# --- groups, and examples by the same drawers --------------------------------------------------------
 
 # Groups of the classes 0 … 8; "u" has only two.
 GROUPS = {str(c): {0: "u", 4: "u", 1: "v", 3: "v", 8: "v"}.get(c, "w") for c in range(9)}
@@ -438,28 +437,31 @@ def test_groups_are_rotated_as_a_whole_with_rotated_classes(rotations):
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS])
-def test_paired_examples_have_the_same_indices_in_every_class(groups):
+def test_one_example_per_domain_gives_all_classes_the_same_domains(groups):
     x, y = numbered([6] * 9)
-    order = np.lexsort((x[:, 1], y))  # the index of an example within its class is its number
-    tasks = from_arrays(x[order], y[order], ways=3, shots=2, queries=2, groups=groups, paired=True)
-    assert tasks.card.protocol.endswith("the same places in every class")
+    tasks = from_arrays(
+        x, y, ways=3, shots=2, queries=2, groups=groups, domains=x[:, 1].astype(int), across=True
+    )
+    assert tasks.card.protocol.endswith("support and query from different domains")
     classes, support, query = drawn_classes(tasks, 6000)
     places = np.concatenate([support, query], 2)
     assert (places == places[:, :1]).all()
     assert all(len(set(row)) == 4 for row in places[:, 0].tolist())
     for example in range(4):
         assert stats.chisquare(np.bincount(places[:, 0, example], minlength=6)).pvalue > 1e-3
-    pairs, counts = np.unique(places[:, 0, [0, 2]], axis=0, return_counts=True)
-    assert len(pairs) == 30
-    assert stats.chisquare(counts).pvalue > 1e-3
+    for pair in ([0, 1], [0, 2], [2, 3]):
+        pairs, counts = np.unique(places[:, 0, pair], axis=0, return_counts=True)
+        assert len(pairs) == 30
+        assert stats.chisquare(counts).pvalue > 1e-3
     if groups is None:
         assert stats.chisquare(np.bincount(classes.ravel(), minlength=9)).pvalue > 1e-3
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize("options", [{"groups": GROUPS, "paired": True}, {"groups": GROUPS, "ways": (2, 3)}])
+@pytest.mark.parametrize("options", [{"across": True}, {"ways": (2, 3)}])
 def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
     x, y = numbered([6] * 9)
+    options = {"groups": GROUPS, "domains": x[:, 1].astype(int)} | options
     tasks = from_arrays(x, y, **{"ways": 3, "shots": 1, "queries": 2} | options)
     batch = sampled(tasks, 4)
     for i, key in enumerate(jax.random.split(jax.random.key(0), 4)):
@@ -472,7 +474,7 @@ def test_grouped_episodes_are_pure_under_jit_and_vmap(options):
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize("options", [{}, {"groups": GROUPS, "paired": True}])
+@pytest.mark.parametrize("options", [{}, {"groups": GROUPS}])
 def test_zero_shot_support_is_the_metadata_of_the_classes(options):
     x, y = numbered([4] * 9)
     metadata = {str(c): np.array([c, c**2, 0.5]) for c in range(9)}

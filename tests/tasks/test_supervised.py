@@ -97,11 +97,11 @@ def test_rotated_classes_have_separate_labels_and_random_rotations_share_them(ro
     assert stats.chisquare(counts.ravel()).pvalue > 1e-3
 
 
-def test_grouped_paired_and_zero_shot_tasks_have_all_their_classes():
+def test_grouped_and_zero_shot_tasks_have_all_their_classes():
     x, y = numbered([4, 4, 4, 4, 4])
     metadata = {str(c): [float(c)] for c in range(5)}
     groups = {"0": "b", "1": "a", "2": "c", "3": "a", "4": "b"}
-    few = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=metadata, groups=groups, paired=True)
+    few = from_arrays(x, y, ways=2, shots=0, queries=2, metadata=metadata, groups=groups)
     tasks = supervised(few, batch=400)
     support, query = drawn(tasks)
     assert support.x.shape == (200, 2)
