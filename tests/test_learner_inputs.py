@@ -128,6 +128,7 @@ NETWORKS = {
     "relation": (jm.nn.RelationEmbedding(filters=2), 12),
     "resnet12": (jm.nn.ResNet12(ways=3, channels=(2, 2)), 8),
     "resnet": (jm.nn.ResNet(ways=3, depths=(1,), channels=(4,), stem=4), 16),
+    "squeezenet": pytest.param(jm.nn.SqueezeNet(ways=3), 17, marks=pytest.mark.nightly),
     "vit": (jm.nn.ViT(ways=3, patch=4, width=4, depth=1, heads=2, mlp=4, image_size=8), 8),
 }
 EVERY_NETWORK = pytest.mark.parametrize(("network", "size"), NETWORKS.values(), ids=NETWORKS)

@@ -387,7 +387,7 @@ def test_a_run_on_other_data_than_images_is_an_error(place, question, tmp_path, 
         (["--size", "0"], "--size: got 0"),
         (["--protocol", "lake"], "--protocol"),
         (["--data", "."], "--data"),
-        (["--network", "resnet"], "known are resnet12"),
+        (["--network", "resnet1"], "known are resnet"),
     ],
 )
 def test_invalid_settings_of_a_folder_are_errors(place, flags, expected, tmp_path, monkeypatch, capsys):

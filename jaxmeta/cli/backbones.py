@@ -16,7 +16,7 @@ from jaxmeta.cli.names import LEARNERS, NETWORKS, find, width_name
 from jaxmeta.cli.sources import renaming
 from jaxmeta.core import Model, Params
 from jaxmeta.declare import facts_of
-from jaxmeta.nn import StatefulModel, ViT, as_stateful
+from jaxmeta.nn import SqueezeNet, StatefulModel, ViT, as_stateful
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import load_params
 from jaxmeta.transfer import input_adapter
@@ -93,7 +93,8 @@ class Backbone:
       about: description of the source, for reports.
       network: module without a head.
       variables: "params" and, where they are known, "batch_stats"; None for an untrained network.
-      head: linear head of the classes that it was trained on, `{"kernel", "bias"}`; None where it has none.
+      head: head of the classes that it was trained on, `{"kernel", "bias"}`; None where it has none. It is
+        linear in the features, except for SqueezeNet's; see `logits`.
       images: images that it was trained on; None where the source does not say.
       size: side of the images it takes, in pixels; None for any.
       pixels: normalisation of the pixels it takes.
@@ -130,6 +131,21 @@ class Backbone:
             return flat(z), state
 
         return model._replace(apply=lambda variables, x: flat(model.apply(variables, x)), train=train)
+
+    def logits(self, variables: dict[str, Any], head: Params, x: jax.Array) -> jax.Array:
+        """Return the logits of the classes of a head for inputs of the network.
+
+        Args:
+          variables: variables of the network without its head.
+          head: head with the form of `self.head`.
+          x: images, as the network takes them.
+        """
+        if is_linear(head):
+            return head_logits(head, self.model.apply(variables, x))
+        # The classifier of SqueezeNet comes before the mean over space, so that the features are not enough.
+        network = self.network.clone(ways=head["bias"].size, classifier="convolution")
+        whole = {**variables, "params": {**variables["params"], HEAD: head}}
+        return as_stateful(network).apply(whole, x)
 
     def input(
         self, shape: tuple[int, ...], mean: Callable[[int], float], ink: bool, **requested: Any
@@ -187,6 +203,11 @@ class Backbone:
         with renaming({"x": "size", "image_size": "size"}):
             params = jax.eval_shape(as_stateful(self.network).init, jax.random.key(0), x)["params"]
         return {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
+
+
+def is_linear(head: Params) -> bool:
+    """Return whether a head, `{"kernel", "bias"}`, is a linear layer on the features."""
+    return head["kernel"].ndim == 2
 
 
 def head_logits(head: Params, features: jax.Array) -> jax.Array:
@@ -330,7 +351,7 @@ def _from_run(backbone: Backbone, folder: Path) -> Backbone:
     head = None
     # The outputs of a meta-learned network are slots of a task, not classes of its own.
     if learner in LEARNERS and facts_of(LEARNERS[learner]).supervised:
-        head = _linear(load_params(folder).get(HEAD))
+        head = _known_head(load_params(folder).get(HEAD))
     about = f"{backbone.source}, {learner} on {tasks}, {network}"
     images = images._replace(size=size or images.size, channels=channels or images.channels)
     return dataclasses.replace(
@@ -373,7 +394,7 @@ def _without_head(source: str, argument: str, loaded: Pretrained, name: str | No
         for kind, tree in loaded.variables.items()
     }
     params = dict(variables["params"])
-    head = _linear(params.pop(HEAD, None))
+    head = _known_head(params.pop(HEAD, None))
     body: dict[str, Any] = {"params": params}
     if variables.get(STATISTICS):
         body[STATISTICS] = variables[STATISTICS]
@@ -381,12 +402,13 @@ def _without_head(source: str, argument: str, loaded: Pretrained, name: str | No
 
 
 def with_width(network: Any, classes: int | None) -> Any:
-    """Return the network with a head of `classes` outputs, or without a head where `classes` is None."""
+    """Return the network with a linear head of `classes` outputs, or without a head where it is None."""
     width = width_name(type(network))
-    return network if width is None else network.clone(**{width: classes})
+    linear = {"classifier": "linear"} if isinstance(network, SqueezeNet) else {}
+    return network if width is None else network.clone(**{width: classes}, **linear)
 
 
-def _linear(head: Any) -> Params | None:
+def _known_head(head: Any) -> Params | None:
     return head if isinstance(head, Mapping) and set(head) == {"kernel", "bias"} else None
 
 

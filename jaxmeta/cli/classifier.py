@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmeta.checks import ArgumentError, check_count
 from jaxmeta.cli import build, folders
-from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, head_logits, load_backbone
+from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, load_backbone
 from jaxmeta.cli.config import Config, is_run, load_config, read_json
 from jaxmeta.cli.data import ImageSpec, images_of
 from jaxmeta.cli.own_images import read_images, seem_inverted, warn_of_negatives
@@ -400,7 +400,7 @@ def by_prototypes(
 def _with_head(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
     if backbone.head is None:
         reading.check_given(f"{backbone.source} has no head of classes and")
-    spec, model = _spec(backbone, size), backbone.model
+    spec = _spec(backbone, size)
     adapter = Input(spec, False, backbone.pixels).adapter()
     assert backbone.head is not None
     count = backbone.head["bias"].shape[0]
@@ -409,8 +409,7 @@ def _with_head(backbone: Backbone, size: int | None, reading: _Reading) -> Class
         classes = tuple(map(str, range(count)))
 
     def scores(values: PyTree, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-        z = model.apply(values["variables"], adapter.apply({}, x))
-        return head_logits(values["head"], z)
+        return backbone.logits(values["variables"], values["head"], adapter.apply({}, x))
 
     values = {"variables": backbone.variables, "head": backbone.head}
     inverted = reading.invert != backbone.inverted

@@ -15,7 +15,7 @@ from jaxmeta.cli.backbones import Backbone
 from jaxmeta.cli.data import ImageSpec
 from jaxmeta.cli.sources import renaming
 from jaxmeta.cli.target_data import Target
-from jaxmeta.core import Batch, Key
+from jaxmeta.core import Batch, Key, Model
 from jaxmeta.nn import StatefulModel, layers_in_order
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.nn.stateful import Variables
@@ -107,6 +107,7 @@ class InitialClassifier(NamedTuple):
 
     Attributes:
       model: adapter, backbone and head.
+      adapter: conversion of images into the backbone's input.
       variables: variables of the backbone and of a new head.
       layers: names of the backbone's layers, from the lowest up.
       images: specification of the backbone's input, for later transfers from the result.
@@ -116,6 +117,7 @@ class InitialClassifier(NamedTuple):
     """
 
     model: StatefulModel
+    adapter: Model
     variables: dict[str, Any]
     layers: tuple[str, ...]
     images: ImageSpec
@@ -172,11 +174,14 @@ def initial_classifier(
     )
     # The number of channels of `pixels` is checked when the adapter sees the first image.
     with renaming({"mean": "pixels", "std": "pixels"}):
-        model = classifier(backbone.model, len(target.classes), adapter=input.adapter())
+        adapter = input.adapter()
+        model = classifier(backbone.model, len(target.classes), adapter=adapter)
         variables = model.init(jax.random.fold_in(key, 1), as_images(learn.x[:1]))
     images = input.images
     layers = layers_in_order(backbone.network, jnp.zeros((1, images.size, images.size, images.channels)))
-    start = InitialClassifier(model, variables, layers, images, input.inverted, None, backbone.report)
+    start = InitialClassifier(
+        model, adapter, variables, layers, images, input.inverted, None, backbone.report
+    )
     normalises = STATISTICS in variables
     if backbone.variables is None:
         statistics = "of the target's images, a running average in training" if normalises else None

@@ -53,6 +53,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {
     "conv4": nn.Conv4,
     "conv4-32": partial(nn.Conv4, filters=32),
     "resnet12": nn.ResNet12,
+    "squeezenet": nn.SqueezeNet,
     "mlp": partial(nn.MLP, hidden=(256, 128, 64, 64), norm=True),
     "mlp-40": nn.MLP,
     "linear": partial(nn.MLP, hidden=(), use_bias=False),

@@ -22,6 +22,7 @@ from jaxmeta.cli.backbones import (
     WEIGHTS,
     Backbone,
     head_logits,
+    is_linear,
     load_backbone,
     untrained_backbone,
     with_width,
@@ -65,7 +66,7 @@ from jaxmeta.transfer import (
     save_pretrained,
 )
 from jaxmeta.transfer.architectures import described
-from jaxmeta.transfer.classifier import BODY, HEAD
+from jaxmeta.transfer.classifier import BODY, HEAD, in_batches
 from jaxmeta.transfer.ranking import Candidate, Ranking
 from jaxmeta.transfer.subtree import leaves_by_path
 
@@ -405,7 +406,7 @@ def rank(
             progress=CountLines(f"features of {name}", "images"),
         )
         widths.append(features.shape[1])
-        candidates[name] = Candidate(features, _source_probs(backbone, features))
+        candidates[name] = Candidate(features, _source_probs(backbone, start, learn.x, features))
         if fine_tune:
             brief = dataclasses.replace(requested, steps=requested.steps or _RANKED_STEPS)
             settings = resolve_settings("lp-ft", backbone, start, len(split.learn), brief)
@@ -477,10 +478,21 @@ def _start(backbone: Backbone, images: Target, learn: Batch, options: Options, k
     return initial_classifier(backbone, images, learn, size=options.size, channels=options.channels, key=key)
 
 
-def _source_probs(backbone: Backbone, features: jax.Array) -> jax.Array | None:
-    if backbone.head is None:
+def _source_probs(
+    backbone: Backbone, start: InitialClassifier, x: Any, features: jax.Array
+) -> jax.Array | None:
+    """Return the probabilities of the source's own classes for images x; None where it has no head."""
+    head = backbone.head
+    if head is None:
         return None
-    return jax.nn.softmax(head_logits(backbone.head, features))
+    if is_linear(head):
+        return jax.nn.softmax(head_logits(head, features))
+
+    def logits(variables: Variables, x: jax.Array) -> jax.Array:
+        body = {name: tree[BODY] for name, tree in variables.items() if BODY in tree}
+        return backbone.logits(body, head, start.adapter.apply({}, x))
+
+    return jax.nn.softmax(in_batches(logits, start.variables, x, start.at_once))
 
 
 def _file_part(source: str) -> str:

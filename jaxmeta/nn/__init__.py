@@ -1,7 +1,9 @@
 """Networks and layers; the only part of the package that imports Flax.
 
+**Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `SqueezeNet`,
 **Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `ViT`, `MLP`,
 `RelationEmbedding`, `Koch`; `Identity`, for features that are already computed; `MemoryNetwork` with the
+`ViT`, `MLP`, `RelationEmbedding`, `Koch`; `MemoryNetwork` with the memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
 memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
 
 **Normalisation.** Which statistics normalise the queries moves published numbers by points, so it is a
@@ -101,6 +103,7 @@ from jaxmeta.nn.preprocessed import preprocessed
 from jaxmeta.nn.relation import RelationEmbedding, RelationModule
 from jaxmeta.nn.residual import ResNet, ResNet18, ResNet34, ResNet50
 from jaxmeta.nn.resnet import ResNet12
+from jaxmeta.nn.squeezenet import SqueezeNet
 from jaxmeta.nn.stateful import StatefulModel, as_stateful, chain, layers_in_order
 from jaxmeta.nn.vit import ViT, resize_positions
 
@@ -128,6 +131,7 @@ __all__ = [
     "ResNet18",
     "ResNet34",
     "ResNet50",
+    "SqueezeNet",
     "StatefulModel",
     "StridedConv4",
     "ViT",

@@ -12,17 +12,24 @@ from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
 
 
-def max_pool_3x3(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Apply 3×3 max-pooling with stride 2 and a padding of 1."""
+def max_pool_3x3(x: Float[Array, "n h w c"], *, ceil_mode: bool = False) -> Float[Array, "n h2 w2 c"]:
+    """Apply 3×3 max-pooling with stride 2, as torch has it.
+
+    Args:
+      x: maps of shape (n, h, w, c).
+      ceil_mode: False for a padding of 1; True for no padding, but a last window that may reach over the
+        edge.
+    """
     # Maxima of slices, over rows and then over columns: the gradient of `linen.max_pool` is a scatter, which
     # takes four times as long on CPUs.
-    return _max_of_three(_max_of_three(x, 1), 2)
+    return _max_of_three(_max_of_three(x, 1, ceil_mode), 2, ceil_mode)
 
 
-def _max_of_three(x, axis):
-    out = (x.shape[axis] - 1) // 2 + 1
+def _max_of_three(x, axis, ceil_mode):
+    size = x.shape[axis]
+    out = size // 2 if ceil_mode else (size - 1) // 2 + 1
     padding = [(0, 0, 0)] * x.ndim
-    padding[axis] = (1, 1, 0)
+    padding[axis] = (0, 2 * out + 1 - size, 0) if ceil_mode else (1, 1, 0)
     x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), padding)
     before, at, after = (lax.slice_in_dim(x, i, i + 2 * out - 1, 2, axis) for i in range(3))
     return jnp.maximum(jnp.maximum(before, at), after)

@@ -24,15 +24,16 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _TIMM = {
     "ResNet": re.compile(r"(tv_|gluon_)?resnet(18|34|50|101|152)(_v1b)?(\..*)?"),
     "ViT": re.compile(r"(vit|deit)_(tiny|small|base|large|huge)_patch\d+_\d+(\..*)?"),
+    "SqueezeNet": re.compile(r"squeezenet1_1(\..*)?"),
 }
-# Attributes of a ViT that change its outputs and do not show in the shapes of its leaves.
-_SHAPELESS = ("heads", "epsilon", "pooling")
+# Attributes that change a network's outputs and do not show in the shapes of its leaves.
+_SHAPELESS: dict[type[linen.Module], tuple[str, ...]] = {nn.ViT: ("heads", "epsilon", "pooling")}
 
 
 def settings_of(
     config: Mapping[str, Any], layout: Layout, stored_network: Any, origin: Path
 ) -> dict[str, Any]:
-    """Return the settings of a ViT that the shapes of its leaves do not show.
+    """Return the settings of a network that the shapes of its leaves do not show.
 
     Args:
       config: content of config.json; empty if the file is missing.
@@ -44,9 +45,7 @@ def settings_of(
       ValueError: if the file's network has another forward pass than ours, or `config` is damaged.
     """
     if layout.family is None:
-        if not isinstance(stored_network, nn.ViT):
-            return {}
-        return {name: getattr(stored_network, name) for name in _SHAPELESS}
+        return {name: getattr(stored_network, name) for name in _SHAPELESS.get(type(stored_network), ())}
     settings = dict(layout.settings)
     if "model_type" in config:
         expected = {"model_type": layout.family.lower(), **_HUGGINGFACE[layout.family]}
@@ -69,7 +68,7 @@ def settings_of(
             )
         if layout.family == "ViT" and config.get("global_pool") == "avg":
             settings["pooling"] = "mean"
-    if layout.family == "ResNet":
+    if layout.family in ("ResNet", "SqueezeNet"):
         return {}
     for name, kinds in {"heads": int, "epsilon": int | float, "image_size": int | list}.items():
         value = settings.get(name, 1)
@@ -91,6 +90,8 @@ def settings_of(
 _HUGGINGFACE: dict[str, dict[str, Any]] = {
     "ResNet": {"hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False},
     "ViT": {"hidden_act": "gelu"},
+    # Transformers has no SqueezeNet.
+    "SqueezeNet": {},
 }
 
 
@@ -118,7 +119,12 @@ def network_of(
             )
         return size
 
-    ways = shape("params/head/kernel", 2)[1] if "params/head/kernel" in leaves else None
+    head = "params/head/kernel"
+    if layout.family == "SqueezeNet":
+        if head not in leaves:
+            return nn.SqueezeNet()
+        return nn.SqueezeNet(shape(head, 4)[3], classifier="convolution")
+    ways = shape(head, 2)[1] if head in leaves else None
     if layout.family == "ResNet":
         depths = _counted(leaves, r"params/stage(\d+)_block\d+/layer0_conv/kernel")
         bottleneck = "params/stage0_block0/layer2_conv/kernel" in leaves
@@ -162,9 +168,7 @@ def require_same(network: linen.Module, settings: Mapping[str, Any], origin: Pat
     Raises:
       ValueError: if its number of heads, epsilon or pooling differs from the file's.
     """
-    if not isinstance(network, nn.ViT):
-        return
-    for name in _SHAPELESS:
+    for name in _SHAPELESS.get(type(network), ()):
         value = settings.get(name, getattr(network, name))
         if getattr(network, name) != value:
             raise ArgumentError(
@@ -173,11 +177,16 @@ def require_same(network: linen.Module, settings: Mapping[str, Any], origin: Pat
 
 
 def default_input(network: Any, leaves: Mapping[str, Any]) -> jax.ShapeDtypeStruct | None:
-    """Return an example input for a ResNet or ViT, with the channels of its first kernel; None for others."""
+    """Return an example input for a network of other libraries' weights; None for other networks.
+
+    It has the channels of the network's first kernel.
+    """
     if isinstance(network, nn.ViT):
         first, sides = "params/patch_embedding/kernel", network.sides
     elif isinstance(network, nn.ResNet):
         first, sides = "params/stem_conv/kernel", (32, 32)
+    elif isinstance(network, nn.SqueezeNet):
+        first, sides = "params/stem/kernel", (32, 32)
     else:
         return None
     channels = leaves[first].shape[2] if first in leaves and leaves[first].ndim == 4 else 3

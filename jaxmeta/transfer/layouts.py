@@ -31,7 +31,13 @@ class Leaf(NamedTuple):
 
 
 LayoutName = Literal[
-    "flax", "huggingface-resnet", "torchvision-resnet", "huggingface-vit", "timm-vit", "torchvision-vit"
+    "flax",
+    "huggingface-resnet",
+    "torchvision-resnet",
+    "huggingface-vit",
+    "timm-vit",
+    "torchvision-vit",
+    "torchvision-squeezenet",
 ]
 
 
@@ -40,7 +46,7 @@ class Layout(NamedTuple):
 
     Attributes:
       name: name of the layout.
-      family: "ResNet" or "ViT"; None for variables of any Flax network.
+      family: "ResNet", "ViT" or "SqueezeNet"; None for variables of any Flax network.
       mark: pattern of a name that only this layout has.
       modules: rules from prefixes of the file's names to prefixes of our paths; None drops a leaf.
       tensors: rules from the file's names of a layer's tensors to ours.
@@ -169,6 +175,13 @@ _TORCHVISION_VIT = _rules(
     ("heads/head/", "head/"),
 )
 
+# Places of the fire modules between activations and poolings.
+_TORCHVISION_SQUEEZENET = _rules(
+    ("features/0/", "stem/"),
+    *((rf"features/{place}/", f"fire{i}/") for i, place in enumerate((3, 4, 6, 7, 9, 10, 11, 12))),
+    ("classifier/1/", "head/"),
+)
+
 LAYOUTS: dict[LayoutName, Layout] = {
     layout.name: layout
     for layout in (
@@ -211,6 +224,14 @@ LAYOUTS: dict[LayoutName, Layout] = {
             _TENSORS,
             ((re.compile(r"/in_proj_(weight|bias)$"), r"/{}/\1"),),
             {"epsilon": 1e-6},
+        ),
+        Layout(
+            "torchvision-squeezenet",
+            "SqueezeNet",
+            # Version 1.0 has a pooling in this place.
+            re.compile("^features/6/squeeze/weight$"),
+            _TORCHVISION_SQUEEZENET,
+            _TENSORS,
         ),
     )
 }

@@ -185,3 +185,41 @@ def test_resizing_positions_of_a_rectangular_grid_needs_old_grid():
         jm.nn.resize_positions(positions, (4, 6))
     assert jm.nn.resize_positions(positions, (2, 3), (2, 3)) is positions
     assert jm.nn.resize_positions(positions, (4, 6), (2, 3)).shape == (1, 25, 4)
+
+
+# --- SqueezeNet -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 3), (4, 5), (9, 6)])
+def test_pooling_in_ceil_mode_equals_torch(height, width):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
+    x = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
+    pooled = torch.nn.functional.max_pool2d(torch.tensor(x).permute(0, 3, 1, 2), 3, 2, ceil_mode=True)
+    np.testing.assert_array_equal(max_pool_3x3(x, ceil_mode=True), pooled.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("classifier", ["linear", "convolution"])
+def test_squeezenet_has_the_published_number_of_parameters(classifier):
+    x = jax.ShapeDtypeStruct((1, 17, 17, 3), jnp.float32)
+    variables = jax.eval_shape(jm.nn.SqueezeNet(1000, classifier=classifier).init, KEY, x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 1_235_496
+    headless = jax.eval_shape(jm.nn.SqueezeNet().init, KEY, x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(headless)) == 722_496
+
+
+def test_invalid_settings_and_images_of_squeezenet_are_refused():
+    with pytest.raises(ValueError, match="x: got images of 16×40; they must be at least 17×17"):
+        jax.eval_shape(jm.nn.SqueezeNet().init, KEY, jnp.zeros((1, 16, 40, 3)))
+    with pytest.raises(ValueError, match="classifier: got 'mlp'; it must be one of 'linear', 'convolution'"):
+        jax.eval_shape(jm.nn.SqueezeNet(classifier="mlp").init, KEY, jnp.zeros((1, 17, 17, 3)))
+
+
+@pytest.mark.nightly
+def test_squeezenet_drops_values_before_the_classifier_only():
+    x = noise(2, 17, 17, 3)
+    network = jm.nn.SqueezeNet(4, classifier="convolution", dropout=0.5)
+    variables = jax.jit(network.init)(KEY, x)
+    still = jax.jit(network.clone(dropout=0.0).apply)(variables, x)
+    np.testing.assert_array_equal(jax.jit(network.apply)(variables, x), still)
+    apply = jax.jit(lambda key: network.apply(variables, x, deterministic=False, rngs={"dropout": key}))
+    assert not np.allclose(apply(KEY), still)

@@ -408,3 +408,91 @@ def test_names_of_no_known_layout_can_be_mapped_by_hand(tmp_path, torch):
     with torch.no_grad():
         expected = model(torch.tensor(np.asarray(x))).numpy()
     np.testing.assert_allclose(Perceptron().apply({"params": params}, x), expected, atol=1e-5)
+
+
+# --- SqueezeNet -----------------------------------------------------------------------------------
+
+
+def torch_squeezenet(state, x):
+    """Return features and logits of SqueezeNet 1.1 by torch's functions."""
+    import torch
+    from torch.nn.functional import conv2d, max_pool2d, relu
+
+    state = {name: torch.tensor(np.asarray(leaf)) for name, leaf in state.items()}
+
+    def conv(name, x, **settings):
+        return relu(conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **settings))
+
+    x = conv("features.0", torch.tensor(np.asarray(x, np.float32)).permute(0, 3, 1, 2), stride=2)
+    for i in range(2, 13):
+        if i in (2, 5, 8):
+            x = max_pool2d(x, 3, 2, ceil_mode=True)
+            continue
+        x = conv(f"features.{i}.squeeze", x)
+        wide = conv(f"features.{i}.expand3x3", x, padding=1)
+        x = torch.cat([conv(f"features.{i}.expand1x1", x), wide], 1)
+    return x.mean((2, 3)).numpy(), conv("classifier.1", x).mean((2, 3)).numpy()
+
+
+def squeezenet_state(ways):
+    """Return random tensors of torchvision's squeezenet1_1 under its names."""
+    rng = np.random.default_rng(0)
+    shapes = {"features.0": (64, 3, 3, 3), "classifier.1": (ways, 512, 1, 1)}
+    channels = 64
+    fires = {3: (16, 64), 4: (16, 64), 6: (32, 128), 7: (32, 128)}
+    fires |= {9: (48, 192), 10: (48, 192), 11: (64, 256), 12: (64, 256)}
+    for i, (squeeze, expand) in fires.items():
+        shapes[f"features.{i}.squeeze"] = (squeeze, channels, 1, 1)
+        shapes[f"features.{i}.expand1x1"] = (expand, squeeze, 1, 1)
+        shapes[f"features.{i}.expand3x3"] = (expand, squeeze, 3, 3)
+        channels = 2 * expand
+    state = {}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = rng.normal(0, (2 / np.prod(shape[1:])) ** 0.5, shape)
+        state[f"{name}.bias"] = rng.normal(0, 0.1, shape[0])
+    return {name: leaf.astype(np.float32) for name, leaf in state.items()}
+
+
+@pytest.mark.usefixtures("torch")
+@pytest.mark.nightly
+def test_a_squeezenet_of_torchvision_keeps_its_outputs_and_features(tmp_path):
+    state = squeezenet_state(5)
+    file = tmp_path / "weights.safetensors"
+    safetensors_numpy.save_file(state, file)
+    x = images(37, 50)  # maps of odd and of even sizes
+    features, logits = torch_squeezenet(state, x)
+    loaded = load_pretrained(file)
+    assert loaded.network == jm.nn.SqueezeNet(5, classifier="convolution")
+    np.testing.assert_allclose(outputs(loaded, x), logits, rtol=1e-5, atol=1e-5)
+    assert (logits > 0).any()
+    headless = load_pretrained(file, head=False)
+    assert headless.network == jm.nn.SqueezeNet()
+    np.testing.assert_allclose(outputs(headless, x), features, rtol=1e-5, atol=1e-5)
+    assert [row.source for row in headless.report.dropped] == ["classifier/1/bias", "classifier/1/weight"]
+    new = load_pretrained(file, jm.nn.SqueezeNet(3), head=False, key=KEY)
+    assert new.variables["params"]["head"]["kernel"].shape == (512, 3)
+    # Its own file describes the classifier.
+    save_pretrained(tmp_path / "own.safetensors", loaded.variables, network=loaded.network)
+    again = load_pretrained(tmp_path / "own.safetensors")
+    assert again.network == loaded.network
+    assert_same_leaves(again.variables, loaded.variables)
+
+
+@pytest.mark.usefixtures("torch")
+def test_weights_of_imagenet_keep_their_outputs(data_folder):
+    file = data_folder / "weights" / "squeezenet1_1.safetensors"
+    x = images(64, 75)
+    features, logits = torch_squeezenet(safetensors_numpy.load_file(file), x)
+    np.testing.assert_allclose(outputs(load_pretrained(file), x), logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs(load_pretrained(file, head=False), x), features, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("torch")
+def test_a_classifier_with_the_head_of_squeezenet_has_its_probabilities(data_folder):
+    file = data_folder / "weights" / "squeezenet1_1.safetensors"
+    x = np.random.default_rng(1).random((2, 64, 64, 3)).astype(np.float32)
+    classifier = jm.load_classifier(file, size=64)
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    logits = torch_squeezenet(safetensors_numpy.load_file(file), (x - mean) / deviation)[1]
+    np.testing.assert_allclose(classifier.predict(x), jax.nn.softmax(logits), rtol=1e-4, atol=1e-6)
+    assert len(classifier.classes) == 1000
