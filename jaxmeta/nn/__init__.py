@@ -1,10 +1,8 @@
 """Networks and layers; the only part of the package that imports Flax.
 
-**Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `SqueezeNet`,
-**Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `ViT`, `MLP`,
-`RelationEmbedding`, `Koch`; `Identity`, for features that are already computed; `MemoryNetwork` with the
-`ViT`, `MLP`, `RelationEmbedding`, `Koch`; `MemoryNetwork` with the memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
-memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
+**Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `SqueezeNet`, `ViT`,
+`MLP`, `RelationEmbedding`, `Koch`; `Identity`, for features that are already computed; `MemoryNetwork` with
+the memory `LRUA` or `NTM`; `AugmentedCNN` with fast weights.
 
 **Normalisation.** Which statistics normalise the queries moves published numbers by points, so it is a
 setting of the learner, `norm=`, and every report states it. It changes no parameter: the same trained
