@@ -71,7 +71,7 @@ class Source(NamedTuple):
 
 def _folder(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
     del data
-    reading = {name: settings[name] for name in ("size", "channels", "skip_unreadable")}
+    reading = {name: settings[name] for name in ("size", "channels", "domains", "skip_unreadable")}
     prepared = tasks.prepare_folder(argument, **reading)
     return SplitImages(prepared, class_split(settings["classes"]))
 
@@ -343,6 +343,8 @@ def _build(
         "split_seed": settings.get("split_seed", 0),
         "rotations": settings.get("rotations", "none"),
         "protocol": images.protocol,
+        "across": settings.get("across", False),
+        "test_domains": settings.get("test_domains"),
         "skip_small_classes": settings.get("skip_small_classes", False),
         **shape,
     }

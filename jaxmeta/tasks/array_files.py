@@ -27,6 +27,7 @@ from jaxmeta.tasks.splits import (
 _X = ("x", "images", "image", "data", "inputs")
 _Y = ("y", "labels", "label", "targets", "target")
 _SPLIT = ("split", "part", "parts", "splits")
+_DOMAIN = ("domain", "domains")
 # Floating-point images with larger values are taken to be in [0, 255] rather than [0, 1].
 _LARGE = 16
 
@@ -38,11 +39,13 @@ class LabelledArrays(NamedTuple):
       x: `(n, *shape)` examples of the file; `(n, h, w)` images get a channel axis.
       y: `(n,)` class names.
       parts: `(n,)` "train", "validation" or "test"; None where the file has no parts.
+      domains: `(n,)` domain names; None where the file has none.
     """
 
     x: Shaped[np.ndarray, "n ..."]
     y: Shaped[np.ndarray, " n"]
     parts: Shaped[np.ndarray, " n"] | None = None
+    domains: Shaped[np.ndarray, " n"] | None = None
 
     @property
     def split(self) -> ClassSplit | None:
@@ -62,6 +65,8 @@ def from_npz(
     classes: Classes = "auto",
     split_seed: int = 0,
     rotations: Rotations = "none",
+    across: bool = False,
+    test_domains: tuple[str, ...] | None = None,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
     """Return few-shot tasks from the arrays of an npz file.
@@ -69,6 +74,7 @@ def from_npz(
     The file holds examples `x`, `(n, h, w, c)` or `(n, h, w)` images or `(n, d)` features, uint8 or floating
     point, and their labels `y`, integers or names. Optionally it also holds `split`, with "train", "val" or
     "test" for each example, or has `x_train, y_train, x_val, y_val, x_test, y_test` in place of `x` and `y`.
+    An array `domain` (or `domain_train`, …) may name the domain of each example, such as its style or camera.
     uint8 examples are returned as float32 in [0, 1]. Parts that share no class form the class split;
     otherwise the examples of all parts are pooled and the classes are split at random.
 
@@ -93,6 +99,10 @@ def from_npz(
         only on the key given to `sample`.
       rotations: rotations of the images: "none"; "classes", each class rotated by 90, 180 and 270° is an
         additional class; or "random", one random rotation per class and episode.
+      across: whether support and queries of a class are from different domains, see `from_arrays`.
+      test_domains: names of domains held out for test: training and validation use examples of the other
+        domains only, testing uses these only; with `across`, the queries of test tasks are from these domains
+        and the support sets from the others.
       skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries examples,
         after the classes are split.
 
@@ -111,6 +121,9 @@ def from_npz(
     check_part(split)
     file = Path(path).expanduser()
     arrays = read_npz(file)
+    if arrays.domains is None and (across or test_domains is not None):
+        name = "across" if across else "test_domains"
+        raise ArgumentError(name, f"{file} has no array domain with the domain of each example")
     protocol = ""
     if classes == "auto":
         file_split = arrays.split
@@ -130,6 +143,9 @@ def from_npz(
         rotations=rotations,
         name=f"arrays:{file.name}",
         protocol=protocol,
+        domains=arrays.domains,
+        across=across,
+        test_domains=test_domains,
         skip_small_classes=skip_small_classes,
     )
 
@@ -156,6 +172,7 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
             argument, f"{path} has both x or y and arrays of the parts {', '.join(parts)}; remove one kind"
         )
     read = []
+    domains: list[np.ndarray] = []
     for part in [*parts] or [""]:
         members = by_part.get(part, {})
         suffix = f"_{part}" if part else ""
@@ -178,6 +195,10 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
         column = members.get("split")
         example_parts = np.full(len(x), part) if column is None else _parts(path, argument, column, len(x))
         read.append((x, y, example_parts))
+        if "domain" in members:
+            domains.append(_domains(path, argument, "domain" + suffix, members["domain"], len(x)))
+    if domains and len(domains) < len(read):
+        raise ArgumentError(argument, f"{path} has domains for some of its parts; give them for all or none")
     shapes = {x.shape[1:] for x, _, _ in read}
     if len(shapes) > 1:
         raise ArgumentError(
@@ -198,7 +219,9 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
     if has_parts and len(set(all_parts.tolist())) < 2:
         has_parts = False
         warnings.warn(f"{path} has a single part, {all_parts[0]}, which defines no split", stacklevel=4)
-    return LabelledArrays(x, labels, all_parts if has_parts else None)
+    return LabelledArrays(
+        x, labels, all_parts if has_parts else None, np.concatenate(domains) if domains else None
+    )
 
 
 def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
@@ -254,9 +277,9 @@ def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
 
 
 def _meaning(name: str) -> tuple[str | None, str]:
-    """Return the kind of an array ("x", "y", "split" or None) and its part ("" for none), by its name."""
+    """Return the kind ("x", "y", "split", "domain"; None) and part ("" for none) of an array by its name."""
     words = name.casefold().replace("-", "_")
-    for kind, names in (("x", _X), ("y", _Y), ("split", _SPLIT)):
+    for kind, names in (("x", _X), ("y", _Y), ("split", _SPLIT), ("domain", _DOMAIN)):
         if words in names:
             return kind, ""
         for each in names:
@@ -329,6 +352,16 @@ def decoded(path: Path, argument: str, name: str, array: np.ndarray) -> np.ndarr
         return np.char.decode(array, "utf-8")
     except UnicodeDecodeError:
         raise ArgumentError(argument, f"{path}: {name} holds bytes that are not UTF-8") from None
+
+
+def _domains(path: Path, argument: str, name: str, domains: np.ndarray, n: int) -> np.ndarray:
+    domains = decoded(path, argument, name, domains)
+    if domains.shape != (n,) or domains.dtype.kind not in "iuU":
+        raise ArgumentError(
+            argument,
+            f"{path}: {name} has shape {domains.shape} and type {domains.dtype}; it must be ({n},) names",
+        )
+    return domains.astype(str)
 
 
 def _parts(path: Path, argument: str, split: np.ndarray, n: int) -> np.ndarray:

@@ -10,7 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from jaxmeta.checks import ArgumentError, MissingFileError, NotAFolderError, join_names, parsed_json
+from jaxmeta.checks import (
+    ArgumentError,
+    MissingFileError,
+    NotAFolderError,
+    format_value,
+    join_names,
+    parsed_json,
+)
 from jaxmeta.tasks.csv_files import read_csv, read_header
 from jaxmeta.tasks.images import (
     IMAGE_FOLDERS,
@@ -18,8 +25,10 @@ from jaxmeta.tasks.images import (
     class_files,
     files_of_class,
     image_files,
+    is_image_name,
     left_out_of,
     subfolders,
+    walk_files,
 )
 from jaxmeta.tasks.splits import PARTS, SplitName
 
@@ -58,12 +67,14 @@ class Listing(NamedTuple):
       classes: files by class and part; the part is "" where the layout has no parts.
       layout: description of the layout.
       left_out: files that were skipped.
+      domains: domain of each file; empty without domains.
     """
 
     folder: Path
     classes: Mapping[str, Mapping[str, Sequence[Path]]]
     layout: str = "one folder per class"
     left_out: tuple[LeftOut, ...] = ()
+    domains: Mapping[Path, str] = {}
 
     @classmethod
     def of_classes(cls, folder: Path, files: Mapping[str, Sequence[Path]]) -> "Listing":
@@ -124,6 +135,98 @@ def list_images(path: Path, argument: str = "path", *, skip_missing: bool = Fals
     files = class_files(path, argument)
     taken = (file for paths in files.values() for file in paths)
     return Listing.of_classes(path, files)._replace(left_out=tuple(left_out_of(path, path, taken)))
+
+
+def list_with_domains(
+    path: Path, domains: str, argument: str = "path", *, skip_missing: bool = False
+) -> Listing:
+    """Return the image files of a folder by class, with the domain of each.
+
+    Args:
+      path: see `list_images`.
+      domains: "class/domain", a folder per class with a subfolder per domain; "domain/class", a folder per
+        domain with a subfolder per class; or a regular expression with one group, the domain, that matches at
+        the start of every file name, in any layout of `list_images`.
+      argument: see `list_images`.
+      skip_missing: see `list_images`.
+
+    Raises:
+      FileNotFoundError, NotADirectoryError: `path` does not exist, or is another kind of file.
+      ArgumentError: the folder has another layout, or a file name does not match; see also `list_images`.
+    """
+    if domains in _DOMAIN_FOLDERS:
+        return _domain_folders(path, domains, argument)
+    try:
+        pattern = re.compile(domains)
+    except (re.error, TypeError) as error:
+        raise ArgumentError(
+            "domains",
+            f"got {format_value(domains)}, which is not a regular expression ({error}); {_DOMAIN_CHOICES}",
+        ) from None
+    if pattern.groups != 1:
+        raise ArgumentError(
+            "domains",
+            f"got {format_value(domains)}, a regular expression with {pattern.groups} groups; "
+            f"{_DOMAIN_CHOICES}",
+        )
+    listing = list_images(path, argument, skip_missing=skip_missing)
+    matches = {file: pattern.match(file.name) for name in listing.classes for file in listing.files_of(name)}
+    domain_of = {file: match[1] for file, match in matches.items() if match and match[1]}
+    wrong = next((file for file in matches if file not in domain_of), None)
+    if wrong is not None:
+        raise ArgumentError(
+            "domains",
+            f"got {domains!r}, which gives no domain for {len(matches) - len(domain_of)} of {len(matches)} "
+            f"file names, such as {wrong.name!r} (in {wrong.parent.name!r}); it must match at the start of "
+            "every name",
+        )
+    return listing._replace(domains=domain_of)
+
+
+_DOMAIN_FOLDERS = ("class/domain", "domain/class")
+_DOMAIN_CHOICES = (
+    "it must be 'class/domain', 'domain/class', or a regular expression with one group that matches at the "
+    "start of file names, such as '([a-z]+)_'"
+)
+
+
+def _domain_folders(path: Path, domains: str, argument: str) -> Listing:
+    """Return the listing of folders of two levels, classes and domains."""
+    if not path.exists():
+        raise MissingFileError(argument, f"{path} does not exist")
+    if not path.is_dir():
+        raise NotAFolderError(
+            argument, f"{path} is a file; domains={domains!r} needs a folder with folders {domains}"
+        )
+    folder = path.resolve()
+    classes: dict[str, list[Path]] = {}
+    domain_of: dict[Path, str] = {}
+    for outer in subfolders(folder):
+        for inner in subfolders(outer):
+            files = files_of_class(inner)
+            names = (outer.name, inner.name) if domains == "class/domain" else (inner.name, outer.name)
+            if files:
+                classes.setdefault(names[0], []).extend(files)
+                domain_of |= dict.fromkeys(files, names[1])
+    others = [file for file in map(Path, walk_files(str(folder))) if file not in domain_of]
+    images = [file.relative_to(folder).as_posix() for file in others if is_image_name(file.name)]
+    if not domain_of:
+        raise ArgumentError(
+            "domains",
+            f"got {domains!r}, but {folder} has no images in folders of this form"
+            + (f"; it has {min(images)!r}, for example" if images else "")
+            + f"; {_DOMAIN_CHOICES}",
+        )
+    left_out = (
+        *LeftOut.of(f"image outside the folders {domains}", f"images outside the folders {domains}", images),
+        *LeftOut.of(
+            "file that is not an image",
+            "files that are not images",
+            (file.relative_to(folder).as_posix() for file in others if not is_image_name(file.name)),
+        ),
+    )
+    listing = Listing.of_classes(folder, {name: classes[name] for name in sorted(classes)})
+    return listing._replace(layout=f"folders {domains}", left_out=left_out, domains=domain_of)
 
 
 def list_parts(folder: Path, argument: str = "path", *, skip_missing: bool = False) -> Listing | None:

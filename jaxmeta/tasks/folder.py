@@ -15,7 +15,7 @@ from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.files import write_json
 from jaxmeta.tasks.cache import cache_folder
-from jaxmeta.tasks.file_layouts import Listing, list_images
+from jaxmeta.tasks.file_layouts import Listing, list_images, list_with_domains
 from jaxmeta.tasks.images import (
     Header,
     LeftOut,
@@ -29,7 +29,7 @@ from jaxmeta.tasks.prepared import Prepared, ReadSummary, from_prepared, prepare
 from jaxmeta.tasks.splits import Classes, check_part
 
 # Version of the cached format; changing it makes all folders be prepared again.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 def prepare_folder(
@@ -37,6 +37,7 @@ def prepare_folder(
     *,
     size: int | None = None,
     channels: Literal[1, 3] | None = None,
+    domains: str | None = None,
     skip_unreadable: bool = False,
 ) -> Prepared:
     """Decode the images of a folder once and keep them in the cache.
@@ -52,6 +53,7 @@ def prepare_folder(
       size: side of the images in pixels; None: the shorter side of the smallest image, at most 84, ignoring
         images far smaller than the others (see `default_side`).
       channels: 1 for grey, 3 for colour; None: 3 if the header of any file declares colour, else 1.
+      domains: where the domain of an image is found, see `from_folder`; None: the images have no domains.
       skip_unreadable: whether to skip, with a warning, images that cannot be decoded and listed images that
         do not exist.
 
@@ -69,7 +71,10 @@ def prepare_folder(
       (11788, (84, 84, 3))
     """
     folder = Path(path).expanduser().resolve()
-    listing = list_images(folder, skip_missing=skip_unreadable)
+    if domains is None:
+        listing = list_images(folder, skip_missing=skip_unreadable)
+    else:
+        listing = list_with_domains(folder, domains, skip_missing=skip_unreadable)
     return prepare_files(
         f"folder:{folder.name}", listing, size=size, channels=channels, skip_unreadable=skip_unreadable
     )
@@ -124,13 +129,15 @@ def prepare_files(
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
         unreadable: list[str] = []
+        skipped: list[int] = []
         counts = {part: dict.fromkeys(listing.classes, 0) for part in parts}
         remaining = {class_name: len(listing.files_of(class_name)) for class_name in listing.classes}
-        for entry in entries:
+        for place, entry in enumerate(entries):
             try:
                 image = decode(entry.file, entry.name, channels=shape[2], size=shape[0])
             except UnreadableImage as error:
                 unreadable.append(str(error))
+                skipped.append(place)
                 remaining[entry.class_name] -= 1
                 if skip_unreadable and not remaining[entry.class_name]:
                     raise ArgumentError(
@@ -143,7 +150,7 @@ def prepare_files(
                 yield entry.class_name, image
         if not skip_unreadable:
             _refuse(unreadable, where, len(entries))
-        scan["unreadable"] = unreadable
+        scan["unreadable"], scan["skipped"] = unreadable, skipped
         scan["parts"] = {part: [each[name] for name in sorted(each)] for part, each in counts.items()}
         write_json(scan_path, scan)
 
@@ -175,8 +182,14 @@ def prepare_files(
         ),
     )
     smallest = scan["smallest"]
+    skipped = set(scan["skipped"])
     return dataclasses.replace(
         prepared,
+        domains=tuple(
+            listing.domains[entry.file]
+            for place, entry in enumerate(entries)
+            if listing.domains and place not in skipped
+        ),
         parts=tuple((part, tuple(scan["parts"][part])) for part in parts),
         summary=ReadSummary(
             listing.layout,
@@ -209,6 +222,9 @@ def from_folder(
     classes: Classes = "auto",
     split_seed: int = 0,
     rotations: Rotations = "none",
+    domains: str | None = None,
+    across: bool = False,
+    test_domains: tuple[str, ...] | None = None,
     skip_unreadable: bool = False,
     skip_small_classes: bool = False,
 ) -> TaskDistribution:
@@ -238,6 +254,14 @@ def from_folder(
         only on the key given to `sample`.
       rotations: rotations of the images: "none"; "classes", each class rotated by 90, 180 and 270° is an
         additional class; or "random", one random rotation per class and episode.
+      domains: where the domain (style, camera, …) of an image is found: "class/domain", a folder per class
+        with a subfolder per domain; "domain/class", a folder per domain with a subfolder per class
+        (Office-Home, DomainNet); or a regular expression with one group that matches at the start of file
+        names, such as "([a-z]+)_". None: the images have no domains.
+      across: whether support and queries of a class are from different domains, see `from_arrays`.
+      test_domains: names of domains held out for test: training and validation use images of the other
+        domains only, testing uses these only; with `across`, the queries of test tasks are from these domains
+        and the support sets from the others.
       skip_unreadable: whether to skip, with a warning, images that cannot be decoded and listed images that
         do not exist.
       skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries images,
@@ -245,8 +269,8 @@ def from_folder(
 
     Raises:
       FileNotFoundError, NotADirectoryError: `path` does not exist, or is another kind of file.
-      ValueError: invalid images, see `prepare_folder`; too few classes, or a class with too few images, for
-        the episodes.
+      ValueError: invalid images, see `prepare_folder`; too few classes or domains, or a class with too few
+        images, for the episodes; or domains that do not fit the folder.
 
     Examples:
       >>> tasks = from_folder("birds", "test", ways=5, shots=1, size=84)  # doctest: +SKIP
@@ -255,7 +279,7 @@ def from_folder(
     """
     check_part(split)
     return from_prepared(
-        prepare_folder(path, size=size, channels=channels, skip_unreadable=skip_unreadable),
+        prepare_folder(path, size=size, channels=channels, domains=domains, skip_unreadable=skip_unreadable),
         ways=ways,
         shots=shots,
         queries=queries,
@@ -263,6 +287,8 @@ def from_folder(
         classes=classes,
         split_seed=split_seed,
         rotations=rotations,
+        across=across,
+        test_domains=test_domains,
         skip_small_classes=skip_small_classes,
     )
 

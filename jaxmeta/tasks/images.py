@@ -135,12 +135,12 @@ def image_files(folder: Path) -> list[Path]:
         names = [
             entry.name
             for entry in entries
-            if _is_image_name(entry.name) and not entry.name.startswith(".") and not entry.is_dir()
+            if is_image_name(entry.name) and not entry.name.startswith(".") and not entry.is_dir()
         ]
     return [folder / name for name in sorted(names)]
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Return whether a file name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in _image_suffixes()
 
@@ -218,13 +218,13 @@ def left_out_of(root: Path, classes: Path, taken: Iterable[Path]) -> list[LeftOu
     others = [str(path) for path in classes.iterdir() if path.is_file() and not path.name.startswith(".")]
     deeper: list[str] = []
     for folder in subfolders(classes):
-        for file in _visible(str(folder)):
-            (deeper if _is_image_name(file) else others).append(file)
+        for file in walk_files(str(folder)):
+            (deeper if is_image_name(file) else others).append(file)
     return [
         *LeftOut.of(
             "image outside the class folders",
             "images outside the class folders",
-            names(filter(_is_image_name, others)),
+            names(filter(is_image_name, others)),
         ),
         *LeftOut.of(
             "image in a subfolder of a class folder", "images in subfolders of a class folder", names(deeper)
@@ -232,12 +232,12 @@ def left_out_of(root: Path, classes: Path, taken: Iterable[Path]) -> list[LeftOu
         *LeftOut.of(
             "file that is not an image",
             "files that are not images",
-            names(file for file in others if not _is_image_name(file)),
+            names(file for file in others if not is_image_name(file)),
         ),
     ]
 
 
-def _visible(folder: str) -> Iterator[str]:
+def walk_files(folder: str) -> Iterator[str]:
     """Yield all files below a folder that are not hidden."""
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -246,7 +246,7 @@ def _visible(folder: str) -> Iterator[str]:
             if not entry.is_dir():
                 yield entry.path
             elif not entry.is_symlink():  # links may form cycles
-                yield from _visible(entry.path)
+                yield from walk_files(entry.path)
 
 
 def default_side(sides: Sequence[int]) -> int:
