@@ -1,4 +1,4 @@
-"""`jaxmeta compare` and `jaxmeta plot`: comparison of several runs."""
+"""Tests of `jaxmeta compare` and `jaxmeta plot`, which compare several runs."""
 
 import json
 import shlex
@@ -113,7 +113,7 @@ def test_differences_are_paired_by_test_task(compared):
     assert row["ci95"] == pytest.approx(1.96 * differences.std(ddof=1) / np.sqrt(20))
     # Amplitudes range over a factor of 50: errors correlate like this only on the same waves.
     assert np.corrcoef(*values.values())[0, 1] > 0.95
-    # First losses are of the same parameters on the same training tasks; then the gradients differ.
+    # The first losses have the same parameters and training tasks; the gradients differ after that.
     maml, fomaml = losses(compared / "maml"), losses(compared / "fomaml")
     assert maml[0] == pytest.approx(fomaml[0], rel=1e-6)
     assert maml != fomaml
@@ -295,10 +295,10 @@ def test_outputs_are_never_overwritten(copy, children, capsys):
     assert not children.commands
 
 
-@pytest.mark.parametrize(("status", "ends"), [(1, 1), (2, 2), (-9, 1), (75, 75)])
-def test_a_training_that_fails_ends_the_comparison(status, ends, children, tmp_path, capsys):
+@pytest.mark.parametrize(("status", "expected"), [(1, 1), (2, 2), (-9, 1), (75, 75)])
+def test_a_training_that_fails_ends_the_comparison(status, expected, children, tmp_path, capsys):
     children.wait_for = staticmethod(lambda: 0 if len(children.commands) == 1 else status)
-    assert main([*COMPARE, "--out", str(tmp_path / "out")]) == ends
+    assert main([*COMPARE, "--out", str(tmp_path / "out")]) == expected
     message = capsys.readouterr().err
     # A process that ends with 1 or 2 has printed its error.
     assert len(message.splitlines()) == (status not in (1, 2))

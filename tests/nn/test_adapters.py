@@ -154,7 +154,7 @@ FORMS = {
 }
 
 
-def task(seed=0, masked=False):
+def make_task(seed=0, masked=False):
     rng = np.random.default_rng(seed)
 
     def part(examples):
@@ -180,15 +180,15 @@ def make_learner(network, **settings):
     )
 
 
-def loss_and_gradient(learner, params, of):
-    return jax.jit(jax.value_and_grad(lambda params: learner.loss(params, of, KEY)[0]))({"model": params})
+def loss_and_gradient(learner, params, task):
+    return jax.jit(jax.value_and_grad(lambda params: learner.loss(params, task, KEY)[0]))({"model": params})
 
 
 @functools.cache
 def reference_loss_and_gradient(norm, masked):
     """Return loss and gradient of the Linen network."""
     learner = make_learner(LinenNet(norm is not None), norm=norm or "batch")
-    return loss_and_gradient(learner, reference_params(norm is not None), task(masked=masked))
+    return loss_and_gradient(learner, reference_params(norm is not None), make_task(masked=masked))
 
 
 @pytest.mark.parametrize(
@@ -209,10 +209,10 @@ def reference_loss_and_gradient(norm, masked):
 )
 def test_meta_gradient_matches_linen(form, norm, masked):
     make, from_linen, to_linen = FORMS[form]
-    params, of = reference_params(norm is not None), task(masked=masked)
+    params, task = reference_params(norm is not None), make_task(masked=masked)
     value, gradient = reference_loss_and_gradient(norm, masked)
     learner = make_learner(make(norm is not None, 0.0), norm=norm or "batch")
-    actual, actual_gradient = loss_and_gradient(learner, from_linen(params), of)
+    actual, actual_gradient = loss_and_gradient(learner, from_linen(params), task)
     np.testing.assert_allclose(actual, value, rtol=1e-9)
     assert_trees_close(to_linen(actual_gradient["model"]), gradient["model"], atol=1e-9)
     assert max_difference(gradient, jax.tree.map(jnp.zeros_like, gradient)) > 0.01
@@ -221,7 +221,7 @@ def test_meta_gradient_matches_linen(form, norm, masked):
 @pytest.mark.parametrize("form", ["linen", "nnx", "equinox"])
 def test_dropout_is_determined_by_the_key(form):
     make, from_linen, _ = FORMS[form]
-    params, x = from_linen(reference_params()), task().query.x
+    params, x = from_linen(reference_params()), make_task().query.x
     model = jm.nn.as_model(make(False, 0.5))
     assert model.stochastic
     apply = jax.jit(model.apply)
@@ -250,15 +250,15 @@ def test_dropout_is_determined_by_the_key(form):
 )
 def test_dropout_in_both_loops_is_determined_by_the_key_in_every_memory_mode(form, modes):
     make, from_linen, _ = FORMS[form]
-    params, of = {"model": from_linen(reference_params())}, task()
+    params, task = {"model": from_linen(reference_params())}, make_task()
     results = []
     for memory in modes:
         learner = make_learner(make(False, 0.5), memory=memory)
 
         def run(key, learner=learner):
-            value, gradient = jax.value_and_grad(lambda params: learner.loss(params, of, key)[0])(params)
-            adapted = learner.adapt(params, of.support, key)
-            return value, gradient, adapted, learner.predict(params, adapted, of.query.x)
+            value, gradient = jax.value_and_grad(lambda params: learner.loss(params, task, key)[0])(params)
+            adapted = learner.adapt(params, task.support, key)
+            return value, gradient, adapted, learner.predict(params, adapted, task.query.x)
 
         keys = jnp.stack([jax.random.key(seed) for seed in (1, 2, 1)])
         results.append(jax.jit(jax.vmap(run))(keys))
@@ -270,7 +270,7 @@ def test_dropout_in_both_loops_is_determined_by_the_key_in_every_memory_mode(for
         assert max_difference(a, b) > 1e-3
     *_, adapted, outputs = first
     deterministic = make_learner(make(False, 0.0))
-    expected = jax.jit(deterministic.predict)(params, adapted, of.query.x)
+    expected = jax.jit(deterministic.predict)(params, adapted, task.query.x)
     np.testing.assert_allclose(outputs, expected, atol=1e-12)
 
 
@@ -299,12 +299,12 @@ def test_a_network_without_normalisation_has_no_statistics():
 @pytest.mark.parametrize("form", ["nnx", "flax", "equinox"])
 def test_batch_norm_is_transductive_in_batch_mode_only(form):
     make, from_linen, _ = FORMS[form]
-    of, params = task(), {"model": from_linen(reference_params(norm=True))}
+    task, params = make_task(), {"model": from_linen(reference_params(norm=True))}
     for norm, transductive in (("batch", True), ("support", False)):
         learner = make_learner(make(True, 0.5), norm=norm)
-        adapted = jax.jit(learner.adapt)(params, of.support, KEY)
-        joint = jax.jit(learner.predict)(params, adapted, of.query.x)
-        alone = jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(of.query.x)  # noqa: B023
+        adapted = jax.jit(learner.adapt)(params, task.support, KEY)
+        joint = jax.jit(learner.predict)(params, adapted, task.query.x)
+        alone = jax.jit(jax.vmap(lambda x: learner.predict(params, adapted, x[None])[0]))(task.query.x)  # noqa: B023
         assert (max_difference(joint, alone) > 1e-2) == transductive
         if not transductive:
             np.testing.assert_allclose(joint, alone, atol=1e-12)
@@ -315,7 +315,7 @@ def test_calibration_of_every_batch_norm_matches_jaxmeta_batch_norm():
     tasks = jm.TaskDistribution(
         jax.tree_util.Partial(
             lambda x, key: jm.Task(*(jm.Batch(x + k, x[:, :WAYS]) for k in jax.random.normal(key, (2,)))),
-            task().query.x,
+            make_task().query.x,
         ),
         jm.ProtocolCard("shifted", "train"),
     )
@@ -325,7 +325,7 @@ def test_calibration_of_every_batch_norm_matches_jaxmeta_batch_norm():
         learner = make_learner(FORMS[form][0](True, 0.0), norm="population", loss=jm.losses.mse)
         filled = jm.calibrate(learner, {"model": FORMS[form][1](params)}, tasks, KEY, episodes=3)
         adapted = jax.jit(learner.adapt)(filled, tasks.sample(KEY).support, KEY)
-        outputs.append((filled["population"], jax.jit(learner.predict)(filled, adapted, task().query.x)))
+        outputs.append((filled["population"], jax.jit(learner.predict)(filled, adapted, make_task().query.x)))
     for other in outputs[1:]:
         assert_trees_close(other, outputs[0], atol=1e-9)
 
@@ -393,7 +393,7 @@ def test_running_averages_of_flax_linen_are_never_used():
 
 
 def test_pretrained_running_averages_of_flax_linen_can_be_passed():
-    network, x = FlaxNet(norm=True), task().query.x
+    network, x = FlaxNet(norm=True), make_task().query.x
     variables = network.init(KEY, x, train=False)
     _, state = network.apply(variables, 2 * x + 1, train=True, mutable=["batch_stats"], rngs={"dropout": KEY})
     variables = {**variables, **state}
@@ -414,7 +414,7 @@ def test_each_layer_of_a_scan_has_its_own_statistics():
             layers = linen.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
             return layers(name="layers")(x, None)[0]
 
-    model, x = jm.nn.as_model(Scanned()), task().query.x
+    model, x = jm.nn.as_model(Scanned()), make_task().query.x
     params = model.init(KEY, x)
     outputs, stats = model.apply_norm(params, x)
     assert stats["layers"]["norm"]["mean"].shape == (3, DIM)
@@ -430,7 +430,7 @@ def test_running_averages_of_equinox_are_never_used(mode, batched):
     eqx = pytest.importorskip("equinox")
     make = eqx.nn.make_with_state(equinox_net(batched=batched, norm=True, mode=mode))
     model = jm.nn.from_equinox(make, batched=batched)
-    params, x = FORMS["equinox"][1](reference_params(norm=True)), np.asarray(task().query.x)
+    params, x = FORMS["equinox"][1](reference_params(norm=True)), np.asarray(make_task().query.x)
     assert jax.tree.structure(model.init(KEY, x)) == jax.tree.structure(params)
     reference = reference_params(norm=True)
     hidden = x @ reference["first"]["kernel"] + reference["first"]["bias"][None]
@@ -481,7 +481,7 @@ def framework_params(form, key):
 
 @pytest.mark.parametrize("form", ["nnx", "equinox"])
 def test_a_factory_is_initialised_by_the_key_and_a_module_by_its_weights(form):
-    of = task()
+    task = make_task()
     if form == "nnx":
         factory = jm.nn.from_nnx(lambda rngs: NNXNet(rngs=rngs))
         module = NNXNet(rngs=nnx.Rngs(7))
@@ -492,13 +492,13 @@ def test_a_factory_is_initialised_by_the_key_and_a_module_by_its_weights(form):
         key = jax.random.key(seed)
         for network, expected in ((factory, key), (module, jax.random.key(7))):
             learner = make_learner(network)
-            params = jax.jit(learner.init)(key, of)
+            params = jax.jit(learner.init)(key, task)
             assert_trees_close(params, {"model": framework_params(form, expected)}, rtol=1e-6)
-            shapes = jax.eval_shape(learner.init, key, of)
+            shapes = jax.eval_shape(learner.init, key, task)
             assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     # Parameters are copies, so donating them does not delete the module's arrays.
-    jax.tree.map(lambda leaf: leaf.delete(), jm.nn.as_model(module).init(KEY, of.support.x))
-    assert_trees_close(jm.nn.as_model(module).init(KEY, of.support.x), params["model"], rtol=0)
+    jax.tree.map(lambda leaf: leaf.delete(), jm.nn.as_model(module).init(KEY, task.support.x))
+    assert_trees_close(jm.nn.as_model(module).init(KEY, task.support.x), params["model"], rtol=0)
 
 
 @pytest.mark.parametrize("form", ["nnx", "equinox"])
@@ -506,22 +506,24 @@ def test_adapts_selects_leaves_by_path_and_checkpoints_restore_them(form, tmp_pa
     norm = form == "nnx"
     make, from_linen, _ = FORMS[form]
     learner = make_learner(make(norm, 0.0), norm="support", adapts=lambda path: path.startswith("layers/1/"))
-    of, params = task(), {"model": from_linen(reference_params(norm))}
-    adapted = jax.jit(learner.adapt)(params, of.support, KEY)
+    task, params = make_task(), {"model": from_linen(reference_params(norm))}
+    adapted = jax.jit(learner.adapt)(params, task.support, KEY)
     assert max_difference(adapted["model"]["layers"]["0"], params["model"]["layers"]["0"]) == 0
     assert max_difference(adapted["model"]["layers"]["1"], params["model"]["layers"]["1"]) > 1e-3
     jm.save(tmp_path / "adapted", adapted)
     loaded = jm.load(tmp_path / "adapted")
     assert_trees_close(loaded, adapted, rtol=0)
     predict = jax.jit(learner.predict)
-    np.testing.assert_array_equal(predict(params, loaded, of.query.x), predict(params, adapted, of.query.x))
+    np.testing.assert_array_equal(
+        predict(params, loaded, task.query.x), predict(params, adapted, task.query.x)
+    )
 
 
 def test_nnx_module_of_the_user_is_left_unchanged():
     module = NNXNet(norm=True, rate=0.5, rngs=nnx.Rngs(0))
     before = nnx.to_pure_dict(nnx.state(module))
     learner = make_learner(module)
-    jax.eval_shape(lambda key: learner.loss(learner.init(key, task()), task(), key), KEY)
+    jax.eval_shape(lambda key: learner.loss(learner.init(key, make_task()), make_task(), key), KEY)
     assert module.norm.momentum == 0.99
     assert (module.norm.use_running_average, module.dropout.deterministic) == (False, False)
     after = nnx.to_pure_dict(nnx.state(module))
@@ -529,7 +531,7 @@ def test_nnx_module_of_the_user_is_left_unchanged():
 
 
 def test_an_equinox_module_can_take_a_batch():
-    params, x = FORMS["equinox"][1](reference_params()), task().query.x
+    params, x = FORMS["equinox"][1](reference_params()), make_task().query.x
     model = jm.nn.from_equinox(equinox_net(rate=0.5, batched=True), batched=True)
     np.testing.assert_allclose(model.apply(params, x), plain_apply(reference_params(), x), atol=1e-12)
     assert max_difference(model.apply(params, x, key=KEY), model.apply(params, x)) > 0.1
@@ -681,7 +683,7 @@ def test_masks_for_normalising_networks_without_mask_are_refused():
 
 
 def test_flax_linen_batch_norm_is_refused_for_a_batch_shared_by_devices():
-    model, x = jm.nn.as_model(FlaxNet(norm=True)), task().query.x
+    model, x = jm.nn.as_model(FlaxNet(norm=True)), make_task().query.x
     params = model.init(KEY, x)
     with pytest.raises(ValueError, match=r"norm is a flax\.linen\.BatchNorm, .* use jaxmeta\.nn\.BatchNorm"):
         jax.vmap(lambda _: model.apply(params, x), axis_name=EXAMPLES)(jnp.arange(2))

@@ -40,7 +40,7 @@ def precise_network(**settings):
     return model._replace(init=init)
 
 
-def task(seed=0, shots=2, queries=3):
+def make_task(seed=0, shots=2, queries=3):
     rng = np.random.default_rng(seed)
 
     def part(examples):
@@ -50,14 +50,14 @@ def task(seed=0, shots=2, queries=3):
     return jm.Task(part(shots), part(queries))
 
 
-def init(learner, of=None, key=KEY):
-    params = jax.jit(learner.init)(key, of or task())
+def init(learner, task=None, key=KEY):
+    params = jax.jit(learner.init)(key, task or make_task())
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), params)
 
 
-def adapt(learner, params, of, key=KEY):
+def adapt(learner, params, task, key=KEY):
     """Return the state adapted to the task's support set."""
-    return jax.jit(learner.adapt)(params, of.support, key)
+    return jax.jit(learner.adapt)(params, task.support, key)
 
 
 @functools.cache
@@ -65,20 +65,20 @@ def value_and_gradient(function):
     """Return a jitted program of a learner's loss with metrics and its gradient in the parameters."""
 
     @jax.jit
-    def run(params, of, step):
-        return jax.value_and_grad(lambda params: function(params, of, KEY, step), has_aux=True)(params)
+    def run(params, task, step):
+        return jax.value_and_grad(lambda params: function(params, task, KEY, step), has_aux=True)(params)
 
     return run
 
 
-def loss(learner, params, of, step=None):
+def loss(learner, params, task, step=None):
     """Return the meta-loss and the metrics."""
-    return value_and_gradient(learner.loss)(params, of, step)[0]
+    return value_and_gradient(learner.loss)(params, task, step)[0]
 
 
-def gradient(learner, params, of, step=None):
+def gradient(learner, params, task, step=None):
     """Return the meta-gradient."""
-    return value_and_gradient(learner.loss)(params, of, step)[1]
+    return value_and_gradient(learner.loss)(params, task, step)[1]
 
 
 @functools.cache
@@ -103,12 +103,12 @@ def descended(weights, support, steps, rate=0.5, norm=True):
 @functools.cache
 def _query_loss(norm):
     still = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
-    return jax.jit(jax.value_and_grad(lambda weights, of: still.loss({"model": weights}, of, KEY)[0]))
+    return jax.jit(jax.value_and_grad(lambda weights, task: still.loss({"model": weights}, task, KEY)[0]))
 
 
-def query_loss(weights, of, norm="batch"):
+def query_loss(weights, task, norm="batch"):
     """Return the query loss at `weights` and its gradient, from a MAML of step size 0."""
-    return _query_loss(norm)(weights, of)
+    return _query_loss(norm)(weights, task)
 
 
 def finite_differences(function, arguments, step=1e-6):

@@ -1,4 +1,4 @@
-"""`jm.inner_loop` against closed forms and finite differences, in float64.
+"""Tests of `jm.inner_loop` against closed forms and finite differences, in float64.
 
 Each check runs as one jitted program. The default run takes each memory mode in one small case of each
 check; more cases, and the mode "auto", which is "store" for such small problems, are nightly.
@@ -458,7 +458,7 @@ def test_recomputing_modes_keep_fewer_bytes_for_the_backward_pass():
 
 
 def test_implicit_gradient_of_a_quadratic():
-    """φ* = (as + λθ)/(a + λ), with slope λ/(a + λ) in θ; as λ grows, MAML without a step."""
+    """φ* = (as + λθ)/(a + λ), with slope λ/(a + λ) in θ; for λ → ∞, φ* = θ, as in MAML without steps."""
     for proximal, minimum, expected in ((2.0, 0.5, -1.25), (1e9, 0.0, -3.0)):
         rate = 0.3 / (1 + proximal)
         adapt = jm.inner_loop(quadratic, optax.sgd(rate), 200, order="implicit", proximal=proximal)
@@ -467,19 +467,19 @@ def test_implicit_gradient_of_a_quadratic():
             adapted, trace = adapt(start, SUPPORT)
             return quadratic_query(adapted), (adapted, trace.loss)
 
-        def of_the_way(start, adapt=adapt):
+        def path_loss(start, adapt=adapt):
             return adapt(start, SUPPORT)[1].loss.sum()
 
         @jax.jit
-        def run(start, meta=meta, of_the_way=of_the_way):
-            return jax.grad(meta, has_aux=True)(start), jax.grad(of_the_way)(start)
+        def run(start, meta=meta, path_loss=path_loss):
+            return jax.grad(meta, has_aux=True)(start), jax.grad(path_loss)(start)
 
-        (actual, (adapted, losses)), way = run(0.0)
+        (actual, (adapted, losses)), path_gradient = run(0.0)
         np.testing.assert_allclose(adapted, minimum, atol=1e-7)
         np.testing.assert_allclose(actual, expected, rtol=1e-7)
         assert losses.shape == (200,)
         # The path to the minimum is not differentiated.
-        assert way == 0
+        assert path_gradient == 0
 
 
 def test_damping_is_added_to_the_identity_of_the_linear_system():
@@ -707,7 +707,7 @@ def test_loop_continues_from_an_optimizer_state(memory):
 
 @each_mode
 def test_first_order_losses_depend_only_on_the_parameters_of_their_step(memory):
-    """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the second loss does not see the first's curvature.
+    """θ_1 = θ − α·constant: dL_1/dθ = L'(θ_1), and the curvature of the first loss does not enter.
 
     The proximal term moves the parameters but is not part of the loss; it is zero in the first step.
     """

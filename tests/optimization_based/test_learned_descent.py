@@ -21,11 +21,11 @@ from problems import (
     half_square,
     init,
     loss,
+    make_task,
     network,
     number_task,
     plain_loss,
     precise_network,
-    task,
 )
 from trees import max_difference
 
@@ -69,14 +69,16 @@ def lstm(hidden, order="first", norm=False):
 )
 def test_constant_gates_match_gradient_descent_with_weight_decay(hidden, decay, norm, order):
     """f = 1 − αλ and i = α: SGD of rate α with weight decay λ, and its meta-gradient in either order."""
-    rate, of, learner = 0.3, task(), lstm(hidden, order, norm)
+    rate, task, learner = 0.3, make_task(), lstm(hidden, order, norm)
     params = with_constant_gates(init(learner), 1 - rate * decay, rate)
     optimizer = optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate))
     maml = jm.maml(network(norm=norm), inner_optimizer=optimizer, inner_steps=3, order=order)
     start = {"model": params["model"]}
-    assert_trees_close(adapt(learner, params, of), adapt(maml, start, of), atol=1e-13)
-    actual = gradient(learner, params, of)["model"]
-    assert_trees_close(actual, gradient(maml, start, of)["model"], atol=1e-13 if order == "first" else 1e-12)
+    assert_trees_close(adapt(learner, params, task), adapt(maml, start, task), atol=1e-13)
+    actual = gradient(learner, params, task)["model"]
+    assert_trees_close(
+        actual, gradient(maml, start, task)["model"], atol=1e-13 if order == "first" else 1e-12
+    )
 
 
 @pytest.mark.nightly
@@ -84,18 +86,18 @@ def test_constant_gates_match_gradient_descent_with_weight_decay(hidden, decay, 
 def test_orders_differ_with_constant_gates(hidden):
     learners = [lstm(hidden, order, norm=True) for order in ("first", "second")]
     params = with_constant_gates(init(learners[0]), 0.94, 0.3)
-    first, second = (gradient(learner, params, task())["model"] for learner in learners)
+    first, second = (gradient(learner, params, make_task())["model"] for learner in learners)
     assert max_difference(first, second) > 1e-3
 
 
 @pytest.mark.parametrize("forget", [1.0, pytest.param(0.9, marks=pytest.mark.nightly)])
 def test_constant_gates_on_one_number_match_closed_form(forget):
     """θ_2 = 0.36, ∂/∂c_0 = −2.64, ∂/∂i = −(∇_1 + ∇_2)(θ_2 − 3) = −9.504."""
-    of = number_task()
+    task = number_task()
     learner = jm.lstm_meta_learner(NUMBER, inner_steps=2, loss=half_square)
-    params = with_constant_gates(init(learner, of), forget, 0.1)
-    theta = float(adapt(learner, params, of)["model"]["theta"])
-    actual = gradient(learner, params, of)
+    params = with_constant_gates(init(learner, task), forget, 0.1)
+    theta = float(adapt(learner, params, task)["model"]["theta"])
+    actual = gradient(learner, params, task)
     np.testing.assert_allclose(actual["model"]["theta"], forget**2 * (theta - 3), rtol=1e-12)
     if forget == 1:
         np.testing.assert_allclose(theta, 0.36, rtol=1e-12)
@@ -106,10 +108,10 @@ def test_constant_gates_on_one_number_match_closed_form(forget):
 
 @pytest.mark.parametrize("hidden", [pytest.param(20, marks=pytest.mark.nightly), None])
 def test_constant_gates_on_one_number_match_closed_form_in_second_order(hidden):
-    of = number_task()
+    task = number_task()
     learner = jm.lstm_meta_learner(NUMBER, inner_steps=2, order="second", hidden=hidden, loss=half_square)
-    params = with_constant_gates(init(learner, of), 1.0, 0.1)
-    np.testing.assert_allclose(gradient(learner, params, of)["model"]["theta"], -1.6896, rtol=1e-12)
+    params = with_constant_gates(init(learner, task), 1.0, 0.1)
+    np.testing.assert_allclose(gradient(learner, params, task)["model"]["theta"], -1.6896, rtol=1e-12)
 
 
 def perturbed(params):
@@ -132,7 +134,7 @@ def perturbed(params):
 def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held_fixed(
     hidden, feedback, memory
 ):
-    of = task()
+    task = make_task()
     learner = jm.lstm_meta_learner(
         network(norm=False), inner_steps=2, hidden=hidden, feedback=feedback, memory=memory
     )
@@ -150,23 +152,23 @@ def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held
                 {"params": params["hyper"]}, state, ravel_pytree(grads)[0], value, theta
             )
             theta = theta + change
-        return measure(restore(theta), of.query)[0], used
+        return measure(restore(theta), task.query)[0], used
 
     value, recorded = jax.jit(
-        lambda params: by_hand(params, lambda step, weights: measure(weights, of.support))
+        lambda params: by_hand(params, lambda step, weights: measure(weights, task.support))
     )(params)
-    np.testing.assert_allclose(loss(learner, params, of)[0], value, rtol=1e-12)
+    np.testing.assert_allclose(loss(learner, params, task)[0], value, rtol=1e-12)
     expected = finite_differences(lambda params: by_hand(params, lambda step, _: recorded[step])[0], params)
-    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
+    np.testing.assert_allclose(flat(gradient(learner, params, task)), expected, atol=1e-8)
 
 
 @pytest.mark.nightly
 def test_second_order_lstm_gradient_matches_plain_finite_differences():
-    of, learner, first = task(), lstm(3, "second"), lstm(3)
+    task, learner, first = make_task(), lstm(3, "second"), lstm(3)
     params = perturbed(init(learner))
-    expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
-    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=2e-7)
-    assert max_difference(gradient(first, params, of), gradient(learner, params, of)) > 1e-3
+    expected = finite_differences(lambda params: learner.loss(params, task, KEY)[0], params)
+    np.testing.assert_allclose(flat(gradient(learner, params, task)), expected, atol=2e-7)
+    assert max_difference(gradient(first, params, task), gradient(learner, params, task)) > 1e-3
 
 
 def test_cell_has_the_published_size_and_the_network_starts_as_in_maml():
@@ -178,13 +180,13 @@ def test_cell_has_the_published_size_and_the_network_starts_as_in_maml():
 
 def test_gradient_scale_multiplies_the_gradient_before_the_cell():
     """The scale 1/B of the official code equals a loss gradient divided by B."""
-    of = number_task()
+    task = number_task()
     settings = {"inner_steps": 2, "hidden": None, "loss": half_square}
     scaled = jm.lstm_meta_learner(NUMBER, gradient_scale=0.2, **settings)
-    params = with_constant_gates(init(scaled, of), 1.0, 0.5)
+    params = with_constant_gates(init(scaled, task), 1.0, 0.5)
     plain = jm.lstm_meta_learner(NUMBER, **settings)
     slower = with_constant_gates(params, 1.0, 0.1)
-    assert_trees_close(adapt(scaled, params, of), adapt(plain, slower, of), atol=1e-13)
+    assert_trees_close(adapt(scaled, params, task), adapt(plain, slower, task), atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +240,9 @@ def unroll_program(unroll):
     return jax.jit(unroll)
 
 
-def unroll(learner, params, of, carry, key=KEY):
+def unroll(learner, params, task, carry, key=KEY):
     """Run one unroll, as a jitted program that is compiled once for a learner."""
-    return unroll_program(learner.unroll)(params, of, carry, key)
+    return unroll_program(learner.unroll)(params, task, carry, key)
 
 
 def test_without_updates_an_unroll_of_u_steps_is_u_plus_one_times_the_loss():
@@ -251,8 +253,8 @@ def test_without_updates_an_unroll_of_u_steps_is_u_plus_one_times_the_loss():
     np.testing.assert_allclose(loss(learner, params, SQUARE_TASK)[0], 4 * 6.0)
     np.testing.assert_allclose(carry.weights, 1.0)
     recurrent = learned(zero_output=True)
-    value, carry = unroll(recurrent, init(recurrent), task(), None)
-    np.testing.assert_allclose(value, 4 * plain_loss(norm=False)(carry.weights, task().support)[0])
+    value, carry = unroll(recurrent, init(recurrent), make_task(), None)
+    np.testing.assert_allclose(value, 4 * plain_loss(norm=False)(carry.weights, make_task().support)[0])
 
 
 def test_linear_optimizer_reproduces_the_numbers_of_the_official_test():
@@ -269,12 +271,12 @@ def test_linear_optimizer_reproduces_the_numbers_of_the_official_test():
     np.testing.assert_allclose(flat(params), -0.01, rtol=1e-6)
     params = jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.01), params)
     optimizer = learner.as_optax(params)
-    theta, state, way = jnp.ones(()), optimizer.init(jnp.ones(())), []
+    theta, state, path = jnp.ones(()), optimizer.init(jnp.ones(())), []
     for _ in range(5):
         updates, state = optimizer.update(2 * theta, state)
         theta = theta + updates
-        way.append(theta)
-    np.testing.assert_allclose(way, [0.97, 0.9406, 0.911788, 0.883552, 0.855881], atol=5e-7)
+        path.append(theta)
+    np.testing.assert_allclose(path, [0.97, 0.9406, 0.911788, 0.883552, 0.855881], atol=5e-7)
     np.testing.assert_allclose(theta, 0.8558811952, atol=5e-11)
     _, carry = unroll(learner, params, SQUARE_TASK, None)
     np.testing.assert_allclose(carry.weights, 0.8558811952, atol=5e-11)
@@ -314,10 +316,10 @@ def learned(net_norm=False, **settings):
     )
 
 
-def start_of(learner, params, of):
+def start_of(learner, params, task):
     """Return the initial weights of the run: with parameters of zero, no step updates them."""
     zero = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), params)
-    return unroll(learner, zero, of, None)[1].weights
+    return unroll(learner, zero, task, None)[1].weights
 
 
 @pytest.mark.nightly_rows(after=1)
@@ -334,22 +336,22 @@ def start_of(learner, params, of):
     ],
 )
 def test_unroll_gradient_matches_finite_differences_with_stopped_gradients_held_fixed(order, memory, norm):
-    of = task()
+    task = make_task()
     learner = learned(net_norm=norm, order=order, memory=memory, scale=0.3)
     params = perturbed(init(learner))
-    _, carry = unroll(learner, params, of, None)
+    _, carry = unroll(learner, params, task, None)
     net = jm.nn.ProposedUpdate((3,), 10.0, 0.3)
 
     def by_hand(params, gradient_at):
         """Run the second unroll from the carry of the first; also return the gradients that it used."""
         (theta, restore), state, total, used = ravel_pytree(carry.weights), carry.state, 0.0, []
         for step in range(3):
-            value, slope = plain_loss(norm)(restore(theta), of.support)
+            value, slope = plain_loss(norm)(restore(theta), task.support)
             total += value
             used.append(gradient_at(step, slope))
             state, change = net.apply({"params": params["optimizer"]}, state, ravel_pytree(used[-1])[0])
             theta = theta + change
-        return total + plain_loss(norm)(restore(theta), of.support)[0], used
+        return total + plain_loss(norm)(restore(theta), task.support)[0], used
 
     def exact(step, slope):
         return slope
@@ -357,7 +359,7 @@ def test_unroll_gradient_matches_finite_differences_with_stopped_gradients_held_
     value, recorded = jax.jit(lambda params: by_hand(params, exact))(params)
     held = (lambda step, slope: recorded[step]) if order == "first" else exact
     expected = finite_differences(lambda params: by_hand(params, held)[0], params)
-    actual, grads = jax.jit(jax.value_and_grad(lambda params: learner.unroll(params, of, carry, KEY)[0]))(
+    actual, grads = jax.jit(jax.value_and_grad(lambda params: learner.unroll(params, task, carry, KEY)[0]))(
         params
     )
     np.testing.assert_allclose(actual, value, rtol=1e-12)
@@ -368,11 +370,11 @@ def test_unroll_gradient_matches_finite_differences_with_stopped_gradients_held_
 @functools.cache
 def run_of_two_unrolls():
     """Return the losses of two unrolls, their gradients in both parameters, and the carry in between."""
-    of, learner = task(), learned()
+    task, learner = make_task(), learned()
 
     def losses(*params):
-        first, carry = learner.unroll(params[0], of, None, KEY)
-        second, _ = learner.unroll(params[1], of, carry, KEY)
+        first, carry = learner.unroll(params[0], task, None, KEY)
+        second, _ = learner.unroll(params[1], task, carry, KEY)
         return (first, second), carry
 
     @jax.jit
@@ -391,9 +393,9 @@ def test_gradient_of_an_unroll_stops_at_its_start():
 
 @pytest.mark.nightly
 def test_gradient_of_an_unroll_in_a_run_equals_that_from_its_carry():
-    of, learner = task(), learned()
+    task, learner = make_task(), learned()
     _, (_, (_, own)), carry = run_of_two_unrolls()
-    alone = jax.jit(jax.grad(lambda params: learner.unroll(params, of, carry, KEY)[0]))(init(learner))
+    alone = jax.jit(jax.grad(lambda params: learner.unroll(params, task, carry, KEY)[0]))(init(learner))
     assert_trees_close(own, alone, atol=1e-14)
 
 
@@ -406,44 +408,44 @@ def test_last_loss_of_an_unroll_and_first_of_the_next_share_their_key():
 
     model = jm.Model(lambda key, x: {"w": jnp.zeros(())}, apply, stochastic=True)
     learner = LearnedOptimizer(model, inner_steps=4, truncation=2, zero_output=True, loss=jm.losses.mse)
-    of = jm.Task(*(jm.Batch(jnp.zeros((3, 2)), jnp.zeros((3, 1))) for _ in range(2)))
-    params = init(learner, of)
+    task = jm.Task(*(jm.Batch(jnp.zeros((3, 2)), jnp.zeros((3, 1))) for _ in range(2)))
+    params = init(learner, task)
     keys = jax.vmap(lambda step: jax.random.fold_in(KEY, step))(np.arange(5))
     points = np.square(jax.vmap(jax.random.normal)(keys))
     carry = None
     for first in (0, 2):
-        value, carry = unroll(learner, params, of, carry)
+        value, carry = unroll(learner, params, task, carry)
         np.testing.assert_allclose(value, sum(points[first : first + 3]), rtol=1e-6)
 
 
 @pytest.mark.nightly
 def test_the_loss_is_the_sum_of_its_unrolls():
-    of, learner = task(), learned()
+    task, learner = make_task(), learned()
     params = init(learner)
     values, ((first, _), (_, second)), _ = run_of_two_unrolls()
-    np.testing.assert_allclose(loss(learner, params, of)[0], sum(values), rtol=1e-12)
-    assert_trees_close(gradient(learner, params, of), jax.tree.map(np.add, first, second), atol=1e-12)
+    np.testing.assert_allclose(loss(learner, params, task)[0], sum(values), rtol=1e-12)
+    assert_trees_close(gradient(learner, params, task), jax.tree.map(np.add, first, second), atol=1e-12)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("inner_batch", [None, 2])
 def test_unrolls_adapt_and_a_plain_optax_loop_end_at_the_same_weights(inner_batch):
     """A run in two unrolls, a plain optax loop and `adapt` end at the same weights."""
-    of, learner = task(), learned(inner_batch=inner_batch)
+    task, learner = make_task(), learned(inner_batch=inner_batch)
     params = init(learner)
     carry = None
     for _ in range(2):
-        _, carry = unroll(learner, params, of, carry)
-    adapted = adapt(learner, params, of)
+        _, carry = unroll(learner, params, task, carry)
+    adapted = adapt(learner, params, task)
     assert_trees_close(adapted["model"], carry.weights, atol=1e-12)
     assert int(carry.step) == 6
     if inner_batch is not None:
         return
     optimizer = learner.as_optax(params)
-    weights = start_of(learner, params, of)
+    weights = start_of(learner, params, task)
     state, update = optimizer.init(weights), jax.jit(optimizer.update)
     for _ in range(6):
-        updates, state = update(plain_loss(norm=False)(weights, of.support)[1], state, weights)
+        updates, state = update(plain_loss(norm=False)(weights, task.support)[1], state, weights)
         weights = optax.apply_updates(weights, updates)
     assert_trees_close(adapted["model"], weights, atol=1e-12)
 
@@ -469,25 +471,25 @@ def test_as_optax_accepts_trees_of_any_shapes_and_dtypes():
 
 def test_runs_of_different_keys_start_at_different_weights():
     learner = learned()
-    params, of = init(learner), task()
-    first, second = (unroll(learner, params, of, None, jax.random.key(seed))[1].weights for seed in (0, 1))
+    params, task = init(learner), make_task()
+    first, second = (unroll(learner, params, task, None, jax.random.key(seed))[1].weights for seed in (0, 1))
     assert max_difference(first, second) > 0.1
 
 
 @pytest.mark.nightly
 def test_eval_steps_may_exceed_inner_steps():
-    params, of = init(learned()), task()
+    params, task = init(learned()), make_task()
     longer = learned(eval_steps=12)
-    assert max_difference(adapt(longer, params, of), adapt(learned(), params, of)) > 1e-4
+    assert max_difference(adapt(longer, params, task), adapt(learned(), params, task)) > 1e-4
 
 
 @pytest.mark.nightly
 def test_learned_parameters_work_for_a_wider_network():
-    params, of = init(learned()), task()
+    params, task = init(learned()), make_task()
     wide = functools.partial(jm.nn.MLP, out=WAYS, kernel_init=jax.nn.initializers.lecun_normal())
     wider = jm.learned_optimizer(wide(hidden=(9, 7)), inner_steps=3, truncation=3, layers=(3,))
-    assert adapt(wider, params, of)["model"]["Dense_0"]["kernel"].shape == (DIM, 9)
-    assert np.isfinite(jax.jit(wider.loss)(params, of, KEY)[0])
+    assert adapt(wider, params, task)["model"]["Dense_0"]["kernel"].shape == (DIM, 9)
+    assert np.isfinite(jax.jit(wider.loss)(params, task, KEY)[0])
 
 
 @pytest.mark.parametrize(

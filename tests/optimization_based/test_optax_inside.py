@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import KEY, adapt, finite_differences, flat, gradient, init, loss, network, plain_loss, task
+from problems import (
+    KEY,
+    adapt,
+    finite_differences,
+    flat,
+    gradient,
+    init,
+    loss,
+    make_task,
+    network,
+    plain_loss,
+)
 
 import jaxmeta as jm
 from jaxmeta.training import init_state
@@ -56,16 +67,16 @@ def test_meta_gradient_under_a_schedule_matches_the_closed_form_on_a_quadratic(m
 
 
 def test_adaptation_with_a_schedule_matches_an_explicit_loop():
-    learner, of = learner_of(optax.sgd(SCHEDULE), inner_steps=3), task()
+    learner, task = learner_of(optax.sgd(SCHEDULE), inner_steps=3), make_task()
     params = init(learner)
     weights = params["model"]
     for rate in RATES:
-        weights = gradient_step(weights, of.support, rate)
-    assert_close(adapt(learner, params, of)["model"], weights, 1e-12)
-    expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
-    np.testing.assert_allclose(flat(gradient(learner, params, of)), expected, atol=1e-8)
+        weights = gradient_step(weights, task.support, rate)
+    assert_close(adapt(learner, params, task)["model"], weights, 1e-12)
+    expected = finite_differences(lambda params: learner.loss(params, task, KEY)[0], params)
+    np.testing.assert_allclose(flat(gradient(learner, params, task)), expected, atol=1e-8)
     # A constant rate gives other weights.
-    constant = adapt(learner_of(optax.sgd(RATES[0]), inner_steps=3), params, of)["model"]
+    constant = adapt(learner_of(optax.sgd(RATES[0]), inner_steps=3), params, task)["model"]
     assert np.abs(flat(constant) - flat(weights)).max() > 1e-2
 
 
@@ -77,21 +88,21 @@ def test_accumulated_mini_batches_are_one_step_of_the_mean_gradient(memory):
     # Six support examples, two per step: three steps are one pass over them.
     settings = {"inner_batch": 2, "memory": memory}
     learner = learner_of(accumulated(optax.sgd(0.5), 3), inner_steps=6, **settings)
-    whole, of = learner_of(optax.sgd(0.5), inner_steps=2), task()
+    whole, task = learner_of(optax.sgd(0.5), inner_steps=2), make_task()
     params = init(learner)
-    expected = gradient_step(gradient_step(params["model"], of.support, 0.5), of.support, 0.5)
-    assert_close(adapt(learner, params, of)["model"], expected, 1e-12)
-    np.testing.assert_allclose(loss(learner, params, of)[0], loss(whole, params, of)[0], rtol=1e-12)
-    assert_close(gradient(learner, params, of), gradient(whole, params, of), 1e-12)
+    expected = gradient_step(gradient_step(params["model"], task.support, 0.5), task.support, 0.5)
+    assert_close(adapt(learner, params, task)["model"], expected, 1e-12)
+    np.testing.assert_allclose(loss(learner, params, task)[0], loss(whole, params, task)[0], rtol=1e-12)
+    assert_close(gradient(learner, params, task), gradient(whole, params, task), 1e-12)
 
 
 def test_meta_gradient_through_accumulation_matches_finite_differences():
     # Two updates by the mean of two mini-batches, with two step sizes, and a gradient that is never applied.
     schedule = optax.linear_schedule(0.5, 0.25, 1)
     learner = learner_of(accumulated(optax.sgd(schedule), 2), inner_steps=5, inner_batch=4)
-    params, of = init(learner), task()
-    expected = finite_differences(lambda params: learner.loss(params, of, KEY)[0], params)
-    actual = flat(gradient(learner, params, of))
+    params, task = init(learner), make_task()
+    expected = finite_differences(lambda params: learner.loss(params, task, KEY)[0], params)
+    actual = flat(gradient(learner, params, task))
     assert np.abs(actual).max() > 0.01
     np.testing.assert_allclose(actual, expected, atol=1e-8)
 
@@ -104,8 +115,8 @@ def test_any_object_with_init_and_update_is_an_inner_optimizer():
     learners = [
         learner_of(optimizer, inner_steps=4, inner_batch=4) for optimizer in (wrapped, transformation)
     ]
-    params, of = init(learners[0]), task()
-    expected, actual = (flat(gradient(learner, params, of)) for learner in learners)
+    params, task = init(learners[0]), make_task()
+    expected, actual = (flat(gradient(learner, params, task)) for learner in learners)
     np.testing.assert_array_equal(actual, expected)
     with pytest.raises(jm.ArgumentError, match="hyper: got hyperparameters"):
         jm.maml(network(), inner_optimizer=wrapped, hyper=0.1)

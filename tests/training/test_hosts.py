@@ -1,4 +1,4 @@
-"""Tests of training in several processes on this machine: same results as one, and a common end."""
+"""Tests of training in several processes on this machine: they give the results of one, and end together."""
 
 import json
 import os
@@ -177,7 +177,7 @@ def test_a_run_of_two_processes_ends_with_a_report_and_can_be_resumed(tmp_path):
 
     first = run()
     assert not (out / "parameters.npz").exists()
-    # This time from the checkpoint, from which each process reads all parameters.
+    # The second run starts from the checkpoint, from which each process reads all parameters.
     assert run() == first
 
 
@@ -240,7 +240,7 @@ def test_commands_that_cannot_connect_are_usage_errors(flags, message, tmp_path,
         assert coordinator is None
         raise ValueError("coordinator_address should be defined.")
 
-    # Replaced, because JAX is already in use in this process.
+    # The real function fails here, because JAX is already in use in this process.
     monkeypatch.setattr(jax.distributed, "initialize", find_no_cluster)
     assert main(["train", "--out", str(tmp_path / "run"), *flags]) == 2
     assert message in capsys.readouterr().err

@@ -3,7 +3,7 @@
     python tests/training/victim.py FOLDER STEPS LIMIT
 
 It saves a checkpoint after every second meta-step and prints its step. After the first checkpoint no file may
-grow beyond LIMIT bytes, which simulates a full disk; 0 for no limit.
+grow beyond LIMIT bytes, which simulates a full disk; 0 means no limit.
 """
 
 import sys
