@@ -243,8 +243,8 @@ def prepare(
     Args:
       edition: expected content.
       size: side of the images in pixels.
-      data: folder with the two archives, packed or unpacked, or a prepared array file; None: the cache, or a
-        download where the cache is empty.
+      data: folder with the two archives, packed or unpacked, or a prepared array file; None for the
+        cache, or for a download if the cache is empty.
       source: address of the archives, with `{}` for the part.
 
     Raises:
