@@ -201,7 +201,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what belongs to the command line where it is first asked for."""
+    """Import functions of `jaxmeta.cli` on first access, which keeps `import jaxmeta` fast."""
     if name == "load_run":
         from jaxmeta.cli.run import load_run
 

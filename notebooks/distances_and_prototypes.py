@@ -455,7 +455,9 @@ state = jm.train(
     meta_batch=1,
     report=lambda event: progress.append(event) if isinstance(event, jm.training.Progress) else None,
 )
-print(f"{STEPS} steps in {time.perf_counter() - clock:.1f} s, of it {progress[0].compile_s:.1f} s compiling")
+print(
+    f"{STEPS} steps in {time.perf_counter() - clock:.1f} s, of which {progress[0].compile_s:.1f} s for compilation"
+)
 for event in progress:
     print(f"step {event.step:4d}   20-way accuracy in training {event.metrics['accuracy']:.2f}")
 
@@ -619,9 +621,9 @@ outputs = {
 truth = np.asarray(episodes.query.y)
 
 
-def accuracy_among(outputs, ways, of):
-    """Return the accuracy on queries of the first `of` classes, with `ways` known classes."""
-    return (outputs[..., :ways].argmax(-1) == truth)[truth < of].mean()
+def accuracy_among(outputs, ways, queried):
+    """Return the accuracy on queries of the first `queried` classes, with `ways` known classes."""
+    return (outputs[..., :ways].argmax(-1) == truth)[truth < queried].mean()
 
 
 ways = np.arange(FIRST, ALL + 1)

@@ -207,10 +207,11 @@ class Names(NamedTuple):
 
     @property
     def facts(self) -> Facts:
+        """Return the facts about the learner's method."""
         return facts_of(self.learner)
 
     def groups(self) -> dict[str, dict[str, Setting]]:
-        """Return the settings of each group that have a flag in a run of these, by name."""
+        """Return the settings of each group that have a flag in a run of these objects, by name."""
         groups = self.stored_groups()
         if not schema.accepts(self.learner, "augment"):
             del groups["training"]["distort"]
@@ -739,7 +740,7 @@ def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
         hashes = dict(values["own"])
         if not all(isinstance(each, str) for pair in (*chosen.items(), *hashes.items()) for each in pair):
             raise TypeError("names must be text")
-        # The names alone decide which code is user-defined: the file's own list is not to be trusted.
+        # The names alone decide which code is user-defined: the list in the file is not trusted.
         own = {name: str(hashes.get(name, "")) for name in _own(**chosen)}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None

@@ -96,7 +96,7 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
             axes.errorbar(at, means, ci95, **style, **bars, marker="o", label="validation, 95 % CI")
             drawn.add("●: validation")
         if curve.test is not None:
-            # Beyond the curve's end, and apart from the other runs' diamonds.
+            # Diamonds lie beyond the end of the curves, each at another x so that they do not overlap.
             beyond = max((row[_X[x][0]] for row in curve.rows), default=0) * (
                 1.03 + i * min(0.03, 0.15 / len(curves))
             )

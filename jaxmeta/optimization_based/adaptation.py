@@ -176,7 +176,8 @@ def adaptation(
             **engine,
         )
 
-    # Built now so that invalid settings are refused before training, and cached for `fit`.
+    # The loops are built here so that invalid settings raise errors before training; `fit` takes them from
+    # the cache.
     for n in (inner_steps, eval_steps):
         loop(n, order, norm == "episode")
 
@@ -252,6 +253,7 @@ def adaptation(
         stats = lax.map(step_statistics, (before_each_step(params, trace), jnp.arange(count)))
         decay = 1 - EPISODE_MOMENTUM
         weights = EPISODE_MOMENTUM * decay ** jnp.arange(count - 1, -1, -1.0)
+        # After `count` steps the initial values, mean 0 and variance 1, keep the weight decay**count.
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: (
                 jnp.tensordot(weights.astype(leaf.dtype), leaf, 1)

@@ -242,7 +242,8 @@ def train(
     source = _first_source(tasks, meta_batch, mesh)
     state, best = init_state(learner, optimizer, tasks, key, params=params, devices=mesh), None
     if folder is not None:
-        # Space for the last two states and the one being written, and as many copies of the best parameters.
+        # The folder holds the last two states and the one being written, and as many copies of the best
+        # parameters.
         checkpoint.require_space(folder, 3 * checkpoint.nbytes((state, state.params)))
     if resume and folder is not None:
         state, best = checkpoint.restore_checkpoint(folder, state, config=config)

@@ -25,8 +25,8 @@ def gradient_reversal(
     """Return `x` unchanged, with a derivative of −strength times the identity.
 
     Between the features and a domain head, it lets one descent of the domain loss train the head, with weight
-    1, to tell the domains apart, and the features, with weight `strength`, to prevent it. Works in reverse
-    mode and, unlike implementations by a backward rule, in forward mode.
+    1, to tell the domains apart, and the features, with weight `strength`, to prevent it. It works in
+    reverse mode and, unlike implementations by a backward rule, in forward mode.
 
     Args:
       x: features, or a pytree of them; the values are passed on bit for bit.
@@ -168,7 +168,7 @@ def domain_loss(
 def domain_accuracy(
     source: Float[Array | np.ndarray, " n ..."], target: Float[Array | np.ndarray, " m ..."]
 ) -> Float[Array, ""]:
-    """Return the accuracy of a domain head, averaged over the two domains: ½ by chance.
+    """Return the accuracy of a domain head, averaged over the two domains; chance level is ½.
 
     Args:
       source: logits of the source's examples, of shape `(n_s,)` or `(n_s, 1)`; a logit above 0 predicts the
@@ -222,8 +222,8 @@ def adabn(
 
     Raises:
       ValueError: if `x` has no examples or `batch` is below 1; if the network has no batch normalisation, or
-        one that uses its batch's statistics in inference, has a mask or is called twice; if `exact` is asked
-        for in several batches of a network that is not a `flax.linen` module.
+        one that uses its batch's statistics in inference, has a mask or is called twice; if the
+        network is not a `flax.linen` module and `exact` needs several batches.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -245,6 +245,7 @@ def adabn(
 
 
 def _adapt(model, variables, x, batch, exact, arguments):
+    """Return the variables with the statistics of `x`; see `adabn`."""
     if model.parts:
         return _adapt_parts(model.parts, variables, x, batch, exact, arguments)
     parts = [x[start : start + batch] for start in range(0, x.shape[0], batch)]

@@ -21,7 +21,7 @@ class Candidate:
     Attributes:
       features: features of its body, of shape `(n, d)`.
       source_probs: its probabilities of the source classes, of shape `(n, classes)`; None if it has no
-        classes, as after self-supervised training: it then has no NCE and LEEP.
+        classes, as after self-supervised training, and therefore no scores NCE and LEEP.
     """
 
     features: Real[Array | np.ndarray, "n d"]
@@ -99,13 +99,13 @@ def rank_sources(
     starts from.
 
     Args:
-      models: by name, each model's `Candidate`, or a function of x that computes it.
-      target: (x, y), the target examples and their classes; x is an argument of the functions, and may be
-        None if there are none.
+      models: the `Candidate` of each model by name, or a function of x that computes it.
+      target: (x, y), the target examples and their classes; x is passed to the functions in `models`, and
+        may be None if there are none.
       score: name of the score that determines the order: "log_me", "h_score", "leep" or "nce".
       shrinkage: shrinkage of `h_score`.
-      accuracies: by name, each model's accuracy after fine-tuning, for the correlations with the scores; None
-        if unknown.
+      accuracies: accuracy of each model after fine-tuning, by name, for the correlations with the scores;
+        None if unknown.
 
     Returns:
       A `Ranking`; `str(ranking)` is a table.
