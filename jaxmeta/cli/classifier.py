@@ -71,7 +71,7 @@ class Classifier:
         """Return the probability of each class for each image.
 
         The prediction for an image depends on that image alone. Probabilities rank classes; they are as well
-        calibrated as the method is, and carry no information about images of none of the classes.
+        calibrated as the method is, and do not show whether an image belongs to any of the classes.
 
         Args:
           images: images of shape (n, height, width, channels) or (n, height, width), as bytes or floats in
@@ -147,12 +147,13 @@ def load_classifier(
     Args:
       source: one of these; weights are a .safetensors or .msgpack file, a folder of Hugging Face's
         `save_pretrained`, or "hf:owner/name".
-      support: folder of images to learn classes from, with a subfolder for each class. In Python also a
+      support: folder of images to learn classes from, with a subfolder for each class; or, in Python, a
         dictionary of images by class, as `Classifier.predict` takes them.
       invert: whether to exchange dark and light in all images. By default this is done for strokes where the
         support set is dark on light, since training images are light on dark.
       skip_unreadable: whether to leave out files of the support set that cannot be read.
-      size: side in pixels of the images that the network of weights gets; by default of its training images.
+      size: side in pixels of the images that the network of weights gets; by default that of its training
+        images.
       learner: module:name of your own method that the run was trained with. A run folder does not import code
         by itself.
       network: module:name of your own network that the run was trained with; or the name of the network of
