@@ -70,7 +70,7 @@ def stream(
       skip_small_classes: whether to skip, with a warning, classes with fewer than shots + queries images,
         after the classes are split.
       for_evaluation: whether to number the episodes as `jm.evaluate(key=key)` does, `meta_batch` at a time.
-      workers: number of processes that read images; 0: threads, which are enough for prepared images.
+      workers: number of processes that read images; 0 for threads, which are enough for prepared images.
         Processes are spawned, so a script needs `if __name__ == "__main__":`.
       ahead: number of batches to read ahead; each worker process buffers as many in addition.
       process: (index, count) of this process among the processes that divide each batch, such as
@@ -164,7 +164,7 @@ class _Reader:
         self.domains = None
         if part.table is not None:
             self.domains = part.table._replace(counts=np.asarray(part.table.counts, np.int32))
-        # As numbers, since a key array would need a device in the worker process.
+        # The key is stored as numbers, since a key array would need a device in the worker process.
         self.key_impl, self.key_data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
         self.meta_batch, self.first, self.own = meta_batch, first, own
 
