@@ -1,4 +1,4 @@
-"""Helpers for tests of several folders."""
+"""Helpers that tests in several folders share."""
 
 import importlib.metadata
 import json

@@ -1,7 +1,7 @@
 """Networks of a few units, their tasks, and finite differences, for the tests of learners.
 
-A learner's functions run as jitted programs, each compiled once for a learner: a test that needs a learner of
-another test should take the same one, from a cached function.
+A learner's functions run as jitted programs, which are compiled once for each learner. Tests that need equal
+learners should therefore get one learner from a cached function.
 """
 
 import functools
@@ -41,6 +41,7 @@ def precise_network(**settings):
 
 
 def make_task(seed=0, shots=2, queries=3):
+    """Build a task of normally distributed vectors in float64."""
     rng = np.random.default_rng(seed)
 
     def part(examples):
@@ -102,8 +103,8 @@ def descended(weights, support, steps, rate=0.5, norm=True):
 
 @functools.cache
 def _query_loss(norm):
-    still = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
-    return jax.jit(jax.value_and_grad(lambda weights, task: still.loss({"model": weights}, task, KEY)[0]))
+    frozen = jm.maml(network(), inner_optimizer=optax.sgd(0.0), order="first", norm=norm)
+    return jax.jit(jax.value_and_grad(lambda weights, task: frozen.loss({"model": weights}, task, KEY)[0]))
 
 
 def query_loss(weights, task, norm="batch"):

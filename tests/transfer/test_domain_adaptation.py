@@ -81,14 +81,16 @@ def test_dann_descends_the_domain_loss_by_its_head_and_ascends_it_by_the_feature
     def logits(params, x, head):
         return jnp.tanh(x @ params["features"]) @ params[head]
 
-    def of_labels(params):
+    def label_loss(params):
         return -jax.nn.log_softmax(logits(params, x_source, "label"))[jnp.arange(6), labels].mean()
 
-    def of_domains(params):
+    def domain_cross_entropy(params):
         s, t = (jax.nn.sigmoid(logits(params, x, "domain")) for x in (x_source, x_target))
         return -(jnp.log(1 - s).mean() + jnp.log(t).mean()) / 2
 
-    by_label, by_domain = jax.device_get([jax.jit(jax.grad(f))(params) for f in (of_labels, of_domains)])
+    by_label, by_domain = jax.device_get(
+        [jax.jit(jax.grad(f))(params) for f in (label_loss, domain_cross_entropy)]
+    )
     gradient = jax.jit(jax.grad(dann(x_source, jnp.asarray(labels), x_target)))
     for strength in (0.0, 0.6):
         gradients = gradient(params, strength)
