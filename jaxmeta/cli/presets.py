@@ -154,6 +154,11 @@ PRESETS: dict[str, Protocol] = {
     },
     "mnist": _TEN_DIGITS
     | {"description": "MAML on MNIST's ten digits, 5-way 1-shot, as a source for transfer", "tasks": "mnist"},
+    "fashion-mnist": _TEN_DIGITS
+    | {
+        "description": "MAML on Fashion-MNIST's ten kinds of clothes, 5-way 1-shot, as a source for transfer",
+        "tasks": "fashion_mnist",
+    },
     "usps": _TEN_DIGITS
     | {
         "description": "MAML on the ten digits of USPS, 5-way 1-shot, as a source for transfer",
@@ -227,6 +232,14 @@ PRESETS: dict[str, Protocol] = {
     | {
         "description": "MAML's mini-ImageNet settings on CUB-200-2011, 5-way 1-shot, 60,000 meta-steps",
         "tasks": "cub",
+    },
+    "emoji": _OWN_IMAGES
+    | {
+        "description": "MAML on emoji of six designers, 84x84 in colour, 5-way 1-shot",
+        "tasks": "emoji",
+        # A class may have three pictures only.
+        "queries": 2,
+        "train_queries": 2,
     },
     "glyphs-zero-shot": {
         "description": "drawn characters by their strokes alone, 20-way zero-shot, by prototypical networks",

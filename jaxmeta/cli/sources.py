@@ -17,6 +17,7 @@ from jaxmeta.cli import names, schema
 from jaxmeta.core import Key, Kind, ProtocolCard, TaskDistribution, TaskStream, check_tasks
 from jaxmeta.declare import facts_of
 from jaxmeta.tasks.array_files import LabelledArrays, read_npz
+from jaxmeta.tasks.emoji import emoji_images, emoji_vectors
 from jaxmeta.tasks.official import cifar_fs_images, cub_images, mini_imagenet_images
 from jaxmeta.tasks.prepared import ReadSummary, SplitImages
 from jaxmeta.tasks.regression import read_table
@@ -48,7 +49,7 @@ class Source(NamedTuple):
       files: whether it reads the user's image files, some of which may be left out.
       arrays: `(path) -> LabelledArrays`, for sources that read labelled arrays from a file.
       columns: `(path, settings) -> settings` with the columns of a table, for sources that read a table.
-      metadata: `(data) -> {class: vector}`, for sources that have zero-shot tasks.
+      metadata: `(classes, settings, data) -> {class: vector}`, for sources that have zero-shot tasks.
       argument: part of the name after the colon.
       copied: whether it reads the user's copy of the data, which `--data` names.
       validates: whether it has validation classes, unless the class split says otherwise.
@@ -63,7 +64,7 @@ class Source(NamedTuple):
     files: bool = False
     arrays: Callable[[str], LabelledArrays] | None = None
     columns: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
-    metadata: Callable[[str | None], Mapping[str, Any]] | None = None
+    metadata: Callable[[tuple[str, ...], Mapping[str, Any], str | None], Mapping[str, Any]] | None = None
     argument: str = ""
     copied: bool = False
     validates: bool = True
@@ -89,6 +90,19 @@ def _columns(argument: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
 def _tfds(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
     reading = {name: settings[name] for name in ("size", "channels", "image", "label", "tfds_splits")}
     return SplitImages(tasks.prepare_tfds(argument, **reading, data=data), class_split(settings["classes"]))
+
+
+def _emoji(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
+    del argument
+    names = ("size", "styles", "test_styles", "min_styles", "classes", "word_vectors")
+    return emoji_images(str(data), **{name: settings[name] for name in names})
+
+
+def _emoji_vectors(
+    classes: tuple[str, ...], settings: Mapping[str, Any], data: str | None
+) -> Mapping[str, Any]:
+    del data
+    return emoji_vectors(settings["word_vectors"], classes)
 
 
 def _sized(images: Callable[..., SplitImages]) -> Callable[..., SplitImages]:
@@ -119,6 +133,15 @@ TASKS: dict[str, Source] = {
             "handwritten digits, 28x28; no class split, for transfer; --data DIR with the official files",
             "mnist",
             ink=True,
+            copied=True,
+            validates=False,
+        ),
+        Source(
+            "fashion_mnist",
+            tasks.fashion_mnist,
+            "grey pictures of ten kinds of clothes, 28x28; no class split, for transfer; --data DIR with the "
+            "official files",
+            "fashion-mnist",
             copied=True,
             validates=False,
         ),
@@ -197,7 +220,17 @@ TASKS: dict[str, Source] = {
             "cub",
             images=_sized(cub_images),
             files=True,
-            metadata=lambda data: tasks.cub_attributes(str(data)),
+            metadata=lambda classes, settings, data: tasks.cub_attributes(str(data)),
+            copied=True,
+        ),
+        Source(
+            "emoji",
+            tasks.emoji,
+            "1,600 things in the styles of several designers, 84x84; --data DIR with packs of Iconify",
+            "emoji",
+            images=_emoji,
+            files=True,
+            metadata=_emoji_vectors,
             copied=True,
         ),
     )
@@ -344,12 +377,12 @@ def _build(
         "rotations": settings.get("rotations", "none"),
         "protocol": images.protocol,
         "across": settings.get("across", False),
-        "test_domains": settings.get("test_domains"),
+        "test_domains": settings.get("test_domains", settings.get("test_styles")),
         "skip_small_classes": settings.get("skip_small_classes", False),
         **shape,
     }
     if not shape["shots"] and source.metadata is not None:
-        protocol["metadata"] = source.metadata(data)
+        protocol["metadata"] = source.metadata(images.prepared.classes, settings, data)
     if not settings["stream"]:
         return tasks.from_prepared(images.prepared, **protocol)
     if not shape["shots"]:

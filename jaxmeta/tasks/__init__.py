@@ -7,7 +7,8 @@
 | a folder of images | `--tasks folder:PATH` | `from_folder` |
 | any image classification set of [tensorflow-datasets](https://www.tensorflow.org/datasets) | `--tasks tfds:NAME` | `from_tfds` |
 | mini-ImageNet, CIFAR-FS and CUB by their published class splits, from your copy of the images | `--tasks mini_imagenet --data DIR`, … | `mini_imagenet` `cifar_fs` `cub` |
-| MNIST and USPS digits, from your copy of the files | `--tasks mnist --data DIR`, `--tasks usps` | `mnist` `usps` |
+| MNIST and USPS digits and Fashion-MNIST, from your copy of the files | `--tasks mnist --data DIR`, `fashion_mnist`, `usps` | `mnist` `fashion_mnist` `usps` |
+| emoji: 1,600 things in the styles of several designers, from packs of Iconify | `--tasks emoji --data DIR` | `emoji` |
 | labelled arrays | `--tasks arrays:FILE.npz` with `x` and `y` | `from_arrays` `from_npz` |
 | regression examples of many tasks | `--tasks table:FILE.csv` with columns `task`, `x…`, `y…` | `from_regression` `from_table` |
 | records on disk, larger than the device's memory | `--stream` | `prepare_folder` or `prepare_tfds`, then `stream` |
@@ -35,6 +36,9 @@ Each class needs 6 images, 1 to learn from and 5 to be tested on (`--queries 2` 
   `ClassSplit`. `--split-seed` draws another random split.
 - Images are resized to squares once and kept in the cache folder: as large as the smallest image (not
   counting a few that are far smaller than the others), at most 84 pixels a side, or `--size N`.
+- Where images have domains, such as styles or cameras, `--domains` says how they are found: `class/domain`,
+  `domain/class`, or a pattern of file names such as `([a-z]+)_`. With `--across` the support set and the
+  queries of a class are from different domains; `--test-domains real` holds domains out of training.
 - An image that cannot be read is an error that names it; `--skip-unreadable` leaves such images out. One line
   states what was read, and what was left out and why.
 
@@ -59,9 +63,14 @@ preparing most of the stock ones needs TensorFlow.
 from your own folder with `--data DIR`. Every drawing is verified, decoded once and kept as one array in the
 cache folder: `$JAXMETA_CACHE`, else `jaxmeta` in the platform's cache folder (on Linux `~/.cache/jaxmeta`).
 
+**Emoji.** One name is a class, one designer's set a style, that is a domain: `--across` asks for things in other
+styles than those they were shown in, `--test-styles openmoji` holds styles out for test. Sets are packs of
+[Iconify](https://iconify.design) (`npm pack @iconify-json/noto`), rendered once by `pip install
+'jaxmeta[emoji]'`; the read summary and `emoji_licences` state the licence of each.
+
 **Zero-shot tasks.** With `shots=0` a support set holds one vector of metadata for each class in place of
-images: the strokes of `glyphs(shots=0)`, the 312 attributes of `cub(shots=0)` from the official archive, or
-those of any arrays, `from_arrays(features, labels, shots=0, metadata={class: vector})`.
+images: the strokes of `glyphs(shots=0)`, the 312 attributes of `cub(shots=0)` from the official archive,
+word vectors for `emoji(shots=0, word_vectors="glove.6B.50d.txt")` (`class_vectors`), or those of any arrays, `from_arrays(features, labels, shots=0, metadata={class: vector})`.
 
 **Data larger than the device.** Tasks are drawn on the device, which holds the images as bytes. Where they do
 not fit, `--stream` reads the images of each meta-step from disk while the device computes the last ones. The
@@ -84,8 +93,17 @@ memory and from a stream.
 from jaxmeta.tasks.array_files import from_npz
 from jaxmeta.tasks.attributes import cub_attributes
 from jaxmeta.tasks.class_names import classes_of
-from jaxmeta.tasks.digits import mnist, mnist_images, usps, usps_images
+from jaxmeta.tasks.class_vectors import class_vectors, class_words
+from jaxmeta.tasks.digits import (
+    fashion_mnist,
+    fashion_mnist_images,
+    mnist,
+    mnist_images,
+    usps,
+    usps_images,
+)
 from jaxmeta.tasks.distortions import distort
+from jaxmeta.tasks.emoji import emoji, emoji_licences
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
 from jaxmeta.tasks.glyphs import glyph_metadata, glyphs
@@ -117,11 +135,17 @@ __all__ = [
     "ReadSummary",
     "cifar_fs",
     "cifar_fs_split",
+    "class_vectors",
+    "class_words",
     "classes_of",
     "cub",
     "cub_attributes",
     "cub_split",
     "distort",
+    "emoji",
+    "emoji_licences",
+    "fashion_mnist",
+    "fashion_mnist_images",
     "from_arrays",
     "from_folder",
     "from_npz",

@@ -1,4 +1,4 @@
-"""MNIST and USPS: handwritten digits for transfer, read from the published files."""
+"""MNIST, Fashion-MNIST and USPS: images of ten classes for transfer, read from the published files."""
 
 import dataclasses
 import gzip
@@ -30,12 +30,20 @@ class _Files(NamedTuple):
       title: name of the data set in messages.
       parts: file names of "train" and "test", without an optional ending ".gz".
       address: place to download them from.
+      classes: what the ten classes are, for the protocol card.
     """
 
     name: str
     title: str
     parts: Mapping[str, tuple[str, ...]]
     address: str
+    classes: str = "digits"
+
+    def places(self, folder: Path) -> list[Path]:
+        """Return the folders that may have the files, those that are preferred first."""
+        # The files of Fashion-MNIST have MNIST's names: only the name of the folder tells them apart.
+        inner = folder / self.name
+        return [inner, folder] if self.name == "fashion_mnist" else [folder, inner]
 
     def existing(self, data: str | os.PathLike[str], part: str) -> list[dict[str, Path]]:
         """Return the existing files of a part by name, for `data` and for its folder `name`."""
@@ -50,7 +58,7 @@ class _Files(NamedTuple):
                 for path in (place / f"{name}.gz", place / name)  # the unpacked file has precedence
                 if path.is_file()
             }
-            for place in (folder, folder / self.name)
+            for place in self.places(folder)
         ]
 
     def paths(self, data: str | os.PathLike[str], part: str) -> list[Path]:
@@ -78,6 +86,12 @@ _MNIST = _Files(
         "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
     },
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+_FASHION_MNIST = _MNIST._replace(
+    name="fashion_mnist",
+    title="Fashion-MNIST",
+    address="https://github.com/zalandoresearch/fashion-mnist",
+    classes="kinds of clothes",
 )
 _USPS = _Files(
     "usps",
@@ -113,7 +127,45 @@ def mnist_images(
     References:
       LeCun, Bottou, Bengio, Haffner, Gradient-based learning applied to document recognition, 1998.
     """
-    image_path, label_path = _MNIST.paths(data, part)
+    return _idx_images(_MNIST, data, part)
+
+
+def fashion_mnist_images(
+    data: str | os.PathLike[str], part: Literal["train", "test"] = "test"
+) -> tuple[UInt8[np.ndarray, "n 28 28 1"], Int32[np.ndarray, " n"]]:
+    """Return Fashion-MNIST's images and labels in the order of the files, the background 0.
+
+    The labels are 0 T-shirt/top, 1 trouser, 2 pullover, 3 dress, 4 coat, 5 sandal, 6 shirt, 7 sneaker, 8 bag,
+    9 ankle boot.
+
+    Args:
+      data: folder that contains the official files, in a folder `fashion_mnist` or directly; they have the
+        names of MNIST's. Nothing is downloaded.
+      part: "train" (60,000 images) or "test" (10,000 images).
+
+    Returns:
+      Images `(n, 28, 28, 1)`, uint8, and labels `(n,)`, int32.
+
+    Raises:
+      FileNotFoundError, ValueError: see `mnist_images`.
+
+    Examples:
+      >>> images, labels = fashion_mnist_images("../shared/data")  # doctest: +SKIP
+      >>> images.shape, labels[:4].tolist()  # doctest: +SKIP
+      ((10000, 28, 28, 1), [9, 2, 1, 1])
+
+    References:
+      Xiao, Rasul, Vollgraf, Fashion-MNIST: a novel image dataset for benchmarking machine learning
+      algorithms, 2017, arXiv 1708.07747.
+    """
+    return _idx_images(_FASHION_MNIST, data, part)
+
+
+def _idx_images(
+    files: _Files, data: str | os.PathLike[str], part: str
+) -> tuple[UInt8[np.ndarray, "n 28 28 1"], Int32[np.ndarray, " n"]]:
+    """Return images and labels from IDX files; see `mnist_images`."""
+    image_path, label_path = files.paths(data, part)
     images, labels = _idx(image_path, 3), _idx(label_path, 1)
     if images.shape[1:] != (28, 28):
         raise ArgumentError(
@@ -226,6 +278,41 @@ meta-training on it"
     return _tasks(_MNIST, mnist_images, split, data, size, part, ways=ways, shots=shots, queries=queries)
 
 
+def fashion_mnist(
+    split: SplitName = "test",
+    *,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 1,
+    queries: int = 5,
+    data: str | os.PathLike[str],
+    size: int = 28,
+    part: Literal["train", "test"] | None = None,
+) -> TaskDistribution:
+    """Return few-shot tasks over the ten kinds of clothes of Fashion-MNIST, as `mnist` does over digits.
+
+    Args:
+      split: "train", "validation" or "test"; recorded on the card; also sets the default of `part`.
+      ways: classes per task, or an inclusive range (low, high) to draw their number from.
+      shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
+      queries: examples per class to evaluate on.
+      data: folder with the files of Fashion-MNIST, see `fashion_mnist_images`.
+      size: side of the images in pixels; resized by Lanczos' filter unless 28.
+      part: official images to use, "train" or "test"; None: the training images if split="train" and `data`
+        has them, else the test images.
+
+    Raises:
+      FileNotFoundError, ValueError: see `fashion_mnist_images`, `from_arrays`.
+
+    Examples:
+      >>> tasks = fashion_mnist(ways=10, shots=1, queries=10, data="../shared/data")  # doctest: +SKIP
+      >>> tasks.card.protocol  # doctest: +SKIP
+      "Fashion-MNIST's 10,000 test images; all ten kinds of clothes in every part, so not for meta-testing \
+after meta-training on it"
+    """
+    shape = {"ways": ways, "shots": shots, "queries": queries}
+    return _tasks(_FASHION_MNIST, fashion_mnist_images, split, data, size, part, **shape)
+
+
 def usps(
     split: SplitName = "test",
     *,
@@ -282,7 +369,7 @@ def _tasks(
         classes=ClassSplit(**{split: _DIGITS}),
         name=files.name,
         protocol=f"{files.title}'s {len(images):,} {'training' if part == 'train' else 'test'} images; all "
-        "ten digits in every part, so not for meta-testing after meta-training on it",
+        f"ten {files.classes} in every part, so not for meta-testing after meta-training on it",
         **shape,
     )
     # All parts share their classes, so a split hash would suggest a split that does not exist.

@@ -1,4 +1,4 @@
-"""Tests of MNIST and USPS: the real files compared with other readers, and invalid files."""
+"""Tests of MNIST, Fashion-MNIST and USPS: the real files compared with other readers, and invalid files."""
 
 import gzip
 import struct
@@ -10,7 +10,15 @@ from draws import drawn
 from PIL import Image
 
 from jaxmeta.cli import main, sources
-from jaxmeta.tasks import labelled, mnist, mnist_images, usps, usps_images
+from jaxmeta.tasks import (
+    fashion_mnist,
+    fashion_mnist_images,
+    labelled,
+    mnist,
+    mnist_images,
+    usps,
+    usps_images,
+)
 
 # Counts by digit: USPS as in zip.info.txt; MNIST as published.
 USPS = {
@@ -45,6 +53,37 @@ def test_mnist_has_the_images_and_labels_of_its_files(real):
     assert (images.min(), images.max()) == (0, 255)
     assert labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert np.bincount(labels).tolist() == MNIST_TEST
+
+
+def test_fashion_mnist_has_the_images_and_labels_of_its_files(data_folder):
+    folder = data_folder / "fashion_mnist"
+    if not folder.is_dir():
+        pytest.skip(f"no fashion_mnist in {data_folder}")
+    images, labels = fashion_mnist_images(data_folder)
+    raw = gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())
+    np.testing.assert_array_equal(images.ravel(), np.frombuffer(raw, np.uint8)[16:])
+    assert np.bincount(labels).tolist() == [1000] * 10
+    assert labels[:4].tolist() == [9, 2, 1, 1]
+    np.testing.assert_array_equal(fashion_mnist_images(folder)[0], images)
+    tasks = fashion_mnist(ways=10, shots=1, queries=2, data=data_folder)
+    assert (tasks.card.tasks, tasks.card.classes, tasks.card.split_hash) == ("fashion_mnist", 10, None)
+    assert tasks.card.protocol.startswith("Fashion-MNIST's 10,000 test images; all ten kinds of clothes in")
+    # All images of a task are images of its classes, by the official labels.
+    known = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+    task = drawn(tasks)
+    found = [known[np.rint(255 * image).astype(np.uint8).tobytes()] for image in task.query.x]
+    assert found[::2] == found[1::2]
+    assert sorted(found[::2]) == list(range(10))
+
+
+def test_files_in_a_folder_of_the_set_s_name_are_those_of_fashion_mnist(tmp_path):
+    for folder, value in ((tmp_path, 1), (tmp_path / "fashion_mnist", 2)):
+        folder.mkdir(exist_ok=True)
+        content = struct.pack(">4i", 0x803, 10, 28, 28) + bytes([value]) * 7840
+        (folder / "t10k-images-idx3-ubyte").write_bytes(content)
+        (folder / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 10) + bytes(range(10)))
+    assert set(fashion_mnist_images(tmp_path)[0].ravel()) == {2}
+    assert set(mnist_images(tmp_path)[0].ravel()) == {1}
 
 
 @pytest.mark.nightly_rows(after=1)
