@@ -14,7 +14,8 @@
 | records on disk, larger than the device's memory | `--stream` | `prepare_folder` or `prepare_tfds`, then `stream` |
 
 `sequences` turns the tasks of any of these into sequences for memory-augmented networks, `supervised` into
-mini-batches of all training classes at once. `jaxmeta tasks` lists the sources; `--tasks my_module:my_tasks`
+mini-batches of all training classes at once; `embedded` puts a fixed network's features in place of images.
+`jaxmeta tasks` lists the sources; `--tasks my_module:my_tasks`
 takes your own function `f(split, *, ways, shots, queries, …)`.
 
 **Folders of images.** A folder has one subfolder a class, with images of every format that Pillow opens, grey
@@ -103,6 +104,7 @@ from jaxmeta.tasks.digits import (
     usps_images,
 )
 from jaxmeta.tasks.distortions import distort
+from jaxmeta.tasks.embedded import embedded
 from jaxmeta.tasks.emoji import emoji, emoji_licences
 from jaxmeta.tasks.episodes import from_arrays
 from jaxmeta.tasks.folder import from_folder, prepare_folder
@@ -142,6 +144,7 @@ __all__ = [
     "cub_attributes",
     "cub_split",
     "distort",
+    "embedded",
     "emoji",
     "emoji_licences",
     "fashion_mnist",

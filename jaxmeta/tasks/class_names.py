@@ -8,6 +8,7 @@ from jaxtyping import Array, Shaped
 
 from jaxmeta.checks import ArgumentError, check_key
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
+from jaxmeta.tasks.embedded import draw_and_embed, draw_features
 from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_rows, names_of_slots
 from jaxmeta.tasks.glyphs import draw_classes, draw_glyphs
 from jaxmeta.tasks.sequences import DrawSequence
@@ -78,7 +79,9 @@ def slot_names(tasks: TaskDistribution, keys: Array) -> Shaped[np.ndarray, "n wa
             return None
         inner = TaskDistribution(sample.args[0], tasks.card, classes)
         return slot_names(inner, jax.vmap(sample.func.episode_key)(keys))
-    if sample.func is draw_episode:
+    if sample.func is draw_and_embed:
+        return slot_names(TaskDistribution(sample.args[0], tasks.card, classes), keys)
+    if sample.func in (draw_episode, draw_features):
         shape, data = sample.args
         return names_of_slots(shape, classes, jax.device_get(_drawn(shape, data, keys)))
     if sample.func is draw_glyphs:

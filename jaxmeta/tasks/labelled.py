@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from jaxmeta.checks import ArgumentError, check_count, check_key, check_labels, format_value, join_names
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
+from jaxmeta.tasks.embedded import draw_features
 from jaxmeta.tasks.episodes import EpisodeData, EpisodeShape, draw_episode, turned_floats
 from jaxmeta.tasks.glyphs import GlyphShape, draw_glyphs
 from jaxmeta.tasks.strokes import HAND, class_strokes, draw_example, hands_of
@@ -38,8 +39,8 @@ def labelled(
     stored uint8 images.
 
     Args:
-      tasks: tasks from `from_arrays`, a source built on it (`omniglot`, `mnist`, `from_folder`, …), or
-        `glyphs`. Their ways, shots and queries are not used.
+      tasks: tasks from `from_arrays`, a source built on it (`omniglot`, `mnist`, `from_folder`, …),
+        `embedded` tasks of these, or `glyphs`. Their ways, shots and queries are not used.
       per_class: for `glyphs` only: number of drawings of each class.
       key: for `glyphs` only: random key; the drawings of a class depend only on `key` and the class.
 
@@ -58,7 +59,7 @@ def labelled(
     """
     check_tasks(tasks)
     sample, card = getattr(tasks, "sample", None), card_of(tasks)
-    if not isinstance(sample, jax.tree_util.Partial) or sample.func not in (draw_episode, draw_glyphs):
+    if not isinstance(sample, jax.tree_util.Partial) or sample.func not in _KNOWN:
         kind = "a stream" if isinstance(tasks, TaskStream) else f"{card.kind} tasks"
         raise ArgumentError(
             "tasks",
@@ -77,7 +78,8 @@ def labelled(
         return _label_glyphs(*sample.args, per_class=int(per_class), key=key)
     if per_class is not None or key is not None:
         raise ArgumentError("per_class, key", f"only apply to glyphs, not to {card.tasks!r}; omit them")
-    return _label_arrays(*sample.args)
+    shape, data = sample.args
+    return _label_arrays(shape, data, sample.func is draw_features)
 
 
 def split_per_class(
@@ -125,11 +127,13 @@ def split_per_class(
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
 
 
+# Samplers whose examples are known.
+_KNOWN = draw_episode, draw_features, draw_glyphs
 # Compiled, so that the uint8 array, the floats and their rotation are not all in memory at once.
 _floats = jax.jit(turned_floats)
 
 
-def _label_arrays(shape: EpisodeShape, data: EpisodeData) -> LabelledImages:
+def _label_arrays(shape: EpisodeShape, data: EpisodeData, embedded: bool) -> LabelledImages:
     if shape.rotations == "random":
         raise ArgumentError(
             "tasks",
@@ -138,9 +142,13 @@ def _label_arrays(shape: EpisodeShape, data: EpisodeData) -> LabelledImages:
         )
     y = jnp.repeat(jnp.arange(data.sizes.shape[0], dtype=jnp.int32), data.sizes)
     turns = range(4 if shape.rotations == "classes" else 1)
-    x = [_floats(shape, data.x[None], jnp.full(1, turn, jnp.int32))[0] for turn in turns]
+    if embedded:
+        # The features of an image's turns are neighbours.
+        x = [data.x[turn :: len(turns)] for turn in turns]
+    else:
+        x = [_floats(shape, data.x[None], jnp.full(1, turn, jnp.int32))[0] for turn in turns]
     return LabelledImages(
-        jnp.concatenate(x).reshape(-1, *shape.example),
+        jnp.concatenate(x).reshape(-1, *(data.x.shape[1:] if embedded else shape.example)),
         jnp.concatenate([y + turn * data.sizes.shape[0] for turn in turns]),
     )
 
