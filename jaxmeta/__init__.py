@@ -23,6 +23,7 @@ A source of tasks is one pure function, and a learner is four:
 | evaluation | `evaluate`, `evaluate_classes`, `evaluate_metrics`, `run_episodes`, `calibrate`, \
   `meta_gradient_alignment` |
 | trained learners | `load_run`, `load_classifier`, `export` |
+| pretrained features | `features`, for any learner by distances; `jaxmeta.tasks.embedded` |
 | transfer | `jaxmeta.transfer`: pretrained weights, fine-tuning, domain adaptation, label shift, scores |
 
 In signatures `Array` is a JAX array, `Float[Array, "n d"]` one of floats with the axes n and d, `Key` is a
@@ -121,6 +122,7 @@ from jaxmeta.training import (
 
 if TYPE_CHECKING:
     from jaxmeta.cli.classifier import load_classifier
+    from jaxmeta.cli.features import features
     from jaxmeta.cli.run import load_run
 
 __version__ = "0.1.0"
@@ -153,6 +155,7 @@ __all__ = [
     "evaluate_metrics",
     "evolution_gradient",
     "export",
+    "features",
     "fine_tuned_head",
     "fomaml",
     "forwards",
@@ -210,4 +213,8 @@ def __getattr__(name: str) -> Any:
         from jaxmeta.cli.classifier import load_classifier
 
         return load_classifier
+    if name == "features":
+        from jaxmeta.cli.features import features
+
+        return features
     raise AttributeError(f"module 'jaxmeta' has no attribute {name!r}")

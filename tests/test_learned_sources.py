@@ -364,7 +364,7 @@ def test_init_from_weights_takes_their_network_and_freezes_parameters(place, tmp
         ),
         (
             ["evaluate", "{place}/transfer", "--tasks", "glyphs", "--learner", "nosuch"],
-            "--learner: got nosuch, but {place}/transfer is not a run",
+            "--learner: there is no 'nosuch'; known are simple_shot, ",
         ),
         (["predict", "{place}/nowhere"], "SOURCE: {place}/nowhere does not exist"),
         (["export", "{place}/run"], "--out: is missing"),

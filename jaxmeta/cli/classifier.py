@@ -22,23 +22,20 @@ from jaxmeta.cli import build, folders
 from jaxmeta.cli.backbones import EXPORT, PROGRAM, Backbone, Input, load_backbone
 from jaxmeta.cli.config import Config, is_run, load_config, read_json
 from jaxmeta.cli.data import ImageSpec, images_of
+from jaxmeta.cli.features import model_of, spec_of
+from jaxmeta.cli.heads import find_head
 from jaxmeta.cli.own_images import read_images, seem_inverted, warn_of_negatives
 from jaxmeta.cli.report import plural
 from jaxmeta.cli.run import params_of
-from jaxmeta.core import Batch, Learner, Model, Params, PyTree
+from jaxmeta.core import Batch, Learner, Params, PyTree, Task
 from jaxmeta.declare import forwards
 from jaxmeta.files import replacing, write_json
-from jaxmeta.metric_based import simple_shot
-from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.tasks.feature_cache import Embedder, described
 from jaxmeta.tasks.images import class_files
 from jaxmeta.tasks.splits import in_order, warn_of_case
 from jaxmeta.training.export import program_of
-from jaxmeta.transfer import adabn, input_adapter
-
-# Factor of squared distances between normalised features, which lie in [0, 4], in the softmax.
-_SHARPNESS = 10.0
-# Batch size of images from which batch statistics are computed.
-_AT_ONCE = 64
+from jaxmeta.training.progress import CountLines
+from jaxmeta.transfer import input_adapter
 
 Scores = Callable[[PyTree, Float[Array, "n h w c"]], Float[Array, "n classes"]]
 
@@ -56,6 +53,9 @@ class Classifier:
       values: trained parameters and adapted state, the first argument of `scores`.
       measures: whether scores are negative distances, so that `distances` is available.
       sharpness: factor of the scores in the softmax.
+      embed: features of images of `images`, from the cache where they are known; None where the source
+        does not classify by features.
+      of_features: `(values, features) -> (n, classes)`, the scores from features; None as for `embed`.
     """
 
     classes: tuple[str, ...]
@@ -66,6 +66,8 @@ class Classifier:
     values: PyTree = dataclasses.field(repr=False)
     measures: bool = False
     sharpness: float = 1.0
+    embed: Embedder | None = dataclasses.field(default=None, repr=False)
+    of_features: Scores | None = dataclasses.field(default=None, repr=False)
 
     def predict(self, images: Any) -> Float[np.ndarray, "n classes"]:
         """Return the probability of each class for each image.
@@ -113,7 +115,11 @@ class Classifier:
 
     def _scores(self, images: Any) -> Float[np.ndarray, "n classes"]:
         x = _as_images(images, self.images)
-        scores = np.asarray(_one_by_one(self.scores, self.values, jnp.asarray(1 - x if self.inverted else x)))
+        x, function = 1 - x if self.inverted else x, self.scores
+        if self.embed is not None and self.of_features is not None:
+            x, function = self.embed(x), self.of_features
+            self.embed.save()
+        scores = np.asarray(_one_by_one(function, self.values, jnp.asarray(x)))
         # A log-probability may be −∞.
         if np.isnan(scores).any() or (scores == np.inf).any():
             raise FloatingPointError(f"{self.about}: adaptation diverged: the scores are not finite")
@@ -136,13 +142,14 @@ def load_classifier(
     | source | without `support` | with `support` |
     | --- | --- | --- |
     | a folder of `jaxmeta train` | error: its classes come from the support set | its learner adapts |
-    | a folder of `jaxmeta transfer` | the classes that it was trained on | nearest prototypes |
-    | weights with a head | the classes of the head | nearest prototypes |
-    | weights without a head | error | nearest prototypes |
+    | a folder of `jaxmeta transfer` | the classes that it was trained on | a head on its features |
+    | weights with a head | the classes of the head | a head on its features |
+    | weights without a head | error | a head on its features |
     | a folder of `jaxmeta export` | the classes that were exported | error |
 
-    Nearest prototypes: a class is the mean of its normalised features, and an image is assigned to the class
-    whose mean is nearest to its own normalised feature (Wang et al. 2019, SimpleShot, L2N).
+    The head is by default the nearest prototype: a class is the mean of its normalised features, and an image
+    is assigned to the class whose mean is nearest to its own normalised feature (Wang et al. 2019,
+    SimpleShot, L2N). Features are kept in the cache folder.
 
     Args:
       source: one of these; weights are a .safetensors or .msgpack file, a folder of Hugging Face's
@@ -154,8 +161,10 @@ def load_classifier(
       skip_unreadable: whether to leave out files of the support set that cannot be read.
       size: side in pixels of the images that the network of weights gets; by default that of its training
         images.
-      learner: module:name of your own method that the run was trained with. A run folder does not import code
-        by itself.
+      learner: name of the head on the features of weights or a transfer, with `support`: "simple_shot",
+        "simple_shot_centred", "prototypical", "ridge", "fine_tuned_head", "fine_tuned_head_cosine" or
+        "kernel_classifier". For a run: module:name of your own method that it was trained with, since a run
+        folder does not import code by itself.
       network: module:name of your own network that the run was trained with; or the name of the network of
         weights that do not name it.
       tasks: module:name of your own tasks that the run was trained with.
@@ -189,8 +198,11 @@ def load_classifier(
         foreign = {name: value for name, value in named.items() if value not in own}
         _check_unused(foreign, f"{source} was not trained with it")
         return _from_run(folder, config, reading)
-    _check_unused({"learner": learner, "tasks": tasks}, f"{source} is not a run trained with it")
-    return _from_weights(load_backbone(os.fspath(source), network=network, size=size), size, reading)
+    _check_unused({"tasks": tasks}, f"{source} is not a run trained with it")
+    if support is not None:
+        find_head(learner, inductive=True)
+    backbone = load_backbone(os.fspath(source), network=network, size=size)
+    return _from_weights(backbone, size, reading, learner)
 
 
 def print_inverted(classifier: Classifier, invert: bool) -> None:
@@ -344,17 +356,29 @@ def _adapted(learner: Learner, params: Params, support: Batch) -> PyTree:
     return learner.adapt(params, support, jax.random.key(0))
 
 
-def _from_weights(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
+def _from_weights(backbone: Backbone, size: int | None, reading: _Reading, name: str | None) -> Classifier:
     if reading.support is None:
+        _check_unused({"learner": name}, f"{backbone.source} is not a run trained with it")
         return _with_head(backbone, size, reading)
-    spec = _spec(backbone, size)
+    head = find_head(name, inductive=True)
+    spec = spec_of(backbone, size)
     support = _read_support(reading, spec)
-    learner, params = by_prototypes(backbone, Input(spec, False, backbone.pixels), support.x)
-    classes = len(support.classes)
-    adapted = _adapted(learner, params, support.batch(classes))
+    model = model_of(backbone, Input(spec, False, backbone.pixels), support.x)
+    params = model.init(jax.random.key(0), jnp.asarray(support.x))
+    function = jax.tree_util.Partial(model.apply, params)
+    # Alone on every device: the prediction for an image does not depend on the other images.
+    report = CountLines("features", "images")
+    embed = Embedder(function, description=described(function), alone=True, report=report)
+    batch = support._replace(x=embed(support.x)).batch(len(support.classes))
+    embed.save()
+    head_params = head.learner.init(jax.random.key(0), Task(batch, batch))
+    adapted = _adapted(head.learner, head_params, batch)
+
+    def of_features(values: PyTree, z: Float[Array, "n dim"]) -> Float[Array, "n classes"]:
+        return head.learner.predict(values["head"], values["adapted"], z)
 
     def scores(values: PyTree, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-        return learner.predict(values["params"], values["adapted"], x)
+        return of_features(values, model.apply(values["params"], x))
 
     return Classifier(
         support.classes,
@@ -362,46 +386,18 @@ def _from_weights(backbone: Backbone, size: int | None, reading: _Reading) -> Cl
         support.inverted,
         backbone.source,
         scores,
-        {"params": params, "adapted": adapted},
-        measures=True,
-        sharpness=_SHARPNESS,
+        {"params": params, "head": head_params, "adapted": adapted},
+        measures=head.distances,
+        sharpness=head.sharpness,
+        embed=embed,
+        of_features=of_features,
     )
-
-
-def by_prototypes(
-    backbone: Backbone, input: Input, examples: Float[np.ndarray, "n h w c"]
-) -> tuple[Learner, Params]:
-    """Return a learner that compares a backbone's normalised features with their class means.
-
-    Args:
-      backbone: backbone of a source, used in inference mode.
-      input: conversion of images into its input.
-      examples: images before conversion; a backbone with batch normalisation but without statistics gets
-        theirs.
-
-    Returns:
-      The learner and its parameters.
-    """
-    adapter, model = input.adapter(), backbone.model
-    variables = backbone.variables
-    assert variables is not None
-    side, channels = input.images.size, input.images.channels
-    example = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), example)
-    if STATISTICS in wanted and STATISTICS not in variables:
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), wanted[STATISTICS])
-        seen = adapter.apply({}, jnp.asarray(examples, jnp.float32))
-        variables = adabn(model, {**variables, STATISTICS: blank}, seen, batch=_AT_ONCE)
-    features = Model(
-        lambda key, x: variables, lambda variables, x: model.apply(variables, adapter.apply({}, x))
-    )
-    return simple_shot(features, transform="l2n"), {"model": variables}
 
 
 def _with_head(backbone: Backbone, size: int | None, reading: _Reading) -> Classifier:
     if backbone.head is None:
         reading.check_given(f"{backbone.source} has no head of classes and")
-    spec = _spec(backbone, size)
+    spec = spec_of(backbone, size)
     adapter = Input(spec, False, backbone.pixels).adapter()
     assert backbone.head is not None
     count = backbone.head["bias"].shape[0]
@@ -415,21 +411,6 @@ def _with_head(backbone: Backbone, size: int | None, reading: _Reading) -> Class
     values = {"variables": backbone.variables, "head": backbone.head}
     inverted = reading.invert != backbone.inverted
     return Classifier(classes, spec, inverted, backbone.source, scores, values)
-
-
-def _spec(backbone: Backbone, size: int | None) -> ImageSpec:
-    """Return the specification of the images that a backbone takes.
-
-    Raises:
-      ArgumentError: neither the backbone nor the user gives their size.
-    """
-    side = backbone.size if size is None else size
-    if side is None:
-        raise ArgumentError("size", f"{backbone.source} does not say the size of its images; give it")
-    channels = backbone.channels(side, None) or 3
-    # A mean of 0.5 makes no difference between images and their negatives.
-    known = backbone.images or ImageSpec(side, channels, 0.5, False)
-    return known._replace(size=side, channels=channels)
 
 
 # --- Images and scores --------------------------------------------------------------------------------------

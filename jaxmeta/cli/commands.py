@@ -24,6 +24,8 @@ from jaxmeta.cli.config import (
     on_other_tasks,
     resolve,
 )
+from jaxmeta.cli.heads import DEFAULT as HEAD_DEFAULT
+from jaxmeta.cli.heads import HEADS
 from jaxmeta.cli.initial import with_network_of
 from jaxmeta.cli.parser import Group, ParsedArguments, Parser, UsageError, call, normalized, of_function
 from jaxmeta.cli.schema import Setting
@@ -216,8 +218,9 @@ def evaluate(argv: Sequence[str]) -> None:
     about = {
         "json": "file to write the result to",
         "confusion": "PNG file to draw the confusion matrix to",
-        "learner": "module:name of your own method that the run was trained with; for parameters of "
-        "jm.train(run_dir=…), the method, or a jm.Learner by module:name",
+        "learner": "for weights and transfers, names of heads on their features; for a run, module:name of "
+        "your own method that it was trained with; for parameters of jm.train(run_dir=…), the method, or a "
+        "jm.Learner by module:name",
         "network": "module:name of your own network that the run was trained with",
         "tasks": "other tasks of the same kind to evaluate on; or module:name of your own tasks that the "
         "run was trained with",
@@ -231,7 +234,7 @@ def evaluate(argv: Sequence[str]) -> None:
         (
             "source",
             "?",
-            "a folder of `train`; or one of `transfer` or weights, whose features are compared on --tasks",
+            "a folder of `train`; or one of `transfer` or weights, whose features are tested on --tasks",
         )
     ]
     named, folder, _, _ = _first_phase(argv)
@@ -338,7 +341,7 @@ def _evaluate_weights(
     plain = Parser("evaluate", [output], words=words)
     tasks = named.get("tasks")
     with plain.naming_flags(), sources.renaming({"learner": "tasks"}):
-        base = base_of(Chosen(evaluating.METHOD, tasks=None if tasks is None else sources.absolute(tasks)))
+        base = base_of(Chosen(HEAD_DEFAULT, tasks=None if tasks is None else sources.absolute(tasks)))
     groups = base.names().groups()
     training = {name for name in groups["tasks"] if name.startswith("train_")}
     settings_by_group = {
@@ -350,18 +353,48 @@ def _evaluate_weights(
         for name, settings in settings_by_group.items()
     ]
     about = str(evaluating.evaluate_weights.__doc__).partition("\n")[0]
+    heads = Setting(
+        "learner",
+        tuple[str, ...] | None,
+        None,
+        f"heads on the features, of {', '.join(HEADS)}; none for all of them",
+    )
+    output = output._replace(settings={**output.settings, "learner": heads})
     parser = Parser("evaluate", [*of_source, output], words=words, about=about, owner=base.tasks)
-    parsed = _parse_source(parser, argv)
+    parsed = _parse_source(parser, _with_one_list(argv, "--learner"))
     own = parsed.values.get("output", {})
-    if own.get("learner") is not None:
-        raise UsageError(
-            f"--learner: got {own['learner']}, but {source} is not a run trained with it; leave it out"
-        )
     if own.get("tasks") is None:
         raise UsageError(f"--tasks: is missing; {source} is not a run and has no tasks")
     with parser.naming_flags():
         config = resolve(base, with_absolute_paths(parsed.values))
-        evaluating.evaluate_weights(source, config, network=own.get("network"), **_outputs(parsed))
+        evaluating.evaluate_weights(
+            source, config, learner=own.get("learner"), network=own.get("network"), **_outputs(parsed)
+        )
+
+
+def _with_one_list(argv: Sequence[str], flag: str) -> list[str]:
+    """Return a command line with all values of a flag as one list, separated by commas.
+
+    The flag may be given several times, and have several values each time.
+
+    Examples:
+      >>> _with_one_list(["file", "--learner", "a", "b", "--ways", "5", "--learner=c"], "--learner")
+      ['file', '--ways', '5', '--learner', 'a,b,c']
+    """
+    rest: list[str] = []
+    values: list[str] = []
+    inside = False
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if normalized(name) == flag:
+            values += [value] if equals else []
+            inside = not equals
+        elif inside and not word.startswith("-"):
+            values.append(word)
+        else:
+            inside = False
+            rest.append(word)
+    return rest + ([flag, ",".join(values)] if values else [flag] if inside else [])
 
 
 def _outputs(parsed: ParsedArguments) -> dict[str, Any]:

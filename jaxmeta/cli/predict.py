@@ -2,6 +2,7 @@
 
 import csv as csv_format
 import io
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 
 from jaxmeta.checks import ArgumentError, check_number, join_names
 from jaxmeta.cli import folders
-from jaxmeta.cli.classifier import load_classifier, print_inverted
+from jaxmeta.cli.classifier import Classifier, load_classifier, print_inverted
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.own_images import read_images, warn_of_negatives
 from jaxmeta.cli.parser import print_table
+from jaxmeta.cli.report import plural
 from jaxmeta.declare import forwards
 from jaxmeta.files import write_json, write_text
 from jaxmeta.tasks.images import image_files, subfolders
@@ -41,8 +43,9 @@ def predict(
 
     Args:
       source: folder of `train`, which needs --support; folder of `transfer` or `export`; .safetensors or
-        .msgpack file; folder of Hugging Face's save_pretrained, or hf:owner/name. With --support, the last
-        three classify by the nearest class mean of features normalised to length 1.
+        .msgpack file; folder of Hugging Face's save_pretrained, or hf:owner/name. With --support, a transfer
+        and the last three classify by the head that --learner names, by default the nearest class mean of
+        features normalised to length 1.
       query: images to classify: a folder, with or without subfolders, or a single image.
       json: file to write the predictions to, with the probability of each class.
       csv: file to write the predictions to, as a table of file, class and probabilities.
@@ -70,6 +73,7 @@ def predict(
         raise ArgumentError("json, csv, confusion", "two of them name the same file; give each its own")
     if unknown_above is not None:
         check_number("unknown_above", unknown_above, 0)
+    started = time.perf_counter()
     candidates, root = _query_files(Path(query).expanduser())
     with warnings.catch_warnings(record=True) as warned:
         classifier = load_classifier(source, skip_unreadable=skip_unreadable, **reading)
@@ -131,8 +135,18 @@ def predict(
     elif any("/" in prediction["file"] for prediction in predictions):
         classes = join_names(classifier.classes)
         print(f"no accuracy: the folders of {query} are not all named as the classes ({classes})")
+    print(_time(classifier, len(files), time.perf_counter() - started))
     results.check()
     return predictions
+
+
+def _time(classifier: Classifier, images: int, seconds: float) -> str:
+    """Return the line on the time that the images took, and on features from the cache."""
+    line = f"{plural(images, 'image')} in {seconds:.1f} s"
+    if classifier.embed is None:
+        return line
+    known = classifier.embed.seen - classifier.embed.computed
+    return f"{line}; features of {known} of {classifier.embed.seen} images from the cache"
 
 
 def _as_csv(predictions: Sequence[Mapping[str, Any]]) -> str:
