@@ -68,8 +68,8 @@ The target is a set of images by its name for `--tasks`, or a folder with a subf
 confidence interval and with what happened to each leaf of the source, a picture of the confusions, and weights
 that can be a source again. With `--keep-statistics` fine-tuning keeps the source's batch statistics.
 
-**Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet and ViT,
-whose outputs equal theirs up to rounding), from `flax.serialization`, from Orbax and from runs of this
+**Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet, SqueezeNet,
+ViT, DINOv2 and the image tower of CLIP, whose outputs equal theirs up to rounding), from `flax.serialization`, from Orbax and from runs of this
 library, never from a pickle. `transplant` puts leaves of one tree into another by rules, checks each, and
 reports as a table what was taken, what is new and what is left over.
 

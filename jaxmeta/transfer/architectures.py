@@ -15,6 +15,7 @@ from jaxmeta import nn
 from jaxmeta.checks import ArgumentError, parsed_json
 from jaxmeta.nn.adapters import switches
 from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.nn.vit import Interpolation
 from jaxmeta.transfer.layouts import Layout
 
 # Numbers of heads of the published widths, for files that do not store the number.
@@ -25,9 +26,18 @@ _TIMM = {
     "ResNet": re.compile(r"(tv_|gluon_)?resnet(18|34|50|101|152)(_v1b)?(\..*)?"),
     "ViT": re.compile(r"(vit|deit)_(tiny|small|base|large|huge)_patch\d+_\d+(\..*)?"),
     "SqueezeNet": re.compile(r"squeezenet1_1(\..*)?"),
+    "DINOv2": re.compile(r"vit_(small|base|large)_patch14_dinov2(\..*)?"),
+    # Timm's CLIP has the names of its ViT.
+    "CLIP": re.compile(r"(?!)"),
 }
 # Attributes that change a network's outputs and do not show in the shapes of its leaves.
-_SHAPELESS: dict[type[linen.Module], tuple[str, ...]] = {nn.ViT: ("heads", "epsilon", "pooling")}
+_SHAPELESS: dict[type[linen.Module], tuple[str, ...]] = {
+    nn.ViT: ("heads", "epsilon", "pooling", "activation")
+}
+# Families of vision transformers, and the initial value of DINOv2's learned scales.
+_TRANSFORMERS, _LAYER_SCALE = ("ViT", "DINOv2", "CLIP"), 1e-5
+# Names of the layers that DINOv2's giant has in place of its MLPs.
+_SWIGLU = re.compile(r".*/mlp/(w12|w3|weights_in|weights_out|gate_proj|up_proj|down_proj)/(weight|bias)")
 
 
 def settings_of(
@@ -47,16 +57,19 @@ def settings_of(
     if layout.family is None:
         return {name: getattr(stored_network, name) for name in _SHAPELESS.get(type(stored_network), ())}
     settings = dict(layout.settings)
+    if layout.family == "CLIP" and isinstance(config.get("vision_config"), Mapping):
+        config = {**config, **config["vision_config"]}
     if "model_type" in config:
-        expected = {"model_type": layout.family.lower(), **_HUGGINGFACE[layout.family]}
-        for name, ours in expected.items():
-            if config.get(name, ours) != ours:
+        for name, ours in _HUGGINGFACE[layout.family].items():
+            if config.get(name, ours[0]) not in ours:
                 raise ArgumentError(
                     "path",
                     f"{name} is {config[name]!r} in the config.json of {origin}; {layout.family} has "
-                    f"{ours!r} and would compute other outputs",
+                    f"{' or '.join(map(repr, ours))} and would compute other outputs",
                 )
         names = {"num_attention_heads": "heads", "layer_norm_eps": "epsilon", "image_size": "image_size"}
+        if layout.family == "CLIP":
+            names["hidden_act"] = "activation"
         settings |= {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
     elif "architecture" in config:
         architecture = config["architecture"]
@@ -87,11 +100,23 @@ def settings_of(
     return settings
 
 
-_HUGGINGFACE: dict[str, dict[str, Any]] = {
-    "ResNet": {"hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False},
-    "ViT": {"hidden_act": "gelu"},
+# Values in the config.json of transformers with which our forward pass is the same.
+_HUGGINGFACE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "ResNet": {
+        "model_type": ("resnet",),
+        "hidden_act": ("relu",),
+        "downsample_in_bottleneck": (False,),
+        "downsample_in_first_stage": (False,),
+    },
+    "ViT": {"model_type": ("vit",), "hidden_act": ("gelu",)},
+    "DINOv2": {
+        "model_type": ("dinov2", "dinov2_with_registers"),
+        "hidden_act": ("gelu",),
+        "use_swiglu_ffn": (False,),
+    },
+    "CLIP": {"model_type": ("clip", "clip_vision_model"), "hidden_act": ("quick_gelu", "gelu")},
     # Transformers has no SqueezeNet.
-    "SqueezeNet": {},
+    "SqueezeNet": {"model_type": ("squeezenet",)},
 }
 
 
@@ -136,6 +161,13 @@ def network_of(
             bottleneck=bottleneck,
             stem=shape("params/stem_conv/kernel", 4)[3],
         )
+    swiglu = [path for path in leaves if _SWIGLU.fullmatch(path)]
+    if layout.family == "DINOv2" and swiglu:
+        raise ArgumentError(
+            "path",
+            f"{origin} has {swiglu[0]}, of the SwiGLU layers of DINOv2's giant, which jm.nn.ViT does not "
+            "have; the small, base and large versions can be read",
+        )
     patch, _, _, width = shape("params/patch_embedding/kernel", 4)
     side = round((shape("params/position_embedding", 3)[1] - 1) ** 0.5)
     if "heads" not in settings and width not in _HEADS:
@@ -144,6 +176,7 @@ def network_of(
             f"{origin} does not say how many heads its ViT of width {width} has; pass the network, "
             "as jm.nn.ViT(...)",
         )
+    registers, projection = "params/register_tokens", "params/feature_projection/kernel"
     return nn.ViT(
         patch,
         width,
@@ -151,8 +184,19 @@ def network_of(
         mlp=shape("params/block0/mlp_in/kernel", 2)[1],
         ways=ways,
         qkv_bias="params/block0/attention/query/bias" in leaves,
+        layer_scale=_LAYER_SCALE if "params/block0/attention_scale" in leaves else None,
+        registers=shape(registers, 3)[1] if registers in leaves else 0,
+        pre_norm="params/embedding_norm/scale" in leaves,
+        patch_bias="params/patch_embedding/bias" in leaves,
+        projection=shape(projection, 2)[1] if projection in leaves else None,
         **{"heads": _HEADS.get(width), "image_size": side * patch, **settings},
     )
+
+
+def interpolation_of(layout: Layout, leaves: Mapping[str, Any]) -> Interpolation:
+    """Return how the library of a layout interpolates position embeddings, with leaves by our paths."""
+    # DINOv2 with registers differs from DINOv2 without.
+    return "antialiased" if "params/register_tokens" in leaves else layout.interpolation
 
 
 def _counted(leaves: Mapping[str, Any], pattern: str) -> tuple[int, ...]:

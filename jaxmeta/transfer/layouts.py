@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxmeta.checks import ArgumentError
+from jaxmeta.nn.vit import Interpolation
 from jaxmeta.transfer.subtree import leaves_by_path, rename
 
 # Names under which training code commonly stores a network inside another module.
@@ -38,6 +39,9 @@ LayoutName = Literal[
     "timm-vit",
     "torchvision-vit",
     "torchvision-squeezenet",
+    "dinov2",
+    "huggingface-dinov2",
+    "huggingface-clip",
 ]
 
 
@@ -46,13 +50,15 @@ class Layout(NamedTuple):
 
     Attributes:
       name: name of the layout.
-      family: "ResNet", "ViT" or "SqueezeNet"; None for variables of any Flax network.
+      family: "ResNet", "SqueezeNet", "ViT", "DINOv2" or "CLIP"; None for variables of any Flax network.
       mark: pattern of a name that only this layout has.
       modules: rules from prefixes of the file's names to prefixes of our paths; None drops a leaf.
       tensors: rules from the file's names of a layer's tensors to ours.
       fused: patterns of tensors that stack query, key and value, and the names of their parts as a template
         for `re.Match.expand`, with `{}` for "query", "key" and "value".
       settings: settings of the network that shapes do not show.
+      interpolation: how the library interpolates position embeddings for images of another size, as `method`
+        of `jm.nn.resize_positions`.
     """
 
     name: LayoutName
@@ -62,6 +68,7 @@ class Layout(NamedTuple):
     tensors: Rules = ()
     fused: tuple[tuple[re.Pattern[str], str], ...] = ()
     settings: Mapping[str, Any] = {}
+    interpolation: Interpolation = "antialiased"
 
 
 def _rules(*pairs: tuple[str, str | None]) -> Rules:
@@ -81,6 +88,9 @@ _TENSORS = (
     (re.compile(r"^params/(.*)/running_var$"), r"batch_stats/\1/var"),
     (re.compile(r"^params/.*/num_batches_tracked$"), None),
 )
+
+# CLIP has them without the axis of examples.
+_TOKENS = ("params/cls_token", "params/position_embedding")
 
 _KINDS = (("convolution", "conv"), ("normalization", "norm"))
 
@@ -175,6 +185,80 @@ _TORCHVISION_VIT = _rules(
     ("heads/head/", "head/"),
 )
 
+_DINOV2 = _rules(
+    ("cls_token$", "cls_token"),
+    ("register_tokens$", "register_tokens"),
+    ("pos_embed$", "position_embedding"),
+    ("mask_token$", None),
+    ("patch_embed/proj/", "patch_embedding/"),
+    *_in_blocks(
+        r"blocks/(\d+)",
+        ("norm1", "attention_norm"),
+        ("attn/(query|key|value)", r"attention/\2"),
+        ("attn/proj", "attention/out"),
+        ("norm2", "mlp_norm"),
+        ("mlp/fc1", "mlp_in"),
+        ("mlp/fc2", "mlp_out"),
+    ),
+    (r"blocks/(\d+)/ls1/gamma$", r"block\1/attention_scale"),
+    (r"blocks/(\d+)/ls2/gamma$", r"block\1/mlp_scale"),
+    ("norm/", "norm/"),
+    ("head/", "head/"),
+)
+
+# As with ViT, files may have the names in memory instead of those that transformers writes.
+_PREFIX = "(?:dinov2(?:_with_registers)?/)?"
+_HUGGINGFACE_DINOV2 = _rules(
+    (f"{_PREFIX}embeddings/cls_token$", "cls_token"),
+    (f"{_PREFIX}embeddings/register_tokens$", "register_tokens"),
+    (f"{_PREFIX}embeddings/position_embeddings$", "position_embedding"),
+    (f"{_PREFIX}embeddings/patch_embeddings/projection/", "patch_embedding/"),
+    (f"{_PREFIX}embeddings/mask_token$", None),
+    *_in_blocks(
+        rf"{_PREFIX}encoder/layer/(\d+)",
+        ("norm1", "attention_norm"),
+        ("attention/attention/(query|key|value)", r"attention/\2"),
+        ("attention/output/dense", "attention/out"),
+        ("attention/q_proj", "attention/query"),
+        ("attention/k_proj", "attention/key"),
+        ("attention/v_proj", "attention/value"),
+        ("attention/o_proj", "attention/out"),
+        ("norm2", "mlp_norm"),
+        ("mlp/fc1", "mlp_in"),
+        ("mlp/fc2", "mlp_out"),
+    ),
+    (rf"{_PREFIX}encoder/layer/(\d+)/layer_scale1/lambda1$", r"block\1/attention_scale"),
+    (rf"{_PREFIX}encoder/layer/(\d+)/layer_scale2/lambda1$", r"block\1/mlp_scale"),
+    (f"{_PREFIX}layernorm/", "norm/"),
+    ("classifier/", "head/"),
+)
+
+_HUGGINGFACE_CLIP = _rules(
+    ("(?:vision_model/)?embeddings/class_embedding$", "cls_token"),
+    ("(?:vision_model/)?embeddings/position_embedding/weight$", "position_embedding"),
+    ("(?:vision_model/)?embeddings/patch_embedding/", "patch_embedding/"),
+    # A buffer of older files, and the text tower.
+    ("(?:vision_model/)?embeddings/position_ids$", None),
+    ("text_model/", None),
+    ("text_projection/", None),
+    ("logit_scale$", None),
+    # The name has this typing error in the library.
+    ("(?:vision_model/)?pre_layrnorm/", "embedding_norm/"),
+    *_in_blocks(
+        r"(?:vision_model/)?encoder/layers/(\d+)",
+        ("layer_norm1", "attention_norm"),
+        ("self_attn/q_proj", "attention/query"),
+        ("self_attn/k_proj", "attention/key"),
+        ("self_attn/v_proj", "attention/value"),
+        ("self_attn/out_proj", "attention/out"),
+        ("layer_norm2", "mlp_norm"),
+        ("mlp/fc1", "mlp_in"),
+        ("mlp/fc2", "mlp_out"),
+    ),
+    ("(?:vision_model/)?post_layernorm/", "norm/"),
+    ("visual_projection/", "feature_projection/"),
+)
+
 # Places of the fire modules between activations and poolings.
 _TORCHVISION_SQUEEZENET = _rules(
     ("features/0/", "stem/"),
@@ -199,6 +283,35 @@ LAYOUTS: dict[LayoutName, Layout] = {
             re.compile("^layer1/0/conv1/weight$"),
             _TORCHVISION_RESNET,
             _TENSORS,
+        ),
+        # DINOv2 is before ViT, which has some of the same names.
+        Layout(
+            "dinov2",
+            "DINOv2",
+            re.compile("^blocks/0/ls1/gamma$"),
+            _DINOV2,
+            _TENSORS,
+            ((re.compile(r"/qkv/(weight|bias)$"), r"/{}/\1"),),
+            {"epsilon": 1e-6},
+            "offset",
+        ),
+        Layout(
+            "huggingface-dinov2",
+            "DINOv2",
+            re.compile(f"^{_PREFIX}encoder/layer/0/layer_scale1/lambda1$"),
+            _HUGGINGFACE_DINOV2,
+            _TENSORS,
+            settings={"epsilon": 1e-6},
+            interpolation="bicubic",
+        ),
+        Layout(
+            "huggingface-clip",
+            "CLIP",
+            re.compile("^(vision_model/)?embeddings/class_embedding$"),
+            _HUGGINGFACE_CLIP,
+            _TENSORS,
+            settings={"epsilon": 1e-5, "activation": "quick_gelu"},
+            interpolation="bicubic",
         ),
         Layout(
             "huggingface-vit",
@@ -326,7 +439,9 @@ def _applicable(rules: Rules, names: Mapping[str, Any]) -> Rules:
 
 
 def _as_flax(path: str | None, array: Any) -> Any:
-    """Return a kernel with its output channels last; torch stores them first."""
+    """Return a kernel with its output channels last, which torch stores first; and tokens with three axes."""
+    if path in _TOKENS and array.ndim < 3:
+        return array.reshape((1,) * (3 - array.ndim) + array.shape)
     if path is None or not path.startswith("params/") or not path.endswith("/kernel"):
         return array
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T

@@ -17,12 +17,14 @@ from jaxmeta import nn
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Key, PyTree
 from jaxmeta.nn.norm import STATISTICS
+from jaxmeta.nn.vit import Interpolation
 from jaxmeta.paths import shortened
 from jaxmeta.transfer import weight_files
 from jaxmeta.transfer.architectures import (
     build_described,
     default_input,
     described,
+    interpolation_of,
     network_of,
     require_same,
     settings_of,
@@ -63,12 +65,21 @@ def load_pretrained(
 ) -> Pretrained:
     """Load pretrained weights into their network, with a check of every leaf.
 
-    The outputs are those of the PyTorch network in evaluation mode, up to float32 rounding: `jm.nn.ResNet`
-    and `jm.nn.ViT` have the same forward pass, with images as (n, h, w, c). The layout is recognised by the
-    names of the leaves: ResNet and ViT of Hugging Face's transformers ("huggingface-resnet",
-    "huggingface-vit"), of torchvision ("torchvision-resnet", "torchvision-vit") and of timm
-    ("torchvision-resnet" again, "timm-vit"), and variables of any Flax network ("flax"). Prefixes of all
-    names, such as "module" or "backbone", are dropped.
+    The outputs are those of the PyTorch network in evaluation mode, up to float32 rounding, with images as
+    (n, h, w, c). The layout is recognised by the names of the leaves:
+
+    | network | of | layout |
+    | --- | --- | --- |
+    | `jm.nn.ResNet` | torchvision and timm; transformers | "torchvision-resnet"; "huggingface-resnet" |
+    | `jm.nn.SqueezeNet` | torchvision's squeezenet1_1 | "torchvision-squeezenet" |
+    | `jm.nn.ViT` | transformers; timm; torchvision | "huggingface-vit"; "timm-vit"; "torchvision-vit" |
+    | `jm.nn.ViT` | DINOv2 as released and in timm; transformers | "dinov2"; "huggingface-dinov2" |
+    | `jm.nn.ViT` | the image tower of CLIP in transformers | "huggingface-clip" |
+    | any of Flax | `flax.serialization`, Orbax, jaxmeta | "flax" |
+
+    The features of DINOv2 are its normalised class token; its giant version, with SwiGLU layers, is refused.
+    Those of CLIP are projected where the file has the projection, and otherwise its normalised class token;
+    the text tower is dropped. Prefixes of all names, such as "module" or "backbone", are dropped.
 
     A network with the same leaves and another forward pass, such as timm's resnetblur50, is recognised by its
     config.json only; without that file, its weights are loaded and the outputs differ.
@@ -83,12 +94,12 @@ def load_pretrained(
       network: network whose variables to fill, in the dtypes of its `init`. None builds it from config.json,
         from the description by `jm.transfer.save_pretrained`, or from the shapes; leaves then keep the file's
         dtypes.
-      x: example input of `network`, or its shape; needed only for networks other than `jm.nn.ResNet` and
-        `jm.nn.ViT`.
+      x: example input of `network`, or its shape; needed only for networks other than `jm.nn.ResNet`,
+        `jm.nn.SqueezeNet` and `jm.nn.ViT`.
       head: whether to load the classifier "head". With False, the network is built without one, and a passed
         network with a head gets a new one by `key`. A network without a head leaves it out in any case.
       image_size: size of a ViT's images if it differs from the file's; position embeddings are interpolated
-        by `jm.nn.resize_positions`.
+        by `jm.nn.resize_positions`, in the way of the file's library for DINOv2 and CLIP.
       layout: name of the layout; "auto" recognises it.
       strict: whether file and network must have the same leaves. With False, leaves that the file lacks are
         initialised by `key`, and leaves that the network lacks are left over.
@@ -147,7 +158,7 @@ def load_pretrained(
     else:
         network = file_network if head or file_network is None else _headless(file_network)
     if image_size is not None:
-        network, leaves = _for_images(network, leaves, image_size, built)
+        network, leaves = _for_images(network, leaves, image_size, built, interpolation_of(naming, arrays))
 
     example = _example(x) if x is not None else default_input(network, arrays)
     if example is None and not built:
@@ -295,7 +306,11 @@ def _target(network: Any, x: jax.ShapeDtypeStruct, statistics: bool, key: Key | 
 
 
 def _for_images(
-    network: Any, leaves: list[Leaf], image_size: int | Sequence[int], built: bool
+    network: Any,
+    leaves: list[Leaf],
+    image_size: int | Sequence[int],
+    built: bool,
+    interpolation: Interpolation,
 ) -> tuple[Any, list[Leaf]]:
     """Return the network for images of another size, and the leaves with interpolated position embeddings."""
     if not isinstance(network, nn.ViT):
@@ -308,7 +323,12 @@ def _for_images(
     return resized, [
         leaf._replace(
             array=np.asarray(
-                nn.resize_positions(jnp.asarray(leaf.array), resized.grid, network.grid if built else None)
+                nn.resize_positions(
+                    jnp.asarray(leaf.array),
+                    resized.grid,
+                    network.grid if built else None,
+                    method=interpolation,
+                )
             )
         )
         if leaf.path == _POSITIONS and leaf.array.ndim == 3
