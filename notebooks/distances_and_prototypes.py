@@ -455,9 +455,7 @@ state = jm.train(
     meta_batch=1,
     report=lambda event: progress.append(event) if isinstance(event, jm.training.Progress) else None,
 )
-print(
-    f"{STEPS} steps in {time.perf_counter() - clock:.1f} s, of which {progress[0].compile_s:.1f} s for compilation"
-)
+print(f"{STEPS} steps in {time.perf_counter() - clock:.1f} s, with {progress[0].compile_s:.1f} s to compile")
 for event in progress:
     print(f"step {event.step:4d}   20-way accuracy in training {event.metrics['accuracy']:.2f}")
 

@@ -180,7 +180,7 @@ def test_a_prediction_does_not_depend_on_other_queries(place, question):
     assert alone["probabilities"] == pytest.approx(expected["probabilities"], rel=1e-5)
 
 
-# Run as users do: the tests' unoptimised code rounds one query and many differently.
+# Users run optimised code. The tests' unoptimised code rounds one query and many differently.
 OPTIMISED = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -126,7 +126,7 @@ def train(argv: Sequence[str]) -> None:
         raise UsageError(f"unexpected argument {more[0]!r}{first}; see `jaxmeta train --help`")
     invocation = run.Invocation(**parsed.values.get("invocation", {}))
     with parser.naming_flags():
-        values = with_absolute_paths(parsed.values)
+        values = _with_absolute_paths(parsed.values)
         if resume:
             run.resume_run(Path(str(out)).expanduser(), values, invocation, trusted(named, learner))
         else:
@@ -190,7 +190,7 @@ def _base_to_resume(named: Mapping[str, str], learner: str | None, out: str | No
     return base_of(Chosen(start=before))
 
 
-def with_absolute_paths(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _with_absolute_paths(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the values of flags by group, with relative paths made absolute."""
     kept = {group: dict(values[group]) for group in _SHOWN if group in values}
     if "data" in kept.get("run", {}):
@@ -272,7 +272,7 @@ def evaluate(argv: Sequence[str]) -> None:
     with parser.naming_flags():
         run.evaluate_run(
             Path(folder).expanduser(),
-            with_absolute_paths(parsed.values),
+            _with_absolute_paths(parsed.values),
             tasks=tasks,
             trusted=allowed,
             **_outputs(parsed),
@@ -316,7 +316,7 @@ def _evaluate_checkpoints(
     parser = Parser("evaluate", [*groups, output], words=words, about=about, owner=base.learner)
     parsed = _parse_source(parser, argv)
     with parser.naming_flags():
-        config = resolve(base, with_absolute_paths(parsed.values))
+        config = resolve(base, _with_absolute_paths(parsed.values))
         run.evaluate_checkpoints(Path(folder).expanduser(), config, **_outputs(parsed))
 
 
@@ -366,7 +366,7 @@ def _evaluate_weights(
     if own.get("tasks") is None:
         raise UsageError(f"--tasks: is missing; {source} is not a run and has no tasks")
     with parser.naming_flags():
-        config = resolve(base, with_absolute_paths(parsed.values))
+        config = resolve(base, _with_absolute_paths(parsed.values))
         evaluating.evaluate_weights(
             source, config, learner=own.get("learner"), network=own.get("network"), **_outputs(parsed)
         )
@@ -445,7 +445,7 @@ def compare(argv: Sequence[str]) -> None:
         raise UsageError("LEARNER: give the learners first, then the flags")
     with parser.naming_flags():
         comparing.compare(
-            bases, common, parsed._replace(values={**parsed.values, **with_absolute_paths(parsed.values)})
+            bases, common, parsed._replace(values={**parsed.values, **_with_absolute_paths(parsed.values)})
         )
 
 

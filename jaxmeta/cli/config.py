@@ -215,7 +215,7 @@ class Names(NamedTuple):
         groups = self.stored_groups()
         if not schema.accepts(self.learner, "augment"):
             del groups["training"]["distort"]
-        if not can_be_of_first_order(self.learner):
+        if not _can_be_of_first_order(self.learner):
             del groups["training"]["diagnose"]
         classification = kind_of(self.source) == "classification"
         if classification or not schema.accepts(self.learner, "eval_steps"):
@@ -262,7 +262,7 @@ def _width(network: Callable[..., Any]) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
-def can_be_of_first_order(learner: Callable[..., Any]) -> bool:
+def _can_be_of_first_order(learner: Callable[..., Any]) -> bool:
     """Return whether a method has a first-order version, for --diagnose to compare with."""
     order = schema.settings_of(learner, SUPPLIED_TO_LEARNER).get("order")
     return order is not None and "first" in getattr(order.hint, "__args__", ())

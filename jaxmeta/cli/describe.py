@@ -39,7 +39,7 @@ def presets(name: str | None = None) -> None:
     print(f"{name}: {preset['description']}\n")
     chosen = {"learner": base.learner, "network": base.network, "tasks": base.tasks}
     groups = base.names().groups()
-    flags = schema.flags_of(groups)
+    flags = schema.flag_names(groups)
     for group, settings in groups.items():
         print(f"{group}{f': {chosen[group]}' if group in chosen else ''}")
         rows = [(each, base.values[group].get(each, settings[each].default)) for each in settings]

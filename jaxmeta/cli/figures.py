@@ -62,12 +62,12 @@ def plot_curves(path: Path, curves: Sequence[Curve], x: str = "steps") -> None:
         left, right, *more = figure.subplots(1, 2 + len(compared))
         for i, curve in enumerate(curves):
             _draw_training(left, curve, "loss", x, line_style(i), _with_test(curve))
-        finish_axes(left, curves[0].metric, _X[x][1], "query loss")
+        _finish_axes(left, curves[0].metric, _X[x][1], "query loss")
         draw_metric(right, curves, x)
         for axes, name in zip(more, compared, strict=True):
             for i, curve in enumerate(curves):
                 _draw_training(axes, curve, name, x, line_style(i), _with_test(curve))
-            finish_axes(axes, name, _X[x][1], COMPARED[name])
+            _finish_axes(axes, name, _X[x][1], COMPARED[name])
         handles, labels = (right if single else left).get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3 if single else 2)
         if single:
@@ -104,7 +104,7 @@ def draw_metric(axes: Any, curves: Sequence[Curve], x: str = "steps") -> None:
             style = {**line_style(i + 2 * single), "linestyle": ""}
             axes.errorbar([beyond], [mean], [half], **style, **bars, marker="D", label=f"{test}, 95 % CI")
             drawn.add(f"◆: {test} (beyond the last step)")
-    finish_axes(
+    _finish_axes(
         axes, curves[0].metric, _X[x][1], METRIC_NAMES.get(curves[0].metric, f"query {curves[0].metric}")
     )
     if not single:
@@ -221,7 +221,7 @@ def literal(name: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:
+def _finish_axes(axes: Any, metric: str, xlabel: str, ylabel: str) -> None:
     """Set labels, grid and, for squared errors, a logarithmic scale, after everything is drawn."""
     from matplotlib.ticker import LogLocator
 

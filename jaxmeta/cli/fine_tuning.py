@@ -213,7 +213,7 @@ def _leaves(read: Report, variables: Mapping[str, Any]) -> Report:
     present = leaves_by_path(variables)
     into = {row: _in_classifier(str(row.target)) for row in read.taken}
     taken = tuple(row._replace(target=path) for row, path in into.items() if path in present)
-    # The old head.
+    # The leaves of the old head have no place in the classifier.
     dropped = tuple(row._replace(target=None) for row, path in into.items() if path not in present)
     cast = tuple(row._replace(target=into[row]) for row in read.cast if into[row] in present)
     there = {row.target for row in taken}

@@ -238,7 +238,7 @@ class Parser:
             there = [each for each in ELSEWHERE[flag].split(" or ") if each.split()[0] in self.known()]
             if there:
                 return f"{self.command} has no {flag}; here it is {' or '.join(there)}; {see}"
-        whose = owners_of(flag)
+        whose = _owners_of(flag)
         if whose and self.command == "evaluate":
             can = ", ".join(sorted(self.flags))
             return f"{flag}: is fixed by the run; evaluate takes {can}"
@@ -266,7 +266,7 @@ class Parser:
         return name.upper() if name in self.words else name
 
 
-def owners_of(flag: str) -> str | None:
+def _owners_of(flag: str) -> str | None:
     """Return the built-in methods, networks or tasks that have a flag, in words; None where none has it."""
     from jaxmeta.cli import sources
     from jaxmeta.cli.config import find_names

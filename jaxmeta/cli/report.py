@@ -212,7 +212,7 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
         "| --- | --- | --- |",
     ]
     # config.json also stores settings that have no effect in this run; `groups` leaves them out.
-    for group, flags in schema.flags_of(config.names().groups()).items():
+    for group, flags in schema.flag_names(config.names().groups()).items():
         named, values = getattr(config, group), config.settings(group)
         if isinstance(named, dict):
             lines.append(f"| {group} | | **{cell(named['name'])}** |")

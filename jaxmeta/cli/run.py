@@ -362,7 +362,7 @@ def _fit(parts: _Parts, out: Path, log: RunLog, signals: Signals, profile: bool)
                 resume=bool(checkpoint_steps(out)),
                 report=listener,
                 log_every=min(run.log_every, max(1, training.steps // 20)),
-                config=as_trained(parts.config),
+                config=_as_trained(parts.config),
                 should_stop=lambda: signals.asked is not None,
                 non_finite=run.non_finite,
             )
@@ -445,7 +445,7 @@ def _network_text(config: Config) -> str | None:
         return None
 
 
-def as_trained(config: Config) -> dict[str, Any]:
+def _as_trained(config: Config) -> dict[str, Any]:
     """Return the part of a configuration that is stored with checkpoints and must be equal to resume."""
     kept = config.to_json()
     training = {name: value for name, value in kept["training"].items() if name != _GROWS}
@@ -460,7 +460,7 @@ def params_of(folder: Path, config: Config) -> Params:
       ValueError: the parameters cannot be read, or belong to another learner, network or seed than `config`;
         or the run has not ended, and population statistics are computed at its end.
     """
-    kept = as_trained(config)
+    kept = _as_trained(config)
     params = load_params(folder, config={name: kept[name] for name in ("learner", "network", "seed")})
     if "population" not in config.names().facts.rows.values():
         return params

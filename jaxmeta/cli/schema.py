@@ -100,7 +100,7 @@ class Setting(NamedTuple):
     def problem(self, value: Any) -> ArgumentError:
         """Return the error for an invalid value."""
         text = value if isinstance(value, str) else format_value(value)
-        return ArgumentError(self.name, f"got {text}; it must be {spelled(self.hint)}")
+        return ArgumentError(self.name, f"got {text}; it must be {_spelled(self.hint)}")
 
 
 def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> dict[str, Setting]:
@@ -243,11 +243,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def flags_of(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+def flag_names(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """Return the flags of all settings by group and name; those of names in several groups begin with theirs.
 
     Examples:
-      >>> flags_of({"learner": {"inner_steps": 1, "norm": 2}, "network": {"norm": 3}})["learner"]
+      >>> flag_names({"learner": {"inner_steps": 1, "norm": 2}, "network": {"norm": 3}})["learner"]
       {'inner_steps': '--inner-steps', 'norm': '--learner.norm'}
     """
     counts = collections.Counter(name for settings in groups.values() for name in settings)
@@ -262,7 +262,7 @@ def members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def spelled(hint: Any) -> str:
+def _spelled(hint: Any) -> str:
     """Return a type in words, for errors."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     parts = []

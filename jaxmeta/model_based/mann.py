@@ -125,7 +125,7 @@ def mann(
         """Return the memory after the sequence, the sequence, and the outputs at its steps."""
         if shuffle:
             support = _shuffled(support, key)
-        # Full precision, because labels are inputs too and the memory accumulates over steps.
+        # Inputs have full precision, because labels are inputs too and the memory accumulates over steps.
         x = losses.full_precision(flattened(support.x))
         labels = codes.encoded(support.y, ways_of(support)).astype(x.dtype)
         before, last = _label_before(labels, support.mask)
@@ -163,7 +163,8 @@ def mann(
         return value, {"loss": (value, jnp.ones_like(value)), **joint, **metrics}
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
-        # The second half of the key, as in `task_loss`: the same key gives the order of training.
+        # `task_loss` orders the support set by the second half of its key, so that the same key gives the same
+        # order here.
         return write_support(params, blank_padding(support), jax.random.split(key)[1])[0]
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:

@@ -38,17 +38,17 @@ def published_init(key: Array, shape: Sequence[int], dtype: DTypeLike = jnp.floa
     return jax.random.uniform(key, shape, dtype, -0.1, 0.1)
 
 
-def fast_of_layer(fast: Fast, name: str) -> Any:
+def _fast_of_layer(fast: Fast, name: str) -> Any:
     """Return the fast weights of the layer `name` of a network; None where it has none.
 
     Examples:
-      >>> fast_of_layer({"fc": {"kernel": 1}}, "fc"), fast_of_layer({"fc": {"kernel": 1}}, "head")
+      >>> _fast_of_layer({"fc": {"kernel": 1}}, "fc"), _fast_of_layer({"fc": {"kernel": 1}}, "head")
       ({'kernel': 1}, None)
-      >>> fast_of_layer(({"fc": 1}, {"fc": 2}), "fc")
+      >>> _fast_of_layer(({"fc": 1}, {"fc": 2}), "fc")
       (1, 2)
     """
     if isinstance(fast, tuple):
-        return tuple(fast_of_layer(each, name) for each in fast)
+        return tuple(_fast_of_layer(each, name) for each in fast)
     return None if fast is None else fast.get(name)
 
 
@@ -207,15 +207,15 @@ class AugmentedCNN(linen.Module):
         for i in range(self.blocks):
             name = f"conv_{i}"
             layer = AugmentedConv(self.filters, kernel_init=self.kernel_init, name=name)
-            x = max_pool_2x2_ceil(layer(x, fast_of_layer(fast, name)))
+            x = max_pool_2x2_ceil(layer(x, _fast_of_layer(fast, name)))
         x = flattened(x)
         activation = None if self.ways is None else jax.nn.relu
         fc = AugmentedDense(self.features, activation, self.kernel_init, name="fc")
-        x = fc(x, fast_of_layer(fast, "fc"))
+        x = fc(x, _fast_of_layer(fast, "fc"))
         if self.ways is None:
             return x
         head = AugmentedDense(self.ways, None, self.kernel_init, name="head")
-        return head(x, fast_of_layer(fast, "head"))
+        return head(x, _fast_of_layer(fast, "head"))
 
 
 class Augmented(NamedTuple):

@@ -110,7 +110,7 @@ def init_state(
     drawn = jax.eval_shape(partial(_draw, learner), sample, key)
     if params is not None:
         check_params_kind(params)
-        check_params(params, drawn)
+        _check_params(params, drawn)
     # Compiled as a whole: `init` reads only the task's shapes, so that the compiler removes its sampling.
     if devices is None or devices.size == 1:
         params, opt_state = jax.jit(init)(sample, key, params)
@@ -150,7 +150,7 @@ def check_params_kind(params: Params) -> None:
         )
 
 
-def check_params(params: Params, drawn: Params) -> None:
+def _check_params(params: Params, drawn: Params) -> None:
     """Check that parameters to start from fit the learner.
 
     Args:

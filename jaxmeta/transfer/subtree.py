@@ -132,7 +132,7 @@ def _refilled(old: PyTree, new: PyTree, path: str) -> PyTree:
             )
     if problems:
         listed = "\n  ".join(shortened(problems))
-        raise ArgumentError("subtree", f'it does not fit at "{path}", as strict=True asks:\n  {listed}')
+        raise ArgumentError("subtree", f'it does not fit at "{path}", as strict=True requires:\n  {listed}')
     return jax.tree.unflatten(jax.tree.structure(old), [leaves[place] for place in expected])
 
 

@@ -101,7 +101,7 @@ def in_float64():
         return state.params
 
 
-# By name: `(folder, share) -> parameters`.
+# Runs by name, as functions `(folder, share) -> parameters`.
 RUNS: dict[str, Callable] = {
     "checkpointed": lambda folder, share: trained(folder),
     "split": lambda folder, share: split(folder),

@@ -270,7 +270,9 @@ def test_a_missing_path_is_rejected_with_the_existing_children(path, message):
 def test_a_strict_swap_names_every_leaf_that_does_not_fit():
     tree = {"head": {"kernel": zeros((3, 5)), "bias": zeros((5,)), "scale": zeros(())}}
     subtree = {"kernel": zeros((3, 20)), "bias": zeros((5,), np.float64), "offset": zeros((20,))}
-    with pytest.raises(ValueError, match='subtree: it does not fit at "head", as strict=True asks') as error:
+    with pytest.raises(
+        ValueError, match='subtree: it does not fit at "head", as strict=True requires'
+    ) as error:
         swap_subtree(tree, "head", subtree)
     assert str(error.value).split("\n  ")[1:] == [
         '"head/bias": got (5,) float64; it must be (5,) float32',
