@@ -212,7 +212,7 @@ def split_by_hash(names: tuple[str, ...]) -> ClassSplit:
 
     Examples:
       >>> split_by_hash(("cat", "dog", "owl", "fox", "bee"))
-      ClassSplit(train=('cat', 'dog', 'owl', 'bee'), validation=(), test=('fox',))
+      ClassSplit(train=('cat', 'owl', 'fox', 'bee'), validation=(), test=('dog',))
     """
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for name in names:
