@@ -163,7 +163,7 @@ def mann(
         return value, {"loss": (value, jnp.ones_like(value)), **joint, **metrics}
 
     def adapt(params: Params, support: Batch, key: Key) -> PyTree:
-        # `task_loss` orders the support set by the second half of its key, so the same key gives the same order.
+        # The order is drawn from the second half of the key, as in `task_loss`.
         return write_support(params, blank_padding(support), jax.random.split(key)[1])[0]
 
     def predict(params: Params, adapted: PyTree, x: Array, mask: Array | None = None) -> Array:
