@@ -10,7 +10,7 @@ from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Bool, Float
 
 from jaxmeta import declare, losses
-from jaxmeta.checks import ArgumentError, check_word
+from jaxmeta.checks import ArgumentError, check_number, check_word
 from jaxmeta.core import (
     Augment,
     Batch,
@@ -71,15 +71,17 @@ def prototypical(
     model: Network,
     *,
     divergence: Divergence = "euclidean",
+    scale: float = 1.0,
     metadata: Network | None = None,
     norm: Norm = "batch",
     augment: Augment | None = None,
 ) -> Learner:
     r"""Build prototypical networks, which classify by distances to class means (Snell et al. 2017).
 
-    P(y = c | x) = softmax_c(−d(f(x), v_c)), v_c the mean of f over class c
+    P(y = c | x) = softmax_c(−s · d(f(x), v_c)), v_c the mean of f over class c
 
-    d is the squared Euclidean distance, or any Bregman divergence: for a strictly convex φ,
+    s is `scale`, 1 in the paper, and d is the squared Euclidean distance, or any Bregman divergence: for a
+    strictly convex φ,
 
     d_φ(z, v) = φ(z) − φ(v) − (z − v)·∇φ(v),
 
@@ -100,6 +102,8 @@ def prototypical(
       divergence: divergence d of embeddings from prototypes: "euclidean" (squared); "kl", of softmax(f(x)),
         with φ = Σ z ln z; "cosine", 1 − cos, which is not a Bregman divergence and did worse in the paper. In
         Python also a convex function φ of one vector.
+      scale: factor s of the divergences, above 0. Embeddings that start from pretrained features need one
+        that fits their length; with "cosine" and 10, training is that of Meta-Baseline (Chen et al. 2021).
       metadata: embedding g of class metadata, `(ways, d) -> (ways, dim)`; None for few-shot learning.
       norm: source of the batch statistics that normalise embeddings. "batch": support set and queries
         together (transductive). "support": the support set (inductive). "population": statistics filled by
@@ -111,8 +115,8 @@ def prototypical(
       A `Learner`.
 
     Raises:
-      ValueError: an unknown name; norm="support" in zero-shot learning, whose support set has no images;
-        float targets; embeddings of two different widths; norm="population" with params that were not
+      ValueError: an unknown name; `scale` not positive; norm="support" in zero-shot learning, whose support
+        set has no images; float targets; embeddings of two different widths; norm="population" with params that were not
         calibrated.
 
     Examples:
@@ -129,12 +133,13 @@ def prototypical(
     References:
       Snell, Swersky & Zemel, Prototypical Networks for Few-shot Learning, 2017.
     """
+    check_number("scale", scale, above=0)
     embedded, distances = _divergence(divergence)
 
     def classify(head_params: Params, fitted: Params, z: Array) -> Array:
         del head_params
         values = distances(embedded(z), fitted["prototypes"], fitted["present"])
-        return only_present(-values, fitted["present"])
+        return only_present(-scale * values, fitted["present"])
 
     if metadata is not None:
         return _zero_shot(model, metadata, classify, norm, augment)
