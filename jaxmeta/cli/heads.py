@@ -8,8 +8,18 @@ from jaxtyping import Array
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli.names import lookup
 from jaxmeta.core import Learner, Model
-from jaxmeta.metric_based import fine_tuned_head, kernel_classifier, prototypical, ridge, simple_shot
+from jaxmeta.metric_based import (
+    fine_tuned_head,
+    kernel_classifier,
+    label_propagation,
+    mahalanobis,
+    prototypical,
+    ridge,
+    simple_shot,
+    soft_kmeans,
+)
 from jaxmeta.metric_based.metric_learner import unit
+from jaxmeta.nn import Identity
 
 # Head of `evaluate` and `predict` where none is named.
 DEFAULT = "simple_shot"
@@ -40,7 +50,7 @@ def _fixed(function: Callable[[Array], Array]) -> Model:
 
 # Features as they are, and with length 1. Lengths differ between networks by orders of magnitude, so that a
 # step size, a temperature or a weight of a penalty has a meaning for all of them only with length 1.
-_PLAIN, _UNIT = _fixed(lambda z: z), _fixed(unit)
+_PLAIN, _UNIT = Identity(), _fixed(unit)
 
 HEADS = {
     # Squared distances of vectors of length 1 lie in [0, 4].
@@ -75,6 +85,26 @@ HEADS = {
     # With a temperature of 1/10 a difference in cosine of 0.1 is a factor of e.
     "kernel_classifier": Head(
         kernel_classifier(_UNIT, similarity="cosine", scale=10.0), "mean of the labels, weighted by cosines"
+    ),
+    # The variance of features of length 1 is below 1, and mostly between classes: with a regularisation of 1
+    # the metric would be Euclidean.
+    "mahalanobis": Head(
+        mahalanobis(_UNIT, regularisation=0.1),
+        "Mahalanobis distance to the class means, with regularised covariances",
+        distances=True,
+    ),
+    "soft_kmeans": Head(
+        soft_kmeans(_UNIT, scale=10.0),
+        "nearest class mean, with means refined by the queries",
+        transductive=True,
+        distances=True,
+    ),
+    # As many neighbours as a class has nodes in a task of few shots and queries. The kernel's width is that
+    # of squared distances of 0.2 between features of one class.
+    "label_propagation": Head(
+        label_propagation(_UNIT, neighbours=5, sigma=0.3),
+        "labels propagated over a graph of the support set and the queries",
+        transductive=True,
     ),
 }
 

@@ -116,8 +116,8 @@ def prototypical(
 
     Raises:
       ValueError: an unknown name; `scale` not positive; norm="support" in zero-shot learning, whose support
-        set has no images; float targets; embeddings of two different widths; norm="population" with params that were not
-        calibrated.
+        set has no images; float targets; embeddings of two different widths; norm="population" with params
+        that were not calibrated.
 
     Examples:
       >>> import jax, jaxmeta as jm
