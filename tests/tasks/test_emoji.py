@@ -11,9 +11,11 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from configs import config_of
 from draws import same, sampled
 
 from jaxmeta.checks import MissingPackageError
+from jaxmeta.cli import sources
 from jaxmeta.tasks import emoji_packs
 from jaxmeta.tasks.class_vectors import class_vectors, class_words
 from jaxmeta.tasks.emoji import emoji, emoji_images, emoji_licences, split_by_hash
@@ -119,6 +121,35 @@ def test_styles_are_domains(tmp_path):
     two = sampled(emoji(**settings, styles=("wax", "ink"), min_styles=2), 100)
     support, query = map(thing_and_style, two)
     assert set((support[1] + query[1]).ravel()) == {2}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_command_line_has_styles_from_memory_and_from_disk(tmp_path, streamed):
+    three_styles(tmp_path)
+    settings = {"ways": 3, "queries": 1, "size": 4, "across": True, "test_styles": ("oil",)}
+    flags = settings | {"shots": 1, "data": str(tmp_path), "stream": streamed}
+    key = jax.random.key(3)
+    tasks = sources.tasks_of(config_of(flags, tasks="emoji"), "test", key)
+    other = emoji("test", data=tmp_path, **settings)
+    assert tasks.card == other.card
+    if streamed:
+        task = tasks.at(0)
+        one = other.sample(jax.random.split(jax.random.fold_in(key, 0))[0])
+        np.testing.assert_allclose(task.query.x[0], one.query.x, atol=1e-6)
+        np.testing.assert_allclose(task.support.x[0], one.support.x, atol=1e-6)
+    else:
+        same(sampled(tasks, 5), sampled(other, 5))
+
+
+def test_zero_shot_tasks_of_the_command_line_need_word_vectors(tmp_path):
+    three_styles(tmp_path)
+    flags = {"ways": 3, "queries": 1, "size": 4, "shots": 0, "train_shots": 0, "data": str(tmp_path)}
+    chosen = {"tasks": "emoji", "learner": "prototypical"}
+    with pytest.raises(ValueError, match=r"word_vectors: zero-shot tasks .* need a file"):
+        sources.tasks_of(config_of(flags, **chosen), "train")
+    flags["word_vectors"] = str(write_vectors(tmp_path / "vectors.txt"))
+    tasks = sources.tasks_of(config_of(flags, **chosen), "train")
+    assert sampled(tasks, 2).support.x.shape == (2, 3, 2)
 
 
 def test_the_part_of_a_class_depends_on_its_name_only(tmp_path):
