@@ -1,6 +1,7 @@
 """Runs, transfers and weights as sources of predictions, evaluations, exports and trainings."""
 
 import json
+import re
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from PIL import Image
 from support import read_json
 
 import jaxmeta as jm
-from jaxmeta.cli import main, names
+from jaxmeta.cli import heads, main, names
 from jaxmeta.cli import run as run_of_command
 from jaxmeta.cli.backbones import load_backbone
 from jaxmeta.cli.config import load_config
@@ -276,6 +277,133 @@ def test_weights_and_transfers_are_evaluated_on_other_tasks(place, tmp_path):
         key=run_of_command.evaluation_key(5),
     )
     assert result["accuracy"]["inductive"]["mean"] == pytest.approx(evaluation.mean, abs=0.02)
+
+
+def features_of(place, x):
+    """Return the features of the weights file by NumPy, for images in [0, 1]."""
+    (_, kernel), (_, bias) = sorted(
+        leaves_by_path(jm.transfer.load_pretrained(place / "weights.safetensors").variables).items(),
+        reverse=True,
+    )
+    return np.maximum(np.asarray(x).reshape(len(x), -1) @ np.asarray(kernel) + np.asarray(bias), 0)
+
+
+def test_features_are_those_of_the_source_for_images_of_any_size_and_channels(place):
+    model = jm.features(place / "weights.safetensors", size=SIDE)
+    x = questions(place)[..., None].astype(np.float32) / 255
+    params = model.init(jax.random.key(0), jnp.asarray(x))
+    np.testing.assert_allclose(model.apply(params, jnp.asarray(x)), features_of(place, x), atol=1e-4)
+    larger = np.repeat(np.repeat(np.repeat(x, 2, 1), 2, 2), 3, 3)
+    np.testing.assert_allclose(
+        model.apply(params, jnp.asarray(larger)),
+        features_of(place, x),
+        atol=0.3 * features_of(place, x).max(),
+    )
+    with pytest.raises(jm.ArgumentError, match="x: got uint8; images must be floats"):
+        model.apply(params, jnp.zeros((1, SIDE, SIDE, 1), jnp.uint8))
+    with pytest.raises(jm.ArgumentError, match="size: .* does not say the size of its images"):
+        jm.features(place / "weights.safetensors")
+
+
+def test_batch_statistics_that_a_source_lacks_are_those_of_the_learner(place, tmp_path):
+    network = jm.nn.MLP(out=None, hidden=(6,), norm=True)
+    x = jnp.asarray(questions(place)[..., None], jnp.float32) / 255
+    variables = {"params": network.init(jax.random.key(0), x)["params"]}
+    save_pretrained(tmp_path / "weights.safetensors", variables, network=network)
+    model = jm.features(tmp_path / "weights.safetensors", size=SIDE)
+    task = jm.Task(*(jm.Batch(x, jnp.arange(2 * KINDS) // 2, ways=KINDS),) * 2)
+    predictions = []
+    for each in (model, network):
+        learner = jm.prototypical(each, norm="support")
+        adapted = learner.adapt({"model": variables["params"]}, task.support, jax.random.key(1))
+        predictions.append(learner.predict({"model": variables["params"]}, adapted, x))
+    np.testing.assert_allclose(*predictions, atol=1e-5)
+    # A run keeps the statistics of its training tasks, which then are fixed.
+    assert jm.features(place / "run").apply_norm is None
+
+
+WEIGHTS_TASKS = ["--classes", "0,0,1", "--ways", "3", "--queries", "2", "--episodes", "20", "--devices", "1"]
+
+
+def test_a_table_of_heads_is_about_the_same_episodes(place, tmp_path, capsys):
+    tasks = ["--tasks", f"folder:{place / 'images'}", *WEIGHTS_TASKS]
+    named = ["--learner", "simple_shot", "ridge", "--learner=prototypical"]
+    out = tmp_path / "result.json"
+    source = str(place / "weights.safetensors")
+    assert main(["evaluate", source, *tasks, *named, "--json", str(out)]) == 0
+    result, output = read_json(out), capsys.readouterr().out
+    assert list(result["heads"]) == ["simple_shot", "ridge", "prototypical"]
+    assert result["learner"] == "simple_shot"
+    of_default = {name: result["heads"]["simple_shot"][name] for name in ("mean", "ci95")}
+    assert result["accuracy"]["inductive"] == {**of_default, "norm": "none"}
+    best = max(result["heads"], key=lambda name: result["heads"][name]["mean"])
+    assert [line.split()[0] for line in output.splitlines() if line.endswith("← best")] == [best]
+
+    # The same by NumPy: the nearest class mean of the features as they are.
+    test = jm.tasks.from_folder(place / "images", "test", classes=(0.0, 0.0, 1.0), ways=3, shots=1, queries=2)
+    right = []
+    keys = jm.episode_keys(run_of_command.evaluation_key(0), jnp.arange(20))[:, 0]
+    for support, query in map(jax.jit(test.sample), keys):
+        z, means = features_of(place, query.x), features_of(place, support.x)
+        right.append((((z[:, None] - means) ** 2).sum(-1).argmin(-1) == query.y).mean())
+    assert result["heads"]["prototypical"]["mean"] == pytest.approx(np.mean(right), abs=0.01)
+
+    # Everything is known the second time; results by class are those of the one head.
+    again = ["--learner", "ridge", "--per-class", "--json", str(out)]
+    assert main(["evaluate", source, *tasks, *again]) == 0
+    output, second = capsys.readouterr().out, read_json(out)
+    images, known = re.search(r": ([\d,]+) images in .* s, ([\d,]+) of them from the cache", output).groups()
+    assert images == known
+    assert second["heads"]["ridge"]["mean"] == pytest.approx(result["heads"]["ridge"]["mean"], abs=1e-6)
+    assert list(second["per_class"]) == ["inductive"]
+    assert main(["evaluate", source, *tasks, *named, "--per-class"]) == 2
+    assert "--per-class: is for one head, and --learner names simple_shot, ridge" in capsys.readouterr().err
+
+
+def test_a_head_by_name_classifies_images_from_the_cache(place, capsys):
+    flags = ["--support", str(place / "support"), "--size", "8", "--learner", "ridge"]
+    answers = predicted(place, place / "weights.safetensors", *flags)
+    assert "distance" not in answers[0]
+    # Ridge regression by NumPy, with penalty 1 and scale 10.
+    support = read(place / "support")
+    z = np.concatenate([features_of(place, x / 255) for x in support.values()])
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    labels = np.eye(KINDS).repeat(2, 0)
+    weights = np.linalg.solve(z.T @ z + np.eye(z.shape[1]), z.T @ labels)
+    query = features_of(place, questions(place) / 255)
+    scores = 10 * query / np.linalg.norm(query, axis=-1, keepdims=True) @ weights
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    probabilities = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(probabilities, powers / powers.sum(-1, keepdims=True), atol=1e-4)
+    capsys.readouterr()
+    assert predicted(place, place / "weights.safetensors", *flags) == answers
+    assert "features of 20 of 20 images from the cache" in capsys.readouterr().out
+
+
+def test_a_transductive_head_is_refused_by_name(place, monkeypatch, capsys):
+    head = heads.HEADS["ridge"]._replace(transductive=True)
+    monkeypatch.setitem(heads.HEADS, "together", head)
+    flags = ["--support", str(place / "support"), "--size", "8", "--learner", "together"]
+    predicted(place, place / "weights.safetensors", *flags, status=2)
+    assert "--learner: got together, whose prediction for an image depends on" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_procedural_tasks_are_drawn_once_for_all_heads(place, tmp_path, capsys):
+    argv = ["evaluate", str(place / "weights.safetensors"), "--tasks", "glyphs", "--size", "8"]
+    more = ["--ways", "3", "--queries", "2", "--episodes", "6", "--devices", "1", "--learner", "simple_shot"]
+    out = tmp_path / "result.json"
+    assert main([*argv, *more, "--json", str(out)]) == 0
+    assert "54 images" in capsys.readouterr().out
+    test = jm.tasks.embedded(
+        jm.tasks.glyphs("test", ways=3, shots=1, queries=2, size=8),
+        jm.features(place / "weights.safetensors", size=SIDE),
+    )
+    identity = jm.Model(lambda key, x: {}, lambda params, x: x)
+    learner = jm.simple_shot(identity, transform="l2n")
+    key = run_of_command.evaluation_key(0)
+    expected = jm.evaluate(learner, {"model": {}}, test, episodes=6, key=key).mean
+    assert read_json(out)["accuracy"]["inductive"]["mean"] == pytest.approx(expected, abs=0.06)
 
 
 @pytest.mark.nightly_rows(after=1)

@@ -35,7 +35,7 @@ def features(source: str | os.PathLike[str], *, network: str | None = None, size
     channels, converts them to the network's input (size, channels, mean and standard deviation of the
     pixels), and returns features of shape (n, dim). Batch normalisation uses the statistics of the source,
     which training does not change, so that an image's features do not depend on other images. Where a source
-    has none, as a run of `jaxmeta train`, the learner's `norm` decides as for an untrained network.
+    has none, the learner's `norm` decides as for an untrained network.
 
     `jm.tasks.embedded(tasks, jm.features(source))` computes the features of all images once, for learners
     that do not change them, and keeps them in the cache folder.

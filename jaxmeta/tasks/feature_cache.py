@@ -165,7 +165,7 @@ def _read(path: Path, description: str) -> dict[bytes, Float[np.ndarray, " dim"]
     try:
         with np.load(path, allow_pickle=False) as file:
             names, z, own = (file[name] for name in ("images", "features", "description"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         return _ignored(path, f"is damaged ({error})")
