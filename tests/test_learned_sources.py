@@ -301,7 +301,7 @@ def test_features_are_those_of_the_source_for_images_of_any_size_and_channels(pl
     )
     with pytest.raises(jm.ArgumentError, match="x: got uint8; images must be floats"):
         model.apply(params, jnp.zeros((1, SIDE, SIDE, 1), jnp.uint8))
-    with pytest.raises(jm.ArgumentError, match="size: .* does not say the size of its images"):
+    with pytest.raises(jm.ArgumentError, match=r"size: .* does not say the size of its images"):
         jm.features(place / "weights.safetensors")
 
 

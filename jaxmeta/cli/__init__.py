@@ -83,8 +83,8 @@ def names_of(source, support, images):
 The learner of `jm.load_run` classifies each query from the support set alone. With fewer classes than ways,
 leave out the outputs of the others before the softmax, as the command does.
 
-**Sources.** A source need not be a run. Weights name images by the nearest mean of their features; the result
-of a transfer names them by its own classes, without examples; `export` makes a program of any of them:
+**Sources.** A source need not be a run. Weights name images by the nearest mean of their features, or by the
+head that `--learner` names, such as `ridge`; the result of a transfer names them by its own classes, without examples; `export` makes a program of any of them:
 
 ```sh
 jaxmeta predict resnet50/model.safetensors --support examples --query questions --unknown-above 0.9
@@ -94,7 +94,7 @@ jaxmeta evaluate runs/digits --tasks omniglot
 jaxmeta train prototypical --tasks omniglot --init runs/characters
 ```
 
-The last two test the features of a transfer on episodes, and start meta-training from an ordinary classifier.
+The last two test the features of a transfer on episodes, with a table of all heads, and start meta-training from an ordinary classifier.
 `--unknown-above` calls images unknown that are further from every class. `predict` prints the distances,
 which have no fixed scale: compare them with the distances of known images.
 
