@@ -216,7 +216,7 @@ def _drawn(sample: Callable[[Key], Task], keys: Key) -> Task:
 def _account(embed: Embedder, seconds: float) -> str:
     """Return how many features there are, and how many were known."""
     known = embed.seen - embed.computed
-    return f"{plural(embed.seen, 'image')} in {seconds:.1f} s, {known} of them from the cache"
+    return f"{plural(embed.seen, 'image')} in {seconds:.1f} s, {known:,} of them from the cache"
 
 
 def _print_heads(results: Mapping[str, Mapping[str, Any]]) -> None:
