@@ -9,7 +9,7 @@ from jaxtyping import Array, Shaped
 from jaxmeta.checks import ArgumentError, check_key
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
 from jaxmeta.tasks.embedded import draw_and_embed, draw_features
-from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_rows, names_of_slots
+from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_from, names_of_slots
 from jaxmeta.tasks.glyphs import draw_classes, draw_glyphs
 from jaxmeta.tasks.sequences import DrawSequence
 
@@ -92,6 +92,4 @@ def slot_names(tasks: TaskDistribution, keys: Array) -> Shaped[np.ndarray, "n wa
 
 @partial(jax.jit, static_argnums=0)
 def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
-    return jax.vmap(lambda key: draw_rows(shape, data.offsets, data.sizes, key, data.groups, data.domains))(
-        keys
-    )
+    return jax.vmap(lambda key: draw_from(shape, data, key))(keys)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError, check_count, check_function
 from jaxmeta.core import Batch, Key, Model, Task, TaskDistribution, TaskStream, card_of, check_tasks
-from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_rows, make_task
+from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_from, make_task
 from jaxmeta.tasks.feature_cache import BATCH, Embedder, described
 from jaxmeta.tasks.sequences import DrawSequence
 
@@ -176,7 +176,7 @@ def draw_features(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
         in turn.
       key: key of the episode.
     """
-    drawn = draw_rows(shape, data.offsets, data.sizes, key, data.groups)
+    drawn = draw_from(shape, data, key)
     rows = drawn.rows * _turns(shape) + (drawn.turns[:, None] if _turns(shape) > 1 else 0)
     plain = dataclasses.replace(shape, rotations="none", example=data.x.shape[1:])
     shots = shape.shots[1]
@@ -233,7 +233,7 @@ _BLOCK = 4096
 
 @partial(jax.jit, static_argnums=0)
 def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
-    return jax.vmap(lambda key: draw_rows(shape, data.offsets, data.sizes, key, data.groups))(keys)
+    return jax.vmap(lambda key: draw_from(shape, data, key))(keys)
 
 
 def _embed_stream(tasks: TaskStream, embedder: Embedder) -> TaskStream:

@@ -505,9 +505,14 @@ def names_of_slots(
     return names if drawn.query_mask is None else np.where(np.asarray(drawn.query_mask).any(-1), names, "")
 
 
+def draw_from(shape: EpisodeShape, data: EpisodeData, key: Key) -> Drawn:
+    """Draw the classes, examples and rotations of an episode from examples on the device."""
+    return draw_rows(shape, data.offsets, data.sizes, key, data.groups, data.domains)
+
+
 def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     """Draw one episode from examples on the device."""
-    drawn = draw_rows(shape, data.offsets, data.sizes, key, data.groups, data.domains)
+    drawn = draw_from(shape, data, key)
     shots, ways = shape.shots[1], shape.ways[1]
     task = make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
     if data.metadata is None:

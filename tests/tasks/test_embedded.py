@@ -80,6 +80,16 @@ def test_groups_and_labelled_examples_keep_their_order():
 
 
 @pytest.mark.nightly
+def test_support_and_queries_of_features_are_from_different_domains():
+    styles = {"domains": np.tile(["photo", "drawing", "icon"], 12), "across": True}
+    tasks = jm.tasks.from_arrays(X, Y, ways=2, shots=1, queries=2, **styles)
+    features, key = jm.tasks.embedded(tasks, embedding()), jax.random.key(3)
+    for of_images, of_features in zip(tasks.sample(key), features.sample(key), strict=True):
+        np.testing.assert_allclose(of_features.x, expected(of_images.x), atol=1e-5)
+    assert jm.tasks.classes_of(features, key) == jm.tasks.classes_of(tasks, key)
+
+
+@pytest.mark.nightly
 def test_procedural_tasks_are_embedded_as_they_are_drawn():
     tasks = jm.tasks.glyphs(ways=3, shots=1, queries=2, size=8)
     features = jm.tasks.embedded(tasks, lambda x: x.sum((2, 3)))
@@ -89,6 +99,7 @@ def test_procedural_tasks_are_embedded_as_they_are_drawn():
     assert jm.tasks.classes_of(features, key) == jm.tasks.classes_of(tasks, key)
 
 
+@pytest.mark.nightly
 def test_a_stream_is_embedded_by_batches():
     tasks = jm.tasks.from_arrays(X, Y, ways=(2, 3), shots=1, queries=2)
     sample = jax.vmap(tasks.sample)
