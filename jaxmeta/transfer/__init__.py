@@ -70,7 +70,8 @@ that can be a source again. With `--keep-statistics` fine-tuning keeps the sourc
 
 **Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet, SqueezeNet,
 ViT, DINOv2 and the image tower of CLIP, whose outputs equal theirs up to rounding), from `flax.serialization`, from Orbax and from runs of this
-library, never from a pickle. `transplant` puts leaves of one tree into another by rules, checks each, and
+library, never from a pickle. `load_pretrained(…).input` is the `ImageInput` of the images that they were trained
+on: size, mean, deviation, interpolation. `transplant` puts leaves of one tree into another by rules, checks each, and
 reports as a table what was taken, what is new and what is left over.
 
 **Scores** say which of several sources to take, without training: `leep`, `nce`, `h_score`, `log_me`, and
@@ -111,7 +112,7 @@ from jaxmeta.transfer.fine_tune import (
 from jaxmeta.transfer.freezing import discriminative, freeze, frozen_mask, l2_sp, slanted_triangular
 from jaxmeta.transfer.heads import logistic_head, mapped_head, ridge_head
 from jaxmeta.transfer.importance import density_ratio, effective_sample_size, kernel_mean_matching
-from jaxmeta.transfer.inputs import input_adapter, learned_stem
+from jaxmeta.transfer.inputs import ImageInput, input_adapter, learned_stem
 from jaxmeta.transfer.label_shift import adjust, bbse, em_prior, joint_confusion, rlls, temperature
 from jaxmeta.transfer.pretrained import Pretrained, load_pretrained, read_weights, save_pretrained
 from jaxmeta.transfer.ranking import Candidate, Ranking, rank_sources
@@ -131,6 +132,7 @@ __all__ = [
     "Alignment",
     "Candidate",
     "Fitted",
+    "ImageInput",
     "Pretrained",
     "Ranking",
     "accuracy",

@@ -1,7 +1,7 @@
 """Adapters that convert the target's images to the inputs that a pretrained body expects."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,47 @@ from jaxmeta.transfer import host
 Method = Literal["nearest", "linear", "cubic", "lanczos3", "lanczos5"]
 # Weights of red, green and blue by ITU-R 601, as in `jm.tasks.from_folder`.
 LUMA = (0.299, 0.587, 0.114)
+
+
+class ImageInput(NamedTuple):
+    """The images that a pretrained network was trained on, as `load_pretrained` returns it.
+
+    Attributes:
+      size: side in pixels, or height and width; None for any.
+      mean: mean in (x − mean) / std of pixels in [0, 1], for each channel or for all.
+      std: standard deviation in (x − mean) / std.
+      method: interpolation when they were resized, a method of `jax.image.resize`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> trained = ImageInput(32, (0.5,), (0.5,), "cubic")
+      >>> x = trained.adapter(channels=3).apply({}, jnp.ones((2, 28, 28, 1)))
+      >>> x.shape, bool(abs(x - 1).max() < 1e-5)
+      ((2, 32, 32, 3), True)
+    """
+
+    size: int | tuple[int, int] | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    method: Method = "linear"
+
+    def adapter(self, *, channels: int | None = None, invert: bool = False) -> Model:
+        """Return the `input_adapter` that converts images in [0, 1]; see there for the arguments."""
+        return input_adapter(
+            channels=channels,
+            size=self.size,
+            invert=invert,
+            mean=self.mean,
+            std=self.std,
+            method=self.method,
+        )
+
+    def __str__(self) -> str:
+        resized = "" if self.method == "linear" else f", resized by {self.method} interpolation"
+        if (self.mean, self.std) == ((0.0,), (1.0,)):
+            return f"in [0, 1]{resized}"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"(x − mean) / std, mean {mean}, std {std}{resized}"
 
 
 def input_adapter(

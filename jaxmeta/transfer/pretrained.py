@@ -30,7 +30,9 @@ from jaxmeta.transfer.architectures import (
     settings_of,
     variables_of,
 )
+from jaxmeta.transfer.inputs import ImageInput
 from jaxmeta.transfer.layouts import LayoutName, Leaf, layout_of, translated, without_prefix
+from jaxmeta.transfer.preprocessing import input_of, trained_size
 from jaxmeta.transfer.subtree import Report, leaves_by_path, rename, transplant
 
 _POSITIONS = "params/position_embedding"
@@ -44,11 +46,14 @@ class Pretrained(NamedTuple):
       variables: `{"params", "batch_stats"}`, for `network.apply(variables, x)`; the latter is empty if the
         file has no statistics.
       report: how each leaf of the file was used.
+      input: the images that the network was trained on, whose `adapter` converts others; None where the file
+        does not belong to a library with known ones.
     """
 
     network: Any
     variables: dict[str, Any]
     report: Report
+    input: ImageInput | None = None
 
 
 def load_pretrained(
@@ -98,8 +103,10 @@ def load_pretrained(
         `jm.nn.SqueezeNet` and `jm.nn.ViT`.
       head: whether to load the classifier "head". With False, the network is built without one, and a passed
         network with a head gets a new one by `key`. A network without a head leaves it out in any case.
-      image_size: size of a ViT's images if it differs from the file's; position embeddings are interpolated
-        by `jm.nn.resize_positions`, in the way of the file's library for DINOv2 and CLIP.
+      image_size: size of a ViT's images if it differs from the file's. By default it is 224 for DINOv2, whose
+        position embeddings are for 518, or what the file's preprocessor_config.json says. Position
+        embeddings are interpolated by `jm.nn.resize_positions`, in the way of the file's library for DINOv2
+        and CLIP.
       layout: name of the layout; "auto" recognises it.
       strict: whether file and network must have the same leaves. With False, leaves that the file lacks are
         initialised by `key`, and leaves that the network lacks are left over.
@@ -107,9 +114,9 @@ def load_pretrained(
       revision: branch, tag or commit on the Hub.
 
     Returns:
-      Network, variables and report; `str(report)` is a table. Leaves that are not needed, such as torch's
-      `num_batches_tracked` or the pooler of ViTModel, are listed there as dropped. Integers and floats of 64
-      bits stay NumPy arrays if JAX has 64 bits disabled.
+      Network, variables, report and input; `str(report)` is a table. Leaves that are not needed, such as
+      torch's `num_batches_tracked` or the pooler of ViTModel, are listed there as dropped. Integers and floats
+      of 64 bits stay NumPy arrays if JAX has 64 bits disabled.
 
     Raises:
       FileNotFoundError: if `path` does not exist.
@@ -157,6 +164,8 @@ def load_pretrained(
         network = network_of(arrays, naming, settings, origin)
     else:
         network = file_network if head or file_network is None else _headless(file_network)
+    if built and image_size is None and naming.family == "DINOv2" and isinstance(network, nn.ViT):
+        image_size = trained_size(stored, network)
     if image_size is not None:
         network, leaves = _for_images(network, leaves, image_size, built, interpolation_of(naming, arrays))
 
@@ -185,7 +194,8 @@ def load_pretrained(
         )
     if missing and example is not None:
         target = _target(network, example, statistics, key)
-    return Pretrained(network, *_filled(target, leaves, origin, as_stored=built))
+    filled = _filled(target, leaves, origin, as_stored=built)
+    return Pretrained(network, *filled, input_of(stored, naming, network))
 
 
 def read_weights(path: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ FORMATS = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 INDEX = "model.safetensors.index.json"
+PREPROCESSOR = "preprocessor_config.json"
 HUB = "hf:"
 # Format of a run's config.json and folder of its population statistics, as the command line writes them.
 _RUN_FORMAT, _POPULATION = 4, "population"
@@ -38,6 +39,7 @@ class Stored(NamedTuple):
       leaves: arrays by name, with "/" between the parts of a name.
       origin: file or folder, for messages.
       config: content of the config.json next to the weights; empty if the file is missing.
+      preprocessor: content of the preprocessor_config.json next to the weights; empty if it is missing.
       metadata: metadata of the safetensors file.
       network: network of a run; None where the run does not describe it.
     """
@@ -47,6 +49,7 @@ class Stored(NamedTuple):
     config: Mapping[str, Any] = {}
     metadata: Mapping[str, str] = {}
     network: Any = None
+    preprocessor: Mapping[str, Any] = {}
 
 
 def read(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
@@ -83,7 +86,7 @@ def _folder(path: Path) -> Stored:
     if len(whole or files) == 1:
         (file,) = whole or files
         leaves, metadata = _safetensors(file)
-        return Stored(leaves, file, _config(path), metadata)
+        return Stored(leaves, file, _config(path), metadata, preprocessor=_preprocessor(path))
     if files:
         names = ", ".join(file.name for file in files)
         raise ArgumentError("path", f"{path} has several files of weights: {names}; pass the path of one")
@@ -158,11 +161,15 @@ def _sharded(path: Path) -> Stored:
     missing = sorted({_joined(name) for name in places} - set(leaves))
     if missing:
         raise ArgumentError("path", f"{path / INDEX} lists {missing[0]}, which none of its files contains")
-    return Stored(leaves, path / INDEX, _config(path))
+    return Stored(leaves, path / INDEX, _config(path), preprocessor=_preprocessor(path))
 
 
 def _config(folder: Path) -> dict[str, Any]:
     return _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    return _json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def _fetched(name: str, revision: str | None) -> Path:
         import huggingface_hub
     except ImportError:
         raise MissingPackageError(f"{name}: the Hub requires a package: pip install 'jaxmeta[hub]'") from None
-    patterns = ["config.json", INDEX, "model.safetensors", "model-*.safetensors"]
+    patterns = ["config.json", PREPROCESSOR, INDEX, "model.safetensors", "model-*.safetensors"]
     repository = name.removeprefix(HUB)
     try:
         folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)

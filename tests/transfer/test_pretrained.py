@@ -84,7 +84,7 @@ def test_a_whole_resnet_18_keeps_its_outputs(tmp_path):
 def test_every_leaf_of_a_whole_resnet_50_has_its_place(tmp_path):
     model = resnet({}, num_labels=1000)
     model.save_pretrained(tmp_path)
-    network, variables, report = load_pretrained(tmp_path)
+    network, variables, report, _ = load_pretrained(tmp_path)
     assert (network.depths, network.channels) == (jm.nn.ResNet50().depths, jm.nn.ResNet50().channels)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 25_557_032
     # 53 convolutions, 53 normalisations of four leaves, and the head.
