@@ -928,12 +928,15 @@ def test_rankings_that_cannot_be_written_are_printed(place, tmp_path, monkeypatc
         ),
         ("vit_b_16", "torchvision.models.vit_b_16(weights='DEFAULT')"),
         ("resnet50.a1_in1k", "Give timm's as hf:timm/resnet50.a1_in1k, or "),
-        ("resnet14t", "Weights of a ResNet or ViT from"),
+        ("resnet14t", "Weights of a ResNet, SqueezeNet, ViT, DINOv2 or CLIP from"),
         ("vit_base_patch16_224", "timm.create_model('vit_base_patch16_224', pretrained=True)"),
         ("deit_tiny_patch16_224.fb_in1k", "hf:timm/deit_tiny_patch16_224.fb_in1k"),
-        ("clip", "Weights of a ResNet or ViT from"),
+        ("clip", "Give hf:openai/clip-vit-base-patch32, or write it to a folder: python -c"),
+        ("siglip_base", "Weights of a ResNet, SqueezeNet, ViT, DINOv2 or CLIP from"),
+        ("squeezenet1_1", "torchvision.models.squeezenet1_1(weights='DEFAULT')"),
+        ("dinov2_vits14_reg", "torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14_reg')"),
         ("convnext_tiny", "in a .safetensors file"),
-        ("DINOv2", "in a .safetensors file"),
+        ("DINOv2", "Give hf:facebook/dinov2-small, or write it"),
         ("conv4", "to use it untrained, give none with --network conv4"),
         ("resnet12", "none with --network resnet12"),
         ("runs/resnet18", "Hub, give hf:owner/name"),
@@ -950,7 +953,7 @@ def test_names_of_architectures_give_advice_on_their_weights(source, expected, t
     assert named == (not any(text in expected for text in ("Hub, give", "none with")))
 
 
-@pytest.mark.parametrize("source", ["resnet18", "vit_base_patch16_224"])
+@pytest.mark.parametrize("source", ["resnet18", "vit_base_patch16_224", "squeezenet1_1", "dinov2_vitb14"])
 def test_the_command_that_saves_weights_is_valid_python(source):
     with pytest.raises(ValueError, match="python -c") as error:
         load_backbone(source)

@@ -19,8 +19,9 @@ from jaxmeta.declare import facts_of
 from jaxmeta.nn import SqueezeNet, StatefulModel, ViT, as_stateful
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.training import load_params
-from jaxmeta.transfer import input_adapter
+from jaxmeta.transfer.inputs import ImageInput
 from jaxmeta.transfer.layouts import layout_of
+from jaxmeta.transfer.preprocessing import IMAGENET, SYMMETRIC
 from jaxmeta.transfer.pretrained import Pretrained, load_pretrained
 from jaxmeta.transfer.subtree import Report, leaves_by_path
 from jaxmeta.transfer.weight_files import HUB
@@ -31,27 +32,10 @@ WEIGHTS, COMMAND = "weights.safetensors", "transfer"
 HEAD = "head"
 # Command that writes an export, and the program in its folder.
 EXPORT, PROGRAM = "export", "classifier.stablehlo"
-_IMAGENET_SIZE, _PRETRAINED_RATE, _RATE = 224, 1e-4, 1e-3
+_PRETRAINED_RATE, _RATE = 1e-4, 1e-3
 
 
-class Pixels(NamedTuple):
-    """Normalisation of pixels in [0, 1] before they enter a network: (x − mean) / std, by channel."""
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def __str__(self) -> str:
-        if self == PIXELS["plain"]:
-            return "in [0, 1]"
-        numbers = [", ".join(f"{value:g}" for value in values) for values in self]
-        return f"(x − mean) / std, mean {numbers[0]}, std {numbers[1]}"
-
-
-PIXELS = {
-    "plain": Pixels(),
-    "imagenet": Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "symmetric": Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+PIXELS = {"plain": ImageInput(), "imagenet": IMAGENET, "symmetric": SYMMETRIC}
 
 
 class Input(NamedTuple):
@@ -60,12 +44,12 @@ class Input(NamedTuple):
     Attributes:
       images: images that the network takes.
       inverted: True to exchange dark and light.
-      pixels: normalisation of their pixels.
+      pixels: interpolation of the images and normalisation of their pixels.
     """
 
     images: ImageSpec
     inverted: bool
-    pixels: Pixels
+    pixels: ImageInput
 
     def adapter(self) -> Model:
         """Return the adapter that does this conversion.
@@ -74,13 +58,8 @@ class Input(NamedTuple):
           ArgumentError: `pixels` has another number of channels than the images.
         """
         with renaming({"mean": "pixels", "std": "pixels"}):
-            return input_adapter(
-                channels=self.images.channels,
-                size=self.images.size,
-                invert=self.inverted,
-                mean=self.pixels.mean,
-                std=self.pixels.std,
-            )
+            pixels = self.pixels._replace(size=self.images.size)
+            return pixels.adapter(channels=self.images.channels, invert=self.inverted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +76,7 @@ class Backbone:
         linear in the features, except for SqueezeNet's; see `logits`.
       images: images that it was trained on; None where the source does not say.
       size: side of the images it takes, in pixels; None for any.
-      pixels: normalisation of the pixels it takes.
+      pixels: interpolation of the images it takes and normalisation of their pixels.
       report: report on the leaves that were read.
       rate: default step size of fine-tuning.
       classes: names of the classes of `head`, where they are known.
@@ -112,7 +91,7 @@ class Backbone:
     head: Params | None
     images: ImageSpec | None
     size: int | None
-    pixels: Pixels
+    pixels: ImageInput
     report: Report
     rate: float = _RATE
     classes: tuple[str, ...] | None = None
@@ -223,7 +202,7 @@ def untrained_backbone(name: str) -> Backbone:
     """
     empty = Report((), (), (), ())
     network = _embedding(name)
-    return Backbone(NONE, "source", f"nothing, {name}", network, None, None, None, None, Pixels(), empty)
+    return Backbone(NONE, "source", f"nothing, {name}", network, None, None, None, None, ImageInput(), empty)
 
 
 def _embedding(name: str) -> Any:
@@ -278,28 +257,34 @@ def load_backbone(
     about = f"{source}, {type(backbone.network).__name__}"
     if config is not None:
         return _from_transfer(dataclasses.replace(backbone, about=about), config)
-    side = _side(source, backbone.network)
+    known = loaded.input
+    if known is None:
+        return dataclasses.replace(backbone, about=about, size=_side(source, backbone.network, ImageInput()))
     layout = layout_of(
         {str(row.source): None for row in (*loaded.report.taken, *loaded.report.dropped)}, "auto", path
     )
-    if layout.family is None:
-        return dataclasses.replace(backbone, about=about, size=side)
     return dataclasses.replace(
         backbone,
         about=f"{about} ({layout.name})",
-        size=side or _IMAGENET_SIZE,
-        pixels=_pixels(path, layout.name),
+        size=_side(source, backbone.network, known),
+        pixels=known,
         rate=_PRETRAINED_RATE,
         classes=_labels(path),
     )
 
 
 # Names of architectures whose weights can be read: of torchvision, of timm, and of others.
-_TORCHVISION = re.compile(r"resnet(18|34|50|101|152)|vit_([bl]_(16|32)|h_14)")
+_TORCHVISION = re.compile(r"resnet(18|34|50|101|152)|vit_([bl]_(16|32)|h_14)|squeezenet1_1")
+# Names of DINOv2's release in torch.hub, and of DINOv2 and CLIP in transformers.
+_DINOV2 = re.compile(r"dinov2_vit([sbl])14(_reg)?")
+_TRANSFORMERS = {
+    "dinov2": ("Dinov2Model", "facebook/dinov2-small"),
+    "clip": ("CLIPVisionModelWithProjection", "openai/clip-vit-base-patch32"),
+}
 _TIMM = re.compile(r"((tv_|gluon_)?resnet\d+|(vit|deit)_\w+_patch\d+_\d+)(\.\w+)?")
 _OTHERS = re.compile(
     r"alexnet|beit|bit|clip|convnext|deit|densenet|dino|efficientnet|eva|inception|mae|mobilenet|regnet|resnet|"
-    r"resnext|siglip|swin|vgg|vit|wide_resnet|xception"
+    r"resnext|siglip|squeezenet|swin|vgg|vit|wide_resnet|xception"
 )
 
 
@@ -308,7 +293,11 @@ def _where_weights_are(source: str) -> str:
     on_hub = f"for weights on the Hugging Face Hub, give {HUB}owner/name"
     named = f"{source} is the name of an architecture, and its weights are needed"
     if source in NETWORKS:
-        return f"{source} is a network; to use it untrained, give {NONE} with --network {source}"
+        untrained = f"{source} is a network; to use it untrained, give {NONE} with --network {source}"
+        if source != "squeezenet":
+            return untrained
+        save = _save_command("torchvision", "models.squeezenet1_1(weights='DEFAULT')", "squeezenet1_1")
+        return f"{untrained}. To write torchvision's weights to a file: {save}"
     if "/" in source or source.endswith((".safetensors", ".msgpack")):
         return on_hub
     if _TORCHVISION.fullmatch(source):
@@ -317,10 +306,21 @@ def _where_weights_are(source: str) -> str:
     if _TIMM.fullmatch(source):
         save = _save_command("timm", f"create_model('{source}', pretrained=True)", source)
         return f"{named}. Give timm's as {HUB}timm/{source}, or write them to a file: {save}"
+    if _DINOV2.fullmatch(source):
+        model = f"hub.load('facebookresearch/dinov2', '{source}')"
+        return f"{named}. To write the release's to a file: {_save_command('torch', model, source)}; {on_hub}"
+    if source.lower() in _TRANSFORMERS:
+        kind, owned = _TRANSFORMERS[source.lower()]
+        save = (
+            f'python -c "from transformers import {kind} as Model; '
+            f"Model.from_pretrained('{owned}').save_pretrained('{source.lower()}')\""
+        )
+        return f"{named}. Give {HUB}{owned}, or write it to a folder: {save}"
     if _OTHERS.match(source.lower()):
         return (
-            f"{named}, in a .safetensors file. Weights of a ResNet or ViT from torchvision, timm or "
-            f"transformers can be read, and weights of a network of jaxmeta; {on_hub}"
+            f"{named}, in a .safetensors file. Weights of a ResNet, SqueezeNet, ViT, DINOv2 or CLIP from "
+            "torchvision, timm or transformers can be read, and weights of a network of jaxmeta; "
+            f"{on_hub}"
         )
     return on_hub
 
@@ -362,9 +362,9 @@ def _from_run(backbone: Backbone, folder: Path) -> Backbone:
 def _from_transfer(backbone: Backbone, config: Mapping[str, Any]) -> Backbone:
     """Return the backbone with the images and classes in a transfer's config.json."""
     try:
-        images, pixels = ImageSpec(**config["images"]), Pixels(*map(tuple, config["pixels"]))
+        images, pixels = ImageSpec(**config["images"]), _pixels(config["pixels"])
         classes, inverted = tuple(map(str, config["classes"])), bool(config.get("inverted", False))
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ArgumentError(
             backbone.argument, f"the config.json of {backbone.source} is damaged: {error!r}"
         ) from None
@@ -378,6 +378,14 @@ def _from_transfer(backbone: Backbone, config: Mapping[str, Any]) -> Backbone:
         classes=classes,
         inverted=inverted,
     )
+
+
+def _pixels(stored: Any) -> ImageInput:
+    """Return the normalisation and interpolation in a transfer's config.json."""
+    # Earlier versions stored the mean and the deviation alone.
+    values = stored if isinstance(stored, Mapping) else dict(zip(("mean", "std"), stored, strict=True))
+    kept = {name: values[name] for name in ("method",) if name in values}
+    return ImageInput(mean=tuple(values["mean"]), std=tuple(values["std"]), **kept)
 
 
 def _without_head(source: str, argument: str, loaded: Pretrained, name: str | None) -> Backbone:
@@ -398,7 +406,7 @@ def _without_head(source: str, argument: str, loaded: Pretrained, name: str | No
     body: dict[str, Any] = {"params": params}
     if variables.get(STATISTICS):
         body[STATISTICS] = variables[STATISTICS]
-    return Backbone(source, argument, source, network, body, head, None, None, Pixels(), loaded.report)
+    return Backbone(source, argument, source, network, body, head, None, None, ImageInput(), loaded.report)
 
 
 def with_width(network: Any, classes: int | None) -> Any:
@@ -424,10 +432,16 @@ def _transfer_config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and config.get("command") == COMMAND else None
 
 
-def _side(source: str, network: Any) -> int | None:
-    if not isinstance(network, ViT):
-        return None
-    height, width = network.sides
+def _side(source: str, network: Any, known: ImageInput) -> int | None:
+    """Return the side of the images that a network takes; None for any.
+
+    Raises:
+      ArgumentError: the images are not square.
+    """
+    size = network.sides if isinstance(network, ViT) else known.size
+    if not isinstance(size, tuple):
+        return size
+    height, width = size
     if height != width:
         raise ArgumentError(
             "size",
@@ -435,19 +449,6 @@ def _side(source: str, network: Any) -> int | None:
             "side, for which its position embeddings are interpolated",
         )
     return height
-
-
-def _pixels(path: Path, layout: str) -> Pixels:
-    """Return the normalisation in the files next to the weights, else the usual one of the layout."""
-    for name, keys in (
-        ("preprocessor_config.json", ("image_mean", "image_std")),
-        ("config.json", ("mean", "std")),
-    ):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            config = parsed_json((path / name).read_text(encoding="utf-8"))
-            mean, std = (config.get("pretrained_cfg", config)[key] for key in keys)
-            return Pixels(tuple(map(float, mean)), tuple(map(float, std)))
-    return PIXELS["symmetric" if layout in ("huggingface-vit", "timm-vit") else "imagenet"]
 
 
 def _labels(path: Path) -> tuple[str, ...] | None:

@@ -85,7 +85,8 @@ class Options:
         train and test of the same classes (folders or lists), examples are drawn from train, by default all,
         and test is scored.
       size: side in pixels of the network's input images; by default that of the source's images. If the
-        source does not specify it, it is 224 for ResNet and ViT files, and the target's size for others.
+        source does not specify it, it is the size that other libraries' weights were trained on, mostly 224,
+        and the target's size for others.
       channels: channels of the network's input images, 1 for grey and 3 for colour; by default those of the
         source's images.
       pixels: normalisation of the pixels; by default the source's. plain is in [0, 1], imagenet subtracts
@@ -94,8 +95,8 @@ class Options:
         `jaxmeta networks`.
       steps: number of mini-batches of fine-tuning; by default ten epochs but at least 200 steps, or 100 steps
         for `rank`.
-      rate: initial step size of Adam, which decays to zero; by default 0.001, 0.0001 for ResNet and ViT
-        files, and ten times that for gradual.
+      rate: initial step size of Adam, which decays to zero; by default 0.001, 0.0001 for other
+        libraries' weights, and ten times that for gradual.
       batch: number of examples in a mini-batch; by default 32.
       seed: seed of the examples to learn from, the new head and the mini-batches.
     """
@@ -246,7 +247,7 @@ class _Plan(NamedTuple):
             "shots": self.options.shots,
             "network": self.options.network,
             "images": self.start.images._asdict(),
-            "pixels": self.backbone.pixels,
+            "pixels": {name: getattr(self.backbone.pixels, name) for name in ("mean", "std", "method")},
             "inverted": self.start.inverted,
             "classes": self.images.classes,
         }
@@ -455,7 +456,8 @@ def _backbone(source: str, options: Options, argument: str = "source") -> Backbo
         )
     if options.pixels is None:
         return backbone
-    return dataclasses.replace(backbone, pixels=PIXELS[options.pixels])
+    mean, std = PIXELS[options.pixels].mean, PIXELS[options.pixels].std
+    return dataclasses.replace(backbone, pixels=backbone.pixels._replace(mean=mean, std=std))
 
 
 def _images(

@@ -115,8 +115,8 @@ def load_pretrained(
 
     Returns:
       Network, variables, report and input; `str(report)` is a table. Leaves that are not needed, such as
-      torch's `num_batches_tracked` or the pooler of ViTModel, are listed there as dropped. Integers and floats
-      of 64 bits stay NumPy arrays if JAX has 64 bits disabled.
+      torch's `num_batches_tracked` or the pooler of ViTModel, are listed there as dropped. Integers and
+      floats of 64 bits stay NumPy arrays if JAX has 64 bits disabled.
 
     Raises:
       FileNotFoundError: if `path` does not exist.

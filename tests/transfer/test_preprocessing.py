@@ -38,7 +38,7 @@ def test_the_images_of_clip_are_those_of_its_image_processor(tmp_path):
     clip().save_pretrained(tmp_path)
     usual = load_pretrained(tmp_path).input
     processor = transformers.CLIPImageProcessorPil()
-    assert (list(usual.mean), list(usual.std)) == (processor.image_mean, processor.image_std)
+    assert (usual.mean, usual.std) == (tuple(processor.image_mean), tuple(processor.image_std))
     assert usual.method == "cubic"
     processor.save_pretrained(tmp_path)
     assert load_pretrained(tmp_path).input == usual
