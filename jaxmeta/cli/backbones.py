@@ -339,7 +339,11 @@ def _from_run(backbone: Backbone, folder: Path) -> Backbone:
         learner, tasks, network = (config[group]["name"] for group in ("learner", "tasks", "network"))
         images = None if config["images"] is None else ImageSpec(**config["images"])
         training = config["training"]
-        pixels = Pixels(tuple(training["input_mean"]), tuple(training["input_std"]))
+        pixels = ImageInput(
+            mean=tuple(training["input_mean"]),
+            std=tuple(training["input_std"]),
+            method=training["input_method"],
+        )
         size, channels = training["input_size"], training["input_channels"]
     except (ValueError, TypeError, KeyError) as error:
         raise ArgumentError(backbone.argument, f"{folder / 'config.json'} is damaged: {error!r}") from None

@@ -98,6 +98,7 @@ def input_adapter_of(config: Config) -> Model | None:
             channels=training.input_channels,
             mean=training.input_mean,
             std=training.input_std,
+            method=training.input_method,
         )
 
 

@@ -76,6 +76,7 @@ class Training:
       input_mean: mean that is subtracted from pixels in [0, 1] before the network, for each channel or for
         all.
       input_std: standard deviation that pixels are divided by after that.
+      input_method: interpolation to --input-size.
       train: patterns of the network's parameters to train, such as head or stage3_**; by default all. The
         others keep their initial values; parameters outside the network are always trained.
       lora: rank of low-rank factors that are added to the network's kernels; with it, --train is lora unless
@@ -105,6 +106,7 @@ class Training:
     input_channels: Literal[1, 3] | None = None
     input_mean: tuple[float, ...] = (0.0,)
     input_std: tuple[float, ...] = (1.0,)
+    input_method: Literal["nearest", "linear", "cubic", "lanczos3", "lanczos5"] = "linear"
     train: tuple[str, ...] | None = None
     lora: int | None = None
     decay_every: int | None = None

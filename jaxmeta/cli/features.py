@@ -21,7 +21,7 @@ from jaxmeta.nn import StatefulModel, as_model
 from jaxmeta.nn.adapters import forward
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.tasks.feature_cache import hash_of_arrays
-from jaxmeta.transfer import adabn, input_adapter
+from jaxmeta.transfer import adabn
 
 # Batch size of images from which batch statistics are computed.
 _AT_ONCE = 64
@@ -176,7 +176,7 @@ def _description(backbone: Backbone, input: Input, state: PyTree) -> str:
         "inverted": input.inverted,
         "mean": input.pixels.mean,
         "std": input.pixels.std,
-        "method": inspect.signature(input_adapter).parameters["method"].default,
+        "method": input.pixels.method,
     }
     return json.dumps(facts, sort_keys=True)
 

@@ -63,6 +63,7 @@ def with_network_of(base: Base, source: str) -> Base:
             "input_channels": channels or backbone.channels(backbone.size or _ANY_SIDE, None),
             "input_mean": backbone.pixels.mean,
             "input_std": backbone.pixels.std,
+            "input_method": backbone.pixels.method,
             "outer_lr": backbone.rate,
         }
     training = base.values["training"] | (input if kind_of(base.names().source) == "classification" else {})
