@@ -194,6 +194,8 @@ def initial_classifier(
     statistics = "of the source" if normalises else None
     if normalises and STATISTICS not in backbone.variables:
         statistics = "of the target's images to learn from, by AdaBN: the source has none"
+        # One pass over the images for each layer with statistics.
+        print("computing the backbone's batch statistics …", flush=True)
         variables = adabn(model, variables, learn.x, batch=start.at_once)
     return start._replace(
         variables=variables, statistics=statistics, leaves=_leaves(backbone.report, variables)
