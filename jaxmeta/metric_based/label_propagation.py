@@ -12,6 +12,7 @@ from jaxmeta.metric_based.metric_learner import (
     episodic_defaults,
     metric_learner,
     only_present,
+    solve_positive,
     squared_distances,
 )
 from jaxmeta.nn.adapters import Network
@@ -96,7 +97,7 @@ def label_propagation(
         similarities = _normalised_graph(nodes, real, neighbours, sigma)
         known = jnp.concatenate([labels, jnp.zeros((z.shape[0], labels.shape[1]), labels.dtype)])
         system = jnp.eye(nodes.shape[0], dtype=nodes.dtype) - alpha * similarities
-        scores = jax.scipy.linalg.solve(system, known, assume_a="pos")[support.shape[0] :]
+        scores = solve_positive(system, known)[support.shape[0] :]
         # Scores are not negative but for rounding errors. Below that size, the classes are not distinguished.
         present = (labels > 0).any(0)
         scores = jnp.maximum(scores, 0) + jnp.finfo(scores.dtype).eps

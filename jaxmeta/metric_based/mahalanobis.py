@@ -4,7 +4,6 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
 from jaxmeta import declare
@@ -18,6 +17,7 @@ from jaxmeta.metric_based.metric_learner import (
     metric_learner,
     only_present,
     product,
+    solve_positive,
     squared_distances,
     unit,
 )
@@ -51,7 +51,7 @@ def mahalanobis(
     Where the support set has fewer examples n than the embedding has dimensions, each Q_c⁻¹ is applied by the
     Woodbury identity with an n × n matrix. The paper's adaptation of the network is not part of this method.
 
-    Params: parameters of the embedding under "model". Adapted: means, and a Cholesky factor for each class.
+    Params: parameters of the embedding under "model". Adapted: means, and a matrix for each class.
 
     Args:
       model: embedding f.
@@ -100,29 +100,25 @@ def mahalanobis(
             # Each class has its own matrix M^½ G M^½ + β I, whose eigenvalues are at least β.
             half = jax.vmap(_root_times, (0, 0, None))(weights, members, gram)
             inner = jax.vmap(_root_times)(weights, members, half.mT)
-            return {
-                **fitted,
-                "factor": _regularised_factor(inner, regularisation),
-                "support": x,
-                "labels": labels,
-            }
+            matrices = _regularised(inner, regularisation)
+            return {**fitted, "matrices": matrices, "support": x, "labels": labels}
         own, common = _variance_weights(labels)
         residuals = x[None] - means[:, None]
         within = jnp.einsum("cn,cni,cnj->cij", labels.T, residuals, residuals, precision=_EXACT)
         covariance = own[:, None, None] * within + common[:, None, None] * product(x.T, x)[None]
-        return {**fitted, "factor": _regularised_factor(covariance, regularisation)}
+        return {**fitted, "matrices": _regularised(covariance, regularisation)}
 
     def classify(head_params: Params, fitted: Params, z: Array) -> Array:
         del head_params
         x, means = transform_embeddings(z) - fitted["centre"][None], fitted["means"]
         if "support" not in fitted:
             differences = x[None] - means[:, None]
-            solved = solve_triangular(fitted["factor"], differences.mT, lower=True)
-            return only_present(-jnp.square(solved).sum(1).T / 2, fitted["present"])
+            squared = _quadratic_forms(fitted["matrices"], differences.mT)
+            return only_present(-squared / 2, fitted["present"])
         support, labels = fitted["support"], fitted["labels"]
         similarities = product(support, x.T)[None] - product(means, support.T)[:, :, None]
         rooted = jax.vmap(_root_times)(_weights(labels), labels.T, similarities)
-        explained = jnp.square(solve_triangular(fitted["factor"], rooted, lower=True)).sum(1).T
+        explained = _quadratic_forms(fitted["matrices"], rooted)
         squared = (squared_distances(x, means, fitted["present"]) - explained) / regularisation
         return only_present(-squared / 2, fitted["present"])
 
@@ -154,9 +150,14 @@ def _root_times(
     return weights[1] * values + (weights[0] - weights[1]) * members[:, None] * (values - mean[None])
 
 
-def _regularised_factor(
-    matrices: Float[Array, "ways n n"], regularisation: float
-) -> Float[Array, "ways n n"]:
-    """Return the Cholesky factors of matrices plus the regularisation on the diagonal."""
+def _regularised(matrices: Float[Array, "ways n n"], regularisation: float) -> Float[Array, "ways n n"]:
+    """Return matrices plus the regularisation on the diagonal."""
     identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
-    return jnp.linalg.cholesky(matrices + regularisation * identity[None])
+    return matrices + regularisation * identity[None]
+
+
+def _quadratic_forms(
+    matrices: Float[Array, "ways n n"], vectors: Float[Array, "ways n m"]
+) -> Float[Array, "m ways"]:
+    """Return vᵀ A⁻¹ v for the matrix A of each class and each of its vectors v."""
+    return (vectors * jax.vmap(solve_positive)(matrices, vectors)).sum(1).T

@@ -27,7 +27,7 @@ from vectors import (
 
 import jaxmeta as jm
 from jaxmeta.core import episode_keys
-from jaxmeta.metric_based.metric_learner import squared_distances
+from jaxmeta.metric_based.metric_learner import solve_positive, squared_distances
 
 METHODS = {
     "prototypical": jm.prototypical,
@@ -401,6 +401,25 @@ def test_distances_have_the_derivatives_of_their_formula():
         actual = jax.jit(order(functools.partial(total, squared_distances), (0, 1)))(a, b)
         expected = jax.jit(order(functools.partial(total, plain), (0, 1)))(a, b)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), actual, expected)
+
+
+def test_solutions_of_positive_systems_and_their_derivatives_are_those_of_numpy():
+    rng = np.random.default_rng(6)
+    factors, values = rng.normal(size=(3, 12, 12)), rng.normal(size=(3, 12, 4))
+    matrices = factors @ np.swapaxes(factors, 1, 2) + 0.01 * np.eye(12)
+    expected = np.linalg.solve(matrices, values)
+    np.testing.assert_allclose(jax.jit(jax.vmap(solve_positive))(matrices, values), expected, rtol=1e-8)
+    weights, change = rng.normal(size=(12, 4)), rng.normal(size=(12, 12))
+    change = change + change.T
+
+    def value(step):
+        return (weights * solve_positive(matrices[0] + step * change, jnp.asarray(values[0]))).sum()
+
+    first, second = jax.jit(lambda: (jax.grad(value)(0.0), jax.grad(jax.grad(value))(0.0)))()
+    inverse = np.linalg.inv(matrices[0])
+    solution, turned = inverse @ values[0], inverse @ change
+    np.testing.assert_allclose(first, -(weights * (turned @ solution)).sum(), rtol=1e-7)
+    np.testing.assert_allclose(second, 2 * (weights * (turned @ turned @ solution)).sum(), rtol=1e-7)
 
 
 def test_products_and_distances_of_bfloat16_have_float32():
