@@ -16,6 +16,7 @@ from jaxmeta.nn.lora import NETWORK
 from jaxmeta.training import hosts, load_params
 from jaxmeta.training.step import drawn_params
 from jaxmeta.transfer.subtree import leaves_by_path, transplant
+from jaxmeta.transfer.weight_files import HUB
 
 
 def with_network_of(base: Base, source: str) -> Base:
@@ -34,7 +35,8 @@ def with_network_of(base: Base, source: str) -> Base:
       ArgumentError: the source cannot be read.
     """
     folder = Path(source).expanduser()
-    if base.names().facts.networks is not None:
+    # A source that does not exist is an error of `initial_params`, after those of the command line.
+    if base.names().facts.networks is not None or not (source.startswith(HUB) or folder.exists()):
         return base
     if is_run(folder):
         if not (folder / "config.json").is_file():

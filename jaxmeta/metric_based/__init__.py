@@ -56,7 +56,7 @@ strokes.
 
 **Transduction.** `soft_kmeans` and `label_propagation` also learn from the queries: their prediction for a
 query depends on the other queries of the same call, under every `norm`. Their reports have the row
-"transductive" alone, and `jaxmeta predict` refuses them.
+"transductive" alone, and the command `predict` refuses them.
 
 **Baselines.** `simple_shot` and `fine_tuned_head` train an ordinary classifier of all training classes at
 once (`jm.tasks.supervised(tasks)` makes its mini-batches of any few-shot tasks) and put a simple head on its
