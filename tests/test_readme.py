@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import jaxmeta as jm
-from jaxmeta.cli import classifier, compare, folders, main, predict, run, transfer
+from jaxmeta.cli import classifier, compare, evaluate, folders, main, predict, run, transfer
 from jaxmeta.cli import commands as commands_of_names
 from jaxmeta.cli.config import Chosen, base_of, resolve
 
@@ -109,6 +109,7 @@ CALLED = {
     run: ("new_run", "resume_run", "evaluate_run"),
     compare: ("compare", "plot"),
     classifier: ("export",),
+    evaluate: ("evaluate_weights",),
     predict: ("predict",),
     transfer: ("transfer", "rank"),
 }
