@@ -162,9 +162,9 @@ def load_classifier(
       size: side in pixels of the images that the network of weights gets; by default that of its training
         images.
       learner: name of the head on the features of weights or a transfer, with `support`: "simple_shot",
-        "simple_shot_centred", "prototypical", "ridge", "fine_tuned_head", "fine_tuned_head_cosine" or
-        "kernel_classifier". For a run: module:name of your own method that it was trained with, since a run
-        folder does not import code by itself.
+        "simple_shot_centred", "prototypical", "ridge", "fine_tuned_head", "fine_tuned_head_cosine",
+        "kernel_classifier" or "mahalanobis". For a run: module:name of your own method that it was trained
+        with, since a run folder does not import code by itself.
       network: module:name of your own network that the run was trained with; or the name of the network of
         weights that do not name it.
       tasks: module:name of your own tasks that the run was trained with.
