@@ -104,7 +104,7 @@ class CountLines:
       noun: name of what is counted, in the plural.
 
     Examples:
-      >>> count = CountLines("features", "images", seconds=0)
+      >>> count = CountLines("features", "images", seconds=0.0)
       >>> count(0, 64)
       features  0/64 images
     """
