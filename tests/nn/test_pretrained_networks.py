@@ -195,7 +195,7 @@ def test_pooling_in_ceil_mode_equals_torch(height, width):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install -e '.[peers]'")
     x = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype(np.float32)
     pooled = torch.nn.functional.max_pool2d(torch.tensor(x).permute(0, 3, 1, 2), 3, 2, ceil_mode=True)
-    np.testing.assert_array_equal(max_pool_3x3(x, ceil_mode=True), pooled.permute(0, 2, 3, 1))
+    np.testing.assert_array_equal(max_pool_3x3(jnp.asarray(x), ceil_mode=True), pooled.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("classifier", ["linear", "convolution"])
