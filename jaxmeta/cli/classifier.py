@@ -66,7 +66,7 @@ class Classifier:
     values: PyTree = dataclasses.field(repr=False)
     measures: bool = False
     sharpness: float = 1.0
-    embed: Embedder | None = dataclasses.field(default=None, repr=False)
+    embed: Any = dataclasses.field(default=None, repr=False)
     of_features: Scores | None = dataclasses.field(default=None, repr=False)
 
     def predict(self, images: Any) -> Float[np.ndarray, "n classes"]:

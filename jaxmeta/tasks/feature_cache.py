@@ -82,7 +82,8 @@ class Embedder:
         self._embed, self._batch, self._report = embed, batch, report
         self._alone = jax.default_backend() == "cpu" if alone is None else alone
         self._rows: dict[bytes, Float[np.ndarray, " dim"]] = {}
-        self._path, self._description, self._unsaved = None, "", 0
+        self._path: Path | None = None
+        self._description, self._unsaved = "", 0
         if description is not None:
             facts = {
                 "features": description,

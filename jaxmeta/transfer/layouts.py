@@ -35,13 +35,13 @@ LayoutName = Literal[
     "flax",
     "huggingface-resnet",
     "torchvision-resnet",
+    "dinov2",
+    "huggingface-dinov2",
+    "huggingface-clip",
     "huggingface-vit",
     "timm-vit",
     "torchvision-vit",
     "torchvision-squeezenet",
-    "dinov2",
-    "huggingface-dinov2",
-    "huggingface-clip",
 ]
 
 
