@@ -1,0 +1,287 @@
+"""Few-shot accuracy of pretrained features and of trained learners on emoji, within and across styles.
+
+    python benchmarks/few_shot.py --data DIR --weights squeezenet1_1.safetensors [--train NAME …] [--out DIR]
+        [--json FILE] [--figure FILE]
+
+DIR holds Iconify's emoji packs. A class is a thing, a domain is the style of a designer's set. Test tasks
+have 5 or 20 ways, 1 or 3 shots and 1 query a class, under three protocols: support set and queries of any
+style; of different styles; and queries of one style that training never sees. All rows of a protocol have the
+same 2,000 test tasks of the classes that all sets have.
+
+Rows are pixels, the features of --weights and of each trained network, under every head that `jaxmeta
+evaluate` has; and learners that adapt their network. --train names the trainings to run or to resume
+(`--train all`), each `jaxmeta train` in a process of its own, for 5-way 1-shot tasks across styles. Rows
+whose run in --out is complete are evaluated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from machine import cores, describe_machine
+
+import jaxmeta as jm
+from jaxmeta.cli.heads import HEADS
+from jaxmeta.cli.run import evaluation_key
+
+EPISODES = 2000
+# The style held out: the one that differs most from the others, black outlines around flat colours.
+HELD_OUT = "openmoji"
+PROTOCOLS = {
+    "any": {},
+    "across": {"across": True},
+    "held out": {"across": True, "test_styles": (HELD_OUT,)},
+}
+SHAPES = [(5, 1), (5, 3), (20, 1), (20, 3)]
+# Heads on trained features, which need no more than a mean of each class.
+_OF_TRAINED = ["simple_shot", "simple_shot_centred", "soft_kmeans"]
+# Classes that all six sets have, so that every protocol has the same.
+STYLES = 6
+
+
+class Training(NamedTuple):
+    """A training of `jaxmeta train`.
+
+    Attributes:
+      settings: its arguments.
+      pretrained: whether it starts from --weights.
+      held_out: whether the held-out style is left out of training.
+    """
+
+    settings: tuple[str, ...]
+    pretrained: bool = False
+    held_out: bool = False
+
+
+_EPISODIC = ("--train-ways", "32", "--train-shots", "1", "--train-queries", "1", "--meta-batch", "1")
+# Cosines of pretrained features times 10, as in Meta-Baseline; 84 pixels are a seventh of the work of 224.
+_COSINE = ("--divergence", "cosine", "--scale", "10")
+_SMALL = ("--input-size", "84")
+TRAININGS = {
+    **{
+        f"prototypical, seed {seed}": Training(
+            ("prototypical", *_EPISODIC, "--steps", "6000", "--network", "conv4", "--seed", str(seed))
+        )
+        for seed in range(3)
+    },
+    "prototypical from SqueezeNet": Training(
+        ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "900"), pretrained=True
+    ),
+    "classifier": Training(("simple_shot", "--steps", "3000", "--network", "conv4")),
+    "classifier from SqueezeNet": Training(("simple_shot", *_SMALL, "--steps", "900"), pretrained=True),
+    "matching": Training(("matching", *_EPISODIC, "--steps", "6000", "--network", "conv4")),
+    "maml": Training(("maml", "--steps", "1500", "--meta-batch", "4")),
+    "anil": Training(("anil", "--steps", "2000", "--meta-batch", "4")),
+    "prototypical, style held out": Training(
+        ("prototypical", *_EPISODIC, "--steps", "6000", "--network", "conv4"), held_out=True
+    ),
+    "prototypical from SqueezeNet, style held out": Training(
+        ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "900"), pretrained=True, held_out=True
+    ),
+}
+
+
+def folder_of(name: str, out: Path) -> Path:
+    """Return the run folder of a training."""
+    return out / name.replace(", ", "-").replace(" ", "-")
+
+
+def train(name: str, args) -> None:
+    """Run or resume a training."""
+    folder, training = folder_of(name, args.out), TRAININGS[name]
+    if (folder / "report.json").exists():
+        return
+    command = [sys.executable, "-m", "jaxmeta.cli", "train"]
+    if (folder / "config.json").exists():
+        command += ["--resume"]
+    else:
+        command += [*training.settings, "--tasks", "emoji", "--across", "--min-styles", str(STYLES)]
+        command += ["--ways", "5", "--shots", "1", "--queries", "1", "--episodes", str(EPISODES)]
+        command += ["--validate-every", "100"]
+        command += ["--init", str(args.weights)] * training.pretrained
+        command += ["--test-styles", HELD_OUT] * training.held_out
+    print(f"== {name}", flush=True)
+    subprocess.run([*command, "--data", str(args.data), "--out", str(folder)], check=True)
+
+
+def protocols(args, size: int):
+    """Yield the name, ways, shots and test tasks of every protocol."""
+    for name, settings in PROTOCOLS.items():
+        for ways, shots in SHAPES:
+            yield (
+                name,
+                ways,
+                shots,
+                jm.tasks.emoji(
+                    "test",
+                    ways=ways,
+                    shots=shots,
+                    queries=1,
+                    data=args.data,
+                    size=size,
+                    min_styles=STYLES,
+                    **settings,
+                ),
+            )
+
+
+def accuracy(learner: jm.Learner, params, tasks: jm.TaskDistribution) -> dict:
+    """Return mean and 95 % interval of a learner's accuracy on the test tasks."""
+    result = jm.evaluate(learner, params, tasks, episodes=EPISODES, key=evaluation_key(0))
+    return {"mean": result.mean, "ci95": result.ci95}
+
+
+def of_features(embed, heads, size: int, args) -> dict:
+    """Return the accuracy of each head on the features of `embed`, by protocol and shape."""
+    rows: dict = {head: {} for head in heads}
+    for name, ways, shots, tasks in protocols(args, size):
+        tasks = jm.tasks.embedded(tasks, embed)
+        for head in heads:
+            learner = HEADS[head].learner
+            params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(0)))
+            rows[head][f"{name} {ways}-way {shots}-shot"] = accuracy(learner, params, tasks)
+    return rows
+
+
+def of_learner(folder: Path, size: int, args) -> dict:
+    """Return the accuracy of a run's learner on tasks of as many ways as it was trained for."""
+    learner, params = jm.load_run(folder)
+    return {
+        f"{name} {ways}-way {shots}-shot": accuracy(learner, params, tasks)
+        for name, ways, shots, tasks in protocols(args, size)
+        if ways == 5
+    }
+
+
+def row_of_run(name: str, args) -> dict:
+    """Return the accuracies of a complete run, with its budget."""
+    folder = folder_of(name, args.out)
+    report = json.loads((folder / "report.json").read_text())
+    config = report["config"]
+    size = config["tasks"]["size"]
+    adapts = config["learner"]["name"] in ("maml", "anil")
+    return {
+        "heads": {"own": of_learner(folder, size, args)}
+        if adapts
+        else of_features(jm.features(folder), _OF_TRAINED, size, args),
+        "size": size,
+        "steps": report["steps"],
+        "training_s": report["training_s"],
+        "meta_batch": config["training"]["meta_batch"],
+        "train_ways": config["tasks"]["train_ways"],
+        "network": config["network"]["name"],
+        "parameters": report["parameters"],
+        "seed": config["run"]["seed"],
+    }
+
+
+def print_row(name: str, row: dict) -> None:
+    """Print the accuracies of a row, one line a head."""
+    for head, found in row["heads"].items():
+        cells = (
+            f"{protocol} {100 * value['mean']:.1f} ± {100 * value['ci95']:.1f}"
+            for protocol, value in found.items()
+        )
+        print(f"{name}, {head}: {', '.join(cells)}", flush=True)
+
+
+def table(rows: dict) -> str:
+    """Return the accuracies as a table, one line for each row and head, with the best of each column bold."""
+    columns = [f"{name} {ways}-way {shots}-shot" for name in PROTOCOLS for ways, shots in SHAPES]
+    lines = [(name, head, found) for name, row in rows.items() for head, found in row["heads"].items()]
+    best = {
+        column: max(found[column]["mean"] for _, _, found in lines if column in found) for column in columns
+    }
+
+    def cell(found: dict, column: str) -> str:
+        if column not in found:
+            return ""
+        text = f"{100 * found[column]['mean']:.1f}"
+        return f"**{text}**" if found[column]["mean"] == best[column] else text
+
+    head = ["features", "head", *columns]
+    cells = [[name, f"`{by}`", *(cell(found, each) for each in columns)] for name, by, found in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells])
+
+
+def draw(rows: dict, file: Path) -> None:
+    """Draw the best head of each row, 5-way 1-shot and 20-way 1-shot, by protocol."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.35 * len(rows) + 1.5), sharey=True, layout="constrained")
+    for axis, ways in zip(axes, (5, 20), strict=True):
+        for number, protocol in enumerate(PROTOCOLS):
+            key = f"{protocol} {ways}-way 1-shot"
+            for place, (_, row) in enumerate(rows.items()):
+                found = [each[key] for each in row["heads"].values() if key in each]
+                if found:
+                    best = max(found, key=lambda value: value["mean"])
+                    axis.errorbar(
+                        100 * best["mean"],
+                        place,
+                        xerr=100 * best["ci95"],
+                        fmt="os^"[number],
+                        color=("black", "tab:blue", "tab:orange")[number],
+                        label=protocol if place == 0 else None,
+                    )
+        axis.set_title(f"{ways}-way 1-shot, best head")
+        axis.set_xlabel("accuracy on new classes, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(rows)), list(rows))
+    axes[0].invert_yaxis()
+    axes[0].legend(title="styles of support and queries", loc="lower left")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder with the emoji packs")
+    add("--weights", type=Path, required=True, help="pretrained weights, such as squeezenet1_1.safetensors")
+    add("--train", nargs="+", default=[], choices=["all", *TRAININGS], help="trainings to run or resume")
+    add("--out", type=Path, default=Path("runs/few_shot"), help="folder of the runs")
+    add("--json", type=Path, help="also write the results to this file; rows it has already are kept")
+    add("--figure", type=Path, help="also draw the results to this PNG file")
+    args = parser.parse_args(argv)
+    for name in TRAININGS if "all" in args.train else args.train:
+        train(name, args)
+    jax.config.update("jax_num_cpu_devices", cores())
+    kept = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
+    rows: dict = {}
+
+    def done() -> None:
+        print_row(name, rows[name])
+        if args.json:
+            machine = describe_machine(jax.local_devices())
+            report = {"machine": machine, "jaxmeta": jm.__version__, "episodes": EPISODES, "rows": rows}
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    fixed = {
+        "pixels": (lambda x: jnp.reshape(x, (len(x), -1)), ["simple_shot", "simple_shot_centred"]),
+        "SqueezeNet": (jm.features(args.weights), list(HEADS)),
+    }
+    for name, (embed, heads) in fixed.items():
+        rows[name] = kept.get(name) or {"heads": of_features(embed, heads, 84, args), "size": 84}
+        done()
+    for name in TRAININGS:
+        if name in kept:
+            rows[name] = kept[name]
+        elif (folder_of(name, args.out) / "report.json").exists():
+            rows[name] = row_of_run(name, args)
+        else:
+            continue
+        done()
+    if args.figure:
+        draw(rows, args.figure)
+
+
+if __name__ == "__main__":
+    main()
