@@ -26,6 +26,7 @@ from jaxmeta.cli.presets import PRESETS
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import Sequences, Source, Streaming, is_own, key_of, source_of
 from jaxmeta.declare import Facts, facts_of, parent_of
+from jaxmeta.transfer.inputs import Method
 
 # Format of config.json, increased whenever a setting is added or removed; files of 0.1 have none.
 FORMAT = 4
@@ -106,7 +107,7 @@ class Training:
     input_channels: Literal[1, 3] | None = None
     input_mean: tuple[float, ...] = (0.0,)
     input_std: tuple[float, ...] = (1.0,)
-    input_method: Literal["nearest", "linear", "cubic", "lanczos3", "lanczos5"] = "linear"
+    input_method: Method = "linear"
     train: tuple[str, ...] | None = None
     lora: int | None = None
     decay_every: int | None = None

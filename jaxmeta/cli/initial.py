@@ -18,6 +18,9 @@ from jaxmeta.training.step import drawn_params
 from jaxmeta.transfer.subtree import leaves_by_path, transplant
 from jaxmeta.transfer.weight_files import HUB
 
+# Side of images with which the channels of a network for any size are looked up.
+_ANY_SIDE = 64
+
 
 def with_network_of(base: Base, source: str) -> Base:
     """Return the protocol with the network of a source of parameters, and with the input that it takes.
@@ -70,10 +73,6 @@ def with_network_of(base: Base, source: str) -> Base:
         }
     training = base.values["training"] | (input if kind_of(base.names().source) == "classification" else {})
     return base._replace(network=name, values={**base.values, "network": settings, "training": training})
-
-
-# Side of images with which the channels of a network for any size are looked up.
-_ANY_SIDE = 64
 
 
 def initial_params(

@@ -1,7 +1,7 @@
 """The vision transformer, compatible with the weights of ViT, DINOv2 and CLIP."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 Interpolation = Literal["antialiased", "bicubic", "offset"]
-INTERPOLATIONS = ("antialiased", "bicubic", "offset")
+INTERPOLATIONS = get_args(Interpolation)
 # Number of patches that DINOv2 adds to the new grid in the ratio of the grids.
 _OFFSET = 0.1
 

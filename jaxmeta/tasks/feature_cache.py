@@ -106,9 +106,7 @@ class Embedder:
         """
         images = np.ascontiguousarray(images)
         header = f"{images.dtype} {images.shape[1:]} ".encode()
-        digests = [
-            hashlib.blake2b(header + image.tobytes(), digest_size=_DIGEST).digest() for image in images
-        ]
+        digests = [_digest(header + image.tobytes()) for image in images]
         missing = {name: place for place, name in enumerate(digests) if name not in self._rows}
         self.expected = max(self.expected, self.seen + len(images))
         done, written = self.seen + len(images) - len(missing), time.monotonic()
@@ -162,7 +160,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def _read(path: Path, description: str) -> dict[bytes, Float[np.ndarray, " dim"]]:
-    """Return the features in a file of the cache by image; none, with a warning, from a file of no use."""
+    """Return the features in a cache file by image; warn and return none if the file cannot be used."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names, z, own = (file[name] for name in ("images", "features", "description"))

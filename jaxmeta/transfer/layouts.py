@@ -151,19 +151,22 @@ _HUGGINGFACE_VIT = _rules(
     ("classifier/", "head/"),
 )
 
+# The release of DINOv2 has the names of timm.
+_TIMM_BLOCKS = _in_blocks(
+    r"blocks/(\d+)",
+    ("norm1", "attention_norm"),
+    ("attn/(query|key|value)", r"attention/\2"),
+    ("attn/proj", "attention/out"),
+    ("norm2", "mlp_norm"),
+    ("mlp/fc1", "mlp_in"),
+    ("mlp/fc2", "mlp_out"),
+)
+
 _TIMM_VIT = _rules(
     ("cls_token$", "cls_token"),
     ("pos_embed$", "position_embedding"),
     ("patch_embed/proj/", "patch_embedding/"),
-    *_in_blocks(
-        r"blocks/(\d+)",
-        ("norm1", "attention_norm"),
-        ("attn/(query|key|value)", r"attention/\2"),
-        ("attn/proj", "attention/out"),
-        ("norm2", "mlp_norm"),
-        ("mlp/fc1", "mlp_in"),
-        ("mlp/fc2", "mlp_out"),
-    ),
+    *_TIMM_BLOCKS,
     ("(?:fc_)?norm/", "norm/"),
     ("head/", "head/"),
 )
@@ -191,15 +194,7 @@ _DINOV2 = _rules(
     ("pos_embed$", "position_embedding"),
     ("mask_token$", None),
     ("patch_embed/proj/", "patch_embedding/"),
-    *_in_blocks(
-        r"blocks/(\d+)",
-        ("norm1", "attention_norm"),
-        ("attn/(query|key|value)", r"attention/\2"),
-        ("attn/proj", "attention/out"),
-        ("norm2", "mlp_norm"),
-        ("mlp/fc1", "mlp_in"),
-        ("mlp/fc2", "mlp_out"),
-    ),
+    *_TIMM_BLOCKS,
     (r"blocks/(\d+)/ls1/gamma$", r"block\1/attention_scale"),
     (r"blocks/(\d+)/ls2/gamma$", r"block\1/mlp_scale"),
     ("norm/", "norm/"),
