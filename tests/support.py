@@ -6,12 +6,25 @@ import os
 import pathlib
 import shutil
 
+import pytest
+
 # Learners from `--learner` for test_learner_laws.py; conftest.py fills the list before tests are collected.
 own_learners: list[str] = []
 
 
 def read_json(path):
     return json.loads(pathlib.Path(path).read_text())
+
+
+def raises_argument_error(message):
+    """Expect an error about an argument, or the type error that comes before it in the complete run.
+
+    For arguments of a wrong type only: the complete run checks annotations at run time, before the library
+    checks its arguments.
+    """
+    from jaxtyping import TypeCheckError  # not at the top: JAX must see the flags that conftest.py sets
+
+    return pytest.raises((ValueError, TypeCheckError), match=f"{message}|typechecking parameter")
 
 
 def accelerator_is_visible():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from configs import config_of
 from draws import same, sampled
-from jaxtyping import TypeCheckError
+from support import raises_argument_error
 
 from jaxmeta.checks import MissingPackageError
 from jaxmeta.cli import sources
@@ -423,8 +423,7 @@ def test_damaged_archives_and_wrong_folders_are_refused(tmp_path):
 )
 def test_invalid_settings_are_refused(tmp_path, settings, message):
     three_styles(tmp_path)
-    # The complete run checks types before the library does.
-    with pytest.raises((ValueError, TypeCheckError), match=f"{message}|typechecking parameter"):
+    with raises_argument_error(message):
         emoji(**{"ways": 2, "data": tmp_path, "size": 4} | settings)
 
 

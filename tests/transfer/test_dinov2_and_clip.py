@@ -3,8 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import raises_argument_error
 from test_pretrained import renamed
 from weights import images, outputs, outputs_of, randomised, save_state
 
@@ -123,10 +125,10 @@ def test_positions_of_the_release_of_dinov2_are_interpolated_with_its_offset(tor
     ratios = [(side + 0.1) / 9 for side in grid]
     new = torch.nn.functional.interpolate(old, scale_factor=ratios, mode="bicubic")
     assert new.shape[2:] == grid
-    resized = jm.nn.resize_positions(positions, grid, method="offset")
+    resized = jm.nn.resize_positions(jnp.asarray(positions), grid, method="offset")
     np.testing.assert_allclose(resized[:, 1:], new.permute(0, 2, 3, 1).reshape(1, -1, 5), atol=1e-5)
-    with pytest.raises(ValueError, match="method: got 'linear'; it must be one of 'antialiased', 'bicubic'"):
-        jm.nn.resize_positions(positions, grid, method="linear")
+    with raises_argument_error("method: got 'linear'; it must be one of 'antialiased', 'bicubic'"):
+        jm.nn.resize_positions(jnp.asarray(positions), grid, method="linear")
 
 
 @pytest.mark.parametrize("registers", [False, True])

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_dinov2_and_clip import clip, dinov2
@@ -114,7 +115,7 @@ def test_dinov2_is_built_for_the_images_it_is_used_with(tmp_path, size, expected
 
 def test_the_adapter_resizes_and_normalises():
     x = np.random.default_rng(0).random((2, 10, 10, 3)).astype(np.float32)
-    adapted = ImageInput(16, MEAN, STD, "cubic").adapter().apply({}, x)
+    adapted = ImageInput(16, MEAN, STD, "cubic").adapter().apply({}, jnp.asarray(x))
     resized = np.asarray(jax.image.resize(x, (2, 16, 16, 3), "cubic"))
     np.testing.assert_allclose(adapted, (resized - np.array(MEAN)) / np.array(STD), atol=1e-5)
     assert str(ImageInput()) == "in [0, 1]"
