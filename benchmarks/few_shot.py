@@ -1,7 +1,7 @@
 """Few-shot accuracy of pretrained features and of trained learners on emoji, within and across styles.
 
     python benchmarks/few_shot.py --data DIR --weights squeezenet1_1.safetensors [--train NAME …] [--out DIR]
-        [--json FILE] [--figure FILE]
+        [--words FOLDER] [--elsewhere] [--json FILE] [--figure FILE]
 
 DIR holds Iconify's emoji packs. A class is a thing, a domain is the style of a designer's set. Test tasks
 have 5 or 20 ways, 1 or 3 shots and 1 query a class, under three protocols: support set and queries of any
@@ -12,6 +12,13 @@ Rows are pixels, the features of --weights and of each trained network, under ev
 evaluate` has; and learners that adapt their network. --train names the trainings to run or to resume
 (`--train all`), each `jaxmeta train` in a process of its own, for 5-way 1-shot tasks across styles. Rows
 whose run in --out is complete are evaluated.
+
+--words adds zero-shot tasks: a class is known by its name alone, by the vector that a text encoder in a
+folder of sentence-transformers gives it. Two small networks map features and vectors to a common space. Needs
+transformers and torch.
+
+--elsewhere evaluates the same features on Omniglot, MNIST and Fashion-MNIST in DIR, with every head, beside
+the scores by which `jaxmeta rank` orders the sources without evaluating them.
 """
 
 import argparse
@@ -23,6 +30,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from machine import cores, describe_machine
 
 import jaxmeta as jm
@@ -42,6 +51,10 @@ SHAPES = [(5, 1), (5, 3), (20, 1), (20, 3)]
 _OF_TRAINED = ["simple_shot", "simple_shot_centred", "soft_kmeans"]
 # Classes that all six sets have, so that every protocol has the same.
 STYLES = 6
+# Trainings whose features are also used for zero-shot tasks and on other data sets.
+_SOURCES = ("prototypical, seed 0", "prototypical from SqueezeNet", "classifier from SqueezeNet")
+# Labelled examples of each class for the scores of a source.
+_SCORED = 20
 
 
 class Training(NamedTuple):
@@ -62,23 +75,24 @@ _EPISODIC = ("--train-ways", "32", "--train-shots", "1", "--train-queries", "1",
 # Cosines of pretrained features times 10, as in Meta-Baseline; 84 pixels are a seventh of the work of 224.
 _COSINE = ("--divergence", "cosine", "--scale", "10")
 _SMALL = ("--input-size", "84")
+_SCRATCH = ("--network", "conv4", "--size", "64")
 TRAININGS = {
     **{
         f"prototypical, seed {seed}": Training(
-            ("prototypical", *_EPISODIC, "--steps", "6000", "--network", "conv4", "--seed", str(seed))
+            ("prototypical", *_EPISODIC, *_SCRATCH, "--steps", "6000", "--seed", str(seed))
         )
         for seed in range(3)
     },
     "prototypical from SqueezeNet": Training(
         ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "900"), pretrained=True
     ),
-    "classifier": Training(("simple_shot", "--steps", "3000", "--network", "conv4")),
+    "classifier": Training(("simple_shot", *_SCRATCH, "--steps", "3000")),
     "classifier from SqueezeNet": Training(("simple_shot", *_SMALL, "--steps", "900"), pretrained=True),
-    "matching": Training(("matching", *_EPISODIC, "--steps", "6000", "--network", "conv4")),
-    "maml": Training(("maml", "--steps", "1500", "--meta-batch", "4")),
-    "anil": Training(("anil", "--steps", "2000", "--meta-batch", "4")),
+    "matching": Training(("matching", *_EPISODIC, *_SCRATCH, "--steps", "6000")),
+    "maml": Training(("maml", *_SCRATCH, "--steps", "1500", "--meta-batch", "4")),
+    "anil": Training(("anil", *_SCRATCH, "--steps", "2000", "--meta-batch", "4")),
     "prototypical, style held out": Training(
-        ("prototypical", *_EPISODIC, "--steps", "6000", "--network", "conv4"), held_out=True
+        ("prototypical", *_EPISODIC, *_SCRATCH, "--steps", "6000"), held_out=True
     ),
     "prototypical from SqueezeNet, style held out": Training(
         ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "900"), pretrained=True, held_out=True
@@ -136,15 +150,22 @@ def accuracy(learner: jm.Learner, params, tasks: jm.TaskDistribution) -> dict:
     return {"mean": result.mean, "ci95": result.ci95}
 
 
+def of_heads(heads, tasks: jm.TaskDistribution) -> dict:
+    """Return the accuracy of each head on tasks of features."""
+    task = tasks.sample(jax.random.key(0))
+    learners = {head: HEADS[head].learner for head in heads}
+    return {
+        head: accuracy(learner, learner.init(jax.random.key(0), task), tasks)
+        for head, learner in learners.items()
+    }
+
+
 def of_features(embed, heads, size: int, args) -> dict:
     """Return the accuracy of each head on the features of `embed`, by protocol and shape."""
     rows: dict = {head: {} for head in heads}
     for name, ways, shots, tasks in protocols(args, size):
-        tasks = jm.tasks.embedded(tasks, embed)
-        for head in heads:
-            learner = HEADS[head].learner
-            params = learner.init(jax.random.key(0), tasks.sample(jax.random.key(0)))
-            rows[head][f"{name} {ways}-way {shots}-shot"] = accuracy(learner, params, tasks)
+        for head, found in of_heads(heads, jm.tasks.embedded(tasks, embed)).items():
+            rows[head][f"{name} {ways}-way {shots}-shot"] = found
     return rows
 
 
@@ -178,6 +199,78 @@ def row_of_run(name: str, args) -> dict:
         "parameters": report["parameters"],
         "seed": config["run"]["seed"],
     }
+
+
+def write_word_vectors(folder: Path, names: list[str], file: Path) -> None:
+    """Write a vector for each class name, by the text encoder in a folder of sentence-transformers."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    words = [" ".join(jm.tasks.class_words(name)) for name in names]
+    encoder = AutoModel.from_pretrained(folder).eval()
+    tokens = AutoTokenizer.from_pretrained(folder)(words, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = encoder(**tokens).last_hidden_state.numpy()
+    mask = tokens["attention_mask"].numpy()[..., None]
+    vectors = (states * mask).sum(1) / mask.sum(1)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    lines = (" ".join([name, *map(str, vector)]) for name, vector in zip(names, vectors, strict=True))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def zero_shot(embed, size: int, args) -> dict:
+    """Return the accuracy of zero-shot classification by the words of class names, by ways."""
+    settings = {"data": args.data, "size": size, "min_styles": STYLES}
+    names = [
+        name
+        for split in ("train", "validation", "test")
+        for name in jm.tasks.emoji(split, ways=2, shots=1, queries=1, **settings).classes
+    ]
+    file = args.out / "word_vectors.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_word_vectors(args.words, names, file)
+
+    def tasks(split: str, ways: int, queries: int) -> jm.TaskDistribution:
+        images = jm.tasks.emoji(split, ways=ways, shots=0, queries=queries, word_vectors=file, **settings)
+        return jm.tasks.embedded(images, embed)
+
+    learner = jm.prototypical(
+        jm.nn.MLP(out=256, hidden=()),
+        metadata=jm.nn.MLP(out=256, hidden=(256,)),
+        divergence="cosine",
+        scale=10.0,
+    )
+    state = jm.train(
+        learner,
+        tasks("train", 64, 2),
+        optax.adamw(1e-3, weight_decay=1e-2),
+        steps=2000,
+        meta_batch=1,
+        key=jax.random.key(0),
+    )
+    return {f"{ways}-way": accuracy(learner, state.params, tasks("test", ways, 1)) for ways in (5, 20)}
+
+
+def elsewhere(sources: dict, args) -> dict:
+    """Return accuracies and transferability scores of features on other data sets, by data set and shots."""
+    rows: dict = {}
+    for name, ways in (("omniglot", 20), ("mnist", 10), ("fashion_mnist", 10)):
+        for shots in (1, 5):
+            images = getattr(jm.tasks, name)("test", ways=ways, shots=shots, queries=5, data=args.data)
+            row: dict = {"ways": ways, "shots": shots, "accuracy": {}}
+            few: dict = {}
+            for source, embed in sources.items():
+                tasks = jm.tasks.embedded(images, embed)
+                row["accuracy"][source] = of_heads(HEADS, tasks)
+                z, y = map(np.asarray, jm.tasks.labelled(tasks))
+                kept = np.concatenate([np.flatnonzero(y == label)[:_SCORED] for label in range(y.max() + 1)])
+                few[source] = jm.transfer.Candidate(z[kept])
+            accuracies = {source: heads["simple_shot"]["mean"] for source, heads in row["accuracy"].items()}
+            ranking = jm.transfer.rank_sources(few, (None, y[kept]), accuracies=accuracies)
+            row["scores"] = {each.name: each.scores for each in ranking.rows}
+            rows[f"{name} {ways}-way {shots}-shot"] = row
+            print(f"{name}, {ways}-way {shots}-shot\n{ranking}", flush=True)
+    return rows
 
 
 def print_row(name: str, row: dict) -> None:
@@ -250,19 +343,25 @@ def main(argv=None) -> None:
     add("--out", type=Path, default=Path("runs/few_shot"), help="folder of the runs")
     add("--json", type=Path, help="also write the results to this file; rows it has already are kept")
     add("--figure", type=Path, help="also draw the results to this PNG file")
+    add("--words", type=Path, help="folder of a text encoder for zero-shot tasks")
+    add("--elsewhere", action="store_true", help="also evaluate features on Omniglot, MNIST, Fashion-MNIST")
     args = parser.parse_args(argv)
     for name in TRAININGS if "all" in args.train else args.train:
         train(name, args)
     jax.config.update("jax_num_cpu_devices", cores())
-    kept = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else {}
+    report = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    kept = report.get("rows", {})
     rows: dict = {}
+
+    def save(**results) -> None:
+        machine = describe_machine(jax.local_devices())
+        report.update(machine=machine, jaxmeta=jm.__version__, episodes=EPISODES, **results)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
 
     def done() -> None:
         print_row(name, rows[name])
-        if args.json:
-            machine = describe_machine(jax.local_devices())
-            report = {"machine": machine, "jaxmeta": jm.__version__, "episodes": EPISODES, "rows": rows}
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        save(rows={**kept, **rows})
 
     fixed = {
         "pixels": (lambda x: jnp.reshape(x, (len(x), -1)), ["simple_shot", "simple_shot_centred"]),
@@ -279,6 +378,16 @@ def main(argv=None) -> None:
         else:
             continue
         done()
+    complete = [name for name in _SOURCES if (folder_of(name, args.out) / "report.json").exists()]
+    sources = {"SqueezeNet": jm.features(args.weights)}
+    sources |= {name: jm.features(folder_of(name, args.out)) for name in complete}
+    if args.words:
+        found = {name: zero_shot(embed, 84, args) for name, embed in sources.items()}
+        for name, values in found.items():
+            print_row(f"{name}, zero-shot", {"heads": {"words": values}})
+        save(zero_shot=found)
+    if args.elsewhere:
+        save(elsewhere=elsewhere(sources, args))
     if args.figure:
         draw(rows, args.figure)
 

@@ -12,7 +12,15 @@ from jaxtyping import Array
 
 from jaxmeta.checks import ArgumentError, check_count, check_function
 from jaxmeta.core import Batch, Key, Model, Task, TaskDistribution, TaskStream, card_of, check_tasks
-from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_from, make_task
+from jaxmeta.tasks.episodes import (
+    Drawn,
+    EpisodeData,
+    EpisodeShape,
+    draw_episode,
+    draw_from,
+    make_task,
+    with_metadata,
+)
 from jaxmeta.tasks.feature_cache import BATCH, Embedder, described
 from jaxmeta.tasks.sequences import DrawSequence
 
@@ -34,7 +42,8 @@ def embedded(
     Images that are stored (`from_arrays` and the sources built on it) are embedded here, once each; with
     rotations also each of their quarter turns. The images of a stream are embedded as they are read, so that
     never more than one batch of them is in memory, and features are kept. Other tasks, such as `glyphs`,
-    draw new images for each episode and embed them inside the sampler.
+    draw new images for each episode and embed them inside the sampler. The support set of zero-shot tasks,
+    metadata of the classes, stays as it is.
 
     Args:
       tasks: few-shot classification tasks.
@@ -49,8 +58,8 @@ def embedded(
       Tasks of the same kind, with the class names and the card of `tasks`.
 
     Raises:
-      ArgumentError: regression tasks, zero-shot tasks or sequences; a model with batch statistics; features
-        that are not finite vectors.
+      ArgumentError: regression tasks or sequences; a model with batch statistics; features that are not
+        finite vectors.
 
     Examples:
       >>> import jax, numpy as np
@@ -102,29 +111,20 @@ def as_embedding(tasks: TaskDistribution | TaskStream, embed: Any) -> Any:
 
 
 def _example(tasks: TaskDistribution | TaskStream) -> jax.ShapeDtypeStruct:
-    """Return shape and type of one example.
+    """Return shape and type of one query.
 
     Raises:
-      ArgumentError: the tasks are no few-shot classification tasks with one kind of examples.
+      ArgumentError: the tasks are not few-shot classification tasks.
     """
     source = card_of(tasks).tasks
     if isinstance(tasks, TaskStream):
-        support, query = (
-            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), part)
-            for part in tasks.at(0)
-        )
+        query = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tasks.at(0).query)
     else:
         if isinstance(tasks.sample, jax.tree_util.Partial) and isinstance(tasks.sample.func, DrawSequence):
             raise ArgumentError("tasks", "got sequences; embed the tasks first: sequences(embedded(…), …)")
-        support, query = jax.eval_shape(tasks.sample, jax.random.key(0))
+        query = jax.eval_shape(tasks.sample, jax.random.key(0)).query
     if not jnp.issubdtype(query.y.dtype, jnp.integer):
         raise ArgumentError("tasks", f"got regression tasks of {source!r}; they must be classification tasks")
-    if support.x.shape[1:] != query.x.shape[1:]:
-        raise ArgumentError(
-            "tasks",
-            f"got zero-shot tasks of {source!r}, whose support set has metadata of shape "
-            f"{support.x.shape[1:]} in place of examples; give tasks with shots of at least 1",
-        )
     return jax.ShapeDtypeStruct((1, *query.x.shape[1:]), query.x.dtype)
 
 
@@ -180,12 +180,20 @@ def draw_features(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     rows = drawn.rows * _turns(shape) + (drawn.turns[:, None] if _turns(shape) > 1 else 0)
     plain = dataclasses.replace(shape, rotations="none", example=data.x.shape[1:])
     shots = shape.shots[1]
-    return make_task(plain, drawn, data.x[rows[:, :shots]], data.x[rows[:, shots:]])
+    task = make_task(plain, drawn, data.x[rows[:, :shots]], data.x[rows[:, shots:]])
+    return with_metadata(task, data, drawn)
 
 
 def draw_and_embed(sample: Callable[[Key], Task], embed: Callable[[Array], Array], key: Key) -> Task:
     """Draw one episode of images, and return it with their features."""
-    return Task(*(_features(part, embed(part.x)) for part in sample(key)))
+    return _embed_task(sample(key), lambda part: _features(part, embed(part.x)))
+
+
+def _embed_task(task: Task, embed: Callable[[Batch], Batch]) -> Task:
+    """Return a task, or a batch of tasks, with the features of its images."""
+    # Metadata of zero-shot tasks has another shape than images.
+    has_images = task.support.x.shape[task.support.y.ndim :] == task.query.x.shape[task.query.y.ndim :]
+    return Task(embed(task.support) if has_images else task.support, embed(task.query))
 
 
 def _features(batch: Batch, z: Array) -> Batch:
@@ -238,7 +246,7 @@ def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
 
 def _embed_stream(tasks: TaskStream, embedder: Embedder) -> TaskStream:
     def of_task(task: Task) -> Task:
-        return Task(*(embed_batches(part, embedder) for part in task))
+        return _embed_task(task, lambda part: embed_batches(part, embedder))
 
     def at(step: int) -> Task:
         task = of_task(tasks.at(step))

@@ -513,13 +513,18 @@ def draw_from(shape: EpisodeShape, data: EpisodeData, key: Key) -> Drawn:
 def draw_episode(shape: EpisodeShape, data: EpisodeData, key: Key) -> Task:
     """Draw one episode from examples on the device."""
     drawn = draw_from(shape, data, key)
-    shots, ways = shape.shots[1], shape.ways[1]
+    shots = shape.shots[1]
     task = make_task(shape, drawn, data.x[drawn.rows[:, :shots]], data.x[drawn.rows[:, shots:]])
+    return with_metadata(task, data, drawn)
+
+
+def with_metadata(task: Task, data: EpisodeData, drawn: Drawn) -> Task:
+    """Return a task with the metadata of its classes as support set, where the data has metadata."""
     if data.metadata is None:
         return task
-    return task._replace(
-        support=Batch(data.metadata[drawn.classes], jnp.arange(ways, dtype=jnp.int32), ways=ways)
-    )
+    ways = task.support.ways
+    y = jnp.arange(ways, dtype=jnp.int32)
+    return task._replace(support=Batch(data.metadata[drawn.classes], y, ways=ways))
 
 
 def make_task(
