@@ -388,6 +388,12 @@ def test_a_transductive_head_is_refused_by_name(place, monkeypatch, capsys):
     assert "--learner: got together, whose prediction for an image depends on" in capsys.readouterr().err
 
 
+def test_heads_refuse_zero_shot_tasks(place, capsys):
+    argv = ["evaluate", str(place / "weights.safetensors"), "--tasks", "glyphs", "--size", "8"]
+    assert main([*argv, "--shots", "0", "--devices", "1"]) == 2
+    assert "--shots: got 0, but simple_shot learns from support examples; it must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.nightly
 def test_procedural_tasks_are_drawn_once_for_all_heads(place, tmp_path, capsys):
     argv = ["evaluate", str(place / "weights.safetensors"), "--tasks", "glyphs", "--size", "8"]
