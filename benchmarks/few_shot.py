@@ -283,10 +283,28 @@ def print_row(name: str, row: dict) -> None:
         print(f"{name}, {head}: {', '.join(cells)}", flush=True)
 
 
-def table(rows: dict) -> str:
+def ordered(rows: dict) -> dict:
+    """Return rows in the order of the program, in which they need not have been measured."""
+    order = ["pixels", "SqueezeNet", *TRAININGS]
+    return {name: rows[name] for name in order if name in rows}
+
+
+def widest(rows: dict) -> float:
+    """Return the half-width of the widest interval of all accuracies."""
+    return max(
+        value["ci95"] for row in rows.values() for found in row["heads"].values() for value in found.values()
+    )
+
+
+def table(rows: dict, ways: int) -> str:
     """Return the accuracies as a table, one line for each row and head, with the best of each column bold."""
-    columns = [f"{name} {ways}-way {shots}-shot" for name in PROTOCOLS for ways, shots in SHAPES]
-    lines = [(name, head, found) for name, row in rows.items() for head, found in row["heads"].items()]
+    columns = [f"{name} {ways}-way {shots}-shot" for shots in (1, 3) for name in PROTOCOLS]
+    lines = [
+        (name, head, found)
+        for name, row in rows.items()
+        for head, found in row["heads"].items()
+        if columns[0] in found
+    ]
     best = {
         column: max(found[column]["mean"] for _, _, found in lines if column in found) for column in columns
     }
@@ -297,7 +315,7 @@ def table(rows: dict) -> str:
         text = f"{100 * found[column]['mean']:.1f}"
         return f"**{text}**" if found[column]["mean"] == best[column] else text
 
-    head = ["features", "head", *columns]
+    head = ["features", "head", *(column.replace(f" {ways}-way", ",") for column in columns)]
     cells = [[name, f"`{by}`", *(cell(found, each) for each in columns)] for name, by, found in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *cells])
 
@@ -361,7 +379,7 @@ def main(argv=None) -> None:
 
     def done() -> None:
         print_row(name, rows[name])
-        save(rows={**kept, **rows})
+        save(rows=ordered({**kept, **rows}))
 
     fixed = {
         "pixels": (lambda x: jnp.reshape(x, (len(x), -1)), ["simple_shot", "simple_shot_centred"]),
