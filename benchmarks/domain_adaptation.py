@@ -95,7 +95,7 @@ class Trial:
                 self.unlabelled,
                 ALIGNMENTS[method],
                 every=every,
-                look=lambda step, variables: evaluate(variables.source, variables.target),
+                callback=lambda step, variables: evaluate(variables.source, variables.target),
                 **settings,
             )
         else:
@@ -105,7 +105,9 @@ class Trial:
                 # AdaBN leaves training as it is and replaces the batch statistics of the source's model.
                 evaluate(variables, self.renormalised(variables) if method == "adabn" else variables)
 
-            jm.transfer.fine_tune(self.model, variables, data, every=every, look=evaluate_step, **settings)
+            jm.transfer.fine_tune(
+                self.model, variables, data, every=every, callback=evaluate_step, **settings
+            )
         source, target = np.array(evaluations).T
         # Reversed, because argmax returns the first of several maxima.
         chosen = len(source) - 1 - int(np.argmax(source[::-1]))

@@ -292,7 +292,7 @@ for seed in range(5):
             steps=DESCENT,
             batch_size=EXAMPLES,
             key=jax.random.key(0),
-            look=lambda step, variables, path=path, measured=measured: path.append(measured(variables)),
+            callback=lambda step, variables, path=path, measured=measured: path.append(measured(variables)),
         )
         curves[name].append(path)
 curves = {name: np.mean(paths, 0) for name, paths in curves.items()}

@@ -45,7 +45,7 @@ def distance(outputs, y, mask):
     return jm.losses.masked_mean(jnp.abs(outputs[:, 0] - y[:, 0]), mask)
 
 
-def test_a_metric_is_reported_as_sum_and_count_by_hand():
+def test_a_metric_is_reported_as_sum_and_count():
     batch = jm.Batch(Y, jnp.asarray(Y), mask=jnp.asarray(MASK))
     # Targets 1 and 2; means 1 and 0.
     assert {k: tuple(map(float, v)) for k, v in scores(OUTPUTS, batch, within).items()} == {"within": (1, 2)}
@@ -119,6 +119,7 @@ def test_two_outputs_for_one_target_train_with_a_user_defined_loss(name):
     task = tasks.sample(KEY)
     params = learner.init(KEY, task)
     _, metrics = jax.jit(learner.loss)(params, task, KEY)
+    # Reptile also reports the distance between initial and adapted parameters.
     assert set(metrics) - {"distance"} == {"loss"}
     expected = nll_by_numpy(adapted_by_numpy({"w": [[0.5, 0.1]], "b": [0.2, 0.3]}, task), task.query.y)
     np.testing.assert_allclose(metrics["loss"][0], expected, rtol=1e-5)
@@ -203,13 +204,13 @@ def test_validation_minimizes_a_loss(learner, name):
 
 
 @pytest.mark.parametrize("make", [jm.maml, jm.reptile, jm.learned_optimizer, jm.cavia])
-def test_regression_with_cross_entropy_is_refused_by_name(make):
+def test_regression_with_cross_entropy_is_refused(make):
     learner = make(jm.nn.MLP(out=1, hidden=(3,)))
     with pytest.raises(jm.ArgumentError, match=r"loss: got cross_entropy, .* pass loss=jm.losses.mse"):
         learner.init(KEY, own.lines().sample(KEY))
 
 
-def test_classification_with_squared_error_is_refused_by_name():
+def test_classification_with_squared_error_is_refused():
     task = jm.Task(*[jm.Batch(jnp.zeros((4, 2)), jnp.array([0, 1, 0, 1]), ways=2)] * 2)
     with pytest.raises(jm.ArgumentError, match=r"loss: got mse, .* pass loss=jm.losses.cross_entropy"):
         jm.maml(jm.nn.MLP(out=2), loss=jm.losses.mse).init(KEY, task)

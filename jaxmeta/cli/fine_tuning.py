@@ -301,7 +301,7 @@ def fit(
     settings: Settings,
     key: Key,
     report: Callable[[int, float], None] | None = None,
-    look: Callable[[int, Variables], None] | None = None,
+    callback: Callable[[int, Variables], None] | None = None,
 ) -> Fit:
     """Train a classifier by a recipe.
 
@@ -312,7 +312,7 @@ def fit(
       settings: settings as returned by `resolve_settings`.
       key: key of the mini-batches.
       report: `(step, loss)`, called after each twentieth of the steps.
-      look: `(step, variables)`, called after `report`; steps are counted from the start of a stage.
+      callback: `(step, variables)`, called after `report`; steps are counted from the start of a stage.
 
     Returns:
       The trained variables and the losses.
@@ -341,7 +341,7 @@ def fit(
         "batch_size": settings.batch,
         "every": max(1, steps // 20),
         "keep_statistics": bool(settings.keep_statistics),
-        "look": look,
+        "callback": callback,
     }
     if settings.l2_sp is not None:
         common["penalty"] = l2_sp(variables["params"], shared=BODY, alpha=settings.l2_sp)

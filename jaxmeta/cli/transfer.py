@@ -297,7 +297,9 @@ def _learn(plan: _Plan, folder: Path, results: folders.Results, key: Key) -> Fit
     signals.training = steps is not None
     learn = plan.images.batch(plan.split.learn)
     try:
-        fitted = fit(plan.recipe, plan.start, learn, plan.settings, key, progress.report, progress.look)
+        fitted = fit(
+            plan.recipe, plan.start, learn, plan.settings, key, progress.report, progress.keep_variables
+        )
     except _Stopped:
         write_json(folder / "config.json", plan.config() | {"stopped_at": progress.step})
         save(progress.variables)
@@ -562,7 +564,7 @@ class _Progress:
         self.step = step
         print(f"step {step:>6}/{self.steps}  loss {loss:.4f}", flush=True)
 
-    def look(self, step: int, variables: Variables) -> None:
+    def keep_variables(self, step: int, variables: Variables) -> None:
         del step
         self.variables = variables
         if self.signals.asked is not None and self.step < (self.steps or 0):

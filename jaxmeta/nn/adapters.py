@@ -248,7 +248,7 @@ def from_nnx(network: Callable[..., Any]) -> Model:
     template = nnx.clone(network) if is_module else network(nnx.Rngs(0))
     name = type(template).__name__
     if not isinstance(template, nnx.Module):
-        raise ValueError(f"network must be a flax.nnx.Module or make one, got one that makes {name}")
+        raise ValueError(f"network must be a flax.nnx.Module or make one, got a function that makes {name}")
     taken = call_arguments(template, "mask", *SWITCHES, _AVERAGING)
     template = nnx.recursive_map(
         lambda _, node: _with_explicit_statistics(node) if isinstance(node, nnx.BatchNorm) else node, template
@@ -359,7 +359,8 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
         module = made[0] if isinstance(made, tuple) and len(made) == 2 else made
         if not isinstance(module, eqx.Module):
             raise ValueError(
-                f"network must be an equinox.Module or make one, got one that makes {type(module).__name__}"
+                "network must be an equinox.Module or make one, got a function that makes "
+                f"{type(module).__name__}"
             )
         return equinox_norm.with_explicit_statistics(module)
 
@@ -405,7 +406,7 @@ def from_equinox(network: Callable[..., Any], *, batched: bool = False) -> Model
             result = module(x, state=state, **randomness)
             if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], eqx.nn.State)):
                 raise ValueError(
-                    f"{name} has an equinox.nn.BatchNorm, and returns no pair of outputs and state"
+                    f"{name} has an equinox.nn.BatchNorm, but does not return the pair (outputs, state)"
                 )
             return result
 

@@ -23,9 +23,9 @@ from jaxmeta.tasks.splits import PARTS, ClassSplit, check_part
 from jaxmeta.tasks.tfds import prepare_tfds
 
 _CIFAR_IMAGES = 60_000
-# Folders in which ImageNet's class folders are searched.
+# Subfolders of `data` that may hold ImageNet's class folders.
 _IMAGENET = ("", "train", "ILSVRC/Data/CLS-LOC/train")
-_EACH = 600  # images per class of mini-ImageNet
+_MINI_IMAGENET_IMAGES = 600  # per class
 
 _CIFAR_FS = {
     "train": """
@@ -287,12 +287,12 @@ def mini_imagenet_images(data: str | os.PathLike[str], size: int = 84) -> SplitI
     folder = _folder(data)
     listing = _mini_imagenet_listing(folder)
     protocol = "mini-ImageNet, class split of Ravi & Larochelle 2017"
-    if any(len(listing.files_of(name)) > _EACH for name in listing.classes):
-        files = {name: listing.files_of(name)[:_EACH] for name in listing.classes}
+    if any(len(listing.files_of(name)) > _MINI_IMAGENET_IMAGES for name in listing.classes):
+        files = {name: listing.files_of(name)[:_MINI_IMAGENET_IMAGES] for name in listing.classes}
         listing = Listing.of_classes(folder, files)
         protocol += (
-            f"; the first {_EACH} images of each class by name: not the published choice of images, which "
-            "only the csv lists tell"
+            f"; the first {_MINI_IMAGENET_IMAGES} images of each class by name: not the published choice of "
+            "images, which only the csv lists define"
         )
     prepared = prepare_files("mini_imagenet", listing, size=size, channels=3, argument="data")
     return SplitImages(prepared, mini_imagenet_split(), protocol)

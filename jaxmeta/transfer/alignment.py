@@ -174,7 +174,7 @@ def align(
     weights: ExampleWeights | None = None,
     augment: Augment | None = None,
     report: Callable[[int, float], None] | None = None,
-    look: Callable[[int, Aligned], None] | None = None,
+    callback: Callable[[int, Aligned], None] | None = None,
     every: int | None = None,
 ) -> Aligned:
     """Train a classifier on a labelled source while aligning its features with an unlabelled target.
@@ -201,9 +201,9 @@ def align(
       weights: weights of the source examples in the cross-entropy; None for equal weights.
       augment: function `(key, x) -> x`, applied to both domains; None for no augmentation.
       report: function `(step, loss)`, called every `every` steps.
-      look: function `(step, aligned)` for model selection, called every `every` steps with the current
+      callback: function `(step, aligned)` for model selection, called every `every` steps with the current
         variables as an `Aligned` with empty losses.
-      every: steps between two calls of `look` and `report`; None for about 20 calls.
+      every: steps between two calls of `callback` and `report`; None for about 20 calls.
 
     Returns:
       An `Aligned`: variables for each domain, and the loss of each step.
@@ -252,9 +252,9 @@ def align(
     def result(params: PyTree, states: PyTree, losses: Array) -> Aligned:
         return Aligned(variables_of(params, states, "target"), variables_of(params, states, "source"), losses)
 
-    def on_look(step: int, params: PyTree, states: PyTree) -> None:
-        assert look is not None
-        look(step, result(params, states, jnp.zeros(0)))
+    def on_step(step: int, params: PyTree, states: PyTree) -> None:
+        assert callback is not None
+        callback(step, result(params, states, jnp.zeros(0)))
 
     params, states, losses = descend(
         _objective(model, alignment, augment, norm, tuple(leaves), structure),
@@ -267,7 +267,7 @@ def align(
         key=key,
         report=report,
         every=every,
-        look=None if look is None else on_look,
+        callback=None if callback is None else on_step,
     )
     return result(params, states, losses)
 

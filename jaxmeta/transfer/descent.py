@@ -44,7 +44,7 @@ def descend(
     extra: PyTree = None,
     report: Callable[[int, float], None] | None = None,
     every: int | None = None,
-    look: Callable[[int, Params, PyTree], None] | None = None,
+    callback: Callable[[int, Params, PyTree], None] | None = None,
 ) -> tuple[Params, PyTree, Float[Array, " steps"]]:
     """Minimise `objective` by steps of `optimizer`, in one compiled loop.
 
@@ -62,7 +62,7 @@ def descend(
       extra: arrays passed on to the objective.
       report: function of step and loss, called after every `every` steps.
       every: steps between two calls; None for about 20 calls.
-      look: function of step, params and state, called after every `every` steps.
+      callback: function of step, params and state, called after every `every` steps.
 
     Returns:
       The trained params, the state, and the loss of each step.
@@ -87,7 +87,7 @@ def descend(
     every = max(1, -(-steps // _REPORTS)) if every is None else every
     done = 0
     while done < steps:
-        until = min(done + every, steps) if report or look else steps
+        until = min(done + every, steps) if report or callback else steps
         carry = _advance(*static, carry, arrays, extra, key, done, until)
         done = until
         last = float(carry[3][done - 1])
@@ -95,8 +95,8 @@ def descend(
             raise FloatingPointError(_not_finite(np.asarray(carry[3][:done])))
         if report:
             report(done, last)
-        if look:
-            look(done, carry[0], carry[1])
+        if callback:
+            callback(done, carry[0], carry[1])
     return carry[0], carry[1], carry[3]
 
 

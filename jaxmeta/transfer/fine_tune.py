@@ -69,7 +69,7 @@ def fine_tune(
     augment: Augment | None = None,
     keep_statistics: bool = False,
     report: Callable[[int, float], None] | None = None,
-    look: Callable[[int, Variables], None] | None = None,
+    callback: Callable[[int, Variables], None] | None = None,
     every: int | None = None,
 ) -> Fitted:
     """Train a network, or its upper layers, on labelled examples, starting from given variables.
@@ -101,8 +101,8 @@ def fine_tune(
         too, for few examples or mini-batches too small for statistics of their own. False normalises each
         mini-batch by itself, and the running statistics become those of `data`.
       report: function of step and loss, called after every `every` steps.
-      look: function of step and variables, called after every `every` steps, for model selection.
-      every: steps between two calls of `report` and `look`; None for about 20 calls.
+      callback: function of step and variables, called after every `every` steps, for model selection.
+      every: steps between two calls of `report` and `callback`; None for about 20 calls.
 
     Returns:
       A `Fitted`: the trained variables, and the loss of each step.
@@ -143,7 +143,9 @@ def fine_tune(
         key=key,
         report=report,
         every=every,
-        look=None if look is None else lambda step, params, state: look(step, {"params": params, **state}),
+        callback=None
+        if callback is None
+        else lambda step, params, state: callback(step, {"params": params, **state}),
     )
     return Fitted({"params": params, **state}, losses)
 
@@ -158,7 +160,7 @@ class FitSettings(TypedDict, total=False):
     augment: Augment | None
     keep_statistics: bool
     report: Callable[[int, float], None] | None
-    look: Callable[[int, Variables], None] | None
+    callback: Callable[[int, Variables], None] | None
     every: int | None
 
 

@@ -21,7 +21,7 @@ class Candidate:
     Attributes:
       features: features of its body, of shape `(n, d)`.
       source_probs: its probabilities of the source classes, of shape `(n, classes)`; None if it has no
-        classes, as after self-supervised training, and therefore no scores NCE and LEEP.
+        classes, as after self-supervised training; NCE and LEEP are then not computed.
     """
 
     features: Real[Array | np.ndarray, "n d"]

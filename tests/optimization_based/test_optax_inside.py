@@ -142,12 +142,12 @@ def test_accumulated_meta_steps_are_one_step_of_the_mean_meta_gradient():
 
         return jax.grad(mean_loss)(params)
 
-    start = params = state.params
+    start = state.params
     gradients = [mean_gradient(start, number) for number in range(every)]
     for number in range(every):
         state, _ = step(state, tasks.sample)
         if number < every - 1:
             jax.tree.map(np.testing.assert_array_equal, state.params, start)
-    params = jax.tree.map(lambda p, *g: p - rate * sum(g) / every, start, *gradients)
-    assert_close(state.params, params, 1e-7)
-    assert np.abs(flat(params) - flat(start)).max() > 1e-3
+    expected = jax.tree.map(lambda p, *g: p - rate * sum(g) / every, start, *gradients)
+    assert_close(state.params, expected, 1e-7)
+    assert np.abs(flat(expected) - flat(start)).max() > 1e-3

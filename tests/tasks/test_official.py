@@ -111,7 +111,7 @@ def test_cub_split_follows_the_order_of_the_folders():
 def test_mini_imagenet_from_class_folders(tmp_path, monkeypatch, inner):
     root = tmp_path / "data" / inner
     fill(root, MINI, per_class=3 if inner else 2)
-    monkeypatch.setattr(official, "_EACH", 2)
+    monkeypatch.setattr(official, "_MINI_IMAGENET_IMAGES", 2)
     if inner:
         (root / "n00000001").mkdir()
         (root / "n00000001" / "n00000001_1.JPEG").write_bytes(b"never opened")

@@ -26,7 +26,7 @@ class Deep(linen.Module):
     def __call__(self, x, train=False):
         for width in (6, 5, 4):
             x = linen.Conv(width, (3, 3), bias_init=linen.initializers.normal(1.0))(x)
-            self.sow("entering", "x", x)
+            self.sow("norm_inputs", "x", x)
             if self.ours:
                 x = jm.nn.BatchNorm(epsilon=1e-5)(x)
             else:
@@ -37,14 +37,14 @@ class Deep(linen.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _recorded(network, variables, x):
-    return network.apply(variables, x, mutable=["entering"])
+    return network.apply(variables, x, mutable=["norm_inputs"])
 
 
-def entering(network, variables, x, stats):
+def inputs_and_statistics(network, variables, x, stats):
     """Return the recorded inputs and the statistics of each normalisation in inference."""
     _, state = _recorded(network, {**variables, "batch_stats": stats}, x)
     layers = [stats[name] for name in sorted(stats)]
-    return list(zip(*jax.tree.map(np.asarray, (list(state["entering"]["x"]), layers)), strict=True))
+    return list(zip(*jax.tree.map(np.asarray, (list(state["norm_inputs"]["x"]), layers)), strict=True))
 
 
 def images(n, seed=0, scale=1.0, shift=0.0):
@@ -62,7 +62,7 @@ def trained(network, x):
         jax.device_get(variables["params"]),
     )
     # Remove the record that `init` creates.
-    return adabn(network, {**variables, "params": params, "entering": {}}, x)
+    return adabn(network, {**variables, "params": params, "norm_inputs": {}}, x)
 
 
 OURS, FLAX = pytest.param(Deep(ours=True), id="jaxmeta"), pytest.param(Deep(ours=False), id="flax")
@@ -75,12 +75,12 @@ def test_every_layer_has_mean_zero_and_variance_one_on_the_target(network, batch
     source, target = images(12), images(21, 3, 2.0, 1.0)
     variables = trained(network, source)
     adapted = adabn(network, variables, target, batch=batch)
-    for x, layer in entering(network, variables, target, adapted["batch_stats"]):
+    for x, layer in inputs_and_statistics(network, variables, target, adapted["batch_stats"]):
         normalised = (x - layer["mean"]) / np.sqrt(layer["var"])
         np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-9)
         np.testing.assert_allclose(normalised.var((0, 1, 2)), 1, rtol=1e-9)
     # With the source's statistics they are not.
-    for x, layer in entering(network, variables, target, variables["batch_stats"]):
+    for x, layer in inputs_and_statistics(network, variables, target, variables["batch_stats"]):
         assert np.abs(((x - layer["mean"]) / np.sqrt(layer["var"])).mean((0, 1, 2))).max() > 0.2
 
 
@@ -113,7 +113,7 @@ def test_one_pass_pools_the_moments_within_and_between_batches(network, x64):
     records = []
     for part in np.split(x, np.cumsum(sizes)[:-1]):
         whole = adabn(network, variables, part)["batch_stats"]
-        records.append([np.asarray(z) for z, _ in entering(network, variables, part, whole)])
+        records.append([np.asarray(z) for z, _ in inputs_and_statistics(network, variables, part, whole)])
     naive = []
     for index, name in enumerate(sorted(adapted)):
         mean_b, var_b = (
@@ -138,7 +138,7 @@ def test_conv4_gets_the_statistics_of_the_target():
     network = jm.nn.Conv4(filters=8)
     x = 1 - np.random.default_rng(0).uniform(size=(20, 16, 16, 1)).astype(np.float32) ** 2
     variables = jax.device_get(initialised(network, x, 1))
-    params = jax.tree.map(lambda leaf: leaf + np.float32(0.1), variables["params"])  # offsets, γ ≠ 1
+    params = jax.tree.map(lambda leaf: leaf + np.float32(0.1), variables["params"])  # so that γ ≠ 1 and β ≠ 0
     whole = adabn(network, {"params": params}, x)
     batched = adabn(network, {"params": params}, x, batch=7)
     apply = jax.jit(jm.nn.as_model(network).apply_norm)
@@ -225,7 +225,7 @@ def test_an_nnx_model_is_adapted_in_one_batch_or_in_one_pass(x64):
 
 
 class Lifted(linen.Module):
-    """Two layers by `scan`, each with remat, then one of two feature axes."""
+    """Three batch normalisations in a `scan` of rematerialised blocks, then one over two feature axes."""
 
     @linen.compact
     def __call__(self, x):

@@ -163,7 +163,7 @@ def test_training_in_pieces_equals_uninterrupted_training_bit_for_bit(model, ali
         alignment,
         **settings,
         every=4,
-        look=lambda step, result: (steps.append(step), seen.append(result)),
+        callback=lambda step, result: (steps.append(step), seen.append(result)),
         report=lambda step, loss: reports.append((step, loss)),
     )
     assert same_bits(whole, pieces)

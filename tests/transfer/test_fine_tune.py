@@ -209,7 +209,7 @@ def test_training_depends_on_the_key_and_not_on_its_pieces(flax):
     pieces = fine_tune(
         model, variables, DATA, **settings, every=3,
         report=lambda step, loss: reports.append((step, loss)),
-        look=lambda step, variables: seen.append((step, variables)),
+        callback=lambda step, variables: seen.append((step, variables)),
     )  # fmt: skip
     assert same_bits(whole, pieces)
     assert reports == [(step, float(whole.losses[step - 1])) for step in (3, 6, 7)]
@@ -390,7 +390,7 @@ def test_gradual_unfreezing_goes_from_the_top_to_the_bottom(flax):
 
     fitted = gradual_unfreezing(
         model, variables, DATA, groups, optimizer=optimizer, rate=0.2, stage_steps=10, last_steps=20, key=KEY,
-        every=20, look=lambda step, variables: seen.append(variables),
+        every=20, callback=lambda step, variables: seen.append(variables),
         report=lambda step, loss: reports.append(step),
     )  # fmt: skip
     assert reports == [10, 10, 20]
