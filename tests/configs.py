@@ -1,12 +1,13 @@
-"""Run configurations for tests, with settings by names without their groups."""
+"""Run configurations for tests, from settings that are named without their groups."""
 
 from jaxmeta.cli.config import Chosen, base_of, resolve
 
+# A name that several groups have is set in the first of them.
 ORDER = ("tasks", "training", "run", "learner", "network")
 
 
 def config_of(flags=None, **chosen):
-    """Return a run configuration for chosen names, with `flags` replacing its values."""
+    """Return the run configuration of a preset, tasks or a learner, with `flags` in place of its values."""
     base = base_of(Chosen(**chosen))
     groups = base.names().groups()
     overrides = {}

@@ -1,4 +1,4 @@
-"""Methods that learn how to descend: one file a method, on the engine `inner_loop`.
+"""Methods that learn how to descend: one file per method, on the engine `inner_loop`.
 
 | learner | what is learned |
 | --- | --- |
@@ -20,14 +20,14 @@
 | `order` | the meta-gradient | a setting of |
 | --- | --- | --- |
 | `"second"` | goes through every inner step; with `truncation=K` through the last K | `maml` `anil` `boil` `meta_sgd` `cavia` `lstm_meta_learner` `learned_optimizer` |
-| `"first"` | takes the inner gradients for constants | the same; `fomaml` is `maml` with it |
+| `"first"` | treats the inner gradients as constants | the same; `fomaml` is `maml` with it |
 | `"implicit"` | that of the minimum which the inner loop approaches, by conjugate gradients; needs `proximal=λ` | `maml` `anil` `boil`; `imaml` is `maml` with it |
 
-**Memory.** Second order can keep what it needs on the way back, or compute it again: the gradient is the same
-by any `memory=`. The default `"auto"` stores where that is little, by the number of steps, what a step keeps,
-and the backend: up to 8 MB a task on CPUs and up to 256 MB on accelerators. Beyond that it computes again,
-which is also faster on CPUs, since less memory is moved. `benchmarks/README.md` has time and memory by order,
-mode and number of steps.
+**Memory.** The backward pass of second order needs the intermediate values of the inner steps, which can be
+stored or recomputed: the gradient is the same for every `memory=`. The default `"auto"` stores them where all
+steps of a task need at most 8 MB on CPUs or 256 MB on accelerators. Beyond that it recomputes them, which is
+also faster on CPUs, since less memory is moved. `benchmarks/README.md` has time and memory by order, mode and
+number of steps.
 
 **Learned settings.** The inner optimizer may have settings that are learned (`hyper=` of `inner_loop`), which
 is how Meta-SGD, MAML++ and the LSTM meta-learner are made.
@@ -36,7 +36,8 @@ is how Meta-SGD, MAML++ and the LSTM meta-learner are made.
 takes the place of `jax.value_and_grad`, and `persistent_evolution` that of truncated backpropagation through
 a long unroll.
 
-**How far first order is from the truth**, on sine waves before training (1 is equal for both numbers):
+**How much the first-order gradient differs from the second-order one**, on sine waves before training (both
+numbers are 1 for equal gradients):
 
 >>> import jax
 >>> import optax
@@ -45,11 +46,11 @@ a long unroll.
 >>> settings = {"inner_lr": 0.1, "loss": jm.losses.mse, "inner_steps": 5}
 >>> second, first = (jm.maml(jm.nn.MLP(out=1), order=order, **settings) for order in ("second", "first"))
 >>> params = second.init(jax.random.key(0), waves.sample(jax.random.key(0)))
->>> apart = jm.meta_gradient_alignment(second, first, params, waves, episodes=100, key=jax.random.key(1))
->>> print(f"cosine {apart.cosine:.1f}, ratio of norms {apart.norm_ratio:.1f}")
+>>> alignment = jm.meta_gradient_alignment(second, first, params, waves, episodes=100, key=jax.random.key(1))
+>>> print(f"cosine {alignment.cosine:.1f}, ratio of norms {alignment.norm_ratio:.1f}")
 cosine 0.8, ratio of norms 0.5
 
-`jaxmeta train --diagnose` reports both during training, and draws them.
+`jaxmeta train --diagnose` reports both numbers during training, and plots them.
 
 **A learned optimizer is an optax optimizer.** Each task is an optimization run, here of ‖Wθ − y‖² with random
 W and y and θ of 10 variables:
@@ -61,7 +62,7 @@ W and y and θ of 10 variables:
 ...     learner, functions, optax.adam(1e-2), steps=60, meta_batch=16, strategy="vmap", key=jax.random.key(0)
 ... )
 
-The trained optimizer is for any parameters, any loss and any training loop:
+The trained optimizer works with any parameters, any loss and any training loop:
 
 >>> optimizer = jm.learned_optimizer_as_optax(state.params, scale=0.1)
 >>> unseen = jm.tasks.quadratics("test").sample(jax.random.key(1)).support

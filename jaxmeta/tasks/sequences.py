@@ -124,7 +124,9 @@ def with_ways(tasks: TaskDistribution, ways: int) -> TaskDistribution:
     """
     sample = getattr(tasks, "sample", None)
     if not isinstance(sample, jax.tree_util.Partial) or not isinstance(sample.func, DrawSequence):
-        raise ArgumentError("tasks", "it must be tasks from jm.tasks.sequences")
+        raise ArgumentError(
+            "tasks", f"got {type(tasks).__name__} of another source; it must be from jm.tasks.sequences"
+        )
     check_count("ways", ways)
     most = card_of(tasks).ways
     if ways > most:  # type: ignore[operator]
@@ -151,13 +153,13 @@ class DrawSequence:
         _, order, names = jax.random.split(key, 3)
         support, query = sample(self.episode_key(key))
         num_classes = support.ways
-        shots, each = support.y.shape[0] // num_classes, self.length // num_classes
+        shots, per_class = support.y.shape[0] // num_classes, self.length // num_classes
         steps = jnp.arange(self.length)
-        real = None if ways is None else steps < ways * each
+        real = None if ways is None else steps < ways * per_class
         if self.even:
             # Masked steps sort to the end.
             keys = jax.random.uniform(order, (self.length,))
-            classes = jnp.argsort(keys if real is None else jnp.where(real, keys, 2.0)) // each
+            classes = jnp.argsort(keys if real is None else jnp.where(real, keys, 2.0)) // per_class
         else:
             bits = jax.random.bits(order, (self.length,), jnp.uint32)
             classes = (bits % jnp.asarray(num_classes if ways is None else ways, jnp.uint32)).astype(

@@ -209,9 +209,9 @@ def over_tasks(function: Callable[..., Any], mesh: Mesh, *, out: PartitionSpec) 
     return split
 
 
-def first_task(mesh: Mesh, own: int) -> jax.Array | int:
-    """Return the number of the running device's first task inside `over_tasks`; every device has `own`."""
-    return jax.lax.axis_index(TASKS) * own if _num_groups(mesh) > 1 else 0
+def first_task(mesh: Mesh, per_device: int) -> jax.Array | int:
+    """Return the index of the running device's first task, inside `over_tasks`."""
+    return jax.lax.axis_index(TASKS) * per_device if _num_groups(mesh) > 1 else 0
 
 
 def sum_over_tasks(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -87,7 +87,8 @@ def init_state(
 
     Raises:
       ValueError: `learner` does not suit `tasks` (for a user-defined learner, see `jm.check_learner`), or
-        `params` differ from the learner's in structure, shape or dtype. Raised before anything is compiled.
+        `params` differ from the learner's in structure, shape or dtype. It is raised before anything is
+        compiled.
 
     Examples:
       >>> import jaxmeta as jm
@@ -202,15 +203,19 @@ def stream_batches(stream: TaskStream, start: int) -> Iterator[Iterator[Task]]:
 
 
 def check_stream(tasks: TaskDistribution | TaskStream, key: Key, *, for_evaluation: bool, name: str) -> None:
-    """Raise an error if `tasks` is a stream whose episodes are numbered otherwise than by `key`."""
+    """Check that `tasks`, if it is a stream, numbers its episodes by `key` and for the same purpose.
+
+    Raises:
+      ArgumentError: the stream has another key, or another `for_evaluation`; the error calls it `name`.
+    """
     if not isinstance(tasks, TaskStream) or tasks.key is None:
         return
     stream_bits, bits = (np.asarray(jax.random.key_data(each)) for each in (tasks.key, key))
     if tasks.for_evaluation != for_evaluation or not np.array_equal(stream_bits, bits):
         raise ArgumentError(
             name,
-            f"got a stream whose episodes are of another key, or numbered otherwise; build "
-            f"it with the key used here ({bits.tolist()} as data) and for_evaluation={for_evaluation}",
+            f"got a stream with key data {stream_bits.tolist()} and for_evaluation={tasks.for_evaluation}; "
+            f"build it with those used here, {bits.tolist()} and for_evaluation={for_evaluation}",
         )
 
 
@@ -270,8 +275,8 @@ def meta_step(
     check_optimizer("optimizer", optimizer)
     compared_to = None if compared_to is None else normalized(compared_to)
     mesh = sharding.task_mesh(meta_batch, devices, divisible=learner.divisible)
-    own = meta_batch // mesh.shape[sharding.TASKS]
-    at_once = _tasks_at_once(strategy, own, mesh.devices.flat[0].platform)
+    per_device = meta_batch // mesh.shape[sharding.TASKS]
+    at_once = _tasks_at_once(strategy, per_device, mesh.devices.flat[0].platform)
 
     def gradient(
         learner: Learner, params: Params, step: Array, tasks: Task, keys: Array
@@ -298,17 +303,18 @@ def meta_step(
         return [grads for grads, _ in results], results[0][1]
 
     def step(state: TrainState, source: Source) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        first = sharding.first_task(mesh, own)
-        keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(own))
+        first = sharding.first_task(mesh, per_device)
+        keys = episode_keys(jax.random.fold_in(state.key, state.step), first + jnp.arange(per_device))
         # All tasks are drawn before the scan: drawing them inside it, by many tiny operations for each,
         # doubled the time of the sinusoid's meta-step. Memory then grows with the number of tasks by
         # their examples only, not by their activations.
         tasks = source if isinstance(source, Task) else jax.vmap(source)(keys[:, 0])
-        if (size := tasks.query.y.shape[0]) != own:
+        if (size := tasks.query.y.shape[0]) != per_device:
             raise ArgumentError(
-                "tasks", f"got a batch of {size * meta_batch // own}, and meta_batch is {meta_batch}"
+                "tasks",
+                f"got a batch of {size * meta_batch // per_device} tasks; meta_batch is {meta_batch}",
             )
-        if at_once == own:
+        if at_once == per_device:
             sums = gradients(state.params, state.step, tasks, keys[:, 1])
         else:
 
@@ -317,7 +323,8 @@ def meta_step(
                 return jax.tree.map(jnp.add, grads, new), values
 
             chunks = jax.tree.map(
-                lambda leaf: leaf.reshape(own // at_once, at_once, *leaf.shape[1:]), (tasks, keys[:, 1])
+                lambda leaf: leaf.reshape(per_device // at_once, at_once, *leaf.shape[1:]),
+                (tasks, keys[:, 1]),
             )
             zeros = [jax.tree.map(jnp.zeros_like, state.params)] * (1 if compared_to is None else 2)
             grads, values = jax.lax.scan(accumulate, zeros, chunks)

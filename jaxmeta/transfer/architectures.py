@@ -34,9 +34,9 @@ _TIMM = {
 _SHAPELESS: dict[type[linen.Module], tuple[str, ...]] = {
     nn.ViT: ("heads", "epsilon", "pooling", "activation")
 }
-# Families of vision transformers, and the initial value of DINOv2's learned scales.
-_TRANSFORMERS, _LAYER_SCALE = ("ViT", "DINOv2", "CLIP"), 1e-5
-# Names of the layers that DINOv2's giant has in place of its MLPs.
+# Initial value of DINOv2's learned scales.
+_LAYER_SCALE = 1e-5
+# Names of the layers that DINOv2's giant model has in place of its MLPs.
 _SWIGLU = re.compile(r".*/mlp/(w12|w3|weights_in|weights_out|gate_proj|up_proj|down_proj)/(weight|bias)")
 
 
@@ -165,8 +165,8 @@ def network_of(
     if layout.family == "DINOv2" and swiglu:
         raise ArgumentError(
             "path",
-            f"{origin} has {swiglu[0]}, of the SwiGLU layers of DINOv2's giant, which jm.nn.ViT does not "
-            "have; the small, base and large versions can be read",
+            f"{origin} has {swiglu[0]}, of the SwiGLU layers of DINOv2's giant model, which jm.nn.ViT "
+            "does not have; the small, base and large versions can be read",
         )
     patch, _, _, width = shape("params/patch_embedding/kernel", 4)
     side = round((shape("params/position_embedding", 3)[1] - 1) ** 0.5)

@@ -32,7 +32,7 @@ SUPPORT, QUERY = (jm.Batch(np.asarray(part.x, np.float64), part.y, ways=WAYS) fo
 METHODS = {
     "soft_kmeans": functools.partial(jm.soft_kmeans, refinement_steps=2, scale=0.7),
     "label_propagation": jm.label_propagation,
-    "of few neighbours": functools.partial(jm.label_propagation, neighbours=3, sigma=None),
+    "label_propagation_few_neighbours": functools.partial(jm.label_propagation, neighbours=3, sigma=None),
 }
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -91,8 +91,9 @@ def graph(nodes, neighbours, sigma):
     return np.where(near | near.T, np.exp(-squared / (2 * variance)), 0)
 
 
-def many(seed=0):
-    rng = np.random.default_rng(seed)
+def random_points():
+    """Return a support set, its labels, and queries."""
+    rng = np.random.default_rng(0)
     y = np.array([0, 1, 2, 1, 0, 2, 2, 1])
     return rng.normal(size=(8, DIM)), y, rng.normal(size=(30, DIM))
 
@@ -100,7 +101,7 @@ def many(seed=0):
 @pytest.mark.parametrize("sigma", [None, 0.7])
 @pytest.mark.parametrize(("neighbours", "alpha"), [(4, 0.99), (20, 0.5), (100, 0.9)])
 def test_label_propagation_is_the_limit_of_scikit_learns_label_spreading(neighbours, alpha, sigma):
-    x, y, query = many()
+    x, y, query = random_points()
     nodes = np.concatenate([x, query])
     weights = graph(nodes, neighbours, sigma)
     spreading = LabelSpreading(kernel=lambda *_: weights, alpha=alpha, max_iter=100_000, tol=1e-13)
@@ -144,7 +145,7 @@ def test_distances_whose_kernel_underflows_still_give_the_nearest_class():
     assert (np.exp(outputs.max(1)) > 0.9).all()
 
 
-# Both.
+# Both methods.
 
 
 @methods
@@ -171,10 +172,10 @@ def test_predictions_depend_on_the_other_queries_but_not_on_their_order(method):
 
 
 @methods
-def test_a_single_query_has_the_class_of_the_support_example_at_its_place(method):
+def test_a_single_query_has_the_class_of_the_nearest_support_example(method):
     support = batch([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]], range(3))
-    for label, place in enumerate(np.asarray(support.x)):
-        outputs = predict(METHODS[method](IDENTITY), support, place[None] + 0.1)
+    for label, point in enumerate(np.asarray(support.x)):
+        outputs = predict(METHODS[method](IDENTITY), support, point[None] + 0.1)
         assert outputs.shape == (1, 3)
         assert outputs.argmax() == label
 
