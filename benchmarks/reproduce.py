@@ -51,7 +51,7 @@ ROWS = {
     "ridge": ("omniglot-ridge", "none on Omniglot", ""),
     "simple_shot": ("omniglot-simple-shot", "none on Omniglot", ""),
     "fine_tuned_head": ("omniglot-fine-tuned-head", "86.0, as run by Vinyals et al.", ""),
-    "metanet": ("omniglot-metanet", "98.95 inductive", "one task a meta-step"),
+    "metanet": ("omniglot-metanet", "98.95 inductive", "one task per meta-step"),
 }
 CONTROL_RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 

@@ -38,7 +38,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     (
         "permuted_classes_permute_outputs",
         "learned_optimizer",
-    ): "it starts from a new random network, whose parameters cannot be permuted along",
+    ): "it starts from a new random network, whose parameters the test does not permute",
     **{
         ("loss_metrics_match_predictions", name): "trains a classifier of all training classes, and "
         "predicts by the classes of a support set"
@@ -47,7 +47,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     (
         "permuted_classes_permute_outputs",
         "mann",
-    ): "labels are also inputs, by rows of a kernel; tests/model_based/test_mann.py permutes those along",
+    ): "labels are also inputs, by rows of a kernel; tests/model_based/test_mann.py permutes those, too",
     (
         "example_order_has_no_effect",
         "mann",
@@ -60,7 +60,7 @@ EXEMPT: dict[tuple[str, str], str] = {
         "gradient_steps_lower_the_loss",
         "reptile",
     ): "its loss is the distance to the adapted parameters, which its gradient holds constant; "
-    "tests/optimization_based/test_reptile.py tests the loss that falls",
+    "tests/optimization_based/test_maml_relatives.py tests the loss that falls",
 }
 
 # learner -> settings that replace the small ones below.
@@ -147,7 +147,7 @@ KEY = jax.random.key(2)
 
 class Case(NamedTuple):
     name: str
-    row: str  # of the report: "transductive" or "inductive"
+    row: str  # row of the report: "transductive" or "inductive"
     kind: str
 
     def __str__(self):
@@ -172,7 +172,7 @@ def transductive(case):
 
 
 def one_row(case):
-    """Return whether a case is inductive classification, or MAML's regression."""
+    """Return whether a case is in the default run; see the module's docstring."""
     inductive = case.row == "inductive" or transductive(case)
     return inductive and (case.kind == "classification" or case.name == "maml")
 
@@ -182,7 +182,7 @@ def one_row_of_representatives(case):
 
 
 def law(where=lambda case: True, default=one_row):
-    """Run `test_LAW` on the cases of `where` that are not exempt, nightly if not in `default`."""
+    """Run a test on the cases of `where` that are not exempt; those not in `default` are nightly."""
 
     def mark(test):
         name = test.__name__.removeprefix("test_")

@@ -119,6 +119,7 @@ need `loss(…, step=None)`. A loss or a metric of your own, `jm.maml(network, l
 or that of `jm.evaluate`, is a function `(outputs, y, mask) -> scalar`; a metric may return `(sum, count)`.
 """  # noqa: E501
 
-from jaxmeta.cli.main import EXIT_OTHER, EXIT_STOPPED, EXIT_USER, main, program
+from jaxmeta.cli.main import main, program
+from jaxmeta.cli.signals import EXIT_OTHER, EXIT_STOPPED, EXIT_USER
 
 __all__ = ["EXIT_OTHER", "EXIT_STOPPED", "EXIT_USER", "main", "program"]

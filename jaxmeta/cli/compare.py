@@ -24,7 +24,7 @@ from jaxmeta.cli.comparison_report import comparison_markdown, draw_comparison, 
 from jaxmeta.cli.config import Base, Config, load_config, read_json, resolve
 from jaxmeta.cli.figures import COMPARED, METRIC_NAMES, Curve, plot_curves
 from jaxmeta.cli.parser import ParsedArguments
-from jaxmeta.cli.signals import Signalled
+from jaxmeta.cli.signals import EXIT_OTHER, EXIT_STOPPED, EXIT_USER, Signalled
 from jaxmeta.files import write_json, write_text
 from jaxmeta.training import Evaluation
 from jaxmeta.training.metrics import METRICS, NO_METRICS, read_metrics
@@ -54,6 +54,7 @@ class _Trainings:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator["_Trainings"]:
+        """Handle signals by stopping the running process while the block runs."""
         numbers = [signal.SIGINT, signal.SIGTERM]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup
             numbers.append(signal.SIGHUP)
@@ -74,9 +75,9 @@ class _Trainings:
             self.process.send_signal(self.signal)
         status = self.process.wait()
         self.process = None
-        if status == 75 or (self.signal is not None and status not in (1, 2)):
+        if status == EXIT_STOPPED or (self.signal is not None and status not in (EXIT_OTHER, EXIT_USER)):
             raise Signalled(f"while {learner} was being trained; continue with: {self.hint}")
-        if status in (1, 2):
+        if status in (EXIT_OTHER, EXIT_USER):
             raise SystemExit(status)
         if status:
             raise ChildProcessError(f"the training of {learner} ended with status {status}")
@@ -113,8 +114,8 @@ def compare(bases: Mapping[str, Base], common: Base, parsed: ParsedArguments) ->
     for learner in learners:
         if parsed.words.count(learner) > 1:
             raise ArgumentError("learners", f"got {learner} twice; name each learner once")
-    own = parsed.values.get("comparison", {})
-    resume, out_flag = own.get("resume", False), own.get("out")
+    options = parsed.values.get("comparison", {})
+    resume, out_flag = options.get("resume", False), options.get("out")
     budget = _budget(common, parsed)
     values = {learner: _own_values(bases[learner], parsed, budget) for learner in learners}
     configs = {learner: resolve(bases[learner], values[learner]) for learner in learners}
@@ -124,9 +125,9 @@ def compare(bases: Mapping[str, Base], common: Base, parsed: ParsedArguments) ->
     name = "-".join(["compare", *(learner.rpartition(":")[2] for learner in learners)])
     tasks = configs[learners[0]].tasks["name"]
     out = _folder(out_flag, f"{name}-{sources.file_name(tasks)}", resume)
-    places = {learner: learner.replace(":", ".") for learner in learners}
+    subfolders = {learner: learner.replace(":", ".") for learner in learners}
     for learner in learners:
-        _check_stored(out / places[learner], configs[learner], learners)
+        _check_stored(out / subfolders[learner], configs[learner], learners)
 
     left_out = {learner: _left_out(bases[learner], parsed) for learner in learners}
     argvs = {learner: _argv(bases[learner], parsed, budget) for learner in learners}
@@ -137,11 +138,11 @@ def compare(bases: Mapping[str, Base], common: Base, parsed: ParsedArguments) ->
         for word in ([flag] if text is None else [f"{flag}={text}"] if text.startswith("-") else [flag, text])
     ]
     command = ["jaxmeta", "compare", *learners, *flags]
-    again = shlex.join([*command, "--resume", "--out", str(out)])
+    resume_command = shlex.join([*command, "--resume", "--out", str(out)])
     results = folders.Results()
-    with _Trainings(again).handled() as trainings:
+    with _Trainings(resume_command).handled() as trainings:
         for i, learner in enumerate(learners):
-            folder = out / places[learner]
+            folder = out / subfolders[learner]
             print(f"== {learner} ({i + 1} of {len(learners)})", flush=True)
             if (folder / "report.json").exists():
                 print(f"trained already: {folder}")
@@ -158,7 +159,7 @@ def compare(bases: Mapping[str, Base], common: Base, parsed: ParsedArguments) ->
                 with contextlib.suppress(OSError):
                     out.rmdir()
                 raise
-        result = {**_compared(out, places, left_out), "command": shlex.join(command)}
+        result = {**_compared(out, subfolders, left_out), "command": shlex.join(command)}
         text = comparison_markdown(result)
         with results.writing(out / "comparison.json"):
             write_json(out / "comparison.json", result)
@@ -248,13 +249,13 @@ def plot(*runs: str, out: str = "curves.png", x: Literal["steps", "seconds"] = "
         raise ArgumentError("out", f"got {out}; it must end in .png")
     if not path.absolute().parent.is_dir():
         raise ArgumentError("out", f"the folder {path.absolute().parent} does not exist")
-    places = [folder for run in runs for folder in _runs_in(Path(run).expanduser())]
-    curves = [_curve(folder, name) for folder, name in zip(places, _names(places), strict=True)]
-    for folder, curve in zip(places, curves, strict=True):
+    run_folders = [folder for run in runs for folder in _runs_in(Path(run).expanduser())]
+    curves = [_curve(folder, name) for folder, name in zip(run_folders, _names(run_folders), strict=True)]
+    for folder, curve in zip(run_folders, curves, strict=True):
         if curve.metric != curves[0].metric:
             raise ArgumentError(
                 "runs",
-                f"{places[0]} measures {curves[0].metric} and {folder} {curve.metric}; one figure shows "
+                f"{run_folders[0]} measures {curves[0].metric} and {folder} {curve.metric}; one figure shows "
                 "one metric",
             )
     path = _new_file(path)
@@ -299,14 +300,14 @@ def _check_stored(folder: Path, config: Config, trusted: Sequence[str]) -> None:
             )
 
 
-def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[str]]) -> dict[str, Any]:
+def _compared(out: Path, subfolders: Mapping[str, str], left_out: Mapping[str, list[str]]) -> dict[str, Any]:
     """Return the content of `comparison.json`."""
-    learners = list(places)
-    reports = {learner: _read(out / places[learner] / "report.json") for learner in learners}
+    learners = list(subfolders)
+    reports = {learner: _read(out / subfolders[learner] / "report.json") for learner in learners}
     episodes = {
         learner: {
             name: np.asarray(values)
-            for name, values in _read(out / places[learner] / "episodes.json").items()
+            for name, values in _read(out / subfolders[learner] / "episodes.json").items()
         }
         for learner in learners
     }
@@ -316,20 +317,20 @@ def _compared(out: Path, places: Mapping[str, str], left_out: Mapping[str, list[
         for name, value in _shared(report).items():
             if value != shared[name]:
                 raise ValueError(
-                    f"{out / places[learner]}: its {name} is {value}, but {first}'s is {shared[name]}; "
+                    f"{out / subfolders[learner]}: its {name} is {value}, but {first}'s is {shared[name]}; "
                     "compared runs must agree in it"
                 )
         for values in episodes[learner].values():
             if values.size != shared["episodes"]:
                 raise ValueError(
-                    f"{out / places[learner] / 'episodes.json'}: got {values.size} values for "
+                    f"{out / subfolders[learner] / 'episodes.json'}: got {values.size} values for "
                     f"{shared['episodes']} episodes"
                 )
     metric = "accuracy" if "accuracy" in reports[first] else "mse"
     rows = {}
     for learner, report in reports.items():
         rows[learner] = {
-            "run": places[learner],
+            "run": subfolders[learner],
             metric: report[metric],
             "difference": {
                 name: _difference(values, episodes[first][name])

@@ -10,10 +10,7 @@ from typing import Any
 
 from jaxmeta.checks import MissingPackageError
 from jaxmeta.cli import output
-from jaxmeta.cli.signals import Signals
-
-EXIT_OTHER, EXIT_USER, EXIT_STOPPED = 1, 2, 75
-
+from jaxmeta.cli.signals import EXIT_OTHER, EXIT_STOPPED, EXIT_USER, Signals
 
 # Module and description of each command. A module is imported when its command runs, to start quickly.
 COMMANDS = {

@@ -5,6 +5,9 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+# Exit statuses of a command: another error, a usage error, and stopped by a signal after saving.
+EXIT_OTHER, EXIT_USER, EXIT_STOPPED = 1, 2, 75
+
 
 class Signalled(KeyboardInterrupt):
     """A command was stopped by a signal.

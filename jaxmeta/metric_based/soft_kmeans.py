@@ -1,4 +1,4 @@
-"""Prototypes refined by the queries, as by one or more steps of soft k-means."""
+"""Prototypes refined by one or more steps of soft k-means on the queries."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def soft_kmeans(
     r"""Build prototypical networks whose prototypes are refined by soft k-means (Ren et al. 2018).
 
     A prototype p_c starts as the mean of the n_c embedded support examples of class c. Each refinement step
-    adds the queries q, weighted by the probabilities that the present prototypes assign to them:
+    adds the queries q, weighted by the probabilities that the current prototypes assign to them:
 
     w_qc = softmax_c(−scale · ‖f(x_q) − p_c‖²),
     p_c ← (Σ_support f(x_i) + Σ_q w_qc f(x_q)) / (n_c + Σ_q w_qc).

@@ -17,8 +17,7 @@ Path = tuple[str, ...]
 class BatchNorm(eqx.nn.StatefulLayer):
     """A replacement for `equinox.nn.BatchNorm` that normalises by given statistics or by those of the batch.
 
-    Statistics of the batch are written to the state themselves, because Equinox's running averages mix
-    several batches.
+    The state receives the statistics of the batch and no running averages, which would mix several batches.
 
     Attributes:
       weight, bias: parameters of the replaced layer, under the same names.
@@ -124,10 +123,8 @@ def filled(module: Any, stats: Mapping[Path, Array], mask: Array) -> Any:
     def fill(node: Any) -> Any:
         if not isinstance(node, BatchNorm):
             return node
-        places = [(*node.path, statistic) for statistic in ("mean", "var")]
-        given_stats = (
-            tuple(stats[place] for place in places) if all(place in stats for place in places) else None
-        )
+        paths = [(*node.path, statistic) for statistic in ("mean", "var")]
+        given_stats = tuple(stats[path] for path in paths) if all(path in stats for path in paths) else None
         return eqx.tree_at(
             lambda layer: (layer.given_stats, layer.mask),
             node,

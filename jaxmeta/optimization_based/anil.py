@@ -61,7 +61,7 @@ def in_head(head: Head) -> Callable[[str], bool]:
 
 
 def with_head(model: Network, head: Head, learner: Learner, *, body: bool = False) -> Learner:
-    """Make `learner.init` refuse a network without the head and, under `body`, one without a body."""
+    """Make `learner.init` refuse a network without the head and, if `body`, one without a body."""
 
     def init(key: Key, task: Task) -> Params:
         leaves = paths(jax.eval_shape(as_model(model, "model").init, key, task.support.x))

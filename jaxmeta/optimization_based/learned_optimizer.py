@@ -52,7 +52,7 @@ class Carry(NamedTuple):
     step: Int[Array, ""]
 
 
-# There is no network to fill population statistics of.
+# Not "population": the parameters hold no network whose statistics `jm.calibrate` could fill.
 _Norm = Literal["batch", "support"]
 Unroll: TypeAlias = Callable[[Params, Task, Carry | None, Key], tuple[Float[Array, ""], Carry]]
 
@@ -226,8 +226,8 @@ def learned_optimizer_as_optax(
       An `optax.GradientTransformation`.
 
     Raises:
-      ValueError: errors of `jm.learned_optimizer` for these arguments; by the transformation, integer
-        parameters.
+      ValueError: errors of `jm.learned_optimizer` for these arguments. The transformation's `init` raises
+        it for integer parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jaxmeta as jm
@@ -258,7 +258,9 @@ def _descent(proposal: ProposedUpdate, weights: PyTree) -> optax.GradientTransfo
 
     def init(params: PyTree) -> PyTree:
         integers = [
-            path for path, has in zip(paths(params), jax.tree.leaves(inexact(params)), strict=True) if not has
+            path
+            for path, is_float in zip(paths(params), jax.tree.leaves(inexact(params)), strict=True)
+            if not is_float
         ]
         if integers:
             raise ArgumentError(

@@ -23,10 +23,11 @@ from jaxmeta.tasks.cache import cache_folder, make_room
 
 # Subfolder of the cache folder.
 FOLDER = "features"
-# Most images in one call of the compiled program.
+# Largest number of images in one call of the compiled program.
 BATCH = 64
-# Version of the cached format; changing it makes all features be computed again.
+# Version of the cached format; changing it invalidates all cached features.
 _VERSION = 1
+# Bytes of the hash that identifies an image.
 _DIGEST = 16
 # Seconds after which the features computed so far are written.
 _SECONDS_BETWEEN_WRITES = 60.0
@@ -58,10 +59,10 @@ class Embedder:
       embed: function `(n, *shape) -> (n, dim)` of float images, as a pytree (`jax.tree_util.Partial`), so
         that its parameters are an argument of the compiled program.
       description: text that identifies network, weights and preprocessing; None to keep nothing on disk.
-      batch: most images in one call. Fewer ones are padded to the next power of two, so that few programs
-        are compiled.
+      batch: largest number of images in one call. Fewer images are padded to the next power of two, so that
+        few programs are compiled.
       alone: whether each image is embedded in a batch of its own within the call, so that its features do
-        not depend on its neighbours even in the last digit; None for yes on CPUs, where it takes no longer.
+        not depend on its neighbours even in the last digit; None for True on CPUs, where it takes no longer.
       report: function `(done, expected)` that is called after each computed batch.
 
     Attributes:
@@ -107,7 +108,7 @@ class Embedder:
         images = np.ascontiguousarray(images)
         header = f"{images.dtype} {images.shape[1:]} ".encode()
         digests = [_digest(header + image.tobytes()) for image in images]
-        missing = {name: place for place, name in enumerate(digests) if name not in self._rows}
+        missing = {name: index for index, name in enumerate(digests) if name not in self._rows}
         self.expected = max(self.expected, self.seen + len(images))
         done, written = self.seen + len(images) - len(missing), time.monotonic()
         for names, z in self._computed(images, missing):
@@ -139,7 +140,7 @@ class Embedder:
             yield chosen, z
 
     def save(self) -> None:
-        """Write the features to the cache folder; a failure is a warning."""
+        """Write the features to the cache folder, or warn that this failed."""
         if self._path is None or not self._unsaved:
             return
         try:

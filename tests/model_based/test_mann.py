@@ -55,7 +55,7 @@ class CompiledLearner:
         self.learner = jm.mann(model, **{"shuffle": False} | settings)
         self.adapt, self.predict = jax.jit(self.learner.adapt), jax.jit(self.learner.predict)
         self.loss = jax.jit(self.learner.loss)
-        self.slopes = jax.jit(jax.value_and_grad(self.learner.loss, has_aux=True))
+        self.gradients = jax.jit(jax.value_and_grad(self.learner.loss, has_aux=True))
         self.next_step = jax.jit(self._next_step)
 
     def outputs(self, params, support, query, key=KEY):
@@ -86,19 +86,19 @@ class CompiledLearner:
     def cross_entropy(self, output, label):
         """Return the cross-entropy, summed over characters."""
         characters = 1 if self.strings is None else self.strings[1]
-        apart = np.asarray(output).reshape(characters, -1)
-        logs = apart - np.log(np.exp(apart).sum(1, keepdims=True))
+        logits = np.asarray(output).reshape(characters, -1)
+        logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         return -(logs.reshape(-1) * self.code(int(label))).sum()
 
 
 @cache
-def ready(controller="lstm", **settings):
+def compiled_learner(controller="lstm", **settings):
     model = network(controller=controller)
     return CompiledLearner(model, weights(controller), **settings)
 
 
 @cache
-def spelling(letters, characters):
+def string_learner(letters, characters):
     model, ways = network(letters * characters), letters**characters
     strings = (letters, characters)
     params = jax.jit(jm.mann(model, strings=strings).init)(KEY, episode(ways=ways))
@@ -115,7 +115,7 @@ def masked_out(query):
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("controller", ["lstm", "feed_forward"])
 def test_loss_and_outputs_match_a_plain_loop(controller, x64):
-    model, (support, query) = ready(controller), episode()
+    model, (support, query) = compiled_learner(controller), episode()
     outputs, query_outputs = model.by_hand(support, query)
     expected = sum(map(model.cross_entropy, outputs, support.y)) + sum(
         map(model.cross_entropy, query_outputs, query.y)
@@ -142,7 +142,7 @@ def test_a_head_of_zeros_has_the_loss_of_uniform_probabilities(strings, x64):
 
 
 def test_loss_at_initialisation_is_near_that_of_uniform_probabilities(x64):
-    model, task = ready(), episode()
+    model, task = compiled_learner(), episode()
     value, _ = model.loss(jax.tree.map(lambda leaf: leaf / 2, model.params), task, KEY)
     assert abs(value / (STEPS + 2) - np.log(WAYS)) < 0.4
 
@@ -153,7 +153,7 @@ def test_loss_at_initialisation_is_near_that_of_uniform_probabilities(x64):
 @cache
 def costs_and_answers():
     """Return functions of a sequence: the cost of each possible label at a step, and the outputs there."""
-    learner, params, steps = ready().learner, ready().params, jnp.arange(STEPS)
+    learner, params, steps = compiled_learner().learner, compiled_learner().params, jnp.arange(STEPS)
 
     def loss(support, end, query):
         task = jm.Task(batch(support.x, support.y, steps < end), query)
@@ -178,7 +178,7 @@ def costs_and_answers():
 
 
 def test_an_output_does_not_depend_on_the_label_of_its_own_step(x64):
-    model, (support, query) = ready(), episode()
+    model, (support, query) = compiled_learner(), episode()
     cost, answer = costs_and_answers()
     costs, answers = cost(support, masked_out(query)), answer(support)
     np.testing.assert_allclose(costs, -jax.nn.log_softmax(answers), atol=1e-10)
@@ -187,7 +187,7 @@ def test_an_output_does_not_depend_on_the_label_of_its_own_step(x64):
 
 
 def test_a_label_changes_all_outputs_after_its_step_and_no_others(x64):
-    model, (support, query) = ready(), episode()
+    model, (support, query) = compiled_learner(), episode()
     _, answer = costs_and_answers()
     before = np.asarray(answer(support))
     for t in range(STEPS):
@@ -239,7 +239,7 @@ def test_the_network_receives_the_label_of_the_previous_step(masked, x64):
 
 @pytest.mark.nightly
 def test_queries_are_next_steps_that_do_not_change_the_memory(x64):
-    model, (support, query) = ready(), episode(queries=3)
+    model, (support, query) = compiled_learner(), episode(queries=3)
     adapted = model.adapt(model.params, support, KEY)
     actual = np.asarray(model.predict(model.params, adapted, query.x))
     for i in range(3):
@@ -280,7 +280,7 @@ def test_tasks_without_queries_are_allowed(strings, x64):
 
 @pytest.mark.nightly
 def test_episodes_are_independent(x64):
-    model = ready()
+    model = compiled_learner()
     tasks = [episode(seed=seed) for seed in range(3)]
     keys = jax.random.split(KEY, 3)
 
@@ -302,7 +302,7 @@ def test_episodes_are_independent(x64):
 
 
 def test_an_empty_sequence_leaves_the_memory_unchanged(x64):
-    model, (support, _) = ready(), episode()
+    model, (support, _) = compiled_learner(), episode()
     empty = batch(support.x, support.y, [False] * STEPS)
     actual = model.outputs(model.params, empty, support)[:1]
     np.testing.assert_allclose(actual, model.by_hand(support, support)[0][:1], rtol=1e-10)
@@ -310,7 +310,7 @@ def test_an_empty_sequence_leaves_the_memory_unchanged(x64):
 
 @pytest.mark.nightly
 def test_permuted_labels_permute_the_outputs(x64):
-    model, (support, query) = ready(), episode()
+    model, (support, query) = compiled_learner(), episode()
     actual = model.outputs(model.params, support, query)
     value, metrics = model.loss(model.params, jm.Task(support, query), KEY)
     for permutation in itertools.permutations(range(WAYS)):
@@ -347,21 +347,21 @@ def with_padding(part, at):
 @pytest.mark.parametrize("at", [[STEPS] * 3, [0, 0, STEPS], [2, 4, 4]], ids=["end", "ends", "middle"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_padding_changes_nothing(shuffle, at, x64):
-    model, (support, query) = ready(shuffle=shuffle), episode()
+    model, (support, query) = compiled_learner(shuffle=shuffle), episode()
     padded = jm.Task(with_padding(support, at), with_padding(query, [1]))
     for key in jax.random.split(KEY, 2):
-        (value, metrics), slopes = model.slopes(model.params, jm.Task(support, query), key)
-        (new_value, new_metrics), new_slopes = model.slopes(model.params, padded, key)
+        (value, metrics), gradients = model.gradients(model.params, jm.Task(support, query), key)
+        (new_value, new_metrics), new_gradients = model.gradients(model.params, padded, key)
         np.testing.assert_allclose(new_value, value, rtol=1e-10)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), new_metrics, metrics)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-10), new_slopes, slopes)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-10), new_gradients, gradients)
         outputs = [model.outputs(model.params, part, query, key) for part in (support, padded.support)]
         np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-9)
 
 
 @pytest.mark.nightly
 def test_few_shot_tasks_are_shuffled(x64):
-    model, plain, (support, query) = ready(shuffle=True), ready(), episode(steps=3)
+    model, plain, (support, query) = compiled_learner(shuffle=True), compiled_learner(), episode(steps=3)
     orders = [list(order) for order in itertools.permutations(range(3))]
     known = [
         plain.loss(plain.params, jm.Task(batch(support.x[o], support.y[o]), query), KEY)[0]
@@ -377,7 +377,7 @@ def test_few_shot_tasks_are_shuffled(x64):
 
 
 def test_training_and_adaptation_use_the_same_order_for_the_same_key(x64):
-    model, (support, query) = ready(shuffle=True), episode()
+    model, (support, query) = compiled_learner(shuffle=True), episode()
     for key in jax.random.split(KEY, 3):
         value, _ = model.loss(model.params, jm.Task(support, query), key)
         rest, _ = model.loss(model.params, jm.Task(support, masked_out(query)), key)
@@ -393,8 +393,8 @@ def brighter(key, x):
 
 @pytest.mark.nightly
 def test_images_are_augmented_only_in_training(x64):
-    plain, (support, query) = ready(), episode()
-    model = ready(augment=brighter)
+    plain, (support, query) = compiled_learner(), episode()
+    model = compiled_learner(augment=brighter)
     jax.tree.map(
         np.testing.assert_array_equal,
         model.adapt(model.params, support, KEY),
@@ -403,7 +403,7 @@ def test_images_are_augmented_only_in_training(x64):
     values = [model.loss(model.params, jm.Task(support, query), key)[0] for key in jax.random.split(KEY)]
     assert values[0] != values[1]
     # Both the images of the support set and those of the queries are augmented.
-    flat = ready(augment=lambda key, x: jnp.zeros_like(x))
+    flat = compiled_learner(augment=lambda key, x: jnp.zeros_like(x))
     dark = jm.Task(*(batch(0 * part.x, part.y) for part in (support, query)))
     np.testing.assert_allclose(
         flat.loss(model.params, jm.Task(support, query), KEY)[0],
@@ -417,7 +417,7 @@ def test_images_are_augmented_only_in_training(x64):
 
 @pytest.mark.nightly
 def test_logits_of_strings_are_sums_over_their_characters(x64):
-    model, (support, query) = spelling(5, 2), episode(ways=25, queries=8)
+    model, (support, query) = string_learner(5, 2), episode(ways=25, queries=8)
     outputs, query_outputs = model.by_hand(support, query)
     joint = model.outputs(model.params, support, query)
     assert joint.shape == (8, 25)
@@ -441,7 +441,7 @@ def test_logits_of_strings_are_sums_over_their_characters(x64):
 
 
 def test_a_string_is_correct_only_if_all_its_characters_are(x64):
-    model, (support, query) = spelling(2, 2), episode(steps=12, queries=9, ways=4, seed=3)
+    model, (support, query) = string_learner(2, 2), episode(steps=12, queries=9, ways=4, seed=3)
     outputs, query_outputs = model.by_hand(support, query)
 
     def right(output, label):
@@ -470,7 +470,7 @@ def test_the_first_character_of_a_string_varies_fastest(x64):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_accuracies_are_counted_for_each_presentation(masked, x64):
-    model = ready(instances=3)
+    model = compiled_learner(instances=3)
     rng = np.random.default_rng(4)
     y = np.array([0, 1, 0, 0, 2, 0, 0, 1, 0, 1])
     kept = rng.uniform(size=10) > 0.3 if masked else np.ones(10, bool)
@@ -490,7 +490,7 @@ def test_accuracies_are_counted_for_each_presentation(masked, x64):
 
 
 def test_metrics_of_instances_beyond_the_length_have_a_count_of_zero(x64):
-    model, (support, query) = ready(), episode(steps=3)
+    model, (support, query) = compiled_learner(), episode(steps=3)
     _, metrics = model.loss(model.params, jm.Task(support, query), KEY)
     for i in range(4, 11):
         assert [float(v) for v in metrics[f"instance_{i}"]] == [0, 0]
@@ -498,7 +498,7 @@ def test_metrics_of_instances_beyond_the_length_have_a_count_of_zero(x64):
 
 
 def test_outputs_that_are_nan_count_as_wrong(x64):
-    model = ready()
+    model = compiled_learner()
     _, metrics = model.loss(jax.tree.map(lambda leaf: leaf * jnp.nan, model.params), episode(), KEY)
     assert float(metrics["accuracy"][0]) == 0
     assert all(float(metrics[f"instance_{i}"][0]) == 0 for i in range(1, 11))

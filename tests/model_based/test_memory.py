@@ -29,7 +29,7 @@ def softplus(a):
     return np.log1p(np.exp(a))
 
 
-def busy(memory, seed=0):
+def used_state(memory, seed=0):
     """Return a state of an LRUA in the middle of an episode, without ties in its usage."""
     rng = np.random.default_rng(seed)
     read = rng.dirichlet(np.ones(memory.rows), size=memory.heads)
@@ -121,7 +121,7 @@ def test_weights_without_strengths_are_bounded():
 @pytest.mark.parametrize("least", ["shared", "per_head"])
 def test_gates_choose_between_last_read_and_least_used(least):
     memory = jm.nn.LRUA(rows=5, width=2, heads=2, least=least, write="separate")
-    state = busy(memory)
+    state = used_state(memory)
     h = jnp.asarray(np.random.default_rng(1).normal(size=3))
     params = of_float64(memory.init(KEY, state, h))
     first, second = np.argsort(state["usage"])[:2]
@@ -164,10 +164,10 @@ def test_ties_in_usage_are_broken_by_the_first_row(usage, expected):
 
 def test_least_used_weights_have_no_gradient():
     memory = jm.nn.LRUA(rows=5, width=2, heads=2)
-    state, rng = busy(memory), np.random.default_rng(2)
+    state, rng = used_state(memory), np.random.default_rng(2)
     probe = jnp.asarray(rng.normal(size=(2, 5)))
-    slope = jax.grad(lambda usage: (probe * least_used(usage, 2)).sum())(state["usage"])
-    np.testing.assert_array_equal(slope, 0)
+    gradient = jax.grad(lambda usage: (probe * least_used(usage, 2)).sum())(state["usage"])
+    np.testing.assert_array_equal(gradient, 0)
     keys, gates = jnp.asarray(rng.normal(size=(2, 2))), jnp.array([0.3, 0.6])
 
     def read(usage, gates):
@@ -229,7 +229,7 @@ def test_the_cell_matches_a_plain_loop(write, least, score, key_strength):
     uniform = memory.clone(first_read="uniform").initial()
     np.testing.assert_allclose(uniform["read_weights"], 1 / 9, rtol=1e-6)
     np.testing.assert_array_equal(memory.initial()["read_weights"], np.eye(9)[[0, 0]])
-    starts = [memory.initial(), uniform, busy(memory), busy(memory, 1)]
+    starts = [memory.initial(), uniform, used_state(memory), used_state(memory, 1)]
     h = np.random.default_rng(3).normal(size=(4, 5))
     params = of_float64(memory.init(KEY, starts[0], jnp.asarray(h[0])), 2)
 
@@ -329,9 +329,9 @@ def test_gradients_are_finite_at_weights_of_zero():
     arguments = random_addressing(np.random.default_rng(0), heads=2, rows=5, width=3, shift=1)
     arguments |= {"gates": np.zeros(2), "shifts": np.eye(3)[[1, 2]], "previous": np.eye(5)[[1, 4]]}
     arguments = {name: jnp.asarray(value) for name, value in arguments.items()}
-    slopes = jax.jit(jax.grad(lambda arguments: jnp.square(address(**arguments)).sum()))(arguments)
-    for name, slope in slopes.items():
-        assert np.isfinite(slope).all(), name
+    gradients = jax.jit(jax.grad(lambda arguments: jnp.square(address(**arguments)).sum()))(arguments)
+    for name, gradient in gradients.items():
+        assert np.isfinite(gradient).all(), name
 
 
 def test_all_heads_erase_before_any_adds():
