@@ -927,7 +927,7 @@ def test_rankings_that_cannot_be_written_are_printed(place, tmp_path, monkeypatc
             "st.save_file(torchvision.models.resnet18(weights='DEFAULT').state_dict(), 'resnet18.safe",
         ),
         ("vit_b_16", "torchvision.models.vit_b_16(weights='DEFAULT')"),
-        ("resnet50.a1_in1k", "Give timm's as hf:timm/resnet50.a1_in1k, or "),
+        ("resnet50.a1_in1k", "Give timm's weights as hf:timm/resnet50.a1_in1k, or "),
         ("resnet14t", "Weights of a ResNet, SqueezeNet, ViT, DINOv2 or CLIP from"),
         ("vit_base_patch16_224", "timm.create_model('vit_base_patch16_224', pretrained=True)"),
         ("deit_tiny_patch16_224.fb_in1k", "hf:timm/deit_tiny_patch16_224.fb_in1k"),

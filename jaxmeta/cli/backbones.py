@@ -32,8 +32,8 @@ WEIGHTS, COMMAND = "weights.safetensors", "transfer"
 HEAD = "head"
 # Command that writes an export, and the program in its folder.
 EXPORT, PROGRAM = "export", "classifier.stablehlo"
+# Default step sizes of fine-tuning: of published weights, and of other sources.
 _PRETRAINED_RATE, _RATE = 1e-4, 1e-3
-
 
 PIXELS = {"plain": ImageInput(), "imagenet": IMAGENET, "symmetric": SYMMETRIC}
 
@@ -202,7 +202,9 @@ def untrained_backbone(name: str) -> Backbone:
     """
     empty = Report((), (), (), ())
     network = _embedding(name)
-    return Backbone(NONE, "source", f"nothing, {name}", network, None, None, None, None, ImageInput(), empty)
+    return Backbone(
+        NONE, "source", f"untrained, {name}", network, None, None, None, None, ImageInput(), empty
+    )
 
 
 def _embedding(name: str) -> Any:
@@ -238,7 +240,7 @@ def load_backbone(
     """
     path = Path(source).expanduser()
     if not source.startswith(HUB) and not path.exists():
-        raise ArgumentError(argument, f"{source} does not exist; {_where_weights_are(source)}")
+        raise ArgumentError(argument, f"{source} does not exist; {_missing_source_advice(source)}")
     if (path / PROGRAM).is_file():
         raise ArgumentError(
             argument, f"{source} is an export, which can only predict; give the run or transfer it came from"
@@ -273,22 +275,23 @@ def load_backbone(
     )
 
 
-# Names of architectures whose weights can be read: of torchvision, of timm, and of others.
+# Names of architectures whose weights can be read: in torchvision and in timm.
 _TORCHVISION = re.compile(r"resnet(18|34|50|101|152)|vit_([bl]_(16|32)|h_14)|squeezenet1_1")
+_TIMM = re.compile(r"((tv_|gluon_)?resnet\d+|(vit|deit)_\w+_patch\d+_\d+)(\.\w+)?")
 # Names of DINOv2's release in torch.hub, and of DINOv2 and CLIP in transformers.
 _DINOV2 = re.compile(r"dinov2_vit([sbl])14(_reg)?")
 _TRANSFORMERS = {
     "dinov2": ("Dinov2Model", "facebook/dinov2-small"),
     "clip": ("CLIPVisionModelWithProjection", "openai/clip-vit-base-patch32"),
 }
-_TIMM = re.compile(r"((tv_|gluon_)?resnet\d+|(vit|deit)_\w+_patch\d+_\d+)(\.\w+)?")
+# Beginnings of other names of architectures, for which the advice lists what can be read.
 _OTHERS = re.compile(
     r"alexnet|beit|bit|clip|convnext|deit|densenet|dino|efficientnet|eva|inception|mae|mobilenet|regnet|resnet|"
     r"resnext|siglip|squeezenet|swin|vgg|vit|wide_resnet|xception"
 )
 
 
-def _where_weights_are(source: str) -> str:
+def _missing_source_advice(source: str) -> str:
     """Return advice on a source that does not exist, which may be the name of an architecture."""
     on_hub = f"for weights on the Hugging Face Hub, give {HUB}owner/name"
     named = f"{source} is the name of an architecture, and its weights are needed"
@@ -302,13 +305,14 @@ def _where_weights_are(source: str) -> str:
         return on_hub
     if _TORCHVISION.fullmatch(source):
         save = _save_command("torchvision", f"models.{source}(weights='DEFAULT')", source)
-        return f"{named}. To write torchvision's to a file: {save}; {on_hub}"
+        return f"{named}. To write torchvision's weights to a file: {save}; {on_hub}"
     if _TIMM.fullmatch(source):
         save = _save_command("timm", f"create_model('{source}', pretrained=True)", source)
-        return f"{named}. Give timm's as {HUB}timm/{source}, or write them to a file: {save}"
+        return f"{named}. Give timm's weights as {HUB}timm/{source}, or write them to a file: {save}"
     if _DINOV2.fullmatch(source):
         model = f"hub.load('facebookresearch/dinov2', '{source}')"
-        return f"{named}. To write the release's to a file: {_save_command('torch', model, source)}; {on_hub}"
+        save = _save_command("torch", model, source)
+        return f"{named}. To write the release's weights to a file: {save}; {on_hub}"
     if source.lower() in _TRANSFORMERS:
         kind, owned = _TRANSFORMERS[source.lower()]
         save = (
@@ -393,7 +397,7 @@ def _pixels(stored: Any) -> ImageInput:
 
 
 def _without_head(source: str, argument: str, loaded: Pretrained, name: str | None) -> Backbone:
-    """Return loaded weights as a backbone, with the head apart from it."""
+    """Return loaded weights as a backbone, with the head separated from it."""
     if loaded.network is None and name is None:
         raise ArgumentError(
             "network", f"{source} does not name its network; give one that `jaxmeta networks` lists"

@@ -63,13 +63,13 @@ def _first_phase(argv: Sequence[str]) -> tuple[dict[str, str], str | None, bool,
     named: dict[str, str] = {}
     words = [normalized(word) for word in argv]
     wanted = {schema.flag_of(name): name for name in (*_NAMES, "init", "out", "learner", "target")}
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in wanted:
             if equals:
                 named[wanted[flag]] = value
-            elif place + 1 < len(words):
-                named[wanted[flag]] = argv[place + 1]
+            elif index + 1 < len(words):
+                named[wanted[flag]] = argv[index + 1]
             else:
                 raise UsageError(f"{flag}: expects a value")
     first = argv[0] if argv and not argv[0].startswith("-") else None
@@ -151,7 +151,7 @@ def _chosen(named: Mapping[str, str], learner: str | None) -> Chosen:
             raise ValueError(f"--config: {path} is not valid JSON: {error}") from None
         start = from_json(values, path, trusted(named, learner))
         if "preset" in named:
-            raise UsageError("--preset: --config has all values of a preset already; leave one of them out")
+            raise UsageError("--preset: --config already has all values of a preset; leave one of them out")
     tasks = named.get("tasks")
     return Chosen(
         learner,
@@ -322,13 +322,13 @@ def _evaluate_checkpoints(
 
 def _of_checkpoints(base: Base) -> list[tuple[Group, Callable[[str], bool]]]:
     """Return groups of flags, each with a predicate that selects the settings of an evaluation."""
-    counts: dict[str, Callable[[str], bool]] = {
+    selects: dict[str, Callable[[str], bool]] = {
         "learner": lambda name: True,
         "network": lambda name: True,
         "tasks": lambda name: not name.startswith("train_"),
         "run": lambda name: name in _OF_EVALUATION["run"],
     }
-    return [(group, counts[group.name]) for group in _groups_of(base) if group.name in counts]
+    return [(group, selects[group.name]) for group in _groups_of(base) if group.name in selects]
 
 
 def _evaluate_weights(
@@ -406,9 +406,9 @@ def _outputs(parsed: ParsedArguments) -> dict[str, Any]:
 def compare(argv: Sequence[str]) -> None:
     """Train learners on the same tasks at the same budget, and compare them on the same test tasks.
 
-    Learners are trained one after the other, each in its own process. The comparison's folder gets a run's
-    folder for each, comparison.md, comparison.png and comparison.json. A flag applies to the learners that
-    have it.
+    Learners are trained one after the other, each in its own process. The comparison's folder contains a
+    run folder for each learner, comparison.md, comparison.png and comparison.json. A flag applies to the
+    learners that have it.
     """
     named, _, _, _ = _first_phase(argv)
     learners = []
@@ -450,12 +450,12 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def transfer(argv: Sequence[str]) -> None:
-    """Learn labelled images from what a source has learned."""
+    """Train a classifier of labelled images on a source's backbone."""
     _with_target(transferring.transfer, "transfer", argv)
 
 
 def rank(argv: Sequence[str]) -> None:
-    """Rank sources by how well they promise to transfer to a target."""
+    """Rank sources by their estimated transferability to a target."""
     _with_target(transferring.rank, "rank", argv)
 
 

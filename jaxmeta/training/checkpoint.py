@@ -114,9 +114,12 @@ def save_checkpoint(
     A checkpoint is complete: it contains the last parameters and the best ones so far.
     """
     folder = _folder(run_dir)
-    tree = {"state": state, "params": state.params, "best": best.params if best else None}
     # The last parameters are written once, as "params", which `load_params` can read without a template.
-    tree["state"] = state._replace(params=None)
+    tree = {
+        "state": state._replace(params=None),
+        "params": state.params,
+        "best": best.params if best else None,
+    }
     step = int(state.step)
     extra = {
         "step": step,
@@ -243,7 +246,8 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"too little disk: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; nothing was replaced",
+            f"too little disk space: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; nothing was "
+            "replaced",
             str(folder),
         )
 
@@ -268,7 +272,7 @@ def _newest(run_dir: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], dict
             continue
         if problems:
             warnings.warn(
-                f"{'; '.join(problems)}; {path.name} before it in {path.parent} is intact and is used",
+                f"{'; '.join(problems)}; the earlier {path.name} in {path.parent} is intact and is used",
                 stacklevel=3,
             )
         return path, leaves, manifest

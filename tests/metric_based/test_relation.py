@@ -64,9 +64,9 @@ def test_scores_compare_the_summed_maps_of_a_class_with_the_query(x64):
     relation = of_float64(head())
     outputs = predict(SIMPLE, support, query.x, relation=relation)
     np.testing.assert_allclose(outputs, scores(support, query, relation), rtol=1e-9)
-    chances = sigmoid(outputs)
-    assert ((chances > 0) & (chances < 1)).all()
-    assert np.abs(chances.sum(1) - 1).max() > 0.1
+    probabilities = sigmoid(outputs)
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+    assert np.abs(probabilities.sum(1) - 1).max() > 0.1
 
 
 def test_the_loss_is_the_squared_error_to_one_and_to_zero(x64):
@@ -82,9 +82,9 @@ def test_the_loss_is_the_squared_error_to_one_and_to_zero(x64):
 def test_swapping_two_classes_swaps_two_columns():
     support, query = maps_task()
     outputs = predict(SIMPLE, support, query.x, relation=head())
-    names = np.array([2, 1, 0])
-    swapped = predict(SIMPLE, batch(support.x, names[support.y]), query.x, relation=head())
-    np.testing.assert_allclose(swapped, outputs[:, names], atol=1e-5)
+    swap = np.array([2, 1, 0])
+    swapped = predict(SIMPLE, batch(support.x, swap[support.y]), query.x, relation=head())
+    np.testing.assert_allclose(swapped, outputs[:, swap], atol=1e-5)
 
 
 class Maps(linen.Module):
@@ -164,12 +164,12 @@ def test_padding_and_absent_classes_change_nothing(norm, x64):
     support, query = maps_task()
     learner, params = small(norm), filled()
 
-    def holes(part, at):
+    def with_padding(part, at):
         x = np.insert(np.asarray(part.x), at, np.nan, axis=0)
         mask = np.insert(np.ones(part.y.size, bool), at, False)
         return batch(x, np.insert(np.asarray(part.y), at, 3), mask, WAYS + 2)
 
-    ragged = jm.Task(holes(support, [0, 4]), holes(query, [2, 5]))
+    ragged = jm.Task(with_padding(support, [0, 4]), with_padding(query, [2, 5]))
 
     @jax.jit
     def run(task):

@@ -63,7 +63,7 @@ def test_folders_named_after_parts_form_the_class_split(tmp_path, names):
     (tmp_path / third / "fox" / "notes.txt").write_text("no image")
     assert layout_of(tmp_path)["ant"] == {"train": [f"{first}/ant/{i}.png" for i in range(3)]}
     assert sorted(skipped(tmp_path)) == [
-        "1 file that is not an image (" + f"{third}/fox/notes.txt)",
+        f"1 file that is not an image ({third}/fox/notes.txt)",
         f"1 image in a subfolder of a class folder ({third}/fox/deep/1.png)",
         f"1 image outside the class folders ({first}/loose.png)",
         "1 image outside the folders (beside.png)",
@@ -157,7 +157,7 @@ def test_images_in_subfolders_of_a_class_are_reported_and_skipped(tmp_path):
     ("header", "delimiter"),
     [(("filename", "label"), ","), (("Path", "Class Name"), ";"), (("id", "image", "class"), "\t")],
 )
-def test_lists_named_after_parts(tmp_path, place, header, delimiter):
+def test_lists_named_after_parts_form_the_class_split(tmp_path, place, header, delimiter):
     put(tmp_path / "images", *(f"{i}.png" for i in range(7)))
     rows = {"train": [("0.png", "ant"), ("1.png", "bee"), ("2.png", "ant")], "val": [("3.png", "cow")]}
     rows["test"] = [("5.png", "elk"), ("4.png", "elk")]
@@ -178,7 +178,7 @@ def test_lists_named_after_parts(tmp_path, place, header, delimiter):
     assert sorted(levels.tolist()) == [4, 5]
 
 
-def test_one_list_with_and_without_a_split(tmp_path):
+def test_a_column_of_splits_assigns_the_images_of_one_list_to_parts(tmp_path):
     put(tmp_path / "photos", "a.png", "b.png", "c.png")
     rows = [("photos/a.png", "0", "train"), ("photos/b.png", "1", "Test"), ("photos/c.png", "0", "train")]
     write(tmp_path / "labels.csv", ("file", "label", "split"), *rows)
@@ -203,7 +203,7 @@ def json_list(names, files, labels):
     return json.dumps({"label_names": names, "image_names": files, "image_labels": labels})
 
 
-def test_json_lists_of_published_few_shot_code(tmp_path):
+def test_json_lists_of_published_few_shot_code_are_read(tmp_path):
     put(tmp_path / "CUB" / "images", "001.ant/a.jpg", "001.ant/b.jpg", "002.bee/a.jpg", "003.cow/a.jpg")
     prefix = "/home/other/filelists/CUB/images/"
     names = ["001.ant", "002.bee", "003.cow"]
@@ -225,7 +225,7 @@ def test_json_lists_of_published_few_shot_code(tmp_path):
         list_images(tmp_path / "CUB")
 
 
-def test_json_lists_of_class_folders(tmp_path):
+def test_json_lists_of_class_folders_are_read(tmp_path):
     put(tmp_path, "data/a/1.png", "data/a/2.png", "data/b/1.png")
     (tmp_path / "set.json").write_text(
         json.dumps({"class_names": ["x", "y"], "class_roots": ["data/a", "data/b"]})
@@ -281,7 +281,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_file_names_with_special_characters(tmp_path, name):
+def test_file_names_may_have_special_characters(tmp_path, name):
     put(tmp_path, name)
     quoted = '"' + name.replace('"', '""') + '"'
     assert listed(tmp_path, f"file,label\r\n{quoted},x\r\n") == [name]
@@ -296,7 +296,7 @@ def test_file_names_with_special_characters(tmp_path, name):
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
 @settings(max_examples=150, deadline=None)
-def test_random_file_names(tmp_path_factory, names, delimiter, encoding):
+def test_random_file_names_are_found_in_every_dialect(tmp_path_factory, names, delimiter, encoding):
     root = tmp_path_factory.mktemp("names")
     for name in names:
         (root / name).write_bytes(b"")
@@ -321,12 +321,12 @@ def test_random_file_names(tmp_path_factory, names, delimiter, encoding):
         "file,label\nants/1.png,x\n".encode("utf-16"),
     ],
 )
-def test_dialects_of_lists(tmp_path, text):
+def test_lists_are_read_in_several_dialects(tmp_path, text):
     put(tmp_path, "ants/1.png")
     assert listed(tmp_path, text) == ["ants/1.png"]
 
 
-def test_absolute_paths_inside_of_the_folder(tmp_path):
+def test_absolute_paths_inside_the_folder_are_found(tmp_path):
     put(tmp_path, "ants/1.png")
     assert listed(tmp_path, f"file,label\n{tmp_path}/ants/1.png,x\n") == ["ants/1.png"]
 
@@ -455,7 +455,7 @@ def test_errors_for_folders_of_other_files_give_advice(tmp_path, file, message):
         list_images(tmp_path / file)
 
 
-def test_names_of_parts():
+def test_parts_are_recognised_by_their_common_names():
     assert [part_of(name) for name in ("Train", "meta_val", " NOVEL ", "held-out")] == [
         "train", "validation", "test", None
     ]  # fmt: skip

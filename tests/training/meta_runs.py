@@ -15,7 +15,8 @@ from jaxmeta.training import validation_key
 
 KEY = jax.random.key(0)
 BATCH, STEPS = 8, 6
-ONE = (0, 1)
+# The share of a single process: (index, number of processes).
+SINGLE_PROCESS = (0, 1)
 
 
 def images() -> jm.TaskDistribution:
@@ -24,17 +25,17 @@ def images() -> jm.TaskDistribution:
 
 
 def streamed(key, share, for_evaluation=False) -> TaskStream:
-    """Return the same tasks as a stream: a process's share of training batches, or all of an evaluation."""
+    """Return the tasks of `images` as a stream: a process's share of training, or a whole evaluation."""
     tasks = images()
-    index, count = ONE if for_evaluation else share
-    own = BATCH // count
+    index, count = SINGLE_PROCESS if for_evaluation else share
+    per_process = BATCH // count
     draw = jax.jit(jax.vmap(tasks.sample))
 
     def at(step):
         first = step * BATCH if for_evaluation else 0
-        numbers = jnp.arange(first + index * own, first + (index + 1) * own)
-        of_step = key if for_evaluation else jax.random.fold_in(key, step)
-        return jax.tree.map(np.asarray, draw(episode_keys(of_step, numbers)[:, 0]))
+        numbers = jnp.arange(first + index * per_process, first + (index + 1) * per_process)
+        step_key = key if for_evaluation else jax.random.fold_in(key, step)
+        return jax.tree.map(np.asarray, draw(episode_keys(step_key, numbers)[:, 0]))
 
     return TaskStream(at, tasks.card, key=key, for_evaluation=for_evaluation)
 
@@ -58,13 +59,13 @@ def trained(folder: Path | None, steps: int = STEPS, resume: bool = False, width
     return state.params
 
 
-def split(folder: Path | None):
+def trained_with_split_params(folder: Path | None):
     """Return the parameters of a run whose parameters are split between the processes."""
     devices = jm.make_mesh(params=jax.process_count(), devices=jax.devices()[: jax.process_count()])
     return trained(folder, width=1024, devices=devices)
 
 
-def from_a_stream(share):
+def trained_from_a_stream(share):
     """Return the parameters of a run in which each process reads its share of a stream."""
     learner = jm.prototypical(jm.nn.MLP(out=8, hidden=(16,)))
     state = jm.train(
@@ -81,7 +82,7 @@ def from_a_stream(share):
     return state.params
 
 
-def in_float64():
+def trained_in_float64():
     """Return the parameters after one meta-step in float64."""
     with jax.enable_x64(True):
         single = toys.sinusoid()
@@ -104,7 +105,7 @@ def in_float64():
 # Runs by name, as functions `(folder, share) -> parameters`.
 RUNS: dict[str, Callable] = {
     "checkpointed": lambda folder, share: trained(folder),
-    "split": lambda folder, share: split(folder),
-    "streamed": lambda folder, share: from_a_stream(share),
-    "float64": lambda folder, share: in_float64(),
+    "split": lambda folder, share: trained_with_split_params(folder),
+    "streamed": lambda folder, share: trained_from_a_stream(share),
+    "float64": lambda folder, share: trained_in_float64(),
 }

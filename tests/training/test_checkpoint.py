@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     with pytest.warns(UserWarning, match=r"step-00000002: it does not match SHA256SUMS: arrays/"):
         assert int(restore_checkpoint(tmp_path, new_state())[0].step) == 1
     shutil.rmtree(newest / "manifest")
-    with pytest.warns(UserWarning, match=r"has no manifest; step-00000001 before it in .* is used"):
+    with pytest.warns(UserWarning, match=r"has no manifest; the earlier step-00000001 in .* is used"):
         assert int(restore_checkpoint(tmp_path, new_state())[0].step) == 1
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000001" / "manifest")
     with pytest.raises(ValueError, match=r"no checkpoint can be read in .*step-00000002: it has no manifest"):
@@ -197,10 +197,10 @@ def test_a_different_configuration_is_refused_by_key(tmp_path):
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(1)))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 300_000))
-    with pytest.raises(OSError, match=r"too little disk: 1.0 MB needed, 0.3 MB free"):
+    with pytest.raises(OSError, match=r"too little disk space: 1.0 MB needed, 0.3 MB free"):
         save_checkpoint(tmp_path, new_state()._replace(step=jnp.int32(2)))
     assert checkpoint_steps(tmp_path) == [1]
-    with pytest.raises(OSError, match="too little disk"):
+    with pytest.raises(OSError, match="too little disk space"):
         save(tmp_path / "deep" / "tree", {"a": jnp.ones(3)})
     assert not (tmp_path / "deep").exists()
 

@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_never_read_as_if_it_were_whole(places, tmp_path
             path.write_bytes(content[:place] + changed + content[place + 1 :])
         else:
             path.write_bytes(content[:place])
-        with pytest.warns(UserWarning, match=r"step-00000002: .*step-00000001 before it in .* is used"):
+        with pytest.warns(UserWarning, match=r"step-00000002: .*the earlier step-00000001 in .* is used"):
             restored, best = restore_checkpoint(tmp_path / "run", like)
         assert int(restored.step) == 1
         assert_same(restored.params, state(1).params)

@@ -101,18 +101,20 @@ def assert_close(actual, expected, tolerance):
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["split", "streamed"])
 def test_two_processes_give_the_parameters_of_one(name, of_two):
-    assert_close(of_two[0][name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
+    assert_close(of_two[0][name], meta_runs.RUNS[name](None, meta_runs.SINGLE_PROCESS), 1e-5)
 
 
 @pytest.mark.nightly
 def test_two_processes_with_replicated_parameters_give_those_of_one(more_of_two):
-    assert_close(more_of_two[0]["checkpointed"], meta_runs.RUNS["checkpointed"](None, meta_runs.ONE), 1e-5)
+    assert_close(
+        more_of_two[0]["checkpointed"], meta_runs.RUNS["checkpointed"](None, meta_runs.SINGLE_PROCESS), 1e-5
+    )
 
 
 @pytest.mark.nightly
 def test_two_processes_agree_with_one_to_1e_12_in_float64(more_of_two):
     assert more_of_two[0]["float64"]["hidden"].dtype == np.float64
-    assert_close(more_of_two[0]["float64"], meta_runs.in_float64(), 1e-12)
+    assert_close(more_of_two[0]["float64"], meta_runs.trained_in_float64(), 1e-12)
 
 
 @pytest.mark.nightly
@@ -136,8 +138,8 @@ def test_an_array_that_both_processes_have_whole_is_written_once(of_two):
 def test_four_processes_give_the_parameters_of_one(tmp_path):
     results = together(4, tmp_path, *meta_runs.RUNS)
     for name in ("checkpointed", "split", "streamed"):
-        assert_close(results[name], meta_runs.RUNS[name](None, meta_runs.ONE), 1e-5)
-    assert_close(results["float64"], meta_runs.in_float64(), 1e-12)
+        assert_close(results[name], meta_runs.RUNS[name](None, meta_runs.SINGLE_PROCESS), 1e-5)
+    assert_close(results["float64"], meta_runs.trained_in_float64(), 1e-12)
 
 
 def train_command(out, *more):

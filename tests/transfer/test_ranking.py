@@ -108,6 +108,6 @@ def test_a_ranking_prints_as_a_table_with_its_own_score_first():
         ({"a": Candidate(np.eye(35), np.ones((35, 2)))}, {}, r"models\['a'\]: source_probs: got rows"),
     ],
 )
-def test_bad_rankings_are_rejected(models, settings, message):
+def test_invalid_arguments_are_refused(models, settings, message):
     with pytest.raises(ValueError, match=message):
         rank_sources(models, (None, LABELS), **settings)

@@ -208,9 +208,9 @@ def test_a_pattern_that_matches_nothing_is_named_with_the_closest_paths():
 
 @for_all(EQUAL_LEAVES, EQUAL_LEAVES, st.data())
 def test_taking_returns_the_swapped_subtree_and_the_rest_is_unchanged(tree, other, data):
-    places = nodes(tree)
-    assume(places)
-    path = data.draw(st.sampled_from(places))
+    paths = nodes(tree)
+    assume(paths)
+    path = data.draw(st.sampled_from(paths))
     before = leaves_by_path(tree)
     swapped = swap_subtree(tree, path, other, strict=False)
     assert take_subtree(swapped, path) is other
@@ -298,10 +298,12 @@ def test_a_renaming_and_its_inverse_are_the_identity(tree, data):
     leaves = leaves_by_path(tree)
     assert same_objects(leaves_by_path(plain), leaves)
     order = data.draw(st.permutations(range(len(leaves))))
-    there = {path: f"net/layer{n}/w" for path, n in zip(leaves, order, strict=True)}
-    renamed = rename(tree, list(there.items()))
-    assert same_objects(leaves_by_path(renamed), {there[path]: leaf for path, leaf in leaves.items()})
-    assert same_objects(leaves_by_path(rename(renamed, [(new, old) for old, new in there.items()])), leaves)
+    new_paths = {path: f"net/layer{n}/w" for path, n in zip(leaves, order, strict=True)}
+    renamed = rename(tree, list(new_paths.items()))
+    assert same_objects(leaves_by_path(renamed), {new_paths[path]: leaf for path, leaf in leaves.items()})
+    assert same_objects(
+        leaves_by_path(rename(renamed, [(new, old) for old, new in new_paths.items()])), leaves
+    )
     if leaves:
         lifted = rename(rename(tree, [("**", "outer/**")]), [("outer", "")])
         assert same_objects(leaves_by_path(lifted), leaves)
@@ -475,8 +477,8 @@ def test_transplanting_shapes_gives_the_report_of_the_arrays():
     shapes = [
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), t) for t in (source, target)
     ]
-    tree, foreseen = transplant(*shapes, cast=True)
-    assert foreseen == report
+    tree, report_of_shapes = transplant(*shapes, cast=True)
+    assert report_of_shapes == report
     assert tree == shapes[1]
 
 
