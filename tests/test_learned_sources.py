@@ -391,7 +391,7 @@ def test_a_transductive_head_is_refused_by_name(place, monkeypatch, capsys):
 def test_heads_refuse_zero_shot_tasks(place, capsys):
     argv = ["evaluate", str(place / "weights.safetensors"), "--tasks", "glyphs", "--size", "8"]
     assert main([*argv, "--shots", "0", "--devices", "1"]) == 2
-    assert "--shots: got 0, but simple_shot learns from support examples; it must be at least 1" in capsys.readouterr().err
+    assert "--shots: got 0, but simple_shot learns from support examples" in capsys.readouterr().err
 
 
 @pytest.mark.nightly
