@@ -68,7 +68,7 @@ def test_training_on_arrays(tmp_path, capsys, monkeypatch):
     assert "give your FILE after the colon" in capsys.readouterr().err
 
 
-def test_sources_of_user_defined_files(tmp_path):
+def test_tasks_are_built_from_files_of_arrays_and_tables(tmp_path):
     np.savez(tmp_path / "own.npz", x=X, y=Y)
     flags = {"ways": 2, "queries": 2, "classes": (0.5, 0.0, 0.5)}
     config = config_of(flags, tasks=f"arrays:{tmp_path / 'own.npz'}")
@@ -183,7 +183,7 @@ def test_folders_without_a_test_part_are_refused_with_the_available_parts(tmp_pa
     )
 
 
-def test_a_target_of_arrays(tmp_path):
+def test_a_target_of_arrays_has_their_classes_and_parts(tmp_path):
     parts = np.tile(["train", "train", "test"], 8)
     np.savez(tmp_path / "own.npz", x=X, y=np.array(list("abcdefgh"))[Y], split=parts)
     target = read_target(f"arrays:{tmp_path / 'own.npz'}", {}, None, KEY, size=None, channels=None)

@@ -32,7 +32,7 @@ OMNIGLOT = {
         "inductive",
         96.52,
         0.54,
-        "96.7, of Koch et al. 2015 by Vinyals et al. 2016",
+        "96.7, Koch et al. 2015, reported by Vinyals et al. 2016",
     ),
     "omniglot-relation": ("transductive", 97.88, 0.40, "99.6, Sung et al. 2018"),
     "omniglot-within-alphabet": ("inductive", 86.5, 0.7, "none for this protocol"),

@@ -21,7 +21,7 @@ from PIL import Image
 
 import jaxmeta as jm
 from jaxmeta.cli import classifier, compare, evaluate, folders, main, predict, run, transfer
-from jaxmeta.cli import commands as commands_of_names
+from jaxmeta.cli import commands as commands_module
 from jaxmeta.cli.config import Chosen, base_of, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def lines_of_shell(text):
+def shell_commands(text):
     """Return the shell commands in the code blocks and in the prose of a text."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks("sh", text) for line in block.splitlines()]
@@ -54,9 +54,9 @@ assert outputs.shape == (100, 1)
 assert result.mean < 1.5, result  # half of 3.00567, the best without looking at the support set
 unseen = jm.tasks.glyphs("test", ways=5, shots=1, queries=3)
 accuracy = jm.evaluate(mine, state.params, unseen, episodes=100, key=jax.random.key(1))
-assert accuracy.mean > 0.3, accuracy  # of the learner of the example; chance is 0.2
+assert accuracy.mean > 0.3, accuracy  # the user-defined learner; chance is 0.2
 waves = jm.train(learner, train_tasks, optax.adam(1e-3), steps=2, meta_batch=2, key=jax.random.key(0))
-assert int(waves.step) == 2  # of the learner with a network of Equinox
+assert int(waves.step) == 2  # the learner with an Equinox network
 """
 
 
@@ -128,7 +128,7 @@ def recorder(function, called):
 # Values for NAME in a command.
 NAME = {"train": "maml", "learners": "maml", "presets": "glyphs", "tasks": "glyphs", "networks": "conv4"}
 # User-defined modules that the texts mention.
-OWN = {
+USER_MODULES = {
     "cavia": "from jaxmeta import cavia",
     "my_module": "from jaxmeta import maml as my_learner, prototypical as nearest_mean\n"
     "from jaxmeta.nn import Conv4 as Net\n"
@@ -138,11 +138,11 @@ OWN = {
 
 @pytest.mark.parametrize("name", sorted(TEXTS))
 def test_the_command_line_accepts_the_commands(tmp_path, monkeypatch, capsys, name):
-    for own, content in OWN.items():
-        (tmp_path / f"{own}.py").write_text(content)
+    for user_module, content in USER_MODULES.items():
+        (tmp_path / f"{user_module}.py").write_text(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    commands = [line.split()[1:] for line in lines_of_shell(TEXTS[name]) if line.startswith("jaxmeta ")]
+    commands = [line.split()[1:] for line in shell_commands(TEXTS[name]) if line.startswith("jaxmeta ")]
     if name == "README.md":
         assert ["train"] in commands
         assert len(commands) > 3
@@ -154,7 +154,7 @@ def test_the_command_line_accepts_the_commands(tmp_path, monkeypatch, capsys, na
     # The data and run folders in the text do not exist here.
     monkeypatch.setattr(folders, "data_folder", lambda data: data)
     monkeypatch.setattr(
-        commands_of_names, "load_config", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
+        commands_module, "load_config", lambda folder, trusted=(): resolve(base_of(Chosen()), {})
     )
     for command in commands:
         before = [command[0], *command]
@@ -165,8 +165,8 @@ def test_the_command_line_accepts_the_commands(tmp_path, monkeypatch, capsys, na
         assert main(command) == 0, (command, capsys.readouterr().err)
     if name == "README.md":
         assert "new_run" in called
-    for own in OWN:
-        sys.modules.pop(own, None)
+    for user_module in USER_MODULES:
+        sys.modules.pop(user_module, None)
 
 
 def matches_in_texts(pattern):
@@ -189,7 +189,7 @@ def test_files_that_the_text_names_exist(path):
 @pytest.mark.parametrize(
     "command",
     sorted(
-        {line for text in TEXTS.values() for line in lines_of_shell(text) if "python benchmarks/" in line}
+        {line for text in TEXTS.values() for line in shell_commands(text) if "python benchmarks/" in line}
     ),
 )
 def test_benchmarks_have_the_flags_in_the_text(command):

@@ -129,11 +129,11 @@ def test_literals_of_numbers_are_checked_and_parsed():
 
 
 def test_a_required_parameter_without_a_plain_type_is_an_error():
-    def needs(network, *, loss: Callable, rate: float = 1.0): ...
+    def method_with_loss(network, *, loss: Callable, rate: float = 1.0): ...
 
-    with pytest.raises(ArgumentError, match="loss: needs requires it, but it is of type"):
-        schema.settings_of(needs)
-    assert list(schema.settings_of(needs, ["loss"])) == ["rate"]
+    with pytest.raises(ArgumentError, match="loss: method_with_loss requires it, but it is of type"):
+        schema.settings_of(method_with_loss)
+    assert list(schema.settings_of(method_with_loss, ["loss"])) == ["rate"]
 
 
 def test_parameters_without_annotation_have_the_type_of_their_default():
@@ -168,7 +168,7 @@ def test_fields_of_a_flax_module_are_settings():
     assert schema.settings_of(variant, ["out"])["width"].default == 3
 
 
-def test_a_factory_that_forwards_has_its_parent_s_settings():
+def test_a_factory_that_forwards_has_the_settings_of_its_parent():
     @forwards(method, without=("order",))
     def first(network, *, rate: float = 0.5, **settings):
         """Build a first-order method.
@@ -248,13 +248,15 @@ def test_flags_of_other_libraries_give_hints():
     def train(*, steps: int = 1, outer_lr: float = 0.1, inner_lr: float = 0.1, meta_batch: int = 4): ...
 
     parser = parser_of(("training", schema.settings_of(train)))
-    for flag, here in (
+    for flag, suggestion in (
         ("--lr", "--outer-lr or --inner-lr"),
         ("--epochs", "--steps"),
         ("--batch-size", "--meta-batch"),
         ("--batch_size", "--meta-batch"),
     ):
-        with pytest.raises(UsageError, match=f"train has no {flag.replace('_', '-')}; here it is {here}"):
+        with pytest.raises(
+            UsageError, match=f"train has no {flag.replace('_', '-')}; here it is {suggestion}"
+        ):
             parser.parse([flag, "3"])
     with pytest.raises(UsageError, match="did you mean --meta-batch"):
         parser.parse(["--meta-batchs", "3"])

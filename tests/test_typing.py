@@ -161,8 +161,8 @@ def test_typed_settings_match_the_signature(parent, settings):
     assert typing.get_type_hints(settings) == {
         name: parameter.annotation for name, parameter in parameters.items()
     }
-    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
-    assert settings.__required_keys__ == needed
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    assert settings.__required_keys__ == required
 
 
 def test_a_factory_has_the_typed_settings_with_the_parents_defaults():
@@ -236,7 +236,7 @@ def test_layout_names_match_the_layouts():
 def test_choices_have_literal_types():
     """A parameter whose default is a string has a `Literal` type, unless it is listed here."""
     free = {"head", "name", "protocol", "task_column", "train", "shared", "take", "where", "outer"}
-    free |= {"argument", "row", "classes", "task_split", "kernel", "padding"}
+    free |= {"argument", "row", "classes", "task_split", "padding"}
     for name, function in PUBLIC.items():
         if not inspect.isfunction(function):
             continue
