@@ -42,7 +42,7 @@ write the checkpoints, and the first process writes all other files.
 A mesh replaces `pmap`: the same program runs on one device and on many, `jit` specifies the sharding of arrays,
 the compiler partitions arrays that do not fit on one device, and arrays have no leading device axis that depends
 on the mesh. The step also works under `pmap`, for programs that are built on it:
-`test_under_pmap_it_is_the_same_step` in `tests/training/test_mesh.py` shows how.
+`test_the_meta_step_under_pmap_is_the_same_step` in `tests/training/test_mesh.py` shows how.
 
 **Resuming.** `jaxmeta train --resume --out FOLDER` continues an interrupted run, with bit-identical results. On
 SIGTERM and SIGINT the run saves its state and exits with status 75. Checkpoints contain SHA-256 checksums; a

@@ -24,7 +24,7 @@ def main(port: int, processes: int, process: int, folder: Path, names: list[str]
     assert share == (process, processes)
     results = {name: hosts.gathered(meta_runs.RUNS[name](folder / name, share)) for name in names}
     # An array that every process has whole, in addition to those of which each has a part.
-    results["own"] = jax.numpy.arange(3.0)
+    results["replicated"] = jax.numpy.arange(3.0)
     jm.save(folder / f"results-{processes}", results)
 
 

@@ -119,8 +119,8 @@ def meta_gradient_of_sgd(order):
 @pytest.mark.parametrize(
     ("strategy", "devices"),
     [
-        pytest.param("vmap", 1, marks=pytest.mark.nightly),
-        pytest.param("scan", 1, marks=pytest.mark.nightly),
+        ("vmap", 1),
+        ("scan", 1),
         (3, 2),
     ],
 )

@@ -131,7 +131,7 @@ def test_parameters_written_in_parts_by_two_processes_are_read_by_one(of_two):
 
 
 def test_an_array_that_both_processes_have_whole_is_written_once(of_two):
-    np.testing.assert_array_equal(of_two[0]["own"], [0, 1, 2])
+    np.testing.assert_array_equal(of_two[0]["replicated"], [0, 1, 2])
 
 
 @pytest.mark.slow

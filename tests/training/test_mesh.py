@@ -34,7 +34,7 @@ def glyphs():
     return jm.tasks.glyphs("train", ways=3, shots=1, queries=2)
 
 
-def stored():
+def stored_images():
     """Return tasks of stored uint8 images."""
     x = np.random.default_rng(0).integers(0, 256, (60, 9, 9, 1), np.uint8)
     return jm.tasks.from_arrays(
@@ -88,7 +88,7 @@ def after_a_step(learner, distribution, optimizer, **axes):
 def test_every_mesh_draws_the_same_episodes_bit_for_bit(name):
     # In float32 a sum of eight bytes is exact in any order.
     actual, expected = (
-        np.asarray(after_a_step(witness(), stored(), optax.sgd(1.0), **axes)[0].params["w"])
+        np.asarray(after_a_step(witness(), stored_images(), optax.sgd(1.0), **axes)[0].params["w"])
         for axes in (MESHES[name], {})
     )
     assert len(np.unique(actual)) > 100
@@ -182,7 +182,7 @@ def test_a_run_on_one_mesh_is_resumed_on_another(tmp_path):
 
 
 @needs_eight
-def test_meta_step_under_pmap():
+def test_the_meta_step_under_pmap_is_the_same_step():
     # Programs built on `pmap` pass tasks in, and average gradients in the optimizer.
     learner, tasks, inner = maml(), glyphs(), optax.sgd(0.1)
     mean = optax.GradientTransformation(

@@ -12,7 +12,7 @@ from flax import linen
 import jaxmeta as jm
 from jaxmeta.training import sharding
 
-CLASSES, EACH = 12, 5
+CLASSES, PER_CLASS = 12, 5
 
 
 def normalised_mlp():
@@ -23,7 +23,7 @@ def normalised_mlp():
 LEARNERS = {
     "prototypical": lambda: (jm.prototypical(normalised_mlp()), 4),
     "prototypical by the support set": lambda: (jm.prototypical(normalised_mlp(), norm="support"), 4),
-    "matching in full context": lambda: (jm.matching(normalised_mlp(), context_steps=2), 4),
+    "matching with full context embeddings": lambda: (jm.matching(normalised_mlp(), context_steps=2), 4),
     "siamese": lambda: (jm.siamese(normalised_mlp()), 4),
     "ridge": lambda: (jm.ridge(normalised_mlp()), 4),
     "prototypical, convolutions": lambda: (jm.prototypical(jm.nn.Conv4(filters=4)), 28),
@@ -43,9 +43,9 @@ def two_devices():
 
 def traced_step(learner, side, meta_batch, devices, *, ways=4, shots=1, queries=2, strategy="auto"):
     """Return a function that creates the initial state, the tasks, and the traced meta-step."""
-    x = np.random.default_rng(0).random((CLASSES * EACH, side, side, 1), np.float32)
+    x = np.random.default_rng(0).random((CLASSES * PER_CLASS, side, side, 1), np.float32)
     tasks = jm.tasks.from_arrays(
-        x, np.repeat(np.arange(CLASSES), EACH), ways=ways, shots=shots, queries=queries
+        x, np.repeat(np.arange(CLASSES), PER_CLASS), ways=ways, shots=shots, queries=queries
     )
     optimizer = optax.sgd(1.0)
 
@@ -110,11 +110,11 @@ def test_two_devices_on_one_task_share_its_examples(name):
     ("shots", "queries"),
     [
         ((1, 2), 2),
-        pytest.param(1, 2, marks=pytest.mark.nightly),
-        pytest.param(1, 4, marks=pytest.mark.nightly),
+        (1, 2),
+        (1, 4),
     ],
 )
-def test_examples_that_do_not_divide_and_tasks_of_unequal_size(shots, queries):
+def test_odd_numbers_of_examples_and_padding_give_the_meta_gradient_of_one_device(shots, queries):
     # 3 to 5 classes of 3 to 5 examples: an odd number of examples, or padding in the middle.
     settings = {"ways": (3, 5), "shots": shots, "queries": queries}
     actual, expected = (meta_gradient("prototypical", 1, devices, **settings)[0] for devices in (2, 1))
@@ -132,9 +132,9 @@ def test_as_many_devices_as_tasks_share_no_examples():
 
 
 @pytest.mark.nightly
-def test_training_and_evaluation_on_more_devices_than_tasks():
-    x = np.random.default_rng(0).random((CLASSES * EACH, 4, 4, 1), np.float32)
-    tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(CLASSES), EACH), ways=4, shots=1, queries=2)
+def test_training_on_more_devices_than_tasks_gives_the_parameters_of_one_device():
+    x = np.random.default_rng(0).random((CLASSES * PER_CLASS, 4, 4, 1), np.float32)
+    tasks = jm.tasks.from_arrays(x, np.repeat(np.arange(CLASSES), PER_CLASS), ways=4, shots=1, queries=2)
     settings = {"steps": 3, "key": jax.random.key(0), "meta_batch": 1, "validation": tasks}
     settings |= {"validation_episodes": 5, "validate_every": 3}
     learner = jm.prototypical(normalised_mlp())

@@ -260,8 +260,8 @@ def test_a_non_finite_loss_stops_at_its_step(tmp_path, first_bad, value):
 
 
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.nightly), 2])
-def test_a_non_finite_step_can_be_skipped_without_a_trace(devices):
-    # A skipped step changes only the step number, and is not part of the means.
+def test_a_skipped_non_finite_step_changes_only_the_step_number(devices):
+    # A skipped step is not part of the means.
     bad = jnp.array([0, 5, 6])
     learner = toys.maml(poison=lambda step: jnp.where((step == bad).any(), jnp.nan, 0.0))
     tasks, optimizer = toys.sinusoid(), toys.adam()
@@ -324,7 +324,6 @@ def backward(w, y):
     ],
 )
 def test_the_operation_of_the_first_nan_is_named_under_debug_nans(loss, kind, expected):
-
     def of_task(params, task, key, step=None):
         del key, step
         return loss(params["w"], task.query.y), {}
