@@ -83,7 +83,7 @@ def as_released(state):
 
 @pytest.mark.parametrize("names", ["written", "in memory", "released"])
 @pytest.mark.parametrize("registers", [False, True])
-def test_dinov2_keeps_its_features_by_all_names(tmp_path, registers, names):
+def test_dinov2_keeps_its_features_under_the_names_of_all_its_files(tmp_path, registers, names):
     model = dinov2(registers)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -132,7 +132,7 @@ def test_positions_of_the_release_of_dinov2_are_interpolated_with_its_offset(tor
 
 
 @pytest.mark.parametrize("registers", [False, True])
-def test_the_giant_of_dinov2_is_refused_by_the_name_of_its_layers(tmp_path, registers):
+def test_the_giant_model_of_dinov2_is_refused_for_its_swiglu_layers(tmp_path, registers):
     model = dinov2(registers, use_swiglu_ffn=True)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"use_swiglu_ffn is True .* DINOv2 has False"):

@@ -33,10 +33,10 @@ def samples(n=7, m=5, dim=DIM, seed=0):
 def finite_differences(f, x, step=1e-6):
     """Return the gradient of `f` at `x` by central differences, entry by entry."""
     gradient = np.zeros_like(x)
-    for place in np.ndindex(x.shape):
+    for index in np.ndindex(x.shape):
         moved = np.zeros_like(x)
-        moved[place] = step
-        gradient[place] = (f(x + moved) - f(x - moved)) / (2 * step)
+        moved[index] = step
+        gradient[index] = (f(x + moved) - f(x - moved)) / (2 * step)
     return gradient
 
 

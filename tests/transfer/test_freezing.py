@@ -77,9 +77,9 @@ def test_training_changes_no_bit_of_frozen_leaves_and_every_other_leaf(body, opt
         path for path in before if any(path.split("/", 1)[1].startswith(f"{layer}/") for layer in train)
     }
     assert {path for path in trained if path.startswith("batch_stats")} or not upper
-    still = {path for path in trained if path.endswith(without_gradient)} if without_gradient else set()
+    constant = {path for path in trained if path.endswith(without_gradient)} if without_gradient else set()
     assert before.keys() - trained <= kept
-    assert not (kept & trained) - still
+    assert not (kept & trained) - constant
 
 
 def test_frozen_leaves_have_no_optimizer_state_no_decay_and_no_part_in_the_norm_of_the_gradient():
@@ -127,11 +127,11 @@ def test_updates_of_lower_groups_are_scaled_by_powers_of_the_decay(optimizer, x6
     groups = ["stem", ["middle"], "top"]
     scaled = discriminative(optimizer, params, groups, decay=2.6)
     assert layer_labels(params, groups) == {"stem": 0, "middle": 1, "top": 2}
-    own, their = scaled.init(params), optimizer.init(params)
+    state, plain_state = scaled.init(params), optimizer.init(params)
     for _ in range(3):
         grads = {name: jnp.asarray(rng.normal(size=3)) for name in params}
-        updates, own = scaled.update(grads, own, params)
-        plain, their = optimizer.update(grads, their, params)
+        updates, state = scaled.update(grads, state, params)
+        plain, plain_state = optimizer.update(grads, plain_state, params)
         for k, name in enumerate(["top", "middle", "stem"]):
             np.testing.assert_allclose(updates[name], plain[name] * 2.6**-k, rtol=1e-12)
 
@@ -211,12 +211,12 @@ def test_l2_sp_pulls_shared_leaves_to_their_start_and_new_ones_to_zero(with_fish
     np.testing.assert_allclose(at_start["head"], 0.07 * start["head"], rtol=1e-12)
     # Central differences are exact for a square.
     leaves, structure = jax.tree.flatten(w)
-    for place, slopes in enumerate(jax.tree.leaves(gradient(w))):
-        for index in np.ndindex(leaves[place].shape):
+    for i, slopes in enumerate(jax.tree.leaves(gradient(w))):
+        for index in np.ndindex(leaves[i].shape):
             values = []
             for step in (1e-3, -1e-3):
                 moved = [leaf.copy() for leaf in leaves]
-                moved[place][index] += step
+                moved[i][index] += step
                 values.append(float(value(jax.tree.unflatten(structure, moved))))
             np.testing.assert_allclose(slopes[index], (values[0] - values[1]) / 2e-3, rtol=1e-8, atol=1e-10)
 

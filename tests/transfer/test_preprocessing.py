@@ -27,13 +27,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         (dinov2, ImageInput(12, MEAN, STD, "cubic")),
     ],
 )
-def test_the_usual_images_of_a_layout(tmp_path, model, expected):
+def test_a_layout_without_a_description_has_its_usual_preprocessing(tmp_path, model, expected):
     model().save_pretrained(tmp_path)
     assert load_pretrained(tmp_path).input == expected
 
 
 @pytest.mark.usefixtures("torch")
-def test_the_images_of_clip_are_those_of_its_image_processor(tmp_path):
+def test_clip_has_the_preprocessing_of_its_image_processor(tmp_path):
     import transformers
 
     clip().save_pretrained(tmp_path)
@@ -45,7 +45,7 @@ def test_the_images_of_clip_are_those_of_its_image_processor(tmp_path):
     assert load_pretrained(tmp_path).input == usual
 
 
-def test_the_images_of_squeezenet_and_of_variables_of_flax(tmp_path):
+def test_squeezenet_has_its_usual_preprocessing_and_flax_variables_have_none(tmp_path):
     file = tmp_path / "weights.safetensors"
     safetensors_numpy.save_file(squeezenet_state(2), file)
     assert load_pretrained(file).input == ImageInput(224, MEAN, STD)
@@ -92,7 +92,7 @@ def test_the_images_of_squeezenet_and_of_variables_of_flax(tmp_path):
         ),
     ],
 )
-def test_files_next_to_the_weights_come_first(tmp_path, name, content, expected):
+def test_files_next_to_the_weights_take_precedence(tmp_path, name, content, expected):
     resnet().save_pretrained(tmp_path)
     (tmp_path / name).write_text(json.dumps(content))
     assert load_pretrained(tmp_path).input == expected

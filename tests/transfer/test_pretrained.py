@@ -1,4 +1,4 @@
-"""Pretrained weights: outputs compared with PyTorch's, and leaves without a place in the network."""
+"""Pretrained weights: outputs compared with PyTorch's, and leaves that the network does not have."""
 
 import json
 import re
@@ -81,7 +81,7 @@ def test_a_whole_resnet_18_keeps_its_outputs(tmp_path):
 
 @pytest.mark.usefixtures("torch")
 @pytest.mark.nightly
-def test_every_leaf_of_a_whole_resnet_50_has_its_place(tmp_path):
+def test_every_leaf_of_a_whole_resnet_50_is_loaded(tmp_path):
     model = resnet({}, num_labels=1000)
     model.save_pretrained(tmp_path)
     network, variables, report, _ = load_pretrained(tmp_path)
@@ -96,14 +96,14 @@ def torchvision_name(name):
     name = re.sub(r"^embedder\.embedder\.convolution", "conv1", name)
     name = re.sub(r"^embedder\.embedder\.normalization", "bn1", name)
     stage = r"^encoder\.stages\.(\d)\.layers\.(\d)\."
-    for pattern, theirs in {
+    for pattern, replacement in {
         rf"{stage}layer\.(\d)\.convolution": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.conv{int(m[3]) + 1}",
         rf"{stage}layer\.(\d)\.normalization": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.bn{int(m[3]) + 1}",
         rf"{stage}shortcut\.convolution": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.0",
         rf"{stage}shortcut\.normalization": lambda m: f"layer{int(m[1]) + 1}.{m[2]}.downsample.1",
         r"^classifier\.1": "fc",
     }.items():
-        name = re.sub(pattern, theirs, name)
+        name = re.sub(pattern, replacement, name)
     return name
 
 
@@ -122,7 +122,7 @@ def test_a_resnet_of_torchvision_keeps_its_outputs(tmp_path, layer_type):
 
 @pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("in_memory", [False, True])
-def test_a_vit_of_transformers_keeps_its_outputs_by_both_kinds_of_names(tmp_path, in_memory):
+def test_a_vit_of_transformers_keeps_its_outputs_under_both_kinds_of_names(tmp_path, in_memory):
     model = vit()
     model.save_pretrained(tmp_path)
     written = safetensors_numpy.load_file(tmp_path / "model.safetensors")
@@ -471,9 +471,9 @@ def test_a_squeezenet_of_torchvision_keeps_its_outputs_and_features(tmp_path):
     assert [row.source for row in headless.report.dropped] == ["classifier/1/bias", "classifier/1/weight"]
     new = load_pretrained(file, jm.nn.SqueezeNet(3), head=False, key=KEY)
     assert new.variables["params"]["head"]["kernel"].shape == (512, 3)
-    # Its own file describes the classifier.
-    save_pretrained(tmp_path / "own.safetensors", loaded.variables, network=loaded.network)
-    again = load_pretrained(tmp_path / "own.safetensors")
+    # A saved file describes the classifier.
+    save_pretrained(tmp_path / "saved.safetensors", loaded.variables, network=loaded.network)
+    again = load_pretrained(tmp_path / "saved.safetensors")
     assert again.network == loaded.network
     assert_same_leaves(again.variables, loaded.variables)
 

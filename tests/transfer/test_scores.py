@@ -185,9 +185,9 @@ def test_evidence_is_the_density_of_the_targets_and_largest_at_its_alpha_and_bet
                 continue
             finite += 1
             assert value == pytest.approx(log_density(features, y, alpha, beta), rel=1e-8)
-            for by in (0.99, 1.01):
-                assert log_density(features, y, by * alpha, beta) < value
-                assert log_density(features, y, alpha, by * beta) < value
+            for factor in (0.99, 1.01):
+                assert log_density(features, y, factor * alpha, beta) < value
+                assert log_density(features, y, alpha, factor * beta) < value
             everywhere = [
                 log_density(features, y, a * alpha, b * beta)
                 for a in np.logspace(-2, 2, 7)

@@ -83,12 +83,12 @@ def test_a_saved_file_describes_its_network(tmp_path, network):
 
 
 def test_only_networks_that_a_reader_can_build_are_described(tmp_path, small):
-    class Own(linen.Module):
+    class UserNetwork(linen.Module):
         pass
 
     file = tmp_path / "weights.safetensors"
-    with pytest.raises(ValueError, match=r"network: got Own; it must be a network of jaxmeta\.nn"):
-        save_pretrained(file, small, network=Own())
+    with pytest.raises(ValueError, match=r"network: got UserNetwork; it must be a network of jaxmeta\.nn"):
+        save_pretrained(file, small, network=UserNetwork())
     with pytest.raises(ValueError, match="network: an attribute of MLP cannot be written"):
         save_pretrained(file, small, network=jm.nn.MLP(out=2, activation=jnp.tanh))
     for text in (
@@ -162,23 +162,23 @@ def test_files_of_flax_and_orbax_are_read(tmp_path, small, kind, content):
 
 
 def test_a_custom_flax_network_is_loaded_with_an_example_input(tmp_path):
-    class Own(linen.Module):
+    class UserNetwork(linen.Module):
         @linen.compact
         def __call__(self, x, train):
             x = linen.BatchNorm(use_running_average=not train)(linen.Dense(3)(x))
             return linen.Dense(2, name="head")(linen.Dropout(0.5, deterministic=not train)(x))
 
     x = jnp.ones((2, 4))
-    variables = filled(jax.eval_shape(lambda x: Own().init(KEY, x, False), x))
+    variables = filled(jax.eval_shape(lambda x: UserNetwork().init(KEY, x, False), x))
     file = tmp_path / "weights.safetensors"
     save_pretrained(file, variables)
-    with pytest.raises(ValueError, match="x: got None; Own needs an example input"):
-        load_pretrained(file, Own())
+    with pytest.raises(ValueError, match="x: got None; UserNetwork needs an example input"):
+        load_pretrained(file, UserNetwork())
     for example in (x, jax.ShapeDtypeStruct(x.shape, x.dtype), x.shape):
-        assert_same_leaves(load_pretrained(file, Own(), x=example).variables, variables)
+        assert_same_leaves(load_pretrained(file, UserNetwork(), x=example).variables, variables)
     save_pretrained(file, {"params": variables["params"]}, overwrite=True)
     with pytest.raises(ValueError, match='"batch_stats/BatchNorm_0/mean" is missing'):
-        load_pretrained(file, Own(), x=x)
+        load_pretrained(file, UserNetwork(), x=x)
 
 
 def test_variables_of_a_run_are_its_model_and_the_statistics_of_its_population(tmp_path, monkeypatch):
@@ -225,8 +225,8 @@ def test_a_run_is_loaded_with_its_network_and_statistics(tmp_path):
     # A network with a function among its attributes has no description; the caller passes it.
     save_pretrained(again, loaded.variables)
     start = jax.nn.initializers.lecun_normal()
-    own = jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=start)
-    reloaded = load_pretrained(again, own, x=(1, 28, 28, 1))
+    network = jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=start)
+    reloaded = load_pretrained(again, network, x=(1, 28, 28, 1))
     assert_same_leaves(reloaded.variables, loaded.variables)
 
 
@@ -241,11 +241,11 @@ def test_shards_are_assembled_and_bad_indices_rejected(tmp_path):
     index = tmp_path / "shards" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     name = next(iter(content["weight_map"]))
-    for place, message in {
+    for target, message in {
         "../whole/model.safetensors": "points to '../whole/model.safetensors'; it must be a safetensors file",
         "model-9.safetensors": "points to model-9.safetensors, which does not exist",
     }.items():
-        index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: place}}))
+        index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: target}}))
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path / "shards")
     index.write_text(
@@ -273,12 +273,12 @@ GOOD = {"params/a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
         "short": b"\x01\x02",
         "header longer than the file": header(GOOD, 10**6),
         "header longer than any memory": header(GOOD, 2**63),
-        "no JSON": header(b"{not json}"),
-        "no UTF-8": header(b'{"\xff\xfe": 1}'),
+        "not JSON": header(b"{not json}"),
+        "not UTF-8": header(b'{"\xff\xfe": 1}'),
         "a list": header([1, 2]),
-        "deep": header(b"[" * 10**5),
+        "deeply nested": header(b"[" * 10**5),
         "truncated": header(GOOD, data=b"\0\0"),
-        "too much": header(GOOD, data=b"\0" * 100),
+        "trailing data": header(GOOD, data=b"\0" * 100),
         "beyond the end": header({"params/a": {"dtype": "F32", "shape": [1], "data_offsets": [100, 104]}}),
         "negative": header({"params/a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
         "huge": header({"params/a": {"dtype": "F32", "shape": [2**62, 8], "data_offsets": [0, 8]}}),

@@ -63,6 +63,7 @@ def images(height, width):
 
 
 def outputs_of(model, x, attribute="logits"):
+    """Return the outputs of a PyTorch model."""
     import torch
 
     with torch.no_grad():
@@ -70,6 +71,7 @@ def outputs_of(model, x, attribute="logits"):
 
 
 def outputs(loaded, x):
+    """Return the outputs of a loaded network."""
     return jax.jit(loaded.network.apply)(loaded.variables, x)
 
 
