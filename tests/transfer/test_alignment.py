@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen
-from variables import close, initialised, record_keys, same_bits
+from variables import assert_close, initialised, record_keys, same_bits
 
 import jaxmeta as jm
 from jaxmeta.transfer import accuracy, align, coral, dann, fine_tune, leaves_by_path, mmd
@@ -66,10 +66,10 @@ def test_with_weight_zero_alignment_is_training_on_the_source_alone(model):
     settings = {**SETTINGS, "optimizer": optax.adam(0.01), "weights": weights}
     known = fine_tune(model, variables, SOURCE, **settings)
     result = align(model, variables, SOURCE, TARGET.x, coral(0.0), norm="separate", **settings)
-    close(result.losses, known.losses, 1e-5)
-    close(result.source, known.variables, 1e-5)
+    assert_close(result.losses, known.losses, 1e-5)
+    assert_close(result.source, known.variables, 1e-5)
     # The target's statistics come from its own batches, whose means before the normalisation differ.
-    close(result.target["params"], known.variables["params"], 1e-5)
+    assert_close(result.target["params"], known.variables["params"], 1e-5)
     apart = (
         result.target["batch_stats"]["body"]["norm"]["mean"]
         - result.source["batch_stats"]["body"]["norm"]["mean"]
@@ -95,11 +95,11 @@ def test_batch_statistics_are_separate_or_joint(model):
 
     # 48 target and 64 source examples: the step has all of them.
     separate = align(model, variables, SOURCE, TARGET.x, CORAL, norm="separate", **settings)
-    close(running(separate.source), after_one(SOURCE.x), 1e-5)
-    close(running(separate.target), after_one(TARGET.x), 1e-5)
+    assert_close(running(separate.source), after_one(SOURCE.x), 1e-5)
+    assert_close(running(separate.target), after_one(TARGET.x), 1e-5)
     joint = align(model, variables, SOURCE, TARGET.x, CORAL, norm="joint", **settings)
     assert same_bits(joint.source, joint.target)
-    close(running(joint.target), after_one(np.concatenate([SOURCE.x, TARGET.x])), 1e-5)
+    assert_close(running(joint.target), after_one(np.concatenate([SOURCE.x, TARGET.x])), 1e-5)
     # Joint statistics give other features and so another loss.
     assert abs(np.asarray(separate.losses - joint.losses)) > 1e-3
 
@@ -230,8 +230,8 @@ def test_dann_descends_and_ascends_by_the_gradients_of_the_papers_two_losses(wei
         params = jax.tree.map(lambda w, g: np.asarray(w) - rate * g, params, moves)
         head = jax.tree.map(lambda w, g: np.asarray(w) - rate * g, head, by_head)
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(by_body)) > 1e-3
-    close(result.losses, np.array(losses), 1e-9)
-    close(result.target["params"], params, 1e-9)
+    assert_close(result.losses, np.array(losses), 1e-9)
+    assert_close(result.target["params"], params, 1e-9)
 
 
 # --- Effect on the target --------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_weights_count_for_the_source_as_in_fine_tuning(small):
     weights = np.linspace(0.5, 1.5, 64).astype(np.float32)
     result = align(model, variables, SOURCE, TARGET.x, coral(0.0), weights=weights, **settings)
     known = fine_tune(model, variables, SOURCE, weights=weights, **settings)
-    close(result.source, known.variables, 1e-5)
+    assert_close(result.source, known.variables, 1e-5)
 
 
 @pytest.mark.nightly
@@ -305,7 +305,7 @@ def test_augmentation_applies_to_both_domains(small):
     before = align(
         model, variables, jm.Batch(2 * SOURCE.x + 1, SOURCE.y), 2 * TARGET.x + 1, CORAL, **settings
     )
-    close(moved.target, before.target, 1e-5)
+    assert_close(moved.target, before.target, 1e-5)
 
 
 def test_augmentations_of_the_two_domains_have_different_keys(small):

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from scipy.special import log_softmax
-from variables import close, initialised, record_keys, same_bits
+from variables import assert_close, initialised, record_keys, same_bits
 
 import jaxmeta as jm
 from jaxmeta.transfer import (
@@ -117,8 +117,8 @@ def test_fine_tuning_equals_a_plain_loop_of_flax_and_optax_on_the_same_batches(f
     for batch in spy.batches:
         params, stats, state, value = step(params, stats, state, X[batch], Y[batch])
         losses.append(value)
-    close(fitted.losses, np.array(losses), 1e-6)
-    close(fitted.variables, {"params": params, "batch_stats": stats}, 1e-6)
+    assert_close(fitted.losses, np.array(losses), 1e-6)
+    assert_close(fitted.variables, {"params": params, "batch_stats": stats}, 1e-6)
 
 
 @pytest.mark.nightly
@@ -136,7 +136,7 @@ def test_bytes_are_scaled_to_zero_to_one(body):
         fine_tune(model, variables, jm.Batch(inputs, Y[:12]), **settings)
         for inputs in (x, (x / 255).astype(np.float32))
     ]
-    close(*fitted, 1e-5)
+    assert_close(*fitted, 1e-5)
 
 
 def test_weights_count_as_repetitions(smooth):
@@ -145,7 +145,7 @@ def test_weights_count_as_repetitions(smooth):
     rows = np.repeat(np.arange(20), counts)
     weighted = fine_tune(model, variables, DATA, weights=counts.astype(float), **PLAIN)
     repeated = fine_tune(model, variables, jm.Batch(X[rows], Y[rows]), **PLAIN)
-    close(weighted, repeated, 1e-5)
+    assert_close(weighted, repeated, 1e-5)
     assert not np.allclose(weighted.losses, fine_tune(model, variables, DATA, **PLAIN).losses, rtol=1e-3)
 
 
@@ -216,7 +216,7 @@ def test_training_depends_on_the_key_and_not_on_its_pieces(flax):
     assert [step for step, _ in seen] == [3, 6, 7]
     assert same_bits(seen[-1][1], whole.variables)
     three = fine_tune(model, variables, DATA, **{**settings, "steps": 3})
-    close(seen[0][1], three.variables, 1e-6)
+    assert_close(seen[0][1], three.variables, 1e-6)
     other = fine_tune(model, variables, DATA, **{**settings, "key": jax.random.key(5)})
     assert not np.array_equal(other.losses, whole.losses)
 
@@ -331,7 +331,7 @@ def test_feature_extraction_fits_the_head_on_inference_features_and_changes_noth
         ({"head": custom, "value": 2.0}, custom(features, Y, 3, value=2.0)),
     ):
         fitted = feature_extraction(model, variables, DATA, **settings)
-        close(fitted["params"]["head"], expected, 1e-4)
+        assert_close(fitted["params"]["head"], expected, 1e-4)
         assert fitted["batch_stats"] is variables["batch_stats"]
         bodies = (tree["params"]["body"] for tree in (fitted, variables))
         assert all(a is b for a, b in zip(*map(jax.tree.leaves, bodies), strict=True))
@@ -475,7 +475,7 @@ def test_lp_ft_at_a_tiny_rate_stays_at_the_probe(body, keep, batch_size):
     before, after = (model.apply(tree, SHIFTED.x) for tree in (probe, fitted.variables))
     exact = keep or batch_size > len(Y)
     # With mini-batches, a running average covers mainly the last of them.
-    close(after, before, (1e-3 if exact else 0.15) * float(jnp.abs(before).max()))
+    assert_close(after, before, (1e-3 if exact else 0.15) * float(jnp.abs(before).max()))
     assert same_bits(fitted.variables["batch_stats"], variables["batch_stats"]) == keep
     assert same_bits(probe["batch_stats"], variables["batch_stats"]) == keep
     if exact and body != "nnx":  # which has dropout in training
@@ -487,11 +487,11 @@ def test_a_probe_has_the_statistics_of_a_whole_batch():
     """A whole batch gives the statistics of AdaBN, layer by layer, whatever a layer's momentum is."""
     model, variables = adapted_model("flax")
     probe = fine_tuning_probe(model, variables, SHIFTED, key=KEY, batch_size=20)
-    close(probe["batch_stats"], jm.transfer.adabn(model, variables, SHIFTED.x)["batch_stats"], 1e-4)
+    assert_close(probe["batch_stats"], jm.transfer.adabn(model, variables, SHIFTED.x)["batch_stats"], 1e-4)
     slow = classifier(jm.nn.MLP(out=None, hidden=(8,), norm=True, kernel_init=INIT), 3, momentum=0.999)
     variables = initialised(slow, X, 1)
     probe = fine_tuning_probe(slow, variables, SHIFTED, key=KEY, batch_size=20)
-    close(probe["batch_stats"], jm.transfer.adabn(slow, variables, SHIFTED.x)["batch_stats"], 1e-3)
+    assert_close(probe["batch_stats"], jm.transfer.adabn(slow, variables, SHIFTED.x)["batch_stats"], 1e-3)
 
 
 def test_a_probe_keeps_the_statistics_of_layers_that_are_not_trained():
@@ -505,11 +505,11 @@ def test_a_probe_keeps_the_statistics_of_layers_that_are_not_trained():
     hidden = np.asarray(SHIFTED.x) @ body["dense0"]["kernel"]
     hidden = (hidden - before["norm0"]["mean"]) / np.sqrt(before["norm0"]["var"] + 1e-5)
     entering = np.maximum(hidden, 0) @ body["dense1"]["kernel"]
-    close(stats["norm1"], {"mean": entering.mean(0), "var": entering.var(0)}, 1e-4)
+    assert_close(stats["norm1"], {"mean": entering.mean(0), "var": entering.var(0)}, 1e-4)
     fitted = fine_tune(
         model, probe, SHIFTED, key=KEY, batch_size=100, train=train, optimizer=optax.sgd(1e-9), steps=20
     )
-    close(model.apply(fitted.variables, SHIFTED.x), model.apply(probe, SHIFTED.x), 1e-3)
+    assert_close(model.apply(fitted.variables, SHIFTED.x), model.apply(probe, SHIFTED.x), 1e-3)
 
 
 @pytest.mark.nightly_rows(after=1)

@@ -17,7 +17,7 @@ def same_bits(a, b):
     return a == b
 
 
-def close(a, b, tolerance):
+def assert_close(a, b, tolerance):
     """Assert that two trees have leaves that are equal within an absolute or relative tolerance."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), a, b)
 
