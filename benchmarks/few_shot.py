@@ -5,8 +5,8 @@
 
 DIR holds Iconify's emoji packs. A class is a thing, a domain is the style of a designer's set. Test tasks
 have 5 or 20 ways, 1 or 3 shots and 1 query a class, under three protocols: support set and queries of any
-style; of different styles; and queries of one style that training never sees. All rows of a protocol have the
-same 2,000 test tasks of the classes that all sets have.
+style; of different styles; and queries of one style that training never sees. All rows of a protocol share
+2,000 test tasks of the classes that all sets have.
 
 Rows are pixels, the features of --weights and of each trained network, under every head that `jaxmeta
 evaluate` has; and learners that adapt their network. --train names the trainings to run or to resume
@@ -48,7 +48,7 @@ PROTOCOLS = {
 }
 SHAPES = [(5, 1), (5, 3), (20, 1), (20, 3)]
 # Heads on trained features, which need no more than a mean of each class.
-_OF_TRAINED = ["simple_shot", "simple_shot_centred", "soft_kmeans"]
+_TRAINED_HEADS = ["simple_shot", "simple_shot_centred", "soft_kmeans"]
 # Classes that all six sets have, so that every protocol has the same.
 STYLES = 6
 # Trainings whose features are also used for zero-shot tasks and on other data sets.
@@ -150,7 +150,7 @@ def accuracy(learner: jm.Learner, params, tasks: jm.TaskDistribution) -> dict:
     return {"mean": result.mean, "ci95": result.ci95}
 
 
-def of_heads(heads, tasks: jm.TaskDistribution) -> dict:
+def head_accuracies(heads, tasks: jm.TaskDistribution) -> dict:
     """Return the accuracy of each head on tasks of features."""
     task = tasks.sample(jax.random.key(0))
     learners = {head: HEADS[head].learner for head in heads}
@@ -160,16 +160,16 @@ def of_heads(heads, tasks: jm.TaskDistribution) -> dict:
     }
 
 
-def of_features(embed, heads, size: int, args) -> dict:
+def feature_accuracies(embed, heads, size: int, args) -> dict:
     """Return the accuracy of each head on the features of `embed`, by protocol and shape."""
     rows: dict = {head: {} for head in heads}
     for name, ways, shots, tasks in protocols(args, size):
-        for head, found in of_heads(heads, jm.tasks.embedded(tasks, embed)).items():
+        for head, found in head_accuracies(heads, jm.tasks.embedded(tasks, embed)).items():
             rows[head][f"{name} {ways}-way {shots}-shot"] = found
     return rows
 
 
-def of_learner(folder: Path, size: int, args) -> dict:
+def learner_accuracies(folder: Path, size: int, args) -> dict:
     """Return the accuracy of a run's learner on tasks of as many ways as it was trained for."""
     learner, params = jm.load_run(folder)
     return {
@@ -187,9 +187,9 @@ def row_of_run(name: str, args) -> dict:
     size = config["tasks"]["size"]
     adapts = config["learner"]["name"] in ("maml", "anil")
     return {
-        "heads": {"own": of_learner(folder, size, args)}
+        "heads": {"own": learner_accuracies(folder, size, args)}
         if adapts
-        else of_features(jm.features(folder), _OF_TRAINED, size, args),
+        else feature_accuracies(jm.features(folder), _TRAINED_HEADS, size, args),
         "size": size,
         "steps": report["steps"],
         "training_s": report["training_s"],
@@ -258,15 +258,15 @@ def elsewhere(sources: dict, args) -> dict:
         for shots in (1, 5):
             images = getattr(jm.tasks, name)("test", ways=ways, shots=shots, queries=5, data=args.data)
             row: dict = {"ways": ways, "shots": shots, "accuracy": {}}
-            few: dict = {}
+            candidates: dict = {}
             for source, embed in sources.items():
                 tasks = jm.tasks.embedded(images, embed)
-                row["accuracy"][source] = of_heads(HEADS, tasks)
+                row["accuracy"][source] = head_accuracies(HEADS, tasks)
                 z, y = map(np.asarray, jm.tasks.labelled(tasks))
                 kept = np.concatenate([np.flatnonzero(y == label)[:_SCORED] for label in range(y.max() + 1)])
-                few[source] = jm.transfer.Candidate(z[kept])
+                candidates[source] = jm.transfer.Candidate(z[kept])
             accuracies = {source: heads["simple_shot"]["mean"] for source, heads in row["accuracy"].items()}
-            ranking = jm.transfer.rank_sources(few, (None, y[kept]), accuracies=accuracies)
+            ranking = jm.transfer.rank_sources(candidates, (None, y[kept]), accuracies=accuracies)
             row["scores"] = {each.name: each.scores for each in ranking.rows}
             rows[f"{name} {ways}-way {shots}-shot"] = row
             print(f"{name}, {ways}-way {shots}-shot\n{ranking}", flush=True)
@@ -284,7 +284,7 @@ def print_row(name: str, row: dict) -> None:
 
 
 def ordered(rows: dict) -> dict:
-    """Return rows in the order of the program, in which they need not have been measured."""
+    """Return rows in the order of `TRAININGS`, although a resumed benchmark may measure them in another."""
     order = ["pixels", "SqueezeNet", *TRAININGS]
     return {name: rows[name] for name in order if name in rows}
 
@@ -328,17 +328,17 @@ def draw(rows: dict, file: Path) -> None:
     for axis, ways in zip(axes, (5, 20), strict=True):
         for number, protocol in enumerate(PROTOCOLS):
             key = f"{protocol} {ways}-way 1-shot"
-            for place, (_, row) in enumerate(rows.items()):
+            for position, (_, row) in enumerate(rows.items()):
                 found = [each[key] for each in row["heads"].values() if key in each]
                 if found:
                     best = max(found, key=lambda value: value["mean"])
                     axis.errorbar(
                         100 * best["mean"],
-                        place,
+                        position,
                         xerr=100 * best["ci95"],
                         fmt="os^"[number],
                         color=("black", "tab:blue", "tab:orange")[number],
-                        label=protocol if place == 0 else None,
+                        label=protocol if position == 0 else None,
                     )
         axis.set_title(f"{ways}-way 1-shot, best head")
         axis.set_xlabel("accuracy on new classes, %")
@@ -386,7 +386,7 @@ def main(argv=None) -> None:
         "SqueezeNet": (jm.features(args.weights), list(HEADS)),
     }
     for name, (embed, heads) in fixed.items():
-        rows[name] = kept.get(name) or {"heads": of_features(embed, heads, 84, args), "size": 84}
+        rows[name] = kept.get(name) or {"heads": feature_accuracies(embed, heads, 84, args), "size": 84}
         done()
     for name in TRAININGS:
         if name in kept:

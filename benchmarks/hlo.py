@@ -119,17 +119,20 @@ def _convolution(out: tuple, lhs: tuple, rhs: tuple, attributes: str) -> int:
     count = out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
     for axis, size in enumerate(window["size"].split("x") if "size" in window else ()):
 
-        def field(name, default, axis=axis):
+        def window_field(name, default, axis=axis):
             return int(window[name].split("x")[axis].split("_")[0]) if name in window else default
 
-        stride, kernel_holes, holes = (field(name, 1) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+        stride, rhs_dilation, lhs_dilation = (
+            window_field(name, 1) for name in ("stride", "rhs_dilate", "lhs_dilate")
+        )
         positions = (
-            o * stride + k * kernel_holes - field("pad", 0)
+            o * stride + k * rhs_dilation - window_field("pad", 0)
             for o in range(out[of_out.index(str(axis))])
             for k in range(int(size))
         )
         length = lhs[of_lhs.index(str(axis))]
-        count *= sum(at % holes == 0 and 0 <= at // holes < length for at in positions)
+        # Positions between entries, or outside of the array, hold zeros of dilation or padding.
+        count *= sum(p % lhs_dilation == 0 and 0 <= p // lhs_dilation < length for p in positions)
     return count
 
 

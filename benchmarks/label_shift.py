@@ -29,15 +29,15 @@ def estimates(probs, labels, target_probs, source_prior) -> dict[str, np.ndarray
     transfer = jm.transfer
     hard = transfer.joint_confusion(probs.argmax(1), labels, 10)
     soft = transfer.joint_confusion(probs, labels, 10)
-    n = len(labels)
-    size = np.log(40 * 10)
-    error = 0.03 * (2 * size / (3 * n) + np.sqrt(2 * size / n))
+    # The penalty of the code that its authors released, for 10 classes; see `rlls`.
+    n, log_term = len(labels), np.log(40 * 10)
+    penalty = 0.03 * (2 * log_term / (3 * n) + np.sqrt(2 * log_term / n))
     prior, _ = transfer.em_prior(target_probs, source_prior)
     return {
         "none": np.ones(10),
         "BBSE": transfer.bbse(hard, target_probs.argmax(1)),
         "BBSE, soft": transfer.bbse(soft, target_probs),
-        "RLLS": transfer.rlls(hard, target_probs.argmax(1), penalty=error),
+        "RLLS": transfer.rlls(hard, target_probs.argmax(1), penalty=penalty),
         "EM": np.asarray(prior) / source_prior,
     }
 

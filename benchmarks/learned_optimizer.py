@@ -1,6 +1,6 @@
 """Benchmark of a learned optimizer against SGD, momentum, RMSProp and Adam with tuned learning rates.
 
-The experiments of Andrychowicz et al. 2016.
+It repeats the experiments of Andrychowicz et al. 2016.
 
     python benchmarks/learned_optimizer.py [--problems quadratics digits] [--data DIR] [--json FILE]
                                            [--plot FILE]
@@ -69,7 +69,7 @@ class Problem:
       episodes: number of test problems, and of validation problems for tuning.
       at_once: training runs in parallel.
       runs: number of training runs.
-      outer_lr: learning rate of the optimizer's own training.
+      outer_lr: learning rate of meta-training.
     """
 
     tasks: Callable
@@ -208,14 +208,14 @@ def train(problem: Problem, key, validate_every: int):
         return state, first + values.sum()
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def many(state, keys, sample):
+    def train_chunk(state, keys, sample):
         return jax.lax.scan(lambda state, key: run(state, key, sample), state, keys)
 
     state, best, history, started = (params, adam.init(params)), None, [], time.perf_counter()
     for done in range(0, problem.runs, validate_every):
         key, chunk_key = jax.random.split(key)
         count = min(validate_every, problem.runs - done)
-        state, values = many(state, jax.random.split(chunk_key, count), tasks.sample)
+        state, values = train_chunk(state, jax.random.split(chunk_key, count), tasks.sample)
         final = mean_curve(problem, case, problem.optimizer(state[0]), 20, "validation")[0][-1]
         history.append((done + count, float(values.mean()), float(final)))
         print(

@@ -27,10 +27,10 @@ class MatrixProduct:
             for used in {1, len(devices)}:
                 mesh = Mesh(np.asarray(devices[:used]), ("rows",))
                 rows = NamedSharding(mesh, PartitionSpec("rows"))
-                everywhere = NamedSharding(mesh, PartitionSpec())
+                replicated = NamedSharding(mesh, PartitionSpec())
                 rng = np.random.default_rng(0)
                 a = jax.device_put(rng.normal(size=(n, n)).astype(np.float32), rows)
-                b = jax.device_put(rng.normal(size=(n, n)).astype(np.float32), everywhere)
+                b = jax.device_put(rng.normal(size=(n, n)).astype(np.float32), replicated)
                 product = jax.jit(jnp.matmul, out_shardings=rows)
                 jax.block_until_ready(product(a, b))
 

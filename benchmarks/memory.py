@@ -158,8 +158,8 @@ def main(argv=None) -> None:
         rows[steps] = run_row(steps, args, task)
         print_row(steps, rows[steps])
     if args.json:
-        own = {"conv4": ("filters",), "vit": ("width", "rank")}[args.network]
-        settings = {name: getattr(args, name) for name in ("network", *own, "image", "rounds")}
+        sizes = {"conv4": ("filters",), "vit": ("width", "rank")}[args.network]
+        settings = {name: getattr(args, name) for name in ("network", *sizes, "image", "rounds")}
         report = {"machine": machine, "settings": settings, "jaxmeta": jm.__version__, "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

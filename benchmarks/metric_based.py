@@ -99,8 +99,8 @@ def main(argv=None) -> None:
     digits = None if args.mnist is None else jm.tasks.mnist(ways=10, queries=10, data=args.mnist)
     for folder in args.omniglot:
         config = load_config(folder)
-        learner, more = config.learner["name"], config.replaced(tasks={"ways": 20})
-        rows[learner] = {"omniglot 20-way 1-shot": evaluate_run(folder, sources.tasks_of(more, "test"))}
+        learner, twenty = config.learner["name"], config.replaced(tasks={"ways": 20})
+        rows[learner] = {"omniglot 20-way 1-shot": evaluate_run(folder, sources.tasks_of(twenty, "test"))}
         if digits is not None:
             rows[learner]["mnist 10-way 1-shot"] = evaluate_run(folder, digits)
         for test, accuracies in rows[learner].items():
@@ -112,12 +112,12 @@ def main(argv=None) -> None:
         )
     if args.zero_shot is not None:
         config = load_config(args.zero_shot)
-        test = sources.tasks_of(config, "test")
+        tasks = sources.tasks_of(config, "test")
         linear, params = linear_map(sources.tasks_of(config, "train"), jax.random.key(0))
         name = f"glyphs {config.ways}-way zero-shot"
         rows["zero-shot"] = {
-            name: evaluate_run(args.zero_shot, test),
-            f"{name}, linear map to pixels": {"inductive": evaluate(linear, params, test, config.run.seed)},
+            name: evaluate_run(args.zero_shot, tasks),
+            f"{name}, linear map to pixels": {"inductive": evaluate(linear, params, tasks, config.run.seed)},
         }
         for test, accuracies in rows["zero-shot"].items():
             print(f"{test}: {format_accuracies(accuracies)}")

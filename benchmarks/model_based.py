@@ -29,7 +29,7 @@ NAMES = {
     "lrua-feed-forward": "feed-forward, memory by least recent use",
     "feed-forward": "feed-forward alone",
 }
-# After 100,000 episodes of 16 sequences; presentation -> accuracy.
+# Accuracy by presentation in Santoro et al. 2016, after 100,000 episodes of 16 sequences.
 PUBLISHED = {
     "lrua": {1: 0.364, 2: 0.828, 3: 0.910, 4: 0.926, 5: 0.949, 10: 0.981},
     "lstm": {1: 0.244, 2: 0.495, 3: 0.553, 4: 0.610, 5: 0.636, 10: 0.625},

@@ -1,8 +1,8 @@
-"""Draw README's picture: a learner's predictions for one task before and after adaptation.
+"""Draw the picture of README.md: a learner's predictions for one task before and after adaptation.
 
     jaxmeta train --out runs/maml && python benchmarks/picture.py runs/maml --png picture.png
 
-The task is the test task of key `--seed`, and the picture shows the first query of each class.
+The test task is drawn with the seed `--seed`, and the picture shows the first query of each class.
 """
 
 import argparse

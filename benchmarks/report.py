@@ -73,7 +73,7 @@ def percent(found: dict | None, digits: int = 1) -> str:
     return f"{text} ± {100 * found['ci95']:.{digits}f}" if "ci95" in found else text
 
 
-def both(accuracy: dict, digits: int = 1) -> list[str]:
+def accuracy_cells(accuracy: dict, digits: int = 1) -> list[str]:
     """Return the cells of transductive and inductive accuracy."""
     return [percent(accuracy.get(part), digits) for part in ("transductive", "inductive")]
 
@@ -146,11 +146,11 @@ def omniglot() -> Values:
     trained = {*gradient["rows"], *metric["rows"], *metanet["rows"]}
     ahead = metanet["rows"]["metanet"]["minus_maml"]["inductive"]
     twenty = read(ELSEWHERE)["rows"]["prototypical"]["omniglot 20-way 1-shot"]["inductive"]
-    of_gradient = [method for method in gradient["rows"] if method in reproduce.ROWS]
+    gradient_methods = [method for method in gradient["rows"] if method in reproduce.ROWS]
     return {
         "seed": str(gradient["seed"]),
         "gradient": reproduce.table(gradient["rows"]),
-        "gradient_origin": origin(GRADIENT, f"{command} {' '.join(of_gradient)}"),
+        "gradient_origin": origin(GRADIENT, f"{command} {' '.join(gradient_methods)}"),
         "lstm_tasks": str(gradient["rows"]["lstm_meta_learner"]["meta_batch"]),
         "control_rates": str(len(reproduce.CONTROL_RATES)),
         "metric": reproduce.table(metric["rows"]),
@@ -173,7 +173,7 @@ def mnist() -> Values:
 
     def cells(method: str, found: dict) -> list[str]:
         label = "nearest pixels" if method == "pixels" else f"`{method}`"
-        return [label, *both(found), TO_MNIST if method == "matching" else ""]
+        return [label, *accuracy_cells(found), TO_MNIST if method == "matching" else ""]
 
     runs = " ".join(f"runs/reproduce/{method}" for method in rows if method != "pixels")
     return {
@@ -194,7 +194,7 @@ def within() -> Values:
     def cells(row: dict) -> list[str]:
         budget = [] if row["steps"] is None else [f"{row['steps']:,} meta-steps"]
         budget += [f"{row['minutes']} minutes"] if "minutes" in row else []
-        return [f"`{row['method']}`", row["images"], *both(row["accuracy"]), ", ".join(budget)]
+        return [f"`{row['method']}`", row["images"], *accuracy_cells(row["accuracy"]), ", ".join(budget)]
 
     head = ["method", "images", "transductive, %", "inductive, %", "budget"]
     return {
@@ -265,7 +265,8 @@ def zero_shot() -> Values:
     command = "jaxmeta train --preset glyphs-zero-shot --out RUN"
     return {
         "table": markdown(
-            ["test", "transductive, %", "inductive, %"], [[test, *both(row)] for test, row in rows.items()]
+            ["test", "transductive, %", "inductive, %"],
+            [[test, *accuracy_cells(row)] for test, row in rows.items()],
         ),
         "origin": origin(
             ELSEWHERE, f"{command} && python benchmarks/metric_based.py --zero-shot RUN --json FILE"
@@ -559,7 +560,7 @@ def precision() -> Values:
         "budget": kept["budget"],
         "table": markdown(
             ["network computed in", "transductive, %", "inductive, %"],
-            [[form, *both(found)] for form, found in kept["rows"].items()],
+            [[dtype, *accuracy_cells(found)] for dtype, found in kept["rows"].items()],
         ),
         "origin": origin(name),
     }
@@ -574,8 +575,8 @@ def scientific(number: float) -> str:
 def scalings() -> Values:
     name = "scaling-virtual-devices.json"
     kept = read(name)
-    crossings = [row["collectives"] for row in kept["rows"] if row["devices"] > 1]
-    if any([(each["kind"], each["times"]) for each in row] != [("all-reduce", 1)] for row in crossings):
+    collectives = [row["collectives"] for row in kept["rows"] if row["devices"] > 1]
+    if any([(each["kind"], each["times"]) for each in row] != [("all-reduce", 1)] for row in collectives):
         raise ValueError(f"{name}: page.md says that a step has one all-reduce; a row of the file has others")
     models = {
         "conv4": "MAML, Conv4-64, second order",
@@ -680,11 +681,12 @@ SECTIONS: dict[str, Callable[[], Values]] = {
 }
 
 
-def filled(template: str) -> str:
+def fill_template(template: str) -> str:
     """Return benchmarks/README.md: the text of page.md with its placeholders filled.
 
     Raises:
-      ValueError: a placeholder has no value, a value no placeholder, or a file of results no reader.
+      ValueError: a placeholder has no value, a value has no placeholder, or no section reads a file of
+        results.
     """
     values = {
         f"{section}.{name}": value for section, fill in SECTIONS.items() for name, value in fill().items()
@@ -692,11 +694,14 @@ def filled(template: str) -> str:
     wanted = set(re.findall(r"\{\{([\w.]+)\}\}", template))
     if wanted != {*values}:
         raise ValueError(
-            f"page.md and report.py differ: without a value {sorted(wanted - {*values})}, "
-            f"without a placeholder {sorted({*values} - wanted)}"
+            f"page.md and report.py differ: placeholders without a value {sorted(wanted - {*values})}, "
+            f"values without a placeholder {sorted({*values} - wanted)}"
         )
     if unread := sorted({path.name for path in RESULTS.glob("*.json")} - _read):
-        raise ValueError(f"no section of report.py reads {', '.join(unread)} of results/")
+        raise ValueError(
+            f"results/: no section of report.py reads {', '.join(unread)}; fill a placeholder from it, or "
+            "delete it"
+        )
     return re.sub(r"\{\{([\w.]+)\}\}", lambda found: values[found[1]], template)
 
 
@@ -710,22 +715,21 @@ _SHORT = {
 
 def short_table() -> str:
     """Return the results table of the top README, with ours next to the published numbers."""
-    maml, of_cavia = read(SINUSOID), cavia()
-    published = maml["published"]["mse_by_step"]["1"]
+    maml, cavia_values = read(SINUSOID), cavia()
     rows = [
         [
             "`maml`",
             "sine waves, 5 points, 1 step: MSE",
-            f"{published:.2f}",
+            f"{maml['published']['mse_by_step']['1']:.2f}",
             f"{maml['mse_by_step']['1']:.2f}",
             maml["budget"],
         ],
         [
             "`cavia`",
-            f"sine waves, {of_cavia['shots']} points, 1 step: MSE",
+            f"sine waves, {cavia_values['shots']} points, 1 step: MSE",
             CAVIA,
-            of_cavia["mse"],
-            of_cavia["budget"],
+            cavia_values["mse"],
+            cavia_values["budget"],
         ],
     ]
     for name, methods in _SHORT.items():
@@ -743,12 +747,12 @@ def short_table() -> str:
                     reproduce.budget(row),
                 ]
             )
-    kept, there = read(MEMORIES)["rows"]["lrua"], model_based.PUBLISHED["lrua"]
+    kept, published = read(MEMORIES)["rows"]["lrua"], model_based.PUBLISHED["lrua"]
     rows.append(
         [
             "`mann`",
             "Omniglot sequences, 2nd and 10th presentation: %",
-            f"{100 * there[2]:.1f}, {100 * there[10]:.1f}",
+            f"{100 * published[2]:.1f}, {100 * published[10]:.1f}",
             ", ".join(f"{100 * kept['accuracy_by_instance'][i]:.1f}" for i in ("2", "10")),
             f"{kept['steps']:,} meta-steps of 16 sequences, {minutes(kept['training_s'])} minutes",
         ]
@@ -760,12 +764,12 @@ def pages() -> dict[Path, str]:
     """Return the text of each page that this program writes, by its path."""
     top = TOP.read_text(encoding="utf-8")
     return {
-        PAGE: filled(TEMPLATE.read_text(encoding="utf-8")),
+        PAGE: fill_template(TEMPLATE.read_text(encoding="utf-8")),
         TOP: MARKED.sub(lambda found: f"{found[1]}{short_table()}\n{found[2]}", top),
     }
 
 
-def differing() -> list[Path]:
+def outdated_pages() -> list[Path]:
     """Return the pages that differ from what would be written."""
     return [
         path
@@ -780,7 +784,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a page differs")
     if parser.parse_args(argv).check:
-        found = differing()
+        found = outdated_pages()
         for path in found:
             print(f"{path} differs from the results: run python benchmarks/report.py", file=sys.stderr)
         return int(bool(found))

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 import jaxmeta as jm
+from jaxmeta.cli.report import plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class ConvRow:
 
     def describe(self) -> str:
         return (
-            f"{self.ways}-way {self.shots}-shot, queries a class {self.queries}, "
+            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} a class, "
             f"{'strided ' if self.strided else ''}Conv4-{self.filters} on {self.image}, "
-            + (f"inner steps {self.inner_steps}" if self.inner_steps else "prototypical networks")
+            + (plural(self.inner_steps, "inner step") if self.inner_steps else "prototypical networks")
         )
 
     def learner(self, order: str) -> jm.Learner:
@@ -63,12 +64,12 @@ class ConvRow:
             pass                                             first layer   other layers
             y = A(x, w)                                           1             1
             its gradient: w̄ = ȳ·x, x̄ = ȳ·w                        1             2
-            the gradient's gradient: of w̄ to ȳ and x, of x̄
-            to ȳ and w, of y to x and w                           2             6
+            the gradient's gradient: from w̄ to ȳ and x, from
+            x̄ to ȳ and w, from y to x and w                       2             6
 
         The first layer's input is data, so x̄ and every term from or to it are absent: the third line keeps
-        w̄ to ȳ and y to w. Forward-over-reverse mode needs as many units, because each of the three bilinear
-        maps has two tangents.
+        the terms from w̄ to ȳ and from y to w. Forward-over-reverse mode needs as many units, because each of
+        the three bilinear maps has two tangents.
 
         Support images take part in every inner step, with 1 + 1 + 2 units (first layer) or 1 + 2 + 6
         (other layers) in second order, and 1 + 1 or 1 + 2 in first order. Query images take part once, in the
@@ -160,8 +161,8 @@ class FastWeightsRow:
 
     def describe(self) -> str:
         return (
-            f"{self.ways}-way {self.shots}-shot, queries a class {self.queries}, Meta Networks of twice "
-            f"5 × {self.filters} convolutions on {self.image}"
+            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} a class, Meta Networks of "
+            f"two CNNs with 5 × {self.filters} filters on {self.image}"
         )
 
     def learner(self, order: str) -> jm.Learner:

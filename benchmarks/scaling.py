@@ -171,13 +171,13 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
 
     mesh = sharding.task_mesh(tasks, devices)
 
-    def placed(tree, spec):
-        where = NamedSharding(mesh, spec)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+    def sharded(tree, spec):
+        new = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=new), tree)
 
     batch = model.batch(tasks)
-    state = placed(jax.eval_shape(start, batch), PartitionSpec())
-    lowered = jax.jit(step, donate_argnums=0).lower(state, placed(batch, PartitionSpec(sharding.TASKS)))
+    state = sharded(jax.eval_shape(start, batch), PartitionSpec())
+    lowered = jax.jit(step, donate_argnums=0).lower(state, sharded(batch, PartitionSpec(sharding.TASKS)))
     cpu = devices[0].platform == "cpu"
     # The program is never run, so LLVM's optimisations are wasted; XLA's passes on HLO stay as they are.
     compiled = lowered.compile({"xla_backend_optimization_level": 0} if cpu else None)
@@ -230,9 +230,9 @@ def predictions_of(rows: list[dict]) -> list[dict]:
     for model in dict.fromkeys(row["model"] for row in rows):
         for name, accelerator in ACCELERATORS.items():
             shared = [row for row in rows if row["model"] == model and row["devices"] > 1]
-            own = [row for row in shared if row["kind"] == accelerator.kind]
+            native = [row for row in shared if row["kind"] == accelerator.kind]
             # In weak scaling one device's program is the same for any number of devices: take the last row.
-            row = next(reversed(own or [row for row in shared if row["kind"] == "cpu"]), None)
+            row = next(reversed(native or [row for row in shared if row["kind"] == "cpu"]), None)
             if row is None:
                 continue
             if others := {each["kind"] for each in row["collectives"]} - {"all-reduce"}:
@@ -242,7 +242,7 @@ def predictions_of(rows: list[dict]) -> list[dict]:
             bounds = roofline(row, accelerator)
             bound = max(bounds, key=bounds.get)
             estimates = {ROOFLINE: (bounds[bound], bound)}
-            if own:
+            if native:
                 estimates[COMPILER] = row["cycles"] / accelerator.clock, "its cycles"
             for estimate, (work, bound) in estimates.items():
                 points = [predict(work, row["all_reduced_bytes"], accelerator, n) for n in PREDICTED]
@@ -259,17 +259,18 @@ def describe_bound(model: Model, row: dict, bound: str, capacity: float, last: d
     part = "latency" if seconds["latency"] > seconds["transfer"] else "bandwidth"
     bottleneck = bound if work > crossing else f"the {part} of the all-reduce"
     # With t tasks per device the work is t · work / tasks; 19 times the all-reduce is an efficiency of 95 %.
-    enough = math.ceil(19 * crossing / (work / model.tasks))
+    tasks_needed = math.ceil(19 * crossing / (work / model.tasks))
     fits = "fits in" if row["memory_bytes"] < capacity else "does NOT fit in"
     return (
         f"on {last['devices']} devices it is bound by {bottleneck}: work {1e3 * work:.3g} ms ({bound}), "
         f"all-reduce {1e3 * crossing:.3g} ms, mostly {part}. Tasks a device for 95% efficiency: about "
-        f"{enough}. A device needs {row['memory_bytes'] / 1e9:.2g} GB, which {fits} {capacity / 1e9:.0f} GB."
+        f"{tasks_needed}. "
+        f"A device needs {row['memory_bytes'] / 1e9:.2g} GB, which {fits} {capacity / 1e9:.0f} GB."
     )
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """Return the devices of a TPU topology such as "v5e:2x4", which need not exist.
+    """Return the devices of a TPU topology such as "v5e:2x4", which need not be attached.
 
     Raises:
       SystemExit: this installation cannot describe the topology.
@@ -372,7 +373,8 @@ def main(argv=None) -> None:
     jax.config.update("jax_num_cpu_devices", max(args.devices, default=1))
     # The text and statistics of a program from the cache are incomplete.
     jax.config.update("jax_enable_compilation_cache", False)
-    sets = [jax.devices()[:count] for count in args.devices] + [topology_devices(n) for n in args.topology]
+    device_sets = [jax.devices()[:count] for count in args.devices]
+    device_sets += [topology_devices(name) for name in args.topology]
     machine = describe_machine(jax.devices()[:1])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print("\nCompiled, not run; one device, one meta-step:\n")
@@ -383,7 +385,7 @@ def main(argv=None) -> None:
     )
     rows = []
     for name in args.models:
-        for devices in sets:
+        for devices in device_sets:
             rows.append({"model": name, **compile_row(MODELS[name], devices)})
             print_row(rows[-1])
     predictions = predictions_of(rows)

@@ -38,6 +38,7 @@ from machine import MatrixProduct, cores, describe_machine
 from rows import ROWS
 
 import jaxmeta as jm
+from jaxmeta.cli.report import plural
 from jaxmeta.training import sharding
 
 TOLERANCE = 1e-2
@@ -236,7 +237,7 @@ def run_row(name, args, torch_device, matrix) -> dict:
         "contenders": {},
     }
     for contender, seconds in times.items():
-        ratios = [s / own for s, own in zip(seconds, times["jaxmeta"], strict=True)]
+        ratios = [s / ours_s for s, ours_s in zip(seconds, times["jaxmeta"], strict=True)]
         peer = peers.get(contender, {})
         result["contenders"][contender] = {
             "median_s": statistics.median(seconds),
@@ -259,7 +260,7 @@ def run_row(name, args, torch_device, matrix) -> dict:
 
 def print_row(result: dict) -> None:
     row = ROWS[result["row"]]
-    print(f"\n{result['row']}: {row.describe()}, tasks {row.meta_batch}")
+    print(f"\n{result['row']}: {row.describe()}, {plural(row.meta_batch, 'task')}")
     print(f"  {'':15}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}  gradient against ours")
     for name, times in result["contenders"].items():
         note = ""

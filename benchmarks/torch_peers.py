@@ -15,11 +15,11 @@ from rows import SequenceRow
 from torch import nn
 
 
-class SpelledBatchNorm(nn.BatchNorm2d):
+class ExplicitBatchNorm(nn.BatchNorm2d):
     """Batch normalisation as tensor operations.
 
-    The second derivative of `F.batch_norm` under `torch.func.vmap` is wrong (torch 2.13: the gradient
-    with respect to its input, in float64 too; without vmap it is right), so torch.func needs this.
+    torch.func needs it because under `torch.func.vmap` torch 2.13 computes a wrong second derivative of
+    `F.batch_norm` with respect to its input, in float64 too. Without vmap the derivative is right.
     """
 
     def forward(self, x):
@@ -222,7 +222,7 @@ class ConvPeer(Peer):
     """MAML and prototypical networks."""
 
     def make(self, name, order):
-        norm = SpelledBatchNorm if name == "torch.func" else nn.BatchNorm2d
+        norm = ExplicitBatchNorm if name == "torch.func" else nn.BatchNorm2d
         return Net(self.row, norm), PEERS[name](self.row, order)
 
     @staticmethod
@@ -294,9 +294,9 @@ class MemoryNet(nn.Module):
         # Projecting the inputs of all steps at once is faster than an LSTMCell in the loop.
         for projected in self.inputs(inputs):
             gates = projected + self.recurrent(torch.cat([h, reads], 1))
-            enter, forget, candidate, leave = gates.chunk(4, 1)
-            c = torch.sigmoid(forget + 1) * c + torch.sigmoid(enter) * torch.tanh(candidate)
-            h = torch.sigmoid(leave) * torch.tanh(c)
+            input_gate, forget_gate, candidate, output_gate = gates.chunk(4, 1)
+            c = torch.sigmoid(forget_gate + 1) * c + torch.sigmoid(input_gate) * torch.tanh(candidate)
+            h = torch.sigmoid(output_gate) * torch.tanh(c)
             keys = torch.tanh(self.keys(h)).unflatten(1, (row.heads, row.width))
             gates = torch.sigmoid(self.gates(h))[:, :, None]
             least = usage.detach().topk(row.heads, 1, largest=False, sorted=True).indices
@@ -304,14 +304,14 @@ class MemoryNet(nn.Module):
             erased = torch.zeros_like(usage).scatter_(1, least[:, :1], 1.0)
             written = gates * weights + (1 - gates) * marked[:, None]
             memory = torch.baddbmm(memory * (1 - erased)[:, :, None], written.transpose(1, 2), keys)
-            weights = torch.softmax(unit(keys) @ unit(memory).transpose(1, 2), -1)
+            weights = torch.softmax(normalize(keys) @ normalize(memory).transpose(1, 2), -1)
             usage = 0.99 * usage + weights.sum(1) + written.sum(1)
             reads = (weights @ memory).flatten(1)
             features.append(torch.cat([h, reads], 1))
         return self.head(torch.stack(features))
 
 
-def unit(x):
+def normalize(x):
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
 
 

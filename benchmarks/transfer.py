@@ -62,7 +62,9 @@ class Recipes:
         self.pretrained = pretrained.variables
         shapes = self.model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
         self.adam = optax.adam(SCHEDULE)
-        self.slow_below = lambda schedule: jm.transfer.discriminative(optax.adam(schedule), shapes, GROUPS)
+        self.layerwise_adam = lambda schedule: jm.transfer.discriminative(
+            optax.adam(schedule), shapes, GROUPS
+        )
 
     def fit(self, recipe: str, data: jm.Batch, seed: int):
         key = jax.random.key(seed)
@@ -91,7 +93,7 @@ class Recipes:
                 return tune(extract()).variables
             case "gradual":
                 stages = {"rate": 2 * RATE, "stage_steps": STEPS // 5, "batch_size": BATCH, "key": key}
-                gradual = partial(jm.transfer.gradual_unfreezing, optimizer=self.slow_below, **stages)
+                gradual = partial(jm.transfer.gradual_unfreezing, optimizer=self.layerwise_adam, **stages)
                 return gradual(self.model, start, data, GROUPS).variables
         return tune(start).variables
 
@@ -220,8 +222,7 @@ def rank(pretrained, folders: dict[str, Path], data: Path, seed: int, labels: in
     network = pretrained.network
     candidates = {"simple_shot": pretrained.variables}
     candidates["prototypical"] = jm.transfer.load_pretrained(folders["prototypical"], head=False).variables
-    random = jm.nn.as_stateful(network).init(key, jnp.zeros((1, 28, 28, 1)))
-    candidates["random"] = random
+    candidates["random"] = jm.nn.as_stateful(network).init(key, jnp.zeros((1, 28, 28, 1)))
     usps = usps_part(data, "train")
     model = jm.transfer.classifier(network, 10)
     optimizer = optax.adam(RATE)
