@@ -13,17 +13,17 @@ A source of tasks is one pure function, and a learner is four:
 | tasks | `jaxmeta.tasks`: drawn, published data sets, your own images, arrays and tables |
 | networks | `jaxmeta.nn`: convolutional, residual and transformer networks, and adapters for Flax Linen, \
   Flax NNX, Equinox and plain functions |
-| learners by gradient descent | `maml`, `fomaml`, `anil`, `boil`, `meta_sgd`, `reptile`, `imaml`, \
+| optimization-based learners | `maml`, `fomaml`, `anil`, `boil`, `meta_sgd`, `reptile`, `imaml`, \
   `maml_plus_plus`, `cavia`, `lstm_meta_learner`, `learned_optimizer` |
-| learners by distances | `prototypical`, `matching`, `relation`, `siamese`, `kernel_classifier`, `ridge`, \
+| metric-based learners | `prototypical`, `matching`, `relation`, `siamese`, `kernel_classifier`, `ridge`, \
   `mahalanobis`, `soft_kmeans`, `label_propagation`, and the baselines `simple_shot` and `fine_tuned_head` |
-| learners by memory | `mann`, `metanet` |
+| model-based learners | `mann`, `metanet` |
 | a learner of your own | `Learner`, `inner_loop`, `learner`, `forwards`, `check_learner` |
 | training | `train`, `progress_bar`, `meta_step`, `make_mesh`, `save`, `load`; more in `jaxmeta.training` |
 | evaluation | `evaluate`, `evaluate_classes`, `evaluate_metrics`, `run_episodes`, `calibrate`, \
   `meta_gradient_alignment` |
 | trained learners | `load_run`, `load_classifier`, `export` |
-| pretrained features | `features`, for any learner by distances; `jaxmeta.tasks.embedded` |
+| pretrained features | `features`, for any metric-based learner; `jaxmeta.tasks.embedded` |
 | transfer | `jaxmeta.transfer`: pretrained weights, fine-tuning, domain adaptation, label shift, scores |
 
 In signatures `Array` is a JAX array, `Float[Array, "n d"]` one of floats with the axes n and d, `Key` is a

@@ -318,7 +318,7 @@ def check_finite(name: str, values: Any) -> None:
     count = values.size - int(np.isfinite(values).sum())
     if count:
         raise ArgumentError(
-            name, f"got NaN or infinity in {count} of {values.size} places; all must be finite"
+            name, f"got NaN or infinity in {count} of {values.size} values; all must be finite"
         )
 
 

@@ -605,7 +605,7 @@ def test_descriptors_of_closed_standard_streams_are_reserved(tmp_path):
     program = (
         "import os, sys\n"
         "from jaxmeta.cli import output\n"
-        "output.hold_places()\n"
+        "output.reserve_descriptors()\n"
         "print(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), file=sys.stderr)\n"
     )
     command = shlex.join([sys.executable, "-c", program, str(tmp_path / "file")])

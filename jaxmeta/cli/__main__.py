@@ -1,4 +1,4 @@
-"""`python -m jaxmeta.cli`, for where there is no `jaxmeta` on the path."""
+"""Run the command line as `python -m jaxmeta.cli`, where the `jaxmeta` script is not on the path."""
 
 from jaxmeta.cli.main import program
 

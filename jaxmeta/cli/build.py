@@ -107,7 +107,7 @@ def trained_patterns(config: Config) -> tuple[str, ...] | None:
     training = config.training
     if training.train is not None or training.lora is None:
         return training.train
-    # The head of a meta-learned network is new, so that it is trained beside the factors.
+    # The head of a meta-learned network is new, so it is trained together with the factors.
     return (FACTORS, f"{NETWORK}/head") if config.names().facts.head else (FACTORS,)
 
 
@@ -117,7 +117,11 @@ def first_order_of(config: Config) -> Learner | None:
 
 
 def optimizer_of(config: Config) -> optax.GradientTransformation:
-    """Build the outer optimizer, with its schedule, clipping and weight decay."""
+    """Build the outer optimizer, with its schedule, clipping and weight decay.
+
+    Raises:
+      ArgumentError: the optimizer has no momentum, but the configuration sets one.
+    """
     training = config.training
     rate: float | optax.Schedule = training.outer_lr
     if training.schedule == "cosine":
@@ -161,9 +165,9 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
         return optimizer
 
     def frozen(params: Params) -> PyTree:
-        none = jax.tree.map(lambda leaf: False, params)
         if not (isinstance(params, Mapping) and MODEL in params):
             return frozen_mask(params, patterns)
-        return {**none, MODEL: frozen_mask(params[MODEL], patterns)}
+        all_trained = jax.tree.map(lambda leaf: False, params)
+        return {**all_trained, MODEL: frozen_mask(params[MODEL], patterns)}
 
     return only_unfrozen(optimizer, frozen)

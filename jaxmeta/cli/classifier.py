@@ -53,8 +53,8 @@ class Classifier:
       values: trained parameters and adapted state, the first argument of `scores`.
       measures: whether scores are negative distances, so that `distances` is available.
       sharpness: factor of the scores in the softmax.
-      embed: features of images of `images`, from the cache where they are known; None where the source
-        does not classify by features.
+      embed: function from images as specified by `images` to their features, which it caches; None where
+        the source does not classify by features.
       of_features: `(values, features) -> (n, classes)`, the scores from features; None as for `embed`.
     """
 
@@ -194,8 +194,8 @@ def load_classifier(
     if is_run(folder):
         _check_unused({"size": size}, f"{source} is a run, which has the size of its images")
         config = load_config(folder, [name for name in named.values() if name is not None])
-        own = {config.learner["name"], config.network["name"], config.tasks["name"]}
-        foreign = {name: value for name, value in named.items() if value not in own}
+        trained_with = {config.learner["name"], config.network["name"], config.tasks["name"]}
+        foreign = {name: value for name, value in named.items() if value not in trained_with}
         _check_unused(foreign, f"{source} was not trained with it")
         return _from_run(folder, config, reading)
     _check_unused({"tasks": tasks}, f"{source} is not a run trained with it")
@@ -233,7 +233,11 @@ class _Reading(NamedTuple):
     skip_unreadable: bool
 
     def check_given(self, source: str) -> None:
-        """Check that there is a support set."""
+        """Check that there is a support set.
+
+        Raises:
+          ArgumentError: there is none.
+        """
         if self.support is None:
             raise ArgumentError(
                 "support",
@@ -265,7 +269,11 @@ def _class_names(reading: _Reading) -> tuple[str, ...]:
 
 
 def _by_class(reading: _Reading) -> Mapping[str, Any]:
-    """Return files or images of the support set by class."""
+    """Return files or images of the support set by class.
+
+    Raises:
+      ArgumentError: there are fewer than two classes, or the folder has no images.
+    """
     if isinstance(reading.support, Mapping):
         by_class: Mapping[str, Any] = reading.support
     else:
@@ -425,7 +433,7 @@ def _as_images(images: Any, spec: ImageSpec, name: str = "images") -> Float[np.n
     if isinstance(images, str | os.PathLike):
         images = [images]
     if isinstance(images, Sequence) and images and all(isinstance(x, str | os.PathLike) for x in images):
-        return read_images([Path(one).expanduser() for one in images], spec, None, name)[0]
+        return read_images([Path(each).expanduser() for each in images], spec, None, name)[0]
     try:
         x = np.asarray(images)
     except ValueError as error:

@@ -9,13 +9,13 @@ from typing import Any
 
 from jaxmeta.checks import ArgumentError
 from jaxmeta.cli import schema
-from jaxmeta.cli.config import GROUPS, OF_TRAINING, Base, Chosen, Config, base_of, resolve
+from jaxmeta.cli.config import GROUPS, TASK_SHAPE, Base, Chosen, Config, base_of, resolve
 from jaxmeta.cli.schema import Setting
 from jaxmeta.cli.sources import source_of
 
 # Defaults of other settings follow from these. They come first, so that flags for values that follow from
 # them are left out.
-_LEADING = ("steps", *OF_TRAINING)
+_LEADING = ("steps", *TASK_SHAPE)
 
 Values = Mapping[str, Mapping[str, Any]]
 

@@ -73,8 +73,9 @@ def _networks(networks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
     def described(network: Mapping[str, Any]) -> str:
         alike = [other for other in networks.values() if other["name"] == network["name"]]
-        own = [name for name in network if any(other[name] != network[name] for other in alike)]
-        return ", ".join([network["name"], *(f"{name} {schema.shown_value(network[name])}" for name in own)])
+        differing = [name for name in network if any(other[name] != network[name] for other in alike)]
+        settings = (f"{name} {schema.shown_value(network[name])}" for name in differing)
+        return ", ".join([network["name"], *settings])
 
     return {learner: described(network) for learner, network in networks.items()}
 

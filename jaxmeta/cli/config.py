@@ -35,11 +35,12 @@ GROUPS = ("learner", "network", "tasks", "training", "run")
 SUPPLIED_TO_LEARNER = ("norm", "loss", "augment", "strings")
 SUPPLIED_TO_NETWORK = ("ways", "out")
 SUPPLIED_TO_TASKS = ("split", "data")
-OF_TRAINING = ("ways", "shots", "queries")
+# Settings of tasks for which training may have another value, such as `train_ways` for `ways`.
+TASK_SHAPE = ("ways", "shots", "queries")
 # Settings that a method may have defaults for although not every run has them.
-_SOMETIMES = ("network", "distort", "report_steps", "train_ways", "train_shots", "train_queries")
-# Norms of a method without a choice of statistics.
-_CHOOSES_NONE = ("none",)
+_OPTIONAL = ("network", "distort", "report_steps", "train_ways", "train_shots", "train_queries")
+# Choices of --norm for a method whose batch statistics cannot be chosen.
+_NO_NORM = ("none",)
 # Descriptions of the choices of --norm for its help, which lists those of the method only.
 _NORMS = {
     "none": "no normalisation (none)",
@@ -48,7 +49,7 @@ _NORMS = {
     "population": "of the training tasks as a population (population)",
     "episode": "of the episode's inner steps (episode)",
 }
-# Groups in the order in which a protocol's or a method's value looks for a setting of its name.
+# Groups in the order in which they are searched for a setting that a protocol or a method names.
 _ORDER = ("training", "run", "tasks", "learner", "network")
 
 
@@ -164,8 +165,8 @@ class Run:
       report_steps: numbers of inner steps to report in addition to --eval-steps.
       strategy: order in which a device computes its tasks: all at once (vmap), one by one (scan), a number at
         once, or auto.
-      devices: number of devices that share the tasks, which are cores on a CPU; by default as many as share
-        them evenly.
+      devices: number of devices (on a CPU, cores) that share the tasks; by default as many as share them
+        evenly.
       mesh: axes of the devices, such as tasks=8, or tasks=4,params=2 to shard parameters as well.
       workers: number of processes that read a stream; 0 reads in threads.
       non_finite: response to a meta-step whose loss is not finite: stop the run, or skip the step.
@@ -218,7 +219,7 @@ class Names(NamedTuple):
         groups = self.stored_groups()
         if not schema.accepts(self.learner, "augment"):
             del groups["training"]["distort"]
-        if not _can_be_of_first_order(self.learner):
+        if not _has_first_order(self.learner):
             del groups["training"]["diagnose"]
         classification = kind_of(self.source) == "classification"
         if classification or not schema.accepts(self.learner, "eval_steps"):
@@ -226,7 +227,7 @@ class Names(NamedTuple):
         for name in () if classification else INPUT:
             del groups["training"][name]
         norms = tuple(dict.fromkeys(self.facts.rows.values()))
-        if not classification and norms != _CHOOSES_NONE:
+        if not classification and norms != _NO_NORM:
             norms = ("batch",)
         choices = ", or ".join(_NORMS.get(norm, norm) for norm in norms)
         groups["training"]["norm"] = groups["training"]["norm"]._replace(
@@ -245,7 +246,7 @@ class Names(NamedTuple):
             tasks |= schema.settings_of(Sequences)
         if self.source.images is not None:
             tasks |= schema.settings_of(Streaming)
-        for name in OF_TRAINING:
+        for name in TASK_SHAPE:
             if name in tasks:
                 # All tasks of a run have one shape, whatever the source could draw.
                 tasks[name] = tasks[name]._replace(hint=int)
@@ -265,7 +266,7 @@ def _width(network: Callable[..., Any]) -> tuple[str, ...]:
     return () if name is None else (name,)
 
 
-def _can_be_of_first_order(learner: Callable[..., Any]) -> bool:
+def _has_first_order(learner: Callable[..., Any]) -> bool:
     """Return whether a method has a first-order version, for --diagnose to compare with."""
     order = schema.settings_of(learner, SUPPLIED_TO_LEARNER).get("order")
     return order is not None and "first" in getattr(order.hint, "__args__", ())
@@ -430,7 +431,7 @@ def _of_preset(preset: str, tasks: str | None = None) -> Base:
 
 def _fill_training_shape(base: Base, spec: Mapping[str, Any]) -> None:
     """Set the shape of training tasks to that of test tasks where a protocol does not set it."""
-    for name in OF_TRAINING:
+    for name in TASK_SHAPE:
         if name in base.values["tasks"] and f"train_{name}" not in spec:
             factor = base.names().facts.train_shots if name == "shots" else 1
             base.values["tasks"][f"train_{name}"] = base.values["tasks"][name] * factor
@@ -444,14 +445,14 @@ def _assign(base: Base, name: str, value: Any) -> None:
         base.values[group][of_group] = value
         return
     # User-defined tasks start from another source's protocol; only the shape of its tasks applies to them.
-    own = is_own(base.tasks)
+    user_defined = is_own(base.tasks)
     for group in _ORDER:
-        if own and group == "tasks" and name.removeprefix("train_") not in OF_TRAINING:
+        if user_defined and group == "tasks" and name.removeprefix("train_") not in TASK_SHAPE:
             continue
         if name in groups[group]:
             base.values[group][name] = value
             return
-    if not own:
+    if not user_defined:
         raise ArgumentError(name, f"a run of {base.learner} on {base.tasks} does not have this setting")
 
 
@@ -488,8 +489,8 @@ def _with_learner(base: Base, learner: str) -> Base:
             "learner", f"{learner} learns {' and '.join(facts.kinds)}, but {base.tasks} tasks are {kind}"
         )
     flat, before = _flat(base), base.names()
-    own = facts.defaults(flat)
-    network = own.get("network", base.network)
+    defaults = facts.defaults(flat)
+    network = defaults.get("network", base.network)
     changed = base._replace(learner=learner, network=network, facts=facts, flat=flat, values={})
     groups = changed.names().groups()
     for group in ("tasks", "training", "run", "network"):
@@ -508,10 +509,10 @@ def _with_learner(base: Base, learner: str) -> Base:
         changed.values["tasks"]["train_shots"] = shots
     if changed.values["training"]["norm"] not in facts.rows.values():
         changed.values["training"]["norm"] = next(iter(facts.rows.values()))
-    for name, value in own.items():
+    for name, value in defaults.items():
         if any(name in groups[group] for group in GROUPS):
             _assign(changed, name, value)
-        elif name not in _SOMETIMES:
+        elif name not in _OPTIONAL:
             raise ArgumentError("training", f"got {name!r}; a run of {learner} does not have this setting")
     return changed
 
@@ -537,7 +538,7 @@ def _with_network(base: Base, network: str) -> Base:
 
 
 def resolve(base: Base, overrides: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Return the configuration of a protocol with flags in the place of its values.
+    """Return the configuration of a protocol with flags in place of its values.
 
     `ways`, `shots` (times the learner's `train_shots`) and `queries` apply to training as well unless
     `train_…` is given.
@@ -561,7 +562,7 @@ def resolve(base: Base, overrides: Mapping[str, Mapping[str, Any]]) -> Config:
             if name in resolved["learner"] and name not in base.explicit:
                 resolved["learner"][name] = value
     tasks = overrides.get("tasks", {})
-    for name in OF_TRAINING:
+    for name in TASK_SHAPE:
         if name in tasks and f"train_{name}" in resolved["tasks"]:
             factor = facts.train_shots if name == "shots" else 1
             resolved["tasks"][f"train_{name}"] = tasks[name] * factor
@@ -599,7 +600,7 @@ def on_other_tasks(config: Config, tasks: str) -> Config:
             f"{tasks} is {kinds[0]}, but the run was trained for {kinds[1]}; choose tasks of that kind",
         )
     base = base_of(Chosen(config.learner["name"], tasks=tasks))
-    shape = [*OF_TRAINING, *(f"train_{name}" for name in OF_TRAINING)]
+    shape = [*TASK_SHAPE, *(f"train_{name}" for name in TASK_SHAPE)]
     kept = {name: config.tasks[name] for name in shape if name in config.tasks}
     # Images get the size and channels of the run's, where their source has these settings.
     kept |= {name: config.images[name] for name in ("size", "channels")} if config.images else {}
@@ -641,9 +642,10 @@ def check(config: Config) -> None:
         raise ArgumentError(
             "norm", f"got {config.training.norm}; {learner} has {', '.join(facts.rows.values())}"
         )
-    if kind == "regression" and config.training.norm not in ("batch", *_CHOOSES_NONE):
+    if kind == "regression" and config.training.norm not in ("batch", *_NO_NORM):
         raise ArgumentError(
-            "norm", f"got {config.training.norm}; networks of regression have no normalisation, leave it out"
+            "norm",
+            f"got {config.training.norm}, but networks for regression have no normalisation; leave it out",
         )
     if config.training.diagnose and config.learner.get("order") == "first":
         raise ArgumentError(
@@ -677,8 +679,10 @@ def check(config: Config) -> None:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run of `jaxmeta train` or of `jm.train`, finished or not."""
-    if (folder / "checkpoints").is_dir() or not (folder / "config.json").is_file():
-        return (folder / "checkpoints").is_dir()
+    if (folder / "checkpoints").is_dir():
+        return True
+    if not (folder / "config.json").is_file():
+        return False
     values = read_json(folder / "config.json")
     return isinstance(values, dict) and GROUPS[0] in values and "command" not in values
 
@@ -752,9 +756,8 @@ def from_json(values: Any, path: Path, trusted: Iterable[str] = ()) -> Config:
             raise ArgumentError(
                 kind,
                 f"the run in {path.parent} was trained with {name}, which is code outside of jaxmeta; to "
-                f"allow its import, name it"
-                + (" as LEARNER of train, elsewhere by" if kind == "learner" else ":")
-                + f" --{kind} {name}",
+                f"allow its import, name it with --{kind} {name}"
+                + (", or as LEARNER of train" if kind == "learner" else ""),
             )
     objects = find_names(**chosen)
     for name, before in own.items():

@@ -19,7 +19,7 @@ from jaxmeta.training.sharding import AXES, more_cpus, num_shards, parse_axes, t
 if TYPE_CHECKING:
     from jaxmeta.cli.run import Invocation
 
-# Upper limit of a number of devices: a CPU cannot be given as many threads.
+# Upper limit of the number of devices: a CPU cannot be given more threads.
 _MOST = 2**12
 
 
@@ -77,7 +77,7 @@ def mesh_of(
     if devices is not None and connected:
         raise ArgumentError(
             "devices",
-            "applies to a single process; with several give --mesh tasks=N, N the number of all devices",
+            "applies to a single process; with several give --mesh tasks=N for N devices in all",
         )
     with _renamed_to_mesh():
         sizes = None if mesh is None else parse_axes(mesh)
@@ -140,10 +140,10 @@ def machine(mesh: Mesh) -> dict[str, Any]:
 
 
 def peak_memory(mesh: Mesh) -> dict[str, Any]:
-    """Return the peak memory in bytes, of this process's fullest accelerator, or of the process on CPUs."""
+    """Return the peak memory in bytes: of this process's fullest accelerator, or on CPUs of the process."""
     if mesh.devices.flat[0].platform != "cpu":
-        own = mesh.local_devices
-        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in own]
+        statistics = [device.memory_stats() or {} for device in mesh.local_devices]
+        peaks = [each.get("peak_bytes_in_use", 0) for each in statistics]
         return {"peak_memory_bytes": max(peaks) or None, "peak_memory": "device"}
     try:
         import resource
@@ -158,9 +158,9 @@ def _make_devices_of_cores(wanted: int | None, meta_batch: int | None, processes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    own = -(-wanted // processes) if wanted else _sharing(meta_batch and meta_batch // processes, cores)
+    count = -(-wanted // processes) if wanted else _sharing(meta_batch and meta_batch // processes, cores)
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", own)
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def _sharing(meta_batch: int | None, most: int) -> int:

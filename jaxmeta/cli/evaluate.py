@@ -67,8 +67,8 @@ def evaluate_weights(
       The result, as in report.json.
 
     Raises:
-      ArgumentError: there is no head of a name, the tasks have no images, or the source does not take such
-        images.
+      ArgumentError: a name in `learner` is unknown, the tasks have no images, or the source does not take
+        such images.
     """
     target, picture = folders.output_file("json", json), folders.output_file("confusion", confusion)
     by_class = per_class or picture is not None
@@ -77,7 +77,7 @@ def evaluate_weights(
     heads = {name: find_head(name) for name in names}
     if by_class and learner and len(names) > 1:
         raise ArgumentError(flag, f"is for one head, and --learner names {', '.join(names)}; name one")
-    # The head of the entries of a single result.
+    # The head of the result's entries that are about a single head, such as `accuracy`.
     first = DEFAULT if DEFAULT in names else names[0]
     backbone = load_backbone(source, network=network)
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
@@ -90,8 +90,8 @@ def evaluate_weights(
         per_class_report.check_named(test, flag)
     shape = (images.size, images.size, images.channels)
     input = backbone.input(shape, lambda channels: images.mean, images.ink)
-    without = needs_statistics(backbone, input)
-    model = model_of(backbone, input, _supports(test, key) if without else None)
+    lacks_statistics = needs_statistics(backbone, input)
+    model = model_of(backbone, input, _supports(test, key) if lacks_statistics else None)
     episodes = config.run.episodes
     started = time.perf_counter()
     function = as_embedding(test, model)
@@ -99,24 +99,24 @@ def evaluate_weights(
     features = _features_of(test, function, embed, backbone.about, key, episodes)
     seconds = time.perf_counter() - started
     card = card_of(test)
-    print(f"features of {backbone.about}: {_account(embed, seconds)}")
-    normalises = STATISTICS in (backbone.variables or {}) or without
+    print(f"features of {backbone.about}: {_format_counts(embed, seconds)}")
+    normalises = STATISTICS in (backbone.variables or {}) or lacks_statistics
     if normalises:
         support_sets = f"of {_STATISTICS_TASKS} support sets, since the source has none"
-        print(f"batch statistics: {support_sets if without else 'of the source'}")
+        print(f"batch statistics: {support_sets if lacks_statistics else 'of the source'}")
     print(f"{sentence(card)}; {plural(episodes, 'task')}, seed {config.run.seed}")
 
-    drawn: dict[str, Any] = {"episodes": episodes, "key": key, "devices": mesh}
+    episode_settings: dict[str, Any] = {"episodes": episodes, "key": key, "devices": mesh}
     task = sample_of(features)(key)
     results, classes = {}, {}
     for name, head in heads.items():
         started = time.perf_counter()
         params = head.learner.init(jax.random.key(0), task)
         if by_class and name == first:
-            classes[_row(head)] = evaluate_classes(head.learner, params, features, **drawn)
+            classes[_row(head)] = evaluate_classes(head.learner, params, features, **episode_settings)
             values = classes[_row(head)].scores
         else:
-            values = evaluate_episodes(head.learner, params, features, **drawn)
+            values = evaluate_episodes(head.learner, params, features, **episode_settings)
         evaluation = Evaluation.of(values)
         results[name] = {
             "mean": evaluation.mean,
@@ -125,7 +125,7 @@ def evaluate_weights(
             "seconds": round(time.perf_counter() - started, 2),
         }
     norm = "population" if normalises else "none"
-    of_first = {"mean": results[first]["mean"], "ci95": results[first]["ci95"], "norm": norm}
+    first_accuracy = {"mean": results[first]["mean"], "ci95": results[first]["ci95"], "norm": norm}
     result = {
         "source": source,
         "learner": first,
@@ -138,7 +138,7 @@ def evaluate_weights(
         "images": input.images._asdict(),
         "inverted": input.inverted,
         "seed": config.run.seed,
-        "accuracy": {_row(heads[first]): of_first},
+        "accuracy": {_row(heads[first]): first_accuracy},
         "heads": results,
         **({"per_class": per_class_report.as_json(classes)} if classes else {}),
         **machine(mesh),
@@ -185,7 +185,8 @@ def _features_of(
     if is_stored(test):
         keys = episode_keys(key, jnp.arange(episodes))[:, 0]
         return embed_tasks(test, function, embed, name, keys)
-    # Tasks that are drawn anew for each episode: each head gets the same drawings.
+    # Tasks that are drawn anew for each episode: each head gets the same drawings, in blocks of equal size so
+    # that the sampler is compiled once.
     size = -(-episodes // -(-episodes // _BLOCK))
     sample = as_argument(test.sample)
 
@@ -213,8 +214,8 @@ def _drawn(sample: Callable[[Key], Task], keys: Key) -> Task:
     return jax.vmap(sample)(keys)
 
 
-def _account(embed: Embedder, seconds: float) -> str:
-    """Return how many features there are, and how many were known."""
+def _format_counts(embed: Embedder, seconds: float) -> str:
+    """Return the number of images, and how many of them have cached features, in words."""
     known = embed.seen - embed.computed
     return f"{plural(embed.seen, 'image')} in {seconds:.1f} s, {known:,} of them from the cache"
 

@@ -24,7 +24,7 @@ from jaxmeta.tasks.feature_cache import hash_of_arrays
 from jaxmeta.transfer import adabn
 
 # Batch size of images from which batch statistics are computed.
-_AT_ONCE = 64
+_STATISTICS_BATCH = 64
 
 
 def features(source: str | os.PathLike[str], *, network: str | None = None, size: int | None = None) -> Model:
@@ -110,7 +110,7 @@ def model_of(backbone: Backbone, input: Input, examples: Float[np.ndarray, "n h 
         wanted = jax.eval_shape(model.init, jax.random.key(0), _example(input))[STATISTICS]
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), wanted)
         seen = adapter.apply({}, jnp.asarray(examples, jnp.float32))
-        variables = adabn(model, {**variables, STATISTICS: blank}, seen, batch=_AT_ONCE)
+        variables = adabn(model, {**variables, STATISTICS: blank}, seen, batch=_STATISTICS_BATCH)
     state = {name: tree for name, tree in variables.items() if name != "params"}
     apply = FixedFeatures(model, adapter, state, _description(backbone, input, state))
     return Model(lambda key, x: params, apply)

@@ -133,7 +133,7 @@ class Results:
 
 @contextlib.contextmanager
 def tolerated(path: Path) -> Iterator[Path]:
-    """Write an optional output, such as a picture, inside the context; a failure is a warning."""
+    """Write an optional output, such as a picture, inside the context; a failure becomes a warning."""
     try:
         yield path
     except Exception as error:

@@ -25,7 +25,9 @@ _ANY_SIDE = 64
 def with_network_of(base: Base, source: str) -> Base:
     """Return the protocol with the network of a source of parameters, and with the input that it takes.
 
-    The protocol is returned as it is where the source's network is user-defined code or has no name.
+    For classification, a source other than a run also sets --outer-lr, to its default step size of
+    fine-tuning. The protocol is returned as it is where the source's network is user-defined code or has no
+    name.
 
     Args:
       base: protocol of a run.
@@ -43,7 +45,7 @@ def with_network_of(base: Base, source: str) -> Base:
         return base
     if is_run(folder):
         if not (folder / "config.json").is_file():
-            return base  # of jm.train, which does not store its network
+            return base  # a folder of jm.train, which does not store its network
         # As JSON: loading the configuration of user-defined code would import that code.
         stored = read_json(folder / "config.json")
         try:

@@ -74,7 +74,7 @@ def _status(argv: Sequence[str]) -> int:
 
 def program() -> None:
     """Run `main` as a program."""
-    output.hold_places()
+    output.reserve_descriptors()
     status = main()
     if status and "jaxmeta.training" in sys.modules:
         from jaxmeta.training import hosts
@@ -120,7 +120,7 @@ def _place(error: BaseException) -> str:
     """Return the place in user-defined code that raised an error, to append to its message."""
     if "jaxmeta.cli.names" not in sys.modules:
         return ""
-    place = sys.modules["jaxmeta.cli.names"].place_in_own_code(error)
+    place = sys.modules["jaxmeta.cli.names"].find_in_user_code(error)
     return "" if place is None or place in str(error) else f" ({place})"
 
 

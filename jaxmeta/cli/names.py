@@ -141,7 +141,7 @@ def file_hash(name: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
-def place_in_own_code(error: BaseException) -> str | None:
+def find_in_user_code(error: BaseException) -> str | None:
     """Return the file and line in user-defined code that an error comes from; None for errors of jaxmeta."""
     frames = traceback.extract_tb(error.__traceback__)
     for frame in reversed(frames):

@@ -89,12 +89,12 @@ def forgiving() -> Iterator[Output]:
             each.discard()
 
 
-def hold_places() -> None:
+def reserve_descriptors() -> None:
     """Open closed standard streams on the null device.
 
     Otherwise the next file that is opened gets the stream's descriptor, and with it everything printed there.
     """
-    place = os.open(os.devnull, os.O_RDWR)
-    while place <= 2:
-        place = os.open(os.devnull, os.O_RDWR)
-    os.close(place)
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
