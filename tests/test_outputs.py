@@ -481,7 +481,7 @@ def test_the_error_of_a_failed_evaluation_reports_that_training_has_ended(
         assert main([*TINY, "--out", str(out)]) == 1
     message = capsys.readouterr().err
     assert (
-        f"training has ended, its evaluation has not; continue with: jaxmeta train --resume --out {out}"
+        f"training has ended, but its evaluation failed; continue with: jaxmeta train --resume --out {out}"
         in message
     )
     assert main(["train", "--resume", "--out", str(out)]) == 0

@@ -305,7 +305,7 @@ def test_colour_images_are_converted_to_grey_with_a_warning(trained, question, c
     assert "colour" not in capsys.readouterr().err  # an RGB file of greys is not colour
     Image.new("RGB", (SIDE, SIDE), (255, 0, 0)).save(question / "query" / "4-0.png")
     ask(trained, question)
-    assert "--query: 4-0.png in colour" in capsys.readouterr().err
+    assert "--query: converted 4-0.png to grey" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_errors_unless_skipped(trained, question, capsys):

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxmeta.cli import schema
 from jaxmeta.cli.figures import METRIC_NAMES, Curve, draw_metric, drawing, line_style, literal
-from jaxmeta.cli.report import chance_level, format_interval, plural, repeated_by
+from jaxmeta.cli.report import chance_level, command_lines, format_interval, plural
 from jaxmeta.training.metrics import METRICS, read_metrics
 
 
@@ -62,7 +62,7 @@ def comparison_markdown(result: Mapping[str, Any]) -> str:
     for learner, row in result["learners"].items():
         if row["left_out"]:
             lines.append(f"{learner} does not have these settings: {', '.join(row['left_out'])}.")
-    lines += [*repeated_by(result["command"]), "", "![curves, results, differences](comparison.png)"]
+    lines += [*command_lines(result["command"]), "", "![curves, results, differences](comparison.png)"]
     return "\n".join(lines) + "\n"
 
 

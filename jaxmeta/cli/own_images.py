@@ -1,4 +1,4 @@
-"""Reading of the user's image files for a trained network, with warnings where they differ from its own."""
+"""Read the user's image files for a trained network, and warn where they differ from its training images."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.cli.data import ImageSpec
 from jaxmeta.tasks.images import UnreadableImage, decode, in_colour
 
-# Grey levels by which an image's channels must differ for it to count as colour.
-_COLOUR = 8
+# An image whose channels nowhere differ by more than this many grey levels counts as grey.
+_COLOUR_TOLERANCE = 8
 
 
 def read_images(
@@ -23,8 +23,8 @@ def read_images(
     Args:
       files: paths of the images.
       spec: size and channels of the result.
-      skip: whether to leave out files that cannot be read, with a warning; None for no, where the caller
-        has no such option.
+      skip: whether to leave out files that cannot be read, with a warning; None acts as False for a caller
+        that has no --skip-unreadable, which the error then does not suggest.
       name: argument that named the files, for messages.
 
     Returns:
@@ -36,15 +36,16 @@ def read_images(
     images, kept, problems, coloured = [], [], [], []
     for index, file in enumerate(files):
         try:
-            images.append(decode(file, str(file), channels=spec.channels, size=spec.size))
-            # Grey images are often stored as colour files, so that the values decide.
+            image = decode(file, str(file), channels=spec.channels, size=spec.size)
+            # Grey images are often stored as colour files, so the values decide.
             if in_colour(file):
                 colours = decode(file, str(file), channels=3, size=None).astype(np.int32)
-                if np.ptp(colours, axis=-1).max() > _COLOUR:
+                if np.ptp(colours, axis=-1).max() > _COLOUR_TOLERANCE:
                     coloured.append(file.name)
         except UnreadableImage as error:
             problems.append(str(error))
         else:
+            images.append(image)
             kept.append(index)
     if problems and (not skip or not kept):
         hint = "" if skip is None else "; --skip-unreadable leaves such images out"
@@ -53,8 +54,7 @@ def read_images(
         warnings.warn(f"--{name}: left out {join_names(problems)}", stacklevel=3)
     if coloured and spec.channels == 1:
         warnings.warn(
-            f"--{name}: {join_names(coloured)} in colour, but the training images are grey; "
-            "converted to grey",
+            f"--{name}: converted {join_names(coloured)} to grey, because the training images are grey",
             stacklevel=3,
         )
     if spec.channels == 3 and not coloured:
@@ -64,7 +64,7 @@ def read_images(
 
 def seem_inverted(spec: ImageSpec, mean: float) -> bool:
     """Return whether images of this mean are closer to the negatives of the training images."""
-    # The paper decides for strokes; other images may be bright, so that the difference must be clear.
+    # The background decides for strokes; other images may be bright, so the difference must be clear.
     margin = 0.0 if spec.ink else 0.25
     return abs(mean - spec.mean) - abs(1 - mean - spec.mean) > margin
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import difflib
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,9 +132,11 @@ class Parser:
             for name in group.settings:
                 owners.setdefault(name, []).append(group.name)
         self.shared: dict[str, list[str]] = {}
-        for name, own in owners.items():
-            if len(own) > 1:
-                self.shared[schema.flag_of(name)] = [f"--{group}.{schema.flag_of(name)[2:]}" for group in own]
+        for name, group_names in owners.items():
+            if len(group_names) > 1:
+                self.shared[schema.flag_of(name)] = [
+                    f"--{group}.{schema.flag_of(name)[2:]}" for group in group_names
+                ]
                 switches = [
                     group.name
                     for group in groups
@@ -222,8 +223,8 @@ class Parser:
         switches = {f"--no-{flag[2:]}" for flag, (_, setting) in self.flags.items() if setting.hint is bool}
         return {"--help", *self.flags, *switches}
 
-    def required(self, parsed: ParsedArguments) -> None:
-        """Check that every flag without a default is parsed.
+    def check_required(self, parsed: ParsedArguments) -> None:
+        """Check that every flag without a default is given.
 
         Raises:
           UsageError: a flag is missing.
@@ -235,18 +236,18 @@ class Parser:
     def _unknown(self, flag: str) -> str:
         see = f"see `jaxmeta {self.command} --help`"
         if flag in ELSEWHERE:
-            there = [each for each in ELSEWHERE[flag].split(" or ") if each.split()[0] in self.known()]
-            if there:
-                return f"{self.command} has no {flag}; here it is {' or '.join(there)}; {see}"
-        whose = _owners_of(flag)
-        if whose and self.command == "evaluate":
-            can = ", ".join(sorted(self.flags))
-            return f"{flag}: is fixed by the run; evaluate takes {can}"
-        if whose and self.command in ("train", "compare", "transfer", "rank"):
-            return f"{flag}: is a setting of {whose}, not of {self.owner}; {see}"
+            known = [each for each in ELSEWHERE[flag].split(" or ") if each.split()[0] in self.known()]
+            if known:
+                return f"{self.command} has no {flag}; here it is {' or '.join(known)}; {see}"
+        owners = _owners_of(flag)
+        if owners and self.command == "evaluate":
+            allowed = ", ".join(sorted(self.flags))
+            return f"{flag}: is fixed by the run; evaluate takes {allowed}"
+        if owners and self.command in ("train", "compare", "transfer", "rank"):
+            return f"{flag}: is a setting of {owners}, not of {self.owner}; {see}"
         close = difflib.get_close_matches(flag, sorted(self.known()), n=3)
-        meant = f"did you mean {' or '.join(close)}? See" if close else "see"
-        return f"{self.command} has no {flag}; {meant} `jaxmeta {self.command} --help`"
+        hint = f"did you mean {' or '.join(close)}? See" if close else "see"
+        return f"{self.command} has no {flag}; {hint} `jaxmeta {self.command} --help`"
 
     @contextlib.contextmanager
     def naming_flags(self) -> Iterator[None]:
@@ -277,14 +278,14 @@ def _owners_of(flag: str) -> str | None:
         return any(name in settings for settings in find_names(learner, network, tasks).groups().values())
 
     # Settings do not depend on the path of a source, so any path will do.
-    kinds = {key: f"{key.partition(':')[0]}:x" if ":" in key else key for key in sources.TASKS}
-    for having in (
+    example_names = {key: f"{key.partition(':')[0]}:x" if ":" in key else key for key in sources.TASKS}
+    for owners in (
         [learner for learner in names.LEARNERS if has(learner=learner)],
         [network for network in names.NETWORKS if has(network=network)],
-        [key for key, tasks in kinds.items() if has(tasks=tasks)],
+        [key for key, tasks in example_names.items() if has(tasks=tasks)],
     ):
-        if having:
-            return ", ".join(having[:4]) + (" and others" if len(having) > 4 else "")
+        if owners:
+            return ", ".join(owners[:4]) + (" and others" if len(owners) > 4 else "")
     return None
 
 
@@ -330,17 +331,19 @@ def call(function: Callable[..., Any], command: str, argv: Sequence[str], more: 
     """
     parser = of_function(function, command, more)
     parsed = parser.parse(argv)
-    parser.required(parsed)
+    parser.check_required(parsed)
     parameters = inspect.signature(function).parameters.values()
     several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
-    needed = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    required = [each for each in needed if each.default is each.empty]
+    positional = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    required = [each for each in positional if each.default is each.empty]
     if len(parsed.words) < len(required):
         raise UsageError(
             f"{required[len(parsed.words)].name.upper()}: is missing; see `jaxmeta {command} --help`"
         )
-    if not several and len(parsed.words) > len(needed):
-        raise UsageError(f"unexpected argument {parsed.words[len(needed)]!r}; see `jaxmeta {command} --help`")
+    if not several and len(parsed.words) > len(positional):
+        raise UsageError(
+            f"unexpected argument {parsed.words[len(positional)]!r}; see `jaxmeta {command} --help`"
+        )
     with parser.naming_flags():
         return function(
             *parsed.words,
@@ -362,4 +365,4 @@ def print_table(rows: Iterable[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(line.rstrip(), file=sys.stdout)
+        print(line.rstrip())

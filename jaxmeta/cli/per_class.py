@@ -63,11 +63,11 @@ def print_classes(results: Mapping[str, ClassEvaluation]) -> None:
     Both follow the last row of the report, the inductive one where there is one.
     """
     last_row, last = list(results.items())[-1]
-    order = [place for place in np.argsort(last.accuracy, kind="stable") if last.queries[place]]
+    order = [index for index in np.argsort(last.accuracy, kind="stable") if last.queries[index]]
     rows = [("class", "queries", *results)]
-    for place in order[:_CLASSES]:
-        shares = (f"{100 * each.accuracy[place]:.1f} %" for each in results.values())
-        rows.append((last.classes[place], str(last.queries[place]), *shares))
+    for index in order[:_CLASSES]:
+        accuracies = (f"{100 * each.accuracy[index]:.1f} %" for each in results.values())
+        rows.append((last.classes[index], str(last.queries[index]), *accuracies))
     print()
     print_table(rows)
     if len(order) > _CLASSES:

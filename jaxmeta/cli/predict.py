@@ -49,8 +49,8 @@ def predict(
       query: images to classify: a folder, with or without subfolders, or a single image.
       json: file to write the predictions to, with the probability of each class.
       csv: file to write the predictions to, as a table of file, class and probabilities.
-      confusion: PNG file to draw the confusion matrix to, where the images lie in folders named as the
-        classes.
+      confusion: PNG file to draw the confusion matrix to, where the images lie in folders named after
+        the classes.
       unknown_above: distance to the nearest class above which an image is called unknown, for methods that
         measure distances. It has no natural scale: look at the distances of known images first.
       skip_unreadable: whether to leave out images that cannot be read.
@@ -113,7 +113,7 @@ def predict(
     if picture is not None and truth is None:
         raise ArgumentError(
             "confusion",
-            f"the images in {query} do not lie in folders named as the classes; leave it out",
+            f"the images in {query} do not lie in folders named after the classes; leave it out",
         )
     results = folders.Results()
     if target is not None:
@@ -134,7 +134,7 @@ def predict(
         _print_classes(predictions, truth)
     elif any("/" in prediction["file"] for prediction in predictions):
         classes = join_names(classifier.classes)
-        print(f"no accuracy: the folders of {query} are not all named as the classes ({classes})")
+        print(f"no accuracy: the folders of {query} are not all named after the classes ({classes})")
     print(_time(classifier, len(files), time.perf_counter() - started))
     results.check()
     return predictions
@@ -145,15 +145,15 @@ def _time(classifier: Classifier, images: int, seconds: float) -> str:
     line = f"{plural(images, 'image')} in {seconds:.1f} s"
     if classifier.embed is None:
         return line
-    known = classifier.embed.seen - classifier.embed.computed
-    return f"{line}; features of {known} of {classifier.embed.seen} images from the cache"
+    cached = classifier.embed.seen - classifier.embed.computed
+    return f"{line}; features of {cached} of {classifier.embed.seen} images from the cache"
 
 
 def _as_csv(predictions: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
     names = list(predictions[0]["probabilities"])
-    # By the predictions and not by the header: a class may be called "distance".
+    # The header does not tell whether there are distances: a class may be called "distance".
     distance = ["distance"] if "distance" in predictions[0] else []
     writer.writerow(["file", "class", *distance, *names])
     for prediction in predictions:
@@ -176,33 +176,34 @@ def _query_files(query: Path) -> tuple[list[Path], Path]:
 
 def _folders_below(folder: Path) -> list[Path]:
     """Return a folder and all its subfolders, without links that lead back into it."""
-    below, ahead, seen = [], [folder], set()
-    while ahead:
-        each = ahead.pop(0)
+    found, pending, seen = [], [folder], set()
+    while pending:
+        each = pending.pop(0)
         if each.resolve() not in seen:
             seen.add(each.resolve())
-            below.append(each)
-            ahead += subfolders(each)
-    return sorted(below)
+            found.append(each)
+            pending += subfolders(each)
+    return sorted(found)
 
 
 def _truth(predictions: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """Return the class of each image by its folder; None where a folder is not named as a class."""
-    folders = [prediction["file"].rpartition("/")[0].rpartition("/")[2] for prediction in predictions]
+    """Return the class of each image by its folder; None where a folder is not named after a class."""
+    names = [prediction["file"].rpartition("/")[0].rpartition("/")[2] for prediction in predictions]
     all_classes = all(
-        folder in prediction["probabilities"] for folder, prediction in zip(folders, predictions, strict=True)
+        name in prediction["probabilities"] for name, prediction in zip(names, predictions, strict=True)
     )
-    return folders if all_classes else None
+    return names if all_classes else None
 
 
 def _print(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str] | None) -> None:
     width = max(len(prediction["file"]) for prediction in predictions)
-    known: Sequence[str | None] = truth or [None] * len(predictions)
-    for prediction, own in zip(predictions, known, strict=True):
-        share = max(prediction["probabilities"].values())
+    true_classes: Sequence[str | None] = truth or [None] * len(predictions)
+    for prediction, true_class in zip(predictions, true_classes, strict=True):
+        probability = max(prediction["probabilities"].values())
         distance = f"  distance {prediction['distance']:.4g}" if "distance" in prediction else ""
-        wrong = "  ← wrong" if own is not None and prediction["class"] != own else ""
-        print(f"{prediction['file']:<{width}}  {prediction['class']}  {100 * share:.1f} %{distance}{wrong}")
+        wrong = "  ← wrong" if true_class is not None and prediction["class"] != true_class else ""
+        percent = f"{100 * probability:.1f} %"
+        print(f"{prediction['file']:<{width}}  {prediction['class']}  {percent}{distance}{wrong}")
 
 
 def _print_classes(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str]) -> None:
@@ -210,12 +211,16 @@ def _print_classes(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str
     rows = [("class", "right", "of", "recall")]
     for name in dict.fromkeys(truth):
         predicted = [
-            prediction["class"] for prediction, own in zip(predictions, truth, strict=True) if own == name
+            prediction["class"]
+            for prediction, true_class in zip(predictions, truth, strict=True)
+            if true_class == name
         ]
         right = predicted.count(name)
         rows.append((name, str(right), str(len(predicted)), f"{100 * right / len(predicted):.1f} %"))
     print()
     print_table(rows)
-    right = sum(prediction["class"] == own for prediction, own in zip(predictions, truth, strict=True))
+    right = sum(
+        prediction["class"] == true_class for prediction, true_class in zip(predictions, truth, strict=True)
+    )
     share = 100 * right / len(predictions)
     print(f"{right} of {len(predictions)} predictions are the class of the image's folder ({share:.1f} %)")

@@ -90,8 +90,8 @@ _TEN_DIGITS: Protocol = _ONE_SHOT | {
     "meta_batch": 8,
 }
 
-# For user images: normalised with the support set's statistics, since `jaxmeta predict` classifies each query
-# independently.
+# The user's images are normalised by the support set's statistics, since `jaxmeta predict` classifies each
+# query independently.
 _OWN_IMAGES: Protocol = _ONE_SHOT | {
     "queries": 5,
     "train_queries": 5,
@@ -237,7 +237,7 @@ PRESETS: dict[str, Protocol] = {
     | {
         "description": "MAML on emoji of six designers, 84x84 in colour, 5-way 1-shot",
         "tasks": "emoji",
-        # A class may have three pictures only.
+        # A class may have only three pictures.
         "queries": 2,
         "train_queries": 2,
     },

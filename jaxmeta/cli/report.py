@@ -203,7 +203,7 @@ def report_markdown(report: dict[str, Any], config: Config) -> str:
     lines += ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {cell(value)} |" for name, value in table.items() if value is not None]
     if report.get("command"):
-        lines += repeated_by(report["command"])
+        lines += command_lines(report["command"])
     lines += [
         "",
         "Settings by their flags:",
@@ -236,7 +236,7 @@ def cell(text: Any) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def repeated_by(command: str) -> list[str]:
+def command_lines(command: str) -> list[str]:
     """Return the lines of a report with the command that reproduces it."""
     return ["", "The command that reproduces it:", "", "```sh", command, "```"]
 

@@ -77,7 +77,8 @@ from jaxmeta.transfer.architectures import described as described_network
 # Folder of a run's population statistics, and file of its parameters where checkpoints cannot be read.
 POPULATION, SPARE = "population", "parameters.npz"
 # The setting of training that a resumed run may increase where no schedule depends on it.
-_GROWS = "steps"
+_EXTENDABLE = "steps"
+# Folded into the run's key, like the number of a meta-step, which is never this large.
 _TEST = np.uint32(0xFFFFFFFD)
 _POPULATION = np.uint32(0xFFFFFFFC)
 
@@ -142,7 +143,7 @@ def resume_run(
                 continue
             if group == "run" and name not in ("seed", "init"):
                 allowed.setdefault(group, {})[name] = value
-            elif (group, name) == ("training", _GROWS):
+            elif (group, name) == ("training", _EXTENDABLE):
                 _check_growth(before, value, folder)
                 allowed.setdefault(group, {})[name] = value
             else:
@@ -169,13 +170,13 @@ def _check_growth(config: Config, steps: int, folder: Path) -> None:
     before = config.training.steps
     if config.training.schedule in ("cosine", "linear"):
         raise ArgumentError(
-            _GROWS,
+            _EXTENDABLE,
             f"got {steps}, but the run in {folder} has {before}, and its schedule "
             f"({config.training.schedule}) ends with them; start a new run, or use --schedule constant",
         )
     if steps < before:
         raise ArgumentError(
-            _GROWS, f"got {steps}, but the run in {folder} has {before}; it must be at least that"
+            _EXTENDABLE, f"got {steps}, but the run in {folder} has {before}; it must be at least {before}"
         )
 
 
@@ -285,7 +286,7 @@ def _train(config: Config, resumed: Path | None, invocation: Invocation) -> Path
             params = _with_population(parts.learner, config, params, jax.random.key(run.seed), out, results)
             test_results, episodes, _ = _results(config, params, parts.test, run.seed, parts.mesh)
         except Exception:
-            warnings.warn(f"training has ended, its evaluation has not; {hint}", stacklevel=2)
+            warnings.warn(f"training has ended, but its evaluation failed; {hint}", stacklevel=2)
             raise
         if first:
             report = _report(parts, log, training_s, test_results)
@@ -383,7 +384,7 @@ def _fit(parts: _Parts, out: Path, log: RunLog, signals: Signals, profile: bool)
 def _report(parts: _Parts, log: RunLog, training_s: float, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of report.json."""
     return {
-        **_what(parts.config, parts.test),
+        **_learner_and_tasks(parts.config, parts.test),
         "preset": parts.config.preset,
         "seed": parts.config.run.seed,
         "steps": parts.config.training.steps,
@@ -422,7 +423,7 @@ def _write_config(out: Path, config: Config, resumed: bool) -> None:
     try:
         write_new_json(out / "config.json", config.to_json())
     except FileExistsError:
-        raise ArgumentError("out", f"another run has just taken {out}; choose another") from None
+        raise ArgumentError("out", f"another run has just taken {out}; choose another folder") from None
 
 
 def _command(config: Config, out: Path) -> str:
@@ -448,7 +449,7 @@ def _network_text(config: Config) -> str | None:
 def _as_trained(config: Config) -> dict[str, Any]:
     """Return the part of a configuration that is stored with checkpoints and must be equal to resume."""
     kept = config.to_json()
-    training = {name: value for name, value in kept["training"].items() if name != _GROWS}
+    training = {name: value for name, value in kept["training"].items() if name != _EXTENDABLE}
     groups = {name: kept[name] for name in ("learner", "network", "tasks", "own", "split_hash", "images")}
     return {**groups, "training": training, "seed": config.run.seed}
 
@@ -578,7 +579,7 @@ def _evaluated(
     test_results, _, classes = _results(config, params, test, seed, mesh, by_class=by_class)
     result = {
         "run": str(folder),
-        **_what(config, test),
+        **_learner_and_tasks(config, test),
         "eval_steps": config.learner.get("eval_steps"),
         "seed": seed,
         **test_results,
@@ -602,7 +603,7 @@ def _evaluated(
     return result
 
 
-def _what(config: Config, test: TaskDistribution | TaskStream) -> dict[str, Any]:
+def _learner_and_tasks(config: Config, test: TaskDistribution | TaskStream) -> dict[str, Any]:
     """Return the entries of a report about learner and test tasks."""
     card = card_of(test)
     return {
@@ -689,9 +690,7 @@ def _params_like(folder: Path, learner: Learner, tasks: TaskDistribution | TaskS
     like = None
     if tasks is not None:
         check_tasks(tasks)
-        like = jax.eval_shape(
-            lambda key, sample: learner.init(key, sample(key)), jax.random.key(0), sample_of(tasks)
-        )
+        like = _shapes(learner, tasks)
     try:
         params = load_params(folder, like=like)
     except ArgumentError as error:
@@ -797,9 +796,9 @@ def _results(
             steps: values(config.replaced(learner={"eval_steps": steps}), "batch")
             for steps in config.run.report_steps
         }
-        own_steps = config.learner.get("eval_steps")
-        own = by_step[own_steps] if own_steps in by_step else values(config, "batch")
-        episodes, results["mse"] = {"mse": own}, row(own)
+        eval_steps = config.learner.get("eval_steps")
+        scores = by_step[eval_steps] if eval_steps in by_step else values(config, "batch")
+        episodes, results["mse"] = {"mse": scores}, row(scores)
         results["mse_of_mean"] = row(evaluate(_MEAN, {}))
         if by_step:
             results["mse_by_step"] = {str(steps): row(scores) for steps, scores in by_step.items()}
@@ -827,7 +826,9 @@ _MEAN = Learner(
 
 def _announce(parts: _Parts, out: Path) -> None:
     config = parts.config
-    settings = ", ".join(f"{name} {schema.shown_value(value)}" for name, value in _own_values(config).items())
+    settings = ", ".join(
+        f"{name} {schema.shown_value(value)}" for name, value in _notable_settings(config).items()
+    )
     print(f"learner   {config.learner['name']}{': ' if settings else ''}{settings}")
     print(f"network   {config.network['name']}, {parts.parameters:,} parameters")
     steps = plural(config.training.steps, "meta-step")
@@ -847,7 +848,7 @@ def _announce(parts: _Parts, out: Path) -> None:
     print(f"folder    {out}", flush=True)
 
 
-def _own_values(config: Config) -> dict[str, Any]:
+def _notable_settings(config: Config) -> dict[str, Any]:
     """Return the settings of the inner loop, and others that differ from the factory's defaults."""
     known = config.names().groups()["learner"]
     always = ("inner_lr", "inner_steps", "eval_steps")
@@ -878,8 +879,8 @@ def print_results(results: Mapping[str, Any], config: Config) -> None:
         if "chance" in results:
             print(f"guessing       {100 * results['chance']:.2f} %")
         return
-    own = str(config.learner.get("eval_steps", ""))
-    for steps, row in (results.get("mse_by_step") or {own: results["mse"]}).items():
+    eval_steps = str(config.learner.get("eval_steps", ""))
+    for steps, row in (results.get("mse_by_step") or {eval_steps: results["mse"]}).items():
         after = f"  after {plural(int(steps), 'inner step')}" if steps.isdigit() else ""
         print(f"test mse  {row['mean']:.4f} ± {row['ci95']:.4f}{after}")
     row = results["mse_of_mean"]

@@ -10,7 +10,6 @@ import functools
 import inspect
 import re
 import types
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -149,7 +148,11 @@ def settings_of(function: Callable[..., Any], supplied: Iterable[str] = ()) -> d
 
 
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the keyword-only parameters of a function, or the fields of a class."""
+    """Return the keyword-only parameters of a function, or the fields of a class.
+
+    Raises:
+      ArgumentError: an annotation uses a name that is not imported.
+    """
     base = function.func if isinstance(function, functools.partial) else function
     try:
         signature = inspect.signature(function, eval_str=not isinstance(function, functools.partial))
@@ -181,8 +184,7 @@ def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """Return whether a function has a parameter of that name."""
-    base = inspect.signature(function).parameters
-    return name in base
+    return name in inspect.signature(function).parameters
 
 
 @functools.cache
@@ -244,7 +246,7 @@ def flag_of(name: str) -> str:
 
 
 def flag_names(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
-    """Return the flags of all settings by group and name; those of names in several groups begin with theirs.
+    """Return the flags of all settings by group and name; a name in several groups has its group as prefix.
 
     Examples:
       >>> flag_names({"learner": {"inner_steps": 1, "norm": 2}, "network": {"norm": 3}})["learner"]
@@ -338,15 +340,11 @@ def _plain(hint: Any, default: Any) -> Any:
 
 
 def _plain_member(kind: Any) -> Any:
-    if kind is None or kind is types.NoneType:
-        return types.NoneType if kind is types.NoneType else None
-    if kind in _SCALARS:
-        return kind
-    if get_origin(kind) is Literal:
+    if kind is types.NoneType or kind in _SCALARS or get_origin(kind) is Literal:
         return kind
     if get_origin(kind) is tuple:
         inner = [each for each in get_args(kind) if each is not Ellipsis]
         return kind if inner and all(each in _SCALARS for each in inner) else None
-    if get_origin(kind) is typing.get_origin(Sequence[int]) and get_args(kind)[0] in _SCALARS:
+    if get_origin(kind) is Sequence and get_args(kind)[0] in _SCALARS:
         return tuple[get_args(kind)[0], ...]  # type: ignore[misc]
     return None

@@ -1,4 +1,4 @@
-"""Sources of tasks by name: functions whose signatures have their settings."""
+"""Sources of tasks by name: functions whose signatures hold their settings."""
 
 import contextlib
 import dataclasses
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 # Key of user-defined sources.
 OWN = "module:name"
 # Episodes in a batch of an evaluation from a stream.
-_STREAMED = 20
+_STREAM_BATCH = 20
 # Minimum number of bytes that an evaluation keeps per episode: two keys and the result.
-_KEYS = 20
+_EPISODE_BYTES = 20
 # Images in a mini-batch of supervised training, on each device.
 _SUPERVISED_BATCH = 64
 
@@ -94,8 +94,8 @@ def _tfds(argument: str, settings: Mapping[str, Any], data: str | None) -> Split
 
 def _emoji(argument: str, settings: Mapping[str, Any], data: str | None) -> SplitImages:
     del argument
-    names = ("size", "styles", "test_styles", "min_styles", "classes", "word_vectors")
-    return emoji_images(str(data), **{name: settings[name] for name in names})
+    used = ("size", "styles", "test_styles", "min_styles", "classes", "word_vectors")
+    return emoji_images(str(data), **{name: settings[name] for name in used})
 
 
 def _emoji_vectors(
@@ -277,8 +277,8 @@ def source_of(name: str) -> Source:
             return source._replace(argument=argument)
     if is_own(name):
         function = names.find("tasks", name, {})
-        kind = "folder" if schema.accepts(function, "ways") else "sinusoid"
-        return Source(OWN, function, schema.summary(function), kind)
+        preset = "folder" if schema.accepts(function, "ways") else "sinusoid"
+        return Source(OWN, function, schema.summary(function), preset)
     names.lookup("tasks", name, TASKS)
     raise AssertionError(name)
 
@@ -357,15 +357,15 @@ def _build(
         raise ArgumentError("data", f"{source.key} is read from your own copy; add --data DIR")
     prefix = "train_" if split == "train" else ""
     shape = {name: settings[prefix + name] for name in ("ways", "shots", "queries") if name in settings}
-    own = schema.settings_of(source.function, ("split", "data"))
+    known = schema.settings_of(source.function, ("split", "data"))
     if source.images is None:
-        values = {name: settings[name] for name in own} | shape
+        values = {name: settings[name] for name in known} | shape
         if schema.accepts(source.function, "data"):
             values["data"] = data
         built = source.function(*([source.argument] if source.argument else []), split, **values)
         check_tasks(built)
         if built.card is None:
-            kind: Kind = "classification" if "ways" in own else "regression"
+            kind: Kind = "classification" if "ways" in known else "regression"
             shape = {name: value for name, value in shape.items() if value is not schema.MISSING}
             built = built._replace(card=ProtocolCard(config.tasks["name"], check_part(split), kind, **shape))
         return built
@@ -390,7 +390,7 @@ def _build(
     return tasks.stream(
         images.prepared,
         key=jax.random.key(0) if key is None else key,
-        meta_batch=_STREAMED if for_evaluation else config.training.meta_batch,
+        meta_batch=_STREAM_BATCH if for_evaluation else config.training.meta_batch,
         for_evaluation=for_evaluation,
         # An evaluation is short: starting processes for it would take longer than reading.
         workers=0 if for_evaluation else config.run.workers,
@@ -468,7 +468,7 @@ def _check_memory(distribution: TaskDistribution, config: "Config", split: str) 
         total, prefix = size * number, "train_"
     else:
         name, number = "episodes", config.run.episodes
-        total, prefix = size + number * _KEYS, ""
+        total, prefix = size + number * _EPISODE_BYTES, ""
     available = memory()
     if total > available:
         shape = ", ".join(schema.flag_of(prefix + field) for field in ("ways", "shots", "queries"))
@@ -499,5 +499,5 @@ def file_name(name: str) -> str:
     """Return a source's name as part of a file name, with only the last part of a path."""
     kind, _, rest = name.partition(":")
     last = rest.rstrip("/").rpartition("/")[2]
-    own = "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip("-.")
-    return f"{kind}-{own}" if own else kind
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in last).strip("-.")
+    return f"{kind}-{safe}" if safe else kind

@@ -192,7 +192,7 @@ def _without_small_classes(target: Target, shots: int) -> Target:
     kept = np.flatnonzero(sizes >= needed)
     if len(kept) == len(sizes):
         return target
-    small = [f"{target.classes[place]} ({sizes[place]})" for place in np.flatnonzero(sizes < needed)]
+    small = [f"{target.classes[index]} ({sizes[index]})" for index in np.flatnonzero(sizes < needed)]
     warnings.warn(
         f"{target.name}: {len(small)} of {len(sizes)} classes have fewer than {needed} images and are left "
         f"out: {join_names(small)}",
@@ -202,7 +202,7 @@ def _without_small_classes(target: Target, shots: int) -> Target:
     return target._replace(
         x=target.x[rows],
         y=np.searchsorted(kept, target.y[rows]).astype(np.int32),
-        classes=tuple(target.classes[place] for place in kept),
+        classes=tuple(target.classes[index] for index in kept),
         scored=None if target.scored is None else target.scored[rows],
     )
 
@@ -288,14 +288,14 @@ def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
     present = [part for part in PARTS if (parts == part).any()]
     every = tuple(in_order(set(names.tolist())))
     if not present:
-        return _Rows(np.arange(len(names)), _places(names, every), every)
+        return _Rows(np.arange(len(names)), _class_indices(names, every), every)
     members = {part: set(names[parts == part].tolist()) for part in present}
     split = split_of_parts(members)
     if split is not None and split.test:
         rows = np.flatnonzero(parts == "test")
         classes = tuple(in_order(split.test, every))
-        return _Rows(rows, _places(names[rows], classes), classes, None, "its test classes")
-    y, rows = _places(names, every), np.arange(len(names))
+        return _Rows(rows, _class_indices(names[rows], classes), classes, None, "its test classes")
+    y, rows = _class_indices(names, every), np.arange(len(names))
     last = present[-1]
     scored = parts == last
     if split is not None or members[last] != set(every) or set(names[~scored].tolist()) != set(every):
@@ -304,10 +304,10 @@ def _rows_by_parts(names: np.ndarray, parts: np.ndarray) -> _Rows:
     return _Rows(rows, y, every, scored, f"learning from its {learned} images, scoring on its {last} images")
 
 
-def _places(names: np.ndarray, classes: tuple[str, ...]) -> Int[np.ndarray, " n"]:
+def _class_indices(names: np.ndarray, classes: tuple[str, ...]) -> Int[np.ndarray, " n"]:
     """Return the index of each name among the classes."""
-    place = {name: index for index, name in enumerate(classes)}
-    return np.array([place[name] for name in names.tolist()])
+    indices = {name: index for index, name in enumerate(classes)}
+    return np.array([indices[name] for name in names.tolist()])
 
 
 def _class_names(source: Source, settings: Mapping[str, Any], classes: int) -> tuple[str, ...]:
@@ -367,7 +367,7 @@ def _split_by_source(target: Target, scored: Bool[np.ndarray, " n"], shots: Shot
     """Draw examples to learn from among the images that the source does not reserve for scoring."""
     learn, score = np.flatnonzero(~scored), np.flatnonzero(scored)
     if shots is None or shots == ALL:
-        return ShotSplit(learn, score, "all images that the data has to learn from")
+        return ShotSplit(learn, score, "all images that the source does not reserve for scoring")
     check_count("shots", int(shots))
     sizes = np.bincount(target.y[learn])
     smallest = int(sizes.argmin())
@@ -389,6 +389,6 @@ def _draw(
     # Random order within each class: a stable sort by class of a random permutation.
     order = np.asarray(jax.random.permutation(key, len(y)))
     order = order[np.argsort(y[order], kind="stable")]
-    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chosen = place < np.repeat(take, sizes)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = rank < np.repeat(take, sizes)
     return np.sort(order[chosen]), np.sort(order[~chosen])

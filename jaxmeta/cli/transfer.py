@@ -45,7 +45,7 @@ from jaxmeta.cli.sources import file_name
 from jaxmeta.cli.target_data import ShotSplit, Target, read_target, split_shots, target_settings
 from jaxmeta.cli.transfer_report import (
     in_percent,
-    leaves_by_fate,
+    leaves_by_group,
     ranking_as_json,
     settings_in_words,
     transfer_markdown,
@@ -342,7 +342,7 @@ def _scores(plan: _Plan, fitted: Fit) -> tuple[dict[str, Any], Int[np.ndarray, "
     scores |= {
         "recalls": dict(zip(classes, map(float, recalls), strict=True)),
         "losses": [round(float(loss), 6) for loss in fitted.losses],
-        "leaves": {group: len(rows) for group, rows in leaves_by_fate(start.leaves).items()},
+        "leaves": {group: len(rows) for group, rows in leaves_by_group(start.leaves).items()},
     }
     return scores, confusion
 

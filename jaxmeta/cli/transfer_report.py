@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmeta.cli.report import cell, plural, repeated_by
+from jaxmeta.cli.report import cell, command_lines, plural
 from jaxmeta.transfer.ranking import SCORES, Ranking
 from jaxmeta.transfer.subtree import Report
 
@@ -81,8 +81,8 @@ def in_percent(row: Mapping[str, float]) -> str:
     return f"{100 * row['mean']:.2f} %  (95 % CI {100 * row['low']:.2f} to {100 * row['high']:.2f})"
 
 
-def leaves_by_fate(leaves: Report) -> dict[str, tuple[Any, ...]]:
-    """Return the rows of a report on leaves by its parts, such as "taken" and "new"."""
+def leaves_by_group(leaves: Report) -> dict[str, tuple[Any, ...]]:
+    """Return the rows of a report on leaves by group: "taken", "new", "left_over" and "dropped"."""
     return {group: getattr(leaves, group) for group in ("taken", "new", "left_over", "dropped")}
 
 
@@ -116,7 +116,7 @@ def transfer_markdown(report: Mapping[str, Any], leaves: Report) -> str:
     table = settings_in_words(report) | {"time": f"{report['wall_s']:.1f} s", "device": report["device"]}
     table["versions"] = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines += [f"| {name} | {cell(text)} |" for name, text in table.items()]
-    lines += repeated_by(report["command"])
+    lines += command_lines(report["command"])
     worst = sorted(report["recalls"].items(), key=lambda pair: pair[1])[:_WORST]
     lines += [
         "",
