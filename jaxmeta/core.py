@@ -40,7 +40,7 @@ Metric: TypeAlias = Callable[[Array, Array, Array | None], ArrayLike | tuple[Arr
 class Optimizer(Protocol):
     """The interface of an `optax.GradientTransformation`.
 
-    optax has no types that type checkers read, so that they would accept a learning rate as an optimizer.
+    Type checkers read no types from optax, and would accept a learning rate in place of an optimizer.
     """
 
     @property
@@ -210,8 +210,8 @@ class ProtocolCard:
 class TaskDistribution(NamedTuple):
     """A source of tasks: `sample(key) -> Task`, pure, usable under `jit` and `vmap`.
 
-    `sample` is a `jax.tree_util.Partial(draw, data)`, a pytree, so that the data are an argument of the
-    compiled step and not a constant in it.
+    In the task sources of this library `sample` is a `jax.tree_util.Partial(draw, data)`, a pytree, so that
+    the data are an argument of the compiled step and not a constant in it.
 
     Attributes:
       sample: `(key) -> Task`.

@@ -33,7 +33,7 @@ class Decorator(Protocol):
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _FACTS, _PARENT = "__jaxmeta_facts__", "__jaxmeta_parent__"
 
-# Former names of parameters with their present names, of which the first that a factory has applies.
+# Former names of parameters, each with its possible new names; the first that a factory has is the new one.
 RENAMED = {
     "steps": ("inner_steps", "eval_steps"),
     "batch_size": ("inner_batch",),
@@ -233,15 +233,15 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Deco
 
     def decorate(factory: Callable[P, R]) -> Callable[P, R]:
         # Evaluate the annotations, because the parent may be defined in another module.
-        own = inspect.signature(factory, eval_str=True)
-        mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        declared = inspect.signature(factory, eval_str=True)
+        kept = [each for each in declared.parameters.values() if each.kind is not each.VAR_KEYWORD]
         known = inspect.signature(parent, eval_str=True).parameters.values()
         offered = {each.name: each for each in known if each.kind is each.KEYWORD_ONLY}
-        names = _typed_settings(factory, own, parent, offered, excluded)
+        names = _typed_settings(factory, declared, parent, offered, excluded)
         if names is None:
-            names = offered.keys() - excluded - {each.name for each in mine}
-        theirs = [each for name, each in offered.items() if name in names]
-        signature = own.replace(parameters=[*mine, *theirs])
+            names = offered.keys() - excluded - {each.name for each in kept}
+        added = [each for name, each in offered.items() if name in names]
+        signature = declared.replace(parameters=[*kept, *added])
         checked = _checked(factory, signature)
         setattr(checked, _PARENT, parent)
         return checked
@@ -251,13 +251,13 @@ def forwards(parent: Callable[..., Any], *, without: Iterable[str] = ()) -> Deco
 
 def _typed_settings(
     factory: Callable[..., Any],
-    own: inspect.Signature,
+    declared: inspect.Signature,
     parent: Callable[..., Any],
     offered: Mapping[str, inspect.Parameter],
     excluded: Set[str],
 ) -> Set[str] | None:
     """Return the names in the type of `**settings`, checked against `parent`; None where it is not typed."""
-    hints = (each.annotation for each in own.parameters.values() if each.kind is each.VAR_KEYWORD)
+    hints = (each.annotation for each in declared.parameters.values() if each.kind is each.VAR_KEYWORD)
     kinds = [get_args(hint)[0] for hint in hints if get_origin(hint) is Unpack]
     if not kinds:
         return None
@@ -270,7 +270,7 @@ def _typed_settings(
         else:
             continue
         raise TypeError(f"{factory.__name__}() takes {kinds[0].__name__}, but {parent.__name__}() {problem}")
-    twice = sorted(settings.keys() & (excluded | own.parameters.keys()))
+    twice = sorted(settings.keys() & (excluded | declared.parameters.keys()))
     if twice:
         raise TypeError(
             f"{factory.__name__}() takes {kinds[0].__name__}, whose {twice[0]!r} is also excluded by "

@@ -49,7 +49,7 @@ def write_new(path: Path, content: bytes) -> None:
     """Write bytes atomically to a file that does not exist yet.
 
     Raises:
-      FileExistsError: there is one: another process came first.
+      FileExistsError: the file exists, for example because another process was first.
     """
     unfinished = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
