@@ -1,11 +1,11 @@
-"""Methods that learn a distance: a query is named by the examples, or classes, that it is nearest to.
+"""Methods that learn a distance: a query is classified by the examples, or classes, that are nearest to it.
 
 | learner | how a query is classified |
 | --- | --- |
 | `kernel_classifier` | its label is the mean of the support set's, weighted by a kernel; most of the others are its instances |
 | `prototypical` | a class is the mean of its embedded examples; or, zero-shot, an embedding of its metadata (Snell et al. 2017) |
 | `matching` | attention over the support set, by cosines; with full context embeddings by `context_steps` (Vinyals et al. 2016) |
-| `siamese` | a network decides whether two images show one class, and the best partner names the query (Koch et al. 2015) |
+| `siamese` | a network scores whether two images show the same class, and a query gets the class of its best match (Koch et al. 2015) |
 | `relation` | a network scores how alike a query and a class are (Sung et al. 2018) |
 | `ridge` | R2-D2: ridge regression in closed form on a learned embedding (Bertinetto et al. 2019) |
 | `mahalanobis` | by a distance with the regularised covariance of each class, as in Simple CNAPS (Bateni et al. 2020) |
@@ -18,8 +18,8 @@ P(y|x, S) = Σ k(x, x_i) y_i: a query's label is a mean of the support set's, we
 embeddings. `kernel_classifier` takes similarity, normalisation and reduction as arguments; its documentation
 states which arguments give which method. `notebooks/distances_and_prototypes.py` draws one task under each.
 
-Train with more ways than at test, by the statistics of each task; then compute those of the training tasks
-(`jm.calibrate`), so that each answer depends on the support set and its own image alone:
+Train with more ways than at test, with the batch statistics of each task; then compute those of the training
+tasks (`jm.calibrate`), so that each prediction depends on the support set and its own image alone:
 
 >>> import functools
 >>> import jax
@@ -29,23 +29,24 @@ Train with more ways than at test, by the statistics of each task; then compute 
 >>> labels = np.repeat(np.arange(50), 10)  # 50 classes of 10 examples, each class around its own centre
 >>> rng = np.random.default_rng(0)
 >>> x = (rng.normal(size=(50, 8))[labels] + 0.3 * rng.normal(size=(500, 8))).astype(np.float32)
->>> draw = functools.partial(jm.tasks.from_arrays, x, labels, classes=(0.5, 0.0, 0.5))
->>> shown = draw(split="train", ways=20, shots=1, queries=3)
+>>> make_tasks = functools.partial(jm.tasks.from_arrays, x, labels, classes=(0.5, 0.0, 0.5))
+>>> training_tasks = make_tasks(split="train", ways=20, shots=1, queries=3)
 >>> network = jm.nn.MLP(out=16, hidden=(64,), norm=True)
 >>> learner = jm.prototypical(network)
->>> state = jm.train(learner, shown, optax.adam(3e-3), steps=20, meta_batch=2, key=jax.random.key(0))
->>> params = jm.calibrate(learner, state.params, shown, jax.random.key(1), episodes=20)
+>>> optimizer = optax.adam(3e-3)
+>>> state = jm.train(learner, training_tasks, optimizer, steps=20, meta_batch=2, key=jax.random.key(0))
+>>> params = jm.calibrate(learner, state.params, training_tasks, jax.random.key(1), episodes=20)
 >>> inductive = jm.prototypical(network, norm="population")
->>> unseen = draw(split="test", ways=5, shots=1, queries=5)
->>> accuracy = jm.evaluate(inductive, params, unseen, episodes=100, key=jax.random.key(2))
+>>> test_tasks = make_tasks(split="test", ways=5, shots=1, queries=5)
+>>> accuracy = jm.evaluate(inductive, params, test_tasks, episodes=100, key=jax.random.key(2))
 >>> bool(accuracy.mean > 0.5)  # chance is 0.2
 True
 
 A class is added without the old examples, and the other classes stay as they are:
 
->>> task = unseen.sample(jax.random.key(3))
+>>> task = test_tasks.sample(jax.random.key(3))
 >>> adapted = inductive.adapt(params, task.support, jax.random.key(4))
->>> another = draw(split="test", ways=1, shots=3).sample(jax.random.key(5)).support.x
+>>> another = make_tasks(split="test", ways=1, shots=3).sample(jax.random.key(5)).support.x
 >>> adapted = jm.add_class(network, params, adapted, another)
 >>> inductive.predict(params, adapted, task.query.x).shape
 (25, 6)

@@ -114,7 +114,7 @@ def _normalised_graph(
     size = squared.shape[0]
     edges = real[:, None] & real[None] & ~jnp.eye(size, dtype=bool)
     count = real.sum()
-    # By a threshold and not by the first k, so that equal distances do not depend on the order of nodes.
+    # Neighbours are selected by a threshold and not as the first k, so ties do not depend on the order.
     ordered = jnp.sort(jax.lax.stop_gradient(jnp.where(edges, squared, jnp.inf)), axis=1)
     last = jnp.clip(count - 1, 1, neighbours) - 1
     near = squared <= jax.lax.dynamic_index_in_dim(ordered, last, axis=1)

@@ -95,11 +95,11 @@ def mahalanobis(
         means, present = class_means(x, labels)
         fitted = {"centre": centre, "means": means, "present": present}
         if x.shape[0] < x.shape[1]:
-            members, weights = labels.T, _weights(labels)
+            members, eigenvalues = labels.T, _root_eigenvalues(labels)
             gram = product(x, x.T)
             # Each class has its own matrix M^½ G M^½ + β I, whose eigenvalues are at least β.
-            half = jax.vmap(_root_times, (0, 0, None))(weights, members, gram)
-            inner = jax.vmap(_root_times)(weights, members, half.mT)
+            half = jax.vmap(_root_times, (0, 0, None))(eigenvalues, members, gram)
+            inner = jax.vmap(_root_times)(eigenvalues, members, half.mT)
             matrices = _regularised(inner, regularisation)
             return {**fitted, "matrices": matrices, "support": x, "labels": labels}
         own, common = _variance_weights(labels)
@@ -117,7 +117,7 @@ def mahalanobis(
             return only_present(-squared / 2, fitted["present"])
         support, labels = fitted["support"], fitted["labels"]
         similarities = product(support, x.T)[None] - product(means, support.T)[:, :, None]
-        rooted = jax.vmap(_root_times)(_weights(labels), labels.T, similarities)
+        rooted = jax.vmap(_root_times)(_root_eigenvalues(labels), labels.T, similarities)
         explained = _quadratic_forms(fitted["matrices"], rooted)
         squared = (squared_distances(x, means, fitted["present"]) - explained) / regularisation
         return only_present(-squared / 2, fitted["present"])
@@ -132,8 +132,8 @@ def _variance_weights(labels: Float[Array, "n ways"]) -> tuple[Float[Array, " wa
     return shrinkage / jnp.maximum(counts - 1, 1), (1 - shrinkage) / jnp.maximum(counts.sum() - 1, 1)
 
 
-def _weights(labels: Float[Array, "n ways"]) -> Float[Array, "ways 2"]:
-    """Return the eigenvalues of each M^½, of vectors within the class, centred, and of all others.
+def _root_eigenvalues(labels: Float[Array, "n ways"]) -> Float[Array, "ways 2"]:
+    """Return the two eigenvalues of M^½ of each class, on the centred vectors of the class and on all others.
 
     Q_c = Xᵀ M X + β I with X the centred support set and M = own · C + common · I, where C projects to the
     centred vectors of the class, so that M^½ is also a combination of C and I.
@@ -143,11 +143,12 @@ def _weights(labels: Float[Array, "n ways"]) -> Float[Array, "ways 2"]:
 
 
 def _root_times(
-    weights: Float[Array, " 2"], members: Float[Array, " n"], values: Float[Array, "n k"]
+    eigenvalues: Float[Array, " 2"], members: Float[Array, " n"], values: Float[Array, "n k"]
 ) -> Float[Array, "n k"]:
     """Return M^½ times `values` for one class."""
     mean = jnp.einsum("n,nk->k", members, values, precision=_EXACT) / jnp.maximum(members.sum(), 1)
-    return weights[1] * values + (weights[0] - weights[1]) * members[:, None] * (values - mean[None])
+    within, others = eigenvalues[0], eigenvalues[1]
+    return others * values + (within - others) * members[:, None] * (values - mean[None])
 
 
 def _regularised(matrices: Float[Array, "ways n n"], regularisation: float) -> Float[Array, "ways n n"]:

@@ -60,7 +60,7 @@ def matching(
       A `Learner`.
 
     Raises:
-      ValueError: `scale` not positive; `context_steps` below 1; an unknown `norm`.
+      ValueError: `scale` not positive; `context_steps` below 1; an unknown `norm`; float targets.
 
     Examples:
       >>> import jax, jaxmeta as jm

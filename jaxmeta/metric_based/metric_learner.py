@@ -157,7 +157,7 @@ def metric_learner(
 
 def episodic_defaults(
     train_ways: int | None = None,
-    fewer: int = 1,
+    steps_divisor: int = 1,
     *,
     fixed: Mapping[str, Any] | None = None,
     distorts: bool = False,
@@ -167,7 +167,7 @@ def episodic_defaults(
     Args:
       train_ways: ways of training tasks, where the protocol is designed for methods that adapt; None for the
         protocol's.
-      fewer: divisor of the number of meta-steps where `train_ways` is used.
+      steps_divisor: divisor of the number of meta-steps where `train_ways` is used.
       fixed: defaults that do not depend on the protocol.
       distorts: if True, images of strokes are distorted in training.
     """
@@ -184,7 +184,7 @@ def episodic_defaults(
                 "train_ways": max(train_ways, base.get("ways") or 0),
                 "train_queries": many,
                 "meta_batch": 2,
-                "steps": max(base["steps"] // fewer, 1),
+                "steps": max(base["steps"] // steps_divisor, 1),
             }
         return defaults
 
@@ -210,7 +210,9 @@ def check_labels(batch: Batch) -> None:
     """Check that the targets are class slots, one for each example."""
     if batch.x.shape[0] != batch.y.shape[0]:
         raise ArgumentError(
-            "tasks", f"got {batch.x.shape[0]} examples or metadata vectors for {batch.y.shape[0]} class slots"
+            "tasks",
+            f"got {batch.x.shape[0]} examples or metadata vectors and {batch.y.shape[0]} class slots; the "
+            "numbers must be equal",
         )
     if not jnp.issubdtype(batch.y.dtype, jnp.integer):
         raise ArgumentError(
@@ -260,7 +262,7 @@ def solve_positive(matrix: Float[Array, "n n"], values: Float[Array, "n k"]) -> 
     """Solve a system with a symmetric positive definite matrix, by elimination without pivots.
 
     It calls no LAPACK. In JAX 0.10 a batched call of LAPACK on a CPU waits for threads of the pool that it
-    occupies itself, so that the calls of two devices may wait for ever; large batches, such as those with a
+    occupies itself, so that the calls of two devices may wait forever; large batches, such as those with a
     matrix for each class, do so regularly.
     """
     size = matrix.shape[0]

@@ -168,7 +168,7 @@ def add_class(
       model: embedding of the learner.
       params: parameters of the learner.
       adapted: adapted state of a learner with norm "support" or "population".
-      x: examples of the new class, of shape (k, *shape), normalised by the statistics in `adapted`.
+      x: examples of the new class, of shape (k, *shape); the statistics in `adapted` normalise them.
       divergence: divergence of the learner.
 
     Returns:

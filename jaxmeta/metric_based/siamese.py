@@ -62,7 +62,8 @@ def siamese(
       A `Learner`.
 
     Raises:
-      ValueError: `pairs` odd or below 2; `head` with outputs not of shape (n, 1); an unknown `norm`.
+      ValueError: `pairs` odd or below 2; `head` with outputs not of shape (n, 1); an unknown `norm`;
+        float targets.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -88,15 +89,15 @@ def siamese(
             params = {"weights": jax.random.normal(key, (dim,)) / jnp.sqrt(dim)}
             return {**params, "bias": jnp.zeros(())} if use_bias else params
         params = network.init(key, jnp.zeros((2, dim)))
-        if jax.eval_shape(lambda: forward(network, params, jnp.zeros((2, dim)))[1]):
+        outputs, stats = jax.eval_shape(lambda: forward(network, params, jnp.zeros((2, dim))))
+        if stats:
             raise ArgumentError(
                 "head",
                 "got a network with batch statistics; it must have none, so that the scores of pairs do not "
                 "depend on each other",
             )
-        shape = jax.eval_shape(lambda: forward(network, params, jnp.zeros((2, dim)))[0]).shape
-        if shape != (2, 1):
-            raise ArgumentError("head", f"gives shape {shape} for 2 pairs; it must be (2, 1)")
+        if outputs.shape != (2, 1):
+            raise ArgumentError("head", f"gives shape {outputs.shape} for 2 pairs; it must be (2, 1)")
         return params
 
     def scores(head_params: Params, a: Array, b: Array) -> Array:
@@ -176,9 +177,9 @@ def sample_pairs(key: Key, same: Bool[Array, "m n"], different: Bool[Array, "m n
     for kind_key, kind in zip(jax.random.split(key), (same, different), strict=True):
         # If no pair of the kind exists, sample from all pairs and mark the samples as invalid.
         log_weight = jnp.where(kind | ~kind.any(), 0.0, -jnp.inf).reshape(-1)
-        place = jax.random.categorical(kind_key, log_weight, shape=(count // 2,))
+        index = jax.random.categorical(kind_key, log_weight, shape=(count // 2,))
         halves.append(
-            (place // kind.shape[1], place % kind.shape[1], jnp.broadcast_to(kind.any(), place.shape))
+            (index // kind.shape[1], index % kind.shape[1], jnp.broadcast_to(kind.any(), index.shape))
         )
     query, support, valid = (jnp.concatenate(parts) for parts in zip(*halves, strict=True))
     return Pairs(query, support, jnp.arange(count) < count // 2, valid)

@@ -13,13 +13,13 @@ before, and must classify it. `jm.tasks.sequences` makes such sequences of any f
 >>> import optax
 >>> import jaxmeta as jm
 >>> x, y = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32), np.arange(200) % 20
->>> shown = jm.tasks.sequences(jm.tasks.from_arrays(x, y, ways=3, shots=3, queries=1))
+>>> tasks = jm.tasks.sequences(jm.tasks.from_arrays(x, y, ways=3, shots=3, queries=1))
 >>> network = jm.nn.MemoryNetwork(out=3, memory=jm.nn.LRUA(rows=16, width=8, heads=2), hidden=16)
 >>> learner = jm.mann(network)
 >>> state = jm.train(
-...     learner, shown, optax.adam(1e-3), steps=2, key=jax.random.key(0), meta_batch=4, strategy="vmap"
+...     learner, tasks, optax.adam(1e-3), steps=2, key=jax.random.key(0), meta_batch=4, strategy="vmap"
 ... )
->>> by_presentation = jm.evaluate_metrics(learner, state.params, shown, episodes=8, key=jax.random.key(1))
+>>> by_presentation = jm.evaluate_metrics(learner, state.params, tasks, episodes=8, key=jax.random.key(1))
 >>> {"instance_1", "instance_3"} <= {*by_presentation}
 True
 
@@ -27,7 +27,7 @@ True
 has `LRUA(rows=128, width=40, heads=4)`, `hidden=200` and sequences of 50 images.
 
 `memory=jm.nn.NTM()` selects the addressing of the Neural Turing Machine, and `memory=None` an LSTM without a
-memory. Labels can be strings (`strings=(5, 5)`), and `jm.tasks.with_ways(shown, n)` allows a curriculum without
+memory. Labels can be strings (`strings=(5, 5)`), and `jm.tasks.with_ways(tasks, n)` allows a curriculum without
 recompilation. Santoro's experiments are `jaxmeta train --preset mann-omniglot` and `jaxmeta train --preset
 mann-omniglot-strings`; `benchmarks/README.md` compares the memories.
 """  # noqa: E501

@@ -73,6 +73,9 @@ def mann(
     not change the memory and do not affect each other. The loss is the sum of the cross-entropies of all
     steps and all queries, including steps at which the label can only be guessed.
 
+    Params: parameters of the network under "network". Adapted: "state" of the network after the sequence, and
+    "last", the encoded last label.
+
     Args:
       network: recurrent network, whose `out` is the number of ways, or letters · characters.
       strings: numbers of letters and characters of string labels; None for class slots. See
@@ -201,27 +204,29 @@ class _Labels:
         letters = ways if self.strings is None else self.strings[0]
         return jax.nn.one_hot(self.digits(y), letters).reshape(y.shape[0], self.width(ways))
 
-    def _apart(self, outputs: Float[Array, "n width"]) -> Float[Array, "n characters letters"]:
+    def _by_character(self, outputs: Float[Array, "n width"]) -> Float[Array, "n characters letters"]:
         letters = outputs.shape[1] if self.strings is None else self.strings[0]
         return outputs.reshape(outputs.shape[0], outputs.shape[1] // letters, letters)
 
     def loss(self, outputs: Float[Array, "n width"], batch: Batch) -> Float[Array, ""]:
         """Return the cross-entropy, summed over examples and characters."""
-        each = optax.softmax_cross_entropy_with_integer_labels(self._apart(outputs), self.digits(batch.y))
+        each = optax.softmax_cross_entropy_with_integer_labels(
+            self._by_character(outputs), self.digits(batch.y)
+        )
         return losses.masked_sum(each.sum(1), batch.mask)[0]
 
     def correct(self, outputs: Float[Array, "n width"], y: Int[Array, " n"]) -> Bool[Array, " n"]:
-        correct = (self._apart(outputs).argmax(-1) == self.digits(y)).all(1)
+        correct = (self._by_character(outputs).argmax(-1) == self.digits(y)).all(1)
         return correct & ~jnp.isnan(outputs).any(1)
 
     def joint(self, outputs: Float[Array, "n width"]) -> Float[Array, "n ways"]:
         if self.strings is None:
             return outputs
         # The first character is the least significant digit, so its axis comes last.
-        apart = self._apart(outputs)
-        total = apart[:, 0]
-        for i in range(1, apart.shape[1]):
-            sums = apart[:, i, :, None] + total[:, None, :]
+        by_character = self._by_character(outputs)
+        total = by_character[:, 0]
+        for i in range(1, by_character.shape[1]):
+            sums = by_character[:, i, :, None] + total[:, None, :]
             total = sums.reshape(outputs.shape[0], sums.shape[1] * sums.shape[2])
         return total
 

@@ -145,7 +145,7 @@ def metanet(
             check_count(name, size)
     check_number("margin", margin, above=0)
     u, b = as_augmented(embedding, "embedding"), as_augmented(base, "base")
-    of_task, of_example = TaskGenerator(hidden), ExampleGenerator(hidden)
+    task_generator, example_generator = TaskGenerator(hidden), ExampleGenerator(hidden)
     check_word("task_weights", task_weights, get_args(TaskWeights))
     embedding_has_fast, base_has_fast = task_weights != "none", task_weights == "both"
     compares_pairs = embedding_has_fast and embedding_loss != "xent"
@@ -172,17 +172,17 @@ def metanet(
             )
         _check_fast_layers(fast_layers, {**params["embedding"], **params["base"]})
         for_base = _groups_of(with_fast(params["base"]))
-        params["example_generator"] = _generators(of_example, next(keys), for_base, 1)
+        params["example_generator"] = _generators(example_generator, next(keys), for_base, 1)
         if embedding_has_fast:
             for_embedding = _groups_of(with_fast(params["embedding"]))
-            params["task_generator"] = _generators(of_task, next(keys), for_embedding, 2)
+            params["task_generator"] = _generators(task_generator, next(keys), for_embedding, 2)
             if embedding_loss == "xent":
                 params["embedding_head"] = {"kernel": published_init(next(keys), (r.shape[1], ways))}
             elif embedding_loss == "verification":
                 # They receive no gradient, so their fixed values must already be those of a similarity.
                 params["embedding_head"] = {"weights": -jnp.ones(r.shape[1]), "bias": jnp.ones(())}
         if base_has_fast:
-            params["base_task_generator"] = _generators(of_task, next(keys), for_base, 2)
+            params["base_task_generator"] = _generators(task_generator, next(keys), for_base, 2)
         return params
 
     def embedding_losses(
@@ -213,7 +213,8 @@ def metanet(
     def task_level(generators: Params, gradients: PyTree, slow: Params, valid: Array) -> Params:
         def generated(kind: str, steps: Array) -> Array:
             return _by_blocks(
-                lambda block: of_task.apply({"params": _of_kind(generators, kind)}, block, valid), steps
+                lambda block: task_generator.apply({"params": _of_kind(generators, kind)}, block, valid),
+                steps,
             )
 
         groups = _grouped(gradients, slow)
@@ -223,7 +224,7 @@ def metanet(
         def generated(kind: str, each: Array) -> Array:
             row = each.reshape(1, -1)
             return _by_blocks(
-                lambda block: of_example.apply({"params": _of_kind(generators, kind)}, block[0]), row
+                lambda block: example_generator.apply({"params": _of_kind(generators, kind)}, block[0]), row
             ).reshape(each.shape)
 
         groups = _grouped(gradients, slow)
@@ -360,8 +361,8 @@ def chunks(
     n = mask.shape[0]
     order = random_order(key, mask)
     edges = (jnp.arange(count + 1) * mask.sum() + count - 1) // count
-    place = edges[:-1, None] + jnp.arange(-(-n // count))[None, :]
-    return order[jnp.minimum(place, n - 1)], place < edges[1:, None]
+    ranks = edges[:-1, None] + jnp.arange(-(-n // count))[None, :]
+    return order[jnp.minimum(ranks, n - 1)], ranks < edges[1:, None]
 
 
 def random_pairs(
@@ -372,8 +373,8 @@ def random_pairs(
     The pairs do not depend on the amount of padding.
 
     Returns:
-      Indices, and a mask of the valid pairs: at most as many as examples, and none for
-      fewer than two examples.
+      Indices, and a mask of the valid pairs: at most as many as examples, and none for fewer than two
+      examples.
     """
     real = mask.sum()
     real_first = jnp.argsort(~mask, stable=True)
@@ -418,7 +419,10 @@ def _check_support(support: Batch, compares_pairs: bool, samples: int | None) ->
     """Check the support set, and return the number of samples to draw from it."""
     n = support.x.shape[0]
     if support.y.shape[0] != n:
-        raise ArgumentError("tasks", f"got {n} support examples and {support.y.shape[0]} class slots")
+        raise ArgumentError(
+            "tasks",
+            f"got {n} support examples and {support.y.shape[0]} class slots; the numbers must be equal",
+        )
     if not jnp.issubdtype(support.y.dtype, jnp.integer):
         raise ArgumentError(
             "tasks", f"got targets of type {support.y.dtype}; metanet needs integer class slots"

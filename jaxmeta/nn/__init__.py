@@ -1,4 +1,4 @@
-"""Networks and layers; the only part of the package that imports Flax.
+"""Networks and layers, and adapters for networks of Flax and Equinox.
 
 **Networks.** `Conv4`, `StridedConv4`, `ResNet12`, `ResNet18`, `ResNet34`, `ResNet50`, `SqueezeNet`, `ViT`,
 `MLP`, `RelationEmbedding`, `Koch`; `Identity`, for features that are already computed; `MemoryNetwork` with

@@ -60,8 +60,8 @@ def _kernels(slow: Array, fast: Fast) -> list[Array]:
         if kernel.shape != slow.shape:
             raise ArgumentError(
                 "fast",
-                f"got a kernel of shape {kernel.shape} for a layer whose own is {slow.shape}; they must "
-                "agree; for fast weights that differ between examples, use jax.vmap over the examples",
+                f"got a kernel of shape {kernel.shape} for a layer whose slow kernel has {slow.shape}; "
+                "they must agree; if fast weights differ between examples, use jax.vmap over the examples",
             )
     return [slow, *kernels]
 
@@ -245,8 +245,8 @@ def as_augmented(network: Any, argument: str = "network") -> Augmented:
     if call is None or "fast" not in inspect.signature(call).parameters:
         raise ArgumentError(
             argument,
-            f"got a {type(network).__name__} whose call takes no `fast`; it must be called with "
-            "(x, fast=None), as jm.nn.AugmentedCNN is, and modules of jm.nn.AugmentedConv and AugmentedDense",
+            f"got a {type(network).__name__} whose call takes no `fast`; it must take (x, fast=None), as "
+            "jm.nn.AugmentedCNN does; build such modules from jm.nn.AugmentedConv and jm.nn.AugmentedDense",
         )
     if not isinstance(network, linen.Module):
         return Augmented(network.init, network.apply)

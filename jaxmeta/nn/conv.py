@@ -51,7 +51,7 @@ class Geometry:
 
     @property
     def out(self) -> tuple[int, ...]:
-        """Height and width of the output."""
+        """Return the height and width of the output."""
         return tuple(
             (size + lo + hi - k) // stride + 1
             for size, k, stride, (lo, hi) in zip(
@@ -61,7 +61,7 @@ class Geometry:
 
     @property
     def transposed(self) -> "Geometry":
-        """Geometry of the stride-1 convolution with flipped kernel that computes the input gradient."""
+        """Return the geometry of the stride-1 convolution with flipped kernel for the input gradient."""
         padding = tuple(
             (k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(self.kernel, self.padding, strict=True)
         )
@@ -135,8 +135,8 @@ def _flip(w):
     return w[::-1, ::-1].swapaxes(2, 3)
 
 
-def _image_chunks(x, geometry, channels):
-    """Return the largest divisor of n for which the patches of so many images fit in a core's cache."""
+def _chunk_size(x, geometry, channels):
+    """Return the largest divisor of n such that the patches of that many images fit in a core's cache."""
     patch_bytes = x.dtype.itemsize * math.prod(geometry.out) * math.prod(geometry.kernel) * channels
     most = max(1, CPU_PATCH_BYTES // patch_bytes)
     n = x.shape[0]
@@ -157,7 +157,7 @@ def _cpu_input_grad(y, w, geometry):
 
 
 def _cpu_kernel_grad(x, y, geometry):
-    n, chunk = x.shape[0], _image_chunks(x, geometry, x.shape[3])
+    n, chunk = x.shape[0], _chunk_size(x, geometry, x.shape[3])
     if math.prod(geometry.kernel) * x.shape[3] <= y.shape[3]:
         part, shape = _patch_kernel_grad, (*geometry.kernel, x.shape[3], y.shape[3])
     else:
@@ -359,6 +359,7 @@ def conv(
 
     Raises:
       ValueError: the shapes do not fit, or a kernel is larger than the padded image.
+      TypeError: `x` and `kernel` have different types.
 
     Examples:
       >>> conv(jnp.ones((1, 3, 3, 1)), jnp.ones((2, 2, 1, 4)), padding="VALID").shape

@@ -310,7 +310,7 @@ def test_chunk_is_the_largest_divisor_that_fits(monkeypatch, x64):
     x = jnp.zeros((12, 4, 4, 1))  # 128 bytes of patches an image
     for limit, chunk in ((1, 1), (128 * 5, 4), (128 * 11, 6), (128 * 12, 12), (1 << 20, 12)):
         monkeypatch.setattr(module, "CPU_PATCH_BYTES", limit)
-        assert module._image_chunks(x, geometry, 1) == chunk
+        assert module._chunk_size(x, geometry, 1) == chunk
 
 
 @pytest.mark.parametrize(("channels", "strides"), [(3, 1), pytest.param(20, 2, marks=nightly)])
@@ -326,7 +326,7 @@ def test_derivatives_match_where_images_are_split_into_chunks(channels, strides)
         return gradient(x, w), jax.jvp(lambda w: gradient(x, w), (w,), (direction,))[1]
 
     geometry = module.Geometry((32, 32), (3, 3), (strides, strides), ((1, 1), (1, 1)))
-    assert module._image_chunks(x, geometry, channels) in (5, 2)
+    assert module._chunk_size(x, geometry, channels) in (5, 2)
     actual, expected = (jax.jit(functools.partial(second, f))(x, w) for f in (conv, reference))
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
