@@ -178,7 +178,7 @@ def test_folders_without_a_test_part_are_refused_with_the_available_parts(tmp_pa
     assert train(tmp_path / "run", tasks, "--ways", "2", "--queries", "2")[0] == 2
     message = capsys.readouterr().err
     assert (
-        "got 'test', which has no classes in this class split; it has train (2), validation (2); another"
+        "got 'test', which has no classes in this class split; it has train (2), validation (2); use another"
         in message
     )
 

@@ -263,8 +263,8 @@ def pickle_advice(path: Path) -> str:
 
 def _named_lists(reader: "_Reader") -> Listing | None:
     """Match lists named after parts."""
-    for place in _LIST_FOLDERS:
-        where = reader.folder / place
+    for subfolder in _LIST_FOLDERS:
+        where = reader.folder / subfolder
         if not where.is_dir():
             continue
         for suffixes in ((".csv", ".tsv"), (".json",)):
@@ -334,9 +334,9 @@ def _single_list(reader: "_Reader") -> Listing | None:
         return None
     lists = [
         path
-        for place in _LIST_FOLDERS
-        if (folder / place).is_dir()
-        for path in sorted(_visible_files(folder / place, (*_LISTS, ".json")))
+        for subfolder in _LIST_FOLDERS
+        if (folder / subfolder).is_dir()
+        for path in sorted(_visible_files(folder / subfolder, (*_LISTS, ".json")))
         if (_is_json_list(path) if path.suffix.lower() == ".json" else _is_csv_list(path))
     ]
     if len(lists) != 1:
@@ -344,8 +344,7 @@ def _single_list(reader: "_Reader") -> Listing | None:
             raise ArgumentError(
                 reader.argument,
                 f"{folder} has {len(lists)} lists of images "
-                f"({join_names(path.name for path in lists)}); give the "
-                "path of one",
+                f"({join_names(path.name for path in lists)}); give the path of one",
             )
         return None
     return reader.listing({"": lists[0]}, f"the list {lists[0].name}")
@@ -487,10 +486,10 @@ class _Reader(NamedTuple):
                     continue
                 classes.setdefault(row.label, {}).setdefault(row.part or part, []).append(file)
             if len(missing) == len(rows) or (missing and not self.skip_missing):
-                places = ", ".join(dict.fromkeys(str(root.relative_to(self.folder)) for root in find.roots))
+                searched = ", ".join(dict.fromkeys(str(root.relative_to(self.folder)) for root in find.roots))
                 raise self.error(
                     path,
-                    f": {len(missing)} of {len(rows)} listed images do not exist (searched in {places} of "
+                    f": {len(missing)} of {len(rows)} listed images do not exist (searched in {searched} of "
                     f"{self.folder}): {join_names(missing)}",
                 )
             absent += [f"{path.name}, {row}" for row in missing]
@@ -522,9 +521,8 @@ class _Reader(NamedTuple):
             )
             raise self.error(
                 path,
-                f" has the columns {join_names(map(repr, header), 8)} and no column for the "
-                f"{missing} of an image; "
-                f"it needs one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
+                f" has the columns {join_names(map(repr, header), 8)} and no column for the {missing} of an "
+                f"image; it needs one of {', '.join(_FILE)} and one of {', '.join(_LABEL)}",
             )
         split = _column(header, _SPLIT)
         for line, cells in rows:
@@ -563,8 +561,8 @@ class _Reader(NamedTuple):
                 path,
                 f": got {len(images)} image_names and {len(labels)} image_labels; each image needs a label",
             )
-        for place, (file, label) in enumerate(zip(images, labels, strict=True)):
-            where = f"image_names[{place}]"
+        for index, (file, label) in enumerate(zip(images, labels, strict=True)):
+            where = f"image_names[{index}]"
             if not file.strip():
                 raise self.error(path, f", {where}: the file is empty")
             if isinstance(label, int) and not isinstance(label, bool):
@@ -572,15 +570,15 @@ class _Reader(NamedTuple):
                     if not 0 <= label < len(names):
                         raise self.error(
                             path,
-                            f", image_labels[{place}]: got {label}; it must be below {len(names)}",
+                            f", image_labels[{index}]: got {label}; it must be below {len(names)}",
                         )
                     label = names[label]
             elif not isinstance(label, str):
                 raise self.error(
-                    path, f", image_labels[{place}]: got {label!r}; it must be a number or a name"
+                    path, f", image_labels[{index}]: got {label!r}; it must be a number or a name"
                 )
             if not str(label).strip():
-                raise self.error(path, f", image_labels[{place}]: the label is empty")
+                raise self.error(path, f", image_labels[{index}]: the label is empty")
             yield _Row(where, file, str(label).strip(), "")
 
     def _rooted(self, path: Path, names: Any, roots: Any) -> Iterator[_Row]:
@@ -588,8 +586,8 @@ class _Reader(NamedTuple):
         if not _are_strings(names) or not _are_strings(roots) or len(roots) != len(names):
             raise self.error(path, ": class_names and class_roots must be lists of strings, of equal length")
         find = _Finder(self, path)
-        for place, (name, root) in enumerate(zip(names, roots, strict=True)):
-            where = f"class_roots[{place}]"
+        for index, (name, root) in enumerate(zip(names, roots, strict=True)):
+            where = f"class_roots[{index}]"
             folder = find(_Row(where, root, name, ""))
             if folder is None or not folder.is_dir():
                 raise self.error(path, f", {where}: {root!r} is not a folder")
@@ -613,7 +611,7 @@ class _Finder:
         # Blanks and backslashes can be part of a file name, so the name is tried unchanged first.
         for text in dict.fromkeys((row.file, row.file.strip(), row.file.strip().replace("\\", "/"))):
             if "\0" in text:
-                raise self._outside(row, "holds a zero byte")
+                raise self._error(row, "contains a zero byte; a file name cannot contain one")
             # On systems other than Windows, a backslash is part of the name.
             is_name = "\\" in text and not text.startswith("/")
             if (
@@ -646,25 +644,26 @@ class _Finder:
         path = Path(os.path.normpath(text))
         if path.is_relative_to(folder):
             return path if os.path.lexists(path) else None
-        steps = tuple(step for step in text.split("/") if step not in ("", "."))
-        if ".." in steps:
+        names = tuple(name for name in text.split("/") if name not in ("", "."))
+        if ".." in names:
             raise self._outside(row, f"lies outside of {folder}")
         if self.prefix is None:
             # At least a folder and a file name must match: a file name alone would match too easily.
-            for length in range(1, len(steps) - 1):
-                if any(os.path.lexists(root.joinpath(*steps[length:])) for root in self.roots):
-                    self.prefix = steps[:length]
+            for length in range(1, len(names) - 1):
+                if any(os.path.lexists(root.joinpath(*names[length:])) for root in self.roots):
+                    self.prefix = names[:length]
                     break
-        if self.prefix is None or steps[: len(self.prefix)] != self.prefix:
+        if self.prefix is None or names[: len(self.prefix)] != self.prefix:
             raise self._outside(
                 row, f"lies outside of {folder}, and no file in it has the same folder and name"
             )
-        return self._relative(row, "/".join(steps[len(self.prefix) :]))
+        return self._relative(row, "/".join(names[len(self.prefix) :]))
 
     def _outside(self, row: _Row, problem: str) -> ArgumentError:
-        return self.reader.error(
-            self.path, f", {row.where}: {row.file!r} {problem}; only files in it are read"
-        )
+        return self._error(row, f"{problem}; only files in it are read")
+
+    def _error(self, row: _Row, problem: str) -> ArgumentError:
+        return self.reader.error(self.path, f", {row.where}: {row.file!r} {problem}")
 
 
 def _describe(entry: tuple[str, str, str]) -> str:

@@ -99,7 +99,8 @@ def from_regression(
     except ArgumentError as error:
         if error.name != "classes":
             raise
-        raise ArgumentError("task_split", error.problem.replace("classes", "tasks")) from None
+        # Only the word: "classes" may also be part of the path of a file.
+        raise ArgumentError("task_split", error.problem.replace(" classes ", " tasks ")) from None
     counts = np.bincount(index)[np.searchsorted(present, names)]
     needed = shots + queries
     small = [f"{each} ({count})" for each, count in zip(names, counts, strict=True) if count < needed]
@@ -263,8 +264,7 @@ def read_table(
         raise ArgumentError(
             "task_column",
             f"{path} has no column {task_column!r}; it has {join_names(map(repr, names), 10)}; name "
-            "the column "
-            "with the task of each example",
+            "the column with the task of each example",
         )
     inputs, targets = select("inputs", inputs, "x"), select("targets", targets, "y")
     both = sorted(set(inputs) & set(targets))
@@ -295,7 +295,7 @@ def _csv_columns(path: Path, wanted: Sequence[str]) -> tuple[dict[str, np.ndarra
         lines.append(line)
         cells.append(row)
     table = np.array(cells, dtype=str).reshape(len(cells), len(header))
-    return {name: table[:, place] for place, name in enumerate(header)}, lines
+    return {name: table[:, index] for index, name in enumerate(header)}, lines
 
 
 def _npz_columns(path: Path) -> dict[str, np.ndarray]:
@@ -310,7 +310,7 @@ def _npz_columns(path: Path) -> dict[str, np.ndarray]:
             columns |= (
                 {name: flat[:, 0]}
                 if flat.shape[1] == 1
-                else {f"{name}{place + 1}": flat[:, place] for place in range(flat.shape[1])}
+                else {f"{name}{index + 1}": flat[:, index] for index in range(flat.shape[1])}
             )
     lengths = {len(column) for column in columns.values()}
     if len(lengths) > 1:

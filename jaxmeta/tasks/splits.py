@@ -173,11 +173,12 @@ class ClassSplit:
         """
         names = getattr(self, check_part(split))
         if not names:
-            there = ", ".join(f"{part} ({len(getattr(self, part))})" for part in PARTS if getattr(self, part))
+            sizes = zip(PARTS, self.sizes, strict=True)
+            available = ", ".join(f"{part} ({size})" for part, size in sizes if size)
             raise ArgumentError(
                 "split",
-                f"got {split!r}, which has no classes in this class split; it has {there or 'none'}; another "
-                "(classes) would do",
+                f"got {split!r}, which has no classes in this class split; it has {available or 'none'}; use "
+                "another part, or another class split (classes)",
             )
         return names
 
@@ -306,8 +307,8 @@ def split_of_parts(
 def warn_of_pooled_parts(source: str, parts: Iterable[str]) -> None:
     """Warn that the parts of a source share classes and are therefore pooled."""
     warnings.warn(
-        f"{source}: {', '.join(parts)} share classes, which few-shot tasks must not; the examples of all "
-        "parts are pooled, and the classes are split at random",
+        f"{source}: {', '.join(parts)} share classes, but the parts of few-shot tasks must be disjoint; "
+        "the examples of all parts are pooled, and the classes are split at random",
         stacklevel=4,
     )
 
@@ -344,10 +345,13 @@ def split_classes(
         classes = ClassSplit.from_fractions(present, classes, split_seed)
     elif split_seed:
         raise ArgumentError("split_seed", "a class split by names needs none; leave it out")
-    missing = sorted(set(classes.part(split)) - set(present))
+    members = classes.part(split)
+    missing = set(members) - set(present)
     if missing:
         raise ArgumentError(
-            "classes", f"there is no example of {len(missing)} classes of split={split!r}: {_named(missing)}"
+            "classes",
+            f"{len(missing)} of {len(members)} classes of split={split!r} have no examples: "
+            + _named(missing),
         )
     return classes, protocol
 

@@ -78,7 +78,8 @@ def stream(
         `jm.train` accepts either the share or the whole batch.
 
     Raises:
-      ValueError: see `from_arrays`; or a `meta_batch` that is not a multiple of the number of processes.
+      ValueError: see `from_arrays`; a `process` out of range; or a `meta_batch` that is not a multiple
+        of the number of processes.
 
     Examples:
       >>> images = jm.tasks.prepare_folder("photos", size=84)  # doctest: +SKIP
@@ -105,14 +106,15 @@ def stream(
     check_count("workers", workers, 0)
     check_count("ahead", ahead)
     index, count = process
-    if not 0 <= index < count or meta_batch < 1 or meta_batch % count:
+    if not 0 <= index < count:
+        raise ArgumentError("process", f"got {process}; it must be (index, count) with 0 <= index < count")
+    if meta_batch % count:
         raise ArgumentError(
             "meta_batch",
-            f"got {meta_batch} tasks for process {index} of {count}; it must be at least 1 and "
-            "a multiple of the number of processes",
+            f"got {meta_batch} tasks for {count} processes; it must be a multiple of the number of processes",
         )
-    own = meta_batch // count
-    reader = _Reader(prepared, shape, part, key, meta_batch, index * own, own, for_evaluation)
+    share = meta_batch // count
+    reader = _Reader(prepared, shape, part, key, meta_batch, index * share, share, for_evaluation)
 
     def names_at(step: int) -> np.ndarray:
         return names_of_slots(shape, part.names, reader.plan(step))
@@ -155,7 +157,7 @@ class _Reader:
         key: Key,
         meta_batch: int,
         first: int,
-        own: int,
+        share: int,
         for_evaluation: bool,
     ):
         self.prepared, self.shape, self.for_evaluation = prepared, shape, for_evaluation
@@ -166,7 +168,7 @@ class _Reader:
             self.domains = part.table._replace(counts=np.asarray(part.table.counts, np.int32))
         # The key is stored as numbers, since a key array would need a device in the worker process.
         self.key_impl, self.key_data = str(jax.random.key_impl(key)), np.asarray(jax.random.key_data(key))
-        self.meta_batch, self.first, self.own = meta_batch, first, own
+        self.meta_batch, self.first, self.share = meta_batch, first, share
 
     def plan(self, step: int) -> Drawn:
         """Return which examples the tasks of a step are made of."""
@@ -174,7 +176,7 @@ class _Reader:
         with _on_host():
             key = jax.random.wrap_key_data(jnp.asarray(self.key_data), impl=self.key_impl)
             fold = None if self.for_evaluation else jnp.uint32(step)
-            indices = first + jnp.arange(self.own)
+            indices = first + jnp.arange(self.share)
             plan = _plan(self.shape, self.offsets, self.sizes, self.domains, key, fold, indices)
             return jax.device_get(plan)
 

@@ -294,7 +294,7 @@ METADATA = {name: [float(name), 1.0] for name in "012"}
         ({"split": "val"}, "split: got 'val'"),
         ({"rotations": "all"}, "rotations: got 'all'; it must be one of"),
         ({"rotations": "random"}, r"square images .* shape \(2,\)"),
-        ({"classes": ClassSplit(train=("0", "1", "9"))}, "no example of 1 classes .* '9'"),
+        ({"classes": ClassSplit(train=("0", "1", "9"))}, "1 of 3 classes .* have no examples: '9'"),
         ({"classes": ClassSplit(test=("0", "1"))}, "split: got 'train', which has no classes"),
         ({"classes": (0.5, 0.6, 0.0)}, "classes: got"),
         ({"groups": {"0": "a", "1": "a"}}, r"groups must have every class .* lacks 1 of 3: '2'"),

@@ -395,7 +395,7 @@ def test_too_few_images_or_classes_are_refused(photos):
         from_folder(photos, classes=None)
     with pytest.raises(ValueError, match="ways=7 is more than the classes of split='test': 6"):
         from_folder(photos, "test", ways=7, classes=None)
-    with pytest.raises(ValueError, match="no example of 1 classes of split='test': 'yak'"):
+    with pytest.raises(ValueError, match=r"1 of \d+ classes of split='test' have no examples: 'yak'"):
         from_folder(photos, "test", ways=2, classes=ClassSplit(test=("yak", "ant")))
 
 

@@ -102,6 +102,13 @@ def test_inconsistent_examples_are_refused(arguments, message):
         jm.tasks.from_regression(TASK, X, Y, shots=0)
 
 
+def test_errors_of_the_task_split_speak_of_tasks_and_keep_paths():
+    with pytest.raises(ValueError, match=r"task_split: got my_classes\.json; it must be three fractions"):
+        jm.tasks.from_regression(TASK, X, Y, task_split="my_classes.json")
+    with pytest.raises(ValueError, match="task_split: 1 of 2 tasks of split='train' have no examples: 'z'"):
+        jm.tasks.from_regression(TASK, X, Y, task_split={"train": [TASK[0], "z"]})
+
+
 # --- tables -----------------------------------------------------------------------------------------------
 
 

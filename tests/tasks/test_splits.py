@@ -132,7 +132,7 @@ def test_a_split_can_be_a_mapping_of_labels():
         ({"train": ["a"], "test": ["a"]}, r"overlaps: 'a' in both train and test"),
         ({"a", "b"}, r"three fractions .* a JSON file \{.*\}, or in Python such a mapping or a .*ClassSplit"),
         (0.5, r"got 0\.5; it must be three fractions .* such a mapping or a jm\.tasks\.ClassSplit"),
-        ({"train": ["z"]}, r"there is no example of 1 classes of split='train': 'z'"),
+        ({"train": ["z"]}, r"1 of 1 classes of split='train' have no examples: 'z'"),
     ],
 )
 def test_invalid_class_splits_are_refused_by_the_name_of_the_argument(classes, message):
