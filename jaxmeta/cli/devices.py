@@ -117,7 +117,7 @@ def described(mesh: Mesh) -> str:
     """Return the devices of a mesh in words."""
     axes = {name: size for name, size in mesh.shape.items() if size > 1}
     shares = f" ({', '.join(f'{name}={size}' for name, size in axes.items())})" if axes else ""
-    processes = f" of {jax.process_count()} processes" if hosts.are_many() else ""
+    processes = f" of {jax.process_count()} processes" if hosts.is_multiprocess() else ""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{shares}{processes}"
 
 

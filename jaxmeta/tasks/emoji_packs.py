@@ -24,13 +24,13 @@ from jaxmeta.checks import (
 from jaxmeta.tasks.images import LeftOut
 
 _ARCHIVES = (".tgz", ".tar.gz")
-# Variants of one picture, and pictures that are letters or depend on a code rather than on a thing.
+# Variants of a picture, and pictures that show a letter or a flag rather than a thing.
 _LEFT_OUT = {
     "skin tone": re.compile(r"skin-tone|-tone\d$"),
     "flag": re.compile(r"^flag-"),
     "keycap or letter": re.compile(r"^keycap|^regional-indicator"),
 }
-# Skin tones as the Fluent packs name them; such an ending alone may belong to a name (traffic-light).
+# Skin tones as the Fluent packs name them. The ending alone proves nothing: traffic-light is a name.
 _SHORT_TONE = re.compile(r"(.+?)((-light|-medium-light|-medium|-medium-dark|-dark)+)$")
 
 
@@ -106,13 +106,13 @@ def read_packs(data: Path, argument: str = "data") -> dict[str, Pack]:
 def classes_of_packs(packs: Sequence[Pack]) -> dict[str, dict[str, str]]:
     """Return the classes of pictures that packs share: the picture's name by class and pack.
 
-    Two names mean the same thing where a pack has them for one picture. They are joined into one class unless
-    another pack has a picture for each; the names that most packs join are joined first. Names that remain
-    apart divide the pictures by their own names, not by their aliases: "cricket" is an insect, though older
-    packs have it as an alias of "cricket-game". A class has the name that most packs know; of several, the
-    shortest.
+    Two names that a pack gives to one picture are joined into one class, unless another pack has a different
+    picture for each; pairs that most packs join come first. A picture whose names end up in different classes
+    belongs to the class of its main name, not to those of its aliases: "cricket" is an insect, though older
+    packs have it as an alias of "cricket-game". A class is called by the name that most packs have, or by the
+    shortest of these.
     """
-    pictures_of: dict[str, dict[str, str]] = defaultdict(dict)  # of each name: pack -> picture
+    pictures_of: dict[str, dict[str, str]] = defaultdict(dict)  # name -> pack -> picture
     votes: Counter[tuple[str, str]] = Counter()
     for pack in packs:
         for picture, names in pack.names.items():
@@ -122,11 +122,11 @@ def classes_of_packs(packs: Sequence[Pack]) -> dict[str, dict[str, str]]:
     # Classes under construction: their names, and their pictures by pack.
     group = {name: name for name in pictures_of}
     names_of = {name: [name] for name in pictures_of}
-    own = {name: dict(pictures) for name, pictures in pictures_of.items()}
+    merged = {name: dict(pictures) for name, pictures in pictures_of.items()}
     for (first, second), _ in sorted(votes.items(), key=lambda vote: (-vote[1], vote[0])):
         a, b = sorted((group[first], group[second]))
-        if a != b and all(own[a].get(pack, picture) == picture for pack, picture in own[b].items()):
-            own[a] |= own.pop(b)
+        if a != b and all(merged[a].get(pack, picture) == picture for pack, picture in merged[b].items()):
+            merged[a] |= merged.pop(b)
             names_of[a] += names_of[b]
             for name in names_of.pop(b):
                 group[name] = a
@@ -163,7 +163,7 @@ def render(
         )
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the renderer is no Exception
+    except BaseException as error:  # a panic in the renderer is not an Exception
         raise ArgumentError(
             argument, f"the picture {name!r} of the pack {pack!r} cannot be rendered: {error}"
         ) from error
@@ -275,11 +275,11 @@ def _pack(path: Path, values: Mapping[str, Any], about: Mapping[str, Any], argum
     for (parent, flips, turns), keys in by_picture.items():
         normalized = frozenset(map(_normalized, keys))
         reason = "hidden icon" if icons[parent].get("hidden") else _reason(normalized, spelled)
-        own = parent if parent in keys else min(keys)
+        chosen = parent if parent in keys else min(keys)
         if reason:
-            left_out[reason].append(f"{name}:{own}")
+            left_out[reason].append(f"{name}:{chosen}")
             continue
-        key = _normalized(own)
+        key = _normalized(chosen)
         pictures[key] = Picture(_svg(icons[parent], values), flips, turns)
         names[key] = normalized
     licence, author = about.get("license"), about.get("author")

@@ -330,12 +330,12 @@ def from_arrays(
         ways, shots, queries, rotations, np.shape(x)[1:], zero_shot=metadata is not None
     )
     x, labels = _checked_examples(x, y)
-    own_domains = part_domains(domains, len(x), check_part(split), across, test_domains)
+    domains_of_part = part_domains(domains, len(x), check_part(split), across, test_domains)
     return tasks_of_examples(
         x,
         labels,
         shape,
-        own_domains,
+        domains_of_part,
         split=split,
         classes=classes,
         split_seed=split_seed,
@@ -351,7 +351,7 @@ def tasks_of_examples(
     x: Shaped[np.ndarray, "n ..."],
     labels: Shaped[np.ndarray, " n"],
     shape: EpisodeShape,
-    own_domains: PartDomains | None,
+    domains: PartDomains | None,
     *,
     split: SplitName,
     classes: Classes,
@@ -368,17 +368,17 @@ def tasks_of_examples(
       x: uint8 or float32 examples.
       labels: class names of the examples.
       shape: static part of an episode.
-      own_domains: domains of the examples in the part `split`; None for examples without domains.
+      domains: domains of the examples in the part `split`; None for examples without domains.
       split, classes, split_seed, name, protocol, groups, metadata, skip_small_classes: see `from_arrays`.
     """
     present, label = np.unique(labels, return_inverse=True)
-    own_protocol = protocol
+    given_protocol = protocol
     parts, protocol = split_classes(present.tolist(), classes, split_seed, split, protocol)
     names, spans = parts.ordered(split), None
-    used = np.ones(len(x), bool) if own_domains is None else own_domains.rows >= 0
+    used = np.ones(len(x), bool) if domains is None else domains.rows >= 0
     table = None
-    if own_domains is not None and own_domains.across:
-        table = own_domains.table(label, len(present))
+    if domains is not None and domains.across:
+        table = domains.table(label, len(present))
 
     def table_of(classes: Sequence[str]) -> DomainTable | None:
         return None if table is None else table.of(np.searchsorted(present, classes))
@@ -389,22 +389,22 @@ def tasks_of_examples(
         names = [names[index] for index in kept]
     if groups is not None:
         names, spans = grouped(names, groups, shape.ways[1], split)
-    if not own_protocol:
+    if not given_protocol:
         within = "classes within one group" if groups is not None else ""
-        domain_sentence = "" if own_domains is None else own_domains.sentence
+        domain_sentence = "" if domains is None else domains.sentence
         protocol = ", ".join(filter(None, (protocol, within, domain_sentence)))
 
     # Index of each class among those kept; -1 for other classes, whose examples sort first and are dropped.
     index_of = np.full(len(present), -1)
     index_of[np.searchsorted(present, names)] = np.arange(len(names))
     index = np.where(used, index_of[label], -1)
-    if own_domains is None or table is None:
+    if domains is None or table is None:
         order = np.argsort(index, kind="stable")[np.sum(index < 0) :]
     else:
-        order = np.lexsort((own_domains.rows, index))[np.sum(index < 0) :]
-    sizes, own_table = np.bincount(index[order], minlength=len(names)), table_of(names)
+        order = np.lexsort((domains.rows, index))[np.sum(index < 0) :]
+    sizes, kept_table = np.bincount(index[order], minlength=len(names)), table_of(names)
     split_hash = hash_for_card(parts, split, classes)
-    card = shape.card_for(names, sizes.tolist(), split, split_hash, name, protocol, own_table)
+    card = shape.card_for(names, sizes.tolist(), split, split_hash, name, protocol, kept_table)
     if not np.array_equal(order, np.arange(len(x))):  # indexing copies an array that may fill half the memory
         x = x[order]
     data = EpisodeData(
@@ -413,7 +413,7 @@ def tasks_of_examples(
         jnp.asarray(sizes, jnp.int32),
         None if spans is None else jnp.asarray(spans, jnp.int32),
         None if metadata is None else jnp.asarray(vectors_of(metadata, names, split)),
-        None if own_table is None else own_table.on_device(),
+        None if kept_table is None else kept_table.on_device(),
     )
     return TaskDistribution(jax.tree_util.Partial(draw_episode, shape, data), card, tuple(names))
 
@@ -450,8 +450,8 @@ def draw_rows(
     """
     ways, shots, queries = shape.ways[1], shape.shots[1], shape.queries
     each = shots + queries
-    # Their number affects their values: the extra ones, only with groups or domains, leave other episodes
-    # unchanged.
+    # The number of bits affects their values: those for groups and domains are drawn only where they are
+    # needed, so that other episodes do not change.
     extra = 2 if groups is None else 3
     more = 0 if domains is None else domains.counts.shape[1] + ways
     bits = jax.random.bits(key, (ways * (each + 2) + extra + more,), jnp.uint32)

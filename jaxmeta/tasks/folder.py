@@ -132,12 +132,12 @@ def prepare_files(
         skipped: list[int] = []
         counts = {part: dict.fromkeys(listing.classes, 0) for part in parts}
         remaining = {class_name: len(listing.files_of(class_name)) for class_name in listing.classes}
-        for place, entry in enumerate(entries):
+        for index, entry in enumerate(entries):
             try:
                 image = decode(entry.file, entry.name, channels=shape[2], size=shape[0])
             except UnreadableImage as error:
                 unreadable.append(str(error))
-                skipped.append(place)
+                skipped.append(index)
                 remaining[entry.class_name] -= 1
                 if skip_unreadable and not remaining[entry.class_name]:
                     raise ArgumentError(
@@ -187,8 +187,8 @@ def prepare_files(
         prepared,
         domains=tuple(
             listing.domains[entry.file]
-            for place, entry in enumerate(entries)
-            if listing.domains and place not in skipped
+            for index, entry in enumerate(entries)
+            if listing.domains and index not in skipped
         ),
         parts=tuple((part, tuple(scan["parts"][part])) for part in parts),
         summary=ReadSummary(

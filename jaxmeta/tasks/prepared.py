@@ -156,16 +156,16 @@ class Prepared:
             chosen = [rows[domains.rows[rows] >= 0] for rows in chosen]
             if across:
                 chosen = [rows[np.argsort(domains.rows[rows], kind="stable")] for rows in chosen]
-                index = np.full(len(self), -1)
-                for place, rows in enumerate(chosen):
-                    index[rows] = place
-                table = domains.table(index, len(names))
+                class_of_row = np.full(len(self), -1)
+                for index, rows in enumerate(chosen):
+                    class_of_row[rows] = index
+                table = domains.table(class_of_row, len(names))
         sizes = [len(rows) for rows in chosen]
         kept = shape.usable(names, sizes, split, self.name, skip_small_classes, table)
         return PartRows(
-            tuple(names[place] for place in kept),
-            np.concatenate([np.zeros(0, np.int64), *(chosen[place] for place in kept)]),
-            tuple(sizes[place] for place in kept),
+            tuple(names[index] for index in kept),
+            np.concatenate([np.zeros(0, np.int64), *(chosen[index] for index in kept)]),
+            tuple(sizes[index] for index in kept),
             domains,
             None if table is None else table.of(kept),
         )
@@ -355,7 +355,7 @@ def from_prepared(
 
 def _write(path: Path, shape: tuple[int, int, int], images: Iterable[Any]) -> dict[str, int]:
     """Write the records and return the number of images by class."""
-    # One record per group, since episodes read single images at random places.
+    # One record per group, since episodes read single images at random positions.
     writer = _array_record().ArrayRecordWriter(str(path), "group_size:1")
     sizes: dict[str, int] = {}
     last = None

@@ -132,9 +132,9 @@ def draw_example(
     return jnp.clip(0.5 + size * (pen - distance), 0.0, 1.0)[:, :, None]
 
 
-def _between(bounds: tuple[float, float], place: Float[Array, ""]) -> Float[Array, ""]:
+def _between(bounds: tuple[float, float], position: Float[Array, ""]) -> Float[Array, ""]:
     """Interpolate linearly from the lower bound at −1 to the upper bound at 1."""
-    return (bounds[0] + bounds[1]) / 2 + (bounds[1] - bounds[0]) / 2 * place
+    return (bounds[0] + bounds[1]) / 2 + (bounds[1] - bounds[0]) / 2 * position
 
 
 def _along(points: Float[Array, "4 2"]) -> Float[Array, "samples 2"]:

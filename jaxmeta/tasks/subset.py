@@ -27,9 +27,9 @@ def ordered_subset(bits: UInt32[Array, " m"], bound: Int[Array, ""]) -> Int[Arra
     step = jnp.arange(bits.shape[0], dtype=jnp.int32)
     swapped = step + (bits % (bound - step).astype(jnp.uint32)).astype(jnp.int32)
 
-    def before(back: Int[Array, ""], place: Int[Array, " m"]) -> Int[Array, " m"]:
+    def before(back: Int[Array, ""], position: Int[Array, " m"]) -> Int[Array, " m"]:
         earlier = bits.shape[0] - 2 - back
-        return jnp.where((step > earlier) & (place == swapped[earlier]), earlier, place)
+        return jnp.where((step > earlier) & (position == swapped[earlier]), earlier, position)
 
     # A loop instead of an unrolled chain, which XLA would fuse into the gather that uses the result and
     # recompute for every pixel.

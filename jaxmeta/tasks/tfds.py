@@ -83,7 +83,7 @@ def prepare_tfds(
         classes, codes = np.unique(labels, return_inverse=True)
         rows = np.argsort(codes, kind="stable")
         for row, example in zip(rows, pool.read(rows), strict=True):
-            where = f"{title} {pool.place(row)}"
+            where = f"{title} {pool.position(row)}"
             yield str(classes[codes[row]]), decode(example[image], where, channels=shape[2], size=shape[0])
 
     return prepare(f"tfds:{title}", fingerprint, shape, images(), expected=len(pool))
@@ -186,7 +186,7 @@ class _Pool:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def place(self, row: int | np.integer) -> str:
+    def position(self, row: int | np.integer) -> str:
         """Return the position of a row as "split[number]"."""
         index = int(np.searchsorted(self._ends, row, side="right"))
         source = list(self.sources)[index]
@@ -341,7 +341,7 @@ def _labels(builder, pool: _Pool, key: str) -> np.ndarray:
     codes = np.array(values)
     unlabelled = np.flatnonzero((codes < 0) | (codes >= feature.num_classes))
     if len(unlabelled):
-        parts = sorted({pool.place(row).partition("[")[0] for row in unlabelled})
+        parts = sorted({pool.position(row).partition("[")[0] for row in unlabelled})
         raise ValueError(
             f"{builder.info.full_name}: {len(unlabelled)} examples of {', '.join(parts)} have no {key}; pass "
             "the labelled splits as tfds_splits"
@@ -377,6 +377,6 @@ def _headers(builder, pool: _Pool, image: str) -> list[Header]:
     title = builder.info.full_name
     rows = np.arange(len(pool))
     return [
-        header(example[image], f"{title} {pool.place(row)}")
+        header(example[image], f"{title} {pool.position(row)}")
         for row, example in zip(rows, pool.read(rows), strict=True)
     ]

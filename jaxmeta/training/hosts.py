@@ -1,6 +1,6 @@
 """Training in several processes by `jax.distributed`; in a single process these functions do nothing.
 
-If one process is lost, the others notice it within `_MISSED_S` seconds and end, too.
+If one process is lost, the others notice it within `_HEARTBEAT_S` seconds and end, too.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jaxmeta.core import PyTree
 
 # Seconds without a heartbeat after which a process counts as lost; seconds to wait for the others at the end,
 # and at the start, when a scheduler may not have started them yet.
-_MISSED_S, _PARTING_S, _STARTING_S = 30, 60, 600
+_HEARTBEAT_S, _SHUTDOWN_S, _STARTUP_S = 30, 60, 600
 
 # Words in the errors of gloo, NCCL and JAX's coordination service when a process is lost.
 _LOST = re.compile(r"gloo|nccl|connection|heartbeat|coordination|unavailable", re.IGNORECASE)
@@ -65,9 +65,9 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
             coordinator,
             processes,
             process,
-            initialization_timeout=_STARTING_S,
-            heartbeat_timeout_seconds=_MISSED_S,
-            shutdown_timeout_seconds=_PARTING_S,
+            initialization_timeout=_STARTUP_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except ValueError as error:
         raise ValueError(f"no cluster was detected ({error}); give {', '.join(arguments)}") from None
@@ -99,13 +99,13 @@ def detect_lost_peer(hint: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not are_many() or not _LOST.search(str(error)):
+        if not is_multiprocess() or not _LOST.search(str(error)):
             raise
         message = str(error).splitlines()[0][:200]
         raise Lost(f"another process of this run is lost ({message}); {hint}") from error
 
 
-def are_many() -> bool:
+def is_multiprocess() -> bool:
     """Return whether there are several processes."""
     return jax.process_count() > 1
 
@@ -121,7 +121,7 @@ def barrier(where: str) -> None:
     Args:
       where: name of the barrier, the same in all processes; different names in two processes are an error.
     """
-    if are_many():
+    if is_multiprocess():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(where)
@@ -129,7 +129,7 @@ def barrier(where: str) -> None:
 
 def any_of(flag: bool) -> bool:
     """Return whether `flag` is True in any process; all processes must call it."""
-    if not are_many():
+    if not is_multiprocess():
         return flag
     from jax.experimental import multihost_utils
 
@@ -138,7 +138,7 @@ def any_of(flag: bool) -> bool:
 
 def gathered(tree: PyTree) -> PyTree:
     """Return `tree` with all of its arrays whole, on the host, in every process."""
-    if not are_many():
+    if not is_multiprocess():
         return tree
     from jax.experimental import multihost_utils
 

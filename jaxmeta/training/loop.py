@@ -269,7 +269,7 @@ def train(
 
     def not_finite(step: int, initial: bool, of_loss: bool = True) -> NonFiniteLoss:
         debugging = jax.config.jax_debug_nans  # type: ignore[attr-defined]
-        debugged = initial and debugging and not hosts.are_many()
+        debugged = initial and debugging and not hosts.is_multiprocess()
         operation = _first_nan(learner, optimizer, tasks, key, params, meta_batch) if debugged else None
         return NonFiniteLoss(step, saved_at, initial=initial, of_loss=of_loss, operation=operation)
 
@@ -380,14 +380,14 @@ def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: M
     if isinstance(tasks, TaskDistribution):
         return sharding.replicate(sharding.as_argument(tasks.sample), mesh)
     batch = tasks.at(0)
-    own = meta_batch // jax.process_count()
-    if not isinstance(batch, Task) or batch.query.y.shape[0] not in (own, meta_batch):
+    share = meta_batch // jax.process_count()
+    if not isinstance(batch, Task) or batch.query.y.shape[0] not in (share, meta_batch):
         actual = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
         raise ArgumentError(
             "tasks",
             f"the stream gives {actual} a step; it must be a Task whose leaves have a leading axis of "
             f"meta_batch = {meta_batch} tasks"
-            + (f", or of {own}, this process's share" if own < meta_batch else ""),
+            + (f", or of {share}, this process's share" if share < meta_batch else ""),
         )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(batch))
     return [sharding.share(batch, mesh, meta_batch)] * max(1, min(_STEPS_AT_ONCE, _BYTES_AT_ONCE // size))
