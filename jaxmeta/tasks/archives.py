@@ -181,7 +181,7 @@ def decode(
 
 
 def shrink(ink: Bool[np.ndarray, "n side side"], size: int) -> UInt8[np.ndarray, "n size size"]:
-    """Return drawings with ink 255 on 0, resized by Lanczos' filter, which is separable.
+    """Return drawings with ink 255 on 0, resized with a Lanczos filter, which is separable.
 
     Values are rounded once, at the end, so that rotating by 90° before or after resizing agrees to one grey
     level. Pillow's 8-bit filter clips overshoots between its two passes.

@@ -259,7 +259,7 @@ def mnist(
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to evaluate on.
       data: folder with the files of MNIST, see `mnist_images`.
-      size: side of the images in pixels; resized by Lanczos' filter unless 28.
+      size: side of the images in pixels; resized with a Lanczos filter unless 28.
       part: official images to use, "train" or "test"; None: the training images if split="train" and `data`
         has them, else the test images.
 
@@ -296,7 +296,7 @@ def fashion_mnist(
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to evaluate on.
       data: folder with the files of Fashion-MNIST, see `fashion_mnist_images`.
-      size: side of the images in pixels; resized by Lanczos' filter unless 28.
+      size: side of the images in pixels; resized with a Lanczos filter unless 28.
       part: official images to use, "train" or "test"; None: the training images if split="train" and `data`
         has them, else the test images.
 
@@ -331,7 +331,7 @@ def usps(
       shots: examples per class to learn from, or an inclusive range (low, high) to draw their number from.
       queries: examples per class to evaluate on.
       data: folder with the files of USPS, see `usps_images`.
-      size: side of the images in pixels; resized by Lanczos' filter unless 16.
+      size: side of the images in pixels; resized with a Lanczos filter unless 16.
       part: official images to use, "train" or "test"; None: the training images if split="train" and `data`
         has them, else the test images.
 

@@ -38,7 +38,10 @@ _GREY_MODES = ("1", "L", "LA", "La", "F")
 
 
 class UnreadableImage(ValueError):
-    """Raise for a file that is damaged or not an image; the message is one line that starts with its name."""
+    """The error for a file that is damaged or not an image.
+
+    The message is one line that starts with the name of the image.
+    """
 
 
 class Header(NamedTuple):
@@ -305,7 +308,7 @@ def decode(source: Path | bytes, name: str, *, channels: int, size: int | None) 
       source: path, or the bytes of the file.
       name: name of the image, at the start of the error message.
       channels: 1 for grey (luma, ITU-R 601), 3 for RGB.
-      size: side in pixels, resized by Lanczos' filter and rounded once; None: no resizing.
+      size: side in pixels, resized with a Lanczos filter and rounded once; None: no resizing.
 
     Returns:
       Pixels `(height, width, channels)`, uint8.
@@ -323,7 +326,7 @@ def decode(source: Path | bytes, name: str, *, channels: int, size: int | None) 
 
 
 def resized(pixels: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "size size c"]:
-    """Resize to `size` × `size` pixels by Lanczos' filter, rounded once."""
+    """Resize to `size` × `size` pixels with a Lanczos filter, rounded once."""
     from PIL import Image
 
     # In floating point: Pillow's 8-bit filter rounds and clips between its two passes.
@@ -363,7 +366,7 @@ def _palette_in_colour(image) -> bool:
 
 @contextlib.contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[Any]:
-    """Open a PIL image; errors of decoding are raised as `UnreadableImage`."""
+    """Open a PIL image; decoding errors are raised as `UnreadableImage`."""
     from PIL import Image, UnidentifiedImageError
 
     try:

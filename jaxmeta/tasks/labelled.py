@@ -143,7 +143,7 @@ def _label_arrays(shape: EpisodeShape, data: EpisodeData, embedded: bool) -> Lab
     y = jnp.repeat(jnp.arange(data.sizes.shape[0], dtype=jnp.int32), data.sizes)
     turns = range(4 if shape.rotations == "classes" else 1)
     if embedded:
-        # The features of an image's turns are neighbours.
+        # The features of the rotations of one image are in adjacent rows.
         x = [data.x[turn :: len(turns)] for turn in turns]
     else:
         x = [_floats(shape, data.x[None], jnp.full(1, turn, jnp.int32))[0] for turn in turns]

@@ -173,7 +173,7 @@ def omniglot(
 ) -> TaskDistribution:
     """Return few-shot tasks of handwritten characters, by one of the published protocols.
 
-    Images are `(size, size, 1)` float32, ink 1 on 0, resized from 105×105 by Lanczos' filter, as in
+    Images are `(size, size, 1)` float32, ink 1 on 0, resized from 105×105 with a Lanczos filter, as in
     MAML's code, then rotated. They are decoded once and kept in the cache folder ($JAXMETA_CACHE, else
     the platform's); tensorflow-datasets is needed only to fill the cache.
 

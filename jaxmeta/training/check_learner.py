@@ -33,7 +33,7 @@ def check_learner(learner: Learner, tasks: TaskDistribution | TaskStream) -> Non
     - `loss` returns a floating-point scalar that has a gradient, and metrics that are numbers or
       `(sum, count)`.
 
-    `jm.train` makes these checks of a user-defined learner, too, except that of several numbers of shots.
+    `jm.train` runs these checks on a user-defined learner, too, except the one with several numbers of shots.
 
     Args:
       learner: learner whose functions may omit `mask` and `step` (see `jm.Learner`).

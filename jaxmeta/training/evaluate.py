@@ -379,13 +379,13 @@ def evaluate_classes(
     # An output beyond the slots of the episode, of a wider head, has no class.
     true, predicted = true[:episodes], np.where(predicted < names.shape[1], predicted, -1)[:episodes]
     classes = in_order(set(np.unique(names).tolist()) - {""})
-    # The last number means no class: for slots that are padding, and for slot −1, which indexes the last
+    # The last index means no class: for slots that are padding, and for slot −1, which indexes the last
     # column that is added here.
-    number = {name: place for place, name in enumerate(classes)} | {"": len(classes)}
-    numbers = np.vectorize(number.__getitem__, otypes=[np.int64])(names)
-    numbers = np.concatenate([numbers, np.full((len(names), 1), len(classes))], axis=1)
+    index_of = {name: index for index, name in enumerate(classes)} | {"": len(classes)}
+    indices = np.vectorize(index_of.__getitem__, otypes=[np.int64])(names)
+    indices = np.concatenate([indices, np.full((len(names), 1), len(classes))], axis=1)
     counts = np.zeros((len(classes) + 1,) * 2, np.int64)
-    rows, columns = (np.take_along_axis(numbers, slots, axis=1) for slots in (true, predicted))
+    rows, columns = (np.take_along_axis(indices, slots, axis=1) for slots in (true, predicted))
     np.add.at(counts, (rows, columns), 1)
     return ClassEvaluation(tuple(classes), counts[:-1].sum(1), counts[:-1, :-1], values)
 
@@ -476,7 +476,7 @@ def _check_slots_exist(results: _Scores, episodes: int) -> None:
         raise ArgumentError(
             "tasks",
             f"got {wrong.sum()} examples in {np.count_nonzero(wrong)} of {episodes} episodes with a class "
-            "slot that is none of the outputs; slots are counted from 0",
+            "slot that has no output; slots are counted from 0",
         )
 
 
@@ -535,6 +535,9 @@ def evaluate_metrics(
     Returns:
       A dictionary from names to values.
 
+    Raises:
+      ValueError: `episodes` is below 1, or another argument is of a wrong kind.
+
     Examples:
       >>> import jaxmeta as jm
       >>> tasks = jm.tasks.sinusoid("test", shots=5, queries=8)
@@ -592,7 +595,8 @@ def calibrate(
     _check_arguments(params, tasks, key)
     if learner.statistics is None:
         raise ArgumentError(
-            "learner", "got one without batch statistics (learner.statistics is None); nothing to fill"
+            "learner",
+            "got one without batch statistics (learner.statistics is None); there is nothing to compute",
         )
     check_count("episodes", episodes)
     if isinstance(tasks, TaskStream):
@@ -676,8 +680,8 @@ def _scores_of(learner: Learner, params: Params, sample: Callable[[Key], Task]) 
 
 def _classes(batch: Batch, outputs: Array, metric: Metric | None) -> int | None:
     """Return the number of class slots; None if only a custom metric knows it."""
-    own = metric is not None and not isinstance(metric, ScoreOrLoss)
-    return batch.ways if own else outputs.shape[-1]
+    custom = metric is not None and not isinstance(metric, ScoreOrLoss)
+    return batch.ways if custom else outputs.shape[-1]
 
 
 def _wrong_slots(batch: Batch, classes: int | None) -> Int[Array, ""]:

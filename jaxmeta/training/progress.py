@@ -102,6 +102,7 @@ class CountLines:
     Args:
       work: name of the work at the start of each line.
       noun: name of what is counted, in the plural.
+      seconds: time between lines.
 
     Examples:
       >>> count = CountLines("features", "images", seconds=0.0)

@@ -1,19 +1,19 @@
-r"""Transfer learning: what one network has learned, taken to another task or domain.
+r"""Transfer learning: apply what a network has learned to another task or domain.
 
-**Which situation is yours?**
+**Choose a method** by what differs between source and target.
 
-| between source and target differs | it is called | take |
+| what differs | name | methods |
 | --- | --- | --- |
-| the input space: size, channels, dark and light | heterogeneous transfer | `input_adapter`, or `learned_stem`, as `classifier(…, adapter=…)` |
+| the input space: size, channels, polarity | heterogeneous transfer | `input_adapter`, or `learned_stem`, as `classifier(…, adapter=…)` |
 | the labels | inductive transfer | a new head: `feature_extraction`, `linear_probe_then_fine_tune`, `fine_tune`, `gradual_unfreezing`; `mapped_head` where classes are related |
-| P(X), and some target labels are at hand | domain shift | `fine_tune`, with `l2_sp` or `discriminative` rates |
+| P(X), with some target labels | domain shift | `fine_tune`, with `l2_sp` or `discriminative` rates |
 | P(X), without target labels, same support | covariate shift | `density_ratio` or `kernel_mean_matching` as `weights=`; check `effective_sample_size` |
 | P(X), without target labels, new appearance | unsupervised domain adaptation | `adabn`, `coral_transform`; training on both: `align(…, mmd())`, `coral()`, `dann()` |
-| P(Y) alone, P(X\|Y) being the same | label shift | `bbse`, `rlls` or `em_prior` (after `temperature`), then `adjust`, or train again with weights |
+| P(Y), with the same P(X\|Y) | label shift | `bbse`, `rlls` or `em_prior` (after `temperature`), then `adjust`, or train again with class weights |
 | P(Y\|X) in any other way | concept shift | target labels: it cannot be detected without them |
 
-**Recipes.** A head for new classes on a body that has learned others. Here the body learns ten classes of
-random blobs; `load_pretrained("resnet18.safetensors", head=False)` reads one from a file.
+**Recipes.** The first step pretrains a body on other classes, here ten classes of random blobs;
+`load_pretrained("resnet18.safetensors", head=False)` reads a pretrained body from a file.
 
 >>> import jax
 >>> import numpy as np
@@ -35,8 +35,8 @@ random blobs; `load_pretrained("resnet18.safetensors", head=False)` reads one fr
 ... ).variables
 >>> pretrained = {name: jm.transfer.take_subtree(tree, "body") for name, tree in learned.items()}
 
-A new head for three other classes, 0 to 3, 4 to 7, 8 and 9, from 30 examples: first the head alone, in closed
-form on frozen features, then the last layer of the body and the head.
+The second step trains a head for three new classes (blobs 0 to 3, 4 to 7, 8 and 9) from 30 examples: first
+the head alone, in closed form on frozen features, then the head and the last layer of the body.
 
 >>> model = jm.transfer.classifier(body, classes=3)
 >>> variables = jm.transfer.with_body(model.init(jax.random.key(2), blobs), pretrained)
@@ -46,7 +46,7 @@ form on frozen features, then the last layer of the body and the head.
 ...     model,
 ...     probed,
 ...     few,
-...     train=["head", "body/head"],  # all else keeps its bits, its statistics, and has no optimizer state
+...     train=["head", "body/head"],  # everything else stays unchanged, without optimizer state
 ...     optimizer=optax.adamw(1e-3),
 ...     steps=50,
 ...     key=jax.random.key(3),
@@ -62,21 +62,21 @@ jaxmeta transfer runs/characters --target mnist --recipe lp-ft --shots 5 --out r
 jaxmeta rank runs/characters runs/digits --target usps --fine-tune
 ```
 
-The target is a set of images by its name for `--tasks`, or a folder with a subfolder a class
-(`folder:photos`). `transfer` learns from some examples of each class and scores all others; of folders
-`train` and `test` of the same classes it learns from one and scores the other. It leaves a report with a
-confidence interval and with what happened to each leaf of the source, a picture of the confusions, and weights
-that can be a source again. With `--keep-statistics` fine-tuning keeps the source's batch statistics.
+The target is a set of images by its name for `--tasks`, or a folder with one subfolder per class
+(`folder:photos`). `transfer` learns from some examples of each class and scores all others; if the folder has
+parts `train` and `test` with the same classes, it learns from the first and scores the second. It writes a report
+with a confidence interval and with what happened to each leaf of the source, a plot of the confusion matrix, and
+weights that can serve as a source. With `--keep-statistics` fine-tuning keeps the source's batch statistics.
 
 **Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet, SqueezeNet,
 ViT, DINOv2 and the image tower of CLIP, whose outputs equal theirs up to rounding), from `flax.serialization`, from Orbax and from runs of this
 library, never from a pickle. `load_pretrained(…).input` is the `ImageInput` of the images that they were trained
-on: size, mean, deviation, interpolation. `transplant` puts leaves of one tree into another by rules, checks each, and
-reports as a table what was taken, what is new and what is left over.
+on: size, mean, deviation, interpolation. `transplant` copies leaves of one tree into another by rules, checks
+each, and reports as a table what was taken, what is new and what is left over.
 
-**Scores** say which of several sources to take, without training: `leep`, `nce`, `h_score`, `log_me`, and
-`rank_sources` of them all. `rank` with `--fine-tune` also trains each source briefly, to show which score
-agrees with the result.
+**Scores** compare several sources without training: `leep`, `nce`, `h_score`, `log_me`, and `rank_sources`, which
+computes them and ranks the sources by one. `rank` with `--fine-tune` also trains each source briefly, to show
+which score agrees with the result.
 
 `benchmarks/README.md` compares recipes, scores, domain adaptation and label shift on real images;
 `notebooks/transfer_and_domains.py` explains them.

@@ -39,7 +39,7 @@ def classifier(
       body: embedding `(n, *shape) -> (n, d)`: one of our networks with `ways=None`, or any other network.
       classes: number C of target classes, at least 2.
       adapter: network that converts the target's inputs to those of the body; see
-        `jm.transfer.input_adapter`. None for none.
+        `jm.transfer.input_adapter`. None for no adapter.
       momentum: momentum of running statistics; see `jm.nn.as_stateful`.
 
     Returns:
