@@ -1,4 +1,4 @@
-"""Measure the tests by mutants: small mistakes put into a copy of the library, one at a time.
+"""Run mutation tests: put small mistakes into a copy of the library, one at a time.
 
 `tests/mutants.toml` lists the mutants: a file, lines of it, and their replacement. Each mutant is put into a
 copy of the tree and tested by the tests that run its lines, according to coverage.py's contexts. Tests of the
@@ -28,9 +28,8 @@ import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Time limit in seconds: a constant and a part for each test. It is many times what the tests take, so a
-# mutant that exceeds it is caught: a developer would notice.
-FOR_A_RUN, FOR_A_TEST = 120, 5
+# Seconds. The limit is many times what the tests take, so a mutant that exceeds it counts as caught.
+RUN_TIMEOUT, TIMEOUT_PER_TEST = 120, 5
 CAUGHT, SURVIVED = "caught", "survived"
 
 
@@ -50,7 +49,7 @@ def mutants():
     return listed
 
 
-def copy_of(tree, target):
+def copy_tree(tree, target):
     """Copy a tree's library and tests, so that mutants never change the original."""
     shutil.rmtree(target, ignore_errors=True)
     for name in ("jaxmeta", "tests", "benchmarks", "notebooks", ".ci"):
@@ -61,30 +60,31 @@ def copy_of(tree, target):
     return target
 
 
+def environment(tree, **variables):
+    """Return variables for pytest, by which a tree's library takes precedence over an installed one."""
+    defaults = {"JAXMETA_DATA": str(ROOT.parent / "shared" / "data"), "MPLBACKEND": "Agg"}
+    return defaults | os.environ | variables | {"PYTHONPATH": str(tree)}
+
+
 def pytest(tree, *arguments, timeout=None, **variables):
-    """Run pytest in a tree, whose library takes precedence over an installed one."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *arguments]
-    data = ROOT.parent / "shared" / "data"
-    environment = {"JAXMETA_DATA": str(data), "MPLBACKEND": "Agg"} | os.environ | variables
-    environment["PYTHONPATH"] = str(tree)
+    """Run pytest in a tree, without parallel processes, and return the completed process."""
     return subprocess.run(
-        command, cwd=tree, env=environment, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=tree,
+        env=environment(tree, **variables),
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
 def cover(tree, work):
     """Run the complete suite once and record which test runs which line."""
-    target = copy_of(tree, work / "cover")
+    target = copy_tree(tree, work / "cover")
     (work / "settings.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
     arguments = ["-n", "auto", "-m", "not slow", "--cov=jaxmeta", "--cov-context=test", "--cov-report="]
     command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'settings.ini'}"]
-    data = ROOT.parent / "shared" / "data"
-    variables = {
-        "COVERAGE_FILE": str(work / "coverage"),
-        "PYTHONPATH": str(target),
-        "JAXMETA_DATA": str(data),
-    }
-    subprocess.run(command, cwd=target, env={"MPLBACKEND": "Agg"} | os.environ | variables)
+    subprocess.run(command, cwd=target, env=environment(target, COVERAGE_FILE=str(work / "coverage")))
 
 
 def lines_of(bits):
@@ -144,7 +144,7 @@ def run_tests(tree, tests, devices, cache, *markers):
     arguments.write_text("\n".join(tests) + "\n")
     try:
         variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_NUM_CPU_DEVICES": str(devices)}
-        timeout = FOR_A_RUN + FOR_A_TEST * len(tests)
+        timeout = RUN_TIMEOUT + TIMEOUT_PER_TEST * len(tests)
         done = pytest(tree, "-x", "--tb=line", *markers, f"@{arguments}", timeout=timeout, **variables)
     except subprocess.TimeoutExpired:
         return CAUGHT, "timed out"
@@ -157,15 +157,15 @@ def run_tests(tree, tests, devices, cache, *markers):
     return CAUGHT, failed[0].split(" - ")[0].split()[-1]
 
 
-def run(tree, work, part, of, most, only):
-    target = copy_of(tree, work / f"tree-{part}")
+def run(tree, work, part, num_parts, most, only):
+    target = copy_tree(tree, work / f"tree-{part}")
     coverage, default, complete = tests_by_line(work), collected(target), collected(target, "-m", "not slow")
     results = work / "results.jsonl"
     done = (
         {json.loads(line)["id"] for line in results.read_text().splitlines()} if results.exists() else set()
     )
     for number, mutant in enumerate(mutants()):
-        if number % of != part or mutant["id"] in done or (only and mutant["id"] not in only):
+        if number % num_parts != part or mutant["id"] in done or (only and mutant["id"] not in only):
             continue
         tests = tests_of(mutant, coverage, complete)
         quick = [test for test in tests if test in default][:most]
@@ -227,8 +227,8 @@ def main():
     if arguments.command == "cover":
         cover(arguments.tree.resolve(), work)
     elif arguments.command == "run":
-        part, of = map(int, arguments.part.split("/"))
-        run(arguments.tree.resolve(), work, part, of, arguments.most, arguments.only)
+        part, num_parts = map(int, arguments.part.split("/"))
+        run(arguments.tree.resolve(), work, part, num_parts, arguments.most, arguments.only)
     else:
         report(work)
 

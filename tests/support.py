@@ -19,8 +19,8 @@ def read_json(path):
 def raises_argument_error(message):
     """Expect an error about an argument, or the type error that comes before it in the complete run.
 
-    For arguments of a wrong type only: the complete run checks annotations at run time, before the library
-    checks its arguments.
+    Use it for arguments of a wrong type only: the complete run checks annotations at run time, before the
+    library checks its arguments.
     """
     from jaxtyping import TypeCheckError  # not at the top: JAX must see the flags that conftest.py sets
 

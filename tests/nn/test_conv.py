@@ -72,7 +72,7 @@ def geometries_of(*default):
 
 
 @geometries_of(0, 2, 4, 6, 8)
-def test_values_in_float32(geometry):
+def test_values_match_lax_in_float32(geometry):
     x, w, (strides, padding) = operands(geometry, dtype=jnp.float32)
 
     @jax.jit
@@ -109,7 +109,7 @@ def derivatives(function, x, w, directions):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES[1::2])
-def test_values_and_three_derivatives_in_float64(geometry, x64):
+def test_values_and_three_derivatives_match_lax_in_float64(geometry, x64):
     x, w, (strides, padding) = operands(geometry, n=2)
     directions = [draws(seed, x.shape, w.shape) for seed in (1, 2)]
     actual, expected = (
@@ -135,7 +135,7 @@ def geometries(draw):
 @nightly
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(geometry=geometries())
-def test_values_and_gradients_of_any_geometry(geometry):
+def test_values_and_gradients_match_lax_for_random_geometries(geometry):
     with jax.enable_x64(True):
         x, w, (strides, padding) = operands(geometry, n=2)
 
@@ -307,7 +307,7 @@ def test_gradients_in_chunks_of_images_match_transposition(limit, channels, stri
 
 def test_chunk_is_the_largest_divisor_that_fits(monkeypatch, x64):
     geometry = module.Geometry((4, 4), (1, 1), (1, 1), ((0, 0), (0, 0)))
-    x = jnp.zeros((12, 4, 4, 1))  # 128 bytes of patches an image
+    x = jnp.zeros((12, 4, 4, 1))  # 128 bytes of patches per image
     for limit, chunk in ((1, 1), (128 * 5, 4), (128 * 11, 6), (128 * 12, 12), (1 << 20, 12)):
         monkeypatch.setattr(module, "CPU_PATCH_BYTES", limit)
         assert module._chunk_size(x, geometry, 1) == chunk
@@ -420,7 +420,7 @@ def test_operands_of_different_dtypes_are_refused():
         conv(jnp.zeros((1, 4, 4, 1)), jnp.zeros((3, 3, 1, 1), jnp.bfloat16))
 
 
-# --- The drop-in -----------------------------------------------------------------------------------
+# --- The Flax layer ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def dense(**settings):
     return jm.nn.MLP(WAYS, (5,), kernel_init=linen.initializers.lecun_normal(), **settings)
 
 
-def by_hand():
+def plain_functions():
     """Return a network as a pair of functions, whose parameters are a list."""
 
     def init(key, x):
@@ -39,7 +39,7 @@ NETWORKS = {
     "normalised": (lambda: dense(norm=True), (4,)),
     "convolutions": (lambda: jm.nn.Conv4(WAYS, filters=3), (16, 16, 1)),
     "equinox": (lambda: jm.nn.from_equinox(lambda key: eqx.nn.MLP(4, WAYS, 5, 1, key=key)), (4,)),
-    "functions": (by_hand, (4,)),
+    "functions": (plain_functions, (4,)),
 }
 
 
@@ -47,7 +47,7 @@ def inputs(shape, n=6):
     return jax.random.normal(jax.random.fold_in(KEY, 7), (n, *shape))
 
 
-def moved(params, seed=1):
+def with_random_factors(params, seed=1):
     """Return `params` with random factors instead of zeros."""
     leaves, structure = jax.tree.flatten(params["lora"])
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -74,7 +74,7 @@ def test_initial_outputs_equal_those_of_the_network_bit_for_bit(name):
 def test_kernels_change_by_the_scaled_product_of_their_factors():
     x = inputs((4,))
     model = jm.nn.lora(jm.nn.MLP(WAYS, ()), rank=2, alpha=6.0)
-    params = moved(model.init(KEY, x))
+    params = with_random_factors(model.init(KEY, x))
     kernel, a, b = (
         np.asarray(leaf, np.float64)
         for leaf in (
@@ -106,7 +106,7 @@ def identity(shape, name="kernel"):
 )
 def test_change_of_a_kernel_has_at_most_the_requested_rank(shape, name, sides):
     model = jm.nn.lora(identity(shape, name), rank=2)
-    params = moved(model.init(KEY, jnp.zeros(())))
+    params = with_random_factors(model.init(KEY, jnp.zeros(())))
     factors = params["lora"]["layer"][name]
     assert (factors["a"].shape, factors["b"].shape) == ((sides[0], 2), (2, sides[1]))
     change = np.asarray(model.apply(params, jnp.zeros(())), np.float64) - 1
@@ -116,7 +116,7 @@ def test_change_of_a_kernel_has_at_most_the_requested_rank(shape, name, sides):
     np.testing.assert_allclose(matrix, product.T if name == "weight" else product, atol=1e-5)
 
 
-def test_first_factor_has_the_variance_of_one_over_the_inputs_and_the_second_is_zero():
+def test_first_factor_has_variance_one_over_fan_in_and_the_second_is_zero():
     params = jm.nn.lora(identity((3, 3, 100, 8)), rank=8).init(KEY, jnp.zeros(()))["lora"]["layer"]["kernel"]
     a = np.asarray(params["a"])
     # The sample variance of 7,200 draws has a relative standard error of sqrt(2 / 7200).
@@ -138,7 +138,7 @@ def test_factors_of_two_kernels_of_one_shape_differ():
         (jm.nn.StridedConv4(2, filters=6), (16, 16, 1), 1, (9 + 6) + 3 * (54 + 6) + (6 + 2)),
     ],
 )
-def test_number_of_adapted_parameters(network, shape, rank, count):
+def test_number_of_adapted_parameters_follows_from_rank_and_shapes(network, shape, rank, count):
     params = jax.eval_shape(jm.nn.lora(network, rank=rank).init, KEY, jnp.zeros((2, *shape)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params["lora"])) == count
 
@@ -176,7 +176,7 @@ def test_settings_that_give_no_factors_are_refused(settings, name):
 def test_given_statistics_normalise():
     network, x = dense(norm=True), inputs((4,))
     plain, model = jm.nn.as_model(network), jm.nn.lora(network)
-    params = moved(model.init(KEY, x))
+    params = with_random_factors(model.init(KEY, x))
     _, stats = forward(model, params, x)
     outputs, same = forward(model, params, x[:2], stats=stats)
     jax.tree.map(np.testing.assert_array_equal, same, stats)
@@ -204,7 +204,7 @@ def test_dropout_passes_through():
 
 def test_factors_of_many_tasks_share_one_network():
     model, x = jm.nn.lora(dense(norm=True), rank=2), inputs((4,))
-    params = [moved(model.init(KEY, x), seed) for seed in range(3)]
+    params = [with_random_factors(model.init(KEY, x), seed) for seed in range(3)]
     stacked = jax.tree.map(
         lambda *leaves: jnp.stack(leaves), *(task_params["lora"] for task_params in params)
     )
@@ -292,7 +292,7 @@ def test_fine_tuning_of_pretrained_parameters_trains_the_factors_alone():
 
 
 @pytest.mark.nightly
-def test_one_meta_step_on_glyphs_in_which_tasks_adapt_the_factors():
+def test_one_meta_step_on_glyphs_changes_the_factors():
     tasks = jm.tasks.glyphs("train", ways=3, shots=1, queries=2, size=16)
     network = jm.nn.lora(jm.nn.Conv4(3, filters=8), rank=2)
     learner = jm.maml(network, adapts="lora", norm="support")
@@ -303,7 +303,7 @@ def test_one_meta_step_on_glyphs_in_which_tasks_adapt_the_factors():
     for old, new in zip(jax.tree.leaves(before["lora"]), jax.tree.leaves(after["lora"]), strict=True):
         assert jnp.isfinite(new).all()
         assert not np.array_equal(old, new)
-    assert jm.evaluate(learner, state.params, tasks, key=KEY, episodes=2) is not None
+    assert np.isfinite(jm.evaluate(learner, state.params, tasks, key=KEY, episodes=2).mean)
 
 
 def test_factors_have_the_dtype_of_numpy_parameters():

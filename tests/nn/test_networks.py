@@ -97,7 +97,7 @@ def test_batch_norm_matches_the_formula(spatial, masked, offset, x64):
     layer = jm.nn.BatchNorm()
     others = (jnp.asarray(mask) if masked else None, jnp.asarray(shift) if offset else 0.0)
     params = jax.tree.map(jnp.asarray, params)
-    # Given statistics are those of the inputs WITH the offset, and replace those of the batch.
+    # Given statistics are those of the inputs with the offset, and replace those of the batch.
     statistics = {"mean": mean + 1, "var": 2 * var}
 
     @jax.jit
@@ -161,7 +161,7 @@ def test_variance_of_a_constant_channel_is_not_negative():
     assert np.isfinite(jax.jit(jax.grad(lambda x: moments(x)[1].sum()))(x)).all()
 
 
-def test_moments_and_statistics_are_inverse():
+def test_from_moments_inverts_to_moments():
     rng = np.random.default_rng(0)
     stats = {
         "outer": {"norm": {"mean": rng.normal(size=3), "var": rng.uniform(size=3)}},

@@ -31,7 +31,7 @@ LEARNERS = {
     ("name", "network"),
     [
         ("maml", jm.nn.MLP(out=3, hidden=(16,), norm=True)),
-        pytest.param("maml", jm.nn.Conv4(3, filters=8), marks=pytest.mark.nightly),
+        ("maml", jm.nn.Conv4(3, filters=8)),
         ("prototypical", jm.nn.Conv4(3, filters=8)),
     ],
     ids=["maml-mlp", "maml-conv4", "prototypical-conv4"],

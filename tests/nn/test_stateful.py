@@ -34,18 +34,18 @@ class Block(linen.Module):
     @linen.compact
     def __call__(self, x, training):
         x = linen.Dense(6, name="dense")(x)
-        still, attributes = not training, self.switching == "attributes"
+        deterministic, attributes = not training, self.switching == "attributes"
         if self.switching == "ours":
             x = jm.nn.BatchNorm(epsilon=1e-5, name="norm")(x)
         elif attributes:
-            x = linen.BatchNorm(use_running_average=still, momentum=0.9, name="norm")(x)
+            x = linen.BatchNorm(use_running_average=deterministic, momentum=0.9, name="norm")(x)
         elif self.switching == "keywords":
-            x = linen.BatchNorm(momentum=0.9, name="norm")(x=x, use_running_average=still)
+            x = linen.BatchNorm(momentum=0.9, name="norm")(x=x, use_running_average=deterministic)
         else:
-            x = linen.BatchNorm(momentum=0.9, name="norm")(x, still)
+            x = linen.BatchNorm(momentum=0.9, name="norm")(x, deterministic)
         if attributes:
-            return linen.Dropout(self.rate, deterministic=still)(jax.nn.relu(x))
-        return linen.Dropout(self.rate)(jax.nn.relu(x), still)
+            return linen.Dropout(self.rate, deterministic=deterministic)(jax.nn.relu(x))
+        return linen.Dropout(self.rate)(jax.nn.relu(x), deterministic)
 
 
 class ByTrain(linen.Module):
@@ -148,14 +148,18 @@ def test_inference_and_wholly_frozen_training_use_the_running_statistics(network
 
 def test_training_steps_match_those_of_flax():
     # Outputs, dropout and running averages of three batches, for every way to set the mode.
-    own = ByTrain(rates=(0.5, 0.3))
-    start = perturbed_variables(as_stateful(own))
-    for network in (own, ByDeterministic("arguments", (0.5, 0.3)), ByRunningAverage("keywords", (0.5, 0.3))):
+    reference = ByTrain(rates=(0.5, 0.3))
+    start = perturbed_variables(as_stateful(reference))
+    for network in (
+        reference,
+        ByDeterministic("arguments", (0.5, 0.3)),
+        ByRunningAverage("keywords", (0.5, 0.3)),
+    ):
         model, variables, theirs = as_stateful(network), start, start
         for step in range(3):
             key, x = jax.random.fold_in(KEY, step), X + step
             rngs = {"dropout": key, "params": key}
-            known, updated = own.apply(theirs, x, train=True, rngs=rngs, mutable=["batch_stats"])
+            known, updated = reference.apply(theirs, x, train=True, rngs=rngs, mutable=["batch_stats"])
             outputs, state = model.train(variables, x, key)
             close(outputs, known, 1e-6)
             variables, theirs = {**variables, **state}, {**theirs, **updated}
@@ -315,7 +319,7 @@ def test_networks_without_state_have_parameters_only():
         assert list(variables) == ["params"]
         for frozen in (
             None,
-            *(jax.tree.map(lambda _, still=still: still, variables["params"]) for still in (True, False)),
+            *(jax.tree.map(lambda _, value=value: value, variables["params"]) for value in (True, False)),
         ):
             outputs, state = model.train(variables, X, KEY, frozen=frozen)
             assert state == {}
@@ -370,10 +374,10 @@ class Unordered(linen.Module):
     def setup(self):
         self.a, self.z = linen.Dense(5), linen.Dense(5)
         self.m = Block("attributes", 0.0)
-        self.own = self.param("own", linen.initializers.ones, (5,))
+        self.scale = self.param("scale", linen.initializers.ones, (5,))
 
     def __call__(self, x, train=False):
-        return self.m(self.a(jax.nn.relu(self.z(x * self.own[None]))), train)
+        return self.m(self.a(jax.nn.relu(self.z(x * self.scale[None]))), train)
 
 
 IMAGES = np.zeros((2, 32, 32, 3), np.float32)
@@ -382,7 +386,7 @@ IMAGES = np.zeros((2, 32, 32, 3), np.float32)
 @pytest.mark.parametrize(
     ("network", "x", "expected"),
     [
-        (Unordered(), X, ["own", "z", "a", "m"]),
+        (Unordered(), X, ["scale", "z", "a", "m"]),
         (jm.nn.Conv4(3, filters=4), IMAGES, [f"ConvNorm_{i}" for i in range(4)] + ["head"]),
         (
             jm.nn.MLP(out=2, hidden=(3, 3), norm=True),
@@ -432,7 +436,7 @@ def test_layers_without_given_statistics_normalise_by_their_batch(index):
     close(stats, {"norms": expected})
 
 
-def test_padding_needs_no_mask_only_where_all_statistics_are_given():
+def test_networks_without_mask_take_padding_only_if_all_statistics_are_given():
     mask = np.arange(12) < 9
     for network in (ByTrain("ours"), NNXNet(0.0, nnx.Rngs(0))):
         model = jm.nn.as_model(network)
@@ -450,28 +454,31 @@ def test_padding_needs_no_mask_only_where_all_statistics_are_given():
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-class Demanding(linen.Module):
+class TwoInputs(linen.Module):
     @linen.compact
     def __call__(self, x, flow):
         return linen.Dense(2)(x)
 
 
-class Restless(linen.Module):
+class AlwaysDropout(linen.Module):
     @linen.compact
     def __call__(self, x):
         return linen.Dropout(0.5, deterministic=False)(linen.Dense(2)(x))
 
 
-def test_unsuitable_networks_are_named():
+def test_unsupported_networks_and_settings_are_refused():
     for momentum in (-0.1, 1.0):
         with pytest.raises(ValueError, match=f"momentum: got {momentum}"):
             as_stateful(jm.nn.BatchNorm(), momentum=momentum)
-    with pytest.raises(ValueError, match=r"Demanding.__call__ requires \['flow'\]"):
-        as_stateful(Demanding())
-    with pytest.raises(ValueError, match="Restless draws random numbers in inference"):
-        as_stateful(Restless()).init(KEY, X)
+    with pytest.raises(ValueError, match=r"TwoInputs.__call__ requires \['flow'\]"):
+        as_stateful(TwoInputs())
+    with pytest.raises(ValueError, match="AlwaysDropout draws random numbers in inference"):
+        as_stateful(AlwaysDropout()).init(KEY, X)
     with pytest.raises(ValueError, match="parts: got none"):
         chain({})
+
+
+# --- Kept statistics ------------------------------------------------------------------------------
 
 
 @pytest.mark.nightly_rows(after=2)

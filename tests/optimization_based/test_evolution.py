@@ -21,11 +21,11 @@ def estimates(gradient, params, *args, count=20_000):
     return jax.jit(jax.vmap(lambda key: gradient(params, *args, key=key)[1]))(jax.random.split(KEY, count))
 
 
-def assert_mean(samples, expected, most=0.05):
+def assert_mean(samples, expected, max_relative_error=0.05):
     """Assert that the mean is within four standard errors of the expected one, and that these are small."""
     samples = np.asarray(samples, np.float64)
     error = samples.std(0) / np.sqrt(len(samples))
-    assert np.all(error < most * np.linalg.norm(expected)), error
+    assert np.all(error < max_relative_error * np.linalg.norm(expected)), error
     np.testing.assert_array_less(np.abs(samples.mean(0) - expected), 4 * error)
 
 
@@ -76,7 +76,7 @@ def test_estimate_with_a_small_sigma_matches_automatic_differentiation():
     samples = estimates(jm.evolution_gradient(loss, sigma=0.01, pairs=2), params, x)
     exact = jax.grad(loss)(params, x)
     for name in params:
-        assert_mean(samples[name], np.asarray(exact[name]), most=0.1)
+        assert_mean(samples[name], np.asarray(exact[name]), max_relative_error=0.1)
 
 
 def test_values_and_aux_match_value_and_grad():

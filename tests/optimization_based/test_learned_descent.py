@@ -40,11 +40,11 @@ def logit(p):
     return np.log(p / (1 - p))
 
 
-def with_constant_gates(params, forget, enter):
+def with_constant_gates(params, forget_gate, input_gate):
     """Return parameters of a cell with constant gates; a gate of 1 is σ(60), which is 1 in float64."""
     cell = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape)), params["hyper"])
-    cell["forget_bias"] = jnp.asarray(60.0 if forget == 1 else logit(forget))
-    cell["input_bias"] = jnp.asarray(logit(enter))
+    cell["forget_bias"] = jnp.asarray(60.0 if forget_gate == 1 else logit(forget_gate))
+    cell["input_bias"] = jnp.asarray(logit(input_gate))
     return {**params, "hyper": cell}
 
 
@@ -55,17 +55,10 @@ def lstm(hidden, order="first", norm=False):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("order", ["first", pytest.param("second", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize(
     ("hidden", "decay", "norm"),
-    [
-        (3, 0.2, False),
-        *(
-            pytest.param(hidden, decay, True, marks=pytest.mark.nightly)
-            for hidden in (20, None)
-            for decay in (0.0, 0.2)
-        ),
-    ],
+    [(3, 0.2, False), *((hidden, decay, True) for hidden in (20, None) for decay in (0.0, 0.2))],
 )
 def test_constant_gates_match_gradient_descent_with_weight_decay(hidden, decay, norm, order):
     """f = 1 − αλ and i = α: SGD of rate α with weight decay λ, and its meta-gradient in either order."""
@@ -124,10 +117,10 @@ def perturbed(params):
     ("hidden", "feedback", "memory"),
     [
         (3, "gate", "store"),
-        pytest.param(3, "gate", "recompute", marks=pytest.mark.nightly),
-        pytest.param(3, "pre_gate", "store", marks=pytest.mark.nightly),
-        pytest.param(3, "pre_gate", "recompute", marks=pytest.mark.nightly),
-        pytest.param(None, "gate", "store", marks=pytest.mark.nightly),
+        (3, "gate", "recompute"),
+        (3, "pre_gate", "store"),
+        (3, "pre_gate", "recompute"),
+        (None, "gate", "store"),
         (None, "gate", "recompute"),
     ],
 )
@@ -140,22 +133,22 @@ def test_lstm_gradient_matches_finite_differences_with_gradients_and_losses_held
     )
     params = perturbed(init(learner))
     cell = jm.nn.GatedUpdate(hidden, feedback)
-    measure = plain_loss(norm=False)
+    value_and_grad = plain_loss(norm=False)
 
-    def by_hand(params, measured):
+    def by_hand(params, value_and_grad_at):
         theta, restore = ravel_pytree(params["model"])
         state, used = cell.initial(theta.size, theta.dtype), []
         for step in range(2):
-            used.append(measured(step, restore(theta)))
+            used.append(value_and_grad_at(step, restore(theta)))
             value, grads = used[-1]
             state, change = cell.apply(
                 {"params": params["hyper"]}, state, ravel_pytree(grads)[0], value, theta
             )
             theta = theta + change
-        return measure(restore(theta), task.query)[0], used
+        return value_and_grad(restore(theta), task.query)[0], used
 
     value, recorded = jax.jit(
-        lambda params: by_hand(params, lambda step, weights: measure(weights, task.support))
+        lambda params: by_hand(params, lambda step, weights: value_and_grad(weights, task.support))
     )(params)
     np.testing.assert_allclose(loss(learner, params, task)[0], value, rtol=1e-12)
     expected = finite_differences(lambda params: by_hand(params, lambda step, _: recorded[step])[0], params)
@@ -217,8 +210,8 @@ class LearnedOptimizer:
         self.init, self.adapt, self.predict, self.loss = jm.learned_optimizer(model, **settings)[:4]
         self.unroll = jm.learned_optimizer_unroll(model, **settings)
         names = ("layers", "preprocess", "scale", "zero_output")
-        own = {name: settings[name] for name in names if name in settings}
-        self.as_optax = functools.partial(jm.learned_optimizer_as_optax, **own)
+        network_settings = {name: settings[name] for name in names if name in settings}
+        self.as_optax = functools.partial(jm.learned_optimizer_as_optax, **network_settings)
 
 
 def linear_optimizer(steps=20, truncation=5):
@@ -328,11 +321,7 @@ def start_of(learner, params, task):
     [
         ("first", "recompute", False),
         ("second", "store", False),
-        *(
-            pytest.param(order, memory, True, marks=pytest.mark.nightly)
-            for order in ("first", "second")
-            for memory in ("store", "recompute")
-        ),
+        *((order, memory, True) for order in ("first", "second") for memory in ("store", "recompute")),
     ],
 )
 def test_unroll_gradient_matches_finite_differences_with_stopped_gradients_held_fixed(order, memory, norm):
@@ -394,9 +383,9 @@ def test_gradient_of_an_unroll_stops_at_its_start():
 @pytest.mark.nightly
 def test_gradient_of_an_unroll_in_a_run_equals_that_from_its_carry():
     task, learner = make_task(), learned()
-    _, (_, (_, own)), carry = run_of_two_unrolls()
+    _, (_, (_, in_run)), carry = run_of_two_unrolls()
     alone = jax.jit(jax.grad(lambda params: learner.unroll(params, task, carry, KEY)[0]))(init(learner))
-    assert_trees_close(own, alone, atol=1e-14)
+    assert_trees_close(in_run, alone, atol=1e-14)
 
 
 def test_last_loss_of_an_unroll_and_first_of_the_next_share_their_key():

@@ -34,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def maml(**settings):
     """Build MAML with two steps of size 0.5 on the small network, cached by settings."""
     # "store", because the default "auto" would trace each inner step once more.
-    own = {"inner_lr": 0.5, "inner_steps": 2, "memory": "store"}
-    return jm.maml(network(), **{**own, **settings})
+    return jm.maml(network(), **{"inner_lr": 0.5, "inner_steps": 2, "memory": "store", **settings})
 
 
 def predict(learner, params, adapted, x):
@@ -73,7 +72,7 @@ def test_first_order_is_the_query_gradient_at_the_adapted_weights(norm):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("norm", [pytest.param("batch", marks=pytest.mark.nightly), "support"])
+@pytest.mark.parametrize("norm", ["batch", "support"])
 def test_fomaml_is_first_order_maml(norm):
     learner, task = maml(norm=norm, order="first"), make_task()
     params = init(learner)
@@ -84,10 +83,8 @@ def test_fomaml_is_first_order_maml(norm):
 def test_adaptation_is_gradient_descent_on_the_support_loss():
     learner, task = maml(), make_task()
     params = init(learner)
-    before = jax.tree.map(np.array, params)
     expected = descended(params["model"], task.support, 2)
     assert_trees_close(adapt(learner, params, task)["model"], expected, atol=1e-12)
-    assert_trees_close(params, before, rtol=0)
 
 
 @pytest.mark.parametrize("order", ["second", "first"])

@@ -35,8 +35,6 @@ from jaxmeta.optimization_based.maml_plus_plus import descend_by_step, multi_ste
 pytestmark = pytest.mark.usefixtures("x64")
 
 SGD = optax.sgd(0.5)
-
-
 # Tests that do not need normalisation layers omit them, to trace and compile less.
 BARE = network(norm=False)
 
@@ -78,7 +76,7 @@ def test_either_head_or_body_adapts_and_the_other_is_unchanged(factory, adapts_h
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("order", ["second", pytest.param("first", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("order", ["second", "first"])
 def test_anil_without_a_body_is_maml(order):
     model = jm.Model(
         lambda key, x: {"head": {"w": jnp.ones((DIM, WAYS))}},
@@ -391,25 +389,20 @@ def test_mini_batches_cycle_through_all_examples():
 @pytest.mark.parametrize("inner_batch", [8, 2, 5])
 def test_mini_batches_contain_no_padding(inner_batch):
     task = make_task()
-    places = np.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
+    positions = np.array([7, 0, 2, 3, 5, 8])  # of the real examples, out of order
     x, y, mask = np.full((9, DIM), np.nan), np.zeros(9, np.int32), np.zeros(9, bool)
-    x[places], y[places], mask[places] = task.support.x, task.support.y, True
+    x[positions], y[positions], mask[positions] = task.support.x, task.support.y, True
     support = jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=WAYS)
     counts = example_counts(inner_batch, 1, jm.Task(support, task.query))
     size = min(inner_batch, 6)
-    assert sorted(counts[places].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
-    assert np.delete(counts, places).sum() == 0
+    assert sorted(counts[positions].round(9)) == sorted([0.0] * (6 - size) + [round(1 / size, 9)] * size)
+    assert np.delete(counts, positions).sum() == 0
     learner = jm.reptile(network(), inner_batch=inner_batch, inner_steps=3)
     params = init(learner)
     assert all(
         np.isfinite(leaf).all()
         for leaf in jax.tree.leaves(gradient(learner, params, jm.Task(support, task.query)))
     )
-
-
-def test_an_inner_batch_below_one_is_refused():
-    with pytest.raises(ValueError, match="inner_batch: got 0; it must be at least 1"):
-        jm.maml(network(), inner_batch=0)
 
 
 # --- MAML++ -----------------------------------------------------------------------------------------
@@ -529,16 +522,16 @@ def test_each_step_has_separate_normalisation_layers():
     fast = {name: leaves for name, leaves in params["model"].items() if name != "BatchNorm_0"}
     rates = {name: params["hyper"][name] for name in fast}
     for step in range(2):
-        own = jax.tree.map(lambda leaf: leaf[step], params["per_step"]["BatchNorm_0"])  # noqa: B023
-        grads = plain_loss()({**fast, "BatchNorm_0": own}, task.support)[1]
+        layer = jax.tree.map(lambda leaf: leaf[step], params["per_step"]["BatchNorm_0"])  # noqa: B023
+        grads = plain_loss()({**fast, "BatchNorm_0": layer}, task.support)[1]
         grads = {name: grads[name] for name in fast}
         fast = jax.tree.map(lambda w, g, r: w - r[step] * g, fast, grads, rates)  # noqa: B023
     adapted = adapt(learner, params, task)["model"]
-    assert_trees_close(adapted, {**fast, "BatchNorm_0": own}, atol=1e-12)
+    assert_trees_close(adapted, {**fast, "BatchNorm_0": layer}, atol=1e-12)
     # With fewer steps at test, the layers of the last of them normalise the queries.
     fewer = jm.maml_plus_plus(network(), inner_lr=0.5, inner_steps=2, eval_steps=1)
-    own = jax.tree.map(lambda leaf: leaf[0], params["per_step"]["BatchNorm_0"])
-    assert_trees_close(adapt(fewer, params, task)["model"]["BatchNorm_0"], own, rtol=0)
+    layer = jax.tree.map(lambda leaf: leaf[0], params["per_step"]["BatchNorm_0"])
+    assert_trees_close(adapt(fewer, params, task)["model"]["BatchNorm_0"], layer, rtol=0)
 
 
 def test_each_step_has_separate_population_statistics():

@@ -20,7 +20,7 @@ def _draw_many(sample, key, count):
 
 
 def drawn(tasks, seed=0):
-    """Return the task of the key of `seed`, as NumPy arrays."""
+    """Return the task drawn with the key of `seed`, as NumPy arrays."""
     return jax.device_get(draw(tasks.sample, jax.random.key(seed)))
 
 

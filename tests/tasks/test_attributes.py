@@ -47,7 +47,7 @@ def data(tables):
     return tables
 
 
-def test_attributes_by_class(tables, tmp_path):
+def test_attributes_of_each_class_are_its_percentages_as_fractions(tables, tmp_path):
     attributes = cub_attributes(tables)
     assert list(attributes) == NAMES
     for name, percent in zip(NAMES, PERCENT, strict=True):

@@ -76,7 +76,7 @@ def test_fashion_mnist_has_the_images_and_labels_of_its_files(data_folder):
     assert sorted(found[::2]) == list(range(10))
 
 
-def test_files_in_a_folder_of_the_set_s_name_are_those_of_fashion_mnist(tmp_path):
+def test_fashion_mnist_prefers_the_folder_of_its_name(tmp_path):
     for folder, value in ((tmp_path, 1), (tmp_path / "fashion_mnist", 2)):
         folder.mkdir(exist_ok=True)
         content = struct.pack(">4i", 0x803, 10, 28, 28) + bytes([value]) * 7840
@@ -188,7 +188,7 @@ def test_a_source_reads_its_files(tmp_path):
     assert (card.tasks, card.split, card.ways, card.queries) == ("usps", "test", 10, 1)
 
 
-# --- files written here -------------------------------------------------------------------------------
+# --- synthetic files ----------------------------------------------------------------------------------
 
 
 def idx(array, magic=None):
@@ -215,10 +215,10 @@ def usps_line(label, values):
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize("inner", ["", "mnist"])
-def test_mnist_is_read_plain_or_packed_and_from_an_inner_folder(tmp_path, ending, inner):
+@pytest.mark.parametrize("subfolder", ["", "mnist"])
+def test_mnist_is_read_plain_or_compressed_and_from_a_subfolder(tmp_path, ending, subfolder):
     images, labels = digits(30)
-    write_mnist(tmp_path / inner, idx(images), idx(labels), ending=ending)
+    write_mnist(tmp_path / subfolder, idx(images), idx(labels), ending=ending)
     read_images, read_labels = mnist_images(str(tmp_path))
     np.testing.assert_array_equal(read_images[..., 0], images)
     np.testing.assert_array_equal(read_labels, labels)
@@ -230,15 +230,15 @@ def test_training_tasks_use_the_training_images_if_present(tmp_path):
     assert mnist("train", queries=1, data=tmp_path).card.protocol.startswith("MNIST's 30 test images")
     more, numbers = digits(40)
     write_mnist(tmp_path, idx(more), idx(numbers), part="train")
-    shape = {"queries": 1, "data": tmp_path}
-    assert mnist("train", **shape).card.protocol.startswith("MNIST's 40 training images")
-    assert mnist("validation", **shape).card.protocol.startswith("MNIST's 30 test images")
-    assert mnist("train", part="test", **shape).card.protocol.startswith("MNIST's 30 test images")
-    assert mnist("test", part="train", **shape).card.protocol.startswith("MNIST's 40 training images")
+    settings = {"queries": 1, "data": tmp_path}
+    assert mnist("train", **settings).card.protocol.startswith("MNIST's 40 training images")
+    assert mnist("validation", **settings).card.protocol.startswith("MNIST's 30 test images")
+    assert mnist("train", part="test", **settings).card.protocol.startswith("MNIST's 30 test images")
+    assert mnist("test", part="train", **settings).card.protocol.startswith("MNIST's 40 training images")
     # An incomplete part is an error; the other part is not used instead.
     (tmp_path / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
-        mnist("train", **shape)
+        mnist("train", **settings)
 
 
 GOOD = [idx(part) for part in digits(20)]
@@ -298,8 +298,8 @@ def test_grey_values_of_usps_are_rounded_to_uint8(tmp_path):
 
 
 def test_a_truncated_usps_file_is_refused(tmp_path):
-    packed = gzip.compress(usps_line(3, np.linspace(-1, 1, 256)).encode())
-    (tmp_path / "zip.train.gz").write_bytes(packed[: len(packed) // 2])
+    compressed = gzip.compress(usps_line(3, np.linspace(-1, 1, 256)).encode())
+    (tmp_path / "zip.train.gz").write_bytes(compressed[: len(compressed) // 2])
     with pytest.raises(ValueError, match=r"zip.train.gz is damaged or incomplete"):
         usps_images(tmp_path, "train")
 

@@ -17,12 +17,12 @@ CLASSES, DOMAINS, EACH = ("ant", "bee", "cow", "doe"), ("art", "clip", "real"), 
 SETTINGS = {"ways": 3, "shots": 2, "queries": 2, "classes": None}
 
 
-def write(root, place):
-    """Write an image (class, domain, number) as three grey levels for each class and domain."""
+def write(root, layout):
+    """Write images whose three channels are the class, the domain and the number of the image."""
     for c, name in enumerate(CLASSES):
         for d, domain in enumerate(DOMAINS):
             for i in range(EACH):
-                path = root / place.format(c=name, d=domain, i=i)
+                path = root / layout.format(c=name, d=domain, i=i)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((6, 6, 3), (c, d, i), np.uint8)).save(path)
     return root
@@ -70,18 +70,17 @@ def test_folders_give_the_episodes_of_arrays(tmp_path, domains, settings):
         assert not (support[..., :, None, 1] == query[..., None, :, 1]).any()
 
 
-@pytest.mark.parametrize("workers", [0])
 @pytest.mark.parametrize("settings", [{"across": True}, {"split": "test", "test_domains": ("art", "real")}])
-def test_streams_draw_the_episodes_from_memory(tmp_path, settings, workers):
+def test_streams_draw_the_episodes_from_memory(tmp_path, settings):
     images = prepare_folder(write(tmp_path / "photos", "{d}/{c}/{i}.png"), domains="domain/class")
     settings = SETTINGS | settings
     key = jax.random.key(7)
-    read = stream(images, key=key, meta_batch=5, for_evaluation=True, workers=workers, **settings)
+    read = stream(images, key=key, meta_batch=5, for_evaluation=True, **settings)
     tasks = from_prepared(images, **settings)
     assert read.card == tasks.card
     keys = [jax.random.split(jax.random.fold_in(key, i))[0] for i in range(5)]
-    for i, each in enumerate(keys):
-        task = tasks.sample(each)
+    for i, episode_key in enumerate(keys):
+        task = tasks.sample(episode_key)
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-7), tuple(read.at(0)), tuple(task)
         )

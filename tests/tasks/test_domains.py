@@ -45,14 +45,14 @@ def drawn_rows(tasks, count, seed=0):
 
 
 def prefix(order, counts, shots):
-    """Return how many of the first domains of `order` have at least `shots` examples together."""
+    """Return how many domains, in this order, are needed for `shots` examples."""
     return next(k for k in range(len(order) + 1) if sum(counts[d] for d in order[:k]) >= shots)
 
 
 def exact(counts, shots, queries, held=()):
     """Return the probability of each pair of a support set and a set of queries, by enumeration."""
-    own = [d for d in range(len(counts)) if d not in held]
-    orders = list(itertools.permutations(own))
+    support_domains = [d for d in range(len(counts)) if d not in held]
+    orders = list(itertools.permutations(support_domains))
     chance = collections.Counter()
     for order in orders:
         k = prefix(order, counts, shots)
@@ -110,8 +110,8 @@ def test_pairs_of_support_and_queries_have_the_frequencies_of_the_rule(counts, s
         skip_small_classes=True,
     )
     support, query = drawn_rows(tasks, 30_000)
-    own = support[:, :, 0, 0] == 0
-    check_frequencies(exact(counts, shots, queries), pairs_of(support[own], query[own]))
+    in_class_0 = support[:, :, 0, 0] == 0
+    check_frequencies(exact(counts, shots, queries), pairs_of(support[in_class_0], query[in_class_0]))
 
 
 @pytest.mark.parametrize("shots", [1, 2])
@@ -120,8 +120,8 @@ def test_queries_of_held_out_domains_have_the_frequencies_of_the_rule(shots):
     tasks = across([counts, [3] * 5], ways=2, shots=shots, queries=2, split="test", test_domains=("a", "e"))
     assert tasks.card.protocol == "queries from a, e, held out of training, support from other domains"
     support, query = drawn_rows(tasks, 20_000)
-    own = support[:, :, 0, 0] == 0
-    check_frequencies(exact(counts, shots, 2, held=(0, 4)), pairs_of(support[own], query[own]))
+    in_class_0 = support[:, :, 0, 0] == 0
+    check_frequencies(exact(counts, shots, 2, held=(0, 4)), pairs_of(support[in_class_0], query[in_class_0]))
 
 
 def test_classes_with_equal_counts_use_the_same_domains_and_examples_do_not_depend_on_each_other():
@@ -182,7 +182,7 @@ def test_held_out_domains_are_used_in_test_only():
     assert hashes == {split.hash}
 
 
-def test_training_across_domains_leaves_held_out_ones_out():
+def test_training_across_domains_excludes_held_out_domains():
     settings = {"ways": 3, "shots": 2, "queries": 2, "test_domains": ("a",)}
     tasks = across([[3, 3, 3]] * 5, **settings)
     support, query = drawn_rows(tasks, 50)
@@ -206,9 +206,9 @@ def test_episodes_across_domains_are_pure_under_jit_and_vmap_and_masked_where_ra
     support, query = (b.x.reshape(40, 4, 2, 3) for b in batch)
     masks = [b.mask.reshape(40, 4, 2) for b in batch]
     assert {row.sum() for row in masks[0].any(2)} == {2, 3, 4}
-    for s, q, keep, ask in zip(support, query, *masks, strict=True):
+    for s, q, s_mask, q_mask in zip(support, query, *masks, strict=True):
         for slot in range(4):
-            assert not set(s[slot, keep[slot], 1]) & set(q[slot, ask[slot], 1])
+            assert not set(s[slot, s_mask[slot], 1]) & set(q[slot, q_mask[slot], 1])
 
 
 def test_mini_batches_use_the_domains_of_training_only():
@@ -240,9 +240,11 @@ def test_zero_shot_queries_are_from_held_out_domains():
 
 def brute_force(counts, shots, held):
     """Return the fewest examples left for the queries, over all orders of the domains."""
-    own = [d for d in range(len(counts)) if d not in held]
-    orders = itertools.permutations(own)
-    left = ([d for d in own if d not in order[: prefix(order, counts, shots)]] for order in orders)
+    support_domains = [d for d in range(len(counts)) if d not in held]
+    orders = itertools.permutations(support_domains)
+    left = (
+        [d for d in support_domains if d not in order[: prefix(order, counts, shots)]] for order in orders
+    )
     return min(sum(counts[d] for d in (held or rest)) for rest in left)
 
 
@@ -252,10 +254,10 @@ def test_the_fewest_remaining_examples_are_those_of_the_worst_order():
         counts = generator.integers(0, 6, generator.integers(1, 6)).tolist()
         shots = int(generator.integers(0, 6))
         held = tuple(range(generator.integers(0, len(counts))))
-        own = sum(counts[len(held) :])
+        available = sum(counts[len(held) :])
         mask = np.isin(np.arange(len(counts)), held) if held else None
         [remaining] = DomainTable(np.array([counts]), mask).remaining(shots)
-        assert remaining == (brute_force(counts, shots, held) if own >= shots else own - shots)
+        assert remaining == (brute_force(counts, shots, held) if available >= shots else available - shots)
 
 
 def test_classes_too_small_in_some_order_are_refused_or_skipped():

@@ -14,16 +14,12 @@ import jaxmeta as jm
 from jaxmeta.tasks import feature_cache
 from jaxmeta.tasks.feature_cache import Embedder, described
 
+pytestmark = pytest.mark.usefixtures("cache")
 SIDE, DIM = 4, 3
 RANDOM = np.random.default_rng(0)
 X = RANDOM.integers(0, 256, (36, SIDE, SIDE, 1), np.uint8)
 Y = np.repeat([f"class {index}" for index in range(6)], 6)
 WEIGHTS = RANDOM.normal(size=(SIDE * SIDE, DIM)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "cache"))
 
 
 class Projection:
@@ -178,7 +174,7 @@ def test_features_of_a_model_have_the_parameters_of_its_init():
         ),
     ],
 )
-def test_other_tasks_and_functions_are_refused(tasks, embed, message):
+def test_unsupported_tasks_and_functions_are_refused(tasks, embed, message):
     with raises_argument_error(re.escape(message)):
         jm.tasks.embedded(tasks(), embed)
 
@@ -210,10 +206,12 @@ def test_each_image_is_computed_once_and_kept():
     second.save()
     assert second.computed == 16
     assert len(stored()) == 1
-    assert embedder()(X) is not None
+    third = embedder()
+    third(X)
+    assert third.computed == 0
 
 
-def test_images_of_another_type_or_shape_are_others():
+def test_images_of_another_type_or_shape_are_computed_separately():
     one = embedder()
     one(X[:2])
     one(X[:2].astype(np.float32) / 255)
@@ -221,7 +219,7 @@ def test_images_of_another_type_or_shape_are_others():
     assert one.computed == 6
 
 
-def test_other_weights_have_their_own_file():
+def test_other_weights_have_a_separate_file():
     for scale in (1.0, 2.0):
         each = embedder(scale)
         each(X[:2])
@@ -230,7 +228,7 @@ def test_other_weights_have_their_own_file():
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other weights", "not finite"])
-def test_a_file_of_no_use_is_ignored_with_a_warning_and_written_again(damage):
+def test_an_invalid_cache_file_is_ignored_with_a_warning_and_rewritten(damage):
     first = embedder()
     z = first(X[:3])
     first.save()
@@ -262,7 +260,7 @@ def test_a_file_of_no_use_is_ignored_with_a_warning_and_written_again(damage):
     assert third.computed == 0
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_gives_a_warning(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JAXMETA_CACHE", str(tmp_path / "file"))
     one = embedder()

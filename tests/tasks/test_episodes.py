@@ -55,12 +55,12 @@ def test_support_and_queries_are_disjoint_for_random_sizes(sizes, ways, shots, q
 
 
 def shuffled(bits, bound):
-    """Return the first positions of the Fisher–Yates shuffle of [0, bound) with these random numbers."""
-    places = list(range(bound))
+    """Return the first `len(bits)` entries of a Fisher–Yates shuffle of [0, bound) by random `bits`."""
+    items = list(range(bound))
     for i, b in enumerate(bits):
         j = i + int(b) % (bound - i)
-        places[i], places[j] = places[j], places[i]
-    return places[: len(bits)]
+        items[i], items[j] = items[j], items[i]
+    return items[: len(bits)]
 
 
 SUBSET = jax.jit(ordered_subset)
@@ -112,7 +112,7 @@ def test_the_key_decides_the_episode():
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("rotations", ["classes", "random"])
-@pytest.mark.parametrize("compiled", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("compiled", [True, False])
 def test_a_batch_of_episodes_equals_episodes_drawn_one_by_one(rotations, compiled):
     x = np.random.default_rng(0).integers(0, 256, (40, 3, 3, 1), dtype=np.uint8)
     tasks = from_arrays(
@@ -218,7 +218,7 @@ def test_images_of_a_class_share_a_rotation_and_all_rotations_are_equally_likely
     assert tasks.card.classes == (20 if rotations == "classes" else 5)
     assert tasks.card.rotations == rotations
     support, query = sampled(tasks, 150)
-    seen, met = np.zeros((5, 4), int), False
+    seen, class_repeats = np.zeros((5, 4), int), False
     for t in range(150):
         rotated = []
         for slot in range(4):
@@ -229,10 +229,10 @@ def test_images_of_a_class_share_a_rotation_and_all_rotations_are_equally_likely
             rotated.append((y[hits[0][0]], hits[0][1]))
             seen[rotated[-1]] += 1
         assert len(set(rotated)) == 4
-        met |= len({c for c, _ in rotated}) < 4
+        class_repeats |= len({c for c, _ in rotated}) < 4
     assert stats.chisquare(seen.ravel()).pvalue > 1e-3
     # An episode has two rotations of a class only if rotations are classes.
-    assert met == (rotations == "classes")
+    assert class_repeats == (rotations == "classes")
 
 
 def test_rotated_classes_allow_more_ways_than_classes():
@@ -360,7 +360,7 @@ def test_episodes_of_a_key_do_not_change_between_versions(rotations):
         np.testing.assert_array_equal(task.query.x, np.concatenate(query))
 
 
-# --- groups, and examples by the same drawers --------------------------------------------------------
+# --- groups and domains ------------------------------------------------------------------------------
 
 # Groups of the classes 0 … 8; "u" has only two.
 GROUPS = {str(c): {0: "u", 4: "u", 1: "v", 3: "v", 8: "v"}.get(c, "w") for c in range(9)}
@@ -379,10 +379,8 @@ def drawn_classes(tasks, count):
 def test_classes_of_an_episode_belong_to_one_group():
     x, y = numbered([8] * 9)
     tasks = from_arrays(x, y, ways=3, shots=1, queries=2, groups=GROUPS)
-    assert (tasks.card.classes, tasks.card.protocol) == (
-        7,
-        "classes within one group",
-    )  # "u" has only two classes
+    # Group "u" has fewer classes than an episode.
+    assert (tasks.card.classes, tasks.card.protocol) == (7, "classes within one group")
     assert tasks.sample.args[1].x.shape == (56, 2)
     classes, _, _ = drawn_classes(tasks, 6000)
     which = np.vectorize(lambda c: GROUPS[str(c)])(classes)
@@ -444,13 +442,13 @@ def test_one_example_per_domain_gives_all_classes_the_same_domains(groups):
     )
     assert tasks.card.protocol.endswith("support and query from different domains")
     classes, support, query = drawn_classes(tasks, 6000)
-    places = np.concatenate([support, query], 2)
-    assert (places == places[:, :1]).all()
-    assert all(len(set(row)) == 4 for row in places[:, 0].tolist())
+    domains = np.concatenate([support, query], 2)
+    assert (domains == domains[:, :1]).all()
+    assert all(len(set(row)) == 4 for row in domains[:, 0].tolist())
     for example in range(4):
-        assert stats.chisquare(np.bincount(places[:, 0, example], minlength=6)).pvalue > 1e-3
+        assert stats.chisquare(np.bincount(domains[:, 0, example], minlength=6)).pvalue > 1e-3
     for pair in ([0, 1], [0, 2], [2, 3]):
-        pairs, counts = np.unique(places[:, 0, pair], axis=0, return_counts=True)
+        pairs, counts = np.unique(domains[:, 0, pair], axis=0, return_counts=True)
         assert len(pairs) == 30
         assert stats.chisquare(counts).pvalue > 1e-3
     if groups is None:
@@ -545,7 +543,7 @@ def test_split_and_hash_do_not_depend_on_the_class_order():
 
 
 @pytest.mark.parametrize("ways", [3, (2, 4)])
-def test_class_names_of_an_episode_by_slot(ways):
+def test_classes_of_returns_the_class_name_of_each_slot(ways):
     labels = np.repeat([20, 1, 3, 10, 2, 100], 3)
     x = labels.astype(np.float32)[:, None]
     tasks = from_arrays(x, labels, ways=ways, shots=1, queries=2)
@@ -561,14 +559,14 @@ def test_class_names_of_an_episode_by_slot(ways):
     assert bool(padded) == (ways != 3)
 
 
-def test_names_of_rotated_classes_and_tasks_without_class_names():
+def test_rotated_classes_are_named_by_class_and_angle_and_unnamed_ones_are_refused():
     x = np.arange(48, dtype=np.float32).reshape(12, 2, 2)
     tasks = from_arrays(x, np.repeat([*"abcdef"], 2), ways=4, shots=1, rotations="classes")
     names = classes_of(tasks, jax.random.key(1))
     images = np.asarray(tasks.sample(jax.random.key(1)).support.x)
     for image, name in zip(images, names, strict=True):
-        own = x["abcdef".index(name[0]) * 2 :][:2]
+        members = x["abcdef".index(name[0]) * 2 :][:2]
         turns = int(name.split()[-1][:-1]) // 90 if "turned" in name else 0
-        assert any(np.array_equal(image, np.rot90(stored, turns)) for stored in own)
+        assert any(np.array_equal(image, np.rot90(stored, turns)) for stored in members)
     with pytest.raises(ValueError, match="tasks: got tasks of 'sinusoid', whose classes have no names"):
         classes_of(jm.tasks.sinusoid(), jax.random.key(0))
