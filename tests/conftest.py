@@ -77,7 +77,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    support.own_learners[:] = config.getoption("--learner")
+    support.requested_learners[:] = config.getoption("--learner")
     default = "not nightly" in config.option.markexpr
     install_import_hook(CHECKED_BY_DEFAULT if default else CHECKED, "type_checker.typecheck")
 

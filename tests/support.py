@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 # Learners from `--learner` for test_learner_laws.py; conftest.py fills the list before tests are collected.
-own_learners: list[str] = []
+requested_learners: list[str] = []
 
 
 def read_json(path):

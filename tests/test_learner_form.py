@@ -4,9 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import minimal_learner
 import numpy as np
 import optax
-import own_learners as own
 import pytest
 from support import raises_argument_error
 
@@ -93,7 +93,7 @@ def test_invalid_metrics_are_refused_by_name(metrics, message):
 
 
 def test_other_objects_are_refused_as_learners():
-    tasks = own.lines()
+    tasks = minimal_learner.lines()
     with raises_argument_error(r"\(1, 2\)"):
         jm.evaluate((1, 2), {}, tasks, key=KEY)
     with raises_argument_error("learner"):
@@ -103,7 +103,7 @@ def test_other_objects_are_refused_as_learners():
 
 
 def test_normalized_learners_are_equal_and_library_learners_are_unchanged():
-    learner = own.slope()
+    learner = minimal_learner.slope()
     assert normalized(learner) == normalized(learner)
     assert hash(normalized(learner)) == hash(normalized(learner))
     assert normalized(normalized(learner)) == normalized(learner)
@@ -114,7 +114,7 @@ def test_normalized_learners_are_equal_and_library_learners_are_unchanged():
 
 @pytest.mark.parametrize("strategy", ["vmap", "scan"])
 def test_a_minimal_learner_trains_and_evaluates_as_by_hand(strategy):
-    learner, tasks = own.slope(), own.lines()
+    learner, tasks = minimal_learner.slope(), minimal_learner.lines()
     state = jm.train(
         learner,
         tasks,
@@ -128,18 +128,18 @@ def test_a_minimal_learner_trains_and_evaluates_as_by_hand(strategy):
     # In NumPy: the loss is the mean of (w − slope)², and its gradient 2 (w − mean slope).
     w = 0.0
     for step in range(3):
-        w -= 0.1 * 2 * np.mean([w - own.slope_of(tasks, KEY, step, i) for i in range(2)])
+        w -= 0.1 * 2 * np.mean([w - minimal_learner.slope_of(tasks, KEY, step, i) for i in range(2)])
     np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
     key = jax.random.key(5)
     result = jm.evaluate(learner, state.params, tasks, episodes=4, key=key)
-    slopes = np.array([own.slope_of(tasks, key, None, i) for i in range(4)])
-    np.testing.assert_allclose(result.mean, np.mean((slopes - w) ** 2 * own.SQUARE), rtol=1e-5)
+    slopes = np.array([minimal_learner.slope_of(tasks, key, None, i) for i in range(4)])
+    np.testing.assert_allclose(result.mean, np.mean((slopes - w) ** 2 * minimal_learner.SQUARE), rtol=1e-5)
     metrics = jm.evaluate_metrics(learner, state.params, tasks, episodes=4, key=key)
     np.testing.assert_allclose(metrics["slope_error"], np.mean(np.abs(slopes - w)), rtol=1e-5)
 
 
 def test_validation_and_alignment_take_a_minimal_learner():
-    learner, tasks = own.slope(), own.lines()
+    learner, tasks = minimal_learner.slope(), minimal_learner.lines()
     events = []
     jm.train(
         learner,
@@ -155,7 +155,7 @@ def test_validation_and_alignment_take_a_minimal_learner():
     )
     assert [event.metric for event in events if hasattr(event, "metric")] == ["mse"]
     result = jm.meta_gradient_alignment(
-        learner, own.slope(), {"w": jnp.zeros(())}, tasks, episodes=2, key=KEY
+        learner, minimal_learner.slope(), {"w": jnp.zeros(())}, tasks, episodes=2, key=KEY
     )
     assert result.cosine == pytest.approx(1.0)
 
@@ -167,7 +167,7 @@ def test_an_evaluation_of_a_user_defined_learner_is_compiled_once():
         traces.append(None)
         return params["w"] * x
 
-    learner, tasks = own.slope()._replace(predict=predict), own.lines()
+    learner, tasks = minimal_learner.slope()._replace(predict=predict), minimal_learner.lines()
     jm.evaluate(learner, {"w": jnp.asarray(1.0)}, tasks, episodes=2, key=KEY)
     count = len(traces)
     assert count
@@ -178,9 +178,9 @@ def test_an_evaluation_of_a_user_defined_learner_is_compiled_once():
 def test_a_decorated_factory_may_return_a_minimal_learner():
     @jm.learner(kinds=("regression",))
     def method(network, *, start: float = 0.5):
-        return own.slope()._replace(init=lambda key, task: {"w": jnp.asarray(start)})
+        return minimal_learner.slope()._replace(init=lambda key, task: {"w": jnp.asarray(start)})
 
-    learner, tasks = method(None, start=2.0), own.lines()
+    learner, tasks = method(None, start=2.0), minimal_learner.lines()
     task = tasks.sample(KEY)
     params = learner.init(KEY, task)
     value, metrics = learner.loss(params, task, KEY, step=3)

@@ -156,14 +156,14 @@ class Case(NamedTuple):
 
 CASES = [
     Case(name, row, kind)
-    for name in support.own_learners or names.LEARNERS
+    for name in support.requested_learners or names.LEARNERS
     for row in facts_of(factory_of(name)).rows
     for kind in facts_of(factory_of(name)).kinds
     # The networks for regression have no batch statistics, so all rows are the same.
     if kind == "classification" or row == "inductive"
 ]
 # One learner of each family, for properties that compile another program.
-REPRESENTATIVES = ("maml", "prototypical", "mann", *support.own_learners)
+REPRESENTATIVES = ("maml", "prototypical", "mann", *support.requested_learners)
 
 
 def transductive(case):

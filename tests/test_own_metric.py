@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import minimal_learner
 import numpy as np
 import optax
-import own_learners as own
 import pytest
 
 import jaxmeta as jm
@@ -115,7 +115,7 @@ def adapted_by_numpy(params, task):
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_two_outputs_for_one_target_train_with_a_user_defined_loss(name):
-    learner, tasks = learner_of(name), own.lines()
+    learner, tasks = learner_of(name), minimal_learner.lines()
     task = tasks.sample(KEY)
     params = learner.init(KEY, task)
     _, metrics = jax.jit(learner.loss)(params, task, KEY)
@@ -129,7 +129,7 @@ def test_two_outputs_for_one_target_train_with_a_user_defined_loss(name):
 
 
 def test_evaluation_uses_the_loss_the_learner_s_metric_or_another_metric():
-    tasks = own.lines()
+    tasks = minimal_learner.lines()
     params = learner_of("maml").init(KEY, tasks.sample(KEY))
     drawn = [tasks.sample(jax.random.split(jax.random.fold_in(KEY, i))[0]) for i in range(3)]
     outputs = [adapted_by_numpy(params["model"], task) for task in drawn]
@@ -156,12 +156,12 @@ def trained(learner, **settings):
     events = []
     state = jm.train(
         learner,
-        own.lines(),
+        minimal_learner.lines(),
         optax.sgd(0.3),
         steps=4,
         meta_batch=2,
         key=KEY,
-        validation=own.lines(),
+        validation=minimal_learner.lines(),
         validation_episodes=4,
         validate_every=1,
         report=events.append,
@@ -177,7 +177,7 @@ def test_validation_maximizes_or_minimizes_the_metric_as_set():
     def weight(outputs, y, mask):
         return outputs[0, 0]
 
-    learner = own.slope()._replace(metric=weight)
+    learner = minimal_learner.slope()._replace(metric=weight)
     for maximize in (True, False):
         state, events = trained(learner, maximize=maximize)
         assert {event.metric for event in events} == {"weight"}
@@ -193,7 +193,7 @@ def test_validation_maximizes_or_minimizes_the_metric_as_set():
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize(
     ("learner", "name"),
-    [(learner_of("maml"), "loss"), (own.slope()._replace(metric=jm.losses.mse), "mse")],
+    [(learner_of("maml"), "loss"), (minimal_learner.slope()._replace(metric=jm.losses.mse), "mse")],
     ids=["loss", "mse"],
 )
 def test_validation_minimizes_a_loss(learner, name):
@@ -207,7 +207,7 @@ def test_validation_minimizes_a_loss(learner, name):
 def test_regression_with_cross_entropy_is_refused(make):
     learner = make(jm.nn.MLP(out=1, hidden=(3,)))
     with pytest.raises(jm.ArgumentError, match=r"loss: got cross_entropy, .* pass loss=jm.losses.mse"):
-        learner.init(KEY, own.lines().sample(KEY))
+        learner.init(KEY, minimal_learner.lines().sample(KEY))
 
 
 def test_classification_with_squared_error_is_refused():
@@ -227,6 +227,6 @@ def unchecked_types():
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_metric_that_is_not_a_function_is_refused():
     with pytest.raises(jm.ArgumentError, match=r"metric: got 'f1' \(str\); it must be a function"):
-        jm.evaluate(learner_of("maml"), {}, own.lines(), key=KEY, metric="f1")
+        jm.evaluate(learner_of("maml"), {}, minimal_learner.lines(), key=KEY, metric="f1")
     with pytest.raises(jm.ArgumentError, match=r"metric: got 'f1' \(str\); it must be a function"):
         jm.maml(jm.nn.MLP(out=1), metric="f1")

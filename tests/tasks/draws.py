@@ -36,7 +36,7 @@ def numbered(sizes, seed=0):
     return x[order], x[order, 0].astype(int)
 
 
-def same(one, other):
+def assert_trees_equal(one, other):
     """Assert that two trees have the same structure and equal leaves."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     jax.tree.map(np.testing.assert_array_equal, one, other)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from draws import same, sampled
+from draws import assert_trees_equal, sampled
 from PIL import Image
 
 from jaxmeta.tasks.array_files import from_npz
@@ -63,7 +63,7 @@ def test_folders_give_the_episodes_of_arrays(tmp_path, domains, settings):
     for _ in range(2):  # the second time from the cache
         tasks = from_folder(folder, domains=domains, **SETTINGS | settings)
         other = expected(**settings)
-        same(sampled(tasks, 10), sampled(other, 10))
+        assert_trees_equal(sampled(tasks, 10), sampled(other, 10))
         assert tasks.card.protocol == other.card.protocol
     support, query = map(numbers, sampled(tasks, 10))
     if settings.get("across"):
@@ -146,7 +146,7 @@ def test_npz_files_may_have_domains(tmp_path):
     path = tmp_path / "images.npz"
     np.savez(path, x=x, y=y, domain=domain)
     settings = {"across": True, "split": "test", "test_domains": ("clip",)}
-    same(sampled(from_npz(path, **SETTINGS | settings), 10), sampled(expected(**settings), 10))
+    assert_trees_equal(sampled(from_npz(path, **SETTINGS | settings), 10), sampled(expected(**settings), 10))
     half = np.arange(len(rows)) % 2 == 0
     parts = {
         "x_train": x[half],

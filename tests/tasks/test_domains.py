@@ -7,7 +7,7 @@ from fractions import Fraction
 import jax
 import numpy as np
 import pytest
-from draws import draw, same, sampled
+from draws import assert_trees_equal, draw, sampled
 from scipy import stats
 from support import raises_argument_error
 
@@ -150,7 +150,7 @@ def test_domains_without_across_leave_episodes_unchanged():
     x, y, domains = examples([[2, 2, 2]] * 5)
     settings = {"ways": 3, "shots": 1, "queries": 2}
     plain, tasks = from_arrays(x, y, **settings), from_arrays(x, y, domains=domains, **settings)
-    same(sampled(plain, 20), sampled(tasks, 20))
+    assert_trees_equal(sampled(plain, 20), sampled(tasks, 20))
     assert plain.card == tasks.card
 
 

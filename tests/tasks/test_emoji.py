@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from configs import config_of
-from draws import same, sampled
+from draws import assert_trees_equal, sampled
 from support import raises_argument_error
 
 from jaxmeta.checks import MissingPackageError
@@ -139,7 +139,7 @@ def test_command_line_tasks_from_memory_and_from_disk_are_those_of_the_library(t
         np.testing.assert_allclose(task.query.x[0], one.query.x, atol=1e-6)
         np.testing.assert_allclose(task.support.x[0], one.support.x, atol=1e-6)
     else:
-        same(sampled(tasks, 5), sampled(other, 5))
+        assert_trees_equal(sampled(tasks, 5), sampled(other, 5))
 
 
 def test_zero_shot_tasks_of_the_command_line_need_word_vectors(tmp_path):
@@ -463,5 +463,7 @@ def test_real_packs_render_in_colour(real):
     assert tasks.card.classes > 300
     task = sampled(tasks, 20)
     assert (np.ptp(task.query.x, axis=-1).reshape(20 * 10, -1).max(1) > 0.2).mean() > 0.8
-    same(task, sampled(emoji("test", ways=5, shots=1, queries=2, data=real, size=16, across=True), 20))
+    assert_trees_equal(
+        task, sampled(emoji("test", ways=5, shots=1, queries=2, data=real, size=16, across=True), 20)
+    )
     assert 0.5 < task.query.x.max() <= 1

@@ -5,7 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from draws import draw, drawn, same, sampled
+from draws import assert_trees_equal, draw, drawn, sampled
 from scipy import stats
 
 import jaxmeta as jm
@@ -49,11 +49,13 @@ def test_shapes_and_types(length, steps):
 def test_the_key_determines_the_sequence_alone_and_in_a_batch():
     tasks = jm.tasks.sequences(few_shot(), strings=(3, 2), ways=3)
     first, again, other = (drawn(tasks, seed) for seed in (0, 0, 1))
-    same(first, again)
+    assert_trees_equal(first, again)
     assert not np.array_equal(first.support.x, other.support.x)
     batch = sampled(tasks, 3, seed=5)
     for i, key in enumerate(jax.random.split(jax.random.key(5), 3)):
-        same(jax.tree.map(lambda leaf, i=i: leaf[i], batch), jax.device_get(draw(tasks.sample, key)))
+        assert_trees_equal(
+            jax.tree.map(lambda leaf, i=i: leaf[i], batch), jax.device_get(draw(tasks.sample, key))
+        )
 
 
 @pytest.mark.nightly_rows(after=2)
@@ -160,8 +162,8 @@ def test_with_ways_equals_sequences_with_these_ways():
     tasks = jm.tasks.sequences(few_shot(), even=True)
     for ways in (2, 4):
         expected = drawn(jm.tasks.sequences(few_shot(), even=True, ways=ways))
-        same(drawn(jm.tasks.with_ways(tasks, ways)), expected)
-        same(drawn(jm.tasks.with_ways(jm.tasks.with_ways(tasks, 3), ways)), expected)
+        assert_trees_equal(drawn(jm.tasks.with_ways(tasks, ways)), expected)
+        assert_trees_equal(drawn(jm.tasks.with_ways(jm.tasks.with_ways(tasks, 3), ways)), expected)
     assert drawn(tasks).support.mask is None  # the original tasks are unchanged
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from draws import draw, same
+from draws import assert_trees_equal, draw
 
 import jaxmeta as jm
 from jaxmeta.core import episode_keys
@@ -58,14 +58,14 @@ def test_stream_and_memory_give_the_same_episodes_for_the_same_keys(images, chan
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **{**SHAPE, **changes})
     assert stream.card == memory.card
     for step in (0, 1, 70_000):
-        same(stream.at(step), from_memory(memory.sample, step))
+        assert_trees_equal(stream.at(step), from_memory(memory.sample, step))
     assert not np.array_equal(stream.at(0).query.x, stream.at(1).query.x)
 
 
 def test_batches_start_from_any_step(images):
     stream = jm.tasks.stream(images, key=jax.random.PRNGKey(3), meta_batch=4, **SHAPE)
     for step, tasks in zip(range(5, 9), stream.batches(5), strict=False):
-        same(tasks, stream.at(step))
+        assert_trees_equal(tasks, stream.at(step))
 
 
 @pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.nightly)])
@@ -74,7 +74,7 @@ def read_by_workers(request, images):
     others = set(multiprocessing.active_children())
     stream = jm.tasks.stream(images, key=KEY, meta_batch=4, workers=request.param, ahead=1, **SHAPE)
     batches = stream.batches(3)
-    same(next(batches), stream.at(3))
+    assert_trees_equal(next(batches), stream.at(3))
     yield stream, batches, lambda: set(multiprocessing.active_children()) - others
     batches.close()
 
@@ -82,7 +82,7 @@ def read_by_workers(request, images):
 def test_worker_processes_read_the_same_episodes_and_end_with_the_iterator(read_by_workers):
     stream, batches, processes = read_by_workers
     for step in range(4, 8):
-        same(next(batches), stream.at(step))
+        assert_trees_equal(next(batches), stream.at(step))
     assert processes()
     batches.close()
     deadline = time.monotonic() + 30
@@ -96,7 +96,7 @@ def test_the_shares_of_processes_make_up_the_whole_batch(images, for_evaluation)
     settings = {"key": KEY, "meta_batch": 4, "for_evaluation": for_evaluation, **SHAPE}
     whole = jm.tasks.stream(images, **settings)
     shares = [jm.tasks.stream(images, process=(i, 4), **settings).at(2) for i in range(4)]
-    same(jax.tree.map(lambda *parts: np.concatenate(parts), *shares), whole.at(2))
+    assert_trees_equal(jax.tree.map(lambda *parts: np.concatenate(parts), *shares), whole.at(2))
 
 
 # The learner that compiles fastest.
@@ -141,7 +141,7 @@ def test_interrupted_training_from_a_stream_resumes_bit_for_bit(images, from_str
     stopped = iter([False, True])
     with pytest.raises(jm.training.Stopped, match="stopped after meta-step 3"):
         trained(stream, should_stop=lambda: next(stopped), **run)
-    same(trained(stream, resume=True, **run).params, from_stream[0].params)
+    assert_trees_equal(trained(stream, resume=True, **run).params, from_stream[0].params)
 
 
 @pytest.mark.nightly
