@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 X = np.asarray(3 * jax.random.normal(KEY, (12, 5)) + 1)
 
 
-def close(a, b, rtol=1e-5):
+def assert_close(a, b, rtol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), a, b)
 
 
@@ -119,9 +119,9 @@ def test_frozen_block_normalises_by_its_running_statistics_without_dropout(netwo
     outputs, state = jax.jit(lambda v, x: model.train(v, x, KEY, frozen=frozen))(variables, X)
     hidden, _ = by_hand(params["block0"], X, **before["block0"]["norm"])
     expected, batch = by_hand(params["block1"], hidden, None, None)
-    close(outputs, expected)
+    assert_close(outputs, expected)
     assert same_bits(state["batch_stats"]["block0"], before["block0"])
-    close(
+    assert_close(
         state["batch_stats"]["block1"]["norm"],
         jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before["block1"]["norm"], batch),
     )
@@ -139,10 +139,10 @@ def test_inference_and_wholly_frozen_training_use_the_running_statistics(network
     stats = jax.tree.map(np.asarray, variables["batch_stats"])
     hidden, _ = by_hand(variables["params"]["block0"], X, **stats["block0"]["norm"])
     expected, _ = by_hand(variables["params"]["block1"], hidden, **stats["block1"]["norm"])
-    close(model.apply(variables, X), expected)
+    assert_close(model.apply(variables, X), expected)
     frozen = jax.tree.map(lambda _: True, variables["params"])
     outputs, state = model.train(variables, X, KEY, frozen=frozen)
-    close(outputs, expected)
+    assert_close(outputs, expected)
     assert same_bits(state, {"batch_stats": variables["batch_stats"]})
 
 
@@ -161,9 +161,9 @@ def test_training_steps_match_those_of_flax():
             rngs = {"dropout": key, "params": key}
             known, updated = reference.apply(theirs, x, train=True, rngs=rngs, mutable=["batch_stats"])
             outputs, state = model.train(variables, x, key)
-            close(outputs, known, 1e-6)
+            assert_close(outputs, known, 1e-6)
             variables, theirs = {**variables, **state}, {**theirs, **updated}
-        close(variables, theirs, 1e-6)
+        assert_close(variables, theirs, 1e-6)
     assert (np.asarray(known) == 0).mean() > 0.3
 
 
@@ -173,11 +173,11 @@ def test_running_average_of_our_normalisation_matches_that_of_flax(momentum):
     theirs = linen.BatchNorm(use_running_average=False, momentum=momentum)
     model = as_stateful(jm.nn.BatchNorm(), momentum=momentum)
     variables, known = model.init(KEY, x[0]), theirs.init(KEY, x[0])
-    close(variables["batch_stats"], known["batch_stats"], 0)
+    assert_close(variables["batch_stats"], known["batch_stats"], 0)
     for batch in x:
         variables |= model.train(variables, batch, KEY)[1]
         known |= theirs.apply(known, batch, mutable=["batch_stats"])[1]
-    close(variables["batch_stats"], known["batch_stats"])
+    assert_close(variables["batch_stats"], known["batch_stats"])
 
 
 @pytest.mark.nightly
@@ -187,10 +187,10 @@ def test_conv4_normalises_by_its_batch_in_training_and_by_running_statistics_in_
     variables = jax.jit(model.init)(KEY, x)
     outputs, state = jax.jit(model.train)(variables, x, KEY)
     known, stats = jax.jit(values.apply_norm)(variables["params"], x)
-    close(outputs, known, 1e-6)
-    close(state["batch_stats"], stats, 1e-6)
+    assert_close(outputs, known, 1e-6)
+    assert_close(state["batch_stats"], stats, 1e-6)
     # With momentum 0 the running statistics are those of the batch.
-    close(jax.jit(model.apply)({**variables, **state}, x), known)
+    assert_close(jax.jit(model.apply)({**variables, **state}, x), known)
 
 
 class Counting(linen.Module):
@@ -237,10 +237,10 @@ def test_scanned_layers_have_the_statistics_of_separate_layers():
     }
     outputs, state = jax.jit(scanned.train)(variables, X, KEY)
     known, parts = jax.jit(single.train)(apart, X, KEY)
-    close(outputs, known)
+    assert_close(outputs, known)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts["batch_stats"].values())
-    close(state["batch_stats"]["layers"], stacked)
-    close(jax.jit(scanned.apply)(variables, X), jax.jit(single.apply)(apart, X))
+    assert_close(state["batch_stats"]["layers"], stacked)
+    assert_close(jax.jit(scanned.apply)(variables, X), jax.jit(single.apply)(apart, X))
 
 
 # --- Networks of other kinds ----------------------------------------------------------------------
@@ -265,12 +265,12 @@ def test_running_statistics_of_nnx_networks_match_those_of_nnx():
     module.train()
     for step in range(2):
         outputs, state = model.train(variables, X + step, KEY)
-        close(outputs, module(X + step))
+        assert_close(outputs, module(X + step))
         variables |= state
     module.eval()
-    close(model.apply(variables, X), module(X))
+    assert_close(model.apply(variables, X), module(X))
     norm = module.norms[1]
-    close(variables["batch_stats"]["norms"]["1"], {"mean": norm.mean[...], "var": norm.var[...]})
+    assert_close(variables["batch_stats"]["norms"]["1"], {"mean": norm.mean[...], "var": norm.var[...]})
     # Frozen lower layers normalise by their running statistics, which do not change.
     frozen = {
         name: {"0": jax.tree.map(lambda _: True, variables["params"][name]["0"])}
@@ -281,9 +281,9 @@ def test_running_statistics_of_nnx_networks_match_those_of_nnx():
     outputs, state = model.train(variables, X, KEY, frozen=frozen)
     assert same_bits(state["batch_stats"]["norms"]["0"], variables["batch_stats"]["norms"]["0"])
     middle = np.asarray(module.layers[1](module.norms[0](module.layers[0](X))))
-    close(outputs, (middle - middle.mean(0)) / np.sqrt(middle.var(0) + 1e-5))
+    assert_close(outputs, (middle - middle.mean(0)) / np.sqrt(middle.var(0) + 1e-5))
     new, old = (tree["norms"]["1"]["mean"] for tree in (state["batch_stats"], variables["batch_stats"]))
-    close(new, 0.8 * old + 0.2 * middle.mean(0))
+    assert_close(new, 0.8 * old + 0.2 * middle.mean(0))
 
 
 def test_nnx_dropout_is_on_in_training_only_unless_all_is_frozen():
@@ -323,8 +323,8 @@ def test_networks_without_state_have_parameters_only():
         ):
             outputs, state = model.train(variables, X, KEY, frozen=frozen)
             assert state == {}
-            close(outputs, expected)
-        close(model.apply(variables, X), expected)
+            assert_close(outputs, expected)
+        assert_close(model.apply(variables, X), expected)
 
 
 # --- Chains and layers ----------------------------------------------------------------------------
@@ -343,16 +343,16 @@ def test_chain_applies_its_parts_in_sequence():
     middle = plain_apply(adapter["params"], X)
     features, updated = parts["body"].apply(body, middle, train=True, mutable=["batch_stats"])
     outputs, state = model.train(variables, X, KEY)
-    close(outputs, parts["head"].apply(head, features))
-    close(state, {"batch_stats": {"body": updated["batch_stats"]}})
-    close(model.features.train(variables, X, KEY), (features, state))
+    assert_close(outputs, parts["head"].apply(head, features))
+    assert_close(state, {"batch_stats": {"body": updated["batch_stats"]}})
+    assert_close(model.features.train(variables, X, KEY), (features, state))
     inferred = parts["body"].apply(body, middle)
-    close(model.features.apply(variables, X), inferred)
-    close(model.apply(variables, X), parts["head"].apply(head, inferred))
+    assert_close(model.features.apply(variables, X), inferred)
+    assert_close(model.apply(variables, X), parts["head"].apply(head, inferred))
     frozen = jax.tree.map(lambda _: False, variables["params"])
     frozen["body"] = jax.tree.map(lambda _: True, frozen["body"])
     outputs, state = model.train(variables, X, KEY, frozen=frozen)
-    close(outputs, parts["head"].apply(head, inferred))
+    assert_close(outputs, parts["head"].apply(head, inferred))
     assert same_bits(state["batch_stats"], variables["batch_stats"])
 
 
@@ -420,8 +420,8 @@ def test_layers_without_given_statistics_normalise_by_their_batch(index):
         which = given_stats if i == index else {"mean": None, "var": None}
         hidden, used = by_hand(params[f"block{i}"], hidden, **which)
         expected[f"block{i}"] = {"norm": used}
-    close(outputs, hidden)
-    close(stats, expected)
+    assert_close(outputs, hidden)
+    assert_close(stats, expected)
 
     params, width = nnx_model.init(KEY, X), (6, 4)[index]
     given_stats = {name: leaf[:width] for name, leaf in given_stats.items()}
@@ -432,8 +432,8 @@ def test_layers_without_given_statistics_normalise_by_their_batch(index):
         hidden = hidden @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
         used = given_stats if i == str(index) else {"mean": hidden.mean(0), "var": hidden.var(0)}
         hidden, expected[i] = (hidden - used["mean"]) / np.sqrt(used["var"] + 1e-5), used
-    close(outputs, hidden)
-    close(stats, {"norms": expected})
+    assert_close(outputs, hidden)
+    assert_close(stats, {"norms": expected})
 
 
 def test_networks_without_mask_take_padding_only_if_all_statistics_are_given():
@@ -443,7 +443,7 @@ def test_networks_without_mask_take_padding_only_if_all_statistics_are_given():
         params = model.init(KEY, X)
         _, stats = model.apply_norm(params, X)
         outputs, _ = model.apply_norm(params, X, stats=stats, mask=mask)
-        close(outputs, model.apply(params, X), 1e-4)
+        assert_close(outputs, model.apply(params, X), 1e-4)
         first, *_ = stats
         first_layer = {first: stats[first]} if first == "block0" else {first: {"0": stats[first]["0"]}}
         for partial in (None, first_layer):
@@ -500,4 +500,4 @@ def test_training_by_kept_statistics_without_dropout_equals_inference():
     model = as_stateful(ByTrain("keywords", rates=(0.0, 0.0)))
     variables = perturbed_variables(model)
     outputs, _ = model.train(variables, X, KEY, keep_statistics=True)
-    close(outputs, model.apply(variables, X))
+    assert_close(outputs, model.apply(variables, X))
