@@ -46,7 +46,7 @@ def photos(tmp_path):
 
 
 def decoded_by_pil(photos, mode, size):
-    paths = sorted(path for path in photos.glob("*/*"))
+    paths = sorted(photos.glob("*/*"))
     images = [
         np.asarray(Image.open(path).convert(mode).resize((size, size), Image.Resampling.LANCZOS)).reshape(
             size, size, -1
@@ -183,17 +183,17 @@ def test_a_changed_folder_or_setting_is_prepared_again(photos, change):
 
 
 def test_two_threads_can_prepare_one_folder_concurrently(photos, cache, monkeypatch):
-    both = threading.Barrier(2, timeout=60)
-    waiting = threading.local()
+    barrier = threading.Barrier(2, timeout=60)
+    thread = threading.local()
     decode = module.decode
 
-    def in_step(*arguments, **settings):
-        if not hasattr(waiting, "done"):
-            both.wait()
-            waiting.done = True
+    def decode_together(*arguments, **settings):
+        if not hasattr(thread, "started"):
+            barrier.wait()
+            thread.started = True
         return decode(*arguments, **settings)
 
-    monkeypatch.setattr(module, "decode", in_step)
+    monkeypatch.setattr(module, "decode", decode_together)
     results = []
     threads = [threading.Thread(target=lambda: results.append(prepare_folder(photos))) for _ in range(2)]
     for thread in threads:
@@ -298,7 +298,7 @@ def test_a_far_smaller_image_does_not_shrink_the_others_and_is_reported(photos, 
     assert prepare_folder(photos, size=5).shape == (5, 5, 3)
 
 
-def test_the_default_side():
+def test_the_default_side_is_the_smallest_of_at_least_half_the_median():
     assert default_side([28] * 9) == 28
     assert default_side([84, 500, 90, 1200]) == 84
     assert default_side([84, 42, 500]) == 42
@@ -367,8 +367,8 @@ def test_unreadable_images_raise_an_error_or_are_skipped(photos):
         prepare_folder(photos)
     (photos / "ant" / "1.png").unlink()
     for name in CLASSES:  # complete headers, half the pixels
-        damage_at = photos / name / "2.JPG"
-        damage_at.write_bytes(damage_at.read_bytes()[:-60])
+        path = photos / name / "2.JPG"
+        path.write_bytes(path.read_bytes()[:-60])
     with pytest.raises(ValueError, match=r"6 of 17 .*ant/2\.JPG: .*truncated.*elk/2\.JPG.*; …; repair"):
         prepare_folder(photos)
     with pytest.warns(UserWarning, match=r"folder:photos: 6 of 17 images are left out: ant/2\.JPG.*; …$"):

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from draws import png
 from PIL import Image, features
 
 from jaxmeta.tasks.archives import SIDE, shrink
@@ -22,14 +23,10 @@ def encoded(image, form, **settings):
     return file.getvalue()
 
 
-def png(pixels, **settings):
-    return encoded(Image.fromarray(pixels), "PNG", **settings)
-
-
 # --- which files ----------------------------------------------------------------------------------------
 
 
-def test_image_files_of_a_folder(tmp_path):
+def test_image_files_are_those_with_the_suffix_of_an_image(tmp_path):
     for name in ("b.PNG", "a.jpeg", "C.TiF", ".hidden.png", "notes.txt", "png", "labels.csv", ".png"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
@@ -37,7 +34,7 @@ def test_image_files_of_a_folder(tmp_path):
     assert [path.name for path in image_files(tmp_path)] == ["C.TiF", "a.jpeg", "b.PNG", "lost.png"]
 
 
-def test_class_files_of_a_folder(tmp_path):
+def test_class_files_are_the_images_in_each_subfolder(tmp_path):
     for name in (
         "owl/2.png",
         "owl/10.png",
@@ -115,7 +112,7 @@ def test_a_document_with_the_suffix_of_an_image_is_not_opened(monkeypatch):
         decode(page, "a.png", channels=3, size=None)
 
 
-def test_a_pgm_of_sixteen_bits():
+def test_a_pgm_of_sixteen_bits_is_rounded_to_eight():
     deep = RNG.integers(0, 65536, (3, 5), np.uint16)
     data = b"P5 5 3 65535\n" + deep.astype(">u2").tobytes()
     expected = np.rint(deep / 65535 * 255)[..., None]
@@ -146,7 +143,7 @@ def test_a_pgm_of_sixteen_bits():
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
 )
-def test_colour_by_the_header(image, form, colour, tmp_path):
+def test_colour_images_are_identified_by_their_header(image, form, colour, tmp_path):
     data = encoded(image, form)
     assert in_colour(data) is colour
     (tmp_path / "file").write_bytes(data)
@@ -222,11 +219,11 @@ def test_sixteen_bits_are_rounded_to_eight():
 
 def test_cmyk_and_palettes_are_converted_to_rgb():
     cmyk = Image.fromarray(RNG.integers(0, 256, (8, 8, 4), np.uint8), "CMYK")
-    by_hand = np.asarray(cmyk.convert("RGB"))
-    np.testing.assert_array_equal(decode(encoded(cmyk, "TIFF"), "x", channels=3, size=None), by_hand)
+    expected = np.asarray(cmyk.convert("RGB"))
+    np.testing.assert_array_equal(decode(encoded(cmyk, "TIFF"), "x", channels=3, size=None), expected)
     palette = Image.fromarray(COLOURS).quantize(32)
-    by_hand = np.asarray(palette.convert("RGB"))
-    np.testing.assert_array_equal(decode(encoded(palette, "GIF"), "x", channels=3, size=None), by_hand)
+    expected = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(decode(encoded(palette, "GIF"), "x", channels=3, size=None), expected)
 
 
 def test_an_animation_gives_its_first_frame():
@@ -249,8 +246,8 @@ def test_an_image_that_is_not_square_is_resized_to_a_square():
     across, down = np.meshgrid(np.linspace(0, 6, 90), np.linspace(0, 5, 40))
     smooth = np.dstack([127 + 100 * np.sin(across), 127 + 100 * np.cos(down), 20 * across + 20 * down])
     image = Image.fromarray(smooth.astype(np.uint8))
-    by_hand = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
-    assert np.abs(decode(encoded(image, "PNG"), "x", channels=3, size=16) - by_hand).max() <= 1
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(decode(encoded(image, "PNG"), "x", channels=3, size=16) - expected).max() <= 1
 
 
 # --- unreadable files --------------------------------------------------------------------------------
@@ -285,6 +282,6 @@ def test_unreadable_files_raise_errors_that_name_them(data, reason, tmp_path):
         assert "0x" not in str(error.value)
 
 
-def test_a_missing_path(tmp_path):
+def test_a_missing_file_is_unreadable(tmp_path):
     with pytest.raises(UnreadableImage, match=r"^owl\.png: .*\(No such file or directory\)$"):
         in_colour(tmp_path / "owl.png")

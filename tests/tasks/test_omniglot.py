@@ -211,9 +211,9 @@ def truncated(path, files):
 
 def flipped(path, files):
     with zipfile.ZipFile(path) as archive:
-        at = archive.getinfo(MEMBER).header_offset + 200
+        offset = archive.getinfo(MEMBER).header_offset + 200
     raw = bytearray(path.read_bytes())
-    raw[at] ^= 0xFF
+    raw[offset] ^= 0xFF
     path.write_bytes(bytes(raw))
 
 
@@ -339,7 +339,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(small_arch
     assert cached_files() == []
 
 
-def test_a_cache_folder_that_cannot_be_created(small_archives, monkeypatch):
+def test_the_error_for_a_cache_folder_that_cannot_be_created_names_the_variable(small_archives, monkeypatch):
     data, edition = small_archives
     (data / "file").touch()
     monkeypatch.setenv("JAXMETA_CACHE", str(data / "file" / "cache"))
@@ -506,9 +506,9 @@ def labelled_images(*args):
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize(("split", "turned"), [("train", True), ("test", False)])
+@pytest.mark.parametrize(("split", "rotated"), [("train", True), ("test", False)])
 def test_episodes_within_an_alphabet_have_different_drawers_for_support_and_queries(
-    split, turned, monkeypatch
+    split, rotated, monkeypatch
 ):
     monkeypatch.setattr(MODULE, "prepare", labelled_images)
     settings = {"ways": 20, "shots": 1, "queries": 2, "protocol": "lake-validation", "size": 4}
@@ -531,7 +531,7 @@ def test_episodes_within_an_alphabet_have_different_drawers_for_support_and_quer
         seen.add(next(iter(names)).split("/")[0])
         turns_seen.add(turns)
     assert len(seen) > 3
-    assert len(turns_seen) == (4 if turned else 1)
+    assert len(turns_seen) == (4 if rotated else 1)
 
 
 # --- the real data ---------------------------------------------------------------------------------------
@@ -592,7 +592,7 @@ def test_real_episodes_within_an_alphabet_have_different_drawers(split, real):
         split, ways=20, shots=1, queries=2, protocol="lake-validation", data=DATA, within_alphabet=True
     )
     parts = omniglot_split("lake-validation").part(split)
-    place = {image.tobytes(): (name, drawer) for name, row in zip(EDITION.names, real, strict=True)
+    known = {image.tobytes(): (name, drawer) for name, row in zip(EDITION.names, real, strict=True)
              for drawer, image in enumerate(row)}  # fmt: skip
     support, query = sampled(tasks, 20)
     seen = set()
@@ -600,18 +600,18 @@ def test_real_episodes_within_an_alphabet_have_different_drawers(split, real):
         images = np.concatenate([support.x[t].reshape(20, 1, 28, 28), query.x[t].reshape(20, 2, 28, 28)], 1)
         images = np.rint(255 * images).astype(np.uint8)
         # All images of an episode have the same rotation.
-        turned = (np.rot90(images, -turns, axes=(2, 3)) for turns in range(4 if split == "train" else 1))
-        places = [
-            [[place.get(np.ascontiguousarray(image).tobytes()) for image in row] for row in candidate]
-            for candidate in turned
-        ]
-        places = next(rows for rows in places if all(hit for row in rows for hit in row))
-        names = [row[0][0] for row in places]
+        rotated = (np.rot90(images, -turns, axes=(2, 3)) for turns in range(4 if split == "train" else 1))
+        candidates = (
+            [[known.get(np.ascontiguousarray(image).tobytes()) for image in row] for row in upright]
+            for upright in rotated
+        )
+        drawings = next(rows for rows in candidates if all(hit for row in rows for hit in row))
+        names = [row[0][0] for row in drawings]
         assert len(set(names)) == 20
         assert set(names) <= set(parts)
-        assert all(name == row[0][0] for row in places for name, _ in row)
+        assert all(name == row[0][0] for row in drawings for name, _ in row)
         assert len({name.split("/")[0] for name in names}) == 1
-        drawers = {tuple(drawer for _, drawer in row) for row in places}
+        drawers = {tuple(drawer for _, drawer in row) for row in drawings}
         assert len(drawers) == 1  # the same for every character
         assert len(set(*drawers)) == 3  # different for support and queries
         seen.add(names[0].split("/")[0])

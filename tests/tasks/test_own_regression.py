@@ -11,7 +11,7 @@ from jaxmeta.tasks.splits import ClassSplit
 SIZES = (4, 9, 5, 6, 7)
 TASK = np.repeat([f"t{i}" for i in range(5)], SIZES)
 # An example is (task, index within the task).
-X = np.array([[task, place] for task, size in enumerate(SIZES) for place in range(size)], np.float64)
+X = np.array([[task, index] for task, size in enumerate(SIZES) for index in range(size)], np.float64)
 Y = 100 * X[:, :1] + X[:, 1:]
 ORDER = np.random.default_rng(1).permutation(len(X))
 
@@ -28,7 +28,7 @@ def test_support_and_query_are_distinct_examples_of_one_task():
     x = np.concatenate([support.x, query.x], axis=1)
     y = np.concatenate([support.y, query.y], axis=1)
     assert (x[:, :, 0] == x[:, :1, 0]).all()
-    assert all(len(set(places)) == 4 for places in x[:, :, 1].tolist())
+    assert all(len(set(indices)) == 4 for indices in x[:, :, 1].tolist())
     np.testing.assert_array_equal(y[..., 0], 100 * x[..., 0] + x[..., 1])
     # All examples of all tasks occur, and tasks are uniform: 60 ± 5 standard deviations.
     assert {(a, b) for a, b in x.reshape(-1, 2).tolist()} == {(a, b) for a, b in X.tolist()}
@@ -90,12 +90,16 @@ def test_tasks_with_too_few_examples_raise_an_error_or_are_skipped():
         ((X, X, Y), r"task: got shape \(31, 2\) and type float64"),
         ((TASK, X.astype(str), Y), "x: got <U"),
         ((TASK, np.where(X == 4, np.nan, X), Y), "x: got NaN or infinity"),
-        (([], [], []), "task: got shape|task: got no examples"),
+        (([], [], []), r"task: got shape \(0,\) and type float64"),
+        ((TASK[:0], X[:0], Y[:0]), "task: got no examples"),
     ],
 )
 def test_inconsistent_examples_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         jm.tasks.from_regression(*arguments, shots=1, queries=1)
+
+
+def test_invalid_settings_of_regression_tasks_are_refused():
     with pytest.raises(ValueError, match="task_split: got half; it must be three fractions"):
         jm.tasks.from_regression(TASK, X, Y, task_split="half")
     with pytest.raises(ValueError, match="shots: got 0"):
@@ -119,7 +123,7 @@ def csv(path, text):
 
 def test_a_table_gives_the_same_tasks_as_arrays(tmp_path):
     lines = [
-        f"{task},{x},{place},{y}" for task, (x, place), (y,) in zip(TASK, X.tolist(), Y.tolist(), strict=True)
+        f"{task},{x1},{x2},{y}" for task, (x1, x2), (y,) in zip(TASK, X.tolist(), Y.tolist(), strict=True)
     ]
     path = csv(tmp_path / "own.csv", "\n".join(["task,x1,x_2,y", *lines]))
     npz = tmp_path / "own.npz"

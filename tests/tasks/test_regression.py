@@ -118,7 +118,7 @@ def test_sinusoids_have_the_given_ranges_and_noise():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [2, 12])
 def test_harmonic_tasks_are_two_sines_at_frequency_ratio_two(count):
     tasks = sampled(harmonic(shots=20, queries=60), count)
     x = np.concatenate([tasks.support.x, tasks.query.x], 1)[..., 0].astype(np.float64)
@@ -148,7 +148,7 @@ def test_moments_of_harmonic_tasks():
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "name"),
     [
         ({"split": "dev"}, "split"),
         ({"shots": 0}, "shots"),
@@ -157,8 +157,8 @@ def test_moments_of_harmonic_tasks():
         ({"noise": float("nan")}, "noise"),
     ],
 )
-def test_invalid_arguments_are_refused(source, settings, message):
-    with pytest.raises(ValueError, match=f"{message}: got"):
+def test_invalid_arguments_are_refused(source, settings, name):
+    with pytest.raises(ValueError, match=f"{name}: got"):
         source(**settings)
 
 

@@ -26,7 +26,7 @@ def test_duplicates_and_bare_strings_are_refused():
         ClassSplit(train="cat")
 
 
-def test_parts_by_name():
+def test_a_part_is_found_by_its_name_or_refused():
     split = ClassSplit(train=("a",), test=("b",))
     assert split.part("test") == ("b",)
     with pytest.raises(ValueError, match="split: got 'val'; it must be one of 'train', 'validation', 'test'"):
@@ -135,7 +135,7 @@ def test_a_split_can_be_a_mapping_of_labels():
         ({"train": ["z"]}, r"1 of 1 classes of split='train' have no examples: 'z'"),
     ],
 )
-def test_invalid_class_splits_are_refused_by_the_name_of_the_argument(classes, message):
+def test_errors_for_invalid_class_splits_name_the_argument(classes, message):
     # The complete run checks types before the library does.
     with pytest.raises((ArgumentError, TypeCheckError)) as raised:
         from_arrays(np.zeros((4, 2), np.float32), list("abab"), ways=1, shots=1, classes=classes)

@@ -154,47 +154,49 @@ def test_evaluation_from_a_stream_equals_evaluation_from_memory(images):
     # 11 is not a multiple of 4: only part of the last batch counts.
     expected = jm.evaluate_episodes(method, params, memory, episodes=11, key=KEY)
     np.testing.assert_allclose(jm.evaluate_episodes(method, params, stream, episodes=11, key=KEY), expected)
-    filled = [jm.calibrate(method, params, tasks, KEY, episodes=8) for tasks in (memory, stream)]
-    close(*filled)
-    assert jax.tree.structure(filled[1]) != jax.tree.structure(params)
+    calibrated = [jm.calibrate(method, params, tasks, KEY, episodes=8) for tasks in (memory, stream)]
+    close(*calibrated)
+    assert jax.tree.structure(calibrated[1]) != jax.tree.structure(params)
 
 
 def test_a_stream_of_a_custom_loader_trains_and_its_batches_are_checked(images):
-    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     calls = []
 
     def at(step):
         calls.append(step)
-        return own.at(step)
+        return stream.at(step)
 
-    state = jm.train(LEARNER, jm.TaskStream(at, own.card), optax.adam(1e-2), steps=3, meta_batch=4, key=KEY)
+    custom = jm.TaskStream(at, stream.card)
+    state = jm.train(LEARNER, custom, optax.adam(1e-2), steps=3, meta_batch=4, key=KEY)
     assert calls[-3:] == [0, 1, 2]
     assert int(state.step) == 3
     with pytest.raises(ValueError, match=r"gives 4 tasks a step; .* meta_batch = 2 tasks"):
-        jm.train(LEARNER, own, optax.adam(1e-2), steps=1, meta_batch=2, key=KEY)
+        jm.train(LEARNER, stream, optax.adam(1e-2), steps=1, meta_batch=2, key=KEY)
+    invalid = stream._replace(at=lambda step: ())
     with pytest.raises(ValueError, match="gives tuple a step"):
-        jm.train(LEARNER, own._replace(at=lambda step: ()), optax.adam(1e-2), steps=1, meta_batch=4, key=KEY)
+        jm.train(LEARNER, invalid, optax.adam(1e-2), steps=1, meta_batch=4, key=KEY)
 
 
 def test_a_stream_with_another_key_or_purpose_is_refused(images):
-    method, sgd = LEARNER, optax.sgd(0.1)
-    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    sgd = optax.sgd(0.1)
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
     other = jm.tasks.stream(images, key=jax.random.key(4), meta_batch=4, **SHAPE)
     fixed = jm.tasks.stream(images, key=KEY, meta_batch=4, for_evaluation=True, **SHAPE)
     for tasks in (other, fixed):
         with pytest.raises(ValueError, match=r"tasks: got a stream .* and for_evaluation=False"):
-            jm.train(method, tasks, sgd, steps=1, meta_batch=4, key=KEY)
+            jm.train(LEARNER, tasks, sgd, steps=1, meta_batch=4, key=KEY)
     with pytest.raises(ValueError, match="validation: got a stream"):
-        jm.train(method, own, sgd, steps=1, meta_batch=4, key=KEY, validation=fixed)
-    params = jax.jit(method.init)(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
+        jm.train(LEARNER, stream, sgd, steps=1, meta_batch=4, key=KEY, validation=fixed)
+    params = jax.jit(LEARNER.init)(KEY, jax.tree.map(lambda leaf: leaf[0], stream.at(0)))
     with pytest.raises(ValueError, match=r"tasks: got a stream .* and for_evaluation=True"):
-        jm.evaluate(method, params, own, episodes=4, key=KEY)
+        jm.evaluate(LEARNER, params, stream, episodes=4, key=KEY)
 
 
 def test_a_stream_that_ends_too_early_is_an_error(images):
-    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
-    ending = jm.TaskStream(own.at, own.card, lambda start: map(own.at, range(start, 2)))
-    params = jax.jit(LEARNER.init)(KEY, jax.tree.map(lambda leaf: leaf[0], own.at(0)))
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    ending = jm.TaskStream(stream.at, stream.card, lambda start: map(stream.at, range(start, 2)))
+    params = jax.jit(LEARNER.init)(KEY, jax.tree.map(lambda leaf: leaf[0], stream.at(0)))
     with pytest.raises(ValueError, match="ended after 8 of 9 episodes"):
         jm.evaluate(LEARNER, params, ending, episodes=9, key=KEY)
     with pytest.raises(ValueError, match="ended before meta-step 3"):
@@ -202,13 +204,13 @@ def test_a_stream_that_ends_too_early_is_an_error(images):
 
 
 def test_divergence_within_a_stream_names_the_step(images):
-    own = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
+    stream = jm.tasks.stream(images, key=KEY, meta_batch=4, **SHAPE)
 
     def at(step):
-        support, query = own.at(step)
+        support, query = stream.at(step)
         return jm.Task(support, dataclasses.replace(query, x=query.x * (1 if step < 4 else jnp.nan)))
 
-    diverging = jm.TaskStream(at, own.card)
+    diverging = jm.TaskStream(at, stream.card)
     with pytest.raises(jm.training.NonFiniteLoss, match="meta-step 5"):
         jm.train(LEARNER, diverging, optax.adam(1e-2), steps=8, meta_batch=4, key=KEY, log_every=4)
 

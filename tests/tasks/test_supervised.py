@@ -31,8 +31,8 @@ def test_classes_and_their_examples_are_uniform_under_fixed_labels():
         np.testing.assert_array_equal(batch.y, batch.x[..., 0])
         # Classes are uniform, whatever their number of examples.
         expected = np.concatenate([[10 * count / 4 / size] * size for size in SIZES])
-        places = batch.x[..., 1] + (np.cumsum(SIZES) - SIZES)[batch.y]
-        counts = np.bincount(places.astype(int).ravel(), minlength=sum(SIZES))
+        examples = batch.x[..., 1] + (np.cumsum(SIZES) - SIZES)[batch.y]
+        counts = np.bincount(examples.astype(int).ravel(), minlength=sum(SIZES))
         assert stats.chisquare(counts, expected).pvalue > 1e-3
     # Support and queries are independent.
     table = np.zeros((4, 4), int)
@@ -119,7 +119,8 @@ def test_mini_batches_of_glyphs_are_new_drawings_of_all_classes():
     task = sampled(tasks, 30)
     assert task.support.x.shape == (30, 32, 12, 12, 1)
     labels = np.concatenate([task.support.y, task.query.y]).ravel()
-    assert (labels.min() >= 0, labels.max() < 1024) == (True, True)
+    assert labels.min() >= 0
+    assert labels.max() < 1024
     assert stats.chisquare(np.bincount(labels // 128, minlength=8)).pvalue > 1e-3
     assert len(np.unique(task.query.x.reshape(-1, 144), axis=0)) == 960  # all drawings differ
 
@@ -145,9 +146,9 @@ def test_invalid_batch_sizes_are_refused(batch):
 def test_tasks_of_other_sources_are_refused():
     with pytest.raises(ValueError, match=r"tasks: got regression tasks of 'sinusoid', .* or from glyphs"):
         supervised(sinusoid())
-    own = glyphs(ways=2)._replace(sample=lambda key: None)
+    other = glyphs(ways=2)._replace(sample=lambda key: None)
     with pytest.raises(ValueError, match=r"tasks: got classification tasks of 'glyphs', .* from from_arrays"):
-        supervised(own)
+        supervised(other)
     with pytest.raises(ValueError, match="tasks: got classification tasks"):
         supervised(supervised(glyphs(ways=2)))
     stream = jm.TaskStream(lambda step: None, glyphs(ways=2).card)

@@ -52,7 +52,7 @@ def write(data_dir, *args, **kwargs):
     return builder
 
 
-def as_tfds_reads(data_dir, name, image="image"):
+def as_tfds_reads(data_dir, name):
     """Return all examples in the order of the data set, decoded by tensorflow-datasets."""
     builder = tfds.builder(name, data_dir=data_dir)
     return [example for part in builder.info.splits for example in builder.as_data_source(part)]
