@@ -25,26 +25,26 @@ from jaxmeta.cli import run as run_of_command
 from jaxmeta.cli.names import NETWORKS
 from jaxmeta.cli.presets import PRESETS
 
-EACH = settings(
+SEARCH = settings(
     max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 FOLDERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def root(tmp_path_factory):
     """Return a working folder with images, a run on sine waves and a run on the images."""
-    above = tmp_path_factory.mktemp("bad_commands")
-    place = above / "place"
+    parent = tmp_path_factory.mktemp("bad_commands")
+    root = parent / "root"
     for name, shade in (("ant", 0), ("bee", 90), ("cat", 180), ("doe", 250)):
-        (place / "images" / name).mkdir(parents=True)
+        (root / "images" / name).mkdir(parents=True)
         for number in range(2):
             pixels = np.full((8, 8), shade + number, np.uint8)
-            Image.fromarray(pixels).save(place / "images" / name / f"{number}.png")
+            Image.fromarray(pixels).save(root / "images" / name / f"{number}.png")
     few = ["--steps", "1", "--meta-batch", "1", "--episodes", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setenv("JAXMETA_CACHE", str(above / "cache"))
+        patch.chdir(root)
+        patch.setenv("JAXMETA_CACHE", str(parent / "cache"))
         patch.setattr(run_of_command, "plot_curve", lambda *_: None)
         # One evaluation of the run instead of one for each number of inner steps.
         sinusoid = PRESETS["sinusoid"] | {"report_steps": ()}
@@ -53,10 +53,10 @@ def place(tmp_path_factory):
         # jaxtyping's checks run in tests only, and would raise before jaxmeta's own.
         jaxtyping.config.update("jaxtyping_disable", True)
         assert main(["train", "--tasks", "sinusoid", *few, "--out", "run"]) == 0
-        own = ["--tasks", "folder:images", "--network", "conv4", "--classes", "0.5,0,0.5"]
-        own += ["--ways", "2", "--queries", "1"]
-        assert main(["train", "prototypical", *own, *few, "--out", "namer"]) == 0
-        yield place
+        images = ["--tasks", "folder:images", "--network", "conv4", "--classes", "0.5,0,0.5"]
+        images += ["--ways", "2", "--queries", "1"]
+        assert main(["train", "prototypical", *images, *few, "--out", "image_run"]) == 0
+        yield root
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
@@ -72,9 +72,9 @@ def listing(folder):
     return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*")}
 
 
-def assert_error(place, argv, *names):
+def assert_error(root, argv, *names):
     """Assert that a command ends with status 2 and a one-line error with one of `names`."""
-    before, error = listing(place.parent), io.StringIO()
+    before, error = listing(root.parent), io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         status = main([str(word) for word in argv])
     message = error.getvalue()
@@ -83,7 +83,7 @@ def assert_error(place, argv, *names):
     assert message.startswith("jaxmeta: error: ")
     assert len(message.splitlines()) == 1
     assert any(name in message for name in names), message
-    after = listing(place.parent)
+    after = listing(root.parent)
     assert {path: state for path, state in after.items() if before.get(path) != state} == {}
     assert before.keys() == after.keys()
 
@@ -157,24 +157,24 @@ PARSED = {COUNT: "-1", NUMBER: "nan", WORD: "xyz", STRINGS: "5,99", COUNTS: "1,-
         for number, (command, flag, values) in enumerate(FLAGS)
     ],
 )
-def test_values_out_of_range_are_errors_that_name_the_flag(place, command, flag, value):
-    assert_error(place, [*command, flag, value], flag)
+def test_values_out_of_range_are_errors_that_name_the_flag(root, command, flag, value):
+    assert_error(root, [*command, flag, value], flag)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--shots", "ten"), ("--shots", "1.5"), ("--inner-lr", "½")])
-def test_values_that_are_not_numbers_are_errors_that_name_the_flag(place, flag, value):
-    assert_error(place, [*TRAIN, flag, value], flag)
+def test_values_that_are_not_numbers_are_errors_that_name_the_flag(root, flag, value):
+    assert_error(root, [*TRAIN, flag, value], flag)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("command", "flag", "values"), [pytest.param(*case, id=case[1][2:]) for case in FLAGS]
 )
-def test_generated_invalid_values_are_errors_that_name_the_flag(place, command, flag, values):
-    @EACH
+def test_generated_invalid_values_are_errors_that_name_the_flag(root, command, flag, values):
+    @SEARCH
     @given(value=values)
     def check(value):
-        assert_error(place, [*command, flag, value], flag)
+        assert_error(root, [*command, flag, value], flag)
 
     check()
 
@@ -183,18 +183,18 @@ def test_generated_invalid_values_are_errors_that_name_the_flag(place, command, 
     ("flag", "value"),
     rows(itertools.product(["--ways", "--shots", "--queries", "--train-queries"], ABSURD), every=len(ABSURD)),
 )
-def test_tasks_larger_than_memory_are_errors(place, flag, value):
-    assert_error(place, ["train", flag, value], flag, flag.replace("--", "--train-"))
+def test_tasks_larger_than_memory_are_errors(root, flag, value):
+    assert_error(root, ["train", flag, value], flag, flag.replace("--", "--train-"))
 
 
 # --- A run's files --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def copied(place, name):
+def copied(root, name):
     """Yield a copy of a run, to be damaged."""
-    folder = place / f"copy{next(FOLDERS)}"
-    shutil.copytree(place / name, folder)
+    folder = root / f"copy{next(FOLDERS)}"
+    shutil.copytree(root / name, folder)
     yield folder
     shutil.rmtree(folder)
 
@@ -203,11 +203,11 @@ def copied(place, name):
     "part",
     [0.5, *(pytest.param(part, marks=pytest.mark.nightly) for part in (0, 0.01, 0.2, 0.7, 0.95, 0.99))],
 )
-def test_truncated_configurations_are_errors(place, part):
-    with copied(place, "run") as run:
+def test_truncated_configurations_are_errors(root, part):
+    with copied(root, "run") as run:
         content = (run / "config.json").read_bytes()
         (run / "config.json").write_bytes(content[: int(part * len(content))])
-        assert_error(place, ["evaluate", run], "config.json")
+        assert_error(root, ["evaluate", run], "config.json")
 
 
 @pytest.mark.parametrize(
@@ -215,43 +215,45 @@ def test_truncated_configurations_are_errors(place, part):
     rows(
         zip(
             [
-                *(
-                    "[]",
-                    "null",
-                    "3",
-                    '{"format": 4, "learner": "maml"}',
-                    '{"format": 4}',
-                    '"run"',
-                    "\x00",
-                    "NaN",
-                ),
-                *("{'a': 1}", '{"format": 4, "learner": {"name": "maml"}}', '{"format": []}', "{}", "NaN"),
+                "[]",
+                "null",
+                "3",
+                '{"format": 4, "learner": "maml"}',
+                '{"format": 4}',
+                '"run"',
+                "\x00",
+                "{'a': 1}",
+                "{}",
+                '{"format": 4, "learner": {"name": "maml"}}',
+                '{"format": []}',
+                "[1]",
+                "NaN",
             ]
         ),
         every=3,
     ),
 )
-def test_other_json_in_place_of_a_configuration_is_an_error(place, content):
-    with copied(place, "run") as run:
+def test_other_json_in_place_of_a_configuration_is_an_error(root, content):
+    with copied(root, "run") as run:
         (run / "config.json").write_text(content)
-        assert_error(place, ["evaluate", run], "config.json")
+        assert_error(root, ["evaluate", run], "config.json")
 
 
 # Settings by group of config.json; each gets values of another type.
-TYPED = {
+SETTINGS = {
     "learner": ("name", "eval_steps", "inner_steps", "inner_lr", "order", "memory", "proximal"),
     "network": ("name", "hidden"),
     "tasks": ("name", "shots", "queries", "noise", "train_shots"),
     "training": ("norm", "meta_batch", "outer_lr", "schedule", "clip", "distort", "outer_betas"),
     "run": ("episodes", "seed", "report_steps", "strategy", "mesh"),
 }
-TYPED = [(group, name) for group, names in TYPED.items() for name in names]
+TYPED = [(group, name) for group, names in SETTINGS.items() for name in names]
 OTHERS = [[], [1], {}, {"a": 1}, "x", -1, 0.5, True, ["maml"]]
 
 
-def check_value(place, group, name, value):
+def check_value(root, group, name, value):
     """Assert that a value of another type is an error; return False for one of the same type."""
-    with copied(place, "run") as run:
+    with copied(root, "run") as run:
         config = json.loads((run / "config.json").read_text())
         fitting = {
             0.5: ("inner_lr", "outer_lr", "proximal", "clip", "noise"),
@@ -268,13 +270,13 @@ def check_value(place, group, name, value):
             return False
         config[group][name] = value
         (run / "config.json").write_text(json.dumps(config))
-        assert_error(place, ["evaluate", run], "config.json")
+        assert_error(root, ["evaluate", run], "config.json")
     return True
 
 
 @pytest.mark.parametrize(("group", "name"), TYPED)
-def test_configurations_with_an_object_for_a_value_are_errors(place, group, name):
-    assert check_value(place, group, name, {"a": 1})
+def test_configurations_with_an_object_for_a_value_are_errors(root, group, name):
+    assert check_value(root, group, name, {"a": 1})
 
 
 @pytest.mark.parametrize(
@@ -288,63 +290,63 @@ def test_configurations_with_an_object_for_a_value_are_errors(place, group, name
         ("training", "distort", "x"),
     ],
 )
-def test_configurations_with_a_scalar_of_another_type_are_errors(place, group, name, value):
-    assert check_value(place, group, name, value)
+def test_configurations_with_a_scalar_of_another_type_are_errors(root, group, name, value):
+    assert check_value(root, group, name, value)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("group", "name"), TYPED)
-def test_configurations_with_any_value_of_another_type_are_errors(place, group, name):
-    assert sum(check_value(place, group, name, value) for value in OTHERS) > 5
+def test_configurations_with_any_value_of_another_type_are_errors(root, group, name):
+    assert sum(check_value(root, group, name, value) for value in OTHERS) > 5
 
 
 @pytest.mark.parametrize("group", ["learner", "network", "tasks", "training", "run"])
-def test_configurations_with_missing_or_unknown_settings_are_errors(place, group):
+def test_configurations_with_missing_or_unknown_settings_are_errors(root, group):
     for change in (lambda values: values.pop(sorted(values)[0]), lambda values: values.update(unknown=1)):
-        with copied(place, "run") as run:
+        with copied(root, "run") as run:
             config = json.loads((run / "config.json").read_text())
             change(config[group])
             (run / "config.json").write_text(json.dumps(config))
-            assert_error(place, ["evaluate", run], "config.json")
+            assert_error(root, ["evaluate", run], "config.json")
 
 
 @pytest.mark.parametrize(
-    ("metadata", "part"),
+    ("metadata_only", "part"),
     [
         (True, 0.3),
         (False, 0.9),
         *(
-            pytest.param(metadata, part, marks=pytest.mark.nightly)
-            for metadata in (True, False)
+            pytest.param(metadata_only, part, marks=pytest.mark.nightly)
+            for metadata_only in (True, False)
             for part in (0, 0.6)
         ),
     ],
 )
-def test_truncated_checkpoints_are_errors(place, metadata, part):
-    """Truncated are all files, or only Orbax's metadata."""
-    with copied(place, "run") as run:
+def test_truncated_checkpoints_are_errors(root, metadata_only, part):
+    """Truncate all files of the checkpoints, or only Orbax's metadata."""
+    with copied(root, "run") as run:
         for path in [path for path in (run / "checkpoints").rglob("*") if path.is_file()]:
-            if not metadata or path.name in ("_METADATA", "metadata") or "manifest" in path.parts:
+            if not metadata_only or path.name in ("_METADATA", "metadata") or "manifest" in path.parts:
                 path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-        assert_error(place, ["evaluate", run], "checkpoint")
+        assert_error(root, ["evaluate", run], "checkpoint")
 
 
-def test_runs_without_a_checkpoint_folder_are_errors(place):
+def test_runs_without_a_checkpoint_folder_are_errors(root):
     for damage in (shutil.rmtree, lambda path: (shutil.rmtree(path), path.write_text("mine"))):
-        with copied(place, "run") as run:
+        with copied(root, "run") as run:
             damage(run / "checkpoints")
-            assert_error(place, ["evaluate", run], "checkpoint")
+            assert_error(root, ["evaluate", run], "checkpoint")
 
 
 @pytest.mark.parametrize("flag", ["--inner-lr=0.3", "--shots=3", "--steps=9", "--seed=3", "--order=first"])
-def test_resuming_with_other_settings_is_an_error(place, flag):
-    with copied(place, "run") as run:
-        assert_error(place, ["train", "--resume", "--out", run, flag], flag.partition("=")[0])
+def test_resuming_with_other_settings_is_an_error(root, flag):
+    with copied(root, "run") as run:
+        assert_error(root, ["train", "--resume", "--out", run, flag], flag.partition("=")[0])
 
 
-def test_resuming_a_run_with_another_learner_is_an_error(place):
-    for learner in ("prototypical", "namer"):
-        assert_error(place, ["train", learner, "--resume", "--out", "run"], "LEARNER")
+def test_resuming_a_run_with_another_learner_is_an_error(root):
+    for learner in ("prototypical", "image_run"):
+        assert_error(root, ["train", learner, "--resume", "--out", "run"], "LEARNER")
 
 
 # --- Images and archives --------------------------------------------------------------------------------
@@ -382,17 +384,17 @@ IMAGES = [
 ]
 
 
-def check_image(place, command, content, name):
-    folder = place / f"photos{next(FOLDERS)}"
-    shutil.copytree(place / "images", folder)
+def check_image(root, command, content, name):
+    folder = root / f"photos{next(FOLDERS)}"
+    shutil.copytree(root / "images", folder)
     (folder / "bee" / name).write_bytes(content)
     path = f"bee/{name}"
     if command == "train":
-        assert_error(place, ["train", "--tasks", f"folder:{folder}", "--ways", "2"], path)
+        assert_error(root, ["train", "--tasks", f"folder:{folder}", "--ways", "2"], path)
     else:
-        folders = {"support": place / "images", "query": place / "images", command: folder}
-        argv = ["predict", "namer", "--support", folders["support"], "--query", folders["query"]]
-        assert_error(place, argv, path, f"--{command}")
+        folders = {"support": root / "images", "query": root / "images", command: folder}
+        argv = ["predict", "image_run", "--support", folders["support"], "--query", folders["query"]]
+        assert_error(root, argv, path, f"--{command}")
     shutil.rmtree(folder)
 
 
@@ -400,34 +402,34 @@ def check_image(place, command, content, name):
 @pytest.mark.parametrize(
     ("content", "name"), [(png(60000, 60000), "1.png"), (png(0, 0), "1.jpg"), (b"GIF89a", "1.gif")]
 )
-def test_invalid_image_files_are_errors(place, command, content, name):
-    check_image(place, command, content, name)
+def test_invalid_image_files_are_errors(root, command, content, name):
+    check_image(root, command, content, name)
 
 
 @pytest.mark.parametrize("command", ["support", "query"])
-def test_truncated_images_are_errors(place, command):
-    check_image(place, command, png(8, 8, b"\0" * 5), "1.png")
+def test_truncated_images_are_errors(root, command):
+    check_image(root, command, png(8, 8, b"\0" * 5), "1.png")
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("command", ["train", "support", "query"])
-def test_generated_invalid_image_files_are_errors(place, command):
-    @settings(EACH, max_examples=8)
+def test_generated_invalid_image_files_are_errors(root, command):
+    @settings(SEARCH, max_examples=8)
     @given(content=st.sampled_from(IMAGES), name=st.sampled_from(["1.png", "1.jpg", "1.gif"]))
     def check(content, name):
-        check_image(place, command, content, name)
+        check_image(root, command, content, name)
 
     check()
 
 
-def test_folders_and_dangling_links_named_as_images_are_errors(place):
+def test_folders_and_dangling_links_named_as_images_are_errors(root):
     for make in (lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere")):
-        folder = place / f"odd{next(FOLDERS)}"
+        folder = root / f"odd{next(FOLDERS)}"
         (folder / "ant").mkdir(parents=True)
         make(folder / "ant" / "0.png")
-        assert_error(place, ["train", "--tasks", f"folder:{folder}", "--ways", "2"], str(folder), "ant")
+        assert_error(root, ["train", "--tasks", f"folder:{folder}", "--ways", "2"], str(folder), "ant")
         assert_error(
-            place, ["predict", "namer", "--support", folder, "--query", "images"], "--support", str(folder)
+            root, ["predict", "image_run", "--support", folder, "--query", "images"], "--support", str(folder)
         )
 
 
@@ -438,11 +440,11 @@ CLASSES += ['{"train": [], "other": []}', '{"train": "ab"}', '{"train": 3}', "["
 @pytest.mark.parametrize(
     "content", rows(zip(CLASSES), every=3), ids=[str(number) for number in range(len(CLASSES))]
 )
-def test_invalid_class_split_files_are_errors(place, content):
-    file = place / f"classes{next(FOLDERS)}.json"
+def test_invalid_class_split_files_are_errors(root, content):
+    file = root / f"classes{next(FOLDERS)}.json"
     file.write_text(content)
     assert_error(
-        place, ["train", "--tasks", "folder:images", "--ways", "2", "--classes", file], "--classes", "classes"
+        root, ["train", "--tasks", "folder:images", "--ways", "2", "--classes", file], "--classes", "classes"
     )
 
 
@@ -470,8 +472,8 @@ MEMBERS += [
         every=3,
     ),
 )
-def test_truncated_archives_and_paths_outside_are_errors(place, members, keep):
-    data = place / f"data{next(FOLDERS)}"
+def test_truncated_archives_and_paths_outside_are_errors(root, members, keep):
+    data = root / f"data{next(FOLDERS)}"
     data.mkdir()
     for part in ("background", "evaluation"):
         path = data / f"images_{part}.zip"
@@ -479,7 +481,7 @@ def test_truncated_archives_and_paths_outside_are_errors(place, members, keep):
             for member in members:
                 archive.writestr(member, png(105, 105))
         path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    assert_error(place, ["train", "--tasks", "omniglot", "--data", data], "images_background.zip")
+    assert_error(root, ["train", "--tasks", "omniglot", "--data", data], "images_background.zip")
     shutil.rmtree(data)
 
 
@@ -511,22 +513,20 @@ TAR_MEMBERS = {
         every=3,
     ),
 )
-def test_truncated_tar_archives_and_links_are_errors(place, member, keep):
-    data = place / f"data{next(FOLDERS)}"
+def test_truncated_tar_archives_and_links_are_errors(root, member, keep):
+    data = root / f"data{next(FOLDERS)}"
     data.mkdir()
     path = data / "cifar-100-binary.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.addfile(TAR_MEMBERS[member])
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    assert_error(place, ["train", "--tasks", "cifar_fs", "--data", data], "--data", "cifar-100")
+    assert_error(root, ["train", "--tasks", "cifar_fs", "--data", data], "--data", "cifar-100")
     shutil.rmtree(data)
 
 
-def test_a_package_of_an_extra_that_is_missing_is_named_with_the_command_that_installs_it(
-    place, monkeypatch, capsys
-):
+def test_the_error_for_a_missing_extra_gives_the_command_that_installs_it(root, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert main(["train", "--tasks", "tfds:mnist", "--out", "none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'jaxmeta[tfds]'" in line
-    assert not (place / "none").exists()
+    assert not (root / "none").exists()

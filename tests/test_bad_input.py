@@ -1,4 +1,4 @@
-"""Argument validation of the public functions: invalid values are refused by name, valid ones accepted."""
+"""Argument validation of the public functions: errors name the argument, and valid values are accepted."""
 
 import math
 import re
@@ -609,7 +609,7 @@ REGRESSION = jm.init_state(REGRESSOR, optax.sgd(0.1), SINUSOID, KEY).params
 FEW = {"episodes": 2, "key": KEY}
 
 
-def steps(least, none=False):
+def costly_count(least, none=False):
     """Build a count without valid values, because each would train or evaluate a learner."""
     return count(least, none=none)._replace(right=())
 
@@ -618,12 +618,12 @@ TRAINING: dict[str, tuple[Callable, dict[str, Setting]]] = {
     "train": (
         with_defaults(jm.train, REGRESSOR, SINUSOID, optax.sgd(0.1), steps=1, key=KEY),
         {
-            "steps": steps(1),
-            "meta_batch": steps(1),
-            "validate_every": steps(1),
-            "validation_episodes": steps(2),
-            "checkpoint_every": steps(1, none=True),
-            "log_every": steps(1),
+            "steps": costly_count(1),
+            "meta_batch": costly_count(1),
+            "validate_every": costly_count(1),
+            "validation_episodes": costly_count(2),
+            "checkpoint_every": costly_count(1, none=True),
+            "log_every": costly_count(1),
             "strategy": Setting(st.text(max_size=5), ()),
         },
     ),
@@ -637,15 +637,15 @@ TRAINING: dict[str, tuple[Callable, dict[str, Setting]]] = {
     ),
     "evaluate": (
         with_defaults(jm.evaluate, REGRESSOR, REGRESSION, SINUSOID, **FEW),
-        {"episodes": steps(2), "batch": steps(1, none=True)},
+        {"episodes": costly_count(2), "batch": costly_count(1, none=True)},
     ),
     "evaluate_episodes": (
         with_defaults(jm.evaluate_episodes, REGRESSOR, REGRESSION, SINUSOID, **FEW),
-        {"episodes": steps(1), "batch": steps(1, none=True)},
+        {"episodes": costly_count(1), "batch": costly_count(1, none=True)},
     ),
     "evaluate_metrics": (
         with_defaults(jm.evaluate_metrics, REGRESSOR, REGRESSION, SINUSOID, **FEW),
-        {"episodes": steps(1)},
+        {"episodes": costly_count(1)},
     ),
 }
 
@@ -665,7 +665,7 @@ SETTINGS = [*settings_of(LEARNERS, TASKS), *TRAINED]
 
 
 @pytest.mark.parametrize(("function", "name", "setting"), SETTINGS)
-def test_a_setting_outside_its_range_is_refused_by_its_name(function, name, setting):
+def test_the_error_for_a_setting_outside_its_range_names_it(function, name, setting):
     for value in setting.examples:
         assert_refused(lambda value=value: function(**{name: value}), name)
 
@@ -698,12 +698,12 @@ def test_a_setting_at_the_edge_of_its_range_is_accepted(function, name, setting)
 
 
 def with_value(value):
-    def spoil(array):
+    def corrupt(array):
         array = np.array(array)
         array[(-1,) * array.ndim] = value
         return array
 
-    return spoil
+    return corrupt
 
 
 def cut(array):
@@ -727,13 +727,13 @@ LABEL = (
     lambda y: [[0], [0, 1]],
     cut,
 )
-MANY = with_value(7)
+EXTRA_CLASS = with_value(7)
 PROBABILITY = (*FEATURE, with_value(-0.5), with_value(2.0))
 SHARE = (with_value(math.nan), with_value(2.0), with_value(-1.0), cut, lambda p: p[:0])
 PROBS = CONFUSION[[0, 1, 0, 1]] / CONFUSION[[0, 1, 0, 1]].sum(1)[:, None]
 PRIOR = np.array([0.5, 0.5])
 
-# A function, valid arrays for it, and for each array the ways to spoil it.
+# A function, valid arrays for it, and for each array the functions that make it invalid.
 DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callable, ...]]]] = {
     "nce": (
         transfer.nce,
@@ -761,14 +761,14 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
     "ridge_head": (
         with_defaults(transfer.ridge_head, classes=2),
         {"features": FEATURES, "labels": LABELS},
-        {"features": FEATURE, "labels": (*LABEL, MANY, np.zeros_like)},
+        {"features": FEATURE, "labels": (*LABEL, EXTRA_CLASS, np.zeros_like)},
     ),
     "logistic_head": (
         with_defaults(transfer.logistic_head, classes=2),
         {"features": FEATURES, "labels": LABELS, "weights": np.ones(4, np.float32)},
         {
             "features": FEATURE,
-            "labels": (*LABEL, MANY, np.zeros_like),
+            "labels": (*LABEL, EXTRA_CLASS, np.zeros_like),
             "weights": (cut, with_value(math.nan), lambda w: w[None], with_value(-1.0), lambda w: w * 0),
         },
     ),
@@ -825,7 +825,7 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
     "temperature": (
         transfer.temperature,
         {"logits": np.array([[2.0, 0], [0, 1], [1, 0], [0, 3]]), "labels": np.array([0, 1, 1, 1])},
-        {"logits": FEATURE, "labels": (*LABEL, MANY)},
+        {"logits": FEATURE, "labels": (*LABEL, EXTRA_CLASS)},
     ),
     "confusion_matrix": (
         with_defaults(transfer.confusion_matrix, classes=2),
@@ -907,21 +907,21 @@ DATA_OF: dict[str, tuple[Callable, dict[str, np.ndarray], dict[str, tuple[Callab
         {"y": (lambda y: y[:0], lambda y: y[None], lambda y: y + 0.5, lambda y: [None] * len(y))},
     ),
 }
-SPOILED = [
-    pytest.param(function, arrays, name, ways, id=f"{owner}-{name}")
-    for owner, (function, arrays, spoiled) in DATA_OF.items()
-    for name, ways in spoiled.items()
+CORRUPTED = [
+    pytest.param(function, arrays, name, corruptions, id=f"{owner}-{name}")
+    for owner, (function, arrays, invalid) in DATA_OF.items()
+    for name, corruptions in invalid.items()
 ]
 
 
-@pytest.mark.parametrize(("function", "arrays", "name", "ways"), SPOILED)
-def test_a_bad_array_is_refused_by_its_name(function, arrays, name, ways):
+@pytest.mark.parametrize(("function", "arrays", "name", "corruptions"), CORRUPTED)
+def test_the_error_for_an_invalid_array_names_it(function, arrays, name, corruptions):
     # Where lengths differ, the message may name either array.
     others = [other for other in arrays if other != name]
 
-    for spoil in ways:
-        named = (name, *others) if spoil is cut else (name,)
-        assert_refused(lambda spoil=spoil: function(**{**arrays, name: spoil(arrays[name])}), *named)
+    for corrupt in corruptions:
+        named = (name, *others) if corrupt is cut else (name,)
+        assert_refused(lambda corrupt=corrupt: function(**{**arrays, name: corrupt(arrays[name])}), *named)
 
 
 @pytest.mark.parametrize(
@@ -1001,7 +1001,7 @@ WRONG_ARGUMENTS: dict[str, tuple[tuple[object, str], ...]] = {
 @pytest.mark.parametrize(
     ("owner", "name"), [(owner, name) for owner, (_, names) in CALLS.items() for name in names]
 )
-def test_an_argument_of_another_type_is_refused_by_its_name(owner, name):
+def test_the_error_for_an_argument_of_another_type_names_it(owner, name):
     function, names = CALLS[owner]
     arguments = {argument: VALID[argument] for argument in names}
     for value, message in WRONG_ARGUMENTS[name]:
@@ -1010,7 +1010,7 @@ def test_an_argument_of_another_type_is_refused_by_its_name(owner, name):
             function(**arguments | {name: value})
 
 
-def test_arguments_in_the_wrong_order_are_refused_by_the_name_of_one_of_them():
+def test_the_error_for_arguments_in_the_wrong_order_names_one_of_them():
     learner, tasks, optimizer = REGRESSOR, SINUSOID, OPTIMIZER_OF_TRAINING
     once = {"steps": 1, "key": KEY}
     assert_refused(lambda: jm.train(tasks, learner, optimizer, **once), "learner")
@@ -1049,7 +1049,7 @@ def test_the_message_names_the_class_module_or_number_in_place_of_an_object():
         REGRESSOR.adapt(support, REGRESSION, KEY)
 
 
-def test_transfer_refuses_arguments_of_another_type_by_name():
+def test_errors_of_transfer_for_arguments_of_another_type_name_them():
     arguments = {"model": LINEAR, "variables": VARIABLES, "data": DATA, **FIT}
     for name, value, message in (
         ("optimizer", 1e-3, r"got 0\.001 \(float\); it must be an optax transformation"),

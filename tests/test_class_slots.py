@@ -44,7 +44,7 @@ def batch(y, ways=WAYS, name="", mask=None):
 
 
 @functools.cache
-def made(name):
+def learner_and_params(name):
     learner, good = vector_learner(name), batch(Y, name=name)
     shapes = jax.eval_shape(learner.init, KEY, jm.Task(good, good))
     return learner, jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype), shapes)
@@ -52,7 +52,7 @@ def made(name):
 
 @pytest.mark.parametrize("name", names.LEARNERS)
 def test_learners_refuse_labels_without_a_slot(name):
-    learner, params = made(name)
+    learner, params = learner_and_params(name)
     good = batch(Y, name=name)
     for y, ways, message in (
         (Y - 1, WAYS, "from -1 to 1"),
@@ -72,7 +72,7 @@ def test_learners_refuse_labels_without_a_slot(name):
 
 @pytest.mark.parametrize("name", ["maml", "prototypical"])
 def test_labels_of_padding_may_have_any_value(name):
-    learner, params = made(name)
+    learner, params = learner_and_params(name)
     mask = np.arange(6) < 3
     padded = batch(np.where(mask, Y, -1), mask=mask)
     with_zeros = batch(np.where(mask, Y, 0), mask=mask)
@@ -91,7 +91,7 @@ def test_gradient_learners_compare_labels_with_outputs_without_ways():
 
 
 def test_compiled_functions_do_not_check_values():
-    learner, params = made("ridge")
+    learner, params = learner_and_params("ridge")
     wrong = batch(Y + 1)
     adapt = jax.jit(learner.adapt)
     jaxpr = str(jax.make_jaxpr(learner.adapt)(params, wrong, KEY))
@@ -106,7 +106,7 @@ def test_compiled_functions_do_not_check_values():
 
 
 def test_checks_are_added_to_a_learner_once():
-    learner, _ = made("matching")
+    learner, _ = learner_and_params("matching")
     assert checks_slots(learner) is learner
 
 
@@ -139,7 +139,7 @@ def test_labels_of_other_processes_and_other_types_are_not_checked():
 
 def tasks_with_labels(support_y, query_y):
     """Return a learner of vectors, its parameters, and tasks of which about half have the given labels."""
-    learner, params = made("prototypical")
+    learner, params = learner_and_params("prototypical")
 
     def draw(labels, key):
         x = jax.random.normal(key, (6, 4))

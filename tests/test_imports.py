@@ -46,14 +46,14 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_does_not_import_from_a_layer_above(path):
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    importer = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for name in imports_of(path):
-        layer = name.split(".")[1] if "." in name else None
-        if layer is None or layer not in HEIGHT:
+        imported = name.split(".")[1] if "." in name else None
+        if imported not in HEIGHT:
             # `from jaxmeta import maml` imports the whole library, allowed only above it.
-            assert own == "cli", f"{path} imports {name}"
+            assert importer == "cli", f"{path} imports {name}"
             continue
-        assert HEIGHT[layer] <= HEIGHT[own], f"{path} imports {name}, which is in a higher layer"
+        assert HEIGHT[imported] <= HEIGHT[importer], f"{path} imports {name}, which is in a higher layer"
 
 
 def test_importing_the_library_does_not_import_the_command_line():

@@ -41,7 +41,7 @@ def test_mask_and_step_are_passed_to_functions_that_take_them():
     assert loss(lambda params, task, key, rate=0.5: (rate, {})) == (0.5, {})
 
 
-def test_a_wrapper_s_own_signature_counts():
+def test_the_signature_of_a_wrapper_decides_over_that_of_the_wrapped_function():
     def inner(params, adapted, x, mask=None):
         return x, mask
 
@@ -86,7 +86,7 @@ def test_a_loss_may_return_its_value_alone_and_metrics_without_counts(returned, 
         ([1.0], "a list of 1: 1.0 for the metrics of the loss; they must be a dict"),
     ],
 )
-def test_invalid_metrics_are_refused_by_name(metrics, message):
+def test_invalid_metrics_are_refused(metrics, message):
     learner = normalized(jm.Learner(None, None, None, lambda params, task, key: (1.0, metrics)))
     with pytest.raises(jm.ArgumentError, match=f"^learner: got {message}"):
         learner.loss(None, None, None)
@@ -107,13 +107,13 @@ def test_normalized_learners_are_equal_and_library_learners_are_unchanged():
     assert normalized(learner) == normalized(learner)
     assert hash(normalized(learner)) == hash(normalized(learner))
     assert normalized(normalized(learner)) == normalized(learner)
-    made = jm.maml(jm.nn.MLP(out=1), loss=jm.losses.mse)
-    assert normalized(made) == made
-    assert all(a is b for a, b in zip(normalized(made), made, strict=True))
+    maml = jm.maml(jm.nn.MLP(out=1), loss=jm.losses.mse)
+    assert normalized(maml) == maml
+    assert all(a is b for a, b in zip(normalized(maml), maml, strict=True))
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "scan"])
-def test_a_minimal_learner_trains_and_evaluates_as_by_hand(strategy):
+def test_training_and_evaluation_of_a_minimal_learner_match_numpy(strategy):
     learner, tasks = minimal_learner.slope(), minimal_learner.lines()
     state = jm.train(
         learner,

@@ -8,7 +8,7 @@ import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
-from test_class_slots import KEY, WAYS, Y, batch, made
+from test_class_slots import KEY, WAYS, Y, batch, learner_and_params
 
 import jaxmeta as jm
 from jaxmeta.cli import names
@@ -41,7 +41,7 @@ def batch_of_type(dtype, name, numpy=False):
 @functools.cache
 def compiled(name):
     """Compile the outputs, loss and gradient of a task whose query set is its support set."""
-    learner, params = made(name)
+    learner, params = learner_and_params(name)
 
     @jax.jit
     def results(part):
@@ -56,7 +56,7 @@ def compiled(name):
 
 @pytest.mark.parametrize("name", names.LEARNERS)
 def test_init_refuses_a_seed_in_place_of_a_key(name):
-    learner, _ = made(name)
+    learner, _ = learner_and_params(name)
     part = batch_of_type(np.float32, name)
     with pytest.raises(jm.checks.ArgumentError, match=r"key: got 0 \(int\); .* jax\.random\.key\(0\)"):
         learner.init(0, jm.Task(part, part))
@@ -72,7 +72,7 @@ def test_examples_of_every_type_give_the_results_of_float32(name):
     assert results[0].shape == expected[0].shape
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(results))
     # Without `jit`, which would turn NumPy's arrays into JAX's.
-    learner, params = made(name)
+    learner, params = learner_and_params(name)
     for dtype in (np.float32, np.uint8):
         part = batch_of_type(dtype, name, numpy=True)
         outputs = learner.predict(params, learner.adapt(params, part, KEY), part.x)
@@ -81,20 +81,18 @@ def test_examples_of_every_type_give_the_results_of_float32(name):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, ml_dtypes.bfloat16, np.float16])
 def test_mann_initialises_in_float32_from_examples_of_every_type(dtype):
-    learner, params = made("mann")
+    learner, params = learner_and_params("mann")
     part = batch_of_type(dtype, "mann")
     shapes = jax.eval_shape(learner.init, KEY, jm.Task(part, part))
     assert jax.tree.map(lambda leaf: leaf.dtype.name, shapes) == jax.tree.map(lambda _: "float32", shapes)
-    adapted = jax.jit(learner.adapt)
-    result, expected = (
-        adapted(params, support, KEY) for support in (part, batch_of_type(np.float32, "mann"))
-    )
+    adapt = jax.jit(learner.adapt)
+    result, expected = (adapt(params, support, KEY) for support in (part, batch_of_type(np.float32, "mann")))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), result, expected)
 
 
 @pytest.mark.nightly
 def test_metanet_adapts_to_numpy_batches():
-    learner, params = made("metanet")
+    learner, params = learner_and_params("metanet")
     part = batch_of_type(np.float32, "metanet", numpy=True)
     result = learner.adapt(params, jm.Batch(part.x, part.y), KEY)
     expected = learner.adapt(params, batch_of_type(np.float32, "metanet"), KEY)
@@ -103,7 +101,7 @@ def test_metanet_adapts_to_numpy_batches():
 
 @pytest.mark.parametrize("name", rows())
 def test_empty_query_sets_have_empty_outputs(name):
-    learner, params = made(name)
+    learner, params = learner_and_params(name)
     support = batch(Y, name=name)
     empty = support.x[:0]
     query = jm.Batch(empty, jnp.asarray(Y[:0]), ways=WAYS)
