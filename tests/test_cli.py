@@ -44,8 +44,8 @@ from jaxmeta.training import Progress, load_params
 
 SMALL = ["train", "--tasks", "sinusoid", "--steps", "20", "--validate-every", "10", "--episodes", "20"]
 SMALL += ["--schedule", "constant"]
-LISTED = ("learner", "tasks", "ways", "shots", "queries", "seed", "steps", "steps_per_second")
-LISTED += ("wall_s", "compile_s", "episodes", "card")
+REPORT_KEYS = ("learner", "tasks", "ways", "shots", "queries", "seed", "steps", "steps_per_second")
+REPORT_KEYS += ("wall_s", "compile_s", "episodes", "card")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def same(a, b):
 
 
 def evaluated_once(run, folder):
-    """Write the configuration of a run to `folder`, without `report_steps`, which saves evaluations."""
+    """Write the configuration of a run to `folder`, without `report_steps`, so that it is evaluated once."""
     folder.mkdir()
     kept = read_json(run / "config.json")
     kept["run"]["report_steps"] = []
@@ -74,7 +74,7 @@ def evaluated_once(run, folder):
 
 def test_a_run_writes_its_files_and_a_correct_report(run):
     report = read_json(run / "report.json")
-    assert set(LISTED) <= set(report)
+    assert set(REPORT_KEYS) <= set(report)
     assert (report["learner"], report["tasks"], report["steps"]) == ("maml", "sinusoid", 20)
     assert set(report["mse_by_step"]) == {"1", "5", "10"}
     assert report["mse"] == report["mse_by_step"]["1"]
@@ -133,7 +133,7 @@ def test_classification_reports_transductive_and_inductive_accuracy(tasks, tmp_p
     )
     assert (message in capsys.readouterr().out) == (tasks == "folder")
     report = read_json(out / "report.json")
-    assert set(LISTED) <= set(report)
+    assert set(REPORT_KEYS) <= set(report)
     assert (report["learner"], report["ways"], report["queries"]) == ("fomaml", 2, 1)
     assert report["card"]["split_hash"]
     for name, norm in (("transductive", "batch"), ("inductive", "support")):
@@ -188,7 +188,7 @@ class StopAt:
 
         monkeypatch.setattr(run_of_command.RunLog, "__call__", stopping)
 
-    def handlers_are_back(self):
+    def handlers_are_restored(self):
         return all(signal.getsignal(signum) is handler for signum, handler in self.before.items())
 
 
@@ -201,7 +201,7 @@ def test_a_stopped_run_resumes_to_the_same_parameters(run, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         stop = StopAt(patch, 7, number)
         assert main(["train", "--resume", "--out", str(out)]) == 75
-    assert stop.handlers_are_back()
+    assert stop.handlers_are_restored()
     message = capsys.readouterr().err
     assert f"--resume --out {out}" in message
     assert len(message.splitlines()) == 1
@@ -395,15 +395,18 @@ def test_runs_of_an_older_format_are_errors(run, tmp_path, capsys):
         assert len(message.splitlines()) == 1
 
 
-OF_TRAIN = [*Training.__annotations__, *Run.__annotations__, *Invocation.__annotations__]
-OF_TRAIN = [name for name in OF_TRAIN if name not in ("workers", "data", "distort", "report_steps")]
+TRAIN_SETTINGS = [
+    name
+    for name in (*Training.__annotations__, *Run.__annotations__, *Invocation.__annotations__)
+    if name not in ("workers", "data", "distort", "report_steps")
+]
 NAMED = ["tasks", "network", "preset", "config"]
 
 
 @pytest.mark.parametrize(
     ("argv", "flags"),
     [
-        (["train"], [*OF_TRAIN, *NAMED, "inner_lr", "order", "ways", "train_ways", "filters"]),
+        (["train"], [*TRAIN_SETTINGS, *NAMED, "inner_lr", "order", "ways", "train_ways", "filters"]),
         (["train", "--tasks", "folder:here"], ["stream", "workers", "skip_unreadable", "classes", "size"]),
         (["train", "mann"], ["sequence", "strings", "distort"]),
         (["train", "--network", "mlp"], ["network.norm", "training.norm", "no-network.norm", "hidden"]),
@@ -413,7 +416,7 @@ NAMED = ["tasks", "network", "preset", "config"]
         (["evaluate", "RUN"], ["eval_steps", "shots", "queries", "episodes", "seed", "json", "mesh"]),
         (
             ["compare", "maml", "anil"],
-            [*(set(OF_TRAIN) - {*Invocation.__annotations__}), *NAMED, "out", "resume"],
+            [*(set(TRAIN_SETTINGS) - {*Invocation.__annotations__}), *NAMED, "out", "resume"],
         ),
         (["plot"], ["out", "x"]),
         (["presets"], ()),
@@ -656,17 +659,17 @@ def test_an_extended_run_equals_a_longer_run(run, tmp_path):
 # --- The outer optimizer --------------------------------------------------------------------------------
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
-PRODUCTS = {"b1": 0.5, "b2": 0.7, "eps": 1e-3}
+OTHER_ADAM = {"b1": 0.5, "b2": 0.7, "eps": 1e-3}
 
 
 @pytest.mark.parametrize(
     ("training", "expected"),
     [
         ({}, optax.adam(0.1, **ADAM)),
-        ({"outer_betas": (0.5, 0.7), "outer_eps": 1e-3}, optax.adam(0.1, **PRODUCTS)),
+        ({"outer_betas": (0.5, 0.7), "outer_eps": 1e-3}, optax.adam(0.1, **OTHER_ADAM)),
         (
             {"outer_optimizer": "adamw", "weight_decay": 0.3, "outer_betas": (0.5, 0.7), "outer_eps": 1e-3},
-            optax.adamw(0.1, **PRODUCTS, weight_decay=0.3),
+            optax.adamw(0.1, **OTHER_ADAM, weight_decay=0.3),
         ),
         ({"weight_decay": 0.3}, optax.chain(optax.add_decayed_weights(0.3), optax.adam(0.1, **ADAM))),
         ({"outer_optimizer": "sgd"}, optax.sgd(0.1)),
@@ -708,10 +711,10 @@ def test_flags_build_the_outer_optimizer(training, expected):
     gradients = [{"a": jnp.asarray([0.3 * i, -1.0]), "b": jnp.asarray(0.1 - i)} for i in range(5)]
     both = []
     for optimizer in (built, expected):
-        here, state, updates = params, optimizer.init(params), []
+        current, state, updates = params, optimizer.init(params), []
         for gradient in gradients:
-            update, state = optimizer.update(gradient, state, here)
-            here = optax.apply_updates(here, update)
+            update, state = optimizer.update(gradient, state, current)
+            current = optax.apply_updates(current, update)
             updates.append(update)
         both.append(updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *both)

@@ -99,7 +99,7 @@ def test_commands_name_user_defined_code(started, tmp_path, monkeypatch):
     assert "--inner-lr 0.25 '--rule=-b c'" in command
 
 
-def test_a_configuration_outside_of_the_flags_has_no_command():
+def test_a_configuration_with_a_setting_that_has_no_flag_has_no_command():
     resolved = config.resolve(config.base_of(config.Chosen("maml")), {})
     assert command_of_config(resolved) == "jaxmeta train maml"
     # A setting of another version has no flag.
@@ -141,9 +141,9 @@ def test_a_call_is_reproduced_by_its_command(function, words, settings, expected
         del arguments["out"]
     # Forwarded arguments are in a dictionary.
     inner = {name: arguments.pop(name) for name in ("network", "seed", "shots")}
-    own = Group("reading", "target", target_settings("folder:x"), {})
-    command = command_of_call(function, {**arguments, "options": inner}, {"reading": own.settings})
+    group = Group("reading", "target", target_settings("folder:x"), {})
+    command = command_of_call(function, {**arguments, "options": inner}, {"reading": group.settings})
     assert expected in command
-    parsed = parser.of_function(function, function.__name__, [own]).parse(shlex.split(command)[2:])
+    parsed = parser.of_function(function, function.__name__, [group]).parse(shlex.split(command)[2:])
     reading = {"reading": parsed.values["reading"]} if "reading" in parsed.values else {}
     assert (parsed.words, {**parsed.values["flags"], **reading}) == (words, settings)

@@ -54,11 +54,11 @@ def test_trainings_in_separate_processes_give_the_same_comparison(compared, tmp_
     assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 0
     test_differences_are_paired_by_test_task(tmp_path / "out")
     test_a_comparison_writes_its_files_and_a_correct_report(tmp_path / "out")
-    here, there = (
+    expected, actual = (
         read_json(folder / "comparison.json")["learners"] for folder in (compared, tmp_path / "out")
     )
-    for name, row in here.items():
-        assert there[name]["mse"]["mean"] == pytest.approx(row["mse"]["mean"], rel=1e-4)
+    for name, row in expected.items():
+        assert actual[name]["mse"]["mean"] == pytest.approx(row["mse"]["mean"], rel=1e-4)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def children(compared, monkeypatch):
     """Return a replacement of `subprocess.Popen` that records commands and copies finished runs."""
 
     class Child:
-        commands, signals, wait_for = [], [], staticmethod(lambda: 0)
+        commands, signals, exit_status = [], [], staticmethod(lambda: 0)
 
         def __init__(self, command, start_new_session):
             assert start_new_session
@@ -81,7 +81,7 @@ def children(compared, monkeypatch):
             Child.signals.append(number)
 
         def wait(self):
-            status = Child.wait_for()
+            status = Child.exit_status()
             if status == 0:
                 command = Child.commands[-1]
                 out = command[command.index("--out") + 1]
@@ -142,20 +142,22 @@ def test_a_comparison_writes_its_files_and_a_correct_report(compared):
 
 def test_transductive_and_inductive_accuracy_have_rows_and_differences():
     card = {"tasks": "glyphs", "ways": 5, "shots": 1, "queries": 1}
-    config = {"meta_batch": 4}
-    shared = {"tasks": "glyphs", "preset": "glyphs", "seed": 0, "steps": 2, "episodes": 9, "card": card}
+    shared = {"tasks": "glyphs", "preset": "glyphs", "seed": 0, "steps": 2, "episodes": 9, "meta_batch": 4}
     accuracy = {name: {"mean": 0.5, "ci95": 0.01} for name in ("transductive", "inductive")}
     costs = {"training_s": 1.0, "steps_per_second": None, "peak_memory_bytes": None, "peak_memory": "process"}
     row = {"accuracy": accuracy, "difference": {}, "left_out": [], "network": {"name": "conv4"}, **costs}
     worse = {**row, "difference": {"inductive": {"mean": -0.02, "ci95": 0.005}}}
     rows = {"maml": row, "other": worse}
     text = comparison_markdown(
-        {"metric": "accuracy", "compared_to": "maml", "command": "", **config, **shared, "learners": rows}
+        {"metric": "accuracy", "compared_to": "maml", "command": "", **shared, "card": card, "learners": rows}
     )
     lines = [line for line in text.splitlines() if line.startswith("| other")]
     assert [line.split()[3] for line in lines] == ["transductive", "inductive"]
     assert "-2.00 ± 0.50" in lines[1]
     assert "±" not in lines[0].replace("50.00 ± 1.00", "")
+
+
+ACCURACY = {"mean": 0.5, "ci95": 0.01}
 
 
 def result_of(networks, **card):
@@ -167,9 +169,6 @@ def result_of(networks, **card):
     rows = {name: {**row, "network": network} for name, network in networks.items()}
     head = {"metric": "accuracy", "compared_to": next(iter(networks)), "command": "jaxmeta compare a b"}
     return {**head, **shared, "card": card, "learners": rows}
-
-
-ACCURACY = {"mean": 0.5, "ci95": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_a_training_that_could_not_print_is_compared(children, compared, tmp_pat
         shutil.copytree(compared / command[1], command[command.index("--out") + 1], dirs_exist_ok=True)
         return 1
 
-    children.wait_for = staticmethod(ended)
+    children.exit_status = staticmethod(ended)
     assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 1
     assert "maml was trained, but its command failed after that; fomaml was" in capsys.readouterr().err
     rows = read_json(tmp_path / "out" / "comparison.json")["learners"]
@@ -297,7 +296,7 @@ def test_outputs_are_never_overwritten(copy, children, capsys):
 
 @pytest.mark.parametrize(("status", "expected"), [(1, 1), (2, 2), (-9, 1), (75, 75)])
 def test_a_training_that_fails_ends_the_comparison(status, expected, children, tmp_path, capsys):
-    children.wait_for = staticmethod(lambda: 0 if len(children.commands) == 1 else status)
+    children.exit_status = staticmethod(lambda: 0 if len(children.commands) == 1 else status)
     assert main([*COMPARE, "--out", str(tmp_path / "out")]) == expected
     message = capsys.readouterr().err
     # A process that ends with 1 or 2 has printed its error.
@@ -307,7 +306,7 @@ def test_a_training_that_fails_ends_the_comparison(status, expected, children, t
 
 
 def test_a_first_training_with_invalid_settings_leaves_no_folder(children, tmp_path):
-    children.wait_for = staticmethod(lambda: 2)
+    children.exit_status = staticmethod(lambda: 2)
     assert main([*COMPARE, "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
 
@@ -318,7 +317,7 @@ def test_a_signal_is_passed_on_and_the_comparison_can_be_resumed(number, childre
         signal.raise_signal(number)
         return 75
 
-    children.wait_for = staticmethod(stopped)
+    children.exit_status = staticmethod(stopped)
     before = signal.getsignal(number)
     out = tmp_path / "out put"
     assert main([*COMPARE, "--out", str(out)]) == 75
@@ -327,7 +326,7 @@ def test_a_signal_is_passed_on_and_the_comparison_can_be_resumed(number, childre
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
 
-    children.wait_for = staticmethod(lambda: 0)
+    children.exit_status = staticmethod(lambda: 0)
     assert main(shlex.split(message.split("continue with: ")[1])[1:]) == 0
     assert (out / "comparison.json").exists()
 
@@ -417,7 +416,7 @@ def test_curves_have_the_shortest_distinct_names(folders, names, compared, tmp_p
 @pytest.mark.parametrize(("flags", "budget"), [([], (2000, 8)), (["--steps", "7"], (7, 8))])
 def test_learners_with_their_own_budget_get_the_common_one(children, tmp_path, flags, budget):
     # The second training fails, which ends the comparison.
-    children.wait_for = staticmethod(lambda: 0 if len(children.commands) == 1 else 2)
+    children.exit_status = staticmethod(lambda: 0 if len(children.commands) == 1 else 2)
     out = str(tmp_path / "out")
     assert main(["compare", "maml", "lstm_meta_learner", *flags, "--out", out]) == 2
     seen = {

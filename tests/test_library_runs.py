@@ -51,7 +51,7 @@ def factory():
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def library_run(tmp_path_factory):
     """Return a folder with a run and a user-defined module, the final state and the reported events."""
     folder = tmp_path_factory.mktemp("library")
     validation = jm.tasks.sinusoid("validation", shots=5, queries=5)
@@ -74,8 +74,8 @@ def assert_trees_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_metrics_have_a_row_for_each_report(here):
-    folder, _, events = here
+def test_metrics_have_a_row_for_each_report(library_run):
+    folder, _, events = library_run
     rows = read_metrics(folder / "run" / "metrics.jsonl")
     reported = [event for event in events if hasattr(event, "metrics") or hasattr(event, "evaluation")]
     assert [row["step"] for row in rows] == [event.step for event in reported] == [2, 3, 3, 4, 6, 6]
@@ -100,16 +100,16 @@ def test_a_resumed_run_appends_to_its_metrics_and_a_new_run_overwrites_them(tmp_
     assert not {7.0, 9.0} & {row["loss"] for row in rows}
 
 
-def test_a_user_defined_learner_is_loaded_with_the_best_parameters(here):
-    folder, state, _ = here
+def test_a_user_defined_learner_is_loaded_with_the_best_parameters(library_run):
+    folder, state, _ = library_run
     for tasks in (None, TASKS):
         learner, params = jm.load_run(folder / "run", learner=LEARNER, tasks=tasks)
         assert learner is LEARNER
         assert_trees_equal(params, state.params)
 
 
-def test_load_run_reports_missing_and_unsuitable_arguments(here, tmp_path):
-    folder, _, _ = here
+def test_load_run_reports_missing_and_unsuitable_arguments(library_run, tmp_path):
+    folder, _, _ = library_run
     with pytest.raises(FileNotFoundError, match=r"no config\.json.*jm\.load_run\(folder, learner=learner\)"):
         jm.load_run(folder / "run")
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: .*checkpoints does not exist"):
@@ -121,6 +121,13 @@ def test_load_run_reports_missing_and_unsuitable_arguments(here, tmp_path):
         jm.load_run(folder / "run", learner=other, tasks=TASKS)
     with pytest.raises(ValueError, match=r"^tasks: got tasks; give their name, or"):
         jm.load_run(folder / "run", tasks=TASKS)
+
+
+def test_load_run_refuses_row_and_network_with_a_learner(library_run):
+    folder, _, _ = library_run
+    for name, value in {"row": "transductive", "network": "conv4"}.items():
+        with pytest.raises(jm.ArgumentError, match=f"^{name}: got '{value}'; leave it out"):
+            jm.load_run(folder / "run", learner=LEARNER, **{name: value})
 
 
 def test_parameters_with_custom_nodes_are_loaded_with_the_shapes_of_tasks(tmp_path):
@@ -137,8 +144,8 @@ def test_parameters_with_custom_nodes_are_loaded_with_the_shapes_of_tasks(tmp_pa
     assert_trees_equal(jm.load_run(tmp_path, learner=learner, tasks=TASKS)[1], state.params)
 
 
-def test_the_metrics_are_plotted(here, capsys):
-    folder, _, _ = here
+def test_the_metrics_are_plotted(library_run, capsys):
+    folder, _, _ = library_run
     assert main(["plot", "run", "--out", "curve.png"]) == 0
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", "nowhere"]) == 2
@@ -165,8 +172,8 @@ def test_a_user_defined_metric_is_plotted(row, metric, tmp_path):
 
 @pytest.mark.nightly_rows(after=1)
 @pytest.mark.parametrize("learner", ["my_module:factory", "my_module:learner"])
-def test_parameters_are_evaluated_with_a_learner_given_by_name(learner, here, capsys):
-    folder, state, _ = here
+def test_parameters_are_evaluated_with_a_learner_given_by_name(learner, library_run, capsys):
+    folder, state, _ = library_run
     argv = ["evaluate", "run", "--learner", learner, "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
     assert main([*argv, "--episodes", "6", "--json", "result.json"]) == 0
     tasks = jm.tasks.sinusoid("test", shots=5, queries=5)
@@ -176,8 +183,8 @@ def test_parameters_are_evaluated_with_a_learner_given_by_name(learner, here, ca
 
 
 @pytest.mark.nightly
-def test_evaluate_takes_a_method_with_its_network_and_settings(here, capsys):
-    folder, state, _ = here
+def test_evaluate_takes_a_method_with_its_network_and_settings(library_run, capsys):
+    folder, state, _ = library_run
     argv = ["evaluate", "run", "--learner", "maml", "--tasks", "sinusoid", "--shots", "5", "--queries", "5"]
     argv += ["--network", "mlp-40", "--inner-lr", "0.01", "--inner-steps", "1", "--eval-steps", "1"]
     argv += ["--episodes", "6", "--json", "result.json"]
@@ -207,7 +214,7 @@ def test_evaluate_takes_a_method_with_its_network_and_settings(here, capsys):
         ),
     ],
 )
-def test_the_command_line_reports_missing_and_unsuitable_arguments(argv, expected, here, capsys):
+def test_the_command_line_reports_missing_and_unsuitable_arguments(argv, expected, library_run, capsys):
     assert main(argv) == 2
     message = capsys.readouterr().err
     assert expected in message
@@ -283,12 +290,6 @@ def test_progress_has_the_metrics_of_the_learner(metrics, shown, capsys):
     assert shown in line
     assert "cosine" not in line
     assert "instance_3" not in line
-
-
-def test_load_run_refuses_row_and_network_with_a_learner(here):
-    for name, value in {"row": "transductive", "network": "conv4"}.items():
-        with pytest.raises(jm.ArgumentError, match=f"^{name}: got '{value}'; leave it out"):
-            jm.load_run(here[0] / "run", learner=LEARNER, **{name: value})
 
 
 def test_a_bar_is_shown_during_training_and_always_closed(bars, monkeypatch):

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bars import small_mlp
-from PIL import Image
+from bars import draw_bar, small_mlp
 from support import read_json
 
 import jaxmeta as jm
@@ -22,12 +21,7 @@ def workspace(tmp_path_factory):
     workspace = tmp_path_factory.mktemp("metric-runs")
     for number in range(8):
         for seed in range(5):
-            pixels = np.full((8, 8), 255, np.uint8)
-            pixels[number] = 0
-            pixels[tuple(np.random.default_rng(10 * number + seed).integers(8, size=2))] = 0
-            path = workspace / "images" / f"bar{number}" / f"{seed}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+            draw_bar(workspace / "images" / f"bar{number}" / f"{seed}.png", number, 10 * number + seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXMETA_CACHE", str(workspace / "cache"))
         patch.setitem(NETWORKS, "conv4-32", small_mlp)
@@ -65,8 +59,8 @@ def test_the_inductive_row_uses_statistics_of_the_training_tasks(prototypical):
         "inductive": "population",
     }
     assert report["accuracy"]["inductive"]["mean"] > 0.8
-    report = (prototypical / "report.md").read_text()
-    assert "inductive: batch normalisation with statistics of the training tasks" in report
+    text = (prototypical / "report.md").read_text()
+    assert "inductive: batch normalisation with statistics of the training tasks" in text
 
 
 @pytest.mark.nightly
@@ -194,7 +188,7 @@ def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
         ),
     ],
 )
-def test_bad_flags_are_refused_by_name(argv, message, tmp_path, monkeypatch, capsys):
+def test_errors_for_invalid_flags_name_them(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     assert message in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_a_second_evaluation_gives_the_same_accuracies(run, tmp_path):
         (["--network", "conv4"], "--network: got conv4; mann works with lrua"),
     ],
 )
-def test_bad_flags_are_refused_by_name(flags, message, tmp_path, capsys):
+def test_errors_for_invalid_flags_name_them(flags, message, tmp_path, capsys):
     assert main(["train", "mann", "--tasks", "glyphs", *flags, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -97,13 +97,13 @@ def test_the_presets_have_the_published_settings(name):
     memory = network.memory
     assert (memory.rows, memory.width, memory.heads, memory.decay) == (128, 40, 4, 0.99)
     assert network.hidden == 200
-    ways, shots, sequence = (config.tasks[name] for name in ("ways", "shots", "sequence"))
+    ways, shots, sequence = (config.tasks[setting] for setting in ("ways", "shots", "sequence"))
     strings = config.tasks["strings"]
     assert network.out == (5 if strings is None else 25)
     assert sequence == 10 * ways
     tasks = jm.tasks.glyphs(ways=ways, shots=shots, queries=1)
-    drawn = jm.tasks.sequences(tasks, length=sequence, strings=strings)
-    task = jax.eval_shape(drawn.sample, jax.random.key(0))
+    sequences = jm.tasks.sequences(tasks, length=sequence, strings=strings)
+    task = jax.eval_shape(sequences.sample, jax.random.key(0))
     assert task.support.ways == (ways if strings is None else 3125)
 
 

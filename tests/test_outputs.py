@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -269,7 +270,7 @@ class Crash:
         crash()
 
 
-def without(name):
+def failing(name):
     """Return a patch that makes a `write_…` function fail for files of this name."""
 
     def patch(write):
@@ -287,7 +288,7 @@ FAULTS = {
     "report": (
         run_of_command,
         "write_json",
-        without("report.json"),
+        failing("report.json"),
         1,
         "report.json",
         "report.json could not",
@@ -310,11 +311,11 @@ FAULTS = {
     ),
     "read back": (run_of_command, "check_saved", lambda _: crash, 1, None, "parameters.npz"),
     "best": (checkpoint, "save_best", lambda _: fail, 0, None, "the trained state is returned"),
-    "episodes": (run_of_command, "write_text", without("episodes.json"), 1, "episodes.json", "No space left"),
+    "episodes": (run_of_command, "write_text", failing("episodes.json"), 1, "episodes.json", "No space left"),
     "report.md": (
         run_of_command,
         "write_text",
-        without("report.md"),
+        failing("report.md"),
         1,
         "report.md",
         "report.md could not be",
@@ -334,7 +335,7 @@ FAULTS = {
 
 @pytest.mark.nightly_rows(after=4)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_failure_after_training_does_not_spread(fault, run, tmp_path, monkeypatch, capsys):
+def test_a_failure_after_training_keeps_all_other_outputs(fault, run, tmp_path, monkeypatch, capsys):
     where, name, patch, status, missing, expected = FAULTS[fault]
     out = tmp_path / "run"
     with monkeypatch.context() as patching:
@@ -410,22 +411,20 @@ def test_table_cells_escape_bars_and_line_breaks():
 
 def test_training_continues_where_rows_cannot_be_written(run, tmp_path, monkeypatch, capsys):
     """Rows that could not be written follow as soon as they can be."""
-    opened = open
 
-    class Stubborn(io.StringIO):
+    class FailsTwice(io.StringIO):
         flushes = 0
 
         def flush(self):
-            Stubborn.flushes += 1
-            if Stubborn.flushes < 3:
+            FailsTwice.flushes += 1
+            if FailsTwice.flushes < 3:
                 fail()
 
         def close(self):
-            with opened(tmp_path / "run" / "metrics.jsonl", "w") as file:
-                file.write(self.getvalue())
+            (tmp_path / "run" / "metrics.jsonl").write_text(self.getvalue())
             super().close()
 
-    monkeypatch.setattr(metrics, "open", lambda *_, **__: Stubborn(), raising=False)
+    monkeypatch.setattr(metrics, "open", lambda *_, **__: FailsTwice(), raising=False)
     assert main([*TINY, "--out", str(tmp_path / "run")]) == 0
     (message,) = capsys.readouterr().err.splitlines()
     assert "metrics.jsonl could not be written; training continues" in message
@@ -437,8 +436,6 @@ def test_training_continues_where_rows_cannot_be_written(run, tmp_path, monkeypa
 
 
 def test_a_run_whose_folder_is_removed_while_it_trains_can_be_loaded(run, tmp_path, monkeypatch):
-    import shutil
-
     out, fit = tmp_path / "run", run_of_command.train
 
     def removing(*arguments, **settings):
@@ -611,4 +608,7 @@ def test_descriptors_of_closed_standard_streams_are_reserved(tmp_path):
     command = shlex.join([sys.executable, "-c", program, str(tmp_path / "file")])
     ended = subprocess.run(f"{command} >&- <&-", shell=True, capture_output=True, text=True)
     assert int(ended.stderr) > 2
-    assert cli.EXIT_OTHER == 1
+
+
+def test_exit_statuses_are_the_documented_ones():
+    assert (cli.EXIT_OTHER, cli.EXIT_USER, cli.EXIT_STOPPED) == (1, 2, 75)
