@@ -74,7 +74,7 @@ class Training(NamedTuple):
 _EPISODIC = ("--train-ways", "32", "--train-shots", "1", "--train-queries", "1", "--meta-batch", "1")
 # Cosines of pretrained features times 10, as in Meta-Baseline; 84 pixels are a seventh of the work of 224.
 _COSINE = ("--divergence", "cosine", "--scale", "10")
-_SMALL = ("--input-size", "84")
+_SMALL = ("--input-size", "84", "--outer-lr", "3e-4")
 _SCRATCH = ("--network", "conv4", "--size", "64")
 TRAININGS = {
     **{
@@ -84,10 +84,10 @@ TRAININGS = {
         for seed in range(3)
     },
     "prototypical from SqueezeNet": Training(
-        ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "900"), pretrained=True
+        ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "2500"), pretrained=True
     ),
     "classifier": Training(("simple_shot", *_SCRATCH, "--steps", "3000")),
-    "classifier from SqueezeNet": Training(("simple_shot", *_SMALL, "--steps", "900"), pretrained=True),
+    "classifier from SqueezeNet": Training(("simple_shot", *_SMALL, "--steps", "1500"), pretrained=True),
     "matching": Training(("matching", *_EPISODIC, *_SCRATCH, "--steps", "6000")),
     "maml": Training(("maml", *_SCRATCH, "--steps", "1500", "--meta-batch", "4")),
     "anil": Training(("anil", *_SCRATCH, "--steps", "2000", "--meta-batch", "4")),
@@ -95,7 +95,7 @@ TRAININGS = {
         ("prototypical", *_EPISODIC, *_SCRATCH, "--steps", "6000"), held_out=True
     ),
     "prototypical from SqueezeNet, style held out": Training(
-        ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "900"), pretrained=True, held_out=True
+        ("prototypical", *_EPISODIC, *_COSINE, *_SMALL, "--steps", "1500"), pretrained=True, held_out=True
     ),
 }
 
@@ -116,7 +116,7 @@ def train(name: str, args) -> None:
     else:
         command += [*training.settings, "--tasks", "emoji", "--across", "--min-styles", str(STYLES)]
         command += ["--ways", "5", "--shots", "1", "--queries", "1", "--episodes", str(EPISODES)]
-        command += ["--validate-every", "100"]
+        command += ["--validate-every", "250"]
         command += ["--init", str(args.weights)] * training.pretrained
         command += ["--test-styles", HELD_OUT] * training.held_out
     print(f"== {name}", flush=True)
