@@ -76,10 +76,10 @@ def coral_loss(source: Features, target: Features, *, variant: Variant = "paper"
     """
     _check(source, target, at_least=2)
     check_word("variant", variant, get_args(Variant))
-    spread = jnp.square(covariance(source) - covariance(target)).mean()
+    difference = jnp.square(covariance(source) - covariance(target)).mean()
     if variant == "paper":
-        return spread / 4
-    return spread + jnp.square(jnp.asarray(source).mean(0) - jnp.asarray(target).mean(0)).mean()
+        return difference / 4
+    return difference + jnp.square(jnp.asarray(source).mean(0) - jnp.asarray(target).mean(0)).mean()
 
 
 def coral_transform(
@@ -183,7 +183,7 @@ def mmd2(
     _check(source, target, at_least=1 if estimator == "biased" else 2)
     variances = _variances(source, target, bandwidth, multiples)
     uniform = np.full(variances.size, 1 / variances.size)
-    beta = jnp.asarray(uniform if weights is None else _kernels("weights", weights), variances.dtype)
+    beta = jnp.asarray(uniform if weights is None else _as_array("weights", weights), variances.dtype)
     if beta.shape != variances.shape:
         raise ArgumentError(
             "weights", f"got shape {beta.shape} for {variances.size} kernels; give one for each"
@@ -275,7 +275,7 @@ def _product(a: Array, b: Array) -> Array:
 
 
 def _power(matrix: Float[Array, "d d"], exponent: float) -> Float[Array, "d d"]:
-    """Return a power of a symmetric positive semi-definite matrix; of its pseudo-inverse if negative."""
+    """Return a power of a positive semi-definite matrix, or of its pseudo-inverse for a negative exponent."""
     values, vectors = jnp.linalg.eigh(matrix)
     # The tolerance of the rank in NumPy's and SciPy's `matrix_rank` and `pinvh`.
     positive = values > values[-1] * values.size * jnp.finfo(values.dtype).eps
@@ -302,7 +302,7 @@ def _variances(
 
 
 def _positive(name: str, values: Bandwidth) -> Float[Array, " kernels"]:
-    array = _kernels(name, values)
+    array = _as_array(name, values)
     positive = isinstance(array, jax.core.Tracer) or (array > 0).all()
     if not positive or array.ndim > 1 or not array.size:
         raise ArgumentError(
@@ -311,7 +311,7 @@ def _positive(name: str, values: Bandwidth) -> Float[Array, " kernels"]:
     return jnp.atleast_1d(jnp.asarray(array, float))
 
 
-def _kernels(name: str, values: Bandwidth) -> Shaped[Array | np.ndarray, "..."]:
+def _as_array(name: str, values: Bandwidth) -> Shaped[Array | np.ndarray, "..."]:
     """Return `values` as an array of finite numbers; traced values pass, since they have no value yet."""
     if any(isinstance(value, jax.core.Tracer) for value in jax.tree.leaves(values)):
         return jnp.asarray(values, float)

@@ -24,9 +24,9 @@ def gradient_reversal(
 ) -> PyTree[Float[Array, "..."]]:
     """Return `x` unchanged, with a derivative of −strength times the identity.
 
-    Between the features and a domain head, it lets one descent of the domain loss train the head, with weight
-    1, to tell the domains apart, and the features, with weight `strength`, to prevent it. It works in
-    reverse mode and, unlike implementations by a backward rule, in forward mode.
+    Between the features and a domain head, it makes gradient descent on the domain loss train the head to
+    tell the domains apart, and the features, with weight `strength`, to prevent that. It works in reverse
+    mode and, unlike implementations by a backward rule, in forward mode too.
 
     Args:
       x: features, or a pytree of them; the values are passed on bit for bit.
@@ -77,6 +77,9 @@ def dann_strength(progress: ArrayLike, *, gamma: float = 10.0) -> Float[Array, "
         resumed one.
       gamma: γ, the steepness.
 
+    Raises:
+      ValueError: if `gamma` is not a finite number.
+
     Examples:
       >>> print(f"{dann_strength(0.1):.6f}")
       0.462117
@@ -122,7 +125,7 @@ def dann_schedule(steps: int, *, initial: float = 0.01, a: float = 10.0, b: floa
       A function `step -> rate`.
 
     Raises:
-      ValueError: if `steps` is below 1.
+      ValueError: if `steps` is below 1, or `initial`, `a` or `b` is not a finite number.
 
     Examples:
       >>> import optax

@@ -60,7 +60,9 @@ def freeze(optimizer: Optimizer, params: Params, train: Patterns) -> optax.Gradi
 def only_unfrozen(
     optimizer: Optimizer, frozen: PyTree | Callable[[Params], PyTree]
 ) -> optax.GradientTransformation:
-    """Apply `optimizer` where `frozen` is False, and zero updates without state where it is True.
+    """Return a transformation that applies `optimizer` where `frozen` is False.
+
+    Frozen leaves have zero updates and no optimizer state.
 
     Args:
       optimizer: any optax transformation.

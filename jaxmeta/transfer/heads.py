@@ -14,7 +14,8 @@ from jaxmeta.core import Key, Params
 from jaxmeta.transfer import host
 
 Features = Float[Array, "n d"] | Float[np.ndarray, "n d"]
-Labels = Int[Array, " _"] | Int[np.ndarray, " _"]  # checked to be as many as rows of features
+# Not " n", so that a wrong number of labels gets the error of `host.labels`.
+Labels = Int[Array, " _"] | Int[np.ndarray, " _"]
 ExampleWeights = Float[Array, " n"] | Float[np.ndarray, " n"]
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 4, 17))
 
@@ -123,7 +124,7 @@ def logistic_head(
       features: features z of shape `(n, d)`.
       labels: classes in [0, classes), of shape `(n,)`.
       classes: number C of classes; some may have no examples.
-      penalty: weight of the penalty, at least 0; with 0, separable features have no minimum.
+      penalty: weight of the penalty, at least 0; with 0, the loss of separable features has no minimum.
       weights: weights w of the examples, such as importance or label-shift weights; None for ones.
       steps: largest number of L-BFGS steps.
       tolerance: norm of the gradient at which the iteration stops.
@@ -243,14 +244,7 @@ def mapped_head(head: Params, mapping: Mapping[int, int | Sequence[int]], classe
 def _checked(features: Features, labels: Labels, classes: int) -> tuple[Array, Array]:
     check_count("classes", classes, 2)
     rows = len(host.matrix(features, "features"))
-    z, y = jnp.asarray(features), host.labels(labels, "labels", rows=rows)
-    present = np.unique(y)
-    if present.size < 2:
-        raise ArgumentError("labels", f"got {present.size} class; a head needs examples of at least 2")
-    if present[0] < 0 or present[-1] >= classes:
-        raise ArgumentError(
-            "labels",
-            f"got classes from {present[0]} to {present[-1]}; with classes={classes} they must be from 0 "
-            f"to {classes - 1}",
-        )
-    return z, jnp.asarray(y, jnp.int32)
+    y = host.labels(labels, "labels", rows=rows, classes=classes)
+    if (y == y[0]).all():
+        raise ArgumentError("labels", "got 1 class; a head needs examples of at least 2")
+    return jnp.asarray(features), jnp.asarray(y, jnp.int32)

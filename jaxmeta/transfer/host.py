@@ -1,8 +1,8 @@
 """Validated arguments, as NumPy arrays of float64, of estimators that run once on the host.
 
 A transferability score or a set of importance weights is computed once, from arrays in memory, and decides
-what is trained afterwards: exact linear algebra matters more than a compiled one, and NumPy has float64
-whatever JAX's precision is set to.
+what is trained afterwards: precision matters more than speed, and NumPy has float64 whatever JAX's precision
+is set to.
 """
 
 from typing import Any
@@ -75,6 +75,6 @@ def labels(values: Values, name: str, *, rows: int, classes: int | None = None) 
             name, f"got shape {array.shape}; it must be ({rows},), one class for each example"
         )
     if array.min() < 0 or (classes is not None and array.max() >= classes):
-        allowed = "not be negative" if classes is None else f"be 0 to {classes - 1}"
-        raise ArgumentError(name, f"got classes {array.min()} to {array.max()}; they must {allowed}")
+        allowed = "at least 0" if classes is None else f"from 0 to {classes - 1}"
+        raise ArgumentError(name, f"got classes from {array.min()} to {array.max()}; they must be {allowed}")
     return array.astype(np.int64)

@@ -80,8 +80,8 @@ def density_ratio(
 ) -> DensityRatio:
     r"""Fit p_t(x)/p_s(x) by logistic regression of the domain on the features.
 
-    Minimises the mean logistic loss over all n_s + n_t examples + (λ/2) ‖kernel‖² by SciPy's trust-region
-    Newton method. The ratio is exact where ln(p_t/p_s) is linear in the features, as for two Gaussians with
+    SciPy's trust-region Newton method minimises the mean logistic loss over all n_s + n_t examples +
+    (λ/2) ‖kernel‖². The ratio is exact where ln(p_t/p_s) is linear in the features, as for two Gaussians with
     equal covariances; add squares of the features for others. Where the features separate the domains, the
     ratio does not exist: λ alone then keeps the weights finite, with a mean over the source far below 1.
 
@@ -220,12 +220,12 @@ def kernel_mean_matching(
     check_number("slack", slack, 0)
     check_number("tolerance", tolerance, 0)
     check_count("steps", steps)
-    between = _squared_distances(s, np.concatenate([s, t]))
+    from_source = _squared_distances(s, np.concatenate([s, t]))
     if bandwidth is None:
-        everything = np.concatenate([between, _squared_distances(t, np.concatenate([s, t]))])
-        bandwidth = float(np.sqrt(np.median(everything[np.triu_indices(len(everything), 1)])))
+        squared = np.concatenate([from_source, _squared_distances(t, np.concatenate([s, t]))])
+        bandwidth = float(np.sqrt(np.median(squared[np.triu_indices(len(squared), 1)])))
     check_number("bandwidth", bandwidth, above=0)
-    kernel = np.exp(-between / (2 * bandwidth**2))
+    kernel = np.exp(-from_source / (2 * bandwidth**2))
     gram, to_target = kernel[:, :n] / n**2, kernel[:, n:].mean(1) / n
     lowest, highest = n * max(1 - slack, 0), n * min(1 + slack, bound)
 
@@ -259,9 +259,9 @@ def kernel_mean_matching(
         new = project(ahead - rate * slope(ahead))
         if (ahead - new) @ (new - w) > 0:
             momentum = 1.0
-        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = new + (momentum - 1) / following * (new - w)
-        w, momentum = new, following
+        next_momentum = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = new + (momentum - 1) / next_momentum * (new - w)
+        w, momentum = new, next_momentum
     else:
         raise ArgumentError("steps", f"got {steps}, too few for tolerance {tolerance}; increase either")
     return jnp.asarray(w)

@@ -25,7 +25,7 @@ class ImageInput(NamedTuple):
       size: side in pixels, or height and width; None for any.
       mean: mean in (x − mean) / std of pixels in [0, 1], for each channel or for all.
       std: standard deviation in (x − mean) / std.
-      method: interpolation when they were resized, a method of `jax.image.resize`.
+      method: interpolation by which they were resized, a method of `jax.image.resize`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,8 +78,9 @@ def input_adapter(
       channels: number of output channels, 1 or 3; None keeps the input's.
       size: height and width in pixels, or one number for both; None keeps the input's. Smaller sizes are
         filtered against aliasing.
-      invert: whether to return 1 − x, such as dark strokes on light for a body trained on light on dark.
-      mean: mean in (x − mean) / std, for each channel or for all, in the units of x; it should be the one of
+      invert: whether to return 1 − x, such as for dark strokes on a light background and a body trained on
+        light strokes on a dark one.
+      mean: mean in (x − mean) / std, for each channel or for all, in the units of x; it should be that of
         the body's training, such as mean=(0.485, 0.456, 0.406) for most bodies of torchvision.
       std: standard deviation in (x − mean) / std, such as std=(0.229, 0.224, 0.225) for most bodies of
         torchvision.

@@ -232,7 +232,7 @@ def em_prior(
     posterior = host.probabilities(probs, "probs")
     start = host.distribution(source_prior, "source_prior", posterior.shape[1])
     if not start.all():
-        raise ArgumentError("source_prior", f"got 0 for class {start.argmin()}; every class must be above 0")
+        raise ArgumentError("source_prior", f"got 0 for class {start.argmin()}; it must be above 0")
     likelihood = posterior / start
     prior = start
     count, change = 0, np.inf

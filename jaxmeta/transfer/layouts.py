@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, join_names
 from jaxmeta.nn.vit import Interpolation
 from jaxmeta.transfer.subtree import leaves_by_path, rename
 
@@ -98,11 +98,11 @@ _HUGGINGFACE_RESNET = _rules(
     *((rf"(?:resnet/)?embedder/embedder/{theirs}/", f"stem_{ours}/") for theirs, ours in _KINDS),
     *(
         (
-            rf"(?:resnet/)?encoder/stages/(\d+)/layers/(\d+)/{theirs}/{kind}/",
-            rf"stage\1_block\2/{ours}_{our}/",
+            rf"(?:resnet/)?encoder/stages/(\d+)/layers/(\d+)/{theirs}/{their_kind}/",
+            rf"stage\1_block\2/{ours}_{our_kind}/",
         )
         for theirs, ours in ((r"layer/(\d+)", r"layer\3"), ("shortcut", "shortcut"))
-        for kind, our in _KINDS
+        for their_kind, our_kind in _KINDS
     ),
     ("classifier/1/", "head/"),
 )
@@ -237,7 +237,7 @@ _HUGGINGFACE_CLIP = _rules(
     ("text_model/", None),
     ("text_projection/", None),
     ("logit_scale$", None),
-    # The name has this typing error in the library.
+    # The library spells the name this way.
     ("(?:vision_model/)?pre_layrnorm/", "embedding_norm/"),
     *_in_blocks(
         r"(?:vision_model/)?encoder/layers/(\d+)",
@@ -254,10 +254,10 @@ _HUGGINGFACE_CLIP = _rules(
     ("visual_projection/", "feature_projection/"),
 )
 
-# Places of the fire modules between activations and poolings.
+# The fire modules are numbered together with activations and poolings.
 _TORCHVISION_SQUEEZENET = _rules(
     ("features/0/", "stem/"),
-    *((rf"features/{place}/", f"fire{i}/") for i, place in enumerate((3, 4, 6, 7, 9, 10, 11, 12))),
+    *((rf"features/{index}/", f"fire{i}/") for i, index in enumerate((3, 4, 6, 7, 9, 10, 11, 12))),
     ("classifier/1/", "head/"),
 )
 
@@ -336,7 +336,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
         Layout(
             "torchvision-squeezenet",
             "SqueezeNet",
-            # Version 1.0 has a pooling in this place.
+            # Version 1.0 has a pooling at this index.
             re.compile("^features/6/squeeze/weight$"),
             _TORCHVISION_SQUEEZENET,
             _TENSORS,
@@ -359,11 +359,10 @@ def layout_of(leaves: Mapping[str, Any], layout: LayoutName | Literal["auto"], o
     for candidate in LAYOUTS.values():
         if any(candidate.mark.search(name) for name in leaves):
             return candidate
-    examples = ", ".join(sorted(leaves)[:5])
     raise ArgumentError(
         "layout",
-        f"the names in {origin} ({examples}, …) match no known layout ({known}); read them with "
-        "jaxmeta.transfer.read_weights, and map them with jaxmeta.transfer.transplant and `rules`",
+        f"the names in {origin} ({join_names(sorted(leaves))}) match no known layout ({known}); read them "
+        "with jaxmeta.transfer.read_weights, and map them with jaxmeta.transfer.transplant and `rules`",
     )
 
 

@@ -394,12 +394,12 @@ def _filled(
     """Return the target with the leaves in their places, in their own dtypes if `as_stored`."""
     arrays = {leaf.path: leaf.array for leaf in leaves if leaf.path is not None}
 
-    def place(path: str, leaf: Any) -> Any:
+    def template(path: str, leaf: Any) -> Any:
         if path not in arrays:
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, arrays[path].dtype if as_stored else leaf.dtype)
 
-    places = [place(path, leaf) for path, leaf in leaves_by_path(target).items()]
+    templates = [template(path, leaf) for path, leaf in leaves_by_path(target).items()]
     rules = [
         (re.compile(rf"^{re.escape(leaf.name)}\Z"), leaf.path and leaf.path.replace("\\", r"\\"))
         for leaf in leaves
@@ -409,7 +409,7 @@ def _filled(
     try:
         variables, report = transplant(
             source,
-            jax.tree.unflatten(jax.tree.structure(target), places),
+            jax.tree.unflatten(jax.tree.structure(target), templates),
             rules=rules,
             strict=False,
             cast=True,

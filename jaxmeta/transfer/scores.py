@@ -209,7 +209,7 @@ class Evidence(NamedTuple):
 def maximal_evidence(
     features: Real[Array | np.ndarray, "n d"], targets: Float[Array | np.ndarray, "n k"]
 ) -> Evidence:
-    r"""Return the evidence of y = F w + ε, maximised over the precisions α of w and β of ε, by column y.
+    r"""Return the evidence of y = F w + ε, maximised over the precisions α of w and β of ε.
 
     𝓛 = (d/2) ln α + (n/2) ln β − ½ ln|A| − (β/2) ‖y − F m‖² − (α/2) mᵀm − (n/2) ln 2π,
     A = α I + β FᵀF,  m = β A⁻¹ Fᵀ y,

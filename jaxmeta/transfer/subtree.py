@@ -106,34 +106,34 @@ def swap_subtree(tree: PyTree, path: str, subtree: PyTree, *, strict: bool = Tru
       >>> swap_subtree(tree, "head", (5.0, 6.0), strict=False)
       {'body': [1.0, 2.0], 'head': (5.0, 6.0)}
     """
-    place = find(tree, path)
+    node = find(tree, path)
     if strict:
-        subtree = _refilled(place.value, subtree, path)
-    elif place.boxed:
+        subtree = _refilled(node.value, subtree, path)
+    elif node.boxed:
         # The tree keeps its box (such as a Flax Variable), so only the new box's value is inserted.
         subtree = take_subtree(subtree, "")
-    return put(tree, place.trail, subtree)
+    return put(tree, node.trail, subtree)
 
 
 def _refilled(old: PyTree, new: PyTree, path: str) -> PyTree:
     expected, leaves = leaves_by_path(old), leaves_by_path(new)
     problems = []
-    for place in dict.fromkeys([*expected, *leaves]):
-        full = "/".join(part for part in (path, place) if part)
-        if place not in leaves:
-            problems.append(f'"{full}": got none; it must be {_spec(expected[place], full)}')
-        elif place not in expected:
-            problems.append(f'"{full}": got {_spec(leaves[place], full)}; the tree has no such leaf')
-        elif leaves[place] is not expected[place] and _spec(leaves[place], full) != _spec(
-            expected[place], full
+    for relative in dict.fromkeys([*expected, *leaves]):
+        full = "/".join(part for part in (path, relative) if part)
+        if relative not in leaves:
+            problems.append(f'"{full}": got none; it must be {_spec(expected[relative], full)}')
+        elif relative not in expected:
+            problems.append(f'"{full}": got {_spec(leaves[relative], full)}; the tree has no such leaf')
+        elif leaves[relative] is not expected[relative] and _spec(leaves[relative], full) != _spec(
+            expected[relative], full
         ):
             problems.append(
-                f'"{full}": got {_spec(leaves[place], full)}; it must be {_spec(expected[place], full)}'
+                f'"{full}": got {_spec(leaves[relative], full)}; it must be {_spec(expected[relative], full)}'
             )
     if problems:
         listed = "\n  ".join(shortened(problems))
         raise ArgumentError("subtree", f'it does not fit at "{path}", as strict=True requires:\n  {listed}')
-    return jax.tree.unflatten(jax.tree.structure(old), [leaves[place] for place in expected])
+    return jax.tree.unflatten(jax.tree.structure(old), [leaves[relative] for relative in expected])
 
 
 # --- Transplanting -------------------------------------------------------------------------------

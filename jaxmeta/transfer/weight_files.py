@@ -60,11 +60,11 @@ def read(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
         raise ArgumentError(
             "revision", f'got {revision!r} for {path}; only paths on the Hub ("{HUB}…") have revisions'
         )
-    place = Path(path).expanduser()
-    if not place.exists():
+    local = Path(path).expanduser()
+    if not local.exists():
         hint = f'; for the Hugging Face Hub, use "{HUB}{path}"' if str(path).count("/") == 1 else ""
         raise MissingFileError("path", f"{path} does not exist{hint}")
-    return _folder(place) if place.is_dir() else _file(place)
+    return _folder(local) if local.is_dir() else _file(local)
 
 
 def _file(path: Path) -> Stored:
@@ -93,10 +93,8 @@ def _folder(path: Path) -> Stored:
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "manifest").is_dir():
-        from jaxmeta.training import load
-
         return Stored(_arrays(load(path), path), path)
-    checkpoints = [place for place in (path, *path.iterdir()) if (place / "_METADATA").is_file()]
+    checkpoints = [folder for folder in (path, *path.iterdir()) if (folder / "_METADATA").is_file()]
     if len(checkpoints) == 1:
         return Stored(_arrays(_orbax(checkpoints[0]), path), path)
     pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
@@ -145,11 +143,11 @@ def _joined(name: str) -> str:
 
 def _sharded(path: Path) -> Stored:
     index = _json(path / INDEX)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ArgumentError("path", f'{path / INDEX} has no "weight_map" from names to files')
     leaves: dict[str, Any] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(weight_map.values())):
         file = path / name
         if Path(name).name != name or file.suffix != ".safetensors":
             raise ArgumentError(
@@ -158,7 +156,7 @@ def _sharded(path: Path) -> Stored:
         if not file.is_file():
             raise ArgumentError("path", f"{path / INDEX} points to {name}, which does not exist")
         leaves |= _safetensors(file)[0]
-    missing = sorted({_joined(name) for name in places} - set(leaves))
+    missing = sorted({_joined(name) for name in weight_map} - set(leaves))
     if missing:
         raise ArgumentError("path", f"{path / INDEX} lists {missing[0]}, which none of its files contains")
     return Stored(leaves, path / INDEX, _config(path), preprocessor=_preprocessor(path))
@@ -197,8 +195,8 @@ def _orbax(path: Path) -> PyTree:
         with ocp.PyTreeCheckpointer() as checkpointer:
             structure = checkpointer.metadata(path.absolute()).item_metadata.tree
             # Restore to host arrays: the checkpoint may have been saved on other devices.
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
-            return checkpointer.restore(path.absolute(), restore_args=kinds)
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+            return checkpointer.restore(path.absolute(), restore_args=restore_args)
 
     return _guarded(path, "an Orbax checkpoint", read)
 
@@ -247,7 +245,7 @@ def _run(folder: Path) -> Stored:
             f"{sorted(params)}",
         )
     model = params["model"]
-    if set(model) == {NETWORK, FACTORS}:  # of --lora
+    if set(model) == {NETWORK, FACTORS}:  # trained with --lora
         model = merge_lora(model)
     variables = {"params": model}
     if "population" in params:

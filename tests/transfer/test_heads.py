@@ -190,8 +190,8 @@ def test_bad_features_and_labels_are_rejected_with_their_name(head):
     for labels, classes, message in (
         (y[:7], 3, r"labels: got shape \(7,\); it must be \(10,\)"),
         (np.zeros(10, int), 3, "labels: got 1 class"),
-        (y, 2, "labels: got classes from 0 to 2; with classes=2 they must be from 0 to 1"),
-        (y - 1, 3, "labels: got classes -1 to 1; they must not be negative"),
+        (y, 2, "labels: got classes from 0 to 2; they must be from 0 to 1"),
+        (y - 1, 3, "labels: got classes from -1 to 1; they must be from 0 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
             head(z, labels, classes)
@@ -345,8 +345,8 @@ def test_bad_arguments_of_classifiers_are_rejected_with_their_name(trained):
     confusion = partial(confusion_matrix, classes=3)
     for predictions, labels, message in (
         ([0, 1], [0, 1, 2], "predictions"),
-        ([0, 3], [0, 1], "predictions: got classes 0 to 3"),
-        ([0, 1], [-1, 1], "labels: got classes -1 to 1"),
+        ([0, 3], [0, 1], "predictions: got classes from 0 to 3"),
+        ([0, 1], [-1, 1], "labels: got classes from -1 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             confusion(np.array(predictions), np.array(labels))

@@ -257,7 +257,7 @@ def test_temperature_ends_at_its_bounds_where_no_finite_one_is_best():
         (lambda: bbse(np.diag([1.0, 0.0]), MU), "class 1 has no labelled source examples"),
         (lambda: bbse(CONFUSION, np.array([0.5, 0.7])), "target_predictions: got rows that sum to 1.2"),
         (lambda: bbse(CONFUSION, np.array([0.5, 0.3, 0.2])), r"target_predictions: got shape \(3,\)"),
-        (lambda: bbse(CONFUSION, np.array([0, 1, 2])), "classes 0 to 2; they must be 0 to 1"),
+        (lambda: bbse(CONFUSION, np.array([0, 1, 2])), "classes from 0 to 2; they must be from 0 to 1"),
         (lambda: inspect.unwrap(bbse)(CONFUSION, np.ones((4, 3)) / 3), "target_predictions: got 3 columns"),
         (lambda: rlls(CONFUSION, MU, penalty=0.0), "penalty: got 0.0; it must be positive"),
         (lambda: rlls(CONFUSION, MU, penalty=0.1, shrink=1.5), "shrink: got 1.5; it must be at most 1"),
@@ -265,10 +265,10 @@ def test_temperature_ends_at_its_bounds_where_no_finite_one_is_best():
         (lambda: em_prior(np.eye(2), MU, steps=0), "steps: got 0"),
         (lambda: em_prior(np.eye(2), MU, tolerance=-1.0), "tolerance: got -1.0"),
         (lambda: em_prior(np.eye(2), np.ones(2)), "source_prior: got rows that sum to 2"),
-        (lambda: joint_confusion(np.array([0, 2]), np.array([0, 1]), 2), "predictions: got classes 0 to 2"),
+        (lambda: joint_confusion(np.array([0, 2]), np.array([0, 1]), 2), "predictions: got classes from 0"),
         (lambda: inspect.unwrap(joint_confusion)(np.arange(3), np.arange(2), 3), r"labels: got shape \(2,\)"),
         (lambda: temperature(np.full((2, 2), np.nan), np.array([0, 1])), "logits: got NaN"),
-        (lambda: temperature(np.eye(2), np.array([0, 5])), "labels: got classes 0 to 5; they must be 0 to 1"),
+        (lambda: temperature(np.eye(2), np.array([0, 5])), "labels: got classes from 0 to 5; they must be"),
     ],
 )  # fmt: skip
 def test_bad_input_is_rejected_with_its_name(call, message):
