@@ -84,7 +84,7 @@ def pytest_configure(config):
 
 def pytest_xdist_auto_num_workers(config):
     """Return the workers of `-n auto`: one with an accelerator, else one per core, at most eight."""
-    # The memory of an accelerator is enough for one process.
+    # An accelerator has memory for only one process.
     return 1 if accelerator_is_visible() else min(cores(), MOST_WORKERS)
 
 

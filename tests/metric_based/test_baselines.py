@@ -64,8 +64,8 @@ def test_ridge_ignores_padding_and_classes_without_examples(x64):
     support, query = (batch(part.x, part.y) for part in unequal())
     head = initial(RIDGE, jm.Task(support, query))["head"]
     outputs = predict(RIDGE, support, query.x, head=head)
-    holes = padded(batch(support.x, support.y, ways=5), [0, 2, 6])
-    actual = predict(RIDGE, holes, query.x, head=head)
+    with_padding = padded(batch(support.x, support.y, ways=5), [0, 2, 6])
+    actual = predict(RIDGE, with_padding, query.x, head=head)
     np.testing.assert_allclose(actual[:, :WAYS], outputs, rtol=1e-9)
     assert (actual[:, WAYS:] == -np.inf).all()
 
@@ -206,14 +206,14 @@ def test_the_training_loss_is_the_cross_entropy_over_all_classes(name, x64):
     task = jm.Task(support, query)
     learner = pretrained(name)
     params = of_float64(initial(learner, task), 0)
-    own = jax.tree.map(np.asarray, params["head"])
+    head = jax.tree.map(np.asarray, params["head"])
     x = np.concatenate([support.x, query.x])
     y = np.concatenate([support.y, query.y])
-    assert own["kernel"].shape == (DIM, classes)
+    assert head["kernel"].shape == (DIM, classes)
     if name == "cosine":
-        logits = 3 * own["norm"] * (unit(x) @ unit(own["kernel"].T).T)
+        logits = 3 * head["norm"] * (unit(x) @ unit(head["kernel"].T).T)
     else:
-        logits = x @ own["kernel"] + own["bias"]
+        logits = x @ head["kernel"] + head["bias"]
     expected = -np.log(softmax(logits)[np.arange(9), y]).mean()
     value, metrics = loss(learner, params, task)
     np.testing.assert_allclose(value, expected, rtol=1e-9)

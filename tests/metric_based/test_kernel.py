@@ -199,9 +199,9 @@ def test_a_zero_vector_has_cosine_zero_with_every_vector_and_finite_gradients():
 def test_padding_changes_neither_outputs_nor_loss(reduce, x64):
     task = unequal()
     learner = kernel(similarity="euclidean", reduce=reduce)
-    holes = padded(task.support, [0, 3, 3, 6])
+    with_padding = padded(task.support, [0, 3, 3, 6])
     query = padded(task.query, [1, 5])
-    actual, value, metrics = results(learner, {"model": {}}, jm.Task(holes, query))
+    actual, value, metrics = results(learner, {"model": {}}, jm.Task(with_padding, query))
     outputs, expected, known = results(learner, {"model": {}}, task)
     np.testing.assert_allclose(actual[np.asarray(query.mask)], outputs, rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -354,8 +354,8 @@ def test_prototypes_are_invariant_to_example_order_and_equivariant_to_class_orde
 
 @settings(max_examples=40, deadline=None)
 @given(vectors(SUPPORT), vectors(QUERIES), vectors((3,)), vectors((3,)))
-def test_prototypes_are_invariant_to_a_common_translation_and_rotation(support, x, shift, turn):
-    matrix = Rotation.from_rotvec(turn).as_matrix()
+def test_prototypes_are_invariant_to_a_common_translation_and_rotation(support, x, shift, rotation):
+    matrix = Rotation.from_rotvec(rotation).as_matrix()
     check(prototypical_logits, (support, x), (support + shift, x + shift))
     check(prototypical_logits, (support, x), (support @ matrix, x @ matrix))
 

@@ -26,12 +26,12 @@ def direct(x, y, query, regularisation):
     """Return the outputs of the formula, by the covariance matrices of NumPy."""
     outputs = []
     for label in range(y.max() + 1):
-        own = x[y == label]
-        shrinkage = len(own) / (len(own) + 1)
-        within = np.cov(own.T) if len(own) > 1 else 0
+        members = x[y == label]
+        shrinkage = len(members) / (len(members) + 1)
+        within = np.cov(members.T) if len(members) > 1 else 0
         common = np.cov(x.T) if len(x) > 1 else 0
         matrix = shrinkage * within + (1 - shrinkage) * common + regularisation * np.eye(x.shape[1])
-        differences = query - own.mean(0)
+        differences = query - members.mean(0)
         outputs.append(-(differences * np.linalg.solve(matrix, differences.T).T).sum(1) / 2)
     return np.stack(outputs, 1)
 
@@ -73,8 +73,8 @@ def test_embeddings_of_length_one_are_those_of_the_transform_l2n(x64):
 def test_padding_and_classes_without_examples_change_no_output(dim, x64):
     x, y, query = drawn(3, [2, 1, 4], dim)
     learner = jm.mahalanobis(IDENTITY)
-    holes = padded(batch(x, y, ways=5), [0, 2, 6])
-    actual = predict(learner, holes, query)
+    with_padding = padded(batch(x, y, ways=5), [0, 2, 6])
+    actual = predict(learner, with_padding, query)
     np.testing.assert_allclose(actual[:, :3], direct(x, y, query, 1.0), rtol=1e-9)
     assert (actual[:, 3:] == -np.inf).all()
 

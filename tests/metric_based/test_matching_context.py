@@ -32,8 +32,8 @@ def learner(**settings):
     return jm.matching(IDENTITY, context_steps=STEPS, **settings)
 
 
-def outputs(own, support, x):
-    return predict(learner(), support, x, head=own)
+def outputs(weights, support, x):
+    return predict(learner(), support, x, head=weights)
 
 
 def head(seed=0):
@@ -108,46 +108,46 @@ def test_the_context_of_a_query_matches_an_attention_lstm_in_torch(x64):
 
 
 def test_the_whole_network_is_cosine_attention_over_both_contexts(x64):
-    own = head()
+    weights = head()
     context, real = full_context(DIM, STEPS), np.ones(6, bool)
     x, y = (np.asarray(part.x, float) for part in TASK)
-    g = jax.jit(context.support)(own, x, real)
-    f = jax.jit(context.query)(own, y, g, real)
+    g = jax.jit(context.support)(weights, x, real)
+    f = jax.jit(context.query)(weights, y, g, real)
     g, f = (np.asarray(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in (g, f))
     attention = np.exp(2 * f @ g.T)
     expected = attention / attention.sum(1, keepdims=True) @ np.eye(WAYS)[TASK.support.y]
-    actual = predict(learner(scale=2.0), batch(x, TASK.support.y), y, head=own)
+    actual = predict(learner(scale=2.0), batch(x, TASK.support.y), y, head=weights)
     np.testing.assert_allclose(np.exp(actual), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("places", "value"),
+    ("positions", "value"),
     [
         ([0, 1, 3, 6], np.nan),
         *(
-            pytest.param(places, value, marks=pytest.mark.nightly)
-            for places in ([0], [2, 4], [6, 6], [0, 1, 3, 6])
+            pytest.param(positions, value, marks=pytest.mark.nightly)
+            for positions in ([0], [2, 4], [6, 6], [0, 1, 3, 6])
             for value in (np.nan, 100.0)
-            if (len(places), value) != (4, np.nan)
+            if (len(positions), value) != (4, np.nan)
         ),
     ],
 )
-def test_padding_anywhere_in_the_support_changes_nothing(places, value):
-    own = head()
-    expected = outputs(own, TASK.support, TASK.query.x)
-    actual = outputs(own, padded(TASK.support, places, value), TASK.query.x)
+def test_padding_anywhere_in_the_support_changes_nothing(positions, value):
+    weights = head()
+    expected = outputs(weights, TASK.support, TASK.query.x)
+    actual = outputs(weights, padded(TASK.support, positions, value), TASK.query.x)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_outputs_depend_on_support_order_but_not_on_query_order():
-    own = head()
+    weights = head()
     support, queries = TASK.support, np.asarray(TASK.query.x)
     x, y = np.asarray(support.x), np.asarray(support.y)
-    actual = outputs(own, support, queries)
-    turned = outputs(own, batch(x[::-1], y[::-1]), queries)
-    assert np.abs(turned - actual).max() > 1e-3
-    np.testing.assert_allclose(outputs(own, support, queries[::-1]), actual[::-1], atol=1e-6)
-    np.testing.assert_allclose(outputs(own, support, queries[:1]), actual[:1], atol=1e-6)
+    actual = outputs(weights, support, queries)
+    reversed_support = outputs(weights, batch(x[::-1], y[::-1]), queries)
+    assert np.abs(reversed_support - actual).max() > 1e-3
+    np.testing.assert_allclose(outputs(weights, support, queries[::-1]), actual[::-1], atol=1e-6)
+    np.testing.assert_allclose(outputs(weights, support, queries[:1]), actual[:1], atol=1e-6)
 
 
 def test_the_support_is_shuffled_only_in_training():
@@ -162,9 +162,9 @@ def test_the_support_is_shuffled_only_in_training():
 
 
 def test_permuted_class_slots_permute_the_outputs():
-    own, names = head(), np.array([2, 0, 1])
-    actual = outputs(own, TASK.support, TASK.query.x)
-    renamed = outputs(own, batch(TASK.support.x, names[TASK.support.y]), TASK.query.x)
+    weights, names = head(), np.array([2, 0, 1])
+    actual = outputs(weights, TASK.support, TASK.query.x)
+    renamed = outputs(weights, batch(TASK.support.x, names[TASK.support.y]), TASK.query.x)
     np.testing.assert_allclose(renamed[:, names], actual, atol=1e-6)
 
 

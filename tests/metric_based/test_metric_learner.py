@@ -96,11 +96,11 @@ def of_embedded(method, params, z, z_query, y):
 
 
 def hidden(params, x):
-    own = jax.tree.map(np.asarray, params["Dense_0"])
-    return np.asarray(x) @ own["kernel"] + own["bias"]
+    layer = jax.tree.map(np.asarray, params["Dense_0"])
+    return np.asarray(x) @ layer["kernel"] + layer["bias"]
 
 
-# One method for each use of embeddings: by class, by pairs, and by an ordered support set.
+# In the default run, one method that uses embeddings as they are, and one that centres them.
 @pytest.mark.parametrize("method", rows("prototypical", "simple_shot"))
 def test_norm_batch_embeds_support_and_queries_as_one_batch(method):
     support, query = unequal()
@@ -146,8 +146,8 @@ def source():
     """Return tasks that differ in mean and in scale."""
 
     def draw(scale, key):
-        centre, own = jax.random.split(key)
-        x = scale * (1 + jax.random.normal(centre, (1, DIM))) * jax.random.normal(own, (9, DIM)) + 1
+        for_centre, for_x = jax.random.split(key)
+        x = scale * (1 + jax.random.normal(for_centre, (1, DIM))) * jax.random.normal(for_x, (9, DIM)) + 1
         y = jnp.arange(9, dtype=jnp.int32) % WAYS
         return jm.Task(jm.Batch(x[:3], y[:3], ways=WAYS), jm.Batch(x[3:], y[3:], ways=WAYS))
 
@@ -174,14 +174,14 @@ def test_population_statistics_are_the_means_of_both_moments_over_tasks():
 def test_norm_population_predicts_queries_independently_and_trains_like_batch(method):
     support, query = task = unequal()
     params = initialised(method)
-    learner, trained = learner_of(method, norm="population"), learner_of(method)
+    learner, batch_learner = learner_of(method, norm="population"), learner_of(method)
     with pytest.raises(ValueError, match=r'norm="population" needs .* jm\.calibrate'):
         learner.adapt(params, support, KEY)
     filled = jm.calibrate(learner, params, source(), KEY, episodes=2)
     joint, value, _ = results(learner, filled, task)
     alone = outputs_of(learner, filled, support, np.asarray(query.x)[1:2])
     np.testing.assert_allclose(alone, joint[1:2], rtol=1e-7)
-    by_batch, expected, _ = results(trained, filled, task)
+    by_batch, expected, _ = results(batch_learner, filled, task)
     assert np.abs(by_batch - joint).max() > 1e-4
     np.testing.assert_allclose(value, expected, rtol=1e-12)
 
@@ -277,14 +277,12 @@ def test_every_draw_in_training_uses_a_separate_key(norm):
     def apply_norm(params, x, *, stats=None, mask=None, key=None):
         return apply(params, x, key=key), {}
 
-    for more in ((), (apply_norm,)):
+    for norm_function in (None, apply_norm):
         seen.clear()
-        model = jm.Model(IDENTITY[0], apply, *(more or (None,)), stochastic=True)
+        model = jm.Model(IDENTITY[0], apply, norm_function, stochastic=True)
         learner = jm.prototypical(model, norm=norm, augment=augment)
         learner.loss({"model": {}}, unequal(), KEY)
-        used = {
-            jax.random.key_data(key).tobytes() for key in map(jax.device_get, map(jax.random.key_data, seen))
-        }
+        used = {np.asarray(jax.random.key_data(key)).tobytes() for key in seen}
         assert len(used) == len(seen) >= 3
         seen.clear()
         learner.predict(
@@ -317,9 +315,9 @@ def test_logits_and_loss_match_torch_on_the_same_weights(method):
     params = of_float64(initial(learner, task), 0)
     x = torch.tensor(np.concatenate([part.x for part in task])).permute(0, 3, 1, 2)
     for i in range(4):
-        own = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf)), params["model"][f"ConvNorm_{i}"])
-        x = F.conv2d(x, own["conv"]["kernel"].permute(3, 2, 0, 1), own["bias"], padding=1)
-        norm = own["norm"]
+        layer = jax.tree.map(lambda leaf: torch.tensor(np.array(leaf)), params["model"][f"ConvNorm_{i}"])
+        x = F.conv2d(x, layer["conv"]["kernel"].permute(3, 2, 0, 1), layer["bias"], padding=1)
+        norm = layer["norm"]
         x = F.relu(F.batch_norm(x, None, None, norm["scale"], norm["bias"], training=True, eps=1e-3))
         x = F.max_pool2d(x, 2)
     z = x.permute(0, 2, 3, 1).flatten(1)
@@ -360,14 +358,14 @@ def test_a_common_offset_of_all_points_does_not_change_outputs(method, offset):
     dim, ways = 16, 5
     # Multiples of 1/64 are exact in float32 at these offsets too.
     centres = np.round(64 * rng.normal(size=(ways, dim))) / 64
-    places = np.repeat(np.arange(ways), 2)
-    support = centres[places] + np.round(6.4 * rng.normal(size=(2 * ways, dim))) / 64
-    query = centres[places] + np.round(25 * rng.normal(size=(2 * ways, dim))) / 64
+    labels = np.repeat(np.arange(ways), 2)
+    support = centres[labels] + np.round(6.4 * rng.normal(size=(2 * ways, dim))) / 64
+    query = centres[labels] + np.round(25 * rng.normal(size=(2 * ways, dim))) / 64
     # One more slot than classes, and padding far from the points.
     x = np.concatenate([offset + support, np.zeros((3, dim))])
     part = jm.Batch(
         jnp.asarray(x, jnp.float32),
-        jnp.asarray([*places, 0, 0, 0], jnp.int32),
+        jnp.asarray([*labels, 0, 0, 0], jnp.int32),
         mask=jnp.asarray(np.arange(len(x)) < len(support)),
         ways=ways + 1,
     )
@@ -417,9 +415,10 @@ def test_solutions_of_positive_systems_and_their_derivatives_are_those_of_numpy(
 
     first, second = jax.jit(lambda: (jax.grad(value)(0.0), jax.grad(jax.grad(value))(0.0)))()
     inverse = np.linalg.inv(matrices[0])
-    solution, turned = inverse @ values[0], inverse @ change
-    np.testing.assert_allclose(first, -(weights * (turned @ solution)).sum(), rtol=1e-7)
-    np.testing.assert_allclose(second, 2 * (weights * (turned @ turned @ solution)).sum(), rtol=1e-7)
+    solution, relative_change = inverse @ values[0], inverse @ change
+    np.testing.assert_allclose(first, -(weights * (relative_change @ solution)).sum(), rtol=1e-7)
+    second_change = relative_change @ relative_change
+    np.testing.assert_allclose(second, 2 * (weights * (second_change @ solution)).sum(), rtol=1e-7)
 
 
 def test_products_and_distances_of_bfloat16_have_float32():

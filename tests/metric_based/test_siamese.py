@@ -27,14 +27,14 @@ def scores(a, b, head=HEAD):
     return differences @ np.asarray(head["weights"]) + float(head.get("bias", 0.0))
 
 
-def verification_loss(support, query, **own):
-    learner = SIAMESE if "bias" in own else WITHOUT_BIAS
-    return loss(learner, {"model": {}, "head": own}, jm.Task(support, query))[0]
+def verification_loss(support, query, **head):
+    learner = SIAMESE if "bias" in head else WITHOUT_BIAS
+    return loss(learner, {"model": {}, "head": head}, jm.Task(support, query))[0]
 
 
-def log_odds(a, b, **own):
+def log_odds(a, b, **head):
     """Return the log odds of p(a, b), from the loss of a single pair of the same class."""
-    half = verification_loss(batch(a, [0], ways=1), batch(b, [0], ways=1), **own)
+    half = verification_loss(batch(a, [0], ways=1), batch(b, [0], ways=1), **head)
     return -np.log(np.expm1(2 * half))
 
 
@@ -54,9 +54,9 @@ def test_two_equal_images_score_the_bias_and_without_it_one_half():
 
 def test_use_bias_decides_whether_the_head_has_a_bias():
     assert set(initial(WITHOUT_BIAS, TASK)["head"]) == {"weights"}
-    own = initial(SIAMESE, TASK)["head"]
-    assert own["weights"].shape == (DIM,)
-    assert own["bias"] == 0
+    head = initial(SIAMESE, TASK)["head"]
+    assert head["weights"].shape == (DIM,)
+    assert head["bias"] == 0
 
 
 def test_a_query_has_the_class_of_its_best_matching_support_image():
@@ -95,9 +95,9 @@ def test_the_gradient_is_the_sum_over_both_branches(x64):
 
     def two_branches(left, right):
         a, b = module.apply(left, task.query.x), module.apply(right, task.support.x)
-        own = params["head"]
-        log_p = jnp.abs(a[:, None] - b[None]) @ own["weights"] + own["bias"]
-        cost = jnp.where(same, jax.nn.softplus(-log_p), jax.nn.softplus(log_p))
+        head = params["head"]
+        logits = jnp.abs(a[:, None] - b[None]) @ head["weights"] + head["bias"]
+        cost = jnp.where(same, jax.nn.softplus(-logits), jax.nn.softplus(logits))
         halves = [jnp.where(kind, cost, 0).sum(1) / kind.sum(1) for kind in (same, ~same)]
         return sum(halves).mean() / 2
 
@@ -157,8 +157,8 @@ def test_pairs_are_a_pure_function_of_the_key():
 def test_the_two_kinds_are_drawn_independently():
     every = np.ones((4, 4), bool)
     drawn = jax.device_get(draw(KEY, every, every, 200))
-    places = 4 * drawn.query + drawn.support
-    assert (places[:100] == places[100:]).mean() < 0.2
+    pairs = 4 * drawn.query + drawn.support
+    assert (pairs[:100] == pairs[100:]).mean() < 0.2
 
 
 def test_a_kind_that_does_not_exist_gives_no_valid_pair():
@@ -227,7 +227,7 @@ def test_a_head_of_another_width_is_refused_at_init():
 
 
 def test_a_head_with_batch_statistics_is_refused():
-    with pytest.raises(ValueError, match="head"):
+    with pytest.raises(ValueError, match="head: got a network with batch statistics"):
         jm.siamese(IDENTITY, head=jm.nn.MLP(out=1, hidden=(5,), norm=True)).init(KEY, TASK)
 
 
@@ -293,8 +293,8 @@ def images(count=4):
 def tracked(x, **settings):
     """Return distorted images, and the affine map from each one's pixels to their source positions."""
     rows, columns = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
-    places = np.broadcast_to(np.stack([rows, columns], -1), (len(x), HEIGHT, WIDTH, 2))
-    carried = np.concatenate([x, places.astype(np.float32), np.ones_like(x)], -1)
+    positions = np.broadcast_to(np.stack([rows, columns], -1), (len(x), HEIGHT, WIDTH, 2))
+    carried = np.concatenate([x, positions.astype(np.float32), np.ones_like(x)], -1)
     actual = distort(KEY, carried, **{**NOTHING, **settings}).astype(np.float64)
     maps = []
     for image in actual:

@@ -13,6 +13,7 @@ from vectors import (
     KEY,
     WAYS,
     batch,
+    compiled,
     distances,
     gradient_check,
     initial,
@@ -20,7 +21,6 @@ from vectors import (
     of_float64,
     outputs_of,
     padded,
-    part_of,
     predict,
     softmax,
     unequal,
@@ -155,8 +155,8 @@ def test_padding_and_classes_without_examples_change_no_output(method):
     support = padded(batch(SUPPORT.x, SUPPORT.y, ways=5), [0, 2, 6])
     for value in (np.nan, 1e30):
         query = padded(QUERY, [1, 4], value)
-        adapted = part_of(learner, "adapt")({"model": {}}, support, KEY)
-        outputs = np.asarray(part_of(learner, "predict")({"model": {}}, adapted, query.x, query.mask))
+        adapted = compiled(learner, "adapt")({"model": {}}, support, KEY)
+        outputs = np.asarray(compiled(learner, "predict")({"model": {}}, adapted, query.x, query.mask))
         kept = outputs[np.asarray(query.mask)]
         np.testing.assert_allclose(kept[:, :WAYS], expected, rtol=1e-9)
         assert (kept[:, WAYS:] == -np.inf).all()

@@ -18,7 +18,7 @@ def batch(x, y, mask=None, ways=WAYS):
     return jm.Batch(jnp.asarray(x, float), jnp.asarray(y, jnp.int32), mask=mask, ways=ways)
 
 
-def part_of(learner, name):
+def compiled(learner, name):
     """Return a function of the learner as one compiled program, which is ten times faster than eager."""
     return _jitted(getattr(learner, name))
 
@@ -29,16 +29,16 @@ def _jitted(function):
 
 
 def initial(learner, task):
-    return part_of(learner, "init")(KEY, task)
+    return compiled(learner, "init")(KEY, task)
 
 
 def adapted(learner, params, support):
-    return part_of(learner, "adapt")(params, support, KEY)
+    return compiled(learner, "adapt")(params, support, KEY)
 
 
 def loss(learner, params, task, key=KEY):
     """Return the loss of a task, and its metrics."""
-    return jax.device_get(part_of(learner, "loss")(params, task, key))
+    return jax.device_get(compiled(learner, "loss")(params, task, key))
 
 
 def outputs_of(learner, params, support, x):
@@ -88,11 +88,11 @@ def unequal(seed=0):
     )
 
 
-def padded(part, places, value=np.nan):
-    """Insert padding, with arbitrary labels, before the examples at `places`."""
-    x = np.insert(np.asarray(part.x), places, value, axis=0)
-    y = np.insert(np.asarray(part.y), places, 1)
-    return batch(x, y, np.insert(np.ones(part.y.size, bool), places, False), part.ways)
+def padded(part, positions, value=np.nan):
+    """Insert padding, with arbitrary labels, before the examples at `positions`."""
+    x = np.insert(np.asarray(part.x), positions, value, axis=0)
+    y = np.insert(np.asarray(part.y), positions, 1)
+    return batch(x, y, np.insert(np.ones(part.y.size, bool), positions, False), part.ways)
 
 
 def distances(a, b):
@@ -121,7 +121,7 @@ def gradient_check(function, params, seed=0, step=3e-6):
 
 
 def of_float64(tree, seed=None):
-    """Convert a tree to float64 and, with a seed, perturb initial zeros and ones."""
+    """Convert a tree to float64; a seed adds noise, since initial values may be zeros or ones."""
     rng = np.random.default_rng(seed)
     noise = 0.0 if seed is None else 0.1
     return jax.tree.map(

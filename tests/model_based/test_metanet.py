@@ -123,29 +123,33 @@ class Torch:
     def task_fast(self, generators, gradients):
         torch, out = self.torch, {}
         for name in gradients[0]:
-            own = generators["conv" if name.startswith("conv") else "dense"]
+            generator = generators["conv" if name.startswith("conv") else "dense"]
             h = c = torch.zeros(gradients[0][name].numel(), HIDDEN, dtype=torch.float64)
             for g in gradients:
                 z = (
-                    torch.cat([self.pre(g[name].reshape(-1)), h], 1) @ own["lstm"]["kernel"]
-                    + own["lstm"]["bias"]
+                    torch.cat([self.pre(g[name].reshape(-1)), h], 1) @ generator["lstm"]["kernel"]
+                    + generator["lstm"]["bias"]
                 )
                 enter, candidate, forget, leave = z.chunk(4, 1)
                 c = torch.sigmoid(forget + 1) * c + torch.sigmoid(enter) * torch.tanh(candidate)
                 h = torch.sigmoid(leave) * torch.tanh(c)
             out[name] = {
-                "kernel": (h @ own["output_kernel"] + own["output_bias"]).reshape(gradients[0][name].shape)
+                "kernel": (h @ generator["output_kernel"] + generator["output_bias"]).reshape(
+                    gradients[0][name].shape
+                )
             }
         return out
 
     def example_fast(self, gradient):
         torch, out = self.torch, {}
         for name, g in gradient.items():
-            own = self.params["example_generator"]["conv" if name.startswith("conv") else "dense"]
+            generator = self.params["example_generator"]["conv" if name.startswith("conv") else "dense"]
             h = self.pre(g.reshape(-1))
             for i in range(2):
-                h = torch.relu(h @ own[f"hidden_{i}_kernel"] + own[f"hidden_{i}_bias"])
-            out[name] = {"kernel": (h @ own["output_kernel"] + own["output_bias"]).reshape(g.shape)}
+                h = torch.relu(h @ generator[f"hidden_{i}_kernel"] + generator[f"hidden_{i}_bias"])
+            out[name] = {
+                "kernel": (h @ generator["output_kernel"] + generator["output_bias"]).reshape(g.shape)
+            }
         return out
 
     def sample_loss(self, sample, x, y):
@@ -235,9 +239,9 @@ def test_loss_and_meta_gradient_match_torch(embedding_loss, task_weights):
         lambda leaf: np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy(), reference.params
     )
     assert_equal(gradient, expected, 1e-10)
-    for name, own in gradient.items():
+    for name, part in gradient.items():
         if name != "embedding_head":
-            assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(own)) > 1e-6, name
+            assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(part)) > 1e-6, name
 
 
 # --- Properties from the paper ------------------------------------------------------------------------
@@ -440,9 +444,9 @@ def test_parameters_for_other_fast_layers_are_refused():
     ("embedding_loss", "blocks"),
     [
         ("verification", 0),
-        pytest.param("xent", 0, marks=pytest.mark.nightly),
-        pytest.param("contrastive", 0, marks=pytest.mark.nightly),
-        pytest.param("xent", 1, marks=pytest.mark.nightly),
+        ("xent", 0),
+        ("contrastive", 0),
+        ("xent", 1),
     ],
 )
 def test_padding_changes_nothing_at_any_place(embedding_loss, blocks):
@@ -450,27 +454,25 @@ def test_padding_changes_nothing_at_any_place(embedding_loss, blocks):
     settings = {"blocks": blocks, "embedding_loss": embedding_loss, "task_weights": "both"}
     params = params_of(make(**settings), task)
     value, metrics, gradient, outputs = compiled(**settings)(params, task, KEY)
-    places = np.array([1, 2, 4, 5, 6, 8])  # of ten
+    positions = np.array([1, 2, 4, 5, 6, 8])  # of ten
 
     def padded(part, garbage):
         mask = np.zeros(10, bool)
-        mask[places] = True
+        mask[positions] = True
         x = np.full((10, *part.x.shape[1:]), garbage)
-        x[places] = part.x
+        x[positions] = part.x
         y = np.full(10, 1, np.int32)
-        y[places] = part.y
+        y[positions] = part.y
         return jm.Batch(jnp.asarray(x), jnp.asarray(y), mask=jnp.asarray(mask), ways=part.ways)
 
     for garbage in (np.nan, np.inf, 1e30):
         actual = compiled(**settings)(params, jm.Task(*(padded(part, garbage) for part in task)), KEY)
         assert_equal(actual[:3], (value, metrics, gradient), 1e-9)
-        assert_equal(np.asarray(actual[3])[places], outputs, 1e-9)
+        assert_equal(np.asarray(actual[3])[positions], outputs, 1e-9)
 
 
 @pytest.mark.nightly_rows(after=1)
-@pytest.mark.parametrize(
-    "embedding_loss", ["verification", "xent", pytest.param("contrastive", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("embedding_loss", ["verification", "xent", "contrastive"])
 def test_padding_changes_nothing_with_fewer_examples_than_samples(embedding_loss):
     task = task_of(shots=1)
     spread = np.array([0, 3, 4])
@@ -537,7 +539,7 @@ def test_adaptation_is_determined_by_the_key():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("at_once", [4, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 6, 100))])
+@pytest.mark.parametrize("at_once", [4, 1, 6, 100])
 def test_queries_in_parts_match_queries_at_once(at_once):
     task = task_of()
     params = params_of(make(task_weights="none"), task)
@@ -710,10 +712,10 @@ def test_training_learns_labels_that_only_the_support_set_reveals(embedding_loss
     learner = metanet(*nets(blocks=0), hidden=8, embedding_loss=embedding_loss)
 
     def draw(key):
-        places, noise = jax.random.split(key)
-        centres = 3 * jnp.eye(6)[jax.random.permutation(places, 6)[:WAYS]]
+        for_classes, for_noise = jax.random.split(key)
+        centres = 3 * jnp.eye(6)[jax.random.permutation(for_classes, 6)[:WAYS]]
         y = jnp.tile(jnp.arange(WAYS), 3)
-        x = centres[y] + 0.3 * jax.random.normal(noise, (9, 6))
+        x = centres[y] + 0.3 * jax.random.normal(for_noise, (9, 6))
         return jm.Task(jm.Batch(x[:3], y[:3], ways=WAYS), jm.Batch(x[3:], y[3:], ways=WAYS))
 
     optimizer = optax.adam(1e-2)
@@ -721,7 +723,7 @@ def test_training_learns_labels_that_only_the_support_set_reveals(embedding_loss
 
     def mean_loss(params, key):
         keys = jax.random.split(key, 8)
-        return jax.vmap(lambda own: learner.loss(params, draw(own), own)[0])(keys).mean()
+        return jax.vmap(lambda task_key: learner.loss(params, draw(task_key), task_key)[0])(keys).mean()
 
     def step(carry, key):
         params, state = carry
