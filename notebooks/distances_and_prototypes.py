@@ -17,7 +17,7 @@
 # *support set*, and compare each new example, a *query*, with them. What is learned is the embedding, once,
 # over many tasks. This notebook
 #
-# 1. draws what such a comparison does in the plane, for three similarities and four ways to sum them up,
+# 1. draws what such a comparison does in the plane, for three similarities and four ways to combine them,
 # 2. shows why the *mean* represents a class, and for which distances it is the right choice,
 # 3. trains an embedding on drawn characters and looks at it before and after,
 # 4. adds classes later, without the examples of the old ones.
@@ -154,7 +154,7 @@ fig.colorbar(image, ax=panels, label="$P(A \\mid x, S)$", shrink=0.6)
 _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 # %% [markdown]
-# What there is to see:
+# What the maps show:
 #
 # - **Rows.** The cosine depends on directions only, so its maps are constant along rays from the origin. The
 #   dot product rewards length: far out, the longest examples win, and an example need not be most similar to
@@ -173,12 +173,12 @@ _ = fig.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower cen
 
 # %%
 log_odds = {name: np.asarray(out[:, 0] - out[:, 1], np.float64) for name, out in outputs.items()}
-everything = np.column_stack([grid, np.ones(len(grid))])
+affine = np.column_stack([grid, np.ones(len(grid))])
 
 
 def bend(values):
     """Return the largest distance of the values from the best affine function of the plane."""
-    return np.abs(values - everything @ np.linalg.lstsq(everything, values, rcond=None)[0]).max()
+    return np.abs(values - affine @ np.linalg.lstsq(affine, values, rcond=None)[0]).max()
 
 
 for similarity in SIMILARITIES:
@@ -205,18 +205,18 @@ for learner, name in (
     np.testing.assert_allclose(log_probabilities(learner, support, grid), outputs[name], atol=1e-4)
 
 products = support.x @ support.x.T
-strangers = int((products.argmax(1) != jnp.arange(len(support.y))).sum())
+outranked = int((products.argmax(1) != jnp.arange(len(support.y))).sum())
 stray = (
     log_probabilities(kernel("euclidean", "nearest"), support, support.x[-1:]),
     log_probabilities(kernel("euclidean", "prototype"), support, support.x[-1:]),
 )
-print(f"examples that have a larger dot product with another one than with themselves: {strangers} of 8")
+print(f"examples that have a larger dot product with another one than with themselves: {outranked} of 8")
 print(
     "P(A) at the stray example of B: nearest {:.2f}, prototype {:.4f}".format(
         *(jnp.exp(s[0, 0]) for s in stray)
     )
 )
-assert strangers > 0
+assert outranked > 0
 assert stray[0][0, 1] > stray[0][0, 0]
 assert stray[1][0, 0] > stray[1][0, 1]
 
@@ -465,8 +465,8 @@ params = {
 }
 
 # %% [markdown]
-# Accuracy on classes never trained on, over 200 episodes. The baseline looks at pixels: the nearest support
-# image, which is `jm.kernel_classifier` on the identity.
+# The next cell measures the accuracy on classes never trained on, over 200 episodes. The baseline looks at
+# pixels: the nearest support image, which is `jm.kernel_classifier` on the identity.
 
 # %%
 pixels = jm.kernel_classifier(identity, similarity="euclidean", reduce="nearest")
@@ -550,9 +550,9 @@ for axes, (name, (queries, prototypes, chosen)) in zip(panels, views.items(), st
     axes.set_title(f"{name}: {right[name]:.0%} of these right")
     axes.set_xlabel(f"2 of {queries.shape[1]} dimensions, {explained:.0%} of the variance")
     d = ((queries[:, None] - prototypes[None]) ** 2).sum(-1)
-    own = d[np.arange(len(d)), labels]
-    other = np.where(np.eye(5, dtype=bool)[labels], np.inf, d).min(1)
-    ratio[name] = np.median(own / other)
+    to_class = d[np.arange(len(d)), labels]
+    to_other = np.where(np.eye(5, dtype=bool)[labels], np.inf, d).min(1)
+    ratio[name] = np.median(to_class / to_other)
 handles = [
     plt.Line2D([], [], linestyle="", marker=m, color=c, label=f"class {i + 1}")
     for i, (m, c) in enumerate(zip(MARKERS[:5], COLORS[:5], strict=True))
@@ -563,7 +563,7 @@ handles += [
 ]
 _ = fig.legend(handles=handles, loc="outside lower center", ncols=7)
 
-print("squared distance to the own prototype / to the nearest other one, median over the queries:")
+print("squared distance to the prototype of the class / to the nearest other one, median over the queries:")
 for name, value in ratio.items():
     print(f"  {name:20s}{value:.2f}")
 assert ratio["trained network"] < 0.6 * min(ratio["pixels"], ratio["untrained network"])

@@ -245,12 +245,13 @@ panels[0].set_ylabel("accuracy, %")
 _ = panels[0].legend(loc="lower right", title="memory")
 
 # %% [markdown]
-# The feed-forward network lives by its memory. With nothing written it is at chance (dotted); with one row
-# for everything, or none but those it has just read, each new fact damages an old one, and accuracy hardly
-# rises with what it is shown. The LSTM has shared the work between its state and its memory: it falls too,
-# but not to chance. Yet an LSTM *trained* without a memory comes close to the whole network, as three classes
-# fit into its state. Taking a part away shows what a network relies on, not what it needs: for that it must
-# be trained without. `benchmarks/README.md` has both for Omniglot, with five classes in fifty images.
+# The feed-forward network depends entirely on its memory. With nothing written it is at chance (dotted); with
+# one row for everything, or none but those it has just read, each new fact damages an old one, and accuracy
+# hardly rises with more presentations. The LSTM has shared the work between its state and its memory: it
+# falls too, but not to chance. Yet an LSTM *trained* without a memory comes close to the whole network, as
+# three classes fit into its state. Taking a part away shows what a network relies on, not what it needs: for
+# that it must be trained without. `benchmarks/README.md` has both for Omniglot, with five classes in fifty
+# images.
 
 # %%
 whole, others = broken["feed_forward"]["whole"], broken["feed_forward"]
@@ -316,7 +317,8 @@ _ = fig.colorbar(image, ax=axes)
 # %% [markdown]
 # New classes go to rows of their own, one after the other; when a class comes back the reading returns to
 # rows where it was written, and what is written there again makes them longer. How much of the reading goes
-# to rows by what was written there of the class that is shown? Over many episodes:
+# to what was written with the class that is shown? Each row counts by the share of that class in it; the
+# means are over many episodes:
 
 # %%
 many = jax.vmap(lambda key: test.sample(key).support)(jax.random.split(KEY, 500))
@@ -325,16 +327,16 @@ logs, wrote, _ = jax.vmap(watch)(many)
 of_class = jnp.cumsum(wrote[..., None] * jax.nn.one_hot(many.y, WAYS)[:, :, None], 1)
 of_class = jnp.concatenate([jnp.zeros_like(of_class[:, :1]), of_class[:, :-1]], 1)
 shares = of_class / jnp.maximum(of_class.sum(-1, keepdims=True), 1e-6)
-own = jnp.take_along_axis(shares, many.y[:, :, None, None], -1)[..., 0]
+share_of_shown = jnp.take_along_axis(shares, many.y[:, :, None, None], -1)[..., 0]
 reading = logs["read_weights"][:, :, 0]
-mass = (reading * own).sum(-1)
+mass = (reading * share_of_shown).sum(-1)
 times = jnp.tril(many.y[:, :, None] == many.y[:, None, :], -1).sum(-1)
-on_own = [float(mass[times == i].mean()) for i in range(5)]
+by_time = [float(mass[times == i].mean()) for i in range(5)]
 print(
-    "share of the reading on rows of the class shown, 1st to 5th time:", " ".join(f"{m:.0%}" for m in on_own)
+    "share of the reading on rows of the class shown, 1st to 5th time:", " ".join(f"{m:.0%}" for m in by_time)
 )
-assert on_own[0] < 0.05
-assert on_own[4] > 0.4
+assert by_time[0] < 0.05
+assert by_time[4] > 0.4
 
 # %% [markdown]
 # ## 3. Fast weights
@@ -392,8 +394,8 @@ assert abs(right["no fast weights of examples"] - 1 / CLASSES) < 0.05
 # %% [markdown]
 # Labels mean nothing outside their task, so the slow base learner alone can be no better than chance: all its
 # information about *this* task is in $W^*$. Taking $Q^*$ from the embedding costs next to nothing: an
-# embedding serves many tasks as it is. In the paper, trained without, it is half a point (98.4 % in place of
-# 98.95 %).
+# embedding serves many tasks as it is. In the paper, training without it costs half a point (98.4 % in place
+# of 98.95 %).
 #
 # Where does a task live? For each layer of the base learner, we compare the size of the slow weights with the
 # distance of the queries' fast weights from their mean over 100 tasks, as roots of mean squares:
@@ -416,8 +418,9 @@ fast = jax.lax.map(fast_weights, jax.random.split(KEY, 100))
 spread = {}
 print(f"{'layer':8s} {'slow':>8s} {'fast':>8s} {'fast, from their mean':>22s}")
 for name in sorted(meta["base"]):
-    slow, own = meta["base"][name]["kernel"], fast[name]["kernel"]
-    sizes = [float(jnp.sqrt(jnp.square(x).mean())) for x in (slow, own, own - own.mean((0, 1)))]
+    slow, generated = meta["base"][name]["kernel"], fast[name]["kernel"]
+    deviations = generated - generated.mean((0, 1))
+    sizes = [float(jnp.sqrt(jnp.square(x).mean())) for x in (slow, generated, deviations)]
     spread[name] = sizes[2]
     print(f"{name:8s} {sizes[0]:8.4f} {sizes[1]:8.4f} {sizes[2]:22.4f}")
 assert max(spread[f"conv_{i}"] for i in range(3)) < 0.1 * min(spread["fc"], spread["head"])
@@ -443,16 +446,17 @@ _ = panels[0].set(ylabel="class", yticks=range(CLASSES))
 # fast weights even outweigh the slow ones. They differ from task to task, as a task's labels demand, and less
 # from query to query: attention without a temperature mixes all examples nearly evenly.
 #
-# Their effect is in the probabilities of the 25 queries of one task, five of each class, before and after.
+# The figure shows the probabilities of the 25 queries of one task, five of each class, without fast weights
+# and with them.
 
 # %%
 fig, panels = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True, layout="constrained")
 for axes, name in zip(panels, ("slow alone", "slow and fast"), strict=True):
     image = axes.imshow(jax.nn.softmax(logits[name][1]).T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set(title=f"{name}", xlabel="query", yticks=range(CLASSES))
+    axes.set(title=name, xlabel="query", yticks=range(CLASSES))
     axes.set_xticks(np.arange(2, 25, 5), [f"class {c}" for c in range(CLASSES)])
 panels[0].set_ylabel("answer")
 _ = fig.colorbar(image, ax=panels)
 
 # %%
-print(f"{time.perf_counter() - started:.0f} s in all")
+print(f"running time: {time.perf_counter() - started:.0f} s")

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # What an order costs and buys, and an optimizer that is learned
+# # What each order costs and buys, and a learned optimizer
 #
 # `second_order_maml.py` shows what the second-order term of MAML is. This notebook measures it: what
 # second-order, first-order and implicit meta-gradients take in time and memory, what they give in accuracy,
@@ -62,7 +62,6 @@ ORDERS = {
     "first": {"order": "first"},
     "implicit": {"order": "implicit", "proximal": 1.0, "damping": 1.0},
 }
-
 
 params = jm.maml(network).init(jax.random.key(1), task)
 
@@ -144,7 +143,7 @@ STEP_SIZES = (0.1, 0.4)
 curves = {}
 for rate in STEP_SIZES:
     settings = {"inner_lr": rate, "inner_steps": 2}
-    seen = []
+    progress = []
     jm.train(
         jm.maml(network, **settings),
         train_tasks,
@@ -154,9 +153,9 @@ for rate in STEP_SIZES:
         key=jax.random.key(0),
         compared_to=jm.fomaml(network, **settings),
         log_every=10,
-        report=seen.append,
+        report=progress.append,
     )
-    curves[rate] = seen
+    curves[rate] = progress
 
 fig, panels = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 for axes, name, title in zip(
@@ -165,13 +164,16 @@ for axes, name, title in zip(
     ("cosine of $g_{MAML}$ and $g_{FOMAML}$", "$\\|g_{MAML}\\| / \\|g_{FOMAML}\\|$"),
     strict=True,
 ):
-    for rate, seen in curves.items():
-        axes.plot([p.step for p in seen], [p.metrics[name] for p in seen], label=f"$\\alpha$ = {rate}")
+    for rate, progress in curves.items():
+        axes.plot(
+            [p.step for p in progress], [p.metrics[name] for p in progress], label=f"$\\alpha$ = {rate}"
+        )
     axes.axhline(1, color="0.4", linewidth=1)
     axes.set(xlabel="meta-step", title=title)
 _ = panels[0].legend()
 means = {
-    rate: np.mean([p.metrics["cosine"] for p in seen[len(seen) // 2 :]]) for rate, seen in curves.items()
+    rate: np.mean([p.metrics["cosine"] for p in progress[len(progress) // 2 :]])
+    for rate, progress in curves.items()
 }
 print({rate: f"mean cosine in the second half {mean:.2f}" for rate, mean in means.items()})
 assert means[0.1] > means[0.4], "the larger the inner steps, the more their derivative matters"
@@ -190,7 +192,7 @@ assert means[0.1] > means[0.4], "the larger the inner steps, the more their deri
 params = states["second"].params
 settings = {"inner_lr": 0.2, "inner_steps": 4}
 full = jm.maml(network, **settings)
-partly = {
+approximations = {
     "first order": jm.fomaml(network, **settings),
     "K = 1": jm.maml(network, truncation=1, **settings),
     "K = 3": jm.maml(network, truncation=3, **settings),
@@ -199,7 +201,7 @@ cosines = {
     name: jm.meta_gradient_alignment(
         full, other, params, train_tasks, episodes=30, key=jax.random.key(3)
     ).cosine
-    for name, other in partly.items()
+    for name, other in approximations.items()
 }
 print("cosine with the full meta-gradient of 4 steps:", {k: round(v, 3) for k, v in cosines.items()})
 assert cosines["K = 3"] > cosines["first order"]
@@ -347,7 +349,7 @@ assert tried["learned"][1][:, -1].mean() < tried["SGD"][1][:, -1].mean()
 #
 # - Set `preprocess=None` in `jm.learned_optimizer`: gradients of all sizes then enter as they are.
 # - Train on `dim=10` and draw the loss curves; does the optimizer of `dim=2` do as well there?
-# - Replace `order="first"` by `"second"`: gradients along the run are then differentiated, too.
+# - Pass `order="second"` in `settings`: gradients along the run are then differentiated, too.
 
 # %%
 print(f"running time: {time.perf_counter() - started:.0f} s")

@@ -211,7 +211,7 @@ with jax.enable_x64(True):
         return jnp.eye(2) - 0.1 * jax.hessian(surface)(theta, None)
 
     adapt = jm.inner_loop(surface, optax.sgd(0.1), steps=2)
-    end, trace = adapt(start, None)
+    end, _ = adapt(start, None)
     middle = start - 0.1 * jax.grad(surface)(start, None)
     first_order = jnp.array([1.0, 2.0])  # the gradient of x + 2y, wherever we end
     through = jax.grad(lambda theta: jnp.dot(adapt(theta, None)[0], first_order))(start)
@@ -294,7 +294,7 @@ for name, learner in learners.items():
     curves[name], snapshots[name] = progress, kept
     rate = np.median([event.steps_per_second for event in progress])
     print(
-        f"{name:7s} {META_STEPS} meta-steps in {time.perf_counter() - clock:.1f} s, of it "
+        f"{name:7s} {META_STEPS} meta-steps in {time.perf_counter() - clock:.1f} s, of which "
         f"{progress[0].compile_s:.1f} s compiling; {rate:.0f} meta-steps/s"
     )
 
@@ -342,7 +342,7 @@ _ = fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center
 # %% [markdown]
 # ### Error by number of steps
 #
-# The mean over 600 test tasks with its 95 % confidence interval. Both learners get the same tasks.
+# We take the mean over 600 test tasks, with its 95 % confidence interval. Both learners get the same tasks.
 
 # %%
 by_steps = {name: {} for name in learners}
