@@ -19,7 +19,7 @@ from flax.errors import InvalidRngError
 from jaxmeta.checks import ArgumentError, call_of, described
 from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
-from jaxmeta.nn.norm import STATISTICS, entering
+from jaxmeta.nn.norm import STATISTICS, input_statistics
 
 # Modules of NNX and Equinox are typed as callables, because neither package is imported before a user does.
 Network = Model | linen.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]]
@@ -190,7 +190,9 @@ def _explicit_statistics(statistics, initializing=False):
                     "device, in a network with divisible = True; use jaxmeta.nn.BatchNorm"
                 )
             arguments = inspect.signature(layer.__call__).bind(*args, **kwargs).arguments
-            for statistic, value in entering(arguments["x"], layer.axis, arguments.get("mask")).items():
+            for statistic, value in input_statistics(
+                arguments["x"], layer.axis, arguments.get("mask")
+            ).items():
                 layer.put_variable(STATISTICS, statistic, value)
         return call_in_inference(call, layer, _AVERAGING, args, kwargs)
 
@@ -496,7 +498,7 @@ def _with_explicit_statistics(batch_norm):
 
         def __call__(self, x, use_running_average=None, *, mask=None):
             if not self.use_running_average:
-                stats = entering(x, self.axis, mask)
+                stats = input_statistics(x, self.axis, mask)
                 self.mean.set_value(stats["mean"])
                 self.var.set_value(stats["var"])
             return super().__call__(x, use_running_average=True)

@@ -90,8 +90,10 @@ class CoordinatewiseLSTM(linen.Module):
         return (h, c), h
 
 
-def _before_first(features: int, n: int, dtype: DTypeLike) -> tuple[Float[Array, "f n"], Float[Array, "f n"]]:
-    """Return the initial state (h, c) of an LSTM."""
+def _initial_state(
+    features: int, n: int, dtype: DTypeLike
+) -> tuple[Float[Array, "f n"], Float[Array, "f n"]]:
+    """Return the initial state (h, c) of an LSTM, which is zero."""
     return jnp.zeros((features, n), dtype), jnp.zeros((features, n), dtype)
 
 
@@ -128,7 +130,7 @@ class ProposedUpdate(linen.Module):
 
     def initial(self, n: int, dtype: DTypeLike) -> PyTree:
         """Return the state before the first step for `n` coordinates."""
-        return tuple(_before_first(features, n, dtype) for features in self.layers)
+        return tuple(_initial_state(features, n, dtype) for features in self.layers)
 
 
 class GatedUpdate(linen.Module):
@@ -190,5 +192,5 @@ class GatedUpdate(linen.Module):
         """Return the state before the first step for `n` coordinates."""
         state: dict[str, PyTree] = {"forget": jnp.zeros(n, dtype), "input": jnp.zeros(n, dtype)}
         if self.hidden is not None:
-            state["lstm"] = _before_first(self.hidden, n, dtype)
+            state["lstm"] = _initial_state(self.hidden, n, dtype)
         return state

@@ -22,7 +22,7 @@ class Koch(linen.Module):
     N(0, 0.2²), with which its 9,216 inputs can saturate the sigmoids, and biases from N(0.5, 0.01²).
 
     Raises:
-      ValueError: images of another size than 105×105.
+      ValueError: images of a size other than 105×105.
 
     References:
       Koch, Zemel & Salakhutdinov, Siamese Neural Networks for One-shot Image Recognition, 2015, section 3.

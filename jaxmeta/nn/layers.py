@@ -28,7 +28,7 @@ def conv_general_dilated(
     preferred_element_type: DTypeLike | None = None,
     **kwargs: Any,
 ) -> Array:
-    """Return `jax.lax.conv_general_dilated` of the same arguments, by `conv` where it applies.
+    """Compute `jax.lax.conv_general_dilated` of the same arguments, with `conv` where it applies.
 
     Dilated or grouped convolutions, and those that are not two-dimensional in NHWC layout, are passed to
     `jax.lax` unchanged.

@@ -77,14 +77,14 @@ def lora(network: Network, *, rank: int = 4, alpha: float | None = None, where: 
         factors = {}
         for number, (path, kernel) in enumerate(_kernels(params, where).items()):
             inputs, outputs = _sides(path, kernel.shape)
-            thin = min(rank, inputs, outputs)
-            a = jax.random.normal(jax.random.fold_in(draw, number), (inputs, thin), kernel.dtype)
+            factor_rank = min(rank, inputs, outputs)
+            a = jax.random.normal(jax.random.fold_in(draw, number), (inputs, factor_rank), kernel.dtype)
             factors[path] = {
                 "a": a / math.sqrt(inputs),
-                "b": jnp.zeros((thin, outputs), kernel.dtype),
+                "b": jnp.zeros((factor_rank, outputs), kernel.dtype),
             }
         nested = traverse_util.unflatten_dict(
-            {tuple(path.split("/")): both for path, both in factors.items()}
+            {tuple(path.split("/")): pair for path, pair in factors.items()}
         )
         return {NETWORK: params, FACTORS: nested}
 

@@ -40,11 +40,11 @@ def content_weights(
     # written so that the backward pass keeps the memory itself and no other array of its size, such as a
     # transpose or the derivative of a square.
     products = jnp.einsum("hw,rw->hr", keys, memory)
-    similarity = products * _per_length(keys)[:, None] * _per_length(memory)[None, :]
+    similarity = products * _inverse_norms(keys)[:, None] * _inverse_norms(memory)[None, :]
     return jax.nn.softmax(similarity if strengths is None else strengths[:, None] * similarity)
 
 
-def _per_length(rows):
+def _inverse_norms(rows):
     # The constant is inside the root: the derivative of a norm at a row of zeros, with which every memory
     # starts, would be infinite.
     return lax.rsqrt((rows * rows).sum(-1) + 1e-12)
@@ -135,8 +135,8 @@ class LRUA(linen.Module):
 
     @linen.compact
     def __call__(self, state: Mapping[str, Any], h: Float[Array, " hidden"]) -> tuple[State, Array]:
-        def linear(name, each):
-            return linen.Dense(self.heads * each, name=name)(h).reshape(self.heads, each)
+        def linear(name, size):
+            return linen.Dense(self.heads * size, name=name)(h).reshape(self.heads, size)
 
         keys = jnp.tanh(linear("keys", self.width))
         gates = jax.nn.sigmoid(linear("gates", 1))[:, 0]
@@ -210,8 +210,8 @@ class NTM(linen.Module):
 
     @linen.compact
     def __call__(self, state: Mapping[str, Any], h: Float[Array, " hidden"]) -> tuple[State, Array]:
-        def linear(name, each):
-            return linen.Dense(self.heads * each, name=name)(h).reshape(self.heads, each)
+        def linear(name, size):
+            return linen.Dense(self.heads * size, name=name)(h).reshape(self.heads, size)
 
         def addressed(kind, memory, previous):
             return address(

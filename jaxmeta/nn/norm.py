@@ -43,7 +43,7 @@ def moments(
     return mean, jnp.maximum(total_of_squares / count - jnp.square(mean), 0)
 
 
-def entering(
+def input_statistics(
     x: Array | np.ndarray, axis: int | Sequence[int] = -1, mask: Array | np.ndarray | None = None
 ) -> dict[str, Array]:
     """Return the mean and (biased) variance of each channel of a Flax layer's inputs, as in "batch_stats".
@@ -134,8 +134,8 @@ class BatchNorm(linen.Module):
           x: examples.
           mask: mask whose False marks padding.
           offset: offset of each channel. It is added to the mean, which costs no pass over `x`.
-          pool: maximum over places, such as max-pooling. Normalisation keeps or reverses the order of a
-            channel's values, so that the maximum is taken first and only its result is normalised.
+          pool: maximum over spatial positions, such as max-pooling. Normalisation keeps or reverses the order
+            of a channel's values, so that the maximum is taken first and only its result is normalised.
         """
         channels = x.shape[-1]
         if self.has_variable(STATISTICS, "mean"):

@@ -16,7 +16,7 @@ def in_precision(network: Network, dtype: DTypeLike = jnp.bfloat16) -> Model:
 
     Parameters and examples are cast to `dtype` where they are used, and outputs are cast to float32, so that
     inner and outer gradients, optimizer state, losses and batch statistics are float32. `jm.nn.BatchNorm`
-    computes means and variances in float32, and normalises in it.
+    computes means and variances, and normalises, in float32.
 
     Args:
       network: network of any kind that `jm.nn.as_model` takes.

@@ -21,7 +21,8 @@ def preprocessed(network: Network, adapter: Model) -> Model:
       adapter: model without parameters and statistics, such as `jm.transfer.input_adapter`.
 
     Raises:
-      ValueError: `jm.nn.as_model` refuses the network; or, at `init`, the adapter has parameters.
+      ValueError: `jm.nn.as_model` refuses the network; `adapter` is not a `jm.Model`; or, at `init`, the
+        adapter has parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm
@@ -37,9 +38,9 @@ def preprocessed(network: Network, adapter: Model) -> Model:
     def init(key: Key, x: Any) -> Params:
         if jax.tree.leaves(jax.eval_shape(adapter.init, key, x)):
             raise ArgumentError(
-                "adapter", "it has parameters; put it in front of the network by jm.transfer.classifier"
+                "adapter", "it has parameters; put it in front of the network with jm.transfer.classifier"
             )
-        # By shape: an initialisation depends on the shape of its example only.
+        # The shape is enough, because an initialisation does not depend on the values of its example.
         converted = jax.eval_shape(lambda x: adapter.apply({}, x), x)
         return model.init(key, jnp.zeros(converted.shape, converted.dtype))
 

@@ -67,9 +67,6 @@ class RelationModule(linen.Module):
         require_size(x, 4 if self.padding == "SAME" else 10)
         for _ in range(2):
             x = jax.nn.relu(ConvNorm(self.filters, pool=True, padding=self.padding)(x, mask))
-        x = flattened(x)
-        for width in (8, 1):
-            x = linen.Dense(
-                width, kernel_init=linen.initializers.normal(0.01), bias_init=linen.initializers.ones
-            )(x if width == 8 else jax.nn.relu(x))
-        return x
+        normal, ones = linen.initializers.normal(0.01), linen.initializers.ones
+        x = linen.Dense(8, kernel_init=normal, bias_init=ones)(flattened(x))
+        return linen.Dense(1, kernel_init=normal, bias_init=ones)(jax.nn.relu(x))

@@ -13,7 +13,7 @@ from jaxmeta.nn.norm import BatchNorm
 
 
 def max_pool_3x3(x: Float[Array, "n h w c"], *, ceil_mode: bool = False) -> Float[Array, "n h2 w2 c"]:
-    """Apply 3×3 max-pooling with stride 2, as torch has it.
+    """Apply 3×3 max-pooling with stride 2, as in PyTorch.
 
     Args:
       x: maps of shape (n, h, w, c).

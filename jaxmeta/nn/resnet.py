@@ -16,7 +16,7 @@ def drop_block(
 ) -> Float[Array, "n h w c"]:
     r"""Drop square blocks of each channel's map, and scale the rest up to keep the mean.
 
-    Each place at which a block fits inside the map starts one with probability
+    Each position at which a block fits inside the map starts one with probability
 
     γ = (drop_rate / block_size²) · h·w / ((h − block_size + 1)(w − block_size + 1)),
 

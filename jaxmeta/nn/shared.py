@@ -5,7 +5,6 @@ examples are sharded: it then runs its body on a mesh with the axis `EXAMPLES`. 
 number of shards is 1.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -48,6 +47,6 @@ def gather_shards(x: Shaped[Array, " m *shape"], n: int) -> Shaped[Array, " n *s
 def total(tree: PyTree, axes: str | tuple[str, ...] = EXAMPLES) -> PyTree:
     """Sum `tree` over the devices along the mesh axes `axes`."""
     # One collective for all leaves. On CPUs a collective blocks one thread of a pool that has as many threads
-    # as the machine has cores, so that two collectives which two devices enter in a different order deadlock.
+    # as the machine has cores, so that two collectives that two devices enter in different orders deadlock.
     flat, restore = ravel_pytree(tree)
-    return restore(jax.lax.psum(flat, axes))
+    return restore(lax.psum(flat, axes))

@@ -112,16 +112,16 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
     models = {name: as_stateful(network, momentum=momentum) for name, network in parts.items()}
 
     def init(key: Key, x: Any) -> Variables:
-        of_parts = {}
+        by_part = {}
         for index, (name, model) in enumerate(models.items()):
-            of_parts[name] = model.init(jax.random.fold_in(key, index), x)
-            x = _zeros(jax.eval_shape(model.apply, of_parts[name], x))
-        return joined(of_parts)
+            by_part[name] = model.init(jax.random.fold_in(key, index), x)
+            x = _zeros(jax.eval_shape(model.apply, by_part[name], x))
+        return join_parts(by_part)
 
-    def upto(names: list[str]) -> StatefulModel:
+    def sequence(names: list[str]) -> StatefulModel:
         def apply(variables: Variables, x: Any) -> jax.Array:
             for name in names:
-                x = models[name].apply(of_part(variables, name), x)
+                x = models[name].apply(part_variables(variables, name), x)
             return x
 
         def train(
@@ -138,26 +138,30 @@ def chain(parts: Mapping[str, Network | StatefulModel], *, momentum: float = 0.9
             for index, name in enumerate(names):
                 part = None if frozen is None else frozen[name]
                 x, states[name] = models[name].train(
-                    of_part(variables, name), x, jax.random.fold_in(key, index), frozen=part, **settings
+                    part_variables(variables, name),
+                    x,
+                    jax.random.fold_in(key, index),
+                    frozen=part,
+                    **settings,
                 )
-            return x, joined(states)
+            return x, join_parts(states)
 
         return StatefulModel(init, apply, train)
 
     names = list(models)
-    return upto(names)._replace(features=upto(names[:-1]), parts=tuple(models.items()))
+    return sequence(names)._replace(features=sequence(names[:-1]), parts=tuple(models.items()))
 
 
-def of_part(variables: Variables, part: str) -> Variables:
+def part_variables(variables: Variables, part: str) -> Variables:
     """Return the variables of one part of a `chain`."""
     return {name: tree[part] for name, tree in variables.items() if part in tree}
 
 
-def joined(of_parts: Mapping[str, Variables]) -> Variables:
+def join_parts(by_part: Mapping[str, Variables]) -> Variables:
     """Return the variables of a `chain` from those of its parts."""
-    names = dict.fromkeys(name for variables in of_parts.values() for name in variables)
+    names = dict.fromkeys(name for variables in by_part.values() for name in variables)
     return {
-        name: {part: variables[name] for part, variables in of_parts.items() if name in variables}
+        name: {part: variables[name] for part, variables in by_part.items() if name in variables}
         for name in names
     }
 
@@ -178,8 +182,8 @@ def layers_in_order(network: linen.Module, x: PyTree) -> tuple[str, ...]:
         params = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, **switches(network, False)), x)[
             "params"
         ]
-    own = [name for name in params if name not in seen]  # parameters of the network itself
-    return (*own, *(name for name in seen if name in params))
+    own_params = [name for name in params if name not in seen]
+    return (*own_params, *(name for name in seen if name in params))
 
 
 def _zeros(shaped: PyTree) -> PyTree:
@@ -187,7 +191,7 @@ def _zeros(shaped: PyTree) -> PyTree:
 
 
 def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
-    def own_statistics(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    def explicit_statistics(variables: Variables, x: Any) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
         """Return the shapes of the statistics of `jm.nn.BatchNorm`, which `network.init` does not return."""
         paths = set()
 
@@ -201,19 +205,19 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
                 return network.apply(variables, x, mutable=[STATISTICS], **switches(network, False))[1]
 
         shapes = traverse_util.flatten_dict(jax.eval_shape(run, variables, x).get(STATISTICS, {}))
-        return {place: leaf for place, leaf in shapes.items() if place[:-1] in paths}
+        return {path: leaf for path, leaf in shapes.items() if path[:-1] in paths}
 
     def init(key: Key, x: Any) -> Variables:
         variables = network.init(key, x, **switches(network, False))
         variables = jax.tree.map(lambda leaf: leaf, dict(variables))
         try:
-            started = _start(own_statistics(variables, x))
+            initial = _initial_statistics(explicit_statistics(variables, x))
         except InvalidRngError:
             raise ValueError(
                 f"{type(network).__name__} draws random numbers in inference; its __call__ must take "
                 "`deterministic` or `train`, and obey it (flax.linen.Dropout(rate)(x, deterministic))"
             ) from None
-        stats = {**traverse_util.flatten_dict(variables.get(STATISTICS, {})), **started}
+        stats = {**traverse_util.flatten_dict(variables.get(STATISTICS, {})), **initial}
         variables.setdefault("params", {})
         return {**variables, **({STATISTICS: traverse_util.unflatten_dict(stats)} if stats else {})}
 
@@ -235,12 +239,12 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
             return keep_statistics or is_frozen(layer)
 
         stats = traverse_util.flatten_dict(variables.get(STATISTICS, {}))
-        own = (
-            [place for place in own_statistics(variables, x) if not keeps_statistics(place[:-1])]
+        averaged = (
+            [path for path in explicit_statistics(variables, x) if not keeps_statistics(path[:-1])]
             if stats
             else []
         )
-        given_stats = {place: leaf for place, leaf in stats.items() if place not in own}
+        given_stats = {path: leaf for path, leaf in stats.items() if path not in averaged}
         inputs = {name: tree for name, tree in variables.items() if name != STATISTICS}
         if given_stats:
             inputs[STATISTICS] = traverse_util.unflatten_dict(given_stats)
@@ -259,8 +263,8 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
             outputs, state = network.apply(inputs, x, rngs=rngs, mutable=mutable, **switches(network, True))
         state = jax.tree.map(lambda leaf: leaf, dict(state))
         after = traverse_util.flatten_dict(state.get(STATISTICS, {}))
-        for place in own:
-            after[place] = momentum * stats[place] + (1 - momentum) * after[place]
+        for path in averaged:
+            after[path] = momentum * stats[path] + (1 - momentum) * after[path]
         # Frozen layers of flax.linen keep their statistics, and a wholly frozen network keeps all its state.
         after = {path: stats[path] if keeps_statistics(path[:-1]) else leaf for path, leaf in after.items()}
         unchanged = {name: variables[name] for name in mutable if is_frozen(())}
@@ -273,11 +277,13 @@ def _from_linen(network: linen.Module, momentum: float) -> StatefulModel:
     return StatefulModel(init, apply, train)
 
 
-def _start(statistics: Mapping[tuple[str, ...], jax.ShapeDtypeStruct]) -> dict[tuple[str, ...], jax.Array]:
+def _initial_statistics(
+    statistics: Mapping[tuple[str, ...], jax.ShapeDtypeStruct],
+) -> dict[tuple[str, ...], jax.Array]:
     """Return the initial running statistics, those of `flax.linen.BatchNorm`: mean 0, variance 1."""
     return {
-        place: (jnp.ones if place[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
-        for place, leaf in statistics.items()
+        path: (jnp.ones if path[-1] == "var" else jnp.zeros)(leaf.shape, leaf.dtype)
+        for path, leaf in statistics.items()
     }
 
 
@@ -295,13 +301,13 @@ def frozen_layers(frozen: PyTree | None) -> Callable[[tuple[str, ...]], bool]:
     """
     # Path entries are converted by `keystr`, because the parameters of plain functions may be any pytree.
     leaves = {
-        tuple(jax.tree_util.keystr((entry,), simple=True) for entry in place): value
-        for place, value in jax.tree_util.tree_leaves_with_path(frozen)
+        tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(frozen)
     }
 
     def is_frozen(path: tuple[str, ...]) -> bool:
         for depth in range(len(path), -1, -1):
-            beneath = [value for place, value in leaves.items() if place[:depth] == path[:depth]]
+            beneath = [value for leaf_path, value in leaves.items() if leaf_path[:depth] == path[:depth]]
             if beneath:
                 return all(beneath)
         return False
@@ -318,8 +324,8 @@ def _from_model(model: Any, momentum: float) -> StatefulModel:
         stats = jax.eval_shape(statistics, params, x) if model.apply_norm is not None else {}
         if not jax.tree.leaves(stats):
             return {"params": params}
-        started = _start(traverse_util.flatten_dict(stats))
-        return {"params": params, STATISTICS: traverse_util.unflatten_dict(started)}
+        initial = _initial_statistics(traverse_util.flatten_dict(stats))
+        return {"params": params, STATISTICS: traverse_util.unflatten_dict(initial)}
 
     def apply(variables: Variables, x: Any) -> jax.Array:
         return forward(model, variables["params"], x, stats=variables.get(STATISTICS))[0]

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 from jaxmeta.nn.adapters import Network, as_model, forward, switches
-from jaxmeta.nn.norm import STATISTICS, BatchNorm, entering
+from jaxmeta.nn.norm import STATISTICS, BatchNorm, input_statistics
 
 Variables = Mapping[str, Any]
 
@@ -113,7 +113,7 @@ def _of_module(network, variables, x, own, arguments):
                 f"its layer {_named(layer)} is called twice; statistics can be measured for one call only",
             )
         called.append((origin.root, layer.path))
-        stats = _entering(layer, *args, **kwargs)
+        stats = _input_statistics(layer, *args, **kwargs)
         outputs = None if own else call(*args, **kwargs)
         for name, value in stats.items():
             layer.put_variable(STATISTICS, name, value)
@@ -126,7 +126,7 @@ def _of_module(network, variables, x, own, arguments):
     return outputs, traverse_util.unflatten_dict({p: leaf for p, leaf in measured.items() if p[:-1] in paths})
 
 
-def _entering(layer, *args, **kwargs):
+def _input_statistics(layer, *args, **kwargs):
     bound = inspect.signature(layer.__call__).bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = bound.arguments
@@ -140,7 +140,7 @@ def _entering(layer, *args, **kwargs):
                 f"its layer {_named(layer)} normalises by its batch; pass the argument with which the "
                 "network runs in inference mode (such as training=False)",
             )
-    stats = entering(arguments["x"], getattr(layer, "axis", -1))
+    stats = input_statistics(arguments["x"], getattr(layer, "axis", -1))
     return stats | {"mean": stats["mean"] + arguments.get("offset", 0.0)}
 
 

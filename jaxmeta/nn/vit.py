@@ -35,7 +35,7 @@ def resize_positions(
 
     Interpolation is bicubic, in one of three ways that give slightly different numbers.
 
-    | `method` | kernel | of |
+    | `method` | kernel | used by |
     | --- | --- | --- |
     | "antialiased" | Keys' cubic with a = −1/2, wider where the grid shrinks | timm; DINOv2 with registers |
     | "bicubic" | a = −3/4, of constant width | transformers' ViT, CLIP and Dinov2Model |
@@ -200,8 +200,9 @@ class ViT(linen.Module):
         features; None for no projection.
 
     Raises:
-      ValueError: images of another size than `image_size`; an `image_size` that is not a multiple of `patch`;
-        `heads` that do not divide `width`; an unknown `pooling` or `activation`.
+      ValueError: images of a size other than `image_size`; an `image_size` that is not a multiple of `patch`;
+        `heads` that do not divide `width`; an unknown `pooling` or `activation`; negative
+        `registers`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxmeta as jm

@@ -15,7 +15,7 @@ from jaxmeta.checks import ArgumentError, check_count, check_number, check_real
 from jaxmeta.nn import statistics
 from jaxmeta.nn.adapters import Network
 from jaxmeta.nn.norm import STATISTICS
-from jaxmeta.nn.stateful import StatefulModel, as_stateful, joined, of_part
+from jaxmeta.nn.stateful import StatefulModel, as_stateful, join_parts, part_variables
 from jaxmeta.transfer.classifier import as_images, in_batches
 
 
@@ -277,11 +277,11 @@ def _adapt_parts(parts, variables, x, batch, exact, arguments):
         raise ArgumentError("network", "has no batch normalisation")
     adapted = {}
     for name, part in parts:
-        adapted[name] = of_part(variables, name)
+        adapted[name] = part_variables(variables, name)
         if STATISTICS in adapted[name]:
             adapted[name] = _adapt(part, adapted[name], x, batch, exact, arguments)
         x = in_batches(part.apply, adapted[name], x, batch)
-    return joined(adapted)
+    return join_parts(adapted)
 
 
 def _logits(*domains):

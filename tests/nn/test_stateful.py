@@ -7,7 +7,7 @@ import pytest
 from flax import linen, nnx
 
 import jaxmeta as jm
-from jaxmeta.nn.stateful import as_stateful, chain, layers_in_order, of_part
+from jaxmeta.nn.stateful import as_stateful, chain, layers_in_order, part_variables
 
 KEY = jax.random.key(0)
 X = np.asarray(3 * jax.random.normal(KEY, (12, 5)) + 1)
@@ -339,7 +339,7 @@ def test_chain_applies_its_parts_in_sequence():
         "params": ["adapter", "body", "head"],
         "batch_stats": ["body"],
     }
-    adapter, body, head = (of_part(variables, name) for name in parts)
+    adapter, body, head = (part_variables(variables, name) for name in parts)
     middle = plain_apply(adapter["params"], X)
     features, updated = parts["body"].apply(body, middle, train=True, mutable=["batch_stats"])
     outputs, state = model.train(variables, X, KEY)
