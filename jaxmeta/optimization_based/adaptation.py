@@ -359,12 +359,12 @@ def minibatch(batch: Batch, step: Any, size: int | None) -> Batch:
     """
     if size is None or size >= batch.y.shape[0]:
         return batch
-    places = jnp.arange(size)
+    offsets = jnp.arange(size)
     if batch.mask is None:
-        return jax.tree.map(lambda leaf: leaf[(step * size + places) % leaf.shape[0]], batch)
+        return jax.tree.map(lambda leaf: leaf[(step * size + offsets) % leaf.shape[0]], batch)
     count = jnp.maximum(batch.mask.sum(), 1)
-    part = jax.tree.map(lambda leaf: leaf[(step * size + places) % count], batch)
-    return dataclasses.replace(part, mask=part.mask & (places < count))
+    part = jax.tree.map(lambda leaf: leaf[(step * size + offsets) % count], batch)
+    return dataclasses.replace(part, mask=part.mask & (offsets < count))
 
 
 def _in_layers_of(stats: PyTree) -> Callable[[str], bool]:

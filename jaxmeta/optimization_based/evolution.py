@@ -148,7 +148,7 @@ def persistent_evolution(
 
     Raises:
       ValueError: `sigma` not positive; `pairs` below 1. By its functions: complex parameters, no
-        floating-point parameters, a loss that is not a scalar, or a state of another number of pairs.
+        floating-point parameters, a loss that is not a scalar, or a state for different parameters or pairs.
 
     Examples:
       Gradient descent on ½x² with a learned step size: an unroll of four updates, with a loss after each:

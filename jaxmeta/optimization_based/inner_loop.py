@@ -116,8 +116,8 @@ def inner_loop(
 
     Raises:
       ValueError: an unknown `order` or `memory`; `steps` below 0, or below 1 under "implicit"; `truncation`
-        or `cg_steps` below 1; negative `damping`; "implicit" without a positive `proximal`, or with
-        `truncation` or `keep_path`; an optimizer whose update is not differentiable in reverse mode, or
+        or `cg_steps` below 1; negative `proximal` or `damping`; "implicit" without a positive `proximal`, or
+        with `truncation` or `keep_path`; an optimizer whose update is not differentiable in reverse mode, or
         under "second" has no finite derivative at a zero gradient, such as `optax.adam` without `eps_root`.
         By `adapt`: `hyper` missing for an optimizer that is a function of it, given for one that is not, or
         given under "implicit".

@@ -106,8 +106,8 @@ def maml_plus_plus(
       A `Learner`.
 
     Raises:
-      ValueError: `inner_steps` below 1; `eval_steps` above `inner_steps`; negative `anneal_steps` or
-        `first_order_steps`; errors of `jm.maml` for these arguments.
+      ValueError: `inner_steps` below 1; `eval_steps` below 1 or above `inner_steps`; negative `anneal_steps`
+        or `first_order_steps`; errors of `jm.maml` for these arguments.
 
     Examples:
       >>> import jax, jaxmeta as jm

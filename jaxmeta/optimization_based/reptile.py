@@ -60,9 +60,9 @@ def reptile(
 
     The official inner optimizer is Adam with β_1 = 0, on Omniglot at 5 ways with a step size of 1e-3
     (`inner_optimizer=optax.adam(1e-3, b1=0.0)`), whose second moments persist across tasks. Here each task
-    starts with new moments, so that tasks are independent, and Adam learns slower than gradient descent: on
-    Omniglot, 5-way 1-shot, 6,000 meta-steps with `optax.adam(0.01, b1=0.0)` reached a validation accuracy of
-    87 %, with `inner_lr=0.5` 98 %.
+    starts with new moments, so that tasks are independent, and Adam learns more slowly than gradient descent:
+    on Omniglot, 5-way 1-shot, 6,000 meta-steps with `optax.adam(0.01, b1=0.0)` reached a validation accuracy
+    of 87 %, with `inner_lr=0.5` 98 %.
 
     Args:
       model: network to meta-learn; see `jm.maml`.

@@ -15,7 +15,7 @@ Hyper: TypeAlias = PyTree | Callable[[Key, PyTree], PyTree]
 Adapts: TypeAlias = Sequence[str] | Callable[[str], bool]
 
 
-class AnyLoop(TypedDict, total=False):
+class CommonSettings(TypedDict, total=False):
     """Settings of any inner loop."""
 
     eval_steps: int | None
@@ -24,50 +24,50 @@ class AnyLoop(TypedDict, total=False):
     metric: Metric | None
 
 
-class TakesSteps(TypedDict, total=False):
+class StepSettings(TypedDict, total=False):
     """Number of inner steps in training."""
 
     inner_steps: int
 
 
-class ChoosesParameters(TypedDict, total=False):
+class SelectionSettings(TypedDict, total=False):
     """Parameters that the inner loop changes."""
 
     adapts: Adapts | None
 
 
-class ChoosesOptimizer(TypedDict, total=False):
+class OptimizerSettings(TypedDict, total=False):
     """Optimizer of the inner loop."""
 
     inner_optimizer: InnerOptimizer | None
 
 
-class ChoosesDescent(ChoosesOptimizer, total=False):
+class DescentSettings(OptimizerSettings, total=False):
     """Optimizer of the inner loop, its step size and its meta-learned hyperparameters."""
 
     inner_lr: float
     hyper: Hyper
 
 
-class DrawsBatches(TypedDict, total=False):
+class MiniBatchSettings(TypedDict, total=False):
     """Mini-batches of the support set."""
 
     inner_batch: int | None
 
 
-class Stores(TypedDict, total=False):
+class MemorySettings(TypedDict, total=False):
     """Memory mode of the backward pass through the inner steps."""
 
     memory: Memory
 
 
-class Truncates(TypedDict, total=False):
+class TruncationSettings(TypedDict, total=False):
     """Truncation of the backward pass."""
 
     truncation: int | None
 
 
-class ChoosesDerivatives(TypedDict, total=False):
+class OrderSettings(TypedDict, total=False):
     """Order of the meta-gradient, with the settings of implicit gradients."""
 
     order: Order
@@ -76,31 +76,42 @@ class ChoosesDerivatives(TypedDict, total=False):
     damping: float
 
 
-class CaviaSettings(AnyLoop, TakesSteps, ChoosesOptimizer, Stores, total=False):
+class CaviaSettings(CommonSettings, StepSettings, OptimizerSettings, MemorySettings, total=False):
     """Settings that `jm.cavia` forwards."""
 
 
-class ImamlSettings(AnyLoop, ChoosesParameters, total=False):
+class ImamlSettings(CommonSettings, SelectionSettings, total=False):
     """Settings that `jm.imaml` forwards."""
 
 
-class LSTMSettings(AnyLoop, ChoosesParameters, DrawsBatches, Stores, Truncates, total=False):
+class LSTMSettings(
+    CommonSettings, SelectionSettings, MiniBatchSettings, MemorySettings, TruncationSettings, total=False
+):
     """Settings that `jm.lstm_meta_learner` forwards."""
 
 
-class MetaSGDSettings(LSTMSettings, TakesSteps, total=False):
+class MetaSGDSettings(LSTMSettings, StepSettings, total=False):
     """Settings that `jm.meta_sgd` forwards."""
 
 
-class FomamlSettings(AnyLoop, TakesSteps, ChoosesParameters, ChoosesDescent, DrawsBatches, total=False):
+class FomamlSettings(
+    CommonSettings, StepSettings, SelectionSettings, DescentSettings, MiniBatchSettings, total=False
+):
     """Settings that `jm.fomaml` forwards."""
 
 
 class HeadOrBodySettings(
-    AnyLoop, TakesSteps, ChoosesDescent, DrawsBatches, Stores, Truncates, ChoosesDerivatives, total=False
+    CommonSettings,
+    StepSettings,
+    DescentSettings,
+    MiniBatchSettings,
+    MemorySettings,
+    TruncationSettings,
+    OrderSettings,
+    total=False,
 ):
     """Settings that `jm.anil` and `jm.boil` forward."""
 
 
-class MamlSettings(HeadOrBodySettings, ChoosesParameters, total=False):
+class MamlSettings(HeadOrBodySettings, SelectionSettings, total=False):
     """All settings of `jm.maml`."""

@@ -135,26 +135,27 @@ def _replay(step, carry, inputs, first, count):
         differentiated, rest = partition(inputs, mask)
         end_bar, outputs_bar = jax.tree.map(_materialize, cotangents)
 
-        def at(place):
+        def at(position):
             return jax.tree.map(
-                lambda stack: lax.dynamic_index_in_dim(stack, place, 0, keepdims=False), (kept, outputs_bar)
+                lambda stack: lax.dynamic_index_in_dim(stack, position, 0, keepdims=False),
+                (kept, outputs_bar),
             )
 
         def body(i, state):
             carry_bar, inputs_bar, ((carry, measured), output_bar) = state
-            place = count - 1 - i
+            position = count - 1 - i
             floats, others = partition(carry, inexact(carry))
 
             def differentiable(floats, differentiated):
                 carry, inputs = merge(floats, others), merge(differentiated, rest)
-                index = first + place
+                index = first + position
                 known = measured if step.constant else step.measure(carry, index, inputs)
                 out = step.update(carry, known, index, inputs)
                 return partition(out, inexact(out))[0]
 
             _, pullback = jax.vjp(differentiable, floats, differentiated)
             carry_bar, more = pullback((carry_bar, output_bar))
-            return carry_bar, jax.tree.map(jnp.add, inputs_bar, more), at(jnp.maximum(place - 1, 0))
+            return carry_bar, jax.tree.map(jnp.add, inputs_bar, more), at(jnp.maximum(position - 1, 0))
 
         start = end_bar, jax.tree.map(jnp.zeros_like, differentiated), at(count - 1)
         return lax.fori_loop(0, count, body, start)[:2]
