@@ -25,7 +25,12 @@ Variables = Mapping[str, Any]
 
 
 def measure(
-    network: Network, variables: Variables, x: Array | np.ndarray, *, own: bool = True, **arguments: Any
+    network: Network,
+    variables: Variables,
+    x: Array | np.ndarray,
+    *,
+    use_measured: bool = True,
+    **arguments: Any,
 ) -> tuple[Any, PyTree]:
     """Return outputs in inference mode, and the mean and variance of the inputs of each batch normalisation.
 
@@ -35,25 +40,32 @@ def measure(
       network: module of `flax.linen`, or network of any kind that `jm.nn.as_model` takes.
       variables: `{"params": …}`, with statistics under "batch_stats" if the network has them already.
       x: examples.
-      own: True to normalise the inputs of each layer by the statistics measured on them; False to normalise
-        by the statistics in `variables`, which needs a module of `flax.linen`.
-      arguments: further arguments of the network's call. `deterministic`, `train` and
-        `use_running_average` are set for inference where the call takes them.
+      use_measured: True to normalise the inputs of each layer by the statistics measured on them; False to
+        normalise by the statistics in `variables`, which needs a module of `flax.linen`.
+      arguments: further arguments of the network's call, which need a module of `flax.linen`.
+        `deterministic`, `train` and `use_running_average` are set for inference where the call takes them.
 
     Returns:
       The outputs, and a nested dict with `{"mean", "var"}` of each layer, as in "batch_stats".
 
     Raises:
-      ValueError: the network has no batch normalisation; or a batch normalisation normalises by its batch
-        when the network is called with `arguments`, is masked, or is called twice.
+      ValueError: the network has no batch normalisation; a batch normalisation normalises by its batch when
+        the network is called with `arguments`, is masked, or is called twice; or the network is not a module
+        of `flax.linen` and needs to be one.
     """
     if isinstance(network, linen.Module):
-        outputs, stats = _of_module(network, variables, x, own, arguments)
-    elif not own or arguments:
+        outputs, stats = _of_module(network, variables, x, use_measured, arguments)
+    elif arguments:
         raise ArgumentError(
             "network",
-            f"got {type(network).__name__} with own={own} and further arguments {sorted(arguments)}; a "
-            "network that is not a module of flax.linen supports only own=True and no further arguments",
+            f"got {type(network).__name__} and the arguments {sorted(arguments)}, which only a module of "
+            "flax.linen takes; leave them out",
+        )
+    elif not use_measured:
+        raise ArgumentError(
+            "network",
+            f"got {type(network).__name__}; exact statistics of several batches need a module of flax.linen; "
+            "pass all examples in one batch, or exact=False",
         )
     else:
         model = as_model(network)
@@ -97,7 +109,7 @@ def _is_layer(node: Any) -> bool:
     return isinstance(node, Mapping) and "mean" in node and not isinstance(node["mean"], Mapping)
 
 
-def _of_module(network, variables, x, own, arguments):
+def _of_module(network, variables, x, use_measured, arguments):
     arguments = switches(network, False) | arguments
     called: list[Any] = []
 
@@ -114,10 +126,10 @@ def _of_module(network, variables, x, own, arguments):
             )
         called.append((origin.root, layer.path))
         stats = _input_statistics(layer, *args, **kwargs)
-        outputs = None if own else call(*args, **kwargs)
+        outputs = None if use_measured else call(*args, **kwargs)
         for name, value in stats.items():
             layer.put_variable(STATISTICS, name, value)
-        return call(*args, **kwargs) if own else outputs
+        return call(*args, **kwargs) if use_measured else outputs
 
     with linen.intercept_methods(intercept):
         outputs, state = network.apply(variables, x, mutable=[STATISTICS], **arguments)

@@ -41,9 +41,9 @@ def cub_attributes(data: str | os.PathLike[str]) -> dict[str, Float[np.ndarray, 
     if folder.name == "images" and not (folder / "classes.txt").is_file():
         folder = folder.parent
     names = _listed(folder / "classes.txt", _CLASSES)
-    for place in (folder, folder.parent):
-        if (place / "attributes.txt").is_file():
-            _listed(place / "attributes.txt", _ATTRIBUTES)
+    for parent in (folder, folder.parent):
+        if (parent / "attributes.txt").is_file():
+            _listed(parent / "attributes.txt", _ATTRIBUTES)
     table = _percentages(folder / "attributes" / "class_attribute_labels_continuous.txt")
     return dict(zip(names, table / np.float32(100), strict=True))
 
@@ -61,10 +61,13 @@ def _lines(path: Path) -> list[str]:
 def _listed(path: Path, expected: int) -> list[str]:
     """Return the names of a file with lines "id name", ids from 1 to `expected` in order."""
     pairs = [line.split(maxsplit=1) for line in _lines(path)]
-    if [pair[0] for pair in pairs] != [f"{number}" for number in range(1, expected + 1)]:
+    if len(pairs) != expected:
         raise ArgumentError(
             "data", f"{path} must have {expected} lines, numbered 1 to {expected}, got {len(pairs)}"
         )
+    for number, pair in enumerate(pairs, start=1):
+        if pair[0] != str(number):
+            raise ArgumentError("data", f"line {number} of {path} must start with {number}, got {pair[0]!r}")
     names = {pair[1].strip() for pair in pairs if len(pair) == 2}
     if len(names) != expected:
         raise ArgumentError("data", f"{path} must list {expected} distinct names, got {len(names)}")

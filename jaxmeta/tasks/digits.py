@@ -29,7 +29,7 @@ class _Files(NamedTuple):
       name: name of the source, and of the folder that may contain the files.
       title: name of the data set in messages.
       parts: file names of "train" and "test", without an optional ending ".gz".
-      address: place to download them from.
+      address: where they can be downloaded.
       classes: what the ten classes are, for the protocol card.
     """
 
@@ -39,7 +39,7 @@ class _Files(NamedTuple):
     address: str
     classes: str = "digits"
 
-    def places(self, folder: Path) -> list[Path]:
+    def folders(self, folder: Path) -> list[Path]:
         """Return the folders that may have the files, those that are preferred first."""
         # The files of Fashion-MNIST have MNIST's names: only the name of the folder tells them apart.
         inner = folder / self.name
@@ -47,7 +47,7 @@ class _Files(NamedTuple):
 
     def existing(self, data: str | os.PathLike[str], part: str) -> list[dict[str, Path]]:
         """Return the existing files of a part by name, for `data` and for its folder `name`."""
-        check_word("part", part, (*self.parts, None))
+        check_word("part", part, self.parts)
         folder = Path(data).expanduser()
         if not folder.is_dir():
             raise MissingFileError("data", f"{folder} is not a folder")
@@ -55,10 +55,10 @@ class _Files(NamedTuple):
             {
                 name: path
                 for name in self.parts[part]
-                for path in (place / f"{name}.gz", place / name)  # the unpacked file has precedence
+                for path in (parent / f"{name}.gz", parent / name)  # the unpacked file has precedence
                 if path.is_file()
             }
-            for place in self.places(folder)
+            for parent in self.folders(folder)
         ]
 
     def paths(self, data: str | os.PathLike[str], part: str) -> list[Path]:
@@ -67,8 +67,9 @@ class _Files(NamedTuple):
         Raises:
           FileNotFoundError: a file is missing.
         """
-        names = self.parts.get(part, ())
-        for files in self.existing(data, part):
+        existing = self.existing(data, part)
+        names = self.parts[part]
+        for files in existing:
             if len(files) == len(names):
                 return [files[name] for name in names]
         raise MissingFileError(
@@ -116,8 +117,8 @@ def mnist_images(
 
     Raises:
       FileNotFoundError: a file is missing.
-      ValueError: an unknown part; a truncated file; images of another size than 28×28 pixels; or labels of
-        another number, or not from 0 to 9.
+      ValueError: an unknown part; a truncated file; images of a size other than 28×28 pixels; more or fewer
+        labels than images; or labels that are not from 0 to 9.
 
     Examples:
       >>> images, labels = mnist_images("../shared/data")  # doctest: +SKIP
@@ -227,7 +228,7 @@ def usps_images(
             ) from error
     labels, values = table[:, 0], table[:, 1:]
     _check_digits(path, labels)
-    # Negated, so that NaN is refused.
+    # The comparison is negated, so that NaN is an error, too.
     wrong = np.flatnonzero(~(np.abs(values) <= 1).all(axis=1))
     if wrong.size:
         raise ArgumentError("data", f"line {wrong[0] + 1} of {path} has grey values outside [-1, 1]")
@@ -357,6 +358,7 @@ def _tasks(
 ) -> TaskDistribution:
     check_part(split)
     check_count("size", size, 1)
+    check_word("part", part, (*files.parts, None))
     if part is None:
         part = "train" if split == "train" and any(files.existing(data, "train")) else "test"
     images, labels = read(data, part)
@@ -392,7 +394,7 @@ def _content(path: Path) -> bytes:
 def _idx(path: Path, rank: int) -> UInt8[np.ndarray, "..."]:
     """Return the array of an IDX file of bytes: a magic number, `rank` sizes, and the bytes."""
     content, start = _content(path), 4 * (1 + rank)
-    magic, *sizes = (int.from_bytes(content[place : place + 4], "big") for place in range(0, start, 4))
+    magic, *sizes = (int.from_bytes(content[offset : offset + 4], "big") for offset in range(0, start, 4))
     if len(content) < start or magic != 0x800 + rank:
         raise ArgumentError(
             "data",

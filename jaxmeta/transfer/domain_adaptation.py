@@ -226,7 +226,7 @@ def adabn(
     Raises:
       ValueError: if `x` has no examples or `batch` is below 1; if the network has no batch normalisation, or
         one that uses its batch's statistics in inference, has a mask or is called twice; if the
-        network is not a `flax.linen` module and `exact` needs several batches.
+        network is not a `flax.linen` module and `arguments` are given or `exact` needs several batches.
 
     Examples:
       >>> import jax, jaxmeta as jm
@@ -267,8 +267,11 @@ def _adapt(model, variables, x, batch, exact, arguments):
 
 # A StatefulModel's `network` is the same function in every call, so that repeated calls compile once.
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _measured(network, own, arguments, variables, x):
-    return statistics.measure(network(), variables, as_images(x), own=own, **dict(arguments))[1]
+def _measured(network, use_measured, arguments, variables, x):
+    _, stats = statistics.measure(
+        network(), variables, as_images(x), use_measured=use_measured, **dict(arguments)
+    )
+    return stats
 
 
 def _adapt_parts(parts, variables, x, batch, exact, arguments):

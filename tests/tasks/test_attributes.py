@@ -126,6 +126,11 @@ def test_a_missing_table_is_an_error_only_in_zero_shot_tasks(name, data):
             lambda lines: lines[1:],
             r"classes.txt must have 200 lines, numbered 1 to 200, got 199",
         ),
+        (
+            "classes.txt",
+            lambda lines: [*lines[:-1], "201" + lines[-1].removeprefix("200")],
+            r"line 200 of .*classes.txt must start with 200, got '201'",
+        ),
         ("classes.txt", lambda lines: [*lines[:-1], "200"], r"must list 200 distinct names, got 199"),
         ("classes.txt", lambda lines: [*lines[:-1], f"200 {NAMES[0]}"], r"200 distinct names, got 199"),
         (

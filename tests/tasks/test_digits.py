@@ -319,8 +319,11 @@ def test_missing_files_raise_errors_that_name_them(tmp_path):
 
 
 def test_invalid_arguments_are_refused(tmp_path):
+    for part in ("validation", None):
+        with pytest.raises(ValueError, match=rf"part: got {part!r}; it must be one of 'train', 'test'$"):
+            mnist_images(tmp_path, part)
     with pytest.raises(ValueError, match=r"part: got 'validation'; it must be one of 'train', 'test', None"):
-        mnist_images(tmp_path, "validation")
+        mnist(data=tmp_path, part="validation")
     with pytest.raises(ValueError, match="split: got 'val'"):
         mnist("val", data=tmp_path)
     with pytest.raises(ValueError, match="size: got 0; it must be at least 1"):
