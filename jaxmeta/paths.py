@@ -27,8 +27,7 @@ Rules = Sequence[tuple[Pattern, str | None]]
 # The key of the only child of a box.
 _BOXED = (jax.tree_util.GetAttrKey("value"),)
 _WILDCARD = re.compile(r"(?<![^/])\*\*/|\*\*|\*|\?|\[!?\]?[^\]/]*\]|.", re.DOTALL)
-# The placeholders of a replacement.
-_BLANK = re.compile(r"\*\*|\*|\?|\\(\d+)")
+_PLACEHOLDER = re.compile(r"\*\*|\*|\?|\\(\d+)")
 
 
 # --- Nodes and their paths -----------------------------------------------------------------------
@@ -161,14 +160,14 @@ def _regex_of(pattern: Pattern, argument: str) -> re.Pattern[str]:
         raise ArgumentError(argument, f"got {pattern!r}, which is not a valid glob: {error}") from error
 
 
-def several(patterns: Patterns) -> Sequence[Pattern]:
+def as_sequence(patterns: Patterns) -> Sequence[Pattern]:
     """Return the patterns as a sequence; a single pattern becomes a list."""
     return [patterns] if isinstance(patterns, str | re.Pattern) else patterns
 
 
 def predicate(patterns: Patterns, argument: str = "patterns") -> Callable[[str], bool]:
     """Return a predicate: whether any of the patterns matches a path."""
-    regexes = [_regex_of(pattern, argument) for pattern in several(patterns)]
+    regexes = [_regex_of(pattern, argument) for pattern in as_sequence(patterns)]
     return lambda path: any(regex.fullmatch(path) for regex in regexes)
 
 
@@ -204,7 +203,7 @@ def matching(tree: PyTree, patterns: Patterns, argument: str = "patterns") -> li
     """
     leaves = leaves_by_path(tree)
     matched: set[str] = set()
-    for pattern in several(patterns):
+    for pattern in as_sequence(patterns):
         regex = _regex_of(pattern, argument)
         paths = [path for path in leaves if regex.fullmatch(path)]
         # "**" matches every leaf, so it is valid even for a tree without leaves.
@@ -241,20 +240,21 @@ def _renamer(
     if isinstance(pattern, re.Pattern):
         return applies, lambda path: regex.sub(replacement, path)
     wildcards = regex.groups - 1
-    numbers = [blank[1] for blank in _BLANK.finditer(replacement)]
+    numbers = [match[1] for match in _PLACEHOLDER.finditer(replacement)]
     stars = numbers.count(None)
     if stars not in (0, wildcards) or any(int(n) not in range(1, wildcards + 1) for n in numbers if n):
         raise ArgumentError(
             argument,
-            f"got {replacement!r} for {pattern!r}, which has {wildcards} wildcard(s); "
-            f"the replacement must have as many, or none, or refer to them as \\1, \\2, …",
+            f"got {replacement!r} for {pattern!r}, which has {wildcards} "
+            f"wildcard{'' if wildcards == 1 else 's'}; "
+            "the replacement must have as many, or none, or refer to them as \\1, \\2, …",
         )
 
     def write(path: str) -> str:
         *texts, beyond = (text or "" for text in regex.fullmatch(path).groups())  # type: ignore[union-attr]
         order = iter(texts)
         fill = [
-            _BLANK.sub(lambda blank: texts[int(blank[1]) - 1] if blank[1] else next(order), part)
+            _PLACEHOLDER.sub(lambda match: texts[int(match[1]) - 1] if match[1] else next(order), part)
             for part in replacement.split("/")
         ]
         # A `**` that matched no part adds none.

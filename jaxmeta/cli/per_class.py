@@ -11,7 +11,7 @@ from jaxmeta.cli import folders
 from jaxmeta.cli.figures import plot_confusion
 from jaxmeta.cli.parser import print_table
 from jaxmeta.core import TaskDistribution, TaskStream, card_of
-from jaxmeta.tasks.class_names import have_names, unnamed
+from jaxmeta.tasks.class_names import have_names, unnamed_error
 from jaxmeta.training import ClassEvaluation
 from jaxmeta.training.evaluate import metric_name
 
@@ -34,7 +34,7 @@ def check_named(tasks: TaskDistribution | TaskStream, flag: str) -> None:
             flag, f"{card_of(tasks).tasks} tasks are regression, which has no classes; leave it out"
         )
     if not have_names(tasks):
-        raise ArgumentError(flag, unnamed(tasks).problem)
+        raise ArgumentError(flag, unnamed_error(tasks).problem)
 
 
 def as_json(results: Mapping[str, ClassEvaluation]) -> dict[str, list[dict[str, Any]]]:

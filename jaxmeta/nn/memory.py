@@ -14,7 +14,7 @@ from flax import linen
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, check_word
 
 State = dict[str, Any]
 
@@ -114,8 +114,7 @@ class LRUA(linen.Module):
             ("score", ("after", "before")),
             ("first_read", ("first_row", "uniform")),
         ):
-            if getattr(self, name) not in known:
-                raise ArgumentError(name, f"got {getattr(self, name)!r}; it must be one of {known}")
+            check_word(name, getattr(self, name), known)
         if self.rows < self.heads:
             raise ArgumentError(
                 "rows", f"got {self.rows}; it must be at least the number of heads, {self.heads}"
@@ -305,8 +304,7 @@ class MemoryNetwork(linen.Module):
     controller: Literal["lstm", "feed_forward"] = "lstm"
 
     def __post_init__(self) -> None:
-        if self.controller not in ("lstm", "feed_forward"):
-            raise ArgumentError("controller", f'got {self.controller!r}; it must be "lstm" or "feed_forward"')
+        check_word("controller", self.controller, ("lstm", "feed_forward"))
         super().__post_init__()
 
     def setup(self) -> None:

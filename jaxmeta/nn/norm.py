@@ -7,6 +7,7 @@ otherwise by those of its batch, which it returns.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def to_moments(stats: PyTree) -> PyTree:
     return jax.tree.map(
         lambda s: {"mean": s["mean"], "mean_of_squares": s["var"] + jnp.square(s["mean"])},
         stats,
-        is_leaf=_is_statistics,
+        is_leaf=is_layer_statistics,
     )
 
 
@@ -80,7 +81,7 @@ def from_moments(moments: PyTree) -> PyTree:
             "var": jnp.maximum(m["mean_of_squares"] - jnp.square(m["mean"]), 0),
         },
         moments,
-        is_leaf=_is_statistics,
+        is_leaf=is_layer_statistics,
     )
 
 
@@ -95,7 +96,8 @@ def population_of(params: Params) -> PyTree:
     return from_moments(params["population"])
 
 
-def _is_statistics(node):
+def is_layer_statistics(node: Any) -> bool:
+    """Return whether a node of a tree holds the statistics of one layer."""
     return isinstance(node, Mapping) and "mean" in node and not isinstance(node["mean"], Mapping)
 
 

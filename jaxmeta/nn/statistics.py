@@ -19,7 +19,7 @@ from jaxtyping import Array
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 from jaxmeta.nn.adapters import Network, as_model, forward, switches
-from jaxmeta.nn.norm import STATISTICS, BatchNorm, input_statistics
+from jaxmeta.nn.norm import STATISTICS, BatchNorm, input_statistics, is_layer_statistics
 
 Variables = Mapping[str, Any]
 
@@ -97,16 +97,14 @@ def pooled(stats: Sequence[PyTree], sizes: Sequence[int]) -> PyTree:
         var = sum(part * (batch["var"] + jnp.square(batch["mean"] - mean)) for part, batch in pairs)
         return {"mean": mean, "var": var}
 
-    return jax.tree.map(of_layer, *stats, is_leaf=_is_layer)
+    return jax.tree.map(of_layer, *stats, is_leaf=is_layer_statistics)
 
 
-def layers(stats: PyTree) -> int:
+def num_layers(stats: PyTree) -> int:
     """Return the number of layers in `stats`; layers of `flax.linen.scan` are stacked on a leading axis."""
-    return sum(math.prod(layer["mean"].shape[:-1]) for layer in jax.tree.leaves(stats, is_leaf=_is_layer))
-
-
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, Mapping) and "mean" in node and not isinstance(node["mean"], Mapping)
+    return sum(
+        math.prod(layer["mean"].shape[:-1]) for layer in jax.tree.leaves(stats, is_leaf=is_layer_statistics)
+    )
 
 
 def _of_module(network, variables, x, use_measured, arguments):

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from jaxmeta.checks import MissingFileError
 from jaxmeta.files import replacing
-from jaxmeta.tasks.cache import cache_folder, make_room
+from jaxmeta.tasks.cache import cache_folder, ensure_space
 from jaxmeta.tasks.records import (
     DATA_SET,
     PARTS,
@@ -125,18 +125,18 @@ def _read_zip(path: Path, part: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
-                steps = PurePosixPath(member.filename.replace("\\", "/"))
-                if steps.is_absolute() or ".." in steps.parts or ":" in member.filename:
+                member_path = PurePosixPath(member.filename.replace("\\", "/"))
+                if member_path.is_absolute() or ".." in member_path.parts or ":" in member.filename:
                     raise ValueError(f"{path}: member {member.filename!r} has a path outside the archive")
-                if member.is_dir() or steps.suffix != ".png" or "__MACOSX" in steps.parts:
+                if member.is_dir() or member_path.suffix != ".png" or "__MACOSX" in member_path.parts:
                     continue
                 if member.file_size > _LARGEST_MEMBER:
                     raise ValueError(
                         f"{path}: member {member.filename!r} is larger than {_LARGEST_MEMBER} bytes"
                     )
-                if len(steps.parts) == 4 and steps.parts[0] == f"images_{part}":
-                    drawer = steps.stem.rpartition("_")[2]
-                    images["/".join((*steps.parts[1:3], drawer))] = archive.read(member)
+                if len(member_path.parts) == 4 and member_path.parts[0] == f"images_{part}":
+                    drawer = member_path.stem.rpartition("_")[2]
+                    images["/".join((*member_path.parts[1:3], drawer))] = archive.read(member)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error) as error:
         raise ValueError(
             f"{path}: the archive is damaged or incomplete ({error}); download it again, or omit data to "
@@ -157,8 +157,8 @@ def decode(
 
     ink = np.empty((len(edition.names), DRAWERS, SIDE, SIDE), bool)
     array = np.empty((len(edition.names), DRAWERS, size, size), np.uint8)
-    where_stored = ((part, name) for part in PARTS for name in edition.characters[part])
-    for row, (part, character) in enumerate(where_stored):
+    drawn_characters = ((part, name) for part in PARTS for name in edition.characters[part])
+    for row, (part, character) in enumerate(drawn_characters):
         for drawer in range(DRAWERS):
             name = f"{character}/{drawer + 1:02d}"
             try:
@@ -264,10 +264,10 @@ def prepare(
 
     folder = cache_folder()
     pixels = len(edition.names) * DRAWERS * size * size
-    make_room(folder, pixels + 60_000_000, "preparing Omniglot")
-    kept = folder / "tensorflow_datasets"
-    if archives is None and (kept / DATA_SET).exists():
-        array = decode(read_records(kept), edition, size, kept / DATA_SET)
+    ensure_space(folder, pixels + 60_000_000, "preparing Omniglot")
+    records_folder = folder / "tensorflow_datasets"
+    if archives is None and (records_folder / DATA_SET).exists():
+        array = decode(read_records(records_folder), edition, size, records_folder / DATA_SET)
     else:
         if archives is None:
             archives = download(edition.md5, source)
@@ -277,10 +277,10 @@ def prepare(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".omniglot-") as temporary:
             write_records(Path(temporary), examples)
             array = decode(read_records(Path(temporary)), edition, size, archives["background"].parent)
-            if not (kept / DATA_SET).exists():
-                kept.mkdir(exist_ok=True)
+            if not (records_folder / DATA_SET).exists():
+                records_folder.mkdir(exist_ok=True)
                 with contextlib.suppress(OSError):  # another process may have stored them first
-                    os.replace(Path(temporary) / DATA_SET, kept / DATA_SET)
+                    os.replace(Path(temporary) / DATA_SET, records_folder / DATA_SET)
     _save_array(target, array, edition, known | ({fingerprint} if fingerprint else set()))
     return array
 

@@ -173,7 +173,7 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
         )
     read = []
     domains: list[np.ndarray] = []
-    for part in [*parts] or [""]:
+    for part in parts or [""]:
         members = by_part.get(part, {})
         suffix = f"_{part}" if part else ""
         missing = [name for name in ("x", "y") if name not in members]
@@ -181,9 +181,8 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
             raise ArgumentError(
                 argument,
                 f"{path} lacks {' and '.join(name + suffix for name in missing)}; it has "
-                f"{join_names(arrays) or 'no arrays'}; write it by numpy.savez(path, x=…, y=…), "
-                "with the examples "
-                "as x and their labels as y",
+                f"{join_names(arrays) or 'no arrays'}; write it with numpy.savez(path, x=…, y=…), "
+                "with the examples as x and their labels as y",
             )
         x, y = _examples(path, argument, members["x"]), _labels(path, argument, members["y"])
         if len(x) != len(y):
@@ -203,7 +202,8 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
     if len(shapes) > 1:
         raise ArgumentError(
             argument,
-            f"{path} has examples of several shapes: {join_names(map(str, sorted(shapes)))}; give all one",
+            f"{path} has examples of several shapes: {join_names(map(str, sorted(shapes)))}; they must have "
+            "one shape",
         )
     kinds = {x.dtype == np.uint8 for x, _, _ in read}
     if len(kinds) > 1:
@@ -243,8 +243,8 @@ def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
     if suffix == ".npy":
         raise ArgumentError(
             argument,
-            f"{path} holds a single array, and labels are needed too; write both by numpy.savez(path, x=…, "
-            "y=…)",
+            f"{path} holds a single array, and labels are needed too; write both with numpy.savez(path, "
+            "x=…, y=…)",
         )
     arrays = {}
     try:
@@ -266,9 +266,8 @@ def npz_arrays(path: Path, argument: str) -> Mapping[str, np.ndarray]:
                     ) from None
     except ArgumentError:
         raise
-    except (
-        Exception
-    ) as error:  # zipfile and NumPy raise ValueError, OSError, NotImplementedError, zlib.error, …
+    # zipfile and NumPy raise ValueError, OSError, NotImplementedError, zlib.error, …
+    except Exception as error:
         reason = " ".join(str(error).split())
         if "pickle" in reason:
             reason = pickle_advice(path)
@@ -282,8 +281,8 @@ def _meaning(name: str) -> tuple[str | None, str]:
     for kind, names in (("x", _X), ("y", _Y), ("split", _SPLIT), ("domain", _DOMAIN)):
         if words in names:
             return kind, ""
-        for each in names:
-            for before, after in ((f"{each}_", ""), ("", f"_{each}")):
+        for alias in names:
+            for before, after in ((f"{alias}_", ""), ("", f"_{alias}")):
                 if words.startswith(before) and words.endswith(after) and len(words) > len(before + after):
                     part = part_of(words.removeprefix(before).removesuffix(after))
                     if part is not None and kind != "split":

@@ -80,6 +80,6 @@ def _check_named(argument: str, values: Mapping[str, object], names: Sequence[st
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(
-            f"{argument} must have every class of split={split!r} by str(label); it lacks {len(missing)} of "
-            f"{len(names)}: {join_names(map(repr, missing))}"
+            f"{argument} must have an entry for every class of split={split!r}, under str(label); it lacks "
+            f"{len(missing)} of {len(names)}: {join_names(map(repr, missing))}"
         )

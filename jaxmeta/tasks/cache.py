@@ -18,7 +18,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmeta"
 
 
-def make_room(folder: Path, needed: int, what: str) -> None:
+def ensure_space(folder: Path, needed: int, what: str) -> None:
     """Create `folder` and check that it has enough free disk space.
 
     Args:

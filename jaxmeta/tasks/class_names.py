@@ -8,8 +8,8 @@ from jaxtyping import Array, Shaped
 
 from jaxmeta.checks import ArgumentError, check_key
 from jaxmeta.core import Key, TaskDistribution, TaskStream, card_of, check_tasks
-from jaxmeta.tasks.embedded import draw_and_embed, draw_features
-from jaxmeta.tasks.episodes import Drawn, EpisodeData, EpisodeShape, draw_episode, draw_from, names_of_slots
+from jaxmeta.tasks.embedded import draw_and_embed, draw_features, draw_many
+from jaxmeta.tasks.episodes import draw_episode, names_of_slots
 from jaxmeta.tasks.glyphs import draw_classes, draw_glyphs
 from jaxmeta.tasks.sequences import DrawSequence
 
@@ -43,11 +43,11 @@ def classes_of(tasks: TaskDistribution, key: Key) -> tuple[str, ...]:
     check_key("key", key)
     names = None if isinstance(tasks, TaskStream) else slot_names(tasks, key[None])
     if names is None:
-        raise unnamed(tasks)
+        raise unnamed_error(tasks)
     return tuple(map(str, names[0]))
 
 
-def unnamed(tasks: TaskDistribution | TaskStream) -> ArgumentError:
+def unnamed_error(tasks: TaskDistribution | TaskStream) -> ArgumentError:
     """Return the error for tasks whose classes have no names."""
     return ArgumentError(
         "tasks",
@@ -83,13 +83,8 @@ def slot_names(tasks: TaskDistribution, keys: Array) -> Shaped[np.ndarray, "n wa
         return slot_names(TaskDistribution(sample.args[0], tasks.card, classes), keys)
     if sample.func in (draw_episode, draw_features):
         shape, data = sample.args
-        return names_of_slots(shape, classes, jax.device_get(_drawn(shape, data, keys)))
+        return names_of_slots(shape, classes, jax.device_get(draw_many(shape, data, keys)))
     if sample.func is draw_glyphs:
         shape, _, count = sample.args
         return np.array(classes)[np.asarray(jax.vmap(partial(draw_classes, shape, count))(keys))]
     return None
-
-
-@partial(jax.jit, static_argnums=0)
-def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
-    return jax.vmap(lambda key: draw_from(shape, data, key))(keys)

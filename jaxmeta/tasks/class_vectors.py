@@ -38,7 +38,7 @@ def class_vectors(
     with a warning.
 
     Args:
-      path: text file of GloVe, word2vec or fastText: a word and its vector in each line, separated by blanks;
+      path: text file of GloVe, word2vec or fastText: a word and its vector in each line, separated by spaces;
         a first line with the numbers of words and dimensions is skipped.
       names: names of the classes.
       argument: name of the caller's argument, for the messages.
@@ -62,18 +62,18 @@ def class_vectors(
         raise MissingFileError(argument, f"{file} is not a file; it must be a text file of word vectors")
     names = list(names)
     words = {name: class_words(name) for name in names}
-    whole = {name: [joint.join(words[name]) for joint in "-_"] + ["".join(words[name])] for name in names}
+    whole = {name: [separator.join(words[name]) for separator in ("-", "_", "")] for name in names}
     needed = {word for name in names for word in (*words[name], *whole[name])}
     table = _read(file, needed, argument)
     vectors: dict[str, np.ndarray] = {}
     unknown: list[str] = []
     for name in names:
-        own = next((table[word] for word in whole[name] if word in table), None)
+        vector = next((table[word] for word in whole[name] if word in table), None)
         known = [table[word] for word in words[name] if word in table]
-        if own is None and not known:
+        if vector is None and not known:
             unknown.append(name)
         else:
-            vectors[name] = np.asarray(np.mean(known, 0), np.float32) if own is None else own
+            vectors[name] = np.asarray(np.mean(known, 0), np.float32) if vector is None else vector
     if not vectors:
         raise ArgumentError(
             argument, f"{file} has none of the words of {len(names)} classes: {join_names(map(repr, names))}"
@@ -107,7 +107,7 @@ def _read(file: Path, needed: set[str], argument: str) -> dict[str, Float[np.nda
             if not vector.size or not np.isfinite(vector).all():
                 raise ArgumentError(
                     argument,
-                    f"line {number} of {file} must hold a word and finite numbers, separated by blanks; it "
+                    f"line {number} of {file} must hold a word and finite numbers, separated by spaces; it "
                     f"starts with {line[:40].rstrip()!r}",
                 )
             first = next(iter(table.values()), vector)

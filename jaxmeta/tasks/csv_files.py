@@ -23,29 +23,29 @@ class _CsvFile(NamedTuple):
     rows: Iterator[tuple[int, list[str]]]
 
 
-def read_csv(path: Path, argument: str, known: Callable[[Sequence[str]], int]) -> _CsvFile:
+def read_csv(path: Path, argument: str, count_known: Callable[[Sequence[str]], int]) -> _CsvFile:
     """Read a table with a header, in UTF-8 or UTF-16, with commas, semicolons or tabs as delimiter.
 
     Args:
       path: path of the file.
       argument: name of the caller's argument, for the messages.
-      known: function that counts the columns of a header that the caller uses; the delimiter with the largest
-        count is chosen.
+      count_known: function that counts the columns of a header that the caller uses; the delimiter with the
+        largest count is chosen.
 
     Raises:
-      ArgumentError: the file has another encoding; or, while rows are read, a row has another number of cells
-        than the header, or a quote is not closed.
+      ArgumentError: the file has another encoding; or, while rows are read, a row has more or fewer
+        cells than the header, or a quote is not closed.
     """
     text = _text(path, argument)
-    header, delimiter = _header(text, known)
+    header, delimiter = _header(text, count_known)
     return _CsvFile(header, _rows(path, argument, text, len(header), delimiter))
 
 
-def read_header(path: Path, known: Callable[[Sequence[str]], int]) -> list[str]:
+def read_header(path: Path, count_known: Callable[[Sequence[str]], int]) -> list[str]:
     """Return the column names of a file, which need not be a table."""
     with path.open("rb") as file:
         raw = file.read(1 << 14)
-    return _header(raw.decode(_encoding(raw), errors="replace"), known)[0]
+    return _header(raw.decode(_encoding(raw), errors="replace"), count_known)[0]
 
 
 def _encoding(raw: bytes) -> str:
@@ -61,7 +61,7 @@ def _text(path: Path, argument: str) -> str:
         raise ArgumentError(argument, f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _header(text: str, known: Callable[[Sequence[str]], int]) -> tuple[list[str], str]:
+def _header(text: str, count_known: Callable[[Sequence[str]], int]) -> tuple[list[str], str]:
     """Return the column names and the delimiter."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     candidates: list[tuple[list[str], str]] = []
@@ -75,7 +75,7 @@ def _header(text: str, known: Callable[[Sequence[str]], int]) -> tuple[list[str]
             names.pop()
         candidates.append((names, delimiter))
     # The delimiter with most known columns, then with most columns.
-    return max(candidates, key=lambda each: (known(each[0]), len(each[0])), default=([], ","))
+    return max(candidates, key=lambda pair: (count_known(pair[0]), len(pair[0])), default=([], ","))
 
 
 def _rows(

@@ -38,7 +38,7 @@ def distort(
       Distorted images, of the shape of `x`.
 
     Raises:
-      ValueError: `x` has another rank, or a range or the probability is out of bounds.
+      ValueError: `x` does not have four axes, or a range or the probability is out of bounds.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -56,35 +56,35 @@ def distort(
     check_number("scale", scale, 0, 0.99)
     check_number("probability", probability, 0, 1)
     n, height, width, _ = x.shape
-    most = jnp.array([jnp.deg2rad(rotation), shear, shear, scale, scale, shift * height, shift * width])
+    limits = jnp.array([jnp.deg2rad(rotation), shear, shear, scale, scale, shift * height, shift * width])
     values, chances = jax.random.uniform(key, (2, n, 7))
-    components = jnp.where(chances < probability, (2 * values - 1) * most[None], 0.0)
+    components = jnp.where(chances < probability, (2 * values - 1) * limits[None], 0.0)
     angle, shear_x, shear_y, scale_y, scale_x, shift_y, shift_x = components.T
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    turn = jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], -2)
+    rotation_matrix = jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], -2)
     one = jnp.ones_like(angle)
-    sheared = jnp.stack([jnp.stack([one, shear_y], -1), jnp.stack([shear_x, one], -1)], -2)
-    # The matrix maps each output pixel to the place it is sampled from, hence the inverse scale.
+    shear_matrix = jnp.stack([jnp.stack([one, shear_y], -1), jnp.stack([shear_x, one], -1)], -2)
+    # The matrix maps each output pixel to the position it is sampled from, hence the inverse scale.
     sizes = 1 / (1 + jnp.stack([scale_y, scale_x], -1))
-    matrix = (turn @ sheared) * sizes[:, None, :]
+    matrix = (rotation_matrix @ shear_matrix) * sizes[:, None, :]
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), -1).reshape(-1, 2)
     from_shift = jnp.stack([shift_y, shift_x], -1)
-    places = jnp.einsum("nij,pj->npi", matrix, grid - centre[None]) + (centre[None] - from_shift)[:, None]
-    return _bilinear(x, places).reshape(x.shape)
+    positions = jnp.einsum("nij,pj->npi", matrix, grid - centre[None]) + (centre[None] - from_shift)[:, None]
+    return _bilinear(x, positions).reshape(x.shape)
 
 
-def _bilinear(x: Float[Array, "n h w c"], places: Float[Array, "n p 2"]) -> Float[Array, "n p c"]:
-    """Sample images bilinearly at `places` (row, column); outside of an image they are 0."""
+def _bilinear(x: Float[Array, "n h w c"], positions: Float[Array, "n p 2"]) -> Float[Array, "n p c"]:
+    """Sample images bilinearly at `positions` (row, column); outside of an image they are 0."""
     n, height, width, channels = x.shape
-    # A border of zeros gives every place four neighbours.
+    # A border of zeros gives every position four neighbours.
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(n, -1, channels)
-    last = jnp.array([height, width], places.dtype)[None, None]
-    places = jnp.clip(places + 1, 0, last + 1)
-    low = jnp.minimum(jnp.floor(places), last)
-    fraction = places - low
+    last = jnp.array([height, width], positions.dtype)[None, None]
+    positions = jnp.clip(positions + 1, 0, last + 1)
+    low = jnp.minimum(jnp.floor(positions), last)
+    fraction = positions - low
     row, column = low[..., 0].astype(jnp.int32), low[..., 1].astype(jnp.int32)
-    total = jnp.zeros((n, places.shape[1], channels), x.dtype)
+    total = jnp.zeros((n, positions.shape[1], channels), x.dtype)
     for down in (0, 1):
         for right in (0, 1):
             index = (row + down) * (width + 2) + column + right

@@ -50,8 +50,8 @@ class DomainTable(NamedTuple):
         counts = np.asarray(self.counts)
         if self.held is not None:
             held = np.asarray(self.held)
-            own = counts[:, ~held].sum(1)
-            return np.where(own >= shots, counts[:, held].sum(1), own - shots)
+            available = counts[:, ~held].sum(1)
+            return np.where(available >= shots, counts[:, held].sum(1), available - shots)
         cases: dict[tuple[int, ...], int] = {}
         for row in counts.tolist():
             case = tuple(sorted(row))
@@ -107,7 +107,7 @@ def part_domains(
       test_domains: domains held out for test; None for none.
 
     Raises:
-      ArgumentError: domains of another number or type; an unknown test domain, or no domain left for a part;
+      ArgumentError: domains of a wrong number or type; an unknown test domain, or no domain left for a part;
         `across` with fewer than two domains; or `across` or `test_domains` without domains.
     """
     check_word("across", across, (True, False))
@@ -127,21 +127,21 @@ def part_domains(
     held = np.array([name in chosen for name in names])
     listed = join_names(in_order(chosen, names), len(chosen))
     if split == "test":
-        own = np.ones(len(names), bool) if across else held
+        used = np.ones(len(names), bool) if across else held
         sentence = f"{'' if across else 'support and '}queries from {listed}, held out of training"
         if across:
             sentence += ", support from other domains"
     else:
-        own = ~held
+        used = ~held
         sentence = f"without {listed}, held out for test"
         if across:
             left = [name for name in names if name not in chosen]
             _check_across(left, f"without {listed}, which test_domains holds out, the examples have")
             sentence = f"support and query from different domains, {sentence}"
     # Domains of other parts get the index -1, the others are numbered anew.
-    number = np.where(own, np.cumsum(own) - 1, -1)
+    new_index = np.where(used, np.cumsum(used) - 1, -1)
     return PartDomains(
-        number[rows], int(own.sum()), held if across and split == "test" else None, across, sentence
+        new_index[rows], int(used.sum()), held if across and split == "test" else None, across, sentence
     )
 
 
@@ -158,9 +158,10 @@ def draw_across(
     domains that together have at least `shots` of its examples, the queries from the other domains, both
     uniformly without replacement.
 
-    The places in the domains, in their order, are drawn by the same random numbers for all classes, so that
-    classes with equally many examples in every domain use the same domains; within a domain the places of
-    each class are shifted by a random number of its own, so that its examples do not depend on the others.
+    The positions in the domains, in their order, are drawn by the same random numbers for all classes, so
+    that classes with equally many examples in every domain use the same domains; within a domain the
+    positions of each class are shifted by a separate random number, so that its examples do not depend on
+    those of the others.
 
     Args:
       table: examples by class and domain.
@@ -188,14 +189,14 @@ def draw_across(
         taken = jnp.sum(jnp.where(supports, ordered, 0))
         first_query = taken if held is None else jnp.sum(jnp.where(held, 0, counts))
         queries = ordered_subset(example_bits[shots:], after[-1] - first_query)
-        places = first_query + queries
+        positions = first_query + queries
         if shots:
-            places = jnp.concatenate([ordered_subset(example_bits[:shots], taken), places])
-        rank = jnp.sum(after[None, :] <= places[:, None], 1)
+            positions = jnp.concatenate([ordered_subset(example_bits[:shots], taken), positions])
+        rank = jnp.sum(after[None, :] <= positions[:, None], 1)
         domain = order[rank]
         size = counts[domain]
-        turned = (shift % size.astype(jnp.uint32)).astype(jnp.int32)
-        within = (places - before[rank] + turned) % size
+        cyclic_shift = (shift % size.astype(jnp.uint32)).astype(jnp.int32)
+        within = (positions - before[rank] + cyclic_shift) % size
         return offset + (jnp.cumsum(counts) - counts)[domain] + within
 
     return jax.vmap(rows)(jnp.asarray(table.counts)[classes], offsets, shift_bits)
@@ -237,8 +238,8 @@ def _indexed(domains: DomainNames, n: int) -> tuple[list[str], Int[np.ndarray, "
     if "" in present:
         raise ArgumentError("domains", f"domains[{int(np.argmax(values == ''))}] is an empty name")
     names = in_order(present.tolist())
-    rank = {name: place for place, name in enumerate(names)}
-    return names, np.array([rank[name] for name in present.tolist()])[rows.reshape(-1)]
+    index = {name: i for i, name in enumerate(names)}
+    return names, np.array([index[name] for name in present.tolist()])[rows.reshape(-1)]
 
 
 def _checked_test_domains(test_domains: Sequence[str], names: Sequence[str]) -> list[str]:

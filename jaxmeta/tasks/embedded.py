@@ -24,6 +24,9 @@ from jaxmeta.tasks.episodes import (
 from jaxmeta.tasks.feature_cache import BATCH, Embedder, described
 from jaxmeta.tasks.sequences import DrawSequence
 
+# Images in one call of an embedder.
+_BLOCK = 4096
+
 
 def embedded(
     tasks: TaskDistribution | TaskStream,
@@ -51,7 +54,7 @@ def embedded(
         or a function from images `(n, *shape)` to features `(n, dim)`, such as
         `jax.tree_util.Partial(model.apply, params)`. Features of `jm.features` are kept in the cache folder.
       name: description of the network, for the protocol card.
-      batch: most images in one call of `embed`.
+      batch: largest number of images in one call of `embed`.
       report: function `(done, total)` that is called after each computed batch.
 
     Returns:
@@ -191,7 +194,7 @@ def draw_and_embed(sample: Callable[[Key], Task], embed: Callable[[Array], Array
 
 def _embed_task(task: Task, embed: Callable[[Batch], Batch]) -> Task:
     """Return a task, or a batch of tasks, with the features of its images."""
-    # Metadata of zero-shot tasks has another shape than images.
+    # The metadata of zero-shot tasks has a shape different from that of images.
     has_images = task.support.x.shape[task.support.y.ndim :] == task.query.x.shape[task.query.y.ndim :]
     return Task(embed(task.support) if has_images else task.support, embed(task.query))
 
@@ -216,7 +219,7 @@ def _embed_data(
         wanted = np.ones((len(stored), turns), bool)
     else:
         wanted = np.zeros((len(stored), turns), bool)
-        drawn = jax.device_get(_drawn(shape, data, keys))
+        drawn = jax.device_get(draw_many(shape, data, keys))
         wanted[drawn.rows, (drawn.turns if turns > 1 else np.zeros_like(drawn.turns))[..., None]] = True
     embedder.expected = embedder.seen + int(wanted.sum())
     z: np.ndarray | None = None
@@ -235,12 +238,9 @@ def _embed_data(
     return data._replace(x=jnp.asarray(z.reshape(-1, z.shape[2])))
 
 
-# Images in one call of an embedder.
-_BLOCK = 4096
-
-
 @partial(jax.jit, static_argnums=0)
-def _drawn(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
+def draw_many(shape: EpisodeShape, data: EpisodeData, keys: Array) -> Drawn:
+    """Draw the random choices of one episode for each key."""
     return jax.vmap(lambda key: draw_from(shape, data, key))(keys)
 
 

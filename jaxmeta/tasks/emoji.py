@@ -18,7 +18,7 @@ from jaxmeta.tasks.splits import FRACTIONS, PARTS, Classes, ClassSplit, check_pa
 
 # Largest side of the images in pixels.
 _LARGEST = 1024
-# Version of the rendering; changing it makes all packs be rendered again.
+# Version of the rendering; increase it to render all packs again.
 _RENDERING = 1
 
 
@@ -49,8 +49,8 @@ def emoji(
     A class belongs to a part by a hash of its name: to "train" with probability 0.64, "validation" 0.16,
     "test" 0.2. It keeps its part when packs are added or left out, as long as its name is the same.
 
-    Style is the domain: with `across` the support set is in other styles than the queries, and `test_styles`
-    are used in testing only (see `from_arrays`).
+    Style is the domain: with `across` the support set and the queries are in different styles, and
+    `test_styles` are used in testing only (see `from_arrays`).
 
     With `shots=0` the tasks are zero-shot: the support set has one vector per class, from a table of word
     vectors (see `class_vectors`).
@@ -164,15 +164,15 @@ def emoji_images(
         raise ArgumentError(
             "min_styles", f"got {min_styles}; it must be at most the number of styles, {len(chosen)}"
         )
-    # Named by all packs, so that a class has the same name and part whichever styles are chosen.
+    # The names come from all packs, so that a class has the same name and part whichever styles are chosen.
     pictures = {
-        name: own
-        for name, of_pack in classes_of_packs(list(packs.values())).items()
-        if len(own := {pack: of_pack[pack] for pack in chosen if pack in of_pack}) >= min_styles
+        name: by_pack
+        for name, all_packs in classes_of_packs(list(packs.values())).items()
+        if len(by_pack := {pack: all_packs[pack] for pack in chosen if pack in all_packs}) >= min_styles
     }
     if word_vectors is not None:
         known = emoji_vectors(word_vectors, tuple(pictures))
-        pictures = {name: own for name, own in pictures.items() if name in known}
+        pictures = {name: by_pack for name, by_pack in pictures.items() if name in known}
     if not pictures:
         raise ArgumentError("styles", f"{join_names(chosen, 20)} share no classes; use others, or fewer")
     prepared = prepare(
@@ -186,7 +186,7 @@ def emoji_images(
     licences = "; ".join(f"{pack.name}: {pack.licence}" for pack in used)
     prepared = dataclasses.replace(
         prepared,
-        domains=tuple(pack for own in pictures.values() for pack in own),
+        domains=tuple(pack for by_pack in pictures.values() for pack in by_pack),
         summary=ReadSummary(
             f"their names in {len(used)} packs ({licences})",
             len(prepared),
@@ -216,10 +216,10 @@ def split_by_hash(names: tuple[str, ...]) -> ClassSplit:
     """
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for name in names:
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        below = [place < FRACTIONS[0], place < FRACTIONS[0] + FRACTIONS[1], True].index(True)
-        parts[PARTS[below]].append(name)
-    return ClassSplit(**{part: tuple(of_part) for part, of_part in parts.items()})
+        fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        index = [fraction < FRACTIONS[0], fraction < FRACTIONS[0] + FRACTIONS[1], True].index(True)
+        parts[PARTS[index]].append(name)
+    return ClassSplit(**{part: tuple(members) for part, members in parts.items()})
 
 
 def _chosen(argument: str, styles: tuple[str, ...] | None, present: tuple[str, ...]) -> tuple[str, ...]:
@@ -241,8 +241,8 @@ def _chosen(argument: str, styles: tuple[str, ...] | None, present: tuple[str, .
 
 def _fingerprint(packs: Mapping[str, Pack], pictures: Mapping[str, Mapping[str, str]]) -> str:
     digest = hashlib.sha256(f"{_RENDERING}".encode())
-    for name, own in pictures.items():
-        for pack, picture in own.items():
+    for name, by_pack in pictures.items():
+        for pack, picture in by_pack.items():
             digest.update(f"\n{name},{pack},{packs[pack].pictures[picture]}".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
@@ -250,6 +250,6 @@ def _fingerprint(packs: Mapping[str, Pack], pictures: Mapping[str, Mapping[str, 
 def _rendered(
     packs: Mapping[str, Pack], pictures: Mapping[str, Mapping[str, str]], size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for name, own in pictures.items():
-        for pack, picture in own.items():
+    for name, by_pack in pictures.items():
+        for pack, picture in by_pack.items():
             yield name, render(pack, picture, packs[pack].pictures[picture], size)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import PyTree
 from jaxmeta.files import replacing
-from jaxmeta.tasks.cache import cache_folder, make_room
+from jaxmeta.tasks.cache import cache_folder, ensure_space
 
 # Subfolder of the cache folder.
 FOLDER = "features"
@@ -148,7 +148,7 @@ class Embedder:
             rows = {**_read(self._path, self._description), **self._rows}
             names = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _DIGEST)
             z = np.stack(list(rows.values()))
-            make_room(self._path.parent, names.nbytes + z.nbytes, "features")
+            ensure_space(self._path.parent, names.nbytes + z.nbytes, "features")
             with replacing(self._path) as unfinished:
                 np.savez(unfinished, images=names, features=z, description=np.array(self._description))
         except OSError as error:

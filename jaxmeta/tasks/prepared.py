@@ -22,7 +22,7 @@ from jaxtyping import Int, UInt8
 from jaxmeta.checks import ArgumentError, MissingPackageError
 from jaxmeta.core import Rotations, SplitName, TaskDistribution, card_of
 from jaxmeta.tasks.by_class import Vector
-from jaxmeta.tasks.cache import cache_folder, make_room
+from jaxmeta.tasks.cache import cache_folder, ensure_space
 from jaxmeta.tasks.domains import DomainTable, PartDomains, part_domains
 from jaxmeta.tasks.episodes import EpisodeShape, tasks_of_examples
 from jaxmeta.tasks.images import LeftOut, printable
@@ -265,7 +265,7 @@ def prepare(
     digest = hashlib.sha256(f"{_FORMAT}:{shape}:{fingerprint}".encode()).hexdigest()
     folder = parent / f"{slug[:60]}-{digest[:16]}"
     if not (folder / _INDEX).is_file():
-        make_room(parent, expected * int(np.prod(shape)) + 10_000_000, f"the prepared images of {name}")
+        ensure_space(parent, expected * int(np.prod(shape)) + 10_000_000, f"the prepared images of {name}")
         unfinished = Path(tempfile.mkdtemp(dir=parent, prefix=f".{slug[:60]}-"))
         try:
             sizes = _write(unfinished / _RECORDS, shape, images)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 from jaxmeta.checks import MissingPackageError
-from jaxmeta.tasks.cache import cache_folder, make_room
+from jaxmeta.tasks.cache import cache_folder, ensure_space
 
 PARTS = ("background", "evaluation")
 SIDE = 105
@@ -36,7 +36,7 @@ def download(md5: Mapping[str, str], source: str = SOURCE) -> dict[str, Path]:
     """
     tfds = _tfds()
     folder = cache_folder() / "downloads"
-    make_room(folder, 20_000_000, "Omniglot's archives (15 MB)")
+    ensure_space(folder, 20_000_000, "Omniglot's archives (15 MB)")
     manager = tfds.download.DownloadManager(download_dir=folder, dataset_name=DATA_SET)
     urls = {part: source.format(part) for part in PARTS}
     try:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from jaxmeta.checks import ArgumentError
 from jaxmeta.core import Rotations, SplitName, TaskDistribution
 from jaxmeta.files import write_json
-from jaxmeta.tasks.cache import cache_folder, make_room
+from jaxmeta.tasks.cache import cache_folder, ensure_space
 from jaxmeta.tasks.images import LARGEST_DEFAULT, Header, check_image_spec, decode, default_side, header
 from jaxmeta.tasks.prepared import Prepared, from_prepared, prepare
 from jaxmeta.tasks.records import tensorflow_datasets
@@ -361,7 +361,7 @@ def _shape(
         folder = cache_folder() / "prepared"
         scan_path = folder / f"tfds-{fingerprint[:32]}.json"
         if not scan_path.is_file():
-            make_room(folder, 0, "the prepared images")
+            ensure_space(folder, 0, "the prepared images")
             headers = _headers(builder, pool, image)
             scan = {
                 "side": default_side([one.shorter_side for one in headers]),

@@ -28,7 +28,7 @@ from jaxmeta.core import (
 )
 from jaxmeta.learner_form import normalized
 from jaxmeta.losses import ScoreOrLoss, full_precision, metric_label, scores
-from jaxmeta.tasks.class_names import slot_names, unnamed
+from jaxmeta.tasks.class_names import slot_names, unnamed_error
 from jaxmeta.tasks.splits import in_order
 from jaxmeta.training import sharding
 from jaxmeta.training.sharding import Devices, sample_of
@@ -371,7 +371,7 @@ def evaluate_classes(
     check_count("episodes", episodes)
     names = _names(tasks, key, episodes)
     if names is None:
-        raise unnamed(tasks)
+        raise unnamed_error(tasks)
     results, true, predicted = _over_episodes(
         _scores_and_slots, learner, params, tasks, episodes, key, batch, devices
     )

@@ -260,7 +260,7 @@ def _adapt(model, variables, x, batch, exact, arguments):
 
     stats = measure_pass(variables)
     # Each pass makes the statistics of one more layer final: those of the layers before it already are.
-    for _ in range(0 if single_pass else statistics.layers(stats) - 1):
+    for _ in range(0 if single_pass else statistics.num_layers(stats) - 1):
         stats = measure_pass(statistics.with_statistics(variables, stats))
     return statistics.with_statistics(variables, stats)
 

@@ -23,7 +23,7 @@ from jaxmeta.core import Augment, Batch, Key, Optimizer, Params
 from jaxmeta.declare import forwards
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.nn.stateful import StatefulModel, Variables, frozen_layers
-from jaxmeta.paths import Patterns, several
+from jaxmeta.paths import Patterns, as_sequence
 from jaxmeta.transfer.classifier import EVAL_BATCH, HEAD, as_images, extract_features
 from jaxmeta.transfer.descent import Batches, descend
 from jaxmeta.transfer.freezing import frozen_mask, slanted_triangular
@@ -405,7 +405,7 @@ def gradual_unfreezing(
     for stage in range(len(groups)):
         last = stage == len(groups) - 1
         steps = last_steps if last and last_steps is not None else stage_steps
-        trained = [pattern for group in groups[len(groups) - 1 - stage :] for pattern in several(group)]
+        trained = [pattern for group in groups[len(groups) - 1 - stage :] for pattern in as_sequence(group)]
         fitted = fine_tune(
             model,
             variables,

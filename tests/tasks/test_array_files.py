@@ -112,7 +112,7 @@ def test_classes_with_too_few_examples_can_be_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"a": X, "y": Y}, r"lacks x; it has a, y; write it by numpy\.savez"),
+        ({"a": X, "y": Y}, r"lacks x; it has a, y; write it with numpy\.savez"),
         ({"x": X}, "lacks y"),
         ({"z": X}, "lacks x and y"),
         ({"x": X, "y": Y[:-1]}, "has 30 examples x and 29 labels y"),

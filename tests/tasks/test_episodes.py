@@ -297,7 +297,7 @@ METADATA = {name: [float(name), 1.0] for name in "012"}
         ({"classes": ClassSplit(train=("0", "1", "9"))}, "1 of 3 classes .* have no examples: '9'"),
         ({"classes": ClassSplit(test=("0", "1"))}, "split: got 'train', which has no classes"),
         ({"classes": (0.5, 0.6, 0.0)}, "classes: got"),
-        ({"groups": {"0": "a", "1": "a"}}, r"groups must have every class .* lacks 1 of 3: '2'"),
+        ({"groups": {"0": "a", "1": "a"}}, r"groups must have an entry for every class .* lacks 1 of 3: '2'"),
         (
             {"groups": {"0": "a", "1": "b", "2": "c"}},
             r"ways=2 is more than the classes of any group \(groups\) .* the largest, 'a', has 1",
@@ -308,7 +308,10 @@ METADATA = {name: [float(name), 1.0] for name in "012"}
         ({"metadata": METADATA, "shots": (0, 1)}, r"got shots=\(0, 1\)"),
         ({"metadata": METADATA, "shots": 0, "ways": (1, 2)}, r"a single number of ways.*; got ways=\(1, 2\)"),
         ({"metadata": METADATA, "shots": 0, "rotations": "random"}, "got rotations='random'"),
-        ({"metadata": {"0": [1.0]}, "shots": 0}, "metadata must have every class .* lacks 2 of 3: '1', '2'"),
+        (
+            {"metadata": {"0": [1.0]}, "shots": 0},
+            "metadata must have an entry for every class .* lacks 2 of 3: '1', '2'",
+        ),
         (
             {"metadata": METADATA | {"1": [0.0]}, "shots": 0},
             "one vector of numbers per class, all of one length",

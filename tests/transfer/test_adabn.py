@@ -222,9 +222,7 @@ def test_an_nnx_model_is_adapted_in_one_batch_or_in_one_pass(x64):
         np.testing.assert_allclose(result["norm"]["var"], first.var(0), rtol=1e-6)
     with pytest.raises(ValueError, match=r"network: got Model; .* in one batch, or exact=False"):
         adabn(model, {"params": params}, x, batch=4)
-    with pytest.raises(
-        ValueError, match=r"network: got Model and the arguments \['scale'\], .* leave them"
-    ):
+    with pytest.raises(ValueError, match=r"network: got Model and the arguments \['scale'\], .* leave them"):
         adabn(model, {"params": params}, x, scale=2.0)
 
 

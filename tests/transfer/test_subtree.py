@@ -352,11 +352,11 @@ def test_the_first_rule_that_matches_wins_and_none_drops():
         ([("a", "c"), ("c", "d")], "rules[1]: 'c' matches nothing; the closest paths are "),
         (
             [("*/*", "c/*")],
-            "rules[0]: got 'c/*' for '*/*', which has 2 wildcard(s); the replacement must have as many",
+            "rules[0]: got 'c/*' for '*/*', which has 2 wildcards; the replacement must have as many",
         ),
         (
             [("a/*", r"c/\2")],
-            r"rules[0]: got 'c/\\2' for 'a/*', which has 1 wildcard(s); the replacement must have",
+            r"rules[0]: got 'c/\\2' for 'a/*', which has 1 wildcard; the replacement must have",
         ),
     ],
 )
