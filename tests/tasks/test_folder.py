@@ -184,13 +184,13 @@ def test_a_changed_folder_or_setting_is_prepared_again(photos, change):
 
 def test_two_threads_can_prepare_one_folder_concurrently(photos, cache, monkeypatch):
     barrier = threading.Barrier(2, timeout=60)
-    thread = threading.local()
+    per_thread = threading.local()
     decode = module.decode
 
     def decode_together(*arguments, **settings):
-        if not hasattr(thread, "started"):
+        if not hasattr(per_thread, "started"):
             barrier.wait()
-            thread.started = True
+            per_thread.started = True
         return decode(*arguments, **settings)
 
     monkeypatch.setattr(module, "decode", decode_together)
