@@ -367,7 +367,7 @@ def _split_by_source(target: Target, scored: Bool[np.ndarray, " n"], shots: Shot
     """Draw examples to learn from among the images that the source does not reserve for scoring."""
     learn, score = np.flatnonzero(~scored), np.flatnonzero(scored)
     if shots is None or shots == ALL:
-        return ShotSplit(learn, score, "all images that the source does not reserve for scoring")
+        return ShotSplit(learn, score, "all images that are not reserved for scoring")
     check_count("shots", int(shots))
     sizes = np.bincount(target.y[learn])
     smallest = int(sizes.argmin())

@@ -18,8 +18,8 @@ mini-batches of all training classes at once; `embedded` puts a fixed network's 
 `jaxmeta tasks` lists the sources; `--tasks my_module:my_tasks`
 takes your own function `f(split, *, ways, shots, queries, …)`.
 
-**Folders of images.** A folder has one subfolder per class, with images of every format that Pillow opens, grey
-or colour, of any size:
+**Folders of images.** A folder has one subfolder per class, with images of every format that Pillow opens,
+grey or colour, of any size:
 
 ```sh
 jaxmeta train --tasks folder:photos --ways 5 --shots 1
@@ -64,8 +64,8 @@ preparing most of the stock ones needs TensorFlow.
 from your own folder with `--data DIR`. Every drawing is verified, decoded once and kept as one array in the
 cache folder: `$JAXMETA_CACHE`, else `jaxmeta` in the platform's cache folder (on Linux `~/.cache/jaxmeta`).
 
-**Emoji.** One name is a class, one designer's set a style, that is a domain: `--across` asks for things in styles
-other than those they were shown in, `--test-styles openmoji` holds styles out for test. Sets are packs of
+**Emoji.** One name is a class, one designer's set a style, that is a domain: `--across` asks for things in
+styles other than those they were shown in, `--test-styles openmoji` holds styles out for test. Sets are packs of
 [Iconify](https://iconify.design) (`npm pack @iconify-json/noto`), rendered once by `pip install
 'jaxmeta[emoji]'`; the read summary and `emoji_licences` state the licence of each.
 
@@ -74,8 +74,9 @@ images: the strokes of `glyphs(shots=0)`, the 312 attributes of `cub(shots=0)` f
 word vectors for `emoji(shots=0, word_vectors="glove.6B.50d.txt")` (`class_vectors`), or those of any arrays, `from_arrays(features, labels, shots=0, metadata={class: vector})`.
 
 **Data larger than the device.** Tasks are drawn on the device, which holds the images as bytes. Where they do
-not fit, `--stream` reads the images of each meta-step from disk while the device computes the previous one. The
-episodes for a seed are the same, and a run can be resumed at any step; `benchmarks/README.md` has the speed.
+not fit, `--stream` reads the images of each meta-step from disk while the device computes the previous one.
+The episodes for a seed are the same, and a run can be resumed at any step; `benchmarks/README.md` has the
+speed.
 
 >>> def train_from_disk(learner, folder, optimizer, key):
 ...     prepared = jm.tasks.prepare_folder(folder)
@@ -87,8 +88,8 @@ A loader of your own is a stream, too: `jm.TaskStream(at=my_batch_of_tasks, card
 its share of every batch.
 
 All images of your own are first converted to one format (`jaxmeta/tasks/prepared.py`): records of one shape,
-grouped by class. An episode is a pure function of (key, step, index): it is the same on one device and on eight, from
-memory and from a stream.
+grouped by class. An episode is a pure function of (key, step, index): it is the same on one device and on
+eight, from memory and from a stream.
 """  # noqa: E501
 
 from jaxmeta.tasks.array_files import from_npz

@@ -64,9 +64,10 @@ jaxmeta rank runs/characters runs/digits --target usps --fine-tune
 
 The target is a set of images by its name for `--tasks`, or a folder with one subfolder per class
 (`folder:photos`). `transfer` learns from some examples of each class and scores all others; if the folder has
-parts `train` and `test` with the same classes, it learns from the first and scores the second. It writes a report
-with a confidence interval and with what happened to each leaf of the source, a plot of the confusion matrix, and
-weights that can serve as a source. With `--keep-statistics` fine-tuning keeps the source's batch statistics.
+parts `train` and `test` with the same classes, it learns from the first and scores the second. It writes a
+report with a confidence interval and with what happened to each leaf of the source, a plot of the confusion
+matrix, and weights that can serve as a source. With `--keep-statistics` fine-tuning keeps the source's batch
+statistics.
 
 **Weights** come from safetensors files and folders of transformers, torchvision and timm (ResNet, SqueezeNet,
 ViT, DINOv2 and the image tower of CLIP, whose outputs equal theirs up to rounding), from `flax.serialization`, from Orbax and from runs of this
@@ -74,9 +75,9 @@ library, never from a pickle. `load_pretrained(…).input` is the `ImageInput` o
 on: size, mean, deviation, interpolation. `transplant` copies leaves of one tree into another by rules, checks
 each, and reports as a table what was taken, what is new and what is left over.
 
-**Scores** compare several sources without training: `leep`, `nce`, `h_score`, `log_me`, and `rank_sources`, which
-computes them and ranks the sources by one. `rank` with `--fine-tune` also trains each source briefly, to show
-which score agrees with the result.
+**Scores** compare several sources without training: `leep`, `nce`, `h_score`, `log_me`, and `rank_sources`,
+which computes them and ranks the sources by one. `rank` with `--fine-tune` also trains each source briefly, to
+show which score agrees with the result.
 
 `benchmarks/README.md` compares recipes, scores, domain adaptation and label shift on real images;
 `notebooks/transfer_and_domains.py` explains them.
