@@ -1,6 +1,7 @@
 """Learners, networks and outer optimizers, built from a configuration."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,10 +40,14 @@ def learner_of(
     """
     objects = config.names()
     factory, facts = objects.learner, objects.facts
+    augment = facts.augment or distort
+    if not objects.source.ink and schema.accepts(augment, "fill"):
+        # Only strokes have a background of 0.
+        augment = partial(augment, fill="edge")
     supplied = {
         "norm": norm or config.training.norm,
         "loss": losses.mse if kind_of(objects.source) == "regression" else losses.cross_entropy,
-        "augment": (facts.augment or distort) if config.training.distort else None,
+        "augment": augment if config.training.distort else None,
         "strings": config.tasks.get("strings"),
     }
     supplied = {name: value for name, value in supplied.items() if schema.accepts(factory, name)}

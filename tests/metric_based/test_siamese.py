@@ -279,7 +279,8 @@ def distort(key, x, **settings):
     return np.asarray(_distort(key, jnp.asarray(x), **settings))
 
 
-_distort = jax.jit(jm.tasks.distort, static_argnames=("rotation", "shear", "scale", "shift", "probability"))
+_SETTINGS = ("rotation", "shear", "scale", "shift", "probability", "fill")
+_distort = jax.jit(jm.tasks.distort, static_argnames=_SETTINGS)
 
 
 NOTHING = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0, "probability": 1.0}
@@ -348,6 +349,17 @@ def test_each_component_is_an_affine_map_within_its_range():
         np.testing.assert_allclose(np.diagonal(matrix), 1, atol=1e-4)
         assert (np.abs(matrix - np.eye(2)) <= 0.3 + 1e-4).all()
         assert (np.abs(matrix[[0, 1], [1, 0]]) > 1e-4).all()
+
+
+def test_distortions_fill_the_outside_with_a_value_or_with_the_edge():
+    strong = {"rotation": 180.0, "shear": 1.0, "scale": 0.5, "shift": 0.5, "probability": 1.0}
+    x = images(20)
+    on_white = distort(KEY, 1 - x, **strong, fill=1.0)
+    np.testing.assert_allclose(on_white, 1 - distort(KEY, x, **strong), atol=1e-5)
+    grey = distort(KEY, np.full_like(x, 0.5), **strong, fill="edge")
+    np.testing.assert_allclose(grey, 0.5, atol=1e-6)
+    with pytest.raises(ValueError, match="fill: got 'wrap'"):
+        jm.tasks.distort(KEY, jnp.asarray(x), fill="wrap")
 
 
 def test_distortions_of_probability_zero_change_nothing():
