@@ -8,8 +8,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import check_count, check_key
-from jaxmeta.core import Key, Learner, Params, PyTree, Source, TaskDistribution, check_tasks, episode_keys
+from jaxmeta.checks import ArgumentError, check_count, check_key
+from jaxmeta.core import (
+    Key,
+    Learner,
+    Params,
+    PyTree,
+    Source,
+    TaskDistribution,
+    TaskStream,
+    check_tasks,
+    episode_keys,
+)
 from jaxmeta.learner_form import normalized
 from jaxmeta.training import sharding
 
@@ -67,7 +77,7 @@ def meta_gradient_alignment(
       An `Alignment` of two numbers. To log them during training, pass `compared_to` to `jm.train`.
 
     Raises:
-      ValueError: `episodes` is below 1.
+      ValueError: `episodes` is below 1, or `tasks` are a stream.
 
     Examples:
       >>> import optax
@@ -83,6 +93,12 @@ def meta_gradient_alignment(
     check_count("episodes", episodes)
     learner, compared_to = normalized(learner), normalized(compared_to)
     check_tasks(tasks)
+    if isinstance(tasks, TaskStream):
+        raise ArgumentError(
+            "tasks",
+            "got a stream; it must be a jm.TaskDistribution. For tasks of a stream, pass compared_to to "
+            "jm.train, which logs the alignment",
+        )
     check_key("key", key)
     result = _alignment(learner, compared_to, episodes, params, sharding.as_argument(tasks.sample), key)
     return Alignment(*map(float, result))

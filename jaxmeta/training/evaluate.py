@@ -516,7 +516,7 @@ def metric_name(
 def evaluate_metrics(
     learner: Learner,
     params: Params,
-    tasks: TaskDistribution,
+    tasks: TaskDistribution | TaskStream,
     *,
     episodes: int = 600,
     key: Key,
@@ -528,7 +528,8 @@ def evaluate_metrics(
     Args:
       learner: learner to evaluate.
       params: meta-parameters.
-      tasks: test tasks. Episode i is drawn with `fold_in(key, i)`.
+      tasks: test tasks. Episode i is drawn with `fold_in(key, i)`; a stream gives its first episodes, in
+        order.
       episodes: number of episodes, at least 1.
       key: key of the evaluation.
 
@@ -536,7 +537,8 @@ def evaluate_metrics(
       A dictionary from names to values.
 
     Raises:
-      ValueError: `episodes` is below 1, or another argument is of a wrong kind.
+      ValueError: `episodes` is below 1, another argument is of a wrong kind, or a stream is too short or has
+        another key.
 
     Examples:
       >>> import jaxmeta as jm
@@ -549,7 +551,7 @@ def evaluate_metrics(
     check_count("episodes", episodes)
     learner = normalized(learner)
     _check_arguments(params, tasks, key)
-    sums = _sums(_metrics_of(learner), episodes, params, sharding.as_argument(tasks.sample), key, 0)
+    sums = _sums_of_episodes(_metrics_of(learner), params, tasks, episodes, key)
     return {
         name: float(total) / float(count) if count else math.nan
         for name, (total, count) in jax.device_get(sums).items()
@@ -599,18 +601,40 @@ def calibrate(
             "got one without batch statistics (learner.statistics is None); there is nothing to compute",
         )
     check_count("episodes", episodes)
-    if isinstance(tasks, TaskStream):
-        check_stream(tasks, key, for_evaluation=True, name="tasks")
-        sums = [
-            jax.block_until_ready(
-                _sums(learner.statistics, batch.query.y.shape[0], params, batch, key, start)
-            )
-            for start, batch in _numbered(tasks, episodes)
-        ]
-    else:
-        sums = [_sums(learner.statistics, episodes, params, sharding.as_argument(tasks.sample), key, 0)]
-    total, count = jax.tree.map(lambda *parts: sum(parts), *sums)
+    total, count = _sums_of_episodes(learner.statistics, params, tasks, episodes, key, whole_batches=True)
     return {**params, "population": jax.tree.map(lambda leaf: leaf / count, total)}
+
+
+def _sums_of_episodes(
+    statistics: Callable[..., Any],
+    params: Params,
+    tasks: TaskDistribution | TaskStream,
+    episodes: int,
+    key: Key,
+    *,
+    whole_batches: bool = False,
+) -> PyTree:
+    """Return the sum of the statistics of the first `episodes` episodes.
+
+    Args:
+      statistics: `(params, task, key) -> statistics` of one task.
+      params: meta-parameters.
+      tasks: source of the episodes.
+      episodes: number of episodes.
+      key: key of the episodes.
+      whole_batches: whether all episodes of a stream's last batch count, so that one program does for all
+        batches.
+    """
+    if isinstance(tasks, TaskDistribution):
+        return _sums(statistics, episodes, params, sharding.as_argument(tasks.sample), key, 0)
+    check_stream(tasks, key, for_evaluation=True, name="tasks")
+    sums = []
+    for start, batch in _numbered(tasks, episodes):
+        size = batch.query.y.shape[0]
+        count = size if whole_batches else min(size, episodes - start)
+        counted = batch if count == size else jax.tree.map(lambda leaf: leaf[:count], batch)  # noqa: B023
+        sums.append(jax.block_until_ready(_sums(statistics, count, params, counted, key, start)))
+    return jax.tree.map(lambda *parts: sum(parts), *sums)
 
 
 # Learner and mesh are static, and data are arguments: validation calls these functions again and again, and

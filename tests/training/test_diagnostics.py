@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import toys
+from support import raises_argument_error
 
 import jaxmeta as jm
 from jaxmeta.training.diagnostics import alignment
@@ -157,3 +158,9 @@ def test_train_reports_the_alignment():
 def test_zero_episodes_are_refused():
     with pytest.raises(ValueError, match="episodes: got 0"):
         jm.meta_gradient_alignment(toys.maml(), toys.maml(), {}, toys.sinusoid(), episodes=0, key=KEY)
+
+
+def test_a_stream_is_refused():
+    stream = jm.TaskStream(lambda step: None)
+    with raises_argument_error(r"tasks: got a stream; it must be a jm\.TaskDistribution"):
+        jm.meta_gradient_alignment(toys.maml(), toys.maml(), {}, stream, episodes=2, key=KEY)

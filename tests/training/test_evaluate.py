@@ -255,6 +255,23 @@ def test_metrics_in_bfloat16_are_summed_in_float32():
     assert result == {"count": 1.0, "half": 0.5}
 
 
+def test_metrics_of_a_stream_are_those_of_its_first_episodes():
+    tasks, keys = toys.clusters(), episode_keys(KEY, jnp.arange(8))
+    stream_of_tasks = TaskStream(
+        lambda step: jax.vmap(tasks.sample)(keys[4 * step : 4 * step + 4, 0]), key=KEY, for_evaluation=True
+    )
+
+    def loss(params, task, key, step=None):
+        return jnp.zeros(()), {"sum": (jnp.nansum(task.query.x) + jax.random.uniform(key), 1)}
+
+    learner = toys.nearest_mean()._replace(loss=loss)
+    arguments = learner, initial_params(learner, tasks)
+    actual = evaluate_metrics(*arguments, stream_of_tasks, episodes=5, key=KEY)
+    assert actual == pytest.approx(evaluate_metrics(*arguments, tasks, episodes=5, key=KEY), rel=1e-5)
+    with pytest.raises(ValueError, match="tasks: got a stream with key data"):
+        evaluate_metrics(*arguments, stream_of_tasks, episodes=5, key=jax.random.key(6))
+
+
 @pytest.mark.parametrize("kind", ["distribution", "stream"])
 def test_run_episodes_returns_the_episodes_of_evaluate(kind):
     learner, tasks = toys.nearest_mean(), toys.clusters()
