@@ -20,7 +20,7 @@ from jaxmeta.tasks.array_files import decoded, npz_arrays
 from jaxmeta.tasks.csv_files import read_csv
 from jaxmeta.tasks.file_layouts import part_of
 from jaxmeta.tasks.sinusoid import PointCounts, regression_card, split_points
-from jaxmeta.tasks.splits import Classes, ClassSplit, hash_for_card, split_classes, split_of_parts
+from jaxmeta.tasks.splits import TASKS, Classes, ClassSplit, hash_for_card, split_classes, split_of_parts
 from jaxmeta.tasks.subset import ordered_subset
 
 _TASK = "task"
@@ -93,14 +93,8 @@ def from_regression(
     regression_card(name, split, shots, queries, "")
     ids, inputs, targets = _checked(task, x, y)
     present, index = np.unique(ids, return_inverse=True)
-    try:
-        parts, protocol = split_classes(present.tolist(), task_split, split_seed, split, "")
-        names = sorted(parts.part(split))
-    except ArgumentError as error:
-        if error.name != "classes":
-            raise
-        # Only the word: "classes" may also be part of the path of a file.
-        raise ArgumentError("task_split", error.problem.replace(" classes ", " tasks ")) from None
+    parts, protocol = split_classes(present.tolist(), task_split, split_seed, split, "", TASKS)
+    names = sorted(parts.part(split))
     counts = np.bincount(index)[np.searchsorted(present, names)]
     needed = shots + queries
     small = [f"{each} ({count})" for each, count in zip(names, counts, strict=True) if count < needed]
@@ -119,7 +113,6 @@ def from_regression(
     kept = [each for each, count in zip(names, counts, strict=True) if count >= needed]
     rows = _rows(ids, kept)
     sizes = counts[counts >= needed]
-    protocol = protocol.replace("class split", "task split")
     sentence = f"{len(kept)} tasks" + (f", {protocol}" if protocol else "")
     card = dataclasses.replace(
         regression_card(name, split, shots, queries, sentence),

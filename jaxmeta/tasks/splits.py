@@ -5,7 +5,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jaxmeta.checks import (
     check_count,
     check_number,
     check_word,
+    described,
     format_value,
     join_names,
     parsed_json,
@@ -24,6 +25,24 @@ from jaxmeta.core import SplitName
 PARTS: tuple[SplitName, ...] = get_args(SplitName)
 # Default fractions of a random class split: those of mini-ImageNet.
 FRACTIONS = (0.64, 0.16, 0.2)
+
+
+class Members(NamedTuple):
+    """Words for the members of a split in error messages.
+
+    Attributes:
+      one: noun, such as "class".
+      many: its plural.
+      argument: name of the argument that sets the split.
+    """
+
+    one: str
+    many: str
+    argument: str
+
+
+CLASSES = Members("class", "classes", "classes")
+TASKS = Members("task", "tasks", "task_split")
 
 
 def check_part(split: str) -> SplitName:
@@ -101,20 +120,9 @@ class ClassSplit:
     test: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for part in PARTS:
-            value = getattr(self, part)
-            if isinstance(value, str):
-                raise ValueError(f"{part} must be a sequence of class names, got the string {value!r}")
-            names = tuple(str(name) for name in value)
+        parts = _checked_parts({part: getattr(self, part) for part in PARTS}, CLASSES)
+        for part, names in parts.items():
             object.__setattr__(self, part, names)
-            if len(set(names)) < len(names):
-                duplicates = {name for name in names if names.count(name) > 1}
-                raise ValueError(f"the class split repeats classes within {part}: {_named(duplicates)}")
-        for i, first in enumerate(PARTS):
-            for second in PARTS[i + 1 :]:
-                both = set(getattr(self, first)) & set(getattr(self, second))
-                if both:
-                    raise ValueError(f"the class split overlaps: {_named(both)} in both {first} and {second}")
 
     @classmethod
     def from_fractions(
@@ -171,16 +179,7 @@ class ClassSplit:
         Raises:
           ValueError: an unknown part, or a part without classes.
         """
-        names = getattr(self, check_part(split))
-        if not names:
-            sizes = zip(PARTS, self.sizes, strict=True)
-            available = ", ".join(f"{part} ({size})" for part, size in sizes if size)
-            raise ArgumentError(
-                "split",
-                f"got {split!r}, which has no classes in this class split; it has {available or 'none'}; use "
-                "another part, or another class split (classes)",
-            )
-        return names
+        return _names_of_part(self, split, CLASSES)
 
     def ordered(self, split: str) -> list[str]:
         """Return the class names of one part in the order of episodes, by `in_order` of all names.
@@ -227,20 +226,56 @@ class ClassSplit:
             )
 
 
+def _checked_parts(parts: Mapping[str, Any], members: Members) -> dict[str, tuple[str, ...]]:
+    """Return the names of each part, after checking that no name occurs twice."""
+    checked: dict[str, tuple[str, ...]] = {}
+    for part, value in parts.items():
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            wanted = f"a sequence of {members.one} names"
+            raise ValueError(f"{part} must be {wanted}, got {format_value(value)}")
+        names = tuple(map(str, value))
+        if len(set(names)) < len(names):
+            duplicates = {name for name in names if names.count(name) > 1}
+            raise ValueError(
+                f"the {members.one} split repeats {members.many} within {part}: {_named(duplicates)}"
+            )
+        for other, others in checked.items():
+            both = set(others) & set(names)
+            if both:
+                raise ValueError(
+                    f"the {members.one} split overlaps: {_named(both)} in both {other} and {part}"
+                )
+        checked[part] = names
+    return checked
+
+
+def _names_of_part(split: ClassSplit, part: str, members: Members) -> tuple[str, ...]:
+    names = getattr(split, check_part(part))
+    if not names:
+        sizes = zip(PARTS, split.sizes, strict=True)
+        available = ", ".join(f"{part} ({size})" for part, size in sizes if size)
+        raise ArgumentError(
+            "split",
+            f"got {part!r}, which has no {members.many} in this {members.one} split; it has "
+            f"{available or 'none'}; use another part, or another {members.one} split ({members.argument})",
+        )
+    return names
+
+
 # Class splits as given by a user.
 Classes = ClassSplit | Mapping[str, Iterable[str | int]] | tuple[float, float, float] | str | None
-_CLASSES = (
+_WANTED = (
     'three fractions such as 0.64,0.16,0.2, a JSON file {"train": [names], "validation": [names], "test": '
     "[names]}, or in Python such a mapping or a jm.tasks.ClassSplit"
 )
 
 
 def class_split(
-    classes: Classes,
+    classes: Classes, members: Members = CLASSES
 ) -> ClassSplit | tuple[float, float, float] | Literal["auto"] | None:
     """Return the class split in a mapping, or in a JSON file where `classes` is the path of one.
 
-    Three fractions, "auto" and None are returned as they are.
+    Three fractions, "auto" and None are returned as they are. Errors name the `members` and their argument.
 
     Raises:
       ValueError: `classes` is none of these, or the file does not exist or does not hold `{"train": [names],
@@ -254,30 +289,36 @@ def class_split(
         return classes  # type: ignore[return-value]
     if isinstance(classes, Mapping):
         try:
-            return _of_parts(classes)
+            return _of_parts(classes, members)
         except (TypeError, ValueError) as error:
-            raise ArgumentError("classes", f"got a mapping that is not a class split: {error}") from None
+            raise ArgumentError(
+                members.argument, f"got a mapping that is not a {members.one} split: {error}"
+            ) from None
     if not isinstance(classes, str):
         if not isinstance(classes, tuple | list) or len(classes) != 3:
-            raise ArgumentError("classes", f"got {format_value(classes)}; it must be {_CLASSES}")
-        _check_fractions("classes", classes)
+            raise ArgumentError(members.argument, f"got {format_value(classes)}; it must be {_WANTED}")
+        _check_fractions(members.argument, classes)
         return classes
     path = Path(classes).expanduser()
     if not path.is_file():
-        raise ArgumentError("classes", f"got {classes}; it must be {_CLASSES}")
+        raise ArgumentError(members.argument, f"got {classes}; it must be {_WANTED}")
     try:
-        return _of_parts(parsed_json(path.read_text(encoding="utf-8")))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ArgumentError("classes", f"{path} is not a class split in JSON: {error}") from None
+        parts = parsed_json(path.read_text(encoding="utf-8"))
+        if not isinstance(parts, Mapping):
+            wanted = '{"train": [names], "validation": [names], "test": [names]}'
+            raise ValueError(f"it holds {described(parts)}; it must hold {wanted}")
+        return _of_parts(parts, members)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            members.argument, f"{path} is not a {members.one} split in JSON: {error}"
+        ) from None
 
 
-def _of_parts(parts: Mapping[str, Iterable[str | int]]) -> ClassSplit:
-    """Return the class split of `{"train": names, "validation": names, "test": names}`."""
-    for part, names in parts.items():
+def _of_parts(parts: Mapping[str, Any], members: Members) -> ClassSplit:
+    """Return the split of `{"train": names, "validation": names, "test": names}`."""
+    for part in parts:
         check_word("part", part, PARTS)
-        if isinstance(names, str) or not isinstance(names, Iterable):
-            raise ValueError(f"{part} must be a sequence of class names, got {format_value(names)}")
-    return ClassSplit(**{part: tuple(map(str, names)) for part, names in parts.items()})
+    return ClassSplit(**_checked_parts(parts, members))
 
 
 def split_of_parts(
@@ -319,6 +360,7 @@ def split_classes(
     split_seed: int,
     split: str,
     protocol: str,
+    members: Members = CLASSES,
 ) -> tuple[ClassSplit, str]:
     """Resolve `classes` to a class split, and return it with the sentence for the protocol card.
 
@@ -329,28 +371,29 @@ def split_classes(
       split_seed: seed of the random split; must be 0 for a split by names.
       split: part to draw from.
       protocol: sentence of the source; "" for the default.
+      members: words for what is split, in the default sentence and in errors.
 
     Raises:
       ValueError: the part is empty or has unknown classes; or a seed with a split by names.
     """
     check_part(split)
     check_count("split_seed", split_seed, 0, LARGEST_SEED)
-    classes = class_split(classes)
+    classes = class_split(classes, members)
     if classes == "auto":
         classes = FRACTIONS
     if classes is None:
         return ClassSplit(**{split: tuple(present)}), protocol
     if not isinstance(classes, ClassSplit):
-        protocol = protocol or f"random class split {tuple(classes)}, seed {split_seed}"
+        protocol = protocol or f"random {members.one} split {tuple(classes)}, seed {split_seed}"
         classes = ClassSplit.from_fractions(present, classes, split_seed)
     elif split_seed:
-        raise ArgumentError("split_seed", "a class split by names needs none; leave it out")
-    members = classes.part(split)
-    missing = set(members) - set(present)
+        raise ArgumentError("split_seed", f"a {members.one} split by names needs none; leave it out")
+    names = _names_of_part(classes, split, members)
+    missing = set(names) - set(present)
     if missing:
         raise ArgumentError(
-            "classes",
-            f"{len(missing)} of {len(members)} classes of split={split!r} have no examples: "
+            members.argument,
+            f"{len(missing)} of {len(names)} {members.many} of split={split!r} have no examples: "
             + _named(missing),
         )
     return classes, protocol

@@ -1,10 +1,13 @@
 """Tests of regression tasks from arrays and tables: draws, task splits, and invalid tables."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
 import jaxmeta as jm
+from jaxmeta.checks import ArgumentError
 from jaxmeta.tasks.regression import read_table
 from jaxmeta.tasks.splits import ClassSplit
 
@@ -106,11 +109,35 @@ def test_invalid_settings_of_regression_tasks_are_refused():
         jm.tasks.from_regression(TASK, X, Y, shots=0)
 
 
-def test_errors_of_the_task_split_speak_of_tasks_and_keep_paths():
+def test_errors_of_the_task_split_speak_of_tasks_and_keep_paths(tmp_path):
     with pytest.raises(ValueError, match=r"task_split: got my_classes\.json; it must be three fractions"):
         jm.tasks.from_regression(TASK, X, Y, task_split="my_classes.json")
     with pytest.raises(ValueError, match="task_split: 1 of 2 tasks of split='train' have no examples: 'z'"):
         jm.tasks.from_regression(TASK, X, Y, task_split={"train": [TASK[0], "z"]})
+    path = tmp_path / "my classes split.json"
+    for content, message in (
+        ("[]", "is not a task split in JSON: it holds []"),
+        (
+            '{"train": ["a", "a"]}',
+            "is not a task split in JSON: the task split repeats tasks within train: 'a'",
+        ),
+        ('{"train": 3}', "is not a task split in JSON: train must be a sequence of task names, got 3"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ArgumentError, match=re.escape(f"task_split: {path} {message}")):
+            jm.tasks.from_regression(TASK, X, Y, task_split=str(path))
+
+
+def test_errors_of_part_and_seed_of_a_task_split_speak_of_tasks():
+    split = {"train": [TASK[0]], "validation": [TASK[-1]]}
+    message = (
+        "split: got 'test', which has no tasks in this task split; it has train (1), validation (1); use "
+        "another part, or another task split (task_split)"
+    )
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        jm.tasks.from_regression(TASK, X, Y, split="test", task_split=split)
+    with pytest.raises(ArgumentError, match="split_seed: a task split by names needs none"):
+        jm.tasks.from_regression(TASK, X, Y, task_split=split, split_seed=1)
 
 
 # --- tables -----------------------------------------------------------------------------------------------

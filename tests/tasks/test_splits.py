@@ -92,7 +92,8 @@ def test_a_split_is_read_from_a_json_file(tmp_path):
     [
         (None, r"got .*split\.json; it must be three fractions such as 0\.64,0\.16,0\.2, a JSON file"),
         ("{", r"split\.json is not a class split in JSON: "),
-        ("[]", r"is not a class split in JSON: "),
+        ("[]", r'is not a class split in JSON: it holds \[\]; it must hold \{"train": \[names\], '),
+        ("3", r"is not a class split in JSON: it holds 3 \(int\); it must hold"),
         ('{"training": ["a"]}', r"is not a class split in JSON: .*training"),
         ('{"train": "abc"}', r"is not a class split in JSON: train must be a sequence"),
         ('{"train": ["a"], "test": ["a"]}', r"is not a class split in JSON: .* overlaps"),
