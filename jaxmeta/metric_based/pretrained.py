@@ -108,11 +108,10 @@ def simple_shot(
         )
 
     plain = learner(model)
-    return (
-        learner(_centred(as_model(model, "model")))._replace(loss=plain.loss)
-        if transform == "cl2n"
-        else plain
-    )
+    if transform != "cl2n":
+        return plain
+    # The loss, in which several devices may share the examples of a task, does not depend on the centre.
+    return learner(_centred(as_model(model, "model")))._replace(loss=plain.loss, divisible=plain.divisible)
 
 
 @declare.learner(

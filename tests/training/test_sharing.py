@@ -25,6 +25,7 @@ LEARNERS = {
     "prototypical by the support set": lambda: (jm.prototypical(normalised_mlp(), norm="support"), 4),
     "matching with full context embeddings": lambda: (jm.matching(normalised_mlp(), context_steps=2), 4),
     "siamese": lambda: (jm.siamese(normalised_mlp()), 4),
+    "simple_shot, centred": lambda: (jm.simple_shot(normalised_mlp()), 4),
     "ridge": lambda: (jm.ridge(normalised_mlp()), 4),
     "prototypical, convolutions": lambda: (jm.prototypical(jm.nn.Conv4(filters=4)), 28),
     "relation, convolutions": lambda: (
