@@ -411,6 +411,15 @@ def test_shots_are_of_each_class_and_the_others_are_scored():
     assert len(set(draws)) > 1
 
 
+@pytest.mark.parametrize(("y", "message"), [([0, 0, 1, 2, 2], "a single"), ([0, 0, 1, 1], "no")])
+def test_a_class_without_an_image_to_learn_from_and_one_to_score_is_refused(y, message):
+    y = np.array(y)
+    target = Target("t", "", np.zeros((len(y), 1, 1, 1), np.uint8), y, ("a", "b", "c"), False)
+    name = target.classes[np.bincount(y, minlength=3).argmin()]
+    with pytest.raises(ValueError, match=f"target: the class '{name}' of t has {message} image; it must"):
+        split_shots(target, None, KEY)
+
+
 def parts_of_bars(root, **counts):
     """Write folders of parts: `train=(3, 2)` puts 3 images of bar 0 and 2 of bar 1 into train."""
     for part, per_class in counts.items():

@@ -335,14 +335,15 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
     """
     if target.scored is not None:
         return _split_by_source(target, target.scored, shots, key)
-    sizes = np.bincount(target.y)
+    sizes = np.bincount(target.y, minlength=len(target.classes))
     smallest = int(sizes.argmin())
     named = f"the class {target.classes[smallest]!r} of {target.name}"
     least = int(sizes[smallest])
     if least < 2:
         raise ArgumentError(
             "target",
-            f"{named} has a single image; it must have one to learn from and one to score; "
+            f"{named} has {'a single' if least else 'no'} image; it must have one to learn from and one to "
+            "score; "
             "--skip-small-classes leaves such classes out, where the source has this setting",
         )
     parts = np.maximum(4 * sizes // 5, 1)
