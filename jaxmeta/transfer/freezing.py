@@ -12,6 +12,9 @@ from jaxmeta.checks import ArgumentError, check_count, check_number, check_optim
 from jaxmeta.core import Optimizer, Params, PyTree
 from jaxmeta.paths import Patterns, leaves_by_path, mask, matching
 
+# Relative rounding error that is allowed in a number of steps computed from a fraction.
+_ROUNDING = 1e-12
+
 
 def frozen_mask(params: Params, train: Patterns) -> PyTree:
     """Return a tree of bools, True for every leaf that `train` does not match.
@@ -177,12 +180,13 @@ def slanted_triangular(
     if cut_fraction >= 1:
         raise ArgumentError("cut_fraction", f"got {cut_fraction}; it must be in (0, 1)")
     check_number("ratio", ratio, 1)
-    cut = int(steps * cut_fraction)
+    # The product with a fraction such as 1/49 may be below a whole number by a rounding error.
+    cut = math.floor(steps * cut_fraction * (1 + _ROUNDING))
     if cut < 1:
         raise ArgumentError(
             "steps",
             f"got {steps}, of which the fraction {cut_fraction} is less than one step; it must be at least "
-            f"{math.ceil(1 / cut_fraction)}",
+            f"{math.ceil((1 - _ROUNDING) / cut_fraction)}",
         )
 
     def rate(step: Array | int) -> Array:

@@ -177,8 +177,11 @@ def test_slanted_triangular_takes_the_published_values():
 
 def test_bad_arguments_of_slanted_triangular_are_rejected_with_their_name():
     slanted_triangular(10)
+    for steps in (49, 98, 103):  # steps * (1 / steps) is less than 1 by a rounding error
+        assert slanted_triangular(steps, cut_fraction=1 / steps)(1) == pytest.approx(0.01)
     for arguments, message in (
         ({"steps": 9}, "steps: got 9, .* at least 10"),
+        ({"steps": 48, "cut_fraction": 1 / 49}, "steps: got 48, .* at least 49"),
         ({"steps": 9, "cut_fraction": 1.0}, "cut_fraction: got 1.0"),
         ({"steps": 9, "cut_fraction": 0.0}, "cut_fraction: got 0.0"),
         ({"steps": 100, "ratio": 0.5}, "ratio: got 0.5"),
