@@ -224,6 +224,12 @@ def kernel_mean_matching(
     if bandwidth is None:
         squared = np.concatenate([from_source, _squared_distances(t, np.concatenate([s, t]))])
         bandwidth = float(np.sqrt(np.median(squared[np.triu_indices(len(squared), 1)])))
+        if not bandwidth:
+            raise ArgumentError(
+                "bandwidth",
+                "got None for the median distance between examples, which is 0, because more than half of "
+                "the distances are 0; it must be positive: pass a number",
+            )
     check_number("bandwidth", bandwidth, above=0)
     kernel = np.exp(-from_source / (2 * bandwidth**2))
     gram, to_target = kernel[:, :n] / n**2, kernel[:, n:].mean(1) / n

@@ -207,6 +207,7 @@ def test_matched_weights_move_the_source_to_the_target():
         (lambda s, t: kernel_mean_matching(s, t, bound=0.5), "bound: got 0.5; it must be at least 1"),
         (lambda s, t: kernel_mean_matching(s, t, slack=-0.1), "slack: got -0.1"),
         (lambda s, t: kernel_mean_matching(s, t, bandwidth=0.0), "bandwidth: got 0.0; it must be positive"),
+        (lambda s, t: kernel_mean_matching(0 * s, 0 * t), "bandwidth: got None .* more than half of"),
         (lambda s, t: kernel_mean_matching(s, t, tolerance=1e-12, steps=3), "steps: got 3, too few"),
     ],
 )  # fmt: skip
