@@ -48,9 +48,8 @@ def gradient_reversal(
     def reverse(path, leaf):
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"x{jax.tree_util.keystr(path)}: got {leaf.dtype}; it must be of a floating-point type"
-            )
+            where = f" at {jax.tree_util.keystr(path)}" if path else ""
+            raise ArgumentError("x", f"got {leaf.dtype}{where}; it must be of a floating-point type")
         return _reversed(leaf, jnp.asarray(strength, leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(reverse, x)

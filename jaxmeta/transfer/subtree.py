@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, format_value
 from jaxmeta.paths import (
     Patterns,
     PyTree,
@@ -55,14 +55,15 @@ class _Spec(NamedTuple):
         return f"{self.shape} {self.dtype}"
 
 
-def _spec(leaf: Any, path: str) -> _Spec:
+def _spec(leaf: Any, path: str, argument: str) -> _Spec:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return _Spec(tuple(leaf.shape), leaf.dtype)
     if isinstance(leaf, bool | int | float | complex):
         return _Spec((), jnp.result_type(leaf))
-    raise ValueError(
-        f'"{path}": got {leaf!r}; leaves must be arrays, jax.ShapeDtypeStructs or numbers '
-        f"(select the arrays of a module with other leaves, as eqx.filter does)"
+    raise ArgumentError(
+        argument,
+        f'got {format_value(leaf)} at "{path}"; leaves must be arrays, jax.ShapeDtypeStructs or numbers '
+        "(select the arrays of a module with other leaves, as eqx.filter does)",
     )
 
 
@@ -121,15 +122,14 @@ def _refilled(old: PyTree, new: PyTree, path: str) -> PyTree:
     for relative in dict.fromkeys([*expected, *leaves]):
         full = "/".join(part for part in (path, relative) if part)
         if relative not in leaves:
-            problems.append(f'"{full}": got none; it must be {_spec(expected[relative], full)}')
+            problems.append(f'"{full}": got none; it must be {_spec(expected[relative], full, "tree")}')
         elif relative not in expected:
-            problems.append(f'"{full}": got {_spec(leaves[relative], full)}; the tree has no such leaf')
-        elif leaves[relative] is not expected[relative] and _spec(leaves[relative], full) != _spec(
-            expected[relative], full
-        ):
-            problems.append(
-                f'"{full}": got {_spec(leaves[relative], full)}; it must be {_spec(expected[relative], full)}'
-            )
+            given = _spec(leaves[relative], full, "subtree")
+            problems.append(f'"{full}": got {given}; the tree has no such leaf')
+        elif leaves[relative] is not expected[relative]:
+            given, wanted = _spec(leaves[relative], full, "subtree"), _spec(expected[relative], full, "tree")
+            if given != wanted:
+                problems.append(f'"{full}": got {given}; it must be {wanted}')
     if problems:
         listed = "\n  ".join(shortened(problems))
         raise ArgumentError("subtree", f'it does not fit at "{path}", as strict=True requires:\n  {listed}')
@@ -292,8 +292,8 @@ def transplant(
       dropped         1           1
     """
     source_leaves, target_leaves = leaves_by_path(source), leaves_by_path(target)
-    source_specs = {path: _spec(leaf, path) for path, leaf in source_leaves.items()}
-    target_specs = {path: _spec(leaf, path) for path, leaf in target_leaves.items()}
+    source_specs = {path: _spec(leaf, path, "source") for path, leaf in source_leaves.items()}
+    target_specs = {path: _spec(leaf, path, "target") for path, leaf in target_leaves.items()}
     old_path, dropped = renamed_paths(source_leaves, rules)
     selected = set(matching(target, take, "take"))
     takes = predicate(take, "take")

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxmeta as jm
+from jaxmeta.checks import ArgumentError
 from jaxmeta.transfer.domain_adaptation import (
     dann_rate,
     dann_schedule,
@@ -103,8 +104,10 @@ def test_dann_descends_the_domain_loss_by_its_head_and_ascends_it_by_the_feature
 
 def test_bad_arguments_of_gradient_reversal_are_rejected_with_their_name():
     bare = inspect.unwrap(gradient_reversal)
-    with pytest.raises(ValueError, match=r"x\['a'\]: got int32"):
+    with pytest.raises(ArgumentError, match=r"x: got int32 at \['a'\]; it must"):
         bare({"a": jnp.arange(3)}, 1.0)
+    with pytest.raises(ArgumentError, match="x: got int32; it must"):
+        bare(jnp.arange(3), 1.0)
     with pytest.raises(ValueError, match=r"strength: got an array of shape \(2,\)"):
         bare(jnp.ones(2), jnp.ones(2))
 
