@@ -16,7 +16,15 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
-from jaxmeta.checks import ArgumentError, check_count, check_number, check_optimizer, check_word, is_optimizer
+from jaxmeta.checks import (
+    ArgumentError,
+    check_count,
+    check_number,
+    check_optimizer,
+    check_word,
+    described,
+    is_optimizer,
+)
 from jaxmeta.core import Memory, Order
 from jaxmeta.optimization_based.settings import InnerOptimizer
 from jaxmeta.optimization_based.trees import inexact, merge, partition
@@ -87,7 +95,7 @@ def inner_loop(
         them as constants, which drops every second derivative. "implicit" takes the adapted parameters for
         the minimum φ of L(φ) + (λ/2)‖φ − θ‖² and differentiates its stationarity condition:
         ∂φ/∂θ = (I + H/λ)⁻¹ with H = ∇²L(φ), independent of the path. It needs `proximal`, is exact only
-        where the loop converges, and gives `hyper` no gradient.
+        where the loop converges, and takes no `hyper`, which would get no gradient.
       memory: how the backward pass obtains each step's intermediate values, under "second" and "first".
         "store" keeps all of them: memory grows with steps times activations. "recompute" keeps the parameters
         and the optimizer state of each step and recomputes the step's gradient. "forward_over_reverse" keeps
@@ -117,10 +125,10 @@ def inner_loop(
     Raises:
       ValueError: an unknown `order` or `memory`; `steps` below 0, or below 1 under "implicit"; `truncation`
         or `cg_steps` below 1; negative `proximal` or `damping`; "implicit" without a positive `proximal`, or
-        with `truncation` or `keep_path`; an optimizer whose update is not differentiable in reverse mode, or
-        under "second" has no finite derivative at a zero gradient, such as `optax.adam` without `eps_root`.
-        By `adapt`: `hyper` missing for an optimizer that is a function of it, given for one that is not, or
-        given under "implicit".
+        with `truncation`, `keep_path` or an optimizer that is a function of `hyper`; an optimizer whose
+        update is not differentiable in reverse mode, or under "second" has no finite derivative at a zero
+        gradient, such as `optax.adam` without `eps_root`.
+        By `adapt`: `hyper` missing for an optimizer that is a function of it, or given for one that is not.
 
     Examples:
       One step of size 0.1 on ½·2·(θ − 1)² from 0; the meta-gradient of ½(θ' − 3)² is (1 − 0.1·2)·(θ' − 3):
@@ -164,6 +172,12 @@ def inner_loop(
         check_optimizer("optimizer", optimizer)
     _check(order, memory, steps, truncation, proximal, cg_steps, damping, keep_path)
     fixed = is_optimizer(optimizer)
+    if order == "implicit" and not fixed:
+        raise ArgumentError(
+            "optimizer",
+            f'got {described(optimizer)}; order="implicit" needs an optax transformation, because a function '
+            "of hyperparameters would give them no gradient: the minimum does not depend on the path to it",
+        )
     if order == "second" and fixed:
         require_finite_derivative(optimizer)
 
@@ -173,10 +187,11 @@ def inner_loop(
 
     def check_hyper(hyper: PyTree) -> None:
         if fixed and hyper is not None:
+            unrolled = "" if order != "implicit" else ', and order="second" or "first"'
             raise ArgumentError(
                 "hyper",
                 "got hyperparameters, but the optimizer is a fixed transformation; build inner_loop with a "
-                "function of hyperparameters, such as optax.sgd",
+                f"function of hyperparameters, such as optax.sgd{unrolled}",
             )
         if not fixed and hyper is None:
             raise ArgumentError(
@@ -233,12 +248,6 @@ def inner_loop(
         )
 
     def adapt(params, batch, *, hyper=None, state=None, **extra):
-        if order == "implicit" and hyper is not None:
-            raise ArgumentError(
-                "hyper",
-                'got hyperparameters under order="implicit", which gives them no gradient, because the '
-                "minimum does not depend on the path to it; build the optimizer with fixed ones",
-            )
         check_hyper(hyper)
         params, batch, hyper, extra = jax.tree.map(_as_strong_type, (params, batch, hyper, extra))
         state = transformation(hyper).init(params) if state is None else state

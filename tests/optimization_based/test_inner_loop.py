@@ -852,6 +852,10 @@ def test_an_infinite_derivative_is_detected_for_an_optimizer_of_hyperparameters(
 
 
 def test_hyperparameters_under_implicit_are_refused():
-    adapt = jm.inner_loop(quadratic, optax.sgd, 2, order="implicit", proximal=1.0)
-    with pytest.raises(ValueError, match="hyper: got hyperparameters under"):
+    settings = {"order": "implicit", "proximal": 1.0}
+    message = 'optimizer: got the function sgd; order="implicit" needs an optax transformation'
+    with pytest.raises(ValueError, match=message):
+        jm.inner_loop(quadratic, optax.sgd, 2, **settings)
+    adapt = jm.inner_loop(quadratic, optax.sgd(0.1), 2, **settings)
+    with pytest.raises(ValueError, match=r'hyper: got hyperparameters, but .* and order="second" or "first"'):
         adapt(0.0, SUPPORT, hyper=0.1)
