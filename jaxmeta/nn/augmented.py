@@ -245,7 +245,7 @@ def as_augmented(network: Any, argument: str = "network") -> Augmented:
     if call is None or "fast" not in inspect.signature(call).parameters:
         raise ArgumentError(
             argument,
-            f"got a {type(network).__name__} whose call takes no `fast`; it must take (x, fast=None), as "
+            f"got {type(network).__name__}, whose call takes no `fast`; it must take (x, fast=None), as "
             "jm.nn.AugmentedCNN does; build such modules from jm.nn.AugmentedConv and jm.nn.AugmentedDense",
         )
     if not isinstance(network, linen.Module):
@@ -256,7 +256,7 @@ def as_augmented(network: Any, argument: str = "network") -> Augmented:
         if set(variables) != {"params"}:
             raise ArgumentError(
                 argument,
-                f"got a {type(network).__name__} that keeps {sorted(variables)}; it must have weights only",
+                f"got {type(network).__name__}, which keeps {sorted(variables)}; it must have weights only",
             )
         return variables["params"]
 

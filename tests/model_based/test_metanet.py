@@ -662,9 +662,9 @@ def test_bad_settings_are_refused(settings, message):
 def test_networks_that_do_not_fit_are_refused():
     embedding, base = nets()
     task = task_of(blocks=1)
-    with pytest.raises(ValueError, match="embedding: got a MLP whose call takes no `fast`"):
+    with pytest.raises(ValueError, match="embedding: got MLP, whose call takes no `fast`"):
         metanet(jm.nn.MLP(out=4), base)
-    with pytest.raises(ValueError, match="base: got a MLP whose call takes no `fast`"):
+    with pytest.raises(ValueError, match="base: got MLP, whose call takes no `fast`"):
         metanet(embedding, jm.nn.MLP(out=4))
     with pytest.raises(
         ValueError, match=r"base: gives shape \(6, 5\) for 6 examples of 3 ways; it must be \(6, 3\)"
