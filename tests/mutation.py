@@ -84,7 +84,11 @@ def cover(tree, work):
     (work / "settings.ini").write_text("[run]\nsource = jaxmeta\nparallel = true\n")
     arguments = ["-n", "auto", "-m", "not slow", "--cov=jaxmeta", "--cov-context=test", "--cov-report="]
     command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--cov-config={work / 'settings.ini'}"]
-    subprocess.run(command, cwd=target, env=environment(target, COVERAGE_FILE=str(work / "coverage")))
+    variables = environment(target, COVERAGE_FILE=str(work / "coverage"))
+    status = subprocess.run(command, cwd=target, env=variables).returncode
+    if status:
+        # A test that fails without a mutant would catch all mutants of its lines.
+        raise SystemExit(f"pytest exits with status {status} without a mutant; all tests must pass")
 
 
 def lines_of(bits):
