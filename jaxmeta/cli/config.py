@@ -154,7 +154,10 @@ INPUT = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Settings of a run's start, data, devices and outputs. Only seed and init change the parameters.
+    """Settings of a run's start, data, devices and outputs.
+
+    The trained parameters depend on seed and init, on the content of data, and on non_finite where a loss is
+    not finite. The other settings do not change them, up to the order of float32 sums.
 
     Attributes:
       seed: seed of the initial parameters and of all episodes.
