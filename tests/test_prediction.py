@@ -20,7 +20,7 @@ import jaxmeta as jm
 from jaxmeta.cli import classifier, main, predict, sources
 from jaxmeta.cli import run as run_module
 from jaxmeta.cli.config import Chosen, base_of, resolve
-from jaxmeta.cli.data import image_spec
+from jaxmeta.cli.data import ImageSpec, image_spec
 from jaxmeta.cli.names import NETWORKS
 from jaxmeta.tasks.archives import shrink
 from jaxmeta.tasks.images import decode
@@ -338,6 +338,16 @@ def test_a_diverging_adaptation_is_an_error(trained, question, monkeypatch, caps
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]
     assert main(["predict", str(trained / "run"), *flags]) == 1
     assert "diverged: the scores are not finite" in capsys.readouterr().err
+
+
+def test_scores_that_are_not_finite_without_adaptation_are_not_blamed_on_it():
+    def scores(values, x):
+        return np.nan * x[:, 0, 0]
+
+    spec = ImageSpec(size=4, channels=1, mean=0.5, ink=False)
+    fixed = classifier.Classifier(("a", "b"), spec, False, "weights", scores, {})
+    with pytest.raises(FloatingPointError, match=r"^weights: the scores are not finite$"):
+        fixed.label(np.zeros((1, 4, 4, 1), np.float32))
 
 
 @pytest.mark.parametrize(

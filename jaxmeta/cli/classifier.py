@@ -122,7 +122,10 @@ class Classifier:
         scores = np.asarray(_one_by_one(function, self.values, jnp.asarray(x)))
         # A log-probability may be −∞.
         if np.isnan(scores).any() or (scores == np.inf).any():
-            raise FloatingPointError(f"{self.about}: adaptation diverged: the scores are not finite")
+            # Scores of a head of the weights, and of an export, follow no adaptation here.
+            adapted = isinstance(self.values, Mapping) and "adapted" in self.values
+            cause = "adaptation diverged: " if adapted else ""
+            raise FloatingPointError(f"{self.about}: {cause}the scores are not finite")
         return scores
 
 

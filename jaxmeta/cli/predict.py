@@ -64,7 +64,7 @@ def predict(
       FileNotFoundError, NotADirectoryError: a folder does not exist.
       ValueError: the source, the classes or the images cannot be used, or there are more classes than the
         learner can distinguish.
-      FloatingPointError: learning from the support set diverged.
+      FloatingPointError: the scores are not finite, for example after a diverging adaptation.
     """
     target, table = folders.output_file("json", json), folders.output_file("csv", csv)
     picture = folders.output_file("confusion", confusion)
