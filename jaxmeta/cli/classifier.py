@@ -30,7 +30,7 @@ from jaxmeta.cli.run import params_of
 from jaxmeta.core import Batch, Learner, Params, PyTree, Task
 from jaxmeta.declare import forwards
 from jaxmeta.files import replacing, write_json
-from jaxmeta.tasks.feature_cache import Embedder, described
+from jaxmeta.tasks.feature_cache import Embedder, features_description
 from jaxmeta.tasks.images import class_files
 from jaxmeta.tasks.splits import in_order, warn_of_case
 from jaxmeta.training.export import program_of
@@ -379,7 +379,7 @@ def _from_weights(backbone: Backbone, size: int | None, reading: _Reading, name:
     function = jax.tree_util.Partial(model.apply, params)
     # Alone on every device: the prediction for an image does not depend on the other images.
     report = CountLines("features", "images")
-    embed = Embedder(function, description=described(function), alone=True, report=report)
+    embed = Embedder(function, description=features_description(function), alone=True, report=report)
     batch = support._replace(x=embed(support.x)).batch(len(support.classes))
     embed.save()
     head_params = head.learner.init(jax.random.key(0), Task(batch, batch))

@@ -28,7 +28,7 @@ from jaxmeta.files import write_json
 from jaxmeta.nn.norm import STATISTICS
 from jaxmeta.tasks.class_names import have_names, slot_names
 from jaxmeta.tasks.embedded import as_embedding, embed_batches, embed_tasks, is_stored
-from jaxmeta.tasks.feature_cache import Embedder, described
+from jaxmeta.tasks.feature_cache import Embedder, features_description
 from jaxmeta.training import Evaluation, evaluate_classes, evaluate_episodes
 from jaxmeta.training.progress import CountLines, format_interval
 from jaxmeta.training.sharding import as_argument, sample_of
@@ -95,7 +95,9 @@ def evaluate_weights(
     episodes = config.run.episodes
     started = time.perf_counter()
     function = as_embedding(test, model)
-    embed = Embedder(function, description=described(function), report=CountLines("features", "images"))
+    embed = Embedder(
+        function, description=features_description(function), report=CountLines("features", "images")
+    )
     features = _features_of(test, function, embed, backbone.about, key, episodes)
     seconds = time.perf_counter() - started
     card = card_of(test)

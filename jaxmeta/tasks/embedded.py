@@ -21,7 +21,7 @@ from jaxmeta.tasks.episodes import (
     make_task,
     with_metadata,
 )
-from jaxmeta.tasks.feature_cache import BATCH, Embedder, described
+from jaxmeta.tasks.feature_cache import BATCH, Embedder, features_description
 from jaxmeta.tasks.sequences import DrawSequence
 
 # Images in one call of an embedder.
@@ -81,7 +81,7 @@ def embedded(
     if report is not None:
         check_function("report", report, "a function (done, total)")
     function = as_embedding(tasks, embed)
-    embedder = Embedder(function, description=described(function), batch=batch, report=report)
+    embedder = Embedder(function, description=features_description(function), batch=batch, report=report)
     return embed_tasks(tasks, function, embedder, name)
 
 

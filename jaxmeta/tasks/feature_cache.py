@@ -188,7 +188,7 @@ def _call(alone: bool, embed: Callable[[Array], Array], images: Shaped[Array, "n
     return jax.lax.map(lambda image: embed(image[None])[0], x) if alone else embed(x)
 
 
-def described(embed: Any) -> str | None:
+def features_description(embed: Any) -> str | None:
     """Return the text that identifies a function of `jm.features` with its parameters; None for others.
 
     Args:

@@ -12,7 +12,7 @@ from support import raises_argument_error
 
 import jaxmeta as jm
 from jaxmeta.tasks import feature_cache
-from jaxmeta.tasks.feature_cache import Embedder, described
+from jaxmeta.tasks.feature_cache import Embedder, features_description
 
 pytestmark = pytest.mark.usefixtures("cache")
 SIDE, DIM = 4, 3
@@ -184,7 +184,7 @@ def test_unsupported_tasks_and_functions_are_refused(tasks, embed, message):
 
 def embedder(scale=1.0, **settings):
     function = embedding(scale)
-    return Embedder(function, description=described(function), **settings)
+    return Embedder(function, description=features_description(function), **settings)
 
 
 def stored():
