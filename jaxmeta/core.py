@@ -64,7 +64,7 @@ Order = Literal["second", "first", "implicit"]
 UnrolledOrder = Literal["second", "first"]
 # Source of the inner steps' values in the backward pass.
 Memory = Literal["auto", "store", "recompute", "forward_over_reverse"]
-# Attribute of a learner's functions that `checks_slots` made. Its value is the function itself, so that a
+# Attribute of a learner's functions that `with_slot_checks` made. Its value is the function itself, so that a
 # wrapper, to which `functools.wraps` copies attributes, is not taken for such a function.
 _CHECKS = "__jaxmeta_checks__"
 
@@ -336,7 +336,7 @@ def augmented(augment: Augment | None, key: Key, batch: Batch) -> Batch:
     return batch if augment is None else dataclasses.replace(batch, x=augment(key, batch.x))
 
 
-def checks_slots(learner: Learner) -> Learner:
+def with_slot_checks(learner: Learner) -> Learner:
     """Return `learner` with functions that refuse invalid class slots where values are known.
 
     These functions also convert NumPy arrays to JAX arrays, because traced indices cannot index NumPy arrays,
@@ -345,7 +345,7 @@ def checks_slots(learner: Learner) -> Learner:
     """
     # A factory that forwards to another one may replace `init` of that one's learner.
     if not is_checked(learner.init):
-        learner = learner._replace(init=_checks_key(learner.init))
+        learner = learner._replace(init=_with_key_check(learner.init))
     if is_checked(learner.adapt):
         return learner
 
@@ -372,7 +372,7 @@ def checks_slots(learner: Learner) -> Learner:
     return learner._replace(adapt=adapt, predict=predict, loss=loss)
 
 
-def _checks_key(init: Callable[[Key, Task], Params]) -> Callable[[Key, Task], Params]:
+def _with_key_check(init: Callable[[Key, Task], Params]) -> Callable[[Key, Task], Params]:
     """Return `init` with a check of its key."""
 
     @functools.wraps(init)
@@ -385,7 +385,7 @@ def _checks_key(init: Callable[[Key, Task], Params]) -> Callable[[Key, Task], Pa
 
 
 def is_checked(function: Callable[..., Any]) -> bool:
-    """Return whether `checks_slots` made this function of a learner."""
+    """Return whether `with_slot_checks` made this function of a learner."""
     return function is not None and getattr(function, _CHECKS, None) is function
 
 

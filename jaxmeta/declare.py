@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, ParamSpec, Protocol, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
 from jaxmeta.checks import ArgumentError, check_kind, check_word
-from jaxmeta.core import Kind, Learner, checks_slots
+from jaxmeta.core import Kind, Learner, with_slot_checks
 from jaxmeta.learner_form import normalized
 
 __all__ = ["Facts", "facts_of", "forwards", "learner"]
@@ -180,7 +180,7 @@ def _checked(factory: Callable[P, R], signature: inspect.Signature) -> Callable[
             hint = f"it takes {', '.join(keywords)}" if new_name is None else f"it is called {new_name}"
             raise TypeError(f"{factory.__name__}() has no argument {name!r}; {hint}")
         result = factory(*arguments, **settings)
-        return checks_slots(normalized(result)) if isinstance(result, Learner) else result
+        return with_slot_checks(normalized(result)) if isinstance(result, Learner) else result
 
     checked.__signature__ = signature  # type: ignore[attr-defined]
     return checked  # type: ignore[return-value]

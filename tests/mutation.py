@@ -44,8 +44,10 @@ def mutants():
         compile(mutant["text"], mutant["file"], "exec")
         first = text[: text.index(mutant["old"])].count("\n") + 1
         mutant["lines"] = set(range(first, first + mutant["old"].count("\n")))
-    if len({mutant["id"] for mutant in listed}) < len(listed):
-        raise SystemExit("two mutants have one id")
+    counts = collections.Counter(mutant["id"] for mutant in listed)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise SystemExit(f"the id of each mutant must be unique; repeated: {', '.join(repeated)}")
     return listed
 
 

@@ -12,7 +12,7 @@ import jaxmeta as jm
 from jaxmeta import transfer
 from jaxmeta.checks import ArgumentError, check_labels, check_slots
 from jaxmeta.cli import names
-from jaxmeta.core import checks_slots
+from jaxmeta.core import with_slot_checks
 from jaxmeta.training.step import stream_batches
 
 KEY = jax.random.key(0)
@@ -107,7 +107,7 @@ def test_compiled_functions_do_not_check_values():
 
 def test_checks_are_added_to_a_learner_once():
     learner, _ = learner_and_params("matching")
-    assert checks_slots(learner) is learner
+    assert with_slot_checks(learner) is learner
 
 
 def test_losses_and_scores_refuse_labels_without_an_output():

@@ -27,7 +27,7 @@ from jaxmeta.cli.parser import ParsedArguments
 from jaxmeta.cli.signals import EXIT_OTHER, EXIT_STOPPED, EXIT_USER, Signalled
 from jaxmeta.files import write_json, write_text
 from jaxmeta.training import Evaluation
-from jaxmeta.training.metrics import METRICS, NO_METRICS, read_metrics
+from jaxmeta.training.metrics import METRICS, NON_METRICS, read_metrics
 
 # Settings that all learners of a comparison take from the protocol, in place of a learner's own defaults.
 _BUDGET = {"training": ("steps", "meta_batch"), "tasks": ("train_ways", "train_queries")}
@@ -387,7 +387,7 @@ def _metric_of(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = dict.fromkeys(name for row in rows for name in row)
     validated = [name.removeprefix("validation_") for name in columns if name.startswith("validation_")]
     known = [name for name in (*validated, *columns) if name in METRIC_NAMES]
-    own = [name for name in columns if name not in NO_METRICS and name not in COMPARED]
+    own = [name for name in columns if name not in NON_METRICS and name not in COMPARED]
     return next(iter([*known, *validated, *own, "loss"]))
 
 

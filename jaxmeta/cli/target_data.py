@@ -30,7 +30,7 @@ _EPISODE = {"ways": 2, "shots": 1, "queries": 1}
 # Settings that read every class, unchanged, into the test classes.
 _WHOLE = {"classes": (0.0, 0.0, 1.0), "rotations": "none", "split_seed": 0, "within_alphabet": False}
 # Settings that a transfer chooses for the source's network.
-_OF_IMAGES = ("size", "channels")
+_IMAGE_SETTINGS = ("size", "channels")
 
 Shots = int | Literal["all"] | None
 
@@ -45,7 +45,7 @@ class Target(NamedTuple):
       y: class indices.
       classes: names of the classes.
       ink: whether images of this source are strokes, light on dark.
-      scored: True for each image that the source reserves for scoring; None where it has no such parts.
+      scored: True for each image that the source reserves for scoring; None where it reserves none.
       summary: summary of the user's files that were read and left out; None for other sources.
     """
 
@@ -69,7 +69,7 @@ class ShotSplit(NamedTuple):
     Attributes:
       learn: rows of the images to learn from.
       score: rows of the images to score.
-      description: number of images to learn from of each class, in words.
+      description: number of images of each class to learn from, in words.
     """
 
     learn: Int[np.ndarray, " learn"]
@@ -87,7 +87,7 @@ def target_settings(name: str) -> dict[str, Setting]:
     """
     with _renamed_to_target():
         source = source_of(name)
-    fixed = (*_fixed(source), *_OF_IMAGES, "split", "data")
+    fixed = (*_fixed(source), *_IMAGE_SETTINGS, "split", "data")
     # `_settings` checks that required ones are given, after the check that the target has images.
     return {
         each: setting._replace(default=None) if setting.default is schema.MISSING else setting
@@ -343,8 +343,7 @@ def split_shots(target: Target, shots: Shots, key: Key) -> ShotSplit:
         raise ArgumentError(
             "target",
             f"{named} has {'a single' if least else 'no'} image; it must have one to learn from and one to "
-            "score; "
-            "--skip-small-classes leaves such classes out, where the source has this setting",
+            "score; --skip-small-classes leaves such classes out, where the source has this setting",
         )
     parts = np.maximum(4 * sizes // 5, 1)
     if shots == ALL:
@@ -375,8 +374,8 @@ def _split_by_source(target: Target, scored: Bool[np.ndarray, " n"], shots: Shot
     if int(shots) > sizes[smallest]:
         raise ArgumentError(
             "shots",
-            f"got {shots}, but the class {target.classes[smallest]!r} of {target.name} has {sizes[smallest]} "
-            f"images to learn from; it must be at most {sizes[smallest]}",
+            f"got {shots}, but the class {target.classes[smallest]!r} of {target.name} has "
+            f"{plural(int(sizes[smallest]), 'image')} to learn from; it must be at most {sizes[smallest]}",
         )
     chosen, _ = _draw(target.y[learn], np.full_like(sizes, int(shots)), key)
     return ShotSplit(learn[chosen], score, f"{shots} of each class")

@@ -59,7 +59,7 @@ def labelled(
     """
     check_tasks(tasks)
     sample, card = getattr(tasks, "sample", None), card_of(tasks)
-    if not isinstance(sample, jax.tree_util.Partial) or sample.func not in _KNOWN:
+    if not isinstance(sample, jax.tree_util.Partial) or sample.func not in _LISTABLE:
         kind = "a stream" if isinstance(tasks, TaskStream) else f"{card.kind} tasks"
         raise ArgumentError(
             "tasks",
@@ -110,7 +110,7 @@ def split_per_class(
     labels = np.asarray(y)
     check_labels("y", labels)
     if not labels.size:
-        raise ArgumentError("y", "got no example")
+        raise ArgumentError("y", "got no examples; there must be at least one")
     classes, index, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     small = [f"{label} ({size})" for label, size in zip(classes, sizes, strict=True) if size <= shots]
     if small:
@@ -127,8 +127,8 @@ def split_per_class(
     return chosen, np.setdiff1d(np.arange(len(labels)), chosen)
 
 
-# Samplers whose examples are known.
-_KNOWN = draw_episode, draw_features, draw_glyphs
+# Samplers whose examples can be listed.
+_LISTABLE = draw_episode, draw_features, draw_glyphs
 # Compiled, so that the uint8 array, the floats and their rotation are not all in memory at once.
 _floats = jax.jit(turned_floats)
 

@@ -14,11 +14,11 @@ from jaxmeta.training.events import Event, Progress, Resumed, Validated
 # Name of the file in a run's folder.
 METRICS = "metrics.jsonl"
 # Keys of a row that are not metrics of the learner.
-NO_METRICS = ("step", "loss", "steps_per_second", "compile_s", "skipped", "best", "elapsed_s")
+NON_METRICS = ("step", "loss", "steps_per_second", "compile_s", "skipped", "best", "elapsed_s")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a `metrics.jsonl`, without a last line that was cut off."""
+    """Return the rows of a `metrics.jsonl`, without lines that are not JSON, such as a last line cut off."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -46,7 +46,7 @@ def row_of(event: Event) -> dict[str, Any] | None:
 
 
 class Forgiving:
-    """A context manager for optional output: an error inside it is a warning, once for each output.
+    """A context manager for optional output: an error inside it becomes a warning, once for each output.
 
     Examples:
       >>> forgiving = Forgiving()
@@ -111,6 +111,6 @@ class MetricsLog:
     def _rewind(self, step: int) -> None:
         self._mode = "a"
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        if rows or self.path.exists():
+        if self.path.exists():
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._spent_before = rows[-1]["elapsed_s"] if rows else 0.0

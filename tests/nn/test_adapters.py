@@ -634,12 +634,12 @@ def state_not_returned_equinox():
     return model._replace(init=lambda key, x: model.apply(model.init(key, x), x))
 
 
-def axes_of_equinox():
+def two_axes_equinox():
     eqx = pytest.importorskip("equinox")
     return eqx.nn.Sequential([eqx.nn.BatchNorm(DIM, name, mode="batch") for name in ("batch", "examples")])
 
 
-def stack_of_equinox():
+def stack_equinox():
     eqx = pytest.importorskip("equinox")
     return eqx.nn.Sequential(
         [eqx.filter_vmap(lambda _: eqx.nn.BatchNorm(DIM, "batch", mode="batch"))(jnp.arange(2))]
@@ -659,8 +659,8 @@ def stack_of_equinox():
         (stateful_equinox, "Sequential keeps mutable state: layers/1/uv_index; "),
         (stateless_equinox, "WithoutState has an equinox.nn.BatchNorm, norm; its __call__ must take `state`"),
         (state_not_returned_equinox, r"StateNotReturned .* does not return the pair \(outputs, state\)"),
-        (axes_of_equinox, r"axes of different names, \['batch', 'examples'\]"),
-        (stack_of_equinox, r"layers/0 is a stack of equinox.nn.BatchNorm, with weights of shape \(2, 4\)"),
+        (two_axes_equinox, r"axes of different names, \['batch', 'examples'\]"),
+        (stack_equinox, r"layers/0 is a stack of equinox.nn.BatchNorm, with weights of shape \(2, 4\)"),
         (lambda: jm.nn.from_nnx(lambda rngs: LinenNet()), "a function that makes LinenNet"),
         (lambda: jm.nn.from_equinox(lambda key: key), "a function that makes"),
     ],

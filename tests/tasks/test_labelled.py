@@ -169,5 +169,5 @@ def test_too_many_shots_are_refused():
         split_per_class(np.repeat([7, 8], [3, 4]), 3, jax.random.key(0))
     with pytest.raises(ValueError, match="shots: got 0; it must be at least 1"):
         split_per_class(np.arange(3), 0, jax.random.key(0))
-    with pytest.raises(ValueError, match="y: got no example"):
+    with pytest.raises(ValueError, match="y: got no examples; there must be at least one"):
         split_per_class(np.zeros(0, int), 1, jax.random.key(0))
