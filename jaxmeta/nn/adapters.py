@@ -21,7 +21,7 @@ from jaxmeta.core import Key, Model, Params, PyTree
 from jaxmeta.nn import shared
 from jaxmeta.nn.norm import STATISTICS, input_statistics
 
-# Modules of NNX and Equinox are typed as callables, because neither package is imported before a user does.
+# Modules of NNX and Equinox are typed as callables, because jaxmeta imports neither package until it is used.
 Network = Model | linen.Module | Callable[..., Any] | tuple[Callable[..., Any], Callable[..., Any]]
 SWITCHES = ("deterministic", "train")
 _AVERAGING = "use_running_average"
@@ -99,7 +99,7 @@ def forward(
       key: key of dropout and other randomness; None to turn it off.
 
     Returns:
-      The outputs, and the statistics that normalised, None for a model without statistics.
+      The outputs, and the statistics that normalised them; `stats` unchanged for a model without statistics.
     """
     n, split = x.shape[0], model.divisible and shared.num_shards() > 1
     if split:
@@ -200,7 +200,7 @@ def _explicit_statistics(statistics, initializing=False):
 
 
 def call_in_inference(call, layer, switch, args, kwargs):
-    """Call a layer of Flax in inference mode, against its attribute and its caller's argument.
+    """Call a layer of Flax in inference mode, whatever its attribute and its caller's argument say.
 
     Args:
       call: intercepted call.
@@ -299,8 +299,8 @@ def from_nnx(network: Callable[..., Any]) -> Model:
             )
         if key is None and _changed(before[2], after[2]):
             raise ValueError(
-                f"{name} draws random numbers where it should be deterministic; leave `deterministic` of its "
-                "layers to their attribute"
+                f"{name} draws random numbers where it should be deterministic; do not pass `deterministic` "
+                "to its layers, which have an attribute of this name"
             )
         if len(given_stats) < len(averaged):
             _require_mask(name, taken, mask, "nnx.BatchNorm")

@@ -89,8 +89,8 @@ def evaluate(
         stream gives its first episodes, in order.
       episodes: number of episodes E, at least 2.
       key: key of the evaluation.
-      batch: most episodes in one call of the compiled function; None for all of them on CPUs and 100 on
-        accelerators. A stream has its own batches.
+      batch: largest number of episodes in one call of the compiled function; None for all of them on CPUs and
+        100 on accelerators. A stream has its own batches.
       devices: devices that share the episodes; None for all. Or a mesh of `jm.make_mesh`, whose axis "tasks"
         shares them.
       metric: `(outputs, y, mask) -> scalar or (sum, count)` of the queries of an episode; None for the
@@ -313,7 +313,7 @@ class ClassEvaluation(NamedTuple):
             return np.diag(self.confusion) / self.queries
 
     def mistakes(self, most: int | None = None) -> list[tuple[str, str, int]]:
-        """Return `(true class, predicted class, queries)` of errors, the `most` most frequent first."""
+        """Return the `most` most frequent errors, or all, as `(true class, predicted class, queries)`."""
         wrong = self.confusion * (1 - np.eye(len(self.classes), dtype=np.int64))
         rows, columns = np.nonzero(wrong)
         order = np.argsort(-wrong[rows, columns], kind="stable")[:most]
@@ -343,7 +343,7 @@ def evaluate_classes(
       tasks: classification tasks whose classes have names.
       episodes: number of episodes, at least 1.
       key: key of the evaluation.
-      batch: most episodes in one call; see `jm.evaluate`.
+      batch: largest number of episodes in one call; see `jm.evaluate`.
       devices: devices that share the episodes; see `jm.evaluate`.
 
     Returns:
@@ -622,8 +622,8 @@ def _sums_of_episodes(
       tasks: source of the episodes.
       episodes: number of episodes.
       key: key of the episodes.
-      whole_batches: whether all episodes of a stream's last batch count, so that one program does for all
-        batches.
+      whole_batches: whether all episodes of a stream's last batch count, so that one compiled program
+        serves all batches.
     """
     if isinstance(tasks, TaskDistribution):
         return _sums(statistics, episodes, params, sharding.as_argument(tasks.sample), key, 0)

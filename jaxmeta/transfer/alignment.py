@@ -238,7 +238,8 @@ def align(
     dim, classes = variables["params"][HEAD]["kernel"].shape
     arrays, shape = examples(source, weights, classes=classes, name="source"), source.x.shape[1:]
     if target.shape[0] == 0 or target.shape[1:] != shape:
-        raise ArgumentError("target", f"got shape {target.shape}; it must be (examples, *{shape})")
+        required = ", ".join(map(str, ("m", *shape)))
+        raise ArgumentError("target", f"got shape {target.shape}; it must be ({required}) with m at least 1")
     # Each step folds its number into the key; this constant is larger than any step number.
     own = alignment.init(jax.random.fold_in(key, np.uint32(0xFFFFFFF0)), dim)
     frozen = frozen_mask(variables["params"], train)

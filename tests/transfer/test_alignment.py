@@ -327,8 +327,8 @@ def test_bad_arguments_are_rejected_with_their_name(small):
     for arguments, message in (
         ({"norm": "both"}, "norm: got 'both'; it must be one of 'separate', 'joint'"),
         ({"model": model.features}, "model: has no features"),
-        ({"target": TARGET.x[:0]}, r"target: got shape \(0, 2\)"),
-        ({"target": jnp.ones((5, 3))}, r"target: got shape \(5, 3\); it must be \(examples, \*\(2,\)\)"),
+        ({"target": TARGET.x[:0]}, r"target: got shape \(0, 2\); it must be \(m, 2\) with m at least 1"),
+        ({"target": jnp.ones((5, 3))}, r"target: got shape \(5, 3\); it must be \(m, 2\)"),
         ({"source": jm.Batch(SOURCE.x, SOURCE.y[:3])}, "source: got 64 examples and 3 labels"),
         ({"weights": np.ones(3, np.float32)}, r"weights: got shape \(3,\) for 64 examples"),
         ({"train": "haed"}, "train: 'haed' matches nothing"),
