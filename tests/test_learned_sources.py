@@ -241,7 +241,7 @@ def test_an_export_predicts_as_its_source(root, tmp_path, source):
     )
 
 
-def test_weights_and_transfers_are_evaluated_on_other_tasks(root, tmp_path):
+def test_a_transfer_is_evaluated_on_other_tasks(root, tmp_path):
     tasks = ["--tasks", f"folder:{root / 'images'}", "--classes", "0,0,1", "--ways", "3", "--queries", "2"]
     out = tmp_path / "result.json"
     argv = [

@@ -67,8 +67,8 @@ def maml(
         this one: α = 0.4 there is 2.0 here at 5 ways.
       inner_optimizer: optimizer of the inner loop in place of `inner_lr`: any optax transformation, or a
         function `hyper -> transformation` of meta-learned hyperparameters; None for plain gradient
-        descent. Schedules count inner steps; gradients of mini-batches (`inner_batch`) are accumulated by
-        `optax.MultiSteps`. See `jm.inner_loop`.
+        descent. Schedules count inner steps; to accumulate gradients over mini-batches (`inner_batch`), wrap
+        the optimizer in `optax.MultiSteps`. See `jm.inner_loop`.
       hyper: initial values of the inner optimizer's meta-learned hyperparameters, any tree, or a function
         `(key, adapted leaves) -> tree`; None for no hyperparameters. For a learned step size, use
         `inner_optimizer=optax.sgd, hyper=0.4`.

@@ -50,7 +50,7 @@ def hash_of_arrays(tree: PyTree) -> str:
 
 
 class Embedder:
-    """A function from images to features that computes each image once.
+    """A function from images to features that computes the features of each image once.
 
     Features are kept in memory and, where `description` is given, in a file of the cache folder. The file
     belongs to one description, and has the features of all images that were ever computed for it.
@@ -103,7 +103,7 @@ class Embedder:
         """Return the features of images, bytes or floats in [0, 1].
 
         Raises:
-          ArgumentError: features are not vectors, or not finite.
+          ArgumentError: features are not finite.
         """
         images = np.ascontiguousarray(images)
         header = f"{images.dtype} {images.shape[1:]} ".encode()

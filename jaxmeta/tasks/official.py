@@ -377,7 +377,7 @@ def _mini_imagenet_listing(data: Path) -> Listing:
         "data",
         f"{data} must contain images with train.csv, val.csv and test.csv, folders train, val and test, or "
         "mini-ImageNet's 100 class folders (directly, in train or in ILSVRC/Data/CLS-LOC/train), of which "
-        f"{len(missing)} are missing: {join_names(missing)}",
+        f"it lacks {len(missing)}: {join_names(missing)}",
     )
 
 
@@ -412,7 +412,8 @@ def _class_folders(data: Path, split: ClassSplit, places: Iterable[str]) -> List
         empty = [name for name in names if not files[name]]
         if empty:
             raise ArgumentError(
-                "data", f"{len(empty)} class folders in {root} hold no images: {join_names(empty)}"
+                "data",
+                f"{len(empty)} of {len(names)} class folders in {root} hold no images: {join_names(empty)}",
             )
         return Listing.of_classes(data, files)
     return None

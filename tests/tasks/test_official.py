@@ -85,7 +85,7 @@ def test_cifar_fs_has_all_classes_of_cifar_100():
     assert split.hash == "d80bd0a31abe220ab8d63eb801f9e1f795475df9195418359bf57cf0a7068187"
 
 
-def test_mini_imagenet_split():
+def test_mini_imagenet_has_100_classes_of_wordnet_ids():
     split = mini_imagenet_split()
     assert split.sizes == (64, 16, 20)
     assert len(set(MINI)) == 100
@@ -215,10 +215,10 @@ def test_an_incomplete_mini_imagenet_is_refused(tmp_path):
         mini_imagenet("test", data=tmp_path / "nowhere")
     fill(tmp_path / "data", MINI, per_class=1)
     (tmp_path / "data" / MINI[7] / f"{MINI[7]}_0.JPEG").unlink()
-    with pytest.raises(ValueError, match=rf"data: 1 class folders in .* hold no images: {MINI[7]}"):
+    with pytest.raises(ValueError, match=rf"data: 1 of 100 class folders in .* hold no images: {MINI[7]}"):
         mini_imagenet("test", data=tmp_path / "data")
     (tmp_path / "data" / MINI[7]).rmdir()
-    with pytest.raises(ValueError, match=rf"100 class folders .*, of which 1 are missing: {MINI[7]}$"):
+    with pytest.raises(ValueError, match=rf"100 class folders .*, of which it lacks 1: {MINI[7]}$"):
         mini_imagenet("test", data=tmp_path / "data")
     (tmp_path / "data" / MINI[7]).mkdir()
     (tmp_path / "data" / MINI[7] / "a.jpg").write_bytes(b"damaged")
