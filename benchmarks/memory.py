@@ -5,8 +5,8 @@
 The task has 5 ways, 1 shot and one query per class; the inner optimizer is SGD. For each mode the results
 are the temporary memory of the compiled program, according to the compiler, the bytes of the parameters that
 the inner loop adapts, and the time of one meta-gradient. The modes are timed in alternation, so that other
-load on the machine affects all of them equally. Times are medians over rounds. "× first" is the ratio to the
-first mode; for times it is the median over rounds of the ratio within a round.
+load on the machine affects all of them equally. Times are medians over rounds. "MB ratio" and "ms ratio" are
+ratios to the first mode; that of times is the median over rounds of the ratio within a round.
 
 conv4: Conv4-32 on 84×84×3 images, as in mini-ImageNet, with each memory mode of `jm.inner_loop`, with
 first-order and with implicit gradients. vit: a vision transformer on 32×32×3 images (patches of 8, width 384,
@@ -152,7 +152,7 @@ def main(argv=None) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     machine = describe_machine(jax.local_devices()[:1])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"\nsteps  {'mode':21}{'adapted MB':>11}{'temp MB':>9}{'ms':>10}{'× first':>9}{'× first':>9}")
+    print(f"\nsteps  {'mode':21}{'adapted MB':>11}{'temp MB':>9}{'ms':>10}{'MB ratio':>9}{'ms ratio':>9}")
     task, rows = make_task(args.image), {}
     for steps in args.steps:
         rows[steps] = run_row(steps, args, task)

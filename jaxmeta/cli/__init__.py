@@ -1,4 +1,4 @@
-r"""The command line, and all that knows names, flags, output directories and reports.
+r"""The command line: names, flags, output directories and reports.
 
 The library does not import this package.
 
@@ -6,12 +6,12 @@ The library does not import this package.
 | --- | --- |
 | `train` | meta-trains a learner and tests it; `--resume` continues a run |
 | `evaluate` | tests a run under another protocol, on other episodes or on other tasks |
-| `predict` | names images by a few examples of each class, or by the classes of a transfer |
+| `predict` | classifies images by a few examples of each class, or by the classes of a transfer |
 | `compare` | trains learners on the same episodes and makes one table and one figure |
 | `plot` | draws learning curves of runs, finished or not |
-| `transfer`, `rank` | take what a network has learned to other images (`jaxmeta.transfer`) |
+| `transfer`, `rank` | apply what a network has learned to other images (`jaxmeta.transfer`) |
 | `export` | writes a program of a classifier that JAX alone can run |
-| `presets`, `tasks`, `learners`, `networks` | list what can be named, or describe one: `jaxmeta learners NAME` |
+| `presets`, `tasks`, `learners`, `networks` | list the names of each kind, or describe one: `jaxmeta learners NAME` |
 
 `jaxmeta train NAME --help` shows the settings of a run. A run leaves a folder with `report.md`,
 `report.json`, `curve.png`, `metrics.jsonl`, `tensorboard/`, `episodes.json`, `config.json` and
@@ -26,11 +26,12 @@ jaxmeta evaluate runs/maml --shots 5 --seed 7
 ```
 
 `evaluate --per-class --confusion confusion.png` lists the accuracy of each class and the most frequent
-confusions; in Python, `jm.evaluate_classes`. `evaluate --tasks harmonic` tests the parameters of a run on sine waves on other tasks. `compare` trains each
-learner in its own process. Its column "minus maml" is the mean of the difference
-within each task, whose 95 % interval tells two methods apart better than two intervals of their means.
+confusions; in Python, `jm.evaluate_classes`. `evaluate --tasks harmonic` tests the parameters of a run on sine
+waves on other tasks. `compare` trains each learner in its own process. Its column "minus maml" is the mean of
+the difference within each task, whose 95 % interval tells two methods apart better than two intervals of their
+means.
 
-**Learn from a few images, name others.** Train on Omniglot's background characters, 20 at a time, one drawing
+**Learn from a few images, classify others.** Train on Omniglot's background characters, 20 at a time, one drawing
 of each, every query classified from the support set alone (`--norm support`):
 
 ```sh
@@ -71,7 +72,7 @@ on white, and its training images light ink on dark: for such images `predict` e
 the support set asks for it; for others `--invert` does. `answers.json` is a list of `{file, class,
 probabilities: {class: p}}`. The probabilities rank classes and are not calibrated.
 
-In Python the classes are learned once, and images named later. Images are `(n, height, width)` or
+In Python the classes are learned once, and images classified later. Images are `(n, height, width)` or
 `(n, height, width, channels)`, bytes or in [0, 1], or paths of files:
 
 ```python
@@ -83,8 +84,9 @@ def names_of(source, support, images):
 The learner of `jm.load_run` classifies each query from the support set alone. With fewer classes than ways,
 leave out the outputs of the others before the softmax, as the command does.
 
-**Sources.** A source need not be a run. Weights name images by the nearest mean of their features, or by the
-head that `--learner` names, such as `ridge`; the result of a transfer names them by its own classes, without examples; `export` makes a program of any of them:
+**Sources.** A source need not be a run. With weights, images are classified by the nearest class mean of their
+features, or by the head that `--learner` names, such as `ridge`; a transfer classifies them by its own classes,
+without examples; `export` makes a program of any of them:
 
 ```sh
 jaxmeta predict resnet50/model.safetensors --support examples --query questions --unknown-above 0.9
@@ -94,9 +96,10 @@ jaxmeta evaluate runs/digits --tasks omniglot
 jaxmeta train prototypical --tasks omniglot --init runs/characters
 ```
 
-The last two test the features of a transfer on episodes, with a table of all heads, and start meta-training from an ordinary classifier.
-`--unknown-above` calls images unknown that are further from every class. `predict` prints the distances,
-which have no fixed scale: compare them with the distances of known images.
+The last two test the features of a transfer on episodes, with a table of all heads, and start meta-training
+from an ordinary classifier. `--unknown-above` labels images "unknown" that are further than this from every
+class. `predict` prints the distances, which have no fixed scale: compare them with the distances of known
+images.
 
 **Names of your own.** A learner is a function that takes a network, then settings by keyword, and returns a
 `jm.Learner`. Whatever can be imported is a name on the command line, without registration; keyword-only

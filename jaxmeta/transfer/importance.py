@@ -191,7 +191,7 @@ def kernel_mean_matching(
     Args:
       source: features of unlabelled source examples, of shape `(n_s, d)`.
       target: features of unlabelled target examples, of shape `(n_t, d)`.
-      bandwidth: σ; None for the median distance between two of all examples.
+      bandwidth: σ; None for the median distance between the examples of both domains.
       bound: B ≥ 1, the largest weight of an example.
       slack: ε ≥ 0; None for the paper's 1 − 1/√n_s.
       tolerance: largest distance of the squared MMD from its minimum.

@@ -6,7 +6,7 @@ from typing import Any
 from jaxmeta import nn
 from jaxmeta.transfer.inputs import ImageInput, Method
 from jaxmeta.transfer.layouts import Layout
-from jaxmeta.transfer.weight_files import Stored
+from jaxmeta.transfer.weight_files import StoredWeights
 
 IMAGENET = ImageInput(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYMMETRIC = ImageInput(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -33,7 +33,7 @@ _METHODS: dict[Any, Method] = {
 }
 
 
-def input_of(stored: Stored, layout: Layout, network: Any) -> ImageInput | None:
+def input_of(stored: StoredWeights, layout: Layout, network: Any) -> ImageInput | None:
     """Return the images that a network was trained on; None for variables of Flax.
 
     Mean, deviation, size and interpolation are those in preprocessor_config.json or config.json next to the
@@ -55,7 +55,7 @@ def input_of(stored: Stored, layout: Layout, network: Any) -> ImageInput | None:
     return known
 
 
-def trained_size(stored: Stored, network: nn.ViT) -> int:
+def trained_size(stored: StoredWeights, network: nn.ViT) -> int:
     """Return the side of the images that DINOv2 is used with, which is not that of its position embeddings.
 
     It was trained on images of 224, and in the end on some of 518, the size of its position embeddings.

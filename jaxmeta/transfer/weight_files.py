@@ -32,7 +32,7 @@ HUB = "hf:"
 _RUN_FORMAT, _POPULATION = 4, "population"
 
 
-class Stored(NamedTuple):
+class StoredWeights(NamedTuple):
     """The content of a weights file or folder.
 
     Attributes:
@@ -52,7 +52,7 @@ class Stored(NamedTuple):
     preprocessor: Mapping[str, Any] = {}
 
 
-def read(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
+def read(path: str | os.PathLike[str], revision: str | None = None) -> StoredWeights:
     """Read weights of any format; see `jaxmeta.transfer.load_pretrained`."""
     if isinstance(path, str) and path.startswith(HUB):
         return _folder(_fetched(path, revision))
@@ -67,18 +67,18 @@ def read(path: str | os.PathLike[str], revision: str | None = None) -> Stored:
     return _folder(local) if local.is_dir() else _file(local)
 
 
-def _file(path: Path) -> Stored:
+def _file(path: Path) -> StoredWeights:
     if path.suffix == ".safetensors":
         leaves, metadata = _safetensors(path)
-        return Stored(leaves, path, metadata=metadata)
+        return StoredWeights(leaves, path, metadata=metadata)
     if path.suffix == ".msgpack":
-        return Stored(_arrays(_msgpack(path), path), path)
+        return StoredWeights(_arrays(_msgpack(path), path), path)
     if path.suffix in PICKLES:
         raise ArgumentError("path", _refusal(path))
     raise ArgumentError("path", f"got {path}, whose format is unknown; it must be {FORMATS}")
 
 
-def _folder(path: Path) -> Stored:
+def _folder(path: Path) -> StoredWeights:
     files = sorted(path.glob("*.safetensors"))
     whole = [file for file in files if file.name == "model.safetensors"]
     if not whole and (path / INDEX).is_file():
@@ -86,17 +86,17 @@ def _folder(path: Path) -> Stored:
     if len(whole or files) == 1:
         (file,) = whole or files
         leaves, metadata = _safetensors(file)
-        return Stored(leaves, file, _config(path), metadata, preprocessor=_preprocessor(path))
+        return StoredWeights(leaves, file, _config(path), metadata, preprocessor=_preprocessor(path))
     if files:
         names = ", ".join(file.name for file in files)
         raise ArgumentError("path", f"{path} has several files of weights: {names}; pass the path of one")
     if (path / "checkpoints").is_dir():
         return _run(path)
     if (path / "manifest").is_dir():
-        return Stored(_arrays(load(path), path), path)
+        return StoredWeights(_arrays(load(path), path), path)
     checkpoints = [folder for folder in (path, *path.iterdir()) if (folder / "_METADATA").is_file()]
     if len(checkpoints) == 1:
-        return Stored(_arrays(_orbax(checkpoints[0]), path), path)
+        return StoredWeights(_arrays(_orbax(checkpoints[0]), path), path)
     pickles = [file for file in sorted(path.iterdir()) if file.suffix in PICKLES]
     if pickles:
         raise ArgumentError("path", _refusal(pickles[0]))
@@ -104,10 +104,19 @@ def _folder(path: Path) -> Stored:
 
 
 def _refusal(path: Path) -> str:
+    if path.suffix in (".npy", ".npz"):
+        convert = (
+            "load it with numpy.load(path, allow_pickle=False) and write its arrays by name: "
+            'safetensors.numpy.save_file(arrays, "model.safetensors")'
+        )
+    else:
+        convert = (
+            "convert it in PyTorch: "
+            'safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors")'
+        )
     return (
         f"{path} may hold a pickle, which executes its author's code when opened, and is not read; "
-        "if you trust it, convert it in PyTorch: "
-        'safetensors.torch.save_file(torch.load(path, weights_only=True), "model.safetensors")'
+        f"if you trust it, {convert}"
     )
 
 
@@ -141,7 +150,7 @@ def _joined(name: str) -> str:
     return name if "/" in name else name.replace(".", "/")
 
 
-def _sharded(path: Path) -> Stored:
+def _sharded(path: Path) -> StoredWeights:
     index = _json(path / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -159,7 +168,7 @@ def _sharded(path: Path) -> Stored:
     missing = sorted({_joined(name) for name in weight_map} - set(leaves))
     if missing:
         raise ArgumentError("path", f"{path / INDEX} lists {missing[0]}, which none of its files contains")
-    return Stored(leaves, path / INDEX, _config(path), preprocessor=_preprocessor(path))
+    return StoredWeights(leaves, path / INDEX, _config(path), preprocessor=_preprocessor(path))
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -220,7 +229,7 @@ def _arrays(tree: PyTree, origin: Path) -> dict[str, Any]:
     return {path: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for path, leaf in leaves.items()}
 
 
-def _run(folder: Path) -> Stored:
+def _run(folder: Path) -> StoredWeights:
     """Read the variables and the network of a run of `jaxmeta train`, as described by its config.json."""
     config = _config(folder)
     if config.get("format") != _RUN_FORMAT:
@@ -255,7 +264,7 @@ def _run(folder: Path) -> Stored:
         variables[STATISTICS] = statistics.get(NETWORK, statistics)
     # A network of another package has no description; the caller of `load_pretrained` passes it.
     network = None if text is None else build_described(str(text), folder / "config.json")
-    return Stored(leaves_by_path(variables), folder, network=network)
+    return StoredWeights(leaves_by_path(variables), folder, network=network)
 
 
 def _fetched(name: str, revision: str | None) -> Path:

@@ -134,7 +134,7 @@ def test_harmonic_tasks_are_two_sines_at_frequency_ratio_two(count):
         assert residual(waves[..., :2], np.broadcast_to(ys, angle.shape)).min() > 0.02
 
 
-def test_moments_of_harmonic_tasks():
+def test_harmonic_tasks_have_the_moments_of_their_distribution():
     tasks = sampled(harmonic(shots=10, queries=10, noise=0.5), 20_000)
     x, y = np.asarray(tasks.query.x[..., 0]), np.asarray(tasks.query.y[..., 0])
     assert np.square(y).mean() == pytest.approx(1 + 0.25, rel=0.04)
