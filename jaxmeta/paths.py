@@ -106,7 +106,7 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
       tree: any pytree; None is not a leaf.
 
     Raises:
-      ValueError: two leaves have one path, as in `{"a/b": 1, "a": {"b": 2}}`.
+      ValueError: two leaves have the same path, as in `{"a/b": 1, "a": {"b": 2}}`.
 
     Examples:
       >>> leaves_by_path({"body": [1.0, 2.0], "head": {"bias": 3.0}})

@@ -51,7 +51,7 @@ class Layout(NamedTuple):
     Attributes:
       name: name of the layout.
       family: "ResNet", "SqueezeNet", "ViT", "DINOv2" or "CLIP"; None for variables of any Flax network.
-      mark: pattern of a name that only this layout has.
+      mark: pattern of a name that identifies the layout; the first layout in `LAYOUTS` that matches is taken.
       modules: rules from prefixes of the file's names to prefixes of our paths; None drops a leaf.
       tensors: rules from the file's names of a layer's tensors to ours.
       fused: patterns of tensors that stack query, key and value, and the names of their parts as a template
@@ -388,7 +388,7 @@ def translated(leaves: Mapping[str, Any], layout: Layout, origin: Path) -> list[
     """Return the leaves with our paths and axis order; a leaf that no rule matches keeps its name.
 
     Raises:
-      ValueError: if two leaves have one path, or a fused leaf does not consist of three equal parts.
+      ValueError: if two leaves have the same path, or a fused leaf does not consist of three equal parts.
     """
     if layout.family is None:
         return [Leaf(name, name, leaf) for name, leaf in leaves.items()]
