@@ -259,7 +259,7 @@ def check_labels(
     check_real(name, labels, whole=True)
     if labels.ndim != 1 or (n is not None and labels.shape != (n,)):
         wanted = "(n,)" if n is None else f"({n},)"
-        raise ArgumentError(name, f"got shape {labels.shape}; it must be {wanted}, one class an example")
+        raise ArgumentError(name, f"got shape {labels.shape}; it must be {wanted}, one class per example")
     if classes is not None:
         check_slots(name, labels, classes, mask)
 

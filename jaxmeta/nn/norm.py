@@ -92,7 +92,9 @@ def population_of(params: Params) -> PyTree:
       ValueError: `params` have no population statistics.
     """
     if "population" not in params:
-        raise ValueError('norm="population" needs filled statistics: call jm.calibrate on these params first')
+        raise ValueError(
+            'norm="population" needs population statistics: call jm.calibrate on these params first'
+        )
     return from_moments(params["population"])
 
 
