@@ -611,16 +611,16 @@ def scalings() -> Values:
     sized = {model: (scaling.MODELS[model], rows[model, "cpu"]) for model in models}
     table = [
         [
-            "tasks a device (5-way 1-shot; queries a class)",
+            "tasks per device (5-way 1-shot; queries a class)",
             *(f"{model.tasks} ({model.queries})" for model, _ in sized.values()),
         ],
         [
-            "all-reduces a step, size",
+            "all-reduces per step, size",
             *(f"1, {row['all_reduced_bytes'] / 1e6:.3g} MB" for _, row in sized.values()),
         ],
-        ["operations a device and step", *(scientific(row["operations"]) for _, row in sized.values())],
+        ["operations per device and step", *(scientific(row["operations"]) for _, row in sized.values())],
         [
-            "memory a device: TPU's program; a CPU's",
+            "memory per device: TPU's program; a CPU's",
             *(f"{gigabytes(model, 'TPU v5 lite')}; {gigabytes(model, 'cpu')}" for model in models),
         ],
         [

@@ -243,7 +243,7 @@ def predictions_of(rows: list[dict]) -> list[dict]:
             bound = max(bounds, key=bounds.get)
             estimates = {ROOFLINE: (bounds[bound], bound)}
             if native:
-                estimates[COMPILER] = row["cycles"] / accelerator.clock, "its cycles"
+                estimates[COMPILER] = row["cycles"] / accelerator.clock, "on-device execution"
             for estimate, (work, bound) in estimates.items():
                 points = [predict(work, row["all_reduced_bytes"], accelerator, n) for n in PREDICTED]
                 text = describe_bound(MODELS[model], row, bound, accelerator.capacity, points[-1])
@@ -263,7 +263,7 @@ def describe_bound(model: Model, row: dict, bound: str, capacity: float, last: d
     fits = "fits in" if row["memory_bytes"] < capacity else "does NOT fit in"
     return (
         f"on {last['devices']} devices it is bound by {bottleneck}: work {1e3 * work:.3g} ms ({bound}), "
-        f"all-reduce {1e3 * crossing:.3g} ms, mostly {part}. Tasks a device for 95% efficiency: about "
+        f"all-reduce {1e3 * crossing:.3g} ms, mostly {part}. Tasks per device for 95% efficiency: about "
         f"{tasks_needed}. "
         f"A device needs {row['memory_bytes'] / 1e9:.2g} GB, which {fits} {capacity / 1e9:.0f} GB."
     )
@@ -341,7 +341,7 @@ def draw(path: Path, predictions: list[dict]) -> None:
     keys = [Line2D([], [], color=colours[name], label=name) for name in colours]
     keys += [Line2D([], [], color="black", linestyle=styles[w], label=f"work by {w}") for w in styles]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=9)
-    figure.suptitle(f"A meta-step, tasks a device constant: {LABEL.upper()}")
+    figure.suptitle(f"A meta-step, constant number of tasks per device: {LABEL.upper()}")
     figure.savefig(path, dpi=150)
 
 

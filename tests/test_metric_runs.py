@@ -158,7 +158,7 @@ def test_transductive_methods_report_one_row_and_predict_refuses_them(workspace,
 
 
 @pytest.mark.nightly
-def test_zero_shot_learns_characters_from_their_strokes(tmp_path):
+def test_the_zero_shot_preset_trains_and_reports_both_rows(tmp_path):
     flags = ["--steps", "3", "--ways", "3", "--queries", "2", "--episodes", "4", "--network", "strided-conv4"]
     assert main(["train", "--preset", "glyphs-zero-shot", *flags, "--out", str(tmp_path / "run")]) == 0
     report = read_json(tmp_path / "run" / "report.json")

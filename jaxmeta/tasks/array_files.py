@@ -23,7 +23,7 @@ from jaxmeta.tasks.splits import (
     warn_of_pooled_parts,
 )
 
-# Names of the arrays of examples, labels and parts, in any case.
+# Names of the arrays of examples, labels, parts and domains; letter case is ignored.
 _X = ("x", "images", "image", "data", "inputs")
 _Y = ("y", "labels", "label", "targets", "target")
 _SPLIT = ("split", "part", "parts", "splits")

@@ -352,7 +352,7 @@ def _numbers(path: Path, name: str, column: np.ndarray, lines: Sequence[int] | N
 def _split_of(
     path: Path, task: np.ndarray, columns: dict[str, np.ndarray], lines: Sequence[int] | None
 ) -> ClassSplit | None:
-    """Return the split given by the column split; None without one."""
+    """Return the split given by the column split; None without one, or where its type is not text."""
     if _SPLIT not in columns or columns[_SPLIT].dtype.kind != "U":
         return None
     members: dict[str, str] = {}
