@@ -9,7 +9,8 @@ The library does not import this package.
 | `predict` | classifies images by a few examples of each class, or by the classes of a transfer |
 | `compare` | trains learners on the same episodes and makes one table and one figure |
 | `plot` | draws learning curves of runs, finished or not |
-| `transfer`, `rank` | apply what a network has learned to other images (`jaxmeta.transfer`) |
+| `transfer` | applies what a network has learned to other images (`jaxmeta.transfer`) |
+| `rank` | ranks sources by their estimated transferability to a target |
 | `export` | writes a program of a classifier that JAX alone can run |
 | `presets`, `tasks`, `learners`, `networks` | list the names of each kind, or describe one: `jaxmeta learners NAME` |
 

@@ -340,6 +340,7 @@ def usps(
       FileNotFoundError, ValueError: see `usps_images`, `from_arrays`.
 
     Examples:
+      >>> import jax
       >>> tasks = usps("train", data="../shared/data")  # doctest: +SKIP
       >>> tasks.sample(jax.random.key(0)).support.x.shape  # doctest: +SKIP
       (5, 28, 28, 1)

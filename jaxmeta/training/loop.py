@@ -299,7 +299,7 @@ def train(
         return saved_at
 
     @contextlib.contextmanager
-    def last_is_kept() -> Iterator[None]:
+    def warn_after_last_step() -> Iterator[None]:
         """Turn an OSError into a warning once training is complete, so that the caller gets the state."""
         try:
             yield
@@ -365,11 +365,11 @@ def train(
                 if better:
                     best = checkpoint.Best(done, result, jax.tree.map(jnp.copy, state.params))
                     if folder is not None:
-                        with last_is_kept():
+                        with warn_after_last_step():
                             checkpoint.save_best(folder, best)
                 emit(Validated(done, metric, result, better))
             if save_now:
-                with last_is_kept():
+                with warn_after_last_step():
                     save()
             clock = time.perf_counter()
     return state if best is None else state._replace(params=best.params)
@@ -385,7 +385,7 @@ def _first_source(tasks: TaskDistribution | TaskStream, meta_batch: int, mesh: M
         actual = f"{batch.query.y.shape[0]} tasks" if isinstance(batch, Task) else type(batch).__name__
         raise ArgumentError(
             "tasks",
-            f"the stream gives {actual} a step; it must be a Task whose leaves have a leading axis of "
+            f"the stream gives {actual} per step; it must be a Task whose leaves have a leading axis of "
             f"meta_batch = {meta_batch} tasks"
             + (f", or of {share}, this process's share" if share < meta_batch else ""),
         )

@@ -171,10 +171,10 @@ def test_a_stream_of_a_custom_loader_trains_and_its_batches_are_checked(images):
     state = jm.train(LEARNER, custom, optax.adam(1e-2), steps=3, meta_batch=4, key=KEY)
     assert calls[-3:] == [0, 1, 2]
     assert int(state.step) == 3
-    with pytest.raises(ValueError, match=r"gives 4 tasks a step; .* meta_batch = 2 tasks"):
+    with pytest.raises(ValueError, match=r"gives 4 tasks per step; .* meta_batch = 2 tasks"):
         jm.train(LEARNER, stream, optax.adam(1e-2), steps=1, meta_batch=2, key=KEY)
     invalid = stream._replace(at=lambda step: ())
-    with pytest.raises(ValueError, match="gives tuple a step"):
+    with pytest.raises(ValueError, match="gives tuple per step"):
         jm.train(LEARNER, invalid, optax.adam(1e-2), steps=1, meta_batch=4, key=KEY)
 
 
