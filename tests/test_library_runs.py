@@ -119,7 +119,7 @@ def test_load_run_reports_missing_and_unsuitable_arguments(library_run, tmp_path
     other = jm.maml(jm.nn.MLP(out=1, hidden=(5,)), loss=jm.losses.mse)
     with pytest.raises(ValueError, match=r"^.* has other parameters: .*\[4\] in the stored one"):
         jm.load_run(folder / "run", learner=other, tasks=TASKS)
-    with pytest.raises(ValueError, match=r"^tasks: got tasks; give their name, or"):
+    with pytest.raises(ValueError, match=r"^tasks: got TaskDistribution\(…\); without a jm\.Learner"):
         jm.load_run(folder / "run", tasks=TASKS)
 
 

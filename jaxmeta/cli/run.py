@@ -668,7 +668,11 @@ def load_run(
                 )
         return learner, _params_like(folder, learner, tasks)
     if tasks is not None and not isinstance(tasks, str):
-        raise ArgumentError("tasks", "got tasks; give their name, or a jm.Learner as learner in addition")
+        raise ArgumentError(
+            "tasks",
+            f"got {type(tasks).__name__}(…); without a jm.Learner as learner, give module:name of the run's "
+            "tasks",
+        )
     config = load_config(folder, [name for name in (learner, network, tasks) if name is not None])
     rows = config.names().facts.rows
     if row == "inductive" and list(rows) == ["transductive"]:

@@ -85,8 +85,8 @@ class Options:
         train and test of the same classes (folders or lists), examples are drawn from train, by default all,
         and test is scored.
       size: side in pixels of the network's input images; by default that of the source's images. If the
-        source does not specify it, it is the size that other libraries' weights were trained on, mostly 224,
-        and the target's size for others.
+        source does not specify it, other libraries' weights get the size that they were trained on, mostly
+        224, and other sources the target's size.
       channels: channels of the network's input images, 1 for grey and 3 for colour; by default those of the
         source's images.
       pixels: normalisation of the pixels; by default the source's. plain is in [0, 1], imagenet subtracts

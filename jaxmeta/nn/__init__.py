@@ -26,12 +26,12 @@ given, and otherwise those of the batch, which it returns.
 >>> network = jm.nn.MLP(out=5, hidden=(16,), norm=True)
 >>> transductive, inductive = (jm.maml(network, inner_lr=0.1, norm=norm) for norm in ("batch", "support"))
 >>> params = inductive.init(jax.random.key(1), task)
->>> def first_alone_as_among_all(learner):
+>>> def is_inductive(learner):
 ...     adapted = jax.jit(learner.adapt)(params, task.support, jax.random.key(2))
 ...     predict = jax.jit(learner.predict)
 ...     together, alone = (predict(params, adapted, x)[0] for x in (task.query.x, task.query.x[:1]))
 ...     return bool(abs(together - alone).max() < 1e-5)
->>> first_alone_as_among_all(inductive), first_alone_as_among_all(transductive)
+>>> is_inductive(inductive), is_inductive(transductive)
 (True, False)
 
 **Your own network.** A learner takes a Flax Linen module, a Flax NNX module, an Equinox module or a pair of
@@ -55,7 +55,7 @@ Parameters come out as nested dicts. jaxmeta does not install Equinox: `pip inst
 >>> def apply(params, x):
 ...     return x.reshape(len(x), -1) @ params["w"]
 >>> import equinox as eqx
->>> class Mlp(eqx.Module):  # takes one example, as Equinox has it; its convolutions expect (c, h, w)
+>>> class Mlp(eqx.Module):  # Equinox modules take one example; their convolutions expect (c, h, w)
 ...     mlp: eqx.nn.MLP
 ...
 ...     def __call__(self, x):

@@ -343,8 +343,8 @@ def _labels(builder, pool: _Pool, key: str) -> np.ndarray:
     if len(unlabelled):
         parts = sorted({pool.position(row).partition("[")[0] for row in unlabelled})
         raise ValueError(
-            f"{builder.info.full_name}: {len(unlabelled)} examples of {', '.join(parts)} have no {key}; pass "
-            "the labelled splits as tfds_splits"
+            f"{builder.info.full_name}: {key} is missing in {len(unlabelled)} of {len(codes)} examples (in "
+            f"{', '.join(parts)}); pass the labelled splits as tfds_splits"
         )
     return np.array(feature.names)[codes]
 

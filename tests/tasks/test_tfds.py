@@ -108,7 +108,7 @@ def test_all_splits_are_pooled_by_class_name(tmp_path):
     np.testing.assert_array_equal(grey.read([row])[0, :, :, 0], Image.fromarray(first["image"]).convert("L"))
 
 
-def test_text_labels_and_grey_images_of_several_sizes(tmp_path):
+def test_text_labels_name_the_classes_and_images_of_several_sizes_are_resized(tmp_path):
     rng = np.random.default_rng(0)
     shapes = [(12, 11), (8, 15), (20, 7)]
     examples = [
@@ -236,7 +236,8 @@ def test_missing_features_and_splits_raise_errors_that_name_them(tmp_path):
 def test_examples_without_label_are_refused(tmp_path):
     write(tmp_path, "tiny_birds", FEATURES, {"train": birds(2), "test": [birds(1)[0] | {"kind": -1}]})
     with pytest.raises(
-        ValueError, match=r"1 examples of test have no kind; pass the labelled splits as tfds_splits"
+        ValueError,
+        match=r"kind is missing in 1 of 17 examples \(in test\); pass the labelled splits as tfds_splits",
     ):
         prepare_tfds("tiny_birds", data=tmp_path)
     assert len(prepare_tfds("tiny_birds", data=tmp_path, tfds_splits=("train",))) == 16
