@@ -4,7 +4,7 @@
         [--words FOLDER] [--elsewhere] [--json FILE] [--figure FILE]
 
 DIR holds Iconify's emoji packs. A class is a thing, a domain is the style of a designer's set. Test tasks
-have 5 or 20 ways, 1 or 3 shots and 1 query a class, under three protocols: support set and queries of any
+have 5 or 20 ways, 1 or 3 shots and 1 query per class, under three protocols: support set and queries of any
 style; of different styles; and queries of one style that training never sees. All rows of a protocol share
 2,000 test tasks of the classes that all sets have.
 

@@ -57,7 +57,7 @@ def draw(path: Path, task: jm.Task, before: np.ndarray, after: np.ndarray) -> No
     figure = Figure(figsize=(9.6, 5.0), layout="constrained")
     grid = figure.subplots(4, ways, gridspec_kw={"height_ratios": [1.25, 1.25, 0.8, 0.8]})
     rows = (
-        "support set:\none example a class",
+        "support set:\none example per class",
         "query images",
         "predictions\nbefore adapting",
         "predictions\nafter adapting",

@@ -542,7 +542,7 @@ def streaming() -> Values:
         "rounds": str(len(rounds)),
         "batch": f"{kept['batch_ms']:.0f}",
         "table": markdown(
-            ["images from", "meta-steps a second, median"],
+            ["images from", "meta-steps per second, median"],
             [
                 [label, f"{statistics.median(row[part] for row in rounds):.2f}"]
                 for part, label in labels.items()
@@ -611,7 +611,7 @@ def scalings() -> Values:
     sized = {model: (scaling.MODELS[model], rows[model, "cpu"]) for model in models}
     table = [
         [
-            "tasks per device (5-way 1-shot; queries a class)",
+            "tasks per device (5-way 1-shot; queries per class)",
             *(f"{model.tasks} ({model.queries})" for model, _ in sized.values()),
         ],
         [

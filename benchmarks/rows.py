@@ -41,7 +41,7 @@ class ConvRow:
 
     def describe(self) -> str:
         return (
-            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} a class, "
+            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} per class, "
             f"{'strided ' if self.strided else ''}Conv4-{self.filters} on {self.image}, "
             + (plural(self.inner_steps, "inner step") if self.inner_steps else "prototypical networks")
         )
@@ -161,7 +161,7 @@ class FastWeightsRow:
 
     def describe(self) -> str:
         return (
-            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} a class, Meta Networks of "
+            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} per class, Meta Networks of "
             f"two CNNs with 5 × {self.filters} filters on {self.image}"
         )
 
@@ -239,7 +239,7 @@ ROWS: dict[str, Row] = {
     "mini-imagenet": ConvRow(
         (84, 84, 3), 32, False, 800, queries=15, inner_steps=5, inner_lr=0.01, meta_batch=4
     ),
-    # Snell et al. 2017: 60-way 1-shot training on Omniglot, one task a step.
+    # Snell et al. 2017: 60-way 1-shot training on Omniglot, one task per step.
     "prototypical": ConvRow(
         (28, 28, 1), 64, False, 64, queries=5, inner_steps=0, inner_lr=0.0, meta_batch=1, ways=60
     ),

@@ -64,8 +64,8 @@ class Model:
     def batch(self, tasks: int) -> jm.Task:
         """Return the shapes of a batch of tasks."""
 
-        def part(each: int) -> jm.Batch:
-            x = jax.ShapeDtypeStruct((tasks, self.ways * each, *self.image), jnp.float32)
+        def part(per_class: int) -> jm.Batch:
+            x = jax.ShapeDtypeStruct((tasks, self.ways * per_class, *self.image), jnp.float32)
             return jm.Batch(x, jax.ShapeDtypeStruct(x.shape[:2], jnp.int32), ways=self.ways)
 
         return jm.Task(part(self.shots), part(self.queries))

@@ -99,7 +99,7 @@ def main(argv=None) -> None:
         "stream / memory": ratio,
         "batch_ms": 1e3 * batch_s,
     }
-    print(f"stream / memory: {ratio:.3f}; reading alone takes {1e3 * batch_s:.1f} ms a batch")
+    print(f"stream / memory: {ratio:.3f}; reading alone takes {1e3 * batch_s:.1f} ms per batch")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

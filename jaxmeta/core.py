@@ -295,7 +295,7 @@ def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
       indices: numbers of the episodes.
 
     Raises:
-      ArgumentError: `key` is of another generator than Threefry.
+      ArgumentError: `key` is of a generator other than Threefry.
 
     Examples:
       >>> keys = episode_keys(jax.random.key(0), jnp.arange(3))
@@ -303,7 +303,7 @@ def episode_keys(key: Key, indices: Int[Array, " n"]) -> Key:
       (3, 2)
     """
     # `fold_in` of the index, instead of a `split` into as many keys as there are tasks, makes an episode
-    # independent of the numbers of tasks, devices and processes. The numbers of other generators than
+    # independent of the numbers of tasks, devices and processes. The numbers of generators other than
     # Threefry depend on how many are drawn together, that is on devices and strategy.
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if (str(jax.random.key_impl(key)) != "threefry2x32") if typed else (key.shape != (2,)):

@@ -84,8 +84,8 @@ def cross_entropy(
     if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ArgumentError("logits", f"got {format_value(logits)}; it must be floats, of shape (n, ways)")
     check_labels("labels", labels, logits.shape[0], logits.shape[1], mask)
-    each = optax.softmax_cross_entropy_with_integer_labels(full_precision(logits), labels)
-    return masked_mean(each, mask)
+    values = optax.softmax_cross_entropy_with_integer_labels(full_precision(logits), labels)
+    return masked_mean(values, mask)
 
 
 def mse(
@@ -158,7 +158,7 @@ def score(outputs: Array, batch: Batch) -> Metrics:
 class ScoreOrLoss:
     """The default metric of a learner with a custom loss: `score` if the shapes fit it, otherwise that loss.
 
-    Outputs of another shape than the targets, such as means with variances, have no mean squared error.
+    Outputs whose shape differs from the targets', such as means with variances, have no mean squared error.
 
     Attributes:
       loss: `(outputs, y, mask) -> scalar`.

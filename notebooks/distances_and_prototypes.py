@@ -210,7 +210,7 @@ stray = (
     log_probabilities(kernel("euclidean", "nearest"), support, support.x[-1:]),
     log_probabilities(kernel("euclidean", "prototype"), support, support.x[-1:]),
 )
-print(f"examples that have a larger dot product with another one than with themselves: {outranked} of 8")
+print(f"examples that have a larger dot product with another example than with themselves: {outranked} of 8")
 print(
     "P(A) at the stray example of B: nearest {:.2f}, prototype {:.4f}".format(
         *(jnp.exp(s[0, 0]) for s in stray)

@@ -180,7 +180,7 @@ for column, shots in enumerate(SHOTS):
             scores[name][column, trial] = (named == task.query.y).mean()
 
 mean = {name: values.mean(1) for name, values in scores.items()}
-print("accuracy, %, by examples a class" + "".join(f"{shots:8d}" for shots in SHOTS))
+print("accuracy, %, by examples per class" + "".join(f"{shots:8d}" for shots in SHOTS))
 for name, row in mean.items():
     print(f"{name:32s}" + "".join(f"{100 * value:8.1f}" for value in row))
 

@@ -506,7 +506,7 @@ def test_init_from_weights_takes_their_network_and_freezes_parameters(root, tmp_
         (["train", "--init", "{root}/nowhere"], "--init: {root}/nowhere does not exist"),
         (
             ["train", "--init", "{root}/transfer", "--network", "strided-conv4"],
-            "--init: {root}/transfer has another network",
+            "--init: {root}/transfer does not fit the network strided-conv4",
         ),
         (["train", "--lora", "0"], "--lora: got 0; it must be at least 1"),
         (["train", "--train", "no_such_layer"], "--train: "),

@@ -139,7 +139,7 @@ def test_parameters_with_custom_nodes_are_loaded_with_the_shapes_of_tasks(tmp_pa
     )
     settings = {"steps": 1, "meta_batch": 1, "key": KEY, "run_dir": tmp_path}
     state = jm.train(learner, TASKS, optax.sgd(0.1), **settings)
-    with pytest.raises(ValueError, match=r"^tasks: got None, but .* other nodes than dicts, .*; give tasks"):
+    with pytest.raises(ValueError, match=r"^tasks: got None, but .* nodes other than dicts, .*; give tasks"):
         jm.load_run(tmp_path, learner=learner)
     assert_trees_equal(jm.load_run(tmp_path, learner=learner, tasks=TASKS)[1], state.params)
 

@@ -123,7 +123,7 @@ def test_a_run_may_be_resumed_on_another_mesh(tmp_path, monkeypatch):
         (["--mesh", "tasks=2", "--devices", "2"], "--mesh: got tasks=2, which sets the number of devices"),
         (
             ["--mesh", "tasks=64,params=9"],
-            "--mesh: tasks=64 x params=9: these are 576 devices, and there are",
+            "--mesh: tasks=64 x params=9 needs 576 devices, but there are",
         ),
         (
             ["--mesh", "tasks=2", "--meta-batch", "3"],

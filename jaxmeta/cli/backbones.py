@@ -55,7 +55,7 @@ class Input(NamedTuple):
         """Return the adapter that does this conversion.
 
         Raises:
-          ArgumentError: `pixels` has another number of channels than the images.
+          ArgumentError: `pixels` and the images differ in the number of channels.
         """
         with renaming({"mean": "pixels", "std": "pixels"}):
             pixels = self.pixels._replace(size=self.images.size)

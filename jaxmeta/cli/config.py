@@ -285,7 +285,7 @@ class Config:
       training, run: the other groups.
       own: SHA-256 of the file of each `module:name`.
       split_hash: hash of the class split, once the data are read.
-      images: fields of the data's `ImageSpec`, once the data are read; None for other data than images.
+      images: fields of the data's `ImageSpec`, once the data are read; None for data other than images.
       model: description of the network for `jm.transfer.load_pretrained`; None where it has none.
     """
 
@@ -443,9 +443,9 @@ def _fill_training_shape(base: Base, spec: Mapping[str, Any]) -> None:
 def _assign(base: Base, name: str, value: Any) -> None:
     """Set a value in the group named before the dot, or in the first group of `_ORDER` with this setting."""
     groups = base.names().groups()
-    group, dot, of_group = name.partition(".")
+    group, dot, setting = name.partition(".")
     if dot:
-        base.values[group][of_group] = value
+        base.values[group][setting] = value
         return
     # User-defined tasks start from another source's protocol; only the shape of its tasks applies to them.
     user_defined = is_own(base.tasks)

@@ -118,7 +118,7 @@ def initial_params(
             )
             raise ArgumentError(
                 "init",
-                f"{source} has another network than {config.network['name']} here: {path} must have shape "
+                f"{source} does not fit the network {config.network['name']}: {path} must have shape "
                 f"{wanted[path].shape}, but {has}",
             )
     params, report = transplant({path: arrays[path] for path in taken}, drawn, take=taken, cast=True)

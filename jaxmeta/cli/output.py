@@ -42,7 +42,7 @@ class Output:
 
     @property
     def failed(self) -> bool:
-        """Return whether output was lost for another reason than a closed pipe."""
+        """Return whether output was lost for a reason other than a closed pipe."""
         return self.error is not None and not isinstance(self.error, BrokenPipeError)
 
     def isatty(self) -> bool:

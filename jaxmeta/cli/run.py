@@ -636,7 +636,7 @@ def load_run(
         train` with a user-defined method, its `module:name`: a run folder does not import code by itself.
       network: `module:name` of the run's user-defined network.
       tasks: `module:name` of the run's user-defined tasks. With a `Learner`, tasks that it was built for, to
-        check the shapes of the parameters; they are needed where the parameters contain other nodes than
+        check the shapes of the parameters; they are needed where the parameters contain nodes other than
         dicts, lists and tuples.
 
     Returns:
@@ -702,7 +702,7 @@ def _params_like(folder: Path, learner: Learner, tasks: TaskDistribution | TaskS
             raise
         raise ArgumentError(
             "tasks",
-            f"got None, but the parameters in {folder} contain other nodes than dicts, lists and tuples; "
+            f"got None, but the parameters in {folder} contain nodes other than dicts, lists and tuples; "
             "give tasks that the learner was built for",
         ) from None
     return {**params, **load(folder / POPULATION)} if (folder / POPULATION).exists() else params

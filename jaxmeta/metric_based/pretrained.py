@@ -269,8 +269,8 @@ def _classification(head: str, scale: float) -> Callable[..., tuple[Array, Array
 
 def _cross_entropy(outputs: Array, labels: Array) -> Array:
     """Return the mean cross-entropy over examples, except padding, whose labels are rows of zeros."""
-    each = jnp.where(labels > 0, jax.nn.log_softmax(outputs), 0)
-    return -each.sum() / jnp.maximum((labels > 0).sum(), 1)
+    log_likelihoods = jnp.where(labels > 0, jax.nn.log_softmax(outputs), 0)
+    return -log_likelihoods.sum() / jnp.maximum((labels > 0).sum(), 1)
 
 
 def _centred(model: Model) -> Model:

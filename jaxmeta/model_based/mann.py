@@ -210,10 +210,10 @@ class _Labels:
 
     def loss(self, outputs: Float[Array, "n width"], batch: Batch) -> Float[Array, ""]:
         """Return the cross-entropy, summed over examples and characters."""
-        each = optax.softmax_cross_entropy_with_integer_labels(
+        by_character = optax.softmax_cross_entropy_with_integer_labels(
             self._by_character(outputs), self.digits(batch.y)
         )
-        return losses.masked_sum(each.sum(1), batch.mask)[0]
+        return losses.masked_sum(by_character.sum(1), batch.mask)[0]
 
     def correct(self, outputs: Float[Array, "n width"], y: Int[Array, " n"]) -> Bool[Array, " n"]:
         correct = (self._by_character(outputs).argmax(-1) == self.digits(y)).all(1)

@@ -123,7 +123,7 @@ def metanet(
 
     Raises:
       ValueError: an unknown `embedding_loss` or `task_weights`; sizes below 1; `fast_layers` that neither
-        network has; networks without fast weights or with other outputs than above; float targets;
+        network has; networks without fast weights or with outputs other than above; float targets;
         `samples` above the size of a support set; a support set of one example where pairs are compared.
 
     Examples:
@@ -245,10 +245,10 @@ def metanet(
             outputs = b.apply({**frozen["base"], **weights}, x[None])[0]
             return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
 
-        each = jax.vmap(jax.grad(example_loss), (None, 0, 0))(slow["base"], support.x, support.y)
+        example_gradients = jax.vmap(jax.grad(example_loss), (None, 0, 0))(slow["base"], support.x, support.y)
         adapted: dict[str, PyTree] = {
             "mask": mask,
-            "values": example_level(params["example_generator"], each, slow["base"]),
+            "values": example_level(params["example_generator"], example_gradients, slow["base"]),
         }
         if embedding_has_fast:
             loss, samples_drawn, valid = embedding_losses(frozen, support, mask, for_embedding, count)
@@ -258,7 +258,7 @@ def metanet(
             adapted["embedding"] = task_level(params["task_generator"], gradients, slow["embedding"], valid)
         if base_has_fast:
             which, real = chunks(for_base, mask, count)
-            averages = jax.tree.map(lambda leaf: _chunk_means(leaf, which, real), each)
+            averages = jax.tree.map(lambda leaf: _chunk_means(leaf, which, real), example_gradients)
             adapted["base"] = task_level(params["base_task_generator"], averages, slow["base"], real.any(1))
         adapted["keys"] = u.apply(params["embedding"], support.x, adapted.get("embedding"))
         return adapted

@@ -87,7 +87,7 @@ class AugmentedDense(linen.Module):
       kernel_init: initialiser of the slow weights.
 
     Raises:
-      ValueError: fast weights of another shape than the slow ones.
+      ValueError: the shape of fast weights differs from that of the slow ones.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -125,7 +125,7 @@ class AugmentedConv(linen.Module):
       kernel_init: initialiser of the slow weights.
 
     Raises:
-      ValueError: fast weights of another shape than the slow ones.
+      ValueError: the shape of fast weights differs from that of the slow ones.
 
     References:
       Munkhdalai & Yu, Meta Networks, 2017, section 3.3.
@@ -177,7 +177,7 @@ class AugmentedCNN(linen.Module):
       kernel_init: initialiser of the slow weights.
 
     Raises:
-      ValueError: fast weights of another shape than the slow ones.
+      ValueError: the shape of fast weights differs from that of the slow ones.
 
     Examples:
       >>> import jax, jax.numpy as jnp

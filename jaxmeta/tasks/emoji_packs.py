@@ -134,14 +134,14 @@ def classes_of_packs(packs: Sequence[Pack]) -> dict[str, dict[str, str]]:
     known: dict[str, Counter[str]] = defaultdict(Counter)
     for pack in packs:
         for picture, names in pack.names.items():
-            each = group[picture]
-            members[each][pack.name] = picture
-            known[each].update(names & set(names_of[each]))
+            root = group[picture]
+            members[root][pack.name] = picture
+            known[root].update(names & set(names_of[root]))
 
-    def title(each: str) -> str:
-        return min(known[each], key=lambda name: (-known[each][name], len(name), name))
+    def title(root: str) -> str:
+        return min(known[root], key=lambda name: (-known[root][name], len(name), name))
 
-    return dict(sorted((title(each), pictures) for each, pictures in members.items()))
+    return dict(sorted((title(root), pictures) for root, pictures in members.items()))
 
 
 def render(

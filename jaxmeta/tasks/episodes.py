@@ -207,7 +207,7 @@ class EpisodeShape:
             needed = f"{self._in_words} = {self.needed} examples are needed per class"
             fewer = f"{len(small)} of {len(names)} classes have fewer"
             if domains is not None:
-                needed += ", the queries from other domains than the support set"
+                needed += ", the queries from domains other than the support set's"
                 fewer = (
                     f"{len(small)} of {len(names)} classes have too few"
                     if domains.held is not None
@@ -309,7 +309,7 @@ def from_arrays(
 
     Raises:
       ValueError: too few classes for `ways`, or no group with as many; a class with fewer than shots +
-        queries examples, or too few in other domains than those of the support set; a class without group
+        queries examples, or too few in domains other than the support set's; a class without group
         or metadata; metadata with shots > 0, or shots=0 without metadata; inconsistent lengths or types; an
         unknown split, rotation or domain, or too few domains.
 
@@ -449,14 +449,14 @@ def draw_rows(
     A single call of the random generator gives all bits, since each call costs compile time.
     """
     ways, shots, queries = shape.ways[1], shape.shots[1], shape.queries
-    each = shots + queries
+    per_class = shots + queries
     # The number of bits affects their values: those for groups and domains are drawn only where they are
     # needed, so that other episodes do not change.
     extra = 2 if groups is None else 3
     more = 0 if domains is None else domains.counts.shape[1] + ways
-    bits = jax.random.bits(key, (ways * (each + 2) + extra + more,), jnp.uint32)
+    bits = jax.random.bits(key, (ways * (per_class + 2) + extra + more,), jnp.uint32)
     class_bits, turn_bits, example_bits, other_bits = jnp.split(
-        bits, (ways, 2 * ways, ways * (each + 2)), axis=0
+        bits, (ways, 2 * ways, ways * (per_class + 2)), axis=0
     )
 
     angles = 4 if shape.rotations == "classes" else 1
@@ -473,7 +473,7 @@ def draw_rows(
     if shape.rotations == "random":
         turns = (turn_bits >> 30).astype(jnp.int32)
 
-    example_bits = example_bits.reshape(ways, each)
+    example_bits = example_bits.reshape(ways, per_class)
     if domains is None:
         rows = offsets[classes][:, None] + jax.vmap(ordered_subset)(example_bits, sizes[classes])
     else:

@@ -132,9 +132,9 @@ def draw_classes(shape: GlyphShape, count: Int[Array, ""], key: Key) -> Int[Arra
 
 def draw_glyphs(shape: GlyphShape, first: Int[Array, ""], count: Int[Array, ""], key: Key) -> Task:
     """Draw one task from the `count` classes that start at `first`."""
-    ways, each = shape.ways, shape.shots + shape.queries
+    ways, per_class = shape.ways, shape.shots + shape.queries
     drawn, bits = _drawn_bits(shape, count, key)
-    hands = hands_of(bits).reshape(ways, each, HAND)
+    hands = hands_of(bits).reshape(ways, per_class, HAND)
     points, present = jax.vmap(class_strokes)(first + drawn)
 
     def of_class(hands, points, present):
@@ -157,9 +157,9 @@ def _drawn_bits(
     shape: GlyphShape, count: Int[Array, ""], key: Key
 ) -> tuple[Int[Array, " ways"], UInt32[Array, " bits"]]:
     """Return the classes of a task, and the random bits of the drawers of its examples."""
-    ways, each = shape.ways, shape.shots + shape.queries
+    ways, per_class = shape.ways, shape.shots + shape.queries
     # One call of the random generator: each costs compile time.
-    bits = jax.random.bits(key, (ways + ways * each * HAND,), jnp.uint32)
+    bits = jax.random.bits(key, (ways + ways * per_class * HAND,), jnp.uint32)
     return ordered_subset(bits[:ways], count), bits[ways:]
 
 

@@ -68,7 +68,7 @@ def make_mesh(
     if needed > len(available):
         product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         hint = more_cpus(needed, available)
-        raise ValueError(f"{product}: these are {needed} devices, and there are {len(available)}{hint}")
+        raise ValueError(f"{product} needs {needed} devices, but there are {len(available)}{hint}")
     return Mesh(np.reshape(np.asarray(available[:needed]), tuple(sizes.values())), AXES)
 
 
@@ -85,9 +85,9 @@ def more_cpus(needed: int, available: Sequence[jax.Device]) -> str:
 def _check_devices(devices: object) -> None:
     if devices is None or isinstance(devices, Mesh):
         return
-    each = list(devices.flat) if isinstance(devices, np.ndarray) else devices
+    listed = list(devices.flat) if isinstance(devices, np.ndarray) else devices
     # A generator is refused, since it would be empty after this check.
-    if not isinstance(each, Sequence) or not all(isinstance(device, jax.Device) for device in each):
+    if not isinstance(listed, Sequence) or not all(isinstance(device, jax.Device) for device in listed):
         raise ArgumentError(
             "devices",
             f"got {described(devices)}; it must be devices, such as jax.devices()[:2], or a mesh of "

@@ -52,7 +52,7 @@ def settings_of(
       origin: file or folder, for messages.
 
     Raises:
-      ValueError: if the file's network has another forward pass than ours, or `config` is damaged.
+      ValueError: if the forward pass of the file's network differs from ours, or `config` is damaged.
     """
     if layout.family is None:
         return {name: getattr(stored_network, name) for name in _SHAPELESS.get(type(stored_network), ())}

@@ -131,7 +131,7 @@ def _advance(objective, optimizer, leaves, structure, sizes, carry, arrays, extr
     def step(index, carry):
         (params, state, opt_state, losses), orders = carry
         step_key = jax.random.fold_in(key, index)
-        # A permutation is a sort, slow for many examples: compute it once an epoch.
+        # A permutation is a sort, slow for many examples: compute it once per epoch.
         orders = {
             name: lax.cond(index % per_epoch[name] == 0, partial(order, name, index), lambda old=old: old)
             for name, old in orders.items()

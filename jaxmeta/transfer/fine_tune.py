@@ -125,7 +125,7 @@ def fine_tune(
       [0, 1]
     """
     check_model_and_data(model, data, "data")
-    # A user-defined loss may give integer targets another meaning than classes.
+    # To a user-defined loss, integer targets may mean something other than classes.
     are_classes = loss is optax.softmax_cross_entropy_with_integer_labels
     arrays = examples(data, weights, classes=_classes(model, variables, data) if are_classes else None)
     frozen = frozen_mask(variables["params"], train)
@@ -479,9 +479,9 @@ def _classes(model: StatefulModel, variables: Variables, data: Batch) -> int | N
     return outputs.shape[1] if outputs.ndim == 2 else None
 
 
-def mean_loss(each: Float[Array, " n"], batch: Mapping[str, Array]) -> Float[Array, ""]:
+def mean_loss(losses: Float[Array, " n"], batch: Mapping[str, Array]) -> Float[Array, ""]:
     """Return the mean of w_i ℓ_i over a mini-batch of `examples`."""
-    return (each * batch["weights"]).mean() if "weights" in batch else each.mean()
+    return (losses * batch["weights"]).mean() if "weights" in batch else losses.mean()
 
 
 def _as_partial(penalty: Callable[[Params], Array]) -> jax.tree_util.Partial:

@@ -75,7 +75,7 @@ def only_unfrozen(
 
 
 def apply_unfrozen(params: Params, updates: PyTree, frozen: PyTree) -> Params:
-    """Add updates as `optax.apply_updates`, but keep frozen leaves: −0 + 0 has other bits than −0."""
+    """Add updates as `optax.apply_updates`, but keep frozen leaves: −0 + 0 is +0, whose bits differ."""
     return jax.tree.map(
         lambda leaf, update, is_frozen: leaf if is_frozen else (leaf + update).astype(leaf.dtype),
         params,

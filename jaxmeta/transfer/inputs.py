@@ -91,7 +91,7 @@ def input_adapter(
 
     Raises:
       ValueError: if `channels` is not 1 or 3, `size` is below 1, or `std` is not positive; when called, if
-        the images have another number of channels than 1 or 3, or than `mean` and `std`.
+        the number of the images' channels is neither 1 nor 3, or differs from that of `mean` and `std`.
 
     Examples:
       >>> import jax.numpy as jnp

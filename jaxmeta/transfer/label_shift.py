@@ -83,7 +83,7 @@ def bbse(
 
     Raises:
       ValueError: if the confusion matrix does not hold joint frequencies, is nearly singular, or has a class
-        without source examples; if the target predictions have another form than these three.
+        without source examples; if the target predictions have none of these three forms.
 
     Examples:
       >>> import numpy as np

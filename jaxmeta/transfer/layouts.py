@@ -124,7 +124,7 @@ _TORCHVISION_RESNET = _rules(
     ("fc/", "head/"),
 )
 
-# Transformers 5 has other names in memory than in the files that it writes by default; both occur in files.
+# In memory, Transformers 5 has names that differ from those that it writes by default; both occur in files.
 _HUGGINGFACE_VIT = _rules(
     ("(?:vit/)?embeddings/cls_token$", "cls_token"),
     ("(?:vit/)?embeddings/position_embeddings$", "position_embedding"),

@@ -122,8 +122,8 @@ def load_pretrained(
       FileNotFoundError: if `path` does not exist.
       ImportError: if a package that reads the format is not installed.
       ValueError: if the file is damaged, a pickle, or of an unknown format or layout; if leaves are missing,
-        unknown or of another shape, which the message names; if the network has another forward pass than the
-        file's (another activation or number of heads); if `x` or `key` is needed and missing.
+        unknown or of another shape, which the message names; if the network's forward pass differs from the
+        file's (in activation or number of heads); if `x` or `key` is needed and missing.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jaxmeta as jm

@@ -421,7 +421,7 @@ def test_solutions_of_positive_systems_and_their_derivatives_are_those_of_numpy(
     np.testing.assert_allclose(second, 2 * (weights * (second_change @ solution)).sum(), rtol=1e-7)
 
 
-def test_products_and_distances_of_bfloat16_have_float32():
+def test_distances_between_bfloat16_vectors_are_computed_in_float32():
     rng = np.random.default_rng(5)
     a, b = (jnp.asarray(rng.normal(size=(4, 300)) + 50, jnp.bfloat16) for _ in range(2))
     exact = [np.asarray(array, np.float64) for array in (a, b)]

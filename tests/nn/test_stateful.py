@@ -369,7 +369,7 @@ def test_parts_of_a_chain_have_different_keys():
 
 
 class Unordered(linen.Module):
-    """A network whose layers are computed in another order than they are named and declared."""
+    """A network whose layers are neither named nor declared in the order of their computation."""
 
     def setup(self):
         self.a, self.z = linen.Dense(5), linen.Dense(5)

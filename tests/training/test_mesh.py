@@ -208,10 +208,11 @@ def test_the_meta_step_under_pmap_is_the_same_step():
         ({"params": -1}, "params: got -1"),
         (
             {"tasks": 4096},
-            r"are 4096 devices, and there are \d+; a CPU is one device unless JAX_NUM_CPU_DEVICES=4096 is .*"
+            r"tasks=4096 needs 4096 devices, but there are \d+; a CPU is one device unless "
+            r"JAX_NUM_CPU_DEVICES=4096 is .*"
             r'jax.config.update\("jax_num_cpu_devices", 4096\)',
         ),
-        ({"tasks": 64, "params": 64}, "tasks=64 x params=64: these are 4096 devices"),
+        ({"tasks": 64, "params": 64}, "tasks=64 x params=64 needs 4096 devices"),
     ],
 )
 def test_invalid_mesh_axes_are_refused(axes, message):
