@@ -89,32 +89,33 @@ def predict(
             f"{source} measures no distances; prototypical, simple_shot and weights with --support do",
         )
     queries, readable = read_images(candidates, classifier.images, skip_unreadable, "query")
+    files = [candidates[index] for index in readable]
+    names = [file.relative_to(root).as_posix() for file in files]
+    truth = _truth(names, classifier.classes)
+    if picture is not None and truth is None:
+        raise ArgumentError(
+            "confusion",
+            f"the images in {query} do not lie in folders named after the classes; leave it out",
+        )
     # Warnings come after the last check, so that a usage error is the only line on standard error.
     for warning in warned:
         warnings.warn(str(warning.message), stacklevel=2)
-    files = [candidates[index] for index in readable]
     seen = 1 - queries if classifier.inverted else queries
     warn_of_negatives("query", classifier.images, seen, [str(file) for file in files])
     probabilities, distances = classifier.with_distances(queries)
     predictions: list[dict[str, Any]] = [
         {
-            "file": file.relative_to(root).as_posix(),
+            "file": name,
             "class": classifier.classes[int(np.argmax(row))],
             "probabilities": dict(zip(classifier.classes, map(float, row), strict=True)),
         }
-        for file, row in zip(files, probabilities, strict=True)
+        for name, row in zip(names, probabilities, strict=True)
     ]
     if distances is not None:
         for prediction, distance in zip(predictions, distances, strict=True):
             prediction["distance"] = float(distance)
             if unknown_above is not None and distance > unknown_above:
                 prediction["class"] = UNKNOWN
-    truth = _truth(predictions)
-    if picture is not None and truth is None:
-        raise ArgumentError(
-            "confusion",
-            f"the images in {query} do not lie in folders named after the classes; leave it out",
-        )
     results = folders.Results()
     if target is not None:
         with results.writing(target):
@@ -123,18 +124,18 @@ def predict(
         with results.writing(table):
             write_text(table, _as_csv(predictions))
     if picture is not None and truth is not None:
-        names = [*classifier.classes, *([UNKNOWN] if unknown_above is not None else [])]
-        number = {name: index for index, name in enumerate(names)}
+        classes = [*classifier.classes, *([UNKNOWN] if unknown_above is not None else [])]
+        number = {name: index for index, name in enumerate(classes)}
         predicted = np.array([number[prediction["class"]] for prediction in predictions])
-        matrix = confusion_matrix(predicted, np.array([number[name] for name in truth]), len(names))
+        matrix = confusion_matrix(predicted, np.array([number[name] for name in truth]), len(classes))
         with folders.tolerated(picture) as path:
-            plot_confusion(path, matrix, names, f"{query} by {source}")
+            plot_confusion(path, matrix, classes, f"{query} by {source}")
     _print(predictions, truth)
     if truth is not None:
         _print_classes(predictions, truth)
     elif any("/" in prediction["file"] for prediction in predictions):
-        classes = join_names(classifier.classes)
-        print(f"no accuracy: the folders of {query} are not all named after the classes ({classes})")
+        known = join_names(classifier.classes)
+        print(f"no accuracy: the folders of {query} are not all named after the classes ({known})")
     print(_time(classifier, len(files), time.perf_counter() - started))
     results.check()
     return predictions
@@ -186,13 +187,10 @@ def _folders_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _truth(predictions: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def _truth(files: Sequence[str], classes: Sequence[str]) -> list[str] | None:
     """Return the class of each image by its folder; None where a folder is not named after a class."""
-    names = [prediction["file"].rpartition("/")[0].rpartition("/")[2] for prediction in predictions]
-    all_classes = all(
-        name in prediction["probabilities"] for name, prediction in zip(names, predictions, strict=True)
-    )
-    return names if all_classes else None
+    folder_names = [file.rpartition("/")[0].rpartition("/")[2] for file in files]
+    return folder_names if set(folder_names) <= set(classes) else None
 
 
 def _print(predictions: Sequence[Mapping[str, Any]], truth: Sequence[str] | None) -> None:
