@@ -61,7 +61,7 @@ class Training(NamedTuple):
     """A training of `jaxmeta train`.
 
     Attributes:
-      settings: its arguments, separated by blanks.
+      settings: its arguments, separated by spaces.
       pretrained: whether it starts from --weights.
       held_out: whether the held-out style is left out of training.
     """
@@ -265,7 +265,7 @@ def elsewhere(sources: dict, args) -> dict:
 
 
 def print_row(name: str, row: dict) -> None:
-    """Print the accuracies of a row, one line a head."""
+    """Print the accuracies of a row, one line per head."""
     for head, found in row["heads"].items():
         cells = (
             f"{protocol} {100 * value['mean']:.1f} ± {100 * value['ci95']:.1f}"
@@ -371,8 +371,9 @@ def main(argv=None) -> None:
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    def done() -> None:
-        print_row(name, rows[name])
+    def add_row(name: str, row: dict) -> None:
+        rows[name] = row
+        print_row(name, row)
         save(rows=ordered({**kept, **rows}))
 
     fixed = {
@@ -380,16 +381,13 @@ def main(argv=None) -> None:
         "SqueezeNet": (jm.features(args.weights), list(HEADS)),
     }
     for name, (embed, heads) in fixed.items():
-        rows[name] = kept.get(name) or {"heads": feature_accuracies(embed, heads, 84, args), "size": 84}
-        done()
+        measured = kept.get(name) or {"heads": feature_accuracies(embed, heads, 84, args), "size": 84}
+        add_row(name, measured)
     for name in TRAININGS:
         if name in kept:
-            rows[name] = kept[name]
+            add_row(name, kept[name])
         elif (folder_of(name, args.out) / "report.json").exists():
-            rows[name] = row_of_run(name, args)
-        else:
-            continue
-        done()
+            add_row(name, row_of_run(name, args))
     complete = [name for name in _SOURCES if (folder_of(name, args.out) / "report.json").exists()]
     sources = {"SqueezeNet": jm.features(args.weights)}
     sources |= {name: jm.features(folder_of(name, args.out)) for name in complete}

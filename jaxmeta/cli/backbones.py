@@ -284,7 +284,7 @@ _TRANSFORMERS = {
     "dinov2": ("Dinov2Model", "facebook/dinov2-small"),
     "clip": ("CLIPVisionModelWithProjection", "openai/clip-vit-base-patch32"),
 }
-# Beginnings of other names of architectures, for which the advice lists what can be read.
+# Prefixes of other architectures' names, for which the advice lists what can be read.
 _OTHERS = re.compile(
     r"alexnet|beit|bit|clip|convnext|deit|densenet|dino|efficientnet|eva|inception|mae|mobilenet|regnet|resnet|"
     r"resnext|siglip|squeezenet|swin|vgg|vit|wide_resnet|xception"

@@ -1,4 +1,4 @@
-"""Where tasks come from: pure samplers `sample(key) -> Task`, each with a protocol card.
+"""Task sources: pure samplers `sample(key) -> Task`, each with a protocol card.
 
 | source | command line | Python |
 | --- | --- | --- |

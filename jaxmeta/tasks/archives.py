@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from jaxmeta.checks import MissingFileError
+from jaxmeta.checks import MissingFileError, join_names
 from jaxmeta.files import replacing
 from jaxmeta.tasks.cache import cache_folder, ensure_space
 from jaxmeta.tasks.records import (
@@ -95,10 +95,15 @@ def read_archive(path: Path, part: str, characters: tuple[str, ...]) -> dict[str
     images = _read_folder(path) if path.is_dir() else _read_zip(path, part)
     expected = {f"{name}/{drawer:02d}" for name in characters for drawer in range(1, DRAWERS + 1)}
     if images.keys() != expected:
-        missing, extra = sorted(expected - images.keys()), sorted(images.keys() - expected)
+        differing = {"missing": expected - images.keys(), "unexpected": images.keys() - expected}
+        found = [
+            f"{len(drawings)} {kind} ({join_names(sorted(drawings))})"
+            for kind, drawings in differing.items()
+            if drawings
+        ]
         raise ValueError(
-            f"{path}: not Omniglot's images_{part}: {len(missing)} of {len(expected)} drawings missing "
-            f"(for example {missing[:2]}), {len(extra)} unexpected (for example {extra[:2]})"
+            f"{path}: not Omniglot's images_{part}, which has {len(expected)} drawings: {', '.join(found)}; "
+            "download it again"
         )
     return images
 

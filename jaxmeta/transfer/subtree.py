@@ -150,7 +150,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How every leaf of two trees was used in a transplant; `str(report)` is a table.
+    """Report on the use of every leaf of two trees in a transplant; `str(report)` is a table.
 
     Attributes:
       taken: leaves of the source that are now in the target.

@@ -119,6 +119,12 @@ def test_only_nested_dicts_of_arrays_are_saved(tmp_path, variables, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_only_safetensors_files_are_written(tmp_path, small):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        save_pretrained(tmp_path / "weights.bin", small)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.nightly_rows(after=5)
 @pytest.mark.parametrize(
     ("kind", "content"),
@@ -359,8 +365,6 @@ def test_a_folder_with_several_files_of_weights_is_rejected(tmp_path, small):
         save_pretrained(tmp_path / f"{name}.safetensors", small)
     with pytest.raises(ValueError, match=r"several files of weights: a\.safetensors, b\.safetensors"):
         load_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
-        save_pretrained(tmp_path / "weights.bin", small)
 
 
 # --- The Hub -------------------------------------------------------------------------------------
