@@ -90,7 +90,7 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
     """
     path = Path(path).absolute()
     if not path.exists():
-        raise MissingFileError("path", f"there is nothing at {path}")
+        raise MissingFileError("path", f"{path} does not exist")
     try:
         leaves, manifest = _read(path)
     except Exception as error:

@@ -194,11 +194,12 @@ class Dropping(linen.Module):
         return linen.Dense(WAYS)(linen.Dropout(0.5)(x, deterministic))
 
 
-def test_dropout_passes_through():
+def test_dropout_of_the_network_is_active_only_with_a_key():
     model, x = jm.nn.lora(Dropping()), jnp.ones((4, 8))
     params = model.init(KEY, x)
     assert model.stochastic
-    np.testing.assert_array_equal(model.apply(params, x), model.apply(params, x, key=None))
+    expected = Dropping().apply({"params": params["network"]}, x)
+    np.testing.assert_allclose(model.apply(params, x), expected, rtol=1e-6)
     assert not np.allclose(model.apply(params, x), model.apply(params, x, key=KEY))
 
 
