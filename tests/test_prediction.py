@@ -373,7 +373,7 @@ def test_usage_errors_are_one_line_with_status_2(trained, question, changes, exp
     assert expected in message
 
 
-def test_a_run_on_other_data_than_images_is_an_error(trained, question, tmp_path, capsys):
+def test_a_run_on_data_other_than_images_is_an_error(trained, question, tmp_path, capsys):
     config = resolve(base_of(Chosen(tasks="sinusoid")), {})
     (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
     flags = ["--support", str(question / "support"), "--query", str(question / "query")]

@@ -38,9 +38,9 @@ KEY = jax.random.key(0)
 SMALL = partial(jm.nn.MLP, hidden=(24, 16), norm=True)
 
 
-def draw_bars(folder, kinds, of_each, *, stray=3, across=False, **shades):
+def draw_bars(folder, kinds, per_kind, *, stray=3, across=False, **shades):
     for kind in range(kinds):
-        for number in range(of_each):
+        for number in range(per_kind):
             seed = 1000 * kind + number + 7 * across
             path = folder / f"bar {kind}" / f"{number:02d}.png"
             draw_bar(path, kind, seed, stray=stray, across=across, **shades)
@@ -604,7 +604,7 @@ def test_leep_uses_the_probabilities_of_the_source_s_head(place, tmp_path):
         (["--size", "9"], "--size: {place}/prototypical does not take grey images of 9×9"),
         (["--channels", "3"], "--channels: {place}/prototypical does not take colour images"),
         (["--network", "conv4"], "--network: got conv4, but {place}/prototypical names its network"),
-        (["--pixels", "imagenet"], "--pixels: got 3 values; the images have 1 channels"),
+        (["--pixels", "imagenet"], "--pixels: got 3 values for images of shape ("),
         (["none"], "--network: is missing; SOURCE none needs one"),
         (["none", "--recipe", "lp-ft", "--network", "conv4"], "--recipe: got lp-ft"),
         (["none", "--network", "lrua"], "--network: there is no 'lrua'"),
@@ -639,7 +639,7 @@ def test_invalid_flags_of_transfer_are_errors_that_name_the_flag(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_on_other_data_than_images_is_an_error(place, tmp_path, capsys):
+def test_a_run_on_data_other_than_images_is_an_error(place, tmp_path, capsys):
     shutil.copytree(place / "prototypical", tmp_path / "run")
     config = read_json(tmp_path / "run" / "config.json") | {"images": None, "tasks": {"name": "sinusoid"}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))

@@ -194,7 +194,7 @@ def test_only_typed_settings_are_forwarded():
         child(None, steps=2)
 
 
-def test_settings_of_another_type_than_the_parents_are_refused():
+def test_settings_whose_type_differs_from_the_parents_are_refused():
     with pytest.raises(TypeError, match=r"takes Settings, but parent\(\) has 'rate' as <class 'float'>"):
         forwarding(int)
 

@@ -169,7 +169,7 @@ def read_npz(path: Path, argument: str = "path") -> LabelledArrays:
     parts: list[str] = [part for part in PARTS if part in by_part]
     if "" in by_part and parts:
         raise ArgumentError(
-            argument, f"{path} has both x or y and arrays of the parts {', '.join(parts)}; remove one kind"
+            argument, f"{path} has x or y as well as arrays of the parts {', '.join(parts)}; remove one kind"
         )
     read = []
     domains: list[np.ndarray] = []

@@ -150,8 +150,8 @@ def draw_across(
     offsets: Int[Array, " ways"],
     classes: Int[Array, " ways"],
     shots: int,
-    bits: tuple[UInt32[Array, " domains"], UInt32[Array, " each"], UInt32[Array, " ways"]],
-) -> Int[Array, "ways each"]:
+    bits: tuple[UInt32[Array, " domains"], UInt32[Array, " per_class"], UInt32[Array, " ways"]],
+) -> Int[Array, "ways per_class"]:
     """Draw the rows of an episode whose support and queries are from different domains.
 
     A random order of the domains is shared by all classes. The support set of a class is drawn from the first
@@ -179,7 +179,7 @@ def draw_across(
 
     def rows(
         counts: Int[Array, " domains"], offset: Int[Array, ""], shift: UInt32[Array, ""]
-    ) -> Int[Array, " each"]:
+    ) -> Int[Array, " per_class"]:
         ordered = counts[order]
         after = jnp.cumsum(ordered)
         before = after - ordered

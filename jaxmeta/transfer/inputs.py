@@ -138,7 +138,11 @@ def input_adapter(
                 x = (x * jnp.asarray(LUMA, x.dtype)[None, None, None]).sum(3, keepdims=True)
         for name, values in (("mean", centre), ("std", spread)):
             if values.size not in (1, x.shape[3]):
-                raise ArgumentError(name, f"got {values.size} values; the images have {x.shape[3]} channels")
+                raise ArgumentError(
+                    name,
+                    f"got {values.size} values for images of shape {x.shape[1:]}; give one for all channels "
+                    "or one per channel",
+                )
         x = 1 - x if invert else x
         return (x - centre.astype(x.dtype)[None, None, None]) / spread.astype(x.dtype)[None, None, None]
 

@@ -121,7 +121,7 @@ def test_classes_with_too_few_examples_can_be_skipped(tmp_path):
             "30 examples x_test and 3 labels y_test",
         ),
         ({"x_train": X, "y_train": Y, "x_test": X}, "lacks y_test"),
-        ({"x": X, "y": Y, "x_test": X, "y_test": Y}, "has both x or y and arrays of the parts test"),
+        ({"x": X, "y": Y, "x_test": X, "y_test": Y}, "has x or y as well as arrays of the parts test"),
         (
             {"x_train": X, "y_train": Y, "x_test": X[:, :5], "y_test": Y},
             r"several shapes: \(5, 5, 1\), \(6, 5, 1\)",
