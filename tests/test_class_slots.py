@@ -155,7 +155,9 @@ def test_a_compiled_evaluation_refuses_labels_without_a_slot(part):
     wrong = np.where(Y == 2, 3, Y)
     labels = (wrong, Y) if part == "support" else (Y, Y - 1)
     learner, params, tasks = tasks_with_labels(*labels)
-    with pytest.raises(ArgumentError, match=r"tasks: got \d+ examples in \d+ of 8 episodes"):
+    with pytest.raises(
+        ArgumentError, match=r"tasks: got a class slot without an output in \d+ of 8 episodes"
+    ):
         jm.evaluate(learner, params, tasks, episodes=8, key=KEY)
     learner, params, tasks = tasks_with_labels(Y, Y)
     assert jm.evaluate(learner, params, tasks, episodes=8, key=KEY).episodes == 8

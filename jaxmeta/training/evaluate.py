@@ -465,7 +465,7 @@ def _scored(results: _Scores, episodes: int) -> Float[np.ndarray, " scored"]:
     scored = results.queries > 0
     if not scored.any():
         raise ArgumentError(
-            "tasks", f"got {episodes} episodes without a query: all are masked, or there are none"
+            "tasks", "got episodes without a query: all queries are masked, or there are none"
         )
     return np.asarray(results.value)[scored]
 
@@ -475,8 +475,8 @@ def _check_slots_exist(results: _Scores, episodes: int) -> None:
     if wrong.any():
         raise ArgumentError(
             "tasks",
-            f"got {wrong.sum()} examples in {np.count_nonzero(wrong)} of {episodes} episodes with a class "
-            "slot that has no output; slots are counted from 0",
+            f"got a class slot without an output in {np.count_nonzero(wrong)} of {episodes} episodes (number "
+            f"of examples: {wrong.sum()}); slots are counted from 0",
         )
 
 

@@ -68,7 +68,8 @@ def make_mesh(
     if needed > len(available):
         product = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
         hint = more_cpus(needed, available)
-        raise ValueError(f"{product} needs {needed} devices, but there are {len(available)}{hint}")
+        verb = "is" if len(available) == 1 else "are"
+        raise ValueError(f"{product} needs {needed} devices, but there {verb} {len(available)}{hint}")
     return Mesh(np.reshape(np.asarray(available[:needed]), tuple(sizes.values())), AXES)
 
 

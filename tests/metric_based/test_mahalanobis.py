@@ -60,7 +60,7 @@ def test_outputs_are_the_quadratic_forms_of_the_inverse_covariances(counts, dim,
     np.testing.assert_allclose(actual, direct(x, y, query, regularisation), rtol=1e-9)
 
 
-def test_embeddings_of_length_one_are_those_of_the_transform_l2n(x64):
+def test_the_transform_l2n_scales_embeddings_to_length_one(x64):
     x, y, query = drawn(3, [2, 1, 4], 12)
     learner = jm.mahalanobis(IDENTITY, regularisation=0.1, transform="l2n")
     x_unit, query_unit = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, query))

@@ -32,7 +32,7 @@ def images(tmp_path_factory):
         yield prepare("zoo", "0", (4, 4, 3), iter(rows), expected=len(rows))
 
 
-def close(a, b):
+def assert_close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b)
 
 
@@ -128,7 +128,7 @@ def from_stream(images):
 def test_training_from_a_stream_equals_training_from_memory(images, from_stream):
     (state, events), expected_events = from_stream, []
     expected = trained(jm.tasks.from_prepared(images, **SHAPE), expected_events)
-    close(expected.params, state.params)
+    assert_close(expected.params, state.params)
     assert [event.step for event in events] == [event.step for event in expected_events] == [3, 6, 7]
     for a, b in zip(expected_events, events, strict=True):
         assert a.metrics == pytest.approx(b.metrics, rel=1e-5)
@@ -155,7 +155,7 @@ def test_evaluation_from_a_stream_equals_evaluation_from_memory(images):
     expected = jm.evaluate_episodes(method, params, memory, episodes=11, key=KEY)
     np.testing.assert_allclose(jm.evaluate_episodes(method, params, stream, episodes=11, key=KEY), expected)
     calibrated = [jm.calibrate(method, params, tasks, KEY, episodes=8) for tasks in (memory, stream)]
-    close(*calibrated)
+    assert_close(*calibrated)
     assert jax.tree.structure(calibrated[1]) != jax.tree.structure(params)
 
 

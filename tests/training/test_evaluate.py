@@ -239,9 +239,9 @@ def test_an_evaluation_without_queries_is_refused():
     learner = toys.nearest_mean()
     tasks = partly_without_queries(lambda draw: draw < 2)
     params = initial_params(learner, tasks)
-    with pytest.raises(ValueError, match="tasks: got 3 episodes without a query"):
+    with pytest.raises(ValueError, match="tasks: got episodes without a query"):
         evaluate_episodes(learner, params, tasks, episodes=3, key=KEY)
-    with pytest.raises(ValueError, match="tasks: got 3 episodes without a query"):
+    with pytest.raises(ValueError, match="tasks: got episodes without a query"):
         evaluate(learner, params, tasks, episodes=3, key=KEY)
 
 
@@ -319,7 +319,7 @@ def test_run_episodes_refuses_zero_episodes_and_invalid_slots():
         run_episodes(learner, params, tasks, episodes=0, key=KEY)
     # Two outputs have no slot for class 2, which has one support example and one query without padding.
     two = learner._replace(predict=lambda params, adapted, x: jnp.zeros((x.shape[0], 2)))
-    with pytest.raises(ValueError, match="tasks: got 6 examples in 3 of 3 episodes with a class slot"):
+    with pytest.raises(ValueError, match=r"class slot without an output in 3 of 3 episodes \(.* 6\)"):
         run_episodes(two, params, tasks, episodes=3, key=KEY)
 
 
@@ -352,7 +352,7 @@ def test_invalid_class_slots_are_refused_under_any_metric():
         return task._replace(support=dataclasses.replace(task.support, y=task.support.y + 1))
 
     wrong = tasks._replace(sample=jax.tree_util.Partial(draw, tasks.sample))
-    with pytest.raises(ValueError, match="tasks: got 2 examples in 2 of 2 episodes with a class slot"):
+    with pytest.raises(ValueError, match=r"class slot without an output in 2 of 2 episodes \(.* 2\)"):
         evaluate(learner, initial_params(learner, tasks), wrong, episodes=2, key=KEY, metric=among_two)
 
 
