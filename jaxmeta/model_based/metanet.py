@@ -221,14 +221,14 @@ def metanet(
         return _ungrouped({kind: generated(kind, steps) for kind, steps in groups.items()}, slow)
 
     def example_level(generators: Params, gradients: PyTree, slow: Params) -> Params:
-        def generated(kind: str, each: Array) -> Array:
-            row = each.reshape(1, -1)
+        def generated(kind: str, rows: Array) -> Array:
+            row = rows.reshape(1, -1)
             return _by_blocks(
                 lambda block: example_generator.apply({"params": _of_kind(generators, kind)}, block[0]), row
-            ).reshape(each.shape)
+            ).reshape(rows.shape)
 
         groups = _grouped(gradients, slow)
-        return _ungrouped({kind: generated(kind, each) for kind, each in groups.items()}, slow)
+        return _ungrouped({kind: generated(kind, rows) for kind, rows in groups.items()}, slow)
 
     def fast_weights(params: Params, support: Batch, key: Key) -> PyTree:
         """Return the adapted state of a support set whose padding is blanked."""
