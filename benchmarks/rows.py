@@ -35,7 +35,7 @@ class ConvRow:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Names in `torch_peers.PEERS` of the libraries that can compute this row."""
+        """Return the names in `torch_peers.PEERS` of the libraries that can compute this row."""
         maml = ("torch.func", "torch.autograd", "higher", "learn2learn")
         return maml if self.inner_steps else ("torch.autograd",)
 

@@ -61,7 +61,7 @@ class Net(nn.Module):
 
 
 def with_func(row, order):
-    """torch.func: `vmap` over tasks of `grad` through `functional_call`."""
+    """Return the backward pass of torch.func: `vmap` over tasks of `grad` through `functional_call`."""
 
     def backward(net, tasks):
         def loss(params, x, y):
@@ -87,7 +87,7 @@ def with_func(row, order):
 
 
 def with_autograd(row, order):
-    """Plain autograd: a loop over tasks with `create_graph=True`, without another library."""
+    """Return the backward pass of plain autograd: a loop over tasks with `create_graph=True`."""
     if not row.inner_steps:
         return prototypical(row)
 
@@ -108,7 +108,7 @@ def with_autograd(row, order):
 
 
 def prototypical(row):
-    """Prototypical networks: support and queries in one batch, distances by one matrix product."""
+    """Return the backward pass of prototypical networks, with support and queries in one batch."""
 
     def backward(net, tasks):
         for xs, _, xq, yq in zip(*tasks, strict=True):
@@ -122,7 +122,10 @@ def prototypical(row):
 
 
 def with_higher(row, order):
-    """higher: a loop over tasks; the initial weights are not copied, so that they receive gradients."""
+    """Return the backward pass of higher: a loop over tasks.
+
+    The initial weights are not copied, so that they receive gradients.
+    """
     higher = importlib.import_module("higher")
 
     def constants(grads):
@@ -144,7 +147,7 @@ def with_higher(row, order):
 
 
 def with_learn2learn(row, order):
-    """learn2learn: a loop over tasks of clone, adapt and backward."""
+    """Return the backward pass of learn2learn: a loop over tasks of clone, adapt and backward."""
     learn2learn = importlib.import_module("learn2learn")
 
     def backward(net, tasks):

@@ -61,7 +61,7 @@ Parameters come out as nested dicts. jaxmeta does not install Equinox: `pip inst
 ...     def __call__(self, x):
 ...         return self.mlp(x.reshape(-1))
 >>> networks = {
-...     "Flax NNX": jm.nn.from_nnx(Net),  # called with the key at each initialisation
+...     "Flax NNX": jm.nn.from_nnx(Net),  # called with nnx.Rngs(key) at each initialisation
 ...     "Equinox": jm.nn.from_equinox(lambda key: Mlp(eqx.nn.MLP(784, 5, 16, 1, key=key))),
 ...     "functions": (init, apply),
 ...     "Flax Linen": jm.nn.MLP(out=5, hidden=(16,), norm=True),

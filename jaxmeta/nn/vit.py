@@ -237,13 +237,13 @@ class ViT(linen.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Numbers of patches along height and width."""
+        """Return the numbers of patches along height and width."""
         height, width = self.sides
         return height // self.patch, width // self.patch
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Return the height and width of the images."""
         size = self.image_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 

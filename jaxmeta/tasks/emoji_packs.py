@@ -352,9 +352,11 @@ def left_out_of(packs: Sequence[Pack]) -> tuple[LeftOut, ...]:
     """Return the pictures of packs that are not used, by reason."""
     names: dict[str, list[str]] = defaultdict(list)
     for pack in packs:
-        for reason, each in pack.left_out.items():
-            names[reason] += each
+        for reason, drawings in pack.left_out.items():
+            names[reason] += drawings
     plurals = {reason: f"{reason}s" for reason in names} | {"keycap or letter": "keycaps and letters"}
     return tuple(
-        itertools.chain.from_iterable(LeftOut.of(r, plurals[r], each) for r, each in sorted(names.items()))
+        itertools.chain.from_iterable(
+            LeftOut.of(reason, plurals[reason], drawings) for reason, drawings in sorted(names.items())
+        )
     )
