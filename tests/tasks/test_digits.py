@@ -8,6 +8,7 @@ import pytest
 from configs import config_of
 from draws import drawn
 from PIL import Image
+from support import raises_argument_error
 
 from jaxmeta.cli import main, sources
 from jaxmeta.tasks import (
@@ -320,7 +321,7 @@ def test_missing_files_raise_errors_that_name_them(tmp_path):
 
 def test_invalid_arguments_are_refused(tmp_path):
     for part in ("validation", None):
-        with pytest.raises(ValueError, match=rf"part: got {part!r}; it must be one of 'train', 'test'$"):
+        with raises_argument_error(rf"part: got {part!r}; it must be one of 'train', 'test'$"):
             mnist_images(tmp_path, part)
     with pytest.raises(ValueError, match=r"part: got 'validation'; it must be one of 'train', 'test', None"):
         mnist(data=tmp_path, part="validation")
