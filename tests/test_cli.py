@@ -527,7 +527,7 @@ def test_config_starts_from_a_file_with_flags_on_top(run, tmp_path, started, cap
         (["--config", "nowhere.json"], "--config: nowhere.json does not exist"),
         (["--config", "text.json"], "--config: text.json is not valid JSON"),
         (["--config", "empty.json"], "empty.json has format 1, but"),
-        (["--config", "RUN", "--preset", "glyphs"], "--preset: --config has all values"),
+        (["--config", "RUN", "--preset", "glyphs"], "--preset: --config already has all values"),
         (
             ["--config", "RUN", "--tasks", "glyphs"],
             "--tasks: got glyphs, but the configuration is for",
