@@ -6,7 +6,8 @@ reasons.
 
 The default run checks each learner on inductive classification (a transductive method on its only row), and
 MAML also on regression; properties that compile a second program run on one learner of each family. The
-nightly run checks all.
+nightly run adds the other learners and kinds of tasks, and transductive rows of one learner of each family.
+Those of the others are slow: they differ from the inductive ones in the source of the batch statistics alone.
 """
 
 import functools
@@ -181,21 +182,27 @@ def one_row_of_representatives(case):
     return one_row(case) and case.name in REPRESENTATIVES and case.kind == "classification"
 
 
-def law(where=lambda case: True, default=one_row):
-    """Run a test on the cases of `where` that are not exempt; those not in `default` are nightly."""
+def marks_of(case, default, every_row):
+    """Return the marks of a test on a case; see the module's docstring."""
+    # Tests of one learner share its compiled program, so they run on one worker.
+    group = pytest.mark.xdist_group(f"laws of {case.name}")
+    if default(case):
+        return [group]
+    by_norm_alone = case.row == "transductive" and not transductive(case) and case.name not in REPRESENTATIVES
+    return [group, pytest.mark.slow if by_norm_alone and not every_row else pytest.mark.nightly]
+
+
+def law(where=lambda case: True, default=one_row, every_row=False):
+    """Run a test on the cases of `where` that are not exempt.
+
+    Cases that are not in `default` are nightly, or slow where they differ from another by the norm alone,
+    unless `every_row`.
+    """
 
     def mark(test):
         name = test.__name__.removeprefix("test_")
         rows = [
-            pytest.param(
-                case,
-                id=str(case),
-                # Tests of one learner share its compiled program, so they run on one worker.
-                marks=[
-                    pytest.mark.xdist_group(f"laws of {case.name}"),
-                    *([] if default(case) else [pytest.mark.nightly]),
-                ],
-            )
+            pytest.param(case, id=str(case), marks=marks_of(case, default, every_row))
             for case in CASES
             if where(case) and (name, case.name) not in EXEMPT
         ]
@@ -421,7 +428,7 @@ def test_example_order_has_no_effect(case):
         assert_equal(reordered._replace(adapted=expected.adapted), expected._replace(outputs=outputs))
 
 
-@law(default=lambda case: one_row(case) or case.name in REPRESENTATIVES)
+@law(default=lambda case: one_row(case) or case.name in REPRESENTATIVES, every_row=True)
 def test_other_queries_matter_only_if_transductive(case):
     learner, params, query = learner_of(case), params_of(case), task_of(case).query
     joint = run(case)
