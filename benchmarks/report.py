@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import domain_adaptation
-import few_shot
 import label_shift
 import model_based
 import reproduce
@@ -363,61 +362,6 @@ def transfers() -> Values:
         "episodes": str(episodes),
         "few_shot": transfer.few_shot_table(few),
         "few_shot_origin": origin(others, f"{command} few-shot --episodes {episodes}"),
-    }
-
-
-def emoji() -> Values:
-    name = "few-shot-emoji-2-cores.json"
-    report = read(name)
-    rows = few_shot.ordered(report["rows"])
-    command = "python benchmarks/few_shot.py --data DIR --weights squeezenet1_1.safetensors --train all"
-
-    def cells(source: str, words: dict) -> list[str]:
-        return [source, *(percent(words[f"{ways}-way"]) for ways in (5, 20))]
-
-    def budget(training: str) -> list[str]:
-        row = rows[training]
-        drawn = f"{row['train_ways']}-way tasks" if row["train_ways"] else "mini-batches"
-        return [
-            training,
-            row["network"],
-            f"{row['size']}",
-            f"{row['steps']:,} of {row['meta_batch']} {drawn}",
-            minutes(row["training_s"]),
-        ]
-
-    def others(target: str) -> Iterable[list[str]]:
-        found = report["elsewhere"][target]
-        for source, heads in found["accuracy"].items():
-            best = max(heads, key=lambda head: heads[head]["mean"])
-            score = found["scores"][source]
-            yield [
-                target.replace("_", "-"),
-                source,
-                percent(heads["simple_shot"]),
-                f"{percent(heads[best])} (`{best}`)",
-                f"{score['log_me']:.3f}",
-                f"{score['h_score']:.1f}",
-            ]
-
-    return {
-        "episodes": f"{report['episodes']:,}",
-        "held_out": few_shot.HELD_OUT,
-        "five": few_shot.table(rows, 5),
-        "twenty": few_shot.table(rows, 20),
-        "widest": f"{100 * few_shot.widest(rows):.1f}",
-        "zero_shot": markdown(
-            ["features", "5-way", "20-way"], (cells(*each) for each in report["zero_shot"].items())
-        ),
-        "elsewhere": markdown(
-            ["data", "features", "`simple_shot`", "best head", "LogME", "H-score"],
-            (row for target in report["elsewhere"] for row in others(target)),
-        ),
-        "budgets": markdown(
-            ["training", "network", "pixels", "meta-steps", "minutes"],
-            (budget(training) for training in rows if "steps" in rows[training]),
-        ),
-        "origin": origin(name, f"{command} --words FOLDER --elsewhere --json FILE --figure FILE"),
     }
 
 
