@@ -402,6 +402,9 @@ def main(argv=None) -> None:
         for name, row in elsewhere({"SqueezeNet": jm.features(args.weights, size=112), **trained}, args):
             measured[name] = row
             save(elsewhere=measured)
+    for ways in (5, 20):
+        print(f"\n{ways}-way accuracy in %, with intervals of at most ± {100 * widest(rows):.1f}\n")
+        print(table(rows, ways))
     if args.figure:
         draw(rows, args.figure)
 
