@@ -122,7 +122,7 @@ class Classifier:
         scores = np.asarray(_one_by_one(function, self.values, jnp.asarray(x)))
         # A log-probability may be −∞.
         if np.isnan(scores).any() or (scores == np.inf).any():
-            # Scores of a head of the weights, and of an export, follow no adaptation here.
+            # A head in the weights and an export classify without adaptation.
             adapted = isinstance(self.values, Mapping) and "adapted" in self.values
             cause = "adaptation diverged: " if adapted else ""
             raise FloatingPointError(f"{self.about}: {cause}the scores are not finite")
