@@ -157,6 +157,25 @@ def test_transductive_methods_report_one_row_and_predict_refuses_them(workspace,
     assert method.predict(params, adapted, support.x).shape == (3, 3)
 
 
+@pytest.mark.parametrize(
+    ("learner", "norms"),
+    [
+        ("prototypical", {"inductive": "none"}),
+        ("maml", {"inductive": "none"}),
+        # Its features are centred by the mean of the batch or of the training classes.
+        ("simple_shot", {"transductive": "batch", "inductive": "population"}),
+    ],
+)
+@pytest.mark.nightly
+def test_a_network_without_batch_normalisation_is_evaluated_once(learner, norms, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--tasks", "glyphs", "--network", "linear", "--ways", "2", "--queries", "1", "--devices", "1"]
+    assert main(["train", learner, *flags, "--steps", "1", "--episodes", "2", "--out", str(out)]) == 0
+    accuracy = read_json(out / "report.json")["accuracy"]
+    assert {row: entry["norm"] for row, entry in accuracy.items()} == norms
+    assert ("inductive (no batch normalisation)" in capsys.readouterr().out) == (len(norms) == 1)
+
+
 @pytest.mark.nightly
 def test_the_zero_shot_preset_trains_and_reports_both_rows(tmp_path):
     flags = ["--steps", "3", "--ways", "3", "--queries", "2", "--episodes", "4", "--network", "strided-conv4"]

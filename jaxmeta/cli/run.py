@@ -741,6 +741,20 @@ def _population(learner: Learner, config: Config, params: Params, key: Key) -> P
     return {"population": calibrate(learner, params, tasks, key)["population"]}
 
 
+def _norms_of_rows(config: Config, params: Params, test: TaskDistribution | TaskStream) -> Mapping[str, str]:
+    """Return the statistics of normalisation by row of a report.
+
+    A learner without batch statistics predicts the same in every row, so that its report has the last one only.
+    """
+    rows = config.names().facts.rows
+    statistics = build.learner_of(config).statistics
+    if len(rows) == 1 or statistics is None:
+        return rows
+    key = jax.random.key(0)
+    total = jax.eval_shape(lambda key, sample: statistics(params, sample(key), key)[0], key, sample_of(test))
+    return rows if jax.tree.leaves(total) else {list(rows)[-1]: "none"}
+
+
 def _results(
     config: Config,
     params: Params,
@@ -763,6 +777,9 @@ def _results(
     def values(config: Config, norm: str) -> np.ndarray:
         return evaluate(build.learner_of(config, norm), params)
 
+    def learners() -> dict[str, Learner]:
+        return {name: build.learner_of(config, config.names().facts.rows[name]) for name in norms}
+
     def row(values: np.ndarray) -> dict[str, float]:
         evaluation = Evaluation.of(values)
         return {"mean": evaluation.mean, "ci95": evaluation.ci95}
@@ -771,16 +788,15 @@ def _results(
     classes: dict[str, ClassEvaluation] = {}
     ways = card_of(test).ways
     if metric_name(test) == "accuracy":
-        rows = config.names().facts.rows
+        norms = _norms_of_rows(config, params, test)
         if by_class:
             classes = {
-                name: evaluate_classes(build.learner_of(config, norm), params, test, **drawn)
-                for name, norm in rows.items()
+                name: evaluate_classes(learner, params, test, **drawn) for name, learner in learners().items()
             }
             episodes = {name: result.scores for name, result in classes.items()}
         else:
-            episodes = {name: values(config, norm) for name, norm in rows.items()}
-        results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in rows.items()}
+            episodes = {name: evaluate(learner, params) for name, learner in learners().items()}
+        results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in norms.items()}
         if isinstance(ways, int):
             results["chance"] = 1 / ways
         if config.tasks.get("sequence") is not None:
