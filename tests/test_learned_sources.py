@@ -1,7 +1,10 @@
 """Runs, transfers and weights as sources of predictions, evaluations, exports and trainings."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -435,6 +438,33 @@ def test_init_starts_training_from_a_source(root, tmp_path, capsys, learner, sou
     config["run"]["init"] = "gone"
     (out / "config.json").write_text(json.dumps(config))
     assert main(["train", "--resume", "--out", str(out)]) == 0
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_cores_share_the_tasks_although_weights_are_read_first(root, tmp_path, command):
+    tasks = ["--tasks", f"folder:{root / 'images'}", "--ways", "2", "--queries", "2", "--episodes", "4"]
+    source, split = str(root / "transfer"), ["--classes", "0.5,0,0.5"]
+    brief = ["--steps", "1", "--meta-batch", "2", "--devices", "2", "--out", str(tmp_path / "out")]
+    argv = {
+        "train": ["train", "prototypical", *tasks, *split, "--init", source, *brief],
+        "evaluate": [
+            "evaluate",
+            source,
+            *tasks,
+            *split,
+            "--devices",
+            "2",
+            "--json",
+            str(tmp_path / "out.json"),
+        ],
+    }
+    # In a process of its own, since JAX has started in this one.
+    program = [sys.executable, "-m", "jaxmeta.cli", *argv[command]]
+    environment = {**os.environ, "JAXMETA_CACHE": str(tmp_path), "XLA_FLAGS": ""}
+    subprocess.run(program, env=environment, check=True, stdout=subprocess.DEVNULL)
+    report = tmp_path / ("out/report.json" if command == "train" else "out.json")
+    assert read_json(report)["devices"] == 2
 
 
 @pytest.mark.nightly

@@ -24,6 +24,7 @@ from jaxmeta.cli.config import (
     on_other_tasks,
     resolve,
 )
+from jaxmeta.cli.devices import make_devices_of_cores
 from jaxmeta.cli.heads import DEFAULT as HEAD_DEFAULT
 from jaxmeta.cli.heads import HEADS
 from jaxmeta.cli.initial import with_network_of
@@ -62,7 +63,10 @@ def _first_phase(argv: Sequence[str]) -> tuple[dict[str, str], str | None, bool,
     """Return the names in a command line, its first word, whether it resumes, and `--out`."""
     named: dict[str, str] = {}
     words = [normalized(word) for word in argv]
-    wanted = {schema.flag_of(name): name for name in (*_NAMES, "init", "out", "learner", "target")}
+    wanted = {
+        schema.flag_of(name): name
+        for name in (*_NAMES, "init", "out", "learner", "target", "devices", "mesh")
+    }
     for index, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if flag in wanted:
@@ -117,6 +121,7 @@ def train(argv: Sequence[str]) -> None:
     with _plain_parser().naming_flags():
         base = _base_to_resume(named, learner, out) if resume else base_of(_chosen(named, learner))
         if "init" in named and not resume and not {"network", "config"} & set(named):
+            make_devices_of_cores(named.get("devices"), named.get("mesh"))
             with train_parser(base).naming_flags():
                 base = with_network_of(base, named["init"])
     parser = train_parser(base)

@@ -154,6 +154,23 @@ def peak_memory(mesh: Mesh) -> dict[str, Any]:
     return {"peak_memory_bytes": peak, "peak_memory": "process"}
 
 
+def make_devices_of_cores(devices: str | None, mesh: str | None) -> None:
+    """Make each CPU core a device, or as many as --devices or --mesh ask for, before weights are read.
+
+    Reading weights starts JAX, and later the number can no longer be set. Invalid values are errors of the
+    parser, which reads these flags afterwards.
+
+    Args:
+      devices: text of --devices.
+      mesh: text of --mesh.
+    """
+    with contextlib.suppress(ValueError):
+        sizes = parse_axes(mesh) if mesh is not None else {}
+        wanted = int(devices) if devices is not None else math.prod(sizes.values()) if sizes else None
+        if wanted is None or 1 <= wanted <= _MOST:
+            _make_devices_of_cores(wanted, None, 1)
+
+
 def _make_devices_of_cores(wanted: int | None, meta_batch: int | None, processes: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):

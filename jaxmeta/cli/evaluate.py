@@ -79,8 +79,9 @@ def evaluate_weights(
         raise ArgumentError(flag, f"is for one head, and --learner names {', '.join(names)}; name one")
     # The head of the result's entries that are about a single head, such as `accuracy`.
     first = DEFAULT if DEFAULT in names else names[0]
-    backbone = load_backbone(source, network=network)
+    # First, since reading weights starts JAX.
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
+    backbone = load_backbone(source, network=network)
     key = evaluation_key(config.run.seed)
     test = sources.tasks_of(config, "test", key)
     images = image_spec(test, config.names().source.ink)
