@@ -744,7 +744,8 @@ def _population(learner: Learner, config: Config, params: Params, key: Key) -> P
 def _norms_of_rows(config: Config, params: Params, test: TaskDistribution | TaskStream) -> Mapping[str, str]:
     """Return the statistics of normalisation by row of a report.
 
-    A learner without batch statistics predicts the same in every row, so that its report has the last one only.
+    A learner without batch statistics predicts the same in every row, so that its report has the last one
+    only.
     """
     rows = config.names().facts.rows
     statistics = build.learner_of(config).statistics
