@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Bool, Float, Shaped
 
-from jaxmeta.checks import ArgumentError
+from jaxmeta.checks import ArgumentError, check_count, check_word
 from jaxmeta.nn.defaults import narrow_normal, relu
 from jaxmeta.nn.layers import Conv
 from jaxmeta.nn.norm import BatchNorm
+
+Padding = Literal["SAME", "VALID"]
 
 
 def max_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
@@ -110,7 +112,7 @@ class ConvNorm(linen.Module):
     pool: bool = False
     use_scale: bool = True
     epsilon: float = 1e-3
-    padding: Literal["SAME", "VALID"] = "SAME"
+    padding: Padding = "SAME"
 
     @linen.compact
     def __call__(
@@ -141,9 +143,12 @@ class Conv4(linen.Module):
       ways: width of the linear head; None for an embedding without one.
       filters: channels of every block.
       epsilon: constant added to the variance in the batch normalisation.
+      blocks: number of blocks; TorchBench's MAML has 3, with the padding "VALID".
+      padding: padding of the convolutions, "SAME" or "VALID".
 
     Raises:
-      ValueError: images smaller than 16×16.
+      ValueError: images too small for the blocks, with the defaults smaller than 16×16; `blocks` below 1; an
+        unknown `padding`.
 
     Examples:
       >>> network, x = Conv4(ways=5, filters=8), jnp.zeros((2, 28, 28, 1))
@@ -161,15 +166,24 @@ class Conv4(linen.Module):
     ways: int | None = None
     filters: int = 64
     epsilon: float = 1e-3
+    blocks: int = 4
+    padding: Padding = "SAME"
+
+    def __post_init__(self) -> None:
+        check_count("blocks", self.blocks)
+        check_word("padding", self.padding, get_args(Padding))
+        super().__post_init__()
 
     @linen.compact
     def __call__(
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n d"]:
-        require_size(x, 16)
-        for _ in range(4):
+        # Sizes whose last map has one pixel: a block halves a size, without padding after a loss of 2.
+        require_size(x, 2**self.blocks if self.padding == "SAME" else 3 * 2**self.blocks - 2)
+        for _ in range(self.blocks):
+            block = ConvNorm(self.filters, pool=True, epsilon=self.epsilon, padding=self.padding)
             # ReLU and max-pooling commute, and after pooling ReLU has a quarter of the pixels to process.
-            x = jax.nn.relu(ConvNorm(self.filters, pool=True, epsilon=self.epsilon)(x, mask))
+            x = jax.nn.relu(block(x, mask))
         return linear_head(flattened(x), self.ways)
 
 

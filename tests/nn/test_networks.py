@@ -14,13 +14,14 @@ from jaxmeta.nn.embedding import ConvNorm
 from jaxmeta.nn.norm import STATISTICS, from_moments, moments, to_moments
 
 
-@pytest.mark.nightly_rows(after=4)
+@pytest.mark.nightly_rows(after=5)
 @pytest.mark.parametrize(
     ("network", "image", "width", "count"),
     [
         (jm.nn.Conv4(), (28, 28, 1), 64, 111_936),
         (jm.nn.Conv4(), (84, 84, 3), 1600, 113_088),
         (jm.nn.Conv4(ways=5, filters=32), (84, 84, 3), 5, 32_901),
+        (jm.nn.Conv4(blocks=3, padding="VALID"), (28, 28, 1), 64, 111_936 - 64 * (9 * 64 + 3)),
         (jm.nn.StridedConv4(ways=5, use_scale=False), (28, 28, 1), 5, 112_005),
         (jm.nn.StridedConv4(ways=5), (28, 28, 1), 5, 112_261),
         (jm.nn.StridedConv4(), (28, 28, 1), 64, 112_261 - 65 * 5),
@@ -37,6 +38,33 @@ def test_widths_and_parameter_counts(network, image, width, count):
     assert jax.eval_shape(model.apply, params, x).shape == (2, width)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "padding", "least"), [(4, "SAME", 16), (1, "SAME", 2), (1, "VALID", 4), (3, "VALID", 22)]
+)
+def test_the_smallest_images_of_conv4_end_as_one_pixel(blocks, padding, least):
+    network = jm.nn.Conv4(filters=3, blocks=blocks, padding=padding)
+
+    def features(size):
+        x = jax.ShapeDtypeStruct((2, size, size + 1, 1), jnp.float32)
+        return jax.eval_shape(network.init_with_output, jax.random.key(0), x)[0].shape
+
+    assert features(least) == (2, 3)
+    with pytest.raises(ValueError, match=f"got images of {least - 1}×{least}; .* at least {least}×{least}"):
+        features(least - 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blocks": 0}, "blocks: got 0; it must be at least 1"),
+        ({"padding": "valid"}, "padding: got 'valid'; it must be one of 'SAME', 'VALID'"),
+    ],
+)
+def test_conv4_refuses_unknown_blocks_and_padding(settings, message):
+    with pytest.raises(ValueError, match=message):
+        jm.nn.Conv4(**settings)
+
+
 def test_sinusoid_mlp_has_the_published_initialisation():
     params = jax.jit(jm.nn.as_model(jm.nn.MLP(out=1)).init)(jax.random.key(0), jnp.zeros((1, 1)))
     params = jax.tree.map(np.asarray, params)
@@ -48,11 +76,15 @@ def test_sinusoid_mlp_has_the_published_initialisation():
     assert 0.018 < np.abs(kernel).max() <= 0.02
 
 
-def test_conv4_pools_after_the_relu(x64):
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"blocks": 2, "padding": "VALID"}, marks=pytest.mark.nightly)]
+)
+def test_conv4_pools_after_the_relu(settings, x64):
     """Compare with the published order: convolution with bias, normalisation, ReLU, pooling."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 17, 16, 2))
-    model = jm.nn.as_model(jm.nn.Conv4(filters=4))
+    network = jm.nn.Conv4(filters=4, **settings)
+    model = jm.nn.as_model(network)
     params = jax.tree.map(
         lambda leaf: np.asarray(leaf) + 0.3 * rng.normal(size=leaf.shape),
         jax.jit(model.init)(jax.random.key(1), x),
@@ -60,10 +92,10 @@ def test_conv4_pools_after_the_relu(x64):
 
     @jax.jit
     def published(params, x):
-        for i in range(4):
+        for i in range(network.blocks):
             block = params[f"ConvNorm_{i}"]
             layer = {"kernel": block["conv"]["kernel"], "bias": block["bias"]}
-            x = linen.Conv(4, (3, 3)).apply({"params": layer}, x)
+            x = linen.Conv(4, (3, 3), padding=network.padding).apply({"params": layer}, x)
             mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
             scale, bias = (block["norm"][name][None, None, None] for name in ("scale", "bias"))
             x = jax.nn.relu(scale * (x - mean) / jnp.sqrt(var + 1e-3) + bias)
