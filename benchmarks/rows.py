@@ -17,7 +17,8 @@ from jaxmeta.cli.report import plural
 class ConvRow:
     """The meta-step of MAML or, with 0 inner steps, of prototypical networks, which have no head.
 
-    `features` is the input width of the linear head.
+    `features` is the input width of the linear head. `blocks` and `padding` are settings of the max-pooled
+    network; the strided one has four padded blocks.
     """
 
     image: tuple[int, int, int]
@@ -32,6 +33,8 @@ class ConvRow:
     shots: int = 1
     outer_lr: float = 1e-3
     strategy: str | int = "auto"
+    blocks: int = 4
+    padding: str = "SAME"
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -42,13 +45,17 @@ class ConvRow:
     def describe(self) -> str:
         return (
             f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} per class, "
-            f"{'strided ' if self.strided else ''}Conv4-{self.filters} on {self.image}, "
+            f"{'strided ' if self.strided else ''}Conv{self.blocks}-{self.filters} "
+            f"{'without padding ' if self.padding == 'VALID' else ''}on {self.image}, "
             + (plural(self.inner_steps, "inner step") if self.inner_steps else "prototypical networks")
         )
 
     def learner(self, order: str) -> jm.Learner:
-        kind = jm.nn.StridedConv4 if self.strided else jm.nn.Conv4
-        network = kind(ways=self.ways if self.inner_steps else None, filters=self.filters)
+        ways = self.ways if self.inner_steps else None
+        if self.strided:
+            network = jm.nn.StridedConv4(ways, self.filters)
+        else:
+            network = jm.nn.Conv4(ways, self.filters, blocks=self.blocks, padding=self.padding)
         if not self.inner_steps:
             return jm.prototypical(network)
         return jm.maml(network, inner_lr=self.inner_lr, inner_steps=self.inner_steps, order=order)
@@ -76,7 +83,9 @@ class ConvRow:
         outer gradient: 1 + 1 or 1 + 2. Prototypical networks have one forward and one backward pass over all
         images, 1 + 1 or 1 + 2, and the distances.
         """
-        layers = _conv_layers(self.image, self.filters, blocks=4, strided=self.strided)
+        layers = _conv_layers(
+            self.image, self.filters, self.blocks, strided=self.strided, padding=self.padding
+        )
         if not self.inner_steps:
             images = self.ways * (self.shots + self.queries)
             distances = 3 * self.ways * self.ways * self.queries * self.features
@@ -203,12 +212,66 @@ class FastWeightsRow:
         return 2 * self.meta_batch * (networks + generators + mixtures)
 
 
-def _conv_layers(image, filters, blocks, *, strided=False, ceil=False) -> list[int]:
+@dataclasses.dataclass(frozen=True)
+class LSTMRow:
+    """The meta-step of the LSTM meta-learner; no maintained peer implements it."""
+
+    image: tuple[int, int, int] = (28, 28, 1)
+    filters: int = 32
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    inner_steps: int = 12
+    hidden: int = 20
+    meta_batch: int = 4
+    outer_lr: float = 1e-3
+    strategy: str | int = "auto"
+    peers = ()
+
+    def describe(self) -> str:
+        return (
+            f"{self.ways}-way {self.shots}-shot, {plural(self.queries, 'query')} per class, "
+            f"strided Conv4-{self.filters} on {self.image}, LSTM meta-learner, "
+            f"{plural(self.inner_steps, 'inner step')}"
+        )
+
+    def learner(self, order: str) -> jm.Learner:
+        # The published order, which differentiates through the optimizer alone.
+        del order
+        network = jm.nn.StridedConv4(self.ways, self.filters)
+        return jm.lstm_meta_learner(network, inner_steps=self.inner_steps, hidden=self.hidden)
+
+    def tasks(self, count: int, seed: int) -> jm.Task:
+        return _tasks(self, count, seed)
+
+    def operations(self, order: str) -> int:
+        """Return the operations of the network on support and queries, and of the LSTM on every parameter.
+
+        The support gradients are constants: one forward and one backward pass in every inner step, as the
+        queries have once. The LSTM's products with its inputs, two features each of gradient and loss, which
+        are constants too, take one unit forward and one backward; those with its state, and those of both
+        gates, one and two.
+        """
+        del order
+        convs, head = _conv_layers(self.image, self.filters, 4, strided=True), self.filters * self.ways
+        images = self.ways * (self.shots * self.inner_steps + self.queries)
+        network = images * (2 * convs[0] + 3 * (sum(convs[1:]) + head))
+
+        # Of each convolution a kernel, a bias and the normalisation's scale and bias.
+        parameters = 9 * self.filters * (self.image[2] + 3 * self.filters) + 12 * self.filters
+        parameters += head + self.ways
+        lstm = 4 * self.hidden * (2 * 4 + 3 * self.hidden) + 2 * 3 * (self.hidden + 2)
+        return 2 * self.meta_batch * (network + self.inner_steps * parameters * lstm)
+
+
+def _conv_layers(image, filters, blocks, *, strided=False, padding="SAME", ceil=False) -> list[int]:
     """Return the multiply-adds of each 3×3 convolution for one image."""
     (height, width, channels), layers = image, []
     for _ in range(blocks):
         if strided:
             height, width = -(-height // 2), -(-width // 2)
+        elif padding == "VALID":
+            height, width = height - 2, width - 2
         layers.append(height * width * 9 * channels * filters)
         if not strided:
             height, width = ((size + ceil) // 2 for size in (height, width))
@@ -216,7 +279,7 @@ def _conv_layers(image, filters, blocks, *, strided=False, ceil=False) -> list[i
     return layers
 
 
-def _tasks(row: ConvRow | FastWeightsRow, count: int, seed: int) -> jm.Task:
+def _tasks(row: ConvRow | FastWeightsRow | LSTMRow, count: int, seed: int) -> jm.Task:
     """Return `count` fixed tasks of random images; each class has its own mean image."""
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(count, row.ways, 1, *row.image))
@@ -230,7 +293,7 @@ def _tasks(row: ConvRow | FastWeightsRow, count: int, seed: int) -> jm.Task:
     return jm.Task(batch(row.shots), batch(row.queries))
 
 
-Row = ConvRow | SequenceRow | FastWeightsRow
+Row = ConvRow | SequenceRow | FastWeightsRow | LSTMRow
 
 ROWS: dict[str, Row] = {
     # Finn et al. 2017: 5-way 1-shot, the strided network with a spatial mean, one inner step.
@@ -238,6 +301,19 @@ ROWS: dict[str, Row] = {
     # The same paper's mini-ImageNet setting: max-pooled network, five inner steps.
     "mini-imagenet": ConvRow(
         (84, 84, 3), 32, False, 800, queries=15, inner_steps=5, inner_lr=0.01, meta_batch=4
+    ),
+    # The benchmark functorch_maml_omniglot of TorchBench.
+    "torchbench": ConvRow(
+        (28, 28, 1),
+        64,
+        False,
+        64,
+        queries=15,
+        inner_steps=5,
+        inner_lr=0.1,
+        meta_batch=32,
+        blocks=3,
+        padding="VALID",
     ),
     # Snell et al. 2017: 60-way 1-shot training on Omniglot, one task per step.
     "prototypical": ConvRow(
@@ -247,4 +323,6 @@ ROWS: dict[str, Row] = {
     "mann": SequenceRow(),
     # Munkhdalai & Yu 2017: Omniglot, 5-way 1-shot.
     "metanet": FastWeightsRow(),
+    # Ravi & Larochelle 2017: 5-way 1-shot, 12 inner steps.
+    "lstm-meta-learner": LSTMRow(),
 }

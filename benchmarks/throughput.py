@@ -1,6 +1,7 @@
 """Benchmark of jaxmeta's meta-steps against PyTorch's on the same shapes.
 
-The rows are second-order MAML, prototypical networks, memory-augmented networks and Meta Networks.
+The rows are second-order MAML, prototypical networks, memory-augmented networks, Meta Networks and the LSTM
+meta-learner.
 
     python benchmarks/throughput.py [--rows omniglot …] [--no-peers] [--loop] [--json FILE]
 

@@ -31,11 +31,12 @@ class ExplicitBatchNorm(nn.BatchNorm2d):
 class Block(nn.Module):
     """3×3 convolution with bias, batch normalisation by the batch's own statistics, pooling, ReLU."""
 
-    def __init__(self, channels, filters, strided, norm):
+    def __init__(self, row, channels, filters, norm):
         super().__init__()
-        self.conv = nn.Conv2d(channels, filters, 3, stride=2 if strided else 1, padding=1)
+        stride, padding = 2 if row.strided else 1, 1 if row.padding == "SAME" else 0
+        self.conv = nn.Conv2d(channels, filters, 3, stride, padding)
         self.norm = norm(filters, eps=1e-3, track_running_stats=False)
-        self.strided = strided
+        self.strided = row.strided
 
     def forward(self, x):
         x = self.norm(self.conv(x))
@@ -48,10 +49,8 @@ class Net(nn.Module):
 
     def __init__(self, row, norm=nn.BatchNorm2d):
         super().__init__()
-        channels = [row.image[2]] + 4 * [row.filters]
-        self.blocks = nn.Sequential(
-            *(Block(c, o, row.strided, norm) for c, o in itertools.pairwise(channels))
-        )
+        channels = [row.image[2]] + row.blocks * [row.filters]
+        self.blocks = nn.Sequential(*(Block(row, c, o, norm) for c, o in itertools.pairwise(channels)))
         self.strided = row.strided
         self.head = nn.Linear(row.features, row.ways) if row.inner_steps else nn.Identity()
 
@@ -241,7 +240,7 @@ class ConvPeer(Peer):
         kernels torch's network computes the same function without a separate padding pass.
         """
         params, out = params["model"], {}
-        for i in range(4):
+        for i in range(row.blocks):
             block = params[f"ConvNorm_{i}"]
             kernel = block["conv"]["kernel"]
             mirrored = kernel[::-1, ::-1] if row.strided else kernel
