@@ -38,9 +38,11 @@ class ConvRow:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Return the names in `torch_peers.PEERS` of the libraries that can compute this row."""
-        maml = ("torch.func", "torch.autograd", "higher", "learn2learn")
-        return maml if self.inner_steps else ("torch.autograd",)
+        """Return the names of the peers that can compute this row."""
+        if not self.inner_steps:
+            return ("torch.autograd", "torch.compile, loop", "plain JAX")
+        eager = ("torch.func", "torch.autograd", "higher", "learn2learn")
+        return (*eager, "torch.compile, loop", "torch.compile, vmap", "plain JAX")
 
     def describe(self) -> str:
         return (
@@ -114,7 +116,7 @@ class SequenceRow:
     outer_lr: float = 1e-3
     # All sequences of a device advance together, as the learner declares.
     strategy: str | int = "vmap"
-    peers = ("torch.autograd",)
+    peers = ("torch.autograd", "torch.compile")
 
     def describe(self) -> str:
         return (

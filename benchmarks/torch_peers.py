@@ -1,8 +1,8 @@
-"""Meta-steps in PyTorch, with four libraries for MAML, as a careful user of each library writes them.
+"""Meta-steps in PyTorch, eager and compiled, with four libraries for MAML, as careful users write them.
 
-Every peer has a function `backward(net, tasks)`, which adds the mean meta-gradient over `tasks` to the
-`.grad` of `net`'s parameters. The peers share a network with the same parameter values as ours, the same
-batch statistics, and a fused Adam. Each subclass of `Peer` implements one kind of rows.
+Every peer has a function `backward(tasks)`, which adds the mean meta-gradient over `tasks` to the `.grad` of
+the network's parameters. The peers share a network with the same parameter values as ours, the same batch
+statistics, and a fused Adam. Each subclass of `Peer` implements one kind of rows.
 """
 
 import importlib
@@ -59,68 +59,114 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)) if self.strided else x.flatten(1))
 
 
-def with_func(row, order):
+def task_loss(net, row, order):
+    """Return the loss of one task by torch.func, `(params, xs, ys, xq, yq) -> scalar`."""
+
+    def loss(params, x, y):
+        return F.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
+
+    def maml(params, xs, ys, xq, yq):
+        for _ in range(row.inner_steps):
+            grads = torch.func.grad(loss)(params, xs, ys)
+            if order == "first":
+                grads = {name: g.detach() for name, g in grads.items()}
+            params = {name: p - row.inner_lr * grads[name] for name, p in params.items()}
+        return loss(params, xq, yq)
+
+    def prototypical(params, xs, ys, xq, yq):
+        del ys
+        return prototypical_loss(torch.func.functional_call(net, params, (torch.cat([xs, xq]),)), yq, row)
+
+    return maml if row.inner_steps else prototypical
+
+
+def prototypical_loss(z, yq, row):
+    """Return the loss of prototypical networks on the features of support and queries in one batch."""
+    support = row.ways * row.shots
+    means, queries = z[:support].unflatten(0, (row.ways, row.shots)).mean(1), z[support:]
+    # ‖query‖² is the same for all classes and cancels in the softmax.
+    logits = 2 * queries @ means.T - means.square().sum(1)
+    return F.cross_entropy(logits, yq)
+
+
+def mean_task_gradient(net, row, order):
+    """Return the gradient of the mean loss by `vmap` over tasks, `(params, xs, ys, xq, yq) -> dict`."""
+    over_tasks = torch.func.vmap(task_loss(net, row, order), (None, 0, 0, 0, 0))
+    return torch.func.grad(lambda params, *tasks: over_tasks(params, *tasks).mean())
+
+
+def compiled(function):
+    """Return a function or module compiled as one graph for the shapes that it gets."""
+    # Peers share code, and each has a cache of its own: otherwise the shapes and types that another peer
+    # compiled would count against its limit of compilations.
+    return torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True)
+
+
+def detached(net):
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def with_func(net, row, order):
     """Return the backward pass of torch.func: `vmap` over tasks of `grad` through `functional_call`."""
+    return _all_at_once(net, mean_task_gradient(net, row, order))
 
-    def backward(net, tasks):
-        def loss(params, x, y):
-            return F.cross_entropy(torch.func.functional_call(net, params, (x,)), y)
 
-        def task_loss(params, xs, ys, xq, yq):
-            for _ in range(row.inner_steps):
-                grads = torch.func.grad(loss)(params, xs, ys)
-                if order == "first":
-                    grads = {name: g.detach() for name, g in grads.items()}
-                params = {name: p - row.inner_lr * grads[name] for name, p in params.items()}
-            return loss(params, xq, yq)
+def with_compiled_vmap(net, row, order):
+    """Return the backward pass of torch.compile on the gradient of `vmap` over tasks."""
+    return _all_at_once(net, compiled(mean_task_gradient(net, row, order)))
 
-        def meta_loss(params):
-            return torch.func.vmap(task_loss, (None, 0, 0, 0, 0))(params, *tasks).mean()
 
-        params = {name: p.detach() for name, p in net.named_parameters()}
-        grads = torch.func.grad(meta_loss)(params)
+def _all_at_once(net, gradient):
+    def backward(tasks):
+        grads = gradient(detached(net), *tasks)
         for name, p in net.named_parameters():
             p.grad = grads[name]
 
     return backward
 
 
-def with_autograd(row, order):
+def with_compiled_loop(net, row, order):
+    """Return the backward pass of torch.compile on the gradient of one task: a loop over tasks."""
+    gradient = compiled(torch.func.grad(task_loss(net, row, order)))
+
+    def backward(tasks):
+        params = detached(net)
+        each = (list(gradient(params, *task).values()) for task in zip(*tasks, strict=True))
+        total = next(each)
+        for grads in each:
+            torch._foreach_add_(total, grads)
+        torch._foreach_div_(total, len(tasks[0]))
+        for p, g in zip(net.parameters(), total, strict=True):
+            p.grad = g
+
+    return backward
+
+
+def with_autograd(net, row, order):
     """Return the backward pass of plain autograd: a loop over tasks with `create_graph=True`."""
-    if not row.inner_steps:
-        return prototypical(row)
 
-    def backward(net, tasks):
-        initial = dict(net.named_parameters())
-        for xs, ys, xq, yq in zip(*tasks, strict=True):
-            params = initial
-            for _ in range(row.inner_steps):
-                value = F.cross_entropy(torch.func.functional_call(net, params, (xs,)), ys)
-                grads = torch.autograd.grad(value, list(params.values()), create_graph=order == "second")
-                params = {
-                    name: p - row.inner_lr * g for (name, p), g in zip(params.items(), grads, strict=True)
-                }
-            value = F.cross_entropy(torch.func.functional_call(net, params, (xq,)), yq)
-            (value / len(tasks[0])).backward()
+    def maml(xs, ys, xq, yq):
+        params = dict(net.named_parameters())
+        for _ in range(row.inner_steps):
+            value = F.cross_entropy(torch.func.functional_call(net, params, (xs,)), ys)
+            grads = torch.autograd.grad(value, list(params.values()), create_graph=order == "second")
+            params = {name: p - row.inner_lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        return F.cross_entropy(torch.func.functional_call(net, params, (xq,)), yq)
 
-    return backward
+    def prototypical(xs, ys, xq, yq):
+        del ys
+        return prototypical_loss(net(torch.cat([xs, xq])), yq, row)
 
+    loss = maml if row.inner_steps else prototypical
 
-def prototypical(row):
-    """Return the backward pass of prototypical networks, with support and queries in one batch."""
-
-    def backward(net, tasks):
-        for xs, _, xq, yq in zip(*tasks, strict=True):
-            z = net(torch.cat([xs, xq]))
-            means, queries = z[: len(xs)].unflatten(0, (row.ways, row.shots)).mean(1), z[len(xs) :]
-            # ‖query‖² is the same for all classes and cancels in the softmax.
-            logits = 2 * queries @ means.T - means.square().sum(1)
-            (F.cross_entropy(logits, yq) / len(tasks[0])).backward()
+    def backward(tasks):
+        for task in zip(*tasks, strict=True):
+            (loss(*task) / len(tasks[0])).backward()
 
     return backward
 
 
-def with_higher(row, order):
+def with_higher(net, row, order):
     """Return the backward pass of higher: a loop over tasks.
 
     The initial weights are not copied, so that they receive gradients.
@@ -130,7 +176,7 @@ def with_higher(row, order):
     def constants(grads):
         return [g.detach() for g in grads]
 
-    def backward(net, tasks):
+    def backward(tasks):
         sgd = torch.optim.SGD(net.parameters(), lr=row.inner_lr)
         for xs, ys, xq, yq in zip(*tasks, strict=True):
             with higher.innerloop_ctx(net, sgd, copy_initial_weights=False, track_higher_grads=True) as (
@@ -145,11 +191,11 @@ def with_higher(row, order):
     return backward
 
 
-def with_learn2learn(row, order):
+def with_learn2learn(net, row, order):
     """Return the backward pass of learn2learn: a loop over tasks of clone, adapt and backward."""
     learn2learn = importlib.import_module("learn2learn")
 
-    def backward(net, tasks):
+    def backward(tasks):
         maml = learn2learn.algorithms.MAML(net, lr=row.inner_lr, first_order=order == "first")
         for xs, ys, xq, yq in zip(*tasks, strict=True):
             learner = maml.clone()
@@ -165,24 +211,32 @@ PEERS = {
     "torch.autograd": with_autograd,
     "higher": with_higher,
     "learn2learn": with_learn2learn,
+    "torch.compile, loop": with_compiled_loop,
+    "torch.compile, vmap": with_compiled_vmap,
 }
+NAMES = (*PEERS, "torch.compile")
+FORMS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+# Under vmap the memory format has no meaning; a loop over tasks can use either.
+VMAPPED = ("torch.func", "torch.compile, vmap")
 
 
 class Peer:
-    """One way of computing the meta-step, on one device, in one memory format."""
+    """One way of computing the meta-step, on one device, in one memory format and the type of `params`."""
 
-    def __init__(self, name, row, params, device, order, channels_last):
-        self.row, self.device, self.channels_last = row, device, channels_last
-        net, self.backward = self.make(name, order)
-        self.net = net.to(device)
-        self.load(params)
+    def __init__(self, name, row, params, device, order, form):
+        self.row, self.device, self.form = row, device, form
+        self.net, self.backward = self.make(name, order)
+        values = {k: torch.tensor(np.ascontiguousarray(v)) for k, v in self.from_ours(params, row).items()}
+        self.net.to(device, next(iter(values.values())).dtype)
+        self.net.load_state_dict(values)
+        self.net.to(memory_format=FORMS[form])
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=row.outer_lr, fused=True)
 
     @staticmethod
-    def formats(name):
-        """Return the values of `channels_last` to try."""
+    def forms(name):
+        """Return the memory formats to try."""
         del name
-        return (False,)
+        return ("contiguous",)
 
     @staticmethod
     def from_ours(params, row):
@@ -197,24 +251,17 @@ class Peer:
         """Return NumPy arrays `(xs, ys, xq, yq)` with a leading task axis as tensors in torch's layout."""
         raise NotImplementedError
 
-    def load(self, params):
-        state = {
-            k: torch.tensor(np.ascontiguousarray(v)) for k, v in self.from_ours(params, self.row).items()
-        }
-        self.net.load_state_dict(state)
-        self.net.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-
     def gradient(self, tasks):
         """Return the mean meta-gradient over `tasks` (NumPy) as NumPy arrays by torch's names."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.backward(self.net, self.tensors(tasks))
+        self.backward(self.tensors(tasks))
         return {name: p.grad.cpu().numpy() for name, p in self.net.named_parameters()}
 
     def steps(self, count, tensors):
         """Run `count` meta-steps and wait for the device."""
         for _ in range(count):
             self.optimizer.zero_grad(set_to_none=True)
-            self.backward(self.net, tensors)
+            self.backward(tensors)
             self.optimizer.step()
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -224,13 +271,14 @@ class ConvPeer(Peer):
     """MAML and prototypical networks."""
 
     def make(self, name, order):
-        norm = ExplicitBatchNorm if name == "torch.func" else nn.BatchNorm2d
-        return Net(self.row, norm), PEERS[name](self.row, order)
+        # A compiler turns both into tensor operations, and those of the explicit one sooner.
+        explicit = name == "torch.func" or name.startswith("torch.compile")
+        net = Net(self.row, ExplicitBatchNorm if explicit else nn.BatchNorm2d)
+        return net, PEERS[name](net, self.row, order)
 
     @staticmethod
-    def formats(name):
-        # Only loops over tasks can use channels-last; under vmap the format has no meaning.
-        return (False,) if name == "torch.func" else (False, True)
+    def forms(name):
+        return ("contiguous",) if name in VMAPPED else tuple(FORMS)
 
     @staticmethod
     def from_ours(params, row):
@@ -260,10 +308,7 @@ class ConvPeer(Peer):
         def images(x):
             x = (x[:, :, ::-1, ::-1] if self.row.strided else x).transpose(0, 1, 4, 2, 3)
             x = torch.tensor(np.ascontiguousarray(x), device=self.device)
-            if self.channels_last:
-                flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-                x = flat.unflatten(0, x.shape[:2])
-            return x
+            return x.flatten(0, 1).contiguous(memory_format=FORMS[self.form]).unflatten(0, x.shape[:2])
 
         xs, ys, xq, yq = tasks
         labels = [torch.tensor(y, dtype=torch.long, device=self.device) for y in (ys, yq)]
@@ -321,16 +366,18 @@ class SequencePeer(Peer):
     """Memory-augmented networks; all sequences advance together."""
 
     def make(self, name, order):
-        del name, order
+        del order
+        net = MemoryNet(self.row)
+        forward = compiled(net) if name == "torch.compile" else net
 
-        def backward(net, tasks):
+        def backward(tasks):
             x, y = tasks
             labels = F.one_hot(y, self.row.ways).to(x.dtype)
             before = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], 1)
-            outputs = net(torch.cat([x, before], 2).transpose(0, 1)).transpose(0, 1)
+            outputs = forward(torch.cat([x, before], 2).transpose(0, 1)).transpose(0, 1)
             (F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="sum") / len(x)).backward()
 
-        return MemoryNet(self.row), backward
+        return net, backward
 
     @staticmethod
     def from_ours(params, row):
