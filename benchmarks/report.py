@@ -393,17 +393,28 @@ def milliseconds(seconds: float) -> str:
 
 
 def speed() -> Values:
-    kinds = ("omniglot", "mini-imagenet", "prototypical", "model-based")
-    reports = {name: read(name) for name in (f"throughput-{kind}-amd-epyc-2-cores.json" for kind in kinds)}
+    position = {name: place for place, name in enumerate(ROWS)}
+    reports = dict(
+        sorted(
+            ((path.name, read(path.name)) for path in sorted(RESULTS.glob("throughput-*.json"))),
+            key=lambda named: [position[row["row"]] for row in named[1]["rows"]],
+        )
+    )
     found = [row for report in reports.values() for row in report["rows"]]
     peers = list(dict.fromkeys(name for row in found for name in row["contenders"] if name != "jaxmeta"))
+
+    def cell(text: str, contender: dict) -> str:
+        # Older files lack the time of the first step.
+        if (first := contender.get("first_step_s")) is None:
+            return text
+        return f"{text} ({first:.{0 if first >= 10 else 1}f} s)"
 
     def cells(row: dict) -> list[str]:
         of, tasks = row["contenders"], row["setting"]["meta_batch"]
         return [
             f"`{row['row']}`: {ROWS[row['row']].describe()}, {tasks} task{'s' * (tasks > 1)}",
-            milliseconds(of["jaxmeta"]["median_s"]),
-            *(f"{of[peer]['ratio']:.1f} ×" if peer in of else "" for peer in peers),
+            cell(milliseconds(of["jaxmeta"]["median_s"]), of["jaxmeta"]),
+            *(cell(f"{of[peer]['ratio']:.1f} ×", of[peer]) if peer in of else "" for peer in peers),
             f"{100 * row['share_of_matrix_product']:.0f} %",
         ]
 
