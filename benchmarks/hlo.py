@@ -7,6 +7,7 @@ main memory, and leaves collectives out. Here each instruction counts as often a
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -31,6 +32,10 @@ class Instruction:
 
     Attributes:
       shapes: shapes of the result; a tuple has several, and nested tuples are flattened.
+      computation: name of the computation that lists the instruction.
+      number: of a parameter, its position among the operands of the caller.
+      parts: instructions of the computation that a fusion calls, whose last one is its result.
+      turns: of a loop, the number of times that its body runs for each run of the loop, if known.
       times: number of times that a step runs the instruction.
       inside: True for a part of another instruction, such as a fusion, which touches no memory itself.
     """
@@ -40,8 +45,16 @@ class Instruction:
     opcode: str
     operands: list[str]
     attributes: str
+    computation: str
+    number: int | None = None
+    parts: list["Instruction"] = dataclasses.field(default_factory=list)
+    turns: int | None = None
     times: int = 0
     inside: bool = False
+
+    def called(self, role: str) -> str:
+        """Return the name of the computation that the instruction calls as its "body" or "condition"."""
+        return re.search(rf"\b{role}=%?([\w.\-]+)", self.attributes)[1]
 
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -52,14 +65,19 @@ _LENGTH = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 _CONTROL = ("while", "call", "conditional")
-_NO_TRAFFIC = (*COLLECTIVES, *_CONTROL, "parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+_NO_KERNEL = (*_CONTROL, "parameter", "constant", "bitcast", "tuple", "get-tuple-element")
 
 
-def read_program(text: str) -> dict[str, Instruction]:
+def read_program(text: str, unknown_turns: int | None = None) -> dict[str, Instruction]:
     """Return all instructions of an optimised HLO module by their names, which are unique in a module.
 
+    Args:
+      text: the module, as `compiled.as_text()` returns it.
+      unknown_turns: number of turns to count for a loop whose length the compiler does not know; None to
+        refuse such a loop.
+
     Raises:
-      ValueError: the compiler does not know the length of a loop.
+      ValueError: the compiler does not know the length of a loop, and `unknown_turns` is None.
     """
     computations: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
@@ -73,7 +91,10 @@ def read_program(text: str) -> dict[str, Instruction]:
                 for dtype, dims, memory in _SHAPE.findall(match[2])
             ]
             operands = re.findall(r"%([\w.\-]+)", match[4])
-            computations[name].append(Instruction(match[1], shapes, match[3], operands, match[5]))
+            number = int(match[4]) if match[3] == "parameter" else None
+            computations[name].append(
+                Instruction(match[1], shapes, match[3], operands, match[5], name, number)
+            )
     times, inside = dict.fromkeys(computations, 0), dict.fromkeys(computations, False)
     times[entry] = 1
     # A module lists a computation before its callers: in reverse, each caller's count is complete first.
@@ -81,14 +102,18 @@ def read_program(text: str) -> dict[str, Instruction]:
         for each in instructions:
             each.times, each.inside = count, within = times[name], inside[name]
             if each.opcode == "while" and count:
-                if (length := _LENGTH.search(each.attributes)) is None:
+                if (length := _LENGTH.search(each.attributes)) is not None:
+                    each.turns = int(length[1])
+                elif unknown_turns is None:
                     raise ValueError(f"{each.name}: the compiler does not know the length of this loop")
-                count *= int(length[1])
+                count *= unknown_turns if each.turns is None else each.turns
             for called in _CALLED.findall(each.attributes):
                 for callee in re.findall(r"[\w.\-]+", called):
                     if callee in times:
                         times[callee] += count
                         inside[callee] = within or each.opcode not in _CONTROL
+                        if each.opcode == "fusion":
+                            each.parts = computations[callee]
     return {each.name: each for instructions in computations.values() for each in instructions}
 
 
@@ -152,24 +177,101 @@ def collectives(program: dict[str, Instruction]) -> list[dict]:
 
 
 def traffic(program: dict[str, Instruction]) -> int:
-    """Return the bytes read from and written to main memory, counting every operand and result in full.
+    """Return the bytes that a step reads from and writes to main memory."""
+    return sum(each.times * size for each, _, size in accesses(program))
 
-    A TPU's program marks arrays in on-chip memory and copies them there by separate instructions. Collectives
-    are left out, because their traffic is part of their transfer time.
+
+def accesses(program: dict[str, Instruction]) -> Iterator[tuple[Instruction, Shape, int]]:
+    """Yield the operands and results in main memory of each instruction, with the bytes that it touches.
+
+    That is all bytes of an array, except where a loop's body reads one entry of a stacked array or writes one
+    in place. A TPU's program marks arrays in on-chip memory and copies them there by separate instructions.
+    Collectives are left out, because their traffic is part of their transfer time.
     """
-    count = 0
     for each in program.values():
         opcode = each.opcode
-        if each.inside or opcode.endswith("-done") or opcode.removesuffix("-start") in _NO_TRAFFIC:
+        kind = opcode.removesuffix("-start")
+        if not each.times or each.inside or opcode.endswith("-done") or kind in (*_NO_KERNEL, *COLLECTIVES):
             continue
         if opcode in ("copy-start", "slice-start"):
             ends = each.shapes[:2]  # a slice's operand is the whole array, so take the smaller end
-            moved = min(end.bytes for end in ends) * sum(end.memory == 0 for end in ends)
+            moved = [(end, min(end.bytes for end in ends)) for end in ends]
         else:
-            touched = [shape for name in (each.name, *each.operands) for shape in program[name].shapes]
-            moved = sum(shape.bytes for shape in touched if shape.memory == 0)
-        count += each.times * moved
-    return count
+            moved = [*_read(program, each), *_written(program, each)]
+        yield from ((each, shape, size) for shape, size in moved if shape.memory == 0)
+
+
+def _read(program: dict[str, Instruction], each: Instruction) -> Iterator[tuple[Shape, int]]:
+    """Yield the shapes of an instruction's operands, with the bytes that it reads of each."""
+    parameters = {part.number: part.name for part in each.parts if part.opcode == "parameter"}
+    for position, name in enumerate(each.operands):
+        users = _users(each.parts, parameters[position]) if each.parts else [(each, position)]
+        for shape in program[name].shapes:
+            size = sum(_read_by(user, place, shape) for user, place in users)
+            yield shape, min(size, shape.bytes)
+
+
+def _users(parts: list[Instruction], name: str) -> list[tuple[Instruction, int]]:
+    """Return the parts that use a part, or a bitcast of it, and at which position of their operands."""
+    users = []
+    for part in parts:
+        for position, operand in enumerate(part.operands):
+            if operand == name:
+                users += _users(parts, part.name) if part.opcode == "bitcast" else [(part, position)]
+    return users
+
+
+def _read_by(user: Instruction, position: int, shape: Shape) -> int:
+    if user.opcode in ("dynamic-slice", "dynamic-update-slice") and position == 0:
+        return user.shapes[0].bytes if user.opcode == "dynamic-slice" else 0
+    return shape.bytes
+
+
+def _written(program: dict[str, Instruction], each: Instruction) -> Iterator[tuple[Shape, int]]:
+    """Yield the shapes of an instruction's results, with the bytes that it writes of each."""
+    root = each.parts[-1] if each.parts else each
+    results = [program[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    # A result may be a tuple within the tuple.
+    results = [result for result in results for _ in result.shapes]
+    for shape, result in zip(each.shapes, results, strict=True):
+        result = _before_bitcasts(program, result)
+        size = shape.bytes
+        if result.opcode == "dynamic-update-slice":
+            base, update = (program[name] for name in result.operands[:2])
+            # In an array that the fusion creates itself, it writes all other entries as well.
+            if not each.parts or _before_bitcasts(program, base).opcode == "parameter":
+                size = update.shapes[0].bytes
+        elif result.opcode == "custom-call" and shape.dtype in ("s8", "u8"):
+            size = 0  # the workspace of a library, which may use little of it
+        yield shape, size
+
+
+def _before_bitcasts(program: dict[str, Instruction], each: Instruction) -> Instruction:
+    while each.opcode == "bitcast":
+        each = program[each.operands[0]]
+    return each
+
+
+def kernels(program: dict[str, Instruction]) -> list[Instruction]:
+    """Return the instructions that a GPU runs, each of which is at least one launch.
+
+    The condition of a loop of known length is not evaluated there.
+    """
+    conditions = {each.called("condition") for each in loops(program) if each.turns is not None}
+    return [
+        each
+        for each in program.values()
+        if each.times
+        and not each.inside
+        and each.computation not in conditions
+        and each.opcode not in _NO_KERNEL
+        and not each.opcode.endswith("-done")
+    ]
+
+
+def loops(program: dict[str, Instruction]) -> list[Instruction]:
+    """Return the loops that a step runs."""
+    return [each for each in program.values() if each.opcode == "while" and each.times]
 
 
 def cycles(program: dict[str, Instruction]) -> int:

@@ -159,8 +159,8 @@ ACCELERATORS = {
 }
 
 
-def compile_row(model: Model, devices: list[jax.Device]) -> dict:
-    """Compile a meta-step for these devices and count the cost of one device."""
+def lower(model: Model, devices: list[jax.Device]) -> tuple[jax.stages.Lowered, jm.TrainState]:
+    """Lower a meta-step for these devices; return it and the shapes of its state."""
     count = len(devices)
     learner, optimizer, tasks = model.learner(), optax.adam(1e-3), model.tasks * count
     step = jm.meta_step(learner, optimizer, tasks, "vmap", devices=devices)
@@ -178,6 +178,13 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
     batch = model.batch(tasks)
     state = sharded(jax.eval_shape(start, batch), PartitionSpec())
     lowered = jax.jit(step, donate_argnums=0).lower(state, sharded(batch, PartitionSpec(sharding.TASKS)))
+    return lowered, state
+
+
+def compile_row(model: Model, devices: list[jax.Device]) -> dict:
+    """Compile a meta-step for these devices and count the cost of one device."""
+    count = len(devices)
+    lowered, state = lower(model, devices)
     cpu = devices[0].platform == "cpu"
     # The program is never run, so LLVM's optimisations are wasted; XLA's passes on HLO stay as they are.
     compiled = lowered.compile({"xla_backend_optimization_level": 0} if cpu else None)
@@ -190,7 +197,7 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
     return {
         "devices": count,
         "kind": devices[0].device_kind,
-        "tasks": tasks,
+        "tasks": model.tasks * count,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
         "collectives": crossing,
