@@ -1,12 +1,13 @@
 """Cost of a meta-step on 1 to 256 devices, counted in compiled programs, and predicted step times.
 
     python benchmarks/scaling.py [--models conv4 …] [--devices 1 2 8 64 256] [--topology v5e:2x4 …]
-                                 [--json FILE] [--png FILE]
+                                 [--gpu FILE] [--json FILE] [--png FILE]
 
 Nothing is run or measured. `jm.meta_step` is lowered with shapes in place of arrays and compiled for virtual
 CPU devices and, where the package libtpu of `jax[tpu]` is installed, by the TPU compiler for a TPU topology,
-which needs no TPU. The number of tasks per device is constant (weak scaling), and all tasks of a device run
-at once, as on accelerators. For the program of one device, `hlo.py` counts:
+which needs no TPU. `--gpu` reads the counts of a GPU's programs from a file that gpu_program.py wrote for
+these models. The number of tasks per device is constant (weak scaling), and all tasks of a device run at
+once, as on accelerators. For the program of one device, `hlo.py` counts:
 
 - collectives: kind, number, operand bytes and devices, each as often as a step runs it. Only gradients, loss
   and metrics should cross devices, once per meta-step;
@@ -14,14 +15,16 @@ at once, as on accelerators. For the program of one device, `hlo.py` counts:
 - operations: 2 × multiply-adds of matrix products and convolutions, without products with zeros of padding or
   dilation;
 - memory: arguments, results that do not reuse an argument's buffer, and temporaries;
-- main-memory traffic: bytes that a TPU's program reads and writes there. A CPU's program says little about
-  other hardware, so its traffic is estimated: arguments and results once, temporaries written and read once;
+- main-memory traffic: bytes that a TPU's or GPU's program reads and writes there. A CPU's program says little
+  about other hardware, so its traffic is estimated: arguments and results once, temporaries written and read
+  once;
+- launches of kernels, of a GPU's program only;
 - cycles: the TPU compiler's own estimate of the program's run time.
 
 A predicted step is its work followed by the all-reduce, without overlap; efficiency is the share of work. The
-work is a roofline, max(operations / peak, traffic / memory bandwidth), a lower bound, which makes the
-efficiency a lower bound as well; for a TPU's program it is also the compiler's estimate. Left out are input,
-the host, devices that wait for one another, and other traffic on the network.
+work is a roofline, max(operations / peak, traffic / memory bandwidth, time of launches), a lower bound, which
+makes the efficiency a lower bound as well; for a TPU's program it is also the compiler's estimate. Left out
+are input, the host, devices that wait for one another, and other traffic on the network.
 """
 
 import argparse
@@ -155,7 +158,7 @@ def nodes_of_eight(size: int, devices: int) -> tuple[float, float]:
 # By default a float32 product is TensorFloat-32, at half of the data sheet's 989 TFLOP/s with sparsity.
 ACCELERATORS = {
     "TPU v5e": Accelerator(197e12, 819e9, 16e9, torus, kind="TPU v5 lite", clock=1.5e9),
-    "H100 SXM": Accelerator(494.5e12, 3.35e12, 80e9, nodes_of_eight),
+    "H100 SXM": Accelerator(494.5e12, 3.35e12, 80e9, nodes_of_eight, kind="NVIDIA H100 80GB HBM3"),
 }
 
 
@@ -215,11 +218,33 @@ def compile_row(model: Model, devices: list[jax.Device]) -> dict:
     }
 
 
+def gpu_rows(report: dict, rows: list[dict]) -> list[dict]:
+    """Return rows of the programs for a GPU in a file of gpu_program.py.
+
+    Its programs are for one device: collectives and operations are those of the same model on CPU devices.
+    """
+    shared = {row["model"]: row for row in rows if row["kind"] == "cpu" and row["devices"] > 1}
+    return [
+        shared[each["row"]]
+        | {
+            "kind": report["kind"],
+            "argument_bytes": each["argument_bytes"],
+            "temporary_bytes": each["temporary_bytes"],
+            "memory_bytes": each["argument_bytes"] + each["temporary_bytes"],
+            "traffic_bytes": each["traffic_bytes"],
+            "launch_s": each["seconds"]["launches"],
+        }
+        for each in report["rows"]
+        if each["row"] in shared
+    ]
+
+
 def roofline(row: dict, accelerator: Accelerator) -> dict[str, float]:
     """Return lower bounds of the seconds of a step's work, by name of the limiting resource."""
     return {
         "arithmetic": row["operations"] / accelerator.peak,
         "memory traffic": row["traffic_bytes"] / accelerator.bandwidth,
+        "launches": row.get("launch_s", 0.0),
     }
 
 
@@ -248,25 +273,27 @@ def predictions_of(rows: list[dict]) -> list[dict]:
                 )
             bounds = roofline(row, accelerator)
             bound = max(bounds, key=bounds.get)
-            estimates = {ROOFLINE: (bounds[bound], bound)}
-            if native:
-                estimates[COMPILER] = row["cycles"] / accelerator.clock, "on-device execution"
-            for estimate, (work, bound) in estimates.items():
+            per_task = max(bounds["arithmetic"], bounds["memory traffic"]) / MODELS[model].tasks
+            estimates = {ROOFLINE: (bounds[bound], bound, per_task)}
+            if native and accelerator.clock is not None:
+                work = row["cycles"] / accelerator.clock
+                estimates[COMPILER] = work, "on-device execution", work / MODELS[model].tasks
+            for estimate, (work, bound, per_task) in estimates.items():
                 points = [predict(work, row["all_reduced_bytes"], accelerator, n) for n in PREDICTED]
-                text = describe_bound(MODELS[model], row, bound, accelerator.capacity, points[-1])
+                text = describe_bound(row, bound, per_task, accelerator.capacity, points[-1])
                 about = {"model": model, "accelerator": name, "program": row["kind"], "work": estimate}
                 predictions.append(about | {"label": LABEL, "points": points, "bound": text})
     return predictions
 
 
-def describe_bound(model: Model, row: dict, bound: str, capacity: float, last: dict) -> str:
+def describe_bound(row: dict, bound: str, per_task: float, capacity: float, last: dict) -> str:
     """Describe the bottleneck of a step on the largest number of devices."""
     seconds = last["seconds"]
     work, crossing = seconds["work"], seconds["transfer"] + seconds["latency"]
     part = "latency" if seconds["latency"] > seconds["transfer"] else "bandwidth"
     bottleneck = bound if work > crossing else f"the {part} of the all-reduce"
-    # With t tasks per device the work is t · work / tasks; 19 times the all-reduce is an efficiency of 95 %.
-    tasks_needed = math.ceil(19 * crossing / (work / model.tasks))
+    # With t tasks per device the work is max(launches, t · per_task); 19 times the all-reduce gives 95 %.
+    tasks_needed = 1 if row.get("launch_s", 0) > 19 * crossing else math.ceil(19 * crossing / per_task)
     fits = "fits in" if row["memory_bytes"] < capacity else "does NOT fit in"
     return (
         f"on {last['devices']} devices it is bound by {bottleneck}: work {1e3 * work:.3g} ms ({bound}), "
@@ -311,12 +338,12 @@ def print_row(row: dict) -> None:
 def print_predictions(predictions: list[dict]) -> None:
     print(f"\nWeak scaling, {LABEL}: efficiency in % by number of devices\n")
     print(
-        f"{'model':10}{'accelerator':13}{'program of':13}{'work by':19}"
+        f"{'model':10}{'accelerator':13}{'program of':23}{'work by':19}"
         + "".join(f"{n:7d}" for n in PREDICTED)
     )
     for each in predictions:
         shares = "".join(f"{100 * point['efficiency']:7.1f}" for point in each["points"])
-        print(f"{each['model']:10}{each['accelerator']:13}{each['program']:13}{each['work']:19}{shares}")
+        print(f"{each['model']:10}{each['accelerator']:13}{each['program']:23}{each['work']:19}{shares}")
     print(f"\nBottlenecks ({LABEL}):\n")
     for each in predictions:
         print(f"- {each['model']}, {each['accelerator']}, work by {each['work']}: {each['bound']}")
@@ -372,6 +399,7 @@ def main(argv=None) -> None:
         help="numbers of virtual devices",
     )
     add("--topology", nargs="*", default=[], help="also compile for these TPU topologies, such as v5e:2x4")
+    add("--gpu", type=Path, help="file of gpu_program.py with the models' programs for a GPU")
     add("--json", type=Path, help="also write the results to this file")
     add("--png", type=Path, help="also draw the predicted efficiency into this file")
     args = parser.parse_args(argv)
@@ -395,6 +423,8 @@ def main(argv=None) -> None:
         for devices in device_sets:
             rows.append({"model": name, **compile_row(MODELS[name], devices)})
             print_row(rows[-1])
+    if args.gpu:
+        rows += gpu_rows(json.loads(args.gpu.read_text(encoding="utf-8")), rows)
     predictions = predictions_of(rows)
     print_predictions(predictions)
     if args.json:

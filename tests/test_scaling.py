@@ -220,6 +220,42 @@ def test_predictions_of_a_tpu_use_its_own_program_and_compiler_cycles():
         scaling.predictions_of([row | {"kind": "cpu", "collectives": [gathered]}])
 
 
+def test_predictions_of_a_gpu_use_the_traffic_and_launches_of_its_own_program():
+    on_cpus = {
+        "model": "conv4",
+        "devices": 8,
+        "kind": "cpu",
+        "collectives": [],
+        "all_reduced_bytes": 4,
+        "memory_bytes": 1,
+        "operations": 494.5e9,
+        "traffic_bytes": 1,
+        "cycles": 0,
+    }
+    counted = {"argument_bytes": 10, "temporary_bytes": 20, "traffic_bytes": 2 * 3.35e9}
+    rows = [{"row": "conv4", **counted, "seconds": {"launches": 3e-3}}, {"row": "omniglot"}]
+    (row,) = scaling.gpu_rows({"kind": H100.kind, "rows": rows}, [on_cpus])
+    assert (row["all_reduced_bytes"], row["memory_bytes"]) == (4, 30)
+
+    def of_h100(**changes):
+        predictions = scaling.predictions_of([on_cpus, row | changes])
+        (prediction,) = (each for each in predictions if each["accelerator"] == "H100 SXM")
+        assert prediction["program"] == H100.kind
+        return prediction["points"][0]["seconds"]["work"], prediction["bound"]
+
+    # On 256 devices the all-reduce takes 2 (7 · 1.2 + 5 · 8.5) = 101.8 µs, 19 of which are 1.93 ms.
+    work, text = of_h100()
+    assert work == pytest.approx(3e-3)
+    assert "bound by launches" in text
+    assert "efficiency: about 1." in text
+    # The launches do not grow with the tasks: 4 have 1 ms of traffic or arithmetic, 8 have 2 ms.
+    work, text = of_h100(launch_s=1.5e-3, traffic_bytes=3.35e9)
+    assert work == pytest.approx(1.5e-3)
+    assert "efficiency: about 8." in text
+    assert of_h100(launch_s=1e-3)[0] == pytest.approx(2e-3)
+    assert of_h100(launch_s=0.0, traffic_bytes=1)[0] == pytest.approx(1e-3)
+
+
 def test_unknown_topology_or_device_count_is_refused(capsys):
     with pytest.raises(SystemExit, match=r"--topology: got nonsense.*such as v5e:2x4"):
         scaling.topology_devices("nonsense")
