@@ -434,6 +434,45 @@ def speed() -> Values:
     }
 
 
+def gpu_programs() -> Values:
+    name = "gpu-program-h100.json"
+    kept = read(name)
+    card = kept["card"]
+
+    def cells(row: dict) -> list[str]:
+        seconds, launches = row["seconds"], f"{row['launches']:,}"
+        if row["loops"]:
+            within = row["launches"] - row["entry"]["kernels"]
+            launches += f", of which {within:,} in {len(row['loops'])} loops"
+        shares = [
+            f"`{each['shape']}` {100 * each['traffic_bytes'] / row['traffic_bytes']:.0f} %"
+            for each in row["arrays"][:2]
+        ]
+        times = (seconds[resource] for resource in ("bandwidth", "tf32", "float32", "launches"))
+        return [
+            f"`{row['row']}`",
+            launches,
+            f"{row['traffic_bytes'] / 1e9:.2f} GB",
+            ", ".join(shares),
+            f"{row['temporary_bytes'] / 1e6:,.0f} MB",
+            *(f"{1e3 * time:.2f}" for time in times),
+            f"**{1e3 * row['step_s']:.2f} ms**",
+        ]
+
+    head = ["meta-step", "launches", "traffic", "arrays with most of it", "temporary memory"]
+    head += ["traffic, ms", "arithmetic in TF32, ms", "in float32, ms", "launches, ms", "predicted time"]
+    rows = " ".join(row["row"] for row in kept["rows"])
+    return {
+        "card": kept["kind"],
+        "bandwidth": f"{card['bandwidth'] / 1e12:.2f} TB/s",
+        "tf32": f"{card['tf32'] / 1e12:.0f}",
+        "float32": f"{card['float32'] / 1e12:.0f}",
+        "launch": f"{1e6 * kept['launch_s']:.0f} µs",
+        "table": markdown(head, map(cells, kept["rows"])),
+        "origin": origin(name, f"python benchmarks/gpu_program.py {rows} --json FILE"),
+    }
+
+
 def memory() -> Values:
     name = "memory-amd-epyc-2-cores.json"
     kept = read(name)
@@ -627,6 +666,7 @@ SECTIONS: dict[str, Callable[[], Values]] = {
     "domains": domains,
     "label_shift": label_shifts,
     "speed": speed,
+    "gpu": gpu_programs,
     "memory": memory,
     "lora": lora,
     "streaming": streaming,
