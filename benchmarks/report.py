@@ -577,7 +577,11 @@ def scalings() -> Values:
         "resnet12": "prototypical, ResNet-12, 84×84",
         "vit-b": "prototypical, ViT-B/16, 224×224",
     }
-    rows = {(row["model"], row["kind"]): row for row in kept["rows"] if row["devices"] == 8}
+    h100 = scaling.ACCELERATORS["H100 SXM"].kind
+    # A GPU's program is compiled for one device.
+    rows = {
+        (row["model"], row["kind"]): row for row in kept["rows"] if row["devices"] == 8 or row["kind"] == h100
+    }
     predictions = {
         (each["model"], each["accelerator"], each["work"]): {
             point["devices"]: point for point in each["points"]
@@ -614,8 +618,8 @@ def scalings() -> Values:
         ],
         ["operations per device and step", *(scientific(row["operations"]) for _, row in sized.values())],
         [
-            "memory per device: TPU's program; a CPU's",
-            *(f"{gigabytes(model, 'TPU v5 lite')}; {gigabytes(model, 'cpu')}" for model in models),
+            "memory per device: TPU's program; H100's; a CPU's",
+            *("; ".join(gigabytes(model, kind) for kind in ("TPU v5 lite", h100, "cpu")) for model in models),
         ],
         [
             "efficiency on 8, 64, 256 TPU v5e, by its compiler's cycles",
@@ -634,7 +638,9 @@ def scalings() -> Values:
             f"- {models[each['model']]}, {each['accelerator']}, work by {each['work']}: {each['bound']}"
             for each in kept["predictions"]
         ),
-        "origin": origin(name, "python benchmarks/scaling.py --topology v5e:2x4 --json FILE --png FILE"),
+        "origin": origin(
+            name, "python benchmarks/scaling.py --topology v5e:2x4 --gpu FILE --json FILE --png FILE"
+        ),
     }
 
 
