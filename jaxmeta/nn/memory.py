@@ -55,12 +55,8 @@ def least_used(usage: Float[Array, " rows"], count: int) -> Float[Array, "count 
 
     Of rows with equal usage the first comes first. Gradients do not flow through the choice.
     """
-    remaining, rows = lax.stop_gradient(usage), []
-    for _ in range(count):
-        row = jax.nn.one_hot(remaining.argmin(), usage.shape[0], dtype=usage.dtype)
-        remaining = jnp.where(row > 0, jnp.inf, remaining)
-        rows.append(row)
-    return jnp.stack(rows)
+    _, indices = lax.top_k(-lax.stop_gradient(usage), count)
+    return jax.nn.one_hot(indices, usage.shape[0], dtype=usage.dtype)
 
 
 class LRUA(linen.Module):
