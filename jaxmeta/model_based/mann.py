@@ -29,6 +29,7 @@ from jaxmeta.core import (
 from jaxmeta.model_based.order import random_order
 from jaxmeta.nn.embedding import flattened
 from jaxmeta.nn.memory import MemoryNetwork
+from jaxmeta.nn.recurrence import scan_steps
 from jaxmeta.tasks.distortions import distort
 from jaxmeta.tasks.sequences import check_strings
 
@@ -134,16 +135,9 @@ def mann(
         before, last = _label_before(labels, support.mask)
         inputs = jnp.concatenate([x, before], 1)
 
-        def step(state: PyTree, step_inputs: tuple[Array, Array | None]) -> tuple[PyTree, Array]:
-            projected, real = step_inputs
-            after, features = call(params, "step", state, projected)
-            if real is not None:
-                # Padding leaves the state unchanged.
-                after = jax.tree.map(partial(jnp.where, real), after, state)
-            return after, features
-
         start = jax.tree.map(lambda leaf: leaf.astype(x.dtype), network.initial())
-        state, features = lax.scan(step, start, (call(params, "project", inputs), support.mask))
+        projected = call(params, "project", inputs)
+        state, features = scan_steps(network, params["network"], start, projected, support.mask)
         return {"state": state, "last": last}, support, call(params, "outputs", features)
 
     def answer_queries(params: Params, memory: PyTree, x: Array) -> Array:

@@ -2,7 +2,8 @@
 
 A memory is a module with a method `initial()`, which returns its state before an episode, and a call
 `(state, h) -> (state, reads)`, which writes and reads at addresses computed from the controller's output `h`.
-States are dicts of arrays for one sequence: the caller batches sequences by `vmap` and scans over time.
+States are dicts of arrays for one sequence: the caller batches sequences by `vmap` and scans over time, by
+`jaxmeta.nn.recurrence.scan_steps`, whose `Dense` layers are the fastest in a step.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError, check_word
+from jaxmeta.nn.recurrence import Dense
 
 State = dict[str, Any]
 
@@ -131,7 +133,7 @@ class LRUA(linen.Module):
     @linen.compact
     def __call__(self, state: Mapping[str, Any], h: Float[Array, " hidden"]) -> tuple[State, Array]:
         def linear(name, size):
-            return linen.Dense(self.heads * size, name=name)(h).reshape(self.heads, size)
+            return Dense(self.heads * size, name=name)(h).reshape(self.heads, size)
 
         keys = jnp.tanh(linear("keys", self.width))
         gates = jax.nn.sigmoid(linear("gates", 1))[:, 0]
@@ -206,7 +208,7 @@ class NTM(linen.Module):
     @linen.compact
     def __call__(self, state: Mapping[str, Any], h: Float[Array, " hidden"]) -> tuple[State, Array]:
         def linear(name, size):
-            return linen.Dense(self.heads * size, name=name)(h).reshape(self.heads, size)
+            return Dense(self.heads * size, name=name)(h).reshape(self.heads, size)
 
         def addressed(kind, memory, previous):
             return address(
@@ -307,7 +309,7 @@ class MemoryNetwork(linen.Module):
         gates = 4 if self.controller == "lstm" else 1
         self.inputs: linen.Dense = linen.Dense(gates * self.hidden)
         # One product for the controller's previous output and its previous reads.
-        self.recurrent: linen.Dense = linen.Dense(gates * self.hidden, use_bias=False)
+        self.recurrent: Dense = Dense(gates * self.hidden, use_bias=False)
         self.head: linen.Dense = linen.Dense(self.out)
 
     def initial(self) -> State:
