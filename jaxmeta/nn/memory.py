@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmeta.checks import ArgumentError, check_word
-from jaxmeta.nn.recurrence import Dense
+from jaxmeta.nn.recurrence import Dense, keep
 
 State = dict[str, Any]
 
@@ -58,7 +58,7 @@ def least_used(usage: Float[Array, " rows"], count: int) -> Float[Array, "count 
     Of rows with equal usage the first comes first. Gradients do not flow through the choice.
     """
     _, indices = lax.top_k(-lax.stop_gradient(usage), count)
-    return jax.nn.one_hot(indices, usage.shape[0], dtype=usage.dtype)
+    return jax.nn.one_hot(keep(indices), usage.shape[0], dtype=usage.dtype)
 
 
 class LRUA(linen.Module):
@@ -164,7 +164,7 @@ class LRUA(linen.Module):
         marked = rows if self.least == "per_head" else rows.sum(0, keepdims=True)
         gate = gates[:, None]
         written = gate * state["read_weights"] + (1 - gate) * marked
-        new_memory = memory * (1 - rows[0])[:, None] + jnp.einsum("hr,hw->rw", written, additions)
+        new_memory = keep(memory * (1 - rows[0])[:, None] + jnp.einsum("hr,hw->rw", written, additions))
         read = content_weights(new_memory if self.score == "after" else memory, keys, strengths)
         return {
             "memory": new_memory,

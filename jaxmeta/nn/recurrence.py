@@ -7,9 +7,17 @@ import jax.numpy as jnp
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from jaxmeta.core import Params, PyTree
+
+KEPT = "kept"
+
+
+def keep(x: Array) -> Array:
+    """Mark an array of a step that the backward pass of `scan_steps` reads instead of computing it again."""
+    return checkpoint_name(x, KEPT)
 
 
 class Dense(linen.Dense):
@@ -24,7 +32,7 @@ class Dense(linen.Dense):
         outputs = super().__call__(inputs)
         if self.has_variable("additions", "outputs"):
             outputs = outputs + self.get_variable("additions", "outputs")
-        return outputs
+        return keep(outputs)
 
 
 def scan_steps(
@@ -40,6 +48,9 @@ def scan_steps(
     first order, however, a change of a layer's parameters by dK and db is an addition of x_t dK + db to its
     outputs, where x_t are its inputs. Here the derivative takes this way, which is one product for all steps,
     and so is its transpose, the gradient. Derivatives of any order and mode equal those of a plain scan.
+
+    For the backward pass each step stores its arguments and what `keep` marks, such as the outputs of the
+    layers. The rest is little arithmetic, but would be many arrays: a GPU launches a kernel to store each.
 
     Args:
       network: module with a method `step(state, projected) -> (state, features)`. Parameters of layers other
@@ -73,6 +84,10 @@ def scan_steps(
             }
             return after, (features, layer_inputs)
 
+        # The barriers of `prevent_cse` are for code outside of a scan.
+        step = jax.checkpoint(
+            step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(KEPT)
+        )
         state, (features, layer_inputs) = lax.scan(step, state, (additions, projected, mask))
         return (state, features), layer_inputs
 

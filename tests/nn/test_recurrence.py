@@ -143,3 +143,17 @@ def test_each_step_of_the_backward_pass_adds_only_to_the_gradient_of_the_state()
     ours, plain = (carried(gradient_scans(loss, inputs)[1]) for loss in inputs.losses())
     assert ours == state
     assert plain == sorted(state + params)
+
+
+def test_the_backward_pass_stores_few_arrays_and_repeats_no_layer_or_search():
+    def stored(scan):
+        return sum(variable.aval.size for variable in scan.outvars[scan.params["num_carry"] :])
+
+    inputs = of_memory_network()
+    (forward, backward), (plain, _) = (gradient_scans(loss, inputs) for loss in inputs.losses())
+    assert stored(forward) < stored(plain) / 2
+    body = backward.params["jaxpr"].jaxpr
+    assert not list(equations(body, "top_k"))
+    products = [{variable.aval.shape for variable in each.invars} for each in equations(body, "dot_general")]
+    for kernel in (leaf.shape for leaf in jax.tree.leaves(inputs.params) if leaf.ndim == 2):
+        assert sum(kernel in shapes for shapes in products) == 1, kernel
