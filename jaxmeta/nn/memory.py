@@ -3,7 +3,8 @@
 A memory is a module with a method `initial()`, which returns its state before an episode, and a call
 `(state, h) -> (state, reads)`, which writes and reads at addresses computed from the controller's output `h`.
 States are dicts of arrays for one sequence: the caller batches sequences by `vmap` and scans over time, by
-`jaxmeta.nn.recurrence.scan_steps`, whose `Dense` layers are the fastest in a step.
+`jaxmeta.nn.recurrence.scan_steps`. Layers of a step should be the `Dense` of that module, whose gradients are
+computed for all steps at once.
 """
 
 from collections.abc import Mapping

@@ -12,26 +12,28 @@ from jaxtyping import Array, Bool, Float
 
 from jaxmeta.core import Params, PyTree
 
-KEPT = "kept"
+_KEPT = "jaxmeta.recurrence.kept"
 
 
 def keep(x: Array) -> Array:
     """Mark an array of a step that the backward pass of `scan_steps` reads instead of computing it again."""
-    return checkpoint_name(x, KEPT)
+    return checkpoint_name(x, _KEPT)
 
 
 class Dense(linen.Dense):
     """A `linen.Dense` whose gradient `scan_steps` computes for all steps at once.
 
     It records its inputs under "intermediates", and adds its variable under "additions", if it has one, to
-    its outputs.
+    its outputs. A step must read the layer's parameters by this call only, and as they are: weights that are
+    tied to another layer or transformed (`linen.WeightNorm`, `linen.map_variables`) need a `linen.Dense`,
+    which is differentiated as in a plain scan.
     """
 
     def __call__(self, inputs: Float[Array, " fan_in"]) -> Float[Array, " fan_out"]:
         self.sow("intermediates", "dense_inputs", inputs)
         outputs = super().__call__(inputs)
         if self.has_variable("additions", "outputs"):
-            outputs = outputs + self.get_variable("additions", "outputs")
+            outputs = outputs + self.get_variable("additions", "outputs").astype(outputs.dtype)
         return keep(outputs)
 
 
@@ -46,8 +48,8 @@ def scan_steps(
 
     The backward pass of a plain scan adds an outer product to the gradient of every kernel in each step. To
     first order, however, a change of a layer's parameters by dK and db is an addition of x_t dK + db to its
-    outputs, where x_t are its inputs. Here the derivative takes this way, which is one product for all steps,
-    and so is its transpose, the gradient. Derivatives of any order and mode equal those of a plain scan.
+    outputs, where x_t are its inputs. Here the derivative is computed in this way: one product for all steps,
+    as is its transpose, the gradient. Derivatives of any order and mode equal those of a plain scan.
 
     For the backward pass each step stores its arguments and what `keep` marks, such as the outputs of the
     layers. The rest is little arithmetic, but would be many arrays: a GPU launches a kernel to store each.
@@ -59,6 +61,9 @@ def scan_steps(
       state: state before the sequence.
       projected: second argument of each step.
       mask: False at padding, which leaves the state unchanged; None if there is none.
+
+    Returns:
+      The state after the sequence, and the features of each step.
     """
 
     def scan(params, additions, state, projected, mask):
@@ -86,7 +91,7 @@ def scan_steps(
 
         # The barriers of `prevent_cse` are for code outside of a scan.
         step = jax.checkpoint(
-            step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(KEPT)
+            step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT)
         )
         state, (features, layer_inputs) = lax.scan(step, state, (additions, projected, mask))
         return (state, features), layer_inputs
@@ -105,6 +110,7 @@ def scan_steps(
 
     @run.defjvp
     def derivative(primals, tangents):
+        """Return the results and their tangents, with one product for each layer's parameters."""
         params, state, projected, mask = primals
         d_params, d_state, d_projected, _ = tangents
         _, layer_inputs = jax.eval_shape(scan, params, {}, state, projected, mask)

@@ -118,6 +118,20 @@ def test_gradients_summed_over_tasks_are_those_of_a_plain_scan(x64):
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(plain))
 
 
+def test_layers_may_compute_in_another_type():
+    class Narrow(linen.Module):
+        @linen.compact
+        def step(self, state, projected):
+            h = jnp.tanh(projected + Dense(HIDDEN, dtype=jnp.bfloat16)(state).astype(jnp.float32))
+            return h, h
+
+    loss, plain = Inputs(Narrow(), jnp.ones(HIDDEN, jnp.float32), HIDDEN).losses()
+    arguments = Inputs(Narrow(), jnp.ones(HIDDEN, jnp.float32), HIDDEN).arguments()
+    actual, expected = (jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*arguments) for f in (loss, plain))
+    # bfloat16 has 8 bits.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.05), actual, expected)
+
+
 def equations(jaxpr, primitive):
     """Yield the equations of a primitive in a program and its parts."""
     for equation in jaxpr.eqns:
