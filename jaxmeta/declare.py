@@ -55,7 +55,8 @@ class Facts:
     Attributes:
       kinds: kinds of tasks that the method learns: "classification", "regression".
       head: True for a network with one output for each way, False for an embedding.
-      rows: rows of a report, each with the `norm` of the learner that it evaluates.
+      rows: rows of a report, each with the `norm` of the learner that it evaluates; without batch statistics
+        a report has the inductive one only.
       supervised: True for training on mini-batches of all training classes (`jm.tasks.supervised`) instead
         of episodes.
       zero_shot: True if the method can learn classes from their metadata alone.

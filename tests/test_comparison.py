@@ -157,6 +157,15 @@ def test_transductive_and_inductive_accuracy_have_rows_and_differences():
     assert "±" not in lines[0].replace("50.00 ± 1.00", "")
 
 
+def test_the_only_row_without_batch_normalisation_stands_for_all_rows():
+    values = np.arange(3)
+    report = {"accuracy": {"inductive": {"norm": "none"}}}
+    assert compare._values_of_row("transductive", report, {"inductive": values}) is values
+    report["accuracy"]["inductive"]["norm"] = "support"
+    assert compare._values_of_row("transductive", report, {"inductive": values}) is None
+    assert compare._values_of_row("inductive", report, {"inductive": values}) is values
+
+
 ACCURACY = {"mean": 0.5, "ci95": 0.01}
 
 

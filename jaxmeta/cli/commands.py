@@ -53,6 +53,9 @@ _NAMES = {
     "config": "start from this config.json; flags replace its values",
 }
 
+# Flags that are read before all others, because reading weights starts JAX.
+_OF_DEVICES = ("devices", "mesh", "coordinator", "processes", "process")
+
 
 def _name_settings(**defaults: str | None) -> Group:
     settings = {name: Setting(name, str | None, None, about) for name, about in _NAMES.items()}
@@ -64,8 +67,7 @@ def _first_phase(argv: Sequence[str]) -> tuple[dict[str, str], str | None, bool,
     named: dict[str, str] = {}
     words = [normalized(word) for word in argv]
     wanted = {
-        schema.flag_of(name): name
-        for name in (*_NAMES, "init", "out", "learner", "target", "devices", "mesh")
+        schema.flag_of(name): name for name in (*_NAMES, "init", "out", "learner", "target", *_OF_DEVICES)
     }
     for index, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -121,7 +123,9 @@ def train(argv: Sequence[str]) -> None:
     with _plain_parser().naming_flags():
         base = _base_to_resume(named, learner, out) if resume else base_of(_chosen(named, learner))
         if "init" in named and not resume and not {"network", "config"} & set(named):
-            make_devices_of_cores(named.get("devices"), named.get("mesh"))
+            # Several processes share the devices that the flags name.
+            if not {"coordinator", "processes", "process"} & set(named):
+                make_devices_of_cores(named.get("devices"), named.get("mesh"))
             with train_parser(base).naming_flags():
                 base = with_network_of(base, named["init"])
     parser = train_parser(base)

@@ -333,9 +333,10 @@ def _compared(out: Path, subfolders: Mapping[str, str], left_out: Mapping[str, l
             "run": subfolders[learner],
             metric: report[metric],
             "difference": {
-                name: _difference(values, episodes[first][name])
+                name: _difference(values, other)
                 for name, values in episodes[learner].items()
-                if learner != first and name in episodes[first]
+                if learner != first
+                and (other := _values_of_row(name, reports[first], episodes[first])) is not None
             },
             "left_out": left_out[learner],
             "network": report["config"]["network"],
@@ -356,6 +357,15 @@ def _compared(out: Path, subfolders: Mapping[str, str], left_out: Mapping[str, l
         }
     by_mean = {name: reports[first][name] for name in ("mse_of_mean",) if name in reports[first]}
     return {"metric": metric, "compared_to": first, **shared, **by_mean, "learners": rows}
+
+
+def _values_of_row(
+    name: str, report: Mapping[str, Any], episodes: Mapping[str, np.ndarray]
+) -> np.ndarray | None:
+    """Return a run's values for a row, or None; without batch normalisation its only row stands for all."""
+    if name not in episodes and [row["norm"] for row in report.get("accuracy", {}).values()] == ["none"]:
+        return next(iter(episodes.values()))
+    return episodes.get(name)
 
 
 def _shared(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def evaluate_weights(
         raise ArgumentError(flag, f"is for one head, and --learner names {', '.join(names)}; name one")
     # The head of the result's entries that are about a single head, such as `accuracy`.
     first = DEFAULT if DEFAULT in names else names[0]
-    # First, since reading weights starts JAX.
+    # Before the weights are read, which starts JAX and fixes the number of devices.
     mesh = mesh_of(config.run.devices, config.run.mesh, None)
     backbone = load_backbone(source, network=network)
     key = evaluation_key(config.run.seed)

@@ -742,10 +742,10 @@ def _population(learner: Learner, config: Config, params: Params, key: Key) -> P
 
 
 def _norms_of_rows(config: Config, params: Params, test: TaskDistribution | TaskStream) -> Mapping[str, str]:
-    """Return the statistics of normalisation by row of a report.
+    """Return the rows of a report, each with the statistics that normalise it.
 
-    A learner without batch statistics predicts the same in every row, so that its report has the last one
-    only.
+    Without batch statistics every row has the same predictions, and the report has the inductive one only. A
+    learner that does not declare its statistics (`statistics` is None) keeps all rows.
     """
     rows = config.names().facts.rows
     statistics = build.learner_of(config).statistics
@@ -753,7 +753,9 @@ def _norms_of_rows(config: Config, params: Params, test: TaskDistribution | Task
         return rows
     key = jax.random.key(0)
     total = jax.eval_shape(lambda key, sample: statistics(params, sample(key), key)[0], key, sample_of(test))
-    return rows if jax.tree.leaves(total) else {list(rows)[-1]: "none"}
+    return (
+        rows if jax.tree.leaves(total) else {"inductive" if "inductive" in rows else list(rows)[-1]: "none"}
+    )
 
 
 def _results(
@@ -778,9 +780,6 @@ def _results(
     def values(config: Config, norm: str) -> np.ndarray:
         return evaluate(build.learner_of(config, norm), params)
 
-    def learners() -> dict[str, Learner]:
-        return {name: build.learner_of(config, config.names().facts.rows[name]) for name in norms}
-
     def row(values: np.ndarray) -> dict[str, float]:
         evaluation = Evaluation.of(values)
         return {"mean": evaluation.mean, "ci95": evaluation.ci95}
@@ -790,13 +789,14 @@ def _results(
     ways = card_of(test).ways
     if metric_name(test) == "accuracy":
         norms = _norms_of_rows(config, params, test)
+        learners = {name: build.learner_of(config, config.names().facts.rows[name]) for name in norms}
         if by_class:
             classes = {
-                name: evaluate_classes(learner, params, test, **drawn) for name, learner in learners().items()
+                name: evaluate_classes(learner, params, test, **drawn) for name, learner in learners.items()
             }
             episodes = {name: result.scores for name, result in classes.items()}
         else:
-            episodes = {name: evaluate(learner, params) for name, learner in learners().items()}
+            episodes = {name: evaluate(learner, params) for name, learner in learners.items()}
         results["accuracy"] = {name: {**row(episodes[name]), "norm": norm} for name, norm in norms.items()}
         if isinstance(ways, int):
             results["chance"] = 1 / ways
