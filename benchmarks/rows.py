@@ -250,9 +250,9 @@ class LSTMRow:
         """Return the operations of the network on support and queries, and of the LSTM on every parameter.
 
         The support gradients are constants: one forward and one backward pass in every inner step, as the
-        queries have once. The LSTM's products with its inputs, two features each of gradient and loss, which
-        are constants too, take one unit forward and one backward; those with its state, and those of both
-        gates, one and two.
+        queries have once. The LSTM's products with its inputs (two features each of gradient and loss,
+        constants too) take one unit forward and one backward; those with its state and those of the two gates
+        take one forward and two backward.
         """
         del order
         convs, head = _conv_layers(self.image, self.filters, 4, strided=True), self.filters * self.ways

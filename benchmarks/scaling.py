@@ -224,6 +224,12 @@ def gpu_rows(report: dict, rows: list[dict]) -> list[dict]:
     Its programs are for one device: collectives and operations are those of the same model on CPU devices.
     """
     shared = {row["model"]: row for row in rows if row["kind"] == "cpu" and row["devices"] > 1}
+    names = [each["row"] for each in report["rows"]]
+    if not {*names} & {*shared}:
+        raise SystemExit(
+            f"--gpu: got a file with {', '.join(names)}; it must have one of {', '.join(MODELS)}, which is "
+            "also compiled here for 2 or more devices"
+        )
     return [
         shared[each["row"]]
         | {

@@ -81,7 +81,7 @@ def test_peers_compute_our_gradient_in_float64(row, peers, monkeypatch, capsys):
         (line,) = (line for line in printed if line.startswith(f"  {name:19} "))
         assert f"{contender['first_step_s']:.1f} s" in line
         if name in peers:
-            assert contender["gradient_error"] < 1e-12
+            assert contender["gradient_error"] < 1e-10
             assert line.endswith(contender["form"])
     json.dumps(result)
 

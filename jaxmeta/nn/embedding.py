@@ -178,7 +178,8 @@ class Conv4(linen.Module):
     def __call__(
         self, x: Float[Array, "n h w c"], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n d"]:
-        # Sizes whose last map has one pixel: a block halves a size, without padding after a loss of 2.
+        # The smallest size whose last map has one pixel: a block halves a size; without padding its
+        # convolution first takes 2 from it.
         require_size(x, 2**self.blocks if self.padding == "SAME" else 3 * 2**self.blocks - 2)
         for _ in range(self.blocks):
             block = ConvNorm(self.filters, pool=True, epsilon=self.epsilon, padding=self.padding)
