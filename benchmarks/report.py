@@ -23,12 +23,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import domain_adaptation
+import few_shot
 import label_shift
 import model_based
 import reproduce
 import scaling
 import transfer
 from rows import ROWS
+
+from jaxmeta.cli.report import plural
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -44,6 +47,8 @@ TO_MNIST = "72"  # Vinyals et al. 2016: from Omniglot to MNIST, 10-way 1-shot
 GRADIENT = "omniglot-5way-1shot-amd-epyc-2-cores.json"
 METRIC = "omniglot-5way-1shot-metric-based-amd-epyc-2-cores.json"
 METANET = "omniglot-5way-1shot-metanet-amd-epyc-2-cores.json"
+TRANSFERS = "transfer-intel-xeon-2-cores.json"
+EMOJI = "few-shot-emoji-2-cores.json"
 ELSEWHERE = "metric-based-amd-epyc-2-cores.json"
 SINUSOID = "sinusoid-maml-transcribed.json"
 CAVIA_RUN = "cavia-sinusoid-10shot.json"
@@ -332,8 +337,8 @@ def learned() -> Values:
 
 
 def transfers() -> Values:
-    recipes, others = "transfer-recipes-intel-xeon-2-cores.json", "transfer-intel-xeon-2-cores.json"
-    kept, more = read(recipes), read(others)["results"]
+    recipes = "transfer-recipes-intel-xeon-2-cores.json"
+    kept, more = read(recipes), read(TRANSFERS)["results"]
     found, settings = kept["results"]["recipes"], kept["settings"]
     few, ranking = more["few-shot"], more["rank"]
     episodes = few["maml"]["omniglot"]["1"]["episodes"]
@@ -357,11 +362,128 @@ def transfers() -> Values:
         "rank": markdown(
             ["source", "LogME", "H-score", "accuracy after fine-tuning, %"], map(cells, ranking["rows"])
         ),
-        "rank_origin": origin(others, f"{command} rank"),
+        "rank_origin": origin(TRANSFERS, f"{command} rank"),
         **{name: f"{row['kendall']:.1f}" for name, row in ranking["correlations"].items()},
         "episodes": str(episodes),
         "few_shot": transfer.few_shot_table(few),
-        "few_shot_origin": origin(others, f"{command} few-shot --episodes {episodes}"),
+        "few_shot_origin": origin(TRANSFERS, f"{command} few-shot --episodes {episodes}"),
+    }
+
+
+def emoji() -> Values:
+    report = read(EMOJI)
+    rows = few_shot.ordered(report["rows"])
+    command = "python benchmarks/few_shot.py --data DIR --weights squeezenet1_1.safetensors --train all"
+
+    def cells(source: str, words: dict) -> list[str]:
+        return [source, *(percent(words[f"{ways}-way"]) for ways in (5, 20))]
+
+    def budget(training: str) -> list[str]:
+        row = rows[training]
+        return [
+            training,
+            row["network"],
+            f"{row['size']}",
+            f"{row['steps']:,} of {row['meta_batch']} {row['drawn']}",
+            minutes(row["training_s"]),
+        ]
+
+    def others(target: str) -> Iterable[list[str]]:
+        row = report["elsewhere"][target]
+        few, more = row["accuracy"]["1-shot"], row["accuracy"]["5-shot"]
+        for source in few:
+            best = max(more[source], key=lambda head: more[source][head]["mean"])
+            yield [
+                f"{target.replace('_', '-')}, {row['ways']}-way",
+                source,
+                percent(few[source]["simple_shot"]),
+                percent(more[source]["simple_shot"]),
+                f"{percent(more[source][best])} (`{best}`)",
+                f"{row['scores'][source]['log_me']:.3f}",
+                f"{row['scores'][source]['h_score']:.1f}",
+            ]
+
+    return {
+        "episodes": f"{report['episodes']:,}",
+        "held_out": few_shot.HELD_OUT,
+        "five": few_shot.table(rows, 5),
+        "twenty": few_shot.table(rows, 20),
+        "widest": f"{100 * few_shot.widest(rows):.1f}",
+        "zero_shot": markdown(
+            ["features", "5-way", "20-way"], (cells(*each) for each in report["zero_shot"].items())
+        ),
+        "elsewhere": markdown(
+            ["data", "features", "1 shot", "5 shots", "5 shots, best head", "LogME", "H-score"],
+            (row for target in report["elsewhere"] for row in others(target)),
+        ),
+        "budgets": markdown(
+            ["training", "network", "pixels", "meta-steps", "minutes"],
+            (budget(training) for training in rows if "steps" in rows[training]),
+        ),
+        "origin": origin(EMOJI, f"{command} --words FOLDER --elsewhere --json FILE --figure FILE"),
+    }
+
+
+def rules() -> Values:
+    emoji = read(EMOJI)
+    rows = emoji["rows"]
+    recipes = read("transfer-recipes-intel-xeon-2-cores.json")["results"]["recipes"]
+    digits = {method: found["mnist"] for method, found in read(TRANSFERS)["results"]["few-shot"].items()}
+    seeds = [name for name in rows if name.startswith("prototypical, seed")]
+    sources = {
+        "pixels": "pixels",
+        "frozen": "SqueezeNet",
+        "started": "prototypical from SqueezeNet",
+        "classifier": "classifier from SqueezeNet",
+        "classifier_scratch": "classifier",
+        "maml": "maml",
+    }
+
+    def accuracy(source: str, task: str, head: str = "simple_shot") -> str:
+        heads = rows[source]["heads"]
+        return percent(heads.get(head, heads.get("own"))[task])
+
+    def scratch(task: str) -> str:
+        found = [rows[name]["heads"]["simple_shot"][task]["mean"] for name in seeds]
+        return f"{100 * statistics.mean(found):.1f}" + f" (mean of {len(found)} seeds)" * (len(found) > 1)
+
+    def recipe(name: str, labels: str) -> str:
+        return f"{100 * statistics.mean(recipes[name][labels]):.1f}"
+
+    def log_me_names_the_best(target: dict) -> bool:
+        """Return whether the source with the highest LogME has the highest accuracy."""
+        scores, accuracies = target["scores"], target["accuracy"]["1-shot"]
+        chosen = max(scores, key=lambda source: scores[source]["log_me"])
+        return chosen == max(accuracies, key=lambda source: accuracies[source]["simple_shot"]["mean"])
+
+    elsewhere = list(emoji["elsewhere"].values())
+    return {
+        "ranked": f"{sum(map(log_me_names_the_best, elsewhere))} of {len(elsewhere)}",
+        **{name: accuracy(source, "across 5-way 1-shot") for name, source in sources.items()},
+        "scratch": scratch("across 5-way 1-shot"),
+        "frozen_twenty": accuracy("SqueezeNet", "across 20-way 1-shot"),
+        "started_twenty": accuracy(sources["started"], "across 20-way 1-shot"),
+        "scratch_twenty": scratch("across 20-way 1-shot"),
+        "frozen_three": accuracy("SqueezeNet", "across 5-way 3-shot"),
+        "started_three": accuracy(sources["started"], "across 5-way 3-shot"),
+        "refined": accuracy("SqueezeNet", "across 5-way 1-shot", "soft_kmeans"),
+        "minutes": minutes(rows[sources["started"]]["training_s"]),
+        "words": percent(emoji["zero_shot"]["SqueezeNet"]["5-way"]),
+        "lpft": recipe("lp-ft", "5"),
+        "full": recipe("full", "5"),
+        "random_start": recipe("scratch", "5"),
+        "lpft_many": recipe("lp-ft", "20"),
+        "random_start_many": recipe("scratch", "20"),
+        **{
+            f"digits_{name}": percent(digits[method]["1"])
+            for name, method in (
+                ("prototypical", "prototypical"),
+                ("centroid", "nearest centroid of features"),
+                ("maml", "maml"),
+            )
+        },
+        "digits_scratch_many": percent(digits["from scratch"]["20"]),
+        "digits_prototypical_many": percent(digits["prototypical"]["20"]),
     }
 
 
@@ -443,7 +565,7 @@ def gpu_programs() -> Values:
         seconds, launches = row["seconds"], f"{row['launches']:,}"
         if row["loops"]:
             within = row["launches"] - row["entry"]["kernels"]
-            launches += f", of which {within:,} in {len(row['loops'])} loops"
+            launches += f", of which {within:,} in {plural(len(row['loops']), 'loop')}"
         shares = [
             f"`{each['shape']}` {100 * each['traffic_bytes'] / row['traffic_bytes']:.0f} %"
             for each in row["arrays"][:2]
@@ -666,9 +788,11 @@ SECTIONS: dict[str, Callable[[], Values]] = {
     "compare": compare,
     "glyphs": glyphs,
     "zero_shot": zero_shot,
+    "emoji": emoji,
     "mann": mann,
     "learned": learned,
     "transfer": transfers,
+    "rules": rules,
     "domains": domains,
     "label_shift": label_shifts,
     "speed": speed,

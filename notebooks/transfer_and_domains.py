@@ -604,7 +604,8 @@ for share, (bbse, em) in estimates.items():
 # %% [markdown]
 # ## 4. Your situation, and what to do
 #
-# All names without `jm.` are in `jm.transfer`.
+# All names without `jm.` are in `jm.transfer`. Rules with numbers on real images are in
+# `benchmarks/README.md`, "Which method when".
 #
 # | the target | do | with | seen in |
 # | --- | --- | --- | --- |
