@@ -15,9 +15,10 @@ parameters are evaluated under each.
 | `"population"` | the training tasks, computed once by `jm.calibrate`, which `jaxmeta train` calls at the end of a run | inductive; the published numbers of prototypical and matching networks |
 | `"episode"` | a running average over the inner steps of the task (LSTM meta-learner) | inductive |
 
-The reports of `jaxmeta train` give transductive and inductive accuracy side by side and, for a network without batch
-normalisation, where they are equal, once. `jm.load_run` and the command `predict` are inductive. Statistics are values, not hidden state: `BatchNorm` uses those that it is
-given, and otherwise those of the batch, which it returns.
+The reports of `jaxmeta train` give transductive and inductive accuracy side by side and, for a network without
+batch normalisation, where they are equal, once. `jm.load_run` and the command `predict` are inductive.
+Statistics are values, not hidden state: `BatchNorm` uses those that it is given, and otherwise those of the
+batch, which it returns.
 
 >>> import jax
 >>> import jaxmeta as jm

@@ -52,7 +52,8 @@ def scan_steps(
     as is its transpose, the gradient. Derivatives of any order and mode equal those of a plain scan.
 
     For the backward pass each step stores its arguments and what `keep` marks, such as the outputs of the
-    layers. The rest is little arithmetic, but would be many arrays: a GPU launches a kernel to store each.
+    layers. All other values are computed again, which takes little arithmetic; to store them, a GPU would
+    launch a kernel for each.
 
     Args:
       network: module with a method `step(state, projected) -> (state, features)`. Parameters of layers other
