@@ -26,10 +26,17 @@ def run(tmp_path_factory):
         patch.setitem(NETWORKS, "lrua", small)
         settings = ["--steps", "4", "--meta-batch", "2", "--episodes", "20", "--distort"]
         assert main(["train", "mann", *ARGUMENTS, *settings, "--out", str(workspace / "run")]) == 0
-        yield workspace / "run"
+    return workspace / "run"
+
+
+@pytest.fixture
+def small_lrua(monkeypatch):
+    """Let `--network lrua` be the small network for one test, as when the run was trained."""
+    monkeypatch.setitem(NETWORKS, "lrua", small)
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("small_lrua")
 def test_accuracy_by_presentation_uses_undistorted_test_images(run):
     report = json.loads((run / "report.json").read_text())
     assert report["accuracy"].keys() == {"inductive"}
@@ -53,6 +60,7 @@ def test_accuracy_by_presentation_uses_undistorted_test_images(run):
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("small_lrua")
 def test_a_second_evaluation_gives_the_same_accuracies(run, tmp_path):
     target = tmp_path / "again.json"
     assert main(["evaluate", str(run), "--json", str(target)]) == 0
