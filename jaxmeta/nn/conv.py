@@ -37,6 +37,10 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # A core's second-level cache holds about a megabyte. Patches that overflow it take longer to write
 # and read back than the matrix product of which they are an operand.
 CPU_PATCH_BYTES = 1 << 20
+# Patches of a 3×3 kernel are nine times as large as their images. Beyond this size for one task, an
+# accelerator's own convolution, task by task, saves more traffic and memory than its launches cost.
+# `benchmarks/gpu_program.py mini-imagenet` shortened the predicted time at 16 MB, and lengthened it at 8.
+ACCELERATOR_PATCH_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +139,14 @@ def _flip(w):
     return w[::-1, ::-1].swapaxes(2, 3)
 
 
+def _patch_bytes(geometry, channels, dtype):
+    """Return the bytes of the patches of one image."""
+    return dtype.itemsize * math.prod(geometry.out) * math.prod(geometry.kernel) * channels
+
+
 def _chunk_size(x, geometry, channels):
     """Return the largest divisor of n such that the patches of that many images fit in a core's cache."""
-    patch_bytes = x.dtype.itemsize * math.prod(geometry.out) * math.prod(geometry.kernel) * channels
-    most = max(1, CPU_PATCH_BYTES // patch_bytes)
+    most = max(1, CPU_PATCH_BYTES // _patch_bytes(geometry, channels, x.dtype))
     n = x.shape[0]
     return next(chunk for chunk in range(min(most, n), 0, -1) if n % chunk == 0)
 
@@ -197,11 +205,14 @@ def _patch_input_grad(y, w, geometry):
 
 
 def _over_tasks_as_product(one, batched):
-    """Return the backend's own convolution for one task, batched matrix products for several."""
+    """Return batched matrix products or, for one task or large patches, the backend's own convolution."""
+    one_by_one = _over_tasks_one_by_one(one)
 
     def run(a, b, *, geometry):
-        if a.shape[0] == 1:
-            return one(a[0], b[0], geometry)[None]
+        # The first operand has the images of which patches are taken: x, or y for the gradient of x.
+        patches = a.shape[1] * _patch_bytes(geometry, a.shape[-1], a.dtype)
+        if a.shape[0] == 1 or patches > ACCELERATOR_PATCH_BYTES:
+            return one_by_one(a, b, geometry=geometry)
         return jax.vmap(lambda a, b: batched(a, b, geometry))(a, b)
 
     return run

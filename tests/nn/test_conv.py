@@ -222,8 +222,12 @@ def test_each_map_batches_in_each_operand(name, strides, x64):
 # --- The implementations ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "limit", [pytest.param(0, id="own convolution"), pytest.param(1 << 20, id="product")]
+)
 @geometries_of(1, 4, 5, 9)
-def test_accelerator_rules_equal_those_of_the_cpu(geometry, x64):
+def test_accelerator_rules_equal_those_of_the_cpu(geometry, limit, monkeypatch, x64):
+    monkeypatch.setattr(module, "ACCELERATOR_PATCH_BYTES", limit)
     image, c, o, window, strides, padding = geometry
     pads = module._explicit_padding(padding, image, window, strides)
     geometry = module.Geometry(image, window, strides, pads)
@@ -267,6 +271,17 @@ def test_accelerators_get_matrix_products_for_kernels_of_each_task(platform):
     assert "stablehlo.convolution" not in many
     assert "stablehlo.dot_general" in many
     assert "stablehlo.convolution" in lowered(conv, x[0], w[0])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_their_own_convolution_where_patches_are_large(platform, monkeypatch):
+    # The patches of three images with 36 pixels, 9 positions of the kernel and 2 channels.
+    monkeypatch.setattr(module, "ACCELERATOR_PATCH_BYTES", 4 * 3 * 36 * 9 * 2)
+    for images, found in ((3, "stablehlo.dot_general"), (4, "stablehlo.convolution")):
+        x, w = draws(0, (2, images, 6, 6, 2), (2, 3, 3, 2, 4))
+        text = jax.jit(jax.vmap(conv)).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
+        assert found in text
+        assert text.count("stablehlo.dot_general") + text.count("stablehlo.convolution") == 1
 
 
 def test_no_platform_gets_a_grouped_convolution():
