@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import linen
 from flax.traverse_util import flatten_dict, unflatten_dict
+from machine import program_bytes
 from rows import ConvRow
 
 NAME = "plain JAX"
@@ -96,6 +97,7 @@ class Peer:
             return optax.apply_updates(params, updates), state
 
         self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.compiled = None
 
     @staticmethod
     def forms(name):
@@ -125,6 +127,13 @@ class Peer:
 
     def steps(self, count, tasks):
         """Run `count` meta-steps and wait for the device."""
+        if self.compiled is None:
+            self.compiled = self.step.lower(self.params, self.state, tasks).compile()
         for _ in range(count):
-            self.params, self.state = self.step(self.params, self.state, tasks)
+            self.params, self.state = self.compiled(self.params, self.state, tasks)
         jax.block_until_ready(self.params)
+
+    def peak_memory(self, tasks):
+        """Return the bytes that the compiled meta-step allocates, arguments included."""
+        del tasks
+        return program_bytes(self.compiled)

@@ -1,4 +1,4 @@
-"""Description of the machine of a benchmark, and its matrix-product rate."""
+"""Description of the machine of a benchmark, its matrix-product rate, and the memory of a program."""
 
 import os
 import platform
@@ -63,6 +63,14 @@ def describe_machine(devices) -> dict:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def program_bytes(compiled) -> int:
+    """Return the bytes that a compiled program allocates on each device, arguments included."""
+    sizes = compiled.memory_analysis()
+    # Donated arguments are counted among the outputs too.
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes
 
 
 def cores() -> int:

@@ -3,7 +3,7 @@
 The rows are second-order MAML, prototypical networks, memory-augmented networks, Meta Networks and the LSTM
 meta-learner.
 
-    python benchmarks/throughput.py [--rows omniglot …] [--no-peers] [--loop] [--json FILE]
+    python benchmarks/throughput.py [--rows omniglot …] [--quick] [--no-peers] [--loop] [--json FILE]
 
 A meta-step is the loss of the tasks, its meta-gradient averaged over them, and an Adam update, with the same
 network, number of weights, batch statistics and number format. Before the timing each peer's meta-gradient is
@@ -15,6 +15,10 @@ fastest of its forms: memory formats in PyTorch, all tasks at once or one by one
 `jm.meta_step` in one compiled loop over steps, as `jm.train` runs it, task sampling included, on as many
 devices as divide the tasks or, where a task's examples can be sharded, on all devices
 (`jm.train(devices=…)`); the peers get their tasks ready-made. Without PyTorch its peers are left out.
+--quick times ours and the fastest eager peer of each row in a few short rounds.
+
+Memory is what our compiled program allocates, arguments included, and on a GPU the most that PyTorch's
+tensors take during a step.
 
 Shapes and operation counts are in rows.py. The share of the machine's limit is relative to its fastest
 float32 matrix product, timed in the same rounds.
@@ -38,7 +42,7 @@ import jax.numpy as jnp
 import jax_peers
 import numpy as np
 import optax
-from machine import MatrixProduct, cores, describe_machine
+from machine import MatrixProduct, cores, describe_machine, program_bytes
 from rows import ROWS
 
 import jaxmeta as jm
@@ -84,6 +88,7 @@ class Ours:
         started = time.perf_counter()
         lowered = jax.jit(loop, donate_argnums=0).lower(self.state, self.sample, jnp.int32(0))
         self.compiled = lowered.compile()
+        self.memory_bytes = program_bytes(self.compiled)
         self.steps(1)
         self.first_step_s = time.perf_counter() - started
 
@@ -123,11 +128,13 @@ def gradient_error(ours: dict, theirs: dict) -> float:
     ).item()
 
 
-def make_peers(row, ours, order, pool, device, names):
+def make_peers(row, ours, order, pool, device, names, *, quick=False):
     """Return the named peers, each in its fastest form, checked against our gradient.
 
     Gradients are compared in float64, because in float32 two implementations may resolve a near-tie of a
     max-pool or ReLU differently, and the gradient then jumps by that pixel's share.
+
+    If `quick`, only the fastest of these peers is checked and returned.
     """
     rng = np.random.default_rng(1)
     # At the initial zeros and ones some terms of the gradient vanish, and their errors would go unnoticed.
@@ -141,16 +148,24 @@ def make_peers(row, ours, order, pool, device, names):
     with jax.enable_x64(True):
         expected = ours.gradient(params, two)
     two, pool = ((t.support.x, t.support.y, t.query.x, t.query.y) for t in (two, pool))
-    peers = {}
-    for name in names:
-        kind = kind_of_peer(name, row)
+
+    def fastest_form(name):
+        """Return the fastest form of a peer: `(seconds per step, form, of the first step, peer, tensors)`."""
         candidates = []
-        for form in kind.forms(name):
-            peer = kind(name, row, ours.params, device, order, form)
+        for form in kind_of_peer(name, row).forms(name):
+            peer = kind_of_peer(name, row)(name, row, ours.params, device, order, form)
             tensors = peer.tensors(pool)
-            first, *seconds = (time_step(peer, tensors) for _ in range(6))
+            first, *seconds = (time_step(peer, tensors) for _ in range(3 if quick else 6))
             candidates.append((min(seconds), form, first, peer, tensors))
-        _, form, first, peer, tensors = min(candidates, key=lambda c: c[0])
+        return min(candidates, key=lambda candidate: candidate[0])
+
+    fastest = {name: fastest_form(name) for name in names}
+    if quick:
+        best = min(fastest, key=lambda name: fastest[name][0])
+        fastest = {best: fastest[best]}
+    peers = {}
+    for name, (_, form, first, peer, tensors) in fastest.items():
+        kind = kind_of_peer(name, row)
         with jax.enable_x64(True):
             gradient = kind(name, row, params, device, order, form).gradient(two)
         error = gradient_error(kind.from_ours(expected, row), gradient)
@@ -165,6 +180,7 @@ def make_peers(row, ours, order, pool, device, names):
             "gradient_error": error,
             "form": form,
             "first_step_s": first,
+            "memory_bytes": peer.peak_memory(tensors),
         }
     return peers
 
@@ -247,7 +263,7 @@ def run_row(name, args, torch_device, matrix) -> dict:
     pool = row.tasks(row.meta_batch, seed=0)
     ours = Ours(row, pool, args.order, args.strategy)
     names = [peer for peer in args.peer_names if peer in row.peers]
-    peers = make_peers(row, ours, args.order, pool, torch_device, names) if names else {}
+    peers = make_peers(row, ours, args.order, pool, torch_device, names, quick=args.quick) if names else {}
     contenders = {"jaxmeta": ours.steps, **{name: peer["steps"] for name, peer in peers.items()}}
     times, rates = time_rounds(contenders, matrix.run, args.repeats, args.seconds)
     if not ours.finite():
@@ -274,6 +290,7 @@ def run_row(name, args, torch_device, matrix) -> dict:
             "ratio": statistics.median(ratios),
             "ratio_range": [min(ratios), max(ratios)],
             "first_step_s": peer.get("first_step_s", ours.first_step_s),
+            "memory_bytes": peer["memory_bytes"] if peer else ours.memory_bytes,
             **{key: peer[key] for key in ("gradient_error", "form") if key in peer},
             "seconds": seconds,
         }
@@ -291,16 +308,18 @@ def print_row(result: dict) -> None:
     row = ROWS[result["row"]]
     print(f"\n{result['row']}: {row.describe()}, {plural(row.meta_batch, 'task')}")
     print(
-        f"  {'':19}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}{'first step':>12}  "
-        "gradient against ours"
+        f"  {'':19}{'median ms':>10}{'min ms':>9}{'tasks/s':>9}{'× ours':>8}{'first step':>12}"
+        f"{'memory':>11}  gradient against ours"
     )
     for name, times in result["contenders"].items():
         note = ""
         if "gradient_error" in times:
             note = f"  differs by {times['gradient_error']:.0e}, {times['form']}"
+        memory = "" if times["memory_bytes"] is None else f"{times['memory_bytes'] / 1e6:,.0f} MB"
         print(
             f"  {name:19}{1e3 * times['median_s']:10.1f}{1e3 * times['min_s']:9.1f}"
-            f"{times['tasks_per_s']:9.1f}{times['ratio']:8.2f}{times['first_step_s']:10.1f} s{note}"
+            f"{times['tasks_per_s']:9.1f}{times['ratio']:8.2f}{times['first_step_s']:10.1f} s"
+            f"{memory:>11}{note}"
         )
     print(
         f"  {result['operations'] / 1e9:.2f} GFLOP would take {1e3 * result['limit_s']:.1f} ms at the "
@@ -316,7 +335,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="shapes to time")
-    add("--repeats", type=int, default=9, help="rounds to take the median over")
+    add("--quick", action="store_true", help="3 rounds, with the fastest eager peer of each row alone")
+    add("--repeats", type=int, help="rounds to take the median over (default: 9; quick: 3)")
     add("--seconds", type=float, default=0.5, help="approximate time of each contender in a round")
     add("--order", choices=("second", "first"), default="second", help="order of the meta-gradient")
     add("--strategy", help="auto, scan, vmap, or a number of tasks at a time (default: as each row sets)")
@@ -328,6 +348,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--devices", type=int, default=cores(), help="number of devices to divide a CPU into")
     add("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
+    if args.repeats is None:
+        args.repeats = 3 if args.quick else 9
     if args.strategy is not None and args.strategy.isdigit():
         args.strategy = int(args.strategy)
     return args
@@ -354,13 +376,14 @@ def run(args) -> None:
         note = "peers not timed, because a TPU lacks the float64 in which they are checked"
     elif args.peers:
         torch_device, note = torch_setting(devices[0].platform, args.precision)
-        args.peer_names = [jax_peers.NAME]
+        args.peer_names = [] if args.quick else [jax_peers.NAME]
     print(f"MAML in {args.order} order; matrix products in {args.precision!r} precision; {note}")
     if torch_device is not None:
         import torch_peers
 
-        absent = [peer for peer in torch_peers.NAMES if importlib.util.find_spec(peer.split(".")[0]) is None]
-        args.peer_names = [peer for peer in torch_peers.NAMES if peer not in absent] + args.peer_names
+        wanted = torch_peers.EAGER if args.quick else torch_peers.NAMES
+        absent = [peer for peer in wanted if importlib.util.find_spec(peer.split(".")[0]) is None]
+        args.peer_names = [peer for peer in wanted if peer not in absent] + args.peer_names
         for peer in absent:
             print(f"{peer} is not installed: not timed")
     matrix = MatrixProduct(devices)

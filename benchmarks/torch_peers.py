@@ -215,6 +215,7 @@ PEERS = {
     "torch.compile, vmap": with_compiled_vmap,
 }
 NAMES = (*PEERS, "torch.compile")
+EAGER = tuple(name for name in NAMES if not name.startswith("torch.compile"))
 FORMS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 # Under vmap the memory format has no meaning; a loop over tasks can use either.
 VMAPPED = ("torch.func", "torch.compile, vmap")
@@ -265,6 +266,14 @@ class Peer:
             self.optimizer.step()
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def peak_memory(self, tensors):
+        """Return the most bytes that tensors take during a meta-step on a GPU, or None on a CPU."""
+        if self.device != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.steps(1, tensors)
+        return torch.cuda.max_memory_allocated()
 
 
 class ConvPeer(Peer):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import time
 import types
 
 import jax
@@ -39,10 +40,10 @@ SMALL = {
 }
 
 
-def run(monkeypatch, row, peers):
+def run(monkeypatch, row, peers, *options):
     """Return the result of a row with these peers, each timed for a moment."""
     monkeypatch.setitem(ROWS, "row", row)
-    args = throughput.parse_arguments(["--repeats", "1", "--seconds", "0.001"])
+    args = throughput.parse_arguments(["--repeats", "1", "--seconds", "0.001", *options])
     args.peer_names = peers
     # Peers are written as usual, with the default setting.
     with jax.numpy_rank_promotion("allow"):
@@ -83,7 +84,23 @@ def test_peers_compute_our_gradient_in_float64(row, peers, monkeypatch, capsys):
         if name in peers:
             assert contender["gradient_error"] < 1e-10
             assert line.endswith(contender["form"])
+    assert result["contenders"]["jaxmeta"]["memory_bytes"] > 0
     json.dumps(result)
+
+
+@pytest.mark.nightly
+def test_a_quick_run_has_the_fastest_eager_peer(monkeypatch):
+    torch_peers = pytest.importorskip("torch_peers", reason="PyTorch is not installed")
+    assert throughput.parse_arguments(["--quick"]).repeats < throughput.parse_arguments([]).repeats
+    slow = torch_peers.PEERS["torch.autograd"]
+
+    def delayed(*args):
+        backward = slow(*args)
+        return lambda tasks: (time.sleep(0.5), backward(tasks))
+
+    monkeypatch.setitem(torch_peers.PEERS, "torch.autograd", delayed)
+    result = run(monkeypatch, SMALL["pooled"], ["torch.autograd", "torch.func"], "--quick")
+    assert list(result["contenders"]) == ["jaxmeta", "torch.func"]
 
 
 def test_the_gradient_error_is_that_of_the_worst_array_without_biases_before_a_normalisation():
