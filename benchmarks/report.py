@@ -24,6 +24,7 @@ from pathlib import Path
 
 import domain_adaptation
 import few_shot
+import growth
 import label_shift
 import model_based
 import reproduce
@@ -436,6 +437,7 @@ def rules() -> Values:
         "started": "prototypical from SqueezeNet",
         "classifier": "classifier from SqueezeNet",
         "classifier_scratch": "classifier",
+        "matching": "matching",
         "maml": "maml",
     }
 
@@ -523,6 +525,13 @@ def speed() -> Values:
         )
     )
     found = [row for report in reports.values() for row in report["rows"]]
+    places = [
+        f", on {report['machine']['cpu']}, {report['machine']['device']}"
+        for report in reports.values()
+        for _ in report["rows"]
+    ]
+    if len({*places}) == 1:
+        places = [""] * len(found)
     peers = list(dict.fromkeys(name for row in found for name in row["contenders"] if name != "jaxmeta"))
 
     def cell(text: str, contender: dict) -> str:
@@ -531,10 +540,10 @@ def speed() -> Values:
             return text
         return f"{text} ({first:.{0 if first >= 10 else 1}f} s)"
 
-    def cells(row: dict) -> list[str]:
+    def cells(row: dict, place: str) -> list[str]:
         of, tasks = row["contenders"], row["setting"]["meta_batch"]
         return [
-            f"`{row['row']}`: {ROWS[row['row']].describe()}, {tasks} task{'s' * (tasks > 1)}",
+            f"`{row['row']}`: {ROWS[row['row']].describe()}, {tasks} task{'s' * (tasks > 1)}{place}",
             cell(milliseconds(of["jaxmeta"]["median_s"]), of["jaxmeta"]),
             *(cell(f"{of[peer]['ratio']:.1f} ×", of[peer]) if peer in of else "" for peer in peers),
             f"{100 * row['share_of_matrix_product']:.0f} %",
@@ -550,9 +559,40 @@ def speed() -> Values:
     return {
         "slowest": f"{min(rates):.0f}",
         "fastest": f"{max(rates):.0f}",
-        "table": markdown(["shapes", "ours", *peers, "share of the limit"], map(cells, found)),
+        "table": markdown(["shapes", "ours", *peers, "share of the limit"], map(cells, found, places)),
         "origins": "\n\n".join(origin(name, command(report)) for name, report in reports.items()),
         "loop": ", ".join(f"{100 * row['loop']['ratio']:.0f} %" for row in found if "loop" in row),
+    }
+
+
+def growths() -> Values:
+    name = "growth-amd-epyc-2-cores.json"
+    kept = read(name)
+
+    def cells(axis: str, found: dict) -> list[str]:
+        values, points = list(found["points"]), list(found["points"].values())
+        times, sizes = ([point[cost] for point in (points[0], points[-1])] for cost in growth.COSTS)
+        return [
+            f"{axis}, {values[0]} to {values[-1]}",
+            " to ".join(f"{1e3 * seconds:,.{1 if seconds < 0.01 else 0}f}" for seconds in times) + " ms",
+            f"{found['exponents']['median_s']:.2f}",
+            " to ".join(f"{size / 1e6:,.0f}" for size in sizes) + " MB",
+            f"{found['exponents']['memory_bytes']:.2f}",
+        ]
+
+    call = kept["first_call"]
+    return {
+        "table": markdown(
+            ["number", "time", "exponent of time", "memory", "exponent of memory"],
+            (cells(axis, found) for axis, found in kept["axes"].items()),
+        ),
+        "call": ", ".join(f"{part} {seconds:.1f} s" for part, seconds in call.items()),
+        "whole": f"{sum(call.values()):.0f} s",
+        "origin": origin(
+            name,
+            f"python benchmarks/growth.py --rounds {kept['rounds']} --calls {kept['calls']} --json FILE "
+            "--figure FILE",
+        ),
     }
 
 
@@ -796,6 +836,7 @@ SECTIONS: dict[str, Callable[[], Values]] = {
     "domains": domains,
     "label_shift": label_shifts,
     "speed": speed,
+    "growth": growths,
     "gpu": gpu_programs,
     "memory": memory,
     "lora": lora,

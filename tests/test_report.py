@@ -66,6 +66,21 @@ def test_the_table_of_speed_has_the_first_steps_that_were_recorded(copies):
     assert "(" not in lines[place - 1].split("inner steps")[1]
 
 
+def test_rows_of_several_machines_name_them(copies):
+    name = "throughput-prototypical-amd-epyc-2-cores.json"
+    report.main([])
+    assert ", on " not in next(
+        line for line in report.PAGE.read_text().splitlines() if line.startswith("| `prototypical`: 60-way")
+    )
+    results = json.loads((report.HERE / "results" / name).read_text())
+    results["machine"] |= {"cpu": "a processor", "device": "1 × NVIDIA H100"}
+    (copies / "results" / "throughput-elsewhere.json").write_text(json.dumps(results))
+    report.main([])
+    lines = [line for line in report.PAGE.read_text().splitlines() if line.startswith("| `prototypical`: 60")]
+    assert len(lines) == 2
+    assert sum(", 1 task, on a processor, 1 × NVIDIA H100 |" in line for line in lines) == 1
+
+
 def test_the_short_table_is_written_only_between_its_markers(copies):
     report.main([])
     text = report.TOP.read_text()
