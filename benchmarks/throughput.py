@@ -150,7 +150,7 @@ def make_peers(row, ours, order, pool, device, names, *, quick=False):
     two, pool = ((t.support.x, t.support.y, t.query.x, t.query.y) for t in (two, pool))
 
     def fastest_form(name):
-        """Return the fastest form of a peer: `(seconds per step, form, of the first step, peer, tensors)`."""
+        """Return a peer in its best form: `(step_s, form, first_step_s, peer, tensors)`."""
         candidates = []
         for form in kind_of_peer(name, row).forms(name):
             peer = kind_of_peer(name, row)(name, row, ours.params, device, order, form)
