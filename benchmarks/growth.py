@@ -31,7 +31,7 @@ from pathlib import Path
 import jax
 from machine import cores, describe_machine
 from rows import ConvRow
-from throughput import Ours
+from throughput import Ours, time_rounds
 
 import jaxmeta as jm
 
@@ -63,7 +63,7 @@ package = time.time()
 events = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: events.append((name, time.time() - seconds, time.time())))
-sys.argv = ["jaxmeta", *sys.argv[2:]]
+sys.argv[0] = "jaxmeta"
 try:
     jaxmeta.cli.program()
 except SystemExit as error:
@@ -95,18 +95,11 @@ def measure_axis(axis: str, values: tuple[int, ...], rounds: int) -> dict:
     for value in values:
         row = row_at(axis, value)
         ours = Ours(row, row.tasks(row.meta_batch, seed=0), "second", None)
-        started = time.perf_counter()
-        ours.steps(1)
-        count = max(1, round(0.2 / (time.perf_counter() - started)))
-        steps[value] = (ours.steps, count)
-        points[value] = {"memory_bytes": ours.memory_bytes, "compile_s": ours.first_step_s, "seconds": []}
-    for _ in range(rounds):
-        for value, (run, count) in steps.items():
-            started = time.perf_counter()
-            run(count)
-            points[value]["seconds"].append((time.perf_counter() - started) / count)
-    for point in points.values():
-        point["median_s"] = statistics.median(point["seconds"])
+        steps[value] = ours.steps
+        points[value] = {"memory_bytes": ours.memory_bytes, "compile_s": ours.first_step_s}
+    times, _ = time_rounds(steps, lambda: 0.0, rounds, seconds=0.2)
+    for value, point in points.items():
+        point |= {"seconds": times[value], "median_s": statistics.median(times[value])}
     amounts = [value**2 if axis == "image side" else value for value in values]
     return {
         "points": points,
@@ -141,7 +134,7 @@ def first_call() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
         subprocess.run(
-            [sys.executable, "-c", FIRST_CALL, "", *arguments],
+            [sys.executable, "-c", FIRST_CALL, *arguments],
             cwd=folder,
             env=environment,
             check=True,
